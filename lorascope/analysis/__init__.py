@@ -1,0 +1,1 @@
+"""From tables and arrays to tables: pure functions, no torch, no state."""

@@ -1,0 +1,83 @@
+"""Intervals over seeds: the only statistics that figures and claims rest on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean with its confidence interval; the bounds are NaN where ``n`` is one."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def half_width(
+    deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"], confidence: float = CONFIDENCE
+) -> Float[np.ndarray, "cell"]:
+    """Half the width of the t-interval of a mean.
+
+    Parameters
+    ----------
+    deviation : array (cell,)
+        Sample standard deviation (n - 1 in the denominator).
+    n : array (cell,)
+        Number of values; below two the width is NaN.
+    confidence : float
+        Coverage, 0.95 by default.
+
+    Returns
+    -------
+    array (cell,)
+        In the unit of ``deviation``.
+    """
+    degrees = np.where(n > 1, n - 1, np.nan)
+    return stdtrit(degrees, 0.5 + confidence / 2) * deviation / np.sqrt(n)
+
+
+def t_interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> Interval:
+    """Mean of independent values with Student's t-interval.
+
+    Raises
+    ------
+    ValueError
+        There is no value at all.
+    """
+    if not len(values):
+        raise ValueError("an interval needs at least one value, got none")
+    n, mean = len(values), float(values.mean())
+    deviation = values.std(ddof=1) if n > 1 else np.nan
+    half = float(half_width(np.array([deviation]), np.array([n]), confidence)[0])
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def band(table: pd.DataFrame, by: Sequence[str], confidence: float = CONFIDENCE) -> pd.DataFrame:
+    """Mean and t-interval over the runs of every cell.
+
+    Parameters
+    ----------
+    table : DataFrame
+        With ``value`` and the columns ``by``; one row a run and cell.
+    by : sequence of str
+        Columns that name a cell.
+
+    Returns
+    -------
+    DataFrame
+        ``by``, then ``value`` (the mean), ``low``, ``high`` and ``n``, in order of first appearance.
+    """
+    cells = table.groupby(list(by), observed=True, dropna=False, sort=False)["value"]
+    found = cells.agg(value="mean", deviation="std", n="count").reset_index()
+    half = half_width(found["deviation"].to_numpy(np.float64), found["n"].to_numpy(), confidence)
+    bounds = found.assign(low=found["value"] - half, high=found["value"] + half)
+    return bounds[[*by, "value", "low", "high", "n"]]

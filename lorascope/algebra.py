@@ -1,0 +1,217 @@
+"""Algebra on plain arrays in float64: ranks of a spectrum, subspaces, neuron cosines, triangular factors.
+
+Source: LoRA (arXiv 2106.09685), section 7 and equation 4 for the subspaces; NeFT (arXiv 2403.11621), equation 1 for the
+neuron cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cache, partial
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
+
+_TILE_BYTES = 1 << 19  # of float64: a few tiles stay in cache, and the loop over them costs nothing beside them
+# A Gram matrix squares the condition number: beyond 1e6 its Cholesky factor loses the digits promised by `spectra`.
+GRAM_LIMIT = 1e-6
+
+
+def effective_rank(sigma: Float[np.ndarray, "k"]) -> float:
+    """exp of the entropy of sigma / sum(sigma)."""
+    return _exp_entropy(_shares(sigma, 1))
+
+
+def entropy_rank(sigma: Float[np.ndarray, "k"]) -> float:
+    """exp of the entropy of sigma^2 / sum(sigma^2)."""
+    return _exp_entropy(_shares(sigma, 2))
+
+
+def participation_rank(sigma: Float[np.ndarray, "k"]) -> float:
+    """(sum sigma^2)^2 / sum sigma^4."""
+    shares = _shares(sigma, 2)
+    return float(1.0 / np.sum(shares**2)) if shares.any() else 0.0
+
+
+def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
+    """The smallest number of components that hold ``share`` of sum sigma^2."""
+    shares = np.sort(_shares(sigma, 2))[::-1]
+    if not shares.any() or np.isnan(shares).any():
+        return float(shares.sum())
+    # Without the allowance, share = 1 would hang on the rounding of the last partial sum.
+    return float(np.searchsorted(np.cumsum(shares), share - 1e-12) + 1)
+
+
+def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
+    """Sum sigma^2 / max sigma^2."""
+    shares = _shares(sigma, 2)
+    return float(1.0 / np.max(shares)) if shares.any() else 0.0
+
+
+def _shares(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
+    """sigma^power over its sum; zeros for a zero spectrum, NaN if any value is not finite."""
+    sigma = wide(sigma)
+    largest = np.max(sigma, initial=0.0)
+    if not np.isfinite(largest):
+        return np.full_like(sigma, np.nan)
+    if largest == 0.0:
+        return np.zeros_like(sigma)
+    scaled = (sigma / largest) ** power
+    return scaled / scaled.sum()
+
+
+def _exp_entropy(shares: np.ndarray) -> float:
+    positive = shares[shares != 0.0]
+    return float(np.exp(-np.sum(positive * np.log(positive)))) if len(positive) else 0.0
+
+
+def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "m n"]:
+    """phi of all leading subspaces: entry [i-1, j-1] is |U1_i^T U2_j|_F^2 / min(i, j).
+
+    Parameters
+    ----------
+    U1, U2 : arrays (d, m), (d, n)
+        Orthonormal columns, most important first.
+
+    Returns
+    -------
+    array (m, n)
+        From 0 (orthogonal) to 1 (one contains the other). Independent subspaces have the mean max(i, j) / d.
+
+    Source: LoRA, equation 4.
+    """
+    overlap = (wide(U1).T @ wide(U2)) ** 2
+    sizes = np.minimum.outer(np.arange(1, U1.shape[1] + 1), np.arange(1, U2.shape[1] + 1))
+    return overlap.cumsum(axis=0).cumsum(axis=1) / sizes
+
+
+def phi_matrix(A1: Float[np.ndarray, "m d"], A2: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "i j"]:
+    """``subspace_similarity`` of the right singular vectors of two matrices; for B pass its transpose."""
+    return subspace_similarity(_row_space(A1), _row_space(A2))
+
+
+def _row_space(A: np.ndarray) -> Float[np.ndarray, "d k"]:
+    with one_thread():
+        _, sigma, V = np.linalg.svd(wide(A), full_matrices=False)
+    return V[: numerical_rank(sigma, A.shape)].T
+
+
+def phi(A1: Float[np.ndarray, "m d"], A2: Float[np.ndarray, "n d"], i: int, j: int) -> float:
+    """Similarity of the first i right singular directions of A1 with the first j of A2 (LoRA, equation 4)."""
+    matrix = phi_matrix(A1, A2)
+    if not (1 <= i <= matrix.shape[0] and 1 <= j <= matrix.shape[1]):
+        raise ValueError(f"phi({i}, {j}) is not defined: the matrices have ranks {matrix.shape[0]}, {matrix.shape[1]}")
+    return float(matrix[i - 1, j - 1])
+
+
+def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "k"]:
+    """The min(m, n) angles in radians between the spans of two sets of orthonormal columns, smallest first.
+
+    A cosine knows nothing of angles below 1e-8, nor a sine of those near a right angle: each gives its own half.
+    """
+    large, small = (wide(U1), wide(U2)) if U1.shape[1] >= U2.shape[1] else (wide(U2), wide(U1))
+    inner = large.T @ small
+    cosines = np.linalg.svd(inner, compute_uv=False)
+    sines = np.linalg.svd(small - large @ inner, compute_uv=False)[::-1]
+    return np.where(cosines > np.sqrt(0.5), np.arcsin(np.minimum(sines, 1.0)), np.arccos(np.minimum(cosines, 1.0)))
+
+
+def projected_norm(
+    W: Float[np.ndarray, "out in"], U: Float[np.ndarray, "out m"], V: Float[np.ndarray, "in n"]
+) -> float:
+    """|U^T W V|_F: how much of W lies in the given directions (LoRA, table 7).
+
+    With U and V from an update dW, |dW|_F over this is the amplification factor.
+    """
+    return float(np.linalg.norm(wide(U).T @ wide(W) @ wide(V)))
+
+
+def neuron_cosine(
+    W0: Float[np.ndarray, "rows columns"], W: Float[np.ndarray, "rows columns"], axis: int
+) -> Float[np.ndarray, "neurons"]:
+    """1 - cos between each neuron's weights before and after.
+
+    Formed from the difference e = w - w_0 as (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|), which keeps its digits where
+    the cosine itself rounds to 1; one pass over cache-sized tiles.
+
+    Parameters
+    ----------
+    W0, W : arrays (rows, columns)
+        Before and after; memory maps are read tile by tile.
+    axis : {0, 1}
+        The axis a neuron's vector runs along: 1 if neurons are rows, 0 if they are columns.
+
+    Returns
+    -------
+    array (neurons,)
+        From 0 (same direction) to 2; NaN where one of the two vectors is zero.
+
+    Source: NeFT, equation 1.
+    """
+    squared = np.linalg.vecdot if axis == 1 else partial(np.einsum, "ij,ij->j")
+    squares = []
+    for before, after in zip(tiles(W0), tiles(W), strict=True):
+        error = after - before
+        squares.append([squared(part, part) for part in (before, after, error)])
+    before2, after2, error2 = np.concatenate(squares, axis=1) if axis == 1 else np.sum(squares, axis=0)
+    before1, after1 = np.sqrt(before2), np.sqrt(after2)
+    with np.errstate(invalid="ignore"):
+        return np.maximum(error2 - (after1 - before1) ** 2, 0.0) / (2.0 * before1 * after1)
+
+
+def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"]:
+    """R of X = Q R for each (side, rank) array, small = min(side, rank): by Cholesky of the Gram matrix, or by QR."""
+    rank, small = factors[0].shape[1], min(factors[0].shape)
+    result = np.empty((len(factors), small, rank))
+    sound = np.zeros(len(factors), dtype=bool)
+    if small == rank:
+        grams = np.stack([gram(factor) for factor in factors])
+        eigenvalues = np.linalg.eigvalsh(grams)
+        sound = eigenvalues[:, 0] > GRAM_LIMIT * eigenvalues[:, -1]
+        result[sound] = np.linalg.cholesky(grams[sound], upper=True)
+    for i, factor in enumerate(factors):
+        if not sound[i]:
+            result[i] = np.linalg.qr(wide(factor), mode="r")
+    return result
+
+
+def wide(array: np.ndarray) -> NDArray[np.float64]:
+    """The array in float64, uncopied if it is already."""
+    return np.asarray(array, dtype=np.float64)
+
+
+def finite(*arrays: np.ndarray) -> bool:
+    """Is no value NaN or infinite?"""
+    return all(np.isfinite(array).all() for array in arrays)
+
+
+def gram(tall: np.ndarray) -> Float[np.ndarray, "rank rank"]:
+    """X^T X in float64."""
+    X = wide(tall)
+    return X.T @ X
+
+
+def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarray, "tile columns"]]:
+    """Blocks of rows in float64, small enough for the cache."""
+    rows = max(1, _TILE_BYTES // (8 * max(1, matrix.shape[1])))
+    for start in range(0, matrix.shape[0], rows):
+        yield wide(matrix[start : start + rows])
+
+
+def numerical_rank(sigma: np.ndarray, shape: tuple[int, ...]) -> int:
+    """Number of singular values above what rounding makes of zero."""
+    tolerance = max(shape) * np.finfo(np.float64).eps * np.max(sigma, initial=0.0)
+    return int(np.count_nonzero(sigma > tolerance))
+
+
+@cache
+def _pool() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager:
+    """Cap BLAS at one thread: on small factorizations more threads only wait for each other."""
+    return _pool().limit(limits=1, user_api="blas")

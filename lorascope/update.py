@@ -1,0 +1,288 @@
+"""What a weight update is made of: norms, singular values, subspaces and ranks, in float64 and without torch.
+
+An update dW has the shape (out, in). ``LowRank`` keeps its factors and never multiplies them out; ``Dense`` is a plain
+matrix. Both answer the same questions. Everything is computed in float64 whatever the dtype of the arrays.
+
+A zero update has rank quantities 0.0. Where an array holds NaN or infinity, the answers are NaN.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.algebra import (
+    GRAM_LIMIT,
+    effective_rank,
+    energy_rank,
+    entropy_rank,
+    finite,
+    gram,
+    neuron_cosine,
+    numerical_rank,
+    one_thread,
+    participation_rank,
+    phi,
+    phi_matrix,
+    principal_angles,
+    projected_norm,
+    stable_rank,
+    subspace_similarity,
+    tiles,
+    triangles,
+    wide,
+)
+
+__all__ = [
+    "Dense",
+    "LowRank",
+    "Pair",
+    "effective_rank",
+    "energy_rank",
+    "entropy_rank",
+    "neuron_cosine",
+    "norms",
+    "participation_rank",
+    "phi",
+    "phi_matrix",
+    "principal_angles",
+    "projected_norm",
+    "spectra",
+    "stable_rank",
+    "subspace_similarity",
+    "weight_norm",
+]
+
+
+class _Update:
+    """What ``LowRank`` and ``Dense`` answer alike."""
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        raise NotImplementedError
+
+    def singular_values(self) -> Float[np.ndarray, "k"]:
+        """Singular values, largest first."""
+        raise NotImplementedError
+
+    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
+        """U, sigma, V with dW = U diag(sigma) V^T, directions with sigma = 0 up to rounding left out."""
+        raise NotImplementedError
+
+    def left(self, k: int | None = None) -> Float[np.ndarray, "out k"]:
+        """Orthonormal left singular vectors as columns: the first k, or as many as dW has."""
+        return self.svd()[0][:, :k]
+
+    def right(self, k: int | None = None) -> Float[np.ndarray, "in k"]:
+        """Orthonormal right singular vectors as columns: the first k, or as many as dW has."""
+        return self.svd()[2][:, :k]
+
+    def stable_rank(self) -> float:
+        """|dW|_F^2 / sigma_1^2."""
+        return stable_rank(self.singular_values())
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of sigma / sum(sigma)."""
+        return effective_rank(self.singular_values())
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(_Update):
+    """The update scale * B @ A.
+
+    Parameters
+    ----------
+    B : array (out, rank)
+    A : array (rank, in)
+    scale : float
+    exact : bool
+        False where the product stands for something that has no single matrix, such as a mixture at its mean gates.
+    """
+
+    B: Float[np.ndarray, "out rank"]
+    A: Float[np.ndarray, "rank in"]
+    scale: float | int = 1.0
+    exact: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of components, zero ones included."""
+        return self.B.shape[1]
+
+    def norm(self) -> float:
+        """Frobenius norm, O(rank^2 (out + in))."""
+        return float(norms([self])[0])
+
+    def singular_values(self) -> Float[np.ndarray, "k"]:
+        """The min(out, in, rank) singular values, largest first."""
+        return spectra([self])[0]
+
+    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
+        """Singular value decomposition by QR of both factors."""
+        if not finite(self.B, self.A):
+            raise ValueError("the factors hold NaN or infinity: such an update has no singular vectors")
+        with one_thread():
+            Q_left, R_left = np.linalg.qr(wide(self.B))
+            Q_right, R_right = np.linalg.qr(wide(self.A).T)
+            U, sigma, V = np.linalg.svd(self.scale * (R_left @ R_right.T), full_matrices=False)
+        k = numerical_rank(sigma, self.shape)
+        return Q_left @ U[:, :k], sigma[:k], Q_right @ V[:k].T
+
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """The matrix itself."""
+        return self.scale * (wide(self.B) @ wide(self.A))
+
+    def __sub__(self, other: LowRank | Dense) -> LowRank | Dense:
+        """The difference; of two low-rank updates again low-rank, with the ranks added."""
+        if isinstance(other, Dense):
+            return Dense(self.dense() - other.matrix)
+        B = np.hstack([self.scale * wide(self.B), -other.scale * wide(other.B)])
+        return LowRank(B, np.vstack([self.A, other.A]), exact=self.exact and other.exact)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(_Update):
+    """An update given as a matrix.
+
+    Parameters
+    ----------
+    matrix : array (out, in)
+    """
+
+    matrix: Float[np.ndarray, "out in"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """min(out, in)."""
+        return min(self.shape)
+
+    def norm(self) -> float:
+        """Frobenius norm."""
+        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.matrix))))
+
+    def singular_values(self) -> Float[np.ndarray, "k"]:
+        """The min(out, in) singular values, largest first.
+
+        They are roots of the eigenvalues of the smaller Gram matrix, so values below 1e-8 of the largest are rounding.
+        """
+        if not finite(self.matrix):
+            return np.full(self.rank, np.nan)
+        tall = self.matrix if self.shape[0] >= self.shape[1] else self.matrix.T
+        inner = gram(tall)
+        with one_thread():
+            eigenvalues = np.linalg.eigvalsh(inner)
+        return np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
+
+    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
+        """Singular value decomposition of the whole matrix: O(out in min(out, in))."""
+        if not finite(self.matrix):
+            raise ValueError("the matrix holds NaN or infinity: such an update has no singular vectors")
+        U, sigma, V = np.linalg.svd(wide(self.matrix), full_matrices=False)
+        k = numerical_rank(sigma, self.shape)
+        return U[:, :k], sigma[:k], V[:k].T
+
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """The matrix in float64."""
+        return wide(self.matrix)
+
+    def __sub__(self, other: LowRank | Dense) -> Dense:
+        """The difference as a matrix."""
+        return Dense(self.dense() - other.dense())
+
+
+def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
+    """Frobenius norms of many updates.
+
+    For factors |B A|_F^2 = sum((B^T B) * (A A^T)), elementwise. Where the components cancel (two updates subtracted,
+    say) that sum loses digits, and the norm of R_B R_A^T from the triangular factors of B and A^T is taken.
+    """
+    return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
+
+
+def _factored_norm(update: LowRank) -> float:
+    if not finite(update.B, update.A):
+        return np.nan
+    left, right = gram(update.B), gram(update.A.T)
+    squared = np.vdot(left, right)
+    if squared >= GRAM_LIMIT * np.trace(left) * np.trace(right):
+        return float(abs(update.scale) * np.sqrt(squared))
+    with one_thread():
+        product = triangles([update.B]) @ triangles([update.A.T]).swapaxes(1, 2)
+    return float(abs(update.scale) * np.linalg.norm(product))
+
+
+def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
+    """Singular values of many updates, largest first; factored ones of the same rank are decomposed in one batch.
+
+    sigma(B A) are the singular values of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
+    decomposition to a relative 1e-8 for all values above 1e-6 of the largest.
+    """
+    values: list[np.ndarray] = [np.empty(0)] * len(updates)
+    batches = defaultdict(list)
+    for i, update in enumerate(updates):
+        if isinstance(update, Dense):
+            values[i] = update.singular_values()
+        elif not finite(update.B, update.A):
+            values[i] = np.full(min(*update.shape, update.rank), np.nan)
+        elif update.rank:
+            sides = (min(side, update.rank) for side in update.shape)
+            batches[(update.rank, *sides)].append((i, update))
+    with one_thread():
+        for batch in batches.values():
+            left = triangles([update.B for _, update in batch])
+            right = triangles([update.A.T for _, update in batch])
+            sigmas = np.linalg.svd(left @ right.swapaxes(1, 2), compute_uv=False)
+            for (i, update), sigma in zip(batch, sigmas, strict=True):
+                values[i] = abs(update.scale) * sigma
+    return values
+
+
+def weight_norm(W0: Float[np.ndarray, "out in"], update: LowRank | Dense) -> float:
+    """|W_0 + dW|_F; the factors of a low-rank update are not multiplied out."""
+    if isinstance(update, Dense):
+        return Dense(update.dense() + W0).norm()
+    inner = float(update.scale * np.vdot(wide(update.B).T @ wide(W0), wide(update.A)))
+    return max(Dense(W0).norm() ** 2 + 2.0 * inner + update.norm() ** 2, 0.0) ** 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A weight before and after training.
+
+    Parameters
+    ----------
+    W0, W : arrays (out, in)
+    """
+
+    W0: Float[np.ndarray, "out in"]
+    W: Float[np.ndarray, "out in"]
+
+    @property
+    def update(self) -> Dense:
+        """W - W_0."""
+        return Dense(wide(self.W) - self.W0)
+
+    def weight_norm(self) -> float:
+        """|W|_F."""
+        return Dense(self.W).norm()
+
+    def relative_update(self) -> float:
+        """|W - W_0|_F / |W_0|_F; 0 for no update, infinity for an update of a zero weight."""
+        update, weight = self.update.norm(), Dense(self.W0).norm()
+        if update == 0.0:
+            return 0.0
+        return update / weight if weight else np.inf

@@ -1,0 +1,256 @@
+"""The algebra of updates against worked numbers, dense decompositions and planted truth."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lorascope import update
+from lorascope.update import Dense, LowRank, Pair
+
+RNG = np.random.default_rng(7)
+HAND = LowRank(np.array([[3.0], [4.0]]), np.array([[1.0, 2.0]]), scale=2)
+
+
+def low_rank(out: int = 12, inner: int = 9, rank: int = 4, scale: float = 0.5) -> LowRank:
+    return LowRank(RNG.standard_normal((out, rank)), RNG.standard_normal((rank, inner)), scale)
+
+
+def with_condition(side: int, rank: int, condition: float) -> np.ndarray:
+    """A (side, rank) array with singular values from 1 down to 1 / condition."""
+    Q, _ = np.linalg.qr(RNG.standard_normal((side, rank)))
+    P, _ = np.linalg.qr(RNG.standard_normal((rank, rank)))
+    return Q * np.geomspace(1.0, 1.0 / condition, rank) @ P
+
+
+def test_the_hand_example():
+    assert HAND.dense().tolist() == [[6, 12], [8, 16]]
+    assert HAND.norm() == pytest.approx(500**0.5, rel=1e-15)
+    assert HAND.singular_values() == pytest.approx([500**0.5])
+    assert HAND.left()[:, 0] * HAND.right()[0, 0] == pytest.approx(np.array([0.6, 0.8]) / 5**0.5)
+    assert (HAND.shape, HAND.rank) == ((2, 2), 1)
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 4), (9, 12, 4), (5, 30, 8), (30, 5, 8), (3, 4, 20), (7, 7, 7), (1, 6, 1)])
+def test_factored_equals_dense(shape):
+    factored = low_rank(*shape)
+    dense = Dense(factored.dense())
+    sigma = np.linalg.svd(factored.dense(), compute_uv=False)
+    k = min(shape)
+    assert factored.singular_values() == pytest.approx(sigma[:k], rel=1e-12, abs=1e-13)
+    assert dense.singular_values() == pytest.approx(sigma, abs=1e-7 * sigma[0])
+    assert factored.norm() == pytest.approx(np.linalg.norm(factored.dense()), rel=1e-13)
+    assert dense.norm() == pytest.approx(factored.norm(), rel=1e-13)
+    for which in (factored, dense):
+        U, values, V = which.svd()
+        assert len(values) == k
+        assert (U * values) @ V.T == pytest.approx(factored.dense(), abs=1e-12)
+        for basis in (U, V):
+            assert np.allclose(basis.T @ basis, np.eye(k), atol=1e-13)
+
+
+@pytest.mark.parametrize(("left", "right"), [(1e2, 1e2), (5e2, 5e2), (1e3, 1e3), (2e3, 1e1), (1e5, 1e4), (1e8, 1e1)])
+def test_both_routes_agree_with_qr(left, right):
+    """Relative 1e-8 above 1e-6 of the largest, on either side of the condition number where the route changes."""
+    B, A = with_condition(40, 6, left), with_condition(50, 6, right).T
+    R_left, R_right = np.linalg.qr(B, mode="r"), np.linalg.qr(A.T, mode="r")
+    expected = np.linalg.svd(R_left @ R_right.T, compute_uv=False)
+    large = expected > 1e-6 * expected[0]
+    assert LowRank(B, A).singular_values()[large] == pytest.approx(expected[large], rel=1e-8)
+
+
+def test_batches_of_mixed_shapes_keep_their_order():
+    updates = [
+        low_rank(8, 6, 3),
+        low_rank(8, 6, 2),
+        Dense(RNG.standard_normal((4, 5))),
+        low_rank(20, 30, 3),
+        low_rank(),
+    ]
+    updates += [LowRank(np.zeros((8, 3)), np.ones((3, 6))), low_rank(8, 6, 3, scale=-2.0), low_rank(8, 6, 0)]
+    for sigma, norm, one in zip(update.spectra(updates), update.norms(updates), updates, strict=True):
+        expected = np.linalg.svd(one.dense(), compute_uv=False)[: one.rank]
+        assert sigma == pytest.approx(expected, rel=1e-7, abs=1e-12)
+        assert norm == pytest.approx(np.linalg.norm(one.dense()), rel=1e-13)
+    assert update.spectra([]) == []
+    assert update.norms([]).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_narrow_arrays_are_computed_in_double(dtype):
+    B, A = (RNG.standard_normal(shape).astype(dtype) for shape in ((300, 5), (5, 200)))
+    wide = LowRank(B.astype(np.float64), A.astype(np.float64))
+    narrow = LowRank(B, A)
+    assert narrow.singular_values().tolist() == wide.singular_values().tolist()
+    assert narrow.norm() == wide.norm()
+    large = Dense(np.full((400, 400), 300.0, dtype=np.float16))  # its squares leave float16, and its sum float32
+    assert large.norm() == pytest.approx(120_000.0, rel=1e-15)
+    assert large.singular_values()[0] == pytest.approx(120_000.0)
+
+
+def test_gauge_does_not_matter():
+    factored, M = low_rank(), RNG.standard_normal((4, 4))
+    turned = LowRank(factored.B @ M, np.linalg.inv(M) @ factored.A, factored.scale)
+    assert turned.singular_values() == pytest.approx(factored.singular_values(), rel=1e-10)
+    assert update.phi_matrix(turned.dense(), factored.dense()).diagonal() == pytest.approx(np.ones(4))
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [LowRank(np.zeros((5, 3)), np.ones((3, 4))), LowRank(np.ones((5, 0)), np.ones((0, 4))), Dense(np.zeros((5, 4)))],
+)
+def test_a_zero_update_has_no_rank_and_no_nan(zero):
+    assert zero.norm() == 0.0
+    assert not zero.singular_values().any()
+    sigma = zero.singular_values()
+    ranks = [zero.stable_rank(), zero.effective_rank(), update.entropy_rank(sigma), update.participation_rank(sigma)]
+    assert [*ranks, update.energy_rank(sigma)] == [0.0] * 5
+    assert zero.left().shape == (5, 0)
+    assert zero.right(2).shape == (4, 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_nan_stays_nan(bad):
+    B = np.ones((5, 3))
+    B[2, 1] = bad
+    for broken in (LowRank(B, RNG.standard_normal((3, 4))), Dense(B)):
+        assert np.isnan(broken.singular_values()).all()
+        assert np.isnan([broken.stable_rank(), broken.effective_rank()]).all()
+        assert not np.isfinite(broken.norm())
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            broken.left()
+    sigma = np.array([1.0, np.nan])
+    ranks = [update.entropy_rank(sigma), update.participation_rank(sigma), update.energy_rank(sigma)]
+    assert np.isnan(ranks).all()
+    healthy = low_rank(5, 4, 3)
+    assert update.spectra([LowRank(B, healthy.A), healthy])[1] == pytest.approx(healthy.singular_values())
+
+
+def test_rank_deficient_factors_span_only_what_they_span():
+    B, A = RNG.standard_normal((20, 2)), RNG.standard_normal((2, 15))
+    doubled = LowRank(np.hstack([B, B]), np.vstack([A, A]))
+    assert doubled.rank == 4
+    assert doubled.singular_values()[2:] == pytest.approx(np.zeros(2), abs=1e-13 * doubled.norm())
+    assert doubled.left().shape == (20, 2)
+    assert doubled.right(3).shape == (15, 2)
+    assert update.principal_angles(doubled.left(), LowRank(B, A).left()) == pytest.approx(np.zeros(2), abs=1e-13)
+
+
+def test_cancelling_components_keep_their_digits():
+    before, small = low_rank(30, 20, 3), low_rank(30, 20, 3)
+    after = LowRank(before.B + 1e-9 * small.B, before.A, before.scale)
+    expected = LowRank(1e-9 * small.B, before.A, before.scale).norm()
+    difference = after - before
+    assert isinstance(difference, LowRank)
+    assert difference.norm() == pytest.approx(expected, rel=1e-6)  # the plain Gram sum has no digit left here
+    assert (after - Dense(before.dense())).dense() == pytest.approx(difference.dense(), abs=1e-15)
+    assert (Dense(after.dense()) - before).dense() == pytest.approx(difference.dense(), abs=1e-15)
+
+
+def test_ranks_of_known_spectra():
+    flat, steep = np.ones(6), np.array([3.0, 1.0])
+    for rank in (update.effective_rank, update.entropy_rank, update.participation_rank, update.stable_rank):
+        assert rank(flat) == pytest.approx(6.0)
+        assert rank(1e-200 * flat) == pytest.approx(6.0)
+        assert rank(np.array([5.0, 0.0])) == pytest.approx(1.0)
+    p, q = np.array([0.75, 0.25]), np.array([0.9, 0.1])
+    assert update.effective_rank(steep) == pytest.approx(np.exp(-(p * np.log(p)).sum()))
+    assert update.entropy_rank(steep) == pytest.approx(np.exp(-(q * np.log(q)).sum()))
+    assert update.participation_rank(steep) == pytest.approx(100 / 82)
+    assert update.stable_rank(steep) == pytest.approx(10 / 9)
+    assert [update.energy_rank(steep, share) for share in (0.89, 0.9, 0.91, 1.0)] == [1, 1, 2, 2]
+    assert update.energy_rank(steep[::-1], 0.9) == 1
+    assert update.energy_rank(np.full(10, 0.1), 1.0) == 10
+
+
+def test_phi_on_the_worked_example():
+    A1, A2 = np.array([[2.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 0, 0], [0, 0, 3]])
+    assert update.phi_matrix(A1, A2) == pytest.approx(np.array([[0, 1], [0, 0.5]]), abs=1e-15)
+    assert [update.phi(A1, A2, i, j) for i, j in ((1, 1), (1, 2), (2, 1), (2, 2))] == pytest.approx([0, 1, 0, 0.5])
+    with pytest.raises(ValueError, match="ranks 2, 2"):
+        update.phi(A1, A2, 3, 1)
+    with pytest.raises(ValueError, match="ranks 2, 2"):
+        update.phi(A1, A2, 0, 1)
+
+
+def test_phi_against_its_formula_and_symmetry():
+    A1, A2 = RNG.standard_normal((4, 10)), RNG.standard_normal((6, 10))
+    V1, V2 = (np.linalg.svd(A, full_matrices=False)[2].T for A in (A1, A2))
+    expected = [[np.linalg.norm(V1[:, :i].T @ V2[:, :j]) ** 2 / min(i, j) for j in range(1, 7)] for i in range(1, 5)]
+    assert update.phi_matrix(A1, A2) == pytest.approx(np.array(expected))
+    assert update.phi_matrix(A2, A1) == pytest.approx(np.transpose(expected))
+    assert update.phi_matrix(A1, A1).diagonal() == pytest.approx(np.ones(4))
+
+
+def test_phi_of_independent_subspaces():
+    draws = [update.phi_matrix(RNG.standard_normal((8, 64)), RNG.standard_normal((16, 64))) for _ in range(200)]
+    assert np.mean(draws, axis=0)[7, 15] == pytest.approx(16 / 64, rel=0.03)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-12, 1e-9, 1e-5, 0.3, np.pi / 4, 1.2, np.pi / 2 - 1e-10, np.pi / 2])
+def test_principal_angles_are_exact_at_both_ends(angle):
+    frame = np.linalg.qr(RNG.standard_normal((9, 9)))[0]
+    U1 = frame[:, :2]
+    U2 = np.column_stack([np.cos(angle) * frame[:, 0] + np.sin(angle) * frame[:, 2], frame[:, 1], frame[:, 5]])
+    for one, other in ((U1, U2), (U2, U1)):
+        assert update.principal_angles(one, other) == pytest.approx([0.0, angle], abs=2e-15)
+
+
+def test_amplification_of_the_worked_example():
+    W, change = np.diag([3.0, 1.0]), Dense(np.diag([0.0, 2.0]))
+    assert update.projected_norm(W, change.left(), change.right()) == pytest.approx(1.0)
+    assert change.norm() / update.projected_norm(W, change.left(), change.right()) == pytest.approx(2.0)
+    top = Dense(W)
+    assert update.projected_norm(W, top.left(1), top.right(1)) == pytest.approx(3.0)
+
+
+def test_weight_norm_forms_no_product():
+    W0, factored = RNG.standard_normal((12, 9)), low_rank()
+    expected = np.linalg.norm(W0 + factored.dense())
+    assert update.weight_norm(W0, factored) == pytest.approx(expected, rel=1e-13)
+    assert update.weight_norm(W0, Dense(factored.dense())) == pytest.approx(expected, rel=1e-13)
+    assert update.weight_norm(-factored.dense(), factored) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_pair():
+    W0 = RNG.standard_normal((6, 5)).astype(np.float32)
+    W = (1.25 * W0).astype(np.float32)
+    pair = Pair(W0, W)
+    assert pair.relative_update() == pytest.approx(0.25, rel=1e-6)
+    assert pair.weight_norm() == pytest.approx(np.linalg.norm(W.astype(np.float64)), rel=1e-14)
+    assert pair.update.dense() == pytest.approx(W.astype(np.float64) - W0)
+    zero = np.zeros((2, 2))
+    assert (Pair(zero, zero).relative_update(), Pair(zero, np.eye(2)).relative_update()) == (0.0, np.inf)
+
+
+def test_neuron_cosine_on_the_worked_examples():
+    up = 1.0 - update.neuron_cosine(np.array([[1.0, 0], [0, 2], [3, 4]]), np.array([[1.0, 1], [0, 5], [4, 3]]), axis=1)
+    assert up == pytest.approx([0.70710678, 1.0, 0.96])
+    before, after = np.array([[1.0, 2, 0], [1, 0, 2]]), np.array([[1.0, 2, 1], [0, 0, 2]])
+    assert 1.0 - update.neuron_cosine(before, after, axis=0) == pytest.approx([0.70710678, 1.0, 0.89442719])
+    assert 1.0 - update.neuron_cosine(before, after, axis=1) == pytest.approx([0.91287, 0.89443], abs=1e-5)
+    w = np.array([[3.0, 4.0]])
+    assert update.neuron_cosine(w, w + 0.1 * np.array([[-4.0, 3.0]]), axis=1) == pytest.approx([1 - 1.01**-0.5])
+    assert update.neuron_cosine(w, -w, axis=1) == pytest.approx([2.0])
+    assert np.isnan(update.neuron_cosine(w, 0 * w, axis=1)).all()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_neuron_cosine_keeps_digits_that_a_cosine_loses(axis):
+    """Against 1 - cos = |u - v|^2 / 2 of unit vectors in extended precision, on more rows than one tile holds."""
+    W0 = RNG.standard_normal((700, 300)).astype(np.float32)
+    W = (W0 + np.float32(1e-4) * RNG.standard_normal(W0.shape).astype(np.float32)).astype(np.float32)
+    u, v = (x.astype(np.longdouble) for x in (W0, W))
+    u, v = (x / np.sqrt((x * x).sum(axis=axis, keepdims=True)) for x in (u, v))
+    expected = (((u - v) ** 2).sum(axis=axis) / 2).astype(np.float64)
+    assert expected.max() < 1e-8
+    assert update.neuron_cosine(W0, W, axis) == pytest.approx(expected, rel=1e-10)
+    assert update.neuron_cosine(W0, 2 * W0, axis).max() < 1e-16
+
+
+def test_torch_is_not_imported():
+    code = "import sys, lorascope.update; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -91,6 +91,29 @@ class Snapshot:
     labels: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors of one adapter, kept beside the table.
+
+    Parameters
+    ----------
+    module : str
+    arrays : mapping factor -> array
+        Such as ``{"A": (rank, in), "B": (out, rank)}``.
+    scale : float or None
+        Where the update is ``scale * B @ A``; None for any other form.
+    exact : bool
+        False where ``scale * B @ A`` stands for an update that depends on the input.
+    """
+
+    module: str
+    arrays: Mapping[str, Any]
+    scale: float | None = None
+    exact: bool = True
+
+
+Item = Record | Snapshot | Factors
+
 _LISA = "LISA, section 3.1"
 QUANTITIES: dict[str, Quantity] = {
     "loss": Quantity("training loss", "nats", definition="task loss of the step's batch, without penalties"),

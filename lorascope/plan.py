@@ -1,19 +1,26 @@
-"""What a training run depends on: W_0, and the plan from which its identity is computed."""
+"""What a training run depends on: W_0, the plan from which its identity is computed, and the claim on its folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorascope.delta import adapted
+from lorascope.heads import draw_new_weights, fit_head, weights_hash
 from lorascope.method import Method, Phase, config
 from lorascope.observe import Observer
-from lorascope.run import SCHEMA, identify
+from lorascope.run import SCHEMA, Run, identify
 from lorascope.settings import Settings
 from lorascope.tasks import Task
+
+_MARK = "_lorascope_trained"
 
 
 class Base(Mapping[str, Tensor]):
@@ -89,3 +96,58 @@ class Plan:
     def id(self) -> str:
         """The run id."""
         return identify(self.identity())
+
+
+class Mark(NamedTuple):
+    """What ``train`` leaves on a module: which recipe it ran, and W_0."""
+
+    recipe: str
+    w0_hash: str
+    base: Base
+
+    def put_on(self, model: nn.Module, recipe: str) -> None:
+        """Leave the mark on a module, for this recipe."""
+        setattr(model, _MARK, self._replace(recipe=recipe))
+
+
+def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
+    """Prepare a module for its first training; give back the mark of one that was trained before."""
+    mark = getattr(model, _MARK, None)
+    if mark is not None:
+        return mark
+    carried = adapted(model)
+    if carried:
+        raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")
+    fit_head(model, task.labels if task.kind == "classification" else None)
+    draw_new_weights(model, seed)
+    return Mark("", weights_hash(model), Base(model))
+
+
+def claim(folder: Path, plan: Plan, overwrite: bool) -> None:
+    """Make sure that a folder is free, or holds this very recipe."""
+    found = None
+    for file in (folder / "recipe.json", folder / "run.json"):
+        if file.exists() and not overwrite:
+            try:
+                found = json.loads(file.read_text())["id"]
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"{file} is not readable: mend it, or give overwrite=True") from error
+            break
+    if found is None and folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise ValueError(f"{folder} is not empty and holds no run: give another folder")
+        if not (folder / "run.json").exists() and not (folder / "recipe.json").exists():
+            raise ValueError(f"{folder} holds no run, so overwrite=True will not remove it: give another folder")
+        shutil.rmtree(folder)
+    elif found is not None and found != plan.id:
+        raise ValueError(f"{folder} holds recipe {found}, not {plan.id}: give another folder, or overwrite=True")
+
+
+def finished_run(path: Path, plan: Plan) -> Run | None:
+    """The finished run of this plan in a folder; None where it is yet to be trained or to be gone on with."""
+    if not (path / "run.json").exists():
+        return None
+    run = Run.read(path)
+    if run.id != plan.id:
+        raise ValueError(f"{path} holds run {run.id}, not {plan.id}: give another folder, or overwrite=True")
+    return run if run.finished else None

@@ -77,6 +77,11 @@ class Session:
         self.writer = RunWriter(path, self._meta(modules, parents))
 
     @property
+    def name(self) -> str:
+        """The phase, or where it has no name the method."""
+        return self.plan.phase.name or self.method.name
+
+    @property
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer may change, and what clipping covers."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

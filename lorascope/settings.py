@@ -17,13 +17,13 @@ class Settings:
     """How to train, whatever the method; the meaning of each is told in ``train``."""
 
     steps: int
-    lr: float
-    head_lr: float
+    lr: float | int
+    head_lr: float | int
     batch_size: int = 16
     schedule: str = "linear"
-    warmup: float = 0.06
-    clip: float | None = 1.0
-    weight_decay: float = 0.0
+    warmup: float | int = 0.06
+    clip: float | int | None = 1.0
+    weight_decay: float | int = 0.0
     accumulate: int = 1
     precision: str = "fp32"
     eval_every: int | None = None
@@ -76,5 +76,9 @@ class Settings:
         return factor
 
     def plain(self) -> dict[str, Any]:
-        """The JSON form."""
-        return dataclasses.asdict(self)
+        """The JSON form; 1 and 1.0 are the same setting."""
+        real = ("lr", "head_lr", "warmup", "clip", "weight_decay")
+        return {
+            name: float(value) if name in real and value is not None else value
+            for name, value in dataclasses.asdict(self).items()
+        }

@@ -1,0 +1,268 @@
+"""Tables of norms, spectra and subspaces against the sheets' worked numbers and brute force."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorascope import records
+from lorascope.analysis import norms, spectra, subspace
+from lorascope.records import Record
+from lorascope.update import Dense, LowRank
+
+MODULES = pd.DataFrame(
+    [
+        ("head", "", None, "head"),
+        ("b.1.q", "encoder", 1, "q"),
+        ("b.1.ff", "encoder", 1, "ffn_in"),
+        ("b.0", "encoder", 0, "block"),
+        ("b.0.q", "encoder", 0, "q"),
+        ("b.0.ff", "encoder", 0, "ffn_in"),
+        ("words", "", None, "embed"),
+    ],
+    columns=["module", "stack", "layer", "role"],
+).astype({"layer": "Int16"})
+
+
+def table(rows: list[tuple[int, str, str, float]], run: str = "a", modules: pd.DataFrame = MODULES) -> pd.DataFrame:
+    """A records table of (step, module, quantity, value)."""
+    return records.frame(
+        run, [(step, Record(quantity, value, module)) for step, module, quantity, value in rows], modules
+    )
+
+
+def cells(found: pd.DataFrame, *columns: str) -> dict:
+    """Cell -> value."""
+    keys = zip(*(found[column] for column in columns), strict=True)
+    return {key if len(columns) > 1 else key[0]: value for key, value in zip(keys, found["value"], strict=True)}
+
+
+def test_a_layer_of_several_tensors_has_the_norm_of_the_concatenation() -> None:
+    rows = table([(1, "b.1.q", "weight_norm", 5.0), (1, "b.1.ff", "weight_norm", 12.0)])
+    assert cells(norms.pool(norms.select(rows, "weight_norm")), "place") == {"1": 13.0}
+
+
+def test_lisas_mean_weight_norm_is_a_mean_over_steps_without_the_start() -> None:
+    rows = table(
+        [(0, "words", "weight_norm", 100.0), (1, "words", "weight_norm", 5.0), (2, "words", "weight_norm", 10.0)]
+    )
+    found = norms.mean_over_steps(norms.pool(norms.select(rows, "weight_norm")))
+    assert cells(found, "place") == {"embed": 7.5}
+
+
+def test_layers_are_pooled_before_the_mean_over_steps() -> None:
+    steps = [(1, 3.0, 4.0), (2, 5.0, 12.0)]
+    rows = table([(t, m, "weight_norm", v) for t, q, ff in steps for m, v in (("b.1.q", q), ("b.1.ff", ff))])
+    found = norms.mean_over_steps(norms.pool(norms.select(rows, "weight_norm")))
+    assert cells(found, "place") == {"1": 9.0}  # (5 + 13) / 2, not the root of the mean squares
+
+
+@pytest.mark.parametrize(("quantity", "pooled"), [("update_norm", 5.0), ("rank", 7.0), ("relative_update", 3.5)])
+def test_pooling_follows_the_quantity(quantity: str, pooled: float) -> None:
+    rows = table([(1, "b.1.q", quantity, 3.0), (1, "b.1.ff", quantity, 4.0)])
+    assert cells(norms.pool(norms.select(rows, quantity)), "place") == {"1": pooled}
+
+
+def test_a_block_row_is_never_counted_beside_its_parts() -> None:
+    rows = [(1, "b.0", "update_norm", 6.0), (1, "b.0.q", "update_norm", 3.0), (1, "b.0.ff", "update_norm", 4.0)]
+    rows += [(1, "b.1.q", "update_norm", 2.0), (2, "b.0.q", "update_norm", 1.0)]
+    selected = norms.select(table(rows), "update_norm")
+    assert cells(norms.pool(selected), "step", "place") == {(1, "0"): 6.0, (1, "1"): 2.0, (2, "0"): 1.0}
+    assert cells(norms.pool(selected, by=("role",)), "step", "role") == {
+        (1, "q"): pytest.approx(np.sqrt(13)),
+        (1, "ffn_in"): 4.0,
+        (2, "q"): 1.0,
+    }
+    assert len(norms.pool(selected, by=("module",))) == 5
+
+
+@given(values=st.lists(st.floats(0.0, 1e3), min_size=4, max_size=4))
+@settings(max_examples=30, deadline=None)
+def test_pooling_in_two_stages_is_pooling_at_once(values: list[float]) -> None:
+    names = ["b.0.q", "b.0.ff", "b.1.q", "b.1.ff"]
+    rows = table([(1, name, "update_norm", value) for name, value in zip(names, values, strict=True)])
+    layers = norms.pool(norms.select(rows, "update_norm"))["value"]
+    whole = norms.pool(norms.select(rows, "update_norm"), by=())["value"]
+    assert np.sqrt((layers**2).sum()) == pytest.approx(whole.item())
+    assert whole.item() == pytest.approx(np.linalg.norm(values))
+
+
+def test_a_cell_with_an_unknown_value_is_unknown() -> None:
+    rows = table([(1, "b.1.q", "weight_norm", np.nan), (1, "b.1.ff", "weight_norm", 4.0)])
+    assert norms.pool(norms.select(rows, "weight_norm"))["value"].isna().all()
+
+
+def test_places_run_from_embedding_to_head_whatever_the_order_of_the_rows() -> None:
+    rows = table([(1, module, "update_norm", 1.0) for module in MODULES["module"]])
+    assert list(norms.select(rows, "update_norm")["place"].cat.categories) == ["embed", "0", "1", "head"]
+
+
+def test_places_name_the_stack_only_where_there_are_two() -> None:
+    places = [("d", "decoder", 0, "q"), ("n", "decoder", None, "norm"), ("e", "encoder", 10, "q")]
+    modules = pd.DataFrame(
+        [*places, ("f", "encoder", 9, "q"), ("m", "encoder", None, "norm"), ("w", "", None, "embed")],
+        columns=["module", "stack", "layer", "role"],
+    ).astype({"layer": "Int16"})
+    rows = table([(1, module, "update_norm", 1.0) for module in modules["module"]], modules=modules)
+    order = list(norms.place(rows).cat.categories)
+    assert order[:4] == ["embed", "encoder 9", "encoder 10", "decoder 0"]
+    assert set(order[4:]) == {"encoder norm", "decoder norm"}
+
+
+def test_last_takes_each_runs_own_last_step() -> None:
+    both = records.concat(
+        [
+            table([(1, "words", "update_norm", 1.0), (5, "words", "update_norm", 2.0)], "a"),
+            table([(1, "words", "update_norm", 3.0), (7, "head", "weight_norm", 9.0)], "b"),
+            table([(-1, "words", "update_norm", 4.0)], "folder"),
+        ]
+    )
+    assert cells(norms.last(both), "run", "module") == {
+        ("a", "words"): 2.0,
+        ("b", "words"): 3.0,
+        ("b", "head"): 9.0,
+        ("folder", "words"): 4.0,
+    }
+
+
+def test_growth_is_the_value_minus_the_one_at_the_start() -> None:
+    start = [(0, "words", "adapter_norm", 110.0), (0, "b.1.q", "adapter_norm", 2.0)]
+    rows = table([*start, (9, "words", "adapter_norm", 110.5), (9, "b.1.q", "adapter_norm", 3.0)])
+    found = norms.since_start(norms.pool(norms.select(rows, "adapter_norm")))
+    assert cells(found, "step", "place") == {(0, "embed"): 0, (0, "1"): 0, (9, "embed"): 0.5, (9, "1"): 1.0}
+
+
+def test_growth_without_a_start_is_refused() -> None:
+    rows = table(
+        [(0, "words", "adapter_norm", 1.0), (9, "words", "adapter_norm", 1.0), (9, "head", "adapter_norm", 1.0)]
+    )
+    with pytest.raises(ValueError, match="step 0"):
+        norms.since_start(norms.pool(norms.select(rows, "adapter_norm")))
+
+
+def test_ratio_is_to_the_median_of_the_blocks_of_the_same_run_and_step() -> None:
+    rows = [(1, "words", "update_norm", 8.0), (1, "b.0.q", "update_norm", 1.0), (1, "b.1.q", "update_norm", 3.0)]
+    rows += [(2, "words", "update_norm", 5.0), (2, "b.0.q", "update_norm", 5.0)]
+    found = norms.ratio_to_block_median(norms.pool(norms.select(table(rows), "update_norm")))
+    assert cells(found, "step", "place") == {
+        (1, "embed"): 4.0,
+        (1, "0"): 0.5,
+        (1, "1"): 1.5,
+        (2, "embed"): 1.0,
+        (2, "0"): 1.0,
+    }
+
+
+def test_frames_are_spread_over_the_steps_all_runs_share() -> None:
+    def steps(run: str, recorded: range) -> pd.DataFrame:
+        return table([(step, "words", "update_norm", 1.0) for step in recorded], run)
+
+    both = records.concat([steps("a", range(0, 101, 10)), steps("b", range(0, 101, 5))])
+    assert sorted(set(norms.frames(both, 3)["step"])) == [0, 50, 100]
+    assert sorted(set(norms.frames(both, 99)["step"])) == list(range(0, 101, 10))
+    with pytest.raises(ValueError, match="no common step"):
+        norms.frames(records.concat([steps("a", range(1, 3)), steps("b", range(5, 7))]), 3)
+
+
+def test_a_quantity_that_is_not_there_is_named() -> None:
+    with pytest.raises(ValueError, match="no step_norm"):
+        norms.select(table([(1, "words", "update_norm", 1.0)]), "step_norm")
+
+
+@pytest.fixture
+def updates() -> dict[str, LowRank | Dense]:
+    """Updates with known spectra 4, 3 and 5, 0 and nothing, in rotated bases."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 2)))[0] for n in (7, 5))
+    return {
+        "factors": LowRank(2.0 * left, np.diag([2.0, 1.5]) @ right.T, 1.0),
+        "matrix": Dense(5.0 * np.outer(left[:, 0], right[:, 1])),
+        "zero": LowRank(np.zeros((7, 2)), right.T, 1.0),
+    }
+
+
+def test_spectrum_has_sigma_and_its_share_of_energy(updates: dict[str, LowRank | Dense]) -> None:
+    found = spectra.spectrum(updates).set_index(["module", "component"])
+    assert found.loc["factors", "sigma"].to_dict() == pytest.approx({1: 4.0, 2: 3.0})
+    assert found.loc["factors", "energy"].to_dict() == pytest.approx({1: 16 / 25, 2: 1.0})
+    assert found.loc["matrix", "sigma"].tolist() == pytest.approx([5.0, 0, 0, 0, 0], abs=1e-6)
+    assert found.loc["zero", "energy"].tolist() == [0.0, 0.0]
+
+
+def test_ranks_are_told_apart(updates: dict[str, LowRank | Dense]) -> None:
+    found = spectra.ranks(updates).set_index("module")
+    p, e = np.array([4, 3]) / 7, np.array([16, 9]) / 25
+    assert found.loc["factors"].to_dict() == pytest.approx(
+        {
+            "update_norm": 5.0,
+            "rank": 2,
+            "stable_rank": 25 / 16,
+            "effective_rank": np.exp(-(p * np.log(p)).sum()),
+            "entropy_rank": np.exp(-(e * np.log(e)).sum()),
+            "participation_rank": 25**2 / (4**4 + 3**4),
+            "energy_rank": 2,
+        }
+    )
+    assert found.loc["matrix", "effective_rank"] == pytest.approx(1.0, abs=1e-5)
+    assert (found.loc["zero"].drop("rank") == 0).all()
+
+
+def test_no_update_has_no_spectrum() -> None:
+    with pytest.raises(ValueError, match="no module is adapted"):
+        spectra.spectrum({})
+
+
+def test_similarity_of_the_hand_example() -> None:
+    found = subspace.similarity(np.array([[2.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 0, 0], [0, 0, 3]]))
+    values = {(row.i, row.j): row.phi for row in found.itertuples()}
+    assert values == pytest.approx({(1, 1): 0.0, (1, 2): 1.0, (2, 1): 0.0, (2, 2): 0.5})
+    assert found["phi_random"].tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3])
+
+
+def test_random_subspaces_meet_as_often_as_the_baseline_says() -> None:
+    rng = np.random.default_rng(1)
+    draws = [subspace.similarity(rng.normal(size=(4, 64)), rng.normal(size=(16, 64))) for _ in range(300)]
+    mean = sum(draw["phi"] for draw in draws) / len(draws)
+    assert mean.to_numpy() == pytest.approx(draws[0]["phi_random"].to_numpy(), abs=0.015)
+
+
+def test_directions_of_the_update_do_not_depend_on_its_factors() -> None:
+    rng = np.random.default_rng(2)
+    B, A, other = rng.normal(size=(6, 3)), rng.normal(size=(3, 8)), rng.normal(size=(3, 8))
+    mix = rng.normal(size=(3, 3))
+    one, same = LowRank(B, A), LowRank(B @ mix, np.linalg.solve(mix, A))
+    against = LowRank(B, other)
+    unchanged = {
+        side: np.allclose(
+            subspace.between({"m": one}, {"m": against}, "m", side)["phi"],
+            subspace.between({"m": same}, {"m": against}, "m", side)["phi"],
+        )
+        for side in ("A", "B", "update")
+    }
+    assert unchanged == {"A": False, "B": False, "update": True}
+
+
+@pytest.mark.parametrize(("side", "dimension"), [("A", 8), ("B", 6), ("update", 8)])
+def test_a_run_shares_all_directions_with_itself(side: str, dimension: int) -> None:
+    rng = np.random.default_rng(3)
+    change = {"m": LowRank(rng.normal(size=(6, 3)), rng.normal(size=(3, 8)))}
+    found = subspace.between(change, change, "m", side).set_index(["i", "j"])
+    assert [found.loc[(i, i), "phi"] for i in (1, 2, 3)] == pytest.approx([1, 1, 1])
+    assert found.loc[(1, 3), "phi_random"] == pytest.approx(3 / dimension)
+
+
+def test_a_module_of_one_run_only_cannot_be_compared() -> None:
+    change = LowRank(np.eye(3), np.eye(3))
+    with pytest.raises(ValueError, match=r"'m' is not adapted in both runs; these are: n"):
+        subspace.between({"m": change, "n": change}, {"n": change}, "m")
+
+
+def test_principal_angles_of_planted_planes() -> None:
+    turned = np.array([[1.0, 0, 0, 0], [0, np.cos(0.3), np.sin(0.3), 0]])
+    first, second = Dense(np.diag([3.0, 2, 0, 0])), LowRank(np.eye(4)[:, [0, 3]], turned)
+    found = subspace.angles(first, second).set_index(["side", "component"])["degrees"]
+    assert found["in"].tolist() == pytest.approx([0.0, np.degrees(0.3)], abs=1e-6)
+    assert found["out"].tolist() == pytest.approx([0.0, 90.0], abs=1e-6)

@@ -1,0 +1,32 @@
+"""The weight of a module as the matrix of its linear map, and as a numpy array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def host_weight(module: Any) -> Float[Tensor, "out in"]:
+    """The weight as (out, in), a view of what the module stores; a convolution's kernel is unfolded into ``in``."""
+    return oriented(module, module.weight)
+
+
+def host_bias(module: Any) -> Float[Tensor, "out"] | None:
+    """The bias, or None."""
+    return getattr(module, "bias", None)
+
+
+def oriented(module: Any, weight: Float[Tensor, "..."]) -> Float[Tensor, "out in"]:
+    """A tensor laid out as the module's weight, seen as (out, in)."""
+    return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
+
+
+def to_array(tensor: Tensor) -> Float[np.ndarray, "..."]:
+    """A copy in numpy, which knows no bfloat16: that becomes float32."""
+    tensor = tensor.detach()
+    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu())

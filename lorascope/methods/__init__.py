@@ -1,0 +1,7 @@
+"""The methods, one file a paper; a new one adds its import line here."""
+
+from lorascope.method import METHODS
+from lorascope.methods.full import Full
+from lorascope.methods.lora import LoRA
+
+__all__ = ["METHODS", "Full", "LoRA"]

@@ -1,0 +1,133 @@
+"""LoRA: a frozen weight plus a trained product of two thin matrices.
+
+    W = W_0 + s B A,    s = alpha / rank,    y = W_0 x + b + s B A dropout(x)
+
+B starts at zero, so training starts at the pre-trained model, and its first step moves B alone.
+
+=========  ==========================================================
+paper      here
+=========  ==========================================================
+r          ``rank``
+alpha      ``alpha``
+A, B       the factors ``A`` (rank, in), ``B`` (out, rank)
+=========  ==========================================================
+
+Source: LoRA (arXiv 2106.09685), section 4.1; rates of table 9 (RoBERTa-base on GLUE). ``rslora``: Kalajdzievski (arXiv
+2312.03732), s = alpha / sqrt(rank).
+
+Departs: A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code and in PEFT; the paper says Gaussian
+and gives no deviation. On an embedding A is zero and B standard normal, as in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorascope import names
+from lorascope.delta import Delta, attach, host_weight, to_array
+from lorascope.method import Method, train_adapters
+from lorascope.update import LowRank
+
+
+@dataclass(kw_only=True)
+class LoRA(Method, name="lora"):
+    """Low-rank adaptation with the same rank everywhere, or one chosen for each module.
+
+    Parameters
+    ----------
+    rank : int or mapping module name -> int
+        A mapping names the modules itself, ``targets`` is then not asked; rank 0 leaves a module alone.
+    alpha : float
+        The update is scaled by alpha / rank.
+    dropout : float
+        Share of the input dropped on the way into A.
+    targets : str or tuple of str
+        Roles, "all-linear", module names or a regular expression; see ``names.match``.
+    rslora : bool
+        Scale by alpha / sqrt(rank).
+    """
+
+    rank: int | Mapping[str, int] = 8
+    alpha: float | int = 8.0
+    dropout: float | int = 0.0
+    targets: str | tuple[str, ...] = ("q", "v")
+    rslora: bool = False
+    lr: float | int = 5e-4
+    head_lr: float | int = 5e-4
+
+    def attach(self, model: nn.Module) -> None:
+        """Adapt the targets; leave adapters and head trainable."""
+        ranks = self._ranks(model)
+        attach(model, {name: self._delta(model.get_submodule(name), rank) for name, rank in ranks.items()})
+        train_adapters(model)
+
+    def _ranks(self, model: nn.Module) -> dict[str, int]:
+        description = names.describe(model)
+        if isinstance(self.rank, int):
+            return dict.fromkeys(names.match(description, self.targets), self.rank)
+        return {name: self.rank[name] for name in names.match(description, tuple(self.rank)) if self.rank[name]}
+
+    def _delta(self, host: nn.Module, rank: int) -> LoRADelta:
+        if rank < 1:
+            raise ValueError(f"rank {rank} is no rank: it counts components, 1 or more")
+        scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
+        return LoRADelta(host, rank, scale, self.dropout)
+
+
+class LoRADelta(Delta):
+    """The update scale * B A of one module.
+
+    Parameters
+    ----------
+    host : Module
+        Gives shape, dtype and device of the factors.
+    rank : int
+    scale : float
+    dropout : float
+        On the input of A; an embedding has none.
+    """
+
+    def __init__(self, host: nn.Module, rank: int, scale: float | int = 1.0, dropout: float | int = 0.0) -> None:
+        super().__init__()
+        weight = host_weight(host)
+        out_features, in_features = weight.shape
+        self.scale = float(scale)
+        self.dropout = float(dropout)
+        self.padding: int | None = host.padding_idx if isinstance(host, nn.Embedding) else None
+        self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=weight.dtype))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=weight.dtype))
+        if isinstance(host, nn.Embedding):
+            nn.init.normal_(self.B)
+        else:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        return self.scale * (self.B @ self.A)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
+        if x.is_floating_point():
+            hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        else:
+            hidden = F.embedding(x, self.A.T, self.padding)
+        return self.scale * F.linear(hidden, self.B)
+
+    def affine(
+        self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        """As the base class, but the second product adds onto the host's output: one pass over it less."""
+        flat = x.reshape(-1, x.shape[-1])
+        hidden = F.linear(F.dropout(flat, self.dropout, self.training), self.A)
+        return torch.addmm(F.linear(flat, W, b), hidden, self.B.T, alpha=self.scale).view(*x.shape[:-1], W.shape[0])
+
+    def update(self) -> LowRank:
+        return LowRank(to_array(self.B), to_array(self.A), self.scale)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"

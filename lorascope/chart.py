@@ -10,180 +10,44 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pandas as pd
-from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
+from lorascope.marks import (
+    Axis,
+    Band,
+    Bar,
+    Heat,
+    Line,
+    Mark,
+    Point,
+    Rule,
+    Span,
+    Text,
+    check_columns,
+    check_unique,
+    is_number,
+    missing,
+)
 
-@dataclass(frozen=True, kw_only=True)
-class Axis:
-    """What one axis shows.
-
-    Parameters
-    ----------
-    label : str
-        Quantity and unit, in plain text. Panels whose axes share a label share their range.
-    order : iterable, optional
-        Categories in the order they are drawn; makes the axis categorical. Categories of y run from top to bottom,
-        as the rows of a table do. Values of the data that it does not name follow after it.
-    log : bool
-        Logarithmic; values of zero and below have no place on it and leave a gap.
-    limits : (low, high), optional
-        Ends of a numeric axis; None at either end takes it from the data.
-    ticks : mapping, optional
-        Value (or category) -> text of the only ticks.
-    """
-
-    label: str = ""
-    order: Iterable[Any] | None = None
-    log: bool = False
-    limits: Sequence[float | int | None] | None = None
-    ticks: Mapping[Any, str] | None = None
-
-    def __post_init__(self) -> None:
-        if self.order is not None:
-            object.__setattr__(self, "order", tuple(self.order))
-
-
-@dataclass(frozen=True)
-class Mark:
-    """Something drawn from the rows of a table; the fields in ``encodings`` name columns of it."""
-
-    encodings: ClassVar[tuple[str, ...]] = ()
-    names: ClassVar[tuple[str, ...]] = ("color", "dash", "shape")  # encodings whose values are always categories
-
-    def columns(self) -> dict[str, str]:
-        """Encoding -> column, for those in use."""
-        return {name: getattr(self, name) for name in self.encodings if getattr(self, name) is not None}
-
-    def check(self) -> None:
-        """Refuse settings that contradict one another."""
-
-
-@dataclass(frozen=True)
-class Line(Mark):
-    """A line through the rows in order of x, one for each colour and dash."""
-
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "dash")
-    x: str
-    y: str
-    color: str | None = None
-    dash: str | None = None
-    data: pd.DataFrame | None = None
-
-
-@dataclass(frozen=True)
-class Band(Mark):
-    """The area between low and high, one for each colour."""
-
-    encodings: ClassVar[tuple[str, ...]] = ("x", "low", "high", "color")
-    x: str
-    low: str
-    high: str
-    color: str | None = None
-    data: pd.DataFrame | None = None
-
-
-@dataclass(frozen=True)
-class Point(Mark):
-    """A dot a row; low and high are the ends of its error bar (not their distances), along the numeric axis.
-
-    The area of a dot grows with the column ``size``.
-    """
-
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "shape", "size", "low", "high")
-    x: str
-    y: str
-    color: str | None = None
-    shape: str | None = None
-    size: str | None = None
-    low: str | None = None
-    high: str | None = None
-    data: pd.DataFrame | None = None
-
-    def check(self) -> None:
-        _check_interval(self)
-
-
-@dataclass(frozen=True)
-class Bar(Mark):
-    """A bar a row, those of one place side by side or stacked; it lies down where y holds categories and x numbers.
-
-    Low and high are the ends of its error bar, not their distances.
-    """
-
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "low", "high")
-    x: str
-    y: str
-    color: str | None = None
-    mode: str = "group"
-    low: str | None = None
-    high: str | None = None
-    data: pd.DataFrame | None = None
-
-    def check(self) -> None:
-        _check_choice("mode", self.mode, ("group", "stack"))
-        _check_interval(self)
-
-
-@dataclass(frozen=True)
-class Heat(Mark):
-    """A coloured cell a row; cells without a row, or with NaN, are hatched: unknown is not zero.
-
-    Both axes are categorical. ``label`` names the colour bar, ``text`` is a format such as ".2f" for numbers in the
-    cells, ``limits`` the ends of the colours. The diverging scale is centred at zero.
-    """
-
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "value")
-    names: ClassVar[tuple[str, ...]] = ("x", "y")
-    x: str
-    y: str
-    value: str
-    label: str = ""
-    text: str | None = None
-    scale: str = "sequence"
-    log: bool = False
-    limits: Sequence[float | int] | None = None
-    data: pd.DataFrame | None = None
-
-    def check(self) -> None:
-        _check_choice("scale", self.scale, ("sequence", "diverging"))
-        if self.log and self.scale == "diverging":
-            raise ValueError("a diverging scale is centred at zero and cannot be logarithmic: leave out one of the two")
-
-
-@dataclass(frozen=True)
-class Rule(Mark):
-    """A straight line across the panel at the value x, or at the value y."""
-
-    x: Any = None
-    y: Any = None
-    label: str = ""
-
-    def check(self) -> None:
-        if (self.x is None) == (self.y is None):
-            raise ValueError(f"a rule stands at one value, x or y; got x={self.x!r}, y={self.y!r}")
-
-
-@dataclass(frozen=True)
-class Span(Mark):
-    """The stretch of the x axis from the value x0 to the value x1, shaded."""
-
-    x0: Any
-    x1: Any
-    label: str = ""
-
-
-@dataclass(frozen=True)
-class Text(Mark):
-    """The words of column ``text``, one a row."""
-
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "text")
-    x: str
-    y: str
-    text: str
-    data: pd.DataFrame | None = None
+__all__ = [
+    "Axis",
+    "Band",
+    "Bar",
+    "Chart",
+    "Drawable",
+    "Heat",
+    "Line",
+    "Mark",
+    "Panels",
+    "Point",
+    "Rule",
+    "Span",
+    "Text",
+    "above",
+    "beside",
+]
 
 
 class Drawable:
@@ -278,14 +142,22 @@ class Chart(Drawable):
         object.__setattr__(self, "data", self.data.copy(deep=False))  # copy on write: later edits do not reach us
         object.__setattr__(self, "marks", tuple(self.marks))
         object.__setattr__(self, "colors", None if self.colors is None else tuple(self.colors))
-        if self.frame is not None and self.frame not in self.data:
-            raise ValueError(_missing("frame", self.frame, self.data))
+        if self.frame is not None:
+            if self.frame not in self.data:
+                raise ValueError(missing("frame", self.frame, self.data))
+            if self.data[self.frame].isna().any():
+                raise ValueError(f"frame: column {self.frame!r} has missing values")
         for mark in self.marks:
             mark.check()
-            _check_columns(mark, self.table(mark), self.frame)
+            check_columns(mark, self.table(mark))
+        if sum(isinstance(mark, Heat) for mark in self.marks) > 1:
+            raise ValueError("a chart holds one heat; set two charts beside each other")
+        for mark in self.marks:
+            if isinstance(mark, Bar | Heat):
+                check_unique(mark, self.table(mark), self._place(mark))
 
     def __repr__(self) -> str:
-        marks = ", ".join(type(mark).__name__.lower() for mark in self.marks)
+        marks = ", ".join(mark.kind for mark in self.marks)
         return f"Chart({self.title!r}: {marks}; {len(self.data)} rows)"
 
     def rows(self) -> tuple[tuple[Chart, ...], ...]:
@@ -295,6 +167,31 @@ class Chart(Drawable):
         """The table that a mark is drawn from."""
         own = getattr(mark, "data", None)
         return self.data if own is None else own
+
+    def is_categorical(self, letter: str) -> bool:
+        """Whether axis "x" or "y" holds categories: it has an order or a heat, or its columns are not all numbers."""
+        columns = [self.table(mark)[mark.columns()[letter]] for mark in self.marks if letter in mark.columns()]
+        return (
+            getattr(self, letter).order is not None
+            or any(isinstance(mark, Heat) for mark in self.marks)
+            or not all(map(is_number, columns))
+        )
+
+    @property
+    def is_lying(self) -> bool:
+        """Whether bars and error bars run along x: y holds categories and x numbers."""
+        return self.is_categorical("y") and not self.is_categorical("x")
+
+    def _place(self, mark: Bar | Heat) -> list[str]:
+        """The columns that say where a bar or a cell is drawn."""
+        if isinstance(mark, Heat):
+            place = [mark.x, mark.y]
+        else:
+            along = "x" if self.is_lying else "y"
+            if self.is_categorical(along):
+                raise ValueError(f"bar {along}: column {getattr(mark, along)!r} holds no numbers to draw a length from")
+            place = [mark.y if self.is_lying else mark.x, *([mark.color] if mark.color is not None else [])]
+        return [*place, self.frame] if self.frame is not None and self.frame in self.table(mark) else place
 
     def at(self, value: Any) -> Chart:
         """The chart of one frame alone."""
@@ -343,45 +240,3 @@ def beside(*parts: Drawable) -> Panels:
 def above(*parts: Drawable) -> Panels:
     """Set charts or panels one above the other, the first on top."""
     return Panels(sum((part.rows() for part in parts), ()))
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(choices)}")
-
-
-def _check_interval(mark: Point | Bar) -> None:
-    if (mark.low is None) != (mark.high is None):
-        raise ValueError(f"an error bar has two ends; got low={mark.low!r}, high={mark.high!r}")
-
-
-def _check_columns(mark: Mark, table: pd.DataFrame, frame: str | None) -> None:
-    """Refuse a mark whose columns are missing, or hold what it cannot draw."""
-    kind = type(mark).__name__.lower()
-    for encoding, column in mark.columns().items():
-        if column not in table:
-            raise ValueError(_missing(f"{kind} {encoding}", column, table))
-        if (encoding in mark.names or not is_number(table[column])) and (gaps := int(table[column].isna().sum())):
-            raise ValueError(f"{kind} {encoding}: column {column!r} has {gaps} missing values; name them to draw them")
-    if isinstance(mark, Heat | Bar):
-        value = "value" if isinstance(mark, Heat) else "y"
-        place = [column for encoding, column in mark.columns().items() if encoding in ("x", "y", "color")]
-        if value == "y" and is_number(table[mark.y]):
-            place.remove(mark.y)
-        elif value == "y":
-            place.remove(mark.x)
-        if frame in table:
-            place.append(frame)
-        doubled = table.duplicated(list(dict.fromkeys(place)))
-        if doubled.any():
-            first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, place].iloc[0].items())
-            raise ValueError(f"{kind}: several rows for {first}; aggregate them first")
-
-
-def _missing(what: str, column: str, table: pd.DataFrame) -> str:
-    return f"{what}: no column {column!r}; the data has {', '.join(map(str, table.columns))}"
-
-
-def is_number(values: pd.Series) -> bool:
-    """Whether a column is drawn on a numeric axis: numbers, but not truth values."""
-    return is_numeric_dtype(values) and not is_bool_dtype(values)

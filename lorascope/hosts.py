@@ -29,4 +29,4 @@ def oriented(module: Any, weight: Float[Tensor, "..."]) -> Float[Tensor, "out in
 def to_array(tensor: Tensor) -> Float[np.ndarray, "..."]:
     """A copy in numpy, which knows no bfloat16: that becomes float32."""
     tensor = tensor.detach()
-    return np.array((tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu())
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy().copy()

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.delta import adapted, host_weight
+from lorascope.delta import adapted, host_weight, to_array
 from lorascope.method import Step
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
@@ -83,7 +83,7 @@ def factors_of(model: nn.Module) -> list[Factors]:
     kept = []
     for module, delta in adapted(model).items():
         update = delta.update()
-        arrays = {name: factor.detach().float().cpu().numpy() for name, factor in delta.factors().items()}
+        arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
         scale = float(update.scale) if isinstance(update, LowRank) else None
         kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
     return kept

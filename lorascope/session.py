@@ -265,8 +265,8 @@ class Session:
         meta = self.writer.meta
         meta["states"] = states
         meta["test"] = {"name": score.name, "metric": score.metric, "loss": score.loss, "groups": groups}
-        meta["seconds"] = self.seconds
-        meta["total_seconds"] += self.seconds
+        meta["seconds"] = seconds = self.seconds
+        meta["total_seconds"] += seconds
         run = self.writer.finish("done")
         shutil.rmtree(self.path / "resume", ignore_errors=True)
         return run

@@ -1,0 +1,85 @@
+"""Tiny models with tokenizers in a folder, and a tiny task: what training tests need."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lorascope import tasks
+from lorascope.models import load
+
+GOOD = ["fine", "great", "lovely", "superb"]
+BAD = ["awful", "boring", "dreadful", "poor"]
+FILLER = ["the", "film", "plot", "was", "a", "very", "rather", "it", "and", "music"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    words = [
+        "[PAD]",
+        "[BOS]",
+        "[EOS]",
+        "[UNK]",
+        *GOOD,
+        *BAD,
+        *FILLER,
+        "positive",
+        "negative",
+        "Review",
+        ":",
+        "Sentiment",
+    ]
+    core = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]"
+    )
+
+
+def tiny_folder(path: Path, family: str, head: str | None = None) -> str:
+    model = tiny(family, head) if head else tiny(family)
+    model.save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory) -> str:
+    """Folder of a tiny BERT without a head, with a tokenizer."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "bert", "bert", "base")
+
+
+@pytest.fixture(scope="session")
+def gpt2(tmp_path_factory) -> str:
+    """Folder of a tiny GPT-2 with its LM head, tied and with Conv1D."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "gpt2", "gpt2")
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> str:
+    """Folder of a tiny LLaMA with its LM head."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def task() -> tasks.Task:
+    """Short reviews whose label is told by one word, in two domains."""
+    draw = random.Random(0)
+    rows = []
+    for number in range(300):
+        label = draw.choice(["negative", "positive"])
+        words = draw.choices(FILLER, k=draw.randint(3, 7))
+        words.insert(draw.randrange(len(words)), draw.choice(GOOD if label == "positive" else BAD))
+        rows.append({"text": " ".join(words), "label": label, "group": "film" if number % 2 else "music"})
+    return tasks.from_frame(pd.DataFrame(rows), "toy")
+
+
+@pytest.fixture
+def fresh_bert(bert, task):
+    """A freshly loaded tiny BERT classifier."""
+    return load(bert, task=task)

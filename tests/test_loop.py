@@ -1,0 +1,490 @@
+"""Training: order of the loop, accumulation, phases, identity, bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+import lorascope as ls
+from lorascope import delta, models, tasks
+from lorascope.method import Method, Phase
+from lorascope.methods import Full, LoRA
+from lorascope.run import Run
+
+FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
+
+
+def parameters(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def test_full_training_equals_a_loop_written_out(fresh_bert, task, tmp_path):
+    """Oracle: the same updates by torch alone, on the batches that the loop says it uses."""
+    without_dropout(fresh_bert)
+    reference = copy.deepcopy(fresh_bert)
+    seen = []
+
+    @dataclass(kw_only=True)
+    class Watching(Full):
+        def before_step(self, step):
+            seen.append({key: value.clone() for key, value in step.batch.items()})
+
+    ls.train(
+        fresh_bert, task, Watching(lr=1e-3, head_lr=1e-2), out=tmp_path / "run", warmup=0, schedule="linear", **FAST
+    )
+
+    from lorascope.heads import draw_new_weights
+
+    draw_new_weights(reference, seed=0)
+    head = [p for n, p in reference.named_parameters() if n.startswith("classifier")]
+    body = [p for n, p in reference.named_parameters() if not n.startswith("classifier")]
+    optimizer = torch.optim.AdamW([{"params": body, "lr": 1e-3}, {"params": head, "lr": 1e-2}], weight_decay=0.0)
+    start = [group["lr"] for group in optimizer.param_groups]
+    reference.train()
+    for index, batch in enumerate(seen):
+        for group, rate in zip(optimizer.param_groups, start, strict=True):
+            group["lr"] = rate * (6 - index) / 6
+        optimizer.zero_grad()
+        reference(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0)
+        optimizer.step()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(fresh_bert.get_parameter(name), parameter, rtol=1e-5, atol=1e-7)
+
+
+def test_batches_visit_every_row_once_an_epoch(fresh_bert, task, tmp_path):
+    rows = []
+
+    @dataclass(kw_only=True)
+    class Counting(Full):
+        def before_step(self, step):
+            rows.extend(map(tuple, step.batch["input_ids"].tolist()))
+
+    total = len(task.split("train"))
+    run = ls.train(fresh_bert, task, Counting(), out=tmp_path / "run", **FAST | {"steps": math.ceil(2 * total / 8)})
+    strip = [tuple(token for token in row if token) for row in rows]
+    first, second = strip[:total], strip[total : 2 * total]
+    assert sorted(first) == sorted(second)
+    assert first != second
+    assert run.table.query("quantity == 'loss'").shape[0] == math.ceil(2 * total / 8)
+
+
+def test_accumulation_gives_the_same_update(bert, task, tmp_path):
+    results = []
+    for accumulate in (1, 2, 4):
+        model = without_dropout(models.load(bert, task=task))
+        ls.train(model, task, LoRA(lr=1e-2), accumulate=accumulate, out=tmp_path / str(accumulate), **FAST)
+        results.append(parameters(model))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_accumulation_weighs_tokens_not_parts(gpt2, task, tmp_path):
+    """Texts of different lengths: the mean over parts would not be the mean over tokens."""
+    texts = tasks.from_frame(task.table[["text"]], "texts")
+    results = []
+    for accumulate in (1, 4):
+        model = without_dropout(models.load(gpt2))
+        run = ls.train(model, texts, Full(lr=1e-3), accumulate=accumulate, out=tmp_path / str(accumulate), **FAST)
+        results.append(run.table.query("quantity == 'loss'")["value"].to_numpy())
+    torch.testing.assert_close(torch.tensor(results[0]), torch.tensor(results[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_loop(fresh_bert, task, tmp_path):
+    calls = []
+
+    @dataclass(kw_only=True)
+    class Ordered(Full):
+        def before_step(self, step):
+            calls.append(("before", step.index, step.finished))
+
+        def after_backward(self, step):
+            assert all(p.grad is not None for p in step.optimizer.param_groups[0]["params"][:1])
+            calls.append(("backward", step.index, step.finished))
+
+        def after_step(self, step):
+            assert step.optimizer.param_groups[0]["params"][0].grad is not None
+            calls.append(("after", step.index, step.finished))
+
+        def records(self, step):
+            calls.append(("records", step.index, step.finished))
+            return ()
+
+    ls.train(fresh_bert, task, Ordered(), out=tmp_path / "run", **FAST | {"steps": 2})
+    assert calls == [
+        ("records", -1, 0),
+        *[(name, i, i + 1) for i in range(2) for name in ("before", "backward", "after", "records")],
+    ]
+
+
+def test_only_the_optimizers_groups_train(fresh_bert, task, tmp_path):
+    @dataclass(kw_only=True)
+    class HeadOnly(Method):
+        def attach(self, model):
+            model.requires_grad_(False)
+            model.classifier.requires_grad_(True)
+
+    before = parameters(fresh_bert)
+    ls.train(fresh_bert, task, HeadOnly(), out=tmp_path / "run", **FAST)
+    changed = {name for name, value in parameters(fresh_bert).items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_a_penalty_stays_out_of_the_loss(bert, task, tmp_path):
+    @dataclass(kw_only=True)
+    class Penalised(LoRA):
+        strength: float = 0.0
+
+        def after_backward(self, step):
+            if self.strength:
+                (self.strength * sum(p.square().sum() for p in step.optimizer.param_groups[0]["params"])).backward()
+
+    losses = []
+    for strength in (0.0, 1e3):
+        model = models.load(bert, task=task)
+        run = ls.train(model, task, Penalised(strength=strength), out=tmp_path / str(strength), **FAST | {"clip": None})
+        losses.append(run.table.query("quantity == 'loss'")["value"].iloc[0])
+    assert losses[0] == losses[1]  # the first loss is taken before the penalty could move anything
+
+
+def test_a_method_of_two_phases(bert, task, tmp_path):
+    """Each phase starts from the same W_0, the second from what the first found."""
+    starts, answers = [], []
+
+    @dataclass(kw_only=True)
+    class Search(Full):
+        def attach(self, model):
+            super().attach(model)
+            starts.append(parameters(model))
+
+    @dataclass(kw_only=True)
+    class TwoPhases(Search):
+        def phases(self, base):
+            found = yield Phase(Search(lr=1e-2), "search", steps=3)
+            answers.append(found)
+            largest = found.summary().query("role == 'q'").nlargest(1, "update_norm")["module"].tolist()
+            yield Phase(LoRA(rank=2, targets=tuple(largest)), "retrain")
+
+    model = models.load(bert, task=task)
+    before = parameters(model)
+    run = ls.train(model, task, TwoPhases(), out=tmp_path / "run", **FAST)
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["phases"] == ["1-search", "2-retrain"]
+    assert [answers[0].meta["settings"]["steps"], run.meta["settings"]["steps"]] == [3, 6]
+    assert run.parents[0].id == answers[0].id
+    assert run.meta["method"]["name"] == "lora"
+    assert run.meta["recipe"]["name"] == "twophases"
+    assert run.meta["total_seconds"] == pytest.approx(answers[0].meta["seconds"] + run.meta["seconds"])
+    assert ls.load(tmp_path / "run").id == run.id
+    adapted = set(delta.adapted(model))
+    for name, value in parameters(model).items():
+        if ".delta." not in name and not name.startswith("classifier"):
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+    assert len(adapted) == 1
+
+    # the same call on a fresh model finds both phases on the disk and trains nothing
+    again = models.load(bert, task=task)
+    answers.clear()
+    starts.clear()
+    stored = ls.train(again, task, TwoPhases(), out=tmp_path / "run", **FAST)
+    assert stored.id == run.id
+    assert starts == []
+    for name, value in parameters(again).items():
+        torch.testing.assert_close(value, model.get_parameter(name), rtol=0, atol=0)
+
+
+def test_step_loss_is_exact_twice_differentiable_and_leaves_no_trace(bert, task, tmp_path):
+    """A toy second-order method: Hessian-vector product by autograd against a finite difference of gradients."""
+    checks = []
+
+    @dataclass(kw_only=True)
+    class SecondOrder(LoRA):
+        search_share: float = 0.3
+
+        def before_step(self, step):
+            step.model.eval()
+            name, weight = next((n, p) for n, p in step.model.named_parameters() if n.endswith("delta.B"))
+            validation = step.validation(size=4, fixed=True)
+            generator = torch.get_rng_state()
+            gradients = [p.grad for p in step.model.parameters()]
+
+            def gradient(value):
+                value = value.detach().requires_grad_(True)
+                return torch.autograd.grad(step.loss(validation, {name: value}), value)[0]
+
+            direction = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            value = weight.detach().clone().requires_grad_(True)
+            first = torch.autograd.grad(step.loss(validation, {name: value}), value, create_graph=True)[0]
+            exact = torch.autograd.grad((first * direction).sum(), value)[0]
+            small = 1e-2
+            numeric = (gradient(weight + small * direction) - gradient(weight - small * direction)) / (2 * small)
+            checks.append((exact, numeric))
+            assert torch.equal(step.loss(validation), step.loss(validation, {name: weight}))
+            assert torch.equal(generator, torch.get_rng_state())
+            assert all(a is b for a, b in zip(gradients, [p.grad for p in step.model.parameters()], strict=True))
+            step.model.train()
+
+    model = models.load(bert, task=task)
+    model.set_attn_implementation("eager")
+    ls.train(model, task, SecondOrder(), out=tmp_path / "run", **FAST | {"steps": 2})
+    for exact, numeric in checks:
+        assert exact.abs().max() > 0
+        torch.testing.assert_close(exact, numeric, rtol=2e-2, atol=1e-4 * float(exact.abs().max()) + 1e-6)
+
+
+def test_validation_needs_a_search_split(fresh_bert, task, tmp_path):
+    @dataclass(kw_only=True)
+    class Asking(LoRA):
+        def before_step(self, step):
+            step.validation()
+
+    with pytest.raises(ValueError, match="search_share"):
+        ls.train(fresh_bert, task, Asking(), out=tmp_path / "run", **FAST)
+
+
+def test_validation_draws_search_rows_by_its_own_generator(bert, task, tmp_path):
+    drawn = []
+
+    @dataclass(kw_only=True)
+    class Drawing(LoRA):
+        search_share: float = 0.3
+        draws: int = 1
+
+        def before_step(self, step):
+            drawn.extend(
+                tuple(t for t in row if t) for _ in range(self.draws) for row in step.validation()["input_ids"].tolist()
+            )
+
+    runs = []
+    for draws in (1, 2):
+        model = models.load(bert, task=task)
+        runs.append(ls.train(model, task, Drawing(draws=draws), out=tmp_path / str(draws), **FAST))
+    tokens = models.tokenizer(model)
+    encoded = task.fit(model).encode(tokens, task.split("search", 0.3)).tokens["input_ids"]
+    assert set(drawn) <= set(map(tuple, encoded))
+    losses = [run.table.query("quantity == 'loss'")["value"].tolist() for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_a_growing_method_keeps_optimizer_and_output(bert, task, tmp_path):
+    grown = []
+
+    @dataclass(kw_only=True)
+    class Growing(LoRA):
+        def after_step(self, step):
+            if step.index != 2:
+                return
+            batch = {key: value for key, value in step.batch.items() if key != "labels"}
+            step.model.eval()
+            before = step.model(**batch).logits.detach()
+            for d in delta.adapted(step.model).values():
+                rank = d.A.shape[0]
+                delta.resize(d.A, step.optimizer, list(range(rank)), torch.randn(1, d.A.shape[1]), 0)
+                delta.resize(d.B, step.optimizer, list(range(rank)), torch.zeros(d.B.shape[0], 1), 1)
+            grown.append((before, step.model(**batch).logits.detach()))
+            step.model.train()
+
+    model = models.load(bert, task=task)
+    run = ls.train(model, task, Growing(rank=2), out=tmp_path / "run", eval_every=0, **FAST)
+    torch.testing.assert_close(*grown[0], rtol=1e-5, atol=1e-6)
+    assert set(run.ranks().values()) == {3}
+    other = models.load(bert, task=task)
+    run.restore(other, method=Growing(rank=2))
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+@pytest.mark.parametrize("method", [Full(), LoRA(targets="all-linear")])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_restore_gives_equal_logits(method, family, task, tmp_path, request):
+    folder = request.getfixturevalue(family)
+    model = models.load(folder, task=task)
+    run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
+    other = models.load(folder, task=task)
+    ls.load(tmp_path / "run").restore(other)
+    batch = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+    best = models.load(folder, task=task)
+    run.restore(best, state="best")
+    with pytest.raises(ValueError, match="'last' or 'best'"):
+        run.restore(models.load(folder, task=task), state="first")
+
+
+def test_identity_is_what_the_run_depends_on(bert, task, tmp_path):
+    def run(name, seed=0, method=None, **settings):
+        return ls.train(
+            models.load(bert, task=task), task, method or LoRA(), seed=seed, out=tmp_path / name, **FAST | settings
+        )
+
+    first = run("a")
+    assert run("b").id == first.id
+    same = run("c").table.query("quantity != 'seconds'").reset_index(drop=True)
+    assert same.equals(first.table.query("quantity != 'seconds'").reset_index(drop=True))
+    others = [run("d", seed=1), run("e", lr=1e-2), run("f", method=LoRA(rank=4)), run("g", steps=5)]
+    assert len({first.id, *(other.id for other in others)}) == 5
+    assert run("h", lr=LoRA().lr).id == first.id
+
+
+def test_new_weights_come_from_the_seed_alone(bert, task):
+    torch.manual_seed(1)
+    one = models.load(bert, task=task)
+    torch.manual_seed(2)
+    two = models.load(bert, task=task)
+    from lorascope.heads import draw_new_weights, weights_hash
+
+    draw_new_weights(one, 3)
+    draw_new_weights(two, 3)
+    assert torch.equal(one.classifier.weight, two.classifier.weight)
+    assert weights_hash(one) == weights_hash(two)
+    draw_new_weights(two, 4)
+    assert not torch.equal(one.classifier.weight, two.classifier.weight)
+    assert weights_hash(one) == weights_hash(two)
+    with torch.no_grad():
+        two.bert.encoder.layer[0].attention.self.query.weight[0, 0] += 1
+    assert weights_hash(one) != weights_hash(two)
+
+
+def test_the_callers_generators_are_left_alone(fresh_bert, task, tmp_path):
+    before = torch.get_rng_state()
+    ls.train(fresh_bert, task, LoRA(dropout=0.1), out=tmp_path / "run", **FAST)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_the_same_call_on_the_same_module_returns_the_run(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, LoRA(), out=tmp_path / "run", **FAST)
+    trained = parameters(fresh_bert)
+    again = ls.train(fresh_bert, task, LoRA(), out=tmp_path / "run", **FAST)
+    assert again.id == run.id
+    assert all(torch.equal(value, trained[name]) for name, value in parameters(fresh_bert).items())
+    with pytest.raises(ValueError, match="trained before"):
+        ls.train(fresh_bert, task, LoRA(rank=2), out=tmp_path / "other", **FAST)
+
+
+def test_a_module_with_adapters_is_refused(fresh_bert, task, tmp_path):
+    LoRA().attach(fresh_bert)
+    with pytest.raises(ValueError, match="carries adapters already"):
+        ls.train(fresh_bert, task, LoRA(), out=tmp_path / "run", **FAST)
+
+
+def test_a_folder_of_another_run_is_refused_and_kept(bert, task, tmp_path):
+    out = tmp_path / "run"
+    first = ls.train(models.load(bert, task=task), task, LoRA(), out=out, **FAST)
+    with pytest.raises(ValueError, match=f"holds recipe {first.id}"):
+        ls.train(models.load(bert, task=task), task, LoRA(rank=2), out=out, **FAST)
+    assert ls.load(out).id == first.id
+    second = ls.train(models.load(bert, task=task), task, LoRA(rank=2), out=out, overwrite=True, **FAST)
+    assert ls.load(out).id == second.id != first.id
+    stranger = tmp_path / "mine"
+    stranger.mkdir()
+    (stranger / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="holds no run"):
+        ls.train(models.load(bert, task=task), task, LoRA(), out=stranger, overwrite=True, **FAST)
+    assert (stranger / "thesis.tex").exists()
+
+
+def test_nan_stops_with_a_line_and_a_readable_folder(fresh_bert, task, tmp_path):
+    @dataclass(kw_only=True)
+    class Exploding(Full):
+        def after_step(self, step):
+            if step.index == 3:
+                step.optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    with pytest.raises(FloatingPointError, match="step 5 of 6") as caught:
+        ls.train(fresh_bert, task, Exploding(), out=tmp_path / "run", eval_every=0, **FAST)
+    assert "\n" not in str(caught.value)
+    run = ls.load(tmp_path / "run")
+    assert run.meta["status"] == "broken"
+    assert "step 5" in run.meta["error"]
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4]
+    assert "broken" in repr(run)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"lr": -1.0}, "lr=-1.0 must be a positive"),
+        ({"accumulate": 3}, "accumulate=3 must divide batch_size=8"),
+        ({"schedule": "step"}, "'step' is unknown: linear, cosine, constant"),
+        ({"precision": "fp16"}, "'fp16' is unknown"),
+        ({"clip": 0}, "clip=0 must be positive"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(settings, message, fresh_bert, task, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ls.train(fresh_bert, task, LoRA(), out=tmp_path / "run", **FAST | settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bare_backbone_is_refused_with_the_class_to_load(bert, task, tmp_path):
+    from transformers import AutoModel
+
+    with pytest.raises(ValueError, match="AutoModelForSequenceClassification"):
+        ls.train(AutoModel.from_pretrained(bert), task, LoRA(), out=tmp_path / "run", **FAST)
+
+
+def test_a_head_with_other_labels_is_exchanged(bert, task, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=5)
+    run = ls.train(model, task, LoRA(), out=tmp_path / "run", **FAST)
+    assert model.classifier.out_features == model.config.num_labels == 2
+    other = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=5)
+    run.restore(other)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+
+
+def test_bf16_autocast_trains_and_weights_stay_float32(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, LoRA(), precision="bf16", out=tmp_path / "run", **FAST)
+    assert {p.dtype for p in fresh_bert.parameters()} == {torch.float32}
+    assert run.table.query("quantity == 'loss'")["value"].notna().all()
+
+
+def test_schedules():
+    from lorascope.settings import Settings
+
+    base = Settings(steps=10, lr=1.0, head_lr=1.0, warmup=2)
+    rates = {name: replace(base, schedule=name).rate() for name in ("linear", "cosine", "constant")}
+    assert [rates["linear"](t) for t in (0, 1, 2, 6)] == pytest.approx([1 / 3, 2 / 3, 1.0, 0.5])
+    assert [rates["cosine"](t) for t in (2, 6, 10)] == pytest.approx([1.0, 0.5, 0.0])
+    assert [rates["constant"](t) for t in (0, 5, 9)] == pytest.approx([1 / 3, 1.0, 1.0])
+    assert replace(base, warmup=0.25).warmup_steps == 3
+
+
+def test_best_is_the_state_of_the_best_validation(fresh_bert, task, tmp_path):
+    run = ls.train(
+        fresh_bert,
+        task,
+        LoRA(lr=3e-2, targets="all-linear"),
+        eval_every=2,
+        out=tmp_path / "run",
+        **FAST | {"steps": 12},
+    )
+    table = run.table.query("quantity in ('eval_metric', 'eval_loss')").pivot(
+        index="step", columns="quantity", values="value"
+    )
+    best = table.sort_values(["eval_metric", "eval_loss"], ascending=[False, True]).index[0]
+    assert run.meta["states"]["best"]["step"] == best
+    assert run.meta["states"]["last"]["step"] == 12
+
+
+def test_run_shows_itself(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, LoRA(rank=2), out=tmp_path / "run", **FAST)
+    text = repr(run)
+    for part in (run.id, "LoRA, rank 2", "toy", "accuracy", "largest", str(tmp_path / "run")):
+        assert part in text
+    assert "<table>" in run._repr_html_()
+    assert isinstance(run, Run)

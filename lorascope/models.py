@@ -97,11 +97,14 @@ def tokenizer(model: nn.Module) -> Any:
         )
     with _quiet():
         try:
-            found = transformers.AutoTokenizer.from_pretrained(source)
+            offline = Path(source).is_dir() or not _hub_answers()
+            found = transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"there is no tokenizer in {source} ({_first_line(error)})") from None
     if found.pad_token is None:
         found.pad_token = found.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = found.pad_token_id  # a decoder that classifies looks for the last real token
     return found
 
 

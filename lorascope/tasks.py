@@ -246,7 +246,7 @@ def _prompted(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
     """Each text as a question after its label."""
     question = f"Is this text {', '.join(labels[:-1])} or {labels[-1]}?\n"
     texts = table["text"] + "\n" + table["pair"] if "pair" in table else table["text"]
-    return table.assign(prompt=question + texts + "\nAnswer:", response=" " + table["label"])
+    return table.assign(prompt=question + "Text: " + texts + "\nAnswer: This text is", response=" " + table["label"])
 
 
 def _head(model: nn.Module) -> str:

@@ -1,0 +1,225 @@
+"""Assets: a cache entry is whole or absent, whatever happens to the download."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from lorascope import assets
+from lorascope.assets import Asset, fetch
+
+CONTENT = bytes(range(256)) * 4096
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def wheel(folder: Path, content: bytes = CONTENT) -> Asset:
+    """Put a wheel with one data file into a folder that pip takes for an index."""
+    path = folder / "tinydata-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tinydata/weights.bin", content)
+        archive.writestr("tinydata-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tinydata\nVersion: 1.0\n")
+        archive.writestr(
+            "tinydata-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tinydata-1.0.dist-info/RECORD", "")
+    return Asset("tinydata", "1.0", path.name, digest(path.read_bytes()), "tinydata/weights.bin", digest(content))
+
+
+def sdist(folder: Path, setup: str) -> Asset:
+    """The same as a source archive with a ``setup.py``."""
+    path = folder / "tinytext-1.0.tar.gz"
+    members = {"PKG-INFO": b"Metadata-Version: 1.0\nName: tinytext\nVersion: 1.0\n", "setup.py": setup.encode()}
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in (members | {"texts.bin": CONTENT}).items():
+            entry = tarfile.TarInfo(f"tinytext-1.0/{name}")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return Asset("tinytext", "1.0", path.name, digest(path.read_bytes()), "tinytext-1.0/texts.bin", digest(CONTENT))
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Path:
+    """A package index on disk, and an empty cache."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
+    return folder
+
+
+def entries() -> list[str]:
+    """Files in the cache that are no leftovers of a killed process."""
+    files = [path.relative_to(assets.cache()) for path in assets.cache().rglob("*") if path.is_file()]
+    return [str(path) for path in files if not any(part.startswith(".partial-") for part in path.parts)]
+
+
+def test_wheel_is_fetched_once(index):
+    asset = wheel(index)
+    path = fetch(asset)
+    assert path.read_bytes() == CONTENT
+    assert path == assets.cache() / "tinydata-1.0" / "weights.bin"
+    (index / asset.archive).unlink()
+    assert fetch(asset) == path
+    assert entries() == ["tinydata-1.0/weights.bin"]
+
+
+def test_source_archive_is_unpacked_and_not_executed(index, tmp_path):
+    mark = tmp_path / "executed"
+    asset = sdist(index, f"open({str(mark)!r}, 'w').close()\nimport setuptools\nsetuptools.setup(name='tinytext')\n")
+    assert fetch(asset).read_bytes() == CONTENT
+    assert not mark.exists()
+
+
+def test_tampered_archive_is_refused_before_pip_looks_inside(index, tmp_path):
+    mark = tmp_path / "executed"
+    good = sdist(index, "")
+    sdist(index, f"open({str(mark)!r}, 'w').close()\n")
+    with pytest.raises(FileNotFoundError, match="offers a file with another SHA-256"):
+        fetch(good)
+    assert not mark.exists()
+    assert entries() == []
+
+
+def test_truncated_archive_is_refused(index):
+    asset = wheel(index)
+    path = index / asset.archive
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FileNotFoundError, match=asset.archive):
+        fetch(asset)
+    assert entries() == []
+
+
+def test_member_with_another_hash_is_refused(index):
+    asset = dataclasses.replace(wheel(index), sha256="0" * 64)
+    with pytest.raises(ValueError, match="is not the expected file"):
+        fetch(asset)
+    assert entries() == []
+
+
+def test_damaged_cache_entry_is_fetched_anew(index):
+    asset = wheel(index)
+    path = fetch(asset)
+    path.write_bytes(CONTENT[:-1])
+    assert fetch(asset).read_bytes() == CONTENT
+
+
+def test_archive_put_into_the_cache_needs_no_pip(index, monkeypatch):
+    asset = wheel(index)
+    assets.cache().mkdir()
+    (index / asset.archive).rename(assets.cache() / asset.archive)
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert fetch(asset).read_bytes() == CONTENT
+
+
+def test_wrong_archive_put_into_the_cache_is_named(index):
+    asset = wheel(index)
+    assets.cache().mkdir()
+    (assets.cache() / asset.archive).write_bytes(b"something else")
+    with pytest.raises(ValueError, match="is not the published file") as caught:
+        fetch(asset)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lacking", ["package", "pip"])
+def test_without_network_or_pip_one_line_says_what_to_put_where(index, tmp_path, monkeypatch, lacking):
+    asset = wheel(index)
+    if lacking == "package":
+        (index / asset.archive).unlink()
+    else:
+        # A python that starts and has no pip.
+        python = tmp_path / "python"
+        python.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
+        python.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch(asset)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (asset.archive, asset.archive_sha256, str(assets.cache()), "No "):
+        assert part in message
+
+
+KILLED = """
+import os, signal, shutil, sys
+from lorascope import assets
+moment = sys.argv[1]
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+if moment == "in the member":
+    def copy(source, target):
+        target.write(source.read(1000)); target.flush(); die()
+    shutil.copyfileobj = copy
+elif moment == "before the rename":
+    os.replace = die
+else:
+    assets._extract = die
+assets.fetch(assets.Asset(*sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["after the download", "in the member", "before the rename"])
+def test_killed_process_leaves_no_entry(index, moment):
+    asset = wheel(index)
+    command = [sys.executable, "-c", KILLED, moment, *dataclasses.astuple(asset)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == -9
+    assert entries() == []
+    assert fetch(asset).read_bytes() == CONTENT
+
+
+def test_processes_at_once_agree(index):
+    asset = wheel(index)
+    code = "import sys; from lorascope import assets; print(assets.fetch(assets.Asset(*sys.argv[1:])))"
+    command = [sys.executable, "-c", code, *dataclasses.astuple(asset)]
+    workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(4)]
+    printed = {worker.communicate()[0].decode().strip() for worker in workers}
+    assert {worker.returncode for worker in workers} == {0}
+    assert printed == {str(assets.cache() / "tinydata-1.0" / "weights.bin")}
+    assert Path(printed.pop()).read_bytes() == CONTENT
+    assert entries() == ["tinydata-1.0/weights.bin"]
+
+
+def test_staged_folder_that_another_process_finished_first_stays(tmp_path):
+    target = tmp_path / "folder"
+    with assets.staged(target) as draft:
+        draft.mkdir()
+        (draft / "file").write_text("late")
+        target.mkdir()
+        (target / "file").write_text("first")
+    assert (target / "file").read_text() == "first"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_failed_block_stages_nothing(tmp_path):
+    def fail(draft: Path) -> None:
+        draft.write_text("half")
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"), assets.staged(tmp_path / "file") as draft:
+        fail(draft)
+    assert os.listdir(tmp_path) == []
+
+
+def test_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path))
+    assert assets.cache() == tmp_path
+    monkeypatch.delenv("LORASCOPE_CACHE")
+    assert assets.cache().name == "lorascope"
+
+
+@pytest.mark.real
+def test_published_texts_are_what_they_were():
+    with tarfile.open(fetch(assets.SENTIMENT)) as archive:
+        assert sum(name.endswith("_GroundTruth.txt") for name in archive.getnames()) == 4

@@ -170,8 +170,8 @@ def detach(model: nn.Module) -> dict[str, Delta]:
 def fold(model: nn.Module, untie: bool = True) -> None:
     """Add every Delta into its host's weight, in place, and take it off.
 
-    A weight that other modules use too is copied first, and ``config.tie_word_embeddings`` set to False, with a
-    warning: the other uses keep the old weight.
+    Where other modules use an adapted weight too, every use of a shared weight becomes a copy of its own first and
+    ``config.tie_word_embeddings`` is set to False, with a warning: the other uses keep the old values.
 
     Raises
     ------
@@ -187,23 +187,27 @@ def fold(model: nn.Module, untie: bool = True) -> None:
     if shared and not untie:
         raise ValueError(f"{next(iter(shared))!r} shares its weight with another module; folding needs untie=True")
     if shared:
-        _untie(model, shared)
+        _untie(model)
+        warnings.warn(f"untied {', '.join(shared)}: each use of a shared weight is now a copy of its own", stacklevel=2)
     with torch.no_grad():
         for host in hosts.values():
             host_weight(host).add_(host.delta.weight())
     detach(model)
 
 
-def _untie(model: nn.Module, shared: Mapping[str, Any]) -> None:
-    for host in shared.values():
-        host.weight = nn.Parameter(host.weight.detach().clone(), requires_grad=host.weight.requires_grad)
+def _untie(model: nn.Module) -> None:
+    """Copy what is shared; what stays as it was keeps the original, for the sake of optimizers that hold it."""
+    seen: set[int] = set()
     part: Any
-    for part in model.modules():
+    for part in sorted(model.modules(), key=lambda module: type(module) in _PLAIN):
+        for name, weight in part.named_parameters(recurse=False):
+            if id(weight) in seen:
+                setattr(part, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
+            seen.add(id(weight))
         if getattr(getattr(part, "config", None), "tie_word_embeddings", False):
             part.config.tie_word_embeddings = False
         if hasattr(part, "all_tied_weights_keys"):  # what transformers ties again when it saves or resizes
             part.all_tied_weights_keys = {}
-    warnings.warn(f"untied {', '.join(shared)}: the weight was shared, and is now a copy of its own", stacklevel=3)
 
 
 def resize(

@@ -90,9 +90,10 @@ def test_pooling_in_two_stages_is_pooling_at_once(values: list[float]) -> None:
     assert whole.item() == pytest.approx(np.linalg.norm(values))
 
 
-def test_a_cell_with_an_unknown_value_is_unknown() -> None:
-    rows = table([(1, "b.1.q", "weight_norm", np.nan), (1, "b.1.ff", "weight_norm", 4.0)])
-    assert norms.pool(norms.select(rows, "weight_norm"))["value"].isna().all()
+@pytest.mark.parametrize("quantity", ["weight_norm", "relative_update"])
+def test_a_cell_with_an_unknown_value_is_unknown(quantity: str) -> None:
+    rows = table([(1, "b.1.q", quantity, np.nan), (1, "b.1.ff", quantity, 4.0)])
+    assert norms.pool(norms.select(rows, quantity))["value"].isna().all()
 
 
 def test_places_run_from_embedding_to_head_whatever_the_order_of_the_rows() -> None:
@@ -144,16 +145,14 @@ def test_growth_without_a_start_is_refused() -> None:
 
 
 def test_ratio_is_to_the_median_of_the_blocks_of_the_same_run_and_step() -> None:
-    rows = [(1, "words", "update_norm", 8.0), (1, "b.0.q", "update_norm", 1.0), (1, "b.1.q", "update_norm", 3.0)]
-    rows += [(2, "words", "update_norm", 5.0), (2, "b.0.q", "update_norm", 5.0)]
-    found = norms.ratio_to_block_median(norms.pool(norms.select(table(rows), "update_norm")))
-    assert cells(found, "step", "place") == {
-        (1, "embed"): 4.0,
-        (1, "0"): 0.5,
-        (1, "1"): 1.5,
-        (2, "embed"): 1.0,
-        (2, "0"): 1.0,
-    }
+    places = [("words", "", None, "embed"), *((f"b.{n}.q", "", n, "q") for n in range(3))]
+    modules = pd.DataFrame(places, columns=["module", "stack", "layer", "role"]).astype({"layer": "Int16"})
+    norm = {1: (8.0, 1.0, 2.0, 30.0), 2: (5.0, 5.0, 5.0, 5.0)}
+    rows = [(t, module, "update_norm", v) for t in norm for module, v in zip(modules["module"], norm[t], strict=True)]
+    found = norms.ratio_to_block_median(norms.pool(norms.select(table(rows, modules=modules), "update_norm")))
+    ratio = cells(found, "step", "place")
+    assert {place: ratio[1, place] for place in ("embed", "0", "1", "2")} == {"embed": 4, "0": 0.5, "1": 1, "2": 15}
+    assert {ratio[2, place] for place in ("embed", "0", "1", "2")} == {1.0}
 
 
 def test_frames_are_spread_over_the_steps_all_runs_share() -> None:

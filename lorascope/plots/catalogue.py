@@ -1,0 +1,109 @@
+"""The catalogue of figures: how each is read, when it misleads, and what it needs from a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from lorascope.run import Run
+
+UPDATES = "updates"
+_NORMS = "train with observe=[ls.observe.norms()]"
+RECORDERS = {
+    UPDATES: "train with a method that has factors, such as LoRA",
+    "update_norm": _NORMS,
+    "learned_norm": _NORMS,
+    "weight_norm": _NORMS,
+    "relative_update": _NORMS,
+    "step_norm": _NORMS,
+    "adapter_norm": _NORMS,
+    "eval_loss": "train with eval_every=",
+    "eval_metric": "train with eval_every=",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An entry of the catalogue.
+
+    Parameters
+    ----------
+    name : str
+        Name of the function in ``lorascope.plots``.
+    draw : callable
+        ``draw(runs, control=None, ...)``.
+    needs : tuple of str
+        Quantities that must be recorded; ``"updates"`` stands for the adapters' factors.
+    history : bool
+        Must they be recorded at more than one step?
+    runs : int
+        How many runs it takes at least.
+    reads, misleads : str
+        How to read it, and when it misleads.
+    """
+
+    name: str
+    draw: Callable[..., Any]
+    needs: tuple[str, ...]
+    history: bool
+    runs: int
+    reads: str
+    misleads: str
+
+
+FIGURES: dict[str, Figure] = {}
+
+
+def figure(
+    *, needs: tuple[str, ...], reads: str, misleads: str, history: bool = False, runs: int = 1
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Enter a function into the catalogue under its own name."""
+
+    def enter(draw: Callable[..., Any]) -> Callable[..., Any]:
+        FIGURES[draw.__name__] = Figure(draw.__name__, draw, needs, history, runs, reads, misleads)
+        return draw
+
+    return enter
+
+
+def available(run: Run) -> pd.DataFrame:
+    """What can be drawn from a run, and what the rest is waiting for.
+
+    Returns
+    -------
+    DataFrame
+        ``figure, runs, drawable, missing``: how many runs the figure takes, whether this can be one of them, and if
+        not, which records it lacks and who makes them.
+    """
+    rows = []
+    for name, entry in FIGURES.items():
+        lacking = [lack(run, need, entry.history) for need in entry.needs]
+        missing = "; ".join(filter(None, lacking))
+        rows.append({"figure": name, "runs": entry.runs, "drawable": not missing, "missing": missing})
+    return pd.DataFrame(rows)
+
+
+def lack(run: Run, need: str, history: bool = False) -> str:
+    """What a run lacks for a figure, with its remedy; "" if nothing."""
+    remedy = RECORDERS.get(need, "train with a method that records it")
+    if need == UPDATES:
+        return "" if has_updates(run) else f"the adapters' factors: {remedy}"
+    rows = run.table[run.table["quantity"] == need]
+    if rows.empty:
+        return f"records of {need}: {remedy}"
+    if rows["value"].isna().all():
+        return f"{need}, which is unknown without the base model"
+    if history and rows["step"].nunique() < 2:
+        return f"{need} at more than one step: {remedy}"
+    return ""
+
+
+def has_updates(run: Run) -> bool:
+    """Did the run keep an update as factors?"""
+    try:
+        return len(run.updates()) > 0
+    except ValueError:  # no snapshot at its last step
+        return False

@@ -1,0 +1,178 @@
+"""What a figure is drawn from: runs sorted by label, their joint table, the marks and the caption that show seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from lorascope import records
+from lorascope.chart import Band, Line, Mark, Point
+from lorascope.plots.catalogue import lack
+from lorascope.records import QUANTITIES
+from lorascope.run import Run
+
+Runs: TypeAlias = Run | Sequence[Run] | Mapping[str, Run | Sequence[Run]]
+
+INTERVAL = "95 % t-interval over seeds"
+_SAME = ("model", "task", "recipe", "settings")
+_POOLS = {"norm": "root of summed squares", "sum": "sum", "mean": "mean"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone, under the label of a legend."""
+
+    label: str
+    runs: tuple[Run, ...]
+    control: bool = False
+
+    @property
+    def seeds(self) -> list[int]:
+        """Known seeds, in order."""
+        return sorted({run.meta["seed"] for run in self.runs if run.meta.get("seed") is not None})
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """All runs of a figure by label, for the figure called ``name``."""
+
+    name: str
+    groups: tuple[Group, ...]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The records of all runs."""
+        return records.concat(run.table for run in self.runs)
+
+    @property
+    def runs(self) -> list[Run]:
+        """All runs in order."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels in the order of the legend."""
+        return [group.label for group in self.groups]
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What a saved figure says of its origin."""
+        return {"figure": self.name, "runs": [run.id for run in self.runs]}
+
+    def require(self, *needs: str, history: bool = False) -> None:
+        """Raise a ValueError that names what the first run in want lacks."""
+        for run in self.runs:
+            for need in needs:
+                if lacking := lack(run, need, history):
+                    raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {run.label})")
+
+    def label(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Add the columns ``recipe`` (the label) and ``kind`` (run or control) to a table with ``run``."""
+        labels = {run.id: group.label for group in self.groups for run in group.runs}
+        kinds = {run.id: "control" if group.control else "run" for group in self.groups for run in group.runs}
+        run = table["run"].astype("str")
+        return table.assign(recipe=run.map(labels), kind=run.map(kinds))
+
+    def caption(self, *sentences: str, interval: str = f"band: {INTERVAL}") -> str:
+        """The sentences, then how many runs with which seeds, and what the interval is."""
+        counts = {group.label: _count(group) for group in self.groups}
+        if len(set(counts.values())) == 1:
+            sample = next(iter(counts.values()))
+        else:
+            sample = "; ".join(f"{label}: {count}" for label, count in counts.items())
+        several = any(len(group.runs) > 1 for group in self.groups)
+        shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
+        return " ".join([*sentences, shown])
+
+
+def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
+    """Sort runs by label.
+
+    Parameters
+    ----------
+    name : str
+        The figure, for messages.
+    runs : Run, sequence of Run, or mapping label -> run or runs
+        Without labels, runs of one recipe share that recipe's label and count as its seeds.
+    control : as ``runs``, optional
+        Drawn beside.
+
+    Raises
+    ------
+    ValueError
+        There is no run, a run comes twice, or runs of one label differ in more than their seed.
+    """
+    groups = _groups(runs) + (_groups(control, control=True) if control is not None else ())
+    cohort = Cohort(name, groups)
+    ids = [run.id for run in cohort.runs]
+    if not ids:
+        raise ValueError(f"{name} got no run to draw")
+    if twice := sorted({id for id in ids if ids.count(id) > 1}):
+        raise ValueError(f"{name} got run {twice[0]} twice: give every run once")
+    if twice := sorted({label for label in cohort.labels if cohort.labels.count(label) > 1}):
+        raise ValueError(f"{name} got the label {twice[0]!r} for runs and control: name them apart")
+    return cohort
+
+
+def lines(cells: pd.DataFrame, x: str, points: bool = True) -> list[Mark]:
+    """Marks for the table of ``band``: a line a recipe, with a band where there are several seeds."""
+    dash = "kind" if cells["kind"].nunique() > 1 else None
+    marks: list[Mark] = [Line(x, "value", "recipe", dash)]
+    if cells["low"].notna().any():
+        marks.insert(0, Band(x, "low", "high", "recipe"))
+    if points:
+        marks.append(Point(x, "value", "recipe"))
+    return marks
+
+
+def define(quantity: str) -> str:
+    """What a quantity means, as a caption says it."""
+    entry = QUANTITIES[quantity]
+    return f"{entry.label}: {entry.definition}; modules pooled by {_POOLS[entry.pool]}."
+
+
+def axis_label(quantity: str) -> str:
+    """Label and unit of a quantity."""
+    entry = QUANTITIES[quantity]
+    return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
+
+
+def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:
+    if isinstance(runs, Mapping):
+        lists = {label: (found,) if isinstance(found, Run) else tuple(found) for label, found in runs.items()}
+        return tuple(Group(label, found, control) for label, found in lists.items() if found)
+    by_label: dict[str, list[Run]] = {}
+    for run in [runs] if isinstance(runs, Run) else runs:
+        by_label.setdefault(f"control: {run.label}" if control else run.label, []).append(run)
+    for label, found in by_label.items():
+        _check_same(label, found)
+    return tuple(Group(label, tuple(found), control) for label, found in by_label.items())
+
+
+def _check_same(label: str, runs: Sequence[Run]) -> None:
+    """Refuse to take runs for seeds of one recipe that differ in anything else."""
+    for run in runs[1:]:
+        if differing := [key for key in _SAME if run.meta.get(key) != runs[0].meta.get(key)]:
+            raise ValueError(
+                f"runs {runs[0].id} and {run.id} are both {label!r} but differ in {', '.join(differing)}: "
+                "give a dict label -> runs"
+            )
+    seeds = [run.meta.get("seed") for run in runs]
+    if len(runs) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
+        raise ValueError(
+            f"{len(runs)} runs are {label!r} but no seeds of one recipe (seeds {seeds}): give a dict label -> run"
+        )
+
+
+def _count(group: Group) -> str:
+    n, seeds = len(group.runs), group.seeds
+    listed = ", ".join(map(str, seeds))
+    if not seeds:
+        return "1 run" if n == 1 else f"{n} runs"
+    if n == 1:
+        return f"1 run (seed {listed})"
+    return f"{n} seeds ({listed})" if len(seeds) == n else f"{n} runs (seeds {listed})"

@@ -1,0 +1,190 @@
+"""Figures of norms: by layer, by layer and role, over steps, and averaged over training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from lorascope.analysis import norms
+from lorascope.analysis.stats import band
+from lorascope.chart import Axis, Chart, Drawable, Heat, Panels, above, beside
+from lorascope.plots.catalogue import figure
+from lorascope.plots.cohort import Cohort, Runs, axis_label, define, gather, lines
+from lorascope.roles import ROLES
+
+_CELL = ["recipe", "kind", "place"]
+_MOST_LABELLED = 150  # cells of a heat map that still have room for a number
+_SINCE_START = "adapter_norm minus its start"
+
+
+@figure(
+    needs=("update_norm",),
+    reads="Each point is the norm of everything a layer's weights have moved away from the base; a high point is "
+    "where training put its change. Where bands of two recipes overlap, the seeds do not tell them apart.",
+    misleads="A layer with more weights has a larger norm for the same change per weight, so embeddings and heads "
+    "tower for their size alone. Recipes at different learning rates differ in height: compare the shapes.",
+)
+def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Chart:
+    """Norm of the update by layer, one line a recipe.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        What to draw, and what to draw beside it.
+    quantity : str, optional
+        A recorded quantity of modules. Default: ``update_norm``; where several recipes are compared and all have it,
+        ``learned_norm``, since some methods start away from zero.
+    """
+    cohort = gather("update_norm", runs, control)
+    quantity = quantity or _comparable(cohort)
+    cells = cohort.label(norms.last(_layers(cohort, quantity)))
+    return _profile(
+        cohort, band(cells, _CELL), axis_label(quantity), "Update by layer", f"{define(quantity)} {_when(cells)}"
+    )
+
+
+@figure(
+    needs=("update_norm",),
+    reads="A cell is the update of one role of weight in one block; hatched cells hold no adapted weight. Compare "
+    "along a row for depth, along a column for the division of work inside a block.",
+    misleads="Rows of larger matrices (the feed-forward ones) are brighter for their size alone. The colours show "
+    "means: two cells closer than the interval that the caption states are not to be ranked.",
+)
+def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
+    """Norm of the update by block and role, one panel a recipe. Parameters as in :func:`update_norm`."""
+    cohort = gather("update_norm_heat", runs, control)
+    quantity = quantity or _comparable(cohort)
+    cohort.require(quantity)
+    inside = norms.select(cohort.table, quantity).dropna(subset="layer")
+    pooled = norms.last(norms.pool(inside, by=("place", "role")))
+    cells = band(cohort.label(pooled), [*_CELL, "role"])
+    limits = (0.0, float(cells["value"].max()))
+    half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
+    widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.0%}."
+    caption = f"{define(quantity)} {_when(pooled)}{widest}"
+    panels = [
+        Chart(
+            cells[cells["recipe"] == label],
+            [Heat("place", "role", "value", axis_label(quantity), _text(cells, label), limits=limits)],
+            title=label,
+            x=Axis(label="block", order=_places(cells)),
+            y=Axis(order=[role for role in ROLES if role in set(cells["role"])]),
+            caption=cohort.caption(caption, interval="95 % t-intervals in the data"),
+            meta=cohort.meta,
+        )
+        for label in cohort.labels
+    ]
+    return panels[0] if len(panels) == 1 else beside(*panels)
+
+
+@figure(
+    needs=("update_norm",),
+    history=True,
+    reads="Move the slider to watch the profile grow; all frames share one scale. A layer whose line stops rising "
+    "early has settled, one that rises to the end has not.",
+    misleads="Under a decaying learning rate every layer slows down, so flattening alone says nothing about being "
+    "done. The first frames are small by construction: the update starts at zero.",
+)
+def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "update_norm", frames: int = 9) -> Chart:
+    """Norm of the update by layer with the step on a slider.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        What to draw, and what to draw beside it.
+    quantity : str
+        A recorded quantity of modules.
+    frames : int
+        Number of steps shown, evenly taken from those that all runs recorded.
+    """
+    cohort = gather("norm_over_steps", runs, control)
+    cells = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
+    return _profile(
+        cohort, band(cells, ["step", *_CELL]), axis_label(quantity), "Update by layer", define(quantity), frame="step"
+    )
+
+
+@figure(
+    needs=("weight_norm", "update_norm"),
+    history=True,
+    reads="LISA's Figure 2 asks whether LoRA works mostly on the first and last layers; each panel is one reading of "
+    "'weight norm', averaged over the steps of training. The skew counts as learned if it shows in the update, "
+    "or in the adapter norm after its start is taken off.",
+    misleads="The norm of the whole weight hardly changes in training, so the first panel is a picture of the base. "
+    "The raw adapter norm is mostly initialisation: B of an embedding starts random and huge.",
+)
+def mean_norm(runs: Runs, control: Runs | None = None) -> Panels:
+    """Norms by layer averaged over training, in the readings that the word allows (LISA, section 3.1 and Fig. 2).
+
+    Panels: weight, update and, for recipes with adapters, the adapters' norm as it is and minus its value at step 0.
+    """
+    cohort = gather("mean_norm", runs, control)
+    layers = {name: _layers(cohort, name, history=True) for name in ("weight_norm", "update_norm")}
+    if (cohort.table["quantity"] == "adapter_norm").any():
+        adapters = norms.pool(norms.select(cohort.table, "adapter_norm"))
+        layers |= {"adapter_norm": adapters, _SINCE_START: norms.since_start(adapters)}
+    panels = [_mean_panel(cohort, name, cells, layers) for name, cells in layers.items()]
+    return above(*(beside(*panels[row : row + 2]) for row in range(0, len(panels), 2)))
+
+
+def _mean_panel(cohort: Cohort, name: str, cells: pd.DataFrame, layers: Mapping[str, pd.DataFrame]) -> Chart:
+    """One reading: mean over the steps first, then mean and band over seeds."""
+    quantity = "adapter_norm" if name == _SINCE_START else name
+    label = f"{axis_label(quantity)} − start" if name == _SINCE_START else axis_label(quantity)
+    table = band(cohort.label(norms.mean_over_steps(cells)), _CELL).assign(metric=name)
+    caption = f"Mean over the recorded steps after 0 of {', '.join(map(_plain, layers))}, by layer."
+    return _profile(cohort, table, label, _plain(name), caption, log=name != _SINCE_START)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _comparable(cohort: Cohort) -> str:
+    """The quantity that is fair to all recipes shown."""
+    recorded = cohort.table.loc[cohort.table["quantity"] == "learned_norm", "run"].nunique()
+    return "learned_norm" if len(cohort.groups) > 1 and recorded == len(cohort.runs) else "update_norm"
+
+
+def _layers(cohort: Cohort, quantity: str, history: bool = False) -> pd.DataFrame:
+    cohort.require(quantity, history=history)
+    return norms.pool(norms.select(cohort.table, quantity))
+
+
+def _profile(
+    cohort: Cohort,
+    cells: pd.DataFrame,
+    label: str,
+    title: str,
+    caption: str,
+    *,
+    log: bool = False,
+    frame: str | None = None,
+) -> Chart:
+    """Lines over the layers, one a recipe."""
+    return Chart(
+        cells,
+        lines(cells, "place"),
+        title=title,
+        x=Axis(label="layer", order=_places(cells)),
+        y=Axis(label=label, log=log),
+        caption=cohort.caption(caption),
+        frame=frame,
+        colors=cohort.labels,
+        meta=cohort.meta,
+    )
+
+
+def _places(cells: pd.DataFrame) -> list[str]:
+    used = set(cells["place"])
+    return [name for name in cells["place"].cat.categories if name in used]
+
+
+def _text(cells: pd.DataFrame, label: str) -> str | None:
+    return ".2g" if (cells["recipe"] == label).sum() <= _MOST_LABELLED else None
+
+
+def _when(cells: pd.DataFrame) -> str:
+    steps = sorted(cells["step"].dropna().unique())
+    return f"After step {', '.join(map(str, steps))}." if steps else "As stored."

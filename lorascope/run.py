@@ -24,7 +24,11 @@ from lorascope.update import LowRank, spectra
 
 SCHEMA = 1
 STATES = ("last", "best")
-_SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
+_KEYS = {
+    "checksums", "id", "label", "method", "model", "modules", "parameters", "parents", "recipe", "seed", "settings",
+    "states", "status", "task", "test",
+}  # fmt: skip
+SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
 
 class Lazy(Mapping[str, Any]):
@@ -75,12 +79,14 @@ class Run:
         if not file.exists():
             raise FileNotFoundError(f"{path} is no run: it has no run.json")
         try:
-            meta = json.loads(file.read_text())
-            schema = meta["schema"]
+            meta = dict(json.loads(file.read_text()))
+            schema = int(meta["schema"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not readable as a run: {error}") from error
         if schema > SCHEMA:
             raise ValueError(f"{path} has schema {schema}, newer than the {SCHEMA} known here: update lorascope")
+        if missing := sorted(_KEYS - meta.keys()):
+            raise ValueError(f"{file} is not readable as a run: it lacks {', '.join(missing)}")
         return cls(path, meta)
 
     @property
@@ -187,14 +193,14 @@ class Run:
         """
         chosen = self._state(state)
         table = self.table[self.table["step"] == chosen["step"]]
-        wide = table[table["quantity"].isin(_SUMMARY) & table["index"].isna()].pivot(
+        wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
             index="module", columns="quantity", values="value"
         )
         modules = self.modules
         modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
         frame = modules[["stack", "layer", "role"]].copy()
         frame["rank"] = pd.Series(chosen["ranks"], dtype="Int64").reindex(frame.index)
-        values = wide.astype("float64").reindex(index=frame.index, columns=list(_SUMMARY))
+        values = wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY))
         frame = frame.join(values)
         factored = {name: update for name, update in self.updates(state=state).items() if name in frame.index}
         for name, sigma in zip(factored, spectra(list(factored.values())), strict=True):
@@ -326,10 +332,13 @@ class Run:
         if meta["test"]:
             test = meta["test"]
             lines.append(("test", f"{test['name']} {test['metric']:.4g}, loss {test['loss']:.4g}"))
-        largest = self.summary().nlargest(5, "update_norm")
-        for number, row in enumerate(largest.itertuples()):
-            rank = "" if pd.isna(row.rank) else f"  rank {row.rank}"
-            lines.append(("largest" if number == 0 else "", f"{row.module}  |dW| {row.update_norm:.3g}{rank}"))
+        return lines + self._largest()
+
+    def _largest(self) -> list[tuple[str, str]]:
+        lines = []
+        for number, row in enumerate(self.summary().nlargest(5, "update_norm").to_dict("records")):
+            rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
+            lines.append(("largest" if number == 0 else "", f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
         return lines
 
 

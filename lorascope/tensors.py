@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,18 +44,23 @@ class TensorFile(Mapping[str, np.ndarray]):
             if not 2 <= length <= size - 8:
                 raise ValueError(f"{self.path} is not a whole safetensors file: its header does not fit {size} bytes")
             try:
-                header = json.loads(file.read(length))
-            except ValueError as error:
-                raise ValueError(f"{self.path} is not a safetensors file: its header is not JSON") from error
+                header = dict(json.loads(file.read(length)))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.path} is not a safetensors file: its header is not a JSON object") from error
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._entries: dict[str, dict[str, Any]] = header
         self._start = 8 + length
+        broken = next((name for name, entry in header.items() if not _sound(entry)), None)
+        if broken is not None:
+            raise ValueError(f"{self.path} is not a sound safetensors file: its header's entry for {broken!r} is wrong")
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if self._start + end > size:
             raise ValueError(f"{self.path} is truncated: {size} bytes where its header needs {self._start + end}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}, which numpy cannot hold")
         stored = np.dtype(_DTYPES[entry["dtype"]])
         begin, end = entry["data_offsets"]
         shape = tuple(entry["shape"])
@@ -78,6 +84,16 @@ class TensorFile(Mapping[str, np.ndarray]):
     def dtype(self, name: str) -> str:
         """Stored dtype, such as ``"BF16"``."""
         return self._entries[name]["dtype"]
+
+
+def _sound(entry: Any) -> bool:
+    """Does an entry of the header have its three parts, and as many bytes as its shape needs?"""
+    try:
+        begin, end = entry["data_offsets"]
+        size = math.prod(entry["shape"]) * np.dtype(_DTYPES.get(entry["dtype"], "|u1")).itemsize
+    except (KeyError, TypeError, ValueError):
+        return False
+    return 0 <= begin <= end and (end - begin == size or entry["dtype"] not in _DTYPES)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:

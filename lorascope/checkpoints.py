@@ -1,0 +1,219 @@
+"""Folders on the disk as Runs: those that ``train`` wrote, and adapters that were trained elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope import records
+from lorascope.adapter_files import CONFIG, AdapterFiles, read_adapter
+from lorascope.pretrained import Pretrained
+from lorascope.records import Record
+from lorascope.roles import parse
+from lorascope.run import SUMMARY, Lazy, Run
+from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
+
+_MARKS = ("recipe.json", "run.json", CONFIG)
+
+
+def load(path: str | Path, base: str | Path | None = None) -> Run:
+    """Open a folder as a Run.
+
+    Parameters
+    ----------
+    path : path
+        A run folder, a folder of phases (the last phase is opened, its parents with it), or a PEFT adapter.
+    base : path, optional
+        Folder of an adapter's base model, of which only safetensors files are read: gives the adapter what needs W_0,
+        ``weight_norm`` and ``relative_update``.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder, or a part of it is missing.
+    ValueError
+        It is none of the three, broken, or written by a newer version.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"there is no folder {path}")
+    if path.is_file():
+        raise ValueError(f"{path} is a file: give the folder it lies in, {path.parent}")
+    if (path / "recipe.json").exists():
+        return Run.read(path / _last_phase(path))
+    if (path / "run.json").exists():
+        return Run.read(path)
+    if (path / CONFIG).exists():
+        return AdapterRun(read_adapter(path), None if base is None else Pretrained(base))
+    raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
+
+
+class AdapterRun(Run):
+    """An adapter that was not trained here: no history and no base model, only what its factors say.
+
+    Parameters
+    ----------
+    files : AdapterFiles
+        The folder; ``meta["source"]`` is its path. Its factors are read one layer at a time, when asked for.
+    base : Pretrained, optional
+        Weights of the base.
+    """
+
+    def __init__(self, files: AdapterFiles, base: Pretrained | None = None) -> None:
+        self.files, self.base = files, base
+        ranks = {module: part.rank for module, part in files.parts.items()}
+        config = files.config
+        meta = {
+            "source": str(files.path),
+            "label": files.path.resolve().name,
+            "method": {"name": "lora"} | config,
+            "recipe": {"source": str(files.path.resolve())},
+            "model": config.get("base_model_name_or_path") or "unknown",
+            "task": None,
+            "settings": {},
+            "seed": None,
+            "status": "not trained here",
+            "parents": [],
+            "checksums": {},
+            "states": {"last": {"step": None, "ranks": ranks}},
+            "test": {},
+            "parameters": {"trained": sum(part.size for part in files.parts.values())},
+            "modules": [_describe(module, *part.shape) for module, part in files.parts.items()],
+        }
+        super().__init__(files.path, meta)
+
+    @cached_property
+    def id(self) -> str:
+        """The first twelve hex digits of the hash over configuration and weights."""
+        digest = hashlib.sha256(json.dumps(self.files.config, sort_keys=True).encode())
+        for file in self.files.files:
+            with file.path.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def spectra(self) -> dict[str, np.ndarray]:
+        """Singular values of every module's update, largest first; NaN where a factor holds NaN."""
+        return dict(spectra_by_layer(self))
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Norm and ranks of every module at no step (NA); what needs the base's weights is NaN."""
+        rows = []
+        for module, rank in self.ranks().items():
+            values = {"rank": float(rank)} | self._measures[module]
+            rows += [(-1, Record(quantity, value, module)) for quantity, value in values.items()]
+        return records.frame(self.id, rows, self.modules)
+
+    @cached_property
+    def _measures(self) -> dict[str, dict[str, float]]:
+        return {module: self._measure(module) for module in self.files.parts}
+
+    def _measure(self, module: str) -> dict[str, float]:
+        sigma, part = self.spectra[module], self.files.parts[module]
+        norm = float(np.linalg.norm(sigma))
+        values = {"update_norm": norm, "stable_rank": stable_rank(sigma), "effective_rank": effective_rank(sigma)}
+        if self.base is None:
+            return values | {"weight_norm": np.nan, "relative_update": np.nan}
+        W0 = self.base.weight(module, part.shape, part.transposed)
+        start = Dense(W0).norm()
+        relative = norm / start if start else np.inf
+        return values | {"weight_norm": weight_norm(W0, part.update()), "relative_update": relative}
+
+    def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
+        """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for."""
+        self._only(step, state)
+        parts = self.files.parts
+        return Lazy(list(parts), lambda module: {"A": parts[module].A.read(), "B": parts[module].B.read()})
+
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
+        """The update of every module, read when asked for."""
+        self._only(step, state)
+        return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
+
+    def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
+        """Raise a ValueError: only training keeps snapshots."""
+        raise ValueError(f"{self.label} was not trained here and has no snapshots: its factors are in run.factors()")
+
+    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
+        """One row an adapted module: place, rank, norm of the update and its ranks."""
+        self._only(None, state)
+        frame = self.modules[["module", "stack", "layer", "role"]]
+        frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
+        measured = pd.DataFrame(list(self._measures.values()))
+        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64"))
+
+    def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
+        """Raise a ValueError: PEFT loads its own adapters."""
+        raise ValueError(f"{self.label} was not trained here: PeftModel.from_pretrained(model, {str(self.path)!r})")
+
+    def save(self, path: str | Path) -> Run:
+        """Raise a ValueError: the folder itself is all there is."""
+        raise ValueError(f"{self.label} was not trained here: copy its folder, {self.path}")
+
+    def _only(self, step: int | None, state: str) -> None:
+        if step is not None or state != "last":
+            asked = f"step {step}" if step is not None else f"state {state!r}"
+            raise ValueError(f"{self.label} was not trained here: it holds one state, so there is no {asked}")
+
+    def _state(self, state: str) -> dict[str, Any]:
+        self._only(None, state)
+        return super()._state(state)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        ranks = sorted(set(self.ranks().values()))
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        count = len(self.files.parts)
+        return [
+            ("adapter", f"{self.label}  LoRA, {rank}"),
+            ("base", str(self.meta["model"])),
+            ("holds", f"{count} modules, {self.meta['parameters']['trained']:,} parameters"),
+            ("folder", str(self.path)),
+            *self._largest(),
+        ]
+
+
+def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
+    """Singular values of all updates, with the factors of one layer in memory."""
+    layers = defaultdict(list)
+    modules = run.modules
+    for module, stack, layer in zip(modules["module"], modules["stack"], modules["layer"], strict=True):
+        layers[module if pd.isna(layer) else (stack, layer)].append(module)
+    updates = run.updates()
+    for names in layers.values():
+        yield from zip(names, spectra([updates[name] for name in names]), strict=True)
+
+
+def _describe(module: str, outer: int, inner: int) -> dict[str, Any]:
+    stack, layer, role = parse(module)
+    return {
+        "module": module, "stack": stack, "layer": layer, "role": role,
+        "out_features": outer, "in_features": inner, "tied": "",
+    }  # fmt: skip
+
+
+def _last_phase(path: Path) -> str:
+    file = path / "recipe.json"
+    try:
+        return json.loads(file.read_text())["phases"][-1]
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{file} is not readable as a list of phases: {error}") from error
+
+
+def _hint(path: Path) -> str:
+    """What lies there instead."""
+    inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in _MARKS))
+    if inside:
+        return f" itself, but {len(inside)} below it: give {path / inside[-1]}"
+    if (path / "config.json").exists():
+        return ": it looks like a whole model"
+    return f": there is none of {', '.join(_MARKS)}"

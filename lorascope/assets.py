@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,10 @@ def staged(target: Path) -> Iterator[Path]:
         Where to write; renamed to ``target`` when the block ends without an error.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(".partial-*"):
+        # Of a process that was killed long ago: these can be large.
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
         draft = Path(folder) / target.name
         yield draft

@@ -101,10 +101,13 @@ def tokenizer(model: nn.Module) -> Any:
             found = transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"there is no tokenizer in {source} ({_first_line(error)})") from None
+    if len(found) <= len(found.all_special_ids):  # what transformers makes up where it finds no vocabulary
+        raise ValueError(f"there is no tokenizer in {source}: put its files beside the model")
     if found.pad_token is None:
         found.pad_token = found.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = found.pad_token_id  # a decoder that classifies looks for the last real token
+    config: Any = model.config
+    if config.pad_token_id is None:
+        config.pad_token_id = found.pad_token_id  # a decoder that classifies looks for the last real token
     return found
 
 

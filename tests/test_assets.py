@@ -212,6 +212,17 @@ def test_failed_block_stages_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_old_leftovers_of_killed_processes_are_swept(tmp_path):
+    old, new = tmp_path / ".partial-old", tmp_path / ".partial-new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "file").write_text("half")
+    os.utime(old, (0, 0))
+    with assets.staged(tmp_path / "file") as draft:
+        draft.write_text("whole")
+    assert sorted(os.listdir(tmp_path)) == [".partial-new", "file"]
+
+
 def test_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path))
     assert assets.cache() == tmp_path

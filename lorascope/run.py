@@ -25,8 +25,7 @@ from lorascope.update import LowRank, spectra
 SCHEMA = 1
 STATES = ("last", "best")
 _KEYS = {
-    "checksums", "id", "label", "method", "model", "modules", "parameters", "parents", "recipe", "seed", "settings",
-    "states", "status", "task", "test",
+    "checksums", "id", "label", "model", "modules", "parents", "recipe", "seed", "settings", "states", "status", "task",
 }  # fmt: skip
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 

@@ -136,6 +136,12 @@ def test_heat_parts_a_block_by_role_and_leaves_out_its_whole(write: Any) -> None
     assert chart.marks[0].limits == (0.0, 4.0)
 
 
+@pytest.mark.parametrize(("top", "text"), [(4.0, ".2f"), (40.0, ".1f"), (4000.0, ".0f"), (0.04, ".4f"), (0.0, None)])
+def test_cells_show_three_digits_of_the_largest(write: Any, top: float, text: str | None) -> None:
+    chart = plots.update_norm_heat(write("a", {("update_norm", "h.0.q"): {9: top}}))
+    assert chart.marks[0].text == text
+
+
 def test_heat_of_several_recipes_shares_its_scale_and_states_its_widest_interval(write: Any) -> None:
     small = [write(f"s{seed}", profile(1, q, 4), seed=seed) for seed, q in enumerate((2.0, 3.0, 4.0))]
     panels = plots.update_norm_heat([*small, write("b", profile(1, 3, 40), "big")])
@@ -246,14 +252,11 @@ def test_subspace_similarity_of_one_run_is_refused(write: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("update_norm", r"update_norm needs records of update_norm: train with observe=\[ls.observe.norms\(\)\]"),
-        (
-            "norm_over_steps",
-            r"norm_over_steps needs records of update_norm: train with observe=\[ls.observe.norms\(\)\]",
-        ),
-        ("mean_norm", "mean_norm needs records of weight_norm"),
-        ("training_curves", "training_curves needs records of loss"),
-        ("spectrum", "spectrum needs the adapters' factors: train with a method that has factors"),
+        ("update_norm", "records of update_norm: train with observe=[ls.observe.norms()]"),
+        ("norm_over_steps", "records of update_norm: train with observe=[ls.observe.norms()]"),
+        ("mean_norm", "records of weight_norm: train with observe=[ls.observe.norms()]"),
+        ("training_curves", "records of loss"),
+        ("spectrum", "the adapters' factors: train with a method that has factors"),
     ],
 )
 def test_a_figure_names_the_recorder_that_is_missing(write: Any, name: str, reason: str) -> None:

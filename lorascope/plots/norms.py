@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pandas as pd
@@ -14,7 +15,7 @@ from lorascope.plots.cohort import Cohort, Runs, axis_label, define, gather, lin
 from lorascope.roles import ROLES
 
 _CELL = ["recipe", "kind", "place"]
-_MOST_LABELLED = 150  # cells of a heat map that still have room for a number
+_MOST_LABELLED = 12  # columns of cells, in all panels, that still have room for numbers
 _SINCE_START = "adapter_norm minus its start"
 
 
@@ -66,7 +67,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     panels = [
         Chart(
             cells[cells["recipe"] == label],
-            [Heat("place", "role", "value", axis_label(quantity), _text(cells, label), limits=limits)],
+            [Heat("place", "role", "value", axis_label(quantity), _text(cells), limits=limits)],
             title=label,
             x=Axis(label="block", order=_places(cells)),
             y=Axis(order=[role for role in ROLES if role in set(cells["role"])]),
@@ -86,7 +87,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     misleads="Under a decaying learning rate every layer slows down, so flattening alone says nothing about being "
     "done. The first frames are small by construction: the update starts at zero.",
 )
-def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "update_norm", frames: int = 9) -> Chart:
+def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "update_norm", frames: int = 30) -> Chart:
     """Norm of the update by layer with the step on a slider.
 
     Parameters
@@ -181,8 +182,12 @@ def _places(cells: pd.DataFrame) -> list[str]:
     return [name for name in cells["place"].cat.categories if name in used]
 
 
-def _text(cells: pd.DataFrame, label: str) -> str | None:
-    return ".2g" if (cells["recipe"] == label).sum() <= _MOST_LABELLED else None
+def _text(cells: pd.DataFrame) -> str | None:
+    """Format of the numbers in cells, three digits for the largest; None where they have no room."""
+    largest = cells["value"].max()
+    if cells[["recipe", "place"]].drop_duplicates().shape[0] > _MOST_LABELLED or not largest > 0:
+        return None
+    return f".{max(0, 2 - math.floor(math.log10(largest)))}f"
 
 
 def _when(cells: pd.DataFrame) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pandas as pd
 
 from lorascope.analysis.stats import band
@@ -20,7 +22,7 @@ _CURVES = ("loss", "eval_loss", "eval_metric")
     misleads="The training loss is averaged in windows, so it lags and hides spikes. Validation chose the best state, "
     "so its best point flatters; the test split alone tells how good a run is.",
 )
-def training_curves(runs: Runs, control: Runs | None = None, windows: int = 40) -> Drawable:
+def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) -> Drawable:
     """Training loss, and validation loss and metric where they were recorded, one line a recipe.
 
     Parameters
@@ -33,22 +35,22 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 40) 
     cohort = gather("training_curves", runs, control)
     cohort.require("loss", history=True)
     table = cohort.label(cohort.table)
-    panels = []
-    for quantity in _CURVES:
-        rows = table[table["quantity"] == quantity]
-        if len(rows):
-            panels.append(_curve(cohort, quantity, rows, windows))
+    rows = {quantity: table[table["quantity"] == quantity] for quantity in _CURVES}
+    width = math.ceil(rows["loss"]["step"].max() / windows)
+    averaged = f"Training loss averaged in windows of {width} steps." if width > 1 else "Training loss of each step."
+    panels = [
+        _curve(cohort, quantity, _average(found, width) if quantity == "loss" else found, averaged)
+        for quantity, found in rows.items()
+        if len(found)
+    ]
     return panels[0] if len(panels) == 1 else beside(*panels)
 
 
-def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, windows: int) -> Chart:
-    width = -(-int(rows["step"].max()) // windows) if quantity == "loss" else 1
-    cells = band(_average(rows, width), ["recipe", "kind", "step"]).assign(quantity=quantity)
-    averaged = f"Training loss averaged in windows of {width} steps." if width > 1 else "Training loss of each step."
+def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
+    cells = band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity)
     return Chart(
         cells,
         lines(cells, "step", points=quantity != "loss"),
-        title=axis_label(quantity),
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity)),
         caption=cohort.caption(averaged),

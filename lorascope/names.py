@@ -127,7 +127,7 @@ def _row(path: str, block: tuple[str, int] | None, module: Any, host: Any, weigh
         role = "norm"
     elif kind == "embedding":
         role = "pos_embed" if role == "pos_embed" else "embed"
-    elif block is None or role not in LINEAR:
+    elif role not in LINEAR:
         role = "other"
     outer, inner = weight.shape[0], math.prod(weight.shape[1:])
     if embedding or hasattr(host, "nf"):  # tables, and the Conv1D of GPT-2, store the transpose of their map
@@ -200,9 +200,11 @@ def _find_cross(linears: list[_Row]) -> None:
     if len(queries) != 2:
         return
     shared = next(i for i, (a, b) in enumerate(zip(*queries, strict=False)) if a != b)
-    second = ".".join(queries[1][: shared + 1]) + "."
+    second = queries[1][: shared + 1]
+    if second[-1].isdigit():  # a numbered one is a repetition, such as the blocks inside a stage
+        return
     for row in linears:
-        if row.module.startswith(second) and row.role in ATTENTION:
+        if row.module.split(".")[: shared + 1] == second and row.role in ATTENTION:
             row.role = f"cross_{row.role}"
 
 

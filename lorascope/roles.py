@@ -50,9 +50,8 @@ def parse(name: str) -> Place:
     Parameters
     ----------
     name : str
-        Module name; the prefix ``base_model.model.`` that PEFT writes is dropped.
+        Module name; a prefix such as PEFT's ``base_model.model.`` makes no difference.
     """
-    name = name.removeprefix("base_model.model.")
     block = _BLOCK.search(name)
     if block is None:
         return Place(stack_of(name), None, role_outside(name))

@@ -1,0 +1,84 @@
+"""The choice of modules to adapt."""
+
+from __future__ import annotations
+
+import pytest
+from architectures import ENDS
+from tiny import tiny
+from torch import nn
+
+from lorascope.names import describe, match, parse
+
+
+def _matches(family: str, targets: str | list[str], head: str | None = None) -> list[str]:
+    return match(describe(tiny(family, head)), targets)
+
+
+def test_match_by_role_follows_model_order() -> None:
+    expected = [f"model.layers.{i}.self_attn.{name}_proj" for i in (0, 1) for name in "qv"]
+    assert _matches("llama", ["v", "q"]) == expected
+    assert _matches("llama", "ffn_gate") == [f"model.layers.{i}.mlp.gate_proj" for i in (0, 1)]
+    assert _matches("bert", ["head", "embed"]) == [
+        "bert.embeddings.word_embeddings",
+        "bert.embeddings.token_type_embeddings",
+        "classifier",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"), [("gpt2", "c_attn"), ("gpt-neox", "query_key_value"), ("phi3", "qkv_proj")]
+)
+@pytest.mark.parametrize("role", ["q", "k", "v", "qkv"])
+def test_match_takes_a_fused_module_whole(family: str, fused: str, role: str) -> None:
+    assert [name.rpartition(".")[2] for name in _matches(family, [role, "q"])] == [fused, fused]
+
+
+def test_match_finds_a_gate_fused_with_the_input() -> None:
+    fused = [f"model.layers.{i}.mlp.gate_up_proj" for i in (0, 1)]
+    assert _matches("phi3", "ffn_gate") == _matches("phi3", "ffn_in") == fused
+    with pytest.raises(ValueError, match="'ffn_gate' matches no module"):
+        _matches("bert", "ffn_gate")
+
+
+@pytest.mark.parametrize(("family", "head"), ENDS)
+def test_all_linear_is_every_linear_inside_the_blocks(family: str, head: str) -> None:
+    model = tiny(family, head)
+    expected = [
+        name
+        for name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D") and parse(name).layer is not None
+    ]
+    assert match(describe(model), "all-linear") == expected
+
+
+def test_match_by_regex_covers_the_whole_name_and_chooses_matrices_only() -> None:
+    assert _matches("bert", r".*\.1\.attention\..*") == [
+        f"bert.encoder.layer.1.attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")
+    ]
+    with pytest.raises(ValueError, match="matches no module"):
+        _matches("bert", "attention")
+    with pytest.raises(ValueError, match="neither a role nor a regular expression"):
+        _matches("bert", "attention(")
+
+
+def test_match_takes_tied_names() -> None:
+    assert _matches("gpt2", ["lm_head"]) == _matches("gpt2", "lm_head") == ["lm_head"]
+    assert _matches("gpt2", ["transformer.wte"]) == ["transformer.wte"]
+    assert _matches("t5", r".*embed_tokens") == ["encoder.embed_tokens", "decoder.embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("querry", r"'querry' matches no module; near: .*attention\.self\.query \(role q\)"),
+        (["q", "cross_q"], "'cross_q' matches no module; roles here: q k v o ffn_in ffn_out embed"),
+        (["q", "bert.encoder.layer.7"], r"'bert.encoder.layer.7' matches no module; near: bert\.encoder\.layer\.[01]"),
+        (["q", "ffn_inn"], "'ffn_inn' matches no module; near: ffn_in"),
+        (["q", ".*key"], r"'\.\*key' matches no module"),  # within a sequence a name is exact
+        ([], "targets is empty; roles here: q"),
+    ],
+)
+def test_match_says_what_was_probably_meant(targets: str | list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as caught:
+        _matches("bert", targets)
+    assert "\n" not in str(caught.value)

@@ -57,6 +57,19 @@ class Drawable:
         """The panels, row by row."""
         raise NotImplementedError
 
+    def flat(self) -> pd.DataFrame:
+        """All the data drawn, as one table.
+
+        Where there are several panels, or marks with data of their own, the columns ``panel`` (number and title) and
+        ``mark`` (its kind, "" for the data of the chart) tell the rows apart.
+        """
+        parts = []
+        for number, chart in enumerate((chart for row in self.rows() for chart in row), start=1):
+            for mark, table in chart.tables():
+                parts.append(table.assign(panel=f"{number} {chart.title}".strip(), mark=mark))
+        joined = pd.concat(parts, ignore_index=True)
+        return joined.drop(columns=[column for column in ("panel", "mark") if joined[column].nunique() < 2])
+
     def mpl(self, ax: Any = None, theme: str | None = None, width: str | None = None) -> Any:
         """Draw with matplotlib.
 
@@ -193,6 +206,11 @@ class Chart(Drawable):
             place = [mark.y if self.is_lying else mark.x, *([mark.color] if mark.color is not None else [])]
         return [*place, self.frame] if self.frame is not None and self.frame in self.table(mark) else place
 
+    def tables(self) -> list[tuple[str, pd.DataFrame]]:
+        """Everything drawn: ("", the chart's data), then (kind of mark, its own data)."""
+        own = [(mark.kind, table) for mark in self.marks if (table := getattr(mark, "data", None)) is not None]
+        return [("", self.data), *own]
+
     def at(self, value: Any) -> Chart:
         """The chart of one frame alone."""
         if self.frame is None:
@@ -223,10 +241,8 @@ class Panels(Drawable):
 
     @property
     def data(self) -> pd.DataFrame:
-        """The data of all panels, with the column ``panel``: number and title."""
-        charts = [chart for row in self.grid for chart in row]
-        parts = [chart.data.assign(panel=f"{n} {chart.title}".strip()) for n, chart in enumerate(charts, start=1)]
-        return pd.concat(parts, ignore_index=True)
+        """The data of all panels; see :meth:`flat`."""
+        return self.flat()
 
 
 def beside(*parts: Drawable) -> Panels:

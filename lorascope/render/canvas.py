@@ -1,0 +1,212 @@
+"""Shapes on matplotlib axes: one function a shape, and the axes themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_hex
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, NullLocator
+
+from lorascope.render.plan import Plan, Ramp
+from lorascope.render.scales import Scale
+from lorascope.render.shapes import Area, Bars, Cells, Curve, Dots, Panel, Ruler, Shade, Words
+from lorascope.render.theme import FAINT, GLYPH, is_dark
+
+DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2))]
+SHAPES = ["o", "s", "^", "D", "v", "P", "X"]
+DOT = 4.0  # diameter of a dot in points
+LARGEST = 11.0  # diameter of the largest dot where the area tells something
+SMALLEST_TEXT = 4.0  # points; numbers that would have to be smaller are left out of the cells
+
+
+def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
+    """Draw one frame of one view, with its axes; :func:`names` and :func:`numbers` follow when the size is known."""
+    view = plan.views[number]
+    for layer, shape in enumerate(view.panel.shapes(frame)):
+        _DRAWERS[type(shape)](ax, shape, plan, number, 2 + layer / 1000)
+    for axis, scale, ends, letter in ((ax.xaxis, view.panel.x, view.x, "x"), (ax.yaxis, view.panel.y, view.y, "y")):
+        getattr(ax, f"set_{letter}label")(plain(scale.axis.label))
+        if scale.log:
+            getattr(ax, f"set_{letter}scale")("log")
+        elif scale.categories is None and scale.whole:
+            axis.set_major_locator(MaxNLocator("auto", integer=True))
+        if scale.categories is None:
+            axis.grid(True, color=plan.theme.grid, linewidth=0.5)
+        getattr(ax, f"set_{letter}lim")(ends)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def names(ax: Axes, panel: Panel) -> float:
+    """Name the categories, as many as the present size of the axes has room for.
+
+    Returns
+    -------
+    Points below the axes that names standing on end need.
+    """
+    width, height = _size(ax)
+    _names(ax.yaxis, panel.y, height)
+    return _names(ax.xaxis, panel.x, width)
+
+
+def numbers(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
+    """Write numbers into the cells of a heat that asks for them, as large as the present size of the axes allows."""
+    for shape in plan.views[number].panel.shapes(frame):
+        if isinstance(shape, Cells) and shape.mark.text is not None:
+            _numbers(ax, shape, plan.ramps[plan.heats[number]], *_size(ax))
+
+
+def _size(ax: Axes) -> tuple[float, float]:
+    """Width and height of axes in points."""
+    box, points = ax.get_window_extent(), 72.0 / ax.figure.dpi
+    return box.width * points, box.height * points
+
+
+def _text_size(ax: Axes) -> float:
+    """Font size of words inside axes, a little below that of the labels."""
+    return 0.9 * float(ax.xaxis.label.get_fontsize())
+
+
+def plain(text: str) -> str:
+    """Text as it stands: a dollar sign starts no mathematics."""
+    return text.replace("$", r"\$")
+
+
+def colormap(ramp: Ramp) -> Colormap:
+    """The colours of a bar, transparent where there is no value."""
+    return LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
+
+
+def norm(ramp: Ramp) -> Normalize:
+    """From values to the colours of a bar."""
+    return (LogNorm if ramp.log else Normalize)(*ramp.limits)
+
+
+def _names(axis: Any, scale: Scale, room: float) -> float:
+    """Names of categories, as many as fit; returns the depth in points of names that had to be turned."""
+    if scale.categories is None and scale.axis.ticks is None:
+        return 0.0
+    size = axis.get_major_ticks(1)[0].label1.get_fontsize()
+    positions, names, turned = scale.ticks(room, size, across=axis.axis_name == "y")
+    axis.set_minor_locator(NullLocator())
+    axis.set_ticks(positions, [plain(name) for name in names], rotation=90 if turned else 0)
+    return max(len(name) for name in names) * GLYPH * size if turned else 0.0
+
+
+def _numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) -> None:
+    """Numbers in the cells, as large as the cells allow."""
+    texts = {
+        place: format(value, str(shape.mark.text))
+        for place, value in np.ndenumerate(shape.values)
+        if np.isfinite(value)
+    }
+    rows, columns = shape.values.shape
+    longest = max(map(len, texts.values()), default=1)
+    size = min(_text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
+    if size < SMALLEST_TEXT:
+        return
+    scale, colors = norm(ramp), colormap(ramp)
+    for (row, column), text in texts.items():
+        ink = "#ffffff" if is_dark(to_hex(colors(scale(shape.values[row, column])))) else "#000000"
+        ax.text(column, row, text, color=ink, size=size, ha="center", va="center", zorder=3)
+
+
+def _curve(ax: Axes, shape: Curve, plan: Plan, number: int, zorder: float) -> None:
+    ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash % len(DASHES)], zorder=zorder)
+
+
+def _area(ax: Axes, shape: Area, plan: Plan, number: int, zorder: float) -> None:
+    ax.fill_between(shape.x, shape.low, shape.high, color=shape.color, alpha=FAINT, linewidth=0, zorder=zorder)
+
+
+def _dots(ax: Axes, shape: Dots, plan: Plan, number: int, zorder: float) -> None:
+    areas = DOT**2 if shape.share is None else LARGEST**2 * shape.share
+    _errors(ax, shape, plan, zorder)
+    ax.scatter(
+        shape.x,
+        shape.y,
+        s=areas,
+        c=shape.colors,
+        marker=SHAPES[shape.shape % len(SHAPES)],
+        edgecolors=plan.theme.background,
+        linewidths=0.3,
+        zorder=zorder,
+    )
+
+
+def _bars(ax: Axes, shape: Bars, plan: Plan, number: int, zorder: float) -> None:
+    place, base, length = shape.place, shape.base, shape.top - shape.base
+    if shape.lying:
+        ax.barh(place, length, shape.width, left=base, color=shape.color, zorder=zorder)
+    else:
+        ax.bar(place, length, shape.width, bottom=base, color=shape.color, zorder=zorder)
+    _errors(ax, shape, plan, zorder)
+
+
+def _errors(ax: Axes, shape: Dots | Bars, plan: Plan, zorder: float) -> None:
+    """Error bars from low to high, wherever the value itself lies."""
+    if shape.low is None or shape.high is None:
+        return
+    if isinstance(shape, Dots):
+        place, colors = shape.y if shape.lying else shape.x, shape.colors
+    else:
+        place, colors = shape.place, [plan.theme.ink] * len(shape.place)
+    (ax.hlines if shape.lying else ax.vlines)(place, shape.low, shape.high, colors=colors, linewidth=0.9, zorder=zorder)
+
+
+def _cells(ax: Axes, shape: Cells, plan: Plan, number: int, zorder: float) -> None:
+    rows, columns = shape.values.shape
+    ramp, theme = plan.ramps[plan.heats[number]], plan.theme
+    if np.isnan(shape.values).any():
+        ground = Rectangle(
+            (-0.5, -0.5), columns, rows, facecolor=theme.missing, edgecolor=theme.hatch, hatch="////////"
+        )
+        ground.set(linewidth=0, zorder=zorder)
+        ax.add_patch(ground)
+    ax.imshow(shape.values, cmap=colormap(ramp), norm=norm(ramp), aspect="auto", interpolation="nearest", zorder=zorder)
+
+
+def _ruler(ax: Axes, shape: Ruler, plan: Plan, number: int, zorder: float) -> None:
+    style: dict[str, Any] = {"color": plan.theme.ink, "linewidth": 0.8, "linestyle": (0, (4, 2)), "zorder": zorder}
+    if shape.y is not None:
+        ax.axhline(shape.y, **style)
+        _note(ax, (0.99, shape.y), shape.label, ax.get_yaxis_transform(), "right", "bottom")
+    if shape.x is not None:
+        ax.axvline(shape.x, **style)
+        late = shape.x > np.mean(plan.views[number].x)
+        _note(ax, (shape.x, 0.98), shape.label, ax.get_xaxis_transform(), "right" if late else "left", "top", 90)
+
+
+def _shade(ax: Axes, shape: Shade, plan: Plan, number: int, zorder: float) -> None:
+    ax.axvspan(shape.x0, shape.x1, color=plan.theme.ink, alpha=FAINT / 2, linewidth=0, zorder=zorder)
+    _note(ax, ((shape.x0 + shape.x1) / 2, 0.98), shape.label, ax.get_xaxis_transform(), "center", "top")
+
+
+def _note(ax: Axes, place: tuple[Any, Any], text: str, transform: Any, across: str, up: str, turn: int = 0) -> None:
+    """Words beside a rule or in a span, two points away from it."""
+    shift = ({"left": 2, "right": -2}.get(across, 0), {"bottom": 1, "top": -1}[up])
+    style: dict[str, Any] = {"ha": across, "va": up, "size": _text_size(ax), "rotation": turn, "zorder": 4}
+    ax.annotate(plain(text), place, shift, xycoords=transform, textcoords="offset points", **style)
+
+
+def _words(ax: Axes, shape: Words, plan: Plan, number: int, zorder: float) -> None:
+    size = _text_size(ax)
+    for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
+        if np.isfinite(x) and np.isfinite(y):
+            ax.text(x, y, plain(text), size=size, ha="center", va="center", zorder=zorder)
+
+
+_DRAWERS: dict[type, Callable[[Axes, Any, Plan, int, float], None]] = {
+    Curve: _curve,
+    Area: _area,
+    Dots: _dots,
+    Bars: _bars,
+    Cells: _cells,
+    Ruler: _ruler,
+    Shade: _shade,
+    Words: _words,
+}

@@ -1,0 +1,279 @@
+"""Charts as matplotlib figures: small multiples for frames, one legend, the caption below.
+
+Figures are made without pyplot, in a style of their own that is put back afterwards: the settings and the current
+figure of the caller stay as they were.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.text import Text
+
+from lorascope.chart import Drawable
+from lorascope.render.canvas import DASHES, DOT, SHAPES, colormap, draw, names, norm, numbers, plain
+from lorascope.render.plan import Entry, Plan, plan
+from lorascope.render.theme import GLYPH, Theme, fold, inches, theme
+
+FRAMES = 8  # small multiples at most
+ACROSS = {"column": 2, "page": 4}  # small multiples in one row
+SHAPE = 0.68  # height of a panel as a share of its width
+LABELS = 0.7  # inches that title and labels of an axis take
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one frame of one view stands in the grid of a figure."""
+
+    view: int
+    frame: Any
+    row: int
+    start: int
+    stop: int
+
+
+def figure(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
+    """Draw on a figure of its own.
+
+    Parameters
+    ----------
+    drawable : Chart or Panels
+        What to draw.
+    name : str, optional
+        Theme, default "light".
+    width : {"column", "page"}, optional
+        Default: a column for a single chart, the page for panels and frames.
+    """
+    settled = plan(drawable, theme(name or "light"))
+    width = width or ("column" if len(settled.views) == 1 and not settled.frames else "page")
+    with style(settled.theme):
+        places = _places(settled, ACROSS[width] if settled.frames else 1)
+        return _compose(settled, places, inches(width))
+
+
+def write(drawable: Drawable, path: Path, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> None:
+    """Draw to a file of a kind ("pdf", "svg" or "png"), with metadata of that kind."""
+    made = figure(drawable, name, width)
+    with style(theme(name)):
+        made.savefig(path, format=kind, metadata=metadata)
+
+
+def onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
+    """Draw on axes of the caller, in the caller's style."""
+    settled = plan(drawable, theme(name or "light"))
+    if len(settled.views) > 1 or settled.frames:
+        raise ValueError("ax takes a single chart without frames; choose one with chart.at(frame), or leave ax out")
+    draw(ax, settled, 0)
+    ax.set_title(plain(settled.title))
+    if settled.entries:
+        ax.legend(handles=[_handle(entry) for entry in settled.entries], title=plain(settled.legend_title))
+    for ramp in settled.ramps:
+        mappable = ScalarMappable(norm(ramp), colormap(ramp))
+        ax.figure.colorbar(mappable, ax=ax, label=plain(ramp.label))
+    names(ax, settled.views[0].panel)
+    numbers(ax, settled, 0)
+    return ax
+
+
+def style(look: Theme) -> Any:
+    """A context in which matplotlib has its own defaults and the sizes and colours of a theme."""
+    ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
+    ground = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
+    sizes = (
+        "font.size",
+        "axes.labelsize",
+        "axes.titlesize",
+        "figure.titlesize",
+        "legend.fontsize",
+        "legend.title_fontsize",
+    )
+    settings: dict[str, Any] = {
+        **dict.fromkeys(ink, look.ink),
+        **dict.fromkeys(ground, look.background),
+        **dict.fromkeys(sizes, look.size),
+        **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 0.93 * look.size),
+        **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
+        **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 2.5),
+        **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 1.5),
+        "axes.titlelocation": "left",
+        "figure.titleweight": "bold",
+        "axes.titlepad": 4.0,
+        "axes.labelpad": 2.5,
+        "lines.linewidth": 1.2,
+        "hatch.linewidth": 0.5,
+        "legend.frameon": False,
+        "pdf.fonttype": 42,
+        "savefig.dpi": 300,
+        "svg.hashsalt": "lorascope",
+    }
+    return matplotlib.style.context(settings, after_reset=True)
+
+
+def _places(settled: Plan, across: int) -> list[Place]:
+    """The grid: as the panels stand or, with frames, every panel's frames in rows of ``across``."""
+    if not settled.frames:
+        columns = math.lcm(*(len(row) for row in settled.rows))
+        return [
+            Place(view, None, number, column * columns // len(row), (column + 1) * columns // len(row))
+            for number, row in enumerate(settled.rows)
+            for column, view in enumerate(row)
+        ]
+    shown = _evenly(settled.frames, FRAMES if len(settled.views) == 1 else across)
+    across = min(across, len(shown))
+    places = []
+    for number, view in enumerate(settled.views):
+        if view.panel.chart.frame is None:
+            places.append(Place(number, None, number, 0, across))
+            continue
+        for index, frame in enumerate(shown):
+            places.append(Place(number, frame, number + index // across, index % across, index % across + 1))
+    return places
+
+
+def _evenly(frames: list[Any], most: int) -> list[Any]:
+    """At most so many frames, evenly spread, the first and the last among them."""
+    if len(frames) <= most:
+        return frames
+    return [frames[round(index * (len(frames) - 1) / (most - 1))] for index in range(most)]
+
+
+def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
+    """Axes, legend, colour bars and caption on a figure of this width in inches, as high as it needs to be."""
+    look = settled.theme
+    columns = max(place.stop for place in places)
+    cells = {place: width * (place.stop - place.start) / columns for place in places}
+    heights = [
+        max(_height(settled, place, cells[place], look.size) for place in places if place.row == row)
+        for row in range(places[-1].row + 1)
+    ]
+    made = Figure(figsize=(width, sum(heights)), layout="constrained")
+    renderer = FigureCanvasAgg(made).get_renderer()
+    grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
+    axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}
+    for place, ax in axes.items():
+        draw(ax, settled, place.view, place.frame)
+        _label(ax, settled, place, places, (72 * cells[place], 72 * 0.8 * heights[place.row]))
+    for ramp in settled.ramps:
+        painted = [ax for place, ax in axes.items() if place.view in ramp.views]
+        bar = made.colorbar(ScalarMappable(norm(ramp), colormap(ramp)), ax=painted, fraction=0.06, pad=0.02, aspect=22)
+        bar.set_label(plain("\n".join(fold(ramp.label, 72 * 0.8 * sum(heights), look.size))))
+        bar.outline.set_linewidth(0.4)
+    title = "\n".join(fold(settled.title, 72 * width, 1.1 * look.size))
+    if title:
+        made.suptitle(plain(title), x=0.01, ha="left")
+    foot = [_caption(made, settled), _legend(made, settled, width)]
+    head = (title.count("\n") + 1) * 1.6 * look.size / 72 if title else 0.0
+    _stand(made, sum(heights) + head, foot, renderer)
+    for _ in range(2):  # names on y take width from x, and from titles
+        made.draw_without_rendering()
+        for place, ax in axes.items():
+            _title(ax, settled, place)
+        depths = [(place.row, names(ax, settled.views[place.view].panel)) for place, ax in axes.items()]
+    turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
+    _stand(made, sum(heights) + head + turned, foot, renderer)
+    made.draw_without_rendering()
+    for place, ax in axes.items():
+        numbers(ax, settled, place.view, place.frame)
+    return made
+
+
+def _height(settled: Plan, place: Place, width: float, size: float) -> float:
+    """Inches for one panel: room for every name on y, otherwise in proportion to the width."""
+    scale = settled.views[place.view].panel.y
+    shape = max(1.4, SHAPE * min(width, 4.5))
+    if scale.categories is None:
+        return shape
+    lines = LABELS + len(scale.categories) * 1.45 * size / 72
+    return max(lines if scale.wordy else min(lines, 0.95 * width), 0.75 * shape)
+
+
+def _label(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tuple[float, float]) -> None:
+    """Axis labels, broken to the room in points (width, height), where no neighbour shows the same axis."""
+    view, size = settled.views[place.view], settled.theme.size
+    below = [other for other in places if other.view == place.view and other.row > place.row]
+    left = [settled.views[other.view] for other in places if other.row == place.row and other.stop == place.start]
+    x, y = view.panel.chart.x.label, view.panel.chart.y.label
+    ax.set_xlabel(plain("\n".join(fold(x, 0.8 * room[0], size))))
+    ax.set_ylabel(plain("\n".join(fold(y, room[1], size))))
+    if any(other.start == place.start for other in below):
+        ax.set_xlabel("")
+        ax.tick_params(labelbottom=False)
+    if any(other.y == view.y and other.panel.y == view.panel.y for other in left):
+        ax.set_ylabel("")
+        ax.tick_params(labelleft=False)
+
+
+def _title(ax: Axes, settled: Plan, place: Place) -> None:
+    """The title of a panel among others, with its frame, broken to the present width of the axes."""
+    titles = [settled.views[place.view].panel.chart.title] if len(settled.views) > 1 else []
+    if place.frame is not None:
+        titles.append(f"{settled.frame_label} {place.frame}")
+    room = 72 * ax.get_window_extent().width / ax.figure.dpi
+    ax.set_title(plain("\n".join(fold(", ".join(filter(None, titles)), 1.1 * room, settled.theme.size))))
+
+
+def _caption(made: Figure, settled: Plan) -> Text:
+    """The caption, broken to the width of the figure."""
+    return made.text(0.01, 0.0, plain(settled.caption), wrap=True, ha="left", va="bottom", in_layout=False)
+
+
+def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
+    """The legend, as many entries beside one another as fit."""
+    if not settled.entries:
+        return None
+    entries = settled.entries
+    widths = [(len(entry.label) * GLYPH + 4.0) * settled.theme.size for entry in entries]
+    depth = next(depth for depth in range(1, len(entries) + 1) if _fits(widths, depth, 72 * width))
+    legend = made.legend(
+        handles=[_handle(entry) for entry in entries],
+        title=plain(settled.legend_title) or None,
+        ncols=math.ceil(len(entries) / depth),
+        loc="lower center",
+        borderpad=0.2,
+        columnspacing=1.2,
+        handlelength=1.8,
+    )
+    legend.set_in_layout(False)
+    return legend
+
+
+def _fits(widths: list[float], depth: int, room: float) -> bool:
+    """Whether legend entries in columns of this depth fit beside one another, or one column is all there is."""
+    columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
+    return len(columns) == 1 or sum(map(max, columns)) <= room
+
+
+def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
+    """Stack caption and legend at the foot of the figure, below ``height`` inches for the panels."""
+    parts = [(part, part.get_window_extent(renderer).height / made.dpi) for part in foot if part is not None]
+    gap, used = 0.04, 0.04
+    total = height + sum(depth + gap for _, depth in parts) + gap
+    made.set_figheight(total)
+    for part, depth in parts:
+        if isinstance(part, Text):
+            part.set_y(used / total)
+        else:
+            part.set_bbox_to_anchor((0.5, used / total), made.transFigure)
+        used += depth + gap
+    made.set_layout_engine("constrained", rect=(0, used / total, 1, 1 - used / total))
+
+
+def _handle(entry: Entry) -> Line2D | Patch:
+    """What stands for a legend entry."""
+    if entry.kind == "patch":
+        return Patch(color=entry.color, label=plain(entry.label), linewidth=0)
+    if entry.kind == "line":
+        return Line2D([], [], color=entry.color, linestyle=DASHES[entry.style % len(DASHES)], label=plain(entry.label))
+    marker = SHAPES[entry.style % len(SHAPES)]
+    return Line2D([], [], color=entry.color, marker=marker, markersize=DOT, linestyle="", label=plain(entry.label))

@@ -1,0 +1,180 @@
+"""All that the panels of a figure share, settled before a renderer draws: frames, legend, colour bars, caption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.chart import Chart, Drawable, Heat, Mark
+from lorascope.render.ranges import Limits, ranges
+from lorascope.render.scales import categories, color_columns, scale, to_floats
+from lorascope.render.shapes import Panel, group
+from lorascope.render.theme import RED_BLUE, VIRIDIS, Theme
+
+LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # how marks look in the legend; others are patches
+
+
+@dataclass(frozen=True)
+class View:
+    """A panel and the ends of its axes."""
+
+    panel: Panel
+    x: Limits
+    y: Limits
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the legend; ``style`` counts dashes (kind "line") or shapes (kind "dot")."""
+
+    label: str
+    color: str
+    kind: str
+    style: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A colour bar, and the numbers of the views that it belongs to."""
+
+    label: str
+    colors: list[str]
+    limits: Limits
+    log: bool
+    views: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A figure ready to be drawn; ``heats`` maps the number of a view to its heat's number in ``ramps``."""
+
+    views: list[View]
+    rows: list[list[int]]
+    frames: list[Any]
+    frame_label: str
+    entries: list[Entry]
+    legend_title: str
+    ramps: list[Ramp]
+    heats: dict[int, int]
+    title: str
+    caption: str
+    theme: Theme
+
+
+def plan(drawable: Drawable, theme: Theme) -> Plan:
+    """Settle everything that does not depend on the renderer."""
+    charts = [chart for row in drawable.rows() for chart in row]
+    colors = color_columns(charts)
+    panels = [Panel(chart, scale(chart, "x"), scale(chart, "y"), colors, theme) for chart in charts]
+    frames, frame_label = _frames(charts)
+    numbers = iter(range(len(charts)))
+    heats, ramps = _heats(charts)
+    entries = list(dict.fromkeys(entry for panel in panels for entry in _entries(panel)))
+    titles = {chart.color_label for chart in charts}
+    return Plan(
+        views=[View(panel, *ends) for panel, ends in zip(panels, ranges(panels, frames), strict=True)],
+        rows=[[next(numbers) for _ in row] for row in drawable.rows()],
+        frames=frames,
+        frame_label=frame_label,
+        entries=entries if len(entries) > 1 else [],
+        legend_title=titles.pop() if len(titles) == 1 else "",
+        ramps=ramps + _column_ramps(panels),
+        heats=heats,
+        title=charts[0].title if len(charts) == 1 else "",
+        caption=_caption(charts),
+        theme=theme,
+    )
+
+
+def _frames(charts: Sequence[Chart]) -> tuple[list[Any], str]:
+    """The frames of all panels, and the name of the column they come from."""
+    columns = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
+    labels = list(dict.fromkeys(str(column.name) for column in columns))
+    if len(labels) > 1:
+        raise ValueError(f"panels share one slider, but their frames are {' and '.join(labels)}")
+    return list(categories(columns)), "".join(labels)
+
+
+def _caption(charts: Sequence[Chart]) -> str:
+    """The captions of all panels: once where they agree, named by their titles where they differ."""
+    if len({chart.caption for chart in charts if chart.caption}) < 2:
+        return next((chart.caption for chart in charts if chart.caption), "")
+    return "\n".join(f"{chart.title}: {chart.caption}".removeprefix(": ") for chart in charts if chart.caption)
+
+
+def _entries(panel: Panel) -> Iterator[Entry]:
+    """The legend of one panel: its colours, then its styles; nothing for what an axis names already."""
+    for column, marks in _by_column(panel.chart, "color"):
+        colors = panel.colors[column]
+        if colors.limits is not None or any(column in (mark.columns()["x"], mark.columns().get("y")) for mark in marks):
+            continue
+        for value in colors.categories:
+            having = [mark for mark in marks if (panel.chart.table(mark)[column] == value).any()]
+            for mark in sorted(having, key=lambda mark: mark.kind not in LOOKS)[:1]:
+                kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
+                styled = mark.columns().get(encoding) == column
+                style = panel.style(mark, encoding, {column: value}) if styled else 0
+                yield Entry(str(value), colors.of(value, panel.theme), kind, style, group({column: value}))
+    for kind, encoding in LOOKS.values():
+        for column, (mark, *_) in _by_column(panel.chart, encoding):
+            if column != mark.columns().get("color"):
+                for value in panel.order(mark, column):
+                    key = {column: value}
+                    yield Entry(str(value), panel.theme.ink, kind, panel.style(mark, encoding, key), group(key))
+
+
+def _by_column(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]]:
+    """The columns that an encoding uses, with their marks."""
+    found: dict[str, list[Mark]] = {}
+    for mark in chart.marks:
+        if encoding in mark.columns():
+            found.setdefault(mark.columns()[encoding], []).append(mark)
+    return list(found.items())
+
+
+def _heats(charts: Sequence[Chart]) -> tuple[dict[int, int], list[Ramp]]:
+    """The colour bars of heats; heats with the same label and kind of scale share one, and its ends."""
+    alike: dict[tuple[Any, ...], list[tuple[int, Chart, Heat]]] = {}
+    for view, chart in enumerate(charts):
+        for mark in chart.marks:
+            if isinstance(mark, Heat):
+                same = (mark.label,) if mark.label else (view, "")
+                alike.setdefault((*same, mark.scale, mark.log, tuple(mark.limits or ())), []).append(
+                    (view, chart, mark)
+                )
+    ramps = []
+    for uses in alike.values():
+        mark = uses[0][2]
+        numbers = np.concatenate([to_floats(chart.table(heat)[heat.value]) for _, chart, heat in uses])
+        colors = RED_BLUE if mark.scale == "diverging" else VIRIDIS
+        ramps.append(Ramp(mark.label, colors, _heat_limits(mark, numbers), mark.log, [view for view, _, _ in uses]))
+    return {view: number for number, ramp in enumerate(ramps) for view in ramp.views}, ramps
+
+
+def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
+    """The values at both ends of the colours."""
+    if mark.limits is not None:
+        return float(mark.limits[0]), float(mark.limits[1])
+    numbers = numbers[numbers > 0] if mark.log else numbers[np.isfinite(numbers)]
+    if mark.scale == "diverging":
+        far = float(np.abs(numbers).max(initial=0.0)) or 1.0
+        return -far, far
+    if not numbers.size:
+        return 1.0, 10.0
+    low, high = float(numbers.min()), float(numbers.max())
+    return (low, high) if low < high else (low, 10 * low if mark.log else low + 1.0)
+
+
+def _column_ramps(panels: Sequence[Panel]) -> list[Ramp]:
+    """The colour bars of columns of numbers that colour lines, dots or bars."""
+    ramps = []
+    for column, colors in panels[0].colors.items():
+        if colors.limits is not None:
+            views = [view for view, panel in enumerate(panels) if column in dict(_by_column(panel.chart, "color"))]
+            ramps.append(Ramp(colors.label, panels[0].theme.ramp, colors.limits, False, views))
+    return ramps

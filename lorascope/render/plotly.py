@@ -1,0 +1,250 @@
+"""Charts as interactive plotly figures: frames on a slider, one legend, the caption below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lorascope.chart import Drawable
+from lorascope.render.plan import Entry, Plan, Ramp, plan
+from lorascope.render.ranges import Limits
+from lorascope.render.scales import Scale
+from lorascope.render.space import BAR, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
+from lorascope.render.theme import fold, theme
+from lorascope.render.traces import DASHES, SHAPES, nth, overlays, traces, words
+
+STILL: dict[str, Any] = {"frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+PLAY: dict[str, Any] = {"frame": {"duration": 400, "redraw": True}, "transition": {"duration": 0}}
+
+
+def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
+    """Draw an interactive figure.
+
+    Parameters
+    ----------
+    drawable : Chart or Panels
+        What to draw.
+    name : str, optional
+        Theme, default "light".
+    """
+    settled = plan(drawable, theme(name or "light"))
+    room = space(settled)
+    made = go.Figure(layout=_layout(settled, room))
+    moving: list[int] = []
+    for number, view in enumerate(settled.views):
+        start = len(made.data)
+        made.add_traces(traces(settled, number, settled.frames[0] if settled.frames else None))
+        if view.panel.chart.frame is not None:
+            moving += range(start, len(made.data))
+    made.add_traces([_sample(entry, settled) for entry in settled.entries])
+    made.add_traces([_bar_sample(number, ramp) for number, ramp in enumerate(settled.ramps)])
+    if settled.frames:
+        made.frames = [_frame(settled, frame, moving) for frame in settled.frames]
+    return made
+
+
+def _frame(settled: Plan, frame: Any, moving: list[int]) -> go.Frame:
+    """The contents of the moving traces in one frame."""
+    framed = [number for number, view in enumerate(settled.views) if view.panel.chart.frame is not None]
+    data = [trace for number in framed for trace in traces(settled, number, frame)]
+    for trace in data:
+        if isinstance(trace, go.Heatmap):
+            trace.customdata = None  # names of cells, which stay
+    return go.Frame(name=str(frame), data=data, traces=moving)
+
+
+def _sample(entry: Entry, settled: Plan) -> go.Scatter:
+    """An empty trace that stands for a legend entry; a click on it hides its whole group."""
+    looks: dict[str, dict[str, Any]] = {
+        "line": {
+            "mode": "lines",
+            "line": {"color": entry.color, "dash": DASHES[entry.style % len(DASHES)], "width": 2},
+        },
+        "dot": {
+            "mode": "markers",
+            "marker": {"color": entry.color, "symbol": SHAPES[entry.style % len(SHAPES)], "size": 8},
+        },
+        "patch": {"mode": "markers", "marker": {"color": entry.color, "symbol": "square", "size": 12}},
+    }
+    return go.Scatter(
+        x=[None], y=[None], name=words(entry.label), legendgroup=entry.group, showlegend=True, **looks[entry.kind]
+    )
+
+
+def _bar_sample(number: int, ramp: Ramp) -> go.Scatter:
+    """An empty trace without which plotly leaves the colour bar out."""
+    marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{nth(number)}", "opacity": 0}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
+
+
+def _layout(settled: Plan, room: Space) -> dict[str, Any]:
+    """Everything but the traces."""
+    look = settled.theme
+    layout: dict[str, Any] = {
+        "template": "none",
+        "height": round(room.height),
+        "margin": {"l": room.left, "r": room.right, "t": room.top, "b": room.bottom, "autoexpand": False},
+        "paper_bgcolor": look.background,
+        "plot_bgcolor": look.background,
+        "font": {"color": look.ink, "size": FONT, "family": "Verdana, DejaVu Sans, sans-serif"},
+        "barmode": "overlay",
+        "hovermode": "closest",
+        "title": {
+            "text": "<br>".join(map(words, room.title)),
+            "font": {"size": TITLE},
+            "x": EDGE / WIDTH,
+            "xanchor": "left",
+            "y": 1 - EDGE / room.height,
+            "yanchor": "top",
+            "yref": "container",
+        },
+        "legend": {
+            "orientation": "h",
+            "title": {"text": words(settled.legend_title)},
+            "x": 0,
+            "y": 1 - (EDGE + 1.4 * TITLE * len(room.title)) / room.height,
+            "yanchor": "top",
+            "yref": "container",
+            "bgcolor": "rgba(0, 0, 0, 0)",
+        },
+        "annotations": [*_titles(room), *_caption(settled, room)],
+        "shapes": [shape for number in range(len(settled.views)) for shape in overlays(settled, number)],
+    }
+    for number, view in enumerate(settled.views):
+        one, suffix = room.rooms[number], nth(number)
+        for letter, scale, ends, other in (("x", view.panel.x, view.x, "y"), ("y", view.panel.y, view.y, "x")):
+            axis = _axis(scale, ends, one, letter, settled)
+            layout[f"{letter}axis{suffix}"] = {**axis, "anchor": f"{other}{suffix}"}
+    for number in range(len(settled.ramps)):
+        layout[f"coloraxis{nth(number)}"] = _color_axis(settled, room, number)
+    if settled.frames:
+        layout |= _slider(settled, room)
+    return layout
+
+
+def _axis(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) -> dict[str, Any]:
+    """One axis of one panel."""
+    upright, look = letter == "y", settled.theme
+    axis: dict[str, Any] = {
+        "domain": room.y if upright else room.x,
+        "range": list(np.log10(ends)) if scale.log else list(ends),
+        "type": "log" if scale.log else "linear",
+        "title": {"text": "<br>".join(map(words, fold(scale.axis.label, 260, FONT)))},
+        "showgrid": scale.categories is None,
+        "gridcolor": look.grid,
+        "zeroline": False,
+        "showline": True,
+        "linecolor": look.ink,
+        "ticks": "outside",
+        "ticklen": 4,
+        "exponentformat": "power",
+        "automargin": False,
+    }
+    names = room.names[upright]
+    if names is not None:
+        positions, texts, turned = names
+        axis |= {"tickmode": "array", "tickvals": positions, "ticktext": list(map(words, texts))}
+        axis |= {"tickangle": -90 if turned else 0}
+    elif scale.whole and not scale.log and abs(ends[1] - ends[0]) < 8:
+        axis |= {"dtick": 1}
+    if upright and room.shared:
+        axis |= {"title": None, "showticklabels": False}
+    return axis
+
+
+def _color_axis(settled: Plan, room: Space, number: int) -> dict[str, Any]:
+    """A colour bar, as high as the panels that it belongs to, to the right of the last of them."""
+    ramp = settled.ramps[number]
+    rooms = [room.rooms[view] for view in ramp.views]
+    low, high = min(one.y[0] for one in rooms), max(one.y[1] for one in rooms)
+    plot = WIDTH - room.left - room.right
+    beside = [other for other in range(number) if ramp.views[-1] == settled.ramps[other].views[-1]]
+    bar = {
+        "title": {"text": "<br>".join(map(words, fold(ramp.label, 200, FONT))), "side": "right"},
+        "x": max(one.x[1] for one in rooms) + (8 + BAR * len(beside)) / plot,
+        "xanchor": "left",
+        "y": (low + high) / 2,
+        "len": high - low,
+        "thickness": 12,
+        "xpad": 0,
+        "ypad": 0,
+        "outlinewidth": 0,
+    }
+    limits = ramp.limits
+    if ramp.log:
+        limits = float(np.log10(limits[0])), float(np.log10(limits[1]))
+        values = _decades(*limits)
+        bar |= {"tickmode": "array", "tickvals": np.log10(values).tolist(), "ticktext": [f"{v:g}" for v in values]}
+    scale = [[index / (len(ramp.colors) - 1), color] for index, color in enumerate(ramp.colors)]
+    return {"colorscale": scale, "cmin": limits[0], "cmax": limits[1], "colorbar": bar}
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Round values between two exponents of ten: powers of ten, and twos and fives where these are few."""
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    values = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
+    return [value for value in values if low <= np.log10(value) <= high]
+
+
+def _titles(room: Space) -> list[dict[str, Any]]:
+    """The titles of panels among others."""
+    return [
+        {
+            "text": "<br>".join(map(words, one.title)),
+            "showarrow": False,
+            "align": "left",
+            "font": {"size": FONT},
+            "x": one.x[0],
+            "xref": "paper",
+            "xanchor": "left",
+            "y": one.y[1],
+            "yref": "paper",
+            "yanchor": "bottom",
+        }
+        for one in room.rooms
+        if one.title
+    ]
+
+
+def _caption(settled: Plan, room: Space) -> list[dict[str, Any]]:
+    """The caption, below all else."""
+    if not room.caption:
+        return []
+    note = {
+        "text": "<br>".join(map(words, room.caption)),
+        "showarrow": False,
+        "align": "left",
+        "font": {"size": 0.92 * FONT},
+        "x": 0,
+        "xref": "paper",
+        "xanchor": "left",
+        "xshift": EDGE - room.left,
+        "y": 0,
+        "yref": "paper",
+        "yanchor": "top",
+        "yshift": -(room.bottom - EDGE - LINE * len(room.caption)),
+    }
+    return [note]
+
+
+def _slider(settled: Plan, room: Space) -> dict[str, Any]:
+    """The slider over the frames, with a button that plays them."""
+    steps = [
+        {"label": str(frame), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
+        for frame in settled.frames
+    ]
+    place: dict[str, Any] = {"y": 0, "yanchor": "top", "xanchor": "left"}
+    play = {"label": "▶", "method": "animate", "args": [None, {"mode": "immediate", "fromcurrent": True, **PLAY}]}
+    pause = {"label": "❚❚", "method": "animate", "args": [[None], {"mode": "immediate", **STILL}]}
+    slider = {
+        "steps": steps,
+        "currentvalue": {"prefix": f"{words(settled.frame_label)} ", "xanchor": "left"},
+        "x": 0.16,
+        "len": 0.84,
+        "pad": {"t": room.foot + 4},
+        **place,
+    }
+    buttons = {"type": "buttons", "direction": "left", "buttons": [play, pause], "x": 0, "pad": {"t": room.foot + 22}}
+    return {"sliders": [slider], "updatemenus": [{**buttons, **place, "showactive": False}]}

@@ -1,0 +1,101 @@
+"""How far the axes reach: far enough for every frame, and equally far where panels are to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.chart import Bar
+from lorascope.render.scales import Scale
+from lorascope.render.shapes import Area, Bars, Curve, Dots, Panel, Ruler, Shade, Shape, Words
+
+PAD = 0.04  # of its range, left free at each end of a numeric axis
+
+Limits = tuple[float, float]
+
+
+def ranges(panels: Sequence[Panel], frames: Sequence[Any]) -> list[tuple[Limits, Limits]]:
+    """The ends of x and y of every panel, left or bottom first.
+
+    Ends are values on a numeric axis, positions on a categorical one (whose vertical form runs downwards). Numeric
+    axes with the same label have the same ends.
+    """
+    reaches = [_reach(panel, frames) for panel in panels]
+    sides = [
+        [_ends(panel, letter, panels, [reach[side] for reach in reaches]) for panel in panels]
+        for side, letter in enumerate("xy")
+    ]
+    return list(zip(*sides, strict=True))
+
+
+def _ends(panel: Panel, letter: str, panels: Sequence[Panel], reaches: Sequence[Float[np.ndarray, "_"]]) -> Limits:
+    """The ends of one axis of one panel."""
+    scale: Scale = getattr(panel, letter)
+    if scale.categories is not None:
+        last = max(len(scale.categories), 1) - 0.5
+        return (-0.5, last) if letter == "x" else (last, -0.5)
+    kin = [index for index, other in enumerate(panels) if other is panel or _comparable(scale, getattr(other, letter))]
+    anchored = any(isinstance(mark, Bar) for index in kin for mark in panels[index].chart.marks)
+    low, high = _padded(np.concatenate([reaches[index] for index in kin]), scale.log, anchored)
+    start, stop = scale.axis.limits or (None, None)
+    return (low if start is None else float(start), high if stop is None else float(stop))
+
+
+def _comparable(one: Scale, other: Scale) -> bool:
+    """Whether two axes show the same thing."""
+    labelled = one.axis.label != "" and one.axis.label == other.axis.label
+    return labelled and other.categories is None and one.log == other.log
+
+
+def _padded(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
+    """Ends around numbers; where bars stand on it, an end at zero stays there."""
+    numbers = reach[reach > 0] if log else reach[np.isfinite(reach)]
+    if not numbers.size:
+        return (1.0, 10.0) if log else (0.0, 1.0)
+    low, high = float(numbers.min()), float(numbers.max())
+    if log:
+        pad = (high / low) ** PAD if high > low else 2.0
+        return low / pad, high * pad
+    pad = PAD * ((high - low) or abs(high) or 1.0)
+    return low if anchored and low == 0 < high else low - pad, high if anchored and high == 0 > low else high + pad
+
+
+def _reach(panel: Panel, frames: Sequence[Any]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
+    """All positions on x and on y that a panel must show, in any frame."""
+    corners = [_corners(shape) for frame in frames or [None] for shape in panel.shapes(frame)]
+    x, y = (
+        np.concatenate([np.empty(0), *(np.ravel(part) for pair in corners for part in pair[side])]) for side in (0, 1)
+    )
+    return x, y
+
+
+def _corners(shape: Shape) -> tuple[list[Any], list[Any]]:
+    """The outermost positions of a shape on x and on y, as numbers and arrays."""
+    match shape:
+        case Curve() | Words():
+            return [shape.x], [shape.y]
+        case Area():
+            return [shape.x], [shape.low, shape.high]
+        case Dots():
+            return _turned([shape.x], [shape.y], shape) if not shape.lying else _turned([shape.y], [shape.x], shape)
+        case Bars():
+            sides = [shape.place - shape.width / 2, shape.place + shape.width / 2]
+            return _turned(sides, [shape.base, shape.top], shape)
+        case Ruler():
+            return _known(shape.x), _known(shape.y)
+        case Shade():
+            return [shape.x0, shape.x1], []
+    return [], []
+
+
+def _turned(across: list[Any], along: list[Any], shape: Dots | Bars) -> tuple[list[Any], list[Any]]:
+    """Positions across and along the bars, with their error bars, as positions on x and y."""
+    along = along + _known(shape.low, shape.high)
+    return (along, across) if shape.lying else (across, along)
+
+
+def _known(*positions: Any) -> list[Any]:
+    return [position for position in positions if position is not None]

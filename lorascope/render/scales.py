@@ -1,0 +1,183 @@
+"""From values to positions and colours, before anything is drawn.
+
+Categories stand at 0, 1, 2, ... in both renderers, so that lines, bars, cells and words meet on one axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from pandas.api.types import is_integer_dtype
+
+from lorascope.chart import Axis, Chart
+from lorascope.marks import is_number
+from lorascope.render.theme import GLYPH, PALETTE_SIZE, Theme
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One axis of one panel.
+
+    ``categories`` is None where it is numeric, ``whole`` says that no tick belongs between two whole numbers.
+    """
+
+    axis: Axis
+    categories: tuple[Any, ...] | None
+    whole: bool = False
+
+    @property
+    def log(self) -> bool:
+        """Whether positions are spaced by their logarithm."""
+        return self.axis.log and self.categories is None
+
+    @property
+    def wordy(self) -> bool:
+        """Whether most categories are words, each of which should be readable, and not numbers in a row."""
+        names = [str(category) for category in self.categories or ()]
+        return 2 * sum(map(_is_digits, names)) < len(names)
+
+    def place(self, values: pd.Series) -> Float[np.ndarray, "n"]:
+        """Positions of values; NaN where a value has none (missing, infinite, or zero and below on a log axis)."""
+        if self.categories is None:
+            numbers = to_floats(values)
+            return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
+        if is_number(values) and is_number(pd.Series(self.categories)):
+            return _between(to_floats(values), np.asarray(self.categories, dtype=float))
+        places = {category: place for place, category in enumerate(self.categories)}
+        return np.array([places.get(value, np.nan) for value in values], dtype=float)
+
+    def locate(self, value: Any) -> float:
+        """Position of one value, for a rule or a span."""
+        place = float(self.place(pd.Series([value]))[0])
+        if np.isnan(place):
+            why = "is logarithmic" if self.categories is None else f"has {', '.join(map(str, self.categories))}"
+            raise ValueError(f"{value!r} has no place on the axis {self.axis.label!r}, which {why}")
+        return place
+
+    def words(self, positions: Iterable[float]) -> list[str]:
+        """Names of the categories at (or nearest to) these positions, "" where there is none."""
+        names = dict(enumerate(map(str, self.categories or ())))
+        return [names.get(round(place), "") if np.isfinite(place) else "" for place in positions]
+
+    def ticks(self, room: float, size: float, across: bool) -> tuple[list[float], list[str], bool]:
+        """Where to write which names.
+
+        Parameters
+        ----------
+        room : float
+            Length of the axis, in the unit of ``size``.
+        size : float
+            Font size.
+        across : bool
+            Whether names lie across the axis, as they do on a vertical one.
+
+        Returns
+        -------
+        (positions, names, turned) : ``turned`` says that the names must stand on end to fit.
+        """
+        if self.axis.ticks is not None:
+            return list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
+        names = [str(category) for category in self.categories or ()]
+        digits = [_is_digits(name) for name in names]
+        widths = [(len(name) + 1) * GLYPH * size for name in names]
+        cell = room / max(len(names), 1)
+        crowded = any(a + b > 2 * cell for a, b in pairwise(widths))
+        turned = not across and crowded and self.wordy
+        lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
+        kept = _spread(digits, lengths)
+        return [float(index) for index in kept], [names[index] for index in kept], turned
+
+
+def _is_digits(name: str) -> bool:
+    return name.lstrip("-").replace(".", "", 1).isdigit()
+
+
+def _between(values: Float[np.ndarray, "n"], known: Float[np.ndarray, "k"]) -> Float[np.ndarray, "n"]:
+    """Positions of numbers among numeric categories; one that is no category falls between its neighbours."""
+    order = np.argsort(known)
+    ends = (-0.5, len(known) - 0.5)
+    left, right = ends if order[0] <= order[-1] else ends[::-1]
+    return np.interp(values, known[order], order.astype(float), left=left, right=right)
+
+
+def _spread(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]:
+    """Indices of the names to write, of these ``lengths`` in cells: words where they fit, numbers at round steps."""
+    words = [index for index, number in enumerate(digits) if not number]
+    numbers = [index for index, number in enumerate(digits) if number]
+    if not numbers:
+        return words[:: int(np.ceil(max(lengths, default=1.0)))]
+    longest = max(lengths[index] for index in numbers)
+    step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= longest), 1000)
+    kept: list[int] = []
+    for index in words + numbers[::step]:
+        if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in kept):
+            kept.append(index)
+    return sorted(kept)
+
+
+@dataclass(frozen=True)
+class Colors:
+    """What the values of one column look like: categories or, where ``limits`` are set, numbers between them."""
+
+    label: str
+    categories: tuple[Any, ...]
+    limits: tuple[float, float] | None = None
+
+    def of(self, value: Any, theme: Theme) -> str:
+        """The colour of a value."""
+        if self.limits is None:
+            return theme.category(self.categories.index(value), len(self.categories))
+        low, high = self.limits
+        return theme.along((float(value) - low) / (high - low))
+
+
+def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
+    """Numbers as float64, with NaN for what is missing or infinite."""
+    numbers = values.to_numpy(dtype=float, na_value=np.nan)
+    return np.where(np.isfinite(numbers), numbers, np.nan)
+
+
+def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple[Any, ...]:
+    """The distinct values: those in ``first``, then numbers by size, ordered categories by theirs, others as met."""
+    met: dict[Any, None] = {}
+    for values in columns:
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            values = pd.Series(values.cat.categories[values.cat.categories.isin(values)])
+        met.update(dict.fromkeys(values.dropna().unique()))
+    known = sorted(met) if columns and all(map(is_number, columns)) else list(met)
+    return tuple(dict.fromkeys([*first, *known]))
+
+
+def scale(chart: Chart, letter: str) -> Scale:
+    """The "x" or "y" scale of a chart."""
+    axis: Axis = getattr(chart, letter)
+    columns = [chart.table(mark)[mark.columns()[letter]] for mark in chart.marks if letter in mark.columns()]
+    if chart.is_categorical(letter):
+        return Scale(axis, categories(columns, axis.order or ()))
+    return Scale(axis, None, whole=bool(columns) and all(map(is_integer_dtype, columns)))
+
+
+def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
+    """The colours of every column that colours a mark; a value has the same colour in all panels."""
+    uses: dict[str, list[tuple[Chart, pd.Series]]] = {}
+    for chart in charts:
+        for mark in chart.marks:
+            if (column := mark.columns().get("color")) is not None:
+                uses.setdefault(column, []).append((chart, chart.table(mark)[column]))
+    return {column: _colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
+
+
+def _colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) -> Colors:
+    """Categories from the palette; more numbers than it has colours become a scale."""
+    label = next((chart.color_label for chart in charts if chart.color_label), "")
+    first = next((chart.colors for chart in charts if chart.colors is not None), None)
+    known = categories(columns, first or ())
+    if first is None and len(known) > PALETTE_SIZE and all(map(is_number, columns)):
+        return Colors(label or column, known, (float(known[0]), float(known[-1])))
+    return Colors(label, known)

@@ -1,0 +1,134 @@
+"""Room in pixels: where the panels of an interactive figure stand, and what stands around them.
+
+Plotly places some things in shares of the plot and others in pixels. So all of it is counted in pixels here, for a
+figure ``WIDTH`` wide; on a wider screen the panels spread, and the space around them stays sufficient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lorascope.render.plan import Plan
+from lorascope.render.ranges import Limits
+from lorascope.render.scales import Scale
+from lorascope.render.theme import GLYPH, fold
+
+WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # the whole figure, the distance from its edges, and between panels
+FONT, TITLE = 12.0, 15.0  # font sizes
+PANEL, ROW = 290.0, 22.0  # height of a panel, and of a row with a name
+TICKS, LINE = 24.0, 18.0  # depth of tick labels, and of a line of text
+NUMBERS = 42.0  # width of the numbers on a vertical axis
+SLIDER, BAR = 80.0, 88.0  # depth of the slider, width of a colour bar with its title
+
+Ticks = tuple[list[float], list[str], bool]
+
+
+@dataclass(frozen=True)
+class Room:
+    """One panel: its shares of the plot, its title by lines, its names, and whether its left neighbour shows its y."""
+
+    x: Limits
+    y: Limits
+    title: list[str]
+    names: tuple[Ticks | None, Ticks | None]
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Space:
+    """Margins around the plot; ``foot`` is the depth of its lowest tick labels and the label of their axis."""
+
+    rooms: list[Room]
+    left: float
+    right: float
+    top: float
+    bottom: float
+    foot: float
+    height: float
+    title: list[str]
+    caption: list[str]
+
+
+def space(settled: Plan) -> Space:
+    """Lay a figure out."""
+    views, rows, order = settled.views, settled.rows, range(len(settled.views))
+    shared = {
+        new for row in rows for old, new in pairwise(row) if views[old].y == views[new].y and
+        views[old].panel.y == views[new].panel.y
+    }  # fmt: skip
+    before = [GAP if view in shared else _names_width(views[view].panel.y) for view in order]
+    after = [BAR * _bars(settled, row, view) for row in rows for view in row]
+    left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
+    plot = WIDTH - left - right
+    lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
+    widths = [(plot - lost[number]) / len(row) for number, row in enumerate(rows) for _ in row]
+    starts = [
+        sum(widths[other] + after[other] + GAP + before[row[column + 1]] for column, other in enumerate(row[:index]))
+        for row in rows
+        for index in range(len(row))
+    ]
+    below = [_ticks(views[view].panel.x, widths[view], False) for view in order]
+    depths = [max(_depth(views[view].panel.x, below[view], widths[view]) for view in row) for row in rows]
+    titles = [fold(views[view].panel.chart.title, widths[view], FONT) if len(views) > 1 else [] for view in order]
+    heads = [max(LINE * len(titles[view]) for view in row) for row in rows]
+    heights = [max(_height(views[view].panel.y) for view in row) for row in rows]
+    tops = [sum(heights[:n]) + sum(depths[:n]) + sum(heads[1 : n + 1]) for n in range(len(rows))]
+    inner = tops[-1] + heights[-1]
+    title = fold(settled.title, WIDTH - 2 * EDGE, TITLE) if settled.title else []
+    caption = fold(settled.caption, WIDTH - 2 * EDGE, 0.92 * FONT) if settled.caption else []
+    top = EDGE + 1.4 * TITLE * len(title) + LINE * _legend_lines(settled, plot) + heads[0]
+    bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * len(caption) + EDGE
+    rooms = [
+        Room(
+            (starts[view] / plot, (starts[view] + widths[view]) / plot),
+            (1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner),
+            titles[view],
+            (below[view], _ticks(views[view].panel.y, heights[row], True)),
+            view in shared,
+        )
+        for row, members in enumerate(rows)
+        for view in members
+    ]
+    return Space(rooms, left, right, top, bottom, depths[-1], top + inner + bottom, title, caption)
+
+
+def _ticks(scale: Scale, room: float, across: bool) -> Ticks | None:
+    """The names on an axis, None where its numbers are left to plotly."""
+    return None if scale.categories is None and scale.axis.ticks is None else scale.ticks(room, FONT, across)
+
+
+def _names_width(scale: Scale) -> float:
+    """Width of what stands to the left of a panel."""
+    names = map(str, (scale.axis.ticks or {}).values() if scale.axis.ticks is not None else scale.categories or ())
+    return max([NUMBERS, *(GLYPH * FONT * len(name) + 10 for name in names)]) + (LINE + 4 if scale.axis.label else 0.0)
+
+
+def _depth(scale: Scale, names: Ticks | None, width: float) -> float:
+    """Depth of what stands below a panel."""
+    turned = names is not None and names[2]
+    ticks = max(GLYPH * FONT * len(name) + 10 for name in names[1]) if names is not None and turned else TICKS
+    return ticks + LINE * len(fold(scale.axis.label, width, FONT)) + 6
+
+
+def _height(scale: Scale) -> float:
+    """Height of a panel: room for each name on y, otherwise as others are."""
+    if scale.categories is None:
+        return PANEL
+    rows = ROW * len(scale.categories)
+    return max(rows if scale.wordy else min(rows, 1.3 * PANEL), 0.5 * PANEL)
+
+
+def _bars(settled: Plan, row: list[int], view: int) -> int:
+    """How many colour bars stand to the right of a view: those that no later view of its row belongs to."""
+    return sum(max((v for v in row if v in ramp.views), default=-1) == view for ramp in settled.ramps)
+
+
+def _legend_lines(settled: Plan, plot: float) -> int:
+    """Lines of the legend, which plotly sets in columns as wide as the widest entry once one line is not enough."""
+    widths = [GLYPH * FONT * len(entry.label) + 48 for entry in settled.entries]
+    if not widths:
+        return 0
+    room = plot - GLYPH * FONT * len(settled.legend_title)
+    return 1 if sum(widths) <= room else math.ceil(len(widths) / max(1, room // max(widths)))

@@ -1,0 +1,102 @@
+"""Colours and sizes, the same for both renderers.
+
+Categories take the palette of Okabe and Ito (Color Universal Design, 2008), ordered so that its yellow, weak on white,
+comes last. Quantities take viridis; quantities with a sign take ColorBrewer's RdBu, reversed, centred at zero.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
+RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7"]
+RED_BLUE += ["#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"]
+OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+YELLOW = "#f0e442"
+LEGIBLE = 0.92  # share of viridis used for lines and dots: its last yellow vanishes on white
+
+FAINT = 0.18  # opacity of bands
+COLUMN, PAGE = 3.3, 6.9  # inches: one column and the full width of a two-column page
+GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours as ``#rrggbb``, ``size`` of the text in points."""
+
+    name: str
+    background: str
+    ink: str
+    grid: str
+    missing: str
+    hatch: str
+    size: float
+
+    def category(self, index: int, count: int) -> str:
+        """Colour of one of ``count`` categories: from the palette, or from viridis where the palette is too short."""
+        palette = [*OKABE_ITO, self.ink, YELLOW]
+        if count > len(palette):
+            return self.along(index / (count - 1))
+        return palette[index]
+
+    def along(self, share: float) -> str:
+        """Colour of a line or dot at ``share`` (0..1) of a scale."""
+        return blend(self.ramp, share)
+
+    @property
+    def ramp(self) -> list[str]:
+        """Colours of a scale for lines and dots, evenly spaced from its low end to its high end."""
+        return [blend(VIRIDIS, LEGIBLE * step / 9) for step in range(10)]
+
+
+THEMES = {
+    theme.name: theme
+    for theme in (
+        Theme("light", "#ffffff", "#222222", "#e4e4e4", "#f7f7f7", "#c4c4c4", 8.0),
+        Theme("dark", "#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0),
+        Theme("paper", "#ffffff", "#000000", "#e4e4e4", "#f7f7f7", "#c4c4c4", 7.5),
+    )
+}
+PALETTE_SIZE = len(OKABE_ITO) + 2
+
+
+def theme(name: str) -> Theme:
+    """Look a theme up."""
+    if name not in THEMES:
+        raise ValueError(f"no theme {name!r}; there are {', '.join(THEMES)}")
+    return THEMES[name]
+
+
+def inches(width: str) -> float:
+    """Width of a figure."""
+    widths = {"column": COLUMN, "page": PAGE}
+    if width not in widths:
+        raise ValueError(f"width {width!r} is unknown; choose column ({COLUMN} in) or page ({PAGE} in)")
+    return widths[width]
+
+
+def blend(colors: Sequence[str], share: float) -> str:
+    """The colour at ``share`` (0..1) of evenly spaced colours, by linear interpolation."""
+    place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
+    low = min(int(place), len(colors) - 2)
+    mixed = zip(channels(colors[low]), channels(colors[low + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (place - low) * (b - a)):02x}" for a, b in mixed)
+
+
+def channels(color: str) -> tuple[int, int, int]:
+    """Red, green and blue of ``#rrggbb``, 0..255."""
+    return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
+
+
+def is_dark(color: str) -> bool:
+    """Whether white text reads better on it than black text."""
+    red, green, blue = channels(color)
+    return 0.299 * red + 0.587 * green + 0.114 * blue < 140
+
+
+def fold(text: str, room: float, size: float) -> list[str]:
+    """Break text into lines that fit ``room`` at font size ``size``, both in the same unit."""
+    columns = max(8, int(room / (GLYPH * size)))
+    return [line for part in text.splitlines() for line in textwrap.wrap(part, columns) or [""]]

@@ -1,0 +1,234 @@
+"""Shapes as plotly traces: one function a shape, each giving equally many traces in every frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from jaxtyping import Float
+
+from lorascope.render.plan import Plan, View
+from lorascope.render.shapes import Area, Bars, Cells, Curve, Dots, Ruler, Shade, Words
+from lorascope.render.theme import FAINT, channels
+
+DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
+SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"]
+DOT = 7.0  # diameter of a dot in pixels
+LARGEST = 18.0  # diameter of the largest dot where the area tells something
+NOTE = 11  # font size of words inside a panel, in pixels
+
+
+def traces(plan: Plan, number: int, frame: Any = None) -> list[Any]:
+    """The traces of one view in one frame; rules and spans are none (see :func:`overlays`)."""
+    made = [
+        trace
+        for shape in plan.views[number].panel.shapes(frame)
+        if type(shape) in _MAKERS
+        for trace in _MAKERS[type(shape)](shape, plan, number)
+    ]
+    return [trace.update(xaxis=f"x{nth(number)}", yaxis=f"y{nth(number)}", showlegend=False) for trace in made]
+
+
+def overlays(plan: Plan, number: int) -> list[dict[str, Any]]:
+    """The rules and spans of a view as shapes of the layout: they are the same in every frame."""
+    made = []
+    for shape in plan.views[number].panel.shapes(plan.frames[0] if plan.frames else None):
+        if isinstance(shape, Ruler):
+            made.append(_ruler(shape, plan, number))
+        elif isinstance(shape, Shade):
+            ends = {"x0": shape.x0, "x1": shape.x1, "y0": 0, "y1": 1}
+            axes = {"xref": f"x{nth(number)}", "yref": f"y{nth(number)} domain"}
+            label = {"text": words(shape.label), "textposition": "top center", "font": {"size": NOTE}}
+            fill = {"fillcolor": see_through(plan.theme.ink, FAINT / 2), "line": {"width": 0}, "layer": "below"}
+            made.append({"type": "rect", **ends, **axes, **fill, "label": label})
+    return made
+
+
+def nth(number: int) -> str:
+    """How plotly numbers axes: x, x2, x3, ..."""
+    return str(number + 1) if number else ""
+
+
+def words(text: str) -> str:
+    """Text as it stands, without the tags that plotly would obey."""
+    return escape(text, quote=False).replace("\n", "<br>")
+
+
+def see_through(color: str, opacity: float) -> str:
+    """A colour with an opacity."""
+    return f"rgba({', '.join(map(str, channels(color)))}, {opacity})"
+
+
+def _ruler(shape: Ruler, plan: Plan, number: int) -> dict[str, Any]:
+    line = {"color": plan.theme.ink, "width": 1, "dash": "dash"}
+    label = {"text": words(shape.label), "textposition": "end", "font": {"size": NOTE}}
+    place: dict[str, Any]
+    if shape.x is not None:
+        place = {"x0": shape.x, "x1": shape.x, "y0": 0, "y1": 1}
+        axes = {"xref": f"x{nth(number)}", "yref": f"y{nth(number)} domain"}
+    else:
+        place = {"x0": 0, "x1": 1, "y0": shape.y, "y1": shape.y}
+        axes = {"xref": f"x{nth(number)} domain", "yref": f"y{nth(number)}"}
+    return {"type": "line", **place, **axes, "line": line, "label": label}
+
+
+def _hover(
+    view: View, group: str, x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], spelled: str = ""
+) -> dict[str, Any]:
+    """What the pointer shows: names for positions on a categorical axis, and as text the axis that is ``spelled``."""
+    lines: list[str] = []
+    texts: list[list[str]] = []
+    for letter, scale, values in (("x", view.panel.x, x), ("y", view.panel.y, y)):
+        shown = f"%{{customdata[{len(texts)}]}}"
+        if scale.categories is not None:
+            texts.append([words(name) for name in scale.words(values)])
+        elif letter == spelled:
+            texts.append([f"{value:.4g}" for value in values])
+        else:
+            shown = f"%{{{letter}:.4~g}}"
+        lines.append(f"{words(scale.axis.label) or letter}: {shown}")
+    template = "<br>".join(lines) + f"<extra>{words(group)}</extra>"
+    return {"hovertemplate": template, "customdata": [list(row) for row in zip(*texts, strict=True)] or None}
+
+
+def _curve(shape: Curve, plan: Plan, number: int) -> Iterator[Any]:
+    yield go.Scatter(
+        x=shape.x,
+        y=shape.y,
+        mode="lines",
+        line={"color": shape.color, "width": 2, "dash": DASHES[shape.dash % len(DASHES)]},
+        legendgroup=shape.group,
+        **_hover(plan.views[number], shape.group, shape.x, shape.y),
+    )
+
+
+def _area(shape: Area, plan: Plan, number: int) -> Iterator[Any]:
+    x, y = _outline(shape)
+    yield go.Scatter(
+        x=x,
+        y=y,
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=see_through(shape.color, FAINT),
+        legendgroup=shape.group,
+        hoverinfo="skip",
+    )
+
+
+def _outline(shape: Area) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
+    """Once around each stretch without gaps, stretches parted by NaN."""
+    known = np.isfinite(shape.x + shape.low + shape.high)
+    starts = np.flatnonzero(np.diff(known.astype(int), prepend=0) == 1)
+    x, y = [], []
+    for start in starts:
+        stop = start + int(np.argmin([*known[start:], False]))
+        part = slice(start, stop)
+        x += [*shape.x[part], *shape.x[part][::-1], np.nan]
+        y += [*shape.high[part], *shape.low[part][::-1], np.nan]
+    return np.array(x[:-1], dtype=float), np.array(y[:-1], dtype=float)
+
+
+def _dots(shape: Dots, plan: Plan, number: int) -> Iterator[Any]:
+    size = DOT if shape.share is None else LARGEST * np.sqrt(shape.share)
+    rim = {"color": plan.theme.background, "width": 0.5}
+    symbol = SHAPES[shape.shape % len(SHAPES)]
+    yield go.Scatter(
+        x=shape.x,
+        y=shape.y,
+        mode="markers",
+        marker={"color": shape.colors, "size": size, "symbol": symbol, "line": rim},
+        legendgroup=shape.group,
+        **_errors(shape, shape.x if shape.lying else shape.y, plan),
+        **_hover(plan.views[number], shape.group, shape.x, shape.y),
+    )
+
+
+def _bars(shape: Bars, plan: Plan, number: int) -> Iterator[Any]:
+    view, length = plan.views[number], shape.top - shape.base
+    along = view.panel.x if shape.lying else view.panel.y
+    x, y = (length, shape.place) if shape.lying else (shape.place, length)
+    yield go.Bar(
+        x=x,
+        y=y,
+        orientation="h" if shape.lying else "v",
+        base=None if along.log else shape.base,
+        width=shape.width,
+        marker={"color": shape.color, "line": {"width": 0}},
+        legendgroup=shape.group,
+        **_errors(shape, shape.top, plan),
+        **_hover(view, shape.group, x, y, spelled="x" if shape.lying else "y"),  # plotly would show the top
+    )
+
+
+def _errors(shape: Dots | Bars, value: Float[np.ndarray, "n"], plan: Plan) -> dict[str, Any]:
+    """Error bars; plotly wants distances from the value."""
+    if shape.low is None or shape.high is None:
+        return {}
+    colors = set(shape.colors) if isinstance(shape, Dots) else set()
+    color = colors.pop() if len(colors) == 1 else plan.theme.ink
+    reach = {"array": shape.high - value, "arrayminus": value - shape.low}
+    look = {"type": "data", "symmetric": False, "color": color, "thickness": 1.3, "width": 0}
+    return {"error_x" if shape.lying else "error_y": {**reach, **look}}
+
+
+def _cells(shape: Cells, plan: Plan, number: int) -> Iterator[Any]:
+    """The cells, and hatched ones where there is no value. A logarithmic scale is drawn by exponents."""
+    panel, mark = plan.views[number].panel, shape.mark
+    rows, columns = (list(map(float, range(length))) for length in shape.values.shape)
+    y, x = ([words(name) for name in scale.words(at)] for scale, at in ((panel.y, rows), (panel.x, columns)))
+    written = mark.text is not None or mark.log
+    form = mark.text or ".4g"
+    yield go.Heatmap(
+        x=columns,
+        y=rows,
+        z=np.log10(shape.values) if mark.log else shape.values,
+        coloraxis=f"coloraxis{nth(plan.heats[number])}",
+        customdata=[[f"{across}, {up}" for across in x] for up in y],
+        text=[[format(v, form) if np.isfinite(v) else "" for v in row] for row in shape.values] if written else None,
+        texttemplate="%{text}" if mark.text is not None else None,
+        hovertemplate=f"%{{customdata}}: {'%{text}' if written else '%{z:.4~g}'}<extra>{words(mark.label)}</extra>",
+        hoverongaps=False,
+    )
+    up, across = np.nonzero(np.isnan(shape.values))
+    pattern = {
+        "shape": "/",
+        "size": 6,
+        "fgcolor": plan.theme.hatch,
+        "bgcolor": plan.theme.missing,
+        "fillmode": "replace",
+    }
+    yield go.Bar(
+        x=across,
+        y=np.ones(len(up)),
+        base=up - 0.5,
+        width=1,
+        marker={"pattern": pattern, "line": {"width": 0}},
+        customdata=[f"{x[column]}, {y[row]}" for row, column in zip(up, across, strict=True)],
+        hovertemplate="%{customdata}: no value<extra></extra>",
+    )
+
+
+def _words(shape: Words, plan: Plan, number: int) -> Iterator[Any]:
+    yield go.Scatter(
+        x=shape.x,
+        y=shape.y,
+        mode="text",
+        text=[words(text) for text in shape.text],
+        textfont={"size": NOTE},
+        hoverinfo="skip",
+        cliponaxis=False,
+    )
+
+
+_MAKERS: dict[type, Callable[[Any, Plan, int], Iterator[Any]]] = {
+    Curve: _curve,
+    Area: _area,
+    Dots: _dots,
+    Bars: _bars,
+    Cells: _cells,
+    Words: _words,
+}

@@ -43,9 +43,11 @@ def train(
     precision: str = "fp32",
     eval_every: int | None = None,
     eval_size: int = 512,
+    test_size: int | None = None,
     max_length: int = 128,
     observe: Sequence[Observer] | None = None,
     out: str | Path | None = None,
+    root: str | Path = "runs",
     overwrite: bool = False,
     checkpoint_every: int = 100,
     device: str | None = None,
@@ -85,12 +87,16 @@ def train(
         Steps between evaluations on the validation split; a fifth of the run by default, 0 for the end only.
     eval_size : int
         Rows of the validation split that are used.
+    test_size : int, optional
+        Rows of the test split that are used; all by default.
     max_length : int
         Longer texts are cut to this many tokens.
     observe : sequence of Observer, optional
         ``[observe.norms()]`` by default.
     out : path, optional
-        The run folder; ``runs/<method>-<task>-<id>`` by default.
+        The run folder; ``<root>/<method>-<task>-<id>`` by default.
+    root : path
+        Where a folder without a name of its own is made.
     overwrite : bool
         Remove another run that lies there.
     checkpoint_every : int
@@ -128,6 +134,7 @@ def train(
         precision=precision,
         eval_every=eval_every,
         eval_size=eval_size,
+        test_size=test_size,
         max_length=max_length,
     )
     task = task.fit(model)
@@ -138,7 +145,7 @@ def train(
     plan = Plan(method, Phase(method), task, settings, seed, mark.w0_hash, observers)
     if mark.recipe not in ("", plan.id):
         raise ValueError(f"this model was trained before, as recipe {mark.recipe}: load a fresh one for another run")
-    folder = Path(out or f"runs/{method.name}-{_slug(task.name)}-{plan.id}")
+    folder = Path(out or Path(root) / f"{method.name}-{_slug(task.name)}-{plan.id}")
     claim(folder, plan, overwrite)
     mark.put_on(model, plan.id)
     runs: list[Run] = []

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorascope.names import parse
+
 COLUMNS = ("run", "step", "module", "stack", "layer", "role", "quantity", "index", "value")
 KEY = ["run", "step", "module", "quantity", "index"]
 _CATEGORICAL = ("run", "module", "stack", "role", "quantity")
@@ -176,7 +178,9 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
     step_column = pd.Series(np.concatenate(steps) if steps else [], dtype="Int64")
     index_column = pd.Series(np.concatenate(indices) if indices else [], dtype="Int32")
     places = modules.drop_duplicates("module").set_index("module")[["stack", "layer", "role"]]
-    place = places.reindex(names)
+    # A second name of a tied weight has no row of its own.
+    others = {name: parse(name) for name in set(names) - {""} - set(places.index)}
+    place = pd.concat([places, pd.DataFrame.from_dict(others, orient="index", columns=places.columns)]).reindex(names)
     table = pd.DataFrame(
         {
             "run": pd.Series([run] * len(names), dtype="str"),

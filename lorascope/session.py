@@ -252,7 +252,7 @@ class Session:
 
     def finish(self) -> Run:
         """Test the final state, save it, and close the folder."""
-        score = self._score(self.test)
+        score = self._score(self.test, self.settings.test_size)
         self.model.eval()
         groups = {} if score.groups is None else score.groups
         tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]

@@ -28,12 +28,15 @@ class Settings:
     precision: str = "fp32"
     eval_every: int | None = None
     eval_size: int = 512
+    test_size: int | None = None
     max_length: int = 128
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_size", "max_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.test_size is not None and self.test_size < 1:
+            raise ValueError(f"test_size={self.test_size} must be at least 1, or None for the whole split")
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be a positive number")

@@ -1,0 +1,124 @@
+"""What a probe is: the runs it needs, and what it finds in them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from lorascope.chart import Drawable
+from lorascope.claims import Verdict
+from lorascope.method import Method
+from lorascope.plots import FIGURES
+from lorascope.run import Run
+
+PROBES: dict[str, Probe] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One side of a comparison: a method on a model and a task, to be run for several seeds.
+
+    Parameters
+    ----------
+    label : str
+        Its name in legends and in the findings.
+    method : Method
+        With its own rates.
+    settings : mapping
+        Keywords of ``train``; ``steps`` among them.
+    model, task : str
+        Names for ``models.load`` and ``tasks.load``.
+    blocks : int or None
+        Keep the first blocks of the model only.
+    cost : float
+        Of one step, in full fine-tuning steps of minilm on 16 sentences.
+    """
+
+    label: str
+    method: Method
+    settings: Mapping[str, Any]
+    model: str = "minilm"
+    task: str = "sentiment"
+    blocks: int | None = None
+    cost: float = 1.0
+
+    @property
+    def budget(self) -> float:
+        """Cost of one seed, in full fine-tuning steps of minilm on 16 sentences."""
+        return self.cost * self.settings["steps"]
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A chart with what is to be said of it.
+
+    Parameters
+    ----------
+    chart : Chart or Panels
+    reads : str
+        How to read it.
+    misleads : str
+        When it misleads.
+    """
+
+    chart: Drawable
+    reads: str
+    misleads: str
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a probe found.
+
+    Parameters
+    ----------
+    verdicts : sequence of Verdict
+    exhibits : sequence of Exhibit
+    tables : mapping title -> DataFrame
+        Numbers that belong beside the charts.
+    notes : sequence of str
+        What was held fixed, what does not enter the claims, and what is missing.
+    """
+
+    verdicts: Sequence[Verdict]
+    exhibits: Sequence[Exhibit]
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One paper's motivating observation, to be made again and judged.
+
+    Parameters
+    ----------
+    name, title, source, question : str
+    quick_budget : float
+        Stated cost of a quick run over all its seeds, in full fine-tuning steps of minilm on 16 sentences.
+    arms : callable
+        ``arms(quick)`` gives the runs it needs.
+    judge : callable
+        ``judge(runs)``, a mapping label of an arm -> runs by seed, gives the findings.
+    """
+
+    name: str
+    title: str
+    source: str
+    question: str
+    quick_budget: float
+    arms: Callable[[bool], Sequence[Arm]]
+    judge: Callable[[Mapping[str, Sequence[Run]]], Findings]
+
+
+def exhibit(figure: str, chart: Drawable) -> Exhibit:
+    """A chart with the reading that the catalogue of figures gives for it."""
+    return Exhibit(chart, FIGURES[figure].reads, FIGURES[figure].misleads)
+
+
+def register(probe: Probe) -> Probe:
+    """Enter a probe into ``PROBES``."""
+    PROBES[probe.name] = probe
+    return probe

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import lorascope as ls
 from lorascope import plots
-from lorascope.records import Factors, Record
+from lorascope.records import Factors, Record, Snapshot
 from lorascope.run import Run
 from lorascope.writer import RunWriter
 
@@ -39,6 +40,7 @@ def write(tmp_path: Path) -> Any:
         label: str = "LoRA rank 2",
         seed: int | None = 0,
         factors: Mapping[str, tuple[Any, Any]] | None = None,
+        sigmas: Mapping[str, Any] | None = None,
         **meta: Any,
     ) -> Run:
         last = max((step for steps in values.values() for step in steps), default=0)
@@ -51,11 +53,10 @@ def write(tmp_path: Path) -> Any:
             for step, value in steps.items():
                 writer.add(step, [Record(quantity, value, module)])
         if factors is not None:
-            kept = [
-                Factors(name, {"B": np.array(B, float), "A": np.array(A, float)}, 1.0)
-                for name, (B, A) in factors.items()
-            ]
-            writer.add(last, kept)
+            arrays = {name: {"B": np.array(B, float), "A": np.array(A, float)} for name, (B, A) in factors.items()}
+            writer.add(last, [Factors(name, pair, 1.0) for name, pair in arrays.items()])
+        for module, sigma in (sigmas or {}).items():
+            writer.add(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
         writer.finish("done")
         return Run.read(tmp_path / id)
 
@@ -201,8 +202,13 @@ def low_rank(*sigma: float) -> tuple[Any, Any]:
 
 
 def test_spectrum_is_of_the_largest_module_and_knows_its_effective_rank(write: Any) -> None:
+    sizes = {
+        ("update_norm", "h.0.q"): {9: 9.0},
+        ("update_norm", "h.1.q"): {9: 14.3},
+        ("update_norm", "words"): {9: 99.0},
+    }
     runs = [
-        write(f"s{seed}", profile(1, 1, 1), seed=seed, factors={"h.0.q": low_rank(9, 0), "h.1.q": low_rank(*sigma)})
+        write(f"s{seed}", sizes, seed=seed, factors={"h.0.q": low_rank(9, 0), "h.1.q": low_rank(*sigma)})
         for seed, sigma in enumerate([(10.0, 10.0), (12.0, 8.0)])
     ]
     chart = plots.spectrum(runs)
@@ -213,12 +219,29 @@ def test_spectrum_is_of_the_largest_module_and_knows_its_effective_rank(write: A
     low, high = stats.t.interval(0.95, 1, np.mean(ranks), stats.sem(ranks))
     assert f"LoRA rank 2 {np.mean(ranks):.1f} [{low:.1f}, {high:.1f}]" in chart.caption
     assert lookup(plots.spectrum(runs, module="h.0.q"), "component") == pytest.approx({1: 9.0, 2: 0.0})
+    with pytest.raises(ValueError, match=r"not all runs hold words; they hold h\.0\.q, h\.1\.q"):
+        plots.spectrum(runs, module="words")
+
+
+def test_spectra_of_dense_updates_stand_beside_those_of_factors(write: Any) -> None:
+    sizes = {("update_norm", "h.0.q"): {9: 9.0}, ("update_norm", "h.1.q"): {9: 1.0}}
+    lora = write("a", sizes, factors={"h.0.q": low_rank(9, 1)})
+    full = write("b", sizes, "full", sigmas={"h.0.q": [5.0, 4.0, 3.0], "h.1.q": [1.0]})
+    chart = plots.spectrum([lora, full])
+    assert chart.meta["module"] == "h.0.q"
+    assert lookup(chart, "recipe", "component") == pytest.approx(
+        {("LoRA rank 2", 1): 9, ("LoRA rank 2", 2): 1, ("full", 1): 5, ("full", 2): 4, ("full", 3): 3}
+    )
+    with pytest.raises(ValueError, match="kept no snapshots at step 4"):
+        plots.spectrum([lora, full], step=4)
+    with pytest.raises(ValueError, match="needs the adapters' factors"):
+        plots.subspace_similarity([lora, full])
 
 
 def test_subspace_similarity_of_the_hand_example_beside_chance(write: Any) -> None:
     B = np.eye(4)[:, :2]
-    one = write("a", {}, factors={"h.0.q": (B, [[2, 0, 0], [0, 1, 0]])})
-    two = write("b", {}, seed=1, factors={"h.0.q": (B, [[1, 0, 0], [0, 0, 3]])})
+    one = write("a", profile(1, 1, 1), factors={"h.0.q": (B, [[2, 0, 0], [0, 1, 0]])})
+    two = write("b", profile(1, 1, 1), seed=1, factors={"h.0.q": (B, [[1, 0, 0], [0, 0, 3]])})
     panels = plots.subspace_similarity([one, two])
     seeds, chance = panels.rows()[0]
     assert lookup(seeds, "i", "j", value="phi") == pytest.approx({(1, 1): 0, (1, 2): 1, (2, 1): 0, (2, 2): 0.5})
@@ -235,10 +258,10 @@ def test_subspace_similarity_takes_all_pairs_of_seeds_and_two_labels_across(writ
     runs = [
         write(f"s{n}", {}, seed=n, factors={"h.0.q": (B, axes[[n // 2]])}) for n in range(3)
     ]  # two alike, one apart
-    seeds = plots.subspace_similarity(runs).rows()[0][0]
+    seeds = plots.subspace_similarity(runs, module="h.0.q").rows()[0][0]
     assert seeds.data[["phi", "least", "most"]].iloc[0].tolist() == pytest.approx([1 / 3, 0.0, 1.0])
     wide = write("w", {}, "LoRA rank 3", factors={"h.0.q": (np.eye(4)[:, :3], axes)})
-    across = plots.subspace_similarity({"narrow": runs[:2], "wide": wide}).rows()[0][0]
+    across = plots.subspace_similarity({"narrow": runs[:2], "wide": wide}, module="h.0.q").rows()[0][0]
     assert across.data.shape[0] == 3
     assert across.title == "narrow against wide"
 
@@ -246,7 +269,7 @@ def test_subspace_similarity_takes_all_pairs_of_seeds_and_two_labels_across(writ
 def test_subspace_similarity_of_one_run_is_refused(write: Any) -> None:
     one = write("a", {}, factors={"h.0.q": low_rank(1, 1)})
     with pytest.raises(ValueError, match="compares two runs or more"):
-        plots.subspace_similarity(one)
+        plots.subspace_similarity(one, module="h.0.q")
 
 
 @pytest.mark.parametrize(
@@ -256,7 +279,8 @@ def test_subspace_similarity_of_one_run_is_refused(write: Any) -> None:
         ("norm_over_steps", "records of update_norm: train with observe=[ls.observe.norms()]"),
         ("mean_norm", "records of weight_norm: train with observe=[ls.observe.norms()]"),
         ("training_curves", "records of loss"),
-        ("spectrum", "the adapters' factors: train with a method that has factors"),
+        ("spectrum", "singular values of updates: train with observe=[ls.observe.norms()]"),
+        ("subspace_similarity", "the adapters' factors: train with a method that has factors"),
     ],
 )
 def test_a_figure_names_the_recorder_that_is_missing(write: Any, name: str, reason: str) -> None:
@@ -322,3 +346,25 @@ def test_the_same_run_twice_or_none_is_refused(write: Any) -> None:
         plots.update_norm({"one": run, "two": run})
     with pytest.raises(ValueError, match="no run"):
         plots.update_norm([])
+
+
+def test_trained_runs_draw_every_figure(bert: Any, task: Any, tmp_path: Path) -> None:
+    """Recorders and figures agree: block rows, spectra and snapshots as training leaves them."""
+
+    def train(method: Any, seed: int) -> Run:
+        settings = {"steps": 4, "batch_size": 4, "progress": False, "device": "cpu"}
+        out = tmp_path / f"{type(method).__name__}{seed}"
+        return ls.train(bert, task, method, seed=seed, observe=[ls.observe.norms(every=2)], out=out, **settings)
+
+    lora, full = ([train(method, seed) for seed in (0, 1)] for method in (ls.LoRA(rank=2), ls.Full()))
+    assert plots.available(lora[0])["drawable"].all()
+    for name, entry in plots.FIGURES.items():
+        runs = lora if name == "subspace_similarity" else [*lora, *full]
+        assert not entry.draw(runs).data.empty
+    order = plots.update_norm(full).x.order
+    assert (order[:4], order[-1]) == (("embed", "pos_embed", "0", "1"), "head")
+    layers = lookup(plots.update_norm(lora[0]), "place")
+    summary = lora[0].summary()
+    for layer in ("0", "1"):
+        inside = summary.loc[summary["layer"] == int(layer), "update_norm"]
+        assert layers[layer] == pytest.approx(np.linalg.norm(inside), rel=1e-5)

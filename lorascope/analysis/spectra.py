@@ -13,18 +13,45 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope import update
-from lorascope.update import Dense, LowRank
+from lorascope.run import Lazy, Run
 
 _RANKS = ("stable_rank", "effective_rank", "entropy_rank", "participation_rank", "energy_rank")
+_KEPT = "/singular_values"
+
+Spectra = Mapping[str, Float[np.ndarray, "_"]]
 
 
-def spectrum(updates: Mapping[str, LowRank | Dense]) -> pd.DataFrame:
-    """Singular values of every module's update.
+def singular_values(run: Run, step: int | None = None) -> Spectra:
+    """Singular values of every update that a run holds, by module, largest first, read when asked for.
+
+    They come from the factors where there are some, else from the spectra that ``observe.norms`` kept.
 
     Parameters
     ----------
-    updates : mapping module -> update
-        As from ``Run.updates``.
+    run : Run
+    step : int, optional
+        By default the end.
+
+    Raises
+    ------
+    ValueError
+        The run kept nothing at this step.
+    """
+    updates = run.updates(step)
+    at = run.meta["states"]["last"]["step"] if step is None else step
+    kept = [name.removesuffix(_KEPT) for name in run.snapshot_names() if name.endswith(_KEPT)]
+    dense = [module for module in kept if module not in updates and at in run.snapshot_steps(module + _KEPT)]
+
+    def make(module: str) -> Float[np.ndarray, "_"]:
+        if module in updates:
+            return updates[module].singular_values()
+        return run.snapshot(module + _KEPT, at)["value"].to_numpy(np.float64)
+
+    return Lazy([*updates, *dense], make)
+
+
+def spectrum(spectra: Spectra) -> pd.DataFrame:
+    """Singular values as a table.
 
     Returns
     -------
@@ -33,45 +60,28 @@ def spectrum(updates: Mapping[str, LowRank | Dense]) -> pd.DataFrame:
         0 for an update that is zero.
     """
     tables = []
-    for module, sigma in _singular_values(updates).items():
+    for module, sigma in spectra.items():
         energy = np.cumsum(sigma**2)
         total = energy[-1] if len(energy) and energy[-1] > 0 else 1.0
+        component = np.arange(1, len(sigma) + 1)
         tables.append(
-            pd.DataFrame(
-                {"module": module, "component": np.arange(1, len(sigma) + 1), "sigma": sigma, "energy": energy / total}
-            )
+            pd.DataFrame({"module": module, "component": component, "sigma": sigma, "energy": energy / total})
         )
     return pd.concat(tables, ignore_index=True)
 
 
-def ranks(updates: Mapping[str, LowRank | Dense]) -> pd.DataFrame:
+def ranks(spectra: Spectra) -> pd.DataFrame:
     """Norm and ranks of every module's update, one row a module; the ranks of a zero update are 0.
 
     Returns
     -------
     DataFrame
-        ``module, update_norm, rank, stable_rank, effective_rank, entropy_rank, participation_rank, energy_rank``; the
-        last is the number of components that hold 90 % of the energy.
+        ``module, update_norm, components, stable_rank, effective_rank, entropy_rank, participation_rank,
+        energy_rank``; the last is the number of components that hold 90 % of the energy.
     """
     rows = [
-        {"module": module, "update_norm": float(np.linalg.norm(sigma)), "rank": updates[module].rank}
+        {"module": module, "update_norm": float(np.linalg.norm(sigma)), "components": len(sigma)}
         | {name: getattr(update, name)(sigma) for name in _RANKS}
-        for module, sigma in _singular_values(updates).items()
+        for module, sigma in spectra.items()
     ]
     return pd.DataFrame(rows)
-
-
-def largest(updates: Mapping[str, LowRank | Dense]) -> str:
-    """The module with the largest update by Frobenius norm."""
-    norms = {module: change.norm() for module, change in updates.items()}
-    return max(norms, key=norms.__getitem__)
-
-
-def _singular_values(updates: Mapping[str, LowRank | Dense]) -> dict[str, Float[np.ndarray, "_"]]:
-    """Spectra in the mapping's order; factored updates are decomposed together."""
-    held = dict(updates)
-    if not held:
-        raise ValueError("there is no update to take a spectrum of: no module is adapted")
-    factored = [name for name, change in held.items() if isinstance(change, LowRank)]
-    found = dict(zip(factored, update.spectra([held[name] for name in factored]), strict=True))
-    return {name: found[name] if name in found else held[name].singular_values() for name in held}

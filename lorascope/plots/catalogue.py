@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
+from lorascope.analysis.spectra import singular_values
 from lorascope.run import Run
 
-UPDATES = "updates"
+UPDATES, SPECTRA = "updates", "spectra"
 _NORMS = "train with observe=[ls.observe.norms()]"
 RECORDERS = {
     UPDATES: "train with a method that has factors, such as LoRA",
+    SPECTRA: _NORMS,
     "update_norm": _NORMS,
     "learned_norm": _NORMS,
     "weight_norm": _NORMS,
@@ -36,7 +38,8 @@ class Figure:
     draw : callable
         ``draw(runs, control=None, ...)``.
     needs : tuple of str
-        Quantities that must be recorded; ``"updates"`` stands for the adapters' factors.
+        Quantities that must be recorded; ``"updates"`` stands for the adapters' factors, ``"spectra"`` for the
+        singular values of updates.
     history : bool
         Must they be recorded at more than one step?
     runs : int
@@ -89,8 +92,9 @@ def available(run: Run) -> pd.DataFrame:
 def lack(run: Run, need: str, history: bool = False) -> str:
     """What a run lacks for a figure, with its remedy; "" if nothing."""
     remedy = RECORDERS.get(need, "train with a method that records it")
-    if need == UPDATES:
-        return "" if has_updates(run) else f"the adapters' factors: {remedy}"
+    if need in _KEPT:
+        what, find = _KEPT[need]
+        return "" if _holds(run, find) else f"{what}: {remedy}"
     rows = run.table[run.table["quantity"] == need]
     if rows.empty:
         return f"records of {need}: {remedy}"
@@ -101,9 +105,14 @@ def lack(run: Run, need: str, history: bool = False) -> str:
     return ""
 
 
-def has_updates(run: Run) -> bool:
-    """Did the run keep an update as factors?"""
+_KEPT: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
+    UPDATES: ("the adapters' factors", Run.updates),
+    SPECTRA: ("singular values of updates", singular_values),
+}
+
+
+def _holds(run: Run, find: Callable[[Run], Mapping[str, Any]]) -> bool:
     try:
-        return len(run.updates()) > 0
-    except ValueError:  # no snapshot at its last step
+        return len(find(run)) > 0
+    except ValueError:  # nothing was kept at its last step
         return False

@@ -8,11 +8,11 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis import spectra, subspace
+from lorascope.analysis import norms, spectra, subspace
 from lorascope.analysis.stats import band
 from lorascope.analysis.subspace import Side
 from lorascope.chart import Axis, Chart, Heat, Panels, beside
-from lorascope.plots.catalogue import UPDATES, figure
+from lorascope.plots.catalogue import SPECTRA, UPDATES, figure
 from lorascope.plots.cohort import Cohort, Runs, gather, lines
 from lorascope.run import Run
 
@@ -20,7 +20,7 @@ _SIDES = {"A": "A", "B": "B", "update": "the update's inputs"}
 
 
 @figure(
-    needs=(UPDATES,),
+    needs=(SPECTRA,),
     reads="A steep fall says that few directions carry the update, a flat line that the whole rank is used. The "
     "effective rank in the caption sums the line up: that many equal singular values have the same entropy.",
     misleads="Small singular values of a short training may be left-overs of the random start, not directions learned. "
@@ -34,16 +34,17 @@ def spectrum(runs: Runs, control: Runs | None = None, module: str | None = None,
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         What to draw, and what to draw beside it.
     module : str, optional
-        An adapted module; by default the one with the largest update, of those that all runs adapted.
+        A module; by default the one with the largest update, of those whose spectrum all runs hold.
     step : int, optional
         A step with a snapshot; by default the end.
     """
     cohort = gather("spectrum", runs, control)
-    cohort.require(UPDATES)
-    module = module or _module(cohort)
-    changes = {run.id: run.updates(step)[module] for run in cohort.runs}
-    values = spectra.spectrum(changes).rename(columns={"module": "run", "sigma": "value"})
-    ranks = spectra.ranks(changes).rename(columns={"module": "run", "effective_rank": "value"})
+    cohort.require(SPECTRA)
+    held = {run.id: spectra.singular_values(run, step) for run in cohort.runs}
+    module = _module(cohort, list(held.values()), module)
+    found = {run: sigmas[module] for run, sigmas in held.items()}
+    values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
+    ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
     effective = "; ".join(map(_effective, band(cohort.label(ranks), ["recipe"]).to_dict("records")))
     return Chart(
@@ -90,7 +91,8 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
     for cohort in shown.values():
         cohort.require(UPDATES)
-    module = module or _module(shown[""])
+    held = [run.updates() for cohort in shown.values() for run in cohort.runs]
+    module = _module(shown[""], held, module)
     panels = []
     for prefix, cohort in shown.items():
         title, pairs = _pairs(cohort)
@@ -100,13 +102,18 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     return beside(*panels, _heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""]))
 
 
-def _module(cohort: Cohort) -> str:
-    """The module with the largest update by the mean over runs, of those that all runs adapted."""
-    norms = [{module: update.norm() for module, update in run.updates().items()} for run in cohort.runs]
-    common = [module for module in norms[0] if all(module in found for found in norms)]
-    if not common:
-        raise ValueError(f"{cohort.name}: the runs have no adapted module in common")
-    return max(common, key=lambda module: sum(found[module] for found in norms))
+def _module(cohort: Cohort, held: Sequence[Mapping[str, Any]], module: str | None) -> str:
+    """The module asked for, or the one with the largest update by the mean over runs, of those that all runs hold."""
+    common = [name for name in held[0] if all(name in found for found in held)]
+    if module is None and common:
+        cohort.require("update_norm")
+        rows = norms.last(norms.select(cohort.table, "update_norm"))
+        sizes = rows[rows["module"].isin(common)].groupby("module", observed=True)["value"].mean()
+        return str(sizes.idxmax())
+    if module not in common:
+        some = ", ".join(common[:5]) or "no module at all"
+        raise ValueError(f"{cohort.name}: not all runs hold {module or 'one module'}; they hold {some}")
+    return module
 
 
 def _effective(row: Mapping[Hashable, Any]) -> str:

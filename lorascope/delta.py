@@ -206,8 +206,6 @@ def _untie(model: nn.Module) -> None:
             seen.add(id(weight))
         if getattr(getattr(part, "config", None), "tie_word_embeddings", False):
             part.config.tie_word_embeddings = False
-        if hasattr(part, "all_tied_weights_keys"):  # what transformers ties again when it saves or resizes
-            part.all_tied_weights_keys = {}
 
 
 def resize(

@@ -413,6 +413,9 @@ def test_deltas_of_peft_layers_are_what_merging_adds(kind):
         assert update.dense() == pytest.approx(change.detach().numpy(), abs=1e-6)
     with wrapped.disable_adapter():
         assert not dict(deltas(wrapped))
+    wrapped.merge_adapter()
+    for name, update in deltas(wrapped):
+        assert update.dense() == pytest.approx(found[name].dense(), abs=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")

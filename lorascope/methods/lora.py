@@ -72,7 +72,10 @@ class LoRA(Method, name="lora"):
         description = names.describe(model)
         if isinstance(self.rank, int):
             return dict.fromkeys(names.match(description, self.targets), self.rank)
-        return {name: self.rank[name] for name in names.match(description, tuple(self.rank)) if self.rank[name]}
+        ranks = {name: self.rank[name] for name in names.match(description, tuple(self.rank)) if self.rank[name]}
+        if not ranks:
+            raise ValueError("every rank is 0: nothing would be adapted")
+        return ranks
 
     def _delta(self, host: nn.Module, rank: int) -> LoRADelta:
         if rank < 1:
@@ -122,9 +125,10 @@ class LoRADelta(Delta):
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """As the base class, but the second product adds onto the host's output: one pass over it less."""
-        flat = x.reshape(-1, x.shape[-1])
-        hidden = F.linear(F.dropout(flat, self.dropout, self.training), self.A)
-        return torch.addmm(F.linear(flat, W, b), hidden, self.B.T, alpha=self.scale).view(*x.shape[:-1], W.shape[0])
+        output = F.linear(x, W, b)
+        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, self.A.shape[0]), self.B.T, alpha=self.scale)
+        return flat.view(output.shape)
 
     def update(self) -> LowRank:
         return LowRank(to_array(self.B), to_array(self.A), self.scale)

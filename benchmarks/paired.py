@@ -1,0 +1,68 @@
+"""Fair timing of two contestants: in turns, in one process, by process CPU time, with an interval."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long the first contestant takes, in units of the second.
+
+    Parameters
+    ----------
+    median, low, high : float
+        Median of the paired ratios and its bootstrap 95 % interval.
+    seconds : (float, float)
+        Median CPU seconds of the two.
+    pairs : int
+    """
+
+    median: float
+    low: float
+    high: float
+    seconds: tuple[float, float]
+    pairs: int
+
+    def meets(self, target: float) -> bool:
+        """The median meets the target, and the interval's upper end lies within 3 % of it."""
+        return self.median <= target and self.high <= 1.03 * target
+
+    def row(self, label: str, target: float) -> str:
+        """One line of a report."""
+        verdict = "met" if self.meets(target) else "MISSED"
+        first, second = (1e3 * value for value in self.seconds)
+        return (
+            f"{label:<38} {self.median:.3f} [{self.low:.3f}, {self.high:.3f}]  target {target:.2f} {verdict:<6}"
+            f"  {first:8.1f} / {second:.1f} ms, {self.pairs} pairs"
+        )
+
+
+def compare(first: Callable[[], object], second: Callable[[], object], pairs: int = 40, warmup: int = 3) -> Ratio:
+    """Time two functions in alternation; which of them leads changes from pair to pair.
+
+    Parameters
+    ----------
+    first, second : callables without arguments
+    pairs : int
+        Timed pairs.
+    warmup : int
+        Untimed pairs before.
+    """
+    for _ in range(warmup):
+        first(), second()
+    times = np.empty((pairs, 2))
+    for pair in range(pairs):
+        order = (0, 1) if pair % 2 else (1, 0)
+        for which in order:
+            start = time.process_time()
+            (first, second)[which]()
+            times[pair, which] = time.process_time() - start
+    ratios = times[:, 0] / times[:, 1]
+    draws = np.random.default_rng(0).integers(pairs, size=(2000, pairs))
+    low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])
+    return Ratio(float(np.median(ratios)), float(low), float(high), tuple(np.median(times, axis=0).tolist()), pairs)

@@ -1,0 +1,107 @@
+"""The package's layers, read from its syntax trees: who may import whom, and who may import torch."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lorascope
+
+PACKAGE = Path(lorascope.__file__).parent
+
+# Lowest first. A module may import only what stands above it in this list; names of one line know nothing of each other.
+LAYERS = [
+    ["lorascope"],
+    ["algebra", "roles", "tensors", "marks", "settings"],
+    ["update", "names", "chart"],
+    ["records", "render", "hosts", "assets", "encoding"],
+    ["run", "sources", "evaluation", "foreign"],
+    ["writer", "adapter_files", "pretrained", "tasks", "progress"],
+    ["checkpoints", "analysis", "models"],
+    ["plots", "claims", "inspection", "delta"],
+    ["screen"],
+    ["heads", "method"],
+    ["methods", "observe", "state"],
+    ["plan", "resume"],
+    ["session"],
+    ["loop"],
+    ["sweeps"],
+    ["report"],
+    ["probes"],
+    ["commands"],
+    ["cli"],
+]
+TORCH_FREE = {
+    "algebra", "roles", "tensors", "marks", "settings", "update", "names", "chart", "records", "render", "run", "writer",
+    "adapter_files", "checkpoints", "analysis", "plots", "claims", "inspection", "screen",
+    "pretrained",
+}  # fmt: skip
+# Imports inside a function: a run's way to torch, and a chart's way to its picture.
+LATE = {("run", "state"), ("chart", "render")}
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def part(path: Path) -> str:
+    """The layer a file belongs to: its module, or the folder it lies in."""
+    first = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return "lorascope" if first == "__init__" else first
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of all that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(path.relative_to(PACKAGE)) for path in FILES])
+def test_imports_point_one_way(path):
+    here = part(path)
+    assert here in LEVEL, f"{here} has no place among the layers yet"
+    for name in imports(path):
+        head, _, rest = name.partition(".")
+        other = rest.partition(".")[0]
+        if head != "lorascope" or other not in LEVEL or other == here or (here, other) in LATE:
+            continue
+        assert LEVEL[other] < LEVEL[here], f"{here} imports {other}, which stands no lower"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part(path) in TORCH_FREE], ids=lambda path: path.name)
+def test_torch_stays_out_of_what_reads_and_draws(path):
+    assert not {name.partition(".")[0] for name in imports(path)} & {"torch", "transformers"}
+
+
+def test_torch_free_layers_import_torch_free_layers_alone():
+    for path in FILES:
+        here = part(path)
+        if here not in TORCH_FREE:
+            continue
+        used = {name.split(".")[1] for name in imports(path) if name.startswith("lorascope.")} & LEVEL.keys()
+        assert used - {other for late, other in LATE if late == here} <= TORCH_FREE, path
+
+
+def test_no_module_is_named_like_a_public_function():
+    functions = {name for name in lorascope.__all__ if name[0].islower()} - set(lorascope._MODULES)
+    assert not functions & {part(path) for path in FILES}
+
+
+def test_every_public_name_is_there():
+    for name in lorascope.__all__:
+        assert getattr(lorascope, name) is not None
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        lorascope.nothing_of_the_kind  # noqa: B018
+
+
+def test_no_file_has_outgrown_its_idea():
+    long = {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 320}
+    assert not long

@@ -11,7 +11,7 @@ import lorascope
 
 PACKAGE = Path(lorascope.__file__).parent
 
-# Lowest first. A module may import only what stands above it in this list; names of one line know nothing of each other.
+# Lowest first. A module may import only what stands before it; those of one line know nothing of each other.
 LAYERS = [
     ["lorascope"],
     ["algebra", "roles", "tensors", "marks", "settings"],
@@ -34,10 +34,9 @@ LAYERS = [
     ["cli"],
 ]
 TORCH_FREE = {
-    "algebra", "roles", "tensors", "marks", "settings", "update", "names", "chart", "records", "render", "run", "writer",
-    "adapter_files", "checkpoints", "analysis", "plots", "claims", "inspection", "screen",
-    "pretrained",
-}  # fmt: skip
+    *("algebra", "roles", "tensors", "marks", "settings", "update", "names", "chart", "records", "render", "run"),
+    *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
+}
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.
 LATE = {("run", "state"), ("chart", "render")}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,90 @@
+"""The command ``lorascope``: its first word chooses the one module that is imported.
+
+Exit codes: 0 done, 1 a finding or a run that failed, 2 wrong use, 130 stopped by the user.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lorascope import __version__
+
+
+class Command(NamedTuple):
+    """The module with the command's ``main(argv)``, and one line of help."""
+
+    module: str
+    told: str
+
+
+COMMANDS = {
+    "train": Command("training", "train a model by one of the methods, and record what happens inside"),
+    "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
+    "plot": Command("plotting", "draw a figure of one or several runs"),
+}
+_EXAMPLES = """examples:
+  lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora
+  lorascope inspect runs/lora
+  lorascope plot update_norm_heat runs/lora -o figures/lora.pdf"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; gives the exit code.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Words after ``lorascope``; those of the process by default.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as stop:
+        return _failed(str(stop).replace("the same call", "the same command") or "stopped", 130)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except FloatingPointError as error:
+        return _failed(error, 1)
+    except OSError as error:
+        # Python has classes of their own for names that are wrong; a disk that is full or broken is a plain OSError.
+        return _failed(error, 1 if type(error) is OSError else 2)
+    except ValueError as error:
+        return _failed(error, 2)
+
+
+def _dispatch(words: list[str]) -> int:
+    match words:
+        case [] | ["-h" | "--help" | "help"]:
+            print(_help())
+            return 0 if words else 2
+        case ["--version"]:
+            print(f"lorascope {__version__}")
+            return 0
+        case [name, *rest] if name in COMMANDS:
+            return importlib.import_module(f"lorascope.commands.{COMMANDS[name].module}").main(rest)
+    near = difflib.get_close_matches(words[0], COMMANDS)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
+    raise ValueError(f"there is no command {words[0]!r}; {hint}")
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{command.told}" for name, command in COMMANDS.items()]
+    head = "usage: lorascope COMMAND ...\n\nLook inside low-rank adaptation: train it, record it, draw it, judge it."
+    tail = "lorascope COMMAND --help tells more; lorascope --version the version."
+    return "\n".join([head, "", "commands:", *lines, "", _EXAMPLES, "", tail])
+
+
+def _failed(reason: object, code: int) -> int:
+    print(f"lorascope: {' '.join(str(reason).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

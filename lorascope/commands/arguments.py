@@ -1,0 +1,135 @@
+"""From words of a command line to a dataclass of options, and from a function's signature to options."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import re
+import types
+import typing
+from collections.abc import Callable, Collection, Sequence
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, arg
+
+Options = TypeVar("Options")
+Field = tuple[str, Any, Any]
+
+_PLAIN = (bool, int, float, str, Path, type(None))
+
+
+class UsageError(ValueError):
+    """A command line that cannot be understood."""
+
+
+def parse(options: type[Options], argv: Sequence[str], command: str) -> Options:
+    """Read options off the command line; ``--help`` prints and exits.
+
+    Parameters
+    ----------
+    options : dataclass
+        Its fields are the options, its docstring the help.
+    argv : sequence of str
+        Words after the command.
+    command : str
+        Such as ``"lorascope inspect"``.
+
+    Raises
+    ------
+    UsageError
+        In one line.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(options, args=list(argv), prog=command, config=(FlagCreatePairsOff,))
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UsageError(f"{_complaint(said.getvalue())} (see {command} --help)") from None
+
+
+def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[Field]:
+    """Options for the parameters of a function or the fields of a dataclass, with the help of its docstring.
+
+    Parameters whose values cannot stand on a command line are left out.
+
+    Parameters
+    ----------
+    function : callable
+    skip : collection of str
+        Parameters that are none.
+
+    Returns
+    -------
+    list of (name, type, field)
+        For ``dataclasses.make_dataclass``.
+    """
+    hints, told = typing.get_type_hints(function), _told(function)
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        kind = None if name in skip else flag_type(hints[name])
+        if kind is None:
+            continue
+        required = parameter.default is inspect.Parameter.empty
+        default = float(parameter.default) if kind is float and not required else parameter.default
+        field = dataclasses.field() if required else dataclasses.field(default=default)
+        # A switch that is on can only be switched off.
+        help = ("Switch off: " if parameter.default is True else "") + told.get(name, "")
+        found.append((name, Annotated[kind, arg(help=help, metavar=_metavar(kind))], field))
+    return found
+
+
+def flag_type(hint: Any) -> Any:
+    """The part of a type that can be written on a command line; None where there is none.
+
+    An int is a float where both are allowed, and a sequence of words a tuple.
+    """
+    union = get_origin(hint) in (Union, types.UnionType)
+    kept = [kind for kind in map(_simple, get_args(hint) if union else [hint]) if kind is not None]
+    if float in kept and int in kept:
+        kept.remove(int)
+    if str in kept and Path in kept:
+        kept.remove(Path)
+    return reduce(or_, kept) if set(kept) - {type(None)} else None
+
+
+def _metavar(kind: Any) -> str | None:
+    """How the value is called in the help; None leaves it to tyro."""
+    members = [member for member in get_args(kind) or (kind,) if member is not type(None)]
+    named = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
+    words = [named.get(member, "TEXT ..." if get_origin(member) is tuple else None) for member in members]
+    return None if None in words else "|".join(map(str, words))
+
+
+def _simple(kind: Any) -> Any:
+    if kind in _PLAIN or get_origin(kind) is Literal:
+        return kind
+    words = get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] is str
+    return tuple[str, ...] if words else None
+
+
+def _told(function: Callable[..., Any]) -> dict[str, str]:
+    """What the numpydoc of a function, or of a class and those it inherits from, says of each parameter."""
+    owners = reversed(function.__mro__) if isinstance(function, type) else [function]
+    told: dict[str, str] = {}
+    for owner in owners:
+        text = inspect.cleandoc(owner.__doc__ or "")
+        for names, body in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?: {4}.*\n?)*)", text, re.MULTILINE):
+            told |= dict.fromkeys(names.split(", "), " ".join(body.replace("``", "").split()))
+    return told
+
+
+def _complaint(panel: str) -> str:
+    """The message inside the panel that tyro draws, without the help of the options that it names."""
+    lines = [line[2:].rstrip(" │") for line in panel.splitlines() if line.startswith("│")]
+    lines = [line for line in lines if not line.startswith(" " * 8)]
+    message, _, rest = "\n".join(lines).partition("\n───")
+    near = re.findall(r"--[\w-]+", rest.partition("Perhaps you meant")[2].partition("───")[0])
+    return " ".join(message.split()) + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "")

@@ -1,0 +1,68 @@
+"""``lorascope inspect``: what is in an adapter or a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+import pandas as pd
+from tyro.conf import Positional, arg
+
+from lorascope import screen
+from lorascope.checkpoints import AdapterRun, load
+from lorascope.commands.arguments import UsageError, parse
+from lorascope.inspection import Inspection, inspect
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say what is in a PEFT adapter or in a run: where the update lies, which ranks it has and uses, what is odd.
+
+    Several are compared. Nothing is trained, and no base model is needed.
+
+    Example: lorascope inspect my-adapter
+    """
+
+    paths: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH ...", help="folders of adapters or runs")] = ()
+    base: Annotated[str | None, arg(metavar="DIR", help="folder of the base model, for |dW| relative to |W|")] = None
+    all: Annotated[bool, arg(help="a line for every module")] = False
+    json: Annotated[bool, arg(help="everything, for a program")] = False
+    csv: Annotated[bool, arg(help="a row for every module, for a program")] = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = parse(Options, argv, "lorascope inspect")
+    if not options.paths:
+        raise UsageError("inspect what? Give a folder: lorascope inspect my-adapter")
+    if options.json and options.csv:
+        raise UsageError("--json and --csv exclude each other")
+    runs = [load(path, options.base) for path in options.paths]
+    unfinished = [run for run in runs if not isinstance(run, AdapterRun) and not run.meta["states"]]
+    for run in unfinished:
+        print(run)
+    if unfinished:
+        return 1
+    print(_told([inspect(run) for run in runs], options), end="")
+    return 0
+
+
+def _told(inspections: list[Inspection], options: Options) -> str:
+    if options.csv:
+        tables = [item.modules.assign(name=item.name) for item in inspections]
+        table = pd.concat(tables)
+        return table[["name", *table.columns.drop("name")]].to_csv(index=False, lineterminator="\n")
+    if options.json:
+        told = [item.plain() for item in inspections]
+        return json.dumps(told[0] if len(told) == 1 else told, indent=1, ensure_ascii=False) + "\n"
+    style = screen.Style.of(sys.stdout)
+    if options.all:
+        screens = [screen.every(item, style) for item in inspections]
+    elif len(inspections) == 1:
+        screens = [screen.one(inspections[0], style)]
+    else:
+        screens = [screen.compared(inspections, style)]
+    return "\n\n".join(screens) + "\n"

@@ -1,0 +1,93 @@
+"""``lorascope plot``: one figure of one or several runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from lorascope.checkpoints import load
+from lorascope.commands.arguments import UsageError, fields_of, parse
+from lorascope.plots import FIGURES
+from lorascope.run import Run
+
+_PATHS = Positional[tuple[str, ...]]
+_RUNS = "folders of runs or adapters; label=folder names a curve, the same label again a further seed"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Common:
+    runs: Annotated[_PATHS, arg(metavar="RUN ...", help=_RUNS)] = ()
+    out: Annotated[
+        str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf by default")
+    ] = None
+    control: Annotated[tuple[str, ...], arg(metavar="RUN ...", help="runs drawn beside, as their control")] = ()
+    width: Annotated[str | None, arg(metavar="NAME", help="column or page")] = None
+    theme: Annotated[str | None, arg(metavar="NAME", help="light, dark or paper")] = None
+    json: Annotated[bool, arg(help="say what was drawn, for a program")] = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_catalogue())
+        return 0
+    name, *rest = argv
+    if name not in FIGURES:
+        near = difflib.get_close_matches(name, FIGURES, n=2) or list(FIGURES)
+        raise UsageError(f"there is no figure {name!r}: {', '.join(near)} (all: lorascope plot)")
+    options: Any = parse(_options(name), rest, f"lorascope plot {name}")
+    if not options.runs:
+        raise UsageError(f"plot {name} of what? Give a run: lorascope plot {name} runs/my-run -o {name}.pdf")
+    own = {field: getattr(options, field) for field in _own_fields(name)}
+    control = _opened(options.control) if options.control else None
+    chart = FIGURES[name].draw(_opened(options.runs), control, **own)
+    path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
+    print(json.dumps({"figure": name, "path": str(path), "caption": chart.caption}) if options.json else path)
+    return 0
+
+
+def _options(name: str) -> type:
+    """The options of a figure: those of all, and the arguments of its own function."""
+    figure = FIGURES[name]
+    own = fields_of(figure.draw, skip=("runs", "control"))
+    options = dataclasses.make_dataclass("Options", own, bases=(_Common,), frozen=True, kw_only=True)
+    headline = (figure.draw.__doc__ or "").strip().partition("\n")[0]
+    example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
+    options.__doc__ = f"{headline}\n\n{figure.reads}\n\n{example}"
+    return options
+
+
+def _own_fields(name: str) -> list[str]:
+    return [field for field, *_ in fields_of(FIGURES[name].draw, skip=("runs", "control"))]
+
+
+def _opened(words: Sequence[str]) -> list[Run] | dict[str, list[Run]]:
+    """Runs by label where a word is ``label=folder``, else a list."""
+    pairs = [_split(word) for word in words]
+    runs = [load(path) for _, path in pairs]
+    if not any(label for label, _ in pairs):
+        return runs
+    labelled: dict[str, list[Run]] = {}
+    for (label, _), run in zip(pairs, runs, strict=True):
+        labelled.setdefault(label or run.label, []).append(run)
+    return labelled
+
+
+def _split(word: str) -> tuple[str, str]:
+    label, equals, path = word.partition("=")
+    return (label, path) if equals and not Path(word).exists() else ("", word)
+
+
+def _catalogue() -> str:
+    width = max(map(len, FIGURES)) + 2
+    lines = ["usage: lorascope plot FIGURE RUN [RUN ...] [-o FILE]", "", "figures:"]
+    for name, figure in FIGURES.items():
+        headline = (figure.draw.__doc__ or "").strip().partition("\n")[0]
+        lines.append(f"  {name:<{width}}{headline}")
+    return "\n".join([*lines, "", "Example: lorascope plot spectrum runs/my-run -o spectrum.pdf"])

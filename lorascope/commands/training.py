@@ -1,0 +1,84 @@
+"""``lorascope train``: one run by one method."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from tyro.conf import arg
+
+from lorascope.commands.arguments import UsageError, fields_of, parse
+from lorascope.loop import train
+from lorascope.method import Method
+from lorascope.methods import METHODS
+from lorascope.run import Run
+
+_USAGE = """usage: lorascope train METHOD --steps N [--task TASK] [--model MODEL] [-o RUN] [options]
+
+methods: {methods}
+
+lorascope train METHOD --help tells the options of a method.
+
+Example: lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora"""
+_GIVEN = ("model", "data", "method", "observe", "out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Common:
+    model: Annotated[str, arg(metavar="NAME", help="minilm, smollm2, a folder, a GGUF file or a hub id")] = "minilm"
+    task: Annotated[
+        str, arg(metavar="NAME", help="sentiment, a CSV, JSONL or Parquet file, or a name that datasets knows")
+    ] = "sentiment"
+    out: Annotated[
+        str | None, arg(aliases=["-o"], metavar="DIR", help="the run folder; runs/METHOD-TASK-ID by default")
+    ] = None
+    json: Annotated[bool, arg(help="tell the result for a program")] = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE.format(methods=" ".join(METHODS)))
+        return 0 if argv else 2
+    name, *rest = argv
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
+        raise UsageError(f"unknown method {name!r}: {', '.join(near)}")
+    method = METHODS[name]
+    options: Any = parse(_options(name), rest, f"lorascope train {name}")
+    chosen = method(**{field: getattr(options, field) for field in _names(_method_fields(method))})
+    settings = {field: getattr(options, field) for field in _names(_settings())}
+    run = train(options.model, options.task, chosen, out=options.out, **settings)
+    print(json.dumps(_told(run), ensure_ascii=False) if options.json else run)
+    return 0
+
+
+def _options(name: str) -> type:
+    """The options of a method: those of ``train``, and its own fields."""
+    method = METHODS[name]
+    fields = [*_settings(), *_method_fields(method)]
+    options = dataclasses.make_dataclass("Options", fields, bases=(_Common,), frozen=True, kw_only=True)
+    headline = (method.__doc__ or "").strip().partition("\n")[0]
+    options.__doc__ = f"{headline}\n\nExample: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
+    return options
+
+
+def _settings() -> list[Any]:
+    return fields_of(train, skip=_GIVEN)
+
+
+def _method_fields(method: type[Method]) -> list[Any]:
+    """A method's hyper-parameters; its rates are settings of ``train``."""
+    return fields_of(method, skip=_names(_settings()))
+
+
+def _names(fields: list[Any]) -> list[str]:
+    return [name for name, *_ in fields]
+
+
+def _told(run: Run) -> dict[str, Any]:
+    meta = run.meta
+    return {"id": run.id, "path": str(run.path), "label": run.label, "status": meta["status"], "test": meta["test"]}

@@ -48,7 +48,6 @@ def write(tmp_path: Path) -> Any:
         common = {"model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": []}
         named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
         writer = RunWriter(tmp_path / id, common | named | meta)
-        writer.begin()
         for (quantity, module), steps in values.items():
             for step, value in steps.items():
                 writer.add(step, [Record(quantity, value, module)])
@@ -91,13 +90,23 @@ def test_update_norm_pools_layers_and_bands_seeds(write: Any) -> None:
     assert kinds(chart) == ["Band", "Line", "Point"]
     assert chart.meta == {"figure": "update_norm", "runs": ["s0", "s1", "s2"]}
     assert "Frobenius norm of the update since W_0" in chart.caption
-    assert "3 seeds (0, 1, 2); band: 95 % t-interval over seeds" in chart.caption
+    assert "3 seeds (0, 1, 2); bands and bars: 95 % t-interval over seeds" in chart.caption
 
 
 def test_one_run_has_no_band_and_says_so(write: Any) -> None:
     chart = plots.update_norm(write("a", profile(1, 3, 4), seed=7))
     assert kinds(chart) == ["Line", "Point"]
     assert chart.caption.endswith("1 run (seed 7), so no interval.")
+
+
+def test_a_line_has_a_gap_where_a_recipe_has_no_record(write: Any) -> None:
+    full = write("a", profile(1, 3, 4), "full")
+    lora = write("b", {("update_norm", "words"): {9: 2.0}, ("update_norm", "h.1.q"): {9: 1.0}})
+    chart = plots.update_norm({"full": full, "lora": lora})
+    values = lookup(chart, "recipe", "place")
+    assert np.isnan(values["lora", "0"])
+    assert (values["lora", "embed"], values["lora", "1"], values["full", "0"]) == (2.0, 1.0, 5.0)
+    assert lookup(chart, "recipe", "place", value="n")["lora", "0"] == 0
 
 
 def test_recipes_and_control_are_lines_of_one_panel(write: Any) -> None:

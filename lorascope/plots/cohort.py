@@ -77,7 +77,7 @@ class Cohort:
         run = table["run"].astype("str")
         return table.assign(recipe=run.map(labels), kind=run.map(kinds))
 
-    def caption(self, *sentences: str, interval: str = f"band: {INTERVAL}") -> str:
+    def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
         """The sentences, then how many runs with which seeds, and what the interval is."""
         counts = {group.label: _count(group) for group in self.groups}
         if len(set(counts.values())) == 1:
@@ -119,14 +119,13 @@ def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
 
 
 def lines(cells: pd.DataFrame, x: str, points: bool = True) -> list[Mark]:
-    """Marks for the table of ``band``: a line a recipe, with a band where there are several seeds."""
+    """Marks for the table of ``band``: a line a recipe; where there are several seeds, a band, and bars on points."""
+    seeds = cells["low"].notna().any()
+    low, high = ("low", "high") if seeds else (None, None)
     dash = "kind" if cells["kind"].nunique() > 1 else None
-    marks: list[Mark] = [Line(x, "value", "recipe", dash)]
-    if cells["low"].notna().any():
-        marks.insert(0, Band(x, "low", "high", "recipe"))
-    if points:
-        marks.append(Point(x, "value", "recipe"))
-    return marks
+    band = [Band(x, "low", "high", "recipe")] if seeds else []
+    dots = [Point(x, "value", "recipe", low=low, high=high)] if points else []
+    return [*band, Line(x, "value", "recipe", dash), *dots]
 
 
 def define(quantity: str) -> str:

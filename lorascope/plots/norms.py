@@ -163,7 +163,8 @@ def _profile(
     log: bool = False,
     frame: str | None = None,
 ) -> Chart:
-    """Lines over the layers, one a recipe."""
+    """Lines over the layers, one a recipe, with a gap where a recipe has no record."""
+    cells = _with_gaps(cells)
     return Chart(
         cells,
         lines(cells, "place"),
@@ -175,6 +176,14 @@ def _profile(
         colors=cohort.labels,
         meta=cohort.meta,
     )
+
+
+def _with_gaps(cells: pd.DataFrame) -> pd.DataFrame:
+    """A row for every recipe (and step) at every place, unknown where nothing was recorded."""
+    rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
+    places = pd.Categorical(_places(cells), cells["place"].cat.categories, ordered=True)
+    full = rows.merge(pd.DataFrame({"place": places}), how="cross").merge(cells, how="left")
+    return full.fillna({"n": 0}).astype({"n": "int64"})
 
 
 def _places(cells: pd.DataFrame) -> list[str]:

@@ -16,6 +16,7 @@ from lorascope.plots.catalogue import SPECTRA, UPDATES, figure
 from lorascope.plots.cohort import Cohort, Runs, gather, lines
 from lorascope.run import Run
 
+_MOST_DOTS = 64  # components that can still be told apart on a line
 _SIDES = {"A": "A", "B": "B", "update": "the update's inputs"}
 
 
@@ -49,7 +50,7 @@ def spectrum(runs: Runs, control: Runs | None = None, module: str | None = None,
     effective = "; ".join(map(_effective, band(cohort.label(ranks), ["recipe"]).to_dict("records")))
     return Chart(
         cells,
-        lines(cells, "component"),
+        lines(cells, "component", points=bool(cells["component"].max() <= _MOST_DOTS)),
         title=f"Spectrum of {module}",
         x=Axis(label="component"),
         y=Axis(label="singular value", log=True),

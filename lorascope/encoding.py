@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,9 +148,7 @@ def encode_pairs(
 def _choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
     """Find the token at which the responses part; all must part at the same one."""
     candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _plain(tokenizer, [f" {x}" for x in labels])
-    offset = 0
-    while len({tuple(ids[: offset + 1]) for ids in candidates}) == 1:
-        offset += 1
+    offset = len(os.path.commonprefix(candidates))  # works on any sequences
     tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
     if len(set(tokens)) < len(tokens) or None in tokens:
         raise ValueError(

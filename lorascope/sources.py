@@ -88,7 +88,7 @@ def read_file(path: Path) -> pd.DataFrame:
         if path.suffix == ".csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         if path.suffix == ".jsonl":
-            return pd.read_json(path, lines=True, dtype=False, convert_dates=False)
+            return pd.read_json(path, lines=True, dtype=False)
         return pd.read_parquet(path)
     except (ValueError, OSError) as error:
         raise ValueError(f"cannot read {path} as {_FILES[path.suffix]}: {_first_line(error)}") from None
@@ -119,7 +119,7 @@ def read_hub(name: str) -> pd.DataFrame:
 def _canonical(part: Any) -> pd.DataFrame:
     """One split with our column names: the first text columns, and the class column by its names."""
     kinds, rows = part.features, part.to_pandas()
-    if {"prompt", "response"} <= rows.keys():
+    if {"prompt", "response"} <= kinds.keys():
         return rows
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     texts = ["text"] if "text" in strings else [column for column in strings if column != "label"][:2]

@@ -158,6 +158,8 @@ def load(name: str | os.PathLike[str]) -> Task:
 
 def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     """Make a task of a table with the columns that :func:`load` describes; the order of its rows does not matter."""
+    if rows.empty:
+        raise ValueError(f"{name} has no rows")
     rows = rows.rename(columns={"domain": "group"})
     kind, texts = _kind(rows, name)
     if kind == "lm":

@@ -1,0 +1,151 @@
+"""Evaluation: against the model's own loss, and against the log-probabilities of whole responses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import tiny_tokenizer
+from tiny import tiny
+
+from lorascope import tasks
+from lorascope.evaluation import evaluate
+
+FAMILIES = ("bert", "gpt2", "llama", "t5", "bart")
+
+
+def sharp(family: str, **config) -> torch.nn.Module:
+    """A tiny model that is far from indifferent."""
+    model = tiny(family, **config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return model
+
+
+def encoded(task: tasks.Task, split: str = "train"):
+    return task.encode(tiny_tokenizer(), task.split(split))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_is_the_models_own_over_any_batches(task, family):
+    model = sharp(family)
+    fitted = task.fit(model)
+    rows = encoded(fitted)
+    batch = rows.batch(range(40))
+    with torch.no_grad():
+        own = float(model(**batch).loss)
+    for size in (1, 7, 64):
+        assert evaluate(model, rows, limit=40, batch_size=size).loss == pytest.approx(own, rel=1e-5)
+    assert fitted.counted(batch) == evaluate(model, rows, limit=40).counts.sum()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_loss_of_parts_weighted_by_what_they_count_is_the_loss_of_the_whole(family):
+    rows = pd.DataFrame(
+        {"prompt": [f"film {n}" for n in range(60)], "response": [" very" * (n % 5) + " fine" for n in range(60)]}
+    )
+    model = sharp(family)
+    task = tasks.from_frame(rows).fit(model)
+    batch = encoded(task).batch(range(12))
+    parts = [{key: value[start : start + 4] for key, value in batch.items()} for start in (0, 4, 8)]
+    with torch.no_grad():
+        whole = float(model(**batch).loss)
+        mean = sum(float(model(**part).loss) * task.counted(part) for part in parts) / task.counted(batch)
+    assert mean == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("labels", [("negative", "positive"), ("very boring", "very fine")])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+def test_preferred_response_is_the_one_of_larger_probability(task, family, labels):
+    model = sharp(family)
+    table = task.table.replace({"label": dict(zip(task.labels, labels, strict=True))})
+    fitted = tasks.from_frame(table[["text", "label"]]).fit(model)
+    tokenizer = tiny_tokenizer()
+    rows = fitted.split("test")
+    score = evaluate(model, fitted.encode(tokenizer, rows), batch_size=5)
+    # Brute force: each response in full after each prompt, one by one and without padding.
+    for row in range(len(rows)):
+        chances = []
+        for label in fitted.labels:
+            one = rows.iloc[[row]].assign(label=label, response=f" {label}")
+            chances.append(-evaluate(model, fitted.encode(tokenizer, one), batch_size=1).nll[0])
+        assert score.correct[row] == (fitted.labels[int(np.argmax(chances))] == rows["label"][row])
+    assert 0 < score.metric < 1
+
+
+def test_classes_are_told_by_the_largest_logit(task):
+    model = sharp("bert")
+    rows = encoded(task)
+    score = evaluate(model, rows, batch_size=9)
+    batch = rows.batch(range(len(rows)))
+    with torch.no_grad():
+        logits = model(**batch).logits
+    assert (score.name, score.higher_is_better) == ("accuracy", True)
+    assert score.correct.tolist() == (logits.argmax(1) == batch["labels"]).tolist()
+    assert score.metric == pytest.approx(np.mean(score.correct))
+    assert 0 < score.metric < 1
+
+
+def test_groups_average_to_the_whole(task):
+    score = evaluate(sharp("bert"), encoded(task, "test"))
+    groups = task.split("test")["group"]
+    assert list(score.groups) == ["film", "music"]
+    for name, metric in score.groups.items():
+        assert metric == pytest.approx(score.correct[(groups == name).to_numpy()].mean())
+    shares = groups.value_counts(normalize=True)
+    assert sum(score.groups[name] * shares[name] for name in score.groups) == pytest.approx(score.metric)
+
+
+def test_perplexity_is_that_of_the_counted_tokens():
+    lines = pd.DataFrame(
+        {"text": ["fine " * (1 + n % 6) + "film" * (n % 2) + f" {n}" for n in range(80)], "group": ["a", "b"] * 40}
+    )
+    task = tasks.from_frame(lines)
+    model = sharp("llama")
+    rows = encoded(task)
+    score = evaluate(model, rows, batch_size=16)
+    nll, counts = [], []
+    with torch.no_grad():
+        for row in range(len(rows)):
+            ids = rows.batch([row])["input_ids"]
+            chances = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            nll.append(-float(chances.gather(1, ids[0, 1:, None]).sum()))
+            counts.append(ids.shape[1] - 1)
+    assert (score.name, score.higher_is_better, score.correct) == ("perplexity", False, None)
+    np.testing.assert_allclose(score.nll, nll, rtol=1e-4)
+    assert score.counts.tolist() == counts
+    assert score.metric == pytest.approx(math.exp(sum(nll) / sum(counts)), rel=1e-4)
+    part = [number for number, group in enumerate(rows.groups) if group == "a"]
+    alone = math.exp(sum(nll[number] for number in part) / sum(counts[number] for number in part))
+    assert score.groups["a"] == pytest.approx(alone, rel=1e-4)
+
+
+def test_limit_takes_the_first_rows_in_their_order(task):
+    model, rows = sharp("bert"), encoded(task)
+    whole, part = evaluate(model, rows), evaluate(model, rows, limit=20)
+    np.testing.assert_allclose(part.nll, whole.nll[:20], rtol=1e-5)
+    assert len(evaluate(model, rows, limit=10_000).nll) == len(rows)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_is_off_and_the_mode_is_put_back(task, training):
+    model = tiny("bert", hidden_dropout_prob=0.5).train(training)
+    rows = encoded(task)
+    state = torch.get_rng_state()
+    assert evaluate(model, rows).loss == evaluate(model, rows).loss
+    assert model.training is training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hopeless_loss_has_an_infinite_perplexity():
+    lines = tasks.from_frame(pd.DataFrame({"text": [f"film {n}" for n in range(60)]}))
+    model = tiny("gpt2")
+    with torch.no_grad():
+        model.transformer.wte.weight.mul_(1e6)
+    assert evaluate(model, encoded(lines)).metric == math.inf

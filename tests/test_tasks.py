@@ -1,0 +1,423 @@
+"""Tasks: what is read, how it is split, and what a model is given."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from tiny import tiny
+
+from lorascope import sources, tasks
+from lorascope.assets import Asset, sha256
+
+LABELS = ("negative", "positive")
+
+
+def table(rows: int = 300) -> pd.DataFrame:
+    """Distinct texts with two labels in three groups."""
+    numbers = range(rows)
+    return pd.DataFrame(
+        {
+            "text": [f"text number {number}" for number in numbers],
+            "label": [LABELS[number % 2] for number in numbers],
+            "group": [f"group {number % 3}" for number in numbers],
+        }
+    )
+
+
+# -- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_splits_are_a_partition_in_the_shares_promised():
+    task = tasks.from_frame(table(4000))
+    parts = {name: set(rows["text"]) for name, rows in task.splits.items()}
+    assert set.union(*parts.values()) == set(table(4000)["text"])
+    assert sum(map(len, parts.values())) == 4000
+    shares = {name: len(part) / 4000 for name, part in parts.items()}
+    assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.025)
+
+
+def test_splits_have_not_moved_since_they_were_first_published():
+    # Worked out apart: the first 16 hexadecimal digits of sha256("film 14") are 0.75 of 2**64, and so on.
+    task = tasks.from_frame(pd.DataFrame({"text": [f"Film  {n}" for n in range(16)], "label": list("ab") * 8}))
+    assert set(task.split("validation")["text"]) == {"Film  14"}
+    assert set(task.split("test")["text"]) == {"Film  1", "Film  11"}
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_search_is_carved_off_train_alone(share):
+    task = tasks.from_frame(table(4000))
+    whole, search, train = task.split("train"), task.split("search", share), task.split("train", share)
+    assert set(search["text"]) | set(train["text"]) == set(whole["text"])
+    assert not set(search["text"]) & set(train["text"])
+    assert len(search) / len(whole) == pytest.approx(share, abs=0.03)
+    assert task.split("test", share).equals(task.split("test"))
+
+
+def test_larger_search_split_holds_the_smaller():
+    task = tasks.from_frame(table(1000))
+    assert set(task.split("search", 0.1)["text"]) < set(task.split("search", 0.5)["text"])
+
+
+def test_twins_stay_together_whatever_their_case_label_or_white_space():
+    rows = table(200)
+    twins = rows.assign(text=rows["text"].str.upper() + " \n", label=[*rows["label"][1:], "negative"])
+    task = tasks.from_frame(pd.concat([rows, twins]))
+    for name, share in (("train", 0.5), ("search", 0.5), ("validation", 0), ("test", 0)):
+        texts = task.split(name, share)["text"]
+        assert texts.str.strip().str.lower().value_counts().eq(2).all()
+
+
+def test_order_and_index_of_the_rows_do_not_matter():
+    rows = table()
+    rows.loc[5, "text"] = rows.loc[4, "text"]
+    task, other = tasks.from_frame(rows), tasks.from_frame(rows.sample(frac=1, random_state=0))
+    assert task.table.equals(other.table)
+    assert task.hash == other.hash
+
+
+@pytest.mark.parametrize("column", ["text", "label", "group"])
+def test_hash_knows_every_column(column):
+    rows = table()
+    changed = rows.copy()
+    changed.loc[7, column] = {"text": "another text", "label": "negative", "group": "group 2"}[column]
+    assert tasks.from_frame(changed).hash != tasks.from_frame(rows).hash
+    assert tasks.from_frame(rows, "another name").hash == tasks.from_frame(rows).hash
+
+
+def test_groups_are_kept_under_either_name():
+    task = tasks.from_frame(table().rename(columns={"group": "domain"}))
+    assert task.groups == ("group 0", "group 1", "group 2")
+    assert list(task.split("test")) == ["text", "label", "group"]
+    assert tasks.from_frame(table().drop(columns="group")).groups == ()
+
+
+def test_unknown_or_empty_split_is_one_line():
+    task = tasks.from_frame(table(40))
+    with pytest.raises(ValueError, match="unknown split 'dev': give one of train, validation, test, search"):
+        task.split("dev")
+    with pytest.raises(ValueError, match="search_share=1 must lie in"):
+        task.split("search", 1)
+    with pytest.raises(ValueError, match=r"the search split of table with search_share=0.0 is empty: it has 40 rows"):
+        task.split("search")
+    with pytest.raises(ValueError, match=r"table has 3 rows, too few: its .* split is empty"):
+        tasks.from_frame(table(3))
+
+
+# -- columns and labels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "kind"),
+    [
+        (["text", "label", "other"], "classification"),
+        (["text", "pair", "label"], "classification"),
+        (["prompt", "response", "text"], "prompt"),
+        (["text"], "lm"),
+        (["text", "domain"], "lm"),
+    ],
+)
+def test_columns_tell_the_kind(columns, kind):
+    rows = pd.DataFrame(
+        {column: [f"{column} {n % 2 if column == 'label' else n}" for n in range(60)] for column in columns}
+    )
+    assert tasks.from_frame(rows).kind == kind
+
+
+@pytest.mark.parametrize("columns", [["text", "sentiment"], ["prompt"], ["prompt", "label"], ["label"]])
+def test_other_columns_are_named(columns):
+    rows = pd.DataFrame({column: ["x"] * 60 for column in columns})
+    with pytest.raises(ValueError, match=f"table has the columns {', '.join(columns)}: it needs text and label"):
+        tasks.from_frame(rows)
+
+
+@pytest.mark.parametrize(
+    ("given", "labels"),
+    [
+        (["b", "a"], ("a", "b")),
+        ([10, 9], ("9", "10")),
+        (["10", "9"], ("9", "10")),
+        ([1.0, 0.0], ("0", "1")),
+        ([True, False], ("False", "True")),
+        ([" x", "y"], ("x", "y")),
+        (["entailment", "7"], ("entailment", "7")),
+        (["nan", "infinite"], None),
+        ([0.5, 1.0], None),
+        (["0.5", "1"], None),
+        ([None, "a"], None),
+        ([float("nan"), 1.0], None),
+        ([["a"], ["b"]], None),
+        (["", "a"], None),
+        (["a", "a"], None),
+    ],
+)
+def test_labels_are_names_or_whole_numbers(given, labels):
+    rows = pd.DataFrame({"text": [f"text {n}" for n in range(60)], "label": pd.Series(given * 30, dtype=object)})
+    if labels is None:
+        with pytest.raises(ValueError, match=r"row \d+ of table has the label|at least two") as caught:
+            tasks.from_frame(rows)
+        assert "\n" not in str(caught.value)
+    else:
+        assert tasks.from_frame(rows).labels == labels
+
+
+@pytest.mark.parametrize("text", ["", "  ", None, 12])
+def test_row_without_a_text_is_named(text):
+    rows = table(60).astype({"text": object})
+    rows.loc[6, "text"] = text
+    with pytest.raises(ValueError, match=rf"row 7 of table has {text!r} as its text"):
+        tasks.from_frame(rows)
+
+
+def test_blank_lines_of_plain_text_are_no_rows():
+    rows = pd.DataFrame({"text": [f"line {n}" if n % 2 else "" for n in range(120)]})
+    assert len(tasks.from_frame(rows).table) == 60
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_file_formats_give_the_same_task(tmp_path, suffix):
+    rows = table()
+    rows.loc[3, "text"] = 'a "quoted", text\nof two lines, naïve'
+    rows.loc[4, "text"] = "NA"
+    path = tmp_path / f"rows.{suffix}"
+    write = {"csv": rows.to_csv, "parquet": rows.to_parquet}
+    if suffix == "jsonl":
+        path.write_text("\n".join(json.dumps(row) for row in rows.to_dict("records")))
+    else:
+        write[suffix](path, index=False)
+    task = tasks.load(path)
+    assert task.hash == tasks.from_frame(rows).hash
+    assert task.name == str(path)
+
+
+def test_whole_numbers_as_labels_are_the_same_in_every_format(tmp_path):
+    rows = table().assign(label=[number % 2 for number in range(300)])
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text(rows.to_json(orient="records", lines=True))
+    assert len({tasks.load(tmp_path / f"rows.{suffix}").hash for suffix in ("csv", "parquet", "jsonl")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "expected"),
+    [
+        ("none.csv", None, FileNotFoundError, "there is no file"),
+        ("empty.csv", b"", ValueError, "as CSV"),
+        ("ragged.csv", b"text,label\na,b\na,b,c\n", ValueError, "as CSV"),
+        ("latin.csv", "text,label\nnaïve,b\n".encode("latin-1"), ValueError, "as CSV"),
+        ("broken.jsonl", b'{"text": "a", ', ValueError, "as JSONL"),
+        ("empty.jsonl", b"", ValueError, "no rows"),
+        ("broken.parquet", b"PAR1", ValueError, "as Parquet"),
+        ("header.csv", b"text,label\n", ValueError, "no rows"),
+        ("rows.txt", b"a text\n", ValueError, "neither CSV (.csv) nor JSON lines"),
+    ],
+)
+def test_bad_file_is_one_line(tmp_path, file, content, error, expected):
+    path = tmp_path / file
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(error) as caught:
+        tasks.load(path)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# -- names ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sentimnt", "did you mean 'sentiment'?"),
+        ("sentiment/tweet", "did you mean 'sentiment/tweets'?"),
+        ("sentiment/poems", "sentiment/tweets, sentiment/movies, sentiment/products, sentiment/news"),
+    ],
+)
+def test_unknown_name_has_near_misses(name, expected):
+    with pytest.raises(ValueError, match="unknown task") as caught:
+        tasks.load(name)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_name_without_datasets_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"unknown task 'imdb': .* pip install lorascope\[hub\]"):
+        tasks.load("imdb")
+
+
+def test_hub_name_without_network_is_one_line(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def refuse(path, configuration):
+        raise ConnectionError("Couldn't reach the hub\nfor many reasons")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(FileNotFoundError, match=r"unknown task 'imdb': .*nor did the hub give it") as caught:
+        tasks.load("imdb")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Let ``datasets.load_dataset`` answer from memory; gives the store and the calls."""
+    datasets = pytest.importorskip("datasets")
+    store, calls = {}, []
+
+    def answer(path, configuration):
+        calls.append((path, configuration))
+        return datasets.DatasetDict({name: datasets.Dataset.from_dict(*part) for name, part in store.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    return datasets, store, calls
+
+
+def test_glue_task_with_a_pair_and_hidden_labels(hub):
+    datasets, store, calls = hub
+    text, number = datasets.Value("string"), datasets.Value("int32")
+    classes = datasets.ClassLabel(names=["not_equivalent", "equivalent"])
+    features = datasets.Features({"sentence1": text, "sentence2": text, "label": classes, "idx": number})
+    for part, hidden in (("train", False), ("test", True)):
+        column = [f"{part} {n}" for n in range(60)]
+        labels = [-1] * 60 if hidden else [0, 1] * 30
+        store[part] = (
+            {"sentence1": column, "sentence2": [f"other {x}" for x in column], "label": labels, "idx": list(range(60))},
+            features,
+        )
+    task = tasks.load("glue/mrpc")
+    assert calls == [("nyu-mll/glue", "mrpc")]
+    assert (task.kind, task.labels, len(task.table)) == ("classification", ("equivalent", "not_equivalent"), 60)
+    row = task.split("train").iloc[0]
+    assert row["pair"] == f"other {row['text']}"
+    assert row["label"] == ("equivalent" if int(row["text"].split()[1]) % 2 else "not_equivalent")
+
+
+def test_hub_text_and_prompts(hub):
+    _, store, calls = hub
+    store["train"] = ({"text": [f"line {n}" for n in range(60)], "url": ["x"] * 60},)
+    assert tasks.load("someone/lines:small").kind == "lm"
+    assert calls == [("someone/lines", "small")]
+    store["train"] = ({"prompt": [f"line {n}" for n in range(60)], "response": ["x"] * 60, "id": list(range(60))},)
+    assert tasks.load("someone/prompts").kind == "prompt"
+    store["train"] = ({"content": [f"line {n}" for n in range(60)], "label": ["a", "b"] * 30},)
+    assert tasks.load("someone/contents").labels == ("a", "b")
+
+
+# -- the bundled sentences ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch) -> Path:
+    """A small archive in the form of the published one, in place of it."""
+    path = tmp_path / "texts.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for domain, file in sources.DOMAINS.items():
+            lines = [f'{n}\t{(-1) ** n * (n % 4)}.5\t"{n}" {domain} cliché ' for n in range(200)]
+            data = "\r\n".join([*lines, "200\t0.5\tdull", "201\t-0.5\tdull"]).encode()
+            entry = tarfile.TarInfo(f"hutto_ICWSM_2014/{file}")
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+    monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "SENTIMENT", Asset("texts", "1", path.name, "", "", sha256(path)))
+    monkeypatch.setattr(sources, "fetch", lambda asset: path)
+    return path
+
+
+def test_ratings_become_labels_and_doubtful_ones_go(archive):
+    task = tasks.load("sentiment")
+    # 0.5 and -0.5 themselves are doubtful: rows 0, 4, 8 ... are rated 0.5.
+    assert len(task.table) == 4 * 150
+    assert (task.labels, task.groups) == (LABELS, ("movies", "news", "products", "tweets"))
+    for text, label in zip(task.table["text"], task.table["label"], strict=True):
+        number = int(text.split('"')[1])
+        assert label == ("negative" if number % 2 else "positive")
+        assert "cliché" in text
+        assert text == text.strip()
+
+
+def test_domain_is_a_task_of_its_own_with_the_splits_of_the_whole(archive):
+    whole, news = tasks.load("sentiment"), tasks.load("sentiment/news")
+    assert news.groups == ()
+    assert news.hash != whole.hash
+    for name, rows in whole.splits.items():
+        assert set(news.split(name)["text"]) == set(rows.loc[rows["group"] == "news", "text"])
+
+
+def test_table_is_built_once(archive, monkeypatch):
+    first = tasks.load("sentiment")
+    monkeypatch.setattr(sources, "fetch", lambda asset: pytest.fail("fetched again"))
+    assert tasks.load("sentiment").hash == first.hash
+
+
+@pytest.mark.real
+def test_published_counts():
+    rows = sources.sentiment()
+    assert len(rows) == 19_136
+    counts = rows.groupby(["group", "label"]).size().unstack()
+    assert counts.loc["tweets"].to_list() == [1062, 2300]
+    assert not rows["text"].str.contains("Ã").any()
+
+
+# -- the form for a model -------------------------------------------------------------------------------------------
+
+
+def test_classification_becomes_prompts_for_language_models():
+    task = tasks.from_frame(table())
+    assert task.fit(tiny("bert")).kind == "classification"
+    for family, kind in (("llama", "prompt"), ("gpt2", "prompt"), ("t5", "seq2seq"), ("bart", "seq2seq")):
+        fitted = task.fit(tiny(family))
+        assert (fitted.kind, fitted.labels, fitted.hash) == (kind, task.labels, task.hash)
+        row = fitted.split("test").iloc[0]
+        assert row["prompt"].startswith("Is this text negative or positive?\n")
+        assert row["text"] in row["prompt"]
+        assert row["response"] == f" {row['label']}"
+
+
+def test_classifier_that_knows_the_labels_keeps_its_order():
+    task = tasks.from_frame(table())
+    model = tiny("bert", id2label={0: "positive", 1: "negative"})
+    assert task.fit(model).labels == ("positive", "negative")
+    assert task.fit(tiny("bert")).labels == ("negative", "positive")
+
+
+def test_prompts_and_text_fit_language_models():
+    prompts = tasks.from_frame(pd.DataFrame({"prompt": [f"p {n}" for n in range(60)], "response": ["r"] * 60}))
+    assert prompts.fit(tiny("llama")).kind == "prompt"
+    assert prompts.fit(tiny("t5")).kind == "seq2seq"
+    text = tasks.from_frame(pd.DataFrame({"text": [f"line {n}" for n in range(60)]}))
+    assert text.fit(tiny("llama")).kind == "lm"
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "columns", "expected"),
+    [
+        ("bert", None, ["text"], "is a classifier, but table has no column label"),
+        ("bert", None, ["prompt", "response"], "is a classifier, but table has no column label"),
+        ("t5", None, ["text"], "needs prompts with responses, but table is text alone"),
+        ("vit", None, ["text"], "takes pixel_values, not text"),
+        ("bert", "base", ["text"], "BertModel has no head for a task: load it with AutoModelForSequenceClassification"),
+        ("bert", "masked", ["text"], "has no head for a task"),
+    ],
+)
+def test_unfit_model_is_one_line(family, head, columns, expected):
+    task = tasks.from_frame(pd.DataFrame({column: [f"{column} {n}" for n in range(60)] for column in columns}))
+    with pytest.raises(ValueError, match=expected) as caught:
+        task.fit(tiny(family, head))
+    assert "\n" not in str(caught.value)
+
+
+def test_task_is_frozen():
+    task = tasks.from_frame(table())
+    with pytest.raises(AttributeError):
+        task.kind = "lm"
+    assert replace(task, name="other").hash == task.hash

@@ -221,8 +221,7 @@ def _factored_norm(update: LowRank) -> float:
     if squared >= GRAM_LIMIT * np.trace(left) * np.trace(right):
         return float(abs(update.scale) * np.sqrt(squared))
     with one_thread():
-        product = triangles([update.B]) @ triangles([update.A.T]).swapaxes(1, 2)
-    return float(abs(update.scale) * np.linalg.norm(product))
+        return float(abs(update.scale) * np.linalg.norm(_cores([update])))
 
 
 def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
@@ -243,12 +242,19 @@ def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
             batches[(update.rank, *sides)].append((i, update))
     with one_thread():
         for batch in batches.values():
-            left = triangles([update.B for _, update in batch])
-            right = triangles([update.A.T for _, update in batch])
-            sigmas = np.linalg.svd(left @ right.swapaxes(1, 2), compute_uv=False)
+            sigmas = np.linalg.svd(_cores([update for _, update in batch]), compute_uv=False)
             for (i, update), sigma in zip(batch, sigmas, strict=True):
                 values[i] = abs(update.scale) * sigma
     return values
+
+
+def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
+    """R_B R_A^T of updates of one rank: small matrices with the singular values of B A."""
+    left, right = [update.B for update in updates], [update.A.T for update in updates]
+    if min(left[0].shape) == min(right[0].shape):  # both sides in one batch
+        R = triangles(left + right)
+        return R[: len(left)] @ R[len(left) :].swapaxes(1, 2)
+    return triangles(left) @ triangles(right).swapaxes(1, 2)
 
 
 def weight_norm(W0: Float[np.ndarray, "out in"], update: LowRank | Dense) -> float:

@@ -147,7 +147,7 @@ def read_adapter(path: Path) -> AdapterFiles:
                 continue
             if file.dtype(name) not in _FLOATS:
                 raise ValueError(
-                    f"{file.path}: {name} is stored as {file.dtype(name)}; float32, 16 or bfloat16 is read"
+                    f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read"
                 )
             found.setdefault(match["module"].removeprefix(_PREFIX), {})[match["factor"]] = Factor(file, name)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
@@ -196,7 +196,7 @@ def _config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not readable as PEFT's configuration of an adapter: {error}") from error
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind != "LORA":
-        raise ValueError(f"{path} is a {kind} adapter, which is not read yet: only LORA is")
+        raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: only LORA is")
     return config
 
 
@@ -227,6 +227,7 @@ def _open(file: Path) -> TensorFile:
         start = stream.read(32)
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(f"{file} is only a pointer of Git LFS: fetch the weights by `git lfs pull`")
-    if start.startswith((b"PK\x03\x04", b"\x80\x02")):
+    # The ninth byte tells: the length of a header may begin like a pickle.
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
         raise ValueError(f"{file} is a pickle under a wrong name, which is never loaded: save it as safetensors")
     return TensorFile(file)

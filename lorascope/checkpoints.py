@@ -47,10 +47,11 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
         raise FileNotFoundError(f"there is no folder {path}")
     if path.is_file():
         raise ValueError(f"{path} is a file: give the folder it lies in, {path.parent}")
-    if (path / "recipe.json").exists():
-        return Run.read(path / _last_phase(path))
-    if (path / "run.json").exists():
-        return Run.read(path)
+    trained_here = (path / "recipe.json").exists() or (path / "run.json").exists()
+    if trained_here and base is not None:
+        raise ValueError(f"{path} is a run: it knows its own base, so leave the base out")
+    if trained_here:
+        return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists():
         return AdapterRun(read_adapter(path), None if base is None else Pretrained(base))
     raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
@@ -204,9 +205,13 @@ def _describe(module: str, outer: int, inner: int) -> dict[str, Any]:
 def _last_phase(path: Path) -> str:
     file = path / "recipe.json"
     try:
-        return json.loads(file.read_text())["phases"][-1]
+        recipe = json.loads(file.read_text())
+        status, last = recipe["status"], recipe["phases"][-1]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file} is not readable as a list of phases: {error}") from error
+    if status != "done":
+        raise ValueError(f"{path} is {status}, in its phase {last}: the same call of train goes on with it")
+    return last
 
 
 def _hint(path: Path) -> str:

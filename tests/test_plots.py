@@ -2,76 +2,24 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from planted import lookup, low_rank, plant, profile
 from scipy import stats
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.records import Factors, Record, Snapshot
 from lorascope.run import Run
-from lorascope.writer import RunWriter
-
-PLACES = [
-    ("words", "", None, "embed"),
-    ("h.0", "", 0, "block"),
-    ("h.0.q", "", 0, "q"),
-    ("h.0.up", "", 0, "ffn_in"),
-    ("h.1.q", "", 1, "q"),
-    ("h.1.up", "", 1, "ffn_in"),
-    ("score", "", None, "head"),
-]
-MODULES = [dict(zip(("module", "stack", "layer", "role"), place, strict=True)) for place in PLACES]
-Values = Mapping[tuple[str, str], Mapping[int, float]]
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """Write a run of (quantity, module) -> {step: value}, read it back."""
-
-    def run(
-        id: str,
-        values: Values,
-        label: str = "LoRA rank 2",
-        seed: int | None = 0,
-        factors: Mapping[str, tuple[Any, Any]] | None = None,
-        sigmas: Mapping[str, Any] | None = None,
-        **meta: Any,
-    ) -> Run:
-        last = max((step for steps in values.values() for step in steps), default=0)
-        states = {"last": {"step": max(last, 0), "ranks": {}}}
-        common = {"model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": []}
-        named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
-        writer = RunWriter(tmp_path / id, common | named | meta)
-        for (quantity, module), steps in values.items():
-            for step, value in steps.items():
-                writer.add(step, [Record(quantity, value, module)])
-        if factors is not None:
-            arrays = {name: {"B": np.array(B, float), "A": np.array(A, float)} for name, (B, A) in factors.items()}
-            writer.add(last, [Factors(name, pair, 1.0) for name, pair in arrays.items()])
-        for module, sigma in (sigmas or {}).items():
-            writer.add(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
-        writer.finish("done")
-        return Run.read(tmp_path / id)
-
-    return run
-
-
-def profile(words: float, q: float, up: float) -> Values:
-    """Update norms after step 9; block 1 is half of block 0."""
-    at = {"words": words, "h.0.q": q, "h.0.up": up, "h.1.q": q / 2, "h.1.up": up / 2}
-    return {("update_norm", module): {0: 0.0, 4: value / 2, 9: value} for module, value in at.items()}
-
-
-def lookup(chart: Any, *columns: str, value: str = "value") -> dict:
-    data = chart.data
-    keys = list(zip(*(data[column] for column in columns), strict=True)) if len(columns) > 1 else data[columns[0]]
-    return dict(zip(keys, data[value], strict=True))
+    """``plant`` in a folder of the test."""
+    return partial(plant, tmp_path)
 
 
 def kinds(chart: Any) -> list[str]:
@@ -205,11 +153,6 @@ def test_training_curves_average_the_loss_in_windows(write: Any) -> None:
     assert lookup(single, "step") == loss
 
 
-def low_rank(*sigma: float) -> tuple[Any, Any]:
-    """Factors (4, rank) and (rank, 5) of an update with these singular values."""
-    return np.eye(4)[:, : len(sigma)] * sigma, np.eye(len(sigma), 5)
-
-
 def test_spectrum_is_of_the_largest_module_and_knows_its_effective_rank(write: Any) -> None:
     sizes = {
         ("update_norm", "h.0.q"): {9: 9.0},
@@ -279,82 +222,6 @@ def test_subspace_similarity_of_one_run_is_refused(write: Any) -> None:
     one = write("a", {}, factors={"h.0.q": low_rank(1, 1)})
     with pytest.raises(ValueError, match="compares two runs or more"):
         plots.subspace_similarity(one, module="h.0.q")
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("update_norm", "records of update_norm: train with observe=[ls.observe.norms()]"),
-        ("norm_over_steps", "records of update_norm: train with observe=[ls.observe.norms()]"),
-        ("mean_norm", "records of weight_norm: train with observe=[ls.observe.norms()]"),
-        ("training_curves", "records of loss"),
-        ("spectrum", "singular values of updates: train with observe=[ls.observe.norms()]"),
-        ("subspace_similarity", "the adapters' factors: train with a method that has factors"),
-    ],
-)
-def test_a_figure_names_the_recorder_that_is_missing(write: Any, name: str, reason: str) -> None:
-    bare = write("a", {("lr", ""): {1: 0.1}})
-    with pytest.raises(ValueError, match=re.escape(f"{name} needs {reason}")) as raised:
-        getattr(plots, name)(bare)
-    assert "\n" not in str(raised.value)
-
-
-def test_a_folder_without_history_or_base_is_told_apart_from_missing_records(write: Any) -> None:
-    values = {("update_norm", "h.0.q"): {-1: 2.0}, ("weight_norm", "h.0.q"): {-1: np.nan}}
-    folder = write("a", values, "LoRA rank 16", seed=None)
-    assert lookup(plots.update_norm(folder), "place") == {"0": 2.0}
-    with pytest.raises(ValueError, match="update_norm at more than one step"):
-        plots.norm_over_steps(folder)
-    with pytest.raises(ValueError, match="unknown without the base"):
-        plots.update_norm(folder, quantity="weight_norm")
-
-
-def test_available_agrees_with_what_can_be_drawn(write: Any) -> None:
-    run = write("a", profile(1, 3, 4), factors={"h.0.q": low_rank(1, 1)})
-    other = write("b", profile(1, 3, 4), seed=1, factors={"h.0.q": low_rank(1, 1)})
-    found = plots.available(run).set_index("figure")
-    assert set(found.index) == set(plots.FIGURES)
-    for name, row in found.iterrows():
-        draw = plots.FIGURES[name].draw
-        if row["drawable"]:
-            draw([run, other][: row["runs"]])
-            assert row["missing"] == ""
-        else:
-            with pytest.raises(ValueError, match=row["missing"].partition(":")[0]):
-                draw(run)
-    assert found.loc["training_curves", "missing"].startswith("records of loss")
-
-
-def test_every_figure_says_how_it_is_read_and_when_it_misleads() -> None:
-    for entry in plots.FIGURES.values():
-        assert getattr(plots, entry.name) is entry.draw
-        for text in (entry.reads, entry.misleads):
-            assert text.endswith(".")
-            assert len(text.split()) > 15
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"settings": {"steps": 10}}, "differ in settings"),
-        ({"recipe": {"name": "lora", "rank": 3}}, "differ in recipe"),
-        ({"seed": 0}, r"seeds \[0, 0\]"),
-        ({"seed": None}, r"seeds \[0, None\]"),
-    ],
-)
-def test_runs_that_are_no_seeds_of_one_recipe_are_not_averaged(write: Any, change: dict, reason: str) -> None:
-    one, two = write("a", profile(1, 3, 4)), write("b", profile(1, 3, 4), **({"seed": 1} | change))
-    with pytest.raises(ValueError, match=reason):
-        plots.update_norm([one, two])
-    assert set(plots.update_norm({"one": one, "two": [two]}).data["recipe"]) == {"one", "two"}
-
-
-def test_the_same_run_twice_or_none_is_refused(write: Any) -> None:
-    run = write("a", profile(1, 3, 4))
-    with pytest.raises(ValueError, match="run a twice"):
-        plots.update_norm({"one": run, "two": run})
-    with pytest.raises(ValueError, match="no run"):
-        plots.update_norm([])
 
 
 def test_trained_runs_draw_every_figure(bert: Any, task: Any, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""Runs with planted numbers, written and read back as real folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.records import Factors, Record, Snapshot
+from lorascope.run import Run
+from lorascope.writer import RunWriter
+
+PLACES = [
+    ("words", "", None, "embed"),
+    ("h.0", "", 0, "block"),
+    ("h.0.q", "", 0, "q"),
+    ("h.0.up", "", 0, "ffn_in"),
+    ("h.1.q", "", 1, "q"),
+    ("h.1.up", "", 1, "ffn_in"),
+    ("score", "", None, "head"),
+]
+MODULES = [dict(zip(("module", "stack", "layer", "role"), place, strict=True)) for place in PLACES]
+Values = Mapping[tuple[str, str], Mapping[int, float]]
+
+
+def plant(
+    folder: Path,
+    id: str,
+    values: Values,
+    label: str = "LoRA rank 2",
+    seed: int | None = 0,
+    factors: Mapping[str, tuple[Any, Any]] | None = None,
+    sigmas: Mapping[str, Any] | None = None,
+    **meta: Any,
+) -> Run:
+    """Write a run of (quantity, module) -> {step: value} into ``folder / id``.
+
+    ``factors`` are (B, A) by module, ``sigmas`` the spectra that were kept of dense updates.
+    """
+    last = max((step for steps in values.values() for step in steps), default=0)
+    states = {"last": {"step": max(last, 0), "ranks": {}}}
+    common = {"model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": []}
+    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
+    writer = RunWriter(folder / id, common | named | meta)
+    for (quantity, module), steps in values.items():
+        for step, value in steps.items():
+            writer.add(step, [Record(quantity, value, module)])
+    if factors is not None:
+        arrays = {name: {"B": np.array(B, float), "A": np.array(A, float)} for name, (B, A) in factors.items()}
+        writer.add(last, [Factors(name, pair, 1.0) for name, pair in arrays.items()])
+    for module, sigma in (sigmas or {}).items():
+        writer.add(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
+    writer.finish("done")
+    return Run.read(folder / id)
+
+
+def profile(words: float, q: float, up: float) -> Values:
+    """Update norms after step 9; block 1 is half of block 0."""
+    at = {"words": words, "h.0.q": q, "h.0.up": up, "h.1.q": q / 2, "h.1.up": up / 2}
+    return {("update_norm", module): {0: 0.0, 4: value / 2, 9: value} for module, value in at.items()}
+
+
+def lookup(chart: Any, *columns: str, value: str = "value") -> dict:
+    data = chart.data
+    keys = list(zip(*(data[column] for column in columns), strict=True)) if len(columns) > 1 else data[columns[0]]
+    return dict(zip(keys, data[value], strict=True))
+
+
+def low_rank(*sigma: float) -> tuple[Any, Any]:
+    """Factors (4, rank) and (rank, 5) of an update with these singular values."""
+    return np.eye(4)[:, : len(sigma)] * sigma, np.eye(len(sigma), 5)

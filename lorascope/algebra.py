@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 _TILE_BYTES = 1 << 19  # of float64: a few tiles stay in cache, and the loop over them costs nothing beside them
+_QR_ROWS = 1024
 # A Gram matrix squares the condition number: beyond 1e6 its Cholesky factor loses the digits promised by `spectra`.
 GRAM_LIMIT = 1e-6
 
@@ -174,8 +176,17 @@ def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"
         result[sound] = np.linalg.cholesky(grams[sound], upper=True)
     for i, factor in enumerate(factors):
         if not sound[i]:
-            result[i] = np.linalg.qr(wide(factor), mode="r")
+            result[i] = _qr_triangle(wide(factor))
     return result
+
+
+def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
+    """R of X = Q R. Blocks of rows go first: a tall array is read from memory once for each of its columns."""
+    whole = len(X) // _QR_ROWS * _QR_ROWS
+    if whole > _QR_ROWS:
+        blocks: Any = np.linalg.qr(X[:whole].reshape(-1, _QR_ROWS, X.shape[1]), mode="r")
+        X = np.vstack([blocks.reshape(-1, X.shape[1]), X[whole:]])
+    return np.asarray(np.linalg.qr(X, mode="r"))
 
 
 def wide(array: np.ndarray) -> NDArray[np.float64]:

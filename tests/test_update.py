@@ -62,6 +62,14 @@ def test_both_routes_agree_with_qr(left, right):
     assert LowRank(B, A).singular_values()[large] == pytest.approx(expected[large], rel=1e-8)
 
 
+@pytest.mark.parametrize("side", [1023, 1024, 1025, 2048, 2500])
+def test_tall_factors_are_decomposed_in_blocks(side):
+    B, A = with_condition(side, 5, 1e7), with_condition(side, 5, 10.0).T
+    expected = np.linalg.svd(np.linalg.qr(B, mode="r") @ np.linalg.qr(A.T, mode="r").T, compute_uv=False)
+    large = expected > 1e-6 * expected[0]
+    assert LowRank(B, A).singular_values()[large] == pytest.approx(expected[large], rel=1e-9)
+
+
 def test_batches_of_mixed_shapes_keep_their_order():
     updates = [
         low_rank(8, 6, 3),

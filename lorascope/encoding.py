@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -148,7 +148,8 @@ def encode_pairs(
 def _choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
     """Find the token at which the responses part; all must part at the same one."""
     candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _plain(tokenizer, [f" {x}" for x in labels])
-    offset = len(os.path.commonprefix(candidates))  # works on any sequences
+    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
+    offset = len(list(alike))
     tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
     if len(set(tokens)) < len(tokens) or None in tokens:
         raise ValueError(

@@ -360,12 +360,15 @@ def test_table_is_built_once(archive, monkeypatch):
 
 
 @pytest.mark.real
-def test_published_counts():
-    rows = sources.sentiment()
-    assert len(rows) == 19_136
-    counts = rows.groupby(["group", "label"]).size().unstack()
-    assert counts.loc["tweets"].to_list() == [1062, 2300]
-    assert not rows["text"].str.contains("Ã").any()
+def test_published_sentences_are_those_of_the_card():
+    card = Path(__file__).parents[1] / "data"
+    task = tasks.load("sentiment")
+    assert len(task.table) == 19_136
+    assert task.hash in (card / "README.md").read_text()
+    counts = pd.read_csv(card / "sentiment_counts.csv").set_index(["domain", "label"])
+    for name, rows in task.splits.items():
+        assert rows.groupby(["group", "label"]).size().to_list() == counts[name].to_list()
+    assert task.table["text"].str.contains("cliché").any()
 
 
 # -- the form for a model -------------------------------------------------------------------------------------------

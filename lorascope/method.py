@@ -73,9 +73,10 @@ class Method:
         return ()
 
     def label(self) -> str:
-        """The method in words: its name and the hyper-parameters that are not the default ones."""
-        default = type(self)()
-        told = [f"{name} {_words(value)}" for name, value in config(self).items() if value != config(default)[name]]
+        """The method in words, rates left out: its name and the hyper-parameters that are not the default ones."""
+        default = config(type(self)())
+        mine = {key: value for key, value in config(self).items() if key not in ("name", "lr", "head_lr")}
+        told = [f"{key} {_words(value)}" for key, value in mine.items() if value != default[key]]
         return ", ".join([type(self).__name__, *told])
 
     def state(self) -> dict[str, Any]:
@@ -259,6 +260,8 @@ def _plain(value: Any) -> Any:
 def _words(value: Any) -> str:
     if isinstance(value, list):
         return " ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:g}"
     return "by module" if isinstance(value, dict) else str(value)
 
 

@@ -50,11 +50,12 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     count = seeds or (QUICK_SEEDS if quick else FULL_SEEDS)
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
     runs = _train([arm for found in arms.values() for arm in found], range(count), Path(out) / "runs")
-    findings = {
-        name: probe.judge({arm.label: [runs[arm.label, seed] for seed in range(count)] for arm in arms[name]})
-        for name, probe in chosen.items()
+    of_probe = {
+        name: {arm.label: [runs[arm.label, seed] for seed in range(count)] for arm in found}
+        for name, found in arms.items()
     }
-    return report.write(Path(out) / "report.html", findings, list(runs.values()), quick=quick)
+    findings = {name: probe.judge(of_probe[name]) for name, probe in chosen.items()}
+    return report.write(Path(out) / "report.html", findings, of_probe, quick=quick)
 
 
 def _train(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> dict[tuple[str, int], Run]:

@@ -108,7 +108,7 @@ class Probe:
     title: str
     source: str
     question: str
-    quick_budget: float
+    quick_budget: int
     arms: Callable[[bool], Sequence[Arm]]
     judge: Callable[[Mapping[str, Sequence[Run]]], Findings]
 

@@ -224,24 +224,32 @@ def test_names_with_the_adapters_own_name_are_read_too(adapter: Path) -> None:
     assert load(adapter).summary().equals(expected)
 
 
-def test_with_a_base_the_update_is_relative_to_its_weight(tmp_path: Path) -> None:
-    config = {"target_modules": ["c_attn", "c_proj", "wte"], "r": 3, "fan_in_fan_out": True}
-    model = save(tmp_path / "adapter", family="gpt2", **config)
-    tiny("gpt2").save_pretrained(tmp_path / "base")
-    run = load(tmp_path / "adapter", base=tmp_path / "base")
-    summary = run.summary().set_index("module")
+@pytest.mark.parametrize(
+    ("family", "targets", "transposed"),
+    [("gpt2", ["c_attn", "c_proj", "wte"], True), ("llama", ["q_proj", "down_proj", "embed_tokens"], False)],
+)
+def test_with_a_base_the_update_is_relative_to_its_weight(
+    tmp_path: Path, family: str, targets: list[str], transposed: bool
+) -> None:
+    model = save(tmp_path / "adapter", family=family, target_modules=targets, r=3, fan_in_fan_out=transposed)
+    tiny(family).save_pretrained(tmp_path / "base")
+    summary = load(tmp_path / "adapter", base=tmp_path / "base").summary().set_index("module")
     for name, dense in deltas(model).items():
-        weight = model.base_model.model.get_submodule(name).get_base_layer().weight.detach().double().numpy().T
+        weight = model.base_model.model.get_submodule(name).get_base_layer().weight.detach().double().numpy()
+        if transposed or name.endswith("embed_tokens"):
+            weight = weight.T
         norm = np.linalg.norm(weight)
         assert summary.loc[name, "relative_update"] == pytest.approx(np.linalg.norm(dense) / norm, rel=1e-6)
         assert summary.loc[name, "weight_norm"] == pytest.approx(np.linalg.norm(weight + dense), rel=1e-6)
 
 
-def test_a_base_may_lack_the_prefix_of_its_modules(tmp_path: Path) -> None:
-    save(tmp_path / "adapter", target_modules=["q_proj"], r=2)
+@pytest.mark.parametrize("head", ["base", "causal"])
+def test_names_of_base_and_adapter_may_begin_differently(tmp_path: Path, head: str) -> None:
+    save(tmp_path / "adapter", head=head, target_modules=["q_proj"], r=2)
     tiny("llama", "base").save_pretrained(tmp_path / "bare")
     tiny("llama").save_pretrained(tmp_path / "whole")
     bare, whole = (load(tmp_path / "adapter", tmp_path / name).summary() for name in ("bare", "whole"))
+    assert bare["relative_update"].notna().all()
     assert bare["relative_update"].equals(whole["relative_update"])
 
 

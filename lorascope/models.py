@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import huggingface_hub
 import torch
 import transformers
@@ -70,6 +69,12 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     note_missing(model, absent & {key for key, _ in model.named_parameters()})
     return model.eval()
+
+
+def name_of(model: nn.Module) -> str:
+    """What the model was loaded by; of one loaded elsewhere its hub id or folder, or else its class."""
+    known = getattr(model, "_lorascope_name", "") or getattr(model, "name_or_path", "")
+    return known or type(model).__name__
 
 
 def missing(model: nn.Module) -> frozenset[str]:
@@ -214,7 +219,7 @@ def _hub_answers() -> bool:
     """Ask once: the hub's own client tries for half a minute, a file at a time, before it looks into its cache."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-    except (httpx.HTTPError, OSError):
+    except Exception:  # of whichever HTTP library the client is built on
         return False
     return True
 

@@ -68,6 +68,8 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
             raise ValueError(f"{key} in {source} has the shape {tuple(old)}, its configuration says {tuple(new)}")
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     note_missing(model, absent & {key for key, _ in model.named_parameters()})
+    if not Path(name).expanduser().exists():
+        model.config._name_or_path = str(name)  # the name it is known by, not where this machine keeps it
     return model.eval()
 
 
@@ -94,6 +96,8 @@ def tokenizer(model: nn.Module) -> Any:
     ------
     ValueError
         The model was not loaded from a folder or the hub, or there is no tokenizer beside it.
+    FileNotFoundError
+        The folder is gone, or the hub does not answer.
     """
     source = getattr(model, "name_or_path", "")
     if not source:
@@ -102,8 +106,7 @@ def tokenizer(model: nn.Module) -> Any:
         )
     with _quiet():
         try:
-            offline = Path(source).is_dir() or not _hub_answers()
-            found = transformers.AutoTokenizer.from_pretrained(source, local_files_only=offline)
+            found = transformers.AutoTokenizer.from_pretrained(_locate(source))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"there is no tokenizer in {source} ({_first_line(error)})") from None
     if len(found) <= len(found.all_special_ids):  # what transformers makes up where it finds no vocabulary
@@ -141,7 +144,12 @@ def _locate(name: str) -> str:
     if near or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         hint = f"did you mean {near[0]!r}?" if near else f"give {', '.join(BUNDLED)}, a folder, a GGUF file or a hub id"
         raise FileNotFoundError(f"there is no model {name!r}: {hint}")
-    return name
+    if _hub_answers():
+        return name
+    try:
+        return huggingface_hub.snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        raise FileNotFoundError(f"{_unknown(name)} (it does not answer, and its cache lacks it)") from None
 
 
 def _dense_folder(digest: str) -> Path:
@@ -205,14 +213,16 @@ def _read(kind: Any, source: str, name: object, **options: Any) -> Any:
     """``kind.from_pretrained``, its pages of advice cut down to one line."""
     local = Path(source).is_dir()
     try:
-        return kind.from_pretrained(source, local_files_only=local or not _hub_answers(), **options)
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local:
             raise ValueError(f"cannot read the model in {source}: {_first_line(error)}") from None
-        raise FileNotFoundError(
-            f"cannot load {str(name)!r}: it is none of {', '.join(BUNDLED)}, no local folder, "
-            f"and the hub did not give it ({_first_line(error)})"
-        ) from None
+        raise FileNotFoundError(f"{_unknown(name)} ({_first_line(error)})") from None
+
+
+def _unknown(name: object) -> str:
+    known = ", ".join(BUNDLED)
+    return f"cannot load {str(name)!r}: it is none of {known}, no local folder, and the hub did not give it"
 
 
 def _hub_answers() -> bool:

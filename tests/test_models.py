@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import http.server
 import json
+import shutil
+import threading
 
+import huggingface_hub
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +20,7 @@ from lorascope import models, tasks
 from lorascope.assets import SMOLLM2, cache, sha256
 
 HEADS = {"t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration", "vit": "ForImageClassification"}
+HUB_ANSWERS = models._hub_answers
 ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert", "electra")
 THREE = ("bad", "good", "so-so")
 
@@ -183,6 +188,29 @@ def test_damaged_folder(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_hub_that_does_not_answer_is_asked_once(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert not HUB_ANSWERS()
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        worker = threading.Thread(target=server.handle_request)
+        worker.start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert HUB_ANSWERS()
+        worker.join()
+
+
+def test_hub_model_comes_from_the_hubs_cache_without_network(bert, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--some--bert" / "snapshots" / ("a" * 40)
+    shutil.copytree(bert, snapshot)
+    (tmp_path / "models--some--bert" / "refs").mkdir()
+    (tmp_path / "models--some--bert" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = models.load("some/bert")
+    assert models.missing(model) == {"classifier.weight", "classifier.bias"}
+    assert model.config.name_or_path == "some/bert"
+    assert models.tokenizer(copy.deepcopy(model)).tokenize("film fine") == ["film", "fine"]
+
+
 @pytest.mark.parametrize("blocks", [0, 3])
 def test_number_of_blocks_is_checked(tmp_path, blocks):
     tiny("bert").save_pretrained(tmp_path)
@@ -241,6 +269,7 @@ def test_minilm():
     model = models.load("minilm")
     assert models.missing(model) == {"classifier.weight", "classifier.bias"}
     assert sum(parameter.numel() for parameter in model.base_model.parameters()) == 22_713_216
+    assert model.config.name_or_path == "minilm"
     assert models.tokenizer(model).tokenize("Hello world") == ["hello", "world"]
 
 

@@ -63,10 +63,14 @@ class Drawable:
         Where there are several panels, or marks with data of their own, the columns ``panel`` (number and title) and
         ``mark`` (its kind, "" for the data of the chart) tell the rows apart.
         """
-        parts = []
-        for number, chart in enumerate((chart for row in self.rows() for chart in row), start=1):
-            for mark, table in chart.tables():
-                parts.append(table.assign(panel=f"{number} {chart.title}".strip(), mark=mark))
+        charts = [chart for row in self.rows() for chart in row]
+        parts = [
+            table.assign(panel=f"{number} {chart.title}".strip(), mark=mark)
+            for number, chart in enumerate(charts, start=1)
+            for mark, table in chart.tables()
+        ]
+        if len(parts) == 1:
+            return charts[0].data
         joined = pd.concat(parts, ignore_index=True)
         return joined.drop(columns=[column for column in ("panel", "mark") if joined[column].nunique() < 2])
 
@@ -103,9 +107,9 @@ class Drawable:
         return save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        figure = self.plotly()
-        shown = figure._repr_mimebundle_() or {"application/vnd.plotly.v1+json": figure.to_plotly_json()}
-        return {**shown, "text/plain": repr(self)}
+        from lorascope.render import plotly
+
+        return {**plotly.bundle(self), "text/plain": repr(self)}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -100,9 +100,7 @@ def _page(drawable: Drawable, path: Path, width: str | None, theme: str | None) 
     from lorascope.render import plotly
 
     source = provenance(drawable)
-    plot = plotly.figure(drawable, theme).to_html(
-        full_html=False, include_plotlyjs=True, auto_play=False, div_id=hashlib.sha256(source.encode()).hexdigest()[:12]
-    )
+    plot = plotly.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
     page = _PAGE.format(title=escape(_title(drawable)), source=escape(source), plot=plot)
     _replace(path, lambda draft: draft.write_text(page, encoding="utf-8"))
 

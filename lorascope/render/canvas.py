@@ -56,7 +56,7 @@ def names(ax: Axes, panel: Panel) -> float:
 def numbers(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
     """Write numbers into the cells of a heat that asks for them, as large as the present size of the axes allows."""
     for shape in plan.views[number].panel.shapes(frame):
-        if isinstance(shape, Cells) and shape.mark.text is not None:
+        if isinstance(shape, Cells) and shape.mark.text is not None and shape.values.size:
             _numbers(ax, shape, plan.ramps[plan.heats[number]], *_size(ax))
 
 
@@ -160,6 +160,8 @@ def _errors(ax: Axes, shape: Dots | Bars, plan: Plan, zorder: float) -> None:
 
 def _cells(ax: Axes, shape: Cells, plan: Plan, number: int, zorder: float) -> None:
     rows, columns = shape.values.shape
+    if not shape.values.size:
+        return
     ramp, theme = plan.ramps[plan.heats[number]], plan.theme
     if np.isnan(shape.values).any():
         ground = Rectangle(

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -157,7 +158,7 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
         max(_height(settled, place, cells[place], look.size) for place in places if place.row == row)
         for row in range(places[-1].row + 1)
     ]
-    made = Figure(figsize=(width, sum(heights)), layout="constrained")
+    made = Figure(figsize=(width, sum(heights)))
     renderer = FigureCanvasAgg(made).get_renderer()
     grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
     axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}
@@ -174,15 +175,13 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
         made.suptitle(plain(title), x=0.01, ha="left")
     foot = [_caption(made, settled), _legend(made, settled, width)]
     head = (title.count("\n") + 1) * 1.6 * look.size / 72 if title else 0.0
-    _stand(made, sum(heights) + head, foot, renderer)
-    for _ in range(2):  # names on y take width from x, and from titles
-        made.draw_without_rendering()
+    for _ in range(2):  # names on y take width from x, titles and names that stand on end take height
+        _stand(made, sum(heights) + head, foot, renderer)
         for place, ax in axes.items():
             _title(ax, settled, place)
         depths = [(place.row, names(ax, settled.views[place.view].panel)) for place, ax in axes.items()]
     turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
     _stand(made, sum(heights) + head + turned, foot, renderer)
-    made.draw_without_rendering()
     for place, ax in axes.items():
         numbers(ax, settled, place.view, place.frame)
     return made
@@ -255,7 +254,7 @@ def _fits(widths: list[float], depth: int, room: float) -> bool:
 
 
 def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
-    """Stack caption and legend at the foot of the figure, below ``height`` inches for the panels."""
+    """Stack caption and legend at the foot of the figure and lay the panels out in ``height`` inches above them."""
     parts = [(part, part.get_window_extent(renderer).height / made.dpi) for part in foot if part is not None]
     gap, used = 0.04, 0.04
     total = height + sum(depth + gap for _, depth in parts) + gap
@@ -266,7 +265,9 @@ def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
         else:
             part.set_bbox_to_anchor((0.5, used / total), made.transFigure)
         used += depth + gap
-    made.set_layout_engine("constrained", rect=(0, used / total, 1, 1 - used / total))
+    engine = ConstrainedLayoutEngine(rect=(0, used / total, 1, 1 - used / total))
+    made.set_layout_engine(engine)
+    engine.execute(made)
 
 
 def _handle(entry: Entry) -> Line2D | Patch:

@@ -74,7 +74,7 @@ def plan(drawable: Drawable, theme: Theme) -> Plan:
     frames, frame_label = _frames(charts)
     numbers = iter(range(len(charts)))
     heats, ramps = _heats(charts)
-    entries = list(dict.fromkeys(entry for panel in panels for entry in _entries(panel)))
+    entries = _merged([entry for panel in panels for entry in _entries(panel)])
     titles = {chart.color_label for chart in charts}
     return Plan(
         views=[View(panel, *ends) for panel, ends in zip(panels, ranges(panels, frames), strict=True)],
@@ -108,24 +108,33 @@ def _caption(charts: Sequence[Chart]) -> str:
 
 
 def _entries(panel: Panel) -> Iterator[Entry]:
-    """The legend of one panel: its colours, then its styles; nothing for what an axis names already."""
+    """The legend of one panel, mark by mark: colours, then styles; nothing for what an axis names already."""
     for column, marks in _by_column(panel.chart, "color"):
         colors = panel.colors[column]
         if colors.limits is not None or any(column in (mark.columns()["x"], mark.columns().get("y")) for mark in marks):
             continue
         for value in colors.categories:
-            having = [mark for mark in marks if (panel.chart.table(mark)[column] == value).any()]
-            for mark in sorted(having, key=lambda mark: mark.kind not in LOOKS)[:1]:
-                kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
-                styled = mark.columns().get(encoding) == column
-                style = panel.style(mark, encoding, {column: value}) if styled else 0
-                yield Entry(str(value), colors.of(value, panel.theme), kind, style, group({column: value}))
+            for mark in marks:
+                if (panel.chart.table(mark)[column] == value).any():
+                    kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
+                    styled = mark.columns().get(encoding) == column
+                    style = panel.style(mark, encoding, {column: value}) if styled else 0
+                    yield Entry(str(value), colors.of(value, panel.theme), kind, style, group({column: value}))
     for kind, encoding in LOOKS.values():
         for column, (mark, *_) in _by_column(panel.chart, encoding):
             if column != mark.columns().get("color"):
                 for value in panel.order(mark, column):
                     key = {column: value}
                     yield Entry(str(value), panel.theme.ink, kind, panel.style(mark, encoding, key), group(key))
+
+
+def _merged(entries: Sequence[Entry]) -> list[Entry]:
+    """One entry for what has the same name, colour and group, in its most telling form: a line, a dot, a patch."""
+    forms = [kind for kind, _ in LOOKS.values()]
+    merged: dict[tuple[str, str, str], Entry] = {}
+    for entry in sorted(entries, key=lambda entry: forms.index(entry.kind) if entry.kind in forms else len(forms)):
+        merged.setdefault((entry.label, entry.color, entry.group), entry)
+    return [merged[key] for key in dict.fromkeys((entry.label, entry.color, entry.group) for entry in entries)]
 
 
 def _by_column(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]]:

@@ -11,11 +11,12 @@ from lorascope.chart import Drawable
 from lorascope.render.plan import Entry, Plan, Ramp, plan
 from lorascope.render.ranges import Limits
 from lorascope.render.scales import Scale
-from lorascope.render.space import BAR, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
+from lorascope.render.space import BAR, BUTTONS, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
 from lorascope.render.theme import fold, theme
 from lorascope.render.traces import DASHES, SHAPES, nth, overlays, traces, words
 
 STILL: dict[str, Any] = {"frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere
 PLAY: dict[str, Any] = {"frame": {"duration": 400, "redraw": True}, "transition": {"duration": 0}}
 
 
@@ -29,9 +30,12 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
     name : str, optional
         Theme, default "light".
     """
-    settled = plan(drawable, theme(name or "light"))
-    room = space(settled)
-    made = go.Figure(layout=_layout(settled, room))
+    return draw(plan(drawable, theme(name or "light")))
+
+
+def draw(settled: Plan) -> go.Figure:
+    """Draw a figure that is settled already."""
+    made = ground(settled)
     moving: list[int] = []
     for number, view in enumerate(settled.views):
         start = len(made.data)
@@ -43,6 +47,37 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
     if settled.frames:
         made.frames = [_frame(settled, frame, moving) for frame in settled.frames]
     return made
+
+
+def ground(settled: Plan, width: float = WIDTH) -> go.Figure:
+    """All of a figure but its traces, laid out for a screen ``width`` pixels wide."""
+    return go.Figure(layout=_layout(settled, space(settled, width)))
+
+
+def fragment(drawable: Drawable, div_id: str, name: str | None = None, script: bool = True) -> str:
+    """Draw as a piece of HTML.
+
+    Parameters
+    ----------
+    drawable : Chart or Panels
+        What to draw.
+    div_id : str
+        Its id, unique on the page.
+    name : str, optional
+        Theme, default "light".
+    script : bool
+        Whether to bring plotly.js along (4.6 MiB); a page needs it once.
+    """
+    made = figure(drawable, name)
+    options = {"full_html": False, "auto_play": False, "config": CONFIG, "default_height": f"{made.layout.height}px"}
+    return str(made.to_html(include_plotlyjs=script, div_id=div_id, **options))
+
+
+def bundle(drawable: Drawable) -> dict[str, Any]:
+    """What Jupyter displays: as plotly's renderer for the present front end has it, else plotly's JSON."""
+    made = figure(drawable)
+    shown: dict[str, Any] = made._repr_mimebundle_(config=CONFIG)
+    return shown or {"application/vnd.plotly.v1+json": {**made.to_plotly_json(), "config": CONFIG}}
 
 
 def _frame(settled: Plan, frame: Any, moving: list[int]) -> go.Frame:
@@ -94,7 +129,7 @@ def _layout(settled: Plan, room: Space) -> dict[str, Any]:
         "title": {
             "text": "<br>".join(map(words, room.title)),
             "font": {"size": TITLE},
-            "x": EDGE / WIDTH,
+            "x": EDGE / room.width,
             "xanchor": "left",
             "y": 1 - EDGE / room.height,
             "yanchor": "top",
@@ -108,6 +143,7 @@ def _layout(settled: Plan, room: Space) -> dict[str, Any]:
             "yanchor": "top",
             "yref": "container",
             "bgcolor": "rgba(0, 0, 0, 0)",
+            "tracegroupgap": 0,
         },
         "annotations": [*_titles(room), *_caption(settled, room)],
         "shapes": [shape for number in range(len(settled.views)) for shape in overlays(settled, number)],
@@ -131,7 +167,11 @@ def _axis(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) ->
         "domain": room.y if upright else room.x,
         "range": list(np.log10(ends)) if scale.log else list(ends),
         "type": "log" if scale.log else "linear",
-        "title": {"text": "<br>".join(map(words, fold(scale.axis.label, 260, FONT)))},
+        "title": {
+            "text": "<br>".join(map(words, fold(scale.axis.label, 260.0, FONT))),
+            "font": {"size": FONT},
+            "standoff": 6,
+        },
         "showgrid": scale.categories is None,
         "gridcolor": look.grid,
         "zeroline": False,
@@ -159,10 +199,10 @@ def _color_axis(settled: Plan, room: Space, number: int) -> dict[str, Any]:
     ramp = settled.ramps[number]
     rooms = [room.rooms[view] for view in ramp.views]
     low, high = min(one.y[0] for one in rooms), max(one.y[1] for one in rooms)
-    plot = WIDTH - room.left - room.right
+    plot = room.width - room.left - room.right
     beside = [other for other in range(number) if ramp.views[-1] == settled.ramps[other].views[-1]]
     bar = {
-        "title": {"text": "<br>".join(map(words, fold(ramp.label, 200, FONT))), "side": "right"},
+        "title": {"text": "<br>".join(map(words, fold(ramp.label, 200.0, FONT))), "side": "right"},
         "x": max(one.x[1] for one in rooms) + (8 + BAR * len(beside)) / plot,
         "xanchor": "left",
         "y": (low + high) / 2,
@@ -236,15 +276,21 @@ def _slider(settled: Plan, room: Space) -> dict[str, Any]:
         for frame in settled.frames
     ]
     place: dict[str, Any] = {"y": 0, "yanchor": "top", "xanchor": "left"}
+    start = BUTTONS / (room.width - room.left - room.right)
+    look = settled.theme
+    colors = {"bgcolor": look.missing, "bordercolor": look.hatch}
     play = {"label": "▶", "method": "animate", "args": [None, {"mode": "immediate", "fromcurrent": True, **PLAY}]}
     pause = {"label": "❚❚", "method": "animate", "args": [[None], {"mode": "immediate", **STILL}]}
     slider = {
         "steps": steps,
         "currentvalue": {"prefix": f"{words(settled.frame_label)} ", "xanchor": "left"},
-        "x": 0.16,
-        "len": 0.84,
+        "x": start,
+        "len": 1 - start,
         "pad": {"t": room.foot + 4},
+        "activebgcolor": look.hatch,
+        "tickcolor": look.ink,
         **place,
+        **colors,
     }
     buttons = {"type": "buttons", "direction": "left", "buttons": [play, pause], "x": 0, "pad": {"t": room.foot + 22}}
-    return {"sliders": [slider], "updatemenus": [{**buttons, **place, "showactive": False}]}
+    return {"sliders": [slider], "updatemenus": [{**buttons, **place, **colors, "showactive": False}]}

@@ -1,7 +1,7 @@
 """Room in pixels: where the panels of an interactive figure stand, and what stands around them.
 
 Plotly places some things in shares of the plot and others in pixels. So all of it is counted in pixels here, for a
-figure ``WIDTH`` wide; on a wider screen the panels spread, and the space around them stays sufficient.
+figure of one width; on a wider screen the panels spread, and the space around them stays sufficient.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from lorascope.render.ranges import Limits
 from lorascope.render.scales import Scale
 from lorascope.render.theme import GLYPH, fold
 
-WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # the whole figure, the distance from its edges, and between panels
+WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # the figure by default, the distance from its edges, and between panels
 FONT, TITLE = 12.0, 15.0  # font sizes
 PANEL, ROW = 290.0, 22.0  # height of a panel, and of a row with a name
 TICKS, LINE = 24.0, 18.0  # depth of tick labels, and of a line of text
 NUMBERS = 42.0  # width of the numbers on a vertical axis
-SLIDER, BAR = 80.0, 88.0  # depth of the slider, width of a colour bar with its title
+SLIDER, BAR = 90.0, 88.0  # depth of the slider, width of a colour bar with its title
+BUTTONS = 100.0  # width of the buttons before the slider
 
 Ticks = tuple[list[float], list[str], bool]
 
@@ -40,6 +41,7 @@ class Room:
 class Space:
     """Margins around the plot; ``foot`` is the depth of its lowest tick labels and the label of their axis."""
 
+    width: float
     rooms: list[Room]
     left: float
     right: float
@@ -51,7 +53,7 @@ class Space:
     caption: list[str]
 
 
-def space(settled: Plan) -> Space:
+def space(settled: Plan, width: float = WIDTH) -> Space:
     """Lay a figure out."""
     views, rows, order = settled.views, settled.rows, range(len(settled.views))
     shared = {
@@ -61,7 +63,7 @@ def space(settled: Plan) -> Space:
     before = [GAP if view in shared else _names_width(views[view].panel.y) for view in order]
     after = [BAR * _bars(settled, row, view) for row in rows for view in row]
     left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
-    plot = WIDTH - left - right
+    plot = width - left - right
     lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
     widths = [(plot - lost[number]) / len(row) for number, row in enumerate(rows) for _ in row]
     starts = [
@@ -76,9 +78,9 @@ def space(settled: Plan) -> Space:
     heights = [max(_height(views[view].panel.y) for view in row) for row in rows]
     tops = [sum(heights[:n]) + sum(depths[:n]) + sum(heads[1 : n + 1]) for n in range(len(rows))]
     inner = tops[-1] + heights[-1]
-    title = fold(settled.title, WIDTH - 2 * EDGE, TITLE) if settled.title else []
-    caption = fold(settled.caption, WIDTH - 2 * EDGE, 0.92 * FONT) if settled.caption else []
-    top = EDGE + 1.4 * TITLE * len(title) + LINE * _legend_lines(settled, plot) + heads[0]
+    title = fold(settled.title, width - 2 * EDGE, TITLE) if settled.title else []
+    caption = fold(settled.caption, width - 2 * EDGE, 0.92 * FONT) if settled.caption else []
+    top = EDGE + 1.4 * TITLE * len(title) + _legend_height(settled, plot) + heads[0]
     bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * len(caption) + EDGE
     rooms = [
         Room(
@@ -91,7 +93,7 @@ def space(settled: Plan) -> Space:
         for row, members in enumerate(rows)
         for view in members
     ]
-    return Space(rooms, left, right, top, bottom, depths[-1], top + inner + bottom, title, caption)
+    return Space(width, rooms, left, right, top, bottom, depths[-1], top + inner + bottom, title, caption)
 
 
 def _ticks(scale: Scale, room: float, across: bool) -> Ticks | None:
@@ -125,10 +127,11 @@ def _bars(settled: Plan, row: list[int], view: int) -> int:
     return sum(max((v for v in row if v in ramp.views), default=-1) == view for ramp in settled.ramps)
 
 
-def _legend_lines(settled: Plan, plot: float) -> int:
-    """Lines of the legend, which plotly sets in columns as wide as the widest entry once one line is not enough."""
+def _legend_height(settled: Plan, plot: float) -> float:
+    """Height of the legend, which plotly sets in columns of the widest entry once one line is not enough."""
     widths = [GLYPH * FONT * len(entry.label) + 48 for entry in settled.entries]
     if not widths:
-        return 0
+        return 0.0
     room = plot - GLYPH * FONT * len(settled.legend_title)
-    return 1 if sum(widths) <= room else math.ceil(len(widths) / max(1, room // max(widths)))
+    lines = 1 if sum(widths) <= room else math.ceil(len(widths) / max(1, room // max(widths)))
+    return LINE * lines + 14

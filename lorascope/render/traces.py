@@ -64,7 +64,7 @@ def see_through(color: str, opacity: float) -> str:
 
 def _ruler(shape: Ruler, plan: Plan, number: int) -> dict[str, Any]:
     line = {"color": plan.theme.ink, "width": 1, "dash": "dash"}
-    label = {"text": words(shape.label), "textposition": "end", "font": {"size": NOTE}}
+    label = {"text": words(shape.label), "textposition": "end", "xanchor": "right", "font": {"size": NOTE}}
     place: dict[str, Any]
     if shape.x is not None:
         place = {"x0": shape.x, "x1": shape.x, "y0": 0, "y1": 1}
@@ -140,7 +140,7 @@ def _dots(shape: Dots, plan: Plan, number: int) -> Iterator[Any]:
         x=shape.x,
         y=shape.y,
         mode="markers",
-        marker={"color": shape.colors, "size": size, "symbol": symbol, "line": rim},
+        marker={"color": shape.colors, "size": size, "symbol": symbol, "line": rim, "opacity": 1},
         legendgroup=shape.group,
         **_errors(shape, shape.x if shape.lying else shape.y, plan),
         **_hover(plan.views[number], shape.group, shape.x, shape.y),

@@ -1,0 +1,156 @@
+"""A chart is checked when it is made, and holds what it was given."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+
+import pandas as pd
+import pytest
+
+from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "step": [0, 1, 0, 1],
+            "value": [1.0, 2.0, 3.0, 4.0],
+            "role": ["q", "q", "v", "v"],
+            "note": ["a", "b", None, "d"],
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("mark", "complaint"),
+    [
+        (Line("step", "norm"), "line y: no column 'norm'; the data has step, value, role, note"),
+        (Line("step", "value", color="layer"), "line color: no column 'layer'"),
+        (Band("step", "value", "high"), "band high: no column 'high'"),
+        (Point("step", "value", size="note"), "point size: column 'note' holds .*, not numbers"),
+        (Heat("step", "role", "note"), "heat value: column 'note' holds .*, not numbers"),
+        (Text("step", "value", "note"), "text text: column 'note' has 1 missing values"),
+        (Line("step", "value", color="note"), "line color: column 'note' has 1 missing values"),
+        (Bar("step", "value"), "bar: several rows for step=0; aggregate them first"),
+        (Bar("role", "step", color="role"), "bar: several rows for role=q"),
+        (Bar("role", "note"), "missing values"),
+        (Heat("step", "step", "value"), "heat: several rows for step=0"),
+        (Bar("step", "value", color="role", mode="heap"), "mode 'heap' is unknown; choose group or stack"),
+        (Bar("step", "value", color="role", low="value"), "an error bar has two ends; got low='value', high=None"),
+        (Heat("step", "role", "value", scale="rainbow"), "scale 'rainbow' is unknown"),
+        (Heat("step", "role", "value", scale="diverging", log=True), "centred at zero and cannot be logarithmic"),
+        (Rule(), "a rule stands at one value"),
+        (Rule(x=1, y=2), "a rule stands at one value"),
+    ],
+)
+def test_a_mark_that_cannot_be_drawn_is_refused_in_one_line(table, mark, complaint) -> None:
+    with pytest.raises(ValueError, match=complaint) as refused:
+        Chart(table, [mark])
+    assert "\n" not in str(refused.value)
+
+
+def test_bars_need_a_length(table) -> None:
+    with pytest.raises(ValueError, match="bar y: column 'role' holds no numbers"):
+        Chart(table.head(1), [Bar("note", "role")])
+
+
+def test_two_heats_do_not_fit_one_chart(table) -> None:
+    heat = Heat("step", "role", "value")
+    with pytest.raises(ValueError, match="one heat"):
+        Chart(table, [heat, heat])
+
+
+def test_the_frame_is_a_whole_column(table) -> None:
+    line = [Line("step", "value")]
+    with pytest.raises(ValueError, match="frame: no column 'epoch'"):
+        Chart(table, line, frame="epoch")
+    with pytest.raises(ValueError, match="frame: column 'note' has missing values"):
+        Chart(table, line, frame="note")
+
+
+def test_frames_tell_apart_bars_and_cells_that_stand_in_one_place(table) -> None:
+    Chart(table, [Bar("role", "value")], frame="step")
+    Chart(table.assign(one=1), [Heat("role", "one", "value")], frame="step")
+
+
+def test_own_data_of_a_mark_is_checked_in_place_of_the_chart_s(table) -> None:
+    own = pd.DataFrame({"x": [1.0], "y": [2.0]})
+    chart = Chart(table, [Point("x", "y", data=own)])
+    assert chart.table(chart.marks[0]) is own
+    with pytest.raises(ValueError, match="the data has x, y"):
+        Chart(table, [Point("step", "value", data=own)])
+
+
+def test_a_chart_is_frozen_and_later_edits_do_not_reach_it(table) -> None:
+    chart = Chart(table, [Line("step", "value")])
+    with pytest.raises(FrozenInstanceError):
+        chart.title = "other"
+    table.loc[0, "value"] = 99.0
+    assert chart.data["value"].tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_categorical_axes(table) -> None:
+    line = Chart(table, [Line("step", "value", "role")])
+    assert not line.is_categorical("x")
+    assert not line.is_categorical("y")
+    assert Chart(table, [Line("step", "value", "role")], x=Axis(order=[1, 0])).is_categorical("x")
+    assert Chart(table, [Heat("step", "role", "value")]).is_categorical("x")
+    lying = Chart(table, [Bar("value", "role", color="step")])
+    assert lying.is_lying
+    assert not line.is_lying
+
+
+def test_one_frame_of_a_chart(table) -> None:
+    own = pd.DataFrame({"step": [0, 1], "value": [5.0, 6.0]})
+    still = pd.DataFrame({"value": [7.0]})
+    marks = [Line("value", "value"), Point("value", "value", data=own), Text("value", "value", "value", data=still)]
+    chart = Chart(table, marks, frame="step", title="replay")
+    last = chart.at(1)
+    assert last.frame is None
+    assert last.title == "replay"
+    assert last.data["value"].tolist() == [2.0, 4.0]
+    assert last.table(last.marks[1])["value"].tolist() == [6.0]
+    assert last.table(last.marks[2])["value"].tolist() == [7.0]
+    with pytest.raises(ValueError, match="no frame 2 in 'step'; it has 0, 1"):
+        chart.at(2)
+    with pytest.raises(ValueError, match="has no frames"):
+        last.at(1)
+
+
+def test_panels_are_laid_in_rows(table) -> None:
+    a, b, c, d = (Chart(table, [Line("step", "value")], title=title) for title in "abcd")
+
+    def titles(panels):
+        return [[chart.title for chart in row] for row in panels.rows()]
+
+    assert titles(beside(a, b, c)) == [["a", "b", "c"]]
+    assert titles(above(a, b)) == [["a"], ["b"]]
+    assert titles(above(beside(a, b), c)) == [["a", "b"], ["c"]]
+    assert titles(beside(above(a, b), above(c, d))) == [["a", "c"], ["b", "d"]]
+    with pytest.raises(ValueError, match="same number of rows, got 2, 1"):
+        beside(above(a, b), c)
+
+
+def test_the_data_of_everything_drawn(table) -> None:
+    own = pd.DataFrame({"x": [1.0], "y": [2.0]})
+    plain = Chart(table, [Line("step", "value"), Span(0, 1), Rule(x=1)], title="plain")
+    assert plain.flat().equals(plain.data)
+    marked = Chart(table, [Point("x", "y", data=own)], title="marked")
+    flat = beside(plain, marked).data
+    assert flat["panel"].tolist() == ["1 plain"] * 4 + ["2 marked"] * 5
+    assert flat["mark"].tolist() == [""] * 8 + ["point"]
+    assert flat["x"].dropna().tolist() == [1.0]
+
+
+def test_representation_names_what_is_drawn_not_all_rows(table) -> None:
+    chart = Chart(table, [Line("step", "value"), Rule(x=1)], title="norms")
+    assert repr(chart) == "Chart('norms': line, rule; 4 rows)"
+    assert repr(above(chart, beside(chart, chart))).count("Chart(") == 3
+
+
+def test_describing_a_figure_imports_no_renderer() -> None:
+    code = "import lorascope.chart, sys; print([m for m in ('matplotlib', 'plotly', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,462 @@
+"""Both renderers show the numbers of the chart: read back from artists and traces, never from pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from readers import Mpl, Plotly
+
+from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
+from lorascope.render.theme import OKABE_ITO
+
+both = pytest.mark.parametrize("reader", [Mpl, Plotly])
+BLUE, VERMILLION, GREEN = OKABE_ITO[:3]
+
+
+def table(columns: str, *rows: tuple) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=columns.split())
+
+
+@pytest.fixture
+def runs() -> pd.DataFrame:
+    return table(
+        "step value low high method",
+        (10, 2.0, 1.5, 2.5, "LoRA"),
+        (0, 1.0, 0.5, 1.5, "LoRA"),
+        (20, 3.0, 2.0, 4.5, "LoRA"),
+        (0, 5.0, 4.0, 6.0, "Full"),
+        (10, 6.0, 5.5, 6.5, "Full"),
+    )
+
+
+@both
+def test_lines_run_in_order_of_x_in_the_colours_of_their_categories(reader, runs) -> None:
+    shown = reader(Chart(runs, [Line("step", "value", "method")]))
+    assert shown.lines() == [([0, 10, 20], [1, 2, 3], BLUE), ([0, 10], [5, 6], VERMILLION)]
+
+
+@both
+def test_colors_orders_palette_and_legend(reader, runs) -> None:
+    shown = reader(Chart(runs, [Line("step", "value", "method")], colors=["Full", "ReFT", "LoRA"]))
+    assert [color for *_, color in shown.lines()] == [BLUE, GREEN]
+    assert shown.legend() == ["Full", "LoRA"]
+
+
+@both
+def test_gaps_stay_gaps(reader) -> None:
+    data = pd.DataFrame({"x": [0, 1, 2, 3], "y": pd.array([1.0, None, np.inf, 2.0], dtype="Float64")})
+    assert reader(Chart(data, [Line("x", "y")])).lines() == [([0, 1, 2, 3], [1, None, None, 2], BLUE)]
+
+
+@both
+def test_dashes_tell_a_second_column_apart(reader, runs) -> None:
+    runs["seed"] = [0, 0, 0, 1, 1]
+    shown = reader(Chart(runs, [Line("step", "value", "method", dash="seed")]))
+    assert len(set(map(str, shown.styles()))) == 2
+    assert shown.legend() == ["LoRA", "Full", "0", "1"]
+
+
+@both
+def test_bands_fill_between_low_and_high(reader, runs) -> None:
+    (lora, color), (full, _) = reader(Chart(runs, [Band("step", "low", "high", "method")])).bands()
+    assert lora == {(0, 0.5), (10, 1.5), (20, 2.0), (20, 4.5), (10, 2.5), (0, 1.5)}
+    assert full == {(0, 4.0), (10, 5.5), (10, 6.5), (0, 6.0)}
+    assert color == BLUE
+
+
+@both
+def test_a_gap_parts_a_band(reader) -> None:
+    data = pd.DataFrame({"x": range(5), "low": [0, 0, np.nan, 0, 0], "high": [1, 1, 1, 2, 2]})
+    ((corners, _),) = reader(Chart(data, [Band("x", "low", "high")])).bands()
+    assert corners == {(0, 0), (1, 0), (1, 1), (0, 1), (3, 0), (4, 0), (4, 2), (3, 2)}
+
+
+@both
+def test_points_with_error_bars(reader, runs) -> None:
+    shown = reader(Chart(runs, [Point("step", "value", "method", low="low", high="high")]))
+    assert shown.dots() == [([10, 0, 20], [2, 1, 3], [BLUE] * 3), ([0, 10], [5, 6], [VERMILLION] * 2)]
+    assert shown.errors() == [(1.5, 2.5), (0.5, 1.5), (2.0, 4.5), (4.0, 6.0), (5.5, 6.5)]
+
+
+@both
+def test_an_interval_need_not_hold_its_value(reader) -> None:
+    data = table("x y low high", (0, 5.0, 1.0, 2.0))
+    shown = reader(Chart(data, [Point("x", "y", low="low", high="high")]))
+    assert shown.errors() == [(1.0, 2.0)]
+    assert shown.ends("y")[0] < 1.0 < 5.0 < shown.ends("y")[1]
+
+
+@both
+def test_error_bars_lie_down_beside_names(reader) -> None:
+    data = table("effect claim low high", (0.5, "first", 0.1, 0.9), (-1.0, "second", -2.0, 0.0))
+    shown = reader(Chart(data, [Point("effect", "claim", low="low", high="high")]))
+    assert shown.dots() == [([0.5, -1.0], [0, 1], [BLUE, BLUE])]
+    assert shown.errors() == [(0.1, 0.9), (-2.0, 0.0)]
+    assert shown.ends("y") == (1.5, -0.5)
+    assert shown.names("y") == {0: "first", 1: "second"}
+
+
+@both
+def test_the_area_of_dots_grows_with_size(reader) -> None:
+    data = table("x y size", (0, 0, 1.0), (1, 1, 4.0), (2, 2, 0.0))
+    small, large, none = reader(Chart(data, [Point("x", "y", size="size")])).diameters()
+    assert large == pytest.approx(2 * small)
+    assert none == 0
+
+
+@both
+def test_many_numbers_make_a_colour_scale(reader) -> None:
+    data = pd.DataFrame({"x": range(30), "y": range(30), "layer": range(30)})
+    for mark in (Point("x", "y", "layer"), Line("x", "y", "layer")):
+        shown = reader(Chart(data, [mark], color_label="layer"))
+        assert shown.legend() == []
+        assert shown.color_bars() == ["layer"]
+    ((*_, colors),) = reader(Chart(data, [Point("x", "y", "layer")])).dots()
+    assert len(set(colors)) == 30
+    assert len(reader(Chart(data, [Line("x", "y", "layer")])).lines()) == 30
+
+
+@both
+def test_bars_stand_side_by_side(reader) -> None:
+    data = table(
+        "layer rank role low high", ("0", 4, "q", 3, 5), ("1", 2, "q", 1, 3), ("0", 6, "v", 5, 7), ("1", 8, "v", 7, 9)
+    )
+    shown = reader(Chart(data, [Bar("layer", "rank", "role", low="low", high="high")]))
+    assert shown.bars() == [([-0.2, 0.8], [0, 0], [4, 2], BLUE), ([0.2, 1.2], [0, 0], [6, 8], VERMILLION)]
+    assert shown.errors() == [(3, 5), (1, 3), (5, 7), (7, 9)]
+    assert shown.ends("y")[0] == 0
+    assert shown.ends("x") == (-0.5, 1.5)
+
+
+@both
+def test_bars_stack_upwards_and_downwards(reader) -> None:
+    data = table(
+        "x y part", ("a", 1, "p"), ("b", -1, "p"), ("a", 2, "r"), ("b", -2, "r"), ("a", -4, "s"), ("b", 3, "s")
+    )
+    shown = reader(Chart(data, [Bar("x", "y", "part", mode="stack")]))
+    assert [(places, bases, tops) for places, bases, tops, _ in shown.bars()] == [
+        ([0, 1], [0, 0], [1, -1]),
+        ([0, 1], [1, -1], [3, -3]),
+        ([0, 1], [0, 0], [-4, 3]),
+    ]
+
+
+@both
+def test_error_bars_of_a_stack_stand_on_their_pieces(reader) -> None:
+    data = table("x y part low high", ("a", 1.0, "p", 0.5, 1.5), ("a", 2.0, "r", 1.0, 3.0))
+    shown = reader(Chart(data, [Bar("x", "y", "part", mode="stack", low="low", high="high")]))
+    assert shown.errors() == [(0.5, 1.5), (2.0, 4.0)]
+
+
+@both
+def test_bars_lie_beside_names_and_have_the_whole_place_when_coloured_by_it(reader) -> None:
+    data = table("norm module", (3.0, "k"), (1.0, "v"))
+    shown = reader(Chart(data, [Bar("norm", "module", "module")]))
+    assert shown.bars() == [([0], [0], [3], BLUE), ([1], [0], [1], VERMILLION)]
+    assert shown.legend() == []
+
+
+@both
+def test_bars_over_numbers_are_as_wide_as_these_are_near(reader) -> None:
+    data = table("x y", (0.0, 1), (0.25, 2), (1.0, 3))
+    shown = reader(Chart(data, [Bar("x", "y")]))
+    assert shown.bars()[0][:1] == ([0, 0.25, 1.0],)
+    low, high = shown.ends("x")
+    assert low < -0.1
+    assert high > 1.1
+    width = shown.axes[0].patches[0].get_width() if reader is Mpl else shown.figure.data[0].width
+    assert width == pytest.approx(0.2)
+
+
+@pytest.fixture
+def cells() -> pd.DataFrame:
+    return table("layer role value", (0, "q", 1.0), (1, "q", 2.0), (0, "v", -4.0), (1, "v", np.nan), (10, "v", 3.0))
+
+
+@both
+def test_cells_with_blanks(reader, cells) -> None:
+    shown = reader(Chart(cells, [Heat("layer", "role", "value", "norm")], x=Axis(label="layer")))
+    assert shown.heat() == ([1, 2, None, -4, None, 3], (-4, 3))
+    assert shown.hatched()
+    assert shown.names("x") == {0: "0", 1: "1", 2: "10"}
+    assert shown.names("y") == {0: "q", 1: "v"}
+    assert shown.ends("y") == (1.5, -0.5)
+    assert shown.color_bars() == ["norm"]
+
+
+@both
+def test_a_full_heat_has_no_hatching(reader) -> None:
+    data = table("x y v", (0, 0, 1.0), (1, 0, 2.0))
+    assert not reader(Chart(data, [Heat("x", "y", "v")])).hatched()
+
+
+@both
+def test_order_places_cells_and_keeps_empty_places(reader, cells) -> None:
+    axes = {"x": Axis(order=["embed", 1, 0, 10]), "y": Axis(order=["v", "k"])}
+    assert reader(Chart(cells, [Heat("layer", "role", "value")], **axes)).heat()[0] == (
+        [None, None, -4, 3] + [None] * 4 + [None, 2, 1, None]
+    )
+
+
+@both
+def test_a_diverging_scale_is_centred_at_zero(reader, cells) -> None:
+    assert reader(Chart(cells, [Heat("layer", "role", "value", scale="diverging")])).heat()[1] == (-4, 4)
+
+
+@both
+def test_limits_of_the_colours_can_be_set(reader, cells) -> None:
+    assert reader(Chart(cells, [Heat("layer", "role", "value", limits=[0, 1])])).heat()[1] == (0, 1)
+
+
+@both
+def test_a_logarithmic_heat_leaves_out_what_has_no_logarithm(reader) -> None:
+    data = table("x y v", (0, 0, 100.0), (1, 0, 10.0), (2, 0, 0.0))
+    values, limits = reader(Chart(data, [Heat("x", "y", "v", log=True)])).heat()
+    assert (values, limits) == (([100, 10, None], (10, 100)) if reader is Mpl else ([2, 1, None], (1, 2)))
+
+
+def test_numbers_in_cells(cells) -> None:
+    chart = Chart(cells, [Heat("layer", "role", "value", text=".1f")])
+    assert {(x, y): text for x, y, text in Mpl(chart).words()} == {
+        (0, 0): "1.0", (1, 0): "2.0", (0, 1): "-4.0", (2, 1): "3.0"
+    }  # fmt: skip
+    assert list(map(list, chart.plotly().data[0].text)) == [["1.0", "2.0", ""], ["-4.0", "", "3.0"]]
+    assert chart.plotly().data[0].texttemplate == "%{text}"
+
+
+def test_numbers_that_fit_no_cell_are_left_out() -> None:
+    data = pd.DataFrame({"x": range(60), "y": 0, "v": 1.0})
+    assert Mpl(Chart(data, [Heat("x", "y", "v", text=".3f")])).words() == []
+
+
+def test_numbers_in_cells_are_legible_on_dark_and_on_light() -> None:
+    data = table("x y v", (0, 0, 0.0), (1, 0, 1.0))
+    dark, light = Mpl(Chart(data, [Heat("x", "y", "v", text=".0f")])).axes[0].texts
+    assert (dark.get_color(), light.get_color()) == ("#ffffff", "#000000")
+
+
+@both
+def test_words_stand_at_their_place(reader, runs) -> None:
+    notes = table("step value word", (0, 1.0, "start"), (20, 3.0, "end < here"))
+    shown = reader(Chart(runs, [Line("step", "value", "method"), Text("step", "value", "word", data=notes)]))
+    assert shown.words() == [(0, 1, "start"), (20, 3, "end < here" if reader is Mpl else "end &lt; here")]
+
+
+def test_rules_and_spans(runs) -> None:
+    marks = [Line("step", "value", "method"), Rule(x=10, label="final"), Rule(y=30, label="top"), Span(5, 15, "search")]
+    shown = Mpl(Chart(runs, marks))
+    upright, flat = shown.axes[0].lines[-2:]
+    assert set(upright.get_xdata()) == {10}
+    assert set(flat.get_ydata()) == {30}
+    span = shown.axes[0].patches[-1]
+    assert (span.get_x(), span.get_width()) == (5, 10)
+    assert [text.get_text() for text in shown.axes[0].texts] == ["final", "top", "search"]
+    first, second, third = Chart(runs, marks).plotly().layout.shapes
+    assert (first.x0, first.x1, first.yref, first.label.text) == (10, 10, "y domain", "final")
+    assert (second.y0, second.y1, second.xref, second.label.text) == (30, 30, "x domain", "top")
+    assert (third.x0, third.x1, third.yref, third.label.text) == (5, 15, "y domain", "search")
+    assert shown.ends("y")[1] > 30
+
+
+@both
+def test_rules_among_categories(reader, cells) -> None:
+    heat = Heat("layer", "role", "value")
+    chart = Chart(cells, [heat, Rule(x=5.5), Rule(y="v")])
+    if reader is Mpl:
+        upright, flat = reader(chart).axes[0].lines
+        places = upright.get_xdata()[0], flat.get_ydata()[0]
+    else:
+        upright, flat = chart.plotly().layout.shapes
+        places = upright.x0, flat.y0
+    assert places == (1.5, 1)
+    with pytest.raises(ValueError, match="'k' has no place on the axis 'role', which has q, v"):
+        reader(Chart(cells, [heat, Rule(y="k")], y=Axis(label="role")))
+
+
+@both
+def test_logarithmic_axes(reader) -> None:
+    data = table("x y", (1, 1.0), (10, 0.0), (100, 1000.0))
+    shown = reader(Chart(data, [Line("x", "y")], x=Axis(log=True), y=Axis(log=True)))
+    assert shown.is_log("x")
+    assert shown.is_log("y")
+    assert shown.lines() == [([1, 10, 100], [1, None, 1000], BLUE)]
+    low, high = shown.ends("y")
+    assert 0.5 < low < 1
+    assert 1000 < high < 2000
+
+
+@both
+def test_limits_and_ticks_of_an_axis(reader, runs) -> None:
+    chart = Chart(
+        runs, [Line("step", "value", "method")], x=Axis(ticks={0: "start", 20: "end"}), y=Axis(limits=(0, None))
+    )
+    shown = reader(chart)
+    assert shown.names("x") == {0: "start", 20: "end"}
+    assert shown.ends("y")[0] == 0
+    assert shown.ends("y")[1] == pytest.approx(6.2)
+
+
+@both
+def test_one_colour_needs_no_legend(reader, runs) -> None:
+    marks = [Band("step", "low", "high", "method"), Line("step", "value", "method"), Point("step", "value", "method")]
+    assert reader(Chart(runs[runs["method"] == "LoRA"], marks)).legend() == []
+    assert reader(Chart(runs, marks)).legend() == ["LoRA", "Full"]
+    assert reader(Chart(runs, [Line("step", "value", dash="method")])).legend() == ["LoRA", "Full"]
+
+
+def test_a_click_on_the_legend_reaches_everything_of_a_category(runs) -> None:
+    marks = [Band("step", "low", "high", "method"), Line("step", "value", "method")]
+    data = Chart(runs, marks).plotly().data
+    assert [trace.legendgroup for trace in data] == ["method=LoRA", "method=Full"] * 3
+
+
+@both
+def test_panels_share_legend_colours_and_range(reader, runs) -> None:
+    left = Chart(runs, [Line("step", "value", "method")], y=Axis(label="norm"), title="all")
+    half = runs.assign(value=100 * runs["value"])[runs["method"] == "Full"]
+    right = Chart(half, [Line("step", "value", "method")], y=Axis(label="norm"), title="full")
+    other = Chart(half, [Line("step", "value", "method")], y=Axis(label="loss"))
+    shown = reader(above(beside(left, right), other))
+    assert shown.legend() == ["LoRA", "Full"]
+    assert shown.lines(1) == [([0, 10], [500, 600], VERMILLION)]
+    assert shown.ends("y", 0) == shown.ends("y", 1) != shown.ends("y", 2)
+    assert shown.ends("y", 0)[0] < 1.0 < 600 < shown.ends("y", 0)[1]
+
+
+@both
+def test_the_same_category_has_one_legend_entry_whatever_draws_it(reader, runs) -> None:
+    panels = beside(
+        Chart(runs, [Bar("step", "value", "method")]), Chart(runs, [Line("step", "value", "method", dash="method")])
+    )
+    shown = reader(panels)
+    assert shown.legend() == ["LoRA", "Full"]
+    if reader is Mpl:
+        assert [handle.get_linestyle() for handle in shown.figure.legends[0].get_lines()] == ["-", "--"]
+    else:
+        assert [trace.mode for trace in shown.figure.data if trace.showlegend] == ["lines", "lines"]
+
+
+@both
+def test_heats_of_one_quantity_share_their_colours(reader) -> None:
+    one, two = table("x y v", (0, 0, 1.0), (1, 0, 2.0)), table("x y v", (0, 0, 5.0), (1, 0, 3.0))
+    same = reader(beside(*(Chart(data, [Heat("x", "y", "v", "norm")]) for data in (one, two))))
+    assert same.color_bars() == ["norm"]
+    assert [same.heat(panel)[1] for panel in (0, 1)] == [(1, 5), (1, 5)]
+    apart = reader(beside(Chart(one, [Heat("x", "y", "v", "norm")]), Chart(two, [Heat("x", "y", "v", "rank")])))
+    assert sorted(apart.color_bars()) == ["norm", "rank"]
+    assert [apart.heat(panel)[1] for panel in (0, 1)] == [(1, 2), (3, 5)]
+
+
+@pytest.fixture
+def replay() -> Chart:
+    steps = range(0, 300, 10)
+    data = pd.DataFrame([(s, x, g, float(s + x)) for s in steps for x in (0, 1) for g in "ab" if (s, g) != (0, "b")])
+    data.columns = ["step", "x", "group", "value"]
+    return Chart(data, [Line("x", "value", "group"), Rule(y=5)], frame="step", title="replay")
+
+
+def test_frames_are_steps_of_a_slider(replay) -> None:
+    figure = replay.plotly()
+    (slider,) = figure.layout.sliders
+    assert [step.label for step in slider.steps] == [str(step) for step in range(0, 300, 10)]
+    assert [step.args[0] for step in slider.steps] == [(frame.name,) for frame in figure.frames]
+    assert slider.currentvalue.prefix == "step "
+    assert [list(trace.y) for trace in figure.data[:2]] == [[0, 1], []]
+    last = figure.frames[-1]
+    assert last.traces == (0, 1)
+    assert [list(trace.y) for trace in last.data] == [[290, 291], [290, 291]]
+    assert figure.layout.yaxis.range[0] < 0
+    assert figure.layout.yaxis.range[1] > 291
+    assert not figure.layout.sliders[0].active
+
+
+def test_frames_are_small_multiples_on_paper(replay) -> None:
+    shown = Mpl(replay)
+    titles = [ax.get_title(loc="left") for ax in shown.axes]
+    assert len(titles) == 8
+    assert (titles[0], titles[-1]) == ("step 0", "step 290")
+    assert shown.lines(7)[0][1] == [290, 291]
+    assert len({shown.ends("y", panel) for panel in range(8)}) == 1
+    assert shown.title() == "replay"
+    numbers = [int(title.removeprefix("step ")) for title in titles]
+    assert max(np.diff(numbers)) - min(np.diff(numbers)) <= 10
+    assert len(Mpl(replay.at(290)).axes) == 1
+
+
+def test_panels_share_the_slider_and_still_ones_stay(replay, runs) -> None:
+    still = Chart(runs, [Line("step", "value", "method")], title="still")
+    figure = beside(replay, still, replay).plotly()
+    assert len(figure.layout.sliders) == 1
+    assert figure.frames[0].traces == (0, 1, 4, 5)
+    shown = Mpl(beside(replay, still))
+    assert len(shown.axes) == 5
+    assert shown.lines(4)[0][1] == [1, 2, 3]
+    assert shown.axes[3].get_title(loc="left") == "replay, step 290"
+
+
+def test_panels_with_different_frames_are_refused(replay) -> None:
+    other = Chart(replay.data.rename(columns={"step": "epoch"}), [Line("x", "value", "group")], frame="epoch")
+    with pytest.raises(ValueError, match="one slider, but their frames are step and epoch"):
+        beside(replay, other).plotly()
+
+
+@both
+def test_title_and_caption_are_there(reader, runs) -> None:
+    caption = "Mean over 3 seeds with its 95 % interval; " * 6
+    shown = reader(Chart(runs, [Line("step", "value", "method")], title="Norms", caption=caption))
+    assert shown.title() == "Norms"
+    assert shown.caption().split() == caption.split()
+
+
+@both
+def test_captions_of_panels_are_joined(reader, runs) -> None:
+    line = [Line("step", "value", "method")]
+    one, two = (Chart(runs, line, title=title, caption=f"What {title} shows.") for title in ("left", "right"))
+    assert reader(beside(one, one)).caption() == "What left shows."
+    assert " ".join(reader(beside(one, two)).caption().split()) == "left: What left shows. right: What right shows."
+
+
+@both
+def test_text_is_taken_as_it_stands(reader, runs) -> None:
+    shown = reader(Chart(runs, [Line("step", "value", "method")], title="<b>$r$</b>"))
+    assert shown.title() == (r"<b>\$r\$</b>" if reader is Mpl else "&lt;b&gt;$r$&lt;/b&gt;")
+    if reader is Mpl:
+        shown.figure.draw_without_rendering()
+
+
+@both
+@pytest.mark.parametrize(
+    "marks",
+    [
+        [Line("x", "y", "kind"), Band("x", "y", "y", "kind"), Point("x", "y", "kind", size="y", low="y", high="y")],
+        [Bar("x", "y", "kind", mode="stack", low="y", high="y")],
+        [Heat("x", "kind", "y", text=".1f")],
+        [Heat("x", "kind", "y", log=True), Text("x", "kind", "kind")],
+        [Heat("x", "kind", "y", scale="diverging"), Rule(x=1), Span(0, 1)],
+    ],
+)
+@pytest.mark.parametrize(
+    "data",
+    [
+        pd.DataFrame({"x": [], "y": [], "kind": pd.Series([], dtype=str)}),
+        table("x y kind", (1, np.nan, "a"), (2, np.nan, "b")),
+        table("x y kind", (1, 0.0, "a")),
+        table("x y kind", (1, 5, True), (1, 6, False)).astype({"x": "Int16", "y": "float32"}),
+        table("x y kind", (1, 5, "b"), (1, 6, "a")).astype({"kind": "category", "y": "Int64"}),
+    ],
+    ids=["empty", "unknown", "zero", "nullable", "categorical"],
+)
+def test_odd_tables_are_drawn(reader, marks, data) -> None:
+    if data.empty:
+        marks = [mark for mark in marks if not isinstance(mark, Rule | Span)]
+    shown = reader(Chart(data, marks, frame=None))
+    if reader is Mpl:
+        shown.figure.draw_without_rendering()
+
+
+@both
+def test_categories_keep_the_order_of_their_type(reader) -> None:
+    kind = pd.Categorical(["low", "high", "low"], categories=["high", "low", "none"], ordered=True)
+    data = pd.DataFrame({"x": [0, 1, 2], "y": [1.0, 2.0, 3.0], "kind": kind})
+    assert reader(Chart(data, [Line("x", "y", "kind")])).legend() == ["high", "low"]

@@ -1,0 +1,329 @@
+"""Saved figures: complete, the same bytes every time, with their origin inside, and legible in one column of a page."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import matplotlib.axis
+import numpy as np
+import pandas as pd
+import pypdf
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
+from PIL import Image
+
+import lorascope
+from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, beside
+from lorascope.render import mpl as renderer
+
+META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
+
+
+@pytest.fixture
+def chart() -> Chart:
+    steps = np.arange(0, 100, 10)
+    parts = [
+        pd.DataFrame({"step": steps, "norm": scale * steps**0.5, "role": role}) for role, scale in (("q", 1), ("v", 2))
+    ]
+    data = pd.concat(parts, ignore_index=True).assign(low=lambda t: t["norm"] * 0.9, high=lambda t: t["norm"] * 1.1)
+    return Chart(
+        data,
+        [Band("step", "low", "high", "role"), Line("step", "norm", "role"), Rule(x=50, label="final phase")],
+        title="Norm of the update, ‖ΔW‖ <b>",
+        x=Axis(label="step"),
+        y=Axis(label="‖ΔW‖"),
+        caption="Mean over 3 seeds; the band is the 95 % t-interval. " * 3,
+        color_label="role",
+        meta=META,
+    )
+
+
+@pytest.fixture
+def heat() -> Chart:
+    """Thirty layers between embedding and head, as in SmolLM2."""
+    places = ["embed", *map(str, range(30)), "head"]
+    roles = ["q", "k", "v", "o", "ffn_gate", "ffn_in", "ffn_out"]
+    rows = [(place, role, float(len(place) * len(role))) for place in places[1:-1] for role in roles]
+    data = pd.DataFrame(rows, columns=["layer", "role", "norm"])
+    axes = {"x": Axis(label="layer", order=places), "y": Axis(label="role", order=roles)}
+    return Chart(data, [Heat("layer", "role", "norm", "‖ΔW‖")], title="Where the update goes", **axes)
+
+
+class Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.metas: dict[str, str] = {}
+        self.loads: list[str] = []
+        self.title, self._tag = "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self._tag, named = tag, dict(attrs)
+        if tag == "meta" and "name" in named:
+            self.metas[named["name"]] = named["content"]
+        self.loads += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_data(self, data: str) -> None:
+        if self._tag == "title":
+            self.title += data.strip()
+
+
+def origin(path: Path) -> dict:
+    """The origin that a saved figure carries."""
+    match path.suffix:
+        case ".pdf":
+            text = pypdf.PdfReader(path).metadata["/Keywords"]
+        case ".png":
+            with Image.open(path) as image:
+                text = image.text["lorascope"]
+        case ".svg":
+            text = ElementTree.parse(path).find(".//{http://purl.org/dc/elements/1.1/}description").text
+        case ".html":
+            text = Page(path.read_text(encoding="utf-8")).metas["lorascope"]
+        case _:
+            return json.loads(path.with_name(f"{path.name}-metadata.json").read_text(encoding="utf-8"))["lorascope"]
+    return json.loads(text)
+
+
+KINDS = ["pdf", "png", "svg", "html", "csv"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_figure_says_where_it_comes_from(chart, tmp_path, kind) -> None:
+    path = chart.save(tmp_path / "new" / "folder" / f"norms.{kind}")
+    assert path.stat().st_size > 0
+    digest = hashlib.sha256(chart.data.to_csv(index=False).encode()).hexdigest()
+    assert origin(path) == {**META, "lorascope": lorascope.__version__, "data_sha256": digest}
+    assert {entry.name for entry in path.parent.iterdir()} <= {path.name, f"{path.name}-metadata.json"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_saves_are_equal_byte_for_byte(chart, tmp_path, kind) -> None:
+    first, second = (chart.save(tmp_path / name / f"norms.{kind}").read_bytes() for name in ("one", "two"))
+    assert first == second
+
+
+def test_other_data_has_another_hash(chart, tmp_path) -> None:
+    changed = Chart(chart.data.assign(norm=0.0), chart.marks, meta=META)
+    marked = Chart(chart.data, [*chart.marks, Point("a", "b", data=pd.DataFrame({"a": [0.0], "b": [1.0]}))], meta=META)
+    origins = [origin(one.save(tmp_path / f"{n}.csv")) for n, one in enumerate((chart, changed, marked))]
+    assert len({one["data_sha256"] for one in origins}) == 3
+
+
+def test_panels_keep_the_origin_of_each(chart, heat, tmp_path) -> None:
+    assert origin(beside(chart, chart).save(tmp_path / "same.png"))["runs"] == META["runs"]
+    assert origin(beside(chart, heat).save(tmp_path / "mixed.png"))["panels"] == [META, {}]
+
+
+def test_pdf_has_the_width_asked_for_and_embedded_truetype(chart, heat, tmp_path) -> None:
+    for width, inches in (("column", 3.3), ("page", 6.9)):
+        page = pypdf.PdfReader(chart.save(tmp_path / f"{width}.pdf", width=width)).pages[0]
+        assert float(page.mediabox.width) == pytest.approx(72 * inches, abs=0.5)
+        assert "final phase" in page.extract_text()
+    font = next(iter(page["/Resources"]["/Font"].values())).get_object()
+    descendant = font["/DescendantFonts"][0].get_object()
+    assert descendant["/Subtype"] == "/CIDFontType2"
+    assert "/FontFile2" in descendant["/FontDescriptor"].get_object()
+    panels = pypdf.PdfReader(beside(chart, heat).save(tmp_path / "panels.pdf")).pages[0]
+    assert float(panels.mediabox.width) == pytest.approx(72 * 6.9, abs=0.5)
+
+
+def test_an_html_page_needs_nothing_else(chart, tmp_path) -> None:
+    text = chart.save(tmp_path / "norms.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.loads == []
+    assert page.title == chart.title
+    assert "plotly.js v" in text
+    assert '"showSendToCloud": false' in text or '"showSendToCloud":false' in text
+    assert ".then(function(){" not in text.split("Plotly.newPlot(")[-1]  # nothing plays by itself
+
+
+def test_csv_is_the_data_and_nothing_else(chart, tmp_path) -> None:
+    pd.testing.assert_frame_equal(pd.read_csv(chart.save(tmp_path / "norms.csv")), chart.data)
+
+
+def test_an_unknown_ending_is_refused_before_anything_is_written(chart, tmp_path) -> None:
+    with pytest.raises(
+        ValueError, match=r"cannot save 'norms.jpeg': the ending must be one of pdf, svg, png, html, csv"
+    ):
+        chart.save(tmp_path / "deep" / "norms.jpeg")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_save_leaves_the_old_file(chart, tmp_path, monkeypatch) -> None:
+    path = chart.save(tmp_path / "norms.png")
+    before = path.read_bytes()
+
+    def fail(drawable, draft, *rest):
+        draft.write_text("half a pic")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(renderer, "write", fail)
+    with pytest.raises(OSError, match="disk full"):
+        chart.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_themes(chart) -> None:
+    dark = chart.mpl(theme="dark")
+    assert mpl.colors.to_hex(dark.get_facecolor()) == mpl.colors.to_hex(dark.axes[0].get_facecolor()) == "#16181d"
+    assert mpl.colors.to_hex(dark.axes[0].xaxis.label.get_color()) == "#e6e6e6"
+    assert chart.plotly(theme="dark").layout.paper_bgcolor == "#16181d"
+    assert 7 <= chart.mpl(theme="paper").axes[0].xaxis.label.get_fontsize() <= 8
+    for draw in (chart.mpl, chart.plotly):
+        with pytest.raises(ValueError, match="no theme 'neon'; there are light, dark, paper"):
+            draw(theme="neon")
+    with pytest.raises(ValueError, match="width 'wide' is unknown; choose column"):
+        chart.mpl(width="wide")
+
+
+def test_paper_is_the_theme_of_paper_alone(chart, tmp_path) -> None:
+    assert b"#222222" not in chart.save(tmp_path / "paper.svg").read_bytes()
+    assert b"#222222" in chart.save(tmp_path / "light.svg", theme="light").read_bytes()
+
+
+def test_drawing_leaves_the_settings_of_the_caller_alone(chart, tmp_path) -> None:
+    mpl.rcParams["lines.linewidth"] = 7.0
+    before = dict(mpl.rcParams)
+    chart.mpl()
+    chart.save(tmp_path / "norms.svg")
+    assert dict(mpl.rcParams) == before
+    mpl.rcdefaults()
+
+
+def test_what_the_caller_set_does_not_reach_the_file(chart, tmp_path) -> None:
+    plain = chart.save(tmp_path / "plain.png").read_bytes()
+    with mpl.rc_context({"lines.linewidth": 9.0, "font.size": 20.0, "axes.grid": True, "savefig.bbox": "tight"}):
+        assert chart.save(tmp_path / "set.png").read_bytes() == plain
+
+
+def test_pyplot_is_never_imported(tmp_path) -> None:
+    code = (
+        "import sys, pandas as pd\n"
+        "from lorascope.chart import Chart, Line\n"
+        "chart = Chart(pd.DataFrame({'x': [0, 1], 'y': [1, 2]}), [Line('x', 'y')])\n"
+        f"chart.save({str(tmp_path / 'a.pdf')!r}); chart.save({str(tmp_path / 'a.png')!r})\n"
+        "print([name for name in ('matplotlib.pyplot', 'plotly', 'torch') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_drawing_on_axes_of_the_caller(chart, heat) -> None:
+    figure = Figure()
+    left, right = figure.subplots(1, 2)
+    assert chart.mpl(left) is left
+    assert len(left.lines) == 3
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["q", "v"]
+    assert left.get_title() == chart.title
+    assert left.xaxis.label.get_fontsize() == mpl.rcParams["font.size"]
+    heat.mpl(right)
+    assert len(figure.axes) == 3
+    with pytest.raises(ValueError, match="single chart without frames"):
+        beside(chart, chart).mpl(left)
+    with pytest.raises(ValueError, match=r"chart.at\(frame\)"):
+        Chart(chart.data, [Bar("step", "norm")], frame="role").mpl(left)
+
+
+def test_jupyter_shows_plotly(chart, monkeypatch) -> None:
+    import plotly.io
+
+    for name in ("plotly_mimetype", "browser"):
+        monkeypatch.setattr(plotly.io.renderers, "default", name)
+        shown = chart._repr_mimebundle_()
+        figure = shown["application/vnd.plotly.v1+json"]
+        assert len(figure["data"]) == 6
+        assert figure["config"]["showSendToCloud"] is False
+        assert shown["text/plain"] == repr(chart)
+    plotly.io.renderers.default = "plotly_mimetype+notebook"
+    assert "Plotly.newPlot" in beside(chart, chart)._repr_mimebundle_()["text/html"]
+
+
+def boxes(figure: Figure) -> dict[str, list[Bbox]]:
+    """Where text stands on a figure, by kind."""
+    drawer = figure.canvas.get_renderer()
+    figure.draw_without_rendering()
+    axes = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    return {
+        "x": [label.get_window_extent(drawer) for ax in axes for label in shown(ax.xaxis)],
+        "y": [label.get_window_extent(drawer) for ax in axes for label in shown(ax.yaxis)],
+        "axes": [ax.get_tightbbox(drawer) for ax in figure.axes],
+        "foot": [item.get_window_extent(drawer) for item in [*figure.legends, *figure.texts]],
+    }
+
+
+def shown(axis: matplotlib.axis.Axis) -> list[Text]:
+    """Labels of the ticks between the ends of an axis."""
+    low, high = sorted(axis.get_view_interval())
+    return [
+        tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_visible()
+    ]
+
+
+def overlap(one: Bbox, other: Bbox) -> bool:
+    common = Bbox.intersection(one, other)
+    return common is not None and common.width > 1 and common.height > 1
+
+
+def assert_tidy(figure: Figure) -> None:
+    found = boxes(figure)
+    for letter in "xy":
+        assert not any(map(overlap, found[letter], found[letter][1:])), f"names on {letter} overlap"
+    parts = found["axes"] + found["foot"]
+    assert not any(overlap(one, other) for n, one in enumerate(parts) for other in parts[:n]), "parts overlap"
+    whole = figure.bbox.padded(1)
+    assert all(whole.x0 <= box.x0 and box.x1 <= whole.x1 for box in parts), "cut off at the side"
+    assert all(whole.y0 <= box.y0 and box.y1 <= whole.y1 for box in parts), "cut off above or below"
+
+
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_thirty_layers_are_legible(heat, width) -> None:
+    figure = heat.mpl(theme="paper", width=width)
+    assert_tidy(figure)
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert {"embed", "head", "10", "20"} <= set(names)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(heat.y.order)
+    assert heat.plotly().layout.xaxis.ticktext[0] == "embed"
+    assert 8 < len(heat.plotly().layout.xaxis.ticktext) < 32
+
+
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_nothing_overlaps_and_nothing_is_cut_off(chart, heat, width) -> None:
+    assert_tidy(chart.mpl(theme="paper", width=width))
+    assert_tidy(beside(chart, heat).mpl(theme="paper", width=width))
+
+
+def test_long_names_stand_on_end_and_have_room() -> None:
+    names = [f"model.layers.{n}.self_attn.q_proj" for n in range(10)]
+    chart = Chart(pd.DataFrame({"module": names, "norm": range(10)}), [Bar("module", "norm"), Span(names[2], names[4])])
+    figure = chart.mpl()
+    assert_tidy(figure)
+    assert {label.get_rotation() for label in figure.axes[0].get_xticklabels()} == {90}
+    assert figure.axes[0].get_window_extent().height / figure.dpi > 1.2
+    axis = chart.plotly().layout
+    assert axis.xaxis.tickangle == -90
+    assert axis.margin.b > 0.5 * 12 * len(names[0])
+
+
+def test_small_multiples_are_tidy(heat) -> None:
+    frames = [heat.data.assign(step=step) for step in range(0, 200, 10)]
+    framed = Chart(pd.concat(frames), heat.marks, x=heat.x, y=heat.y, frame="step", title=heat.title)
+    assert_tidy(framed.mpl(theme="paper"))
+
+
+def test_the_slider_stands_between_axis_and_caption(chart) -> None:
+    framed = Chart(chart.data, [Line("step", "norm")], frame="role", caption="Below.", x=Axis(label="step"))
+    layout = framed.plotly().layout
+    (slider,), (caption,) = layout.sliders, [note for note in layout.annotations if note.text == "Below."]
+    label = 40  # pixels for tick labels and the label of the axis
+    assert label < slider.pad.t < -caption.yshift - 60
+    assert -caption.yshift + 15 < layout.margin.b

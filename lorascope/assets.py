@@ -92,6 +92,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def first_line(error: BaseException) -> str:
+    """What another package complains of, as a clause for a message of one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """Write a file or folder so that ``target`` is whole or absent, whenever the process dies.

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from lorascope.assets import SMOLLM2, cache, fetch, sha256, staged
+from lorascope.assets import SMOLLM2, cache, fetch, first_line, sha256, staged
 from lorascope.tasks import Task
 
 BUNDLED = ("minilm", "smollm2")
@@ -75,8 +75,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
 
 def name_of(model: nn.Module) -> str:
     """What the model was loaded by; of one loaded elsewhere its hub id or folder, or else its class."""
-    known = getattr(model, "_lorascope_name", "") or getattr(model, "name_or_path", "")
-    return known or type(model).__name__
+    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
 
 
 def missing(model: nn.Module) -> frozenset[str]:
@@ -108,7 +107,7 @@ def tokenizer(model: nn.Module) -> Any:
         try:
             found = transformers.AutoTokenizer.from_pretrained(_locate(source))
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"there is no tokenizer in {source} ({_first_line(error)})") from None
+            raise ValueError(f"there is no tokenizer in {source} ({first_line(error)})") from None
     if len(found) <= len(found.all_special_ids):  # what transformers makes up where it finds no vocabulary
         raise ValueError(f"there is no tokenizer in {source}: put its files beside the model")
     if found.pad_token is None:
@@ -216,8 +215,8 @@ def _read(kind: Any, source: str, name: object, **options: Any) -> Any:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local:
-            raise ValueError(f"cannot read the model in {source}: {_first_line(error)}") from None
-        raise FileNotFoundError(f"{_unknown(name)} ({_first_line(error)})") from None
+            raise ValueError(f"cannot read the model in {source}: {first_line(error)}") from None
+        raise FileNotFoundError(f"{_unknown(name)} ({first_line(error)})") from None
 
 
 def _unknown(name: object) -> str:
@@ -232,11 +231,6 @@ def _hub_answers() -> bool:
     except Exception:  # of whichever HTTP library the client is built on
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import IO, Any, cast
 
 import pandas as pd
 
-from lorascope.assets import SENTIMENT, cache, fetch, staged
+from lorascope.assets import SENTIMENT, cache, fetch, first_line, staged
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -91,7 +91,7 @@ def read_file(path: Path) -> pd.DataFrame:
             return pd.read_json(path, lines=True, dtype=False)
         return pd.read_parquet(path)
     except (ValueError, OSError) as error:
-        raise ValueError(f"cannot read {path} as {_FILES[path.suffix]}: {_first_line(error)}") from None
+        raise ValueError(f"cannot read {path} as {_FILES[path.suffix]}: {first_line(error)}") from None
 
 
 def read_hub(name: str) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def read_hub(name: str) -> pd.DataFrame:
     try:
         parts = datasets.load_dataset(path, configuration or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(f"{_unknown(name)}; nor did the hub give it ({_first_line(error)})") from None
+        raise FileNotFoundError(f"{_unknown(name)}; nor did the hub give it ({first_line(error)})") from None
     return pd.concat([_canonical(part) for part in parts.values()], ignore_index=True)
 
 
@@ -135,8 +135,3 @@ def _canonical(part: Any) -> pd.DataFrame:
 
 def _unknown(name: str) -> str:
     return f"unknown task {name!r}: neither {', '.join(BUNDLED)} nor a .csv, .jsonl or .parquet file"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__

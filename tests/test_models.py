@@ -49,6 +49,8 @@ def test_checkpoint_gets_its_head_and_its_own_weights(family, tmp_path):
     else:
         assert type(loaded).__name__.endswith(HEADS.get(family, ("LMHeadModel", "ForCausalLM")))
     assert models.missing(loaded) == frozenset()
+    assert models.name_of(loaded) == str(tmp_path)
+    assert models.name_of(saved) == type(saved).__name__
     assert not loaded.training
     batch = inputs(saved)
     assert torch.equal(saved(**batch).logits, loaded(**batch).logits)
@@ -207,7 +209,7 @@ def test_hub_model_comes_from_the_hubs_cache_without_network(bert, tmp_path, mon
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     model = models.load("some/bert")
     assert models.missing(model) == {"classifier.weight", "classifier.bias"}
-    assert model.config.name_or_path == "some/bert"
+    assert models.name_of(model) == "some/bert"
     assert models.tokenizer(copy.deepcopy(model)).tokenize("film fine") == ["film", "fine"]
 
 
@@ -269,7 +271,7 @@ def test_minilm():
     model = models.load("minilm")
     assert models.missing(model) == {"classifier.weight", "classifier.bias"}
     assert sum(parameter.numel() for parameter in model.base_model.parameters()) == 22_713_216
-    assert model.config.name_or_path == "minilm"
+    assert models.name_of(model) == "minilm"
     assert models.tokenizer(model).tokenize("Hello world") == ["hello", "world"]
 
 

@@ -23,11 +23,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "reproduce": Command("reproducing", "train, record, draw, judge and report what the papers observed"),
     "train": Command("training", "train a model by one of the methods, and record what happens inside"),
     "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
     "plot": Command("plotting", "draw a figure of one or several runs"),
+    "report": Command("reporting", "write the report of runs that are there already"),
 }
 _EXAMPLES = """examples:
+  lorascope reproduce --quick -o report
   lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora
   lorascope inspect runs/lora
   lorascope plot update_norm_heat runs/lora -o figures/lora.pdf"""
@@ -75,7 +78,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<10}{command.told}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11}{command.told}" for name, command in COMMANDS.items()]
     head = "usage: lorascope COMMAND ...\n\nLook inside low-rank adaptation: train it, record it, draw it, judge it."
     tail = "lorascope COMMAND --help tells more; lorascope --version the version."
     return "\n".join([head, "", "commands:", *lines, "", _EXAMPLES, "", tail])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import replace
 
 import numpy as np
@@ -133,13 +134,17 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
         arms = [tiny(arm) for arm in probe.arms(True)]
         monkeypatch.setitem(probes.PROBES, name, replace(probe, arms=lambda quick, arms=arms: arms))
     monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
-    path = probes.reproduce([], True, None, tmp_path / "out")
-    page = path.read_text()
+    found = probes.reproduce([], True, None, tmp_path / "out")
+    page = found.path.read_text()
     for claim in (lora.PARITY, lora.USEFUL, lora.SHARED, lisa.BOTTOM, lisa.BOTTOM_LEARNED):
-        assert claim.sentence in page
+        assert claim.sentence in html.unescape(page)
     assert page.count("inconclusive") >= 5
-    folders = sorted(path.parent.glob("runs/*"))
+    folders = sorted(found.path.parent.glob("runs/*"))
     assert len(folders) == 8  # four arms, two seeds; full fine-tuning is shared
+    assert [claim["outcome"] for claim in found.plain()["claims"]] == ["inconclusive"] * 5
+    found.path.unlink()
+    assert str(probes.write_report(tmp_path / "out")) == str(found)
+    assert found.path.exists()
     before = {folder: (folder / "run.json").stat().st_mtime_ns for folder in folders}
     probes.reproduce(["lisa"], True, None, tmp_path / "out")
     assert before == {folder: (folder / "run.json").stat().st_mtime_ns for folder in folders}
@@ -148,3 +153,8 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
 def test_an_unknown_probe_is_told_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="unknown probe 'lore'; there are"):
         probes.reproduce(["lore"], True, None, tmp_path)
+
+
+def test_a_report_of_no_reproduction_is_told_in_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no probes\.json"):
+        probes.write_report(tmp_path)

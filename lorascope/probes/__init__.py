@@ -5,21 +5,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from lorascope import models, report
+from lorascope.claims import Verdict
 from lorascope.probes import lisa, lora
 from lorascope.probes.base import PROBES, Arm, Exhibit, Findings, Probe
+from lorascope.run import Run
 from lorascope.sweeps import Job, run_jobs
+from lorascope.tensors import write_json
 
-__all__ = ["PROBES", "Arm", "Exhibit", "Findings", "Probe", "lisa", "lora", "reproduce"]
+__all__ = ["PROBES", "Arm", "Exhibit", "Findings", "Outcome", "Probe", "lisa", "lora", "reproduce", "write_report"]
 
 QUICK_SEEDS, FULL_SEEDS = 2, 3
+# Which runs in a folder belong to which arm of which probe.
+CONTENTS = "probes.json"
 
 
-def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | Path) -> Path:
+@dataclass(frozen=True)
+class Outcome:
+    """What ``reproduce`` found: the verdicts of each probe, and where the report lies."""
+
+    path: Path
+    verdicts: Mapping[str, Sequence[Verdict]]
+
+    def plain(self) -> dict[str, Any]:
+        """For a program."""
+        listed = [
+            {"probe": name, "claim": verdict.claim.sentence, "outcome": verdict.outcome, "margin": verdict.claim.margin}
+            | {"effect": verdict.effect, "low": _number(verdict.low), "high": _number(verdict.high), "n": verdict.n}
+            for name, verdicts in self.verdicts.items()
+            for verdict in verdicts
+        ]
+        return {"report": str(self.path), "claims": listed}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: {verdict.claim.sentence}\n    {verdict}"
+            for name, verdicts in self.verdicts.items()
+            for verdict in verdicts
+        ]
+        return "\n".join([*lines, "", f"report: {self.path}"])
+
+
+def _number(value: float) -> float | None:
+    """JSON knows no NaN."""
+    return None if math.isnan(value) else value
+
+
+def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | Path) -> Outcome:
     """Train what the probes need, judge their claims, and write the report.
 
     Parameters
@@ -35,8 +75,8 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
 
     Returns
     -------
-    Path
-        Of ``report.html``.
+    Outcome
+        The verdicts, and where the report lies.
 
     Raises
     ------
@@ -50,16 +90,37 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     count = seeds or (QUICK_SEEDS if quick else FULL_SEEDS)
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
     runs = _train([arm for found in arms.values() for arm in found], range(count), Path(out) / "runs")
-    of_probe = {
+    folders = {
         name: {arm.label: [runs[arm.label, seed] for seed in range(count)] for arm in found}
         for name, found in arms.items()
     }
-    findings = {name: probe.judge(of_probe[name]) for name, probe in chosen.items()}
-    return report.write(Path(out) / "report.html", findings, of_probe, quick=quick)
+    write_json(Path(out) / CONTENTS, {"quick": quick, "probes": folders})
+    return write_report(out)
 
 
-def _train(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> dict[tuple[str, int], Run]:
-    """Runs by label of the arm and seed; an arm that two probes share is trained once.
+def write_report(out: str | Path) -> Outcome:
+    """Judge the runs of an earlier ``reproduce`` and write their report, training nothing.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder is none that ``reproduce`` filled, or lacks a run.
+    """
+    file = Path(out) / CONTENTS
+    if not file.exists():
+        raise FileNotFoundError(f"{out} was not filled by reproduce: it has no {CONTENTS}")
+    contents = json.loads(file.read_text())
+    runs = {
+        name: {label: [Run.read(Path(out) / "runs" / folder) for folder in found] for label, found in labels.items()}
+        for name, labels in contents["probes"].items()
+    }
+    findings = {name: PROBES[name].judge(found) for name, found in runs.items()}
+    path = report.write(Path(out) / "report.html", findings, runs, quick=contents["quick"])
+    return Outcome(path, {name: found.verdicts for name, found in findings.items()})
+
+
+def _train(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> dict[tuple[str, int], str]:
+    """Names of the run folders by label of the arm and seed; an arm that two probes share is trained once.
 
     Raises
     ------
@@ -71,7 +132,8 @@ def _train(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> dict[tuple[
         if by_label.setdefault(arm.label, arm) != arm:
             raise ValueError(f"two probes mean different arms by {arm.label!r}: give them different labels")
     jobs = {(label, seed): _job(arm, seed, root) for label, arm in by_label.items() for seed in seeds}
-    return dict(zip(jobs, run_jobs(list(jobs.values())), strict=True))
+    runs = run_jobs(list(jobs.values()))
+    return {key: run.path.name for key, run in zip(jobs, runs, strict=True) if run.path}
 
 
 def _job(arm: Arm, seed: int, root: Path) -> Job:

@@ -1,0 +1,33 @@
+"""``lorascope report``: judge the runs of an earlier ``reproduce`` again, and write their report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from lorascope.commands.arguments import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Write the report of a folder that ``lorascope reproduce`` filled, training nothing.
+
+    Example: lorascope report report
+    """
+
+    folder: Annotated[Positional[str], arg(metavar="DIR", help="what reproduce was given as -o")] = "report"
+    json: Annotated[bool, arg(help="verdicts, for a program")] = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = parse(Options, argv, "lorascope report")
+    from lorascope import probes  # not for --help, which need not wait for torch
+
+    found = probes.write_report(options.folder)
+    print(json.dumps(found.plain()) if options.json else found)
+    return 0

@@ -10,22 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
 
 from lorascope import tasks
-from lorascope.tasks import Task
+from lorascope.probes.yardstick import tfidf_correct
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "sentiment_yardstick.csv"
-
-
-def correct(task: Task) -> pd.Series:
-    """Train on the train split; whether each row of the test split is told right."""
-    train, test = task.split("train"), task.split("test")
-    model = make_pipeline(TfidfVectorizer(ngram_range=(1, 2)), LogisticRegression(max_iter=1000))
-    model.fit(train["text"], train["label"])
-    return pd.Series(model.predict(test["text"]) == test["label"])
 
 
 def yardstick() -> pd.DataFrame:
@@ -38,7 +27,7 @@ def yardstick() -> pd.DataFrame:
     """
     whole = tasks.load("sentiment")
     test = whole.split("test")
-    joint = correct(whole)
+    joint = tfidf_correct(whole)
     rows = []
     for domain in ("all", *whole.groups):
         mine = np.ones(len(test), bool) if domain == "all" else (test["group"] == domain).to_numpy()
@@ -49,7 +38,7 @@ def yardstick() -> pd.DataFrame:
                 "test_rows": mine.sum(),
                 "majority": test["label"][mine].value_counts(normalize=True).max(),
                 "joint": share,
-                "own": joint.mean() if domain == "all" else correct(tasks.load(f"sentiment/{domain}")).mean(),
+                "own": joint.mean() if domain == "all" else tfidf_correct(tasks.load(f"sentiment/{domain}")).mean(),
                 "standard_error": np.sqrt(share * (1 - share) / mine.sum()),
             }
         )

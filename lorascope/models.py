@@ -70,12 +70,15 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     note_missing(model, absent & {key for key, _ in model.named_parameters()})
     if not Path(name).expanduser().exists():
         model.config._name_or_path = str(name)  # the name it is known by, not where this machine keeps it
+    model._lorascope_blocks = blocks
     return model.eval()
 
 
 def name_of(model: nn.Module) -> str:
     """What the model was loaded by; of one loaded elsewhere its hub id or folder, or else its class."""
-    return getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    blocks = getattr(model, "_lorascope_blocks", None)
+    return name if blocks is None else f"{name}, first {blocks} blocks"
 
 
 def missing(model: nn.Module) -> frozenset[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,14 +16,13 @@ from lorascope import delta, models, tasks
 from lorascope.method import Method, Phase
 from lorascope.methods import METHODS
 from lorascope.observe import Observer, norms
-from lorascope.plan import Base, Plan, claim, finished_run, first_use
+from lorascope.plan import Base, Plan, claim, finished_run, first_use, held, note_phases
 from lorascope.progress import interruptible, progress_bar
 from lorascope.run import Run
 from lorascope.session import Session
 from lorascope.settings import Settings
 from lorascope.state import seeded
 from lorascope.tasks import Task
-from lorascope.tensors import write_json
 
 
 def train(
@@ -98,7 +98,7 @@ def train(
     root : path
         Where a folder without a name of its own is made.
     overwrite : bool
-        Remove another run that lies there.
+        Remove the run that lies there and begin anew.
     checkpoint_every : int
         Steps between checkpoints to resume from.
     device : str, optional
@@ -149,24 +149,28 @@ def train(
     claim(folder, plan, overwrite)
     mark.put_on(model, plan.id)
     runs: list[Run] = []
+    begun: list[str] = []
     stored = None
     for phase in _phases(method, mark.base, runs):
         path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
-        rates = {
+        begun.append(path.name)
+        rates: dict[str, Any] = {
             "lr": phase.method.lr if lr is None else lr,
             "head_lr": phase.method.head_lr if head_lr is None else head_lr,
         }
         part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
         stored = finished_run(path, part)
         if stored is None:
+            if phase.name:
+                note_phases(folder, plan, begun, "running")
             _reset(model, mark.base)
-            with seeded(seed):
+            with held(path), seeded(seed):
                 session = Session(model, part, mark.base, path, runs, device)
                 runs.append(fit(session, checkpoint_every, progress))
         else:
             runs.append(stored)
-        if phase.name:
-            write_json(folder / "recipe.json", {"id": plan.id, "phases": [run.path.name for run in runs if run.path]})
+    if phase.name:
+        note_phases(folder, plan, begun, "done")
     if stored is not None:
         _reset(model, mark.base)
         stored.restore(model, method=replace(phase.method))
@@ -226,7 +230,8 @@ def _method(name: str) -> Method:
 
 
 def _best_device() -> str:
-    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
 
 
 def _stop_unless_finite(session: Session, loss: float, norm: float | None, rate: float) -> None:

@@ -20,17 +20,12 @@ from torch import Tensor, nn
 from lorascope.delta import adapted, host_weight, to_array
 from lorascope.method import Step
 from lorascope.records import Factors, Item, Record, Snapshot
+from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 
 Update = LowRank | Dense
 
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
-
-# Marks a tensor that is no module's weight matrix among the modules; it counts in its block alone.
-PARAMETER = "parameter "
-
-# Elements of one tile of a pass over dense weights: three float32 tiles stay in the second-level cache.
-TILE = 1 << 16
 
 
 @dataclass(kw_only=True)
@@ -111,157 +106,142 @@ class norms(Observer):
         self.first_: dict[str, Any] = {}
         self.before_: dict[str, Any] = {}
         self.base_squares_: dict[str, float] = {}
+        self._found: Trained | None = None
 
-    def __call__(self, step: Step) -> Iterator[Item]:
+    def due(self, finished: int, total: int) -> bool:
+        """Also where dense updates are decomposed."""
+        return super().due(finished, total) or self._decomposes(finished)
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> list[Item]:
+        """Norms and ranks of the state after this step."""
+        self._found = trained = self._found or Trained.of(step)
+        due_next = not step.last and self.due(step.finished + 1, step.total)
+        items: list[Item] = []
         if step.finished == 0:
-            self.base_squares_ = {name: float(_squares(weight)) for name, weight in step.base.items()}
-            self.first_ = {name: _plain(update) for name, update in _updates(step.model).items() if update.norm() > 0}
+            self.base_squares_ = {name: squares(weight) for name, weight in step.base.items()}
+            self.first_ = {module: _plain(update) for module, update in trained.updates().items() if update.norm() > 0}
         if self.due(step.finished, step.total) or step.best:
-            with torch.no_grad():
-                yield from self._look(step)
+            items.extend(self._look(step, trained))
         self.before_ = {}
-        if not step.last and self.due(step.finished + 1, step.total):
+        if due_next:
+            updates = trained.updates()
             self.before_ = {
-                "dense": {name: parameter.detach().clone() for name, parameter in dense_parameters(step).items()},
-                "factored": {name: _plain(update) for name, update in _updates(step.model).items()},
+                "dense": {label: tensor.clone() for label, tensor in _tensors(trained, updates).items()},
+                "factored": {module: _plain(update) for module, update in updates.items() if trained.frozen(module)},
             }
+        return items
 
-    def _look(self, step: Step) -> Iterator[Item]:
-        updates = _updates(step.model)
-        squares = self._dense_squares(step) | self._adapter_squares(step, updates)
-        for module, found in squares.items():
-            if not module.startswith(PARAMETER):
-                yield from _norm_records(module, found)
-        yield from self._block_records(step, squares)
-        for module, delta in adapted(step.model).items():
-            yield Record("adapter_norm", float(_root(_squares(factor) for factor in delta.factors().values())), module)
+    def _look(self, step: Step, trained: Trained) -> Iterator[Item]:
+        updates = trained.updates()
+        found = self._dense_squares(step, trained, updates) | self._adapter_squares(step, trained, updates)
+        for label, parts in found.items():
+            if label in trained.modules:
+                yield from _norm_records(label, parts)
+        yield from self._block_records(trained, found)
+        for module, delta in trained.deltas.items():
+            adapter = math.fsum(squares(factor) for factor in delta.factors().values())
+            yield Record("adapter_norm", math.sqrt(adapter), module)
             yield Record("rank", updates[module].rank, module)
-        yield from self._rank_records(step, updates)
+        yield from self._rank_records(step, trained, updates)
 
-    def _dense_squares(self, step: Step) -> dict[str, dict[str, float]]:
-        """Squared norms of every densely trained tensor: under its module if it is a weight, else under its name."""
-        module_of = {f"{module}.weight": module for module in step.modules["module"]}
-        earlier = self.before_.get("dense", {})
-        return {
-            module_of.get(name, PARAMETER + name): _dense_squares(parameter, step.base[name], earlier.get(name))
-            for name, parameter in dense_parameters(step).items()
-        }
-
-    def _adapter_squares(self, step: Step, updates: Mapping[str, Update]) -> dict[str, dict[str, float]]:
-        """The same for every adapted module, its frozen weight included."""
+    def _dense_squares(
+        self, step: Step, trained: Trained, updates: Mapping[str, Update]
+    ) -> dict[str, dict[str, float]]:
+        """Squared norms of every tensor of the base that trains."""
         found = {}
-        earlier = self.before_.get("factored", {})
-        for module, update in updates.items():
-            host = step.model.get_submodule(module)
-            base = self.base_squares_[_weight_name(step.model, host)]
-            squared = update.norm() ** 2
-            found[module] = {
-                "base": base,
-                "weight": max(0.0, base + 2 * _inner(host_weight(host), update) + squared),
-                "update": squared,
-                "learned": (update - _update(self.first_[module])).norm() ** 2 if module in self.first_ else squared,
+        before = self.before_.get("dense", {})
+        for label, tensor in _tensors(trained, updates).items():
+            name = trained.parameter_of[label]
+            base = step.base[name]
+            found[label] = parts = {
+                "base": self.base_squares_[name],
+                "weight": squares(tensor),
+                "update": squares(tensor, base),
             }
-            if module in earlier:
-                found[module]["step"] = (update - _update(earlier[module])).norm() ** 2
+            start = trained.add(label, base, _update(self.first_[label])) if label in self.first_ else base
+            parts["learned"] = parts["update"] if start is base else squares(tensor, start)
+            if label in before:
+                parts["step"] = squares(tensor, before[label])
         return found
 
-    def _block_records(self, step: Step, squares: Mapping[str, dict[str, float]]) -> Iterator[Record]:
-        blocks = step.modules.loc[step.modules["role"] == "block", "module"]
-        for block in blocks:
-            inside = [found for name, found in squares.items() if name.removeprefix(PARAMETER).startswith(f"{block}.")]
+    def _adapter_squares(
+        self, step: Step, trained: Trained, updates: Mapping[str, Update]
+    ) -> dict[str, dict[str, float]]:
+        """The same for every adapted weight that is frozen itself."""
+        found = {}
+        before = self.before_.get("factored", {})
+        for module in filter(trained.frozen, updates):
+            update = updates[module]
+            base, change = self.base_squares_[trained.parameter_of[module]], update.norm() ** 2
+            weight = base + 2 * inner(host_weight(trained.hosts[module]), update) + change
+            found[module] = parts = {"base": base, "weight": max(0.0, weight), "update": change, "learned": change}
+            if module in self.first_:
+                parts["learned"] = (update - _update(self.first_[module])).norm() ** 2
+            if module in before:
+                parts["step"] = (update - _update(before[module])).norm() ** 2
+        return found
+
+    def _block_records(self, trained: Trained, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:
+        for block in trained.blocks:
+            inside = [parts for label, parts in found.items() if label.startswith(f"{block}.")]
             if not inside:
                 continue
-            total = {key: sum(found.get(key, math.nan) for found in inside) for key in inside[0]}
-            still = sum(s for name, s in self.base_squares_.items() if name.startswith(f"{block}.")) - total["base"]
-            total["base"] += still
-            total["weight"] += still
+            total = {key: math.fsum(parts[key] for parts in inside) for key in inside[0]}
+            everything = math.fsum(s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
+            total["weight"] += everything - total["base"]
+            total["base"] = everything
             yield from _norm_records(block, total)
 
-    def _rank_records(self, step: Step, updates: Mapping[str, Update]) -> Iterator[Item]:
-        decompose = step.last or bool(self.spectra_every and step.finished % self.spectra_every == 0)
-        chosen = dict(updates) if decompose else {n: u for n, u in updates.items() if isinstance(u, LowRank)}
-        if decompose and step.finished > 0:
-            chosen |= _dense_updates(step)
-        sigmas = dict(zip(chosen, spectra(list(chosen.values())), strict=True))
-        for module, sigma in sigmas.items():
-            yield Record("stable_rank", stable_rank(sigma), module)
-            yield Record("effective_rank", effective_rank(sigma), module)
-            if decompose:
+    def _rank_records(self, step: Step, trained: Trained, updates: Mapping[str, Update]) -> Iterator[Item]:
+        first, kept = step.finished == 0, step.last or self._decomposes(step.finished)
+        cheap = {name: update for name, update in updates.items() if isinstance(update, LowRank) or first or kept}
+        chosen = {module: update for module, update in cheap.items() if trained.frozen(module)}
+        for label, tensor in _tensors(trained, updates).items():
+            if label not in trained.modules or tensor.ndim < 2:
+                continue
+            if first and label not in self.first_:
+                yield from _rank_pair(label, np.zeros(1))
+            elif kept:
+                change = tensor.double() - step.base[trained.parameter_of[label]].double()
+                chosen[label] = Dense(change.flatten(1).cpu().numpy())
+        for module, sigma in zip(chosen, spectra(list(chosen.values())), strict=True):
+            yield from _rank_pair(module, sigma)
+            if kept:
                 yield Snapshot(f"{module}/singular_values", sigma, ("component",))
 
-
-def dense_parameters(step: Step) -> dict[str, nn.Parameter]:
-    """Parameters of the base that the optimizer changes themselves, by name."""
-    trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
-    return {name: p for name, p in step.model.named_parameters() if id(p) in trained and name in step.base}
+    def _decomposes(self, finished: int) -> bool:
+        return bool(self.spectra_every and finished % self.spectra_every == 0)
 
 
-def _dense_updates(step: Step) -> Iterator[tuple[str, Dense]]:
-    changed = dense_parameters(step)
-    for module in step.modules.loc[step.modules["in_features"].notna(), "module"]:
-        name = f"{module}.weight"
-        if name in changed:
-            update = (changed[name].detach().double() - step.base[name].double()).flatten(1)
-            yield module, Dense(update.cpu().numpy())
-
-
-def _updates(model: nn.Module) -> dict[str, Update]:
-    return {module: delta.update() for module, delta in adapted(model).items()}
+def _tensors(trained: Trained, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+    """Every trained tensor of the base by label, as the model uses it: an adapter on it is added."""
+    found: dict[str, Tensor] = {label: parameter.detach() for label, parameter in trained.dense.items()}
+    for module, update in updates.items():
+        if not trained.frozen(module):
+            found[module] = trained.add(module, trained.hosts[module].weight.detach(), update)
+    return found
 
 
 def _plain(update: Update) -> dict[str, Any]:
-    """A copy of an update that a checkpoint can keep."""
+    """An update as a checkpoint can keep it; it is a copy already."""
     if isinstance(update, Dense):
-        return {"matrix": np.array(update.matrix)}
-    return {"B": np.array(update.B), "A": np.array(update.A), "scale": float(update.scale)}
+        return {"matrix": update.matrix}
+    return {"B": update.B, "A": update.A, "scale": float(update.scale)}
 
 
 def _update(plain: Mapping[str, Any]) -> Update:
     return Dense(plain["matrix"]) if "matrix" in plain else LowRank(plain["B"], plain["A"], plain["scale"])
 
 
-def _weight_name(model: nn.Module, host: nn.Module) -> str:
-    return next(name for name, parameter in model.named_parameters() if parameter is host.weight)
-
-
-def _inner(weight: Float[Tensor, "out in"], update: Update) -> float:
-    """<W, dW>, without forming a factored dW."""
-    if isinstance(update, Dense):
-        return float((weight.double() * torch.from_numpy(update.matrix).to(weight.device)).sum())
-    A = torch.from_numpy(np.asarray(update.A)).to(weight.device, weight.dtype)
-    B = torch.from_numpy(np.asarray(update.B)).to(weight.device, weight.dtype)
-    return float(update.scale * ((weight @ A.T).double() * B.double()).sum())
-
-
-def _squares(tensor: Tensor) -> float:
-    """Sum of squares: float32 within a tile, float64 over tiles."""
-    return math.fsum(float(torch.dot(tile, tile)) for tile in tensor.detach().float().reshape(-1).split(TILE))
-
-
-def _dense_squares(
-    weight: Float[Tensor, "..."], base: Float[Tensor, "..."], before: Float[Tensor, "..."] | None
-) -> dict[str, float]:
-    """Squared norms of a weight, its update and its last step, in one pass over tiles that stay in the cache."""
-    tiles = [tensor.detach().reshape(-1).split(TILE) for tensor in (weight, base)]
-    squares = np.zeros(4)
-    for number, (now, first) in enumerate(zip(*tiles, strict=True)):
-        update = now.float() - first.float()
-        for place, tile in enumerate((first.float(), now.float(), update)):
-            squares[place] += float(torch.dot(tile, tile))
-        if before is not None:
-            last = now.float() - before.reshape(-1)[number * TILE : (number + 1) * TILE].float()
-            squares[3] += float(torch.dot(last, last))
-    found = {"base": squares[0], "weight": squares[1], "update": squares[2], "learned": squares[2]}
-    return found if before is None else found | {"step": squares[3]}
-
-
-def _norm_records(module: str, squares: Mapping[str, float]) -> Iterator[Record]:
+def _norm_records(module: str, parts: Mapping[str, float]) -> Iterator[Record]:
     for key, quantity in NORMS.items():
-        if key in squares and not math.isnan(squares[key]):
-            yield Record(quantity, math.sqrt(squares[key]), module)
-    if squares["base"] > 0:
-        yield Record("relative_update", math.sqrt(squares["update"] / squares["base"]), module)
+        if key in parts:
+            yield Record(quantity, math.sqrt(parts[key]), module)
+    if parts["base"] > 0:
+        yield Record("relative_update", math.sqrt(parts["update"] / parts["base"]), module)
 
 
-def _root(squares: Iterable[float]) -> float:
-    return math.sqrt(math.fsum(squares))
+def _rank_pair(module: str, sigma: Float[np.ndarray, "k"]) -> Iterator[Record]:
+    yield Record("stable_rank", stable_rank(sigma), module)
+    yield Record("effective_rank", effective_rank(sigma), module)

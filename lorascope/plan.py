@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,12 @@ from lorascope.observe import Observer
 from lorascope.run import SCHEMA, Run, identify
 from lorascope.settings import Settings
 from lorascope.tasks import Task
+from lorascope.tensors import is_partial, write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 _MARK = "_lorascope_trained"
 
@@ -125,22 +133,54 @@ def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
 
 def claim(folder: Path, plan: Plan, overwrite: bool) -> None:
     """Make sure that a folder is free, or holds this very recipe."""
-    found = None
-    for file in (folder / "recipe.json", folder / "run.json"):
-        if file.exists() and not overwrite:
-            try:
-                found = json.loads(file.read_text())["id"]
-            except (ValueError, KeyError) as error:
-                raise ValueError(f"{file} is not readable: mend it, or give overwrite=True") from error
-            break
-    if found is None and folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{folder} is not empty and holds no run: give another folder")
-        if not (folder / "run.json").exists() and not (folder / "recipe.json").exists():
-            raise ValueError(f"{folder} holds no run, so overwrite=True will not remove it: give another folder")
-        shutil.rmtree(folder)
-    elif found is not None and found != plan.id:
-        raise ValueError(f"{folder} holds recipe {found}, not {plan.id}: give another folder, or overwrite=True")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder")
+    marker = next((folder / name for name in ("recipe.json", "run.json") if (folder / name).exists()), None)
+    if marker is None:
+        if folder.exists() and not all(is_partial(child) for child in folder.iterdir()):
+            hint = "so overwrite=True will not remove it: give" if overwrite else "give"
+            raise ValueError(f"{folder} is not empty and holds no run, {hint} another folder")
+    elif overwrite:
+        # Renamed first, so that a removal that is cut short leaves nothing that looks like a run.
+        removed = folder.with_name(f".{folder.name}.removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
+    else:
+        try:
+            found = json.loads(marker.read_text())["id"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{marker} is not readable: mend it, or give overwrite=True") from error
+        if found != plan.id:
+            raise ValueError(f"{folder} holds recipe {found}, not {plan.id}: give another folder, or overwrite=True")
+    for left in filter(is_partial, folder.glob(".*")):
+        left.unlink()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where the system can; it lets go when this one dies, however it dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(f"{folder} is being trained by another process: wait for it") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def note_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) -> None:
+    """Write down which phases of a recipe have begun; ``status`` is "running" or "done"."""
+    write_json(folder / "recipe.json", {"id": plan.id, "status": status, "phases": list(names)})
 
 
 def finished_run(path: Path, plan: Plan) -> Run | None:
@@ -150,4 +190,7 @@ def finished_run(path: Path, plan: Plan) -> Run | None:
     run = Run.read(path)
     if run.id != plan.id:
         raise ValueError(f"{path} holds run {run.id}, not {plan.id}: give another folder, or overwrite=True")
-    return run if run.finished else None
+    if not run.finished:
+        return None
+    shutil.rmtree(path / "resume", ignore_errors=True)  # left where the removal was cut short
+    return run

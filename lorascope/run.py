@@ -128,14 +128,13 @@ class Run:
             ``{"A": (rank, in), "B": (out, rank)}`` for LoRA.
         """
         file = self._snapshots(self._step(step, state))
-        kept = json.loads(file.metadata["factors"])
+        kept = file.about["factors"]
         return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
         """The factored update of every adapted module, read when asked for."""
         file = self._snapshots(self._step(step, state))
-        scales = json.loads(file.metadata["scales"])
-        exact = json.loads(file.metadata["exact"])
+        scales, exact = file.about["scales"], file.about["exact"]
 
         def make(module: str) -> LowRank:
             return LowRank(file[f"{module}/B"], file[f"{module}/A"], scales[module], exact[module])
@@ -158,7 +157,7 @@ class Run:
         parts = []
         for at in steps:
             file = self._snapshots(at)
-            axes = json.loads(file.metadata["axes"]).get(name, {})
+            axes = file.about["axes"].get(name, {})
             array = file[name]
             axis_names = axes.get("axes") or [f"axis{i}" for i in range(array.ndim)]
             labels = axes.get("labels", {})
@@ -273,13 +272,13 @@ class Run:
         return self.path
 
     def _file(self, name: str) -> Path:
-        """A file of the folder, once its checksum has been found right."""
+        """A file of the folder, once its checksum has been found right; what has none is not whole yet."""
         file = self._folder / name
-        if not file.exists():
+        expected = self.meta["checksums"].get(name)
+        if expected is None or not file.exists():
             hint = "" if self.finished else f" (it is {self.meta['status']}: the same call of train goes on with it)"
             raise FileNotFoundError(f"run {self.id} has no {name} in {self._folder}{hint}")
-        expected = self.meta["checksums"].get(name)
-        if expected is not None and file_hash(file) != expected:
+        if file_hash(file) != expected:
             raise ValueError(f"{file} does not match its checksum in run.json: it was changed or cut short")
         return file
 

@@ -22,19 +22,19 @@ from lorascope import __version__, names
 from lorascope.delta import adapted
 from lorascope.evaluation import Score, evaluate
 from lorascope.method import Batch, Step, config, task_head
-from lorascope.models import tokenizer
+from lorascope.models import name_of, tokenizer
 from lorascope.observe import factors_of
 from lorascope.plan import Base, Plan
 from lorascope.records import Record
+from lorascope.resume import Checkpoints
 from lorascope.run import Run
 from lorascope.state import (
     generators_state,
-    load_tree,
     optimizer_state,
     put_generators_state,
     put_optimizer_state,
     put_tensors,
-    save_tree,
+    save_state,
     trained_tensors,
 )
 from lorascope.writer import RunWriter
@@ -74,6 +74,7 @@ class Session:
         self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw)
         self.best: dict[str, Any] | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
+        self.checkpoints = Checkpoints(path)
         self.writer = RunWriter(path, self._meta(modules, parents))
 
     @property
@@ -94,15 +95,18 @@ class Session:
     # -- data ---------------------------------------------------------------------------------------------------
 
     def _encode(self, tokens: Any) -> None:
-        share = float(self.method.search_share)
+        share, limits = float(self.method.search_share), self.settings
 
-        def encode(split: str) -> Any:
-            return self.task.encode(tokens, self.task.split(split, share), self.settings.max_length)
+        def encode(splits: str, rows: int) -> Any:
+            parts = [self.task.split(split, share) for split in splits.split("+")]
+            # A task's rows stand in the order of a hash, so the first ones are a fair sample.
+            return self.task.encode(tokens, pd.concat(parts, ignore_index=True).head(rows), limits.max_length)
 
-        parts = [self.task.split(split, share) for split in self.plan.phase.split.split("+")]
-        self.train = self.task.encode(tokens, pd.concat(parts, ignore_index=True), self.settings.max_length)
-        self.search = encode("search") if share else None
-        self.validation, self.test = encode("validation"), encode("test")
+        everything = len(self.task.table)
+        self.train = encode(self.plan.phase.split, everything)
+        self.search = encode("search", everything) if share else None
+        self.validation = encode("validation", limits.eval_size)
+        self.test = encode("test", limits.test_size or everything)
 
     def batch(self, index: int) -> Batch:
         """The batch of a 0-based step: the next rows of an endless row of seeded permutations."""
@@ -167,18 +171,18 @@ class Session:
         step.best = False
         if step.finished % self.settings.evaluation_steps and not step.last:
             return None
-        score = self._score(self.validation, self.settings.eval_size)
+        score = self._score(self.validation)
         self.writer.add(step.finished, [Record("eval_loss", score.loss), Record("eval_metric", score.metric)])
         key = [score.metric if score.higher_is_better else -score.metric, -score.loss]
         if self.method.settled(step) and (self.best is None or key > self.best["key"]):
             step.best = True
-            self.best = {"key": key} | self._save_state("best")
+            self.best = {"key": key} | self._save_state(self.checkpoints.best_file(step.finished))
         return score
 
-    def _score(self, rows: Any, limit: int | None = None) -> Score:
+    def _score(self, rows: Any) -> Score:
         self.model.eval()
         with self.autocast():
-            score = evaluate(self.model, rows, self.device, limit)
+            score = evaluate(self.model, rows, self.device)
         self.model.train()
         return score
 
@@ -198,24 +202,21 @@ class Session:
     def begin(self) -> int:
         """Start, or go on from the newest whole checkpoint; gives the 0-based step to do next."""
         self.model.train()
-        for file in sorted(self.path.glob("resume/step-*.safetensors"), reverse=True):
-            table = file.with_suffix(".parquet")
-            if table.exists():
-                self._resume(load_tree(file))
-                self.writer.resume(pd.read_parquet(table))
-                return self.step.finished
-        self.writer.begin()
-        self.record()
-        return 0
+        found = self.checkpoints.newest()
+        if found is None:
+            self.writer.begin(None)
+            self.record()
+            return 0
+        tree, table = found
+        self._resume(tree)
+        self.writer.begin(table)
+        return self.step.finished
 
     def checkpoint(self) -> None:
         """Save all that is needed to go on from here bit for bit."""
-        stem = f"resume/step-{self.step.finished:08d}"
-        # The safetensors file is the commit point: rows without it are never read.
-        self.writer.write_table(f"{stem}.parquet")
         tree = {
-            "finished": self.step.finished,
             "model": trained_tensors(self.model, self.optimizer),
+            "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
             "optimizer": optimizer_state(self.model, self.optimizer),
             "scheduler": self.scheduler.last_epoch,
             "method": self.method.state(),
@@ -225,13 +226,13 @@ class Session:
             "best": self.best,
             "seconds": self.seconds,
         }
-        save_tree(self.path / f"{stem}.safetensors", tree)
-        for old in self.path.glob("resume/step-*"):
-            if old.stem != Path(stem).name:
-                old.unlink()
+        self.checkpoints.save(self.step.finished, tree, self.writer.table())
 
     def _resume(self, tree: dict[str, Any]) -> None:
         put_tensors(self.model, tree["model"])
+        frozen = set(tree["frozen"])
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name not in frozen)
         self.method.restore(tree["method"])
         put_optimizer_state(self.model, self.optimizer, tree["optimizer"])
         self.scheduler.last_epoch = tree["scheduler"]
@@ -242,25 +243,25 @@ class Session:
         self._seconds_before = tree["seconds"]
         self.step.index = tree["finished"] - 1
 
-    def _save_state(self, state: str) -> dict[str, Any]:
+    def _save_state(self, file: Path) -> dict[str, Any]:
         """Write the trained tensors and the factors as they are now; gives the entry for ``run.json``."""
-        tree = {"model": trained_tensors(self.model, self.optimizer), "method": self.method.state()}
-        save_tree(self.path / f"state/{state}.safetensors", tree)
+        save_state(file, self.model, self.optimizer, self.method)
         self.writer.add(self.step.finished, factors_of(self.model))
         ranks = {name: int(delta.update().rank) for name, delta in adapted(self.model).items()}
         return {"step": self.step.finished, "ranks": ranks}
 
     def finish(self) -> Run:
         """Test the final state, save it, and close the folder."""
-        score = self._score(self.test, self.settings.test_size)
+        score = self._score(self.test)
         self.model.eval()
         groups = {} if score.groups is None else score.groups
         tested = [Record("test_loss", score.loss), Record("test_metric", score.metric)]
         if groups:
             tested.append(Record("test_metric_group", np.array(list(groups.values()))))
         self.writer.add(self.step.finished, tested)
-        states = {"last": self._save_state("last")}
+        states = {"last": self._save_state(self.path / "state/last.safetensors")}
         if self.best is not None:
+            self.checkpoints.keep_best(self.best["step"])
             states["best"] = {key: value for key, value in self.best.items() if key != "key"}
         meta = self.writer.meta
         meta["states"] = states
@@ -268,7 +269,7 @@ class Session:
         meta["seconds"] = seconds = self.seconds
         meta["total_seconds"] += seconds
         run = self.writer.finish("done")
-        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
         return run
 
     def fail(self, reason: str) -> None:
@@ -289,7 +290,7 @@ class Session:
             "id": plan.id,
             "recipe": config(plan.recipe),
             "label": plan.recipe.label(),
-            "model": str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+            "model": name_of(model),
             "task": plan.task.name,
             "labels": None if plan.task.kind != "classification" else list(plan.task.labels),
             "versions": {

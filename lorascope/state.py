@@ -1,11 +1,13 @@
 """Saving and putting back everything a run consists of while it is alive.
 
-A checkpoint is one safetensors file: tensors under their own dtype, everything else as JSON in the header. Optimizer
-state is kept by parameter name and put back by assignment, since ``load_state_dict`` casts.
+A checkpoint is one safetensors file: tensors under their own dtype, everything else as JSON in the header, with a
+checksum over both. Optimizer state is kept by parameter name and put back by assignment, since ``load_state_dict``
+casts.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -15,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -26,18 +28,50 @@ from lorascope.models import missing
 from lorascope.run import Run
 from lorascope.tensors import write_bytes
 
+# Where a state file keeps the method's own state, beside parameters under their names.
+_LEARNED = "method"
+
 
 def save_tree(path: Path, tree: Any) -> None:
     """Write nested dicts, lists, numbers, tensors, arrays and generators as one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
-    write_bytes(path, save({key: value.contiguous() for key, value in tensors.items()}, metadata={"tree": text}))
+    write_bytes(path, save(tensors, metadata={"tree": _digest(text, tensors) + text}))
 
 
 def load_tree(path: Path) -> Any:
-    """Read what ``save_tree`` wrote; tensors arrive on the kind of device they were on, where there is one."""
-    with safe_open(path, framework="pt") as file:
-        return _unpack(json.loads(file.metadata()["tree"]), file)
+    """Read what ``save_tree`` wrote; tensors arrive on the kind of device they were on, where there is one.
+
+    Raises
+    ------
+    ValueError
+        The file is cut short or was changed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = (file.metadata() or {}).get("tree", "")
+            # Copies, since the arithmetic may depend on how the memory is aligned.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    digest, text = header[:64], header[64:]
+    if digest != _digest(text, tensors):
+        raise ValueError(f"{path} does not match its own checksum: it was changed")
+    return _unpack(json.loads(text), tensors)
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _keep(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+    """Add a copy (two names of one tensor would share memory, which the format forbids); gives its name."""
+    name = path if path not in tensors else f"{path}#{len(tensors)}"
+    tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    return name
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -45,15 +79,11 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case None | bool() | int() | float() | str():
             return value
         case Tensor():
-            # Two names of one tensor would share memory, which the format forbids.
-            tensors[path] = value.detach().cpu().clone()
-            return {"__tensor__": path, "device": value.device.type}
+            return {"__tensor__": _keep(value, path, tensors), "device": value.device.type}
         case np.ndarray():
-            tensors[path] = torch.from_numpy(np.array(value))
-            return {"__array__": path, "dtype": value.dtype.str}
+            return {"__array__": _keep(torch.from_numpy(np.array(value)), path, tensors), "dtype": value.dtype.str}
         case torch.Generator():
-            tensors[path] = value.get_state()
-            return {"__generator__": path, "device": value.device.type}
+            return {"__generator__": _keep(value.get_state(), path, tensors), "device": value.device.type}
         case np.random.Generator():
             return {"__numpy__": _pack(value.bit_generator.state, path, tensors)}
         case np.generic():
@@ -63,32 +93,33 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case list():
             return [_pack(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
         case Mapping():
-            return {"__items__": [[_pack(k, "", tensors), _pack(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+            inside = f"{path}/" if path else ""
+            return {"__items__": [[_pack(k, "", tensors), _pack(v, f"{inside}{k}", tensors)] for k, v in value.items()]}
     raise TypeError(f"{path or 'the state'} holds a {type(value).__name__}, which a run folder cannot keep")
 
 
-def _unpack(tree: Any, file: Any) -> Any:
+def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
-        return [_unpack(item, file) for item in tree]
+        return [_unpack(item, tensors) for item in tree]
     if not isinstance(tree, dict):
         return tree
     if "__items__" in tree:
-        return {_unpack(key, file): _unpack(value, file) for key, value in tree["__items__"]}
+        return {_unpack(key, tensors): _unpack(value, tensors) for key, value in tree["__items__"]}
     if "__tuple__" in tree:
-        return tuple(_unpack(item, file) for item in tree["__tuple__"])
+        return tuple(_unpack(item, tensors) for item in tree["__tuple__"])
     if "__array__" in tree:
-        return file.get_tensor(tree["__array__"]).numpy().astype(tree["dtype"])
+        return tensors[tree["__array__"]].numpy().astype(tree["dtype"])
     if "__numpy__" in tree:
-        stored = _unpack(tree["__numpy__"], file)
+        stored = _unpack(tree["__numpy__"], tensors)
         bits = getattr(np.random, stored["bit_generator"])()
         bits.state = stored
         return np.random.Generator(bits)
     device = tree["device"] if tree["device"] == "cpu" or torch.accelerator.is_available() else "cpu"
     if "__generator__" in tree:
         generator = torch.Generator(device)
-        generator.set_state(file.get_tensor(tree["__generator__"]))
+        generator.set_state(tensors[tree["__generator__"]])
         return generator
-    return file.get_tensor(tree["__tensor__"]).to(device)
+    return tensors[tree["__tensor__"]].to(device)
 
 
 def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -103,6 +134,11 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
     persistent = model.state_dict(keep_vars=True)
     return kept | {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
+    """Write what ``restore`` needs: the trained tensors under their parameter names, and what the method learned."""
+    save_tree(path, {**trained_tensors(model, optimizer), _LEARNED: method.state()})
 
 
 def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -179,6 +215,6 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     fit_head(model, run.meta["labels"])
     method = method or from_config(run.meta["method"])
     method.attach(model)
-    method.restore(stored["method"])
-    put_tensors(model, stored["model"])
+    method.restore(stored.pop(_LEARNED))
+    put_tensors(model, stored)
     model.eval()

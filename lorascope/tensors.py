@@ -22,6 +22,10 @@ _DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
 
+_PARTIAL = ".part"
+# The one entry of the header's text, since the order of several would be another each time.
+_ABOUT = "about"
+
 
 class TensorFile(Mapping[str, np.ndarray]):
     """A safetensors file as a lazy mapping name -> array.
@@ -29,6 +33,7 @@ class TensorFile(Mapping[str, np.ndarray]):
     Parameters
     ----------
     path : path
+        Of the file; ``about`` is what was said of its arrays when they were written here.
 
     Raises
     ------
@@ -47,7 +52,8 @@ class TensorFile(Mapping[str, np.ndarray]):
                 header = dict(json.loads(file.read(length)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path} is not a safetensors file: its header is not a JSON object") from error
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", {})
+        self.about: dict[str, Any] = json.loads(metadata.get(_ABOUT, "{}"))
         self._entries: dict[str, dict[str, Any]] = header
         self._start = 8 + length
         broken = next((name for name, entry in header.items() if not _sound(entry)), None)
@@ -96,24 +102,37 @@ def _sound(entry: Any) -> bool:
     return 0 <= begin <= end and (end - begin == size or entry["dtype"] not in _DTYPES)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Write arrays and a text header as one safetensors file, under its final name only when whole."""
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write arrays and what is to be said about them (JSON values) as one safetensors file."""
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
-    write_bytes(path, save(arrays, metadata=dict(metadata)))
+    write_bytes(path, save(arrays, metadata={_ABOUT: json.dumps(about, sort_keys=True)}))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write a file under a temporary name, flush it to the disk, and rename it.
+
+    Raises
+    ------
+    OSError
+        There is no room, or no right to write; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Is this the temporary file of a writer that may have been killed?"""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -7,7 +7,6 @@ only once everything else lies there with its checksum.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pandas as pd
 from lorascope import records
 from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
 from lorascope.run import Run, snapshot_file
-from lorascope.tensors import TensorFile, file_hash, write_bytes, write_json, write_tensors
+from lorascope.tensors import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
 
 
 class RunWriter:
@@ -35,12 +34,24 @@ class RunWriter:
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
         self._modules = pd.DataFrame(meta["modules"]).astype({"layer": "Int16"})
-        self._tables: list[pd.DataFrame] = []
+        self._table = records.concat([])
         self._rows: list[tuple[int, Record]] = []
 
-    def begin(self) -> None:
-        """Say that the run is on its way."""
+    def begin(self, table: pd.DataFrame | None) -> None:
+        """Say that the run is on its way, and remove what an earlier attempt left beyond the rows it goes on after.
+
+        Parameters
+        ----------
+        table : DataFrame or None
+            Rows up to a checkpoint; None at the beginning of the run.
+        """
         write_json(self.path / "run.json", self.meta)
+        if table is not None:
+            self._table = table
+        known = set() if table is None else {self.path / snapshot_file(step) for step in table["step"].unique()}
+        left = {*self.path.glob("records.parquet"), *self.path.glob("snapshots/*"), *self.path.glob("state/*")}
+        for file in (left - known) | set(filter(is_partial, self.path.rglob(".*"))):
+            file.unlink()
 
     def add(self, step: int, items: Iterable[Item]) -> None:
         """Take in what was recorded after ``step`` finished steps; arrays go to the disk at once."""
@@ -56,34 +67,30 @@ class RunWriter:
     def _keep(self, path: Path, items: Iterable[Snapshot | Factors]) -> None:
         """Write a step's arrays, beside those of the same step that are there already."""
         arrays: dict[str, np.ndarray] = {}
-        header: dict[str, dict[str, Any]] = {"axes": {}, "factors": {}, "scales": {}, "exact": {}}
+        about: dict[str, dict[str, Any]] = {"axes": {}, "factors": {}, "scales": {}, "exact": {}}
         if path.exists():
             old = TensorFile(path)
             arrays = {name: np.array(old[name]) for name in old}
-            header = {key: json.loads(value) for key, value in old.metadata.items()}
+            about = old.about
         for item in items:
             if isinstance(item, Snapshot):
                 labels = {axis: list(values) for axis, values in item.labels.items()}
                 arrays[item.name] = np.asarray(item.array)
-                header["axes"][item.name] = {"axes": list(item.axes), "labels": labels}
+                about["axes"][item.name] = {"axes": list(item.axes), "labels": labels}
                 continue
             arrays |= {f"{item.module}/{name}": np.asarray(array) for name, array in item.arrays.items()}
-            header["factors"][item.module] = list(item.arrays)
+            about["factors"][item.module] = list(item.arrays)
             if item.scale is not None:
-                header["scales"][item.module] = item.scale
-                header["exact"][item.module] = item.exact
-        write_tensors(path, arrays, {key: json.dumps(value, sort_keys=True) for key, value in header.items()})
+                about["scales"][item.module] = item.scale
+                about["exact"][item.module] = item.exact
+        write_tensors(path, arrays, about)
 
     def table(self) -> pd.DataFrame:
         """All rows so far."""
         if self._rows:
-            self._tables.append(records.frame(self.meta["id"], self._rows, self._modules))
+            self._table = records.concat([self._table, records.frame(self.meta["id"], self._rows, self._modules)])
             self._rows = []
-        return records.concat(self._tables)
-
-    def resume(self, table: pd.DataFrame) -> None:
-        """Go on after the rows of an earlier checkpoint."""
-        self._tables, self._rows = [table], []
+        return self._table
 
     def write_table(self, name: str) -> None:
         """Write the rows so far as Parquet."""

@@ -1,0 +1,58 @@
+"""The checkpoints of an unfinished run: one file each, of which the newest whole one counts."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lorascope.state import load_tree, save_tree
+from lorascope.tensors import write_bytes
+
+
+class Checkpoints:
+    """The folder ``resume/`` of a run.
+
+    Parameters
+    ----------
+    path : path
+        The run folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.folder = path / "resume"
+
+    def save(self, finished: int, tree: dict[str, Any], table: pd.DataFrame) -> None:
+        """Write a checkpoint after so many finished steps; only then are older ones and their best states removed."""
+        rows = io.BytesIO()
+        table.to_parquet(rows, index=False)
+        file = self.folder / f"step-{finished:08d}.safetensors"
+        save_tree(file, tree | {"finished": finished, "table": np.frombuffer(rows.getvalue(), np.uint8)})
+        best = tree["best"]
+        kept = {file} if best is None else {file, self.best_file(best["step"])}
+        for old in set(self.folder.glob("*.safetensors")) - kept:
+            old.unlink()
+
+    def newest(self) -> tuple[dict[str, Any], pd.DataFrame] | None:
+        """The newest whole checkpoint and the rows up to it; None where a run must begin at the beginning."""
+        for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
+            try:
+                tree = load_tree(file)
+            except ValueError as error:
+                warnings.warn(f"{error}; going on from an earlier step", stacklevel=2)
+                continue
+            return tree, pd.read_parquet(io.BytesIO(tree.pop("table").tobytes()))
+        return None
+
+    def best_file(self, step: int) -> Path:
+        """Where the best state waits for the end: a later one may yet be lost together with the steps to it."""
+        return self.folder / f"best-{step:08d}.safetensors"
+
+    def keep_best(self, step: int) -> None:
+        """Put the best state to where a finished run has it."""
+        write_bytes(self.path / "state/best.safetensors", self.best_file(step).read_bytes())

@@ -1,0 +1,113 @@
+"""What trains in a model, and sums of squares over its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorascope.delta import Delta, adapted
+from lorascope.hosts import oriented
+from lorascope.method import Step
+from lorascope.update import Dense, LowRank
+
+# Elements of one tile of a pass over a tensor: it stays in the cache, and float32 keeps its digits.
+TILE = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What the optimizer changes, under the names of the table. It stays the same during a run.
+
+    Parameters
+    ----------
+    dense : dict label -> Parameter
+        Parameters of the base that train themselves. The label of a weight is its module, of any other its own name.
+    deltas : dict module -> Delta
+    hosts : dict module -> Module
+        Adapted modules.
+    parameter_of : dict label -> str
+        Name in W_0 of what a label, or an adapted module, stands for.
+    changed : frozenset of str
+        Names in W_0 of what ``dense`` holds.
+    modules : frozenset of str
+        Labels that are modules.
+    blocks : tuple of str
+    """
+
+    dense: dict[str, nn.Parameter]
+    deltas: dict[str, Delta]
+    hosts: dict[str, Any]
+    parameter_of: dict[str, str]
+    changed: frozenset[str]
+    modules: frozenset[str]
+    blocks: tuple[str, ...]
+
+    @classmethod
+    def of(cls, step: Step) -> Trained:
+        """Find it."""
+        rows = step.modules
+        uses = {f"{name}.weight": row for name, row in _uses(zip(rows["module"], rows["tied"], strict=True))}
+        trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
+        parameters = {name: p for name, p in step.model.named_parameters() if name in step.base}
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
+        deltas = adapted(step.model)
+        hosts = {module: step.model.get_submodule(module) for module in deltas}
+        parameter_of = {label: names[id(p)] for label, p in dense.items()}
+        changed = frozenset(parameter_of.values())
+        parameter_of |= {module: names[id(host.weight)] for module, host in hosts.items()}
+        modules = frozenset({*rows["module"], *deltas})
+        return cls(dense, deltas, hosts, parameter_of, changed, modules, tuple(rows["module"][rows["role"] == "block"]))
+
+    def updates(self) -> dict[str, LowRank | Dense]:
+        """The update of every adapted module, without what its weight itself has learned."""
+        return {module: delta.update() for module, delta in self.deltas.items()}
+
+    def frozen(self, module: str) -> bool:
+        """Is the weight below an adapter left as it is?"""
+        return self.parameter_of[module] not in self.changed
+
+    def add(self, module: str, weight: Tensor, update: LowRank | Dense) -> Tensor:
+        """An adapted module's weight and an update together, in the layout of the weight."""
+        matrix = torch.from_numpy(update.dense()).to(weight)
+        return weight + oriented(self.hosts[module], matrix).reshape(weight.shape)
+
+
+def _uses(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Every name of a weight, with the module that it has in the table."""
+    for module, tied in pairs:
+        yield from ((name, module) for name in (module, *filter(None, tied.split(","))))
+
+
+def squares(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> float:
+    """Sum of squares of a tensor, or of its difference from another."""
+    return math.fsum(float(torch.linalg.vector_norm(tile)) ** 2 for tile in _tiles(tensor, minus))
+
+
+def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
+    """<W, dW>, without forming a factored dW."""
+    if isinstance(update, Dense):
+        matrix = torch.from_numpy(update.matrix).to(weight.device)
+        return math.fsum(float((w * dw).sum()) for w, dw in zip(_tiles(weight), _tiles(matrix), strict=True))
+    A = torch.from_numpy(update.A).to(weight)
+    B = torch.from_numpy(update.B).to(weight)
+    return float(update.scale * ((weight @ A.T).double() * B.double()).sum())
+
+
+def _tiles(tensor: Tensor, minus: Tensor | None = None) -> Iterator[Float[Tensor, "tile"]]:
+    if minus is None:
+        for tile in tensor.reshape(-1).split(TILE):
+            yield _wide(tile)
+    else:
+        for tile, other in zip(tensor.reshape(-1).split(TILE), minus.reshape(-1).split(TILE), strict=True):
+            yield _wide(tile) - _wide(other)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

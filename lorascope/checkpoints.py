@@ -70,6 +70,8 @@ class AdapterRun(Run):
 
     def __init__(self, files: AdapterFiles, base: Pretrained | None = None) -> None:
         self.files, self.base = files, base
+        if base is not None and not any(map(base.holds, files.parts)):
+            raise ValueError(f"{base.folder} holds no weight of any module of {files.path}: it is not its base")
         ranks = {module: part.rank for module, part in files.parts.items()}
         config = files.config
         meta = {
@@ -123,7 +125,7 @@ class AdapterRun(Run):
         sigma, part = self.spectra[module], self.files.parts[module]
         norm = float(np.linalg.norm(sigma))
         values = {"update_norm": norm, "stable_rank": stable_rank(sigma), "effective_rank": effective_rank(sigma)}
-        if self.base is None:
+        if self.base is None or not self.base.holds(module):
             return values | {"weight_norm": np.nan, "relative_update": np.nan}
         W0 = self.base.weight(module, part.shape, part.transposed)
         start = Dense(W0).norm()
@@ -186,10 +188,10 @@ class AdapterRun(Run):
 def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
     """Singular values of all updates, with the factors of one layer in memory."""
     layers = defaultdict(list)
-    modules = run.modules
+    modules, updates = run.modules, run.updates()
+    modules = modules[modules["module"].isin(list(updates))]
     for module, stack, layer in zip(modules["module"], modules["stack"], modules["layer"], strict=True):
         layers[module if pd.isna(layer) else (stack, layer)].append(module)
-    updates = run.updates()
     for names in layers.values():
         yield from zip(names, spectra([updates[name] for name in names]), strict=True)
 

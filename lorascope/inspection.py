@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class Inspection:
             modules=("module", "size"),
             update_norm=("update_norm", pooled),
             relative_update=("relative_update", "mean"),
-            energy=("energy", "sum"),
+            energy=("energy", lambda shares: shares.sum(min_count=1)),
             least_rank=("rank", "min"),
             most_rank=("rank", "max"),
             effective_rank=("effective_rank", "mean"),
@@ -76,7 +76,8 @@ class Inspection:
         return {
             "name": self.name,
             "path": str(self.run.path),
-            "facts": dict(self.facts),
+            "kind": self.facts[0][1],
+            "facts": dict(self.facts[1:]),
             "update_norm": self.norm,
             "roles": _rows(self.roles()),
             "modules": _rows(self.modules),
@@ -102,8 +103,8 @@ def inspect(run: Run) -> Inspection:
 
 
 def pooled(norms: pd.Series) -> float:
-    """Root of summed squares; NaN left out."""
-    return float(np.sqrt(np.nansum(np.square(norms.to_numpy("float64")))))
+    """Root of summed squares of what is not NaN; NaN if all are."""
+    return float(np.sqrt((norms**2).sum(min_count=1)))
 
 
 def _modules(run: Run) -> pd.DataFrame:
@@ -181,7 +182,7 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         narrow = int((known["energy_rank"] <= known["rank"] // 4).sum())
         ranks = sorted(set(known["rank"] // 4))
         bound = f"rank {ranks[0]} or less" if len(ranks) == 1 else "a quarter of their rank"
-        yield f"{narrow} of {len(known)} modules hold {_SHARE:.0%} of their energy in {bound}"
+        yield f"{narrow or 'none'} of {len(known)} modules hold {100 * _SHARE:.0f} % of their energy in {bound}"
 
 
 def _zero(run: Run, modules: pd.Series) -> str:
@@ -204,6 +205,9 @@ def _adapter_findings(run: AdapterRun) -> Iterator[str]:
         yield f"saved in full beside the factors, not measured: {_some(sorted(whole))}"
     if biases - whole:
         yield f"{len(biases - whole)} biases beside the factors, not measured"
+    lacking = [module for module in run.files.parts if run.base is not None and not run.base.holds(module)]
+    if lacking:
+        yield f"not in the base, tied perhaps: {_some(lacking)}"
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_RESIDUAL):
         yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
@@ -223,7 +227,7 @@ def _count(count: int, modules: pd.DataFrame) -> str:
     return f"{count} of {len(modules)} modules hold{'s' * (count == 1)}"
 
 
-def _range(values: list[float]) -> str:
+def _range(values: Sequence[float | int]) -> str:
     low, high = min(values), max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 

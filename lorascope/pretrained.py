@@ -30,6 +30,10 @@ class Pretrained:
             raise FileNotFoundError(f"{self.folder} holds no safetensors file: give the folder of the base model")
         self._files = {name: file for file in map(TensorFile, files) for name in file}
 
+    def holds(self, module: str) -> bool:
+        """Is there a weight of this module? A tied one is stored under one of its names alone."""
+        return self._find(module) is not None
+
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
         """The weight of a module.
 
@@ -40,7 +44,7 @@ class Pretrained:
         shape : (int, int)
             (out, in), as the update has it.
         transposed : bool
-            Is it stored as (in, out)?
+            Is it stored as (in, out)? Only asked for square ones: of others the shape tells.
 
         Raises
         ------
@@ -49,10 +53,11 @@ class Pretrained:
         """
         name = self._find(module)
         if name is None:
-            raise ValueError(f"{self.folder} holds no weight of {module}: it is not the base of this adapter")
+            raise ValueError(f"{self.folder} holds no weight of {module}")
         stored = self._files[name][name]
         flat = stored.reshape(len(stored), -1)
-        weight = flat.T if transposed else flat
+        square = shape[0] == shape[1]
+        weight = flat.T if (transposed if square else flat.shape == shape[::-1]) else flat
         if weight.shape != shape:
             raise ValueError(
                 f"{self.folder}: {name} has the shape {stored.shape}, the update needs {shape}: "

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shlex
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 
@@ -17,6 +18,7 @@ from lorascope.inspection import Inspection
 WIDTH = 80
 _LABEL = 15
 _CHART = 32
+_MODULE = 41
 _STACKS = {"encoder": "enc ", "decoder": "dec "}
 
 
@@ -36,7 +38,7 @@ class Style:
     colour: bool = False
 
     @classmethod
-    def of(cls, stream: TextIO) -> Style:
+    def of(cls, stream: Any) -> Style:
         """What a stream can show: all of it on a terminal, plain ASCII in a file or a pipe."""
         terminal = stream.isatty()
         blocks = terminal and (stream.encoding or "").lower().startswith("utf")
@@ -70,24 +72,19 @@ class Style:
 def one(inspection: Inspection, style: Style) -> str:
     """The screen for one adapter or run."""
     lines = [*_header(inspection, style), "", *_chart(inspection, style), "", *_largest(inspection, style)]
-    for number, finding in enumerate(inspection.findings):
-        text = elide(finding, WIDTH - _LABEL)
-        broken = "NaN" in finding
-        lines.append(_line("" if number else "findings", style.paint(text, "31" if broken else "33"), style))
-    lines.append(_line("next", style.paint(_next(inspection), "36"), style))
+    lines += [*_findings(inspection, style), _line("next", style.paint(_next(inspection), "36"), style)]
     return "\n".join(line.rstrip() for line in lines)
 
 
 def every(inspection: Inspection, style: Style) -> str:
     """The screen of ``one`` with a line for every module in place of the chart."""
-    head = f"{'module':<41} {'|dW|':>8} {'energy':>7} {'rank':>5} {'effective':>9} {'stable':>6}"
+    head = f"{'module':<{_MODULE}} {'|dW|':>7} {'energy':>7} {'rank':>5} {'effective':>9} {'stable':>6}"
     lines = [*_header(inspection, style), "", style.paint(head, "1")]
     for row in inspection.modules.to_dict("records"):
-        values = f"{_norm(row['update_norm']):>8} {_percent(row['energy']):>7} {_span(row['rank'], row['rank']):>5}"
+        values = f"{_norm(row['update_norm']):>7} {_percent(row['energy']):>7} {_span(row['rank'], row['rank']):>5}"
         ranks = f"{_number(row['effective_rank']):>9} {_number(row['stable_rank']):>6}"
-        lines.append(f"{elide(row['module'], 41):<41} {values} {ranks}")
-    findings = [_line("" if number else "findings", text, style) for number, text in enumerate(inspection.findings)]
-    return "\n".join([*lines, "", *findings])
+        lines.append(f"{elide(row['module'], _MODULE):<{_MODULE}} {values} {ranks}")
+    return "\n".join([*lines, "", *_findings(inspection, style)])
 
 
 def compared(inspections: Sequence[Inspection], style: Style) -> str:
@@ -95,11 +92,11 @@ def compared(inspections: Sequence[Inspection], style: Style) -> str:
     letters = [chr(ord("a") + number) for number in range(len(inspections))]
     against = letters if len(letters) <= 5 else letters[:1]
     width = WIDTH - 40 - 6 * len(against)
-    head = f"  {'':<{width}} {'|dW|':>8} {'rank':>7} {'modules':>7} {'parameters':>13}"
+    head = f"  {'':<{width}} {'|dW|':>7} {'rank':>7} {'modules':>7} {'parameters':>13}"
     lines = [style.paint(head + "".join(f"{'/' + letter:>6}" for letter in against), "1")]
     for letter, item in zip(letters, inspections, strict=True):
         ranks = _span(item.modules["rank"].min(), item.modules["rank"].max())
-        row = f"{letter} {elide(item.name, width):<{width}} {_norm(item.norm):>8} {ranks:>7} {len(item.modules):>7}"
+        row = f"{letter} {elide(item.name, width):<{width}} {_norm(item.norm):>7} {ranks:>7} {len(item.modules):>7}"
         ratios = "".join(f"{_ratio(item.norm, other.norm):>6}" for other in inspections[: len(against)])
         lines.append(f"{row} {item.modules['parameters'].sum():>13,}{ratios}")
     lines += ["", f"/{letters[0]}: |dW| over that of {letters[0]}"]
@@ -136,16 +133,16 @@ def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
     stacks = _STACKS if inside["stack"].nunique() > 1 else {}
     related = modules["relative_update"].notna().any()
     head = f"{'|dW| by layer':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}}"
-    yield style.paint(f"{head} {'|dW|':>8} {'dW/W' if related else 'energy':>7} {'rank':>6} {'effective':>9}", "1")
+    yield style.paint(f"{head} {'|dW|':>7} {'dW/W' if related else 'energy':>7} {'rank':>6} {'effective':>9}", "1")
     for row, cell in zip(roles, cells, strict=True):
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
         share = _percent(row["relative_update" if related else "energy"])
         ranks = f"{_span(row['least_rank'], row['most_rank']):>6} {_number(row['effective_rank']):>9}"
         label = f"{stacks.get(row['stack'], '')}{row['role']}"
-        yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_norm(row['update_norm']):>8} {share:>7} {ranks}"
+        yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_norm(row['update_norm']):>7} {share:>7} {ranks}"
     if largest:
-        bins = f", {step} layers a column (root mean square)" if step > 1 else ""
-        yield f"{'':<{_LABEL}}{style.scale[-1]} is {_norm(largest)} in one layer, {style.zero} is zero{bins}"
+        bins = f", a column is {step} layers (their RMS)" if step > 1 else ""
+        yield f"{'':<{_LABEL}}{style.scale[-1]} is {_norm(largest)} a layer, {style.zero} is zero{bins}"
 
 
 def _profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
@@ -158,33 +155,38 @@ def _profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int
 
 
 def _axis(depth: int, step: int, repeat: int) -> str:
-    """Numbers of the layers above their columns, the last one flush right where there is room."""
-    if not depth:
-        return ""
+    """Numbers of the layers above their columns, the last one where there is room."""
     bins = math.ceil(depth / step)
-    width, gap = bins * repeat, max(1, 8 // repeat)
     line = ""
-    for column in range(0, bins, gap):
-        text = str(column * step)
-        if column * repeat >= len(line) + bool(line) and column * repeat + len(text) <= width:
-            line = line.ljust(column * repeat) + text
+    for column in range(0, bins, {1: 8, 2: 2, 3: 1}[repeat]):
+        line = line.ljust(column * repeat) + str(column * step)
     end = str(depth - 1)
-    return line.ljust(width - len(end)) + end if width - len(end) > len(line) else line
+    start = min((bins - 1) * repeat, _CHART - len(end))
+    return line.ljust(start) + end if start > len(line) else line
 
 
 def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
     for number, row in enumerate(inspection.largest(3).to_dict("records")):
-        rank = "" if pd.isna(row["rank"]) else f" of {row['rank']}"
-        told = f"|dW| {_norm(row['update_norm'])}  effective {_number(row['effective_rank'])}{rank}"
-        name = elide(row["module"], WIDTH - _LABEL - len(told) - 2)
-        yield _line("" if number else "largest", f"{name}  {told}", style)
+        used = "" if math.isnan(row["effective_rank"]) else f"  rank {_number(row['effective_rank'])}"
+        used += "" if pd.isna(row["rank"]) else f" of {row['rank']}"
+        norm = f"{_norm(row['update_norm']):<6} "
+        name = elide(row["module"], WIDTH - _LABEL - len(norm) - len(used))
+        yield _line("" if number else "largest |dW|", f"{norm}{name}{used}", style)
+
+
+def _findings(inspection: Inspection, style: Style) -> Iterator[str]:
+    for finding in inspection.findings:
+        colour = "31" if "NaN" in finding else "33"
+        for number, text in enumerate(textwrap.wrap(finding, WIDTH - _LABEL, subsequent_indent="  ")):
+            key = "findings" if number == 0 and finding is inspection.findings[0] else ""
+            yield _line(key, style.paint(text, colour), style)
 
 
 def _next(inspection: Inspection) -> str:
     path = str(inspection.run.path)
-    shown = min(path, os.path.relpath(path, Path.cwd()), key=len)
-    command = f"lorascope plot spectrum {shlex.quote(shown)} -o spectrum.pdf"
-    return command if len(command) <= WIDTH - _LABEL else f"lorascope plot spectrum {inspection.name} -o spectrum.pdf"
+    names = (path, os.path.relpath(path, Path.cwd()), "ADAPTER")
+    commands = [f"lorascope plot spectrum {shlex.quote(name)} -o spectrum.pdf" for name in names]
+    return min(commands[:2], key=len) if len(min(commands[:2], key=len)) <= WIDTH - _LABEL else commands[2]
 
 
 def _span(low: Any, high: Any) -> str:
@@ -194,11 +196,16 @@ def _span(low: Any, high: Any) -> str:
 
 
 def _norm(value: float) -> str:
-    return "NaN" if math.isnan(value) else f"{value:#.3g}".rstrip(".")
+    """Three digits in at most seven characters."""
+    if math.isnan(value):
+        return "NaN"
+    if 1000 <= value < 1e6:
+        return f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 1000 else f"{value:.1e}"
 
 
 def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.1f} %"
+    return "-" if math.isnan(share) else f"{100 * share:.{1 if share < 10 else 0}f} %"
 
 
 def _number(value: float) -> str:

@@ -1,0 +1,325 @@
+"""What ``lorascope inspect`` finds, against adapters whose singular values were planted; and how it looks."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_checkpoints import write_run
+
+from lorascope import screen
+from lorascope.checkpoints import load
+from lorascope.cli import main
+from lorascope.inspection import Inspection, inspect
+from lorascope.records import Record, Snapshot
+from lorascope.screen import Style
+from lorascope.tensors import write_json, write_tensors
+from lorascope.writer import RunWriter
+
+LLAMA = {
+    "self_attn.q_proj": "q",
+    "self_attn.v_proj": "v",
+    "mlp.up_proj": "ffn_in",
+    "mlp.down_proj": "ffn_out",
+}
+
+
+def plant(folder: Path, spectra: Mapping[str, list[float]], **config: object) -> Path:
+    """Write an adapter of scale 2 whose updates have the given singular values times two."""
+    tensors = {}
+    for number, (module, sigma) in enumerate(spectra.items()):
+        draw = np.random.default_rng(number)
+        rank = len(sigma)
+        left, _ = np.linalg.qr(draw.standard_normal((20, rank)))
+        right, _ = np.linalg.qr(draw.standard_normal((12, rank)))
+        tensors[f"base_model.model.{module}.lora_B.weight"] = (left * np.array(sigma)).astype("f4")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(right.T, dtype="f4")
+    rank = len(next(iter(spectra.values())))
+    given = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "base_model_name_or_path": "org/base"}
+    folder.mkdir(parents=True)
+    write_tensors(folder / "adapter_model.safetensors", tensors, {})
+    write_json(folder / "adapter_config.json", given | config)
+    return folder
+
+
+def llama(layers: int, sigma: list[float]) -> dict[str, list[float]]:
+    """The same spectrum everywhere, times the number of the layer plus one."""
+    return {
+        f"model.layers.{layer}.{name}": [value * (layer + 1) for value in sigma]
+        for layer in range(layers)
+        for name in LLAMA
+    }
+
+
+def lines(path: Path, **style: bool) -> list[str]:
+    return screen.one(inspect(load(path)), Style(**style)).splitlines()
+
+
+def test_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    spectra = llama(3, [3.0, 4.0, 0.0, 0.0])
+    spectra["model.layers.1.mlp.up_proj"] = [0.0] * 4
+    spectra["model.layers.2.mlp.down_proj"] = [10.0] * 4
+    del spectra["model.layers.2.self_attn.v_proj"]
+    plant(Path("my-adapter"), spectra)
+    expected = """\
+my-adapter     LoRA, rank 4, scale 2 (alpha 8)
+base           org/base (not read)
+holds          11 modules, 1,408 parameters, float32, 1 file
+
+|dW| by layer  0  1  2                             |dW|  energy   rank effective
+q              333555777                           37.4  28.0 %      4       2.0
+v              333555                              22.4  10.0 %      4       2.0
+ffn_in         333...777                           31.6  20.0 %      4       1.3
+ffn_out        333555999                           45.8  42.0 %      4       2.7
+               9 is 40.0 a layer, . is zero
+
+largest |dW|   40.0   model.layers.2.mlp.down_proj  rank 4.0 of 4
+               30.0   model.layers.2.self_attn.q_proj  rank 2.0 of 4
+               30.0   model.layers.2.mlp.up_proj  rank 2.0 of 4
+findings       1 module untouched: model.layers.1.mlp.up_proj (B zero)
+               none of 10 modules hold 90 % of their energy in rank 1 or less
+next           lorascope plot spectrum my-adapter -o spectrum.pdf"""
+    assert "\n".join(lines(Path("my-adapter"))) == expected
+    blocks = lines(Path("my-adapter"), blocks=True)
+    assert [line[15:24] for line in blocks[5:9]] == ["▂▂▂▄▄▄▆▆▆", "▂▂▂▄▄▄   ", "▂▂▂···▆▆▆", "▂▂▂▄▄▄███"]
+    assert blocks[9].strip() == "█ is 40.0 a layer, · is zero"
+
+
+def test_measures_are_the_planted_ones(tmp_path: Path) -> None:
+    spectra = {"model.layers.0.self_attn.q_proj": [8.0, 4.0, 2.0, 1.0], "model.layers.0.self_attn.v_proj": [1.0] * 4}
+    modules = inspect(load(plant(tmp_path / "a", spectra))).modules.set_index("role")
+    assert modules.loc["q", "update_norm"] == pytest.approx(2 * 85**0.5)
+    assert modules.loc["q", "energy"] == pytest.approx(85 / 89)
+    assert modules.loc["q", "stable_rank"] == pytest.approx(85 / 64)
+    assert list(modules["energy_rank"]) == [2, 4]
+    assert list(modules["parameters"]) == [4 * 32] * 2
+    assert modules.loc["v", "effective_rank"] == pytest.approx(4)
+
+
+def test_roles_pool_norms_by_squares_and_ranks_by_their_mean(tmp_path: Path) -> None:
+    spectra = {
+        "model.layers.0.self_attn.q_proj": [3.0, 0.0],
+        "model.layers.1.self_attn.q_proj": [2.0, 2.0],
+        "lm_head": [1.0, 0.0],
+        "model.embed_tokens": [1.0, 1.0],
+    }
+    roles = inspect(load(plant(tmp_path / "a", spectra))).roles().set_index("role")
+    assert list(roles.index) == ["embed", "q", "head"]
+    assert roles.loc["q", "update_norm"] == pytest.approx(2 * 17**0.5)
+    assert roles.loc["q", "effective_rank"] == pytest.approx(1.5)
+    assert roles.loc["q", "energy"] == pytest.approx(17 / 20)
+    assert roles.loc["q", "modules"] == 2
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 11, 17, 24, 30, 32, 33, 80, 126])
+def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> None:
+    long = "a-rather-long-name-of-an-adapter-that-somebody-gave-it-in-a-hurry"
+    spectra = llama(layers, [1.0, 0.5, 0.1, 0.0])
+    spectra["model.layers.0.self_attn.some_unusual_projection_with_a_very_long_name_indeed"] = [1.0, float("nan"), 0, 0]
+    config = {"base_model_name_or_path": "/a/" + "very/" * 30 + "deep/path", "alpha_pattern": {"nothing": 3}}
+    shown = lines(plant(tmp_path / long, spectra, **config))
+    assert max(map(len, shown)) <= 80
+    assert len(shown) <= 24
+    row = next(line for line in shown if line.startswith("ffn_in"))
+    chart = row[15:47].rstrip()
+    assert 1 <= len(chart) <= 32
+    assert list(chart) == sorted(chart)
+    assert chart[-1] == "9"
+
+
+def test_a_column_of_several_layers_is_their_root_mean_square(tmp_path: Path) -> None:
+    spectra = {f"model.layers.{layer}.self_attn.q_proj": [1.0] for layer in range(40)}
+    spectra["model.layers.0.self_attn.q_proj"] = [7.0]
+    shown = lines(plant(tmp_path / "a", spectra))
+    assert shown[5][15:47].rstrip() == "9" + "2" * 19  # 10 (RMS of 14 and 2) against 2
+    assert "9 is 10.0 a layer, . is zero, a column is 2 layers" in shown[6]
+    assert shown[4][15:47].rstrip() == "0       16      32 39"
+
+
+def test_two_stacks_are_told_apart(tmp_path: Path) -> None:
+    spectra = {
+        "encoder.block.0.layer.0.SelfAttention.q": [1.0],
+        "decoder.block.0.layer.0.SelfAttention.q": [1.9],
+        "decoder.block.1.layer.1.EncDecAttention.q": [2.9],
+    }
+    shown = lines(plant(tmp_path / "a", spectra))
+    assert [line[:21].rstrip() for line in shown[5:8]] == [
+        "enc q          444",
+        "dec q          666",
+        "dec cross_q       999",
+    ]
+
+
+def test_findings(tmp_path: Path) -> None:
+    spectra = llama(2, [1.0, 0.1, 0.1, 0.1])
+    spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 4
+    found = inspect(
+        load(
+            plant(tmp_path / "a", spectra, init_lora_weights="pissa_niter_4", rank_pattern={"no.such": 3, "q_proj": 4})
+        )
+    ).findings
+    assert found == (
+        "1 of 8 modules holds NaN or infinity: model.layers.1.mlp.up_proj",
+        "7 of 7 modules hold 90 % of their energy in rank 1 or less",
+        "initialised by pissa_niter_4: unless converted, it adds to a changed base, and |dW| counts that too",
+        "rank_pattern names no module of this adapter: no.such",
+    )
+    fresh = inspect(load(plant(tmp_path / "b", llama(2, [0.0] * 4)))).findings
+    assert fresh == ("all 8 modules untouched: saved before it was trained?",)
+
+
+def test_numbers_keep_their_digits_in_seven_characters() -> None:
+    shown = {
+        0.0: "0.00",
+        1.0: "1.00",
+        39.96: "40.0",
+        999.4: "999",
+        1234.5: "1234",
+        1.2e7: "1.2e+07",
+        0.00123: "0.00123",
+    }
+    shown |= {4.56e-5: "4.6e-05", float("nan"): "NaN"}
+    assert [screen._norm(value) for value in shown] == list(shown.values())
+
+
+def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
+    spectra = llama(2, [1.0, 0.0])
+    spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
+    item = inspect(load(plant(tmp_path / "a", spectra)))
+    shown = screen.one(item, Style()).splitlines()
+    assert next(line for line in shown if line.startswith("ffn_in"))[15:21] == "555!!!"
+    assert item.norm == pytest.approx(2 * (4 + 3 * 4) ** 0.5)
+    assert item.modules["energy"].sum() == pytest.approx(1)
+    json.dumps(item.plain(), allow_nan=False)
+
+
+def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> None:
+    module = {"module": "h.0.q", "stack": "", "layer": 0, "role": "q", "out_features": 3, "in_features": 4, "tied": ""}
+    meta = json.loads((write_run(tmp_path / "donor") / "run.json").read_text())
+    states = {"last": {"step": 9, "ranks": {}}}
+    changes = {
+        "modules": [module],
+        "states": states,
+        "label": "Full",
+        "test": {"name": "accuracy", "metric": 0.75, "loss": 0.5},
+    }
+    writer = RunWriter(tmp_path / "full", meta | changes)
+    writer.add(9, [Record("update_norm", 5.0, "h.0.q"), Record("effective_rank", 1.9, "h.0.q")])
+    writer.add(9, [Snapshot("h.0.q/singular_values", np.array([4.0, 3.0, 0.0]), ("component",))])
+    writer.finish("done")
+    item = inspect(load(tmp_path / "full"))
+    row = item.modules.iloc[0]
+    assert (row["update_norm"], row["energy_rank"], row["parameters"]) == (5.0, 2, 12)
+    shown = screen.one(item, Style()).splitlines()
+    assert shown[:4] == [
+        "full           Full, seed 0",
+        "model          m on t",
+        "holds          1 modules, 12 trained parameters",
+        "test           accuracy 0.75, loss 0.5 after 9 steps",
+    ]
+    assert shown[6].split() == ["q", "999", "5.00", "100.0", "%", "-", "1.9"]
+
+
+def test_a_run_with_factors_is_measured_by_them(tmp_path: Path) -> None:
+    item = inspect(load(write_run(tmp_path / "run")))
+    assert item.modules["update_norm"].item() == pytest.approx(2**0.5)
+    assert item.modules["energy_rank"].item() == 2
+
+
+class Terminal(io.StringIO):
+    def __init__(self, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:
+        return self._encoding
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_blocks_and_colour_only_where_they_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert Style.of(Terminal()) == Style(blocks=True, colour=True)
+    assert Style.of(Terminal("ascii")) == Style(blocks=False, colour=True)
+    assert Style.of(io.StringIO()) == Style(blocks=False, colour=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert Style.of(Terminal()) == Style(blocks=True, colour=False)
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert Style.of(Terminal()) == Style(blocks=True, colour=False)
+
+
+def test_colour_adds_nothing_but_colour(tmp_path: Path) -> None:
+    import re
+
+    item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
+    plain, coloured = screen.one(item, Style(blocks=True)), screen.one(item, Style(blocks=True, colour=True))
+    assert "\033[" in coloured
+    stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", coloured).splitlines())
+    assert stripped == plain
+
+
+def compare(tmp_path: Path, count: int) -> list[Inspection]:
+    sizes = [1.0, 2.0, 0.0, 5.0, 1.0, 1.0, 1.0]
+    return [inspect(load(plant(tmp_path / f"adapter-{n}", llama(2, [sizes[n], 0.0])))) for n in range(count)]
+
+
+def test_several_are_compared(tmp_path: Path) -> None:
+    table = screen.compared(compare(tmp_path, 3), Style()).splitlines()
+    assert [line.split() for line in table[:4]] == [
+        ["|dW|", "rank", "modules", "parameters", "/a", "/b", "/c"],
+        ["a", "adapter-0", "8.94", "2", "8", "512", "1.00", "0.50", "-"],
+        ["b", "adapter-1", "17.9", "2", "8", "512", "2.00", "1.00", "-"],
+        ["c", "adapter-2", "0.00", "2", "8", "512", "0.00", "0.00", "-"],
+    ]
+    many = screen.compared(compare(tmp_path / "many", 7), Style()).splitlines()
+    assert many[0].split()[-1] == "/a"
+    assert max(map(len, table + many)) <= 80
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["inspect", *map(str, words)]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    return told.out
+
+
+def test_the_command_tells_every_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = plant(tmp_path / "a", llama(40, [1.0, 0.6]))
+    shown = run(capsys, folder, "--all").splitlines()
+    assert max(map(len, shown)) <= 80
+    assert sum(line.startswith("model.layers.") for line in shown) == 160
+    assert shown[5].split() == ["model.layers.0.self_attn.q_proj", "2.33", "0.0", "%", "2", "1.9", "1.4"]
+
+
+def test_the_command_speaks_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = (plant(tmp_path / name, llama(2, [1.0, 0.5])) for name in "ab")
+    told = json.loads(run(capsys, a, "--json"))
+    assert told["name"] == "a"
+    assert [row["module"] for row in told["modules"]][:1] == ["model.layers.0.self_attn.q_proj"]
+    assert told["roles"][0]["relative_update"] is None
+    assert told["facts"]["base"] == "org/base (not read)"
+    assert [item["name"] for item in json.loads(run(capsys, a, b, "--json"))] == ["a", "b"]
+    table = pd.read_csv(io.StringIO(run(capsys, a, b, "--csv")))
+    assert list(table["name"]) == ["a"] * 8 + ["b"] * 8
+    assert table["update_norm"].iloc[0] == pytest.approx(2 * 1.25**0.5)
+
+
+def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [plant(tmp_path / name, llama(2, [1.0, 0.5])) for name in "ab"]
+    assert "b b" in run(capsys, *paths)
+
+
+def test_a_run_that_broke_is_shown_and_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path / "run", status="broken", states={}, error="the loss is NaN at step 4")
+    assert main(["inspect", str(tmp_path / "run")]) == 1
+    assert "the loss is NaN at step 4" in capsys.readouterr().out

@@ -286,6 +286,12 @@ def test_logarithmic_axes(reader) -> None:
     assert 1000 < high < 2000
 
 
+def test_a_logarithmic_axis_below_a_decade_has_plain_numbers() -> None:
+    data = table("x y", (1, 12.0), (2, 70.0))
+    shown = Mpl(Chart(data, [Line("x", "y")], y=Axis(log=True)))
+    assert {"20", "50"} <= set(shown.names("y").values())
+
+
 @both
 def test_limits_and_ticks_of_an_axis(reader, runs) -> None:
     chart = Chart(

@@ -174,11 +174,12 @@ def test_a_failed_save_leaves_the_old_file(chart, tmp_path, monkeypatch) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_themes(chart) -> None:
+def test_themes(chart, tmp_path) -> None:
     dark = chart.mpl(theme="dark")
     assert mpl.colors.to_hex(dark.get_facecolor()) == mpl.colors.to_hex(dark.axes[0].get_facecolor()) == "#16181d"
     assert mpl.colors.to_hex(dark.axes[0].xaxis.label.get_color()) == "#e6e6e6"
     assert chart.plotly(theme="dark").layout.paper_bgcolor == "#16181d"
+    assert "background: #16181d" in chart.save(tmp_path / "dark.html", theme="dark").read_text(encoding="utf-8")
     assert 7 <= chart.mpl(theme="paper").axes[0].xaxis.label.get_fontsize() <= 8
     for draw in (chart.mpl, chart.plotly):
         with pytest.raises(ValueError, match="no theme 'neon'; there are light, dark, paper"):
@@ -318,6 +319,10 @@ def test_small_multiples_are_tidy(heat) -> None:
     frames = [heat.data.assign(step=step) for step in range(0, 200, 10)]
     framed = Chart(pd.concat(frames), heat.marks, x=heat.x, y=heat.y, frame="step", title=heat.title)
     assert_tidy(framed.mpl(theme="paper"))
+
+
+def test_titles_of_panels_stand_below_the_buttons(chart) -> None:
+    assert beside(chart, chart).plotly().layout.margin.t >= 22 + 18  # pixels: the buttons, and a line of text
 
 
 def test_the_slider_stands_between_axis_and_caption(chart) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 from lorascope import __version__
 from lorascope.chart import Drawable
+from lorascope.render import theme as themes
 
 Write = Callable[[Drawable, Path, str | None, str | None], None]
 
@@ -101,7 +102,8 @@ def _page(drawable: Drawable, path: Path, width: str | None, theme: str | None) 
 
     source = provenance(drawable)
     plot = plotly.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
-    page = _PAGE.format(title=escape(_title(drawable)), source=escape(source), plot=plot)
+    ground = themes.theme(theme or "light").background
+    page = _PAGE.format(title=escape(_title(drawable)), source=escape(source), plot=plot, ground=ground)
     _replace(path, lambda draft: draft.write_text(page, encoding="utf-8"))
 
 
@@ -128,6 +130,7 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <meta name="generator" content="lorascope">
 <meta name="lorascope" content="{source}">
+<style>body {{ margin: 0; background: {ground}; }}</style>
 </head>
 <body>
 {plot}

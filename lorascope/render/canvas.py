@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_hex
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorascope.render.plan import Plan, Ramp
 from lorascope.render.scales import Scale
@@ -20,6 +20,7 @@ DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (
 SHAPES = ["o", "s", "^", "D", "v", "P", "X"]
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter of the largest dot where the area tells something
+FEW = 200  # ratio of the ends of a logarithmic axis below which its powers of ten alone would be too few ticks
 SMALLEST_TEXT = 4.0  # points; numbers that would have to be smaller are left out of the cells
 
 
@@ -32,6 +33,10 @@ def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
         getattr(ax, f"set_{letter}label")(plain(scale.axis.label))
         if scale.log:
             getattr(ax, f"set_{letter}scale")("log")
+            if ends[1] < FEW * ends[0]:
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
         elif scale.categories is None and scale.whole:
             axis.set_major_locator(MaxNLocator("auto", integer=True))
         if scale.categories is None:

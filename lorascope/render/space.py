@@ -20,6 +20,7 @@ FONT, TITLE = 12.0, 15.0  # font sizes
 PANEL, ROW = 290.0, 22.0  # height of a panel, and of a row with a name
 TICKS, LINE = 24.0, 18.0  # depth of tick labels, and of a line of text
 NUMBERS = 42.0  # width of the numbers on a vertical axis
+TOOLS = 22.0  # depth of plotly's own buttons at the top, which hide what is written there
 SLIDER, BAR = 90.0, 88.0  # depth of the slider, width of a colour bar with its title
 BUTTONS = 100.0  # width of the buttons before the slider
 
@@ -80,7 +81,7 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
     inner = tops[-1] + heights[-1]
     title = fold(settled.title, width - 2 * EDGE, TITLE) if settled.title else []
     caption = fold(settled.caption, width - 2 * EDGE, 0.92 * FONT) if settled.caption else []
-    top = EDGE + 1.4 * TITLE * len(title) + _legend_height(settled, plot) + heads[0]
+    top = EDGE + max(1.4 * TITLE * len(title) + _legend_height(settled, plot), TOOLS) + heads[0]
     bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * len(caption) + EDGE
     rooms = [
         Room(

@@ -1,21 +1,20 @@
 """Colours and sizes, the same for both renderers.
 
-Categories take the palette of Okabe and Ito (Color Universal Design, 2008), ordered so that its yellow, weak on white,
-comes last. Quantities take viridis; quantities with a sign take ColorBrewer's RdBu, reversed, centred at zero.
+Categories take the palette of Okabe and Ito (Color Universal Design, 2008), in an order that puts the weakest on the
+background last. Quantities take viridis; quantities with a sign take ColorBrewer's RdBu, reversed, centred at zero.
 """
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
 RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7"]
 RED_BLUE += ["#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"]
-OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
-YELLOW = "#f0e442"
-LEGIBLE = 0.92  # share of viridis used for lines and dots: its last yellow vanishes on white
+OKABE_ITO = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#f0e442"]
+ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#ffffff", "#0072b2"]
 
 FAINT = 0.18  # opacity of bands
 COLUMN, PAGE = 3.3, 6.9  # inches: one column and the full width of a two-column page
@@ -24,7 +23,7 @@ GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours as ``#rrggbb``, ``size`` of the text in points."""
+    """Colours as ``#rrggbb``; ``size`` of the text in points; ``reach``, the part of viridis seen on the background."""
 
     name: str
     background: str
@@ -33,33 +32,33 @@ class Theme:
     missing: str
     hatch: str
     size: float
+    palette: list[str] = field(default_factory=lambda: OKABE_ITO)
+    reach: tuple[float, float] = (0.0, 0.92)
 
     def category(self, index: int, count: int) -> str:
         """Colour of one of ``count`` categories: from the palette, or from viridis where the palette is too short."""
-        palette = [*OKABE_ITO, self.ink, YELLOW]
-        if count > len(palette):
-            return self.along(index / (count - 1))
-        return palette[index]
+        return self.palette[index] if count <= len(self.palette) else self.along(index / (count - 1))
 
     def along(self, share: float) -> str:
         """Colour of a line or dot at ``share`` (0..1) of a scale."""
-        return blend(self.ramp, share)
+        start, stop = self.reach
+        return blend(VIRIDIS, start + share * (stop - start))
 
     @property
     def ramp(self) -> list[str]:
         """Colours of a scale for lines and dots, evenly spaced from its low end to its high end."""
-        return [blend(VIRIDIS, LEGIBLE * step / 9) for step in range(10)]
+        return [self.along(step / 9) for step in range(10)]
 
 
 THEMES = {
     theme.name: theme
     for theme in (
         Theme("light", "#ffffff", "#222222", "#e4e4e4", "#f7f7f7", "#c4c4c4", 8.0),
-        Theme("dark", "#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0),
+        Theme("dark", "#16181d", "#e6e6e6", "#363a43", "#1d2026", "#4a4f5a", 8.0, ON_DARK, (0.25, 1.0)),
         Theme("paper", "#ffffff", "#000000", "#e4e4e4", "#f7f7f7", "#c4c4c4", 7.5),
     )
 }
-PALETTE_SIZE = len(OKABE_ITO) + 2
+PALETTE_SIZE = len(OKABE_ITO)
 
 
 def theme(name: str) -> Theme:

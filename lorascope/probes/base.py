@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope import observe
 from lorascope.chart import Drawable
 from lorascope.claims import Verdict
 from lorascope.method import Method
@@ -34,7 +35,7 @@ class Arm:
     blocks : int or None
         Keep the first blocks of the model only.
     cost : float
-        Of one step, in full fine-tuning steps of minilm on 16 sentences.
+        Of a step on 16 rows, in full fine-tuning steps of minilm on 16 sentences.
     """
 
     label: str
@@ -48,7 +49,16 @@ class Arm:
     @property
     def budget(self) -> float:
         """Cost of one seed, in full fine-tuning steps of minilm on 16 sentences."""
-        return self.cost * self.settings["steps"]
+        return self.cost * self.settings["steps"] * self.settings["batch_size"] / 16
+
+
+def encoder_settings(quick: bool) -> dict[str, Any]:
+    """How every arm on minilm trains, so that probes share their runs."""
+    steps = 40 if quick else 300
+    shared: dict[str, Any] = {"steps": steps, "observe": [observe.norms(), observe.factors(every=steps)]}
+    if quick:
+        return shared | {"batch_size": 8, "eval_every": 20, "eval_size": 200, "test_size": 600}
+    return shared | {"batch_size": 16}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lorascope import observe, plots
 from lorascope.analysis import norms
 from lorascope.claims import Claim, Verdict
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.run import Run
 
 FULL, ADAPTED = "full fine-tuning", "LoRA, embeddings too"
@@ -59,9 +59,7 @@ DECODER_TOP, DECODER_TOP_LEARNED = _claims("head", "SmolLM2, first blocks")
 
 def arms(quick: bool) -> list[Arm]:
     """Full fine-tuning and LoRA with adapters on every linear and on the ends, on an encoder and on a decoder."""
-    steps = 60 if quick else 300
-    settings = {"steps": steps, "batch_size": 16, "observe": [observe.norms(), observe.factors(every=steps)]}
-    settings |= {"test_size": 1000} if quick else {}
+    settings = encoder_settings(quick)
     encoder = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed"), lr=1e-3, head_lr=1e-3)
     found = [
         Arm(label=FULL, method=Full(lr=1e-4, head_lr=1e-4), settings=settings),
@@ -69,9 +67,9 @@ def arms(quick: bool) -> list[Arm]:
     ]
     if quick:
         return found
-    decoder = {"steps": 60, "batch_size": 8, "test_size": 200, "eval_size": 100, "observe": [observe.norms(every=5)]}
+    decoder = {"steps": 30, "batch_size": 8, "test_size": 200, "eval_size": 100, "observe": [observe.norms(every=5)]}
     both_ends = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3)
-    shared = {"settings": decoder, "model": "smollm2", "blocks": 6, "cost": 8.0}
+    shared = {"settings": decoder, "model": "smollm2", "blocks": 6, "cost": 10.0}
     return [
         *found,
         Arm(label=FULL_DECODER, method=Full(lr=5e-5), **shared),
@@ -158,7 +156,7 @@ PROBE = register(
         title="LISA's motivation: where LoRA's norm sits",
         source="Pan et al., LISA, arXiv 2403.17919",
         question="Does LoRA put its update at the ends of the network, and is that learned or drawn?",
-        quick_budget=300,
+        quick_budget=80,
         arms=arms,
         judge=judge,
     )

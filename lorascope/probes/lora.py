@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lorascope import observe, plots, tasks
+from lorascope import plots, tasks
 from lorascope.analysis.stats import t_interval
 from lorascope.claims import Claim
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes.yardstick import tfidf_accuracy
 from lorascope.run import Run
 from lorascope.update import phi
@@ -50,9 +50,7 @@ SHARED = Claim(
 
 def arms(quick: bool) -> list[Arm]:
     """Full fine-tuning and LoRA of two ranks, the same steps each."""
-    steps = 60 if quick else 300
-    settings = {"steps": steps, "batch_size": 16, "observe": [observe.norms(), observe.factors(every=steps)]}
-    settings |= {"test_size": 1000} if quick else {}
+    settings = encoder_settings(quick)
     lora = {"targets": "all-linear", "lr": 1e-3, "head_lr": 1e-3}
     return [
         Arm(label=FULL, method=Full(lr=1e-4, head_lr=1e-4), settings=settings),
@@ -129,7 +127,7 @@ PROBE = register(
         title="LoRA: low rank against full rank",
         source="Hu et al., LoRA, arXiv 2106.09685",
         question="Does an update of rank 8 do what an update of full rank does, and does a larger rank find the same?",
-        quick_budget=400,
+        quick_budget=120,
         arms=arms,
         judge=judge,
     )

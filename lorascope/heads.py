@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from lorascope import names
 from lorascope.models import missing, note_missing
 
 
-def fit_head(model: nn.Module, labels: Sequence[str] | None) -> None:
+def fit_head(model: Any, labels: Sequence[str] | None) -> None:
     """Exchange the last Linear of a classifier where it has another number of outputs than the task has labels.
 
     Parameters
@@ -26,7 +27,7 @@ def fit_head(model: nn.Module, labels: Sequence[str] | None) -> None:
         return
     description = names.describe(model)
     name = description.loc[description["role"] == "head", "module"].iloc[-1]
-    head = model.get_submodule(name)
+    head: nn.Linear = model.get_submodule(name)
     if head.out_features != len(labels):
         fresh = nn.Linear(head.in_features, len(labels), bias=head.bias is not None)
         fresh.to(head.weight.device, head.weight.dtype)

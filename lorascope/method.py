@@ -277,4 +277,5 @@ def from_config(stored: Mapping[str, Any]) -> Method:
     name = fields.pop("name")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
-    return METHODS[name](**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    return METHODS[name](**values)

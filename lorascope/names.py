@@ -17,7 +17,19 @@ from typing import Any
 
 import pandas as pd
 
-from .roles import ATTENTION, CROSS, FFN, LINEAR, ROLES, Place, parse, position, role_inside, role_outside, stack_of
+from lorascope.roles import (
+    ATTENTION,
+    CROSS,
+    FFN,
+    LINEAR,
+    ROLES,
+    Place,
+    parse,
+    position,
+    role_inside,
+    role_outside,
+    stack_of,
+)
 
 __all__ = ["ROLES", "Place", "describe", "match", "parse", "position"]
 

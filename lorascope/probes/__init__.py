@@ -37,7 +37,7 @@ class Outcome:
 
     def plain(self) -> dict[str, Any]:
         """For a program."""
-        listed = [
+        listed: list[dict[str, Any]] = [
             {"probe": name, "claim": verdict.claim.sentence, "outcome": verdict.outcome, "margin": verdict.claim.margin}
             | {"effect": verdict.effect, "low": _number(verdict.low), "high": _number(verdict.high), "n": verdict.n}
             for name, verdicts in self.verdicts.items()

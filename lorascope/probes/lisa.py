@@ -15,6 +15,7 @@ encoder's classifier starts random, so it is drawn but not judged; both ends are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -69,7 +70,7 @@ def arms(quick: bool) -> list[Arm]:
         return found
     decoder = {"steps": 30, "batch_size": 8, "test_size": 200, "eval_size": 100, "observe": [observe.norms(every=5)]}
     both_ends = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3)
-    shared = {"settings": decoder, "model": "smollm2", "blocks": 6, "cost": 10.0}
+    shared: dict[str, Any] = {"settings": decoder, "model": "smollm2", "blocks": 6, "cost": 10.0}
     return [
         *found,
         Arm(label=FULL_DECODER, method=Full(lr=5e-5), **shared),

@@ -10,6 +10,7 @@ rows of a larger one of the same seed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +52,7 @@ SHARED = Claim(
 def arms(quick: bool) -> list[Arm]:
     """Full fine-tuning and LoRA of two ranks, the same steps each."""
     settings = encoder_settings(quick)
-    lora = {"targets": "all-linear", "lr": 1e-3, "head_lr": 1e-3}
+    lora: dict[str, Any] = {"targets": "all-linear", "lr": 1e-3, "head_lr": 1e-3}
     return [
         Arm(label=FULL, method=Full(lr=1e-4, head_lr=1e-4), settings=settings),
         Arm(label=LOW, method=LoRA(rank=8, alpha=8.0, **lora), settings=settings),

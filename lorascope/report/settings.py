@@ -1,0 +1,67 @@
+"""How the runs were made: what differs between the arms in a table, every setting below it, and where the runs lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lorascope.report.markup import Html, element, frame_table
+from lorascope.run import Run
+
+_COLUMNS = {"steps": "steps", "batch_size": "batch", "lr": "rate", "head_lr": "rate of the head"}
+
+
+def settings(arms: Mapping[str, Sequence[Run]], folder: Path) -> Html:
+    """The settings of a probe's runs, folded away.
+
+    Parameters
+    ----------
+    arms : mapping
+        Label -> runs by seed.
+    folder : path
+        The report's; paths are told from there.
+    """
+    return element(
+        "details",
+        element("summary", "Settings and runs"),
+        frame_table("Arms", pd.DataFrame([_arm(label, runs) for label, runs in arms.items() if runs])),
+        frame_table("Runs", pd.DataFrame([_run(label, run, folder) for label, runs in arms.items() for run in runs])),
+        *(_everything(label, runs[0]) for label, runs in arms.items() if runs),
+    )
+
+
+def model_name(run: Run) -> str:
+    """The model without the folder that it was loaded from."""
+    model = Path(run.meta["model"])
+    return model.name if model.is_absolute() else str(run.meta["model"])
+
+
+def _arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
+    first = runs[0]
+    chosen = {name: first.meta["settings"].get(key) for key, name in _COLUMNS.items()}
+    place = {"arm": label, "method": first.label, "model": model_name(first), "data": first.meta["task"]}
+    return place | chosen | {"seeds": ", ".join(str(run.meta["seed"]) for run in runs)}
+
+
+def _run(label: str, run: Run, folder: Path) -> dict[str, Any]:
+    test = run.meta.get("test") or {}
+    return {
+        "arm": label,
+        "seed": str(run.meta["seed"]),
+        "run": run.id,
+        "status": run.meta["status"],
+        "folder": "" if run.path is None else os.path.relpath(run.path, folder),
+        "test": f"{test['name']} {test['metric']:.4g}" if test else "",
+        "minutes": run.meta.get("total_seconds", float("nan")) / 60,
+    }
+
+
+def _everything(label: str, run: Run) -> Html:
+    told = {"method": run.meta["recipe"], "settings": run.meta["settings"]}
+    lines = json.dumps(told, indent=1, ensure_ascii=False, sort_keys=True)
+    return element("details", element("summary", f"Every setting of {label}"), element("pre", lines, tabindex="0"))

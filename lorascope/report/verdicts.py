@@ -1,0 +1,112 @@
+"""The table of claims: the sentence, the outcome, and every number that it rests on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from lorascope.claims import MINIMUM_SEEDS, Verdict
+from lorascope.report.markup import Html, count, element, shown, table
+
+MARKS = {"supported": "✓", "not supported": "✗", "inconclusive": "?"}
+RULE = (
+    "Effect: statistic minus control, paired by seed; mean and 95 % t-interval over seeds. Supported: the whole "
+    "interval lies above the margin, the smallest effect worth the sentence. Not supported: all of it lies below. "
+    f"Otherwise, and with fewer than {MINIMUM_SEEDS} seeds always, inconclusive. The strip draws effect and interval "
+    "in margins: the dashed line is no effect, the full line the margin; an arrow says that the effect lies beyond."
+)
+_HEADS = {
+    "Claim": False, "Outcome": False, "Effect": True, "Margin": True, "Statistic": False, "Control": False,
+    "Seeds": True, "Source": False,
+}  # fmt: skip
+_LEAST, _MOST, _WIDTH = -2.0, 4.0, 120  # ends of the strip in margins, and its width in pixels
+
+
+def claims_table(judged: Sequence[tuple[Verdict, str]]) -> Html:
+    """One row a claim, each with the address of its probe on the page."""
+    return table("Claims and their outcomes", _HEADS, [_row(verdict, probe) for verdict, probe in judged], "claims")
+
+
+def tally(verdicts: Sequence[Verdict]) -> str:
+    """How many claims came out how."""
+    found = Counter[str](verdict.outcome for verdict in verdicts)
+    parts = [f"{found[outcome]} {outcome}" for outcome in MARKS if found[outcome]]
+    return f"{count(len(verdicts), 'claim')}: {', '.join(parts)}" if parts else "no claims"
+
+
+def too_few(verdicts: Sequence[Verdict]) -> str:
+    """Why claims are inconclusive whatever their numbers; "" where there are seeds enough."""
+    few = [verdict for verdict in verdicts if verdict.n < MINIMUM_SEEDS]
+    if not few:
+        return ""
+    which = "Every claim here is" if len(few) == len(verdicts) else f"{len(few)} of the {len(verdicts)} claims here are"
+    seeds = " or ".join(count(n, "seed") for n in sorted({verdict.n for verdict in few}))
+    return (
+        f"{which} inconclusive whatever the numbers say, because {seeds} cannot tell an effect from the luck of a "
+        f"draw: the rule decides from {MINIMUM_SEEDS} seeds on."
+    )
+
+
+def by_seed(verdicts: Sequence[Verdict]) -> Html:
+    """What was measured for each seed."""
+    heads = {"Claim": False} | dict.fromkeys(("Seed", "Statistic", "Control", "Effect"), True)
+    return table("The claims by seed", heads, [row for verdict in verdicts for row in _seed_rows(verdict)])
+
+
+def _seed_rows(verdict: Verdict) -> Iterator[Html]:
+    """One row a seed, all under the sentence of the claim."""
+    sentence = element("th", verdict.claim.sentence, scope="rowgroup", rowspan=str(verdict.n))
+    values = verdict.values[["seed", "statistic", "control", "effect"]].astype(object)
+    for place, row in enumerate(values.itertuples(index=False, name=None)):
+        cells = [element("td", shown(value), class_="n") for value in row]
+        yield element("tr", *([sentence] if place == 0 else []), *cells)
+
+
+def _row(verdict: Verdict, probe: str) -> Html:
+    claim, means = verdict.claim, verdict.values[["statistic", "control"]].mean()
+    interval = f"[{verdict.low:.3g}, {verdict.high:.3g}]" if verdict.n > 1 else "no interval"
+    reach = element("span", interval, class_="interval")
+    return element(
+        "tr",
+        element("th", element("a", claim.sentence, href=f"#{probe}"), scope="row"),
+        element("td", outcome(verdict.outcome)),
+        element("td", element("b", f"{verdict.effect:.3g}"), reach, strip(verdict), class_="n"),
+        element("td", f"{claim.margin:.3g}", class_="n"),
+        *(
+            element("td", element("b", f"{means[name]:.3g}"), " ", text)
+            for name, text in (("statistic", claim.statistic), ("control", claim.control))
+        ),
+        element("td", str(verdict.n), class_="n"),
+        element("td", claim.source),
+    )
+
+
+def outcome(word: str) -> Html:
+    """An outcome by word, sign and colour."""
+    sign = element("span", MARKS[word], aria_hidden="true")
+    return element("span", sign, " ", word, class_=f"outcome {word.replace(' ', '-')}")
+
+
+def strip(verdict: Verdict) -> Html:
+    """The effect with its interval against the margin, as a small drawing."""
+    place = {name: _place(getattr(verdict, name) / verdict.claim.margin) for name in ("effect", "low", "high")}
+    parts = [
+        element("path", d=f"M{_place(0.0):.1f} 2V18", class_="zero"),
+        element("path", d=f"M{_place(1.0):.1f} 2V18", class_="margin"),
+    ]
+    if verdict.n > 1:
+        parts.append(element("path", d=f"M{place['low']:.1f} 10H{place['high']:.1f}", class_="reach"))
+    x = place["effect"]
+    share = verdict.effect / verdict.claim.margin
+    if _LEAST <= share <= _MOST:
+        parts.append(element("circle", cx=f"{x:.1f}", cy="10", r="3.5"))
+    else:
+        parts.append(element("path", d=f"M{x:.1f} 10l{-6 if share > 0 else 6} -4v8z", class_="beyond"))
+    size = {"width": str(_WIDTH), "height": "20", "viewBox": f"0 0 {_WIDTH} 20"}
+    return element("svg", *parts, class_="strip", aria_hidden="true", **size)
+
+
+def _place(margins: float) -> float:
+    """Where on the strip an effect of so many margins lies."""
+    inside = min(max(margins, _LEAST), _MOST)
+    return 4 + (_WIDTH - 8) * (inside - _LEAST) / (_MOST - _LEAST)

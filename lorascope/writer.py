@@ -15,8 +15,9 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
+from lorascope.layout import snapshot_file
 from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
-from lorascope.run import Run, snapshot_file
+from lorascope.run import Run
 from lorascope.tensors import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
 
 
@@ -48,7 +49,9 @@ class RunWriter:
         write_json(self.path / "run.json", self.meta)
         if table is not None:
             self._table = table
-        known = set() if table is None else {self.path / snapshot_file(step) for step in table["step"].unique()}
+        known = (
+            set() if table is None else {self.path / snapshot_file(step) for step in table["step"].unique().tolist()}
+        )
         left = {*self.path.glob("records.parquet"), *self.path.glob("snapshots/*"), *self.path.glob("state/*")}
         for file in (left - known) | set(filter(is_partial, self.path.rglob(".*"))):
             file.unlink()

@@ -1,0 +1,169 @@
+"""A warm process that trains in forks of itself, and kills them: ``python killing.py MODEL TABLE``.
+
+It reads jobs from its standard input, one JSON object a line, and answers each with the exit status of the fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import lorascope as ls
+from lorascope import delta, models, observe, tasks
+from lorascope.method import Phase
+from lorascope.methods import Full, LoRA
+
+SETTINGS = {
+    "steps": 5, "batch_size": 4, "eval_every": 2, "eval_size": 8, "test_size": 8, "checkpoint_every": 2,
+    "device": "cpu", "progress": False,
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TwoPhases(Full):
+    """Adapts what a first phase found to move most."""
+
+    def phases(self, base):
+        found = yield Phase(Full(lr=1e-2), "search", steps=3)
+        largest = found.summary().query("layer == 1").nlargest(2, "update_norm")["module"].tolist()
+        yield Phase(LoRA(rank=2, targets=tuple(largest), dropout=0.1), "retrain", split="train")
+
+
+@dataclass(kw_only=True)
+class Growing(LoRA):
+    """Gains a component at a random module every second step, and looks at search rows between."""
+
+    search_share: float = 0.3
+
+    def attach(self, model):
+        super().attach(model)
+        self.generator_ = torch.Generator().manual_seed(7)
+        self.losses_ = {"seen": [], "last": torch.zeros(())}
+
+    def before_step(self, step):
+        loss = step.loss(step.validation(size=3)).detach()
+        self.losses_ = {"seen": [*self.losses_["seen"], float(loss)], "last": loss}
+
+    def after_step(self, step):
+        if step.index % 2:
+            return
+        found = list(delta.adapted(step.model).values())
+        chosen = found[int(torch.randint(len(found), (), generator=self.generator_))]
+        rank = chosen.A.shape[0]
+        delta.resize(chosen.A, step.optimizer, list(range(rank)), torch.randn(1, chosen.A.shape[1]), 0)
+        delta.resize(chosen.B, step.optimizer, list(range(rank)), torch.zeros(chosen.B.shape[0], 1), 1)
+
+    def records(self, step):
+        yield ls.Snapshot("/search_loss", torch.tensor(self.losses_["seen"]).numpy(), ("step",))
+
+
+@dataclass(kw_only=True)
+class Freezing(Full):
+    """Trains one block at a time, newly drawn every third step."""
+
+    def attach(self, model):
+        super().attach(model)
+        self.generator_ = torch.Generator().manual_seed(7)
+
+    def before_step(self, step):
+        if step.index % 3 == 0:
+            frozen = int(torch.randint(2, (), generator=self.generator_))
+            for name, parameter in step.model.named_parameters():
+                parameter.requires_grad_(f"layer.{frozen}." not in name)
+
+
+METHODS = {
+    "full": Full(lr=1e-2),
+    "lora": LoRA(rank=2, targets="all-linear", dropout=0.2, lr=1e-2),
+    "two phases": TwoPhases(),
+    "growing": Growing(rank=1, lr=1e-2),
+    "freezing": Freezing(lr=1e-2),
+}
+
+
+def observers():
+    return [observe.norms(every=3), observe.factors(every=4)]
+
+
+def at_each_change(folder: Path, act: Callable[[int], None]) -> None:
+    """Call ``act`` with a running number where a kill leaves something new: amid every write and before every removal.
+
+    A hook on the interpreter's own events sees all of them, whoever writes.
+    """
+    count = 0
+    inside = False
+
+    def moment() -> None:
+        nonlocal count, inside
+        inside = True
+        act(count)
+        inside = False
+        count += 1
+
+    def audit(event: str, arguments: tuple[object, ...]) -> None:
+        if inside or event not in ("os.remove", "os.rmdir", "os.mkdir"):
+            return
+        path = Path(str(arguments[0]))
+        if path.is_relative_to(folder) and path.exists() == (event != "os.mkdir"):
+            moment()
+
+    def half_written(handle: int, sync: Callable[[int], None] = os.fsync) -> None:
+        partial = next(folder.rglob(".*.part"))
+        whole = partial.read_bytes()
+        os.truncate(partial, len(whole) // 2)
+        moment()
+        partial.write_bytes(whole)
+        sync(handle)
+
+    os.fsync = half_written
+    sys.addaudithook(audit)
+
+
+def train(job, model, task) -> None:
+    out = Path(job["out"])
+    if "copies" in job:  # what lies on the disk at a moment is what a kill at this moment would leave
+
+        def copy(number: int) -> None:
+            if out.exists():
+                shutil.copytree(out, Path(job["copies"]) / f"{number:03d}")
+
+        at_each_change(out, copy)
+    if "kill at" in job:
+        at_each_change(out, lambda number: number == job["kill at"] and os.kill(os.getpid(), signal.SIGKILL))
+    ls.train(model, task, METHODS[job["method"]], observe=observers(), out=out, **SETTINGS)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    task = tasks.load(sys.argv[2])
+    model = models.load(sys.argv[1], task=task)
+    for line in sys.stdin:
+        job = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            try:
+                train(job, model, task)
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+        if "seconds" in job:
+            time.sleep(job["seconds"])
+            os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    random.seed(0)
+    main()

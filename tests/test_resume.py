@@ -1,0 +1,288 @@
+"""Killed, interrupted, out of space or with a damaged checkpoint: the same call gives the same run, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import killing
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import lorascope as ls
+from lorascope import models
+from lorascope.methods import LoRA
+from lorascope.plan import held
+from lorascope.session import Session
+
+CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All that lies in a folder, wall-clock quantities aside."""
+    found: dict[str, object] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".parquet":
+            table = pd.read_parquet(file)
+            found[name] = table[table["quantity"] != "seconds"].reset_index(drop=True).to_json(double_precision=15)
+            values = table.loc[table["quantity"] != "seconds", "value"]
+            found[f"{name} bits"] = values.to_numpy().tobytes()
+        elif file.name == "run.json":
+            meta = json.loads(file.read_text())
+            meta["checksums"].pop("records.parquet", None)
+            found[name] = {key: value for key, value in meta.items() if key not in CIRCUMSTANCES}
+        else:
+            found[name] = file.read_bytes()
+    return found
+
+
+def same(first: Path, second: Path) -> None:
+    one, two = contents(first), contents(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name] == two[name], name
+
+
+class Forks:
+    """Trains in forks of a warm process of one thread."""
+
+    def __init__(self, model: str, table: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, killing.__file__, model, str(table)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, method: str, out: Path, **job: object) -> int:
+        self.process.stdin.write(json.dumps({"method": method, "out": str(out), **job}, default=str) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def table(task, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("table") / "reviews.csv"
+    task.table[["text", "label"]].to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def forks(bert, table):
+    forks = Forks(bert, table)
+    yield forks
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0
+
+
+def never_taken_for_whole(folder: Path, whole: Path) -> None:
+    """A folder that opens and gives its table holds all that the finished one does."""
+    try:
+        table = ls.load(folder).table
+    except (ValueError, FileNotFoundError) as error:
+        table, line = None, str(error)
+    if table is None:
+        assert "\n" not in line
+    else:
+        found = contents(folder)
+        assert {name: found[name] for name in contents(whole)} == contents(whole)
+
+
+@pytest.mark.parametrize("method", list(killing.METHODS))
+def test_whatever_lies_on_the_disk_at_any_moment_is_gone_on_from(method, forks, tmp_path):
+    """The disk is copied amid every write and before every removal: what a kill at that moment would leave."""
+    whole, copies = tmp_path / "whole", tmp_path / "copies"
+    assert forks(method, whole, copies=copies) == 0
+    moments = sorted(copies.iterdir())
+    assert len(moments) > 10
+    if method == "two phases":  # each phase has the moments of a run
+        moments = moments[::2]
+    for copy in moments:
+        never_taken_for_whole(copy, whole)
+        assert forks(method, copy) == 0
+        same(copy, whole)
+
+
+@pytest.mark.parametrize("method", ["two phases", "growing"])
+def test_killed_again_and_again(method, forks, tmp_path):
+    """SIGKILL itself: in the midst of a write, and at times drawn at random, until a call survives."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    start = time.monotonic()
+    assert forks(method, whole) == 0
+    length = time.monotonic() - start
+    draw = random.Random(method)
+    jobs = [{"kill at": draw.randrange(3, 9)} for _ in range(3)]
+    jobs += [{"seconds": draw.uniform(0.2, 0.9) * length} for _ in range(3)]
+    outcomes = [forks(method, out, **job) for job in jobs]
+    assert outcomes[:2] == [-signal.SIGKILL] * 2
+    assert set(outcomes) <= {0, -signal.SIGKILL}
+    assert forks(method, out) == 0
+    same(out, whole)
+
+
+FAST = killing.SETTINGS | {"observe": killing.observers()}
+
+
+@pytest.fixture
+def whole(bert, task, tmp_path) -> Path:
+    """A run that nobody disturbed."""
+    ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=tmp_path / "whole", **FAST)
+    return tmp_path / "whole"
+
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Make something happen once, at the beginning of a step of LoRA."""
+
+    def plan(index, act):
+        waiting = [act]
+
+        def before_step(self, step):
+            if step.index == index and waiting:
+                waiting.pop()()
+
+        monkeypatch.setattr(LoRA, "before_step", before_step)
+
+    return plan
+
+
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("index", [0, 2, 4])
+@pytest.mark.parametrize("fresh", [True, False], ids=["a fresh model", "the same module"])
+def test_ctrl_c_finishes_the_step_and_the_same_call_goes_on(index, fresh, whole, bert, task, tmp_path, at_step):
+    out, model, method = tmp_path / "out", models.load(bert, task=task), killing.METHODS["lora"]
+    at_step(index, press)
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {index + 1} of 5; the same call goes on"):
+        ls.train(model, task, method, out=out, **FAST)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert [file.stem for file in out.glob("resume/step-*")] == [f"step-{index + 1:08d}"]
+    with pytest.raises(FileNotFoundError, match="the same call of train goes on with it"):
+        ls.load(out).table  # noqa: B018
+    done = []
+    at_step(index, lambda: done.append("again"))
+    run = ls.train(models.load(bert, task=task) if fresh else model, task, method, out=out, **FAST)
+    assert not done
+    assert run.finished
+    same(out, whole)
+
+
+def test_a_second_ctrl_c_cuts_through(bert, whole, task, tmp_path, at_step):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    at_step(3, lambda: (press(), press()))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    assert str(caught.value) == ""
+    ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    same(out, whole)
+
+
+@pytest.mark.parametrize("write", range(0, 18, 2))
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(write, whole, bert, task, tmp_path, monkeypatch):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    model = models.load(bert, task=task)
+    left = [write]
+
+    def fill(handle):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fill)
+        with pytest.raises(OSError, match=r"could not be written \(No space left on device") as caught:
+            ls.train(model, task, method, out=out, **FAST)
+    assert "\n" not in str(caught.value)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(out.rglob(".*"))
+    never_taken_for_whole(out, whole)
+    ls.train(model, task, method, out=out, **FAST)
+    same(out, whole)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "nonsense"])
+def test_a_damaged_checkpoint_is_told_and_not_used(damage, whole, bert, task, tmp_path, at_step):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    at_step(3, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    (file,) = out.glob("resume/step-*")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    wrong = {"cut short": data[:-1000], "one bit": data, "empty": b"", "nonsense": b"nonsense" * 100}
+    file.write_bytes(wrong[damage])
+    done = []
+    at_step(0, lambda: done.append("from the beginning"))
+    with pytest.warns(UserWarning, match="step-00000004.*going on from an earlier step"):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    assert done
+    same(out, whole)
+
+
+def test_the_best_state_of_lost_steps_is_lost_with_them(bert, task, tmp_path, at_step, monkeypatch):
+    """On another machine the steps after a checkpoint may find no better state; then the earlier one is the best."""
+    out, method = tmp_path / "out", LoRA(rank=2)
+    states = {}
+    score, worse = Session._score, []
+
+    def judged(self, rows):
+        result = score(self, rows)
+        if rows is not self.validation:
+            return result
+        states[self.step.finished] = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        good = {2: 6, 4: 1 if worse else 7, 5: 0}[self.step.finished]
+        return replace(result, correct=np.arange(len(result.nll)) < good)
+
+    monkeypatch.setattr(Session, "_score", judged)
+    at_step(4, lambda: (press(), press()))
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST | {"checkpoint_every": 3})
+    worse.append("now")
+    run = ls.train(models.load(bert, task=task), task, method, out=out, **FAST | {"checkpoint_every": 3})
+    assert run.meta["states"]["best"]["step"] == 2
+    assert sorted(path.stem for path in out.glob("snapshots/*")) == [
+        "step-000000",
+        "step-000002",
+        "step-000004",
+        "step-000005",
+    ]
+    model = models.load(bert, task=task)
+    run.restore(model, state="best")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, states[2][name]), name
+
+
+def test_a_folder_in_use_is_refused(bert, task, tmp_path):
+    with held(tmp_path / "out"), pytest.raises(ValueError, match="is being trained by another process"):
+        ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
+    ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
+
+
+def test_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
+    at_step(1, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, killing.METHODS["two phases"], out=tmp_path / "out", **FAST)
+    with pytest.raises(ValueError, match="out is running, in its phase 2-retrain: the same call of train goes on"):
+        ls.load(tmp_path / "out")
+    assert ls.load(tmp_path / "out/1-search").finished
+
+
+def test_overwriting_begins_anew(whole, bert, task):
+    (whole / "notes.txt").write_text("left over")
+    run = ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=whole, overwrite=True, **FAST)
+    assert run.finished
+    assert not (whole / "notes.txt").exists()
+    assert [path.name for path in whole.parent.iterdir()] == [whole.name]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Int
 
 from lorascope.adapter_files import pattern_key
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
@@ -115,10 +116,9 @@ def _modules(run: Run) -> pd.DataFrame:
     frame["energy_rank"] = [energy_rank(sigmas[m], _SHARE) if m in sigmas else np.nan for m in frame["module"]]
     squares = frame["update_norm"] ** 2
     frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
-    sizes = run.modules.set_index("module")[["out_features", "in_features"]].loc[frame["module"]]
-    dense = sizes.prod(axis=1).to_numpy()
-    factored = (frame["rank"] * sizes.sum(axis=1).to_numpy()).fillna(0)
-    frame["parameters"] = factored.where(frame["rank"].notna(), dense).astype("int64")
+    outer, inner = _shapes(run, frame["module"]).T
+    factored = (frame["rank"] * (outer + inner)).fillna(0)
+    frame["parameters"] = factored.where(frame["rank"].notna(), outer * inner).astype("int64")
     columns = ["module", "stack", "layer", "role", "rank", "parameters", "update_norm", "relative_update", "energy"]
     return frame[[*columns, "stable_rank", "effective_rank", "energy_rank"]]
 
@@ -134,6 +134,15 @@ def _singular_values(run: Run, modules: pd.Series) -> Mapping[str, np.ndarray]:
         if module not in found and last in run.snapshot_steps(name):
             found[module] = run.snapshot(name, last)["value"].to_numpy()
     return found
+
+
+def _shapes(run: Run, modules: pd.Series) -> Int[np.ndarray, "n 2"]:
+    """(out, in) of every module; a second name of a tied weight has no row of its own, its update tells."""
+    described = run.modules.set_index("module")[["out_features", "in_features"]]
+    known = set(described.index)
+    return np.array(
+        [described.loc[name] if name in known else run.updates()[name].shape for name in modules], dtype=np.int64
+    )
 
 
 def _adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:

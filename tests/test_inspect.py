@@ -104,16 +104,17 @@ def test_measures_are_the_planted_ones(tmp_path: Path) -> None:
 
 def test_roles_pool_norms_by_squares_and_ranks_by_their_mean(tmp_path: Path) -> None:
     spectra = {
-        "model.layers.0.self_attn.q_proj": [3.0, 0.0],
-        "model.layers.1.self_attn.q_proj": [2.0, 2.0],
+        "model.layers.0.self_attn.v_proj": [1.0, 0.0],
+        "model.layers.1.self_attn.q_proj": [3.0, 0.0],
+        "model.layers.2.self_attn.q_proj": [2.0, 2.0],
         "lm_head": [1.0, 0.0],
         "model.embed_tokens": [1.0, 1.0],
     }
     roles = inspect(load(plant(tmp_path / "a", spectra))).roles().set_index("role")
-    assert list(roles.index) == ["embed", "q", "head"]
+    assert list(roles.index) == ["embed", "q", "v", "head"]
     assert roles.loc["q", "update_norm"] == pytest.approx(2 * 17**0.5)
     assert roles.loc["q", "effective_rank"] == pytest.approx(1.5)
-    assert roles.loc["q", "energy"] == pytest.approx(17 / 20)
+    assert roles.loc["q", "energy"] == pytest.approx(17 / 21)
     assert roles.loc["q", "modules"] == 2
 
 
@@ -230,6 +231,14 @@ def test_a_run_with_factors_is_measured_by_them(tmp_path: Path) -> None:
     item = inspect(load(write_run(tmp_path / "run")))
     assert item.modules["update_norm"].item() == pytest.approx(2**0.5)
     assert item.modules["energy_rank"].item() == 2
+
+
+def test_the_second_name_of_a_tied_weight_is_measured_too(tmp_path: Path) -> None:
+    module = json.loads((write_run(tmp_path / "donor") / "run.json").read_text())["modules"][0]
+    modules = [module | {"module": "embed", "role": "embed", "layer": None, "tied": "h.0.q"}]
+    item = inspect(load(write_run(tmp_path / "run", modules=modules)))
+    row = item.modules.set_index("module").loc["h.0.q"]
+    assert (row["energy_rank"], row["parameters"], row["update_norm"]) == (2, 2 * 6, pytest.approx(2**0.5))
 
 
 class Terminal(io.StringIO):

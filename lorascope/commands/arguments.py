@@ -86,6 +86,12 @@ def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[
     return found
 
 
+def headline(function: Callable[..., Any]) -> str:
+    """The first sentence of a docstring, without its full stop."""
+    paragraph = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
+    return re.split(r"\.\s+(?=[A-Z])", paragraph)[0].replace("\n", " ").rstrip(".")
+
+
 def flag_type(hint: Any) -> Any:
     """The part of a type that can be written on a command line; None where there is none.
 
@@ -127,9 +133,9 @@ def _told(function: Callable[..., Any]) -> dict[str, str]:
 
 
 def _complaint(panel: str) -> str:
-    """The message inside the panel that tyro draws, without the help of the options that it names."""
-    lines = [line[2:].rstrip(" │") for line in panel.splitlines() if line.startswith("│")]
-    lines = [line for line in lines if not line.startswith(" " * 8)]
-    message, _, rest = "\n".join(lines).partition("\n───")
-    near = re.findall(r"--[\w-]+", rest.partition("Perhaps you meant")[2].partition("───")[0])
+    """The message inside the panel that tyro draws, in lines or in ASCII, without the help of the options it names."""
+    inside = [line[2:].rstrip(" │") for line in panel.splitlines() if line.startswith(("│ ", "  "))]
+    told = "\n".join(line for line in inside if not line.startswith(" " * 8))
+    message, *rest = re.split(r"^[─-]{3,}$", told, flags=re.MULTILINE)
+    near = [option for part in rest if "Perhaps you meant" in part for option in re.findall(r"--[\w-]+", part)]
     return " ".join(message.split()) + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from lorascope.checkpoints import load
-from lorascope.commands.arguments import UsageError, fields_of, parse
+from lorascope.commands.arguments import UsageError, fields_of, headline, parse
 from lorascope.plots import FIGURES
 from lorascope.run import Run
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     control = _opened(options.control) if options.control else None
     chart = FIGURES[name].draw(_opened(options.runs), control, **own)
     path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
-    print(json.dumps({"figure": name, "path": str(path), "caption": chart.caption}) if options.json else path)
+    print(json.dumps({"figure": name, "path": str(path)}) if options.json else path)
     return 0
 
 
@@ -57,9 +58,8 @@ def _options(name: str) -> type:
     figure = FIGURES[name]
     own = fields_of(figure.draw, skip=("runs", "control"))
     options = dataclasses.make_dataclass("Options", own, bases=(_Common,), frozen=True, kw_only=True)
-    headline = (figure.draw.__doc__ or "").strip().partition("\n")[0]
     example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
-    options.__doc__ = f"{headline}\n\n{figure.reads}\n\n{example}"
+    options.__doc__ = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
     return options
 
 
@@ -88,6 +88,7 @@ def _catalogue() -> str:
     width = max(map(len, FIGURES)) + 2
     lines = ["usage: lorascope plot FIGURE RUN [RUN ...] [-o FILE]", "", "figures:"]
     for name, figure in FIGURES.items():
-        headline = (figure.draw.__doc__ or "").strip().partition("\n")[0]
-        lines.append(f"  {name:<{width}}{headline}")
+        lines += textwrap.wrap(
+            f"{name:<{width}}{headline(figure.draw)}", 80, initial_indent="  ", subsequent_indent=" " * (width + 2)
+        )
     return "\n".join([*lines, "", "Example: lorascope plot spectrum runs/my-run -o spectrum.pdf"])

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from lorascope.commands.arguments import UsageError, fields_of, parse
+from lorascope.commands.arguments import UsageError, fields_of, headline, parse
 from lorascope.loop import train
 from lorascope.method import Method
 from lorascope.methods import METHODS
@@ -61,8 +61,9 @@ def _options(name: str) -> type:
     method = METHODS[name]
     fields = [*_settings(), *_method_fields(method)]
     options = dataclasses.make_dataclass("Options", fields, bases=(_Common,), frozen=True, kw_only=True)
-    headline = (method.__doc__ or "").strip().partition("\n")[0]
-    options.__doc__ = f"{headline}\n\nExample: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
+    options.__doc__ = (
+        f"{headline(method)}\n\nExample: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
+    )
     return options
 
 

@@ -1,0 +1,295 @@
+"""The command line: which words lead where, exit codes, one-line errors, and what each command imports."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_inspect import llama, plant
+
+import lorascope
+from lorascope.checkpoints import load
+from lorascope.cli import COMMANDS, main
+from lorascope.commands import inspecting, training
+from lorascope.commands.arguments import fields_of, flag_type
+from lorascope.methods import METHODS
+from lorascope.plots import FIGURES
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command line."""
+    try:
+        code = main(list(map(str, words)))
+    except SystemExit as stop:  # of --help
+        code = int(stop.code or 0)
+    told = capsys.readouterr()
+    return code, told.out, told.err
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
+    """The one line on stderr of a command line that fails."""
+    found, out, err = run(capsys, *words)
+    assert found == code
+    assert out == ""
+    assert err.startswith("lorascope: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("lorascope: ").rstrip("\n")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    return plant(tmp_path / "my-adapter", llama(2, [1.0, 0.5, 0.2, 0.1]))
+
+
+@pytest.fixture
+def reviews(tmp_path: Path, task: Any) -> Path:
+    """The tiny task as a file."""
+    rows = pd.concat([task.split(name) for name in ("train", "validation", "test")])
+    rows[["text", "label"]].to_csv(tmp_path / "reviews.csv", index=False)
+    return tmp_path / "reviews.csv"
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version") == (0, f"lorascope {lorascope.__version__}\n", "")
+    code, out, err = run(capsys, "--help")
+    assert (code, err) == (0, "")
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert "lorascope train lora" in out
+    assert run(capsys) == (2, out, "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, name, "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: lorascope {name} " in out
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plot", name, "--help")
+    assert code == 0
+    assert f"Example: lorascope plot {name} " in out
+    assert "--control" in out
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_help_with_its_own_fields(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "train", name, "--help")
+    assert code == 0
+    assert f"Example: lorascope train {name} " in out
+    assert "--batch-size" in out
+    assert ("--rank" in out) == hasattr(METHODS[name](), "rank")
+
+
+def test_wrong_words_get_one_line_with_what_was_meant(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
+    assert complaint(capsys, "inspcet") == "there is no command 'inspcet'; did you mean inspect?"
+    assert complaint(capsys, "zzz") == f"there is no command 'zzz'; there are {', '.join(COMMANDS)}"
+    assert complaint(capsys, "inspect").startswith("inspect what?")
+    assert "Unrecognized options: --jsn; did you mean --json?" in complaint(capsys, "inspect", adapter, "--jsn")
+    assert "--json and --csv exclude each other" in complaint(capsys, "inspect", adapter, "--json", "--csv")
+    assert "there is no folder nowhere" in complaint(capsys, "inspect", "nowhere")
+    assert "there is no figure 'spectrm': spectrum" in complaint(capsys, "plot", "spectrm", adapter)
+    assert complaint(capsys, "plot", "spectrum").startswith("plot spectrum of what?")
+    assert "unknown method 'lora2': lora" in complaint(capsys, "train", "lora2")
+    assert "Missing from lorascope train lora: --steps INT" in complaint(capsys, "train", "lora")
+    assert "Error parsing --rank" in complaint(capsys, "train", "lora", "--steps", 3, "--rank", "x")
+    assert "nowhere.csv" in complaint(capsys, "train", "lora", "--steps", 3, "--task", "nowhere.csv")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("no\nsuch  thing"), 2, "no such thing"),
+        (FileNotFoundError("there is no folder x"), 2, "there is no folder x"),
+        (PermissionError(errno.EACCES, "Permission denied"), 2, "[Errno 13] Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device"),
+        (FloatingPointError("the loss became nan"), 1, "the loss became nan"),
+        (KeyboardInterrupt("stopped after step 3 of 9; the same call goes on"), 130,
+         "stopped after step 3 of 9; the same command goes on"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ],
+)  # fmt: skip
+def test_exit_codes(
+    error: BaseException, code: int, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: str, base: str | None) -> None:
+        raise error
+
+    monkeypatch.setattr(inspecting, "load", fail)
+    assert complaint(capsys, "inspect", "x", code=code) == line
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspecting, "load", lambda path, base: {}["x"])
+    with pytest.raises(KeyError):
+        main(["inspect", "x"])
+
+
+def test_train_then_inspect_then_plot(
+    bert: str, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    common = ["--model", bert, "--task", reviews, "--steps", 4, "--batch-size", 8, "--no-progress"]
+    own = ["--rank", 2, "--targets", "q", "k", "--alpha", 4, "--lr", "1e-2"]
+    code, out, err = run(capsys, "train", "lora", *common, *own, "-o", "run")
+    assert (code, err) == (0, "")
+    trained = load("run")
+    assert out.splitlines()[0] == repr(trained).splitlines()[0]
+    stored = trained.meta["method"]
+    assert (stored["rank"], stored["alpha"], stored["targets"]) == (2, 4.0, ["q", "k"])
+    assert trained.meta["settings"]["lr"] == 0.01
+    assert trained.meta["settings"]["batch_size"] == 8
+    assert len(trained.ranks()) == 4
+
+    # The same command line finds the run again.
+    code, out, _ = run(capsys, "train", "lora", *common, *own, "-o", "run", "--json")
+    told = json.loads(out)
+    assert (code, told["id"], told["status"], told["path"]) == (0, trained.id, "done", "run")
+    assert told["test"]["metric"] == trained.meta["test"]["metric"]
+    assert "run holds" in complaint(capsys, "train", "lora", *common, "-o", "run")
+
+    code, out, _ = run(capsys, "inspect", "run")
+    assert code == 0
+    assert trained.label in out.splitlines()[0]
+    code, out, _ = run(capsys, "plot", "norm_over_steps", "run", "-o", "figures/norm.csv")
+    assert (code, out) == (0, "figures/norm.csv\n")
+    assert Path("figures/norm.csv").exists()
+
+
+def test_training_that_breaks_exits_1_and_leaves_a_run_that_says_why(
+    bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "full", "--model", bert, "--task", reviews, "--steps", 30, "--lr", "1e30", "--no-progress"]
+    line = complaint(capsys, *words, "-o", tmp_path / "run", code=1)
+    assert "nan" in line
+    code, out, _ = run(capsys, "inspect", tmp_path / "run")
+    assert code == 1
+    assert "broken" in out
+
+
+def test_plot_lists_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plot")
+    assert code == 0
+    assert all(name in out for name in FIGURES)
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_plot_passes_the_figures_own_arguments_on(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = "model.layers.1.mlp.up_proj"
+    code, out, _ = run(capsys, "plot", "spectrum", adapter, "--module", module, "--json")
+    assert code == 0
+    told = json.loads(out)
+    assert told == {"figure": "spectrum", "path": "figures/spectrum.pdf"}
+    assert Path("figures/spectrum.pdf").read_bytes().startswith(b"%PDF")
+    run(capsys, "plot", "spectrum", adapter, "--module", module, "-o", "s.csv")
+    values = pd.read_csv("s.csv")["value"]
+    assert values.max() == pytest.approx(4.0)  # 2 (the scale) x 2 (layer 1) x 1.0
+    assert "no.such" in complaint(capsys, "plot", "spectrum", adapter, "--module", "no.such")
+    assert "ending must be one of" in complaint(capsys, "plot", "spectrum", adapter, "-o", "s.doc")
+
+
+def test_plot_takes_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [plant(tmp_path / name, llama(2, [size, 0.5])) for size, name in enumerate(("a", "b", "x=y"), start=1)]
+    file = tmp_path / "s.csv"
+    labelled = [f"small={folders[0]}", folders[1], folders[2]]
+    assert run(capsys, "plot", "spectrum", *labelled, "-o", file)[0] == 0
+    assert set(pd.read_csv(file)["recipe"]) == {"small", "b", "x=y"}
+
+
+def test_a_closed_pipe_is_no_failure(adapter: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "lorascope.cli", "inspect", str(adapter), "--json"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (b"", 0)
+
+
+def modules_after(code: str, *words: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has after some code."""
+    report = "import json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\n{report}", *words], capture_output=True, text=True, check=True, env=environment
+    )
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("code", ["import lorascope", "from lorascope.cli import main; main(['--help'])"])
+def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
+    assert not modules_after(code) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "tyro"}
+
+
+def test_inspect_imports_no_torch(adapter: Path) -> None:
+    call = "import sys; from lorascope.cli import main; main(['inspect', sys.argv[1]])"
+    loaded = modules_after(call, str(adapter))
+    assert "pandas" in loaded
+    assert not loaded & {"torch", "transformers", "peft", "matplotlib", "plotly", "scipy"}
+
+
+def test_plot_imports_no_torch(adapter: Path, tmp_path: Path) -> None:
+    call = "import sys; from lorascope.cli import main; main(['plot', 'spectrum', sys.argv[1], '-o', sys.argv[2]])"
+    assert not modules_after(call, str(adapter), str(tmp_path / "x.pdf")) & {"torch", "transformers", "peft"}
+
+
+@pytest.mark.parametrize(
+    ("hint", "flag"),
+    [
+        (int, int),
+        (float | int | None, float | None),
+        (str | Path | None, str | None),
+        (str | tuple[str, ...], str | tuple[str, ...]),
+        (dict[str, int] | int, int),
+        (dict[str, int], None),
+        (Any, None),
+        (type(None), None),
+    ],
+)
+def test_the_part_of_a_type_that_can_be_a_flag(hint: Any, flag: Any) -> None:
+    assert flag_type(hint) == flag
+
+
+def test_options_come_with_the_docstrings_help() -> None:
+    def draw(
+        runs: list[int], depth: int | float = 3, *, names: dict[str, int] | None = None, fast: bool = True
+    ) -> None:
+        """Draw.
+
+        Parameters
+        ----------
+        runs : list
+            What is drawn.
+        depth, other : int
+            How deep,
+            in ``metres``.
+        fast : bool
+            Be fast.
+        """
+
+    (depth, kind, field), (fast, _, _) = fields_of(draw, skip=("runs",))
+    assert (depth, fast) == ("depth", "fast")
+    assert field.default == 3.0
+    assert isinstance(field.default, float)
+    assert kind.__metadata__[0].help == "How deep, in metres."
+    assert fields_of(draw, skip=("runs",))[1][1].__metadata__[0].help == "Switch off: Be fast."
+
+
+def test_a_methods_rates_are_settings_of_the_command() -> None:
+    names = [name for name, *_ in training._method_fields(METHODS["lora"])]
+    assert "rank" in names
+    assert not {"lr", "head_lr"} & set(names)

@@ -146,9 +146,7 @@ def read_adapter(path: Path) -> AdapterFiles:
                 others.append(name.removeprefix(_PREFIX))
                 continue
             if file.dtype(name) not in _FLOATS:
-                raise ValueError(
-                    f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read"
-                )
+                raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
             found.setdefault(match["module"].removeprefix(_PREFIX), {})[match["factor"]] = Factor(file, name)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:

@@ -15,10 +15,12 @@ import pandas as pd
 
 from lorascope import records
 from lorascope.adapter_files import CONFIG, AdapterFiles, read_adapter
+from lorascope.card import largest_lines
+from lorascope.layout import Lazy
 from lorascope.pretrained import Pretrained
 from lorascope.records import Record
 from lorascope.roles import parse
-from lorascope.run import SUMMARY, Lazy, Run
+from lorascope.run import SUMMARY, Run
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
 _MARKS = ("recipe.json", "run.json", CONFIG)
@@ -181,17 +183,17 @@ class AdapterRun(Run):
             ("base", str(self.meta["model"])),
             ("holds", f"{count} modules, {self.meta['parameters']['trained']:,} parameters"),
             ("folder", str(self.path)),
-            *self._largest(),
+            *largest_lines(self),
         ]
 
 
 def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
     """Singular values of all updates, with the factors of one layer in memory."""
     layers = defaultdict(list)
-    modules, updates = run.modules, run.updates()
-    modules = modules[modules["module"].isin(list(updates))]
-    for module, stack, layer in zip(modules["module"], modules["stack"], modules["layer"], strict=True):
-        layers[module if pd.isna(layer) else (stack, layer)].append(module)
+    updates = run.updates()
+    for module in updates:
+        stack, layer, _ = parse(module)
+        layers[module if layer is None else (stack, layer)].append(module)
     for names in layers.values():
         yield from zip(names, spectra([updates[name] for name in names]), strict=True)
 

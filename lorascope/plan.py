@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lorascope.delta import adapted
 from lorascope.heads import draw_new_weights, fit_head, weights_hash
+from lorascope.layout import identify
 from lorascope.method import Method, Phase, config
 from lorascope.observe import Observer
-from lorascope.run import SCHEMA, Run, identify
+from lorascope.run import SCHEMA, Run
 from lorascope.settings import Settings
 from lorascope.tasks import Task
 from lorascope.tensors import is_partial, write_json

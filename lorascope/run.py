@@ -6,11 +6,9 @@ and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
 
 from __future__ import annotations
 
-import hashlib
-import html
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,11 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
+from lorascope.card import as_html, as_text, training_lines
+from lorascope.layout import Lazy, snapshot_file
+from lorascope.names import parse
 from lorascope.tensors import TensorFile, file_hash
-from lorascope.update import LowRank, spectra
+from lorascope.update import LowRank, effective_rank, spectra, stable_rank
 
 SCHEMA = 1
 STATES = ("last", "best")
@@ -28,24 +29,6 @@ _KEYS = {
     "checksums", "id", "label", "model", "modules", "parents", "recipe", "seed", "settings", "states", "status", "task",
 }  # fmt: skip
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
-
-
-class Lazy(Mapping[str, Any]):
-    """A mapping whose values are made when they are asked for."""
-
-    def __init__(self, keys: list[str], make: Callable[[str], Any]) -> None:
-        self._keys, self._make = keys, make
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self._keys:
-            raise KeyError(f"no module {key!r}; there are {', '.join(self._keys[:5])} ... ({len(self._keys)} in all)")
-        return self._make(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 class Run:
@@ -197,6 +180,8 @@ class Run:
         modules = self.modules
         modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
         frame = modules[["stack", "layer", "role"]].copy()
+        for name in chosen["ranks"].keys() - set(frame.index):  # the second name of a tied weight, adapted by itself
+            frame.loc[name] = parse(name)
         frame["rank"] = pd.Series(chosen["ranks"], dtype="Int64").reindex(frame.index)
         values = wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY))
         frame = frame.join(values)
@@ -307,53 +292,16 @@ class Run:
         return opened[step]
 
     def __repr__(self) -> str:
-        return "\n".join(f"{key:8}{value}" for key, value in self._lines())
+        return as_text(self._lines())
 
     def _repr_html_(self) -> str:
-        left = " style='text-align:left'"
-        rows = (f"<tr><th{left}>{key}</th><td{left}>{html.escape(value)}</td></tr>" for key, value in self._lines())
-        return f"<table>{''.join(rows)}</table>"
+        return as_html(self._lines())
 
     def _lines(self) -> list[tuple[str, str]]:
-        meta = self.meta
-        done = "" if self.finished else f", {meta['status']}"
-        lines = [
-            ("run", f"{self.id}  {self.label}, seed {meta['seed']}{done}"),
-            ("model", f"{meta['model']} on {meta['task']}"),
-            ("steps", f"{meta['settings']['steps']} of {meta['settings']['batch_size']}"),
-            ("folder", str(self.path)),
-        ]
-        if "error" in meta:
-            lines.append(("error", meta["error"]))
-        if "last" not in meta["states"]:
-            return lines
-        if meta["test"]:
-            test = meta["test"]
-            lines.append(("test", f"{test['name']} {test['metric']:.4g}, loss {test['loss']:.4g}"))
-        return lines + self._largest()
-
-    def _largest(self) -> list[tuple[str, str]]:
-        lines = []
-        for number, row in enumerate(self.summary().nlargest(5, "update_norm").to_dict("records")):
-            rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
-            lines.append(("largest" if number == 0 else "", f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
-        return lines
-
-
-def identify(parts: Mapping[str, Any]) -> str:
-    """The run id: the first twelve hex digits of SHA-256 over canonical JSON."""
-    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def snapshot_file(step: int) -> str:
-    """Name of a step's snapshot file inside the run folder."""
-    return f"snapshots/step-{step:06d}.safetensors"
+        return training_lines(self)
 
 
 def _ranks(sigma: np.ndarray) -> list[float]:
-    from lorascope.update import effective_rank, stable_rank
-
     return [float(np.sqrt(np.sum(sigma**2))), stable_rank(sigma), effective_rank(sigma)]
 
 

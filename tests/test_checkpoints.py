@@ -259,7 +259,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has the shape \(16, 16\), the update needs \(32, 32\)"):
         load(tmp_path / "adapter", tmp_path / "narrow").summary()
     tiny("bert").save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match="holds no weight of any module of .*: it is not its base"):
+    with pytest.raises(ValueError, match=r"holds no weight of any module of .*: it is not its base"):
         load(tmp_path / "adapter", tmp_path / "bert")
     with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
         load(tmp_path / "adapter", tmp_path)

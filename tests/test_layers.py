@@ -14,7 +14,7 @@ PACKAGE = Path(lorascope.__file__).parent
 # Lowest first. A module may import only what stands before it; those of one line know nothing of each other.
 LAYERS = [
     ["lorascope"],
-    ["algebra", "roles", "tensors", "marks", "settings"],
+    ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["update", "names", "chart"],
     ["records", "render", "hosts", "assets", "encoding"],
     ["run", "sources", "evaluation", "foreign"],
@@ -23,18 +23,34 @@ LAYERS = [
     ["plots", "claims", "inspection", "delta"],
     ["screen"],
     ["heads", "method"],
-    ["methods", "observe", "state"],
+    ["methods", "trained", "state"],
+    ["observe"],
     ["plan", "resume"],
     ["session"],
     ["loop"],
     ["sweeps"],
+    ["probe"],
     ["report"],
     ["probes"],
     ["commands"],
     ["cli"],
 ]
 TORCH_FREE = {
-    *("algebra", "roles", "tensors", "marks", "settings", "update", "names", "chart", "records", "render", "run"),
+    *(
+        "algebra",
+        "roles",
+        "tensors",
+        "marks",
+        "settings",
+        "card",
+        "layout",
+        "update",
+        "names",
+        "chart",
+        "records",
+        "render",
+        "run",
+    ),
     *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.

@@ -13,7 +13,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope import update
-from lorascope.run import Lazy, Run
+from lorascope.layout import Lazy
+from lorascope.run import Run
 
 _RANKS = ("stable_rank", "effective_rank", "entropy_rank", "participation_rank", "energy_rank")
 _KEPT = "/singular_values"

@@ -15,8 +15,8 @@ from typing import Any
 
 from lorascope import models, report
 from lorascope.claims import Verdict
+from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
 from lorascope.probes import lisa, lora
-from lorascope.probes.base import PROBES, Arm, Exhibit, Findings, Probe
 from lorascope.run import Run
 from lorascope.sweeps import Job, run_jobs
 from lorascope.tensors import write_json

@@ -24,7 +24,7 @@ from lorascope import observe, plots
 from lorascope.analysis import norms
 from lorascope.claims import Claim, Verdict
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.run import Run
 
 FULL, ADAPTED = "full fine-tuning", "LoRA, embeddings too"

@@ -19,7 +19,7 @@ from lorascope import plots, tasks
 from lorascope.analysis.stats import t_interval
 from lorascope.claims import Claim
 from lorascope.methods import Full, LoRA
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes.yardstick import tfidf_accuracy
 from lorascope.run import Run
 from lorascope.update import phi

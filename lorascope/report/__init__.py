@@ -10,7 +10,7 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from lorascope.probes.base import PROBES, Findings
+from lorascope.probe import PROBES, Findings
 from lorascope.render.plotly import CONFIG
 from lorascope.render.theme import THEMES
 from lorascope.report.markup import join, json_data

@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from lorascope.claims import Verdict
-from lorascope.probes.base import Exhibit, Findings, Probe
+from lorascope.probe import Exhibit, Findings, Probe
 from lorascope.report.figures import embed
 from lorascope.report.markup import Html, bullets, count, element, frame_table, json_data, listed, pairs
 from lorascope.report.settings import model_name, settings

@@ -1,0 +1,52 @@
+"""How a run shows itself: a few lines of facts, as text or as a small table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+Lines = list[tuple[str, str]]
+
+
+def as_text(lines: Sequence[tuple[str, str]]) -> str:
+    """Facts under each other."""
+    return "\n".join(f"{key:8}{value}" for key, value in lines)
+
+
+def as_html(lines: Sequence[tuple[str, str]]) -> str:
+    """Facts as a table."""
+    left = " style='text-align:left'"
+    rows = (f"<tr><th{left}>{key}</th><td{left}>{html.escape(value)}</td></tr>" for key, value in lines)
+    return f"<table>{''.join(rows)}</table>"
+
+
+def training_lines(run: Any) -> Lines:
+    """What a Run that was trained here says of itself."""
+    meta = run.meta
+    done = "" if run.finished else f", {meta['status']}"
+    lines = [
+        ("run", f"{run.id}  {run.label}, seed {meta['seed']}{done}"),
+        ("model", f"{meta['model']} on {meta['task']}"),
+        ("steps", f"{meta['settings']['steps']} of {meta['settings']['batch_size']}"),
+        ("folder", str(run.path)),
+    ]
+    if "error" in meta:
+        lines.append(("error", meta["error"]))
+    if "last" not in meta["states"]:
+        return lines
+    if meta["test"]:
+        test = meta["test"]
+        lines.append(("test", f"{test['name']} {test['metric']:.4g}, loss {test['loss']:.4g}"))
+    return lines + largest_lines(run)
+
+
+def largest_lines(run: Any) -> Lines:
+    """The five largest updates of a Run."""
+    lines = []
+    for number, row in enumerate(run.summary().nlargest(5, "update_norm").to_dict("records")):
+        rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"
+        lines.append(("largest" if number == 0 else "", f"{row['module']}  |dW| {row['update_norm']:.3g}{rank}"))
+    return lines

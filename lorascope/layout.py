@@ -1,0 +1,37 @@
+"""How things are called inside a run folder, and the mapping through which its arrays are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+class Lazy(Mapping[str, Any]):
+    """A mapping whose values are made when they are asked for."""
+
+    def __init__(self, keys: list[str], make: Callable[[str], Any]) -> None:
+        self._keys, self._make = keys, make
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self._keys:
+            raise KeyError(f"no module {key!r}; there are {', '.join(self._keys[:5])} ... ({len(self._keys)} in all)")
+        return self._make(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def identify(parts: Mapping[str, Any]) -> str:
+    """The run id: the first twelve hex digits of SHA-256 over canonical JSON."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def snapshot_file(step: int) -> str:
+    """Name of a step's snapshot file inside the run folder."""
+    return f"snapshots/step-{step:06d}.safetensors"

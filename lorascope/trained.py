@@ -16,7 +16,7 @@ from lorascope.hosts import oriented
 from lorascope.method import Step
 from lorascope.update import Dense, LowRank
 
-# Elements of one tile of a pass over a tensor: it stays in the cache, and float32 keeps its digits.
+# Elements of one tile of a pass over a tensor: small enough for the cache.
 TILE = 1 << 18
 
 
@@ -87,7 +87,8 @@ def _uses(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def squares(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> float:
     """Sum of squares of a tensor, or of its difference from another."""
-    return math.fsum(float(torch.linalg.vector_norm(tile)) ** 2 for tile in _tiles(tensor, minus))
+    # sum() adds in a cascade: a norm or dot product would lose digits, and depend on the alignment of the memory.
+    return math.fsum(float(tile.square().sum()) for tile in _tiles(tensor, minus))
 
 
 def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
@@ -95,9 +96,8 @@ def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
     if isinstance(update, Dense):
         matrix = torch.from_numpy(update.matrix).to(weight.device)
         return math.fsum(float((w * dw).sum()) for w, dw in zip(_tiles(weight), _tiles(matrix), strict=True))
-    A = torch.from_numpy(update.A).to(weight)
-    B = torch.from_numpy(update.B).to(weight)
-    return float(update.scale * ((weight @ A.T).double() * B.double()).sum())
+    A, B = (torch.from_numpy(factor).to(weight.device) for factor in (update.A, update.B))
+    return float(update.scale * ((_wide(weight) @ A.T).double() * B.double()).sum())
 
 
 def _tiles(tensor: Tensor, minus: Tensor | None = None) -> Iterator[Float[Tensor, "tile"]]:

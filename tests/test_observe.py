@@ -1,0 +1,274 @@
+"""Observers against dense float64 matrices, formed from copies of the model at every step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import lorascope as ls
+from lorascope import delta, models, names, observe
+from lorascope.hosts import oriented
+from lorascope.method import Method, Step, train_adapters
+from lorascope.methods import Full, LoRA
+from lorascope.methods.lora import LoRADelta
+from lorascope.trained import squares
+
+FAST = {"steps": 7, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
+
+
+@dataclass(kw_only=True)
+class Copying(observe.Observer):
+    """Keeps, after every step, the base's tensors and the updates of its adapters, both dense and in float64."""
+
+    every: int = 1
+    kept: list = field(default_factory=list)
+
+    def config(self):
+        return {"name": "Copying"}
+
+    def __call__(self, step):
+        tensors = {n: p.detach().double().clone() for n, p in step.model.named_parameters() if n in step.base}
+        updates = {}
+        for module, adapter in delta.adapted(step.model).items():
+            factors = {name: factor.detach().double().clone() for name, factor in adapter.named_parameters()}
+            matrix = factors["M"] if "M" in factors else adapter.scale * factors["B"] @ factors["A"]
+            updates[module] = oriented(step.model.get_submodule(module), matrix)
+        self.kept.append((tensors, updates, step.best))
+        return ()
+
+
+def parts_of(kept, t: int, modules: pd.DataFrame) -> dict[str, tuple]:
+    """(W, W - W_0, what training added, W - W before, W_0) of every tensor, and of every adapted module."""
+    (first, first_updates, _), (now, updates, _) = kept[0], kept[t]
+    before, before_updates, _ = kept[max(0, t - 1)]
+    parts = {n: (now[n], now[n] - first[n], now[n] - first[n], now[n] - before[n], first[n]) for n in now}
+    for module, update in updates.items():
+        tied = {name: row.module for row in modules.itertuples() for name in row.tied.split(",")}
+        W, change, learned, last, start = parts[f"{tied.get(module, module)}.weight"]
+        learned = learned + update - first_updates[module]
+        parts[module] = (W + update, change + update, learned, last + update - before_updates[module], start)
+    return parts
+
+
+def norms_of(parts: list[tuple]) -> dict[str, float]:
+    """Of several tensors together."""
+    total = [math.sqrt(sum(float(part[i].square().sum()) for part in parts)) for i in range(5)]
+    found = dict(zip(("weight_norm", "update_norm", "learned_norm", "step_norm"), total, strict=False))
+    return found | {"relative_update": total[1] / total[4]}
+
+
+def expected(kept, modules: pd.DataFrame, trained: set[str]) -> pd.DataFrame:
+    """Every norm of every module and block that trains, after every step."""
+    rows = []
+    for t, (_, updates, _) in enumerate(kept):
+        parts = parts_of(kept, t, modules)
+        adapted = {f"{module}.weight" for module in updates}
+        wanted = {module: [parts[module]] for module in updates}
+        for module in modules.query("role != 'block'")["module"]:
+            if f"{module}.weight" in trained - adapted:
+                wanted[module] = [parts[f"{module}.weight"]]
+        for block in modules.query("role == 'block'")["module"]:
+            inside = [name for name in parts if name.startswith(f"{block}.")]
+            if any(name in trained or name in updates for name in inside):
+                wanted[block] = [parts[name] for name in inside if name not in adapted]
+        for module, tensors in wanted.items():
+            rows.extend((t, module, quantity, value) for quantity, value in norms_of(tensors).items())
+    return pd.DataFrame(rows, columns=["step", "module", "quantity", "value"])
+
+
+class Shifted(delta.Delta):
+    """A dense update that does not begin at zero."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.M = nn.Parameter(0.1 * torch.randn(*delta.host_weight(host).shape))
+
+    def weight(self):
+        return self.M
+
+
+@dataclass(kw_only=True)
+class Away(Method):
+    """Dense and factored updates that begin away from zero, some of them over a weight that trains as well."""
+
+    lr: float = 1e-2
+
+    def attach(self, model):
+        adapters = {}
+        for number, name in enumerate(names.match(names.describe(model), ("q", "k", "ffn_in"))):
+            host = model.get_submodule(name)
+            adapters[name] = Shifted(host) if number % 2 else LoRADelta(host, 2, 0.5)
+            if number % 2 == 0:
+                nn.init.normal_(adapters[name].B, std=0.1)
+        delta.attach(model, adapters)
+        train_adapters(model)
+        for number, name in enumerate(adapters):
+            model.get_submodule(name).weight.requires_grad_(number > 3)
+
+
+CASES = {
+    "full, bert": ("bert", Full(lr=1e-2)),
+    "full, gpt2: tied, Conv1D": ("gpt2", Full(lr=1e-2)),
+    "lora, bert": ("bert", LoRA(lr=1e-2)),
+    "lora everywhere, bert: a head that trains below its adapter": (
+        "bert",
+        LoRA(lr=1e-2, targets=("all-linear", "embed", "head")),
+    ),
+    "lora everywhere, gpt2: both uses of a tied weight": (
+        "gpt2",
+        LoRA(lr=1e-2, targets=("all-linear", "embed", "lm_head")),
+    ),
+    "lora everywhere, llama": ("llama", LoRA(lr=1e-2, targets=("all-linear", "embed", "head"))),
+    "away from zero, bert": ("bert", Away()),
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_norms_are_those_of_dense_matrices(case, task, tmp_path, request):
+    family, method = CASES[case]
+    model = models.load(request.getfixturevalue(family), task=task)
+    copying = Copying()
+    kept = copying.kept
+    run = ls.train(model, task, method, observe=[observe.norms(every=3), copying], out=tmp_path / "run", **FAST)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name}
+    wanted = expected(kept, run.modules, trained)
+    found = run.table[run.table["quantity"].isin(wanted["quantity"].unique())]
+    looked = {0, 3, 6, 7} | {t for t, (*_, best) in enumerate(kept) if best}
+    assert set(found["step"]) == looked
+    wanted = wanted[wanted["step"].isin(looked)]
+    wanted = wanted[(wanted["quantity"] != "step_norm") | wanted["step"].isin({3, 6, 7})]
+    keys = ["step", "module", "quantity"]
+    both = found[[*keys, "value"]].astype({"module": str, "quantity": str}).merge(wanted, on=keys, how="outer")
+    assert both.notna().all(axis=None), both[both.isna().any(axis=1)]
+    np.testing.assert_allclose(both["value_x"], both["value_y"], rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_ranks_are_those_of_dense_matrices(case, task, tmp_path, request):
+    family, method = CASES[case]
+    model = models.load(request.getfixturevalue(family), task=task)
+    copying = Copying()
+    looks = [observe.norms(every=3, spectra_every=5), copying]
+    run = ls.train(model, task, method, observe=looks, out=tmp_path / "run", **FAST)
+    table = run.table[run.table["quantity"].isin(["stable_rank", "effective_rank"])].astype({"module": str})
+    found = table.pivot(index=["step", "module"], columns="quantity", values="value")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for (t, module), ranks in found.iterrows():
+        parts = parts_of(copying.kept, t, run.modules)
+        change = parts[module if module in parts else f"{module}.weight"][1]
+        sigma = np.linalg.svd(change.numpy(), compute_uv=False)
+        if not sigma.any():
+            assert (ranks == 0).all(), (t, module)
+            continue
+        p = sigma / sigma.sum()
+        p = p[p > 0]
+        assert ranks["stable_rank"] == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-5)
+        assert ranks["effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
+    deltas = delta.adapted(model)
+    for module in run.modules.query("in_features == in_features")["module"]:
+        steps = set(found.xs(module, level="module").index) if module in found.index.get_level_values(1) else set()
+        if module not in deltas and f"{module}.weight" not in trained:
+            assert not steps
+        elif f"{module}.weight" in trained or isinstance(deltas[module], Shifted):
+            assert steps == {0, 5, 7}
+        else:
+            assert steps >= {0, 3, 5, 6, 7}
+    kept = [name for name in run.snapshot_names() if name.endswith("singular_values")]
+    assert {name.removesuffix("/singular_values") for name in kept} == set(found.index.get_level_values(1))
+    assert run.snapshot_steps(kept[0])[-2:] == [5, 7]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_adapter_norm_begins_where_initialisation_puts_it(family, task, tmp_path, request):
+    """LISA's sheet: about sqrt(rank / 3) for a linear, sqrt(width rank) for an embedding; the update begins at 0."""
+    model = models.load(request.getfixturevalue(family), task=task)
+    method = LoRA(rank=8, targets=("all-linear", "embed"))
+    run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
+    start = run.table[run.table["step"] == 0].astype({"module": str, "quantity": str, "role": str})
+    norm = start[start["quantity"] == "adapter_norm"]
+    embeddings = norm["role"] == "embed"
+    assert norm["value"][embeddings].to_numpy() == pytest.approx(math.sqrt(32 * 8), rel=0.1)
+    assert norm["value"][~embeddings].mean() == pytest.approx(math.sqrt(8 / 3), rel=0.03)
+    assert (start.loc[start["quantity"] == "update_norm", "value"] == 0).sum() >= len(norm)
+    last = run.table[run.table["step"] == 7].astype({"module": str, "quantity": str})
+    for row in last[last["quantity"] == "adapter_norm"].itertuples():
+        factors = delta.adapted(model)[row.module].factors()
+        total = sum(float(factor.detach().double().square().sum()) for factor in factors.values())
+        assert row.value == pytest.approx(math.sqrt(total), rel=1e-6)
+
+
+class Pair(nn.Module):
+    """One linear, weight [[1, 0, 0], [0, 1, 0]]."""
+
+    def __init__(self):
+        super().__init__()
+        self.q = nn.Linear(3, 2, bias=False)
+        self.q.weight.data = torch.eye(2, 3)
+
+
+def step_of(model, finished, total, base, modules, optimizer):
+    return Step(finished - 1, total, model, optimizer, base, modules, lambda *_: None, lambda *_: None)
+
+
+def test_worked_numbers():
+    """B = (1, 2)^T, A = (2, 0, 1), scale 2: |dW| 10, |W_0 + dW| 10.48809, adapter 3.16228; half of B: step 5."""
+    model = Pair()
+    modules = names.describe(model)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    adapter = LoRADelta(model.q, 1, 2.0)
+    with torch.no_grad():
+        adapter.A.copy_(torch.tensor([[2.0, 0.0, 1.0]]))
+    delta.attach(model, {"q": adapter})
+    optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
+    looking = observe.norms(every=1)
+    values = []
+    for finished, B in enumerate([(0.0, 0.0), (1.0, 2.0), (0.5, 1.0)]):
+        with torch.no_grad():
+            adapter.B.copy_(torch.tensor(B)[:, None])
+        items = looking(step_of(model, finished, 2, base, modules, optimizer))
+        values.append({item.quantity: item.value for item in items if isinstance(item, ls.Record)})
+    assert values[0]["weight_norm"] == pytest.approx(1.4142136)
+    assert values[0]["update_norm"] == values[0]["relative_update"] == values[0]["effective_rank"] == 0
+    assert "step_norm" not in values[0]
+    assert values[1] == pytest.approx(
+        {
+            "weight_norm": 10.48809, "update_norm": 10, "learned_norm": 10, "step_norm": 10, "adapter_norm": 3.16228,
+            "relative_update": 10 / math.sqrt(2), "rank": 1, "stable_rank": 1, "effective_rank": 1,
+        },
+        rel=1e-6,
+    )  # fmt: skip
+    assert [values[2][name] for name in ("update_norm", "step_norm")] == pytest.approx([5, 5])
+
+
+def test_a_long_tensor_keeps_its_digits():
+    """Ten million equal numbers: a float32 sum over them stands still long before the end."""
+    tensor = torch.full((10_000_000,), 0.1)
+    assert squares(tensor) == pytest.approx(1e7 * float(tensor[0].double()) ** 2, rel=1e-6)
+    near = tensor * (1 - 2**-20)
+    assert squares(tensor, near) == pytest.approx(1e7 * float(tensor[0].double() - near[0].double()) ** 2, rel=1e-6)
+
+
+def test_norms_do_not_depend_on_where_memory_lies():
+    shifted = torch.empty(100_000 + 16)
+    tensor = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+    values = set()
+    for offset in range(1, 16):
+        place = shifted[offset : offset + len(tensor)]
+        place.copy_(tensor)
+        values.add(squares(place))
+    assert values == {squares(tensor)}
+
+
+def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, LoRA(lr=1e-2), observe=[observe.factors(every=3)], out=tmp_path / "run", **FAST)
+    assert {0, 3, 6, 7} <= set(run.snapshot_steps("bert.encoder.layer.0.attention.self.query/A"))
+    for module, adapter in delta.adapted(fresh_bert).items():
+        for name, array in run.factors()[module].items():
+            np.testing.assert_array_equal(array, adapter.factors()[name].detach().numpy())
+    assert not np.array_equal(run.factors(3)[module]["B"], run.factors(6)[module]["B"])

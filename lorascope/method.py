@@ -254,7 +254,8 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return value
+    # 8 and 8.0 are the same hyper-parameter, and so the same run.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _words(value: Any) -> str:

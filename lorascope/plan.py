@@ -5,19 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from lorascope import __version__
 from lorascope.delta import adapted
 from lorascope.heads import draw_new_weights, fit_head, weights_hash
 from lorascope.layout import identify
-from lorascope.method import Method, Phase, config
+from lorascope.method import Method, Phase, config, task_head
+from lorascope.models import name_of
 from lorascope.observe import Observer
 from lorascope.run import SCHEMA, Run
 from lorascope.settings import Settings
@@ -105,6 +110,48 @@ class Plan:
     def id(self) -> str:
         """The run id."""
         return identify(self.identity())
+
+    def meta(
+        self, model: nn.Module, trained: Sequence[nn.Parameter], modules: pd.DataFrame, parents: list[Run], device: str
+    ) -> dict[str, Any]:
+        """What ``run.json`` holds while the run is on its way."""
+        head = {id(parameter) for parameter in task_head(model).values()}
+        return self.identity() | {
+            "id": self.id,
+            "recipe": config(self.recipe),
+            "label": self.recipe.label(),
+            "model": name_of(model),
+            "task": self.task.name,
+            "labels": list(self.task.labels) if self.task.kind == "classification" else None,
+            "versions": {
+                "lorascope": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+            "commit": _commit(),
+            "device": device,
+            "status": "running",
+            "parents": [f"../{run.path.name}" for run in parents if run.path],
+            "checksums": {},
+            "states": {},
+            "test": {},
+            "parameters": {
+                "total": sum(p.numel() for p in model.parameters()),
+                "trained": sum(p.numel() for p in trained),
+                "head": sum(p.numel() for p in trained if id(p) in head),
+            },
+            "total_seconds": sum(run.meta["seconds"] for run in parents),
+            "modules": modules.astype(object).where(modules.notna(), None).to_dict("records"),
+        }
+
+
+def _commit() -> str | None:
+    """Git commit of the caller's folder, None outside a repository."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return found.stdout.strip() or None
 
 
 class Mark(NamedTuple):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorascope import __version__, names
+from lorascope import names
 from lorascope.delta import adapted
 from lorascope.evaluation import Score, evaluate
-from lorascope.method import Batch, Step, config, task_head
-from lorascope.models import name_of, tokenizer
+from lorascope.method import Batch, Step
+from lorascope.models import tokenizer
 from lorascope.observe import factors_of
 from lorascope.plan import Base, Plan
 from lorascope.records import Record
@@ -75,7 +73,7 @@ class Session:
         self.best: dict[str, Any] | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
-        self.writer = RunWriter(path, self._meta(modules, parents))
+        self.writer = RunWriter(path, self.plan.meta(model, self.trained, modules, parents, device))
 
     @property
     def name(self) -> str:
@@ -276,45 +274,3 @@ class Session:
         """Close the folder so that it stays readable, and says why it ends here."""
         self.writer.meta["error"] = reason
         self.writer.finish("broken")
-
-    def _meta(self, modules: pd.DataFrame, parents: list[Run]) -> dict[str, Any]:
-        plan, model = self.plan, self.model
-        head = {id(parameter) for parameter in task_head(model).values()}
-        sizes = {
-            "total": sum(p.numel() for p in model.parameters()),
-            "trained": sum(p.numel() for p in self.trained),
-            "head": sum(p.numel() for p in self.trained if id(p) in head),
-        }
-        rows = modules.astype(object).where(modules.notna(), None)
-        return plan.identity() | {
-            "id": plan.id,
-            "recipe": config(plan.recipe),
-            "label": plan.recipe.label(),
-            "model": name_of(model),
-            "task": plan.task.name,
-            "labels": None if plan.task.kind != "classification" else list(plan.task.labels),
-            "versions": {
-                "lorascope": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "commit": _commit(),
-            "device": self.device,
-            "status": "running",
-            "parents": [f"../{run.path.name}" for run in parents if run.path],
-            "checksums": {},
-            "states": {},
-            "test": {},
-            "parameters": sizes,
-            "total_seconds": sum(run.meta["seconds"] for run in parents),
-            "modules": rows.to_dict("records"),
-        }
-
-
-def _commit() -> str | None:
-    """Git commit of the caller's folder, None outside a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.strip() or None

@@ -335,6 +335,7 @@ def test_identity_is_what_the_run_depends_on(bert, task, tmp_path):
     others = [run("d", seed=1), run("e", lr=1e-2), run("f", method=LoRA(rank=4)), run("g", steps=5)]
     assert len({first.id, *(other.id for other in others)}) == 5
     assert run("h", lr=LoRA().lr).id == first.id
+    assert run("i", method=LoRA(alpha=8)).id == first.id
 
 
 def test_new_weights_come_from_the_seed_alone(bert, task):

@@ -68,7 +68,14 @@ def arms(quick: bool) -> list[Arm]:
     ]
     if quick:
         return found
-    decoder = {"steps": 30, "batch_size": 8, "test_size": 200, "eval_size": 100, "observe": [observe.norms(every=5)]}
+    decoder = {
+        "steps": 30,
+        "batch_size": 8,
+        "test_size": 200,
+        "eval_size": 100,
+        "eval_every": 0,
+        "observe": [observe.norms(every=5)],
+    }
     both_ends = LoRA(rank=16, alpha=16.0, targets=("all-linear", "embed", "lm_head"), lr=1e-3)
     shared: dict[str, Any] = {"settings": decoder, "model": "smollm2", "blocks": 6, "cost": 10.0}
     return [

@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: reproduce full test lint types tests notebooks figures clean
+.PHONY: reproduce full test lint types tests notebooks clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce --quick -o $(OUT)

@@ -1,0 +1,45 @@
+"""The README against the code: methods, figures, commands and paths that it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lorascope.cli import COMMANDS
+from lorascope.methods import METHODS
+from lorascope.plots import FIGURES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_methods_is_the_registry():
+    rows = dict(re.findall(r"^\| `(\w+)` \| `ls\.(\w+)` \|", README, re.MULTILINE))
+    assert rows == {
+        name: method.__name__ for name, method in METHODS.items() if method.__module__.startswith("lorascope.")
+    }
+
+
+def test_every_figure_has_its_place_in_the_gallery():
+    gallery = README.partition("## Gallery")[2].partition("\n## ")[0]
+    headings = " ".join(re.findall(r"^### .*", gallery, re.MULTILINE))
+    assert set(re.findall(r"`(\w+)`", headings)) == set(FIGURES)
+
+
+def test_every_command_named_is_one():
+    named = set(re.findall(r"lorascope (\w+) ", README.partition("## From the shell")[2].partition("\n## ")[0]))
+    assert named == set(COMMANDS)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_every_path_leads_somewhere(page):
+    text = (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+
+
+def test_make_knows_every_target_named():
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make (\w+)", README)) <= targets

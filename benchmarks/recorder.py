@@ -1,0 +1,72 @@
+"""What the default recorders cost: training with them against training without, in process CPU time.
+
+Run ``python benchmarks/recorder.py [--pairs 10] [--shapes 32x32 8x16]``. Norms are taken every ten steps, so a
+contestant is ten steps of a live run; both train their own copy of all-MiniLM-L6-v2 and take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import torch
+from paired import compare
+
+from lorascope import models, tasks
+from lorascope.method import Method, Phase
+from lorascope.methods import Full, LoRA
+from lorascope.observe import Observer, norms
+from lorascope.plan import Base, Plan, first_use
+from lorascope.session import Session
+from lorascope.settings import Settings
+
+TARGET = 1.02
+STEPS = 10
+
+
+class Training:
+    """A run whose steps are made ten at a time, on random tokens of one shape."""
+
+    def __init__(self, method: Method, observers: tuple[Observer, ...], shape: tuple[int, int], folder: Path) -> None:
+        task = tasks.load("sentiment")
+        model = models.load("minilm", task=task)
+        mark = first_use(model, task, 0)
+        settings = Settings(steps=10**6, lr=1e-4, head_lr=1e-4, batch_size=shape[0], schedule="constant", warmup=0)
+        plan = Plan(method, Phase(method), task.fit(model), settings, 0, mark.w0_hash, observers)
+        self.session = Session(model, plan, Base(model), folder, [], "cpu")
+        self.batch = {
+            "input_ids": torch.randint(1000, 30000, shape),
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+            "labels": torch.randint(0, 2, shape[:1]),
+        }
+        self.session.begin()
+
+    def __call__(self) -> None:
+        session, step = self.session, self.session.step
+        for _ in range(STEPS):
+            step.index, step.batch = step.index + 1, self.batch
+            session.optimizer.zero_grad(set_to_none=True)
+            loss = session.backward()
+            session.clip()
+            session.optimizer.step()
+            session.record(loss, None, 1e-4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--shapes", nargs="+", default=["32x32"], help="rows x tokens")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    for words in options.shapes:
+        shape = tuple(map(int, words.split("x")))
+        for name, method in (("LoRA", LoRA(targets="all-linear")), ("full fine-tuning", Full())):
+            with tempfile.TemporaryDirectory() as folder:
+                recorded = Training(method, (norms(),), shape, Path(folder) / "on")
+                bare = Training(method, (), shape, Path(folder) / "off")
+                print(compare(recorded, bare, options.pairs, 1).row(f"{name}, {words}: on / off", TARGET), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,8 @@ from lorascope.layout import Lazy
 from lorascope.pretrained import Pretrained
 from lorascope.records import Record
 from lorascope.roles import parse
-from lorascope.run import SUMMARY, Run
+from lorascope.run import Run
+from lorascope.summary import SUMMARY
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
 _MARKS = ("recipe.json", "run.json", CONFIG)
@@ -155,7 +156,7 @@ class AdapterRun(Run):
         frame = self.modules[["module", "stack", "layer", "role"]]
         frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
         measured = pd.DataFrame(list(self._measures.values()))
-        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64"))
+        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64")).assign(exact=True)
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Raise a ValueError: PEFT loads its own adapters."""

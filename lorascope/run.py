@@ -6,6 +6,7 @@ and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,16 +20,15 @@ import pandas as pd
 from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
 from lorascope.layout import Lazy, snapshot_file
-from lorascope.names import parse
+from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
-from lorascope.update import LowRank, effective_rank, spectra, stable_rank
+from lorascope.update import LowRank
 
 SCHEMA = 1
 STATES = ("last", "best")
 _KEYS = {
     "checksums", "id", "label", "model", "modules", "parents", "recipe", "seed", "settings", "states", "status", "task",
 }  # fmt: skip
-SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
 
 class Run:
@@ -110,12 +110,16 @@ class Run:
         mapping module -> {factor: array}
             ``{"A": (rank, in), "B": (out, rank)}`` for LoRA.
         """
+        if step is None and not self.ranks(state):
+            return {}
         file = self._snapshots(self._step(step, state))
         kept = file.about["factors"]
         return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
-        """The factored update of every adapted module, read when asked for."""
+        """The factored update of every module that has one, read when asked for."""
+        if step is None and not self.ranks(state):
+            return {}
         file = self._snapshots(self._step(step, state))
         scales, exact = file.about["scales"], file.about["exact"]
 
@@ -134,9 +138,9 @@ class Run:
         """
         steps = self.snapshot_steps(name) if step is None else [step]
         if not steps:
-            raise ValueError(
-                f"run {self.id} has no snapshot {name!r}; it has {', '.join(self.snapshot_names()[:6])} ..."
-            )
+            known = self.snapshot_names()
+            near = difflib.get_close_matches(name, known, 3) or known[:3] or ["none"]
+            raise ValueError(f"run {self.id} has no snapshot {name!r}; of {len(known)}, near: {', '.join(near)}")
         parts = []
         for at in steps:
             file = self._snapshots(at)
@@ -172,41 +176,17 @@ class Run:
             Also the modules that did not train.
         state : {"last", "best"}
         """
-        chosen = self._state(state)
-        table = self.table[self.table["step"] == chosen["step"]]
-        wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
-            index="module", columns="quantity", values="value"
-        )
-        modules = self.modules
-        modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
-        frame = modules[["stack", "layer", "role"]].copy()
-        for name in chosen["ranks"].keys() - set(frame.index):  # the second name of a tied weight, adapted by itself
-            frame.loc[name] = parse(name)
-        frame["rank"] = pd.Series(chosen["ranks"], dtype="Int64").reindex(frame.index)
-        values = wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY))
-        frame = frame.join(values)
-        factored = {name: update for name, update in self.updates(state=state).items() if name in frame.index}
-        for name, sigma in zip(factored, spectra(list(factored.values())), strict=True):
-            frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = _ranks(sigma)
-        if not all:
-            frame = frame[frame["update_norm"].notna()]
-        return frame.reset_index()
+        return summarise(self, self._state(state), state, all)
 
     def lora_config(self, state: str = "last") -> dict[str, Any]:
-        """PEFT's keywords for a LoRA with this run's ranks: full module names, ``rank_pattern``, ``alpha_pattern``."""
-        ranks = {name: rank for name, rank in self.ranks(state).items() if rank > 0}
-        if not ranks:
-            raise ValueError(f"run {self.id} has no module with a rank above 0, so there is nothing to configure")
-        updates = self.updates(state=state)
-        alphas = {name: updates[name].scale * rank for name, rank in ranks.items()}
-        common_rank, common_alpha = _mode(ranks.values()), _mode(alphas.values())
-        return {
-            "r": common_rank,
-            "lora_alpha": common_alpha,
-            "target_modules": list(ranks),
-            "rank_pattern": {name: rank for name, rank in ranks.items() if rank != common_rank},
-            "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common_alpha},
-        }
+        """PEFT's keywords for a LoRA with this run's ranks: full module names, ``rank_pattern``, ``alpha_pattern``.
+
+        Raises
+        ------
+        ValueError
+            No module has a factored update of a rank above 0.
+        """
+        return peft_keywords(self, self.ranks(state), self.updates(state=state))
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Put the trained state into a freshly loaded base, in place: its logits equal the trained model's.
@@ -230,7 +210,7 @@ class Run:
         restore(model, self, self._file(f"state/{state}.safetensors"), method)
 
     def save(self, path: str | Path) -> Run:
-        """Copy the run into a new folder.
+        """Copy the run into a new folder; one that has phases before it with them, side by side in that folder.
 
         Raises
         ------
@@ -240,10 +220,12 @@ class Run:
         path = Path(path)
         if path.exists():
             raise FileExistsError(f"{path} exists: give a new folder")
+        whole = bool(self.meta["parents"])
         temporary = path.with_name(f".{path.name}.part")
-        shutil.copytree(self._folder, temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(self._folder.parent if whole else self._folder, temporary)
         temporary.rename(path)
-        return Run.read(path)
+        return Run.read(path / self._folder.name if whole else path)
 
     @property
     def modules(self) -> pd.DataFrame:
@@ -299,12 +281,3 @@ class Run:
 
     def _lines(self) -> list[tuple[str, str]]:
         return training_lines(self)
-
-
-def _ranks(sigma: np.ndarray) -> list[float]:
-    return [float(np.sqrt(np.sum(sigma**2))), stable_rank(sigma), effective_rank(sigma)]
-
-
-def _mode(values: Any) -> Any:
-    ordered = list(values)
-    return max(dict.fromkeys(ordered), key=ordered.count)

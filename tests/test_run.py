@@ -1,0 +1,372 @@
+"""Run folders: reading and refusing them, and what a run says of itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lorascope as ls
+from lorascope import delta, models, observe
+from lorascope.delta import Delta
+from lorascope.method import Method, Phase, train_adapters
+from lorascope.methods import Full, LoRA
+from lorascope.run import SCHEMA, Run
+
+FAST = {"steps": 6, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.fixture(scope="module")
+def trained(bert, task, tmp_path_factory):
+    """(model, run) of a LoRA with two ranks, its factors recorded at every third step."""
+    model = models.load(bert, task=task)
+    names = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in (0, 1) for part in ("query", "value")]
+    method = LoRA(rank=dict(zip(names, (1, 2, 2, 2), strict=True)), lr=1e-2)
+    looks = [observe.norms(every=3), observe.factors(every=3)]
+    return model, ls.train(model, task, method, observe=looks, out=tmp_path_factory.mktemp("runs") / "run", **FAST)
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    """A copy of the run's folder, to be damaged."""
+    return Path(shutil.copytree(trained[1].path, tmp_path / "run"))
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def edit(folder: Path, **changes) -> None:
+    meta = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(meta | changes))
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run: it has no run"):
+        Run.read(tmp_path)
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        Run.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 0.5, 0.99], ids=["nothing", "a byte", "half", "all but the end"])
+def test_a_truncated_description_is_refused(kept, copied):
+    data = (copied / "run.json").read_bytes()
+    (copied / "run.json").write_bytes(data[: kept if kept in (0, 1) else int(kept * len(data))])
+    with pytest.raises(ValueError, match=r"run\.json is not readable as a run") as caught:
+        Run.read(copied)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '"run"', "{}", '{"schema": null}', "\xff"])
+def test_a_strange_description_is_refused(content, copied):
+    (copied / "run.json").write_text(content, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"run\.json is not readable as a run"):
+        Run.read(copied)
+
+
+def test_a_newer_schema_is_refused_by_name(copied):
+    edit(copied, schema=SCHEMA + 1)
+    with pytest.raises(ValueError, match=f"has schema {SCHEMA + 1}, newer than the {SCHEMA} known here: update"):
+        Run.read(copied)
+
+
+FILES = {
+    "records.parquet": lambda run: run.table,
+    "snapshots/step-000006.safetensors": lambda run: run.factors(),
+    "state/last.safetensors": lambda run: run.restore(nn.Linear(1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+@pytest.mark.parametrize("damage", ["a bit", "the end", "missing"])
+def test_a_changed_or_missing_file_is_named(name, damage, copied):
+    data = bytearray((copied / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "missing":
+        (copied / name).unlink()
+    else:
+        (copied / name).write_bytes(data if damage == "a bit" else data[:-1])
+    expected = {"missing": FileNotFoundError}.get(damage, ValueError)
+    message = f"has no {name} in" if damage == "missing" else f"{name} does not match its checksum"
+    if damage == "missing" and name.startswith("snapshots"):
+        expected, message = ValueError, "kept no snapshots at step 6"
+    with pytest.raises(expected, match=message):
+        FILES[name](Run.read(copied))
+
+
+def test_a_file_that_the_run_does_not_vouch_for_is_not_read(copied):
+    shutil.copy(copied / "snapshots/step-000006.safetensors", copied / "snapshots/step-000005.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"has no snapshots/step-000005"):
+        Run.read(copied).factors(5)
+
+
+# -- what it holds --------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Gated(LoRA):
+    """Keeps an array with two named axes, one of them labelled."""
+
+    def records(self, step):
+        if step.finished % 3 == 0:
+            gates = np.arange(6.0).reshape(2, 3) + step.finished
+            yield ls.Snapshot("head/gates", gates, ("domain", "expert"), {"domain": ["film", "music"]})
+            yield ls.Snapshot("head/plain", np.array([step.finished], dtype=np.int64))
+
+
+def test_snapshots_come_in_long_form(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, Gated(), out=tmp_path / "run", **FAST)
+    long = run.snapshot("head/gates")
+    assert list(long.columns) == ["domain", "expert", "step", "value"]
+    assert len(long) == 3 * 6
+    assert run.snapshot_steps("head/gates") == [0, 3, 6]
+    cell = long.query("domain == 'music' and expert == 2 and step == 3")
+    assert cell["value"].tolist() == [5 + 3]
+    one = run.snapshot("head/gates", step=6)
+    assert one["value"].tolist() == [6, 7, 8, 9, 10, 11]
+    assert run.snapshot("head/plain", step=3).to_dict("list") == {"axis0": [0], "step": [3], "value": [3]}
+    with pytest.raises(ValueError, match=f"run {run.id} has no snapshot 'head/gate'; of .* near: head/gates"):
+        run.snapshot("head/gate")
+    with pytest.raises(ValueError, match=r"kept no snapshots at step 5; it did at \[0, .*6\]"):
+        run.snapshot("head/gates", step=5)
+
+
+def test_factors_and_updates_are_those_of_the_step(trained):
+    model, run = trained
+    assert set(run.factors()) == set(run.updates()) == set(delta.adapted(model))
+    for module, adapter in delta.adapted(model).items():
+        weight = adapter.weight().detach().numpy()
+        np.testing.assert_allclose(run.updates()[module].dense(), weight, rtol=1e-6, atol=1e-9)
+        A, B = (run.factors()[module][name] for name in ("A", "B"))
+        np.testing.assert_allclose(adapter.scale * B @ A, weight, rtol=1e-6, atol=1e-9)
+    assert run.factors(0)[QUERY]["B"].any() == np.False_
+    assert run.factors(3)[QUERY]["B"].any()
+    with pytest.raises(KeyError, match="no module 'query'; there are bert"):
+        run.factors()["query"]
+    assert run.ranks() == {module: adapter.A.shape[0] for module, adapter in delta.adapted(model).items()}
+
+
+def test_the_state_file_is_keyed_by_parameter_names(trained):
+    from safetensors.torch import load_file
+
+    model, run = trained
+    stored = load_file(run.path / "state/last.safetensors")
+    parameters = dict(model.named_parameters())
+    assert (
+        {name for name, p in parameters.items() if p.requires_grad}
+        <= stored.keys()
+        <= parameters.keys() | dict(model.named_buffers()).keys()
+    )
+    assert all(torch.equal(parameters[name], stored[name]) for name in stored.keys() & parameters.keys())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_peft_takes_the_configuration(family, task, tmp_path, request):
+    """The same modules, shapes and scales; ranks, and with them scales, differ by module."""
+    folder = request.getfixturevalue(family)
+    model = models.load(folder, task=task)
+    found = ls.names.match(ls.names.describe(model), ("all-linear", "embed"))
+    ranks = {name: 2 if number % 3 else 3 + number % 2 for number, name in enumerate(found)}
+    run = ls.train(model, task, LoRA(rank=ranks, alpha=6.0), out=tmp_path / "run", **FAST)
+    keywords = run.lora_config()
+    assert keywords["r"] == 2
+    assert json.loads(json.dumps(keywords)) == keywords
+    config = peft.LoraConfig(**keywords, fan_in_fan_out=family == "gpt2")
+    theirs = peft.get_peft_model(models.load(folder, task=task), config).base_model.model
+    layers = {name: layer for name, layer in theirs.named_modules() if hasattr(layer, "lora_A")}
+    assert layers.keys() == delta.adapted(model).keys()
+    for name, adapter in delta.adapted(model).items():
+        layer = layers[name]
+        embedding = "default" in layer.lora_embedding_A
+        A = layer.lora_embedding_A["default"] if embedding else layer.lora_A["default"].weight
+        B = layer.lora_embedding_B["default"] if embedding else layer.lora_B["default"].weight
+        assert (A.shape, B.shape) == (adapter.A.shape, adapter.B.shape)
+        assert layer.scaling["default"] == adapter.scale
+
+
+class Shifted(Delta):
+    def __init__(self, host):
+        super().__init__()
+        self.M = nn.Parameter(torch.full(delta.host_weight(host).shape, 0.01))
+
+    def weight(self):
+        return self.M
+
+
+@dataclass(kw_only=True)
+class Matrices(Method):
+    """Updates that have no factors."""
+
+    def attach(self, model):
+        delta.attach(model, {QUERY: Shifted(model.get_submodule(QUERY))})
+        train_adapters(model)
+
+
+def test_what_has_no_factors_has_no_configuration(bert, task, tmp_path):
+    for number, method in enumerate((Full(), Matrices())):
+        run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **FAST)
+        with pytest.raises(ValueError, match="no factored update of a rank above 0"):
+            run.lora_config()
+    assert run.ranks() == {QUERY: 32}
+    assert list(run.factors()[QUERY]) == ["M"]
+    assert run.summary().query("role == 'q'")["update_norm"].tolist() == pytest.approx(
+        [float(delta.adapted(models_of(run, bert, task))[QUERY].M.detach().norm())]
+    )
+
+
+def models_of(run, folder, task, state="last"):
+    model = models.load(folder, task=task)
+    run.restore(model, state=state, method=Matrices() if run.meta["method"]["name"] == "matrices" else None)
+    return model
+
+
+# -- summary --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["norms recorded", "nothing recorded"])
+@pytest.mark.parametrize("state", ["last", "best"])
+@pytest.mark.parametrize(
+    "method", [LoRA(lr=1e-2, targets=("all-linear", "embed")), Full(lr=1e-2)], ids=["lora", "full"]
+)
+def test_summary_is_that_of_dense_matrices(method, state, watched, bert, task, tmp_path, monkeypatch):
+    from lorascope.session import Session
+
+    score = Session._score
+
+    def best_at_two(self, rows):
+        """The validation gets worse after step 2."""
+        found = score(self, rows)
+        if rows is self.validation:
+            found.correct[:] = self.step.finished == 2
+        return found
+
+    monkeypatch.setattr(Session, "_score", best_at_two)
+    looks = [observe.norms(every=4)] if watched else []
+    run = ls.train(models.load(bert, task=task), task, method, observe=looks, out=tmp_path / "run", **FAST)
+    assert run.meta["states"]["best"]["step"] == 2
+    assert str(run.path) in repr(run)
+    summary = run.summary(state=state).set_index("module")
+    everything = run.summary(all=True, state=state)
+    assert list(everything["module"]) == list(run.modules.query("role not in ('block', 'norm')")["module"])
+    if isinstance(method, Full) and not watched:
+        assert summary.empty
+        return
+    start, model = models.load(bert, task=task), models_of(run, bert, task, state)
+    weights = dict(start.named_modules())
+    head = ["classifier"] if watched else []
+    if isinstance(method, Full):
+        assert list(summary.index) == list(everything["module"])
+    else:
+        assert sorted(summary.index) == sorted([*delta.adapted(model), *head])
+    assert summary["exact"].all()
+    for module, row in summary.drop(index=head).iterrows():
+        before = weights[module].weight.detach().double()
+        now = model.get_submodule(module).weight.detach().double()
+        change = now - before
+        if module in delta.adapted(model):
+            assert torch.equal(now, before)
+            adapter = delta.adapted(model)[module]
+            change = adapter.scale * adapter.B.detach().double() @ adapter.A.detach().double()
+            change = change.T if change.shape != before.shape else change
+            assert row["rank"] == 8
+        assert row["update_norm"] == pytest.approx(float(change.norm()), rel=1e-4)
+        if watched:
+            assert row["weight_norm"] == pytest.approx(float((before + change).norm()), rel=1e-6)
+            assert row["relative_update"] == pytest.approx(float(change.norm() / before.norm()), rel=1e-4)
+        sigma = torch.linalg.svdvals(change).numpy()
+        if isinstance(method, LoRA) or state == "last":
+            p = sigma[sigma > 1e-12 * sigma[0]] / sigma.sum()
+            assert row["stable_rank"] == pytest.approx((sigma**2).sum() / sigma[0] ** 2, rel=1e-4)
+            assert row["effective_rank"] == pytest.approx(math.exp(-(p * np.log(p)).sum()), rel=1e-3)
+        else:
+            assert math.isnan(row["stable_rank"])
+
+
+# -- copying, showing -----------------------------------------------------------------------------------------------
+
+
+def test_save_copies_the_run(trained, bert, task, tmp_path):
+    model, run = trained
+    saved = run.save(tmp_path / "kept")
+    assert saved.path == tmp_path / "kept"
+    assert saved.table.equals(run.table)
+    other = models.load(bert, task=task)
+    ls.load(tmp_path / "kept").restore(other)
+    batch = {"input_ids": torch.tensor([[5, 6, 7]])}
+    assert torch.equal(model(**batch).logits, other(**batch).logits)
+    with pytest.raises(FileExistsError, match="kept exists: give a new folder"):
+        run.save(tmp_path / "kept")
+
+
+@dataclass(kw_only=True)
+class TwoPhases(Full):
+    def phases(self, base):
+        yield Phase(Full(), "search", steps=2)
+        yield Phase(LoRA(), "retrain")
+
+
+def test_a_phase_is_copied_with_those_before_it(fresh_bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, TwoPhases(), out=tmp_path / "run", **FAST)
+    saved = run.save(tmp_path / "kept")
+    assert [parent.id for parent in saved.parents] == [parent.id for parent in run.parents]
+    assert saved.parents[0].path.resolve() == (tmp_path / "kept/1-search").resolve()
+    assert ls.load(tmp_path / "kept").id == run.id
+    assert run.parents[0].save(tmp_path / "search").finished
+
+
+def test_unfinished_and_broken_runs_show_themselves(copied):
+    meta = json.loads((copied / "run.json").read_text())
+    for status, extra in (("running", {}), ("broken", {"error": "the loss became nan at step 5 of 6"})):
+        edit(copied, **meta | {"status": status, "states": {}, "checksums": {}, "test": {}} | extra)
+        run = Run.read(copied)
+        assert f"seed 0, {status}" in repr(run)
+        assert extra.get("error", "") in run._repr_html_()
+        assert not run.finished
+        with pytest.raises(FileNotFoundError, match=f"has no records.parquet in .*it is {status}: the same call"):
+            run.table  # noqa: B018
+        with pytest.raises(ValueError, match=f"is {status} and has no state 'last' yet"):
+            run.summary()
+
+
+# -- identity -------------------------------------------------------------------------------------------------------
+
+_SCRIPT = """
+import sys
+import torch
+import lorascope as ls
+from lorascope import models, observe, tasks
+torch.set_num_threads(1)
+task = tasks.load(sys.argv[2])
+method = ls.LoRA(targets=("k", "q"), dropout=0.1)
+run = ls.train(models.load(sys.argv[1], task=task), task, method, steps=2, batch_size=4, eval_size=8, test_size=8,
+               observe=[observe.norms(every=1)], out=sys.argv[3], progress=False, device="cpu")
+print(run.id)
+"""
+
+
+def test_another_process_makes_the_same_run(bert, task, tmp_path):
+    """Same id, same bits, though Python hashes strings by another seed."""
+    task.table[["text", "label"]].to_csv(tmp_path / "reviews.csv", index=False)
+    processes = []
+    for number in range(2):
+        environment = os.environ | {"PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", _SCRIPT, bert, str(tmp_path / "reviews.csv"), str(tmp_path / str(number))]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    first, second = (process.communicate()[0].strip() for process in processes)
+    assert first == second
+    assert len(first) == 12
+    one, two = (ls.load(tmp_path / name) for name in "01")
+    assert [one.table, two.table][0].query("quantity != 'seconds'").equals(two.table.query("quantity != 'seconds'"))
+    state = {name: digest for name, digest in one.meta["checksums"].items() if name != "records.parquet"}
+    assert state == {name: digest for name, digest in two.meta["checksums"].items() if name != "records.parquet"}

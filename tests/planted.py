@@ -40,7 +40,8 @@ def plant(
     ``factors`` are (B, A) by module, ``sigmas`` the spectra that were kept of dense updates.
     """
     last = max((step for steps in values.values() for step in steps), default=0)
-    states = {"last": {"step": max(last, 0), "ranks": {}}}
+    ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
+    states = {"last": {"step": max(last, 0), "ranks": ranks}}
     common = {"model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": []}
     named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
     writer = RunWriter(folder / id, common | named | meta)

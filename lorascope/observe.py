@@ -107,6 +107,7 @@ class norms(Observer):
         self.before_: dict[str, Any] = {}
         self.base_squares_: dict[str, float] = {}
         self._found: Trained | None = None
+        self._memory: dict[str, Tensor] = {}
 
     def due(self, finished: int, total: int) -> bool:
         """Also where dense updates are decomposed."""
@@ -116,7 +117,6 @@ class norms(Observer):
     def __call__(self, step: Step) -> list[Item]:
         """Norms and ranks of the state after this step."""
         self._found = trained = self._found or Trained.of(step)
-        due_next = not step.last and self.due(step.finished + 1, step.total)
         items: list[Item] = []
         if step.finished == 0:
             self.base_squares_ = {name: squares(weight) for name, weight in step.base.items()}
@@ -124,13 +124,22 @@ class norms(Observer):
         if self.due(step.finished, step.total) or step.best:
             items.extend(self._look(step, trained))
         self.before_ = {}
-        if due_next:
-            updates = trained.updates()
-            self.before_ = {
-                "dense": {label: tensor.clone() for label, tensor in _tensors(trained, updates).items()},
-                "factored": {module: _plain(update) for module, update in updates.items() if trained.frozen(module)},
-            }
+        if not step.last and self.due(step.finished + 1, step.total):
+            self._remember(trained)
         return items
+
+    def _remember(self, trained: Trained) -> None:
+        """Keep what the next look compares with, in the same memory each time.
+
+        Memory that is taken and given back makes the step after it slower, and by more than the look itself.
+        """
+        updates = trained.updates()
+        for label, tensor in _tensors(trained, updates).items():
+            if label not in self._memory:
+                self._memory[label] = torch.empty_like(tensor)
+            self._memory[label].copy_(tensor)
+        factored = {module: _plain(update) for module, update in updates.items() if trained.frozen(module)}
+        self.before_ = {"dense": self._memory, "factored": factored}
 
     def _look(self, step: Step, trained: Trained) -> Iterator[Item]:
         updates = trained.updates()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.parallel import get_active_backend
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -99,7 +100,7 @@ def run_jobs(wanted: Sequence[Job], jobs: int | None = None, progress: bool = Tr
     deaths = 0
     with tqdm(total=len(wanted), unit="run", disable=not progress) as bar:
         while left := [number for number in range(len(wanted)) if number not in folders and number not in failures]:
-            workers = Parallel(n_jobs=jobs or cpu_count(), return_as="generator_unordered", batch_size=1)
+            workers = Parallel(n_jobs=jobs or _width(), return_as="generator_unordered", batch_size=1)
             try:
                 for number, folder, error in workers(delayed(_work)(number, wanted[number]) for number in left):
                     deaths = 0
@@ -111,7 +112,10 @@ def run_jobs(wanted: Sequence[Job], jobs: int | None = None, progress: bool = Tr
             except TerminatedWorkerError as error:
                 deaths += 1
                 if deaths == ATTEMPTS:
-                    raise RuntimeError(f"a worker was killed {ATTEMPTS} times in a row: out of memory?") from error
+                    names = "; ".join(_name(wanted[number]) for number in left)
+                    raise RuntimeError(
+                        f"a worker was killed {ATTEMPTS} times in a row, out of memory? Not finished: {names}"
+                    ) from error
     if failures:
         lines = "; ".join(f"{_name(wanted[number])}: {error}" for number, error in sorted(failures.items()))
         raise RuntimeError(f"{len(failures)} of {len(wanted)} runs failed, the others are kept. {lines}")
@@ -125,9 +129,15 @@ def _work(number: int, job: Job) -> tuple[int, str, str]:
     try:
         model = job.model if isinstance(job.model, str) else job.model()
         run = train(model, job.data, job.method, **{**job.settings, "progress": False})
-    except (ValueError, OSError, ArithmeticError, TypeError) as error:
-        return number, "", f"{error}"
+    except Exception as error:  # whatever a method or a model may raise: it must not end the other runs
+        return number, "", f"{type(error).__name__}: {error}".partition("\n")[0]
     return number, str(run.path), ""
+
+
+def _width() -> int:
+    """How many at a time: what ``joblib.parallel_config`` says, else one a core."""
+    _, configured = get_active_backend()
+    return configured or cpu_count()
 
 
 def _name(job: Job) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from joblib import cpu_count, parallel_config
 
 import lorascope as ls
 from lorascope import models
 from lorascope.methods import Full, LoRA
+from lorascope.sweeps import _width
 
 FAST = {"steps": 3, "batch_size": 4, "eval_every": 0, "progress": False}
 
@@ -26,6 +29,13 @@ class Fragile:
             self.marker.touch(exist_ok=False)
         except FileExistsError:
             return models.load(self.folder)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Dying:
+    """A model that costs its process its life."""
+
+    def __call__(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -60,6 +70,31 @@ def test_a_run_that_fails_loses_none_of_the_others(bert, task, tmp_path):
         ls.sweep(bert, task, methods, seeds=1, jobs=1, root=tmp_path, **FAST)
     (kept,) = tmp_path.glob("*/run.json")
     assert ls.load(kept.parent).finished
+
+
+@dataclass(kw_only=True)
+class Careless(LoRA):
+    """Fails in a way that nobody foresaw."""
+
+    def before_step(self, step):
+        assert step.index == 0
+
+
+def test_an_error_that_nobody_foresaw_loses_none_of_the_others(bert, task, tmp_path):
+    with pytest.raises(RuntimeError, match=r"1 of 3 runs failed.*Careless.*: AssertionError"):
+        ls.sweep(bert, task, [LoRA(), Careless(), Full()], seeds=1, jobs=1, root=tmp_path, **FAST)
+    assert sorted(ls.load(path.parent).finished for path in tmp_path.glob("*/run.json")) == [False, True, True]
+
+
+def test_the_configured_width_is_taken():
+    assert _width() == cpu_count()
+    with parallel_config("loky", n_jobs=3):
+        assert _width() == 3
+
+
+def test_a_worker_that_always_dies_is_told(bert, task, tmp_path):
+    with pytest.raises(RuntimeError, match=r"killed 3 times in a row.*Not finished: LoRA, seed 0"):
+        ls.sweep(Dying(), csv(task, tmp_path), LoRA(), seeds=1, jobs=2, root=tmp_path, **FAST)
 
 
 def test_a_killed_worker_costs_no_run(bert, task, tmp_path):

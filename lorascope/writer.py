@@ -95,15 +95,11 @@ class RunWriter:
             self._rows = []
         return self._table
 
-    def write_table(self, name: str) -> None:
-        """Write the rows so far as Parquet."""
-        buffer = io.BytesIO()
-        self.table().to_parquet(buffer, index=False)
-        write_bytes(self.path / name, buffer.getvalue())
-
     def finish(self, status: str) -> Run:
         """Write the table, then ``run.json`` with the checksums of all that lies there."""
-        self.write_table("records.parquet")
+        buffer = io.BytesIO()
+        self.table().to_parquet(buffer, index=False)
+        write_bytes(self.path / "records.parquet", buffer.getvalue())
         files = [self.path / "records.parquet", *self.path.glob("snapshots/*"), *self.path.glob("state/*")]
         used = self.table()["quantity"].cat.categories
         self.meta |= {

@@ -244,6 +244,26 @@ def test_step_loss_is_exact_twice_differentiable_and_leaves_no_trace(bert, task,
         torch.testing.assert_close(exact, numeric, rtol=2e-2, atol=1e-4 * float(exact.abs().max()) + 1e-6)
 
 
+def test_step_loss_draws_its_dropout_without_moving_the_generator(bert, task, tmp_path):
+    """In training mode, where the loss does draw: training with and without asking for it is the same to the bit."""
+
+    @dataclass(kw_only=True)
+    class Curious(LoRA):
+        asks: bool = True
+
+        def before_step(self, step):
+            if self.asks:
+                assert step.model.training
+                step.loss(step.batch)
+
+    losses = []
+    for asks in (True, False):
+        model = models.load(bert, task=task)
+        run = ls.train(model, task, Curious(asks=asks, dropout=0.3), out=tmp_path / str(asks), **FAST)
+        losses.append(run.table.query("quantity == 'loss'")["value"].tolist())
+    assert losses[0] == losses[1]
+
+
 def test_validation_needs_a_search_split(fresh_bert, task, tmp_path):
     @dataclass(kw_only=True)
     class Asking(LoRA):

@@ -17,13 +17,12 @@ from lorascope.commands.arguments import UsageError, fields_of, headline, parse
 from lorascope.plots import FIGURES
 from lorascope.run import Run
 
-_PATHS = Positional[tuple[str, ...]]
 _RUNS = "folders of runs or adapters; label=folder names a curve, the same label again a further seed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Common:
-    runs: Annotated[_PATHS, arg(metavar="RUN ...", help=_RUNS)] = ()
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...", help=_RUNS)] = ()
     out: Annotated[
         str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf by default")
     ] = None

@@ -54,8 +54,8 @@ def ground(settled: Plan, width: float = WIDTH) -> go.Figure:
     return go.Figure(layout=_layout(settled, space(settled, width)))
 
 
-def fragment(drawable: Drawable, div_id: str, name: str | None = None, script: bool = True) -> str:
-    """Draw as a piece of HTML.
+def fragment(drawable: Drawable, div_id: str, name: str | None = None) -> str:
+    """Draw as a piece of HTML that brings plotly.js along (4.6 MiB).
 
     Parameters
     ----------
@@ -65,12 +65,10 @@ def fragment(drawable: Drawable, div_id: str, name: str | None = None, script: b
         Its id, unique on the page.
     name : str, optional
         Theme, default "light".
-    script : bool
-        Whether to bring plotly.js along (4.6 MiB); a page needs it once.
     """
     made = figure(drawable, name)
     options = {"full_html": False, "auto_play": False, "config": CONFIG, "default_height": f"{made.layout.height}px"}
-    return str(made.to_html(include_plotlyjs=script, div_id=div_id, **options))
+    return str(made.to_html(include_plotlyjs=True, div_id=div_id, **options))
 
 
 def bundle(drawable: Drawable) -> dict[str, Any]:

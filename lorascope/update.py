@@ -142,11 +142,19 @@ class LowRank(_Update):
         return self.scale * (wide(self.B) @ wide(self.A))
 
     def __sub__(self, other: LowRank | Dense) -> LowRank | Dense:
-        """The difference; of two low-rank updates again low-rank, with the ranks added."""
+        """The difference; of two low-rank updates again low-rank, with the ranks added.
+
+        Two states of one adapter are told apart by what changed, B A - B' A' = (B - B') A + B' (A - A'): the
+        difference of two large products would have lost its digits.
+        """
         if isinstance(other, Dense):
             return Dense(self.dense() - other.matrix)
-        B = np.hstack([self.scale * wide(self.B), -other.scale * wide(other.B)])
-        return LowRank(B, np.vstack([self.A, other.A]), exact=self.exact and other.exact)
+        B, B_other = self.scale * wide(self.B), other.scale * wide(other.B)
+        A, A_other = wide(self.A), wide(other.A)
+        exact = self.exact and other.exact
+        if self.rank == other.rank:
+            return LowRank(np.hstack([B - B_other, B_other]), np.vstack([A, A - A_other]), exact=exact)
+        return LowRank(np.hstack([B, -B_other]), np.vstack([A, A_other]), exact=exact)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,8 +215,9 @@ class Dense(_Update):
 def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
     """Frobenius norms of many updates.
 
-    For factors |B A|_F^2 = sum((B^T B) * (A A^T)), elementwise. Where the components cancel (two updates subtracted,
-    say) that sum loses digits, and the norm of R_B R_A^T from the triangular factors of B and A^T is taken.
+    For factors |B A|_F^2 = sum((B^T B) * (A A^T)), elementwise. Where the components cancel (two updates of different
+    ranks subtracted, say) that sum loses digits, and the norm of R_B R_A^T from the triangular factors of B and A^T is
+    taken.
     """
     return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
 
@@ -218,7 +227,9 @@ def _factored_norm(update: LowRank) -> float:
         return np.nan
     left, right = gram(update.B), gram(update.A.T)
     squared = np.vdot(left, right)
-    if squared >= GRAM_LIMIT * np.trace(left) * np.trace(right):
+    # The components' own norms added up: what |B A| would be if none worked against another.
+    together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
+    if squared >= GRAM_LIMIT * together**2:
         return float(abs(update.scale) * np.sqrt(squared))
     with one_thread():
         return float(abs(update.scale) * np.linalg.norm(_cores([update])))

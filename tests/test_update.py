@@ -153,7 +153,10 @@ def test_cancelling_components_keep_their_digits():
     expected = LowRank(1e-9 * small.B, before.A, before.scale).norm()
     difference = after - before
     assert isinstance(difference, LowRank)
-    assert difference.norm() == pytest.approx(expected, rel=1e-6)  # the plain Gram sum has no digit left here
+    assert difference.norm() == pytest.approx(expected, rel=1e-7)  # what is left of the digits of B itself
+    grown = LowRank(np.hstack([before.B, 1e-9 * small.B]), np.vstack([before.A, small.A]), before.scale)
+    expected = LowRank(1e-9 * small.B, small.A, before.scale).norm()
+    assert (grown - before).norm() == pytest.approx(expected, rel=1e-6)  # the plain Gram sum has no digit left here
     assert (after - Dense(before.dense())).dense() == pytest.approx(difference.dense(), abs=1e-15)
     assert (Dense(after.dense()) - before).dense() == pytest.approx(difference.dense(), abs=1e-15)
 

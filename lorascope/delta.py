@@ -67,8 +67,17 @@ class Delta(nn.Module):
         return F.linear(x, W, b) + self(x)
 
     def factors(self) -> dict[str, Tensor]:
-        """The tensors worth a snapshot, by name."""
+        """The tensors worth a snapshot, by name.
+
+        Where the update is ``scale * B @ diag(diagonal) @ A`` they have these names, ``diagonal`` left out where it is
+        all ones, so that the update can be rebuilt from a snapshot.
+        """
         return dict(self.named_parameters(recurse=False))
+
+    @property
+    def rank(self) -> int:
+        """Number of components in use."""
+        return self.update().rank
 
     def update(self) -> LowRank | Dense:
         """A copy of the update in numpy."""

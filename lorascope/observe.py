@@ -151,7 +151,7 @@ class norms(Observer):
         for module, delta in trained.deltas.items():
             adapter = math.fsum(squares(factor) for factor in delta.factors().values())
             yield Record("adapter_norm", math.sqrt(adapter), module)
-            yield Record("rank", updates[module].rank, module)
+            yield Record("rank", delta.rank, module)
         yield from self._rank_records(step, trained, updates)
 
     def _dense_squares(

@@ -138,7 +138,9 @@ QUANTITIES: dict[str, Quantity] = {
     "adapter_norm": Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="norm of all the adapter's factors together"),
     "stable_rank": Quantity("stable rank", definition="|dW|_F^2 / sigma_1^2"),
     "effective_rank": Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
-    "rank": Quantity("rank", pool="sum", definition="number of components the update has"),
+    "rank": Quantity("rank", pool="sum", definition="number of components of the update that are in use"),
+    "budget": Quantity("rank budget", pool="sum", definition="number of components all modules may have together"),
+    "importance": Quantity("importance", index="rank_id", definition="score by which an allocator ranks a component"),
 }
 
 

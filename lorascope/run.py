@@ -124,7 +124,10 @@ class Run:
         scales, exact = file.about["scales"], file.about["exact"]
 
         def make(module: str) -> LowRank:
-            return LowRank(file[f"{module}/B"], file[f"{module}/A"], scales[module], exact[module])
+            B = file[f"{module}/B"]
+            if "diagonal" in file.about["factors"][module]:
+                B = B * file[f"{module}/diagonal"]
+            return LowRank(B, file[f"{module}/A"], scales[module], exact[module])
 
         return Lazy(list(scales), make)
 

@@ -191,8 +191,14 @@ class Session:
         own = {"loss": loss, "grad_norm": norm, "lr": rate, "seconds": self.seconds}
         items: list[Any] = [Record(name, value) for name, value in own.items() if value is not None]
         items.extend(self.method.records(self.step))
+        # Of what both can tell, such as a rank at the step that changes it, the method's word is enough.
+        told = {(item.quantity, item.module) for item in items if isinstance(item, Record)}
         for observer in self.observers:
-            items.extend(observer(self.step))
+            items.extend(
+                item
+                for item in observer(self.step)
+                if not isinstance(item, Record) or (item.quantity, item.module) not in told
+            )
         self.writer.add(self.step.finished, items)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
@@ -245,7 +251,7 @@ class Session:
         """Write the trained tensors and the factors as they are now; gives the entry for ``run.json``."""
         save_state(file, self.model, self.optimizer, self.method)
         self.writer.add(self.step.finished, factors_of(self.model))
-        ranks = {name: int(delta.update().rank) for name, delta in adapted(self.model).items()}
+        ranks = {name: delta.rank for name, delta in adapted(self.model).items()}
         return {"step": self.step.finished, "ranks": ranks}
 
     def finish(self) -> Run:

@@ -130,6 +130,10 @@ class LoRADelta(Delta):
         flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, self.A.shape[0]), self.B.T, alpha=self.scale)
         return flat.view(output.shape)
 
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
     def update(self) -> LowRank:
         return LowRank(to_array(self.B), to_array(self.A), self.scale)
 

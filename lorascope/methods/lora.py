@@ -111,14 +111,19 @@ class LoRADelta(Delta):
         else:
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
+    @property
+    def right(self) -> Float[Tensor, "rank in"]:
+        """The factor that meets the input."""
+        return self.A
+
     def weight(self) -> Float[Tensor, "out in"]:
-        return self.scale * (self.B @ self.A)
+        return self.scale * (self.B @ self.right)
 
     def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
         if x.is_floating_point():
-            hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+            hidden = F.linear(F.dropout(x, self.dropout, self.training), self.right)
         else:
-            hidden = F.embedding(x, self.A.T, self.padding)
+            hidden = F.embedding(x, self.right.T, self.padding)
         return self.scale * F.linear(hidden, self.B)
 
     def affine(
@@ -126,7 +131,7 @@ class LoRADelta(Delta):
     ) -> Float[Tensor, "*batch out"]:
         """As the base class, but the second product adds onto the host's output: one pass over it less."""
         output = F.linear(x, W, b)
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.right)
         flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, self.A.shape[0]), self.B.T, alpha=self.scale)
         return flat.view(output.shape)
 

@@ -28,7 +28,7 @@ _PUBLIC = {
     "QUANTITIES": "lorascope.records:QUANTITIES",
     "Chart": "lorascope.chart:Chart",
 }
-_MODULES = ("analysis", "models", "names", "observe", "plots", "probes", "tasks", "update")
+_MODULES = ("analysis", "export", "models", "names", "observe", "plots", "probes", "tasks", "update")
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 

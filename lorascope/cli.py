@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("training", "train a model by one of the methods, and record what happens inside"),
     "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
     "plot": Command("plotting", "draw a figure of one or several runs"),
+    "export": Command("exporting", "hand a run over to PEFT: its ranks, or its adapter as a folder"),
     "report": Command("reporting", "write the report of runs that are there already"),
 }
 _EXAMPLES = """examples:

@@ -26,6 +26,11 @@ def oriented(module: Any, weight: Float[Tensor, "..."]) -> Float[Tensor, "out in
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
+def host_kind(module: nn.Module) -> str:
+    """The class of a host without what was attached to it: ``"Embedding"``, ``"Conv1D"`` or ``"Linear"``."""
+    return next(kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))
+
+
 def to_array(tensor: Tensor) -> Float[np.ndarray, "..."]:
     """A copy in numpy, which knows no bfloat16: that becomes float32."""
     tensor = tensor.detach()

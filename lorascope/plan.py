@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lorascope import __version__
 from lorascope.delta import adapted
 from lorascope.heads import draw_new_weights, fit_head, weights_hash
+from lorascope.hosts import host_kind
 from lorascope.layout import identify
 from lorascope.method import Method, Phase, config, task_head
 from lorascope.models import name_of
@@ -141,6 +142,7 @@ class Plan:
                 "head": sum(p.numel() for p in trained if id(p) in head),
             },
             "total_seconds": sum(run.meta["seconds"] for run in parents),
+            "hosts": {name: host_kind(model.get_submodule(name)) for name in adapted(model)},
             "modules": modules.astype(object).where(modules.notna(), None).to_dict("records"),
         }
 

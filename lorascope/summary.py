@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,19 +51,47 @@ def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
 
 
 def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """See ``Run.lora_config``."""
+    """PEFT's keywords for a LoRA with these ranks and the updates' scales; see ``Run.lora_config``.
+
+    PEFT reads the keys of its patterns as regular expressions that the end of a module's name has to match, so each
+    is written to match the whole name and no other. A module of rank 0 is none of its targets.
+    """
     kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not kept:
         raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
-    alphas = {name: updates[name].scale * rank for name, rank in kept.items()}
+    alphas = {name: _alpha(updates[name].scale, rank) for name, rank in kept.items()}
     common_rank, common_alpha = _mode(kept.values()), _mode(alphas.values())
     return {
         "r": common_rank,
         "lora_alpha": common_alpha,
-        "target_modules": list(kept),
-        "rank_pattern": {name: rank for name, rank in kept.items() if rank != common_rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        "target_modules": _targets(kept, _names(run)),
+        "rank_pattern": {_exactly(name): rank for name, rank in kept.items() if rank != common_rank},
+        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
+
+
+def _exactly(name: str) -> str:
+    return f"^{re.escape(name)}"
+
+
+def _targets(kept: Mapping[str, int], known: set[str]) -> list[str] | str:
+    """The full names; where the end of another module's name is one of them, an expression that leaves that one out."""
+    ends = tuple(f".{name}" for name in kept)
+    if any(name.endswith(ends) for name in known - kept.keys()):
+        return "|".join(map(re.escape, kept))
+    return list(kept)
+
+
+def _names(run: Any) -> set[str]:
+    """All names of the model's modules that the run knows of."""
+    modules = run.modules
+    return {*modules["module"], *(name for names in modules.get("tied", ()) for name in names.split(","))}
+
+
+def _alpha(scale: float | int, rank: int) -> float | int:
+    """Scale times rank, or the whole number that gives the scale exactly where the product is off by rounding."""
+    whole = round(scale * rank)
+    return whole if whole / rank == scale else scale * rank
 
 
 def _mode(values: Any) -> Any:

@@ -20,7 +20,7 @@ LAYERS = [
     ["run", "sources", "evaluation", "foreign"],
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
     ["checkpoints", "analysis", "models"],
-    ["plots", "claims", "inspection", "delta"],
+    ["plots", "claims", "inspection", "export", "delta"],
     ["screen"],
     ["heads", "method"],
     ["methods", "trained", "state"],
@@ -51,6 +51,7 @@ TORCH_FREE = {
         "summary",
         "render",
         "run",
+        "export",
     ),
     *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
 }

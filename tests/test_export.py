@@ -1,0 +1,478 @@
+"""Export to PEFT, with PEFT itself as the oracle: which modules it adapts, at which rank and scale, and its logits."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from conftest import tiny_folder
+from planted import low_rank, plant
+from test_checkpoints import adapted, deltas, save
+from test_cli import complaint, modules_after, run
+from tiny import inputs, tiny
+from torch import nn
+
+import lorascope as ls
+from lorascope import delta, export, models, names
+from lorascope.checkpoints import load
+from lorascope.delta import Delta, host_weight
+from lorascope.export import in_use, rank_pattern, to_peft
+from lorascope.method import Method, train_adapters
+from lorascope.methods import Full, LoRA
+from lorascope.summary import peft_keywords
+from lorascope.update import LowRank
+
+FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
+
+
+def layers(model: Any) -> dict[str, tuple[int, float]]:
+    """Rank and scale of every module that PEFT adapts."""
+    found = model.base_model.model.named_modules()
+    return {name: (m.r["default"], m.scaling["default"]) for name, m in found if hasattr(m, "get_delta_weight")}
+
+
+# -- the configuration ----------------------------------------------------------------------------------------------
+
+
+def drawn(rank: int, scale: float = 1.0, seed: int = 0, size: int = 32) -> LowRank:
+    draw = np.random.default_rng(seed)
+    return LowRank(draw.standard_normal((size, rank)), draw.standard_normal((rank, size)), scale)
+
+
+def configured(tmp_path: Path, model: nn.Module, ranks: dict[str, int], scales: dict[str, float]) -> dict[str, Any]:
+    """The keywords of a run that adapted a model like that."""
+    description = names.describe(model).astype(object)
+    known = description.where(description.notna(), None).to_dict("records")
+    found = plant(tmp_path, "run", {}, modules=known)
+    return peft_keywords(found, ranks, {name: drawn(rank, scales[name]) for name, rank in ranks.items()})
+
+
+def test_names_that_end_or_begin_alike_keep_their_own_rank(tmp_path: Path) -> None:
+    """Fourteen layers, a rank and a scale for each module, some of rank 0; PEFT adapts these and no others."""
+    model = tiny("llama", num_hidden_layers=14)
+    every = [name for name, module in model.named_modules() if name.endswith(("q_proj", "v_proj", "k_proj"))]
+    ranks = {name: number % 5 for number, name in enumerate(every)}
+    scales = {name: (1 + number % 7) / 3 for number, name in enumerate(every)}
+    keywords = configured(tmp_path, model, ranks, scales)
+    assert json.loads(json.dumps(keywords)) == keywords
+    expected = {name: (rank, scales[name]) for name, rank in ranks.items() if rank}
+    assert len(expected) < len(every)
+    assert layers(adapted(model, **keywords)) == expected
+
+
+class Nested(nn.Module):
+    """Modules whose names are the ends of others' names, or differ where a dot matches anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(12))
+        self.x = nn.ModuleDict({"layer": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(12))})
+        self.layer_1 = nn.ModuleDict({"q": nn.Linear(8, 8)})
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["outer ones", "all"])
+def test_a_name_that_is_the_end_of_another(whole: bool, tmp_path: Path) -> None:
+    model = Nested()
+    every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    chosen = every if whole else [name for name in every if not name.startswith("x.")]
+    ranks = {name: 1 + number % 4 for number, name in enumerate(chosen)}
+    scales = {name: 0.5 + number / 8 for number, name in enumerate(chosen)}
+    keywords = configured(tmp_path, model, ranks, scales)
+    expected = {name: (rank, scales[name]) for name, rank in ranks.items()}
+    assert layers(adapted(model, **keywords)) == expected
+    # Full names, unless PEFT would take "layer.1.q" for the end of "x.layer.1.q".
+    assert isinstance(keywords["target_modules"], list if whole else str)
+
+
+@pytest.mark.parametrize(("alpha", "rank"), [(1.0, 49), (8.0, 8), (32.0, 7), (0.1, 3), (16.0, 49), (6.5, 11)])
+def test_the_scale_survives_its_way_through_alpha(alpha: float, rank: int, tmp_path: Path) -> None:
+    run = plant(tmp_path, "run", {}, factors={"h.0.q": low_rank(1.0)})
+    found = peft_keywords(run, {"h.0.q": rank}, {"h.0.q": drawn(rank, alpha / rank)})["lora_alpha"]
+    assert found / rank == alpha / rank
+    assert found == alpha
+
+
+# -- the budget -----------------------------------------------------------------------------------------------------
+
+SPECTRA = {"h.0.q": (5.0, 1.0, 0.5), "h.0.up": (4.0, 1.0), "h.1.q": (0.1, 0.05), "h.1.up": (3.0, 1.0, 1.0)}
+
+
+@pytest.fixture
+def spectral(tmp_path: Path) -> ls.Run:
+    return plant(tmp_path, "run", {}, factors={name: low_rank(*sigma) for name, sigma in SPECTRA.items()})
+
+
+def pattern_ranks(keywords: dict[str, Any], targets: list[str]) -> dict[str, int]:
+    """Ranks as PEFT reads them."""
+    config = peft.LoraConfig(**keywords)
+    from peft.utils.other import get_pattern_key
+
+    return {name: config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.r) for name in targets}
+
+
+@pytest.mark.parametrize("budget", [*range(2, 11), 0.1, 0.5, 0.75, 1.0])
+def test_a_budget_keeps_the_largest_singular_values(budget: float, spectral: ls.Run) -> None:
+    """Brute force: take them one by one, the first of equal ones; so the spectra kept have the largest energy."""
+    count = int(budget) if budget >= 2 else round(budget * 10)
+    pool = [(sigma, name) for name, spectrum in SPECTRA.items() for sigma in spectrum]
+    expected = dict.fromkeys(SPECTRA, 0)
+    for _ in range(count):
+        best = max(range(len(pool)), key=lambda i: (pool[i][0], -i))
+        expected[pool.pop(best)[1]] += 1
+    keywords = rank_pattern(spectral, budget)
+    assert sorted(keywords["target_modules"]) == sorted(name for name, rank in expected.items() if rank)
+    found = pattern_ranks(keywords, keywords["target_modules"])
+    assert found == {name: rank for name, rank in expected.items() if rank}
+    assert sum(found.values()) == count
+
+
+def test_without_a_budget_the_ranks_are_the_runs(spectral: ls.Run) -> None:
+    assert rank_pattern(spectral) == spectral.lora_config() == rank_pattern(spectral, 1)
+    assert pattern_ranks(rank_pattern(spectral), list(SPECTRA)) == spectral.ranks()
+
+
+def test_a_small_share_leaves_one_component(spectral: ls.Run) -> None:
+    assert rank_pattern(spectral, 0.01)["target_modules"] == ["h.0.q"]
+
+
+def test_a_rank_beyond_the_matrix_counts_as_components_of_no_energy(tmp_path: Path) -> None:
+    wide = drawn(6, size=4)
+    run = plant(tmp_path, "run", {}, factors={"h.0.q": (wide.B, wide.A), "h.1.q": low_rank(1e-3)})
+    assert pattern_ranks(rank_pattern(run, 1.0), ["h.0.q", "h.1.q"]) == {"h.0.q": 6, "h.1.q": 1}
+    assert pattern_ranks(rank_pattern(run, 5), ["h.0.q", "h.1.q"]) == {"h.0.q": 4, "h.1.q": 1}
+
+
+@pytest.mark.parametrize("budget", [0, -1, 1.5, 2.5, 11, float("nan"), float("inf")])
+def test_a_budget_that_is_none_is_refused(budget: float, spectral: ls.Run) -> None:
+    with pytest.raises(ValueError, match=r"^budget .* give .*10") as raised:
+        rank_pattern(spectral, budget)
+    assert "\n" not in str(raised.value)
+
+
+def test_nan_has_no_singular_values_to_go_by(tmp_path: Path) -> None:
+    run = plant(tmp_path, "run", {}, factors={"h.0.q": low_rank(1.0), "h.1.q": low_rank(float("nan"))})
+    with pytest.raises(ValueError, match=r"^h\.1\.q holds NaN"):
+        rank_pattern(run, 0.5)
+
+
+def test_a_pattern_of_an_adapter_folder(tmp_path: Path) -> None:
+    """The spectra of PEFT's own matrices decide, and each module keeps its scale."""
+    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 7}}
+    model = save(tmp_path, target_modules=["q_proj", "k_proj"], **config)
+    scales = {name: scale for name, (_, scale) in layers(model).items()}
+    ranks = {name: rank for name, (rank, _) in layers(model).items()}
+    sigma = {name: np.linalg.svd(dense, compute_uv=False)[: ranks[name]] for name, dense in deltas(model).items()}
+    bar = np.sort(np.concatenate(list(sigma.values())))[-11]
+    expected = {name: (int((values >= bar).sum()), scales[name]) for name, values in sigma.items()}
+    again = adapted(tiny("llama"), **rank_pattern(load(tmp_path), 0.5))
+    assert layers(again) == {name: pair for name, pair in expected.items() if pair[0]}
+    assert sum(rank for rank, _ in layers(again).values()) == 11
+
+
+# -- the adapter ----------------------------------------------------------------------------------------------------
+
+
+def by_the_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model that the folder's README says how to load."""
+    snippet = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    assert snippet
+    monkeypatch.chdir(out.parent)
+    scope: dict[str, Any] = {}
+    exec(snippet[1], scope)
+    return scope["model"].eval()
+
+
+def distance(ours: nn.Module, theirs: nn.Module) -> float:
+    """Largest difference of logits in float64, relative to the largest logit."""
+    batch = inputs(ours)
+    with torch.no_grad():
+        expected, found = (model.double()(**batch).logits for model in (ours, theirs))
+    assert expected.shape == found.shape
+    return float((expected - found).abs().max() / expected.abs().max())
+
+
+def trained(folder: str, task: Any, method: Method, out: Path, **settings: Any) -> tuple[nn.Module, ls.Run]:
+    model = models.load(folder, task=task)
+    return model, ls.train(model, task, method, out=out, **FAST | settings)
+
+
+CASES: dict[str, tuple[str, str, Any]] = {
+    "bert": ("bert", "base", ("all-linear", "embed")),
+    "gpt2": ("gpt2", "causal", ("all-linear", "embed", "pos_embed")),
+    "llama": ("llama", "causal", ("all-linear", "head", "embed")),
+    "gpt2 classifier": ("gpt2", "classification", ("qkv", "ffn_out")),
+    "roberta, a head of two layers": ("roberta", "base", ("q", "v")),
+    "distilbert, a head of two layers": ("distilbert", "base", ("q", "ffn_in")),
+    "bert, head adapted": ("bert", "base", ("q", "head")),
+    "bart": ("bart", "seq2seq", ("q", "cross_v", "ffn_in")),
+}
+
+
+@pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
+def test_peft_gives_the_same_logits(
+    family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path / "base", family, head)
+    method = LoRA(rank=3, alpha=5.0, targets=targets, lr=0.05, head_lr=0.05)
+    ours, run = trained(folder, task, method, tmp_path / "run")
+    out = to_peft(run, tmp_path / "adapter")
+    assert out == tmp_path / "adapter"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base", "run"]
+    theirs = by_the_card(out, monkeypatch)
+    fresh = models.load(folder, task=task)
+    assert distance(ours, fresh) > 1e-3
+    # Where a head is adapted and saved whole, its weight is rounded to float32 once more.
+    assert distance(ours, theirs) < (1e-6 if "classifier" in run.updates() else 1e-9)
+
+    # Read back it is the same adapter; a head that is saved whole holds its own update.
+    expected = {name: update for name, update in run.updates().items() if name != "classifier"}
+    again = load(out).updates()
+    assert set(again) == set(expected) == set(layers(theirs))
+    for name, update in expected.items():
+        np.testing.assert_allclose(again[name].dense(), update.dense(), rtol=1e-6, atol=0)
+
+
+@dataclass(kw_only=True)
+class Early(LoRA):
+    """Its best state is that after two steps."""
+
+    def settled(self, step: Any) -> bool:
+        return step.finished == 2
+
+
+def test_the_best_state_is_its_own(bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, run = trained(bert, task, Early(lr=0.05, head_lr=0.05), tmp_path / "run")
+    best = models.load(bert, task=task)
+    run.restore(best, state="best", method=Early())
+    theirs = by_the_card(to_peft(run, tmp_path / "best", state="best"), monkeypatch)
+    assert distance(best, theirs) < 1e-9
+    assert distance(last, theirs) > 1e-3
+
+
+class Triple(Delta):
+    """scale * B diag(diagonal) A."""
+
+    def __init__(self, host: nn.Module, rank: int, scale: float) -> None:
+        super().__init__()
+        outer, inner = host_weight(host).shape
+        self.scale = scale
+        self.A, self.B = nn.Parameter(torch.randn(rank, inner) / 5), nn.Parameter(torch.randn(outer, rank) / 5)
+        self.diagonal = nn.Parameter(torch.ones(rank))
+
+    def weight(self) -> torch.Tensor:
+        return self.scale * (self.B * self.diagonal) @ self.A
+
+    @property
+    def rank(self) -> int:
+        return int((self.diagonal != 0).sum())
+
+    def update(self) -> LowRank:
+        return LowRank((self.B * self.diagonal).detach().numpy().copy(), self.A.detach().numpy().copy(), self.scale)
+
+
+@dataclass(kw_only=True)
+class Masking(Method):
+    """Masks ``number % 4`` components of the module with that number, so all of some."""
+
+    lr: float = 0.05
+    head_lr: float = 0.05
+
+    def attach(self, model: nn.Module) -> None:
+        hosts = names.match(names.describe(model), ("all-linear", "embed"))
+        delta.attach(model, {name: Triple(model.get_submodule(name), 3, 0.75) for name in hosts})
+        train_adapters(model)
+
+    def after_step(self, step: Any) -> None:
+        with torch.no_grad():
+            for number, triple in enumerate(delta.adapted(step.model).values()):
+                triple.diagonal[: number % 4] = 0.0
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_masked_components_are_dropped_and_the_scale_stays(
+    family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    ours, run = trained(request.getfixturevalue(family), task, Masking(), tmp_path / "run")
+    expected = {name: (rank, 0.75) for name, rank in run.ranks().items() if rank}
+    assert {rank for rank, _ in expected.values()} == {1, 2, 3}
+    assert len(expected) < len(run.ranks())
+    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    assert layers(theirs) == expected
+    assert distance(ours, theirs) < 1e-6  # the diagonal times B, in float32
+    assert layers(adapted(models.load(request.getfixturevalue(family), task=task), **run.lora_config())) == expected
+
+
+def test_in_use_keeps_the_product() -> None:
+    draw = np.random.default_rng(0)
+    B, A, diagonal = draw.standard_normal((5, 4)), draw.standard_normal((4, 6)), np.array([0.0, -2.0, 0.0, 1e-30])
+    left, right = in_use(B, diagonal, A)
+    assert (left.shape, right.shape) == ((5, 2), (2, 6))
+    np.testing.assert_allclose(left @ right, B @ np.diag(diagonal) @ A)
+
+
+# -- what is refused ------------------------------------------------------------------------------------------------
+
+
+class Dense(Delta):
+    def __init__(self, host: nn.Module) -> None:
+        super().__init__()
+        self.M = nn.Parameter(torch.zeros(host_weight(host).shape))
+
+    def weight(self) -> torch.Tensor:
+        return self.M
+
+
+class Mixed(Triple):
+    """Stands for what depends on its input."""
+
+    def update(self) -> LowRank:
+        known = super().update()
+        return LowRank(known.B, known.A, known.scale, exact=False)
+
+
+@dataclass(kw_only=True)
+class Unfit(Method):
+    inexact: bool = False
+
+    def attach(self, model: nn.Module) -> None:
+        name = names.match(names.describe(model), "q")[0]
+        host = model.get_submodule(name)
+        delta.attach(model, {name: Mixed(host, 2, 1.0) if self.inexact else Dense(host)})
+        train_adapters(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (Full(), "it changed the weights themselves"),
+        (Unfit(), "that of bert.encoder.layer.0.attention.self.query is not a product B A"),
+        (Unfit(inexact=True), "that of bert.encoder.layer.0.attention.self.query is not"),
+    ],
+    ids=["full", "dense", "inexact"],
+)
+def test_what_is_no_low_rank_update_is_refused(method: Method, why: str, bert: str, task: Any, tmp_path: Path) -> None:
+    _, run = trained(bert, task, method, tmp_path / "run", steps=1)
+    with pytest.raises(ValueError, match=rf"has no low-rank updates to export: {why}") as raised:
+        to_peft(run, tmp_path / "adapter")
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_that_was_read_is_copied(tmp_path: Path) -> None:
+    save(tmp_path / "theirs", target_modules=["q_proj"], r=2)
+    with pytest.raises(ValueError, match=r"theirs is an adapter of PEFT already: copy its folder, .*theirs$"):
+        to_peft(load(tmp_path / "theirs"), tmp_path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def lora(bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> ls.Run:
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    return trained(bert, task, LoRA(rank=2, lr=0.05, head_lr=0.05), folder)[1]
+
+
+def test_what_lies_there_is_left_alone(lora: ls.Run, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match=r"there exists: give a new folder"):
+        to_peft(lora, tmp_path / "there")
+    assert not list((tmp_path / "there").iterdir())
+
+
+def test_a_folder_appears_whole_or_not_at_all(lora: ls.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(export, "write_json", fail)
+        with pytest.raises(OSError, match="No space left"):
+            to_peft(lora, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    to_peft(lora, tmp_path / "adapter")  # over what the broken one left
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == [
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_changed_state_is_refused(lora: ls.Run, tmp_path: Path) -> None:
+    copy = lora.save(tmp_path / "copy")
+    file = tmp_path / "copy/state/last.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="does not match its checksum"):
+        to_peft(copy, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("model", "base", "more"),
+    [
+        ("minilm", "sentence-transformers/all-MiniLM-L6-v2", ()),
+        ("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", ("4-bit",)),
+        ("smollm2, first 6 blocks", "HuggingFaceTB/SmolLM2-135M-Instruct", ("4-bit", "num_hidden_layers=6")),
+        ("some/model, first 12 blocks", "some/model", ("num_hidden_layers=12",)),
+        ("bert-base-uncased", "bert-base-uncased", ()),
+    ],
+)
+def test_the_base_has_the_name_that_others_know(
+    model: str, base: str, more: tuple[str, ...], lora: ls.Run, tmp_path: Path
+) -> None:
+    out = to_peft(ls.Run(lora.path, lora.meta | {"model": model}), tmp_path / "adapter")
+    assert peft.PeftConfig.from_pretrained(out).base_model_name_or_path == base
+    card = (out / "README.md").read_text()
+    assert f"base_model: {base}\n" in card
+    assert f"from_pretrained({base!r}, " in card
+    for word in ("4-bit", "num_hidden_layers"):
+        assert (word in card) == any(word in words for words in more)
+    assert all(words in card for words in more)
+    assert "num_labels=2, id2label={0: 'negative', 1: 'positive'})" in card
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_snippet_is_python_and_says_what_json_says(
+    lora: ls.Run, spectral: ls.Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for found, words in ((lora, []), (spectral, ["--budget", "6"]), (spectral, ["--budget", 0.5])):
+        code, out, err = run(capsys, "export", found.path, "--rank-pattern", *words)
+        assert (code, err) == (0, "")
+        scope: dict[str, Any] = {}
+        exec(out, scope)
+        code, out, _ = run(capsys, "export", found.path, "--rank-pattern", *words, "--json")
+        keywords = json.loads(out)
+        assert code == 0
+        assert keywords == rank_pattern(found, float(words[1]) if words else None)
+        expected = peft.LoraConfig(**keywords)
+        assert scope["config"] == expected
+
+
+def test_the_command_writes_the_adapter(lora: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "adapter"
+    assert run(capsys, "export", lora.path, "--peft", out) == (0, f"{out}\n", "")
+    assert load(out).ranks() == lora.ranks()
+    code, told, _ = run(capsys, "export", lora.path, "--peft", tmp_path / "best", "--state", "best", "--json")
+    assert (code, json.loads(told)) == (0, {"id": lora.id, "path": str(tmp_path / "best")})
+    assert "adapter exists: give a new folder" in complaint(capsys, "export", lora.path, "--peft", out)
+
+
+def test_wrong_use_gets_one_line(lora: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaint(capsys, "export").startswith("export what? Give a run: lorascope export ")
+    for words in ([], ["--rank-pattern", "--peft", tmp_path / "x"]):
+        assert complaint(capsys, "export", lora.path, *words).startswith("export as what? ")
+    assert "--budget goes with --rank-pattern" in complaint(capsys, "export", lora.path, "--peft", "x", "--budget", 2)
+    assert "budget 99 is more than the 8 components" in complaint(
+        capsys, "export", lora.path, "--rank-pattern", "--budget", 99
+    )
+    assert "state 'first' is unknown" in complaint(capsys, "export", lora.path, "--rank-pattern", "--state", "first")
+    assert "there is no folder nowhere" in complaint(capsys, "export", "nowhere", "--rank-pattern")
+
+
+def test_neither_form_imports_torch(lora: ls.Run, tmp_path: Path) -> None:
+    call = "import sys; from lorascope.cli import main; main(['export', *sys.argv[1:]])"
+    for words in (["--rank-pattern", "--budget", "0.5"], ["--peft", str(tmp_path / "adapter")]):
+        assert not modules_after(call, str(lora.path), *words) & {"torch", "transformers", "peft", "matplotlib"}

@@ -11,6 +11,7 @@ _PUBLIC = {
     "train": "lorascope.loop:train",
     "load": "lorascope.checkpoints:load",
     "sweep": "lorascope.sweeps:sweep",
+    "AdaLoRA": "lorascope.methods:AdaLoRA",
     "Full": "lorascope.methods:Full",
     "LoRA": "lorascope.methods:LoRA",
     "METHODS": "lorascope.methods:METHODS",

@@ -1,7 +1,8 @@
 """The methods, one file a paper; a new one adds its import line here."""
 
 from lorascope.method import METHODS
+from lorascope.methods.adalora import AdaLoRA
 from lorascope.methods.full import Full
 from lorascope.methods.lora import LoRA
 
-__all__ = ["METHODS", "Full", "LoRA"]
+__all__ = ["METHODS", "AdaLoRA", "Full", "LoRA"]

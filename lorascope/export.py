@@ -74,10 +74,10 @@ def rank_pattern(run: Run, budget: float | int | None = None, state: str = "last
     ValueError
         No module has a factored update of a rank above 0, one holds NaN, or there is no such budget.
     """
-    if budget is None:
-        return run.lora_config(state)
     updates = run.updates(state=state)
     ranks = {name: rank for name, rank in run.ranks(state).items() if name in updates and rank > 0}
+    if budget is None or not ranks:
+        return run.lora_config(state)
     return peft_keywords(run, _largest(ranks, updates, _count(budget, sum(ranks.values()))), updates)
 
 
@@ -88,7 +88,7 @@ def _count(budget: float | int, total: int) -> int:
         if budget > total:
             raise ValueError(f"budget {budget:g} is more than the {total} components there are: give {total} or less")
         return int(budget)
-    raise ValueError(f"budget {budget:g} is none: give a share, such as 0.5, or a sum of ranks, 2 to {total}")
+    raise ValueError(f"budget {budget:g} is none: give a share, such as 0.5, or a sum of ranks, at most {total}")
 
 
 def _largest(ranks: Mapping[str, int], updates: Mapping[str, LowRank], count: int) -> dict[str, int]:
@@ -255,5 +255,5 @@ def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
         arguments=", ".join([repr(base), *options]),
         folder=folder,
     )
-    noted = (labels is not None) * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
+    noted = (config["task_type"] == "SEQ_CLS") * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
     return text + noted

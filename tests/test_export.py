@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import tiny_folder
 from planted import low_rank, plant
+from safetensors.numpy import load_file
 from test_checkpoints import adapted, deltas, save
 from test_cli import complaint, modules_after, run
 from tiny import inputs, tiny
@@ -21,11 +22,12 @@ from torch import nn
 
 import lorascope as ls
 from lorascope import delta, export, models, names
+from lorascope.adapter_files import WEIGHTS
 from lorascope.checkpoints import load
 from lorascope.delta import Delta, host_weight
 from lorascope.export import in_use, rank_pattern, to_peft
 from lorascope.method import Method, train_adapters
-from lorascope.methods import Full, LoRA
+from lorascope.methods import AdaLoRA, Full, LoRA
 from lorascope.summary import peft_keywords
 from lorascope.update import LowRank
 
@@ -149,6 +151,14 @@ def test_a_rank_beyond_the_matrix_counts_as_components_of_no_energy(tmp_path: Pa
     assert pattern_ranks(rank_pattern(run, 5), ["h.0.q", "h.1.q"]) == {"h.0.q": 4, "h.1.q": 1}
 
 
+def test_of_equal_ones_the_first_module_is_kept(tmp_path: Path) -> None:
+    chosen = [f"h.{layer}.q" for layer in range(40)]
+    run = plant(tmp_path, "run", {}, factors=dict.fromkeys(chosen, low_rank(2.0, 2.0)))
+    keywords = rank_pattern(run, 31)
+    assert keywords["target_modules"] == chosen[:16]
+    assert pattern_ranks(keywords, chosen[:16]) == dict.fromkeys(chosen[:15], 2) | {chosen[15]: 1}
+
+
 @pytest.mark.parametrize("budget", [0, -1, 1.5, 2.5, 11, float("nan"), float("inf")])
 def test_a_budget_that_is_none_is_refused(budget: float, spectral: ls.Run) -> None:
     with pytest.raises(ValueError, match=r"^budget .* give .*10") as raised:
@@ -256,6 +266,41 @@ def test_the_best_state_is_its_own(bert: str, task: Any, tmp_path: Path, monkeyp
     assert distance(last, theirs) > 1e-3
 
 
+@dataclass(kw_only=True)
+class Beneath(LoRA):
+    """Trains some of the modules that it adapts as well, and no head."""
+
+    beneath: tuple[str, ...] = ()
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".delta." in name or name.rpartition(".")[0] in self.beneath)
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "beneath"),
+    [
+        ("bert", "classification", ()),
+        ("bert", "classification", ("bert.encoder.layer.1.attention.self.query",)),
+        ("gpt2", "causal", ("transformer.h.0.mlp.c_fc", "transformer.wpe")),
+    ],
+    ids=["nothing", "linear", "conv1d and embedding"],
+)
+def test_a_weight_that_trained_below_its_adapter_takes_it_up(
+    family: str, head: str, beneath: tuple[str, ...], task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT has either; and where no head trained it must not look for one."""
+    folder = tiny_folder(tmp_path / "base", family, head)
+    method = Beneath(targets=("q", "ffn_in", "pos_embed"), beneath=beneath, lr=0.05)
+    ours, run = trained(folder, task, method, tmp_path / "run")
+    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    assert distance(ours, models.load(folder, task=task)) > 1e-3
+    assert distance(ours, theirs) < 1e-6
+    assert set(layers(theirs)) == set(run.ranks()) - set(beneath)
+    assert "The head that was trained" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
 class Triple(Delta):
     """scale * B diag(diagonal) A."""
 
@@ -279,7 +324,7 @@ class Triple(Delta):
 
 @dataclass(kw_only=True)
 class Masking(Method):
-    """Masks ``number % 4`` components of the module with that number, so all of some."""
+    """Masks ``number % 4`` components of the module with that number, so all of some; has state by module name."""
 
     lr: float = 0.05
     head_lr: float = 0.05
@@ -287,6 +332,7 @@ class Masking(Method):
     def attach(self, model: nn.Module) -> None:
         hosts = names.match(names.describe(model), ("all-linear", "embed"))
         delta.attach(model, {name: Triple(model.get_submodule(name), 3, 0.75) for name in hosts})
+        self.scores_ = {name: torch.zeros(3) for name in hosts}
         train_adapters(model)
 
     def after_step(self, step: Any) -> None:
@@ -303,10 +349,43 @@ def test_masked_components_are_dropped_and_the_scale_stays(
     expected = {name: (rank, 0.75) for name, rank in run.ranks().items() if rank}
     assert {rank for rank, _ in expected.values()} == {1, 2, 3}
     assert len(expected) < len(run.ranks())
-    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    out = to_peft(run, tmp_path / "adapter")
+    theirs = by_the_card(out, monkeypatch)
     assert layers(theirs) == expected
+    assert {name: (update.rank, update.scale) for name, update in load(out).updates().items()} == expected
+    assert not any("scores" in name for name in load_file(out / WEIGHTS))
     assert distance(ours, theirs) < 1e-6  # the diagonal times B, in float32
     assert layers(adapted(models.load(request.getfixturevalue(family), task=task), **run.lora_config())) == expected
+    assert rank_pattern(run, 1.0) == run.lora_config()
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_adalora_as_it_ends(
+    family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(family)
+    method = AdaLoRA(init_rank=4, target_rank=1, targets="all-linear", lr=0.05, head_lr=0.05)
+    ours, run = trained(folder, task, method, tmp_path / "run", steps=12)
+    ranks = {name: rank for name, rank in run.ranks().items() if rank}
+    assert sum(ranks.values()) == len(run.ranks()) > len(ranks)
+    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    scale = next(iter(delta.adapted(ours).values())).scale
+    assert layers(theirs) == {name: (rank, pytest.approx(scale, rel=1e-15)) for name, rank in ranks.items()}
+    assert distance(ours, models.load(folder, task=task)) > 1e-3
+    assert distance(ours, theirs) < 1e-6
+
+
+def test_an_adapter_of_which_nothing_is_left(bert: str, task: Any, tmp_path: Path) -> None:
+    _, run = trained(bert, task, AdaLoRA(init_rank=2, target_rank=0), tmp_path / "run")
+    assert set(run.ranks().values()) == {0}
+    for attempt in (
+        lambda: to_peft(run, tmp_path / "adapter"),
+        lambda: rank_pattern(run),
+        lambda: rank_pattern(run, 2),
+    ):
+        with pytest.raises(ValueError, match="no factored update of a rank above 0"):
+            attempt()
+    assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
 def test_in_use_keeps_the_product() -> None:
@@ -392,6 +471,7 @@ def test_a_folder_appears_whole_or_not_at_all(lora: ls.Run, tmp_path: Path, monk
         broken.setattr(export, "write_json", fail)
         with pytest.raises(OSError, match="No space left"):
             to_peft(lora, tmp_path / "adapter")
+    (tmp_path / ".adapter.part" / "stray").touch()
     assert not (tmp_path / "adapter").exists()
     to_peft(lora, tmp_path / "adapter")  # over what the broken one left
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]

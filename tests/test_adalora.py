@@ -1,0 +1,819 @@
+"""AdaLoRA against worked numbers, exact identities, its own definition written out in loops, and PEFT's allocator."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import peft
+import pytest
+import torch
+from peft.tuners.adalora.layer import RankAllocator
+from tiny import inputs, tiny
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lorascope as ls
+from lorascope import models
+from lorascope.delta import adapted, attach, fold
+from lorascope.method import METHODS, Step, config, from_config
+from lorascope.methods import AdaLoRA
+from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance, most_important, orthogonality, smooth
+from lorascope.methods.lora import LoRADelta
+
+SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")
+SHORT = {"initial_steps": 2, "final_steps": 4, "mask_every": 2}
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> Step:
+    """A step outside of a training run."""
+    return Step(-1, total, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {})
+
+
+def loss_of(model: nn.Module, seed: int) -> Tensor:
+    """Loss of a batch of its own for every seed."""
+    labels = torch.randint(2, (3,), generator=torch.Generator().manual_seed(seed))
+    return model(**inputs(model, seed=seed), labels=labels).loss
+
+
+def drive(model: nn.Module, method: AdaLoRA, total: int, kind: type = torch.optim.AdamW, clip: float = 1.0) -> Iterator:
+    """Train in the loop's order; gives before and after each ``after_step`` the step and which of the two it is."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = kind(trained, lr=0.05)
+    step = step_of(model, optimizer, total)
+    for index in range(total):
+        step.index = index
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model, index).backward()
+        method.after_backward(step)
+        torch.nn.utils.clip_grad_norm_(trained, clip)
+        yield step, "clipped"
+        optimizer.step()
+        yield step, "moved"
+        method.after_step(step)
+        yield step, "done"
+
+
+def started(method: AdaLoRA, **sizes: int) -> nn.Module:
+    """A tiny BERT in float64, adapted, with P and Q of its own draw."""
+    model = tiny("bert", **sizes).double()
+    torch.manual_seed(1)
+    method.attach(model)
+    return model
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Lambdas as after training, of both signs."""
+    for seed, delta in enumerate(adapted(model).values()):
+        nn.init.normal_(delta.diagonal, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+# -- the form -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_training_starts_at_the_base_and_moves_lambda_first(family):
+    model = tiny(family).requires_grad_(False)
+    before = model(**inputs(model)).logits
+    AdaLoRA().attach(model)
+    after = model(**inputs(model)).logits
+    assert torch.equal(after, before)
+    after.square().sum().backward()
+    assert len(adapted(model)) == (8 if family == "gpt2" else 12)
+    for delta in adapted(model).values():
+        assert (delta.rank, tuple(delta.diagonal.shape)) == (12, (12, 1))
+        assert not delta.weight().any()
+        assert not delta.A.grad.any()
+        assert not delta.B.grad.any()
+        assert delta.diagonal.grad.all()
+
+
+def test_the_factors_start_normal_and_the_scale_is_that_of_the_first_rank():
+    delta = AdaLoRADelta(nn.Linear(768, 900), 12)
+    for factor in (delta.A, delta.B):
+        assert factor.std().item() == pytest.approx(0.02, rel=0.03)
+        assert factor.mean().item() == pytest.approx(0, abs=1e-3)
+    model = tiny("bert")
+    AdaLoRA(init_rank=6, target_rank=2, alpha=3).attach(model)
+    assert {delta.scale for delta in adapted(model).values()} == {3 / (6 + 1e-5)}
+
+
+def test_lambda_is_decayed_like_the_matrices():
+    method = AdaLoRA()
+    model = started(method)
+    decayed = [p for g in method.optimizer(model, 1.0, 1.0, 0.1).param_groups if g["weight_decay"] for p in g["params"]]
+    assert {id(delta.diagonal) for delta in adapted(model).values()} <= {id(p) for p in decayed}
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_folded_equals_unfolded_and_sliced_equals_masked(family):
+    """With components masked, one module wholly; c stays that of the first rank."""
+    model = tiny(family).double()
+    AdaLoRA(init_rank=4, target_rank=2, alpha=5, targets=("q", "v", "ffn_in")).attach(model)
+    filled(model)
+    for number, delta in enumerate(adapted(model).values()):
+        delta.kept[: number % 5] = False
+        delta.diagonal.data[: number % 5] = 0
+    assert {delta.rank for delta in adapted(model).values()} == {4, 3, 2, 1, 0} or family == "gpt2"
+    expected = model(**inputs(model)).logits
+    folded = copy.deepcopy(model)
+    fold(folded)
+    sliced = tiny(family).double()
+    parts = {}
+    for name, delta in adapted(model).items():
+        if not delta.rank:
+            continue
+        parts[name] = LoRADelta(sliced.get_submodule(name), delta.rank, delta.scale)
+        parts[name].A.data = delta.A.data[delta.kept]
+        parts[name].B.data = (delta.B * delta.diagonal.T).data[:, delta.kept]
+    attach(sliced, parts)
+    plain = tiny(family).double()(**inputs(model)).logits
+    assert (expected - plain).abs().max() > 1e-6
+    for other in (folded, sliced):
+        torch.testing.assert_close(other(**inputs(model)).logits, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_an_embedding_and_dropout():
+    table = nn.Embedding(9, 5, padding_idx=0)
+    delta = AdaLoRADelta(table, 3, scale=2)
+    nn.init.normal_(delta.diagonal)
+    ids = torch.tensor([[1, 8], [0, 3]])
+    torch.testing.assert_close(delta(ids), delta.weight().T[ids])
+    host, x = nn.Linear(400, 3), torch.randn(7, 400)
+    dropping = AdaLoRADelta(host, 2, dropout=0.5)
+    nn.init.ones_(dropping.diagonal)
+    base = host(x)
+    attach(host, {"": dropping})
+    assert not torch.allclose(host(x), host(x))
+    torch.testing.assert_close(host.eval()(x), base + x @ dropping.weight().T)
+
+
+def test_the_update_of_a_snapshot_is_the_living_one():
+    model = filled(started(AdaLoRA(init_rank=3, target_rank=1)))
+    for delta in adapted(model).values():
+        update, factors = delta.update(), delta.factors()
+        assert {name: tuple(f.shape) for name, f in factors.items()} == {
+            "A": tuple(delta.A.shape),
+            "B": tuple(delta.B.shape),
+            "diagonal": (3,),
+        }
+        np.testing.assert_allclose(update.scale * update.B @ update.A, delta.weight().detach().numpy(), atol=1e-16)
+
+
+# -- penalty --------------------------------------------------------------------------------------------------------
+
+
+def test_the_penalty_of_the_worked_example():
+    eye, skew = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    assert orthogonality([eye, eye], [skew, eye], "sum-square").item() == 3
+    assert orthogonality([eye, eye], [skew, eye], "mean-norm").item() == pytest.approx(math.sqrt(3) / 4, rel=1e-14)
+    factors = [matrix.clone().requires_grad_() for matrix in (eye, eye, skew, eye)]
+    orthogonality(factors[:2], factors[2:], "mean-norm").backward()
+    assert not any(factor.grad.any() for factor in (*factors[:2], factors[3]))  # no division by a norm of zero
+    assert factors[2].grad.any()
+
+
+def test_the_penalty_is_that_of_every_matrix_by_itself():
+    model = started(AdaLoRA(init_rank=5, target_rank=1), intermediate_size=48)
+    left, right = zip(*[(delta.B, delta.A) for delta in adapted(model).values()], strict=True)
+    norms = [torch.linalg.norm(M - torch.eye(5)) for M in [*(P.T @ P for P in left), *(Q @ Q.T for Q in right)]]
+    assert len(norms) == 24
+    assert orthogonality(list(left), list(right), "mean-norm").item() == pytest.approx(sum(norms).item() / 24)
+    squares = sum(norm.item() ** 2 for norm in norms)
+    assert orthogonality(list(left), list(right), "sum-square").item() == pytest.approx(squares)
+
+
+@pytest.mark.parametrize("width", [768, 2500, 3072, 4096])
+def test_the_penalty_at_the_start_is_as_expected(width):
+    """One factor of deviation 0.02: the root of the expected square."""
+    v, r = 0.02**2, 12
+    expected = math.sqrt(r * ((width * v - 1) ** 2 + 2 * width * v**2) + r * (r - 1) * width * v**2)
+    drawn = [AdaLoRADelta(nn.Linear(width, 1), r).A for _ in range(10)]
+    mean = orthogonality([], drawn, "sum-square").item() / 10
+    assert math.sqrt(mean) == pytest.approx(expected, rel=0.1)
+
+
+# -- importance -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [1, 9, 20, 40])
+def test_a_constant_sensitivity_loses_its_uncertainty(t):
+    """Closed form for equal betas; after the first step 0.15 I, 0.1275 I and 0.019125 I^2."""
+    sensitivity, uncertainty = [torch.zeros(1, 1, dtype=torch.float64)], [torch.zeros(1, 1, dtype=torch.float64)]
+    weight, gradient, beta = torch.full((1, 1), -3.0), torch.full((1, 1), 0.5), 0.85
+    for _ in range(t):
+        smooth(sensitivity, uncertainty, [weight], [gradient], (beta, beta))
+    assert sensitivity[0].item() == pytest.approx((1 - beta**t) * 1.5, rel=1e-12)
+    assert uncertainty[0].item() == pytest.approx((1 - beta) * t * beta**t * 1.5, rel=1e-12)
+    scores = {1: 0.019125, 9: 0.240260, 20: 0.111772, 40: 0.009000}
+    assert sensitivity[0].item() * uncertainty[0].item() == pytest.approx(scores[t] * 1.5**2, abs=1e-6)
+
+
+def test_the_two_betas_are_not_mixed_up():
+    sensitivity, uncertainty = [torch.zeros(1, 1, dtype=torch.float64)], [torch.zeros(1, 1, dtype=torch.float64)]
+    smooth(sensitivity, uncertainty, [torch.ones(1, 1)], [torch.ones(1, 1)], (0.9, 0.6))
+    assert sensitivity[0].item() == pytest.approx(0.1)
+    assert uncertainty[0].item() == pytest.approx(0.4 * 0.9)
+
+
+def matrix(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+# P, lambda and Q of two matrices, and the gradients of two steps.
+HAND = [
+    *(matrix([1, 0], [0, 1]), matrix([2], [0.5]), matrix([1, 0], [0, 1])),
+    *(matrix([0.6, 0.8], [-0.8, 0.6]), matrix([1], [-1]), matrix([0.8, 0.6], [-0.6, 0.8])),
+]
+GRADIENTS = [
+    [
+        *(matrix([0.1, 0.2], [0.3, 0.4]), matrix([0.5], [1]), matrix([0.2, 0.1], [0, 0.5])),
+        *(matrix([0.5, 0.5], [0.5, -0.5]), matrix([0.3], [0.2]), matrix([0.1, 0.2], [0.3, -0.4])),
+    ],
+    [
+        *(matrix([0.2, 0.1], [0.1, 0.2]), matrix([0.1], [0.4]), matrix([0.1, 0.3], [0.2, 0.1])),
+        *(matrix([0.1, 0.3], [0.2, 0.1]), matrix([0.6], [0.9]), matrix([0.2, 0.2], [0.1, 0.1])),
+    ],
+]
+
+
+def hand(steps: int) -> tuple[list[Tensor], list[Tensor]]:
+    sensitivity, uncertainty = ([torch.zeros_like(weight) for weight in HAND] for _ in range(2))
+    for gradients in GRADIENTS[:steps]:
+        smooth(sensitivity, uncertainty, HAND, gradients, (0.85, 0.85))
+    return sensitivity, uncertainty
+
+
+def close(found: Tensor, expected: list) -> None:
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=0)
+
+
+def test_the_worked_example_after_one_step():
+    parts = importance(*hand(1))
+    close(parts.sum(0), [[0.019603125, 0.008701875], [0.004310775, 0.00444465]])
+    close(parts[:, 0], [[9.5625e-5, 0.00153], [0.019125, 0.00478125], [3.825e-4, 0.002390625]])
+
+
+S = [[0.019428609375, 0.011311959375], [0.017066059875, 0.02638175175]]
+
+
+def test_the_worked_example_after_two_steps():
+    sensitivity, uncertainty = hand(2)
+    for at, expected in ((1, [0.1575, 0.09375]), (4, [0.12825, 0.1605])):
+        close(sensitivity[at][:, 0], expected)
+    for at, expected in ((1, [0.11475, 0.070125]), (4, [0.103275, 0.1326])):
+        close(uncertainty[at][:, 0], expected)
+    close(importance(sensitivity, uncertainty).sum(0), S)
+
+
+@pytest.mark.parametrize(
+    ("budget", "left"),
+    [
+        (4, [[2, 0.5], [1, -1]]),
+        (3, [[2, 0], [1, -1]]),
+        (2, [[2, 0], [0, -1]]),
+        (1, [[0, 0], [0, -1]]),
+        (0, [[0, 0], [0, 0]]),
+    ],
+)
+def test_the_masks_of_the_worked_example(budget, left):
+    """Through the method itself: two linear maps whose P, Q, lambda and gradients are those of the example."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double()
+    method = AdaLoRA(init_rank=2, target_rank=budget / 2, targets=("0", "1"), initial_steps=0, final_steps=1)
+    method.attach(model)
+    step = step_of(model, torch.optim.SGD(model.parameters()), 3)
+    for step.index in range(2):
+        for weight, value, gradient in zip(method._weights, HAND, GRADIENTS[step.index], strict=True):
+            weight.data, weight.grad = value.clone(), gradient.clone()
+        replace(method)  # a copy shares nothing
+        method.after_step(step)
+    step.index = 2
+    method.after_step(step)
+    assert [delta.diagonal.flatten().tolist() for delta in adapted(model).values()] == left
+    assert sum(delta.rank for delta in adapted(model).values()) == budget
+    for weight, value in zip(method._weights, HAND, strict=True):
+        assert weight.shape == (2, 1) or torch.equal(weight, value)
+
+
+def test_of_equals_the_earlier_stay_and_exactly_as_many_as_there_may():
+    tied = torch.full((2, 2), 0.5, dtype=torch.float64)
+    kept = [[[0, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 1], [0, 0]], [[1, 1], [1, 0]], [[1, 1], [1, 1]]]
+    assert [most_important(tied, budget).int().tolist() for budget in range(5)] == kept
+    many = torch.arange(600, dtype=torch.float64).remainder(3).reshape(50, 12)  # long enough for an unstable sort
+    chosen = most_important(many, 250).flatten()
+    assert chosen.sum() == 250
+    assert chosen[many.flatten() == 2].all()
+    ones = (many.flatten() == 1).nonzero().flatten()
+    assert chosen[ones].tolist() == [True] * 50 + [False] * 150
+
+
+def test_a_permutation_permutes_the_mask_and_a_scaled_loss_leaves_it():
+    sensitivity, uncertainty = hand(2)
+    scores = importance(sensitivity, uncertainty).sum(0)
+    order = torch.tensor([2, 0, 3, 1])
+    for budget in range(5):
+        permuted = most_important(scores.flatten()[order].reshape(2, 2), budget)
+        assert torch.equal(permuted.flatten(), most_important(scores, budget).flatten()[order])
+    bigger = [[torch.zeros_like(weight) for weight in HAND] for _ in range(2)]
+    for gradients in GRADIENTS:
+        smooth(*bigger, HAND, [7 * gradient for gradient in gradients], (0.85, 0.85))
+    close(importance(*bigger).sum(0), (49 * scores).tolist())
+
+
+# -- budget ---------------------------------------------------------------------------------------------------------
+
+TABLE = {0: 864, 100: 864, 101: 862, 110: 849, 250: 697, 400: 612, 550: 580, 690: 576, 699: 576, 700: 576, 999: 576}
+
+
+def test_the_budget_of_the_paper():
+    schedule = Schedule(1000, 100, 300, 10, 864, 576)
+    budgets = [schedule.budget(t) for t in range(1000)]
+    assert {t: budgets[t] for t in TABLE} == TABLE
+    assert set(budgets[:101]) == {864}
+    assert set(budgets[700:]) == {576}
+    assert max(budgets[101:]) < 864
+    assert all(b <= a for a, b in itertools.pairwise(budgets))
+    assert [t for t in range(1000) if schedule.chooses(t)] == list(range(110, 701, 10))
+    assert [t for t in range(1000) if schedule.masks(t)] == [*range(110, 701, 10), *range(701, 1000)]
+
+
+@pytest.mark.parametrize(
+    "case", [(60, 5, 20, 7, 24, 8), (37, 0, 1, 1, 30, 0), (500, 123, 7, 9, 432, 431), (9, 2, 3, 2, 6, 6)]
+)
+def test_the_budget_is_that_of_peft(case):
+    total, initial, final, every, start, target = case
+    schedule = Schedule(*case)
+    theirs = object.__new__(RankAllocator)
+    theirs.init_bgt, theirs.target_bgt = start, target
+    theirs.peft_config = peft.AdaLoraConfig(total_step=total, tinit=initial, tfinal=final, deltaT=every)
+    for t in range(total):
+        budget, masked = theirs.budget_schedule(t)
+        assert schedule.budget(t) == budget
+        assert schedule.masks(t) == (masked or t == total - final)
+
+
+def test_the_target_holds_in_the_end_without_a_final_phase():
+    schedule = Schedule(20, 2, 0, 7, 100, 3)
+    assert [t for t in range(20) if schedule.masks(t)] == [7, 14, 19]
+    assert schedule.budget(19) == 3
+
+
+def test_phases_are_shares_of_the_run_by_default():
+    method = AdaLoRA(init_rank=12, target_rank=8)
+    started(method)
+    assert method.schedule(1000) == Schedule(1000, 100, 300, 10, 144, 96)
+    assert method.schedule(300) == Schedule(300, 30, 90, 3, 144, 96)
+    for total in range(1, 60):
+        assert method.schedule(total).budget(total - 1) == 96
+
+
+# -- training -------------------------------------------------------------------------------------------------------
+
+
+def by_hand(averages: dict, weights: dict, gradients: dict, b1: float, b2: float) -> dict[tuple[str, int], float]:
+    """Equations 9 to 13, an element at a time."""
+    scores = {}
+    for key, weight in weights.items():
+        for at in np.ndindex(weight.shape):
+            now = abs(float(weight[at]) * float(gradients[key][at]))
+            mean, spread = averages.get((key, at), (0.0, 0.0))
+            mean = b1 * mean + (1 - b1) * now
+            averages[key, at] = mean, b2 * spread + (1 - b2) * abs(now - mean)
+            scores.setdefault((key, at[1 if key[1] == "B" else 0]), []).append(math.prod(averages[key, at]))
+    total: dict[tuple[str, int], float] = {}
+    for ((module, _), rank), values in scores.items():
+        total[module, rank] = total.get((module, rank), 0.0) + sum(values) / len(values)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("kind", "order", "form"),
+    [
+        (torch.optim.AdamW, "after", "mean-norm"),
+        (torch.optim.AdamW, "before", "sum-square"),
+        (torch.optim.SGD, "after", "mean-norm"),
+    ],
+    ids=["as the code", "as the paper", "by plain descent"],
+)
+def test_training_follows_the_definition_step_by_step(kind, order, form):
+    """Masks, lambdas and untouched P and Q, against scores in Python loops; components come back before the end."""
+    method = AdaLoRA(
+        init_rank=3, target_rank=1, targets=("q", "ffn_out"), beta1=0.7, beta2=0.6, gamma=0.5, scores=order,
+        penalty=form, initial_steps=2, final_steps=4, mask_every=2,
+    )  # fmt: skip
+    model = started(method)
+    deltas = adapted(model)
+    schedule = method.schedule(20)
+    averages: dict = {}
+    scores: dict = {}
+    kept = {(module, rank) for module in deltas for rank in range(3)}
+    revived = dropped = 0
+
+    def state(gradient: bool = False) -> dict:
+        pairs = [(name, f, getattr(delta, f)) for name, delta in deltas.items() for f in ("B", "diagonal", "A")]
+        return {(name, f): (p.grad if gradient else p.detach()).clone() for name, f, p in pairs}
+
+    for step, moment in drive(model, method, 20, kind):
+        if moment == "clipped":
+            before, gradients = state(), state(gradient=True)
+        elif moment == "moved":
+            moved = state()
+        else:
+            t, after = step.index, state()
+            if t < 16:
+                scores = by_hand(averages, moved if order == "after" else before, gradients, 0.7, 0.6)
+            if t in (4, 6, 8, 10, 12, 14, 16):
+                ranked = sorted(scores, key=lambda key: -scores[key])
+                chosen = set(ranked[: schedule.budget(t)])
+                revived, dropped = revived + len(chosen - kept), dropped + len(kept - chosen)
+                kept = chosen
+            masked = t in (4, 6, 8, 10, 12, 14) or t >= 16
+            for name, delta in deltas.items():
+                assert delta.kept.tolist() == [(name, rank) in kept for rank in range(3)]
+                assert delta.rank == sum(module == name for module, _ in kept)
+                expected = moved[name, "diagonal"] * delta.kept[:, None] if masked else moved[name, "diagonal"]
+                assert torch.equal(after[name, "diagonal"], expected)
+                assert expected.all() or masked
+                for factor in "AB":
+                    assert torch.equal(after[name, factor], moved[name, factor])
+            assert method.settled(step) == (t >= 16)
+    assert len(kept) == 4
+    assert dropped - revived == 3 * 4 - 4
+    assert revived > 0 or kind is torch.optim.SGD
+
+
+def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
+    """After the backward of the loss, the gradient of P is c times that of the loss plus gamma times the penalty's."""
+    method = AdaLoRA(init_rank=3, target_rank=1, gamma=0.7, penalty="sum-square")
+    model = filled(started(method))
+    loss_of(model, 0).backward()
+    task = [weight.grad.clone() for weight in method._weights]
+    method.after_backward(step_of(model, torch.optim.SGD(model.parameters()), 9))
+    for (P, own, Q), (dP, down, dQ) in zip(
+        zip(*[iter(method._weights)] * 3, strict=True), zip(*[iter(task)] * 3, strict=True), strict=True
+    ):
+        eye = torch.eye(3, dtype=torch.float64)
+        torch.testing.assert_close(P.grad - dP, 0.7 * 4 * (P @ (P.T @ P - eye)))
+        torch.testing.assert_close(Q.grad - dQ, 0.7 * 4 * ((Q @ Q.T - eye) @ Q))
+        assert torch.equal(own.grad, down)
+
+
+def test_a_module_that_was_not_used_counts_as_unimportant():
+    method = AdaLoRA(init_rank=2, target_rank=1, targets=("q",), **SHORT)
+    model = started(method)
+    unused = next(iter(adapted(model).values()))
+    for _, moment in drive(model, method, 12):
+        if moment == "moved":
+            unused.diagonal.grad = unused.A.grad = unused.B.grad = None
+    assert [delta.rank for delta in adapted(model).values()] == [0, 2]
+
+
+# -- cost -----------------------------------------------------------------------------------------------------------
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations, and those that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        name = func.overloadpacket.__name__
+        self.waits += name in ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+        return func(*args, **(kwargs or {}))
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, blocks: int, rank: int) -> Counting:
+    """What a step that chooses does after the optimizer's, records included."""
+    method = AdaLoRA(init_rank=rank, target_rank=rank / 2, **SHORT)
+    model = started(method, num_hidden_layers=blocks)
+    mode = Counting()
+    for step, moment in drive(model, method, 12):
+        if moment == "moved" and step.index == 6:
+            break
+    with monkeypatch.context() as patched:
+        for name in ("cpu", "tolist"):
+            original = getattr(Tensor, name)
+
+            def fetched(tensor, *args, original=original):
+                mode.waits += 1
+                return original(tensor, *args)
+
+            patched.setattr(Tensor, name, fetched)
+        with mode:
+            method.after_step(step)
+            assert mode.waits == 0
+            told = list(method.records(step))
+    assert len(told) == 2 + 8 * 6 * blocks
+    return mode
+
+
+def test_a_choice_waits_for_the_device_twice_whatever_the_depth_and_loops_over_no_rank(monkeypatch):
+    small, deep, wide = (counted(monkeypatch, *sizes) for sizes in ((2, 4), (12, 4), (2, 40)))
+    assert small.waits == deep.waits == wide.waits == 2
+    assert small.operations == wide.operations
+    assert small.operations < deep.operations
+
+
+# -- PEFT -----------------------------------------------------------------------------------------------------------
+
+
+def with_peft(ours: nn.Module, family: str, method: AdaLoRA, total: int, dtype: torch.dtype) -> tuple[nn.Module, list]:
+    """PEFT's AdaLoRA with the same factors, and the pairs of parameters."""
+    schedule = method.schedule(total)
+    theirs = peft.get_peft_model(
+        tiny(family).to(dtype),
+        peft.AdaLoraConfig(
+            init_r=method.init_rank, target_r=method.target_rank, lora_alpha=method.alpha, beta1=method.beta1,
+            beta2=method.beta2, orth_reg_weight=method.gamma, tinit=schedule.initial, tfinal=schedule.final,
+            deltaT=schedule.every, total_step=total, target_modules=list(adapted(ours)),
+            fan_in_fan_out=family == "gpt2",
+        ),
+    )  # fmt: skip
+    pairs = []
+    for name, delta in adapted(ours).items():
+        layer = theirs.get_base_model().get_submodule(name)
+        for mine, key in ((delta.B, "lora_B"), (delta.diagonal, "lora_E"), (delta.A, "lora_A")):
+            other = getattr(layer, key)["default"]
+            other.data.copy_(mine.data)
+            pairs.append((mine, other))
+    return theirs.eval().to(dtype), pairs
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_equal_to_peft_with_the_same_factors(family, autocast):
+    method = AdaLoRA(init_rank=3, target_rank=2, alpha=5)
+    dtype = torch.float32 if autocast else torch.float64
+    ours = tiny(family).to(dtype)
+    method.attach(ours)
+    theirs, pairs = with_peft(filled(ours), family, method, 10, dtype)
+    losses = []
+    for model in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses.append(model(**inputs(ours)).logits.double().square().mean())
+        losses[-1].backward()
+    bound = 0.05 if autocast else 1e-10
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=bound)
+    for mine, other in pairs:
+        assert mine.grad.any()
+        assert (mine.grad - other.grad).norm() <= bound * other.grad.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_masks_as_peft_step_by_step():
+    """Its own penalty, scores and masks, on the same batches; the patterns it stores are the masks here."""
+    method = AdaLoRA(init_rank=4, target_rank=2, gamma=0.3, initial_steps=3, final_steps=7, mask_every=3)
+    ours = started(method)
+    theirs, pairs = with_peft(ours, "bert", method, 30, torch.float64)
+    for name, parameter in theirs.named_parameters():
+        # The head trains here, too; and PEFT lets the rank by which it divides train.
+        parameter.requires_grad_("classifier" in name or ("lora_" in name and "ranknum" not in name))
+    adapters = [p for p in theirs.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(adapters, lr=0.05)
+    seen = set()
+    for step, moment in drive(ours, method, 30, clip=0.5):
+        if moment != "done":
+            continue
+        optimizer.zero_grad()
+        loss_of(theirs.base_model, step.index).backward()  # the model around it forgets the penalty
+        torch.nn.utils.clip_grad_norm_(adapters, 0.5)
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step.index)
+        pattern = theirs.peft_config["default"].rank_pattern
+        if method.schedule(30).chooses(step.index):
+            stored = {key.partition(".lora_E")[0]: mask for key, mask in pattern.items()}
+            masks = {name: delta.kept.tolist() for name, delta in adapted(ours).items()}
+            assert masks == stored
+            seen.add(str(masks))
+        for mine, other in pairs:
+            torch.testing.assert_close(mine.data, other.data, rtol=1e-7, atol=1e-9)
+    assert len(seen) > 4
+    assert sum(delta.rank for delta in adapted(ours).values()) == 24
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+FAST = {
+    "steps": 12, "batch_size": 4, "eval_every": 3, "eval_size": 16, "test_size": 16, "device": "cpu", "progress": False,
+    "lr": 0.05,
+}  # fmt: skip
+METHOD = AdaLoRA(init_rank=3, target_rank=0.75, **SHORT)
+CHOICES = [5, 7, 9]  # finished steps: 4, 6 and 8, of which the last is where the final phase begins
+
+
+@pytest.fixture(scope="module")
+def trained(bert, task, tmp_path_factory):
+    """A run, the model it trained, and the living updates at each of its snapshots."""
+    model = models.load(bert, task=task)
+    living = {}
+
+    class Looking(ls.observe.Observer):
+        def __call__(self, step):
+            living[step.finished] = {name: delta.update() for name, delta in adapted(step.model).items()}
+            return ()
+
+    observers = [ls.observe.norms(every=1), ls.observe.factors(every=1), Looking()]
+    run = ls.train(model, task, METHOD, out=tmp_path_factory.mktemp("ada") / "run", observe=observers, **FAST)
+    return run, model, living
+
+
+def rows(run, quantity: str) -> pd.DataFrame:
+    return run.table[run.table["quantity"] == quantity]
+
+
+def test_ranks_are_told_once_and_add_up_to_the_budget(trained):
+    run, _, _ = trained
+    budgets = rows(run, "budget").set_index("step")["value"].to_dict()
+    assert list(budgets) == [0, *CHOICES, 12]
+    schedule = Schedule(12, 2, 4, 2, 36, 9)
+    assert budgets == {0: 36, 12: 9} | {finished: schedule.budget(finished - 1) for finished in CHOICES}
+    ranks = rows(run, "rank")
+    assert len(ranks) == 13 * 12
+    by_step = ranks.groupby("step")["value"].sum()
+    in_force = pd.Series(budgets).reindex(range(13)).ffill()
+    assert by_step.tolist() == in_force.tolist()
+    assert sum(run.ranks().values()) == 9
+    assert 0 in run.ranks().values()
+    assert run.ranks() == ranks[ranks["step"] == 12].set_index("module")["value"].to_dict()
+
+
+def test_every_choice_tells_what_it_rests_on(trained):
+    run, _, _ = trained
+    for quantity in (
+        *("importance", "importance_lambda", "importance_left", "importance_right"),
+        *("sensitivity", "uncertainty", "kept"),
+    ):
+        found = rows(run, quantity)
+        assert sorted(found["step"].unique()) == [*CHOICES, 12]
+        assert found.groupby("step").size().tolist() == [36] * 4
+        assert sorted(found["index"].unique()) == [0, 1, 2]
+    assert rows(run, "penalty")["step"].tolist() == [*CHOICES, 12]
+    told = run.table[run.table["index"].notna() & run.table["step"].isin([*CHOICES, 12])]
+    told = told[told["quantity"] != "test_metric_group"]
+    wide = told.pivot_table(index=["step", "module", "index"], columns="quantity", values="value", observed=True)
+    parts = wide["importance_lambda"] + wide["importance_left"] + wide["importance_right"]
+    np.testing.assert_allclose(wide["importance"], parts, rtol=1e-12)
+    np.testing.assert_allclose(wide["importance_lambda"], wide["sensitivity"] * wide["uncertainty"], rtol=1e-12)
+    for _, at in wide.groupby(level="step"):
+        assert at["importance"][at["kept"] == 1].min() > at["importance"][at["kept"] == 0].max()
+    assert wide["kept"].groupby(level=["step"]).sum().tolist() == rows(run, "budget")["value"].tolist()[1:]
+    assert (wide.loc[9].to_numpy() == wide.loc[12].to_numpy()).all()  # scores and choice are frozen
+
+
+def test_the_penalty_told_is_that_of_the_weights_of_the_step(trained):
+    run, _, _ = trained
+    factors = [run.factors(step=8)[name] for name in run.ranks()]  # the state in which step 9 began
+    left, right = ([torch.tensor(f[key]) for f in factors] for key in "BA")
+    told = rows(run, "penalty").set_index("step")["value"][9]
+    assert told == pytest.approx(orthogonality(left, right, "mean-norm").item(), rel=1e-6)
+
+
+def test_masked_lambdas_end_at_zero_and_nothing_else_does(trained):
+    _, model, _ = trained
+    for delta in adapted(model).values():
+        assert torch.equal(delta.diagonal[:, 0] != 0, delta.kept)
+
+
+def test_updates_of_the_snapshots_are_the_living_ones(trained):
+    run, _, living = trained
+    assert set(living) == set(range(13))
+    for step, updates in living.items():
+        stored = run.updates(step=step)
+        for name, update in updates.items():
+            np.testing.assert_array_equal(stored[name].B, update.B)
+            np.testing.assert_array_equal(stored[name].A, update.A)
+            assert stored[name].scale == update.scale
+    regrown = [update.B.any(axis=0).sum() for update in living[6].values()]
+    assert sum(regrown) == 36  # between two choices every lambda trains
+
+
+@pytest.mark.parametrize("state", ["last", "best"])
+def test_a_restored_model_gives_the_same_logits(state, trained, bert, task):
+    run, model, _ = trained
+    assert run.meta["states"]["best"]["step"] in (9, 12)  # no best state before the choice is fixed
+    fresh = models.load(bert, task=task)
+    run.restore(fresh, state=state)
+    assert {name: delta.rank for name, delta in adapted(fresh).items()} == run.ranks(state)
+    if state == "last":
+        assert torch.equal(fresh(**inputs(fresh)).logits, model(**inputs(model)).logits)
+    for name, delta in adapted(fresh).items():
+        np.testing.assert_array_equal(delta.update().B, run.updates(state=state)[name].B)
+
+
+def test_norms_cope_with_modules_of_rank_zero(trained):
+    run, model, _ = trained
+    summary = run.summary().set_index("module")
+    for name, delta in adapted(model).items():
+        dense = delta.weight().detach().double()
+        assert summary["update_norm"][name] == pytest.approx(dense.norm().item(), rel=1e-5)
+        sigma = torch.linalg.svdvals(dense)[: delta.rank]
+        expected = (sigma.square().sum() / sigma[0].square()).item() if delta.rank else 0
+        assert summary["stable_rank"][name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_peft_takes_the_final_pattern(trained, bert, task):
+    """A LoRA of the ranks found, with the components that are left in it, is the model that was trained."""
+    run, model, _ = trained
+    keywords = run.lora_config()
+    fresh = models.load(bert, task=task)
+    theirs = peft.get_peft_model(fresh, peft.LoraConfig(**keywords)).eval()
+    layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in run.ranks().items() if r}
+    for name, layer in layers.items():
+        delta = adapted(model)[name]
+        assert layer.scaling["default"] == pytest.approx(delta.scale, rel=1e-12)
+        layer.lora_A["default"].weight.data = delta.A.data[delta.kept]
+        layer.lora_B["default"].weight.data = (delta.B * delta.diagonal.T).data[:, delta.kept]
+    theirs.get_base_model().classifier.load_state_dict(model.classifier.state_dict())
+    torch.testing.assert_close(theirs(**inputs(model)).logits, model(**inputs(model)).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_told_is_without_the_penalty_and_parts_of_a_batch_add_it_once(bert, task, tmp_path):
+    told = {}
+    for name, gamma, parts in (("without", 0.0, 1), ("with", 5.0, 1), ("parts", 5.0, 2)):
+        settings = FAST | {"steps": 1, "eval_every": 0, "accumulate": parts, "lr": 1e-3}
+        run = ls.train(
+            models.load(bert, task=task), task, AdaLoRA(gamma=gamma, dropout=0.0), out=tmp_path / name, **settings
+        )
+        told[name] = {quantity: rows(run, quantity)["value"].iloc[-1] for quantity in ("loss", "grad_norm")}
+    assert told["with"]["loss"] == told["without"]["loss"]
+    assert told["with"]["grad_norm"] > told["without"]["grad_norm"] + 0.01
+
+
+def test_under_autocast_and_in_a_model_of_bfloat16(bert, task, tmp_path):
+    model = models.load(bert, task=task)
+    run = ls.train(model, task, METHOD, out=tmp_path / "run", precision="bf16", **FAST)
+    assert sum(run.ranks().values()) == 9
+    method = AdaLoRA(init_rank=2, target_rank=1, **SHORT)
+    model = tiny("bert").to(torch.bfloat16)
+    method.attach(model)
+    for _, _moment in drive(model, method, 12):
+        pass
+    assert {s.dtype for s in (*method.sensitivity_, *method.uncertainty_)} == {torch.float32}
+    assert all(s.unique().numel() > 20 for s in method.sensitivity_[0::3])
+    assert sum(delta.rank for delta in adapted(model).values()) == 12
+
+
+def test_a_budget_of_all_and_of_nothing(bert, task, tmp_path):
+    for target, rank in ((2, 2), (0, 0)):
+        model = models.load(bert, task=task)
+        method = AdaLoRA(init_rank=2, target_rank=target, **SHORT)
+        run = ls.train(model, task, method, out=tmp_path / str(target), **FAST)
+        assert set(run.ranks().values()) == {rank}
+        assert all(delta.diagonal.all() if rank else not delta.diagonal.any() for delta in adapted(model).values())
+    with pytest.raises(ValueError, match="no factored update of a rank above 0"):
+        run.lora_config()
+
+
+# -- wrong use ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"target_rank": 13}, r"target_rank 13 must lie between 0 and init_rank, 12"),
+        ({"target_rank": -1}, r"target_rank -1 must lie between 0 and init_rank, 12"),
+        ({"init_rank": 0, "target_rank": 0}, r"init_rank 0 is no rank: it counts components, 1 or more"),
+        ({"alpha": 0}, r"alpha 0 leaves no update: it must be above 0"),
+        ({"beta1": 1.0}, r"beta1 1.0 is no weight of a moving average: it must lie between 0 and 1"),
+        ({"beta2": 0}, r"beta2 0 is no weight of a moving average: it must lie between 0 and 1"),
+        ({"mask_every": 0}, r"mask_every 0 is too small: it must be 1 or more"),
+        ({"initial_steps": -1}, r"initial_steps -1 is too small: it must be 0 or more"),
+        ({"final_steps": -2}, r"final_steps -2 is too small: it must be 0 or more"),
+    ],
+)
+def test_wrong_values_are_told_in_one_line(fields, line):
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        AdaLoRA(**fields)
+
+
+@pytest.mark.parametrize("field", ["penalty", "scores"])
+def test_an_unknown_option_is_refused(field):
+    """As the command line would give it, which checks no types."""
+    method = AdaLoRA()
+    setattr(method, field, "both")
+    with pytest.raises(ValueError, match=f"^{field} 'both' is unknown: it must be '.*' or '.*'$"):
+        method.__post_init__()
+
+
+def test_phases_longer_than_the_run_are_refused_before_its_first_step(bert, task, tmp_path):
+    model = models.load(bert, task=task)
+    with pytest.raises(ValueError, match=r"^initial_steps 8 and final_steps 4 leave no step of 12 .*more steps$"):
+        ls.train(model, task, replace(METHOD, initial_steps=8), out=tmp_path / "run", **FAST)
+    assert all(not delta.diagonal.any() for delta in adapted(model).values())
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["adalora"] is ls.AdaLoRA is AdaLoRA
+    for method in (AdaLoRA(), METHOD, AdaLoRA(penalty="sum-square", scores="before", targets="all-linear")):
+        assert from_config(config(method)) == method

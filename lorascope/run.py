@@ -184,6 +184,8 @@ class Run:
     def lora_config(self, state: str = "last") -> dict[str, Any]:
         """PEFT's keywords for a LoRA with this run's ranks: full module names, ``rank_pattern``, ``alpha_pattern``.
 
+        Modules of rank 0 are no targets, and a pattern's key matches the one module it is about.
+
         Raises
         ------
         ValueError

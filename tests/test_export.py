@@ -26,7 +26,7 @@ from lorascope.adapter_files import WEIGHTS
 from lorascope.checkpoints import load
 from lorascope.delta import Delta, host_weight
 from lorascope.export import in_use, rank_pattern, to_peft
-from lorascope.method import Method, train_adapters
+from lorascope.method import Method, Phase, train_adapters
 from lorascope.methods import AdaLoRA, Full, LoRA
 from lorascope.summary import peft_keywords
 from lorascope.update import LowRank
@@ -216,6 +216,7 @@ def trained(folder: str, task: Any, method: Method, out: Path, **settings: Any) 
 CASES: dict[str, tuple[str, str, Any]] = {
     "bert": ("bert", "base", ("all-linear", "embed")),
     "gpt2": ("gpt2", "causal", ("all-linear", "embed", "pos_embed")),
+    "gpt2, the head's use of a tied weight": ("gpt2", "causal", ("qkv", "lm_head")),
     "llama": ("llama", "causal", ("all-linear", "head", "embed")),
     "gpt2 classifier": ("gpt2", "classification", ("qkv", "ffn_out")),
     "roberta, a head of two layers": ("roberta", "base", ("q", "v")),
@@ -225,6 +226,11 @@ CASES: dict[str, tuple[str, str, Any]] = {
 }
 
 
+# Of merging, which is not done; and where both Linear and Conv1D are adapted PEFT mends its one flag for the other.
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:fan_in_fan_out is set to True but the target module:UserWarning"
+)
 @pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
 def test_peft_gives_the_same_logits(
     family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -299,6 +305,27 @@ def test_a_weight_that_trained_below_its_adapter_takes_it_up(
     assert distance(ours, theirs) < 1e-6
     assert set(layers(theirs)) == set(run.ranks()) - set(beneath)
     assert "The head that was trained" not in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@dataclass(kw_only=True)
+class Twice(LoRA):
+    """Trains again with other ranks."""
+
+    def phases(self, base: Any) -> Any:
+        found = yield Phase(LoRA(rank=2, targets="all-linear"), "search")
+        ranks = {name: number % 3 for number, name in enumerate(found.ranks())}
+        yield Phase(LoRA(rank=ranks, lr=0.05, head_lr=0.05), "retrain")
+
+
+def test_of_several_phases_the_last_one_is_exported(
+    bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = trained(bert, task, Twice(), tmp_path / "run")
+    run = load(tmp_path / "run")
+    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    assert {name: rank for name, (rank, _) in layers(theirs).items()} == run.ranks()
+    assert set(run.ranks().values()) == {1, 2}
+    assert distance(ours, theirs) < 1e-9
 
 
 class Triple(Delta):

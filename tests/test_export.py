@@ -228,9 +228,7 @@ CASES: dict[str, tuple[str, str, Any]] = {
 
 # Of merging, which is not done; and where both Linear and Conv1D are adapted PEFT mends its one flag for the other.
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
-@pytest.mark.filterwarnings(
-    "ignore:fan_in_fan_out is set to True but the target module:UserWarning"
-)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
 @pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
 def test_peft_gives_the_same_logits(
     family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,7 @@ import torch
 import lorascope as ls
 from lorascope import delta, models, observe, tasks
 from lorascope.method import Phase
-from lorascope.methods import Full, LoRA
+from lorascope.methods import AdaLoRA, Full, LoRA
 
 SETTINGS = {
     "steps": 5, "batch_size": 4, "eval_every": 2, "eval_size": 8, "test_size": 8, "checkpoint_every": 2,
@@ -88,6 +88,7 @@ METHODS = {
     "two phases": TwoPhases(),
     "growing": Growing(rank=1, lr=1e-2),
     "freezing": Freezing(lr=1e-2),
+    "adalora": AdaLoRA(init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1, dropout=0.1, lr=1e-2),
 }
 
 

@@ -12,6 +12,7 @@ _PUBLIC = {
     "load": "lorascope.checkpoints:load",
     "sweep": "lorascope.sweeps:sweep",
     "AdaLoRA": "lorascope.methods:AdaLoRA",
+    "AutoLoRA": "lorascope.methods:AutoLoRA",
     "Full": "lorascope.methods:Full",
     "LoRA": "lorascope.methods:LoRA",
     "METHODS": "lorascope.methods:METHODS",
@@ -29,7 +30,7 @@ _PUBLIC = {
     "QUANTITIES": "lorascope.records:QUANTITIES",
     "Chart": "lorascope.chart:Chart",
 }
-_MODULES = ("analysis", "export", "models", "names", "observe", "plots", "probes", "tasks", "update")
+_MODULES = ("allocation", "analysis", "export", "models", "names", "observe", "plots", "probes", "tasks", "update")
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ PLACES = [
     ("score", "", None, "head"),
 ]
 MODULES = [dict(zip(("module", "stack", "layer", "role"), place, strict=True)) for place in PLACES]
-Values = Mapping[tuple[str, str], Mapping[int, float]]
+Values = Mapping[tuple[str, str], Mapping[int, Any]]
+SHAPES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "ffn_in": (4, 1), "ffn_out": (1, 4)}  # (out, in) / hidden
 
 
 def plant(
@@ -72,3 +73,13 @@ def lookup(chart: Any, *columns: str, value: str = "value") -> dict:
 def low_rank(*sigma: float) -> tuple[Any, Any]:
     """Factors (4, rank) and (rank, 5) of an update with these singular values."""
     return np.eye(4)[:, : len(sigma)] * sigma, np.eye(len(sigma), 5)
+
+
+def blocks(layers: int, roles: Sequence[str] = tuple(SHAPES), hidden: int = 768) -> list[dict[str, Any]]:
+    """Modules of a Transformer in model order, with sizes, such as ``encoder.layer.3.ffn_in``."""
+    return [
+        {"module": f"encoder.layer.{layer}.{role}", "stack": "encoder", "layer": layer, "role": role}
+        | {"out_features": hidden * SHAPES[role][0], "in_features": hidden * SHAPES[role][1]}
+        for layer in range(layers)
+        for role in roles
+    ]

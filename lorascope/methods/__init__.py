@@ -2,7 +2,8 @@
 
 from lorascope.method import METHODS
 from lorascope.methods.adalora import AdaLoRA
+from lorascope.methods.autolora import AutoLoRA
 from lorascope.methods.full import Full
 from lorascope.methods.lora import LoRA
 
-__all__ = ["METHODS", "AdaLoRA", "Full", "LoRA"]
+__all__ = ["METHODS", "AdaLoRA", "AutoLoRA", "Full", "LoRA"]

@@ -1,0 +1,172 @@
+"""Where the ranks went: in force at a step, what they cost, how they are shared out, and whether seeds agree.
+
+``in_force`` gives the ranks of modules; ``norms.pool`` sums them up by place, layer or role.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from lorascope import allocation
+from lorascope.analysis import norms
+from lorascope.analysis.stats import Interval, t_interval
+
+THIRDS = ("bottom", "middle", "top")
+
+
+def in_force(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
+    """The rank of every module after a step: the last that was recorded by then.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Records of one or several runs.
+    step : int, optional
+        By default the end.
+
+    Returns
+    -------
+    DataFrame
+        Rows of ``rank``, one a run and module, with their ``place``; zeros are ranks, too.
+
+    Raises
+    ------
+    ValueError
+        No rank was recorded, or none by this step.
+    """
+    rows = norms.select(table, "rank")
+    if step is not None:
+        rows = rows[(rows["step"] <= step).fillna(False)]
+        if rows.empty:
+            raise ValueError(f"no rank was recorded by step {step}")
+    latest = rows.sort_values("step", kind="stable", na_position="first").drop_duplicates(
+        ["run", "module"], keep="last"
+    )
+    return latest.sort_index() if step is None else latest.sort_index().assign(step=step)
+
+
+def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
+    """Add the column ``parameters``: rank times inputs plus outputs of the module, NaN where its size is unknown.
+
+    Parameters
+    ----------
+    ranks : DataFrame
+        From ``in_force``.
+    modules : DataFrame
+        As ``Run.modules``.
+    """
+    sizes = modules.set_index("module").reindex(columns=["in_features", "out_features"]).astype("float64")
+    cost = sizes.sum(axis=1, skipna=False)
+    return ranks.assign(parameters=ranks["value"] * cost.reindex(ranks["module"].astype("str")).to_numpy())
+
+
+def thirds(ranks: pd.DataFrame) -> pd.Series:
+    """The third of its stack's adapted layers that a row lies in, as an ordered category; NA outside the blocks."""
+    found = pd.Series(pd.NA, ranks.index, dtype="object")
+    for _, rows in ranks.dropna(subset="layer").groupby("stack", observed=True):
+        layers = np.unique(rows["layer"].to_numpy(np.int64))
+        index = np.searchsorted(layers, rows["layer"].to_numpy(np.int64))
+        middle = (6 * index + 3) // (2 * len(layers))  # of a layer's own stretch of the depth
+        found[rows.index] = np.array(THIRDS, dtype=object)[middle]
+    return found.astype(pd.CategoricalDtype(list(THIRDS), ordered=True))
+
+
+def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
+    """How much of all ranks a group of modules has, and what the same rank everywhere would give it.
+
+    Parameters
+    ----------
+    ranks : DataFrame
+        From ``in_force``.
+    by : str
+        A column that names the group: "role", or "third" for the thirds of the depth.
+
+    Returns
+    -------
+    DataFrame
+        ``run``, ``by``, ``rank`` (sum), ``modules``, ``share`` and ``uniform``, the share of the modules; both shares
+        are of what lies in a group at all.
+    """
+    rows = ranks.assign(third=thirds(ranks)).dropna(subset=by)
+    groups = rows.groupby(["run", by], observed=True)["value"]
+    found = groups.agg(rank="sum", modules="count").reset_index()
+    whole = found.groupby("run", observed=True)[["rank", "modules"]].transform("sum")
+    return found.assign(share=found["rank"] / whole["rank"], uniform=found["modules"] / whole["modules"])
+
+
+def tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
+    """Kendall's tau-b between the ranks of every two runs; NaN where all modules of one of them have the same rank."""
+    first, second = np.triu_indices(ranks.shape[1], 1)
+    order = np.sign(ranks[:, first] - ranks[:, second])
+    agreed = order @ order.T
+    length = np.sqrt(np.diag(agreed))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return agreed / np.outer(length, length)
+
+
+def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau-b between the module ranks of every pair of runs, over the modules that all of them have.
+
+    Returns
+    -------
+    DataFrame
+        ``first, second`` (run ids), ``tau``.
+    """
+    wide = _wide(ranks)
+    first, second = np.triu_indices(len(wide), 1)
+    return pd.DataFrame(
+        {"first": wide.index[first], "second": wide.index[second], "tau": tau(wide.to_numpy())[first, second]}
+    )
+
+
+def stability(ranks: pd.DataFrame) -> Interval:
+    """Mean tau of all pairs of runs, with a 95 % t-interval over runs; its bounds are NaN below three runs.
+
+    Pairs share runs, so they are no sample. The interval is that of the jackknife: of the pseudo-values
+    ``n U - (n - 1) U_i``, where ``U_i`` is the mean without run i (Arvesen 1969, Jackknifing U-statistics).
+    """
+    wide = _wide(ranks)
+    n, all_pairs = len(wide), tau(wide.to_numpy())
+    if n < 3:
+        return Interval(_mean(all_pairs), np.nan, np.nan, n)
+    without = np.array([_mean(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
+    return t_interval(n * _mean(all_pairs) - (n - 1) * without)
+
+
+def by_lot(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
+    """The same rows with ranks drawn by lot, every run with its own budget and draw; see ``allocation.random``."""
+    groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))
+    return pd.concat(rows.assign(value=_drawn(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
+
+
+def stability_by_lot(ranks: pd.DataFrame, cap: int | None = None, draws: int = 200) -> Float[np.ndarray, "draw"]:
+    """Mean tau of as many runs whose ranks are drawn by lot, ``draws`` times: what agreement chance alone gives."""
+    wide = _wide(ranks).to_numpy()
+    lots = ([_drawn(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
+    return np.array([_mean(tau(np.array(lot))) for lot in lots])
+
+
+def cap(table: pd.DataFrame) -> int | None:
+    """The rank that modules start with, where no module ever has more; else None: ranks have no bound."""
+    rows = norms.select(table, "rank")
+    first = rows["step"].isna() | (rows["step"] == rows["step"].min())
+    start, most = rows.loc[first.fillna(True), "value"].max(), rows["value"].max()
+    return int(start) if start == most else None
+
+
+def _drawn(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
+    """As many ranks as these, for the same modules, drawn by lot."""
+    drawn = allocation.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
+    return np.array(list(drawn.values()), dtype=np.float64)
+
+
+def _wide(ranks: pd.DataFrame) -> pd.DataFrame:
+    wide = ranks.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
+    return wide.dropna(axis="columns")
+
+
+def _mean(pairs: Float[np.ndarray, "run run"]) -> float:
+    """Mean over the pairs of different runs."""
+    return float(pairs[np.triu_indices(len(pairs), 1)].mean()) if len(pairs) > 1 else float("nan")

@@ -136,10 +136,11 @@ class Heat(Mark):
     """A coloured cell a row; cells without a row, or with NaN, are hatched: unknown is not zero.
 
     Both axes are categorical. ``label`` names the colour bar, ``text`` is a format such as ".2f" for numbers in the
-    cells, ``limits`` the ends of the colours. The diverging scale is centred at zero.
+    cells, ``limits`` the ends of the colours. The diverging scale is centred at zero. Column ``words`` says more of
+    a cell than its number, and takes the number's place: in print where there is room, on a screen at the pointer.
     """
 
-    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "value")
+    encodings: ClassVar[tuple[str, ...]] = ("x", "y", "value", "words")
     names: ClassVar[tuple[str, ...]] = ("x", "y")
     x: str
     y: str
@@ -149,6 +150,7 @@ class Heat(Mark):
     scale: str = "sequence"
     log: bool = False
     limits: Sequence[float | int] | None = None
+    words: str | None = None
     data: pd.DataFrame | None = None
 
     def check(self) -> None:

@@ -22,6 +22,7 @@ DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter of the largest dot where the area tells something
 FEW = 200  # ratio of the ends of a logarithmic axis below which its powers of ten alone would be too few ticks
 SMALLEST_TEXT = 4.0  # points; numbers that would have to be smaller are left out of the cells
+SMALLEST_WORDS = 5.0  # points; words that would have to be smaller leave the cells to the numbers
 
 
 def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
@@ -103,16 +104,21 @@ def _names(axis: Any, scale: Scale, room: float) -> float:
 
 
 def _numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) -> None:
-    """Numbers in the cells, as large as the cells allow."""
-    texts = {
+    """What is said of the cells, as large as they allow: their words, else their numbers, else nothing."""
+    rows, columns = shape.values.shape
+
+    def fit(texts: dict[tuple[int, ...], str]) -> float:
+        longest = max(map(len, texts.values()), default=1)
+        return min(_text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
+
+    numbers = {
         place: format(value, str(shape.mark.text))
         for place, value in np.ndenumerate(shape.values)
         if np.isfinite(value)
     }
-    rows, columns = shape.values.shape
-    longest = max(map(len, texts.values()), default=1)
-    size = min(_text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
-    if size < SMALLEST_TEXT:
+    told = {place: shape.words.get(place, number) for place, number in numbers.items()}
+    texts = told if fit(told) >= SMALLEST_WORDS else numbers
+    if (size := fit(texts)) < SMALLEST_TEXT:
         return
     scale, colors = norm(ramp), colormap(ramp)
     for (row, column), text in texts.items():

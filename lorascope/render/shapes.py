@@ -76,10 +76,11 @@ class Bars:
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of a heat map, NaN where there is no value."""
+    """Cells of a heat map, NaN where there is no value; ``words`` of those that have some, by (row, column)."""
 
     values: Float[np.ndarray, "rows columns"]
     mark: Heat
+    words: Mapping[tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,8 @@ def _cells(panel: Panel, mark: Heat, frame: Any) -> Iterator[Cells]:
     values[places] = to_floats(rows[mark.value])
     if mark.log:
         values[values <= 0] = np.nan
-    yield Cells(values, mark)
+    told = [] if mark.words is None else zip(*(place.tolist() for place in places), rows[mark.words], strict=True)
+    yield Cells(values, mark, {(row, column): str(text) for row, column, text in told})
 
 
 def _ruler(panel: Panel, mark: Rule, frame: Any) -> Iterator[Ruler]:

@@ -182,15 +182,20 @@ def _cells(shape: Cells, plan: Plan, number: int) -> Iterator[Any]:
     y, x = ([words(name) for name in scale.words(at)] for scale, at in ((panel.y, rows), (panel.x, columns)))
     written = mark.text is not None or mark.log
     form = mark.text or ".4g"
+    told = {place: [words(text)] for place, text in shape.words.items()}
+    value = "" if told else ": %{text}" if written else ": %{z:.4~g}"
     yield go.Heatmap(
         x=columns,
         y=rows,
         z=np.log10(shape.values) if mark.log else shape.values,
         coloraxis=f"coloraxis{nth(plan.heats[number])}",
-        customdata=[[f"{across}, {up}" for across in x] for up in y],
+        customdata=[
+            [": ".join([f"{x[column]}, {y[row]}", *told.get((row, column), ())]) for column in range(len(x))]
+            for row in range(len(y))
+        ],
         text=[[format(v, form) if np.isfinite(v) else "" for v in row] for row in shape.values] if written else None,
         texttemplate="%{text}" if mark.text is not None else None,
-        hovertemplate=f"%{{customdata}}: {'%{text}' if written else '%{z:.4~g}'}<extra>{words(mark.label)}</extra>",
+        hovertemplate=f"%{{customdata}}{value}<extra>{words(mark.label)}</extra>",
         hoverongaps=False,
     )
     up, across = np.nonzero(np.isnan(shape.values))

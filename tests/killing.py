@@ -1,6 +1,7 @@
 """A warm process that trains in forks of itself, and kills them: ``python killing.py MODEL TABLE``.
 
-It reads jobs from its standard input, one JSON object a line, and answers each with the exit status of the fork.
+It reads jobs from its standard input, one JSON object a line, and answers each with the exit status of the fork. The
+method of a job is one of ``METHODS``, or the configuration of a registered one as JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 import lorascope as ls
 from lorascope import delta, models, observe, tasks
-from lorascope.method import Phase
+from lorascope.method import Phase, from_config
 from lorascope.methods import AdaLoRA, Full, LoRA
 
 SETTINGS = {
@@ -141,7 +142,8 @@ def train(job, model, task) -> None:
         at_each_change(out, copy)
     if "kill at" in job:
         at_each_change(out, lambda number: number == job["kill at"] and os.kill(os.getpid(), signal.SIGKILL))
-    ls.train(model, task, METHODS[job["method"]], observe=observers(), out=out, **SETTINGS)
+    method = METHODS[job["method"]] if job["method"] in METHODS else from_config(json.loads(job["method"]))
+    ls.train(model, task, method, observe=observers(), out=out, **SETTINGS)
 
 
 def main() -> None:

@@ -1,0 +1,724 @@
+"""AutoLoRA against worked numbers, automatic differentiation of the whole look-ahead, and what must not change."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_resume import Forks, same
+from tiny import inputs, tiny
+from torch import nn
+from torch.func import functional_call
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import lorascope as ls
+from lorascope import cli, models, tasks
+from lorascope.delta import adapted, attach, fold
+from lorascope.method import METHODS, Phase, config, from_config
+from lorascope.methods import AutoLoRA
+from lorascope.methods.autolora import AutoLoRADelta, adam, hypergradient, kept
+from lorascope.session import Session
+from lorascope.state import generators_state
+
+FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
+SUB = "bert.encoder.layer.0.attention.self.query"
+
+# -- the worked example -----------------------------------------------------------------------------------------------
+
+W0 = [[0.5, -0.2], [0.1, 0.3]]
+U = [[0.4, -0.3, 0.1], [0.2, 0.6, -0.5]]
+V = [[1, 0.5], [-0.5, 1], [0.3, -0.8]]
+ETA = 0.1
+DIRECT = [0.0611956261, -0.0031998637, -0.0579957624]
+EXACT = [0.0712715059462726, -0.0108701942558418, -0.0604013116904304]
+DIFFERENCE = [0.0712714810865644, -0.0108702085011285, -0.0604012725854364]
+FIRST_ORDER = [0.0472185185, 0.0099962963, -0.0572148148]
+BETTY = [0.1451998689, -0.0656193600, -0.0795805089]
+
+
+class Toy:
+    """One linear layer with the worked factors, and the halved squared error of one row of each split."""
+
+    def __init__(self) -> None:
+        self.host = nn.Linear(2, 2, bias=False).double()
+        self.delta = AutoLoRADelta(self.host, rank=3)
+        for tensor, value in ((self.host.weight, W0), (self.delta.A, V), (self.delta.B, U)):
+            tensor.data = torch.tensor(value, dtype=torch.float64)
+        attach(self.host, {"": self.delta})
+        self.weights = {"delta.A": self.delta.A.detach(), "delta.B": self.delta.B.detach()}
+        self.logits = {"delta.logits": self.delta.logits}
+
+    def loss(self, x, y):
+        x, y = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+        return lambda w, b: (functional_call(self.host, {**w, **b}, (x,)) - y).square().sum() / 2
+
+    @property
+    def train(self):
+        return self.loss([1, 2], [1, 0])
+
+    @property
+    def search(self):
+        return self.loss([-1, 1], [0, 1])
+
+    def gradient(self, form, eta=ETA):
+        rates = eta if isinstance(eta, dict) else dict.fromkeys(self.weights, eta)
+        return hypergradient(self.train, self.search, self.weights, self.logits, rates, form)
+
+    def total(self, form, eta=ETA):
+        found = self.gradient(form, eta)
+        return (found.direct["delta.logits"] + found.indirect["delta.logits"]).tolist()
+
+    def after_lookahead(self, logits, eta=ETA):
+        """The search loss as one function of the logits, to be differentiated by others."""
+        rates = eta if isinstance(eta, dict) else dict.fromkeys(self.weights, eta)
+        w, b = {name: t.detach().requires_grad_() for name, t in self.weights.items()}, {"delta.logits": logits}
+        slopes = torch.autograd.grad(self.train(w, b), list(w.values()), create_graph=True)
+        ahead = {name: w[name] - rates[name] * slope for name, slope in zip(w, slopes, strict=True)}
+        return self.search(ahead, b)
+
+
+def test_the_worked_hypergradients():
+    toy = Toy()
+    assert toy.train(toy.weights, toy.logits).item() == pytest.approx(1.252938888888889, rel=1e-14)
+    assert toy.after_lookahead(toy.delta.logits).item() == pytest.approx(0.507695520064844, rel=1e-14)
+    exact = toy.gradient("exact")
+    assert exact.direct["delta.logits"].tolist() == pytest.approx(DIRECT, abs=1e-10)
+    assert exact.norm == pytest.approx(0.6720024512, abs=1e-10)
+    assert toy.total("exact") == pytest.approx(EXACT, abs=1e-14)
+    assert toy.total("finite_difference") == pytest.approx(DIFFERENCE, abs=1e-14)
+    assert toy.total("finite_difference") == pytest.approx(EXACT, abs=4e-8)
+    assert toy.total("first_order") == pytest.approx(FIRST_ORDER, abs=1e-10)
+    assert toy.total("betty") == pytest.approx(BETTY, abs=1e-9)
+
+
+@pytest.mark.parametrize("eta", [0.1, 0.7, {"delta.A": 0.3, "delta.B": 0.05}], ids=["0.1", "0.7", "two rates"])
+def test_exact_is_the_derivative_of_the_whole_lookahead(eta):
+    toy = Toy()
+    toy.delta.logits.copy_(torch.tensor([0.3, -0.2, 0.5]))
+    logits = toy.delta.logits.clone().requires_grad_()
+    (whole,) = torch.autograd.grad(toy.after_lookahead(logits, eta), logits)
+    assert toy.total("exact", eta) == pytest.approx(whole.tolist(), abs=1e-12)
+    assert toy.total("finite_difference", eta) == pytest.approx(whole.tolist(), abs=1e-6)
+    size = 1e-5
+    numeric = []
+    for j in range(3):
+        shift = size * torch.eye(3, dtype=torch.float64)[j]
+        values = [toy.after_lookahead(toy.delta.logits + sign * shift, eta).item() for sign in (1, -1)]
+        numeric.append((values[0] - values[1]) / (2 * size))
+    assert toy.total("exact", eta) == pytest.approx(numeric, abs=1e-9)
+
+
+def test_the_error_of_the_difference_falls_with_the_square_of_the_radius(monkeypatch):
+    toy, errors = Toy(), []
+    for radius in (0.1, 0.01, 0.001):
+        monkeypatch.setattr("lorascope.methods.autolora.RADIUS", radius)
+        errors.append(np.abs(np.array(toy.total("finite_difference")) - toy.total("exact")).max())
+    assert errors[0] / errors[1] == pytest.approx(100, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(100, rel=0.05)
+
+
+@pytest.mark.parametrize("form", ["exact", "finite_difference"])
+def test_the_worked_search(form):
+    """Roll-back, then a plain step of the weights under the new logits; the ranks stay 2."""
+    toy, expected = Toy(), {
+        1: [0.32155, 0.33503, 0.34343],
+        10: [0.22927, 0.35003, 0.42070],
+        50: [0.14212, 0.48261, 0.37526],
+    }  # fmt: skip
+    for iteration in range(1, 51):
+        toy.logits["delta.logits"].sub_(0.5 * torch.tensor(toy.total(form), dtype=torch.float64))
+        w = {name: t.requires_grad_() for name, t in toy.weights.items()}
+        slopes = torch.autograd.grad(toy.train(w, toy.logits), list(w.values()))
+        with torch.no_grad():
+            for weight, slope in zip(w.values(), slopes, strict=True):
+                weight.sub_(ETA * slope)
+        if iteration in expected:
+            assert toy.delta.alpha.tolist() == pytest.approx(expected[iteration], abs=5.1e-6)
+            assert toy.delta.rank == 2
+
+
+@pytest.mark.parametrize("form", ["exact", "finite_difference", "betty", "first_order"])
+def test_the_parts_sum_to_zero_and_nothing_that_is_given_changes(form):
+    toy = Toy()
+    toy.delta.logits.copy_(torch.tensor([0.3, -0.2, 0.5]))
+    before = {name: value.clone() for name, value in toy.host.state_dict().items()}
+    found = toy.gradient(form)
+    for part in (found.direct, found.indirect):
+        assert part["delta.logits"].sum().item() == pytest.approx(0, abs=1e-12)
+    assert found.direct["delta.logits"].any()
+    assert all(torch.equal(value, before[name]) for name, value in toy.host.state_dict().items())
+    assert all(parameter.grad is None for parameter in toy.host.parameters())
+    assert not toy.delta.logits.requires_grad
+
+
+@pytest.mark.parametrize("form", ["exact", "finite_difference"])
+def test_without_a_rate_it_is_first_order(form):
+    toy = Toy()
+    found = toy.gradient(form, eta=0)
+    assert torch.equal(found.direct["delta.logits"], toy.gradient("first_order").direct["delta.logits"])
+    assert found.indirect["delta.logits"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("form", ["finite_difference", "betty"])
+def test_a_vanishing_gradient_after_the_lookahead_divides_by_nothing(form):
+    toy = Toy()
+    found = hypergradient(
+        toy.train, lambda w, b: b["delta.logits"].sum(), toy.weights, toy.logits, dict.fromkeys(toy.weights, ETA), form
+    )
+    assert found.norm == 0
+    assert found.direct["delta.logits"].tolist() == [1, 1, 1]
+    assert found.indirect["delta.logits"].tolist() == [0, 0, 0]
+
+
+def test_components_in_another_order_have_their_gradients_in_that_order():
+    toy, other, order = Toy(), Toy(), [2, 0, 1]
+    toy.delta.logits.copy_(torch.tensor([0.3, -0.2, 0.5]))
+    other.logits["delta.logits"].copy_(toy.delta.logits[order])
+    other.delta.A.data, other.delta.B.data = toy.delta.A.data[order], toy.delta.B.data[:, order]
+    other.weights = {"delta.A": other.delta.A.detach(), "delta.B": other.delta.B.detach()}
+    assert other.delta.weight().detach().numpy() == pytest.approx(toy.delta.weight().detach().numpy(), abs=1e-15)
+    assert torch.equal(other.delta.alpha, toy.delta.alpha[order])
+    assert other.delta.rank == toy.delta.rank
+    for form in ("exact", "finite_difference", "betty"):
+        assert other.total(form) == pytest.approx([toy.total(form)[j] for j in order], abs=1e-12)
+
+
+def test_adam_is_adam():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 3, generator=generator)
+    theirs = nn.Parameter(logits.clone())
+    optimizer = torch.optim.Adam([theirs], lr=0.01, betas=(0.5, 0.999))
+    moments = {"steps": 0, "first": torch.zeros(4, 3), "second": torch.zeros(4, 3)}
+    for _ in range(20):
+        gradient = torch.randn(4, 3, generator=generator)
+        move, moments = adam(gradient, moments, 0.01)
+        logits = logits - move
+        theirs.grad = gradient
+        optimizer.step()
+    assert torch.allclose(logits, theirs, atol=1e-6)
+
+
+# -- the adapter ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_equal_logits_keep_all_components(dtype):
+    for k in range(1, 65):
+        for value in (0.0, 1.0, -3.7):
+            assert kept(torch.full((k,), value, dtype=dtype).softmax(0)).all(), k
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.floats(-30, 30, width=16), min_size=1, max_size=64), st.sampled_from(["float64", "float32", "bfloat16"])
+)
+def test_at_least_one_component_stays(logits, dtype):
+    alpha = torch.tensor(logits, dtype=getattr(torch, dtype)).softmax(0)
+    mask = kept(alpha)
+    assert 1 <= int(mask.sum()) <= len(logits)
+    assert mask[alpha.argmax()]
+
+
+def test_the_threshold_is_on_alpha_and_not_on_the_logits():
+    delta = AutoLoRADelta(nn.Linear(3, 3), rank=8)
+    delta.logits.copy_(torch.tensor([2, 1.05, 1, 0.9, 1.1, 0.8, 0.7, 0.45]))
+    assert delta.rank == 1
+    assert int((delta.logits >= delta.logits.mean()).sum()) == 4
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_the_search_starts_at_the_base_with_nothing_to_say_about_alpha(family):
+    model = tiny(family).requires_grad_(False)
+    before = model(**inputs(model)).logits
+    AutoLoRA(targets="all-linear", rank=3).attach(model)
+    found = adapted(model)
+    assert len(found) >= 8
+    assert all(not p.requires_grad for name, p in model.named_parameters() if name.endswith("logits"))
+    logits = {f"{name}.delta.logits": delta.logits.requires_grad_() for name, delta in found.items()}
+    after = functional_call(model, logits, (), inputs(model)).logits
+    assert torch.equal(after, before)
+    gradients = torch.autograd.grad(after.square().sum(), list(logits.values()))
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def filled(model):
+    for seed, delta in enumerate(adapted(model).values()):
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in (delta.A, delta.B, delta.logits):
+            nn.init.normal_(tensor, std=0.3, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_equal_to_its_folded_weight(family, dtype):
+    model = tiny(family, tie_word_embeddings=False).to(dtype)
+    AutoLoRA(targets=("all-linear", "embed"), rank=3).attach(model)
+    folded = copy.deepcopy(filled(model))
+    fold(folded)
+    with torch.no_grad():
+        one, other = model(**inputs(model)).logits, folded(**inputs(model)).logits
+    assert (one - other).norm() <= (1e-12 if dtype == torch.float64 else 2e-6) * other.norm()
+
+
+def test_the_update_and_the_factors_are_those_that_act():
+    host = nn.Linear(6, 4)
+    delta = AutoLoRADelta(host, rank=3, scale=2.5)
+    nn.init.normal_(delta.B)
+    delta.logits.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    weight = delta.weight().detach().numpy()
+    alpha = np.exp([1, 0, -1]) / np.exp([1, 0, -1]).sum()
+    A, B = delta.A.detach().numpy(), delta.B.detach().numpy()
+    assert weight == pytest.approx(sum(2.5 * alpha[j] * np.outer(B[:, j], A[j]) for j in range(3)), abs=1e-6)
+    assert delta.update().dense() == pytest.approx(weight, abs=1e-6)
+    factors = {name: factor.detach().numpy() for name, factor in delta.factors().items()}
+    assert delta.update().scale * (factors["B"] * factors["diagonal"]) @ factors["A"] == pytest.approx(weight, abs=1e-6)
+
+
+def test_the_logits_stay_wide():
+    assert AutoLoRADelta(nn.Linear(3, 3).bfloat16(), rank=2).logits.dtype == torch.float32
+    assert AutoLoRADelta(nn.Linear(3, 3).double(), rank=2).logits.dtype == torch.float64
+    half = nn.Linear(3, 3).bfloat16()
+    attach(half, {"": AutoLoRADelta(half, rank=2)})
+    assert half(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+# -- what the search finds --------------------------------------------------------------------------------------------
+
+
+def searched(seed: int, twins: bool = False, steps: int = 150) -> tuple[AutoLoRADelta, torch.Tensor]:
+    """A search over six components for a teacher of rank 2, from noisy rows, in float64; gives adapter and teacher."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    teacher = draw(10, 2) @ draw(2, 8)
+    X = [draw(24, 8) for _ in range(2)]
+    Y = [x @ teacher.T + 0.3 * draw(24, 10) for x in X]
+    host = nn.Linear(8, 10, bias=False).double().requires_grad_(False)
+    nn.init.zeros_(host.weight)
+    delta = AutoLoRADelta(host, rank=6, scale=2)
+    nn.init.kaiming_uniform_(delta.A, a=5**0.5, generator=generator)
+    if twins:
+        delta.A.data[3] = delta.A.data[1]
+    attach(host, {"": delta})
+    weights, logits = {"delta.A": delta.A, "delta.B": delta.B}, {"delta.logits": delta.logits}
+
+    def loss_of(split):
+        return lambda w, b: (functional_call(host, {**w, **b}, (X[split],)) - Y[split]).square().mean()
+
+    optimizer = torch.optim.Adam(weights.values(), lr=0.01)
+    zeros = torch.zeros(1, 6, dtype=torch.float64)
+    moments = {"steps": 0, "first": zeros, "second": zeros}
+    for _ in range(steps):
+        found = hypergradient(
+            loss_of(0), loss_of(1), weights, logits, dict.fromkeys(weights, 0.01), "finite_difference"
+        )
+        move, moments = adam((found.direct["delta.logits"] + found.indirect["delta.logits"])[None], moments, 0.02)
+        delta.logits.sub_(move[0])
+        optimizer.zero_grad()
+        loss_of(0)({}, logits).backward()
+        optimizer.step()
+    return delta, teacher
+
+
+def explained(delta: AutoLoRADelta, mask: torch.Tensor, teacher: torch.Tensor) -> float:
+    """Share of the teacher that some sum of these components is."""
+    A, B = delta.A.detach(), delta.B.detach()
+    terms = torch.stack([torch.outer(B[:, j], A[j]).flatten() for j in mask.nonzero()[:, 0]], dim=1)
+    target = teacher.flatten()[:, None]
+    rest = target - terms @ torch.linalg.lstsq(terms, target).solution
+    return 1 - float((rest.norm() / target.norm()) ** 2)
+
+
+def test_the_components_that_stay_span_a_planted_teacher_of_rank_two():
+    """Better than the others, though these are never fewer."""
+    for seed in range(3):
+        delta, teacher = searched(seed)
+        mask = kept(delta.alpha)
+        assert mask.sum() <= 3
+        assert explained(delta, mask, teacher) > explained(delta, ~mask, teacher) + 0.05
+        left, _, right = torch.linalg.svd(teacher)
+        inside = torch.ones(6, dtype=torch.float64)
+        for factor, basis in ((delta.B.detach(), left[:, :2]), (delta.A.detach().T, right[:2].T)):
+            inside *= (basis.T @ factor).norm(dim=0) / factor.norm(dim=0)
+        assert inside[mask].mean() > inside[~mask].mean()
+
+
+def test_twins_stay_twins():
+    delta, _ = searched(0, twins=True, steps=40)
+    assert delta.alpha[1].item() == pytest.approx(delta.alpha[3].item(), abs=1e-9)
+    assert len({round(value, 6) for value in delta.alpha.tolist()}) == 5
+
+
+# -- in training ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Watched(AutoLoRA):
+    """The search alone, with a look at what the outer problem leaves behind."""
+
+    def phases(self, base):
+        yield Phase(self)
+
+    def before_step(self, step):
+        before = everything_but_logits(step)
+        logits = [delta.logits.clone() for delta in adapted(step.model).values()]
+        super().before_step(step)
+        after = everything_but_logits(step)
+        assert before.keys() == after.keys()
+        for name, value in before.items():
+            assert torch.equal(value, after[name]), name
+        assert all(p.grad is None for p in step.model.parameters()) or step.index
+        assert step.model.training
+        moved = [
+            not torch.equal(old, delta.logits) for old, delta in zip(logits, adapted(step.model).values(), strict=True)
+        ]
+        assert all(moved) == bool(self.selection_lr and (step.index or self.hypergradient != "first_order"))
+
+
+def everything_but_logits(step):
+    """Copies of parameters, buffers, gradients, optimizer state and the torch generator."""
+    found = {name: tensor.clone() for name, tensor in step.model.state_dict().items() if not name.endswith("logits")}
+    for name, parameter in step.model.named_parameters():
+        if parameter.grad is not None:
+            found[f"gradient of {name}"] = parameter.grad.clone()
+        for key, value in step.optimizer.state.get(parameter, {}).items():
+            found[f"{key} of {name}"] = value.clone()
+    return found | {"generator": generators_state()["torch"]}
+
+
+@pytest.mark.parametrize("form", ["finite_difference", "exact", "first_order", "betty"])
+def test_the_outer_problem_moves_the_logits_and_nothing_else(form, bert, task, tmp_path):
+    """With dropout, in the model and in the adapter, so that the generator is in use."""
+    method = Watched(hypergradient=form, dropout=0.2, lr=1e-2, head_lr=1e-2)
+    run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST)
+    table = run.table
+    assert set(table.loc[table["quantity"] == "logit", "index"]) == set(range(8))
+
+
+@dataclass(kw_only=True)
+class Twice(Watched):
+    """Solves the outer problem by differences and exactly, from the same state and rows."""
+
+    def before_step(self, step):
+        rows = step.validation()
+        still = replace(step, draw=lambda size, fixed: rows)
+        deltas, moments = adapted(step.model).values(), self.moments_
+        logits = [delta.logits.clone() for delta in deltas]
+        answers = {}
+        for form in ("exact", "finite_difference"):
+            for delta, value in zip(deltas, logits, strict=True):
+                delta.logits.copy_(value)
+            self.moments_ = moments
+            self.hypergradient = form
+            AutoLoRA.before_step(self, still)
+            answers[form] = self._found
+        for part in ("direct", "indirect"):
+            one, other = (torch.cat(list(getattr(answers[form], part).values())) for form in answers)
+            assert (one - other).norm() <= 2e-2 * one.norm()
+            assert step.index == 0 or one.any()
+
+
+def test_both_sides_of_a_difference_see_the_same_dropout(bert, task, tmp_path):
+    """Other masks would leave noise of 1 / epsilon."""
+    method = Twice(dropout=0.5, lr=0.3, head_lr=0.1)
+    ls.train(
+        models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST | {"schedule": "constant", "clip": 0.1}
+    )
+
+
+@pytest.mark.parametrize(("form", "passes"), [("finite_difference", 5), ("exact", 3), ("first_order", 2), ("betty", 5)])
+def test_what_a_step_costs(form, passes, bert, task, tmp_path):
+    counts = []
+
+    class Counted(AutoLoRA):
+        def phases(self, base):
+            yield Phase(self)
+
+        def before_step(self, step):
+            if not step.index:
+                step.model.classifier.register_forward_pre_hook(lambda *_: counts.append(step.index))
+            super().before_step(step)
+
+    settings = FAST | {"steps": 3, "eval_every": 0}
+    ls.train(models.load(bert, task=task), task, Counted(hypergradient=form), out=tmp_path / "run", **settings)
+    assert [counts.count(index) for index in (0, 1)] == [passes, passes]
+
+
+def flipped(task: tasks.Task, share: float) -> tasks.Task:
+    """The same texts, with the other label on every row of the search split."""
+    table = task.table.copy()
+    search = (table["split"] == "train") & (table["draw"] < share)
+    assert 60 < search.sum() < 150
+    other = dict(zip(task.labels, task.labels[::-1], strict=True))
+    table.loc[search, "label"] = table.loc[search, "label"].map(other)
+    return replace(task, table=table, hash=task.hash[::-1])
+
+
+@pytest.mark.parametrize("form", ["finite_difference", "exact", "first_order", "betty"])
+def test_labels_of_the_search_split_reach_the_weights_through_the_logits_alone(form, bert, task, tmp_path):
+    def weights(data, rate):
+        out = tmp_path / f"{data.hash[:4]}-{rate}"
+        model = models.load(bert, task=data)
+        ls.train(model, data, Watched(hypergradient=form, selection_lr=rate, lr=1e-2), out=out, **FAST)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+    other = flipped(task, 0.5)
+    for rate, equal in ((0, True), (0.1, False)):
+        one, two = weights(task, rate), weights(other, rate)
+        assert all(torch.equal(one[name], two[name]) for name in one) == equal
+        assert any("delta.B" in name and tensor.any() for name, tensor in one.items())
+
+
+def test_each_phase_trains_on_its_own_rows(bert, task, tmp_path, monkeypatch):
+    seen = {"search": set(), "retrain": set(), "held out": set()}
+
+    def rows(batch):
+        return {
+            tuple(ids[mask.bool()].tolist())
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        }
+
+    batch, draw = Session.batch, Session._draw
+
+    def watched(self, index):
+        found = batch(self, index)
+        seen[self.name] |= rows(found)
+        return found
+
+    def drawn(self, size, fixed):
+        found = draw(self, size, fixed)
+        assert len(found["input_ids"]) == 32
+        seen["held out"] |= rows(found)
+        return found
+
+    monkeypatch.setattr(Session, "batch", watched)
+    monkeypatch.setattr(Session, "_draw", drawn)
+    run = ls.train(
+        models.load(bert, task=task), task, AutoLoRA(hypergradient="first_order"), out=tmp_path / "run",
+        **FAST | {"steps": 8, "batch_size": 32},
+    )  # fmt: skip
+    tokens = models.tokenizer(models.load(bert, task=task))
+
+    def texts(split, share=0.5):
+        encoded = task.encode(tokens, task.split(split, share))
+        return rows(encoded.batch(list(range(len(encoded)))))
+
+    assert not texts("train") & texts("search")
+    assert seen["search"] == texts("train")
+    assert seen["held out"] <= texts("search")
+    assert len(seen["held out"]) > 0.8 * len(texts("search"))
+    assert seen["retrain"] == texts("train", 0) == texts("train") | texts("search")
+    assert run.meta["phase"] == ["retrain", "train+search"]
+
+
+@pytest.fixture(scope="module")
+def trained(bert, task, tmp_path_factory):
+    """(folder of the base, model, run) of a search and its retraining."""
+    model, out = models.load(bert, task=task), tmp_path_factory.mktemp("autolora") / "run"
+    method = AutoLoRA(rank=5, lr=1e-2, head_lr=1e-2, selection_lr=0.05, targets="all-linear")
+    run = ls.train(model, task, method, out=out, **FAST | {"steps": 13})
+    return bert, model, run
+
+
+def test_what_was_found_is_what_is_retrained(trained, task):
+    _, model, run = trained
+    (search,) = run.parents
+    assert json.loads((run.path.parent / "recipe.json").read_text())["phases"] == ["1-search", "2-retrain"]
+    assert ls.load(run.path.parent).id == run.id
+    assert run.meta["recipe"] == search.meta["recipe"] == search.meta["method"]
+    assert run.meta["method"]["name"] == "lora"
+    assert run.ranks() == search.ranks()
+    assert len(set(run.ranks().values())) > 1
+    table = search.table[search.table["step"] == 13]
+    alpha = table[table["quantity"] == "alpha"].groupby("module", observed=True)["value"]
+    assert run.ranks() == alpha.agg(lambda values: int((values >= 1 / 5).sum())).to_dict()
+    for module, delta in adapted(model).items():
+        assert (delta.A.shape[0], delta.scale) == (run.ranks()[module], 16 / run.ranks()[module])
+    start = run.table.query("step == 0 and quantity == 'update_norm'").set_index("module")["value"]
+    assert not start[list(run.ranks())].any()
+    assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == sum(
+        rank * sum(model.get_submodule(module).weight.shape) for module, rank in run.ranks().items()
+    )
+    config = run.lora_config()
+    assert len(config["target_modules"]) == len(run.ranks())
+    assert config["lora_alpha"] == 16
+    assert not config["alpha_pattern"]
+
+
+def test_both_phases_are_restored_bit_for_bit(trained, task):
+    bert, model, run = trained
+    (search,) = run.parents
+    fresh = models.load(bert, task=task)
+    run.restore(fresh)
+    with torch.no_grad():
+        assert torch.equal(fresh(**inputs(fresh)).logits, model.eval()(**inputs(model)).logits)
+    fresh = models.load(bert, task=task)
+    search.restore(fresh)
+    updates = search.updates()
+    logit = search.table.query("quantity == 'logit' and step == 13")
+    for module, delta in adapted(fresh).items():
+        assert isinstance(delta, AutoLoRADelta)
+        assert updates[module].dense() == pytest.approx(delta.weight().detach().numpy(), abs=1e-7)
+        assert delta.logits.tolist() == logit.loc[logit["module"] == module, "value"].tolist()
+        assert delta.rank == search.ranks()[module]
+
+
+def test_the_table_of_the_search(trained):
+    *_, run = trained
+    table = run.parents[0].table
+    many = table[table["index"].notna() & (table["quantity"] != "test_metric_group")]
+    wide = {
+        name: rows.pivot(index=["step", "module"], columns="index", values="value")
+        for name, rows in many.groupby("quantity", observed=True)
+    }
+    steps = {name: sorted(set(frame.index.get_level_values("step"))) for name, frame in wide.items()}
+    gradients = [f"hypergradient_{part}" for part in ("direct", "indirect")]
+    assert steps == {
+        "alpha": [0, 10, 13],
+        "logit": [0, 10, 13],
+        "importance": [13],
+        **{name: [10, 13] for name in gradients},
+    }
+    for name, frame in wide.items():
+        assert list(frame.columns) == list(range(5)), name
+        assert frame.notna().all(axis=None)
+    alpha = wide["alpha"]
+    assert alpha.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert ((alpha > 0) & (alpha < 1)).all(axis=None)
+    powers = np.exp(wide["logit"])
+    assert powers.div(powers.sum(axis=1), axis=0).to_numpy() == pytest.approx(alpha.to_numpy(), abs=1e-6)
+    for name in gradients:
+        assert wide[name].sum(axis=1).abs().max() < 1e-5 * wide[name].abs().max(axis=None)
+        assert (wide[name].abs().max(axis=1) > 0).all()
+    assert wide["importance"].equals(alpha.loc[[13]])
+    scalars = {
+        name: rows.set_index(["step", "module"])["value"] for name, rows in table.groupby("quantity", observed=True)
+    }
+    entropy = -(alpha * np.log(alpha)).sum(axis=1)
+    assert scalars["alpha_entropy"].loc[entropy.index].to_numpy() == pytest.approx(entropy.to_numpy(), rel=1e-5)
+    assert scalars["rank"].loc[alpha.index].equals((alpha >= 1 / 5).sum(axis=1).astype(float).rename("value"))
+    assert scalars["lookahead_gradient_norm"].index.tolist() == [(10, ""), (13, "")]
+    assert "budget" not in scalars
+
+
+def test_the_moving_rate_and_the_moments_are_those_of_the_steps(bert, task, tmp_path):
+    """eta is each parameter's own rate at the step, as the schedule has it."""
+    seen = []
+
+    class Spied(AutoLoRA):
+        def phases(self, base):
+            yield Phase(self)
+
+        def before_step(self, step):
+            import lorascope.methods.autolora as module
+
+            real = module.hypergradient
+            module.hypergradient = lambda *a: seen.append(a[4]) or real(*a)
+            super().before_step(step)
+            module.hypergradient = real
+            assert self.moments_["steps"] == step.finished
+            groups = {group["name"]: group["lr"] for group in step.optimizer.param_groups}
+            assert seen[-1] == {
+                name: groups["head" if name.startswith("classifier") else "adapter"]
+                for name, p in step.model.named_parameters()
+                if p.requires_grad
+            }
+
+    run = ls.train(models.load(bert, task=task), task, Spied(lr=1e-2, head_lr=3e-2), out=tmp_path / "run", **FAST)
+    rates = run.table.query("quantity == 'lr'")["value"].tolist()
+    assert [next(rate for name, rate in step.items() if "delta" in name) for step in seen] == rates
+    assert len(set(rates)) == 4
+
+
+COLA = [3, 2, 4, 4, 5, 3, 3, 4, 5, 3, 5, 4, 3, 3, 5, 4, 2, 5, 4, 4, 3, 3, 3, 4]  # q and v of one block after the other
+
+
+def test_the_parameter_count_of_the_authors_ranks():
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("roberta"))
+    names = ls.names.match(ls.names.describe(model), ("q", "v"))
+    method = AutoLoRA()
+    phases = method.phases({})
+    assert next(phases) == Phase(method, "search")
+    retrain = phases.send(SimpleNamespace(ranks=lambda: dict(zip(names, COLA, strict=True))))
+    assert (retrain.name, retrain.split, retrain.steps) == ("retrain", "train+search", None)
+    retrain.method.attach(model)
+    assert sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 88 * 1536 == 135_168
+
+
+def test_an_attention_without_second_derivatives_is_told(llama, task, tmp_path):
+    kernel = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION)
+    method = AutoLoRA(hypergradient="exact")
+    prompts = task.fit(models.load(llama))
+    with kernel, pytest.raises(ValueError, match=r'cannot differentiate this attention twice: .*"eager"') as caught:
+        ls.train(models.load(llama), prompts, method, out=tmp_path / "run", **FAST)
+    assert "\n" not in str(caught.value)
+
+
+WRONG = [
+    ({"rank": 0}, "rank 0 is no rank: it counts components, 1 or more"),
+    ({"selection_lr": -1e-3}, "selection_lr -0.001 is no rate: it must be a number from 0 on"),
+    ({"selection_lr": float("nan")}, "selection_lr nan is no rate"),
+    ({"search_share": 0}, "search_share 0 leaves train or search empty: give one between 0 and 1"),
+    ({"search_share": 1}, "search_share 1 leaves train or search empty"),
+    ({"hypergradient": "darts"}, "'darts' is unknown: finite_difference, exact, first_order, betty"),
+]
+
+
+@pytest.mark.parametrize(("given", "line"), WRONG)
+def test_wrong_settings_are_told_in_one_line(given, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        AutoLoRA(**given)
+    assert "\n" not in str(caught.value)
+
+
+def test_wrong_settings_end_the_command_with_2(capsys):
+    assert cli.main(["train", "autolora", "--steps", "3", "--search-share", "0"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_negative_rate_of_the_weights_is_refused(bert, task, tmp_path):
+    with pytest.raises(ValueError, match="lr=-1 must be a positive number"):
+        ls.train(models.load(bert, task=task), task, AutoLoRA(lr=-1), out=tmp_path / "run", **FAST)
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["autolora"] is AutoLoRA
+    method = AutoLoRA(rank=4, hypergradient="exact", targets=("q", "k"))
+    assert from_config(json.loads(json.dumps(config(method)))) == method
+    assert method.label() == "AutoLoRA, rank 4, targets q k, hypergradient exact"
+
+
+def test_killed_in_either_phase_it_goes_on_bit_for_bit(bert, task, tmp_path):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label"]].to_csv(table, index=False)
+    forks = Forks(bert, table)
+    method = json.dumps(config(AutoLoRA(rank=3, lr=1e-2, selection_lr=0.1, dropout=0.1)))
+    whole, copies, out = tmp_path / "whole", tmp_path / "copies", tmp_path / "out"
+    assert forks(method, whole, copies=copies) == 0
+    moments = sorted(copies.iterdir())
+    phases = ["search" if not (copy / "2-retrain").exists() else "retrain" for copy in moments]
+    resumable = [bool(list(copy.glob("*/resume/step-*"))) for copy in moments]
+    for phase in ("search", "retrain"):
+        at = [n for n, found in enumerate(zip(phases, resumable, strict=True)) if found == (phase, True)]
+        assert len(at) > 4
+        assert forks(method, moments[at[-2]]) == 0
+        same(moments[at[-2]], whole)
+    kills = [phases.index("search") + 6, 3]
+    assert [forks(method, out, **{"kill at": at}) for at in kills] == [-signal.SIGKILL] * 2
+    assert forks(method, out) == 0
+    same(out, whole)
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0

@@ -144,8 +144,21 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
+_adopted: set[str] = set()  # known from a run alone, until the code that records them says what they mean
+
+
+def adopt(quantities: Mapping[str, Mapping[str, str]]) -> None:
+    """Take up what a run says of the quantities in its table, where the catalogue does not know them."""
+    for name in quantities.keys() - QUANTITIES.keys():
+        QUANTITIES[name] = Quantity(**quantities[name])
+        _adopted.add(name)
+
+
 def register(name: str, quantity: Quantity) -> None:
     """Add a method's own quantity to the catalogue; the same name with another meaning is an error."""
+    if name in _adopted:
+        _adopted.remove(name)
+        del QUANTITIES[name]
     if QUANTITIES.setdefault(name, quantity) != quantity:
         raise ValueError(f"quantity {name!r} is already registered with another meaning: {QUANTITIES[name]}")
 

@@ -89,6 +89,7 @@ class Run:
     @cached_property
     def table(self) -> pd.DataFrame:
         """All records, with the columns ``records.COLUMNS``."""
+        records.adopt(self.meta.get("quantities", {}))  # a method's own are registered by code that imports torch
         return records.validate(pd.read_parquet(self._file("records.parquet")))
 
     @cached_property

@@ -156,6 +156,69 @@ def cap(table: pd.DataFrame) -> int | None:
     return int(start) if start == most else None
 
 
+def decisions(table: pd.DataFrame, most: int) -> list[int]:
+    """Steps at which a budget was recorded or, without any, ranks; at most so many, the first and last among them."""
+    rows = table[table["quantity"] == ("budget" if (table["quantity"] == "budget").any() else "rank")]
+    steps = np.unique(rows["step"].dropna().to_numpy(np.int64))
+    chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
+    return [int(steps[index]) for index in np.unique(chosen)]
+
+
+def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
+    """The stretches before, while and after a budget changes, as (name, first step, last step); none if it never does.
+
+    Parameters
+    ----------
+    budget : DataFrame
+        ``at`` (steps in order) and ``value``.
+    """
+    at, value = budget["at"].to_numpy(np.int64), budget["value"].to_numpy()
+    changes = at[1:][np.diff(value) != 0]
+    if not len(changes):
+        return []
+    ends = [int(end) for end in (at[0], changes[0], changes[-1], at[-1])]
+    spans = zip(("warm-up", "decay", "final"), ends, ends[1:], strict=False)
+    return [(name, start, stop) for name, start, stop in spans if start < stop]
+
+
+def staircase(budget: pd.DataFrame) -> pd.DataFrame:
+    """The budget in force as the corners of a line: each value holds until the step of the next.
+
+    Parameters
+    ----------
+    budget : DataFrame
+        ``at`` (steps in order) and ``value``.
+    """
+    before = budget.assign(value=budget["value"].shift()).dropna(subset="value")
+    return pd.concat([before, budget]).sort_values("at", kind="stable", ignore_index=True)
+
+
+def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFrame:
+    """A quantity of every component over the steps, and whether the component is ``kept`` in the end.
+
+    Kept is what the method recorded as such at its last choice; of others, the components that were last scored and are
+    among their module's most important, as many as its rank.
+    """
+    parts = []
+    for _, own in table.groupby("run", observed=True, sort=False):
+        rows = norms.select(own, quantity)
+        kept = _kept(own, quantity)[["module", "index"]].assign(kept=True)
+        parts.append(rows.merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _kept(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Rows of the components of one run that are in use in the end."""
+    recorded = set(own["quantity"])
+    judge = next(name for name in ("kept", "importance", quantity) if name in recorded)
+    final = norms.last(norms.select(own, judge))
+    if judge == "kept":
+        return final[final["value"] > 0]
+    place = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
+    latest = in_force(own)
+    return final[place <= final["module"].astype("str").map(dict(zip(latest["module"], latest["value"], strict=True)))]
+
+
 def _drawn(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
     """As many ranks as these, for the same modules, drawn by lot."""
     drawn = allocation.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)

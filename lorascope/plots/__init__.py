@@ -5,16 +5,27 @@ catalogue, ``available(run)`` says what can be drawn.
 """
 
 from lorascope.plots.catalogue import FIGURES, Figure, available
+from lorascope.plots.components import importance
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
+from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
+from lorascope.plots.recovery import planted
+from lorascope.plots.scores import against_truth, agreement
 from lorascope.plots.subspaces import spectrum, subspace_similarity
 from lorascope.plots.training import training_curves
 
 __all__ = [
     "FIGURES",
     "Figure",
+    "adapted_types",
+    "against_truth",
+    "agreement",
     "available",
+    "importance",
     "mean_norm",
     "norm_over_steps",
+    "planted",
+    "rank_allocation",
+    "rank_replay",
     "spectrum",
     "subspace_similarity",
     "training_curves",

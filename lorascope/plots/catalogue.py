@@ -13,6 +13,7 @@ from lorascope.run import Run
 
 UPDATES, SPECTRA = "updates", "spectra"
 _NORMS = "train with observe=[ls.observe.norms()]"
+_ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
 RECORDERS = {
     UPDATES: "train with a method that has factors, such as LoRA",
     SPECTRA: _NORMS,
@@ -22,6 +23,10 @@ RECORDERS = {
     "relative_update": _NORMS,
     "step_norm": _NORMS,
     "adapter_norm": _NORMS,
+    "rank": "train adapters with observe=[ls.observe.norms()]",
+    "budget": _ALLOCATOR,
+    "importance": _ALLOCATOR,
+    "test_metric": "train on a task with a test split",
     "eval_loss": "train with eval_every=",
     "eval_metric": "train with eval_every=",
 }

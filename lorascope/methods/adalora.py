@@ -26,8 +26,8 @@ over all factors; ``penalty="sum-square"`` is the paper's sum of squares. I is o
 and the gradient before it; ``scores="before"`` is the paper's order. Equation 14 is printed with t - t_i - t_f above
 the line, which would begin beyond b_0. c is alpha / (r_0 + 1e-5) whatever is masked. P and Q are normal of deviation
 0.02. Unlike the code, which masks all that is tied with the threshold, exactly b components stay: by score, then order
-of modules, then index; b_T holds from step T - t_f on, DeltaT or not, and at the last step even if t_f is 0; and an
-alpha of zero is refused. On an embedding the form is the same; the paper adapts linear maps alone.
+of modules, then index; b_T holds from step T - t_f on, DeltaT or not, and at the last step even if t_f is 0; an
+alpha of zero is refused; and an embedding may be adapted too.
 """
 
 from __future__ import annotations
@@ -47,20 +47,19 @@ from lorascope.methods.lora import LoRADelta
 from lorascope.records import Item, Quantity, Record, register
 from lorascope.update import LowRank
 
-for _name, _label, _definition, _equation in (
-    ("importance_lambda", "importance of λ", "s(lambda)", 9),
-    ("importance_left", "importance of P", "mean of s over the column of P", 9),
-    ("importance_right", "importance of Q", "mean of s over the row of Q", 9),
-    ("sensitivity", "sensitivity of λ", "moving average of |w dL/dw|", 11),
-    ("uncertainty", "uncertainty of λ", "moving average of how far |w dL/dw| is from its moving average", 12),
-):
-    register(_name, Quantity(_label, index="rank_id", definition=_definition, source=f"AdaLoRA, eq. {_equation}"))
+# Of every component, in the order in which they are computed.
+_SCORES = {
+    "importance_left": ("importance of P", "mean of s over the column of P", 9),
+    "importance_lambda": ("importance of λ", "s(lambda)", 9),
+    "importance_right": ("importance of Q", "mean of s over the row of Q", 9),
+    "sensitivity": ("sensitivity of λ", "moving average of |w dL/dw|", 11),
+    "uncertainty": ("uncertainty of λ", "moving average of how far |w dL/dw| is from its moving average", 12),
+}
+for _name, (_label, _meaning, _equation) in _SCORES.items():
+    register(_name, Quantity(_label, index="rank_id", definition=_meaning, source=f"AdaLoRA, eq. {_equation}"))
 register("kept", Quantity("kept", index="rank_id", pool="sum", definition="1 for a component in use, else 0"))
 register("penalty", Quantity("penalty", definition="R(P, Q), without its weight gamma", source="AdaLoRA, eq. 4"))
 
-
-_PARTS = ("importance_left", "importance_lambda", "importance_right")
-_TOLD = (*_PARTS, "importance", "sensitivity", "uncertainty", "kept")
 Tensors = list[Tensor]
 
 
@@ -81,8 +80,10 @@ class AdaLoRA(Method, name="adalora"):
     targets : str or tuple of str
         Roles, "all-linear", module names or a regular expression; see ``names.match``. "all-linear" has gates and
         cross-attention too.
-    initial_steps, final_steps : int, optional
-        Steps before the budget falls and after the last choice; a tenth and three tenths of the run by default.
+    initial_steps : int, optional
+        Steps before the budget falls; a tenth of the run by default.
+    final_steps : int, optional
+        Steps in which the choice is fixed; three tenths of the run by default.
     mask_every : int, optional
         Steps between two choices; a hundredth of the run by default.
     beta1, beta2 : float
@@ -131,14 +132,15 @@ class AdaLoRA(Method, name="adalora"):
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
         chosen = names.match(names.describe(model), self.targets)
-        scale = self.alpha / (self.init_rank + 1e-5)
-        hosts = {name: model.get_submodule(name) for name in chosen}
-        self._deltas = {name: AdaLoRADelta(host, self.init_rank, scale, self.dropout) for name, host in hosts.items()}
+        sizes = (self.init_rank, self.alpha / (self.init_rank + 1e-5), self.dropout)
+        self._deltas = {name: AdaLoRADelta(model.get_submodule(name), *sizes) for name in chosen}
         attach(model, self._deltas)
         train_adapters(model)
         # P, lambda, Q of one module after the other.
         self._weights: Tensors = [weight for d in self._deltas.values() for weight in (d.B, d.diagonal, d.A)]
-        self.sensitivity_ = [torch.zeros_like(w, dtype=_at_least_float32(w)) for w in self._weights]
+        self.sensitivity_ = [
+            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in self._weights
+        ]
         self.uncertainty_ = [s.clone() for s in self.sensitivity_]
 
     def schedule(self, total: int) -> Schedule:
@@ -180,19 +182,19 @@ class AdaLoRA(Method, name="adalora"):
 
     @torch.no_grad()
     def records(self, step: Step) -> Iterable[Item]:
-        """Ranks and budget at the start, at every choice and at the end; after the start also what they rest on."""
+        """Ranks and budget at the start, at every choice and at the end; then also what they rest on."""
         schedule = self.schedule(step.total)
         if step.finished and not (schedule.chooses(step.index) or step.last):
             return
         kept = torch.stack([d.kept for d in self._deltas.values()]).double()
-        left, own, right = parts = importance(self.sensitivity_, self.uncertainty_)
+        parts = importance(self.sensitivity_, self.uncertainty_)
         moving = [torch.stack(average[1::3])[..., 0].double() for average in (self.sensitivity_, self.uncertainty_)]
-        columns = to_array(torch.stack([left, own, right, parts.sum(0), *moving, kept]))  # the one copy off the device
+        columns = to_array(torch.stack([*parts, *moving, parts.sum(0), kept]))  # the one copy off the device
         yield Record("budget", schedule.budget(step.index))
         yield from (Record("rank", row.sum(), name) for name, row in zip(self._deltas, columns[-1], strict=True))
         if step.finished:
             yield Record("penalty", float(self._penalty))
-            for quantity, rows in zip(_TOLD, columns, strict=True):
+            for quantity, rows in zip((*_SCORES, "importance", "kept"), columns, strict=True):
                 yield from (Record(quantity, row, name) for name, row in zip(self._deltas, rows, strict=True))
 
     def settled(self, step: Step) -> bool:
@@ -215,7 +217,6 @@ class AdaLoRADelta(LoRADelta):
 
     @property
     def right(self) -> Float[Tensor, "rank in"]:
-        """The factor that meets the input."""
         return self.diagonal * self.A
 
     @property
@@ -271,7 +272,7 @@ def orthogonality(left: Tensors, right: Tensors, form: str) -> Float[Tensor, ""]
         stacks.setdefault(rows.shape, []).append(rows)
     differences = []
     for alike in stacks.values():
-        rows = torch.stack(alike).to(_at_least_float32(alike[0]))
+        rows = torch.stack(alike).to(torch.promote_types(alike[0].dtype, torch.float32))
         differences.append((rows @ rows.mT - torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)).flatten(1))
     if form == "sum-square":
         return torch.cat(differences).square().sum()
@@ -294,17 +295,11 @@ def smooth(
 def importance(sensitivity: Tensors, uncertainty: Tensors) -> Float[Tensor, "3 modules rank"]:
     """The summands of equation 9, of P, lambda and Q, in float64; from the averages of one module after another."""
     scores = [s.double() * u.double() for s, u in zip(sensitivity, uncertainty, strict=True)]
-    left = torch.stack([score.mean(0) for score in scores[0::3]])
-    own = torch.stack([score[:, 0] for score in scores[1::3]])
-    right = torch.stack([score.mean(1) for score in scores[2::3]])
-    return torch.stack([left, own, right])
+    triples = zip(scores[0::3], scores[1::3], scores[2::3], strict=True)
+    return torch.stack([torch.stack([P.mean(0), own[:, 0], Q.mean(1)]) for P, own, Q in triples], 1)
 
 
 def most_important(scores: Float[Tensor, "modules rank"], budget: int) -> Bool[Tensor, "modules rank"]:
     """True for exactly ``budget`` components; among equals the earlier module and index win."""
     order = scores.flatten().argsort(descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).flatten().index_fill_(0, order[:budget], True).view_as(scores)
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -41,7 +41,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -58,8 +58,8 @@ from lorascope.update import LowRank
 BETAS = (0.5, 0.999)
 RADIUS = 0.01
 LOOK_EVERY = 10
+HYPERGRADIENTS = ("finite_difference", "exact", "first_order", "betty")
 
-Form = Literal["finite_difference", "exact", "first_order", "betty"]
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
 
@@ -91,9 +91,9 @@ class AutoLoRA(Method, name="autolora"):
         Roles, "all-linear", module names or a regular expression; see ``names.match``.
     selection_lr : float
         Rate of the logits.
-    hypergradient : {"finite_difference", "exact", "first_order", "betty"}
-        By differences; by differentiating twice; at w, as if eta were 0; or as the authors' code has it: differences
-        around w' in place of w, and eta taken as 1. Differences need float32 weights, and lose digits under bf16.
+    hypergradient : str
+        "finite_difference"; "exact", by differentiating twice; "first_order", at w as if eta were 0; or "betty", as the
+        authors' code has it: differences around w' in place of w, and eta taken as 1. Differences lose digits in bf16.
     search_share : float
         Share of the train split on which the logits train.
     """
@@ -103,7 +103,7 @@ class AutoLoRA(Method, name="autolora"):
     dropout: float | int = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     selection_lr: float | int = 1e-3
-    hypergradient: Form = "finite_difference"
+    hypergradient: str = "finite_difference"
     lr: float | int = 1e-4
     head_lr: float | int = 1e-4
     search_share: float | int = 0.5
@@ -113,8 +113,8 @@ class AutoLoRA(Method, name="autolora"):
             raise ValueError(f"rank {self.rank} is no rank: it counts components, 1 or more")
         if not 0 <= self.selection_lr < math.inf:
             raise ValueError(f"selection_lr {self.selection_lr} is no rate: it must be a number from 0 on")
-        if self.hypergradient not in get_args(Form):
-            raise ValueError(f"hypergradient {self.hypergradient!r} is unknown: {', '.join(get_args(Form))}")
+        if self.hypergradient not in HYPERGRADIENTS:
+            raise ValueError(f"hypergradient {self.hypergradient!r} is unknown: {', '.join(HYPERGRADIENTS)}")
         if not 0 < self.search_share < 1:
             raise ValueError(f"search_share {self.search_share} leaves train or search empty: give one between 0 and 1")
 
@@ -123,6 +123,10 @@ class AutoLoRA(Method, name="autolora"):
         hosts = {name: model.get_submodule(name) for name in names.match(names.describe(model), self.targets)}
         scale = self.lora_alpha / self.rank
         self._deltas = {name: AutoLoRADelta(host, self.rank, scale, self.dropout) for name, host in hosts.items()}
+        narrow = {str(delta.A.dtype) for delta in self._deltas.values() if delta.A.dtype != delta.logits.dtype}
+        if narrow and self.hypergradient in ("finite_difference", "betty"):
+            wanted = 'load them in float32, or take hypergradient "exact"'
+            raise ValueError(f"weights in {narrow.pop()} would round a finite difference away: {wanted}")
         attach(model, self._deltas)
         train_adapters(model)
         zeros = torch.zeros_like(torch.stack([delta.logits for delta in self._deltas.values()]))
@@ -209,7 +213,7 @@ def kept(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
 
 
 class Hypergradient(NamedTuple):
-    """Equation 5 in its two summands, by module, and |v| where there was a look-ahead."""
+    """Equation 5 in its two summands, by name of the logits, and |v| where there was a look-ahead."""
 
     direct: Tensors
     indirect: Tensors
@@ -217,7 +221,7 @@ class Hypergradient(NamedTuple):
 
 
 def hypergradient(
-    train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float | int], form: Form
+    train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float | int], form: str
 ) -> Hypergradient:
     """The gradient in the logits of the search loss after the look-ahead; nothing that is given is changed.
 
@@ -228,8 +232,8 @@ def hypergradient(
     weights, logits : mapping name -> Tensor
     rates : mapping name of a weight -> float
         eta.
-    form : Form
-        As in ``AutoLoRA``.
+    form : str
+        One of ``HYPERGRADIENTS``, as in ``AutoLoRA``.
 
     Raises
     ------
@@ -291,7 +295,7 @@ def _gradient(loss: Float[Tensor, ""], tensors: Tensors, create_graph: bool = Fa
 
 def _norm(tensors: Tensors) -> float:
     """Norm of all entries together."""
-    return math.hypot(*(float(torch.linalg.vector_norm(tensor)) for tensor in tensors.values()))
+    return float(torch.nn.utils.get_total_norm(list(tensors.values())))
 
 
 def adam(

@@ -13,6 +13,7 @@ _PUBLIC = {
     "sweep": "lorascope.sweeps:sweep",
     "AdaLoRA": "lorascope.methods:AdaLoRA",
     "AutoLoRA": "lorascope.methods:AutoLoRA",
+    "ALoRA": "lorascope.methods:ALoRA",
     "Full": "lorascope.methods:Full",
     "LoRA": "lorascope.methods:LoRA",
     "METHODS": "lorascope.methods:METHODS",

@@ -2,8 +2,9 @@
 
 from lorascope.method import METHODS
 from lorascope.methods.adalora import AdaLoRA
+from lorascope.methods.alora import ALoRA
 from lorascope.methods.autolora import AutoLoRA
 from lorascope.methods.full import Full
 from lorascope.methods.lora import LoRA
 
-__all__ = ["METHODS", "AdaLoRA", "AutoLoRA", "Full", "LoRA"]
+__all__ = ["METHODS", "ALoRA", "AdaLoRA", "AutoLoRA", "Full", "LoRA"]

@@ -1,0 +1,247 @@
+"""ALoRA: components move from where their ablation does no harm to modules that had none to spare.
+
+Allocating LoRA, that is; PEFT's aLoRA is Activated LoRA, another method. Every module starts with the same small rank,
+so the budget is met from the first step on. After K_1 steps, and every K_2 steps from then on, up to N_A times: each
+component r is scored on one batch of the search split with all others on, and alone,
+
+    IS(r) = S(M) - S(M\\r) + S(M_r),    S = -loss,
+
+the n_A components of lowest IS are deleted, and n_A new ones are shared out evenly among the modules that lost none,
+the remainder to those whose components have the higher mean IS. Surviving factors and their moments stay as they are.
+
+=========  ==========================================================
+paper      here
+=========  ==========================================================
+r_init     ``init_rank``
+n_A        ``prune``
+N_A        ``rounds``
+K_1, K_2   ``warm_steps``, ``round_steps``
+B_val      ``score_rows`` rows of the search split
+M          the model with all components on
+M\\r, M_r   with r off alone; with r on alone, all others of the model off
+=========  ==========================================================
+
+Source: ALoRA (arXiv 2403.16187), equation 6 (IS), section 3.4, algorithm 1 and footnotes 2 to 4 (rounds), section 4.3
+(defaults), appendix E (rate).
+
+Departs: gates are always 1 or 0 in the paper's own runs, so there are none: a closed gate is a deleted component, which
+is the same map. Epochs are shares of the run: the warm stage a tenth of it (1 epoch of 10), a round a fortieth (0.25 of
+10), and fewer rounds where 8 would reach beyond 60 % of the run. Where the paper is silent: the scale is alpha /
+``init_rank`` throughout, new components begin as at the start (A Kaiming-uniform, B zero, moments zero), "un-pruned"
+refers to the round, a module of rank 0 gets nothing, ties go by module and position, the batch is the same in all
+rounds, and the last component of the model is never deleted. The paper counts N_mod, and so n_A, once as modules of a
+block and once as if of the network: ``prune`` takes either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorascope import names
+from lorascope.ablation import Scores, ablation_scores
+from lorascope.delta import attach, resize
+from lorascope.method import Method, Step, train_adapters
+from lorascope.methods.lora import LoRADelta
+from lorascope.records import Item, Quantity, Record, register
+
+for _name, _label, _index, _definition in (
+    ("score_without", "S(M\\r)", "rank_id", "minus the loss of the scoring batch with this component off"),
+    ("score_only", "S(M_r)", "rank_id", "minus the loss of the scoring batch with this component alone on"),
+    ("score_full", "S(M)", "none", "minus the loss of the scoring batch with all components on"),
+    ("score_none", "S(M₀)", "none", "minus the loss of the scoring batch with all components off"),
+):
+    register(_name, Quantity(_label, "nats", _index, definition=_definition, source="ALoRA, eq. 6"))
+
+
+@dataclass(kw_only=True)
+class ALoRA(Method, name="alora"):
+    """Low-rank adaptation whose components are moved to other modules by ablation scores.
+
+    Parameters
+    ----------
+    init_rank : int
+        Components of every module at the start.
+    alpha : float
+        The update is scaled by alpha / init_rank throughout.
+    dropout : float
+        Share of the input dropped on the way into A.
+    targets : str or tuple of str
+        Roles, "all-linear", module names or a regular expression; see ``names.match``.
+    prune : int, "block" or "network"
+        Components deleted in a round: so many, as many as a block has adapted modules, or as the network has.
+    rounds : int, optional
+        Rounds of deletion and growth; by default 8, or as many as end before 60 % of the run.
+    warm_steps : int, optional
+        Steps before the first round; a tenth of the run by default.
+    round_steps : int, optional
+        Steps between two rounds; a fortieth of the run by default.
+    score_rows : int
+        Rows of the search split that components are scored on.
+    """
+
+    init_rank: int = 8
+    alpha: float | int = 8.0
+    dropout: float | int = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    prune: int | str = "block"
+    rounds: int | None = None
+    warm_steps: int | None = None
+    round_steps: int | None = None
+    score_rows: int = 32
+    search_share: float | int = 0.1
+    lr: float | int = 1e-4
+    head_lr: float | int = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.init_rank < 1:
+            raise ValueError(f"init_rank {self.init_rank} is no rank: it counts components, 1 or more")
+        if self.search_share <= 0:
+            raise ValueError(f"search_share {self.search_share} leaves no search split to score components on: above 0")
+        if self.prune not in ("block", "network") if isinstance(self.prune, str) else self.prune < 1:
+            raise ValueError(f"prune {self.prune!r} is unknown: a number from 1 on, 'block' or 'network'")
+        for field in ("rounds", "warm_steps", "round_steps", "score_rows"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{field} {value} is too small: it must be 1 or more")
+
+    def attach(self, model: nn.Module) -> None:
+        """Adapt the targets; leave adapters and head trainable."""
+        description = names.describe(model)
+        hosts = {name: model.get_submodule(name) for name in names.match(description, self.targets)}
+        self._pruned = self._number(description, list(hosts))
+        scale = self.alpha / self.init_rank
+        self._deltas = {name: ALoRADelta(host, self.init_rank, scale, self.dropout) for name, host in hosts.items()}
+        attach(model, self._deltas)
+        train_adapters(model)
+        self._round: list[Item] = []
+        # The id of a component is its number among all that its module ever had.
+        self.rank_ids_ = {name: list(range(self.init_rank)) for name in hosts}
+        self.born_ = dict.fromkeys(hosts, self.init_rank)
+
+    def _number(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
+        """n_A: components deleted in a round."""
+        places = description[description["module"].isin(modules) & description["layer"].notna()]
+        in_block = max(places.groupby(["stack", "layer"]).size(), default=len(modules))
+        number = {"block": in_block, "network": len(modules)}.get(str(self.prune), self.prune)
+        if int(number) >= len(modules) * self.init_rank:
+            total = f"{len(modules)} modules of rank {self.init_rank}"
+            raise ValueError(f"prune {self.prune!r} deletes {number} components, all there are in {total}: take fewer")
+        return int(number)
+
+    def schedule(self, total: int) -> range:
+        """Finished steps at which a round takes place; a ValueError where the run ends before the last of them."""
+        warm = max(1, round(total / 10)) if self.warm_steps is None else self.warm_steps
+        every = max(1, round(total / 40)) if self.round_steps is None else self.round_steps
+        fitting = (6 * total // 10 - warm) // every + 1
+        rounds = max(1, min(8, fitting)) if self.rounds is None else self.rounds
+        last = warm + (rounds - 1) * every
+        if last >= total:
+            told = f"{rounds} rounds, from step {warm} on every {every}, end at step {last}"
+            raise ValueError(f"{told}, but the run has {total}: take fewer rounds or steps between them, or more steps")
+        return range(warm, last + 1, every)
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """Score, delete and grow where a round is due."""
+        self._round = []
+        if step.finished not in self.schedule(step.total):
+            return
+        batch = step.validation(self.score_rows, fixed=True)
+        found = ablation_scores(step.model, step.loss, batch)
+        scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
+        self._round = list(self._told(found, scores))
+        lost = prune(list(scores.values()), self._pruned)
+        gained = allocate(list(scores.values()), lost, self._pruned)
+        for name, positions, new in zip(self._deltas, lost, gained, strict=True):
+            if len(positions) or new:
+                self._reshape(step, name, positions, int(new))
+
+    def _reshape(self, step: Step, name: str, lost: Int[np.ndarray, "_"], new: int) -> None:
+        """Delete and append components of one module."""
+        delta, ids = self._deltas[name], self.rank_ids_[name]
+        kept = [position for position in range(delta.rank) if position not in lost]
+        fresh = ALoRADelta(step.model.get_submodule(name), new)
+        resize(delta.A, step.optimizer, kept, fresh.A, 0)
+        resize(delta.B, step.optimizer, kept, fresh.B, 1)
+        self.rank_ids_[name] = [ids[position] for position in kept] + [self.born_[name] + i for i in range(new)]
+        self.born_[name] += new
+
+    def _told(self, found: Scores, scores: Mapping[str, Float[np.ndarray, "_"]]) -> Iterable[Item]:
+        """What a round rests on, by the ids that components have before it."""
+        yield Record("score_full", found.full)
+        yield Record("score_none", found.none)
+        for name, ids in self.rank_ids_.items():
+            parts = {"importance": scores, "score_without": found.without, "score_only": found.only}
+            yield from (
+                Record(quantity, values[name], name, np.array(ids)) for quantity, values in parts.items() if ids
+            )
+
+    def records(self, step: Step) -> Iterable[Item]:
+        """Ranks and budget at the start, at every round and at the end; at rounds also the scores."""
+        rounds = self.schedule(step.total)
+        if step.finished and not step.last and step.finished not in rounds:
+            return
+        yield from self._round
+        yield Record("budget", sum(delta.rank for delta in self._deltas.values()))
+        yield from (Record("rank", delta.rank, name) for name, delta in self._deltas.items())
+
+    def settled(self, step: Step) -> bool:
+        """From the last round on."""
+        return step.finished >= self.schedule(step.total)[-1]
+
+
+class ALoRADelta(LoRADelta):
+    """The update scale * B A of one module, whose rank may change, down to 0."""
+
+    def affine(
+        self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        return super().affine(x, W, b) if self.rank else F.linear(x, W, b)
+
+    def add_component(self, index: int, sign: int, x: Tensor, y: Tensor) -> Tensor:
+        """The host's output ``y`` at input ``x`` with a component put on (sign 1) or taken off (-1)."""
+        row, column = self.A[index : index + 1], self.B[:, index]
+        coordinate = F.linear(x, row) if x.is_floating_point() else F.embedding(x, row.T, self.padding)
+        return torch.addcmul(y, coordinate, column, value=sign * self.scale).to(y.dtype)
+
+    def idle(self, index: int) -> bool:
+        """Does the component add nothing, whatever the input?"""
+        return not (self.A[index].any() and self.B[:, index].any())
+
+
+def importance(
+    full: float, without: Float[np.ndarray, "rank"], only: Float[np.ndarray, "rank"]
+) -> Float[np.ndarray, "rank"]:
+    """IS of a module's components: equation 6."""
+    return full - without + only
+
+
+def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.ndarray, "_"]]:
+    """Positions of the lowest scores of all modules together, by module; of equals the earlier module and position.
+
+    The highest score of all is never among them.
+    """
+    sizes = [len(score) for score in scores]
+    lowest = np.argsort(np.concatenate(scores), kind="stable")[: min(number, sum(sizes) - 1)]
+    owner, position = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
+    return [np.sort(position[lowest][owner[lowest] == module]) for module in range(len(sizes))]
+
+
+def allocate(
+    scores: Sequence[Float[np.ndarray, "_"]], lost: Sequence[Int[np.ndarray, "_"]], number: int
+) -> Int[np.ndarray, "modules"]:
+    """New components of each module: evenly over those that lost none, the remainder by mean score."""
+    gained = np.zeros(len(scores), dtype=np.int64)
+    untouched = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]
+    untouched.sort(key=lambda module: -scores[module].mean())
+    for place, module in enumerate(untouched):
+        share, rest = divmod(number, len(untouched))
+        gained[module] = share + (place < rest)
+    return gained

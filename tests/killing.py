@@ -142,6 +142,8 @@ def train(job, model, task) -> None:
         at_each_change(out, copy)
     if "kill at" in job:
         at_each_change(out, lambda number: number == job["kill at"] and os.kill(os.getpid(), signal.SIGKILL))
+    if "kill after" in job:  # amid the first write once such a file is there
+        at_each_change(out, lambda _: any(out.glob(job["kill after"])) and os.kill(os.getpid(), signal.SIGKILL))
     method = METHODS[job["method"]] if job["method"] in METHODS else from_config(json.loads(job["method"]))
     ls.train(model, task, method, observe=observers(), out=out, **SETTINGS)
 

@@ -21,6 +21,7 @@ from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from lorascope.chart import Drawable
 from lorascope.render.canvas import DASHES, DOT, SHAPES, colormap, draw, names, norm, numbers, plain
@@ -170,6 +171,8 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
         bar = made.colorbar(ScalarMappable(norm(ramp), colormap(ramp)), ax=painted, fraction=0.06, pad=0.02, aspect=22)
         bar.set_label(plain("\n".join(fold(ramp.label, 72 * 0.8 * sum(heights), look.size))))
         bar.outline.set_linewidth(0.4)
+        if not ramp.log:
+            bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # ranks and counts have no quarters
     title = "\n".join(fold(settled.title, 72 * width, 1.1 * look.size))
     if title:
         made.suptitle(plain(title), x=0.01, ha="left")
@@ -268,6 +271,7 @@ def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
     engine = ConstrainedLayoutEngine(rect=(0, used / total, 1, 1 - used / total))
     made.set_layout_engine(engine)
     engine.execute(made)
+    engine.execute(made)  # the first may have given a colour bar other numbers
 
 
 def _handle(entry: Entry) -> Line2D | Patch:

@@ -14,6 +14,7 @@ from lorascope.analysis import norms
 from lorascope.analysis.stats import Interval, t_interval
 
 THIRDS = ("bottom", "middle", "top")
+PHASES = ("warm-up", "decay", "final")
 
 
 def in_force(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
@@ -177,7 +178,7 @@ def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
     if not len(changes):
         return []
     ends = [int(end) for end in (at[0], changes[0], changes[-1], at[-1])]
-    spans = zip(("warm-up", "decay", "final"), ends, ends[1:], strict=False)
+    spans = zip(PHASES, ends, ends[1:], strict=False)
     return [(name, start, stop) for name, start, stop in spans if start < stop]
 
 

@@ -77,14 +77,18 @@ class Cohort:
         run = table["run"].astype("str")
         return table.assign(recipe=run.map(labels), kind=run.map(kinds))
 
-    def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
-        """The sentences, then how many runs with which seeds, and what the interval is."""
+    @property
+    def sample(self) -> str:
+        """How many runs there are with which seeds, by label where that differs."""
         counts = {group.label: _count(group) for group in self.groups}
         if len(set(counts.values())) == 1:
-            sample = next(iter(counts.values()))
-        else:
-            sample = "; ".join(f"{label}: {count}" for label, count in counts.items())
+            return next(iter(counts.values()))
+        return "; ".join(f"{label}: {count}" for label, count in counts.items())
+
+    def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
+        """The sentences, then how many runs with which seeds, and what the interval is."""
         several = any(len(group.runs) > 1 for group in self.groups)
+        sample = self.sample
         shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
         return " ".join([*sentences, shown])
 

@@ -58,8 +58,8 @@ def _pooled(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Cha
     cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1).reset_index()
     cells = cells.assign(n=over.count().to_numpy())
     marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
-    spread = "lines: median of the components of all modules and seeds; bands: the middle 80 % of them"
-    return _chart(cohort, cells, own, marks, label, quantity, cohort.caption(_told(own, quantity), interval=spread))
+    spread = f"Lines: median over all modules of {cohort.sample}; bands: the middle 80 % of the components."
+    return _chart(cohort, cells, own, marks, label, quantity, f"{_told(own, quantity)} {spread}")
 
 
 def _single(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity: str) -> Chart:
@@ -68,10 +68,11 @@ def _single(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity
     if own.empty:
         some = ", ".join(dict.fromkeys(found.loc[found["run"] == run.id, "module"].astype("str").iloc[::-1]))
         raise ValueError(f"importance: run {run.id} has no {quantity} of {module!r}; it has that of {some}")
-    cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]].astype({"index": "int64"})
+    cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
+    cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
     title = f"{own['recipe'].iloc[0]}, seed {run.meta['seed']}" if len(cohort.runs) > 1 else f"Components of {module}"
     caption = f"{_told(own, quantity)} Components of {module}, one line each."
-    return _chart(cohort, cells, own, [Line("step", "value", "index", "fate")], title, quantity, caption)
+    return _chart(cohort, cells, own, [Line("step", "value", "component", "fate")], title, quantity, caption)
 
 
 def _chart(
@@ -91,8 +92,7 @@ def _chart(
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity), log=bool((values > 0).all() and values.max() > _WIDE * values.min())),
         caption=caption,
-        color_label="component" if "index" in cells else "",
-        colors=None if "index" in cells else _FATES,
+        colors=_FATES if "fate" in {mark.columns().get("color") for mark in marks} else None,
         meta=cohort.meta,
     )
 
@@ -101,4 +101,4 @@ def _told(own: pd.DataFrame, quantity: str) -> str:
     """What the quantity is, and how many components were kept."""
     fates = own.drop_duplicates(["run", "module", "index"])["kept"]
     definition = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."
-    return f"{definition} Of {len(fates)} components {int(fates.sum())} are in use in the end, the others were dropped."
+    return f"{definition} Of {len(fates):,} components {fates.sum():,} are in use in the end."

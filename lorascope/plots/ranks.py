@@ -9,14 +9,14 @@ import pandas as pd
 
 from lorascope.analysis import norms, ranks
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Point, Span, Text, above, beside
+from lorascope.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Point, Text, above, beside
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, define, gather
 from lorascope.roles import ROLES
 
 _MOST_BESIDE = 26  # columns of cells, in all panels, that still have room beside each other
 _SHOWN, _SUM = "the ranks shown", "sum of the ranks"
-_SPREAD = "in brackets, or in the data, the smallest and largest of the seeds"
+_SPREAD = "in the data, and in brackets where there is room, the smallest and largest of the seeds"
 _LOT = "By lot: the same budget, every component that a module starts with equally likely to stay."
 
 
@@ -92,27 +92,29 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     misleads="A type that does well alone need not add anything to the others. One learning rate for all is a choice "
     "as well: types with larger matrices may want another, and then the bars compare rates.",
 )
-def adapted_types(runs: Runs, control: Runs | None = None) -> Chart:
+def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 0.0) -> Chart:
     """Test metric by what was adapted, one bar a label (AdaLoRA, Fig. 1).
 
     Parameters
     ----------
     runs, control : mapping label -> run or runs
         Runs labelled by role or by group of layers; ``allocation.equal_parameters`` gives their ranks.
+    start : float
+        Lower end of the axis; bars that do not start at 0 make small differences look large.
     """
     cohort = gather("adapted_types", runs, control)
     cohort.require("test_metric")
     rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
     cells = band(rows, ["recipe", "kind"])
     top = cells["high"].fillna(cells["value"])
-    cells = cells.assign(words=cells["value"].map("{:.3g}".format), above=top + 0.04 * top.max())
+    cells = cells.assign(words=cells["value"].map("{:.3g}".format), above=top + 0.04 * (top.max() - start))
     low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
     return Chart(
         cells,
         [Bar("recipe", "value", low=low, high=high), Text("recipe", "above", "words")],
         title="Test metric by what was adapted",
         x=Axis(label="adapted", order=cohort.labels),
-        y=Axis(label=axis_label("test_metric")),
+        y=Axis(label=axis_label("test_metric"), limits=(start, None)),
         caption=cohort.caption(_spent(cohort), interval=f"bars: {INTERVAL}"),
         meta=cohort.meta,
     )
@@ -157,18 +159,21 @@ def _course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Ch
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
     stairs = ranks.staircase(budget).assign(series="budget")
     sums = shown.drop(columns="step").assign(series=_SUM)
-    marks: list[Mark] = [Span(start, stop, name) for name, start, stop in ranks.phases(budget)]
+    top = 1.06 * float(pd.concat([stairs, sums])["value"].max())
+    phases = [(at, name, 0.0, top) for name, *ends in ranks.phases(budget) for at in ends]
+    bands = pd.DataFrame(phases, columns=["at", "series", "low", "high"])
+    marks: list[Mark] = [Band("at", "low", "high", "series", data=bands)] if phases else []
     marks += [Line("at", "value", "series", data=stairs)] if len(stairs) else []
     marks += [Point("at", "value", "series", data=sums)]
     return Chart(
         shown,
         [*marks, Point("at", "value", "series")],
-        title=f"budget of {label}",
+        title="budget",
         x=Axis(label="step"),
-        y=Axis(label="total rank", limits=(0, 1.15 * pd.concat([stairs, sums])["value"].max())),
+        y=Axis(label="total rank", limits=(0, top)),
         caption=caption,
         frame="step",
-        colors=("budget", _SUM, _SHOWN),
+        colors=("budget", _SUM, _SHOWN, *ranks.PHASES),
         meta=cohort.meta,
     )
 
@@ -204,7 +209,7 @@ def _each(told: Mapping[str, str]) -> str:
     """What is told of every label, once where it is the same for all."""
     if len(set(told.values())) == 1:
         return next(iter(told.values()))
-    return "; ".join(f"{label} {text}" for label, text in told.items())
+    return "; ".join(f"{label}: {text}" for label, text in told.items())
 
 
 def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
@@ -216,10 +221,10 @@ def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
         if np.isfinite(mean):
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
             most = np.nanquantile(ranks.stability_by_lot(own, _cap(cohort, group)), 0.95)
-            told.append(f"{group.label} {mean:.2f}{interval}, by lot below {most:.2f} in 95 of 100 draws")
+            told.append(f"{group.label}: {mean:.2f}{interval}, by lot below {most:.2f} in 95 of 100 draws")
     intervals = " [95 % jackknife t-interval over seeds]" if any("[" in line for line in told) else ""
     what = f"Kendall's τ of the modules' ranks between seeds, mean of the pairs{intervals}"
-    return [f"{what}: {'; '.join(told)}."] if told else []
+    return [f"{what}, {'; '.join(told)}."] if told else []
 
 
 def _spent(cohort: Cohort) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from lorascope import observe
 from lorascope.chart import Drawable
@@ -14,6 +15,7 @@ from lorascope.claims import Verdict
 from lorascope.method import Method
 from lorascope.plots import FIGURES
 from lorascope.run import Run
+from lorascope.tasks import Task
 
 PROBES: dict[str, Probe] = {}
 
@@ -30,21 +32,26 @@ class Arm:
         With its own rates.
     settings : mapping
         Keywords of ``train``; ``steps`` among them.
-    model, task : str
-        Names for ``models.load`` and ``tasks.load``.
+    model : str, or callable
+        A name for ``models.load``, or what makes a fresh model.
+    task : str or Task
+        A name for ``tasks.load``, or the task itself.
     blocks : int or None
         Keep the first blocks of the model only.
     cost : float
         Of a step on 16 rows, in full fine-tuning steps of minilm on 16 sentences.
+    vary : callable, optional
+        ``vary(arm, seed)`` gives the arm of a seed, where more than chance depends on it: the text, or the ranks.
     """
 
     label: str
     method: Method
     settings: Mapping[str, Any]
-    model: str = "minilm"
-    task: str = "sentiment"
+    model: str | Callable[[], nn.Module] = "minilm"
+    task: str | Task = "sentiment"
     blocks: int | None = None
     cost: float = 1.0
+    vary: Callable[[Arm, int], Arm] | None = None
 
     @property
     def budget(self) -> float:
@@ -111,7 +118,14 @@ class Probe:
     arms : callable
         ``arms(quick)`` gives the runs it needs.
     judge : callable
-        ``judge(runs)``, a mapping label of an arm -> runs by seed, gives the findings.
+        ``judge(runs)``, a mapping label of an arm -> runs by seed, gives the findings; with ``measure``
+        ``judge(runs, measured)``, a mapping run id -> table.
+    measure : callable, optional
+        ``measure(run)`` gives a table that needs the model again: made once a run, and kept beside the runs.
+    measure_cost : float
+        Of a quick run's measuring, in full fine-tuning steps of minilm on 16 sentences.
+    seeds : int
+        Seeds of a full run.
     """
 
     name: str
@@ -120,7 +134,10 @@ class Probe:
     question: str
     quick_budget: int
     arms: Callable[[bool], Sequence[Arm]]
-    judge: Callable[[Mapping[str, Sequence[Run]]], Findings]
+    judge: Callable[..., Findings]
+    measure: Callable[[Run], pd.DataFrame] | None = None
+    measure_cost: float | int = 0
+    seeds: int = 3
 
 
 def exhibit(figure: str, chart: Drawable) -> Exhibit:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lorascope.delta import adapted
 from lorascope.heads import fit_head
 from lorascope.method import Method, from_config
+from lorascope.methods import METHODS
 from lorascope.models import missing
 from lorascope.run import Run
 from lorascope.tensors import write_bytes
@@ -213,7 +214,10 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
         raise ValueError("the model carries adapters already: restore into a freshly loaded base")
     stored = load_tree(path)
     fit_head(model, run.meta["labels"])
-    method = method or from_config(run.meta["method"])
+    config = run.meta["method"]
+    if method is None and config["name"] not in METHODS:
+        raise ValueError(f"run {run.id} was trained by {config['name']!r}, which is not registered: give method=")
+    method = method or from_config(config)
     method.attach(model)
     method.restore(stored.pop(_LEARNED))
     put_tensors(model, stored)

@@ -100,7 +100,7 @@ def run_jobs(wanted: Sequence[Job], jobs: int | None = None, progress: bool = Tr
     deaths = 0
     with tqdm(total=len(wanted), unit="run", disable=not progress) as bar:
         while left := [number for number in range(len(wanted)) if number not in folders and number not in failures]:
-            workers = Parallel(n_jobs=jobs or _width(), return_as="generator_unordered", batch_size=1)
+            workers = Parallel(n_jobs=jobs or width(), return_as="generator_unordered", batch_size=1)
             try:
                 for number, folder, error in workers(delayed(_work)(number, wanted[number]) for number in left):
                     deaths = 0
@@ -134,7 +134,7 @@ def _work(number: int, job: Job) -> tuple[int, str, str]:
     return number, str(run.path), ""
 
 
-def _width() -> int:
+def width() -> int:
     """How many at a time: what ``joblib.parallel_config`` says, else one a core."""
     _, configured = get_active_backend()
     return configured or cpu_count()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import lorascope as ls
 from lorascope.state import (
     generators_state,
     load_tree,
@@ -191,3 +194,15 @@ def test_an_optimizer_goes_on_in_another_process(kind, tmp_path):
         step(model, optimizer, number)
         step(other, continued, number)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_process_that_only_restores_knows_the_methods(bert, task, tmp_path):
+    ls.train(bert, task, ls.LoRA(), steps=1, batch_size=4, out=tmp_path / "run", progress=False, eval_size=8)
+    code = (
+        "import lorascope as ls\n"
+        f"model = ls.models.load({bert!r})\n"
+        f"ls.load({str(tmp_path / 'run')!r}).restore(model)\n"
+        "print(sum('delta' in name for name, _ in model.named_parameters()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "8", done.stderr[-500:]

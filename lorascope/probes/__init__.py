@@ -5,25 +5,46 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+
 from lorascope import models, report
 from lorascope.claims import Verdict
 from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
-from lorascope.probes import lisa, lora
+from lorascope.probes import adalora, agreement, alora, autolora, lisa, lora, planted
 from lorascope.run import Run
-from lorascope.sweeps import Job, run_jobs
-from lorascope.tensors import write_json
+from lorascope.sweeps import Job, run_jobs, width
+from lorascope.tensors import write_bytes, write_json
 
-__all__ = ["PROBES", "Arm", "Exhibit", "Findings", "Outcome", "Probe", "lisa", "lora", "reproduce", "write_report"]
+__all__ = [
+    "PROBES",
+    "Arm",
+    "Exhibit",
+    "Findings",
+    "Outcome",
+    "Probe",
+    "adalora",
+    "agreement",
+    "alora",
+    "autolora",
+    "lisa",
+    "lora",
+    "planted",
+    "reproduce",
+    "write_report",
+]
 
-QUICK_SEEDS, FULL_SEEDS = 2, 3
+QUICK_SEEDS = 2
 # Which runs in a folder belong to which arm of which probe.
 CONTENTS = "probes.json"
 
@@ -69,7 +90,7 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     quick : bool
         Few steps and seeds: shows that everything works, decides nothing.
     seeds : int or None
-        Seeds of each arm; 2 if quick, else 3, by default.
+        Seeds of each arm; by default 2 if quick, else what each probe asks for.
     out : path
         Runs lie in ``out/runs``; runs that are there already are not trained again.
 
@@ -87,14 +108,16 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     if unknown:
         raise ValueError(f"unknown probe {unknown[0]!r}; there are {', '.join(PROBES)}")
     chosen = {name: PROBES[name] for name in names or PROBES}
-    count = seeds or (QUICK_SEEDS if quick else FULL_SEEDS)
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
-    runs = _train([arm for found in arms.values() for arm in found], range(count), Path(out) / "runs")
+    count = {name: seeds or (QUICK_SEEDS if quick else probe.seeds) for name, probe in chosen.items()}
+    wanted = [(arm, seed) for name, found in arms.items() for arm in found for seed in range(count[name])]
+    runs = _train(wanted, Path(out) / "runs")
     folders = {
-        name: {arm.label: [runs[arm.label, seed] for seed in range(count)] for arm in found}
+        name: {arm.label: [runs[arm.label, seed] for seed in range(count[name])] for arm in found}
         for name, found in arms.items()
     }
     write_json(Path(out) / CONTENTS, {"quick": quick, "probes": folders})
+    _measure(out)
     return write_report(out)
 
 
@@ -106,20 +129,28 @@ def write_report(out: str | Path) -> Outcome:
     FileNotFoundError
         The folder is none that ``reproduce`` filled, or lacks a run.
     """
+    quick, runs = _contents(out)
+    findings = {}
+    for name, found in runs.items():
+        tables = {run.id: pd.read_parquet(_measured(out, name, run)) for run in _measurable(name, found)}
+        findings[name] = PROBES[name].judge(found, tables) if tables else PROBES[name].judge(found)
+    path = report.write(Path(out) / "report.html", findings, runs, quick=quick)
+    return Outcome(path, {name: found.verdicts for name, found in findings.items()})
+
+
+def _contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:
+    """Were these quick settings, and the runs of each probe by arm."""
     file = Path(out) / CONTENTS
     if not file.exists():
         raise FileNotFoundError(f"{out} was not filled by reproduce: it has no {CONTENTS}")
     contents = json.loads(file.read_text())
-    runs = {
+    return contents["quick"], {
         name: {label: [Run.read(Path(out) / "runs" / folder) for folder in found] for label, found in labels.items()}
         for name, labels in contents["probes"].items()
     }
-    findings = {name: PROBES[name].judge(found) for name, found in runs.items()}
-    path = report.write(Path(out) / "report.html", findings, runs, quick=contents["quick"])
-    return Outcome(path, {name: found.verdicts for name, found in findings.items()})
 
 
-def _train(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> dict[tuple[str, int], str]:
+def _train(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int], str]:
     """Names of the run folders by label of the arm and seed; an arm that two probes share is trained once.
 
     Raises
@@ -128,14 +159,45 @@ def _train(arms: Sequence[Arm], seeds: Sequence[int], root: Path) -> dict[tuple[
         Two arms have one label, but are not the same.
     """
     by_label: dict[str, Arm] = {}
-    for arm in arms:
+    for arm, _ in wanted:
         if by_label.setdefault(arm.label, arm) != arm:
             raise ValueError(f"two probes mean different arms by {arm.label!r}: give them different labels")
-    jobs = {(label, seed): _job(arm, seed, root) for label, arm in by_label.items() for seed in seeds}
+    jobs = {(arm.label, seed): _job(arm, seed, root) for arm, seed in wanted}
     runs = run_jobs(list(jobs.values()))
-    return {key: run.path.name for key, run in zip(jobs, runs, strict=True) if run.path}
+    # A recipe of several phases is told by its last one, which lies in the recipe's folder.
+    return {key: run.path.relative_to(root).as_posix() for key, run in zip(jobs, runs, strict=True) if run.path}
+
+
+def _measure(out: str | Path) -> None:
+    """Make the tables that are not there yet, side by side."""
+    _, runs = _contents(out)
+    left = [
+        (PROBES[name].measure, run, file)
+        for name, found in runs.items()
+        for run in _measurable(name, found)
+        if not (file := _measured(out, name, run)).exists()
+    ]
+    Parallel(n_jobs=width())(delayed(_measure_one)(*job) for job in left)
+
+
+def _measure_one(measure: Callable[[Run], pd.DataFrame], run: Run, file: Path) -> None:
+    torch.set_num_threads(1)
+    buffer = io.BytesIO()
+    measure(run).to_parquet(buffer, index=False)
+    write_bytes(file, buffer.getvalue())
+
+
+def _measurable(name: str, runs: Mapping[str, Sequence[Run]]) -> list[Run]:
+    return [run for found in runs.values() for run in found] if PROBES[name].measure else []
+
+
+def _measured(out: str | Path, name: str, run: Run) -> Path:
+    return Path(out) / "measured" / f"{name}-{run.id}.parquet"
 
 
 def _job(arm: Arm, seed: int, root: Path) -> Job:
-    model = arm.model if arm.blocks is None else partial(models.load, arm.model, blocks=arm.blocks)
+    arm = arm.vary(arm, seed) if arm.vary else arm
+    model = arm.model
+    if isinstance(model, str) and arm.blocks is not None:
+        model = partial(models.load, model, blocks=arm.blocks)
     return Job(model, arm.task, arm.method, {**arm.settings, "seed": seed, "root": root})

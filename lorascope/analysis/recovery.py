@@ -1,0 +1,39 @@
+"""How well found ranks meet planted ones."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from lorascope.run import Run
+
+
+def recovered(run: Run) -> pd.DataFrame:
+    """Planted and found rank of every module with a planted one.
+
+    Returns
+    -------
+    DataFrame
+        ``run, module, planted, found``; a module that carries no adapter at the end has found rank 0.
+    """
+    truth = run.table[run.table["quantity"] == "planted_rank"]
+    modules = truth["module"].astype("str")
+    ranks = run.ranks()
+    found = [ranks.get(module, 0) for module in modules]
+    return pd.DataFrame({"run": run.id, "module": modules, "planted": truth["value"], "found": found})
+
+
+def rank_correlation(run: Run) -> float:
+    """Spearman's correlation of planted and found ranks; 0 where all found ranks are the same, which tells nothing."""
+    table = recovered(run)
+    planted, found = rankdata(table["planted"]), rankdata(table["found"])
+    if np.ptp(planted) == 0 or np.ptp(found) == 0:
+        return 0.0
+    return float(np.corrcoef(planted, found)[0, 1])
+
+
+def absolute_error(run: Run) -> float:
+    """Mean over the modules of |found - planted|."""
+    table = recovered(run)
+    return float((table["found"] - table["planted"]).abs().mean())

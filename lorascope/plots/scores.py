@@ -1,0 +1,65 @@
+"""Figures of scores that are compared with each other: tables of ``analysis.agreement.correlate`` to charts."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lorascope.chart import Axis, Chart, Heat, Point, Rule
+
+_INTERVAL = "bars: 95 % bootstrap over modules, mean of the bounds over seeds"
+
+
+def agreement(cells: pd.DataFrame, level: str) -> Chart:
+    """Rank correlation of every pair of scores, mean over runs.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        ``run, first, second, value, low, high``.
+    level : str
+        What was scored: "components" or "modules".
+    """
+    order = list(dict.fromkeys(cells["first"]))
+    return Chart(
+        _means(cells),
+        [Heat("second", "first", "value", "Spearman correlation", ".2f", scale="diverging", limits=(-1, 1))],
+        title=f"Agreement of scores over {level}",
+        x=Axis(order=order),
+        y=Axis(order=order),
+        caption=f"Spearman's rank correlation over {level}. {_sample(cells)}; intervals in the data.",
+        meta={"figure": "agreement", "runs": list(dict.fromkeys(cells["run"]))},
+    )
+
+
+def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
+    """Rank correlation of every score with the truth, a dot with its interval a run.
+
+    Parameters
+    ----------
+    cells : DataFrame
+        As for :func:`agreement`.
+    truth : str
+        The score that is the truth.
+    level : str
+        What was scored.
+    """
+    found = cells[(cells["second"] == truth) & (cells["first"] != truth)]
+    means = _means(found).sort_values("value", ascending=False)
+    return Chart(
+        means,
+        [Rule(x=0), Point("value", "first", low="low", high="high")],
+        title=f"Which score knows the {truth}? ({level})",
+        x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
+        y=Axis(order=means["first"]),
+        caption=f"Over {level}. {_sample(cells)}; {_INTERVAL}.",
+        meta={"figure": "against_truth", "runs": list(dict.fromkeys(cells["run"]))},
+    )
+
+
+def _means(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells.groupby(["first", "second"], sort=False)[["value", "low", "high"]].mean().reset_index()
+
+
+def _sample(cells: pd.DataFrame) -> str:
+    number = cells["run"].nunique()
+    return "One run" if number == 1 else f"Mean of {number} seeds"

@@ -1,0 +1,207 @@
+"""Scores of components: each against its definition on one trained state, and their correlation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+import lorascope as ls
+from lorascope import delta, models, plots
+from lorascope.analysis.agreement import correlate, spearman
+from lorascope.methods import LoRA
+from lorascope.probes import agreement, scores
+
+SETTINGS = {"steps": 12, "batch_size": 8, "eval_size": 16, "progress": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def trained(bert, task, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("agreement")
+    file = folder / "toy.csv"
+    task.table[["text", "label", "group"]].to_csv(file, index=False)
+    method = LoRA(rank=3, alpha=12.0, targets="all-linear", lr=1e-2, head_lr=1e-2)
+    return ls.train(bert, file, method, out=folder / "run", **SETTINGS)
+
+
+@pytest.fixture
+def state(trained, task):
+    """The model without adapters, its update as P, lambda, Q, and two batches."""
+    model = models.load(trained.meta["model"], task)
+    trained.restore(model)
+    state = {name: scores.canonical(part) for name, part in delta.adapted(model).items()}
+    delta.detach(model)
+    model.requires_grad_(False)
+    fitted = task.fit(model)
+    encoded = fitted.encode(models.tokenizer(model), fitted.split("test"))
+    return model, state, [encoded.batch(range(0, 8)), encoded.batch(range(8, 16))]
+
+
+def loss_with(model, updates, batch):
+    """Loss with these matrices added to the weights, by hand."""
+    places = {name: model.get_submodule(name) for name in updates}
+    before = {name: place.weight.detach().clone() for name, place in places.items()}
+    with torch.no_grad():
+        for name, place in places.items():
+            place.weight += torch.from_numpy(updates[name]).float()
+        found = float(
+            F.cross_entropy(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, batch["labels"])
+        )
+        for name, place in places.items():
+            place.weight.copy_(before[name])
+    return found
+
+
+def matrices(state, without=None, component=None):
+    """Update matrices, one component (or, with None, one module) left out."""
+    made = {}
+    for name, (P, sigma, Q) in state.items():
+        sigma = sigma.copy()
+        if name == without:
+            sigma[slice(None) if component is None else component] = 0
+        made[name] = (P * sigma) @ Q
+    return made
+
+
+def test_the_canonical_form_is_the_update(trained, state):
+    _, found, _ = state
+    for name, update in trained.updates().items():
+        P, sigma, Q = found[name]
+        assert (P * sigma) @ Q == pytest.approx(update.dense(), abs=1e-10)
+        gram = P.T @ P
+        assert gram == pytest.approx(np.eye(len(sigma)), abs=1e-12)
+
+
+def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
+    model, found, batches = state
+    rises = scores.loss_rises(model, lambda batch: model(**batch).loss, found, batches)
+    assert not delta.adapted(model)
+    for name in list(found)[::5]:
+        for component in (0, 2, None):
+            by_hand = np.mean(
+                [
+                    loss_with(model, matrices(found, name, component), batch) - loss_with(model, matrices(found), batch)
+                    for batch in batches
+                ]
+            )
+            assert rises[name][-1 if component is None else component] == pytest.approx(by_hand, abs=2e-6)
+
+
+def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
+    """Against the definition in loops: I = |w g|, averages of 0.85, and their product."""
+    model, found, batches = state
+    rows = scores.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
+    name = list(found)[3]
+    P, sigma, Q = (torch.from_numpy(np.ascontiguousarray(part)).float().requires_grad_() for part in found[name])
+    others = {other: matrix for other, matrix in matrices(found).items() if other != name}
+    host = model.get_submodule(name)
+    averages = [(torch.zeros_like(w), torch.zeros_like(w)) for w in (P, sigma, Q)]
+    mean = [torch.zeros_like(w) for w in (P, sigma, Q)]
+    for batch in batches:
+        for other, matrix in others.items():
+            model.get_submodule(other).weight.data += torch.from_numpy(matrix).float()
+        weight = host.weight.detach() + (P * sigma) @ Q
+        loss = torch.func.functional_call(model, {f"{name}.weight": weight}, (), batch).loss
+        gradients = torch.autograd.grad(loss, (P, sigma, Q))
+        for other, matrix in others.items():
+            model.get_submodule(other).weight.data -= torch.from_numpy(matrix).float()
+        for place, (w, g) in enumerate(zip((P, sigma, Q), gradients, strict=True)):
+            now = (w * g).abs().detach()
+            own, spread = averages[place]
+            own = 0.85 * own + 0.15 * now
+            averages[place] = own, 0.85 * spread + 0.15 * (now - own).abs()
+            mean[place] += g / len(batches)
+    s = [own * spread for own, spread in averages]
+    expected = s[0].mean(0) + s[1] + s[2].mean(1)
+    assert rows["AdaLoRA importance"][name] == pytest.approx(expected.numpy(), rel=2e-3)
+    assert rows["AdaLoRA sensitivity"][name] == pytest.approx(averages[1][0].numpy(), rel=1e-3)
+    norm = (mean[0].square().sum(0) + mean[1].square() + mean[2].square().sum(1)).sqrt()
+    assert rows["gradient norm"][name] == pytest.approx(norm.numpy(), rel=1e-3)
+
+
+def test_alora_scores_are_ablations_of_the_same_components(state):
+    model, found, batches = state
+    rows = scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
+    rises = scores.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    name = list(found)[4]
+    alone = {name: found[name][0][:, :1] * found[name][1][0] @ found[name][2][:1]}
+    assert rows["ALoRA, without"][name] == pytest.approx(rises[name][:-1], abs=2e-6)
+    assert rows["ALoRA, alone"][name][0] == pytest.approx(-loss_with(model, alone, batches[0]), abs=2e-6)
+    both = rows["ALoRA, without"][name] + rows["ALoRA, alone"][name]
+    assert rows["ALoRA importance"][name] == pytest.approx(both, abs=2e-6)
+
+
+def test_alpha_begins_at_the_state_and_falls_where_a_component_harms(state):
+    model, found, batches = state
+    rows = scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
+    (alphas,) = rows.values()
+    assert all(alpha.sum() == pytest.approx(1, abs=1e-6) for alpha in alphas.values())
+    rises = scores.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    # First order: alpha goes where a larger component lowers the loss, which is where its removal raises it.
+    signs = [np.sign(alpha - 1 / 3) @ (rises[name][:-1] - rises[name][:-1].mean()) for name, alpha in alphas.items()]
+    assert np.mean(np.array(signs) > 0) > 0.7
+
+
+def test_measuring_gives_every_score_of_every_component_and_module(trained, monkeypatch):
+    monkeypatch.setattr(agreement, "QUICK_SIZES", (8, 2, 1))
+    table = agreement.measure(trained)
+    whole = table["component"] == -1
+    per_score = table[~whole].groupby("score").size()
+    assert set(per_score) == {sum(trained.ranks().values())}
+    assert {agreement.TRUTH, agreement.AGAIN, agreement.CHANCE, "ALoRA, alone"} <= set(per_score.index)
+    assert set(table[whole].groupby("score").size()) == {len(trained.ranks())}
+    kept = table[table["score"] == agreement.KEPT]["value"]
+    assert kept.between(1, 3).all()
+    found = agreement.judge({"arm": [trained]}, {trained.id: table})
+    assert [verdict.n for verdict in found.verdicts] == [1] * 6
+    cells = correlate(table[~whole]).set_index(["first", "second"])["value"]
+    first = found.verdicts[0]
+    assert first.effect == pytest.approx(
+        cells["AdaLoRA importance", agreement.TRUTH] - cells[agreement.CHANCE, agreement.TRUTH]
+    )
+
+
+def test_spearman_is_pearson_of_ranks_with_ties_and_nan_for_a_constant():
+    columns = np.array([[1.0, 10, 5], [2, 20, 5], [2, 15, 5], [9, 90, 5]])
+    a, b = np.array([1, 2.5, 2.5, 4]), np.array([1.0, 3, 2, 4])
+    expected = np.corrcoef(a, b)[0, 1]
+    assert spearman(columns)[0, 1] == pytest.approx(expected)
+    assert np.isnan(spearman(columns)[0, 2])
+
+
+def test_the_interval_draws_modules_not_components():
+    """Copies of one component in a module add nothing: the interval stays that of the modules."""
+    draw = np.random.default_rng(1)
+    x = draw.normal(size=30)
+    y = x + draw.normal(size=30)
+
+    def table(copies):
+        rows = [
+            {"run": "r", "module": f"m{i}", "component": c, "score": s, "value": v[i]}
+            for i in range(30)
+            for c in range(copies)
+            for s, v in (("x", x), ("y", y))
+        ]
+        return correlate(pd.DataFrame(rows)).set_index(["first", "second"]).loc[("x", "y")]
+
+    one, four = table(1), table(4)
+    assert one["low"] < one["value"] < one["high"]
+    assert four["value"] == pytest.approx(one["value"])
+    assert four["high"] - four["low"] == pytest.approx(one["high"] - one["low"], rel=1e-6)
+
+
+def test_charts_show_the_correlations(trained):
+    cells = pd.DataFrame(
+        [(run, a, b, v, v - 0.1, v + 0.1) for run, v in (("r", 0.2), ("s", 0.4)) for a in "tx" for b in "tx"],
+        columns=["run", "first", "second", "value", "low", "high"],
+    )
+    matrix = plots.agreement(cells, "components")
+    assert matrix.data.set_index(["first", "second"])["value"]["x", "t"] == pytest.approx(0.3)
+    dots = plots.against_truth(cells, "t", "components")
+    assert dots.data["first"].tolist() == ["x"]
+    assert dots.data[["value", "low", "high"]].to_numpy()[0] == pytest.approx([0.3, 0.2, 0.4])
+    for chart in (matrix, dots):
+        chart.mpl()
+        chart.plotly()

@@ -1,0 +1,166 @@
+"""Probes of the allocators: their statistics by hand, planted truth, and each from runs to report."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from planted import plant
+
+from lorascope import delta, names, plots, probes, sweeps
+from lorascope.analysis.recovery import absolute_error, rank_correlation
+from lorascope.probes import allocations, alora, autolora, planted, teacher
+from lorascope.records import QUANTITIES
+
+RANKS = {"h.0.q": 1, "h.0.up": 3, "h.1.q": 0, "h.1.up": 4}
+
+
+def run_with(folder, id, ranks, seed=0, truth=None, **meta):
+    values = {("rank", module): {0: 2.0, 9: float(rank)} for module, rank in ranks.items()}
+    values |= {("planted_rank", module): {0: float(rank)} for module, rank in (truth or {}).items()}
+    factors = {module: (np.zeros((4, rank)), np.zeros((rank, 3))) for module, rank in ranks.items()}
+    return plant(folder, id, values, seed=seed, factors=factors, **meta)
+
+
+def test_shares_by_hand(tmp_path):
+    run = run_with(tmp_path, "a", RANKS)
+    found = allocations.final_ranks([run])
+    assert allocations.role_share([run], found, allocations.FEED_FORWARD) == {0: pytest.approx(7 / 8)}
+    assert allocations.role_share([run], found, allocations.ATTENTION) == {0: pytest.approx(1 / 8)}
+    assert allocations.top_share([run], found) == {0: pytest.approx(4 / 8)}
+
+
+def test_runs_are_compared_with_the_next_or_with_the_one_beside_them(tmp_path):
+    """Of six pairs of modules the reverse order disagrees in all; two of four values swapped disagree in one."""
+    turned = dict(zip(RANKS, (3, 1, 4, 0), strict=True))
+    swapped = RANKS | {"h.0.q": 0, "h.1.q": 1}
+    flat = dict.fromkeys(RANKS, 2)
+    first, second, third, fourth = (
+        run_with(tmp_path, name, ranks, seed)
+        for seed, (name, ranks) in enumerate({"a": RANKS, "b": turned, "c": swapped, "d": flat}.items())
+    )
+    found = allocations.final_ranks([first, second, third, fourth])
+    assert allocations.agreement_with_next([first, second, third], found) == pytest.approx({0: -1, 1: -4 / 6, 2: 4 / 6})
+    assert allocations.agreement_with_next([first, third], found, [third, fourth]) == pytest.approx({0: 4 / 6, 2: 0})
+
+
+def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
+    config = {"name": "alora", "init_rank": 4, "prune": "block"}
+    leanings = []
+    for seed in range(60):
+        run = run_with(tmp_path, f"r{seed}", dict.fromkeys(RANKS, 4), seed, method=config)
+        table = run.table
+        for step in (3, 6, 9):
+            row = table.iloc[[0]].assign(step=step, quantity="score_full", module="")
+            table = pd.concat([table.astype({"quantity": "str", "module": "str"}), row], ignore_index=True)
+        run.__dict__["table"] = table
+        lots = alora.moved_by_lot(run, allocations.final_ranks([run_with(tmp_path, f"s{seed}", RANKS, seed)]))
+        assert lots["value"].sum() <= 16
+        moved = np.abs(lots["value"] - 4).sum()
+        assert 0 < moved <= 2 * 3 * 2
+        by_module = lots.set_index(lots["module"].astype("str"))["value"]
+        leanings.append(by_module["h.0.q"] + by_module["h.1.q"] - by_module["h.0.up"] - by_module["h.1.up"])
+    assert abs(np.mean(leanings)) < 3 * np.std(leanings) / 60**0.5
+
+
+def test_random_logits_lead_to_ranks_around_the_middle(tmp_path):
+    modules = {f"m{number}": 4 for number in range(400)}
+    ranks = autolora.ranks_by_lot(run_with(tmp_path, "a", modules, recipe={"name": "autolora", "rank": 8}))
+    assert len(ranks) == 400
+    assert ranks.min() >= 1
+    # log-normal weights lie above their mean less often than not: P(z > 1/2) = 0.31 of eight, a bit more at small k
+    assert 2.3 < ranks.mean() < 3.5
+
+
+def test_recovery_by_hand(tmp_path):
+    found = run_with(tmp_path, "a", {"h.0.q": 1, "h.0.up": 2, "h.1.q": 4}, truth=RANKS)
+    # truth 1 3 0 4 against found 1 2 4 0 (no adapter at all)
+    assert absolute_error(found) == pytest.approx((0 + 1 + 4 + 4) / 4)
+    assert rank_correlation(found) == pytest.approx(np.corrcoef([2, 3, 1, 4], [2, 3, 4, 1])[0, 1])
+    assert rank_correlation(run_with(tmp_path, "b", RANKS, truth=RANKS)) == pytest.approx(1)
+    assert rank_correlation(run_with(tmp_path, "c", dict.fromkeys(RANKS, 2), truth=RANKS)) == 0
+
+
+def test_the_figure_of_planted_truth_shows_the_mean_found_rank_of_each_planted_one(tmp_path):
+    truth = {"h.0.q": 1, "h.0.up": 1, "h.1.q": 4, "h.1.up": 4}
+    runs = [
+        run_with(tmp_path, f"r{seed}", dict(zip(truth, found, strict=True)), seed, truth)
+        for seed, found in enumerate([(0, 2, 3, 5), (1, 3, 3, 3)])
+    ]
+    chart = plots.planted({"it": runs})
+    assert dict(zip(chart.data["planted"], chart.data["value"], strict=True)) == {1: 1.5, 4: 3.5}
+    chart.mpl()
+
+
+@pytest.fixture
+def small_teacher(monkeypatch, tmp_path):
+    monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(teacher, "TEXTS", 120)
+    for made in (teacher.task, teacher.planted_ranks):
+        made.cache_clear()
+    yield
+    for made in (teacher.task, teacher.planted_ranks):
+        made.cache_clear()
+
+
+def test_a_teacher_differs_from_its_base_by_the_planted_ranks(small_teacher):
+    base, model, truth = teacher.student(), teacher.teacher(3), teacher.planted_ranks(3)
+    assert sum(truth.values()) == teacher.BUDGET * len(truth)
+    assert list(truth) == names.match(names.describe(base), "all-linear")
+    before = {name: parameter.detach() for name, parameter in base.named_parameters()}
+    for name, update in delta.deltas(model, before):
+        sigma = update.singular_values()
+        size = teacher.STRENGTH * float(torch.linalg.matrix_norm(before[f"{name}.weight"], 2))
+        expected = np.zeros(len(sigma))
+        expected[: truth.get(name, 0)] = size
+        assert sigma == pytest.approx(expected, abs=1e-5)
+    assert teacher.planted_ranks(4) != truth
+    assert teacher.task(3).hash != teacher.task(4).hash
+
+
+def shrunk(probe, bert, files):
+    """The probe with runs of a few steps on a tiny encoder; planted truth keeps its own tiny decoder."""
+
+    def tiny(arm):
+        settings = dict(arm.settings) | {"steps": 10, "batch_size": 4, "eval_every": 0, "eval_size": 8, "test_size": 8}
+        settings["observe"] = [replace(observer, every=5) for observer in arm.settings["observe"]]
+        place = {} if arm.vary else {"model": bert, "task": files["tweets" in str(arm.task)]}
+        return replace(arm, settings=settings, **place)
+
+    arms = [tiny(arm) for arm in probe.arms(True)]
+    return replace(probe, arms=lambda quick: arms)
+
+
+@pytest.mark.parametrize("name", ["adalora", "alora", "autolora", "agreement", "planted"])
+def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, small_teacher):
+    files = [str(tmp_path / "toy.csv"), str(tmp_path / "toy-film.csv")]
+    rows = task.table[["text", "label", "group"]]
+    rows.to_csv(files[0], index=False)
+    rows[rows["group"] == "film"].to_csv(files[1], index=False)
+    monkeypatch.setitem(probes.PROBES, name, shrunk(probes.PROBES[name], bert, files))
+    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
+    found = probes.reproduce([name], True, 2, tmp_path / "out")
+    page = html.unescape(found.path.read_text())
+    verdicts = found.verdicts[name]
+    assert len(verdicts) >= 3
+    for verdict in verdicts:
+        assert verdict.claim.sentence in page
+        assert verdict.outcome == "inconclusive"
+        assert np.isfinite(verdict.effect)
+    measured = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "measured").glob("*")}
+    assert bool(measured) == (probes.PROBES[name].measure is not None)
+    assert str(probes.write_report(tmp_path / "out")) == str(found)
+    assert measured == {file: file.stat().st_mtime_ns for file in measured}
+
+
+def test_the_planted_ranks_are_on_record_and_known_to_the_arm_that_is_given_them(small_teacher):
+    arm = next(arm for arm in planted.arms(True) if arm.label == planted.TRUTH)
+    of_two = arm.vary(arm, 2)
+    assert of_two.method.rank == teacher.planted_ranks(2)
+    assert of_two.settings["observe"][-1].ranks == teacher.planted_ranks(2)
+    assert sum(planted.random_ranks(2).values()) == sum(teacher.planted_ranks(2).values())
+    assert "planted_rank" in QUANTITIES

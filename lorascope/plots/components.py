@@ -55,8 +55,8 @@ def importance(
 def _pooled(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Chart:
     """The middle of all components of one recipe, by what became of them."""
     over = own.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
-    cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1).reset_index()
-    cells = cells.assign(n=over.count().to_numpy())
+    cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1)
+    cells = cells.assign(n=over.count()).reset_index()
     marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
     spread = f"Lines: median over all modules of {cohort.sample}; bands: the middle 80 % of the components."
     return _chart(cohort, cells, own, marks, label, quantity, f"{_told(own, quantity)} {spread}")

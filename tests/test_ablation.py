@@ -10,7 +10,7 @@ import torch
 from tiny import FAMILIES, inputs, tiny
 from torch import Tensor, nn
 
-from lorascope import names
+from lorascope import names, replay
 from lorascope.ablation import Scores, ablation_scores
 from lorascope.delta import adapted, attach
 from lorascope.methods.alora import ALoRADelta
@@ -85,3 +85,139 @@ def test_equal_to_one_evaluation_after_the_other(family):
     same(ablation_scores(model, loss, batch), wanted, 1e-11)
     every = np.concatenate([*wanted.without.values(), *wanted.only.values()])
     assert len(np.unique(every.round(11))) > 0.8 * len(every)  # else the comparison would say little
+
+
+def toy() -> nn.Module:
+    """A tiny BERT in float64 with one inert component in each adapter of its first block."""
+    model = gated("bert").double()
+    for name, delta in adapted(model).items():
+        if ".0." in name:
+            nn.init.zeros_(delta.B[:, 1])
+    return model
+
+
+@torch.no_grad()
+def test_an_inert_component_scores_as_the_model_with_and_without_all():
+    model = toy()
+    found = ablation_scores(model, loss_of(model), batch_of(model))
+    for name in adapted(model):
+        inert = (found.without[name] == found.full, found.only[name] == found.none)
+        assert [list(part) for part in inert] == [[False, ".0." in name]] * 2
+
+
+@torch.no_grad()
+def test_where_one_component_alone_is_active_the_scores_are_those_of_the_ends():
+    """IS is then 2 S(M) - S(M without all)."""
+    model = toy()
+    name, chosen = list(adapted(model).items())[7]
+    for delta in adapted(model).values():
+        delta.B[:, int(delta is chosen) :] = 0
+    found = ablation_scores(model, loss_of(model), batch_of(model))
+    assert found.without[name][0] == pytest.approx(found.none, abs=1e-12)
+    assert found.only[name][0] == pytest.approx(found.full, abs=1e-12)
+    assert abs(found.full - found.none) > 1e-6
+
+
+def test_taking_a_small_component_off_is_the_gate_s_gradient():
+    model = toy()
+    loss, batch = loss_of(model), batch_of(model)
+    errors = []
+    for shrink in (1e-2, 1e-1):
+        for delta in adapted(model).values():
+            delta.B.data *= shrink
+        model.zero_grad()
+        loss(batch).backward()
+        found = ablation_scores(model, loss, batch)
+        effect = found.full - np.concatenate(list(found.without.values()))
+        gradients = [-(delta.B.grad * delta.B).sum(0).detach().numpy() for delta in adapted(model).values()]
+        errors.append(np.linalg.norm(effect - np.concatenate(gradients)) / np.linalg.norm(effect))
+    assert errors[0] < 0.05
+    assert errors[1] == pytest.approx(errors[0] / 10, rel=0.3)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_everything_is_put_back(family):
+    model = gated(family)
+    model.train()
+    next(iter(model.children())).eval()
+    loss, batch = loss_of(model), batch_of(model)
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    order, deltas, caches = list(model.state_dict()), adapted(model), getattr(model.config, "use_cache", None)
+    generators = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    ablation_scores(model, loss, batch)
+    assert [module.training for module in model.modules()] == modes
+    assert list(model.state_dict()) == order
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert adapted(model) == deltas
+    assert getattr(model.config, "use_cache", None) == caches
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert np.random.get_state()[1].tolist() == generators[1]
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_forward_that_fails_leaves_the_model_as_it_was():
+    model = gated("bert")
+    deltas, batch = adapted(model), batch_of(model)
+    times = iter(range(100))
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        value = model(**batch).loss
+        if next(times) == 60:
+            raise RuntimeError("out of memory")
+        return value
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ablation_scores(model, loss, batch)
+    assert adapted(model) == deltas
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+CASES = {
+    "copies of unlike number": ("bert", "all-linear", {"rank": 5}, 3),
+    "one row": ("llama", "all-linear", {}, 1),
+    "an embedding that two stacks share": ("t5", ("embed", "q"), {}, 3),
+    "an embedding of what all rows share": ("bert", ("embed", "pos_embed", "v"), {}, 3),
+    "a head": ("llama", ("head", "ffn_gate"), {}, 3),
+    "one projection for words and places": ("deberta-v2", ("k", "ffn_in"), {"share_att_key": True}, 3),
+    "as many rows as places": ("deberta-v2", "all-linear", {}, 16),
+    "as many rows as heads": ("t5", "all-linear", {}, 4),
+    "as many rows as tokens": ("llama", "all-linear", {}, 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("most", [2**20, 1])
+def test_special_cases_are_no_exception(case, most, monkeypatch):
+    family, targets, settings, rows = CASES[case]
+    monkeypatch.setitem(replay.MOST_ELEMENTS, "cpu", most if case != "copies of unlike number" else 2 * 3 * 7 * 48)
+    model = gated(family, targets, **settings).double()
+    batch, loss = batch_of(model, rows), loss_of(model)
+    same(ablation_scores(model, loss, batch), one_by_one(model, loss, batch), 1e-11)
+
+
+def test_what_an_ablation_leaves_alone_is_not_computed_again():
+    """Calls of the linears below: block 0 once for all the rest, the suffix once for each stack of components."""
+    model = gated("bert", ("ffn_in",), num_hidden_layers=4)
+    counts = {}
+    for block in range(4):
+        for part in ("attention.self.query", "output.dense"):
+            module = model.get_submodule(f"bert.encoder.layer.{block}.{part}")
+            counts[block, part] = 0
+            module.forward = _counting(module, counts, (block, part))
+    ablation_scores(model, loss_of(model), batch_of(model))
+    # Two passes (adapters on, off), each: the whole, one row of it, and the inside of each block; then one stack each.
+    for block in range(4):
+        assert counts[block, "attention.self.query"] == 2 * (2 + 1 + block)
+        assert counts[block, "output.dense"] == 2 * (2 + 1 + block + 1)
+
+
+def _counting(module: nn.Module, counts: dict, key: tuple[int, str]) -> Callable[..., Tensor]:
+    forward = module.forward
+
+    def call(x: Tensor) -> Tensor:
+        counts[key] += 1
+        return forward(x)
+
+    return call

@@ -167,9 +167,9 @@ class ALoRA(Method, name="alora"):
         """Delete and append components of one module."""
         delta, ids = self._deltas[name], self.rank_ids_[name]
         kept = [position for position in range(delta.rank) if position not in lost]
-        fresh = ALoRADelta(step.model.get_submodule(name), new)
-        resize(delta.A, step.optimizer, kept, fresh.A, 0)
-        resize(delta.B, step.optimizer, kept, fresh.B, 1)
+        fresh = ALoRADelta(step.model.get_submodule(name), new).factors() if new else {}
+        resize(delta.A, step.optimizer, kept, fresh.get("A"), 0)
+        resize(delta.B, step.optimizer, kept, fresh.get("B"), 1)
         self.rank_ids_[name] = [ids[position] for position in kept] + [self.born_[name] + i for i in range(new)]
         self.born_[name] += new
 

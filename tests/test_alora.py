@@ -1,0 +1,456 @@
+"""ALoRA against worked numbers, exact identities and a planted teacher."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_ablation import gated
+from test_resume import Forks, same
+from tiny import inputs, tiny
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorascope as ls
+from lorascope import models
+from lorascope.delta import adapted, fold, resize
+from lorascope.method import METHODS, Step, config, from_config
+from lorascope.methods import ALoRA
+from lorascope.methods.alora import ALoRADelta, allocate, importance, prune
+from lorascope.names import describe
+
+# -- from scores to ranks ----------------------------------------------------------------------------------------------
+
+
+def arrays(*scores: list[float]) -> list[np.ndarray]:
+    return [np.array(score) for score in scores]
+
+
+def after(scores: list[np.ndarray], number: int) -> list[int]:
+    """Ranks after a round."""
+    lost = prune(scores, number)
+    gained = allocate(scores, lost, number)
+    return [len(s) - len(l) + g for s, l, g in zip(scores, lost, gained, strict=True)]
+
+
+def test_the_worked_round():
+    scores = arrays(
+        [0.9, 0.7, 0.5, 0.3],
+        [0.8, 0.6, 0.45, 0.35],
+        [0.2, 0.1, 0.4, 0.05],
+        [0.15, 0.02, 0.25, -0.1],
+        [0.55, 0.5, 0.5, 0.32],
+    )
+    lowest_first = [(3, 3), (3, 1), (2, 3), (2, 1), (3, 0), (2, 0), (3, 2), (0, 3)]
+    for number in range(1, 9):
+        lost = [(module, int(i)) for module, at in enumerate(prune(scores, number)) for i in at]
+        assert set(lost) == set(lowest_first[:number])
+    assert after(scores, 8) == [3, 8, 1, 0, 8]
+
+
+def test_the_paper_s_case_gives_the_remainder_to_the_higher_means():
+    for order in ([0.1, 0.2, 0.3], [0.3, 0.1, 0.2], [0.2, 0.3, 0.1]):
+        scores = [np.full(9, mean) for mean in order] + [np.full(9, -1.0)]
+        gained = allocate(scores, prune(scores, 8), 8)
+        assert gained[np.argsort(order)].tolist() == [2, 3, 3]
+        assert gained[3] == 0
+
+
+def test_where_every_module_is_hit_nothing_is_added():
+    assert after(arrays([0.1, 0.9], [0.05, 0.8]), 2) == [1, 1]
+
+
+def test_a_module_of_rank_zero_gets_nothing_and_the_last_component_stays():
+    scores = arrays([], [0.1, 0.2], [0.3, 0.4])
+    assert after(scores, 1) == [0, 1, 3]
+    assert after(scores, 4) == after(scores, 9) == [0, 0, 1]
+
+
+def test_ties_go_by_module_and_position():
+    scores = [np.zeros(3) for _ in range(3)]
+    assert [at.tolist() for at in prune(scores, 4)] == [[0, 1, 2], [0], []]
+    assert allocate([np.zeros(2)] * 3, [np.array([0]), np.array([], int), np.array([], int)], 3).tolist() == [0, 2, 1]
+
+
+FULL = -0.623085
+WITHOUT = arrays([-0.579633, -0.701804], [-0.600672, -0.641465], [-0.587814, -0.661946])
+ONLY = arrays([-0.680540, -0.660957], [-0.692079, -0.670383], [-0.675684, -0.680459])
+
+
+def test_the_toy_net():
+    scores = [importance(FULL, *pair) for pair in zip(WITHOUT, ONLY, strict=True)]
+    wanted = [-0.723993, -0.582238, -0.714492, -0.652004, -0.710955, -0.641599]
+    assert np.concatenate(scores) == pytest.approx(wanted, abs=1.5e-6)
+    assert np.argsort(np.concatenate(scores)).tolist() == [0, 2, 4, 3, 5, 1]
+    assert [after(scores, number) for number in (1, 2, 3)] == [[1, 2, 3], [1, 1, 4], [1, 1, 1]]
+    assert [scores[module].mean() for module in (2, 1)] == pytest.approx([-0.676277, -0.683248], abs=1.5e-6)
+
+
+def test_the_order_is_that_of_the_two_terms_that_differ():
+    scores = np.concatenate([importance(FULL, *pair) for pair in zip(WITHOUT, ONLY, strict=True)])
+    terms = np.concatenate(ONLY) - np.concatenate(WITHOUT)
+    assert np.array_equal(np.argsort(scores), np.argsort(terms))
+
+
+# -- the adapter ------------------------------------------------------------------------------------------------------
+
+
+def test_deleting_is_closing_the_gate_and_growing_changes_nothing():
+    model = gated("bert", rank=3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = inputs(model)
+    name, delta = list(adapted(model).items())[3]
+    fresh = ALoRADelta(model.get_submodule(name), 2)
+    assert not fresh.B.any()
+    assert fresh.A.any(dim=1).all()
+    with torch.no_grad():
+        before = model(**batch).logits
+        resize(delta.A, optimizer, range(3), fresh.A, 0)
+        resize(delta.B, optimizer, range(3), fresh.B, 1)
+        assert (model(**batch).logits - before).abs().max() <= 1e-6
+        assert delta.rank == 5
+        delta.B[:, 1] = 0
+        closed = model(**batch).logits
+        assert not torch.equal(closed, before)
+        resize(delta.A, optimizer, [0, 2, 3, 4], None, 0)
+        resize(delta.B, optimizer, [0, 2, 3, 4], None, 1)
+        assert (model(**batch).logits - closed).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
+def test_a_module_may_have_rank_zero(family):
+    targets = ("embed", "q") if family == "bert" else "all-linear"
+    model = gated(family, targets)
+    bare = tiny(family)
+    for delta in adapted(model).values():
+        resize(delta.A, torch.optim.SGD([delta.A], 1.0), [], None, 0)
+        resize(delta.B, torch.optim.SGD([delta.B], 1.0), [], None, 1)
+    batch = inputs(model)
+    assert torch.equal(model(**batch).logits, bare(**batch).logits)
+    model.train()(**batch).logits.sum().backward()
+    for delta in adapted(model).values():
+        assert delta.rank == delta.update().rank == 0
+        assert delta.update().norm() == 0
+        assert delta.factors()["A"].shape[0] == 0
+    fold(model)
+    assert torch.equal(model.eval()(**batch).logits, bare(**batch).logits)
+
+
+# -- rounds -----------------------------------------------------------------------------------------------------------
+
+
+def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
+    labels = torch.arange(len(batch["input_ids"])) % 2
+    return model(**batch, labels=labels).loss
+
+
+def drive(method: ALoRA, model: nn.Module, total: int, lr: float = 0.02) -> Iterator[Step]:
+    """Train in the loop's order; gives the step before and after each ``after_step``."""
+    optimizer = method.optimizer(model, lr, lr, 0.0)
+    held_out = inputs(model, batch=5, seed=99)
+    loss = lambda m, batch, params: loss_of(m, batch)  # noqa: E731
+    step = Step(-1, total, model, optimizer, {}, pd.DataFrame(), loss, lambda size, fixed: held_out)
+    for index in range(total):
+        step.index = index
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model.train(), inputs(model, seed=index)).backward()
+        optimizer.step()
+        yield step
+        method.after_step(step)
+        yield step
+
+
+def started(method: ALoRA, **sizes: int) -> nn.Module:
+    model = tiny("bert", **sizes)
+    torch.manual_seed(1)
+    method.attach(model)
+    return model
+
+
+def components(method: ALoRA, step: Step) -> dict:
+    """(module, id) -> its row of A, column of B, and their first moments."""
+    found = {}
+    for name, delta in adapted(step.model).items():
+        tensors = [(delta.A, delta.B)]
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors.append(tuple(step.optimizer.state[p][key] for p in (delta.A, delta.B)))
+        assert len(method.rank_ids_[name]) == delta.rank
+        for position, rank_id in enumerate(method.rank_ids_[name]):
+            pairs = [torch.cat([A[position], B[:, position]]).detach().clone() for A, B in tensors]
+            found[name, rank_id] = (*pairs, delta.A.shape[1])
+    return found
+
+
+@pytest.mark.parametrize("number", ["block", "network", 1, 5])
+def test_a_round_moves_components_and_leaves_the_others_as_they_are(number):
+    """Components are followed by their ids: survivors keep values and moments, the new ones start at zero."""
+    method = ALoRA(init_rank=3, prune=number, warm_steps=2, round_steps=2, rounds=4)
+    model = started(method)
+    n = {"block": 6, "network": 12}.get(number, number)
+    total, born = 36, set()
+    batch = inputs(model, seed=50)
+    seen = iter(drive(method, model, 10))
+    for before_step in seen:
+        before, ranks = components(method, before_step), {k: d.rank for k, d in adapted(model).items()}
+        shapes = [p.data_ptr() for p in model.parameters()]
+        with torch.no_grad():
+            model.eval()
+            logits = model(**batch).logits
+            model.train()
+        step = next(seen)
+        now = components(method, step)
+        if step.finished not in (2, 4, 6, 8):
+            assert before.keys() == now.keys()
+            assert shapes == [p.data_ptr() for p in model.parameters()]
+            continue
+        lost, gained = before.keys() - now.keys(), now.keys() - before.keys()
+        assert len(lost) == n
+        assert len(gained) in (0, n)
+        untouched = {name for name, rank in ranks.items() if rank} - {name for name, _ in lost}
+        assert {name for name, _ in gained} <= untouched
+        assert bool(gained) == bool(untouched)
+        counts = [sum(name == at for at, _ in gained) for name in untouched]
+        assert not counts or max(counts) - min(counts) <= 1
+        total += len(gained) - len(lost)
+        assert sum(delta.rank for delta in adapted(model).values()) == total <= 36
+        born |= before.keys()
+        assert not gained & born  # an id is given once
+        for key in before.keys() & now.keys():
+            assert all(map(torch.equal, before[key][:3], now[key][:3]))
+        for key in gained:
+            values, first, second, width = now[key]
+            assert not first.any()
+            assert not second.any()
+            assert not values[width:].any()
+            assert 0 < values[:width].abs().max() <= width**-0.5
+        for delta in adapted(model).values():
+            sizes = delta.A.shape[1] + delta.B.shape[0]
+            assert sum(p.numel() for p in delta.parameters()) == delta.rank * sizes
+        trained = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
+        assert trained == {id(p) for p in model.parameters() if p.requires_grad}
+        assert {delta.scale for delta in adapted(model).values()} == {8 / 3}
+        assert not torch.equal(logits, model.eval()(**batch).logits)
+
+
+def test_what_is_deleted_is_what_scores_lowest():
+    """The round's own records, through the pure functions, give the ids that vanish."""
+    method = ALoRA(init_rank=2, prune=5, warm_steps=3, rounds=1)
+    model = started(method)
+    seen = iter(drive(method, model, 6))
+    for step in seen:
+        ids = {name: list(own) for name, own in method.rank_ids_.items()}
+        next(seen)
+        if step.finished == 3:
+            break
+    told = {(r.quantity, r.module): r for r in method.records(step)}
+    scores = {name: told["importance", name].value for name in ids}
+    for name, score in scores.items():
+        assert told["importance", name].index.tolist() == ids[name]
+        parts = [told[f"score_{part}", name].value for part in ("without", "only")]
+        assert score == pytest.approx(told["score_full", ""].value - parts[0] + parts[1])
+        assert told["rank", name].value == adapted(model)[name].rank == len(method.rank_ids_[name])
+    assert told["budget", ""].value == sum(delta.rank for delta in adapted(model).values()) == 24
+    lowest = sorted((value, name, i) for name in ids for i, value in zip(ids[name], scores[name], strict=True))[:5]
+    assert {(name, i) for name in ids for i in set(ids[name]) - set(method.rank_ids_[name])} == {
+        (name, i) for _, name, i in lowest
+    }
+    step.index += 1
+    method.after_step(step)
+    assert not list(method.records(step))
+
+
+def test_at_the_start_all_scores_are_the_same_and_the_first_modules_lose():
+    method = ALoRA(init_rank=2, prune=3, warm_steps=1, rounds=1)
+    model = started(method)
+    seen = iter(drive(method, model, 4, lr=0.0))
+    next(seen), next(seen)
+    ranks = [delta.rank for delta in adapted(model).values()]
+    assert ranks == [0, 1, *([3] * 3), *([2] * 7)]
+
+
+class Three(nn.Module):
+    """Three linear maps side by side, and a head that passes them on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(12, 10) for _ in range(3))
+        self.score = nn.Linear(30, 30, bias=False)
+        nn.init.eye_(self.score.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.score(torch.cat([self.first(x), self.second(x), self.third(x)], -1))
+
+
+@pytest.mark.parametrize("planted", [0, 1, 2])
+def test_the_planted_module_gains(planted):
+    """A noisy teacher differs from the base in one module, by rank 4: there components stay and gather."""
+    names = ("first", "second", "third")
+    torch.manual_seed(planted)
+    model = Three()
+    change = torch.randn(10, 4) @ torch.randn(4, 12)
+    with torch.no_grad():
+        base = torch.cat([getattr(model, name).weight for name in names])
+
+    def rows(count: int) -> dict:
+        x = torch.randn(count, 12)
+        y = x @ base.T + torch.cat([getattr(model, name).bias for name in names]).detach() + torch.randn(count, 30)
+        y[:, planted * 10 : (planted + 1) * 10] += x @ change.T
+        return {"x": x, "y": y}
+
+    def loss(model: nn.Module, batch: dict, params: None = None) -> torch.Tensor:
+        return (model(batch["x"]) - batch["y"]).square().mean()
+
+    method = ALoRA(init_rank=2, alpha=2, prune=1, targets=names, warm_steps=60, round_steps=30, rounds=4)
+    method.attach(model)
+    optimizer = method.optimizer(model, 0.02, 0.0, 0.0)
+    held_out = rows(32)
+    step = Step(-1, 180, model, optimizer, {}, pd.DataFrame(), loss, lambda *_: held_out)
+    ranks = []
+    for step.index in range(180):
+        optimizer.zero_grad()
+        loss(model, rows(16)).backward()
+        optimizer.step()
+        method.after_step(step)
+        ranks.append([delta.rank for delta in adapted(model).values()])
+    assert min(rank[planted] for rank in ranks) == 2
+    assert ranks[-1][planted] >= 4
+    assert sum(ranks[-1]) == 6
+
+
+# -- a whole run ------------------------------------------------------------------------------------------------------
+
+SHORT = {"steps": 10, "batch_size": 8, "eval_every": 2, "eval_size": 32, "progress": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def run(bert, task, tmp_path_factory):
+    """A run in which modules die: rank 1 everywhere, five components deleted in each round."""
+    method = ALoRA(init_rank=1, prune=5, warm_steps=2, round_steps=2, rounds=3, lr=1e-2)
+    model = models.load(bert, task=task)
+    return ls.train(model, task, method, out=tmp_path_factory.mktemp("runs") / "alora", **SHORT), model
+
+
+def test_the_table_tells_ranks_and_budget(run):
+    table = run[0].table
+    rank = table[table["quantity"] == "rank"].pivot(index="step", columns="module", values="value")
+    budget = table[table["quantity"] == "budget"].set_index("step")["value"]
+    assert {0, 2, 4, 6, 10} == set(budget.index) <= set(rank.index)
+    assert (rank.loc[budget.index].sum(axis=1) == budget).all()
+    assert (rank.loc[0] == 1).all()
+    assert (rank.loc[10] == 0).sum() >= 5
+    assert budget.is_monotonic_decreasing
+    for quantity in ("importance", "score_without", "score_only"):
+        rows = table[table["quantity"] == quantity]
+        assert set(rows["step"]) == {2, 4, 6}
+        assert rows.groupby("step").size().tolist() == budget.loc[[0, 2, 4]].tolist()
+    scalars = table[table["quantity"].isin(["score_full", "score_none"])]
+    assert scalars["module"].astype(str).eq("").all()
+    assert len(scalars) == 6
+
+
+def test_a_module_of_rank_zero_is_there_everywhere(run, bert, task):
+    found, model = run
+    ranks = {name: delta.rank for name, delta in adapted(model).items()}
+    assert found.ranks() == ranks
+    assert 0 in ranks.values()
+    summary = found.summary().set_index("module")
+    assert summary.loc[list(ranks), "rank"].to_dict() == ranks
+    zero = [name for name, rank in ranks.items() if rank == 0]
+    assert (summary.loc[zero, "update_norm"] == 0).all()
+    targets = found.lora_config()["target_modules"]
+    assert set(targets) == {name for name, rank in ranks.items() if rank}
+    again = models.load(bert, task=task)
+    ls.load(found.path).restore(again)
+    batch = inputs(again)
+    batch["input_ids"] %= 20
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+    assert found.meta["states"]["best"]["step"] >= 6
+
+
+def test_killed_around_a_round_it_goes_on_bit_for_bit(bert, task, tmp_path):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label"]].to_csv(table, index=False)
+    forks = Forks(bert, table)
+    method = ALoRA(init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, dropout=0.1, lr=1e-2)
+    job = json.dumps(config(method))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert forks(job, whole) == 0
+    assert forks(job, out, **{"kill at": 4}) == -signal.SIGKILL
+    assert forks(job, out, **{"kill after": "resume/step-00000002*"}) == -signal.SIGKILL
+    assert forks(job, out, **{"kill after": "resume/step-00000004*"}) == -signal.SIGKILL
+    assert forks(job, out) == 0
+    same(out, whole)
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_rounds_of_a_run():
+    assert list(ALoRA().schedule(300)) == [30, 38, 46, 54, 62, 70, 78, 86]
+    assert list(ALoRA().schedule(400)) == list(range(40, 111, 10))
+    assert list(ALoRA().schedule(5)) == [1, 2, 3]
+    assert list(ALoRA(rounds=2, warm_steps=7, round_steps=5).schedule(13)) == [7, 12]
+    for total in range(2, 500):
+        rounds = ALoRA().schedule(total)
+        assert 1 <= len(rounds) <= 8
+        assert rounds[-1] <= max(1, 0.6 * total)
+
+
+def test_the_best_state_is_chosen_from_the_last_round_on():
+    method = ALoRA(rounds=2, warm_steps=2, round_steps=3)
+    settled = [step.finished for step in drive(method, started(method), 9) if method.settled(step)]
+    assert sorted(set(settled)) == [5, 6, 7, 8, 9]
+
+
+def test_the_counts_of_the_paper():
+    """LLaMA-2 7B: 224 modules of rank 8 have 19,988,480 parameters; a block has 7 modules."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama"))
+    method = ALoRA()
+    method.attach(model)
+    assert len(adapted(model)) == 224
+    assert sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 19_988_480
+    assert method._pruned == 7
+    assert ALoRA(prune="network")._number(describe(model), list(adapted(model))) == 224
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"search_share": 0}, "search_share 0 leaves no search split"),
+        ({"prune": "layer"}, "prune 'layer' is unknown"),
+        ({"prune": 0}, "prune 0 is unknown"),
+        ({"init_rank": 0}, "init_rank 0 is no rank"),
+        ({"rounds": 0}, "rounds 0 is too small"),
+        ({"warm_steps": 0}, "warm_steps 0 is too small"),
+        ({"score_rows": 0}, "score_rows 0 is too small"),
+    ],
+)
+def test_wrong_settings_are_one_line(wrong, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        ALoRA(**wrong)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_do_not_fit_model_or_run_are_one_line(fresh_bert, task, tmp_path):
+    for prune_, rank in ((24, 2), (99, 2), ("network", 1)):
+        with pytest.raises(ValueError, match=rf"prune {prune_!r} deletes \d+ components, all there are in 12 modules"):
+            ALoRA(prune=prune_, init_rank=rank).attach(tiny("bert"))
+    late = ALoRA(rounds=4, warm_steps=4, round_steps=2)
+    with pytest.raises(ValueError, match="4 rounds, from step 4 on every 2, end at step 10, but the run has 10"):
+        ls.train(fresh_bert, task, late, out=tmp_path / "run", **SHORT)
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["alora"] is ls.ALoRA is ALoRA
+    for method in (ALoRA(prune=3, rounds=2), ALoRA(prune="network", targets=("q",))):
+        assert from_config(config(method)) == method

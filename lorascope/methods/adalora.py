@@ -19,7 +19,7 @@ R              ``penalty``
 =============  =====================================================
 
 Source: AdaLoRA (arXiv 2303.10512), equations 3 (form), 4 (penalty), 9 (importance), 10 to 13 (sensitivity and
-uncertainty), 14 (budget); gamma, alpha and rates from its tables 8 and 10 and the authors' code.
+uncertainty), 14 (budget); gamma, alpha and the head's rate from its tables 8 and 10 and the authors' code.
 
 Departs: where paper and authors' code differ, the code is followed. R is the mean of |P^T P - I|_F and |Q Q^T - I|_F
 over all factors; ``penalty="sum-square"`` is the paper's sum of squares. I is of the weights after the optimizer's step
@@ -27,7 +27,8 @@ and the gradient before it; ``scores="before"`` is the paper's order. Equation 1
 the line, which would begin beyond b_0. c is alpha / (r_0 + 1e-5) whatever is masked. P and Q are normal of deviation
 0.02. Unlike the code, which masks all that is tied with the threshold, exactly b components stay: by score, then order
 of modules, then index; b_T holds from step T - t_f on, DeltaT or not, and at the last step even if t_f is 0; an
-alpha of zero is refused; and an embedding may be adapted too.
+alpha of zero is refused; and an embedding may be adapted too. The rate is ten times the paper's 1e-3, at which lambda,
+that begins at zero, gets nowhere in the few hundred steps of a short run.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class AdaLoRA(Method, name="adalora"):
     gamma: float | int = 0.1
     penalty: Literal["mean-norm", "sum-square"] = "mean-norm"
     scores: Literal["after", "before"] = "after"
-    lr: float | int = 1e-3
+    lr: float | int = 1e-2
     head_lr: float | int = 1e-3
 
     def __post_init__(self) -> None:

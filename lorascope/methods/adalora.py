@@ -28,7 +28,7 @@ the line, which would begin beyond b_0. c is alpha / (r_0 + 1e-5) whatever is ma
 0.02. Unlike the code, which masks all that is tied with the threshold, exactly b components stay: by score, then order
 of modules, then index; b_T holds from step T - t_f on, DeltaT or not, and at the last step even if t_f is 0; an
 alpha of zero is refused; and an embedding may be adapted too. The rate is ten times the paper's 1e-3, at which lambda,
-that begins at zero, gets nowhere in the few hundred steps of a short run.
+that begins at zero, gets nowhere in a run of a hundred steps.
 """
 
 from __future__ import annotations

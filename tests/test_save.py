@@ -332,3 +332,15 @@ def test_the_slider_stands_between_axis_and_caption(chart) -> None:
     label = 40  # pixels for tick labels and the label of the axis
     assert label < slider.pad.t < -caption.yshift - 60
     assert -caption.yshift + 15 < layout.margin.b
+
+
+def test_a_long_label_stays_inside_the_figure(tmp_path):
+    label = "a recipe whose name says every hyper-parameter, one after the other, " * 2
+    data = pd.DataFrame({"x": [0, 1] * 2, "y": [0.0, 1, 2, 3], "who": [label] * 2 + ["short"] * 2})
+    chart = Chart(data, [Line("x", "y", "who")])
+    figure = chart.mpl()
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert 0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
+    chart.save(tmp_path / "long.png", width="column")

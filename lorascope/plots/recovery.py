@@ -39,8 +39,8 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
         [*lines(cells, "planted"), Line("planted", "planted", "recipe", data=truth)],
         title="Found rank against needed rank",
         x=Axis(label="rank of the teacher's update"),
-        y=Axis(label="rank found (mean over modules)", limits=(0, None)),
-        caption=cohort.caption("Mean over the modules of one planted rank.", interval=f"bands and bars: {INTERVAL}"),
+        y=Axis(label="rank found", limits=(0, None)),
+        caption=cohort.caption("Mean rank found over the modules of one planted rank.", interval=f"bands and bars: {INTERVAL}"),
         colors=[*cohort.labels, _TRUTH],
         meta=cohort.meta,
     )

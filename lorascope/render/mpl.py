@@ -7,7 +7,7 @@ figure of the caller stay as they were.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,8 +234,11 @@ def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
     """The legend, as many entries beside one another as fit."""
     if not settled.entries:
         return None
-    entries = settled.entries
-    widths = [(len(entry.label) * GLYPH + 4.0) * settled.theme.size for entry in entries]
+    size = settled.theme.size
+    entries = [
+        replace(entry, label="\n".join(fold(entry.label, 72 * width - 4 * size, size))) for entry in settled.entries
+    ]
+    widths = [(max(map(len, entry.label.split("\n"))) * GLYPH + 4.0) * size for entry in entries]
     depth = next(depth for depth in range(1, len(entries) + 1) if _fits(widths, depth, 72 * width))
     legend = made.legend(
         handles=[_handle(entry) for entry in entries],

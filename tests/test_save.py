@@ -341,6 +341,6 @@ def test_a_long_label_stays_inside_the_figure(tmp_path):
     figure = chart.mpl()
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
-    assert 0 <= box.x0
+    assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
     chart.save(tmp_path / "long.png", width="column")

@@ -8,7 +8,7 @@ from lorascope.analysis.recovery import recovered
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Line
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Runs, gather, lines
+from lorascope.plots.cohort import Runs, gather, lines
 
 _TRUTH = "what was planted"
 
@@ -40,7 +40,7 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
         title="Found rank against needed rank",
         x=Axis(label="rank of the teacher's update"),
         y=Axis(label="rank found", limits=(0, None)),
-        caption=cohort.caption("Mean rank found over the modules of one planted rank.", interval=f"bands and bars: {INTERVAL}"),
+        caption=cohort.caption("Mean rank found over the modules of one planted rank."),
         colors=[*cohort.labels, _TRUTH],
         meta=cohort.meta,
     )

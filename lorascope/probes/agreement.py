@@ -32,7 +32,7 @@ from lorascope.run import Run
 
 TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"
 # Rows of a batch, batches that scores see, and batches of each of the two truths, whose cost is by far the largest.
-FULL_SIZES, QUICK_SIZES = (32, 16, 4), (8, 16, 2)
+FULL_SIZES, QUICK_SIZES = (32, 16, 4), (4, 16, 1)
 _SCORES = {"AdaLoRA": "AdaLoRA importance", "ALoRA": "ALoRA importance", "AutoLoRA": "AutoLoRA alpha"}
 _SIZE, KEPT = "singular value", "AutoLoRA kept"
 _SOURCE = "this project; what the paper takes for granted"
@@ -170,10 +170,10 @@ PROBE = register(
         source="Zhang et al., AdaLoRA, arXiv 2303.10512; Liu et al., ALoRA, arXiv 2403.16187; Zhang et al., AutoLoRA, "
         "arXiv 2403.09113",
         question="On one trained adapter, do three importance scores order its components as their removal does?",
-        quick_budget=120,
+        quick_budget=220,
         arms=arms,
         judge=judge,
         measure=measure,
-        measure_cost=80,
+        measure_cost=90,
     )
 )

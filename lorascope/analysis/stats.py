@@ -21,6 +21,11 @@ class Interval(NamedTuple):
     high: float
     n: int
 
+    def words(self, digits: int) -> str:
+        """The mean with half the width of the interval, such as ``84.4 ± 1.1``."""
+        half = f" ± {(self.high - self.low) / 2:.{digits}f}" if self.n > 1 else ""
+        return f"{self.mean:.{digits}f}{half}"
+
 
 def half_width(
     deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"], confidence: float = CONFIDENCE

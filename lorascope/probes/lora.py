@@ -118,8 +118,7 @@ def accuracy_table(runs: Mapping[str, Sequence[Run]], words: Mapping[str, float]
 
 
 def _points(values: Sequence[float]) -> str:
-    mean, low, high, n = t_interval(np.asarray(values, np.float64))
-    return f"{100 * mean:.1f}" + (f" ± {50 * (high - low):.1f}" if n > 1 else "")
+    return t_interval(100 * np.asarray(values, np.float64)).words(1)
 
 
 PROBE = register(

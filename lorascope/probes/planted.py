@@ -158,15 +158,14 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     }
     return pd.DataFrame(
         [
-            {"": label} | {name: _interval([measure(run) for run in found]) for name, measure in columns.items()}
+            {"": label}
+            | {
+                name: t_interval(np.array([measure(run) for run in found])).words(2)
+                for name, measure in columns.items()
+            }
             for label, found in runs.items()
         ]
     )
-
-
-def _interval(values: Sequence[float]) -> str:
-    mean, low, high, n = t_interval(np.asarray(values, np.float64))
-    return f"{mean:.2f}" + (f" ± {(high - low) / 2:.2f}" if n > 1 else "")
 
 
 PROBE = register(

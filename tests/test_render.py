@@ -368,13 +368,14 @@ def test_frames_are_steps_of_a_slider(replay) -> None:
     assert [step.label for step in slider.steps] == [str(step) for step in range(0, 300, 10)]
     assert [step.args[0] for step in slider.steps] == [(frame.name,) for frame in figure.frames]
     assert slider.currentvalue.prefix == "step "
-    assert [list(trace.y) for trace in figure.data[:2]] == [[0, 1], []]
-    last = figure.frames[-1]
-    assert last.traces == (0, 1)
-    assert [list(trace.y) for trace in last.data] == [[290, 291], [290, 291]]
+    first, last = figure.frames[0], figure.frames[-1]
+    assert first.traces == last.traces == (0, 1)
+    assert [list(trace.y) for trace in first.data] == [[0, 1], []]
+    for shown in (last.data, figure.data[:2]):  # it opens at the end
+        assert [list(trace.y) for trace in shown] == [[290, 291], [290, 291]]
+    assert figure.layout.sliders[0].active == 29
     assert figure.layout.yaxis.range[0] < 0
     assert figure.layout.yaxis.range[1] > 291
-    assert not figure.layout.sliders[0].active
 
 
 def test_frames_are_small_multiples_on_paper(replay) -> None:

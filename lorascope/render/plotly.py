@@ -39,7 +39,7 @@ def draw(settled: Plan) -> go.Figure:
     moving: list[int] = []
     for number, view in enumerate(settled.views):
         start = len(made.data)
-        made.add_traces(traces(settled, number, settled.frames[0] if settled.frames else None))
+        made.add_traces(traces(settled, number, settled.frames[-1] if settled.frames else None))
         if view.panel.chart.frame is not None:
             moving += range(start, len(made.data))
     made.add_traces([_sample(entry, settled) for entry in settled.entries])
@@ -281,6 +281,8 @@ def _slider(settled: Plan, room: Space) -> dict[str, Any]:
     pause = {"label": "❚❚", "method": "animate", "args": [[None], {"mode": "immediate", **STILL}]}
     slider = {
         "steps": steps,
+        # It opens at the end: there is the result, and played from there it begins anew.
+        "active": len(steps) - 1,
         "currentvalue": {"prefix": f"{words(settled.frame_label)} ", "xanchor": "left"},
         "x": start,
         "len": 1 - start,

@@ -344,3 +344,11 @@ def test_a_long_label_stays_inside_the_figure(tmp_path):
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
     chart.save(tmp_path / "long.png", width="column")
+
+
+def test_a_heat_with_names_on_both_axes_shows_them_all():
+    names = [f"a rather long score {letter}" for letter in "abcdefghijkl"]
+    data = pd.DataFrame([(one, two, 0.5) for one in names for two in names], columns=["one", "two", "value"])
+    axes = Chart(data, [Heat("two", "one", "value")]).mpl().axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [label.get_text() for label in axis.get_ticklabels()] == names

@@ -6,8 +6,6 @@ import pandas as pd
 
 from lorascope.chart import Axis, Chart, Heat, Point, Rule
 
-_INTERVAL = "bars: 95 % bootstrap over modules, mean of the bounds over seeds"
-
 
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Rank correlation of every pair of scores, mean over runs.
@@ -51,7 +49,7 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
         title=f"Which score knows the {truth}? ({level})",
         x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
         y=Axis(order=means["first"]),
-        caption=f"Over {level}. {_sample(cells)}; {_INTERVAL}.",
+        caption=f"Over {level}. {_sample(cells)}; bars: 95 % bootstrap over modules.",
         meta={"figure": "against_truth", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
@@ -62,4 +60,4 @@ def _means(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _sample(cells: pd.DataFrame) -> str:
     number = cells["run"].nunique()
-    return "One run" if number == 1 else f"Mean of {number} seeds"
+    return "One run" if number == 1 else f"Mean of values and of bounds over {number} seeds"

@@ -186,6 +186,7 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
     _stand(made, sum(heights) + head + turned, foot, renderer)
     for place, ax in axes.items():
+        names(ax, settled.views[place.view].panel)  # with the height that names on end have been given, all may fit
         numbers(ax, settled, place.view, place.frame)
     return made
 

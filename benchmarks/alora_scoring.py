@@ -37,7 +37,7 @@ def adapted_bert(blocks: int, width: int, rank: int) -> nn.Module:
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     ALoRA(init_rank=rank).attach(model)
     for delta in adapted(model).values():
-        nn.init.normal_(delta.B, std=0.05)
+        nn.init.normal_(delta.B, std=0.2)
     return model
 
 
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 12, 30])
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=2)
     parser.add_argument("--shape", default="32x32", help="rows x tokens of the scoring batch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -221,3 +221,46 @@ def _counting(module: nn.Module, counts: dict, key: tuple[int, str]) -> Callable
         return forward(x)
 
     return call
+
+
+class Overwriting(nn.Module):
+    """What its first module gives, and what its second one takes, is written over later in the same pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.score = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        y += z
+        return self.score(torch.tanh(self.third(y) + y)).square().mean()
+
+
+def test_what_was_written_over_is_not_played_back():
+    torch.manual_seed(0)
+    model = Overwriting().double()
+    attach(model, {name: ALoRADelta(model.get_submodule(name), 2, 2.0) for name in ("first", "second", "third")})
+    for delta in adapted(model).values():
+        nn.init.normal_(delta.B)
+    batch = {"x": torch.randn(4, 6, dtype=torch.float64)}
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return model(**batch)
+
+    with torch.no_grad():
+        same(ablation_scores(model, loss, batch), one_by_one(model, loss, batch), 1e-11)
+
+
+def test_an_inert_component_costs_no_pass():
+    """With B zero everywhere: the model and one row of it, with and without adapters."""
+    model, passes = gated("bert"), []
+    for delta in adapted(model).values():
+        nn.init.zeros_(delta.B)
+
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        passes.append(len(batch["input_ids"]))
+        return model(**batch).loss
+
+    ablation_scores(model, loss, batch_of(model))
+    assert passes == [3, 1, 3, 1]

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--blocks", type=int, nargs="+", default=[6, 12, 30])
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=2)
+    parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--shape", default="32x32", help="rows x tokens of the scoring batch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

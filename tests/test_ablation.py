@@ -188,7 +188,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("most", [2**20, 1])
+@pytest.mark.parametrize("most", [2**19, 1])
 def test_special_cases_are_no_exception(case, most, monkeypatch):
     family, targets, settings, rows = CASES[case]
     monkeypatch.setitem(replay.MOST_ELEMENTS, "cpu", most if case != "copies of unlike number" else 2 * 3 * 7 * 48)

@@ -13,7 +13,7 @@ from joblib import cpu_count, parallel_config
 import lorascope as ls
 from lorascope import models
 from lorascope.methods import Full, LoRA
-from lorascope.sweeps import _width
+from lorascope.sweeps import width
 
 FAST = {"steps": 3, "batch_size": 4, "eval_every": 0, "progress": False}
 
@@ -87,9 +87,9 @@ def test_an_error_that_nobody_foresaw_loses_none_of_the_others(bert, task, tmp_p
 
 
 def test_the_configured_width_is_taken():
-    assert _width() == cpu_count()
+    assert width() == cpu_count()
     with parallel_config("loky", n_jobs=3):
-        assert _width() == 3
+        assert width() == 3
 
 
 def test_a_worker_that_always_dies_is_told(bert, task, tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy.stats import rankdata
 
+from lorascope.analysis.agreement import spearman
 from lorascope.run import Run
 
 
@@ -26,11 +26,8 @@ def recovered(run: Run) -> pd.DataFrame:
 
 def rank_correlation(run: Run) -> float:
     """Spearman's correlation of planted and found ranks; 0 where all found ranks are the same, which tells nothing."""
-    table = recovered(run)
-    planted, found = rankdata(table["planted"]), rankdata(table["found"])
-    if np.ptp(planted) == 0 or np.ptp(found) == 0:
-        return 0.0
-    return float(np.corrcoef(planted, found)[0, 1])
+    rho = float(spearman(recovered(run)[["planted", "found"]].to_numpy(np.float64))[0, 1])
+    return 0.0 if np.isnan(rho) else rho
 
 
 def absolute_error(run: Run) -> float:

@@ -11,19 +11,19 @@ Departs: no paper compares these scores. Each was made for the state its own met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from lorascope import models, plots, tasks
 from lorascope.analysis.agreement import correlate
 from lorascope.claims import Claim
 from lorascope.delta import adapted, detach
-from lorascope.encoding import Encoded
+from lorascope.methods.autolora import kept
 from lorascope.probe import Exhibit, Findings, Probe, register
 from lorascope.probes import scores
 from lorascope.probes.lora import LOW
@@ -81,10 +81,15 @@ def measure(run: Run) -> pd.DataFrame:
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
-    encode = partial(task.encode, models.tokenizer(model))
     rows, seeing, judging = FULL_SIZES if run.meta["settings"]["steps"] > 100 else QUICK_SIZES
-    seen = list(_batches(encode(task.split("validation")), rows, seeing))
-    unseen = list(_batches(encode(task.split("test")), rows, 2 * judging))
+    tokens = models.tokenizer(model)
+
+    def batches(split: str, number: int) -> list[dict[str, Tensor]]:
+        # From the beginning: a task's rows stand in the order of a hash.
+        encoded = task.encode(tokens, task.split(split).head(number * rows))
+        return [encoded.batch(range(at, at + rows)) for at in range(0, len(encoded) - rows + 1, rows)]
+
+    seen, unseen = batches("validation", seeing), batches("test", 2 * judging)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
         return model(**batch).loss
@@ -104,16 +109,10 @@ def measure(run: Run) -> pd.DataFrame:
     modules |= {score: {name: rise[-1] for name, rise in rises.items()} for score, rises in halves.items()}
     # alpha sums to one in every module: what tells modules apart is how much of it stays.
     alphas = found[_SCORES["AutoLoRA"]]
-    kept = {name: alpha >= 1 / len(alpha) for name, alpha in alphas.items()}
-    modules[_SCORES["AutoLoRA"]] = {name: alpha[kept[name]].sum() for name, alpha in alphas.items()}
-    modules[KEPT] = {name: stay.sum() for name, stay in kept.items()}
+    stay = {name: kept(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
+    modules[_SCORES["AutoLoRA"]] = {name: alpha[stay[name]].sum() for name, alpha in alphas.items()}
+    modules[KEPT] = {name: those.sum() for name, those in stay.items()}
     return pd.concat([_long(run, found, np.arange), _long(run, modules, lambda n: np.full(n, -1))], ignore_index=True)
-
-
-def _batches(encoded: Encoded, rows: int, number: int) -> Iterator[dict[str, Tensor]]:
-    """Batches from the beginning: a task's rows stand in the order of a hash."""
-    for start in range(0, min(number * rows, len(encoded) - rows + 1), rows):
-        yield encoded.batch(range(start, start + rows))
 
 
 def _long(run: Run, rows: Mapping[str, Mapping[str, Any]], number: Callable[[int], np.ndarray]) -> pd.DataFrame:

@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 
 from lorascope import plots
 from lorascope.claims import Claim
 from lorascope.methods import AutoLoRA, LoRA
+from lorascope.methods.autolora import kept
 from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes import allocations
 from lorascope.run import Run
@@ -94,8 +96,7 @@ def ranks_by_lot(run: Run) -> np.ndarray:
     """Ranks of as many modules from normal logits: the threshold at the mean, applied to noise."""
     k = run.meta["recipe"]["rank"]
     logits = np.random.default_rng(run.meta["seed"]).standard_normal((len(run.ranks()), k))
-    alphas = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return (alphas >= 1 / k).sum(axis=1)
+    return np.array([int(kept(alpha).sum()) for alpha in torch.from_numpy(logits).softmax(1)])
 
 
 def _spread(ranks: np.ndarray) -> float:

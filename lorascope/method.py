@@ -119,6 +119,22 @@ class Phase:
     steps: int | None = None
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows that nothing is trained on, and the group (domain) of each.
+
+    Parameters
+    ----------
+    batch : dict of tensors
+        As a step's batch.
+    groups : list of str or None
+        None where the task has no groups.
+    """
+
+    batch: Batch = field(repr=False)
+    groups: list[str] | None
+
+
 @dataclass
 class Step:
     """What methods and observers see of one optimizer step.
@@ -147,6 +163,7 @@ class Step:
     modules: pd.DataFrame
     compute_loss: Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor] = field(repr=False)
     draw: Callable[[int | None, bool], Batch] = field(repr=False)
+    unseen: Callable[[int | None], HeldOut] = field(repr=False)
     batch: Batch = field(default_factory=dict, repr=False)
     best: bool = False
 
@@ -191,6 +208,16 @@ class Step:
             Always the same rows.
         """
         return self.draw(size, fixed)
+
+    def held_out(self, size: int | None = None) -> HeldOut:
+        """The first rows of the validation split, always the same ones: text to look at the model by.
+
+        Parameters
+        ----------
+        size : int, optional
+            Rows; all that validation uses by default.
+        """
+        return self.unseen(size)
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ import pandas as pd
 
 from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
+from lorascope.forms import update_from
 from lorascope.layout import Lazy, snapshot_file
 from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
@@ -124,11 +125,11 @@ class Run:
         file = self._snapshots(self._step(step, state))
         scales, exact = file.about["scales"], file.about["exact"]
 
+        kept = file.about["factors"]
+
         def make(module: str) -> LowRank:
-            B = file[f"{module}/B"]
-            if "diagonal" in file.about["factors"][module]:
-                B = B * file[f"{module}/diagonal"]
-            return LowRank(B, file[f"{module}/A"], scales[module], exact[module])
+            arrays = {name: file[f"{module}/{name}"] for name in kept[module]}
+            return update_from(arrays, scales[module], exact[module])
 
         return Lazy(list(scales), make)
 

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from lorascope import names
 from lorascope.delta import adapted
 from lorascope.evaluation import Score, evaluate
-from lorascope.method import Batch, Step
+from lorascope.method import Batch, HeldOut, Step
 from lorascope.models import tokenizer
 from lorascope.observe import factors_of
 from lorascope.plan import Base, Plan
@@ -69,7 +69,7 @@ class Session:
         self._encode(tokenizer(model))
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw)
+        self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw, self._unseen)
         self.best: dict[str, Any] | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
@@ -124,6 +124,11 @@ class Session:
         size = min(size or self.settings.batch_size, len(self.search))
         rows = range(size) if fixed else torch.randperm(len(self.search), generator=self._search_generator)[:size]
         return self._to_device(self.search.batch([int(row) for row in rows]))
+
+    def _unseen(self, size: int | None) -> HeldOut:
+        rows = range(len(self.validation))[:size]
+        groups = None if self.validation.groups is None else self.validation.groups[:size]
+        return HeldOut(self._to_device(self.validation.batch(rows)), groups)
 
     def _to_device(self, batch: Batch) -> Batch:
         return {key: value.to(self.device) for key, value in batch.items()}

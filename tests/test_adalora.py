@@ -32,7 +32,9 @@ SHORT = {"initial_steps": 2, "final_steps": 4, "mask_every": 2}
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> Step:
     """A step outside of a training run."""
-    return Step(-1, total, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {})
+    return Step(
+        -1, total, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None
+    )
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:

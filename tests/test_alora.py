@@ -154,7 +154,7 @@ def drive(method: ALoRA, model: nn.Module, total: int, lr: float = 0.02) -> Iter
     optimizer = method.optimizer(model, lr, lr, 0.0)
     held_out = inputs(model, batch=5, seed=99)
     loss = lambda m, batch, params: loss_of(m, batch)  # noqa: E731
-    step = Step(-1, total, model, optimizer, {}, pd.DataFrame(), loss, lambda size, fixed: held_out)
+    step = Step(-1, total, model, optimizer, {}, pd.DataFrame(), loss, lambda size, fixed: held_out, lambda *_: None)
     for index in range(total):
         step.index = index
         optimizer.zero_grad(set_to_none=True)
@@ -309,7 +309,7 @@ def test_the_planted_module_gains(planted):
     method.attach(model)
     optimizer = method.optimizer(model, 0.02, 0.0, 0.0)
     held_out = rows(32)
-    step = Step(-1, 180, model, optimizer, {}, pd.DataFrame(), loss, lambda *_: held_out)
+    step = Step(-1, 180, model, optimizer, {}, pd.DataFrame(), loss, lambda *_: held_out, lambda *_: None)
     ranks = []
     for step.index in range(180):
         optimizer.zero_grad()

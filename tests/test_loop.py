@@ -205,6 +205,24 @@ def test_a_method_of_two_phases(bert, task, tmp_path):
         torch.testing.assert_close(value, model.get_parameter(name), rtol=0, atol=0)
 
 
+def test_held_out_text_is_the_head_of_validation_with_its_groups(bert, task, tmp_path):
+    seen = []
+
+    @dataclass(kw_only=True)
+    class Looks(LoRA):
+        def after_step(self, step):
+            seen.append(step.held_out(4))
+
+    model = models.load(bert, task=task)
+    ls.train(model, task, Looks(), steps=2, batch_size=4, out=tmp_path / "run", progress=False)
+    rows = task.split("validation")
+    expected = task.encode(models.tokenizer(model), rows).batch(range(4))
+    for found in seen:
+        assert found.groups == rows["group"].to_list()[:4]
+        assert found.batch.keys() == expected.keys()
+        assert all(torch.equal(found.batch[key], expected[key]) for key in expected)
+
+
 def test_step_loss_is_exact_twice_differentiable_and_leaves_no_trace(bert, task, tmp_path):
     """A toy second-order method: Hessian-vector product by autograd against a finite difference of gradients."""
     checks = []

@@ -213,7 +213,7 @@ class Pair(nn.Module):
 
 
 def step_of(model, finished, total, base, modules, optimizer):
-    return Step(finished - 1, total, model, optimizer, base, modules, lambda *_: None, lambda *_: None)
+    return Step(finished - 1, total, model, optimizer, base, modules, lambda *_: None, lambda *_: None, lambda *_: None)
 
 
 def test_worked_numbers():

@@ -16,6 +16,7 @@ LAYERS = [
     ["lorascope"],
     ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["update", "names", "chart"],
+    ["fourier"],
     ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary"],
     ["run", "sources", "evaluation", "foreign", "replay"],
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
@@ -54,6 +55,7 @@ TORCH_FREE = {
         "render",
         "run",
         "export",
+        "fourier",
     ),
     *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
 }

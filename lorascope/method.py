@@ -23,6 +23,9 @@ METHODS: dict[str, type[Method]] = {}
 
 Batch = dict[str, Tensor]
 
+# Metadata of a field younger than some runs: at its default it is no part of their identity, so they are found again.
+LATER = {"later": True}
+
 
 @dataclass(kw_only=True)
 class Method:
@@ -76,7 +79,7 @@ class Method:
         """The method in words, rates left out: its name and the hyper-parameters that are not the default ones."""
         default = config(type(self)())
         mine = {key: value for key, value in config(self).items() if key not in ("name", "lr", "head_lr")}
-        told = [f"{key} {_words(value)}" for key, value in mine.items() if value != default[key]]
+        told = [f"{key} {_words(value)}" for key, value in mine.items() if key not in default or value != default[key]]
         return ", ".join([type(self).__name__, *told])
 
     def state(self) -> dict[str, Any]:
@@ -265,8 +268,9 @@ def config(method: Method) -> dict[str, Any]:
 
     A Run stands as its id, an array as the hash of its bytes.
     """
-    fields = [f.name for f in dataclasses.fields(method) if f.init and not f.name.endswith("_")]
-    return {"name": method.name} | {name: _plain(getattr(method, name)) for name in fields}
+    values = [(f, getattr(method, f.name)) for f in dataclasses.fields(method) if f.init and not f.name.endswith("_")]
+    told = {f.name: _plain(value) for f, value in values if not ("later" in f.metadata and value == f.default)}
+    return {"name": method.name} | told
 
 
 def _plain(value: Any) -> Any:

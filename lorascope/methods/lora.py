@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from lorascope import names
 from lorascope.delta import Delta, attach, host_weight, to_array
-from lorascope.method import Method, train_adapters
+from lorascope.method import LATER, Method, train_adapters
 from lorascope.update import LowRank
 
 
@@ -52,6 +52,9 @@ class LoRA(Method, name="lora"):
         Roles, "all-linear", module names or a regular expression; see ``names.match``.
     rslora : bool
         Scale by alpha / sqrt(rank).
+    init_seed : int or None
+        Draws the first factors by a generator of their own, so that runs on other text, or in another order, can share
+        them: those that a run of this ``seed`` would draw. None takes the run's seed.
     """
 
     rank: int | Mapping[str, int] = 8
@@ -59,13 +62,15 @@ class LoRA(Method, name="lora"):
     dropout: float | int = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     rslora: bool = False
+    init_seed: int | None = field(default=None, metadata=LATER)
     lr: float | int = 5e-4
     head_lr: float | int = 5e-4
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
+        generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
         ranks = self._ranks(model)
-        attach(model, {name: self._delta(model.get_submodule(name), rank) for name, rank in ranks.items()})
+        attach(model, {name: self._delta(model.get_submodule(name), rank, generator) for name, rank in ranks.items()})
         train_adapters(model)
 
     def _ranks(self, model: nn.Module) -> dict[str, int]:
@@ -77,11 +82,11 @@ class LoRA(Method, name="lora"):
             raise ValueError("every rank is 0: nothing would be adapted")
         return ranks
 
-    def _delta(self, host: nn.Module, rank: int) -> LoRADelta:
+    def _delta(self, host: nn.Module, rank: int, generator: torch.Generator | None) -> LoRADelta:
         if rank < 1:
             raise ValueError(f"rank {rank} is no rank: it counts components, 1 or more")
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LoRADelta(host, rank, scale, self.dropout)
+        return LoRADelta(host, rank, scale, self.dropout, generator)
 
 
 class LoRADelta(Delta):
@@ -95,9 +100,18 @@ class LoRADelta(Delta):
     scale : float
     dropout : float
         On the input of A; an embedding has none.
+    generator : Generator, optional
+        Of the initial values, in place of the global one.
     """
 
-    def __init__(self, host: nn.Module, rank: int, scale: float | int = 1.0, dropout: float | int = 0.0) -> None:
+    def __init__(
+        self,
+        host: nn.Module,
+        rank: int,
+        scale: float | int = 1.0,
+        dropout: float | int = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         weight = host_weight(host)
         out_features, in_features = weight.shape
@@ -107,9 +121,9 @@ class LoRADelta(Delta):
         self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=weight.dtype))
         self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=weight.dtype))
         if isinstance(host, nn.Embedding):
-            nn.init.normal_(self.B)
+            nn.init.normal_(self.B, generator=generator)
         else:
-            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
 
     @property
     def right(self) -> Float[Tensor, "rank in"]:

@@ -1,0 +1,206 @@
+"""Factors of many adapters as points: their cosines in three views, and the plane they are drawn on.
+
+(B, A) and (B R^-1, R A) are one update for every invertible R, and training from another A_0 ends at another R. The raw
+view compares the arrays as they are, as the paper's figure does, and so tells of R, too. The other two do not:
+
+canonical  A = sqrt(sigma) V^T and B = U sqrt(sigma) of the update's singular value decomposition
+space      the row space of A, the column space of B: all that the factor alone knows whatever R is
+
+Source: HydraLoRA (arXiv 2404.19245), figure 3, for the raw view and the t-SNE of it.
+
+Departs: every factor has length one before it is compared, since B, grown from zero, is short where little was learned.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from lorascope.update import Dense, LowRank
+
+Factor = Literal["A", "B"]
+View = Literal["raw", "canonical", "space"]
+VIEWS: tuple[View, ...] = ("raw", "canonical", "space")
+Updates = Mapping[str, Mapping[str, LowRank]]
+
+_PAPER_PERPLEXITY = 30.0
+_PCA_SIZE = 50  # what t-SNE is usually given; more components only slow it down
+
+
+@dataclass(frozen=True, eq=False)
+class Cloud:
+    """Factors that can be compared with each other: one point for every slot (a module's A or B) and run.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        What they have in common: (rank, width), or (width,) for spaces.
+    modules, factors : sequence of str
+        Of each slot.
+    runs, domains : sequence of str
+        Of each run.
+    cosine : array (slot, run, slot, run)
+        Cosine between points; between spaces |U_1^T U_2|_F^2 / sqrt(k_1 k_2), the cosine of their projections.
+    """
+
+    shape: tuple[int, ...]
+    modules: Sequence[str]
+    factors: Sequence[str]
+    runs: Sequence[str]
+    domains: Sequence[str]
+    cosine: Float[np.ndarray, "slot run slot run"]
+
+    @property
+    def flat(self) -> Float[np.ndarray, "point point"]:
+        """Cosines of all points, in the order of ``table``."""
+        points = len(self.modules) * len(self.runs)
+        return self.cosine.reshape(points, points)
+
+    def table(self) -> pd.DataFrame:
+        """``module, factor, run, domain``, one row a point."""
+        slots = zip(self.modules, self.factors, strict=True)
+        runs = list(zip(self.runs, self.domains, strict=True))
+        rows = [(*slot, *run) for slot in slots for run in runs]
+        return pd.DataFrame(rows, columns=["module", "factor", "run", "domain"])
+
+
+def clouds(
+    updates: Updates, domains: Mapping[str, str], factors: Sequence[Factor] = ("A", "B"), view: View = "raw"
+) -> list[Cloud]:
+    """Sort the factors of runs by shape; factors of different shapes are never compared, cut or padded.
+
+    Parameters
+    ----------
+    updates : mapping run -> module -> update
+        Modules that not all runs hold are left out.
+    domains : mapping run -> str
+        The text a run was trained on.
+    factors : sequence of {"A", "B"}
+        Together, so that A and B of a square module lie in one cloud.
+    view : {"raw", "canonical", "space"}
+
+    Raises
+    ------
+    ValueError
+        The runs have no module in common, a module's factor has another shape in another run, or one is zero.
+    """
+    runs = list(updates)
+    modules = [module for module in updates[runs[0]] if all(module in updates[run] for run in runs)]
+    if not modules:
+        raise ValueError(f"runs {', '.join(runs)} have no adapted module in common")
+    slots = defaultdict(list)
+    for factor in factors:
+        for module in modules:
+            arrays = [_array(updates[run][module], factor, view) for run in runs]
+            for run, array in zip(runs, arrays, strict=True):
+                if not array.any():
+                    raise ValueError(f"{factor} of {module} in run {run} is zero and has no direction: train it first")
+            slots[_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
+    found = []
+    for shape, members in slots.items():
+        arrays = [array for _, _, of_runs in members for array in of_runs]
+        size = (len(members), len(runs))
+        names, kinds = [module for module, _, _ in members], [factor for _, factor, _ in members]
+        cosine = (_overlaps(arrays) if view == "space" else _cosines(arrays)).reshape(*size, *size)
+        found.append(Cloud(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
+    return found
+
+
+def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
+    """Orthonormal columns that span the row space of A, or the column space of B."""
+    return Dense(update.A).right() if factor == "A" else Dense(update.B).left()
+
+
+def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "k width"]:
+    """The factor of the balanced factorisation by singular vectors, a row a component; B is transposed.
+
+    Of the two signs of a component the one is taken that makes the largest entry of its left vector positive.
+    """
+    U, sigma, V = update.svd()
+    largest = np.abs(U).argmax(axis=0)
+    signs = np.sign(np.take_along_axis(U, largest[None], axis=0))
+    return (np.sqrt(sigma) * signs * (V if factor == "A" else U)).T
+
+
+def pca(cloud: Cloud, size: int = 2) -> Float[np.ndarray, "point size"]:
+    """The points along their first principal components, from the cosines alone.
+
+    Of the two signs of a component the one is taken that makes its largest coordinate positive.
+    """
+    centred = cloud.flat - cloud.flat.mean(axis=0)
+    centred -= centred.mean(axis=1, keepdims=True)
+    values, vectors = np.linalg.eigh((centred + centred.T) / 2)
+    vectors = vectors[:, ::-1][:, :size]
+    signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0))
+    return vectors * signs * np.sqrt(np.maximum(values[::-1][:size], 0.0))
+
+
+def tsne(cloud: Cloud, perplexity: float | int | None = None, seed: int | None = None) -> Float[np.ndarray, "point 2"]:
+    """The points on a plane that keeps neighbours together (t-SNE after PCA).
+
+    Parameters
+    ----------
+    cloud : Cloud
+    perplexity : float, optional
+        About how many neighbours count; by default the paper's 30, or a third of the points where they are few.
+    seed : int, optional
+        Starts from a random plane; by default from the first two principal components.
+
+    Raises
+    ------
+    ValueError
+        The perplexity is not below the number of points.
+    """
+    from sklearn.manifold import TSNE  # half a second that no other figure needs to wait for
+
+    points = len(cloud.flat)
+    perplexity = default_perplexity(points) if perplexity is None else perplexity
+    if not 0 < perplexity < points:
+        raise ValueError(f"perplexity {perplexity:g} must lie between 0 and the number of points, {points}")
+    start = "pca" if seed is None else "random"
+    plane = TSNE(2, perplexity=perplexity, init=start, random_state=seed or 0)
+    return np.asarray(plane.fit_transform(pca(cloud, _PCA_SIZE)), dtype=np.float64)
+
+
+def default_perplexity(points: int) -> float:
+    """The paper's, or a third of the points where they are few."""
+    return min(_PAPER_PERPLEXITY, points / 3)
+
+
+def _array(update: LowRank, factor: Factor, view: View) -> Float[np.ndarray, "k width"]:
+    """What is compared of a factor in a view, a row a component."""
+    if view == "space":
+        return basis(update, factor).T
+    if view == "canonical":
+        return canonical(update, factor)
+    return update.A if factor == "A" else update.B.T
+
+
+def _shape(arrays: Iterable[np.ndarray], view: View, name: str) -> tuple[int, ...]:
+    shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
+    if len(shapes) > 1:
+        told = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+        raise ValueError(f"{name} has the shapes {told}: factors of different ranks are compared by view='space'")
+    return shapes.pop()
+
+
+def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
+    flat = np.array([array.ravel() for array in arrays], dtype=np.float64)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    return flat @ flat.T
+
+
+def _overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
+    """|U_1^T U_2|_F^2 / sqrt(k_1 k_2) of every pair, the bases as rows."""
+    sizes = np.array([len(rows) for rows in bases])
+    stacked = np.concatenate(bases)
+    first = np.cumsum(sizes) - sizes
+    squares = (stacked @ stacked.T) ** 2
+    sums = np.add.reduceat(np.add.reduceat(squares, first, axis=0), first, axis=1)
+    return sums / np.sqrt(np.outer(sizes, sizes))

@@ -1,0 +1,319 @@
+"""Factors as points: cosines by brute force, gauge, sharedness and identity against planted truth and scikit-learn."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+from sklearn.decomposition import PCA
+from sklearn.metrics import silhouette_score
+from sklearn.neighbors import KNeighborsClassifier
+
+from lorascope.analysis import embedding, sharing
+from lorascope.analysis.embedding import clouds
+from lorascope.update import LowRank
+
+DOMAINS = ("film", "music", "news")
+RUNS = {f"{domain}{order}": domain for domain in DOMAINS for order in (1, 2)}
+
+
+def scattered(seed: int, modules: int = 4, width: int = 12, rank: int = 2, runs=RUNS) -> dict:
+    """Random factors, nothing shared."""
+    draw = np.random.default_rng(seed)
+    return {
+        run: {
+            f"h.{m}.q": LowRank(draw.normal(size=(width, rank)), draw.normal(size=(rank, width)), 0.5)
+            for m in range(modules)
+        }
+        for run in runs
+    }
+
+
+def planted(seed: int, noise: float = 0.1, modules: int = 6, runs=RUNS) -> dict:
+    """A belongs to its module in every run, B to its domain and module."""
+    draw = np.random.default_rng(seed)
+    A = {m: draw.normal(size=(2, 12)) for m in range(modules)}
+    B = {(m, domain): draw.normal(size=(12, 2)) for m in range(modules) for domain in dict.fromkeys(runs.values())}
+
+    def near(array):
+        return array + noise * draw.normal(size=array.shape)
+
+    return {
+        run: {f"h.{m}.q": LowRank(near(B[m, domain]), near(A[m])) for m in range(modules)}
+        for run, domain in runs.items()
+    }
+
+
+def cosine(one, two) -> float:
+    return float(np.vdot(one, two) / np.linalg.norm(one) / np.linalg.norm(two))
+
+
+def seen(update: LowRank, factor: str, view: str) -> np.ndarray:
+    """What is compared, worked out from the dense matrix."""
+    if view == "raw":
+        return update.A if factor == "A" else update.B
+    if view == "space":
+        return np.linalg.pinv(update.A) @ update.A if factor == "A" else update.B @ np.linalg.pinv(update.B)
+    U, sigma, Vt = np.linalg.svd(update.dense())
+    U, sigma, Vt = U[:, : update.rank], sigma[: update.rank], Vt[: update.rank]
+    signs = np.array([1.0 if column[np.abs(column).argmax()] > 0 else -1.0 for column in U.T])
+    return (np.sqrt(sigma) * signs)[:, None] * (Vt if factor == "A" else U.T)
+
+
+@pytest.mark.parametrize(("factor", "view"), list(product("AB", embedding.VIEWS)))
+def test_cosines_are_those_of_the_arrays_themselves(factor, view):
+    updates = scattered(0, modules=2)
+    (cloud,) = clouds(updates, RUNS, (factor,), view)
+    assert cloud.shape == ((12,) if view == "space" else (2, 12))
+    table = cloud.table()
+    arrays = [seen(updates[row.run][row.module], factor, view) for row in table.itertuples()]
+    expected = [[cosine(one, two) for two in arrays] for one in arrays]
+    np.testing.assert_allclose(cloud.flat, expected, atol=1e-12)
+    assert table["domain"].tolist() == [RUNS[run] for run in table["run"]]
+    assert set(table["factor"]) == {factor}
+
+
+def rotations(rank: int):
+    """Invertible matrices, half of them orthogonal or nearly so, half with condition numbers up to 1000."""
+    draw = np.random.default_rng(1)
+    for number in range(100):
+        left, right = (np.linalg.qr(draw.normal(size=(rank, rank)))[0] for _ in range(2))
+        spread = 1.0 if number % 2 else 10 ** draw.uniform(0, 3)
+        yield (left * np.geomspace(1, spread, rank)) @ right
+
+
+def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone():
+    runs = dict(list(RUNS.items())[:4])
+    updates = planted(2, modules=2, runs=runs)
+    views = ("canonical", "space")
+    first = sharing.numbers(updates, runs, views=views, draws=5)
+    raw = sharing.numbers(updates, runs, views=("raw",), draws=5)
+    moved = 0.0
+    for R in rotations(2):
+        again = {
+            run: {
+                name: LowRank(update.B @ np.linalg.inv(R), R @ update.A) if run.endswith("1") else update
+                for name, update in found.items()
+            }
+            for run, found in updates.items()
+        }
+        other = sharing.numbers(again, runs, views=views, draws=5)
+        for column in first.columns.drop(["factor", "view"]):
+            np.testing.assert_allclose(other[column], first[column], atol=1e-5, rtol=0)
+        turned = sharing.numbers(again, runs, views=("raw",), draws=5)
+        moved = max(moved, np.abs(turned["cosine"] - raw["cosine"]).max())
+    assert moved > 0.3
+
+
+def test_widths_are_kept_apart():
+    draw = np.random.default_rng(0)
+
+    def update(out, width):
+        return LowRank(draw.normal(size=(out, 2)), draw.normal(size=(2, width)))
+
+    updates = {run: {"q": update(6, 6), "up": update(9, 6), "v": update(6, 6), "down": update(6, 9)} for run in RUNS}
+    found = {cloud.shape: cloud for cloud in clouds(updates, RUNS, ("A",))}
+    assert {shape: cloud.modules for shape, cloud in found.items()} == {(2, 6): ["q", "up", "v"], (2, 9): ["down"]}
+    both = {cloud.shape: list(zip(cloud.modules, cloud.factors, strict=True)) for cloud in clouds(updates, RUNS)}
+    assert both[2, 9] == [("down", "A"), ("up", "B")]
+    assert both[2, 6] == [("q", "A"), ("up", "A"), ("v", "A"), ("q", "B"), ("v", "B"), ("down", "B")]
+    shared = sharing.sharedness(list(found.values()))
+    assert shared["sharedness_chance"] == pytest.approx((3 * 1 / 3 + 1) / 4)
+    assert shared["sharedness"] >= 1 / 4  # a module alone in its width cannot be mistaken
+
+
+def test_what_cannot_be_compared_is_told_in_one_line():
+    updates = scattered(0)
+    zero = {
+        run: {name: LowRank(0 * update.B, update.A) for name, update in found.items()} for run, found in updates.items()
+    }
+    with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 is zero and has no direction"):
+        clouds(zero, RUNS, ("B",))
+    assert len(clouds(zero, RUNS, ("A",), "space")) == 1
+    mixed = updates | {"film1": scattered(1, rank=3)["film1"]}
+    with pytest.raises(ValueError, match=r"has the shapes 2 x 12 and 3 x 12: .* view='space'"):
+        clouds(mixed, RUNS, ("A",))
+    assert clouds(mixed, RUNS, ("A",), "space")[0].shape == (12,)
+    with pytest.raises(ValueError, match="no adapted module in common"):
+        clouds(updates | {"film1": {"other": updates["film2"]["h.0.q"]}}, RUNS)
+    alone = {"film1": updates["film1"], "film2": updates["film2"]}
+    with pytest.raises(ValueError, match="'film' alone"):
+        sharing.sharedness(clouds(alone, RUNS, ("A",)))
+    with pytest.raises(ValueError, match="domain 'music' has one run"):
+        sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
+
+
+def test_modules_that_not_all_runs_hold_are_left_out():
+    updates = scattered(0)
+    updates["film1"].pop("h.1.q")
+    assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
+    updates["music1"] = {name: updates["music1"][name] for name in reversed(list(updates["music1"]))}
+    assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
+
+
+def test_retrieval_by_hand():
+    """Three modules, four runs; the neighbour is looked for with loops."""
+    runs = {"film1": "film", "film2": "film", "music1": "music", "news1": "news"}
+    updates = {run: found for run, found in planted(3, noise=3.0, modules=3, runs=runs).items()}
+    found = sharing.retrieval(clouds(updates, runs, ("A",))[0]).set_index(["module", "run"])
+    hits = []
+    for module, run in product(updates["film1"], runs):
+        here = updates[run][module].A
+        near = {
+            (name, other): cosine(here, updates[other][name].A)
+            for name, other in product(updates["film1"], runs)
+            if runs[other] != runs[run]
+        }
+        hits.append(max(near, key=near.get)[0] == module)
+        assert found.loc[(module, run), "same"] == hits[-1]
+        own = [value for (name, _), value in near.items() if name == module]
+        assert found.loc[(module, run), "cosine"] == pytest.approx(np.mean(own))
+    assert 0 < np.mean(hits) < 1
+    assert (found["chance"] == 1 / 3).all()
+
+
+def test_a_shared_a_is_found_and_a_b_of_its_domain_is_at_chance():
+    modules = 24
+    found = sharing.numbers(planted(4, modules=modules), RUNS, views=("raw", "space"), draws=99).set_index(
+        ["factor", "view"]
+    )
+    for view in ("raw", "space"):
+        assert found.loc[("A", view), "sharedness"] == 1
+        assert found.loc[("B", view), "neighbour"] == 1
+        assert found.loc[("B", view), "neighbour_p"] < 0.15  # of 15 ways to pair six runs one is the true one
+        assert found.loc[("A", view), "cosine"] > 0.9 > 0.2 > abs(found.loc[("B", view), "cosine"])
+        # Runs of a domain share B, so a hit comes in fours; seven standard errors of as many independent ones.
+        error = np.sqrt(1 / modules / (modules * 6 / 4))
+        assert abs(found.loc[("B", view), "sharedness"] - 1 / modules) < 7 * error
+        assert abs(found.loc[("A", view), "neighbour"] - 1 / 5) < 0.15
+    assert (found["sharedness_chance"] == 1 / modules).all()
+    assert np.isnan(found.loc[("A", "raw"), "angle"])
+    assert found.loc[("A", "space"), "angle"] < 15 < 40 < found.loc[("B", "space"), "angle"]
+
+
+def test_angle_between_spaces_is_that_of_a_planted_turn():
+    turn = np.radians(25)
+    rows = np.eye(2, 6)
+    turned = np.cos(turn) * rows + np.sin(turn) * np.roll(rows, 2, axis=1)
+    updates = {"film": {"q": LowRank(np.eye(6, 2), rows)}, "music": {"q": LowRank(np.eye(6, 2), 7 * turned[::-1])}}
+    domains = {"film": "film", "music": "music"}
+    assert sharing.mean_angle(updates, domains, "A") == pytest.approx(25)
+    assert sharing.mean_angle(updates, domains, "B") == pytest.approx(0, abs=1e-9)
+    assert sharing.sharedness(clouds(updates, domains, ("A",), "space"))["cosine"] == pytest.approx(np.cos(turn) ** 2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_identity_is_what_scikit_learn_finds_in_each_module(seed):
+    updates = planted(seed, noise=1.0)
+    found = sharing.identity(clouds(updates, RUNS, ("B",)), draws=1)
+    labels = np.array(list(RUNS.values()))
+    silhouettes, hits = [], []
+    for module in updates["film1"]:
+        flat = np.array([updates[run][module].B.ravel() for run in RUNS])
+        flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+        silhouettes.append(silhouette_score(flat, labels, metric="cosine"))
+        for left in range(len(labels)):
+            rest = np.arange(len(labels)) != left
+            near = KNeighborsClassifier(1).fit(flat[rest], labels[rest])
+            hits.append(near.predict(flat[[left]])[0] == labels[left])
+    assert found["silhouette"] == pytest.approx(np.mean(silhouettes))
+    assert found["neighbour"] == pytest.approx(np.mean(hits))
+
+
+def test_factors_that_are_one_and_the_same_have_no_neighbours_and_no_silhouette():
+    updates = scattered(0)
+    same = dict.fromkeys(RUNS, updates["film1"])
+    (cloud,) = clouds(same, RUNS, ("A",))
+    found = sharing.identity([cloud], draws=50)
+    assert found["silhouette"] == found["silhouette_chance"] == 0
+    assert found["neighbour"] == pytest.approx(1 / 5)
+    assert found["neighbour_p"] == found["silhouette_p"] == 1
+    assert sharing.sharedness([cloud])["sharedness"] == 1
+
+
+def null(seed: int, common: float) -> np.ndarray:
+    """Cosines (slot, run, run) of nine runs whose domains mean nothing, though runs may have something in common."""
+    draw = np.random.default_rng(seed)
+    points = draw.normal(size=(8, 9, 6)) + common * draw.normal(size=(9, 6))
+    points /= np.linalg.norm(points, axis=-1, keepdims=True)
+    return np.einsum("sik,tjk->sitj", points, points)
+
+
+LABELS = np.repeat([0, 1, 2], 3)
+
+
+@pytest.mark.parametrize("common", [0.0, 2.0])
+def test_p_values_are_uniform_where_domains_mean_nothing(common):
+    runs, repetitions = [str(run) for run in range(9)], 200
+    found = {"neighbour_p": [], "silhouette_p": []}
+    for seed in range(repetitions):
+        slots = [str(slot) for slot in range(8)]
+        domains = [str(label) for label in LABELS]
+        cloud = embedding.Cloud((6,), slots, ["A"] * 8, runs, domains, null(seed, common))
+        told = sharing.identity([cloud], draws=99, seed=seed)
+        for name, values in found.items():
+            values.append(told[name])
+    for level in (0.1, 0.25, 0.5, 0.75):
+        error = 3.5 * np.sqrt(level * (1 - level) / repetitions)
+        reached = {name: np.mean(np.array(values) <= level) for name, values in found.items()}
+        assert abs(reached["silhouette_p"] - level) < error
+        assert reached["neighbour_p"] < level + error  # ties make it cautious
+
+
+def test_shuffling_each_module_for_itself_would_take_what_runs_have_in_common_for_evidence():
+    """Why one permutation serves all modules: the other way more than every fourth null is called significant."""
+    called = 0
+    for seed in range(60):
+        cosine = np.einsum("sisj->sij", null(seed, 2.0))
+        draw = np.random.default_rng(seed)
+        values = [
+            sharing.silhouettes(
+                slot[None], np.concatenate([LABELS[None], draw.permuted(np.tile(LABELS, (99, 1)), axis=1)])
+            )
+            for slot in cosine
+        ]
+        mean = np.mean(values, axis=0)
+        called += np.mean(mean >= mean[0]) <= 0.05
+    assert called > 60 / 4
+
+
+def test_over_all_modules_at_once_the_clearest_domains_are_lost():
+    updates = planted(5, noise=0.05)
+    flat = np.array([updates[run][module].B.ravel() for module in updates["film1"] for run in RUNS])
+    labels = list(RUNS.values()) * len(updates["film1"])
+    assert silhouette_score(flat, labels, metric="cosine") < 0.05
+    assert sharing.identity(clouds(updates, RUNS, ("B",)), draws=9)["silhouette"] > 0.9
+
+
+def test_pca_from_cosines_is_that_of_the_vectors():
+    updates = scattered(6)
+    (cloud,) = clouds(updates, RUNS, ("A",))
+    flat = np.array([updates[row.run][row.module].A.ravel() for row in cloud.table().itertuples()])
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    expected = PCA(3).fit_transform(flat)
+    found = embedding.pca(cloud, 3)
+    np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-8)
+    assert (found.max(axis=0) == np.abs(found).max(axis=0)).all()
+
+
+def test_tsne_keeps_planted_neighbours_together_and_repeats_itself():
+    (cloud,) = clouds(planted(7), RUNS, ("A",))
+    plane = embedding.tsne(cloud, perplexity=5)
+    np.testing.assert_array_equal(plane, embedding.tsne(cloud, perplexity=5))
+    modules = cloud.table()["module"].to_numpy()
+    distance = np.linalg.norm(plane[:, None] - plane[None], axis=-1) + np.diag(np.full(len(plane), np.inf))
+    assert (modules[distance.argmin(axis=1)] == modules).all()
+    first, second = (embedding.tsne(cloud, perplexity=5, seed=seed) for seed in (0, 1))
+    assert not np.allclose(first, second)
+
+
+@pytest.mark.parametrize("perplexity", [36, 0, -1.5])
+def test_a_perplexity_without_enough_points_is_told_in_one_line(perplexity):
+    (cloud,) = clouds(planted(8), RUNS, ("A",))
+    with pytest.raises(
+        ValueError, match=rf"^perplexity {perplexity:g} must lie between 0 and the number of points, 36$"
+    ):
+        embedding.tsne(cloud, perplexity=perplexity)
+    assert embedding.default_perplexity(36) == 12
+    assert embedding.default_perplexity(512) == 30

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from lorascope.adapter_files import CONFIG, WEIGHTS
 from lorascope.run import Run
-from lorascope.summary import peft_keywords
+from lorascope.summary import peft_keywords, refuse_inexact
 from lorascope.tensors import TensorFile, write_bytes, write_json
 from lorascope.update import LowRank, spectra
 
@@ -149,12 +149,12 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     return path
 
 
-def in_use(
-    B: Float[np.ndarray, "out rank"], diagonal: Float[np.ndarray, "rank"], A: Float[np.ndarray, "rank in"]
-) -> tuple[Float[np.ndarray, "out used"], Float[np.ndarray, "used in"]]:
-    """B diag(diagonal) and A, without the components whose diagonal is exactly zero."""
+def in_use(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:
+    """The update without the components whose diagonal is exactly zero; None is a diagonal of ones."""
+    if diagonal is None:
+        return update
     used = diagonal != 0
-    return B[:, used] * diagonal[used], A[used]
+    return LowRank(update.B[:, used], update.A[used], update.scale)
 
 
 def _updates(run: Run, state: str) -> dict[str, LowRank]:
@@ -162,20 +162,16 @@ def _updates(run: Run, state: str) -> dict[str, LowRank]:
     if "source" in run.meta:
         raise ValueError(f"{run.label} is an adapter of PEFT already: copy its folder, {run.path}")
     ranks, updates = run.ranks(state), run.updates(state=state)
-    unfit = next((name for name in ranks if name not in updates or not updates[name].exact), None)
+    refuse_inexact(run, updates)
+    unfit = next((name for name in ranks if not isinstance(updates.get(name), LowRank)), None)
     if not ranks or unfit is not None:
         where = f"that of {unfit} is" if unfit else "it changed the weights themselves, which is"
         raise ValueError(f"run {run.id} ({run.label}) has no low-rank updates to export: {where} not a product B A")
     if "hosts" not in run.meta:
         raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")
-    found = {}
-    for name, factors in run.factors(state=state).items():
-        B, A = in_use(
-            factors["B"], factors.get("diagonal", np.ones(len(factors["A"]), factors["B"].dtype)), factors["A"]
-        )
-        if len(A):
-            found[name] = LowRank(B, A, updates[name].scale)
-    return found
+    factors = run.factors(state=state)
+    found = {name: in_use(update, factors[name].get("diagonal")) for name, update in updates.items()}
+    return {name: update for name, update in found.items() if update.rank}
 
 
 def _weights(run: Run, state: str) -> dict[str, np.ndarray]:

@@ -149,7 +149,9 @@ class norms(Observer):
                 yield from _norm_records(label, parts)
         yield from self._block_records(trained, found)
         for module, delta in trained.deltas.items():
-            adapter = math.fsum(squares(factor) for factor in delta.factors().values())
+            # What the optimizer never sees, such as mean gates, is no part of the adapter's size.
+            kept = {id(buffer) for buffer in delta.buffers()}
+            adapter = math.fsum(squares(factor) for factor in delta.factors().values() if id(factor) not in kept)
             yield Record("adapter_norm", math.sqrt(adapter), module)
             yield Record("rank", delta.rank, module)
         yield from self._rank_records(step, trained, updates)

@@ -59,6 +59,7 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
     kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not kept:
         raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
+    refuse_inexact(run, {name: updates[name] for name in kept})
     alphas = {name: _alpha(updates[name].scale, rank) for name, rank in kept.items()}
     common_rank, common_alpha = _mode(kept.values()), _mode(alphas.values())
     return {
@@ -68,6 +69,14 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
         "rank_pattern": {_exactly(name): rank for name, rank in kept.items() if rank != common_rank},
         "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
+
+
+def refuse_inexact(run: Any, updates: Mapping[str, LowRank]) -> None:
+    """Raise a ValueError where an update is more than a product of two factors."""
+    routed = next((name for name, update in updates.items() if not getattr(update, "exact", True)), None)
+    if routed is not None:
+        why = "no LoRA holds its router, so it cannot be exported"
+        raise ValueError(f"run {run.id} ({run.label}): the update of {routed} depends on its input, {why}")
 
 
 def _exactly(name: str) -> str:

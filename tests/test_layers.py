@@ -22,7 +22,7 @@ LAYERS = [
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
     ["checkpoints", "analysis", "models"],
     ["plots", "claims", "inspection", "export", "delta"],
-    ["screen", "ablation"],
+    ["screen", "ablation", "gating"],
     ["heads", "method"],
     ["methods", "trained"],
     ["state", "observe"],

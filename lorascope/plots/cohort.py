@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorascope import records
 from lorascope.chart import Band, Line, Mark, Point
-from lorascope.plots.catalogue import lack
+from lorascope.plots.catalogue import FIGURES, SPECTRA, UPDATES, lack
 from lorascope.records import QUANTITIES
 from lorascope.run import Run
 
@@ -19,6 +19,7 @@ Runs: TypeAlias = Run | Sequence[Run] | Mapping[str, Run | Sequence[Run]]
 
 INTERVAL = "95 % t-interval over seeds"
 _SAME = ("model", "task", "recipe", "settings")
+_OF_UPDATES = {UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"}
 _POOLS = {"norm": "root of summed squares", "sum": "sum", "mean": "mean"}
 
 
@@ -90,7 +91,13 @@ class Cohort:
         several = any(len(group.runs) > 1 for group in self.groups)
         sample = self.sample
         shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
-        return " ".join([*sentences, shown])
+        return " ".join([*sentences, *self._gated(), shown])
+
+    def _gated(self) -> list[str]:
+        """What is shown of updates that depend on the input, where the figure is about updates."""
+        about_updates = self.name in FIGURES and not _OF_UPDATES.isdisjoint(FIGURES[self.name].needs)
+        gated = [group.label for group in self.groups if about_updates and not all(map(_is_exact, group.runs))]
+        return [f"Updates of {', '.join(gated)} at mean gates."] if gated else []
 
 
 def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
@@ -142,6 +149,15 @@ def axis_label(quantity: str) -> str:
     """Label and unit of a quantity."""
     entry = QUANTITIES[quantity]
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
+
+
+def _is_exact(run: Run) -> bool:
+    """Are the updates what the run adds, whatever the input? One module tells for all."""
+    try:
+        updates = run.updates()
+    except ValueError:  # nothing was kept at its last step
+        return True
+    return all(getattr(updates[name], "exact", True) for name in list(updates)[:1])
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:

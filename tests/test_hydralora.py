@@ -1,0 +1,687 @@
+"""HydraLoRA against the paper's arithmetic, LoRA with the same factors, and gates counted one token at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+
+import killing
+import numpy as np
+import pytest
+import torch
+from test_resume import same
+from tiny import inputs, tiny
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorascope as ls
+from lorascope import export, models, observe, plots
+from lorascope.analysis.clusters import choose_heads, chord_distance, cluster_selection
+from lorascope.delta import adapted, attach, deltas, fold
+from lorascope.gating import Gates, watch
+from lorascope.method import METHODS, config, from_config
+from lorascope.methods import HydraLoRA, LoRA
+from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
+from lorascope.methods.lora import LoRADelta
+from lorascope.run import Run
+from lorascope.update import norms
+
+FAST = {"steps": 5, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
+FFN = ("ffn_in", "ffn_out")
+
+
+def double(kind=RoutedDelta, number=3, split=False, seed=0, dropout=0.0):
+    """A linear 6 -> 4 in float64 with heads of rank 2 whose factors are all random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        host = nn.Linear(6, 4).double()
+        delta = kind(host, 2, number, 1.5, dropout, split)
+        nn.init.normal_(delta.B)
+    attach(host, {"": delta})
+    return host
+
+
+def heads(delta: HydraDelta) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """B_i and its A, cut out of the parameters by hand."""
+    rank = delta.B.shape[1] // delta.number
+    shared = len(delta.A) == rank
+    return [
+        (delta.B[:, i * rank : (i + 1) * rank], delta.A if shared else delta.A[i * rank : (i + 1) * rank])
+        for i in range(delta.number)
+    ]
+
+
+def by_loop(host: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Equation 3, head by head."""
+    delta = host.delta
+    gates = torch.softmax(x @ delta.router.T, -1)
+    added = sum(gates[..., i, None] * (x @ A.T @ B.T) for i, (B, A) in enumerate(heads(delta)))
+    return x @ host.weight.T + host.bias + delta.scale * added
+
+
+def filled(model: nn.Module) -> nn.Module:
+    """Give B values as after training."""
+    for seed, delta in enumerate(adapted(model).values()):
+        nn.init.normal_(delta.B, std=0.1, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+# -- the map ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_worked_example():
+    host = nn.Linear(3, 2, bias=False).double()
+    delta = RoutedDelta(host, 1, 2, 2)
+    host.weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).double()
+    delta.A.data = torch.tensor([[0.5, -1, 1]]).double()
+    delta.B.data = torch.tensor([[1.0, 0], [0, 2]]).double()
+    delta.router.data = torch.tensor([[0.0, 1, 0], [1, 0, 1]]).double()
+    attach(host, {"": delta})
+    x = torch.tensor([[1.0, 2, -1]]).double()
+    assert delta.gates(x)[0].tolist() == pytest.approx([0.8807970780, 0.1192029220], abs=1e-10)
+    assert host(x)[0].tolist() == pytest.approx([-3.4039853899, 0.8079707798], abs=1e-10)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6)])
+def test_loop_concatenation_and_merging_b_first_are_one_map(split, shape):
+    host = double(split=split)
+    x = torch.randn(*shape, dtype=torch.float64)
+    y, delta = host(x), host.delta
+    assert y.shape == (*shape[:-1], 4)
+    assert torch.allclose(y, by_loop(host, x), rtol=0, atol=1e-12)
+    assert torch.allclose(host.weight.new_tensor(0) + delta(x), y - nn.functional.linear(x, host.weight, host.bias))
+    for token, found in zip(x.reshape(-1, 6), y.reshape(-1, 4), strict=True):
+        merged = host.weight + delta.weight(gates=torch.softmax(delta.router @ token, 0))
+        assert torch.allclose(merged @ token + host.bias, found, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_without_router_the_heads_are_mixed_evenly_and_there_is_one_matrix(split):
+    host = double(HydraDelta, split=split)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    mean = sum(B @ A for B, A in heads(host.delta)) / 3
+    assert torch.allclose(host.delta.weight(), host.delta.scale * mean, rtol=0, atol=1e-12)
+    assert torch.allclose(host.delta(x), x @ host.delta.weight().T, rtol=0, atol=1e-12)
+    assert host.delta.linear
+    assert host.delta.update().exact
+    assert dict(host.delta.named_parameters()).keys() == {"A", "B"}
+
+
+@pytest.mark.parametrize("kind", [HydraDelta, RoutedDelta])
+def test_one_head_is_lora_bit_for_bit_whatever_the_router(kind):
+    for autocast in (False, True):
+        host, plain = nn.Linear(6, 4), nn.Linear(6, 4)
+        delta, lora = kind(host, 2, 1, 1.5), LoRADelta(plain, 2, 1.5)
+        nn.init.normal_(delta.B)
+        plain.load_state_dict(host.state_dict())
+        lora.A.data, lora.B.data = delta.A.data.clone(), delta.B.data.clone()
+        attach(host, {"": delta})
+        attach(plain, {"": lora})
+        x = torch.randn(2, 5, 6)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            one, other = host(x), plain(x)
+        assert torch.equal(one, other)
+        for output in (one, other):
+            output.square().sum().backward()
+        assert torch.equal(delta.A.grad, lora.A.grad)
+        assert torch.equal(delta.B.grad, lora.B.grad)
+
+
+def lora_of(host: nn.Module, B: torch.Tensor) -> nn.Module:
+    plain = nn.Linear(6, 4).double()
+    plain.load_state_dict({name: value for name, value in host.state_dict().items() if "delta" not in name})
+    lora = LoRADelta(plain, 2, host.delta.scale)
+    lora.A.data, lora.B.data = host.delta.A.data, B.data
+    attach(plain, {"": lora})
+    return plain
+
+
+def test_equal_heads_are_lora_whatever_the_router():
+    host = double()
+    host.delta.B.data = host.delta.B.data[:, :2].repeat(1, 3)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    assert torch.allclose(host(x), lora_of(host, host.delta.B[:, :2])(x), rtol=0, atol=1e-12)
+
+
+def test_a_zero_router_is_lora_of_the_mean_head():
+    host = double()
+    nn.init.zeros_(host.delta.router)
+    mean = host.delta.B.unflatten(1, (3, 2)).mean(1)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    assert torch.allclose(host(x), lora_of(host, mean)(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_order_of_heads_and_a_shift_of_all_logits_do_not_matter(split):
+    host = double(split=split)
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    before, delta, order = host(x), host.delta, [2, 0, 1]
+    delta.B.data = delta.B.data.unflatten(1, (3, 2))[:, order].flatten(1)
+    delta.router.data = delta.router.data[order]
+    if split:
+        delta.A.data = delta.A.data.unflatten(0, (3, 2))[order].flatten(0, 1)
+    assert torch.allclose(host(x), before, rtol=0, atol=1e-12)
+    delta.router.data += torch.randn(6, dtype=torch.float64)
+    assert torch.allclose(host(x), before, rtol=0, atol=1e-12)
+
+
+def test_gates_are_shares_and_their_entropy_lies_between_0_and_ln_n():
+    delta = RoutedDelta(nn.Linear(6, 4), 2, 5)
+    delta.router.data *= 20
+    gates = delta.gates(3 * torch.randn(50, 7, 6))
+    assert (gates >= 0).all()
+    assert torch.allclose(gates.sum(-1), torch.ones(50, 7), atol=1e-6)
+    entropy = torch.distributions.Categorical(gates).entropy()
+    assert entropy.min() >= 0
+    assert entropy.max() <= math.log(5) + 1e-6
+    assert entropy.max() > 10 * entropy.min()
+
+
+def test_the_router_stays_in_float32_under_autocast_and_in_half_precision():
+    x = torch.randn(4, 6)
+    delta = RoutedDelta(nn.Linear(6, 4), 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = delta.gates(x)
+        y = delta(x)
+    assert torch.equal(gates, delta.gates(x))
+    assert (gates.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+    small = RoutedDelta(nn.Linear(6, 4, dtype=torch.bfloat16), 2, 3)
+    assert (small.A.dtype, small.router.dtype) == (torch.bfloat16, torch.float32)
+    assert small(x.bfloat16()).dtype == torch.bfloat16
+    assert small.gates(x.bfloat16()).dtype == torch.float32
+
+
+def test_the_router_sees_the_input_before_dropout_and_all_heads_the_same_mask():
+    host = double(dropout=0.5)
+    x = torch.randn(50, 6, dtype=torch.float64)
+    delta = host.delta.train()
+    torch.manual_seed(3)
+    y = delta(x)
+    torch.manual_seed(3)
+    kept = nn.functional.dropout(x, 0.5)
+    gates = torch.softmax(x @ delta.router.T, -1)
+    expected = sum(gates[:, i, None] * (kept @ A.T @ B.T) for i, (B, A) in enumerate(heads(delta)))
+    assert torch.allclose(y, delta.scale * expected, rtol=0, atol=1e-12)
+    assert torch.equal(delta.eval()(x), delta(x))
+
+
+# -- start and symmetry -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("heads", ["shared", "split"])
+def test_training_starts_at_the_base_and_moves_b_first(family, heads):
+    model = tiny(family).requires_grad_(False)
+    before = model(**inputs(model)).logits
+    HydraLoRA(targets="all-linear", heads=heads).attach(model)
+    after = model(**inputs(model)).logits
+    assert torch.equal(after, before)
+    after.square().sum().backward()
+    for delta in adapted(model).values():
+        assert not delta.A.grad.any()
+        assert not delta.router.grad.any()
+        assert all(B.any() for B in delta.B.grad.unflatten(1, (3, 4)).unbind(1))
+        assert delta.A.any()
+        assert delta.router.any()
+
+
+def test_a_and_router_are_kaiming_uniform():
+    delta = RoutedDelta(nn.Linear(768, 10), 32, 64, split=True)
+    for start in (delta.A.detach(), delta.router.detach()):
+        assert 0.99 * 768**-0.5 < start.abs().max() <= 768**-0.5
+        assert start.std().item() == pytest.approx((3 * 768) ** -0.5, rel=0.01)
+
+
+def test_a_zero_router_never_breaks_symmetry_and_the_default_one_does():
+    torch.manual_seed(0)
+    x = torch.randn(256, 6, dtype=torch.float64)
+    kinds = torch.arange(256) % 3
+    goals = torch.randn(3, 4, 6, dtype=torch.float64)
+    y = torch.einsum("nof,nf->no", goals[kinds], x + 3 * torch.eye(3, 6)[kinds])
+    loss = {}
+    for start in ("zero", "default"):
+        host = double(seed=1)
+        nn.init.zeros_(host.delta.B)
+        if start == "zero":
+            nn.init.zeros_(host.delta.router)
+        host.requires_grad_(False)
+        optimizer = torch.optim.Adam(host.delta.requires_grad_(True).parameters(), lr=0.02)
+        for _ in range(300):
+            optimizer.zero_grad()
+            error = (host(x + 3 * torch.eye(3, 6)[kinds]) - y).square().mean()
+            error.backward()
+            optimizer.step()
+        apart = host.delta.B.unflatten(1, (3, 2)).std(1).max().item()
+        loss[start] = error.item()
+        if start == "zero":
+            assert apart < 1e-12
+            assert host.delta.router.abs().max() < 1e-6
+        else:
+            assert apart > 0.1
+    assert loss["default"] < 0.9 * loss["zero"]
+
+
+# -- method -----------------------------------------------------------------------------------------------------------
+
+LLAMA = 6_738_415_616
+COUNTS = [
+    (("q", "v"), 8, 3, 8_388_608, 0.124, 0.136),
+    (("q", "v"), 8, 10, 23_068_672, 0.342, 0.381),
+    (("q", "v"), 4, 4, 5_242_880, 0.078, 0.093),
+    (None, 8, 3, 24_969_216, 0.371, 0.398),
+    (None, 8, 10, 71_761_920, 1.065, 1.156),
+    (None, 4, 4, 15_826_944, 0.235, 0.271),
+]
+
+
+@pytest.mark.parametrize(("targets", "rank", "number", "count", "share", "with_router"), COUNTS)
+def test_parameter_counts_of_the_paper(targets, rank, number, count, share, with_router):
+    """LLaMA2-7B by one of its 32 equal blocks; the paper's shares leave the router out."""
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
+        HydraLoRA(targets=targets, rank=rank, number=number).attach(model)
+    found = adapted(model).values()
+    factors = 32 * sum(delta.A.numel() + delta.B.numel() for delta in found)
+    whole = 32 * sum(p.numel() for delta in found for p in delta.parameters())
+    assert factors == count
+    assert (round(100 * factors / LLAMA, 3), round(100 * whole / LLAMA, 3)) == (share, with_router)
+
+
+def test_split_heads_of_the_table_cost_what_their_lora_does():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=1, num_attention_heads=32)
+        )
+        HydraLoRA(targets=("q", "v"), rank=8, number=4, heads="split", router="uniform").attach(model)
+    assert 32 * sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 16_777_216
+
+
+@pytest.mark.parametrize(("family", "count"), [("bert", 4), ("llama", 6), ("gpt2", 4)])
+def test_the_feed_forward_part_is_adapted_by_default(family, count):
+    model = tiny(family)
+    HydraLoRA().attach(model)
+    assert len(adapted(model)) == count
+    assert {type(delta) for delta in adapted(model).values()} == {RoutedDelta}
+
+
+def test_a_single_head_or_even_mixing_has_no_router():
+    for method in (HydraLoRA(number=1), HydraLoRA(router="uniform")):
+        model = tiny("bert")
+        method.attach(model)
+        assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}
+        before = filled(model)(**inputs(model)).logits
+        fold(model)
+        assert torch.allclose(model(**inputs(model)).logits, before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"rank": 0}, "rank 0 is too small"),
+        ({"number": 0}, "number 0 is too small"),
+        ({"gates_every": 0}, "gates_every 0"),
+        ({"heads": "both"}, "heads 'both' is unknown: 'shared' or 'split'"),
+        ({"router": "hard"}, "router 'hard' is unknown: 'learned' or 'uniform'"),
+    ],
+)
+def test_wrong_settings_are_told_in_one_line(fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        HydraLoRA(**fields)
+
+
+def test_an_embedding_is_refused_and_nothing_is_attached():
+    model = tiny("bert")
+    with pytest.raises(ValueError, match=r"word_embeddings' is an embedding: .* a router needs a vector") as raised:
+        HydraLoRA(targets=("q", "embed")).attach(model)
+    assert "\n" not in str(raised.value)
+    assert not adapted(model)
+
+
+def test_the_method_is_registered_and_survives_json():
+    assert METHODS["hydralora"] is HydraLoRA
+    for method in (HydraLoRA(), HydraLoRA(heads="split", router="uniform", number=7, targets=("q",))):
+        assert from_config(config(method)) == method
+    assert HydraLoRA(heads="split").label() == "HydraLoRA, heads split"
+
+
+def test_a_routed_update_has_no_matrix_of_its_own():
+    model = tiny("bert")
+    HydraLoRA().attach(model)
+    delta = next(iter(adapted(model).values()))
+    with pytest.raises(ValueError, match="depends on its input"):
+        delta.weight()
+    with pytest.raises(ValueError, match="cannot be folded: a RoutedDelta depends on its input"):
+        fold(model)
+
+
+@pytest.mark.parametrize("heads", ["shared", "split"])
+def test_the_update_is_that_at_the_mean_gates(heads):
+    model = tiny("bert")
+    HydraLoRA(heads=heads, targets="all-linear").attach(model)
+    filled(model)
+    found = dict(deltas(model))
+    assert len(found) == 12
+    for name, delta in adapted(model).items():
+        delta.mean_gates_.copy_(torch.tensor([0.5, 0.2, 0.3]))
+        update = delta.update()
+        assert np.allclose(update.dense(), delta.weight(gates=delta.mean_gates_).detach().numpy(), atol=1e-7)
+        assert update.rank == delta.rank == (4 if heads == "shared" else 12)
+        assert not update.exact
+        even = delta.weight(gates=torch.full((3,), 1 / 3)).detach().numpy()
+        assert np.allclose(found[name].dense(), even, atol=1e-7)
+
+
+def test_a_copy_is_a_model_of_its_own():
+    model = tiny("bert")
+    HydraLoRA().attach(model)
+    before = filled(model)(**inputs(model)).logits
+    twin = copy.deepcopy(model)
+    for delta in adapted(twin).values():
+        nn.init.zeros_(delta.B)
+    assert torch.equal(model(**inputs(model)).logits, before)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_padding_and_the_order_of_rows_make_no_difference(family):
+    model = tiny(family)
+    HydraLoRA(targets="all-linear", rank=2).attach(model)
+    filled(model)
+    batch = inputs(model)
+    found = model(**batch).logits
+    turned = model(**{name: values.flip(0) for name, values in batch.items()}).logits
+    assert torch.allclose(turned.flip(0), found, atol=1e-6)
+    padded = {name: nn.functional.pad(values, (0, 4)) for name, values in batch.items()}
+    wider = model(**padded).logits
+    assert torch.allclose(wider[:, : found.shape[1]] if family == "gpt2" else wider, found, atol=1e-5)
+
+
+# -- what is recorded -------------------------------------------------------------------------------------------------
+
+
+def routers(model: nn.Module):
+    return {name: delta.gates for name, delta in adapted(model).items()}
+
+
+def by_hand(model: nn.Module, name: str, batch: dict, counted: torch.Tensor):
+    """The gates of a module, token by token: a list a row."""
+    inputs_of: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _, given, __: inputs_of.append(given[0]))
+    with torch.no_grad():
+        model(**batch)
+    handle.remove()
+    router = adapted(model)[name].router.detach()
+    return [
+        [torch.softmax(router @ vector, 0).double().numpy() for vector, real in zip(row, keep, strict=True) if real]
+        for row, keep in zip(inputs_of[0], counted, strict=True)
+    ]
+
+
+def test_gates_are_those_of_the_tokens_that_are_no_padding():
+    model = tiny("bert")
+    HydraLoRA(targets="all-linear").attach(filled(model))
+    for delta in adapted(model).values():
+        delta.router.data *= 10
+    batch = inputs(model)
+    batch["attention_mask"][0, 3:] = 0
+    batch["attention_mask"][2, 5:] = 0
+    seen = watch(model, routers(model), batch, lambda: model(**batch))
+    for name in adapted(model):
+        rows = by_hand(model, name, batch, batch["attention_mask"].bool())
+        every = np.array([gates for row in rows for gates in row])
+        assert len(every) == 3 + 7 + 5
+        assert seen[name].mean == pytest.approx(every.mean(0), abs=1e-7)
+        assert seen[name].entropy == pytest.approx(-(every * np.log(every)).sum(1).mean(), abs=1e-7)
+        first, second = np.array([*rows[0], *rows[2]]).mean(0), np.array(rows[1]).mean(0)
+        by_group = seen[name].by_group(["b", "a", "b"])
+        assert by_group == pytest.approx(np.array([second, first]), abs=1e-7)
+
+
+def test_in_an_encoder_decoder_either_side_has_its_own_padding():
+    model = tiny("t5")
+    HydraLoRA(targets=("ffn_in", "k", "cross_k")).attach(model)
+    filled(model)
+    batch = inputs(model, length=6)
+    batch["labels"] = batch.pop("decoder_input_ids").clone()
+    batch["attention_mask"][:, 4:] = 0
+    batch["labels"][:, 1:] = -100
+    seen = watch(model, routers(model), batch, lambda: model(**batch))
+    for name, gates in seen.items():
+        decoded = name.startswith("decoder") and "EncDecAttention" not in name
+        assert gates.tokens.tolist() == ([1.0] * 3 if decoded else [4.0] * 3), name
+
+
+def test_a_module_that_gets_one_vector_a_row_counts_rows():
+    model = tiny("bert")
+    HydraLoRA(targets=("bert.pooler.dense",)).attach(model)
+    batch = inputs(model)
+    seen = watch(model, routers(model), batch, lambda: model(**batch))
+    assert seen["bert.pooler.dense"].tokens.tolist() == [1.0] * 3
+
+
+def test_looking_leaves_mode_generator_and_hooks_as_they_were():
+    model = tiny("bert").train()
+    HydraLoRA().attach(model)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    batch = inputs(model)
+    watch(model, routers(model), batch, lambda: model(**batch))
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(ZeroDivisionError):
+        watch(model.eval(), routers(model), batch, lambda: 1 / 0)
+    assert not model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_information_is_that_of_the_joint_table():
+    """Groups tell the head of two apart half of the time: I = sum p ln(p / (p_group p_head)) of the joint table."""
+    gates = Gates(np.array([[3.0, 1], [1, 3], [3, 1], [1, 3]]), np.zeros(4), np.full(4, 4.0))
+    joint = np.array([[3, 1], [1, 3]]) / 8
+    expected = (joint * np.log(joint / 0.25)).sum()
+    assert gates.information(["a", "b", "a", "b"]) == pytest.approx(expected)
+    assert gates.information(["a", "a", "b", "b"]) == pytest.approx(0, abs=1e-12)
+    # By lot the pairs of rows are alike in one of three cases.
+    assert gates.information_by_chance(["a", "b", "a", "b"]) == pytest.approx(expected / 3, abs=0.03)
+    certain = Gates(np.eye(3), np.zeros(3), np.ones(3))
+    assert certain.information(["a", "b", "c"]) == pytest.approx(math.log(3))
+
+
+def test_groups_count_alike_however_many_tokens_they_have():
+    gates = Gates(np.array([[9.0, 0], [0, 1.0]]), np.zeros(2), np.array([9.0, 1]))
+    assert gates.mean.tolist() == [0.9, 0.1]
+    assert gates.information(["a", "b"]) == pytest.approx(math.log(2))
+
+
+def test_similarity_of_heads_is_the_cosine_of_b():
+    B = np.array([[[1.0], [0]], [[3], [3]], [[0], [0]], [[-2], [0]]])
+    found = head_similarity(B)
+    assert found[:2, :2] == pytest.approx(np.array([[1, 0.5**0.5], [0.5**0.5, 1]]))
+    assert found[0, 3] == -1
+    assert np.isnan(found[2]).all()
+
+
+@pytest.fixture(scope="module")
+def run(bert, task, tmp_path_factory) -> Run:
+    """Five steps of HydraLoRA on the reviews in two domains, gates looked at every second step."""
+    model = models.load(bert, task=task)
+    return ls.train(
+        model, task, HydraLoRA(gates_every=2), out=tmp_path_factory.mktemp("runs") / "run",
+        observe=[observe.norms(every=1)], **FAST,
+    )  # fmt: skip
+
+
+def restored(run: Run, bert: str, task) -> nn.Module:
+    model = models.load(bert, task=task)
+    run.restore(model)
+    return model
+
+
+def test_a_run_records_gates_at_their_steps(run, bert, task):
+    table = run.table
+    gate = table[table["quantity"] == "gate"]
+    assert sorted(gate["step"].unique()) == [0, 2, 4, 5]
+    assert set(gate["index"]) == {0, 1, 2}
+    assert gate.groupby(["step", "module"], observed=True)["value"].sum().to_numpy() == pytest.approx(1)
+    assert gate["module"].nunique() == 4
+    for quantity in ("gate_entropy", "gate_information", "gate_chance"):
+        assert sorted(table.loc[table["quantity"] == quantity, "step"].unique()) == [0, 2, 4, 5]
+    assert (table.loc[table["quantity"] == "gate_information", "value"] > 0).all()
+    model = restored(run, bert, task)
+    for name, delta in adapted(model).items():
+        last = gate[(gate["module"] == name) & (gate["step"] == 5)].sort_values("index")["value"]
+        assert delta.mean_gates_.numpy() == pytest.approx(last.to_numpy(), abs=1e-6)
+
+
+def test_gates_of_a_run_are_those_of_the_held_out_text(run, bert, task):
+    model = restored(run, bert, task)
+    rows = task.encode(models.tokenizer(model), task.split("validation").head(16))
+    batch = rows.batch(range(16))
+    name = "bert.encoder.layer.1.output.dense"
+    tokens = by_hand(model, name, batch, batch["attention_mask"].bool())
+    film = np.array([gates for row, group in zip(tokens, rows.groups, strict=True) for gates in row if group == "film"])
+    found = run.snapshot(f"{name}/gate_by_domain", 5)
+    assert found.columns.tolist() == ["domain", "head", "step", "value"]
+    assert found.loc[found["domain"] == "film", "value"].to_numpy() == pytest.approx(film.mean(0), abs=1e-6)
+    assert run.snapshot_steps(f"{name}/gate_by_domain") == run.snapshot_steps(f"{name}/head_similarity") == [0, 5]
+    heads = adapted(model)[name].B.detach().unflatten(1, (3, 4)).transpose(0, 1).flatten(1)
+    cosine = nn.functional.cosine_similarity(heads[0], heads[2], 0).item()
+    similarity = run.snapshot(f"{name}/head_similarity", 5).set_index(["head", "other_head"])["value"]
+    assert similarity[0, 2] == pytest.approx(cosine, abs=1e-6)
+    assert run.snapshot(f"{name}/head_similarity", 0)["value"].isna().all()
+
+
+def test_everything_downstream_goes_by_the_update_at_mean_gates(run, bert, task):
+    model = restored(run, bert, task)
+    stored, summary = run.updates(), run.summary().set_index("module")
+    at_end = run.table[run.table["step"] == 5].set_index(["quantity", "module"])["value"]
+    assert run.ranks() == {name: 4 for name in adapted(model)}
+    for name, delta in adapted(model).items():
+        update = delta.update()
+        assert np.array_equal(stored[name].dense(), update.dense())
+        assert stored[name].exact is update.exact is False
+        assert not summary.loc[name, "exact"]
+        assert summary.loc[name, "update_norm"] == pytest.approx(update.norm(), rel=1e-6)
+        assert at_end["effective_rank", name] == pytest.approx(update.effective_rank(), rel=1e-6)
+        squares = sum(float(p.detach().double().square().sum()) for p in delta.parameters())
+        assert at_end["adapter_norm", name] == pytest.approx(squares**0.5, rel=1e-6)
+
+
+def test_the_best_state_keeps_the_gates_that_its_records_go_by(run):
+    summary = run.summary(state="best").dropna(subset="rank").set_index("module")
+    updates = run.updates(state="best")
+    for name, update in updates.items():
+        assert summary.loc[name, "update_norm"] == pytest.approx(update.norm(), rel=1e-6)
+
+
+def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):
+    for method in (HydraLoRA(dropout=0.1), HydraLoRA(heads="split", router="uniform")):
+        model = models.load(bert, task=task)
+        found = ls.train(model, task, method, out=tmp_path / method.heads, **FAST)
+        again = restored(found, bert, task)
+        batch = inputs(again)
+        assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
+        for name, delta in adapted(model).items():
+            assert torch.equal(adapted(again)[name].mean_gates_, delta.mean_gates_)
+
+
+def test_gpt2_and_bfloat16_train(gpt2, task, tmp_path):
+    model = models.load(gpt2, task=task)
+    found = ls.train(model, task, HydraLoRA(targets="all-linear"), out=tmp_path / "run", precision="bf16", **FAST)
+    entropy = found.table[found.table["quantity"] == "gate_entropy"]
+    assert entropy["module"].nunique() == 8
+    assert entropy["value"].between(0, math.log(3) + 1e-6).all()
+    assert all(update.norm() > 0 for update in found.updates().values())
+
+
+def test_a_router_cannot_be_exported_but_even_mixing_can(run, bert, task, tmp_path):
+    for refused in (lambda: export.to_peft(run, tmp_path / "out"), run.lora_config):
+        with pytest.raises(ValueError, match=r"depends on its input.* router") as raised:
+            refused()
+        assert "\n" not in str(raised.value)
+    model = models.load(bert, task=task)
+    method = HydraLoRA(heads="split", router="uniform", rank=2)
+    even = ls.train(model, task, method, out=tmp_path / "even", **FAST)
+    loaded = ls.load(export.to_peft(even, tmp_path / "peft")).updates()
+    for name, update in even.updates().items():
+        assert update.exact
+        assert np.allclose(loaded[name].dense(), update.dense(), atol=1e-7)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label", "group"]].to_csv(table, index=False)
+    method = json.dumps(config(HydraLoRA(gates_every=1, dropout=0.1, lr=1e-2)))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    jobs = [{"out": str(whole)}, {"out": str(out), "kill after": "resume/*"}, {"out": str(out)}]
+    command = [sys.executable, killing.__file__, bert, str(table)]
+    lines = "".join(json.dumps({"method": method} | job) + "\n" for job in jobs)
+    told = subprocess.run(
+        command, input=lines, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert told.stdout.split() == ["0", "-9", "0"], told.stderr
+    same(whole, out)
+
+
+def test_figures_of_updates_say_that_they_are_at_mean_gates(run, bert, task, tmp_path):
+    note = "at mean gates"
+    assert note in plots.update_norm(run).caption
+    assert note in plots.spectrum(run).caption
+    plain = ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "plain", **FAST)
+    assert note not in plots.update_norm(plain).caption
+    assert note in plots.update_norm({"hydra": run, "plain": plain}).caption
+
+
+# -- the number of heads ----------------------------------------------------------------------------------------------
+
+TOPICS = ("law court judge appeal verdict", "cell gene protein enzyme blood", "guitar drum melody chorus piano")
+
+
+def corpus(kinds: int, seed: int = 0) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(TOPICS[number % kinds].split(), 4)) for number in range(40 * kinds)]
+
+
+def test_three_vocabularies_are_three_heads():
+    found = cluster_selection(corpus(3))
+    assert found["k"].tolist() == list(range(1, 11))
+    assert choose_heads(corpus(3)) == 3
+    assert ls.choose_heads(corpus(2)) == 2
+    assert found.loc[found["chosen"], "k"].tolist() == [3]
+    assert found["sse"].is_monotonic_decreasing
+
+
+def test_the_error_is_the_squared_distance_to_the_centres():
+    """One cluster: n - |sum of the unit vectors|^2 / n."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = corpus(3)
+    vectors = TfidfVectorizer().fit_transform(texts).toarray()
+    assert cluster_selection(texts, most=2)["sse"][0] == pytest.approx(120 - np.square(vectors.sum(0)).sum() / 120)
+
+
+def test_distance_to_the_chord():
+    assert chord_distance(np.array([4.0, 1, 0.5, 0])) == pytest.approx(
+        np.array([0, (1 - 1 / 3 - 1 / 4), (1 - 2 / 3 - 1 / 8), 0]) / 2**0.5
+    )
+    assert chord_distance(np.array([1.0, 1])).tolist() == [0, 0]
+
+
+def test_few_distinct_texts_give_few_clusters():
+    assert cluster_selection(["one apple", "two pears"] * 5)["k"].tolist() == [1, 2]
+    assert choose_heads(["the same words"] * 5) == 1
+
+
+def test_heads_have_norms_by_small_matrices_alone():
+    """|B A|^2 = tr((B^T B)(A A^T)), as for any product."""
+    host = double()
+    update = host.delta.update()
+    gram = np.trace((update.B.T @ update.B) @ (update.A @ update.A.T))
+    assert norms([update])[0] ** 2 == pytest.approx(update.scale**2 * gram, rel=1e-10)
+    assert norms([update])[0] == pytest.approx(np.linalg.norm(update.dense()), rel=1e-10)

@@ -4,6 +4,7 @@
 catalogue, ``available(run)`` says what can be drawn.
 """
 
+from lorascope.plots.atlas import atlas
 from lorascope.plots.catalogue import FIGURES, Figure, available
 from lorascope.plots.components import importance
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
@@ -19,6 +20,7 @@ __all__ = [
     "adapted_types",
     "against_truth",
     "agreement",
+    "atlas",
     "available",
     "importance",
     "mean_norm",

@@ -1,0 +1,147 @@
+"""The figure of all methods at once: every one has an update, so every one can be asked the same questions of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations, product
+
+import pandas as pd
+
+from lorascope.analysis import atlas as analysis
+from lorascope.analysis.spectra import singular_values
+from lorascope.analysis.stats import band
+from lorascope.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
+from lorascope.plots.catalogue import SPECTRA, figure
+from lorascope.plots.cohort import Cohort, Group, Runs, define, gather, lines
+from lorascope.plots.norms import update_norm
+from lorascope.run import Run
+
+_NOT_KEPT = "not kept"
+
+
+@figure(
+    needs=("learned_norm", SPECTRA),
+    runs=2,
+    reads="Three answers of every method to one question, what its update is: how many directions it uses and how "
+    "evenly, in which layers it lies, and whether two methods move the same directions. An angle tells something only "
+    "where it lies well below the one by chance, in brackets; on the diagonal, seeds of one recipe are compared.",
+    misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
+    "A small angle between runs of one seed may be a start they share, and FourierFT's frequencies are the same in all "
+    "its runs. A mixture has no single update; it is shown at its mean gates.",
+)
+def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
+    """Spectra, norms by layer, and angles between the updates of all methods that were run on one task.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of one model on one task.
+    module : str, optional
+        Whose spectrum to draw; by default all modules pooled whose spectrum every run holds.
+    k : int
+        Leading directions that are compared.
+
+    Raises
+    ------
+    ValueError
+        There are not two runs, or they differ in task or model.
+    """
+    cohort = gather("atlas", runs, control)
+    cohort.require("learned_norm", SPECTRA)
+    _check(cohort, k)
+    spectrum, modules = _spectrum(cohort, module)
+    heat, told = _angles(cohort, k)
+    caption = cohort.caption(
+        f"Singular values of the update: {modules}. {define('learned_norm')} Angles: mean over outputs and inputs, "
+        f"over modules and over pairs of runs of the principal angles between the first {k} directions, fewer where an "
+        "update has fewer; in brackets that of as many random directions.",
+        *told,
+        *_mixtures(cohort),
+    )
+    norms = update_norm(runs, control, "learned_norm")
+    norms = replace(norms, title="What training added", y=replace(norms.y, log=True), meta=cohort.meta)
+    top = beside(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
+    return above(top, replace(heat, caption=caption))
+
+
+def _check(cohort: Cohort, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"atlas: k = {k} directions are none to compare: give 1 or more")
+    if len(cohort.runs) < 2:
+        raise ValueError(f"atlas takes two runs or more, got {len(cohort.runs)}")
+    first = cohort.runs[0]
+    for key in ("task", "model"):
+        for run in cohort.runs:
+            if run.meta[key] != first.meta[key]:
+                raise ValueError(
+                    f"atlas compares runs of one {key}; got {first.meta[key]} (run {first.id}) "
+                    f"and {run.meta[key]} (run {run.id})"
+                )
+
+
+def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
+    """Singular values of one module or of all common ones, and which these are in words."""
+    held = {run.id: singular_values(run) for run in cohort.runs}
+    common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
+    if not common or module not in (None, *common):
+        some = ", ".join(common[:5]) or "none in common"
+        raise ValueError(f"atlas: not all runs hold {module or 'one module'}; they hold {some}")
+    chosen = common if module is None else [module]
+    values = pd.concat(analysis.pooled(found, chosen).assign(run=run) for run, found in held.items())
+    cells = band(cohort.label(values), ["recipe", "kind", "component"])
+    chart = Chart(
+        cells,
+        lines(cells, "component", points=False),
+        title=f"Spectrum of {module}" if module else "Spectrum",
+        x=Axis(label="component", log=True),
+        y=Axis(label="singular value", log=True),
+        colors=cohort.labels,
+        meta=cohort.meta,
+    )
+    which = f"{len(chosen)} modules that all runs hold" if len(chosen) > 1 else f"{chosen[0]}, which all runs hold"
+    return chart, module or f"root mean square over the {which}"
+
+
+def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
+    """Angles between every two recipes, and which recipes kept no directions."""
+    found = {run.id: _directions(run, k) for run in cohort.runs}
+    rows = []
+    for one, other in product(cohort.groups, repeat=2):
+        if pairs := _pairs(one, other):
+            mean, chance = analysis.angles([(found[first.id], found[second.id]) for first, second in pairs])
+            words = _NOT_KEPT if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"
+            rows.append({"row": one.label, "column": other.label, "value": mean, "chance": chance, "words": words})
+    table = pd.DataFrame(rows)
+    blank = table[table["value"].isna()]
+    marks: list[Mark] = [Heat("column", "row", "value", "mean angle (°)", ".0f", limits=(0, 90), words="words")]
+    marks += [Text("column", "row", "words", data=blank)] if len(blank) else []
+    chart = Chart(
+        table,
+        marks,
+        title="Angles between updates",
+        x=Axis(order=cohort.labels),
+        y=Axis(order=cohort.labels),
+        meta=cohort.meta,
+    )
+    lacking = [group.label for group in cohort.groups if not any(found[run.id] for run in group.runs)]
+    return chart, [f"Kept without directions, as singular values alone: {', '.join(lacking)}."] if lacking else []
+
+
+def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
+    return {module: analysis.leading(update, k) for module, update in run.updates().items()}
+
+
+def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
+    """Every run of one with every run of the other; within one recipe, its seeds."""
+    return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))
+
+
+def _mixtures(cohort: Cohort) -> list[str]:
+    """Which recipes depend on their input, and so are shown by a stand-in."""
+    inexact = [
+        group.label
+        for group in cohort.groups
+        if any(not getattr(update, "exact", True) for run in group.runs for update in run.updates().values())
+    ]
+    return [f"{', '.join(inexact)} at {'its' if len(inexact) == 1 else 'their'} mean gates."] if inexact else []

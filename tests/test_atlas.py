@@ -1,0 +1,166 @@
+"""The atlas of several methods: spectra, norms and angles between their updates, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import MODULES, Values, lookup, plant
+
+from lorascope import plots
+from lorascope.analysis import atlas
+from lorascope.records import Factors, Record
+from lorascope.run import Run
+from lorascope.update import Dense, LowRank
+from lorascope.writer import RunWriter
+
+NORMS: Values = {("learned_norm", module): {9: size} for module, size in (("h.0.q", 3.0), ("h.0.up", 4.0))}
+NORMS = NORMS | {("learned_norm", "h.1.q"): {9: 2.0}}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """``plant`` in a folder of the test, with learned norms."""
+    return partial(plant, tmp_path, values=NORMS)
+
+
+def along(out: int, inner: int, size: float = 1.0) -> tuple[Any, Any]:
+    """Factors (6, 1) and (1, 5) of an update from one unit vector to another."""
+    return size * np.eye(6)[:, [out]], np.eye(5)[[inner]]
+
+
+def panels(drawn: Any) -> list[Any]:
+    return [chart for row in drawn.rows() for chart in row]
+
+
+def test_angles_are_means_over_sides_and_modules(write: Any) -> None:
+    """h.0.q: outputs at a right angle, inputs the same, so 45; h.1.q: both at a right angle, so 90."""
+    first = write("a", label="one", factors={"h.0.q": along(0, 0), "h.1.q": along(0, 0)})
+    second = write("b", label="two", factors={"h.0.q": along(1, 0), "h.1.q": along(3, 4), "h.0.up": along(0, 0)})
+    heat = panels(plots.atlas([first, second], k=3))[2]
+    assert lookup(heat, "row", "column") == pytest.approx({("one", "two"): 67.5, ("two", "one"): 67.5})
+    by_chance = np.mean([atlas.chance_angle(dim, 1, 1) for dim in (6, 5)])
+    assert lookup(heat, "row", "column", value="chance")["one", "two"] == pytest.approx(by_chance)
+    assert set(heat.data["words"]) == {f"68° ({by_chance:.0f}°)"}
+    assert heat.marks[0].text is not None  # without a format, a print has no words either
+    assert "first 3 directions" in heat.caption
+
+
+def test_a_recipe_is_compared_with_itself_between_seeds_alone(write: Any) -> None:
+    runs = [write(f"s{seed}", seed=seed, factors={"h.0.q": along(0, seed)}) for seed in (0, 1, 2)]
+    other = write("o", label="other", factors={"h.0.q": along(0, 1)})
+    heat = panels(plots.atlas([*runs, other]))[2]
+    angles = lookup(heat, "row", "column")
+    assert angles["LoRA rank 2", "LoRA rank 2"] == pytest.approx(45.0)
+    assert angles["LoRA rank 2", "other"] == pytest.approx((45 + 0 + 45) / 3)
+    assert ("other", "other") not in angles
+
+
+def test_directions_that_were_not_kept_are_told_and_not_guessed(write: Any) -> None:
+    adapter = write("a", label="LoRA", factors={"h.0.q": along(0, 0, 2.0)})
+    full = write("b", label="Full", sigmas={"h.0.q": [4.0, 1.0], "score": [9.0]})
+    spectrum, _, heat = panels(plots.atlas([adapter, full]))
+    assert set(heat.data["row"]) == {"LoRA", "Full"}
+    assert heat.data["value"].isna().all()
+    assert set(heat.data["words"]) == {"not kept"}
+    assert "as singular values alone: Full." in heat.caption
+    assert lookup(spectrum, "recipe", "component") == {("LoRA", 1): 2.0, ("Full", 1): 4.0, ("Full", 2): 1.0}
+
+
+def test_spectra_are_pooled_over_the_modules_that_all_hold(write: Any) -> None:
+    """Root mean square over h.0.q and h.1.q; h.0.up is in one run alone. The first update is short of a component."""
+    first = write("a", label="one", factors={"h.0.q": along(0, 0, 3.0), "h.1.q": along(0, 0, 4.0)})
+    held = {"h.0.q": [6.0, 1.0, 1e-12], "h.1.q": [8.0, 7.0], "h.0.up": [99.0]}
+    second = write("b", label="two", sigmas=held)
+    spectrum = panels(plots.atlas([first, second]))[0]
+    assert lookup(spectrum, "recipe", "component") == pytest.approx(
+        {("one", 1): math.sqrt(12.5), ("two", 1): math.sqrt(50), ("two", 2): 5.0}
+    )
+    assert "2 modules" in spectrum.caption
+    one = panels(plots.atlas([first, second], module="h.1.q"))[0]
+    assert lookup(one, "recipe", "component") == {("one", 1): 4.0, ("two", 1): 8.0, ("two", 2): 7.0}
+    assert one.title == "Spectrum of h.1.q"
+    with pytest.raises(ValueError, match=r"not all runs hold h\.0\.up; they hold h\.0\.q, h\.1\.q"):
+        plots.atlas([first, second], module="h.0.up")
+
+
+def test_norms_are_those_of_what_training_added(write: Any) -> None:
+    drawn = plots.atlas(
+        [write("a", factors={"h.0.q": along(0, 0)}), write("b", seed=1, factors={"h.0.q": along(0, 0)})]
+    )
+    norms = panels(drawn)[1]
+    assert lookup(norms, "place") == {"0": 5.0, "1": 2.0}
+    assert norms.y.label == "‖ΔW − ΔW₀‖"
+    assert len({chart.caption for chart in panels(drawn)}) == 1
+
+
+def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: Any) -> None:
+    B, A = along(0, 0)
+    common = {"model": "m", "task": "t", "recipe": {"name": "hydralora"}, "settings": {"steps": 9}, "parents": []}
+    states = {"last": {"step": 9, "ranks": {"h.0.q": 1}}}
+    named = {"schema": 1, "id": "h", "label": "Hydra", "seed": 0, "modules": MODULES, "states": states}
+    writer = RunWriter(tmp_path / "h", common | named)
+    writer.add(9, [Record("learned_norm", 1.0, "h.0.q"), Factors("h.0.q", {"B": B, "A": A}, 1.0, exact=False)])
+    writer.finish("done")
+    plain = write("a", label="LoRA", factors={"h.0.q": (B, A)})
+    assert "Hydra at its mean gates." in panels(plots.atlas([Run.read(tmp_path / "h"), plain]))[0].caption
+    other = write("b", label="other", factors={"h.0.q": (B, A)})
+    assert "gates" not in panels(plots.atlas([plain, other]))[0].caption
+
+
+@pytest.mark.parametrize(("key", "one", "two"), [("task", "t", "poems"), ("model", "m", "gpt")])
+def test_runs_of_different_tasks_or_models_are_refused(write: Any, key: str, one: str, two: str) -> None:
+    runs = [
+        write("a", factors={"h.0.q": along(0, 0)}),
+        write("b", label="B", factors={"h.0.q": along(0, 0)}, **{key: two}),
+    ]
+    with pytest.raises(ValueError, match=f"runs of one {key}; got {one} .run a. and {two} .run b.$"):
+        plots.atlas(runs)
+
+
+def test_one_run_or_no_common_module_is_refused(write: Any) -> None:
+    first = write("a", label="one", factors={"h.0.q": along(0, 0)})
+    with pytest.raises(ValueError, match="takes two runs or more, got 1"):
+        plots.atlas(first)
+    with pytest.raises(ValueError, match="not all runs hold one module"):
+        plots.atlas([first, write("b", label="two", factors={"h.1.q": along(0, 0)})])
+    with pytest.raises(ValueError, match="k = 0"):
+        plots.atlas([first, write("c", label="two", factors={"h.0.q": along(0, 0)})], k=0)
+
+
+def test_an_update_that_stayed_zero_has_no_directions_to_compare(write: Any) -> None:
+    zero = (np.zeros((6, 2)), np.ones((2, 5)))
+    first = write("a", label="one", factors={"h.0.q": zero, "h.1.q": along(0, 0)})
+    second = write("b", label="two", factors={"h.0.q": along(0, 0), "h.1.q": along(0, 1)})
+    assert lookup(panels(plots.atlas([first, second]))[2], "row", "column")["one", "two"] == pytest.approx(45.0)
+
+
+def test_the_mean_angle_of_one_pair_worked_by_hand() -> None:
+    """Planes sharing one direction, the other turned by 30 degrees: 0 and 30 on the left; equal on the right."""
+    turned = np.array([[1, 0], [0, math.cos(math.pi / 6)], [0, math.sin(math.pi / 6)]])
+    first = LowRank(np.eye(3)[:, :2] * (2, 1), np.eye(2, 4))
+    second = Dense(turned * (2, 1) @ np.eye(2, 4))
+    assert atlas.mean_angle(atlas.leading(first, 2), atlas.leading(second, 2)) == pytest.approx((0 + 30 + 0 + 0) / 4)
+    assert atlas.mean_angle(atlas.leading(first, 1), atlas.leading(second, 2)) == pytest.approx(0.0, abs=1e-6)
+    within = LowRank(np.eye(3)[:, 1:2], np.eye(2, 4)[1:])  # not the first direction, but within the first two
+    assert atlas.mean_angle(atlas.leading(within, 2), atlas.leading(first, 2)) == pytest.approx(90)
+
+
+def test_chance_is_that_of_random_subspaces() -> None:
+    assert atlas.chance_angle(4, 4, 4) == pytest.approx(0.0, abs=1e-6)
+    assert atlas.chance_angle(3, 1, 1) == pytest.approx(math.degrees(1), abs=2)  # the mean of arccos(u), u uniform
+    assert atlas.chance_angle(2, 1, 1) == pytest.approx(45, abs=2)
+    drawn = np.random.default_rng(5)
+    pairs = [[np.linalg.qr(drawn.standard_normal((40, k)))[0] for k in (3, 6)] for _ in range(300)]
+    angles = [np.degrees(np.arccos(np.linalg.svd(U.T @ V, compute_uv=False))).mean() for U, V in pairs]
+    assert atlas.chance_angle(40, 3, 6) == pytest.approx(np.mean(angles), abs=1)
+
+
+def test_both_renderers_draw_it(write: Any, tmp_path: Path) -> None:
+    runs = [write("a", label="LoRA", factors={"h.0.q": along(0, 0)}), write("b", label="Full", sigmas={"h.0.q": [2.0]})]
+    drawn = plots.atlas(runs)
+    assert all(drawn.save(tmp_path / f"atlas.{kind}").exists() for kind in ("png", "html"))

@@ -21,7 +21,7 @@ from lorascope.update import LowRank
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _SHARDS = "adapter_model*.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # The adapter's own name may stand behind the factor's, where a state dict was saved by hand.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -97,6 +97,15 @@ class Part:
         """Number of stored values."""
         return math.prod(self.A.shape) + math.prod(self.B.shape)
 
+    @property
+    def exact(self) -> bool:
+        """Does ``update`` say all of it, whatever the input?"""
+        return True
+
+    def factors(self) -> dict[str, Any]:
+        """Read the factors."""
+        return {"A": self.A.read(), "B": self.B.read()}
+
     def update(self) -> LowRank:
         """Read the factors."""
         return LowRank(self.B.read(), self.A.read(), self.scale)
@@ -116,6 +125,8 @@ class AdapterFiles:
     others : tuple of str
         Names of the tensors that belong to no factor: heads, biases, whole embeddings.
     files : tuple of TensorFile
+    kind : str
+        Name of the method.
     """
 
     path: Path
@@ -123,31 +134,40 @@ class AdapterFiles:
     parts: dict[str, Part]
     others: tuple[str, ...]
     files: tuple[TensorFile, ...]
+    kind: str = "LoRA"
 
 
-def read_adapter(path: Path) -> AdapterFiles:
-    """Read the configuration and the headers of a PEFT folder.
+def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
+    """The configuration of a PEFT folder, and its files of weights.
 
     Raises
     ------
     FileNotFoundError
         There are no weights.
     ValueError
-        It is another kind of adapter, or configuration and weights do not fit together.
+        It is another kind of adapter, or a file cannot be read.
     """
     config = _config(path)
-    files = tuple(_open(file) for file in _weight_files(path))
+    return config, tuple(_open(file) for file in _weight_files(path))
+
+
+def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+    """The modules of an opened folder.
+
+    Raises
+    ------
+    ValueError
+        It holds a variant of LoRA, or configuration and weights do not fit together.
+    """
     found: dict[str, dict[str, Factor]] = {}
     others = []
     for file in files:
         for name in file:
             match = _FACTOR.fullmatch(name)
             if match is None:
-                others.append(name.removeprefix(_PREFIX))
+                others.append(name.removeprefix(PREFIX))
                 continue
-            if file.dtype(name) not in _FLOATS:
-                raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
-            found.setdefault(match["module"].removeprefix(_PREFIX), {})[match["factor"]] = Factor(file, name)
+            found.setdefault(match["module"].removeprefix(PREFIX), {})[match["factor"]] = float_factor(file, name)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
         raise ValueError(f"{path} is a variant of LoRA that is not read yet: it holds {foreign}")
@@ -157,6 +177,13 @@ def read_adapter(path: Path) -> AdapterFiles:
     ordered = sorted(found, key=lambda module: position(*parse(module)))
     parts = {module: _part(path, module, found[module], config) for module in ordered}
     return AdapterFiles(path, config, parts, tuple(others), files)
+
+
+def float_factor(file: TensorFile, name: str) -> Factor:
+    """A stored factor; a ValueError where it is stored as anything but floats."""
+    if file.dtype(name) not in _FLOATS:
+        raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
+    return Factor(file, name)
 
 
 def pattern_key(patterns: Iterable[str], module: str) -> str | None:

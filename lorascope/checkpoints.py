@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
-from lorascope.adapter_files import CONFIG, AdapterFiles, read_adapter
+from lorascope.adapter_files import CONFIG, AdapterFiles, open_adapter, read_adapter
 from lorascope.card import largest_lines
+from lorascope.hydra_files import holds_heads, read_hydra
 from lorascope.layout import Lazy
 from lorascope.pretrained import Pretrained
 from lorascope.records import Record
@@ -56,7 +57,9 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     if trained_here:
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists():
-        return AdapterRun(read_adapter(path), None if base is None else Pretrained(base))
+        config, files = open_adapter(path)
+        read = read_hydra if holds_heads(name for file in files for name in file) else read_adapter
+        return AdapterRun(read(path, config, files), None if base is None else Pretrained(base))
     raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
 
 
@@ -80,7 +83,7 @@ class AdapterRun(Run):
         meta = {
             "source": str(files.path),
             "label": files.path.resolve().name,
-            "method": {"name": "lora"} | config,
+            "method": {"name": files.kind.lower()} | config,
             "recipe": {"source": str(files.path.resolve())},
             "model": config.get("base_model_name_or_path") or "unknown",
             "task": None,
@@ -136,10 +139,10 @@ class AdapterRun(Run):
         return values | {"weight_norm": weight_norm(W0, part.update()), "relative_update": relative}
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for."""
+        """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for; of heads see ``forms``."""
         self._only(step, state)
         parts = self.files.parts
-        return Lazy(list(parts), lambda module: {"A": parts[module].A.read(), "B": parts[module].B.read()})
+        return Lazy(list(parts), lambda module: parts[module].factors())
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
         """The update of every module, read when asked for."""
@@ -156,7 +159,9 @@ class AdapterRun(Run):
         frame = self.modules[["module", "stack", "layer", "role"]]
         frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
         measured = pd.DataFrame(list(self._measures.values()))
-        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64")).assign(exact=True)
+        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64")).assign(
+            exact=[part.exact for part in self.files.parts.values()]
+        )
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Raise a ValueError: PEFT loads its own adapters."""
@@ -180,7 +185,7 @@ class AdapterRun(Run):
         rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
         count = len(self.files.parts)
         return [
-            ("adapter", f"{self.label}  LoRA, {rank}"),
+            ("adapter", f"{self.label}  {self.files.kind}, {rank}"),
             ("base", str(self.meta["model"])),
             ("holds", f"{count} modules, {self.meta['parameters']['trained']:,} parameters"),
             ("folder", str(self.path)),

@@ -24,13 +24,13 @@ def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bo
         False where the factors stand for an update that depends on the input.
     """
     if "gates" in factors:
-        B, A = _mixture(factors["B"], factors["A"], factors["gates"])
+        B, A = mixture(factors["B"], factors["A"], factors["gates"])
         return LowRank(B, A, scale, exact)
     B = factors["B"] * factors["diagonal"] if "diagonal" in factors else factors["B"]
     return LowRank(B, factors["A"], scale, exact)
 
 
-def _mixture(
+def mixture(
     B: Float[np.ndarray, "heads out rank"], A: Float[np.ndarray, "*heads rank in"], gates: Float[np.ndarray, "heads"]
 ) -> tuple[Float[np.ndarray, "out ranks"], Float[np.ndarray, "ranks in"]]:
     """Heads on one A are added up; those with an A each stand beside each other."""

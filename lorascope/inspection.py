@@ -154,7 +154,7 @@ def _adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
     files = len(run.files.files)
     stored = f"{' and '.join(dtypes)}, {files} file{'s' * (files > 1)}"
     return (
-        (run.label, f"LoRA, rank {_range([part.rank for part in parts])}, scale {scales} ({alpha})"),
+        (run.label, f"{run.files.kind}, rank {_range([part.rank for part in parts])}, scale {scales} ({alpha})"),
         ("base", f"{run.meta['model']} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
         ("holds", f"{len(parts)} modules, {run.meta['parameters']['trained']:,} parameters, {stored}"),
     )

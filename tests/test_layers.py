@@ -20,7 +20,8 @@ LAYERS = [
     ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary"],
     ["run", "sources", "evaluation", "foreign", "replay"],
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
-    ["checkpoints", "analysis", "models"],
+    ["hydra_files", "analysis", "models"],
+    ["checkpoints"],
     ["plots", "claims", "inspection", "export", "delta"],
     ["screen", "ablation", "gating"],
     ["heads", "method"],
@@ -58,6 +59,7 @@ TORCH_FREE = {
         "fourier",
     ),
     *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
+    "hydra_files",
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.
 LATE = {("run", "state"), ("chart", "render")}

@@ -1,0 +1,107 @@
+"""HydraLoRA folders of the authors' code, read as files.
+
+They are PEFT's LoRA folders but for the names: below a module lie ``lora_A.weight`` (rank, in), ``lora_route.weight``
+(heads, in) and ``lora_B0.weight`` to ``lora_B<heads - 1>.weight`` (out, rank). No gates are kept, so that the update
+that stands for a module is that at even ones.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.adapter_files import CONFIG, PREFIX, AdapterFiles, Factor, Part, float_factor
+from lorascope.forms import mixture
+from lorascope.roles import parse, position
+from lorascope.tensors import TensorFile
+from lorascope.update import LowRank
+
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
+
+
+@dataclass(frozen=True)
+class HydraPart(Part):
+    """The heads of one module; ``B`` is the first of them.
+
+    Parameters
+    ----------
+    heads : tuple of Factor
+        (out, rank) each.
+    router : Factor
+        (heads, in).
+    """
+
+    heads: tuple[Factor, ...]
+    router: Factor
+
+    @property
+    def exact(self) -> bool:
+        """A single head has no choice."""
+        return len(self.heads) == 1
+
+    @property
+    def size(self) -> int:
+        """Number of stored values, the router's among them."""
+        return sum(math.prod(factor.shape) for factor in (self.A, *self.heads, self.router))
+
+    def factors(self) -> dict[str, Any]:
+        """A, the heads, the router, and even gates."""
+        B = np.stack([head.read() for head in self.heads])
+        gates = np.full(len(B), 1 / len(B), B.dtype)
+        return {"A": self.A.read(), "B": B, "router": self.router.read(), "gates": gates}
+
+    def update(self) -> LowRank:
+        """At even gates."""
+        held = self.factors()
+        return LowRank(*mixture(held["B"], held["A"], held["gates"]), self.scale, self.exact)
+
+
+def holds_heads(names: Iterable[str]) -> bool:
+    """Are these names of tensors those of a HydraLoRA folder?"""
+    return any(".lora_route." in name or ".lora_B0." in name for name in names)
+
+
+def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+    """The modules of an opened folder.
+
+    Raises
+    ------
+    ValueError
+        A part is missing, or configuration and weights do not fit together.
+    """
+    found: dict[str, dict[str, Factor]] = {}
+    others = []
+    for file in files:
+        for name in file:
+            match = _FACTOR.fullmatch(name.removeprefix(PREFIX))
+            if match is None:
+                others.append(name.removeprefix(PREFIX))
+            else:
+                found.setdefault(match["module"], {})[match["factor"]] = float_factor(file, name)
+    ordered = sorted(found, key=lambda module: position(*parse(module)))
+    parts: dict[str, Part] = {module: _part(path, module, found[module], config) for module in ordered}
+    return AdapterFiles(path, dict(config), parts, tuple(others), files, "HydraLoRA")
+
+
+def _part(path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]) -> HydraPart:
+    count = max((int(name[1:]) + 1 for name in factors if name[0] == "B"), default=1)
+    wanted = ["A", "route", *(f"B{number}" for number in range(count))]
+    missing = next((name for name in wanted if name not in factors), None)
+    if missing is not None:
+        raise ValueError(f"{path}: {module} has no lora_{missing}: a part of it is missing")
+    A, router, *heads = (factors[name] for name in wanted)
+    if router.shape[0] != count:
+        raise ValueError(f"{path}: {module} has {count} heads, its router has {router.shape[0]}")
+    rank = config.get("r", 8)
+    held = sorted({A.shape[0], *(head.shape[1] for head in heads)})
+    if held != [rank]:
+        raise ValueError(
+            f"{path}: {CONFIG} gives rank {rank}, the factors of {module} have {' and '.join(map(str, held))}"
+        )
+    return HydraPart(heads[0], A, config.get("lora_alpha", 8) / rank, False, tuple(heads), router)

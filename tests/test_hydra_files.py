@@ -1,0 +1,105 @@
+"""HydraLoRA folders in the layout of the authors' code, made by its key names, against sums over their heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lorascope as ls
+from lorascope import export, inspection, plots
+from lorascope.adapter_files import CONFIG, WEIGHTS
+
+PREFIX = "base_model.model."
+MODULES = {
+    **{f"model.layers.{layer}.mlp.{name}_proj": (48, 32) for layer in (0, 10, 2) for name in ("gate", "up")},
+    **{f"model.layers.{layer}.mlp.down_proj": (32, 48) for layer in (0, 10, 2)},
+}
+# What PEFT's configuration of the authors' fork holds beside its own fields: the number of heads.
+SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "lora_nums": 3, "base_model_name_or_path": "llama"}
+
+
+def write(path: Path, heads: int = 3, without: str = "", dtype: torch.dtype = torch.float32, **changes: Any) -> dict:
+    """Write a folder; gives its tensors. ``without`` is the end of a name that is left out of one module."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module, (outer, inner) in MODULES.items():
+        shapes = {"lora_A": (4, inner), "lora_route": (heads, inner)} | {f"lora_B{i}": (outer, 4) for i in range(heads)}
+        for name, shape in shapes.items():
+            tensors[f"{PREFIX}{module}.{name}.weight"] = torch.randn(shape, generator=draw).to(dtype)
+    if without:
+        del tensors[f"{PREFIX}model.layers.2.mlp.up_proj.{without}.weight"]
+    path.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(SETTINGS | {"lora_nums": heads} | changes))
+    return tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_update_is_the_mean_of_the_heads(tmp_path, dtype):
+    tensors = write(tmp_path / "hydra", dtype=dtype)
+    run = ls.load(tmp_path / "hydra")
+    updates = run.updates()
+    assert set(updates) == set(MODULES)
+    for module, update in updates.items():
+        A, *B = (tensors[f"{PREFIX}{module}.lora_{name}.weight"].double() for name in ("A", "B0", "B1", "B2"))
+        expected = 8 * sum(head @ A for head in B) / 3
+        assert update.dense() == pytest.approx(expected.numpy(), abs=1e-4)
+        assert (update.rank, update.exact) == (4, False)
+        factors = run.factors()[module]
+        assert factors.keys() == {"A", "B", "gates", "router"}
+        assert np.array_equal(factors["B"], torch.stack(B).float().numpy())
+        assert factors["gates"].tolist() == pytest.approx([1 / 3] * 3)
+        assert np.array_equal(factors["router"], tensors[f"{PREFIX}{module}.lora_route.weight"].float().numpy())
+
+
+def test_the_folder_is_told_as_what_it_is(tmp_path):
+    write(tmp_path / "hydra")
+    run = ls.load(tmp_path / "hydra")
+    assert run.ranks() == dict.fromkeys(run.updates(), 4)
+    # by layer, not by the alphabet
+    assert list(dict.fromkeys(run.modules["layer"])) == [0, 2, 10]
+    assert not run.summary()["exact"].any()
+    assert run.meta["parameters"]["trained"] == sum(
+        4 * inner + 3 * 4 * outer + 3 * inner for outer, inner in MODULES.values()
+    )
+    assert run.meta["method"]["name"] == "hydralora"
+    assert "HydraLoRA, rank 4" in repr(run)
+    facts = dict(inspection.inspect(run).facts)
+    assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
+    assert "at mean gates" in plots.update_norm(run).caption
+    for refused in (run.lora_config, lambda: export.rank_pattern(run)):
+        with pytest.raises(ValueError, match="depends on its input"):
+            refused()
+
+
+def test_a_single_head_is_a_lora(tmp_path):
+    tensors = write(tmp_path, heads=1)
+    for module, update in ls.load(tmp_path).updates().items():
+        A, B = (tensors[f"{PREFIX}{module}.lora_{name}.weight"].double().numpy() for name in ("A", "B0"))
+        assert update.exact
+        assert update.dense() == pytest.approx(8 * B @ A, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"without": "lora_A"}, "up_proj has no lora_A: a part of it is missing"),
+        ({"without": "lora_route"}, "up_proj has no lora_route: a part of it is missing"),
+        ({"without": "lora_B1"}, "up_proj has no lora_B1: a part of it is missing"),
+        ({"without": "lora_B2"}, "up_proj has 2 heads, its router has 3"),
+        ({"r": 8}, "adapter_config.json gives rank 8, the factors of model.layers.0.mlp.up_proj have 4"),
+        ({"dtype": torch.int32}, "is stored as I32; only floats are read"),
+        ({"use_dora": True}, "an adapter of type DoRA"),
+    ],
+)
+def test_a_broken_folder_is_told_in_one_line(tmp_path, change, reason):
+    write(tmp_path, **change)
+    with pytest.raises(ValueError, match=reason) as raised:
+        ls.load(tmp_path)
+    assert "\n" not in str(raised.value)

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from lorascope.adapter_files import CONFIG, WEIGHTS
 from lorascope.run import Run
-from lorascope.summary import peft_keywords, refuse_inexact
+from lorascope.summary import factored, peft_keywords
 from lorascope.tensors import TensorFile, write_bytes, write_json
 from lorascope.update import LowRank, spectra
 
@@ -78,7 +78,8 @@ def rank_pattern(run: Run, budget: float | int | None = None, state: str = "last
     ranks = {name: rank for name, rank in run.ranks(state).items() if name in updates and rank > 0}
     if budget is None or not ranks:
         return run.lora_config(state)
-    return peft_keywords(run, _largest(ranks, updates, _count(budget, sum(ranks.values()))), updates)
+    products = factored(run, updates)
+    return peft_keywords(run, _largest(ranks, products, _count(budget, sum(ranks.values()))), updates)
 
 
 def _count(budget: float | int, total: int) -> int:
@@ -161,8 +162,7 @@ def _updates(run: Run, state: str) -> dict[str, LowRank]:
     """The update of every module with a component in use."""
     if "source" in run.meta:
         raise ValueError(f"{run.label} is an adapter of PEFT already: copy its folder, {run.path}")
-    ranks, updates = run.ranks(state), run.updates(state=state)
-    refuse_inexact(run, updates)
+    ranks, updates = run.ranks(state), factored(run, run.updates(state=state))
     unfit = next((name for name in ranks if not isinstance(updates.get(name), LowRank)), None)
     if not ranks or unfit is not None:
         where = f"that of {unfit} is" if unfit else "it changed the weights themselves, which is"

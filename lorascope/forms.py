@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
+from lorascope.fourier import Fourier
 from lorascope.update import LowRank
 
 
-def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bool = True) -> LowRank:
+def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bool = True) -> LowRank | Fourier:
     """Build an update from its stored factors.
 
     Parameters
@@ -23,6 +24,9 @@ def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bo
     exact : bool
         False where the factors stand for an update that depends on the input.
     """
+    if "coefficients" in factors:
+        outer, inner = factors["shape"].tolist()
+        return Fourier(factors["coefficients"], factors["entries"], (outer, inner), scale)
     if "gates" in factors:
         B, A = mixture(factors["B"], factors["A"], factors["gates"])
         return LowRank(B, A, scale, exact)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -31,7 +31,7 @@ def host_kind(module: nn.Module) -> str:
     return next(kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))
 
 
-def to_array(tensor: Tensor) -> Float[np.ndarray, "..."]:
+def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     """A copy in numpy, which knows no bfloat16: that becomes float32."""
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy().copy()

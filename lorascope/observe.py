@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.delta import adapted, host_weight, to_array
+from lorascope.forms import update_from
+from lorascope.fourier import Fourier
 from lorascope.method import Step
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.trained import Trained, inner, squares
@@ -79,7 +81,7 @@ def factors_of(model: nn.Module) -> list[Factors]:
     for module, delta in adapted(model).items():
         update = delta.update()
         arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
-        scale = float(update.scale) if isinstance(update, LowRank) else None
+        scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None
         kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
     return kept
 
@@ -236,13 +238,17 @@ def _tensors(trained: Trained, updates: Mapping[str, Update]) -> dict[str, Tenso
 
 def _plain(update: Update) -> dict[str, Any]:
     """An update as a checkpoint can keep it; it is a copy already."""
+    if isinstance(update, Fourier):
+        shape = np.array(update.shape)
+        factors = {"coefficients": update.coefficients, "entries": update.entries, "shape": shape}
+        return factors | {"scale": float(update.scale)}
     if isinstance(update, Dense):
         return {"matrix": update.matrix}
     return {"B": update.B, "A": update.A, "scale": float(update.scale)}
 
 
 def _update(plain: Mapping[str, Any]) -> Update:
-    return Dense(plain["matrix"]) if "matrix" in plain else LowRank(plain["B"], plain["A"], plain["scale"])
+    return Dense(plain["matrix"]) if "matrix" in plain else update_from(plain, plain["scale"])
 
 
 def _norm_records(module: str, parts: Mapping[str, float]) -> Iterator[Record]:

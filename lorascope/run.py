@@ -20,6 +20,7 @@ import pandas as pd
 from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
 from lorascope.forms import update_from
+from lorascope.fourier import Fourier
 from lorascope.layout import Lazy, snapshot_file
 from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
@@ -118,7 +119,7 @@ class Run:
         kept = file.about["factors"]
         return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Fourier]:
         """The factored update of every module that has one, read when asked for."""
         if step is None and not self.ranks(state):
             return {}
@@ -127,7 +128,7 @@ class Run:
 
         kept = file.about["factors"]
 
-        def make(module: str) -> LowRank:
+        def make(module: str) -> LowRank | Fourier:
             arrays = {name: file[f"{module}/{name}"] for name in kept[module]}
             return update_from(arrays, scales[module], exact[module])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.names import parse
-from lorascope.update import LowRank, effective_rank, spectra, stable_rank
+from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
@@ -50,7 +50,7 @@ def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
     return frame.reset_index()
 
 
-def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowRank]) -> dict[str, Any]:
+def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowRank | Dense]) -> dict[str, Any]:
     """PEFT's keywords for a LoRA with these ranks and the updates' scales; see ``Run.lora_config``.
 
     PEFT reads the keys of its patterns as regular expressions that the end of a module's name has to match, so each
@@ -59,8 +59,8 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
     kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not kept:
         raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
-    refuse_inexact(run, {name: updates[name] for name in kept})
-    alphas = {name: _alpha(updates[name].scale, rank) for name, rank in kept.items()}
+    products = factored(run, {name: updates[name] for name in kept})
+    alphas = {name: _alpha(products[name].scale, rank) for name, rank in kept.items()}
     common_rank, common_alpha = _mode(kept.values()), _mode(alphas.values())
     return {
         "r": common_rank,
@@ -71,12 +71,14 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
     }
 
 
-def refuse_inexact(run: Any, updates: Mapping[str, LowRank]) -> None:
-    """Raise a ValueError where an update is more than a product of two factors."""
-    routed = next((name for name, update in updates.items() if not getattr(update, "exact", True)), None)
-    if routed is not None:
-        why = "no LoRA holds its router, so it cannot be exported"
-        raise ValueError(f"run {run.id} ({run.label}): the update of {routed} depends on its input, {why}")
+def factored(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
+    """The updates, if each is a product of two factors and no more; a ValueError says of one that it is not."""
+    products = {name: update for name, update in updates.items() if isinstance(update, LowRank) and update.exact}
+    for name, update in updates.items():
+        if name not in products:
+            why = "is no product B A" if isinstance(update, Dense) else "depends on its input, no LoRA holds its router"
+            raise ValueError(f"run {run.id} ({run.label}): the update of {name} {why}, so it cannot be exported")
+    return products
 
 
 def _exactly(name: str) -> str:

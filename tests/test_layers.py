@@ -17,7 +17,7 @@ LAYERS = [
     ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["update", "names", "chart"],
     ["fourier"],
-    ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary"],
+    ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary", "transforms"],
     ["run", "sources", "evaluation", "foreign", "replay"],
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
     ["hydra_files", "analysis", "models"],

@@ -32,7 +32,9 @@ def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, 
     return pd.DataFrame({"i": i, "j": j, "phi": phi.reshape(-1), "phi_random": random})
 
 
-def between(first: Mapping[str, LowRank], second: Mapping[str, LowRank], module: str, side: Side = "A") -> pd.DataFrame:
+def between(
+    first: Mapping[str, LowRank | Dense], second: Mapping[str, LowRank | Dense], module: str, side: Side = "A"
+) -> pd.DataFrame:
     """``similarity`` of two runs in one module.
 
     Parameters
@@ -48,7 +50,7 @@ def between(first: Mapping[str, LowRank], second: Mapping[str, LowRank], module:
     Raises
     ------
     ValueError
-        One of the runs did not adapt the module.
+        One of the runs did not adapt the module, or its update there has no factors.
     """
     if module not in first or module not in second:
         common = [name for name in first if name in second]
@@ -71,11 +73,11 @@ def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _rows(change: LowRank, side: Side) -> Float[np.ndarray, "rank dim"]:
+def _rows(change: LowRank | Dense, side: Side) -> Float[np.ndarray, "rank dim"]:
     """A matrix whose right-singular directions are the wanted ones."""
-    if side == "A":
-        return change.A
-    if side == "B":
-        return change.B.T
-    _, sigma, right = change.svd()
-    return (right * sigma).T
+    if side == "update":
+        _, sigma, right = change.svd()
+        return (right * sigma).T
+    if isinstance(change, Dense):
+        raise ValueError(f"a {type(change).__name__} update has no factor {side}: compare with side='update'")
+    return change.A if side == "A" else change.B.T

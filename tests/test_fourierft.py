@@ -1,0 +1,384 @@
+"""FourierFT against the paper's formula in plain steps, numbers worked out elsewhere, and PEFT's own layers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import inputs, tiny
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorascope.delta import adapted, attach, deltas, detach, fold, host_weight
+from lorascope.fourier import Fourier, entries
+from lorascope.method import METHODS, config, from_config
+from lorascope.methods import FourierFT
+from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
+from lorascope.transforms import analysis, few, synthesis, synthesize, waves
+
+
+def drawn(shape: tuple[int, int], n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients in float64 and entries."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dtype=torch.float64, generator=generator), torch.from_numpy(entries(shape, n, seed))
+
+
+def by_definition(c: torch.Tensor, places: torch.Tensor, shape: tuple[int, int], alpha: float) -> torch.Tensor:
+    """The paper's algorithm 1."""
+    spectrum = torch.zeros(shape, dtype=c.dtype).index_put(tuple(places), c)
+    return torch.fft.ifft2(spectrum).real * alpha
+
+
+SHAPES = [(4, 6), (6, 4), (5, 7), (7, 5), (8, 8), (1, 6), (6, 1), (1, 1), (2, 2), (9, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+def test_the_half_transform_is_the_whole_one(shape, share):
+    c, places = drawn(shape, max(1, round(share * shape[0] * shape[1])))
+    expected = by_definition(c, places, shape, 7)
+    assert (synthesis(c, places, shape, 7) - expected).abs().max() < 1e-12
+    single = synthesis(c.float(), places, shape, 7)
+    assert single.dtype == torch.float32
+    assert (single - expected).norm() <= 1e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_waves_make_the_same_update(shape):
+    c, places = drawn(shape, max(1, shape[0] * shape[1] // 2))
+    left, right = waves(places, shape)
+    both = 7 / (shape[0] * shape[1]) * torch.cat([c, c])
+    assert (left * both @ right.T - by_definition(c, places, shape, 7)).abs().max() < 1e-12
+
+
+def test_waves_keep_their_digits_on_wide_weights():
+    """At phases of 4096 x 4095 turns, against whole-number arithmetic."""
+    left, right = waves(torch.tensor([[4095, 2049], [4095, 3]]), (4096, 4096))
+    turns = np.outer(np.arange(4096, dtype=object), [4095, 3]) % 4096
+    assert np.abs(right[:, :2].numpy() - np.cos(turns.astype(float) * 2 * np.pi / 4096)).max() < 1e-12
+    assert left[4000, 2].item() == pytest.approx(-np.sin(2 * np.pi * (4000 * 4095 % 4096) / 4096), abs=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_is_the_transform_of_the_weights_gradient(shape):
+    c, places = drawn(shape, max(1, shape[0] * shape[1] // 2))
+    c.requires_grad_(True)
+    G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    expected = 7 / G.numel() * torch.fft.fft2(G).real[tuple(places)]
+    assert (torch.autograd.grad((synthesize(c, places, shape, 7) * G).sum(), c)[0] - expected).abs().max() < 1e-10
+    assert (torch.autograd.grad((by_definition(c, places, shape, 7) * G).sum(), c)[0] - expected).abs().max() < 1e-10
+    assert (analysis(G, places, 7) - expected).abs().max() < 1e-10
+
+
+def test_it_can_be_differentiated_twice():
+    c, places = drawn((5, 6), 12)
+    c.requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda c: synthesize(c, places, (5, 6), 30).tanh(), c)
+    assert torch.autograd.gradgradcheck(lambda c: synthesize(c, places, (5, 6), 30).tanh(), c)
+
+
+def test_two_threads_make_no_other_update_of_2048():
+    """float32 transforms of exactly this size are scaled twice by several threads in some builds."""
+    shape, threads = (2048, 2048), torch.get_num_threads()
+    c, places = drawn(shape, 100)
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, right = waves(places, shape)
+    expected = left * (7 / 2048**2 * torch.cat([c, c])) @ right.T
+    gradient = 7 / 2048**2 * ((left.T @ G.double()) * right.T).sum(1).view(2, -1).sum(0)
+    torch.set_num_threads(2)
+    try:
+        found, back = synthesis(c.float(), places, shape, 7), analysis(G, places, 7)
+    finally:
+        torch.set_num_threads(threads)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+    assert (back - gradient).norm() < 1e-5 * gradient.norm()
+
+
+def hosted(host: nn.Module, n: int, alpha: float = 50) -> nn.Module:
+    shape = tuple(host_weight(host).shape)
+    c, places = drawn(shape, n)
+    attach(host, {"": FourierDelta(c.to(host.weight.dtype), places, shape, alpha)})
+    return host
+
+
+HOSTS = {
+    "square": lambda: nn.Linear(40, 40),
+    "wide": lambda: nn.Linear(48, 32),
+    "tall": lambda: nn.Linear(32, 48, bias=False),
+    "Conv1D": lambda: Conv1D(48, 32),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("n", [3, 200])
+def test_forward_is_that_of_the_folded_weight(host, n):
+    """By waves where there are three coefficients, by the sum of weights where there are 200."""
+    host = hosted(HOSTS[host]().double(), n)
+    assert few(n, host.delta.shape) == (n == 3)
+    x = torch.randn(2, 5, host_weight(host).shape[1], dtype=torch.float64, requires_grad=True)
+    bias = host.bias
+    before, W = F.linear(x, host_weight(host), bias), host_weight(host).detach().clone()
+    y = host(x)
+    c = host.delta.coefficients
+    alone = by_definition(c, host.delta.entries, host.delta.shape, 50)
+    assert (y - before - F.linear(x, alone)).abs().max() < 1e-12
+    assert (host.delta(x) - F.linear(x, alone)).abs().max() < 1e-12
+    target = torch.randn_like(y)
+    for found, wanted in zip(
+        torch.autograd.grad((y * target).sum(), (x, c)),
+        torch.autograd.grad(((before + F.linear(x, alone)) * target).sum(), (x, c)),
+        strict=True,
+    ):
+        assert (found - wanted).abs().max() < 1e-10
+    dW = host.delta.weight().detach()
+    fold(host)
+    assert (host(x) - y).abs().max() < 1e-12
+    with torch.no_grad():
+        host_weight(host).sub_(dW)
+    assert (host_weight(host) - W).abs().max() < 1e-14
+
+
+def trained_steps(model: nn.Module, method: FourierFT, steps: int = 3) -> nn.Module:
+    method.attach(model)
+    optimizer = method.optimizer(model, method.lr, method.head_lr, 0.0)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**inputs(model, seed=step)).logits.square().mean().backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_after_training_the_update_is_still_symmetric_and_moved_from_its_start(family):
+    method = FourierFT(targets="all-linear")
+    torch.manual_seed(0)
+    model = trained_steps(tiny(family).double(), method, 0)
+    start = {name: update.dense() for name, update in deltas(model)}
+    torch.manual_seed(0)
+    model = trained_steps(tiny(family).double(), method)
+    found = dict(deltas(model))
+    assert len(found) >= 8
+    for name, update in found.items():
+        assert isinstance(update, Fourier)
+        dense = adapted(model)[name].weight().detach().numpy()
+        assert np.abs(dense - np.roll(dense[::-1, ::-1], (1, 1), (0, 1))).max() < 1e-12
+        assert np.abs(update.dense() - dense).max() < 1e-12
+        assert update.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-10)
+        assert np.linalg.norm(dense - start[name]) > 0
+        assert update.rank <= min(*update.shape, 2 * len(update.coefficients))
+
+
+def test_only_coefficients_and_head_train():
+    model = tiny("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trained_steps(model, FourierFT())
+    deltas_held = [name for name in model.state_dict() if ".delta." in name]
+    assert {name.rpartition(".")[2] for name in deltas_held} == {"coefficients", "entries"}
+    for name, value in before.items():
+        assert torch.equal(model.state_dict()[name], value) != name.startswith("classifier.")
+    groups = FourierFT().optimizer(model, 5e-2, 5e-3, 0.1).param_groups
+    assert [(group["name"], group["weight_decay"]) for group in groups] == [
+        ("adapter", 0.0), ("head", 0.1), ("head", 0.0),
+    ]  # fmt: skip
+
+
+def test_zeros_start_at_the_base():
+    model = tiny("bert").requires_grad_(False)
+    before = model(**inputs(model)).logits
+    FourierFT(init="zeros").attach(model)
+    assert torch.equal(model(**inputs(model)).logits, before)
+    model(**inputs(model)).logits.square().sum().backward()
+    assert all(delta.coefficients.grad.any() for delta in adapted(model).values())
+
+
+def test_sizes_targets_and_entries():
+    model = tiny("llama")
+    FourierFT().attach(model)
+    found = adapted(model)
+    assert {name.rpartition(".")[2] for name in found} == {"q_proj", "v_proj"}
+    for name, delta in found.items():
+        shape = (32, 32) if name.endswith("q_proj") else (16, 32)  # grouped queries
+        assert delta.shape == shape
+        assert len(delta.coefficients) == 4 * min(shape)
+        assert delta.entries.tolist() == entries(shape, 4 * min(shape), 2024).tolist()
+
+
+def test_entries_have_a_seed_of_their_own_and_coefficients_the_runs():
+    def attached(global_seed, **fields):
+        model = tiny("bert")
+        torch.manual_seed(global_seed)
+        FourierFT(**fields).attach(model)
+        return next(iter(adapted(model).values()))
+
+    one, other = attached(1), attached(2)
+    assert torch.equal(one.entries, other.entries)
+    assert not torch.equal(one.coefficients, other.coefficients)
+    assert torch.equal(one.coefficients, attached(1, entry_seed=3).coefficients)
+    assert not torch.equal(one.entries, attached(1, entry_seed=3).entries)
+    biased = attached(1, center=4, width=2)
+    assert biased.entries.tolist() == entries((32, 32), 128, 2024, 4, 2).tolist()
+
+
+def test_entries_put_back_are_those_that_are_used():
+    """Also by the waves, which are kept from call to call."""
+    for n in (2, 100):
+        host, other = hosted(nn.Linear(32, 32).double(), n), hosted(nn.Linear(32, 32).double(), n)
+        x = torch.randn(3, 32, dtype=torch.float64)
+        host(x)
+        with torch.no_grad():
+            host.delta.entries.copy_(other.delta.entries.flip(0))
+        expected = by_definition(host.delta.coefficients, other.delta.entries.flip(0), (32, 32), 50)
+        assert (host.delta(x) - F.linear(x, expected)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("coefficients", [7, 150])
+@pytest.mark.filterwarnings("ignore")
+def test_equal_to_peft_with_the_same_seed_and_coefficients(family, coefficients):
+    ours, theirs = tiny(family), tiny(family)
+    FourierFT(targets="all-linear", coefficients=coefficients, alpha=60, entry_seed=777).attach(ours)
+    options = {"n_frequency": coefficients, "scaling": 60.0, "random_loc_seed": 777}
+    options |= {"target_modules": list(adapted(ours)), "fan_in_fan_out": family == "gpt2"}
+    theirs = peft.get_peft_model(theirs, peft.FourierFTConfig(**options))
+    pairs = []
+    for name, delta in adapted(ours).items():
+        layer = theirs.get_base_model().get_submodule(name)
+        other = layer.fourierft_spectrum["default"]
+        other.data.copy_(delta.coefficients.data)
+        assert (delta.weight() - layer.get_delta_weight("default")).norm() <= 1e-5 * delta.weight().norm()
+        assert torch.equal(delta.entries, layer.indices["default"])
+        pairs.append((delta.coefficients, other))
+
+    def gradients(autocast):
+        found = []
+        for model, which in ((ours, 0), (theirs, 1)):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(**inputs(ours)).logits
+            logits.double().square().mean().backward()
+            found.append((logits.detach().double(), torch.cat([pair[which].grad for pair in pairs])))
+        return found
+
+    (logits, mine), (expected, other) = gradients(False)
+    assert (logits - expected).norm() <= 1e-5 * expected.norm()
+    assert (mine - other).norm() <= 2e-5 * other.norm()
+    # In bfloat16 both are off; not more than PEFT's, then.
+    (_, half), (_, other_half) = gradients(True)
+    assert 0 < (half - mine).norm() <= 1.5 * (other_half - mine).norm()
+
+
+@pytest.mark.parametrize("coefficients", [5, 150])
+def test_bfloat16(coefficients):
+    """Coefficients of a bfloat16 model stay float32, and what is folded in is what was trained."""
+    model = tiny("bert").to(torch.bfloat16)
+    FourierFT(coefficients=coefficients).attach(model)
+    assert {delta.coefficients.dtype for delta in adapted(model).values()} == {torch.float32}
+    logits = model(**inputs(model)).logits
+    logits.float().square().sum().backward()
+    folded = copy.deepcopy(model)
+    fold(folded)
+    error = (folded(**inputs(model)).logits - logits).float().norm() / logits.float().norm()
+    assert error < 2**-6
+    model.to(torch.bfloat16)  # coefficients too: the transform itself is wide
+    assert model(**inputs(model)).logits.isfinite().all()
+
+
+def test_equal_to_its_folded_weight_under_autocast():
+    model = tiny("bert")
+    FourierFT(targets="all-linear").attach(model)
+    folded = copy.deepcopy(model)
+    fold(folded)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        one, other = (m(**inputs(m), output_hidden_states=True).hidden_states[-1].double() for m in (model, folded))
+    assert (one - other).norm() / other.norm() < 2**-7
+
+
+def test_it_is_taken_off_copied_and_pickled():
+    model = tiny("bert")
+    keys = set(model.state_dict())
+    FourierFT(coefficients=3).attach(model)
+    before = model(**inputs(model)).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(**inputs(twin)).logits, before)
+        next(iter(adapted(twin).values())).coefficients.data.add_(1)
+        assert not torch.equal(twin(**inputs(twin)).logits, before)
+    assert torch.equal(model(**inputs(model)).logits, before)
+    detach(model)
+    assert set(model.state_dict()) == keys
+    assert torch.equal(model(**inputs(model)).logits, tiny("bert")(**inputs(model)).logits)
+
+
+@pytest.mark.parametrize("kind", ["random", "orthogonal"])
+@pytest.mark.parametrize("shape", [(96, 96), (64, 128)])
+def test_other_bases_have_the_expected_norm_of_the_fourier_basis(kind, shape):
+    """E |dW|^2 = alpha^2 n / (2 d1 d2), as an average over bases and coefficients."""
+    n, alpha = 300, 80
+    expected = alpha**2 * n / (2 * shape[0] * shape[1])
+    squares = {"fourier": [], kind: []}
+    for seed in range(30):
+        c, places = drawn(shape, n, seed)
+        squares["fourier"].append(Fourier(c.numpy(), places.numpy(), shape, alpha).norm() ** 2)
+        squares[kind].append(BasisDelta(c, places, *bases(shape, seed, kind), alpha).update().norm() ** 2)
+    for values in squares.values():
+        assert np.mean(values) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", ["random", "orthogonal"])
+def test_other_bases(kind):
+    left, right = bases((24, 32), 5, kind)
+    c, places = drawn((24, 32), 50)
+    delta = BasisDelta(c, places, left, right, 80)
+    j, k = places
+    expected = sum(c[i] * torch.outer(left[:, j[i]], right[:, k[i]]) for i in range(50)) * 80 / (2 * 24 * 32) ** 0.5
+    assert (delta.weight() - expected).abs().max() < 1e-12
+    if kind == "orthogonal":
+        assert (left.T @ left - torch.eye(24)).abs().max() < 1e-12
+    else:
+        assert bases((500, 2), 5, kind)[0].std().item() == pytest.approx(500**-0.5, rel=0.01)
+    assert all(torch.equal(a, b) for a, b in zip(bases((24, 32), 5, kind), (left, right), strict=True))
+    model = tiny("bert")
+    FourierFT(basis=kind, targets="all-linear").attach(model)
+    before = model(**inputs(model)).logits
+    before.square().sum().backward()
+    assert all(delta.coefficients.grad.any() for delta in adapted(model).values())
+    fold(model)
+    assert torch.allclose(model(**inputs(model)).logits, before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"targets": ("embed", "q")}, "word_embeddings' is an embedding: FourierFT adapts linear maps alone"),
+        ({"coefficients": 0}, "0 coefficients do not fit a weight of 32 x 32: give 1 to 1024"),
+        ({"coefficients": 1025}, "1025 coefficients do not fit a weight of 32 x 32"),
+        ({"entry_seed": -1}, "entry seed -1 is none"),
+        ({"center": 1, "width": 0}, "center 1 and width 0 are no band"),
+    ],
+)
+def test_bad_input_gets_one_line(fields, message):
+    model = tiny("bert")
+    with pytest.raises(ValueError, match=message) as raised:
+        FourierFT(**fields).attach(model)
+    assert "\n" not in str(raised.value)
+    assert not adapted(model)
+
+
+@pytest.mark.parametrize("field", ["init", "basis"])
+def test_an_unknown_option_is_refused(field):
+    """As the command line would give it, which checks no types."""
+    method = FourierFT()
+    setattr(method, field, "wavelet")
+    with pytest.raises(ValueError, match=f"^{field} 'wavelet' is unknown: it must be one of '.*', '.*'$"):
+        method.__post_init__()
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["fourierft"] is FourierFT
+    for method in (FourierFT(), FourierFT(coefficients=9, center=3.5, basis="random", init="zeros")):
+        assert from_config(config(method)) == method
+    assert FourierFT(coefficients=50).label() == "FourierFT, coefficients 50"

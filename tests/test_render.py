@@ -467,3 +467,12 @@ def test_categories_keep_the_order_of_their_type(reader) -> None:
     kind = pd.Categorical(["low", "high", "low"], categories=["high", "low", "none"], ordered=True)
     data = pd.DataFrame({"x": [0, 1, 2], "y": [1.0, 2.0, 3.0], "kind": kind})
     assert reader(Chart(data, [Line("x", "y", "kind")])).legend() == ["high", "low"]
+
+
+@pytest.mark.parametrize("panels", range(2, 9))
+def test_any_number_of_panels_fits_between_the_ends_of_a_page(panels: int) -> None:
+    table = pd.DataFrame({"x": [0, 1]})
+    charts = [Chart(table, [Point("x", "x")], x=Axis(label="x"), y=Axis(label=f"y{n}")) for n in range(panels)]
+    domains = [axis.domain for axis in beside(*charts).plotly().select_xaxes()]
+    assert len(domains) == panels
+    assert all(0 <= start < stop <= 1 for start, stop in domains)

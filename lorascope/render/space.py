@@ -85,7 +85,7 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
     bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * len(caption) + EDGE
     rooms = [
         Room(
-            (starts[view] / plot, (starts[view] + widths[view]) / plot),
+            (starts[view] / plot, min((starts[view] + widths[view]) / plot, 1.0)),  # rounding may pass the end
             (1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner),
             titles[view],
             (below[view], _ticks(views[view].panel.y, heights[row], True)),

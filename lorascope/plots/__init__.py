@@ -7,6 +7,7 @@ catalogue, ``available(run)`` says what can be drawn.
 from lorascope.plots.atlas import atlas
 from lorascope.plots.catalogue import FIGURES, Figure, available
 from lorascope.plots.components import importance
+from lorascope.plots.gates import gate_course, gates
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
 from lorascope.plots.recovery import planted
@@ -22,6 +23,8 @@ __all__ = [
     "agreement",
     "atlas",
     "available",
+    "gate_course",
+    "gates",
     "importance",
     "mean_norm",
     "norm_over_steps",

@@ -26,6 +26,8 @@ RECORDERS = {
     "rank": "train adapters with observe=[ls.observe.norms()]",
     "budget": _ALLOCATOR,
     "importance": _ALLOCATOR,
+    "gate_entropy": "train HydraLoRA",
+    "gate_information": "train HydraLoRA on a task with groups",
     "test_metric": "train on a task with a test split",
     "eval_loss": "train with eval_every=",
     "eval_metric": "train with eval_every=",

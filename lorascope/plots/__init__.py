@@ -7,8 +7,10 @@ catalogue, ``available(run)`` says what can be drawn.
 from lorascope.plots.atlas import atlas
 from lorascope.plots.catalogue import FIGURES, Figure, available
 from lorascope.plots.components import importance
+from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
+from lorascope.plots.quality import quality
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
 from lorascope.plots.recovery import planted
 from lorascope.plots.scores import against_truth, agreement
@@ -23,17 +25,21 @@ __all__ = [
     "agreement",
     "atlas",
     "available",
+    "fourier_spectrum",
+    "frequency_bias",
     "gate_course",
     "gates",
     "importance",
     "mean_norm",
     "norm_over_steps",
     "planted",
+    "quality",
     "rank_allocation",
     "rank_replay",
     "spectrum",
     "subspace_similarity",
     "training_curves",
+    "update_image",
     "update_norm",
     "update_norm_heat",
 ]

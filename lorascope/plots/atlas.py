@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, product
+from typing import Any
 
 import pandas as pd
 
 from lorascope.analysis import atlas as analysis
+from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
+from lorascope.layout import Lazy
 from lorascope.plots.catalogue import SPECTRA, figure
 from lorascope.plots.cohort import Cohort, Group, Runs, define, gather, lines
 from lorascope.plots.norms import update_norm
@@ -53,11 +56,12 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     spectrum, modules = _spectrum(cohort, module)
     heat, told = _angles(cohort, k)
     caption = cohort.caption(
-        f"Singular values of the update: {modules}. {define('learned_norm')} Angles: mean over outputs and inputs, "
-        f"over modules and over pairs of runs of the principal angles between the first {k} directions, fewer where an "
-        "update has fewer; in brackets that of as many random directions.",
+        f"Singular values of what training added: {modules}. {define('learned_norm')} Angles: mean over outputs and "
+        f"inputs, over modules and over pairs of runs of the principal angles between the first {k} directions, fewer "
+        "where an update has fewer; in brackets that of as many random directions.",
         *told,
         *_mixtures(cohort),
+        *_starts(cohort),
     )
     norms = update_norm(runs, control, "learned_norm")
     norms = replace(norms, title="What training added", y=replace(norms.y, log=True), meta=cohort.meta)
@@ -70,19 +74,12 @@ def _check(cohort: Cohort, k: int) -> None:
         raise ValueError(f"atlas: k = {k} directions are none to compare: give 1 or more")
     if len(cohort.runs) < 2:
         raise ValueError(f"atlas takes two runs or more, got {len(cohort.runs)}")
-    first = cohort.runs[0]
-    for key in ("task", "model"):
-        for run in cohort.runs:
-            if run.meta[key] != first.meta[key]:
-                raise ValueError(
-                    f"atlas compares runs of one {key}; got {first.meta[key]} (run {first.id}) "
-                    f"and {run.meta[key]} (run {run.id})"
-                )
+    cohort.same("task", "model")
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     """Singular values of one module or of all common ones, and which these are in words."""
-    held = {run.id: singular_values(run) for run in cohort.runs}
+    held = {run.id: _spectra(run) for run in cohort.runs}
     common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
     if not common or module not in (None, *common):
         some = ", ".join(common[:5]) or "none in common"
@@ -128,8 +125,15 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     return chart, [f"Kept without directions, as singular values alone: {', '.join(lacking)}."] if lacking else []
 
 
+def _spectra(run: Run) -> Mapping[str, Any]:
+    """Singular values of what training added, where an update did not start at zero."""
+    whole, added = singular_values(run), fourier.since_start(run)
+    return Lazy(list(whole), lambda name: added[name].singular_values() if name in added else whole[name])
+
+
 def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
-    return {module: analysis.leading(update, k) for module, update in run.updates().items()}
+    added = fourier.since_start(run)
+    return {module: analysis.leading(added.get(module, update), k) for module, update in run.updates().items()}
 
 
 def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
@@ -145,3 +149,13 @@ def _mixtures(cohort: Cohort) -> list[str]:
         if any(not getattr(update, "exact", True) for run in group.runs for update in run.updates().values())
     ]
     return [f"{', '.join(inexact)} at {'its' if len(inexact) == 1 else 'their'} mean gates."] if inexact else []
+
+
+def _starts(cohort: Cohort) -> list[str]:
+    """Which recipes still show the random start of their update, because it was not kept."""
+    lacking = [
+        group.label
+        for group in cohort.groups
+        if any(len(fourier.updates(run)) > len(fourier.since_start(run)) for run in group.runs)
+    ]
+    return [f"With its random start, which was not kept: {', '.join(lacking)}."] if lacking else []

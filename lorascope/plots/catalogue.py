@@ -8,15 +8,17 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
 from lorascope.run import Run
 
-UPDATES, SPECTRA = "updates", "spectra"
+UPDATES, SPECTRA, FREQUENCIES = "updates", "spectra", "frequencies"
 _NORMS = "train with observe=[ls.observe.norms()]"
 _ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
 RECORDERS = {
     UPDATES: "train with a method that has factors, such as LoRA",
     SPECTRA: _NORMS,
+    FREQUENCIES: "train with FourierFT",
     "update_norm": _NORMS,
     "learned_norm": _NORMS,
     "weight_norm": _NORMS,
@@ -46,7 +48,7 @@ class Figure:
         ``draw(runs, control=None, ...)``.
     needs : tuple of str
         Quantities that must be recorded; ``"updates"`` stands for the adapters' factors, ``"spectra"`` for the
-        singular values of updates.
+        singular values of updates, ``"frequencies"`` for Fourier coefficients.
     history : bool
         Must they be recorded at more than one step?
     runs : int
@@ -115,6 +117,7 @@ def lack(run: Run, need: str, history: bool = False) -> str:
 _KEPT: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
     UPDATES: ("the adapters' factors", Run.updates),
     SPECTRA: ("singular values of updates", singular_values),
+    FREQUENCIES: ("Fourier coefficients", fourier.updates),
 }
 
 

@@ -71,6 +71,17 @@ class Cohort:
                 if lacking := lack(run, need, history):
                     raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {run.label})")
 
+    def same(self, *keys: str) -> None:
+        """Raise a ValueError that names two runs which differ in one of these keys of their description."""
+        first = self.runs[0]
+        for key in keys:
+            for run in self.runs:
+                if run.meta[key] != first.meta[key]:
+                    raise ValueError(
+                        f"{self.name} compares runs of one {key}; got {first.meta[key]} (run {first.id}) "
+                        f"and {run.meta[key]} (run {run.id})"
+                    )
+
     def label(self, table: pd.DataFrame) -> pd.DataFrame:
         """Add the columns ``recipe`` (the label) and ``kind`` (run or control) to a table with ``run``."""
         labels = {run.id: group.label for group in self.groups for run in group.runs}

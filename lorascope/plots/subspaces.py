@@ -42,7 +42,7 @@ def spectrum(runs: Runs, control: Runs | None = None, module: str | None = None,
     cohort = gather("spectrum", runs, control)
     cohort.require(SPECTRA)
     held = {run.id: spectra.singular_values(run, step) for run in cohort.runs}
-    module = _module(cohort, list(held.values()), module)
+    module = common_module(cohort, list(held.values()), module)
     found = {run: sigmas[module] for run, sigmas in held.items()}
     values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
@@ -93,7 +93,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     for cohort in shown.values():
         cohort.require(UPDATES)
     held = [run.updates() for cohort in shown.values() for run in cohort.runs]
-    module = _module(shown[""], held, module)
+    module = common_module(shown[""], held, module)
     panels = []
     for prefix, cohort in shown.items():
         title, pairs = _pairs(cohort)
@@ -103,7 +103,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     return beside(*panels, _heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""]))
 
 
-def _module(cohort: Cohort, held: Sequence[Mapping[str, Any]], module: str | None) -> str:
+def common_module(cohort: Cohort, held: Sequence[Mapping[str, Any]], module: str | None) -> str:
     """The module asked for, or the one with the largest update by the mean over runs, of those that all runs hold."""
     common = [name for name in held[0] if all(name in found for found in held)]
     if module is None and common:

@@ -1,0 +1,81 @@
+"""The figure of what parameters buy: test metric against their number."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lorascope.analysis import norms
+from lorascope.analysis.stats import band
+from lorascope.chart import Axis, Chart, Line, Point, Text
+from lorascope.plots.catalogue import figure
+from lorascope.plots.cohort import INTERVAL, Group, Runs, axis_label, gather
+
+_SIZES = ("rank", "init_rank", "target_rank", "coefficients")
+_ASIDE = 0.03  # of the range that the points span: where their sizes are written
+
+
+@figure(
+    needs=("test_metric",),
+    reads="A point is a recipe, further left the fewer parameters it trains; a line joins the sizes of one method, "
+    "written beside the points. A method is worth its parameters where its line lies above another's at equal x and "
+    "the intervals do not overlap.",
+    misleads="One learning rate for all sizes of a method is a choice that suits some better: a line that falls to the "
+    "right may want a lower rate, not fewer parameters. The head that every method trains is counted, which at few "
+    "coefficients is most of the number.",
+)
+def quality(runs: Runs, control: Runs | None = None) -> Chart:
+    """Test metric against trained parameters (FourierFT, Figs. 1 and 4): rank against coefficients.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs on one task, of any methods and sizes.
+
+    Raises
+    ------
+    ValueError
+        The runs are of different tasks.
+    """
+    cohort = gather("quality", runs, control)
+    cohort.require("test_metric")
+    cohort.same("task")
+    rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
+    sizes = pd.DataFrame([_size(group) for group in cohort.groups])
+    cells = band(rows, ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
+    cells = cells.assign(
+        right=cells["parameters"] * (cells["parameters"].max() / cells["parameters"].min()) ** _ASIDE,
+        above=cells["value"] + _ASIDE * (cells["value"].max() - cells["value"].min()),
+    )
+    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    return Chart(
+        cells,
+        [
+            Line("parameters", "value", "family"),
+            Point("parameters", "value", "family", low=low, high=high),
+            Text("right", "above", "size"),
+        ],
+        title="What parameters buy",
+        x=Axis(label="trained parameters", log=True),
+        y=Axis(label=axis_label("test_metric")),
+        caption=cohort.caption(
+            "Trained parameters of the last phase, the head's among them; beside a point its rank or coefficients.",
+            interval=f"bars: {INTERVAL}",
+        ),
+        colors=dict.fromkeys(sizes["family"]),
+        meta=cohort.meta,
+    )
+
+
+def _size(group: Group) -> dict[str, object]:
+    """Trained parameters of a recipe, its size in words, and what it has in common with its other sizes."""
+    first = group.runs[0]
+    family = [part for part in first.label.split(", ") if part.partition(" ")[0] not in _SIZES]
+    sizes = [first.meta["recipe"].get(name) for name in _SIZES]
+    counted = np.mean([run.meta["parameters"]["trained"] for run in group.runs])
+    return {
+        "recipe": group.label,
+        "family": ", ".join(family),
+        "size": "/".join(str(size) for size in sizes if isinstance(size, int)),
+        "parameters": float(counted),
+    }

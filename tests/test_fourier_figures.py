@@ -1,0 +1,225 @@
+"""Figures of FourierFT and of quality against size, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from planted import MODULES, lookup, low_rank, plant
+
+from lorascope import plots
+from lorascope.analysis import atlas
+from lorascope.analysis import fourier as analysis
+from lorascope.fourier import Fourier
+from lorascope.records import Factors, Record
+from lorascope.run import Run
+from lorascope.writer import RunWriter
+
+ENTRIES = np.array([[0, 1, 2, 3], [0, 2, 5, 1]])
+C = np.array([1.0, -2.0, 0.5, 3.0])
+SHAPE = (4, 6)
+# An entry and its mirror, frequencies counted from the middle of the spectrum.
+PLACES = {
+    (0, 0): 1.0,
+    (1, 2): -2.0,
+    (-1, -2): -2.0,
+    (-2, -1): 0.5,
+    (-2, 1): 0.5,
+    (-1, 1): 3.0,
+    (1, -1): 3.0,
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """``plant`` in a folder of the test."""
+    return partial(plant, tmp_path)
+
+
+@pytest.fixture
+def fourier(tmp_path: Path) -> Any:
+    """Writes a FourierFT run of module -> {step: coefficients} at the worked example's entries, with alpha 12."""
+
+    def make(id: str, found: dict, label: str = "FourierFT", seed: int = 0, entries: Any = ENTRIES) -> Run:
+        common = {"model": "m", "task": "t", "recipe": {"name": "fourierft"}, "settings": {"steps": 9}, "parents": []}
+        states = {"last": {"step": 9, "ranks": dict.fromkeys(found, 4)}}
+        named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
+        writer = RunWriter(tmp_path / id, common | named)
+        for module, steps in found.items():
+            for quantity in ("update_norm", "learned_norm"):
+                writer.add(9, [Record(quantity, float(np.linalg.norm(steps[9])), module)])
+            for step, coefficients in steps.items():
+                arrays = {"coefficients": np.array(coefficients), "entries": entries, "shape": np.array(SHAPE)}
+                writer.add(step, [Factors(module, arrays, 12.0)])
+        writer.finish("done")
+        return Run.read(tmp_path / id)
+
+    return make
+
+
+def panels(drawn: Any) -> list[Any]:
+    return [chart for row in drawn.rows() for chart in row]
+
+
+def test_places_of_the_worked_example() -> None:
+    found = analysis.places(Fourier(C, ENTRIES, SHAPE, 12.0))
+    assert dict(zip(zip(found["row"], found["column"], strict=True), found["coefficient"], strict=True)) == PLACES
+    np.testing.assert_allclose(found["radius"], np.hypot(found["row"], found["column"]))
+
+
+def test_an_entry_and_its_mirror_are_one_frequency() -> None:
+    entries = np.array([[1, 3, 0], [2, 4, 3]])  # (-1, -2) is (3, 4); (0, 3) is its own mirror
+    found = analysis.places(Fourier(np.array([2.0, -0.5, 7.0]), entries, SHAPE))
+    assert dict(zip(zip(found["row"], found["column"], strict=True), found["coefficient"], strict=True)) == {
+        (1, 2): 1.5,
+        (-1, -2): 1.5,
+        (0, -3): 7.0,
+    }
+
+
+def test_the_profile_is_a_root_mean_square_over_frequencies_by_radius() -> None:
+    """Radii 0, sqrt 5, sqrt 5, sqrt 2 of the corner's sqrt 13; a frequency and its mirror count once."""
+    found = analysis.profile(Fourier(C, ENTRIES, SHAPE), bins=2)
+    half = math.hypot(2, 3) / 2
+    assert found["radius"].tolist() == pytest.approx([half / 2, 1.5 * half])
+    assert found["value"].tolist() == pytest.approx([math.sqrt((1 + 9) / 2), math.sqrt((4 + 0.25) / 2)])
+
+
+def test_spectrum_shows_what_was_learned_where_the_start_was_kept(fourier: Any) -> None:
+    run = fourier("a", {"h.0.q": {0: [0.5, 0.0, 0.5, -1.0], 9: C}, "h.1.q": {0: C, 9: C}})
+    chart, profile = panels(plots.fourier_spectrum(run))
+    learned = {place: abs(value) for place, value in PLACES.items()}
+    learned |= {(0, 0): 0.5, (-2, -1): 0.0, (-2, 1): 0.0, (-1, 1): 4.0, (1, -1): 4.0}
+    shown = {place: value for place, value in learned.items() if value}
+    assert lookup(chart, "row", "column", value="size") == pytest.approx(shown)
+    assert chart.data["log"].tolist() == pytest.approx(np.log10(chart.data["size"]).tolist())
+    faint = fourier("f", {"h.0.q": {9: [1e-6, 0.0, 0.0, 3.0]}})
+    assert sorted(panels(plots.fourier_spectrum(faint))[0].data["log"]) == pytest.approx(np.log10([0.03, 3, 3]))
+    assert (chart.x.limits, chart.y.limits) == ((-3, 3), (-2, 2))
+    assert "since the start" in chart.caption
+    assert "h.0.q" in chart.caption  # the larger update
+    assert profile.data["value"].dropna().max() == pytest.approx(4.0)
+
+
+def test_spectrum_shows_the_coefficients_where_no_start_was_kept(fourier: Any) -> None:
+    chart, _ = panels(plots.fourier_spectrum(fourier("a", {"h.0.q": {9: C}})))
+    assert lookup(chart, "row", "column", value="size") == {place: abs(value) for place, value in PLACES.items()}
+    assert "since the start" not in chart.caption
+
+
+def test_seeds_are_pooled_by_place_and_recipes_have_panels(fourier: Any) -> None:
+    seeds = [fourier(f"s{seed}", {"h.0.q": {9: C * (1 + seed)}}, seed=seed) for seed in (0, 1)]
+    other = fourier("o", {"h.0.q": {9: C}}, "other", entries=(ENTRIES + 1) % [[4], [6]])
+    first, second, profile = panels(plots.fourier_spectrum([*seeds, other]))
+    assert (first.title, second.title) == ("FourierFT", "other")
+    assert lookup(first, "row", "column", value="size")[0, 0] == pytest.approx(math.sqrt((1 + 4) / 2))
+    assert set(profile.data["recipe"]) == {"FourierFT", "other"}
+
+
+def test_the_atlas_leaves_out_the_random_start(fourier: Any) -> None:
+    start = [0.0, -1.0, 0.25, 1.0]
+    kept = fourier("a", {"h.0.q": {0: start, 9: C}}, "kept")
+    lost = fourier("b", {"h.0.q": {9: C}}, "lost")
+    spectrum, _, heat = panels(plots.atlas([kept, lost], k=2))
+    for label, change in (("kept", C - start), ("lost", C)):
+        sigma = np.linalg.svd(Fourier(change, ENTRIES, SHAPE, 12.0).matrix, compute_uv=False)
+        drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
+        np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
+    expected = atlas.mean_angle(*(atlas.leading(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C)))
+    assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)
+    assert "With its random start, which was not kept: lost." in heat.caption
+
+
+def test_a_run_without_frequencies_is_refused(write: Any) -> None:
+    run = write("a", {("update_norm", "h.0.q"): {9: 1.0}}, factors={"h.0.q": low_rank(1)})
+    with pytest.raises(ValueError, match="fourier_spectrum needs Fourier coefficients: train with FourierFT"):
+        plots.fourier_spectrum(run)
+
+
+def test_images_are_in_units_of_their_own_entries(fourier: Any, write: Any) -> None:
+    wave = fourier("a", {"h.0.q": {9: C}})
+    B, A = np.arange(1.0, 5).reshape(4, 1), np.ones((1, 6))
+    flat = write("b", {("update_norm", "h.0.q"): {9: 1.0}}, "LoRA", factors={"h.0.q": (B, A)})
+    left, right = panels(plots.update_image([wave, flat]))
+    matrix = Fourier(C, ENTRIES, SHAPE, 12.0).matrix
+    shown = left.data.pivot(index="row", columns="column", values="value").to_numpy()
+    np.testing.assert_allclose(shown, matrix / np.sqrt(np.mean(matrix**2)))
+    rows = right.data.pivot(index="row", columns="column", values="value").to_numpy()
+    np.testing.assert_allclose(rows, B @ A / math.sqrt(7.5))
+    assert left.marks[0].limits == right.marks[0].limits
+    assert left.marks[0].scale == "diverging"
+    corner = panels(plots.update_image([wave, flat], cells=3))[0]
+    assert corner.data["row"].max() == corner.data["column"].max() == 2
+    assert "the first 3 rows and columns" in corner.caption
+    assert "all rows and columns" in left.caption
+
+
+def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
+    def run(id: str, label: str, parameters: int, metric: float, seed: int = 0, **sizes: Any) -> Run:
+        values = {("test_metric", ""): {9: metric}}
+        return write(id, values, label, seed, parameters={"trained": parameters}, recipe={"name": label} | sizes)
+
+    runs = [
+        run("a", "LoRA, rank 2", 200, 0.7, rank=2),
+        run("b", "LoRA", 400, 0.8, rank=4),  # a default is not told in the label
+        run("c", "LoRA", 400, 0.9, 1, rank=4),
+        run("d", "FourierFT, coefficients 64, basis random", 64, 0.6, coefficients=64),
+        run("e", "Full", 9000, 0.95),
+    ]
+    chart = plots.quality(runs)
+    assert lookup(chart, "recipe", "parameters") == pytest.approx(
+        {
+            ("LoRA, rank 2", 200): 0.7,
+            ("LoRA", 400): 0.85,
+            ("FourierFT, coefficients 64, basis random", 64): 0.6,
+            ("Full", 9000): 0.95,
+        }
+    )
+    assert dict(zip(chart.data["recipe"], chart.data["family"], strict=True)) == {
+        "LoRA, rank 2": "LoRA",
+        "LoRA": "LoRA",
+        "FourierFT, coefficients 64, basis random": "FourierFT, basis random",
+        "Full": "Full",
+    }
+    assert chart.data["size"].tolist() == ["2", "4", "64", ""]
+    assert chart.x.log
+    assert chart.data["right"].gt(chart.data["parameters"]).all()
+    assert chart.colors == ("LoRA", "FourierFT, basis random", "Full")
+
+
+def test_quality_refuses_runs_of_two_tasks(write: Any) -> None:
+    values = {("test_metric", ""): {9: 0.5}}
+    runs = [write(id, values, id, task=task, parameters={"trained": 1}) for id, task in (("a", "t"), ("b", "u"))]
+    with pytest.raises(ValueError, match=r"runs of one task; got t \(run a\) and u \(run b\)"):
+        plots.quality(runs)
+
+
+def test_the_band_by_distance_is_the_table_of_the_paper() -> None:
+    """p of Eq. 5 at width 200, for centers 0, 100, 200 and distances 0, 50, 100, 200, 300."""
+    curves, *maps = panels(plots.frequency_bias((768, 768), (0, 100, 200), 200))
+    told = {0: [1, 0.9394, 0.7788, 0.3679, 0.1054], 100: [0, 0.5698, 1, 0.5698, 0.1690], 200: [0, 0, 0.1054, 1, 0.4994]}
+    for center, values in told.items():
+        line = curves.data[curves.data["center"] == f"{center}"]
+        found = np.interp([0, 50, 100, 200, 300], line["distance"], line["probability"])
+        np.testing.assert_allclose(found, values, atol=6e-5)
+    assert len(maps) == 3
+    for chart, center in zip(maps, told, strict=True):
+        cells = lookup(chart, "row", "column", value="probability")
+        assert cells[0, 0] == (1.0 if center == 0 else 0.0)
+        across, expected = np.array([c for r, c in cells if r == 0]), []
+        for column in across:
+            distance = abs(column) or 1e-9
+            expected.append(math.exp(-(((distance**2 - center**2) / (distance * 200)) ** 2)))
+        np.testing.assert_allclose([cells[0, column] for column in across], expected, atol=1e-9)
+        assert chart.marks[0].limits == (0, 1)
+
+
+def test_both_renderers_draw_them(fourier: Any, tmp_path: Path) -> None:
+    run = fourier("a", {"h.0.q": {0: C + 1, 9: C}})
+    drawn = [plots.fourier_spectrum(run), plots.update_image(run), plots.frequency_bias((16, 16), (0, 3), 2)]
+    for number, figure in enumerate(drawn):
+        assert all(figure.save(tmp_path / f"{number}.{kind}").exists() for kind in ("png", "html"))

@@ -12,7 +12,7 @@ from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Group, Runs, axis_label, gather
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
-_ASIDE = 0.03  # of the range that the points span: where their sizes are written
+_ASIDE = 0.03  # of the range that the points span
 
 
 @figure(
@@ -43,10 +43,7 @@ def quality(runs: Runs, control: Runs | None = None) -> Chart:
     rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
     sizes = pd.DataFrame([_size(group) for group in cohort.groups])
     cells = band(rows, ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
-    cells = cells.assign(
-        right=cells["parameters"] * (cells["parameters"].max() / cells["parameters"].min()) ** _ASIDE,
-        above=cells["value"] + _ASIDE * (cells["value"].max() - cells["value"].min()),
-    )
+    cells = cells.assign(**_aside(cells))
     low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
     return Chart(
         cells,
@@ -65,6 +62,14 @@ def quality(runs: Runs, control: Runs | None = None) -> Chart:
         colors=dict.fromkeys(sizes["family"]),
         meta=cohort.meta,
     )
+
+
+def _aside(cells: pd.DataFrame) -> dict[str, pd.Series]:
+    """Where the size of a point is written: a little above it and to its right, the further the longer it is."""
+    high, low = (cells[end].fillna(cells["value"]) for end in ("high", "low"))
+    wide = cells["parameters"].max() / cells["parameters"].min()
+    shift = _ASIDE * (1 + 0.6 * cells["size"].str.len())
+    return {"right": cells["parameters"] * wide**shift, "above": cells["value"] + _ASIDE * (high.max() - low.min())}
 
 
 def _size(group: Group) -> dict[str, object]:

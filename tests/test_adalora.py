@@ -665,7 +665,7 @@ def test_every_choice_tells_what_it_rests_on(trained):
     wide = told.pivot_table(index=["step", "module", "index"], columns="quantity", values="value", observed=True)
     parts = wide["importance_lambda"] + wide["importance_left"] + wide["importance_right"]
     np.testing.assert_allclose(wide["importance"], parts, rtol=1e-12)
-    np.testing.assert_allclose(wide["importance_lambda"], wide["sensitivity"] * wide["uncertainty"], rtol=1e-12)
+    np.testing.assert_allclose(wide["importance_lambda"], wide["sensitivity"] * wide["uncertainty"], rtol=1e-6)
     for _, at in wide.groupby(level="step"):
         assert at["importance"][at["kept"] == 1].min() > at["importance"][at["kept"] == 0].max()
     assert wide["kept"].groupby(level=["step"]).sum().tolist() == rows(run, "budget")["value"].tolist()[1:]

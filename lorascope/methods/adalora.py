@@ -172,9 +172,10 @@ class AdaLoRA(Method, name="adalora"):
             weights = self._before if self.scores == "before" else self._weights
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
             smooth(self.sensitivity_, self.uncertainty_, weights, gradients, (self.beta1, self.beta2))
+        if schedule.chooses(step.index) or step.last:
+            self._parts = importance(self.sensitivity_, self.uncertainty_)
         if schedule.chooses(step.index):
-            parts = importance(self.sensitivity_, self.uncertainty_)
-            kept = most_important(parts.sum(0), schedule.budget(step.index))
+            kept = most_important(self._parts.sum(0), schedule.budget(step.index))
             torch._foreach_copy_([d.kept for d in deltas], list(kept))
         if schedule.masks(step.index):
             kept = torch.stack([d.kept for d in deltas])
@@ -188,9 +189,11 @@ class AdaLoRA(Method, name="adalora"):
         if step.finished and not (schedule.chooses(step.index) or step.last):
             return
         kept = torch.stack([d.kept for d in self._deltas.values()]).double()
-        parts = importance(self.sensitivity_, self.uncertainty_)
-        moving = [torch.stack(average[1::3])[..., 0].double() for average in (self.sensitivity_, self.uncertainty_)]
-        columns = to_array(torch.stack([*parts, *moving, parts.sum(0), kept]))  # the one copy off the device
+        scores: Tensors = []
+        if step.finished:
+            moving = [torch.stack(average[1::3])[..., 0].double() for average in (self.sensitivity_, self.uncertainty_)]
+            scores = [*self._parts, *moving, self._parts.sum(0)]
+        columns = to_array(torch.stack([*scores, kept]))  # the one copy off the device
         yield Record("budget", schedule.budget(step.index))
         yield from (Record("rank", row.sum(), name) for name, row in zip(self._deltas, columns[-1], strict=True))
         if step.finished:
@@ -295,9 +298,10 @@ def smooth(
 
 def importance(sensitivity: Tensors, uncertainty: Tensors) -> Float[Tensor, "3 modules rank"]:
     """The summands of equation 9, of P, lambda and Q, in float64; from the averages of one module after another."""
-    scores = [s.double() * u.double() for s, u in zip(sensitivity, uncertainty, strict=True)]
-    triples = zip(scores[0::3], scores[1::3], scores[2::3], strict=True)
-    return torch.stack([torch.stack([P.mean(0), own[:, 0], Q.mean(1)]) for P, own, Q in triples], 1)
+    scores = torch._foreach_mul(sensitivity, uncertainty)
+    left = [P.mean(0, dtype=torch.float64) for P in scores[0::3]]
+    right = [Q.mean(1, dtype=torch.float64) for Q in scores[2::3]]
+    return torch.stack([torch.stack(left), torch.stack(scores[1::3])[..., 0].double(), torch.stack(right)])
 
 
 def most_important(scores: Float[Tensor, "modules rank"], budget: int) -> Bool[Tensor, "modules rank"]:

@@ -6,10 +6,12 @@ from itertools import product
 
 import numpy as np
 import pytest
+from planted import plant
 from sklearn.decomposition import PCA
 from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from lorascope import plots
 from lorascope.analysis import embedding, sharing
 from lorascope.analysis.embedding import clouds
 from lorascope.update import LowRank
@@ -317,3 +319,91 @@ def test_a_perplexity_without_enough_points_is_told_in_one_line(perplexity):
         embedding.tsne(cloud, perplexity=perplexity)
     assert embedding.default_perplexity(36) == 12
     assert embedding.default_perplexity(512) == 30
+
+
+PLACES = [{"module": f"h.{m}.q", "stack": "", "layer": m, "role": ("q", "v")[m % 2]} for m in range(6)]
+
+
+@pytest.fixture
+def domains(tmp_path):
+    """Runs by domain, with a shared A and a B of the domain, and what they were planted from."""
+    updates = planted(9)
+    found = {domain: [] for domain in DOMAINS}
+    for seed, (run, domain) in enumerate(RUNS.items()):
+        factors = {name: (update.B, update.A) for name, update in updates[run].items()}
+        values = {("loss", ""): {9: 1.0}}
+        found[domain].append(plant(tmp_path, run, values, "LoRA", seed, factors, modules=PLACES))
+    return found, updates
+
+
+def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
+    runs, updates = domains
+    panels = plots.factor_embedding(runs)
+    assert [[chart.title for chart in row] for row in panels.rows()] == [
+        ["t-SNE of A, 2 × 12", "t-SNE of B, 2 × 12"],
+        ["PCA of A, 2 × 12", "PCA of B, 2 × 12"],
+    ]
+    chart = panels.rows()[1][1]
+    (cloud,) = clouds(updates, RUNS, ("B",))
+    np.testing.assert_allclose(chart.data[["x", "y"]], embedding.pca(cloud), atol=1e-12)
+    assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
+    assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
+    assert (chart.marks[0].color, chart.marks[0].shape) == ("domain", "role")
+    assert dict(zip(chart.data["domain"], chart.data["size"], strict=True)) == {"film": 1.0, "music": 0.6, "news": 0.2}
+    shares = (
+        PCA(2)
+        .fit(
+            np.array(
+                [
+                    (B := updates[row.run][row.module].B).ravel() / np.linalg.norm(B)
+                    for row in cloud.table().itertuples()
+                ]
+            )
+        )
+        .explained_variance_ratio_
+    )
+    assert chart.x.label == f"component 1 ({100 * shares[0]:.0f} % of variance)"
+    assert panels.rows()[0][0].frame is None
+    assert np.abs(panels.rows()[0][0].data[["x", "y"]].to_numpy()).max() == 1
+    assert panels.rows()[0][0].data["start"].unique().tolist() == ["usual perplexity, from PCA"]
+    shared = sharing.sharedness([cloud])["sharedness"]
+    assert "film: 2 seeds (0, 1)" in chart.caption.lower()
+    assert f"A 100 %, B {100 * shared:.0f} % (by chance 17 %)" in chart.caption
+
+
+def test_the_control_stands_below_and_the_slider_has_every_start(domains):
+    runs, _ = domains
+    panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4])
+    titles = [row[0].title for row in panels.rows()]
+    assert titles == [
+        "t-SNE of A, 2 × 12",
+        "PCA of A, 2 × 12",
+        "control: t-SNE of A, 2 × 12",
+        "control: PCA of A, 2 × 12",
+    ]
+    chart = panels.rows()[0][0]
+    assert chart.frame == "start"
+    starts = [f"perplexity {size}, from {start}" for size, start in product((3, 8), ("PCA", "seed 4"))]
+    assert chart.data["start"].unique().tolist() == starts
+    assert len(chart.data) == 4 * 36
+    assert "Control: film: 2 seeds" in chart.caption
+    assert len({chart.caption for row in panels.rows() for chart in row}) == 1
+
+
+def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):
+    runs, _ = domains
+    chart = plots.factor_embedding(runs, together=True, view="space").rows()[0][0]
+    assert chart.title == "t-SNE of A and B, 12"
+    assert chart.data["factor"].value_counts().to_dict() == {"A": 36, "B": 36}
+    names = chart.marks[1].data.set_index("factor")
+    top = chart.data[chart.data["factor"] == "A"]
+    assert (names.loc["A", "x"], names.loc["A", "y"]) == (pytest.approx(top["x"].mean()), top["y"].max())
+    assert list(plots.factor_embedding(runs, factors=("A",)).rows()[0][0].data["factor"].unique()) == ["A"]
+
+
+def test_the_figure_refuses_one_run_and_too_large_a_perplexity_in_one_line(domains):
+    runs, _ = domains
+    with pytest.raises(ValueError, match="factor_embedding compares the factors of runs, and got one"):
+        plots.factor_embedding(runs["film"][0])
+    with pytest.raises(ValueError, match="perplexity 40 must lie between 0 and the number of points, 36"):
+        plots.factor_embedding(runs, perplexity=40)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -68,6 +68,11 @@ class Cloud:
         runs = list(zip(self.runs, self.domains, strict=True))
         rows = [(*slot, *run) for slot in slots for run in runs]
         return pd.DataFrame(rows, columns=["module", "factor", "run", "domain"])
+
+
+def factored(updates: Mapping[str, Any]) -> dict[str, LowRank]:
+    """Of a run's updates those that have an A and a B."""
+    return {module: update for module, update in updates.items() if isinstance(update, LowRank)}
 
 
 def clouds(
@@ -163,9 +168,11 @@ def tsne(cloud: Cloud, perplexity: float | int | None = None, seed: int | None =
     perplexity = default_perplexity(points) if perplexity is None else perplexity
     if not 0 < perplexity < points:
         raise ValueError(f"perplexity {perplexity:g} must lie between 0 and the number of points, {points}")
-    start = "pca" if seed is None else "random"
-    plane = TSNE(2, perplexity=perplexity, init=start, random_state=seed or 0)
-    return np.asarray(plane.fit_transform(pca(cloud, _PCA_SIZE)), dtype=np.float64)
+    components = pca(cloud, _PCA_SIZE)
+    # What init="pca" does, but for points that all coincide.
+    start = components[:, :2] * (1e-4 / (components[:, 0].std() or 1.0))
+    plane = TSNE(2, perplexity=perplexity, init=start if seed is None else "random", random_state=seed or 0)
+    return np.asarray(plane.fit_transform(components), dtype=np.float64)
 
 
 def default_perplexity(points: int) -> float:

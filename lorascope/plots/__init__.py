@@ -7,6 +7,7 @@ catalogue, ``available(run)`` says what can be drawn.
 from lorascope.plots.atlas import atlas
 from lorascope.plots.catalogue import FIGURES, Figure, available
 from lorascope.plots.components import importance
+from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
@@ -25,6 +26,7 @@ __all__ = [
     "agreement",
     "atlas",
     "available",
+    "factor_embedding",
     "fourier_spectrum",
     "frequency_bias",
     "gate_course",

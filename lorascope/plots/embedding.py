@@ -1,0 +1,163 @@
+"""The figure of what A and B learned: every factor of every run as a point, coloured by its domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from lorascope.analysis import embedding, sharing
+from lorascope.analysis.embedding import Cloud, Factor, View
+from lorascope.chart import Axis, Chart, Panels, Point, Text
+from lorascope.plots.catalogue import UPDATES, figure
+from lorascope.plots.cohort import Cohort, Runs, gather
+
+_VIEWS = {
+    "raw": "factors as they are",
+    "canonical": "factors by the singular vectors of the update",
+    "space": "row spaces of A and column spaces of B",
+}
+TINY = float(np.finfo(np.float64).tiny)
+Setting = tuple[float | int | None, int | None]
+
+
+@figure(
+    needs=(UPDATES,),
+    runs=2,
+    reads="Each dot is one whole factor of one module. Dots of all colours in one place: the module's factor is alike "
+    "whatever the text. Colours apart: the factor tells the texts apart. Look at the control first, runs that each "
+    "began from an A of their own; only what is left there was learned.",
+    misleads="From one initial A all runs' A stay beside each other because they moved little, whether or not they "
+    "learned anything in common. Distances between groups mean nothing in t-SNE, and another perplexity draws other "
+    "groups; the numbers of analysis.sharing do not depend on either. Raw factors also differ by how an update was "
+    "split into B and A: view='space' does not.",
+)
+def factor_embedding(
+    runs: Runs,
+    control: Runs | None = None,
+    factors: Sequence[Factor] = ("A", "B"),
+    together: bool = False,
+    view: View = "raw",
+    step: int | None = None,
+    perplexity: float | int | Sequence[float | int] | None = None,
+    seeds: Sequence[int] = (),
+) -> Panels:
+    """t-SNE of factors (HydraLoRA, Fig. 3) with PCA below it, A and B apart; factors of another shape by themselves.
+
+    Parameters
+    ----------
+    runs : mapping domain -> run or runs
+        LoRAs trained apart, two or more a domain.
+    control : as ``runs``, optional
+        Rows below, such as runs that began from different A.
+    factors : sequence of {"A", "B"}
+        Before the first step there is an A alone.
+    together : bool
+        A and B in one plane, where they have one shape, as in the paper.
+    view : {"raw", "canonical", "space"}
+        Factors as they are (the paper's), of the update's singular value decomposition, or their spaces.
+    step : int, optional
+        A step with a snapshot; by default the end.
+    perplexity : float or sequence of float, optional
+        By default the paper's 30, or a third of the points where they are few; several become a slider.
+    seeds : sequence of int
+        Random starts of t-SNE, as further positions of the slider; the first starts from the principal components.
+
+    Raises
+    ------
+    ValueError
+        There are not two runs, they have no factor to compare, or a perplexity is not below the number of points.
+    """
+    name = "factor_embedding"
+    shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
+    settings = list(product(perplexity if isinstance(perplexity, Sequence) else [perplexity], [None, *seeds]))
+    caption = f"A dot is a factor of one module in one run: {_VIEWS[view]}, of length one. Dots in one place are rings."
+    rows: list[list[Chart]] = []
+    for prefix, cohort in shown.items():
+        found = [_clouds(cohort, (factor,), view, step) for factor in factors]
+        caption += _told(prefix, cohort, found)
+        apart = [cloud for clouds in found for cloud in clouds]
+        clouds = _clouds(cohort, factors, view, step) if together else apart
+        rows.append([_tsne(cloud, cohort, prefix, settings) for cloud in clouds])
+        rows.append([_pca(cloud, cohort, prefix) for cloud in clouds])
+    return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
+
+
+def _clouds(cohort: Cohort, factors: Sequence[Factor], view: View, step: int | None) -> list[Cloud]:
+    cohort.require(UPDATES)
+    if len(cohort.runs) < 2:
+        raise ValueError(f"{cohort.name} compares the factors of runs, and got one: give runs of two domains or more")
+    updates = {run.id: embedding.factored(run.updates(step)) for run in cohort.runs}
+    domains = {run.id: group.label for group in cohort.groups for run in group.runs}
+    return embedding.clouds(updates, domains, factors, view)
+
+
+def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
+    """The runs, and the number that the picture is to be read with."""
+    told = f"{prefix}{cohort.sample}."
+    if len(cohort.groups) > 1:
+        shares = {clouds[0].factors[0]: sharing.sharedness(clouds) for clouds in found}
+        listed = ", ".join(f"{factor} {100 * share['sharedness']:.0f} %" for factor, share in shares.items())
+        chance = 100 * next(iter(shares.values()))["sharedness_chance"]
+        told += f" The nearest factor of another domain is the same module's: {listed} (by chance {chance:.0f} %)."
+    return f" {told[0].upper()}{told[1:]}"
+
+
+def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, settings: Sequence[Setting]) -> Chart:
+    parts = []
+    for setting in settings:
+        plane = embedding.tsne(cloud, *setting)
+        # A plane has no unit: its outermost dot stands at one.
+        parts.append(_points(cloud, cohort, plane / (np.abs(plane).max() or 1.0)).assign(start=_position(*setting)))
+    axes = [Axis(label=f"t-SNE {number}", ticks={}) for number in (1, 2)]
+    frame = "start" if len(settings) > 1 else None
+    return _chart(pd.concat(parts), cohort, f"{prefix}t-SNE of {_name(cloud)}", axes, frame)
+
+
+def _pca(cloud: Cloud, cohort: Cohort, prefix: str) -> Chart:
+    whole = embedding.pca(cloud, len(cloud.flat))
+    shares = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
+    axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} % of variance)") for number in (0, 1)]
+    return _chart(_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_name(cloud)}", axes, None)
+
+
+def _chart(points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis], frame: str | None) -> Chart:
+    marks: list[Any] = [Point("x", "y", "domain", shape="role", size="size")]
+    if points["factor"].nunique() > 1:
+        # In one plane of A and B their names stand above the dots of each.
+        names = points.groupby(["factor", *([frame] if frame else [])], as_index=False).agg({"x": "mean", "y": "max"})
+        marks.append(Text("x", "y", "factor", data=names))
+    return Chart(
+        points,
+        marks,
+        title=title,
+        x=axes[0],
+        y=axes[1],
+        frame=frame,
+        colors=cohort.labels,
+        meta=cohort.meta,
+    )
+
+
+def _points(cloud: Cloud, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
+    """Where the points are drawn, with the place of their modules in the model, later domains smaller."""
+    places = cohort.runs[0].modules.set_index("module")[["layer", "role"]]
+    sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
+    points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(places, on="module")
+    return points.assign(size=points["domain"].map(sizes))
+
+
+def _name(cloud: Cloud) -> str:
+    """Such as "A, 8 × 384"."""
+    return f"{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"
+
+
+def _position(perplexity: float | int | None, seed: int | None) -> str:
+    """A position of the slider."""
+    told = "usual perplexity" if perplexity is None else f"perplexity {perplexity:g}"
+    return f"{told}, from {'PCA' if seed is None else f'seed {seed}'}"

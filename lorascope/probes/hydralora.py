@@ -1,0 +1,164 @@
+"""HydraLoRA: do routers send domains to different heads, do heads on one A come apart, and is it worth it?
+
+Source: HydraLoRA (arXiv 2404.19245), section 4.2 with table 2 (accuracy), section 4.3 with figure 6 (what is left out),
+section 3 (heads for what tells sub-tasks apart).
+
+Departs: a small encoder and four domains of sentiment in place of LLaMA2-7B and corpora of instructions. The LoRA that
+is compared with has the same number of parameters, routers counted, and the same rate and scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope import plots
+from lorascope.claims import Claim
+from lorascope.methods import HydraLoRA, LoRA
+from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.allocations import BySeed, accuracy
+from lorascope.run import Run
+
+# As many heads as domains, and as in the authors' script; 3 would leave LoRA half a rank.
+METHOD = HydraLoRA(number=4, targets=("ffn_in", "ffn_out"))
+ROUTED = "HydraLoRA, 4 heads"
+EVEN, SPLIT = f"{ROUTED}, even gates", f"{ROUTED}, an A each"
+
+DOMAINS = Claim(
+    sentence="The routers learn to tell the domains apart, though no domain is named to them.",
+    statistic="mutual information of domain and head (nats) after training, beyond that by lot, mean over modules",
+    control="the same before training: what random routers make of the words of each domain",
+    margin=0.01,
+    source="section 3.2",
+)
+APART = Claim(
+    sentence="Heads that share one A come at least half as far apart as heads with an A each.",
+    statistic="1 minus the cosine between the updates of two heads, mean over pairs and modules",
+    control="half of the same for heads with an A each, which differ by their draw alone",
+    margin=0.05,
+    source="section 3.1",
+)
+BETTER = Claim(
+    sentence="HydraLoRA does better than LoRA of as many parameters.",
+    statistic="test accuracy of HydraLoRA",
+    control="test accuracy of LoRA with the rank that costs the same, at the same steps, rate and scale",
+    margin=0.002,
+    source="table 2",
+)
+ROUTING = Claim(
+    sentence="The router is needed: heads mixed evenly do worse.",
+    statistic="test accuracy of HydraLoRA",
+    control="test accuracy with even gates, which is LoRA of the rank of one head",
+    margin=0.002,
+    source="section 4.3, figure 6",
+)
+SHARING = Claim(
+    sentence="One A for all heads does better than an A each.",
+    statistic="test accuracy of HydraLoRA",
+    control="test accuracy of heads with an A each, under the same routers",
+    margin=0.002,
+    source="table 2",
+)
+
+
+def equal_rank(method: HydraLoRA) -> int:
+    """The rank at which LoRA has as many parameters on the feed-forward part of a block.
+
+    A module has rank * in for A, number * rank * out for the heads and number * in for the router; in LoRA a rank costs
+    in + out. The two matrices of a block together have as many inputs as outputs.
+    """
+    return (method.rank + method.number * method.rank + method.number) // 2
+
+
+def arms(quick: bool) -> list[Arm]:
+    """HydraLoRA, the two that leave something out, and LoRA of equal parameters."""
+    settings, rank = encoder_settings(quick), equal_rank(METHOD)
+    scale = METHOD.alpha / METHOD.rank
+    lora = LoRA(rank=rank, alpha=rank * scale, targets=METHOD.targets or (), lr=METHOD.lr, head_lr=METHOD.head_lr)
+    return [
+        Arm(label=ROUTED, method=METHOD, settings=settings, cost=1.3),
+        Arm(label=EVEN, method=replace(METHOD, router="uniform"), settings=settings),
+        Arm(label=SPLIT, method=replace(METHOD, heads="split"), settings=settings, cost=1.3),
+        Arm(label=plain(), method=lora, settings=settings),
+    ]
+
+
+def plain() -> str:
+    """Label of the LoRA of equal parameters."""
+    return f"LoRA, rank {equal_rank(METHOD)}, feed-forward"
+
+
+def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
+    """What routers tell of the domain, how far heads come apart, and accuracy against what is left out."""
+    routed = runs[ROUTED]
+    apart = {label: {run.meta["seed"]: mean_apart(run) for run in runs[label]} for label in (ROUTED, SPLIT)}
+    reached = {label: accuracy(found) for label, found in runs.items()}
+    verdicts = [
+        DOMAINS.judge(_by_seed(routed, start=False), _by_seed(routed, start=True)),
+        APART.judge(apart[ROUTED], {seed: value / 2 for seed, value in apart[SPLIT].items()}),
+        BETTER.judge(reached[ROUTED], reached[plain()]),
+        ROUTING.judge(reached[ROUTED], reached[EVEN]),
+        SHARING.judge(reached[ROUTED], reached[SPLIT]),
+    ]
+    exhibits = [
+        exhibit("gates", plots.gates({ROUTED: routed, SPLIT: runs[SPLIT]})),
+        exhibit("gate_course", plots.gate_course({ROUTED: routed, SPLIT: runs[SPLIT]})),
+        exhibit("training_curves", plots.training_curves(dict(runs))),
+    ]
+    notes = [
+        "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
+        "Trained parameters, the task's head included: "
+        + "; ".join(f"{label} {found[0].meta['parameters']['trained']:,}" for label, found in runs.items())
+        + ".",
+        "Heads with even gates and one A stay equal to each other: they start so, and get the same gradient.",
+    ]
+    return Findings(verdicts, exhibits, notes=notes)
+
+
+def _by_seed(runs: Sequence[Run], start: bool) -> BySeed:
+    return {run.meta["seed"]: told_of_domain(run, start) for run in runs}
+
+
+def told_of_domain(run: Run, start: bool = False) -> float:
+    """What the gates tell of the domain beyond what they would by lot, at the start or the end, mean over modules."""
+    table = run.table
+    steps = table.loc[table["quantity"] == "gate_information", "step"]
+    at = table[table["step"] == (steps.min() if start else steps.max())]
+    told, lot = (at.loc[at["quantity"] == name, "value"].mean() for name in ("gate_information", "gate_chance"))
+    return float(told - lot)
+
+
+def mean_apart(run: Run) -> float:
+    """1 minus the cosine between the updates of two heads, mean over pairs and modules."""
+    cosines = [update_cosines(held["A"], held["B"]) for held in run.factors().values()]
+    return 1 - float(np.mean([found[np.triu_indices(len(found), 1)] for found in cosines]))
+
+
+def update_cosines(
+    A: Float[np.ndarray, "*heads rank in"], B: Float[np.ndarray, "heads out rank"]
+) -> Float[np.ndarray, "heads heads"]:
+    """Cosine between B_i A_i and B_j A_j for all pairs, from small matrices: <B A, B' A'> = tr(B^T B' A' A^T).
+
+    Unlike the cosine of B it does not depend on how an update was factored, so that heads with an A each have one, too.
+    """
+    A = np.broadcast_to(A, (len(B), *A.shape[-2:])).astype(np.float64)
+    B = B.astype(np.float64)
+    inner = (np.einsum("ior,jos->ijrs", B, B) * np.einsum("irk,jsk->ijrs", A, A)).sum((2, 3))
+    norms = np.sqrt(np.diagonal(inner))
+    return inner / np.outer(norms, norms)
+
+
+PROBE = register(
+    Probe(
+        name="hydralora",
+        title="HydraLoRA: several heads on one A",
+        source="Tian et al., HydraLoRA, arXiv 2404.19245",
+        question="Do routers find the domains, do heads come apart, and do they do better than a plain LoRA?",
+        quick_budget=200,
+        arms=arms,
+        judge=judge,
+    )
+)

@@ -1,0 +1,90 @@
+"""HydraLoRA's probe: its statistics against dense matrices and planted tables, and all of it on tiny runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from planted import MODULES, plant
+from tiny import tiny
+
+import lorascope as ls
+from lorascope import models, probes
+from lorascope.delta import adapted
+from lorascope.methods.hydralora import HydraDelta
+from lorascope.probes import hydralora
+
+UP = [module["module"] for module in MODULES if module["role"] == "ffn_in"]
+
+
+def test_cosines_of_updates_are_those_of_the_matrices():
+    draw = np.random.default_rng(0)
+    B = draw.standard_normal((3, 5, 2))
+    for A in (draw.standard_normal((2, 4)), draw.standard_normal((3, 2, 4))):
+        dense = np.array([(b @ a).ravel() for b, a in zip(B, np.broadcast_to(A, (3, 2, 4)), strict=True)])
+        unit = dense / np.linalg.norm(dense, axis=1, keepdims=True)
+        assert hydralora.update_cosines(A, B) == pytest.approx(unit @ unit.T, abs=1e-12)
+    assert hydralora.update_cosines(A[0], B[[0, 0]]) == pytest.approx(np.ones((2, 2)))
+
+
+@pytest.mark.parametrize(("rank", "number"), [(4, 4), (2, 6)])
+def test_the_lora_beside_it_has_as_many_parameters(rank, number):
+    method = replace(hydralora.METHOD, rank=rank, number=number)
+    assert hydralora.METHOD == replace(hydralora.METHOD, rank=4, number=4)
+    counts = []
+    for other in (method, ls.LoRA(rank=hydralora.equal_rank(method), targets=("ffn_in", "ffn_out"))):
+        model = tiny("bert")
+        other.attach(model)
+        counts.append(sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()))
+    assert counts[0] == counts[1] > 0
+
+
+def test_arms_differ_in_what_they_leave_out_alone():
+    routed, even, split, lora = hydralora.arms(False)
+    assert replace(even.method, router="learned") == replace(split.method, heads="shared") == routed.method
+    assert (lora.method.lr, lora.method.head_lr) == (routed.method.lr, routed.method.head_lr)
+    assert lora.method.alpha / lora.method.rank == routed.method.alpha / routed.method.rank
+    assert lora.label == f"LoRA, rank {lora.method.rank}, feed-forward"
+
+
+def test_what_is_told_of_the_domain_is_beyond_that_by_lot(tmp_path):
+    steps = {"gate_information": {0: (0.02, 0.04), 9: (0.3, 0.5)}, "gate_chance": {0: (0.01, 0.01), 9: (0.1, 0.1)}}
+    values = {
+        (name, module): {step: pair[number] for step, pair in found.items()}
+        for name, found in steps.items()
+        for number, module in enumerate(UP)
+    }
+    run = plant(tmp_path, "a", values)
+    assert hydralora.told_of_domain(run, start=True) == pytest.approx(0.03 - 0.01)
+    assert hydralora.told_of_domain(run) == pytest.approx(0.4 - 0.1)
+
+
+def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
+    runs = {}
+    for arm in hydralora.arms(True):
+        settings = dict(arm.settings) | {"steps": 4, "batch_size": 4, "eval_every": 0, "eval_size": 16}
+        settings["observe"] = [replace(observer, every=4) for observer in settings["observe"]]
+        runs[arm.label] = [
+            ls.train(
+                models.load(bert, task=task), task, arm.method, seed=seed, out=tmp_path / f"{arm.label}{seed}",
+                progress=False, device="cpu", **settings,
+            )
+            for seed in range(2)
+        ]  # fmt: skip
+    found = probes.PROBES["hydralora"].judge(runs)
+    claims = (hydralora.DOMAINS, hydralora.APART, hydralora.BETTER, hydralora.ROUTING, hydralora.SHARING)
+    assert [verdict.claim for verdict in found.verdicts] == list(claims)
+    assert {verdict.outcome for verdict in found.verdicts} == {"inconclusive"}
+    apart = found.verdicts[1].values.iloc[0]
+    routed, split = (runs[label][0] for label in (hydralora.ROUTED, hydralora.SPLIT))
+    assert apart["statistic"] == pytest.approx(hydralora.mean_apart(routed))
+    assert apart["control"] == pytest.approx(hydralora.mean_apart(split) / 2)
+    assert 0 < hydralora.mean_apart(routed) < hydralora.mean_apart(split)
+    # nothing tells heads with even gates apart
+    assert hydralora.mean_apart(runs[hydralora.EVEN][0]) == pytest.approx(0, abs=1e-6)
+    assert len(found.exhibits) == 3
+    assert any("Trained parameters" in note for note in found.notes)
+    model = models.load(bert, task=task)
+    runs[hydralora.EVEN][0].restore(model)
+    assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}

@@ -206,6 +206,14 @@ class Fourier(Dense):
         """Frobenius norm, by Parseval's identity."""
         return float(np.sqrt(sum(np.vdot(part.values, part.values) for part in self.parts)))
 
+    def inner(self, W: Float[np.ndarray, "out in"]) -> float:
+        """<W, dW>: the coefficients by the transform of W at their entries."""
+        (j, k), (rows, columns) = self.entries, self.shape
+        spectrum = np.fft.rfft2(W).real
+        left = k < spectrum.shape[1]
+        found = spectrum[np.where(left, j, -j % rows), np.where(left, k, columns - k)]
+        return float(self.scale / W.size * np.vdot(wide(self.coefficients), wide(found)))
+
     def singular_values(self) -> Float[np.ndarray, "k"]:
         """The min(out, in) singular values, largest first, of both parts together."""
         if not finite(self.coefficients):

@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from lorascope.adapter_files import pattern_key
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
+from lorascope.fourier import Fourier
 from lorascope.roles import position
 from lorascope.run import Run
 from lorascope.update import energy_rank
@@ -119,6 +120,9 @@ def _modules(run: Run) -> pd.DataFrame:
     outer, inner = _shapes(run, frame["module"]).T
     factored = (frame["rank"] * (outer + inner)).fillna(0)
     frame["parameters"] = factored.where(frame["rank"].notna(), outer * inner).astype("int64")
+    updates = run.updates()
+    coefficients = {name: len(update.coefficients) for name, update in updates.items() if isinstance(update, Fourier)}
+    frame["parameters"] = frame["module"].map(coefficients).fillna(frame["parameters"]).astype("int64")
     columns = ["module", "stack", "layer", "role", "rank", "parameters", "update_norm", "relative_update", "energy"]
     return frame[[*columns, "stable_rank", "effective_rank", "energy_rank"]]
 

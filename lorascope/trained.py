@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.delta import Delta, adapted
-from lorascope.hosts import oriented
+from lorascope.fourier import Fourier
+from lorascope.hosts import oriented, to_array
 from lorascope.method import Step
 from lorascope.update import Dense, LowRank
 
@@ -93,6 +94,8 @@ def squares(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = N
 
 def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
     """<W, dW>, without forming a factored dW."""
+    if isinstance(update, Fourier):
+        return update.inner(to_array(weight))
     if isinstance(update, Dense):
         matrix = torch.from_numpy(update.matrix).to(weight.device)
         return math.fsum(float((w * dw).sum()) for w, dw in zip(_tiles(weight), _tiles(matrix), strict=True))

@@ -268,6 +268,13 @@ def test_energy_by_radius():
     assert update.energy(np.array([0, 6.0])).sum() == pytest.approx(update.norm() ** 2)
 
 
+@given(updates())
+@settings(max_examples=50, deadline=None)
+def test_the_inner_product_with_a_weight(update):
+    W = np.random.default_rng(5).standard_normal(update.shape)
+    assert update.inner(W) == pytest.approx(np.vdot(W, plain(update)), abs=1e-10 * (1 + abs(update.scale)))
+
+
 def test_it_stands_where_a_dense_update_does():
     update = Fourier(np.array([1, -2, 0.5, 3], np.float32), places((0, 0), (1, 2), (2, 5), (3, 1)), (4, 6), 12)
     assert isinstance(update, Dense)

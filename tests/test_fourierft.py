@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+import signal
 
+import killing
 import numpy as np
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from test_resume import Forks, same
 from tiny import inputs, tiny
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import lorascope as ls
+from lorascope import export, models, plots
+from lorascope.analysis import subspace
 from lorascope.delta import adapted, attach, deltas, detach, fold, host_weight
 from lorascope.fourier import Fourier, entries
+from lorascope.inspection import inspect
 from lorascope.method import METHODS, config, from_config
 from lorascope.methods import FourierFT
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
@@ -382,3 +390,134 @@ def test_it_is_registered_and_survives_json():
     for method in (FourierFT(), FourierFT(coefficients=9, center=3.5, basis="random", init="zeros")):
         assert from_config(config(method)) == method
     assert FourierFT(coefficients=50).label() == "FourierFT, coefficients 50"
+
+
+FAST = killing.SETTINGS | {"observe": killing.observers()}
+METHOD = FourierFT(coefficients=200, targets="all-linear", lr=0.1)
+
+
+@pytest.fixture(scope="module")
+def run(bert, task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("fourier") / "run"
+    return ls.train(models.load(bert, task=task), task, METHOD, out=out, **FAST)
+
+
+def test_a_run_keeps_coefficients_and_entries_and_gives_its_updates(run, bert, task):
+    model = models.load(bert, task=task)
+    run.restore(model)
+    stored, first = run.updates(), run.updates(step=0)
+    last = run.table[run.table["step"] == 5].set_index(["quantity", "module"])["value"]
+    summary = run.summary().set_index("module")
+    assert set(stored) == set(adapted(model))
+    for name, delta in adapted(model).items():
+        dense, base = delta.weight().detach().numpy(), host_weight(model.get_submodule(name)).detach().numpy()
+        assert isinstance(stored[name], Fourier)
+        assert stored[name].dense() == pytest.approx(dense, abs=1e-5 * float(np.abs(dense).max()))
+        learned = dense - first[name].dense()
+        expected = {
+            "update_norm": np.linalg.norm(dense),
+            "learned_norm": np.linalg.norm(learned),
+            "weight_norm": np.linalg.norm(base + dense),
+            "relative_update": np.linalg.norm(dense) / np.linalg.norm(base),
+        }
+        for quantity, value in expected.items():
+            assert last[quantity, name] == pytest.approx(value, rel=1e-4)
+            assert summary.loc[name, quantity] == pytest.approx(value, rel=1e-4)
+        assert last["step_norm", name] > 0
+        assert last["adapter_norm", name] == pytest.approx(float(delta.coefficients.detach().norm()), rel=1e-6)
+        assert last["stable_rank", name] == pytest.approx(stored[name].stable_rank(), rel=1e-6)
+        assert last["rank", name] == run.ranks()[name] == summary.loc[name, "rank"] == np.linalg.matrix_rank(dense)
+        assert run.factors()[name].keys() == {"coefficients", "entries", "shape"}
+    assert summary["exact"].all()
+
+
+def test_the_first_step_of_the_table_is_the_start(run):
+    start = run.table[run.table["step"] == 0].set_index(["quantity", "module"])["value"]
+    for name, update in run.updates(step=0).items():
+        assert start["update_norm", name] == pytest.approx(update.norm())
+        assert start["learned_norm", name] == 0
+
+
+def test_energy_by_radius_is_recorded(run):
+    shares = run.table[run.table["quantity"] == "radius_energy"]
+    assert set(shares["step"]) == {0, 5}
+    for (step, name), rows in shares.groupby(["step", "module"], observed=True):
+        update = run.updates(step=step)[name]
+        j, k = update.entries
+        spectrum = np.zeros(update.shape)
+        np.add.at(spectrum, (j, k), update.coefficients)
+        even = (spectrum + np.roll(spectrum[::-1, ::-1], (1, 1), (0, 1))) / 2
+        across, down = np.nonzero(even)
+        folded = [np.minimum(i, side - i) for i, side in zip((across, down), update.shape, strict=True)]
+        edges = np.arange(9) / 8 * np.hypot(update.shape[0] // 2, update.shape[1] // 2)
+        whole = np.histogram(np.hypot(*folded), edges, weights=even[across, down] ** 2)[0]
+        assert rows.sort_values("index")["value"].to_numpy() == pytest.approx(whole / whole.sum(), rel=1e-5)
+
+
+def test_other_methods_can_be_told_in_the_same_table(bert, task, tmp_path):
+    method = FourierFT(coefficients=20, basis="orthogonal")
+    found = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST)
+    assert not found.updates()
+    assert found.summary()["learned_norm"].gt(0).all()
+    assert "radius_energy" not in set(found.table["quantity"])
+
+
+@pytest.mark.parametrize(
+    "method",
+    [METHOD, FourierFT(coefficients=3), FourierFT(basis="random", coefficients=30), FourierFT(center=4, width=2)],
+)
+def test_a_run_is_restored_bit_for_bit(method, bert, task, tmp_path):
+    model = models.load(bert, task=task)
+    found = ls.train(model, task, method, out=tmp_path / "run", **FAST)
+    again = models.load(bert, task=task)
+    found.restore(again)
+    assert torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
+    for name, delta in adapted(model).items():
+        assert torch.equal(adapted(again)[name].entries, delta.entries)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label", "group"]].to_csv(table, index=False)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    forks = Forks(bert, table)
+    job = json.dumps(config(METHOD))
+    assert forks(job, whole) == 0
+    assert forks(job, out, **{"kill after": "resume/step-00000004*"}) == -signal.SIGKILL
+    assert forks(job, out) == 0
+    same(out, whole)
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0
+
+
+def test_no_lora_holds_it(run, tmp_path):
+    updates = run.updates()
+    module = next(iter(updates))
+    for refused in (
+        run.lora_config,
+        lambda: export.rank_pattern(run, 0.5),
+        lambda: export.to_peft(run, tmp_path / "out"),
+        lambda: subspace.between(updates, updates, module),
+    ):
+        with pytest.raises(ValueError, match=r"is no product B A, so it cannot be exported|has no factor A") as raised:
+            refused()
+        assert "\n" not in str(raised.value)
+    alike = subspace.between(updates, updates, module, side="update")
+    assert alike["phi"].iloc[-1] == pytest.approx(1)
+
+
+def test_it_is_inspected_and_drawn(run):
+    found = inspect(run)
+    adapted_ones = found.modules[found.modules["rank"].notna()]
+    assert adapted_ones["parameters"].tolist() == [200] * len(run.updates())
+    assert adapted_ones["effective_rank"].gt(1).all()
+    for figure in ("update_norm", "spectrum", "norm_over_steps", "training_curves"):
+        getattr(plots, figure)(run)
+
+
+def test_bfloat16_runs_on_conv1d(gpt2, task, tmp_path):
+    method = FourierFT(targets="all-linear")
+    found = ls.train(models.load(gpt2, task=task), task, method, out=tmp_path / "run", precision="bf16", **FAST)
+    assert len(found.updates()) == 8
+    assert found.summary()["learned_norm"].gt(0).all()

@@ -1,0 +1,55 @@
+"""A training step of FourierFT against PEFT's and against full fine-tuning: python benchmarks/fourierft_step.py"""
+
+from __future__ import annotations
+
+import argparse
+
+import peft
+import torch
+from lora_step import TARGETS, batch_of, step_of
+from paired import compare
+from torch import nn
+
+from lorascope import models
+from lorascope.delta import adapted
+from lorascope.methods import FourierFT, Full
+
+AGAINST = {"PEFT's": 0.75, "full fine-tuning": 1.1}
+
+
+def contestants(coefficients: int | None, targets: str) -> dict[str, nn.Module]:
+    """The same MiniLM with our FourierFT, with PEFT's on the same modules, and trained in full."""
+    ours, theirs, full = (models.load("minilm") for _ in range(3))
+    method = FourierFT(coefficients=coefficients, targets=TARGETS[targets])
+    method.attach(ours)
+    Full().attach(full)
+    n = len(next(iter(adapted(ours).values())).coefficients)
+    config = peft.FourierFTConfig(
+        n_frequency=n,
+        scaling=method.alpha,
+        random_loc_seed=method.entry_seed,
+        target_modules=list(adapted(ours)),
+        task_type="SEQ_CLS",
+    )
+    return {"ours": ours, "PEFT's": peft.get_peft_model(theirs, config), "full fine-tuning": full}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--coefficients", type=int, help="of each module; by default those of the method")
+    parser.add_argument("--targets", choices=sorted(TARGETS), default="all-linear")
+    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="such as 64x128: batch x tokens")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    found = contestants(arguments.coefficients, arguments.targets)
+    for shape in arguments.shapes:
+        batch = batch_of(*map(int, shape.split("x")))
+        for other, target in AGAINST.items():
+            ratio = compare(step_of(found["ours"], batch), step_of(found[other], batch), arguments.pairs)
+            print(ratio.row(f"FourierFT step / {other}, {shape}, {arguments.targets}", target), flush=True)
+
+
+if __name__ == "__main__":
+    main()

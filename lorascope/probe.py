@@ -41,7 +41,8 @@ class Arm:
     cost : float
         Of a step on 16 rows, in full fine-tuning steps of minilm on 16 sentences.
     vary : callable, optional
-        ``vary(arm, seed)`` gives the arm of a seed, where more than chance depends on it: the text, or the ranks.
+        ``vary(arm, seed)`` gives the arm of a seed, where more than chance depends on it: the text, the ranks, or what
+        else the run is seeded with (``seed`` among the settings).
     """
 
     label: str

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from tiny import tiny
+from torch import nn
 
-from lorascope.delta import adapted
+from lorascope import observe, plots, probes, sweeps
+from lorascope.analysis.embedding import clouds
+from lorascope.analysis.sharing import numbers, sharedness
+from lorascope.chart import Panels
+from lorascope.delta import adapted, attach
 from lorascope.layout import identify
 from lorascope.method import config, from_config
 from lorascope.methods import LoRA
+from lorascope.methods.lora import LoRADelta
+from lorascope.probes import asymmetry
+from lorascope.probes.asymmetry import COMMON, OWN
+from lorascope.records import Factors
+from lorascope.run import Run
+from lorascope.sources import DOMAINS
+from lorascope.update import LowRank
+from lorascope.writer import RunWriter
 
 
 def started(family: str, seed: int, **fields: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -48,3 +67,164 @@ def test_a_run_without_init_seed_keeps_the_identity_it_had_before_there_was_one(
     assert LoRA(init_seed=3).label() == "LoRA, init_seed 3"
     for method in (LoRA(), LoRA(init_seed=3)):
         assert from_config(config(method)) == method
+
+
+class Residual(nn.Module):
+    """Eight blocks x + tanh(W x)."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+def toy_updates(same_start: bool) -> dict[str, dict[str, LowRank]]:
+    """Adapters of one net for three tasks, each a change of rank 2 in every block, and for all of them together."""
+    torch.manual_seed(0)
+    base = Residual()
+    x = torch.randn(64, 64)
+    teachers = [copy.deepcopy(base) for _ in range(3)]
+    for teacher in teachers:
+        for block in teacher.blocks:
+            block.weight.data += 0.05 * torch.randn(64, 2) @ torch.randn(2, 64)
+    with torch.no_grad():
+        answers = [teacher(x) for teacher in teachers]
+    tasks = [*answers, torch.stack(answers).mean(0)]
+    found = {}
+    for number, answer in enumerate(tasks):
+        student = copy.deepcopy(base).requires_grad_(False)
+        generator = torch.Generator().manual_seed(1 if same_start else number)
+        attach(
+            student, {f"blocks.{i}": LoRADelta(block, 4, generator=generator) for i, block in enumerate(base.blocks)}
+        )
+        optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=5e-4, weight_decay=0.0)
+        for _ in range(100):
+            optimizer.zero_grad()
+            (student(x) - answer).square().mean().backward()
+            optimizer.step()
+        found[str(number)] = {name: delta.update() for name, delta in adapted(student).items()}
+    return found
+
+
+def test_a_toy_net_shares_a_where_it_shares_the_start_and_nowhere_else():
+    """The order of the cosines, same layer and other task: A above B from one start, A at zero from several."""
+    found = {}
+    for same in (True, False):
+        updates = toy_updates(same)
+        for factor in ("A", "B"):
+            found[factor, same] = sharedness(clouds(updates, {run: run for run in updates}, (factor,)))
+    assert found["A", True]["cosine"] > found["B", True]["cosine"] + 0.3
+    assert found["A", True]["sharedness"] == 1
+    assert abs(found["A", False]["cosine"]) < 0.05
+    assert found["A", False]["sharedness"] < 0.5
+
+
+def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set():
+    arms = {arm.label: arm for arm in asymmetry.arms(quick=False)}
+    assert len(arms) == 15
+    for seed in (0, 1, 4):
+        made = {label: arm.vary(arm, seed) for label, arm in arms.items()}
+        own, common = ([made[label] for label in asymmetry.SETS[start].values()] for start in (OWN, COMMON))
+        seeds = [arm.settings["seed"] for arm in own]
+        assert seeds == [arm.settings["seed"] for arm in common] == list(range(8 * seed, 8 * seed + 8))
+        assert [arm.method.init_seed for arm in own] == [None] * 8
+        # That of the first run's own seed, so the first run is one of both sets.
+        assert common[0] is own[0]
+        assert [arm.method.init_seed for arm in common[1:]] == [8 * seed] * 7
+        domains = [arm.task for arm in own]
+        assert domains == [arm.task for arm in common]
+        assert {domain: domains.count(domain) for domain in domains} == {f"sentiment/{name}": 2 for name in DOMAINS}
+    assert {arm.task for arm in asymmetry.arms(quick=True)} == {"sentiment/tweets", "sentiment/products"}
+    assert len(asymmetry.arms(quick=True)) == 7
+
+
+def planted_runs(folder: Path, learned: bool, replicates: int = 4) -> dict[str, list[Run]]:
+    """Runs whose A goes, if anything is learned, to its module's, and whose B is its domain's and module's."""
+    found = {}
+    for arm in asymmetry.arms(quick=False):
+        for seed in range(replicates):
+            made = arm.vary(arm, seed)
+            number = made.settings["seed"]
+            start = np.random.default_rng(number if made.method.init_seed is None else made.method.init_seed)
+            noise, target = np.random.default_rng(1000 + number), np.random.default_rng(99)
+            names = [f"h.{m}.q" for m in range(12)]
+            A = {name: start.normal(size=(2, 10)) for name in names}
+            goals = {name: target.normal(size=(2, 10)) for name in names}
+            domain = np.random.default_rng(list(DOMAINS).index(made.task.partition("/")[2]))
+            B = {name: domain.normal(size=(10, 2)) + 0.1 * noise.normal(size=(10, 2)) for name in names}
+            last = {name: goals[name] if learned else A[name] for name in names}
+            moved = {name: last[name] + 0.1 * noise.normal(size=(2, 10)) for name in names}
+            modules = [{"module": name, "stack": "", "layer": m, "role": "q"} for m, name in enumerate(names)]
+            run = RunWriter(
+                folder / f"{arm.label}-{seed}",
+                {"schema": 1, "id": f"{arm.label}-{seed}", "label": arm.label, "seed": number, "model": "m"}
+                | {"task": made.task, "recipe": {}, "settings": {}, "parents": [], "modules": modules}
+                | {"states": {"last": {"step": 9, "ranks": dict.fromkeys(names, 2)}}},
+            )
+            run.add(0, [Factors(name, {"B": np.zeros((10, 2)), "A": A[name]}, 1.0) for name in names])
+            run.add(9, [Factors(name, {"B": B[name], "A": moved[name]}, 1.0) for name in names])
+            run.finish("done")
+            found.setdefault(arm.label, []).append(Run.read(run.path))
+    return found
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_path, learned, monkeypatch):
+    monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
+    monkeypatch.setattr(asymmetry, "numbers", partial(numbers, draws=99))
+    runs = planted_runs(tmp_path, learned)
+    findings = asymmetry.judge(runs)
+    outcomes = {verdict.claim: verdict.outcome for verdict in findings.verdicts}
+    for claim in (asymmetry.SHARED, asymmetry.SHARED_SPACE, asymmetry.MEETING):
+        assert outcomes[claim] == "supported" if learned else outcomes[claim] != "supported"
+    # One A_0 alone draws all there is to see.
+    assert outcomes[asymmetry.PICTURE] == "not supported"
+    for claim in (asymmetry.APART, asymmetry.APART_SPACE):
+        assert outcomes[claim] == "supported"
+    assert {len(verdict.values) for verdict in findings.verdicts} == {4}
+    (table,) = findings.tables.values()
+    assert len(table) == 2 * (2 + 6)
+    row = table[(table["start"] == COMMON) & (table["when"] == asymmetry.BEFORE) & (table["view"] == "raw")].iloc[0]
+    assert (row["same module nearest"], row["by chance"], row["cosine"]) == (
+        "1.00 ± 0.00",
+        "0.08 ± 0.00",
+        "1.00 ± 0.00",
+    )
+    assert row["p"] == "1.000"
+    if not learned:
+        assert "A moved by 0.10 and by 0.10 of its initial norm" in findings.notes[1]
+
+
+def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
+    files = {}
+    for domain in asymmetry._QUICK:
+        files[f"sentiment/{domain}"] = str(tmp_path / f"{domain}.csv")
+        task.table[["text", "label"]].to_csv(files[f"sentiment/{domain}"], index=False)
+
+    def tiny_arms(quick):
+        settings = {"steps": 2, "batch_size": 4, "observe": [observe.factors(every=2)]}
+        return [
+            replace(arm, model=bert, task=files[arm.task], settings={**arm.settings, **settings})
+            for arm in asymmetry.arms(True)
+        ]
+
+    monkeypatch.setitem(probes.PROBES, "asymmetry", replace(asymmetry.PROBE, arms=tiny_arms))
+    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
+    found = probes.reproduce(["asymmetry"], True, 1, tmp_path / "out")
+    assert [claim["outcome"] for claim in found.plain()["claims"]] == ["inconclusive"] * 6
+    page = found.path.read_text()
+    assert page.count("<figure") == 2
+    folders = list((tmp_path / "out/runs").iterdir())
+    assert len(folders) == 7
+    starts = {}
+    for folder in folders:
+        run = Run.read(folder)
+        starts.setdefault(run.meta["recipe"].get("init_seed", run.meta["seed"]), []).append(run.factors(0))
+    assert {start: len(same) for start, same in starts.items() if len(same) > 1} == {0: 4}
+    for same in starts.values():
+        for module in same[0]:
+            assert all(np.array_equal(factors[module]["A"], same[0][module]["A"]) for factors in same)

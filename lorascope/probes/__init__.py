@@ -21,7 +21,7 @@ from joblib import Parallel, delayed
 from lorascope import models, report
 from lorascope.claims import Verdict
 from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
-from lorascope.probes import adalora, agreement, alora, autolora, hydralora, lisa, lora, planted
+from lorascope.probes import adalora, agreement, alora, asymmetry, autolora, hydralora, lisa, lora, planted
 from lorascope.run import Run
 from lorascope.sweeps import Job, run_jobs, width
 from lorascope.tensors import write_bytes, write_json
@@ -36,6 +36,7 @@ __all__ = [
     "adalora",
     "agreement",
     "alora",
+    "asymmetry",
     "autolora",
     "hydralora",
     "lisa",
@@ -201,4 +202,4 @@ def _job(arm: Arm, seed: int, root: Path) -> Job:
     model = arm.model
     if isinstance(model, str) and arm.blocks is not None:
         model = partial(models.load, model, blocks=arm.blocks)
-    return Job(model, arm.task, arm.method, {**arm.settings, "seed": seed, "root": root})
+    return Job(model, arm.task, arm.method, {"seed": seed, **arm.settings, "root": root})

@@ -145,8 +145,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         exhibit("factor_embedding", plots.factor_embedding(common, control=own, view="space")),
     ]
     notes = [
-        f"Held fixed: model, task, batch size, number of steps. A seed is a replicate of {len(runs)} runs. Each run has "
-        "its own head and order of the text; the A of the common set is that of its first run.",
+        f"Held fixed: model, task, batch size, number of steps. A seed is a replicate of {len(runs)} runs. Each run "
+        "has its own head and order of the text; the A of the common set is that of its first run.",
         f"A moved by {' and by '.join(map(_moved, _sets(runs).values()))} of its initial norm, with one A for all and "
         "an A each.",
         "The pictures show the first replicate, with the runs of the common A above and those with an A each, the "

@@ -84,7 +84,8 @@ class HydraLoRA(Method, name="hydralora"):
     router : {"learned", "uniform"}
         Gates by the token, or 1 / number for each head whatever the input.
     gates_every : int
-        Steps between two looks at the gates on held-out text; step 0 and the last are always looked at.
+        Steps between two looks at the gates on held-out text; step 0 and the last are always looked at. Norms are those
+        of the update at the mean gates of the last look, so that ``step_norm`` at a look holds what gates moved, too.
     """
 
     rank: int = 4

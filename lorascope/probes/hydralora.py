@@ -79,9 +79,9 @@ def arms(quick: bool) -> list[Arm]:
     scale = METHOD.alpha / METHOD.rank
     lora = LoRA(rank=rank, alpha=rank * scale, targets=METHOD.targets or (), lr=METHOD.lr, head_lr=METHOD.head_lr)
     return [
-        Arm(label=ROUTED, method=METHOD, settings=settings, cost=1.3),
+        Arm(label=ROUTED, method=METHOD, settings=settings, cost=1.4),
         Arm(label=EVEN, method=replace(METHOD, router="uniform"), settings=settings),
-        Arm(label=SPLIT, method=replace(METHOD, heads="split"), settings=settings, cost=1.3),
+        Arm(label=SPLIT, method=replace(METHOD, heads="split"), settings=settings, cost=1.4),
         Arm(label=plain(), method=lora, settings=settings),
     ]
 

@@ -21,7 +21,18 @@ from joblib import Parallel, delayed
 from lorascope import models, report
 from lorascope.claims import Verdict
 from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
-from lorascope.probes import adalora, agreement, alora, asymmetry, autolora, hydralora, lisa, lora, planted
+from lorascope.probes import (
+    adalora,
+    agreement,
+    alora,
+    asymmetry,
+    autolora,
+    expressiveness,
+    hydralora,
+    lisa,
+    lora,
+    planted,
+)
 from lorascope.run import Run
 from lorascope.sweeps import Job, run_jobs, width
 from lorascope.tensors import write_bytes, write_json
@@ -38,6 +49,7 @@ __all__ = [
     "alora",
     "asymmetry",
     "autolora",
+    "expressiveness",
     "hydralora",
     "lisa",
     "lora",

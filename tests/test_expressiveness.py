@@ -1,0 +1,156 @@
+"""The study of what 128 parameters can say: the same networks by hand, planted courses, and the report."""
+
+from __future__ import annotations
+
+import html
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import nn
+
+from lorascope import fourier, probes
+from lorascope.probes import expressiveness as study
+from lorascope.probes.expressiveness import FAST, FOURIER, RANDOM, SLOW, Course, Points
+
+
+@pytest.mark.parametrize("label", study.ADAPTERS)
+def test_every_adapter_has_as_many_parameters(label):
+    delta = study.ADAPTERS[label][0](3)
+    assert sum(parameter.numel() for parameter in delta.parameters()) == 128
+    assert delta.weight().shape == (64, 64)
+
+
+def test_points_are_clusters_on_a_circle_and_belong_to_the_seed():
+    x, y = study.points(0)
+    assert y.tolist() == [label for label in range(8) for _ in range(30)]
+    centers = x.reshape(8, 30, 2).mean(dim=1).numpy()
+    angles = 2 * np.pi * np.arange(8) / 8
+    np.testing.assert_allclose(centers, 5 * np.stack([np.cos(angles), np.sin(angles)], axis=1), atol=0.4)
+    assert float((x.reshape(8, 30, 2).std(dim=1)).mean()) == pytest.approx(0.5, abs=0.05)
+    assert torch.equal(x, study.points(0).x)
+    assert not torch.equal(x, study.points(1).x)
+
+
+def test_all_but_the_adapter_is_frozen_and_the_same_for_all():
+    state = torch.random.get_rng_state()
+    first, second = study.network(4), study.learn(SLOW, 4, epochs=3).network
+    assert torch.equal(state, torch.random.get_rng_state())
+    for name, weight in first.named_parameters():
+        assert torch.equal(weight, dict(second.named_parameters())[name])
+    assert not any(weight.requires_grad for weight in first.parameters())
+    assert first[2].bias is None
+
+
+def _by_hand(seed, epochs):
+    """FourierFT by the plain inverse transform of a complex spectrum."""
+    model, (x, y) = study.network(seed), study.points(seed)
+    rows, columns = fourier.entries((64, 64), 128, 777)
+    c = torch.randn(128, generator=torch.Generator().manual_seed(seed), requires_grad=True)
+    optimizer = torch.optim.Adam([c], lr=1e-2)
+    accuracy = []
+    for epoch in range(epochs + 1):
+        spectrum = torch.zeros(64, 64, dtype=torch.complex64).index_put(
+            (torch.from_numpy(rows), torch.from_numpy(columns)), c.to(torch.complex64)
+        )
+        update = 300 * torch.fft.ifft2(spectrum).real
+        hidden = F.relu(F.linear(F.relu(model[0](x)), model[2].weight + update))
+        logits = model[4](hidden)
+        accuracy.append((logits.argmax(1) == y).double().mean().item())
+        if epoch < epochs:
+            optimizer.zero_grad()
+            F.cross_entropy(logits, y).backward()
+            optimizer.step()
+    return accuracy
+
+
+def test_fourier_learns_as_it_does_by_hand():
+    np.testing.assert_allclose(study.learn(FOURIER, 2, epochs=20).accuracy, _by_hand(2, 20), atol=2.1 / 240)
+
+
+def test_training_ends_where_every_point_is_told_right():
+    course = study.learn(FOURIER, 2)
+    assert course.accuracy[-1] == 1.0
+    assert max(course.accuracy[:-1]) < 1.0
+    assert study.epochs_needed(course) == len(course.accuracy) - 1 < study.EPOCHS
+    x, y = study.points(2)
+    assert torch.equal(course.network(x).argmax(dim=1), y)
+
+
+def _plant(monkeypatch, soon, low):
+    """Courses that are right after ``soon`` epochs, and LoRA's with these best accuracies by seed."""
+    network = study.network(0)
+    found = {}
+    for seed in study.SEEDS:
+        for label, epochs in soon.items():
+            found[label, seed] = Course([0.5] * (epochs[seed] - 1) + [0.75, 1.0], network)
+        for label, best in low.items():
+            found[label, seed] = Course([0.25, best[seed], 0.25], network)
+    monkeypatch.setattr(study, "courses", lambda: found)
+    return found
+
+
+def test_claims_on_planted_courses(monkeypatch):
+    slow, fast = [0.5, 0.6, 0.7, 0.8, 0.9], [0.6, 0.5, 0.6, 0.7, 0.8]
+    soon = {FOURIER: [10, 10, 10, 10, 10], RANDOM: [20, 20, 20, 20, 20]}
+    _plant(monkeypatch, soon, {SLOW: slow, FAST: fast})
+    expressive, frequencies = study.judge({}).verdicts
+    effects = 1 - np.maximum(slow, fast)
+    low, high = stats.t.interval(0.95, 4, effects.mean(), stats.sem(effects))
+    assert (expressive.effect, expressive.low, expressive.high) == pytest.approx((effects.mean(), low, high))
+    assert expressive.outcome == "supported"
+    assert frequencies.effect == pytest.approx(math.log10(2))
+    assert frequencies.outcome == "supported"
+
+
+def test_a_basis_that_is_as_quick_does_not_support_the_frequencies(monkeypatch):
+    best = {SLOW: [1.0, 0.98, 1.0, 0.99, 1.0], FAST: [0.5] * 5}
+    _plant(monkeypatch, {FOURIER: [10, 11, 10, 11, 10], RANDOM: [11, 10, 10, 11, 10]}, best)
+    assert [verdict.outcome for verdict in study.judge({}).verdicts] == ["not supported"] * 2
+
+
+def test_table_and_curves_of_planted_courses(monkeypatch):
+    best = {SLOW: [0.5, 0.6, 0.7, 0.8, 0.9], FAST: [0.5] * 5}
+    found = _plant(monkeypatch, {FOURIER: [30, 40, 50, 60, 70], RANDOM: [20] * 5}, best)
+    table = study.table(found).set_index("")
+    assert table.loc[FOURIER].tolist() == ["1.000 ± 0.000", "5 of 5", "30 to 70"]
+    assert table.loc[SLOW, ["all right", "epochs until then"]].tolist() == ["0 of 5", ""]
+    assert table.loc[SLOW, "best accuracy"].startswith("0.700 ± ")
+    cells = study.curves(found).data
+    values = {(row.recipe, row.epoch): row.value for row in cells.itertuples()}
+    assert values[FOURIER, 0] == 0.5
+    assert values[FOURIER, 40] == pytest.approx((1 + 1 + 0.5 * 3) / 5)
+    assert values[FOURIER, 60] == pytest.approx((4 + 0.5) / 5)  # the last is at epoch 70 told right
+    assert {epoch for _, epoch in values} == {0, 20, 40, 60}
+
+
+class _Signs(nn.Module):
+    """Class 0 left of the line x = 0, else class 1."""
+
+    def forward(self, x):
+        return torch.stack([-x[:, 0] - 0.01, x[:, 0]], dim=1)
+
+
+def test_regions_are_those_of_the_network(tmp_path):
+    shown = Points(torch.tensor([[-3.1, 0.0], [2.0, 1.0], [9.0, -9.0]]), torch.tensor([0, 0, 1]))
+    drawn = study.regions({"signs": _Signs()}, shown)
+    chart = drawn.rows()[0][0]
+    assert chart.title == "signs: 67% right"
+    assert (chart.data["class"] == (chart.data["x"] >= 0)).all()
+    assert len(chart.data) == 57**2
+    assert (chart.y.order[0], chart.x.order[0]) == (7.0, -7.0)
+    dots = chart.marks[1].data
+    assert dots.values.tolist() == [[-3.0, 0.0, "told right"], [2.0, 1.0, "told wrong"], [7.0, -7.0, "told right"]]
+    assert drawn.save(tmp_path / "regions.png").exists()
+
+
+def test_the_report_tells_of_it_without_any_run(monkeypatch, tmp_path):
+    _plant(monkeypatch, {FOURIER: [10] * 5, RANDOM: [20] * 5}, {SLOW: [0.5] * 5, FAST: [0.6] * 5})
+    found = probes.reproduce(["expressiveness"], True, None, tmp_path)
+    page = html.unescape(found.path.read_text())
+    assert study.EXPRESSIVE.sentence in page
+    assert page.count("signs") == 0
+    assert [claim["n"] for claim in found.plain()["claims"]] == [5, 5]

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from lorascope.fourier import Fourier
 from lorascope.roles import parse, position
 from lorascope.tensors import TensorFile
 from lorascope.update import LowRank
@@ -64,8 +65,51 @@ class Factor:
         return self.file[self.name].reshape(self.shape)
 
 
+class Kept:
+    """What a folder keeps of one module, whatever the method: known by the headers, the arrays read when asked for."""
+
+    scale: float
+    transposed: bool
+    """Does the base store its weight as (in, out)?"""
+    thin: ClassVar[bool] = True
+    """Are singular values found from thin factors, and so at once?"""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        raise NotImplementedError
+
+    @property
+    def rank(self) -> int:
+        """Number of components."""
+        raise NotImplementedError
+
+    @property
+    def size(self) -> int:
+        """Number of stored values."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> str:
+        """Stored dtype, such as ``"BF16"``."""
+        raise NotImplementedError
+
+    @property
+    def exact(self) -> bool:
+        """Does ``update`` say all of it, whatever the input?"""
+        return True
+
+    def factors(self) -> dict[str, Any]:
+        """Read the factors."""
+        raise NotImplementedError
+
+    def update(self) -> LowRank | Fourier:
+        """Read the factors, as an update."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Part:
+class Part(Kept):
     """The update of one module: scale * B @ A.
 
     Parameters
@@ -98,9 +142,9 @@ class Part:
         return math.prod(self.A.shape) + math.prod(self.B.shape)
 
     @property
-    def exact(self) -> bool:
-        """Does ``update`` say all of it, whatever the input?"""
-        return True
+    def dtype(self) -> str:
+        """Stored dtype, such as ``"BF16"``."""
+        return self.A.file.dtype(self.A.name)
 
     def factors(self) -> dict[str, Any]:
         """Read the factors."""
@@ -120,7 +164,7 @@ class AdapterFiles:
     path : path
     config : dict
         ``adapter_config.json``.
-    parts : dict module name -> Part
+    parts : mapping module name -> Kept
         In the order of the axes: by layer, then by role.
     others : tuple of str
         Names of the tensors that belong to no factor: heads, biases, whole embeddings.
@@ -131,7 +175,7 @@ class AdapterFiles:
 
     path: Path
     config: dict[str, Any]
-    parts: dict[str, Part]
+    parts: Mapping[str, Kept]
     others: tuple[str, ...]
     files: tuple[TensorFile, ...]
     kind: str = "LoRA"
@@ -220,8 +264,8 @@ def _config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not readable as PEFT's configuration of an adapter: {error}") from error
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
-    if kind != "LORA":
-        raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: only LORA is")
+    if kind not in ("LORA", "FOURIERFT"):
+        raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: LORA and FOURIERFT are")
     return config
 
 

@@ -16,6 +16,8 @@ import pandas as pd
 from lorascope import records
 from lorascope.adapter_files import CONFIG, AdapterFiles, open_adapter, read_adapter
 from lorascope.card import largest_lines
+from lorascope.fourier import Fourier
+from lorascope.fourier_files import read_fourier
 from lorascope.hydra_files import holds_heads, read_hydra
 from lorascope.layout import Lazy
 from lorascope.pretrained import Pretrained
@@ -37,7 +39,8 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
         A run folder, a folder of phases (the last phase is opened, its parents with it), or a PEFT adapter.
     base : path, optional
         Folder of an adapter's base model, of which only safetensors files are read: gives the adapter what needs W_0,
-        ``weight_norm`` and ``relative_update``.
+        ``weight_norm`` and ``relative_update``. FourierFT keeps no shapes and needs it, unless the adapter's own
+        configuration names a folder that is there.
 
     Raises
     ------
@@ -57,10 +60,16 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     if trained_here:
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists():
-        config, files = open_adapter(path)
-        read = read_hydra if holds_heads(name for file in files for name in file) else read_adapter
-        return AdapterRun(read(path, config, files), None if base is None else Pretrained(base))
+        return AdapterRun(*_read(path, None if base is None else Pretrained(base)))
     raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
+
+
+def _read(path: Path, base: Pretrained | None) -> tuple[AdapterFiles, Pretrained | None]:
+    config, files = open_adapter(path)
+    if config["peft_type"].upper() == "FOURIERFT":
+        return read_fourier(path, config, files, base), base
+    read = read_hydra if holds_heads(name for file in files for name in file) else read_adapter
+    return read(path, config, files), base
 
 
 class AdapterRun(Run):
@@ -111,12 +120,15 @@ class AdapterRun(Run):
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:
-        """Singular values of every module's update, largest first; NaN where a factor holds NaN."""
+        """Singular values of every module's update, largest first; NaN where a factor holds NaN.
+
+        Of FourierFT they are asked for here alone: norms do not need them, and they take long.
+        """
         return dict(spectra_by_layer(self))
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """Norm and ranks of every module at no step (NA); what needs the base's weights is NaN."""
+        """Norm and ranks of every module at no step (NA); NaN is what needs the base's weights, or long spectra."""
         rows = []
         for module, rank in self.ranks().items():
             values = {"rank": float(rank)} | self._measures[module]
@@ -128,9 +140,13 @@ class AdapterRun(Run):
         return {module: self._measure(module) for module in self.files.parts}
 
     def _measure(self, module: str) -> dict[str, float]:
-        sigma, part = self.spectra[module], self.files.parts[module]
-        norm = float(np.linalg.norm(sigma))
-        values = {"update_norm": norm, "stable_rank": stable_rank(sigma), "effective_rank": effective_rank(sigma)}
+        part = self.files.parts[module]
+        if part.thin:
+            sigma = self.spectra[module]
+            norm, stable, effective = float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)
+        else:
+            norm, stable, effective = part.update().norm(), np.nan, np.nan
+        values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}
         if self.base is None or not self.base.holds(module):
             return values | {"weight_norm": np.nan, "relative_update": np.nan}
         W0 = self.base.weight(module, part.shape, part.transposed)
@@ -144,7 +160,7 @@ class AdapterRun(Run):
         parts = self.files.parts
         return Lazy(list(parts), lambda module: parts[module].factors())
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank]:
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Fourier]:
         """The update of every module, read when asked for."""
         self._only(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())

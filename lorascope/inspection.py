@@ -130,7 +130,7 @@ def _modules(run: Run) -> pd.DataFrame:
 def _singular_values(run: Run, modules: pd.Series) -> Mapping[str, np.ndarray]:
     """Spectra of the factored updates, and of the dense ones that were recorded at the last step."""
     if isinstance(run, AdapterRun):
-        return run.spectra
+        return run.spectra if all(part.thin for part in run.files.parts.values()) else {}
     found = dict(spectra_by_layer(run))
     last = run.meta["states"]["last"]["step"]
     for module in modules:
@@ -154,11 +154,14 @@ def _adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
     scales = _range([part.scale for part in parts])
     config = run.files.config
     alpha = f"alpha {config.get('lora_alpha', 8):g}" + (", rank-stabilised" if config.get("use_rslora") else "")
-    dtypes = sorted({_DTYPES[part.A.file.dtype(part.A.name)] for part in parts})
+    size = f"rank {_range([part.rank for part in parts])}, scale {scales} ({alpha})"
+    if run.files.kind == "FourierFT":
+        size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
+    dtypes = sorted({_DTYPES[part.dtype] for part in parts})
     files = len(run.files.files)
     stored = f"{' and '.join(dtypes)}, {files} file{'s' * (files > 1)}"
     return (
-        (run.label, f"{run.files.kind}, rank {_range([part.rank for part in parts])}, scale {scales} ({alpha})"),
+        (run.label, f"{run.files.kind}, {size}"),
         ("base", f"{run.meta['model']} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
         ("holds", f"{len(parts)} modules, {run.meta['parameters']['trained']:,} parameters, {stored}"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,18 @@ class Pretrained:
         """Is there a weight of this module? A tied one is stored under one of its names alone."""
         return self._find(module) is not None
 
+    def shape(self, module: str, transposed: bool = False) -> tuple[int, int]:
+        """(out, in) of a module's weight, from the header; ``transposed`` as in ``weight``.
+
+        Raises
+        ------
+        ValueError
+            There is no such weight.
+        """
+        name = self._name(module)
+        first, *rest = self._files[name].shape(name)
+        return (math.prod(rest), first) if transposed else (first, math.prod(rest))
+
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
         """The weight of a module.
 
@@ -51,9 +64,7 @@ class Pretrained:
         ValueError
             There is no such weight, or it has another shape.
         """
-        name = self._find(module)
-        if name is None:
-            raise ValueError(f"{self.folder} holds no weight of {module}")
+        name = self._name(module)
         stored = self._files[name][name]
         flat = stored.reshape(len(stored), -1)
         square = shape[0] == shape[1]
@@ -64,6 +75,12 @@ class Pretrained:
                 "another model, or quantised weights"
             )
         return weight
+
+    def _name(self, module: str) -> str:
+        name = self._find(module)
+        if name is None:
+            raise ValueError(f"{self.folder} holds no weight of {module}")
+        return name
 
     def _find(self, module: str) -> str | None:
         parts = f"{module}.weight".split(".")

@@ -309,7 +309,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[Any, str]] = {
     "dora": (lambda a: configured(a, use_dora=True), "an adapter of type DoRA, which is not read yet"),
     "adalora": (lambda a: configured(a, peft_type="ADALORA"), "of type ADALORA, which is not read yet"),
-    "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "of type FOURIERFT, which is not read yet"),
+    "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "says FOURIERFT but .* hold no fourierft_spectrum"),
     "magnitude": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_magnitude_vector": torch.ones(32)}),
         "variant of LoRA that is not read yet: it holds .*lora_magnitude_vector",

@@ -20,7 +20,7 @@ LAYERS = [
     ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary", "transforms"],
     ["run", "sources", "evaluation", "foreign", "replay"],
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
-    ["hydra_files", "analysis", "models"],
+    ["hydra_files", "fourier_files", "analysis", "models"],
     ["checkpoints"],
     ["plots", "claims", "inspection", "export", "delta"],
     ["screen", "ablation", "gating"],
@@ -59,6 +59,7 @@ TORCH_FREE = {
         "fourier",
     ),
     *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
+    "fourier_files",
     "hydra_files",
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.

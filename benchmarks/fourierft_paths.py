@@ -1,0 +1,65 @@
+"""The two ways of FourierFT's adapted product, by width, coefficients and tokens: python benchmarks/fourierft_paths.py
+
+Forward and backward of one square layer: by the sum of both weights, whose update is made by a transform, or by the
+waves of each coefficient on the activations. The last column says which one is taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from paired import compare
+from torch import Tensor, nn
+
+from lorascope.delta import attach
+from lorascope.fourier import entries
+from lorascope.methods import fourierft
+from lorascope.methods.fourierft import FourierDelta
+from lorascope.transforms import few
+
+SHARES = {"d/32": 1 / 32, "d/8 - 1": 1 / 8, "d/4": 1 / 4, "4 d": 4}
+
+
+def passes(d: int, n: int, tokens: int, by_waves: bool) -> Callable[[], None]:
+    """Forward and backward of one layer of width d by the one way or the other."""
+    host = nn.Linear(d, d).requires_grad_(False)
+    places = torch.from_numpy(entries((d, d), n, 2024))
+    attach(host, {"": FourierDelta(torch.randn(n), places, (d, d), 100)})
+    x = torch.randn(tokens, d, requires_grad=True)
+    slope: Tensor = torch.randn(tokens, d)
+
+    def run() -> None:
+        with mock.patch.object(fourierft, "few", return_value=by_waves):
+            host(x).backward(slope)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 2048, 4096])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 1024])
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"{'width':>6} {'n':>6} {'tokens':>7} {'waves / sum':>12} {'interval':>16} {'ms':>17}  taken")
+    for d in arguments.widths:
+        for label, share in SHARES.items():
+            n = int(d * share) - label.count("- 1")
+            for tokens in arguments.tokens:
+                ratio = compare(passes(d, n, tokens, True), passes(d, n, tokens, False), arguments.pairs, 1)
+                taken = "waves" if few(n, (d, d)) else "sum"
+                waves, dense = (f"{1e3 * seconds:.1f}" for seconds in ratio.seconds)
+                interval = f"[{ratio.low:.2f}, {ratio.high:.2f}]"
+                print(
+                    f"{d:6} {n:6} {tokens:7} {ratio.median:12.2f} {interval:>16} {waves:>8}/{dense:<8}  {taken}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

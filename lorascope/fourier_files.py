@@ -1,0 +1,136 @@
+"""PEFT's FourierFT folders, read as files.
+
+They keep the coefficients of each module and the seed of the entries, ``<module>.fourierft_spectrum`` (n,) and
+``random_loc_seed``; no shapes, without which neither the entries nor any norm is known. So the headers of the base's
+own files are needed: those of the folder given, else of the one that the configuration names, if it is there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from lorascope.adapter_files import CONFIG, PREFIX, AdapterFiles, Factor, Kept, float_factor, pattern_key
+from lorascope.fourier import SEEDS, Fourier, entries
+from lorascope.pretrained import Pretrained
+from lorascope.roles import parse, position
+from lorascope.tensors import TensorFile
+
+# The adapter's own name may stand behind, where a state dict was saved by hand.
+_SPECTRUM = re.compile(r"(?P<module>.+)\.fourierft_spectrum(?:\.[^.]+)?")
+_SCALING, _SEED, _N = 150.0, 777, 1000  # PEFT's, where the configuration says nothing
+
+
+@dataclass(frozen=True)
+class FourierPart(Kept):
+    """The update of one module, by its coefficients.
+
+    Parameters
+    ----------
+    coefficients : Factor
+    sides : (int, int)
+        (out, in).
+    scale : float
+    transposed : bool
+        Does the base store its weight as (in, out)?
+    seed : int
+        Of the entries.
+    """
+
+    coefficients: Factor
+    sides: tuple[int, int]
+    scale: float
+    transposed: bool
+    seed: int
+    thin = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.sides
+
+    @cached_property
+    def entries(self) -> Int[np.ndarray, "2 n"]:
+        """The places that PEFT draws."""
+        return entries(self.shape, self.size, self.seed)
+
+    @property
+    def rank(self) -> int:
+        """The rank that the entries allow."""
+        return Fourier(np.ones(self.size), self.entries, self.shape).rank
+
+    @property
+    def size(self) -> int:
+        """Number of coefficients."""
+        return self.coefficients.shape[0]
+
+    @property
+    def dtype(self) -> str:
+        """Stored dtype, such as ``"BF16"``."""
+        return self.coefficients.file.dtype(self.coefficients.name)
+
+    def factors(self) -> dict[str, Any]:
+        """Coefficients, entries and shape, as a run keeps them."""
+        values = self.coefficients.read().reshape(-1)
+        return {"coefficients": values, "entries": self.entries, "shape": np.array(self.shape)}
+
+    def update(self) -> Fourier:
+        """Read the coefficients."""
+        return Fourier(self.coefficients.read().reshape(-1), self.entries, self.shape, self.scale)
+
+
+def read_fourier(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: Pretrained | None
+) -> AdapterFiles:
+    """The modules of an opened folder.
+
+    Raises
+    ------
+    ValueError
+        The shapes of the base are not known, or configuration and weights do not fit together.
+    """
+    found: dict[str, Factor] = {}
+    others = []
+    for file in files:
+        for name in file:
+            match = _SPECTRUM.fullmatch(name.removeprefix(PREFIX))
+            if match is None:
+                others.append(name.removeprefix(PREFIX))
+            else:
+                found[match["module"]] = float_factor(file, name)
+    if not found:
+        held = f"such as {others[0]}" if others else "no tensor at all"
+        raise ValueError(f"{path} says FOURIERFT but its weights hold no fourierft_spectrum: {held}")
+    shapes = base or _named(path, config)
+    ordered = sorted(found, key=lambda module: position(*parse(module)))
+    parts = {module: _part(path, module, found[module], config, shapes) for module in ordered}
+    return AdapterFiles(path, dict(config), parts, tuple(others), files, "FourierFT")
+
+
+def _named(path: Path, config: Mapping[str, Any]) -> Pretrained:
+    """The base that the configuration names, if it is a folder here."""
+    name = config.get("base_model_name_or_path")
+    if name and any(Path(name).expanduser().glob("*.safetensors")):
+        return Pretrained(name)
+    raise ValueError(f"{path} keeps no shapes, as FourierFT does not: give the folder of its base, {name or 'unnamed'}")
+
+
+def _part(path: Path, module: str, stored: Factor, config: Mapping[str, Any], base: Pretrained) -> FourierPart:
+    patterns = config.get("n_frequency_pattern") or {}
+    key = pattern_key(patterns, module)
+    n = config.get("n_frequency", _N) if key is None else patterns[key]
+    if stored.shape != (n, 1):
+        raise ValueError(f"{path}: {CONFIG} gives {module} {n} coefficients, its spectrum has {stored.shape[0]}")
+    transposed = bool(config.get("fan_in_fan_out"))
+    seed = int(config.get("random_loc_seed", _SEED)) % SEEDS  # as torch's generator on the CPU takes it
+    shape = base.shape(module, transposed)
+    if n > shape[0] * shape[1]:
+        raise ValueError(f"{path}: {module} has {n} coefficients, more than the {shape[0]} x {shape[1]} of its base")
+    return FourierPart(stored, shape, float(config.get("scaling", _SCALING)), transposed, seed)

@@ -1,0 +1,190 @@
+"""FourierFT adapters of PEFT read as files, with PEFT itself as the oracle."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny
+
+import lorascope as ls
+from lorascope.adapter_files import CONFIG, WEIGHTS
+from lorascope.checkpoints import load
+from lorascope.fourier import Fourier
+from lorascope.inspection import inspect
+from lorascope.tensors import write_json
+
+
+def save(path: Path, family: str = "llama", dtype: torch.dtype | None = None, **config: Any) -> dict[str, np.ndarray]:
+    """Save an adapter and its base under a folder; gives PEFT's own updates as (out, in)."""
+    base = tiny(family)
+    base.save_pretrained(path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(base, peft.FourierFTConfig(**config)).to(dtype or torch.float32)
+        model.save_pretrained(path / "adapter")
+    found = {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            found[name] = module.get_delta_weight("default").detach().float().numpy()
+    return found
+
+
+QV = ["q_proj", "v_proj"]
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": QV, "n_frequency": 50},
+    "all places": {"target_modules": ["q_proj"], "n_frequency": 1024, "scaling": 30.0},
+    "seed": {"target_modules": QV, "n_frequency": 33, "random_loc_seed": 5},
+    "large seed": {"target_modules": QV, "n_frequency": 33, "random_loc_seed": 2**33 + 5},
+    "pattern": {
+        "target_modules": QV,
+        "n_frequency": 20,
+        "n_frequency_pattern": {"layers.1.self_attn.q_proj": 44, "v_proj": 7},
+    },
+    "feed-forward": {"target_modules": ["up_proj", "down_proj"], "n_frequency": 60},
+    "transposed": {"family": "gpt2", "target_modules": ["c_attn", "c_fc"], "n_frequency": 40, "fan_in_fan_out": True},
+    "zeros": {"target_modules": QV, "n_frequency": 9, "init_weights": True},
+    "bfloat16": {"target_modules": QV, "n_frequency": 50, "dtype": torch.bfloat16},
+    "head": {"family": "bert", "target_modules": ["query"], "n_frequency": 50, "task_type": "SEQ_CLS"},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_updates_and_norms_are_those_of_peft(tmp_path, case):
+    expected = save(tmp_path, **case)
+    run = load(tmp_path / "adapter", base=tmp_path / "base")
+    updates, summary = run.updates(), run.summary().set_index("module")
+    assert set(updates) == set(expected)
+    assert len(expected) >= 2
+    tolerance = 2**-8 if case.get("dtype") == torch.bfloat16 else 1e-5
+    for module, update in updates.items():
+        size = max(float(np.abs(expected[module]).max()), 1e-9)
+        assert isinstance(update, Fourier)
+        assert "matrix" not in vars(update)
+        assert update.dense() == pytest.approx(expected[module], abs=tolerance * size)
+        norm = np.linalg.norm(expected[module])
+        assert summary.loc[module, "update_norm"] == pytest.approx(norm, rel=tolerance, abs=1e-12)
+        assert run.spectra[module][0] == pytest.approx(np.linalg.norm(expected[module], 2), rel=tolerance, abs=1e-12)
+        if tolerance < 1e-4 and norm:
+            assert summary.loc[module, "rank"] == np.linalg.matrix_rank(update.dense())
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    save(tmp_path, **CASES["plain"])
+    return tmp_path / "adapter"
+
+
+def test_spectra_are_made_only_when_asked_for(adapter, monkeypatch):
+    def never(self):
+        raise AssertionError("asked for a matrix or a decomposition")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fourier, "singular_values", never)
+        patch.setattr(Fourier, "matrix", property(never))
+        run = ls.load(named(adapter))
+        summary = run.summary()
+        assert summary["update_norm"].gt(0).all()
+        assert summary[["stable_rank", "effective_rank"]].isna().all(axis=None)
+        assert run.table["value"].notna().sum() == 2 * len(summary)
+        inspect(run)
+    assert run.spectra.keys() == set(summary["module"])
+
+
+def named(adapter: Path) -> Path:
+    """Let the configuration name the base's folder."""
+    configured(adapter, base_model_name_or_path=str(adapter.parent / "base"))
+    return adapter
+
+
+def configured(adapter: Path, **changes: Any) -> None:
+    write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text()) | changes)
+
+
+def test_the_base_that_the_configuration_names_gives_the_shapes(adapter):
+    run = load(named(adapter))
+    assert run.base is None
+    assert run.summary()["weight_norm"].isna().all()
+    given = load(adapter, base=adapter.parent / "base").summary()
+    assert run.summary()["update_norm"].tolist() == given["update_norm"].tolist()
+    weights = load_file(adapter.parent / "base" / "model.safetensors")
+    for row in given.itertuples():
+        W = weights[f"{row.module}.weight"].double().numpy()
+        expected = np.linalg.norm(W + run.updates()[row.module].dense())
+        assert row.weight_norm == pytest.approx(expected)
+
+
+def test_it_is_told_as_what_it_is(adapter):
+    run = load(adapter, base=adapter.parent / "base")
+    assert "adapter  FourierFT, rank" in repr(run)
+    assert "4 modules, 200 parameters" in repr(run)
+    found = inspect(run)
+    assert found.facts[0] == ("adapter", "FourierFT, 50 coefficients, scale 150")
+    assert found.modules["parameters"].tolist() == [50] * 4
+    assert run.factors()["model.layers.0.self_attn.q_proj"].keys() == {"coefficients", "entries", "shape"}
+    with pytest.raises(ValueError, match="is no product B A"):
+        run.lora_config()
+
+
+def test_no_torch_is_needed(adapter):
+    code = (
+        "import sys, lorascope as ls; "
+        f"run = ls.load({str(adapter)!r}, base={str(adapter.parent / 'base')!r}); "
+        "assert run.summary()['update_norm'].gt(0).all(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_shell_shows_it(adapter, capsys):
+    from lorascope.cli import main
+
+    assert main(["inspect", str(adapter), "--base", str(adapter.parent / "base")]) == 0
+    assert "50 coefficients" in capsys.readouterr().out
+    assert main(["inspect", str(adapter)]) == 2
+    assert "keeps no shapes" in capsys.readouterr().err
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj.fourierft_spectrum"
+
+
+def stored(adapter: Path, **changes: torch.Tensor) -> None:
+    save_file(load_file(adapter / WEIGHTS) | changes, adapter / WEIGHTS)
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no shapes": (
+        lambda a: configured(a, base_model_name_or_path="org/model"),
+        "keeps no shapes.* of its base, org/model",
+    ),
+    "no base": (lambda a: configured(a, base_model_name_or_path=None), "keeps no shapes.* of its base, unnamed"),
+    "length": (lambda a: stored(a, **{Q0: torch.ones(49)}), "gives .*q_proj 50 coefficients, its spectrum has 49"),
+    "integers": (lambda a: stored(a, **{Q0: torch.ones(50, dtype=torch.int8)}), "stored as I8; only floats are read"),
+    "another base": (lambda a: (tiny("bert").save_pretrained(a.parent / "base"),), "holds no weight of"),
+    "small base": (
+        lambda a: tiny("llama", hidden_size=4, num_attention_heads=2, num_key_value_heads=2).save_pretrained(
+            a.parent / "base"
+        ),
+        "has 50 coefficients, more than the 4 x 4 of its base",
+    ),
+    "nothing": (
+        lambda a: save_file({"weight": torch.ones(2)}, a / WEIGHTS),
+        "hold no fourierft_spectrum: such as weight",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
+def test_a_broken_adapter_gets_one_line(adapter, spoil, message):
+    spoil(named(adapter))
+    with pytest.raises(ValueError, match=message) as raised:
+        load(adapter)
+    assert "\n" not in str(raised.value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lorascope import names, replay
 from lorascope.ablation import Scores, ablation_scores
 from lorascope.delta import adapted, attach
-from lorascope.methods.alora import ALoRADelta
+from lorascope.methods.alora import ALoRADelta, importance
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
@@ -75,6 +75,12 @@ def same(found: Scores, wanted: Scores, bound: float = 1e-5) -> None:
             assert mine[name] == pytest.approx(other[name], abs=bound), name
 
 
+def order(scores: Scores) -> list[int]:
+    """All components from the least important to the most; of equals up to rounding the earlier one first."""
+    every = [importance(scores.full, scores.without[name], scores.only[name]) for name in scores.only]
+    return np.argsort(np.concatenate(every).round(10), kind="stable").tolist()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_one_evaluation_after_the_other(family):
     model = gated(family).double()
@@ -82,7 +88,9 @@ def test_equal_to_one_evaluation_after_the_other(family):
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].double()
     wanted = one_by_one(model, loss, batch)
-    same(ablation_scores(model, loss, batch), wanted, 1e-11)
+    found = ablation_scores(model, loss, batch)
+    same(found, wanted, 1e-11)
+    assert order(found) == order(wanted)
     every = np.concatenate([*wanted.without.values(), *wanted.only.values()])
     assert len(np.unique(every.round(11))) > 0.8 * len(every)  # else the comparison would say little
 

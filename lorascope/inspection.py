@@ -35,8 +35,8 @@ class Inspection:
         The header: what it is, its base, its size.
     modules : DataFrame
         ``module, stack, layer, role, rank, parameters, update_norm, relative_update, energy, stable_rank,
-        effective_rank, energy_rank``, in the order of the axes; ``energy`` is the share of the summed |dW|^2, NaN
-        where factors hold NaN.
+        effective_rank, energy_rank, exact``, in the order of the axes; ``energy`` is the share of the summed
+        |dW|^2, NaN where factors hold NaN.
     findings : tuple of str
         A sentence each.
     """
@@ -124,7 +124,7 @@ def _modules(run: Run) -> pd.DataFrame:
     coefficients = {name: len(update.coefficients) for name, update in updates.items() if isinstance(update, Fourier)}
     frame["parameters"] = frame["module"].map(coefficients).fillna(frame["parameters"]).astype("int64")
     columns = ["module", "stack", "layer", "role", "rank", "parameters", "update_norm", "relative_update", "energy"]
-    return frame[[*columns, "stable_rank", "effective_rank", "energy_rank"]]
+    return frame[[*columns, "stable_rank", "effective_rank", "energy_rank", "exact"]]
 
 
 def _singular_values(run: Run, modules: pd.Series) -> Mapping[str, np.ndarray]:
@@ -183,6 +183,9 @@ def _run_facts(run: Run, count: int) -> tuple[tuple[str, str], ...]:
 
 def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     """What holds for any update: NaN, nothing at all, much in few directions."""
+    routed = int((~modules["exact"]).sum())
+    if routed:
+        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at mean gates"
     broken = modules["module"][modules["update_norm"].isna()]
     if len(broken):
         yield f"{_count(len(broken), modules)} NaN or infinity: {_some(broken)}"

@@ -70,7 +70,9 @@ def test_the_folder_is_told_as_what_it_is(tmp_path):
     )
     assert run.meta["method"]["name"] == "hydralora"
     assert "HydraLoRA, rank 4" in repr(run)
-    facts = dict(inspection.inspect(run).facts)
+    found = inspection.inspect(run)
+    assert "9 of 9 modules depend on their input: their updates here are at mean gates" in found.findings
+    facts = dict(found.facts)
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
     assert "at mean gates" in plots.update_norm(run).caption
     for refused in (run.lora_config, lambda: export.rank_pattern(run)):

@@ -310,6 +310,13 @@ def test_the_feed_forward_part_is_adapted_by_default(family, count):
     assert {type(delta) for delta in adapted(model).values()} == {RoutedDelta}
 
 
+def test_the_scale_is_alpha_over_the_rank_of_a_head():
+    for heads in ("shared", "split"):
+        model = tiny("bert")
+        HydraLoRA(rank=4, alpha=6, heads=heads, dropout=0.25).attach(model)
+        assert {(delta.scale, delta.dropout) for delta in adapted(model).values()} == {(1.5, 0.25)}
+
+
 def test_a_single_head_or_even_mixing_has_no_router():
     for method in (HydraLoRA(number=1), HydraLoRA(router="uniform")):
         model = tiny("bert")

@@ -1,0 +1,127 @@
+"""FourierFT: do few coefficients do what a low rank does, and is it the Fourier basis that does it?
+
+Source: FourierFT (arXiv 2405.03003), table 2 (quality against LoRA), figure 4 (coefficients against ranks), table 6
+(other bases).
+
+Departs: a small encoder on one task, all sizes at one rate and one alpha, where the paper searches for each. Other
+bases are scaled to the expected norm of a Fourier update; the paper does not say how its own were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from lorascope import plots
+from lorascope.claims import Claim
+from lorascope.methods import FourierFT, LoRA
+from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.allocations import accuracy
+from lorascope.run import Run
+
+# Of minilm's queries and values, 384 x 384: four coefficients a row, a few, and as many as LoRA of rank 8 has.
+METHOD = FourierFT()
+DEFAULT, FEW, MANY = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients", "FourierFT, 6144 coefficients"
+RANDOM, ORTHOGONAL, ZEROS = f"{DEFAULT}, random basis", f"{DEFAULT}, orthogonal basis", f"{DEFAULT}, from zero"
+EQUAL, LARGE = "LoRA, rank 2, q and v", "LoRA, rank 8, q and v"
+
+PARITY = Claim(
+    sentence="FourierFT with a quarter of the parameters does as well as LoRA of rank 8, within two points.",
+    statistic="test accuracy of FourierFT, 1536 coefficients a module",
+    control="test accuracy of LoRA, rank 8, on the same modules at the same steps, less two points",
+    margin=0.001,
+    source="table 2",
+)
+BETTER = Claim(
+    sentence="Of as many parameters, coefficients do better than factors.",
+    statistic="test accuracy of FourierFT, 1536 coefficients a module",
+    control="test accuracy of LoRA, rank 2, which has as many",
+    margin=0.002,
+    source="figure 4",
+)
+MORE = Claim(
+    sentence="More coefficients help.",
+    statistic="test accuracy of FourierFT, 6144 coefficients a module",
+    control="the same with 48",
+    margin=0.002,
+    source="figure 4",
+)
+OVER_RANDOM = Claim(
+    sentence="The Fourier basis does better than a random one.",
+    statistic="test accuracy of FourierFT",
+    control="the same on two random bases, at the same expected norm of the update",
+    margin=0.002,
+    source="table 6",
+)
+OVER_ORTHOGONAL = Claim(
+    sentence="The Fourier basis does better than another orthogonal one.",
+    statistic="test accuracy of FourierFT",
+    control="the same on two random orthogonal bases, at the same expected norm of the update",
+    margin=0.002,
+    source="table 6",
+)
+START = Claim(
+    sentence="To start away from the pre-trained model does no harm, within two points.",
+    statistic="test accuracy of FourierFT from standard normal coefficients",
+    control="the same from zero, less two points",
+    margin=0.001,
+    source="section 3.1",
+)
+
+
+def arms(quick: bool) -> list[Arm]:
+    """FourierFT of three sizes, on other bases and from zero; LoRA of as many parameters as two of them."""
+    settings = encoder_settings(quick) | ({"steps": 20} if quick else {})
+    methods = {
+        DEFAULT: METHOD,
+        FEW: replace(METHOD, coefficients=48),
+        MANY: replace(METHOD, coefficients=6144),
+        RANDOM: replace(METHOD, basis="random"),
+        ORTHOGONAL: replace(METHOD, basis="orthogonal"),
+        ZEROS: replace(METHOD, init="zeros"),
+        EQUAL: LoRA(rank=2, alpha=2.0, lr=1e-3, head_lr=1e-3),
+        LARGE: LoRA(rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3),
+    }
+    return [Arm(label=label, method=method, settings=settings, cost=0.65) for label, method in methods.items()]
+
+
+def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
+    """Accuracy against LoRA, fewer coefficients, other bases and a start from zero."""
+    reached = {label: accuracy(found) for label, found in runs.items()}
+    verdicts = [
+        PARITY.judge(reached[DEFAULT], {seed: value - 0.02 for seed, value in reached[LARGE].items()}),
+        BETTER.judge(reached[DEFAULT], reached[EQUAL]),
+        MORE.judge(reached[MANY], reached[FEW]),
+        OVER_RANDOM.judge(reached[DEFAULT], reached[RANDOM]),
+        OVER_ORTHOGONAL.judge(reached[DEFAULT], reached[ORTHOGONAL]),
+        START.judge(reached[DEFAULT], {seed: value - 0.02 for seed, value in reached[ZEROS].items()}),
+    ]
+    sizes = {label: runs[label] for label in (FEW, DEFAULT, MANY, EQUAL, LARGE)}
+    exhibits = [
+        exhibit("quality", plots.quality(sizes)),
+        exhibit("training_curves", plots.training_curves(dict(runs))),
+        exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
+        exhibit("fourier_spectrum", plots.fourier_spectrum({label: runs[label] for label in (FEW, DEFAULT, ZEROS)})),
+    ]
+    notes = [
+        "Held fixed: model, text, splits, batch size, number of steps, entries and bases. Seeds vary head, adapters, "
+        "data order, dropout.",
+        "Each method has its own rates, for the head too: FourierFT 5e-2 and 5e-3, LoRA 1e-3 for both.",
+        "Trained parameters, the task's head included: "
+        + "; ".join(f"{label} {found[0].meta['parameters']['trained']:,}" for label, found in runs.items())
+        + ".",
+    ]
+    return Findings(verdicts, exhibits, notes=notes)
+
+
+PROBE = register(
+    Probe(
+        name="fourierft",
+        title="FourierFT: few coefficients against a low rank",
+        source="Gao et al., FourierFT, arXiv 2405.03003",
+        question="Do few frequencies do what a low rank does, do more help, and does it take the Fourier basis?",
+        quick_budget=110,
+        arms=arms,
+        judge=judge,
+    )
+)

@@ -1,0 +1,58 @@
+"""The probe of FourierFT: what each claim is compared with, and that arms which claim equal parameters have them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import killing
+import pytest
+from tiny import tiny
+
+import lorascope as ls
+from lorascope import models, observe
+from lorascope.delta import adapted
+from lorascope.probes import fourierft as probe
+
+
+def test_arms_of_equal_parameters_have_them():
+    model_of = {"num_hidden_layers": 1, "hidden_size": 384, "num_attention_heads": 12}
+    counts = {}
+    for arm in probe.arms(True):
+        model = tiny("bert", **model_of)
+        arm.method.attach(model)
+        counts[arm.label] = [sum(p.numel() for p in delta.parameters()) for delta in adapted(model).values()]
+    assert counts[probe.DEFAULT] == counts[probe.EQUAL] == [1536] * 2
+    assert counts[probe.MANY] == counts[probe.LARGE] == [6144] * 2
+    assert counts[probe.FEW] == [48] * 2
+    for label in (probe.RANDOM, probe.ORTHOGONAL, probe.ZEROS):
+        assert counts[label] == counts[probe.DEFAULT]
+
+
+def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
+    reached = {
+        probe.DEFAULT: 0.80, probe.FEW: 0.70, probe.MANY: 0.83, probe.RANDOM: 0.77, probe.ORTHOGONAL: 0.79,
+        probe.ZEROS: 0.81, probe.EQUAL: 0.76, probe.LARGE: 0.815,
+    }  # fmt: skip
+    runs = {}
+    settings = killing.SETTINGS | {"observe": [observe.norms(), observe.factors()]}
+    for number, arm in enumerate(probe.arms(True)):
+        method = arm.method
+        if arm.label in (probe.FEW, probe.MANY):
+            method = replace(method, coefficients={probe.FEW: 4, probe.MANY: 512}[arm.label])
+        run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **settings)
+        run.meta["test"]["metric"] = reached[arm.label]
+        runs[arm.label] = [run]
+    found = probe.judge(runs)
+    effects = {verdict.claim: verdict.effect for verdict in found.verdicts}
+    assert effects == pytest.approx(
+        {
+            probe.PARITY: 0.80 - 0.795,
+            probe.BETTER: 0.04,
+            probe.MORE: 0.13,
+            probe.OVER_RANDOM: 0.03,
+            probe.OVER_ORTHOGONAL: 0.01,
+            probe.START: 0.80 - 0.79,
+        }
+    )
+    assert len(found.exhibits) == 4
+    assert "FourierFT, 48 coefficients" in found.notes[2]

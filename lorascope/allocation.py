@@ -5,6 +5,7 @@ What they give goes into ``LoRA(rank=...)``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -64,9 +65,9 @@ def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = Non
 
 
 def equal_parameters(
-    modules: pd.DataFrame, groups: Mapping[str, str | Sequence[str]], parameters: int
+    modules: pd.DataFrame, groups: Mapping[str, str | Sequence[str]], parameters: int | None = None
 ) -> dict[str, int]:
-    """The rank at which each group of modules spends exactly so many parameters.
+    """The rank at which each group of modules spends exactly so many parameters as any other.
 
     Parameters
     ----------
@@ -74,8 +75,9 @@ def equal_parameters(
         As from ``names.describe``, or ``Run.modules``.
     groups : mapping label -> targets
         Roles, module names or a regular expression, as in ``LoRA(targets=...)``.
-    parameters : int
-        Parameters of the adapters of one group; a rank costs a module ``in_features + out_features``.
+    parameters : int, optional
+        Parameters of the adapters of one group; a rank costs a module ``in_features + out_features``. By default the
+        least that every group can spend exactly.
 
     Returns
     -------
@@ -87,16 +89,20 @@ def equal_parameters(
     ValueError
         No whole rank of a group costs that much.
     """
-    sizes = modules.set_index("module")[["in_features", "out_features"]].sum(axis=1)
+    chosen = {label: names.match(modules, targets) for label, targets in groups.items()}
+    # A tied weight is known by each of its names.
+    known = modules.assign(name=(modules["module"] + "," + modules["tied"]).str.split(",")).explode("name")
+    sizes = known.set_index("name")[["in_features", "out_features"]].sum(axis=1)
+    costs = {label: int(sizes[found].sum()) for label, found in chosen.items()}
+    if parameters is None:
+        parameters = math.lcm(*costs.values())
     ranks = {}
-    for label, targets in groups.items():
-        chosen = names.match(modules, targets)
-        cost = int(sizes[chosen].sum())
-        rank, over = divmod(parameters, max(cost, 1))
+    for label, cost in costs.items():
+        rank, over = divmod(parameters, cost)
         if over or rank < 1:
             least = max(rank, 1)
             near = " and ".join(f"{cost * n:,} at rank {n}" for n in (least, least + 1))
-            raise ValueError(f"{label}: no whole rank of its {len(chosen)} modules costs {parameters:,}; {near}")
+            raise ValueError(f"{label}: no whole rank of its {len(chosen[label])} modules costs {parameters:,}; {near}")
         ranks[label] = rank
     return ranks
 

@@ -77,11 +77,18 @@ def test_adalora_s_figure_1_spends_the_same_parameters_on_every_group() -> None:
     by_layers = {f"{count} layers": rf".*layer\.[0-{count - 1}]\..*" for count in (4, 2, 1)}
     assert list(allocation.equal_parameters(modules, by_type, 276_480).values()) == [15, 15, 15, 15, 6, 6]
     assert list(allocation.equal_parameters(modules, by_layers, 276_480).values()) == [5, 10, 20]
+    assert list(allocation.equal_parameters(modules, by_type).values()) == [5, 5, 5, 5, 2, 2]
     reason = r"3 layers: no whole rank of its 18 modules costs 276,480; 248,832 at rank 6 and 290,304 at rank 7"
     with pytest.raises(ValueError, match=reason):
         allocation.equal_parameters(modules, {"3 layers": r".*layer\.[0-2]\..*"}, 276_480)
     with pytest.raises(ValueError, match="2 modules costs 5; 7,680 at rank 1"):
         allocation.equal_parameters(modules, {"few": ["encoder.layer.0.ffn_in", "encoder.layer.0.ffn_out"]}, 5)
+
+
+def test_a_tied_weight_costs_the_same_under_each_of_its_names() -> None:
+    columns = {"stack": "", "layer": pd.array([None], "Int16"), "role": "embed", "in_features": 7, "out_features": 3}
+    modules = pd.DataFrame({"module": ["wte"], "tied": "lm_head"} | columns)
+    assert allocation.equal_parameters(modules, {"in": ["wte"], "out": ["lm_head"]}, 20) == {"in": 2, "out": 2}
 
 
 def test_lora_takes_what_an_allocation_gives(fresh_bert: Any) -> None:

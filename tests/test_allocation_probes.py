@@ -11,9 +11,9 @@ import pytest
 import torch
 from planted import plant
 
-from lorascope import delta, names, plots, probes, sweeps
+from lorascope import delta, models, names, plots, probes, sweeps
 from lorascope.analysis.recovery import absolute_error, rank_correlation
-from lorascope.probes import allocations, alora, autolora, planted, teacher
+from lorascope.probes import allocations, alora, autolora, placement, planted, teacher
 from lorascope.records import QUANTITIES
 
 RANKS = {"h.0.q": 1, "h.0.up": 3, "h.1.q": 0, "h.1.up": 4}
@@ -164,3 +164,36 @@ def test_the_planted_ranks_are_on_record_and_known_to_the_arm_that_is_given_them
     assert of_two.settings["observe"][-1].ranks == teacher.planted_ranks(2)
     assert sum(planted.random_ranks(2).values()) == sum(teacher.planted_ranks(2).values())
     assert "planted_rank" in QUANTITIES
+
+
+def test_every_place_gets_the_same_parameters():
+    """Each arm's adapters, attached to the model itself and counted there, at the factors 5 and 2 of the paper."""
+    counted, ranks = {}, {}
+    for arm in placement.arms(True):
+        model = models.load("minilm")
+        arm.method.attach(model)
+        deltas = delta.adapted(model)
+        counted[arm.label] = sum(parameter.numel() for one in deltas.values() for parameter in one.parameters())
+        ranks[arm.label] = {one.rank for one in deltas.values()}
+        layers = {name.split("layer.")[1][0] for name in deltas}
+        assert len(deltas) == (6 if arm.label in placement.TYPES else 12)
+        assert layers == (
+            {*"012345"} if arm.label in placement.TYPES else {*arm.label.removeprefix("layers ")} - {*", "}
+        )
+    assert set(counted.values()) == {69_120}
+    assert list(ranks.values()) == [{15}] * 4 + [{6}] * 2 + [{5}] * 3
+
+
+def test_places_are_compared_by_the_means_of_their_kind(tmp_path):
+    """Feed-forward 0.8 and 0.9 against attention of mean 0.65; the upper layers against the lower."""
+    accuracies = [0.5, 0.6, 0.7, 0.8, 0.8, 0.9, 0.7, 0.1, 0.9]
+    runs = {
+        label: [
+            plant(tmp_path, f"{place}{seed}", {("test_metric", ""): {9: value}}, seed=seed, test={"metric": value})
+            for seed in range(3)
+        ]
+        for place, (label, value) in enumerate(zip((*placement.TYPES, *placement.GROUPS), accuracies, strict=True))
+    }
+    first, second = placement.judge(runs).verdicts
+    assert (first.effect, second.effect) == (pytest.approx(0.2), pytest.approx(0.2))
+    assert {first.outcome, second.outcome} == {"supported"}

@@ -32,6 +32,7 @@ from lorascope.probes import (
     hydralora,
     lisa,
     lora,
+    placement,
     planted,
 )
 from lorascope.run import Run
@@ -55,6 +56,7 @@ __all__ = [
     "hydralora",
     "lisa",
     "lora",
+    "placement",
     "planted",
     "reproduce",
     "write_report",

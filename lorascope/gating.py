@@ -47,9 +47,9 @@ class Gates:
         """Mean entropy of a token's gates, in nats: between 0 and ln of the number of heads."""
         return float(self.entropies.sum() / self.tokens.sum())
 
-    def by_group(self, groups: Sequence[str]) -> Float[np.ndarray, "groups heads"]:
-        """Mean over the tokens of every group of rows, groups in alphabetical order."""
-        return self._means(_members(groups))
+    def by_group(self, groups: Sequence[str]) -> dict[str, Float[np.ndarray, "heads"]]:
+        """Mean over the tokens of every group of rows."""
+        return dict(zip(_names(groups), self._means(_members(groups)), strict=True))
 
     def information(self, groups: Sequence[str]) -> float:
         """Mutual information of group and head, in nats: 0 if all groups have the same mean gates.
@@ -68,8 +68,12 @@ class Gates:
         return (members @ self.weights) / (members @ self.tokens)[..., None]
 
 
+def _names(groups: Sequence[str]) -> list[str]:
+    return sorted(set(groups))
+
+
 def _members(groups: Sequence[str]) -> Float[np.ndarray, "groups rows"]:
-    return (np.array(sorted(set(groups)))[:, None] == np.array(groups)).astype(np.float64)
+    return (np.array(_names(groups))[:, None] == np.array(groups)).astype(np.float64)
 
 
 def _information(means: Float[np.ndarray, "draws groups heads"]) -> Float[np.ndarray, "draws"]:

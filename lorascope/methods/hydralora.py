@@ -160,8 +160,9 @@ def _gate_records(name: str, gates: Gates, groups: Sequence[str] | None, kept: b
         yield Record("gate_information", gates.information(groups), name)
         yield Record("gate_chance", gates.information_by_chance(groups), name)
         if kept:
-            labels = {"domain": sorted(set(groups))}
-            yield Snapshot(f"{name}/gate_by_domain", gates.by_group(groups), ("domain", "head"), labels)
+            found = gates.by_group(groups)
+            means, labels = np.stack(list(found.values())), {"domain": list(found)}
+            yield Snapshot(f"{name}/gate_by_domain", means, ("domain", "head"), labels)
 
 
 class HydraDelta(Delta):

@@ -73,12 +73,14 @@ def test_places_of_the_worked_example() -> None:
 
 def test_an_entry_and_its_mirror_are_one_frequency() -> None:
     entries = np.array([[1, 3, 0], [2, 4, 3]])  # (-1, -2) is (3, 4); (0, 3) is its own mirror
-    found = analysis.places(Fourier(np.array([2.0, -0.5, 7.0]), entries, SHAPE))
+    update = Fourier(np.array([2.0, -0.5, 7.0]), entries, SHAPE)
+    found = analysis.places(update)
     assert dict(zip(zip(found["row"], found["column"], strict=True), found["coefficient"], strict=True)) == {
         (1, 2): 1.5,
         (-1, -2): 1.5,
         (0, -3): 7.0,
     }
+    assert analysis.profile(update, bins=1)["value"].tolist() == pytest.approx([math.sqrt((1.5**2 + 7**2) / 2)])
 
 
 def test_the_profile_is_a_root_mean_square_over_frequencies_by_radius() -> None:

@@ -95,7 +95,7 @@ class HydraLoRA(Method, name="hydralora"):
     targets: str | tuple[str, ...] | None = None
     heads: str = "shared"
     router: str = "learned"
-    gates_every: int = 10
+    gates_every: int = 50
     lr: float | int = 2e-3
     head_lr: float | int = 2e-3
 

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorascope import names
 from lorascope.delta import Delta, adapted, attach, deltas, detach, fold, host_bias, host_weight, resize
+from lorascope.fourier import Fourier
 from lorascope.methods.lora import LoRADelta
 from lorascope.update import Dense, LowRank
 
@@ -383,7 +384,7 @@ PEFT = {
     "lora on an embedding": (peft.LoraConfig(r=3, target_modules=["word_embeddings"]), LowRank),
     "dora": (peft.LoraConfig(r=3, use_dora=True, **QUERY), Dense),
     "adalora": (peft.AdaLoraConfig(init_r=4, total_step=10, **QUERY), LowRank),
-    "fourierft": (peft.FourierFTConfig(n_frequency=20, **QUERY), Dense),
+    "fourierft": (peft.FourierFTConfig(n_frequency=20, **QUERY), Fourier),
     "loha": (peft.LoHaConfig(r=2, **QUERY), Dense),
     "oft": (peft.OFTConfig(oft_block_size=8, **QUERY), Dense),
     "ia3": (peft.IA3Config(feedforward_modules=[], **QUERY), Dense),

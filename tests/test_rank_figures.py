@@ -123,6 +123,12 @@ def test_chance_spends_the_same_budget_by_lot(seeds: list[Run]) -> None:
     assert "every component that a module starts with equally likely" in lot.caption
 
 
+def test_where_ranks_may_rise_a_lot_may_give_any_rank(write: Any) -> None:
+    moved = write("m", allotted({0: START, 9: [6, 6, 3, 1]}, budget=False))
+    lot = plots.rank_allocation(moved, chance=True).rows()[0][1]
+    assert "the same budget, every component equally likely to be of any module" in lot.caption
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_replayed_ranks_sum_up_to_the_budget_in_force_at_every_decision(seeds: list[Run], count: int) -> None:
     panels = plots.rank_replay(seeds[:count])

@@ -17,7 +17,8 @@ from lorascope.roles import ROLES
 _MOST_BESIDE = 26  # columns of cells, in all panels, that still have room beside each other
 _SHOWN, _SUM = "the ranks shown", "sum of the ranks"
 _SPREAD = "in the data, and in brackets where there is room, the smallest and largest of the seeds"
-_LOT = "By lot: the same budget, every component that a module starts with equally likely to stay."
+_STAYING = "every component that a module starts with equally likely to stay"
+_FREE = "every component equally likely to be of any module"
 
 
 @figure(
@@ -47,7 +48,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     told = [f"{define('rank')} Ranks in force {when}. {_totals(found)}", *_agreements(cohort, found)]
     if chance:
         found = _with_lots(cohort, found)
-        told.append(_LOT)
+        told.append(_how_lots_fall(cohort))
     cells = _cells(found, ["recipe", "kind"])
     panels = [_heat(cohort, cells, label, cohort.caption(*told, interval=_SPREAD)) for label in _labels(found)]
     columns = len(panels) * cells["place"].nunique()
@@ -188,6 +189,11 @@ def _with_lots(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
             lot = ranks.by_lot(own, _cap(cohort, group))
             parts.append(lot.assign(recipe=f"{group.label}, by lot", kind="control"))
     return pd.concat(parts)
+
+
+def _how_lots_fall(cohort: Cohort) -> str:
+    drawn = {g.label: _FREE if _cap(cohort, g) is None else _STAYING for g in cohort.groups if not g.control}
+    return f"By lot: the same budget, {_each(drawn)}."
 
 
 def _labels(found: pd.DataFrame) -> list[str]:

@@ -89,6 +89,44 @@ def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
             assert rises[name][-1 if component is None else component] == pytest.approx(by_hand, abs=2e-6)
 
 
+def test_slopes_are_central_differences_in_the_size_of_a_component(state):
+    model, found, batches = state
+    slopes = scores.slopes(model, lambda batch: model(**batch).loss, found, batches)
+    assert not delta.adapted(model)
+
+    def loss_at(name, component, factor):
+        P, sigma, Q = found[name]
+        sigma = sigma.copy()
+        sigma[slice(None) if component is None else component] *= factor
+        changed = matrices(found) | {name: (P * sigma) @ Q}
+        return np.mean([loss_with(model, changed, batch) for batch in batches])
+
+    for name in list(found)[::5]:
+        for component in (0, 2, None):
+            by_hand = (loss_at(name, component, 1.1) - loss_at(name, component, 0.9)) / 0.2
+            assert slopes[name][-1 if component is None else component] == pytest.approx(by_hand, rel=0.05, abs=5e-6)
+
+
+def test_rises_are_settled_by_the_slopes_of_all_text(state):
+    """On all batches they are the rises themselves; on one of two, the rise there plus what the slopes differ by."""
+    model, found, batches = state
+
+    def loss(batch):
+        return model(**batch).loss
+
+    whole = scores.loss_rises(model, loss, found, batches)
+    same = scores.settled_rises(model, loss, found, batches, len(batches))
+    part = scores.settled_rises(model, loss, found, batches, 1)
+    first = scores.loss_rises(model, loss, found, batches[:1])
+    each = [scores.slopes(model, loss, found, [batch]) for batch in batches]
+    for name in found:
+        assert same[name] == pytest.approx(whole[name], abs=1e-9)
+        mean = np.mean([slope[name] for slope in each], axis=0)
+        assert part[name] == pytest.approx(first[name] + each[0][name] - mean, abs=1e-8)
+    one, all_ = (np.concatenate(list(rises.values())) for rises in (first, whole))
+    assert np.abs(np.concatenate(list(part.values())) - all_).mean() < 0.5 * np.abs(one - all_).mean()
+
+
 def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
     """Against the definition in loops: I = |w g|, averages of 0.85, and their product."""
     model, found, batches = state
@@ -145,7 +183,7 @@ def test_alpha_begins_at_the_state_and_falls_where_a_component_harms(state):
 
 
 def test_measuring_gives_every_score_of_every_component_and_module(trained, monkeypatch):
-    monkeypatch.setattr(agreement, "QUICK_SIZES", (8, 2, 1))
+    monkeypatch.setattr(agreement, "QUICK_SIZES", (8, 2, 2, 1))
     table = agreement.measure(trained)
     whole = table["component"] == -1
     per_score = table[~whole].groupby("score").size()

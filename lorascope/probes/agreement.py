@@ -31,8 +31,9 @@ from lorascope.probes.lora import arms as lora_arms
 from lorascope.run import Run
 
 TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"
-# Rows of a batch, batches that scores see, and batches of each of the two truths, whose cost is by far the largest.
-FULL_SIZES, QUICK_SIZES = (32, 16, 4), (4, 16, 1)
+# Rows of a batch, batches that scores see, batches of each of the two truths, and those of these on which components are
+# removed, by far the dearest.
+FULL_SIZES, QUICK_SIZES = (32, 16, 59, 4), (4, 16, 8, 1)
 _SCORES = {"AdaLoRA": "AdaLoRA importance", "ALoRA": "ALoRA importance", "AutoLoRA": "AutoLoRA alpha"}
 _SIZE, KEPT = "singular value", "AutoLoRA kept"
 _SOURCE = "this project; what the paper takes for granted"
@@ -81,7 +82,7 @@ def measure(run: Run) -> pd.DataFrame:
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
-    rows, seeing, judging = FULL_SIZES if run.meta["settings"]["steps"] > 100 else QUICK_SIZES
+    rows, seeing, judging, removed = FULL_SIZES if run.meta["settings"]["steps"] > 100 else QUICK_SIZES
     tokens = models.tokenizer(model)
 
     def batches(split: str, number: int) -> list[dict[str, Tensor]]:
@@ -95,8 +96,8 @@ def measure(run: Run) -> pd.DataFrame:
         return model(**batch).loss
 
     halves = {
-        TRUTH: scores.loss_rises(model, loss, state, unseen[0::2]),
-        AGAIN: scores.loss_rises(model, loss, state, unseen[1::2]),
+        TRUTH: scores.settled_rises(model, loss, state, unseen[0::2], removed),
+        AGAIN: scores.settled_rises(model, loss, state, unseen[1::2], removed),
     }
     found: scores.Rows = {score: {name: rise[:-1] for name, rise in rises.items()} for score, rises in halves.items()}
     found[_SIZE] = {name: sigma for name, (_, sigma, _) in state.items()}
@@ -141,8 +142,10 @@ def judge(runs: Mapping[str, Sequence[Run]], measured: Mapping[str, pd.DataFrame
         exhibits.append(Exhibit(plots.against_truth(cells, TRUTH, level), *_AGAINST))
         exhibits.append(Exhibit(plots.agreement(cells, level), *_MATRIX))
     notes = [
-        f"Scores were taken on the validation split, truths on the test split. '{AGAIN}' is the same truth on other "
-        "text: no score can be expected to agree better with the first.",
+        f"Scores were taken on the validation split, truths on two halves of the test split. '{AGAIN}' is the same "
+        "truth on other text: no score can be expected to agree better with the first.",
+        "Components were removed on some batches; their effect to first order, which differs most from text to text, "
+        "is that on the whole half.",
         "ALoRA's score is itself an ablation, of one batch: its agreement says how far one batch goes.",
         "Of modules, AutoLoRA's alpha is the mass that its threshold keeps, and sums of the others stand for a module.",
     ]

@@ -82,6 +82,37 @@ def _take_off(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
     return y - delta(x)
 
 
+def slopes(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Module -> mean of lambda dL/dlambda of each component, and last their sum.
+
+    To first order a rise is the negative of it. One pass back gives all of them, where a rise needs a pass of its own.
+    """
+    deltas = _dress(model, state, adalora.AdaLoRADelta, _fill_svd)
+    diagonals = [delta.diagonal for delta in deltas.values()]
+    total = [torch.zeros_like(diagonal) for diagonal in diagonals]
+    for batch in batches:
+        torch._foreach_add_(total, torch.autograd.grad(loss(batch), diagonals))
+    detach(model)
+    found = {}
+    for (name, delta), gradient in zip(deltas.items(), total, strict=True):
+        each = (delta.diagonal.detach() * gradient)[:, 0].double().numpy() / len(batches)
+        found[name] = np.append(each, each.sum())
+    return found
+
+
+def settled_rises(
+    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any], removed: int
+) -> dict[str, np.ndarray]:
+    """Rise of the loss on all batches with each component, and last the whole module, taken out: as ``loss_rises``.
+
+    Components are removed on the first ``removed`` batches alone. What a removal does to first order differs from text
+    to text by far the most, and is exchanged for what it is on all batches.
+    """
+    some = loss_rises(model, loss, state, batches[:removed])
+    here, everywhere = (slopes(model, loss, state, part) for part in (batches[:removed], batches))
+    return {name: rise + here[name] - everywhere[name] for name, rise in some.items()}
+
+
 def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
     """Sensitivity, uncertainty and importance at zero learning rate, and the norm of the mean gradient."""
     deltas = _dress(model, state, adalora.AdaLoRADelta, _fill_svd)

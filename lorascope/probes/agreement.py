@@ -31,8 +31,8 @@ from lorascope.probes.lora import arms as lora_arms
 from lorascope.run import Run
 
 TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"
-# Rows of a batch, batches that scores see, batches of each of the two truths, and those of these on which components are
-# removed, by far the dearest.
+# Rows of a batch, batches that scores see, batches of each of the two truths, and how many of these components are
+# removed on, by far the dearest.
 FULL_SIZES, QUICK_SIZES = (32, 16, 59, 4), (4, 16, 8, 1)
 _SCORES = {"AdaLoRA": "AdaLoRA importance", "ALoRA": "ALoRA importance", "AutoLoRA": "AutoLoRA alpha"}
 _SIZE, KEPT = "singular value", "AutoLoRA kept"

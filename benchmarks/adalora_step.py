@@ -30,7 +30,8 @@ def our_step(model: nn.Module, method: Method, batch: dict[str, Tensor]) -> Call
     """One whole step of a method as the loop does it, records included, from the phase on in which the budget falls."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
-    step = Step(-1, TOTAL, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None)
+    unused = (lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None)
+    step = Step(-1, TOTAL, model, optimizer, {}, pd.DataFrame(), *unused)
     indices = itertools.count(TOTAL // 5)
 
     def one() -> None:

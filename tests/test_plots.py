@@ -234,10 +234,11 @@ def test_trained_runs_draw_every_figure(bert: Any, task: Any, tmp_path: Path) ->
 
     lora, full = ([train(method, seed) for seed in (0, 1)] for method in (ls.LoRA(rank=2), ls.Full()))
     drawable = plots.available(lora[0]).set_index("figure")["drawable"]
-    assert set(drawable.index[~drawable]) <= {"importance", "planted"}  # LoRA ranks no components, nothing is planted
+    # LoRA ranks no components, has no router and no frequencies, and nothing is planted.
+    assert set(drawable.index[~drawable]) == {"importance", "planted", "gates", "gate_course", "fourier_spectrum"}
     for name in drawable.index[drawable]:
         entry = plots.FIGURES[name]
-        lone = name == "subspace_similarity" or "rank" in entry.needs  # full fine-tuning has no rank to draw
+        lone = {"updates", "rank"} & {*entry.needs}  # full fine-tuning has neither factors nor ranks
         runs = lora if lone else [*lora, *full]
         assert not entry.draw(runs).data.empty
     order = plots.update_norm(full).x.order

@@ -60,16 +60,17 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     if trained_here:
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists():
-        return AdapterRun(*_read(path, None if base is None else Pretrained(base)))
+        model = None if base is None else Pretrained(base)
+        return AdapterRun(_read(path, model), model)
     raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
 
 
-def _read(path: Path, base: Pretrained | None) -> tuple[AdapterFiles, Pretrained | None]:
+def _read(path: Path, base: Pretrained | None) -> AdapterFiles:
     config, files = open_adapter(path)
     if config["peft_type"].upper() == "FOURIERFT":
-        return read_fourier(path, config, files, base), base
+        return read_fourier(path, config, files, base)
     read = read_hydra if holds_heads(name for file in files for name in file) else read_adapter
-    return read(path, config, files), base
+    return read(path, config, files)
 
 
 class AdapterRun(Run):
@@ -164,6 +165,11 @@ class AdapterRun(Run):
         """The update of every module, read when asked for."""
         self._only(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
+
+    def inexact(self, state: str = "last") -> set[str]:
+        """Modules whose factors stand for an update that depends on the input, by what the headers say."""
+        self._only(None, state)
+        return {module for module, part in self.files.parts.items() if not part.exact}
 
     def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
         """Raise a ValueError: only training keeps snapshots."""

@@ -229,10 +229,10 @@ class Fourier(Dense):
         return np.histogram(distances, edges, weights=squares)[0]
 
     def __sub__(self, other: LowRank | Dense) -> Dense:
-        """The difference; of two updates at the same entries by their coefficients."""
-        if isinstance(other, Fourier) and self.shape == other.shape and np.array_equal(self.entries, other.entries):
-            change = self.scale * wide(self.coefficients) - other.scale * wide(other.coefficients)
-            return Fourier(change, self.entries, self.shape)
+        """The difference; of two updates at the same entries and scale by their coefficients."""
+        alike = isinstance(other, Fourier) and (self.shape, self.scale) == (other.shape, other.scale)
+        if isinstance(other, Fourier) and alike and np.array_equal(self.entries, other.entries):
+            return Fourier(wide(self.coefficients) - wide(other.coefficients), self.entries, self.shape, self.scale)
         return Dense(self.dense() - other.dense())
 
     def __repr__(self) -> str:

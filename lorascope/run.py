@@ -124,15 +124,20 @@ class Run:
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
-        scales, exact = file.about["scales"], file.about["exact"]
-
-        kept = file.about["factors"]
+        scales, exact, kept = (file.about[name] for name in ("scales", "exact", "factors"))
 
         def make(module: str) -> LowRank | Fourier:
             arrays = {name: file[f"{module}/{name}"] for name in kept[module]}
             return update_from(arrays, scales[module], exact[module])
 
         return Lazy(list(scales), make)
+
+    def inexact(self, state: str = "last") -> set[str]:
+        """Modules whose factors stand for an update that depends on the input, such as a mixture at its mean gates."""
+        if not self.ranks(state):
+            return set()
+        exact = self._snapshots(self._step(None, state)).about["exact"]
+        return {module for module, whole in exact.items() if not whole}
 
     def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
         """One kept array in long form: a column for each of its axes, and ``value``; all steps when ``step`` is None.

@@ -107,7 +107,7 @@ def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: 
     writer.add(9, [Record("learned_norm", 1.0, "h.0.q"), Factors("h.0.q", {"B": B, "A": A}, 1.0, exact=False)])
     writer.finish("done")
     plain = write("a", label="LoRA", factors={"h.0.q": (B, A)})
-    assert "Hydra at its mean gates." in panels(plots.atlas([Run.read(tmp_path / "h"), plain]))[0].caption
+    assert "Updates of Hydra at mean gates." in panels(plots.atlas([Run.read(tmp_path / "h"), plain]))[0].caption
     other = write("b", label="other", factors={"h.0.q": (B, A)})
     assert "gates" not in panels(plots.atlas([plain, other]))[0].caption
 

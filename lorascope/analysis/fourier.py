@@ -7,35 +7,32 @@ for j - d. An entry and its mirror (-j, -k) are the same cosine, so that both ha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lorascope import fourier
 from lorascope.fourier import Fourier
-from lorascope.layout import Lazy
 from lorascope.run import Run
 
 
-def updates(run: Run, step: int | None = None) -> Lazy:
-    """The updates of few frequencies that a run holds, by module."""
+def updates(run: Run, step: int | None = None) -> Mapping[str, Any]:
+    """The updates of few frequencies that a run holds, by module; one of them tells for all."""
     found = run.updates(step)
-    return Lazy([module for module in found if isinstance(found[module], Fourier)], lambda module: found[module])
+    first = next(iter(found.values()), None)
+    return found if isinstance(first, Fourier) else {}
 
 
 def since_start(run: Run) -> dict[str, Fourier]:
     """What training added to the updates of few frequencies, by module; nothing where the start was not kept."""
+    last = updates(run)
     try:
-        first = run.updates(0)
+        first = run.updates(0) if last else {}
     except ValueError:  # no snapshot of step 0
         return {}
-    found = {}
-    for module, last in updates(run).items():
-        start = first.get(module)
-        if isinstance(start, Fourier) and np.array_equal(start.entries, last.entries):
-            change = last.coefficients - start.coefficients
-            found[module] = Fourier(change, last.entries, last.shape, last.scale)
-    return found
+    return {module: update - first[module] for module, update in last.items() if module in first}
 
 
 def places(update: Fourier) -> pd.DataFrame:

@@ -60,7 +60,6 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         f"inputs, over modules and over pairs of runs of the principal angles between the first {k} directions, fewer "
         "where an update has fewer; in brackets that of as many random directions.",
         *told,
-        *_mixtures(cohort),
         *_starts(cohort),
     )
     norms = update_norm(runs, control, "learned_norm")
@@ -139,16 +138,6 @@ def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
 def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
     """Every run of one with every run of the other; within one recipe, its seeds."""
     return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))
-
-
-def _mixtures(cohort: Cohort) -> list[str]:
-    """Which recipes depend on their input, and so are shown by a stand-in."""
-    inexact = [
-        group.label
-        for group in cohort.groups
-        if any(not getattr(update, "exact", True) for run in group.runs for update in run.updates().values())
-    ]
-    return [f"{', '.join(inexact)} at {'its' if len(inexact) == 1 else 'their'} mean gates."] if inexact else []
 
 
 def _starts(cohort: Cohort) -> list[str]:

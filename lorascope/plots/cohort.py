@@ -107,7 +107,7 @@ class Cohort:
     def _gated(self) -> list[str]:
         """What is shown of updates that depend on the input, where the figure is about updates."""
         about_updates = self.name in FIGURES and not _OF_UPDATES.isdisjoint(FIGURES[self.name].needs)
-        gated = [group.label for group in self.groups if about_updates and not all(map(_is_exact, group.runs))]
+        gated = [group.label for group in self.groups if about_updates and any(map(_is_mixed, group.runs))]
         return [f"Updates of {', '.join(gated)} at mean gates."] if gated else []
 
 
@@ -162,13 +162,11 @@ def axis_label(quantity: str) -> str:
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
 
 
-def _is_exact(run: Run) -> bool:
-    """Are the updates what the run adds, whatever the input? One module tells for all."""
+def _is_mixed(run: Run) -> bool:
     try:
-        updates = run.updates()
+        return bool(run.inexact())
     except ValueError:  # nothing was kept at its last step
-        return True
-    return all(getattr(updates[name], "exact", True) for name in list(updates)[:1])
+        return False
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:

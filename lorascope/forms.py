@@ -10,6 +10,9 @@ from jaxtyping import Float
 from lorascope.fourier import Fourier
 from lorascope.update import LowRank
 
+UNTRAINED = frozenset({"gates", "entries", "shape"})
+"""Factors that stand beside the trained ones, without which these make no update."""
+
 
 def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bool = True) -> LowRank | Fourier:
     """Build an update from its stored factors.

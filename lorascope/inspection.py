@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from lorascope.adapter_files import pattern_key
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
-from lorascope.fourier import Fourier
+from lorascope.forms import UNTRAINED
 from lorascope.roles import position
 from lorascope.run import Run
 from lorascope.update import energy_rank
@@ -117,14 +117,23 @@ def _modules(run: Run) -> pd.DataFrame:
     frame["energy_rank"] = [energy_rank(sigmas[m], _SHARE) if m in sigmas else np.nan for m in frame["module"]]
     squares = frame["update_norm"] ** 2
     frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
-    outer, inner = _shapes(run, frame["module"]).T
-    factored = (frame["rank"] * (outer + inner)).fillna(0)
-    frame["parameters"] = factored.where(frame["rank"].notna(), outer * inner).astype("int64")
-    updates = run.updates()
-    coefficients = {name: len(update.coefficients) for name, update in updates.items() if isinstance(update, Fourier)}
-    frame["parameters"] = frame["module"].map(coefficients).fillna(frame["parameters"]).astype("int64")
+    frame["parameters"] = _parameters(run, frame)
     columns = ["module", "stack", "layer", "role", "rank", "parameters", "update_norm", "relative_update", "energy"]
     return frame[[*columns, "stable_rank", "effective_rank", "energy_rank", "exact"]]
+
+
+def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
+    """Values that an adapter stores of a module, or a run trains: by the rank, where nothing else does."""
+    if isinstance(run, AdapterRun):
+        return frame["module"].map({module: part.size for module, part in run.files.parts.items()})
+    outer, inner = _shapes(run, frame["module"]).T
+    factored = (frame["rank"] * (outer + inner)).fillna(0)
+    counted = factored.where(frame["rank"].notna(), outer * inner).astype("int64")
+    held = run.factors()
+    if UNTRAINED.isdisjoint(next(iter(held.values()), ())):
+        return counted
+    sizes = {module: sum(parts[name].size for name in parts.keys() - UNTRAINED) for module, parts in held.items()}
+    return frame["module"].map(sizes).fillna(counted).astype("int64")
 
 
 def _singular_values(run: Run, modules: pd.Series) -> Mapping[str, np.ndarray]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.delta import adapted, host_weight, to_array
-from lorascope.forms import update_from
+from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
 from lorascope.method import Step
 from lorascope.records import Factors, Item, Record, Snapshot
@@ -151,9 +151,8 @@ class norms(Observer):
                 yield from _norm_records(label, parts)
         yield from self._block_records(trained, found)
         for module, delta in trained.deltas.items():
-            # What the optimizer never sees, such as mean gates, is no part of the adapter's size.
-            kept = {id(buffer) for buffer in delta.buffers()}
-            adapter = math.fsum(squares(factor) for factor in delta.factors().values() if id(factor) not in kept)
+            trainable = (factor for name, factor in delta.factors().items() if name not in UNTRAINED)
+            adapter = math.fsum(map(squares, trainable))
             yield Record("adapter_norm", math.sqrt(adapter), module)
             yield Record("rank", delta.rank, module)
         yield from self._rank_records(step, trained, updates)

@@ -72,6 +72,7 @@ def test_the_folder_is_told_as_what_it_is(tmp_path):
     assert "HydraLoRA, rank 4" in repr(run)
     found = inspection.inspect(run)
     assert "9 of 9 modules depend on their input: their updates here are at mean gates" in found.findings
+    assert found.modules["parameters"].sum() == run.meta["parameters"]["trained"]
     facts = dict(found.facts)
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
     assert "at mean gates" in plots.update_norm(run).caption

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
-from lorascope import export, models, observe, plots
+from lorascope import export, inspection, models, observe, plots
 from lorascope.analysis.clusters import choose_heads, chord_distance, cluster_selection
 from lorascope.delta import adapted, attach, deltas, fold
 from lorascope.gating import Gates, watch
@@ -635,6 +635,15 @@ def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
     )
     assert told.stdout.split() == ["0", "-9", "0"], told.stderr
     same(whole, out)
+
+
+def test_inspection_counts_heads_and_routers(run, bert, task):
+    model = models.load(bert, task=task)
+    run.restore(model)
+    counted = {name: sum(p.numel() for p in one.parameters()) for name, one in adapted(model).items()}
+    modules = inspection.inspect(run).modules.set_index("module")
+    assert modules.loc[list(counted), "parameters"].to_dict() == counted
+    assert not modules.loc[list(counted), "exact"].any()
 
 
 def test_figures_of_updates_say_that_they_are_at_mean_gates(run, bert, task, tmp_path):

@@ -33,6 +33,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,17 +254,9 @@ class RoutedDelta(HydraDelta):
 
     linear = False
 
-    def __init__(
-        self,
-        host: nn.Module,
-        rank: int,
-        number: int,
-        scale: float | int = 1.0,
-        dropout: float | int = 0.0,
-        split: bool = False,
-    ) -> None:
-        super().__init__(host, rank, number, scale, dropout, split)
-        self.router = nn.Parameter(torch.empty(number, self.A.shape[1], dtype=self.mean_gates_.dtype))
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.router = nn.Parameter(torch.empty(self.number, self.A.shape[1], dtype=self.mean_gates_.dtype))
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def gates(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:

@@ -108,9 +108,13 @@ def settled_rises(
     Components are removed on the first ``removed`` batches alone. What a removal does to first order differs from text
     to text by far the most, and is exchanged for what it is on all batches.
     """
-    some = loss_rises(model, loss, state, batches[:removed])
-    here, everywhere = (slopes(model, loss, state, part) for part in (batches[:removed], batches))
-    return {name: rise + here[name] - everywhere[name] for name, rise in some.items()}
+    some, rest = batches[:removed], batches[removed:]
+    rises = loss_rises(model, loss, state, some)
+    if not rest:
+        return rises
+    here, there = (slopes(model, loss, state, part) for part in (some, rest))
+    share = len(rest) / len(batches)
+    return {name: rise + share * (here[name] - there[name]) for name, rise in rises.items()}
 
 
 def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:

@@ -142,8 +142,8 @@ def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set
     assert len(asymmetry.arms(quick=True)) == 7
 
 
-def planted_runs(folder: Path, learned: bool, replicates: int = 4) -> dict[str, list[Run]]:
-    """Runs whose A goes, if anything is learned, to its module's, and whose B is its domain's and module's."""
+def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: int = 4) -> dict[str, list[Run]]:
+    """Runs whose A goes, if anything is learned, to about its module's, and whose B is its domain's and module's."""
     found = {}
     for arm in asymmetry.arms(quick=False):
         for seed in range(replicates):
@@ -157,7 +157,7 @@ def planted_runs(folder: Path, learned: bool, replicates: int = 4) -> dict[str, 
             domain = np.random.default_rng(list(DOMAINS).index(made.task.partition("/")[2]))
             B = {name: domain.normal(size=(10, 2)) + 0.1 * noise.normal(size=(10, 2)) for name in names}
             last = {name: goals[name] if learned else A[name] for name in names}
-            moved = {name: last[name] + 0.1 * noise.normal(size=(2, 10)) for name in names}
+            moved = {name: last[name] + spread * noise.normal(size=(2, 10)) for name in names}
             modules = [{"module": name, "stack": "", "layer": m, "role": "q"} for m, name in enumerate(names)]
             run = RunWriter(
                 folder / f"{arm.label}-{seed}",
@@ -197,6 +197,15 @@ def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_p
     assert row["p"] == "1.000"
     if not learned:
         assert "A moved by 0.10 and by 0.10 of its initial norm" in findings.notes[1]
+
+
+def test_a_common_start_that_training_scatters_counts_against_the_picture(tmp_path, monkeypatch):
+    """Before, every A is the others'; after, it is anyone's: what the start alone draws is taken off, not the end."""
+    monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))
+    monkeypatch.setattr(asymmetry, "numbers", partial(numbers, draws=9))
+    verdicts = asymmetry.judge(planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)).verdicts
+    picture = next(verdict for verdict in verdicts if verdict.claim is asymmetry.PICTURE)
+    assert picture.effect == pytest.approx(1 / 12 - 1, abs=0.1)
 
 
 def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):

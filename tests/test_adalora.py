@@ -672,6 +672,27 @@ def test_every_choice_tells_what_it_rests_on(trained):
     assert (wide.loc[9].to_numpy() == wide.loc[12].to_numpy()).all()  # scores and choice are frozen
 
 
+def test_the_last_step_is_told_where_the_last_choice_was_made_before_a_resumption():
+    """Then only the averages are there, which the run goes on from."""
+    method = AdaLoRA(init_rank=3, target_rank=1, **SHORT)
+    whole = started(method)
+    for step, _ in drive(whole, method, 12):  # noqa: B007
+        pass
+    told = {(r.quantity, r.module): r.value for r in method.records(step)}
+    resumed = AdaLoRA(init_rank=3, target_rank=1, **SHORT)
+    model = started(resumed)
+    model.load_state_dict(whole.state_dict())
+    resumed.restore(method.state())
+    last = step_of(model, torch.optim.SGD(model.parameters()), 12)
+    last.index = 11
+    resumed.after_backward(last)
+    resumed.after_step(last)
+    again = {(r.quantity, r.module): r.value for r in resumed.records(last)}
+    assert again.keys() == told.keys()
+    for key in told.keys() - {("penalty", "")}:
+        np.testing.assert_array_equal(again[key], told[key])
+
+
 def test_the_penalty_told_is_that_of_the_weights_of_the_step(trained):
     run, _, _ = trained
     factors = [run.factors(step=8)[name] for name in run.ranks()]  # the state in which step 9 began

@@ -256,6 +256,8 @@ def test_two_states_of_one_adapter_are_told_apart_by_coefficients():
     elsewhere = Fourier(values, entries(shape, 30, 1), shape, 50)
     assert (after - elsewhere).matrix == pytest.approx(plain(after) - plain(elsewhere))
     assert not isinstance(after - elsewhere, Fourier)
+    louder = Fourier(values, drawn, shape, 70)
+    assert (after - louder).dense() == pytest.approx(plain(after) - plain(louder))
     low = LowRank(np.ones((12, 1)), np.ones((1, 10)))
     assert (after - low).dense() == pytest.approx(plain(after) - 1)
     assert (low - after).dense() == pytest.approx(1 - plain(after))

@@ -80,7 +80,7 @@ def test_spectra_are_pooled_over_the_modules_that_all_hold(write: Any) -> None:
     assert lookup(spectrum, "recipe", "component") == pytest.approx(
         {("one", 1): math.sqrt(12.5), ("two", 1): math.sqrt(50), ("two", 2): 5.0}
     )
-    assert "2 modules" in spectrum.caption
+    assert "the 2 modules of the blocks that all runs hold" in spectrum.caption
     one = panels(plots.atlas([first, second], module="h.1.q"))[0]
     assert lookup(one, "recipe", "component") == {("one", 1): 4.0, ("two", 1): 8.0, ("two", 2): 7.0}
     assert one.title == "Spectrum of h.1.q"
@@ -122,12 +122,26 @@ def test_runs_of_different_tasks_or_models_are_refused(write: Any, key: str, one
         plots.atlas(runs)
 
 
-def test_one_run_or_no_common_module_is_refused(write: Any) -> None:
+def test_runs_that_adapt_different_modules_are_pooled_each_for_itself(write: Any) -> None:
+    """The head is in both, but the head is not what methods are compared by."""
+    first = write("a", label="one", factors={"h.0.q": along(0, 0, 3.0), "score": along(0, 0, 50.0)})
+    second = write("b", label="two", factors={"h.1.q": along(0, 0, 4.0), "h.0.up": along(0, 0, 2.0)})
+    third = write("c", label="three", sigmas={"h.1.q": [5.0], "score": [70.0]})
+    spectrum, _, heat = panels(plots.atlas([first, second, third]))
+    assert lookup(spectrum, "recipe", "component") == pytest.approx(
+        {("one", 1): 3.0, ("two", 1): math.sqrt((16 + 4) / 2), ("three", 1): 5.0}
+    )
+    assert "each run's own modules of the blocks" in spectrum.caption
+    words = lookup(heat, "row", "column", value="words")
+    assert (words["one", "two"], words["one", "three"]) == ("none shared", "not kept")
+
+
+def test_one_run_or_a_run_without_modules_is_refused(write: Any) -> None:
     first = write("a", label="one", factors={"h.0.q": along(0, 0)})
     with pytest.raises(ValueError, match="takes two runs or more, got 1"):
         plots.atlas(first)
-    with pytest.raises(ValueError, match="not all runs hold one module"):
-        plots.atlas([first, write("b", label="two", factors={"h.1.q": along(0, 0)})])
+    with pytest.raises(ValueError, match="run b holds the spectrum of no module in a block"):
+        plots.atlas([first, write("b", label="two", factors={"score": along(0, 0)})])
     with pytest.raises(ValueError, match="k = 0"):
         plots.atlas([first, write("c", label="two", factors={"h.0.q": along(0, 0)})], k=0)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from planted import MODULES, lookup, low_rank, plant
 
@@ -191,6 +192,22 @@ def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
     assert chart.x.log
     assert chart.data["right"].gt(chart.data["parameters"]).all()
     assert chart.colors == ("LoRA", "FourierFT, basis random", "Full")
+
+
+def test_sizes_that_no_field_names_are_read_off_the_run_and_alpha_may_follow_the_rank(write: Any, fourier: Any) -> None:
+    default = fourier("f", {"h.0.q": {9: C}})
+    default.table = pd.concat([default.table, write("z", {("test_metric", ""): {9: 0.7}}).table.assign(run="f")])
+    default.meta["parameters"] = {"trained": 4}
+    values = {("test_metric", ""): {9: 0.8}}
+    runs = [
+        write(
+            f"l{rank}", values, label, recipe={"name": "lora", "rank": rank, "alpha": alpha}, parameters={"trained": 9}
+        )
+        for rank, alpha, label in ((2, 2, "LoRA, rank 2, alpha 2"), (8, 8, "LoRA"), (4, 8, "LoRA, rank 4, alpha 8"))
+    ]
+    chart = plots.quality({run.label: run for run in (default, *runs)})
+    assert chart.data["size"].tolist() == ["4", "2", "8", "4"]
+    assert chart.data["family"].tolist() == ["FourierFT", "LoRA", "LoRA", "LoRA, alpha 8"]
 
 
 def test_quality_refuses_runs_of_two_tasks(write: Any) -> None:

@@ -239,7 +239,7 @@ def test_adapted_types_compare_test_metrics_at_stated_parameters(write: Any) -> 
     assert lookup(chart, "recipe") == pytest.approx({"W_q": 0.6, "W_f1": 0.8})
     low, high = stats.t.interval(0.95, 2, 0.6, stats.sem([0.5, 0.6, 0.7]))
     assert chart.data[["low", "high"]].iloc[0].tolist() == pytest.approx([low, high])
-    assert chart.data["words"].tolist() == ["0.6", "0.8"]
+    assert chart.data["words"].tolist() == ["0.600", "0.800"]
     assert chart.x.order == ("W_q", "W_f1")
     assert "Adapter parameters: 200 each." in chart.caption  # 2 modules: 5 (10 + 10) and 2 (40 + 10)
     assert chart.y.limits == (0.0, None)

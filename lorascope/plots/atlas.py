@@ -20,7 +20,7 @@ from lorascope.plots.cohort import Cohort, Group, Runs, define, gather, lines
 from lorascope.plots.norms import update_norm
 from lorascope.run import Run
 
-_NOT_KEPT = "not kept"
+_NOT_KEPT, _APART = "not kept", "none shared"
 
 
 @figure(
@@ -41,7 +41,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs of one model on one task.
     module : str, optional
-        Whose spectrum to draw; by default all modules pooled whose spectrum every run holds.
+        Whose spectrum to draw; by default all modules of the blocks are pooled whose spectrum every run holds, or where
+        there are none, those of each run for itself.
     k : int
         Leading directions that are compared.
 
@@ -77,14 +78,10 @@ def _check(cohort: Cohort, k: int) -> None:
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
-    """Singular values of one module or of all common ones, and which these are in words."""
+    """Singular values of one module or of several pooled, and which these are in words."""
     held = {run.id: _spectra(run) for run in cohort.runs}
-    common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
-    if not common or module not in (None, *common):
-        some = ", ".join(common[:5]) or "none in common"
-        raise ValueError(f"atlas: not all runs hold {module or 'one module'}; they hold {some}")
-    chosen = common if module is None else [module]
-    values = pd.concat(analysis.pooled(found, chosen).assign(run=run) for run, found in held.items())
+    chosen, which = _pools(cohort, held, module)
+    values = pd.concat(analysis.pooled(found, chosen[run]).assign(run=run) for run, found in held.items())
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
     chart = Chart(
         cells,
@@ -95,8 +92,28 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
         colors=cohort.labels,
         meta=cohort.meta,
     )
-    which = f"{len(chosen)} modules that all runs hold" if len(chosen) > 1 else f"{chosen[0]}, which all runs hold"
-    return chart, module or f"root mean square over the {which}"
+    return chart, which
+
+
+def _pools(
+    cohort: Cohort, held: Mapping[str, Mapping[str, Any]], module: str | None
+) -> tuple[Mapping[str, Sequence[str]], str]:
+    """Modules of each run whose spectra are pooled, and which these are in words."""
+    common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
+    if module is not None:
+        if module not in common:
+            some = ", ".join(common[:5]) or "none in common"
+            raise ValueError(f"atlas: not all runs hold {module}; they hold {some}")
+        return {run: [module] for run in held}, module
+    blocks = {run.id: set(run.modules["module"][run.modules["layer"].notna()]) for run in cohort.runs}
+    own = {run: [name for name in found if name in blocks[run]] for run, found in held.items()}
+    if shared := [name for name in common if all(name in names for names in own.values())]:
+        which = f"{len(shared)} modules of the blocks" if len(shared) > 1 else shared[0]
+        return dict.fromkeys(held, shared), f"root mean square over the {which} that all runs hold"
+    lacking = next((run for run, names in own.items() if not names), None)
+    if lacking is not None:
+        raise ValueError(f"atlas: run {lacking} holds the spectrum of no module in a block")
+    return own, "root mean square over each run's own modules of the blocks, as none is in all"
 
 
 def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
@@ -106,12 +123,14 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     for one, other in product(cohort.groups, repeat=2):
         if pairs := _pairs(one, other):
             mean, chance = analysis.angles([(found[first.id], found[second.id]) for first, second in pairs])
-            words = _NOT_KEPT if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"
+            kept = all(found[run.id] for pair in pairs for run in pair)
+            blank = _APART if kept else _NOT_KEPT
+            words = blank if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"
             rows.append({"row": one.label, "column": other.label, "value": mean, "chance": chance, "words": words})
     table = pd.DataFrame(rows)
-    blank = table[table["value"].isna()]
+    empty = table[table["value"].isna()]
     marks: list[Mark] = [Heat("column", "row", "value", "mean angle (°)", ".0f", limits=(0, 90), words="words")]
-    marks += [Text("column", "row", "words", data=blank)] if len(blank) else []
+    marks += [Text("column", "row", "words", data=empty)] if len(empty) else []
     chart = Chart(
         table,
         marks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import norms
+from lorascope.analysis import fourier, norms
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Line, Point, Text
 from lorascope.plots.catalogue import figure
@@ -75,8 +75,13 @@ def _aside(cells: pd.DataFrame) -> dict[str, pd.Series]:
 def _size(group: Group) -> dict[str, object]:
     """Trained parameters of a recipe, its size in words, and what it has in common with its other sizes."""
     first = group.runs[0]
-    family = [part for part in first.label.split(", ") if part.partition(" ")[0] not in _SIZES]
-    sizes = [first.meta["recipe"].get(name) for name in _SIZES]
+    recipe = first.meta["recipe"]
+    # An alpha that follows the rank, so that the scale is always 1, makes no other method.
+    names = (*_SIZES, "alpha") if recipe.get("alpha") == recipe.get("rank") else _SIZES
+    family = [part for part in first.label.split(", ") if part.partition(" ")[0] not in names]
+    sizes = [recipe.get(name) for name in _SIZES]
+    if not any(isinstance(size, int) for size in sizes):  # a default that goes by the weight
+        sizes = sorted({len(update.coefficients) for update in fourier.updates(first).values()})
     counted = np.mean([run.meta["parameters"]["trained"] for run in group.runs])
     return {
         "recipe": group.label,

@@ -108,7 +108,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 
     rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
     cells = band(rows, ["recipe", "kind"])
     top = cells["high"].fillna(cells["value"])
-    cells = cells.assign(words=cells["value"].map("{:.3g}".format), above=top + 0.04 * (top.max() - start))
+    cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
     low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
     return Chart(
         cells,

@@ -6,7 +6,6 @@ An observer is a dataclass whose fields are its settings; it is called at step 0
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,48 +20,16 @@ from lorascope.delta import adapted, host_weight, to_array
 from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
 from lorascope.method import Step
+from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 
+__all__ = ["Observer", "factors", "factors_of", "norms"]
+
 Update = LowRank | Dense
 
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
-
-
-@dataclass(kw_only=True)
-class Observer:
-    """Something that looks at a step.
-
-    Parameters
-    ----------
-    every : int
-        Steps between two looks; step 0 and the last step are always looked at.
-    """
-
-    every: int = 10
-
-    def due(self, finished: int, total: int) -> bool:
-        """Is the state after ``finished`` steps to be looked at?"""
-        return finished % self.every == 0 or finished == total
-
-    def __call__(self, step: Step) -> Iterable[Item]:
-        """Look at a step."""
-        raise NotImplementedError
-
-    def config(self) -> dict[str, Any]:
-        """The JSON form, part of a run's identity."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return {"name": type(self).__name__} | fields
-
-    def state(self) -> dict[str, Any]:
-        """What is remembered between steps: each attribute ending in ``_``."""
-        return {key: value for key, value in vars(self).items() if key.endswith("_")}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Put back what ``state`` gave."""
-        for key, value in state.items():
-            setattr(self, key, value)
 
 
 @dataclass(kw_only=True)

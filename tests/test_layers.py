@@ -25,7 +25,7 @@ LAYERS = [
     ["plots", "claims", "inspection", "export", "delta"],
     ["screen", "ablation", "gating"],
     ["heads", "method"],
-    ["methods", "trained"],
+    ["methods", "trained", "observer"],
     ["state", "observe"],
     ["plan", "resume"],
     ["session"],

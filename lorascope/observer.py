@@ -1,0 +1,46 @@
+"""What an observer is: something that looks at steps, by itself or as one of those in ``observe``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lorascope.method import Step
+from lorascope.records import Item
+
+
+@dataclass(kw_only=True)
+class Observer:
+    """Something that looks at a step.
+
+    Parameters
+    ----------
+    every : int
+        Steps between two looks; step 0 and the last step are always looked at.
+    """
+
+    every: int = 10
+
+    def due(self, finished: int, total: int) -> bool:
+        """Is the state after ``finished`` steps to be looked at?"""
+        return finished % self.every == 0 or finished == total
+
+    def __call__(self, step: Step) -> Iterable[Item]:
+        """Look at a step."""
+        raise NotImplementedError
+
+    def config(self) -> dict[str, Any]:
+        """The JSON form, part of a run's identity."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {"name": type(self).__name__} | fields
+
+    def state(self) -> dict[str, Any]:
+        """What is remembered between steps: each attribute ending in ``_``."""
+        return {key: value for key, value in vars(self).items() if key.endswith("_")}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Put back what ``state`` gave."""
+        for key, value in state.items():
+            setattr(self, key, value)

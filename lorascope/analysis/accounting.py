@@ -1,0 +1,304 @@
+"""What a step holds by arithmetic alone: bytes of parameters, gradients and optimizer state for every way to train.
+
+A model is its shapes, ``{parameter name: shape}``, a tied weight once. With N numbers in all, T of them trained, and
+over the matrices, m x n, that an optimizer factors (v the numbers of the others, kept dense):
+
+==============  ====================================================================
+AdamW           2 T, and a count of steps for every tensor, as torch keeps it
+LoRA            AdamW of T = sum of rank (m + n)
+LISA            AdamW of T = what lies outside the blocks, and the active blocks
+Adapprox        N (first moment) + sum of k (m + n) + v
+Adafactor       N (first moment) + sum of (m + n) + v
+CAME            N + 2 sum of (m + n) + v
+==============  ====================================================================
+
+Activations are not among it: they depend on batch, text and kernels, and are measured or not known.
+
+Source: LISA (arXiv 2403.17919), section 3.2; Adapprox (arXiv 2403.14958), whose published savings these formulas give
+to the printed digit with k from 1 to a quarter of the smaller side; Adafactor (arXiv 1804.04235); CAME (arXiv
+2307.02047).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from lorascope.roles import LINEAR, parse
+
+Shape: TypeAlias = tuple[int, ...]
+Shapes: TypeAlias = Mapping[str, Shape]
+
+PARTS = ("parameters", "gradients", "optimizer")
+POLICIES = ("keep", "reset", "reset_all")
+RANK_SHARE = 0.25  # Adapprox: largest rank against the smaller side of a matrix
+_COUNT = 4  # bytes of torch's count of steps
+_EVERYTHING = (*LINEAR, "embed", "head")  # adapted by the LoRA in LISA's paper
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes alive at the optimizer step.
+
+    Parameters
+    ----------
+    parameters, gradients, optimizer : int
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def shapes_of(model: Any) -> dict[str, Shape]:
+    """The shapes of a live model."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
+    """The shapes of a LLaMA.
+
+    Parameters
+    ----------
+    layers, hidden, inner : int
+        Blocks, width, width inside the feed-forward part.
+    keys : int
+        Width of keys and values, all their heads together.
+    vocabulary : int
+    """
+    block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    blocks = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
+    ends: dict[str, Shape] = {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return {"model.embed_tokens.weight": (vocabulary, hidden), **blocks, **ends}
+
+
+def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
+    """The shapes of a GPT-2, whose head is its embedding."""
+    block: dict[str, Shape] = {}
+    for name, outputs, inputs in (
+        ("attn.c_attn", 3, 1),
+        ("attn.c_proj", 1, 1),
+        ("mlp.c_fc", 4, 1),
+        ("mlp.c_proj", 1, 4),
+    ):
+        block |= {f"{name}.weight": (inputs * hidden, outputs * hidden), f"{name}.bias": (outputs * hidden,)}
+    norms = {f"{norm}.{part}": (hidden,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    blocks = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in (block | norms).items()}
+    ends = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
+    return ends | blocks | {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
+
+
+LLAMA2 = {"7B": llama(32, 4096, 11_008, 4096), "70B": llama(80, 8192, 28_672, 1024)}
+
+
+def size(shapes: Shapes) -> int:
+    """How many numbers."""
+    return _count(shapes.values())
+
+
+def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
+    """The tensors of every block, by stack and layer."""
+    found: dict[tuple[str, int], dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        place = parse(name)
+        if place.layer is not None:
+            found.setdefault((place.stack, place.layer), {})[name] = shape
+    return found
+
+
+def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
+    """AdamW on everything.
+
+    Parameters
+    ----------
+    shapes : mapping parameter name -> shape
+    width : int
+        Bytes of a weight, and of its gradient.
+    state : int
+        Bytes of a number of the optimizer.
+    """
+    return _adamw(size(shapes), shapes.values(), width, state)
+
+
+def lora(
+    shapes: Shapes,
+    rank: int,
+    targets: str | Collection[str] = ("q", "v"),
+    beside: Collection[str] = (),
+    *,
+    width: int = 4,
+    state: int = 4,
+) -> Held:
+    """AdamW on two factors of every target.
+
+    Parameters
+    ----------
+    shapes, width, state
+        As for ``full``.
+    rank : int
+    targets : str or collection of str
+        Roles, or "all-linear".
+    beside : collection of str
+        Parameters that train themselves, such as the head of a classifier.
+    """
+    roles = LINEAR if targets == "all-linear" else targets
+    factors: list[Shape] = []
+    for name, shape in shapes.items():
+        if len(shape) == 2 and parse(name.removesuffix(".weight")).role in roles:
+            factors += [(rank, shape[1]), (shape[0], rank)]
+    trained = [*factors, *(shapes[name] for name in beside)]
+    return _adamw(size(shapes) + sum(map(math.prod, factors)), trained, width, state)
+
+
+def lisa(
+    shapes: Shapes,
+    active: int = 2,
+    policy: str = "reset",
+    visited: int | None = None,
+    *,
+    width: int = 4,
+    state: int = 4,
+) -> Held:
+    """AdamW on what lies outside the blocks, and on a few blocks.
+
+    Parameters
+    ----------
+    shapes, width, state
+        As for ``full``.
+    active : int
+        Blocks that train at a time; where blocks differ, the largest, so that no draw holds more.
+    policy : {"keep", "reset", "reset_all"}
+        Optimizer state when blocks leave: kept, dropped, or dropped of everything. At a step's end the last two hold
+        the same.
+    visited : int, optional
+        Blocks that were active until now, which count where state is kept; all by default.
+
+    Raises
+    ------
+    ValueError
+        The policy is unknown, or there are not so many blocks.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy {policy!r} is unknown: {', '.join(POLICIES)}")
+    parts = sorted(blocks(shapes).values(), key=size, reverse=True)
+    with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
+    if not 0 <= active <= with_state <= len(parts):
+        raise ValueError(f"{max(active, with_state)} active blocks of {len(parts)}: there are no more")
+    inside = {name for part in parts for name in part}
+    outside = [shape for name, shape in shapes.items() if name not in inside]
+    now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
+    held = _adamw(size(shapes), stated, width, state)
+    return Held(held.parameters, width * _count(now), held.optimizer)
+
+
+def visited(blocks: int, active: int, intervals: int) -> float:
+    """How many different blocks LISA is expected to have trained after some draws: L (1 - (1 - gamma / L)^n)."""
+    return blocks * (1 - (1 - active / blocks) ** intervals)
+
+
+def adapprox(
+    shapes: Shapes,
+    rank: int | Mapping[str, int] | None = 1,
+    first: bool = True,
+    min_dim: int = 64,
+    *,
+    width: int = 4,
+    state: int = 4,
+) -> Held:
+    """Second moment in factors of rank k.
+
+    Parameters
+    ----------
+    shapes, width, state
+        As for ``full``.
+    rank : int, mapping parameter name -> int, or None
+        Ranks in force; None takes the largest allowed, a quarter of the smaller side.
+    first : bool
+        Is there a first moment (beta_1 > 0)?
+    min_dim : int
+        A matrix whose smaller side is less keeps a dense second moment.
+    """
+
+    def chosen(name: str, matrix: Shape) -> int:
+        if rank is None:
+            return max(1, int(RANK_SHARE * min(matrix)))
+        return rank if isinstance(rank, int) else rank[name]
+
+    return _factored(shapes, chosen, first, min_dim, width, state)
+
+
+def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4, state: int = 4) -> Held:
+    """Second moment as row and column means; arguments as for ``adapprox``."""
+    return _factored(shapes, lambda *_: 1, first, 0, width, state)
+
+
+def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
+    """Adafactor with a second pair of means, of the instability; arguments as for ``full``."""
+    return _factored(shapes, lambda *_: 2, True, 0, width, state)
+
+
+def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, state: int = 4) -> pd.DataFrame:
+    """Every way to train one model, as the figure of memory takes it.
+
+    Parameters
+    ----------
+    shapes, width, state
+        As for ``full``.
+    rank : int
+        Of LoRA on all linear layers, embedding and head, as LISA's paper has it.
+    active : int
+        LISA's blocks.
+
+    Returns
+    -------
+    DataFrame
+        ``method, part, bytes, source``, the source being "computed".
+    """
+    ways = {
+        "AdamW": full(shapes, width=width, state=state),
+        f"LoRA, rank {rank}": lora(shapes, rank, _EVERYTHING, width=width, state=state),
+        f"LISA, {active} blocks": lisa(shapes, active, width=width, state=state),
+        "Adapprox, rank 1": adapprox(shapes, 1, width=width, state=state),
+        "Adapprox, largest rank": adapprox(shapes, None, width=width, state=state),
+        "Adafactor": adafactor(shapes, width=width, state=state),
+        "CAME": came(shapes, width=width, state=state),
+    }
+    rows = [(method, part, getattr(held, part), "computed") for method, held in ways.items() for part in PARTS]
+    return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
+
+
+def _count(shapes: Iterable[Shape]) -> int:
+    return sum(map(math.prod, shapes))
+
+
+def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> Held:
+    trained = list(trained)
+    count = _count(trained)
+    return Held(width * numbers, width * count, 2 * state * count + _COUNT * len(trained))
+
+
+def _factored(
+    shapes: Shapes, rank: Callable[[str, Shape], int], first: bool, min_dim: int, width: int, state: int
+) -> Held:
+    """All parameters train; a matrix keeps ``rank`` numbers a row and a column in place of its second moment."""
+    second = 0
+    for name, shape in shapes.items():
+        matrix = (shape[0], math.prod(shape[1:]))
+        dense = len(shape) < 2 or min(matrix) < min_dim
+        second += math.prod(shape) if dense else rank(name, matrix) * sum(matrix)
+    numbers = size(shapes)
+    return Held(width * numbers, width * numbers, state * (first * numbers + second))

@@ -1,0 +1,162 @@
+"""Memory by arithmetic: the tables of LISA's and Adapprox's sheets to the digit, and optimizers that live."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+from tiny import tiny
+
+from lorascope.analysis import accounting as acc
+from lorascope.names import describe, match
+
+MIB = 2**20
+SMALL, MEDIUM = acc.gpt2(12, 768), acc.gpt2(24, 1024)
+TINYLLAMA = acc.llama(22, 2048, 5632, 256)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "block", "outside", "total"),
+    [
+        (acc.LLAMA2["7B"], 202_383_360, {"model.embed_tokens": 131_072_000, "lm_head": 131_072_000}, 6_738_415_616),
+        (TINYLLAMA, 44_044_288, {"model.embed_tokens": 65_536_000, "lm_head": 65_536_000}, 1_100_048_384),
+        (SMALL, 7_087_872, {"transformer.wte": 38_597_376, "transformer.wpe": 786_432}, 124_439_808),
+        (MEDIUM, None, {}, 354_823_168),
+    ],
+)
+def test_shapes_count_what_the_sheet_counts(shapes, block, outside, total):
+    assert acc.size(shapes) == total
+    for name, count in outside.items():
+        assert math.prod(shapes[f"{name}.weight"]) == count
+    if block:
+        assert {acc.size(tensors) for tensors in acc.blocks(shapes).values()} == {block}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "active", "millions", "share"),
+    [
+        (acc.LLAMA2["7B"], 0, 262.15, 3.89),
+        (acc.LLAMA2["7B"], 2, 666.91, 9.90),
+        (acc.LLAMA2["7B"], 4, 1071.68, 15.90),
+        (acc.LLAMA2["7B"], 8, 1881.21, 27.92),
+        (TINYLLAMA, 0, 131.07, None),
+        (TINYLLAMA, 2, 219.16, None),
+        (SMALL, 0, 39.39, None),
+        (SMALL, 2, 53.56, None),
+    ],
+)
+def test_lisa_trains_the_sheets_share(shapes, active, millions, share):
+    held = acc.lisa(shapes, active, width=2)
+    trained = held.gradients / 2
+    assert round(trained / 1e6, 2) == millions
+    assert share is None or round(100 * trained / acc.size(shapes), 2) == share
+    assert held.parameters == 2 * acc.size(shapes)
+    assert held.optimizer - 8 * trained < 1e-6 * held.optimizer  # besides the moments a step count for every tensor
+
+
+def test_lisas_policies_hold_what_the_sheets_toy_held():
+    """Four blocks of 88, 192 outside, one active; three of the blocks had been drawn."""
+    shapes = {"embed.weight": (8, 12), "head.weight": (8, 12)} | {f"h.{i}.up.weight": (8, 11) for i in range(4)}
+    assert acc.size(shapes) == 544
+    moments = {
+        policy: (acc.lisa(shapes, 1, policy, visited=3).optimizer - 4 * tensors) / 8
+        for policy, tensors in {"reset": 3, "reset_all": 3, "keep": 5}.items()
+    }
+    assert moments == {"reset": 280, "reset_all": 280, "keep": 456}
+    assert acc.lisa(shapes, 1, "keep").optimizer == acc.full(shapes).optimizer  # in the end all were drawn
+    assert acc.lisa(shapes, 4) == acc.full(shapes)
+    with pytest.raises(ValueError, match="policy 'drop' is unknown: keep, reset, reset_all"):
+        acc.lisa(shapes, 1, "drop")
+    with pytest.raises(ValueError, match="5 active blocks of 4"):
+        acc.lisa(shapes, 5)
+
+
+@pytest.mark.parametrize(("intervals", "blocks"), [(1, 2), (5, 8.8), (10, 15.2), (50, 30.7)])
+def test_blocks_visited_after_some_intervals(intervals, blocks):
+    assert round(acc.visited(32, 2, intervals), 1) == blocks
+
+
+@pytest.mark.parametrize(
+    ("shapes", "adamw", "first", "most", "first_alone", "most_alone", "adafactor", "came", "savings"),
+    [
+        (SMALL, 949.4, 475.9, 621.8, 1.2, 147.1, 475.9, 476.7, (49.87, 34.50, 99.87, 84.50)),
+        (MEDIUM, 2707.1, 1356.5, 1790.8, 2.9, 437.3, 1356.5, 1358.2, (49.89, 33.85, 99.89, 83.85)),
+    ],
+)
+def test_the_table_of_adapprox_to_the_digit(
+    shapes, adamw, first, most, first_alone, most_alone, adafactor, came, savings
+):
+    def mib(held):
+        return round(held.optimizer / MIB, 1)
+
+    def saved(held):
+        return round(100 * (1 - held.optimizer / acc.full(shapes).optimizer), 2)
+
+    columns = [acc.adapprox(shapes, rank, first=moment) for moment in (True, False) for rank in (1, None)]
+    assert mib(acc.full(shapes)) == adamw
+    assert [mib(held) for held in columns] == [first, most, first_alone, most_alone]
+    assert tuple(saved(held) for held in columns) == savings
+    assert (mib(acc.adafactor(shapes)), mib(acc.came(shapes))) == (adafactor, came)
+    assert acc.adafactor(shapes, first=False).optimizer == acc.adapprox(shapes, 1, first=False).optimizer
+
+
+def test_ranks_of_adapprox_by_module_and_small_matrices_dense():
+    shapes = {"a.weight": (100, 80), "b.weight": (100, 80), "score.weight": (2, 100), "score.bias": (2,)}
+    dense = 200 + 2
+    assert acc.adapprox(shapes, {"a.weight": 3, "b.weight": 5}, first=False).optimizer == 4 * (8 * 180 + dense)
+    assert acc.adapprox(shapes, None, first=False).optimizer == 4 * (2 * 20 * 180 + dense)
+    assert acc.adapprox(shapes, 1, first=False, min_dim=0).optimizer == 4 * (2 * 180 + 102 + 2)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_adamw_that_lives_holds_what_is_computed(family):
+    model = tiny(family)
+    shapes = acc.shapes_of(model)
+    held = acc.full(shapes)
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.step()
+    assert held.parameters == held.gradients == sum(p.nbytes for p in parameters)
+    assert held.optimizer == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_blocks_are_those_of_the_live_model(family):
+    model = tiny(family)
+    found = acc.blocks(acc.shapes_of(model))
+    rows = describe(model).query("role == 'block'")
+    live = defaultdict(int)
+    for name, parameter in model.named_parameters():
+        live[next((block for block in rows["module"] if name.startswith(f"{block}.")), "")] += parameter.numel()
+    live.pop("")
+    assert sorted(acc.size(tensors) for tensors in found.values()) == sorted(live.values())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q", "v"), ("q", "k", "embed", "head")])
+def test_lora_adapts_what_its_targets_name(targets):
+    model = tiny("llama")
+    modules = {name: model.get_submodule(name).weight for name in match(describe(model), targets)}
+    held = acc.lora(acc.shapes_of(model), 4, targets)
+    trained = 4 * sum(4 * sum(weight.shape) for weight in modules.values())
+    assert held.gradients == trained
+    assert held.parameters == sum(p.nbytes for p in model.parameters()) + trained
+    assert held.optimizer == 2 * trained + 4 * 2 * len(modules)
+
+
+def test_what_trains_beside_the_adapters_counts():
+    shapes = {"h.0.q.weight": (8, 8), "score.weight": (2, 8), "score.bias": (2,)}
+    held = acc.lora(shapes, 1, ("q",), beside=("score.weight", "score.bias"))
+    assert held == acc.Held(4 * (82 + 16), 4 * (16 + 18), 8 * (16 + 18) + 4 * 4)
+
+
+def test_the_table_of_llama_is_the_functions():
+    table = acc.table(acc.LLAMA2["7B"], width=2)
+    cells = table.set_index(["method", "part"])["bytes"]
+    assert cells["AdamW", "parameters"] == 2 * 6_738_415_616
+    assert cells["LISA, 2 blocks", "optimizer"] == acc.lisa(acc.LLAMA2["7B"], 2, width=2).optimizer
+    assert set(table["source"]) == {"computed"}
+    assert set(table["part"]) == {"parameters", "gradients", "optimizer"}  # what else a step holds is not computed

@@ -31,7 +31,7 @@ from lorascope.roles import (
     stack_of,
 )
 
-__all__ = ["ROLES", "Place", "describe", "match", "parse", "position"]
+__all__ = ["ROLES", "Place", "describe", "gated_input", "match", "parse", "position"]
 
 _DTYPES = {
     "module": "str",
@@ -259,7 +259,7 @@ def _chosen(description: pd.DataFrame, target: str, pattern: bool) -> list[str]:
     if target == "all-linear":
         return description["module"][description["layer"].notna() & role.isin(LINEAR)].tolist()
     if target in ROLES:
-        fused = role == "qkv" if target in ("q", "k", "v") else _gated_input(description) & (target == "ffn_gate")
+        fused = role == "qkv" if target in ("q", "k", "v") else gated_input(description) & (target == "ffn_gate")
         return description["module"][(role == target) | fused].tolist()
     if not pattern:
         return [target] if target in _names(description) else []
@@ -275,8 +275,8 @@ def _names(description: pd.DataFrame) -> list[str]:
     return [name for module, tied in pairs for name in (module, *filter(None, tied.split(",")))]
 
 
-def _gated_input(description: pd.DataFrame) -> pd.Series:
-    """Where gate and input are one matrix: twice as many outputs as the ffn_out beside it reads."""
+def gated_input(description: pd.DataFrame) -> pd.Series:
+    """Where gate and input are one matrix, in this order: twice as many outputs as the ffn_out beside it reads."""
     parent = description["module"].str.rpartition(".")[0]
     closing = description["role"] == "ffn_out"
     width = parent.map(dict(zip(parent[closing], description["in_features"][closing], strict=True)))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from tiny import FAMILIES, tiny
 
 from lorascope.analysis import neurons
+from lorascope.names import describe
 from lorascope.update import neuron_cosine
 
 UP = np.array([[1.0, 0], [0, 2], [3, 4]]), np.array([[1.0, 1], [0, 5], [4, 3]])
@@ -16,11 +19,9 @@ ZERO = np.array([[0.0, 0], [1, 2]]), np.array([[1.0, 1], [2, 1]])
 
 def worked() -> pd.DataFrame:
     """The sheet's example of a feed-forward part with two inputs and three hidden units."""
-    found = [("mlp.up_proj", "ffn_in", *UP, 1), ("mlp.down_proj", "ffn_out", *DOWN, 0)]
-    return pd.concat(
-        [neurons.table(f"layers.0.{name}", "", 0, role, *pair, axis) for name, role, *pair, axis in found],
-        ignore_index=True,
-    )
+    up = neurons.Part("layers.0.mlp.up_proj", "", 0, "ffn_in", axis=1, first=0, count=3, width=2)
+    down = neurons.Part("layers.0.mlp.down_proj", "", 0, "ffn_out", axis=0, first=0, count=3, width=2)
+    return pd.concat([neurons.table(up, *UP), neurons.table(down, *DOWN)], ignore_index=True)
 
 
 def made(distances: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
@@ -88,7 +89,7 @@ def test_random_neurons_are_drawn_from_the_pool_without_repetition():
 
 
 def test_a_neuron_without_direction_is_never_chosen():
-    scores = neurons.table("layers.0.up", "", 0, "ffn_in", *ZERO, axis=1)
+    scores = neurons.table(neurons.Part("layers.0.up", "", 0, "ffn_in", axis=1, first=0, count=2, width=2), *ZERO)
     assert np.isnan(scores["cosine_distance"][0])
     for mode in neurons.MODES:
         assert chosen(scores, 1, mode) == [(0, "ffn_in", 1)]
@@ -114,6 +115,40 @@ def test_k_by_share_of_the_parameters():
     assert neurons.count(0.09, total, width) == 148_061
     assert 150_000 * width / total == pytest.approx(0.0912, abs=1e-4)
     assert neurons.count(0.0912, total, width) == pytest.approx(150_000, abs=50)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_the_neurons_of_every_family_lie(family):
+    model = tiny(family)
+    found = neurons.parts(describe(model))
+    assert {(part.role, part.axis) for part in found} == {("ffn_in", 1), ("ffn_out", 0)}
+    assert {(part.count, part.width) for part in found} == {(128 if family == "gpt2" else 48, 32)}
+    blocks = {(part.stack, part.layer) for part in found}
+    assert len(found) == 2 * len(blocks)
+    assert len(blocks) == (4 if family in ("t5", "bart") else 2)
+
+
+def test_the_halves_of_a_fused_gate_and_input():
+    """Phi-3 computes down(up * act(gate)) with gate, up = gate_up.chunk(2): a change of one half is found there."""
+    model = tiny("phi3")
+    gate, up = neurons.parts(describe(model), ("ffn_in", "ffn_gate"))[:2]
+    assert (gate.role, gate.first, gate.count, up.role, up.first, up.count) == ("ffn_gate", 0, 48, "ffn_in", 48, 48)
+    assert [part.role for part in neurons.parts(describe(model))] == ["ffn_in", "ffn_out"] * 2
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(3, 32)
+    with torch.no_grad():
+        weight = mlp.gate_up_proj.weight
+        hidden = mlp.activation_fn(x @ weight[gate.where].T) * (x @ weight[up.where].T)
+        assert torch.allclose(mlp(x), hidden @ mlp.down_proj.weight.T, atol=1e-6)
+        before = weight.detach().numpy().copy()
+        weight[48 + 7] += 1.0
+    scores = neurons.table(up, before, weight.detach().numpy())
+    assert scores.loc[scores["cosine_distance"] > 0, "neuron"].tolist() == [55]
+
+
+def test_roles_that_a_model_lacks_are_told():
+    with pytest.raises(ValueError, match="'ffn_gate' matches no module"):
+        neurons.parts(describe(tiny("gpt2")), ("ffn_in", "ffn_gate"))
 
 
 def test_the_worked_axis():

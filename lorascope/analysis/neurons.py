@@ -10,12 +10,14 @@ Source: NeFT (arXiv 2403.11621), equation 1 and section 4.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.names import position
+from lorascope.algebra import wide
+from lorascope.names import gated_input, match, position
 from lorascope.update import neuron_cosine
 
 COLUMNS = (
@@ -32,45 +34,87 @@ COLUMNS = (
 MODES = ("changed", "reversed", "random")
 
 
-def table(
-    module: str,
-    stack: str,
-    layer: int,
-    role: str,
-    original: Float[np.ndarray, "rows columns"],
-    tuned: Float[np.ndarray, "rows columns"],
-    axis: int,
-) -> pd.DataFrame:
-    """Scores of the neurons of one module.
+class Part(NamedTuple):
+    """The neurons of one role in the weight (out, in) of one module.
+
+    ``axis`` is the axis a neuron's vector runs along, of ``width`` weights; ``count`` neurons lie across it, from
+    number ``first`` on.
+    """
+
+    module: str
+    stack: str
+    layer: int
+    role: str
+    axis: int
+    first: int
+    count: int
+    width: int
+
+    @property
+    def where(self) -> tuple[slice, slice]:
+        """Index of the part in the module's weight."""
+        neurons, vector = slice(self.first, self.first + self.count), slice(None)
+        return (neurons, vector) if self.axis == 1 else (vector, neurons)
+
+
+def parts(modules: pd.DataFrame, roles: Sequence[str] = ("ffn_in", "ffn_out")) -> list[Part]:
+    """Where the neurons of a model lie.
 
     Parameters
     ----------
-    module, stack, layer, role
-        Where it stands, as in ``names.describe``.
-    original, tuned : arrays (rows, columns)
-        The weight before and after.
-    axis : {0, 1}
-        As in ``update.neuron_cosine``: 1 if neurons are rows, 0 if they are columns.
+    modules : DataFrame
+        ``names.describe(model)``.
+    roles : sequence of {"ffn_in", "ffn_gate", "ffn_out"}
+
+    Returns
+    -------
+    list of Part
+        In model order. Where gate and input are one matrix, the first half of its rows is the gate.
+    """
+    match(modules, tuple(roles))  # tells what is missing
+    fused = gated_input(modules).fillna(False)
+    found = []
+    for row, both in zip(modules.itertuples(), fused, strict=True):
+        place = (row.module, row.stack, row.layer)
+        if both:
+            half = row.out_features // 2
+            halves = {"ffn_gate": 0, "ffn_in": half}
+            found += [Part(*place, role, 1, at, half, row.in_features) for role, at in halves.items() if role in roles]
+        elif row.role in roles:
+            sizes = (row.out_features, row.in_features)
+            axis = 0 if row.role == "ffn_out" else 1
+            found.append(Part(*place, row.role, axis, 0, sizes[1 - axis], sizes[axis]))
+    return found
+
+
+def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]) -> pd.DataFrame:
+    """Scores of the neurons of one part.
+
+    Parameters
+    ----------
+    part : Part
+    original, tuned : arrays (out, in)
+        The weight of its module before and after.
 
     Returns
     -------
     DataFrame
-        The columns ``COLUMNS``, a row for each neuron: its 0-based number, 1 - cos (NaN for a neuron that is zero
-        before or after, which has no direction), and the norms of its weights before, after and of their difference.
+        The columns ``COLUMNS``, a row for each neuron: its number in the module from 0 on, 1 - cos (NaN for a neuron
+        that is zero before or after, which has no direction), and the norms of its weights before, after and of their
+        difference.
     """
-    before, after = np.asarray(original, np.float64), np.asarray(tuned, np.float64)
-    distance = neuron_cosine(before, after, axis)
+    before, after = wide(original)[part.where], wide(tuned)[part.where]
     return pd.DataFrame(
         {
-            "module": module,
-            "stack": stack,
-            "layer": pd.array([layer] * len(distance), dtype="Int16"),
-            "role": role,
-            "neuron": np.arange(len(distance), dtype=np.int32),
-            "cosine_distance": distance,
-            "norm_original": np.linalg.norm(before, axis=axis),
-            "norm_tuned": np.linalg.norm(after, axis=axis),
-            "delta_norm": np.linalg.norm(after - before, axis=axis),
+            "module": part.module,
+            "stack": part.stack,
+            "layer": pd.array([part.layer] * part.count, dtype="Int16"),
+            "role": part.role,
+            "neuron": np.arange(part.first, part.first + part.count, dtype=np.int32),
+            "cosine_distance": neuron_cosine(before, after, part.axis),
+            "norm_original": np.linalg.norm(before, axis=part.axis),
+            "norm_tuned": np.linalg.norm(after, axis=part.axis),
+            "delta_norm": np.linalg.norm(after - before, axis=part.axis),
         }
     )
 

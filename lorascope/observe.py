@@ -2,6 +2,8 @@
 
 An observer is a dataclass whose fields are its settings; it is called at step 0 and after every step, and decides by
 ``every`` whether it has something to say. ``norms`` is there by default.
+
+Gradients live until the next step begins, so what ``memory`` finds is what stood there at the optimizer step.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 
-__all__ = ["Observer", "factors", "factors_of", "norms"]
+__all__ = ["Observer", "factors", "factors_of", "memory", "norms"]
 
 Update = LowRank | Dense
 
@@ -51,6 +53,37 @@ def factors_of(model: nn.Module) -> list[Factors]:
         scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None
         kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
     return kept
+
+
+@dataclass(kw_only=True)
+class memory(Observer):
+    """Bytes of parameters, gradients and optimizer state, summed over the tensors that are alive.
+
+    The peak is not among them: it needs a process of its own, see ``lorascope.memory.measure``.
+    """
+
+    def __call__(self, step: Step) -> Iterable[Item]:
+        if not self.due(step.finished, step.total):
+            return
+        parameters = list(step.model.parameters())
+        yield Record("parameter_bytes", storage_bytes(parameters))
+        yield Record("gradient_bytes", storage_bytes(p.grad for p in parameters if p.grad is not None))
+        yield Record("optimizer_bytes", storage_bytes(_tensors_in(step.optimizer.state)))
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory that tensors hold: whole storages, one that is shared once."""
+    storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
+    return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part)
 
 
 @dataclass(kw_only=True)

@@ -128,6 +128,7 @@ QUANTITIES: dict[str, Quantity] = {
     "grad_norm": Quantity("gradient norm", pool="norm", definition="norm of all trained gradients before clipping"),
     "seconds": Quantity("time", "s", pool="sum", definition="wall-clock time since the run began"),
     "peak_bytes": Quantity("peak memory", "bytes", pool="sum", definition="high-water mark of one step"),
+    "parameter_bytes": Quantity("parameter memory", "bytes", pool="sum", definition="bytes of live parameters"),
     "gradient_bytes": Quantity("gradient memory", "bytes", pool="sum", definition="bytes of live gradients"),
     "optimizer_bytes": Quantity("optimizer memory", "bytes", pool="sum", definition="bytes of optimizer tensors"),
     "weight_norm": Quantity("‖W‖", pool="norm", definition="Frobenius norm of the effective weight", source=_LISA),

@@ -22,13 +22,13 @@ to the printed digit with k from 1 to a quarter of the smaller side; Adafactor (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import pandas as pd
 
-from lorascope.roles import LINEAR, parse
+from lorascope.names import match, parse
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Shape]
@@ -37,7 +37,7 @@ PARTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
 RANK_SHARE = 0.25  # Adapprox: largest rank against the smaller side of a matrix
 _COUNT = 4  # bytes of torch's count of steps
-_EVERYTHING = (*LINEAR, "embed", "head")  # adapted by the LoRA in LISA's paper
+_EVERYTHING = ("all-linear", "embed", "head")  # adapted by the LoRA in LISA's paper
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
 def lora(
     shapes: Shapes,
     rank: int,
-    targets: str | Collection[str] = ("q", "v"),
+    targets: str | Sequence[str] = ("q", "v"),
     beside: Collection[str] = (),
     *,
     width: int = 4,
@@ -150,18 +150,14 @@ def lora(
     shapes, width, state
         As for ``full``.
     rank : int
-    targets : str or collection of str
-        Roles, or "all-linear".
+    targets : str or sequence of str
+        As for the method; see ``names.match``.
     beside : collection of str
         Parameters that train themselves, such as the head of a classifier.
     """
-    roles = LINEAR if targets == "all-linear" else targets
-    factors: list[Shape] = []
-    for name, shape in shapes.items():
-        if len(shape) == 2 and parse(name.removesuffix(".weight")).role in roles:
-            factors += [(rank, shape[1]), (shape[0], rank)]
+    factors = [pair for out, into in _matched(shapes, targets) for pair in ((rank, into), (out, rank))]
     trained = [*factors, *(shapes[name] for name in beside)]
-    return _adamw(size(shapes) + sum(map(math.prod, factors)), trained, width, state)
+    return _adamw(size(shapes) + _count(factors), trained, width, state)
 
 
 def lisa(
@@ -279,6 +275,15 @@ def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, s
     }
     rows = [(method, part, getattr(held, part), "computed") for method, held in ways.items() for part in PARTS]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
+
+
+def _matched(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
+    """The matrices that targets name."""
+    matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]
+    columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
+    description = pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"})
+    return [matrices[module] for module in match(description, targets)]
 
 
 def _count(shapes: Iterable[Shape]) -> int:

@@ -14,6 +14,7 @@ _PUBLIC = {
     "AdaLoRA": "lorascope.methods:AdaLoRA",
     "AutoLoRA": "lorascope.methods:AutoLoRA",
     "ALoRA": "lorascope.methods:ALoRA",
+    "Adapprox": "lorascope.methods:Adapprox",
     "FourierFT": "lorascope.methods:FourierFT",
     "Full": "lorascope.methods:Full",
     "HydraLoRA": "lorascope.methods:HydraLoRA",

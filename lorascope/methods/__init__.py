@@ -2,6 +2,7 @@
 
 from lorascope.method import METHODS
 from lorascope.methods.adalora import AdaLoRA
+from lorascope.methods.adapprox import Adapprox
 from lorascope.methods.alora import ALoRA
 from lorascope.methods.autolora import AutoLoRA
 from lorascope.methods.fourierft import FourierFT
@@ -9,4 +10,15 @@ from lorascope.methods.full import Full
 from lorascope.methods.hydralora import HydraLoRA
 from lorascope.methods.lora import LoRA
 
-__all__ = ["METHODS", "ALoRA", "AdaLoRA", "AutoLoRA", "FourierFT", "Full", "HydraLoRA", "LoRA"]
+__all__ = [
+    "METHODS",
+    "ALoRA",
+    "AdaLoRA",
+    "Adapprox",
+    "AdapproxOptimizer",
+    "AutoLoRA",
+    "FourierFT",
+    "Full",
+    "HydraLoRA",
+    "LoRA",
+]

@@ -1,0 +1,132 @@
+"""Adapprox: Adam whose second moments are kept as thin products, of a rank that is chosen for each matrix.
+
+    V_t = beta_2 max(Q_{t-1} U_{t-1}^T, 0) + (1 - beta_2) G_t^2,    Q_t, U_t = AS-RSI(V_t)
+    D_t = G_t / (sqrt(V_t) + eps),    D_t <- D_t / max(1, RMS(D_t) / d)
+    M_t = beta_1 M_{t-1} + (1 - beta_1) D_t,    W_t = W_{t-1} - alpha (M_t + lambda W_{t-1})
+
+An optimizer, no adapter: every weight trains. Vectors and small matrices keep their average as it is; the rest of
+the step is the same for them. There is no bias correction: at first the clipping by RMS stands in for it.
+
+=============  ============================================================================
+paper          here
+=============  ============================================================================
+beta_1, 2      ``betas``
+eps, d         ``eps``, ``clip_threshold``
+alpha, lambda  ``lr``, ``weight_decay``
+l, p           ``iterations``, ``oversampling``
+k_init, k_max  ``init_rank``, ``max_rank``: None is a quarter of the smaller side
+xi_thresh      ``tolerance``
+Delta s        ``reselect_every``
+f              ``growth``: eta, omega, phi, tau; times ``growth_scale``
+Q, U, M        ``Q``, ``U`` and ``exp_avg`` of a parameter's state; a dense V is ``exp_avg_sq``
+=============  ============================================================================
+
+Source: Adapprox (arXiv 2403.14958), algorithms 1 to 3; first and largest rank are inferred from the savings that its
+abstract states.
+
+Departs: the text behind the abstract could not be had. Not checked against it are all constants, the rule of the rank
+(see ``s_rsi``), and the guidance M / (1 - cos(D, M)), whose denominator has a floor here, since the two are parallel at
+the first step. Entries that a rank of two or more made negative are set to zero, without which the root is no number.
+V is factored in units of its largest entry; where it is all zero, at the first step of LoRA's A for one, the rank is
+chosen at the first step at which it is not. Factors, averages and the step itself are in float32 or more, whatever the
+weights are. The error is measured at the steps of a choice alone. The method takes ``weight_decay`` from ``train``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from lorascope import names
+from lorascope.method import Method, Step, parameter_groups
+from lorascope.methods import s_rsi
+from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
+from lorascope.records import Item, Quantity, Record, register
+
+SOURCE = "Adapprox, algorithm 2"
+register(
+    "factor_rank",
+    Quantity("rank of the second moment", index="none", pool="sum", definition="columns of its factors", source=SOURCE),
+)
+register(
+    "factor_error",
+    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of one step's V, at the last choice of its rank", source=SOURCE),
+)
+register("factor_trials", Quantity("factorings", pool="sum", definition="for one choice of the rank", source=SOURCE))
+register("factor_bytes", Quantity("factors of V", "bytes", pool="sum", definition="bytes that Q and U hold"))
+register(
+    "negative_share",
+    Quantity("negative entries", definition="share of the entries of Q U^T below zero, before they are set to it"),
+)
+register(
+    "direction_rms", Quantity("RMS of the direction", definition="root mean square of G / (sqrt(V) + eps), not clipped")
+)
+
+
+@dataclass(kw_only=True)
+class Adapprox(Method, name="adapprox"):
+    """Full fine-tuning under ``AdapproxOptimizer``, whose parameters these are.
+
+    Parameters
+    ----------
+    dense : str or tuple of str
+        Roles or modules whose second moment is kept as it is, such as a large embedding; see ``names.match``.
+    sketch_seed : int
+        ``seed`` of the optimizer.
+    """
+
+    betas: tuple[float | int, ...] = (0.9, 0.999)
+    eps: float | int = 1e-8
+    clip_threshold: float | int = 1.0
+    iterations: int = 5
+    oversampling: int = 5
+    init_rank: int = 1
+    max_rank: int | None = None
+    tolerance: float | int = 0.01
+    reselect_every: int = 10
+    rank_rule: Literal["restart", "colnorm", "ema", "fixed"] = "restart"
+    growth: tuple[float | int, ...] = s_rsi.LOGISTIC
+    growth_scale: float | int | None = 1.0
+    denominator: Literal["pre", "post"] = "pre"
+    cosine: bool = False
+    cosine_floor: float | int = 0.1
+    min_dim: int | None = 64
+    dense: str | tuple[str, ...] = ()
+    sketch_seed: int = 0
+
+    def attach(self, model: nn.Module) -> None:
+        """Leave everything trainable."""
+        model.requires_grad_(True)
+
+    def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> AdapproxOptimizer:
+        """``AdapproxOptimizer`` in the groups ``adapter`` and ``head``; what is to stay dense in groups of its own."""
+        chosen = names.match(names.describe(model), self.dense) if self.dense else []
+        dense = {id(parameter) for name in chosen for parameter in model.get_submodule(name).parameters()}
+        groups = []
+        for group in parameter_groups(model, lr, head_lr, weight_decay):
+            for kept, own in ((False, {}), (True, {"min_dim": None})):
+                if members := [p for p in group["params"] if (id(p) in dense) == kept]:
+                    groups.append(group | own | {"params": members})
+        theirs = {f.name for f in dataclasses.fields(Method)} | {"dense", "sketch_seed"}
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in theirs}
+        return AdapproxOptimizer(groups, lr, weight_decay=weight_decay, seed=self.sketch_seed, **options)
+
+    def records(self, step: Step) -> Iterable[Item]:
+        """What became of every factored matrix, at the steps of a choice and at the last."""
+        if (step.finished - 1) % self.reselect_every and not step.last:
+            return
+        for name, parameter in step.model.named_parameters():
+            state = step.optimizer.state.get(parameter, {})
+            if "Q" not in state:
+                continue
+            module, (Q, U) = name.removesuffix(".weight"), (state["Q"], state["U"])
+            yield Record("factor_rank", Q.shape[1], module)
+            yield Record("factor_bytes", Q.nbytes + U.nbytes, module)
+            yield Record("direction_rms", float(state["rms"]), module)
+            yield Record("factor_error", state["error"], module)
+            yield Record("factor_trials", state["trials"], module)
+            yield Record("negative_share", state["negative"], module)

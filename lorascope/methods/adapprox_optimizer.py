@@ -1,0 +1,236 @@
+"""Algorithm 3 of Adapprox as an optimizer of torch; ``adapprox`` tells the paper, ``s_rsi`` has algorithms 1 and 2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lorascope.methods import s_rsi
+
+DENOMINATORS = ("pre", "post")
+
+
+class AdapproxOptimizer(torch.optim.Optimizer):
+    """The optimizer, for use with any model; all settings can differ between parameter groups.
+
+    Parameters
+    ----------
+    params : iterable
+        Of parameters, or of groups.
+    lr : float
+    betas : (float, float)
+        No first moment is kept where the first is zero.
+    eps : float
+        Added to the root.
+    weight_decay : float
+        Decoupled.
+    clip_threshold : float
+        Largest RMS of a direction; ``math.inf`` clips nothing.
+    iterations, oversampling : int
+        Rounds of S-RSI, and columns beyond the rank.
+    init_rank : int
+        At the first step, and where every choice begins.
+    max_rank : int or None
+        None is a quarter of the smaller side.
+    tolerance : float
+        Relative error at which a rank is large enough.
+    reselect_every : int
+        Steps between two choices.
+    rank_rule : {"restart", "colnorm", "ema", "fixed"}
+        See ``s_rsi``; "fixed" is ``init_rank`` whatever ``max_rank`` says.
+    growth : (float, float, float, float)
+        eta, omega, phi, tau of f, by which "restart" goes up.
+    growth_scale : float or None
+        Multiplies f; None is (k_max - 1) / 191, for matrices narrower than the paper's.
+    denominator : {"pre", "post"}
+        Divide by V before factoring, or by what the factors say of it.
+    cosine, cosine_floor : bool, float
+        Guidance: divide M by 1 - cos(D, M), but by no less than the floor.
+    min_dim : int or None
+        Matrices with a smaller side keep a dense average; 1 factors all, None factors none.
+    seed : int
+        Of the sketches. The global generators have no part in them.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | int = 1e-3,
+        *,
+        betas: Sequence[float | int] = (0.9, 0.999),
+        eps: float | int = 1e-8,
+        weight_decay: float | int = 0.1,
+        clip_threshold: float | int = 1.0,
+        iterations: int = 5,
+        oversampling: int = 5,
+        init_rank: int = 1,
+        max_rank: int | None = None,
+        tolerance: float | int = 0.01,
+        reselect_every: int = 10,
+        rank_rule: str = "restart",
+        growth: Sequence[float | int] = s_rsi.LOGISTIC,
+        growth_scale: float | int | None = 1.0,
+        denominator: str = "pre",
+        cosine: bool = False,
+        cosine_floor: float | int = 0.1,
+        min_dim: int | None = 64,
+        seed: int = 0,
+    ) -> None:
+        options = {key: value for key, value in locals().items() if key not in ("self", "params", "seed", "__class__")}
+        super().__init__(params, options)
+        for group in self.param_groups:
+            _check(group)
+        # In a group, where whatever saves an optimizer finds it; one for all of them.
+        device = self.param_groups[0]["params"][0].device
+        self.param_groups[0]["generator"] = torch.Generator(device).manual_seed(seed)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient.
+
+        Returns
+        -------
+        What ``closure`` does, or None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for together in _batches(group):
+                self._move(together, group)
+        return loss
+
+    def _move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        """Algorithm 3, for vectors and small matrices all together, or for one factored matrix."""
+        (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+        states = [self._state(parameter, group) for parameter in parameters]
+        G = [_matrix(_wide(parameter.grad)) for parameter in parameters if parameter.grad is not None]
+        V = [self._average(state, g) for state, g in zip(states, G, strict=True)]
+        torch._foreach_mul_(V, beta2)
+        torch._foreach_addcmul_(V, G, G, 1 - beta2)
+        roots = V
+        if "exp_avg_sq" not in states[0]:
+            self._factor(V[0], states[0], group)
+            if group["denominator"] == "post" and "Q" in states[0]:
+                roots = [_product(states[0])]
+        denominators = torch._foreach_sqrt(roots)
+        torch._foreach_add_(denominators, group["eps"])
+        D = list(torch._foreach_div(G, denominators))
+        lengths = torch._foreach_norm(D)
+        for d, length, state in zip(D, lengths, states, strict=True):
+            state["rms"] = length / math.sqrt(d.numel())
+            d.div_((state["rms"] / group["clip_threshold"]).clamp(min=1))
+        S = D
+        if beta1:
+            M = [state["exp_avg"] for state in states]
+            torch._foreach_mul_(M, beta1)
+            torch._foreach_add_(M, D, alpha=1 - beta1)
+            S = [guided(m, d, group["cosine_floor"]) for m, d in zip(M, D, strict=True)] if group["cosine"] else M
+        for parameter, s in zip(parameters, S, strict=True):
+            change = s.reshape(parameter.shape)
+            parameter.sub_(lr * (change.add(_wide(parameter), alpha=decay) if decay else change))
+
+    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """A parameter's state, made at its first step."""
+        state = self.state[parameter]
+        if not state:
+            zeros = torch.zeros_like(_matrix(_wide(parameter)), memory_format=torch.contiguous_format)
+            state["step"] = 0
+            if group["betas"][0]:
+                state["exp_avg"] = zeros
+            if not factored(parameter, group["min_dim"]):
+                state["exp_avg_sq"] = zeros.clone()
+        state["step"] += 1
+        return state
+
+    def _average(self, state: dict[str, Any], G: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """V of the step before: itself where it is dense, else what its factors say of it."""
+        if "exp_avg_sq" in state:
+            return state["exp_avg_sq"]
+        return _product(state) if "Q" in state else torch.zeros_like(G)
+
+    def _factor(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew."""
+        first = "Q" not in state
+        unit = V.max()
+        if first and unit == 0:
+            return
+        unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
+        A = V / unit
+        generator = self.param_groups[0]["generator"]
+        factor = s_rsi.factoring(A, generator, group["iterations"], group["oversampling"])
+        if first or (state["step"] - 1) % group["reselect_every"] == 0:
+            state["negative"] = 0.0 if first else float((state["Q"] @ state["U"].T < 0).double().mean())
+            Q, U, state["error"], state["trials"] = s_rsi.choose(A, factor, state, group)
+        else:
+            Q, U = factor(state["Q"].shape[1])
+        state["Q"], state["U"] = Q, U.mul_(unit)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of any optimizer; the generator is told by the tensor of its state."""
+        stored = super().state_dict()
+        first, *others = stored["param_groups"]
+        return stored | {"param_groups": [first | {"generator": first["generator"].get_state()}, *others]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Put ``state_dict`` back: factors and averages keep their own dtype, whatever the weights have."""
+        generator = self.param_groups[0]["generator"]
+        super().load_state_dict(state_dict)
+        generator.set_state(state_dict["param_groups"][0]["generator"].cpu())
+        self.param_groups[0]["generator"] = generator
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) else value
+
+
+def guided(M: Float[Tensor, "..."], D: Float[Tensor, "..."], floor: float | int) -> Float[Tensor, "..."]:
+    """M / max(1 - cos(D, M), floor)."""
+    cosine = (D * M).sum() / (D.norm() * M.norm()).clamp(min=torch.finfo(M.dtype).tiny)
+    return M / (1 - cosine.clamp(-1, 1)).clamp(min=floor)
+
+
+def factored(parameter: Tensor, min_dim: int | None) -> bool:
+    """Does a parameter keep factors?"""
+    return min_dim is not None and parameter.ndim > 1 and min(_matrix(parameter).shape) >= min_dim
+
+
+def _batches(group: dict[str, Any]) -> Iterator[list[Tensor]]:
+    """What moves together: all that is dense, and each factored matrix by itself, so that one V is there at a time."""
+    live = [parameter for parameter in group["params"] if parameter.grad is not None]
+    dense = [parameter for parameter in live if not factored(parameter, group["min_dim"])]
+    if dense:
+        yield dense
+    yield from ([parameter] for parameter in live if factored(parameter, group["min_dim"]))
+
+
+def _product(state: dict[str, Any]) -> Float[Tensor, "m n"]:
+    return (state["Q"] @ state["U"].T).clamp_(min=0)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1) if tensor.ndim > 2 else tensor
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _check(group: dict[str, Any]) -> None:
+    for name, known in (("rank_rule", s_rsi.RULES), ("denominator", DENOMINATORS)):
+        if group[name] not in known:
+            raise ValueError(f"{name} {group[name]!r} is unknown: it must be one of {', '.join(map(repr, known))}")
+    for name in ("iterations", "init_rank", "max_rank", "reselect_every"):
+        if group[name] is not None and group[name] < 1:
+            raise ValueError(f"{name}={group[name]} must be at least 1")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas={tuple(group['betas'])} must both be from 0 up to, but not including, 1")
+    if group["cosine"] and not group["betas"][0]:
+        raise ValueError("cosine guidance compares with the first moment: give a first of betas above 0")

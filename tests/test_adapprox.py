@@ -1,0 +1,411 @@
+"""Adapprox: the sheet's worked step, full rank against a dense average, what is guarded, and what survives a kill."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import signal
+
+import killing
+import pytest
+import torch
+from test_resume import Forks, same
+from tiny import inputs
+
+import lorascope as ls
+from lorascope import models
+from lorascope.method import config, from_config
+from lorascope.methods import METHODS, Adapprox
+from lorascope.methods.adapprox import AdapproxOptimizer
+
+
+def parameter(*shape, seed=0, dtype=torch.float32):
+    return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype))
+
+
+def stepped(optimizer, parameters, steps=1, seed=0, scale=1.0):
+    """Steps with gradients drawn by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = (scale * torch.randn(p.shape, generator=generator)).to(p.dtype)
+        optimizer.step()
+
+
+def regression(steps, dtype, clip=1.0, **options):
+    """A tanh layer of 24 x 16 learns another."""
+    draw = torch.Generator().manual_seed(0)
+    W, truth = (torch.randn(24, 16, generator=draw, dtype=dtype) * 0.3 for _ in range(2))
+    x = torch.randn(64, 16, generator=draw, dtype=dtype)
+    W = torch.nn.Parameter(W)
+    optimizer = AdapproxOptimizer([W], 1e-2, clip_threshold=clip, **options)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        ((torch.tanh(x @ W.T) - torch.tanh(x @ truth.T)) ** 2).mean().backward()
+        optimizer.step()
+    return W.detach()
+
+
+def worked(min_dim):
+    W = torch.nn.Parameter(torch.tensor([[1, -1], [0.5, 2]], dtype=torch.float64))
+    optimizer = AdapproxOptimizer(
+        [W], 0.01, weight_decay=0.1, rank_rule="fixed", iterations=30, min_dim=min_dim, betas=(0.9, 0.999)
+    )
+    seen = []
+    for gradient in ([[0.1, -0.2], [0.3, 0.4]], [[0.2, -0.1], [0.1, -0.3]]):
+        W.grad = torch.tensor(gradient, dtype=torch.float64)
+        optimizer.step()
+        seen.append((W.detach().clone(), copy.deepcopy(optimizer.state[W])))
+    return seen
+
+
+def test_worked_example():
+    (W1, first), (W2, second) = worked(min_dim=1)
+    assert W1.flatten().tolist() == pytest.approx([0.998, -0.998, 0.4985, 1.997], abs=1e-6)
+    R = first["Q"] @ first["U"].T
+    assert (1e5 * R).flatten().tolist() == pytest.approx([1.913004, 3.501139, 8.801560, 16.108427], abs=1e-5)
+    assert first["error"] == pytest.approx(0.0565879, abs=1e-6)
+    assert float(second["rms"]) == pytest.approx(18.437880, abs=1e-4)
+    assert second["exp_avg"].flatten().tolist() == pytest.approx([0.231086, -0.170872, 0.144807, -0.012716], abs=1e-5)
+    assert W2.flatten().tolist() == pytest.approx([0.994691, -0.995293, 0.496553, 1.995130], abs=1e-6)
+
+
+def test_worked_example_with_a_dense_average():
+    (_, first), (W2, second) = worked(min_dim=None)
+    assert (1e5 * first["exp_avg_sq"]).flatten().tolist() == pytest.approx([1, 4, 9, 16], abs=1e-9)
+    assert W2.flatten().tolist() == pytest.approx([0.994622, -0.995362, 0.496578, 1.995096], abs=1e-6)
+    assert "Q" not in second
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 5e-3)])
+@pytest.mark.parametrize("options", [{}, {"betas": (0.0, 0.999)}, {"cosine": True}])
+def test_full_rank_is_the_dense_path(dtype, bound, options):
+    full = regression(20, dtype, rank_rule="fixed", init_rank=16, min_dim=1, **options)
+    dense = regression(20, dtype, min_dim=None, **options)
+    less = regression(20, dtype, rank_rule="fixed", init_rank=4, min_dim=1, **options)
+    assert float((full - dense).abs().max()) < bound
+    assert float((less - dense).abs().max()) > 1e-2
+
+
+def test_without_clipping_and_first_moment_it_is_adam_without_bias_correction():
+    p, q = parameter(12, 8, dtype=torch.float64), parameter(12, 8, dtype=torch.float64)
+    optimizer = AdapproxOptimizer(
+        [p],
+        1e-3,
+        betas=(0.0, 0.9),
+        clip_threshold=math.inf,
+        weight_decay=0.3,
+        rank_rule="fixed",
+        init_rank=8,
+        min_dim=1,
+    )
+    stepped(optimizer, [p], 5)
+    V = torch.zeros_like(q)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(5):
+            g = torch.randn(12, 8, generator=generator).double()
+            V = 0.9 * V + 0.1 * g**2
+            q -= 1e-3 * (g / (V.sqrt() + 1e-8) + 0.3 * q)
+    assert torch.allclose(p, q, atol=1e-9, rtol=0)
+
+
+def test_what_a_step_divides_by():
+    """ "pre" divides by the average before factoring, "post" by what the factors say."""
+    for denominator, expected in (("pre", "V"), ("post", "product")):
+        p = parameter(16, 12, dtype=torch.float64)
+        before = p.detach().clone()
+        optimizer = AdapproxOptimizer(
+            [p], 1.0, betas=(0, 0.999), clip_threshold=math.inf, weight_decay=0, min_dim=1, rank_rule="fixed",
+            init_rank=2, denominator=denominator,
+        )  # fmt: skip
+        stepped(optimizer, [p])
+        state = optimizer.state[p]
+        products = {"V": 0.001 * p.grad**2, "product": (state["Q"] @ state["U"].T).clamp(min=0)}
+        assert torch.allclose(before - p, p.grad / (products[expected].sqrt() + 1e-8), rtol=1e-9)
+
+
+def test_bounds_hold_at_every_step():
+    p, bias = parameter(96, 80), parameter(80, seed=1)
+    optimizer = AdapproxOptimizer([p, bias], 1e-3, max_rank=7, reselect_every=4, clip_threshold=0.5, growth_scale=None)
+    seen = []
+    for step in range(1, 10):
+        before = p.detach().clone()
+        stepped(optimizer, [p, bias], seed=step)
+        state = optimizer.state[p]
+        rank = state["Q"].shape[1]
+        seen.append(rank)
+        assert 1 <= rank <= 7
+        assert state["Q"].nbytes + state["U"].nbytes == 4 * rank * (96 + 80)
+        assert float(state["rms"]) <= 1 / math.sqrt(0.001) + 1e-3
+        assert state["trials"] >= 1
+        change = (before - p.detach()) / 1e-3 - 0.1 * before
+        assert float(change.square().mean().sqrt()) <= 0.5 + 1e-3
+    assert seen[0] == seen[1] == seen[2] == seen[3]
+    assert seen[4] == seen[5] == seen[6] == seen[7]
+    assert "exp_avg_sq" in optimizer.state[bias]
+    assert "Q" not in optimizer.state[bias]
+
+
+def test_between_choices_the_matrix_is_factored_once(monkeypatch):
+    from lorascope.methods import s_rsi
+
+    calls, once = [], s_rsi.s_rsi
+    monkeypatch.setattr(s_rsi, "s_rsi", lambda A, rank, **given: calls.append(rank) or once(A, rank, **given))
+    p = parameter(80, 70)
+    optimizer = AdapproxOptimizer([p], reselect_every=5, growth=(0, 0, 0, 3), tolerance=1e-6, max_rank=8)
+    stepped(optimizer, [p], 6)
+    assert calls == [1, 4, 7, 8, 8, 8, 8, 8, 1, 4, 7, 8]
+    assert optimizer.state[p]["trials"] == 4
+
+
+def test_negative_entries_are_set_to_zero():
+    p = parameter(64, 64)
+    optimizer = AdapproxOptimizer([p], rank_rule="fixed", init_rank=6, min_dim=1, reselect_every=1)
+    stepped(optimizer, [p], 4)
+    assert 0 < optimizer.state[p]["negative"] < 0.5
+    assert torch.isfinite(p).all()
+
+
+def test_a_zero_gradient_decays_alone_and_puts_the_choice_off():
+    p = parameter(70, 66)
+    before = p.detach().clone()
+    optimizer = AdapproxOptimizer([p], 0.1, weight_decay=0.5, reselect_every=10)
+    stepped(optimizer, [p], 3, scale=0.0)
+    assert torch.allclose(p, before * (1 - 0.05) ** 3, rtol=1e-5)
+    assert "Q" not in optimizer.state[p]
+    stepped(optimizer, [p])
+    assert optimizer.state[p]["Q"].shape[1] == 16
+    assert optimizer.state[p]["trials"] > 1
+    assert torch.isfinite(p).all()
+
+
+def test_tiny_gradients_are_factored_as_large_ones_are():
+    p, q = parameter(72, 68), parameter(72, 68)
+    for weight, scale in ((p, 1.0), (q, 2.0**-40)):
+        optimizer = AdapproxOptimizer([weight], eps=0.0, weight_decay=0.0, rank_rule="fixed", init_rank=5)
+        stepped(optimizer, [weight], 3, scale=scale)
+    assert torch.equal(p, q)
+
+
+def test_guidance_is_guarded_where_both_are_parallel():
+    p = parameter(70, 70)
+    before = p.detach().clone()
+    optimizer = AdapproxOptimizer([p], 1e-3, cosine=True, cosine_floor=0.2, weight_decay=0.0)
+    stepped(optimizer, [p])
+    direction = p.grad.sign() * (p.grad != 0)
+    assert torch.allclose((before - p) / 1e-3, 0.1 * direction / 0.2, atol=1e-2)
+
+
+def test_guidance_divides_by_what_the_two_differ():
+    p = parameter(9, dtype=torch.float64)
+    optimizer = AdapproxOptimizer([p], 1.0, cosine=True, cosine_floor=1e-3, weight_decay=0.0)
+    stepped(optimizer, [p], 3)
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state[p])
+    stepped(optimizer, [p], seed=9)
+    V = 0.999 * state["exp_avg_sq"] + 0.001 * p.grad**2
+    D = p.grad / (V.sqrt() + 1e-8)
+    D = D / max(1.0, float(D.square().mean().sqrt()))
+    M = 0.9 * state["exp_avg"] + 0.1 * D
+    expected = M / (1 - float(D @ M / (D.norm() * M.norm())))
+    assert torch.allclose(before - p.detach(), expected, rtol=1e-6)
+
+
+def test_groups_differ_and_a_closure_is_called():
+    p, q, r = parameter(70, 70), parameter(70, 70, seed=1), parameter(3, 3, seed=2)
+    groups = [{"params": [p], "max_rank": 3}, {"params": [q], "min_dim": None, "lr": 0.0}, {"params": [r]}]
+    optimizer = AdapproxOptimizer(groups, 1e-2, rank_rule="colnorm", tolerance=0)
+    still = q.detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (p**2).sum() + (q**2).sum() + (r**2).sum()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    assert optimizer.state[p]["Q"].shape[1] == 3
+    assert "exp_avg_sq" in optimizer.state[q]
+    assert "exp_avg_sq" in optimizer.state[r]
+    assert torch.equal(q, still)
+
+
+def test_convolutions_are_matrices_and_frozen_weights_have_no_state():
+    kernel, frozen = parameter(64, 8, 3, 3), parameter(64, 64)
+    optimizer = AdapproxOptimizer([kernel, frozen])
+    stepped(optimizer, [kernel])
+    assert optimizer.state[kernel]["Q"].shape[0] == 64
+    assert optimizer.state[kernel]["U"].shape[0] == 72
+    assert frozen not in optimizer.state
+
+
+def test_the_global_generators_are_left_alone():
+    p = parameter(70, 70)
+    optimizer = AdapproxOptimizer([p])
+    before = torch.get_rng_state()
+    stepped(optimizer, [p])
+    assert torch.equal(torch.get_rng_state(), before)
+    ends = []
+    for seed in (1, 1, 2):
+        q = parameter(70, 70)
+        stepped(AdapproxOptimizer([q], seed=seed, rank_rule="fixed", init_rank=2, iterations=1), [q], 3)
+        ends.append(q.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_optimizer_goes_on_bit_for_bit(dtype):
+    def fresh():
+        weights = [parameter(80, 70, dtype=dtype), parameter(70, seed=1, dtype=dtype)]
+        return weights, AdapproxOptimizer(weights, 1e-2, reselect_every=3, max_rank=9, growth_scale=None)
+
+    weights, optimizer = fresh()
+    stepped(optimizer, weights, 4)
+    stored = copy.deepcopy(optimizer.state_dict())
+    others, other = fresh()
+    with torch.no_grad():
+        for mine, theirs in zip(others, weights, strict=True):
+            mine.copy_(theirs)
+    other.load_state_dict(stored)
+    for mine, theirs in zip(others, weights, strict=True):
+        assert other.state[mine].keys() == optimizer.state[theirs].keys()
+        for key, value in optimizer.state[theirs].items():
+            if isinstance(value, torch.Tensor):
+                assert value.dtype == other.state[mine][key].dtype == torch.float32
+                assert torch.equal(value, other.state[mine][key])
+    stepped(optimizer, weights, 4, seed=5)
+    stepped(other, others, 4, seed=5)
+    for mine, theirs in zip(others, weights, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank_rule": "grow"}, "rank_rule 'grow' is unknown: it must be one of 'restart'"),
+        ({"denominator": "mid"}, "denominator 'mid' is unknown"),
+        ({"init_rank": 0}, "init_rank=0 must be at least 1"),
+        ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must both be"),
+        ({"betas": (0.0, 0.9), "cosine": True}, "give a first of betas above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_told_in_one_line(options, said):
+    with pytest.raises(ValueError, match=said) as raised:
+        AdapproxOptimizer([parameter(2, 2)], **options)
+    assert "\n" not in str(raised.value)
+
+
+# The abstract's savings with the first moment, first rank and quarter rank, of GPT-2 117M and 345M.
+@pytest.mark.parametrize(
+    ("width", "layers", "first", "quarter"), [(768, 12, 49.87, 34.50), (1024, 24, 49.89, 33.85)], ids=["117M", "345M"]
+)
+def test_its_memory_is_what_the_abstract_says(width, layers, first, quarter):
+    matrices = [(50257, width), (1024, width)]
+    matrices += layers * [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    vectors = layers * (4 * width + 3 * width + width + 4 * width + width) + 2 * width
+    total = sum(m * n for m, n in matrices) + vectors
+    for share, saved in ((None, first), (4, quarter)):
+        factors = sum((min(m, n) // share if share else 1) * (m + n) for m, n in matrices)
+        assert 100 * (1 - (total + factors + vectors) / (2 * total)) == pytest.approx(saved, abs=0.006)
+
+
+# -- the method ----------------------------------------------------------------------------------------------------
+
+METHOD = Adapprox(lr=1e-2, min_dim=8, reselect_every=2, growth_scale=None)
+FAST = killing.SETTINGS | {"observe": killing.observers()}
+
+
+@pytest.fixture(scope="module")
+def run(bert, task, tmp_path_factory):
+    out = tmp_path_factory.mktemp("adapprox") / "run"
+    return ls.train(models.load(bert, task=task), task, METHOD, out=out, **FAST)
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["adapprox"] is Adapprox
+    for method in (Adapprox(), Adapprox(betas=(0.0, 0.99), rank_rule="colnorm", dense=("embed",), min_dim=None)):
+        assert from_config(json.loads(json.dumps(config(method)))) == method
+    assert Adapprox(max_rank=4).label() == "Adapprox, max_rank 4"
+
+
+def test_the_table_tells_ranks_errors_and_bytes(run):
+    table = run.table.set_index(["step", "module"])
+    ranks = table[table["quantity"] == "factor_rank"]["value"]
+    held = table[table["quantity"] == "factor_bytes"]["value"]
+    assert sorted(set(ranks.index.get_level_values("step"))) == [1, 3, 5]
+    shapes = {row["module"]: (row["out_features"], row["in_features"]) for row in run.meta["modules"]}
+    modules = set(ranks.index.get_level_values("module"))
+    assert "encoder.layer.0.attention.self.query" in {name.removeprefix("bert.") for name in modules}
+    for key, rank in ranks.items():
+        if key[1] in shapes:
+            m, n = shapes[key[1]]
+            assert 1 <= rank <= min(m, n) // 4
+            assert held[key] == 4 * rank * (m + n)
+    for quantity, (low, high) in {
+        "factor_error": (0, 1), "factor_trials": (1, 16), "negative_share": (0, 1), "direction_rms": (0, 32),
+    }.items():  # fmt: skip
+        values = run.table.loc[run.table["quantity"] == quantity, "value"]
+        assert len(values) == len(ranks)
+        assert values.between(low, high).all()
+    # trained in full: the norms see every weight
+    assert run.summary()["update_norm"].gt(0).all()
+
+
+def test_roles_can_be_kept_dense(fresh_bert):
+    method = Adapprox(min_dim=8, dense=("embed", "q"))
+    method.attach(fresh_bert)
+    optimizer = method.optimizer(fresh_bert, 1e-3, 1e-3, 0.01)
+    minima = {id(p): group["min_dim"] for group in optimizer.param_groups for p in group["params"]}
+    kept = {name for name, p in fresh_bert.named_parameters() if minima[id(p)] is None}
+    assert {name.split(".")[-2] for name in kept} == {"word_embeddings", "token_type_embeddings", "query"}
+    decays = {group["weight_decay"] for group in optimizer.param_groups for p in group["params"] if p.ndim == 1}
+    assert decays == {0.0}
+    assert len(minima) == len(list(fresh_bert.parameters()))
+
+
+def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):
+    model, again = models.load(bert, task=task), models.load(bert, task=task)
+    ls.train(model, task, METHOD, out=tmp_path / "run", **FAST).restore(again)
+    assert torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
+
+
+def test_accumulation_gives_the_same_update(bert, task, tmp_path):
+    trained = []
+    for parts in (1, 2):
+        model = models.load(bert, task=task)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        ls.train(model, task, METHOD, out=tmp_path / str(parts), accumulate=parts, **FAST | {"steps": 2})
+        trained.append(dict(model.named_parameters()))
+    base = models.load(bert, task=task)
+    for name, start in base.bert.encoder.named_parameters(prefix="bert.encoder"):
+        if name.endswith("key.bias"):  # of which the loss does not depend
+            continue
+        one, two = (found[name].detach() - start.detach() for found in trained)
+        assert float((one - two).norm()) <= 0.02 * float(one.norm()), name
+
+
+def test_bfloat16(gpt2, task, tmp_path):
+    found = ls.train(models.load(gpt2, task=task), task, METHOD, out=tmp_path / "run", precision="bf16", **FAST)
+    assert found.summary()["learned_norm"].gt(0).all()
+    assert found.table.query("quantity == 'factor_rank'")["value"].between(1, 8).all()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label", "group"]].to_csv(table, index=False)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    forks = Forks(bert, table)
+    job = json.dumps(config(METHOD))
+    assert forks(job, whole) == 0
+    assert forks(job, out, **{"kill after": "resume/step-00000004*"}) == -signal.SIGKILL
+    assert forks(job, out) == 0
+    same(out, whole)
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0

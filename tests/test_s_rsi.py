@@ -1,0 +1,185 @@
+"""S-RSI and the choice of the rank: the sheet's worked numbers, exact recovery, projections, bounds by the SVD."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lorascope.methods import s_rsi
+from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
+
+A = torch.tensor([[4, 2, 1], [2, 2, 1], [1, 1, 3], [0, 1, 2]], dtype=torch.float64)
+START = torch.tensor([[1, 0], [0, 1], [1, -1]], dtype=torch.float64)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def error(matrix, Q, U) -> float:
+    return float((matrix - Q @ U.T).norm() / matrix.norm())
+
+
+def tail(matrix, rank: int) -> float:
+    sigma = torch.linalg.svdvals(matrix.double())
+    return float(sigma[rank:].norm() / sigma.norm())
+
+
+def options(**given):
+    """The options of a group, by the optimizer's own defaults."""
+    return AdapproxOptimizer([torch.nn.Parameter(torch.zeros(2, 2))], **given).param_groups[0]
+
+
+def chosen(matrix, seed=0, state=None, iterations=5, oversampling=5, **given):
+    factor = s_rsi.factoring(matrix, seeded(seed), iterations, oversampling)
+    return s_rsi.choose(matrix, factor, {} if state is None else state, options(**given))
+
+
+@pytest.mark.parametrize(
+    ("iterations", "q", "u", "xi"),
+    [
+        (1, (0.680414, 0.408248, 0.544331, 0.272166), (4.082483, 2.993821, 3.265986), 0.459293),
+        (5, (0.712364, 0.481092, 0.446485, 0.248474), (4.258125, 3.081871, 3.029858), 0.446980282),
+    ],
+)
+def test_worked_example(iterations, q, u, xi):
+    Q, U = (factor[:, :1] for factor in s_rsi.iterate(A, START, iterations))
+    sign = torch.sign(Q[0, 0])
+    assert (sign * Q[:, 0]).tolist() == pytest.approx(q, abs=1e-6)
+    assert (sign * U[:, 0]).tolist() == pytest.approx(u, abs=1e-6)
+    assert s_rsi.relative_error(A, Q, U) == pytest.approx(xi, abs=1e-6)
+
+
+def test_worked_example_between_and_beyond():
+    Q, U = (factor[:, :1] for factor in s_rsi.iterate(A, START, 2))
+    assert s_rsi.relative_error(A, Q, U) == pytest.approx(0.447370, abs=1e-6)
+    assert torch.linalg.svdvals(A).tolist() == pytest.approx([6.0671, 2.9191, 0.8183], abs=1e-4)
+    assert s_rsi.relative_error(A, *s_rsi.s_rsi(A, 2, seeded(), 20)) == pytest.approx(0.120645, abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize(("shape", "rank"), [((64, 48), 1), ((64, 48), 5), ((300, 40), 8), ((40, 300), 8)])
+def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype, bound):
+    X, Y = (torch.randn(side, rank, generator=seeded(side), dtype=dtype) for side in shape)
+    assert error(X @ Y.T, *s_rsi.s_rsi(X @ Y.T, rank, seeded())) < bound
+
+
+def test_factors_are_a_projection():
+    matrix = torch.rand(80, 50, generator=seeded(1), dtype=torch.float64)
+    Q, U = s_rsi.s_rsi(matrix, 7, seeded())
+    assert Q.shape == (80, 7)
+    assert U.shape == (50, 7)
+    assert torch.allclose(Q.T @ Q, torch.eye(7, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(U, matrix.T @ Q, atol=1e-12)
+    assert float((Q.T @ (matrix - Q @ U.T)).abs().max()) < 1e-12
+    xi = s_rsi.relative_error(matrix, Q, U)
+    assert xi**2 == pytest.approx(1 - float(U.square().sum() / matrix.square().sum()), abs=1e-12)
+
+
+@pytest.mark.parametrize("spectrum", ["harmonic", "geometric"])
+@pytest.mark.parametrize("rank", [1, 8, 32])
+def test_the_error_is_close_to_the_least(spectrum, rank):
+    sigma = torch.tensor([1 / (i + 1) if spectrum == "harmonic" else 0.8**i for i in range(150)], dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(n, 150, generator=seeded(n), dtype=torch.float64)).Q for n in (200, 150))
+    matrix = (left * sigma) @ right.T
+    ratios = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed))) / tail(matrix, rank) for seed in range(20)]
+    assert min(ratios) > 1 - 1e-9
+    assert max(ratios) < 1.25
+    hasty = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed), 1)) / tail(matrix, rank) for seed in range(20)]
+    assert np.mean(hasty) > np.mean(ratios)
+
+
+def test_a_flat_spectrum_leaves_nothing_to_find():
+    flat = torch.linalg.qr(torch.randn(60, 40, generator=seeded(2), dtype=torch.float64)).Q
+    assert error(flat, *s_rsi.s_rsi(flat, 10, seeded())) == pytest.approx(tail(flat, 10), rel=1e-12)
+
+
+def test_the_same_seed_draws_the_same_and_scale_changes_the_scale_alone():
+    matrix = torch.rand(40, 30, generator=seeded(3))
+    Q, U = s_rsi.s_rsi(matrix, 4, seeded(5))
+    again = s_rsi.s_rsi(matrix, 4, seeded(5))
+    assert torch.equal(Q, again[0])
+    assert torch.equal(U, again[1])
+    assert not torch.equal(U, s_rsi.s_rsi(matrix, 4, seeded(6))[1])
+    scaled = s_rsi.s_rsi(8 * matrix, 4, seeded(5))
+    assert torch.equal(Q, scaled[0])
+    assert torch.equal(8 * U, scaled[1])
+
+
+def test_a_sketch_is_no_wider_than_the_matrix():
+    Q, U = s_rsi.s_rsi(torch.rand(4, 9), 3, seeded())
+    assert (Q.shape, U.shape) == ((4, 3), (9, 3))
+    assert s_rsi.sketch(torch.rand(4, 9), 8, seeded()).shape == (9, 4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_restart_adds_until_the_error_is_small(seed):
+    diagonal = torch.diag(2.0 ** -torch.arange(16, dtype=torch.float64))
+    found = chosen(diagonal, seed, max_rank=16, tolerance=0.1, growth=(0, 0, 0, 1))
+    assert found.Q.shape[1] == found.trials == 4
+    assert found.error == pytest.approx(0.0625, rel=1e-3)
+    jumped = chosen(diagonal, seed, max_rank=4, tolerance=0.1)
+    assert (jumped.Q.shape[1], jumped.trials) == (4, 2)
+    capped = chosen(diagonal, seed, max_rank=3, tolerance=0.1, growth=(0, 0, 0, 1))
+    assert (capped.Q.shape[1], capped.trials) == (3, 3)
+
+
+def test_growth_is_small_near_the_tolerance_and_large_far_from_it():
+    found = [
+        s_rsi.LOGISTIC[0] / (1 + math.exp(s_rsi.LOGISTIC[1] * xi + s_rsi.LOGISTIC[2])) + s_rsi.LOGISTIC[3]
+        for xi in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
+    ]
+    assert found == pytest.approx([6.17, 7.63, 14.84, 27.5, 91.0, 175.8, 190.9], abs=0.06)
+    assert [s_rsi.growth(xi) for xi in (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)] == [math.ceil(f) for f in found]
+    assert s_rsi.growth(0.1, scale=0.1) == 3
+    assert s_rsi.growth(0.0, scale=1e-9) == s_rsi.growth(math.nan) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_colnorm_finds_the_rank_of_the_svd(seed):
+    X, Y = (torch.rand(side, 6, generator=seeded(side + seed), dtype=torch.float64) for side in (90, 70))
+    matrix = (X * torch.tensor([1, 0.5, 0.2, 0.05, 0.01, 0.002], dtype=torch.float64)) @ Y.T
+    least = next(rank for rank in range(1, 7) if tail(matrix, rank) <= 0.02)
+    found = chosen(matrix, seed, rank_rule="colnorm", tolerance=0.02)
+    assert found.Q.shape[1] == least
+    assert found.trials == 1
+    assert found.error == pytest.approx(tail(matrix, least), rel=1e-6)
+    full = torch.rand(40, 40, generator=seeded(seed))
+    assert chosen(full, rank_rule="colnorm", tolerance=1e-4).Q.shape[1] == 10
+
+
+def test_ema_moves_a_share_by_the_error_of_the_choice_before():
+    matrix, state = torch.rand(100, 80, generator=seeded(4)), {}
+    first = chosen(matrix, state=state, rank_rule="ema", max_rank=80)
+    assert first.Q.shape[1] == 12
+    state["error"] = first.error
+    assert first.error > s_rsi.SHARE_ERROR
+    chosen(matrix, state=state, rank_rule="ema", max_rank=80)
+    assert state["share"] == pytest.approx(0.1505)
+    state["error"] = 0.0
+    chosen(matrix, state=state, rank_rule="ema", max_rank=80)
+    assert state["share"] == pytest.approx(0.15)
+    assert s_rsi.next_share(0.6, 1.0) == pytest.approx(0.6)
+    assert s_rsi.next_share(0.0625, 0.0) == pytest.approx(0.0625)
+
+
+def test_fixed_stays():
+    assert chosen(torch.rand(30, 20), rank_rule="fixed", init_rank=7).Q.shape[1] == 7
+    assert chosen(torch.rand(30, 20), rank_rule="fixed", init_rank=70).Q.shape[1] == 20
+
+
+def test_a_truncated_positive_matrix_may_be_negative():
+    matrix = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]], dtype=torch.float64)
+    assert torch.linalg.svdvals(matrix).tolist() == pytest.approx([1.8478, 1.4142, 0.7654], abs=1e-4)
+    Q, U = s_rsi.s_rsi(matrix, 2, seeded(), 60)
+    product = Q @ U.T
+    assert float(product[0, 2]) == pytest.approx(-0.25, abs=1e-6)
+    assert float(product[3, 0]) == pytest.approx(-0.25, abs=1e-6)
+
+
+def test_adafactors_rank_one_of_the_worked_example():
+    product = A.sum(1, keepdim=True) * A.sum(0) / A.sum()
+    assert float((A - product).norm() / A.norm()) == pytest.approx(0.461095, abs=1e-6)

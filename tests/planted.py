@@ -58,6 +58,46 @@ def plant(
     return Run.read(folder / id)
 
 
+# The sheet's worked example of a FourierFT update: entries, coefficients, shape.
+ENTRIES = np.array([[0, 1, 2, 3], [0, 2, 5, 1]])
+C = np.array([1.0, -2.0, 0.5, 3.0])
+SHAPE = (4, 6)
+
+
+def plant_fourier(
+    folder: Path,
+    id: str,
+    found: Mapping[str, Mapping[int, Any]],
+    label: str = "FourierFT",
+    seed: int = 0,
+    entries: Any = ENTRIES,
+    metric: float | None = None,
+    **recipe: Any,
+) -> Run:
+    """Write a FourierFT run of module -> {step: coefficients} at the worked example's entries, with alpha 12.
+
+    Fields of the method go into the recipe; with another basis than "fourier" neither shape nor scale is kept.
+    """
+    told = {"name": "fourierft", "alpha": 12} | recipe
+    common = {"model": "m", "task": "t", "recipe": told, "settings": {"steps": 9}}
+    states = {"last": {"step": 9, "ranks": dict.fromkeys(found, len(C))}}
+    modules = [place | {"out_features": SHAPE[0], "in_features": SHAPE[1]} for place in MODULES]
+    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": modules, "states": states, "parents": []}
+    writer = RunWriter(folder / id, common | named)
+    waves = recipe.get("basis", "fourier") == "fourier"
+    for module, steps in found.items():
+        for quantity in ("update_norm", "learned_norm"):
+            writer.add(9, [Record(quantity, float(np.linalg.norm(steps[9])), module)])
+        for step, coefficients in steps.items():
+            arrays = {"coefficients": np.array(coefficients), "entries": np.array(entries)}
+            arrays |= {"shape": np.array(SHAPE)} if waves else {}
+            writer.add(step, [Factors(module, arrays, 12.0 if waves else None)])
+    if metric is not None:
+        writer.add(9, [Record("test_metric", metric)])
+    writer.finish("done")
+    return Run.read(folder / id)
+
+
 def profile(words: float, q: float, up: float) -> Values:
     """Update norms after step 9; block 1 is half of block 0."""
     at = {"words": words, "h.0.q": q, "h.0.up": up, "h.1.q": q / 2, "h.1.up": up / 2}

@@ -10,19 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from planted import MODULES, lookup, low_rank, plant
+from planted import ENTRIES, SHAPE, C, lookup, low_rank, plant, plant_fourier
 
 from lorascope import plots
 from lorascope.analysis import atlas
 from lorascope.analysis import fourier as analysis
 from lorascope.fourier import Fourier
-from lorascope.records import Factors, Record
-from lorascope.run import Run
-from lorascope.writer import RunWriter
 
-ENTRIES = np.array([[0, 1, 2, 3], [0, 2, 5, 1]])
-C = np.array([1.0, -2.0, 0.5, 3.0])
-SHAPE = (4, 6)
 # An entry and its mirror, frequencies counted from the middle of the spectrum.
 PLACES = {
     (0, 0): 1.0,
@@ -43,23 +37,8 @@ def write(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def fourier(tmp_path: Path) -> Any:
-    """Writes a FourierFT run of module -> {step: coefficients} at the worked example's entries, with alpha 12."""
-
-    def make(id: str, found: dict, label: str = "FourierFT", seed: int = 0, entries: Any = ENTRIES) -> Run:
-        common = {"model": "m", "task": "t", "recipe": {"name": "fourierft"}, "settings": {"steps": 9}, "parents": []}
-        states = {"last": {"step": 9, "ranks": dict.fromkeys(found, 4)}}
-        named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
-        writer = RunWriter(tmp_path / id, common | named)
-        for module, steps in found.items():
-            for quantity in ("update_norm", "learned_norm"):
-                writer.add(9, [Record(quantity, float(np.linalg.norm(steps[9])), module)])
-            for step, coefficients in steps.items():
-                arrays = {"coefficients": np.array(coefficients), "entries": entries, "shape": np.array(SHAPE)}
-                writer.add(step, [Factors(module, arrays, 12.0)])
-        writer.finish("done")
-        return Run.read(tmp_path / id)
-
-    return make
+    """``plant_fourier`` in a folder of the test."""
+    return partial(plant_fourier, tmp_path)
 
 
 def panels(drawn: Any) -> list[Any]:

@@ -25,6 +25,12 @@ def updates(run: Run, step: int | None = None) -> Mapping[str, Any]:
     return found if isinstance(first, Fourier) else {}
 
 
+def basis(run: Run) -> Mapping[str, str]:
+    """The basis on which a run of FourierFT trains its coefficients, as ``{"basis": name}``; empty of other methods."""
+    recipe = run.meta["recipe"]
+    return {"basis": recipe.get("basis", "fourier")} if recipe.get("name") == "fourierft" else {}
+
+
 def since_start(run: Run) -> dict[str, Fourier]:
     """What training added to the updates of few frequencies, by module; nothing where the start was not kept."""
     last = updates(run)
@@ -33,6 +39,11 @@ def since_start(run: Run) -> dict[str, Fourier]:
     except ValueError:  # no snapshot of step 0
         return {}
     return {module: update - first[module] for module, update in last.items() if module in first}
+
+
+def corner(shape: tuple[int, int]) -> float:
+    """Distance of the highest frequency from zero."""
+    return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
 def places(update: Fourier) -> pd.DataFrame:
@@ -55,7 +66,7 @@ def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
     DataFrame
         ``radius`` (the middle of the ring) and ``value``, NaN where a ring holds no entry.
     """
-    edges = np.linspace(0.0, _corner(update.shape), bins + 1)
+    edges = np.linspace(0.0, corner(update.shape), bins + 1)
     once = _both(update).drop_duplicates("frequency")
     ring = np.minimum(np.searchsorted(edges, once["radius"], side="right") - 1, bins - 1)
     squares = (once["coefficient"] ** 2).groupby(ring).mean().reindex(range(bins))
@@ -76,11 +87,6 @@ def _both(update: Fourier) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def _corner(shape: tuple[int, int]) -> float:
-    """Distance of the highest frequency from zero."""
-    return math.hypot(shape[0] // 2, shape[1] // 2)
-
-
 def bias(shape: tuple[int, int], center: float | int, width: float | int) -> pd.DataFrame:
     """The frequency bias by distance from zero, out to the corner of a spectrum.
 
@@ -89,10 +95,10 @@ def bias(shape: tuple[int, int], center: float | int, width: float | int) -> pd.
     DataFrame
         ``distance`` and ``probability``, that of a draw against the most likely place.
     """
-    corner = int(_corner(shape))
+    last = int(corner(shape))
     # A spectrum of a single row runs through all distances.
-    values = fourier.band_pass((1, 2 * corner), center, width)[0, : corner + 1]
-    return pd.DataFrame({"distance": np.arange(corner + 1), "probability": values})
+    values = fourier.band_pass((1, 2 * last), center, width)[0, : last + 1]
+    return pd.DataFrame({"distance": np.arange(last + 1), "probability": values})
 
 
 def bias_map(shape: tuple[int, int], center: float | int, width: float | int, cells: int = 48) -> pd.DataFrame:

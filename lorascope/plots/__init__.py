@@ -4,6 +4,7 @@
 catalogue, ``available(run)`` says what can be drawn.
 """
 
+from lorascope.plots.ablations import basis_ablation, bias_curve
 from lorascope.plots.atlas import atlas
 from lorascope.plots.catalogue import FIGURES, Figure, available
 from lorascope.plots.components import importance
@@ -26,6 +27,8 @@ __all__ = [
     "agreement",
     "atlas",
     "available",
+    "basis_ablation",
+    "bias_curve",
     "factor_embedding",
     "fourier_spectrum",
     "frequency_bias",

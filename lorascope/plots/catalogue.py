@@ -12,13 +12,14 @@ from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
 from lorascope.run import Run
 
-UPDATES, SPECTRA, FREQUENCIES = "updates", "spectra", "frequencies"
+UPDATES, SPECTRA, FREQUENCIES, BASIS = "updates", "spectra", "frequencies", "basis"
 _NORMS = "train with observe=[ls.observe.norms()]"
 _ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
 RECORDERS = {
     UPDATES: "train with a method that has factors, such as LoRA",
     SPECTRA: _NORMS,
     FREQUENCIES: "train with FourierFT",
+    BASIS: "train with FourierFT",
     "update_norm": _NORMS,
     "learned_norm": _NORMS,
     "weight_norm": _NORMS,
@@ -48,7 +49,7 @@ class Figure:
         ``draw(runs, control=None, ...)``.
     needs : tuple of str
         Quantities that must be recorded; ``"updates"`` stands for the adapters' factors, ``"spectra"`` for the
-        singular values of updates, ``"frequencies"`` for Fourier coefficients.
+        singular values of updates, ``"frequencies"`` for Fourier coefficients, ``"basis"`` for those on any basis.
     history : bool
         Must they be recorded at more than one step?
     runs : int
@@ -118,6 +119,7 @@ _KEPT: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
     UPDATES: ("the adapters' factors", Run.updates),
     SPECTRA: ("singular values of updates", singular_values),
     FREQUENCIES: ("Fourier coefficients", fourier.updates),
+    BASIS: ("coefficients on a basis", fourier.basis),
 }
 
 

@@ -35,7 +35,19 @@ _PUBLIC = {
     "QUANTITIES": "lorascope.records:QUANTITIES",
     "Chart": "lorascope.chart:Chart",
 }
-_MODULES = ("allocation", "analysis", "export", "models", "names", "observe", "plots", "probes", "tasks", "update")
+_MODULES = (
+    "allocation",
+    "analysis",
+    "export",
+    "memory",
+    "models",
+    "names",
+    "observe",
+    "plots",
+    "probes",
+    "tasks",
+    "update",
+)
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 

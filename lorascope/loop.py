@@ -178,22 +178,12 @@ def train(
 
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
-    """The loop itself. The order of its lines is a contract with the methods."""
-    step, method, optimizer = session.step, session.method, session.optimizer
+    """The loop itself."""
+    step = session.step
     start = session.begin()
     with interruptible() as interrupted, progress_bar(session.name, step.total, start, progress) as bar:
         for index in range(start, step.total):
-            step.index, step.batch = index, session.batch(index)
-            rate = optimizer.param_groups[0]["lr"]
-            method.before_step(step)
-            optimizer.zero_grad(set_to_none=True)
-            loss = session.backward()
-            method.after_backward(step)
-            norm = session.clip()
-            _stop_unless_finite(session, loss, norm, rate)
-            optimizer.step()
-            session.scheduler.step()
-            method.after_step(step)
+            loss, norm, rate = advance(session, index)
             score = session.evaluate()
             session.record(loss, norm, rate)
             bar.show(loss, score)
@@ -203,6 +193,23 @@ def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
             if step.finished % checkpoint_every == 0 and not step.last:
                 session.checkpoint()
     return session.finish()
+
+
+def advance(session: Session, index: int) -> tuple[float, float | None, float]:
+    """One optimizer step; the order of its lines is a contract with the methods. Gives loss, gradient norm and rate."""
+    step, method, optimizer = session.step, session.method, session.optimizer
+    step.index, step.batch = index, session.batch(index)
+    rate = optimizer.param_groups[0]["lr"]
+    method.before_step(step)
+    optimizer.zero_grad(set_to_none=True)
+    loss = session.backward()
+    method.after_backward(step)
+    norm = session.clip()
+    _stop_unless_finite(session, loss, norm, rate)
+    optimizer.step()
+    session.scheduler.step()
+    method.after_step(step)
+    return loss, norm, rate
 
 
 def _reset(model: nn.Module, base: Base) -> None:

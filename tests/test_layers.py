@@ -30,7 +30,7 @@ LAYERS = [
     ["plan", "resume"],
     ["session"],
     ["loop"],
-    ["sweeps"],
+    ["sweeps", "memory"],
     ["probe"],
     ["report"],
     ["probes"],

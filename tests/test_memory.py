@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import astuple, replace
+
 import pandas as pd
 import pytest
 import torch
+from conftest import tiny_tokenizer
 from tiny import tiny
 from torch import nn
 
 import lorascope as ls
+from lorascope import memory as measuring
 from lorascope import observe
 from lorascope.analysis import accounting
 from lorascope.method import Step
 from lorascope.methods import Full, LoRA
+from lorascope.settings import Settings
 
 FAST = {"steps": 3, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
+FEW = Settings(steps=2, lr=1e-3, head_lr=1e-3, batch_size=4, eval_size=1, test_size=1)
 BLOCK = 100 * 2**20
 
 
@@ -77,3 +84,64 @@ def test_a_run_holds_what_is_computed(family, method, task, tmp_path, request):
     for step in (1, 2, 3):
         found = table.loc[step, ["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].astype(int)
         assert accounting.Held(*found.tolist()) == held
+
+
+def test_the_high_water_mark_finds_a_known_tensor_within_the_window():
+    """What was alive before counts, what came and went before does not."""
+    allocator = measuring._Processor()
+    kept = torch.empty(BLOCK, dtype=torch.uint8)
+    del_me = torch.empty(3 * BLOCK, dtype=torch.uint8)
+    del del_me
+    with allocator.window():
+        first = torch.empty(BLOCK, dtype=torch.uint8)
+        second = torch.empty(BLOCK // 2, dtype=torch.uint8)
+        del first, second
+        torch.empty(BLOCK, dtype=torch.uint8)
+    torch.empty(4 * BLOCK, dtype=torch.uint8)
+    assert allocator.peak() == pytest.approx(2.5 * BLOCK, rel=0.02)
+    assert kept.nbytes == BLOCK
+
+
+def test_where_no_allocator_tells_there_is_no_peak():
+    allocator = measuring._allocator("mps")
+    with allocator.window():
+        torch.empty(8)
+    assert math.isnan(allocator.peak())
+
+
+@pytest.fixture(scope="module")
+def wide_bert(tmp_path_factory) -> str:
+    """A tiny BERT whose embedding takes 100 MiB."""
+    path = tmp_path_factory.mktemp("models") / "wide"
+    tiny("bert", "base", vocab_size=BLOCK // 4 // 32).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def test_the_peak_of_a_step_in_a_process_of_its_own(wide_bert, task, tmp_path):
+    """Frozen, the known tensor is there once and all else is small."""
+    run = ls.memory.measure(wide_bert, task, LoRA(), batch_size=4, root=tmp_path)
+    cells = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
+    held = cells[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].sum()
+    assert BLOCK < cells["parameter_bytes"] < held < cells["peak_bytes"] < 1.02 * BLOCK
+    written = (run.path / "records.parquet").stat().st_mtime_ns
+    few = replace(FEW, lr=LoRA().lr, head_lr=LoRA().head_lr)
+    assert measuring._measure(wide_bert, task, LoRA(), few, 0, None, tmp_path, False, "cpu") == run.path
+    assert (run.path / "records.parquet").stat().st_mtime_ns == written
+
+
+def test_the_base_is_not_copied():
+    model = nn.Linear(3, 2)
+    base = measuring._Living(model)
+    base.capture(torch.optim.SGD(model.parameters()))
+    assert base["weight"].data_ptr() == model.weight.data_ptr()
+
+
+def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
+    """At the optimizer step all of them are alive; the toolkit's own copy of W_0 is not among them."""
+    measuring._measure(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu")
+    table = ls.Run.read(tmp_path / "run").table
+    cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
+    held = accounting.full(accounting.shapes_of(ls.models.load(bert, task=task)))
+    assert cells["parameter_bytes"] + cells["gradient_bytes"] + cells["optimizer_bytes"] == sum(astuple(held))
+    assert cells["peak_bytes"] >= sum(astuple(held))

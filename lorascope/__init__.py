@@ -19,6 +19,7 @@ _PUBLIC = {
     "Full": "lorascope.methods:Full",
     "HydraLoRA": "lorascope.methods:HydraLoRA",
     "LoRA": "lorascope.methods:LoRA",
+    "NeFT": "lorascope.methods:NeFT",
     "choose_heads": "lorascope.analysis.clusters:choose_heads",
     "METHODS": "lorascope.methods:METHODS",
     "Method": "lorascope.method:Method",

@@ -21,7 +21,7 @@ def host_bias(module: Any) -> Float[Tensor, "out"] | None:
     return getattr(module, "bias", None)
 
 
-def oriented(module: Any, weight: Float[Tensor, "..."]) -> Float[Tensor, "out in"]:
+def oriented(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
     """A tensor laid out as the module's weight, seen as (out, in)."""
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
 

@@ -75,6 +75,10 @@ class Method:
         """What the method decided, to be kept in the table."""
         return ()
 
+    def held_still(self) -> int:
+        """Entries of the optimizer's parameters that never change, and so count as no trained ones."""
+        return 0
+
     def label(self) -> str:
         """The method in words, rates left out: its name and the hyper-parameters that are not the default ones."""
         default = config(type(self)())
@@ -294,7 +298,9 @@ def _words(value: Any) -> str:
         return " ".join(map(str, value))
     if isinstance(value, float):
         return f"{value:g}"
-    return "by module" if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return value.get("run", "by module")
+    return str(value)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:

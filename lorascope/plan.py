@@ -113,9 +113,15 @@ class Plan:
         return identify(self.identity())
 
     def meta(
-        self, model: nn.Module, trained: Sequence[nn.Parameter], modules: pd.DataFrame, parents: list[Run], device: str
+        self,
+        model: nn.Module,
+        trained: Sequence[nn.Parameter],
+        still: int,
+        modules: pd.DataFrame,
+        parents: list[Run],
+        device: str,
     ) -> dict[str, Any]:
-        """What ``run.json`` holds while the run is on its way."""
+        """What ``run.json`` holds while the run is on its way; ``still`` entries of what trains never change."""
         head = {id(parameter) for parameter in task_head(model).values()}
         return self.identity() | {
             "id": self.id,
@@ -138,7 +144,7 @@ class Plan:
             "test": {},
             "parameters": {
                 "total": sum(p.numel() for p in model.parameters()),
-                "trained": sum(p.numel() for p in trained),
+                "trained": sum(p.numel() for p in trained) - still,
                 "head": sum(p.numel() for p in trained if id(p) in head),
             },
             "total_seconds": sum(run.meta["seconds"] for run in parents),

@@ -201,6 +201,11 @@ class Run:
         """
         return peft_keywords(self, self.ranks(state), self.updates(state=state))
 
+    def tensors(self, state: str = "last") -> Mapping[str, np.ndarray]:
+        """What training may have changed, by parameter name, each tensor read when asked for."""
+        self._state(state)
+        return TensorFile(self._file(f"state/{state}.safetensors"))
+
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Put the trained state into a freshly loaded base, in place: its logits equal the trained model's.
 

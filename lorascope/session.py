@@ -73,7 +73,8 @@ class Session:
         self.best: dict[str, Any] | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
-        self.writer = RunWriter(path, self.plan.meta(model, self.trained, modules, parents, device))
+        still = self.method.held_still()
+        self.writer = RunWriter(path, self.plan.meta(model, self.trained, still, modules, parents, device))
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ Source: NeFT (arXiv 2403.11621), equation 1 and section 4.2.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pandas as pd
@@ -31,10 +31,12 @@ COLUMNS = (
     "norm_tuned",
     "delta_norm",
 )
+ROLES = ("ffn_in", "ffn_gate", "ffn_out")
 MODES = ("changed", "reversed", "random")
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """The neurons of one role in the weight (out, in) of one module.
 
     ``axis`` is the axis a neuron's vector runs along, of ``width`` weights; ``count`` neurons lie across it, from
@@ -74,16 +76,17 @@ def parts(modules: pd.DataFrame, roles: Sequence[str] = ("ffn_in", "ffn_out")) -
     match(modules, tuple(roles))  # tells what is missing
     fused = gated_input(modules).fillna(False)
     found = []
-    for row, both in zip(modules.itertuples(), fused, strict=True):
-        place = (row.module, row.stack, row.layer)
+    for row, both in zip(modules.to_dict("records"), fused, strict=True):
+        place = (row["module"], row["stack"], row["layer"])
         if both:
-            half = row.out_features // 2
+            half = row["out_features"] // 2
             halves = {"ffn_gate": 0, "ffn_in": half}
-            found += [Part(*place, role, 1, at, half, row.in_features) for role, at in halves.items() if role in roles]
-        elif row.role in roles:
-            sizes = (row.out_features, row.in_features)
-            axis = 0 if row.role == "ffn_out" else 1
-            found.append(Part(*place, row.role, axis, 0, sizes[1 - axis], sizes[axis]))
+            inner = row["in_features"]
+            found += [Part(*place, role, 1, at, half, inner) for role, at in halves.items() if role in roles]
+        elif row["role"] in roles:
+            sizes = (row["out_features"], row["in_features"])
+            axis = 0 if row["role"] == "ffn_out" else 1
+            found.append(Part(*place, row["role"], axis, 0, sizes[1 - axis], sizes[axis]))
     return found
 
 
@@ -134,6 +137,14 @@ def ranked(scores: pd.DataFrame) -> pd.DataFrame:
     return known.assign(rank=np.arange(1, len(known) + 1, dtype=np.int32))
 
 
+def unscored(places: Sequence[Part]) -> pd.DataFrame:
+    """A table of all neurons without scores: what a choice by lot is made from."""
+    return pd.concat(
+        [pd.DataFrame({**asdict(part), "neuron": range(part.first, part.first + part.count)}) for part in places],
+        ignore_index=True,
+    ).assign(cosine_distance=0.0)
+
+
 def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0) -> pd.DataFrame:
     """Choose exactly k neurons, of all layers and projections together.
 
@@ -175,6 +186,11 @@ def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequ
     return (pool if mode == "changed" else pool.iloc[::-1]).head(k).reset_index(drop=True)
 
 
-def count(share: float, parameters: int, width: int) -> int:
+def by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
+    """The numbers of chosen neurons, in order, by module."""
+    return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
+
+
+def count(share: float | int, parameters: int, width: float | int) -> int:
     """How many neurons of ``width`` weights hold this share of all parameters; the x of NeFT_x% is such a share."""
     return round(share * parameters / width)

@@ -9,6 +9,7 @@ from lorascope.methods.fourierft import FourierFT
 from lorascope.methods.full import Full
 from lorascope.methods.hydralora import HydraLoRA
 from lorascope.methods.lora import LoRA
+from lorascope.methods.neft import NeFT
 
 __all__ = [
     "METHODS",
@@ -21,4 +22,5 @@ __all__ = [
     "Full",
     "HydraLoRA",
     "LoRA",
+    "NeFT",
 ]

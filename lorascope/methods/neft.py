@@ -1,0 +1,266 @@
+"""NeFT: full fine-tuning says which neurons turn most; they alone train, again from the original model.
+
+    tune     W_ft := full fine-tuning of W_org
+    select   S(n) = <w_org, w_ft> / (|w_org| |w_ft|)   of every neuron n: a row of up, a column of down
+             chosen: the k neurons with the smallest S, over all layers and both projections together
+    masked   W := W_org again, and at each step   grad W := mask * grad W,   mask 1 on the chosen neurons, else 0
+
+No module is added: what comes out is the model itself, in which k vectors of weights differ.
+
+===================  ==================================================================
+paper                here
+===================  ==================================================================
+x (of NeFT_x%)       ``share``, of all parameters of the model
+k                    ``k``; else that of the share, k = round(share * parameters / d)
+S                    1 - ``selection_cosine``
+M_org, M_ft          W_0, ``tuned``
+Reversed_x%          ``mode`` "reversed"
+===================  ==================================================================
+
+Source: NeFT (arXiv 2403.11621), equation 1, algorithm 1, section 4.2.
+
+Departs: exactly k neurons, ties broken by place (``neurons.ranked``); the authors' code keeps what lies strictly below
+the k-th score, k - 1 or fewer. 1 - S is formed from the difference of the vectors, in float64. Gradients are clipped
+after the mask; the code clips before, so that what is thrown away sets the scale (``clip_before``). With weight decay,
+which the paper does not use, chosen neurons decay and the others are put back. A task's new head trains as well.
+"random" is a control of ours and needs no tuned model.
+
+Cost: the time is full fine-tuning's and the masked run's together, and memory is not saved: gradients and AdamW's
+moments are as large as the whole projections that hold a chosen neuron.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from lorascope import checkpoints, names
+from lorascope.analysis import neurons
+from lorascope.heads import weights_hash
+from lorascope.hosts import host_weight, oriented, to_array
+from lorascope.layout import Lazy
+from lorascope.method import Method, Phase, Step, task_head
+from lorascope.methods.full import Full
+from lorascope.records import Quantity, Record, register
+from lorascope.run import Run
+
+for _name, _label, _index, _pool, _definition in (
+    ("selected", "selected neurons", "neuron", "sum", "1 for each neuron that trains"),
+    ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0"),
+    ("selection_cosine", "1 − cos after tuning", "neuron", "mean", "the cosine distance that neurons were chosen by"),
+    ("leak", "leak", "none", "mean", "largest change of a weight that the mask holds still"),
+):
+    register(_name, Quantity(_label, "", _index, _pool, _definition, "NeFT, eq. 1"))
+
+
+@dataclass(kw_only=True)
+class NeFT(Method, name="neft"):
+    """Train the neurons that full fine-tuning turns most, from the original model.
+
+    Parameters
+    ----------
+    k : int or None
+        Neurons that train. None takes those of ``share``.
+    share : float
+        Share of the model's parameters that train, where k is not given.
+    targets : tuple of str
+        Roles that neurons are chosen from: ``ffn_in`` and ``ffn_gate`` have them as rows, ``ffn_out`` as columns.
+    mode : {"changed", "reversed", "random"}
+        Which neurons, see ``neurons.select``; the last two are controls.
+    tuned : Run or path, optional
+        A finished run of full fine-tuning of the same model. None makes one, as a phase before.
+    neurons : mapping module name -> sequence of int, optional
+        Neurons chosen elsewhere: outputs of a module of ``ffn_in`` or ``ffn_gate``, inputs of one of ``ffn_out``.
+    tune_steps : int or None
+        Steps of the full fine-tuning; None takes those of ``train``.
+    tune_lr : float or None
+        Its rate; None takes ``lr``.
+    clip_before : float or None
+        Largest norm of all trained gradients together before they are masked.
+    """
+
+    k: int | None = None
+    share: float | int = 0.09
+    targets: tuple[str, ...] = ("ffn_in", "ffn_out")
+    mode: str = "changed"
+    tuned: Run | Mapping[str, str] | str | Path | None = None
+    neurons: Mapping[str, Sequence[int]] | None = None
+    tune_steps: int | None = None
+    tune_lr: float | int | None = None
+    clip_before: float | int | None = None
+    lr: float | int = 2e-5
+    head_lr: float | int = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.mode not in neurons.MODES:
+            raise ValueError(f"mode {self.mode!r} is unknown: {', '.join(neurons.MODES)}")
+        if unknown := [role for role in self.targets if role not in neurons.ROLES]:
+            raise ValueError(
+                f"targets: {unknown[0]!r} is no role with neurons: give some of {', '.join(neurons.ROLES)}"
+            )
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k {self.k} chooses no neuron: give 1 or more")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share {self.share} is no share of the parameters: give one above 0, at most 1")
+        if isinstance(self.tuned, str | Path):
+            self.tuned = checkpoints.load(self.tuned)
+        self.neurons_: dict[str, list[int]] = {}
+
+    def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
+        """Full fine-tuning, unless nothing is to be learned from it or it was done; then, from W_0, the neurons."""
+        if self.tuned is not None or self.neurons is not None or self.mode == "random":
+            yield Phase(self)
+            return
+        full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
+        tuned = yield Phase(full, "tune", steps=self.tune_steps)
+        yield Phase(replace(self, tuned=tuned), "masked")
+
+    def attach(self, model: nn.Module) -> None:
+        """Choose the neurons; leave the projections that hold some trainable, and the task's head."""
+        self._parts = neurons.parts(names.describe(model), self.targets)
+        self._scores = scores(model, self._parts, self.tuned) if isinstance(self.tuned, Run) else None
+        self.neurons_ = self._choose(model)
+        model.requires_grad_(False)
+        axes = {part.module: part.axis for part in self._parts}
+        self._masks = {name: Mask.of(model, name, axes[name], chosen) for name, chosen in self.neurons_.items()}
+        for trained in (*(mask.weight for mask in self._masks.values()), *task_head(model).values()):
+            trained.requires_grad_(True)
+
+    def _choose(self, model: nn.Module) -> dict[str, list[int]]:
+        """The neurons that train, by module; a method read from a run folder has them in its state alone."""
+        if self.neurons is not None:
+            return checked(self.neurons, self._parts)
+        pool, seed = self._scores, 0
+        if self.mode == "random":
+            pool = neurons.unscored(self._parts) if pool is None else pool
+            seed = int(torch.randint(2**31, ()))  # follows from the run's seed
+        if pool is None:
+            return {}
+        width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return neurons.by_module(
+            neurons.select(pool, self.k or neurons.count(self.share, total, width), self.mode, seed)
+        )
+
+    def after_backward(self, step: Step) -> None:
+        """Mask the gradients, once all of the batch is in them."""
+        if self.clip_before is not None:
+            trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(trained, self.clip_before)
+        for mask in self._masks.values():
+            if mask.weight.grad is not None:
+                mask.weight.grad.masked_fill_(mask.still, 0.0)
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> None:
+        """Put back what weight decay moved without any gradient."""
+        if any(group["weight_decay"] for group in step.optimizer.param_groups):
+            for module, mask in self._masks.items():
+                mask.weight.copy_(torch.where(mask.still, step.base[f"{module}.weight"], mask.weight))
+
+    def held_still(self) -> int:
+        """What the masks cover."""
+        return sum(mask.covered for mask in self._masks.values())
+
+    def records(self, step: Step) -> Iterable[Record]:
+        """At the start what was chosen and by what, at the end where every neuron is, and that no other moved."""
+        if step.finished == 0:
+            for module, chosen in self.neurons_.items():
+                yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
+            if self._scores is not None:
+                yield from _records("selection_cosine", self._scores)
+        if step.last:
+            living = dict(step.model.named_parameters())
+            yield from _records("neuron_cosine", distances(step.model, self._parts, step.base, living))
+            for module, mask in self._masks.items():
+                change = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
+                yield Record("leak", float(change.masked_fill(~mask.still, 0.0).max()), module)
+
+
+class Mask(NamedTuple):
+    """What holds the neurons of one module still that were not chosen.
+
+    ``still`` has the layout of the stored weight, one entry a neuron, to be broadcast along their vectors.
+    """
+
+    weight: nn.Parameter
+    still: Bool[Tensor, "rows columns"]
+
+    @classmethod
+    def of(cls, model: nn.Module, module: str, axis: int, chosen: Sequence[int]) -> Mask:
+        """Of a module whose neurons' vectors run along this axis of its weight (out, in)."""
+        host: Any = model.get_submodule(module)
+        weight = host_weight(host)
+        still = torch.ones(weight.shape[1 - axis], dtype=torch.bool, device=weight.device)
+        still[torch.tensor(chosen)] = False
+        return cls(host.weight, oriented(host, still.unsqueeze(axis)))
+
+    @property
+    def covered(self) -> int:
+        """Weights that do not move."""
+        return int(self.still.sum()) * self.weight.numel() // self.still.numel()
+
+
+def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:
+    """Equation 1 for every neuron of a model at W_0 and of its full fine-tuning, with norms: ``neurons.COLUMNS``.
+
+    Raises
+    ------
+    ValueError
+        The run began at other weights, or did not train a projection.
+    """
+    if weights_hash(model) != tuned.meta["w0_hash"]:
+        raise ValueError(f"run {tuned.id} began at other weights than this model's: tune the same model")
+    after = tuned.tensors()
+    if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
+        raise ValueError(f"run {tuned.id} ({tuned.label}) did not train {absent[0]}: give one of full fine-tuning")
+    wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
+    return distances(model, places, dict(model.named_parameters()), wide)
+
+
+def distances(
+    model: nn.Module, places: Sequence[neurons.Part], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> pd.DataFrame:
+    """Cosine distance of every neuron, with its norms, between two states of a model given by parameter name."""
+    tables = []
+    for part in places:
+        host, name = model.get_submodule(part.module), f"{part.module}.weight"
+        tables.append(neurons.table(part, *(to_array(oriented(host, side[name])) for side in (before, after))))
+    return pd.concat(tables, ignore_index=True)
+
+
+def checked(chosen: Mapping[str, Sequence[int]], places: Sequence[neurons.Part]) -> dict[str, list[int]]:
+    """Neurons given by hand, in order.
+
+    Raises
+    ------
+    ValueError
+        A module has no neurons among the targets, or not that one, or one is given twice.
+    """
+    known: dict[str, set[int]] = {}
+    for part in places:
+        known.setdefault(part.module, set()).update(range(part.first, part.first + part.count))
+    for module, numbers in chosen.items():
+        if module not in known:
+            raise ValueError(f"neurons: {module!r} is no module of the targets; these are {', '.join(known)}")
+        if wrong := [number for number in numbers if number not in known[module]]:
+            span = f"{min(known[module])} to {max(known[module])}"
+            raise ValueError(f"neurons: {module} has no neuron {wrong[0]}: its numbers are {span}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"neurons: {module} has a neuron twice: give each once")
+    if not any(chosen.values()):
+        raise ValueError("neurons names none: give at least one")
+    return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
+
+
+def _records(quantity: str, scored: pd.DataFrame) -> Iterable[Record]:
+    for module, rows in scored.groupby("module", sort=False):
+        yield Record(quantity, rows["cosine_distance"].to_numpy(), str(module), rows["neuron"].to_numpy())

@@ -1,0 +1,346 @@
+"""NeFT against the sheet's worked numbers, plain AdamW on the same tensors, and what must not move."""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from test_resume import Forks, same
+from tiny import inputs, tiny
+from torch import nn
+
+import lorascope as ls
+from lorascope import cli, models
+from lorascope.analysis import neurons
+from lorascope.hosts import host_weight
+from lorascope.method import METHODS, Step, config, from_config, task_head
+from lorascope.methods import Full, LoRA, NeFT
+from lorascope.methods.neft import Mask, distances
+
+FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
+UP, DOWN = "bert.encoder.layer.{}.intermediate.dense", "bert.encoder.layer.{}.output.dense"
+CHOSEN = {UP.format(0): [0, 3], DOWN.format(1): [1]}
+
+
+def train(folder, task, method, out, **settings):
+    model = models.load(folder, task=task)
+    before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    run = ls.train(model, task, method, out=out, **FAST | settings)
+    return model, before, run
+
+
+def step_of(optimizer):
+    """As much of a step as the mask looks at."""
+    step = object.__new__(Step)
+    step.optimizer = optimizer
+    return step
+
+
+def moved(model, before, module):
+    """Which outputs (rows) and inputs (columns) of a module hold a weight that is no longer the original one."""
+    host = model.get_submodule(module)
+    old = copy.deepcopy(host)
+    old.weight.data = before.get(f"{module}.weight", host.weight).clone()
+    changed = host_weight(host) != host_weight(old)
+    return changed.any(1).nonzero().flatten().tolist(), changed.any(0).nonzero().flatten().tolist()
+
+
+class Toy(nn.Module):
+    """A feed-forward part of width 4 with 6 hidden units, gated, as the sheet has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.gate_proj = nn.Linear(4, 6, bias=False), nn.Linear(4, 6, bias=False)
+        self.down_proj = nn.Linear(6, 4, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(torch.relu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def test_only_the_chosen_entries_of_the_toy_move():
+    toy = Toy()
+    before = copy.deepcopy(toy.state_dict())
+    masks = [Mask.of(toy, "up_proj", 1, [0, 3]), Mask.of(toy, "down_proj", 0, [1])]
+    optimizer = torch.optim.AdamW([mask.weight for mask in masks], lr=0.1, weight_decay=0)
+    x = torch.randn(16, 4)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (toy(x) - 1).square().mean().backward()
+        for mask in masks:
+            mask.weight.grad.masked_fill_(mask.still, 0.0)
+        optimizer.step()
+    rows = (toy.up_proj.weight != before["up_proj.weight"]).any(1).nonzero().flatten().tolist()
+    columns = (toy.down_proj.weight != before["down_proj.weight"]).any(0).nonzero().flatten().tolist()
+    assert (rows, columns) == ([0, 3], [1])
+    assert torch.equal(toy.gate_proj.weight, before["gate_proj.weight"])
+    assert sum(mask.weight.numel() - mask.covered for mask in masks) == 12
+    assert sum(state["exp_avg"].numel() for state in optimizer.state.values()) == 48
+
+
+@pytest.mark.parametrize(("family", "up", "down"), [
+    ("bert", UP.format(0), DOWN.format(0)),
+    ("gpt2", "transformer.h.0.mlp.c_fc", "transformer.h.0.mlp.c_proj"),
+    ("llama", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"),
+    ("phi3", "model.layers.0.mlp.gate_up_proj", "model.layers.0.mlp.down_proj"),
+])  # fmt: skip
+def test_the_mask_lies_along_the_stored_axis(family, up, down):
+    """Setting all but the chosen gradients to zero leaves rows of the input, columns of the output, however stored."""
+    model = tiny(family)
+    method = NeFT(neurons={up: [50, 70] if family == "phi3" else [3, 5], down: [7]})
+    method.attach(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{up}.weight", f"{down}.weight", *task_head(model)}
+    for module in (up, down):
+        model.get_submodule(module).weight.grad = torch.ones_like(model.get_submodule(module).weight)
+    method.after_backward(step_of(None))
+    for module, axis in ((up, 0), (down, 1)):
+        host = copy.deepcopy(model.get_submodule(module))
+        host.weight.data = model.get_submodule(module).weight.grad
+        lines = host_weight(host).movedim(axis, 0)
+        assert lines.any(1).nonzero().flatten().tolist() == list(method.neurons[module])
+        assert lines[method.neurons[module][0]].all()
+    held = sum(p.numel() for name, p in model.named_parameters() if name in trained) - method.held_still()
+    assert held - sum(p.numel() for p in task_head(model).values()) == 3 * 32
+
+
+@pytest.mark.parametrize("settings", [
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "accumulate": 2},
+    {"precision": "bf16", "weight_decay": 0.1},
+    {"weight_decay": 0.0, "clip": None},
+], ids=["decay", "accumulation", "bf16", "plain"])  # fmt: skip
+def test_what_was_not_chosen_stays_bit_for_bit(bert, task, tmp_path, settings):
+    model, before, run = train(bert, task, NeFT(neurons=CHOSEN, lr=1e-2, head_lr=1e-2), tmp_path / "run", **settings)
+    head = set(task_head(model))
+    assert head
+    for name, parameter in model.named_parameters():
+        if name in head:
+            assert not torch.equal(parameter, before[name])
+        elif name.removesuffix(".weight") not in CHOSEN:
+            assert torch.equal(parameter, before[name]), name
+    assert moved(model, before, UP.format(0))[0] == [0, 3]
+    assert moved(model, before, DOWN.format(1))[1] == [1]
+    leak = run.table[run.table["quantity"] == "leak"]
+    assert set(leak["module"]) == set(CHOSEN)
+    assert not leak["value"].any()
+    assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == 3 * 32
+
+
+def test_weight_decay_would_leak_and_chosen_neurons_decay():
+    """Three steps of rate 0.1 and decay 0.1: a masked row shrinks by (1 - 0.01)^3, unless it is put back."""
+    row = nn.Parameter(torch.ones(2, 4, dtype=torch.float64))
+    optimizer = torch.optim.AdamW([row], lr=0.1, weight_decay=0.1)
+    for _ in range(3):
+        row.grad = torch.zeros_like(row)
+        optimizer.step()
+    assert row.detach().unique().tolist() == pytest.approx([0.970299])
+
+
+@pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"precision": "bf16"}], ids=["", "decay", "bf16"])
+def test_with_all_neurons_it_is_fine_tuning_of_these_matrices(bert, task, tmp_path, settings):
+    class Matrices(Full):
+        def attach(self, model):
+            model.requires_grad_(False)
+            for module in (*places, *(name.rpartition(".")[0] for name in task_head(model))):
+                model.get_submodule(module).weight.requires_grad_(True)
+            for parameter in task_head(model).values():
+                parameter.requires_grad_(True)
+
+    places = [name.format(layer) for layer in range(2) for name in (UP, DOWN)]
+    every = NeFT(neurons={module: list(range(48)) for module in places}, lr=1e-2, head_lr=1e-2)
+    ours, _, run = train(bert, task, every, tmp_path / "ours", **settings)
+    theirs, *_ = train(bert, task, Matrices(lr=1e-2, head_lr=1e-2), tmp_path / "theirs", **settings)
+    for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == 4 * 48 * 32
+
+
+@pytest.mark.parametrize(("clip_before", "left"), [(None, 1.0), (1.0, 0.6)])
+def test_the_order_of_clip_and_mask(clip_before, left):
+    """Gradients (3, 0) and (0, 4), the second row masked: clipped to 1 after the mask 1 is left, before it 0.6."""
+    host = nn.Linear(2, 2, bias=False)
+    method = NeFT(clip_before=clip_before)
+    method._masks = {"": Mask.of(host, "", 1, [0])}
+    host.weight.grad = torch.tensor([[3.0, 0], [0, 4]])
+    optimizer = torch.optim.AdamW([host.weight])
+    method.after_backward(step_of(optimizer))
+    torch.nn.utils.clip_grad_norm_([host.weight], 1.0)
+    assert host.weight.grad.tolist() == [[pytest.approx(left, abs=1e-5), 0], [0, 0]]
+
+
+def test_a_gradient_that_is_no_number_does_not_pass_the_mask():
+    host = nn.Linear(2, 2, bias=False)
+    method = NeFT()
+    method._masks = {"": Mask.of(host, "", 1, [0])}
+    host.weight.grad = torch.tensor([[1.0, 1], [np.inf, np.nan]])
+    method.after_backward(step_of(None))
+    assert host.weight.grad.tolist() == [[1, 1], [0, 0]]
+
+
+@pytest.fixture(scope="module", params=["bert", "gpt2", "llama"])
+def phased(request, task, tmp_path_factory):
+    """(folder, model, W_0, run) of NeFT with its full fine-tuning before it."""
+    folder, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("neft") / "run"
+    return folder, *train(folder, task, NeFT(k=9, lr=1e-2, head_lr=1e-2, tune_steps=3), out)
+
+
+def test_the_chosen_are_those_that_tuning_turned_most_and_training_begins_anew(phased, task):
+    folder, model, before, run = phased
+    (tune,) = run.parents
+    assert (tune.meta["method"]["name"], tune.meta["settings"]["steps"]) == ("full", 3)
+    assert run.meta["recipe"] == tune.meta["recipe"]
+    assert json.loads((run.path.parent / "recipe.json").read_text())["phases"] == ["1-tune", "2-masked"]
+    fresh, tuned = models.load(folder, task=task), models.load(folder, task=task)
+    tune.restore(tuned)
+    found = {}
+    for part in neurons.parts(ls.names.describe(fresh)):
+        one, two = (host_weight(m.get_submodule(part.module)).detach().double() for m in (fresh, tuned))
+        cosine = torch.nn.functional.cosine_similarity(one, two, dim=part.axis)
+        found |= {(part.module, i): 1 - float(value) for i, value in enumerate(cosine)}
+    worst = set(sorted(found, key=found.get)[-9:])
+    table = run.table[run.table["quantity"] == "selected"]
+    assert set(zip(table["module"].astype(str), table["index"], strict=True)) == worst
+    assert set(table["step"]) == {0}
+    scored = run.table[run.table["quantity"] == "selection_cosine"]
+    assert {(row.module, row.index): row.value for row in scored.itertuples(index=False)} == pytest.approx(
+        found, abs=1e-9
+    )
+    for module in {module for module, _ in found}:
+        rows, columns = moved(model, before, module)
+        lines = rows if ls.names.parse(module).role == "ffn_in" else columns
+        assert set(lines) == {number for name, number in worst if name == module}
+    for name, parameter in model.named_parameters():
+        if name.removesuffix(".weight") not in {module for module, _ in worst} and name not in task_head(model):
+            assert torch.equal(parameter, before[name])
+
+
+def test_the_last_distances_are_those_of_the_trained_model(phased, task):
+    _, model, before, run = phased
+    places = neurons.parts(ls.names.describe(model))
+    expected = distances(model, places, before, dict(model.named_parameters()))
+    found = run.table[run.table["quantity"] == "neuron_cosine"]
+    assert set(found["step"]) == {4}
+    assert found["value"].tolist() == expected["cosine_distance"].tolist()
+    assert (found["value"] > 0).sum() == 9
+
+
+def test_it_is_restored_bit_for_bit(phased, task):
+    folder, model, _, run = phased
+    fresh = models.load(folder, task=task)
+    run.restore(fresh)
+    with torch.no_grad():
+        assert torch.equal(fresh(**inputs(fresh)).logits, model.eval()(**inputs(model)).logits)
+
+
+def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task, tmp_path):
+    _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
+    chosen = {}
+    for mode in neurons.MODES:
+        method = NeFT(k=60, mode=mode, tuned=full if mode == "changed" else str(full.path))
+        _, _, run = train(bert, task, method, tmp_path / mode)
+        assert not run.parents
+        assert run.meta["recipe"]["tuned"] == {"run": full.id}
+        table = run.table[run.table["quantity"] == "selected"]
+        chosen[mode] = set(zip(table["module"].astype(str), table["index"], strict=True))
+        assert len(chosen[mode]) == 60
+    assert not chosen["changed"] & chosen["reversed"]
+    assert len(chosen["changed"] & chosen["random"]) < 40
+
+
+def test_random_neurons_follow_from_the_seed_and_need_no_tuning(bert, task, tmp_path):
+    chosen = []
+    for number, seed in enumerate((0, 0, 1)):
+        _, _, run = train(bert, task, NeFT(k=20, mode="random"), tmp_path / str(number), seed=seed)
+        assert not run.parents
+        table = run.table[run.table["quantity"] == "selected"]
+        chosen.append(set(zip(table["module"].astype(str), table["index"], strict=True)))
+    assert chosen[0] == chosen[1] != chosen[2]
+
+
+def test_the_share_counts_parameters_not_neurons(bert, task, tmp_path):
+    model, _, run = train(bert, task, NeFT(share=0.04, mode="random"), tmp_path / "run")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    counted = run.meta["parameters"]
+    assert counted["trained"] - counted["head"] == 32 * round(0.04 * total / 32)
+    assert counted["total"] == total
+
+
+def test_another_base_and_a_run_that_tuned_nothing_are_refused(bert, task, tmp_path):
+    _, _, lora = train(bert, task, LoRA(rank=2), tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"did not train .*give one of full fine-tuning"):
+        train(bert, task, NeFT(k=3, tuned=lora), tmp_path / "a")
+    _, _, full = train(bert, task, Full(), tmp_path / "full")
+    other = models.load(bert, task=task)
+    with torch.no_grad():
+        other.bert.pooler.dense.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="began at other weights"):
+        ls.train(other, task, NeFT(k=3, tuned=full), out=tmp_path / "b", **FAST)
+
+
+WRONG = [
+    ({"mode": "lowest"}, "mode 'lowest' is unknown: changed, reversed, random"),
+    ({"targets": ("q",)}, "'q' is no role with neurons: give some of ffn_in, ffn_gate, ffn_out"),
+    ({"k": 0}, "k 0 chooses no neuron: give 1 or more"),
+    ({"share": 0}, "share 0 is no share"),
+    ({"share": 9}, "share 9 is no share"),
+]
+
+
+@pytest.mark.parametrize(("given", "line"), WRONG)
+def test_wrong_settings_are_told_in_one_line(given, line):
+    with pytest.raises(ValueError, match=line) as caught:
+        NeFT(**given)
+    assert "\n" not in str(caught.value)
+
+
+WRONG_NEURONS = [
+    ({"bert.pooler.dense": [0]}, "'bert.pooler.dense' is no module of the targets"),
+    ({UP.format(0): [48]}, "has no neuron 48: its numbers are 0 to 47"),
+    ({UP.format(0): [1, 1]}, "has a neuron twice"),
+    ({UP.format(0): []}, "names none"),
+]
+
+
+@pytest.mark.parametrize(("given", "line"), WRONG_NEURONS)
+def test_wrong_neurons_are_told_in_one_line(given, line):
+    with pytest.raises(ValueError, match=line):
+        NeFT(neurons=given).attach(tiny("bert"))
+
+
+def test_the_command_line_takes_its_options_and_ends_wrong_ones_with_2(capsys):
+    assert cli.main(["train", "neft", "--steps", "3", "--mode", "lowest"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["train", "neft", "--help"])
+    said = capsys.readouterr().out
+    assert "--tuned" in said
+    assert "--clip-before" in said
+    assert "--neurons" not in said
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["neft"] is NeFT is ls.NeFT
+    method = NeFT(k=5, neurons=CHOSEN, tune_lr=1e-4)
+    assert from_config(json.loads(json.dumps(config(method)))) == method
+    assert NeFT(k=5, mode="reversed").label() == "NeFT, k 5, mode reversed"
+
+
+def test_killed_in_either_phase_it_goes_on_bit_for_bit(bert, task, tmp_path):
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label"]].to_csv(table, index=False)
+    forks = Forks(bert, table)
+    method = json.dumps(config(NeFT(k=9, lr=1e-2)))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert forks(method, whole) == 0
+    for phase in ("1-tune", "2-masked"):
+        assert forks(method, out, **{"kill after": f"{phase}/resume/step-*"}) == -signal.SIGKILL
+        assert {path.parts[-3] for path in out.glob("*/resume/step-*")} == {phase}
+    assert forks(method, out) == 0
+    same(out, whole)
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0

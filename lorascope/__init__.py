@@ -20,6 +20,7 @@ _PUBLIC = {
     "HydraLoRA": "lorascope.methods:HydraLoRA",
     "LoRA": "lorascope.methods:LoRA",
     "NeFT": "lorascope.methods:NeFT",
+    "neuron_scores": "lorascope.scoring:neuron_scores",
     "choose_heads": "lorascope.analysis.clusters:choose_heads",
     "METHODS": "lorascope.methods:METHODS",
     "Method": "lorascope.method:Method",

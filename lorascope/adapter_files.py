@@ -16,16 +16,15 @@ from typing import Any, ClassVar
 
 from lorascope.fourier import Fourier
 from lorascope.roles import parse, position
-from lorascope.tensors import TensorFile
+from lorascope.tensors import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
 from lorascope.update import LowRank
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_SHARDS = "adapter_model*.safetensors"
+STEM = "adapter_model"
+WEIGHTS = f"{STEM}.safetensors"
 PREFIX = "base_model.model."
 # The adapter's own name may stand behind the factor's, where a state dict was saved by hand.
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _VARIANTS = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
@@ -34,10 +33,6 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
 }
-_CONVERT = (
-    "python -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('{0}.bin', "
-    "weights_only=True), '{0}.safetensors')\""
-)
 
 
 @dataclass(frozen=True)
@@ -192,7 +187,7 @@ def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
         It is another kind of adapter, or a file cannot be read.
     """
     config = _config(path)
-    return config, tuple(_open(file) for file in _weight_files(path))
+    return config, tuple(open_tensors(file) for file in _weight_files(path))
 
 
 def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
@@ -225,7 +220,7 @@ def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ..
 
 def float_factor(file: TensorFile, name: str) -> Factor:
     """A stored factor; a ValueError where it is stored as anything but floats."""
-    if file.dtype(name) not in _FLOATS:
+    if file.dtype(name) not in FLOATS:
         raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
     return Factor(file, name)
 
@@ -270,33 +265,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if (path / WEIGHTS).exists():
-        return [path / WEIGHTS]
-    index = path / f"{WEIGHTS}.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index} is not readable as an index of shards: {error}") from error
-        missing = [name for name in names if not (path / name).exists()]
-        if missing:
-            raise FileNotFoundError(f"{path} lacks {len(missing)} of {len(names)} shards: {missing[0]}")
-        return [path / name for name in names]
-    if shards := sorted(path.glob(_SHARDS)):
-        return shards
-    pickles = [*path.glob("adapter_model*.bin"), *path.glob("adapter_model*.pt")]
-    if pickles:
-        how = _CONVERT.format(pickles[0].with_suffix(""))
-        raise ValueError(f"{pickles[0]} is a pickle, which is never loaded; convert it: {how}")
-    raise FileNotFoundError(f"{path} has {CONFIG} but no {WEIGHTS}")
-
-
-def _open(file: Path) -> TensorFile:
-    with file.open("rb") as stream:
-        start = stream.read(32)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is only a pointer of Git LFS: fetch the weights by `git lfs pull`")
-    # The ninth byte tells: the length of a header may begin like a pickle.
-    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
-        raise ValueError(f"{file} is a pickle under a wrong name, which is never loaded: save it as safetensors")
-    return TensorFile(file)
+    files = weight_files(path, STEM)
+    if not files:
+        refuse_pickles(path, STEM)
+        raise FileNotFoundError(f"{path} has {CONFIG} but no {WEIGHTS}")
+    return files

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.tensors import TensorFile
+from lorascope.roles import parse
+from lorascope.tensors import FLOATS, Rows, open_tensors, refuse_pickles, weight_files
 
 
 class Pretrained:
@@ -17,19 +19,20 @@ class Pretrained:
     Parameters
     ----------
     folder : path
+        Or the file itself.
 
     Raises
     ------
     FileNotFoundError
-        It holds no safetensors file.
+        It holds no safetensors file, or a shard is missing.
+    ValueError
+        A file is broken, or is a pickle.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"{self.folder} holds no safetensors file: give the folder of the base model")
-        self._files = {name: file for file in map(TensorFile, files) for name in file}
+        self.files = tuple(map(open_tensors, _files(self.folder)))
+        self._files = {name: file for file in self.files for name in file}
 
     def holds(self, module: str) -> bool:
         """Is there a weight of this module? A tied one is stored under one of its names alone."""
@@ -46,6 +49,40 @@ class Pretrained:
         name = self._name(module)
         first, *rest = self._files[name].shape(name)
         return (math.prod(rest), first) if transposed else (first, math.prod(rest))
+
+    def modules(self) -> list[str]:
+        """Names of all modules that have a weight of two dimensions."""
+        names = (name for name, file in self._files.items() if len(file.shape(name)) == 2)
+        return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+
+    def stored(self, module: str) -> tuple[int, ...]:
+        """Shape of a module's weight as it is stored."""
+        name = self._name(module)
+        return self._files[name].shape(name)
+
+    def rows(self, module: str) -> Rows:
+        """The weight of a module as it is stored, read when some of its rows are asked for.
+
+        Raises
+        ------
+        ValueError
+            There is no such weight, or it is not stored as floats.
+        """
+        name = self._name(module)
+        file = self._files[name]
+        if file.dtype(name) not in FLOATS:
+            raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
+        return file.rows(name)
+
+    @cached_property
+    def transposed(self) -> bool:
+        """Does it store its linear layers as (in, out), as GPT-2 does? A bias is as long as the output."""
+        for module in self.modules():
+            outer, inner = self.stored(module)
+            bias = self._files.get(f"{module}.bias")
+            if bias is not None and outer != inner and parse(module).layer is not None:
+                return bias.shape(f"{module}.bias") == (inner,)
+        return False
 
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
         """The weight of a module.
@@ -89,3 +126,15 @@ class Pretrained:
                 return name
         longer = [name for name in self._files if name.endswith(f".{module}.weight")]
         return longer[0] if len(longer) == 1 else None
+
+
+def _files(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
+    # Besides the weights of transformers a folder may hold the same ones in the authors' own layout.
+    found = weight_files(folder, "model")
+    found = found or [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
+    if not found:
+        refuse_pickles(folder, "model")
+        raise FileNotFoundError(f"{folder} holds no safetensors file: give the folder of the base model")
+    return found

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,12 @@ _DTYPES = {
     "U64": "<u8", "U32": "<u4", "U16": "<u2", "U8": "|u1", "BOOL": "|b1",
 }  # fmt: skip
 
+FLOATS = ("F64", "F32", "F16", "BF16")
 _PARTIAL = ".part"
+_CONVERT = (
+    "python -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('{0}.bin', "
+    "weights_only=True), '{0}.safetensors')\""
+)
 # The one entry of the header's text, since the order of several would be another each time.
 _ABOUT = "about"
 
@@ -73,9 +79,16 @@ class TensorFile(Mapping[str, np.ndarray]):
         if begin == end:
             return np.zeros(shape, "<f4" if entry["dtype"] == "BF16" else stored)
         array = np.memmap(self.path, stored, "r", self._start + begin, ((end - begin) // stored.itemsize,))
-        if entry["dtype"] == "BF16":
-            return (array.astype("<u4") << 16).view("<f4").reshape(shape)
-        return np.asarray(array).reshape(shape)
+        return _widened(array).reshape(shape) if entry["dtype"] == "BF16" else np.asarray(array).reshape(shape)
+
+    def rows(self, name: str) -> Rows:
+        """A tensor whose rows are read when a slice of them is asked for, by memory map."""
+        entry = self._entries[name]
+        if entry["dtype"] != "BF16":
+            return Rows(self[name])
+        begin, end = entry["data_offsets"]
+        bits = np.memmap(self.path, "<u2", "r", self._start + begin, ((end - begin) // 2,))
+        return Rows(np.asarray(bits).reshape(entry["shape"]), brain=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -92,6 +105,45 @@ class TensorFile(Mapping[str, np.ndarray]):
         return self._entries[name]["dtype"]
 
 
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A tensor that gives rows: ``rows[a:b]`` is an array, bfloat16 as float32.
+
+    Parameters
+    ----------
+    stored : array
+        As it lies in the file.
+    brain : bool
+        Is it bfloat16, seen as 16-bit integers?
+    """
+
+    stored: np.ndarray
+    brain: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor."""
+        return self.stored.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what ``rows[a:b]`` gives."""
+        return np.dtype("<f4") if self.brain else self.stored.dtype
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return _widened(self.stored[rows]) if self.brain else self.stored[rows]
+
+    def part(self, where: tuple[slice, slice]) -> Rows:
+        """A part of a matrix, still unread."""
+        return Rows(self.stored[where], self.brain)
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    wide = bits.astype("<u4")
+    wide <<= 16
+    return wide.view("<f4")
+
+
 def _sound(entry: Any) -> bool:
     """Does an entry of the header have its three parts, and as many bytes as its shape needs?"""
     try:
@@ -100,6 +152,51 @@ def _sound(entry: Any) -> bool:
     except (KeyError, TypeError, ValueError):
         return False
     return 0 <= begin <= end and (end - begin == size or entry["dtype"] not in _DTYPES)
+
+
+def open_tensors(file: Path) -> TensorFile:
+    """Open a file; a ValueError says what lies there under its name instead."""
+    with file.open("rb") as stream:
+        start = stream.read(32)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{file} is only a pointer of Git LFS: fetch the weights by `git lfs pull`")
+    # The ninth byte tells: the length of a header may begin like a pickle.
+    if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
+        raise ValueError(f"{file} is a pickle under a wrong name, which is never loaded: save it as safetensors")
+    return TensorFile(file)
+
+
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """Files of weights in a folder: ``<stem>.safetensors``, or the shards of its index, or all that begin so.
+
+    Raises
+    ------
+    FileNotFoundError
+        The index lists a shard that is not there.
+    ValueError
+        The index cannot be read.
+    """
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        return sorted(folder.glob(f"{stem}*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not readable as an index of shards: {error}") from error
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(names)} shards: {missing[0]}")
+    return [folder / name for name in names]
+
+
+def refuse_pickles(folder: Path, stem: str) -> None:
+    """Raise a ValueError where weights lie in pickles."""
+    pickles = [*folder.glob(f"*{stem}*.bin"), *folder.glob(f"*{stem}*.pt")]
+    if pickles:
+        how = _CONVERT.format(pickles[0].with_suffix(""))
+        raise ValueError(f"{pickles[0]} is a pickle, which is never loaded; convert it: {how}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:

@@ -17,11 +17,13 @@ from jaxtyping import Float
 
 from lorascope.algebra import (
     GRAM_LIMIT,
+    NeuronChange,
     effective_rank,
     energy_rank,
     entropy_rank,
     finite,
     gram,
+    neuron_change,
     neuron_cosine,
     numerical_rank,
     one_thread,
@@ -40,10 +42,12 @@ from lorascope.algebra import (
 __all__ = [
     "Dense",
     "LowRank",
+    "NeuronChange",
     "Pair",
     "effective_rank",
     "energy_rank",
     "entropy_rank",
+    "neuron_change",
     "neuron_cosine",
     "norms",
     "participation_rank",

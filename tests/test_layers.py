@@ -21,7 +21,7 @@ LAYERS = [
     ["run", "sources", "evaluation", "foreign", "replay"],
     ["writer", "adapter_files", "pretrained", "tasks", "progress"],
     ["hydra_files", "fourier_files", "analysis", "models"],
-    ["checkpoints"],
+    ["checkpoints", "scoring"],
     ["plots", "claims", "inspection", "export", "delta"],
     ["screen", "ablation", "gating"],
     ["heads", "method"],
@@ -61,6 +61,7 @@ TORCH_FREE = {
     *("writer", "adapter_files", "pretrained", "checkpoints", "analysis", "plots", "claims", "inspection", "screen"),
     "fourier_files",
     "hydra_files",
+    "scoring",
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.
 LATE = {("run", "state"), ("chart", "render")}

@@ -259,7 +259,50 @@ def test_neuron_cosine_keeps_digits_that_a_cosine_loses(axis):
     expected = (((u - v) ** 2).sum(axis=axis) / 2).astype(np.float64)
     assert expected.max() < 1e-8
     assert update.neuron_cosine(W0, W, axis) == pytest.approx(expected, rel=1e-10)
-    assert update.neuron_cosine(W0, 2 * W0, axis).max() < 1e-16
+    assert update.neuron_cosine(W0, 2 * W0, axis).max() < 1e-15
+
+
+def exact_change(W0, W, axis):
+    """Distance by unit vectors and norms, in extended precision."""
+    w0, w = (np.moveaxis(x, axis, -1).astype(np.longdouble) for x in (W0, W))
+    norms = [np.sqrt((x * x).sum(-1)) for x in (w0, w, w - w0)]
+    u, v = w0 / norms[0][:, None], w / norms[1][:, None]
+    return [x.astype(np.float64) for x in (((u - v) ** 2).sum(-1) / 2, *norms)]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 30.0])
+def test_narrow_tiles_find_the_change_of_every_neuron(axis, size):
+    """Also where float32 loses all digits: neurons that grew, shrank or nearly vanished while they turned a little."""
+    W0 = RNG.standard_normal((700, 300)).astype(np.float32)
+    change = RNG.standard_normal(W0.shape) * size
+    scale = np.ones(W0.shape[1 - axis])
+    scale[3:9] = 1.5, 0.5, 1e-3, 300.0, 1.01, -2.0
+    W = (W0 * np.expand_dims(scale, axis) + change * np.expand_dims(np.abs(scale), axis)).astype(np.float32)
+    found = update.neuron_change(W0, W, axis, np.float32)
+    for values, expected in zip(found, exact_change(W0, W, axis), strict=True):
+        assert values == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_what_is_no_direction_is_nan_and_what_did_not_change_is_zero(axis):
+    W0 = RNG.standard_normal((80, 80)).astype(np.float32)
+    W = W0.copy()
+    gone, came, same, wrong, huge = range(5)
+    across = (slice(None), gone) if axis == 0 else (gone, slice(None))
+
+    def put(matrix, neuron, value):
+        matrix[(slice(None), neuron) if axis == 0 else neuron] = value
+
+    put(W, gone, 0), put(W0, came, 0), put(W, wrong, np.nan), put(W0, huge, 1e30), put(W, huge, 2e30)
+    found = update.neuron_change(W0, W, axis, np.float32)
+    assert np.isnan(found.cosine_distance[[gone, came, wrong]]).all()
+    assert (found.norm_tuned[gone], found.norm_original[came]) == (0, 0)
+    assert found.delta_norm[gone] == pytest.approx(np.linalg.norm(W0[across]))
+    assert np.isnan(found.norm_tuned[wrong])
+    assert (found.cosine_distance[same], found.delta_norm[same]) == (0, 0)
+    assert found.cosine_distance[huge] == pytest.approx(0, abs=1e-15)
+    assert found.norm_tuned[huge] == pytest.approx(2e30 * 80**0.5)
 
 
 def test_torch_is_not_imported():

@@ -16,9 +16,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.algebra import wide
 from lorascope.names import gated_input, match, position
-from lorascope.update import neuron_cosine
+from lorascope.update import NeuronChange, neuron_change
 
 COLUMNS = (
     "module",
@@ -106,7 +105,11 @@ def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.nda
         that is zero before or after, which has no direction), and the norms of its weights before, after and of their
         difference.
     """
-    before, after = wide(original)[part.where], wide(tuned)[part.where]
+    return tabulate(part, neuron_change(original[part.where], tuned[part.where], part.axis))
+
+
+def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
+    """The table of what became of the neurons of one part."""
     return pd.DataFrame(
         {
             "module": part.module,
@@ -114,10 +117,7 @@ def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.nda
             "layer": pd.array([part.layer] * part.count, dtype="Int16"),
             "role": part.role,
             "neuron": np.arange(part.first, part.first + part.count, dtype=np.int32),
-            "cosine_distance": neuron_cosine(before, after, part.axis),
-            "norm_original": np.linalg.norm(before, axis=part.axis),
-            "norm_tuned": np.linalg.norm(after, axis=part.axis),
-            "delta_norm": np.linalg.norm(after - before, axis=part.axis),
+            **change._asdict(),
         }
     )
 

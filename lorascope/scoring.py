@@ -1,0 +1,112 @@
+"""Scores of every neuron between two whole checkpoints on the disk, read tile by tile; no model is built.
+
+Modules are found by the names of their weights; which way round these are stored their neighbours in the block tell.
+
+Source: NeFT (arXiv 2403.11621), equation 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lorascope.analysis import neurons
+from lorascope.names import gated_input
+from lorascope.pretrained import Pretrained
+from lorascope.roles import FFN, parse, position
+from lorascope.update import neuron_change
+
+
+def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] = FFN) -> pd.DataFrame:
+    """Score every neuron of the feed-forward parts between two checkpoints of one model.
+
+    Every weight of both is read once, in tiles: memory is never more than one weight of each.
+
+    Parameters
+    ----------
+    original, tuned : path
+        Folders written by ``save_pretrained``, or safetensors files: of any float dtype, in one file or in shards.
+    roles : sequence of {"ffn_in", "ffn_gate", "ffn_out"}
+        Those that the model has of them.
+
+    Returns
+    -------
+    DataFrame
+        ``module, stack, layer, role, neuron, cosine_distance, norm_original, norm_tuned, delta_norm`` as of
+        ``analysis.neurons.table``, to a relative 1e-5, in the order of the axes.
+
+    Raises
+    ------
+    FileNotFoundError
+        A checkpoint, or a shard of it, is not there.
+    ValueError
+        A file is broken, the two are not of one model, or a weight holds NaN or infinity.
+    """
+    tables = pd.concat(score(Pretrained(original), Pretrained(tuned), roles), ignore_index=True)
+    return tables.astype(dict.fromkeys(("module", "stack", "role"), "category"))
+
+
+def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:
+    """The same, part by part of a layer.
+
+    Raises
+    ------
+    ValueError
+        As ``neuron_scores``.
+    """
+    unknown = sorted(set(roles) - set(FFN))
+    if unknown:
+        raise ValueError(f"roles: {unknown[0]!r} has no neurons; {', '.join(FFN)} have")
+    modules = described(tuned)
+    held = set(modules["role"])
+    if len(modules) and gated_input(modules).fillna(False).any():
+        held.add("ffn_gate")
+    present = [role for role in FFN if role in roles and role in held]
+    if not present:
+        raise ValueError(f"{tuned.folder} holds no feed-forward weights by a known name ({', '.join(roles)})")
+    for part in neurons.parts(modules, present):
+        yield _scored(part, original, tuned)
+
+
+def described(model: Pretrained) -> pd.DataFrame:
+    """What ``names.describe`` tells of the feed-forward modules of a model, from the headers of its checkpoint."""
+    rows = []
+    for module in model.modules():
+        stack, layer, role = parse(module)
+        if layer is not None and role in FFN:
+            rows.append((module, stack, layer, role, *model.shape(module, model.transposed), ""))
+    columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
+    frame = pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"})
+    # A gate needs an input beside it.
+    parent = frame["module"].str.replace(r"\.[^.]*$", "", regex=True)
+    alone = (frame["role"] == "ffn_gate") & ~parent.isin(parent[frame["role"] == "ffn_in"])
+    frame["role"] = frame["role"].mask(alone, "ffn_in")
+    places = frame[["stack", "layer", "role"]].itertuples(index=False)
+    order = sorted(frame.index, key=[position(*place) for place in places].__getitem__)
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def _scored(part: neurons.Part, original: Pretrained, tuned: Pretrained) -> pd.DataFrame:
+    """The table of one part, of two weights that were found to belong together."""
+    module = part.module
+    if not original.holds(module):
+        raise ValueError(
+            f"{original.folder} holds no weight of {module}, as {tuned.folder} does: "
+            "another model, or a weight that is tied in one of them alone"
+        )
+    before, after = original.rows(module), tuned.rows(module)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"{module} has the shape {before.shape} in {original.folder} and {after.shape} in {tuned.folder}: "
+            "they are not of one model"
+        )
+    where, axis = (part.where[::-1], 1 - part.axis) if tuned.transposed else (part.where, part.axis)
+    dtype = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
+    change = neuron_change(before.part(where), after.part(where), axis, dtype)
+    for model, norms in ((original, change.norm_original), (tuned, change.norm_tuned)):
+        if broken := int((~np.isfinite(norms)).sum()):
+            raise ValueError(f"{model.folder}: {broken} of {part.count} neurons of {module} hold NaN or infinity")
+    return neurons.tabulate(part, change)

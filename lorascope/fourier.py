@@ -113,6 +113,27 @@ def band_pass(shape: tuple[int, int], center: float | int, width: float | int = 
     return bias
 
 
+def bases(
+    shape: tuple[int, int], seed: int, kind: str
+) -> tuple[Float[np.ndarray, "out out"], Float[np.ndarray, "in in"]]:
+    """Other bases for either side: "random" ones are normal of variance 1 / d, "orthogonal" ones made of such."""
+    generator = np.random.default_rng(seed)
+    left, right = (generator.standard_normal((side, side)) / np.sqrt(side) for side in shape)
+    return (left, right) if kind == "random" else (np.linalg.qr(left)[0], np.linalg.qr(right)[0])
+
+
+def on_bases(
+    coefficients: Float[np.ndarray, "n"],
+    entries: Int[np.ndarray, "2 n"],
+    left: Float[np.ndarray, "out out"],
+    right: Float[np.ndarray, "in in"],
+    alpha: float | int,
+) -> Dense:
+    """The update alpha / sqrt(2 d1 d2) * left F right^T, whose expected norm is that of a Fourier update."""
+    (j, k), scale = entries, alpha / np.sqrt(2 * len(left) * len(right))
+    return Dense((left[:, j] * (scale * wide(coefficients))) @ right[:, k].T)
+
+
 class _Part(NamedTuple):
     """The even or the odd part in the basis of cosines or sines: values at (row, column), zero elsewhere."""
 

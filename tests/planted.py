@@ -92,6 +92,8 @@ def plant_fourier(
             arrays = {"coefficients": np.array(coefficients), "entries": np.array(entries)}
             arrays |= {"shape": np.array(SHAPE)} if waves else {}
             writer.add(step, [Factors(module, arrays, 12.0 if waves else None)])
+        if not waves:  # as the recorder of norms keeps it
+            writer.add(9, [Snapshot(f"{module}/singular_values", np.ones(min(SHAPE)), ("component",))])
     if metric is not None:
         writer.add(9, [Record("test_metric", metric)])
     writer.finish("done")

@@ -140,6 +140,53 @@ def test_images_are_in_units_of_their_own_entries(fourier: Any, write: Any) -> N
     assert "all rows and columns" in left.caption
 
 
+START = [0.5, 0.0, 0.5, -1.0]
+
+
+def test_what_training_added_is_drawn_without_the_start(fourier: Any, write: Any) -> None:
+    kept, lost = fourier("a", {"h.0.q": {0: START, 9: C}}), fourier("b", {"h.0.q": {9: C}}, "lost")
+    B, A = np.arange(1.0, 5).reshape(4, 1), np.ones((1, 6))
+    flat = write("c", {("update_norm", "h.0.q"): {9: 1.0}}, "LoRA", factors={"h.0.q": (B, A)})
+    one, other, third = panels(plots.update_image([kept, lost, flat], added=True))
+    for chart, matrix in (
+        (one, Fourier(C - START, ENTRIES, SHAPE).matrix),
+        (other, Fourier(C, ENTRIES, SHAPE).matrix),
+        (third, B @ A),
+    ):
+        shown = chart.data.pivot(index="row", columns="column", values="value").to_numpy()
+        np.testing.assert_allclose(shown, matrix / np.sqrt(np.mean(matrix**2)))
+    assert "What training added to h.0.q" in one.caption
+    assert "With its random start, which was not kept: lost." in one.caption
+    spectrum = plots.spectrum(kept, added=True)
+    sigma = np.linalg.svd(Fourier(C - START, ENTRIES, SHAPE, 12.0).matrix, compute_uv=False)
+    np.testing.assert_allclose(spectrum.data["value"], sigma, atol=1e-12)
+    assert "Singular values of what training added." in spectrum.caption
+    whole = plots.spectrum(kept)
+    np.testing.assert_allclose(
+        whole.data["value"], np.linalg.svd(Fourier(C, ENTRIES, SHAPE, 12.0).matrix)[1], atol=1e-12
+    )
+    assert "random start" not in whole.caption
+
+
+@pytest.mark.parametrize("basis", ["random", "orthogonal"])
+def test_what_training_added_on_another_basis_is_rebuilt_from_its_seed(fourier: Any, basis: str) -> None:
+    run = fourier("a", {"h.0.q": {0: START, 9: C}}, basis=basis, entry_seed=5)
+    lost = fourier("b", {"h.0.q": {9: C}}, "lost", basis=basis, entry_seed=5)
+    generator = np.random.default_rng(5)
+    left, right = (generator.standard_normal((side, side)) / math.sqrt(side) for side in SHAPE)
+    if basis == "orthogonal":
+        left, right = np.linalg.qr(left)[0], np.linalg.qr(right)[0]
+    F = np.zeros(SHAPE)
+    F[tuple(ENTRIES)] = C - START
+    matrix = 12 / math.sqrt(2 * 4 * 6) * left @ F @ right.T
+    np.testing.assert_allclose(analysis.added(run)["h.0.q"].dense(), matrix, atol=1e-12)
+    assert not analysis.added(lost)
+    chart = plots.spectrum(run, added=True)
+    np.testing.assert_allclose(chart.data["value"], np.linalg.svd(matrix, compute_uv=False), atol=1e-6)
+    assert plots.spectrum(run).data["value"].tolist() == [1.0] * 4
+    assert (analysis.lost_start(run), analysis.lost_start(lost)) == (False, True)
+
+
 def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
     def run(id: str, label: str, parameters: int, metric: float, seed: int = 0, **sizes: Any) -> Run:
         values = {("test_metric", ""): {9: metric}}

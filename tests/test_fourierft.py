@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
 from lorascope import export, models, plots
+from lorascope.analysis import fourier as fourier_analysis
 from lorascope.analysis import subspace
 from lorascope.delta import adapted, attach, deltas, detach, fold, host_weight
 from lorascope.fourier import Fourier, entries
@@ -463,12 +464,22 @@ def test_energy_by_radius_is_recorded(run):
         assert rows.sort_values("index")["value"].to_numpy() == pytest.approx(whole / whole.sum(), rel=1e-5)
 
 
-def test_other_methods_can_be_told_in_the_same_table(bert, task, tmp_path):
-    method = FourierFT(coefficients=20, basis="orthogonal")
-    found = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST)
+@pytest.mark.parametrize("basis", ["random", "orthogonal"])
+def test_other_bases_are_told_in_the_same_table_and_what_training_added_is_known(basis, gpt2, task, tmp_path):
+    """On Conv1D as well, of which the run keeps its sides as (out, in)."""
+    method = FourierFT(coefficients=20, basis=basis, targets="all-linear")
+    found = ls.train(models.load(gpt2, task=task), task, method, out=tmp_path / "run", **FAST)
     assert not found.updates()
-    assert found.summary()["learned_norm"].gt(0).all()
     assert "radius_energy" not in set(found.table["quantity"])
+    summary = found.summary().set_index("module")
+    learned = summary["learned_norm"]
+    assert learned.gt(0).all()
+    added = fourier_analysis.added(found)
+    assert {update.shape for update in added.values()} == {(32, 32), (96, 32), (128, 32), (32, 128)}
+    assert {name: update.norm() for name, update in added.items()} == pytest.approx(dict(learned), rel=1e-4)
+    drawn = plots.spectrum(found, added=True).data["value"].to_numpy()
+    assert np.count_nonzero(drawn > 1e-6 * drawn[0]) <= 20
+    assert np.linalg.norm(drawn) == pytest.approx(learned[summary["update_norm"].idxmax()], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,10 @@ import pandas as pd
 
 from lorascope import fourier
 from lorascope.fourier import Fourier
+from lorascope.layout import Lazy
 from lorascope.run import Run
+
+OTHERS = ("random", "orthogonal")  # bases that a run keeps by their seed
 
 
 def updates(run: Run, step: int | None = None) -> Mapping[str, Any]:
@@ -31,9 +35,9 @@ def basis(run: Run) -> Mapping[str, str]:
     return {"basis": recipe.get("basis", "fourier")} if recipe.get("name") == "fourierft" else {}
 
 
-def since_start(run: Run) -> dict[str, Fourier]:
+def since_start(run: Run, step: int | None = None) -> dict[str, Fourier]:
     """What training added to the updates of few frequencies, by module; nothing where the start was not kept."""
-    last = updates(run)
+    last = updates(run, step)
     try:
         first = run.updates(0) if last else {}
     except ValueError:  # no snapshot of step 0
@@ -44,6 +48,42 @@ def since_start(run: Run) -> dict[str, Fourier]:
 def corner(shape: tuple[int, int]) -> float:
     """Distance of the highest frequency from zero."""
     return math.hypot(shape[0] // 2, shape[1] // 2)
+
+
+def added(run: Run, step: int | None = None) -> Mapping[str, Any]:
+    """The updates of a run as far as training made them: less their start, where that was not zero and was kept.
+
+    Of coefficients on another basis, whose updates a run does not hold, what training added is known all the same.
+    """
+    held = run.updates(step)
+    since = _on_other_bases(run, step) if basis(run).get("basis") in OTHERS else since_start(run, step)
+    modules = list(dict.fromkeys([*held, *since]))
+    return Lazy(modules, lambda module: since[module] if module in since else held[module])
+
+
+def lost_start(run: Run) -> bool:
+    """Did its updates not start at zero, and was their start not kept?"""
+    return bool(basis(run) or updates(run)) and not (since_start(run) or _on_other_bases(run))
+
+
+def _on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
+    """What training added on bases that are no Fourier basis; nothing where the start was not kept."""
+    recipe = run.meta["recipe"]
+    if basis(run).get("basis") not in OTHERS:
+        return {}
+    try:
+        first, last = run.factors(0), run.factors(step)
+    except ValueError:  # no snapshot of step 0
+        return {}
+    sides = run.modules.set_index("module")[["out_features", "in_features"]]
+    drawn = cache(partial(fourier.bases, seed=recipe["entry_seed"], kind=recipe["basis"]))
+
+    def make(module: str) -> Any:
+        outer, inner = map(int, sides.loc[module])
+        change = last[module]["coefficients"] - first[module]["coefficients"]
+        return fourier.on_bases(change, last[module]["entries"], *drawn((outer, inner)), recipe["alpha"])
+
+    return Lazy([module for module in last if module in first], make)
 
 
 def places(update: Fourier) -> pd.DataFrame:

@@ -235,8 +235,6 @@ class BasisDelta(Delta):
 
 
 def bases(shape: tuple[int, int], seed: int, kind: str) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
-    """A basis for either side: normal of variance 1 / d, or the orthogonal matrices of such."""
-    generator = np.random.default_rng(seed)
-    drawn = [generator.standard_normal((side, side)) / math.sqrt(side) for side in shape]
-    left, right = drawn if kind == "random" else [np.linalg.qr(matrix)[0] for matrix in drawn]
+    """``fourier.bases`` as tensors."""
+    left, right = fourier.bases(shape, seed, kind)
     return torch.from_numpy(left), torch.from_numpy(right)

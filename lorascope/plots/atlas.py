@@ -11,10 +11,9 @@ import pandas as pd
 
 from lorascope.analysis import atlas as analysis
 from lorascope.analysis import fourier
-from lorascope.analysis.spectra import singular_values
+from lorascope.analysis.spectra import added_values
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
-from lorascope.layout import Lazy
 from lorascope.plots.catalogue import SPECTRA, figure
 from lorascope.plots.cohort import Cohort, Group, Runs, define, gather, lines
 from lorascope.plots.norms import update_norm
@@ -61,7 +60,7 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         f"inputs, over modules and over pairs of runs of the principal angles between the first {k} directions, fewer "
         "where an update has fewer; in brackets that of as many random directions.",
         *told,
-        *_starts(cohort),
+        *cohort.lost_starts(),
     )
     norms = update_norm(runs, control, "learned_norm")
     norms = replace(norms, title="What training added", y=replace(norms.y, log=True), meta=cohort.meta)
@@ -79,7 +78,7 @@ def _check(cohort: Cohort, k: int) -> None:
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     """Singular values of one module or of several pooled, and which these are in words."""
-    held = {run.id: _spectra(run) for run in cohort.runs}
+    held = {run.id: added_values(run) for run in cohort.runs}
     chosen, which = _pools(cohort, held, module)
     values = pd.concat(analysis.pooled(found, chosen[run]).assign(run=run) for run, found in held.items())
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
@@ -143,27 +142,10 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     return chart, [f"Kept without directions, as singular values alone: {', '.join(lacking)}."] if lacking else []
 
 
-def _spectra(run: Run) -> Mapping[str, Any]:
-    """Singular values of what training added, where an update did not start at zero."""
-    whole, added = singular_values(run), fourier.since_start(run)
-    return Lazy(list(whole), lambda name: added[name].singular_values() if name in added else whole[name])
-
-
 def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
-    added = fourier.since_start(run)
-    return {module: analysis.leading(added.get(module, update), k) for module, update in run.updates().items()}
+    return {module: analysis.leading(update, k) for module, update in fourier.added(run).items()}
 
 
 def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
     """Every run of one with every run of the other; within one recipe, its seeds."""
     return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))
-
-
-def _starts(cohort: Cohort) -> list[str]:
-    """Which recipes still show the random start of their update, because it was not kept."""
-    lacking = [
-        group.label
-        for group in cohort.groups
-        if any(len(fourier.updates(run)) > len(fourier.since_start(run)) for run in group.runs)
-    ]
-    return [f"With its random start, which was not kept: {', '.join(lacking)}."] if lacking else []

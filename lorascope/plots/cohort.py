@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from lorascope import records
+from lorascope.analysis import fourier
 from lorascope.chart import Band, Line, Mark, Point
 from lorascope.plots.catalogue import FIGURES, SPECTRA, UPDATES, lack
 from lorascope.records import QUANTITIES
@@ -103,6 +104,11 @@ class Cohort:
         sample = self.sample
         shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
         return " ".join([*sentences, *self._gated(), shown])
+
+    def lost_starts(self) -> list[str]:
+        """Which recipes still show the random start of their update, because it was not kept."""
+        lacking = [group.label for group in self.groups if any(map(fourier.lost_start, group.runs))]
+        return [f"With its random start, which was not kept: {', '.join(lacking)}."] if lacking else []
 
     def _gated(self) -> list[str]:
         """What is shown of updates that depend on the input, where the figure is about updates."""

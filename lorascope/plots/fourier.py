@@ -15,6 +15,7 @@ from lorascope.fourier import Fourier
 from lorascope.plots.catalogue import FREQUENCIES, UPDATES, figure
 from lorascope.plots.cohort import Cohort, Group, Runs, gather, lines
 from lorascope.plots.subspaces import common_module
+from lorascope.run import Run
 
 _FAINT = 0.01  # of the largest coefficient
 _REACH = 4.0  # in units of an image's own root mean square
@@ -61,9 +62,11 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     "that one component of a low-rank update serves; FourierFT's waves run through all of it and touch every weight.",
     misleads="Each image is in units of its own root mean square, so that no colour says which update is larger, and "
     "it is a corner of the matrix. Rows and columns have no order of their own. FourierFT's update holds its random "
-    "start as well.",
+    "start as well, unless what training added is asked for.",
 )
-def update_image(runs: Runs, control: Runs | None = None, module: str | None = None, cells: int = 64) -> Drawable:
+def update_image(
+    runs: Runs, control: Runs | None = None, module: str | None = None, cells: int = 64, added: bool = False
+) -> Drawable:
     """The update of one module as an image, one panel a recipe, of its first run.
 
     Parameters
@@ -74,12 +77,19 @@ def update_image(runs: Runs, control: Runs | None = None, module: str | None = N
         An adapted module; by default the one with the largest update.
     cells : int
         The first so many rows and columns are drawn.
+    added : bool
+        Draw what training added to an update that does not start at zero, such as FourierFT's.
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)
-    held = {group.label: group.runs[0].updates() for group in cohort.groups}
+    updates_of = analysis.added if added else Run.updates
+    held = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
     module = common_module(cohort, list(held.values()), module)
-    panels = [_image(cohort, label, updates[module].dense(), module, cells) for label, updates in held.items()]
+    told = [
+        f"What training added to {module}" if added else f"ΔW of {module}",
+        *(cohort.lost_starts() if added else []),
+    ]
+    panels = [_image(cohort, label, updates[module].dense(), told, cells) for label, updates in held.items()]
     return panels[0] if len(panels) == 1 else beside(*panels)
 
 
@@ -127,19 +137,20 @@ def frequency_bias(
     return above(top, beside(*maps))
 
 
-def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], module: str, cells: int) -> Chart:
+def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], told: list[str], cells: int) -> Chart:
     """The corner of one update, in units of the root mean square of the whole."""
     image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
     row, column = (index.reshape(-1) for index in np.indices(image.shape))
     shown = "all" if image.shape == matrix.shape else f"the first {cells}"
+    what, *notes = told
+    scaled = f"{what}, {shown} rows and columns, in units of the root mean square of all its entries"
     return Chart(
         pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),
         [Heat("column", "row", "value", "ΔW / root mean square", scale="diverging", limits=(-_REACH, _REACH))],
         title=label,
         x=Axis(label="input"),
         y=Axis(label="output"),
-        caption=f"ΔW of {module}, {shown} rows and columns, in units of the root mean square of all its entries; one "
-        "run of each recipe, its first.",
+        caption=" ".join([f"{scaled}; one run of each recipe, its first.", *notes]),
         meta=cohort.meta,
     )
 

@@ -27,7 +27,13 @@ _SIDES = {"A": "A", "B": "B", "update": "the update's inputs"}
     misleads="Small singular values of a short training may be left-overs of the random start, not directions learned. "
     "Two runs may share a spectrum and no direction: subspace_similarity tells.",
 )
-def spectrum(runs: Runs, control: Runs | None = None, module: str | None = None, step: int | None = None) -> Chart:
+def spectrum(
+    runs: Runs,
+    control: Runs | None = None,
+    module: str | None = None,
+    step: int | None = None,
+    added: bool = False,
+) -> Chart:
     """Singular values of one module's update, one line a recipe.
 
     Parameters
@@ -38,10 +44,13 @@ def spectrum(runs: Runs, control: Runs | None = None, module: str | None = None,
         A module; by default the one with the largest update, of those whose spectrum all runs hold.
     step : int, optional
         A step with a snapshot; by default the end.
+    added : bool
+        Of what training added to an update that does not start at zero, such as FourierFT's.
     """
     cohort = gather("spectrum", runs, control)
     cohort.require(SPECTRA)
-    held = {run.id: spectra.singular_values(run, step) for run in cohort.runs}
+    values_of = spectra.added_values if added else spectra.singular_values
+    held = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(held.values()), module)
     found = {run: sigmas[module] for run, sigmas in held.items()}
     values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
@@ -54,7 +63,10 @@ def spectrum(runs: Runs, control: Runs | None = None, module: str | None = None,
         title=f"Spectrum of {module}",
         x=Axis(label="component"),
         y=Axis(label="singular value", log=True),
-        caption=cohort.caption(f"Singular values of the update. Effective rank: {effective}."),
+        caption=cohort.caption(
+            f"Singular values of {'what training added' if added else 'the update'}. Effective rank: {effective}.",
+            *(cohort.lost_starts() if added else []),
+        ),
         colors=cohort.labels,
         meta=cohort.meta | {"module": module},
     )

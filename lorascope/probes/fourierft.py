@@ -17,7 +17,7 @@ from dataclasses import replace
 from lorascope import plots
 from lorascope.claims import Claim
 from lorascope.methods import FourierFT, LoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probe import Arm, Exhibit, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes.allocations import BySeed, accuracy
 from lorascope.run import Run
 
@@ -113,13 +113,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     if banded:
         best = best_elsewhere([reached[label] for label in banded])
         verdicts.append(UNBIASED.judge(reached[DEFAULT], {seed: value - 0.01 for seed, value in best.items()}))
-    sizes = {label: runs[label] for label in (FEW, DEFAULT, MANY, EQUAL, LARGE)}
-    exhibits = [
-        exhibit("quality", plots.quality(sizes)),
-        exhibit("training_curves", plots.training_curves(dict(runs))),
-        exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
-        exhibit("fourier_spectrum", plots.fourier_spectrum({label: runs[label] for label in (FEW, DEFAULT, ZEROS)})),
-    ]
+    exhibits = _exhibits(runs)
     if banded:
         exhibits.append(exhibit("bias_curve", plots.bias_curve({DEFAULT: runs[DEFAULT]} | banded)))
     notes = [
@@ -135,6 +129,22 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         + ".",
     ]
     return Findings(verdicts, exhibits, notes=notes)
+
+
+def _exhibits(runs: Mapping[str, Sequence[Run]]) -> list[Exhibit]:
+    def only(*labels: str) -> dict[str, Sequence[Run]]:
+        return {label: runs[label] for label in labels}
+
+    equal = only(DEFAULT, RANDOM, ORTHOGONAL)
+    return [
+        exhibit("quality", plots.quality(only(FEW, DEFAULT, MANY, EQUAL, LARGE))),
+        exhibit("training_curves", plots.training_curves(dict(runs))),
+        exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
+        exhibit("fourier_spectrum", plots.fourier_spectrum(only(FEW, DEFAULT, ZEROS))),
+        exhibit("basis_ablation", plots.basis_ablation(equal)),
+        exhibit("spectrum", plots.spectrum(equal | only(EQUAL), added=True)),
+        exhibit("update_image", plots.update_image(only(DEFAULT, EQUAL), added=True)),
+    ]
 
 
 def best_elsewhere(arms: Sequence[BySeed]) -> BySeed:

@@ -18,6 +18,7 @@ _PUBLIC = {
     "FourierFT": "lorascope.methods:FourierFT",
     "Full": "lorascope.methods:Full",
     "HydraLoRA": "lorascope.methods:HydraLoRA",
+    "LISA": "lorascope.methods:LISA",
     "LoRA": "lorascope.methods:LoRA",
     "NeFT": "lorascope.methods:NeFT",
     "neuron_scores": "lorascope.scoring:neuron_scores",

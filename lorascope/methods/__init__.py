@@ -8,10 +8,12 @@ from lorascope.methods.autolora import AutoLoRA
 from lorascope.methods.fourierft import FourierFT
 from lorascope.methods.full import Full
 from lorascope.methods.hydralora import HydraLoRA
+from lorascope.methods.lisa import LISA
 from lorascope.methods.lora import LoRA
 from lorascope.methods.neft import NeFT
 
 __all__ = [
+    "LISA",
     "METHODS",
     "ALoRA",
     "AdaLoRA",

@@ -1,0 +1,509 @@
+"""LISA against full fine-tuning, numbers worked out elsewhere, brute force, and weights watched step by step."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transformers
+from scipy import stats
+from test_resume import Forks, same
+from tiny import inputs, tiny
+from torch import Tensor, nn
+
+import lorascope as ls
+from lorascope import models, observe
+from lorascope.method import METHODS, Step, config, from_config
+from lorascope.methods import LISA, Full, lisa
+from lorascope.methods.lisa import draw, marginals
+
+pytestmark = pytest.mark.filterwarnings("ignore:interval . lets AdamW's moments start anew")
+POLICIES = ["reset", "keep", "reset_all"]
+
+
+# -- the draws ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drawn() -> np.ndarray:
+    """2 of 8 blocks, 4,000 times, as (draw, block) of truth values."""
+    generator, chances = np.random.default_rng(0), np.full(8, 1 / 8)
+    taken = np.zeros((4000, 8), dtype=bool)
+    for row in taken:
+        row[draw(generator, chances, 2)] = True
+    return taken
+
+
+def test_draws_are_uniform_by_the_corrected_statistic(drawn):
+    """Draws of one interval repel each other, so that Pearson's statistic is too small by (L - gamma) / (L - 1)."""
+    counts, expected = drawn.sum(0), 4000 * 2 / 8
+    assert counts.tolist() == [1032, 953, 981, 994, 1033, 978, 1000, 1029]
+    raw = ((counts - expected) ** 2 / expected).sum()
+    corrected = 7 / 6 * raw
+    assert (raw, corrected) == (pytest.approx(6.044), pytest.approx(7.0513, abs=1e-4))
+    assert stats.chi2.sf(corrected, 7) == pytest.approx(0.424, abs=1e-3)
+
+
+def test_pairs_and_repetitions_are_as_likely_as_they_should_be(drawn):
+    pairs = np.array([(drawn[:, i] & drawn[:, j]).sum() for i, j in itertools.combinations(range(8), 2)])
+    statistic = ((pairs - 4000 / 28) ** 2 / (4000 / 28)).sum()
+    assert statistic == pytest.approx(20.534, abs=1e-3)
+    again = (drawn[1:] & drawn[:-1]).sum()
+    assert stats.binomtest(int(again), 3999 * 2, 2 / 8).pvalue > 0.01
+
+
+def brute_force(chances: np.ndarray, size: int) -> np.ndarray:
+    """The chance of a block over all orders in which so many can be drawn."""
+    found = np.zeros(len(chances))
+    for order in itertools.permutations(range(len(chances)), size):
+        left, likely = 1.0, 1.0
+        for block in order:
+            likely *= chances[block] / left
+            left -= chances[block]
+        found[list(order)] += likely
+    return found
+
+
+@pytest.mark.parametrize("weights", [(1, 2, 3, 4, 5), (0.01, 1, 1, 10, 3), (0, 1, 2, 3, 100), (1, 1, 1, 1, 1)])
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 4])
+def test_marginals_are_those_of_all_orders(weights, size):
+    chances = np.array(weights) / sum(weights)
+    assert marginals(chances, size) == pytest.approx(brute_force(chances, size), abs=1e-9)
+
+
+def test_weighted_draws_have_these_marginals():
+    chances = np.array([1, 2, 3, 10, 0]) / 16
+    generator, counts = np.random.default_rng(1), np.zeros(5)
+    for _ in range(4000):
+        counts[draw(generator, chances, 2)] += 1
+    expected = marginals(chances, 2)
+    assert counts[4] == expected[4] == 0
+    assert np.abs(counts - 4000 * expected)[:4] == pytest.approx(0, abs=4 * 4000**0.5 / 2)
+    # what one would think they are is told apart
+    assert np.abs(counts - 4000 * np.minimum(2 * chances, 1)).max() > 500
+
+
+# -- what trains and what does not --------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Watching(observe.Observer):
+    """Keeps after every step a copy of all parameters, what trains, and the numbers that the optimizer holds."""
+
+    seen: list = field(default_factory=list)
+
+    def config(self):
+        return {"name": "Watching"}
+
+    def __call__(self, step):
+        weights = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+        trains = {name for name, p in step.model.named_parameters() if p.requires_grad}
+        self.seen.append((weights, trains))
+        return ()
+
+
+FAST = {"steps": 7, "batch_size": 4, "eval_every": 3, "eval_size": 8, "progress": False, "device": "cpu"}
+
+
+def watched(family, method, request, out, **settings):
+    """A run, what was seen of it after every step, and the module names of its blocks."""
+    watching = Watching()
+    task = request.getfixturevalue("task")
+    model = models.load(request.getfixturevalue(family), task=task)
+    observers = [observe.norms(every=1), watching]
+    run = ls.train(model, task, method, observe=observers, out=out, **FAST | {"weight_decay": 0.1} | settings)
+    return run, watching.seen, run.modules.query("role == 'block'")["module"].tolist()
+
+
+def table_of(run, quantity: str) -> pd.DataFrame:
+    return run.table[run.table["quantity"] == quantity]
+
+
+CASES = {
+    "bert": ("bert", {}, {}),
+    "gpt2: tied, Conv1D": ("gpt2", {"moments": "reset_all"}, {}),
+    "llama, accumulation": ("llama", {"moments": "keep"}, {"accumulate": 2}),
+    "bf16, weighted": ("bert", {"weights": (2, 3)}, {"precision": "bf16"}),
+    "no block": ("bert", {"n_active": 0}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_frozen_blocks_are_bit_equal_and_the_rest_moves(case, request, tmp_path):
+    """With weight decay and momentum, both of which would move a frozen tensor that still has a gradient."""
+    family, fields, settings = CASES[case]
+    method = LISA(**{"n_active": 1, "interval": 2, "lr": 1e-2, "draw_seed": 3} | fields)
+    run, seen, blocks = watched(family, method, request, tmp_path / "run", **settings)
+    chosen = table_of(run, "active").query("value == 1").groupby("step")["module"].agg(set).to_dict()
+    assert {1, 3, 5, 7} == set(table_of(run, "active")["step"])
+    visited = set()
+    for step in range(1, 8):
+        (before, _), (now, trains) = seen[step - 1], seen[step]
+        active = chosen.get(step - (step - 1) % 2, set())
+        visited |= active
+        assert len(active) == method.n_active
+        for name, weight in now.items():
+            inside = [block for block in blocks if name.startswith(f"{block}.")]
+            free = not inside or inside[0] in active
+            assert (name in trains) == free
+            assert free or torch.equal(weight, before[name]), (step, name)
+            # A bias of the keys moves no attention, and so by chance alone.
+            assert not free or name.endswith("bias") or not torch.equal(weight, before[name]), (step, name)
+    assert visited == (set(blocks) if method.n_active else set())
+
+
+def test_the_norms_are_those_of_what_was_seen(request, tmp_path):
+    run, seen, blocks = watched("gpt2", LISA(n_active=1, interval=3, lr=1e-2), request, tmp_path / "run")
+    table = run.table.set_index(["step", "module", "quantity"])["value"]
+    for step in range(1, 8):
+        for block in blocks:
+            inside = [name for name in seen[0][0] if name.startswith(f"{block}.")]
+            now, before, first = (
+                torch.cat([seen[at][0][name].flatten() for name in inside]).double() for at in (step, step - 1, 0)
+            )
+            for quantity, value in (("weight", now), ("update", now - first), ("step", now - before)):
+                assert table[step, block, f"{quantity}_norm"] == pytest.approx(float(value.norm()), rel=1e-5)
+            assert (table[step, block, "step_norm"] == 0) == (not seen[step][1].intersection(inside))
+
+
+@pytest.mark.parametrize(("family", "moments"), [("bert", "reset"), ("gpt2", "keep")])
+def test_with_all_blocks_it_is_full_fine_tuning_bit_for_bit(family, moments, request, tmp_path):
+    found = []
+    for method in (LISA(n_active=2, interval=2, moments=moments, lr=1e-2), Full(lr=1e-2)):
+        run, seen, _ = watched(family, method, request, tmp_path / method.name)
+        found.append((seen, run.table[run.table["quantity"].isin(["loss", "eval_loss", "grad_norm"])]["value"]))
+    for (ours, _), (theirs, _) in zip(found[0][0], found[1][0], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert found[0][1].tolist() == found[1][1].tolist()
+
+
+# -- the optimizer's state ----------------------------------------------------------------------------------------
+
+
+def toy() -> nn.Module:
+    """544 parameters: 4 blocks of 88, and 192 outside."""
+    parts = {"words": nn.Embedding(12, 8), "score": nn.Linear(8, 12, bias=False)}
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(4)]
+    return nn.ModuleDict(parts | {"layers": nn.ModuleList(blocks)})
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> Step:
+    """A step outside of a training run."""
+    return Step(
+        -1, total, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None
+    )
+
+
+def drive(
+    model: nn.Module,
+    method: LISA,
+    total: int,
+    gradient: Callable[[Tensor, int], Tensor] = lambda p, index: torch.randn_like(p),
+    decay: float = 0.0,
+    none: bool = True,
+) -> Iterator[Step]:
+    """Train by planted gradients in the loop's order; gives the step after each."""
+    method.attach(model)
+    step = step_of(model, method.optimizer(model, 0.1, 0.1, decay), total)
+    for index in range(total):
+        step.index = index
+        method.before_step(step)
+        step.optimizer.zero_grad(set_to_none=none)
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.grad = gradient(parameter, index)
+        step.optimizer.step()
+        yield step
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Have these blocks drawn."""
+
+    def script(*draws):
+        left = list(draws)
+        monkeypatch.setattr(lisa, "draw", lambda *_: left.pop(0))
+
+    return script
+
+
+def held(step: Step) -> int:
+    """Bytes of all tensors of the optimizer's state."""
+    return sum(t.numel() * t.element_size() for state in step.optimizer.state.values() for t in state.values())
+
+
+def sheet(parameters: int, tensors: int) -> int:
+    """AdamW's two moments in float32, and a step counter for each tensor."""
+    return 8 * parameters + 4 * tensors
+
+
+@pytest.mark.parametrize(("moments", "blocks"), [("reset", 1), ("keep", 3), ("reset_all", 1)])
+def test_the_optimizer_holds_what_the_policy_says(moments, blocks, scripted):
+    """Blocks are visited 3, 2, 2 and 1: the numbers held for a moment are 280 of 544 where state goes, else 456."""
+    scripted([3], [2], [2], [1])
+    steps = [held(step) for step in drive(toy(), LISA(n_active=1, interval=3, moments=moments), 12)]
+    visited = [1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3] if moments == "keep" else [1] * 12
+    assert steps == [sheet(192 + 88 * blocks, 2 + 4 * blocks) for blocks in visited]
+    assert 192 + 88 * visited[-1] == (456 if blocks == 3 else 280)
+
+
+@pytest.mark.parametrize("moments", POLICIES)
+def test_the_optimizer_of_a_run_holds_what_the_policy_says(moments, request, tmp_path):
+    @dataclass(kw_only=True)
+    class Weighing(Watching):
+        def __call__(self, step):
+            self.seen.append((held(step), step.model))
+            return ()
+
+    task, watching = request.getfixturevalue("task"), Weighing()
+    model = models.load(request.getfixturevalue("bert"), task=task)
+    method = LISA(n_active=1, interval=2, moments=moments)
+    run = ls.train(model, task, method, observe=[watching], out=tmp_path / "run", **FAST)
+    blocks = [list(model.get_submodule(name).parameters()) for name in run.modules.query("role == 'block'")["module"]]
+    outside = [p for p in model.parameters() if all(p is not q for block in blocks for q in block)]
+    coverage = dict(zip(table_of(run, "coverage")["step"], table_of(run, "coverage")["value"], strict=True))
+    for finished, (weight, _) in list(enumerate(watching.seen))[1:]:
+        count = int(coverage[finished - (finished - 1) % 2]) if moments == "keep" else 1
+        tensors = [*outside, *blocks[0] * count]
+        assert weight == sheet(sum(p.numel() for p in tensors), len(tensors))
+
+
+@pytest.mark.parametrize(("moments", "moved"), [("keep", -0.05732), ("reset", 0.1), ("reset_all", 0.1)])
+def test_a_woken_block_has_a_stale_state_only_where_it_is_kept(moments, moved, scripted):
+    """Five steps uphill, an interval frozen, then one step downhill, that stale moments turn the wrong way."""
+    scripted([0], [1], [0])
+    model = toy()
+    watched, places = model["layers"][0][0].weight, []
+    gradient = lambda p, index: torch.full_like(p, 1.0 if index < 5 else -1.0)  # noqa: E731
+    for _ in drive(model, LISA(n_active=1, interval=5, moments=moments), 11, gradient):
+        places.append(watched.detach().clone())
+    assert (places[10] - places[9]).mean().item() == pytest.approx(moved, abs=1e-5)
+    assert all(torch.equal(place, places[4]) for place in places[5:10])
+
+
+@pytest.mark.parametrize("moments", POLICIES)
+@pytest.mark.parametrize("none", [True, False])
+def test_nothing_leaks_into_a_block_just_frozen(moments, none, scripted):
+    """Not even where gradients are set to zero in place of none, which would let momentum and decay go on."""
+    scripted([3], [2], [2], [1])
+    model = toy()
+    before, frozen = None, 0
+    for step in drive(model, LISA(n_active=1, interval=3, moments=moments), 12, decay=0.1, none=none):
+        now = {name: p.detach().clone() for name, p in model.named_parameters()}
+        still = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert len(still) == 3 * 4
+        if step.index:
+            assert all(torch.equal(now[name], before[name]) for name in still)
+            assert not any(torch.equal(now[name], before[name]) for name in now.keys() - still)
+            frozen += len(still)
+        before = now
+    assert frozen == 11 * 12
+
+
+def test_counters_begin_anew_as_the_policy_says(scripted):
+    counters = {}
+    for moments in POLICIES:
+        scripted([0, 1], [1, 2], [1, 3])
+        model = toy()
+        (*_, last) = drive(model, LISA(n_active=2, interval=3, moments=moments), 8)
+        watched = [model["words"].weight, *(block[0].weight for block in model["layers"])]
+        state = last.optimizer.state
+        counters[moments] = [int(state[weight]["step"]) if weight in state else None for weight in watched]
+    # the embedding, a block of the first draw, one of all draws, of the second, of the third
+    assert counters == {
+        "reset": [8, None, 8, None, 2],
+        "keep": [8, 3, 8, 3, 2],
+        "reset_all": [2, None, 2, None, 2],
+    }
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
+def test_the_optimizer_knows_all_parameters_before_any_is_frozen(family):
+    model = tiny(family).requires_grad_(False)
+    method = LISA(n_active=1)
+    method.attach(model)
+    groups = method.optimizer(model, 1e-4, 1e-4, 0.0).param_groups
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert len(method._blocks) == (4 if family == "t5" else 2)
+
+
+PAPER = {
+    "LLaMA-2-7B": (transformers.LlamaConfig(), 6_738_415_616, 202_383_360, 262_148_096),
+    "GPT-2 small, tied": (transformers.GPT2Config(), 124_439_808, 7_087_872, 39_385_344),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_as_many_parameters_train_as_in_the_paper(name):
+    """On the models themselves, without their memory: embedding, head and final norm, and so many blocks."""
+    sizes, total, block, outside = PAPER[name]
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(sizes)
+    for active in (0, 2, 4, 8):
+        method = LISA(n_active=active)
+        method.attach(model)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == total
+        step = step_of(model, method.optimizer(model, 1e-4, 1e-4, 0.0), 300)
+        step.index = 0
+        method.before_step(step)
+        trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trains == outside + active * block
+
+
+# -- the schedule -------------------------------------------------------------------------------------------------
+
+
+def schedule(method: LISA, total: int, seed: int = 0) -> list[list[int]]:
+    """The blocks of every interval."""
+    found = []
+    torch.manual_seed(seed)
+    for step in drive(toy(), method, total):
+        if step.index % method.period(total) == 0:
+            found.append(method.active_)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("interval", "total", "draws"),
+    [(None, 400, 20), (None, 60, 10), (None, 55, 10), (None, 4, 4), (7, 20, 3), (9, 9, 1)],
+)
+def test_blocks_are_drawn_at_the_first_step_of_every_interval(interval, total, draws):
+    assert len(schedule(LISA(interval=interval), total)) == draws
+
+
+def test_draws_have_a_seed_of_their_own_and_leave_the_global_generators_alone():
+    own = [schedule(LISA(interval=1, draw_seed=5), 30, seed) for seed in (0, 1)]
+    runs = [schedule(LISA(interval=1), 30, seed) for seed in (0, 0, 1)]
+    assert own[0] == own[1]
+    assert runs[0] == runs[1] != runs[2]
+    assert schedule(LISA(interval=1, draw_seed=1), 30) == runs[2]
+    torch.manual_seed(0)
+    np.random.seed(0)
+    (*_,) = drive(toy(), LISA(interval=1), 9, gradient=lambda p, index: torch.ones_like(p))
+    model_only = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    toy()
+    assert torch.equal(model_only[0], torch.get_rng_state())
+    assert model_only[1] == np.random.get_state()[1].tolist()
+
+
+def test_draws_are_not_those_of_the_data():
+    """An order of the data is drawn by seed and epoch, and NumPy takes (5, 0) and 5 for one seed."""
+    torch.manual_seed(5)
+    method = LISA()
+    method.attach(toy())
+    for seed in (5, [5, 0], [5, 1]):
+        assert method.generator_.bit_generator.state != np.random.default_rng(seed).bit_generator.state
+
+
+def test_draws_and_chances_are_recorded(request, tmp_path):
+    method = LISA(n_active=1, interval=2, weights=(1, 3))
+    run, seen, blocks = watched("bert", method, request, tmp_path / "run")
+    chances = table_of(run, "draw_probability")
+    assert chances["step"].unique().tolist() == [0]
+    assert dict(zip(chances["module"], chances["value"], strict=True)) == pytest.approx(
+        dict(zip(blocks, (0.25, 0.75), strict=True))
+    )
+    trained = set()
+    for step, rows in table_of(run, "active").groupby("step"):
+        trains = {block for block in blocks if any(name.startswith(f"{block}.") for name in seen[step][1])}
+        assert dict(zip(rows["module"], rows["value"], strict=True)) == {block: block in trains for block in blocks}
+        trained |= trains
+        assert table_of(run, "coverage").set_index("step")["value"][step] == len(trained)
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"interval": 4}, True),
+        ({"interval": 4, "moments": "reset_all"}, True),
+        ({"interval": 4, "moments": "keep"}, False),
+        ({"interval": 5}, False),
+        ({}, False),
+    ],
+)
+def test_a_short_interval_warns_where_moments_start_anew(fields, warned, recwarn):
+    warnings.simplefilter("always")
+    (*_,) = drive(toy(), LISA(**fields), 20)
+    told = [str(warning.message) for warning in recwarn]
+    assert len(told) == warned
+    assert all(line.startswith("interval 4 lets AdamW's moments start anew before they settle") for line in told)
+
+
+# -- runs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["last", "best"])
+def test_a_run_is_restored_bit_for_bit(state, bert, task, tmp_path):
+    model = models.load(bert, task=task)
+    run = ls.train(model, task, LISA(n_active=1, interval=2, lr=1e-2), out=tmp_path / "run", **FAST)
+    again = models.load(bert, task=task)
+    run.restore(again, state=state)
+    alike = torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
+    assert alike == (state == "last" or run.meta["states"]["best"]["step"] == 7)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
+    """Killed before the second draw, and amid its interval."""
+    table = tmp_path / "reviews.csv"
+    task.table[["text", "label", "group"]].to_csv(table, index=False)
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    forks = Forks(bert, table)
+    job = json.dumps(config(LISA(n_active=1, interval=3, weights=(2, 3), lr=1e-2)))
+    assert forks(job, whole) == 0
+    for step in (2, 4):
+        assert forks(job, out, **{"kill after": f"resume/step-{step:08d}*"}) == -signal.SIGKILL
+    assert forks(job, out) == 0
+    same(out, whole)
+    forks.process.stdin.close()
+    forks.process.stdout.close()
+    assert forks.process.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n_active": -1}, "n_active -1 is too small: it must be 0 or more"),
+        ({"n_active": 3}, "n_active 3 is too large: only 2 of 2 blocks there are"),
+        ({"n_active": 2, "weights": (0, 1)}, "n_active 2 is too large: only 1 of 2 blocks have a weight above 0"),
+        ({"interval": 0}, "interval 0 is too small: it must be 1 or more"),
+        ({"draw_seed": -1}, "draw_seed -1 is too small: it must be 0 or more"),
+        ({"weights": (1, 2, 3)}, "weights: 3 do not fit 2 blocks: give one for each"),
+        ({"weights": (1, -2)}, "weights: -2 is none: they must be 0 or more, and finite"),
+        ({"weights": (1, float("nan"))}, "weights: nan is none"),
+    ],
+)
+def test_bad_input_gets_one_line(fields, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        LISA(**fields).attach(tiny("bert"))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_policy_is_refused():
+    """As the command line would give it, which checks no types."""
+    method = LISA()
+    method.moments = "drop"
+    with pytest.raises(
+        ValueError, match=r"^moments 'drop' is unknown: it must be one of 'reset', 'keep', 'reset_all'$"
+    ):
+        method.__post_init__()
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(ValueError, match="the model has no blocks to draw from: train it in full, by Full"):
+        LISA().attach(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_it_is_registered_and_survives_json():
+    assert METHODS["lisa"] is LISA is ls.LISA
+    for method in (LISA(), LISA(n_active=0, interval=9, moments="keep", weights=(1.5, 2), draw_seed=4)):
+        assert from_config(json.loads(json.dumps(config(method)))) == method
+    assert LISA(n_active=4).label() == "LISA, n_active 4"

@@ -1,21 +1,52 @@
-"""Full fine-tuning: every weight trains. The baseline of the others."""
+"""Full fine-tuning: every weight trains. The baseline of the others.
+
+Adafactor (arXiv 1804.04235) and CAME (arXiv 2307.02047), which keep second moments by row and column alone, are there
+to be compared with ``Adapprox``; as in its paper all have a first moment of 0.9. Adafactor is the one of transformers,
+at the rate that it is given and not relative to the weights.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import nn
+from transformers.optimization import Adafactor
 
-from lorascope.method import Method
+from lorascope.method import LATER, Method, parameter_groups
+from lorascope.methods.came import CAME
+
+RULES = ("adamw", "adafactor", "came")
 
 
 @dataclass(kw_only=True)
 class Full(Method, name="full"):
-    """Every parameter trains."""
+    """Every parameter trains.
 
+    Parameters
+    ----------
+    rule : {"adamw", "adafactor", "came"}
+        The optimizer.
+    """
+
+    rule: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=LATER)
     lr: float | int = 1e-4
     head_lr: float | int = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule {self.rule!r} is unknown: it must be one of {', '.join(map(repr, RULES))}")
 
     def attach(self, model: nn.Module) -> None:
         """Leave everything trainable."""
         model.requires_grad_(True)
+
+    def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """The rule, over all weights."""
+        if self.rule == "adamw":
+            return super().optimizer(model, lr, head_lr, weight_decay)
+        groups = parameter_groups(model, lr, head_lr, weight_decay)
+        if self.rule == "came":
+            return CAME(groups, lr)
+        return Adafactor(groups, lr, beta1=0.9, scale_parameter=False, relative_step=False)

@@ -1,0 +1,81 @@
+"""CAME: Adafactor with a first moment, divided by how much the direction strays from it.
+
+    R_t = beta_2 R_{t-1} + (1 - beta_2) rowmean(G_t^2 + eps_1),    C_t alike by columns
+    D_t = G_t / sqrt(R_t C_t / mean(R_t)),    D_t <- D_t / max(1, RMS(D_t) / d)
+    M_t = beta_1 M_{t-1} + (1 - beta_1) D_t
+    S_t: as R_t and C_t, of (D_t - M_t)^2 + eps_2 under beta_3
+    W_t = W_{t-1} - alpha (M_t / sqrt(S_t) + lambda W_{t-1})
+
+Source: CAME (arXiv 2307.02047), algorithm 2. Vectors keep a dense average and are moved by M_t, as in the authors'
+code. Beside it stands only as a baseline: ``Full(rule="came")``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class CAME(torch.optim.Optimizer):
+    """The optimizer.
+
+    Parameters
+    ----------
+    params : iterable
+    lr, weight_decay : float
+    betas : (float, float, float)
+        Of first moment, second moment and instability.
+    eps : (float, float)
+        Added to the squares that the two averages are of.
+    clip_threshold : float
+        Largest RMS of a direction.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | int = 1e-4,
+        betas: Sequence[float | int] = (0.9, 0.999, 0.9999),
+        eps: Sequence[float | int] = (1e-30, 1e-16),
+        weight_decay: float | int = 0.0,
+        clip_threshold: float | int = 1.0,
+    ) -> None:
+        options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_threshold": clip_threshold}
+        super().__init__(params, {"lr": lr} | options)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, group)
+        return loss
+
+    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
+        state, G = self.state[parameter], parameter.grad.float()  # type: ignore[union-attr]
+        D = G * _average(state, "exp_avg_sq", G.square() + eps1, beta2)
+        D.div_((D.square().mean().sqrt() / group["clip_threshold"]).clamp(min=1))
+        M = state.setdefault("exp_avg", torch.zeros_like(D)).lerp_(D, 1 - beta1)
+        confident = M if M.ndim < 2 else M * _average(state, "exp_avg_res", (D - M).square() + eps2, beta3)
+        parameter.sub_(group["lr"] * (confident + group["weight_decay"] * parameter))
+
+
+def _average(state: dict[str, Any], name: str, squares: Float[Tensor, "..."], beta: float) -> Float[Tensor, "..."]:
+    """Take squares into their average, of a matrix by rows and columns; gives one over its root."""
+    if squares.ndim < 2:
+        return state.setdefault(name, torch.zeros_like(squares)).lerp_(squares, 1 - beta).rsqrt()
+    for side, dim in (("row", -1), ("col", -2)):
+        mean = squares.mean(dim)
+        state.setdefault(f"{name}_{side}", torch.zeros_like(mean)).lerp_(mean, 1 - beta)
+    row, column = state[f"{name}_row"], state[f"{name}_col"]
+    return (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1) * column.rsqrt().unsqueeze(-2)

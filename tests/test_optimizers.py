@@ -1,0 +1,117 @@
+"""Full fine-tuning under other optimizers: CAME by hand, Adafactor's settings, and ids that stay as they were."""
+
+from __future__ import annotations
+
+import json
+
+import killing
+import numpy as np
+import pytest
+import torch
+from test_resume import same
+from transformers.optimization import Adafactor
+
+import lorascope as ls
+from lorascope import models
+from lorascope.method import config, from_config
+from lorascope.methods import Full
+from lorascope.methods.came import CAME
+from lorascope.session import Session
+
+
+def by_hand(W, gradients, lr, betas, eps, decay, clip):
+    """CAME of a matrix in numpy, line by line."""
+    beta1, beta2, beta3 = betas
+    rows, columns, M = np.zeros(len(W)), np.zeros(W.shape[1]), np.zeros_like(W)
+    odd_rows, odd_columns = np.zeros(len(W)), np.zeros(W.shape[1])
+    for G in gradients:
+        squares = G**2 + eps[0]
+        rows = beta2 * rows + (1 - beta2) * squares.mean(1)
+        columns = beta2 * columns + (1 - beta2) * squares.mean(0)
+        D = G / np.sqrt(np.outer(rows, columns) / rows.mean())
+        D = D / max(1, np.sqrt((D**2).mean()) / clip)
+        M = beta1 * M + (1 - beta1) * D
+        odd = (D - M) ** 2 + eps[1]
+        odd_rows = beta3 * odd_rows + (1 - beta3) * odd.mean(1)
+        odd_columns = beta3 * odd_columns + (1 - beta3) * odd.mean(0)
+        S = np.outer(odd_rows, odd_columns) / odd_rows.mean()
+        W = W - lr * (M / np.sqrt(S) + decay * W)
+    return W
+
+
+def test_came_by_hand():
+    draw = np.random.default_rng(0)
+    W, gradients = draw.standard_normal((5, 4)), draw.standard_normal((3, 5, 4))
+    p = torch.nn.Parameter(torch.from_numpy(W).float())
+    optimizer = CAME([p], 0.01, weight_decay=0.1)
+    for G in gradients:
+        p.grad = torch.from_numpy(G).float()
+        optimizer.step()
+    expected = by_hand(W, gradients, 0.01, (0.9, 0.999, 0.9999), (1e-30, 1e-16), 0.1, 1.0)
+    assert p.detach().numpy() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_first_step_of_came_in_numbers():
+    """Means by row 2.5 and 2.5, by column 1 and 4, so that the product R C / mean(R) is the square of G.
+
+    The averages begin at a thousandth, so D is 31.6 times the sign, and clipping makes it the sign. M is a tenth of it,
+    D - M nine tenths, S its square, 0.81, times 1e-4, and so W moves by 0.1 / (0.9 / 100) = 11.11 times the rate.
+    """
+    p = torch.nn.Parameter(torch.zeros(2, 2))
+    p.grad = torch.tensor([[1.0, -2.0], [-1.0, 2.0]])
+    CAME([p], 0.01).step()
+    assert p.flatten().tolist() == pytest.approx([-0.1111111, 0.1111111, 0.1111111, -0.1111111], rel=1e-5)
+
+
+def test_vectors_move_by_the_first_moment_alone():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, -0.5])
+    optimizer = CAME([p], 0.01)
+    losses = optimizer.step(lambda: 7.0)
+    assert losses == 7.0
+    assert p.tolist() == pytest.approx([-0.001, 0.001], rel=1e-5)
+    assert optimizer.state[p].keys() == {"exp_avg", "exp_avg_sq"}
+
+
+def test_the_rule_is_no_part_of_the_identity_of_adamw():
+    assert config(Full()) == {"name": "full", "lr": 1e-4, "head_lr": 1e-4, "search_share": 0}
+    other = config(Full(rule="came"))
+    assert other["rule"] == "came"
+    assert from_config(json.loads(json.dumps(other))) == Full(rule="came")
+    assert Full(rule="came").label() == "Full, rule came"
+    wrong = Full()
+    wrong.rule = "sgd"  # as the command line would give it, which checks no types
+    with pytest.raises(ValueError, match="rule 'sgd' is unknown: it must be one of 'adamw', 'adafactor', 'came'"):
+        wrong.__post_init__()
+
+
+def test_each_rule_is_its_optimizer(fresh_bert):
+    kinds = {rule: Full(rule=rule).optimizer(fresh_bert, 1e-3, 2e-3, 0.1) for rule in ("adamw", "adafactor", "came")}
+    assert [type(found) for found in kinds.values()] == [torch.optim.AdamW, Adafactor, CAME]
+    for found in kinds.values():
+        rates = {group["name"]: group["lr"] for group in found.param_groups}
+        assert rates == {"adapter": 1e-3, "head": 2e-3}
+        assert {group["weight_decay"] for group in found.param_groups} == {0.1, 0.0}
+    assert kinds["adafactor"].defaults["beta1"] == 0.9
+    assert not kinds["adafactor"].defaults["scale_parameter"]
+
+
+@pytest.mark.parametrize("rule", ["adafactor", "came"])
+def test_a_killed_run_goes_on_bit_for_bit(rule, bert, task, tmp_path):
+    settings = killing.SETTINGS | {"observe": killing.observers()}
+    method = Full(rule=rule, lr=1e-3)
+    whole = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "whole", **settings)
+    assert whole.summary()["update_norm"].gt(0).all()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(session, *given, record=Session.record):
+            record(session, *given)
+            if session.step.finished == 4:
+                session.checkpoint()
+                raise KeyboardInterrupt
+
+        patch.setattr(Session, "record", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ls.train(models.load(bert, task=task), task, method, out=tmp_path / "out", **settings)
+    ls.train(models.load(bert, task=task), task, method, out=tmp_path / "out", **settings)
+    same(tmp_path / "out", tmp_path / "whole")

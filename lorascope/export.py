@@ -224,10 +224,16 @@ def _task_type(run: Run, saved: list[str]) -> str | None:
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
 
 
-def _base(run: Run) -> tuple[str, int | None]:
-    """What the base is called outside lorascope, and its number of blocks where it was shortened."""
+def base_of(run: Run) -> tuple[str, int | None]:
+    """What a run's base was loaded by, and its number of blocks where it was shortened."""
     name, blocks = re.fullmatch(r"(.*?)(?:, first (\d+) blocks)?", run.meta["model"]).groups()  # type: ignore[union-attr]
-    return _HUB.get(name, name), int(blocks) if blocks else None
+    return name, int(blocks) if blocks else None
+
+
+def _base(run: Run) -> tuple[str, int | None]:
+    """The same, by the name outside lorascope."""
+    name, blocks = base_of(run)
+    return _HUB.get(name, name), blocks
 
 
 def _named(module: str, update: LowRank, hosts: Mapping[str, str]) -> list[tuple[str, np.ndarray]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -131,10 +131,18 @@ def _summed(gates: Float[Tensor, "*batch heads"], rows: int, real: Bool[Tensor, 
     return Gates(to_array(gates.sum(1)), to_array(entropies), to_array(counted.sum(1).double()))
 
 
+def stacked(parts: Sequence[Gates]) -> Gates:
+    """The gates on one batch after the other: all their rows."""
+    return Gates(*map(np.concatenate, _columns(parts)))
+
+
 def _joined(parts: Sequence[Gates]) -> Gates:
     """A module that the model uses several times over has the tokens of all its uses."""
-    weights, entropies, tokens = ([getattr(part, f) for part in parts] for f in ("weights", "entropies", "tokens"))
-    return Gates(np.sum(weights, axis=0), np.sum(entropies, axis=0), np.sum(tokens, axis=0))
+    return Gates(*(np.sum(column, axis=0) for column in _columns(parts)))
+
+
+def _columns(parts: Sequence[Gates]) -> list[list[np.ndarray]]:
+    return [[getattr(part, field.name) for part in parts] for field in fields(Gates)]
 
 
 def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bool[Tensor, "rows tokens"] | None:

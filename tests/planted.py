@@ -34,11 +34,13 @@ def plant(
     seed: int | None = 0,
     factors: Mapping[str, tuple[Any, Any]] | None = None,
     sigmas: Mapping[str, Any] | None = None,
+    exact: bool = True,
     **meta: Any,
 ) -> Run:
     """Write a run of (quantity, module) -> {step: value} into ``folder / id``.
 
-    ``factors`` are (B, A) by module, ``sigmas`` the spectra that were kept of dense updates.
+    ``factors`` are (B, A) by module, of updates that depend on the input where they are not ``exact``; ``sigmas`` the
+    spectra that were kept of dense updates.
     """
     last = max((step for steps in values.values() for step in steps), default=0)
     ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
@@ -51,7 +53,7 @@ def plant(
             writer.add(step, [Record(quantity, value, module)])
     if factors is not None:
         arrays = {name: {"B": np.array(B, float), "A": np.array(A, float)} for name, (B, A) in factors.items()}
-        writer.add(last, [Factors(name, pair, 1.0) for name, pair in arrays.items()])
+        writer.add(last, [Factors(name, pair, 1.0, exact) for name, pair in arrays.items()])
     for module, sigma in (sigmas or {}).items():
         writer.add(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
     writer.finish("done")

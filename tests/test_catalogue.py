@@ -12,6 +12,7 @@ import pytest
 from planted import lookup, low_rank, plant, profile
 
 from lorascope import plots
+from lorascope.plots import catalogue
 
 
 @pytest.fixture
@@ -94,3 +95,52 @@ def test_the_same_run_twice_or_none_is_refused(write: Any) -> None:
         plots.update_norm({"one": run, "two": run})
     with pytest.raises(ValueError, match="no run"):
         plots.update_norm([])
+
+
+def mixture(write: Any, id: str, seed: int = 0, label: str = "Hydra", exact: bool = False, **meta: Any) -> Any:
+    """A run with all that figures of updates need, its two modules mixtures unless they are exact."""
+    names = {"h.0.q": 3.0, "h.1.q": 2.0}
+    values = {
+        (quantity, module): {0: 0.0, 4: size / 2, 9: size}
+        for quantity in ("weight_norm", "learned_norm", "update_norm", "rank", "loss")
+        for module, size in names.items()
+    }
+    draw = np.random.default_rng(seed)
+    factors = {name: (draw.normal(size=(6, 2)), draw.normal(size=(2, 5))) for name in names}
+    return write(id, values, label, seed, factors, exact=exact, **meta)
+
+
+def captions(drawn: Any) -> list[str]:
+    return [chart.caption for row in drawn.rows() for chart in row]
+
+
+ABOUT_UPDATES = {
+    "atlas", "factor_embedding", "mean_norm", "norm_over_steps", "spectrum", "subspace_similarity", "update_image",
+    "update_norm", "update_norm_heat",
+}  # fmt: skip
+
+
+def test_every_figure_of_an_update_says_once_that_a_mixture_is_at_mean_gates(write: Any) -> None:
+    runs = [mixture(write, f"m{seed}", seed) for seed in (0, 1)]
+    plain = [mixture(write, f"p{seed}", seed, "LoRA", exact=True) for seed in (0, 1)]
+    drawable = plots.available(runs[0]).set_index("figure")["drawable"]
+    told = set()
+    for name in drawable[drawable].index:
+        draw = plots.FIGURES[name].draw
+        for drawn in (draw({"mixed": runs, "plain": plain}), draw({"plain": plain}, control={"mixed": runs})):
+            counts = {caption.count("Updates of mixed at mean gates.") for caption in captions(drawn)}
+            assert counts == {1 if name in ABOUT_UPDATES else 0}, name
+            assert all(caption.count("gates") == sum(counts) for caption in captions(drawn))
+        told |= {name} if counts == {1} else set()
+        assert not any("gates" in caption for caption in captions(draw({"a": plain[:1], "b": plain[1:]})))
+    assert told == ABOUT_UPDATES
+    # What is asked of FIGURES by needs holds for figures yet to come.
+    about = {name for name, entry in plots.FIGURES.items() if not catalogue.OF_UPDATES.isdisjoint(entry.needs)}
+    assert about == ABOUT_UPDATES
+
+
+def test_a_saved_figure_keeps_which_of_its_updates_are_mixtures(write: Any) -> None:
+    runs = {"mixed": mixture(write, "m"), "plain": mixture(write, "p", exact=True)}
+    assert plots.update_norm(runs).meta["mixtures"] == {"mixed": "mean gates"}
+    assert "mixtures" not in plots.update_norm({"plain": runs["plain"]}).meta
+    assert "mixtures" not in plots.training_curves(runs).meta

@@ -19,14 +19,14 @@ LAYERS = [
     ["fourier"],
     ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary", "transforms"],
     ["run", "sources", "evaluation", "foreign", "replay"],
-    ["writer", "adapter_files", "pretrained", "tasks", "progress"],
+    ["writer", "adapter_files", "pretrained", "tasks", "progress", "gated"],
     ["hydra_files", "fourier_files", "analysis", "models"],
     ["checkpoints", "scoring"],
     ["plots", "claims", "inspection", "export", "delta"],
     ["screen", "ablation", "gating"],
     ["heads", "method"],
     ["methods", "trained", "observer"],
-    ["state", "observe"],
+    ["state", "observe", "mixing"],
     ["plan", "resume"],
     ["session"],
     ["loop"],
@@ -62,6 +62,7 @@ TORCH_FREE = {
     "fourier_files",
     "hydra_files",
     "scoring",
+    "gated",
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.
 LATE = {("run", "state"), ("chart", "render")}

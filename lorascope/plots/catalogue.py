@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import pandas as pd
 
 from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
+from lorascope.chart import Chart, Drawable, Panels
 from lorascope.run import Run
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS = "updates", "spectra", "frequencies", "basis"
+OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
+"""What a figure needs that is about updates."""
+MIXTURES = "mixtures"
+"""Key of a chart's ``meta``: label -> the gates at which updates stand that depend on the input."""
 _NORMS = "train with observe=[ls.observe.norms()]"
 _ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
 RECORDERS = {
@@ -73,13 +79,31 @@ FIGURES: dict[str, Figure] = {}
 def figure(
     *, needs: tuple[str, ...], reads: str, misleads: str, history: bool = False, runs: int = 1
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function into the catalogue under its own name."""
+    """Enter a function into the catalogue under its own name, and let it say at which gates it shows mixtures."""
 
     def enter(draw: Callable[..., Any]) -> Callable[..., Any]:
-        FIGURES[draw.__name__] = Figure(draw.__name__, draw, needs, history, runs, reads, misleads)
-        return draw
+        @wraps(draw)
+        def drawn(*args: Any, **kwargs: Any) -> Drawable:
+            return _at_gates(draw(*args, **kwargs))
+
+        FIGURES[draw.__name__] = Figure(draw.__name__, drawn, needs, history, runs, reads, misleads)
+        return drawn
 
     return enter
+
+
+def _at_gates(drawn: Drawable) -> Drawable:
+    """Every caption with the gates at which updates are shown that depend on the input: no figure says it itself."""
+    mixtures: dict[str, str] = {}
+    for row in drawn.rows():
+        for chart in row:
+            mixtures |= chart.meta.get(MIXTURES, {})
+    if not mixtures:
+        return drawn
+    labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
+    told = [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
+    rows = [[replace(chart, caption=" ".join([chart.caption, *told])) for chart in row] for row in drawn.rows()]
+    return rows[0][0] if isinstance(drawn, Chart) else Panels(tuple(map(tuple, rows)))
 
 
 def available(run: Run) -> pd.DataFrame:

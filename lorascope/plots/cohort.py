@@ -12,7 +12,7 @@ import pandas as pd
 from lorascope import records
 from lorascope.analysis import fourier
 from lorascope.chart import Band, Line, Mark, Point
-from lorascope.plots.catalogue import FIGURES, SPECTRA, UPDATES, lack
+from lorascope.plots.catalogue import FIGURES, MIXTURES, OF_UPDATES, lack
 from lorascope.records import QUANTITIES
 from lorascope.run import Run
 
@@ -20,7 +20,6 @@ Runs: TypeAlias = Run | Sequence[Run] | Mapping[str, Run | Sequence[Run]]
 
 INTERVAL = "95 % t-interval over seeds"
 _SAME = ("model", "task", "recipe", "settings")
-_OF_UPDATES = {UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"}
 _POOLS = {"norm": "root of summed squares", "sum": "sum", "mean": "mean"}
 
 
@@ -60,10 +59,13 @@ class Cohort:
         """Labels in the order of the legend."""
         return [group.label for group in self.groups]
 
-    @property
+    @cached_property
     def meta(self) -> dict[str, Any]:
-        """What a saved figure says of its origin."""
-        return {"figure": self.name, "runs": [run.id for run in self.runs]}
+        """What a saved figure says of its origin, and if it is about updates, which of them are mixtures."""
+        about_updates = self.name in FIGURES and not OF_UPDATES.isdisjoint(FIGURES[self.name].needs)
+        gates = {group.label: _gates(group) for group in self.groups} if about_updates else {}
+        mixtures = {label: told for label, told in gates.items() if told}
+        return {"figure": self.name, "runs": [run.id for run in self.runs]} | ({MIXTURES: mixtures} if mixtures else {})
 
     def require(self, *needs: str, history: bool = False) -> None:
         """Raise a ValueError that names what the first run in want lacks."""
@@ -103,18 +105,12 @@ class Cohort:
         several = any(len(group.runs) > 1 for group in self.groups)
         sample = self.sample
         shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
-        return " ".join([*sentences, *self._gated(), shown])
+        return " ".join([*sentences, shown])
 
     def lost_starts(self) -> list[str]:
         """Which recipes still show the random start of their update, because it was not kept."""
         lacking = [group.label for group in self.groups if any(map(fourier.lost_start, group.runs))]
         return [f"With its random start, which was not kept: {', '.join(lacking)}."] if lacking else []
-
-    def _gated(self) -> list[str]:
-        """What is shown of updates that depend on the input, where the figure is about updates."""
-        about_updates = self.name in FIGURES and not _OF_UPDATES.isdisjoint(FIGURES[self.name].needs)
-        gated = [group.label for group in self.groups if about_updates and any(map(_is_mixed, group.runs))]
-        return [f"Updates of {', '.join(gated)} at mean gates."] if gated else []
 
 
 def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
@@ -166,6 +162,11 @@ def axis_label(quantity: str) -> str:
     """Label and unit of a quantity."""
     entry = QUANTITIES[quantity]
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
+
+
+def _gates(group: Group) -> str:
+    """At which gates the updates of its runs stand; "" where they depend on no input."""
+    return " and ".join(dict.fromkeys(run.meta.get("gates", "mean gates") for run in group.runs if _is_mixed(run)))
 
 
 def _is_mixed(run: Run) -> bool:

@@ -1,0 +1,191 @@
+"""Mean gates on given text against the gates token by token, and runs at other gates than their own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tiny import inputs, tiny
+from torch import nn
+
+import lorascope as ls
+from lorascope import models, observe, plots
+from lorascope.delta import adapted, deltas
+from lorascope.methods import HydraLoRA, LoRA
+from lorascope.run import Run
+
+FAST = {"steps": 4, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def run(bert, task, tmp_path_factory) -> Run:
+    """Four steps of HydraLoRA with a router sharp enough for the text to matter."""
+    model = models.load(bert, task=task)
+    return ls.train(
+        model, task, HydraLoRA(lr=3e-2), out=tmp_path_factory.mktemp("runs") / "run",
+        observe=[observe.norms(every=2), observe.factors(every=2)], **FAST,
+    )  # fmt: skip
+
+
+def restored(run: Run, bert: str, task) -> nn.Module:
+    model = models.load(bert, task=task)
+    run.restore(model)
+    return model
+
+
+def token_by_token(model: nn.Module, texts: list[str]) -> dict[str, np.ndarray]:
+    """Softmax of W_g x for every token of every text, one text at a time and so without padding."""
+    tokenizer = models.tokenizer(model)
+    found: dict[str, list[np.ndarray]] = {name: [] for name in adapted(model)}
+
+    def note(name, router, _, given):
+        found[name] += [torch.softmax(router.double() @ x.double(), 0).numpy() for x in given[0][0]]
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(partial(note, name, delta.router.detach()))
+        for name, delta in adapted(model).items()
+    ]
+    with torch.no_grad():
+        for text in texts:
+            model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    return {name: np.mean(gates, axis=0) for name, gates in found.items()}
+
+
+TEXTS = ["the film was great", "a very boring plot and music", "lovely", "rather poor it was and dreadful music"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_gates_are_the_mean_over_the_tokens_of_all_texts(run, bert, task, batch_size):
+    model = restored(run, bert, task).train()
+    expected = token_by_token(model.eval(), TEXTS)
+    model.train()
+    generator = torch.get_rng_state()
+    found = ls.mean_gates(model, TEXTS, batch_size=batch_size)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert list(found) == list(adapted(model))
+    for name, delta in adapted(model).items():
+        assert found[name] == pytest.approx(expected[name], abs=1e-6)
+        assert delta.mean_gates_.numpy() == pytest.approx(expected[name], abs=1e-6)
+        at_gates = delta.weight(gates=torch.tensor(found[name]).float()).detach().numpy()
+        assert dict(deltas(model))[name].dense() == pytest.approx(at_gates, abs=1e-6)
+
+
+def test_on_the_text_that_training_looked_at_they_are_the_recorded_ones(run, bert, task):
+    held_out = task.split("validation").head(16)["text"].tolist()
+    table = run.table
+    last = table[(table["quantity"] == "gate") & (table["step"] == 4)].set_index(["module", "index"])["value"]
+    for source in (restored(run, bert, task), run):
+        for name, gates in ls.mean_gates(source, held_out).items():
+            assert gates == pytest.approx(last[name].sort_index().to_numpy(), abs=1e-6)
+
+
+def test_a_decoder_and_a_base_of_ones_own(gpt2, task, tmp_path):
+    found = ls.train(models.load(gpt2, task=task), task, HydraLoRA(lr=3e-2), out=tmp_path / "run", **FAST)
+    base = models.load(gpt2, task=task)
+    gates = ls.mean_gates(found, TEXTS, base=base)
+    assert all(np.array_equal(adapted(base)[name].mean_gates_, gates[name].astype("f4")) for name in gates)
+    for name, expected in token_by_token(base, TEXTS).items():
+        assert gates[name] == pytest.approx(expected, abs=1e-6)
+    longer = ls.mean_gates(base, ["the film was great " * 9], max_length=4)
+    shorter = ls.mean_gates(base, ["the film was great"])
+    assert all(longer[name] == pytest.approx(shorter[name], abs=1e-6) for name in gates)
+
+
+def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
+    model = restored(run, bert, task)
+    plain = models.load(bert, task=task)
+    LoRA().attach(plain)
+    even = models.load(bert, task=task)
+    HydraLoRA(router="uniform").attach(even)
+    twin = tiny("t5")
+    HydraLoRA().attach(twin)
+    refused = [
+        (partial(ls.mean_gates, model, "the film was great"), "texts is one string: give a list of texts"),
+        (partial(ls.mean_gates, model, []), "texts is empty: .* one text or more"),
+        (partial(ls.mean_gates, model, [""]), "texts hold no token"),
+        (partial(ls.mean_gates, model, TEXTS, base=even), "base= goes with a run"),
+        (partial(ls.mean_gates, plain, TEXTS), "has no router: .*HydraLoRA with 2 heads or more"),
+        (partial(ls.mean_gates, even, TEXTS), "has no router"),
+        (partial(ls.mean_gates, twin, TEXTS), "T5ForConditionalGeneration .* encoder-decoder"),
+        (partial(ls.at_gates, run, {"no.such": [1, 0, 0]}), "run .* mixes no heads in 'no.such'; it does in bert"),
+        (partial(ls.at_gates, run, {next(iter(adapted(model))): [0.5, 0.5]}), "2 gates .* has 3 heads"),
+        (partial(ls.at_gates, run, {next(iter(adapted(model))): [1, np.nan, 0]}), "gates .* NaN"),
+    ]
+    for call, reason in refused:
+        with pytest.raises(ValueError, match=reason) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def sharp(run: Run, head: int) -> dict[str, list[float]]:
+    return {name: [float(number == head) for number in range(3)] for name in run.ranks()}
+
+
+def test_a_run_at_other_gates_has_the_updates_of_these_and_the_numbers_that_go_with_them(run):
+    moved = ls.at_gates(run, sharp(run, 1), "gates of head 1")
+    assert moved.id != run.id
+    assert (moved.label, moved.ranks(), moved.inexact()) == (run.label, run.ranks(), run.inexact())
+    summary, before = (found.summary().set_index("module") for found in (moved, run))
+    for name, held in run.factors().items():
+        scale = run.updates()[name].scale
+        dense = scale * held["B"][1].astype(float) @ held["A"]
+        assert moved.updates()[name].dense() == pytest.approx(dense, abs=1e-12)
+        assert moved.factors()[name]["gates"].tolist() == [0, 1, 0]
+        row = summary.loc[name]
+        sigma = np.linalg.svd(dense, compute_uv=False)
+        assert row["update_norm"] == pytest.approx(np.linalg.norm(dense))
+        assert row["stable_rank"] == pytest.approx(np.sum(sigma**2) / sigma[0] ** 2)
+        base = before.loc[name, "update_norm"] / before.loc[name, "relative_update"]
+        assert row["relative_update"] == pytest.approx(np.linalg.norm(dense) / base)
+        assert not row["exact"]
+    table = moved.table
+    assert set(table["run"]) == {moved.id}
+    at_end = table[table["quantity"] == "learned_norm"].set_index("module")["value"]
+    blocks = [name for name in at_end.index if name.endswith(("layer.0", "layer.1"))]
+    assert len(blocks) == 2
+    for block in blocks:
+        inside = [summary.loc[name, "update_norm"] for name in run.ranks() if name.startswith(block)]
+        assert at_end[block] == pytest.approx(np.linalg.norm(inside))
+    # What hangs on the gates has no history, the rest has all of it.
+    assert set(table.loc[table["quantity"] == "update_norm", "step"]) == {4}
+    assert not {"weight_norm", "step_norm"} & set(table["quantity"])
+    for quantity in ("adapter_norm", "gate", "rank"):
+        pair = [found[found["quantity"] == quantity]["value"].tolist() for found in (table, run.table)]
+        assert pair[0] == pair[1]
+
+
+def test_at_its_own_gates_a_run_has_its_own_numbers(run):
+    own = {name: held["gates"] for name, held in run.factors().items()}
+    moved = ls.at_gates(run, own)
+    kept = ["stable_rank", "effective_rank", "update_norm", "relative_update"]
+    assert np.allclose(moved.summary()[kept], run.summary()[kept], rtol=1e-5, equal_nan=True)
+    one = next(iter(own))
+    partly = ls.at_gates(run, {one: [0.0, 0, 1]})
+    for name, update in run.updates().items():
+        assert np.array_equal(partly.updates()[name].dense(), update.dense()) == (name != one)
+
+
+def test_figures_show_the_update_on_one_text_beside_that_on_another(run, bert, task):
+    model = restored(run, bert, task)
+    found = {"film": ls.mean_gates(model, ["film film film"]), "music": ls.mean_gates(model, ["music music"])}
+    views = {f"on {kind}": ls.at_gates(run, gates, f"mean gates on {kind}") for kind, gates in found.items()}
+    panels = plots.atlas(views)
+    angles = panels.rows()[1][0].data.set_index(["row", "column"])["value"]
+    assert angles["on film", "on music"] > 0.1
+    for caption in {chart.caption for row in panels.rows() for chart in row}:
+        assert "Updates of on film at mean gates on film. Updates of on music at mean gates on music." in caption
+    assert "at given gates" in plots.spectrum(ls.at_gates(run, sharp(run, 0))).caption
+    with pytest.raises(ValueError, match="update_norm at more than one step"):
+        plots.norm_over_steps(views["on film"])
+
+
+def test_restoring_puts_back_the_trained_state(run, bert, task):
+    model = models.load(bert, task=task)
+    ls.at_gates(run, sharp(run, 2)).restore(model)
+    batch = inputs(model)
+    assert torch.equal(model(**batch).logits, restored(run, bert, task)(**batch).logits)

@@ -47,7 +47,7 @@ def entries(
     Raises
     ------
     ValueError
-        There are not n such places, or the seed is none.
+        There are not n such places, the band lies outside the spectrum, or the seed is none.
     """
     if not 0 <= seed < SEEDS:
         raise ValueError(f"entry seed {seed} is none: it must lie between 0 and {SEEDS - 1}")
@@ -77,6 +77,12 @@ def _in_band(
 ) -> Int[np.ndarray, "n"]:
     """One draw after the other without replacement, as the order of exponential waiting times at these rates."""
     rates = band_pass(shape, center, width).reshape(-1)
+    highest = np.hypot(shape[0] // 2, shape[1] // 2)
+    if center > highest:
+        raise ValueError(
+            f"the band around {center:g} lies outside the spectrum of {shape[0]} x {shape[1]}, which ends at "
+            f"{highest:.4g}: give a center of 0 to that"
+        )
     possible = np.flatnonzero(rates)
     if n > len(possible):
         raise ValueError(
@@ -102,9 +108,9 @@ def band_pass(shape: tuple[int, int], center: float | int, width: float | int = 
     Raises
     ------
     ValueError
-        The width is not above zero, or the center below it.
+        The width is not above zero, the center below it, or one of them is not finite.
     """
-    if width <= 0 or center < 0:
+    if not (0 < width < np.inf and 0 <= center < np.inf):
         raise ValueError(f"center {center} and width {width} are no band: a center of 0 or more, a width above 0")
     D = radius(np.indices(shape), shape)
     D[0, 0] = 1.0

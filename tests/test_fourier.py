@@ -234,6 +234,12 @@ def test_a_band_is_centred_on_frequency_zero_whatever_the_shape(shape):
             lambda: entries((4, 6), 24, 0, 2),
             "24 .* do not fit the band around 2 of width 200: only 23 places",
         ),
+        (
+            lambda: entries((4, 6), 2, 0, 3.7),
+            r"the band around 3.7 lies outside the spectrum of 4 x 6, which ends at 3.606: give a center of 0 to that",
+        ),
+        (lambda: band_pass((4, 6), float("nan")), "center nan and width 200.0 are no band"),
+        (lambda: band_pass((4, 6), 1, float("inf")), "center 1 and width inf are no band"),
         (lambda: band_pass((4, 6), -1), "center -1 and width 200.0 are no band"),
         (lambda: band_pass((4, 6), 1, 0), "center 1 and width 0 are no band"),
     ],

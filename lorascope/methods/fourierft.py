@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -98,6 +98,8 @@ class FourierFT(Method, name="fourierft"):
         for name, choices in (("init", ("normal", "zeros")), ("basis", ("fourier", "random", "orthogonal"))):
             if (choice := getattr(self, name)) not in choices:
                 raise ValueError(f"{name} {choice!r} is unknown: it must be one of {', '.join(map(repr, choices))}")
+        if not (math.isfinite(self.alpha) and self.alpha):
+            raise ValueError(f"alpha {self.alpha} leaves no update to train: give a finite number other than 0")
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -111,7 +113,11 @@ class FourierFT(Method, name="fourierft"):
         weight = host_weight(host)
         d1, d2 = weight.shape
         n = 4 * min(d1, d2) if self.coefficients is None else self.coefficients
-        places = torch.from_numpy(fourier.entries((d1, d2), n, self.entry_seed, self.center, self.width))
+        try:
+            drawn = fourier.entries((d1, d2), n, self.entry_seed, self.center, self.width)
+        except ValueError as error:
+            raise ValueError(f"{name!r}: {error}") from None
+        places = torch.from_numpy(drawn)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         start = torch.randn(n, dtype=dtype) if self.init == "normal" else torch.zeros(n, dtype=dtype)
         if self.basis == "fourier":
@@ -166,7 +172,7 @@ class FourierDelta(Delta):
         if not few(len(self.coefficients), self.shape):
             return F.linear(x, self.weight().to(x.dtype))
         left, right = self._waves_for(x).split(self.shape)
-        c = self.alpha / math.prod(self.shape) * self.coefficients
+        c = self.alpha / math.prod(self.shape) ** 0.5 * self.coefficients
         return F.linear(F.linear(x, right.T) * torch.cat([c, c]).to(x.dtype), left)
 
     def affine(
@@ -178,10 +184,24 @@ class FourierDelta(Delta):
         return F.linear(x, (W + self.weight()).to(W.dtype), b)
 
     def _waves_for(self, x: Tensor) -> Float[Tensor, "sides waves"]:
-        """Kept from call to call, for the entries as they are: these may have been put back from a saved state."""
-        if self._waves is None or not torch.equal(self._waves[0], self.entries) or self._waves[1].dtype != x.dtype:
-            self._waves = self.entries.clone(), torch.cat(waves(self.entries, self.shape)).to(x.dtype)
-        return self._waves[1]
+        """Waves of length 1, kept from call to call for the entries as they are: a saved state may put back others.
+
+        Of length 1, since float16 cannot tell alpha c / (d1 d2) from zero where a weight is wide.
+        """
+        kept = self._waves
+        if (
+            kept is None
+            or (kept[1].dtype, kept[1].device) != (x.dtype, x.device)
+            or not torch.equal(kept[0], self.entries)
+        ):
+            with torch.inference_mode(False):  # what is made under it cannot be trained with later
+                sides = [wave / len(wave) ** 0.5 for wave in waves(self.entries, self.shape)]
+                kept = self._waves = self.entries.clone(), torch.cat(sides).to(x.dtype)
+        return kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the waves, which are many times what trains and are made again when asked for."""
+        return super().__getstate__() | {"_waves": None}
 
     def factors(self) -> dict[str, Tensor]:
         return {"coefficients": self.coefficients, "entries": self.entries, "shape": self.sides}

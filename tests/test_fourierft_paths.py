@@ -1,0 +1,151 @@
+"""FourierFT's two paths, by waves and by transform: the same numbers wherever they are moved, and no stale waves."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_fourierft import by_definition, drawn
+from tiny import inputs, tiny
+from torch import Tensor, nn
+
+from lorascope import fourier
+from lorascope.delta import adapted, attach
+from lorascope.methods import FourierFT
+from lorascope.methods.fourierft import FourierDelta
+from lorascope.transforms import few
+
+SIDES = (24, 40)
+PATHS = pytest.mark.parametrize("n", [3, 200], ids=["waves", "transform"])
+
+
+def adapter(n: int, dtype: torch.dtype = torch.float64) -> FourierDelta:
+    c, places = drawn(SIDES, n)
+    assert few(n, SIDES) == (n == 3)
+    return FourierDelta(c.to(dtype), places, SIDES, 50)
+
+
+def batch(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(5, SIDES[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def expected(delta: FourierDelta, x: Tensor) -> Tensor:
+    return F.linear(x.double(), by_definition(delta.coefficients.double(), delta.entries, SIDES, 50))
+
+
+# What a dtype can tell: a few of its units, summed up over a row.
+DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+@PATHS
+def test_every_dtype_gives_the_numbers_of_the_definition_in_any_order(n: int) -> None:
+    """Each after each other, so that waves kept for one dtype would be seen in another."""
+    for order in (list(DTYPES), list(DTYPES)[::-1]):
+        delta = adapter(n)
+        for dtype in order:
+            delta.to(dtype)
+            y = delta(batch(dtype))
+            wanted = expected(delta, batch(dtype))
+            assert y.dtype == dtype
+            assert (y - wanted).norm() <= DTYPES[dtype] * wanted.norm()
+
+
+@PATHS
+def test_the_adapter_may_be_wider_than_its_host(n: int) -> None:
+    """Coefficients of a bfloat16 model are float32, whatever the activations are."""
+    delta = adapter(n, torch.float32)
+    for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float64):
+        y = delta(batch(dtype))
+        wanted = expected(delta, batch(dtype))
+        assert y.dtype == dtype
+        assert (y - wanted).norm() <= max(DTYPES[dtype], DTYPES[torch.float32]) * wanted.norm()
+
+
+def test_float16_keeps_its_digits_where_a_coefficient_moves_a_wide_weight_little() -> None:
+    """alpha c / (d1 d2) itself lies below what float16 can tell from zero."""
+    shape = (2048, 2048)
+    places = torch.from_numpy(fourier.entries(shape, 4, 0))
+    delta = FourierDelta(torch.tensor([0.02, -0.01, 0.03, 0.005]), places, shape, 300)
+    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0))
+    wanted = F.linear(x.double(), by_definition(delta.coefficients.double(), places, shape, 300))
+    assert (delta.half()(x.half()).double() - wanted).norm() <= 2**-7 * wanted.norm()
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@PATHS
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_gives_the_same_numbers_and_goes_its_own_way(n: int, copied: Callable[[nn.Module], nn.Module]) -> None:
+    delta = adapter(n)
+    before = delta(batch())
+    twin = copied(delta)
+    assert torch.equal(twin(batch()), before)
+    with torch.no_grad():
+        twin.coefficients.add_(1)
+        twin.entries.copy_(twin.entries.flip(1))
+    assert torch.equal(delta(batch()), before)
+    assert (twin(batch()) - expected(twin, batch())).abs().max() < 1e-12
+
+
+def test_waves_are_no_part_of_what_is_written() -> None:
+    delta = adapter(3)
+    fresh = len(pickle.dumps(delta))
+    delta(batch())
+    assert len(pickle.dumps(delta)) == fresh
+
+
+@PATHS
+def test_a_look_under_inference_mode_does_not_stand_in_the_way_of_training(n: int) -> None:
+    delta = adapter(n)
+    x = batch().requires_grad_()
+    with torch.inference_mode():
+        seen = delta(batch())
+    y = delta(x)
+    assert torch.equal(y, seen)
+    y.square().sum().backward()
+    assert delta.coefficients.grad.any()
+    assert x.grad.any()
+
+
+@PATHS
+def test_it_follows_its_host_to_another_device_and_back(n: int) -> None:
+    """To "meta", the other device there is everywhere: shapes alone live there, but what was left behind shows."""
+    host = nn.Linear(*SIDES[::-1], dtype=torch.float64)
+    attach(host, {"": adapter(n)})
+    before = host(batch())
+    values = {name: value.clone() for name, value in host.state_dict().items()}
+    host.to("meta")
+    away = host(batch().to("meta"))
+    assert (away.device.type, away.shape) == ("meta", before.shape)
+    host.to_empty(device="cpu")
+    host.load_state_dict(values)
+    assert torch.equal(host(batch()), before)
+
+
+@pytest.mark.parametrize("coefficients", [3, 200])
+def test_a_model_that_went_to_bfloat16_and_back_is_the_one_of_its_rounded_values(coefficients: int) -> None:
+    model = tiny("bert")
+    FourierFT(coefficients=coefficients).attach(model)
+    model(**inputs(model))
+    model.to(torch.bfloat16)
+    model(**inputs(model))
+    model.to(torch.float32)
+    fresh = tiny("bert")
+    FourierFT(coefficients=coefficients).attach(fresh)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(model(**inputs(model)).logits, fresh(**inputs(fresh)).logits)
+    assert all(delta.coefficients.dtype == torch.float32 for delta in adapted(model).values())

@@ -23,6 +23,7 @@ from lorascope import export, inspection, models, observe, plots
 from lorascope.analysis.clusters import choose_heads, chord_distance, cluster_selection
 from lorascope.delta import adapted, attach, deltas, fold
 from lorascope.gating import Gates, watch
+from lorascope.layout import identify
 from lorascope.method import METHODS, config, from_config
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
@@ -330,16 +331,23 @@ def test_a_single_head_or_even_mixing_has_no_router():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"rank": 0}, "rank 0 is too small"),
-        ({"number": 0}, "number 0 is too small"),
-        ({"gates_every": 0}, "gates_every 0"),
+        ({"rank": 0}, "^rank 0 is too small: it must be 1 or more$"),
+        ({"number": 0}, "^number 0 is too small"),
+        ({"number": -3}, "^number -3 is too small"),
+        ({"gates_every": 0}, "^gates_every 0 is too small"),
+        ({"gate_rows": 0}, "^gate_rows 0 is too small"),
+        ({"alpha": 0.0}, "^alpha 0.0 gives no scale: it must be a positive number$"),
+        ({"alpha": math.nan}, "^alpha nan gives no scale"),
+        ({"dropout": 1.0}, r"^dropout 1.0 is no share .* it must lie in \[0, 1\)$"),
+        ({"dropout": -0.1}, "^dropout -0.1 is no share"),
         ({"heads": "both"}, "heads 'both' is unknown: 'shared' or 'split'"),
         ({"router": "hard"}, "router 'hard' is unknown: 'learned' or 'uniform'"),
     ],
 )
 def test_wrong_settings_are_told_in_one_line(fields, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(ValueError, match=reason) as raised:
         HydraLoRA(**fields)
+    assert "\n" not in str(raised.value)
 
 
 def test_an_embedding_is_refused_and_nothing_is_attached():
@@ -355,6 +363,13 @@ def test_the_method_is_registered_and_survives_json():
     for method in (HydraLoRA(), HydraLoRA(heads="split", router="uniform", number=7, targets=("q",))):
         assert from_config(config(method)) == method
     assert HydraLoRA(heads="split").label() == "HydraLoRA, heads split"
+
+
+def test_a_field_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
+    assert "gate_rows" not in config(HydraLoRA())
+    assert identify(config(HydraLoRA())) == "6dc324810f88"  # as computed before the field was there
+    assert config(HydraLoRA(gate_rows=128))["gate_rows"] == 128
+    assert from_config(config(HydraLoRA(gate_rows=128))) == HydraLoRA(gate_rows=128)
 
 
 def test_a_routed_update_has_no_matrix_of_its_own():
@@ -545,6 +560,14 @@ def test_a_run_records_gates_at_their_steps(run, bert, task):
     for name, delta in adapted(model).items():
         last = gate[(gate["module"] == name) & (gate["step"] == 5)].sort_values("index")["value"]
         assert delta.mean_gates_.numpy() == pytest.approx(last.to_numpy(), abs=1e-6)
+
+
+def test_gates_are_looked_at_on_as_many_rows_as_asked_for(bert, task, tmp_path):
+    model = models.load(bert, task=task)
+    found = ls.train(model, task, HydraLoRA(gate_rows=3), out=tmp_path / "run", **FAST)
+    last = found.table[(found.table["quantity"] == "gate") & (found.table["step"] == 5)].set_index(["module", "index"])
+    for name, gates in ls.mean_gates(model, task.split("validation").head(3)["text"].tolist()).items():
+        assert gates == pytest.approx(last.loc[name, "value"].sort_index().to_numpy(), abs=1e-6)
 
 
 def test_gates_of_a_run_are_those_of_the_held_out_text(run, bert, task):

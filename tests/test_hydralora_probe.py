@@ -83,7 +83,13 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     assert 0 < hydralora.mean_apart(routed) < hydralora.mean_apart(split)
     # nothing tells heads with even gates apart
     assert hydralora.mean_apart(runs[hydralora.EVEN][0]) == pytest.approx(0, abs=1e-6)
-    assert len(found.exhibits) == 3
+    assert len(found.exhibits) == 4
+    atlas = found.exhibits[3].chart
+    angles = atlas.rows()[1][0].data.set_index(["row", "column"])["value"]
+    assert angles.between(0, 90).all()
+    assert len(angles) == 4 * 4  # two seeds of each, so recipes are compared with themselves, too
+    told = f"Updates of {hydralora.ROUTED}, {hydralora.SPLIT} at mean gates."
+    assert all(told in chart.caption for row in atlas.rows() for chart in row)
     assert any("Trained parameters" in note for note in found.notes)
     model = models.load(bert, task=task)
     runs[hydralora.EVEN][0].restore(model)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -45,13 +45,10 @@ from lorascope import names
 from lorascope.delta import Delta, attach, host_weight, to_array
 from lorascope.forms import update_from
 from lorascope.gating import Gates, watch
-from lorascope.method import Method, Step, train_adapters
+from lorascope.method import LATER, Method, Step, train_adapters
 from lorascope.records import Item, Quantity, Record, Snapshot, register
 from lorascope.roles import FFN
 from lorascope.update import Dense, LowRank
-
-HELD_OUT = 64
-"""Rows of the validation split on which the gates are looked at."""
 
 _PAPER = "HydraLoRA, eq. 4"
 register("gate", Quantity("mean gate", "", "head", "mean", "mean weight of a head over held-out tokens", _PAPER))
@@ -87,6 +84,8 @@ class HydraLoRA(Method, name="hydralora"):
     gates_every : int
         Steps between two looks at the gates on held-out text; step 0 and the last are always looked at. Norms are those
         of the update at the mean gates of the last look, so that ``step_norm`` at a look holds what gates moved, too.
+    gate_rows : int
+        Rows of the validation split that gates are looked at on, its first ones.
     """
 
     rank: int = 4
@@ -97,16 +96,21 @@ class HydraLoRA(Method, name="hydralora"):
     heads: str = "shared"
     router: str = "learned"
     gates_every: int = 50
+    gate_rows: int = field(default=64, metadata=LATER)
     lr: float | int = 2e-3
     head_lr: float | int = 2e-3
 
     def __post_init__(self) -> None:
-        for field in ("rank", "number", "gates_every"):
-            if (value := getattr(self, field)) < 1:
-                raise ValueError(f"{field} {value} is too small: it must be 1 or more")
-        for field, known in (("heads", ("shared", "split")), ("router", ("learned", "uniform"))):
-            if (value := getattr(self, field)) not in known:
-                raise ValueError(f"{field} {value!r} is unknown: {' or '.join(map(repr, known))}")
+        for name in ("rank", "number", "gates_every", "gate_rows"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} {value} is too small: it must be 1 or more")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha {self.alpha} gives no scale: it must be a positive number")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is no share of the input to leave out: it must lie in [0, 1)")
+        for name, known in (("heads", ("shared", "split")), ("router", ("learned", "uniform"))):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} {value!r} is unknown: {' or '.join(map(repr, known))}")
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -142,7 +146,7 @@ class HydraLoRA(Method, name="hydralora"):
         kept = step.finished == 0 or step.last
         routed = {name: delta for name, delta in self._deltas.items() if isinstance(delta, RoutedDelta)}
         if routed:
-            held = step.held_out(HELD_OUT)
+            held = step.held_out(self.gate_rows)
             gates = {name: delta.gates for name, delta in routed.items()}
             seen = watch(step.model, gates, held.batch, lambda: step.loss(held.batch))
             for name, delta in routed.items():

@@ -163,7 +163,8 @@ class _Processor(_Allocator):
 
     def peak(self) -> float:
         self._profile.stop()
-        return float(high_water(self._profile.profiler.kineto_results.events()))
+        told: Any = self._profile.profiler
+        return float(high_water(told.kineto_results.events()))
 
 
 class _Cuda(_Allocator):

@@ -145,3 +145,19 @@ def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
     held = accounting.full(accounting.shapes_of(ls.models.load(bert, task=task)))
     assert cells["parameter_bytes"] + cells["gradient_bytes"] + cells["optimizer_bytes"] == sum(astuple(held))
     assert cells["peak_bytes"] >= sum(astuple(held))
+
+
+@pytest.mark.parametrize("first", [0.9, 0.0])
+def test_adapprox_holds_what_is_computed_from_its_ranks(first, task, tmp_path, request):
+    """Besides, a number for every tensor: the RMS of its direction."""
+    model = ls.models.load(request.getfixturevalue("bert"), task=task)
+    shapes = accounting.shapes_of(model)
+    method = ls.Adapprox(betas=(first, 0.999), init_rank=3, min_dim=32)
+    run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
+    last = run.table[run.table["step"] == 3]
+    chosen = last[last["quantity"] == "factor_rank"]
+    ranks = {f"{row.module}.weight": int(row.value) for row in chosen.itertuples()}
+    assert len(ranks) > 6
+    held = accounting.adapprox(shapes, ranks, first=first > 0, min_dim=32)
+    found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
+    assert found == held.optimizer + 4 * len(shapes)

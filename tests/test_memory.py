@@ -161,3 +161,20 @@ def test_adapprox_holds_what_is_computed_from_its_ranks(first, task, tmp_path, r
     held = accounting.adapprox(shapes, ranks, first=first > 0, min_dim=32)
     found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
     assert found == held.optimizer + 4 * len(shapes)
+
+
+@pytest.mark.parametrize("moments", accounting.POLICIES)
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_lisa_holds_what_is_computed(moments, family, tmp_path, task, request):
+    """Two blocks, one at a time, with five draws: state that is kept is in the end that of both."""
+    model = ls.models.load(request.getfixturevalue(family), task=task)
+    shapes = accounting.shapes_of(model)
+    method = ls.LISA(n_active=1, interval=5, moments=moments)
+    run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST | {"steps": 21})
+    for step in (1, 21):
+        rows = run.table[run.table["step"] == step].set_index("quantity")["value"]
+        reached = int(rows["coverage"])
+        held = accounting.lisa(shapes, 1, moments, reached if moments == "keep" else None)
+        found = rows[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].astype(int)
+        assert accounting.Held(*found.tolist()) == held
+    assert reached == 2

@@ -11,6 +11,7 @@ from lorascope.plots.components import importance
 from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
+from lorascope.plots.memory import memory
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
 from lorascope.plots.quality import quality
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
@@ -36,6 +37,7 @@ __all__ = [
     "gates",
     "importance",
     "mean_norm",
+    "memory",
     "norm_over_steps",
     "planted",
     "quality",

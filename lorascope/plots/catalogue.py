@@ -33,6 +33,9 @@ RECORDERS = {
     "step_norm": _NORMS,
     "adapter_norm": _NORMS,
     "rank": "train adapters with observe=[ls.observe.norms()]",
+    **dict.fromkeys(
+        ("parameter_bytes", "gradient_bytes", "optimizer_bytes"), "train with observe=[ls.observe.memory()]"
+    ),
     "budget": _ALLOCATOR,
     "importance": _ALLOCATOR,
     "gate_entropy": "train HydraLoRA",

@@ -1,0 +1,109 @@
+"""The figure of memory: what a step holds, as measured in runs, beside what larger models would, as computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lorascope.analysis import accounting, norms
+from lorascope.chart import Axis, Bar, Chart, Drawable, Mark, Rule, above
+from lorascope.plots.catalogue import figure
+from lorascope.plots.cohort import Cohort, Runs, gather
+
+_PARTS = {
+    "parameter_bytes": "parameters",
+    "gradient_bytes": "gradients",
+    "optimizer_bytes": "optimizer",
+}
+_REST = "rest up to the peak"
+_COLORS = (*accounting.PARTS, _REST)
+_PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in its paper
+_CARD = 24e9 / 2**30
+_COUNTS = "no interval, since seeds differ in the length of their texts alone"
+
+
+@figure(
+    needs=tuple(_PARTS),
+    reads="A bar ends at the peak of one step. Its parts at the optimizer step are counted over living tensors; the "
+    "rest is what the allocator had given out besides at the highest moment, activations above all. Panels of larger "
+    "models are computed from shapes and know no rest.",
+    misleads="A peak belongs to one batch and length of text: with longer ones the rest outgrows all that a method can "
+    "save. On a small model the embedding is half of everything, so LISA, which always trains it, saves little.",
+)
+def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
+    """Bytes of a step by part, one bar a label, above those of LLaMA-2 by arithmetic (LISA, Fig. 3).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Of ``lorascope.memory.measure``, or any with ``observe.memory()``, which know no peak.
+    computed : sequence of str
+        Sizes of LLaMA-2 below: "7B", "70B".
+    """
+    cohort = gather("memory", runs, control)
+    cohort.require(*_PARTS)
+    if unknown := [size for size in computed if size not in _PAPERS]:
+        raise ValueError(f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}")
+    cells = _measured(cohort)
+    caption = _caption(cohort, cells, computed)
+    panels = [_bars(cells, cohort.labels, "measured", "memory (MiB)", [], caption, cohort)]
+    for size in computed:
+        rank, active = _PAPERS[size]
+        table = accounting.table(accounting.LLAMA2[size], rank, active, width=2)
+        rows = table.assign(recipe=table["method"], value=table["bytes"] / 2**30)
+        card: list[Mark] = [Rule(x=_CARD)] if size == "7B" else []
+        label = f"memory of LLaMA-2 {size} (GiB)"
+        panels.append(
+            _bars(rows, list(rows["recipe"].unique()), f"LLaMA-2 {size}, computed", label, card, caption, cohort)
+        )
+    return panels[0] if len(panels) == 1 else above(*panels)
+
+
+def _measured(cohort: Cohort) -> pd.DataFrame:
+    """Mean over the runs of every label and part after the last step, in MiB; the rest where all know their peak."""
+    table = norms.last(cohort.table[cohort.table["quantity"].isin([*_PARTS, "peak_bytes"])])
+    wide = table.pivot(index="run", columns="quantity", values="value").astype("float64")
+    parts = wide[list(_PARTS)].rename(columns=_PARTS)
+    if "peak_bytes" in wide:
+        parts[_REST] = wide["peak_bytes"] - parts.sum(axis="columns")
+    long = parts.reset_index().melt("run", var_name="part", value_name="bytes")
+    means = (
+        cohort.label(long)
+        .groupby(["recipe", "kind", "part"], sort=False)["bytes"]
+        .agg(lambda values: values.mean(skipna=False))
+    )
+    cells = means.dropna().reset_index()
+    return cells.assign(value=cells["bytes"] / 2**20, source="measured")
+
+
+def _bars(
+    rows: pd.DataFrame, order: list[str], title: str, label: str, marks: list[Mark], caption: str, cohort: Cohort
+) -> Chart:
+    return Chart(
+        rows,
+        [Bar("value", "recipe", "part", mode="stack"), *marks],
+        title=title,
+        x=Axis(label=label, limits=(0, None)),
+        y=Axis(order=order),
+        caption=caption,
+        colors=_COLORS,
+        meta=cohort.meta,
+    )
+
+
+def _caption(cohort: Cohort, cells: pd.DataFrame, computed: Sequence[str]) -> str:
+    """What was measured where, and what was worked out."""
+    known = set(cells["recipe"][cells["part"] == _REST])
+    unknown = [label for label in cohort.labels if label not in known]
+    where = dict.fromkeys(f"{run.meta['model']}, {run.meta['settings'].get('batch_size')} texts" for run in cohort.runs)
+    told = [f"Measured, after the last step: {'; '.join(where)}."]
+    if unknown:
+        told.append(f"No peak was measured of {', '.join(unknown)}.")
+    if computed:
+        told.append(
+            "Computed from shapes, not measured: weights and gradients of 2 bytes, optimizer of 4, no activations."
+        )
+    if "7B" in computed:
+        told.append("Dashed: a card of 24 GB.")
+    return cohort.caption(*told, interval=_COUNTS)

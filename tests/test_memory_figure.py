@@ -1,0 +1,75 @@
+"""The figure of memory against planted bytes."""
+
+from __future__ import annotations
+
+import pytest
+from planted import plant
+
+from lorascope import plots
+from lorascope.analysis import accounting
+
+MIB = 2**20
+
+
+def bytes_of(parameters: float, gradients: float, optimizer: float, peak: float | None = None) -> dict:
+    """Nothing but parameters before the first step; state grows until the second."""
+    at = {
+        ("parameter_bytes", ""): {0: parameters * MIB, 1: parameters * MIB, 2: parameters * MIB},
+        ("gradient_bytes", ""): {0: 0, 1: gradients * MIB, 2: gradients * MIB},
+        ("optimizer_bytes", ""): {0: 0, 1: optimizer * MIB / 2, 2: optimizer * MIB},
+    }
+    return at | ({} if peak is None else {("peak_bytes", ""): {2: peak * MIB}})
+
+
+def cells(chart) -> dict:
+    return {(row.recipe, row.part): row.value for row in chart.data.itertuples()}
+
+
+def test_bars_are_the_planted_parts_and_end_at_the_peak(tmp_path):
+    full = [plant(tmp_path, f"f{i}", bytes_of(8, 8, 16, 40 + 4 * i), seed=i) for i in range(2)]
+    lora = plant(tmp_path, "l", bytes_of(9, 1, 2, 19))
+    found = cells(plots.memory({"full": full, "LoRA": lora}, computed=()))
+    assert found == {
+        ("full", "parameters"): 8,
+        ("full", "gradients"): 8,
+        ("full", "optimizer"): 16,
+        ("full", "rest up to the peak"): 10,  # 8 and 12
+        ("LoRA", "parameters"): 9,
+        ("LoRA", "gradients"): 1,
+        ("LoRA", "optimizer"): 2,
+        ("LoRA", "rest up to the peak"): 7,
+    }
+
+
+def test_without_a_peak_there_is_no_rest(tmp_path):
+    one = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
+    two = plant(tmp_path, "b", bytes_of(9, 1, 2))
+    unknown = plant(tmp_path, "c", bytes_of(9, 1, 2, float("nan")))
+    chart = plots.memory({"one": one, "two": two, "three": unknown}, computed=())
+    assert {part for recipe, part in cells(chart) if recipe != "one"} == {"parameters", "gradients", "optimizer"}
+    assert cells(chart)["one", "rest up to the peak"] == 8
+    assert "No peak was measured of two, three." in chart.caption
+    alone = plots.memory(two, computed=())
+    assert "rest up to the peak" not in set(alone.data["part"])
+
+
+def test_larger_models_are_computed_and_say_so(tmp_path):
+    run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
+    (measured,), (seven,), (seventy,) = plots.memory(run).rows()
+    assert [chart.title for chart in (seven, seventy)] == ["LLaMA-2 7B, computed", "LLaMA-2 70B, computed"]
+    held = accounting.lisa(accounting.LLAMA2["70B"], 4, width=2)
+    assert cells(seventy)["LISA, 4 blocks", "optimizer"] == pytest.approx(held.optimizer / 2**30)
+    assert cells(seven)["AdamW", "parameters"] == pytest.approx(12.55, abs=0.01)
+    assert set(seven.data["source"]) == set(seventy.data["source"]) == {"computed"}
+    assert set(measured.data["source"]) == {"measured"}
+    assert set(seven.data["part"]) == set(accounting.PARTS)
+    assert "not measured" in measured.caption
+    with pytest.raises(ValueError, match="computed='13B' is no LLaMA-2 whose shapes are known: 7B, 70B"):
+        plots.memory(run, computed=("13B",))
+
+
+def test_it_draws_and_names_its_recorder(tmp_path):
+    run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
+    assert plots.memory(run).save(tmp_path / "memory.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"memory needs records of parameter_bytes: train with observe=\[ls.observe.m"):
+        plots.memory(plant(tmp_path, "b", {("lr", ""): {1: 0.1}}))

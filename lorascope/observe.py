@@ -22,12 +22,13 @@ from lorascope.delta import adapted, host_weight, to_array
 from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
 from lorascope.method import Step
+from lorascope.moments import factor_drift, second_moments
 from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 
-__all__ = ["Observer", "factors", "factors_of", "memory", "norms"]
+__all__ = ["Observer", "factor_drift", "factors", "factors_of", "memory", "norms", "second_moments"]
 
 Update = LowRank | Dense
 

@@ -26,6 +26,7 @@ LAYERS = [
     ["screen", "ablation", "gating"],
     ["heads", "method"],
     ["methods", "trained", "observer"],
+    ["moments"],
     ["state", "observe", "mixing"],
     ["plan", "resume"],
     ["session"],

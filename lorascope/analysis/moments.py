@@ -1,0 +1,81 @@
+"""Second moments as matrices: how few directions carry them, and what rows and columns alone say of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+# Rounds of scaling rows and columns to their sums; after so many the sums agree to rounding.
+_ROUNDS = 50
+
+
+def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
+    """Adafactor's stand-in: sums of the rows times sums of the columns over the sum of all."""
+    total = V.sum()
+    return np.outer(V.sum(1), V.sum(0)) / total if total else np.zeros_like(V)
+
+
+def relative_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
+    """|V - stand_in| / |V|, in Frobenius norm."""
+    return float(np.linalg.norm(V - stand_in) / np.linalg.norm(V))
+
+
+def tail(sigma: Float[np.ndarray, "k"], rank: int) -> float:
+    """The least relative error of a rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
+    return float(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()))
+
+
+def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, "m n"]:
+    """A random matrix with the sums by row and by column of V, and about as uneven beside them.
+
+    What V is times its stand-in of rank one is dealt out among all entries by lot, and rows and columns are scaled to
+    their sums again. It has every direction that V owes to its rows and columns alone, and no other but by chance.
+    """
+    alone = rank_one(V)
+    ratio = np.divide(V, alone, out=np.zeros_like(V), where=alone > 0)
+    dealt = alone.copy()
+    live = alone > 0
+    dealt[live] *= np.random.default_rng(seed).permutation(ratio[live])
+    for _ in range(_ROUNDS):
+        for axis in (1, 0):
+            sums = dealt.sum(axis, keepdims=True)
+            dealt *= np.divide(V.sum(axis, keepdims=True), sums, out=np.zeros_like(sums), where=sums > 0)
+    return dealt
+
+
+def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None = None) -> pd.DataFrame:
+    """The last look at a quantity of modules with an index, averaged over the modules of a layer.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As ``records.COLUMNS``, with ``recipe`` and ``kind``.
+    quantity : str
+    most : int
+        Of more layers, so many are taken, evenly.
+    role : str, optional
+        Of these modules alone.
+
+    Returns
+    -------
+    DataFrame
+        ``run, recipe, kind, layer, index, value``, one row a run, layer and index.
+    """
+    rows = table[(table["quantity"] == quantity) & table["layer"].notna()]
+    rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
+    if role is not None:
+        rows = rows[rows["role"] == role]
+    layers = sorted(rows["layer"].unique())
+    kept = {layers[round(place)] for place in np.linspace(0, len(layers) - 1, min(most, len(layers)))} if layers else ()
+    rows = rows[rows["layer"].isin(list(kept))]
+    keys = ["run", "recipe", "kind", "layer", "index"]
+    return rows.groupby(keys, observed=True)["value"].mean().reset_index()
+
+
+def final(table: pd.DataFrame, quantity: str) -> pd.Series:
+    """The last value of a quantity by module, or by module and index where it has one."""
+    rows = table[table["quantity"] == quantity]
+    rows = rows[rows["step"] == rows["step"].max()]
+    keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
+    return rows.set_index(keys)["value"]

@@ -1,0 +1,118 @@
+"""Observers of second moments: how few directions carry Adam's, and how far Adapprox's factors have drifted from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorascope.analysis import moments
+from lorascope.hosts import to_array
+from lorascope.method import Step
+from lorascope.methods.s_rsi import relative_error, s_rsi
+from lorascope.observer import Observer
+from lorascope.records import Item, Quantity, Record, register
+from lorascope.update import Dense, spectra
+
+# Ranks of the curves of errors, and how many singular values are kept.
+RANKS = (1, 2, 4, 8, 16, 32, 64)
+KEPT = 64
+
+_OF_V = "of Adam's average of squared gradients V, as a matrix"
+register("moment_sigma", Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"))
+register(
+    "moment_sigma_dealt",
+    Quantity("σᵢ / σ₁", index="component", definition="the same of a random matrix with V's sums by row and column"),
+)
+_ERROR = "‖V − V̂‖ / ‖V‖"
+register("moment_error", Quantity(_ERROR, index="rank", definition=f"least error of a rank {_OF_V}"))
+register(
+    "moment_error_dealt",
+    Quantity(_ERROR, index="rank", definition="the same of a random matrix with V's sums by row and column"),
+)
+register("moment_error_s_rsi", Quantity(_ERROR, index="rank", definition=f"error of S-RSI, l = p = 5, {_OF_V}"))
+register("moment_error_rank_one", Quantity(_ERROR, definition=f"error of Adafactor's rank one {_OF_V}"))
+register(
+    "factor_drift",
+    Quantity("‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors against the exact average E since the start"),
+)
+register("factor_drift_least", Quantity("‖E − Eₖ‖ / ‖E‖", definition="least error of the rank of these factors"))
+register("factor_drift_rank_one", Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank one of E"))
+
+
+@dataclass(kw_only=True)
+class second_moments(Observer):
+    """Singular values of the second moments that AdamW keeps of the matrices in blocks, and what a rank loses of them.
+
+    Beside each stands a random matrix with the same sums by row and by column. A look costs two decompositions and a
+    few factorings a matrix.
+    """
+
+    every: int = 100
+
+    def __call__(self, step: Step) -> Iterator[Item]:
+        """Nothing before the first step, when there is no moment yet."""
+        if step.finished == 0 or not self.due(step.finished, step.total):
+            return
+        for module, state in _matrices(step, "exp_avg_sq"):
+            V = state["exp_avg_sq"].double().flatten(1)
+            if V.any():
+                yield from _look(module, V / V.max())
+
+
+def _look(module: str, V: Tensor) -> Iterator[Item]:
+    exact = to_array(V)
+    dealt = moments.same_marginals(exact, seed=0)
+    ranks = [rank for rank in RANKS if rank < min(V.shape)]
+    for matrix, suffix in ((exact, ""), (dealt, "_dealt")):
+        sigma = spectra([Dense(matrix)])[0]
+        yield Record(f"moment_sigma{suffix}", sigma[:KEPT] / sigma[0], module, np.arange(1, len(sigma[:KEPT]) + 1))
+        yield Record(f"moment_error{suffix}", np.array([moments.tail(sigma, rank) for rank in ranks]), module, ranks)
+    generator = torch.Generator(V.device).manual_seed(0)
+    found = [relative_error(V, *s_rsi(V, rank, generator)) for rank in ranks]
+    yield Record("moment_error_s_rsi", np.array(found), module, ranks)
+    yield Record("moment_error_rank_one", moments.relative_error(exact, moments.rank_one(exact)), module)
+
+
+@dataclass(kw_only=True)
+class factor_drift(Observer):
+    """How far Adapprox's factors are from the average that they stand for, which is kept beside them for this.
+
+    It costs the memory that the method saves. The error that the method records is that of one step's factoring, which
+    starts from factors itself; this is what has added up.
+    """
+
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        self.exact_: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> Iterator[Item]:
+        """Take this step's gradients into the average; look at it where one is due."""
+        for module, state in _matrices(step, "Q"):
+            gradient = step.model.get_parameter(f"{module}.weight").grad
+            if gradient is None:
+                continue
+            beta2 = step.optimizer.param_groups[0]["betas"][1]
+            squares = gradient.to(state["Q"].dtype).flatten(1).square()
+            exact = self.exact_.setdefault(module, torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
+            if self.due(step.finished, step.total) and exact.any():
+                E, product = to_array(exact.double()), to_array(state["Q"].double() @ state["U"].double().T)
+                yield Record("factor_drift", moments.relative_error(E, product), module)
+                yield Record("factor_drift_least", moments.tail(spectra([Dense(E)])[0], state["Q"].shape[1]), module)
+                yield Record("factor_drift_rank_one", moments.relative_error(E, moments.rank_one(E)), module)
+
+
+def _matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Module and optimizer state of the weights in the blocks that keep a tensor of this name."""
+    inside = set(step.modules.loc[step.modules["layer"].notna(), "module"])
+    for name, parameter in step.model.named_parameters():
+        module = name.removesuffix(".weight")
+        state = step.optimizer.state.get(parameter, {})
+        if module in inside and parameter.ndim > 1 and key in state:
+            yield module, state

@@ -1,0 +1,135 @@
+"""Observers of second moments, against averages and decompositions made here by hand."""
+
+from __future__ import annotations
+
+import json
+
+import killing
+import numpy as np
+import pytest
+import torch
+
+import lorascope as ls
+from lorascope import models, observe
+from lorascope.analysis import moments
+from lorascope.methods import Adapprox, Full
+
+FAST = killing.SETTINGS | {"steps": 4}
+
+
+def test_rank_one_has_the_sums_of_rows_and_columns():
+    A = np.array([[4, 2, 1], [2, 2, 1], [1, 1, 3], [0, 1, 2]], float)
+    assert moments.rank_one(A).sum(0) == pytest.approx(A.sum(0))
+    assert moments.rank_one(A).sum(1) == pytest.approx(A.sum(1))
+    assert moments.relative_error(A, moments.rank_one(A)) == pytest.approx(0.461095, abs=1e-6)
+    assert not moments.rank_one(np.zeros((2, 3))).any()
+
+
+def test_the_tail_of_the_worked_spectrum():
+    sigma = np.array([6.0671, 2.9191, 0.8183])
+    assert moments.tail(sigma, 1) == pytest.approx(0.44698, abs=1e-4)
+    assert moments.tail(sigma, 2) == pytest.approx(0.120645, abs=1e-4)
+    assert moments.tail(sigma, 3) == 0
+
+
+def test_a_random_matrix_keeps_the_sums_and_loses_the_directions():
+    draw = np.random.default_rng(0)
+    alone = np.outer(draw.random(60), draw.random(40))
+    hidden = alone * (1 + 0.9 * np.outer(np.sign(draw.standard_normal(60)), np.sign(draw.standard_normal(40))))
+    hidden[5] = 0
+    dealt = moments.same_marginals(hidden, seed=1)
+    assert dealt.sum(0) == pytest.approx(hidden.sum(0), rel=1e-6)
+    assert dealt.sum(1) == pytest.approx(hidden.sum(1), rel=1e-6, abs=1e-12)
+    assert (dealt >= 0).all()
+    own, other = (np.linalg.svd(matrix, compute_uv=False) for matrix in (hidden, dealt))
+    assert moments.tail(own, 3) < 1e-6
+    assert moments.tail(other, 3) > 0.3
+    # and where there is nothing beyond rows and columns, nothing is lost
+    assert moments.same_marginals(alone, seed=1) == pytest.approx(alone)
+
+
+@pytest.fixture(scope="module")
+def adam(bert, task, tmp_path_factory):
+    model = models.load(bert, task=task)
+    kept = {}
+
+    class Keeping(observe.Observer):
+        def __call__(self, step):
+            if step.last:
+                for name, parameter in step.model.named_parameters():
+                    kept[name.removesuffix(".weight")] = step.optimizer.state[parameter]["exp_avg_sq"].double().numpy()
+            return ()
+
+    seen = [observe.second_moments(every=3), Keeping()]
+    run = ls.train(model, task, Full(lr=1e-3), out=tmp_path_factory.mktemp("adam") / "run", **FAST | {"observe": seen})
+    return run, kept
+
+
+def test_singular_values_and_errors_are_those_of_adams_average(adam):
+    run, kept = adam
+    found = run.table[run.table["quantity"].str.startswith("moment")]
+    assert set(found["step"]) == {3, 4}
+    assert found["layer"].notna().all()
+    assert set(found["role"]) == {"q", "k", "v", "o", "ffn_in", "ffn_out"}
+    last = found[found["step"] == 4]
+    for module, rows in last.groupby("module", observed=True):
+        V = kept[module]
+        sigma = np.linalg.svd(V, compute_uv=False)
+        values = rows.set_index(["quantity", "index"])["value"]
+        assert values["moment_sigma"].to_numpy() == pytest.approx(sigma / sigma[0], abs=1e-7)
+        assert values["moment_sigma"].index[0] == 1
+        for rank, error in values["moment_error"].items():
+            assert error == pytest.approx(moments.tail(sigma, int(rank)), abs=1e-6)
+            assert values["moment_error_s_rsi", rank] >= error - 1e-9
+            assert values["moment_error_s_rsi", rank] <= 1.3 * error + 1e-9
+        rank_one = rows.loc[rows["quantity"] == "moment_error_rank_one", "value"].item()
+        assert rank_one == pytest.approx(moments.relative_error(V, moments.rank_one(V)), rel=1e-6)
+        assert rank_one >= values["moment_error", 1] - 1e-9
+
+
+METHOD = Adapprox(lr=1e-3, min_dim=8, rank_rule="fixed", init_rank=3)
+
+
+def test_drift_is_measured_against_the_exact_average(bert, task, tmp_path):
+    """The gradients of every step are caught and averaged here."""
+    seen, factors = {}, {}
+
+    class Catching(observe.Observer):
+        def __call__(self, step):
+            for name, parameter in step.model.named_parameters():
+                if parameter.grad is not None and "Q" in step.optimizer.state[parameter]:
+                    state = step.optimizer.state[parameter]
+                    seen.setdefault(name.removesuffix(".weight"), []).append(parameter.grad.double().numpy() ** 2)
+                    factors[name.removesuffix(".weight")] = (state["Q"] @ state["U"].T).double().numpy()
+            return ()
+
+    settings = FAST | {"observe": [observe.factor_drift(every=9), Catching()]}
+    run = ls.train(models.load(bert, task=task), task, METHOD, out=tmp_path / "run", **settings)
+    drifts = run.table[run.table["quantity"].str.startswith("factor_drift")]
+    assert set(drifts["step"]) == {4}
+    for module, rows in drifts.groupby("module", observed=True):
+        E = sum(0.001 * 0.999 ** (3 - t) * squares for t, squares in enumerate(seen[module]))
+        values = rows.set_index("quantity")["value"]
+        assert values["factor_drift"] == pytest.approx(moments.relative_error(E, factors[module]), rel=1e-4)
+        assert values["factor_drift_least"] == pytest.approx(
+            moments.tail(np.linalg.svd(E, compute_uv=False), 3), rel=1e-4
+        )
+        assert values["factor_drift"] > values["factor_drift_least"]
+        assert values["factor_drift_rank_one"] == pytest.approx(
+            moments.relative_error(E, moments.rank_one(E)), rel=1e-4
+        )
+
+
+def test_the_exact_average_is_kept_for_resuming():
+    first = observe.factor_drift()
+    first.exact_ = {"a": torch.ones(2, 2)}
+    second = observe.factor_drift()
+    second.restore(first.state())
+    assert torch.equal(second.exact_["a"], torch.ones(2, 2))
+    assert json.dumps(second.config()) == '{"name": "factor_drift", "every": 50}'
+
+
+def test_nothing_is_looked_at_where_there_is_no_second_moment(bert, task, tmp_path):
+    settings = FAST | {"steps": 1, "observe": [observe.second_moments(), observe.factor_drift()]}
+    run = ls.train(models.load(bert, task=task), task, Full(rule="adafactor"), out=tmp_path / "run", **settings)
+    assert not run.table["quantity"].str.startswith(("moment", "factor")).any()

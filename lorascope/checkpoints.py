@@ -17,7 +17,7 @@ from lorascope import records
 from lorascope.adapter_files import CONFIG, AdapterFiles, open_adapter, read_adapter
 from lorascope.card import largest_lines
 from lorascope.fourier import Fourier
-from lorascope.fourier_files import read_fourier
+from lorascope.fourier_files import named_base, read_fourier
 from lorascope.hydra_files import holds_heads, read_hydra
 from lorascope.layout import Lazy
 from lorascope.pretrained import Pretrained
@@ -108,6 +108,11 @@ class AdapterRun(Run):
             "modules": [_describe(module, *part.shape) for module, part in files.parts.items()],
         }
         super().__init__(files.path, meta)
+
+    @property
+    def needs_base(self) -> bool:
+        """Can it be opened only with the folder of its base?"""
+        return self.files.kind == "FourierFT" and named_base(self.files.config) is None
 
     @cached_property
     def id(self) -> str:

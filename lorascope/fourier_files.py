@@ -108,18 +108,19 @@ def read_fourier(
     if not found:
         held = f"such as {others[0]}" if others else "no tensor at all"
         raise ValueError(f"{path} says FOURIERFT but its weights hold no fourierft_spectrum: {held}")
-    shapes = base or _named(path, config)
+    shapes = base or named_base(config)
+    if shapes is None:
+        name = config.get("base_model_name_or_path") or "unnamed"
+        raise ValueError(f"{path} keeps no shapes, as FourierFT does not: give the folder of its base, {name}")
     ordered = sorted(found, key=lambda module: position(*parse(module)))
     parts = {module: _part(path, module, found[module], config, shapes) for module in ordered}
     return AdapterFiles(path, dict(config), parts, tuple(others), files, "FourierFT")
 
 
-def _named(path: Path, config: Mapping[str, Any]) -> Pretrained:
+def named_base(config: Mapping[str, Any]) -> Pretrained | None:
     """The base that the configuration names, if it is a folder here."""
     name = config.get("base_model_name_or_path")
-    if name and any(Path(name).expanduser().glob("*.safetensors")):
-        return Pretrained(name)
-    raise ValueError(f"{path} keeps no shapes, as FourierFT does not: give the folder of its base, {name or 'unnamed'}")
+    return Pretrained(name) if name and any(Path(name).expanduser().glob("*.safetensors")) else None
 
 
 def _part(path: Path, module: str, stored: Factor, config: Mapping[str, Any], base: Pretrained) -> FourierPart:

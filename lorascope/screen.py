@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.checkpoints import AdapterRun
 from lorascope.inspection import Inspection
 
 WIDTH = 80
@@ -183,10 +184,18 @@ def _findings(inspection: Inspection, style: Style) -> Iterator[str]:
 
 
 def _next(inspection: Inspection) -> str:
-    path = str(inspection.run.path)
-    names = (path, os.path.relpath(path, Path.cwd()), "ADAPTER")
-    commands = [f"lorascope plot spectrum {shlex.quote(name)} -o spectrum.pdf" for name in names]
-    return min(commands[:2], key=len) if len(min(commands[:2], key=len)) <= WIDTH - _LABEL else commands[2]
+    run = inspection.run
+    folders = [run.path]
+    if isinstance(run, AdapterRun) and run.base is not None and run.needs_base:
+        folders.append(run.base.folder)
+    shown = [[_short(folder) for folder in folders], ["ADAPTER", "BASE"][: len(folders)]]
+    commands = [f"lorascope plot spectrum {' --base '.join(names)} -o spectrum.pdf" for names in shown]
+    return commands[0] if len(commands[0]) <= WIDTH - _LABEL else commands[1]
+
+
+def _short(folder: Any) -> str:
+    """A folder as the shell takes it, from here or from the root, whichever is shorter."""
+    return shlex.quote(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
 
 
 def _span(low: Any, high: Any) -> str:

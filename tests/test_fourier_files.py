@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import warnings
@@ -151,6 +152,44 @@ def test_the_shell_shows_it(adapter, capsys):
     assert "50 coefficients" in capsys.readouterr().out
     assert main(["inspect", str(adapter)]) == 2
     assert "keeps no shapes" in capsys.readouterr().err
+
+
+def suggested(capsys, *words: str) -> list[str]:
+    """The command that ``inspect`` says is next, by words."""
+    from lorascope.cli import main
+
+    assert main(["inspect", *words]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next"))
+    return shlex.split(line.removeprefix("next"))[1:]
+
+
+def test_the_plot_that_inspect_suggests_can_be_drawn(adapter, capsys, monkeypatch):
+    from lorascope.cli import main
+
+    monkeypatch.chdir(adapter.parent)
+    words = suggested(capsys, "adapter", "--base", "base")
+    assert words == ["plot", "spectrum", "adapter", "--base", "base", "-o", "spectrum.pdf"]
+    assert main(words) == 0
+    assert Path("spectrum.pdf").stat().st_size
+    assert main([word for word in words if word not in ("--base", "base")]) == 2
+    named(adapter)
+    assert "--base" not in suggested(capsys, "adapter")
+    assert "--base" not in suggested(capsys, "adapter", "--base", "base")
+
+
+def test_folders_with_long_names_do_not_break_the_screen(tmp_path, capsys, monkeypatch):
+    save(tmp_path / ("a b" * 20), **CASES["plain"])
+    monkeypatch.chdir(tmp_path)
+    adapter = next(tmp_path.glob("*/adapter"))
+    words = suggested(capsys, str(adapter), "--base", str(adapter.parent / "base"))
+    assert words == ["plot", "spectrum", "ADAPTER", "--base", "BASE", "-o", "spectrum.pdf"]
+
+
+def test_a_base_without_an_adapter_is_refused(tmp_path, capsys):
+    from lorascope.cli import main
+
+    assert main(["plot", "spectrum", f"one={tmp_path / 'run'}", "--base", "base"]) == 2
+    assert f"--base is for adapters, and none of {tmp_path / 'run'} is one" in capsys.readouterr().err
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.fourierft_spectrum"

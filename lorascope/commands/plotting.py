@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from lorascope.adapter_files import CONFIG
 from lorascope.checkpoints import load
 from lorascope.commands.arguments import UsageError, fields_of, headline, parse
 from lorascope.plots import FIGURES
@@ -27,6 +28,9 @@ class _Common:
         str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf by default")
     ] = None
     control: Annotated[tuple[str, ...], arg(metavar="RUN ...", help="runs drawn beside, as their control")] = ()
+    base: Annotated[
+        str | None, arg(metavar="DIR", help="folder of the base model of all adapters given; FourierFT's need it")
+    ] = None
     width: Annotated[str | None, arg(metavar="NAME", help="column or page")] = None
     theme: Annotated[str | None, arg(metavar="NAME", help="light, dark or paper")] = None
     json: Annotated[bool, arg(help="say what was drawn, for a program")] = False
@@ -45,8 +49,11 @@ def main(argv: Sequence[str]) -> int:
     if not options.runs:
         raise UsageError(f"plot {name} of what? Give a run: lorascope plot {name} runs/my-run -o {name}.pdf")
     own = {field: getattr(options, field) for field in _own_fields(name)}
-    control = _opened(options.control) if options.control else None
-    chart = FIGURES[name].draw(_opened(options.runs), control, **own)
+    folders = [Path(_split(word)[1]) for word in (*options.runs, *options.control)]
+    if options.base and not any((folder / CONFIG).exists() for folder in folders):
+        raise UsageError(f"--base is for adapters, and none of {', '.join(map(str, folders))} is one: leave it out")
+    control = _opened(options.control, options.base) if options.control else None
+    chart = FIGURES[name].draw(_opened(options.runs, options.base), control, **own)
     path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
     print(json.dumps({"figure": name, "path": str(path)}) if options.json else path)
     return 0
@@ -66,10 +73,11 @@ def _own_fields(name: str) -> list[str]:
     return [field for field, *_ in fields_of(FIGURES[name].draw, skip=("runs", "control"))]
 
 
-def _opened(words: Sequence[str]) -> list[Run] | dict[str, list[Run]]:
+def _opened(words: Sequence[str], base: str | None) -> list[Run] | dict[str, list[Run]]:
     """Runs by label where a word is ``label=folder``, else a list."""
     pairs = [_split(word) for word in words]
-    runs = [load(path) for _, path in pairs]
+    # A run knows its own base, so that among runs and adapters it is given to the adapters.
+    runs = [load(path, base if (Path(path) / CONFIG).exists() else None) for _, path in pairs]
     if not any(label for label, _ in pairs):
         return runs
     labelled: dict[str, list[Run]] = {}

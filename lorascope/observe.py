@@ -27,8 +27,9 @@ from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
+from lorascope.utilised import utilisation
 
-__all__ = ["Observer", "factor_drift", "factors", "factors_of", "memory", "norms", "second_moments"]
+__all__ = ["Observer", "factor_drift", "factors", "factors_of", "memory", "norms", "second_moments", "utilisation"]
 
 Update = LowRank | Dense
 

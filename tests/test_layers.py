@@ -26,7 +26,7 @@ LAYERS = [
     ["screen", "ablation", "gating"],
     ["heads", "method"],
     ["methods", "trained", "observer"],
-    ["moments"],
+    ["moments", "utilised"],
     ["state", "observe", "mixing"],
     ["plan", "resume"],
     ["session"],

@@ -31,6 +31,7 @@ COLUMNS = (
     "delta_norm",
 )
 ROLES = ("ffn_in", "ffn_gate", "ffn_out")
+DEFAULT = ("ffn_in", "ffn_out")
 MODES = ("changed", "reversed", "random")
 
 
@@ -58,7 +59,7 @@ class Part:
         return (neurons, vector) if self.axis == 1 else (vector, neurons)
 
 
-def parts(modules: pd.DataFrame, roles: Sequence[str] = ("ffn_in", "ffn_out")) -> list[Part]:
+def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
     """Where the neurons of a model lie.
 
     Parameters
@@ -76,16 +77,17 @@ def parts(modules: pd.DataFrame, roles: Sequence[str] = ("ffn_in", "ffn_out")) -
     fused = gated_input(modules).fillna(False)
     found = []
     for row, both in zip(modules.to_dict("records"), fused, strict=True):
-        place = (row["module"], row["stack"], row["layer"])
+        if not (both or row["role"] in roles):
+            continue
+        place = (row["module"], row["stack"], int(row["layer"]))
+        outer, inner = int(row["out_features"]), int(row["in_features"])
         if both:
-            half = row["out_features"] // 2
+            half = outer // 2
             halves = {"ffn_gate": 0, "ffn_in": half}
-            inner = row["in_features"]
             found += [Part(*place, role, 1, at, half, inner) for role, at in halves.items() if role in roles]
-        elif row["role"] in roles:
-            sizes = (row["out_features"], row["in_features"])
+        else:
             axis = 0 if row["role"] == "ffn_out" else 1
-            found.append(Part(*place, row["role"], axis, 0, sizes[1 - axis], sizes[axis]))
+            found.append(Part(*place, row["role"], axis, 0, *((outer, inner) if axis == 1 else (inner, outer))))
     return found
 
 

@@ -89,7 +89,7 @@ class NeFT(Method, name="neft"):
 
     k: int | None = None
     share: float | int = 0.09
-    targets: tuple[str, ...] = ("ffn_in", "ffn_out")
+    targets: tuple[str, ...] = neurons.DEFAULT
     mode: str = "changed"
     tuned: Run | Mapping[str, str] | str | Path | None = None
     neurons: Mapping[str, Sequence[int]] | None = None

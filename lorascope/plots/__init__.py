@@ -12,6 +12,7 @@ from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
 from lorascope.plots.memory import memory
+from lorascope.plots.neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
 from lorascope.plots.quality import quality
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
@@ -38,11 +39,15 @@ __all__ = [
     "importance",
     "mean_norm",
     "memory",
+    "neuron_cosine",
+    "neuron_overlap",
+    "neurons",
     "norm_over_steps",
     "planted",
     "quality",
     "rank_allocation",
     "rank_replay",
+    "rank_shift",
     "spectrum",
     "subspace_similarity",
     "training_curves",

@@ -1,0 +1,116 @@
+"""How much the hidden states look like a neuron's weights, and how far training moves the neurons' ranks by that.
+
+    utilisation of neuron n of layer i = max over layers a >= i of |Pearson(w_n, h_a)|,
+
+the correlation across the coordinates of the hidden state, h_a the mean output of block a. Neurons are ranked by it,
+the most used first, for each role of a projection separately.
+
+Source: NeFT (arXiv 2403.11621), sections 6.1-6.3, figures 2, 4 and 5. Layers from the neuron's own on are those of the
+authors' code; the text says the preceding ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
+# 100,000 of the 352,256 ranks that a projection of LLaMA-2-7B has.
+STRONG = 100_000 / 352_256
+KEY = ["module", "role", "neuron"]
+
+
+def utilisation(
+    vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
+) -> Float[np.ndarray, "neurons"]:
+    """The largest |Pearson correlation| of each weight vector with any of the hidden states given.
+
+    A vector without spread has utilisation 0.
+    """
+    return np.abs(_standard(vectors) @ _standard(hidden).T).max(axis=1)
+
+
+def _standard(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+    centred = np.asarray(rows, np.float64) - np.mean(rows, axis=1, keepdims=True, dtype=np.float64)
+    norms = np.linalg.norm(centred, axis=1, keepdims=True)
+    return np.divide(centred, norms, out=np.zeros_like(centred), where=norms > 0)
+
+
+def rank(scores: pd.DataFrame) -> pd.Series:
+    """1-based rank of every neuron within its role, the most used first; equal ones in the order of the rows."""
+    return scores.groupby("role", observed=True)["value"].rank(method="first", ascending=False).astype("int64")
+
+
+def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+    """How far every neuron's rank by utilisation lies apart in two models, and what kind of neuron that makes it.
+
+    Parameters
+    ----------
+    studied, reference : DataFrame
+        ``module, role, neuron, value``: utilisation in the two models.
+    trained : DataFrame
+        ``module, neuron``: what the studied model trained.
+
+    Returns
+    -------
+    DataFrame
+        ``module, role, neuron, rank_1`` (studied), ``rank_2``, ``d_rank`` (rank_2 - rank_1), ``percentile`` (of rank_2
+        in its role), and the sheet of three: ``strong``, moved by at least ``STRONG`` of the ranks of its role;
+        ``suppressed``, strong and fallen in the studied model; ``indirect``, strong and not trained there. The last
+        two overlap.
+    """
+    both = studied.assign(rank_1=rank(studied)).merge(reference.assign(rank_2=rank(reference)), on=KEY)
+    size = both.groupby("role", observed=True)["rank_1"].transform("size")
+    shift = both["rank_2"] - both["rank_1"]
+    strong = shift.abs() >= STRONG * size
+    own = set(zip(trained["module"].astype("str"), trained["neuron"].astype(int), strict=True))
+    named = zip(both["module"].astype("str"), both["neuron"].astype(int), strict=True)
+    mine = np.array([name in own for name in named], dtype=bool)
+    return both[[*KEY, "rank_1", "rank_2"]].assign(
+        d_rank=shift,
+        percentile=(both["rank_2"] - 1) / size,
+        strong=strong,
+        suppressed=strong & (shift < 0),
+        indirect=strong & ~mine,
+    )
+
+
+def since_start(table: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
+    """``rank_shift`` of a run's last recorded state against its state before training.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Records of ``utilisation``, among them at step 0.
+    trained : DataFrame
+        ``module, neuron``.
+    """
+    rows = table[table["quantity"] == "utilisation"].astype({"module": "str", "role": "str"})
+    rows = rows.rename(columns={"index": "neuron"})
+    after, before = (rows.loc[rows["step"] == step, [*KEY, "value"]] for step in (rows["step"].max(), 0))
+    return rank_shift(after, before, trained)
+
+
+def buckets(shifts: pd.DataFrame, edges: Sequence[float | int] = EDGES) -> pd.DataFrame:
+    """Mean |d_rank| by percentile of the rank in the reference.
+
+    Returns
+    -------
+    DataFrame
+        ``low, high, value, n``: a row for each bucket that holds a neuron.
+    """
+    bins = pd.cut(shifts["percentile"], list(edges), right=False, labels=False)
+    found = shifts["d_rank"].abs().groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
+    at = found["bucket"].astype(int).to_numpy()
+    return found.assign(low=np.array(edges, float)[at], high=np.array(edges, float)[at + 1])[
+        ["low", "high", "value", "n"]
+    ]
+
+
+def counts(shifts: pd.DataFrame) -> dict[str, float | int]:
+    """How many neurons are of each of the three kinds, and the mean |d_rank|."""
+    kinds = {kind: int(shifts[kind].sum()) for kind in ("strong", "suppressed", "indirect")}
+    return {**kinds, "avg_abs_d_rank": float(shifts["d_rank"].abs().mean())}

@@ -1,0 +1,151 @@
+"""Figures of neurons as data, against planted choices; and the observer of utilisation against its definition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from planted import blocks, lookup
+from tiny import tiny
+
+import lorascope as ls
+from lorascope import models, observe, plots
+from lorascope.chart import Rule
+from lorascope.methods import NeFT
+from lorascope.records import Record
+from lorascope.run import Run
+from lorascope.utilised import mean_states
+from lorascope.writer import RunWriter
+
+MODULES = [row | {"tied": ""} for row in blocks(2, ("ffn_in", "ffn_out"), hidden=4)]
+IN, OUT = ("encoder.layer.{}." + role for role in ("ffn_in", "ffn_out"))
+CHOSEN = {IN.format(0): [0, 1, 2], OUT.format(0): [5], OUT.format(1): [7, 8]}
+DISTANCES = np.logspace(-4, -1, 16)
+
+
+def planted(folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None) -> Run:
+    """A run of NeFT of a model with two blocks of 16 hidden units."""
+    method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode}
+    common = {"model": "m", "task": "t", "recipe": method, "method": method, "settings": {"steps": 9}, "parents": []}
+    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES}
+    writer = RunWriter(folder / id, common | named | {"states": {"last": {"step": 9, "ranks": {}}}})
+    for module, numbers in chosen.items():
+        writer.add(0, [Record("selected", np.ones(len(numbers)), module, np.array(numbers))])
+    for number, row in enumerate(MODULES):
+        writer.add(0, [Record("selection_cosine", DISTANCES * 10.0**number, row["module"])])
+        writer.add(9, [Record("neuron_cosine", DISTANCES, row["module"])])
+        for step, values in (used or {}).items():
+            writer.add(step, [Record("utilisation", np.array(values, float), row["module"])])
+    writer.finish("done")
+    return Run.read(folder / id)
+
+
+def test_chosen_neurons_by_layer_and_projection(tmp_path):
+    runs = [planted(tmp_path, "a"), planted(tmp_path, "b", {IN.format(0): [3, 4, 5, 6, 7, 8]}, seed=1)]
+    chart = plots.neurons(runs)
+    assert lookup(chart, "place", "role") == {
+        ("0", "ffn_in"): 4.5, ("0", "ffn_out"): 0.5, ("1", "ffn_in"): 0.0, ("1", "ffn_out"): 1.0,
+    }  # fmt: skip
+    (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
+    assert rule.y == 6 / 4
+    assert chart.x.order == ("0", "1")
+    assert chart.colors == ("ffn_in", "ffn_out")
+
+
+def test_a_control_stands_in_a_panel_of_its_own(tmp_path):
+    control = planted(tmp_path, "b", {IN.format(1): [1]}, label="NeFT, k 1, mode random", mode="random")
+    found = plots.neurons(planted(tmp_path, "a"), control)
+    assert [chart.title for row in found.rows() for chart in row] == ["NeFT, k 6", "control: NeFT, k 1, mode random"]
+
+
+def test_distances_by_layer_beside_the_threshold(tmp_path):
+    chart = plots.neuron_cosine(planted(tmp_path, "a"))
+    middle = float(np.median(DISTANCES))
+    assert list(lookup(chart, "place", "role")) == [(layer, role) for layer in "01" for role in ("ffn_in", "ffn_out")]
+    assert chart.data["value"].tolist() == pytest.approx([middle * 10**number for number in range(4)])
+    assert chart.data["low"].iloc[0] == pytest.approx(np.quantile(DISTANCES, 0.05))
+    (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
+    assert rule.y == pytest.approx(DISTANCES[0])
+    assert chart.y.log
+    own = plots.neuron_cosine(planted(tmp_path, "b"), quantity="neuron_cosine")
+    assert set(own.data["value"]) == {middle}
+    assert not any(isinstance(mark, Rule) for mark in own.marks)
+
+
+def test_overlap_of_domains_beside_that_of_seeds_and_of_lots(tmp_path):
+    other = {IN.format(0): [0, 1, 2], OUT.format(0): [5], OUT.format(1): [7, 9]}
+    runs = {
+        "film": [planted(tmp_path, "a"), planted(tmp_path, "b", other, seed=1)],
+        "music": [planted(tmp_path, "c", {IN.format(0): [0, 11, 12, 13, 14, 15]})],
+    }
+    chart = plots.neuron_overlap(runs)
+    assert lookup(chart, "first", "second", value="overlap") == pytest.approx(
+        {("film", "film"): 5 / 6, ("film", "music"): 1 / 6, ("music", "film"): 1 / 6}
+    )
+    assert "By lot 0.09, in 95 of 100 draws at most 0.33" in chart.caption
+    assert "6 neurons" in chart.caption
+
+
+def test_overlap_of_what_was_turned_most(tmp_path):
+    runs = [planted(tmp_path, "a"), planted(tmp_path, "b", seed=1)]
+    chart = plots.neuron_overlap(runs, k=3)
+    assert chart.data["overlap"].tolist() == [1]
+    with pytest.raises(ValueError, match="two runs or more"):
+        plots.neuron_overlap(runs[:1])
+
+
+def test_shifts_of_ranks_and_the_three_kinds(tmp_path):
+    """The two most used of the 32 neurons of each projection become the two least used; one of these four trained."""
+    before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
+    panels = plots.rank_shift(planted(tmp_path, "a", used={0: before, 9: after}))
+    buckets, kinds = (chart for row in panels.rows() for chart in row)
+    assert list(buckets.x.order) == buckets.data["bucket"].tolist()
+    assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 3}
+    assert buckets.data["value"].iloc[0] == 30
+
+
+def test_the_recorder_that_is_missing_is_named(tmp_path):
+    run = planted(tmp_path, "a")
+    with pytest.raises(ValueError, match=r"rank_shift needs records of utilisation: .*ls.observe.utilisation"):
+        plots.rank_shift(run)
+    bare = planted(tmp_path, "b", {})
+    with pytest.raises(ValueError, match="neurons needs records of selected: train NeFT"):
+        plots.neurons(bare)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_utilisation_is_the_correlation_with_the_mean_states(family, request, task, tmp_path):
+    folder: Any = request.getfixturevalue(family) if family != "t5" else None
+    if folder is None:
+        model = tiny("t5")
+        ids = torch.randint(3, 60, (5, 6))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        states = mean_states(model, batch)
+        with torch.no_grad():
+            expected = torch.stack(model(**batch, output_hidden_states=True).decoder_hidden_states[1:]).mean((1, 2))
+        assert states["decoder"] == pytest.approx(expected.numpy(), abs=1e-5)
+        assert states["encoder"].shape == (2, 32)
+        return
+    model = models.load(folder, task=task)
+    run = ls.train(
+        model, task, NeFT(k=5, mode="random", lr=1e-2), steps=2, batch_size=4, eval_size=8, test_size=8,
+        out=tmp_path / "run", observe=[observe.utilisation(size=5)], device="cpu", progress=False,
+    )  # fmt: skip
+    rows = run.table[run.table["quantity"] == "utilisation"]
+    assert set(rows["step"]) == {0, 2}
+    encoded = task.fit(model).encode(models.tokenizer(model), task.fit(model).split("validation").head(5), 128)
+    with torch.no_grad():
+        states = []
+        for row in range(5):
+            output = model.eval()(**encoded.batch([row]), output_hidden_states=True)
+            states.append(torch.stack([state[0].mean(0) for state in output.hidden_states[1:]]))
+    hidden = torch.stack(states).mean(0).numpy()
+    for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
+        weight = observe.host_weight(model.get_submodule(part.module)).detach().numpy()
+        vectors = weight if part.axis == 1 else weight.T
+        each = [[abs(np.corrcoef(vector, state)[0, 1]) for state in hidden[part.layer :]] for vector in vectors]
+        found = rows.loc[(rows["module"] == part.module) & (rows["step"] == 2), "value"]
+        assert found.to_numpy() == pytest.approx(np.max(each, axis=1), abs=1e-4)

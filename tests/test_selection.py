@@ -1,0 +1,82 @@
+"""Overlap of choices and shifts of ranks on worked numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorascope.analysis import selection, utilisation
+
+
+def named(*numbers):
+    return frozenset(("m", number) for number in numbers)
+
+
+def test_overlap_of_the_worked_sets_beside_chance():
+    found = selection.common(named(1, 2, 3, 4), named(3, 4, 5, 6), pool=40)
+    assert (found["n_common"], found["overlap"], found["jaccard"]) == (2, 0.5, pytest.approx(1 / 3))
+    assert found["chance"] == pytest.approx(4 / 40)
+    assert selection.common(named(1, 2), named(1, 2), pool=9)["overlap"] == 1
+
+
+def test_chance_is_what_lots_give():
+    draw = np.random.default_rng(0)
+    lots = [set(draw.choice(50, 20, replace=False)) for _ in range(2000)]
+    shared = [len(lot & set(range(10))) / 10 for lot in lots]
+    found = selection.common(named(*range(10)), named(*range(100, 120)), pool=50)
+    assert found["chance"] == pytest.approx(np.mean(shared), abs=0.01)
+    assert np.mean(np.array(shared) <= found["most"]) >= 0.95
+    assert np.mean(np.array(shared) <= found["most"] - 0.1) < 0.95
+
+
+def test_pairs_within_a_label_are_pairs_of_different_runs():
+    found = selection.overlaps({"a": [named(1, 2), named(1, 3)], "b": [named(4, 5)]}, pool=10)
+    assert found[["first", "second", "n_common"]].to_numpy().tolist() == [["a", "a", 1], ["a", "b", 0], ["a", "b", 0]]
+
+
+def test_the_worked_correlation():
+    one = np.array([[1.0, 2, 3, 4], [5, 5, 5, 5]])
+    assert utilisation.utilisation(one, np.array([[1.0, 3, 2, 4]])) == pytest.approx([0.8, 0])
+    assert utilisation.utilisation(-one, np.array([[1.0, 3, 2, 4], [0, 0, 0, 1]]))[0] == pytest.approx(0.8)
+
+
+FIRST = (0.9, 0.1, 0.5, 0.3, 0.7)
+SECOND = (0.2, 0.8, 0.5, 0.9, 0.6)
+
+
+def scored(values, role="ffn_in"):
+    rows = {"module": role, "role": role, "neuron": range(len(values)), "value": values}
+    return pd.DataFrame(rows)
+
+
+def test_the_worked_shift_of_ranks(monkeypatch):
+    monkeypatch.setattr(utilisation, "STRONG", 3 / 5)
+    trained = pd.DataFrame({"module": ["ffn_in"], "neuron": [0]})
+    found = utilisation.rank_shift(scored(FIRST), scored(SECOND), trained)
+    assert (found["rank_1"] - 1).tolist() == [0, 4, 2, 3, 1]
+    assert (found["rank_2"] - 1).tolist() == [4, 1, 3, 0, 2]
+    assert found["d_rank"].tolist() == [4, -3, 1, -3, 1]
+    kinds = {kind: found.index[found[kind]].tolist() for kind in ("strong", "suppressed", "indirect")}
+    assert kinds == {"strong": [0, 1, 3], "suppressed": [1, 3], "indirect": [1, 3]}
+    assert utilisation.counts(found) == {"strong": 3, "suppressed": 2, "indirect": 2, "avg_abs_d_rank": 2.4}
+
+
+def test_ranks_and_thresholds_are_those_of_each_role():
+    first = pd.concat([scored(FIRST), scored((0.2, 0.1), "ffn_out")])
+    second = pd.concat([scored(FIRST), scored((0.1, 0.2), "ffn_out")])
+    found = utilisation.rank_shift(first, second, pd.DataFrame({"module": [], "neuron": []}))
+    assert found["rank_1"].max() == 5
+    assert found.loc[found["role"] == "ffn_out", "rank_1"].tolist() == [1, 2]
+    assert found.loc[found["strong"], ["role", "d_rank"]].to_numpy().tolist() == [["ffn_out", 1], ["ffn_out", -1]]
+    assert found.loc[found["suppressed"], "neuron"].tolist() == [1]
+
+
+def test_buckets_hold_every_neuron_once():
+    same = scored(list(np.linspace(1, 0.1, 100)))
+    moved = same.assign(value=same["value"].where(same["neuron"] != 99, 2.0))
+    shifts = utilisation.rank_shift(moved, same, pd.DataFrame({"module": [], "neuron": []}))
+    found = utilisation.buckets(shifts)
+    assert found["n"].tolist() == [1, 2, 7, 20, 20, 20, 20, 7, 2, 1]
+    assert found["value"].tolist() == [1] * 9 + [99]
+    assert (found["low"].iloc[0], found["high"].iloc[-1]) == (0, 1)

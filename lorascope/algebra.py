@@ -157,7 +157,7 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     Parameters
     ----------
     W0, W : arrays (rows, columns)
-        Before and after. Slices of rows are all that is asked of them, so a memory map or a tensor of a file will do.
+        Before and after; memory maps and unread tensors of files are read tile by tile.
     axis : {0, 1}
         The axis a neuron's vector runs along: 1 if neurons are rows, 0 if they are columns.
     dtype : type
@@ -175,7 +175,8 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     sums = _sums(W0, W, axis, neurons, dtype)
     if dtype is not np.float64:
         unsound = neurons[~_sound(sums)]
-        sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
+        if len(unsound):
+            sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
     before, after, error = np.sqrt(sums[[0, 1, 3]])
     product = before * after
     with np.errstate(invalid="ignore"):
@@ -201,29 +202,38 @@ def _sound(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neurons"]:
 def _sums(W0: Any, W: Any, axis: int, neurons: Int[np.ndarray, "n"], dtype: type) -> Float[np.ndarray, "4 n"]:
     """|w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons, in ascending order."""
     sums = np.zeros((4, len(neurons)))
-    height = max(1, _TILE_BYTES // (8 * max(1, W0.shape[1])))
+    columns = W0.shape[1]
+    height = max(1, 2 * _TILE_BYTES // (np.dtype(dtype).itemsize * max(1, columns)))
+    # In the same memory each time: to take it anew costs as much as the sums.
+    scratch = np.empty((4, height, columns), dtype)
     for start in range(0, W0.shape[0], height):
-        rows = slice(start, start + height)
-        inside = slice(*np.searchsorted(neurons, (start, start + height))) if axis == 1 else slice(None)
+        rows = slice(start, min(start + height, W0.shape[0]))
+        inside = slice(*np.searchsorted(neurons, (rows.start, rows.stop))) if axis == 1 else slice(None)
         wanted = neurons[inside] - (start if axis == 1 else 0)
         if not len(wanted):
             continue
-        before, after = (_tile(matrix[rows], 1 - axis, wanted, dtype) for matrix in (W0, W))
+        tile = scratch[:, : rows.stop - start]
+        for matrix, out in zip((W0, W), tile, strict=False):
+            _read(matrix[rows], out)
+        if len(wanted) < tile.shape[2 - axis]:
+            tile = tile.take(wanted, 2 - axis)
+        before, after, error, product = tile
         with np.errstate(over="ignore", invalid="ignore"):
-            error = after - before
+            np.subtract(after, before, out=error)
             pairs = (before, before), (after, after), (before, error), (error, error)
             for total, (left, right) in zip(sums, pairs, strict=True):
-                total[inside] += np.vecdot(left, right) if axis == 1 else _column_sums(left * right)
+                if axis == 1:
+                    total[inside] += np.vecdot(left, right)
+                else:
+                    total += np.ones(len(product), dtype) @ np.multiply(left, right, out=product)
     return sums
 
 
-def _tile(rows: np.ndarray, axis: int, wanted: Int[np.ndarray, "n"], dtype: type) -> Float[np.ndarray, "tile columns"]:
-    part = rows if len(wanted) == rows.shape[axis] else rows.take(wanted, axis)
-    return np.asarray(part, dtype)
-
-
-def _column_sums(tile: Float[np.ndarray, "rows columns"]) -> Float[np.ndarray, "columns"]:
-    return np.ones(len(tile), tile.dtype) @ tile
+def _read(rows: Any, out: Float[np.ndarray, "rows columns"]) -> None:
+    if isinstance(rows, np.ndarray):
+        np.copyto(out, rows)
+    else:
+        rows.into(out)
 
 
 def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"]:

@@ -27,7 +27,7 @@ from lorascope.run import Run
 from lorascope.summary import SUMMARY
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
-_MARKS = ("recipe.json", "run.json", CONFIG)
+MARKS = ("recipe.json", "run.json", CONFIG)
 
 
 def load(path: str | Path, base: str | Path | None = None) -> Run:
@@ -253,9 +253,9 @@ def _last_phase(path: Path) -> str:
 
 def _hint(path: Path) -> str:
     """What lies there instead."""
-    inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in _MARKS))
+    inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in MARKS))
     if inside:
         return f" itself, but {len(inside)} below it: give {path / inside[-1]}"
     if (path / "config.json").exists():
-        return ": it looks like a whole model"
-    return f": there is none of {', '.join(_MARKS)}"
+        return ": it looks like a whole model, of which `lorascope inspect --base DIR` tells what turned in it"
+    return f": there is none of {', '.join(MARKS)}"

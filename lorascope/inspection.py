@@ -19,7 +19,7 @@ from lorascope.update import energy_rank
 
 _SHARE = 0.9
 _RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class Inspection:
             "kind": self.facts[0][1],
             "facts": dict(self.facts[1:]),
             "update_norm": self.norm,
-            "roles": _rows(self.roles()),
-            "modules": _rows(self.modules),
+            "roles": rows(self.roles()),
+            "modules": rows(self.modules),
             "findings": list(self.findings),
         }
 
@@ -166,7 +166,7 @@ def _adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
     size = f"rank {_range([part.rank for part in parts])}, scale {scales} ({alpha})"
     if run.files.kind == "FourierFT":
         size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
-    dtypes = sorted({_DTYPES[part.dtype] for part in parts})
+    dtypes = sorted({DTYPES[part.dtype] for part in parts})
     files = len(run.files.files)
     stored = f"{' and '.join(dtypes)}, {files} file{'s' * (files > 1)}"
     return (
@@ -197,13 +197,13 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at mean gates"
     broken = modules["module"][modules["update_norm"].isna()]
     if len(broken):
-        yield f"{_count(len(broken), modules)} NaN or infinity: {_some(broken)}"
+        yield f"{_count(len(broken), modules)} NaN or infinity: {some(broken)}"
     untouched = modules["module"][modules["update_norm"] == 0]
     if len(untouched) == len(modules):
         yield f"all {len(modules)} modules untouched: saved before it was trained?"
     elif len(untouched):
         plural = "s" * (len(untouched) > 1)
-        yield f"{len(untouched)} module{plural} untouched: {_some(untouched)}{_zero(run, untouched)}"
+        yield f"{len(untouched)} module{plural} untouched: {some(untouched)}{_zero(run, untouched)}"
     sound = modules[modules["update_norm"] > 0]
     known = sound.dropna(subset=["energy_rank", "rank"])
     if len(known) and known["rank"].min() >= 4:
@@ -230,12 +230,12 @@ def _adapter_findings(run: AdapterRun) -> Iterator[str]:
     biases = {name.rpartition(".")[0] for name in others if name.endswith(".bias")}
     whole = {name.removesuffix(".weight").removesuffix(".base_layer") for name in others if not name.endswith(".bias")}
     if whole:
-        yield f"saved in full beside the factors, not measured: {_some(sorted(whole))}"
+        yield f"saved in full beside the factors, not measured: {some(sorted(whole))}"
     if biases - whole:
         yield f"{len(biases - whole)} biases beside the factors, not measured"
     lacking = [module for module in run.files.parts if run.base is not None and not run.base.holds(module)]
     if lacking:
-        yield f"not in the base, tied perhaps: {_some(lacking)}"
+        yield f"not in the base, tied perhaps: {some(lacking)}"
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(_RESIDUAL):
         yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
@@ -243,10 +243,11 @@ def _adapter_findings(run: AdapterRun) -> Iterator[str]:
         patterns = config.get(pattern) or {}
         idle = [key for key in patterns if not any(pattern_key([key], module) for module in run.files.parts)]
         if idle:
-            yield f"{pattern} names no module of this adapter: {_some(idle)}"
+            yield f"{pattern} names no module of this adapter: {some(idle)}"
 
 
-def _some(names: Any) -> str:
+def some(names: Any) -> str:
+    """One name, and how many others."""
     listed = [str(name) for name in names]
     return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
 
@@ -260,5 +261,6 @@ def _range(values: Sequence[float | int]) -> str:
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
-def _rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
+def rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
+    """A table as JSON values; what is unknown is None."""
     return frame.astype(object).where(frame.notna(), None).to_dict("records")

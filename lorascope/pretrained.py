@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lorascope.roles import parse
-from lorascope.tensors import FLOATS, Rows, open_tensors, refuse_pickles, weight_files
+from lorascope.tensors import FLOATS, Unread, open_tensors, refuse_pickles, weight_files
 
 
 class Pretrained:
@@ -60,8 +60,13 @@ class Pretrained:
         name = self._name(module)
         return self._files[name].shape(name)
 
-    def rows(self, module: str) -> Rows:
-        """The weight of a module as it is stored, read when some of its rows are asked for.
+    def dtype(self, module: str) -> str:
+        """Stored dtype of a module's weight, such as ``"BF16"``."""
+        name = self._name(module)
+        return self._files[name].dtype(name)
+
+    def unread(self, module: str) -> Unread:
+        """The weight of a module as it is stored, still unread.
 
         Raises
         ------
@@ -72,7 +77,7 @@ class Pretrained:
         file = self._files[name]
         if file.dtype(name) not in FLOATS:
             raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
-        return file.rows(name)
+        return file.unread(name)
 
     @cached_property
     def transposed(self) -> bool:
@@ -131,6 +136,8 @@ class Pretrained:
 def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder {folder}")
     # Besides the weights of transformers a folder may hold the same ones in the authors' own layout.
     found = weight_files(folder, "model")
     found = found or [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import neurons
+from lorascope.checkpoints import MARKS
 from lorascope.names import gated_input
 from lorascope.pretrained import Pretrained
 from lorascope.roles import FFN, parse, position
@@ -47,6 +48,14 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     """
     tables = pd.concat(score(Pretrained(original), Pretrained(tuned), roles), ignore_index=True)
     return tables.astype(dict.fromkeys(("module", "stack", "role"), "category"))
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Does a whole model lie there, in a safetensors file or a folder of them, and neither a run nor an adapter?"""
+    path = Path(path).expanduser()
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return any(path.glob("*.safetensors*")) and not any((path / mark).exists() for mark in MARKS)
 
 
 def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:
@@ -97,7 +106,7 @@ def _scored(part: neurons.Part, original: Pretrained, tuned: Pretrained) -> pd.D
             f"{original.folder} holds no weight of {module}, as {tuned.folder} does: "
             "another model, or a weight that is tied in one of them alone"
         )
-    before, after = original.rows(module), tuned.rows(module)
+    before, after = original.unread(module), tuned.unread(module)
     if before.shape != after.shape:
         raise ValueError(
             f"{module} has the shape {before.shape} in {original.folder} and {after.shape} in {tuned.folder}: "
@@ -105,7 +114,7 @@ def _scored(part: neurons.Part, original: Pretrained, tuned: Pretrained) -> pd.D
         )
     where, axis = (part.where[::-1], 1 - part.axis) if tuned.transposed else (part.where, part.axis)
     dtype = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
-    change = neuron_change(before.part(where), after.part(where), axis, dtype)
+    change = neuron_change(before[where], after[where], axis, dtype)
     for model, norms in ((original, change.norm_original), (tuned, change.norm_tuned)):
         if broken := int((~np.isfinite(norms)).sum()):
             raise ValueError(f"{model.folder}: {broken} of {part.count} neurons of {module} hold NaN or infinity")

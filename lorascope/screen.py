@@ -15,6 +15,7 @@ import pandas as pd
 
 from lorascope.checkpoints import AdapterRun
 from lorascope.inspection import Inspection
+from lorascope.neuron_inspection import NeuronInspection
 
 WIDTH = 80
 _LABEL = 15
@@ -88,6 +89,29 @@ def every(inspection: Inspection, style: Style) -> str:
     return "\n".join([*lines, "", *_findings(inspection, style)])
 
 
+def neurons(inspection: NeuronInspection, style: Style) -> str:
+    """The screen for a whole model beside its base: which of its neurons turned."""
+    lines = [*_header(inspection, style), "", *_neuron_chart(inspection, style), ""]
+    told = inspection.quantiles()
+    spread = "  ".join(f"{f'{share:.0%}'.replace('%', ' %')} {_norm(value)}" for share, value in told.items())
+    lines.append(_line("1 - cos", spread, style))
+    lines += [*_most_turned(inspection, style), *_findings(inspection, style)]
+    names = (str(inspection.path), str(inspection.base)), ("MODEL", "DIR")
+    commands = [f"lorascope inspect {shlex.quote(a)} --base {shlex.quote(b)} --csv > neurons.csv" for a, b in names]
+    command = next(command for command in commands if len(command) <= WIDTH - _LABEL or command is commands[-1])
+    lines.append(_line("next", style.paint(command, "36"), style))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def every_projection(inspection: NeuronInspection, style: Style) -> str:
+    """The same with a line for every projection in place of the chart."""
+    width = WIDTH - len(_NEURON_HEAD) - 10
+    lines = [*_header(inspection, style), "", style.paint(f"{'projection':<{width}} {'role':<8} {_NEURON_HEAD}", "1")]
+    for row in inspection.modules.to_dict("records"):
+        lines.append(f"{elide(row['module'], width):<{width}} {row['role']:<8} {_neuron_numbers(row)}")
+    return "\n".join([*lines, "", *_findings(inspection, style)])
+
+
 def compared(inspections: Sequence[Inspection], style: Style) -> str:
     """A table of several adapters or runs, a letter each, and the ratio of their norms."""
     letters = [chr(ord("a") + number) for number in range(len(inspections))]
@@ -112,7 +136,7 @@ def elide(text: str, width: int) -> str:
     return f"{text[: width - tail - 2]}..{text[-tail:]}"
 
 
-def _header(inspection: Inspection, style: Style) -> Iterator[str]:
+def _header(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for number, (key, text) in enumerate(inspection.facts):
         yield _line(elide(key, _LABEL - 1), elide(text, WIDTH - _LABEL), style, strong=number == 0)
 
@@ -127,8 +151,7 @@ def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
     modules, roles = inspection.modules, inspection.roles().to_dict("records")
     inside = modules[modules["layer"].notna()]
     depth = int(inside["layer"].max()) + 1 if len(inside) else 0
-    step = max(1, math.ceil(depth / _CHART))
-    repeat = max(1, min(3, _CHART // depth)) if depth else 1
+    step, repeat = _columns(depth)
     cells = [_profile(inside, row["stack"], row["role"], depth, step) for row in roles]
     largest = max((value for cell in cells for value in cell if value), default=0.0)
     stacks = _STACKS if inside["stack"].nunique() > 1 else {}
@@ -144,6 +167,54 @@ def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
     if largest:
         bins = f", a column is {step} layers (their RMS)" if step > 1 else ""
         yield f"{'':<{_LABEL}}{style.scale[-1]} is {_norm(largest)} a layer, {style.zero} is zero{bins}"
+
+
+def _neuron_chart(inspection: NeuronInspection, style: Style) -> Iterator[str]:
+    """A row for each role: the part of every layer's neurons that is among those that turned most, then numbers."""
+    modules, roles = inspection.modules, inspection.roles().to_dict("records")
+    depth = int(modules["layer"].max()) + 1
+    step, repeat = _columns(depth)
+    cells = [_share_profile(modules, row["stack"], row["role"], depth, step) for row in roles]
+    largest = max((value for cell in cells for value in cell if value), default=0.0)
+    stacks = _STACKS if modules["stack"].nunique() > 1 else {}
+    yield style.paint(f"{'in top 10 %':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
+    for row, cell in zip(roles, cells, strict=True):
+        drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
+        label = f"{stacks.get(row['stack'], '')}{row['role']}"
+        yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_neuron_numbers(row)}"
+    if largest:
+        bins = f", a column is {step} layers" if step > 1 else ""
+        yield f"{'':<{_LABEL}}{style.scale[-1]} is {_percent(largest)} of a layer's neurons, {style.zero} is none{bins}"
+
+
+_NEURON_HEAD = f"{'share':>7} {'median':>7} {'largest':>7} {'|dW|':>7}"
+
+
+def _neuron_numbers(row: dict[Any, Any]) -> str:
+    numbers = f"{_norm(row['median']):>7} {_norm(row['largest']):>7} {_norm(row['delta_norm']):>7}"
+    return f"{_percent(row['share']):>7} {numbers}"
+
+
+def _share_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
+    """Part of the neurons of a layer, or of a bin of layers, that is in the top; None where there are none."""
+    chosen = modules[(modules["stack"] == stack) & (modules["role"] == role)]
+    counts = chosen.groupby(chosen["layer"] // step)[["top", "neurons"]].sum()
+    parts = (counts["top"] / counts["neurons"]).to_dict()
+    return [parts.get(column) for column in range(math.ceil(depth / step))]
+
+
+def _most_turned(inspection: NeuronInspection, style: Style) -> Iterator[str]:
+    for number, row in enumerate(inspection.largest(3).to_dict("records")):
+        place = f"  neuron {row['neuron']}"
+        distance = f"{_norm(row['cosine_distance']):<8} "
+        name = elide(row["module"], WIDTH - _LABEL - len(distance) - len(place))
+        yield _line("" if number else "largest", f"{distance}{name}{place}", style)
+
+
+def _columns(depth: int) -> tuple[int, int]:
+    """Layers in one column, and characters of one column."""
+    step = max(1, math.ceil(depth / _CHART))
+    return step, max(1, min(3, _CHART // depth)) if depth else 1
 
 
 def _profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
@@ -175,7 +246,7 @@ def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
         yield _line("" if number else "largest |dW|", f"{norm}{name}{used}", style)
 
 
-def _findings(inspection: Inspection, style: Style) -> Iterator[str]:
+def _findings(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for finding in inspection.findings:
         colour = "31" if "NaN" in finding else "33"
         for number, text in enumerate(textwrap.wrap(finding, WIDTH - _LABEL, subsequent_indent="  ")):

@@ -81,14 +81,14 @@ class TensorFile(Mapping[str, np.ndarray]):
         array = np.memmap(self.path, stored, "r", self._start + begin, ((end - begin) // stored.itemsize,))
         return _widened(array).reshape(shape) if entry["dtype"] == "BF16" else np.asarray(array).reshape(shape)
 
-    def rows(self, name: str) -> Rows:
-        """A tensor whose rows are read when a slice of them is asked for, by memory map."""
+    def unread(self, name: str) -> Unread:
+        """A tensor that is read when it is asked to, by memory map."""
         entry = self._entries[name]
         if entry["dtype"] != "BF16":
-            return Rows(self[name])
+            return Unread(self[name])
         begin, end = entry["data_offsets"]
         bits = np.memmap(self.path, "<u2", "r", self._start + begin, ((end - begin) // 2,))
-        return Rows(np.asarray(bits).reshape(entry["shape"]), brain=True)
+        return Unread(np.asarray(bits).reshape(entry["shape"]), brain=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -106,8 +106,8 @@ class TensorFile(Mapping[str, np.ndarray]):
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """A tensor that gives rows: ``rows[a:b]`` is an array, bfloat16 as float32.
+class Unread:
+    """A tensor of a file, still unread.
 
     Parameters
     ----------
@@ -127,18 +127,25 @@ class Rows:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what ``rows[a:b]`` gives."""
+        """The dtype in which nothing is lost."""
         return np.dtype("<f4") if self.brain else self.stored.dtype
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return _widened(self.stored[rows]) if self.brain else self.stored[rows]
+    def __getitem__(self, where: Any) -> Unread:
+        """A part of it, still unread."""
+        return Unread(self.stored[where], self.brain)
 
-    def part(self, where: tuple[slice, slice]) -> Rows:
-        """A part of a matrix, still unread."""
-        return Rows(self.stored[where], self.brain)
+    def into(self, out: np.ndarray) -> None:
+        """Read it into an array of float32 or float64."""
+        if self.brain and out.dtype == np.float32:
+            bits = out.view("<u4")
+            np.copyto(bits, self.stored)
+            bits <<= 16
+        else:
+            np.copyto(out, _widened(self.stored) if self.brain else self.stored)
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
+    """bfloat16 as float32, of which it is the upper half."""
     wide = bits.astype("<u4")
     wide <<= 16
     return wide.view("<f4")

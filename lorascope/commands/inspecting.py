@@ -15,22 +15,30 @@ from lorascope import screen
 from lorascope.checkpoints import AdapterRun, load
 from lorascope.commands.arguments import UsageError, parse
 from lorascope.inspection import Inspection, inspect
+from lorascope.neuron_inspection import inspect_neurons
+from lorascope.scoring import is_checkpoint
 
 
 @dataclass(frozen=True)
 class Options:
     """Say what is in a PEFT adapter or in a run: where the update lies, which ranks it has and uses, what is odd.
 
-    Several are compared. Nothing is trained, and no base model is needed.
+    Several are compared. Nothing is trained, and no base model is needed. Of a whole model, beside its base: which
+    neurons turned.
 
     Example: lorascope inspect my-adapter
     """
 
     paths: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH ...", help="folders of adapters or runs")] = ()
-    base: Annotated[str | None, arg(metavar="DIR", help="folder of the base model, for |dW| relative to |W|")] = None
+    base: Annotated[
+        str | None,
+        arg(
+            metavar="DIR", help="folder of the base model: of an adapter for |dW|/|W|, of a whole model to compare with"
+        ),
+    ] = None
     all: Annotated[bool, arg(help="a line for every module")] = False
     json: Annotated[bool, arg(help="everything, for a program")] = False
-    csv: Annotated[bool, arg(help="a row for every module, for a program")] = False
+    csv: Annotated[bool, arg(help="a row for every module, or every neuron, for a program")] = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +48,10 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("inspect what? Give a folder: lorascope inspect my-adapter")
     if options.json and options.csv:
         raise UsageError("--json and --csv exclude each other")
+    whole = [path for path in options.paths if is_checkpoint(path)]
+    if whole:
+        print(_told_of_neurons(whole[0], options), end="")
+        return 0
     runs = [load(path, options.base) for path in options.paths]
     unfinished = [run for run in runs if not isinstance(run, AdapterRun) and not run.meta["states"]]
     for run in unfinished:
@@ -48,6 +60,20 @@ def main(argv: Sequence[str]) -> int:
         return 1
     print(_told([inspect(run) for run in runs], options), end="")
     return 0
+
+
+def _told_of_neurons(path: str, options: Options) -> str:
+    if len(options.paths) > 1:
+        raise UsageError(f"{path} is a whole model: inspect it alone; only adapters and runs are compared")
+    if options.base is None:
+        raise UsageError(f"{path} is a whole model: give the one it was tuned from, --base DIR")
+    item = inspect_neurons(path, options.base)
+    if options.csv:
+        return item.scores.drop(columns="top").to_csv(index=False, lineterminator="\n")
+    if options.json:
+        return json.dumps(item.plain(), indent=1, ensure_ascii=False) + "\n"
+    style = screen.Style.of(sys.stdout)
+    return (screen.every_projection if options.all else screen.neurons)(item, style) + "\n"
 
 
 def _told(inspections: list[Inspection], options: Options) -> str:

@@ -1,0 +1,105 @@
+"""Scores of every feed-forward neuron between two checkpoints, against copying all their tensors into memory.
+
+python benchmarks/neuron_scores.py --dtypes F32 BF16
+
+Two layers of the shape of LLaMA 7B, attention included, as two files that lie in the page cache. The copy takes tensor
+after tensor, in its own dtype, and keeps none. Peak memory is that of a fresh process above what its imports took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from paired import compare
+
+from lorascope.algebra import one_thread
+from lorascope.scoring import neuron_scores
+from lorascope.tensors import TensorFile
+
+LAYERS, WIDTH, FEED_FORWARD = 2, 4096, 11008
+SHAPES = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
+SHAPES |= {"mlp.gate_proj": (FEED_FORWARD, WIDTH), "mlp.up_proj": (FEED_FORWARD, WIDTH)}
+SHAPES |= {"mlp.down_proj": (WIDTH, FEED_FORWARD)}
+SIZES = {"F32": 4, "BF16": 2}
+ROLES = {"all three": ("ffn_in", "ffn_gate", "ffn_out"), "input, output": ("ffn_in", "ffn_out")}
+CHANGE, TARGET = 1e-2, 1.5
+# The high-water mark of this program alone: that of getrusage begins with the parent's.
+PEAK = """
+import re, sys
+from pathlib import Path
+from lorascope.scoring import neuron_scores
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+before = peak()
+neuron_scores(*sys.argv[1:])
+print((peak() - before) / 1024)
+"""
+
+
+def weights(change: float) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and values of all tensors, changed by a share of their size."""
+    draw = np.random.default_rng(0)
+    noise = draw.standard_normal(1 << 26, dtype=np.float32) * np.float32(0.02)
+    for layer in range(LAYERS):
+        for name, shape in SHAPES.items():
+            start, other = draw.integers(len(noise) - np.prod(shape), size=2)
+            values = noise[start : start + np.prod(shape)].reshape(shape)
+            moved = noise[other : other + np.prod(shape)].reshape(shape)
+            yield f"model.layers.{layer}.{name}.weight", values + np.float32(change) * moved
+
+
+def write(file: Path, dtype: str, change: float) -> None:
+    """Write a checkpoint as one safetensors file, tensor by tensor."""
+    header, end = {}, 0
+    for layer in range(LAYERS):
+        for name, shape in SHAPES.items():
+            size = int(np.prod(shape)) * SIZES[dtype]
+            entry = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+            header[f"model.layers.{layer}.{name}.weight"] = entry
+            end += size
+    text = json.dumps(header).encode()
+    text = text.ljust((len(text) + 7) // 8 * 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for _, values in weights(change):
+            bits = values if dtype == "F32" else (values.view(np.uint32) >> 16).astype(np.uint16)
+            stream.write(bits.data)
+
+
+def copy(*files: Path) -> None:
+    """Copy every tensor into memory of its own."""
+    for file in map(TensorFile, files):
+        for name in file:
+            np.array(file.unread(name).stored)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--pairs", type=int, default=20)
+    parser.add_argument("--folder", help="where the checkpoints are written")
+    arguments = parser.parse_args()
+    for dtype in arguments.dtypes:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, one_thread():
+            files = Path(folder) / "base.safetensors", Path(folder) / "tuned.safetensors"
+            for file, change in zip(files, (0.0, CHANGE), strict=True):
+                write(file, dtype, change)
+            for label, roles in ROLES.items():
+                ratio = compare(partial(neuron_scores, *files, roles), partial(copy, *files), arguments.pairs, warmup=1)
+                print(ratio.row(f"{dtype} {label} / copy", TARGET), flush=True)
+            told = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout
+            layer = sum(map(np.prod, SHAPES.values())) * SIZES[dtype] / 2**20
+            verdict = "met" if float(told) <= layer else "MISSED"
+            print(f"{dtype} peak memory {float(told):.0f} MB, one layer {layer:.0f} MB {verdict}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

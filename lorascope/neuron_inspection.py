@@ -1,0 +1,149 @@
+"""Which neurons turned between two checkpoints: where they are, how far they turned, and what is odd about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lorascope.inspection import DTYPES, pooled, rows, some
+from lorascope.pretrained import Pretrained
+from lorascope.roles import position
+from lorascope.scoring import score
+
+TOP = 0.1
+QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+_CELL = ["module", "stack", "layer", "role"]
+
+
+@dataclass(frozen=True)
+class NeuronInspection:
+    """What ``lorascope inspect`` tells of a whole model beside its base.
+
+    Parameters
+    ----------
+    path, base : Path
+    facts : tuple of (str, str)
+        The header: what it is, its base, its size.
+    scores : DataFrame
+        ``scoring.neuron_scores``, with ``top``: is the neuron among the tenth that turned most, of all together?
+    modules : DataFrame
+        ``module, stack, layer, role, neurons, top, share, median, largest, turned, delta_norm``: how many neurons there
+        are and how many of them are in that tenth, the module's share of the tenth, median and largest of 1 - cos, how
+        many turned at all, and |dW|.
+    findings : tuple of str
+        A sentence each.
+    """
+
+    path: Path
+    base: Path
+    facts: tuple[tuple[str, str], ...]
+    scores: pd.DataFrame
+    modules: pd.DataFrame
+    findings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.resolve().name
+
+    def roles(self) -> pd.DataFrame:
+        """The same numbers for every stack and role."""
+        return _summed(self.scores, ["stack", "role"])
+
+    def largest(self, count: int) -> pd.DataFrame:
+        """The neurons that turned most."""
+        return self.scores.nlargest(count, "cosine_distance")
+
+    def quantiles(self) -> pd.Series:
+        """Quantiles of 1 - cos over all neurons."""
+        return self.scores["cosine_distance"].quantile(list(QUANTILES))
+
+    def plain(self) -> dict[str, Any]:
+        """The JSON form; what is unknown is None."""
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "kind": self.facts[0][1],
+            "facts": dict(self.facts[1:]),
+            "quantiles": {f"{share:g}": value for share, value in self.quantiles().items()},
+            "roles": rows(self.roles()),
+            "modules": rows(self.modules),
+            "largest": rows(self.largest(100).drop(columns="top")),
+            "findings": list(self.findings),
+        }
+
+
+def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
+    """Score all neurons of a checkpoint against its base, and sum them up.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As ``scoring.neuron_scores``.
+    """
+    models = Pretrained(base), Pretrained(tuned)
+    scores = pd.concat(score(*models), ignore_index=True)
+    scores = scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
+    turned = scores["cosine_distance"] > 0
+    place = scores["cosine_distance"].rank(method="first", ascending=False)
+    scores["top"] = turned & (place <= TOP * len(scores))
+    modules = _summed(scores, _CELL)
+    facts = _facts(*models, modules)
+    return NeuronInspection(
+        Path(tuned), Path(base), facts, scores, modules, tuple(_findings(scores, modules, models[1]))
+    )
+
+
+def _summed(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    cells = scores.groupby(list(by), sort=False, observed=True)
+    distance = cells["cosine_distance"]
+    frame = pd.DataFrame(
+        {
+            "neurons": cells.size(),
+            "top": cells["top"].sum(),
+            "share": cells["top"].sum() / max(1, int(scores["top"].sum())),
+            "median": distance.median(),
+            "largest": distance.max(),
+            "turned": (scores["cosine_distance"] > 0).groupby([scores[name] for name in by], observed=True).sum(),
+            "delta_norm": cells["delta_norm"].agg(pooled),
+        }
+    ).reset_index()
+    places = zip(frame["stack"], frame.get("layer", [0] * len(frame)), frame["role"], strict=True)
+    order = sorted(range(len(frame)), key=[position(*place) for place in places].__getitem__)
+    return frame.iloc[order].reset_index(drop=True)
+
+
+def _facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame) -> tuple[tuple[str, str], ...]:
+    told = []
+    for model in (tuned, base):
+        dtypes = " and ".join(sorted({DTYPES[model.dtype(module)] for module in modules["module"]}))
+        told.append(f"{dtypes}, {len(model.files)} file{'s' * (len(model.files) > 1)}")
+    layers = modules[["stack", "layer"]].drop_duplicates()
+    held = f"{modules['neurons'].sum():,} neurons in {len(modules)} projections of {len(layers)} layers"
+    return (
+        (tuned.folder.resolve().name, f"a whole model, {told[0]}"),
+        ("base", f"{base.folder} ({told[1]})"),
+        ("holds", held),
+    )
+
+
+def _findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) -> Iterator[str]:
+    still = modules["module"][modules["turned"] == 0]
+    if len(still) == len(modules):
+        yield "no neuron turned: in their feed-forward parts the two models are the same"
+        return
+    if len(still):
+        yield f"{len(still)} of {len(modules)} projections untouched: {some(still)}"
+    same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][modules["turned"] == 0].sum())
+    if same:
+        narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
+        why = " (16 bits round small changes away)" if narrow else ""
+        yield f"{same:,} neurons elsewhere did not change at all{why}"
+    absent = scores["cosine_distance"].isna()
+    if absent.any():
+        where = some(scores["module"][absent].unique())
+        yield f"{absent.sum():,} neurons are zero before or after and have no direction: {where}"

@@ -1,0 +1,172 @@
+"""What ``lorascope inspect`` finds between two whole models, against neurons that were turned by known angles."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_inspect import run
+
+from lorascope import screen
+from lorascope.cli import main
+from lorascope.neuron_inspection import NeuronInspection, inspect_neurons
+from lorascope.screen import Style
+from lorascope.tensors import write_tensors
+
+WIDTH, FEED_FORWARD = 6, 10
+ROLES = {"gate_proj": "ffn_gate", "up_proj": "ffn_in", "down_proj": "ffn_out"}
+
+
+def turned(vectors: np.ndarray, angle: float) -> np.ndarray:
+    """Every row turned by an angle towards a direction of its own that is orthogonal to it."""
+    other = np.random.default_rng(1).standard_normal(vectors.shape)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    other -= (other * vectors).sum(1, keepdims=True) / norms**2 * vectors
+    other *= norms / np.linalg.norm(other, axis=1, keepdims=True)
+    return np.cos(angle) * vectors + np.sin(angle) * other
+
+
+def plant(folder: Path, layers: int, angles: dict[tuple[int, str, int], float], dtype: str = "f8") -> tuple[Path, Path]:
+    """Two models of which the named neurons (layer, projection, number) differ by an angle each."""
+    draw = np.random.default_rng(0)
+    models: list[dict[str, np.ndarray]] = [{}, {}]
+    for layer in range(layers):
+        for name in ROLES:
+            before = draw.standard_normal((FEED_FORWARD, WIDTH))
+            after = before.copy()
+            for (where, projection, neuron), angle in angles.items():
+                if (where, projection) == (layer, name):
+                    after[neuron] = turned(before[[neuron]], angle)[0]
+            for model, rows in zip(models, (before, after), strict=True):
+                matrix = rows.T if name == "down_proj" else rows
+                model[f"model.layers.{layer}.mlp.{name}.weight"] = np.ascontiguousarray(matrix.astype(dtype))
+    paths = folder / "base", folder / "tuned"
+    for path, tensors in zip(paths, models, strict=True):
+        path.mkdir(parents=True)
+        write_tensors(path / "model.safetensors", tensors, {})
+    return paths
+
+
+FEW = {(0, "up_proj", 3): 0.1, (1, "down_proj", 7): 0.4, (1, "down_proj", 8): 0.2, (1, "gate_proj", 0): 0.05}
+
+
+@pytest.fixture
+def few(tmp_path: Path) -> tuple[Path, Path]:
+    return plant(tmp_path, 2, FEW)
+
+
+def test_it_finds_the_neurons_that_were_turned(few: tuple[Path, Path]) -> None:
+    base, tuned = few
+    item = inspect_neurons(tuned, base)
+    found = item.largest(4)
+    assert list(found["cosine_distance"]) == pytest.approx([1 - np.cos(angle) for angle in (0.4, 0.2, 0.1, 0.05)])
+    assert list(found["neuron"]) == [7, 8, 3, 0]
+    assert list(found["role"].astype(str)) == ["ffn_out", "ffn_out", "ffn_in", "ffn_gate"]
+    modules = item.modules.set_index(["layer", "role"])
+    assert modules["turned"].to_dict() == {
+        (layer, role): sum((layer, name) == at[:2] for at in FEW) for layer in (0, 1) for name, role in ROLES.items()
+    }
+    assert modules["top"].sum() == 4  # the others did not turn, so they are in no tenth
+    assert modules.loc[(1, "ffn_out"), "share"] == 0.5
+    roles = item.roles().set_index("role")
+    assert list(roles.index) == ["ffn_in", "ffn_gate", "ffn_out"]
+    assert roles["neurons"].tolist() == [20] * 3
+    assert roles.loc["ffn_out", "delta_norm"] == pytest.approx(item.largest(2)["delta_norm"].pow(2).sum() ** 0.5)
+
+
+def test_the_tenth_that_turned_most_is_of_all_together(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    angles = {(0, name, n): draw.uniform(0.01, 0.1) for name in ROLES for n in range(FEED_FORWARD)}
+    angles |= {(1, "up_proj", n): 0.2 + n / 100 for n in range(FEED_FORWARD)}
+    base, tuned = plant(tmp_path, 2, angles)
+    item = inspect_neurons(tuned, base)
+    top = item.scores[item.scores["top"]]
+    assert sorted(top["neuron"]) == list(range(4, 10))
+    assert set(top["module"]) == {"model.layers.1.mlp.up_proj"}
+    assert item.quantiles()[0.5] == pytest.approx(item.scores["cosine_distance"].median())
+
+
+def test_the_whole_screen(few: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(few[0].parent)
+    expected = """\
+tuned          a whole model, float64, 1 file
+base           base (float64, 1 file)
+holds          60 neurons in 6 projections of 2 layers
+
+in top 10 %    0  1                               share  median largest    |dW|
+ffn_in         555...                            25.0 %    0.00 0.00500   0.240
+ffn_gate       ...555                            25.0 %    0.00 0.00125  0.0708
+ffn_out        ...999                            50.0 %    0.00  0.0789    1.05
+               9 is 20.0 % of a layer's neurons, . is none
+
+1 - cos        1 % 0.00  25 % 0.00  50 % 0.00  75 % 0.00  99 % 0.0441
+largest        0.0789   model.layers.1.mlp.down_proj  neuron 7
+               0.0199   model.layers.1.mlp.down_proj  neuron 8
+               0.00500  model.layers.0.mlp.up_proj  neuron 3
+findings       3 of 6 projections untouched: model.layers.0.mlp.gate_proj and 2
+                 more
+               26 neurons elsewhere did not change at all
+next           lorascope inspect tuned --base base --csv > neurons.csv"""
+    assert screen.neurons(inspect_neurons("tuned", "base"), Style()) == expected
+
+
+@pytest.mark.parametrize("layers", [1, 2, 17, 33, 80])
+def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> None:
+    base, tuned = plant(tmp_path / ("a-rather-long-name" * 4), layers, {(layers - 1, "up_proj", 0): 0.1})
+    for shown in (screen.neurons, screen.every_projection):
+        lines = shown(inspect_neurons(tuned, base), Style(blocks=True)).splitlines()
+        assert max(map(len, lines)) <= 80
+    assert len(screen.neurons(inspect_neurons(tuned, base), Style()).splitlines()) <= 24
+
+
+def test_findings(tmp_path: Path) -> None:
+    base, tuned = plant(tmp_path / "same", 2, {})
+    assert inspect_neurons(tuned, base).findings == (
+        "no neuron turned: in their feed-forward parts the two models are the same",
+    )
+    angles = {(0, name, n): 0.1 for name in ROLES for n in range(FEED_FORWARD)}
+    del angles[(0, "up_proj", 2)]
+    base, tuned = plant(tmp_path / "half", 2, angles, "f2")
+    assert inspect_neurons(tuned, base).findings == (
+        "3 of 6 projections untouched: model.layers.1.mlp.up_proj and 2 more",
+        "1 neurons elsewhere did not change at all (16 bits round small changes away)",
+    )
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["inspect", *map(str, words)]) == 2
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert caught.err.count("\n") == 1
+    return caught.err
+
+
+def test_the_command_speaks_text_json_and_csv(few: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = few
+    words = (tuned, "--base", base)
+    assert "60 neurons in 6 projections of 2 layers" in run(capsys, *words)
+    everything = run(capsys, *words, "--all").splitlines()
+    assert sum(line.startswith("model.layers.") for line in everything) == 6
+    plain = json.loads(run(capsys, *words, "--json"))
+    assert (plain["largest"][0]["neuron"], plain["modules"][0]["layer"]) == (7, 0)
+    table = pd.read_csv(io.StringIO(run(capsys, *words, "--csv")), keep_default_na=False)
+    item = inspect_neurons(tuned, base)
+    assert isinstance(item, NeuronInspection)
+    assert list(table["cosine_distance"]) == list(item.scores["cosine_distance"])
+    assert run(capsys, tuned / "model.safetensors", "--base", base / "model.safetensors")
+
+
+def test_wrong_use_is_one_line(few: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = few
+    assert "give the one it was tuned from, --base DIR" in told(capsys, tuned)
+    assert "only adapters and runs are compared" in told(capsys, tuned, tuned, "--base", base)
+    assert "there is no folder" in told(capsys, tuned, "--base", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no safetensors file" in told(capsys, tuned, "--base", tmp_path / "empty")
+    file = tuned / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert "is truncated" in told(capsys, tuned, "--base", base)

@@ -148,19 +148,28 @@ def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
 
 
 @pytest.mark.parametrize("first", [0.9, 0.0])
-def test_adapprox_holds_what_is_computed_from_its_ranks(first, task, tmp_path, request):
+@pytest.mark.parametrize("rank", [1, 3])
+def test_adapprox_holds_what_is_computed_from_its_ranks(first, rank, task, tmp_path, request):
     """Besides, a number for every tensor: the RMS of its direction."""
     model = ls.models.load(request.getfixturevalue("bert"), task=task)
     shapes = accounting.shapes_of(model)
-    method = ls.Adapprox(betas=(first, 0.999), init_rank=3, min_dim=32)
+    method = ls.Adapprox(betas=(first, 0.999), init_rank=rank, rank_rule="fixed", min_dim=32)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
     last = run.table[run.table["step"] == 3]
-    chosen = last[last["quantity"] == "factor_rank"]
-    ranks = {f"{row.module}.weight": int(row.value) for row in chosen.itertuples()}
-    assert len(ranks) > 6
-    held = accounting.adapprox(shapes, ranks, first=first > 0, min_dim=32)
+    held = accounting.adapprox(shapes, rank, first=first > 0, min_dim=32)
     found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
     assert found == held.optimizer + 4 * len(shapes)
+
+
+@pytest.mark.parametrize("rule", ["adafactor", "came"])
+def test_rules_with_rows_and_columns_hold_what_is_computed(rule, task, tmp_path, request):
+    model = ls.models.load(request.getfixturevalue("bert"), task=task)
+    shapes = accounting.shapes_of(model)
+    run = ls.train(model, task, Full(rule=rule), observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
+    last = run.table[run.table["step"] == 3]
+    found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
+    beside = 4 * len(shapes) if rule == "adafactor" else 0  # transformers' keeps the RMS of every weight
+    assert found == getattr(accounting, rule)(shapes).optimizer + beside
 
 
 @pytest.mark.parametrize("moments", accounting.POLICIES)

@@ -121,7 +121,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
                 roots = [_product(states[0])]
         denominators = torch._foreach_sqrt(roots)
         torch._foreach_add_(denominators, group["eps"])
-        D = list(torch._foreach_div(G, denominators))
+        # Whatever is as large as the weights counts here, at the peak of a step: D takes the place of its denominator.
+        D = [torch.div(g, root, out=root) for g, root in zip(G, denominators, strict=True)]
+        del V, roots
         lengths = torch._foreach_norm(D)
         for d, length, state in zip(D, lengths, states, strict=True):
             state["rms"] = length / math.sqrt(d.numel())

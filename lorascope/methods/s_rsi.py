@@ -68,7 +68,12 @@ def s_rsi(
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]:
     """Q and U of a rank, or of the smaller side where that is less."""
     Q, U = iterate(A, sketch(A, rank + oversampling, generator), iterations)
-    return Q[:, :rank].contiguous(), U[:, :rank].contiguous()
+    return first(Q, rank), first(U, rank)
+
+
+def first(columns: Float[Tensor, "m c"], rank: int) -> Float[Tensor, "m k"]:
+    """The first columns, copied: a view, as ``contiguous`` gives of one column, would keep all of them alive."""
+    return columns[:, :rank].clone(memory_format=torch.contiguous_format)
 
 
 def sketch(A: Float[Tensor, "m n"], columns: int, generator: torch.Generator) -> Float[Tensor, "n c"]:
@@ -160,7 +165,7 @@ def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float 
     left = 1 - kept / A.double().square().sum()
     small = (left <= tolerance**2).nonzero()
     rank = int(small[0]) + 1 if len(small) else cap
-    Q, U = Q[:, :rank].contiguous(), U[:, :rank].contiguous()
+    Q, U = first(Q, rank), first(U, rank)
     return Factored(Q, U, relative_error(A, Q, U), 1)
 
 

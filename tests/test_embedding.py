@@ -108,6 +108,46 @@ def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone():
     assert moved > 0.3
 
 
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_direction_without_a_singular_value_is_no_information(factor):
+    """Of rank 3 by its shape, 2 by its update: whatever fills the third component, the canonical factor is the same."""
+    draw = np.random.default_rng(0)
+    B, A = draw.normal(size=(12, 2)), draw.normal(size=(2, 12))
+    whole = embedding.canonical(LowRank(B, A, 0.5), factor)
+    for _ in range(20):
+        R = draw.normal(size=(3, 3))
+        filled = np.vstack([A, draw.normal(size=(1, 12))])  # met by a B of zero
+        update = LowRank(np.hstack([B, np.zeros((12, 1))]) @ np.linalg.inv(R), R @ filled, 0.5)
+        found = embedding.canonical(update, factor)
+        assert found.shape == (3, 12)
+        np.testing.assert_allclose(found[:2], whole, atol=1e-10)
+        assert np.abs(found[2]).max() < 1e-6
+
+
+def test_runs_of_full_and_of_deficient_rank_are_compared_in_the_canonical_view():
+    updates = scattered(0, rank=3)
+    for name, update in updates["film1"].items():
+        updates["film1"][name] = LowRank(np.where(np.arange(3) < 2, update.B, 0.0), update.A, update.scale)
+    (cloud,) = clouds(updates, RUNS, ("B",), "canonical")
+    assert cloud.shape == (3, 12)
+    row = cloud.table().reset_index().set_index(["module", "run"])["index"]
+    one, two = (updates[run]["h.0.q"] for run in ("film1", "film2"))
+    expected = cosine(embedding.canonical(one, "B"), embedding.canonical(two, "B"))
+    assert cloud.flat[row["h.0.q", "film1"], row["h.0.q", "film2"]] == pytest.approx(expected)
+
+
+def test_the_rounding_of_the_kept_precision_spans_no_direction():
+    """The third row of A is a sum of the others, in float32: 1e-8 beside it is rounding, not a direction."""
+    draw = np.random.default_rng(0)
+    A = draw.normal(size=(2, 40)).astype(np.float32)
+    A = np.vstack([A, np.float32(0.3) * A[0] + np.float32(0.7) * A[1]])
+    update = LowRank(np.ones((6, 3), np.float32), A)
+    assert embedding.basis(update, "A").shape == (40, 2)
+    assert embedding.basis(update, "B").shape == (6, 1)
+    weak = LowRank(update.B[:, :2], np.float32([[1], [1e-3]]) * A[:2])
+    assert embedding.basis(weak, "A").shape == (40, 2)
+
+
 def test_widths_are_kept_apart():
     draw = np.random.default_rng(0)
 
@@ -144,6 +184,20 @@ def test_what_cannot_be_compared_is_told_in_one_line():
         sharing.sharedness(clouds(alone, RUNS, ("A",)))
     with pytest.raises(ValueError, match="domain 'music' has one run"):
         sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("view", embedding.VIEWS)
+def test_factors_that_are_not_finite_are_refused_in_one_line(view, value):
+    updates = scattered(0)
+    broken = updates["music1"]["h.2.q"]
+    broken.A[1, 3] = value
+    for factor in ("A", "B") if view == "canonical" else ("A",):
+        with pytest.raises(ValueError, match=rf"^{factor} of h\.2\.q in run music1 holds NaN or infinity") as raised:
+            clouds(updates, RUNS, (factor,), view)
+        assert "\n" not in str(raised.value)
+    if view != "canonical":  # B alone is whole
+        assert len(clouds(updates, RUNS, ("B",), view)) == 1
 
 
 def test_modules_that_not_all_runs_hold_are_left_out():
@@ -344,10 +398,10 @@ def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
     runs, updates = domains
     panels = plots.factor_embedding(runs)
     assert [[chart.title for chart in row] for row in panels.rows()] == [
-        ["t-SNE of A, 2 × 12", "t-SNE of B, 2 × 12"],
-        ["PCA of A, 2 × 12", "PCA of B, 2 × 12"],
+        [*(f"t-SNE of {factor}, 2 × 12, perplexity {size}" for size in (12, 4)), f"PCA of {factor}, 2 × 12"]
+        for factor in ("A", "B")
     ]
-    chart = panels.rows()[1][1]
+    chart = panels.rows()[1][2]
     (cloud,) = clouds(updates, RUNS, ("B",))
     np.testing.assert_allclose(chart.data[["x", "y"]], embedding.pca(cloud), atol=1e-12)
     assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
@@ -366,10 +420,14 @@ def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
         )
         .explained_variance_ratio_
     )
-    assert chart.x.label == f"component 1 ({100 * shares[0]:.0f} % of variance)"
+    assert chart.x.label == f"component 1 ({100 * shares[0]:.0f} %)"
     assert panels.rows()[0][0].frame is None
     assert np.abs(panels.rows()[0][0].data[["x", "y"]].to_numpy()).max() == 1
-    assert panels.rows()[0][0].data["start"].unique().tolist() == ["usual perplexity, from PCA"]
+    assert panels.rows()[0][0].data["start"].unique().tolist() == ["from PCA"]
+    (of_a,) = clouds(updates, RUNS, ("A",))
+    for chart, perplexity in zip(panels.rows()[0], (12, 4), strict=False):
+        plane = embedding.tsne(of_a, perplexity)
+        np.testing.assert_allclose(chart.data[["x", "y"]], plane / np.abs(plane).max())
     shared = sharing.sharedness([cloud])["sharedness"]
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
     assert f"A 100 %, B {100 * shared:.0f} % (by chance 17 %)" in chart.caption
@@ -377,27 +435,47 @@ def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
 
 def test_the_control_stands_below_and_the_slider_has_every_start(domains):
     runs, _ = domains
-    panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4])
-    titles = [row[0].title for row in panels.rows()]
+    panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4, 5])
+    titles = [row[1].title for row in panels.rows()]
     assert titles == [
-        "t-SNE of A, 2 × 12",
-        "PCA of A, 2 × 12",
-        "control: t-SNE of A, 2 × 12",
-        "control: PCA of A, 2 × 12",
+        f"{prefix}t-SNE of {factor}, 2 × 12, perplexity 8" for prefix in ("", "control: ") for factor in "AB"
     ]
     chart = panels.rows()[0][0]
-    assert chart.frame == "start"
-    starts = [f"perplexity {size}, from {start}" for size, start in product((3, 8), ("PCA", "seed 4"))]
-    assert chart.data["start"].unique().tolist() == starts
-    assert len(chart.data) == 4 * 36
+    assert [chart.frame for chart in panels.rows()[0]] == ["start", "start", None]
+    assert chart.data["start"].unique().tolist() == ["from PCA", "from seed 4", "from seed 5"]
+    first, second = (chart.data.loc[chart.data["start"] == f"from seed {seed}", ["x", "y"]] for seed in (4, 5))
+    assert not np.allclose(first, second)
+    assert len(chart.data) == 3 * 36
     assert "Control: film: 2 seeds" in chart.caption
     assert len({chart.caption for row in panels.rows() for chart in row}) == 1
+
+
+def test_factors_of_another_width_have_rows_of_their_own(tmp_path):
+    """Up is 9 x 6 and down 6 x 9: A of one has the width of B of the other, and none is cut or filled up."""
+    draw = np.random.default_rng(0)
+    shapes = {"h.0.up": (9, 6), "h.0.down": (6, 9), "h.1.up": (9, 6), "h.1.down": (6, 9)}
+    places = [
+        {"module": name, "stack": "", "layer": int(name[2]), "role": "ffn_in" if name.endswith("up") else "ffn_out"}
+        for name in shapes
+    ]
+    runs = {}
+    for seed, (run, domain) in enumerate(list(RUNS.items())[:4]):
+        factors = {name: (draw.normal(size=(o, 2)), draw.normal(size=(2, i))) for name, (o, i) in shapes.items()}
+        runs.setdefault(domain, []).append(
+            plant(tmp_path, run, {("loss", ""): {9: 1.0}}, "LoRA", seed, factors, modules=places)
+        )
+    for view, of in (("raw", "2 × "), ("canonical", "2 × "), ("space", "")):
+        rows = plots.factor_embedding(runs, perplexity=2, view=view).rows()
+        expected = [f"PCA of {factor}, {of}{width}" for factor, width in zip("AABB", (9, 6, 6, 9), strict=True)]
+        assert [row[-1].title for row in rows] == expected
+        for row in rows:
+            assert {chart.data["role"].nunique() for chart in row} == {1}
 
 
 def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):
     runs, _ = domains
     chart = plots.factor_embedding(runs, together=True, view="space").rows()[0][0]
-    assert chart.title == "t-SNE of A and B, 12"
+    assert chart.title == "t-SNE of A and B, 12, perplexity 24"
     assert chart.data["factor"].value_counts().to_dict() == {"A": 36, "B": 36}
     names = chart.marks[1].data.set_index("factor")
     top = chart.data[chart.data["factor"] == "A"]

@@ -89,6 +89,37 @@ def test_a_planted_intruder_is_found_and_an_amplified_direction_is_none():
     assert count(found)["components"].tolist() == [10, 10, 10]
 
 
+ZERO = {
+    "B is zero": LowRank(np.zeros((50, 2)), np.ones((2, 60))),
+    "A is zero": LowRank(np.ones((50, 2)), np.zeros((2, 60))),
+    "of rank 0": LowRank(np.zeros((50, 0)), np.zeros((0, 60))),
+    "of scale 0": LowRank(np.ones((50, 2)), np.ones((2, 60)), 0.0),
+    "dense": Dense(np.zeros((50, 60))),
+}
+
+
+@pytest.mark.parametrize("kind", list(ZERO))
+@pytest.mark.parametrize("k", [5, 50])
+@pytest.mark.parametrize("spectrum", ["decay", "ties"])
+def test_an_update_that_is_zero_brings_no_intruder(kind, k, spectrum):
+    """Not even into a weight whose singular values coincide, of which every decomposition makes other directions."""
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.standard_normal((side, 50)))[0] for side in (50, 60))
+    sigma = np.ones(50) if spectrum == "ties" else np.arange(1, 51) ** -0.7
+    found = intruders(bases({"m": U * sigma @ V.T}), {"m": ZERO[kind]}, k)
+    assert found["similarity"].tolist() == pytest.approx([1.0] * k)
+    assert found["sigma"].tolist() == pytest.approx(sigma[:k].tolist())
+    assert count(found)[["components", "intruders"]].values.tolist() == [[k, 0]]
+
+
+def test_no_update_at_all_gives_no_rows():
+    found = intruders(bases({"m": np.eye(5)}), {})
+    some = intruders(bases({"m": np.eye(5)}), {"m": Dense(np.eye(5))})
+    assert found.dtypes.to_dict() == some.dtypes.to_dict()
+    assert len(found) == len(count(found)) == 0
+    assert count(found).columns.tolist() == count(some).columns.tolist()
+
+
 def test_equal_singular_values_beyond_the_krylov_space_are_all_found():
     """Exact arithmetic would show a Krylov method one direction of a multiple singular value."""
     W0 = np.diag(np.r_[5.0, 5.0, 5.0, 4.0, 4.0, np.linspace(2, 1, 195)])

@@ -3,7 +3,8 @@
 (B, A) and (B R^-1, R A) are one update for every invertible R, and training from another A_0 ends at another R. The raw
 view compares the arrays as they are, as the paper's figure does, and so tells of R, too. The other two do not:
 
-canonical  A = sqrt(sigma) V^T and B = U sqrt(sigma) of the update's singular value decomposition
+canonical  A = sqrt(sigma) V^T and B = U sqrt(sigma) of the update's singular value decomposition; a direction with no
+           singular value is a row of zeros, and one of two equal values is arbitrary, which the space is not
 space      the row space of A, the column space of B: all that the factor alone knows whatever R is
 
 Source: HydraLoRA (arXiv 2404.19245), figure 3, for the raw view and the t-SNE of it.
@@ -22,7 +23,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.update import Dense, LowRank
+from lorascope.algebra import finite, wide
+from lorascope.update import LowRank
 
 Factor = Literal["A", "B"]
 View = Literal["raw", "canonical", "space"]
@@ -93,7 +95,8 @@ def clouds(
     Raises
     ------
     ValueError
-        The runs have no module in common, a module's factor has another shape in another run, or one is zero.
+        The runs have no module in common, a module's factor has another shape in another run, or one is zero or not
+        finite.
     """
     runs = list(updates)
     modules = [module for module in updates[runs[0]] if all(module in updates[run] for run in runs)]
@@ -102,10 +105,7 @@ def clouds(
     slots = defaultdict(list)
     for factor in factors:
         for module in modules:
-            arrays = [_array(updates[run][module], factor, view) for run in runs]
-            for run, array in zip(runs, arrays, strict=True):
-                if not array.any():
-                    raise ValueError(f"{factor} of {module} in run {run} is zero and has no direction: train it first")
+            arrays = [_compared(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
             slots[_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
     found = []
     for shape, members in slots.items():
@@ -118,19 +118,28 @@ def clouds(
 
 
 def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
-    """Orthonormal columns that span the row space of A, or the column space of B."""
-    return Dense(update.A).right() if factor == "A" else Dense(update.B).left()
+    """Orthonormal columns that span the row space of A, or the column space of B.
+
+    A direction that the precision in which the factor is kept cannot tell from rounding is none.
+    """
+    columns = update.A.T if factor == "A" else update.B
+    U, sigma, _ = np.linalg.svd(wide(columns), full_matrices=False)
+    rounding = max(columns.shape) * np.finfo(columns.dtype).eps * np.max(sigma, initial=0.0)
+    return U[:, sigma > rounding]
 
 
-def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "k width"]:
+def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
     """The factor of the balanced factorisation by singular vectors, a row a component; B is transposed.
 
-    Of the two signs of a component the one is taken that makes the largest entry of its left vector positive.
+    Of the two signs of a component the one is taken that makes the largest entry of its left vector positive. A
+    component without a singular value, where the update has less than its rank, is a row of zeros: sqrt(0) times a
+    vector that a decomposition may choose as it likes.
     """
     U, sigma, V = update.svd()
     largest = np.abs(U).argmax(axis=0)
     signs = np.sign(np.take_along_axis(U, largest[None], axis=0))
-    return (np.sqrt(sigma) * signs * (V if factor == "A" else U)).T
+    rows = (np.sqrt(sigma) * signs * (V if factor == "A" else U)).T
+    return np.vstack([rows, np.zeros((update.rank - len(rows), rows.shape[1]))])
 
 
 def pca(cloud: Cloud, size: int = 2) -> Float[np.ndarray, "point size"]:
@@ -180,8 +189,18 @@ def default_perplexity(points: int) -> float:
     return min(_PAPER_PERPLEXITY, points / 3)
 
 
+def _compared(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
+    """What is compared of a factor in a view, a row a component; what has no direction is refused."""
+    own = update.A if factor == "A" else update.B
+    if not finite(own, *((update.A, update.B) if view == "canonical" else ())):
+        raise ValueError(f"{factor} of {where} holds NaN or infinity and has no direction: leave that run out")
+    array = _array(update, factor, view)
+    if not array.any():
+        raise ValueError(f"{factor} of {where} is zero and has no direction: train it first")
+    return array
+
+
 def _array(update: LowRank, factor: Factor, view: View) -> Float[np.ndarray, "k width"]:
-    """What is compared of a factor in a view, a row a component."""
     if view == "space":
         return basis(update, factor).T
     if view == "canonical":

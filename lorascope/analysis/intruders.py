@@ -27,6 +27,7 @@ from lorascope.algebra import finite, wide
 from lorascope.layout import Lazy
 from lorascope.update import Dense, LowRank
 
+_COLUMNS = {"module": "str", "component": "int64", "sigma": "float64", "similarity": "float64", "intruder": "bool"}
 _KRYLOV_SHARE = 4  # beyond a quarter of all directions a dense decomposition is the cheaper
 
 
@@ -89,7 +90,8 @@ def intruders(
     -------
     DataFrame
         ``module, component`` (from 1), ``sigma`` (singular value of W), ``similarity`` (largest |cosine|),
-        ``intruder``.
+        ``intruder``. An update that is zero, or of rank 0, leaves the base's own directions: no intruder. No update
+        at all gives no rows.
 
     Raises
     ------
@@ -102,12 +104,11 @@ def intruders(
     for module, update in updates.items():
         if module not in base:
             raise ValueError(f"no base weight of {module!r}; there are {', '.join(list(base)[:5])}")
-        coordinates, sigma = _leading(_core(module, base[module], update), k)
-        similarity = np.abs(coordinates[: len(base[module].sigma)]).max(axis=0)
+        similarity, sigma = _similarity(module, base[module], update, k)
         component = np.arange(1, len(sigma) + 1)
         told = {"module": module, "component": component, "sigma": sigma, "similarity": similarity}
         tables.append(pd.DataFrame(told | {"intruder": similarity < threshold}))
-    return pd.concat(tables, ignore_index=True)
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
 def count(table: pd.DataFrame) -> pd.DataFrame:
@@ -158,6 +159,18 @@ class _Core:
         diagonal = np.arange(len(self.sigma))
         matrix[diagonal, diagonal] += self.sigma
         return matrix
+
+
+def _similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Largest |cosine| of each leading direction with any of the base's, and the singular values."""
+    core = _core(module, basis, update)
+    factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
+    if not all(factor.any() for factor in factors):
+        # Where singular values of the base coincide, a decomposition would find other directions than its own.
+        sigma = basis.sigma[:k]
+        return np.ones(len(sigma)), sigma
+    coordinates, sigma = _leading(core, k)
+    return np.abs(coordinates[: len(basis.sigma)]).max(axis=0), sigma
 
 
 def _core(module: str, basis: Basis, update: LowRank | Dense) -> _Core | Float[np.ndarray, "rows columns"]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ _VIEWS = {
     "space": "row spaces of A and column spaces of B",
 }
 TINY = float(np.finfo(np.float64).tiny)
-Setting = tuple[float | int | None, int | None]
+Perplexity = float | int
 
 
 @figure(
@@ -44,10 +43,10 @@ def factor_embedding(
     together: bool = False,
     view: View = "raw",
     step: int | None = None,
-    perplexity: float | int | Sequence[float | int] | None = None,
+    perplexity: Perplexity | Sequence[Perplexity] | None = None,
     seeds: Sequence[int] = (),
 ) -> Panels:
-    """t-SNE of factors (HydraLoRA, Fig. 3) with PCA below it, A and B apart; factors of another shape by themselves.
+    """t-SNE of factors (HydraLoRA, Fig. 3) at two perplexities, PCA beside it; a row for A and for B of every shape.
 
     Parameters
     ----------
@@ -64,9 +63,9 @@ def factor_embedding(
     step : int, optional
         A step with a snapshot; by default the end.
     perplexity : float or sequence of float, optional
-        By default the paper's 30, or a third of the points where they are few; several become a slider.
+        A panel each. By default the paper's 30, or a third of the points where they are few, and a third of that.
     seeds : sequence of int
-        Random starts of t-SNE, as further positions of the slider; the first starts from the principal components.
+        Random starts of t-SNE, on a slider; its first position starts from the principal components.
 
     Raises
     ------
@@ -75,16 +74,20 @@ def factor_embedding(
     """
     name = "factor_embedding"
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
-    settings = list(product(perplexity if isinstance(perplexity, Sequence) else [perplexity], [None, *seeds]))
-    caption = f"A dot is a factor of one module in one run: {_VIEWS[view]}, of length one. Dots in one place are rings."
+    starts = [None, *seeds]
+    caption = (
+        f"A dot is a factor of one module in one run: {_VIEWS[view]}, of length one. Dots in one place are rings. "
+        "Components of PCA with their share of the variance."
+    )
     rows: list[list[Chart]] = []
     for prefix, cohort in shown.items():
         found = [_clouds(cohort, (factor,), view, step) for factor in factors]
         caption += _told(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
         clouds = _clouds(cohort, factors, view, step) if together else apart
-        rows.append([_tsne(cloud, cohort, prefix, settings) for cloud in clouds])
-        rows.append([_pca(cloud, cohort, prefix) for cloud in clouds])
+        for cloud in clouds:
+            planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
+            rows.append([*planes, _pca(cloud, cohort, prefix)])
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
 
 
@@ -108,21 +111,29 @@ def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
     return f" {told[0].upper()}{told[1:]}"
 
 
-def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, settings: Sequence[Setting]) -> Chart:
+def _perplexities(cloud: Cloud, asked: Perplexity | Sequence[Perplexity] | None) -> Sequence[Perplexity]:
+    if asked is None:
+        usual = embedding.default_perplexity(len(cloud.flat))
+        return usual, usual / 3
+    return asked if isinstance(asked, Sequence) else [asked]
+
+
+def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, perplexity: Perplexity, starts: Sequence[int | None]) -> Chart:
     parts = []
-    for setting in settings:
-        plane = embedding.tsne(cloud, *setting)
+    for seed in starts:
+        plane = embedding.tsne(cloud, perplexity, seed)
         # A plane has no unit: its outermost dot stands at one.
-        parts.append(_points(cloud, cohort, plane / (np.abs(plane).max() or 1.0)).assign(start=_position(*setting)))
-    axes = [Axis(label=f"t-SNE {number}", ticks={}) for number in (1, 2)]
-    frame = "start" if len(settings) > 1 else None
-    return _chart(pd.concat(parts), cohort, f"{prefix}t-SNE of {_name(cloud)}", axes, frame)
+        points = _points(cloud, cohort, plane / (np.abs(plane).max() or 1.0))
+        parts.append(points.assign(start="from PCA" if seed is None else f"from seed {seed}"))
+    axes = [Axis(label=f"t-SNE {number}", ticks={}, limits=(-1.1, 1.1)) for number in (1, 2)]
+    title = f"{prefix}t-SNE of {_name(cloud)}, perplexity {perplexity:.3g}"
+    return _chart(pd.concat(parts), cohort, title, axes, "start" if len(starts) > 1 else None)
 
 
 def _pca(cloud: Cloud, cohort: Cohort, prefix: str) -> Chart:
     whole = embedding.pca(cloud, len(cloud.flat))
     shares = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
-    axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} % of variance)") for number in (0, 1)]
+    axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} %)") for number in (0, 1)]
     return _chart(_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_name(cloud)}", axes, None)
 
 
@@ -155,9 +166,3 @@ def _points(cloud: Cloud, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -
 def _name(cloud: Cloud) -> str:
     """Such as "A, 8 × 384"."""
     return f"{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"
-
-
-def _position(perplexity: float | int | None, seed: int | None) -> str:
-    """A position of the slider."""
-    told = "usual perplexity" if perplexity is None else f"perplexity {perplexity:g}"
-    return f"{told}, from {'PCA' if seed is None else f'seed {seed}'}"

@@ -121,7 +121,7 @@ def _of_replicate(arm: Arm, seed: int) -> Arm:
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Sharedness of A against B, against A before training, and identity of B against permuted domains."""
+    """Sharedness of A against B, against an A_0 each and before training, and of B its domain against permuted ones."""
     found = _measure(runs)
 
     def over_seeds(name: str, start: str, factor: str, view: str, when: str = AFTER) -> dict[int, float]:
@@ -144,7 +144,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     ]
     common, own = (_by_domain(found[0]) for found in _sets(runs).values())
     exhibits = [
-        exhibit("factor_embedding", plots.factor_embedding(common, control=own)),
+        exhibit("factor_embedding", plots.factor_embedding(common, control=own, seeds=(0, 1))),
         exhibit("factor_embedding", plots.factor_embedding(common, control=own, view="space")),
     ]
     notes = [

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+
+from lorascope.analysis.stats import band
 
 # Rounds of scaling rows and columns to their sums; after so many the sums agree to rounding.
 _ROUNDS = 50
@@ -79,3 +83,39 @@ def final(table: pd.DataFrame, quantity: str) -> pd.Series:
     rows = rows[rows["step"] == rows["step"].max()]
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
+
+
+def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
+    """Validation and test loss at the end, by method and rate.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As ``records.COLUMNS``, with ``recipe``; what stands in it before " at " is the method.
+    rate : mapping run id -> learning rate
+
+    Returns
+    -------
+    dict quantity -> DataFrame
+        ``method, lr``, and mean and interval as ``stats.band`` gives them.
+    """
+    names = table["recipe"].astype("str")
+    methods = names.str.rpartition(" at ")[0]
+    table = table.assign(method=methods.where(methods != "", names))
+    found = {}
+    for quantity in ("eval_loss", "test_loss"):
+        rows = table[table["quantity"] == quantity]
+        rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
+        cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
+        found[quantity] = cells.sort_values(["method", "lr"], kind="stable", key=_in_order).reset_index(drop=True)
+    return found
+
+
+def best(cells: pd.DataFrame) -> pd.DataFrame:
+    """The rate of the lowest mean of each method: ``method, lr``."""
+    return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)
+
+
+def _in_order(column: pd.Series) -> pd.Series:
+    """Names as they come, numbers by size."""
+    return pd.Series(pd.factorize(column)[0], index=column.index) if column.name == "method" else column

@@ -12,6 +12,7 @@ from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
 from lorascope.plots.memory import memory
+from lorascope.plots.moments import factor_error, factor_rank, learning_rates, moment_error, second_moments
 from lorascope.plots.neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
 from lorascope.plots.quality import quality
@@ -32,13 +33,17 @@ __all__ = [
     "basis_ablation",
     "bias_curve",
     "factor_embedding",
+    "factor_error",
+    "factor_rank",
     "fourier_spectrum",
     "frequency_bias",
     "gate_course",
     "gates",
     "importance",
+    "learning_rates",
     "mean_norm",
     "memory",
+    "moment_error",
     "neuron_cosine",
     "neuron_overlap",
     "neurons",
@@ -48,6 +53,7 @@ __all__ = [
     "rank_allocation",
     "rank_replay",
     "rank_shift",
+    "second_moments",
     "spectrum",
     "subspace_similarity",
     "training_curves",

@@ -20,6 +20,8 @@ OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relati
 MIXTURES = "mixtures"
 """Key of a chart's ``meta``: label -> the gates at which updates stand that depend on the input."""
 _NORMS = "train with observe=[ls.observe.norms()]"
+_MOMENTS = 'train Full(rule="adamw") with observe=[ls.observe.second_moments()]'
+_ADAPPROX = "train with Adapprox"
 _ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
 RECORDERS = {
     UPDATES: "train with a method that has factors, such as LoRA",
@@ -38,6 +40,10 @@ RECORDERS = {
     ),
     "budget": _ALLOCATOR,
     "importance": _ALLOCATOR,
+    "moment_sigma": _MOMENTS,
+    "moment_error": _MOMENTS,
+    "factor_rank": _ADAPPROX,
+    "factor_error": _ADAPPROX,
     "gate_entropy": "train HydraLoRA",
     "gate_information": "train HydraLoRA on a task with groups",
     "selected": "train NeFT",

@@ -23,6 +23,7 @@ from lorascope.claims import Verdict
 from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
 from lorascope.probes import (
     adalora,
+    adapprox,
     agreement,
     alora,
     asymmetry,
@@ -47,6 +48,7 @@ __all__ = [
     "Outcome",
     "Probe",
     "adalora",
+    "adapprox",
     "agreement",
     "alora",
     "asymmetry",

@@ -1,0 +1,269 @@
+"""Figures of second moments: their singular values, the ranks and errors of their factors, and what a rate is worth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from lorascope.analysis import moments, norms
+from lorascope.analysis.stats import band
+from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside
+from lorascope.plots.catalogue import figure
+from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, define, gather
+from lorascope.roles import ROLES
+
+_DEALT = "dealt by lot"
+_LEAST, _SKETCH, _ROW_COLUMN = "least of the rank", "S-RSI", "rows times columns (Adafactor)"
+_ERRORS = {
+    "moment_error": _LEAST,
+    "moment_error_s_rsi": _SKETCH,
+    "moment_error_rank_one": _ROW_COLUMN,
+    "moment_error_dealt": f"least, {_DEALT}",
+}
+_COURSES = {
+    "factor_error": "of one step's V, as the rank is chosen",
+    "factor_drift": "of the exact average",
+    "factor_drift_least": "of the exact average, least of the rank",
+    "factor_drift_rank_one": "of the exact average, rows times columns",
+}
+_MOST_STEPS = 12
+
+
+@figure(
+    needs=("moment_sigma",),
+    reads="A line falls fast where few directions carry a layer's second moment. Set it against the panel beside it, a "
+    "random matrix whose rows and columns have the same sums: only what falls faster than there is more than the "
+    "product of rows and columns, which Adafactor keeps too.",
+    misleads="A matrix of positive entries has one large singular value whatever it holds, so a cliff after the first "
+    "proves nothing. Spectra flatten while training goes on, and the average forgets slowly: an early look shows a few "
+    "batches, not the loss.",
+)
+def second_moments(runs: Runs, control: Runs | None = None, role: str | None = None) -> Panels:
+    """Singular values of Adam's second moments by layer, beside those of random matrices (Adapprox, Fig. 1).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        With ``observe.second_moments()``; one pair of panels a label.
+    role : str, optional
+        Of these weights alone; by default the mean over all matrices of a layer.
+    """
+    cohort = gather("second_moments", runs, control)
+    cohort.require("moment_sigma")
+    table = cohort.label(cohort.table)
+    what = "all matrices of a layer" if role is None else f"role {role}"
+    caption = cohort.caption(
+        f"{axis_label('moment_sigma')} of V, mean of {what}, at the last look. {_DEALT[0].upper()}{_DEALT[1:]}: V over "
+        "the product of its row and column sums, dealt out among all entries, scaled to the same sums.",
+        interval="intervals in the data",
+    )
+    panels = []
+    for label in cohort.labels:
+        for quantity, title in (("moment_sigma", "as it is"), ("moment_sigma_dealt", _DEALT)):
+            rows = moments.by_layer(table[table["recipe"] == label], quantity, role=role)
+            if rows.empty:
+                raise ValueError(f"second_moments finds no second moment of role {role!r} in {label}")
+            cells = band(
+                rows.assign(layer="layer " + rows["layer"].astype("str")), ["recipe", "kind", "layer", "index"]
+            )
+            named = f"{label}, {title}" if len(cohort.labels) > 1 else title
+            panels.append(
+                Chart(
+                    cells,
+                    [Line("index", "value", "layer")],
+                    title=named,
+                    x=Axis(label="component i", log=True),
+                    y=Axis(label=axis_label("moment_sigma"), log=True),
+                    caption=caption,
+                    colors=list(dict.fromkeys(cells["layer"])),
+                    meta=cohort.meta,
+                )
+            )
+    return beside(*panels)
+
+
+@figure(
+    needs=("moment_error",),
+    reads="Lower is better. Where the line of S-RSI lies on that of the least error, rounds of multiplication find all "
+    "that the decomposition would; where it passes below the flat line, factors of this rank say more of the second "
+    "moment than sums by row and column.",
+    misleads="An error in Frobenius norm is one of the largest entries; the step divides by the root of every one, and "
+    "small entries count there as much. Against random matrices the gap is what is beyond rows and columns.",
+)
+def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Relative error of a second moment by rank, beside Adafactor's rank one (Adapprox).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        With ``observe.second_moments()``; one panel a label.
+    """
+    cohort = gather("moment_error", runs, control)
+    cohort.require("moment_error")
+    table = cohort.label(cohort.table)
+    caption = cohort.caption(
+        "Relative error in Frobenius norm, mean over all matrices in the blocks, at the last look; l = p = 5."
+    )
+    panels = [_curves(cohort, table[table["recipe"] == label], label, caption) for label in cohort.labels]
+    return panels[0] if len(panels) == 1 else beside(*panels)
+
+
+def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Chart:
+    parts = []
+    for quantity, measure in _ERRORS.items():
+        rows = norms.last(table[table["quantity"] == quantity])
+        means = rows.groupby(["run", "index"], observed=True, dropna=False)["value"].mean().reset_index()
+        parts.append(means.assign(measure=measure))
+    found = pd.concat(parts)
+    ranks = found["index"].dropna().unique()
+    flat = found["index"].isna()
+    everywhere = (
+        found[flat].drop(columns="index").merge(pd.DataFrame({"index": [ranks.min(), ranks.max()]}), how="cross")
+    )
+    cells = band(pd.concat([found[~flat], everywhere]).astype({"index": int}), ["measure", "index"])
+    return Chart(
+        cells,
+        [*_band(cells, "index", "measure"), Line("index", "value", "measure"), Point("index", "value", "measure")],
+        title=label if len(cohort.labels) > 1 else "",
+        x=Axis(label="rank k", log=True, ticks={int(rank): str(int(rank)) for rank in sorted(ranks)}),
+        y=Axis(label=axis_label("moment_error"), limits=(0, None)),
+        caption=caption,
+        colors=list(_ERRORS.values()),
+        meta=cohort.meta,
+    )
+
+
+@figure(
+    needs=("factor_rank",),
+    reads="One panel a role: a row is a layer, a column a step at which ranks were chosen. A row that grows darker to "
+    "the right needs more directions as it trains; a number at the cap says that the rank was cut off there.",
+    misleads="A rank is chosen by the error of one step's factoring, which starts from factors: with a lax tolerance "
+    "a rank that was once enough stays so, whatever has drifted. A cap of a quarter of the smaller side, and coarse "
+    "growth, draw plateaus of their own.",
+)
+def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None) -> Drawable:
+    """Rank of Adapprox's second moments over the steps, by layer and role.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Of Adapprox; one row of panels a label.
+    role : str, optional
+        Of these weights alone; by default all roles, as frames.
+    """
+    cohort = gather("factor_rank", runs, control)
+    cohort.require("factor_rank")
+    rows = norms.select(cohort.label(cohort.table), "factor_rank").dropna(subset="layer")
+    rows = rows[rows["role"] == role] if role is not None else rows
+    if rows.empty:
+        raise ValueError(f"factor_rank finds no factors of role {role!r} in blocks")
+    steps = sorted(rows["step"].unique())
+    kept = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps)))]
+    rows = rows[rows["step"].isin(kept)].astype({"role": "str"})
+    cells = band(rows.assign(place=rows["layer"].astype("str")), ["recipe", "kind", "role", "place", "step"])
+    cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
+    caption = cohort.caption(define("factor_rank"), "What is kept dense has none.", interval="intervals in the data")
+    limits = (0.0, float(cells["value"].max()))
+    panels = [
+        Chart(
+            cells[cells["recipe"] == label],
+            [Heat("step", "place", "value", "rank", ".0f" if len(kept) <= _MOST_STEPS // 2 else None, limits=limits)],
+            title=label if len(cohort.labels) > 1 else "",
+            x=Axis(label="step", order=kept),
+            y=Axis(label="layer", order=sorted(cells["place"].unique(), key=int)),
+            caption=caption,
+            frame="role" if cells["role"].nunique() > 1 else None,
+            meta=cohort.meta,
+        )
+        for label in cohort.labels
+    ]
+    return panels[0] if len(panels) == 1 else beside(*panels)
+
+
+@figure(
+    needs=("factor_error",),
+    history=True,
+    reads="The error that chose the ranks, and where an exact average was kept beside the factors, how far they are "
+    "from it: this is the error that the step sees. Below the line of rows times columns, the factors are worth more "
+    "than Adafactor's, and above that of the least error, what they lost on the way.",
+    misleads="The first error is no error of the second moment, since it compares factors with what was made of "
+    "factors: it falls below the tolerance by itself as the steps go on.",
+)
+def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
+    """Errors of Adapprox's second moments over the steps, mean over all matrices in the blocks.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Of Adapprox, best with ``observe.factor_drift()``; one panel a label.
+    """
+    cohort = gather("factor_error", runs, control)
+    cohort.require("factor_error", history=True)
+    table = cohort.label(cohort.table)
+    rows = table[table["quantity"].isin(list(_COURSES)) & table["layer"].notna()].astype({"quantity": "str"})
+    means = rows.groupby(["run", "recipe", "quantity", "step"], observed=True)["value"].mean().reset_index()
+    cells = band(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
+    panels = [
+        Chart(
+            own := cells[cells["recipe"] == label],
+            [*_band(own, "step", "measure"), Line("step", "value", "measure"), Point("step", "value", "measure")],
+            title=label if len(cohort.labels) > 1 else "",
+            x=Axis(label="step"),
+            y=Axis(label="relative error", log=True),
+            caption=cohort.caption("Relative errors in Frobenius norm, mean over all factored matrices in the blocks."),
+            colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
+            meta=cohort.meta,
+        )
+        for label in cohort.labels
+    ]
+    return panels[0] if len(panels) == 1 else beside(*panels)
+
+
+@figure(
+    needs=("eval_loss", "test_loss"),
+    reads="On the left each method's validation loss by rate: a minimum inside says that its best rate was tried. On "
+    "the right the test loss at that rate, chosen on validation. Where intervals overlap, the seeds do not rank them.",
+    misleads="A best rate at an end of the range need not be the best there is. Few steps favour what moves fast at "
+    "first, and a rate means something else to each method, so that equal numbers are no fair comparison.",
+)
+def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
+    """Validation loss by learning rate, beside the test loss of each method at its own best.
+
+    Parameters
+    ----------
+    runs, control : mapping label -> runs
+        What stands before " at " in a label is the method.
+    """
+    cohort = gather("learning_rates", runs, control)
+    cohort.require("eval_loss", "test_loss")
+    cells = moments.rates(cohort.label(cohort.table), {run.id: run.meta["settings"]["lr"] for run in cohort.runs})
+    chosen = moments.best(cells["eval_loss"])
+    methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
+    tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
+    tested = tested.assign(at=tested["method"])
+    rates = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
+    caption = cohort.caption(f"Best rates by mean validation loss at the end: {rates}.", interval=f"bars: {INTERVAL}")
+    panels = []
+    for x, table, title, quantity in (
+        ("lr", cells["eval_loss"], "by rate", "eval_loss"),
+        ("at", tested, "each at its best", "test_loss"),
+    ):
+        low, high = ("low", "high") if table["low"].notna().any() else (None, None)
+        line = [Line("lr", "value", "method")] if x == "lr" else []
+        panels.append(
+            Chart(
+                table,
+                [*line, Point(x, "value", "method", low=low, high=high)],
+                title=title,
+                x=Axis(label="learning rate", log=True) if x == "lr" else Axis(order=methods),
+                y=Axis(label=axis_label(quantity)),
+                caption=caption,
+                colors=methods,
+                meta=cohort.meta,
+            )
+        )
+    return beside(*panels)
+
+
+def _band(cells: pd.DataFrame, x: str, color: str) -> list[Band]:
+    return [Band(x, "low", "high", color)] if cells["low"].notna().any() else []

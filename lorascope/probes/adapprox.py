@@ -1,0 +1,187 @@
+"""Adapprox: do few directions carry Adam's second moment, and is a higher rank than one of use?
+
+Source: Adapprox (arXiv 2403.14958), figure 1 (singular values of second moments), abstract (few singular values;
+training no worse than under AdamW, and better than under Adafactor and CAME).
+
+Departs: fine-tuning of a small encoder in place of pre-training of GPT-2, and few steps. The embeddings keep a dense
+second moment: factoring 30,522 rows at every step costs more than the model. Growth of ranks is scaled to the width.
+Each optimizer has the best of three rates, by validation loss; all have the same schedule, clipping and no decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from lorascope import observe, plots
+from lorascope.analysis import moments
+from lorascope.claims import Claim
+from lorascope.method import Method
+from lorascope.methods import Adapprox, Full
+from lorascope.probe import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.allocations import BySeed
+from lorascope.run import Run
+
+RANK = 8
+ADAMW, ADAFACTOR, CAME, OURS = "AdamW", "Adafactor", "CAME", "Adapprox"
+METHOD = Adapprox(dense=("embed", "pos_embed"), growth_scale=None)
+RATES = {
+    ADAMW: (3e-5, 1e-4, 3e-4),
+    ADAFACTOR: (3e-5, 1e-4, 3e-4),
+    CAME: (3e-6, 1e-5, 3e-5),
+    OURS: (3e-5, 1e-4, 3e-4),
+}
+
+FEW = Claim(
+    sentence="Few singular values carry Adam's second moment, more than its rows and columns make them.",
+    statistic=f"1 - squared error of the best rank {RANK}: energy in so many singular values, mean over the matrices",
+    control="the same of a random matrix with the same sums by row and by column",
+    margin=0.02,
+    source="figure 1",
+)
+ABOVE_ONE = Claim(
+    sentence=f"Factors of rank {RANK} say more of it than Adafactor's rank one.",
+    statistic=f"minus the relative error of S-RSI at rank {RANK}, on AdamW's second moments",
+    control="minus that of row sums times column sums",
+    margin=0.05,
+    source="section 3",
+)
+HELD = Claim(
+    sentence="What Adapprox holds at the end of training is nearer to the exact average than rank one could be.",
+    statistic="minus the relative error of its factors against the exact average since the start",
+    control="minus that of the exact average's own row sums times column sums",
+    margin=0.05,
+    source="section 3",
+)
+PARITY = Claim(
+    sentence="Adapprox does no worse than AdamW, within 0.02 nats.",
+    statistic="minus the test loss under Adapprox, at its best rate",
+    control="minus the test loss under AdamW, at its best rate, less 0.02",
+    margin=0.001,
+    source="abstract",
+)
+OVER_ADAFACTOR, OVER_CAME = (
+    Claim(
+        sentence=f"Adapprox does better than {other}.",
+        statistic="minus the test loss under Adapprox, at its best rate",
+        control=f"minus the test loss under {other}, at its best rate",
+        margin=0.005,
+        source="abstract",
+    )
+    for other in (ADAFACTOR, CAME)
+)
+
+
+def label(optimizer: str, rate: float) -> str:
+    """Of an arm; the figure of rates takes it apart."""
+    return f"{optimizer} at {rate:g}"
+
+
+def arms(quick: bool) -> list[Arm]:
+    """Four optimizers at three rates each; at the middle one alone where quick, and Adapprox at a low rank."""
+    shared: dict[str, Any] = {"steps": 100, "batch_size": 16, "test_size": 2000}
+    if quick:
+        shared = {"steps": 8, "batch_size": 8, "eval_every": 0, "eval_size": 64, "test_size": 128, "max_length": 32}
+    ours = replace(METHOD, max_rank=RANK) if quick else METHOD
+    methods: dict[str, Method] = {
+        ADAMW: Full(),
+        ADAFACTOR: Full(rule="adafactor"),
+        CAME: Full(rule="came"),
+        OURS: ours,
+    }
+    seen = {ADAMW: [observe.second_moments()], OURS: [observe.factor_drift()]}
+    return [
+        Arm(
+            label=label(name, rate),
+            method=replace(method, lr=rate, head_lr=rate),
+            settings=shared | {"observe": seen.get(name, [])},
+            cost=(2.0 if quick else 4.0) if name == OURS else 1.2,
+        )
+        for name, method in methods.items()
+        for rate in (RATES[name][1:2] if quick else RATES[name])
+    ]
+
+
+def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
+    """Spectra against random ones, errors against rank one, losses at the best rates."""
+    best = {name: best_rate(runs, name) for name in RATES}
+    loss = {name: {run.meta["seed"]: -run.meta["test"]["loss"] for run in runs[best[name]]} for name in RATES}
+    adam, ours = runs[best[ADAMW]], runs[best[OURS]]
+    verdicts = [
+        FEW.judge(energy(adam, "moment_error"), energy(adam, "moment_error_dealt")),
+        ABOVE_ONE.judge(minus(adam, "moment_error_s_rsi", RANK), minus(adam, "moment_error_rank_one")),
+        HELD.judge(minus(ours, "factor_drift"), minus(ours, "factor_drift_rank_one")),
+        PARITY.judge(loss[OURS], {seed: value - 0.02 for seed, value in loss[ADAMW].items()}),
+        OVER_ADAFACTOR.judge(loss[OURS], loss[ADAFACTOR]),
+        OVER_CAME.judge(loss[OURS], loss[CAME]),
+    ]
+    exhibits = [
+        exhibit("second_moments", plots.second_moments({best[ADAMW]: adam})),
+        exhibit("moment_error", plots.moment_error({best[ADAMW]: adam})),
+        exhibit("factor_rank", plots.factor_rank({best[OURS]: ours})),
+        exhibit("factor_error", plots.factor_error({best[OURS]: ours})),
+        exhibit("learning_rates", plots.learning_rates(runs)),
+        exhibit("training_curves", plots.training_curves({best[name]: runs[best[name]] for name in RATES})),
+    ]
+    notes = [
+        "Held fixed: model, text, splits, batch size, steps, schedule, clipping. Seeds vary head, data order, dropout.",
+        "Under Adapprox the embeddings keep a dense second moment; all else of two dimensions is factored.",
+        "The rate of each optimizer is the one of the lowest mean validation loss over all seeds; the test split has "
+        "no part in it.",
+        "A matrix of positive entries has one large singular value whatever it holds: hence a control of equal sums.",
+    ]
+    return Findings(verdicts, exhibits, {"Second moments held at the end": held(ours)}, notes)
+
+
+def best_rate(runs: Mapping[str, Sequence[Run]], name: str) -> str:
+    """The arm of an optimizer with the lowest mean validation loss at the end."""
+    own = {key: found for key, found in runs.items() if key in {label(name, rate) for rate in RATES[name]}}
+    return min(own, key=lambda key: sum(last(run, "eval_loss") for run in own[key]) / len(own[key]))
+
+
+def last(run: Run, quantity: str, index: int | None = None) -> float:
+    """The last value of a quantity, mean over the matrices in the blocks where it is one of modules."""
+    rows = moments.final(run.table, quantity)
+    return float((rows if index is None else rows.xs(index, level="index")).mean())
+
+
+def minus(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySeed:
+    """An error, turned, since lower is better."""
+    return {run.meta["seed"]: -last(run, quantity, index) for run in runs}
+
+
+def energy(runs: Sequence[Run], quantity: str) -> BySeed:
+    """Share of the squared norm in the first singular values, mean over the matrices."""
+    return {
+        run.meta["seed"]: float((1 - moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
+        for run in runs
+    }
+
+
+def held(runs: Sequence[Run]) -> pd.DataFrame:
+    """Rank and bytes of the factors by role at the end, beside what dense second moments of the same would take."""
+    rows = []
+    for run in runs:
+        ranks = moments.final(run.table, "factor_rank").rename("rank").reset_index()
+        rows.append(ranks.astype({"module": "str"}).merge(run.modules, on="module"))
+    found = pd.concat(rows)
+    found["factors"] = 4 * found["rank"] * (found["out_features"] + found["in_features"])
+    found["dense"] = 4 * found["out_features"] * found["in_features"]
+    means = found.groupby("role", sort=False)[["rank", "factors", "dense"]].mean()
+    return means.assign(**{"of dense (%)": 100 * means["factors"] / means["dense"]}).round(1).reset_index()
+
+
+PROBE = register(
+    Probe(
+        name="adapprox",
+        title="Adapprox: second moments of low rank",
+        source="Zhao et al., Adapprox, arXiv 2403.14958",
+        question="Do few directions carry Adam's second moment, and does keeping more than one of them pay?",
+        quick_budget=50,
+        arms=arms,
+        judge=judge,
+    )
+)

@@ -1,0 +1,129 @@
+"""Figures of second moments: their data against the table of tiny runs and against planted losses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import killing
+import numpy as np
+import pytest
+from planted import plant
+
+import lorascope as ls
+from lorascope import models, observe, plots
+from lorascope.methods import Adapprox, Full
+
+FAST = killing.SETTINGS | {"steps": 4}
+
+
+@pytest.fixture(scope="module")
+def trained(bert, task, tmp_path_factory):
+    """Two seeds under AdamW, and two under Adapprox."""
+    root = tmp_path_factory.mktemp("moments")
+    adapprox = Adapprox(lr=1e-3, min_dim=8, reselect_every=2, growth_scale=None)
+    arms = {
+        "adam": (Full(lr=1e-3), [observe.second_moments(every=2)]),
+        "adapprox": (adapprox, [observe.factor_drift(every=2)]),
+    }
+    return {
+        name: [
+            ls.train(models.load(bert, task=task), task, method, out=root / f"{name}{seed}", seed=seed, **settings)
+            for seed in (0, 1)
+        ]
+        for name, (method, seen) in arms.items()
+        for settings in [FAST | {"observe": seen}]
+    }
+
+
+def last(run, quantity):
+    rows = run.table[run.table["quantity"] == quantity]
+    return rows[rows["step"] == rows["step"].max()]
+
+
+def test_lines_are_means_over_the_matrices_of_a_layer_and_the_seeds(trained):
+    chart = plots.second_moments(trained["adam"])
+    own, dealt = chart.rows()[0]
+    for panel, quantity in ((own, "moment_sigma"), (dealt, "moment_sigma_dealt")):
+        found = panel.data.set_index(["layer", "index"])["value"]
+        assert set(found.index.get_level_values("layer")) == {"layer 0", "layer 1"}
+        for layer in (0, 1):
+            rows = [last(run, quantity) for run in trained["adam"]]
+            expected = [found[found["layer"] == layer].groupby("index")["value"].mean() for found in rows]
+            assert found[f"layer {layer}"].to_numpy() == pytest.approx(np.mean(expected, axis=0))
+        assert found.xs(1, level="index").to_numpy() == pytest.approx(1)
+    one = plots.second_moments(trained["adam"][0], role="ffn_in").rows()[0][0].data
+    wanted = last(trained["adam"][0], "moment_sigma").query("role == 'ffn_in' and layer == 1")["value"]
+    assert one.loc[one["layer"] == "layer 1", "value"].to_numpy() == pytest.approx(wanted.to_numpy())
+    with pytest.raises(ValueError, match="no second moment of role 'gate'"):
+        plots.second_moments(trained["adam"], role="gate")
+
+
+def test_errors_by_rank_are_means_over_matrices(trained):
+    data = plots.moment_error(trained["adam"]).data.set_index(["measure", "index"])["value"]
+    for measure, quantity in (("least of the rank", "moment_error"), ("S-RSI", "moment_error_s_rsi")):
+        expected = [last(run, quantity).groupby("index")["value"].mean() for run in trained["adam"]]
+        assert data[measure].index.tolist() == [1, 2, 4, 8, 16]
+        assert data[measure].to_numpy() == pytest.approx(np.mean(expected, axis=0))
+    flat = data["rows times columns (Adafactor)"]
+    expected = np.mean([last(run, "moment_error_rank_one")["value"].mean() for run in trained["adam"]])
+    assert flat.to_dict() == pytest.approx({1: expected, 16: expected})
+
+
+def test_ranks_are_shown_by_role_layer_and_step(trained):
+    data = plots.factor_rank(trained["adapprox"]).data.set_index(["role", "place", "step"])["value"]
+    assert list(dict.fromkeys(data.index.get_level_values("role"))) == ["q", "k", "v", "o", "ffn_in", "ffn_out"]
+    for (role, place, step), value in data.items():
+        query = f"quantity == 'factor_rank' and role == '{role}' and layer == {place} and step == {step}"
+        seeds = [run.table.query(query) for run in trained["adapprox"]]
+        assert value == np.mean([found["value"].item() for found in seeds])
+    assert sorted(set(data.index.get_level_values("step"))) == [1, 3, 4]
+    with pytest.raises(ValueError, match="no factors of role 'gate' in blocks"):
+        plots.factor_rank(trained["adapprox"], role="gate")
+
+
+def test_errors_are_shown_beside_the_drift(trained):
+    data = plots.factor_error(trained["adapprox"]).data.set_index(["measure", "step"])["value"]
+    measures = {
+        "of one step's V, as the rank is chosen": "factor_error",
+        "of the exact average": "factor_drift",
+        "of the exact average, least of the rank": "factor_drift_least",
+        "of the exact average, rows times columns": "factor_drift_rank_one",
+    }
+    assert set(data.index.get_level_values("measure")) == set(measures)
+    for measure, quantity in measures.items():
+        inside = [last(run, quantity).dropna(subset="layer")["value"].mean() for run in trained["adapprox"]]
+        assert data[measure, 4] == pytest.approx(np.mean(inside))
+    assert (data["of the exact average"] > data["of the exact average, least of the rank"]).all()
+
+
+@pytest.fixture
+def searched(tmp_path):
+    """Losses by rate and seed: the first method is best at 0.02 on validation, though not on test."""
+    write = partial(plant, tmp_path)
+    losses = {
+        "slow at 0.01": (0.01, [0.6, 0.8], [0.5, 0.5]),
+        "slow at 0.02": (0.02, [0.5, 0.7], [0.9, 0.7]),
+        "fast at 0.1": (0.1, [0.2, 0.4], [0.3, 0.5]),
+        "fast at 0.05": (0.05, [0.4, 0.6], [0.1, 0.1]),
+    }
+    return {
+        label: [
+            write(
+                f"{label}{seed}".replace(" ", "-"),
+                {("eval_loss", ""): {4: 9.0, 9: validation}, ("test_loss", ""): {9: test}},
+                seed=seed,
+                settings={"steps": 9, "lr": rate},
+            )
+            for seed, (validation, test) in enumerate(zip(*pairs, strict=True))
+        ]
+        for label, (rate, *pairs) in losses.items()
+    }
+
+
+def test_rates_are_chosen_on_validation_and_reported_on_test(searched):
+    by_rate, tested = plots.learning_rates(searched).rows()[0]
+    found = by_rate.data.set_index(["method", "lr"])["value"]
+    assert found.index.tolist() == [("slow", 0.01), ("slow", 0.02), ("fast", 0.05), ("fast", 0.1)]
+    assert found.tolist() == pytest.approx([0.7, 0.6, 0.5, 0.3])
+    assert tested.data.set_index("method")["value"].to_dict() == pytest.approx({"slow": 0.8, "fast": 0.4})
+    assert "slow 0.02; fast 0.1." in tested.caption

@@ -18,6 +18,7 @@ from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, updat
 from lorascope.plots.quality import quality
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
 from lorascope.plots.recovery import planted
+from lorascope.plots.schedule import active_layers
 from lorascope.plots.scores import against_truth, agreement
 from lorascope.plots.subspaces import spectrum, subspace_similarity
 from lorascope.plots.training import training_curves
@@ -25,6 +26,7 @@ from lorascope.plots.training import training_curves
 __all__ = [
     "FIGURES",
     "Figure",
+    "active_layers",
     "adapted_types",
     "against_truth",
     "agreement",

@@ -44,6 +44,8 @@ RECORDERS = {
     "moment_error": _MOMENTS,
     "factor_rank": _ADAPPROX,
     "factor_error": _ADAPPROX,
+    "active": "train LISA",
+    "draw_probability": "train LISA",
     "gate_entropy": "train HydraLoRA",
     "gate_information": "train HydraLoRA on a task with groups",
     "selected": "train NeFT",

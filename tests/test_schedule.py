@@ -1,0 +1,90 @@
+"""The figure of LISA's draws as data, and the tables below it, against draws that were planted."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from planted import lookup, plant
+
+from lorascope import plots
+from lorascope.analysis import schedule
+from lorascope.methods import LISA
+
+BLOCKS = ["enc.layer.0", "enc.layer.1", "enc.layer.2"]
+PLACES = [{"module": name, "stack": "", "layer": layer, "role": "block"} for layer, name in enumerate(BLOCKS)]
+
+
+def draws(*chosen: int, every: int = 4, last: int = 9) -> dict:
+    """One block of three trains in each interval of four steps."""
+    steps = [1 + every * number for number in range(len(chosen))]
+    active = {
+        ("active", name): {step: float(block == number) for step, block in zip(steps, chosen, strict=True)}
+        for number, name in enumerate(BLOCKS)
+    }
+    chances = {("draw_probability", name): {0: chance} for name, chance in zip(BLOCKS, (0.5, 0.25, 0.25), strict=True)}
+    return active | chances | {("loss", ""): {1: 1.0, last: 0.5}}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    """``plant`` in a folder of the test, with three blocks."""
+    return partial(plant, tmp_path, modules=PLACES, label=LISA(n_active=1).label())
+
+
+def test_intervals_end_where_the_next_begins_and_the_last_with_the_run(write):
+    table = write("a", draws(2, 0, 2)).table
+    rows = schedule.intervals(table)
+    assert rows.groupby("interval")[["start", "stop"]].first().to_numpy().tolist() == [[1, 4], [5, 8], [9, 9]]
+    assert rows.query("active")["module"].tolist() == [BLOCKS[2], BLOCKS[0], BLOCKS[2]]
+    assert len(rows) == 9
+
+
+def test_visits_count_draws_and_steps(write):
+    rows = schedule.visits(write("a", draws(2, 0, 2)).table).set_index("module")
+    assert rows.loc[BLOCKS, "intervals"].tolist() == [1, 0, 2]
+    assert rows.loc[BLOCKS, "steps"].tolist() == [4, 0, 5]
+    assert rows.loc[BLOCKS, "first"].tolist() == [5, pd.NA, 1]
+    assert rows.loc[BLOCKS, "frequency"].tolist() == pytest.approx([1 / 3, 0, 2 / 3])
+    assert rows.loc[BLOCKS, "expected"].tolist() == [0.5, 0.25, 0.25]
+
+
+def test_coverage_stands_beside_what_such_draws_reach(write):
+    rows = schedule.coverage(write("a", draws(2, 0, 2), seed=None).table)
+    assert rows["step"].tolist() == [1, 5, 9]
+    assert rows["value"].tolist() == [1, 2, 2]
+    assert rows["expected"].tolist() == pytest.approx([1, 0.75 + 2 * 0.4375, 0.875 + 2 * (1 - 0.75**3)])
+    once = schedule.coverage(write("b", draws(1)).table)
+    assert once[["step", "value", "expected"]].to_numpy().tolist() == [[1, 1, 1], [9, 1, 1]]
+
+
+def test_a_cell_is_the_share_of_the_runs_and_blocks_rise(write):
+    runs = [write(f"s{seed}", draws(2, seed, 2), seed=seed) for seed in range(2)]
+    (heat, reached), *rest = plots.active_layers(runs).rows()
+    assert not rest
+    found = lookup(heat, "start", "place")
+    assert found["1", "2"] == found["9", "2"] == 1
+    assert found["5", "0"] == found["5", "1"] == 0.5
+    assert sum(found.values()) == 3
+    assert (heat.x.order, heat.y.order) == (("1", "5", "9"), ("2", "1", "0"))
+    assert "2 seeds (0, 1)" in heat.caption
+    lines = lookup(reached, "recipe", "step")
+    assert [lines["LISA, n_active 1", step] for step in (1, 5, 9)] == [1, 2, 2]
+    assert lines["LISA, n_active 1, expected", 5] == pytest.approx(1.625)
+
+
+def test_recipes_stand_below_each_other(write, tmp_path):
+    panels = plots.active_layers(write("a", draws(2, 0, 2)), control=write("b", draws(1), label="one draw"))
+    (top, _), (below, flat) = panels.rows()
+    assert (top.title, below.title) == ("LISA, n_active 1", "control: one draw")
+    assert lookup(flat, "recipe", "step")["control: one draw", 9] == 1
+    assert panels.save(tmp_path / "figure.png").stat().st_size > 0
+    assert panels.plotly().data
+
+
+def test_what_drew_nothing_says_what_is_missing(write):
+    with pytest.raises(ValueError, match="active_layers needs records of active: train LISA"):
+        plots.active_layers(write("a", {("loss", ""): {0: 1.0, 1: 1.0}}))

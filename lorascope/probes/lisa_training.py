@@ -1,0 +1,120 @@
+"""LISA: do a few blocks at a time reach full fine-tuning, and does it matter that they are drawn anew?
+
+Source: LISA (arXiv 2403.17919), tables 1 to 3 (quality against full fine-tuning and LoRA), table 10 (embedding and head
+alone), table 12 (blocks drawn once).
+
+Departs: a small encoder on one task, the dense methods at one rate, where the paper searches for each. By two blocks of
+six at a time a third of the blocks train, in the paper's 7B model a sixteenth. What lies outside the blocks is over
+half of this encoder's parameters, most of it the embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from lorascope import plots, records
+from lorascope.analysis import schedule
+from lorascope.claims import Claim
+from lorascope.methods import LISA, Full, LoRA
+from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.allocations import accuracy
+from lorascope.run import Run
+
+DRAWN, ONCE, ENDS = "LISA, 2 blocks", "LISA, 2 blocks, one draw", "LISA, no block"
+FULL, ADAPTED = "full fine-tuning", "LoRA, rank 8"
+
+PARITY = Claim(
+    sentence="LISA does as well as full fine-tuning, within two points.",
+    statistic="test accuracy of LISA, 2 of 6 blocks at a time",
+    control="test accuracy of full fine-tuning at the same steps and rate, less two points",
+    margin=0.001,
+    source="section 4, tables 2 and 3",
+)
+REDRAWN = Claim(
+    sentence="Blocks that are drawn anew do better than blocks drawn once.",
+    statistic="test accuracy of LISA",
+    control="test accuracy of LISA whose first blocks train to the end, a draw of its own for every seed",
+    margin=0.002,
+    source="table 12",
+)
+BLOCKS = Claim(
+    sentence="The blocks that LISA trains are worth more than embedding and head alone.",
+    statistic="test accuracy of LISA",
+    control="test accuracy of LISA without any block",
+    margin=0.002,
+    source="table 10",
+)
+OVER_LORA = Claim(
+    sentence="LISA does better than LoRA.",
+    statistic="test accuracy of LISA",
+    control="test accuracy of LoRA, rank 8, on all linear layers at the same steps",
+    margin=0.002,
+    source="section 4, tables 2 and 3",
+)
+
+
+def arms(quick: bool) -> list[Arm]:
+    """LISA, the same with one draw and with none, and the two that it is measured against."""
+    settings = encoder_settings(quick)
+    own = {
+        DRAWN: (LISA(n_active=2), 0.75),
+        ONCE: (LISA(n_active=2, interval=settings["steps"]), 0.75),
+        ENDS: (LISA(n_active=0), 0.65),
+    }
+    adapters = LoRA(rank=8, alpha=8.0, targets="all-linear", lr=1e-3, head_lr=1e-3)
+    return [
+        *(Arm(label=label, method=method, settings=settings, cost=cost) for label, (method, cost) in own.items()),
+        Arm(label=FULL, method=Full(lr=1e-4, head_lr=1e-4), settings=settings),
+        Arm(label=ADAPTED, method=adapters, settings=settings),
+    ]
+
+
+def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
+    """Accuracy against full fine-tuning, one draw, no block and LoRA."""
+    reached = {label: accuracy(found) for label, found in runs.items()}
+    verdicts = [
+        PARITY.judge(reached[DRAWN], {seed: value - 0.02 for seed, value in reached[FULL].items()}),
+        REDRAWN.judge(reached[DRAWN], reached[ONCE]),
+        BLOCKS.judge(reached[DRAWN], reached[ENDS]),
+        OVER_LORA.judge(reached[DRAWN], reached[ADAPTED]),
+    ]
+    exhibits = [
+        exhibit("active_layers", plots.active_layers({label: runs[label] for label in (DRAWN, ONCE)})),
+        exhibit("training_curves", plots.training_curves(dict(runs))),
+        exhibit("update_norm", plots.update_norm(dict(runs))),
+        exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
+    ]
+    notes = [
+        "Held fixed: model, text, splits, batch size, number of steps. Seeds vary the draws of blocks, head, adapters, "
+        "data order, dropout.",
+        "Rate 1e-4 for all but LoRA, which has 1e-3.",
+        "Embedding, its norm, pooler and classifier train throughout in all forms of LISA.",
+    ]
+    return Findings(verdicts, exhibits, {"Draws by block": draws_table(runs)}, notes)
+
+
+def draws_table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """Share of the draws that took each block, by arm with draws, mean over seeds, and the chance of it."""
+    rows = []
+    for label in (DRAWN, ONCE):
+        found = schedule.visits(records.concat(run.table for run in runs[label]))
+        shares = found.groupby("place", observed=True)[["frequency", "expected"]].mean()
+        rows.append({"": label} | {f"block {place}": f"{share:.2f}" for place, share in shares["frequency"].items()})
+        rows[-1]["chance"] = f"{shares['expected'].mean():.2f}"
+    return pd.DataFrame(rows)
+
+
+PROBE = register(
+    Probe(
+        name="lisa_training",
+        title="LISA: a few blocks at a time against all of them",
+        source="Pan et al., LISA, arXiv 2403.17919",
+        question="Do a few blocks at a time reach full fine-tuning, and is it worth drawing them anew?",
+        quick_budget=170,
+        arms=arms,
+        judge=judge,
+        seeds=5,
+    )
+)

@@ -25,11 +25,22 @@ from lorascope.method import Step
 from lorascope.moments import factor_drift, second_moments
 from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
+from lorascope.sensed import neurons
 from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 from lorascope.utilised import utilisation
 
-__all__ = ["Observer", "factor_drift", "factors", "factors_of", "memory", "norms", "second_moments", "utilisation"]
+__all__ = [
+    "Observer",
+    "factor_drift",
+    "factors",
+    "factors_of",
+    "memory",
+    "neurons",
+    "norms",
+    "second_moments",
+    "utilisation",
+]
 
 Update = LowRank | Dense
 

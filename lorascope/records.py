@@ -141,6 +141,12 @@ QUANTITIES: dict[str, Quantity] = {
     "effective_rank": Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
     "rank": Quantity("rank", pool="sum", definition="number of components of the update that are in use"),
     "budget": Quantity("rank budget", pool="sum", definition="number of components all modules may have together"),
+    "sensitivity_out": Quantity(
+        "sensitivity of outputs", index="neuron", pool="sum", definition="sum over j of |W_ij dL/dW_ij|, of row i"
+    ),
+    "sensitivity_in": Quantity(
+        "sensitivity of inputs", index="neuron", pool="sum", definition="sum over i of |W_ij dL/dW_ij|, of column j"
+    ),
     "importance": Quantity("importance", index="rank_id", definition="score by which an allocator ranks a component"),
 }
 

@@ -28,7 +28,7 @@ LAYERS = [
     ["screen", "ablation", "gating"],
     ["heads", "method"],
     ["methods", "trained", "observer"],
-    ["moments", "utilised"],
+    ["moments", "sensed", "utilised"],
     ["state", "observe", "mixing"],
     ["plan", "resume"],
     ["session"],

@@ -1,0 +1,146 @@
+"""An observer of neurons: how far each one turned and moved, and how much the loss feels its weights.
+
+One definition serves all methods: |W_ij dL/dW_ij| of the effective weight, summed along a row or a column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorascope import names
+from lorascope.analysis.neurons import parts
+from lorascope.delta import adapted, host_weight
+from lorascope.hosts import oriented
+from lorascope.method import Batch, Step
+from lorascope.methods.neft import distances
+from lorascope.observer import Observer
+from lorascope.records import Quantity, Record, register
+from lorascope.roles import FFN
+
+register(
+    "neuron_update",
+    Quantity(
+        "‖w − w₀‖", index="neuron", pool="norm", definition="norm of what a neuron's weights moved from those in W_0"
+    ),
+)
+
+
+@dataclass(kw_only=True)
+class neurons(Observer):
+    """Sensitivity of every row and column of the linear layers, and the change of every neuron beside it.
+
+    With W = W_0 + dW the effective weight and G = dL/dW, the mean over batches of the validation split,
+    ``sensitivity_out`` of row i is sum_j |W_ij G_ij| and ``sensitivity_in`` of column j is sum_i |W_ij G_ij|. G comes
+    from inputs and output gradients of the module, so it is the same whether W is frozen, trained or adapted; dropout
+    is off. An update that depends on its input (HydraLoRA's) counts with its mean gates in W. Neurons of the
+    feed-forward parts, rows of inputs and gates and columns of outputs, have ``neuron_cosine`` and ``neuron_update``
+    as well, under the same numbers.
+
+    Parameters
+    ----------
+    every : int
+        Steps between two looks: each costs about a step for every batch.
+    batches, rows : int
+        Batches that G is the mean over, and rows of a batch.
+    targets : str or sequence of str
+        Linear modules, as methods take them.
+    """
+
+    every: int = 100
+    batches: int = 4
+    rows: int = 16
+    targets: str | tuple[str, ...] = "all-linear"
+
+    def __call__(self, step: Step) -> Iterable[Record]:
+        if not self.due(step.finished, step.total):
+            return
+        modules = names.match(step.modules, self.targets)
+        for name in modules:
+            if isinstance(step.model.get_submodule(name), nn.Embedding):
+                raise ValueError(f"targets: {name!r} is an embedding: its input is no vector; give linear layers")
+        text = step.held_out(self.batches * self.rows).batch
+        count = len(next(iter(text.values())))
+        pieces = [{key: value[i : i + self.rows] for key, value in text.items()} for i in range(0, count, self.rows)]
+        for name, gradient in weight_gradients(step.model, modules, pieces, step.loss).items():
+            felt = (effective_weight(step.model, name).float() * gradient).abs()
+            yield Record("sensitivity_out", felt.sum(1).cpu().numpy(), name)
+            yield Record("sensitivity_in", felt.sum(0).cpu().numpy(), name)
+        yield from _changes(step)
+
+
+def weight_gradients(
+    model: nn.Module, modules: Sequence[str], batches: Sequence[Batch], loss: Callable[[Batch], Tensor]
+) -> dict[str, Float[Tensor, "out in"]]:
+    """dL/dW of linear modules, mean over batches, in evaluation mode; no parameter's own gradient is touched.
+
+    Parameters
+    ----------
+    model : Module
+    modules : sequence of str
+        Those that the model does not call are left out.
+    batches : sequence of batches
+    loss : callable
+        Passes a batch through the model.
+    """
+    seen: list[tuple[str, Tensor, Tensor]] = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            # The gradient of the output is that of a zero added to it.
+            zero = torch.zeros_like(output).requires_grad_()
+            seen.append((name, inputs[0].detach(), zero))
+            return output + zero
+
+        return hook
+
+    hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
+    found: dict[str, Tensor] = {}
+    training = model.training
+    try:
+        model.eval()
+        for batch in batches:
+            with torch.enable_grad():
+                value = loss(batch)
+                slopes = torch.autograd.grad(value, [zero for *_, zero in seen], materialize_grads=True)
+            for (name, given, _), slope in zip(seen, slopes, strict=True):
+                part = slope.flatten(0, -2).float().T @ given.flatten(0, -2).float() / len(batches)
+                found[name] = found[name] + part if name in found else part
+            seen.clear()
+    finally:
+        model.train(training)
+        for handle in hooks:
+            handle.remove()
+    return found
+
+
+def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
+    """The weight of a module with its adapter's update, which is at mean gates where it depends on the input."""
+    host = model.get_submodule(module)
+    weight = host_weight(host).detach()
+    delta = adapted(model).get(module)
+    return weight if delta is None else weight + torch.from_numpy(delta.update().dense()).to(weight)
+
+
+def _changes(step: Step) -> Iterable[Record]:
+    """Cosine distance and norm of the change of every neuron of the feed-forward parts."""
+    roles = set(step.modules["role"])
+    places = parts(step.modules, [role for role in FFN if role in roles]) if roles & set(FFN) else []
+    living = {f"{part.module}.weight": _stored(step.model, part.module) for part in places}
+    if places:
+        change = distances(step.model, places, step.base, living)
+        for module, rows in change.groupby("module", sort=False):
+            index = rows["neuron"].to_numpy()
+            yield Record("neuron_cosine", rows["cosine_distance"].to_numpy(), str(module), index)
+            yield Record("neuron_update", rows["delta_norm"].to_numpy(), str(module), index)
+
+
+def _stored(model: nn.Module, module: str) -> Tensor:
+    """The effective weight in the layout that the module stores."""
+    host: Any = model.get_submodule(module)
+    return oriented(host, effective_weight(model, module))

@@ -1,0 +1,135 @@
+"""Sensitivities against the gradient of the very weight, of the model or of its folded copy."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lorascope as ls
+from lorascope import delta, models, names, observe
+from lorascope.hosts import oriented
+from lorascope.methods import AdaLoRA, FourierFT, Full, HydraLoRA, LoRA
+from lorascope.roles import FFN
+
+FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
+LOOK = {"every": 2, "batches": 2, "rows": 6}
+
+
+class Copying(observe.Observer):
+    """Keeps a copy of the model, and the text that sensitivity is measured on, at the last step."""
+
+    def config(self):
+        return {"name": "Copying"}
+
+    def __call__(self, step):
+        if step.last:
+            text = step.held_out(12).batch
+            batches = [{key: value[i : i + 6] for key, value in text.items()} for i in (0, 6)]
+            Copying.kept = copy.deepcopy(step.model), batches, dict(step.base)
+        return ()
+
+
+def gradients(model, modules, batches):
+    """Gradients of the weights themselves by autograd, mean over the batches, as (out, in)."""
+    model.eval().requires_grad_(True)
+    model.zero_grad()
+    for batch in batches:
+        (model(**batch).loss / len(batches)).backward()
+    hosts = {name: model.get_submodule(name) for name in modules}
+    return {name: oriented(host, host.weight.grad) for name, host in hosts.items()}
+
+
+METHODS = {
+    "full": ("bert", Full(lr=1e-2)),
+    "full, Conv1D": ("gpt2", Full(lr=1e-2)),
+    "full, gates": ("llama", Full(lr=1e-2)),
+    "lora": ("bert", LoRA(lr=1e-2, dropout=0.3)),
+    "lora, Conv1D": ("gpt2", LoRA(lr=1e-2, targets="all-linear")),
+    "adalora": ("bert", AdaLoRA(lr=1e-2)),
+    "fourierft": ("bert", FourierFT(lr=1e-1, coefficients=20)),
+    "heads mixed evenly": ("bert", HydraLoRA(lr=1e-2, router="uniform")),
+}
+
+
+def measured(run, quantity, module, step=4):
+    rows = run.table[
+        (run.table["quantity"] == quantity) & (run.table["module"] == module) & (run.table["step"] == step)
+    ]
+    return rows.sort_values("index")["value"].to_numpy()
+
+
+@pytest.mark.parametrize("case", list(METHODS))
+def test_it_is_the_gradient_of_the_very_weight(case, task, tmp_path, request):
+    family, method = METHODS[case]
+    model = models.load(request.getfixturevalue(family), task=task)
+    run = ls.train(model, task, method, observe=[observe.neurons(**LOOK), Copying()], out=tmp_path / "run", **FAST)
+    kept, batches, base = Copying.kept
+    modules = names.match(names.describe(kept), "all-linear")
+    if delta.adapted(kept):
+        delta.fold(kept)
+    weights = {name: delta.host_weight(kept.get_submodule(name)).detach() for name in modules}
+    for name, gradient in gradients(kept, modules, batches).items():
+        felt = (weights[name] * gradient).abs().double().numpy()
+        assert felt.any()
+        for quantity, axis in (("sensitivity_out", 1), ("sensitivity_in", 0)):
+            found = measured(run, quantity, name)
+            np.testing.assert_allclose(found, felt.sum(axis), rtol=1e-5, atol=1e-6 * felt.sum(axis).max())
+    check_changes(run, kept, base)
+
+
+def check_changes(run, model, base):
+    """Distance by definition and norm of the change, of rows or columns of the feed-forward parts."""
+    for row in run.modules[run.modules["role"].isin(FFN)].itertuples():
+        host = model.get_submodule(row.module)
+        before, after = (oriented(host, w.detach()).double() for w in (base[f"{row.module}.weight"], host.weight))
+        if row.role == "ffn_out":
+            before, after = before.T, after.T
+        change = (after - before).norm(dim=1)
+        u, v = nn.functional.normalize(before), nn.functional.normalize(after)
+        found = {quantity: measured(run, quantity, row.module) for quantity in ("neuron_cosine", "neuron_update")}
+        np.testing.assert_allclose(found["neuron_update"], change, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found["neuron_cosine"], (u - v).square().sum(1) / 2, rtol=1e-4, atol=1e-10)
+        assert not measured(run, "neuron_update", row.module, step=0).any()
+
+
+def test_heads_under_a_router_count_at_their_mean_gates(task, tmp_path, bert):
+    """The slope is that of the weight below them, which they leave linear whatever their input."""
+    model = models.load(bert, task=task)
+    run = ls.train(
+        model, task, HydraLoRA(lr=1e-2, gates_every=1), observe=[observe.neurons(**LOOK), Copying()],
+        out=tmp_path / "run", **FAST,
+    )  # fmt: skip
+    kept, batches, _ = Copying.kept
+    deltas = delta.adapted(kept)
+    for name, gradient in gradients(kept, list(deltas), batches).items():
+        weight = delta.host_weight(kept.get_submodule(name)) + deltas[name].weight(deltas[name].mean_gates_)
+        felt = (weight.detach() * gradient).abs().sum(1)
+        np.testing.assert_allclose(measured(run, "sensitivity_out", name), felt, rtol=1e-5, atol=1e-6 * felt.max())
+
+
+@pytest.mark.parametrize("case", ["lora", "full, gates"])
+def test_training_goes_on_bit_for_bit(case, task, tmp_path, request):
+    family, method = METHODS[case]
+    tables, weights, draws = [], [], []
+    for name, looks in (("with", [observe.neurons(every=1, batches=1, rows=4)]), ("without", [])):
+        model = models.load(request.getfixturevalue(family), task=task)
+        torch.manual_seed(5)
+        looks = [observe.norms(every=1), *looks]
+        run = ls.train(model, task, method, observe=looks, out=tmp_path / name, **FAST)
+        table = run.table[~run.table["quantity"].str.startswith(("sensitivity", "neuron", "seconds"))]
+        tables.append(table.drop(columns="run").astype(str).reset_index(drop=True))
+        weights.append(model.state_dict())
+        draws.append(torch.rand(3))
+    assert tables[0].equals(tables[1])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert torch.equal(*draws)
+
+
+def test_an_embedding_is_refused(task, tmp_path, bert):
+    model = models.load(bert, task=task)
+    with pytest.raises(ValueError, match=r"word_embeddings' is an embedding"):
+        ls.train(model, task, LoRA(), observe=[observe.neurons(targets="embed")], out=tmp_path / "run", **FAST)

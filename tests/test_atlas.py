@@ -48,6 +48,7 @@ def test_angles_are_means_over_sides_and_modules(write: Any) -> None:
     assert set(heat.data["words"]) == {f"68° ({by_chance:.0f}°)"}
     assert heat.marks[0].text is not None  # without a format, a print has no words either
     assert "first 3 directions" in heat.caption
+    assert "over the modules that both runs hold" in heat.caption
 
 
 def test_a_recipe_is_compared_with_itself_between_seeds_alone(write: Any) -> None:

@@ -46,7 +46,7 @@ def test_the_band_of_a_seed_is_chosen_by_the_others():
 def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     reached = {
         probe.DEFAULT: 0.80, probe.FEW: 0.70, probe.MANY: 0.83, probe.RANDOM: 0.77, probe.ORTHOGONAL: 0.79,
-        probe.ZEROS: 0.81, probe.EQUAL: 0.76, probe.LARGE: 0.815,
+        probe.ZEROS: 0.81, probe.EQUAL: 0.76, probe.LARGE: 0.815, probe.HYDRA: 0.5,
     } | dict(zip(probe.BANDS, (0.72, 0.79, 0.77), strict=True))  # fmt: skip
     runs = {}
     settings = killing.SETTINGS | {"observe": [observe.norms(), observe.factors()]}
@@ -76,4 +76,9 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     quick = probe.judge({label: kept for label, kept in runs.items() if label not in probe.BANDS})
     assert {verdict.claim for verdict in quick.verdicts} == effects.keys() - {probe.UNBIASED}
     assert len(quick.exhibits) == len(found.exhibits) - 1
+    (atlas,) = [shown.chart for shown in found.exhibits if shown.chart.rows()[0][0].meta["figure"] == "atlas"]
+    angles = atlas.rows()[1][0].data
+    assert set(angles["row"]) == {probe.DEFAULT, probe.EQUAL, probe.LARGE, probe.HYDRA}
+    assert angles["value"].between(0, 90).all()  # all hold the queries and values
+    assert all(f"Updates of {probe.HYDRA} at mean gates." in chart.caption for row in atlas.rows() for chart in row)
     assert "Bands are trained in the full form alone." in quick.notes

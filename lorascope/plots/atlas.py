@@ -57,8 +57,8 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     heat, told = _angles(cohort, k)
     caption = cohort.caption(
         f"Singular values of what training added: {modules}. {define('learned_norm')} Angles: mean over outputs and "
-        f"inputs, over modules and over pairs of runs of the principal angles between the first {k} directions, fewer "
-        "where an update has fewer; in brackets that of as many random directions.",
+        "inputs, over the modules that both runs hold and over pairs of runs of the principal angles between the first "
+        f"{k} directions, fewer where an update has fewer; in brackets that of as many random directions.",
         *told,
         *cohort.lost_starts(),
     )

@@ -5,6 +5,7 @@ Source: NeFT (arXiv 2403.11621), section 5.4 and table 6 (overlap).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement, product
 
@@ -65,7 +66,7 @@ def trained(run: Run) -> pd.DataFrame:
 
 def pool(run: Run) -> int:
     """Number of neurons that a run could choose from."""
-    return sum(part.count for part in _parts(run))
+    return sum(sizes(run).values())
 
 
 def _parts(run: Run) -> list[neurons.Part]:
@@ -86,10 +87,10 @@ def by_layer(run: Run) -> pd.DataFrame:
     found = chosen(run)
     counts = found.groupby([found["module"].astype("str"), "role"], observed=True).size()
     # Of a matrix that holds gate and input the records name the module's role alone.
-    sizes = pd.DataFrame(_parts(run)).groupby(_PLACE, sort=False)["count"].sum().reset_index()
-    value = [int(counts.get((row.module, row.role), 0)) for row in sizes.itertuples()]
-    chance = sizes["count"] * len(found) / sizes["count"].sum()
-    return sizes.assign(run=run.id, place=place(sizes), value=value, chance=chance)
+    held = pd.DataFrame(_parts(run)).groupby(_PLACE, sort=False)["count"].sum().reset_index()
+    value = [int(counts.get((row.module, row.role), 0)) for row in held.itertuples()]
+    chance = held["count"] * len(found) / held["count"].sum()
+    return held.assign(run=run.id, place=place(held), value=value, chance=chance)
 
 
 def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float | int]:
@@ -116,6 +117,24 @@ def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float | int]
         "chance": float(lot.mean()) / smaller,
         "most": float(lot.ppf(0.95)) / smaller,
     }
+
+
+def expected(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float:
+    """Mean overlap if both drew the neurons within each module by lot, as many as they have there.
+
+    What this explains is that both prefer the same layers; only what lies above it is about neurons.
+    """
+    counts = [Counter(module for module, _ in each) for each in (first, second)]
+    shared = sum(number * counts[1][module] / sizes[module] for module, number in counts[0].items())
+    return shared / min(len(first), len(second))
+
+
+def sizes(run: Run) -> dict[str, int]:
+    """Number of neurons that a run could choose from in each module."""
+    found: Counter[str] = Counter()
+    for part in _parts(run):
+        found[part.module] += part.count
+    return dict(found)
 
 
 def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFrame:

@@ -34,6 +34,7 @@ from lorascope.probes import (
     lisa,
     lisa_training,
     lora,
+    neft,
     placement,
     planted,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "lisa",
     "lisa_training",
     "lora",
+    "neft",
     "placement",
     "planted",
     "reproduce",

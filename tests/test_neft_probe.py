@@ -1,0 +1,70 @@
+"""The probe of NeFT: what each claim is compared with, and what the overlap of lots is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import killing
+import numpy as np
+import pytest
+
+import lorascope as ls
+from lorascope import models, observe
+from lorascope.analysis import selection
+from lorascope.probes import neft as probe
+
+REACHED = {probe.FULL: 0.80, probe.LOW: 0.79, probe.CHANGED: 0.83, probe.REVERSED: 0.70, probe.RANDOM: 0.82}
+
+
+def test_lots_within_modules_share_what_is_expected():
+    draw = np.random.default_rng(0)
+    sizes, first, second = {"a": 10, "b": 40}, {"a": 5, "b": 5}, {"a": 8, "b": 2}
+
+    def lot(counts):
+        return frozenset((m, int(i)) for m, n in counts.items() for i in draw.choice(sizes[m], n, replace=False))
+
+    pairs = [(lot(first), lot(second)) for _ in range(400)]
+    found = np.mean([selection.common(*pair, pool=50)["overlap"] for pair in pairs])
+    assert selection.expected(*pairs[0], sizes) == pytest.approx((5 * 8 / 10 + 5 * 2 / 40) / 10)
+    assert found == pytest.approx(selection.expected(*pairs[0], sizes), abs=0.02)
+
+
+def test_arms_differ_in_their_neurons_alone():
+    arms = {arm.label: arm for arm in probe.arms(False)}
+    for label in (probe.REVERSED, probe.RANDOM):
+        assert replace(arms[label].method, mode="changed") == arms[probe.CHANGED].method
+        assert arms[label].settings == arms[probe.CHANGED].settings
+    assert arms[probe.MOVIES].method == arms[probe.CHANGED].method
+    assert arms[probe.CHANGED].method.tune_steps == 100
+    assert arms[probe.CHANGED].budget == pytest.approx(400)
+
+
+def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
+    runs = {}
+    settings = killing.SETTINGS | {"observe": [observe.norms(), observe.utilisation(every=5, size=8)]}
+    for number, arm in enumerate(probe.arms(True)):
+        own = settings | {"steps": min(arm.settings["steps"], 3)}
+        method = replace(arm.method, lr=1e-2 + 1e-4 * number)  # runs of one recipe would be one
+        found = [
+            ls.train(models.load(bert, task=task), task, method, seed=seed, out=tmp_path / f"{arm.label} {seed}", **own)
+            for seed in (range(2) if "NeFT" in arm.label else range(1, 3))
+        ]
+        for run in found:
+            run.meta["seed"] = found.index(run)
+            run.meta["test"]["metric"] = REACHED.get(arm.label, 0.5)
+        runs[arm.label] = found
+    found = probe.judge(runs)
+    effects = {verdict.claim: verdict.effect for verdict in found.verdicts}
+    assert effects[probe.OVER_FULL] == pytest.approx(0.03)
+    assert effects[probe.OVER_LORA] == pytest.approx(0.04)
+    assert effects[probe.OVER_RANDOM] == pytest.approx(0.01)
+    assert effects[probe.OVER_REVERSED] == pytest.approx(0.13)
+    own = [selection.as_set(selection.chosen(run)) for run in runs[probe.CHANGED]]
+    expected = selection.common(*own, 192)["overlap"] - selection.expected(
+        *own, dict.fromkeys(selection.sizes(run), 48)
+    )
+    assert effects[probe.STABLE] == pytest.approx(expected)
+    shifts = {verdict.claim: verdict.values for verdict in found.verdicts}[probe.PERTURBED]
+    assert shifts["statistic"].between(0, 1).all()
+    alone = probe.judge({label: kept[:1] if label != probe.MOVIES else kept for label, kept in runs.items()})
+    assert {probe.STABLE, probe.TASK} == effects.keys() - {verdict.claim for verdict in alone.verdicts}

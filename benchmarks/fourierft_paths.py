@@ -44,12 +44,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 2048, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 1024])
+    parser.add_argument("--coefficients", nargs="+", choices=list(SHARES), default=list(SHARES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"{'width':>6} {'n':>6} {'tokens':>7} {'waves / sum':>12} {'interval':>16} {'ms':>17}  taken")
     for d in arguments.widths:
-        for label, share in SHARES.items():
-            n = int(d * share) - label.count("- 1")
+        for label in arguments.coefficients:
+            n = int(d * SHARES[label]) - label.count("- 1")
             for tokens in arguments.tokens:
                 ratio = compare(passes(d, n, tokens, True), passes(d, n, tokens, False), arguments.pairs, 1)
                 taken = "waves" if few(n, (d, d)) else "sum"

@@ -1,4 +1,8 @@
-"""A training step of FourierFT against PEFT's and against full fine-tuning: python benchmarks/fourierft_step.py"""
+"""A training step of FourierFT against PEFT's and against full fine-tuning: python benchmarks/fourierft_step.py
+
+And against the frozen rest, which no adapter can do without: the same model, of which only the biases of the adapted
+modules train, so that slopes flow as far as they do with adapters. What a step costs above it is the adapter's own.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +18,19 @@ from lorascope import models
 from lorascope.delta import adapted
 from lorascope.methods import FourierFT, Full
 
+REST = "the frozen rest"
 AGAINST = {"PEFT's": 0.75, "full fine-tuning": 1.1}
 
 
 def contestants(coefficients: int | None, targets: str) -> dict[str, nn.Module]:
-    """The same MiniLM with our FourierFT, with PEFT's on the same modules, and trained in full."""
-    ours, theirs, full = (models.load("minilm") for _ in range(3))
+    """The same MiniLM with our FourierFT, with PEFT's on the same modules, trained in full, and by biases alone."""
+    ours, theirs, full, rest = (models.load("minilm") for _ in range(4))
     method = FourierFT(coefficients=coefficients, targets=TARGETS[targets])
     method.attach(ours)
     Full().attach(full)
+    rest.requires_grad_(False).classifier.requires_grad_(True)
+    for module in adapted(ours):
+        rest.get_submodule(module).bias.requires_grad_(True)
     n = len(next(iter(adapted(ours).values())).coefficients)
     config = peft.FourierFTConfig(
         n_frequency=n,
@@ -31,7 +39,7 @@ def contestants(coefficients: int | None, targets: str) -> dict[str, nn.Module]:
         target_modules=list(adapted(ours)),
         task_type="SEQ_CLS",
     )
-    return {"ours": ours, "PEFT's": peft.get_peft_model(theirs, config), "full fine-tuning": full}
+    return {"ours": ours, "PEFT's": peft.get_peft_model(theirs, config), "full fine-tuning": full, REST: rest}
 
 
 def main() -> None:
@@ -41,14 +49,20 @@ def main() -> None:
     parser.add_argument("--coefficients", type=int, help="of each module; by default those of the method")
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all-linear")
     parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="such as 64x128: batch x tokens")
+    parser.add_argument("--against", nargs="*", choices=list(AGAINST), default=list(AGAINST))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     found = contestants(arguments.coefficients, arguments.targets)
     for shape in arguments.shapes:
         batch = batch_of(*map(int, shape.split("x")))
-        for other, target in AGAINST.items():
-            ratio = compare(step_of(found["ours"], batch), step_of(found[other], batch), arguments.pairs)
-            print(ratio.row(f"FourierFT step / {other}, {shape}, {arguments.targets}", target), flush=True)
+        steps = {name: step_of(model, batch) for name, model in found.items()}
+        for other in arguments.against:
+            ratio = compare(steps["ours"], steps[other], arguments.pairs)
+            print(ratio.row(f"FourierFT step / {other}, {shape}, {arguments.targets}", AGAINST[other]), flush=True)
+        for name in ("ours", "PEFT's"):
+            above = compare(steps[name], steps[REST], arguments.pairs)
+            interval = f"[{above.low:.3f}, {above.high:.3f}]"
+            print(f"{name} / {REST}, {shape}, {arguments.targets}: {above.median:.3f} {interval}", flush=True)
 
 
 if __name__ == "__main__":

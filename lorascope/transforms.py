@@ -114,7 +114,8 @@ def _half(entries: Int[Tensor, "2 n"], shape: Shape) -> tuple[Int[Tensor, "n"], 
     (j, k), (rows, columns) = entries, shape
     width = columns // 2 + 1
     left = k < width
-    row, mirrored = torch.where(left, j, -j % rows), torch.where(left, -j % rows, j)
+    opposite = -j % rows
+    row, mirrored = torch.where(left, j, opposite), torch.where(left, opposite, j)
     column = torch.where(left, k, columns - k)
     return row * width + column, mirrored * width + column, 2 * column % columns == 0
 

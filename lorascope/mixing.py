@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import nn
 
 from lorascope import models
-from lorascope.delta import adapted
+from lorascope.checkpoints import AdapterRun
+from lorascope.delta import adapted, attach
 from lorascope.export import base_of
 from lorascope.gating import Gates, stacked, watch
 from lorascope.methods.hydralora import RoutedDelta
@@ -36,11 +37,11 @@ def mean_gates(
     Parameters
     ----------
     trained : Module or Run
-        A model that carries HydraLoRA, or a run of it, which is restored into ``base``.
+        A model that carries HydraLoRA, or a run of it or a folder of its adapter, which is put into ``base``.
     texts : sequence of str
         As the tokenizer encodes them, the ends of long ones left out. Every token counts alike.
     base : Module, optional
-        What to restore a run into: its base, freshly loaded. By default it is loaded by its name.
+        What to put a run into: its base, freshly loaded. By default it is loaded by its name.
     tokenizer : optional
         Of transformers, with a padding token; by default the model's own.
     max_length : int
@@ -84,8 +85,26 @@ def _restored(trained: nn.Module | Run, base: nn.Module | None) -> Any:
     if base is None:
         name, blocks = base_of(trained)
         base = models.load(name, blocks=blocks)
-    trained.restore(base)
+    if isinstance(trained, AdapterRun):
+        attach(base, _routers(trained, base))
+    else:
+        trained.restore(base)
     return base
+
+
+def _routers(folder: AdapterRun, base: nn.Module) -> dict[str, RoutedDelta]:
+    """The heads of an adapter's folder, with their routers."""
+    updates = folder.updates()
+    found = {}
+    for module, held in folder.factors().items():
+        if "router" in held:
+            number, outer, rank = held["B"].shape
+            found[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, updates[module].scale)
+            parts = {"A": held["A"], "B": held["B"].transpose(1, 0, 2).reshape(outer, -1), "router": held["router"]}
+            with torch.no_grad():
+                for name, part in parts.items():
+                    delta.get_parameter(name).copy_(torch.tensor(part))
+    return found
 
 
 def _watched(

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import lorascope as ls
-from lorascope import export, inspection, plots
+from lorascope import export, inspection, models, plots
 from lorascope.adapter_files import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
@@ -24,11 +24,18 @@ MODULES = {
 SETTINGS = {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "lora_nums": 3, "base_model_name_or_path": "llama"}
 
 
-def write(path: Path, heads: int = 3, without: str = "", dtype: torch.dtype = torch.float32, **changes: Any) -> dict:
+def write(
+    path: Path,
+    heads: int = 3,
+    without: str = "",
+    dtype: torch.dtype = torch.float32,
+    modules: Any = MODULES,
+    **changes: Any,
+) -> dict:
     """Write a folder; gives its tensors. ``without`` is the end of a name that is left out of one module."""
     draw = torch.Generator().manual_seed(0)
     tensors = {}
-    for module, (outer, inner) in MODULES.items():
+    for module, (outer, inner) in modules.items():
         shapes = {"lora_A": (4, inner), "lora_route": (heads, inner)} | {f"lora_B{i}": (outer, 4) for i in range(heads)}
         for name, shape in shapes.items():
             tensors[f"{PREFIX}{module}.{name}.weight"] = torch.randn(shape, generator=draw).to(dtype)
@@ -106,3 +113,32 @@ def test_a_broken_folder_is_told_in_one_line(tmp_path, change, reason):
     with pytest.raises(ValueError, match=reason) as raised:
         ls.load(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_folder_is_seen_at_its_gates_on_a_text(tmp_path, llama):
+    """Put into its base, it is the map of equation 3, whose gates are those of the text."""
+    modules = {name: shape for name, shape in MODULES.items() if ".0." in name}
+    tensors = write(tmp_path / "hydra", modules=modules, base_model_name_or_path=llama)
+    run = ls.load(tmp_path / "hydra")
+    base = models.load(llama)
+    ids = torch.tensor([[4, 5, 6, 7]])
+    inputs: dict[str, torch.Tensor] = {}
+    name = "model.layers.0.mlp.up_proj"
+    base.get_submodule(name).register_forward_hook(lambda _, given, y: inputs.update(x=given[0][0], y=y[0]))
+    text = models.tokenizer(base).decode(ids[0])
+    gates = ls.mean_gates(run, [text], base=base)
+    assert set(gates) == set(modules)
+    A, *B = (tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in ("A", "B0", "B1", "B2"))
+    x = inputs["x"]
+    by_token = torch.softmax(x @ tensors[f"{PREFIX}{name}.lora_route.weight"].T, -1)
+    assert gates[name] == pytest.approx(by_token.mean(0).numpy(), abs=1e-5)
+    added = 8 * sum(by_token[:, [head]] * (x @ A.T @ B[head].T) for head in range(3))
+    plain = models.load(llama).get_submodule(name).weight
+    assert inputs["y"].detach().numpy() == pytest.approx((x @ plain.T + added).detach().numpy(), abs=1e-3)
+    seen = ls.at_gates(run, gates, "mean gates on a text")
+    expected = 8 * sum(float(gates[name][head]) * B[head].double() @ A.double() for head in range(3))
+    assert seen.updates()[name].dense() == pytest.approx(expected.numpy(), abs=1e-4)
+    row = seen.summary().set_index("module").loc[name]
+    assert row["update_norm"] == pytest.approx(float(expected.norm()), rel=1e-5)
+    assert "at mean gates on a text." in plots.update_norm(seen).caption
+    assert ls.mean_gates(run, [text])[name] == pytest.approx(gates[name], abs=1e-6)

@@ -10,8 +10,8 @@ from jaxtyping import Float
 
 from lorascope.analysis.stats import band
 
-# Rounds of scaling rows and columns to their sums; after so many the sums agree to rounding.
-_ROUNDS = 50
+# Rows and columns are scaled in turn until their sums are met to this part, or so often.
+_MET, _ROUNDS = 1e-6, 50
 
 
 def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
@@ -42,9 +42,14 @@ def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, 
     live = alone > 0
     dealt[live] *= np.random.default_rng(seed).permutation(ratio[live])
     for _ in range(_ROUNDS):
+        missed = 0.0
         for axis in (1, 0):
-            sums = dealt.sum(axis, keepdims=True)
-            dealt *= np.divide(V.sum(axis, keepdims=True), sums, out=np.zeros_like(sums), where=sums > 0)
+            sums, wanted = dealt.sum(axis, keepdims=True), V.sum(axis, keepdims=True)
+            scale = np.divide(wanted, sums, out=np.ones_like(sums), where=sums > 0)
+            missed = max(missed, float(np.abs(scale - 1).max()))
+            dealt *= scale
+        if missed < _MET:
+            break
     return dealt
 
 

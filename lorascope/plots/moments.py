@@ -9,7 +9,7 @@ from lorascope.analysis import moments, norms
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, define, gather
+from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, gather
 from lorascope.roles import ROLES
 
 _DEALT = "dealt by lot"
@@ -135,8 +135,8 @@ def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Ch
 
 @figure(
     needs=("factor_rank",),
-    reads="One panel a role: a row is a layer, a column a step at which ranks were chosen. A row that grows darker to "
-    "the right needs more directions as it trains; a number at the cap says that the rank was cut off there.",
+    reads="One panel a role: a row is a layer, a column a step at which ranks were chosen. A row that brightens to the "
+    "right needs more directions as it trains; a number at the cap says that the rank was cut off there.",
     misleads="A rank is chosen by the error of one step's factoring, which starts from factors: with a lax tolerance "
     "a rank that was once enough stays so, whatever has drifted. A cap of a quarter of the smaller side, and coarse "
     "growth, draw plateaus of their own.",
@@ -162,7 +162,9 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     rows = rows[rows["step"].isin(kept)].astype({"role": "str"})
     cells = band(rows.assign(place=rows["layer"].astype("str")), ["recipe", "kind", "role", "place", "step"])
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
-    caption = cohort.caption(define("factor_rank"), "What is kept dense has none.", interval="intervals in the data")
+    caption = cohort.caption(
+        f"Rank k of the factors of V by layer and step. {_kept_dense(cohort)}", interval="intervals in the data"
+    )
     limits = (0.0, float(cells["value"].max()))
     panels = [
         Chart(
@@ -210,7 +212,9 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
             title=label if len(cohort.labels) > 1 else "",
             x=Axis(label="step"),
             y=Axis(label="relative error", log=True),
-            caption=cohort.caption("Relative errors in Frobenius norm, mean over all factored matrices in the blocks."),
+            caption=cohort.caption(
+                f"Relative errors in Frobenius norm, mean over factored matrices in the blocks. {_kept_dense(cohort)}"
+            ),
             colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
             meta=cohort.meta,
         )
@@ -263,6 +267,12 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
             )
         )
     return beside(*panels)
+
+
+def _kept_dense(cohort: Cohort) -> str:
+    """What has no factors."""
+    roles = dict.fromkeys(role for run in cohort.runs for role in run.meta["recipe"].get("dense", ()))
+    return f"Vectors{''.join(f', {role}' for role in roles)} and small matrices are kept dense."
 
 
 def _band(cells: pd.DataFrame, x: str, color: str) -> list[Band]:

@@ -73,7 +73,8 @@ def _look(module: str, V: Tensor) -> Iterator[Item]:
         yield Record(f"moment_sigma{suffix}", sigma[:KEPT] / sigma[0], module, np.arange(1, len(sigma[:KEPT]) + 1))
         yield Record(f"moment_error{suffix}", np.array([moments.tail(sigma, rank) for rank in ranks]), module, ranks)
     generator = torch.Generator(V.device).manual_seed(0)
-    found = [relative_error(V, *s_rsi(V, rank, generator)) for rank in ranks]
+    wide = V.float()  # as the optimizer factors it
+    found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
     yield Record("moment_error_s_rsi", np.array(found), module, ranks)
     yield Record("moment_error_rank_one", moments.relative_error(exact, moments.rank_one(exact)), module)
 

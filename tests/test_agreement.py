@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from test_checkpoints import write_run
 from torch.nn import functional as F
 
 import lorascope as ls
 from lorascope import delta, models, plots
-from lorascope.analysis.agreement import correlate, spearman
+from lorascope.analysis.agreement import correlate, neuron_scores, spearman
+from lorascope.checkpoints import load
 from lorascope.methods import LoRA
 from lorascope.probes import agreement, scores
+from lorascope.records import Record
+from lorascope.writer import RunWriter
 
 SETTINGS = {"steps": 12, "batch_size": 8, "eval_size": 16, "progress": False, "device": "cpu"}
 
@@ -243,3 +249,56 @@ def test_charts_show_the_correlations(trained):
     for chart in (matrix, dots):
         chart.mpl()
         chart.plotly()
+
+
+def told_of_neurons(folder, seed, told, rows=9):
+    """A run that recorded, of every neuron of one input and one output projection, the given scores."""
+    places = {"ffn_in": ("h.0.up", "sensitivity_out", rows, 4), "ffn_out": ("h.0.down", "sensitivity_in", 4, rows)}
+    modules = [
+        {"module": name, "stack": "", "layer": 0, "role": role, "out_features": outer, "in_features": inner, "tied": ""}
+        for role, (name, _, outer, inner) in places.items()
+    ]
+    meta = json.loads((write_run(folder / "donor") / "run.json").read_text())
+    states = {"last": {"step": 9, "ranks": {}}}
+    writer = RunWriter(folder / "run", meta | {"modules": modules, "seed": seed, "states": states})
+    for name, own, *_ in places.values():
+        other = "sensitivity_in" if own == "sensitivity_out" else "sensitivity_out"
+        values = dict(zip(("neuron_cosine", "neuron_update", own), told[name], strict=True)) | {other: np.ones(4)}
+        writer.add(9, [Record(quantity, value, name) for quantity, value in values.items()])
+        writer.add(4, [Record("neuron_cosine", np.arange(rows), name)])  # an earlier look
+    writer.finish("done")
+    return load(folder / "run")
+
+
+def test_neurons_are_compared_across_recipes_one_by_one(tmp_path):
+    draw = np.random.default_rng(0)
+    drawn = {(label, seed): draw.random((2, 3, 9)) for label in "ab" for seed in (0, 1)}
+    drawn["a", 0][0, 0, 5] = np.nan  # a neuron without direction
+    runs = {
+        label: [
+            told_of_neurons(
+                tmp_path / f"{label}{seed}", seed, dict(zip(("h.0.up", "h.0.down"), drawn[label, seed], strict=True))
+            )
+            for seed in (0, 1)
+        ]
+        for label in "ab"
+    }
+    table = neuron_scores(runs)
+    assert table.groupby("run").size().to_dict() == {"seed 0": 17 * 6, "seed 1": 18 * 6}
+    cells = correlate(table).set_index(["run", "first", "second"])["value"]
+    for seed in (0, 1):
+        kept = [place for place in range(18) if not (seed == 0 and place == 5)]
+        first, second = (drawn[label, seed].transpose(1, 0, 2).reshape(3, 18)[:, kept] for label in "ab")
+        expected = spearman(np.stack([first[0], second[2]], axis=1))[0, 1]
+        assert cells[f"seed {seed}", "a: 1 − cos", "b: sensitivity"] == pytest.approx(expected)
+    chart = plots.agreement(correlate(table), "neurons")
+    assert len(chart.data) == 36
+    assert "neurons" in chart.title
+    only = runs["a"][0]
+    with pytest.raises(ValueError, match="share no seed"):
+        neuron_scores({"a": only, "b": runs["b"][1:]})
+
+
+def test_runs_that_did_not_look_at_neurons_are_refused(trained):
+    with pytest.raises(ValueError, match=r"recorded no neuron_cosine: train with observe=\[ls.observe.neurons"):
+        neuron_scores({"a": trained})

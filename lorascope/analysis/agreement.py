@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from scipy.stats import rankdata
 
+from lorascope.analysis import selection
 from lorascope.analysis.stats import CONFIDENCE
+from lorascope.roles import FFN
+from lorascope.run import Run
 
 DRAWS = 500
+_OF_NEURONS = {
+    "1 − cos": ("neuron_cosine",),
+    "‖w − w₀‖": ("neuron_update",),
+    "sensitivity": ("sensitivity_out", "sensitivity_in"),
+}
 
 
 def spearman(columns: Float[np.ndarray, "n scores"]) -> Float[np.ndarray, "scores scores"]:
@@ -52,3 +62,54 @@ def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         columns = {"first": first, "second": second, "value": value.ravel(), "low": low.ravel(), "high": high.ravel()}
         tables.append(pd.DataFrame(columns).assign(run=run))
     return pd.concat(tables, ignore_index=True)[["run", "first", "second", "value", "low", "high"]]
+
+
+def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
+    """What several recipes say of the same neurons of the feed-forward parts, for ``correlate``.
+
+    Parameters
+    ----------
+    runs : mapping label -> Run or sequence of Run
+        Trained with ``observe.neurons``; recipes are compared within a seed.
+
+    Returns
+    -------
+    DataFrame
+        ``run`` (the seed), ``module``, ``component`` (the neuron), ``score`` (label and quantity), ``value`` at the
+        last step that was looked at: 1 - cos, the norm of the update, and the sensitivity of the neuron's own weights,
+        a row of inputs and gates or a column of outputs. A neuron that lacks a score, such as a zero one, is left out.
+
+    Raises
+    ------
+    ValueError
+        A run recorded none of a quantity, or the recipes share no seed.
+    """
+    tables, seeds = [], []
+    for label, group in runs.items():
+        members = [group] if isinstance(group, Run) else list(group)
+        seeds.append({run.meta["seed"] for run in members})
+        for run in members:
+            tables += [table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _of_neurons(run)]
+    shared = set.intersection(*seeds)
+    if not shared:
+        raise ValueError(f"the recipes {', '.join(runs)} share no seed: train them with the same ones")
+    scores = pd.concat(tables, ignore_index=True).query("run in @shared").dropna(subset="value")
+    complete = scores.groupby(["run", "module", "component"])["score"].transform("size") == len(runs) * len(_OF_NEURONS)
+    scores["run"] = "seed " + scores["run"].astype(str)
+    return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]
+
+
+def _of_neurons(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each score of a run's neurons."""
+    for name, quantities in _OF_NEURONS.items():
+        parts = []
+        for quantity in quantities:
+            found = selection.scores(run, quantity)
+            # Of the two sides of a matrix, the one whose vectors are the neurons.
+            side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
+            parts.append(found[found["role"].isin(side)])
+        table = pd.concat(parts)
+        if table.empty:
+            raise ValueError(f"run {run.id} recorded no {quantities[0]}: train with observe=[ls.observe.neurons()]")
+        columns = {"neuron": "component", "cosine_distance": "value"}
+        yield name, table.rename(columns=columns)[["module", *columns.values()]]

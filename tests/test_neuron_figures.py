@@ -107,6 +107,13 @@ def test_shifts_of_ranks_and_the_three_kinds(tmp_path):
     assert buckets.data["value"].iloc[0] == 30
 
 
+def test_where_nothing_of_them_trains_every_strong_neuron_is_indirect(tmp_path):
+    before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
+    run = planted(tmp_path, "a", {}, used={0: before, 9: after})
+    _, kinds = (chart for row in plots.rank_shift(run).rows() for chart in row)
+    assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 4}
+
+
 def test_the_recorder_that_is_missing_is_named(tmp_path):
     run = planted(tmp_path, "a")
     with pytest.raises(ValueError, match=r"rank_shift needs records of utilisation: .*ls.observe.utilisation"):

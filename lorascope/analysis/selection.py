@@ -60,8 +60,9 @@ def trained(run: Run) -> pd.DataFrame:
     """Every neuron that a run trained: those chosen, or all of each module whose weight it moved."""
     if (run.table["quantity"] == "selected").any():
         return chosen(run)
-    moved = run.summary().query("update_norm > 0")["module"]
-    return neurons.unscored([part for part in _parts(run) if part.module in set(moved)])
+    moved = set(run.summary().query("update_norm > 0")["module"])
+    every = neurons.unscored(_parts(run))
+    return every[every["module"].isin(moved)]
 
 
 def pool(run: Run) -> int:
@@ -87,7 +88,9 @@ def by_layer(run: Run) -> pd.DataFrame:
     found = chosen(run)
     counts = found.groupby([found["module"].astype("str"), "role"], observed=True).size()
     # Of a matrix that holds gate and input the records name the module's role alone.
-    held = pd.DataFrame(_parts(run)).groupby(_PLACE, sort=False)["count"].sum().reset_index()
+    role = run.modules.set_index("module")["role"]
+    parts = pd.DataFrame(_parts(run)).assign(role=lambda rows: rows["module"].map(role))
+    held = parts.groupby(_PLACE, sort=False)["count"].sum().reset_index()
     value = [int(counts.get((row.module, row.role), 0)) for row in held.itertuples()]
     chance = held["count"] * len(found) / held["count"].sum()
     return held.assign(run=run.id, place=place(held), value=value, chance=chance)

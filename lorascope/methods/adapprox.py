@@ -69,14 +69,44 @@ register(
 
 @dataclass(kw_only=True)
 class Adapprox(Method, name="adapprox"):
-    """Full fine-tuning under ``AdapproxOptimizer``, whose parameters these are.
+    """Full fine-tuning under ``AdapproxOptimizer``.
 
     Parameters
     ----------
+    betas : (float, float)
+        Of first and second moment; no first moment is kept where the first is zero.
+    eps : float
+        Added to the root of the second moment.
+    clip_threshold : float
+        Largest RMS of a direction.
+    iterations, oversampling : int
+        Rounds of S-RSI, and columns beyond the rank.
+    init_rank : int
+        At the first step, and where every choice begins.
+    max_rank : int or None
+        None is a quarter of the smaller side.
+    tolerance : float
+        Relative error at which a rank is large enough.
+    reselect_every : int
+        Steps between two choices.
+    rank_rule : {"restart", "colnorm", "ema", "fixed"}
+        How a rank is chosen; see ``s_rsi``.
+    growth : (float, float, float, float)
+        eta, omega, phi, tau of f, by which "restart" goes up.
+    growth_scale : float or None
+        Multiplies f; None goes by the width.
+    denominator : {"pre", "post"}
+        Divide by V before factoring, or by what the factors say of it.
+    cosine : bool
+        Guidance: divide M by 1 - cos(D, M).
+    cosine_floor : float
+        Least that guidance divides by.
+    min_dim : int or None
+        Matrices with a smaller side keep a dense average; None factors none.
     dense : str or tuple of str
         Roles or modules whose second moment is kept as it is, such as a large embedding; see ``names.match``.
     sketch_seed : int
-        ``seed`` of the optimizer.
+        Of the sketches alone.
     """
 
     betas: tuple[float | int, ...] = (0.9, 0.999)

@@ -84,7 +84,7 @@ def arms(quick: bool) -> list[Arm]:
     """Four optimizers at three rates each; at the middle one alone where quick, and Adapprox at a low rank."""
     shared: dict[str, Any] = {"steps": 100, "batch_size": 16, "test_size": 2000}
     if quick:
-        shared = {"steps": 8, "batch_size": 8, "eval_every": 0, "eval_size": 64, "test_size": 128, "max_length": 32}
+        shared = {"steps": 4, "batch_size": 8, "eval_every": 0, "eval_size": 32, "test_size": 64, "max_length": 32}
     ours = replace(METHOD, max_rank=RANK) if quick else METHOD
     methods: dict[str, Method] = {
         ADAMW: Full(),

@@ -42,6 +42,10 @@ register(
 )
 register("factor_drift_least", Quantity("‖E − Eₖ‖ / ‖E‖", definition="least error of the rank of these factors"))
 register("factor_drift_rank_one", Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank one of E"))
+register(
+    "factor_step_error", Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of this step's V, which is made of the factors before")
+)
+register("factor_step_error_least", Quantity("‖V − Vₖ‖ / ‖V‖", definition="least error of the rank of these factors"))
 
 
 @dataclass(kw_only=True)
@@ -107,6 +111,37 @@ class factor_drift(Observer):
                 yield Record("factor_drift", moments.relative_error(E, product), module)
                 yield Record("factor_drift_least", moments.tail(spectra([Dense(E)])[0], state["Q"].shape[1]), module)
                 yield Record("factor_drift_rank_one", moments.relative_error(E, moments.rank_one(E)), module)
+
+
+@dataclass(kw_only=True)
+class factor_optimum(Observer):
+    """The error of one step's factoring beside the least that any factors of this rank could have.
+
+    For this the thin factors of the step before are kept. A look costs a decomposition a matrix.
+    """
+
+    every: int = 50
+
+    def __post_init__(self) -> None:
+        self.before_: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> Iterator[Item]:
+        """Make V of this step again where a look is due; remember its factors for the next."""
+        for module, state in _matrices(step, "Q"):
+            gradient = step.model.get_parameter(f"{module}.weight").grad
+            if gradient is not None and self.due(step.finished, step.total):
+                beta2 = step.optimizer.param_groups[0]["betas"][1]
+                V = (1 - beta2) * gradient.double().flatten(1).square()
+                if module in self.before_:
+                    Q, U = (self.before_[module][name].double() for name in "QU")
+                    V += beta2 * (Q @ U.T).clamp(min=0)
+                exact, product = to_array(V), to_array(state["Q"].double() @ state["U"].double().T)
+                if exact.any():
+                    yield Record("factor_step_error", moments.relative_error(exact, product), module)
+                    least = moments.tail(spectra([Dense(exact)])[0], state["Q"].shape[1])
+                    yield Record("factor_step_error_least", least, module)
+            self.before_[module] = {name: state[name] for name in "QU"}
 
 
 def _matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

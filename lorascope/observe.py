@@ -22,7 +22,7 @@ from lorascope.delta import adapted, host_weight, to_array
 from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
 from lorascope.method import Step
-from lorascope.moments import factor_drift, second_moments
+from lorascope.moments import factor_drift, factor_optimum, second_moments
 from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.sensed import neurons
@@ -33,6 +33,7 @@ from lorascope.utilised import utilisation
 __all__ = [
     "Observer",
     "factor_drift",
+    "factor_optimum",
     "factors",
     "factors_of",
     "memory",

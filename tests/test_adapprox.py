@@ -47,10 +47,10 @@ def regression(steps, dtype, clip=1.0, **options):
     return W.detach()
 
 
-def worked(min_dim):
+def worked(min_dim, **options):
     W = torch.nn.Parameter(torch.tensor([[1, -1], [0.5, 2]], dtype=torch.float64))
     optimizer = AdapproxOptimizer(
-        [W], 0.01, weight_decay=0.1, rank_rule="fixed", iterations=30, min_dim=min_dim, betas=(0.9, 0.999)
+        [W], 0.01, weight_decay=0.1, rank_rule="fixed", iterations=30, min_dim=min_dim, betas=(0.9, 0.999), **options
     )
     seen = []
     for gradient in ([[0.1, -0.2], [0.3, 0.4]], [[0.2, -0.1], [0.1, -0.3]]):
@@ -76,6 +76,17 @@ def test_worked_example_with_a_dense_average():
     assert (1e5 * first["exp_avg_sq"]).flatten().tolist() == pytest.approx([1, 4, 9, 16], abs=1e-9)
     assert W2.flatten().tolist() == pytest.approx([0.994622, -0.995362, 0.496578, 1.995096], abs=1e-6)
     assert "Q" not in second
+
+
+def test_the_angle_of_the_worked_example_is_told_without_guidance():
+    """Parallel at the first step; at the second by the sheet's own D and M."""
+    (_, first), (_, second) = worked(min_dim=1, reselect_every=1)
+    D = torch.tensor([1.410862, -0.808716, 0.548070, -1.027164])
+    M = torch.tensor([0.231086, -0.170872, 0.144807, -0.012716])
+    assert float(first["cosine"]) == pytest.approx(1)
+    assert float(second["cosine"]) == pytest.approx(float(D @ M / (D.norm() * M.norm())), abs=1e-5)
+    (_, _), (_, between) = worked(min_dim=1, reselect_every=2)
+    assert float(between["cosine"]) == pytest.approx(1)  # that of the last choice
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 5e-3)])
@@ -163,8 +174,13 @@ def test_between_choices_the_matrix_is_factored_once(monkeypatch):
 def test_negative_entries_are_set_to_zero():
     p = parameter(64, 64)
     optimizer = AdapproxOptimizer([p], rank_rule="fixed", init_rank=6, min_dim=1, reselect_every=1)
-    stepped(optimizer, [p], 4)
-    assert 0 < optimizer.state[p]["negative"] < 0.5
+    stepped(optimizer, [p], 3)
+    product = optimizer.state[p]["Q"] @ optimizer.state[p]["U"].T
+    stepped(optimizer, [p])
+    found = optimizer.state[p]["negative"], optimizer.state[p]["negative_mass"]
+    expected = (product < 0).float().mean(), -product[product < 0].sum() / product.abs().sum()
+    assert found == pytest.approx(tuple(map(float, expected)), rel=1e-5)
+    assert 0 < found[1] < found[0] < 0.5
     assert torch.isfinite(p).all()
 
 
@@ -346,7 +362,8 @@ def test_the_table_tells_ranks_errors_and_bytes(run):
             assert 1 <= rank <= min(m, n) // 4
             assert held[key] == 4 * rank * (m + n)
     for quantity, (low, high) in {
-        "factor_error": (0, 1), "factor_trials": (1, 16), "negative_share": (0, 1), "direction_rms": (0, 32),
+        "factor_error": (0, 1), "factor_trials": (1, 16), "negative_share": (0, 1), "negative_mass": (0, 1),
+        "direction_rms": (0, 32), "direction_cosine": (-1, 1 + 1e-6),
     }.items():  # fmt: skip
         values = run.table.loc[run.table["quantity"] == quantity, "value"]
         assert len(values) == len(ranks)

@@ -120,6 +120,50 @@ def test_drift_is_measured_against_the_exact_average(bert, task, tmp_path):
         )
 
 
+def test_the_error_of_a_step_stands_beside_the_least_of_its_rank(bert, task, tmp_path):
+    """V of a step is made here from the factors before it and its gradients, which are caught."""
+    seen = {}
+
+    class Catching(observe.Observer):
+        def __call__(self, step):
+            for name, parameter in step.model.named_parameters():
+                state = step.optimizer.state.get(parameter, {})
+                if "Q" in state:
+                    product = (state["Q"].double() @ state["U"].double().T).numpy()
+                    caught = seen.setdefault(name.removesuffix(".weight"), [])
+                    caught.append((product, parameter.grad.double().numpy() ** 2))
+            return ()
+
+    settings = FAST | {"observe": [observe.factor_optimum(every=3), Catching()]}
+    run = ls.train(models.load(bert, task=task), task, METHOD, out=tmp_path / "run", **settings)
+    found = run.table[run.table["quantity"].str.startswith("factor_step")]
+    assert set(found["step"]) == {3, 4}
+    for (module, step), rows in found.groupby(["module", "step"], observed=True):
+        (before, _), (product, squares) = seen[module][step - 2 : step]
+        V = 0.999 * before.clip(0) + 0.001 * squares
+        values = rows.set_index("quantity")["value"]
+        assert values["factor_step_error"] == pytest.approx(moments.relative_error(V, product), rel=1e-4)
+        least = moments.tail(np.linalg.svd(V, compute_uv=False), 3)
+        assert values["factor_step_error_least"] == pytest.approx(least, rel=1e-4)
+        assert values["factor_step_error"] >= least * (1 - 1e-6)
+    # at the step of a choice it is the error that the method tells
+    whole = ls.train(
+        models.load(bert, task=task), task, METHOD, out=tmp_path / "once",
+        **FAST | {"steps": 1, "observe": [observe.factor_optimum()]},
+    ).table  # fmt: skip
+    both = whole.pivot_table(index="module", columns="quantity", values="value", observed=True)
+    both = both.dropna(subset=["factor_step_error"])
+    assert len(both) == 12
+    assert both["factor_step_error"].to_numpy() == pytest.approx(both["factor_error"].to_numpy(), rel=1e-4)
+
+
+def test_factors_of_the_step_before_are_kept_for_resuming():
+    first, second = observe.factor_optimum(), observe.factor_optimum()
+    first.before_ = {"a": {"Q": torch.ones(2, 1), "U": torch.ones(3, 1)}}
+    second.restore(first.state())
+    assert torch.equal(second.before_["a"]["U"], torch.ones(3, 1))
+
+
 def test_the_exact_average_is_kept_for_resuming():
     first = observe.factor_drift()
     first.exact_ = {"a": torch.ones(2, 2)}

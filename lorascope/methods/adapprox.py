@@ -63,7 +63,15 @@ register(
     Quantity("negative entries", definition="share of the entries of Q U^T below zero, before they are set to it"),
 )
 register(
+    "negative_mass",
+    Quantity("negative mass", definition="share of these entries in the sum of the magnitudes of all"),
+)
+register(
     "direction_rms", Quantity("RMS of the direction", definition="root mean square of G / (sqrt(V) + eps), not clipped")
+)
+register(
+    "direction_cosine",
+    Quantity("cos(D, M)", definition="of the clipped direction and the first moment, at the last choice of the rank"),
 )
 
 
@@ -160,3 +168,6 @@ class Adapprox(Method, name="adapprox"):
             yield Record("factor_error", state["error"], module)
             yield Record("factor_trials", state["trials"], module)
             yield Record("negative_share", state["negative"], module)
+            yield Record("negative_mass", state["negative_mass"], module)
+            if "cosine" in state:  # without a first moment there is none
+                yield Record("direction_cosine", float(state["cosine"]), module)

@@ -114,9 +114,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         V = [self._average(state, g) for state, g in zip(states, G, strict=True)]
         torch._foreach_mul_(V, beta2)
         torch._foreach_addcmul_(V, G, G, 1 - beta2)
-        roots = V
+        roots, looked_at = V, group["cosine"]
         if "exp_avg_sq" not in states[0]:
-            self._factor(V[0], states[0], group)
+            looked_at |= self._factor(V[0], states[0], group)
             if group["denominator"] == "post" and "Q" in states[0]:
                 roots = [_product(states[0])]
         denominators = torch._foreach_sqrt(roots)
@@ -133,7 +133,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             M = [state["exp_avg"] for state in states]
             torch._foreach_mul_(M, beta1)
             torch._foreach_add_(M, D, alpha=1 - beta1)
-            S = [guided(m, d, group["cosine_floor"]) for m, d in zip(M, D, strict=True)] if group["cosine"] else M
+            if looked_at:
+                for m, d, state in zip(M, D, states, strict=True):
+                    state["cosine"] = cosine(m, d)
+            S = M
+            if group["cosine"]:
+                S = [guided(m, state["cosine"], group["cosine_floor"]) for m, state in zip(M, states, strict=True)]
         for parameter, s in zip(parameters, S, strict=True):
             change = s.reshape(parameter.shape)
             parameter.sub_(lr * (change.add(_wide(parameter), alpha=decay) if decay else change))
@@ -157,22 +162,24 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             return state["exp_avg_sq"]
         return _product(state) if "Q" in state else torch.zeros_like(G)
 
-    def _factor(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew."""
+    def _factor(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> bool:
+        """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew. Tells whether it was."""
         first = "Q" not in state
         unit = V.max()
         if first and unit == 0:
-            return
+            return False
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A = V / unit
         generator = self.param_groups[0]["generator"]
         factor = s_rsi.factoring(A, generator, group["iterations"], group["oversampling"])
-        if first or (state["step"] - 1) % group["reselect_every"] == 0:
-            state["negative"] = 0.0 if first else float((state["Q"] @ state["U"].T < 0).double().mean())
+        chooses = first or (state["step"] - 1) % group["reselect_every"] == 0
+        if chooses:
+            state["negative"], state["negative_mass"] = (0.0, 0.0) if first else negative(state["Q"] @ state["U"].T)
             Q, U, state["error"], state["trials"] = s_rsi.choose(A, factor, state, group)
         else:
             Q, U = factor(state["Q"].shape[1])
         state["Q"], state["U"] = Q, U.mul_(unit)
+        return chooses
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer; the generator is told by the tensor of its state."""
@@ -193,10 +200,21 @@ class AdapproxOptimizer(torch.optim.Optimizer):
                 self.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) else value
 
 
-def guided(M: Float[Tensor, "..."], D: Float[Tensor, "..."], floor: float | int) -> Float[Tensor, "..."]:
+def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""]:
+    """cos(D, M), within its bounds whatever rounding says, and 0 where one of the two is."""
+    lengths = (D.norm() * M.norm()).clamp(min=torch.finfo(M.dtype).tiny)
+    return (torch.dot(D.flatten(), M.flatten()) / lengths).clamp(-1, 1)
+
+
+def guided(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float | int) -> Float[Tensor, "..."]:
     """M / max(1 - cos(D, M), floor)."""
-    cosine = (D * M).sum() / (D.norm() * M.norm()).clamp(min=torch.finfo(M.dtype).tiny)
-    return M / (1 - cosine.clamp(-1, 1)).clamp(min=floor)
+    return M / (1 - cosine).clamp(min=floor)
+
+
+def negative(product: Float[Tensor, "m n"]) -> tuple[float, float]:
+    """Share of the entries below zero, and of what all entries weigh."""
+    below = product.clamp(max=0)
+    return float(below.count_nonzero() / below.numel()), float(-below.sum() / product.abs().sum())
 
 
 def factored(parameter: Tensor, min_dim: int | None) -> bool:

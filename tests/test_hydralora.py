@@ -28,6 +28,7 @@ from lorascope.method import METHODS, config, from_config
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
 from lorascope.methods.lora import LoRADelta
+from lorascope.probes.hydralora import update_cosines
 from lorascope.run import Run
 from lorascope.update import norms
 
@@ -169,6 +170,27 @@ def test_the_order_of_heads_and_a_shift_of_all_logits_do_not_matter(split):
     assert torch.allclose(host(x), before, rtol=0, atol=1e-12)
     delta.router.data += torch.randn(6, dtype=torch.float64)
     assert torch.allclose(host(x), before, rtol=0, atol=1e-12)
+
+
+def test_another_factoring_is_the_same_map_and_moves_the_raw_cosines_alone():
+    """(R A, B_i R^-1): spaces and updates stay, the cosine of B does not."""
+    host = double()
+    x, delta = torch.randn(2, 5, 6, dtype=torch.float64), host.delta
+    R = torch.tensor([[1.0, 3], [-2, 0.5]]).double()
+
+    def seen() -> tuple[torch.Tensor, np.ndarray, np.ndarray, np.ndarray]:
+        held = {name: factor.detach().numpy() for name, factor in delta.factors().items()}
+        rows = np.linalg.pinv(held["A"]) @ held["A"]
+        return host(x), update_cosines(held["A"], held["B"]), rows, head_similarity(held["B"])
+
+    before = seen()
+    delta.A.data = R @ delta.A.data
+    delta.B.data = (delta.B.data.unflatten(1, (3, 2)) @ torch.linalg.inv(R)).flatten(1)
+    *same, raw = seen()
+    assert torch.allclose(same[0], before[0], rtol=0, atol=1e-12)
+    for found, expected in zip(same[1:], before[1:3], strict=True):
+        assert found == pytest.approx(expected, abs=1e-12)
+    assert np.abs(raw - before[3]).max() > 0.05
 
 
 def test_gates_are_shares_and_their_entropy_lies_between_0_and_ln_n():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -90,7 +91,13 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     assert len(angles) == 4 * 4  # two seeds of each, so recipes are compared with themselves, too
     told = f"Updates of {hydralora.ROUTED}, {hydralora.SPLIT} at mean gates."
     assert all(told in chart.caption for row in atlas.rows() for chart in row)
-    assert any("Trained parameters" in note for note in found.notes)
+    (counted,) = [note for note in found.notes if note.startswith("Trained parameters")]
+    for label, of in runs.items():
+        model = models.load(bert, task=task)
+        of[0].restore(model)
+        of_routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".router"))
+        told = f"{label} {of[0].meta['parameters']['trained']:,}"
+        assert (f"{told}, {of_routers:,} of them in routers" if of_routers else told) in re.split("; |: |[.]$", counted)
     model = models.load(bert, task=task)
     runs[hydralora.EVEN][0].restore(model)
     assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}

@@ -114,11 +114,18 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
         "Trained parameters, the task's head included: "
-        + "; ".join(f"{label} {found[0].meta['parameters']['trained']:,}" for label, found in runs.items())
+        + "; ".join(_counted(label, found[0]) for label, found in runs.items())
         + ".",
         "Heads with even gates and one A stay equal to each other: they start so, and get the same gradient.",
     ]
     return Findings(verdicts, exhibits, notes=notes)
+
+
+def _counted(label: str, run: Run) -> str:
+    """What trains in a run; the paper's own counts leave the routers out."""
+    told = f"{label} {run.meta['parameters']['trained']:,}"
+    routers = sum(held["router"].size for held in run.factors().values() if "router" in held)
+    return f"{told}, {routers:,} of them in routers" if routers else told
 
 
 def _by_seed(runs: Sequence[Run], start: bool) -> BySeed:

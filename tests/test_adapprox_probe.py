@@ -67,6 +67,9 @@ def test_each_claim_is_judged_against_its_control(runs):
     assert effects[probe.ABOVE_ONE] == pytest.approx(above)
     assert effects[probe.HELD] == pytest.approx(drifted)
     assert len(findings.exhibits) == 6
+    for shown in findings.exhibits[2:4]:
+        captions = {chart.caption for row in shown.chart.rows() for chart in row}
+        assert all("Vectors, embed, pos_embed and small matrices are kept dense." in caption for caption in captions)
 
 
 def test_bytes_are_counted_by_role(runs):

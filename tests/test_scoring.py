@@ -201,6 +201,42 @@ def test_a_role_without_neurons_is_refused(tmp_path):
         ls.neuron_scores(base, tuned, roles=("q",))
 
 
+# The high-water mark of the process alone, above what a first pair has taken.
+PEAK = """
+import re, sys
+from pathlib import Path
+import lorascope as ls
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+ls.neuron_scores(*sys.argv[1:3])
+before = peak()
+ls.neuron_scores(*sys.argv[3:])
+print(1024 * (peak() - before))
+"""
+
+
+def checkpoint(file: Path, layers: int, width: int, change: float) -> Path:
+    """A model of blocks like LLaMA's, all alike, of 13 width^2 weights each."""
+    draw = np.random.default_rng(0).standard_normal((3 * width, width), dtype=np.float32)
+    up = draw + np.float32(change) * np.roll(draw, 1)
+    block = dict.fromkeys([f"self_attn.{name}_proj" for name in "qkvo"], up[:width])
+    block |= {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": np.ascontiguousarray(up.T)}
+    file.parent.mkdir(exist_ok=True)
+    save_file({f"model.layers.{i}.{name}.weight": array for i in range(layers) for name, array in block.items()}, file)
+    return file
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the kernel's count of memory")
+def test_two_large_checkpoints_take_less_memory_than_one_of_their_layers(tmp_path):
+    pairs = [
+        checkpoint(tmp_path / str(width) / f"{i}.safetensors", layers, width, i / 100)
+        for layers, width in ((1, 16), (4, 640))
+        for i in range(2)
+    ]
+    told = subprocess.run([sys.executable, "-c", PEAK, *pairs], capture_output=True, check=True, text=True).stdout
+    assert 0 < int(told) < 4 * 13 * 640**2
+
+
 def test_torch_is_not_needed():
     code = "import sys, lorascope as ls; ls.neuron_scores; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

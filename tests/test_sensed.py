@@ -12,7 +12,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import delta, models, names, observe
 from lorascope.hosts import oriented
-from lorascope.methods import AdaLoRA, FourierFT, Full, HydraLoRA, LoRA
+from lorascope.methods import LISA, AdaLoRA, Adapprox, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.roles import FFN
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
@@ -47,6 +47,9 @@ METHODS = {
     "full": ("bert", Full(lr=1e-2)),
     "full, Conv1D": ("gpt2", Full(lr=1e-2)),
     "full, gates": ("llama", Full(lr=1e-2)),
+    "blocks that are frozen": ("bert", LISA(lr=1e-2, n_active=1)),
+    "neurons that are masked": ("llama", NeFT(lr=1e-2, k=40, mode="random")),
+    "adapprox": ("bert", Adapprox(lr=1e-2, min_dim=8)),
     "lora": ("bert", LoRA(lr=1e-2, dropout=0.3)),
     "lora, Conv1D": ("gpt2", LoRA(lr=1e-2, targets="all-linear")),
     "adalora": ("bert", AdaLoRA(lr=1e-2)),

@@ -10,11 +10,12 @@ import pandas as pd
 import pytest
 from planted import lookup, plant
 
-from lorascope import plots
+from lorascope import plots, records
 from lorascope.analysis import schedule
 from lorascope.methods import LISA
 
 BLOCKS = ["enc.layer.0", "enc.layer.1", "enc.layer.2"]
+ENDS, FULL = {"words": 6.0, "h.0": 0.6, "h.1.q": 3.0}, {"words": 4.5, "h.0": 2.5, "h.1.q": 1.0}
 PLACES = [{"module": name, "stack": "", "layer": layer, "role": "block"} for layer, name in enumerate(BLOCKS)]
 
 
@@ -59,6 +60,25 @@ def test_coverage_stands_beside_what_such_draws_reach(write):
     assert rows["expected"].tolist() == pytest.approx([1, 0.75 + 2 * 0.4375, 0.875 + 2 * (1 - 0.75**3)])
     once = schedule.coverage(write("b", draws(1)).table)
     assert once[["step", "value", "expected"]].to_numpy().tolist() == [[1, 1, 1], [9, 1, 1]]
+
+
+def test_ratios_of_norms_stand_beside_the_chances_that_stand_for_them(tmp_path):
+    """Means 6 and 5 of the embedding, 0.6 and 3, 3 and 1.5 of the blocks, over two runs of full fine-tuning."""
+    adapted = {("update_norm", name): {0: 9.0, 4: 0.5 * at, 9: 1.5 * at} for name, at in ENDS.items()}
+    full = [
+        plant(tmp_path, f"f{i}", {("update_norm", name): {9: at + i} for name, at in FULL.items()}, seed=i)
+        for i in range(2)
+    ]
+    found = schedule.importance(plant(tmp_path, "a", adapted).table, records.concat(run.table for run in full), 1)
+    assert found["place"].tolist() == ["embed", "0", "1"]
+    assert found["layer"].tolist() == [pd.NA, 0, 1]
+    assert found["adapted"].tolist() == pytest.approx([6, 0.6, 3])
+    assert found["full"].tolist() == pytest.approx([5, 3, 1.5])
+    assert found["ratio"].tolist() == pytest.approx([1.2, 0.2, 2])
+    assert found["clipped"].tolist() == pytest.approx([1, 0.2, 1])
+    assert found["practical"].tolist() == [1, 0.5, 0.5]
+    with pytest.raises(ValueError, match="the table has no adapter_norm of any module"):
+        schedule.importance(full[0].table, full[1].table, 1, "adapter_norm")
 
 
 def test_a_cell_is_the_share_of_the_runs_and_blocks_rise(write):

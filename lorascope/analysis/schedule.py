@@ -72,6 +72,42 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
     return found.rename(columns={"start": "step"})[["run", "interval", "step", "value", "expected"]]
 
 
+def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity: str = "update_norm") -> pd.DataFrame:
+    """What LISA's chances stand for: the norm of a layer under LoRA over that under full fine-tuning (section 3.2).
+
+    The ratios of the blocks can be its ``weights``; the paper draws all blocks alike.
+
+    Parameters
+    ----------
+    adapted, full : DataFrame
+        Records of runs under LoRA and of full fine-tuning; several are averaged.
+    active : int
+        Blocks that train at a time.
+    quantity : str
+        A norm by module; which one the paper means it does not say.
+
+    Returns
+    -------
+    DataFrame
+        ``stack, layer, place``; ``adapted`` and ``full``, the mean over the steps; their ``ratio``; ``clipped``, the
+        ratio as a probability; and ``practical``, the one that is used: 1 outside the blocks, else active / blocks.
+    """
+    key = list(norms.LAYER)
+    means = [
+        norms.mean_over_steps(norms.pool(norms.select(table, quantity)))
+        .astype({"place": "str"})
+        .groupby(key, dropna=False, sort=False, observed=True)["value"]
+        .mean()
+        .rename(name)
+        for name, table in (("adapted", adapted), ("full", full))
+    ]
+    found = pd.concat(means, axis="columns", join="inner").reset_index()
+    inside = found["layer"].notna()
+    ratio = found["adapted"] / found["full"]
+    practical = (active / max(1, inside.sum()) * inside).where(inside, 1.0)
+    return found.assign(ratio=ratio, clipped=ratio.clip(upper=1), practical=practical)
+
+
 def _chances(table: pd.DataFrame) -> pd.Series:
     """The chance of a draw, by run and module."""
     rows = table[table["quantity"] == "draw_probability"].astype({"run": "str", "module": "str"})

@@ -483,6 +483,31 @@ def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):
     assert list(plots.factor_embedding(runs, factors=("A",)).rows()[0][0].data["factor"].unique()) == ["A"]
 
 
+def test_a_few_modules_are_drawn_with_their_places_beside_the_dots(domains):
+    """Figure 10: of a shared A all dots lie in one place, which is named once; those of B lie by domain."""
+    runs, updates = domains
+    few = ["h.1.q", "h.4.q"]
+    rows = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
+    for row, factor in zip(rows, "AB", strict=True):
+        (cloud,) = clouds({run: {name: held[name] for name in few} for run, held in updates.items()}, RUNS, (factor,))
+        np.testing.assert_allclose(row[-1].data[["x", "y"]], embedding.pca(cloud), atol=1e-12)
+        for chart in row:
+            names = chart.marks[1].data
+            assert set(zip(names["module"], names["place"], strict=True)) == {("h.1.q", "1 v"), ("h.4.q", "4 q")}
+            dots = names.merge(chart.data, on=["x", "module", "run"], suffixes=("", "_dot"))
+            assert len(dots) == len(names) < len(chart.data)
+            assert (dots["y"] > dots["y_dot"]).all()
+            assert chart.y.limits is None or names["y"].max() < chart.y.limits[1]
+    assert len(rows[0][-1].marks[1].data) == 2 < len(rows[1][-1].marks[1].data)
+    assert "same module's: A 100 %, B" in rows[0][0].caption
+    assert "(by chance 50 %)" in rows[0][0].caption
+    with pytest.raises(
+        ValueError, match=r"^factor_embedding: not all runs hold h\.9\.q; they hold h\.0\.q, h\.1\.q, "
+    ) as told:
+        plots.factor_embedding(runs, modules=["h.1.q", "h.9.q"])
+    assert "\n" not in str(told.value)
+
+
 def test_the_figure_refuses_one_run_and_too_large_a_perplexity_in_one_line(domains):
     runs, _ = domains
     with pytest.raises(ValueError, match="factor_embedding compares the factors of runs, and got one"):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis import embedding, sharing
-from lorascope.analysis.embedding import Cloud, Factor, View
+from lorascope.analysis.embedding import Cloud, Factor, Updates, View
 from lorascope.chart import Axis, Chart, Panels, Point, Text
 from lorascope.plots.catalogue import UPDATES, figure
 from lorascope.plots.cohort import Cohort, Runs, gather
@@ -22,6 +23,8 @@ _VIEWS = {
     "space": "row spaces of A and column spaces of B",
 }
 TINY = float(np.finfo(np.float64).tiny)
+_ONE_PLACE = 0.3  # of the plane's reach, within which dots of one module share their name
+_ABOVE = 0.13  # of the plane's height, between a dot and the name above it
 Perplexity = float | int
 
 
@@ -45,6 +48,7 @@ def factor_embedding(
     step: int | None = None,
     perplexity: Perplexity | Sequence[Perplexity] | None = None,
     seeds: Sequence[int] = (),
+    modules: Sequence[str] = (),
 ) -> Panels:
     """t-SNE of factors (HydraLoRA, Fig. 3) at two perplexities, PCA beside it; a row for A and for B of every shape.
 
@@ -66,11 +70,14 @@ def factor_embedding(
         A panel each. By default the paper's 30, or a third of the points where they are few, and a third of that.
     seeds : sequence of int
         Random starts of t-SNE, on a slider; its first position starts from the principal components.
+    modules : sequence of str
+        Draw these alone, with layer and role beside their dots (Fig. 10); by default all.
 
     Raises
     ------
     ValueError
-        There are not two runs, they have no factor to compare, or a perplexity is not below the number of points.
+        There are not two runs, they have no factor to compare or not these modules, or a perplexity is not below the
+        number of points.
     """
     name = "factor_embedding"
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
@@ -81,23 +88,33 @@ def factor_embedding(
     )
     rows: list[list[Chart]] = []
     for prefix, cohort in shown.items():
-        found = [_clouds(cohort, (factor,), view, step) for factor in factors]
+        held = _held(cohort, step, modules)
+        found = [_clouds(cohort, held, (factor,), view) for factor in factors]
         caption += _told(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
-        clouds = _clouds(cohort, factors, view, step) if together else apart
+        clouds = _clouds(cohort, held, factors, view) if together else apart
         for cloud in clouds:
             planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
-            rows.append([*planes, _pca(cloud, cohort, prefix)])
+            drawn = [*planes, _pca(cloud, cohort, prefix)]
+            rows.append([_named(chart) for chart in drawn] if modules else drawn)
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
 
 
-def _clouds(cohort: Cohort, factors: Sequence[Factor], view: View, step: int | None) -> list[Cloud]:
+def _held(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
+    """The updates of all runs that have factors, or of these modules alone."""
     cohort.require(UPDATES)
     if len(cohort.runs) < 2:
         raise ValueError(f"{cohort.name} compares the factors of runs, and got one: give runs of two domains or more")
-    updates = {run.id: embedding.factored(run.updates(step)) for run in cohort.runs}
+    held = {run.id: embedding.factored(run.updates(step)) for run in cohort.runs}
+    common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
+    if unknown := next((name for name in modules if name not in common), None):
+        raise ValueError(f"{cohort.name}: not all runs hold {unknown}; they hold {', '.join(common[:5])}")
+    return {run: {name: found[name] for name in modules or common} for run, found in held.items()}
+
+
+def _clouds(cohort: Cohort, held: Updates, factors: Sequence[Factor], view: View) -> list[Cloud]:
     domains = {run.id: group.label for group in cohort.groups for run in group.runs}
-    return embedding.clouds(updates, domains, factors, view)
+    return embedding.clouds(held, domains, factors, view)
 
 
 def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
@@ -153,6 +170,20 @@ def _chart(points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis
         colors=cohort.labels,
         meta=cohort.meta,
     )
+
+
+def _named(chart: Chart) -> Chart:
+    """With layer and role of every module wherever it has dots, above the topmost of those in one place."""
+    reach = _ONE_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
+    kept: list[dict[Hashable, Any]] = []
+    for dot in chart.data.sort_values("y", ascending=False).to_dict("records"):
+        alike = (one for one in kept if all(one.get(key) == dot.get(key) for key in ("module", "factor", "start")))
+        if all(math.hypot(one["x"] - dot["x"], one["y"] - dot["y"]) > reach for one in alike):
+            kept.append(dot | {"place": dot["role"] if pd.isna(dot["layer"]) else f"{dot['layer']} {dot['role']}"})
+    names = pd.DataFrame(kept)
+    names["y"] += _ABOVE * chart.data["y"].abs().max()
+    y = replace(chart.y, limits=(-1.1, 1.3)) if chart.y.limits else chart.y
+    return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
 
 
 def _points(cloud: Cloud, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:

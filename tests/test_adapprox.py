@@ -313,6 +313,10 @@ def test_what_makes_no_sense_is_told_in_one_line(options, said):
     with pytest.raises(ValueError, match=said) as raised:
         AdapproxOptimizer([parameter(2, 2)], **options)
     assert "\n" not in str(raised.value)
+    optimizer = AdapproxOptimizer([parameter(2, 2)])
+    with pytest.raises(ValueError, match=said):
+        optimizer.add_param_group({"params": [parameter(3, 3)], **options})
+    assert len(optimizer.param_groups) == 1
 
 
 # The abstract's savings with the first moment, first rank and quarter rank, of GPT-2 117M and 345M.

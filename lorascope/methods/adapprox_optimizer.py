@@ -83,11 +83,14 @@ class AdapproxOptimizer(torch.optim.Optimizer):
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "params", "seed", "__class__")}
         super().__init__(params, options)
-        for group in self.param_groups:
-            _check(group)
         # In a group, where whatever saves an optimizer finds it; one for all of them.
         device = self.param_groups[0]["params"][0].device
         self.param_groups[0]["generator"] = torch.Generator(device).manual_seed(seed)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any optimizer; options that make no sense are refused."""
+        _check(self.defaults | param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

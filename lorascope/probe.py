@@ -62,10 +62,10 @@ class Arm:
 
 def encoder_settings(quick: bool) -> dict[str, Any]:
     """How every arm on minilm trains, so that probes share their runs."""
-    steps = 40 if quick else 300
+    steps = 24 if quick else 300
     shared: dict[str, Any] = {"steps": steps, "observe": [observe.norms(), observe.factors(every=steps)]}
     if quick:
-        return shared | {"batch_size": 8, "eval_every": 20, "eval_size": 200, "test_size": 600}
+        return shared | {"batch_size": 8, "eval_every": 12, "eval_size": 100, "test_size": 300}
     return shared | {"batch_size": 16}
 
 

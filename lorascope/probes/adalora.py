@@ -91,7 +91,7 @@ PROBE = register(
         title="AdaLoRA: where importance puts the rank",
         source="Zhang et al., AdaLoRA, arXiv 2303.10512",
         question="Do feed-forward matrices and upper layers get more rank, from every seed, and does it help?",
-        quick_budget=90,
+        quick_budget=55,
         arms=arms,
         judge=judge,
     )

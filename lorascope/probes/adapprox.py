@@ -180,7 +180,7 @@ PROBE = register(
         title="Adapprox: second moments of low rank",
         source="Zhao et al., Adapprox, arXiv 2403.14958",
         question="Do few directions carry Adam's second moment, and does keeping more than one of them pay?",
-        quick_budget=50,
+        quick_budget=25,
         arms=arms,
         judge=judge,
     )

@@ -116,7 +116,7 @@ PROBE = register(
         title="ALoRA: where ablation moves the rank",
         source="Liu et al., ALoRA: Allocating Low-Rank Adaptation, arXiv 2403.16187",
         question="Does rank move to queries and keys, by more than the rules of moving do alone, and does it help?",
-        quick_budget=160,
+        quick_budget=100,
         arms=arms,
         judge=judge,
     )

@@ -83,7 +83,7 @@ START = Claim(
 
 def arms(quick: bool) -> list[Arm]:
     """FourierFT of three sizes, on other bases, from zero and from bands; LoRA of as many parameters as two of them."""
-    settings = encoder_settings(quick) | ({"steps": 20} if quick else {})
+    settings = encoder_settings(quick) | ({"steps": 10, "eval_every": 5} if quick else {})
     bands = {label: replace(METHOD, center=center, width=BAND_WIDTH) for label, center in BANDS.items()}
     methods = {
         DEFAULT: METHOD,
@@ -165,7 +165,7 @@ PROBE = register(
         title="FourierFT: few coefficients against a low rank",
         source="Gao et al., FourierFT, arXiv 2405.03003",
         question="Do few frequencies do what a low rank does, do more help, and does it take the Fourier basis?",
-        quick_budget=120,
+        quick_budget=60,
         arms=arms,
         judge=judge,
     )

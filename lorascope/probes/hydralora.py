@@ -167,7 +167,7 @@ PROBE = register(
         title="HydraLoRA: several heads on one A",
         source="Tian et al., HydraLoRA, arXiv 2404.19245",
         question="Do routers find the domains, do heads come apart, and do they do better than a plain LoRA?",
-        quick_budget=200,
+        quick_budget=120,
         arms=arms,
         judge=judge,
     )

@@ -164,7 +164,7 @@ PROBE = register(
         title="LISA's motivation: where LoRA's norm sits",
         source="Pan et al., LISA, arXiv 2403.17919",
         question="Does LoRA put its update at the ends of the network, and is that learned or drawn?",
-        quick_budget=80,
+        quick_budget=50,
         arms=arms,
         judge=judge,
     )

@@ -127,7 +127,7 @@ PROBE = register(
         title="LoRA: low rank against full rank",
         source="Hu et al., LoRA, arXiv 2106.09685",
         question="Does an update of rank 8 do what an update of full rank does, and does a larger rank find the same?",
-        quick_budget=120,
+        quick_budget=75,
         arms=arms,
         judge=judge,
     )

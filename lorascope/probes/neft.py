@@ -187,7 +187,7 @@ PROBE = register(
         title="NeFT: which neurons to train",
         source="Xu et al., NeFT, arXiv 2403.11621",
         question="Do the neurons that full fine-tuning turns most do better than others, and are they the task's?",
-        quick_budget=150,
+        quick_budget=105,
         arms=arms,
         judge=judge,
     )

@@ -17,13 +17,14 @@ import pandas as pd
 from lorascope import plots, records
 from lorascope.analysis import schedule
 from lorascope.claims import Claim
-from lorascope.methods import LISA, Full, LoRA
+from lorascope.methods import LISA
 from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes import lora
 from lorascope.probes.allocations import accuracy
 from lorascope.run import Run
 
 DRAWN, ONCE, ENDS = "LISA, 2 blocks", "LISA, 2 blocks, one draw", "LISA, no block"
-FULL, ADAPTED = "full fine-tuning", "LoRA, rank 8"
+FULL, ADAPTED = lora.FULL, lora.LOW
 
 PARITY = Claim(
     sentence="LISA does as well as full fine-tuning, within two points.",
@@ -60,11 +61,9 @@ def arms(quick: bool) -> list[Arm]:
     settings = encoder_settings(quick)
     own = {DRAWN: (LISA(n_active=2), 0.75), ONCE: (LISA(n_active=2, interval=settings["steps"]), 0.75)}
     own |= {} if quick else {ENDS: (LISA(n_active=0), 0.65)}
-    adapters = LoRA(rank=8, alpha=8.0, targets="all-linear", lr=1e-3, head_lr=1e-3)
     return [
         *(Arm(label=label, method=method, settings=settings, cost=cost) for label, (method, cost) in own.items()),
-        Arm(label=FULL, method=Full(lr=1e-4, head_lr=1e-4), settings=settings),
-        Arm(label=ADAPTED, method=adapters, settings=settings),
+        *(arm for arm in lora.arms(quick) if arm.label in (FULL, ADAPTED)),
     ]
 
 

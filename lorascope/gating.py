@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorascope.encoding import IGNORED
 from lorascope.hosts import to_array
 from lorascope.names import parse
+from lorascope.records import Item, Quantity, Record, Snapshot, register
+
+_PAPER = "HydraLoRA, eq. 4"
+for _name, _label, _definition in (
+    ("gate", "mean gate", "mean weight of a head over held-out tokens"),
+    ("gate_std", "deviation of a gate", "standard deviation of the weight of a head over held-out tokens"),
+    ("gate_top1", "share of tokens", "share of held-out tokens whose largest gate is this head's"),
+    ("head_importance", "importance of a head", "mean over held-out tokens of gate times norm of what the head adds"),
+    ("head_share", "share of the importance", "importance of a head over the sum of all heads of its module"),
+):
+    register(_name, Quantity(_label, "", "head", "mean", _definition, _PAPER))
+for _name, _label, _unit, _definition in (
+    (
+        "gate_entropy",
+        "entropy of the gates",
+        "nats",
+        "mean entropy of a token's gates, at most ln of the number of heads",
+    ),
+    (
+        "gate_cv2",
+        "CV² of the mean gates",
+        "",
+        "variance of the N mean gates, by N - 1, over their squared mean: 0 to N",
+    ),
+    ("gate_switch", "switch rate", "", "share of neighbouring held-out tokens whose largest gates are of two heads"),
+    (
+        "gate_information",
+        "I(domain; head)",
+        "nats",
+        "mutual information of domain and head on held-out text, by mean gates",
+    ),
+    ("gate_chance", "I(domain; head) by lot", "nats", "the same with the rows dealt out to the domains by lot"),
+):
+    register(_name, Quantity(_label, _unit, definition=_definition, source=_PAPER))
 
 DRAWS = 100
 """Shufflings that a share of information by chance is the mean of."""
@@ -68,6 +103,79 @@ class Gates:
         return (members @ self.weights) / (members @ self.tokens)[..., None]
 
 
+@dataclass(frozen=True, eq=False)
+class Routing(Gates):
+    """The gates of one module on a text, and what its tokens do one by one.
+
+    Parameters
+    ----------
+    squares : array (rows, heads)
+        Sum of the squared gates over the tokens of a row.
+    firsts : array (rows, heads)
+        Tokens of a row whose largest gate is the head's.
+    added : array (rows, heads)
+        Sum over the tokens of a row of the norm of what the head adds, gated; NaN where nothing told of norms.
+    switches, pairs : array (rows,)
+        Neighbouring tokens of a row: those whose largest gates are of two heads, and all of them.
+    """
+
+    squares: Float[np.ndarray, "rows heads"]
+    firsts: Float[np.ndarray, "rows heads"]
+    added: Float[np.ndarray, "rows heads"]
+    switches: Float[np.ndarray, "rows"]
+    pairs: Float[np.ndarray, "rows"]
+
+    @property
+    def std(self) -> Float[np.ndarray, "heads"]:
+        """Standard deviation over all tokens."""
+        return np.sqrt(np.maximum(self.squares.sum(0) / self.tokens.sum() - self.mean**2, 0))
+
+    @property
+    def top1_share(self) -> Float[np.ndarray, "heads"]:
+        """Share of the tokens whose largest gate is the head's."""
+        return self.firsts.sum(0) / self.tokens.sum()
+
+    @property
+    def usage_cv2(self) -> float:
+        """Squared coefficient of variation of the mean gates: 0 if even, their number if one head takes all."""
+        return float(self.mean.var(ddof=1) / self.mean.mean() ** 2)
+
+    @property
+    def switch_rate(self) -> float:
+        """Share of neighbouring tokens whose largest gates are of two heads; NaN where none has a neighbour."""
+        pairs = self.pairs.sum()
+        return float(self.switches.sum() / pairs) if pairs else np.nan
+
+    @property
+    def importance(self) -> Float[np.ndarray, "heads"]:
+        """Mean over all tokens of the norm of what the head adds, gated."""
+        return self.added.sum(0) / self.tokens.sum()
+
+    @property
+    def importance_share(self) -> Float[np.ndarray, "heads"]:
+        """Importance over the sum of all heads; NaN where no head adds anything."""
+        return self.importance / (self.importance.sum() or np.nan)
+
+
+def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept: bool) -> Iterable[Item]:
+    """What a look at the gates of a module gives; ``kept`` says whether also the gates by group."""
+    yield Record("gate", gates.mean, module)
+    yield Record("gate_std", gates.std, module)
+    yield Record("gate_top1", gates.top1_share, module)
+    yield Record("head_importance", gates.importance, module)
+    yield Record("head_share", gates.importance_share, module)
+    yield Record("gate_entropy", gates.entropy, module)
+    yield Record("gate_cv2", gates.usage_cv2, module)
+    yield Record("gate_switch", gates.switch_rate, module)
+    if groups is not None:
+        yield Record("gate_information", gates.information(groups), module)
+        yield Record("gate_chance", gates.information_by_chance(groups), module)
+        if kept:
+            found = gates.by_group(groups)
+            means, labels = np.stack(list(found.values())), {"domain": list(found)}
+            yield Snapshot(f"{module}/gate_by_domain", means, ("domain", "head"), labels)
+
+
 def _names(groups: Sequence[str]) -> list[str]:
     return sorted(set(groups))
 
@@ -87,7 +195,8 @@ def watch(
     routers: Mapping[str, Callable[[Tensor], Tensor]],
     batch: Mapping[str, Tensor],
     run: Callable[[], object],
-) -> dict[str, Gates]:
+    sizes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> dict[str, Routing]:
     """The gates of every router on a batch, in evaluation mode and without gradients.
 
     Parameters
@@ -99,13 +208,20 @@ def watch(
         Says which tokens are padding.
     run : callable
         Passes the batch through the model, once.
+    sizes : mapping module name -> callable, optional
+        Gives the norms (*batch, heads) of what each head of a module adds to these, ungated.
     """
     rows = len(next(iter(batch.values())))
-    seen: dict[str, list[Gates]] = {name: [] for name in routers}
+    seen: dict[str, list[Routing]] = {name: [] for name in routers}
 
     def hook(name: str) -> Callable[[nn.Module, Any], None]:
         real = _real_tokens(model, name, batch)
-        return lambda _, inputs: seen[name].append(_summed(routers[name](inputs[0]), rows, real))
+
+        def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            norms = sizes[name](inputs[0]) if sizes else None
+            seen[name].append(_summed(routers[name](inputs[0]), norms, rows, real))
+
+        return look
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in routers]
     training = model.training
@@ -120,29 +236,41 @@ def watch(
     return {name: _joined(parts) for name, parts in seen.items()}
 
 
-def _summed(gates: Float[Tensor, "*batch heads"], rows: int, real: Bool[Tensor, "rows tokens"] | None) -> Gates:
+def _summed(
+    gates: Float[Tensor, "*batch heads"],
+    norms: Float[Tensor, "*batch heads"] | None,
+    rows: int,
+    real: Bool[Tensor, "rows tokens"] | None,
+) -> Routing:
     # A module may get its tokens in a row of rows, all in one row, or one vector for each row of the batch.
     gates = gates.reshape(rows, -1, gates.shape[-1]).double()
+    norms = torch.full_like(gates, torch.nan) if norms is None else norms.reshape(gates.shape)
     counted = torch.ones(gates.shape[:2], dtype=torch.bool, device=gates.device)
     if real is not None and real.shape == counted.shape:
         counted = real
+    top = gates.argmax(-1)
+    firsts = F.one_hot(top, gates.shape[-1]).double()
+    pairs = counted[:, 1:] & counted[:, :-1]
+    switches = pairs & (top[:, 1:] != top[:, :-1])
     gates = gates * counted[..., None]
-    entropies = -torch.xlogy(gates, gates).sum((1, 2))
-    return Gates(to_array(gates.sum(1)), to_array(entropies), to_array(counted.sum(1).double()))
+    entropies = -torch.xlogy(gates, gates).sum(-1)
+    # In the order of the fields; the sum over the tokens of a row leaves padding out.
+    per_token = (gates, entropies, counted, gates**2, firsts * counted[..., None], gates * norms, switches, pairs)
+    return Routing(*(to_array(part.double().sum(1)) for part in per_token))
 
 
 def stacked(parts: Sequence[Gates]) -> Gates:
     """The gates on one batch after the other: all their rows."""
-    return Gates(*map(np.concatenate, _columns(parts)))
+    return type(parts[0])(*map(np.concatenate, _columns(parts)))
 
 
-def _joined(parts: Sequence[Gates]) -> Gates:
+def _joined(parts: Sequence[Routing]) -> Routing:
     """A module that the model uses several times over has the tokens of all its uses."""
-    return Gates(*(np.sum(column, axis=0) for column in _columns(parts)))
+    return Routing(*(np.sum(column, axis=0) for column in _columns(parts)))
 
 
 def _columns(parts: Sequence[Gates]) -> list[list[np.ndarray]]:
-    return [[getattr(part, field.name) for part in parts] for field in fields(Gates)]
+    return [[getattr(part, field.name) for part in parts] for field in fields(parts[0])]
 
 
 def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bool[Tensor, "rows tokens"] | None:

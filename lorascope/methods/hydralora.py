@@ -31,7 +31,7 @@ on one domain, and ``analysis.clusters`` finds a number in the texts, as appendi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,22 +42,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope import names
+from lorascope.analysis.heads import cosines, head_similarity, mean_of_pairs, update_inner
 from lorascope.delta import Delta, attach, host_weight, to_array
 from lorascope.forms import update_from
-from lorascope.gating import Gates, watch
+from lorascope.gating import gate_records, watch
 from lorascope.method import LATER, Method, Step, train_adapters
 from lorascope.records import Item, Quantity, Record, Snapshot, register
 from lorascope.roles import FFN
 from lorascope.update import Dense, LowRank
 
-_PAPER = "HydraLoRA, eq. 4"
-register("gate", Quantity("mean gate", "", "head", "mean", "mean weight of a head over held-out tokens", _PAPER))
-for _name, _label, _definition in (
-    ("gate_entropy", "entropy of the gates", "mean entropy of a token's gates, at most ln of the number of heads"),
-    ("gate_information", "I(domain; head)", "mutual information of domain and head on held-out text, by mean gates"),
-    ("gate_chance", "I(domain; head) by lot", "the same with the rows dealt out to the domains by lot"),
-):
-    register(_name, Quantity(_label, "nats", definition=_definition, source=_PAPER))
+_PAPER = "HydraLoRA, eq. 3"
+register("head_norm", Quantity("‖s Bᵢ Aᵢ‖", "", "head", "norm", "norm of what one head would add, ungated", _PAPER))
+register(
+    "head_cosine", Quantity("cosine of two heads", definition="between their updates, mean over pairs", source=_PAPER)
+)
 
 
 @dataclass(kw_only=True)
@@ -137,7 +135,7 @@ class HydraLoRA(Method, name="hydralora"):
             self._looked = list(self._look(step))
 
     def records(self, step: Step) -> Iterable[Item]:
-        """Gates on held-out text, and at the start and the end what they are by domain and how alike the heads are."""
+        """Gates on held-out text and the size of every head; at the start and the end also gates by domain."""
         if step.finished == 0:
             self._looked = list(self._look(step))
         return self._looked
@@ -148,26 +146,23 @@ class HydraLoRA(Method, name="hydralora"):
         if routed:
             held = step.held_out(self.gate_rows)
             gates = {name: delta.gates for name, delta in routed.items()}
-            seen = watch(step.model, gates, held.batch, lambda: step.loss(held.batch))
+            sizes = {name: delta.head_sizes for name, delta in routed.items()}
+            seen = watch(step.model, gates, held.batch, lambda: step.loss(held.batch), sizes)
             for name, delta in routed.items():
                 delta.mean_gates_.copy_(torch.from_numpy(seen[name].mean))
-                yield from _gate_records(name, seen[name], held.groups, kept)
-        if kept:
-            for name, heads in self._deltas.items():
-                similarity = head_similarity(to_array(heads.factors()["B"]))
-                yield Snapshot(f"{name}/head_similarity", similarity, ("head", "other_head"))
+                yield from gate_records(name, seen[name], held.groups, kept)
+        for name, heads in self._deltas.items():
+            yield from _head_records(name, heads, kept)
 
 
-def _gate_records(name: str, gates: Gates, groups: Sequence[str] | None, kept: bool) -> Iterable[Item]:
-    yield Record("gate", gates.mean, name)
-    yield Record("gate_entropy", gates.entropy, name)
-    if groups is not None:
-        yield Record("gate_information", gates.information(groups), name)
-        yield Record("gate_chance", gates.information_by_chance(groups), name)
-        if kept:
-            found = gates.by_group(groups)
-            means, labels = np.stack(list(found.values())), {"domain": list(found)}
-            yield Snapshot(f"{name}/gate_by_domain", means, ("domain", "head"), labels)
+def _head_records(name: str, delta: HydraDelta, kept: bool) -> Iterable[Item]:
+    factors = {factor: to_array(value) for factor, value in delta.factors().items()}
+    inner = update_inner(factors["A"], factors["B"])
+    yield Record("head_norm", delta.scale * np.sqrt(np.diagonal(inner)), name)
+    if delta.number > 1:
+        yield Record("head_cosine", mean_of_pairs(cosines(inner)), name)
+    if kept:
+        yield Snapshot(f"{name}/head_similarity", head_similarity(factors["B"]), ("head", "other_head"))
 
 
 class HydraDelta(Delta):
@@ -224,6 +219,20 @@ class HydraDelta(Delta):
         hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
         parts = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))  # one for all heads, or one each
         return (self.gates(x).to(hidden.dtype).unsqueeze(-1) * parts).flatten(-2)
+
+    def head_sizes(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
+        """Norm of what each head would add to the output, ungated and without dropout: |s B_i A x|.
+
+        By B_i^T B_i, so that no head's output is formed.
+        """
+        wide = self.mean_gates_.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            hidden = F.linear(x.to(wide), self.A.to(wide)).double().unflatten(-1, (-1, self.B.shape[1] // self.number))
+            B = self.B.double().unflatten(1, (self.number, -1))
+            gram = torch.einsum("ohr,ohs->hrs", B, B)
+            hidden = hidden.expand(*x.shape[:-1], *gram.shape[:2])
+            squares = torch.einsum("...hr,hrs,...hs->...h", hidden, gram, hidden)
+        return self.scale * squares.clamp(min=0).sqrt()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return self.scale * F.linear(self.mixed(x), self.B)
@@ -282,11 +291,3 @@ class RoutedDelta(HydraDelta):
 
     def factors(self) -> dict[str, Tensor]:
         return super().factors() | {"router": self.router}
-
-
-def head_similarity(B: Float[np.ndarray, "heads out rank"]) -> Float[np.ndarray, "heads heads"]:
-    """Cosine between every two heads, taken as vectors; NaN where one is zero."""
-    flat = B.reshape(len(B), -1).astype(np.float64)
-    norms = np.linalg.norm(flat, axis=1, keepdims=True)
-    unit = flat / np.where(norms > 0, norms, np.nan)
-    return unit @ unit.T

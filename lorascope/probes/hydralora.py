@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
-from jaxtyping import Float
 
 from lorascope import plots
+from lorascope.analysis.heads import mean_of_pairs, update_cosines
 from lorascope.claims import Claim
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
@@ -143,22 +143,7 @@ def told_of_domain(run: Run, start: bool = False) -> float:
 
 def mean_apart(run: Run) -> float:
     """1 minus the cosine between the updates of two heads, mean over pairs and modules."""
-    cosines = [update_cosines(held["A"], held["B"]) for held in run.factors().values()]
-    return 1 - float(np.mean([found[np.triu_indices(len(found), 1)] for found in cosines]))
-
-
-def update_cosines(
-    A: Float[np.ndarray, "*heads rank in"], B: Float[np.ndarray, "heads out rank"]
-) -> Float[np.ndarray, "heads heads"]:
-    """Cosine between B_i A_i and B_j A_j for all pairs, from small matrices: <B A, B' A'> = tr(B^T B' A' A^T).
-
-    Unlike the cosine of B it does not depend on how an update was factored, so that heads with an A each have one, too.
-    """
-    A = np.broadcast_to(A, (len(B), *A.shape[-2:])).astype(np.float64)
-    B = B.astype(np.float64)
-    inner = (np.einsum("ior,jos->ijrs", B, B) * np.einsum("irk,jsk->ijrs", A, A)).sum((2, 3))
-    norms = np.sqrt(np.diagonal(inner))
-    return inner / np.outer(norms, norms)
+    return 1 - float(np.mean([mean_of_pairs(update_cosines(held["A"], held["B"])) for held in run.factors().values()]))
 
 
 PROBE = register(

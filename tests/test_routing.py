@@ -1,0 +1,244 @@
+"""What HydraLoRA's routers and heads do on a text, against counts and norms taken one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import inputs, tiny
+from torch import nn
+
+import lorascope as ls
+from lorascope import models, observe
+from lorascope.analysis.heads import cosines, mean_of_pairs, update_cosines, update_inner
+from lorascope.delta import adapted
+from lorascope.gating import Routing, stacked, watch
+from lorascope.methods import HydraLoRA
+from lorascope.run import Run
+
+FAST = {"steps": 5, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
+
+
+def sharp(family: str, heads: str = "shared") -> nn.Module:
+    """A tiny model whose routers decide and whose heads add something."""
+    model = tiny(family)
+    HydraLoRA(targets="all-linear", heads=heads).attach(model)
+    for seed, delta in enumerate(adapted(model).values()):
+        delta.router.data *= 10
+        nn.init.normal_(delta.B, std=0.1, generator=torch.Generator().manual_seed(seed))
+    return model.eval()
+
+
+def token_by_token(delta: nn.Module, rows: torch.Tensor, real: torch.Tensor) -> dict[str, np.ndarray]:
+    """All statistics of one module by loops over rows, tokens and heads, in double precision."""
+    rank, number = delta.B.shape[1] // delta.number, delta.number
+    router, A, B = (part.detach().double() for part in (delta.router, delta.A, delta.B))
+    gates, added, tops, neighbours = [], [], [], []
+    for row, keep in zip(rows.double(), real.tolist(), strict=True):
+        before = None
+        for x, counted in zip(row, keep, strict=True):
+            if not counted:
+                before = None
+                continue
+            w = torch.softmax(router @ x, 0)
+            heads = [(B[:, i * rank : (i + 1) * rank], A if len(A) == rank else A[i * rank : (i + 1) * rank])
+                     for i in range(number)]  # fmt: skip
+            gates.append(w.numpy())
+            added.append([w[i].item() * delta.scale * torch.linalg.norm(b @ (a @ x)).item() for i, (b, a) in
+                          enumerate(heads)])  # fmt: skip
+            top = int(w.argmax())
+            neighbours += [] if before is None else [top != before]
+            tops.append(top)
+            before = top
+    importance, used = np.mean(added, 0), np.mean(gates, 0)
+    return {
+        "std": np.std(gates, 0),
+        "top1_share": np.bincount(tops, minlength=number) / len(tops),
+        "usage_cv2": np.sum((used - 1 / number) ** 2) / (number - 1) * number**2,
+        "switch_rate": np.mean(neighbours),
+        "importance": importance,
+        "importance_share": importance / importance.sum(),
+    }
+
+
+def watched(model: nn.Module, batch: dict) -> dict[str, Routing]:
+    found = adapted(model)
+    gates = {name: delta.gates for name, delta in found.items()}
+    sizes = {name: delta.head_sizes for name, delta in found.items()}
+    return watch(model, gates, batch, lambda: model(**batch), sizes)
+
+
+def inputs_of(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    given: dict[str, torch.Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: given.setdefault(name, x[0]))
+        for name in adapted(model)
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return given
+
+
+@pytest.mark.parametrize("heads", ["shared", "split"])
+def test_statistics_are_those_of_the_tokens_one_by_one_padding_left_out(heads):
+    model = sharp("bert", heads)
+    batch = inputs(model)
+    batch["attention_mask"][0, 3:] = 0
+    batch["attention_mask"][1, :2] = 0  # padded on the left
+    real, seen = batch["attention_mask"].bool(), watched(model, batch)
+    for name, rows in inputs_of(model, batch).items():
+        if rows.shape[:2] != real.shape:  # the pooler gets one vector a row, none of which is padding
+            rows, real_here = rows[:, None], torch.ones(len(rows), 1, dtype=torch.bool)
+            assert math.isnan(seen[name].switch_rate)
+        else:
+            real_here = real
+        expected = token_by_token(adapted(model)[name], rows, real_here)
+        for quantity, value in expected.items():
+            if quantity != "switch_rate" or rows.shape[1] > 1:
+                assert getattr(seen[name], quantity) == pytest.approx(value, rel=1e-5, abs=1e-7), quantity
+        assert seen[name].top1_share.sum() == pytest.approx(1)
+    assert 0 < seen["bert.encoder.layer.0.output.dense"].switch_rate < 1
+
+
+def test_batches_behind_one_another_are_one_text():
+    model = sharp("gpt2")
+    batch = inputs(model)
+    whole = watched(model, batch)
+    halves = [
+        watched(model, {name: part[half] for name, part in batch.items()}) for half in (slice(0, 1), slice(1, None))
+    ]
+    for name, seen in whole.items():
+        both = stacked([half[name] for half in halves])
+        assert both.switch_rate == pytest.approx(seen.switch_rate)
+        assert both.importance == pytest.approx(seen.importance, rel=1e-5)
+        assert both.std == pytest.approx(seen.std, rel=1e-5)
+
+
+def routing(gates: list[list[float]]) -> Routing:
+    """One row of tokens."""
+    w = np.array(gates)
+    top = w.argmax(1)
+    nothing = np.full_like(w, np.nan)
+    columns = (w, np.zeros(len(w)), np.ones(len(w)), w**2, np.eye(w.shape[1])[top], nothing)
+    switches, pairs = [(top[1:] != top[:-1]).sum()], [len(w) - 1]
+    return Routing(
+        *(column.sum(0, keepdims=True) for column in columns), *(np.array(n, float) for n in (switches, pairs))
+    )
+
+
+def test_usage_reaches_from_0_for_even_gates_to_their_number_for_one_head():
+    assert routing([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]).usage_cv2 == pytest.approx(0)
+    assert routing([[1.0, 0, 0], [1, 0, 0]]).usage_cv2 == pytest.approx(3)
+    sample = np.array([0.5, 0.3, 0.2])
+    assert routing([sample.tolist()]).usage_cv2 == pytest.approx(torch.tensor(sample).var().item() * 9)
+
+
+def test_switches_by_hand():
+    assert routing([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]).switch_rate == pytest.approx(2 / 3)
+    assert math.isnan(routing([[0.9, 0.1]]).switch_rate)
+
+
+def test_without_norms_there_is_no_importance_and_with_zero_heads_no_share():
+    model = sharp("bert")
+    batch = inputs(model)
+    seen = watch(model, {name: delta.gates for name, delta in adapted(model).items()}, batch, lambda: model(**batch))
+    assert all(np.isnan(found.importance).all() for found in seen.values())
+    for delta in adapted(model).values():
+        nn.init.zeros_(delta.B)
+    for found in watched(model, batch).values():
+        assert not found.importance.any()
+        assert np.isnan(found.importance_share).all()
+
+
+def test_sizes_stay_in_float32_under_autocast():
+    model = sharp("bert")
+    delta, x = next(iter(adapted(model).values())), torch.randn(5, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = delta.head_sizes(x)
+    assert torch.equal(found, delta.head_sizes(x))
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (3, 2, 4)])
+def test_inner_products_are_those_of_the_matrices(shape):
+    draw = np.random.default_rng(0)
+    A, B = draw.standard_normal(shape), draw.standard_normal((3, 5, 2))
+    dense = np.array([(b @ a).ravel() for b, a in zip(B, np.broadcast_to(A, (3, 2, 4)), strict=True)])
+    inner = update_inner(A, B)
+    assert inner == pytest.approx(dense @ dense.T, abs=1e-12)
+    assert mean_of_pairs(inner) == pytest.approx((inner[0, 1] + inner[0, 2] + inner[1, 2]) / 3)
+    B[1] = 0
+    found = update_cosines(A, B)
+    assert np.isnan(found[1]).all()
+    assert found[0, 2] == pytest.approx(cosines(inner)[0, 2])
+
+
+@pytest.fixture(scope="module")
+def run(bert, task, tmp_path_factory) -> Run:
+    return trained(bert, task, HydraLoRA(gates_every=2), tmp_path_factory.mktemp("runs") / "run")
+
+
+def trained(bert: str, task, method: HydraLoRA, out) -> Run:
+    keep = [observe.norms(every=1), observe.factors(every=5)]
+    return ls.train(models.load(bert, task=task), task, method, out=out, observe=keep, **FAST)
+
+
+def values(run: Run, quantity: str, step: int) -> dict:
+    rows = run.table[(run.table["quantity"] == quantity) & (run.table["step"] == step)]
+    return {
+        module: part.sort_values("index")["value"].to_numpy() for module, part in rows.groupby("module", observed=True)
+    }
+
+
+def test_a_run_records_what_its_restored_model_shows(run, bert, task):
+    model = models.load(bert, task=task)
+    run.restore(model)
+    batch = task.encode(models.tokenizer(model), task.split("validation").head(16)).batch(range(16))
+    batch = {name: value for name, value in batch.items() if name != "labels"}
+    seen = watched(model, batch)
+    names = {
+        "gate_std": "std", "gate_top1": "top1_share", "gate_cv2": "usage_cv2", "gate_switch": "switch_rate",
+        "head_importance": "importance", "head_share": "importance_share",
+    }  # fmt: skip
+    for quantity, attribute in names.items():
+        for module, found in values(run, quantity, 5).items():
+            assert found == pytest.approx(np.atleast_1d(getattr(seen[module], attribute)), rel=1e-4, abs=1e-6)
+    for module, delta in adapted(model).items():
+        for head, alone in enumerate(np.eye(3)):
+            dense = ls.at_gates(run, {module: alone}).updates()[module].dense()
+            assert values(run, "head_norm", 5)[module][head] == pytest.approx(np.linalg.norm(dense), rel=1e-5)
+        A, B = (delta.factors()[name].detach().numpy() for name in "AB")
+        assert values(run, "head_cosine", 5)[module] == pytest.approx(mean_of_pairs(update_cosines(A, B)), abs=1e-6)
+
+
+def test_heads_are_followed_from_the_start_where_they_are_zero(run):
+    for quantity in ("head_norm", "head_cosine", "head_importance", "head_share", "gate_std", "gate_top1"):
+        assert sorted(run.table.loc[run.table["quantity"] == quantity, "step"].unique()) == [0, 2, 4, 5]
+    for module, norms in values(run, "head_norm", 0).items():
+        assert not norms.any()
+        assert np.isnan(values(run, "head_cosine", 0)[module]).all()
+        assert np.isnan(values(run, "head_share", 0)[module]).all()
+        assert values(run, "head_norm", 5)[module].min() > 0
+
+
+def test_heads_without_a_router_have_sizes_too_and_a_single_one_no_cosine(bert, task, tmp_path):
+    even = trained(bert, task, HydraLoRA(router="uniform"), tmp_path / "even")
+    assert all(found == pytest.approx(1, abs=1e-6) for found in values(even, "head_cosine", 5).values())
+    assert not (even.table["quantity"] == "gate_top1").any()
+    single = trained(bert, task, HydraLoRA(number=1), tmp_path / "single")
+    norms = values(single, "update_norm", 5)
+    assert values(single, "head_norm", 5)["bert.encoder.layer.0.output.dense"] == pytest.approx(
+        norms["bert.encoder.layer.0.output.dense"], rel=1e-5
+    )
+    assert not (single.table["quantity"] == "head_cosine").any()
+
+
+def test_looking_changes_no_weight(run, bert, task, tmp_path):
+    """The same training looked at otherwise ends at the same weights."""
+    rare = trained(bert, task, HydraLoRA(gates_every=5), tmp_path / "rare")
+    for module, held in run.factors().items():
+        for name in ("A", "B", "router"):
+            assert np.array_equal(held[name], rare.factors()[module][name])

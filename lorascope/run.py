@@ -44,6 +44,9 @@ class Run:
         The content of ``run.json``.
     """
 
+    gates: Mapping[str, np.ndarray] = {}
+    """At which heads are mixed, by module, where that is fixed; see ``at_gates``."""
+
     def __init__(self, path: Path | None, meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,12 @@ from lorascope.names import parse
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
+
+_NO_PRODUCT = "is no product B A, so it has no ranks of a LoRA"
+_ROUTED = (
+    "depends on its input, no LoRA holds its router, so it cannot be exported; "
+    "ls.at_gates(run, ls.mean_gates(run, texts)) is a LoRA at fixed gates, which can: near it, not equal"
+)
 
 
 def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.DataFrame:
@@ -61,23 +67,26 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
         raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
     products = factored(run, {name: updates[name] for name in kept})
     alphas = {name: _alpha(products[name].scale, rank) for name, rank in kept.items()}
-    common_rank, common_alpha = _mode(kept.values()), _mode(alphas.values())
+    common_rank, common_alpha = mode(kept.values()), mode(alphas.values())
     return {
         "r": common_rank,
         "lora_alpha": common_alpha,
-        "target_modules": _targets(kept, _names(run)),
+        "target_modules": targets(run, kept),
         "rank_pattern": {_exactly(name): rank for name, rank in kept.items() if rank != common_rank},
         "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
 
 
 def factored(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
-    """The updates, if each is a product of two factors and no more; a ValueError says of one that it is not."""
-    products = {name: update for name, update in updates.items() if isinstance(update, LowRank) and update.exact}
-    for name, update in updates.items():
-        if name not in products:
-            why = "is no product B A" if isinstance(update, Dense) else "depends on its input, no LoRA holds its router"
-            raise ValueError(f"run {run.id} ({run.label}): the update of {name} {why}, so it cannot be exported")
+    """The updates, if each is a product of two factors and no more; a ValueError says of one that it is not.
+
+    One that depends on its input is such a product where the run is seen at fixed gates.
+    """
+    products = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
+    for name in updates:
+        if name not in products or not (products[name].exact or name in run.gates):
+            why = _ROUTED if name in products else _NO_PRODUCT
+            raise ValueError(f"run {run.id} ({run.label}): the update of {name} {why}")
     return products
 
 
@@ -85,10 +94,13 @@ def _exactly(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
-def _targets(kept: Mapping[str, int], known: set[str]) -> list[str] | str:
-    """The full names; where the end of another module's name is one of them, an expression that leaves that one out."""
+def targets(run: Any, kept: Collection[str]) -> list[str] | str:
+    """PEFT's ``target_modules`` for these and no others.
+
+    The full names; where the end of another module's name is one of them, an expression that leaves that one out.
+    """
     ends = tuple(f".{name}" for name in kept)
-    if any(name.endswith(ends) for name in known - kept.keys()):
+    if any(name.endswith(ends) for name in _names(run) - set(kept)):
         return "|".join(map(re.escape, kept))
     return list(kept)
 
@@ -105,6 +117,7 @@ def _alpha(scale: float | int, rank: int) -> float | int:
     return whole if whole / rank == scale else scale * rank
 
 
-def _mode(values: Any) -> Any:
+def mode(values: Iterable[Any]) -> Any:
+    """The most frequent value, of equally frequent ones the first."""
     ordered = list(values)
     return max(dict.fromkeys(ordered), key=ordered.count)

@@ -21,11 +21,12 @@ from tiny import inputs, tiny
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, export, models, names
+from lorascope import delta, models, names
 from lorascope.adapter_files import WEIGHTS
 from lorascope.checkpoints import load
 from lorascope.delta import Delta, host_weight
-from lorascope.export import in_use, rank_pattern, to_peft
+from lorascope.export import folder, rank_pattern, to_peft
+from lorascope.export.lora import in_use
 from lorascope.method import Method, train_adapters
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, LoRA
 from lorascope.summary import peft_keywords
@@ -305,16 +306,23 @@ def test_a_weight_that_trained_below_its_adapter_takes_it_up(
     assert "The head that was trained" not in (tmp_path / "adapter" / "README.md").read_text()
 
 
-def test_of_several_phases_the_last_one_is_exported(
-    bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_of_autolora_the_retrained_phase_is_exported(
+    family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    ours, _ = trained(bert, task, AutoLoRA(lr=0.05, head_lr=0.05), tmp_path / "run")
-    run = load(tmp_path / "run")
-    assert run.parents
-    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    base = request.getfixturevalue(family)
+    method = AutoLoRA(rank=4, selection_lr=0.5, lr=0.05, head_lr=0.05)
+    ours, run = trained(base, task, method, tmp_path / "run")
+    out = to_peft(load(tmp_path / "run"), tmp_path / "adapter")
+    theirs = by_the_card(out, monkeypatch)
+    assert (run.path.name, run.parents[0].path.name) == ("2-retrain", "1-search")
     assert {name: rank for name, (rank, _) in layers(theirs).items()} == run.ranks()
-    assert distance(ours, models.load(bert, task=task)) > 1e-3
+    assert distance(ours, models.load(base, task=task)) > 1e-3
     assert distance(ours, theirs) < 1e-9
+    searched = run.parents[0].updates()
+    for name, update in load(out).updates().items():
+        assert np.array_equal(update.A, run.updates()[name].A)
+        assert not np.allclose(update.dense(), searched[name].dense(), rtol=0.1)
 
 
 class Triple(Delta):
@@ -496,7 +504,7 @@ def test_a_folder_appears_whole_or_not_at_all(lora: ls.Run, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(export, "write_json", fail)
+        broken.setattr(folder, "write_json", fail)
         with pytest.raises(OSError, match="No space left"):
             to_peft(lora, tmp_path / "adapter")
     (tmp_path / ".adapter.part" / "stray").touch()

@@ -518,16 +518,15 @@ def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
     assert forks.process.wait() == 0
 
 
-def test_no_lora_holds_it(run, tmp_path):
+def test_no_lora_holds_it(run):
     updates = run.updates()
     module = next(iter(updates))
     for refused in (
         run.lora_config,
         lambda: export.rank_pattern(run, 0.5),
-        lambda: export.to_peft(run, tmp_path / "out"),
         lambda: subspace.between(updates, updates, module),
     ):
-        with pytest.raises(ValueError, match=r"is no product B A, so it cannot be exported|has no factor A") as raised:
+        with pytest.raises(ValueError, match=r"is no product B A, so it has no ranks|has no factor A") as raised:
             refused()
         assert "\n" not in str(raised.value)
     alike = subspace.between(updates, updates, module, side="update")

@@ -1,0 +1,179 @@
+"""A run's adapter as a folder that PEFT loads: LoRA or FourierFT, and what else was trained."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
+from lorascope.export import fourier, lora
+from lorascope.run import Run
+from lorascope.tensors import TensorFile, write_bytes, write_json
+
+_HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+_AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+_KINDS = {"LORA": "LoRA", "FOURIERFT": "FourierFT"}
+_CARD = """---
+base_model: {base}
+library_name: peft
+---
+
+A {kind} adapter, written by lorascope from run {run} ({label}).
+
+```python
+from peft import PeftModel
+from transformers import {auto}
+
+base = {auto}.from_pretrained({arguments})
+model = PeftModel.from_pretrained(base, {folder!r})
+```
+"""
+_HEAD_NOTE = "\nThe head that was trained is in the adapter; the base needs one of the same size, as above.\n"
+_GGUF_NOTE = (
+    "\nThe run was trained on a 4-bit copy of this base, so that on the original its outputs differ a little.\n"
+)
+_GATES_NOTE = (
+    "\nThis is HydraLoRA at {gates}, without its routers: its outputs are near, but not those of the model that was "
+    "trained.\n"
+)
+
+
+def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
+    """Write a run's adapter, and what else it trained, as a folder that ``PeftModel.from_pretrained`` loads.
+
+    Parameters
+    ----------
+    run : Run
+        By a method whose updates are products of two factors, which become a LoRA, or by FourierFT. HydraLoRA as
+        ``at_gates`` shows it is a LoRA too: exactly that at these gates, and no more than near HydraLoRA itself.
+    out : path
+        A new folder.
+    state : {"last", "best"}
+
+    Returns
+    -------
+    path
+        The folder. Its README.md tells how to load it.
+
+    Raises
+    ------
+    FileExistsError
+        The folder is there already.
+    ValueError
+        The update is neither, nothing is left of it, or it has what PEFT's FourierFT cannot express.
+    """
+    path = Path(out)
+    if path.exists():
+        raise FileExistsError(f"{path} exists: give a new folder")
+    if "source" in run.meta:
+        what = "holds HydraLoRA, which no folder of PEFT does: export a run that was trained here, at fixed gates"
+        read = what if run.inexact() else f"is an adapter of PEFT already: copy its folder, {run.path}"
+        raise ValueError(f"{run.label} {read}")
+    form = fourier if fourier.holds_coefficients(run, state) else lora
+    updates, weights = form.updates_of(run, state), _weights(run, state)
+    if "hosts" not in run.meta:
+        raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")
+    hosts = run.meta["hosts"]
+    for name in [name for name in updates if f"{name}.weight" in weights]:  # PEFT has one or the other
+        change = updates.pop(name).dense()
+        weight = weights[f"{name}.weight"]
+        weights[f"{name}.weight"] = weight + (change if hosts[name] == "Linear" else change.T).astype(weight.dtype)
+    config = _config(run, form.keywords(run, updates), _owners(run, weights), updates)
+    tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
+    draft = path.with_name(f".{path.name}.part")
+    shutil.rmtree(draft, ignore_errors=True)
+    whole = {PREFIX + name: np.ascontiguousarray(array) for name, array in (tensors | weights).items()}
+    write_bytes(draft / WEIGHTS, save(whole, metadata={"format": "pt"}))
+    write_json(draft / CONFIG, config)
+    write_bytes(draft / "README.md", _card(run, config, path.name).encode())
+    draft.rename(path)
+    return path
+
+
+def _weights(run: Run, state: str) -> dict[str, np.ndarray]:
+    """What trained besides the adapters, by parameter name."""
+    file = TensorFile(run._file(f"state/{state}.safetensors"))
+    adapted = run.ranks(state)
+    # A path is the method's own state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
+    return {name: file[name] for name in file if "." in name and "/" not in name and not _of_adapter(name, adapted)}
+
+
+def _of_adapter(name: str, adapted: Mapping[str, int]) -> bool:
+    module, delta, _ = name.partition(".delta.")
+    return bool(delta) and module in adapted
+
+
+def _owners(run: Run, weights: Mapping[str, np.ndarray]) -> list[str]:
+    """The modules that PEFT has to save whole: of a head with several layers their parent, as PEFT itself does."""
+    roots = _head_roots(run)
+    owners = [name.rpartition(".")[0] for name in weights]
+    found = (next((root for root in roots if f"{owner}.".startswith(f"{root}.")), owner) for owner in owners)
+    return list(dict.fromkeys(found))
+
+
+def _head_roots(run: Run) -> list[str]:
+    """The children of the model that hold a classifier's head."""
+    if run.meta["labels"] is None:
+        return []
+    heads = run.modules.loc[run.modules["role"] == "head", "module"]
+    return [head.rpartition(".")[0] or head for head in heads]
+
+
+def _config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: Iterable[str]) -> dict[str, Any]:
+    return {
+        "task_type": _task_type(run, saved),
+        "base_model_name_or_path": _base(run)[0],
+        "inference_mode": True,
+        **keywords,
+        "modules_to_save": saved or None,
+        "fan_in_fan_out": any(run.meta["hosts"][name] == "Conv1D" for name in adapted),
+        "bias": "none",
+    }
+
+
+def _task_type(run: Run, saved: list[str]) -> str | None:
+    if run.meta["labels"] is not None:  # PEFT insists on saving a classifier's head, so it must have been trained
+        return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
+    return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
+
+
+def base_of(run: Run) -> tuple[str, int | None]:
+    """What a run's base was loaded by, and its number of blocks where it was shortened."""
+    name, blocks = re.fullmatch(r"(.*?)(?:, first (\d+) blocks)?", run.meta["model"]).groups()  # type: ignore[union-attr]
+    return name, int(blocks) if blocks else None
+
+
+def _base(run: Run) -> tuple[str, int | None]:
+    """The same, by the name outside lorascope."""
+    name, blocks = base_of(run)
+    return _HUB.get(name, name), blocks
+
+
+def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
+    """How the adapter is loaded, as the README of its folder."""
+    labels = run.meta["labels"]
+    base, blocks = _base(run)
+    options = [f"num_hidden_layers={blocks}"] if blocks else []
+    if labels is not None:
+        options += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
+    text = _CARD.format(
+        base=base,
+        kind=_KINDS[config["peft_type"]],
+        run=run.id,
+        label=run.label,
+        auto=_AUTO[config["task_type"] or "SEQ_CLS"],
+        arguments=", ".join([repr(base), *options]),
+        folder=folder,
+    )
+    noted = (config["task_type"] == "SEQ_CLS") * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
+    return text + noted + (_GATES_NOTE.format(gates=run.meta["gates"]) if run.gates else "")

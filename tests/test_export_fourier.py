@@ -1,0 +1,164 @@
+"""FourierFT written as a folder of PEFT, with PEFT as the oracle: its logits, and the coefficients of each module."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+from conftest import tiny_folder
+from test_cli import complaint, run
+from test_export import Nested, by_the_card, distance, trained
+from torch import nn
+
+from lorascope import models
+from lorascope.checkpoints import load
+from lorascope.export.folder import to_peft
+from lorascope.export.fourier import frequency_pattern
+from lorascope.methods import FourierFT
+
+CASES: dict[str, tuple[str, str, Any]] = {
+    "bert": ("bert", "base", "all-linear"),
+    "gpt2": ("gpt2", "causal", "all-linear"),
+    "gpt2, the head's use of a tied weight": ("gpt2", "causal", ("qkv", "lm_head")),
+    "llama": ("llama", "causal", ("q", "ffn_gate", "head")),
+    "distilbert, a head of two layers": ("distilbert", "base", ("q", "ffn_in")),
+    "bert, head adapted": ("bert", "base", ("q", "head")),
+}
+
+
+def sizes(model: Any) -> dict[str, int]:
+    """Coefficients of every module that PEFT adapts."""
+    found = model.base_model.model.named_modules()
+    return {name: m.fourierft_n_frequency["default"] for name, m in found if hasattr(m, "get_delta_weight")}
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
+@pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
+def test_peft_gives_the_same_logits(
+    family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_folder(tmp_path / "base", family, head)
+    method = FourierFT(targets=targets, alpha=30.0, entry_seed=5, head_lr=0.05)
+    ours, found = trained(folder, task, method, tmp_path / "run")
+    out = to_peft(found, tmp_path / "adapter")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base", "run"]
+    theirs = by_the_card(out, monkeypatch)
+    assert distance(ours, models.load(folder, task=task)) > 1e-3
+    assert distance(ours, theirs) < 1e-6  # PEFT transforms in float32 whatever the model's dtype
+
+    kept = {name: update for name, update in found.updates().items() if name != "classifier"}
+    assert sizes(theirs) == {name: len(update.coefficients) for name, update in kept.items()}
+    if "lm_head" in kept:  # the base's own files hold the tied weight under its other name alone
+        return
+    again = load(out, base=folder).updates()
+    assert set(again) == set(kept)
+    for name, update in kept.items():
+        assert np.array_equal(again[name].entries, update.entries)
+        assert np.array_equal(again[name].coefficients, update.coefficients)
+        assert again[name].scale == update.scale
+
+
+@dataclass(kw_only=True)
+class Uneven(FourierFT):
+    """Modules that differ in the number of coefficients, and where it is said in seed and scale."""
+
+    seeds: tuple[int, ...] = (2024,)
+    alphas: tuple[float, ...] = (30.0,)
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        for number, host in enumerate(m for m in model.modules() if hasattr(m, "delta")):
+            spec = FourierFT(
+                coefficients=40 + number,
+                entry_seed=self.seeds[number % len(self.seeds)],
+                alpha=self.alphas[number % len(self.alphas)],
+            )
+            host.delta = spec._delta("module", host)
+
+
+def test_modules_of_different_numbers_keep_their_own(
+    llama: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Uneven(targets=("q", "v", "head"), head_lr=0.05)
+    ours, found = trained(llama, task, method, tmp_path / "run")
+    out = to_peft(found, tmp_path / "adapter")
+    theirs = by_the_card(out, monkeypatch)
+    assert sorted(sizes(theirs).values()) == [40, 41, 42, 43, 44]
+    assert distance(ours, theirs) < 1e-6
+    again = load(out, base=llama).updates()
+    assert {name: len(update.coefficients) for name, update in again.items()} == sizes(theirs)
+
+
+def test_names_that_end_or_begin_alike_keep_their_own_number() -> None:
+    """Names that end as others do, one without a dot among them; whichever number is the common one."""
+    for common in (0, 3):
+        model = Nested()
+        model.q = nn.Linear(8, 8)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        numbers = {name: 5 if number % 4 == common else 10 + number for number, name in enumerate(names)}
+        theirs = peft.get_peft_model(model, peft.FourierFTConfig(target_modules=names, **frequency_pattern(numbers)))
+        assert sizes(theirs) == numbers
+
+
+def test_a_weight_that_trained_below_its_coefficients_takes_them_up(
+    gpt2: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dataclass(kw_only=True)
+    class Under(FourierFT):
+        def attach(self, model: nn.Module) -> None:
+            super().attach(model)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(".delta." in name or "h.0.mlp.c_fc" in name)
+
+    method = Under(targets=("ffn_in",), alpha=30.0)
+    ours, found = trained(gpt2, task, method, tmp_path / "run")
+    theirs = by_the_card(to_peft(found, tmp_path / "adapter"), monkeypatch)
+    assert set(sizes(theirs)) == {"transformer.h.1.mlp.c_fc"}
+    assert distance(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (
+            FourierFT(center=4.0, width=6.0),
+            r"entries of .*query were drawn from a band \(center 4\), PEFT draws from all",
+        ),
+        (FourierFT(basis="random"), r"basis 'random' is none of PEFT's, whose basis is Fourier's"),
+        (FourierFT(basis="orthogonal"), r"basis 'orthogonal' is none of PEFT's"),
+        (
+            Uneven(seeds=(2024, 7)),
+            r"entries of .*value are not those of seed 2024, and PEFT has one seed for",
+        ),
+        (Uneven(alphas=(30.0, 40.0)), r"scales of 30 and 40: PEFT's `scaling` is one for all modules"),
+    ],
+    ids=["band", "random", "orthogonal", "two seeds", "two scales"],
+)
+def test_what_peft_cannot_express_is_refused_in_one_line(
+    method: FourierFT, why: str, bert: str, task: Any, tmp_path: Path
+) -> None:
+    _, found = trained(bert, task, method, tmp_path / "run", steps=1)
+    with pytest.raises(ValueError, match=why) as raised:
+        to_peft(found, tmp_path / "adapter")
+    assert "\n" not in str(raised.value)
+    assert found.id in str(raised.value)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_the_card_and_the_command(bert: str, task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, found = trained(bert, task, FourierFT(), tmp_path / "run", steps=1)
+    out = tmp_path / "adapter"
+    assert run(capsys, "export", found.path, "--peft", out) == (0, f"{out}\n", "")
+    assert "A FourierFT adapter, written by lorascope" in (out / "README.md").read_text()
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["random_loc_seed"], config["scaling"]) == ("FOURIERFT", 2024, 100.0)
+    assert (config["n_frequency"], config["n_frequency_pattern"]) == (128, {})
+    assert not {"r", "lora_alpha", "lora_dropout"} & config.keys()
+    told = complaint(capsys, "export", found.path, "--rank-pattern")
+    assert "is no product B A, so it has no ranks of a LoRA" in told

@@ -1,0 +1,92 @@
+"""HydraLoRA for PEFT: refused as it is, and exact once its gates are fixed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import complaint
+from test_export import by_the_card, distance, layers, trained
+from test_hydra_files import write
+
+import lorascope as ls
+from lorascope import delta, models
+from lorascope.export import rank_pattern, to_peft
+from lorascope.methods import HydraLoRA
+from lorascope.run import Run
+
+TEXTS = ["the film was great", "a very boring plot and music", "lovely"]
+
+
+@pytest.fixture(scope="module", params=["shared", "split"])
+def hydra(request: pytest.FixtureRequest, bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    method = HydraLoRA(rank=2, heads=request.param, lr=0.05, head_lr=0.05)
+    return trained(bert, task, method, tmp_path_factory.mktemp("hydra") / "run")[1]
+
+
+def fixed(run: Run, gates: Any, bert: str, task: Any) -> Any:
+    """The trained model with a router that gives these gates to every token."""
+    model = models.load(bert, task=task)
+    run.restore(model)
+    for name, part in delta.adapted(model).items():
+        wanted = torch.tensor(gates[name])
+        part.gates = lambda x, wanted=wanted: wanted.to(x.dtype).expand(*x.shape[:-1], -1)
+    return model
+
+
+def test_at_fixed_gates_peft_gives_the_logits_of_fixed_routers(
+    hydra: Run, bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    means = ls.mean_gates(hydra, TEXTS, base=models.load(bert, task=task))
+    for gates in (means, {name: [0.0, 1.0, 0.0] for name in means}):
+        out = tmp_path / f"adapter-{gates is means}"
+        theirs = by_the_card(to_peft(ls.at_gates(hydra, gates), out), monkeypatch)
+        assert {rank for rank, _ in layers(theirs).values()} == {6 if hydra.meta["method"]["heads"] == "split" else 2}
+        free = models.load(bert, task=task)
+        hydra.restore(free)
+        assert distance(free, theirs) > 1e-4  # what routers do is lost
+        assert distance(fixed(hydra, gates, bert, task), theirs) < 1e-6
+        card = (out / "README.md").read_text()
+        assert "HydraLoRA at given gates, without its routers" in card
+        assert "not those of the model that was trained" in card
+
+
+def test_the_ranks_at_fixed_gates_are_a_pattern(hydra: Run, bert: str, task: Any) -> None:
+    means = ls.mean_gates(hydra, TEXTS, base=models.load(bert, task=task))
+    whole = rank_pattern(ls.at_gates(hydra, means))
+    assert whole["r"] == hydra.ranks()[whole["target_modules"][0]]
+    kept = rank_pattern(ls.at_gates(hydra, means), 3)
+    assert len(kept["target_modules"]) <= 3
+
+
+def test_as_it_is_one_line_says_what_can_be_done(hydra: Run, tmp_path: Path, capsys: Any) -> None:
+    for words in (("--peft", tmp_path / "adapter"), ("--rank-pattern",)):
+        told = complaint(capsys, "export", hydra.path, *words)
+        assert "depends on its input, no LoRA holds its router" in told
+        assert "ls.at_gates(run, ls.mean_gates(run, texts))" in told
+        assert "near it, not equal" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_gates_of_some_modules_do_not_help_the_others(hydra: Run, tmp_path: Path) -> None:
+    first, second, *_ = hydra.updates()
+    with pytest.raises(ValueError, match=f"the update of {second} depends on its input"):
+        to_peft(ls.at_gates(hydra, {first: [0.2, 0.3, 0.5]}), tmp_path / "adapter")
+
+
+def test_a_folder_of_the_authors_is_not_for_peft(tmp_path: Path) -> None:
+    write(tmp_path / "theirs")
+    with pytest.raises(ValueError, match="theirs holds HydraLoRA, which no folder of PEFT does"):
+        to_peft(ls.load(tmp_path / "theirs"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("method", [HydraLoRA(number=1), HydraLoRA(router="uniform")], ids=["one head", "even"])
+def test_what_has_no_router_is_a_lora_already(
+    method: HydraLoRA, bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, run = trained(bert, task, method, tmp_path / "run")
+    theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
+    assert distance(ours, theirs) < 1e-6
+    assert "routers" not in (tmp_path / "adapter" / "README.md").read_text()

@@ -25,13 +25,14 @@ from lorascope.method import Step
 from lorascope.moments import factor_drift, factor_optimum, second_moments
 from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
-from lorascope.sensed import neurons
+from lorascope.sensed import coefficients, neurons
 from lorascope.trained import Trained, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 from lorascope.utilised import utilisation
 
 __all__ = [
     "Observer",
+    "coefficients",
     "factor_drift",
     "factor_optimum",
     "factors",

@@ -1,6 +1,7 @@
-"""An observer of neurons: how far each one turned and moved, and how much the loss feels its weights.
+"""Observers of what the loss feels: of each neuron, with how far it turned and moved, and of each coefficient.
 
-One definition serves all methods: |W_ij dL/dW_ij| of the effective weight, summed along a row or a column.
+One definition serves all methods: |W_ij dL/dW_ij| of the effective weight, summed along a row or a column; of a
+coefficient |c dL/dc|. Gradients are means over held-out batches.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from lorascope import names
 from lorascope.analysis.neurons import parts
 from lorascope.delta import adapted, host_weight
-from lorascope.hosts import oriented
+from lorascope.hosts import oriented, to_array
 from lorascope.method import Batch, Step
+from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.neft import distances
 from lorascope.observer import Observer
 from lorascope.records import Quantity, Record, register
@@ -27,6 +29,20 @@ register(
     "neuron_update",
     Quantity(
         "‖w − w₀‖", index="neuron", pool="norm", definition="norm of what a neuron's weights moved from those in W_0"
+    ),
+)
+register(
+    "coefficient_gradient",
+    Quantity("∂L/∂c", "nats", index="coefficient", definition="gradient of the loss by a coefficient"),
+)
+register(
+    "coefficient_importance",
+    Quantity(
+        "|c ∂L/∂c|",
+        "nats",
+        index="coefficient",
+        pool="sum",
+        definition="what the loss feels of a coefficient, |c dL/dc|",
     ),
 )
 
@@ -64,14 +80,68 @@ class neurons(Observer):
         for name in modules:
             if isinstance(step.model.get_submodule(name), nn.Embedding):
                 raise ValueError(f"targets: {name!r} is an embedding: its input is no vector; give linear layers")
-        text = step.held_out(self.batches * self.rows).batch
-        count = len(next(iter(text.values())))
-        pieces = [{key: value[i : i + self.rows] for key, value in text.items()} for i in range(0, count, self.rows)]
+        pieces = _pieces(step, self.batches, self.rows)
         for name, gradient in weight_gradients(step.model, modules, pieces, step.loss).items():
             felt = (effective_weight(step.model, name).float() * gradient).abs()
             yield Record("sensitivity_out", felt.sum(1).cpu().numpy(), name)
             yield Record("sensitivity_in", felt.sum(0).cpu().numpy(), name)
         yield from _changes(step)
+
+
+@dataclass(kw_only=True)
+class coefficients(Observer):
+    """Gradient and importance of every coefficient of FourierFT, on the Fourier basis or another.
+
+    The gradient is the mean over batches of the validation split, without dropout; the importance is |c dL/dc|, what
+    the loss would change by to first order if the coefficient were gone. Two rows a coefficient and look:
+    ``analysis.fourier.spectrum`` sets them beside frequency and value.
+
+    Parameters
+    ----------
+    every : int
+        Steps between two looks: each costs about a step for every batch.
+    batches, rows : int
+        Batches that the gradient is the mean over, and rows of a batch.
+    """
+
+    every: int = 100
+    batches: int = 4
+    rows: int = 16
+
+    def __call__(self, step: Step) -> Iterable[Record]:
+        found = {
+            module: delta.coefficients
+            for module, delta in adapted(step.model).items()
+            if isinstance(delta, FourierDelta | BasisDelta)
+        }
+        if not (found and self.due(step.finished, step.total)):
+            return
+        pieces = _pieces(step, self.batches, self.rows)
+        for (module, c), gradient in zip(found.items(), _gradients(step, list(found.values()), pieces), strict=True):
+            yield Record("coefficient_gradient", to_array(gradient), module)
+            yield Record("coefficient_importance", to_array((c.detach() * gradient).abs()), module)
+
+
+def _pieces(step: Step, batches: int, rows: int) -> list[Batch]:
+    """The first batches of held-out text; the last may be shorter."""
+    text = step.held_out(batches * rows).batch
+    count = len(next(iter(text.values())))
+    return [{key: value[i : i + rows] for key, value in text.items()} for i in range(0, count, rows)]
+
+
+def _gradients(step: Step, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
+    """Gradients of parameters, mean over batches, in evaluation mode; their own gradients are left alone."""
+    training = step.model.training
+    step.model.eval()
+    try:
+        with torch.enable_grad():
+            parts = [
+                torch.autograd.grad(step.loss(batch), parameters, allow_unused=True, materialize_grads=True)
+                for batch in batches
+            ]
+    finally:
+        step.model.train(training)
+    return [torch.stack(part).mean(0) for part in zip(*parts, strict=True)]
 
 
 def weight_gradients(

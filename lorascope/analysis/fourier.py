@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from lorascope import fourier
 from lorascope.fourier import Fourier
 from lorascope.layout import Lazy
 from lorascope.run import Run
 
+_FELT = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
 OTHERS = ("random", "orthogonal")  # bases that a run keeps by their seed
 
 
@@ -84,6 +86,47 @@ def _on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
         return fourier.on_bases(change, last[module]["entries"], *drawn((outer, inner)), recipe["alpha"])
 
     return Lazy([module for module in last if module in first], make)
+
+
+def spectrum(run: Run, step: int | None = None) -> pd.DataFrame:
+    """All that a run knows of its coefficients, one row each.
+
+    Parameters
+    ----------
+    run : Run
+        With updates of few frequencies.
+    step : int, optional
+        A step with a snapshot of the factors; the last by default.
+
+    Returns
+    -------
+    DataFrame
+        ``module, index``; ``row, column`` (the entry, from 0), ``radius`` (its distance from frequency zero) and
+        ``mirrored`` (its mirror is another entry, so that both are one frequency); ``coefficient`` and its ``start``;
+        ``gradient`` and ``importance`` as ``observe.coefficients`` recorded them at this step. NaN is what the run did
+        not keep.
+    """
+    found, first = updates(run, step), since_start(run, step)
+    table = run.table
+    at = table[table["step"] == (table["step"].max() if step is None else step)]
+    felt = at[at["quantity"].isin(_FELT)].pivot(index=["module", "index"], columns="quantity", values="value")
+    parts = []
+    for module, update in found.items():
+        start = update.coefficients - first[module].coefficients if module in first else np.nan
+        row, column = update.entries
+        told = {"module": module, "index": np.arange(len(row)), "row": row, "column": column}
+        told |= {"radius": fourier.radius(update.entries, update.shape), "mirrored": _mirrored(update)}
+        parts.append(pd.DataFrame(told | {"coefficient": update.coefficients, "start": start}))
+    known = pd.concat(parts, ignore_index=True)
+    places = pd.MultiIndex.from_frame(known[["module", "index"]])
+    return known.assign(**{name: felt.reindex(index=places, columns=[q])[q].to_numpy() for q, name in _FELT.items()})
+
+
+def _mirrored(update: Fourier) -> Bool[np.ndarray, "n"]:
+    """Of which entries the mirror is another entry."""
+    sides = np.array(update.shape)[:, None]
+    numbers, others = (place[0] * sides[1] + place[1] for place in (update.entries, -update.entries % sides))
+    return np.isin(others, numbers) & (others != numbers)
 
 
 def places(update: Fourier) -> pd.DataFrame:

@@ -84,7 +84,8 @@ def train(
     precision : {"fp32", "bf16"}
         bf16 by autocast; weights stay as they are.
     eval_every : int, optional
-        Steps between evaluations on the validation split; a fifth of the run by default, 0 for the end only.
+        Steps between evaluations on the validation split, the first of them before training; a fifth of the run by
+        default, 0 for the end only.
     eval_size : int
         Rows of the validation split that are used.
     test_size : int, optional

@@ -170,7 +170,10 @@ class Session:
         return float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
 
     def evaluate(self) -> Score | None:
-        """At the steps set: validation loss and metric; marks the step and saves the state when it is the best yet."""
+        """At the steps set: validation loss and metric; marks the step and saves the state when it is the best yet.
+
+        The start is no state to be chosen, since nothing was trained.
+        """
         step = self.step
         step.best = False
         if step.finished % self.settings.evaluation_steps and not step.last:
@@ -178,7 +181,7 @@ class Session:
         score = self._score(self.validation)
         self.writer.add(step.finished, [Record("eval_loss", score.loss), Record("eval_metric", score.metric)])
         key = [score.metric if score.higher_is_better else -score.metric, -score.loss]
-        if self.method.settled(step) and (self.best is None or key > self.best["key"]):
+        if step.finished and self.method.settled(step) and (self.best is None or key > self.best["key"]):
             step.best = True
             self.best = {"key": key} | self._save_state(self.checkpoints.best_file(step.finished))
         return score
@@ -215,6 +218,8 @@ class Session:
         found = self.checkpoints.newest()
         if found is None:
             self.writer.begin(None)
+            if self.settings.eval_every != 0:
+                self.evaluate()
             self.record()
             return 0
         tree, table = found

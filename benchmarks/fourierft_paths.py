@@ -1,7 +1,8 @@
 """The two ways of FourierFT's adapted product, by width, coefficients and tokens: python benchmarks/fourierft_paths.py
 
 Forward and backward of one square layer: by the sum of both weights, whose update is made by a transform, or by the
-waves of each coefficient on the activations. The last column says which one is taken.
+waves of each coefficient on the activations. Ratios are medians over pairs of process CPU time; where a pass is slow,
+pairs end with the seconds given to a cell. The last column says which way is taken.
 """
 
 from __future__ import annotations
@@ -23,13 +24,18 @@ from lorascope.transforms import few
 SHARES = {"d/32": 1 / 32, "d/8 - 1": 1 / 8, "d/4": 1 / 4, "4 d": 4}
 
 
-def passes(d: int, n: int, tokens: int, by_waves: bool) -> Callable[[], None]:
-    """Forward and backward of one layer of width d by the one way or the other."""
+def layer(d: int, n: int) -> nn.Linear:
+    """A frozen layer of width d with n coefficients."""
     host = nn.Linear(d, d).requires_grad_(False)
     places = torch.from_numpy(entries((d, d), n, 2024))
     attach(host, {"": FourierDelta(torch.randn(n), places, (d, d), 100)})
-    x = torch.randn(tokens, d, requires_grad=True)
-    slope: Tensor = torch.randn(tokens, d)
+    return host
+
+
+def passes(host: nn.Linear, tokens: int, by_waves: bool) -> Callable[[], None]:
+    """Forward and backward of a layer by the one way or the other."""
+    x = torch.randn(tokens, host.in_features, requires_grad=True)
+    slope: Tensor = torch.randn(tokens, host.out_features)
 
     def run() -> None:
         with mock.patch.object(fourierft, "few", return_value=by_waves):
@@ -40,24 +46,26 @@ def passes(d: int, n: int, tokens: int, by_waves: bool) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=4.0, help="CPU time of a cell, after which no pair begins")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 1024, 2048, 4096])
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 128, 1024])
     parser.add_argument("--coefficients", nargs="+", choices=list(SHARES), default=list(SHARES))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print(f"{'width':>6} {'n':>6} {'tokens':>7} {'waves / sum':>12} {'interval':>16} {'ms':>17}  taken")
+    print(f"{'width':>6} {'n':>6} {'tokens':>7} {'waves / sum':>12} {'interval':>16} {'ms':>17} {'pairs':>6}  taken")
     for d in arguments.widths:
         for label in arguments.coefficients:
             n = int(d * SHARES[label]) - label.count("- 1")
+            host, taken = layer(d, n), "waves" if few(n, (d, d)) else "sum"
             for tokens in arguments.tokens:
-                ratio = compare(passes(d, n, tokens, True), passes(d, n, tokens, False), arguments.pairs, 1)
-                taken = "waves" if few(n, (d, d)) else "sum"
-                waves, dense = (f"{1e3 * seconds:.1f}" for seconds in ratio.seconds)
+                waves, dense = (passes(host, tokens, by_waves) for by_waves in (True, False))
+                ratio = compare(waves, dense, arguments.pairs, 1, arguments.seconds)
+                times = "/".join(f"{1e3 * seconds:.1f}" for seconds in ratio.seconds)
                 interval = f"[{ratio.low:.2f}, {ratio.high:.2f}]"
                 print(
-                    f"{d:6} {n:6} {tokens:7} {ratio.median:12.2f} {interval:>16} {waves:>8}/{dense:<8}  {taken}",
+                    f"{d:6} {n:6} {tokens:7} {ratio.median:12.2f} {interval:>16} {times:>17} {ratio.pairs:6}  {taken}",
                     flush=True,
                 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,13 @@ class Ratio:
         )
 
 
-def compare(first: Callable[[], object], second: Callable[[], object], pairs: int = 40, warmup: int = 3) -> Ratio:
+def compare(
+    first: Callable[[], object],
+    second: Callable[[], object],
+    pairs: int = 40,
+    warmup: int = 3,
+    seconds: float = math.inf,
+) -> Ratio:
     """Time two functions in alternation; which of them leads changes from pair to pair.
 
     Parameters
@@ -52,16 +59,20 @@ def compare(first: Callable[[], object], second: Callable[[], object], pairs: in
         Timed pairs.
     warmup : int
         Untimed pairs before.
+    seconds : float
+        CPU time after which no further pair begins, of which there are three at least.
     """
     for _ in range(warmup):
         first(), second()
-    times = np.empty((pairs, 2))
-    for pair in range(pairs):
-        order = (0, 1) if pair % 2 else (1, 0)
-        for which in order:
+    rows: list[list[float]] = []
+    while len(rows) < pairs and (len(rows) < 3 or np.sum(rows) < seconds):
+        row = [0.0, 0.0]
+        for which in (0, 1) if len(rows) % 2 else (1, 0):
             start = time.process_time()
             (first, second)[which]()
-            times[pair, which] = time.process_time() - start
+            row[which] = time.process_time() - start
+        rows.append(row)
+    times, pairs = np.array(rows), len(rows)
     ratios = times[:, 0] / times[:, 1]
     draws = np.random.default_rng(0).integers(pairs, size=(2000, pairs))
     low, high = np.quantile(np.median(ratios[draws], axis=1), [0.025, 0.975])

@@ -37,7 +37,7 @@ def few(n: int, shape: Shape) -> bool:
     """Are products with waves, 8 T n (d1 + d2) for T tokens, fewer than those of the gradient by dW, 2 T d1 d2?
 
     Forwards the sum of both weights costs no more than the weight alone. The transforms come on top: where this says
-    no, waves may still win by a factor of two with few tokens; at a thousand both are even where it turns.
+    no, waves may still win with few tokens; at a thousand both are about even where it turns.
     """
     return 4 * n * sum(shape) < math.prod(shape)
 

@@ -168,21 +168,24 @@ class _Processor(_Allocator):
 
 
 class _Cuda(_Allocator):
-    """CUDA's own count."""
+    """CUDA's own count, on the card that is meant: left alone it would speak of the current one."""
+
+    def __init__(self, device: str) -> None:
+        self._device = torch.device(device)
 
     def window(self) -> AbstractContextManager[Any]:
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(self._device)
         return nullcontext()
 
     def peak(self) -> float:
-        return float(torch.cuda.max_memory_allocated())
+        return float(torch.cuda.max_memory_allocated(self._device))
 
 
 def _allocator(device: str) -> _Allocator:
     kind = device.partition(":")[0]
     if kind == "cpu" and torch.autograd.kineto_available():
         return _Processor()
-    return _Cuda() if kind == "cuda" else _Allocator()
+    return _Cuda(device) if kind == "cuda" else _Allocator()
 
 
 def high_water(events: Iterable[Any]) -> int:

@@ -1,13 +1,16 @@
-"""Observers of second moments: how few directions carry Adam's, and how far Adapprox's factors have drifted from it."""
+"""Observers of second moments: how few directions carry Adam's, ways to find them, and the drift of factors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lorascope.analysis import moments
@@ -21,6 +24,8 @@ from lorascope.update import Dense, spectra
 # Ranks of the curves of errors, and how many singular values are kept.
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 KEPT = 64
+
+Pair: TypeAlias = tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]
 
 _OF_V = "of Adam's average of squared gradients V, as a matrix"
 register("moment_sigma", Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"))
@@ -46,6 +51,30 @@ register(
     "factor_step_error", Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of this step's V, which is made of the factors before")
 )
 register("factor_step_error_least", Quantity("‖V − Vₖ‖ / ‖V‖", definition="least error of the rank of these factors"))
+
+
+def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) -> Pair:
+    """torch's own randomised decomposition, with as many rounds and columns to spare as S-RSI has by default."""
+    with torch.random.fork_rng([V.device] if V.is_cuda else []):  # it draws from the global generator alone
+        torch.manual_seed(generator.initial_seed())
+        left, sigma, right = torch.svd_lowrank(V, min(rank + 5, *V.shape), niter=5)
+    return (left * sigma)[:, :rank], right[:, :rank]
+
+
+# Ways to find factors of a rank: S-RSI of l rounds and p columns to spare, and torch's.
+WAYS: dict[str, Callable[[Tensor, int, torch.Generator], Pair]] = {
+    **{
+        f"l{rounds}_p{spare}": partial(s_rsi, iterations=rounds, oversampling=spare)
+        for rounds, spare in ((1, 5), (2, 5), (5, 0), (5, 5))
+    },
+    "svd_lowrank": svd_lowrank,
+}
+for _way in (*WAYS, "svd"):
+    register(f"factoring_error_{_way}", Quantity(_ERROR, index="rank", definition=f"error by {_way}, {_OF_V}"))
+    register(
+        f"factoring_seconds_{_way}",
+        Quantity("time of a factoring", "s", index="rank", pool="sum", definition=f"wall-clock time by {_way}"),
+    )
 
 
 @dataclass(kw_only=True)
@@ -81,6 +110,59 @@ def _look(module: str, V: Tensor) -> Iterator[Item]:
     found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
     yield Record("moment_error_s_rsi", np.array(found), module, ranks)
     yield Record("moment_error_rank_one", moments.relative_error(exact, moments.rank_one(exact)), module)
+
+
+@dataclass(kw_only=True)
+class factorings(Observer):
+    """What each way to factor AdamW's second moments leaves out, and how long it takes.
+
+    S-RSI with few and many rounds, with and without columns to spare, beside ``torch.svd_lowrank`` and the exact
+    decomposition.
+
+    Parameters
+    ----------
+    every : int
+        Steps between two looks, each of which factors every matrix twice for every rank and way.
+    layer : int
+        The matrices of this block alone: time goes by shape, which is the same in all.
+    """
+
+    every: int = 100
+    layer: int = 0
+
+    @torch.no_grad()
+    def __call__(self, step: Step) -> Iterator[Item]:
+        """Nothing before the first step, when there is no moment yet."""
+        if step.finished == 0 or not self.due(step.finished, step.total):
+            return
+        inside = set(step.modules.loc[step.modules["layer"] == self.layer, "module"])
+        for module, state in _matrices(step, "exp_avg_sq"):
+            if module in inside and state["exp_avg_sq"].any():
+                yield from _factored(module, state["exp_avg_sq"].float().flatten(1))
+
+
+def _factored(module: str, V: Tensor) -> Iterator[Item]:
+    A, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
+    (_, sigma, _), seconds = _timed(lambda: torch.linalg.svd(A, full_matrices=False))
+    least = [moments.tail(to_array(sigma.double()), rank) for rank in ranks]
+    yield Record("factoring_error_svd", np.array(least), module, ranks)
+    yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
+    for way, factor in WAYS.items():
+        tried = [_timed(lambda: factor(A, rank, torch.Generator(A.device).manual_seed(0))) for rank in ranks]  # noqa: B023
+        errors = [relative_error(A, *pair) for pair, _ in tried]
+        yield Record(f"factoring_error_{way}", np.array(errors), module, ranks)
+        yield Record(f"factoring_seconds_{way}", np.array([seconds for _, seconds in tried]), module, ranks)
+
+
+def _timed(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
+    """What it finds, and the shorter of two times: the first may have a library to load."""
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        found = decompose()
+        float(found[0][0, 0])  # an accelerator has done by here
+        taken.append(time.perf_counter() - start)
+    return found, min(taken)
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,7 @@ from lorascope.delta import adapted, host_weight, to_array
 from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
 from lorascope.method import Step
-from lorascope.moments import factor_drift, factor_optimum, second_moments
+from lorascope.moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.sensed import coefficients, neurons
@@ -35,6 +35,7 @@ __all__ = [
     "coefficients",
     "factor_drift",
     "factor_optimum",
+    "factorings",
     "factors",
     "factors_of",
     "memory",

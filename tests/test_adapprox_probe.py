@@ -19,6 +19,7 @@ LOSSES = {
     "Adafactor at 3e-05": (0.50, 0.20), "Adafactor at 0.0001": (0.60, 0.20), "Adafactor at 0.0003": (0.45, 0.50),
     "CAME at 3e-06": (0.41, 0.48), "CAME at 1e-05": (0.50, 0.30), "CAME at 3e-05": (0.60, 0.30),
     "Adapprox at 3e-05": (0.50, 0.30), "Adapprox at 0.0001": (0.39, 0.44), "Adapprox at 0.0003": (0.70, 0.30),
+    "Adapprox, guided at 0.0001": (0.10, 0.10),
 }  # fmt: skip
 
 
@@ -66,10 +67,19 @@ def test_each_claim_is_judged_against_its_control(runs):
     assert effects[probe.FEW] == pytest.approx(few)
     assert effects[probe.ABOVE_ONE] == pytest.approx(above)
     assert effects[probe.HELD] == pytest.approx(drifted)
-    assert len(findings.exhibits) == 6
-    for shown in findings.exhibits[2:4]:
+    assert len(findings.exhibits) == 8
+    for shown in findings.exhibits[3:5]:
         captions = {chart.caption for row in shown.chart.rows() for chart in row}
         assert all("Vectors, embed, pos_embed and small matrices are kept dense." in caption for caption in captions)
+
+
+def test_guidance_stands_beside_every_rate_without_it_and_takes_part_in_no_choice(runs):
+    shown = probe.judge(runs).exhibits
+    loss = shown[5].chart.rows()[0][0]
+    ours = ["Adapprox at 3e-05", "Adapprox at 0.0001", "Adapprox at 0.0003", "Adapprox, guided at 0.0001"]
+    assert list(dict.fromkeys(loss.data["recipe"])) == ours
+    rates = shown[6].chart.rows()[0][0]
+    assert set(rates.data["method"]) == set(probe.RATES)
 
 
 def test_bytes_are_counted_by_role(runs):
@@ -83,6 +93,8 @@ def test_bytes_are_counted_by_role(runs):
 
 def test_a_quick_run_takes_one_rate_and_few_columns():
     quick = {arm.label: arm for arm in probe.arms(True)}
-    assert set(quick) == {probe.label(name, rates[1]) for name, rates in probe.RATES.items()}
+    middle = {probe.label(name, rates[1]) for name, rates in probe.RATES.items()}
+    assert set(quick) == middle | {"Adapprox, guided at 0.0001"}
+    assert quick["Adapprox, guided at 0.0001"].method == replace(quick["Adapprox at 0.0001"].method, cosine=True)
     assert quick["Adapprox at 0.0001"].method.max_rank == probe.RANK
     assert np.isclose(quick["CAME at 1e-05"].method.lr, 1e-5)

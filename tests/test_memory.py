@@ -109,6 +109,58 @@ def test_where_no_allocator_tells_there_is_no_peak():
     assert math.isnan(allocator.peak())
 
 
+class Card:
+    """A stand-in for the allocator of one card: a mark that rises with what is given out, until it is reset."""
+
+    def __init__(self, monkeypatch, device: str, given: int) -> None:
+        self.device, self.alive, self.mark = torch.device(device), given, given
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", self.reset)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", self.read)
+
+    def reset(self, device: torch.device) -> None:
+        assert device == self.device
+        self.mark = self.alive
+
+    def read(self, device: torch.device) -> int:
+        assert device == self.device
+        return self.mark
+
+    def give(self, change: int) -> None:
+        self.alive += change
+        self.mark = max(self.mark, self.alive)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_on_a_card_the_mark_is_that_of_the_window(device, monkeypatch):
+    card = Card(monkeypatch, device, 5)
+    allocator = measuring._allocator(device)
+    card.give(100)
+    card.give(-98)
+    with allocator.window():
+        card.give(20)
+        card.give(-10)
+    assert allocator.peak() == 27
+
+
+def test_on_a_card_the_last_step_of_a_run_is_marked_alone(bert, task, tmp_path, monkeypatch):
+    """The run itself stays on the processor; its steps take 70, then 30."""
+    card = Card(monkeypatch, "cuda", 1000)
+    taken, advance = iter((70, 30)), measuring.advance
+
+    def taking(session, index):
+        much = next(taken)
+        card.give(much)
+        card.give(-much)
+        return advance(session, index)
+
+    monkeypatch.setattr(measuring, "advance", taking)
+    monkeypatch.setattr(measuring, "_allocator", lambda device: measuring._Cuda("cuda"))
+    measuring._measure(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu")
+    table = ls.Run.read(tmp_path / "run").table
+    marks = table[table["quantity"] == "peak_bytes"]
+    assert marks[["step", "value"]].to_numpy().tolist() == [[2, 1030]]
+
+
 @pytest.fixture(scope="module")
 def wide_bert(tmp_path_factory) -> str:
     """A tiny BERT whose embedding takes 100 MiB."""

@@ -96,6 +96,47 @@ def test_errors_are_shown_beside_the_drift(trained):
     assert (data["of the exact average"] > data["of the exact average, least of the rank"]).all()
 
 
+def test_ways_to_factor_are_set_against_the_least_error(tmp_path):
+    """Two matrices of planted errors and times: errors are averaged before they are compared, times added."""
+    ways = ("l1_p5", "l2_p5", "l5_p0", "l5_p5", "svd_lowrank", "svd")
+    planted = {}
+    for number, way in enumerate(ways):
+        for module, factor in (("h.0.q", 1), ("h.0.up", 3)):
+            planted[f"factoring_error_{way}", module] = {4: np.array([0.2 * factor * (6 - number), 0.1 * factor])}
+            planted[f"factoring_seconds_{way}", module] = {4: np.array([number + 1.0, 9.0])}
+    run = plant(tmp_path, "run", planted)
+    run.table["index"] = run.table["index"].map({0: 1, 1: 8}).astype("Int32")
+    error, time = plots.factorings(run).rows()[0]
+    found = error.data.set_index(["measure", "index"])["value"]
+    assert found["S-RSI, l = 1, p = 5"].to_dict() == pytest.approx({1: 6, 8: 1})
+    assert found["S-RSI, l = 5, p = 5"].to_dict() == pytest.approx({1: 3, 8: 1})
+    assert found["exact decomposition"].to_dict() == pytest.approx({1: 1, 8: 1})
+    taken = time.data.set_index(["measure", "index"])["value"]
+    assert taken["S-RSI, l = 5, p = 0"].to_dict() == pytest.approx({1: 6, 8: 18})
+    with pytest.raises(ValueError, match=r"factoring_error_svd: train Full\(rule=\"adamw\"\) with observe=\[ls.obs"):
+        plots.factorings(plant(tmp_path, "other", {("lr", ""): {1: 0.1}}))
+
+
+def test_guidance_is_drawn_beside_the_angle_it_goes_by(tmp_path):
+    def planted(name, losses, angles, seed):
+        modules = ("h.0.q", "h.1.q", "score")
+        cosines = {
+            ("direction_cosine", module): dict(zip((1, 4), pair, strict=True))
+            for module, pair in zip(modules, angles, strict=True)
+        }
+        return plant(tmp_path, f"{name}{seed}", {("loss", ""): dict(enumerate(losses, 1))} | cosines, seed=seed)
+
+    plain = [planted("plain", [4, 3, 2, 1 + seed], [(1, 0.2), (1, 0.4), (9, 9)], seed) for seed in (0, 1)]
+    guided = planted("guided", [4, 2, 1, 0], [(1, 0.5), (1, 0.7), (9, 9)], 0)
+    loss, cosine = plots.guidance({"plain": plain, "guided": guided}, windows=2).rows()[0]
+    found = loss.data.set_index(["recipe", "step"])["value"]
+    assert found.to_dict() == {("plain", 2): 3.5, ("plain", 4): 1.75, ("guided", 2): 3, ("guided", 4): 0.5}
+    angles = cosine.data.set_index(["recipe", "step"])["value"]
+    expected = {("plain", 1): 1, ("plain", 4): 0.3, ("guided", 1): 1, ("guided", 4): 0.6}
+    assert angles.to_dict() == pytest.approx(expected)
+    assert "windows of 2 steps" in loss.caption
+
+
 @pytest.fixture
 def searched(tmp_path):
     """Losses by rate and seed: the first method is best at 0.02 on validation, though not on test."""

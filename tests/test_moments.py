@@ -11,6 +11,7 @@ import torch
 
 import lorascope as ls
 from lorascope import models, observe
+from lorascope import moments as moving
 from lorascope.analysis import moments
 from lorascope.methods import Adapprox, Full
 
@@ -87,6 +88,58 @@ def test_singular_values_and_errors_are_those_of_adams_average(adam):
         assert rank_one >= values["moment_error", 1] - 1e-9
 
 
+def test_ways_to_factor_are_measured_on_one_block(bert, task, tmp_path):
+    """Errors against the decomposition of an average that is caught; the global generator is left alone."""
+    kept = {}
+
+    class Keeping(observe.Observer):
+        def __call__(self, step):
+            for name, parameter in step.model.named_parameters():
+                if step.finished and "layer.1" in name and parameter.ndim == 2:
+                    kept[name.removesuffix(".weight")] = step.optimizer.state[parameter]["exp_avg_sq"].double().numpy()
+            return ()
+
+    runs = [
+        ls.train(models.load(bert, task=task), task, Full(lr=1e-3), out=tmp_path / name, **FAST | {"observe": seen})
+        for name, seen in (("plain", []), ("seen", [observe.factorings(every=3, layer=1), Keeping()]))
+    ]
+    found = runs[1].table[runs[1].table["quantity"].str.startswith("factoring")]
+    assert set(found["step"]) == {3, 4}
+    assert set(found["module"]) == set(kept)
+    assert len(kept) == 6
+    for module, rows in found[found["step"] == 4].groupby("module", observed=True):
+        values = rows.set_index(["quantity", "index"])["value"]
+        sigma = np.linalg.svd(kept[module], compute_uv=False)
+        least = [moments.tail(sigma, rank) for rank in (1, 2, 4, 8, 16)]
+        assert values["factoring_error_svd"].to_numpy() == pytest.approx(least, rel=1e-3)
+        for way in ("l1_p5", "l2_p5", "l5_p0", "l5_p5", "svd_lowrank"):
+            excess = values[f"factoring_error_{way}"].to_numpy() / least
+            assert (excess > 1 - 1e-3).all()
+            assert (excess < {"l1_p5": 6, "l2_p5": 2}.get(way, 1.3)).all(), way
+        assert (values["factoring_error_l1_p5"] > values["factoring_error_l5_p5"]).all()
+        assert values[[f"factoring_seconds_{way}" for way in (*moving.WAYS, "svd")]].between(1e-7, 10).all()
+    losses = [run.table.query("quantity == 'loss'")["value"].tolist() for run in runs]
+    assert losses[0] == losses[1]
+
+
+def test_the_shorter_of_two_times_is_told(monkeypatch):
+    ticks = iter([0.0, 5.0, 10.0, 12.0])
+    monkeypatch.setattr(moving.time, "perf_counter", lambda: next(ticks))
+    found, seconds = moving._timed(lambda: (torch.ones(1, 1),))
+    assert found == (torch.ones(1, 1),)
+    assert seconds == 2
+
+
+def test_torchs_own_decomposition_draws_nothing_from_the_global_generator():
+    V = torch.rand(40, 30)
+    before = torch.get_rng_state()
+    left, right = moving.svd_lowrank(V, 3, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (left.shape, right.shape) == ((40, 3), (30, 3))
+    sigma = torch.linalg.svdvals(V)
+    assert float((V - left @ right.T).norm() / V.norm()) == pytest.approx(moments.tail(sigma.numpy(), 3), rel=1e-3)
+
+
 METHOD = Adapprox(lr=1e-3, min_dim=8, rank_rule="fixed", init_rank=3)
 
 
@@ -110,6 +163,8 @@ def test_drift_is_measured_against_the_exact_average(bert, task, tmp_path):
     for module, rows in drifts.groupby("module", observed=True):
         E = sum(0.001 * 0.999 ** (3 - t) * squares for t, squares in enumerate(seen[module]))
         values = rows.set_index("quantity")["value"]
+        norms = run.table.query("quantity == 'factor_norm' and module == @module and step == 4")["value"]
+        assert norms.item() == pytest.approx(np.linalg.norm(factors[module]), rel=1e-5)
         assert values["factor_drift"] == pytest.approx(moments.relative_error(E, factors[module]), rel=1e-4)
         assert values["factor_drift_least"] == pytest.approx(
             moments.tail(np.linalg.svd(E, compute_uv=False), 3), rel=1e-4

@@ -23,9 +23,11 @@ import lorascope as ls
 from lorascope import models
 from lorascope.methods import LoRA
 from lorascope.plan import held
+from lorascope.records import QUANTITIES
 from lorascope.session import Session
 
 CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
+WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == "s"}
 
 
 def contents(folder: Path) -> dict[str, object]:
@@ -35,9 +37,9 @@ def contents(folder: Path) -> dict[str, object]:
         name = file.relative_to(folder).as_posix()
         if file.suffix == ".parquet":
             table = pd.read_parquet(file)
-            found[name] = table[table["quantity"] != "seconds"].reset_index(drop=True).to_json(double_precision=15)
-            values = table.loc[table["quantity"] != "seconds", "value"]
-            found[f"{name} bits"] = values.to_numpy().tobytes()
+            kept = table[~table["quantity"].isin(WALL_CLOCK)].reset_index(drop=True)
+            found[name] = kept.to_json(double_precision=15)
+            found[f"{name} bits"] = kept["value"].to_numpy().tobytes()
         elif file.name == "run.json":
             meta = json.loads(file.read_text())
             meta["checksums"].pop("records.parquet", None)

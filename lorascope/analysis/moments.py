@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lorascope.analysis.norms import last
 from lorascope.analysis.stats import band
 
 # Rows and columns are scaled in turn until their sums are met to this part, or so often.
@@ -88,6 +89,38 @@ def final(table: pd.DataFrame, quantity: str) -> pd.Series:
     rows = rows[rows["step"] == rows["step"].max()]
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
+
+
+def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
+    """Error and time of ways to factor, at the last look.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As ``records.COLUMNS``, of ``observe.factorings``.
+    ways : mapping way -> label
+        The exact one, "svd", among them.
+
+    Returns
+    -------
+    DataFrame
+        ``run, index, measure, excess, seconds``: index is the rank and measure the label; excess is the mean error over
+        the matrices, over that of the exact way; seconds are of all matrices.
+    """
+    rows = last(table[table["quantity"].str.startswith("factoring_")])
+    cells = rows.groupby(["run", "index", "quantity"], observed=True)["value"].agg(["mean", "sum"]).unstack("quantity")
+    errors, seconds = cells["mean"], cells["sum"]
+    found = [
+        pd.DataFrame(
+            {
+                "measure": label,
+                "excess": errors[f"factoring_error_{way}"] / errors["factoring_error_svd"],
+                "seconds": seconds[f"factoring_seconds_{way}"],
+            }
+        )
+        for way, label in ways.items()
+    ]
+    return pd.concat(found).reset_index()
 
 
 def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:

@@ -57,6 +57,15 @@ register(
     Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of one step's V, at the last choice of its rank", source=SOURCE),
 )
 register("factor_trials", Quantity("factorings", pool="sum", definition="for one choice of the rank", source=SOURCE))
+register(
+    "factor_seconds",
+    Quantity("time of a choice", "s", pool="sum", definition="wall-clock time in AS-RSI, for one choice of the rank"),
+)
+register("factor_norm", Quantity("‖QUᵀ‖", pool="norm", definition="Frobenius norm of the factored second moment"))
+register(
+    "factor_share",
+    Quantity("k / k_max", definition="columns of the factors over the most that a choice may take", source=SOURCE),
+)
 register("factor_bytes", Quantity("factors of V", "bytes", pool="sum", definition="bytes that Q and U hold"))
 register(
     "negative_share",
@@ -167,6 +176,9 @@ class Adapprox(Method, name="adapprox"):
             yield Record("direction_rms", float(state["rms"]), module)
             yield Record("factor_error", state["error"], module)
             yield Record("factor_trials", state["trials"], module)
+            yield Record("factor_seconds", state["seconds"], module)
+            yield Record("factor_norm", float(U.norm()), module)  # Q has orthonormal columns
+            yield Record("factor_share", Q.shape[1] / s_rsi.largest(Q.shape[0], U.shape[0], self.max_rank), module)
             yield Record("negative_share", state["negative"], module)
             yield Record("negative_mass", state["negative_mass"], module)
             if "cosine" in state:  # without a first moment there is none

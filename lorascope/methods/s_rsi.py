@@ -117,6 +117,12 @@ def factoring(A: Float[Tensor, "m n"], generator: torch.Generator, iterations: i
     return partial(s_rsi, A, generator=generator, iterations=iterations, oversampling=oversampling)
 
 
+def largest(rows: int, columns: int, max_rank: int | None) -> int:
+    """k_max: as set, or a quarter of the smaller side."""
+    smaller = min(rows, columns)
+    return min(smaller, max_rank or max(1, smaller // 4))
+
+
 def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]) -> Factored:
     """AS-RSI under the rule that the options of ``AdapproxOptimizer`` name.
 
@@ -129,8 +135,7 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
         Of this matrix; the rule "ema" keeps its share there, and goes by the error of the choice before.
     options : mapping
     """
-    smaller = min(A.shape)
-    cap = min(smaller, options["max_rank"] or max(1, smaller // 4))
+    smaller, cap = min(A.shape), largest(*A.shape, options["max_rank"])
     match options["rank_rule"]:
         case "restart":
             scale = (cap - 1) / 191 if options["growth_scale"] is None else options["growth_scale"]

@@ -12,7 +12,7 @@ from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
 from lorascope.plots.memory import memory
-from lorascope.plots.moments import factor_error, factor_rank, learning_rates, moment_error, second_moments
+from lorascope.plots.moments import factor_error, factor_rank, factorings, moment_error, second_moments
 from lorascope.plots.neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
 from lorascope.plots.quality import quality
@@ -21,7 +21,7 @@ from lorascope.plots.recovery import planted
 from lorascope.plots.schedule import active_layers
 from lorascope.plots.scores import against_truth, agreement
 from lorascope.plots.subspaces import spectrum, subspace_similarity
-from lorascope.plots.training import training_curves
+from lorascope.plots.training import guidance, learning_rates, training_curves
 
 __all__ = [
     "FIGURES",
@@ -37,10 +37,12 @@ __all__ = [
     "factor_embedding",
     "factor_error",
     "factor_rank",
+    "factorings",
     "fourier_spectrum",
     "frequency_bias",
     "gate_course",
     "gates",
+    "guidance",
     "importance",
     "learning_rates",
     "mean_norm",

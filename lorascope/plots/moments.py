@@ -1,4 +1,4 @@
-"""Figures of second moments: their singular values, the ranks and errors of their factors, and what a rate is worth."""
+"""Figures of second moments: their singular values, ways to factor them, and the ranks and errors of their factors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lorascope.analysis import moments, norms
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, gather
+from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
 from lorascope.roles import ROLES
 
 _DEALT = "dealt by lot"
@@ -19,6 +19,14 @@ _ERRORS = {
     "moment_error_s_rsi": _SKETCH,
     "moment_error_rank_one": _ROW_COLUMN,
     "moment_error_dealt": f"least, {_DEALT}",
+}
+_WAYS = {
+    "l1_p5": "S-RSI, l = 1, p = 5",
+    "l2_p5": "S-RSI, l = 2, p = 5",
+    "l5_p0": "S-RSI, l = 5, p = 0",
+    "l5_p5": "S-RSI, l = 5, p = 5",
+    "svd_lowrank": "svd_lowrank, 5 rounds, 5 to spare",
+    "svd": "exact decomposition",
 }
 _COURSES = {
     "factor_error": "of one step's V, as the rank is chosen",
@@ -125,12 +133,59 @@ def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Ch
         cells,
         [*_band(cells, "index", "measure"), Line("index", "value", "measure"), Point("index", "value", "measure")],
         title=label if len(cohort.labels) > 1 else "",
-        x=Axis(label="rank k", log=True, ticks={int(rank): str(int(rank)) for rank in sorted(ranks)}),
+        x=_ranks(cells),
         y=Axis(label=axis_label("moment_error"), limits=(0, None)),
         caption=caption,
         colors=list(_ERRORS.values()),
         meta=cohort.meta,
     )
+
+
+@figure(
+    needs=("factoring_error_svd",),
+    reads="On the left 1 is the least error that a rank can have; how far a line stays above it is what its rounds l "
+    "and its columns to spare p have missed. On the right what it takes: where the exact decomposition is no slower, "
+    "there is no reason for any other.",
+    misleads="Times are of one machine and the sizes of one block, each the shorter of two; beside other work they "
+    "tell of that too. They do not grow evenly: some libraries multiply by a few columns more slowly than by sixteen.",
+)
+def factorings(runs: Runs, control: Runs | None = None) -> Panels:
+    """Error and time of S-RSI by rank, rounds and columns to spare, beside torch's decompositions (Adapprox).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        With ``observe.factorings()``; a pair of panels a label.
+    """
+    cohort = gather("factorings", runs, control)
+    cohort.require("factoring_error_svd")
+    table = cohort.label(cohort.table)
+    caption = cohort.caption(
+        "Second moments of one block at the last look. Errors in Frobenius norm, mean over the matrices, over the mean "
+        "of the exact decomposition's; times summed over the matrices."
+    )
+    panels = []
+    for label in cohort.labels:
+        found = moments.factorings(table[table["recipe"] == label], _WAYS)
+        for what, name in (("excess", "error / least error"), ("seconds", "time (s)")):
+            cells = band(found.assign(value=found[what]), ["measure", "index"])
+            panels.append(
+                Chart(
+                    cells,
+                    [
+                        *_band(cells, "index", "measure"),
+                        Line("index", "value", "measure"),
+                        Point("index", "value", "measure"),
+                    ],
+                    title=label if len(cohort.labels) > 1 else "",
+                    x=_ranks(cells),
+                    y=Axis(label=name, log=True),
+                    caption=caption,
+                    colors=list(_WAYS.values()),
+                    meta=cohort.meta,
+                )
+            )
+    return beside(*panels)
 
 
 @figure(
@@ -223,50 +278,8 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
     return panels[0] if len(panels) == 1 else beside(*panels)
 
 
-@figure(
-    needs=("eval_loss", "test_loss"),
-    reads="On the left each method's validation loss by rate: a minimum inside says that its best rate was tried. On "
-    "the right the test loss at that rate, chosen on validation. Where intervals overlap, the seeds do not rank them.",
-    misleads="A best rate at an end of the range need not be the best there is. Few steps favour what moves fast at "
-    "first, and a rate means something else to each method, so that equal numbers are no fair comparison.",
-)
-def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
-    """Validation loss by learning rate, beside the test loss of each method at its own best.
-
-    Parameters
-    ----------
-    runs, control : mapping label -> runs
-        What stands before " at " in a label is the method.
-    """
-    cohort = gather("learning_rates", runs, control)
-    cohort.require("eval_loss", "test_loss")
-    cells = moments.rates(cohort.label(cohort.table), {run.id: run.meta["settings"]["lr"] for run in cohort.runs})
-    chosen = moments.best(cells["eval_loss"])
-    methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
-    tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
-    tested = tested.assign(at=tested["method"])
-    rates = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
-    caption = cohort.caption(f"Best rates by mean validation loss at the end: {rates}.", interval=f"bars: {INTERVAL}")
-    panels = []
-    for x, table, title, quantity in (
-        ("lr", cells["eval_loss"], "by rate", "eval_loss"),
-        ("at", tested, "each at its best", "test_loss"),
-    ):
-        low, high = ("low", "high") if table["low"].notna().any() else (None, None)
-        line = [Line("lr", "value", "method")] if x == "lr" else []
-        panels.append(
-            Chart(
-                table,
-                [*line, Point(x, "value", "method", low=low, high=high)],
-                title=title,
-                x=Axis(label="learning rate", log=True) if x == "lr" else Axis(order=methods),
-                y=Axis(label=axis_label(quantity)),
-                caption=caption,
-                colors=methods,
-                meta=cohort.meta,
-            )
-        )
-    return beside(*panels)
+def _ranks(cells: pd.DataFrame) -> Axis:
+    return Axis(label="rank k", log=True, ticks={int(rank): str(int(rank)) for rank in sorted(cells["index"].unique())})
 
 
 def _kept_dense(cohort: Cohort) -> str:

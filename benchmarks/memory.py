@@ -1,0 +1,47 @@
+"""What one step holds, by every way to train, on both models that need no network: python benchmarks/memory.py
+
+It prints the rows of the README's table and draws its figure. Every step is measured in a process of its own; the runs
+lie in ``--runs``, where a second call finds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import lorascope as ls
+from lorascope.analysis import norms
+
+MODELS = {"minilm": "minilm", "smollm2": partial(ls.models.load, "smollm2", blocks=6)}
+WAYS = {
+    "full (AdamW)": ls.Full(),
+    "LoRA, rank 8": ls.LoRA(rank=8, targets="all-linear"),
+    "LISA, 2 blocks": ls.LISA(n_active=2),
+    "Adapprox": ls.Adapprox(),
+    "Adapprox, rank 1, no first moment": ls.Adapprox(max_rank=1, betas=(0.0, 0.999)),
+    "Adafactor": ls.Full(rule="adafactor"),
+    "CAME": ls.Full(rule="came"),
+}
+PARTS = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--figure", default="memory.png")
+    arguments = parser.parse_args()
+    found: dict[str, list[ls.Run]] = {way: [] for way in WAYS}
+    for name in arguments.models:
+        print(f"| {name} | parameters | gradients | optimizer | peak |")
+        for way, method in WAYS.items():
+            run = ls.memory.measure(MODELS[name], "sentiment", method, root=arguments.runs)
+            found[way].append(run)
+            held = norms.last(run.table).set_index("quantity")["value"] / 2**20
+            parameters, gradients, optimizer, peak = (held[part] for part in PARTS)
+            print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
+    ls.plots.memory(found).save(arguments.figure)
+
+
+if __name__ == "__main__":
+    main()

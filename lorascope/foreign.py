@@ -3,14 +3,84 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lorascope.fourier import Fourier
 from lorascope.hosts import host_weight, to_array
 from lorascope.update import Dense, LowRank
+
+
+class PeftDelta:
+    """A PEFT layer under the questions that a Delta answers.
+
+    Parameters
+    ----------
+    layer : Module
+        It has a ``peft_update``.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        self.layer = layer
+
+    @property
+    def rank(self) -> int:
+        """Components of the update."""
+        return self.update().rank
+
+    def update(self) -> LowRank | Dense:
+        """A copy of the update in numpy."""
+        update = peft_update(self.layer)
+        assert update is not None
+        return update
+
+    def factors(self) -> dict[str, Tensor]:
+        """What makes the update, as ``forms.update_from`` takes it; nothing where it has no factors."""
+        match self.update():
+            case Fourier() as update:
+                arrays = {"coefficients": update.coefficients, "entries": update.entries}
+                arrays["shape"] = np.array(update.shape)
+            case LowRank() as update:
+                arrays = {"A": update.A, "B": update.B}
+            case _:
+                arrays = {}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def without_peft(model: Any) -> Any:
+    """The model inside a ``PeftModel``, its layers still wrapped; any other as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def bare(module: Any) -> Any:
+    """The module inside PEFT's wrappers; of one that PEFT trains as a copy, that copy."""
+    if is_peft_layer(module):
+        return bare(module.base_layer)
+    if hasattr(module, "original_module"):
+        copies = getattr(module, "modules_to_save", {})
+        active = [name for name in module.active_adapters if name in copies]
+        return bare(copies[active[0]] if active else module.original_module)
+    return module
+
+
+def bare_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """All parameters but PEFT's under the names that they have without it; a shared one once."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for path, module in _bare_modules(without_peft(model), ""):
+        for name, parameter in module.named_parameters(recurse=False):
+            found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
+    return dict(found.values())
+
+
+def _bare_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+    module = bare(module)
+    yield path, module
+    for name, child in module.named_children():
+        yield from _bare_modules(child, f"{path}.{name}".lstrip("."))
 
 
 def is_peft_layer(module: nn.Module) -> bool:

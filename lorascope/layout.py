@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
+# In place of the checksum of a file that is whole at any moment, but another one soon.
+GROWING = "growing"
+
+
 class Lazy(Mapping[str, Any]):
     """A mapping whose values are made when they are asked for."""
 

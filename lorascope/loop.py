@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from lorascope.run import Run
 from lorascope.session import Session
 from lorascope.settings import Settings
 from lorascope.state import seeded
+from lorascope.stepping import not_finite
 from lorascope.tasks import Task
 
 
@@ -243,12 +243,9 @@ def _best_device() -> str:
 
 
 def _stop_unless_finite(session: Session, loss: float, norm: float | None, rate: float) -> None:
-    if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
-        return
-    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient norm became {norm}"
-    reason = f"{what} at step {session.step.index + 1} of {session.step.total} (rate {rate:.3g}): lower lr, or clip"
-    session.fail(reason)
-    raise FloatingPointError(f"{reason}; records up to there are in {session.path}")
+    if reason := not_finite(session.step, loss, norm, rate):
+        session.fail(reason)
+        raise FloatingPointError(f"{reason}; records up to there are in {session.path}")
 
 
 def _slug(name: str) -> str:

@@ -160,6 +160,8 @@ class Step:
         W_0, read-only.
     modules : DataFrame
         ``names.describe`` of the model before ``attach``.
+    unseen : callable or None
+        Gives held-out text; None where there is none to be had, as under a Trainer.
     """
 
     index: int
@@ -168,9 +170,11 @@ class Step:
     optimizer: torch.optim.Optimizer
     base: Mapping[str, Tensor]
     modules: pd.DataFrame
-    compute_loss: Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor] = field(repr=False)
-    draw: Callable[[int | None, bool], Batch] = field(repr=False)
-    unseen: Callable[[int | None], HeldOut] = field(repr=False)
+    compute_loss: Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor] | None = field(
+        default=None, repr=False
+    )
+    draw: Callable[[int | None, bool], Batch] | None = field(default=None, repr=False)
+    unseen: Callable[[int | None], HeldOut] | None = field(default=None, repr=False)
     batch: Batch = field(default_factory=dict, repr=False)
     best: bool = False
 
@@ -202,7 +206,7 @@ class Step:
         """
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
         with torch.random.fork_rng(devices=cuda):
-            return self.compute_loss(self.model, batch, params or {})
+            return _given(self.compute_loss, "a loss")(self.model, batch, params or {})
 
     def validation(self, size: int | None = None, fixed: bool = False) -> Batch:
         """A batch of the search split, drawn by a generator of its own.
@@ -214,7 +218,7 @@ class Step:
         fixed : bool
             Always the same rows.
         """
-        return self.draw(size, fixed)
+        return _given(self.draw, "a search split")(size, fixed)
 
     def held_out(self, size: int | None = None) -> HeldOut:
         """The first rows of the validation split, always the same ones: text to look at the model by.
@@ -224,7 +228,13 @@ class Step:
         size : int, optional
             Rows; all that validation uses by default.
         """
-        return self.unseen(size)
+        return _given(self.unseen, "held-out text")(size)
+
+
+def _given(source: Callable[..., Any] | None, what: str) -> Callable[..., Any]:
+    if source is None:
+        raise ValueError(f"{what} of its own is not to be had under a Trainer: train with ls.train")
+    return source
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.delta import adapted, host_weight, to_array
+from lorascope.delta import host_weight, to_array
 from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
 from lorascope.method import Step
@@ -26,7 +26,7 @@ from lorascope.moments import factor_drift, factor_optimum, factorings, second_m
 from lorascope.observer import Observer
 from lorascope.records import Factors, Item, Record, Snapshot
 from lorascope.sensed import coefficients, neurons
-from lorascope.trained import Trained, inner, squares
+from lorascope.trained import Trained, adapters, inner, squares
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
 from lorascope.utilised import utilisation
 
@@ -61,9 +61,9 @@ class factors(Observer):
 
 
 def factors_of(model: nn.Module) -> list[Factors]:
-    """The factors of every adapter of a model."""
+    """The factors of every adapter of a model, ours or PEFT's."""
     kept = []
-    for module, delta in adapted(model).items():
+    for module, delta in adapters(model).items():
         update = delta.update()
         arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
         scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None

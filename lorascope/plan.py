@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorascope import __version__
 from lorascope.delta import adapted
+from lorascope.foreign import bare, bare_parameters, without_peft
 from lorascope.heads import draw_new_weights, fit_head, weights_hash
 from lorascope.hosts import host_kind
 from lorascope.layout import identify
@@ -29,6 +30,7 @@ from lorascope.run import SCHEMA, Run
 from lorascope.settings import Settings
 from lorascope.tasks import Task
 from lorascope.tensors import is_partial, write_json
+from lorascope.trained import adapters
 
 try:
     import fcntl
@@ -39,27 +41,31 @@ _MARK = "_lorascope_trained"
 
 
 class Base(Mapping[str, Tensor]):
-    """W_0 as a read-only mapping parameter name -> tensor: copies of what trains, the living tensor for the rest."""
+    """W_0 as a read-only mapping parameter name -> tensor: copies of what trains, the living tensor for the rest.
+
+    Adapters are no part of it.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self._live = dict(model.named_parameters())
-        self._kept: dict[str, Tensor] = {}
+        adapters = {id(parameter) for delta in adapted(model).values() for parameter in delta.parameters()}
+        self._live = {name: p for name, p in bare_parameters(model).items() if id(p) not in adapters}
+        self.kept: dict[str, Tensor] = {}
 
     def capture(self, optimizer: torch.optim.Optimizer) -> None:
         """Copy what the optimizer is about to change."""
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._live.items():
-            if id(parameter) in trained and name not in self._kept:
-                self._kept[name] = parameter.detach().clone()
+            if id(parameter) in trained and name not in self.kept:
+                self.kept[name] = parameter.detach().clone()
 
     def put_back(self) -> None:
         """Set the model to W_0 again."""
         with torch.no_grad():
-            for name, tensor in self._kept.items():
+            for name, tensor in self.kept.items():
                 self._live[name].copy_(tensor)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._kept[name] if name in self._kept else self._live[name].detach()
+        return self.kept[name] if name in self.kept else self._live[name].detach()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._live)
@@ -122,35 +128,41 @@ class Plan:
         device: str,
     ) -> dict[str, Any]:
         """What ``run.json`` holds while the run is on its way; ``still`` entries of what trains never change."""
-        head = {id(parameter) for parameter in task_head(model).values()}
-        return self.identity() | {
+        own = {
             "id": self.id,
             "recipe": config(self.recipe),
             "label": self.recipe.label(),
-            "model": name_of(model),
             "task": self.task.name,
             "labels": list(self.task.labels) if self.task.kind == "classification" else None,
-            "versions": {
-                "lorascope": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-            "commit": _commit(),
-            "device": device,
-            "status": "running",
             "parents": [f"../{run.path.name}" for run in parents if run.path],
-            "checksums": {},
-            "states": {},
-            "test": {},
-            "parameters": {
-                "total": sum(p.numel() for p in model.parameters()),
-                "trained": sum(p.numel() for p in trained) - still,
-                "head": sum(p.numel() for p in trained if id(p) in head),
-            },
             "total_seconds": sum(run.meta["seconds"] for run in parents),
-            "hosts": {name: host_kind(model.get_submodule(name)) for name in adapted(model)},
-            "modules": modules.astype(object).where(modules.notna(), None).to_dict("records"),
         }
+        return self.identity() | circumstances(model, trained, still, modules, device) | own
+
+
+def circumstances(
+    model: nn.Module, trained: Sequence[nn.Parameter], still: int, modules: pd.DataFrame, device: str
+) -> dict[str, Any]:
+    """What ``run.json`` holds of a run on its way, whoever trains; ``still`` entries of what trains never change."""
+    head = {id(parameter) for parameter in task_head(model).values()}
+    return {
+        "model": name_of(model),
+        "versions": {"lorascope": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "commit": _commit(),
+        "device": device,
+        "status": "running",
+        "parents": [],
+        "checksums": {},
+        "states": {},
+        "test": {},
+        "parameters": {
+            "total": sum(p.numel() for p in model.parameters()),
+            "trained": sum(p.numel() for p in trained) - still,
+            "head": sum(p.numel() for p in trained if id(p) in head),
+        },
+        "hosts": {name: host_kind(bare(model.get_submodule(name))) for name in adapters(model)},
+        "modules": modules.astype(object).where(modules.notna(), None).to_dict("records"),
+    }
 
 
 def _commit() -> str | None:
@@ -179,12 +191,16 @@ def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
     mark = getattr(model, _MARK, None)
     if mark is not None:
         return mark
-    carried = adapted(model)
-    if carried:
-        raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")
+    refuse_adapted(model)
     fit_head(model, task.labels if task.kind == "classification" else None)
     draw_new_weights(model, seed)
     return Mark("", weights_hash(model), Base(model))
+
+
+def refuse_adapted(model: nn.Module) -> None:
+    """Raise a ValueError where a model carries adapters, ours or PEFT's: it is no W_0."""
+    if carried := adapters(without_peft(model)):
+        raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")
 
 
 def claim(folder: Path, plan: Plan, overwrite: bool) -> None:

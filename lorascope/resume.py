@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import UInt8
 
 from lorascope.state import load_tree, save_tree
 from lorascope.tensors import write_bytes
@@ -29,10 +30,8 @@ class Checkpoints:
 
     def save(self, finished: int, tree: dict[str, Any], table: pd.DataFrame) -> None:
         """Write a checkpoint after so many finished steps; only then are older ones and their best states removed."""
-        rows = io.BytesIO()
-        table.to_parquet(rows, index=False)
         file = self.folder / f"step-{finished:08d}.safetensors"
-        save_tree(file, tree | {"finished": finished, "table": np.frombuffer(rows.getvalue(), np.uint8)})
+        save_tree(file, tree | {"finished": finished, "table": pack_rows(table)})
         best = tree["best"]
         kept = {file} if best is None else {file, self.best_file(best["step"])}
         for old in set(self.folder.glob("*.safetensors")) - kept:
@@ -46,7 +45,7 @@ class Checkpoints:
             except ValueError as error:
                 warnings.warn(f"{error}; going on from an earlier step", stacklevel=2)
                 continue
-            return tree, pd.read_parquet(io.BytesIO(tree.pop("table").tobytes()))
+            return tree, unpack_rows(tree.pop("table"))
         return None
 
     def best_file(self, step: int) -> Path:
@@ -56,3 +55,15 @@ class Checkpoints:
     def keep_best(self, step: int) -> None:
         """Put the best state to where a finished run has it."""
         write_bytes(self.path / "state/best.safetensors", self.best_file(step).read_bytes())
+
+
+def pack_rows(table: pd.DataFrame) -> UInt8[np.ndarray, "bytes"]:
+    """A table as a state can keep it."""
+    rows = io.BytesIO()
+    table.to_parquet(rows, index=False)
+    return np.frombuffer(rows.getvalue(), np.uint8)
+
+
+def unpack_rows(packed: UInt8[np.ndarray, "bytes"]) -> pd.DataFrame:
+    """The table that ``pack_rows`` got."""
+    return pd.read_parquet(io.BytesIO(packed.tobytes()))

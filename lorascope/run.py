@@ -21,7 +21,7 @@ from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
 from lorascope.forms import update_from
 from lorascope.fourier import Fourier
-from lorascope.layout import Lazy, snapshot_file
+from lorascope.layout import GROWING, Lazy, snapshot_file
 from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
 from lorascope.update import LowRank
@@ -266,7 +266,7 @@ class Run:
         if expected is None or not file.exists():
             hint = "" if self.finished else f" (it is {self.meta['status']}: the same call of train goes on with it)"
             raise FileNotFoundError(f"run {self.id} has no {name} in {self._folder}{hint}")
-        if file_hash(file) != expected:
+        if expected != GROWING and file_hash(file) != expected:
             raise ValueError(f"{file} does not match its checksum in run.json: it was changed or cut short")
         return file
 
@@ -281,9 +281,9 @@ class Run:
         return self._state(state)["step"] if step is None else step
 
     def _all_steps(self) -> list[int]:
-        return sorted(
-            int(path.stem.removeprefix("step-")) for path in self._folder.glob("snapshots/step-*.safetensors")
-        )
+        # Those told of alone: a run that is on its way may have written another since.
+        names = [name for name in self.meta["checksums"] if name.startswith("snapshots/")]
+        return sorted(int(Path(name).stem.removeprefix("step-")) for name in names)
 
     def _snapshots(self, step: int) -> TensorFile:
         opened = self.__dict__.setdefault("_opened", {})

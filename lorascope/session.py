@@ -35,6 +35,7 @@ from lorascope.state import (
     save_state,
     trained_tensors,
 )
+from lorascope.stepping import clip_gradients, looked_at, trained_parameters
 from lorascope.writer import RunWriter
 
 
@@ -83,8 +84,8 @@ class Session:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What the optimizer may change, and what clipping covers."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """What the optimizer may change."""
+        return trained_parameters(self.optimizer)
 
     @property
     def seconds(self) -> float:
@@ -165,9 +166,7 @@ class Session:
 
     def clip(self) -> float | None:
         """Clip all trained gradients together; gives their norm before, or None where nothing is clipped."""
-        if self.settings.clip is None:
-            return None
-        return float(torch.nn.utils.clip_grad_norm_(self.trained, self.settings.clip))
+        return clip_gradients(self.optimizer, self.settings.clip)
 
     def evaluate(self) -> Score | None:
         """At the steps set: validation loss and metric; marks the step and saves the state when it is the best yet.
@@ -198,16 +197,8 @@ class Session:
     def record(self, loss: float | None = None, norm: float | None = None, rate: float | None = None) -> None:
         """Collect what loop, method and observers have to say of this step."""
         own = {"loss": loss, "grad_norm": norm, "lr": rate, "seconds": self.seconds}
-        items: list[Any] = [Record(name, value) for name, value in own.items() if value is not None]
-        items.extend(self.method.records(self.step))
-        # Of what both can tell, such as a rank at the step that changes it, the method's word is enough.
-        told = {(item.quantity, item.module) for item in items if isinstance(item, Record)}
-        for observer in self.observers:
-            items.extend(
-                item
-                for item in observer(self.step)
-                if not isinstance(item, Record) or (item.quantity, item.module) not in told
-            )
+        told = [Record(name, value) for name, value in own.items() if value is not None]
+        items = looked_at(self.step, [*told, *self.method.records(self.step)], self.observers)
         self.writer.add(self.step.finished, items)
 
     # -- saving and resuming ------------------------------------------------------------------------------------

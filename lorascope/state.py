@@ -156,6 +156,15 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 places[name].data = tensor.to(places[name].device)
 
 
+def fingerprint(optimizer: torch.optim.Optimizer) -> str:
+    """A hash over the first entries of all that trains: tells whether weights are those that a state belongs to."""
+    digest = hashlib.sha256()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            digest.update(parameter.detach().reshape(-1)[:8].double().cpu().numpy().data)
+    return digest.hexdigest()
+
+
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's groups and state, with parameter names in place of parameters."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}

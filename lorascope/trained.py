@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.delta import Delta, adapted
+from lorascope.foreign import PeftDelta, bare, bare_parameters, is_peft_layer, peft_update
 from lorascope.fourier import Fourier
 from lorascope.hosts import oriented, to_array
 from lorascope.method import Step
@@ -30,6 +31,7 @@ class Trained:
     dense : dict label -> Parameter
         Parameters of the base that train themselves. The label of a weight is its module, of any other its own name.
     deltas : dict module -> Delta
+        Or PEFT's layer, seen as one.
     hosts : dict module -> Module
         Adapted modules.
     parameter_of : dict label -> str
@@ -42,7 +44,7 @@ class Trained:
     """
 
     dense: dict[str, nn.Parameter]
-    deltas: dict[str, Delta]
+    deltas: dict[str, Delta | PeftDelta]
     hosts: dict[str, Any]
     parameter_of: dict[str, str]
     changed: frozenset[str]
@@ -55,11 +57,11 @@ class Trained:
         rows = step.modules
         uses = {f"{name}.weight": row for name, row in _uses(zip(rows["module"], rows["tied"], strict=True))}
         trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
-        parameters = {name: p for name, p in step.model.named_parameters() if name in step.base}
+        parameters = {name: p for name, p in bare_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
         dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
-        deltas = adapted(step.model)
-        hosts = {module: step.model.get_submodule(module) for module in deltas}
+        deltas = adapters(step.model)
+        hosts = {module: bare(step.model.get_submodule(module)) for module in deltas}
         parameter_of = {label: names[id(p)] for label, p in dense.items()}
         changed = frozenset(parameter_of.values())
         parameter_of |= {module: names[id(host.weight)] for module, host in hosts.items()}
@@ -78,6 +80,13 @@ class Trained:
         """An adapted module's weight and an update together, in the layout of the weight."""
         matrix = torch.from_numpy(update.dense()).to(weight)
         return weight + oriented(self.hosts[module], matrix).reshape(weight.shape)
+
+
+def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
+    """What adapts a module, ours or PEFT's, by the name that the module has without PEFT."""
+    layers = {name: module for name, module in model.named_modules() if is_peft_layer(module)}
+    active = {name: PeftDelta(layer) for name, layer in layers.items() if peft_update(layer) is not None}
+    return {**adapted(model), **active}
 
 
 def _uses(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

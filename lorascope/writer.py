@@ -7,7 +7,7 @@ only once everything else lies there with its checksum.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
-from lorascope.layout import snapshot_file
+from lorascope.layout import GROWING, snapshot_file
 from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
 from lorascope.run import Run
 from lorascope.tensors import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
@@ -95,20 +95,31 @@ class RunWriter:
             self._rows = []
         return self._table
 
+    def flush(self) -> None:
+        """Make the rows so far readable while the run goes on; its files have no checksum yet."""
+        self._write_table()
+        self._write_meta("running", lambda file: GROWING)
+
     def finish(self, status: str) -> Run:
         """Write the table, then ``run.json`` with the checksums of all that lies there."""
+        self._write_table()
+        self._write_meta(status, file_hash)
+        return Run(self.path, self.meta)
+
+    def _write_table(self) -> None:
         buffer = io.BytesIO()
         self.table().to_parquet(buffer, index=False)
         write_bytes(self.path / "records.parquet", buffer.getvalue())
+
+    def _write_meta(self, status: str, checksum: Callable[[Path], str]) -> None:
         files = [self.path / "records.parquet", *self.path.glob("snapshots/*"), *self.path.glob("state/*")]
         used = self.table()["quantity"].cat.categories
         self.meta |= {
             "status": status,
-            "checksums": {str(file.relative_to(self.path).as_posix()): file_hash(file) for file in sorted(files)},
+            "checksums": {str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(files)},
             "quantities": {name: _describe(name) for name in used},
         }
         write_json(self.path / "run.json", self.meta)
-        return Run(self.path, self.meta)
 
 
 def _describe(name: str) -> dict[str, str]:

@@ -83,7 +83,8 @@ class HydraLoRA(Method, name="hydralora"):
         Steps between two looks at the gates on held-out text; step 0 and the last are always looked at. Norms are those
         of the update at the mean gates of the last look, so that ``step_norm`` at a look holds what gates moved, too.
     gate_rows : int
-        Rows of the validation split that gates are looked at on, its first ones.
+        Rows of the validation split that gates are looked at on, its first ones. A Trainer shows none: its updates are
+        at even gates, and ``ls.mean_gates`` looks afterwards.
     """
 
     rank: int = 4
@@ -143,7 +144,7 @@ class HydraLoRA(Method, name="hydralora"):
     def _look(self, step: Step) -> Iterable[Item]:
         kept = step.finished == 0 or step.last
         routed = {name: delta for name, delta in self._deltas.items() if isinstance(delta, RoutedDelta)}
-        if routed:
+        if routed and step.unseen is not None:
             held = step.held_out(self.gate_rows)
             gates = {name: delta.gates for name, delta in routed.items()}
             sizes = {name: delta.head_sizes for name, delta in routed.items()}

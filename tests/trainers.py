@@ -1,0 +1,105 @@
+"""One tiny classifier under the Trainer, on the very batches that ``train`` takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+import lorascope as ls
+from lorascope import models
+from lorascope.observer import Observer
+from lorascope.plan import first_use
+from lorascope.state import seeded
+
+STEPS, ROWS = 6, 8
+IN, OUT = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"
+
+# All that the Trainer can drive; sizes at which something happens within six steps of a model of width 32.
+METHODS = {
+    "full": ls.Full(lr=1e-3, head_lr=1e-2),
+    "lora": ls.LoRA(rank=4, lr=1e-2, head_lr=1e-2),
+    "adalora": ls.AdaLoRA(init_rank=4, target_rank=2, mask_every=1),
+    "fourierft": ls.FourierFT(coefficients=16),
+    "hydralora": ls.HydraLoRA(rank=2),
+    "lisa": ls.LISA(n_active=1, lr=1e-3),
+    "neft": ls.NeFT(neurons={IN: [1, 2, 40], OUT: [3, 5]}, lr=1e-2),
+    "adapprox": ls.Adapprox(min_dim=8, reselect_every=2, lr=1e-3),
+}
+
+
+@dataclass(kw_only=True)
+class Batches(Observer):
+    """Keeps the batches of the latest run."""
+
+    kept: ClassVar[list[dict[str, torch.Tensor]]] = []
+
+    def __call__(self, step):
+        if step.finished == 0:
+            self.kept.clear()
+        else:
+            self.kept.append(step.batch)
+        return ()
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def by_train(folder: str, task, method, out: Path, **settings: Any):
+    """The model trained by ``train``, its run, and the rows it saw, in order."""
+    model = without_dropout(models.load(folder, task=task))
+    own = {"steps": STEPS, "batch_size": ROWS, "warmup": 0, "eval_every": 0, "progress": False, "device": "cpu"}
+    run = ls.train(model, task, method, out=out, observe=[Batches(), ls.observe.norms(every=2)], **own | settings)
+    rows = [{key: value[i] for key, value in batch.items()} for batch in Batches.kept for i in range(ROWS)]
+    return model, run, rows
+
+
+def fresh(folder: str, task):
+    """The model as ``train`` begins with it, its head drawn from the seed 0."""
+    model = without_dropout(models.load(folder, task=task))
+    first_use(model, task.fit(model), 0)
+    return model
+
+
+def arguments(out: Path, accumulate: int = 1, **settings: Any) -> TrainingArguments:
+    """Arguments under which the Trainer does what ``train`` does by default."""
+    own = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": ROWS // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(out), **own | settings)
+
+
+def by_trainer(model, rows, out: Path, method=None, clip=1.0, recorder=None, accumulate=1, resume=None, **settings):
+    """Train a model by the Trainer, under a method or by itself."""
+    with seeded(0):
+        kwargs: dict[str, Any] = {"callbacks": []} if method is None else ls.trainer_kwargs(method, model, clip=clip)
+    kwargs["callbacks"] += [recorder] if recorder else []
+    trainer = Trainer(model, arguments(out, accumulate, **settings), train_dataset=rows, **kwargs)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def same_weights(one, other):
+    """Every parameter of two models is equal, bit for bit."""
+    left, right = dict(one.named_parameters()), dict(other.named_parameters())
+    assert left.keys() == right.keys()
+    for name, parameter in left.items():
+        assert torch.equal(parameter, right[name]), name

@@ -52,14 +52,14 @@ class MethodCallback(TrainerCallback):
 
     def __init__(self, method: Method, model: nn.Module, settings: Settings) -> None:
         refuse_adapted(model)
-        base = Base(model)
-        self.method, self.settings = _only_phase(method, base), settings
+        self.base = Base(model)
+        self.method, self.settings = _only_phase(method, self.base), settings
         self.w0_hash = weights_hash(model)
         modules = names.describe(model)
         self.method.attach(model)
         self.optimizer = self.method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
-        base.capture(self.optimizer)
-        self.step = Step(-1, 0, model, self.optimizer, base, modules)
+        self.base.capture(self.optimizer)
+        self.step = Step(-1, 0, model, self.optimizer, self.base, modules)
         self.norm: float | None = None
         self._due = False
         setattr(model, _MARK, self)

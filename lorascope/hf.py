@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorascope.driving import MethodCallback
-from lorascope.method import Method, task_head
+from lorascope import names
+from lorascope.driving import (
+    MethodCallback,
+    driver_of,
+    plain,
+    read_beside,
+    refuse_sharded,
+    write_beside,
+)
+from lorascope.foreign import without_peft
+from lorascope.method import Method, Step, task_head
+from lorascope.observe import Observer, norms
+from lorascope.plan import Base
+from lorascope.recording import Recording
+from lorascope.records import Record
 from lorascope.settings import Settings
+from lorascope.training import described
+
+FILE = "lorascope-recorder.safetensors"
 
 
 def trainer_kwargs(
@@ -48,3 +68,111 @@ def trainer_kwargs(
     if task_head(model):
         model.accepts_loss_kwargs = False  # type: ignore[assignment]
     return {"optimizers": (callback.optimizer, None), "callbacks": [callback]}
+
+
+class TrainerRecorder(TrainerCallback):
+    """Records what a Trainer trains, as ``train`` does: ``Trainer(..., callbacks=[TrainerRecorder()])``.
+
+    It looks on alone: weights are the same to the bit with it and without. PEFT's adapters are read as ``deltas`` reads
+    them; a method of ``trainer_kwargs`` records its own decisions. Under DDP the first process writes. The folder can
+    be opened by ``load`` all the while: rows reach it every 30 seconds.
+
+    Parameters
+    ----------
+    out : path, optional
+        The run folder; ``lorascope`` in the Trainer's ``output_dir`` by default. A run that lies there is moved aside,
+        unless the Trainer goes on with it.
+    observe : sequence of Observer, optional
+        ``[observe.norms()]`` by default. Held-out text is none of what a Trainer shows, so ``neurons`` and
+        ``utilisation`` are refused.
+    """
+
+    def __init__(self, out: str | Path | None = None, observe: Sequence[Observer] | None = None) -> None:
+        self.out = None if out is None else Path(out)
+        self.observers = (norms(),) if observe is None else tuple(observe)
+        self._recording: Recording | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
+    ) -> None:
+        """Open the folder, and look at the state before the first step."""
+        driver = self._driver = driver_of(trainer["model"])
+        optimizer = self._optimizer = plain(trainer["optimizer"])
+        if driver is None:
+            refuse_sharded(trainer["model"], trainer["optimizer"])
+            step, base = _step(without_peft(trainer["model"]), optimizer, state)
+        else:
+            driver.on_train_begin(args, state, control, **trainer)
+            step, base = driver.step, driver.base
+        before = read_beside(args, state, FILE, optimizer) if state.global_step else None
+        if not state.is_world_process_zero:
+            return
+        if self._recording is not None:
+            self._recording.break_off()
+        meta = described(args, state, trainer, step, driver, self.observers)
+        meta["id"] = before["id"] if before else secrets.token_hex(6)
+        path = self.out or Path(str(args.output_dir)) / "lorascope"
+        method = None if driver is None else driver.method
+        self._recording = Recording(path, meta, step, base, method, self.observers, before)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
+    ) -> None:
+        """Look at a step, while its gradients are there."""
+        if self._driver is not None:
+            self._driver.on_optimizer_step(args, state, control, **trainer)
+        if (recording := self._recording) is None:
+            return
+        recording.step.index = state.global_step
+        norm = None if self._driver is None else self._driver.norm
+        recording.look({"lr": self._optimizer.param_groups[0]["lr"], "grad_norm": norm})
+        if recording.step.last:
+            recording.conclude()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **trainer: Any
+    ) -> None:
+        """Take the loss, a mean over the steps since the last log, and the gradient norm, where none is our own."""
+        if self._recording is not None and "loss" in logs:
+            own = [Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs]
+            self._recording.add(own)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **trainer: Any
+    ) -> None:
+        """Take the loss on the evaluation set, and the metric that ``metric_for_best_model`` names."""
+        if self._recording is None:
+            return
+        chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
+        kept = {"eval_loss": metrics.get("eval_loss")}
+        if chosen != "eval_loss":
+            kept["eval_metric"] = metrics.get(chosen)
+        self._recording.add(Record(name, float(value)) for name, value in kept.items() if value is not None)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any) -> None:
+        """Put the recorder's state beside the Trainer's checkpoint."""
+        if self._recording is not None:
+            write_beside(args, state, FILE, self._optimizer, self._recording.state())
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
+    ) -> None:
+        """Where training stops early keep the state, before the Trainer may put back the best one."""
+        if self._recording is not None and control.should_training_stop and not self._recording.step.last:
+            self._recording.conclude()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
+    ) -> None:
+        """Close the folder."""
+        if self._recording is not None:
+            self._recording.finish()
+            self._recording = None
+
+
+def _step(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
+    """What observers see where no method of ours trains; what lies there now counts as W_0."""
+    base = Base(model)
+    base.capture(optimizer)
+    described = names.describe(model)
+    return Step(state.global_step - 1, state.max_steps, model, optimizer, base, described), base

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-
 # In place of the checksum of a file that is whole at any moment, but another one soon.
 GROWING = "growing"
 

@@ -22,6 +22,7 @@ from lorascope.run import Run
 METHODS: dict[str, type[Method]] = {}
 
 Batch = dict[str, Tensor]
+Loss = Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor]
 
 # Metadata of a field younger than some runs: at its default it is no part of their identity, so they are found again.
 LATER = {"later": True}

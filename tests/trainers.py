@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import pandas as pd
 import torch
 from transformers import Trainer, TrainingArguments
 
@@ -87,12 +88,39 @@ def arguments(out: Path, accumulate: int = 1, **settings: Any) -> TrainingArgume
     return TrainingArguments(str(out), **own | settings)
 
 
-def by_trainer(model, rows, out: Path, method=None, clip=1.0, recorder=None, accumulate=1, resume=None, **settings):
+def by_trainer(
+    model,
+    rows,
+    out: Path,
+    method=None,
+    *,
+    clip=1.0,
+    recorder=None,
+    recorder_first=False,
+    others=(),
+    accumulate=1,
+    resume=None,
+    eval_dataset=None,
+    compute_metrics=None,
+    draw=0,
+    **settings,
+):
     """Train a model by the Trainer, under a method or by itself."""
-    with seeded(0):
+    with seeded(draw):
         kwargs: dict[str, Any] = {"callbacks": []} if method is None else ls.trainer_kwargs(method, model, clip=clip)
-    kwargs["callbacks"] += [recorder] if recorder else []
-    trainer = Trainer(model, arguments(out, accumulate, **settings), train_dataset=rows, **kwargs)
+    recorders = [recorder] if recorder else []
+    own = kwargs.pop("callbacks")
+    callbacks = [*recorders, *own, *others] if recorder_first else [*own, *recorders, *others]
+    args = arguments(out, accumulate, **settings)
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=rows,
+        eval_dataset=eval_dataset,
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+        **kwargs,
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -103,3 +131,14 @@ def same_weights(one, other):
     assert left.keys() == right.keys()
     for name, parameter in left.items():
         assert torch.equal(parameter, right[name]), name
+
+
+def same_rows(one, other, but):
+    """Two tables have the same rows, bit for bit, but for some quantities and the run's id."""
+    tables = []
+    for table in (one, other):
+        kept = table[~table["quantity"].isin(but)].drop(columns="run")
+        plain = kept.astype(dict.fromkeys(["module", "stack", "role", "quantity"], "str"))
+        tables.append(plain.sort_values(["step", "quantity", "module", "index"]).reset_index(drop=True))
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
+    assert len(tables[0])

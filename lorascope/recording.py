@@ -1,0 +1,183 @@
+"""The run folder of a training that somebody else does: room made for it, written as it goes on, gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorascope.method import Method, Step
+from lorascope.observe import factors_of
+from lorascope.observer import Observer
+from lorascope.plan import Base
+from lorascope.records import Item, Record
+from lorascope.resume import pack_rows, unpack_rows
+from lorascope.run import Run
+from lorascope.state import load_tree, save_state, save_tree
+from lorascope.stepping import looked_at
+from lorascope.trained import adapters
+from lorascope.writer import RunWriter
+
+FLUSH_SECONDS = 30.0
+
+
+class Recording:
+    """What is written of one training.
+
+    Parameters
+    ----------
+    path : path
+        The run folder; what lies there is moved aside, unless it is this very run and unfinished.
+    meta : dict
+        What ``run.json`` will hold; ``started`` is another one at each start.
+    step : Step
+        The living one, kept up to date by whoever trains.
+    base : Base
+        Its W_0.
+    method : Method or None
+        One of ours, if one trains.
+    observers : sequence of Observer
+    before : dict or None
+        ``state()`` at the step from which the training goes on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        meta: dict[str, Any],
+        step: Step,
+        base: Base,
+        method: Method | None,
+        observers: Sequence[Observer],
+        before: dict[str, Any] | None,
+    ) -> None:
+        self.path, self.step, self.base, self.method = path, step, base, method
+        self.observers = [dataclasses.replace(observer) for observer in observers]
+        self._told: tuple[int, set[tuple[str, str]]] = (-1, set())
+        self._clock, self._seconds_before, self._flushed = time.monotonic(), 0.0, math.inf
+        make_room(path, meta["id"] if before else None)
+        self.writer = RunWriter(path, meta)
+        # Its last words, whether it is forgotten or the process ends first. They must not keep the model alive.
+        self._last_words = weakref.finalize(self, _break_off, self.writer)
+        if before is None:
+            self.writer.begin(None)
+            self.look({})
+        else:
+            self._resume(before)
+        self._flush()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time since the beginning, over all resumptions."""
+        return self._seconds_before + time.monotonic() - self._clock
+
+    def look(self, own: dict[str, float | None]) -> None:
+        """Collect what trainer, method and observers have to say of this step."""
+        told: list[Item] = [Record(name, value) for name, value in own.items() if value is not None]
+        told += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
+        self.add(looked_at(self.step, told, self.observers))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def add(self, items: Iterable[Item]) -> None:
+        """Take in what is known of this step, each thing once."""
+        finished = self.step.finished
+        known = self._told[1] if self._told[0] == finished else set()
+        fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
+        self._told = (finished, known | {(item.quantity, item.module) for item in fresh if isinstance(item, Record)})
+        self.writer.add(finished, fresh)
+
+    def _flush(self) -> None:
+        self.writer.flush()
+        self._flushed = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to hold, so that the recording can go on from it; W_0 is put into the folder."""
+        if self.base.kept and not self._base_file.exists():
+            save_tree(self._base_file, self.base.kept)
+        return {
+            "id": self.writer.meta["id"],
+            "observers": [observer.state() for observer in self.observers],
+            "table": pack_rows(self.writer.table()),
+            "seconds": self.seconds,
+        }
+
+    @property
+    def _base_file(self) -> Path:
+        return self.path / "resume/base.safetensors"
+
+    def _resume(self, before: dict[str, Any]) -> None:
+        for observer, state in zip(self.observers, before["observers"], strict=True):
+            observer.restore(state)
+        self._seconds_before = before["seconds"]
+        self.writer.begin(unpack_rows(before["table"]))
+        if self.base.kept:
+            if not self._base_file.exists():
+                raise ValueError(
+                    f"there is no {self._base_file}, and so no W_0 of this run: give its folder, or no resume"
+                )
+            self.base.kept.update(load_tree(self._base_file))
+
+    def conclude(self) -> None:
+        """Keep the state as it is now, as the one that the training ends with."""
+        if not self.step.last:  # stopped early, at a step that nobody knew to be the last
+            self.step.total = self.step.finished
+            self.add(looked_at(self.step, (), self.observers))
+        self.add(factors_of(self.step.model))
+        if self.method is not None:
+            save_state(self.path / "state/last.safetensors", self.step.model, self.step.optimizer, self.method)
+        ranks = {name: adapter.rank for name, adapter in adapters(self.step.model).items()}
+        self.writer.meta["states"] = {"last": {"step": self.step.finished, "ranks": ranks}}
+
+    def break_off(self) -> None:
+        """Close the folder of a training that is not gone on with."""
+        self._last_words()
+
+    def finish(self) -> Run:
+        """Close the folder."""
+        if not self.writer.meta["states"]:
+            self.conclude()
+        self._last_words.detach()
+        self.writer.meta["seconds"] = self.writer.meta["total_seconds"] = self.seconds
+        run = self.writer.finish("done")
+        shutil.rmtree(self.path / "resume", ignore_errors=True)
+        return run
+
+
+def make_room(folder: Path, going_on: str | None) -> None:
+    """Move the run that lies in a folder aside; one that is gone on with stays, and if it was finished a copy goes.
+
+    Raises
+    ------
+    ValueError
+        Something else lies there.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "run.json").exists():
+        raise ValueError(f"{folder} is not empty and holds no run: give another folder")
+    run = Run.read(folder)
+    aside = _free(folder.with_name(f"{folder.name}-{run.id}"))
+    if run.id != going_on:
+        folder.rename(aside)
+    elif run.finished:
+        shutil.copytree(folder, aside)
+
+
+def _free(folder: Path) -> Path:
+    names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000)))
+    return next(name for name in names if not name.exists())
+
+
+def _break_off(writer: RunWriter) -> None:
+    """Say of a run that nobody finished that it is broken, if it lies there still."""
+    file = writer.path / "run.json"
+    if file.exists() and json.loads(file.read_text()).get("started") == writer.meta["started"]:
+        writer.meta["error"] = "the training ended before its last step"
+        writer.finish("broken")

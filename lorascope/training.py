@@ -1,0 +1,112 @@
+"""What ``run.json`` says of a training that transformers' Trainer does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import TrainerState, TrainingArguments
+
+from lorascope.driving import MethodCallback
+from lorascope.method import Step, config
+from lorascope.observer import Observer
+from lorascope.plan import circumstances
+from lorascope.run import SCHEMA
+from lorascope.stepping import trained_parameters
+
+# Of a PEFT configuration, what is no hyper-parameter.
+_ASIDE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"}
+
+
+def described(
+    args: TrainingArguments,
+    state: TrainerState,
+    trainer: dict[str, Any],
+    step: Step,
+    driver: MethodCallback | None,
+    observers: Sequence[Observer],
+) -> dict[str, Any]:
+    """All but the id.
+
+    Parameters
+    ----------
+    args, state, trainer
+        As a callback gets them.
+    step : Step
+    driver : MethodCallback or None
+    observers : sequence of Observer
+    """
+    trained = trained_parameters(step.optimizer)
+    still = 0 if driver is None else driver.method.held_still()
+    recipe, label = _recipe(trainer["model"], step) if driver is None else _own(driver)
+    data = trainer["train_dataloader"].dataset
+    return circumstances(step.model, trained, still, step.modules, str(args.device)) | {
+        "schema": SCHEMA,
+        "started": time.time_ns(),
+        "method": recipe,
+        "recipe": recipe,
+        "label": label,
+        "phase": ["", "train"],
+        "task": _name(data),
+        "labels": _labels(step),
+        "data_hash": getattr(data, "_fingerprint", None),
+        "w0_hash": None if driver is None else driver.w0_hash,
+        "settings": _settings(args, state, step, driver) | {"observers": [o.config() for o in observers]},
+        "seed": args.seed,
+        "total_seconds": 0.0,
+    }
+
+
+def _settings(
+    args: TrainingArguments, state: TrainerState, step: Step, driver: MethodCallback | None
+) -> dict[str, Any]:
+    group = step.optimizer.param_groups[0]
+    return {
+        "steps": state.max_steps,
+        "lr": float(group.get("initial_lr", group["lr"])),
+        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "warmup": float(args.get_warmup_steps(state.max_steps)),
+        "clip": (args.max_grad_norm or None) if driver is None else driver.settings.clip,
+        "weight_decay": float(group.get("weight_decay", 0.0)),
+        "accumulate": args.gradient_accumulation_steps,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+    }
+
+
+def _own(driver: MethodCallback) -> tuple[dict[str, Any], str]:
+    return config(driver.method), driver.method.label()
+
+
+def _recipe(model: Any, step: Step) -> tuple[dict[str, Any], str]:
+    """What trains, where it is none of our methods, and the same in words."""
+    rule = type(step.optimizer).__name__
+    if not hasattr(model, "peft_config"):
+        return {"name": "trainer", "rule": rule}, f"Trainer, {rule}"
+    peft = next(iter(model.peft_config.values()))
+    default = vars(type(peft)())
+    values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
+    told = {
+        key: value
+        for key, value in values.items()
+        if key not in _ASIDE and isinstance(value, int | float | str | list) and value != default.get(key)
+    }
+    kind = str(getattr(peft.peft_type, "value", peft.peft_type))
+    numbers = [f"{key} {value}" for key, value in told.items() if isinstance(value, int | float)]
+    return {"name": "peft", "kind": kind, "rule": rule} | told, ", ".join([f"PEFT {kind}", *numbers])
+
+
+def _labels(step: Step) -> list[str] | None:
+    """Names of the classes, where the head is over classes."""
+    settings = getattr(step.model, "config", None)
+    heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()
+    classes = getattr(settings, "id2label", None) or {}
+    if not heads or heads[-1] != len(classes) or heads[-1] == getattr(settings, "vocab_size", None):
+        return None
+    return [str(classes[number]) for number in sorted(classes)]
+
+
+def _name(data: Any) -> str:
+    """What a data set calls itself, or else its class."""
+    return getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__

@@ -1,0 +1,245 @@
+"""A recorder beside transformers' Trainer: it changes nothing, tells the truth, and goes on where the Trainer does."""
+
+from __future__ import annotations
+
+import gc
+import json
+import warnings
+
+import numpy as np
+import peft
+import pytest
+import torch
+from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
+from transformers import TrainerCallback
+
+import lorascope as ls
+from lorascope import delta, models, recording
+from lorascope.state import seeded
+
+NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
+
+
+@pytest.fixture(scope="module")
+def rows(bert, task):
+    encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
+    batch = encoded.batch(range(6 * ROWS))
+    return [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+
+
+def with_lora(bert, task, seed=0, **options):
+    with seeded(seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"], **options)
+        return peft.get_peft_model(fresh(bert, task), config)
+
+
+def last(run, quantity, module):
+    table = run.table[(run.table["quantity"] == quantity) & (run.table["module"] == module)]
+    return table[table["step"] == table["step"].max()]["value"].item()
+
+
+@pytest.mark.parametrize("make", [fresh, with_lora], ids=["full", "peft"])
+def test_weights_are_the_same_to_the_bit_with_it_and_without(make, bert, task, rows, tmp_path):
+    one, other = make(bert, task), make(bert, task)
+    settings = {"max_grad_norm": 0.1, "accumulate": 2, "weight_decay": 0.1}
+    by_trainer(one, rows, tmp_path / "without", **settings)
+    by_trainer(other, rows, tmp_path / "with", recorder=ls.TrainerRecorder(observe=NORMS), **settings)
+    same_weights(one, other)
+    run = ls.load(tmp_path / "with/lorascope")
+    assert run.finished
+    assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert run.meta["settings"]["batch_size"] == ROWS
+
+
+def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):
+    model = with_lora(bert, task)
+    head = model.base_model.model.classifier.modules_to_save["default"].weight
+    before = head.detach().clone()
+    by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS))
+    run = ls.load(tmp_path / "lorascope")
+    found = dict(delta.deltas(model))
+    assert run.ranks() == dict.fromkeys(found, 3)
+    for module, update in found.items():
+        assert update.norm() > 0
+        assert last(run, "update_norm", module) == pytest.approx(update.norm(), rel=1e-12)
+        np.testing.assert_array_equal(run.factors()[module]["B"], update.B)
+        np.testing.assert_array_equal(run.factors(step=3)[module]["B"].shape, update.B.shape)
+    assert last(run, "update_norm", "classifier") == pytest.approx(float((head - before).norm()), rel=1e-6)
+    assert last(run, "effective_rank", "bert.encoder.layer.0.attention.self.query") <= 3 + 1e-9
+    assert set(run.summary()["module"]) == {*found, "classifier"}
+    assert run.label == "PEFT LORA, r 3"
+    assert run.lora_config()["r"] == 3
+    assert run.meta["labels"] == list(task.labels)
+
+
+class Meanwhile(TrainerCallback):
+    """Does something after a step."""
+
+    def __init__(self, step, act):
+        self.step, self.act = step, act
+
+    def on_step_end(self, args, state, control, **trainer):
+        if state.global_step == self.step:
+            return self.act(control)
+
+
+def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(recording, "FLUSH_SECONDS", 0.0)
+    seen = []
+
+    def look(_):
+        run = ls.load(tmp_path / "out/lorascope")
+        seen.append((run.meta["status"], run.table["step"].max(), run.snapshot_steps(NAME)))
+
+    def stop(_):
+        raise RuntimeError("out of memory")
+
+    method = {"method": METHODS["lora"], "recorder": ls.TrainerRecorder(observe=NORMS)}
+    with pytest.raises(RuntimeError, match="out of memory"):
+        by_trainer(fresh(bert, task), rows, tmp_path / "out", **method, others=[Meanwhile(3, look), Meanwhile(4, stop)])
+    assert seen == [("running", 3, [])]
+    method["recorder"]._recording.break_off()
+    run = ls.load(tmp_path / "out/lorascope")
+    assert run.meta["status"] == "broken"
+    assert run.table["step"].max() == 4
+    assert "broken" in repr(run)
+    assert run.id == json.loads((tmp_path / "out/lorascope/run.json").read_text())["id"]
+
+
+NAME = "bert.encoder.layer.0.attention.self.query/singular_values"
+
+
+def test_what_is_forgotten_is_broken(bert, task, rows, tmp_path):
+    def stop(_):
+        raise RuntimeError("no more")
+
+    def train():
+        try:
+            by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(), others=[Meanwhile(2, stop)])
+        except RuntimeError as error:
+            error.__traceback__ = None
+
+    train()
+    gc.collect()
+    assert ls.load(tmp_path / "lorascope").meta["status"] == "broken"
+
+
+def test_a_finished_folder_is_moved_aside(bert, task, rows, tmp_path):
+    ids = []
+    for _ in range(2):
+        by_trainer(fresh(bert, task), rows, tmp_path, METHODS["lora"], recorder=ls.TrainerRecorder(), max_steps=2)
+        ids.append(ls.load(tmp_path / "lorascope").id)
+    assert ids[0] != ids[1]
+    assert ls.load(tmp_path / f"lorascope-{ids[0]}").id == ids[0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="is not empty and holds no run: give another folder"):
+        by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(tmp_path / "mine"))
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_resumed_training_ends_as_one_that_never_stopped(name, bert, task, rows, tmp_path):
+    """What is gone on with is a fresh model, with a head and factors of other draws."""
+    settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
+
+    def run(resume=None):
+        model = fresh(bert, task)
+        if resume:
+            model.classifier.weight.data.normal_()
+        own = {"recorder": ls.TrainerRecorder(observe=NORMS), "resume": resume, "draw": len(resume or "")}
+        by_trainer(model, rows, tmp_path, METHODS[name], **own, **settings)
+        return model, ls.load(tmp_path / "lorascope")
+
+    whole, first = run()
+    table = first.table
+    again, second = run(resume=str(tmp_path / "checkpoint-3"))
+    same_weights(whole, again)
+    assert second.id == first.id
+    assert second.finished
+    same_rows(second.table, table, but=["seconds"])
+    assert ls.load(tmp_path / f"lorascope-{first.id}").finished
+    assert not (tmp_path / "lorascope/resume").exists()
+
+
+def test_peft_and_full_training_are_resumed(bert, task, rows, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    for make in (fresh, with_lora):
+        out = tmp_path / make.__name__
+        tables = []
+        for resume in (None, str(out / "checkpoint-3")):
+            by_trainer(
+                make(bert, task), rows, out, recorder=ls.TrainerRecorder(observe=NORMS), resume=resume, **settings
+            )
+            tables.append(ls.load(out / "lorascope").table)
+        same_rows(*tables, but=["seconds"])
+
+
+def test_a_checkpoint_that_it_does_not_know_is_refused(bert, task, rows, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3}
+    by_trainer(fresh(bert, task), rows, tmp_path, METHODS["lora"], **settings)
+    with pytest.raises(ValueError, match=r"goes on at step 3, but there is no .*checkpoint-3/lorascope-recorder"):
+        by_trainer(
+            fresh(bert, task),
+            rows,
+            tmp_path,
+            METHODS["lora"],
+            recorder=ls.TrainerRecorder(),
+            resume=str(tmp_path / "checkpoint-3"),
+        )
+
+
+def test_training_that_stops_early_keeps_its_last_state(bert, task, rows, tmp_path):
+    def stop(control):
+        control.should_training_stop = True
+
+    model = fresh(bert, task)
+    by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS), others=[Meanwhile(5, stop)])
+    run = ls.load(tmp_path / "lorascope")
+    assert run.finished
+    assert run.meta["states"]["last"]["step"] == 5
+    change = float((model.classifier.weight - fresh(bert, task).classifier.weight).norm())
+    assert last(run, "update_norm", "classifier") == pytest.approx(change, rel=1e-6)
+    assert last(run, "stable_rank", "classifier") >= 1 - 1e-9
+
+
+def test_evaluation_is_recorded(bert, task, rows, tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "accuracy"}
+    by_trainer(
+        fresh(bert, task),
+        rows,
+        tmp_path,
+        recorder=ls.TrainerRecorder(),
+        eval_dataset=rows[:ROWS],
+        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())},
+        **evaluated,
+    )
+    table = ls.load(tmp_path / "lorascope").table
+    assert table[table["quantity"] == "eval_loss"]["step"].tolist() == [3, 6]
+    assert table[table["quantity"] == "eval_metric"]["value"].between(0, 1).all()
+
+
+def test_observers_of_held_out_text_are_refused(bert, task, rows, tmp_path):
+    with pytest.raises(ValueError, match="held-out text of its own is not to be had under a Trainer") as caught:
+        by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(observe=[ls.observe.neurons()]))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_order_of_callbacks_does_not_matter(bert, task, rows, tmp_path):
+    tables = []
+    for first in (True, False):
+        recorder = ls.TrainerRecorder(tmp_path / str(first), observe=NORMS)
+        model = fresh(bert, task)
+        by_trainer(model, rows, tmp_path, METHODS["adalora"], recorder=recorder, recorder_first=first)
+        tables.append(ls.load(tmp_path / str(first)).table)
+    same_rows(*tables, but=["seconds"])
+
+
+def test_generators_are_left_alone(bert, task, rows, tmp_path):
+    states = []
+    for recorder in (None, ls.TrainerRecorder(observe=NORMS)):
+        model = fresh(bert, task)
+        by_trainer(model, rows, tmp_path, recorder=recorder, max_steps=2)
+        states.append((torch.get_rng_state(), np.random.get_state()[1].tolist()))
+    assert torch.equal(states[0][0], states[1][0])
+    assert states[0][1] == states[1][1]

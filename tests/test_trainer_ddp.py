@@ -1,0 +1,61 @@
+"""Two processes under DDP: one writes, and they train what one process trains."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import ddp_training
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from trainers import METHODS, ROWS, STEPS, fresh
+
+import lorascope as ls
+from lorascope import models
+
+
+@pytest.fixture(scope="module")
+def trained(bert, task, tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of the methods, trained by two processes and by one."""
+    root = tmp_path_factory.mktemp("ddp")
+    model = fresh(bert, task)
+    model.save_pretrained(root / "model")
+    encoded = task.encode(models.tokenizer(model), task.split("train").head(STEPS * ROWS))
+    save_file(encoded.batch(range(STEPS * ROWS)), root / "rows.safetensors")
+    given = [str(root / "model"), str(root / "rows.safetensors")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ddp_training.__file__, *given, str(root / "two")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ddp_training.train(*given, root / "one", 0, 1)
+    return root / "two", root / "one"
+
+
+@pytest.mark.parametrize("name", [*METHODS, "alone"])
+def test_two_processes_train_and_record_what_one_does(name, trained):
+    two, one = (folder / name for folder in trained)
+    first, second = (load_file(two / f"rank-{rank}.safetensors") for rank in (0, 1))
+    alone = load_file(one / "rank-0.safetensors")
+    for key, weight in first.items():
+        assert torch.equal(weight, second[key]), key
+        torch.testing.assert_close(weight, alone[key], rtol=1e-3, atol=1e-4)
+    runs = [ls.load(folder / "lorascope") for folder in (two, one)]
+    assert all(run.finished for run in runs)
+    assert sorted(path.name for path in two.iterdir() if path.is_dir()) == ["lorascope"]
+    tables = [run.table[run.table["quantity"] != "seconds"] for run in runs]
+    keys = [table[["step", "module", "quantity", "index"]].astype(str).to_numpy().tolist() for table in tables]
+    assert keys[0] == keys[1]
+    chosen = tables[0]["quantity"].isin(["loss", "update_norm", "rank", "active", "lr", "selected"]).to_numpy()
+    np.testing.assert_allclose(*(table["value"][chosen] for table in tables), rtol=2e-3, atol=1e-6)
+    assert [run.meta["settings"]["batch_size"] for run in runs] == [ROWS, ROWS]
+
+
+def test_two_processes_are_not_disturbed(trained):
+    two, _ = trained
+    seen, unseen = (load_file(two / name / "rank-0.safetensors") for name in ("alone", "unseen"))
+    assert all(torch.equal(seen[key], unseen[key]) for key in seen)

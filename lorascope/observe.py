@@ -137,7 +137,10 @@ class norms(Observer):
         self._found = trained = self._found or Trained.of(step)
         items: list[Item] = []
         if step.finished == 0:
-            self.base_squares_ = {name: squares(weight) for name, weight in step.base.items()}
+            # What is quantised says nothing of its norm; the update beside it is known all the same.
+            self.base_squares_ = {
+                name: squares(weight) if weight.is_floating_point() else math.nan for name, weight in step.base.items()
+            }
             self.first_ = {module: _plain(update) for module, update in trained.updates().items() if update.norm() > 0}
         if self.due(step.finished, step.total) or step.best:
             items.extend(self._look(step, trained))
@@ -202,8 +205,10 @@ class norms(Observer):
         for module in filter(trained.frozen, updates):
             update = updates[module]
             base, change = self.base_squares_[trained.parameter_of[module]], update.norm() ** 2
-            weight = base + 2 * inner(host_weight(trained.hosts[module]), update) + change
-            found[module] = parts = {"base": base, "weight": max(0.0, weight), "update": change, "learned": change}
+            weight = base
+            if not math.isnan(base):
+                weight = max(0.0, base + 2 * inner(host_weight(trained.hosts[module]), update) + change)
+            found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:
                 parts["learned"] = (update - _update(self.first_[module])).norm() ** 2
             if module in before:

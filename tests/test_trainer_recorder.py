@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import warnings
 
 import numpy as np
 import peft
 import pytest
 import torch
+from torch import nn
 from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
 from transformers import TrainerCallback
 
 import lorascope as ls
-from lorascope import delta, models, recording
+from lorascope import delta, models, names, recording
+from lorascope.method import Step
+from lorascope.plan import Base
 from lorascope.state import seeded
 
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
@@ -71,6 +75,27 @@ def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):
     assert run.label == "PEFT LORA, r 3"
     assert run.lora_config()["r"] == 3
     assert run.meta["labels"] == list(task.labels)
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_worked_numbers_of_a_peft_layer(quantised):
+    """W_0 = [[1, 0, 0], [0, 1, 0]], B = (1, 2)^T, A = (2, 0, 1), scale 2: |dW| 10, |W_0 + dW| 10.48809."""
+    model = nn.Sequential()
+    model.q = nn.Linear(3, 2, bias=False)
+    model.q.weight.data = torch.eye(2, 3)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=1, lora_alpha=2, target_modules=["q"]), model)
+    model.q.lora_A["default"].weight.data = torch.tensor([[2.0, 0.0, 1.0]])
+    model.q.lora_B["default"].weight.data = torch.tensor([[1.0], [2.0]])
+    if quantised:  # packed, as in a model of four bits
+        model.q.base_layer.weight = nn.Parameter(torch.ones(3, 1, dtype=torch.uint8), requires_grad=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    step = Step(-1, 1, model, optimizer, Base(model), names.describe(model))
+    found = {item.quantity: item.value for item in ls.observe.norms()(step)}
+    assert found["update_norm"] == pytest.approx(10.0)
+    assert found["adapter_norm"] == pytest.approx(math.sqrt(10))
+    assert found["rank"] == 1
+    assert found["weight_norm"] == pytest.approx(math.nan if quantised else math.sqrt(110), nan_ok=True)
+    assert ("relative_update" in found) is not quantised
 
 
 class Meanwhile(TrainerCallback):

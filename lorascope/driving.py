@@ -15,10 +15,12 @@ Under DDP every process calls the hooks, on gradients that are the same for all;
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
@@ -59,7 +61,7 @@ class MethodCallback(TrainerCallback):
         self.method.attach(model)
         self.optimizer = self.method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
         self.base.capture(self.optimizer)
-        self.step = Step(-1, 0, model, self.optimizer, self.base, modules)
+        self.step = step_of(model, self.optimizer, self.base, modules)
         self.norm: float | None = None
         self._due = False
         setattr(model, _MARK, self)
@@ -123,6 +125,19 @@ class MethodCallback(TrainerCallback):
         """Put the method's state beside the Trainer's checkpoint."""
         frozen = [name for name, p in self.step.model.named_parameters() if not p.requires_grad]
         write_beside(args, state, FILE, self.optimizer, {"method": self.method.state(), "frozen": frozen})
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame) -> Step:
+    """What can be seen of a Trainer's steps: neither batches, nor their loss, nor any text."""
+
+    def hidden(what: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> Any:
+            raise ValueError(f"{what} of its own is not to be had under a Trainer: train with ls.train")
+
+        return refuse
+
+    sources = (hidden("a loss"), hidden("a search split"), hidden("held-out text"))
+    return Step(-1, 0, model, optimizer, base, modules, *sources, shows_text=False)
 
 
 def driver_of(model: nn.Module) -> MethodCallback | None:

@@ -17,6 +17,7 @@ from lorascope.driving import (
     plain,
     read_beside,
     refuse_sharded,
+    step_of,
     write_beside,
 )
 from lorascope.foreign import without_peft
@@ -100,7 +101,7 @@ class TrainerRecorder(TrainerCallback):
         optimizer = self._optimizer = plain(trainer["optimizer"])
         if driver is None:
             refuse_sharded(trainer["model"], trainer["optimizer"])
-            step, base = _step(without_peft(trainer["model"]), optimizer, state)
+            step, base = _looking_on(without_peft(trainer["model"]), optimizer, state)
         else:
             driver.on_train_begin(args, state, control, **trainer)
             step, base = driver.step, driver.base
@@ -170,9 +171,10 @@ class TrainerRecorder(TrainerCallback):
             self._recording = None
 
 
-def _step(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
+def _looking_on(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
     """What observers see where no method of ours trains; what lies there now counts as W_0."""
     base = Base(model)
     base.capture(optimizer)
-    described = names.describe(model)
-    return Step(state.global_step - 1, state.max_steps, model, optimizer, base, described), base
+    step = step_of(model, optimizer, base, names.describe(model))
+    step.index, step.total = state.global_step - 1, state.max_steps
+    return step, base

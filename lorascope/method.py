@@ -22,7 +22,6 @@ from lorascope.run import Run
 METHODS: dict[str, type[Method]] = {}
 
 Batch = dict[str, Tensor]
-Loss = Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor]
 
 # Metadata of a field younger than some runs: at its default it is no part of their identity, so they are found again.
 LATER = {"later": True}
@@ -161,8 +160,8 @@ class Step:
         W_0, read-only.
     modules : DataFrame
         ``names.describe`` of the model before ``attach``.
-    unseen : callable or None
-        Gives held-out text; None where there is none to be had, as under a Trainer.
+    shows_text : bool
+        Is there held-out text? A Trainer has none for us.
     """
 
     index: int
@@ -171,13 +170,12 @@ class Step:
     optimizer: torch.optim.Optimizer
     base: Mapping[str, Tensor]
     modules: pd.DataFrame
-    compute_loss: Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor] | None = field(
-        default=None, repr=False
-    )
-    draw: Callable[[int | None, bool], Batch] | None = field(default=None, repr=False)
-    unseen: Callable[[int | None], HeldOut] | None = field(default=None, repr=False)
+    compute_loss: Callable[[nn.Module, Batch, Mapping[str, Tensor] | None], Tensor] = field(repr=False)
+    draw: Callable[[int | None, bool], Batch] = field(repr=False)
+    unseen: Callable[[int | None], HeldOut] = field(repr=False)
     batch: Batch = field(default_factory=dict, repr=False)
     best: bool = False
+    shows_text: bool = True
 
     @property
     def finished(self) -> int:
@@ -207,7 +205,7 @@ class Step:
         """
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
         with torch.random.fork_rng(devices=cuda):
-            return _given(self.compute_loss, "a loss")(self.model, batch, params or {})
+            return self.compute_loss(self.model, batch, params or {})
 
     def validation(self, size: int | None = None, fixed: bool = False) -> Batch:
         """A batch of the search split, drawn by a generator of its own.
@@ -219,7 +217,7 @@ class Step:
         fixed : bool
             Always the same rows.
         """
-        return _given(self.draw, "a search split")(size, fixed)
+        return self.draw(size, fixed)
 
     def held_out(self, size: int | None = None) -> HeldOut:
         """The first rows of the validation split, always the same ones: text to look at the model by.
@@ -229,13 +227,7 @@ class Step:
         size : int, optional
             Rows; all that validation uses by default.
         """
-        return _given(self.unseen, "held-out text")(size)
-
-
-def _given(source: Callable[..., Any] | None, what: str) -> Callable[..., Any]:
-    if source is None:
-        raise ValueError(f"{what} of its own is not to be had under a Trainer: train with ls.train")
-    return source
+        return self.unseen(size)
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -244,10 +236,8 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: 
     groups = []
     for name, rate in (("adapter", lr), ("head", head_lr)):
         members = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (name == "head")]
-        for decay, chosen in (
-            (weight_decay, [p for p in members if p.ndim > 1]),
-            (0.0, [p for p in members if p.ndim <= 1]),
-        ):
+        matrices, vectors = ([p for p in members if (p.ndim > 1) == many] for many in (True, False))
+        for decay, chosen in ((weight_decay, matrices), (0.0, vectors)):
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
     return groups

@@ -119,9 +119,7 @@ class Recording:
         self.writer.begin(unpack_rows(before["table"]))
         if self.base.kept:
             if not self._base_file.exists():
-                raise ValueError(
-                    f"there is no {self._base_file}, and so no W_0 of this run: give its folder, or no resume"
-                )
+                raise ValueError(f"W_0 of this run is gone, {self._base_file}: give its folder by out=, or begin anew")
             self.base.kept.update(load_tree(self._base_file))
 
     def conclude(self) -> None:
@@ -145,9 +143,7 @@ class Recording:
             self.conclude()
         self._last_words.detach()
         self.writer.meta["seconds"] = self.writer.meta["total_seconds"] = self.seconds
-        run = self.writer.finish("done")
-        shutil.rmtree(self.path / "resume", ignore_errors=True)
-        return run
+        return self.writer.finish("done")
 
 
 def make_room(folder: Path, going_on: str | None) -> None:
@@ -167,7 +163,7 @@ def make_room(folder: Path, going_on: str | None) -> None:
     if run.id != going_on:
         folder.rename(aside)
     elif run.finished:
-        shutil.copytree(folder, aside)
+        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
 
 
 def _free(folder: Path) -> Path:

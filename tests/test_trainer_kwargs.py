@@ -56,7 +56,7 @@ def test_what_is_recorded_can_be_restored_and_exported(bert, task, tmp_path):
             r"AutoLoRA needs several phases, which a Trainer does not give: train with ls\.train, then exp",
         ),
         (ls.ALoRA(), r"ALoRA needs rows of its own to score on, which a Trainer does not give: train with ls\.train"),
-        (ls.NeFT(k=3), r"NeFT without neurons has to train to choose them: give neurons=, or train with ls\.train"),
+        (ls.NeFT(k=3), r"NeFT without neurons chooses them by a training of its own: give neurons=, or train"),
         (ls.NeFT(mode="random", k=3), "NeFT without neurons"),
     ],
 )

@@ -144,7 +144,7 @@ class HydraLoRA(Method, name="hydralora"):
     def _look(self, step: Step) -> Iterable[Item]:
         kept = step.finished == 0 or step.last
         routed = {name: delta for name, delta in self._deltas.items() if isinstance(delta, RoutedDelta)}
-        if routed and step.unseen is not None:
+        if routed and step.shows_text:
             held = step.held_out(self.gate_rows)
             gates = {name: delta.gates for name, delta in routed.items()}
             sizes = {name: delta.head_sizes for name, delta in routed.items()}

@@ -89,6 +89,7 @@ def test_worked_numbers_of_a_peft_layer(quantised):
         model.q.base_layer.weight = nn.Parameter(torch.ones(3, 1, dtype=torch.uint8), requires_grad=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     step = driving.step_of(model, optimizer, Base(model), names.describe(model))
+    step.total = 1
     found = {item.quantity: item.value for item in ls.observe.norms()(step)}
     assert found["update_norm"] == pytest.approx(10.0)
     assert found["adapter_norm"] == pytest.approx(math.sqrt(10))

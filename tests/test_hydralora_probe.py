@@ -42,7 +42,12 @@ def test_the_lora_beside_it_has_as_many_parameters(rank, number):
 
 
 def test_arms_differ_in_what_they_leave_out_alone():
-    routed, even, split, lora = hydralora.arms(False)
+    routed, even, split, lora, *others = hydralora.arms(False)
+    assert hydralora.arms(True)[1].method == even.method
+    assert len(hydralora.arms(True)) == 4
+    for number, other in zip((1, 2, 8), others, strict=True):
+        assert other.method == replace(routed.method, number=number)
+        assert other.settings == routed.settings
     assert replace(even.method, router="learned") == replace(split.method, heads="shared") == routed.method
     assert (lora.method.lr, lora.method.head_lr) == (routed.method.lr, routed.method.head_lr)
     assert lora.method.alpha / lora.method.rank == routed.method.alpha / routed.method.rank
@@ -84,8 +89,13 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     assert 0 < hydralora.mean_apart(routed) < hydralora.mean_apart(split)
     # nothing tells heads with even gates apart
     assert hydralora.mean_apart(runs[hydralora.EVEN][0]) == pytest.approx(0, abs=1e-6)
-    assert len(found.exhibits) == 4
-    atlas = found.exhibits[3].chart
+    bars, *_, atlas = (one.chart for one in found.exhibits)
+    assert len(found.exhibits) == 5
+    order = (hydralora.ROUTED, hydralora.SPLIT, hydralora.EVEN, hydralora.plain())
+    assert bars.x.order == ("HydraLoRA", "an A each", "even gates", "plain LoRA")
+    assert bars.data["value"].tolist() == pytest.approx(
+        [np.mean([run.meta["test"]["metric"] for run in runs[label]]) for label in order]
+    )
     angles = atlas.rows()[1][0].data.set_index(["row", "column"])["value"]
     assert angles.between(0, 90).all()
     assert len(angles) == 4 * 4  # two seeds of each, so recipes are compared with themselves, too
@@ -98,6 +108,14 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
         of_routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".router"))
         told = f"{label} {of[0].meta['parameters']['trained']:,}"
         assert (f"{told}, {of_routers:,} of them in routers" if of_routers else told) in re.split("; |: |[.]$", counted)
+    # other numbers of heads are drawn where they were trained
+    single = ls.train(
+        models.load(bert, task=task), task, replace(hydralora.METHOD, number=1), seed=0, out=tmp_path / "single",
+        progress=False, device="cpu", **settings,
+    )  # fmt: skip
+    more = probes.PROBES["hydralora"].judge(runs | {hydralora.headed(1): [single]}).exhibits
+    assert len(more) == 6
+    assert more[1].chart.data.set_index("series").loc["HydraLoRA", "number"].tolist() == [1, 4]
     model = models.load(bert, task=task)
     runs[hydralora.EVEN][0].restore(model)
     assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}

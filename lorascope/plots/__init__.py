@@ -4,9 +4,10 @@
 catalogue, ``available(run)`` says what can be drawn.
 """
 
-from lorascope.plots.ablations import basis_ablation, bias_curve
+from lorascope.plots.ablations import basis_ablation, bias_curve, left_out, number_of_heads
 from lorascope.plots.atlas import atlas
 from lorascope.plots.catalogue import FIGURES, Figure, available
+from lorascope.plots.clusters import head_choice
 from lorascope.plots.components import importance
 from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
@@ -43,8 +44,10 @@ __all__ = [
     "gate_course",
     "gates",
     "guidance",
+    "head_choice",
     "importance",
     "learning_rates",
+    "left_out",
     "mean_norm",
     "memory",
     "moment_error",
@@ -52,6 +55,7 @@ __all__ = [
     "neuron_overlap",
     "neurons",
     "norm_over_steps",
+    "number_of_heads",
     "planted",
     "quality",
     "rank_allocation",

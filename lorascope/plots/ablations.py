@@ -1,4 +1,4 @@
-"""Figures of FourierFT's ablations: test metric by the band that its entries are drawn from, and by its basis."""
+"""Figures of ablations: test metric by one choice of a method, and by what is left out of it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis import norms
 from lorascope.analysis.stats import band, t_interval
 from lorascope.chart import Axis, Band, Chart, Line, Point, Text
-from lorascope.plots.catalogue import BASIS, FREQUENCIES, figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, gather
+from lorascope.plots.catalogue import BASIS, FREQUENCIES, HEADS, figure
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, bars, gather
 
 _EVEN = "drawn evenly"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
+_HYDRA = "HydraLoRA"
 _MEAN, _SEED = "mean", "one seed"
 _ROOM = 0.04  # left of frequency zero, where a point may lie
 
@@ -124,6 +125,113 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
         colors=(_MEAN, _SEED),
         meta=cohort.meta,
     )
+
+
+@figure(
+    needs=(HEADS, "test_metric"),
+    runs=2,
+    reads="A point is what this many heads reach. Numbers that the seeds cannot tell apart have overlapping bars; a "
+    "flat line says that the number need not be chosen with care; the differences in the caption pair the seeds.",
+    misleads="Every further head costs parameters, which the caption counts: a rise may be theirs, and a level line, "
+    "such as a LoRA of as many parameters given as control, says what they buy elsewhere. The best of several numbers "
+    "is the best by chance, too.",
+)
+def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
+    """Test metric against the number of heads (HydraLoRA, Fig. 8).
+
+    Parameters
+    ----------
+    runs : Run, sequence of Run, or mapping label -> run or runs
+        Runs of HydraLoRA that differ in ``number`` alone; the first is what the others are compared with.
+    control : as ``runs``, optional
+        Of any method on the same task: a level line each.
+
+    Raises
+    ------
+    ValueError
+        The runs have no heads or differ in more than their number, or the controls are of another task or model.
+    """
+    own, cohort = gather("number_of_heads", runs), gather("number_of_heads", runs, control)
+    own.require(HEADS)
+    cohort.require("test_metric")
+    _check_alike(own, "number")
+    cohort.same("model", "task")
+    numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
+    ends = sorted({min(numbers.values()), max(numbers.values())})
+    rows = _metric(cohort)
+    cells = band(rows, ["recipe", "kind"])
+    curve = cells[cells["kind"] == "run"]
+    curve = curve.assign(number=curve["recipe"].map(numbers), series=_HYDRA).sort_values("number")
+    levels = [cells[cells["kind"] == "control"].assign(number=end, series=lambda part: part["recipe"]) for end in ends]
+    level = pd.concat(levels)
+    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    return Chart(
+        pd.concat([curve, level]),
+        [
+            *([Band("number", "low", "high", "series", data=level)] if low and len(level) else []),
+            Line("number", "value", "series"),
+            Point("number", "value", "series", low=low, high=high, data=curve),
+        ],
+        title="What heads buy",
+        x=Axis(label="heads", ticks={number: str(number) for number in sorted(numbers.values())}),
+        y=Axis(label=axis_label("test_metric")),
+        caption=cohort.caption(
+            f"Trained parameters: {_counts(cohort)}.",
+            *_differences(own, rows, own.labels[:1]),
+            interval=f"bars and band: {INTERVAL}",
+        ),
+        colors=[_HYDRA, *dict.fromkeys(level["series"])],
+        meta=cohort.meta,
+    )
+
+
+@figure(
+    needs=("test_metric",),
+    runs=2,
+    reads="A bar is what one form of a method reaches on the test split: the first the whole, the others with a part "
+    "left out. A part is of use where the difference in the caption, which pairs the seeds, lies below zero with its "
+    "whole interval.",
+    misleads="Leaving a part out also changes how many parameters train, which the caption counts, and which learning "
+    "rate would suit. Parts that stand in for each other all look useless one at a time.",
+)
+def left_out(runs: Runs, control: Runs | None = None, start: float | int = 0.0) -> Chart:
+    """Test metric of a method and of what is left of it without a part, one bar a label (HydraLoRA, Fig. 6).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs on one task; the first is the whole, which the others are compared with.
+    start : float
+        Lower end of the axis; bars that do not start at 0 make small differences look large.
+
+    Raises
+    ------
+    ValueError
+        The runs are of different tasks or models.
+    """
+    cohort = gather("left_out", runs, control)
+    cohort.require("test_metric")
+    cohort.same("model", "task")
+    rows = _metric(cohort)
+    cells, marks = bars(band(rows, ["recipe", "kind"]), start)
+    return Chart(
+        cells,
+        marks,
+        title="What is left out",
+        x=Axis(order=cohort.labels),
+        y=Axis(label=axis_label("test_metric"), limits=(start, None)),
+        caption=cohort.caption(
+            f"Trained parameters: {_counts(cohort)}.",
+            *_differences(cohort, rows, cohort.labels[:1]),
+            interval=f"bars: {INTERVAL}",
+        ),
+        meta=cohort.meta,
+    )
+
+
+def _counts(cohort: Cohort) -> str:
+    """Trained parameters of every recipe, the head's among them."""
+    return "; ".join(f"{group.label} {group.runs[0].meta['parameters']['trained']:,}" for group in cohort.groups)
 
 
 def _band(group: Group) -> dict[str, Any]:

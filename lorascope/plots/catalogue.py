@@ -14,7 +14,7 @@ from lorascope.analysis.spectra import singular_values
 from lorascope.chart import Chart, Drawable, Panels
 from lorascope.run import Run
 
-UPDATES, SPECTRA, FREQUENCIES, BASIS = "updates", "spectra", "frequencies", "basis"
+UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
 OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
 """What a figure needs that is about updates."""
 MIXTURES = "mixtures"
@@ -28,6 +28,7 @@ RECORDERS = {
     SPECTRA: _NORMS,
     FREQUENCIES: "train with FourierFT",
     BASIS: "train with FourierFT",
+    HEADS: "train HydraLoRA",
     "update_norm": _NORMS,
     "learned_norm": _NORMS,
     "weight_norm": _NORMS,
@@ -71,7 +72,8 @@ class Figure:
         ``draw(runs, control=None, ...)``.
     needs : tuple of str
         Quantities that must be recorded; ``"updates"`` stands for the adapters' factors, ``"spectra"`` for the
-        singular values of updates, ``"frequencies"`` for Fourier coefficients, ``"basis"`` for those on any basis.
+        singular values of updates, ``"frequencies"`` for Fourier coefficients, ``"basis"`` for those on any basis,
+        ``"heads"`` for HydraLoRA's.
     history : bool
         Must they be recorded at more than one step?
     runs : int
@@ -155,11 +157,17 @@ def lack(run: Run, need: str, history: bool = False) -> str:
     return ""
 
 
+def _heads(run: Run) -> Mapping[str, int]:
+    recipe = run.meta.get("recipe") or {}
+    return {"number": recipe["number"]} if recipe.get("name") == "hydralora" else {}
+
+
 _KEPT: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
     UPDATES: ("the adapters' factors", Run.updates),
     SPECTRA: ("singular values of updates", singular_values),
     FREQUENCIES: ("Fourier coefficients", fourier.updates),
     BASIS: ("coefficients on a basis", fourier.basis),
+    HEADS: ("a number of heads", _heads),
 }
 
 

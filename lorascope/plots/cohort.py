@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorascope import records
 from lorascope.analysis import fourier
-from lorascope.chart import Band, Line, Mark, Point
+from lorascope.chart import Band, Bar, Line, Mark, Point, Text
 from lorascope.plots.catalogue import FIGURES, MIXTURES, OF_UPDATES, lack
 from lorascope.records import QUANTITIES
 from lorascope.run import Run
@@ -150,6 +150,17 @@ def lines(cells: pd.DataFrame, x: str, points: bool = True) -> list[Mark]:
     band = [Band(x, "low", "high", "recipe")] if seeds else []
     dots = [Point(x, "value", "recipe", low=low, high=high)] if points else []
     return [*band, Line(x, "value", "recipe", dash), *dots]
+
+
+def bars(cells: pd.DataFrame, start: float | int) -> tuple[pd.DataFrame, list[Mark]]:
+    """Marks for the table of ``band`` by ``recipe``, and the table: a bar each with its interval, its number above it.
+
+    ``start`` is the lower end of the axis.
+    """
+    top = cells["high"].fillna(cells["value"])
+    cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
+    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    return cells, [Bar("recipe", "value", low=low, high=high), Text("recipe", "above", "words")]
 
 
 def define(quantity: str) -> str:

@@ -9,9 +9,9 @@ import pandas as pd
 
 from lorascope.analysis import norms, ranks
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Point, Text, above, beside
+from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, define, gather
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, bars, define, gather
 from lorascope.roles import ROLES
 
 _MOST_BESIDE = 26  # columns of cells, in all panels, that still have room beside each other
@@ -106,13 +106,10 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 
     cohort = gather("adapted_types", runs, control)
     cohort.require("test_metric")
     rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
-    cells = band(rows, ["recipe", "kind"])
-    top = cells["high"].fillna(cells["value"])
-    cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    cells, marks = bars(band(rows, ["recipe", "kind"]), start)
     return Chart(
         cells,
-        [Bar("recipe", "value", low=low, high=high), Text("recipe", "above", "words")],
+        marks,
         title="Test metric by what was adapted",
         x=Axis(label="adapted", order=cohort.labels),
         y=Axis(label=axis_label("test_metric"), limits=(start, None)),

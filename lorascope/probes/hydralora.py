@@ -1,7 +1,7 @@
 """HydraLoRA: do routers send domains to different heads, do heads on one A come apart, and is it worth it?
 
-Source: HydraLoRA (arXiv 2404.19245), section 4.2 with table 2 (accuracy), section 4.3 with figure 6 (what is left out),
-section 3 (heads for what tells sub-tasks apart).
+Source: HydraLoRA (arXiv 2404.19245), section 4.2 with table 2 (accuracy), section 4.3 with figures 6 (what is left out)
+and 8 (the number of heads), section 3 (heads for what tells sub-tasks apart).
 
 Departs: a small encoder and four domains of sentiment in place of LLaMA2-7B and corpora of instructions. The LoRA that
 is compared with has the same number of parameters, routers counted, and the same rate and scale.
@@ -26,8 +26,23 @@ from lorascope.run import Run
 # the other probes: at the authors' (2e-3, scale 4) the LoRA that is compared with fell to chance in two of three seeds.
 # Gates by domain are noisy on few rows: 128 are some 30 of each domain.
 METHOD = HydraLoRA(number=4, alpha=4.0, targets=("ffn_in", "ffn_out"), lr=1e-3, head_lr=1e-3, gate_rows=128)
-ROUTED = "HydraLoRA, 4 heads"
+NUMBERS = (1, 2, 8)  # of heads beside it: in the full form alone, since a quick run decides nothing
+
+
+def heads(number: int) -> str:
+    """So many heads, in words."""
+    return f"{number} head{'s' if number > 1 else ''}"
+
+
+def headed(number: int) -> str:
+    """Label of HydraLoRA with so many heads."""
+    return f"HydraLoRA, {heads(number)}"
+
+
+ROUTED = headed(METHOD.number)
 EVEN, SPLIT = f"{ROUTED}, even gates", f"{ROUTED}, an A each"
+_BARS = ("HydraLoRA", "an A each", "even gates", "plain LoRA")  # short, since they stand below the bars
+_GUESS = 0.5  # where both classes are guessed, the vertical axis begins
 
 DOMAINS = Claim(
     sentence="The routers learn to tell the domains apart, though no domain is named to them.",
@@ -76,7 +91,7 @@ def equal_rank(method: HydraLoRA) -> int:
 
 
 def arms(quick: bool) -> list[Arm]:
-    """HydraLoRA, the two that leave something out, and LoRA of equal parameters."""
+    """HydraLoRA, the two that leave something out, LoRA of equal parameters, and other numbers of heads."""
     settings, rank = encoder_settings(quick), equal_rank(METHOD)
     scale = METHOD.alpha / METHOD.rank
     lora = LoRA(rank=rank, alpha=rank * scale, targets=METHOD.targets or (), lr=METHOD.lr, head_lr=METHOD.head_lr)
@@ -85,6 +100,10 @@ def arms(quick: bool) -> list[Arm]:
         Arm(label=EVEN, method=replace(METHOD, router="uniform"), settings=settings),
         Arm(label=SPLIT, method=replace(METHOD, heads="split"), settings=settings, cost=1.4),
         Arm(label=plain(), method=lora, settings=settings),
+        *(
+            Arm(label=headed(number), method=replace(METHOD, number=number), settings=settings, cost=1.4)
+            for number in (() if quick else NUMBERS)
+        ),
     ]
 
 
@@ -105,12 +124,18 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         ROUTING.judge(reached[ROUTED], reached[EVEN]),
         SHARING.judge(reached[ROUTED], reached[SPLIT]),
     ]
+    main = {label: runs[label] for label in (ROUTED, SPLIT, EVEN, plain())}
     exhibits = [
+        exhibit("left_out", plots.left_out(dict(zip(_BARS, main.values(), strict=True)), start=_GUESS)),
         exhibit("gates", plots.gates({ROUTED: routed, SPLIT: runs[SPLIT]})),
         exhibit("gate_course", plots.gate_course({ROUTED: routed, SPLIT: runs[SPLIT]})),
-        exhibit("training_curves", plots.training_curves(dict(runs))),
-        exhibit("atlas", plots.atlas(dict(runs))),
+        exhibit("training_curves", plots.training_curves(main)),
+        exhibit("atlas", plots.atlas(main)),
     ]
+    numbers = {heads(n): runs[headed(n)] for n in (METHOD.number, *NUMBERS) if headed(n) in runs}
+    if len(numbers) > 1:
+        level = {plain(): runs[plain()]}
+        exhibits.insert(1, exhibit("number_of_heads", plots.number_of_heads(numbers, level)))
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
         "Trained parameters, the task's head included: "

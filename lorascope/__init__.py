@@ -54,6 +54,7 @@ _MODULES = (
     "probes",
     "tasks",
     "update",
+    "worth",
 )
 
 __all__ = sorted([*_PUBLIC, *_MODULES])

@@ -12,7 +12,7 @@ from test_checkpoints import write_run
 from torch.nn import functional as F
 
 import lorascope as ls
-from lorascope import delta, models, plots
+from lorascope import delta, models, plots, removal
 from lorascope.analysis.agreement import correlate, neuron_scores, spearman
 from lorascope.checkpoints import load
 from lorascope.methods import LoRA
@@ -37,7 +37,7 @@ def state(trained, task):
     """The model without adapters, its update as P, lambda, Q, and two batches."""
     model = models.load(trained.meta["model"], task)
     trained.restore(model)
-    state = {name: scores.canonical(part) for name, part in delta.adapted(model).items()}
+    state = {name: removal.canonical(part.update()) for name, part in delta.adapted(model).items()}
     delta.detach(model)
     model.requires_grad_(False)
     fitted = task.fit(model)
@@ -82,7 +82,7 @@ def test_the_canonical_form_is_the_update(trained, state):
 
 def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
     model, found, batches = state
-    rises = scores.loss_rises(model, lambda batch: model(**batch).loss, found, batches)
+    rises = removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches)
     assert not delta.adapted(model)
     for name in list(found)[::5]:
         for component in (0, 2, None):
@@ -97,7 +97,7 @@ def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
 
 def test_slopes_are_central_differences_in_the_size_of_a_component(state):
     model, found, batches = state
-    slopes = scores.slopes(model, lambda batch: model(**batch).loss, found, batches)
+    slopes = removal.slopes(model, lambda batch: model(**batch).loss, found, batches)
     assert not delta.adapted(model)
 
     def loss_at(name, component, factor):
@@ -120,11 +120,11 @@ def test_rises_are_settled_by_the_slopes_of_all_text(state):
     def loss(batch):
         return model(**batch).loss
 
-    whole = scores.loss_rises(model, loss, found, batches)
-    same = scores.settled_rises(model, loss, found, batches, len(batches))
-    part = scores.settled_rises(model, loss, found, batches, 1)
-    first = scores.loss_rises(model, loss, found, batches[:1])
-    each = [scores.slopes(model, loss, found, [batch]) for batch in batches]
+    whole = removal.loss_rises(model, loss, found, batches)
+    same = removal.settled_rises(model, loss, found, batches, len(batches))
+    part = removal.settled_rises(model, loss, found, batches, 1)
+    first = removal.loss_rises(model, loss, found, batches[:1])
+    each = [removal.slopes(model, loss, found, [batch]) for batch in batches]
     for name in found:
         assert same[name] == pytest.approx(whole[name], abs=1e-9)
         mean = np.mean([slope[name] for slope in each], axis=0)
@@ -168,7 +168,7 @@ def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
 def test_alora_scores_are_ablations_of_the_same_components(state):
     model, found, batches = state
     rows = scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
-    rises = scores.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    rises = removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
     name = list(found)[4]
     alone = {name: found[name][0][:, :1] * found[name][1][0] @ found[name][2][:1]}
     assert rows["ALoRA, without"][name] == pytest.approx(rises[name][:-1], abs=2e-6)
@@ -182,7 +182,7 @@ def test_alpha_begins_at_the_state_and_falls_where_a_component_harms(state):
     rows = scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
     (alphas,) = rows.values()
     assert all(alpha.sum() == pytest.approx(1, abs=1e-6) for alpha in alphas.values())
-    rises = scores.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    rises = removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
     # First order: alpha goes where a larger component lowers the loss, which is where its removal raises it.
     signs = [np.sign(alpha - 1 / 3) @ (rises[name][:-1] - rises[name][:-1].mean()) for name, alpha in alphas.items()]
     assert np.mean(np.array(signs) > 0) > 0.7

@@ -30,6 +30,8 @@ LAYERS = [
     ["methods", "trained", "observer"],
     ["moments", "sensed", "utilised"],
     ["state", "observe", "mixing", "stepping"],
+    ["removal"],
+    ["worth"],
     ["plan", "resume"],
     ["session", "driving", "recording"],
     ["loop", "training"],

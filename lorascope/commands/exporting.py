@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from lorascope.checkpoints import load
 from lorascope.commands.arguments import UsageError, parse
-from lorascope.export import rank_pattern, to_peft
+from lorascope.export import Cut, cut, rank_pattern, to_peft
+from lorascope.run import Run
+from lorascope.summary import peft_keywords
 
-_BUDGET = "with --rank-pattern: keep this share of all ranks (0.5), or this sum of ranks (96), by singular value"
+_BUDGET = "with --rank-pattern: keep this share of all ranks (0.5), or this sum of ranks (96)"
+_BY = "with --budget: keep the components of most energy, or those whose ablation raises the loss most"
+_MODEL = "with --budget: the base, on which loss is measured: minilm, smollm2, a folder, a GGUF file or a hub id"
+_TASK = "with --model: sentiment, a CSV, JSONL or Parquet file, or a name that datasets knows"
 
 
 @dataclass(frozen=True)
 class Options:
     """Hand a run over to PEFT: print its ranks as the configuration of a next LoRA, or write its adapter as a folder.
 
-    The README.md in the folder tells how to load it.
+    The README.md in the folder tells how to load it. Under a budget, what it keeps is told with the ranks.
 
     Example: lorascope export runs/lora --rank-pattern --budget 0.5, or lorascope export runs/lora --peft my-adapter
     """
@@ -28,28 +34,82 @@ class Options:
     run: Annotated[Positional[str | None], arg(metavar="RUN", help="folder of a run, or of an adapter")] = None
     rank_pattern: Annotated[bool, arg(help="print what peft.LoraConfig takes")] = False
     budget: Annotated[float | None, arg(metavar="F", help=_BUDGET)] = None
+    by: Annotated[Literal["energy", "ablation"], arg(help=_BY)] = "energy"
+    model: Annotated[str | None, arg(metavar="NAME", help=_MODEL)] = None
+    task: Annotated[str | None, arg(metavar="NAME", help=_TASK)] = None
     peft: Annotated[str | None, arg(metavar="DIR", help="write the adapter into this new folder")] = None
     state: Annotated[str, arg(metavar="NAME", help="last or best")] = "last"
-    json: Annotated[bool, arg(help="for a program")] = False
+    json: Annotated[bool, arg(help="for a program; what a budget keeps is told on stderr then")] = False
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope export")
+    _check(options)
+    run = load(str(options.run))
+    if options.peft is not None:
+        path = to_peft(run, options.peft, options.state)
+        print(json.dumps({"id": run.id, "path": str(path)}) if options.json else path)
+        return 0
+    if options.budget is None:
+        keywords, remarks = rank_pattern(run, state=options.state), []
+    else:
+        keywords, remarks = _suggested(run, options, options.budget)
+    print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
+    for remark in remarks:
+        print(f"# {remark}", file=sys.stderr if options.json else sys.stdout)
+    return 0
+
+
+def _check(options: Options) -> None:
     if options.run is None:
         raise UsageError("export what? Give a run: lorascope export runs/lora --rank-pattern")
     if options.rank_pattern == (options.peft is not None):
         raise UsageError("export as what? Give either --rank-pattern or --peft DIR")
     if options.budget is not None and not options.rank_pattern:
         raise UsageError("--budget goes with --rank-pattern: an adapter is written as it was trained")
-    run = load(options.run)
-    if options.peft is not None:
-        path = to_peft(run, options.peft, options.state)
-        print(json.dumps({"id": run.id, "path": str(path)}) if options.json else path)
-        return 0
-    keywords = rank_pattern(run, options.budget, options.state)
-    print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
-    return 0
+    if (options.model is None) != (options.task is None):
+        raise UsageError("--model and --task go together: a loss needs the base and its texts")
+    if options.by == "ablation" and options.model is None:
+        raise UsageError("--by ablation takes components out of a model: give --model NAME and --task NAME")
+    if options.model is not None and options.budget is None:
+        raise UsageError("--model goes with --budget: without one nothing is cut")
+
+
+def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:
+    """The configuration that a budget allows, and what it keeps in words."""
+    state = options.state
+    if options.model is None or options.task is None:
+        chosen = cut(run, budget, state)
+        priced = ["What that costs the task no spectrum says: --model NAME --task NAME measures the loss."]
+    else:
+        from lorascope import worth  # imports torch
+
+        by_ablation = options.by == "ablation"
+        scores = worth.rises(run, options.model, options.task, state=state) if by_ablation else None
+        chosen = cut(run, budget, state, scores)
+        before, after, texts = worth.losses(run, chosen, options.model, options.task, state=state)
+        priced = [
+            f"Its loss on {texts} validation texts that chose nothing: {before:.4f} whole, {after:.4f} cut.",
+            "A LoRA that is trained anew at these ranks ends elsewhere.",
+        ]
+    keywords = peft_keywords(run, chosen.ranks, run.updates(state=state))
+    return keywords, [*_told(chosen, options.by), *priced]
+
+
+def _told(chosen: Cut, by: str) -> list[str]:
+    table = chosen.modules
+    total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
+    worst = table.loc[table["share"].idxmin()]
+    least = ", the least that these ranks allow" if by == "energy" else ""
+    return [
+        f"Kept: {total['kept']:,} of {total['rank']:,} components, in {(table['kept'] > 0).sum()} of {len(table)} "
+        f"modules; {total['parameters_kept']:,} of {total['parameters']:,} parameters.",
+        f"Energy kept (squared singular values): {chosen.energy:.1%}; "
+        f"least in {worst['module']}, {worst['share']:.1%}.",
+        f"So the adapter, cut to that, would differ from itself by {chosen.error:.1%} of its norm (Frobenius){least}; "
+        f"that module by {worst['error']:.1%}.",
+    ]
 
 
 def _snippet(keywords: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """A run for others: the ranks of a next LoRA, an adapter that PEFT loads."""
 
 from lorascope.export.folder import base_of, to_peft
-from lorascope.export.ranks import rank_pattern
+from lorascope.export.ranks import Cut, cut, rank_pattern
 
-__all__ = ["base_of", "rank_pattern", "to_peft"]
+__all__ = ["Cut", "base_of", "cut", "rank_pattern", "to_peft"]

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lorascope import models, plots, tasks
+from lorascope import models, plots, removal, tasks
 from lorascope.analysis.agreement import correlate
 from lorascope.claims import Claim
 from lorascope.delta import adapted, detach
@@ -78,7 +78,7 @@ def measure(run: Run) -> pd.DataFrame:
     task = tasks.load(run.meta["task"])
     model = models.load(run.meta["model"], task)
     run.restore(model)
-    state = {name: scores.canonical(delta) for name, delta in adapted(model).items()}
+    state = {name: removal.canonical(delta.update()) for name, delta in adapted(model).items()}
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
@@ -96,8 +96,8 @@ def measure(run: Run) -> pd.DataFrame:
         return model(**batch).loss
 
     halves = {
-        TRUTH: scores.settled_rises(model, loss, state, unseen[0::2], removed),
-        AGAIN: scores.settled_rises(model, loss, state, unseen[1::2], removed),
+        TRUTH: removal.settled_rises(model, loss, state, unseen[0::2], removed),
+        AGAIN: removal.settled_rises(model, loss, state, unseen[1::2], removed),
     }
     found: scores.Rows = {score: {name: rise[:-1] for name, rise in rises.items()} for score, rises in halves.items()}
     found[_SIZE] = {name: sigma for name, (_, sigma, _) in state.items()}

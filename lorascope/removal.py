@@ -1,0 +1,113 @@
+"""What it costs to take components out of a trained state, in loss on given batches.
+
+A state is, for every adapted module, its update as P (out, k), lambda (k,) and Q (k, in): its singular value
+decomposition. Every function puts it on the model and takes it off again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorascope.delta import Delta, attach, detach
+from lorascope.methods import adalora, alora
+from lorascope.replay import Loss, moved_losses
+from lorascope.update import Dense, LowRank
+
+Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def canonical(update: LowRank | Dense) -> Triple:
+    """P (out, k), lambda (k,) and Q (k, in) of an update."""
+    U, sigma, V = update.svd()
+    return U, sigma, V.T
+
+
+def dress(model: nn.Module, state: Mapping[str, Triple], kind: Callable[..., Any], fill: Callable[..., None]) -> Any:
+    """Put the state on the model as Deltas of one kind."""
+    deltas = {}
+    for name, (P, sigma, Q) in state.items():
+        delta = kind(model.get_submodule(name), len(sigma), 1.0)
+        with torch.no_grad():
+            fill(delta, *(torch.from_numpy(np.ascontiguousarray(part)).float() for part in (P, sigma, Q)))
+        deltas[name] = delta
+    attach(model, deltas)
+    return deltas
+
+
+def fill_plain(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
+    """As B A."""
+    delta.B.copy_(P * sigma)
+    delta.A.copy_(Q)
+
+
+def fill_svd(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
+    """As B diag(lambda) A."""
+    delta.B.copy_(P)
+    delta.diagonal.copy_(sigma[:, None])
+    delta.A.copy_(Q)
+
+
+@torch.no_grad()
+def loss_rises(
+    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
+) -> dict[str, np.ndarray]:
+    """Module -> mean rise of the loss with each component taken out, and last with the whole module taken out."""
+    deltas = dress(model, state, alora.ALoRADelta, fill_plain)
+    without = {
+        name: [*(partial(delta.add_component, i, -1) for i in range(delta.rank)), partial(_take_off, delta)]
+        for name, delta in deltas.items()
+    }
+    found: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
+    for batch in batches:
+        undisturbed, moved = moved_losses(model, loss, batch, without)
+        for name, values in moved.items():
+            found[name].append(np.array(values) - undisturbed)
+    detach(model)
+    return {name: np.mean(values, axis=0) for name, values in found.items()}
+
+
+def _take_off(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+    return y - delta(x)
+
+
+def slopes(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> dict[str, np.ndarray]:
+    """Module -> mean of lambda dL/dlambda of each component, and last their sum.
+
+    To first order a rise is the negative of it. One pass back gives all of them, where a rise needs a pass of its own.
+    """
+    deltas = dress(model, state, adalora.AdaLoRADelta, fill_svd)
+    diagonals = [delta.diagonal for delta in deltas.values()]
+    total = [torch.zeros_like(diagonal) for diagonal in diagonals]
+    for batch in batches:
+        torch._foreach_add_(total, torch.autograd.grad(loss(batch), diagonals))
+    detach(model)
+    found = {}
+    for (name, delta), gradient in zip(deltas.items(), total, strict=True):
+        each = (delta.diagonal.detach() * gradient)[:, 0].double().numpy() / len(batches)
+        found[name] = np.append(each, each.sum())
+    return found
+
+
+def settled_rises(
+    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any], removed: int
+) -> dict[str, np.ndarray]:
+    """Rise of the loss on all batches with each component, and last the whole module, taken out: as ``loss_rises``.
+
+    Components are removed on the first ``removed`` batches alone. What a removal does to first order differs from text
+    to text by far the most, and is exchanged for what it is on all batches; with none removed there is only that.
+    """
+    some, rest = batches[:removed], batches[removed:]
+    if not some:
+        return {name: -slope for name, slope in slopes(model, loss, state, rest).items()}
+    found = loss_rises(model, loss, state, some)
+    if not rest:
+        return found
+    here, there = (slopes(model, loss, state, part) for part in (some, rest))
+    share = len(rest) / len(batches)
+    return {name: rise + share * (here[name] - there[name]) for name, rise in found.items()}

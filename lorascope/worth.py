@@ -1,0 +1,151 @@
+"""What the components of a run's updates are worth on its task: the loss without each, and with some of them alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorascope import models, tasks
+from lorascope.adapter_files import PREFIX
+from lorascope.checkpoints import AdapterRun
+from lorascope.delta import detach
+from lorascope.encoding import Encoded
+from lorascope.evaluation import evaluate
+from lorascope.export import Cut, base_of
+from lorascope.heads import fit_head, weights_hash
+from lorascope.methods.alora import ALoRADelta
+from lorascope.removal import Triple, canonical, dress, fill_plain, settled_rises
+from lorascope.replay import Batch
+from lorascope.run import Run
+from lorascope.state import put_tensors
+from lorascope.summary import factored
+from lorascope.tasks import Task
+
+BATCH = 32
+
+
+class Losses(NamedTuple):
+    """Mean loss with all components and with those kept, and the number of texts that it was measured on."""
+
+    before: float
+    after: float
+    texts: int
+
+
+def rises(
+    run: Run, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256, exact_rows: int = 64
+) -> dict[str, Float[np.ndarray, "_"]]:
+    """Rise of the loss with each component of each module taken out; scores for ``export.cut``.
+
+    Measured on the first half of the validation split, so that ``losses`` can be on the other.
+
+    Parameters
+    ----------
+    run : Run
+        Its updates are products of two factors.
+    model : str or path
+        Its base: see ``models.load``.
+    task : str, path or Task
+        See ``tasks.load``.
+    state : {"last", "best"}
+    rows : int
+        Texts at most.
+    exact_rows : int
+        On so many of them components are really taken out; what that does to first order, by which texts differ most,
+        is taken from all. 0 is first order alone, ``rows`` or more removal alone.
+
+    Returns
+    -------
+    dict module -> array (k,)
+        Nats, one for each singular value other than 0, the largest first.
+
+    Raises
+    ------
+    ValueError
+        The model is not the run's base, or the run holds an update that is no product.
+    """
+    base, fitted, parts = _opened(run, model, task, state)
+    encoded = _half(base, fitted, 0, rows)
+    size = min(BATCH, len(encoded))
+    batches = [encoded.batch(range(at, at + size)) for at in range(0, len(encoded) - size + 1, size)]
+
+    def loss(batch: Batch) -> Tensor:
+        return base(**batch).loss
+
+    removed = min(-(-exact_rows // size), len(batches))
+    return {name: rise[:-1] for name, rise in settled_rises(base, loss, parts, batches, removed).items()}
+
+
+def losses(
+    run: Run, cut: Cut, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
+) -> Losses:
+    """Loss of the run's model and of the same with the components of ``cut`` alone, on validation text.
+
+    On the second half of the validation split, of which ``rises`` has seen nothing; ``rows`` of it at most. Parameters
+    as there.
+    """
+    base, fitted, parts = _opened(run, model, task, state)
+    encoded = _half(base, fitted, 1, rows)
+    masks = {name: cut.kept[name][: len(sigma)] for name, (_, sigma, _) in parts.items()}
+    chosen = {name: (P[:, masks[name]], sigma[masks[name]], Q[masks[name]]) for name, (P, sigma, Q) in parts.items()}
+    before, after = (_loss(base, some, encoded) for some in (parts, chosen))
+    return Losses(before, after, len(encoded))
+
+
+def _loss(model: nn.Module, state: Mapping[str, Triple], encoded: Encoded) -> float:
+    dress(model, {name: triple for name, triple in state.items() if len(triple[1])}, ALoRADelta, fill_plain)
+    found = evaluate(model, encoded).loss
+    detach(model)
+    return found
+
+
+def _opened(
+    run: Run, name: str | Path, task: str | Path | Task, state: str
+) -> tuple[nn.Module, Task, dict[str, Triple]]:
+    """The base with all that was trained but the adapters, the task in its form, and the updates."""
+    parts = {module: canonical(update) for module, update in factored(run, run.updates(state=state)).items()}
+    task = task if isinstance(task, Task) else tasks.load(task)
+    base = models.load(name, task, base_of(run)[1])
+    if isinstance(run, AdapterRun):
+        _put_others(run, base, str(name))
+    else:
+        fit_head(base, run.meta["labels"])
+        if weights_hash(base) != run.meta["w0_hash"]:
+            raise ValueError(f"{name} has other weights than {run.meta['model']}, the base of run {run.id}")
+        run.restore(base, state)
+        detach(base)
+    base.requires_grad_(False)
+    return base, task.fit(base), parts
+
+
+def _put_others(run: AdapterRun, base: nn.Module, name: str) -> None:
+    """What an adapter's folder holds beside the factors, which is a head as a rule."""
+    held = {other: tensor for file in run.files.files for other, tensor in _others(run, file)}
+    untrained = sorted(models.missing(base) - held.keys())
+    if untrained:
+        raise ValueError(f"neither {run.label} nor {name} holds {untrained[0]}: with a random head a loss says nothing")
+    places = dict(base.named_parameters())
+    for other, tensor in held.items():
+        if other in places and places[other].shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name} for this task"
+            raise ValueError(f"{other} is {shapes}: the task has other labels than the adapter")
+    put_tensors(base, held)
+
+
+def _others(run: AdapterRun, file: Mapping[str, np.ndarray]) -> list[tuple[str, Tensor]]:
+    names = {name.removeprefix(PREFIX): name for name in file}
+    return [(name, torch.tensor(file[names[name]])) for name in run.files.others if name in names]
+
+
+def _half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:
+    """Every other row of the validation split, which stands in the order of a hash."""
+    chosen = task.split("validation").iloc[which::2].head(rows)
+    if chosen.empty:
+        raise ValueError(f"the validation split of {task.name} has one row: components need one, their loss another")
+    return task.encode(models.tokenizer(model), chosen)

@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
         path = to_peft(run, options.peft, options.state)
         print(json.dumps({"id": run.id, "path": str(path)}) if options.json else path)
         return 0
+    remarks: list[str] = []
     if options.budget is None:
-        keywords, remarks = rank_pattern(run, state=options.state), []
+        keywords = rank_pattern(run, state=options.state)
     else:
         keywords, remarks = _suggested(run, options, options.budget)
     print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
@@ -100,7 +101,7 @@ def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any
 def _told(chosen: Cut, by: str) -> list[str]:
     table = chosen.modules
     total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
-    worst = table.loc[table["share"].idxmin()]
+    worst = table.iloc[int(table["share"].argmin())]
     least = ", the least that these ranks allow" if by == "energy" else ""
     return [
         f"Kept: {total['kept']:,} of {total['rank']:,} components, in {(table['kept'] > 0).sum()} of {len(table)} "

@@ -1,7 +1,8 @@
 """PEFT's LoRA folders, read as files: which modules they adapt, by which factors, at which scale.
 
 A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, which may be split into shards. The headers
-alone tell names and shapes; a factor is read when its update is asked for.
+alone tell names and shapes; a factor is read when its update is asked for. Other layouts have files of their own beside
+this one, and share its parts.
 """
 
 from __future__ import annotations
@@ -9,145 +10,33 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from lorascope.fourier import Fourier
+import numpy as np
+
+from lorascope.adapter_parts import Factor, Kept, Part
 from lorascope.roles import parse, position
 from lorascope.tensors import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
-from lorascope.update import LowRank
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
 PREFIX = "base_model.model."
 # The adapter's own name may stand behind the factor's, where a state dict was saved by hand.
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?")
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?"
+)
+_KINDS = ("LORA", "ADALORA", "FOURIERFT")
 _VARIANTS = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
     "kasa_config": "KaSA",
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
 }
-
-
-@dataclass(frozen=True)
-class Factor:
-    """One stored factor.
-
-    Parameters
-    ----------
-    file : TensorFile
-    name : str
-        Its name in the file.
-    """
-
-    file: TensorFile
-    name: str
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Two dimensions; what a convolution adds is folded into the second."""
-        first, *rest = self.file.shape(self.name)
-        return first, math.prod(rest)
-
-    def read(self) -> Any:
-        """The array, with the two dimensions of ``shape``."""
-        return self.file[self.name].reshape(self.shape)
-
-
-class Kept:
-    """What a folder keeps of one module, whatever the method: known by the headers, the arrays read when asked for."""
-
-    scale: float
-    transposed: bool
-    """Does the base store its weight as (in, out)?"""
-    thin: ClassVar[bool] = True
-    """Are singular values found from thin factors, and so at once?"""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        raise NotImplementedError
-
-    @property
-    def rank(self) -> int:
-        """Number of components."""
-        raise NotImplementedError
-
-    @property
-    def size(self) -> int:
-        """Number of stored values."""
-        raise NotImplementedError
-
-    @property
-    def dtype(self) -> str:
-        """Stored dtype, such as ``"BF16"``."""
-        raise NotImplementedError
-
-    @property
-    def exact(self) -> bool:
-        """Does ``update`` say all of it, whatever the input?"""
-        return True
-
-    def factors(self) -> dict[str, Any]:
-        """Read the factors."""
-        raise NotImplementedError
-
-    def update(self) -> LowRank | Fourier:
-        """Read the factors, as an update."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Part(Kept):
-    """The update of one module: scale * B @ A.
-
-    Parameters
-    ----------
-    B, A : Factor
-        (out, rank) and (rank, in), whatever way round the base stores its weight.
-    scale : float
-    transposed : bool
-        Does the base store its weight as (in, out)?
-    """
-
-    B: Factor
-    A: Factor
-    scale: float
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.B.shape[0], self.A.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Number of components."""
-        return self.A.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Number of stored values."""
-        return math.prod(self.A.shape) + math.prod(self.B.shape)
-
-    @property
-    def dtype(self) -> str:
-        """Stored dtype, such as ``"BF16"``."""
-        return self.A.file.dtype(self.A.name)
-
-    def factors(self) -> dict[str, Any]:
-        """Read the factors."""
-        return {"A": self.A.read(), "B": self.B.read()}
-
-    def update(self) -> LowRank:
-        """Read the factors."""
-        return LowRank(self.B.read(), self.A.read(), self.scale)
 
 
 @dataclass(frozen=True)
@@ -158,7 +47,7 @@ class AdapterFiles:
     ----------
     path : path
     config : dict
-        ``adapter_config.json``.
+        ``adapter_config.json``; empty where there is none.
     parts : mapping module name -> Kept
         In the order of the axes: by layer, then by role.
     others : tuple of str
@@ -175,9 +64,15 @@ class AdapterFiles:
     files: tuple[TensorFile, ...]
     kind: str = "LoRA"
 
+    def whole(self, module: str) -> np.ndarray:
+        """The weight of a module that is stored as it is, with two dimensions."""
+        wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
+        file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
+        return file[name].reshape(file.shape(name)[0], -1)
+
 
 def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
-    """The configuration of a PEFT folder, and its files of weights.
+    """The configuration of an adapter's folder, and its files of weights.
 
     Raises
     ------
@@ -186,39 +81,118 @@ def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
     ValueError
         It is another kind of adapter, or a file cannot be read.
     """
-    config = _config(path)
+    config = _config(path) if (path / CONFIG).exists() else {}
     return config, tuple(open_tensors(file) for file in _weight_files(path))
 
 
-def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
-    """The modules of an opened folder.
+def factor_files(path: Path) -> list[Path]:
+    """Files of weights in a folder that hold factors, whatever their names."""
+    return [file for file in sorted(path.glob("*.safetensors")) if any(".lora_" in name for name in open_tensors(file))]
+
+
+def grouped(
+    files: Iterable[TensorFile], pattern: re.Pattern[str]
+) -> tuple[dict[str, dict[str, Factor]], tuple[str, ...]]:
+    """Factors of every module by their names, in the order of the axes, and the names of all other tensors.
+
+    Parameters
+    ----------
+    files : iterable of TensorFile
+    pattern : pattern
+        Of names without PEFT's prefix, with the groups ``module`` and ``factor``.
 
     Raises
     ------
     ValueError
-        It holds a variant of LoRA, or configuration and weights do not fit together.
+        A factor is stored as anything but floats.
     """
     found: dict[str, dict[str, Factor]] = {}
     others = []
     for file in files:
         for name in file:
-            match = _FACTOR.fullmatch(name)
+            match = pattern.fullmatch(name.removeprefix(PREFIX))
             if match is None:
                 others.append(name.removeprefix(PREFIX))
-                continue
-            found.setdefault(match["module"].removeprefix(PREFIX), {})[match["factor"]] = float_factor(file, name)
+            else:
+                found.setdefault(match["module"], {})[match["factor"]] = _float_factor(file, name)
+    ordered = sorted(found, key=lambda module: position(*parse(module)))
+    return {module: found[module] for module in ordered}, tuple(others)
+
+
+def lora_factors(
+    path: Path, files: Iterable[TensorFile], wanted: Sequence[str]
+) -> tuple[dict[str, dict[str, Factor]], tuple[str, ...]]:
+    """``grouped`` by the names of LoRA's factors, every module with exactly those wanted.
+
+    Raises
+    ------
+    ValueError
+        A module lacks one of them or has another, or there are none at all.
+    """
+    found, others = grouped(files, _FACTOR)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
         raise ValueError(f"{path} is a variant of LoRA that is not read yet: it holds {foreign}")
     if not found:
         held = f"such as {others[0]}" if others else "no tensor at all"
         raise ValueError(f"{path} says LORA but its weights hold no lora_A and lora_B: {held}")
-    ordered = sorted(found, key=lambda module: position(*parse(module)))
-    parts = {module: _part(path, module, found[module], config) for module in ordered}
-    return AdapterFiles(path, config, parts, tuple(others), files)
+    for module, factors in found.items():
+        lacking = next((name for name in wanted if name not in factors), None)
+        if lacking is not None:
+            raise ValueError(
+                f"{path}: {module} has no lora_{lacking}, only lora_{next(iter(factors))}: a part is missing"
+            )
+        extra = next((name for name in factors if name not in wanted), None)
+        if extra is not None:
+            option = {"magnitude_vector": "use_dora", "E": "ADALORA"}[extra]
+            raise ValueError(f"{path}: {module} holds lora_{extra}, but {CONFIG} does not say {option}")
+    return found, others
 
 
-def float_factor(file: TensorFile, name: str) -> Factor:
+def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+    """The modules of an opened folder of LoRA.
+
+    Raises
+    ------
+    ValueError
+        It holds a variant of LoRA, or configuration and weights do not fit together.
+    """
+    found, others = lora_factors(path, files, ("A", "B"))
+    parts = {module: Part(*lora_part(path, module, factors, config)) for module, factors in found.items()}
+    return AdapterFiles(path, config, parts, others, files)
+
+
+def lora_part(
+    path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]
+) -> tuple[Factor, Factor, float, bool]:
+    """B, A, scale and orientation of one module.
+
+    Raises
+    ------
+    ValueError
+        Its factors have another rank than the configuration says.
+    """
+    rank = _setting(config, "rank_pattern", module, "r", 8)
+    alpha = _setting(config, "alpha_pattern", module, "lora_alpha", 8)
+    check_rank(path, module, factors, rank, config)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return factors["B"], factors["A"], scale, is_transposed(factors["A"], config)
+
+
+def check_rank(path: Path, module: str, factors: Mapping[str, Factor], rank: int, config: Mapping[str, Any]) -> None:
+    """Raise a ValueError where factors have another rank than the configuration says."""
+    held = factors["A"].shape[0], factors["B"].shape[1]
+    if held != (rank, rank):
+        why = "; experts in one tensor (target_parameters) are not read" if config.get("target_parameters") else ""
+        raise ValueError(f"{path}: {CONFIG} gives {module} rank {rank}, its factors have {held[0]} and {held[1]}{why}")
+
+
+def is_transposed(A: Factor, config: Mapping[str, Any]) -> bool:
+    """Does the base store the weight as (in, out)? Tables of embeddings are."""
+    return bool(config.get("fan_in_fan_out")) or ".lora_embedding_" in A.name
+
+
+def _float_factor(file: TensorFile, name: str) -> Factor:
     """A stored factor; a ValueError where it is stored as anything but floats."""
     if file.dtype(name) not in FLOATS:
         raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
@@ -228,21 +202,6 @@ def float_factor(file: TensorFile, name: str) -> Factor:
 def pattern_key(patterns: Iterable[str], module: str) -> str | None:
     """The entry of a ``rank_pattern`` or ``alpha_pattern`` that is about a module: the first that fits, as in PEFT."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-
-
-def _part(path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]) -> Part:
-    if factors.keys() != {"A", "B"}:
-        only = next(iter(factors))
-        raise ValueError(f"{path}: {module} has lora_{only} but no lora_{'A' if only == 'B' else 'B'}: half is missing")
-    rank = _setting(config, "rank_pattern", module, "r", 8)
-    alpha = _setting(config, "alpha_pattern", module, "lora_alpha", 8)
-    held = factors["A"].shape[0], factors["B"].shape[1]
-    if held != (rank, rank):
-        why = "; experts in one tensor (target_parameters) are not read" if config.get("target_parameters") else ""
-        raise ValueError(f"{path}: {CONFIG} gives {module} rank {rank}, its factors have {held[0]} and {held[1]}{why}")
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    transposed = bool(config.get("fan_in_fan_out")) or ".lora_embedding_" in factors["A"].name
-    return Part(factors["B"], factors["A"], scale, transposed)
 
 
 def _setting(config: Mapping[str, Any], pattern: str, module: str, default: str, otherwise: int) -> Any:
@@ -259,14 +218,14 @@ def _config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not readable as PEFT's configuration of an adapter: {error}") from error
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
-    if kind not in ("LORA", "FOURIERFT"):
-        raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: LORA and FOURIERFT are")
+    if kind not in _KINDS:
+        raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: {', '.join(_KINDS)} are")
     return config
 
 
 def _weight_files(path: Path) -> list[Path]:
-    files = weight_files(path, STEM)
+    files = weight_files(path, STEM) or factor_files(path)
     if not files:
-        refuse_pickles(path, STEM)
+        refuse_pickles(path.glob(f"*{STEM}*"))
         raise FileNotFoundError(f"{path} has {CONFIG} but no {WEIGHTS}")
     return files

@@ -14,17 +14,20 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
-from lorascope.adapter_files import CONFIG, AdapterFiles, open_adapter, read_adapter
+from lorascope.adalora_files import read_adalora
+from lorascope.adapter_files import CONFIG, AdapterFiles, factor_files, open_adapter, read_adapter
 from lorascope.card import largest_lines
-from lorascope.fourier import Fourier
+from lorascope.dora_files import read_dora
 from lorascope.fourier_files import named_base, read_fourier
 from lorascope.hydra_files import holds_heads, read_hydra
 from lorascope.layout import Lazy
+from lorascope.loralib_files import read_loralib
 from lorascope.pretrained import Pretrained
 from lorascope.records import Record
 from lorascope.roles import parse
 from lorascope.run import Run
 from lorascope.summary import SUMMARY
+from lorascope.tensors import refuse_pickles
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
 MARKS = ("recipe.json", "run.json", CONFIG)
@@ -36,11 +39,12 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     Parameters
     ----------
     path : path
-        A run folder, a folder of phases (the last phase is opened, its parents with it), or a PEFT adapter.
+        A run folder, a folder of phases (the last phase is opened, its parents with it), or an adapter: of PEFT
+        (LoRA, DoRA, AdaLoRA, FourierFT), or in the layout of loralib or of HydraLoRA's authors.
     base : path, optional
         Folder of an adapter's base model, of which only safetensors files are read: gives the adapter what needs W_0,
-        ``weight_norm`` and ``relative_update``. FourierFT keeps no shapes and needs it, unless the adapter's own
-        configuration names a folder that is there.
+        ``weight_norm`` and ``relative_update``, and DoRA the whole of its update. FourierFT keeps no shapes and needs
+        it, unless the adapter's own configuration names a folder that is there.
 
     Raises
     ------
@@ -53,13 +57,14 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     if not path.exists():
         raise FileNotFoundError(f"there is no folder {path}")
     if path.is_file():
+        refuse_pickles([path])
         raise ValueError(f"{path} is a file: give the folder it lies in, {path.parent}")
     trained_here = (path / "recipe.json").exists() or (path / "run.json").exists()
     if trained_here and base is not None:
         raise ValueError(f"{path} is a run: it knows its own base, so leave the base out")
     if trained_here:
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
-    if (path / CONFIG).exists():
+    if (path / CONFIG).exists() or factor_files(path):
         model = None if base is None else Pretrained(base)
         return AdapterRun(_read(path, model), model)
     raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
@@ -67,9 +72,16 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
 
 def _read(path: Path, base: Pretrained | None) -> AdapterFiles:
     config, files = open_adapter(path)
-    if config["peft_type"].upper() == "FOURIERFT":
+    kind = config.get("peft_type", "LORA").upper()
+    if kind == "FOURIERFT":
         return read_fourier(path, config, files, base)
-    read = read_hydra if holds_heads(name for file in files for name in file) else read_adapter
+    if config.get("use_dora"):
+        return read_dora(path, config, files, base)
+    if kind == "ADALORA":
+        return read_adalora(path, config, files)
+    if holds_heads(name for file in files for name in file):
+        return read_hydra(path, config, files)
+    read = read_loralib if not config or "enable_lora" in config else read_adapter
     return read(path, config, files)
 
 
@@ -166,7 +178,7 @@ class AdapterRun(Run):
         parts = self.files.parts
         return Lazy(list(parts), lambda module: parts[module].factors())
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Fourier]:
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
         """The update of every module, read when asked for."""
         self._only(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
@@ -258,4 +270,5 @@ def _hint(path: Path) -> str:
         return f" itself, but {len(inside)} below it: give {path / inside[-1]}"
     if (path / "config.json").exists():
         return ": it looks like a whole model, of which `lorascope inspect --base DIR` tells what turned in it"
+    refuse_pickles(path.iterdir())
     return f": there is none of {', '.join(MARKS)}"

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from lorascope.adapter_files import CONFIG, PREFIX, AdapterFiles, Factor, Kept, float_factor, pattern_key
+from lorascope.adapter_files import CONFIG, AdapterFiles, grouped, pattern_key
+from lorascope.adapter_parts import Factor, Kept
 from lorascope.fourier import SEEDS, Fourier, entries
 from lorascope.pretrained import Pretrained
-from lorascope.roles import parse, position
 from lorascope.tensors import TensorFile
 
 # The adapter's own name may stand behind, where a state dict was saved by hand.
-_SPECTRUM = re.compile(r"(?P<module>.+)\.fourierft_spectrum(?:\.[^.]+)?")
+_FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")
 _SCALING, _SEED, _N = 150.0, 777, 1000  # PEFT's, where the configuration says nothing
 
 
@@ -49,7 +49,11 @@ class FourierPart(Kept):
     scale: float
     transposed: bool
     seed: int
-    thin = False
+
+    @property
+    def thin(self) -> bool:
+        """Norms are found at once, by Parseval's identity; singular values are not."""
+        return False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -96,15 +100,7 @@ def read_fourier(
     ValueError
         The shapes of the base are not known, or configuration and weights do not fit together.
     """
-    found: dict[str, Factor] = {}
-    others = []
-    for file in files:
-        for name in file:
-            match = _SPECTRUM.fullmatch(name.removeprefix(PREFIX))
-            if match is None:
-                others.append(name.removeprefix(PREFIX))
-            else:
-                found[match["module"]] = float_factor(file, name)
+    found, others = grouped(files, _FACTOR)
     if not found:
         held = f"such as {others[0]}" if others else "no tensor at all"
         raise ValueError(f"{path} says FOURIERFT but its weights hold no fourierft_spectrum: {held}")
@@ -112,9 +108,10 @@ def read_fourier(
     if shapes is None:
         name = config.get("base_model_name_or_path") or "unnamed"
         raise ValueError(f"{path} keeps no shapes, as FourierFT does not: give the folder of its base, {name}")
-    ordered = sorted(found, key=lambda module: position(*parse(module)))
-    parts = {module: _part(path, module, found[module], config, shapes) for module in ordered}
-    return AdapterFiles(path, dict(config), parts, tuple(others), files, "FourierFT")
+    parts = {
+        module: _part(path, module, factors["fourierft_spectrum"], config, shapes) for module, factors in found.items()
+    }
+    return AdapterFiles(path, dict(config), parts, others, files, "FourierFT")
 
 
 def named_base(config: Mapping[str, Any]) -> Pretrained | None:

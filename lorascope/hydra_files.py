@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.adapter_files import CONFIG, PREFIX, AdapterFiles, Factor, Part, float_factor
+from lorascope.adapter_files import CONFIG, AdapterFiles, grouped
+from lorascope.adapter_parts import Factor, Part
 from lorascope.forms import mixture
-from lorascope.roles import parse, position
 from lorascope.tensors import TensorFile
 from lorascope.update import LowRank
 
@@ -75,18 +75,9 @@ def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, .
     ValueError
         A part is missing, or configuration and weights do not fit together.
     """
-    found: dict[str, dict[str, Factor]] = {}
-    others = []
-    for file in files:
-        for name in file:
-            match = _FACTOR.fullmatch(name.removeprefix(PREFIX))
-            if match is None:
-                others.append(name.removeprefix(PREFIX))
-            else:
-                found.setdefault(match["module"], {})[match["factor"]] = float_factor(file, name)
-    ordered = sorted(found, key=lambda module: position(*parse(module)))
-    parts: dict[str, Part] = {module: _part(path, module, found[module], config) for module in ordered}
-    return AdapterFiles(path, dict(config), parts, tuple(others), files, "HydraLoRA")
+    found, others = grouped(files, _FACTOR)
+    parts = {module: _part(path, module, factors, config) for module, factors in found.items()}
+    return AdapterFiles(path, dict(config), parts, others, files, "HydraLoRA")
 
 
 def _part(path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]) -> HydraPart:

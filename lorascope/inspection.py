@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +10,21 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from lorascope.adapter_files import pattern_key
+from lorascope.adapter_inspection import adapter_facts, adapter_findings, some
+from lorascope.against_base import BESIDE, DIRECTIONS, against_base
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
 from lorascope.forms import UNTRAINED
 from lorascope.roles import position
 from lorascope.run import Run
-from lorascope.update import energy_rank
+from lorascope.update import effective_rank, energy_rank, stable_rank
 
 _SHARE = 0.9
-_RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DEAD = 1e-6  # of the largest singular value: below it the two ways to find them differ
+_COLUMNS = (
+    *("module", "stack", "layer", "role", "rank", "scale", "parameters", "update_norm", "relative_update", "energy"),
+    *("stable_rank", "effective_rank", "energy_rank", "dead", "exact"),
+    *BESIDE,
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,10 @@ class Inspection:
     facts : tuple of (str, str)
         The header: what it is, its base, its size.
     modules : DataFrame
-        ``module, stack, layer, role, rank, parameters, update_norm, relative_update, energy, stable_rank,
-        effective_rank, energy_rank, exact``, in the order of the axes; ``energy`` is the share of the summed
-        |dW|^2, NaN where factors hold NaN.
+        ``module, stack, layer, role, rank, scale, parameters, update_norm, relative_update, energy, stable_rank,
+        effective_rank, energy_rank, dead, exact``, in the order of the axes; ``energy`` is the share of the summed
+        |dW|^2, NaN where factors hold NaN; ``dead`` counts the components that the rank allows and the update does
+        not use, singular values below 1e-6 of its largest. Then what ``against_base`` tells, NaN without a base.
     findings : tuple of str
         A sentence each.
     """
@@ -87,17 +93,24 @@ class Inspection:
         }
 
 
-def inspect(run: Run) -> Inspection:
+def inspect(run: Run, spectra: bool = False) -> Inspection:
     """Measure every module of a run or adapter.
+
+    Parameters
+    ----------
+    run : Run
+    spectra : bool
+        Also what takes whole matrices apart, and so long: singular values of FourierFT, and of DoRA with its base;
+        intruder dimensions in weights of any size.
 
     Raises
     ------
     ValueError
         The run holds no update: it is unfinished, or nothing was recorded.
     """
-    modules = _modules(run)
+    modules = _modules(run, spectra)
     facts, own = (
-        (_adapter_facts(run), _adapter_findings(run))
+        (adapter_facts(run), adapter_findings(run))
         if isinstance(run, AdapterRun)
         else (_run_facts(run, len(modules)), ())
     )
@@ -109,17 +122,43 @@ def pooled(norms: pd.Series) -> float:
     return float(np.sqrt((norms**2).sum(min_count=1)))
 
 
-def _modules(run: Run) -> pd.DataFrame:
+def _modules(run: Run, spectra: bool) -> pd.DataFrame:
     frame = run.summary()
     if frame.empty:
         raise ValueError(f"run {run.id} recorded no update of any module: train with observe=[ls.observe.norms()]")
-    sigmas = _singular_values(run, frame["module"])
-    frame["energy_rank"] = [energy_rank(sigmas[m], _SHARE) if m in sigmas else np.nan for m in frame["module"]]
+    _measure_spectra(frame, _singular_values(run, frame["module"], spectra))
     squares = frame["update_norm"] ** 2
     frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
     frame["parameters"] = _parameters(run, frame)
-    columns = ["module", "stack", "layer", "role", "rank", "parameters", "update_norm", "relative_update", "energy"]
-    return frame[[*columns, "stable_rank", "effective_rank", "energy_rank", "exact"]]
+    frame["scale"] = _scales(run, frame["module"])
+    beside = against_base(run, spectra).set_index("module") if isinstance(run, AdapterRun) else pd.DataFrame()
+    for name in BESIDE:
+        frame[name] = frame["module"].map(beside[name]) if name in beside else np.nan
+    return frame[list(_COLUMNS)]
+
+
+def _measure_spectra(frame: pd.DataFrame, sigmas: Mapping[str, np.ndarray]) -> None:
+    """What singular values tell, into the table: ranks that are not there yet, the energy's, and what is dead."""
+    frame["energy_rank"], frame["dead"] = np.nan, np.nan
+    for row, module in enumerate(frame["module"]):
+        if module not in sigmas:
+            continue
+        sigma = sigmas[module]
+        told = {"stable_rank": stable_rank(sigma), "effective_rank": effective_rank(sigma)}
+        for name in (name for name in told if np.isnan(frame.loc[row, name])):
+            frame.loc[row, name] = told[name]
+        frame.loc[row, "energy_rank"] = energy_rank(sigma, _SHARE)
+        if not np.isnan(sigma).any() and pd.notna(frame.loc[row, "rank"]):
+            alive = np.count_nonzero(sigma > _DEAD * np.max(sigma, initial=0.0))
+            frame.loc[row, "dead"] = max(frame.loc[row, "rank"] - alive, 0)
+
+
+def _scales(run: Run, modules: pd.Series) -> list[float]:
+    """Factor before the product, or before the transform; NaN for a dense update, which has none."""
+    if isinstance(run, AdapterRun):
+        return [part.scale for part in run.files.parts.values()]
+    updates = run.updates()
+    return [float(getattr(updates[name], "scale", np.nan)) if name in updates else np.nan for name in modules]
 
 
 def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
@@ -136,10 +175,10 @@ def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
     return frame["module"].map(sizes).fillna(counted).astype("int64")
 
 
-def _singular_values(run: Run, modules: pd.Series) -> Mapping[str, np.ndarray]:
+def _singular_values(run: Run, modules: pd.Series, spectra: bool) -> Mapping[str, np.ndarray]:
     """Spectra of the factored updates, and of the dense ones that were recorded at the last step."""
     if isinstance(run, AdapterRun):
-        return run.spectra if all(part.thin for part in run.files.parts.values()) else {}
+        return run.spectra if spectra or all(part.thin for part in run.files.parts.values()) else {}
     found = dict(spectra_by_layer(run))
     last = run.meta["states"]["last"]["step"]
     for module in modules:
@@ -155,24 +194,6 @@ def _shapes(run: Run, modules: pd.Series) -> Int[np.ndarray, "n 2"]:
     known = set(described.index)
     return np.array(
         [described.loc[name] if name in known else run.updates()[name].shape for name in modules], dtype=np.int64
-    )
-
-
-def _adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
-    parts = run.files.parts.values()
-    scales = _range([part.scale for part in parts])
-    config = run.files.config
-    alpha = f"alpha {config.get('lora_alpha', 8):g}" + (", rank-stabilised" if config.get("use_rslora") else "")
-    size = f"rank {_range([part.rank for part in parts])}, scale {scales} ({alpha})"
-    if run.files.kind == "FourierFT":
-        size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
-    dtypes = sorted({DTYPES[part.dtype] for part in parts})
-    files = len(run.files.files)
-    stored = f"{' and '.join(dtypes)}, {files} file{'s' * (files > 1)}"
-    return (
-        (run.label, f"{run.files.kind}, {size}"),
-        ("base", f"{run.meta['model']} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
-        ("holds", f"{len(parts)} modules, {run.meta['parameters']['trained']:,} parameters, {stored}"),
     )
 
 
@@ -204,6 +225,8 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     elif len(untouched):
         plural = "s" * (len(untouched) > 1)
         yield f"{len(untouched)} module{plural} untouched: {some(untouched)}{_zero(run, untouched)}"
+    yield from _dead(modules)
+    yield from _beside(modules)
     sound = modules[modules["update_norm"] > 0]
     known = sound.dropna(subset=["energy_rank", "rank"])
     if len(known) and known["rank"].min() >= 4:
@@ -211,6 +234,33 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         ranks = sorted(set(known["rank"] // 4))
         bound = f"rank {ranks[0]} or less" if len(ranks) == 1 else "a quarter of their rank"
         yield f"{narrow or 'none'} of {len(known)} modules hold {100 * _SHARE:.0f} % of their energy in {bound}"
+
+
+def _dead(modules: pd.DataFrame) -> Iterator[str]:
+    """Components that are there and do nothing, in modules that are not untouched altogether."""
+    worn = modules[(modules["dead"] > 0) & (modules["update_norm"] > 0)]
+    if len(worn):
+        total = int(worn["dead"].sum())
+        yield f"{total} component{'s' * (total > 1)} dead (below 1e-6 of the largest): {some(worn['module'])}"
+
+
+def _beside(modules: pd.DataFrame) -> Iterator[str]:
+    """What the base's weights say."""
+    known = modules[modules["intruders"].notna()]
+    found = known[known["intruders"] > 0]
+    if len(found):
+        most = found.loc[found["intruders"].idxmax()]
+        told = f"{found['intruders'].sum():.0f} intruder dimensions in {len(found)} of {len(known)} modules"
+        yield f"{told}, most in {most['module']} ({most['intruders']:.0f} of {DIRECTIONS})"
+    elif len(known):
+        yield f"no intruder dimension among the {DIRECTIONS} leading ones of {len(known)} modules"
+    turned = modules[modules["neuron_largest"].notna()]
+    if len(turned):
+        most = turned.loc[turned["neuron_largest"].idxmax()]
+        told = f"neurons turned by 1 - cos = {turned['neuron_median'].median():.2g} (median over modules)"
+        yield f"{told}, at most {most['neuron_largest']:.2g}, in {most['module']}"
+        if rest := len(turned) - len(known):
+            yield f"intruder dimensions of {rest} large modules not looked for: --spectra does, and takes long"
 
 
 def _zero(run: Run, modules: pd.Series) -> str:
@@ -224,41 +274,8 @@ def _zero(run: Run, modules: pd.Series) -> str:
     return f" ({' and '.join(names)} zero)" if names else ""
 
 
-def _adapter_findings(run: AdapterRun) -> Iterator[str]:
-    """What the files say beside their factors."""
-    config, others = run.files.config, run.files.others
-    biases = {name.rpartition(".")[0] for name in others if name.endswith(".bias")}
-    whole = {name.removesuffix(".weight").removesuffix(".base_layer") for name in others if not name.endswith(".bias")}
-    if whole:
-        yield f"saved in full beside the factors, not measured: {some(sorted(whole))}"
-    if biases - whole:
-        yield f"{len(biases - whole)} biases beside the factors, not measured"
-    lacking = [module for module in run.files.parts if run.base is not None and not run.base.holds(module)]
-    if lacking:
-        yield f"not in the base, tied perhaps: {some(lacking)}"
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_RESIDUAL):
-        yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(pattern) or {}
-        idle = [key for key in patterns if not any(pattern_key([key], module) for module in run.files.parts)]
-        if idle:
-            yield f"{pattern} names no module of this adapter: {some(idle)}"
-
-
-def some(names: Any) -> str:
-    """One name, and how many others."""
-    listed = [str(name) for name in names]
-    return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
-
-
 def _count(count: int, modules: pd.DataFrame) -> str:
     return f"{count} of {len(modules)} modules hold{'s' * (count == 1)}"
-
-
-def _range(values: Sequence[float | int]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"
 
 
 def rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.inspection import DTYPES, pooled, rows, some
+from lorascope.adapter_inspection import DTYPES, some
+from lorascope.inspection import pooled, rows
 from lorascope.pretrained import Pretrained
 from lorascope.roles import position
 from lorascope.scoring import score

@@ -142,6 +142,6 @@ def _files(folder: Path) -> list[Path]:
     found = weight_files(folder, "model")
     found = found or [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
     if not found:
-        refuse_pickles(folder, "model")
+        refuse_pickles(folder.glob("*model*"))
         raise FileNotFoundError(f"{folder} holds no safetensors file: give the folder of the base model")
     return found

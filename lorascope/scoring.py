@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lorascope.adapter_files import factor_files
 from lorascope.analysis import neurons
 from lorascope.checkpoints import MARKS
 from lorascope.names import gated_input
@@ -53,9 +54,9 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
 def is_checkpoint(path: str | Path) -> bool:
     """Does a whole model lie there, in a safetensors file or a folder of them, and neither a run nor an adapter?"""
     path = Path(path).expanduser()
-    if path.is_file():
-        return path.suffix == ".safetensors"
-    return any(path.glob("*.safetensors*")) and not any((path / mark).exists() for mark in MARKS)
+    folder = path.parent if path.is_file() else path
+    whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
+    return whole and not any((folder / mark).exists() for mark in MARKS) and not factor_files(folder)
 
 
 def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:

@@ -20,7 +20,6 @@ from lorascope.neuron_inspection import NeuronInspection
 WIDTH = 80
 _LABEL = 15
 _CHART = 32
-_MODULE = 41
 _STACKS = {"encoder": "enc ", "decoder": "dec "}
 
 
@@ -80,13 +79,27 @@ def one(inspection: Inspection, style: Style) -> str:
 
 def every(inspection: Inspection, style: Style) -> str:
     """The screen of ``one`` with a line for every module in place of the chart."""
-    head = f"{'module':<{_MODULE}} {'|dW|':>7} {'energy':>7} {'rank':>5} {'effective':>9} {'stable':>6}"
+    based = bool(inspection.modules["relative_update"].notna().any())
+    width = WIDTH - len(_EVERY_BASED if based else _EVERY) - 1
+    head = f"{'module':<{width}} {_EVERY_BASED if based else _EVERY}"
     lines = [*_header(inspection, style), "", style.paint(head, "1")]
     for row in inspection.modules.to_dict("records"):
-        values = f"{_norm(row['update_norm']):>7} {_percent(row['energy']):>7} {_span(row['rank'], row['rank']):>5}"
-        ranks = f"{_number(row['effective_rank']):>9} {_number(row['stable_rank']):>6}"
-        lines.append(f"{elide(row['module'], _MODULE):<{_MODULE}} {values} {ranks}")
+        lines.append(f"{elide(row['module'], width):<{width}} {_numbers(row, based)}")
     return "\n".join([*lines, "", *_findings(inspection, style)])
+
+
+_EVERY = "   |dW|  energy rank effective stable 90 % dead"
+_EVERY_BASED = "   |dW|    dW/W rank effective dead intruders   1-cos"
+
+
+def _numbers(row: dict[Any, Any], based: bool) -> str:
+    """What stands below ``_EVERY``, or with a base below ``_EVERY_BASED``."""
+    share = _percent(row["relative_update" if based else "energy"])
+    start = f"{_norm(row['update_norm']):>7} {share:>7} {_span(row['rank'], row['rank']):>4}"
+    start += f" {_number(row['effective_rank']):>9}"
+    if based:
+        return f"{start} {_whole(row['dead']):>4} {_whole(row['intruders']):>9} {_norm(row['neuron_median']):>7}"
+    return f"{start} {_number(row['stable_rank']):>6} {_whole(row['energy_rank']):>4} {_whole(row['dead']):>4}"
 
 
 def neurons(inspection: NeuronInspection, style: Style) -> str:
@@ -290,6 +303,10 @@ def _percent(share: float) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
+
+
+def _whole(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.0f}"
 
 
 def _ratio(value: float, other: float) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,12 @@ _DTYPES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 _PARTIAL = ".part"
 _CONVERT = (
-    "python -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('{0}.bin', "
-    "weights_only=True), '{0}.safetensors')\""
+    "python -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('{0}', "
+    "weights_only=True), '{1}')\""
 )
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# What a Trainer leaves beside the weights.
+_STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 # The one entry of the header's text, since the order of several would be another each time.
 _ABOUT = "about"
 
@@ -198,12 +201,12 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def refuse_pickles(folder: Path, stem: str) -> None:
-    """Raise a ValueError where weights lie in pickles."""
-    pickles = [*folder.glob(f"*{stem}*.bin"), *folder.glob(f"*{stem}*.pt")]
-    if pickles:
-        how = _CONVERT.format(pickles[0].with_suffix(""))
-        raise ValueError(f"{pickles[0]} is a pickle, which is never loaded; convert it: {how}")
+def refuse_pickles(files: Iterable[Path]) -> None:
+    """Raise a ValueError where one of the files is a pickle of weights by its name."""
+    found = sorted(file for file in files if file.suffix in _PICKLES and not file.name.startswith(_STATES))
+    if found:
+        how = _CONVERT.format(found[0], found[0].with_suffix(".safetensors"))
+        raise ValueError(f"{found[0]} is a pickle, which is never loaded; convert it: {how}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:

@@ -17,14 +17,11 @@ from jaxtyping import Float
 
 from lorascope.algebra import (
     GRAM_LIMIT,
-    NeuronChange,
     effective_rank,
     energy_rank,
     entropy_rank,
     finite,
     gram,
-    neuron_change,
-    neuron_cosine,
     numerical_rank,
     one_thread,
     participation_rank,
@@ -38,6 +35,7 @@ from lorascope.algebra import (
     triangles,
     wide,
 )
+from lorascope.turning import NeuronChange, factored_change, neuron_change, neuron_cosine
 
 __all__ = [
     "Dense",
@@ -47,6 +45,7 @@ __all__ = [
     "effective_rank",
     "energy_rank",
     "entropy_rank",
+    "factored_change",
     "neuron_change",
     "neuron_cosine",
     "norms",

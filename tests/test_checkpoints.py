@@ -307,18 +307,23 @@ def rename(adapter: Path, name: str) -> None:
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[Any, str]] = {
-    "dora": (lambda a: configured(a, use_dora=True), "an adapter of type DoRA, which is not read yet"),
-    "adalora": (lambda a: configured(a, peft_type="ADALORA"), "of type ADALORA, which is not read yet"),
+    "dora": (lambda a: configured(a, use_dora=True), "q_proj has lora_A and lora_B but no lora_magnitude_vector"),
+    "adalora": (lambda a: configured(a, peft_type="ADALORA"), "q_proj has lora_A and lora_B but no lora_E"),
+    "vera": (lambda a: configured(a, peft_type="VERA"), "of type VERA, which is not read yet"),
     "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "says FOURIERFT but .* hold no fourierft_spectrum"),
     "magnitude": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_magnitude_vector": torch.ones(32)}),
-        "variant of LoRA that is not read yet: it holds .*lora_magnitude_vector",
+        "q_proj holds lora_magnitude_vector, but adapter_config.json does not say use_dora",
+    ),
+    "variant": (
+        lambda a: stored(a, lambda t: t | {f"{Q0}.lora_diag": torch.ones(4)}),
+        "variant of LoRA that is not read yet: it holds .*lora_diag",
     ),
     "rank": (lambda a: configured(a, r=8), "gives .* rank 8, its factors have 4 and 4"),
     "experts": (lambda a: configured(a, r=2, target_parameters=["x"]), "experts in one tensor"),
     "half": (
         lambda a: stored(a, lambda t: {k: v for k, v in t.items() if k != f"{Q0}.lora_B.weight"}),
-        "q_proj has lora_A but no lora_B",
+        "q_proj has lora_A but no lora_B: a part",
     ),
     "integers": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}),

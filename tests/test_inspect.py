@@ -83,6 +83,8 @@ largest |dW|   40.0   model.layers.2.mlp.down_proj  rank 4.0 of 4
                30.0   model.layers.2.self_attn.q_proj  rank 2.0 of 4
                30.0   model.layers.2.mlp.up_proj  rank 2.0 of 4
 findings       1 module untouched: model.layers.1.mlp.up_proj (B zero)
+               18 components dead (below 1e-6 of the largest):
+                 model.layers.0.self_attn.q_proj and 8 more
                none of 10 modules hold 90 % of their energy in rank 1 or less
 next           lorascope plot spectrum my-adapter -o spectrum.pdf"""
     assert "\n".join(lines(Path("my-adapter"))) == expected
@@ -98,6 +100,8 @@ def test_measures_are_the_planted_ones(tmp_path: Path) -> None:
     assert modules.loc["q", "energy"] == pytest.approx(85 / 89)
     assert modules.loc["q", "stable_rank"] == pytest.approx(85 / 64)
     assert list(modules["energy_rank"]) == [2, 4]
+    assert list(modules["scale"]) == [2.0, 2.0]
+    assert list(modules["dead"]) == [0, 0]
     assert list(modules["parameters"]) == [4 * 32] * 2
     assert modules.loc["v", "effective_rank"] == pytest.approx(4)
 
@@ -307,7 +311,7 @@ def test_the_command_tells_every_module(tmp_path: Path, capsys: pytest.CaptureFi
     shown = run(capsys, folder, "--all").splitlines()
     assert max(map(len, shown)) <= 80
     assert sum(line.startswith("model.layers.") for line in shown) == 160
-    assert shown[5].split() == ["model.layers.0.self_attn.q_proj", "2.33", "0.0", "%", "2", "1.9", "1.4"]
+    assert shown[5].split() == ["model.layers.0.self_attn.q_proj", "2.33", "0.0", "%", "2", "1.9", "1.4", "2", "0"]
 
 
 def test_the_command_speaks_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,9 +33,18 @@ class Options:
     base: Annotated[
         str | None,
         arg(
-            metavar="DIR", help="folder of the base model: of an adapter for |dW|/|W|, of a whole model to compare with"
+            metavar="DIR",
+            help="folder of the base model: of an adapter for |dW|/|W|, intruder dimensions and turned neurons, of a "
+            "whole model to compare with",
         ),
     ] = None
+    spectra: Annotated[
+        bool,
+        arg(
+            help="also what takes whole matrices apart, and long: singular values of FourierFT and of DoRA with its "
+            "base, intruder dimensions in matrices wider than 1024"
+        ),
+    ] = False
     all: Annotated[bool, arg(help="a line for every module")] = False
     json: Annotated[bool, arg(help="everything, for a program")] = False
     csv: Annotated[bool, arg(help="a row for every module, or every neuron, for a program")] = False
@@ -58,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         print(run)
     if unfinished:
         return 1
-    print(_told([inspect(run) for run in runs], options), end="")
+    print(_told([inspect(run, options.spectra) for run in runs], options), end="")
     return 0
 
 

@@ -1,0 +1,67 @@
+"""PEFT's AdaLoRA folders, read as files.
+
+Below a module lie ``lora_A`` (rank, in), ``lora_E`` (rank, 1) and ``lora_B`` (out, rank). Components that the allocator
+took are zero in E; once its budget is fixed, ``rank_pattern`` says which ones it kept, and only these are stored. PEFT
+divides alpha by the initial rank plus 1e-5, whatever the rank is now.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorascope.adapter_files import AdapterFiles, check_rank, is_transposed, lora_factors
+from lorascope.adapter_parts import Factor, Part
+from lorascope.forms import update_from
+from lorascope.tensors import TensorFile
+from lorascope.update import LowRank
+
+_RANK, _ALPHA = 12, 8  # PEFT's, where the configuration says nothing
+
+
+@dataclass(frozen=True)
+class AdaPart(Part):
+    """The update of one module: scale * B @ diag(E) @ A.
+
+    Parameters
+    ----------
+    E : Factor
+        (rank, 1).
+    """
+
+    E: Factor
+
+    @property
+    def size(self) -> int:
+        """Number of stored values."""
+        return super().size + self.rank
+
+    def factors(self) -> dict[str, Any]:
+        """Read the factors; E as the diagonal that it is."""
+        return super().factors() | {"diagonal": self.E.read().reshape(-1)}
+
+    def update(self) -> LowRank:
+        """Read the factors."""
+        return update_from(self.factors(), self.scale)
+
+
+def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+    """The modules of an opened folder.
+
+    Raises
+    ------
+    ValueError
+        A factor is missing, or configuration and weights do not fit together.
+    """
+    found, others = lora_factors(path, files, ("A", "B", "E"))
+    first = config.get("init_r", _RANK)
+    scale = config.get("lora_alpha", _ALPHA) / (first + 1e-5)
+    kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (config.get("rank_pattern") or {}).items()}
+    parts = {}
+    for module, factors in found.items():
+        check_rank(path, module, factors, kept.get(module, first), config)
+        A = factors["A"]
+        parts[module] = AdaPart(factors["B"], A, scale, is_transposed(A, config), factors["E"])
+    return AdapterFiles(path, dict(config), parts, others, files, "AdaLoRA")

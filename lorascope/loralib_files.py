@@ -1,0 +1,82 @@
+"""Adapters in the layout of loralib, read as files.
+
+Below a module lie ``lora_A`` and ``lora_B``, and no configuration belongs to them, so that alpha and rank are
+written nowhere; one may be laid beside them as ``adapter_config.json``. A ``MergedLinear`` serves several outputs of
+one weight, such as query, key and value: A (n * rank, in) and B (n * rows, rank) hold the n that are enabled, a block
+each. Which ones are, ``enable_lora`` of the configuration says, as in early versions of PEFT; without it, the others,
+whose update is zero, are left out of the shape.
+
+Source: microsoft/LoRA, ``loralib/layers.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lorascope.adapter_files import CONFIG, AdapterFiles, is_transposed, lora_factors
+from lorascope.adapter_parts import Factor, Part
+from lorascope.tensors import TensorFile
+from lorascope.update import LowRank
+
+
+@dataclass(frozen=True)
+class MergedPart(Part):
+    """The updates of several outputs of one weight: scale * blocks(B) @ A.
+
+    Parameters
+    ----------
+    enabled : tuple of bool
+        Which outputs have one.
+    """
+
+    enabled: tuple[bool, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        outer, inner = super().shape
+        return outer // sum(self.enabled) * len(self.enabled), inner
+
+    def factors(self) -> dict[str, Any]:
+        """A, and B with the block of every output at its rows and at its components."""
+        A, blocks = self.A.read(), np.split(self.B.read(), sum(self.enabled))
+        height, rank = blocks[0].shape
+        B = np.zeros((self.shape[0], len(A)), blocks[0].dtype)
+        for number, output in enumerate(np.flatnonzero(self.enabled)):
+            B[output * height : (output + 1) * height, number * rank : (number + 1) * rank] = blocks[number]
+        return {"A": A, "B": B}
+
+    def update(self) -> LowRank:
+        """Read the factors."""
+        held = self.factors()
+        return LowRank(held["B"], held["A"], self.scale)
+
+
+def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+    """The modules of an opened folder; without a configuration the scale is 1.
+
+    Raises
+    ------
+    ValueError
+        A factor is missing, or configuration and weights do not fit together.
+    """
+    found, others = lora_factors(path, files, ("A", "B"))
+    parts = {module: _part(path, module, factors, config) for module, factors in found.items()}
+    return AdapterFiles(path, dict(config), parts, others, files)
+
+
+def _part(path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]) -> MergedPart:
+    A, B = factors["A"], factors["B"]
+    rank = config.get("r", B.shape[1])
+    enabled = tuple(config.get("enable_lora") or [True] * (A.shape[0] // rank))
+    if A.shape[0] != rank * sum(enabled) or B.shape[1] != rank or B.shape[0] % sum(enabled):
+        said = f"{CONFIG} gives rank {rank} and enables" if config else f"lora_B has rank {rank}, for"
+        held = f"lora_A {A.shape} and lora_B {B.shape}"
+        raise ValueError(f"{path}: {said} {sum(enabled)} outputs of {module}, which does not fit {held}")
+    scale = config.get("lora_alpha", 1) / rank if config else 1.0
+    return MergedPart(B, A, scale, is_transposed(A, config), enabled)

@@ -1,0 +1,153 @@
+"""How far neurons turn: the angle between each neuron's weights before and after, in float64 or nearly.
+
+Source: NeFT (arXiv 2403.11621), equation 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from lorascope.algebra import TILE_BYTES, gram, tiles, wide
+
+# Squares below this may have lost digits to underflow in float32.
+_SMALL = 1e-25
+
+
+class NeuronChange(NamedTuple):
+    """What became of every neuron's weights: 1 - cos between before and after, and three norms."""
+
+    cosine_distance: Float[np.ndarray, "neurons"]
+    norm_original: Float[np.ndarray, "neurons"]
+    norm_tuned: Float[np.ndarray, "neurons"]
+    delta_norm: Float[np.ndarray, "neurons"]
+
+
+def neuron_cosine(W0: Any, W: Any, axis: int) -> Float[np.ndarray, "neurons"]:
+    """1 - cos between each neuron's weights before and after: ``neuron_change``, without the norms."""
+    return neuron_change(W0, W, axis).cosine_distance
+
+
+def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> NeuronChange:
+    """How far each neuron's weights turned, their norms, and the norm of their change.
+
+    Formed from the difference e = w - w_0 as 1 - cos = (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|), which keeps its
+    digits where the cosine itself rounds to 1, with |w| - |w_0| = (2 <w_0, e> + |e|^2) / (|w| + |w_0|); one pass over
+    cache-sized tiles.
+
+    Parameters
+    ----------
+    W0, W : arrays (rows, columns)
+        Before and after; memory maps and unread tensors of files are read tile by tile.
+    axis : {0, 1}
+        The axis a neuron's vector runs along: 1 if neurons are rows, 0 if they are columns.
+    dtype : type
+        Of the tiles. float32 takes half the time, to a relative 1e-5 of float64; neurons that lose more digits there
+        (what grew without turning, or is next to zero) are then read once more in float64.
+
+    Returns
+    -------
+    NeuronChange
+        Distances from 0 (same direction) to 2; NaN where one of the two vectors is zero.
+
+    Source: NeFT, equation 1.
+    """
+    neurons = np.arange(W0.shape[1 - axis])
+    sums = _sums(W0, W, axis, neurons, dtype)
+    if dtype is not np.float64:
+        unsound = neurons[~_sound(sums)]
+        if len(unsound):
+            sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
+    return _told(sums)
+
+
+def factored_change(
+    W0: Float[np.ndarray, "rows columns"],
+    B: Float[np.ndarray, "rows rank"],
+    A: Float[np.ndarray, "rank columns"],
+    axis: int,
+) -> NeuronChange:
+    """``neuron_change`` from W_0 to W_0 + B A, whose product is not formed: <w_0, e> and |e|^2 from the factors.
+
+    Parameters
+    ----------
+    W0 : array (rows, columns)
+    B, A : arrays (rows, rank), (rank, columns)
+        With the scale in one of them.
+    axis : {0, 1}
+        The axis a neuron's vector runs along.
+    """
+    if axis == 0:
+        return factored_change(W0.T, A.T, B.T, 1)
+    left, right = wide(B), wide(A).T
+    before2, inner = np.empty(len(left)), np.empty(len(left))
+    start = 0
+    for tile in tiles(W0):
+        rows = slice(start, start := start + len(tile))
+        before2[rows] = np.vecdot(tile, tile)
+        inner[rows] = np.vecdot(tile @ right, left[rows])
+    error2 = np.maximum(np.vecdot(left @ gram(right), left), 0.0)
+    return _told(np.stack([before2, np.maximum(before2 + 2.0 * inner + error2, 0.0), inner, error2]))
+
+
+def _told(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
+    """From the sums |w_0|^2, |w|^2, <w_0, e>, |e|^2."""
+    before, after, error = np.sqrt(sums[[0, 1, 3]])
+    product = before * after
+    with np.errstate(invalid="ignore"):
+        distance = np.maximum(_turned(sums), 0.0) / (2.0 * np.where(product > 0.0, product, np.nan))
+    return NeuronChange(distance, before, after, error)
+
+
+def _turned(sums: Float[np.ndarray, "4 neurons"]) -> Float[np.ndarray, "neurons"]:
+    """|e|^2 - (|w| - |w_0|)^2."""
+    before2, after2, inner, error2 = sums
+    with np.errstate(invalid="ignore"):
+        return error2 - ((2.0 * inner + error2) / (np.sqrt(after2) + np.sqrt(before2))) ** 2
+
+
+def _sound(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neurons"]:
+    """Did sums of float32 tiles keep their digits? Not where they cancel, or where squares over- or underflow."""
+    before2, after2, _, error2 = sums
+    with np.errstate(invalid="ignore"):
+        kept = (error2 == 0.0) | ((error2 > _SMALL) & (_turned(sums) >= error2 / 16.0))
+    return np.isfinite(sums).all(axis=0) & (before2 > _SMALL) & (after2 > _SMALL) & kept
+
+
+def _sums(W0: Any, W: Any, axis: int, neurons: Int[np.ndarray, "n"], dtype: type) -> Float[np.ndarray, "4 n"]:
+    """|w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons, in ascending order."""
+    sums = np.zeros((4, len(neurons)))
+    columns = W0.shape[1]
+    height = max(1, 2 * TILE_BYTES // (np.dtype(dtype).itemsize * max(1, columns)))
+    # In the same memory each time: to take it anew costs as much as the sums.
+    scratch = np.empty((4, height, columns), dtype)
+    for start in range(0, W0.shape[0], height):
+        rows = slice(start, min(start + height, W0.shape[0]))
+        inside = slice(*np.searchsorted(neurons, (rows.start, rows.stop))) if axis == 1 else slice(None)
+        wanted = neurons[inside] - (start if axis == 1 else 0)
+        if not len(wanted):
+            continue
+        tile = scratch[:, : rows.stop - start]
+        for matrix, out in zip((W0, W), tile, strict=False):
+            _read(matrix[rows], out)
+        if len(wanted) < tile.shape[2 - axis]:
+            tile = tile.take(wanted, 2 - axis)
+        before, after, error, product = tile
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(after, before, out=error)
+            pairs = (before, before), (after, after), (before, error), (error, error)
+            for total, (left, right) in zip(sums, pairs, strict=True):
+                if axis == 1:
+                    total[inside] += np.vecdot(left, right)
+                else:
+                    total += np.ones(len(product), dtype) @ np.multiply(left, right, out=product)
+    return sums
+
+
+def _read(rows: Any, out: Float[np.ndarray, "rows columns"]) -> None:
+    if isinstance(rows, np.ndarray):
+        np.copyto(out, rows)
+    else:
+        rows.into(out)

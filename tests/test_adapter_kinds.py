@@ -1,0 +1,240 @@
+"""Adapters of other kinds than plain LoRA, read as files: AdaLoRA, DoRA, loralib's layouts; PEFT is the oracle."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_checkpoints import deltas, save
+from tiny import tiny
+
+from lorascope.adapter_files import CONFIG, WEIGHTS
+from lorascope.checkpoints import load
+from lorascope.cli import main
+from lorascope.inspection import inspect
+from lorascope.tensors import write_json
+
+QV = ["q_proj", "v_proj"]
+
+
+def adalora(path: Path, masked: dict[str, list[bool]] | None = None, **config: Any) -> Any:
+    """Save an AdaLoRA adapter of random factors; ``masked``: which components of a module its allocator kept."""
+    settings = {"init_r": 5, "target_r": 2, "lora_alpha": 12, "total_step": 9} | config
+    model = peft.get_peft_model(tiny("llama"), peft.AdaLoraConfig(target_modules=QV, **settings))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        for module, kept in (masked or {}).items():
+            E = model.base_model.model.get_submodule(module).lora_E["default"]
+            E.mul_(torch.tensor(kept, dtype=E.dtype)[:, None])
+    if masked is not None:
+        model.peft_config["default"].rank_pattern = {f"{name}.lora_E": kept for name, kept in masked.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a module of rank 0 looks to PEFT as if it were sharded
+        model.save_pretrained(path)
+    return model
+
+
+MASK = {
+    "model.layers.0.self_attn.q_proj": [True, False, True, True, False],
+    "model.layers.0.self_attn.v_proj": [False] * 5,
+    "model.layers.1.self_attn.q_proj": [True] * 5,
+    "model.layers.1.self_attn.v_proj": [False, False, False, False, True],
+}
+
+
+@pytest.mark.parametrize("masked", [None, MASK], ids=["before its allocation ends", "with its mask"])
+def test_adalora_is_that_of_peft(tmp_path: Path, masked: dict[str, list[bool]] | None) -> None:
+    expected = deltas(adalora(tmp_path, masked))
+    run = load(tmp_path)
+    assert run.files.kind == "AdaLoRA"
+    for module, update in run.updates().items():
+        np.testing.assert_allclose(update.dense(), expected[module], rtol=1e-5, atol=1e-6)
+    assert set(run.updates()) == set(expected)
+    assert run.ranks() == {name: sum(kept) for name, kept in MASK.items()} if masked else dict.fromkeys(expected, 5)
+    again = load(tmp_path).factors()["model.layers.1.self_attn.q_proj"]
+    assert {name: array.shape for name, array in again.items()} == {"A": (5, 32), "B": (32, 5), "diagonal": (5,)}
+
+
+def test_adalora_masked_but_not_yet_cut_has_dead_components(tmp_path: Path) -> None:
+    adalora(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    for module, kept in MASK.items():
+        tensors[f"base_model.model.{module}.lora_E"] *= torch.tensor(kept)[:, None]
+    save_file(tensors, tmp_path / WEIGHTS)
+    modules = inspect(load(tmp_path)).modules.set_index("module")
+    assert dict(modules["dead"]) == {name: 5 - sum(kept) for name, kept in MASK.items()}
+
+
+def test_adalora_that_does_not_fit_its_configuration_gets_one_line(tmp_path: Path) -> None:
+    adalora(tmp_path, MASK)
+    told = json.loads((tmp_path / CONFIG).read_text())
+    write_json(tmp_path / CONFIG, told | {"rank_pattern": None})
+    with pytest.raises(ValueError, match=r"gives .*q_proj rank 5, its factors have 3 and 3"):
+        load(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_E"]
+    save_file(tensors, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="q_proj has no lora_E"):
+        load(tmp_path)
+
+
+DORA: dict[str, dict[str, Any]] = {
+    "linear": {"target_modules": [*QV, "down_proj"], "r": 4, "lora_alpha": 6},
+    "transposed": {"family": "gpt2", "target_modules": ["c_attn", "c_proj"], "r": 3, "fan_in_fan_out": True},
+    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "r": 3},
+    "convolution": {"family": "vit", "target_modules": ["projection"], "r": 3},
+    "bfloat16": {"target_modules": QV, "r": 4, "dtype": torch.bfloat16},
+}
+
+
+def dora(path: Path, **case: Any) -> Any:
+    """Save a DoRA adapter whose magnitudes are not those of its base any more, and the base beside it."""
+    family = case.get("family", "llama")
+    model = save(path / "adapter", use_dora=True, **case)
+    tiny(family).save_pretrained(path / "base")
+    return model
+
+
+def whole_update(layer: Any) -> np.ndarray:
+    """(out, in) of what merging a DoRA layer changes; PEFT's own arithmetic."""
+    before = layer.get_base_layer().weight.detach().double().clone()
+    layer.double().merge()
+    change = layer.get_base_layer().weight.detach() - before
+    table = isinstance(layer.get_base_layer(), torch.nn.Embedding)
+    return (change.T if table or getattr(layer, "fan_in_fan_out", False) else change.flatten(1)).numpy()
+
+
+@pytest.mark.parametrize("case", DORA.values(), ids=DORA)
+def test_dora_is_its_direction_alone_and_with_its_base_all_of_it(tmp_path: Path, case: dict[str, Any]) -> None:
+    model = dora(tmp_path, **case)
+    tolerance = 1e-2 if "dtype" in case else 1e-5
+    direction = deltas(model)
+    alone = load(tmp_path / "adapter")
+    assert alone.files.kind == "DoRA"
+    for module, update in alone.updates().items():
+        np.testing.assert_allclose(
+            update.dense(), direction[module], rtol=1e-5, atol=tolerance * abs(direction[module]).max()
+        )
+    both = load(tmp_path / "adapter", tmp_path / "base")
+    summary = both.summary().set_index("module")
+    for module, update in both.updates().items():
+        layer = model.base_model.model.get_submodule(module)
+        expected = whole_update(layer.to(torch.float32))
+        np.testing.assert_allclose(update.dense(), expected, atol=tolerance * abs(expected).max())
+        assert summary.loc[module, "update_norm"] == pytest.approx(np.linalg.norm(expected), rel=tolerance)
+    assert len(both.updates()) == len(direction) >= 1
+
+
+def test_dora_says_which_part_of_it_is_told(tmp_path: Path) -> None:
+    dora(tmp_path, **DORA["linear"])
+    alone, both = (inspect(load(tmp_path / "adapter", base)) for base in (None, tmp_path / "base"))
+    assert any("of the direction B A alone" in finding for finding in alone.findings)
+    assert not any("direction" in finding for finding in both.findings)
+    assert alone.modules["effective_rank"].notna().all()
+    assert both.modules["effective_rank"].isna().all()
+    whole = inspect(load(tmp_path / "adapter", tmp_path / "base"), spectra=True).modules
+    assert whole["effective_rank"].notna().all()
+    assert (whole["effective_rank"] > whole["rank"]).all()
+
+
+def test_dora_and_its_configuration_have_to_agree(tmp_path: Path) -> None:
+    dora(tmp_path, **DORA["linear"])
+    file = tmp_path / "adapter" / CONFIG
+    told = json.loads(file.read_text())
+    write_json(file, told | {"use_dora": False})
+    with pytest.raises(ValueError, match=r"holds lora_magnitude_vector, but .* does not say use_dora"):
+        load(tmp_path / "adapter")
+    write_json(file, told)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, tmp_path / "adapter" / WEIGHTS)
+    with pytest.raises(ValueError, match="has no lora_magnitude_vector"):
+        load(tmp_path / "adapter")
+
+
+def merged_linear(A: torch.Tensor, B: torch.Tensor, enabled: list[bool]) -> torch.Tensor:
+    """What loralib's MergedLinear adds to its weight, as its code computes it: a grouped convolution, then zeros."""
+    n = sum(enabled)
+    product = torch.nn.functional.conv1d(A[None], B[:, :, None], groups=n)[0]
+    rows = torch.tensor(enabled).repeat_interleave(len(B) // n)
+    whole = torch.zeros(len(rows), A.shape[1])
+    whole[rows] = product
+    return whole
+
+
+@pytest.mark.parametrize("enabled", [[True, False, True], [False, True, False], [True, True, True]])
+def test_the_layout_of_loralib_with_a_configuration(tmp_path: Path, enabled: list[bool]) -> None:
+    draw, n = torch.Generator().manual_seed(0), sum(enabled)
+    tensors = {
+        f"transformer.h.{layer}.attn.c_attn.lora_{name}": torch.randn(shape, generator=draw)
+        for layer in (0, 1)
+        for name, shape in {"A": (4 * n, 8), "B": (8 * n, 4)}.items()
+    }
+    save_file(tensors, tmp_path / "gpt2_lora.safetensors")
+    write_json(tmp_path / CONFIG, {"peft_type": "LORA", "r": 4, "lora_alpha": 32, "enable_lora": enabled})
+    run = load(tmp_path)
+    assert run.ranks() == dict.fromkeys(["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"], 4 * n)
+    for module, update in run.updates().items():
+        A, B = (tensors[f"{module}.lora_{name}"] for name in "AB")
+        np.testing.assert_allclose(update.dense(), 8 * merged_linear(A, B, enabled), rtol=1e-5, atol=1e-5)
+    assert run.summary()["effective_rank"].notna().all()
+
+
+def test_the_layout_of_loralib_alone_leaves_alpha_unknown_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = torch.Generator().manual_seed(0)
+    A, B = torch.randn(4, 8, generator=draw), torch.randn(6, 4, generator=draw)
+    name = "roberta.encoder.layer.0.attention.self.query"
+    save_file(
+        {f"{name}.lora_A": A, f"{name}.lora_B": B, "classifier.out_proj.weight": torch.ones(2)},
+        tmp_path / "l.safetensors",
+    )
+    run = load(tmp_path)
+    assert run.summary()["update_norm"].item() == pytest.approx(float((B @ A).norm()), rel=1e-5)
+    assert main(["inspect", str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "rank 4, alpha not kept" in told
+    assert "no adapter_config.json, so alpha is not known: |dW| is that of B A, to be multiplied by alpha / r" in told
+
+
+@pytest.mark.parametrize("name", ["lora.pt", "pytorch_model_lora.bin"])
+def test_a_pickle_of_loralib_is_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
+    import subprocess
+    import sys
+
+    torch.save({"h.0.q.lora_A": torch.ones(2, 3), "h.0.q.lora_B": torch.ones(3, 2)}, tmp_path / name)
+    for given in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match="is a pickle, which is never loaded; convert it: python") as raised:
+            load(given)
+    command = str(raised.value).partition("convert it: ")[2]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    assert load(tmp_path).ranks() == {"h.0.q": 2}
+
+
+def test_a_file_of_an_adapter_is_no_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path, target_modules=QV)
+    assert main(["inspect", str(tmp_path / WEIGHTS)]) == 2
+    assert f"is a file: give the folder it lies in, {tmp_path}" in capsys.readouterr().err
+
+
+def test_what_is_saved_in_full_is_measured_against_a_base(tmp_path: Path) -> None:
+    model = save(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tiny("llama").save_pretrained(tmp_path / "base")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    head = next(name for name in tensors if name.endswith("lm_head.weight"))
+    before = model.base_model.model.lm_head.original_module.weight.detach()
+    save_file(tensors | {head: before * 1.25}, tmp_path / "adapter" / WEIGHTS)
+    alone, both = (inspect(load(tmp_path / "adapter", base)) for base in (None, tmp_path / "base"))
+    assert "saved in full beside the factors, not measured without a base: lm_head" in alone.findings
+    norm = float(before.norm()) / 4
+    assert f"saved in full beside the factors: lm_head, |dW| {norm:.3g} (25 % of |W|)" in both.findings

@@ -1,0 +1,106 @@
+"""An adapter beside its base: neurons and intruders against the dense matrices, planted ones, and what is said."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_checkpoints import save
+from tiny import tiny
+
+from lorascope import against_base, screen
+from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
+from lorascope.analysis.intruders import bases, intruders
+from lorascope.checkpoints import load
+from lorascope.cli import main
+from lorascope.inspection import inspect
+from lorascope.tensors import write_json, write_tensors
+from lorascope.update import factored_change, neuron_change
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("size", [1e-6, 1.0])
+def test_a_factored_change_is_that_of_the_matrices(axis: int, size: float) -> None:
+    draw = np.random.default_rng(0)
+    W0, B, A = draw.standard_normal((700, 90)), size * draw.standard_normal((700, 3)), draw.standard_normal((3, 90))
+    W0[5], B[7] = 0.0, 0.0
+    for found, expected in zip(factored_change(W0, B, A, axis), neuron_change(W0, W0 + B @ A, axis), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-22)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An adapter and its base."""
+    folder = tmp_path_factory.mktemp("based")
+    save(folder / "adapter", target_modules=["q_proj", "down_proj", "embed_tokens"], r=3)
+    tiny("llama").save_pretrained(folder / "base")
+    return folder / "adapter", folder / "base"
+
+
+def test_every_module_has_the_numbers_of_its_matrices(pair: tuple[Path, Path]) -> None:
+    run = load(*pair)
+    table = inspect(run).modules.set_index("module")
+    weights = {name: run.base.weight(name, part.shape, part.transposed) for name, part in run.files.parts.items()}
+    counted = intruders(bases(weights), run.updates()).groupby("module")["intruder"].sum()
+    for module, W0 in weights.items():
+        axis = 0 if module.endswith(("down_proj", "embed_tokens")) else 1
+        W = W0 + run.updates()[module].dense()
+        lengths = np.linalg.norm(W0, axis=axis) * np.linalg.norm(W, axis=axis)
+        known = (1 - np.sum(W0 * W, axis) / np.where(lengths, lengths, np.nan))[lengths > 0]  # padding is zero
+        assert table.loc[module, "neuron_median"] == pytest.approx(np.median(known), rel=1e-6)
+        assert table.loc[module, "neuron_largest"] == pytest.approx(known.max(), rel=1e-6)
+        assert table.loc[module, "intruders"] == counted[module]
+    assert counted.sum() > 0
+
+
+def plant(folder: Path, size: float) -> tuple[Path, Path]:
+    """A base with known singular vectors, and an update along a direction that lies evenly between all of them."""
+    d, name = 32, "model.layers.0.self_attn.q_proj"
+    even = np.full((d, 1), d**-0.5)
+    adapter, base = folder / "adapter", folder / "base"
+    factors = {"A": np.eye(1, d), "B": size * even}
+    held = {f"{PREFIX}{name}.lora_{key}.weight": value.astype("f4") for key, value in factors.items()}
+    write_tensors(adapter / WEIGHTS, held, {})
+    write_json(adapter / CONFIG, {"peft_type": "LORA", "r": 1, "lora_alpha": 1})
+    write_tensors(base / "model.safetensors", {f"{name}.weight": np.diag(np.arange(d, 0, -1)).astype("f4")}, {})
+    return adapter, base
+
+
+def test_a_planted_intruder_is_found_and_told(tmp_path: Path) -> None:
+    large, small = (inspect(load(*plant(tmp_path / str(size), size))) for size in (1000.0, 1e-3))
+    assert large.modules["intruders"].item() == 1
+    assert any("1 intruder dimensions in 1 of 1 modules, most in model.layers.0" in line for line in large.findings)
+    assert small.modules["intruders"].item() == 0
+    assert "no intruder dimension among the 10 leading ones of 1 modules" in small.findings
+
+
+def test_large_weights_are_decomposed_only_when_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(against_base, "SIDE", 16)
+    quick, whole = inspect(load(*pair)), inspect(load(*pair), spectra=True)
+    assert quick.modules["intruders"].isna().all()
+    assert any("of 5 large modules not looked for: --spectra" in line for line in quick.findings)
+    assert whole.modules["intruders"].notna().all()
+    assert quick.modules["neuron_median"].notna().all()
+
+
+def test_nan_is_nobodys_neighbour(tmp_path: Path) -> None:
+    table = inspect(load(*plant(tmp_path, float("nan")))).modules
+    assert table[["intruders", "neuron_median", "neuron_largest"]].isna().all(axis=None)
+
+
+def test_the_command_shows_it(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, base = map(str, pair)
+    for more in ([], ["--all"]):
+        assert main(["inspect", adapter, "--base", base, *more]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        assert max(map(len, shown)) <= screen.WIDTH
+        assert any("intruder dimensions" in line for line in shown)
+    row: Any = next(line for line in shown if line.startswith("model.layers.0.self_attn.q_proj")).split()
+    assert len(row) == 9  # the share has a sign of its own
+    assert main(["inspect", adapter, "--base", base, "--csv"]) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert table[["scale", "dead", "intruders", "neuron_median"]].notna().all(axis=None)

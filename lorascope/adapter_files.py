@@ -139,9 +139,8 @@ def lora_factors(
     for module, factors in found.items():
         lacking = next((name for name in wanted if name not in factors), None)
         if lacking is not None:
-            raise ValueError(
-                f"{path}: {module} has no lora_{lacking}, only lora_{next(iter(factors))}: a part is missing"
-            )
+            held = " and ".join(f"lora_{name}" for name in factors)
+            raise ValueError(f"{path}: {module} has {held} but no lora_{lacking}: a part is missing")
         extra = next((name for name in factors if name not in wanted), None)
         if extra is not None:
             option = {"magnitude_vector": "use_dora", "E": "ADALORA"}[extra]

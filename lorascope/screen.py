@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,10 @@ _EVERY_BASED = "   |dW|    dW/W rank effective dead intruders   1-cos"
 def _numbers(row: dict[Any, Any], based: bool) -> str:
     """What stands below ``_EVERY``, or with a base below ``_EVERY_BASED``."""
     share = _percent(row["relative_update" if based else "energy"])
-    start = f"{_norm(row['update_norm']):>7} {share:>7} {_span(row['rank'], row['rank']):>4}"
+    start = f"{norm(row['update_norm']):>7} {share:>7} {span(row['rank'], row['rank']):>4}"
     start += f" {_number(row['effective_rank']):>9}"
     if based:
-        return f"{start} {_whole(row['dead']):>4} {_whole(row['intruders']):>9} {_norm(row['neuron_median']):>7}"
+        return f"{start} {_whole(row['dead']):>4} {_whole(row['intruders']):>9} {norm(row['neuron_median']):>7}"
     return f"{start} {_number(row['stable_rank']):>6} {_whole(row['energy_rank']):>4} {_whole(row['dead']):>4}"
 
 
@@ -106,7 +106,7 @@ def neurons(inspection: NeuronInspection, style: Style) -> str:
     """The screen for a whole model beside its base: which of its neurons turned."""
     lines = [*_header(inspection, style), "", *_neuron_chart(inspection, style), ""]
     told = inspection.quantiles()
-    spread = "  ".join(f"{f'{share:.0%}'.replace('%', ' %')} {_norm(value)}" for share, value in told.items())
+    spread = "  ".join(f"{f'{share:.0%}'.replace('%', ' %')} {norm(value)}" for share, value in told.items())
     lines.append(_line("1 - cos", spread, style))
     lines += [*_most_turned(inspection, style), *_findings(inspection, style)]
     names = (str(inspection.path), str(inspection.base)), ("MODEL", "DIR")
@@ -123,22 +123,6 @@ def every_projection(inspection: NeuronInspection, style: Style) -> str:
     for row in inspection.modules.to_dict("records"):
         lines.append(f"{elide(row['module'], width):<{width}} {row['role']:<8} {_neuron_numbers(row)}")
     return "\n".join([*lines, "", *_findings(inspection, style)])
-
-
-def compared(inspections: Sequence[Inspection], style: Style) -> str:
-    """A table of several adapters or runs, a letter each, and the ratio of their norms."""
-    letters = [chr(ord("a") + number) for number in range(len(inspections))]
-    against = letters if len(letters) <= 5 else letters[:1]
-    width = WIDTH - 40 - 6 * len(against)
-    head = f"  {'':<{width}} {'|dW|':>7} {'rank':>7} {'modules':>7} {'parameters':>13}"
-    lines = [style.paint(head + "".join(f"{'/' + letter:>6}" for letter in against), "1")]
-    for letter, item in zip(letters, inspections, strict=True):
-        ranks = _span(item.modules["rank"].min(), item.modules["rank"].max())
-        row = f"{letter} {elide(item.name, width):<{width}} {_norm(item.norm):>7} {ranks:>7} {len(item.modules):>7}"
-        ratios = "".join(f"{_ratio(item.norm, other.norm):>6}" for other in inspections[: len(against)])
-        lines.append(f"{row} {item.modules['parameters'].sum():>13,}{ratios}")
-    lines += ["", f"/{letters[0]}: |dW| over that of {letters[0]}"]
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def elide(text: str, width: int) -> str:
@@ -174,12 +158,12 @@ def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
     for row, cell in zip(roles, cells, strict=True):
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
         share = _percent(row["relative_update" if related else "energy"])
-        ranks = f"{_span(row['least_rank'], row['most_rank']):>6} {_number(row['effective_rank']):>9}"
+        ranks = f"{span(row['least_rank'], row['most_rank']):>6} {_number(row['effective_rank']):>9}"
         label = f"{stacks.get(row['stack'], '')}{row['role']}"
-        yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_norm(row['update_norm']):>7} {share:>7} {ranks}"
+        yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {norm(row['update_norm']):>7} {share:>7} {ranks}"
     if largest:
         bins = f", a column is {step} layers (their RMS)" if step > 1 else ""
-        yield f"{'':<{_LABEL}}{style.scale[-1]} is {_norm(largest)} a layer, {style.zero} is zero{bins}"
+        yield f"{'':<{_LABEL}}{style.scale[-1]} is {norm(largest)} a layer, {style.zero} is zero{bins}"
 
 
 def _neuron_chart(inspection: NeuronInspection, style: Style) -> Iterator[str]:
@@ -204,7 +188,7 @@ _NEURON_HEAD = f"{'share':>7} {'median':>7} {'largest':>7} {'|dW|':>7}"
 
 
 def _neuron_numbers(row: dict[Any, Any]) -> str:
-    numbers = f"{_norm(row['median']):>7} {_norm(row['largest']):>7} {_norm(row['delta_norm']):>7}"
+    numbers = f"{norm(row['median']):>7} {norm(row['largest']):>7} {norm(row['delta_norm']):>7}"
     return f"{_percent(row['share']):>7} {numbers}"
 
 
@@ -219,7 +203,7 @@ def _share_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, ste
 def _most_turned(inspection: NeuronInspection, style: Style) -> Iterator[str]:
     for number, row in enumerate(inspection.largest(3).to_dict("records")):
         place = f"  neuron {row['neuron']}"
-        distance = f"{_norm(row['cosine_distance']):<8} "
+        distance = f"{norm(row['cosine_distance']):<8} "
         name = elide(row["module"], WIDTH - _LABEL - len(distance) - len(place))
         yield _line("" if number else "largest", f"{distance}{name}{place}", style)
 
@@ -254,9 +238,9 @@ def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
     for number, row in enumerate(inspection.largest(3).to_dict("records")):
         used = "" if math.isnan(row["effective_rank"]) else f"  rank {_number(row['effective_rank'])}"
         used += "" if pd.isna(row["rank"]) else f" of {row['rank']}"
-        norm = f"{_norm(row['update_norm']):<6} "
-        name = elide(row["module"], WIDTH - _LABEL - len(norm) - len(used))
-        yield _line("" if number else "largest |dW|", f"{norm}{name}{used}", style)
+        size = f"{norm(row['update_norm']):<6} "
+        name = elide(row["module"], WIDTH - _LABEL - len(size) - len(used))
+        yield _line("" if number else "largest |dW|", f"{size}{name}{used}", style)
 
 
 def _findings(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
@@ -282,13 +266,13 @@ def _short(folder: Any) -> str:
     return shlex.quote(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
 
 
-def _span(low: Any, high: Any) -> str:
+def span(low: Any, high: Any) -> str:
     if pd.isna(low):
         return "-"
     return str(low) if low == high else f"{low}-{high}"
 
 
-def _norm(value: float) -> str:
+def norm(value: float) -> str:
     """Three digits in at most seven characters."""
     if math.isnan(value):
         return "NaN"
@@ -307,7 +291,3 @@ def _number(value: float) -> str:
 
 def _whole(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0f}"
-
-
-def _ratio(value: float, other: float) -> str:
-    return f"{value / other:.2f}" if other else "-"

@@ -84,7 +84,7 @@ def test_adalora_that_does_not_fit_its_configuration_gets_one_line(tmp_path: Pat
     tensors = load_file(tmp_path / WEIGHTS)
     del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_E"]
     save_file(tensors, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match="q_proj has no lora_E"):
+    with pytest.raises(ValueError, match="q_proj has lora_A and lora_B but no lora_E"):
         load(tmp_path)
 
 
@@ -157,7 +157,7 @@ def test_dora_and_its_configuration_have_to_agree(tmp_path: Path) -> None:
     write_json(file, told)
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
     save_file({k: v for k, v in tensors.items() if "magnitude" not in k}, tmp_path / "adapter" / WEIGHTS)
-    with pytest.raises(ValueError, match="has no lora_magnitude_vector"):
+    with pytest.raises(ValueError, match="has lora_A and lora_B but no lora_magnitude_vector"):
         load(tmp_path / "adapter")
 
 

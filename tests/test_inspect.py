@@ -15,7 +15,7 @@ from test_checkpoints import write_run
 from lorascope import screen
 from lorascope.checkpoints import load
 from lorascope.cli import main
-from lorascope.inspection import Inspection, inspect
+from lorascope.inspection import inspect
 from lorascope.records import Record, Snapshot
 from lorascope.screen import Style
 from lorascope.tensors import write_json, write_tensors
@@ -190,7 +190,7 @@ def test_numbers_keep_their_digits_in_seven_characters() -> None:
         0.00123: "0.00123",
     }
     shown |= {4.56e-5: "4.6e-05", float("nan"): "NaN"}
-    assert [screen._norm(value) for value in shown] == list(shown.values())
+    assert [screen.norm(value) for value in shown] == list(shown.values())
 
 
 def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
@@ -281,24 +281,6 @@ def test_colour_adds_nothing_but_colour(tmp_path: Path) -> None:
     assert stripped == plain
 
 
-def compare(tmp_path: Path, count: int) -> list[Inspection]:
-    sizes = [1.0, 2.0, 0.0, 5.0, 1.0, 1.0, 1.0]
-    return [inspect(load(plant(tmp_path / f"adapter-{n}", llama(2, [sizes[n], 0.0])))) for n in range(count)]
-
-
-def test_several_are_compared(tmp_path: Path) -> None:
-    table = screen.compared(compare(tmp_path, 3), Style()).splitlines()
-    assert [line.split() for line in table[:4]] == [
-        ["|dW|", "rank", "modules", "parameters", "/a", "/b", "/c"],
-        ["a", "adapter-0", "8.94", "2", "8", "512", "1.00", "0.50", "-"],
-        ["b", "adapter-1", "17.9", "2", "8", "512", "2.00", "1.00", "-"],
-        ["c", "adapter-2", "0.00", "2", "8", "512", "0.00", "0.00", "-"],
-    ]
-    many = screen.compared(compare(tmp_path / "many", 7), Style()).splitlines()
-    assert many[0].split()[-1] == "/a"
-    assert max(map(len, table + many)) <= 80
-
-
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     assert main(["inspect", *map(str, words)]) == 0
     told = capsys.readouterr()
@@ -315,21 +297,15 @@ def test_the_command_tells_every_module(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_the_command_speaks_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a, b = (plant(tmp_path / name, llama(2, [1.0, 0.5])) for name in "ab")
+    a = plant(tmp_path / "a", llama(2, [1.0, 0.5]))
     told = json.loads(run(capsys, a, "--json"))
     assert told["name"] == "a"
     assert [row["module"] for row in told["modules"]][:1] == ["model.layers.0.self_attn.q_proj"]
     assert told["roles"][0]["relative_update"] is None
     assert told["facts"]["base"] == "org/base (not read)"
-    assert [item["name"] for item in json.loads(run(capsys, a, b, "--json"))] == ["a", "b"]
-    table = pd.read_csv(io.StringIO(run(capsys, a, b, "--csv")))
-    assert list(table["name"]) == ["a"] * 8 + ["b"] * 8
+    table = pd.read_csv(io.StringIO(run(capsys, a, "--csv")))
+    assert list(table["name"]) == ["a"] * 8
     assert table["update_norm"].iloc[0] == pytest.approx(2 * 1.25**0.5)
-
-
-def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = [plant(tmp_path / name, llama(2, [1.0, 0.5])) for name in "ab"]
-    assert "b b" in run(capsys, *paths)
 
 
 def test_a_run_that_broke_is_shown_and_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-import pandas as pd
 from tyro.conf import Positional, arg
 
 from lorascope import screen
@@ -16,6 +15,8 @@ from lorascope.checkpoints import AdapterRun, load
 from lorascope.commands.arguments import UsageError, parse
 from lorascope.inspection import Inspection, inspect
 from lorascope.neuron_inspection import inspect_neurons
+from lorascope.pairwise import compare
+from lorascope.pairwise_screen import compared
 from lorascope.scoring import is_checkpoint
 
 
@@ -23,8 +24,8 @@ from lorascope.scoring import is_checkpoint
 class Options:
     """Say what is in a PEFT adapter or in a run: where the update lies, which ranks it has and uses, what is odd.
 
-    Several are compared. Nothing is trained, and no base model is needed. Of a whole model, beside its base: which
-    neurons turned.
+    Several are compared, each two of them: norms, cosines, angles, allocation. Nothing is trained, and no base model is
+    needed. Of a whole model, beside its base: which neurons turned.
 
     Example: lorascope inspect my-adapter
     """
@@ -47,7 +48,7 @@ class Options:
     ] = False
     all: Annotated[bool, arg(help="a line for every module")] = False
     json: Annotated[bool, arg(help="everything, for a program")] = False
-    csv: Annotated[bool, arg(help="a row for every module, or every neuron, for a program")] = False
+    csv: Annotated[bool, arg(help="a row for every module, every neuron, or every two adapters, for a program")] = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,18 +87,22 @@ def _told_of_neurons(path: str, options: Options) -> str:
 
 
 def _told(inspections: list[Inspection], options: Options) -> str:
+    if len(inspections) > 1:
+        return _told_of_several(inspections, options)
+    item, style = inspections[0], screen.Style.of(sys.stdout)
     if options.csv:
-        tables = [item.modules.assign(name=item.name) for item in inspections]
-        table = pd.concat(tables)
+        table = item.modules.assign(name=item.name)
         return table[["name", *table.columns.drop("name")]].to_csv(index=False, lineterminator="\n")
     if options.json:
-        told = [item.plain() for item in inspections]
-        return json.dumps(told[0] if len(told) == 1 else told, indent=1, ensure_ascii=False) + "\n"
-    style = screen.Style.of(sys.stdout)
-    if options.all:
-        screens = [screen.every(item, style) for item in inspections]
-    elif len(inspections) == 1:
-        screens = [screen.one(inspections[0], style)]
-    else:
-        screens = [screen.compared(inspections, style)]
-    return "\n\n".join(screens) + "\n"
+        return json.dumps(item.plain(), indent=1, ensure_ascii=False) + "\n"
+    return (screen.every if options.all else screen.one)(item, style) + "\n"
+
+
+def _told_of_several(inspections: list[Inspection], options: Options) -> str:
+    comparison, style = compare(inspections, options.spectra), screen.Style.of(sys.stdout)
+    if options.csv:
+        return comparison.table().to_csv(index=False, lineterminator="\n")
+    if options.json:
+        return json.dumps(comparison.plain(), indent=1, ensure_ascii=False) + "\n"
+    screens = [screen.every(item, style) for item in inspections] if options.all else []
+    return "\n\n".join([*screens, compared(comparison, style)]) + "\n"

@@ -16,6 +16,7 @@ from lorascope.plots.memory import memory
 from lorascope.plots.moments import factor_error, factor_rank, factorings, moment_error, second_moments
 from lorascope.plots.neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
+from lorascope.plots.pairs import adapter_pairs
 from lorascope.plots.quality import quality
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
 from lorascope.plots.recovery import planted
@@ -29,6 +30,7 @@ __all__ = [
     "Figure",
     "active_layers",
     "adapted_types",
+    "adapter_pairs",
     "against_truth",
     "agreement",
     "atlas",

@@ -1,0 +1,224 @@
+"""Adapters compared: every number against dense matrices, whatever the rank and method, and however factored."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorascope import plots
+from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
+from lorascope.analysis import pairs
+from lorascope.analysis.atlas import chance_angle
+from lorascope.checkpoints import AdapterRun, load
+from lorascope.cli import main
+from lorascope.fourier import Fourier
+from lorascope.tensors import write_json, write_tensors
+from lorascope.update import Dense, LowRank
+
+LAYER = "model.layers.{}.self_attn.{}_proj".format
+SHAPE = (20, 12)
+Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
+
+
+def drawn(seed: int, ranks: Mapping[str, int]) -> Factors:
+    """B and A of random modules."""
+    draw = np.random.default_rng(seed)
+    return {m: (draw.standard_normal((SHAPE[0], r)), draw.standard_normal((r, SHAPE[1]))) for m, r in ranks.items()}
+
+
+def write(folder: Path, factors: Factors, alpha: float = 2.0) -> Path:
+    """A folder of LoRA with the ranks of its factors."""
+    tensors = {
+        f"{PREFIX}{module}.lora_{name}.weight": np.ascontiguousarray(array, "f4")
+        for module, (B, A) in factors.items()
+        for name, array in {"B": B, "A": A}.items()
+    }
+    patterns = {f"^{module}": len(A) for module, (_, A) in factors.items()}
+    write_tensors(folder / WEIGHTS, tensors, {})
+    write_json(folder / CONFIG, {"peft_type": "LORA", "r": 1, "lora_alpha": alpha, "rank_pattern": patterns})
+    return folder
+
+
+RANKS = {
+    "a": {LAYER(0, "q"): 3, LAYER(0, "v"): 3, LAYER(1, "q"): 3},
+    "b": {LAYER(0, "q"): 6, LAYER(1, "q"): 2, LAYER(1, "v"): 4},
+    "c": {LAYER(1, "v"): 5},
+}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> dict[str, AdapterRun]:
+    """Adapters of different ranks that share some modules."""
+    return {name: load(write(tmp_path / name, drawn(ord(name), ranks))) for name, ranks in RANKS.items()}
+
+
+def whole(run: AdapterRun) -> np.ndarray:
+    """The update of all modules as one vector."""
+    updates = run.updates()
+    names = sorted({module for ranks in RANKS.values() for module in ranks})
+    return np.concatenate([(updates[n].dense() if n in updates else np.zeros(SHAPE)).ravel() for n in names])
+
+
+def angle(one: np.ndarray, other: np.ndarray, k: int) -> float:
+    """Mean principal angle of the first k singular vectors of two matrices, on both sides."""
+    (U1, _, V1), (U2, _, V2) = np.linalg.svd(one), np.linalg.svd(other)
+    cosines = [U1[:, :k].T @ U2[:, :k], V1[:k] @ V2[:k].T]
+    return float(np.mean([np.degrees(np.arccos(np.linalg.svd(c, compute_uv=False))) for c in cosines]))
+
+
+def test_the_matrix_is_that_of_dense_vectors(three: dict[str, AdapterRun]) -> None:
+    shared = pairs.modules(three)
+    table = pairs.matrix(three, shared).set_index(["one", "other"])
+    for one in three:
+        for other in three:
+            x, y, row = whole(three[one]), whole(three[other]), table.loc[(one, other)]
+            assert row["norm_ratio"] == pytest.approx(np.linalg.norm(x) / np.linalg.norm(y))
+            assert row["cosine"] == pytest.approx(x @ y / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-12)
+            assert row["shared"] == len(RANKS[one].keys() & RANKS[other].keys())
+    common = [LAYER(0, "q"), LAYER(1, "q")]
+    held = three["a"].updates(), three["b"].updates()
+    angles = {m: angle(*(side[m].dense() for side in held), k) for m, k in zip(common, (3, 2), strict=True)}
+    assert dict(shared.set_index("module")["angle"])[common[0]] == pytest.approx(angles[common[0]])
+    assert table.loc[("b", "a"), "angle"] == pytest.approx(np.mean(list(angles.values())))
+    assert table.loc[("a", "b"), "chance"] == pytest.approx(
+        np.mean([chance_angle(side, k, k) for k in (3, 2) for side in SHAPE])
+    )
+    assert np.isnan(table.loc[("a", "c"), "angle"])
+    assert table.loc[("a", "c"), "cosine"] == 0
+
+
+def test_allocations_differ_by_what_would_have_to_move(three: dict[str, AdapterRun]) -> None:
+    table = pairs.matrix(three, pairs.modules(three)).set_index(["one", "other"])
+    # a: thirds in q0, v0, q1; b: 6, 2 and 4 twelfths in q0, q1, v1
+    assert table.loc[("a", "b"), "rank_moved"] == pytest.approx((1 / 6 + 1 / 3 + 1 / 6 + 1 / 3) / 2)
+    assert table.loc[("a", "c"), ["rank_moved", "energy_moved"]].tolist() == pytest.approx([1, 1])
+    assert table.loc[("b", "b"), ["rank_moved", "energy_moved"]].tolist() == pytest.approx([0, 0])
+    squares = [{m: u.norm() ** 2 for m, u in three[name].updates().items()} for name in "ab"]
+    shares = [{m: value / sum(found.values()) for m, value in found.items()} for found in squares]
+    moved = sum(abs(shares[0].get(m, 0) - shares[1].get(m, 0)) for m in shares[0].keys() | shares[1].keys()) / 2
+    assert table.loc[("a", "b"), "energy_moved"] == pytest.approx(moved)
+
+
+def test_another_factoring_changes_nothing(tmp_path: Path, three: dict[str, AdapterRun]) -> None:
+    factors, draw = drawn(ord("b"), RANKS["b"]), np.random.default_rng(9)
+    gauges = {module: draw.standard_normal((len(A), len(A))) for module, (_, A) in factors.items()}
+    again = {module: (B @ gauges[module], np.linalg.solve(gauges[module], A)) for module, (B, A) in factors.items()}
+    other = three | {"b": load(write(tmp_path / "again", again))}
+    tables = [pairs.matrix(runs, pairs.modules(runs)) for runs in (three, other)]
+    for column in ("norm_ratio", "cosine", "angle", "rank_moved", "energy_moved"):
+        np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-4, atol=1e-4)
+    same = {"one": three["b"], "two": other["b"]}
+    row = pairs.matrix(same, pairs.modules(same)).iloc[1]
+    assert row["cosine"] == pytest.approx(1)
+    assert row["angle"] == pytest.approx(0, abs=1e-2)
+
+
+def test_products_of_all_kinds_are_those_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    thin = [LowRank(draw.standard_normal((20, r)), draw.standard_normal((r, 12)), 0.5) for r in (2, 5)]
+    places = np.stack([draw.permutation(20)[:9], draw.permutation(12)[:9]])
+    waves = Fourier(draw.standard_normal(9), places, SHAPE, 30.0)
+    updates = [*thin, Dense(draw.standard_normal(SHAPE)), waves]
+    matrices = [update.dense() for update in updates]
+
+    def never(self: Any) -> None:
+        raise AssertionError("formed the product of factors")
+
+    monkeypatch.setattr(LowRank, "dense", never)
+    for one, first in zip(updates, matrices, strict=True):
+        for other, second in zip(updates, matrices, strict=True):
+            assert pairs.inner(one, other) == pytest.approx(np.vdot(first, second))
+
+
+def test_zero_and_nan_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
+    factors = drawn(0, RANKS["a"])
+    spoiled = dict(factors) | {LAYER(0, "q"): (np.full((20, 3), np.nan), factors[LAYER(0, "q")][1])}
+    none = {module: (0 * B, A) for module, (B, A) in factors.items()}
+    runs = {name: load(write(tmp_path / name, f)) for name, f in {"x": factors, "n": spoiled, "z": none}.items()}
+    shared = pairs.modules(runs)
+    table = pairs.matrix(runs, shared).set_index(["one", "other"])
+    kept = [m for m in factors if m != LAYER(0, "q")]
+    norms = [np.sqrt(sum(runs["x"].updates()[m].norm() ** 2 for m in names)) for names in (kept, factors)]
+    assert table.loc[("n", "x"), "cosine"] == pytest.approx(norms[0] / norms[1])
+    assert table.loc[("n", "x"), "angle"] == pytest.approx(0, abs=1e-4)
+    assert table.loc[("z", "x"), "norm_ratio"] == 0
+    assert table.loc[("x", "z"), ["norm_ratio", "cosine", "angle"]].isna().all()
+
+
+def test_adapters_of_two_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, c = (write(tmp_path / name, drawn(0, RANKS["c"])) for name in "ac")
+    write(c, {LAYER(1, "v"): (np.ones((8, 1)), np.ones((1, 8)))})
+    assert main(["inspect", str(a), str(c)]) == 2
+    assert "model.layers.1.self_attn.v_proj is (20, 12) in a and (8, 8) in c: they are not on one model" in (
+        capsys.readouterr().err
+    )
+    assert main(["inspect", str(a), str(a)]) == 2
+    assert "was given twice: give each once" in capsys.readouterr().err
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    assert main(["inspect", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_screen(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = told(capsys, *(run.path for run in three.values())).splitlines()
+    table = pairs.matrix(three, pairs.modules(three)).set_index(["one", "other"])
+    assert [line.split()[:3] for line in shown[1:4]] == [["a", "a", "LoRA"], ["b", "b", "LoRA"], ["c", "c", "LoRA"]]
+    assert shown[5].split("  ")[0] == "|dW|, row over column"
+    ratio, cosine = (
+        f"{table.loc[('a', 'b'), name]:{form}}" for name, form in (("norm_ratio", ".3g"), ("cosine", ".2f"))
+    )
+    row = shown[7].split()
+    assert (row[2], row[6]) == (ratio, cosine)
+    assert shown[13].split() == ["a", "0", f"{table.loc[('a', 'b'), 'angle']:.0f}", "-", "a", "0", "50", "100"]
+    assert max(map(len, shown)) <= 80
+    assert "by chance" in shown[-2]
+
+
+@pytest.mark.parametrize("count", [2, 6, 7, 15])
+def test_any_number_fits_into_eighty_columns(tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "an-adapter-with-a-name-that-somebody-made-of-all-its-settings"
+    paths = [write(tmp_path / f"{long}-{n}", drawn(n, {LAYER(0, "q"): 2}), alpha=10.0**n) for n in range(count)]
+    shown = told(capsys, *paths).splitlines()
+    assert max(map(len, shown)) <= 80
+    assert len({line[0] for line in shown[1 : count + 1]}) == count
+
+
+def test_json_and_csv(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [run.path for run in three.values()]
+    items = json.loads(told(capsys, *paths, "--json"))
+    assert [item["name"] for item in items] == ["a", "b", "c"]
+    assert [row["other"] for row in items[1]["compared"]] == ["a", "c"]
+    assert items[0]["compared"][1]["angle"] is None
+    assert [row["module"] for row in items[0]["compared_modules"]] == [LAYER(0, "q"), LAYER(1, "q")]
+    table = pd.read_csv(io.StringIO(told(capsys, *paths, "--csv")))
+    assert table["module"].isna().sum() == 9
+    assert set(table["module"].dropna()) == {LAYER(0, "q"), LAYER(1, "q"), LAYER(1, "v")}
+
+
+def test_two_folders_of_one_name_are_told_apart_by_their_paths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [write(tmp_path / name / "final", drawn(0, RANKS["c"])) for name in "xy"]
+    assert [item["label"] for item in json.loads(told(capsys, *paths, "--json"))] == list(map(str, paths))
+
+
+def test_the_figure_holds_the_matrix(three: dict[str, AdapterRun]) -> None:
+    charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
+    table = pairs.matrix(three, pairs.modules(three))
+    ratio, cosine, angles, moved = charts
+    assert ratio.data["log_ratio"].tolist() == pytest.approx(np.log2(table["norm_ratio"]).tolist())
+    assert cosine.data["cosine"].tolist() == table["cosine"].tolist()
+    assert angles.data["words"].tolist()[1].startswith(f"{table['angle'][1]:.0f}° (")
+    assert moved.data["rank_moved"].tolist() == table["rank_moved"].tolist()
+    assert "3 adapters" in charts[0].caption or "1 run" in charts[0].caption
+    with pytest.raises(ValueError, match="takes two runs or more, got 1"):
+        plots.adapter_pairs(three["a"])

@@ -1,7 +1,7 @@
 """Two adapters side by side, of any ranks and methods: how large, how alike in direction, how differently allotted.
 
 Nothing here depends on how an update was split into factors, and no product of factors is formed. As one vector of all
-weights, an adapter is zero in the modules that it leaves alone.
+weights, an adapter is zero in the modules that it leaves alone. A head that trained in full beside it is left out.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
         A module has other shapes in two runs: they are not on one model.
     """
     updates = {label: run.updates() for label, run in runs.items()}
-    tables = {label: run.summary().set_index("module") for label, run in runs.items()}
+    tables = {label: _table(run) for label, run in runs.items()}
     rows = []
     with one_thread():
         for module in dict.fromkeys(name for table in tables.values() for name in table.index):
@@ -90,7 +90,7 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
         to other modules to go from one to the other: 0 for the same allocation, 1 where no module is in both),
         ``energy_moved`` (the same of |dW|^2) and ``shared`` (number of modules that both have).
     """
-    tables = {label: run.summary().set_index("module") for label, run in runs.items()}
+    tables = {label: _table(run) for label, run in runs.items()}
     norms = {label: float(np.sqrt((table["update_norm"] ** 2).sum())) for label, table in tables.items()}
     rows = []
     for one in runs:
@@ -108,6 +108,12 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
             rows.append(told)
     names = ("norm_ratio", "cosine", "angle", "chance", "rank_moved", "energy_moved", "shared")
     return pd.DataFrame(rows, columns=["one", "other", *names])
+
+
+def _table(run: Run) -> pd.DataFrame:
+    """The summary by module, without what trained beside the adapters, such as a head, if there are adapters."""
+    table, held = run.summary().set_index("module"), run.updates()
+    return table[table.index.isin(list(held))] if len(held) else table
 
 
 def _compared(held: Mapping[str, LowRank | Dense], sizes: Mapping[str, float], spectra: bool) -> list[dict[str, Any]]:

@@ -48,7 +48,6 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         f"inputs and over the modules that both hold of the principal angles between the first {pairs.DIRECTIONS} "
         "directions, fewer where an update has fewer; in brackets that of as many random directions. Ranks elsewhere: "
         "the share that would have to move to other modules.",
-        interval="every run for itself",
     )
     charts = [
         Chart(

@@ -58,7 +58,7 @@ def _factor(value: float) -> str:
 
 _QUESTIONS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("|dW|, row over column", "norm_ratio", _factor),
-    ("cosine of dW", "cosine", lambda value: f"{value:.2f}"),
+    ("cosine of dW", "cosine", lambda value: f"{round(value, 2) + 0.0:.2f}"),
     ("angle of directions, degrees", "angle", lambda value: f"{value:.0f}"),
     ("ranks elsewhere, %", "rank_moved", lambda value: f"{100 * value:.0f}"),
 )

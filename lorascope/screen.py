@@ -8,6 +8,7 @@ import shlex
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -80,25 +81,36 @@ def one(inspection: Inspection, style: Style) -> str:
 def every(inspection: Inspection, style: Style) -> str:
     """The screen of ``one`` with a line for every module in place of the chart."""
     based = bool(inspection.modules["relative_update"].notna().any())
-    width = WIDTH - len(_EVERY_BASED if based else _EVERY) - 1
-    head = f"{'module':<{width}} {_EVERY_BASED if based else _EVERY}"
-    lines = [*_header(inspection, style), "", style.paint(head, "1")]
+    columns = _EVERY_BASED if based else _EVERY
+    width = WIDTH - len(columns) - 1
+    shared = _shared(inspection.modules["module"], width)
+    head = elide(f"module of {shared}" if shared else "module", width)
+    lines = [*_header(inspection, style), "", style.paint(f"{head:<{width}} {columns}", "1")]
     for row in inspection.modules.to_dict("records"):
-        lines.append(f"{elide(row['module'], width):<{width}} {_numbers(row, based)}")
+        name = row["module"].removeprefix(f"{shared}.")
+        lines.append(f"{elide(name, width):<{width}} {_numbers(row, based)}")
     return "\n".join([*lines, "", *_findings(inspection, style)])
 
 
-_EVERY = "   |dW|  energy rank effective stable 90 % dead"
-_EVERY_BASED = "   |dW|    dW/W rank effective dead intruders   1-cos"
+def _shared(names: pd.Series, width: int) -> str:
+    """What all names begin with, where they are too long to be shown whole: cut in the middle they lack their layer."""
+    if len(names) == 1 or names.str.len().max() <= width:
+        return ""
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
+
+
+_EVERY = "   |dW|  energy rank    eff stable 90 % dead"
+_EVERY_BASED = "   |dW|    dW/W rank    eff dead intr   1-cos"
 
 
 def _numbers(row: dict[Any, Any], based: bool) -> str:
     """What stands below ``_EVERY``, or with a base below ``_EVERY_BASED``."""
     share = _percent(row["relative_update" if based else "energy"])
     start = f"{norm(row['update_norm']):>7} {share:>7} {span(row['rank'], row['rank']):>4}"
-    start += f" {_number(row['effective_rank']):>9}"
+    start += f" {_number(row['effective_rank']):>6}"
     if based:
-        return f"{start} {_whole(row['dead']):>4} {_whole(row['intruders']):>9} {norm(row['neuron_median']):>7}"
+        return f"{start} {_whole(row['dead']):>4} {_whole(row['intruders']):>4} {norm(row['neuron_median']):>7}"
     return f"{start} {_number(row['stable_rank']):>6} {_whole(row['energy_rank']):>4} {_whole(row['dead']):>4}"
 
 

@@ -296,6 +296,13 @@ def test_the_command_tells_every_module(tmp_path: Path, capsys: pytest.CaptureFi
     assert shown[5].split() == ["model.layers.0.self_attn.q_proj", "2.33", "0.0", "%", "2", "1.9", "1.4", "2", "0"]
 
 
+def test_long_names_keep_their_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = "bert.encoder.layer.{}.attention.output.dense.of_some_length".format
+    shown = run(capsys, plant(tmp_path / "a", {long(layer): [1.0] for layer in (3, 11)}), "--all").splitlines()
+    assert shown[4].startswith("module of bert.encoder.layer ")
+    assert [line.split(".")[0] for line in shown[5:7]] == ["3", "11"]
+
+
 def test_the_command_speaks_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = plant(tmp_path / "a", llama(2, [1.0, 0.5]))
     told = json.loads(run(capsys, a, "--json"))

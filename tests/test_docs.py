@@ -1,0 +1,56 @@
+"""The pages of docs/: their Python runs, and what they show of the command line is what it prints.
+
+Of every page the blocks are run in order, in a folder of its own: ``python`` in one namespace, and ``console`` where a
+line begins with ``$ lorascope``. Lines below such a command are what it has to print; a line of three dots stands for
+any number of lines. Without such lines it only has to end well.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorascope.cli import main
+
+PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+_BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
+
+
+def fits(printed: str, shown: str) -> bool:
+    """Is the output what the page shows, with anything in place of its three dots?"""
+    parts = [re.escape(part) for part in re.split(r"^\.\.\.\n", shown, flags=re.MULTILINE)]
+    return re.fullmatch("(?:.*\n)*".join(parts), printed) is not None
+
+
+def test_three_dots_stand_for_any_lines() -> None:
+    assert fits("a\nb\nc\n", "a\n...\nc\n")
+    assert fits("a\nc\n", "a\n...\nc\n")
+    assert not fits("a\nb\nd\n", "a\n...\nc\n")
+    assert not fits("a\nb\n", "a\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_does_what_it_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    blocks = _BLOCK.findall(page.read_text())
+    assert blocks
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, str(page), "exec"), names)
+            continue
+        for command, shown in _COMMAND.findall(block):
+            words = shlex.split(command)
+            if words[0] != "lorascope":
+                continue
+            capsys.readouterr()
+            assert main(words[1:]) == 0, command
+            printed = capsys.readouterr().out
+            assert not shown.strip() or fits(printed, shown), f"{page.name}: $ {command}\n{printed}"

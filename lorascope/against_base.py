@@ -13,7 +13,6 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.algebra import one_thread, wide
-from lorascope.analysis.intruders import Basis, intruders
 from lorascope.checkpoints import AdapterRun
 from lorascope.roles import parse
 from lorascope.update import Dense, LowRank, NeuronChange, factored_change, neuron_change
@@ -60,6 +59,9 @@ def _beside(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, module: st
     known = turned[~np.isnan(turned)]  # a neuron without weights has no direction
     told = {"neuron_median": np.median(known), "neuron_largest": known.max()} if len(known) else {}
     if decompose or min(W0.shape) <= SIDE:
+        # Brings scipy along, a fifth of a second that those without a base need not wait.
+        from lorascope.analysis.intruders import Basis, intruders
+
         told["intruders"] = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)["intruder"].sum()
     return dict.fromkeys(BESIDE, np.nan) | {name: float(value) for name, value in told.items()}
 

@@ -174,10 +174,10 @@ def test_the_screen(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[
     assert [line.split()[:3] for line in shown[1:4]] == [["a", "a", "LoRA"], ["b", "b", "LoRA"], ["c", "c", "LoRA"]]
     assert shown[5].split("  ")[0] == "|dW|, row over column"
     ratio, cosine = (
-        f"{table.loc[('a', 'b'), name]:{form}}" for name, form in (("norm_ratio", ".3g"), ("cosine", ".2f"))
+        f"{abs(table.loc[('a', 'b'), name]):{form}}" for name, form in (("norm_ratio", ".3g"), ("cosine", ".2f"))
     )
     row = shown[7].split()
-    assert (row[2], row[6]) == (ratio, cosine)
+    assert (row[2], row[6].lstrip("-")) == (ratio, cosine)
     assert shown[13].split() == ["a", "0", f"{table.loc[('a', 'b'), 'angle']:.0f}", "-", "a", "0", "50", "100"]
     assert max(map(len, shown)) <= 80
     assert "by chance" in shown[-2]

@@ -70,7 +70,7 @@ def _explained(comparison: Comparison) -> Iterator[str]:
     if len(chance):
         low, high = f"{chance.min():.0f}", f"{chance.max():.0f}"
         by_chance = low if low == high else f"{low} to {high}"
-        yield f"angle      mean over the {DIRECTIONS} leading directions of shared modules; by chance {by_chance}"
+        yield f"angle      mean over {DIRECTIONS} leading directions of shared modules; by chance {by_chance}"
     yield "elsewhere  ranks that would have to move to other modules to be allotted alike"
     if len(comparison.inspections) > _MOST:
         yield f"the first {_MOST} columns; --csv and --json have all"

@@ -50,6 +50,7 @@ _MODULES = (
     "models",
     "names",
     "observe",
+    "pace",
     "plots",
     "probes",
     "tasks",

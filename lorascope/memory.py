@@ -9,26 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from joblib.externals.loky import ProcessPoolExecutor
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorascope import models, tasks
+from lorascope.alone import Alone, in_own_process
 from lorascope.loop import advance
 from lorascope.method import Method
-from lorascope.methods import METHODS
 from lorascope.observe import memory
-from lorascope.plan import Base, Plan, claim, finished_run, first_use, held
 from lorascope.records import Record
 from lorascope.run import Run
 from lorascope.session import Session
-from lorascope.settings import Settings
-from lorascope.state import seeded
 from lorascope.tasks import Task
 
 _WINDOW = "lorascope: measured step"
@@ -75,42 +69,14 @@ def measure(
         With ``parameter_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` after each step, and ``peak_bytes`` of the
         last. lorascope's own copy of W_0 is left out. The same call finds a finished one.
     """
-    method = METHODS[method]() if isinstance(method, str) else method
-    asked = {"lr": method.lr, "head_lr": method.head_lr, "eval_size": 1, "test_size": 1} | settings
-    with ProcessPoolExecutor(max_workers=1) as fresh:
-        found = fresh.submit(
-            _measure, model, data, method, Settings(steps=steps, **asked), seed, out, root, overwrite, device
-        )
-        return Run.read(found.result())
+    where = {"seed": seed, "out": out, "root": root, "overwrite": overwrite, "device": device}
+    return in_own_process(_measure, Alone.of(model, data, method, {"steps": steps, **settings}, **where))
 
 
-def _measure(
-    model: str | Callable[[], nn.Module],
-    data: Task | str | Path,
-    method: Method,
-    settings: Settings,
-    seed: int,
-    out: str | Path | None,
-    root: str | Path,
-    overwrite: bool,
-    device: str,
-) -> Path:
+def _measure(job: Alone) -> Path:
     """Measure in this process; gives the run folder."""
-    allocator = _allocator(device)
-    task = data if isinstance(data, Task) else tasks.load(str(data))
-    living = models.load(model, task=task) if isinstance(model, str) else model()
-    _take_over(living, device)
-    task = task.fit(living)
-    mark = first_use(living, task, seed)
-    base = _Living(living)
-    phase = replace(next(method.phases(base)), name="memory")
-    plan = Plan(method, phase, task, settings, seed, mark.w0_hash, (memory(every=1),))
-    folder = Path(out or Path(root) / f"memory-{method.name}-{plan.id}")
-    claim(folder, plan, overwrite)
-    if finished_run(folder, plan) is None:
-        with held(folder), seeded(seed):
-            _take_steps(Session(living, plan, base, folder, [], device), allocator)
-    return folder
+    allocator = _allocator(job.device)
+    return job.run("memory", lambda session: _take_steps(session, allocator), (memory(every=1),))
 
 
 def _take_steps(session: Session, allocator: _Allocator) -> None:
@@ -121,22 +87,6 @@ def _take_steps(session: Session, allocator: _Allocator) -> None:
             loss, norm, rate = advance(session, index)
         session.record(loss, norm, rate)
     session.writer.add(step.finished, [Record("peak_bytes", allocator.peak())])
-    session.writer.meta |= {"seconds": session.seconds, "total_seconds": session.seconds}
-    session.writer.finish("done")
-
-
-def _take_over(model: nn.Module, device: str) -> None:
-    """Have all tensors of a model allocated here: some loaders lay them on a mapped file, which no allocator sees."""
-    model.to(device)
-    for tensor in [*model.parameters(), *model.buffers()]:
-        tensor.data = tensor.data.clone()
-
-
-class _Living(Base):
-    """W_0 without copies, which belong to the toolkit and not to the method: what trains is not what it was."""
-
-    def capture(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy nothing."""
 
 
 class _Allocator:

@@ -33,8 +33,9 @@ class Observer:
 
     def config(self) -> dict[str, Any]:
         """The JSON form, part of a run's identity."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
-        return {"name": type(self).__name__} | fields
+        values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init]
+        told = {f.name: value for f, value in values if not ("later" in f.metadata and value == f.default)}
+        return {"name": type(self).__name__} | told
 
     def state(self) -> dict[str, Any]:
         """What is remembered between steps: each attribute ending in ``_``."""

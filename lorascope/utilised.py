@@ -6,32 +6,34 @@ Source: NeFT (arXiv 2403.11621), section 6.1.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import nn
 
 from lorascope.analysis import neurons
-from lorascope.analysis.utilisation import utilisation as largest_correlation
+from lorascope.analysis.utilisation import LAYERS, correlations, span
 from lorascope.delta import adapted, host_weight, to_array
-from lorascope.method import Batch, Step
+from lorascope.hidden import token_means
+from lorascope.method import LATER, Batch, Step
 from lorascope.observer import Observer
 from lorascope.records import Quantity, Record, register
 
-_STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
-_ROWS = 32  # passed through the model at once
-
+_SOURCE = "NeFT, section 6.1"
 register(
     "utilisation",
     Quantity(
         "utilisation",
         index="neuron",
-        definition="largest |Pearson correlation| of its weights with the mean output of its own or a later block",
-        source="NeFT, section 6.1",
+        definition="largest |Pearson correlation| of its weights with the mean output of a block",
+        source=_SOURCE,
     ),
+)
+register(
+    "utilisation_layer",
+    Quantity("most alike block", index="neuron", definition="the block of that correlation", source=_SOURCE),
 )
 
 
@@ -46,47 +48,45 @@ class utilisation(Observer):
     ----------
     size : int
         Rows of the validation split.
+    layers : {"later", "earlier"}
+        Blocks that a neuron's weights are held against: from its own on, as in the authors' code, or up to its own, as
+        the paper's text has it.
+    standardise : bool
+        Divide each coordinate of a block's mean state by its root mean square over the tokens, so that a few huge ones
+        do not decide alone.
     """
 
     every: int = 100
     size: int = 128
+    layers: str = field(default="later", metadata=LATER)
+    standardise: bool = field(default=False, metadata=LATER)
+
+    def __post_init__(self) -> None:
+        if self.layers not in LAYERS:
+            raise ValueError(f"layers {self.layers!r} is unknown: {', '.join(LAYERS)}")
 
     def __call__(self, step: Step) -> Iterable[Record]:
         if not self.due(step.finished, step.total):
             return
-        states = mean_states(step.model, step.held_out(self.size).batch)
+        states = mean_states(step.model, step.held_out(self.size).batch, self.standardise)
         deltas = adapted(step.model)
         for part in neurons.parts(step.modules):
             weight = host_weight(step.model.get_submodule(part.module)).detach()
             if part.module in deltas:
                 weight = weight + deltas[part.module].weight().detach()
             vectors = to_array(weight.float())[part.where]
-            used = largest_correlation(
-                vectors if part.axis == 1 else vectors.T,
-                states[part.stack if part.stack in states else ""][part.layer :],
-            )
-            yield Record("utilisation", used, part.module, np.arange(part.first, part.first + part.count))
+            blocks = span(part.layer, self.layers)
+            hidden = states[part.stack if part.stack in states else ""][blocks]
+            alike = correlations(vectors if part.axis == 1 else vectors.T, hidden)
+            numbers = np.arange(part.first, part.first + part.count)
+            yield Record("utilisation", alike.max(axis=1), part.module, numbers)
+            yield Record("utilisation_layer", alike.argmax(axis=1) + (blocks.start or 0), part.module, numbers)
 
 
-@torch.no_grad()
-def mean_states(model: nn.Module, batch: Batch) -> dict[str, Float[np.ndarray, "layers d"]]:
+def mean_states(model: nn.Module, batch: Batch, standardise: bool = False) -> dict[str, Float[np.ndarray, "layers d"]]:
     """Output of every block by stack, mean over the tokens of each row and then over the rows."""
-    training = model.training
-    model.eval()
-    rows = len(batch["attention_mask"])
-    sums: dict[str, Any] = {}
-    for start in range(0, rows, _ROWS):
-        piece = {key: value[start : start + _ROWS] for key, value in batch.items()}
-        output = model(**piece, output_hidden_states=True)
-        for stack, name in _STACKS.items():
-            if name in output:
-                states = torch.stack(output[name][1:]).double()  # the first is the embedding
-                sums[stack] = sums.get(stack, 0) + (states * _weights(states, piece["attention_mask"])).sum((1, 2))
-    model.train(training)
-    return {stack: to_array(total / rows) for stack, total in sums.items()}
-
-
-def _weights(states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"]) -> Float[Tensor, "..."]:
-    """What each token counts in the mean of its row; all of a decoder's own tokens count alike."""
-    kept = mask.double() if mask.shape == states.shape[1:3] else states.new_ones(states.shape[1:3])
-    return (kept / kept.sum(1, keepdim=True))[..., None]
+    means = {stack: rows.mean(axis=0) for stack, rows in token_means(model, batch).items()}
+    if not standardise:
+        return means
+    roots = {stack: np.sqrt(rows.mean(axis=0)) for stack, rows in token_means(model, batch, torch.square).items()}
+    return {s: np.divide(mean, roots[s], out=np.zeros_like(mean), where=roots[s] > 0) for s, mean in means.items()}

@@ -53,6 +53,22 @@ def test_lisas_mean_weight_norm_is_a_mean_over_steps_without_the_start() -> None
     assert cells(found, "place") == {"embed": 7.5}
 
 
+def test_the_course_of_a_cell_over_the_steps() -> None:
+    steps = {0: 100.0, 1: 5.0, 3: 8.0, 2: 11.0}
+    rows = table([(step, "words", "weight_norm", value) for step, value in steps.items()])
+    (found,) = norms.course(norms.pool(norms.select(rows, "weight_norm"))).to_dict("records")
+    assert [found[key] for key in ("mean", "std", "first", "last", "steps")] == [8, pytest.approx(6**0.5), 5, 8, 3]
+
+
+def test_a_norm_per_weight_does_not_grow_with_the_layer() -> None:
+    """Matrices of ones, of 2 by 3, 3 by 3 and 40 by 5; the row of the block, with its vectors, does not count."""
+    sizes = {"words": (40, 5), "b.0.q": (2, 3), "b.0.ff": (3, 3), "b.0": (None, None)}
+    modules = pd.DataFrame([{"module": name, "out_features": o, "in_features": i} for name, (o, i) in sizes.items()])
+    values = {name: (out * into) ** 0.5 if out else 9.0 for name, (out, into) in sizes.items()}
+    rows = norms.select(table([(1, name, "weight_norm", value) for name, value in values.items()]), "weight_norm")
+    assert cells(norms.per_weight(rows, modules), "place") == pytest.approx({"embed": 1, "0": 1})
+
+
 def test_layers_are_pooled_before_the_mean_over_steps() -> None:
     steps = [(1, 3.0, 4.0), (2, 5.0, 12.0)]
     rows = table([(t, m, "weight_norm", v) for t, q, ff in steps for m, v in (("b.1.q", q), ("b.1.ff", ff))])

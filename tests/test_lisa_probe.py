@@ -19,35 +19,47 @@ def test_arms_differ_in_the_draws_alone(quick):
     steps = arms[probe.DRAWN].settings["steps"]
     drawn, once = (config(arms[label].method) for label in (probe.DRAWN, probe.ONCE))
     assert {key for key in drawn if drawn[key] != once[key]} == {"interval"}
-    assert (probe.ENDS in arms) != quick
-    if not quick:
-        ends = config(arms[probe.ENDS].method)
-        assert {key for key in drawn if drawn[key] != ends[key]} == {"n_active"}
+    more = {probe.ENDS: "n_active", probe.ONE: "n_active", probe.FOUR: "n_active", probe.SELDOM: "interval"}
+    assert not arms.keys() & more.keys() if quick else arms.keys() > more.keys()
+    for label, field in more.items() if not quick else ():
+        varied = config(arms[label].method)
+        assert {key for key in drawn if drawn[key] != varied[key]} == {field}
     assert arms[probe.DRAWN].method.period(steps) * 8 <= steps
     assert arms[probe.ONCE].method.period(steps) == steps
     assert len({arm.method.lr for label, arm in arms.items() if label != probe.ADAPTED}) == 1
     assert all(arm.settings == arms[probe.FULL].settings for arm in arms.values())
 
 
+TOY = {
+    probe.DRAWN: {"n_active": 1},
+    probe.ONCE: {"n_active": 1, "interval": 5},
+    probe.ENDS: {"n_active": 0},
+    probe.ONE: {"n_active": 1, "interval": 3, "moments": "keep"},
+    probe.FOUR: {"n_active": 2},
+    probe.SELDOM: {"n_active": 1, "interval": 2, "moments": "keep"},
+}
+
+
 def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     reached = {probe.DRAWN: 0.80, probe.ONCE: 0.77, probe.ENDS: 0.70, probe.FULL: 0.81, probe.ADAPTED: 0.795}
+    reached |= {probe.ONE: 0.79, probe.FOUR: 0.82, probe.SELDOM: 0.78}
     runs = {}
     settings = killing.SETTINGS | {"observe": [observe.norms()]}
     for number, arm in enumerate(probe.arms(False)):
-        method = replace(arm.method, n_active=arm.method.n_active and 1) if "block" in arm.label else arm.method
+        method = replace(arm.method, **TOY.get(arm.label, {}))
         run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **settings)
         run.meta["test"]["metric"] = reached[arm.label]
         runs[arm.label] = [run]
     found = probe.judge(runs)
     assert {verdict.claim: verdict.effect for verdict in found.verdicts} == pytest.approx(
-        {probe.PARITY: 0.80 - 0.79, probe.REDRAWN: 0.03, probe.BLOCKS: 0.10, probe.OVER_LORA: 0.005}
+        {probe.PARITY: 0.80 - 0.79, probe.REDRAWN: 0.03, probe.BLOCKS: 0.10, probe.OVER_LORA: 0.005, probe.MORE: 0.02}
     )
     table = found.tables["Draws by block"].set_index("").astype(float)
     assert table.loc[probe.ONCE, ["block 0", "block 1"]].sum() == pytest.approx(1)
     assert table["chance"].tolist() == [0.5, 0.5]
-    quick = probe.judge({label: kept for label, kept in runs.items() if label != probe.ENDS})
-    assert {verdict.claim for verdict in found.verdicts} - {verdict.claim for verdict in quick.verdicts} == {
-        probe.BLOCKS
-    }
+    few = (probe.ENDS, probe.ONE, probe.FOUR, probe.SELDOM)
+    quick = probe.judge({label: kept for label, kept in runs.items() if label not in few})
+    left = {verdict.claim for verdict in found.verdicts} - {verdict.claim for verdict in quick.verdicts}
+    assert left == {probe.BLOCKS, probe.MORE}
     heat = found.exhibits[0].chart.rows()[0][0]
     assert len(heat.x.order) == 5  # a draw a step, in so short a run

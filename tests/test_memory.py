@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, replace
+from dataclasses import astuple
 
 import pandas as pd
 import pytest
@@ -15,6 +15,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import memory as measuring
 from lorascope import observe
+from lorascope.alone import Alone, Uncopied
 from lorascope.analysis import accounting
 from lorascope.method import Step
 from lorascope.methods import Full, LoRA
@@ -177,21 +178,22 @@ def test_the_peak_of_a_step_in_a_process_of_its_own(wide_bert, task, tmp_path):
     held = cells[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].sum()
     assert BLOCK < cells["parameter_bytes"] < held < cells["peak_bytes"] < 1.02 * BLOCK
     written = (run.path / "records.parquet").stat().st_mtime_ns
-    few = replace(FEW, lr=LoRA().lr, head_lr=LoRA().head_lr)
-    assert measuring._measure(wide_bert, task, LoRA(), few, 0, None, tmp_path, False, "cpu") == run.path
+    few = {"steps": 2, "batch_size": 4}
+    job = Alone.of(wide_bert, task, "lora", few, seed=0, out=None, root=tmp_path, overwrite=False, device="cpu")
+    assert measuring._measure(job) == run.path
     assert (run.path / "records.parquet").stat().st_mtime_ns == written
 
 
 def test_the_base_is_not_copied():
     model = nn.Linear(3, 2)
-    base = measuring._Living(model)
+    base = Uncopied(model)
     base.capture(torch.optim.SGD(model.parameters()))
     assert base["weight"].data_ptr() == model.weight.data_ptr()
 
 
 def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
     """At the optimizer step all of them are alive; the toolkit's own copy of W_0 is not among them."""
-    measuring._measure(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu")
+    measuring._measure(Alone(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
     held = accounting.full(accounting.shapes_of(ls.models.load(bert, task=task)))

@@ -7,6 +7,7 @@ import json
 import signal
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_resume import Forks, same
@@ -15,7 +16,7 @@ from torch import nn
 
 import lorascope as ls
 from lorascope import cli, models
-from lorascope.analysis import neurons
+from lorascope.analysis import neurons, selection
 from lorascope.hosts import host_weight
 from lorascope.method import METHODS, Step, config, from_config, task_head
 from lorascope.methods import Full, LoRA, NeFT
@@ -96,7 +97,7 @@ def test_the_mask_lies_along_the_stored_axis(family, up, down):
     assert trained == {f"{up}.weight", f"{down}.weight", *task_head(model)}
     for module in (up, down):
         model.get_submodule(module).weight.grad = torch.ones_like(model.get_submodule(module).weight)
-    method.after_backward(step_of(None))
+    method.after_backward(step_of(torch.optim.SGD([p for p in model.parameters() if p.requires_grad])))
     for module, axis in ((up, 0), (down, 1)):
         host = copy.deepcopy(model.get_submodule(module))
         host.weight.data = model.get_submodule(module).weight.grad
@@ -169,6 +170,7 @@ def test_the_order_of_clip_and_mask(clip_before, left):
     optimizer = torch.optim.AdamW([host.weight])
     method.after_backward(step_of(optimizer))
     torch.nn.utils.clip_grad_norm_([host.weight], 1.0)
+    assert float(method._unmasked) == 5
     assert host.weight.grad.tolist() == [[pytest.approx(left, abs=1e-5), 0], [0, 0]]
 
 
@@ -177,7 +179,7 @@ def test_a_gradient_that_is_no_number_does_not_pass_the_mask():
     method = NeFT()
     method._masks = {"": Mask.of(host, "", 1, [0])}
     host.weight.grad = torch.tensor([[1.0, 1], [np.inf, np.nan]])
-    method.after_backward(step_of(None))
+    method.after_backward(step_of(torch.optim.SGD([host.weight])))
     assert host.weight.grad.tolist() == [[1, 1], [0, 0]]
 
 
@@ -251,6 +253,52 @@ def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task
     assert len(chosen["changed"] & chosen["random"]) < 40
 
 
+def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
+    """The union of both ends is that of the two choices; both ends together are no more than all there are."""
+    _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
+    model, _, run = train(bert, task, NeFT(k=9, reversed_share=0.02, tuned=full), tmp_path / "both")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    pool = selection.scores(run, "selection_cosine")
+    first, other = neurons.select(pool, 9), neurons.select(pool, round(0.02 * total / 32), "reversed")
+    assert selection.as_set(selection.chosen(run)) == selection.as_set(pd.concat([first, other]))
+    assert len(selection.chosen(run)) == len(first) + len(other)
+    with pytest.raises(ValueError, match=r"reversed_share asks for \d+ neurons beside 9: there are 192 in all"):
+        train(bert, task, NeFT(k=9, reversed_share=0.9, tuned=full), tmp_path / "more")
+    assert "reversed_share" not in config(NeFT())
+
+
+def test_a_compact_parameter_is_the_masked_run():
+    """Chosen rows and columns as parameters of their own, scattered onto frozen weights, take the same ten steps."""
+    torch.manual_seed(0)
+    toy, compact = Toy(), Toy()
+    compact.load_state_dict(toy.state_dict())
+    x, up, down = torch.randn(16, 4), [0, 3], [1]
+    masks = [Mask.of(toy, "up_proj", 1, up), Mask.of(toy, "down_proj", 0, down)]
+    rows, columns = (nn.Parameter(torch.zeros(size)) for size in ((2, 4), (4, 1)))
+    ours = torch.optim.AdamW([mask.weight for mask in masks], lr=0.1, weight_decay=0)
+    theirs = torch.optim.AdamW([rows, columns], lr=0.1, weight_decay=0)
+    frozen = {name: tensor.clone() for name, tensor in compact.state_dict().items()}
+
+    def scattered():
+        return frozen | {
+            "up_proj.weight": frozen["up_proj.weight"].index_add(0, torch.tensor(up), rows),
+            "down_proj.weight": frozen["down_proj.weight"].index_add(1, torch.tensor(down), columns),
+        }
+
+    for _ in range(10):
+        ours.zero_grad()
+        (toy(x) - 1).square().mean().backward()
+        for mask in masks:
+            mask.weight.grad.masked_fill_(mask.still, 0.0)
+        ours.step()
+        theirs.zero_grad()
+        (torch.func.functional_call(compact, scattered(), (x,)) - 1).square().mean().backward()
+        theirs.step()
+    for name, tensor in toy.state_dict().items():
+        assert torch.allclose(tensor, scattered()[name], rtol=0, atol=1e-5), name
+    assert sum(state["exp_avg"].numel() for state in theirs.state.values()) == 12
+
+
 def test_random_neurons_follow_from_the_seed_and_need_no_tuning(bert, task, tmp_path):
     chosen = []
     for number, seed in enumerate((0, 0, 1)):
@@ -282,7 +330,9 @@ def test_another_base_and_a_run_that_tuned_nothing_are_refused(bert, task, tmp_p
 
 
 WRONG = [
-    ({"mode": "lowest"}, "mode 'lowest' is unknown: changed, reversed, random"),
+    ({"mode": "lowest"}, "mode 'lowest' is unknown: changed, reversed, random, probed"),
+    ({"reversed_share": -1}, "reversed_share -1 is no share of the parameters: give 0 to 1"),
+    ({"reversed_share": 0.1, "mode": "random"}, "reversed_share adds to mode 'changed', not to 'random'"),
     ({"targets": ("q",)}, "'q' is no role with neurons: give some of ffn_in, ffn_gate, ffn_out"),
     ({"k": 0}, "k 0 chooses no neuron: give 1 or more"),
     ({"share": 0}, "share 0 is no share"),

@@ -14,6 +14,7 @@ from lorascope.analysis import selection
 from lorascope.probes import neft as probe
 
 REACHED = {probe.FULL: 0.80, probe.LOW: 0.79, probe.CHANGED: 0.83, probe.REVERSED: 0.70, probe.RANDOM: 0.82}
+REACHED |= {probe.PROBED: 0.84}
 
 
 def test_lots_within_modules_share_what_is_expected():
@@ -31,20 +32,22 @@ def test_lots_within_modules_share_what_is_expected():
 
 def test_arms_differ_in_their_neurons_alone():
     arms = {arm.label: arm for arm in probe.arms(False)}
-    for label in (probe.REVERSED, probe.RANDOM):
+    for label in (probe.REVERSED, probe.RANDOM, probe.PROBED):
         assert replace(arms[label].method, mode="changed") == arms[probe.CHANGED].method
         assert arms[label].settings == arms[probe.CHANGED].settings
     assert arms[probe.MOVIES].method == arms[probe.CHANGED].method
     assert arms[probe.CHANGED].method.tune_steps == 100
     assert arms[probe.CHANGED].budget == pytest.approx(400)
+    assert arms.keys() - {arm.label for arm in probe.arms(True)} == {probe.PROBED}
 
 
 def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     runs = {}
     settings = killing.SETTINGS | {"observe": [observe.norms(), observe.utilisation(every=5, size=8)]}
-    for number, arm in enumerate(probe.arms(True)):
+    for number, arm in enumerate(probe.arms(False)):
         own = settings | {"steps": min(arm.settings["steps"], 3)}
-        method = replace(arm.method, lr=1e-2 + 1e-4 * number)  # runs of one recipe would be one
+        fewer = {"tune_steps": 3} if "NeFT" in arm.label else {}
+        method = replace(arm.method, lr=1e-2 + 1e-4 * number, **fewer)  # runs of one recipe would be one
         found = [
             ls.train(models.load(bert, task=task), task, method, seed=seed, out=tmp_path / f"{arm.label} {seed}", **own)
             for seed in (range(2) if "NeFT" in arm.label else range(1, 3))
@@ -59,6 +62,7 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     assert effects[probe.OVER_LORA] == pytest.approx(0.04)
     assert effects[probe.OVER_RANDOM] == pytest.approx(0.01)
     assert effects[probe.OVER_REVERSED] == pytest.approx(0.13)
+    assert effects[probe.BY_PROBES] == pytest.approx(0.02)
     own = [selection.as_set(selection.chosen(run)) for run in runs[probe.CHANGED]]
     expected = selection.common(*own, 192)["overlap"] - selection.expected(
         *own, dict.fromkeys(selection.sizes(run), 48)
@@ -66,5 +70,6 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     assert effects[probe.STABLE] == pytest.approx(expected)
     shifts = {verdict.claim: verdict.values for verdict in found.verdicts}[probe.PERTURBED]
     assert shifts["statistic"].between(0, 1).all()
+    del runs[probe.PROBED]
     alone = probe.judge({label: kept[:1] if label != probe.MOVIES else kept for label, kept in runs.items()})
-    assert {probe.STABLE, probe.TASK} == effects.keys() - {verdict.claim for verdict in alone.verdicts}
+    assert {probe.STABLE, probe.TASK, probe.BY_PROBES} == effects.keys() - {verdict.claim for verdict in alone.verdicts}

@@ -102,9 +102,39 @@ def test_shifts_of_ranks_and_the_three_kinds(tmp_path):
     before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
     panels = plots.rank_shift(planted(tmp_path, "a", used={0: before, 9: after}))
     buckets, kinds = (chart for row in panels.rows() for chart in row)
-    assert list(buckets.x.order) == buckets.data["bucket"].tolist()
+    assert set(buckets.x.order) == set(buckets.data["bucket"])
+    assert (buckets.x.order[0], buckets.x.order[-2:]) == ("0–1", ("90–97", "all"))
     assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 3}
-    assert buckets.data["value"].iloc[0] == 30
+    assert lookup(buckets, "bucket")["0–1"] == 30
+    assert lookup(buckets, "bucket")["all"] == pytest.approx((2 * 30 + 30 * 2) / 32)
+    assert "and held against the model before training" in kinds.caption
+
+
+def test_ranks_beside_those_of_a_reference_of_the_same_seed(tmp_path):
+    """Seed 1 against its own reference did not move; against the model before training it did."""
+    before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
+    runs = [planted(tmp_path, f"s{seed}", used={0: before, 9: after}, seed=seed) for seed in range(2)]
+    others = [planted(tmp_path, f"r{seed}", used={9: [before, after][seed]}, seed=seed) for seed in range(2)]
+    _, kinds = (
+        chart for row in plots.rank_shift({"a": runs[0], "b": runs[1]}, reference=others).rows() for chart in row
+    )
+    found = lookup(kinds, "recipe", "category")
+    assert (found["a", "strong"], found["b", "strong"]) == (4, 0)
+    assert "held against another run" in kinds.caption
+    assert set(kinds.meta["runs"]) == {"s0", "s1", "r0", "r1"}
+    with pytest.raises(ValueError, match="reference: 0 runs have seed 0, as run s0 has"):
+        plots.rank_shift(runs[0], reference=[others[1], planted(tmp_path, "r2", used={9: after}, seed=2)])
+
+
+def test_two_kinds_of_utilisation_are_not_compared(tmp_path):
+    before = list(range(16))
+    runs = [planted(tmp_path, id, used={0: before, 9: before}) for id in "ab"]
+    runs[0].meta["settings"]["observers"] = [{"name": "utilisation", "layers": "earlier", "standardise": True}]
+    caption = plots.rank_shift(runs[0]).rows()[0][0].caption
+    assert "with the mean standardised hidden state of their own or an earlier layer" in caption
+    runs[1].meta["settings"]["observers"] = [{"name": "norms"}, {"name": "utilisation"}]
+    with pytest.raises(ValueError, match="rank_shift compares one kind of utilisation, got the mean hidden state of"):
+        plots.rank_shift({"a": runs[0], "b": runs[1]})
 
 
 def test_where_nothing_of_them_trains_every_strong_neuron_is_indirect(tmp_path):
@@ -123,8 +153,34 @@ def test_the_recorder_that_is_missing_is_named(tmp_path):
         plots.neurons(bare)
 
 
+def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
+    """The last norm makes one coordinate of the last block's state a thousand times as large."""
+    model = tiny("bert")
+    ids = torch.randint(3, 60, (5, 6))
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(6) < torch.tensor([[6], [4], [2], [5], [6]])).long()}
+    norm = model.bert.encoder.layer[-1].output.LayerNorm
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2)
+        norm.bias.uniform_(-1, 1)
+        before, plain = (mean_states(model, batch, standardise)[""] for standardise in (True, False))
+        norm.weight[7] *= 1000
+        norm.bias[7] *= 1000
+    after, moved = (mean_states(model, batch, standardise)[""] for standardise in (True, False))
+    assert after == pytest.approx(before, rel=1e-5)
+    assert np.abs(after).max() <= 1
+    assert moved[-1, 7] == pytest.approx(1000 * plain[-1, 7], rel=1e-5)
+
+
+def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
+    assert observe.utilisation(every=7).config() == {"name": "utilisation", "every": 7, "size": 128}
+    assert observe.utilisation(layers="earlier").config()["layers"] == "earlier"
+    with pytest.raises(ValueError, match="layers 'own' is unknown: later, earlier"):
+        observe.utilisation(layers="own")
+
+
+@pytest.mark.parametrize("layers", ["later", "earlier"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
-def test_utilisation_is_the_correlation_with_the_mean_states(family, request, task, tmp_path):
+def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, request, task, tmp_path):
     folder: Any = request.getfixturevalue(family) if family != "t5" else None
     if folder is None:
         model = tiny("t5")
@@ -139,7 +195,7 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, request, ta
     model = models.load(folder, task=task)
     run = ls.train(
         model, task, NeFT(k=5, mode="random", lr=1e-2), steps=2, batch_size=4, eval_size=8, test_size=8,
-        out=tmp_path / "run", observe=[observe.utilisation(size=5)], device="cpu", progress=False,
+        out=tmp_path / "run", observe=[observe.utilisation(size=5, layers=layers)], device="cpu", progress=False,
     )  # fmt: skip
     rows = run.table[run.table["quantity"] == "utilisation"]
     assert set(rows["step"]) == {0, 2}
@@ -153,6 +209,11 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, request, ta
     for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
         weight = observe.host_weight(model.get_submodule(part.module)).detach().numpy()
         vectors = weight if part.axis == 1 else weight.T
-        each = [[abs(np.corrcoef(vector, state)[0, 1]) for state in hidden[part.layer :]] for vector in vectors]
-        found = rows.loc[(rows["module"] == part.module) & (rows["step"] == 2), "value"]
-        assert found.to_numpy() == pytest.approx(np.max(each, axis=1), abs=1e-4)
+        numbers = [
+            number for number in range(2) if number == part.layer or (number > part.layer) == (layers == "later")
+        ]
+        each = [[abs(np.corrcoef(vector, hidden[number])[0, 1]) for number in numbers] for vector in vectors]
+        own = run.table[(run.table["module"] == part.module) & (run.table["step"] == 2)]
+        found = {name: own.loc[own["quantity"] == name, "value"] for name in ("utilisation", "utilisation_layer")}
+        assert found["utilisation"].to_numpy() == pytest.approx(np.max(each, axis=1), abs=1e-4)
+        assert found["utilisation_layer"].tolist() == [numbers[place] for place in np.argmax(each, axis=1)]

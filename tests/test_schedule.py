@@ -108,3 +108,32 @@ def test_recipes_stand_below_each_other(write, tmp_path):
 def test_what_drew_nothing_says_what_is_missing(write):
     with pytest.raises(ValueError, match="active_layers needs records of active: train LISA"):
         plots.active_layers(write("a", {("loss", ""): {0: 1.0, 1: 1.0}}))
+
+
+def test_frequencies_stand_beside_the_chances(write):
+    runs = [write(f"s{seed}", draws(2, seed, 2), seed=seed) for seed in range(2)]
+    chart = plots.draw_frequency(runs)
+    assert lookup(chart, "place") == pytest.approx({"0": 1 / 6, "1": 1 / 6, "2": 2 / 3})
+    assert lookup(chart, "place", value="expected") == {"0": 0.5, "1": 0.25, "2": 0.25}
+    panels = plots.draw_frequency(runs, control=write("b", draws(1), label="one draw"))
+    assert [chart.title for row in panels.rows() for chart in row] == ["LISA, n_active 1", "control: one draw"]
+
+
+def test_a_cell_of_the_grid_is_what_so_many_blocks_and_steps_reach(write):
+    """Blocks and steps are those of the draws, not of the settings, some of which are left to defaults."""
+
+    def reached(metric: float, values: dict) -> dict:
+        return values | {("test_metric", ""): {9: metric}}
+
+    two = {("active", BLOCKS[0]): {1: 1.0, 5: 1.0, 9: 1.0}}
+    runs = {
+        "4 steps": [write(f"a{seed}", reached(0.7 + 0.1 * seed, draws(2, 0, 2)), seed=seed) for seed in range(2)],
+        "once": write("b", reached(0.6, draws(1))),
+        "two blocks": write("c", reached(0.9, draws(1, 2, 1) | two)),
+    }
+    chart = plots.draw_grid(runs)
+    assert lookup(chart, "blocks", "steps") == pytest.approx({("1", "4"): 0.75, ("1", "9"): 0.6, ("2", "4"): 0.9})
+    assert (chart.x.order, chart.y.order) == (("4", "9"), ("1", "2"))
+    assert "Widest interval of a cell: ±0.635" in chart.caption
+    with pytest.raises(ValueError, match="draw_grid got once and again, all 1 blocks for 9 steps: give one of them"):
+        plots.draw_grid({"once": runs["once"], "again": write("d", reached(0.5, draws(0)))})

@@ -37,8 +37,15 @@ def test_pairs_within_a_label_are_pairs_of_different_runs():
 
 def test_the_worked_correlation():
     one = np.array([[1.0, 2, 3, 4], [5, 5, 5, 5]])
-    assert utilisation.utilisation(one, np.array([[1.0, 3, 2, 4]])) == pytest.approx([0.8, 0])
-    assert utilisation.utilisation(-one, np.array([[1.0, 3, 2, 4], [0, 0, 0, 1]]))[0] == pytest.approx(0.8)
+    assert utilisation.correlations(one, np.array([[1.0, 3, 2, 4]])).tolist() == [[pytest.approx(0.8)], [0]]
+    other = utilisation.correlations(-one, np.array([[1.0, 3, 2, 4], [2, 2, 2, 2]]))
+    assert other.tolist() == [[pytest.approx(0.8), 0], [0, 0]]
+
+
+def test_the_layers_that_a_neuron_is_held_against():
+    layers = list(range(4))
+    assert [layers[utilisation.span(layer)] for layer in (0, 2)] == [[0, 1, 2, 3], [2, 3]]
+    assert [layers[utilisation.span(layer, "earlier")] for layer in (0, 2)] == [[0], [0, 1, 2]]
 
 
 FIRST = (0.9, 0.1, 0.5, 0.3, 0.7)
@@ -77,6 +84,6 @@ def test_buckets_hold_every_neuron_once():
     moved = same.assign(value=same["value"].where(same["neuron"] != 99, 2.0))
     shifts = utilisation.rank_shift(moved, same, pd.DataFrame({"module": [], "neuron": []}))
     found = utilisation.buckets(shifts)
-    assert found["n"].tolist() == [1, 2, 7, 20, 20, 20, 20, 7, 2, 1]
-    assert found["value"].tolist() == [1] * 9 + [99]
-    assert (found["low"].iloc[0], found["high"].iloc[-1]) == (0, 1)
+    assert found["n"].tolist() == [1, 2, 7, 20, 20, 20, 20, 7, 2, 1, 100]
+    assert found["value"].tolist() == [1] * 9 + [99, pytest.approx(1.98)]
+    assert found[["low", "high"]].iloc[[0, -2, -1]].to_numpy().tolist() == [[0, 0.01], [0.99, 1], [0, 1]]

@@ -80,6 +80,26 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     return pd.concat(parts).reset_index()
 
 
+def per_weight(table: pd.DataFrame, modules: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
+    """Norms of cells over the root of the number of their weights, so that layers of different size compare.
+
+    Parameters
+    ----------
+    table : DataFrame
+        From ``select``, of a norm of the weight or of its update.
+    modules : DataFrame
+        ``names.describe`` of the model: its matrices alone have a known size, so cells hold them alone.
+    by : sequence of str
+        As for ``pool``.
+    """
+    sizes = modules.astype({"module": "str"}).drop_duplicates("module").set_index("module")
+    weights = table["module"].astype("str").map(sizes["out_features"] * sizes["in_features"]).astype("float64")
+    sums = table.assign(square=table["value"] ** 2, weights=weights)[weights.notna()]
+    cells = sums.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)[["square", "weights"]]
+    pooled = cells.sum(min_count=1)
+    return np.sqrt(pooled["square"] / pooled["weights"]).rename("value").reset_index()
+
+
 def last(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of the last step at which a run recorded the quantity; without any known step, all its rows."""
     final = table.groupby(["run", "quantity"], observed=True)["step"].transform("max")
@@ -91,8 +111,20 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
     With ``weight_norm`` by layer this is LISA's w(l) (section 3.1).
     """
-    trained = cells[(cells["step"] > 0).fillna(False)]
-    return trained.groupby(_cell(cells), observed=True, dropna=False, sort=False)["value"].mean().reset_index()
+    return _trained(cells).mean().reset_index()
+
+
+def course(cells: pd.DataFrame) -> pd.DataFrame:
+    """How every cell went over the recorded steps 1..T: ``mean, std, first, last, steps``; ``std`` about its mean."""
+    found = _trained(cells.sort_values("step"))
+    parts = {"mean": found.mean(), "std": found.std(ddof=0), "first": found.first(), "last": found.last()}
+    return pd.DataFrame(parts | {"steps": found.size()}).reset_index()
+
+
+def _trained(cells: pd.DataFrame) -> Any:
+    """The values of every cell after step 0."""
+    rows = cells[(cells["step"] > 0).fillna(False)]
+    return rows.groupby(_cell(cells), observed=True, dropna=False, sort=False)["value"]
 
 
 def since_start(cells: pd.DataFrame) -> pd.DataFrame:

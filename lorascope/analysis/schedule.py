@@ -31,6 +31,19 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
     return found[["run", "interval", "start", "stop", "module", "place", "active"]]
 
 
+def sizes(table: pd.DataFrame) -> pd.DataFrame:
+    """How many blocks each run trains at a time, and for how many steps: gamma and K.
+
+    Returns
+    -------
+    DataFrame
+        ``run, blocks, steps``.
+    """
+    first = intervals(table).query("interval == 0")
+    found = first.groupby("run").agg(blocks=("active", "sum"), start=("start", "first"), stop=("stop", "first"))
+    return found.assign(steps=found["stop"] - found["start"] + 1)[["blocks", "steps"]].reset_index()
+
+
 def visits(table: pd.DataFrame) -> pd.DataFrame:
     """How often each block trained.
 

@@ -6,7 +6,7 @@ the correlation across the coordinates of the hidden state, h_a the mean output 
 the most used first, for each role of a projection separately.
 
 Source: NeFT (arXiv 2403.11621), sections 6.1-6.3, figures 2, 4 and 5. Layers from the neuron's own on are those of the
-authors' code; the text says the preceding ones.
+authors' code; the text says the preceding ones, a <= i here, so that the first layer has one to look at.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
 # 100,000 of the 352,256 ranks that a projection of LLaMA-2-7B has.
 STRONG = 100_000 / 352_256
 KEY = ["module", "role", "neuron"]
+LAYERS = ("later", "earlier")
 
 
-def utilisation(
+def span(layer: int, layers: str = "later") -> slice:
+    """The blocks that a neuron of this block is held against, its own among them."""
+    return slice(layer, None) if layers == "later" else slice(layer + 1)
+
+
+def correlations(
     vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
-) -> Float[np.ndarray, "neurons"]:
-    """The largest |Pearson correlation| of each weight vector with any of the hidden states given.
-
-    A vector without spread has utilisation 0.
-    """
-    return np.abs(_standard(vectors) @ _standard(hidden).T).max(axis=1)
+) -> Float[np.ndarray, "neurons layers"]:
+    """|Pearson correlation| of each weight vector with each of the hidden states; 0 for a vector without spread."""
+    return np.abs(_standard(vectors) @ _standard(hidden).T)
 
 
 def _standard(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
@@ -78,36 +81,44 @@ def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataF
     )
 
 
-def since_start(table: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
-    """``rank_shift`` of a run's last recorded state against its state before training.
+def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
+    """``rank_shift`` of a run's last recorded state, against its state before training or the last of another run.
 
     Parameters
     ----------
     table : DataFrame
-        Records of ``utilisation``, among them at step 0.
+        Records of ``utilisation``, without a reference among them some at step 0.
     trained : DataFrame
         ``module, neuron``.
+    reference : DataFrame, optional
+        Records of ``utilisation`` of a run on the same model and text.
     """
+    before = _used(table, first=True) if reference is None else _used(reference)
+    return rank_shift(_used(table), before, trained)
+
+
+def _used(table: pd.DataFrame, first: bool = False) -> pd.DataFrame:
+    """Utilisation at the last step that has it, or before training."""
     rows = table[table["quantity"] == "utilisation"].astype({"module": "str", "role": "str"})
-    rows = rows.rename(columns={"index": "neuron"})
-    after, before = (rows.loc[rows["step"] == step, [*KEY, "value"]] for step in (rows["step"].max(), 0))
-    return rank_shift(after, before, trained)
+    rows = rows[rows["step"] == (0 if first else rows["step"].max())]
+    return rows.rename(columns={"index": "neuron"})[[*KEY, "value"]]
 
 
 def buckets(shifts: pd.DataFrame, edges: Sequence[float | int] = EDGES) -> pd.DataFrame:
-    """Mean |d_rank| by percentile of the rank in the reference.
+    """Mean |d_rank| by percentile of the rank in the reference, and over all.
 
     Returns
     -------
     DataFrame
-        ``low, high, value, n``: a row for each bucket that holds a neuron.
+        ``low, high, value, n``: a row for each bucket that holds a neuron, then one for all of them, from 0 to 1.
     """
     bins = pd.cut(shifts["percentile"], list(edges), right=False, labels=False)
-    found = shifts["d_rank"].abs().groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
+    moved = shifts["d_rank"].abs()
+    found = moved.groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
     at = found["bucket"].astype(int).to_numpy()
-    return found.assign(low=np.array(edges, float)[at], high=np.array(edges, float)[at + 1])[
-        ["low", "high", "value", "n"]
-    ]
+    found = found.assign(low=np.array(edges, float)[at], high=np.array(edges, float)[at + 1])
+    whole = pd.DataFrame({"low": [0.0], "high": [1.0], "value": [moved.mean()], "n": [len(moved)]})
+    return pd.concat([found[list(whole)], whole], ignore_index=True)
 
 
 def counts(shifts: pd.DataFrame) -> dict[str, float | int]:

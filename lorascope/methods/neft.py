@@ -15,9 +15,14 @@ k                    ``k``; else that of the share, k = round(share * parameters
 S                    1 - ``selection_cosine``
 M_org, M_ft          W_0, ``tuned``
 Reversed_x%          ``mode`` "reversed"
+NeFT+Reversed_x%     ``reversed_share``
 ===================  ==================================================================
 
-Source: NeFT (arXiv 2403.11621), equation 1, algorithm 1, section 4.2.
+Before this the paper chose neurons by probing (section 3): mode "probed" takes those whose weights are most like the
+directions by which linear probes tell the classes apart, see ``methods.probing``.
+
+Source: NeFT (arXiv 2403.11621), equation 1, algorithm 1, section 4.2; section 3 for probing, figure 3 for the union of
+both ends.
 
 Departs: exactly k neurons, ties broken by place (``neurons.ranked``); the authors' code keeps what lies strictly below
 the k-th score, k - 1 or fewer. 1 - S is formed from the difference of the vectors, in float64. Gradients are clipped
@@ -32,7 +37,7 @@ moments are as large as the whole projections that hold a chosen neuron.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,12 +48,13 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lorascope import checkpoints, names
-from lorascope.analysis import neurons
+from lorascope.analysis import neurons, selection
 from lorascope.heads import weights_hash
 from lorascope.hosts import host_weight, oriented, to_array
 from lorascope.layout import Lazy
-from lorascope.method import Method, Phase, Step, task_head
+from lorascope.method import LATER, Method, Phase, Step, task_head
 from lorascope.methods.full import Full
+from lorascope.methods.probing import SIMILARITY, Probing
 from lorascope.records import Quantity, Record, register
 from lorascope.run import Run
 
@@ -57,8 +63,10 @@ for _name, _label, _index, _pool, _definition in (
     ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0"),
     ("selection_cosine", "1 − cos after tuning", "neuron", "mean", "the cosine distance that neurons were chosen by"),
     ("leak", "leak", "none", "mean", "largest change of a weight that the mask holds still"),
+    ("unmasked_norm", "gradient norm before the mask", "none", "norm", "norm of all trained gradients before the mask"),
 ):
     register(_name, Quantity(_label, "", _index, _pool, _definition, "NeFT, eq. 1"))
+MODES = (*neurons.MODES, "probed")
 
 
 @dataclass(kw_only=True)
@@ -73,18 +81,20 @@ class NeFT(Method, name="neft"):
         Share of the model's parameters that train, where k is not given.
     targets : tuple of str
         Roles that neurons are chosen from: ``ffn_in`` and ``ffn_gate`` have them as rows, ``ffn_out`` as columns.
-    mode : {"changed", "reversed", "random"}
-        Which neurons, see ``neurons.select``; the last two are controls.
+    mode : {"changed", "reversed", "random", "probed"}
+        Which neurons, see ``neurons.select``; the second and third are controls, the last is by linear probes.
     tuned : Run or path, optional
-        A finished run of full fine-tuning of the same model. None makes one, as a phase before.
+        A finished run of full fine-tuning of the same model, or of probing. None makes one, as a phase before.
     neurons : mapping module name -> sequence of int, optional
         Neurons chosen elsewhere: outputs of a module of ``ffn_in`` or ``ffn_gate``, inputs of one of ``ffn_out``.
     tune_steps : int or None
-        Steps of the full fine-tuning; None takes those of ``train``.
+        Steps of the full fine-tuning, or batches that are probed; None takes the steps of ``train``.
     tune_lr : float or None
         Its rate; None takes ``lr``.
     clip_before : float or None
         Largest norm of all trained gradients together before they are masked.
+    reversed_share : float
+        Share of the model's parameters that train besides, in neurons from the other end of the order.
     """
 
     k: int | None = None
@@ -96,12 +106,13 @@ class NeFT(Method, name="neft"):
     tune_steps: int | None = None
     tune_lr: float | int | None = None
     clip_before: float | int | None = None
+    reversed_share: float | int = field(default=0.0, metadata=LATER)
     lr: float | int = 2e-5
     head_lr: float | int = 1e-4
 
     def __post_init__(self) -> None:
-        if self.mode not in neurons.MODES:
-            raise ValueError(f"mode {self.mode!r} is unknown: {', '.join(neurons.MODES)}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r} is unknown: {', '.join(MODES)}")
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(
                 f"targets: {unknown[0]!r} is no role with neurons: give some of {', '.join(neurons.ROLES)}"
@@ -110,17 +121,24 @@ class NeFT(Method, name="neft"):
             raise ValueError(f"k {self.k} chooses no neuron: give 1 or more")
         if not 0 < self.share <= 1:
             raise ValueError(f"share {self.share} is no share of the parameters: give one above 0, at most 1")
+        if not 0 <= self.reversed_share <= 1:
+            raise ValueError(f"reversed_share {self.reversed_share} is no share of the parameters: give 0 to 1")
+        if self.reversed_share and self.mode != "changed":
+            raise ValueError(f"reversed_share adds to mode 'changed', not to {self.mode!r}: leave one of them")
         if isinstance(self.tuned, str | Path):
             self.tuned = checkpoints.load(self.tuned)
         self.neurons_: dict[str, list[int]] = {}
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
-        """Full fine-tuning, unless nothing is to be learned from it or it was done; then, from W_0, the neurons."""
+        """Full fine-tuning or probing, unless it was done or nothing is to be learned from it; then the neurons."""
         if self.tuned is not None or self.neurons is not None or self.mode == "random":
             yield Phase(self)
             return
-        full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
-        tuned = yield Phase(full, "tune", steps=self.tune_steps)
+        if self.mode == "probed":
+            tuned = yield Phase(Probing(targets=self.targets, head_lr=self.head_lr), "probe", steps=self.tune_steps)
+        else:
+            full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
+            tuned = yield Phase(full, "tune", steps=self.tune_steps)
         yield Phase(replace(self, tuned=tuned), "masked")
 
     def attach(self, model: nn.Module) -> None:
@@ -146,15 +164,18 @@ class NeFT(Method, name="neft"):
             return {}
         width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
         total = sum(parameter.numel() for parameter in model.parameters())
-        return neurons.by_module(
-            neurons.select(pool, self.k or neurons.count(self.share, total, width), self.mode, seed)
-        )
+        k, others = self.k or neurons.count(self.share, total, width), neurons.count(self.reversed_share, total, width)
+        if others and k + others > len(pool):
+            raise ValueError(f"reversed_share asks for {others} neurons beside {k}: there are {len(pool)} in all")
+        first = neurons.select(pool, k, "changed" if self.mode == "probed" else self.mode, seed)
+        return neurons.by_module(pd.concat([first, neurons.select(pool, others, "reversed")]) if others else first)
 
     def after_backward(self, step: Step) -> None:
         """Mask the gradients, once all of the batch is in them."""
+        trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
+        self._unmasked = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if self.clip_before is not None:
-            trained = [parameter for group in step.optimizer.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(trained, self.clip_before)
+            torch.nn.utils.clip_grads_with_norm_(trained, self.clip_before, self._unmasked)
         for mask in self._masks.values():
             if mask.weight.grad is not None:
                 mask.weight.grad.masked_fill_(mask.still, 0.0)
@@ -176,7 +197,9 @@ class NeFT(Method, name="neft"):
             for module, chosen in self.neurons_.items():
                 yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
             if self._scores is not None:
-                yield from _records("selection_cosine", self._scores)
+                yield from _records(SIMILARITY if self.mode == "probed" else "selection_cosine", self._scores)
+        else:
+            yield Record("unmasked_norm", float(self._unmasked))
         if step.last:
             living = dict(step.model.named_parameters())
             yield from _records("neuron_cosine", distances(step.model, self._parts, step.base, living))
@@ -212,6 +235,8 @@ class Mask(NamedTuple):
 def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:
     """Equation 1 for every neuron of a model at W_0 and of its full fine-tuning, with norms: ``neurons.COLUMNS``.
 
+    Of a run of probing what it found stands in the place of the distances, since a choice goes by these.
+
     Raises
     ------
     ValueError
@@ -219,6 +244,8 @@ def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.D
     """
     if weights_hash(model) != tuned.meta["w0_hash"]:
         raise ValueError(f"run {tuned.id} began at other weights than this model's: tune the same model")
+    if tuned.meta["method"]["name"] == Probing.name:
+        return selection.scores(tuned, SIMILARITY)
     after = tuned.tensors()
     if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
         raise ValueError(f"run {tuned.id} ({tuned.label}) did not train {absent[0]}: give one of full fine-tuning")

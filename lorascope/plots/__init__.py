@@ -12,7 +12,7 @@ from lorascope.plots.components import importance
 from lorascope.plots.embedding import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.gates import gate_course, gates
-from lorascope.plots.memory import memory
+from lorascope.plots.memory import memory, step_seconds
 from lorascope.plots.moments import factor_error, factor_rank, factorings, moment_error, second_moments
 from lorascope.plots.neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
@@ -20,7 +20,7 @@ from lorascope.plots.pairs import adapter_pairs
 from lorascope.plots.quality import quality
 from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
 from lorascope.plots.recovery import planted
-from lorascope.plots.schedule import active_layers
+from lorascope.plots.schedule import active_layers, draw_frequency, draw_grid
 from lorascope.plots.scores import against_truth, agreement
 from lorascope.plots.subspaces import spectrum, subspace_similarity
 from lorascope.plots.training import guidance, learning_rates, training_curves
@@ -37,6 +37,8 @@ __all__ = [
     "available",
     "basis_ablation",
     "bias_curve",
+    "draw_frequency",
+    "draw_grid",
     "factor_embedding",
     "factor_error",
     "factor_rank",
@@ -65,6 +67,7 @@ __all__ = [
     "rank_shift",
     "second_moments",
     "spectrum",
+    "step_seconds",
     "subspace_similarity",
     "training_curves",
     "update_image",

@@ -39,6 +39,7 @@ RECORDERS = {
     **dict.fromkeys(
         ("parameter_bytes", "gradient_bytes", "optimizer_bytes"), "train with observe=[ls.observe.memory()]"
     ),
+    **dict.fromkeys(("forward_seconds", "backward_seconds", "rest_seconds"), "measure it with ls.pace.measure()"),
     "budget": _ALLOCATOR,
     "importance": _ALLOCATOR,
     "moment_sigma": _MOMENTS,

@@ -1,4 +1,4 @@
-"""The figure of memory: what a step holds, as measured in runs, beside what larger models would, as computed."""
+"""Figures of what a step costs: the memory it holds, beside what larger models would, and the seconds it takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lorascope.analysis import accounting, norms
+from lorascope.analysis import accounting, norms, pace
 from lorascope.chart import Axis, Bar, Chart, Drawable, Mark, Rule, above
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Runs, gather
@@ -92,12 +92,17 @@ def _bars(
     )
 
 
+def _where(cohort: Cohort) -> list[str]:
+    """Models and rows of a batch."""
+    told = (f"{run.meta['model']}, {run.meta['settings'].get('batch_size')} texts" for run in cohort.runs)
+    return list(dict.fromkeys(told))
+
+
 def _caption(cohort: Cohort, cells: pd.DataFrame, computed: Sequence[str]) -> str:
     """What was measured where, and what was worked out."""
     known = set(cells["recipe"][cells["part"] == _REST])
     unknown = [label for label in cohort.labels if label not in known]
-    where = dict.fromkeys(f"{run.meta['model']}, {run.meta['settings'].get('batch_size')} texts" for run in cohort.runs)
-    told = [f"Measured, after the last step: {'; '.join(where)}."]
+    told = [f"Measured, after the last step: {'; '.join(_where(cohort))}."]
     if unknown:
         told.append(f"No peak was measured of {', '.join(unknown)}.")
     if computed:
@@ -107,3 +112,41 @@ def _caption(cohort: Cohort, cells: pd.DataFrame, computed: Sequence[str]) -> st
     if "7B" in computed:
         told.append("Dashed: a card of 24 GB.")
     return cohort.caption(*told, interval=_COUNTS)
+
+
+@figure(
+    needs=tuple(pace.PARTS),
+    reads="A bar is the time of one step: the loss, its gradients, and the rest, which is the optimizer above all. A "
+    "method is cheaper where its bar ends further left by more than the spread that the caption states.",
+    misleads="On one machine, model, batch and length of text: where the embedding is most of the model or texts are "
+    "short, the optimizer counts for more than it would. Adapters add to the forward what they save elsewhere.",
+)
+def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
+    """Milliseconds of a step by part, one bar a label (LISA, Fig. 4).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Of ``lorascope.pace.measure``.
+    """
+    cohort = gather("step_seconds", runs, control)
+    cohort.require(*pace.PARTS)
+    rows = cohort.label(pace.medians(cohort.table))
+    cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
+    spread = (
+        f"The middle half of the steps lies within ±{pace.spread(cohort.table):.0%} of their median, at the widest."
+    )
+    return Chart(
+        cells,
+        [Bar("value", "recipe", "part", mode="stack")],
+        title="One step",
+        x=Axis(label="time of a step (ms)", limits=(0, None)),
+        y=Axis(order=cohort.labels),
+        caption=cohort.caption(
+            f"Medians over the steps after {pace.WARM}: {'; '.join(_where(cohort))}.",
+            spread,
+            interval=_COUNTS,
+        ),
+        colors=list(pace.PARTS.values()),
+        meta=cohort.meta,
+    )

@@ -15,6 +15,7 @@ from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, gather
 from lorascope.records import QUANTITIES
 from lorascope.roles import ROLES
+from lorascope.run import Run
 
 _MOST_BESIDE = 14  # layers, in all panels, whose bars still have room beside each other
 _TAILS = (0.05, 0.95)
@@ -115,25 +116,42 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
 @figure(
     needs=("utilisation",),
     history=True,
-    reads="Left, how many ranks a neuron moved through training, by the share of neurons that were used more before: "
-    "the paper finds both ends stable. Right, neurons that moved by more than 28 % of the ranks; of these, those that "
-    "fell, and those that were not trained themselves.",
+    reads="Left, how many ranks a neuron moved through training, by the share of neurons that were used more before, "
+    "and at the end over all: the paper finds both ends stable. Right, neurons that moved by more than 28 % of the "
+    "ranks; of these, those that fell, and those that were not trained themselves.",
     misleads="Ranks in the middle lie close, so that small changes move neurons far there, whatever made them. A rank "
     "can rise because others fell. Where everything trains no neuron counts as indirect.",
 )
-def rank_shift(runs: Runs, control: Runs | None = None) -> Panels:
-    """How far training moved the neurons' ranks by utilisation, and the paper's three kinds (NeFT, figures 2 and 5).
+def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequence[Run] | None = None) -> Panels:
+    """How far the neurons' ranks by utilisation lie apart, and the paper's three kinds (NeFT, figures 2, 4 and 5).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs that observed ``utilisation``: the model before training is the reference.
+        Runs that observed ``utilisation``.
+    reference : Run or sequence of Run, optional
+        What they are held against, such as NeFT with fewer neurons: one run for all, or one for each seed. The model
+        before training by default.
+
+    Raises
+    ------
+    ValueError
+        They observed utilisation by different settings, or a seed has no reference.
     """
     cohort = gather("rank_shift", runs, control)
-    cohort.require("utilisation", history=True)
-    shifts = {run.id: utilisation.since_start(run.table, selection.trained(run)) for run in cohort.runs}
+    others = [reference] if isinstance(reference, Run) else list(reference or ())
+    known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
+    known.require("utilisation", history=not others)
+    states = _how(known)
+    shifts = {}
+    for run in cohort.runs:
+        against = _reference(run, others).table if others else None
+        shifts[run.id] = utilisation.shifts(run.table, selection.trained(run), against)
     moved = pd.concat(utilisation.buckets(found).assign(run=run) for run, found in shifts.items())
-    moved["bucket"] = [f"{100 * low:g}–{100 * high:g}" for low, high in zip(moved["low"], moved["high"], strict=True)]
+    moved["bucket"] = [
+        "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"
+        for low, high in zip(moved["low"], moved["high"], strict=True)
+    ]
     kinds = [
         {"run": run, "category": kind, "value": count}
         for run, found in shifts.items()
@@ -141,20 +159,51 @@ def rank_shift(runs: Runs, control: Runs | None = None) -> Panels:
         if kind in _KINDS
     ]
     caption = (
-        "Neurons of each projection ranked by utilisation, the largest |Pearson correlation| of their weights with the "
-        "mean hidden state of their own or a later layer. "
+        "Neurons of each projection ranked by utilisation, the largest |Pearson correlation| of their weights with "
+        f"{states}, and held against {'another run' if others else 'the model before training'}. "
         f"Strong: moved by {utilisation.STRONG:.0%} of the ranks or more; suppressed: of these, fell; indirect: of "
         "these, not trained."
     )
-    order = sorted(set(moved["bucket"]), key=lambda words: float(words.partition("–")[0]))
+    order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
+    order = [*(bucket for bucket in order if bucket != "all"), "all"]
+    share = f"percentile {'in the reference' if others else 'before'} (%)"
     return beside(
-        _shift_panel(cohort, moved, "bucket", order, "percentile before (%)", "mean shift (ranks)", caption),
-        _shift_panel(cohort, pd.DataFrame(kinds), "category", _KINDS, "", "neurons", caption),
+        _shift_panel(known, cohort, moved, "bucket", order, share, "mean shift (ranks)", caption),
+        _shift_panel(known, cohort, pd.DataFrame(kinds), "category", _KINDS, "", "neurons", caption),
     )
 
 
+def _reference(run: Run, others: Sequence[Run]) -> Run:
+    """What a run is held against: the only other, or that of its seed."""
+    found = [other for other in others if len(others) == 1 or other.meta["seed"] == run.meta["seed"]]
+    if len(found) != 1:
+        raise ValueError(f"reference: {len(found)} runs have seed {run.meta['seed']}, as run {run.id} has: give one")
+    return found[0]
+
+
+def _how(cohort: Cohort) -> str:
+    """Which states utilisation was taken with, in words."""
+    told = set()
+    for run in cohort.runs:
+        for observer in run.meta["settings"].get("observers", ()):
+            if observer["name"] == "utilisation":
+                which = "a later" if observer.get("layers", "later") == "later" else "an earlier"
+                kind = "standardised " if observer.get("standardise") else ""
+                told.add(f"the mean {kind}hidden state of their own or {which} layer")
+    if len(told) > 1:
+        raise ValueError(f"{cohort.name} compares one kind of utilisation, got {' and '.join(sorted(told))}")
+    return told.pop() if told else "a mean hidden state"
+
+
 def _shift_panel(
-    cohort: Cohort, found: pd.DataFrame, x: str, order: Sequence[str], xlabel: str, ylabel: str, caption: str
+    known: Cohort,
+    cohort: Cohort,
+    found: pd.DataFrame,
+    x: str,
+    order: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    caption: str,
 ) -> Chart:
     cells = band(cohort.label(found), ["recipe", x])
     low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
@@ -165,7 +214,7 @@ def _shift_panel(
         y=Axis(label=ylabel, limits=(0, None)),
         caption=cohort.caption(caption, interval=f"bars: {INTERVAL}"),
         colors=cohort.labels,
-        meta=cohort.meta,
+        meta=known.meta,
     )
 
 

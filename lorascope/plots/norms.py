@@ -115,26 +115,44 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     misleads="The norm of the whole weight hardly changes in training, so the first panel is a picture of the base. "
     "The raw adapter norm is mostly initialisation: B of an embedding starts random and huge.",
 )
-def mean_norm(runs: Runs, control: Runs | None = None) -> Panels:
+def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False) -> Panels:
     """Norms by layer averaged over training, in the readings that the word allows (LISA, section 3.1 and Fig. 2).
 
     Panels: weight, update and, for recipes with adapters, the adapters' norm as it is and minus its value at step 0.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        What to draw, and what to draw beside it.
+    per_weight : bool
+        Weight and update over the root of the number of weights, since layers of more weights have larger norms.
     """
     cohort = gather("mean_norm", runs, control)
-    layers = {name: _layers(cohort, name, history=True) for name in ("weight_norm", "update_norm")}
-    if (cohort.table["quantity"] == "adapter_norm").any():
-        adapters = norms.pool(norms.select(cohort.table, "adapter_norm"))
-        layers |= {"adapter_norm": adapters, _SINCE_START: norms.since_start(adapters)}
-    panels = [_mean_panel(cohort, name, cells, layers) for name, cells in layers.items()]
+    cohort.require("weight_norm", "update_norm", history=True)
+    if per_weight:
+        modules = pd.concat([run.modules for run in cohort.runs])
+        rows = {name: norms.select(cohort.table, name) for name in ("weight_norm", "update_norm")}
+        layers = {name: norms.per_weight(found, modules) for name, found in rows.items()}
+    else:
+        layers = {name: _layers(cohort, name) for name in ("weight_norm", "update_norm")}
+        if (cohort.table["quantity"] == "adapter_norm").any():
+            adapters = norms.pool(norms.select(cohort.table, "adapter_norm"))
+            layers |= {"adapter_norm": adapters, _SINCE_START: norms.since_start(adapters)}
+    panels = [_mean_panel(cohort, name, cells, layers, per_weight) for name, cells in layers.items()]
     return above(*(beside(*panels[row : row + 2]) for row in range(0, len(panels), 2)))
 
 
-def _mean_panel(cohort: Cohort, name: str, cells: pd.DataFrame, layers: Mapping[str, pd.DataFrame]) -> Chart:
+def _mean_panel(
+    cohort: Cohort, name: str, cells: pd.DataFrame, layers: Mapping[str, pd.DataFrame], per_weight: bool
+) -> Chart:
     """One reading: mean over the steps first, then mean and band over seeds."""
     quantity = "adapter_norm" if name == _SINCE_START else name
     label = f"{axis_label(quantity)} − start" if name == _SINCE_START else axis_label(quantity)
     table = band(cohort.label(norms.mean_over_steps(cells)), _CELL).assign(metric=name)
     caption = f"Mean over the recorded steps after 0 of {', '.join(map(_plain, layers))}, by layer."
+    if per_weight:
+        label = f"{label} / √n"
+        caption += " Over the root of the number n of weights of a layer, matrices alone."
     return _profile(cohort, table, label, _plain(name), caption, log=name != _SINCE_START)
 
 

@@ -1,14 +1,14 @@
-"""The figure of what trained when: blocks drawn anew at intervals, and how many of them were ever reached."""
+"""Figures of LISA's draws: what trained when and how often, and what the number of blocks and of draws is worth."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis import schedule
+from lorascope.analysis import norms, schedule
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Heat, Panels, above, beside
+from lorascope.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Runs, axis_label, gather, lines
+from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, gather, lines
 
 _EXPECTED = ", expected"
 
@@ -44,6 +44,79 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     return above(*rows)
 
 
+@figure(
+    needs=("active", "draw_probability"),
+    reads="A bar is the share of the draws that took a block, the line the chance of it. Bars around the line are what "
+    "lots do; a block that stands off it by more than its interval in many seeds was not drawn by these chances.",
+    misleads="Few draws scatter widely, and draws of one interval exclude each other, so that one bar above the line "
+    "pulls others below it. How often a block trained does not say how far it moved.",
+)
+def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
+    """How often each block was drawn, beside the chance of it; one panel a recipe (LISA, section 3.2).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        What to draw, and what to draw beside it.
+    """
+    cohort = gather("draw_frequency", runs, control)
+    cohort.require("active", "draw_probability")
+    found = cohort.label(schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
+    caption = cohort.caption(
+        "Share of the draws that took a block; the line is its chance.", interval=f"bars: {INTERVAL}"
+    )
+    panels = [_frequencies(cohort, found, label, caption) for label in cohort.labels]
+    return panels[0] if len(panels) == 1 else beside(*panels)
+
+
+@figure(
+    needs=("active", "draw_probability", "test_metric"),
+    runs=2,
+    reads="A cell is what training reaches with so many blocks at a time, drawn anew after so many steps; hatched "
+    "cells were not trained. Up a column more blocks train at once, along a row the draws get fewer, down to one.",
+    misleads="More blocks also cost more memory, so a cell is not better for being brighter. One rate for all is a "
+    "choice: the paper lowers it as more blocks train. Cells within the interval of the caption are not to be ranked.",
+)
+def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
+    """Test metric by blocks at a time and steps between draws (LISA, table 6 and figures 7 to 9).
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs of LISA on one task that differ in these two alone.
+
+    Raises
+    ------
+    ValueError
+        The runs are of different models or tasks, or two labels share a cell.
+    """
+    cohort = gather("draw_grid", runs, control)
+    cohort.require("active", "draw_probability", "test_metric")
+    cohort.same("model", "task")
+    reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
+    rows = cohort.label(reached.merge(schedule.sizes(cohort.table), on="run"))
+    for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
+        if own["recipe"].nunique() > 1:
+            both = " and ".join(own["recipe"].unique())
+            raise ValueError(f"draw_grid got {both}, all {blocks} blocks for {steps} steps: give one of them")
+    cells = band(rows, ["blocks", "steps"])
+    half: float = ((cells["high"] - cells["low"]) / 2).max()
+    widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.3f}."
+    sides = {name: [str(size) for size in sorted(set(cells[name]))] for name in ("blocks", "steps")}
+    return Chart(
+        cells.astype({"blocks": "str", "steps": "str"}),
+        [Heat("steps", "blocks", "value", axis_label("test_metric"), ".3f")],
+        title="Blocks at a time, and steps between draws",
+        x=Axis(label="steps between draws", order=sides["steps"]),
+        y=Axis(label="blocks at a time", order=sides["blocks"]),
+        caption=cohort.caption(
+            f"Test metric after the last step; a run of as many steps as between draws draws once.{widest}",
+            interval="95 % t-intervals in the data",
+        ),
+        meta=cohort.meta,
+    )
+
+
 def _heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str) -> Chart:
     """Share of the runs of one recipe in which a block trained in an interval."""
     own = cells[cells["recipe"] == label].astype({"active": "float64"})
@@ -72,5 +145,22 @@ def _coverage(cohort: Cohort, reached: pd.DataFrame, label: str, caption: str) -
         y=Axis(label=axis_label("coverage"), limits=(0, None)),
         caption=caption,
         colors=[label, f"{label}{_EXPECTED}"],
+        meta=cohort.meta,
+    )
+
+
+def _frequencies(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
+    """Shares of the draws of one recipe, with the chance as a line."""
+    own = found[found["recipe"] == label]
+    cells = band(own, ["place"])
+    cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
+    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    return Chart(
+        cells,
+        [Bar("place", "value", low=low, high=high), Line("place", "expected")],
+        title=label,
+        x=Axis(label="block", order=cells["place"].cat.categories),
+        y=Axis(label="share of the draws", limits=(0, None)),
+        caption=caption,
         meta=cohort.meta,
     )

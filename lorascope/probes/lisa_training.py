@@ -1,7 +1,7 @@
 """LISA: do a few blocks at a time reach full fine-tuning, and does it matter that they are drawn anew?
 
 Source: LISA (arXiv 2403.17919), tables 1 to 3 (quality against full fine-tuning and LoRA), table 10 (embedding and head
-alone), table 12 (blocks drawn once).
+alone), table 12 (blocks drawn once), figures 8 and 9 (number of blocks, steps between draws).
 
 Departs: a small encoder on one task, the dense methods at one rate, where the paper searches for each. By two blocks of
 six at a time a third of the blocks train, in the paper's 7B model a sixteenth. What lies outside the blocks is over
@@ -24,6 +24,7 @@ from lorascope.probes.allocations import accuracy
 from lorascope.run import Run
 
 DRAWN, ONCE, ENDS = "LISA, 2 blocks", "LISA, 2 blocks, one draw", "LISA, no block"
+ONE, FOUR, SELDOM = "LISA, 1 block", "LISA, 4 blocks", "LISA, 2 blocks, 5 draws"
 FULL, ADAPTED = lora.FULL, lora.LOW
 
 PARITY = Claim(
@@ -47,6 +48,13 @@ BLOCKS = Claim(
     margin=0.002,
     source="table 10",
 )
+MORE = Claim(
+    sentence="More blocks at a time do better.",
+    statistic="test accuracy of LISA, 4 of 6 blocks at a time",
+    control="test accuracy of LISA, 2 of 6 blocks at a time",
+    margin=0.002,
+    source="section 4.5, figure 8",
+)
 OVER_LORA = Claim(
     sentence="LISA does better than LoRA.",
     statistic="test accuracy of LISA",
@@ -57,10 +65,16 @@ OVER_LORA = Claim(
 
 
 def arms(quick: bool) -> list[Arm]:
-    """LISA, the same with one draw and, in the full form, with none; and the two that it is measured against."""
+    """LISA and the same with one draw, and the two that it is measured against.
+
+    In the full form also without any block, with fewer and more of them, and with few draws.
+    """
     settings = encoder_settings(quick)
-    own = {DRAWN: (LISA(n_active=2), 0.75), ONCE: (LISA(n_active=2, interval=settings["steps"]), 0.75)}
-    own |= {} if quick else {ENDS: (LISA(n_active=0), 0.65)}
+    steps = settings["steps"]
+    own = {DRAWN: (LISA(n_active=2), 0.75), ONCE: (LISA(n_active=2, interval=steps), 0.75)}
+    if not quick:
+        own |= {ENDS: (LISA(n_active=0), 0.65), ONE: (LISA(n_active=1), 0.7), FOUR: (LISA(n_active=4), 0.85)}
+        own |= {SELDOM: (LISA(n_active=2, interval=steps // 5), 0.75)}
     return [
         *(Arm(label=label, method=method, settings=settings, cost=cost) for label, (method, cost) in own.items()),
         *(arm for arm in lora.arms(quick) if arm.label in (FULL, ADAPTED)),
@@ -75,11 +89,13 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         REDRAWN.judge(reached[DRAWN], reached[ONCE]),
         OVER_LORA.judge(reached[DRAWN], reached[ADAPTED]),
     ]
+    shown = {label: found for label, found in runs.items() if label not in (ONE, FOUR, SELDOM)}
     exhibits = [
         exhibit("active_layers", plots.active_layers({label: runs[label] for label in (DRAWN, ONCE)})),
-        exhibit("training_curves", plots.training_curves(dict(runs))),
-        exhibit("update_norm", plots.update_norm(dict(runs))),
-        exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
+        exhibit("draw_frequency", plots.draw_frequency({DRAWN: runs[DRAWN]})),
+        exhibit("training_curves", plots.training_curves(shown)),
+        exhibit("update_norm", plots.update_norm(shown)),
+        exhibit("norm_over_steps", plots.norm_over_steps(shown)),
     ]
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary the draws of blocks, head, adapters, "
@@ -88,9 +104,13 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "Embedding, its norm, pooler and classifier train throughout in all forms of LISA.",
     ]
     if ENDS in runs:
-        verdicts.append(BLOCKS.judge(reached[DRAWN], reached[ENDS]))
+        verdicts += [BLOCKS.judge(reached[DRAWN], reached[ENDS]), MORE.judge(reached[FOUR], reached[DRAWN])]
+        grid = {label: runs[label] for label in (ONE, DRAWN, FOUR, SELDOM, ONCE)}
+        exhibits.append(exhibit("draw_grid", plots.draw_grid(grid)))
+        for varied in ((ONE, DRAWN, FOUR), (DRAWN, SELDOM, ONCE)):
+            exhibits.append(exhibit("training_curves", plots.training_curves({label: runs[label] for label in varied})))
     else:
-        notes.append("LISA without any block belongs to the full form.")
+        notes.append("LISA without any block, with fewer or more of them, and with few draws belong to the full form.")
     return Findings(verdicts, exhibits, {"Draws by block": draws_table(runs)}, notes)
 
 

@@ -1,7 +1,7 @@
 """NeFT: do the neurons that full fine-tuning turns most do better than others, and are they those of the task?
 
 Source: NeFT (arXiv 2403.11621), section 5.2 and table 2 (quality), section 5.4 and table 6 (overlap), figure 3
-(reversed selection), figure 4 (utilisation).
+(reversed selection), figure 4 (utilisation), section 3 and table 1 (choice by probing).
 
 Departs: a small encoder and two domains of one data set in place of LLaMA-2 and translation. The rates are those of
 full fine-tuning here, as the authors take one rate for both. Neurons are chosen after a third of the steps: after a
@@ -29,6 +29,7 @@ from lorascope.probes.lora import FULL, LOW
 from lorascope.run import Run
 
 CHANGED, REVERSED, RANDOM = "NeFT, 9 %", "NeFT, 9 %, reversed", "NeFT, 9 %, random"
+PROBED = "NeFT, 9 %, probed"
 MOVIES, TWEETS = "NeFT, choice alone, movies", "NeFT, choice alone, tweets"
 
 OVER_FULL = Claim(
@@ -59,6 +60,13 @@ OVER_REVERSED = Claim(
     margin=0.002,
     source="figure 3",
 )
+BY_PROBES = Claim(
+    sentence="The neurons that are most like what linear probes read do better than as many others.",
+    statistic="test accuracy of NeFT with neurons chosen by probing",
+    control="the same with neurons drawn by lot",
+    margin=0.002,
+    source="section 3, table 1",
+)
 STABLE = Claim(
     sentence="Another seed chooses the same neurons, beyond the same layers.",
     statistic="overlap of the choices of two seeds",
@@ -83,7 +91,10 @@ PERTURBED = Claim(
 
 
 def arms(quick: bool) -> list[Arm]:
-    """NeFT and its two controls, the choice alone on two domains; full fine-tuning and LoRA of another probe."""
+    """NeFT and its two controls, in the full form also by probing, and the choice alone on two domains.
+
+    Full fine-tuning and LoRA are those of another probe.
+    """
     settings = encoder_settings(quick) | ({"steps": 12, "eval_every": 0, "test_size": 200} if quick else {})
     steps = settings["steps"]
     settings["observe"] = [*settings["observe"][:1], observe.utilisation(every=steps)]
@@ -96,6 +107,7 @@ def arms(quick: bool) -> list[Arm]:
         Arm(label=CHANGED, method=NeFT(**shared), settings=settings, cost=tuned),
         Arm(label=REVERSED, method=NeFT(mode="reversed", **shared), settings=settings, cost=tuned),
         Arm(label=RANDOM, method=NeFT(mode="random", **shared), settings=settings),
+        *([] if quick else [Arm(label=PROBED, method=NeFT(mode="probed", **shared), settings=settings, cost=tuned)]),
         *(
             Arm(label=label, method=NeFT(**shared), task=task, settings=choice, cost=1.0 + shared["tune_steps"])
             for label, task in ((MOVIES, "sentiment/movies"), (TWEETS, "sentiment/tweets"))
@@ -105,22 +117,20 @@ def arms(quick: bool) -> list[Arm]:
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Accuracy against the baselines and controls, overlaps of choices, and shifts of ranks."""
-    reached = {label: accuracy(runs[label]) for label in (FULL, LOW, CHANGED, REVERSED, RANDOM)}
+    reached = {label: accuracy(runs[label]) for label in (FULL, LOW, *_trained_arms(runs))}
     verdicts = [
         claim.judge(reached[CHANGED], reached[control])
         for claim, control in ((OVER_FULL, FULL), (OVER_LORA, LOW), (OVER_RANDOM, RANDOM), (OVER_REVERSED, REVERSED))
     ]
+    verdicts += [BY_PROBES.judge(reached[PROBED], reached[RANDOM])] if PROBED in runs else []
     verdicts += _overlaps(runs) if len(runs[CHANGED]) > 1 else []
     verdicts.append(PERTURBED.judge(_shifts(runs[REVERSED]), _shifts(runs[CHANGED])))
-    neft = {label: runs[label] for label in (CHANGED, REVERSED, RANDOM)}
+    neft = {label: runs[label] for label in _trained_arms(runs)}
     choices = {"all": runs[CHANGED], "movies": runs[MOVIES], "tweets": runs[TWEETS]}
     exhibits = [
         exhibit("neurons", plots.neurons(neft)),
         exhibit("neuron_cosine", plots.neuron_cosine({CHANGED: runs[CHANGED]})),
-        exhibit(
-            "neuron_overlap",
-            plots.neuron_overlap(choices),
-        ),
+        exhibit("neuron_overlap", plots.neuron_overlap(choices)),
         exhibit("rank_shift", plots.rank_shift(neft)),
         exhibit("training_curves", plots.training_curves({FULL: runs[FULL], LOW: runs[LOW], **neft})),
     ]
@@ -128,7 +138,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, data order, dropout, and lots.",
         "NeFT's full fine-tuning before the choice is no part of its steps, but of its time. LoRA of rank 8 trains "
         f"{_trained(runs[LOW])} of the parameters, NeFT {_trained(runs[CHANGED])}.",
-        "A quick run trains NeFT for fewer steps than its baselines.",
+        "A quick run trains NeFT for fewer steps than its baselines, and leaves out the choice by probing.",
     ]
     return Findings(verdicts, exhibits, {"NeFT": table(runs)}, notes)
 
@@ -160,7 +170,7 @@ def _shifts(runs: Sequence[Run]) -> BySeed:
     """Mean shift of a neuron's rank from before to after training, as a share of the ranks of its projection."""
     found = {}
     for run in runs:
-        shifts = utilisation.since_start(run.table, selection.trained(run))
+        shifts = utilisation.shifts(run.table, selection.trained(run))
         sizes = shifts.groupby("role")["rank_1"].transform("size")
         found[run.meta["seed"]] = float((shifts["d_rank"].abs() / sizes).mean())
     return found
@@ -169,11 +179,16 @@ def _shifts(runs: Sequence[Run]) -> BySeed:
 def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Test accuracy in points, trained share of the parameters, and seconds, the tuning's among them."""
     rows = []
-    for label in (FULL, LOW, CHANGED, REVERSED, RANDOM):
+    for label in (FULL, LOW, *_trained_arms(runs)):
         points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).words(1)
         seconds = np.mean([run.meta["total_seconds"] for run in runs[label]])
         rows.append({"": label, "accuracy": points, "trained": _trained(runs[label]), "seconds": f"{seconds:.0f}"})
     return pd.DataFrame(rows)
+
+
+def _trained_arms(runs: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The arms of NeFT that train, not only choose."""
+    return [label for label in (CHANGED, REVERSED, RANDOM, PROBED) if label in runs]
 
 
 def _trained(runs: Sequence[Run]) -> str:

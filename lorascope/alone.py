@@ -1,0 +1,112 @@
+"""A run whose steps are measured, alone in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib.externals.loky import ProcessPoolExecutor
+from torch import nn
+
+from lorascope import models, tasks
+from lorascope.method import Method
+from lorascope.methods import METHODS
+from lorascope.observer import Observer
+from lorascope.plan import Base, Plan, claim, finished_run, first_use, held
+from lorascope.run import Run
+from lorascope.session import Session
+from lorascope.settings import Settings
+from lorascope.state import seeded
+from lorascope.tasks import Task
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What is measured; the fields are those of ``train``, the model a name or something that makes a fresh one.
+
+    Of a method with phases the first one is measured.
+    """
+
+    model: str | Callable[[], nn.Module]
+    data: Task | str | Path
+    method: Method
+    settings: Settings
+    seed: int
+    out: str | Path | None
+    root: str | Path
+    overwrite: bool
+    device: str
+
+    @classmethod
+    def of(
+        cls,
+        model: str | Callable[[], nn.Module],
+        data: Task | str | Path,
+        method: Method | str,
+        settings: Mapping[str, Any],
+        **where: Any,
+    ) -> Alone:
+        """With the method's own rates, and as little of evaluation as there can be."""
+        method = METHODS[method]() if isinstance(method, str) else method
+        asked = {"lr": method.lr, "head_lr": method.head_lr, "eval_size": 1, "test_size": 1} | dict(settings)
+        return cls(model, data, method, Settings(**asked), **where)
+
+    def run(
+        self,
+        name: str,
+        take: Callable[[Any], None],
+        observers: tuple[Observer, ...] = (),
+        session: type[Session] = Session,
+    ) -> Path:
+        """Measure in this process; gives the run folder.
+
+        Parameters
+        ----------
+        name : str
+            Of the kind of measuring, part of the run's identity and of its folder.
+        take : callable
+            Goes through the steps of the session that it is given.
+        observers : tuple of Observer
+        session : type
+            Kind of session.
+        """
+        task = self.data if isinstance(self.data, Task) else tasks.load(str(self.data))
+        living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
+        _take_over(living, self.device)
+        task = task.fit(living)
+        mark = first_use(living, task, self.seed)
+        base = Uncopied(living)
+        phase = replace(next(self.method.phases(base)), name=name)
+        plan = Plan(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
+        folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}")
+        claim(folder, plan, self.overwrite)
+        if finished_run(folder, plan) is None:
+            with held(folder), seeded(self.seed):
+                begun = session(living, plan, base, folder, [], self.device)
+                take(begun)
+                begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}
+                begun.writer.finish("done")
+        return folder
+
+
+def in_own_process(work: Callable[[Alone], Path], job: Alone) -> Run:
+    """The run that ``work`` makes of a job in a fresh process."""
+    with ProcessPoolExecutor(max_workers=1) as fresh:
+        return Run.read(fresh.submit(work, job).result())
+
+
+def _take_over(model: nn.Module, device: str) -> None:
+    """Have all tensors of a model allocated here: some loaders lay them on a mapped file, which no allocator sees."""
+    model.to(device)
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data = tensor.data.clone()
+
+
+class Uncopied(Base):
+    """W_0 without copies, which belong to the toolkit and not to the method: what trains is not what it was."""
+
+    def capture(self, optimizer: torch.optim.Optimizer) -> None:
+        """Copy nothing."""

@@ -1,0 +1,51 @@
+"""Hidden states of a model on a text: what every block puts out, mean over the tokens of each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lorascope.hosts import to_array
+
+_STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
+_ROWS = 32  # passed through the model at once
+
+
+@torch.no_grad()
+def token_means(
+    model: nn.Module, batch: Mapping[str, Tensor], of: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Float[np.ndarray, "rows layers d"]]:
+    """Mean over the tokens of every row, by stack; the last block's state is taken as the model gives it.
+
+    Parameters
+    ----------
+    model : Module
+        Dropout is off meanwhile; its mode is put back.
+    batch : mapping of tensors
+    of : callable, optional
+        What of a state the mean is taken of; the state itself by default.
+    """
+    training = model.training
+    model.eval()
+    found: dict[str, list[Any]] = {}
+    for start in range(0, len(batch["attention_mask"]), _ROWS):
+        piece = {key: value[start : start + _ROWS] for key, value in batch.items()}
+        output = model(**piece, output_hidden_states=True)
+        for stack, name in _STACKS.items():
+            if name in output:
+                states = torch.stack(output[name][1:]).double()  # the first is the embedding
+                weighed = (states if of is None else of(states)) * _weights(states, piece["attention_mask"])
+                found.setdefault(stack, []).append(weighed.sum(2).transpose(0, 1))
+    model.train(training)
+    return {stack: to_array(torch.cat(parts)) for stack, parts in found.items()}
+
+
+def _weights(states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"]) -> Float[Tensor, "..."]:
+    """What each token counts in the mean of its row; all of a decoder's own tokens count alike."""
+    kept = mask.double() if mask.shape == states.shape[1:3] else states.new_ones(states.shape[1:3])
+    return (kept / kept.sum(1, keepdim=True))[..., None]

@@ -1,0 +1,122 @@
+"""Probing, NeFT's first way to choose neurons: whose weights are most like what linear probes read from the states?
+
+    h_a(x) = mean over the tokens of text x of the output of block a, with W_0
+    c_a    = coefficients of a ridge classifier of the labels y(x) from h_a(x), one row a class
+    score of neuron n = max over blocks a and classes of |<w_n / |w_n|, c_a>|
+
+This is a phase of its own: the texts are those of its batches, and nothing trains but the task's head.
+
+Source: NeFT (arXiv 2403.11621), section 3 (a preliminary experiment, for XNLI); the ridge classifier, its strengths and
+the coefficients as they are, not of unit norm, from the authors' code.
+
+Departs: the authors probe 1,000 texts of the test split; here no text is seen that training may not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from sklearn.linear_model import RidgeClassifierCV
+from torch import nn
+
+from lorascope import names
+from lorascope.analysis import neurons
+from lorascope.hidden import token_means
+from lorascope.hosts import host_weight, to_array
+from lorascope.method import Method, Step, task_head
+from lorascope.records import Quantity, Record, register
+
+SIMILARITY = "probe_similarity"
+register(
+    SIMILARITY,
+    Quantity(
+        "likeness to probes",
+        index="neuron",
+        definition="largest |inner product| of a neuron's weights, of unit norm, with the coefficients of a probe",
+        source="NeFT, section 3",
+    ),
+)
+_STRENGTHS = np.logspace(0.8, 4.1, 12)
+
+
+@dataclass(kw_only=True)
+class Probing(Method):
+    """Keep the hidden states of every batch; after the last one fit the probes and score the neurons.
+
+    Parameters
+    ----------
+    targets : tuple of str
+        Roles that neurons are scored of.
+    """
+
+    targets: tuple[str, ...] = neurons.DEFAULT
+
+    def attach(self, model: nn.Module) -> None:
+        """Freeze all but the task's head."""
+        head = task_head(model).values()
+        if not head:
+            raise ValueError("mode 'probed' needs a class for every text: give an encoder and a classification task")
+        self._parts = neurons.parts(names.describe(model), self.targets)
+        model.requires_grad_(False)
+        for parameter in head:
+            parameter.requires_grad_(True)
+        self.labels_: list[Shaped[np.ndarray, "rows"]] = []
+        self.states_: dict[str, list[Float[np.ndarray, "rows layers d"]]] = {}
+        self.found_: list[tuple[str, int, Float[np.ndarray, "neurons"]]] = []
+
+    def before_step(self, step: Step) -> None:
+        """Keep what the batch shows."""
+        self.labels_.append(to_array(step.batch["labels"]))
+        for stack, states in token_means(step.model, step.batch).items():
+            self.states_.setdefault(stack, []).append(states)
+
+    def after_step(self, step: Step) -> None:
+        """After the last batch fit the probes and score the neurons."""
+        if not step.last:
+            return
+        labels = np.concatenate(self.labels_)
+        probes = {stack: directions(np.concatenate(kept), labels) for stack, kept in self.states_.items()}
+        for part in self._parts:
+            weight = to_array(host_weight(step.model.get_submodule(part.module)).float())[part.where]
+            alike = likeness(weight if part.axis == 1 else weight.T, probes[part.stack if part.stack in probes else ""])
+            self.found_.append((part.module, part.first, alike))
+        self.labels_, self.states_ = [], {}
+
+    def settled(self, step: Step) -> bool:
+        """Nothing trains that could be best earlier."""
+        return step.last
+
+    def records(self, step: Step) -> Iterable[Record]:
+        """At the end the score of every neuron."""
+        for module, first, alike in self.found_:
+            yield Record(SIMILARITY, alike, module, np.arange(first, first + len(alike)))
+
+
+def directions(
+    states: Float[np.ndarray, "rows layers d"], labels: Shaped[np.ndarray, "rows"]
+) -> Float[np.ndarray, "probes d"]:
+    """Coefficients of a ridge classifier of every layer, one row a layer and class (one a layer where two classes are).
+
+    Raises
+    ------
+    ValueError
+        All texts are of one class.
+    """
+    if len(np.unique(labels)) < 2:
+        raise ValueError(
+            f"all {len(labels)} probed texts are of one class: give more of them, by tune_steps or batch_size"
+        )
+    probes = [RidgeClassifierCV(_STRENGTHS).fit(layer, labels) for layer in states.transpose(1, 0, 2)]
+    return np.vstack([probe.coef_ for probe in probes])
+
+
+def likeness(
+    vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
+) -> Float[np.ndarray, "neurons"]:
+    """Largest |inner product| of each vector, of unit norm, with a probe; NaN for a vector of zeros."""
+    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    units = np.divide(vectors, norms, out=np.full(vectors.shape, np.nan), where=norms > 0)
+    return np.abs(units @ probes.T).max(axis=1)

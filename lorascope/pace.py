@@ -1,0 +1,118 @@
+"""The seconds of one optimizer step by part: forward, backward, and the rest.
+
+On the CPU these are the seconds that one thread computes, whatever else runs on the machine; on an accelerator those
+that pass until it has done its work.
+
+Source: LISA (arXiv 2403.17919), figure 4, which draws forward and backward of one iteration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorascope.alone import Alone, in_own_process
+from lorascope.loop import advance
+from lorascope.method import Batch, Method
+from lorascope.records import Quantity, Record, register
+from lorascope.run import Run
+from lorascope.session import Session
+from lorascope.tasks import Task
+
+for _name, _label, _what in (
+    ("forward_seconds", "forward", "the loss of the step's batch"),
+    ("backward_seconds", "backward", "its gradients"),
+    ("rest_seconds", "rest", "everything else of a step: its batch, draws, masks, clipping, the optimizer"),
+):
+    _definition = f"seconds that {_what} took"
+    register(_name, Quantity(f"time of {_label}", "s", pool="sum", definition=_definition, source="LISA, figure 4"))
+
+
+def measure(
+    model: str | Callable[[], nn.Module],
+    data: Task | str | Path,
+    method: Method | str,
+    *,
+    steps: int = 12,
+    seed: int = 0,
+    out: str | Path | None = None,
+    root: str | Path = "runs",
+    overwrite: bool = False,
+    device: str = "cpu",
+    **settings: Any,
+) -> Run:
+    """Measure how long the steps of a method take.
+
+    Parameters
+    ----------
+    model : str or callable
+        A name for ``models.load``, or something that makes a fresh model.
+    data : Task, str or path
+    method : Method or str
+        Of a method with phases the first one is measured.
+    steps : int
+        The first two are slower, and left out by the figure.
+    seed : int
+    out : path, optional
+        The run folder; ``<root>/pace-<method>-<id>`` by default.
+    root : path
+    overwrite : bool
+        Measure again.
+    device : str
+    **settings
+        Further settings of ``train``, such as ``batch_size`` and ``max_length``.
+
+    Returns
+    -------
+    Run
+        With ``forward_seconds``, ``backward_seconds`` and ``rest_seconds`` of each step. The same call finds a
+        finished one.
+    """
+    where = {"seed": seed, "out": out, "root": root, "overwrite": overwrite, "device": device}
+    return in_own_process(_measure, Alone.of(model, data, method, {"steps": steps, **settings}, **where))
+
+
+def _measure(job: Alone) -> Path:
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    return job.run("pace", _take_steps, session=_Timed)
+
+
+def _take_steps(session: _Timed) -> None:
+    for index in range(session.begin(), session.step.total):
+        start = session.clock()
+        loss, norm, rate = advance(session, index)
+        whole = session.clock() - start
+        parts = {"forward": session.forward, "backward": session.both - session.forward, "rest": whole - session.both}
+        session.writer.add(index + 1, [Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
+        session.record(loss, norm, rate)
+
+
+class _Timed(Session):
+    """Notes how long the loss of a step takes, and how long loss and gradients together."""
+
+    forward = both = 0.0
+
+    def clock(self) -> float:
+        """Seconds on a clock that stands still while others have the processor."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def backward(self) -> float:
+        self.forward, start = 0.0, self.clock()
+        loss = super().backward()
+        self.both = self.clock() - start
+        return loss
+
+    def _loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
+        start = self.clock()
+        loss = super()._loss(model, batch, params)
+        self.forward += self.clock() - start
+        return loss

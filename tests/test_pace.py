@@ -1,0 +1,70 @@
+"""The seconds of a step: parts that add up to the whole on a clock of our own, and the figure of planted ones."""
+
+from __future__ import annotations
+
+import pytest
+from planted import plant
+
+from lorascope import pace, plots
+from lorascope.alone import Alone
+from lorascope.analysis import pace as analysis
+from lorascope.run import Run
+
+NAMES = ("forward_seconds", "backward_seconds", "rest_seconds")
+
+
+def timed(*milliseconds: float, slow: float = 9.0) -> dict:
+    """Seven steps, the first two slow, one of the others half as long again."""
+    steps = {step: 1.5 if step == 5 else 1.0 for step in range(3, 8)} | {1: slow, 2: slow}
+    return {
+        (name, ""): {step: ms / 1e3 * k for step, k in steps.items()}
+        for name, ms in zip(NAMES, milliseconds, strict=True)
+    }
+
+
+def test_parts_are_medians_of_the_later_steps(tmp_path):
+    full = [plant(tmp_path, f"f{seed}", timed(10 + 2 * seed, 20, 5), seed=seed) for seed in range(2)]
+    chart = plots.step_seconds({"full": full, "LISA": plant(tmp_path, "l", timed(10, 12, 4))})
+    found = {(row.recipe, row.part): row.value for row in chart.data.itertuples()}
+    assert found == pytest.approx({
+        ("full", "forward"): 11, ("full", "backward"): 20, ("full", "rest"): 5,
+        ("LISA", "forward"): 10, ("LISA", "backward"): 12, ("LISA", "rest"): 4,
+    })  # fmt: skip
+    assert chart.colors == ("forward", "backward", "rest")
+    assert "within ±0% of their median" in chart.caption
+    assert (
+        analysis.spread(plant(tmp_path, "s", {(name, ""): dict(enumerate([1, 1, 1, 2, 3], 1)) for name in NAMES}).table)
+        == 0.25
+    )
+
+
+def test_what_was_not_measured_or_not_for_long_enough_is_told(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"step_seconds needs records of forward_seconds: measure it with ls.pace.measure"
+    ):
+        plots.step_seconds(plant(tmp_path, "a", {("loss", ""): {1: 1.0}}))
+    with pytest.raises(ValueError, match="run b was measured for 2 steps or fewer"):
+        plots.step_seconds(plant(tmp_path, "b", {(name, ""): {1: 1.0, 2: 1.0} for name in NAMES}))
+
+
+def test_each_part_is_noted_on_a_clock_that_counts_what_is_done(bert, task, tmp_path, monkeypatch):
+    """A clock goes on by one in each loss, by ten in each backward pass and by a hundred at each optimizer step."""
+    now = [0.0]
+
+    def later(function, seconds):
+        def called(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(pace.time, "process_time", lambda: now[0])
+    monkeypatch.setattr(pace.torch, "set_num_threads", lambda threads: None)
+    monkeypatch.setattr(pace.Session, "_loss", later(pace.Session._loss, 1))
+    monkeypatch.setattr(pace.Tensor, "backward", later(pace.Tensor.backward, 10))
+    monkeypatch.setattr(pace.torch.optim.AdamW, "step", later(pace.torch.optim.AdamW.step, 100))
+    settings = {"steps": 2, "batch_size": 4, "accumulate": 2}
+    job = Alone.of(bert, task, "lisa", settings, seed=0, out=tmp_path / "run", root="", overwrite=False, device="cpu")
+    table = Run.read(pace._measure(job)).table
+    cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[1:, list(NAMES)]
+    assert cells.to_numpy().tolist() == [[2, 20, 100]] * 2

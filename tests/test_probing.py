@@ -1,0 +1,88 @@
+"""Choosing neurons by probing: ridge probes in closed form, planted directions, and the phase on real small models."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import lorascope as ls
+from lorascope import models
+from lorascope.analysis import neurons, selection
+from lorascope.hosts import host_weight
+from lorascope.methods import NeFT
+from lorascope.methods.probing import directions, likeness
+
+FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
+
+
+def ridge(states, labels, strength):
+    """The closed form on centred data, labels -1 and 1."""
+    centred, y = states - states.mean(0), labels - labels.mean()
+    return np.linalg.solve(centred.T @ centred + strength * np.eye(states.shape[1]), centred.T @ y)
+
+
+def test_coefficients_are_those_of_the_closed_form_at_one_of_the_strengths():
+    draw = np.random.default_rng(0)
+    states = draw.normal(size=(40, 2, 5))
+    labels = (states[:, 1, 3] + 0.3 * draw.normal(size=40) > 0).astype(int)
+    found = directions(states, labels)
+    assert found.shape == (2, 5)
+    for layer in range(2):
+        closed = [ridge(states[:, layer], 2.0 * labels - 1, s) for s in np.logspace(0.8, 4.1, 12)]
+        assert min(np.abs(found[layer] - each).max() for each in closed) < 1e-10
+    assert np.abs(found[1]).argmax() == 3
+    three = directions(states, labels + (states[:, 0, 0] > 1))
+    assert three.shape == (6, 5)
+
+
+def test_likeness_is_of_direction_alone_and_either_sign():
+    vectors = np.array([[3.0, 0, 4], [30, 0, 40], [0, 2, 0], [0, 0, 0]])
+    found = likeness(vectors, np.array([[-1.0, 0, 0], [0, 0.5, 0]]))
+    assert found == pytest.approx([0.6, 0.6, 0.5, np.nan], nan_ok=True)
+
+
+def test_texts_of_one_class_cannot_be_probed():
+    with pytest.raises(ValueError, match="all 3 probed texts are of one class"):
+        directions(np.ones((3, 1, 2)), np.zeros(3))
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request, task, tmp_path):
+    folder = request.getfixturevalue(family)
+    if family == "gpt2":
+        with pytest.raises(ValueError, match="mode 'probed' needs a class for every text"):
+            ls.train(models.load(folder, task=task), task, NeFT(k=5, mode="probed"), out=tmp_path / "r", **FAST)
+        return
+    model = models.load(folder, task=task)
+    run = ls.train(model, task, NeFT(k=7, mode="probed", tune_steps=5, lr=1e-2), out=tmp_path / "run", **FAST)
+    (probed,) = run.parents
+    assert (probed.meta["method"]["name"], probed.meta["settings"]["steps"]) == ("probing", 5)
+    assert probed.path.name == "1-probe"
+    assert probed.meta["parameters"]["trained"] == probed.meta["parameters"]["head"]
+
+    fresh, fitted = models.load(folder, task=task).eval(), task.fit(model)
+    encoded = fitted.encode(models.tokenizer(fresh), fitted.split("train"), 128)
+    order = [np.random.default_rng([0, epoch]).permutation(len(encoded)) for epoch in range(9)]
+    states, labels = [], []
+    for row in np.concatenate(order)[:40]:
+        batch = encoded.batch([int(row)])
+        with torch.no_grad():
+            output = fresh(**batch, output_hidden_states=True)
+        states.append(torch.stack([state[0].double().mean(0) for state in output.hidden_states[1:]]).numpy())
+        labels.append(int(batch["labels"]))
+    probes = directions(np.array(states), np.array(labels))
+    expected = {}
+    for part in neurons.parts(ls.names.describe(fresh)):
+        weight = host_weight(fresh.get_submodule(part.module)).detach().numpy()
+        vectors = weight if part.axis == 1 else weight.T
+        each = np.abs(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) @ probes.T).max(axis=1)
+        expected |= {(part.module, number): value for number, value in enumerate(each)}
+    rows = run.table[run.table["quantity"] == "probe_similarity"]
+    found = dict(zip(zip(rows["module"].astype(str), rows["index"], strict=True), rows["value"], strict=True))
+    assert found == pytest.approx(expected, rel=1e-3)
+    best = set(sorted(found, key=found.get)[-7:])
+    assert selection.as_set(selection.chosen(run)) == best
+    method = NeFT(k=7, mode="probed", tuned=probed, lr=1e-2)
+    again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
+    assert selection.as_set(selection.chosen(again)) == best

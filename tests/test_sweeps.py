@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from joblib import cpu_count, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
 
 import lorascope as ls
-from lorascope import models
+from lorascope import models, plan, sweeps
 from lorascope.methods import Full, LoRA
-from lorascope.sweeps import width
+from lorascope.progress import Note
+from lorascope.sweeps import Job, width
 
 FAST = {"steps": 3, "batch_size": 4, "eval_every": 0, "progress": False}
 
@@ -93,8 +97,69 @@ def test_the_configured_width_is_taken():
 
 
 def test_a_worker_that_always_dies_is_told(bert, task, tmp_path):
-    with pytest.raises(RuntimeError, match=r"killed 3 times in a row.*Not finished: LoRA, seed 0"):
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*LoRA, seed 0: its worker was killed 3 times"):
         ls.sweep(Dying(), csv(task, tmp_path), LoRA(), seeds=1, jobs=2, root=tmp_path, **FAST)
+
+
+class Pool:
+    """As loky: two at a time, and a worker that dies takes the others' work with it."""
+
+    def __init__(self, **options):
+        self.begun = []
+
+    def __call__(self, calls):
+        calls = list(calls)
+        for number, (work, (_, job, here, file), _) in enumerate(calls):
+            self.begun = [call[1][3] for call in calls[number : number + 2]]
+            result = job.model == "mortal" and sweeps.read_note(file).get("begun", 0) < sweeps.ATTEMPTS
+            if result:
+                for each in self.begun:
+                    Note(each)
+                raise TerminatedWorkerError("killed")
+            yield work(calls[number][1][0], job, here, file)
+
+
+def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(bert, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "Parallel", Pool)
+    settings = {"steps": 1, "batch_size": 4, "eval_every": 0, "root": tmp_path}
+    wanted = [Job(model, task, LoRA(), {**settings, "seed": seed}) for seed, model in enumerate([bert, "mortal", bert])]
+    swept = sweeps.attempt(wanted, 2, progress=False)
+    assert sorted(swept.folders) == [0, 2]
+    assert swept.complaints() == ["LoRA, mortal, seed 1: its worker was killed 3 times, out of memory?"]
+
+
+def test_workers_that_never_begin_are_told(bert, task, tmp_path, monkeypatch):
+    class Stillborn:
+        def __init__(self, **options):
+            pass
+
+        def __call__(self, calls):
+            raise TerminatedWorkerError("killed")
+
+    monkeypatch.setattr(sweeps, "Parallel", Stillborn)
+    swept = sweeps.attempt([Job(bert, task, LoRA(), {"steps": 1, "root": tmp_path})], 2, progress=False)
+    assert swept.complaints() == ["LoRA, seed 0: 3 workers were killed before it began"]
+
+
+def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_PAUSE", 0.05)
+    (run,) = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
+    text = (run.path / "run.json").read_text()
+    (run.path / "run.json").write_text(text.replace('"status": "done"', '"status": "running"'))
+
+    def hold():
+        with plan.held(run.path):
+            taken.set()
+            time.sleep(0.5)
+            (run.path / "run.json").write_text(text)
+
+    taken = threading.Event()
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    (again,) = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
+    holder.join()
+    assert again.id == run.id
 
 
 def test_a_killed_worker_costs_no_run(bert, task, tmp_path):
@@ -102,3 +167,58 @@ def test_a_killed_worker_costs_no_run(bert, task, tmp_path):
     runs = ls.sweep(model, csv(task, tmp_path), LoRA(), seeds=2, jobs=2, root=tmp_path / "runs", **FAST)
     assert model.marker.exists()
     assert [run.finished for run in runs] == [True, True]
+
+
+@dataclass(kw_only=True)
+class Mortal(LoRA):
+    """Kills its process in the middle of the first run that gets there."""
+
+    marker: str = ""
+
+    def before_step(self, step):
+        if step.index == 2:
+            try:
+                Path(self.marker).touch(exist_ok=False)
+            except FileExistsError:
+                return
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def check_that_nothing_is_lost(bert, task, folder, backend):
+    """One of two runs is killed after two of four steps, and ends with the same numbers as one that was not."""
+    method = Mortal(rank=2, marker=str(folder / "killed-once"))
+    settings = {"steps": 4, "batch_size": 4, "eval_every": 0, "checkpoint_every": 1}
+    grid = {"model": bert, "task": csv(task, folder), "method": method, "seeds": 2, "settings": settings}
+    runs = ls.sweep({**grid, "root": str(folder / "runs"), "backend": backend}, progress=False)
+    assert Path(method.marker).exists()
+    assert [run.meta["seed"] for run in runs] == [0, 1]
+    whole = ls.sweep({**grid, "root": str(folder / "whole"), "backend": {"name": "sequential"}}, progress=False)
+    for run, other in zip(runs, whole, strict=True):
+        assert run.path != other.path
+        losses = [
+            each.table.query("quantity in ('loss', 'test_loss', 'update_norm')")["value"] for each in (run, other)
+        ]
+        assert losses[0].tolist() == losses[1].tolist()
+
+
+@pytest.mark.filterwarnings("ignore")  # of distributed's own making
+def test_a_dask_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    place = {"dashboard_address": None, "local_directory": str(tmp_path / "dask")}
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **place) as cluster:
+        backend = {"name": "dask", "address": cluster.scheduler_address}
+        check_that_nothing_is_lost(bert, task, tmp_path, backend)
+
+
+@pytest.mark.ray
+@pytest.mark.filterwarnings("ignore")  # of ray's own making
+def test_a_ray_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=10**8)
+    try:
+        check_that_nothing_is_lost(bert, task, tmp_path, {"name": "ray"})
+    finally:
+        ray.shutdown()

@@ -1,0 +1,191 @@
+"""Recipes beside each other by their test metric: mean, interval, paired tests, and no rank for what overlaps.
+
+Runs of one seed see the same data in the same order, so recipes are compared seed by seed: a t-test of the paired
+differences, whose p-values are adjusted by Holm's rule for all pairs of one model and task.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from scipy.special import stdtr
+
+from lorascope.analysis.stats import band, t_interval
+from lorascope.run import Run
+
+LEVEL = 0.05
+MINIMUM_SEEDS = 3
+PLACE = ["model", "task", "metric"]
+_LOWER_IS_BETTER = ("perplexity",)
+# Pairs that cannot be told apart and are named.
+_NAMED = 4
+# Settings that say nothing about how a recipe differs from another of the same name.
+_ASIDE = ("observers", "search_share")
+
+
+def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names for runs: the label of the method, and the settings that differ between runs of this label.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        Such as ``LoRA, rank 8``, one a run.
+    settings : sequence of mapping
+        Of each run.
+    """
+    keys: dict[str, dict[str, set[str]]] = {}
+    for label, chosen in zip(labels, settings, strict=True):
+        for key, value in chosen.items():
+            keys.setdefault(label, {}).setdefault(key, set()).add(_plain(value))
+    return [
+        ", ".join([label, *(f"{key} {_plain(chosen[key])}" for key in chosen if len(keys[label][key]) > 1)])
+        for label, chosen in zip(labels, settings, strict=True)
+    ]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def scores(runs: Sequence[Run]) -> pd.DataFrame:
+    """What finished runs reached on the test split.
+
+    Returns
+    -------
+    DataFrame
+        Columns model, task, metric (its name), recipe, seed, value and run (the id), in the order of the runs.
+    """
+    metas = [run.meta for run in runs]
+    told = recipes(
+        [meta["label"] for meta in metas],
+        [{key: value for key, value in meta["settings"].items() if key not in _ASIDE} for meta in metas],
+    )
+    rows = [
+        {key: meta[key] for key in ("model", "task")}
+        | {"metric": meta["test"]["name"], "recipe": recipe, "seed": meta["seed"]}
+        | {"value": meta["test"]["metric"], "run": meta["id"]}
+        for meta, recipe in zip(metas, told, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=[*PLACE, "recipe", "seed", "value", "run"])
+
+
+def pairs(table: pd.DataFrame) -> pd.DataFrame:
+    """Every two recipes of one model and task, seed by seed.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As :func:`scores` gives it.
+
+    Returns
+    -------
+    DataFrame
+        Columns model, task, metric, recipe, other, difference (recipe minus other, mean over the seeds that both
+        have), low, high (its 95 % t-interval), n, p (two-sided paired t-test, by Holm's rule) and better: the recipe
+        that is the better one, or "" where the two cannot be told apart: p of 0.05 or more, or under three seeds.
+    """
+    found = [
+        row
+        for place, part in table.groupby(PLACE, sort=False)
+        for row in _pairs(dict(zip(PLACE, place, strict=True)), part)
+    ]
+    return pd.DataFrame(found, columns=[*PLACE, "recipe", "other", "difference", "low", "high", "n", "p", "better"])
+
+
+def _pairs(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]]:
+    by_seed = part.pivot(index="seed", columns="recipe", values="value")
+    rows, p_values = [], []
+    for recipe, other in itertools.combinations(part["recipe"].unique(), 2):
+        values = (by_seed[recipe] - by_seed[other]).dropna().to_numpy(np.float64)
+        if len(values):
+            mean, low, high, n = t_interval(values)
+            rows.append(
+                place | {"recipe": recipe, "other": other, "difference": mean, "low": low, "high": high, "n": n}
+            )
+            p_values.append(paired_p(values))
+    sign = -1 if place["metric"] in _LOWER_IS_BETTER else 1
+    for row, p in zip(rows, holm(np.array(p_values, np.float64)), strict=True):
+        apart = row["n"] >= MINIMUM_SEEDS and p < LEVEL
+        winner = row["recipe"] if sign * row["difference"] > 0 else row["other"]
+        row |= {"p": float(p), "better": winner if apart else ""}
+    return rows
+
+
+def paired_p(differences: Float[np.ndarray, "n"]) -> float:
+    """Two-sided p-value of the t-test that paired differences have mean zero; NaN for a single one."""
+    n = len(differences)
+    if n < 2:
+        return np.nan
+    mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(n)
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stdtr(n - 1, -abs(mean) / error))
+
+
+def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
+    """p-values of several tests, so that one of them errs at all no more often than a single test would (Holm 1979)."""
+    order = np.argsort(p)  # NaN last
+    factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.minimum(np.maximum.accumulate(factors * p[order]), 1)
+    return adjusted
+
+
+def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
+    """Every recipe with its mean, interval, and the places that it may hold.
+
+    Parameters
+    ----------
+    table, compared : DataFrame
+        As :func:`scores` and :func:`pairs` give them.
+
+    Returns
+    -------
+    DataFrame
+        Columns model, task, metric, recipe, value (mean over seeds), low, high (95 % t-interval), n, first and last.
+        ``first`` is one more than the number of recipes that are told to be better, ``last`` leaves out those told to
+        be worse: only where both are the same number has a recipe a place.
+    """
+    rows = band(table, [*PLACE, "recipe"])
+    better = compared[compared["better"] != ""]
+    worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
+    ahead = better.assign(loser=worse)
+    first, last = [], []
+    for row in rows.itertuples():
+        here = ahead[(ahead["model"] == row.model) & (ahead["task"] == row.task) & (ahead["metric"] == row.metric)]
+        peers = rows[(rows["model"] == row.model) & (rows["task"] == row.task) & (rows["metric"] == row.metric)]
+        first.append(1 + int((here["loser"] == row.recipe).sum()))
+        last.append(len(peers) - int((here["better"] == row.recipe).sum()))
+    return rows.assign(first=first, last=last)
+
+
+def words(compared: pd.DataFrame) -> list[str]:
+    """What may be said of the order of recipes, and of which of them nothing: a few lines for each model and task."""
+    lines = []
+    for (model, task, _), part in compared.groupby(PLACE, sort=False):
+        told = part[part["better"] != ""]
+        many = compared[["model", "task"]].drop_duplicates()
+        where = f"{model}, {task}: " if len(many) > 1 else ""
+        for row in told.itertuples():
+            worse = row.other if row.better == row.recipe else row.recipe
+            low, high = sorted((abs(row.low), abs(row.high)))
+            lines.append(
+                f"{where}{row.better} is better than {worse} by {abs(row.difference):.4g} [{low:.4g}, {high:.4g}] "
+                f"(p {row.p:.2g}, {row.n} seeds)"
+            )
+        overlapping = part[part["better"] == ""]
+        if overlapping.empty:
+            continue
+        named = "; ".join(f"{row.recipe} and {row.other}" for row in overlapping.head(_NAMED).itertuples())
+        more = f"; and {len(overlapping) - _NAMED} more pairs" if len(overlapping) > _NAMED else ""
+        few = " (fewer than 3 seeds decide nothing)" if overlapping["n"].max() < MINIMUM_SEEDS else ""
+        lines.append(f"{where}overlapping, so not ranked{few}: {named}{more}")
+    return lines

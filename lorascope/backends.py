@@ -1,0 +1,102 @@
+"""Where the runs of a sweep go: processes of this machine, or a dask or ray cluster, by an address, through joblib."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from joblib import parallel_config
+
+# What a backend raises when a worker was taken away; by name, since most of them are not installed.
+_DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayActorError", "WorkerCrashedError"}
+
+
+def is_death(error: BaseException) -> bool:
+    """Does this error say that a worker is gone, rather than that something is wrong with its work?"""
+    return bool(_DEATHS & {kind.__name__ for kind in type(error).__mro__})
+
+
+@contextmanager
+def using(
+    name: str | None = None, address: str | None = None, jobs: int | None = None, **options: Any
+) -> Iterator[None]:
+    """Within, joblib works on this backend.
+
+    Parameters
+    ----------
+    name : str, optional
+        Any that joblib knows, and ray; without one, what ``joblib.parallel_config`` says stays.
+    address : str, optional
+        Of the scheduler of dask, or of the cluster of ray. Without one, dask takes the client that is there already,
+        and ray the environment's ``RAY_ADDRESS`` or a new cluster on this machine.
+    jobs : int, optional
+        How many runs at a time; as many as there are cores by default.
+    **options
+        To joblib and its backend, as they are.
+
+    Raises
+    ------
+    ValueError
+        The backend is unknown or not installed, does not take these options, or does not answer.
+    """
+    if jobs is not None and (type(jobs) is not int or jobs == 0):
+        raise ValueError(f"jobs = {jobs!r} must be a whole number: how many runs at a time")
+    if address is not None and name not in ("dask", "ray"):
+        raise ValueError(f"backend {name} takes no address {address!r}: dask and ray do")
+    if jobs is not None or name is not None:
+        options["n_jobs"] = jobs or -1
+    with ExitStack() as stack:
+        try:
+            if name == "ray":
+                stack.enter_context(_ray(address))
+            backend = _dask(address, options) if name == "dask" else name
+            chosen = {} if backend is None else {"backend": backend}
+            stack.enter_context(parallel_config(**chosen, **options))
+        except ImportError:
+            raise ValueError(f"backend {name} is not installed: pip install 'lorascope[cluster]'") from None
+        except OSError:
+            raise ValueError(f"no {name} cluster answers at {address}") from None
+        except TypeError as error:
+            raise ValueError(f"backend {name} does not take these options: {error}") from None
+        yield
+
+
+def _dask(address: str | None, options: dict[str, Any]) -> Any:
+    """joblib's backend for dask; takes its own options out of those given."""
+    from joblib._dask import DaskDistributedBackend
+
+    class Dask(DaskDistributedBackend):
+        """Tells joblib of errors of dask itself, such as a killed worker, too: for these it waits in vain."""
+
+        def submit(self, func: Any, callback: Any = None) -> Any:
+            future = super().submit(func, callback)
+            future.add_done_callback(lambda done: done.exception() is not None and callback(done.exception()))
+            return future
+
+        def retrieve_result_callback(self, out: Any) -> Any:
+            if isinstance(out, BaseException):
+                raise out
+            return super().retrieve_result_callback(out)
+
+    jobs = options.pop("n_jobs")
+    own = dict(options)
+    options.clear()
+    options["n_jobs"] = jobs
+    return Dask(scheduler_host=address, **own)
+
+
+@contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    import ray
+    from ray.util.joblib import register_ray
+
+    register_ray()
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address=address)
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()

@@ -1,0 +1,114 @@
+"""The table that a sweep shows while it runs: every run, its status, step and metric, read from the runs' notes."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorascope.progress import read_note
+
+# Seconds between two looks at the notes.
+_PAUSE = 1.0
+_NARROW = 60
+# What is worth a line on a screen that is too low for all runs.
+_URGENT = ("running", "failed", "waiting", "done")
+
+
+class Row(NamedTuple):
+    """What is told of one run."""
+
+    name: str
+    status: str
+    step: str = ""
+    metric: str = ""
+
+
+class Board:
+    """A table on a terminal that is drawn anew every second; elsewhere a line whenever a run begins or ends.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The runs.
+    note : callable
+        The file of a run's note, by its number.
+    stream : text stream or None
+        None shows nothing.
+    """
+
+    def __init__(self, names: Sequence[str], note: Callable[[int], Path], stream: Any) -> None:
+        self.names, self.note, self.stream = names, note, stream
+        self._ended: dict[int, Row] = {}
+        self._told = ["waiting"] * len(names)
+        self._drawn = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Board:
+        if self.stream is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        if self.stream is not None:
+            self._thread.join()
+            self._draw()
+
+    def end(self, number: int, status: str, metric: str) -> None:
+        """A run is done, or has failed."""
+        self._ended[number] = Row(self.names[number], status, metric=metric)
+
+    def rows(self) -> list[Row]:
+        """All runs as they are now."""
+        return [self._ended.get(number) or self._row(number) for number in range(len(self.names))]
+
+    def _row(self, number: int) -> Row:
+        note = read_note(self.note(number))
+        if not note:
+            return Row(self.names[number], "waiting")
+        step = f"{note['step']}/{note['total']}" if "step" in note else ""
+        metric = f"{note['metric_name']} {note['metric']:.4g}" if "metric" in note else ""
+        return Row(self.names[number], "running", step, metric)
+
+    def _watch(self) -> None:
+        while not self._over.wait(_PAUSE):
+            self._draw()
+
+    def _draw(self) -> None:
+        stream, rows = self.stream, self.rows()
+        if stream.isatty():
+            size = shutil.get_terminal_size()
+            lines = table(rows, size.columns, size.lines)
+            # Back to the first line of the last table, and clear from there.
+            stream.write(f"\033[{self._drawn}F\033[J" if self._drawn else "")
+            stream.write("\n".join(lines) + "\n")
+            self._drawn = len(lines)
+        else:
+            count = Counter(row.status for row in rows)
+            for number, row in enumerate(rows):
+                if row.status != self._told[number]:
+                    told = f"[{count['done']}/{len(rows)}] {row.status:<8}{row.name}  {row.step}  {row.metric}"
+                    stream.write(told.rstrip() + "\n")
+            self._told = [row.status for row in rows]
+        stream.flush()
+
+
+def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
+    """The table in at most so many columns and lines; the runs that need no look are only counted where it is full."""
+    count = Counter(row.status for row in rows)
+    counted = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
+    room = max(1, lines - 4)
+    chosen = sorted(range(len(rows)), key=lambda number: _URGENT.index(rows[number].status))[:room]
+    shown = [rows[number] for number in sorted(chosen)]
+    width = max(len(row.name) for row in shown)
+    told = [f"{'run':<{width}}  status   step       metric"]
+    told += [f"{row.name:<{width}}  {row.status:<8} {row.step:<10} {row.metric}".rstrip() for row in shown]
+    if len(shown) < len(rows):
+        told.append(f"... and {len(rows) - len(shown)} more")
+    told.append(f"{len(rows)} runs: {counted}")
+    return [line[: max(columns, _NARROW) - 1] for line in told]

@@ -1,0 +1,100 @@
+"""``lorascope sweep``: all runs of a TOML file, and their recipes beside each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import pandas as pd
+from tyro.conf import Positional, arg
+
+from lorascope.analysis import comparison
+from lorascope.analysis.stats import Interval
+from lorascope.commands.arguments import UsageError, parse
+from lorascope.screen import elide
+
+if TYPE_CHECKING:
+    from lorascope.sweeps import Swept
+
+_NAME = 36
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Train every combination of methods, tasks, settings and seeds that a TOML file asks for, and compare the recipes.
+
+    Finished runs are not trained again, broken ones go on, and one that fails leaves the others alone.
+
+    Example: lorascope sweep ranks.toml
+    """
+
+    file: Annotated[Positional[str], arg(metavar="FILE", help="TOML: task, method, settings, seeds ...")] = ""
+    backend: Annotated[
+        str | None, arg(metavar="NAME", help="loky (this machine), dask or ray, in place of the file's")
+    ] = None
+    address: Annotated[str | None, arg(metavar="ADDRESS", help="of the cluster, such as tcp://host:8786")] = None
+    jobs: Annotated[int | None, arg(metavar="N", help="runs at a time; the number of cores by default")] = None
+    json: Annotated[bool, arg(help="runs, recipes and their comparison, for a program")] = False
+    progress: Annotated[bool, arg(help="Switch off: the table of the runs while they run.")] = True
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = parse(Options, argv, "lorascope sweep")
+    if not options.file:
+        raise UsageError("sweep what? Give a TOML file: lorascope sweep ranks.toml")
+    from lorascope import grid, sweeps  # not for --help, which need not wait for torch
+
+    found = grid.read(options.file)
+    swept = sweeps.run_grid(replace(found, backend=_backend(found.backend, options)), progress=options.progress)
+    print(json.dumps(_plain(swept), indent=1, ensure_ascii=False) if options.json else _told(swept))
+    for line in swept.complaints():
+        print(f"lorascope: failed: {' '.join(line.split())}", file=sys.stderr)
+    return 1 if swept.failures else 0
+
+
+def _backend(stored: Any, options: Options) -> dict[str, Any]:
+    """The file's backend under what the command line says; another backend leaves the file's options behind."""
+    kept = stored if options.backend in (None, stored.get("name")) else {}
+    given = {"name": options.backend, "address": options.address, "jobs": options.jobs}
+    return dict(kept) | {key: value for key, value in given.items() if value is not None}
+
+
+def _told(swept: Swept) -> str:
+    table = comparison.scores(swept.runs())
+    if table.empty:
+        return "no run was finished"
+    compared = comparison.pairs(table)
+    rows = comparison.standings(table, compared)
+    several = [column for column in ("model", "task") if rows[column].nunique() > 1]
+    cells = [["recipe", *several, "test", "seeds", "place"]]
+    for row in rows.to_dict("records"):
+        value = Interval(row["value"], row["low"], row["high"], row["n"]).words(4)
+        place = str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
+        names = [elide(str(row[column]), _NAME) for column in ("recipe", *several)]
+        cells.append([*names, f"{row['metric']} {value}", str(row["n"]), place])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+    note = "± half a 95 % t-interval over seeds; places by paired t-tests, seed by seed (Holm, 5 %)"
+    return "\n".join([*lines, "", note, *comparison.words(compared)])
+
+
+def _plain(swept: Swept) -> dict[str, Any]:
+    table = comparison.scores(swept.runs())
+    compared = comparison.pairs(table)
+    folders = [str(swept.folders[number]) for number in sorted(swept.folders)]
+    return {
+        "runs": _records(table.assign(path=folders)),
+        "failed": swept.complaints(),
+        "recipes": _records(comparison.standings(table, compared)) if len(table) else [],
+        "pairs": _records(compared),
+        "words": comparison.words(compared),
+    }
+
+
+def _records(table: pd.DataFrame) -> Any:
+    """Rows as JSON knows them, without NaN."""
+    return json.loads(table.to_json(orient="records", double_precision=15))

@@ -1,0 +1,256 @@
+"""A grid of runs, from a TOML file or a mapping: models x tasks x methods x settings x seeds, checked before training.
+
+A list stands for several values, a run each; where a value is a list itself, such as ``targets``, a list of lists does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from torch import nn
+
+from lorascope import models, tasks
+from lorascope.loop import train
+from lorascope.method import Method, config, from_config
+from lorascope.methods import METHODS
+from lorascope.settings import Settings
+from lorascope.tasks import Task
+
+Model = str | Callable[[], nn.Module]
+Data = Task | str | Path
+
+_KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
+# What a grid has a place of its own for, and what makes no sense for many runs at once.
+_NO_SETTINGS = {"model", "data", "method", "seed", "observe", "out", "root", "overwrite", "progress", "return"}
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of ``train``, to be made in a process of its own.
+
+    Parameters
+    ----------
+    model : str or callable
+        A name for ``models.load``, or something that makes a fresh model.
+    data : Task, str or path
+    method : Method
+    settings : mapping
+        Keywords of ``train``; ``steps`` among them.
+    """
+
+    model: Model
+    data: Data
+    method: Method
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be trained, every combination of it.
+
+    Parameters
+    ----------
+    models, tasks, methods, settings : sequence
+        As ``Job`` has one of each.
+    seeds : sequence of int
+    backend : mapping
+        Where: ``name``, ``address``, ``jobs``, and what joblib's backend takes; empty for processes on this machine.
+    """
+
+    models: Sequence[Model]
+    tasks: Sequence[Data]
+    methods: Sequence[Method]
+    settings: Sequence[Mapping[str, Any]]
+    seeds: Sequence[int]
+    backend: Mapping[str, Any] = field(default_factory=dict)
+
+    def jobs(self) -> list[Job]:
+        """A job for every combination, the seeds of one recipe side by side."""
+        parts = itertools.product(self.models, self.tasks, self.methods, self.settings, self.seeds)
+        return [Job(model, task, method, {**settings, "seed": seed}) for model, task, method, settings, seed in parts]
+
+
+def read(source: str | Path | Mapping[str, Any]) -> Grid:
+    """Read a grid and check all of it that can be checked without a model.
+
+    Parameters
+    ----------
+    source : path or mapping
+        A TOML file, or what such a file holds; a mapping may hold Methods and Tasks too. Its keys are ``task``,
+        ``method`` and ``settings`` (with ``steps``), and if wanted ``model`` (minilm by default), ``seeds`` (a number
+        or which; 3), ``root`` (the folder of the runs; ``runs``) and ``backend``.
+
+    Raises
+    ------
+    ValueError
+        A key, method, field, task or value that is wrong, in one line.
+    FileNotFoundError
+        There is no such file, task or model.
+    """
+    if isinstance(source, Mapping):
+        return _grid(source)
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give the TOML file of a sweep")
+    try:
+        return _grid(tomllib.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _grid(table: Mapping[str, Any]) -> Grid:
+    _known(table, _KEYS, "key")
+    for key in ("task", "method", "settings"):
+        if key not in table:
+            raise ValueError(f"{key} is missing: say what is to be trained on, by which methods, for how many steps")
+    root = table.get("root", "runs")
+    if not isinstance(root, str | Path):
+        raise ValueError(f"root = {root!r} must be a text, the folder of the runs")
+    backend = table.get("backend", {})
+    if not isinstance(backend, Mapping):
+        raise ValueError(f'backend = {backend!r} must be a table, such as {{name = "dask", address = "tcp://..."}}')
+    places = {key: _several(table.get(key, "minilm")) for key in ("model", "task")}
+    for key, found in places.items():
+        for place in found:
+            if not (isinstance(place, str | Path | Task) or (key == "model" and callable(place))):
+                raise ValueError(f"{key} = {place!r} must be a text, or a list of texts")
+    methods = [method for entry in _several(table["method"]) for method in _methods(entry)]
+    grid = Grid(
+        models=places["model"],
+        tasks=places["task"],
+        methods=methods,
+        settings=[{**settings, "root": str(root)} for settings in _settings(table["settings"], methods)],
+        seeds=_seeds(table.get("seeds", 3)),
+        backend=backend,
+    )
+    _once(grid.models, "model")
+    _once(grid.tasks, "task")
+    _once([config(method) for method in methods], "method")
+    _once(grid.settings, "choice of settings")
+    for task in grid.tasks:
+        if not isinstance(task, Task):
+            tasks.load(task)
+    for model in grid.models:
+        if isinstance(model, str):
+            models.locate(model)
+    return grid
+
+
+def _several(value: Any) -> list[Any]:
+    found = list(value) if isinstance(value, list | tuple) else [value]
+    if not found:
+        raise ValueError("an empty list leaves nothing to train: give one value or more")
+    return found
+
+
+def _methods(entry: Any) -> list[Method]:
+    """The methods of an entry: one object, one name, or a table of a name with fields."""
+    if isinstance(entry, Method):
+        return [entry]
+    fields = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
+        raise ValueError(f'method {entry!r} must be a name, or a table with one, such as {{name = "lora", rank = 8}}')
+    name = fields["name"]
+    _known([name], METHODS, "method")
+    hints = typing.get_type_hints(METHODS[name])
+    own = {f.name: hints[f.name] for f in dataclasses.fields(METHODS[name]) if f.init and not f.name.endswith("_")}
+    given = {key: value for key, value in fields.items() if key != "name"}
+    _known(given, own, f"field of method {name}")
+    try:
+        return [from_config({"name": name, **chosen}) for chosen in _combinations(given, own)]
+    except ValueError as error:
+        raise ValueError(f"method {name}: {error}") from None
+
+
+def _settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
+    if not isinstance(table, Mapping):
+        raise ValueError(f"settings = {table!r} must be a table, such as {{steps = 300}}")
+    hints = {name: hint for name, hint in typing.get_type_hints(train).items() if name not in _NO_SETTINGS}
+    _known(table, hints, "setting")
+    if "steps" not in table:
+        raise ValueError("settings lack steps: say how many, such as {steps = 300}")
+    found = _combinations(table, hints)
+    names = {f.name for f in dataclasses.fields(Settings)}
+    for chosen, method in itertools.product(found, methods):
+        rates = {"lr": method.lr, "head_lr": method.head_lr}
+        Settings(**(rates | {name: value for name, value in chosen.items() if name in names}))
+    return found
+
+
+def _seeds(value: Any) -> list[int]:
+    """As many seeds as a number says, or those listed."""
+    found = list(range(value)) if type(value) is int else value
+    if not isinstance(found, list | tuple | range) or not found or any(type(seed) is not int for seed in found):
+        raise ValueError(f"seeds = {value!r} must be a number above 0, or a list of whole numbers")
+    _once(found, "seed")
+    return list(found)
+
+
+def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """All ways to choose one value for every key."""
+    choices = [_choices(key, value, hints[key]) for key, value in table.items()]
+    return [dict(zip(table, chosen, strict=True)) for chosen in itertools.product(*choices)]
+
+
+def _choices(key: str, value: Any, hint: Any) -> list[Any]:
+    if fits(value, hint):
+        return [value]
+    if isinstance(value, list) and value and all(fits(item, hint) for item in value):
+        return value
+    raise ValueError(f"{key} = {value!r} must be {_words(hint)}, or a list of such values for a run each")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Is a value, as TOML gives it, of this type? A whole number is no truth value, nor the other way round."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, each) for each in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (tuple, Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
+    return type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    """A type in the words of a user of TOML."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        # A number that may be whole is a number.
+        kinds = [each for each in arguments if not (each is int and float in arguments)]
+        return " or ".join(dict.fromkeys(told for each in kinds if (told := _words(each))))
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, arguments))}"
+    if origin in (tuple, Sequence):
+        return "a list"
+    if origin is Mapping:
+        return "a table"
+    return _WORDS.get(hint, "")
+
+
+def _known(given: Collection[str], known: Collection[str], what: str) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
+            raise ValueError(f"unknown {what} {name!r}; {hint}")
+
+
+def _once(values: Sequence[Any], what: str) -> None:
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"the {what} {value!r} stands there twice: each run is trained once, so leave one out")

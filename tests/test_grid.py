@@ -1,0 +1,132 @@
+"""Grids: every combination, what a TOML value may be, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+import pytest
+
+from lorascope import grid
+from lorascope.methods import METHODS, LoRA
+
+TOML = """
+model = "{bert}"
+task = ["{csv}"]
+seeds = [3, 1]
+root = "here"
+settings = {{steps = [5, 6], batch_size = 4}}
+
+[[method]]
+name = "lora"
+rank = [2, 4]
+targets = ["q", "k"]
+
+[[method]]
+name = "lora"
+rank = {{"layer.0" = 2}}
+targets = [["q"], ["v"]]
+lr = 1
+
+[backend]
+name = "dask"
+address = "tcp://host:8786"
+wait_for_workers_timeout = 60
+"""
+
+
+@pytest.fixture
+def csv(task, tmp_path) -> str:
+    task.table[["text", "label"]].to_csv(tmp_path / "toy.csv", index=False)
+    return str(tmp_path / "toy.csv")
+
+
+def test_a_file_is_every_combination_of_its_values(bert, csv, tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text(TOML.format(bert=bert, csv=csv))
+    found = grid.read(file)
+    jobs = found.jobs()
+    assert len(jobs) == 4 * 2 * 2
+    assert [(j.method.rank, j.settings["steps"], j.settings["seed"]) for j in jobs[:5]] == [
+        (2, 5, 3), (2, 5, 1), (2, 6, 3), (2, 6, 1), (4, 5, 3),
+    ]  # fmt: skip
+    assert found.methods[2] == LoRA(rank={"layer.0": 2}, targets=("q",), lr=1)
+    assert found.methods[3].targets == ("v",)
+    assert all(job.settings["root"] == "here" and job.model == bert for job in jobs)
+    assert found.backend == {"name": "dask", "address": "tcp://host:8786", "wait_for_workers_timeout": 60}
+
+
+def test_a_mapping_may_hold_objects(bert, task):
+    found = grid.read({"model": bert, "task": task, "method": ["full", LoRA(rank=2)], "settings": {"steps": 2}})
+    assert [job.method.name for job in found.jobs()] == ["full"] * 3 + ["lora"] * 3
+    assert found.tasks == [task]
+    assert found.jobs()[0].settings == {"steps": 2, "root": "runs", "seed": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"taks": "x"}, "unknown key 'taks'; did you mean task?"),
+        ({"method": "lora2"}, "unknown method 'lora2'; did you mean lora or alora?"),
+        ({"method": {"name": "lora", "rnk": 2}}, "unknown field of method lora 'rnk'; did you mean rank?"),
+        ({"method": {"rank": 2}}, "must be a name, or a table with one"),
+        ({"method": {"name": "lora", "rank": "8"}}, "rank = '8' must be a whole number or a table, or a list of such"),
+        ({"method": {"name": "lora", "rslora": 1}}, "rslora = 1 must be true or false, or a list"),
+        ({"method": {"name": "lora", "rank": [4, True]}}, "rank = [4, True] must be a whole number"),
+        ({"method": {"name": "adalora", "scores": "x"}}, "scores = 'x' must be one of 'after', 'before'"),
+        ({"method": ["full", "full"]}, "stands there twice"),
+        ({"method": []}, "an empty list leaves nothing to train"),
+        ({"task": "sentimnt"}, "did you mean 'sentiment'?"),
+        ({"task": "nowhere.csv"}, "nowhere.csv"),
+        ({"task": 3}, "task = 3 must be a text"),
+        ({"model": "minilmm"}, "there is no model 'minilmm'"),
+        ({"seeds": 0}, "seeds = 0 must be a number above 0, or a list of whole numbers"),
+        ({"seeds": [1, 1]}, "the seed 1 stands there twice"),
+        ({"settings": {}}, "settings lack steps"),
+        ({"settings": {"steps": 3, "stps": 3}}, "unknown setting 'stps'; did you mean steps?"),
+        ({"settings": {"steps": 3, "seed": 3}}, "unknown setting 'seed'"),
+        ({"settings": {"steps": [3, "4"]}}, "steps = [3, '4'] must be a whole number"),
+        ({"settings": {"steps": 3, "schedule": "liner"}}, "schedule 'liner' is unknown"),
+        ({"settings": {"steps": 3, "lr": [0.1, -0.1]}}, "lr=-0.1 must be a positive number"),
+        ({"root": 3}, "root = 3 must be a text"),
+        ({"backend": "dask"}, "backend = 'dask' must be a table"),
+    ],
+)
+def test_what_is_wrong_gets_one_line(bert, task, change, line):
+    right = {"model": bert, "task": task, "method": "lora", "settings": {"steps": 3}}
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        grid.read(right | change)
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_line_names_the_file(tmp_path):
+    file = tmp_path / "x.toml"
+    file.write_text("task = 'x'\nmethod = ")
+    with pytest.raises(ValueError, match=r"x\.toml: Invalid value"):
+        grid.read(file)
+    file.write_text("task = 'x'")
+    with pytest.raises(ValueError, match=r"x\.toml: method is missing"):
+        grid.read(str(file))
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.toml"):
+        grid.read("nowhere.toml")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_field_of_every_method_fits_its_own_default(name):
+    method = METHODS[name]()
+    hints = typing.get_type_hints(METHODS[name])
+    wrong = [
+        field for field in vars(method) if not field.endswith("_") and not grid.fits(vars(method)[field], hints[field])
+    ]
+    assert not wrong
+    assert not grid.fits(object(), hints["lr"])
+
+
+def test_types_as_toml_gives_them():
+    assert grid.fits(3, float | int)
+    assert not grid.fits(True, float | int)
+    assert not grid.fits(3, bool)
+    assert grid.fits(["q"], str | tuple[str, ...])
+    assert not grid.fits(["q", 1], str | tuple[str, ...])
+    assert not grid.fits("x", Path | None)

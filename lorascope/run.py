@@ -281,9 +281,10 @@ class Run:
         return self._state(state)["step"] if step is None else step
 
     def _all_steps(self) -> list[int]:
-        # Those told of alone: a run that is on its way may have written another since.
-        names = [name for name in self.meta["checksums"] if name.startswith("snapshots/")]
-        return sorted(int(Path(name).stem.removeprefix("step-")) for name in names)
+        files = {f"snapshots/{path.name}": path for path in self._folder.glob("snapshots/step-*.safetensors")}
+        if GROWING in self.meta["checksums"].values():  # there may be one that this reading does not know of yet
+            files = {name: path for name, path in files.items() if name in self.meta["checksums"]}
+        return sorted(int(path.stem.removeprefix("step-")) for path in files.values())
 
     def _snapshots(self, step: int) -> TensorFile:
         opened = self.__dict__.setdefault("_opened", {})

@@ -39,6 +39,7 @@ LAYERS = [
     ["session", "driving", "recording"],
     ["loop", "training"],
     ["hf"],
+    ["grid", "board", "backends"],
     ["sweeps", "alone"],
     ["memory", "pace"],
     ["probe"],

@@ -54,7 +54,7 @@ def test_who_wants_the_end_alone_gets_it_alone(fresh_bert, task, tmp_path):
     assert run.table.query("quantity == 'eval_loss'")["step"].tolist() == [FAST["steps"]]
 
 
-@pytest.mark.parametrize("method", [FourierFT(), HydraLoRA(gates_every=1), LISA(n_active=1)], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [HydraLoRA(gates_every=1), LISA(n_active=1)], ids=lambda m: m.name)
 def test_an_evaluation_before_training_alters_nothing(method, bert, task, tmp_path, monkeypatch):
     """Against a session that does not evaluate at step 0."""
     tables, weights = [], []

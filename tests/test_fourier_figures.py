@@ -220,6 +220,16 @@ def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
     assert chart.colors == ("LoRA", "FourierFT, basis random", "Full")
 
 
+def test_sizes_of_recipes_with_as_many_parameters_are_written_on_either_side(write: Any) -> None:
+    sizes = [("a", 190, 0.82), ("b", 200, 0.80), ("c", 9000, 0.82), ("d", 40, 0.7)]
+    runs = {
+        id: write(id, {("test_metric", ""): {9: value}}, recipe={"rank": 2}, parameters={"trained": number})
+        for id, number, value in sizes
+    }
+    drawn = plots.quality(runs).data
+    assert (drawn["above"] > drawn["value"]).tolist() == [True, False, True, True]
+
+
 def test_sizes_that_no_field_names_are_read_off_the_run_and_alpha_may_follow_the_rank(write: Any, fourier: Any) -> None:
     default = fourier("f", {"h.0.q": {9: C}})
     default.table = pd.concat([default.table, write("z", {("test_metric", ""): {9: 0.7}}).table.assign(run="f")])

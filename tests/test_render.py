@@ -106,6 +106,17 @@ def test_the_area_of_dots_grows_with_size(reader) -> None:
 
 
 @both
+def test_many_dots_share_the_panel_whatever_their_colours(reader) -> None:
+    """Four times as many as there is room for: half as wide, those of a colour of which there are few as well."""
+    data = pd.DataFrame({"x": range(1200), "y": range(1200), "size": 1.0, "kind": ["few"] * 20 + ["many"] * 1180})
+    crowded = reader(Chart(data, [Point("x", "y", "kind", size="size")])).diameters()
+    alone = reader(Chart(data[:300], [Point("x", "y", "kind", size="size")])).diameters()
+    assert crowded == pytest.approx([alone[0] / 2] * 20)
+    data["frame"] = [0, 1, 2, 3] * 300
+    assert reader(Chart(data, [Point("x", "y", size="size")], frame="frame")).diameters()[0] == pytest.approx(alone[0])
+
+
+@both
 def test_many_numbers_make_a_colour_scale(reader) -> None:
     data = pd.DataFrame({"x": range(30), "y": range(30), "layer": range(30)})
     for mark in (Point("x", "y", "layer"), Line("x", "y", "layer")):

@@ -65,11 +65,23 @@ def quality(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 def _aside(cells: pd.DataFrame) -> dict[str, pd.Series]:
-    """Where the size of a point is written: a little above it and to its right, the further the longer it is."""
+    """Where the size of a point is written: a little above it and to its right, the further the longer it is.
+
+    Of points with about as many parameters only the highest has it above, the others below.
+    """
     high, low = (cells[end].fillna(cells["value"]) for end in ("high", "low"))
     wide = cells["parameters"].max() / cells["parameters"].min()
     shift = _ASIDE * (1 + 0.6 * cells["size"].str.len())
-    return {"right": cells["parameters"] * wide**shift, "above": cells["value"] + _ASIDE * (high.max() - low.min())}
+    place = np.log(cells["parameters"].to_numpy())
+    near = np.abs(place[:, None] - place) <= 3 * _ASIDE * np.log(wide)
+    value = cells["value"].to_numpy()
+    higher = value > value[:, None]
+    level = (value == value[:, None]) & (np.arange(len(value)) < np.arange(len(value))[:, None])
+    side = np.where((near & (higher | level)).any(1), -1, 1)
+    return {
+        "right": cells["parameters"] * wide**shift,
+        "above": cells["value"] + side * _ASIDE * (high.max() - low.min()),
+    }
 
 
 def _size(group: Group) -> dict[str, object]:

@@ -19,6 +19,7 @@ from lorascope.render.scales import Colors, Scale, categories, to_floats
 from lorascope.render.theme import Theme
 
 Numbers = Float[np.ndarray, "n"]
+CROWD = 300  # of more dots than these in a frame each is smaller, so that together they leave some of the panel free
 CLUSTER = 0.8  # share of the distance between two places that their bars fill
 
 
@@ -200,8 +201,10 @@ def _dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
         )
         share = None
         if mark.size is not None:
-            largest = np.nanmax(to_floats(panel.chart.table(mark)[mark.size]), initial=0.0) or 1.0
-            share = np.nan_to_num(to_floats(rows[mark.size])) / largest
+            whole = panel.chart.table(mark)
+            most = len(whole) if panel.chart.frame not in whole else whole[panel.chart.frame].value_counts().max()
+            largest = np.nanmax(to_floats(whole[mark.size]), initial=0.0) or 1.0
+            share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / most)
         x, y = panel.x.place(rows[mark.x]), panel.y.place(rows[mark.y])
         low, high = panel.ends(mark, rows)
         yield Dots(x, y, colors, panel.style(mark, "shape", key), share, low, high, panel.chart.is_lying, group(key))

@@ -28,7 +28,7 @@ COMMANDS = {
     "sweep": Command("sweeping", "train all runs of a TOML file, side by side, and compare their recipes"),
     "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
     "plot": Command("plotting", "draw a figure of one or several runs"),
-    "export": Command("exporting", "hand a run over to PEFT: its ranks, or its adapter as a folder"),
+    "export": Command("exporting", "hand a run over: its ranks or its adapter to PEFT, its tables as files"),
     "report": Command("reporting", "write the report of runs that are there already"),
 }
 _EXAMPLES = """examples:

@@ -1,4 +1,4 @@
-"""``lorascope export``: a run for PEFT, as the ranks of a next LoRA or as an adapter folder."""
+"""``lorascope export``: a run for PEFT, as the ranks of a next LoRA or as an adapter folder, and its tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from lorascope.checkpoints import load
 from lorascope.commands.arguments import UsageError, parse
-from lorascope.export import Cut, cut, rank_pattern, to_peft
+from lorascope.export import Cut, cut, rank_pattern, to_peft, to_table
 from lorascope.run import Run
 from lorascope.summary import peft_keywords
 
@@ -21,10 +22,12 @@ _BY = "with --budget: keep the components of most energy, or those whose ablatio
 _MODEL = "with --budget: the base, on which loss is measured: minilm, smollm2, a folder, a GGUF file or a hub id"
 _TASK = "with --model: sentiment, a CSV, JSONL or Parquet file, or a name that datasets knows"
 
+_TABLE = "write the table of all records into this new file, by its ending as .csv, .parquet or .json"
+
 
 @dataclass(frozen=True)
 class Options:
-    """Hand a run over to PEFT: print its ranks as the configuration of a next LoRA, or write its adapter as a folder.
+    """Hand a run over: print its ranks as PEFT configures a next LoRA, write its adapter as a folder, or its tables.
 
     The README.md in the folder tells how to load it. Under a budget, what it keeps is told with the ranks.
 
@@ -38,6 +41,8 @@ class Options:
     model: Annotated[str | None, arg(metavar="NAME", help=_MODEL)] = None
     task: Annotated[str | None, arg(metavar="NAME", help=_TASK)] = None
     peft: Annotated[str | None, arg(metavar="DIR", help="write the adapter into this new folder")] = None
+    table: Annotated[str | None, arg(metavar="FILE", help=_TABLE)] = None
+    summary: Annotated[bool, arg(help="with --table: the table with a row a module, in place of all records")] = False
     state: Annotated[str, arg(metavar="NAME", help="last or best")] = "last"
     json: Annotated[bool, arg(help="for a program; what a budget keeps is told on stderr then")] = False
 
@@ -47,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "lorascope export")
     _check(options)
     run = load(str(options.run))
-    if options.peft is not None:
-        path = to_peft(run, options.peft, options.state)
+    if options.peft is not None or options.table is not None:
+        path = _written(run, options)
         print(json.dumps({"id": run.id, "path": str(path)}) if options.json else path)
         return 0
     remarks: list[str] = []
@@ -65,16 +70,26 @@ def main(argv: Sequence[str]) -> int:
 def _check(options: Options) -> None:
     if options.run is None:
         raise UsageError("export what? Give a run: lorascope export runs/lora --rank-pattern")
-    if options.rank_pattern == (options.peft is not None):
-        raise UsageError("export as what? Give either --rank-pattern or --peft DIR")
+    if [options.rank_pattern, options.peft is not None, options.table is not None].count(True) != 1:
+        raise UsageError("export as what? Give one of --rank-pattern, --peft DIR and --table FILE")
+    if options.summary and options.table is None:
+        raise UsageError("--summary goes with --table: it says which table")
+    if options.table is not None and options.state != "last" and not options.summary:
+        raise UsageError("--state goes with --summary here: the table of all records holds every step")
     if options.budget is not None and not options.rank_pattern:
-        raise UsageError("--budget goes with --rank-pattern: an adapter is written as it was trained")
+        raise UsageError("--budget goes with --rank-pattern: all else is written as it is")
     if (options.model is None) != (options.task is None):
         raise UsageError("--model and --task go together: a loss needs the base and its texts")
     if options.by == "ablation" and options.model is None:
         raise UsageError("--by ablation takes components out of a model: give --model NAME and --task NAME")
     if options.model is not None and options.budget is None:
         raise UsageError("--model goes with --budget: without one nothing is cut")
+
+
+def _written(run: Run, options: Options) -> Path:
+    if options.table is not None:
+        return to_table(run, options.table, options.summary, options.state)
+    return to_peft(run, str(options.peft), options.state)
 
 
 def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:

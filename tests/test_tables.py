@@ -1,0 +1,120 @@
+"""Tables as files, read back by pandas and by json alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from planted import low_rank, plant
+from test_checkpoints import save
+from test_cli import complaint, modules_after, run
+
+import lorascope as ls
+from lorascope.export import to_table
+
+VALUES = {
+    ("loss", ""): {0: 0.1 + 0.2, 1: 1 / 3, 2: 1e-300},
+    ("eval_metric", ""): {2: np.inf},
+    ("update_norm", "h.0.q"): {0: 0.0, 2: np.pi},
+    ("importance", "h.0.q"): {2: np.array([0.1, 0.7])},
+    ("update_norm", "words"): {2: float(np.float32(0.1))},  # no layer
+}
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> ls.Run:
+    factors = {"h.0.q": low_rank(2.0, 1.0), "h.1.q": low_rank(1 / 3)}
+    return plant(tmp_path, "run", VALUES, factors=factors, label="LoRA, “rank” 2")
+
+
+def table_of(found: ls.Run, summary: bool) -> pd.DataFrame:
+    return found.summary() if summary else found.table
+
+
+@pytest.mark.parametrize("summary", [False, True], ids=["long", "summary"])
+def test_parquet_loses_nothing(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
+    out = to_table(planted, tmp_path / "new" / "out.parquet", summary)
+    expected = table_of(planted, summary)
+    pd.testing.assert_frame_equal(pd.read_parquet(out), expected, check_exact=True)
+    assert pd.read_parquet(out)["layer"].dtype == "Int16"
+    assert sorted(file.name for file in out.parent.iterdir()) == ["out.parquet"]
+
+
+@pytest.mark.parametrize("summary", [False, True], ids=["long", "summary"])
+def test_csv_keeps_every_digit(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
+    expected = table_of(planted, summary)
+    text = pd.read_csv(to_table(planted, tmp_path / "out.csv", summary), dtype=str, keep_default_na=False)
+    assert list(text) == list(expected)
+    for name in expected:
+        there = expected[name].notna()
+        assert (text[name][~there] == "").all()
+        kept = expected[name][there]
+        kind = kept.dtype if kept.dtype != "category" and kept.dtype != bool else str
+        assert text[name][there].astype(kind).tolist() == kept.astype(kind).tolist()
+
+
+@pytest.mark.parametrize("summary", [False, True], ids=["long", "summary"])
+def test_json_is_records_that_any_reader_takes(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    text = to_table(planted, tmp_path / "out.json", summary).read_text(encoding="utf-8")
+    rows = json.loads(text, parse_constant=refuse)
+    expected = table_of(planted, summary)
+    assert [list(row) for row in rows] == [list(expected)] * len(expected)
+    for name in expected:
+        for value, row in zip(expected[name], rows, strict=True):
+            if pd.isna(value):
+                assert row[name] is None
+            elif isinstance(value, float) and np.isinf(value):
+                assert float(row[name]) == value
+            else:
+                assert row[name] == value
+                assert isinstance(row[name], bool) == isinstance(value, bool | np.bool_)
+
+
+def test_an_adapter_has_a_table_too(tmp_path: Path) -> None:
+    save(tmp_path / "adapter", target_modules=["q_proj"], r=2)
+    found = ls.load(tmp_path / "adapter")
+    for summary in (False, True):
+        out = to_table(found, tmp_path / f"{summary}.parquet", summary)
+        pd.testing.assert_frame_equal(pd.read_parquet(out), table_of(found, summary), check_exact=True)
+
+
+def test_the_command(planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.csv"
+    assert run(capsys, "export", planted.path, "--table", out) == (0, f"{out}\n", "")
+    assert len(out.read_text().splitlines()) == 1 + len(planted.table)
+    told = run(capsys, "export", planted.path, "--table", tmp_path / "modules.json", "--summary", "--json")
+    assert (told[0], json.loads(told[1])) == (0, {"id": "run", "path": str(tmp_path / "modules.json")})
+    assert len(json.loads((tmp_path / "modules.json").read_text())) == len(planted.summary())
+
+
+def test_wrong_use_gets_one_line_and_leaves_no_file(
+    planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there.csv"
+    there.write_text("mine")
+    words = ("export", planted.path)
+    assert "there.csv exists: give a new file" in complaint(capsys, *words, "--table", there)
+    for name in ("out.xlsx", "out", "out.CSV"):
+        told = complaint(capsys, *words, "--table", tmp_path / name)
+        assert f"{name} has no ending of a table: give a name in .csv, .parquet, .json" in told
+    assert "Give one of --rank-pattern, --peft DIR and --table FILE" in complaint(
+        capsys, *words, "--table", tmp_path / "x.csv", "--rank-pattern"
+    )
+    assert "--summary goes with --table" in complaint(capsys, *words, "--rank-pattern", "--summary")
+    assert "--state goes with --summary here" in complaint(
+        capsys, *words, "--table", tmp_path / "x.csv", "--state", "best"
+    )
+    assert there.read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "there.csv"]
+
+
+def test_no_torch_for_a_table(planted: ls.Run, tmp_path: Path) -> None:
+    call = "import sys; from lorascope.cli import main; main(['export', *sys.argv[1:]])"
+    found = modules_after(call, str(planted.path), "--table", str(tmp_path / "out.parquet"))
+    assert not found & {"torch", "transformers", "peft", "matplotlib"}

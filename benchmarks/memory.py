@@ -18,7 +18,7 @@ WAYS = {
     "LoRA, rank 8": ls.LoRA(rank=8, targets="all-linear"),
     "LISA, 2 blocks": ls.LISA(n_active=2),
     "Adapprox": ls.Adapprox(),
-    "Adapprox, rank 1, no first moment": ls.Adapprox(max_rank=1, betas=(0.0, 0.999)),
+    "Adapprox, rank 1, β₁ = 0": ls.Adapprox(max_rank=1, betas=(0.0, 0.999)),
     "Adafactor": ls.Full(rule="adafactor"),
     "CAME": ls.Full(rule="came"),
 }
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--runs", default="runs")
-    parser.add_argument("--figure", default="memory.png")
+    parser.add_argument("--figure", default="figures/memory.png")
     arguments = parser.parse_args()
     found: dict[str, list[ls.Run]] = {way: [] for way in WAYS}
     for name in arguments.models:
@@ -40,7 +40,7 @@ def main() -> None:
             held = norms.last(run.table).set_index("quantity")["value"] / 2**20
             parameters, gradients, optimizer, peak = (held[part] for part in PARTS)
             print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
-    ls.plots.memory(found).save(arguments.figure)
+    ls.plots.memory(found).save(arguments.figure, width="column")
 
 
 if __name__ == "__main__":

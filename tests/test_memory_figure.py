@@ -9,6 +9,7 @@ from lorascope import plots
 from lorascope.analysis import accounting
 
 MIB = 2**20
+PARTS = (*accounting.PARTS, "rest up to the peak")
 
 
 def bytes_of(parameters: float, gradients: float, optimizer: float, peak: float | None = None) -> dict:
@@ -51,6 +52,30 @@ def test_without_a_peak_there_is_no_rest(tmp_path):
     assert "No peak was measured of two, three." in chart.caption
     alone = plots.memory(two, computed=())
     assert "rest up to the peak" not in set(alone.data["part"])
+
+
+def test_every_model_has_a_panel_of_its_own(tmp_path):
+    """One label has a run of either model, the other of the larger alone, whose peak is not known."""
+    small, large = (
+        plant(tmp_path, name, bytes_of(size, size, 2 * size, 5 * size), model=name, settings={"batch_size": 4})
+        for name, size in (("small", 8), ("large", 80))
+    )
+    other = plant(tmp_path, "other", bytes_of(81, 1, 2), model="large", settings={"batch_size": 16})
+    chart = plots.memory({"full": [small, large], "LoRA": other}, computed=())
+    (first,), (second,) = chart.rows()
+    assert [first.title, second.title] == ["small, measured", "large, measured"]
+    assert cells(first) == {("full", part): 8 * times for part, times in zip(PARTS, (1, 1, 2, 1), strict=True)}
+    assert cells(second)["full", "optimizer"] == 160
+    assert cells(second)["LoRA", "gradients"] == 1
+    assert ("LoRA", PARTS[3]) not in cells(second)
+    assert (
+        first.caption
+        == second.caption
+        == (
+            "Measured, after the last step: small, 4 texts, 1 run (seed 0); large, 4 texts and large, "
+            "16 texts, 1 run (seed 0). No peak was measured of LoRA."
+        )
+    )
 
 
 def test_larger_models_are_computed_and_say_so(tmp_path):

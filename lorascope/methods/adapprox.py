@@ -80,7 +80,7 @@ register(
 )
 register(
     "direction_cosine",
-    Quantity("cos(D, M)", definition="of the clipped direction and the first moment, at the last choice of the rank"),
+    Quantity("cos(D, M)", definition="of the clipped direction and the first moment of this step"),
 )
 
 

@@ -118,9 +118,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         V = [self._average(state, g) for state, g in zip(states, G, strict=True)]
         torch._foreach_mul_(V, beta2)
         torch._foreach_addcmul_(V, G, G, 1 - beta2)
-        roots, looked_at = V, group["cosine"]
+        roots, told = V, group["cosine"] or "exp_avg_sq" not in states[0]
         if "exp_avg_sq" not in states[0]:
-            looked_at |= self._factor(V[0], states[0], group)
+            self._factor(V[0], states[0], group)
             if group["denominator"] == "post" and "Q" in states[0]:
                 roots = [_product(states[0])]
         denominators = torch._foreach_sqrt(roots)
@@ -137,7 +137,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             M = [state["exp_avg"] for state in states]
             torch._foreach_mul_(M, beta1)
             torch._foreach_add_(M, D, alpha=1 - beta1)
-            if looked_at:
+            if told:
                 for m, d, state in zip(M, D, states, strict=True):
                     state["cosine"] = cosine(m, d)
             S = M
@@ -166,12 +166,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             return state["exp_avg_sq"]
         return _product(state) if "Q" in state else torch.zeros_like(G)
 
-    def _factor(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> bool:
-        """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew. Tells whether it was."""
+    def _factor(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew."""
         first = "Q" not in state
         unit = V.max()
         if first and unit == 0:
-            return False
+            return
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A = V / unit
         generator = self.param_groups[0]["generator"]
@@ -186,7 +186,6 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         else:
             Q, U = factor(state["Q"].shape[1])
         state["Q"], state["U"] = Q, U.mul_(unit)
-        return chooses
 
     def state_dict(self) -> dict[str, Any]:
         """As of any optimizer; the generator is told by the tensor of its state."""

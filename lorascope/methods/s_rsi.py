@@ -135,7 +135,7 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
         Of this matrix; the rule "ema" keeps its share there, and goes by the error of the choice before.
     options : mapping
     """
-    smaller, cap = min(A.shape), largest(*A.shape, options["max_rank"])
+    smaller, cap = min(A.shape), largest(A.shape[0], A.shape[1], options["max_rank"])
     match options["rank_rule"]:
         case "restart":
             scale = (cap - 1) / 191 if options["growth_scale"] is None else options["growth_scale"]

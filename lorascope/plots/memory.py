@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -37,7 +38,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Of ``lorascope.memory.measure``, or any with ``observe.memory()``, which know no peak.
+        Of ``lorascope.memory.measure``, or any with ``observe.memory()``, which know no peak. One panel a model.
     computed : sequence of str
         Sizes of LLaMA-2 below: "7B", "70B".
     """
@@ -45,9 +46,13 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     cohort.require(*_PARTS)
     if unknown := [size for size in computed if size not in _PAPERS]:
         raise ValueError(f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}")
-    cells = _measured(cohort)
-    caption = _caption(cohort, cells, computed)
-    panels = [_bars(cells, cohort.labels, "measured", "memory (MiB)", [], caption, cohort)]
+    models = _by_model(cohort)
+    cells = {model: _measured(own) for model, own in models.items()}
+    caption = _caption(models, cells, computed)
+    panels = [
+        _bars(cells[model], own.labels, f"{model}, measured", "memory (MiB)", [], caption, cohort)
+        for model, own in models.items()
+    ]
     for size in computed:
         rank, active = _PAPERS[size]
         table = accounting.table(accounting.LLAMA2[size], rank, active, width=2)
@@ -58,6 +63,15 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
             _bars(rows, list(rows["recipe"].unique()), f"LLaMA-2 {size}, computed", label, card, caption, cohort)
         )
     return panels[0] if len(panels) == 1 else above(*panels)
+
+
+def _by_model(cohort: Cohort) -> dict[str, Cohort]:
+    """The runs of every model, by name."""
+    parts = {}
+    for model in dict.fromkeys(run.meta["model"] for run in cohort.runs):
+        own = (replace(g, runs=tuple(run for run in g.runs if run.meta["model"] == model)) for g in cohort.groups)
+        parts[model] = Cohort(cohort.name, tuple(group for group in own if group.runs))
+    return parts
 
 
 def _measured(cohort: Cohort) -> pd.DataFrame:
@@ -98,20 +112,23 @@ def _where(cohort: Cohort) -> list[str]:
     return list(dict.fromkeys(told))
 
 
-def _caption(cohort: Cohort, cells: pd.DataFrame, computed: Sequence[str]) -> str:
+def _caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], computed: Sequence[str]) -> str:
     """What was measured where, and what was worked out."""
-    known = set(cells["recipe"][cells["part"] == _REST])
-    unknown = [label for label in cohort.labels if label not in known]
-    told = [f"Measured, after the last step: {'; '.join(_where(cohort))}."]
+    where = "; ".join(f"{' and '.join(_where(own))}, {own.sample}" for own in models.values())
+    told = [f"Measured, after the last step: {where}."]
+    known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}
+    unknown = [label for model, own in models.items() for label in own.labels if label not in known[model]]
     if unknown:
-        told.append(f"No peak was measured of {', '.join(unknown)}.")
+        told.append(f"No peak was measured of {', '.join(dict.fromkeys(unknown))}.")
     if computed:
         told.append(
             "Computed from shapes, not measured: weights and gradients of 2 bytes, optimizer of 4, no activations."
         )
     if "7B" in computed:
         told.append("Dashed: a card of 24 GB.")
-    return cohort.caption(*told, interval=_COUNTS)
+    if any(len(group.runs) > 1 for own in models.values() for group in own.groups):
+        told.append(f"Mean over runs; {_COUNTS}.")
+    return " ".join(told)
 
 
 @figure(

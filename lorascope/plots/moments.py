@@ -167,7 +167,7 @@ def factorings(runs: Runs, control: Runs | None = None) -> Panels:
     panels = []
     for label in cohort.labels:
         found = moments.factorings(table[table["recipe"] == label], _WAYS)
-        for what, name in (("excess", "error / least error"), ("seconds", "time (s)")):
+        for what, name, log in (("excess", "error / least error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
             panels.append(
                 Chart(
@@ -179,7 +179,7 @@ def factorings(runs: Runs, control: Runs | None = None) -> Panels:
                     ],
                     title=label if len(cohort.labels) > 1 else "",
                     x=_ranks(cells),
-                    y=Axis(label=name, log=True),
+                    y=Axis(label=name, log=log),
                     caption=caption,
                     colors=list(_WAYS.values()),
                     meta=cohort.meta,

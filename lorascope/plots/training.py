@@ -38,9 +38,8 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     table = cohort.label(cohort.table)
     rows = {quantity: table[table["quantity"] == quantity] for quantity in _CURVES}
     width = math.ceil(rows["loss"]["step"].max() / windows)
-    averaged = f"Training loss averaged in windows of {width} steps." if width > 1 else "Training loss of each step."
     panels = [
-        _curve(cohort, quantity, _average(found, width) if quantity == "loss" else found, averaged)
+        _curve(cohort, quantity, _average(found, width) if quantity == "loss" else found, _windows(width))
         for quantity, found in rows.items()
         if len(found)
     ]
@@ -75,7 +74,7 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     width = math.ceil(losses["step"].max() / windows)
     angles = table[(table["quantity"] == "direction_cosine") & table["layer"].notna()]
     angles = angles.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].mean().reset_index()
-    told = f"Loss averaged in windows of {width} steps; mean cosine of the factored matrices in the blocks."
+    told = f"{_windows(width)} Mean cosine of the factored matrices in the blocks."
     return beside(
         _curve(cohort, "loss", _average(losses, width), told), _curve(cohort, "direction_cosine", angles, told)
     )
@@ -138,6 +137,10 @@ def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> 
         colors=cohort.labels,
         meta=cohort.meta,
     )
+
+
+def _windows(width: int) -> str:
+    return f"Training loss averaged in windows of {width} steps." if width > 1 else "Training loss of each step."
 
 
 def _average(rows: pd.DataFrame, width: int) -> pd.DataFrame:

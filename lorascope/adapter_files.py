@@ -219,7 +219,29 @@ def _config(path: Path) -> dict[str, Any]:
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind not in _KINDS:
         raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: {', '.join(_KINDS)} are")
+    _check(file, config)
     return config
+
+
+def _check(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise a ValueError where a setting that counts here is of a kind that it cannot be."""
+    for name in ("r", "init_r", "lora_alpha"):
+        if not isinstance(config.get(name, 1), int | float):
+            raise ValueError(f"{file}: {name} is {config[name]!r}, where a number belongs")
+    for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{file}: {name} is {patterns!r}, where names of modules with their numbers belong")
+        for key, value in patterns.items():
+            # AdaLoRA has a mask in place of a number.
+            if not isinstance(value, int | float | list):
+                raise ValueError(f"{file}: {name} gives {key!r} {value!r}, where a number belongs")
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"{file}: {name} names {key!r}, which is no regular expression: {error}") from error
+    if not isinstance(config.get("enable_lora") or [], list):
+        raise ValueError(f"{file}: enable_lora is {config['enable_lora']!r}, where a list of true and false belongs")
 
 
 def _weight_files(path: Path) -> list[Path]:

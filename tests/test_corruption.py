@@ -1,0 +1,65 @@
+"""Folders spoiled at random, and configurations of wrong kinds: each is read, or told in one line that names it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
+from lorascope.checkpoints import load
+from lorascope.inspection import inspect
+from lorascope.tensors import write_json, write_tensors
+
+GIVEN: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q": 2}}
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    factors = {"A": np.ones((2, 3), "f4"), "B": np.ones((3, 2), "f4")}
+    write_tensors(tmp_path / WEIGHTS, {f"{PREFIX}h.0.q.lora_{name}.weight": a for name, a in factors.items()}, {})
+    write_json(tmp_path / CONFIG, GIVEN)
+    return tmp_path
+
+
+def spoiled(data: bytes, draw: np.random.Generator) -> bytes:
+    """Bytes that are cut off, changed, or have others between them."""
+    place = int(draw.integers(len(data)))
+    byte = bytes([int(draw.integers(256))])
+    return [data[:place], data[:place] + byte + data[place + 1 :], data[:place] + byte + data[place:]][draw.integers(3)]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_any_spoiled_file_is_read_or_told_in_one_line(adapter: Path, name: str) -> None:
+    sound, draw = (adapter / name).read_bytes(), np.random.default_rng(0)
+    told = set()
+    for _ in range(120):
+        (adapter / name).write_bytes(spoiled(sound, draw))
+        try:
+            inspect(load(adapter))
+        except (ValueError, FileNotFoundError) as error:
+            told.add(str(error))
+    assert len(told) > 3
+    assert all(str(adapter) in message for message in told)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": "16"}, "lora_alpha is '16', where a number belongs"),
+        ({"lora_alpha": None}, "lora_alpha is None, where a number belongs"),
+        ({"r": [8]}, "r is [8], where a number belongs"),
+        ({"rank_pattern": 4}, "rank_pattern is 4, where names of modules"),
+        ({"alpha_pattern": {"q": "x"}}, "alpha_pattern gives 'q' 'x', where a number belongs"),
+        ({"rank_pattern": {"(q": 2}}, "rank_pattern names '(q', which is no regular expression"),
+        ({"enable_lora": True}, "enable_lora is True, where a list"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_named(adapter: Path, change: dict[str, Any], message: str) -> None:
+    write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text()) | change)
+    with pytest.raises(ValueError, match=r"where|which") as raised:
+        load(adapter)
+    assert f"{adapter / CONFIG}: {message}" in str(raised.value)

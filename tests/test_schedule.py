@@ -133,7 +133,7 @@ def test_a_cell_of_the_grid_is_what_so_many_blocks_and_steps_reach(write):
     }
     chart = plots.draw_grid(runs)
     assert lookup(chart, "blocks", "steps") == pytest.approx({("1", "4"): 0.75, ("1", "9"): 0.6, ("2", "4"): 0.9})
-    assert (chart.x.order, chart.y.order) == (("4", "9"), ("1", "2"))
+    assert (chart.x.order, chart.y.order) == (("4", "9"), ("2", "1"))
     assert "Widest interval of a cell: ±0.635" in chart.caption
     with pytest.raises(ValueError, match="draw_grid got once and again, all 1 blocks for 9 steps: give one of them"):
         plots.draw_grid({"once": runs["once"], "again": write("d", reached(0.5, draws(0)))})

@@ -97,7 +97,7 @@ def per_weight(table: pd.DataFrame, modules: pd.DataFrame, by: Sequence[str] = L
     sums = table.assign(square=table["value"] ** 2, weights=weights)[weights.notna()]
     cells = sums.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)[["square", "weights"]]
     pooled = cells.sum(min_count=1)
-    return np.sqrt(pooled["square"] / pooled["weights"]).rename("value").reset_index()
+    return (pooled["square"] / pooled["weights"]).pow(0.5).rename("value").reset_index()
 
 
 def last(table: pd.DataFrame) -> pd.DataFrame:

@@ -108,7 +108,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
         [Heat("steps", "blocks", "value", axis_label("test_metric"), ".3f")],
         title="Blocks at a time, and steps between draws",
         x=Axis(label="steps between draws", order=sides["steps"]),
-        y=Axis(label="blocks at a time", order=sides["blocks"]),
+        y=Axis(label="blocks at a time", order=sides["blocks"][::-1]),
         caption=cohort.caption(
             f"Test metric after the last step; a run of as many steps as between draws draws once.{widest}",
             interval="95 % t-intervals in the data",
@@ -152,12 +152,13 @@ def _coverage(cohort: Cohort, reached: pd.DataFrame, label: str, caption: str) -
 def _frequencies(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
     """Shares of the draws of one recipe, with the chance as a line."""
     own = found[found["recipe"] == label]
-    cells = band(own, ["place"])
+    cells = band(own, ["place"]).assign(what="drawn")
     cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
     low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    chance = cells.assign(what="chance")
     return Chart(
         cells,
-        [Bar("place", "value", low=low, high=high), Line("place", "expected")],
+        [Bar("place", "value", "what", low=low, high=high), Line("place", "expected", "what", data=chance)],
         title=label,
         x=Axis(label="block", order=cells["place"].cat.categories),
         y=Axis(label="share of the draws", limits=(0, None)),

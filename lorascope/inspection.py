@@ -139,18 +139,22 @@ def _modules(run: Run, spectra: bool) -> pd.DataFrame:
 
 def _measure_spectra(frame: pd.DataFrame, sigmas: Mapping[str, np.ndarray]) -> None:
     """What singular values tell, into the table: ranks that are not there yet, the energy's, and what is dead."""
-    frame["energy_rank"], frame["dead"] = np.nan, np.nan
-    for row, module in enumerate(frame["module"]):
-        if module not in sigmas:
-            continue
-        sigma = sigmas[module]
-        told = {"stable_rank": stable_rank(sigma), "effective_rank": effective_rank(sigma)}
-        for name in (name for name in told if np.isnan(frame.loc[row, name])):
-            frame.loc[row, name] = told[name]
-        frame.loc[row, "energy_rank"] = energy_rank(sigma, _SHARE)
-        if not np.isnan(sigma).any() and pd.notna(frame.loc[row, "rank"]):
-            alive = np.count_nonzero(sigma > _DEAD * np.max(sigma, initial=0.0))
-            frame.loc[row, "dead"] = max(frame.loc[row, "rank"] - alive, 0)
+    missing = set(frame["module"][frame["effective_rank"].isna()]) & sigmas.keys()
+    for name, rank in {"stable_rank": stable_rank, "effective_rank": effective_rank}.items():
+        frame[name] = frame[name].fillna(frame["module"].map({module: rank(sigmas[module]) for module in missing}))
+    ranks = frame["rank"].to_numpy("float64", na_value=np.nan)
+    frame["energy_rank"] = [energy_rank(sigmas[m], _SHARE) if m in sigmas else np.nan for m in frame["module"]]
+    frame["dead"] = [
+        _dead_components(sigmas[m], rank) if m in sigmas else np.nan
+        for m, rank in zip(frame["module"], ranks, strict=True)
+    ]
+
+
+def _dead_components(sigma: np.ndarray, rank: float) -> float:
+    """How many of the components a rank allows are not used; NaN if it is unknown or a value is not finite."""
+    if not np.isfinite(sigma).all():
+        return np.nan
+    return max(rank - np.count_nonzero(sigma > _DEAD * np.max(sigma, initial=0.0)), 0.0)
 
 
 def _scales(run: Run, modules: pd.Series) -> list[float]:

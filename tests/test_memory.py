@@ -156,7 +156,7 @@ def test_on_a_card_the_last_step_of_a_run_is_marked_alone(bert, task, tmp_path, 
 
     monkeypatch.setattr(measuring, "advance", taking)
     monkeypatch.setattr(measuring, "_allocator", lambda device: measuring._Cuda("cuda"))
-    measuring._measure(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu")
+    measuring._measure(Alone(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     marks = table[table["quantity"] == "peak_bytes"]
     assert marks[["step", "value"]].to_numpy().tolist() == [[2, 1030]]

@@ -8,6 +8,7 @@ import pytest
 from readers import Mpl, Plotly
 
 from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
+from lorascope.render import mpl
 from lorascope.render.theme import OKABE_ITO
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
@@ -487,3 +488,18 @@ def test_any_number_of_panels_fits_between_the_ends_of_a_page(panels: int) -> No
     domains = [axis.domain for axis in beside(*charts).plotly().select_xaxes()]
     assert len(domains) == panels
     assert all(0 <= start < stop <= 1 for start, stop in domains)
+
+
+@pytest.mark.parametrize("dpi", [100, 300])
+@pytest.mark.parametrize("width", ["column", "page"])
+def test_a_caption_keeps_its_lines_and_fits_at_every_resolution(runs, width, dpi) -> None:
+    """Its height is measured once: a line more in the file would run into the legend, a line less leave a hole."""
+    chart = Chart(runs, [Line("step", "value", "method")], caption="Mean over 3 seeds, with an interval; " * 9)
+    made = mpl.figure(chart, "paper", width)
+    text = made.texts[0].get_text()
+    assert " ".join(text.split()) == chart.caption.strip()
+    made.set_dpi(dpi)
+    made.canvas.draw()
+    assert made.texts[0].get_text() == text
+    box = made.texts[0].get_window_extent()
+    assert 0 <= box.x0 and 0.85 * made.bbox.width < box.x1 <= made.bbox.width

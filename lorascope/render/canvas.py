@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LinearSegmentedColormap, LogNorm, Normalize, to_hex
+from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorascope.render.plan import Plan, Ramp
@@ -75,6 +77,22 @@ def _size(ax: Axes) -> tuple[float, float]:
 def _text_size(ax: Axes) -> float:
     """Font size of words inside axes, a little below that of the labels."""
     return 0.9 * float(ax.xaxis.label.get_fontsize())
+
+
+def broken(text: str, room: float, size: float) -> list[str]:
+    """Break text into lines that are no wider than ``room`` points at a font size, but for a word that is wider."""
+    font = FontProperties(size=size)
+    lines = []
+    for part in text.splitlines():
+        line = ""
+        for word in part.split():
+            longer = f"{line} {word}".lstrip()
+            wide = text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room
+            if wide and line:
+                lines.append(line)
+            line = word if wide else longer
+        lines.append(line)
+    return lines
 
 
 def plain(text: str) -> str:

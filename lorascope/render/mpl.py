@@ -24,7 +24,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from lorascope.chart import Drawable
-from lorascope.render.canvas import DASHES, DOT, SHAPES, colormap, draw, names, norm, numbers, plain
+from lorascope.render.canvas import DASHES, DOT, SHAPES, broken, colormap, draw, names, norm, numbers, plain
 from lorascope.render.plan import Entry, Plan, plan
 from lorascope.render.theme import GLYPH, Theme, fold, inches, theme
 
@@ -227,8 +227,9 @@ def _title(ax: Axes, settled: Plan, place: Place) -> None:
 
 
 def _caption(made: Figure, settled: Plan) -> Text:
-    """The caption, broken to the width of the figure."""
-    return made.text(0.01, 0.0, plain(settled.caption), wrap=True, ha="left", va="bottom", in_layout=False)
+    """The caption, broken to the width of the figure by hand: matplotlib breaks it anew for every resolution."""
+    lines = "\n".join(broken(settled.caption, 0.98 * 72 * made.get_figwidth(), settled.theme.size))
+    return made.text(0.01, 0.0, plain(lines), ha="left", va="bottom", in_layout=False)
 
 
 def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
@@ -263,7 +264,7 @@ def _fits(widths: list[float], depth: int, room: float) -> bool:
 def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
     """Stack caption and legend at the foot of the figure and lay the panels out in ``height`` inches above them."""
     parts = [(part, part.get_window_extent(renderer).height / made.dpi) for part in foot if part is not None]
-    gap, used = 0.04, 0.04
+    gap, used = 0.08, 0.04
     total = height + sum(depth + gap for _, depth in parts) + gap
     made.set_figheight(total)
     for part, depth in parts:

@@ -14,7 +14,6 @@ from typing import Any
 
 from lorascope.adapter_files import AdapterFiles, check_rank, is_transposed, lora_factors
 from lorascope.adapter_parts import Factor, Part
-from lorascope.forms import update_from
 from lorascope.tensors import TensorFile
 from lorascope.update import LowRank
 
@@ -44,7 +43,8 @@ class AdaPart(Part):
 
     def update(self) -> LowRank:
         """Read the factors."""
-        return update_from(self.factors(), self.scale)
+        held = self.factors()
+        return LowRank(held["B"] * held["diagonal"], held["A"], self.scale)
 
 
 def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:

@@ -15,7 +15,7 @@ from typing import Any
 from lorascope.adapter_files import AdapterFiles, check_rank, is_transposed, lora_factors
 from lorascope.adapter_parts import Factor, Part
 from lorascope.tensors import TensorFile
-from lorascope.update import LowRank
+from lorascope.update import Dense, LowRank
 
 _RANK, _ALPHA = 12, 8  # PEFT's, where the configuration says nothing
 
@@ -41,7 +41,7 @@ class AdaPart(Part):
         """Read the factors; E as the diagonal that it is."""
         return super().factors() | {"diagonal": self.E.read().reshape(-1)}
 
-    def update(self) -> LowRank:
+    def update(self) -> LowRank | Dense:
         """Read the factors."""
         held = self.factors()
         return LowRank(held["B"] * held["diagonal"], held["A"], self.scale)

@@ -27,6 +27,7 @@ COMMANDS = {
     "train": Command("training", "train a model by one of the methods, and record what happens inside"),
     "sweep": Command("sweeping", "train all runs of a TOML file, side by side, and compare their recipes"),
     "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
+    "doctor": Command("diagnosing", "name the causes why an adapter or a run is not what was meant"),
     "plot": Command("plotting", "draw a figure of one or several runs"),
     "export": Command("exporting", "hand a run over: its ranks or its adapter to PEFT, its tables as files"),
     "report": Command("reporting", "write the report of runs that are there already"),

@@ -27,7 +27,7 @@ from lorascope.plan import Base
 from lorascope.recording import Recording
 from lorascope.records import Record
 from lorascope.settings import Settings
-from lorascope.training import described
+from lorascope.training import described, overlap
 
 FILE = "lorascope-recorder.safetensors"
 
@@ -141,9 +141,12 @@ class TrainerRecorder(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **trainer: Any
     ) -> None:
-        """Take the loss on the evaluation set, and the metric that ``metric_for_best_model`` names."""
+        """Take the loss, the metric that ``metric_for_best_model`` names, and how many rows are training rows."""
         if self._recording is None:
             return
+        seen, shown = trainer.get("train_dataloader"), trainer.get("eval_dataloader")
+        if seen is not None and shown is not None:
+            self._recording.writer.meta["eval_overlap"] = overlap(seen.dataset, shown.dataset)
         chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         kept = {"eval_loss": metrics.get("eval_loss")}
         if chosen != "eval_loss":

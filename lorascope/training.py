@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments
 
 from lorascope.driving import MethodCallback
@@ -58,6 +60,27 @@ def described(
     }
 
 
+def overlap(trained: Any, evaluated: Any) -> float | None:
+    """Share of the evaluation rows that are training rows; None where no row can be told without reading it.
+
+    Rows are not read, since a data set may draw at random when it is. Two are the same if they stand at one place of
+    one data set, by itself, by its fingerprint or below a ``Subset``, or are one object in two lists.
+    """
+    if isinstance(trained, list) and isinstance(evaluated, list):
+        known = {id(row) for row in trained}
+        return sum(id(row) in known for row in evaluated) / max(1, len(evaluated))
+    (one, rows), (other, asked) = _rows(trained), _rows(evaluated)
+    return len(set(rows) & set(asked)) / max(1, len(asked)) if one == other else None
+
+
+def _rows(data: Any) -> tuple[Any, Sequence[int]]:
+    """Which data set it is, and which of its rows."""
+    if isinstance(data, Subset):
+        origin, rows = _rows(data.dataset)
+        return origin, [rows[index] for index in data.indices] if rows else []
+    return getattr(data, "_fingerprint", None) or id(data), range(len(data)) if hasattr(data, "__len__") else ()
+
+
 def _settings(
     args: TrainingArguments, state: TrainerState, step: Step, driver: MethodCallback | None
 ) -> dict[str, Any]:
@@ -85,7 +108,7 @@ def _recipe(model: Any, step: Step) -> tuple[dict[str, Any], str]:
     if not hasattr(model, "peft_config"):
         return {"name": "trainer", "rule": rule}, f"Trainer, {rule}"
     peft = next(iter(model.peft_config.values()))
-    default = vars(type(peft)())
+    default = {field.name: field.default for field in dataclasses.fields(peft)}  # AdaLoRA's cannot be built of nothing
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
     told = {
         key: value

@@ -2,7 +2,8 @@
 
 Of every page the blocks are run in order, in a folder of its own: ``python`` in one namespace, and ``console`` where a
 line begins with ``$ lorascope``. Lines below such a command are what it has to print; a line of three dots stands for
-any number of lines. Without such lines it only has to end well.
+any number of lines. Without such lines it only has to end well. A command that ends in ``; echo $?`` shows its exit code
+as a last line, as a shell would, and may end in any.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lorascope.cli import main
 
 PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_CODE = "; echo $?"
 _COMMAND = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 
 
@@ -47,10 +49,15 @@ def test_a_page_does_what_it_says(
             exec(compile(block, str(page), "exec"), names)
             continue
         for command, shown in _COMMAND.findall(block):
-            words = shlex.split(command)
+            plain = command.removesuffix(_CODE)
+            words = shlex.split(plain)
             if words[0] != "lorascope":
                 continue
             capsys.readouterr()
-            assert main(words[1:]) == 0, command
+            code = main(words[1:])
             printed = capsys.readouterr().out
+            if plain == command:
+                assert code == 0, command
+            else:
+                printed += f"{code}\n"
             assert not shown.strip() or fits(printed, shown), f"{page.name}: $ {command}\n{printed}"

@@ -25,7 +25,8 @@ LAYERS = [
     ["adalora_files", "dora_files", "fourier_files", "hydra_files", "loralib_files", "analysis", "models"],
     ["checkpoints"],
     ["scoring", "adapter_inspection", "against_base"],
-    ["plots", "claims", "inspection", "export", "delta"],
+    ["causes"],
+    ["plots", "claims", "inspection", "export", "delta", "doctor"],
     ["neuron_inspection", "pairwise"],
     ["screen", "ablation", "gating"],
     ["pairwise_screen"],
@@ -79,6 +80,8 @@ TORCH_FREE = {
     "pairwise_screen",
     "scoring",
     "gated",
+    "causes",
+    "doctor",
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.
 LATE = {("run", "state"), ("chart", "render")}

@@ -1,0 +1,113 @@
+"""Causes that lie in what was asked for: patterns, scale, budget, targets."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lorascope.adapter_files import pattern_key
+from lorascope.adapter_inspection import some
+from lorascope.causes.case import Case, Finding, Found, counted
+
+WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained
+HABIT = 2.0  # alpha / r: alpha is commonly r or 2 r, so an update is blamed on the scale only above it
+UNEVEN = 2.0  # between scales: r and 2 r are both common, more than that between two modules is neither
+
+
+def unmatched(case: Case) -> Found:
+    """Parts of a configuration that are about no module: a typing error that PEFT does not report."""
+    config = case.meta["method"]
+    if case.history:
+        return
+    names = list(case.adapted["module"])
+    for field in ("target_modules", "rank_pattern", "alpha_pattern"):
+        value = config.get(field) or ()
+        # One pattern in place of a list has to fit something, or PEFT refuses; AdaLoRA's ranks are masks by parameter.
+        if isinstance(value, str) or (field == "rank_pattern" and case.adalora):
+            continue
+        idle = [key for key in value if not any(pattern_key([key], name) for name in names)]
+        if idle:
+            yield Finding(
+                "unmatched",
+                f"{field} names no module of this adapter: {some(idle)}",
+                {"field": field, "keys": idle, "modules": len(names)},
+                "compare with model.named_modules(): PEFT matches the end of the name, and passes over what fits none",
+            )
+
+
+def overscaled(case: Case) -> Found:
+    """Updates larger than the weights, by a scale beyond habit."""
+    adapted = case.adapted
+    huge = adapted[(adapted["relative_update"] > WHOLE) & (adapted["scale"] > HABIT)]
+    if len(huge):
+        most = huge.loc[huge["relative_update"].idxmax()]
+        yield Finding(
+            "overscaled",
+            f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules, at most "
+            f"{most['relative_update']:.3g} of |W| in {most['module']}, at scale {most['scale']:.4g}",
+            {
+                "modules": len(huge),
+                "relative_update": float(most["relative_update"]),
+                "threshold": WHOLE,
+                "scale": float(most["scale"]),
+                "habit": HABIT,
+            },
+            "set lora_alpha to r or 2 r: the scale is alpha / r (alpha / sqrt(r) for rsLoRA), not alpha",
+        )
+
+
+def uneven_scale(case: Case) -> Found:
+    """An ``alpha_pattern`` that leaves out modules whose rank is another one."""
+    config, adapted = case.meta["method"], case.adapted
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    # Without any alpha_pattern the scale follows alpha / r, as AutoLoRA means it to.
+    if case.history or case.adalora or not ranks or not alphas or adapted.empty:
+        return
+    usual = float(adapted["scale"].mode().iloc[0])
+    left = [pattern_key(ranks, name) is not None and pattern_key(alphas, name) is None for name in adapted["module"]]
+    ratio = adapted["scale"] / usual
+    off = adapted[np.array(left) & ((ratio >= UNEVEN) | (ratio <= 1 / UNEVEN))]
+    if len(off):
+        yield Finding(
+            "uneven-scale",
+            f"{counted(off, adapted)} a rank of their own but no alpha: scale {off['scale'].iloc[0]:.4g} where "
+            f"others have {usual:.4g}: {some(off['module'])}",
+            {"modules": list(off["module"]), "scale": float(off["scale"].iloc[0]), "usual": usual, "threshold": UNEVEN},
+            "give alpha_pattern the keys of rank_pattern, with alpha = scale x rank",
+        )
+
+
+def allocator(case: Case) -> Found:
+    """AdaLoRA with more components than its budget."""
+    method, adapted = case.meta["method"], case.adapted
+    if not case.adalora or adapted.empty:
+        return
+    each = method.get("target_rank", method.get("target_r", 8))  # 8 is PEFT's default
+    budget, held, whole = round(each * len(adapted)), int(adapted["used"].sum()), int(adapted["rank"].sum())
+    if held <= budget:
+        return
+    evidence = {"components": held, "budget": budget, "of": whole}
+    if held == whole:
+        yield Finding(
+            "allocator-idle",
+            f"all {whole} components are still in use, the budget is {budget}: the allocator never took one",
+            evidence,
+            "call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
+        )
+    else:
+        yield Finding(
+            "budget-missed",
+            f"{held} of {whole} components are in use, the budget is {budget}: the schedule was cut short",
+            evidence,
+            "set total_step to the steps that are really taken, and tinit + tfinal well below it",
+        )
+
+
+def tied_twice(case: Case) -> Found:
+    """One weight under two names, with an adapter on each."""
+    for one, other in case.tied:
+        yield Finding(
+            "tied-twice",
+            f"{one} and {other} are one weight of the base, and each has an adapter: merged, they overwrite each other",
+            {"modules": [one, other]},
+            "adapt one of the two, or untie them first (tie_word_embeddings=False) and save the base",
+        )

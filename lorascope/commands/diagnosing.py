@@ -1,0 +1,71 @@
+"""``lorascope doctor``: why an adapter or a run is not what was meant."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from lorascope.causes import Case, Finding
+from lorascope.checkpoints import load
+from lorascope.commands.arguments import UsageError, parse
+from lorascope.doctor import examine, findings, unseen
+from lorascope.run import Run
+from lorascope.screen import WIDTH
+
+_INDENT = " " * 15
+
+
+@dataclass(frozen=True)
+class Options:
+    """Name the causes why an adapter or a run is not what was meant, each with its evidence and the mend.
+
+    Reads files alone. Of an adapter its factors and configuration tell, with --base also the weights; a run tells its
+    history besides. Exit code 0 if nothing was found, 1 if something was.
+
+    Example: lorascope doctor my-adapter
+    """
+
+    path: Annotated[Positional[str | None], arg(metavar="PATH", help="folder of an adapter or a run")] = None
+    base: Annotated[str | None, arg(metavar="DIR", help="folder of an adapter's base model")] = None
+    json: Annotated[bool, arg(help="everything, for a program")] = False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = parse(Options, argv, "lorascope doctor")
+    if options.path is None:
+        raise UsageError("diagnose what? Give a folder: lorascope doctor my-adapter")
+    run = load(options.path, options.base)
+    case = examine(run)
+    found = findings(case)
+    if options.json:
+        plain = {"path": options.path, "findings": list(map(dataclasses.asdict, found)), "unseen": unseen(case)}
+        print(json.dumps(plain, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(run, case, found)))
+    return 1 if found else 0
+
+
+def _lines(run: Run, case: Case, found: Sequence[Finding]) -> Iterator[str]:
+    state = "" if run.meta["states"] else f", {run.meta['status']}: its factors are not there yet"
+    yield from _paragraph(str(run.path.resolve().name if run.path else run.id), f"{_count(len(found))}{state}")
+    for finding in found:
+        yield from _paragraph(finding.cause, finding.told)
+        yield from _paragraph("", f"mend: {finding.mend}")
+    for missing, names in unseen(case).items():
+        yield from _paragraph("not looked for", f"without {missing}: {', '.join(names)}")
+
+
+def _count(number: int) -> str:
+    return f"{number} finding{'s' * (number > 1)}" if number else "nothing found"
+
+
+def _paragraph(label: str, text: str) -> list[str]:
+    head = f"{label:<15}" if len(label) < len(_INDENT) else f"{label} "
+    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=_INDENT, break_long_words=False)

@@ -1,0 +1,310 @@
+"""The doctor: faults as people make them, each named and nothing beside it; healthy runs give no finding."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from planted import low_rank, plant
+from torch.utils.data import Subset
+from trainers import METHODS, ROWS, by_trainer, fresh
+from transformers import TrainerCallback
+
+import lorascope as ls
+from lorascope import causes, models
+from lorascope.cli import main
+from lorascope.doctor import examine, unseen
+from lorascope.state import seeded
+from lorascope.training import overlap
+
+SETTINGS = {"steps": 6, "batch_size": ROWS, "eval_every": 0, "test_size": 16, "progress": False, "device": "cpu"}
+
+
+class Bench:
+    """What every fault starts from."""
+
+    def __init__(self, bert: str, gpt2: str, task: Any, out: Path) -> None:
+        self.folder, self.gpt2, self.task, self.out = bert, gpt2, task, out
+        encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
+        batch = encoded.batch(range(6 * ROWS))
+        self.rows = [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
+
+    def peft(self, config: Any = None, **options: Any) -> Any:
+        """A PEFT model, by default a LoRA of rank 4 on query and value."""
+        own = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
+        with seeded(0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = config or peft.LoraConfig(**own | options)
+            return peft.get_peft_model(fresh(self.folder, self.task), config)
+
+    def trained(self, model: Any, **settings: Any) -> ls.Run:
+        """The run of a Trainer, recorded."""
+        by_trainer(model, self.rows, self.out, recorder=ls.TrainerRecorder(), **settings)
+        return ls.load(self.out / "lorascope")
+
+    def saved(self, model: Any, base: bool = False) -> ls.Run:
+        """The adapter as a folder."""
+        model.save_pretrained(self.out / "adapter")
+        if not base:
+            return ls.load(self.out / "adapter")
+        model.unload().save_pretrained(self.out / "base")
+        return ls.load(self.out / "adapter", self.out / "base")
+
+    def by_train(self, method: Any, **settings: Any) -> ls.Run:
+        """A run of ``train``."""
+        return ls.train(fresh(self.folder, self.task), self.task, method, out=self.out / "run", **SETTINGS | settings)
+
+
+class Allocating(TrainerCallback):
+    """Calls PEFT's allocator where it has to be called."""
+
+    def on_optimizer_step(self, args, state, control, model=None, **trainer):
+        model.base_model.update_and_allocate(state.global_step)
+
+
+def adalora(**options: Any) -> Any:
+    own = {"task_type": "SEQ_CLS", "init_r": 6, "target_r": 2, "target_modules": ["query", "value"]}
+    return peft.AdaLoraConfig(**own | options)
+
+
+def saved_too_early(bench: Bench) -> ls.Run:
+    return bench.saved(bench.peft())
+
+
+def without_alpha(bench: Bench) -> ls.Run:
+    model = bench.peft(lora_alpha=0)
+    bench.trained(model)
+    return bench.saved(model)
+
+
+def alpha_for_scale(bench: Bench) -> ls.Run:
+    model = bench.peft(lora_alpha=4000)
+    bench.trained(model)
+    return bench.saved(model, base=True)
+
+
+def alpha_pattern_forgotten(bench: Bench) -> ls.Run:
+    ranks, alphas = {"query": 2, "value": 16}, {"query": 4}
+    model = bench.peft(target_modules=["query", "key", "value"], rank_pattern=ranks, alpha_pattern=alphas)
+    bench.trained(model)
+    return bench.saved(model)
+
+
+def misspelt(bench: Bench) -> ls.Run:
+    model = bench.peft(target_modules=["query", "valeu"])
+    bench.trained(model)
+    return bench.saved(model)
+
+
+def allocator_not_called(bench: Bench) -> ls.Run:
+    return bench.trained(bench.peft(adalora(total_step=6, tinit=1, tfinal=2)))
+
+
+def allocator_not_called_in_a_folder(bench: Bench) -> ls.Run:
+    model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2))
+    bench.trained(model)
+    return bench.saved(model)
+
+
+def schedule_too_long(bench: Bench) -> ls.Run:
+    return bench.trained(bench.peft(adalora(total_step=60)), others=[Allocating()])
+
+
+def first_layer_frozen(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    for name, parameter in model.named_parameters():
+        if "layer.0." in name:
+            parameter.requires_grad_(False)
+    return bench.trained(model)
+
+
+def rate_of_another_method(bench: Bench) -> ls.Run:
+    return bench.by_train(ls.FourierFT(coefficients=16), lr=1e-6)
+
+
+def rate_too_large(bench: Bench) -> ls.Run:
+    return bench.by_train(ls.Full(), lr=10.0, head_lr=10.0, schedule="constant", clip=None)
+
+
+def constant_start(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.constant_(parameter, 0.02)
+    return bench.trained(model)
+
+
+def both_factors_zero(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    for name, parameter in model.named_parameters():
+        if "layer.0." in name and "lora_A" in name:
+            torch.nn.init.zeros_(parameter)
+    return bench.trained(model)
+
+
+def layer_without_gradient(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    for name, parameter in model.named_parameters():
+        if "layer.0." in name and "lora_B" in name:
+            parameter.register_hook(lambda gradient: gradient * 1e-14)  # far below Adam's epsilon
+    return bench.trained(model)
+
+
+def overflow(bench: Bench) -> ls.Run:
+    return bench.trained(bench.peft(), learning_rate=1e38)
+
+
+def adapter_switched_off(bench: Bench) -> ls.Run:
+    model = bench.peft()
+    model.base_model.disable_adapter_layers()
+    for parameter in model.base_model.model.classifier.parameters():
+        parameter.requires_grad_(True)
+    return bench.trained(model)
+
+
+def both_names(bench: Bench) -> ls.Run:
+    model, method = models.load(bench.gpt2), ls.LoRA(targets=("transformer.wte", "lm_head"), lr=1e-3)
+    return ls.train(model, bench.task, method, out=bench.out / "run", **SETTINGS)
+
+
+def training_rows_again(bench: Bench) -> ls.Run:
+    settings = {"eval_strategy": "steps", "eval_steps": 3}
+    return bench.trained(bench.peft(), eval_dataset=bench.rows[:10], **settings)
+
+
+FAULTS: dict[Callable[[Bench], ls.Run], str] = {
+    saved_too_early: "untrained",
+    without_alpha: "scale-zero",
+    alpha_for_scale: "overscaled",
+    alpha_pattern_forgotten: "uneven-scale",
+    misspelt: "unmatched",
+    allocator_not_called: "allocator-idle",
+    allocator_not_called_in_a_folder: "allocator-idle",
+    schedule_too_long: "budget-missed",
+    first_layer_frozen: "frozen",
+    rate_of_another_method: "rate-small",
+    rate_too_large: "diverged",
+    constant_start: "collapsed",
+    both_factors_zero: "dead",
+    layer_without_gradient: "dead",
+    overflow: "nan",
+    adapter_switched_off: "unused",
+    both_names: "tied-twice",
+    training_rows_again: "leak",
+}
+
+
+@pytest.fixture
+def bench(bert, gpt2, task, tmp_path):
+    return Bench(bert, gpt2, task, tmp_path)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_is_named_and_nothing_beside_it(fault, bench):
+    found = ls.diagnose(fault(bench))
+    assert [finding.cause for finding in found] == [FAULTS[fault]], found
+    assert found[0].evidence
+    assert found[0].mend
+    json.dumps(found[0].evidence)
+
+
+def test_every_cause_has_its_fault():
+    assert {name for cause in causes.CAUSES for name in cause.names} == set(FAULTS.values())
+
+
+HEALTHY = METHODS | {
+    "autolora": ls.AutoLoRA(rank=4, lr=1e-2),
+    "alora": ls.ALoRA(init_rank=2, prune=5, warm_steps=2, round_steps=2, rounds=3, lr=1e-2),
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_a_healthy_run_gives_none(name, bench):
+    assert ls.diagnose(bench.by_train(HEALTHY[name])) == []
+
+
+def test_healthy_adapters_give_none(bench):
+    model = bench.peft()
+    rows, bench.rows = bench.rows[32:], bench.rows[:32]
+    run = bench.trained(model, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
+    assert run.meta["eval_overlap"] == 0
+    assert ls.diagnose(run) == []
+    assert ls.diagnose(bench.saved(model, base=True)) == []
+
+
+def test_an_allocator_that_did_its_work_gives_none(bench):
+    model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2))
+    assert ls.diagnose(bench.trained(model, others=[Allocating()])) == []
+    assert ls.diagnose(bench.saved(model)) == []
+
+
+def test_rows_are_told_apart_without_reading_them(bench):
+    data = torch.utils.data.TensorDataset(torch.arange(6))
+    assert overlap(data, data) == 1
+    assert overlap(Subset(data, [0, 1, 2]), Subset(data, [2, 3])) == 0.5
+    assert overlap(Subset(data, [0, 1]), Subset(data, [2, 3])) == 0
+    assert overlap(Subset(data, [0, 1, 2]), data) == 0.5
+    assert overlap(data, Subset(data, [4])) == 1
+    assert overlap(Subset(data, [4]), Subset(Subset(data, [3, 4]), [1])) == 1
+    assert overlap(data, torch.utils.data.TensorDataset(torch.arange(6))) is None
+    assert overlap(bench.rows[:4], bench.rows[2:6]) == 0.5
+
+
+def test_numbers_by_hand(tmp_path):
+    """Planted: (3, 4) against (30, 40) is a tenth, and what is below a threshold is said only there."""
+    norms = {"h.0.q": (3.0, 30.0), "h.1.q": (4.0, 40.0)}
+
+    def planted(id, factor, losses):
+        values = {("learned_norm", name): {9: moved * factor} for name, (moved, _) in norms.items()}
+        values |= {("update_norm", name): {9: moved * factor} for name, (moved, _) in norms.items()}
+        values |= {("weight_norm", name): {9: weight} for name, (_, weight) in norms.items()}
+        values |= {("loss", ""): dict(enumerate(losses, start=1))}
+        about = {"settings": {"steps": 9, "lr": 0.5}, "method": {"name": "lora"}}
+        factors = dict.fromkeys(norms, low_rank(3.0, 2.0))
+        return ls.diagnose(plant(tmp_path, id, values, factors=factors, **about))
+
+    assert planted("a", 1.0, [1.0, 1.9]) == []
+    assert planted("b", 1.1e-3, [1.0, 1.9]) == []
+    (finding,) = planted("c", 0.9e-3, [1.0, 1.9])
+    assert finding.cause == "rate-small"
+    assert finding.evidence == {"moved": pytest.approx(0.9e-4), "threshold": 1e-4, "lr": 0.5}
+    (finding,) = planted("d", 1.0, [1.0, 0.5, 2.1])
+    assert (finding.cause, finding.evidence["start"], finding.evidence["end"]) == ("diverged", 1.0, 2.1)
+    (finding,) = planted("e", 1.0, [1.0, math.nan])
+    assert finding.cause == "diverged"
+
+
+def test_a_loss_that_was_no_number_broke_the_run_off(bench):
+    with pytest.raises(FloatingPointError):
+        bench.by_train(ls.Full(), lr=1e30, head_lr=1e30, clip=None)
+    (finding,) = ls.diagnose(ls.load(bench.out / "run"))
+    assert finding.cause == "diverged"
+    assert "became" in finding.told
+
+
+def test_the_command(bench, capsys):
+    run = saved_too_early(bench)
+    assert main(["doctor", str(run.path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.startswith("adapter        1 finding\nuntrained      B is still zero in all 4 modules")
+    assert "not looked for without a history: unused, diverged, leak" in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    assert main(["doctor", str(run.path), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert [finding["cause"] for finding in told["findings"]] == ["untrained"]
+    assert main(["doctor", str(bench.out / "nowhere")]) == 2
+    assert main(["doctor"]) == 2
+    assert "give a folder" in capsys.readouterr().err.lower()
+
+
+def test_a_run_has_evidence_for_every_cause(tmp_path):
+    values = {("update_norm", "h.0.q"): {9: 1.0}, ("weight_norm", "h.0.q"): {9: 1.0}}
+    run = plant(tmp_path, "a", values, factors={"h.0.q": low_rank(1.0)}, method={"name": "lora"})
+    assert unseen(examine(run)) == {}

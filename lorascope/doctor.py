@@ -98,7 +98,7 @@ def _tied(run: Run) -> tuple[tuple[str, str], ...]:
         ends = {role: modules["module"][modules["role"] == role] for role in ("embed", "head")}
         lacking = [name for name in ends["head"] if run.base is not None and not run.base.holds(name)]
         return tuple((one, other) for one in ends["embed"] for other in lacking)
-    pairs = zip(modules["module"], modules["tied"].fillna(""), strict=True)
+    pairs = zip(modules["module"], modules.get("tied", pd.Series("", modules.index)).fillna(""), strict=True)
     return tuple((one, other) for one, tied in pairs for other in tied.split(",") if {one, other} <= adapted)
 
 

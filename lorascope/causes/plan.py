@@ -9,7 +9,7 @@ from lorascope.adapter_inspection import some
 from lorascope.causes.case import Case, Finding, Found, counted
 
 WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained
-HABIT = 2.0  # alpha / r: alpha is commonly r or 2 r, so an update is blamed on the scale only above it
+HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so an update is blamed on the scale only above it
 UNEVEN = 2.0  # between scales: r and 2 r are both common, more than that between two modules is neither
 
 
@@ -79,7 +79,8 @@ def uneven_scale(case: Case) -> Found:
 def allocator(case: Case) -> Found:
     """AdaLoRA with more components than its budget."""
     method, adapted = case.meta["method"], case.adapted
-    if not case.adalora or adapted.empty:
+    # A recorder may look before PEFT's allocator masks what the step has just trained again; the folder is saved after.
+    if not case.adalora or adapted.empty or method.get("name") == "peft":
         return
     each = method.get("target_rank", method.get("target_r", 8))  # 8 is PEFT's default
     budget, held, whole = round(each * len(adapted)), int(adapted["used"].sum()), int(adapted["rank"].sum())

@@ -2,8 +2,8 @@
 
 Of every page the blocks are run in order, in a folder of its own: ``python`` in one namespace, and ``console`` where a
 line begins with ``$ lorascope``. Lines below such a command are what it has to print; a line of three dots stands for
-any number of lines. Without such lines it only has to end well. A command that ends in ``; echo $?`` shows its exit code
-as a last line, as a shell would, and may end in any.
+any number of lines. Without such lines it only has to end well. A command that ends in ``; echo $?`` shows its exit
+code as a last line, as a shell would, and may end in any.
 """
 
 from __future__ import annotations

@@ -61,12 +61,16 @@ def adapter_findings(run: AdapterRun) -> Iterator[str]:
 def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
     """Of modules that are stored as they are, such as new heads: how far from the base, where it has them."""
     base = run.base
-    measured = [module for module in modules if base is not None and base.holds(module)]
-    for module in measured:
-        change = Pair(base.weight(module, base.shape(module)), run.files.whole(module))
-        share = f"{100 * change.relative_update():.3g} % of |W|"
-        yield f"saved in full beside the factors: {module}, |dW| {change.update.norm():.3g} ({share})"
-    if rest := [module for module in modules if module not in measured]:
+    rest = list(modules)
+    if base is not None:
+        rest = [module for module in modules if not base.holds(module)]
+        for module in modules:
+            if module in rest:
+                continue
+            change = Pair(base.weight(module, base.shape(module)), run.files.whole(module))
+            share = f"{100 * change.relative_update():.3g} % of |W|"
+            yield f"saved in full beside the factors: {module}, |dW| {change.update.norm():.3g} ({share})"
+    if rest:
         without = "without a base" if base is None else "as the base has none"
         yield f"saved in full beside the factors, not measured {without}: {some(rest)}"
 

@@ -10,11 +10,10 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.forms import update_from
-from lorascope.fourier import Fourier
 from lorascope.layout import Lazy, identify
 from lorascope.records import validate
 from lorascope.run import Run
-from lorascope.update import LowRank
+from lorascope.update import Dense, LowRank
 
 _SIZES = ("update_norm", "learned_norm", "relative_update")
 _SHAPES = ("stable_rank", "effective_rank")
@@ -76,15 +75,15 @@ class GatedRun(Run):
             lambda module: held[module] | ({"gates": self.gates[module]} if module in self.gates else {}),
         )
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Fourier]:
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
         """As of the run, at these gates."""
         whole, held = self.run.updates(step, state), self.factors(step, state)
 
-        def make(module: str) -> LowRank | Fourier:
+        def make(module: str) -> LowRank | Dense:
             update = whole[module]
-            if module not in self.gates:
+            if module not in self.gates or not isinstance(update, LowRank):
                 return update
-            return update_from(held[module], update.scale, getattr(update, "exact", True))
+            return update_from(held[module], update.scale, update.exact)
 
         return Lazy(list(whole), make)
 

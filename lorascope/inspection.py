@@ -253,14 +253,14 @@ def _beside(modules: pd.DataFrame) -> Iterator[str]:
     known = modules[modules["intruders"].notna()]
     found = known[known["intruders"] > 0]
     if len(found):
-        most = found.loc[found["intruders"].idxmax()]
+        most = found.sort_values("intruders", ascending=False, kind="stable").iloc[0]
         told = f"{found['intruders'].sum():.0f} intruder dimensions in {len(found)} of {len(known)} modules"
         yield f"{told}, most in {most['module']} ({most['intruders']:.0f} of {DIRECTIONS})"
     elif len(known):
         yield f"no intruder dimension among the {DIRECTIONS} leading ones of {len(known)} modules"
     turned = modules[modules["neuron_largest"].notna()]
     if len(turned):
-        most = turned.loc[turned["neuron_largest"].idxmax()]
+        most = turned.sort_values("neuron_largest", ascending=False, kind="stable").iloc[0]
         told = f"neurons turned by 1 - cos = {turned['neuron_median'].median():.2g} (median over modules)"
         yield f"{told}, at most {most['neuron_largest']:.2g}, in {most['module']}"
         if rest := len(turned) - len(known):

@@ -94,12 +94,12 @@ def _restored(trained: nn.Module | Run, base: nn.Module | None) -> Any:
 
 def _routers(folder: AdapterRun, base: nn.Module) -> dict[str, RoutedDelta]:
     """The heads of an adapter's folder, with their routers."""
-    updates = folder.updates()
     found = {}
     for module, held in folder.factors().items():
         if "router" in held:
             number, outer, rank = held["B"].shape
-            found[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, updates[module].scale)
+            scale = folder.files.parts[module].scale
+            found[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, scale)
             parts = {"A": held["A"], "B": held["B"].transpose(1, 0, 2).reshape(outer, -1), "router": held["router"]}
             with torch.no_grad():
                 for name, part in parts.items():

@@ -47,7 +47,7 @@ def _block(
     yield style.paint(title, "1")
     yield "  " + "".join(f"{letter:>{_CELL}}" for letter in letters[:_MOST])
     for letter, label in zip(letters, comparison.labels, strict=True):
-        values = [cells.loc[label, other] for other in comparison.labels[:_MOST]]
+        values = cells.loc[[label], list(comparison.labels[:_MOST])].to_numpy(float)[0]
         yield f"{letter} " + "".join(f"{'-' if math.isnan(value) else tell(value):>{_CELL}}" for value in values)
 
 

@@ -20,11 +20,10 @@ import pandas as pd
 from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
 from lorascope.forms import update_from
-from lorascope.fourier import Fourier
 from lorascope.layout import GROWING, Lazy, snapshot_file
 from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
-from lorascope.update import LowRank
+from lorascope.update import Dense, LowRank
 
 SCHEMA = 1
 STATES = ("last", "best")
@@ -122,14 +121,14 @@ class Run:
         kept = file.about["factors"]
         return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Fourier]:
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
         """The factored update of every module that has one, read when asked for."""
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
         scales, exact, kept = (file.about[name] for name in ("scales", "exact", "factors"))
 
-        def make(module: str) -> LowRank | Fourier:
+        def make(module: str) -> LowRank | Dense:
             arrays = {name: file[f"{module}/{name}"] for name in kept[module]}
             return update_from(arrays, scales[module], exact[module])
 

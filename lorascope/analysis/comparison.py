@@ -95,14 +95,15 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
     found = [
         row
         for place, part in table.groupby(PLACE, sort=False)
-        for row in _pairs(dict(zip(PLACE, place, strict=True)), part)
+        for row in _pairs(dict(zip(PLACE, map(str, place), strict=True)), part)
     ]
     return pd.DataFrame(found, columns=[*PLACE, "recipe", "other", "difference", "low", "high", "n", "p", "better"])
 
 
 def _pairs(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]]:
     by_seed = part.pivot(index="seed", columns="recipe", values="value")
-    rows, p_values = [], []
+    rows: list[dict[str, Any]] = []
+    p_values: list[float] = []
     for recipe, other in itertools.combinations(part["recipe"].unique(), 2):
         values = (by_seed[recipe] - by_seed[other]).dropna().to_numpy(np.float64)
         if len(values):
@@ -174,12 +175,12 @@ def words(compared: pd.DataFrame) -> list[str]:
         told = part[part["better"] != ""]
         many = compared[["model", "task"]].drop_duplicates()
         where = f"{model}, {task}: " if len(many) > 1 else ""
-        for row in told.itertuples():
-            worse = row.other if row.better == row.recipe else row.recipe
-            low, high = sorted((abs(row.low), abs(row.high)))
+        for row in told.to_dict("records"):
+            worse = row["other"] if row["better"] == row["recipe"] else row["recipe"]
+            low, high = sorted((abs(row["low"]), abs(row["high"])))
             lines.append(
-                f"{where}{row.better} is better than {worse} by {abs(row.difference):.4g} [{low:.4g}, {high:.4g}] "
-                f"(p {row.p:.2g}, {row.n} seeds)"
+                f"{where}{row['better']} is better than {worse} by {abs(row['difference']):.4g} "
+                f"[{low:.4g}, {high:.4g}] (p {row['p']:.2g}, {row['n']} seeds)"
             )
         overlapping = part[part["better"] == ""]
         if overlapping.empty:

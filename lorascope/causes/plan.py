@@ -39,7 +39,7 @@ def overscaled(case: Case) -> Found:
     adapted = case.adapted
     huge = adapted[(adapted["relative_update"] > WHOLE) & (adapted["scale"] > HABIT)]
     if len(huge):
-        most = huge.loc[huge["relative_update"].idxmax()]
+        most = huge.sort_values("relative_update", ascending=False, kind="stable").iloc[0]
         yield Finding(
             "overscaled",
             f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules, at most "
@@ -82,8 +82,9 @@ def allocator(case: Case) -> Found:
     # A recorder may look before PEFT's allocator masks what the step has just trained again; the folder is saved after.
     if not case.adalora or adapted.empty or method.get("name") == "peft":
         return
-    each = method.get("target_rank", method.get("target_r", 8))  # 8 is PEFT's default
-    budget, held, whole = round(each * len(adapted)), int(adapted["used"].sum()), int(adapted["rank"].sum())
+    each, first = method.get("target_rank", method.get("target_r", 8)), method.get("init_rank", method.get("init_r", 12))
+    # What a folder holds was masked already, so the start is known from the configuration alone; 8 and 12 are PEFT's.
+    budget, held, whole = round(each * len(adapted)), int(adapted["used"].sum()), first * len(adapted)
     if held <= budget:
         return
     evidence = {"components": held, "budget": budget, "of": whole}

@@ -82,8 +82,9 @@ def allocator(case: Case) -> Found:
     # A recorder may look before PEFT's allocator masks what the step has just trained again; the folder is saved after.
     if not case.adalora or adapted.empty or method.get("name") == "peft":
         return
-    each, first = method.get("target_rank", method.get("target_r", 8)), method.get("init_rank", method.get("init_r", 12))
     # What a folder holds was masked already, so the start is known from the configuration alone; 8 and 12 are PEFT's.
+    each = method.get("target_rank", method.get("target_r", 8))
+    first = method.get("init_rank", method.get("init_r", 12))
     budget, held, whole = round(each * len(adapted)), int(adapted["used"].sum()), first * len(adapted)
     if held <= budget:
         return

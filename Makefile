@@ -27,6 +27,7 @@ types: .venv/installed
 
 tests: .venv/installed
 	$(BIN)/pytest -n 2
+	$(BIN)/pytest -m ray  # by itself: a cluster takes the whole machine
 
 notebooks: .venv/installed
 	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks

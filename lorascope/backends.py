@@ -50,9 +50,7 @@ def using(
         try:
             if name == "ray":
                 stack.enter_context(_ray(address))
-            backend = _dask(address, options) if name == "dask" else name
-            chosen = {} if backend is None else {"backend": backend}
-            stack.enter_context(parallel_config(**chosen, **options))
+            stack.enter_context(parallel_config(**_on_cluster(name, address, options)))
         except ImportError:
             raise ValueError(f"backend {name} is not installed: pip install 'lorascope[cluster]'") from None
         except OSError:
@@ -62,36 +60,55 @@ def using(
         yield
 
 
-def _dask(address: str | None, options: dict[str, Any]) -> Any:
-    """joblib's backend for dask; takes its own options out of those given."""
+def _on_cluster(name: str | None, address: str | None, options: dict[str, Any]) -> dict[str, Any]:
+    """What ``joblib.parallel_config`` takes; a cluster's own options go into its backend."""
+    if name not in ("dask", "ray"):
+        return options if name is None else {"backend": name, **options}
+    own = {key: value for key, value in options.items() if key != "n_jobs"}
+    backend = _dask_backend(address, own) if name == "dask" else _ray_backend(own)
+    return {"backend": backend, "n_jobs": options["n_jobs"]}
+
+
+class _Telling:
+    """Mixed into a backend, raises the errors of its cluster, such as a killed worker: joblib takes them for results."""
+
+    def retrieve_result_callback(self, out: Any) -> Any:
+        if isinstance(out, BaseException):
+            raise out
+        return super().retrieve_result_callback(out)  # type: ignore[misc]
+
+
+def _dask_backend(address: str | None, options: dict[str, Any]) -> Any:
+    """joblib's backend for dask, with dask's own options."""
     from joblib._dask import DaskDistributedBackend
 
-    class Dask(DaskDistributedBackend):
-        """Tells joblib of errors of dask itself, such as a killed worker, too: for these it waits in vain."""
+    class Dask(_Telling, DaskDistributedBackend):
+        """Tells joblib of errors of dask itself, too: for these it waits in vain."""
 
         def submit(self, func: Any, callback: Any = None) -> Any:
             future = super().submit(func, callback)
             future.add_done_callback(lambda done: done.exception() is not None and callback(done.exception()))
             return future
 
-        def retrieve_result_callback(self, out: Any) -> Any:
-            if isinstance(out, BaseException):
-                raise out
-            return super().retrieve_result_callback(out)
+    return Dask(scheduler_host=address, **options)
 
-    jobs = options.pop("n_jobs")
-    own = dict(options)
-    options.clear()
-    options["n_jobs"] = jobs
-    return Dask(scheduler_host=address, **own)
+
+def _ray_backend(options: dict[str, Any]) -> Any:
+    """ray's backend for joblib, with ray's own options."""
+    from ray.util.joblib.ray_backend import RayBackend
+
+    class Ray(_Telling, RayBackend):
+        """Hands results over as they come, which joblib lets no pool do, but this one does."""
+
+        supports_return_generator = True
+
+    return Ray(**options)
 
 
 @contextmanager
 def _ray(address: str | None) -> Iterator[None]:
     import ray
-    from ray.util.joblib import register_ray
 
-    register_ray()
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address)

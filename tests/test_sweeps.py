@@ -219,6 +219,6 @@ def test_a_ray_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path, m
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=10**8)
     try:
-        check_that_nothing_is_lost(bert, task, tmp_path, {"name": "ray"})
+        check_that_nothing_is_lost(bert, task, tmp_path, {"name": "ray", "ray_remote_args": {"num_cpus": 1}})
     finally:
         ray.shutdown()

@@ -70,7 +70,7 @@ def _on_cluster(name: str | None, address: str | None, options: dict[str, Any]) 
 
 
 class _Telling:
-    """Mixed into a backend, raises the errors of its cluster, such as a killed worker: joblib takes them for results."""
+    """Raises the errors of a cluster itself, such as a killed worker, which joblib takes for results."""
 
     def retrieve_result_callback(self, out: Any) -> Any:
         if isinstance(out, BaseException):

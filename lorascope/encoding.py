@@ -1,7 +1,8 @@
-"""Rows as tokens: tokenised once, then batched by index and padded to the longest of the batch."""
+"""Rows as a model takes them, batched by index: texts are tokenised once and padded to the longest of the batch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -36,16 +37,12 @@ class Choices:
     answers: Int[np.ndarray, "rows"]
 
 
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Tokenised rows.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Encoded(ABC):
+    """Rows that are ready for the model.
 
     Parameters
     ----------
-    tokens : dict of lists
-        Per input of the model one list of token ids a row: input_ids, and labels where they are tokens.
-    padding : dict
-        What each is filled up with.
     classes : array (rows,) or None
         Class numbers, where the labels are classes.
     choices : Choices or None
@@ -56,12 +53,39 @@ class Encoded:
         Whether the label at position t is what position t - 1 predicts, as in a causal LM.
     """
 
-    tokens: dict[str, list[list[int]]]
-    padding: dict[str, int]
     classes: Int[np.ndarray, "rows"] | None = None
     choices: Choices | None = None
     groups: list[str] | None = None
     shifted: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @property
+    @abstractmethod
+    def lengths(self) -> Int[np.ndarray, "rows"]:
+        """How long each row is: rows of like length go together."""
+
+    @abstractmethod
+    def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
+        """Inputs of the model for these rows, and labels."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens(Encoded):
+    """Tokenised rows.
+
+    Parameters
+    ----------
+    tokens : dict of lists
+        Per input of the model one list of token ids a row: input_ids, and labels where they are tokens.
+    padding : dict
+        What each is filled up with.
+    """
+
+    tokens: dict[str, list[list[int]]]
+    padding: dict[str, int]
 
     def __len__(self) -> int:
         return len(self.tokens["input_ids"])
@@ -89,32 +113,32 @@ class Encoded:
         return inputs
 
 
-def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Encoded:
+def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Tokens:
     """Texts (or pairs of texts) with class numbers."""
     pairs = {"text_pair": rows["pair"].to_list()} if "pair" in rows else {}
     found = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
     tokens, padding = {"input_ids": found["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
     if pairs and "token_type_ids" in found:
         tokens["token_type_ids"], padding["token_type_ids"] = found["token_type_ids"], 0
-    return Encoded(tokens, padding, classes=_numbers(rows, labels), groups=_groups(rows))
+    return Tokens(tokens, padding, classes=numbers(rows, labels), groups=groups_of(rows))
 
 
-def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Encoded:
+def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
     """Plain text for a causal LM: every token but the first counts, and the end of the text is one."""
     end = _end(tokenizer)
     start = _start(tokenizer)
     ids = [[*start, *text, *end][:max_length] for text in _plain(tokenizer, rows["text"].to_list())]
-    return Encoded(
+    return Tokens(
         {"input_ids": ids, "labels": ids},
         {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
-        groups=_groups(rows),
+        groups=groups_of(rows),
         shifted=True,
     )
 
 
 def encode_pairs(
     tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int, *, seq2seq: bool
-) -> Encoded:
+) -> Tokens:
     """Prompts with responses, of which only the responses count.
 
     With ``labels`` the responses are a closed set. An open response ends with the end-of-text token, so that the model
@@ -136,11 +160,11 @@ def encode_pairs(
             kept = [*start, *prompt[max(0, len(prompt) - room) :]]
             inputs.append(kept + reply)
             responses.append([IGNORED] * len(kept) + reply)
-    return Encoded(
+    return Tokens(
         {"input_ids": inputs, "labels": responses},
         {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
         choices=_choices(tokenizer, rows, labels, seq2seq) if labels else None,
-        groups=_groups(rows),
+        groups=groups_of(rows),
         shifted=not seq2seq,
     )
 
@@ -155,7 +179,7 @@ def _choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq:
         raise ValueError(
             f"the labels {', '.join(labels)} begin alike for this tokenizer: rename them so that they differ"
         )
-    return Choices(np.array(tokens), offset, _numbers(rows, labels))
+    return Choices(np.array(tokens), offset, numbers(rows, labels))
 
 
 def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -172,10 +196,12 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
-    numbers = {label: number for number, label in enumerate(labels)}
-    return np.array([numbers[label] for label in rows["label"]], dtype=np.int64)
+def numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
+    """Class number of each row."""
+    known = {label: number for number, label in enumerate(labels)}
+    return np.array([known[label] for label in rows["label"]], dtype=np.int64)
 
 
-def _groups(rows: pd.DataFrame) -> list[str] | None:
+def groups_of(rows: pd.DataFrame) -> list[str] | None:
+    """Group of each row, None where there are none."""
     return rows["group"].to_list() if "group" in rows else None

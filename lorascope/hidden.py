@@ -33,19 +33,22 @@ def token_means(
     training = model.training
     model.eval()
     found: dict[str, list[Any]] = {}
-    for start in range(0, len(batch["attention_mask"]), _ROWS):
+    for start in range(0, len(next(iter(batch.values()))), _ROWS):
         piece = {key: value[start : start + _ROWS] for key, value in batch.items()}
         output = model(**piece, output_hidden_states=True)
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
-                weighed = (states if of is None else of(states)) * _weights(states, piece["attention_mask"])
+                weighed = (states if of is None else of(states)) * _weights(states, piece.get("attention_mask"))
                 found.setdefault(stack, []).append(weighed.sum(2).transpose(0, 1))
     model.train(training)
     return {stack: to_array(torch.cat(parts)) for stack, parts in found.items()}
 
 
-def _weights(states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"]) -> Float[Tensor, "..."]:
-    """What each token counts in the mean of its row; all of a decoder's own tokens count alike."""
-    kept = mask.double() if mask.shape == states.shape[1:3] else states.new_ones(states.shape[1:3])
+def _weights(
+    states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"] | None
+) -> Float[Tensor, "..."]:
+    """What each token counts in the mean of its row; all of an image's and of a decoder's own count alike."""
+    told = mask is not None and mask.shape == states.shape[1:3]
+    kept = mask.double() if told else states.new_ones(states.shape[1:3])
     return (kept / kept.sum(1, keepdim=True))[..., None]

@@ -69,6 +69,10 @@ def mean_gates(
             f"{type(model).__name__} has no router: its gates are on no text; "
             "train HydraLoRA with 2 heads or more and router='learned'"
         )
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} takes {model.main_input_name}, not text: its run has the gates on images"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder, which reads pairs: texts alone are not enough")
     seen = _watched(model, routed, list(texts), tokenizer or models.tokenizer(model), max_length, batch_size)

@@ -91,6 +91,38 @@ def note_missing(model: nn.Module, names: Iterable[str]) -> None:
     model._lorascope_missing = missing(model) | frozenset(names)  # type: ignore[assignment]
 
 
+def processor(model: nn.Module) -> Any:
+    """What makes inputs of a task's rows: the tokenizer of a model, or the image processor of one that takes pixels.
+
+    Raises
+    ------
+    ValueError
+        The model was not loaded from a folder or the hub, or nothing of the kind lies beside it.
+    FileNotFoundError
+        The folder is gone, or the hub does not answer.
+    """
+    if getattr(model, "main_input_name", "input_ids") != "pixel_values":
+        return tokenizer(model)
+    source = _source(model, "image processor")
+    with _quiet():
+        try:
+            return transformers.AutoImageProcessor.from_pretrained(locate(source))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(
+                f"there is no image processor in {source}, where preprocessor_config.json tells of it "
+                f"({first_line(error)})"
+            ) from None
+
+
+def _source(model: nn.Module, wanted: str) -> str:
+    """Where a model was loaded from."""
+    source = getattr(model, "name_or_path", "")
+    if not source:
+        name = type(model).__name__
+        raise ValueError(f"this {name} was not loaded from a folder or the hub: its {wanted} is unknown")
+    return source
+
+
 def tokenizer(model: nn.Module) -> Any:
     """Tokenizer of a loaded model; a decoder without a padding token pads with its end-of-text token.
 
@@ -101,11 +133,7 @@ def tokenizer(model: nn.Module) -> Any:
     FileNotFoundError
         The folder is gone, or the hub does not answer.
     """
-    source = getattr(model, "name_or_path", "")
-    if not source:
-        raise ValueError(
-            f"this {type(model).__name__} was not loaded from a folder or the hub: its tokenizer is unknown"
-        )
+    source = _source(model, "tokenizer")
     with _quiet():
         try:
             found = transformers.AutoTokenizer.from_pretrained(locate(source))

@@ -137,7 +137,8 @@ class Plan:
             "recipe": config(self.recipe),
             "label": self.recipe.label(),
             "task": self.task.name,
-            "labels": list(self.task.labels) if self.task.kind == "classification" else None,
+            "task_kind": self.task.kind,
+            "labels": list(self.task.labels) if self.task.classifies else None,
             "parents": [f"../{run.path.name}" for run in parents if run.path],
             "total_seconds": sum(run.meta["seconds"] for run in parents),
         }
@@ -196,7 +197,7 @@ def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
     if mark is not None:
         return mark
     refuse_adapted(model)
-    fit_head(model, task.labels if task.kind == "classification" else None)
+    fit_head(model, task.labels if task.classifies else None)
     draw_new_weights(model, seed)
     return Mark("", weights_hash(model), Base(model))
 

@@ -20,7 +20,7 @@ from lorascope import names
 from lorascope.delta import adapted
 from lorascope.evaluation import Score, evaluate
 from lorascope.method import Batch, HeldOut, Step
-from lorascope.models import tokenizer
+from lorascope.models import processor
 from lorascope.observe import factors_of
 from lorascope.plan import Base, Plan
 from lorascope.records import Record
@@ -67,7 +67,7 @@ class Session:
         self.optimizer = self.method.optimizer(model, s.lr, s.head_lr, s.weight_decay)
         base.capture(self.optimizer)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, s.rate())
-        self._encode(tokenizer(model))
+        self._encode(processor(model))
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw, self._unseen)
@@ -94,13 +94,13 @@ class Session:
 
     # -- data ---------------------------------------------------------------------------------------------------
 
-    def _encode(self, tokens: Any) -> None:
+    def _encode(self, processor: Any) -> None:
         share, limits = float(self.method.search_share), self.settings
 
         def encode(splits: str, rows: int) -> Any:
             parts = [self.task.split(split, share) for split in splits.split("+")]
             # A task's rows stand in the order of a hash, so the first ones are a fair sample.
-            return self.task.encode(tokens, pd.concat(parts, ignore_index=True).head(rows), limits.max_length)
+            return self.task.encode(processor, pd.concat(parts, ignore_index=True).head(rows), limits.max_length)
 
         everything = len(self.task.table)
         self.train = encode(self.plan.phase.split, everything)

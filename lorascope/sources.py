@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import pandas as pd
+from PIL import Image
 
 from lorascope.assets import SENTIMENT, cache, fetch, first_line, staged
 
@@ -38,7 +39,9 @@ def read(name: str) -> pd.DataFrame:
         return rows[rows["group"] == domain].drop(columns="group") if domain else rows
     path = Path(name).expanduser()
     if path.suffix in _FILES:
-        return read_file(path)
+        return _beside(path, read_file(path))
+    if path.is_dir():
+        return read_folder(path)
     if path.is_file():
         raise ValueError(f"{name} is neither CSV (.csv) nor JSON lines (.jsonl) nor Parquet (.parquet)")
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.88)
@@ -94,6 +97,29 @@ def read_file(path: Path) -> pd.DataFrame:
         raise ValueError(f"cannot read {path} as {_FILES[path.suffix]}: {first_line(error)}") from None
 
 
+def _beside(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
+    """Paths of images in a file are seen from there."""
+    if "image" not in rows:
+        return rows
+    found = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
+    return rows.assign(image=pd.Series(found, rows.index, dtype=object))
+
+
+def read_folder(path: Path) -> pd.DataFrame:
+    """The images of a folder: columns image (paths) and label, the name of the folder that each lies in.
+
+    Raises
+    ------
+    ValueError
+        It has no folders with images in them.
+    """
+    known = Image.registered_extensions()
+    files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in known]
+    if not files:
+        raise ValueError(f"{path} is a folder without images: it needs a folder of images for each label")
+    return pd.DataFrame({"image": [str(file) for file in files], "label": [file.parent.name for file in files]})
+
+
 def read_hub(name: str) -> pd.DataFrame:
     """Rows of a data set of the hub, all its labelled splits together: lorascope draws splits of its own.
 
@@ -117,21 +143,23 @@ def read_hub(name: str) -> pd.DataFrame:
 
 
 def _canonical(part: Any) -> pd.DataFrame:
-    """One split with our column names: the first text columns, and the class column by its names."""
+    """One split with our column names: the image, or the first text columns, and the class column by its names."""
     kinds, rows = part.features, part.to_pandas()
     if {"prompt", "response"} <= kinds.keys():
         return rows
+    pictures = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     texts = ["text"] if "text" in strings else [column for column in strings if column != "label"][:2]
+    shown = dict(zip(pictures or texts, ["image"] if pictures else ["text", "pair"], strict=False))
     classes = [column for column, kind in kinds.items() if column == "label" or hasattr(kind, "names")][:1]
     groups = [column for column in ("group", "domain") if column in rows]
-    rows = rows[[*texts, *classes, *groups]]
+    rows = rows[[*shown, *classes, *groups]]
     if classes and hasattr(kinds[classes[0]], "names"):
         # Hidden test labels are stored as -1.
         rows = rows[rows[classes[0]] >= 0]
         rows[classes[0]] = [kinds[classes[0]].names[number] for number in rows[classes[0]]]
-    return rows.rename(columns=dict(zip([*texts, *classes], [*["text", "pair"][: len(texts)], "label"], strict=False)))
+    return rows.rename(columns=shown | dict.fromkeys(classes, "label"))
 
 
 def _unknown(name: str) -> str:
-    return f"unknown task {name!r}: neither {', '.join(BUNDLED)} nor a .csv, .jsonl or .parquet file"
+    return f"unknown task {name!r}: neither {', '.join(BUNDLED)} nor a .csv, .jsonl or .parquet file, nor a folder"

@@ -1,4 +1,4 @@
-"""Tasks: texts with labels, prompts with responses, or plain text, in splits fixed by a hash of the text."""
+"""Tasks: texts or images with labels, prompts with responses, or plain text, in splits fixed by a hash of these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope import sources
+from lorascope import images, sources
 from lorascope.encoding import Encoded, encode_classes, encode_pairs, encode_text
 
 SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
@@ -30,11 +30,11 @@ class Task:
     ----------
     name : str
         What it was loaded by.
-    kind : {"classification", "prompt", "seq2seq", "lm"}
-        Texts with labels; prompts with responses for a causal LM or an encoder-decoder; plain text.
+    kind : {"classification", "image", "prompt", "seq2seq", "lm"}
+        Texts with labels; images with labels; prompts with responses for a causal LM or an encoder-decoder; plain text.
     table : DataFrame
-        Columns text and label (and pair, a second text), or prompt and response, or text; group where there are
-        groups; split; and draw, the number in [0, 1) that decides who goes to the search split.
+        Columns text and label (and pair, a second text), or image and label, or prompt and response, or text; group
+        where there are groups; split; and draw, the number in [0, 1) that decides who goes to the search split.
     labels : tuple of str
         Names of the classes in the order of their numbers; empty where there is no closed set of answers.
     hash : str
@@ -46,6 +46,11 @@ class Task:
     table: pd.DataFrame
     labels: tuple[str, ...]
     hash: str
+
+    @property
+    def classifies(self) -> bool:
+        """Does a model do this task by a head with an output for each label?"""
+        return self.kind in ("classification", "image")
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -96,8 +101,11 @@ class Task:
             A model without a head, or a head that cannot do this task.
         """
         head = _head(model)
+        if "image" in (head, self.kind) and head != self.kind:
+            takes, has = ("images", "text") if head == "image" else ("text", "images")
+            raise ValueError(f"{type(model).__name__} takes {takes}, but {self.name} has {has}: give one of a kind")
         if head == self.kind:
-            known = tuple(getattr(model.config, "id2label", {}).values()) if head == "classification" else ()
+            known = tuple(getattr(model.config, "id2label", {}).values()) if self.classifies else ()
             return replace(self, labels=known) if set(known) == set(self.labels) and known else self
         if head == "classification":
             raise ValueError(f"{type(model).__name__} is a classifier, but {self.name} has no column label")
@@ -109,27 +117,29 @@ class Task:
             raise ValueError(f"{type(model).__name__} needs prompts with responses, but {self.name} is text alone")
         return self
 
-    def encode(self, tokenizer: Any, rows: pd.DataFrame, max_length: int = 128) -> Encoded:
-        """Tokenise rows once, for batches by index.
+    def encode(self, processor: Any, rows: pd.DataFrame, max_length: int = 128) -> Encoded:
+        """Make rows ready for batches by index: texts are tokenised once, images are read batch by batch.
 
         Parameters
         ----------
-        tokenizer
-            Of transformers, with a padding token.
+        processor
+            A tokenizer of transformers with a padding token, or an image processor: see ``models.processor``.
         rows : DataFrame
             Rows of this task, as :meth:`split` gives them.
         max_length : int
             Tokens a row; longer texts lose their end. Of a prompt before a causal LM the beginning goes instead, so
             that the response follows what it follows in the data.
         """
+        if self.kind == "image":
+            return images.encode_images(processor, rows, self.labels)
         if self.kind == "classification":
-            return encode_classes(tokenizer, rows, self.labels, max_length)
+            return encode_classes(processor, rows, self.labels, max_length)
         if self.kind == "lm":
-            return encode_text(tokenizer, rows, max_length)
-        return encode_pairs(tokenizer, rows, self.labels, max_length, seq2seq=self.kind == "seq2seq")
+            return encode_text(processor, rows, max_length)
+        return encode_pairs(processor, rows, self.labels, max_length, seq2seq=self.kind == "seq2seq")
 
     def counted(self, batch: Mapping[str, Tensor]) -> int:
-        """How many rows (classification) or tokens the loss of a batch is the mean of."""
+        """How many rows (where there are classes) or tokens the loss of a batch is the mean of."""
         labels = batch["labels"]
         if self.kind in ("prompt", "lm"):
             labels = labels[:, 1:]  # nothing predicts the first token
@@ -143,8 +153,10 @@ def load(name: str | os.PathLike[str]) -> Task:
     ----------
     name : str or path
         ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); a CSV, JSONL
-        or Parquet file; else a data set of the hub, ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text
-        and label (and pair, a second text), or prompt and response, or text alone; group or domain as well.
+        or Parquet file; a folder with one folder of images for each label; else a data set of the hub,
+        ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and pair, a second text), or image
+        (a path, from the file on; or the bytes of one) and label, or prompt and response, or text alone; group or
+        domain as well.
 
     Raises
     ------
@@ -157,16 +169,20 @@ def load(name: str | os.PathLike[str]) -> Task:
 
 
 def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
-    """Make a task of a table with the columns that :func:`load` describes; the order of its rows does not matter."""
+    """Make a task of a table with the columns that :func:`load` describes; the order of its rows does not matter.
+
+    An image may also be an array of uint8 or one of PIL.
+    """
     if rows.empty:
         raise ValueError(f"{name} has no rows")
     rows = rows.rename(columns={"domain": "group"})
     kind, texts = _kind(rows, name)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
-    table = pd.DataFrame({column: _texts(rows, column, name) for column in texts})
+    table = rows[texts].reset_index(drop=True) if kind == "image" else _table(rows, texts, name)
+    digests = _pictures(rows, name) if kind == "image" else [_digest(text) for text in table[texts[0]]]
     labels: tuple[str, ...] = ()
-    if kind == "classification":
+    if kind in ("classification", "image"):
         table["label"] = _labels(rows, name)
         labels = tuple(sorted(table["label"].unique(), key=lambda label: (int(label) if _whole(label) else 0, label)))
         if len(labels) < 2:
@@ -174,31 +190,38 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
     columns = [str(column) for column in table]
-    table["digest"] = [_digest(text) for text in table[texts[0]]]
-    table = table.sort_values(["digest", *columns], ignore_index=True)
-    place = np.array([_unit(digest[:16]) for digest in table["digest"]])
+    shown = table.assign(image=digests)[columns] if kind == "image" else table  # an image goes by its digest
+    shown = shown.assign(digest=digests).sort_values(["digest", *columns])
+    table = table.loc[shown.index].reset_index(drop=True)
+    place = np.array([_unit(digest[:16]) for digest in shown["digest"]])
     table["split"] = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], place, side="right")]
-    table["draw"] = np.array([_unit(digest[16:32]) for digest in table["digest"]])
+    table["draw"] = np.array([_unit(digest[16:32]) for digest in shown["digest"]])
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"{name} has {len(table)} rows, too few: its {split} split is empty")
-    data = json.dumps([_RULE, columns, table[columns].to_numpy().tolist()], ensure_ascii=False)
-    return Task(name, kind, table.drop(columns="digest"), labels, hashlib.sha256(data.encode()).hexdigest())
+    data = json.dumps([_RULE, columns, shown[columns].to_numpy().tolist()], ensure_ascii=False)
+    return Task(name, kind, table, labels, hashlib.sha256(data.encode()).hexdigest())
 
 
 def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
-    """Kind of task by the columns, and which of them are texts."""
+    """Kind of task by the columns, and which of them hold what a model reads."""
     columns = set(rows.columns)
     if {"prompt", "response"} <= columns:
         return "prompt", ["prompt", "response"]
     if {"text", "label"} <= columns:
         return "classification", ["text", "pair"] if "pair" in columns else ["text"]
+    if {"image", "label"} <= columns:
+        return "image", ["image"]
     if columns - {"group"} == {"text"}:
         return "lm", ["text"]
     raise ValueError(
-        f"{name} has the columns {', '.join(map(str, rows.columns))}: it needs text and label, or prompt and response, "
-        "or text alone"
+        f"{name} has the columns {', '.join(map(str, rows.columns))}: it needs text and label, or image and label, or "
+        "prompt and response, or text alone"
     )
+
+
+def _table(rows: pd.DataFrame, texts: list[str], name: str) -> pd.DataFrame:
+    return pd.DataFrame({column: _texts(rows, column, name) for column in texts})
 
 
 def _texts(rows: pd.DataFrame, column: str, name: str) -> list[str]:
@@ -207,6 +230,17 @@ def _texts(rows: pd.DataFrame, column: str, name: str) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"row {number} of {name} has {text!r} as its {column}: a text is needed")
     return texts
+
+
+def _pictures(rows: pd.DataFrame, name: str) -> list[str]:
+    """The digest of every image."""
+    digests = []
+    for number, image in enumerate(rows["image"].to_list(), start=1):
+        try:
+            digests.append(images.digest(image))
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(f"row {number} of {name}: {error}") from None
+    return digests
 
 
 def _labels(rows: pd.DataFrame, name: str) -> list[str]:
@@ -252,10 +286,12 @@ def _prompted(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
 
 
 def _head(model: nn.Module) -> str:
-    """What a model of transformers can do: classification, prompt (as a causal LM does) or seq2seq."""
+    """What a model of transformers can do: classification, image, prompt (as a causal LM does) or seq2seq."""
     name = type(model).__name__
+    if "ForImageClassification" in name:
+        return "image"
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(f"{name} takes {model.main_input_name}, not text")
+        raise ValueError(f"{name} takes {model.main_input_name} and does not classify images: no task here is for it")
     if "ForSequenceClassification" in name:
         return "classification"
     if "ForCausalLM" in name or "LMHead" in name:
@@ -263,6 +299,6 @@ def _head(model: nn.Module) -> str:
     if "ForConditionalGeneration" in name:
         return "seq2seq"
     raise ValueError(
-        f"{name} has no head for a task: load it with AutoModelForSequenceClassification, AutoModelForCausalLM or "
-        "AutoModelForSeq2SeqLM"
+        f"{name} has no head for a task: load it with AutoModelForSequenceClassification, AutoModelForCausalLM, "
+        "AutoModelForSeq2SeqLM or AutoModelForImageClassification"
     )

@@ -148,4 +148,4 @@ def _half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:
     chosen = task.split("validation").iloc[which::2].head(rows)
     if chosen.empty:
         raise ValueError(f"the validation split of {task.name} has one row: components need one, their loss another")
-    return task.encode(models.tokenizer(model), chosen)
+    return task.encode(models.processor(model), chosen)

@@ -19,7 +19,7 @@ LAYERS = [
     ["update"],
     ["fourier"],
     ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary", "transforms"],
-    ["run", "sources", "evaluation", "foreign", "replay", "hidden"],
+    ["images", "run", "sources", "evaluation", "foreign", "replay", "hidden"],
     ["writer", "adapter_parts", "pretrained", "tasks", "progress", "gated"],
     ["adapter_files"],
     ["adalora_files", "dora_files", "fourier_files", "hydra_files", "loralib_files", "analysis", "models"],

@@ -102,8 +102,9 @@ def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
     LoRA().attach(plain)
     even = models.load(bert, task=task)
     HydraLoRA(router="uniform").attach(even)
-    twin = tiny("t5")
+    twin, eyes = tiny("t5"), tiny("vit")
     HydraLoRA().attach(twin)
+    HydraLoRA().attach(eyes)
     refused = [
         (partial(ls.mean_gates, model, "the film was great"), "texts is one string: give a list of texts"),
         (partial(ls.mean_gates, model, []), "texts is empty: .* one text or more"),
@@ -111,6 +112,7 @@ def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
         (partial(ls.mean_gates, model, TEXTS, base=even), "base= goes with a run"),
         (partial(ls.mean_gates, plain, TEXTS), "has no router: .*HydraLoRA with 2 heads or more"),
         (partial(ls.mean_gates, even, TEXTS), "has no router"),
+        (partial(ls.mean_gates, eyes, TEXTS), "ViTForImageClassification takes pixel_values, not text"),
         (partial(ls.mean_gates, twin, TEXTS), "T5ForConditionalGeneration .* encoder-decoder"),
         (partial(ls.at_gates, run, {"no.such": [1, 0, 0]}), "run .* mixes no heads in 'no.such'; it does in bert"),
         (partial(ls.at_gates, run, {next(iter(adapted(model))): [0.5, 0.5]}), "2 gates .* has 3 heads"),

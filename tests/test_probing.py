@@ -51,7 +51,7 @@ def test_texts_of_one_class_cannot_be_probed():
 def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request, task, tmp_path):
     folder = request.getfixturevalue(family)
     if family == "gpt2":
-        with pytest.raises(ValueError, match="mode 'probed' needs a class for every text"):
+        with pytest.raises(ValueError, match="mode 'probed' needs a class for every row"):
             ls.train(models.load(folder, task=task), task, NeFT(k=5, mode="probed"), out=tmp_path / "r", **FAST)
         return
     model = models.load(folder, task=task)

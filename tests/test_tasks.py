@@ -407,7 +407,6 @@ def test_prompts_and_text_fit_language_models():
         ("bert", None, ["text"], "is a classifier, but table has no column label"),
         ("bert", None, ["prompt", "response"], "is a classifier, but table has no column label"),
         ("t5", None, ["text"], "needs prompts with responses, but table is text alone"),
-        ("vit", None, ["text"], "takes pixel_values, not text"),
         ("bert", "base", ["text"], "BertModel has no head for a task: load it with AutoModelForSequenceClassification"),
         ("bert", "masked", ["text"], "has no head for a task"),
     ],

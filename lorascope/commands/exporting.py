@@ -20,7 +20,9 @@ from lorascope.summary import peft_keywords
 _BUDGET = "with --rank-pattern: keep this share of all ranks (0.5), or this sum of ranks (96)"
 _BY = "with --budget: keep the components of most energy, or those whose ablation raises the loss most"
 _MODEL = "with --budget: the base, on which loss is measured: minilm, smollm2, a folder, a GGUF file or a hub id"
-_TASK = "with --model: sentiment, a CSV, JSONL or Parquet file, or a name that datasets knows"
+_TASK = (
+    "with --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a name that datasets knows"
+)
 
 _TABLE = "write the table of all records into this new file, by its ending as .csv, .parquet or .json"
 

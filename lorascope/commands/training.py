@@ -30,7 +30,11 @@ _GIVEN = ("model", "data", "method", "observe", "out")
 class _Common:
     model: Annotated[str, arg(metavar="NAME", help="minilm, smollm2, a folder, a GGUF file or a hub id")] = "minilm"
     task: Annotated[
-        str, arg(metavar="NAME", help="sentiment, a CSV, JSONL or Parquet file, or a name that datasets knows")
+        str,
+        arg(
+            metavar="NAME",
+            help="sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a name that datasets knows",
+        ),
     ] = "sentiment"
     out: Annotated[
         str | None, arg(aliases=["-o"], metavar="DIR", help="the run folder; runs/METHOD-TASK-ID by default")

@@ -142,9 +142,16 @@ def _config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: It
 
 
 def _task_type(run: Run, saved: list[str]) -> str | None:
+    if _sees(run):
+        return None  # PEFT has no type for images
     if run.meta["labels"] is not None:  # PEFT insists on saving a classifier's head, so it must have been trained
         return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
+
+
+def _sees(run: Run) -> bool:
+    """Does the run's model classify images?"""
+    return run.meta.get("task_kind") == "image"
 
 
 def base_of(run: Run) -> tuple[str, int | None]:
@@ -171,9 +178,10 @@ def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
         kind=_KINDS[config["peft_type"]],
         run=run.id,
         label=run.label,
-        auto=_AUTO[config["task_type"] or "SEQ_CLS"],
+        auto="AutoModelForImageClassification" if _sees(run) else _AUTO[config["task_type"] or "SEQ_CLS"],
         arguments=", ".join([repr(base), *options]),
         folder=folder,
     )
-    noted = (config["task_type"] == "SEQ_CLS") * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
+    head = config["task_type"] == "SEQ_CLS" or (_sees(run) and bool(config["modules_to_save"]))
+    noted = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
     return text + noted + (_GATES_NOTE.format(gates=run.meta["gates"]) if run.gates else "")

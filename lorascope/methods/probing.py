@@ -58,7 +58,7 @@ class Probing(Method):
         """Freeze all but the task's head."""
         head = task_head(model).values()
         if not head:
-            raise ValueError("mode 'probed' needs a class for every text: give an encoder and a classification task")
+            raise ValueError("mode 'probed' needs a class for every row: give a classifier and a task with labels")
         self._parts = neurons.parts(names.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:

@@ -1,0 +1,137 @@
+"""Seven families with a tokenizer or image processor in a folder and a task of their kind, and where they keep what."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from conftest import BAD, FILLER, GOOD, tiny_tokenizer
+from tiny import tiny
+from transformers import ViTImageProcessor
+
+from lorascope import tasks
+
+# What differs from the usual tiny model of the family. LLaMA's is SmolLM2's architecture: grouped queries, tied head.
+SIZES = {"llama": {"tie_word_embeddings": True}, "vit": {"num_labels": 2}}
+
+_SPLIT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+_GATED = {"ffn_gate": "mlp.gate_proj", "ffn_in": "mlp.up_proj", "ffn_out": "mlp.down_proj"}
+_BART = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}
+_BERT = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value"}
+
+
+def _under(path: str, leaves: dict[str, str], prefix: str = "") -> dict[str, str]:
+    return {f"{prefix}{role}": f"{path}.{leaf}" for role, leaf in leaves.items()}
+
+
+_T5_SELF = _under("layer.0.SelfAttention", dict(zip("qkvo", "qkvo", strict=True)))
+_T5_CROSS = _under("layer.1.EncDecAttention", dict(zip("qkvo", "qkvo", strict=True)), "cross_")
+
+
+def _t5_ffn(number: int) -> dict[str, str]:
+    return _under(f"layer.{number}.DenseReluDense", {"ffn_in": "wi", "ffn_out": "wo"})
+
+
+_BART_FFN = {"ffn_in": "fc1", "ffn_out": "fc2"}
+# family -> stack -> path of its blocks, and role -> linear layer inside a block; by hand from the architectures
+PLACES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
+    "bert": {
+        "encoder": (
+            "bert.encoder.layer",
+            _BERT | {"o": "attention.output.dense", "ffn_in": "intermediate.dense", "ffn_out": "output.dense"},
+        )
+    },
+    "gpt2": {
+        "": (
+            "transformer.h",
+            {"qkv": "attn.c_attn", "o": "attn.c_proj", "ffn_in": "mlp.c_fc", "ffn_out": "mlp.c_proj"},
+        )
+    },
+    "llama": {"": ("model.layers", _under("self_attn", _SPLIT) | _GATED)},
+    "phi3": {
+        "": (
+            "model.layers",
+            {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj"}
+            | {"ffn_in": "mlp.gate_up_proj", "ffn_out": "mlp.down_proj"},
+        )
+    },
+    "t5": {
+        "encoder": ("encoder.block", _T5_SELF | _t5_ffn(1)),
+        "decoder": ("decoder.block", _T5_SELF | _T5_CROSS | _t5_ffn(2)),
+    },
+    "bart": {
+        "encoder": ("model.encoder.layers", _under("self_attn", _BART) | _BART_FFN),
+        "decoder": (
+            "model.decoder.layers",
+            _under("self_attn", _BART) | _under("encoder_attn", _BART, "cross_") | _BART_FFN,
+        ),
+    },
+    "vit": {"": ("vit.layers", _under("attention", _SPLIT) | {"ffn_in": "mlp.fc1", "ffn_out": "mlp.fc2"})},
+}
+FAMILIES = tuple(PLACES)
+BLOCKS = 2
+# What of the model is new with the task, and trains whatever the method
+HEADS = {"bert": {"classifier.weight", "classifier.bias"}, "vit": {"classifier.weight", "classifier.bias"}}
+HALF = 48  # rows of the gate in Phi-3's fused input
+
+
+def modules(family: str, *roles: str) -> dict[str, tuple[str, int, str]]:
+    """Module -> stack, layer and role, of these roles; q and v stand for a fused qkv too. Encoder first."""
+    wanted = {*roles} | ({"qkv"} if {"q", "k", "v"} & {*roles} else set())
+    return {
+        f"{path}.{layer}.{leaf}": (stack, layer, role)
+        for stack, (path, leaves) in PLACES[family].items()
+        for layer in range(BLOCKS)
+        for role, leaf in leaves.items()
+        if role in wanted
+    }
+
+
+def blocks(family: str) -> list[str]:
+    """Paths of the blocks, encoder first."""
+    return [f"{path}.{layer}" for path, _ in PLACES[family].values() for layer in range(BLOCKS)]
+
+
+def folder(path: Path, family: str) -> str:
+    """A checkpoint of the family, without a task's head where it has one."""
+    model = tiny(family, "base" if family == "bert" else None, **SIZES.get(family, {}))
+    model.save_pretrained(path)
+    if family == "vit":
+        size = {"height": model.config.image_size, "width": model.config.image_size}
+        ViTImageProcessor(size=size).save_pretrained(path)
+    else:
+        tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def task_of(family: str) -> tasks.Task:
+    """Images for ViT, prompts with open responses for the encoder-decoders, labelled texts for the others."""
+    draw = random.Random(0)
+    if family == "vit":
+        noise = np.random.default_rng(0)
+        labels = [draw.choice(["left", "right"]) for _ in range(120)]
+        return tasks.from_frame(
+            pd.DataFrame({"image": [picture(noise, label) for label in labels], "label": labels, "group": "all"}), "toy"
+        )
+    rows = []
+    for number in range(120):
+        words = [draw.choice(FILLER) for _ in range(draw.randint(2, 6))]
+        good = draw.random() < 0.5
+        words.insert(draw.randrange(len(words)), draw.choice(GOOD if good else BAD))
+        label = "positive" if good else "negative"
+        if family in ("t5", "bart"):
+            reply = " ".join(["very"] * draw.randint(0, 3) + [label])
+            rows.append({"prompt": " ".join(words), "response": reply, "group": "ab"[number % 2]})
+        else:
+            rows.append({"text": " ".join(words), "label": label, "group": "ab"[number % 2]})
+    return tasks.from_frame(pd.DataFrame(rows), "toy")
+
+
+def picture(noise: np.random.Generator, label: str, side: int = 20) -> np.ndarray:
+    """Grey noise that is brighter on one side: uint8 (side, side, 3)."""
+    image = noise.integers(0, 120, (side, side, 3), dtype=np.uint8)
+    half = slice(0, side // 2) if label == "left" else slice(side // 2, side)
+    image[:, half] += 120
+    return image

@@ -1,0 +1,168 @@
+"""Images as a task: the same pictures in every form, what a batch holds, and a ViT trained, exported and read back."""
+
+from __future__ import annotations
+
+import io
+
+import families
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from peft import PeftModel
+from PIL import Image
+from tiny import inputs, tiny
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+
+import lorascope as ls
+from lorascope import images, models, tasks
+from lorascope.hidden import token_means
+from lorascope.methods import LoRA, NeFT
+
+FAST = {"steps": 3, "batch_size": 8, "eval_every": 0, "eval_size": 8, "progress": False, "device": "cpu"}
+
+
+def pictures(rows: int = 60) -> pd.DataFrame:
+    noise = np.random.default_rng(1)
+    labels = ["left" if row % 3 else "right" for row in range(rows)]
+    return pd.DataFrame({"image": [families.picture(noise, label) for label in labels], "label": labels})
+
+
+def encoded(array: np.ndarray, kind: str = "png") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> str:
+    return families.folder(tmp_path_factory.mktemp("models") / "vit", "vit")
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory):
+    """A folder of images for each label."""
+    path = tmp_path_factory.mktemp("album")
+    for number, row in enumerate(pictures().itertuples()):
+        (path / row.label).mkdir(exist_ok=True)
+        (path / row.label / f"{number:03}.png").write_bytes(encoded(row.image))
+    (path / "left" / "notes.txt").write_text("no image")
+    return path
+
+
+def test_every_form_of_the_same_images_is_the_same_task(album, tmp_path):
+    rows = pictures()
+    own = tasks.from_frame(rows)
+    assert (own.kind, own.labels, own.classifies) == ("image", ("left", "right"), True)
+    names = [f"{row.label}/{row.Index:03}.png" for row in rows.itertuples()]
+    rows.assign(image=names).to_csv(album / "table.csv", index=False)
+    held = [{"bytes": encoded(image), "path": None} for image in rows["image"]]
+    rows.assign(image=held).to_parquet(tmp_path / "table.parquet")
+    others = {
+        "folder": tasks.load(album),
+        "paths beside a CSV": tasks.load(album / "table.csv"),
+        "bytes in a Parquet": tasks.load(tmp_path / "table.parquet"),
+        "PIL": tasks.from_frame(rows.assign(image=[Image.fromarray(image) for image in rows["image"]])),
+        "another format": tasks.from_frame(rows.assign(image=[encoded(image, "bmp") for image in rows["image"]])),
+        "another order": tasks.from_frame(rows.iloc[::-1]),
+    }
+    for form, task in others.items():
+        assert task.hash == own.hash, form
+        for split, part in own.splits.items():
+            seen = [np.asarray(images.opened(image)) for image in task.split(split)["image"]]
+            np.testing.assert_array_equal(seen, np.stack(part["image"].to_list()), err_msg=form)
+            assert task.split(split)["label"].to_list() == part["label"].to_list()
+
+
+def test_one_picture_is_in_one_split():
+    rows = pictures()
+    twins = pd.concat([rows, rows.assign(image=[encoded(image) for image in rows["image"]])])
+    task = tasks.from_frame(twins)
+    seen = [{images.digest(image) for image in part["image"]} for part in task.splits.values()]
+    assert sum(map(len, seen)) == len(set().union(*seen)) == 60
+
+
+def test_a_batch_is_what_the_processor_makes(vit):
+    model = models.load(vit)
+    rows = pictures().assign(group=["a", "b"] * 30)
+    task = tasks.from_frame(rows).fit(model)
+    part = task.split("train")
+    ready = task.encode(models.processor(model), part)
+    assert len(ready) == len(part)
+    assert ready.groups == part["group"].to_list()
+    batch = ready.batch([4, 1, 4])
+    chosen = part["image"].iloc[[4, 1, 4]].to_list()
+    own = AutoImageProcessor.from_pretrained(vit)(images=chosen, return_tensors="pt")["pixel_values"]
+    assert own.shape == (3, 3, 16, 16)
+    assert torch.equal(batch["pixel_values"], own)
+    assert batch["labels"].tolist() == [task.labels.index(part["label"].iloc[row]) for row in (4, 1, 4)]
+
+
+def test_grey_images_have_three_channels():
+    grey = np.arange(0, 60, dtype=np.uint8).reshape(6, 10)
+    found = np.asarray(images.opened(grey))
+    assert (found == grey[..., None]).all()
+    assert found.shape == (6, 10, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        ("nowhere.png", FileNotFoundError, "row 1 of table: there is no image nowhere.png"),
+        (b"GIF, or not", ValueError, "row 1 of table: a bytes is no image that can be read: a file, its bytes"),
+        (np.zeros((4, 4, 3)), ValueError, r"a ndarray is no image .*array of uint8, \(height, width\)"),
+        (None, ValueError, "row 1 of table: None is no image"),
+    ],
+)
+def test_what_is_no_image_is_told(image, error, message):
+    rows = pictures(6).astype({"image": object})
+    rows.at[0, "image"] = image
+    with pytest.raises(error, match=message):
+        tasks.from_frame(rows)
+
+
+def test_models_and_tasks_that_do_not_fit_are_refused(album, tmp_path, vit):
+    text = tasks.from_frame(pd.DataFrame({"text": [f"text {n}" for n in range(60)], "label": ["a", "b"] * 30}))
+    with pytest.raises(ValueError, match="ViTForImageClassification takes images, but table has text"):
+        text.fit(tiny("vit"))
+    with pytest.raises(ValueError, match="BertForSequenceClassification takes text, but table has images"):
+        tasks.from_frame(pictures()).fit(tiny("bert"))
+    with pytest.raises(ValueError, match="ViTModel takes pixel_values and does not classify images"):
+        tasks.from_frame(pictures()).fit(tiny("vit", "base"))
+    tiny("vit").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match=r"no image processor in .*bare, where preprocessor_config.json tells of it"):
+        models.processor(models.load(tmp_path / "bare"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is a folder without images: it needs a folder of images for each"):
+        tasks.load(tmp_path / "empty")
+
+
+def test_by_names_alone_and_as_peft_reads_it(vit, album, tmp_path):
+    """The recorded accuracy is that of the restored model on the test images; PEFT gives the same logits."""
+    run = ls.train(vit, str(album), LoRA(lr=1e-2, rank=2), out=tmp_path / "run", **FAST)
+    task = tasks.load(album)
+    base = models.load(vit, task=task)
+    run.restore(base)
+    part = task.fit(base).split("test")
+    pixels = ViTImageProcessor.from_pretrained(vit)(images=list(map(images.opened, part["image"])), return_tensors="pt")
+    with torch.no_grad():
+        logits = base.eval()(**pixels).logits
+    right = [base.config.id2label[int(number)] for number in logits.argmax(-1)] == part["label"].to_numpy()
+    assert run.meta["test"]["metric"] == right.mean()
+    folder = ls.export.to_peft(run, tmp_path / "peft")
+    assert "AutoModelForImageClassification" in (folder / "README.md").read_text()
+    plain = AutoModelForImageClassification.from_pretrained(vit)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(plain, folder).eval()(**pixels).logits
+    torch.testing.assert_close(theirs, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_probes_read_the_patches(vit, album, tmp_path):
+    model = tiny("vit")
+    given = inputs(model)
+    with torch.no_grad():
+        states = model(**given, output_hidden_states=True).hidden_states[1:]
+    wanted = torch.stack(states, 1).double().mean(2).numpy()
+    np.testing.assert_allclose(token_means(model, given)[""], wanted, rtol=1e-6, atol=1e-7)
+    run = ls.train(vit, str(album), NeFT(mode="probed", k=5), out=tmp_path / "run", **FAST)
+    assert run.table.query("quantity == 'selected'")["value"].sum() == 5

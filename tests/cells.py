@@ -1,0 +1,247 @@
+"""One method on one family: what moved, by how much, where it stands, and that it is read back.
+
+The oracle knows nothing of how an update is stored: it passes the identity through the trained modules, compares with
+copies of the start, and reads the places of a family off a table written by hand (``families``).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import families
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import lorascope as ls
+from lorascope import delta, models, observe
+from lorascope.hosts import oriented
+from lorascope.method import Method
+from lorascope.methods import (
+    LISA,
+    AdaLoRA,
+    Adapprox,
+    ALoRA,
+    AutoLoRA,
+    FourierFT,
+    Full,
+    HydraLoRA,
+    LoRA,
+    NeFT,
+)
+from lorascope.roles import CROSS, FFN
+
+STEPS, ROWS, NEURONS = 4, 6, 24
+METHODS: dict[str, Method] = {
+    "full": Full(lr=1e-2),
+    "lora": LoRA(lr=1e-2, rank=2),
+    "adalora": AdaLoRA(lr=1e-2, init_rank=3, target_rank=2),
+    "autolora": AutoLoRA(lr=1e-2),
+    "alora": ALoRA(lr=1e-2, init_rank=2, score_rows=4, rounds=1, warm_steps=2),
+    "hydralora": HydraLoRA(lr=1e-1, rank=2, gate_rows=ROWS),
+    "fourierft": FourierFT(lr=1e-1, coefficients=20),
+    "lisa": LISA(lr=1e-2, n_active=1, interval=2, moments="keep"),
+    "neft": NeFT(lr=1e-2, k=NEURONS, tune_steps=2),
+    "adapprox": Adapprox(lr=1e-2, min_dim=8),
+}
+ADAPTED = {  # by the sheets' defaults; "all-linear" for ALoRA
+    "lora": ("q", "v"),
+    "autolora": ("q", "v"),
+    "fourierft": ("q", "v"),
+    "adalora": ("q", "k", "v", "o", "ffn_in", "ffn_out"),
+    "hydralora": FFN,
+    "alora": ("q", "k", "v", "o", *CROSS, *FFN),
+}
+
+
+@dataclass(kw_only=True)
+class Start(observe.Observer):
+    """Keeps the base's tensors as they are before the first step of every phase."""
+
+    kept: list = field(default_factory=list)
+
+    def config(self):
+        return {"name": "Start"}
+
+    def __call__(self, step):
+        if step.finished == 0:
+            self.kept.append({name: step.model.get_parameter(name).detach().clone() for name in step.base})
+        return ()
+
+
+@dataclass
+class Cell:
+    """A run, the model that it left, and what both began with: ``base`` is freshly loaded, ``start`` W_0 by phase."""
+
+    family: str
+    method: str
+    base: nn.Module
+    task: Any
+    run: ls.Run
+    model: nn.Module
+    start: list[dict[str, torch.Tensor]]
+
+    def restored(self, run: ls.Run) -> nn.Module:
+        """The base with a run put into it."""
+        model = copy.deepcopy(self.base)
+        run.restore(model)
+        return model.eval()
+
+
+def check(family: str, name: str, base: nn.Module, task: Any, out: Path, method: Method, **settings: Any) -> None:
+    """Train a copy of a freshly loaded model, and hold what comes out against the oracle."""
+    model, start = copy.deepcopy(base), Start(every=1)
+    observers = [observe.norms(every=STEPS), start]
+    quiet = {"steps": STEPS, "eval_every": 0, "progress": False, "device": "cpu"}
+    run = ls.train(model, task, method, observe=observers, out=out, **quiet, **settings)
+    cell = Cell(family, name, base, task, run, model.eval(), start.kept)
+    every_phase_begins_at_the_checkpoint(cell)
+    only_what_is_planned_moves(cell)
+    for phase, before in zip([*run.parents, run], start.kept, strict=True):
+        norms_are_those_of_the_weights(cell, phase, before)
+    what_is_read_back_is_what_was_trained(cell)
+    places_are_in_order(cell)
+
+
+def every_phase_begins_at_the_checkpoint(cell):
+    stored = dict(cell.base.named_parameters())
+    for base in cell.start:
+        assert base.keys() == stored.keys()
+        for name, parameter in stored.items():
+            assert name in models.missing(cell.base) or torch.equal(parameter, base[name]), name
+
+
+def only_what_is_planned_moves(cell):
+    """Bit for bit, in the run itself (the last phase)."""
+    base = cell.start[-1]
+    now = {name: parameter for name, parameter in cell.model.named_parameters() if ".delta." not in name}
+    moved = {name for name in base if not torch.equal(now[name], base[name])}
+    head = families.HEADS.get(cell.family, set())
+    carriers = set(delta.adapted(cell.model))
+    if cell.method in ("full", "adapprox"):
+        assert (moved, carriers) == (set(base), set())
+    elif cell.method == "lisa":
+        active = cell.run.table.query("quantity == 'active' and value == 1")["module"].unique()
+        still = [block for block in families.blocks(cell.family) if block not in set(active)]
+        assert len(still) == len(families.blocks(cell.family)) - len(active) > 0
+        assert moved == {name for name in base if not name.startswith(tuple(f"{block}." for block in still))}
+    elif cell.method == "neft":
+        chosen = neurons_of(cell)
+        assert moved == head | {f"{module}.weight" for module in chosen}
+        assert sum(map(len, chosen.values())) == NEURONS
+        if cell.family == "phi3":  # of a fused gate and input the inputs alone are asked for
+            fused = [number for module, numbers in chosen.items() if "gate_up" in module for number in numbers]
+            assert families.HALF <= min(fused) < max(fused) < 2 * families.HALF
+        known = families.modules(cell.family, "ffn_in", "ffn_out")
+        for module, numbers in chosen.items():
+            host, across = cell.model.get_submodule(module), 0 if known[module][2] == "ffn_out" else 1
+            differs = oriented(host, now[f"{module}.weight"] != base[f"{module}.weight"])
+            assert differs.any(across).nonzero().flatten().tolist() == numbers
+    else:
+        assert moved == head
+        assert carriers == set(families.modules(cell.family, *ADAPTED[cell.method]))
+
+
+def neurons_of(cell) -> dict[str, list[int]]:
+    """The neurons that the run says it chose, by module."""
+    rows = cell.run.table.query("quantity == 'selected' and value == 1")
+    return {str(module): part["index"].tolist() for module, part in rows.groupby("module", observed=True)}
+
+
+def changes(cell, run, base) -> dict[str, torch.Tensor]:
+    """W - W_0 in float64 of every tensor by name, and of every adapted module, as a restored model computes with it."""
+    model = cell.restored(run)
+    gates = mean_gates(cell, model) if cell.method == "hydralora" else {}
+    model = copy.deepcopy(model).double()
+    found = {name: model.get_parameter(name).detach() - base[name].double() for name in base}
+    for module, adapter in delta.adapted(model).items():
+        host: Any = model.get_submodule(module)
+        if module in gates:  # no linear map: by definition s sum_i w_i B_i A, at the mean gates of a look
+            heads = adapter.B.detach().chunk(adapter.number, dim=1)
+            found[module] = adapter.scale * sum(
+                w * B @ adapter.A.detach() for w, B in zip(gates[module], heads, strict=True)
+            )
+            continue
+        weight = oriented(host, base[f"{module}.weight"]).double()
+        with torch.no_grad():
+            unit = torch.eye(weight.shape[1], dtype=torch.float64)
+            found[module] = (host(unit) - host(torch.zeros_like(unit))).T - weight
+    return found
+
+
+@torch.no_grad()
+def mean_gates(cell, model) -> dict[str, torch.Tensor]:
+    """Mean of softmax(W_g x) over all tokens of the first validation rows, each passed alone, so without padding."""
+    task = cell.task.fit(model)
+    rows = task.encode(models.processor(model), task.split("validation").head(ROWS))
+    seen: dict[str, list] = {name: [] for name in delta.adapted(model)}
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda host, given, kept=kept: kept.append((given[0] @ host.delta.router.T).softmax(-1).flatten(0, -2))
+        )
+        for name, kept in seen.items()
+    ]
+    for row in range(ROWS):
+        model(**rows.batch([row]))
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.cat(kept).double().mean(0) for name, kept in seen.items()}
+
+
+def norms_are_those_of_the_weights(cell, run, base):
+    """The recorded update_norm of every module and block after the last step."""
+    found = changes(cell, run, base)
+    adapted = {module for module in found if module not in base}
+    phase = run.meta["method"]["name"]
+    if phase in ("full", "lisa", "adapprox"):
+        trained = set(base)
+    else:
+        trained = families.HEADS.get(cell.family, set()) | {
+            f"{name}.weight" for name in neurons_of(cell) if phase == "neft"
+        }
+    wanted = {module: found[module].norm().item() for module in adapted}
+    wanted |= {name.removesuffix(".weight"): found[name].norm().item() for name in trained if name.endswith(".weight")}
+    for block in families.blocks(cell.family):
+        inside = {name for name in trained | adapted if name.startswith(f"{block}.")}
+        if inside:
+            wanted[block] = torch.stack([found[name].norm() for name in inside]).norm().item()
+    rows = run.table[(run.table["quantity"] == "update_norm") & (run.table["step"] == run.table["step"].max())]
+    recorded = dict(zip(rows["module"].astype(str), rows["value"], strict=True))
+    assert recorded.keys() == wanted.keys()
+    for module, norm in wanted.items():
+        assert recorded[module] == pytest.approx(norm, rel=1e-4, abs=1e-9), module
+    moved = [norm for module, norm in wanted.items() if norm > 1e-4]
+    assert len(moved) > len(wanted) / 4  # else the comparison would say little
+
+
+@torch.no_grad()
+def what_is_read_back_is_what_was_trained(cell):
+    loaded = ls.load(cell.run.path)
+    pd.testing.assert_frame_equal(loaded.table, cell.run.table)
+    pd.testing.assert_frame_equal(loaded.summary(), cell.run.summary())
+    task = cell.task.fit(cell.model)
+    batch = task.encode(models.processor(cell.model), task.split("test")).batch(range(5))
+    assert torch.equal(cell.restored(loaded)(**batch).logits, cell.model(**batch).logits)
+
+
+def places_are_in_order(cell):
+    """Encoder before decoder, layers upwards, and each module under the role that it has in its family."""
+    known = families.modules(cell.family, "q", "k", "v", "o", *CROSS, *FFN)
+    summary = cell.run.summary()
+    rows = [row for row in summary.itertuples() if row.module in known]
+    assert rows
+    for row in rows:
+        assert (row.stack, row.layer, row.role) == known[row.module], row.module
+    places = [(list(families.PLACES[cell.family]).index(row.stack), row.layer) for row in rows]
+    assert places == sorted(places)
+    stacks = list(families.PLACES[cell.family])
+    layers = [(stack, layer) for stack in stacks for layer in range(families.BLOCKS)]
+    held = {known[row.module][:2] for row in rows}
+    chart = ls.plots.update_norm_heat(cell.run)
+    assert list(chart.x.order) == [
+        f"{stack} {layer}" if len(stacks) > 1 else f"{layer}" for stack, layer in layers if (stack, layer) in held
+    ]

@@ -1,0 +1,59 @@
+"""Every method on every family, one short run a cell; the oracle is in ``cells``."""
+
+from __future__ import annotations
+
+import families
+import pytest
+from cells import METHODS, check
+from tiny import tiny
+
+from lorascope import methods, models
+from lorascope.methods import FourierFT, HydraLoRA, LoRA, NeFT
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Model and task of a family, made when they are first asked for."""
+    made: dict[str, tuple] = {}
+
+    def of(family: str) -> tuple:
+        if family not in made:
+            task = families.task_of(family)
+            path = families.folder(tmp_path_factory.mktemp("families") / family, family)
+            made[family] = models.load(path, task=task), task
+        return made[family]
+
+    return of
+
+
+def test_no_method_is_left_out():
+    own = {name for name, method in methods.METHODS.items() if method.__module__.startswith("lorascope.")}
+    assert set(METHODS) == own
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_method_on_a_family(family, method, bases, tmp_path):
+    check(family, method, *bases(family), tmp_path / "run", METHODS[method], batch_size=6, eval_size=12, test_size=8)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "message"),
+    [
+        ("vit", LoRA(targets="embed"), "'vit.embeddings.*' is a torch.nn.*Conv2d; a Delta takes nn.Linear"),
+        ("t5", FourierFT(targets="embed"), "'shared' is an embedding: FourierFT adapts linear maps alone"),
+        (
+            "bart",
+            HydraLoRA(targets="embed"),
+            "'model.shared' is an embedding: it takes ids, and a router needs a vector",
+        ),
+        ("llama", NeFT(mode="probed"), "mode 'probed' needs a class for every row: give a classifier"),
+        ("t5", NeFT(mode="probed"), "mode 'probed' needs a class for every row: give a classifier"),
+        ("llama", LoRA(targets="cross_q"), "'cross_q' matches no module"),
+    ],
+)
+def test_what_a_family_does_not_allow_is_told_in_one_line(family, method, message):
+    model = tiny(family)
+    with pytest.raises((ValueError, TypeError), match=message) as caught:
+        next(method.phases({})).method.attach(model)
+    assert "\n" not in str(caught.value)

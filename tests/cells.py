@@ -177,7 +177,8 @@ def changes(cell, run, base) -> dict[str, torch.Tensor]:
 def mean_gates(cell, model) -> dict[str, torch.Tensor]:
     """Mean of softmax(W_g x) over all tokens of the first validation rows, each passed alone, so without padding."""
     task = cell.task.fit(model)
-    rows = task.encode(models.processor(model), task.split("validation").head(ROWS))
+    longest = cell.run.meta["settings"]["max_length"]
+    rows = task.encode(models.processor(model), task.split("validation").head(ROWS), longest)
     seen: dict[str, list] = {name: [] for name in delta.adapted(model)}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(

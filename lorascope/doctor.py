@@ -70,7 +70,8 @@ def _modules(run: Run) -> pd.DataFrame:
     recorded = run.table["module"][run.table["quantity"] == "update_norm"]
     frame = frame[frame["rank"].notna() | frame["module"].isin(recorded)].reset_index(drop=True)
     frame["adapted"] = (frame["rank"] > 0).fillna(False).astype(bool)
-    frame["moved"] = frame["learned_norm"].fillna(frame["update_norm"])
+    # What an allocator took has not moved, though it may have been recorded before PEFT's masked it.
+    frame["moved"] = frame["learned_norm"].fillna(frame["update_norm"]).mask(frame["rank"].eq(0).fillna(False), 0.0)
     updates = run.updates()
     parts = [_components(updates.get(name)) for name in frame["module"]]
     frame[["scale", "used", "empty"]] = pd.DataFrame(parts, columns=["scale", "used", "empty"], index=frame.index)

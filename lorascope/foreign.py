@@ -22,15 +22,17 @@ class PeftDelta:
     ----------
     layer : Module
         It has a ``peft_update``.
+    kept : int, optional
+        Components that AdaLoRA's allocator has decided to keep, if it has decided.
     """
 
-    def __init__(self, layer: Any) -> None:
-        self.layer = layer
+    def __init__(self, layer: Any, kept: int | None = None) -> None:
+        self.layer, self.kept = layer, kept
 
     @property
     def rank(self) -> int:
-        """Components of the update."""
-        return self.update().rank
+        """Components of the update: those that PEFT would save."""
+        return self.update().rank if self.kept is None else self.kept
 
     def update(self) -> LowRank | Dense:
         """A copy of the update in numpy."""
@@ -81,6 +83,16 @@ def _bare_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
     yield path, module
     for name, child in module.named_children():
         yield from _bare_modules(child, f"{path}.{name}".lstrip("."))
+
+
+def kept_components(model: Any) -> dict[str, int]:
+    """How many components PEFT's AdaLoRA keeps, by module; nothing where its allocator has not decided yet.
+
+    PEFT masks what it takes at some steps, after the optimizer has trained all of it, so the weights do not tell.
+    """
+    masks = [getattr(config, "rank_pattern", None) or {} for config in getattr(model, "peft_config", {}).values()]
+    found = {name.partition(".lora_E")[0]: mask for each in masks for name, mask in each.items() if ".lora_E" in name}
+    return {module: sum(mask) for module, mask in found.items()}
 
 
 def is_peft_layer(module: nn.Module) -> bool:

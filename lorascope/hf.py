@@ -127,8 +127,13 @@ class TrainerRecorder(TrainerCallback):
         recording.step.index = state.global_step
         norm = None if self._driver is None else self._driver.norm
         recording.look({"lr": self._optimizer.param_groups[0]["lr"], "grad_norm": norm})
-        if recording.step.last:
-            recording.conclude()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
+    ) -> None:
+        """Keep the last state, once every callback has done its work: PEFT's allocator, called by one, masks then."""
+        if self._recording is not None and self._recording.step.last:
+            self._recording.conclude()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **trainer: Any

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.delta import Delta, adapted
-from lorascope.foreign import PeftDelta, bare, bare_parameters, is_peft_layer, peft_update
+from lorascope.foreign import PeftDelta, bare, bare_parameters, is_peft_layer, kept_components, peft_update
 from lorascope.fourier import Fourier
 from lorascope.hosts import oriented, to_array
 from lorascope.method import Step
@@ -85,7 +85,10 @@ class Trained:
 def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
     """What adapts a module, ours or PEFT's, by the name that the module has without PEFT."""
     layers = {name: module for name, module in model.named_modules() if is_peft_layer(module)}
-    active = {name: PeftDelta(layer) for name, layer in layers.items() if peft_update(layer) is not None}
+    kept = kept_components(model)
+    active = {
+        name: PeftDelta(layer, kept.get(name)) for name, layer in layers.items() if peft_update(layer) is not None
+    }
     return {**adapted(model), **active}
 
 

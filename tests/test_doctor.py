@@ -4,74 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-import peft
 import pytest
 import torch
 from planted import low_rank, plant
 from torch.utils.data import Subset
-from trainers import METHODS, ROWS, by_trainer, fresh
-from transformers import TrainerCallback
+from trainers import METHODS
+from ward import SETTINGS, Allocating, Bench, adalora
 
 import lorascope as ls
 from lorascope import causes, models
 from lorascope.cli import main
 from lorascope.doctor import examine, unseen
-from lorascope.state import seeded
 from lorascope.training import overlap
-
-SETTINGS = {"steps": 6, "batch_size": ROWS, "eval_every": 0, "test_size": 16, "progress": False, "device": "cpu"}
-
-
-class Bench:
-    """What every fault starts from."""
-
-    def __init__(self, bert: str, gpt2: str, task: Any, out: Path) -> None:
-        self.folder, self.gpt2, self.task, self.out = bert, gpt2, task, out
-        encoded = task.encode(models.tokenizer(models.load(bert, task=task)), task.split("train").head(6 * ROWS))
-        batch = encoded.batch(range(6 * ROWS))
-        self.rows = [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
-
-    def peft(self, config: Any = None, **options: Any) -> Any:
-        """A PEFT model, by default a LoRA of rank 4 on query and value."""
-        own = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
-        with seeded(0), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = config or peft.LoraConfig(**own | options)
-            return peft.get_peft_model(fresh(self.folder, self.task), config)
-
-    def trained(self, model: Any, **settings: Any) -> ls.Run:
-        """The run of a Trainer, recorded."""
-        by_trainer(model, self.rows, self.out, recorder=ls.TrainerRecorder(), **settings)
-        return ls.load(self.out / "lorascope")
-
-    def saved(self, model: Any, base: bool = False) -> ls.Run:
-        """The adapter as a folder."""
-        model.save_pretrained(self.out / "adapter")
-        if not base:
-            return ls.load(self.out / "adapter")
-        model.unload().save_pretrained(self.out / "base")
-        return ls.load(self.out / "adapter", self.out / "base")
-
-    def by_train(self, method: Any, **settings: Any) -> ls.Run:
-        """A run of ``train``."""
-        return ls.train(fresh(self.folder, self.task), self.task, method, out=self.out / "run", **SETTINGS | settings)
-
-
-class Allocating(TrainerCallback):
-    """Calls PEFT's allocator where it has to be called."""
-
-    def on_optimizer_step(self, args, state, control, model=None, **trainer):
-        model.base_model.update_and_allocate(state.global_step)
-
-
-def adalora(**options: Any) -> Any:
-    own = {"task_type": "SEQ_CLS", "init_r": 6, "target_r": 2, "target_modules": ["query", "value"]}
-    return peft.AdaLoraConfig(**own | options)
 
 
 def saved_too_early(bench: Bench) -> ls.Run:
@@ -222,7 +168,7 @@ HEALTHY = METHODS | {
 }
 
 
-@pytest.mark.parametrize("name", HEALTHY)
+@pytest.mark.parametrize("name", ls.METHODS)
 def test_a_healthy_run_gives_none(name, bench):
     assert ls.diagnose(bench.by_train(HEALTHY[name])) == []
 
@@ -234,12 +180,6 @@ def test_healthy_adapters_give_none(bench):
     assert run.meta["eval_overlap"] == 0
     assert ls.diagnose(run) == []
     assert ls.diagnose(bench.saved(model, base=True)) == []
-
-
-def test_an_allocator_that_did_its_work_gives_none(bench):
-    model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2))
-    assert ls.diagnose(bench.trained(model, others=[Allocating()])) == []
-    assert ls.diagnose(bench.saved(model)) == []
 
 
 def test_rows_are_told_apart_without_reading_them(bench):

@@ -11,6 +11,7 @@ from lorascope.causes.case import Case, Finding, Found, counted
 WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so an update is blamed on the scale only above it
 UNEVEN = 2.0  # between scales: r and 2 r are both common, more than that between two modules is neither
+NEARLY = 0.01  # of the components to be taken: masked every few steps, a whole schedule may leave the cube's tail
 
 
 def unmatched(case: Case) -> Found:
@@ -78,18 +79,20 @@ def uneven_scale(case: Case) -> Found:
 
 def allocator(case: Case) -> Found:
     """AdaLoRA with more components than its budget."""
-    method, adapted = case.meta["method"], case.adapted
-    # A recorder may look before PEFT's allocator masks what the step has just trained again; the folder is saved after.
-    if not case.adalora or adapted.empty or method.get("name") == "peft":
+    method = case.meta["method"]
+    # A module that lost all its components counts: others got its share of the budget.
+    ranked = case.modules[case.modules["rank"].notna()]
+    if not case.adalora or ranked.empty:
         return
     # What a folder holds was masked already, so the start is known from the configuration alone; 8 and 12 are PEFT's.
     each = method.get("target_rank", method.get("target_r", 8))
     first = method.get("init_rank", method.get("init_r", 12))
-    budget, held, whole = round(each * len(adapted)), int(adapted["used"].sum()), first * len(adapted)
-    if held <= budget:
+    budget, whole = round(each * len(ranked)), first * len(ranked)
+    held = int(ranked[["rank", "used"]].min(axis=1).sum())
+    if held - budget <= NEARLY * (whole - budget):
         return
-    evidence = {"components": held, "budget": budget, "of": whole}
-    if held == whole:
+    evidence = {"components": held, "budget": budget, "of": whole, "threshold": NEARLY}
+    if held == whole and _due(case):
         yield Finding(
             "allocator-idle",
             f"all {whole} components are still in use, the budget is {budget}: the allocator never took one",
@@ -103,6 +106,16 @@ def allocator(case: Case) -> Found:
             evidence,
             "set total_step to the steps that are really taken, and tinit + tfinal well below it",
         )
+
+
+def _due(case: Case) -> bool:
+    """Should PEFT's allocator have taken something by the last step? Of a folder the number of steps is not known."""
+    method, steps = case.meta["method"], case.meta["states"]["last"]["step"]
+    if steps is None:
+        return True
+    warm, every = method.get("tinit", 0), method.get("deltaT", 1)
+    fixed = method.get("total_step", steps) - method.get("tfinal", 0)
+    return steps - 1 >= fixed or (steps - 1) // every * every > warm
 
 
 def tied_twice(case: Case) -> Found:

@@ -1,0 +1,130 @@
+"""The doctor before trainings that the recorder saw: PEFT's allocator and scales, healthy and with a fault."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+from planted import low_rank, plant
+from ward import Allocating, Bench, adalora
+
+import lorascope as ls
+from lorascope.causes import Case
+from lorascope.causes.plan import allocator, overscaled
+
+
+@pytest.fixture
+def bench(bert, gpt2, task, tmp_path):
+    return Bench(bert, gpt2, task, tmp_path)
+
+
+def causes_of(run):
+    return [finding.cause for finding in ls.diagnose(run)]
+
+
+# Schedules of six steps, and what is found where the allocator is called and where it is not.
+SCHEDULES = {
+    "whole": ({"total_step": 6, "tinit": 1, "tfinal": 2}, [], ["allocator-idle"]),
+    "peft's own": ({"total_step": 6}, [], ["allocator-idle"]),
+    "cut short": ({"total_step": 60}, ["budget-missed"], ["allocator-idle"]),
+    "still warm": ({"total_step": 60, "tinit": 20}, ["budget-missed"], ["budget-missed"]),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["recorder first", "allocator first"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_peft_s_allocator_is_judged_by_what_it_keeps(schedule, first, bench):
+    """Before PEFT masks, the optimizer has trained every component again: weights at that moment do not tell."""
+    options, called, _ = SCHEDULES[schedule]
+    model = bench.peft(adalora(**options))
+    run = bench.trained(model, others=[Allocating()], recorder_first=first)
+    assert causes_of(run) == called
+    pattern = model.peft_config["default"].rank_pattern or {}
+    kept = {name.partition(".lora_E")[0]: sum(mask) for name, mask in pattern.items()}
+    assert run.ranks() == (kept or dict.fromkeys(run.ranks(), 6))
+    if kept:  # the last state is the one that is saved
+        assert {name: int(update.A.any(axis=1).sum()) for name, update in run.updates().items()} == kept
+        assert causes_of(bench.saved(model)) == called
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_peft_s_allocator_that_nobody_called(schedule, bench):
+    options, _, forgotten = SCHEDULES[schedule]
+    assert causes_of(bench.trained(bench.peft(adalora(**options)))) == forgotten
+
+
+def case(method, step=None, **columns):
+    frame = pd.DataFrame(columns)
+    frame["module"] = [f"h.{number}.q" for number in frame.index]
+    frame["adapted"] = frame.get("rank", pd.Series(1, frame.index)) > 0
+    meta = {"method": method, "states": {"last": {"step": step}}}
+    return Case(frame, pd.Series(dtype="float64"), meta, True, True, True, ())
+
+
+@pytest.mark.parametrize(
+    ("held", "found"),
+    [
+        ([4, 4, 0], []),  # the budget, though the third module has none of it
+        ([12, 12, 0], []),
+        ([0, 0, 0], []),
+        ([12, 12, 1], ["budget-missed"]),
+        ([12, 12, 12], ["allocator-idle"]),
+    ],
+)
+def test_a_module_without_components_counts(held, found):
+    given = case(
+        {"name": "peft", "kind": "ADALORA"}, 9, rank=pd.array(held, dtype="Int64"), used=[float(n) for n in held]
+    )
+    assert [finding.cause for finding in allocator(given)] == found
+
+
+def test_the_tail_of_a_schedule_is_no_miss():
+    """A hundred modules, 12 to 8: 400 components to be taken, of which four may be left by masking every few steps."""
+    for extra, found in ((4, []), (5, ["budget-missed"])):
+        held = pd.array([8] * (100 - extra) + [9] * extra, dtype="Int64")
+        given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=held, used=held.astype("float64"))
+        assert [finding.cause for finding in allocator(given)] == found
+
+
+def test_what_an_allocator_took_is_not_called_dead(tmp_path):
+    """Recorded between the optimizer and PEFT's mask, it has moved by one step of a small rate."""
+    norms = {"h.0.q": 1e-6, "h.1.q": 1.0}
+    values = {("update_norm", name): {9: norm} for name, norm in norms.items()}
+    values |= {("stable_rank", name): {9: 1.0} for name in norms}
+    factors = {"h.0.q": low_rank(0.0, 0.0), "h.1.q": low_rank(1.0, 0.5)}
+    for kind, rank, found in (("ADALORA", 0, []), ("LORA", 2, ["dead"])):
+        states = {"last": {"step": 9, "ranks": {"h.0.q": rank, "h.1.q": 2}}}
+        method = {"name": "peft", "kind": kind, "init_r": 2, "target_r": 1}
+        run = plant(tmp_path, kind, values, factors=factors, states=states, method=method)
+        assert causes_of(run) == found
+
+
+def test_where_a_scale_is_blamed():
+    """Both at once: a scale beyond the habit of 16, and an update larger than its weight."""
+    given = case({"name": "peft"}, scale=[16.0, 64.0, 16.5], relative_update=[40.0, 1.0, 1.01])
+    (finding,) = overscaled(given)
+    assert finding.evidence["modules"] == 1
+    assert (finding.evidence["scale"], finding.evidence["relative_update"]) == (16.5, 1.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"r": 1, "lora_alpha": 16}, []),
+        ({"r": 4, "lora_alpha": 8}, []),
+        ({"r": 4, "lora_alpha": 32, "use_rslora": True}, []),
+        ({"r": 4, "lora_alpha": 4000}, ["overscaled"]),
+        ({"r": 4, "lora_alpha": 4000, "use_rslora": True}, ["overscaled"]),
+    ],
+)
+def test_the_scale_of_a_recorded_lora(options, found, bench):
+    """At a rate at which scale 16 makes an update as large as the weight."""
+    run = bench.trained(bench.peft(**options), learning_rate=3e-2)
+    assert causes_of(run) == found
+
+
+@pytest.mark.parametrize(("alpha", "found"), [(8, []), (6 * 16, []), (24000, ["overscaled"])])
+def test_the_scale_of_a_recorded_adalora(alpha, found, bench):
+    """PEFT divides alpha by the initial rank, 6."""
+    model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2, lora_alpha=alpha))
+    run = bench.trained(model, others=[Allocating()], learning_rate=3e-2)
+    assert causes_of(run) == found

@@ -22,6 +22,9 @@ from lorascope.settings import Settings
 from lorascope.state import seeded
 from lorascope.tasks import Task
 
+Model = str | Callable[[], nn.Module]
+Data = Task | str | Path
+
 
 @dataclass(frozen=True)
 class Alone:
@@ -30,8 +33,8 @@ class Alone:
     Of a method with phases the first one is measured.
     """
 
-    model: str | Callable[[], nn.Module]
-    data: Task | str | Path
+    model: Model
+    data: Data
     method: Method
     settings: Settings
     seed: int
@@ -43,8 +46,8 @@ class Alone:
     @classmethod
     def of(
         cls,
-        model: str | Callable[[], nn.Module],
-        data: Task | str | Path,
+        model: Model,
+        data: Data,
         method: Method | str,
         settings: Mapping[str, Any],
         **where: Any,
@@ -92,8 +95,39 @@ class Alone:
         return folder
 
 
-def in_own_process(work: Callable[[Alone], Path], job: Alone) -> Run:
-    """The run that ``work`` makes of a job in a fresh process."""
+def in_own_process(
+    work: Callable[[Alone], Path],
+    model: Model,
+    data: Data,
+    method: Method | str,
+    *,
+    seed: int = 0,
+    out: str | Path | None = None,
+    root: str | Path = "runs",
+    overwrite: bool = False,
+    device: str = "cpu",
+    **settings: Any,
+) -> Run:
+    """The run that ``work`` makes in a fresh process.
+
+    Parameters
+    ----------
+    work : callable
+        Takes what is to be measured, and gives the run folder.
+    model, data, method
+        See ``Alone``.
+    seed : int
+    out : path, optional
+        The run folder; ``<root>/<name>-<method>-<id>`` by default.
+    root : path
+    overwrite : bool
+        Measure again.
+    device : str
+        Memory has a peak on "cpu" and "cuda" alone, NA elsewhere.
+    **settings
+        Of ``train``, such as ``batch_size`` and ``max_length``.
+    """
+    job = Alone.of(model, data, method, settings, seed=seed, out=out, root=root, overwrite=overwrite, device=device)
     with ProcessPoolExecutor(max_workers=1) as fresh:
         return Run.read(fresh.submit(work, job).result())
 

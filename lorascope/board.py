@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorascope.progress import read_note
+from lorascope.screen import elide
 
 # Seconds between two looks at the notes.
 _PAUSE = 1.0
-_NARROW = 60
+# Columns that a name leaves to status, step and metric, and those that are its own even so.
+_REST, _NAME = 42, 16
 # What is worth a line on a screen that is too low for all runs.
-_URGENT = ("running", "failed", "waiting", "done")
+_URGENT = ("failed", "running", "waiting", "done")
 
 
 class Row(NamedTuple):
@@ -44,7 +46,7 @@ class Board:
         self.names, self.note, self.stream = names, note, stream
         self._ended: dict[int, Row] = {}
         self._told = ["waiting"] * len(names)
-        self._drawn = 0
+        self._shown: list[str] = []
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -82,12 +84,7 @@ class Board:
     def _draw(self) -> None:
         stream, rows = self.stream, self.rows()
         if stream.isatty():
-            size = shutil.get_terminal_size()
-            lines = table(rows, size.columns, size.lines)
-            # Back to the first line of the last table, and clear from there.
-            stream.write(f"\033[{self._drawn}F\033[J" if self._drawn else "")
-            stream.write("\n".join(lines) + "\n")
-            self._drawn = len(lines)
+            self._paint(rows)
         else:
             count = Counter(row.status for row in rows)
             for number, row in enumerate(rows):
@@ -97,18 +94,36 @@ class Board:
             self._told = [row.status for row in rows]
         stream.flush()
 
+    def _paint(self, rows: Sequence[Row]) -> None:
+        """Draw over the last table, line by line and in one piece: a screen that is wiped first flickers."""
+        columns, lines = os.get_terminal_size(self.stream.fileno())
+        columns, lines = columns or 80, lines or 24  # a terminal that does not know its size
+        told = table(rows, columns, lines)
+        if told == self._shown:
+            return
+        # A terminal that was made narrower since has broken the long lines of the last table.
+        height = sum(max(1, -(-len(line) // columns)) for line in self._shown)
+        back = f"\033[{height}F" if height else ""
+        self.stream.write(back + "".join(f"{line}\033[K\n" for line in told) + "\033[J")
+        self._shown = told
+
 
 def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
-    """The table in at most so many columns and lines; the runs that need no look are only counted where it is full."""
+    """The table in less than so many columns and lines; runs that need no look are only counted where it is full."""
     count = Counter(row.status for row in rows)
     counted = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
     room = max(1, lines - 4)
     chosen = sorted(range(len(rows)), key=lambda number: _URGENT.index(rows[number].status))[:room]
     shown = [rows[number] for number in sorted(chosen)]
-    width = max(len(row.name) for row in shown)
-    told = [f"{'run':<{width}}  status   step       metric"]
-    told += [f"{row.name:<{width}}  {row.status:<8} {row.step:<10} {row.metric}".rstrip() for row in shown]
+    width = min(max(len(row.name) for row in shown), max(_NAME, columns - _REST))
+    told = [_line("run", "status", "step", "metric", width), *(_line(*row, width) for row in shown)]
     if len(shown) < len(rows):
         told.append(f"... and {len(rows) - len(shown)} more")
     told.append(f"{len(rows)} runs: {counted}")
-    return [line[: max(columns, _NARROW) - 1] for line in told]
+    return [line if len(line) < columns else f"{line[: columns - 3]}.." for line in told]
+
+
+def _line(name: str, status: str, step: str, metric: str, width: int) -> str:
+    """One run; the reason of a failure takes the room of the step too."""
+    rest = metric if status == "failed" else f"{step:<10} {metric}"
+    return f"{elide(name, width):<{width}}  {status:<8} {rest}".rstrip()

@@ -6,32 +6,35 @@ A list stands for several values, a run each; where a value is a list itself, su
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from torch import nn
 
-from lorascope import models, tasks
+from lorascope import models, observe, tasks
 from lorascope.loop import train
 from lorascope.method import Method, config, from_config
 from lorascope.methods import METHODS
+from lorascope.observer import Observer
 from lorascope.settings import Settings
 from lorascope.tasks import Task
+from lorascope.values import NONE, combinations, fits, known, meant, words
 
 Model = str | Callable[[], nn.Module]
 Data = Task | str | Path
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
+_OBSERVERS: dict[str, type[Observer]] = {
+    name: kind for name, kind in vars(observe).items() if isinstance(kind, type) and issubclass(kind, Observer)
+}
+_OBSERVERS.pop("Observer")
 # What a grid has a place of its own for, and what makes no sense for many runs at once.
-_NO_SETTINGS = {"model", "data", "method", "seed", "observe", "out", "root", "overwrite", "progress", "return"}
-_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "progress", "return"}
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
 
 
 def _grid(table: Mapping[str, Any]) -> Grid:
-    _known(table, _KEYS, "key")
+    known(table, _KEYS, "key")
     for key in ("task", "method", "settings"):
         if key not in table:
             raise ValueError(f"{key} is missing: say what is to be trained on, by which methods, for how many steps")
@@ -159,17 +162,9 @@ def _methods(entry: Any) -> list[Method]:
     """The methods of an entry: one object, one name, or a table of a name with fields."""
     if isinstance(entry, Method):
         return [entry]
-    fields = {"name": entry} if isinstance(entry, str) else entry
-    if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
-        raise ValueError(f'method {entry!r} must be a name, or a table with one, such as {{name = "lora", rank = 8}}')
-    name = fields["name"]
-    _known([name], METHODS, "method")
-    hints = typing.get_type_hints(METHODS[name])
-    own = {f.name: hints[f.name] for f in dataclasses.fields(METHODS[name]) if f.init and not f.name.endswith("_")}
-    given = {key: value for key, value in fields.items() if key != "name"}
-    _known(given, own, f"field of method {name}")
+    name, given, hints = _named(entry, METHODS, "method", '{name = "lora", rank = 8}')
     try:
-        return [from_config({"name": name, **chosen}) for chosen in _combinations(given, own)]
+        return [from_config({"name": name, **chosen}) for chosen in combinations(given, hints)]
     except ValueError as error:
         raise ValueError(f"method {name}: {error}") from None
 
@@ -178,15 +173,52 @@ def _settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
     if not isinstance(table, Mapping):
         raise ValueError(f"settings = {table!r} must be a table, such as {{steps = 300}}")
     hints = {name: hint for name, hint in typing.get_type_hints(train).items() if name not in _NO_SETTINGS}
-    _known(table, hints, "setting")
+    known(table, hints, "setting")
+    if "observe" in table:
+        if isinstance(table["observe"], str | Mapping) and table["observe"] != NONE:
+            raise ValueError(f'observe = {table["observe"]!r} must be a list of observers, such as ["norms"]')
+        table = {**table, "observe": _observers(table["observe"])}
     if "steps" not in table:
         raise ValueError("settings lack steps: say how many, such as {steps = 300}")
-    found = _combinations(table, hints)
+    found = combinations(table, hints)
     names = {f.name for f in dataclasses.fields(Settings)}
     for chosen, method in itertools.product(found, methods):
         rates = {"lr": method.lr, "head_lr": method.head_lr}
-        Settings(**(rates | {name: value for name, value in chosen.items() if name in names}))
+        given = {name: value for name, value in chosen.items() if name in names}
+        Settings(**given | {name: rate for name, rate in rates.items() if given.get(name) is None})
     return found
+
+
+def _observers(value: Any) -> Any:
+    """What ``observe`` holds, with observers in place of names and tables; lists stay lists."""
+    if isinstance(value, list | tuple):
+        return [_observers(item) for item in value]
+    if isinstance(value, Observer) or value in (None, NONE):
+        return value
+    name, given, hints = _named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
+    given = {key: meant(each, hints[key]) for key, each in given.items()}
+    for key, each in given.items():
+        if not fits(each, hints[key]):
+            raise ValueError(f"observer {name}: {key} = {each!r} must be {words(hints[key])}")
+    if given.get("every", 1) < 1:
+        raise ValueError(f"observer {name}: every = {given['every']} must be 1 or more, steps between two looks")
+    return _OBSERVERS[name](**{key: tuple(each) if isinstance(each, list) else each for key, each in given.items()})
+
+
+def _named(
+    entry: Any, kinds: Mapping[str, type], what: str, example: str
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """A name, or a table of a name with fields: the name, the fields, and the type of every field there is."""
+    table = {"name": entry} if isinstance(entry, str) else entry
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+        raise ValueError(f"{what} {entry!r} must be a name, or a table with one, such as {example}")
+    name = table["name"]
+    known([name], kinds, what)
+    types = typing.get_type_hints(kinds[name])
+    own = {f.name: types[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
+    given = {key: value for key, value in table.items() if key != "name"}
+    known(given, own, f"field of {what} {name}")
+    return name, given, own
 
 
 def _seeds(value: Any) -> list[int]:
@@ -196,58 +228,6 @@ def _seeds(value: Any) -> list[int]:
         raise ValueError(f"seeds = {value!r} must be a number above 0, or a list of whole numbers")
     _once(found, "seed")
     return list(found)
-
-
-def _combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All ways to choose one value for every key."""
-    choices = [_choices(key, value, hints[key]) for key, value in table.items()]
-    return [dict(zip(table, chosen, strict=True)) for chosen in itertools.product(*choices)]
-
-
-def _choices(key: str, value: Any, hint: Any) -> list[Any]:
-    if fits(value, hint):
-        return [value]
-    if isinstance(value, list) and value and all(fits(item, hint) for item in value):
-        return value
-    raise ValueError(f"{key} = {value!r} must be {_words(hint)}, or a list of such values for a run each")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Is a value, as TOML gives it, of this type? A whole number is no truth value, nor the other way round."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in arguments)
-    if origin is Literal:
-        return value in arguments
-    if origin in (tuple, Sequence):
-        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
-    if origin is Mapping:
-        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
-    return type(value) is hint
-
-
-def _words(hint: Any) -> str:
-    """A type in the words of a user of TOML."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        # A number that may be whole is a number.
-        kinds = [each for each in arguments if not (each is int and float in arguments)]
-        return " or ".join(dict.fromkeys(told for each in kinds if (told := _words(each))))
-    if origin is Literal:
-        return f"one of {', '.join(map(repr, arguments))}"
-    if origin in (tuple, Sequence):
-        return "a list"
-    if origin is Mapping:
-        return "a table"
-    return _WORDS.get(hint, "")
-
-
-def _known(given: Collection[str], known: Collection[str], what: str) -> None:
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=2)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(known))}"
-            raise ValueError(f"unknown {what} {name!r}; {hint}")
 
 
 def _once(values: Sequence[Any], what: str) -> None:

@@ -7,40 +7,26 @@ them from before the model is loaded, or CUDA's ``max_memory_allocated``. Elsewh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorascope.alone import Alone, in_own_process
+from lorascope.alone import Alone, Data, Model, in_own_process
 from lorascope.loop import advance
 from lorascope.method import Method
 from lorascope.observe import memory
 from lorascope.records import Record
 from lorascope.run import Run
 from lorascope.session import Session
-from lorascope.tasks import Task
 
 _WINDOW = "lorascope: measured step"
 
 
-def measure(
-    model: str | Callable[[], nn.Module],
-    data: Task | str | Path,
-    method: Method | str,
-    *,
-    steps: int = 2,
-    seed: int = 0,
-    out: str | Path | None = None,
-    root: str | Path = "runs",
-    overwrite: bool = False,
-    device: str = "cpu",
-    **settings: Any,
-) -> Run:
+def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, **options: Any) -> Run:
     """Measure what training by a method holds, with the peak of one step.
 
     Parameters
@@ -52,16 +38,9 @@ def measure(
         Of a method with phases the first one is measured.
     steps : int
         The last of so many is the one whose peak is taken; the first makes the optimizer's state.
-    seed : int
-    out : path, optional
-        The run folder; ``<root>/memory-<method>-<id>`` by default.
-    root : path
-    overwrite : bool
-        Measure again.
-    device : str
-        The peak is known on "cpu" and "cuda", NA elsewhere.
-    **settings
-        Further settings of ``train``, such as ``batch_size`` and ``max_length``.
+    **options
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``alone.in_own_process``, and settings of
+        ``train``, such as ``batch_size``.
 
     Returns
     -------
@@ -69,8 +48,7 @@ def measure(
         With ``parameter_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` after each step, and ``peak_bytes`` of the
         last. lorascope's own copy of W_0 is left out. The same call finds a finished one.
     """
-    where = {"seed": seed, "out": out, "root": root, "overwrite": overwrite, "device": device}
-    return in_own_process(_measure, Alone.of(model, data, method, {"steps": steps, **settings}, **where))
+    return in_own_process(_measure, model, data, method, steps=steps, **options)
 
 
 def _measure(job: Alone) -> Path:

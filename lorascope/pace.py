@@ -9,20 +9,19 @@ Source: LISA (arXiv 2403.17919), figure 4, which draws forward and backward of o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorascope.alone import Alone, in_own_process
+from lorascope.alone import Alone, Data, Model, in_own_process
 from lorascope.loop import advance
 from lorascope.method import Batch, Method
 from lorascope.records import Quantity, Record, register
 from lorascope.run import Run
 from lorascope.session import Session
-from lorascope.tasks import Task
 
 for _name, _label, _what in (
     ("forward_seconds", "forward", "the loss of the step's batch"),
@@ -33,19 +32,7 @@ for _name, _label, _what in (
     register(_name, Quantity(f"time of {_label}", "s", pool="sum", definition=_definition, source="LISA, figure 4"))
 
 
-def measure(
-    model: str | Callable[[], nn.Module],
-    data: Task | str | Path,
-    method: Method | str,
-    *,
-    steps: int = 12,
-    seed: int = 0,
-    out: str | Path | None = None,
-    root: str | Path = "runs",
-    overwrite: bool = False,
-    device: str = "cpu",
-    **settings: Any,
-) -> Run:
+def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, **options: Any) -> Run:
     """Measure how long the steps of a method take.
 
     Parameters
@@ -57,15 +44,9 @@ def measure(
         Of a method with phases the first one is measured.
     steps : int
         The first two are slower, and left out by the figure.
-    seed : int
-    out : path, optional
-        The run folder; ``<root>/pace-<method>-<id>`` by default.
-    root : path
-    overwrite : bool
-        Measure again.
-    device : str
-    **settings
-        Further settings of ``train``, such as ``batch_size`` and ``max_length``.
+    **options
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``alone.in_own_process``, and settings of
+        ``train``, such as ``batch_size``.
 
     Returns
     -------
@@ -73,8 +54,7 @@ def measure(
         With ``forward_seconds``, ``backward_seconds`` and ``rest_seconds`` of each step. The same call finds a
         finished one.
     """
-    where = {"seed": seed, "out": out, "root": root, "overwrite": overwrite, "device": device}
-    return in_own_process(_measure, Alone.of(model, data, method, {"steps": steps, **settings}, **where))
+    return in_own_process(_measure, model, data, method, steps=steps, **options)
 
 
 def _measure(job: Alone) -> Path:

@@ -6,6 +6,7 @@ where they were, and a worker that is killed costs the steps since its run's las
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -247,10 +248,22 @@ def width() -> int:
 def _names(wanted: Sequence[Job]) -> list[str]:
     labels = [job.method.label() for job in wanted]
     settings = [{"lr": job.method.lr, "head_lr": job.method.head_lr} | dict(job.settings) for job in wanted]
-    told = recipes(labels, [{key: value for key, value in s.items() if key not in ("seed", "root")} for s in settings])
+    told = recipes(labels, [{key: _words(v) for key, v in s.items() if key not in ("seed", "root")} for s in settings])
     parts = [told, *(_where(places) for places in ([j.model for j in wanted], [j.data for j in wanted]))]
     seeds = [f"seed {job.settings.get('seed', 0)}" for job in wanted]
     return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
+
+
+def _words(value: Any) -> Any:
+    """A setting as a name shows it: observers by what they were told."""
+    if not isinstance(value, list | tuple):
+        return value
+    told = []
+    for observer in value:
+        given = {f.name: getattr(observer, f.name) for f in dataclasses.fields(observer) if f.init}
+        own = [f"{key} {each}" for key, each in given.items() if each != getattr(type(observer), key)]
+        told.append(" ".join([type(observer).__name__, *own]))
+    return " + ".join(told) or "nothing"
 
 
 def _where(places: Sequence[Any]) -> list[str]:

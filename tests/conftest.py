@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from forks import Forks
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -83,3 +84,12 @@ def task() -> tasks.Task:
 def fresh_bert(bert, task):
     """A freshly loaded tiny BERT classifier."""
     return load(bert, task=task)
+
+
+@pytest.fixture(scope="session")
+def forks(bert, task, tmp_path_factory):
+    """A warm process that trains the tiny BERT on the tiny task, each time in a fork."""
+    table = tmp_path_factory.mktemp("table") / "reviews.csv"
+    task.table[["text", "label", "group"]].to_csv(table, index=False)
+    with Forks(bert, table) as forks:
+        yield forks

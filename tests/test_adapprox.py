@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import math
-import signal
 
 import killing
 import pytest
 import torch
-from test_resume import Forks, same
+from forks import check_that_a_killed_run_goes_on
 from tiny import inputs
 
 import lorascope as ls
@@ -426,16 +425,5 @@ def test_bfloat16(gpt2, task, tmp_path):
     assert found.table.query("quantity == 'factor_rank'")["value"].between(1, 8).all()
 
 
-def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label", "group"]].to_csv(table, index=False)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    forks = Forks(bert, table)
-    job = json.dumps(config(METHOD))
-    assert forks(job, whole) == 0
-    assert forks(job, out, **{"kill after": "resume/step-00000004*"}) == -signal.SIGKILL
-    assert forks(job, out) == 0
-    same(out, whole)
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
+def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
+    check_that_a_killed_run_goes_on(forks, METHOD, tmp_path, after=["resume/step-00000004*"])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import signal
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forks import check_that_a_killed_run_goes_on
 from test_ablation import gated
-from test_resume import Forks, same
 from tiny import inputs, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -373,22 +371,10 @@ def test_a_module_of_rank_zero_is_there_everywhere(run, bert, task):
     assert found.meta["states"]["best"]["step"] >= 6
 
 
-def test_killed_around_a_round_it_goes_on_bit_for_bit(bert, task, tmp_path):
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label"]].to_csv(table, index=False)
-    forks = Forks(bert, table)
+def test_killed_around_a_round_it_goes_on_bit_for_bit(forks, tmp_path):
     method = ALoRA(init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, dropout=0.1, lr=1e-2)
-    job = json.dumps(config(method))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert forks(job, whole) == 0
-    assert forks(job, out, **{"kill at": 4}) == -signal.SIGKILL
-    assert forks(job, out, **{"kill after": "resume/step-00000002*"}) == -signal.SIGKILL
-    assert forks(job, out, **{"kill after": "resume/step-00000004*"}) == -signal.SIGKILL
-    assert forks(job, out) == 0
-    same(out, whole)
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
+    after = [f"resume/step-0000000{step}*" for step in (2, 4)]
+    check_that_a_killed_run_goes_on(forks, method, tmp_path, at=[4], after=after)
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from forks import check_that_a_killed_run_goes_on
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_resume import Forks, same
 from tiny import inputs, tiny
 from torch import nn
 from torch.func import functional_call
@@ -752,18 +751,7 @@ def test_it_is_registered_and_survives_json():
     assert method.label() == "AutoLoRA, rank 4, targets q k, hypergradient exact"
 
 
-def test_killed_in_either_phase_it_goes_on_bit_for_bit(bert, task, tmp_path):
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label"]].to_csv(table, index=False)
-    forks = Forks(bert, table)
-    method = json.dumps(config(AutoLoRA(rank=3, lr=1e-2, selection_lr=0.1, dropout=0.1)))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert forks(method, whole) == 0
-    for phase in ("1-search", "2-retrain"):
-        assert forks(method, out, **{"kill after": f"{phase}/resume/step-*"}) == -signal.SIGKILL
-        assert {path.parts[-3] for path in out.glob("*/resume/step-*")} == {phase}
-    assert forks(method, out) == 0
-    same(out, whole)
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
+def test_killed_in_either_phase_it_goes_on_bit_for_bit(forks, tmp_path):
+    method = AutoLoRA(rank=3, lr=1e-2, selection_lr=0.1, dropout=0.1)
+    after = ["1-search/resume/step-*", "2-retrain/resume/step-*"]
+    check_that_a_killed_run_goes_on(forks, method, tmp_path, after=after)

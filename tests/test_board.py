@@ -3,16 +3,65 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import re
+import select
+import termios
 from pathlib import Path
+
+import pytest
 
 from lorascope.board import Board, Row, table
 from lorascope.evaluation import Score
 from lorascope.progress import Note, noted, progress_bar, read_note
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
+class Terminal:
+    """What stands at the other end of a pseudo-terminal, as far as a table needs it."""
+
+    def __init__(self, columns: int, lines: int) -> None:
+        self.columns, self.lines, self.screen, self.row, self.column = columns, lines, [""], 0, 0
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (lines, columns))
+        self.stream = os.fdopen(slave, "w")
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stream.close()
+        os.close(self.master)
+
+    def read(self) -> str:
+        """Take in what was written, and give it raw."""
+        raw = ""
+        while select.select([self.master], [], [], 0.05)[0]:
+            raw += os.read(self.master, 1 << 16).decode()
+        for part in re.findall(r"\033\[\d*[A-Z]|\r|\n|[^\033\r\n]+", raw):
+            self._take(part)
+        return raw
+
+    def _take(self, part: str) -> None:
+        if part == "\r":
+            self.column = 0
+        elif part == "\n":
+            self.row += 1
+            self.screen += [""] * (self.row - len(self.screen) + 1)
+        elif part.endswith("F") and part[0] == "\033":
+            self.row, self.column = self.row - int(part[2:-1]), 0
+            assert self.row >= max(0, len(self.screen) - self.lines), "above the screen"
+        elif part == "\033[K":
+            self.screen[self.row] = self.screen[self.row][: self.column]
+        elif part == "\033[J":
+            del self.screen[self.row + 1 :]
+            self.screen[self.row] = self.screen[self.row][: self.column]
+        else:
+            assert part[0] != "\033", part
+            assert self.column + len(part) < self.columns, "the line is broken"
+            line = self.screen[self.row].ljust(self.column)
+            self.screen[self.row] = line[: self.column] + part + line[self.column + len(part) :]
+            self.column += len(part)
 
 
 def train_a_little(file: Path, steps: int) -> Note:
@@ -67,13 +116,33 @@ def test_elsewhere_a_line_whenever_a_run_begins_or_ends(tmp_path):
     assert stream.getvalue().splitlines() == ["[0/2] running a  3/9", "[1/2] done    a    accuracy 0.5"]
 
 
-def test_on_a_terminal_the_table_is_drawn_over_itself(tmp_path):
-    stream = Terminal()
-    with Board(["a", "b"], lambda number: tmp_path / f"{number}.json", stream) as board:
-        board._draw()
-    first, second = stream.getvalue().split("\033[4F\033[J")
-    assert first == second
-    assert second.splitlines()[-1] == "2 runs: 0 done, 0 running, 2 waiting, 0 failed"
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
+    names = [f"LoRA, rank {8 + number}, targets query key value dense, lr 0.001, seed 0" for number in range(20)]
+    reason = "ValueError: targets 'nowhere' matches no module of this model; did you mean 'dense', or all-linear?"
+    with Terminal(columns, 12) as terminal:
+        with Board(names, lambda number: tmp_path / f"{number}.json", terminal.stream) as board:
+            board._draw()
+            first = terminal.read()
+            board._draw()
+            assert terminal.read() == ""  # nothing is new, so nothing flickers
+            train_a_little(tmp_path / "3.json", 2)
+            board.end(19, "failed", reason)
+            board._draw()
+            second = terminal.read()
+            for number in range(19):
+                board.end(number, "done", "accuracy 0.8125")
+        terminal.read()
+    assert "\033[J" not in first[:-3]
+    assert "\033[J" not in second[:-3]  # wiped at its end alone
+    told = [line for line in terminal.screen if line]
+    assert len(told) == len(terminal.screen) - 1 <= 11
+    assert sum(line.startswith("run ") for line in told) == 1
+    assert [" failed " in line for line in told[1:-2]] == [False] * 7 + [True]
+    assert "seed 0" in told[1]
+    assert "accuracy 0.8125" in told[1]
+    assert told[-1] == "20 runs: 19 done, 0 running, 0 waiting, 1 failed"
+    assert reason[:24] in told[-3]
 
 
 def test_a_low_screen_shows_what_needs_a_look():

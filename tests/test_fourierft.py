@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-import signal
 
 import killing
 import numpy as np
@@ -13,7 +11,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from test_resume import Forks, same
+from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -503,19 +501,8 @@ def test_a_run_is_restored_bit_for_bit(method, bert, task, tmp_path):
         assert torch.equal(adapted(again)[name].entries, delta.entries)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label", "group"]].to_csv(table, index=False)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    forks = Forks(bert, table)
-    job = json.dumps(config(METHOD))
-    assert forks(job, whole) == 0
-    assert forks(job, out, **{"kill after": "resume/step-00000004*"}) == -signal.SIGKILL
-    assert forks(job, out) == 0
-    same(out, whole)
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
+def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
+    check_that_a_killed_run_goes_on(forks, METHOD, tmp_path, after=["resume/step-00000004*"])
 
 
 def test_no_lora_holds_it(run):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from lorascope import grid
+from lorascope import grid, values
 from lorascope.methods import METHODS, LoRA
+from lorascope.observe import factors, neurons, norms
+from lorascope.sweeps import Swept
 
 TOML = """
 model = "{bert}"
@@ -63,6 +65,10 @@ def test_a_mapping_may_hold_objects(bert, task):
     assert found.jobs()[0].settings == {"steps": 2, "root": "runs", "seed": 0}
 
 
+def observing(observers):
+    return {"settings": {"steps": 3, "observe": observers}}
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -88,6 +94,13 @@ def test_a_mapping_may_hold_objects(bert, task):
         ({"settings": {"steps": [3, "4"]}}, "steps = [3, '4'] must be a whole number"),
         ({"settings": {"steps": 3, "schedule": "liner"}}, "schedule 'liner' is unknown"),
         ({"settings": {"steps": 3, "lr": [0.1, -0.1]}}, "lr=-0.1 must be a positive number"),
+        (observing("norms"), "observe = 'norms' must be a list of observers, such as [\"norms\"]"),
+        (observing(["nroms"]), "unknown observer 'nroms'; did you mean norms"),
+        (observing([3]), "observer 3 must be a name, or a table with one, such as"),
+        (observing([{"name": "neurons", "evry": 3}]), "unknown field of observer neurons 'evry'; did you mean every?"),
+        (observing([{"name": "neurons", "every": "x"}]), "observer neurons: every = 'x' must be a whole number"),
+        (observing([{"name": "norms", "every": 0}]), "observer norms: every = 0 must be 1 or more"),
+        (observing([{"name": "norms", "spectra_every": True}]), '= True must be a whole number or "none"'),
         ({"root": 3}, "root = 3 must be a text"),
         ({"backend": "dask"}, "backend = 'dask' must be a table"),
     ],
@@ -98,6 +111,41 @@ def test_what_is_wrong_gets_one_line(bert, task, change, line):
         grid.read(right | change)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+OBSERVING = """
+model = "{bert}"
+task = "{csv}"
+seeds = 1
+method = {{name = "adapprox", max_rank = [2, "none"]}}
+
+[settings]
+steps = 2
+clip = ["none", 1.0]
+lr = "none"
+observe = ["norms", {{name = "norms", every = 3, spectra_every = "none"}}, {{name = "neurons", targets = ["q"]}}]
+"""
+
+
+def test_observers_and_nothing_in_a_file(bert, csv, tmp_path):
+    """TOML has no null: where a value may be None, the text "none" says so."""
+    file = tmp_path / "x.toml"
+    file.write_text(OBSERVING.format(bert=bert, csv=csv))
+    jobs = grid.read(file).jobs()
+    assert [(job.method.max_rank, job.settings["clip"]) for job in jobs] == [(2, None), (2, 1), (None, None), (None, 1)]
+    assert all(job.settings["lr"] is None for job in jobs)
+    assert jobs[0].settings["observe"] == [norms(), norms(every=3), neurons(targets=("q",))]
+    with pytest.raises(ValueError, match=r"^rank = \'none\' must be a whole number or a table, or a list"):
+        grid.read({"task": csv, "method": {"name": "lora", "rank": "none"}, "settings": {"steps": 1}})
+
+
+def test_a_list_of_lists_of_observers_is_several_choices(bert, task):
+    own = {"steps": 1, "observe": [["norms"], [norms(every=1), "factors"], [], "none"]}
+    found = grid.read({"model": bert, "task": task, "method": "lora", "seeds": 1, "settings": own})
+    assert [chosen["observe"] for chosen in found.settings] == [[norms()], [norms(every=1), factors()], [], None]
+    names = Swept(found.jobs()).names
+    assert names[1] == "LoRA, observe norms every 1 + factors, seed 0"
+    assert len(set(names)) == 4
 
 
 def test_the_line_names_the_file(tmp_path):
@@ -117,16 +165,18 @@ def test_every_field_of_every_method_fits_its_own_default(name):
     method = METHODS[name]()
     hints = typing.get_type_hints(METHODS[name])
     wrong = [
-        field for field in vars(method) if not field.endswith("_") and not grid.fits(vars(method)[field], hints[field])
+        field
+        for field in vars(method)
+        if not field.endswith("_") and not values.fits(vars(method)[field], hints[field])
     ]
     assert not wrong
-    assert not grid.fits(object(), hints["lr"])
+    assert not values.fits(object(), hints["lr"])
 
 
 def test_types_as_toml_gives_them():
-    assert grid.fits(3, float | int)
-    assert not grid.fits(True, float | int)
-    assert not grid.fits(3, bool)
-    assert grid.fits(["q"], str | tuple[str, ...])
-    assert not grid.fits(["q", 1], str | tuple[str, ...])
-    assert not grid.fits("x", Path | None)
+    assert values.fits(3, float | int)
+    assert not values.fits(True, float | int)
+    assert not values.fits(3, bool)
+    assert values.fits(["q"], str | tuple[str, ...])
+    assert not values.fits(["q", 1], str | tuple[str, ...])
+    assert not values.fits("x", Path | None)

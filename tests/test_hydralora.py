@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import os
-import subprocess
-import sys
 
-import killing
 import numpy as np
 import pytest
 import torch
-from test_resume import same
+from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -667,19 +662,9 @@ def test_a_router_cannot_be_exported_but_even_mixing_can(run, bert, task, tmp_pa
         assert np.allclose(loaded[name].dense(), update.dense(), atol=1e-7)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label", "group"]].to_csv(table, index=False)
-    method = json.dumps(config(HydraLoRA(gates_every=1, dropout=0.1, lr=1e-2)))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    jobs = [{"out": str(whole)}, {"out": str(out), "kill after": "resume/*"}, {"out": str(out)}]
-    command = [sys.executable, killing.__file__, bert, str(table)]
-    lines = "".join(json.dumps({"method": method} | job) + "\n" for job in jobs)
-    told = subprocess.run(
-        command, input=lines, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert told.stdout.split() == ["0", "-9", "0"], told.stderr
-    same(whole, out)
+def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
+    method = HydraLoRA(gates_every=1, dropout=0.1, lr=1e-2)
+    check_that_a_killed_run_goes_on(forks, method, tmp_path, after=["resume/*"])
 
 
 def test_inspection_counts_heads_and_routers(run, bert, task):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import signal
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,8 @@ import pandas as pd
 import pytest
 import torch
 import transformers
+from forks import check_that_a_killed_run_goes_on
 from scipy import stats
-from test_resume import Forks, same
 from tiny import inputs, tiny
 from torch import Tensor, nn
 
@@ -451,21 +450,11 @@ def test_a_run_is_restored_bit_for_bit(state, bert, task, tmp_path):
     assert alike == (state == "last" or run.meta["states"]["best"]["step"] == 7)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(bert, task, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
     """Killed before the second draw, and amid its interval."""
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label", "group"]].to_csv(table, index=False)
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    forks = Forks(bert, table)
-    job = json.dumps(config(LISA(n_active=1, interval=3, weights=(2, 3), lr=1e-2)))
-    assert forks(job, whole) == 0
-    for step in (2, 4):
-        assert forks(job, out, **{"kill after": f"resume/step-{step:08d}*"}) == -signal.SIGKILL
-    assert forks(job, out) == 0
-    same(out, whole)
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
+    method = LISA(n_active=1, interval=3, weights=(2, 3), lr=1e-2)
+    after = [f"resume/step-0000000{step}*" for step in (2, 4)]
+    check_that_a_killed_run_goes_on(forks, method, tmp_path, after=after)
 
 
 @pytest.mark.parametrize(

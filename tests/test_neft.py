@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import signal
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_resume import Forks, same
+from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
 from torch import nn
 
@@ -379,18 +378,6 @@ def test_it_is_registered_and_survives_json():
     assert NeFT(k=5, mode="reversed").label() == "NeFT, k 5, mode reversed"
 
 
-def test_killed_in_either_phase_it_goes_on_bit_for_bit(bert, task, tmp_path):
-    table = tmp_path / "reviews.csv"
-    task.table[["text", "label"]].to_csv(table, index=False)
-    forks = Forks(bert, table)
-    method = json.dumps(config(NeFT(k=9, lr=1e-2)))
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert forks(method, whole) == 0
-    for phase in ("1-tune", "2-masked"):
-        assert forks(method, out, **{"kill after": f"{phase}/resume/step-*"}) == -signal.SIGKILL
-        assert {path.parts[-3] for path in out.glob("*/resume/step-*")} == {phase}
-    assert forks(method, out) == 0
-    same(out, whole)
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
+def test_killed_in_either_phase_it_goes_on_bit_for_bit(forks, tmp_path):
+    after = ["1-tune/resume/step-*", "2-masked/resume/step-*"]
+    check_that_a_killed_run_goes_on(forks, NeFT(k=9, lr=1e-2), tmp_path, after=after)

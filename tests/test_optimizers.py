@@ -8,7 +8,7 @@ import killing
 import numpy as np
 import pytest
 import torch
-from test_resume import same
+from forks import same
 from transformers.optimization import Adafactor
 
 import lorascope as ls

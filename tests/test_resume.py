@@ -3,89 +3,24 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import killing
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from forks import contents, same
 
 import lorascope as ls
 from lorascope import models
 from lorascope.methods import LoRA
 from lorascope.plan import held
-from lorascope.records import QUANTITIES
 from lorascope.session import Session
-
-CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
-WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == "s"}
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """All that lies in a folder, wall-clock quantities aside."""
-    found: dict[str, object] = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = file.relative_to(folder).as_posix()
-        if file.suffix == ".parquet":
-            table = pd.read_parquet(file)
-            kept = table[~table["quantity"].isin(WALL_CLOCK)].reset_index(drop=True)
-            found[name] = kept.to_json(double_precision=15)
-            found[f"{name} bits"] = kept["value"].to_numpy().tobytes()
-        elif file.name == "run.json":
-            meta = json.loads(file.read_text())
-            meta["checksums"].pop("records.parquet", None)
-            found[name] = {key: value for key, value in meta.items() if key not in CIRCUMSTANCES}
-        else:
-            found[name] = file.read_bytes()
-    return found
-
-
-def same(first: Path, second: Path) -> None:
-    one, two = contents(first), contents(second)
-    assert one.keys() == two.keys()
-    for name in one:
-        assert one[name] == two[name], name
-
-
-class Forks:
-    """Trains in forks of a warm process of one thread."""
-
-    def __init__(self, model: str, table: Path) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, killing.__file__, model, str(table)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def __call__(self, method: str, out: Path, **job: object) -> int:
-        self.process.stdin.write(json.dumps({"method": method, "out": str(out), **job}, default=str) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-
-@pytest.fixture(scope="module")
-def table(task, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("table") / "reviews.csv"
-    task.table[["text", "label"]].to_csv(path, index=False)
-    return path
-
-
-@pytest.fixture(scope="module")
-def forks(bert, table):
-    forks = Forks(bert, table)
-    yield forks
-    forks.process.stdin.close()
-    forks.process.stdout.close()
-    assert forks.process.wait() == 0
 
 
 def never_taken_for_whole(folder: Path, whole: Path) -> None:

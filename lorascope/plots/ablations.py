@@ -8,11 +8,10 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis import fourier as analysis
-from lorascope.analysis import norms
 from lorascope.analysis.stats import band, t_interval
 from lorascope.chart import Axis, Band, Chart, Line, Point, Text
 from lorascope.plots.catalogue import BASIS, FREQUENCIES, HEADS, figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, bars, gather
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, bars, ends, gather
 
 _EVEN = "drawn evenly"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
@@ -49,12 +48,12 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     drawn = pd.DataFrame([_band(group) for group in cohort.groups])
     if drawn["center"].isna().all():
         raise ValueError("bias_curve got no run whose entries were drawn in a band: train FourierFT with center=")
-    rows = _metric(cohort)
+    rows = cohort.scores()
     cells = band(rows.merge(drawn, on="recipe"), ["series", "width", "center"]).sort_values(["width", "center"])
     curves = cells.dropna(subset="center")
     highest = max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
     level = pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest))
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     return Chart(
         pd.concat([curves, level]),
         [
@@ -102,11 +101,11 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     cohort.require(BASIS, "test_metric")
     _check_alike(cohort, "basis")
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
-    rows = _metric(cohort)
+    rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
     cells = band(rows, ["basis"]).assign(what=_MEAN)
     cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=_above(cells))
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     return Chart(
         cells,
         [
@@ -157,14 +156,14 @@ def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
     _check_alike(own, "number")
     cohort.same("model", "task")
     numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
-    ends = sorted({min(numbers.values()), max(numbers.values())})
-    rows = _metric(cohort)
+    sides = sorted({min(numbers.values()), max(numbers.values())})
+    rows = cohort.scores()
     cells = band(rows, ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]
     curve = curve.assign(number=curve["recipe"].map(numbers), series=_HYDRA).sort_values("number")
-    levels = [cells[cells["kind"] == "control"].assign(number=end, series=lambda part: part["recipe"]) for end in ends]
+    levels = [cells[cells["kind"] == "control"].assign(number=end, series=lambda part: part["recipe"]) for end in sides]
     level = pd.concat(levels)
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     return Chart(
         pd.concat([curve, level]),
         [
@@ -212,7 +211,7 @@ def left_out(runs: Runs, control: Runs | None = None, start: float | int = 0.0) 
     cohort = gather("left_out", runs, control)
     cohort.require("test_metric")
     cohort.same("model", "task")
-    rows = _metric(cohort)
+    rows = cohort.scores()
     cells, marks = bars(band(rows, ["recipe", "kind"]), start)
     return Chart(
         cells,
@@ -240,11 +239,6 @@ def _band(group: Group) -> dict[str, Any]:
     if recipe.get("center") is None:
         return {"recipe": group.label, "series": _EVEN, "center": math.nan, "width": math.nan}
     return {"recipe": group.label, "series": f"width {recipe['width']:g}"} | {k: recipe[k] for k in ("center", "width")}
-
-
-def _metric(cohort: Cohort) -> pd.DataFrame:
-    """The test metric of every run at its end."""
-    return cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
 
 
 def _above(cells: pd.DataFrame) -> pd.Series:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from lorascope import records
-from lorascope.analysis import fourier
+from lorascope.analysis import fourier, norms
 from lorascope.chart import Band, Bar, Line, Mark, Point, Text
 from lorascope.plots.catalogue import FIGURES, MIXTURES, OF_UPDATES, lack
 from lorascope.records import QUANTITIES
@@ -92,6 +92,10 @@ class Cohort:
         run = table["run"].astype("str")
         return table.assign(recipe=run.map(labels), kind=run.map(kinds))
 
+    def scores(self) -> pd.DataFrame:
+        """The test metric of every run at its end."""
+        return self.label(norms.last(self.table[self.table["quantity"] == "test_metric"]))
+
     @property
     def sample(self) -> str:
         """How many runs there are with which seeds, by label where that differs."""
@@ -142,12 +146,16 @@ def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
     return cohort
 
 
+def ends(cells: pd.DataFrame) -> tuple[str | None, str | None]:
+    """The columns of ``band`` that a mark's interval lies between; None where no recipe has several seeds."""
+    return ("low", "high") if cells["low"].notna().any() else (None, None)
+
+
 def lines(cells: pd.DataFrame, x: str, points: bool = True) -> list[Mark]:
     """Marks for the table of ``band``: a line a recipe; where there are several seeds, a band, and bars on points."""
-    seeds = cells["low"].notna().any()
-    low, high = ("low", "high") if seeds else (None, None)
+    low, high = ends(cells)
     dash = "kind" if cells["kind"].nunique() > 1 else None
-    band = [Band(x, "low", "high", "recipe")] if seeds else []
+    band = [Band(x, low, high, "recipe")] if low and high else []
     dots = [Point(x, "value", "recipe", low=low, high=high)] if points else []
     return [*band, Line(x, "value", "recipe", dash), *dots]
 
@@ -159,7 +167,7 @@ def bars(cells: pd.DataFrame, start: float | int) -> tuple[pd.DataFrame, list[Ma
     """
     top = cells["high"].fillna(cells["value"])
     cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     return cells, [Bar("recipe", "value", low=low, high=high), Text("recipe", "above", "words")]
 
 

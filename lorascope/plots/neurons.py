@@ -12,7 +12,7 @@ from lorascope.analysis.norms import place
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Rule, above, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, gather
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
 from lorascope.records import QUANTITIES
 from lorascope.roles import ROLES
 from lorascope.run import Run
@@ -206,7 +206,7 @@ def _shift_panel(
     caption: str,
 ) -> Chart:
     cells = band(cohort.label(found), ["recipe", x])
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     return Chart(
         cells,
         [Bar(x, "value", "recipe", low=low, high=high)],
@@ -220,7 +220,7 @@ def _shift_panel(
 
 def _bars(cohort: Cohort, cells: pd.DataFrame, group: Group, chance: float) -> Chart:
     own = cells[cells["recipe"] == group.label]
-    low, high = ("low", "high") if own["low"].notna().any() else (None, None)
+    low, high = ends(own)
     return Chart(
         own,
         [Bar("place", "value", "role", low=low, high=high), Rule(y=chance)],

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import fourier, norms
+from lorascope.analysis import fourier
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Line, Point, Text
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Group, Runs, axis_label, gather
+from lorascope.plots.cohort import INTERVAL, Group, Runs, axis_label, ends, gather
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _ASIDE = 0.03  # of the range that the points span
@@ -40,11 +40,11 @@ def quality(runs: Runs, control: Runs | None = None) -> Chart:
     cohort = gather("quality", runs, control)
     cohort.require("test_metric")
     cohort.same("task")
-    rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
+    rows = cohort.scores()
     sizes = pd.DataFrame([_size(group) for group in cohort.groups])
     cells = band(rows, ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_aside(cells))
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     return Chart(
         cells,
         [

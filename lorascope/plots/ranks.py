@@ -105,7 +105,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 
     """
     cohort = gather("adapted_types", runs, control)
     cohort.require("test_metric")
-    rows = cohort.label(norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]))
+    rows = cohort.scores()
     cells, marks = bars(band(rows, ["recipe", "kind"]), start)
     return Chart(
         cells,

@@ -8,7 +8,7 @@ from lorascope.analysis import norms, schedule
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, gather, lines
+from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
 _EXPECTED = ", expected"
 
@@ -154,7 +154,7 @@ def _frequencies(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) 
     own = found[found["recipe"] == label]
     cells = band(own, ["place"]).assign(what="drawn")
     cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
-    low, high = ("low", "high") if cells["low"].notna().any() else (None, None)
+    low, high = ends(cells)
     chance = cells.assign(what="chance")
     return Chart(
         cells,

@@ -10,7 +10,7 @@ from lorascope.analysis import moments
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Drawable, Line, Panels, Point, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, gather, lines
+from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
 _CURVES = ("loss", "eval_loss", "eval_metric")
 
@@ -109,7 +109,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
         ("lr", cells["eval_loss"], "by rate", "eval_loss"),
         ("at", tested, "each at its best", "test_loss"),
     ):
-        low, high = ("low", "high") if table["low"].notna().any() else (None, None)
+        low, high = ends(table)
         line = [Line("lr", "value", "method")] if x == "lr" else []
         panels.append(
             Chart(

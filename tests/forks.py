@@ -1,0 +1,86 @@
+"""Trainings in forks of one warm process, killed and gone on with, and what two run folders have in common."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import killing
+import pandas as pd
+
+from lorascope.method import Method, config
+from lorascope.records import QUANTITIES
+
+CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
+WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == "s"}
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """All that lies in a folder, wall-clock quantities aside."""
+    found: dict[str, object] = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".parquet":
+            table = pd.read_parquet(file)
+            kept = table[~table["quantity"].isin(WALL_CLOCK)].reset_index(drop=True)
+            found[name] = kept.to_json(double_precision=15)
+            found[f"{name} bits"] = kept["value"].to_numpy().tobytes()
+        elif file.name == "run.json":
+            meta = json.loads(file.read_text())
+            meta["checksums"].pop("records.parquet", None)
+            found[name] = {key: value for key, value in meta.items() if key not in CIRCUMSTANCES}
+        else:
+            found[name] = file.read_bytes()
+    return found
+
+
+def same(first: Path, second: Path) -> None:
+    one, two = contents(first), contents(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert one[name] == two[name], name
+
+
+class Forks:
+    """Trains in forks of a warm process of one thread."""
+
+    def __init__(self, model: str, table: Path) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, killing.__file__, model, str(table)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def __call__(self, method: str, out: Path, **job: object) -> int:
+        self.process.stdin.write(json.dumps({"method": method, "out": str(out), **job}, default=str) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def __enter__(self) -> Forks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.stdin.close()
+        self.process.stdout.close()
+        assert self.process.wait() == 0
+
+
+def check_that_a_killed_run_goes_on(forks: Forks, method: Method, folder: Path, **kills: object) -> None:
+    """Killed at each of the places, it ends bit for bit as one that was not.
+
+    ``after`` are patterns of checkpoints, the first write once such a one is there is the last; ``at`` are steps.
+    """
+    job, whole, out = json.dumps(config(method)), folder / "whole", folder / "out"
+    assert forks(job, whole) == 0
+    for step in kills.get("at", ()):
+        assert forks(job, out, **{"kill at": step}) == -signal.SIGKILL
+    for pattern in kills["after"]:
+        assert forks(job, out, **{"kill after": pattern}) == -signal.SIGKILL
+        places = {path.parent.relative_to(out).as_posix() for path in out.rglob("resume/step-*")}
+        assert places == {pattern.rpartition("/")[0]}
+    assert forks(job, out) == 0
+    same(out, whole)

@@ -179,6 +179,10 @@ def attempt(wanted: Sequence[Job], jobs: int | None, progress: bool) -> Swept:
             unborn = 0
             while left := swept.left:
                 begun = {number: read_note(note(number)).get("begun", 0) for number in left}
+                if spent := [number for number in left if begun[number] >= ATTEMPTS]:
+                    for number in spent:
+                        _settle(swept, board, number, "", _killed())
+                    continue
                 # Who was there at two deaths may be their cause, and goes on alone.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
                 calls = [delayed(_work)(number, wanted[number], Path.cwd(), note(number)) for number in batch]
@@ -210,12 +214,16 @@ def _settle(swept: Swept, board: Board, number: int, folder: str, error: str) ->
     board.end(number, "done", f"{test['name']} {test['metric']:.4g}")
 
 
+def _killed() -> str:
+    return f"its worker was killed {ATTEMPTS} times, out of memory?"
+
+
 def _work(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
     """Do one job in this process; gives its number, its folder, and what went wrong."""
     with _ONE_AT_A_TIME:
         try:
             if read_note(file).get("begun", 0) >= ATTEMPTS:
-                return number, "", f"its worker was killed {ATTEMPTS} times, out of memory?"
+                return number, "", _killed()  # a cluster has begun it again by itself
             os.chdir(here)  # what is named relatively lies where the sweep was called
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             threads = torch.get_num_threads()

@@ -1,11 +1,19 @@
-"""Train a classifier by every method: ``torchrun --nproc_per_node 2 ddp_training.py MODEL ROWS OUT``, or alone."""
+"""Train a classifier by every method: ``python ddp_training.py MODEL ROWS OUT`` in two processes, or ``train`` alone.
+
+The two are forks of one, as ``torchrun`` would start them, so that what they import is imported once.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
+import torch
+import torch.distributed
 from safetensors.torch import load_file, save_file
 from trainers import METHODS, ROWS, by_trainer, without_dropout
 from transformers import AutoModelForSequenceClassification, logging
@@ -37,5 +45,36 @@ def train(folder: str, rows: str, out: Path, rank: int, world: int) -> None:
         save_file(state, out / name / f"rank-{rank}.safetensors")
 
 
+def fork(rank: int, world: int, port: int) -> int:
+    """Begin one of the processes; gives its number."""
+    child = os.fork()
+    if child:
+        return child
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        train(sys.argv[1], sys.argv[2], Path(sys.argv[3]), rank, world)
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    left = {fork(rank, 2, port) for rank in range(2)}
+    while left:
+        child, status = os.wait()
+        left.discard(child)
+        if status:  # the others would wait for it in vain
+            for other in left:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(1)
+
+
 if __name__ == "__main__":
-    train(sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    main()

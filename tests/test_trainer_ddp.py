@@ -27,8 +27,7 @@ def trained(bert, task, tmp_path_factory) -> tuple[Path, Path]:
     encoded = task.encode(models.tokenizer(model), task.split("train").head(STEPS * ROWS))
     save_file(encoded.batch(range(STEPS * ROWS)), root / "rows.safetensors")
     given = [str(root / "model"), str(root / "rows.safetensors")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [ddp_training.__file__, *given, str(root / "two")]
+    command = [sys.executable, ddp_training.__file__, *given, str(root / "two")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

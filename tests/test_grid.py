@@ -135,7 +135,7 @@ def test_observers_and_nothing_in_a_file(bert, csv, tmp_path):
     assert [(job.method.max_rank, job.settings["clip"]) for job in jobs] == [(2, None), (2, 1), (None, None), (None, 1)]
     assert all(job.settings["lr"] is None for job in jobs)
     assert jobs[0].settings["observe"] == [norms(), norms(every=3), neurons(targets=("q",))]
-    with pytest.raises(ValueError, match=r"^rank = \'none\' must be a whole number or a table, or a list"):
+    with pytest.raises(ValueError, match=r"method lora: rank = 'none' must be a whole number or a table, or a list"):
         grid.read({"task": csv, "method": {"name": "lora", "rank": "none"}, "settings": {"steps": 1}})
 
 

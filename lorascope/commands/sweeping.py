@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from tyro.conf import Positional, arg
 from lorascope.analysis import comparison
 from lorascope.analysis.stats import Interval
 from lorascope.commands.arguments import UsageError, parse
-from lorascope.screen import elide
+from lorascope.screen import WIDTH, elide
 
 if TYPE_CHECKING:
     from lorascope.sweeps import Swept
@@ -79,7 +80,7 @@ def _told(swept: Swept) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     note = "± half a 95 % t-interval over seeds; places by paired t-tests, seed by seed (Holm, 5 %)"
-    return "\n".join([*lines, "", note, *comparison.words(compared)])
+    return "\n".join([*lines, "", *(textwrap.fill(told, WIDTH) for told in (note, *comparison.words(compared)))])
 
 
 def _plain(swept: Swept) -> dict[str, Any]:

@@ -315,7 +315,9 @@ def test_sweep_ends_with_a_table_and_a_line_for_each_failed_run(
     assert code == 1
     assert [line.split("  ")[0] for line in out.splitlines()[1:3]] == ["LoRA, rank 2", "LoRA, rank 4"]
     assert all(line.rstrip().endswith("2      1-2") for line in out.splitlines()[1:3])
-    assert "overlapping, so not ranked (fewer than 3 seeds decide nothing): LoRA, rank 2 and LoRA, rank 4" in out
+    told = " ".join(out.split())
+    assert "overlapping, so not ranked (fewer than 3 seeds decide nothing): LoRA, rank 2 and LoRA, rank 4" in told
+    assert max(map(len, out.splitlines())) <= 80
     failed = err.splitlines()
     assert len(failed) == 2
     assert "failed: LoRA, targets nowhere, seed 1: ValueError" in failed[1]

@@ -11,6 +11,7 @@ _PUBLIC = {
     "train": "lorascope.loop:train",
     "load": "lorascope.checkpoints:load",
     "sweep": "lorascope.sweeps:sweep",
+    "explore": "lorascope.widgets:explore",
     "diagnose": "lorascope.doctor:diagnose",
     "TrainerRecorder": "lorascope.hf:TrainerRecorder",
     "trainer_kwargs": "lorascope.hf:trainer_kwargs",

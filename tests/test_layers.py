@@ -27,7 +27,7 @@ LAYERS = [
     ["scoring", "adapter_inspection", "against_base"],
     ["causes"],
     ["plots", "claims", "inspection", "export", "delta", "doctor"],
-    ["neuron_inspection", "pairwise"],
+    ["neuron_inspection", "pairwise", "widgets"],
     ["screen", "ablation", "gating"],
     ["pairwise_screen"],
     ["heads", "method"],
@@ -83,6 +83,7 @@ TORCH_FREE = {
     "gated",
     "causes",
     "doctor",
+    "widgets",
 }
 # Imports inside a function: a run's way to torch, and a chart's way to its picture.
 LATE = {("run", "state"), ("chart", "render")}

@@ -103,7 +103,7 @@ def figure(
     def enter(draw: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(draw)
         def drawn(*args: Any, **kwargs: Any) -> Drawable:
-            return _at_gates(draw(*args, **kwargs))
+            return at_gates(draw(*args, **kwargs))
 
         FIGURES[draw.__name__] = Figure(draw.__name__, drawn, needs, history, runs, reads, misleads)
         return drawn
@@ -111,7 +111,7 @@ def figure(
     return enter
 
 
-def _at_gates(drawn: Drawable) -> Drawable:
+def at_gates(drawn: Drawable) -> Drawable:
     """Every caption with the gates at which updates are shown that depend on the input: no figure says it itself."""
     mixtures: dict[str, str] = {}
     for row in drawn.rows():

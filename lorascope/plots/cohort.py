@@ -39,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Cohort:
-    """All runs of a figure by label, for the figure called ``name``."""
+    """All runs of a figure by label, for the figure called ``name``, or for a figure of the quantity ``name``."""
 
     name: str
     groups: tuple[Group, ...]
@@ -62,7 +62,8 @@ class Cohort:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """What a saved figure says of its origin, and if it is about updates, which of them are mixtures."""
-        about_updates = self.name in FIGURES and not OF_UPDATES.isdisjoint(FIGURES[self.name].needs)
+        needs = FIGURES[self.name].needs if self.name in FIGURES else (self.name,)
+        about_updates = not OF_UPDATES.isdisjoint(needs)
         gates = {group.label: _gates(group) for group in self.groups} if about_updates else {}
         mixtures = {label: told for label, told in gates.items() if told}
         return {"figure": self.name, "runs": [run.id for run in self.runs]} | ({MIXTURES: mixtures} if mixtures else {})

@@ -1,0 +1,232 @@
+"""``explore(run)``: pick quantity, layers, roles and step in Jupyter, and see chart and table together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from plotly.offline import get_plotlyjs
+
+from lorascope.analysis.norms import place
+from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
+from lorascope.plots.values import UNSTEPPED, at_step, cells, values
+from lorascope.records import QUANTITIES
+from lorascope.render import plotly
+from lorascope.roles import ROLES
+
+try:
+    import ipywidgets
+    import traitlets
+    from anywidget import AnyWidget
+except ModuleNotFoundError:
+    raise ModuleNotFoundError("explore needs Jupyter's widgets: pip install 'lorascope[notebook]'") from None
+
+ALL = "all"
+WHOLE = "whole run"  # stands for layer and role of what belongs to no module
+_FLOW = {"flex_flow": "row wrap", "align_items": "flex-start"}
+_CHART, _BESIDE = (
+    {"flex": "2 1 560px", "min_width": "0"},
+    {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"},
+)
+END = 2**62  # the step wished for at first: the nearest to it is the last
+MOST_DRAWN, MOST_LISTED = 4000, 500  # values that a browser draws, and lists, at once without a pause
+
+# The chart is drawn anew in its place by one message. Its theme is that of the page: light letters, dark ground.
+_SCRIPT = """
+const isDark = (el) => {
+  const [red, green, blue] = (getComputedStyle(el).color.match(/[\\d.]+/g) ?? [0, 0, 0]).map(Number);
+  return 0.3 * red + 0.6 * green + 0.1 * blue > 128;
+};
+export default {
+  render({ model, el }) {
+    const plot = el.appendChild(document.createElement("div"));
+    const draw = () => {
+      if (!model.get("figure")) return; // it is on its way
+      const { data, layout } = JSON.parse(model.get("figure"));
+      plot.setAttribute("role", "img");
+      plot.setAttribute("aria-label", layout.title.text);
+      Plotly.react(plot, data, layout, model.get("config"));
+    };
+    const follow = () => {
+      if (!el.isConnected || isDark(el) === model.get("dark")) return;
+      model.set("dark", isDark(el));
+      model.save_changes();
+    };
+    const size = new ResizeObserver(() => {
+      follow();
+      if (plot.offsetWidth) Plotly.Plots.resize(plot);
+    });
+    const theme = new MutationObserver(follow);
+    draw();
+    model.on("change:figure", draw);
+    size.observe(el);
+    theme.observe(document.body, { attributes: true });
+    return () => {
+      size.disconnect();
+      theme.disconnect();
+      Plotly.purge(plot);
+    };
+  },
+};
+"""
+
+
+class Canvas(AnyWidget):
+    """A plotly figure, as JSON; ``dark`` is told by the page."""
+
+    _esm = f"{get_plotlyjs()}\n{_SCRIPT}"
+    figure = traitlets.Unicode().tag(sync=True)
+    config = traitlets.Dict(plotly.CONFIG).tag(sync=True)
+    dark = traitlets.Bool(False).tag(sync=True)
+
+
+class Explorer(ipywidgets.VBox):
+    """The controls, chart and table of ``explore``.
+
+    Parameters
+    ----------
+    cohort : Cohort
+        The runs.
+
+    Attributes
+    ----------
+    quantity, layers, roles, step : widget
+        What is picked stands in their ``value`` and what there is to pick in their ``options``. Quantity, layers, roles
+        and step narrow each other in this order, so that no choice is without rows.
+    rows : DataFrame
+        The rows of the runs' tables that are picked.
+    chart : Chart
+        What is drawn of them, such as for ``explorer.chart.save("x.pdf")``.
+    """
+
+    def __init__(self, cohort: Cohort) -> None:
+        self._cohort, self._table = cohort, _placed(cohort.label(cohort.table))
+        self._names = {run.id: f"{one.label}, seed {run.meta['seed']}" for one in cohort.groups for run in one.runs}
+        known = set(self._table["quantity"])
+        names = [name for name in QUANTITIES if name in known]
+        self.quantity = ipywidgets.Dropdown(
+            options=[(f"{name}: {axis_label(name)}", name) for name in names],
+            value="update_norm" if "update_norm" in names else names[0],
+            description="Quantity",
+        )
+        several = {"options": [ALL], "value": [ALL], "rows": 6}
+        self.layers = ipywidgets.SelectMultiple(description="Layers", **several)
+        self.roles = ipywidgets.SelectMultiple(description="Roles", **several)
+        self.step = ipywidgets.SelectionSlider(options=[("", END)], description="Step")
+        self.note, self.listing = ipywidgets.HTML(), ipywidgets.HTML(layout=_BESIDE)
+        self.listing.add_class("jp-RenderedHTMLCommon")  # Jupyter's own look of a table, in either theme
+        self._settling = False
+        self._pick()
+        self.canvas = Canvas(figure=self._figure(False), layout=_CHART)  # whole: a page loses what comes soon after
+        self._show()
+        controls = ipywidgets.HBox([self.quantity, self.step, self.layers, self.roles], layout=_FLOW)
+        super().__init__([controls, self.note, ipywidgets.HBox([self.canvas, self.listing], layout=_FLOW)])
+        for control in (self.quantity, self.layers, self.roles, self.step):
+            control.observe(self._settle, "value")
+        self.canvas.observe(self._show, "dark")
+
+    def __repr__(self) -> str:
+        picked = f"layers {', '.join(self.layers.value)}; roles {', '.join(self.roles.value)}; step {self.step.label}"
+        return f"Explorer({self.quantity.value}; {picked}: {len(self.rows)} rows)"
+
+    def _settle(self, change: Any) -> None:
+        """Follow a choice; those that follow from it are none of their own."""
+        if self._settling:
+            return
+        self._settling = True
+        try:
+            self._pick()
+        finally:
+            self._settling = False
+        self._show()
+
+    def _pick(self) -> None:
+        """Offer what there is below each choice, keep what is still there, and find what is picked."""
+        rows = self._table[self._table["quantity"] == self.quantity.value]
+        rows = _narrow(self.roles, _narrow(self.layers, rows, "place"), "role")
+        _offer_steps(self.step, rows)
+        self.rows = self._cohort.table.loc[at_step(rows, self.step.value).index]
+        self.chart = values(self._cohort, self.quantity.value, cells(rows), self.step.value)
+
+    def _show(self, change: Any = None) -> None:
+        """Send chart and table to the page, or say why there is no chart."""
+        self.canvas.figure = self._figure(self.canvas.dark)
+        self.canvas.layout.display = None if self.canvas.figure else "none"
+        self.note.value = (
+            "" if self.canvas.figure else f"{count} values are too many to draw: pick fewer layers or roles."
+        )
+        self.listing.value = _as_html(self.rows, self._names)
+
+    def _figure(self, dark: bool) -> str:
+        """The chart for the page, "" if it holds too much."""
+        fits = len(self.chart.data) <= MOST_DRAWN
+        return str(self.chart.plotly("dark" if dark else "light").to_json()) if fits else ""
+
+
+def explore(runs: Runs) -> Explorer:
+    """Controls for Jupyter: pick quantity, layers, roles and step, and see chart and table of the rows together.
+
+    Parameters
+    ----------
+    runs : Run, sequence of Run, or mapping label -> run or runs
+        As for the figures of ``plots``; several seeds of one recipe are drawn as mean and interval.
+
+    Returns
+    -------
+    Explorer
+        Shows itself at the end of a cell.
+
+    Raises
+    ------
+    ValueError
+        Nothing was recorded.
+    """
+    cohort = gather("explore", runs)
+    if not cohort.table["value"].notna().any():
+        raise ValueError(f"explore got no recorded value (run {cohort.runs[0].id}): train with observe=[...]")
+    return Explorer(cohort)
+
+
+def _placed(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of quantities of which anything is known, with ``place``; the whole run has a place and a role, too."""
+    table = table[table["value"].notna().groupby(table["quantity"], observed=True).transform("any")]
+    inside = table["module"] != ""
+    spots = place(table[inside])
+    places = [*spots.cat.categories, WHOLE]
+    return table.assign(
+        place=pd.Categorical(spots.astype("str").reindex(table.index, fill_value=WHOLE), places, ordered=True),
+        role=pd.Categorical(table["role"].astype("str").where(inside, WHOLE), [*ROLES, WHOLE], ordered=True),
+    )
+
+
+def _narrow(control: Any, rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Offer the categories that the rows have, keep those that were picked, and give the rows of these."""
+    used = rows[column].cat.remove_unused_categories().cat.categories
+    kept = [name for name in control.value if name in used] if ALL not in control.value else []
+    with control.hold_sync():
+        control.options = [ALL, *used]
+        control.value = kept or [ALL]
+        control.disabled = len(used) < 2
+    return rows[rows[column].isin(kept)] if kept else rows
+
+
+def _offer_steps(control: Any, rows: pd.DataFrame) -> None:
+    """Offer the steps that the rows have, and keep the one that was picked, or the nearest to it."""
+    steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
+    near = min(steps, key=lambda step: abs(step - control.value))
+    with control.hold_sync():
+        control.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
+        control.value = near
+        control.disabled = len(steps) < 2
+
+
+def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
+    """The rows as a table of HTML, without columns that hold nothing; of several runs each by its name."""
+    shown = rows.head(MOST_LISTED).drop(columns="quantity")
+    words = {name: "str" for name in shown if name != "value"}
+    shown = shown.astype(words).fillna(dict.fromkeys(words, ""))
+    shown = shown.assign(run=shown["run"].map(names) if len(names) > 1 else "")
+    shown = shown[[name for name in shown if name == "value" or (shown[name] != "").any()]]
+    count = f"{len(rows):,} rows" if len(rows) <= MOST_LISTED else f"The first {MOST_LISTED} of {len(rows):,} rows"
+    return f"<p>{count}</p>{shown.to_html(index=False, na_rep='unknown', float_format='{:.6g}'.format, border=0)}"

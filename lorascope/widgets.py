@@ -33,35 +33,47 @@ END = 2**62  # the step wished for at first: the nearest to it is the last
 MOST_DRAWN, MOST_LISTED = 4000, 500  # values that a browser draws, and lists, at once without a pause
 
 # The chart is drawn anew in its place by one message. Its theme is that of the page: light letters, dark ground.
+# plotly.js comes once a page, when asked for: as part of the script it would make that load longer than the two seconds
+# after which anywidget gives up and drops whatever the kernel says.
 _SCRIPT = """
 const isDark = (el) => {
   const [red, green, blue] = (getComputedStyle(el).color.match(/[\\d.]+/g) ?? [0, 0, 0]).map(Number);
   return 0.3 * red + 0.6 * green + 0.1 * blue > 128;
 };
+const load = (model) =>
+  new Promise((resolve) => {
+    model.on("msg:custom", (_, [source]) =>
+      resolve(import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })))),
+    );
+    model.send("plotly.js");
+  });
 export default {
-  render({ model, el }) {
+  async render({ model, el }) {
     const plot = el.appendChild(document.createElement("div"));
-    const draw = () => {
-      if (!model.get("figure")) return; // it is on its way
-      const { data, layout } = JSON.parse(model.get("figure"));
-      plot.setAttribute("role", "img");
-      plot.setAttribute("aria-label", layout.title.text);
-      Plotly.react(plot, data, layout, model.get("config"));
-    };
+    plot.setAttribute("role", "img");
     const follow = () => {
       if (!el.isConnected || isDark(el) === model.get("dark")) return;
       model.set("dark", isDark(el));
       model.save_changes();
     };
-    const size = new ResizeObserver(() => {
-      follow();
-      if (plot.offsetWidth) Plotly.Plots.resize(plot);
-    });
+    const draw = () => {
+      if (!model.get("figure")) return;
+      const { data, layout } = JSON.parse(model.get("figure"));
+      plot.setAttribute("aria-label", layout.title.text);
+      Plotly.react(plot, data, layout, model.get("config"));
+    };
     const theme = new MutationObserver(follow);
-    draw();
-    model.on("change:figure", draw);
-    size.observe(el);
     theme.observe(document.body, { attributes: true });
+    const size = new ResizeObserver(() => {
+      const lists = el.closest(".lorascope-explorer")?.querySelectorAll("select") ?? [];
+      for (const list of lists) list.setAttribute("data-lm-suppress-shortcuts", ""); // the arrow keys are theirs
+      follow();
+      if (plot.layout && plot.offsetWidth) Plotly.Plots.resize(plot);
+    });
+    size.observe(el);
+    await (window.lorascopePlotly ??= load(model));
+    model.on("change:figure", draw);
+    draw();
     return () => {
       size.disconnect();
       theme.disconnect();
@@ -75,10 +87,14 @@ export default {
 class Canvas(AnyWidget):
     """A plotly figure, as JSON; ``dark`` is told by the page."""
 
-    _esm = f"{get_plotlyjs()}\n{_SCRIPT}"
+    _esm = _SCRIPT
     figure = traitlets.Unicode().tag(sync=True)
     config = traitlets.Dict(plotly.CONFIG).tag(sync=True)
     dark = traitlets.Bool(False).tag(sync=True)
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.on_msg(lambda *_: self.send({}, [get_plotlyjs().encode()]))
 
 
 class Explorer(ipywidgets.VBox):
@@ -109,6 +125,7 @@ class Explorer(ipywidgets.VBox):
             options=[(f"{name}: {axis_label(name)}", name) for name in names],
             value="update_norm" if "update_norm" in names else names[0],
             description="Quantity",
+            layout={"width": "360px"},
         )
         several = {"options": [ALL], "value": [ALL], "rows": 6}
         self.layers = ipywidgets.SelectMultiple(description="Layers", **several)
@@ -120,8 +137,10 @@ class Explorer(ipywidgets.VBox):
         self._pick()
         self.canvas = Canvas(figure=self._figure(False), layout=_CHART)  # whole: a page loses what comes soon after
         self._show()
-        controls = ipywidgets.HBox([self.quantity, self.step, self.layers, self.roles], layout=_FLOW)
+        single = ipywidgets.VBox([self.quantity, self.step])
+        controls = ipywidgets.HBox([single, self.layers, self.roles], layout=_FLOW)
         super().__init__([controls, self.note, ipywidgets.HBox([self.canvas, self.listing], layout=_FLOW)])
+        self.add_class("lorascope-explorer")
         for control in (self.quantity, self.layers, self.roles, self.step):
             control.observe(self._settle, "value")
         self.canvas.observe(self._show, "dark")

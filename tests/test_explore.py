@@ -258,6 +258,6 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
         check("update norm, after step 4", ["1.5", "0.5", "1", "0.25", "0.5"], [[0.5, 0.25], [1.0, 0.5], [1.5]])
         page.get_by_label("Layers").get_by_role("option", name="1").click()
         check("update norm, after step 4", ["0.25", "0.5"], [[0.25], [0.5]])
-        page.get_by_label("Quantity").press("ArrowDown")
+        page.get_by_label("Quantity").press("ArrowDown")  # by keys alone
         check("importance, after step 9", ["3", "1"], [[3.0, 1.0]])
         browser.close()

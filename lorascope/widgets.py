@@ -172,9 +172,8 @@ class Explorer(ipywidgets.VBox):
         """Send chart and table to the page, or say why there is no chart."""
         self.canvas.figure = self._figure(self.canvas.dark)
         self.canvas.layout.display = None if self.canvas.figure else "none"
-        self.note.value = (
-            "" if self.canvas.figure else f"{count} values are too many to draw: pick fewer layers or roles."
-        )
+        much = f"{len(self.chart.data):,} values are too many to draw: pick fewer layers or roles."
+        self.note.value = "" if self.canvas.figure else much
         self.listing.value = _as_html(self.rows, self._names)
 
     def _figure(self, dark: bool) -> str:

@@ -483,6 +483,20 @@ def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):
     assert list(plots.factor_embedding(runs, factors=("A",)).rows()[0][0].data["factor"].unique()) == ["A"]
 
 
+def test_names_beside_the_dots_tell_encoder_from_decoder(tmp_path):
+    draw = np.random.default_rng(0)
+    modules = ["encoder.0.q", "decoder.0.q"]
+    places = [{"module": name, "stack": name[:7], "layer": 0, "role": "q"} for name in modules]
+    runs = {}
+    for seed, (run, domain) in enumerate(list(RUNS.items())[:4]):
+        factors = {name: (draw.normal(size=(6, 2)), draw.normal(size=(2, 6))) for name in modules}
+        runs.setdefault(domain, []).append(
+            plant(tmp_path, run, {("loss", ""): {9: 1.0}}, "LoRA", seed, factors, modules=places)
+        )
+    names = plots.factor_embedding(runs, modules=modules, perplexity=2).rows()[0][-1].marks[1].data
+    assert set(names["place"]) == {"encoder 0 q", "decoder 0 q"}
+
+
 def test_a_few_modules_are_drawn_with_their_places_beside_the_dots(domains):
     """Figure 10: of a shared A all dots lie in one place, which is named once; those of B lie by domain."""
     runs, updates = domains

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 
 import families
 import numpy as np
@@ -15,7 +16,7 @@ from tiny import inputs, tiny
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 import lorascope as ls
-from lorascope import images, models, tasks
+from lorascope import images, models, sources, tasks
 from lorascope.hidden import token_means
 from lorascope.methods import LoRA, NeFT
 
@@ -166,3 +167,14 @@ def test_probes_read_the_patches(vit, album, tmp_path):
     np.testing.assert_allclose(token_means(model, given)[""], wanted, rtol=1e-6, atol=1e-7)
     run = ls.train(vit, str(album), NeFT(mode="probed", k=5), out=tmp_path / "run", **FAST)
     assert run.table.query("quantity == 'selected'")["value"].sum() == 5
+
+
+def test_a_data_set_of_the_hub_shows_its_images():
+    """A stand-in for one split: images as bytes under a name of their own, class numbers, and a text beside them."""
+    rows = pictures()
+    image, words = type("Image", (), {}), SimpleNamespace(dtype="string")
+    held = [{"bytes": encoded(picture), "path": None} for picture in rows["image"]]
+    table = pd.DataFrame({"img": held, "title": "a photo", "label": (rows["label"] == "left").astype(int)})
+    features = {"img": image(), "title": words, "label": SimpleNamespace(names=["right", "left"], dtype="int64")}
+    part = SimpleNamespace(features=features, to_pandas=lambda: table)
+    assert tasks.from_frame(sources._canonical(part)).hash == tasks.from_frame(rows).hash

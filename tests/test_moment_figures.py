@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import families
 import killing
 import numpy as np
 import pytest
@@ -79,6 +80,26 @@ def test_ranks_are_shown_by_role_layer_and_step(trained):
     assert sorted(set(data.index.get_level_values("step"))) == [1, 3, 4]
     with pytest.raises(ValueError, match="no factors of role 'gate' in blocks"):
         plots.factor_rank(trained["adapprox"], role="gate")
+
+
+def test_encoder_and_decoder_keep_lines_and_rows_of_their_own(tmp_path):
+    """Layer 0 of one stack is none of the other's."""
+    task, path = families.task_of("t5"), families.folder(tmp_path / "t5", "t5")
+    methods = {"adam": Full(lr=1e-3), "adapprox": Adapprox(lr=1e-3, min_dim=8)}
+    seen = FAST | {"observe": [observe.second_moments(every=2)], "eval_size": 6, "test_size": 4}
+    adam = ls.train(models.load(path), task, methods["adam"], out=tmp_path / "adam", **seen)
+    adapprox = ls.train(models.load(path), task, methods["adapprox"], out=tmp_path / "rank", **FAST | {"observe": []})
+    places = ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
+    drawn = plots.second_moments(adam, role="v").rows()[0][0].data
+    wanted = last(adam, "moment_sigma").query("role == 'v'").groupby(["stack", "layer"], observed=True)
+    assert list(dict.fromkeys(drawn["layer"])) == places
+    for (stack, layer), rows in wanted:
+        np.testing.assert_allclose(drawn.loc[drawn["layer"] == f"{stack} {layer}", "value"], rows["value"])
+    chart = plots.factor_rank(adapprox, role="v")
+    assert list(chart.y.order) == places
+    ranks = last(adapprox, "factor_rank").query("role == 'v'")
+    drawn = chart.data[chart.data["step"] == ranks["step"].iloc[0]].set_index("place")["value"]
+    assert drawn.to_dict() == {f"{row.stack} {row.layer}": row.value for row in ranks.itertuples()}
 
 
 def test_errors_are_shown_beside_the_drift(trained):

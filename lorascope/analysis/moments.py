@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.analysis.norms import last
+from lorascope.analysis.norms import last, place
 from lorascope.analysis.stats import band
 
 # Rows and columns are scaled in turn until their sums are met to this part, or so often.
@@ -70,16 +70,17 @@ def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None
     Returns
     -------
     DataFrame
-        ``run, recipe, kind, layer, index, value``, one row a run, layer and index.
+        ``run, recipe, kind, place, index, value``, one row a run, place of a layer (see ``norms.place``) and index.
     """
     rows = table[(table["quantity"] == quantity) & table["layer"].notna()]
     rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
     if role is not None:
         rows = rows[rows["role"] == role]
-    layers = sorted(rows["layer"].unique())
-    kept = {layers[round(place)] for place in np.linspace(0, len(layers) - 1, min(most, len(layers)))} if layers else ()
-    rows = rows[rows["layer"].isin(list(kept))]
-    keys = ["run", "recipe", "kind", "layer", "index"]
+    rows = rows.assign(place=place(rows))
+    layers = rows["place"].cat.categories
+    kept = {layers[round(at)] for at in np.linspace(0, len(layers) - 1, min(most, len(layers)))}
+    rows = rows[rows["place"].isin(list(kept))]
+    keys = ["run", "recipe", "kind", "place", "index"]
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.analysis import embedding, sharing
+from lorascope.analysis import embedding, norms, sharing
 from lorascope.analysis.embedding import Cloud, Factor, Updates, View
 from lorascope.chart import Axis, Chart, Panels, Point, Text
 from lorascope.plots.catalogue import UPDATES, figure
@@ -179,7 +179,7 @@ def _named(chart: Chart) -> Chart:
     for dot in chart.data.sort_values("y", ascending=False).to_dict("records"):
         alike = (one for one in kept if all(one.get(key) == dot.get(key) for key in ("module", "factor", "start")))
         if all(math.hypot(one["x"] - dot["x"], one["y"] - dot["y"]) > reach for one in alike):
-            kept.append(dot | {"place": dot["role"] if pd.isna(dot["layer"]) else f"{dot['layer']} {dot['role']}"})
+            kept.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
     names = pd.DataFrame(kept)
     names["y"] += _ABOVE * chart.data["y"].abs().max()
     y = replace(chart.y, limits=(-1.1, 1.3)) if chart.y.limits else chart.y
@@ -188,7 +188,8 @@ def _named(chart: Chart) -> Chart:
 
 def _points(cloud: Cloud, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
     """Where the points are drawn, with the place of their modules in the model, later domains smaller."""
-    places = cohort.runs[0].modules.set_index("module")[["layer", "role"]]
+    modules = cohort.runs[0].modules
+    places = modules.assign(place=norms.place(modules).astype("str")).set_index("module")[["layer", "role", "place"]]
     sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
     points = cloud.table().assign(x=plane[:, 0], y=plane[:, 1]).join(places, on="module")
     return points.assign(size=points["domain"].map(sizes))

@@ -71,9 +71,8 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
             rows = moments.by_layer(table[table["recipe"] == label], quantity, role=role)
             if rows.empty:
                 raise ValueError(f"second_moments finds no second moment of role {role!r} in {label}")
-            cells = band(
-                rows.assign(layer="layer " + rows["layer"].astype("str")), ["recipe", "kind", "layer", "index"]
-            )
+            named_layers = [f"layer {place}" if place.isdigit() else place for place in rows["place"]]
+            cells = band(rows.assign(layer=named_layers), ["recipe", "kind", "layer", "index"])
             named = f"{label}, {title}" if len(cohort.labels) > 1 else title
             panels.append(
                 Chart(
@@ -215,7 +214,8 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     steps = sorted(rows["step"].unique())
     kept = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps)))]
     rows = rows[rows["step"].isin(kept)].astype({"role": "str"})
-    cells = band(rows.assign(place=rows["layer"].astype("str")), ["recipe", "kind", "role", "place", "step"])
+    places = [place for place in rows["place"].cat.categories if (rows["place"] == place).any()]
+    cells = band(rows.astype({"place": "str"}), ["recipe", "kind", "role", "place", "step"])
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
     caption = cohort.caption(
         f"Rank k of the factors of V by layer and step. {_kept_dense(cohort)}", interval="intervals in the data"
@@ -227,7 +227,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
             [Heat("step", "place", "value", "rank", ".0f" if len(kept) <= _MOST_STEPS // 2 else None, limits=limits)],
             title=label if len(cohort.labels) > 1 else "",
             x=Axis(label="step", order=kept),
-            y=Axis(label="layer", order=sorted(cells["place"].unique(), key=int)),
+            y=Axis(label="layer", order=places),
             caption=caption,
             frame="role" if cells["role"].nunique() > 1 else None,
             meta=cohort.meta,

@@ -268,8 +268,8 @@ def _words(value: Any) -> Any:
         return value
     told = []
     for observer in value:
-        given = {f.name: getattr(observer, f.name) for f in dataclasses.fields(observer) if f.init}
-        own = [f"{key} {each}" for key, each in given.items() if each != getattr(type(observer), key)]
+        given = [(f, getattr(observer, f.name)) for f in dataclasses.fields(observer) if f.init]
+        own = [f"{f.name} {each}" for f, each in given if isinstance(each, int | float | str) and each != f.default]
         told.append(" ".join([type(observer).__name__, *own]))
     return " + ".join(told) or "nothing"
 

@@ -10,6 +10,7 @@ import pytest
 from lorascope import grid, values
 from lorascope.methods import METHODS, LoRA
 from lorascope.observe import factors, neurons, norms
+from lorascope.probes import teacher
 from lorascope.sweeps import Swept
 
 TOML = """
@@ -146,6 +147,13 @@ def test_a_list_of_lists_of_observers_is_several_choices(bert, task):
     names = Swept(found.jobs()).names
     assert names[1] == "LoRA, observe norms every 1 + factors, seed 0"
     assert len(set(names)) == 4
+
+
+def test_an_observer_without_defaults_has_a_name_too(bert, task):
+    """Of what it was told, only what is short."""
+    own = {"steps": 1, "observe": [[], [teacher.planted(ranks={"h.0.q": 3})]]}
+    found = grid.read({"model": bert, "task": task, "method": "lora", "seeds": 1, "settings": own})
+    assert Swept(found.jobs()).names == ["LoRA, observe nothing, seed 0", "LoRA, observe planted, seed 0"]
 
 
 def test_the_line_names_the_file(tmp_path):

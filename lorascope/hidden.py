@@ -49,6 +49,7 @@ def _weights(
     states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"] | None
 ) -> Float[Tensor, "..."]:
     """What each token counts in the mean of its row; all of an image's and of a decoder's own count alike."""
-    told = mask is not None and mask.shape == states.shape[1:3]
-    kept = mask.double() if told else states.new_ones(states.shape[1:3])
+    if mask is None or mask.shape != states.shape[1:3]:
+        mask = states.new_ones(states.shape[1:3])
+    kept = mask.double()
     return (kept / kept.sum(1, keepdim=True))[..., None]

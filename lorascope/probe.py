@@ -80,11 +80,14 @@ class Exhibit:
         How to read it.
     misleads : str
         When it misleads.
+    figure : str
+        Its name in the catalogue, if it has one.
     """
 
     chart: Drawable
     reads: str
     misleads: str
+    figure: str = ""
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ class Probe:
 
 def exhibit(figure: str, chart: Drawable) -> Exhibit:
     """A chart with the reading that the catalogue of figures gives for it."""
-    return Exhibit(chart, FIGURES[figure].reads, FIGURES[figure].misleads)
+    return Exhibit(chart, FIGURES[figure].reads, FIGURES[figure].misleads, figure)
 
 
 def register(probe: Probe) -> Probe:

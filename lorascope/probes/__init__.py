@@ -56,6 +56,7 @@ __all__ = [
     "asymmetry",
     "autolora",
     "expressiveness",
+    "findings",
     "fourierft",
     "hydralora",
     "lisa",
@@ -154,12 +155,22 @@ def write_report(out: str | Path) -> Outcome:
         The folder is none that ``reproduce`` filled, or lacks a run.
     """
     quick, runs = _contents(out)
-    findings = {}
-    for name, found in runs.items():
-        tables = {run.id: pd.read_parquet(_measured(out, name, run)) for run in _measurable(name, found)}
-        findings[name] = PROBES[name].judge(found, tables) if tables else PROBES[name].judge(found)
+    findings = _judge(out, runs)
     path = report.write(Path(out) / "report.html", findings, runs, quick=quick)
     return Outcome(path, {name: found.verdicts for name, found in findings.items()})
+
+
+def findings(out: str | Path) -> dict[str, Findings]:
+    """What each probe finds in the runs of an earlier ``reproduce``, charts and all; errors as of ``write_report``."""
+    return _judge(out, _contents(out)[1])
+
+
+def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> dict[str, Findings]:
+    found = {}
+    for name, labelled in runs.items():
+        tables = {run.id: pd.read_parquet(_measured(out, name, run)) for run in _measurable(name, labelled)}
+        found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
+    return found
 
 
 def _contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:

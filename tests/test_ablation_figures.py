@@ -61,8 +61,8 @@ def test_the_even_draw_is_a_rule_from_frequency_zero_to_the_highest(run: Any) ->
 
 def test_the_caption_pairs_each_band_with_the_even_draw_of_the_same_seed(run: Any) -> None:
     caption = plots.bias_curve(bands(run)).caption
-    assert f"band 0 -0.080 [{-0.08 - T2 * 0.04 / 2**0.5:.3f}, {-0.08 + T2 * 0.04 / 2**0.5:.3f}]" in caption
-    assert "band 2 0.020 [" in caption
+    assert f"band 0: -0.080 [{-0.08 - T2 * 0.04 / 2**0.5:.3f}, {-0.08 + T2 * 0.04 / 2**0.5:.3f}]" in caption
+    assert "band 2: 0.020 [" in caption
     assert "2 seeds (0, 1)" in caption
 
 
@@ -111,7 +111,7 @@ def test_bases_stand_beside_each_other_with_their_seeds_and_interval(run: Any) -
     seeds = chart.table(chart.marks[0])
     assert seeds["value"].tolist() == [0.80, 0.90, 0.70, 0.78, 0.84, 0.86]
     assert seeds["basis"].tolist() == ["Fourier"] * 2 + ["random"] * 2 + ["orthogonal"] * 2
-    assert "FourierFT, basis random -0.110 [" in chart.caption
+    assert "FourierFT, basis random: -0.110 [" in chart.caption
     assert "paired by seed" in chart.caption
 
 
@@ -132,3 +132,13 @@ def test_both_renderers_draw_them(run: Any) -> None:
     for figure in (plots.bias_curve(bands(run)), plots.basis_ablation(three(run))):
         assert figure.mpl().axes
         assert figure.plotly().data
+
+
+def test_an_axis_has_the_name_of_the_metric_that_all_runs_share(tmp_path: Path) -> None:
+    reached = {("test_metric", ""): {9: 0.5}}
+    one, two, other = (
+        plant(tmp_path, str(number), reached, parameters={"trained": 1}, test={"name": name, "metric": 0.5})
+        for number, name in enumerate(("accuracy", "accuracy", "perplexity"))
+    )
+    assert plots.left_out({"one": one, "two": two}).y.label == "test accuracy"
+    assert plots.left_out({"one": one, "other": other}).y.label == "test metric"

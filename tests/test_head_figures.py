@@ -110,7 +110,7 @@ def test_the_metric_stands_over_the_number_of_heads(run: Any) -> None:
     half = (chart.data["high"] - chart.data["low"]) / 2
     assert half.to_numpy() == pytest.approx(T2 * np.array([0.04, 0.02, 0]) / math.sqrt(2), rel=1e-9)
     assert chart.x.ticks == {1: "1", 4: "4", 8: "8"}
-    assert "Less 4 heads, paired by seed: 1 heads -0.100 [" in chart.caption
+    assert "Less 4 heads, paired by seed: 1 heads: -0.100 [" in chart.caption
     assert "Trained parameters: 4 heads 1,000; 1 heads 1,000; 8 heads 1,000." in chart.caption
 
 
@@ -140,7 +140,7 @@ def test_a_bar_for_the_whole_and_for_what_is_left_without_a_part(run: Any) -> No
     assert lookup(chart, "recipe") == pytest.approx({"whole": 0.85, "even gates": 0.74})
     assert lookup(chart, "recipe", value="words") == {"whole": "0.850", "even gates": "0.740"}
     assert (chart.x.order, chart.y.limits) == (("whole", "even gates"), (0.5, None))
-    assert "Less whole, paired by seed: even gates -0.110 [" in chart.caption
+    assert "Less whole, paired by seed: even gates: -0.110 [" in chart.caption
 
 
 def test_bars_of_two_tasks_do_not_compare(run: Any) -> None:

@@ -11,7 +11,7 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis.stats import band, t_interval
 from lorascope.chart import Axis, Band, Chart, Line, Point, Text
 from lorascope.plots.catalogue import BASIS, FREQUENCIES, HEADS, figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, bars, ends, gather
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, bars, ends, gather
 
 _EVEN = "drawn evenly"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
@@ -63,7 +63,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
         ],
         title="Bands of frequencies",
         x=Axis(label="favoured distance from frequency zero", limits=(-_ROOM * highest, highest)),
-        y=Axis(label=axis_label("test_metric")),
+        y=Axis(label=cohort.metric),
         caption=cohort.caption(
             "Entries drawn around one distance from frequency zero, as Eq. 5 has it; the axis ends at the highest.",
             *_differences(cohort, rows, drawn["recipe"][drawn["center"].isna()].tolist()),
@@ -115,7 +115,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
         ],
         title="As many coefficients, other bases",
         x=Axis(label="basis", order=dict.fromkeys(names.values())),
-        y=Axis(label=axis_label("test_metric")),
+        y=Axis(label=cohort.metric),
         caption=cohort.caption(
             "All scaled to the norm that an update is expected to have at its start on the Fourier basis.",
             *_differences(cohort, rows, cohort.labels[:1]),
@@ -173,7 +173,7 @@ def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
         ],
         title="What heads buy",
         x=Axis(label="heads", ticks={number: str(number) for number in sorted(numbers.values())}),
-        y=Axis(label=axis_label("test_metric")),
+        y=Axis(label=cohort.metric),
         caption=cohort.caption(
             f"Trained parameters: {_counts(cohort)}.",
             *_differences(own, rows, own.labels[:1]),
@@ -218,7 +218,7 @@ def left_out(runs: Runs, control: Runs | None = None, start: float | int = 0.0) 
         marks,
         title="What is left out",
         x=Axis(order=cohort.labels),
-        y=Axis(label=axis_label("test_metric"), limits=(start, None)),
+        y=Axis(label=cohort.metric, limits=(start, None)),
         caption=cohort.caption(
             f"Trained parameters: {_counts(cohort)}.",
             *_differences(cohort, rows, cohort.labels[:1]),
@@ -271,5 +271,5 @@ def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[s
         one, base = (values["value"][values["recipe"] == name].sort_index() for name in (label, bases[0]))
         if label not in bases and len(one) > 1 and one.index.equals(base.index):
             mean, low, high, _ = t_interval((one - base).to_numpy())
-            told.append(f"{label} {mean:.3f} [{low:.3f}, {high:.3f}]")
+            told.append(f"{label}: {mean:.3f} [{low:.3f}, {high:.3f}]")
     return [f"Less {bases[0]}, paired by seed: {'; '.join(told)}."] if told else []

@@ -98,6 +98,12 @@ class Cohort:
         return self.label(norms.last(self.table[self.table["quantity"] == "test_metric"]))
 
     @property
+    def metric(self) -> str:
+        """What an axis of test metrics is called: by its name, where the runs have the same."""
+        names = {run.meta.get("test", {}).get("name", "metric") for run in self.runs}
+        return f"test {names.pop()}" if len(names) == 1 else QUANTITIES["test_metric"].label
+
+    @property
     def sample(self) -> str:
         """How many runs there are with which seeds, by label where that differs."""
         counts = {group.label: _count(group) for group in self.groups}

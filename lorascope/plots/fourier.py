@@ -13,7 +13,7 @@ from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside
 from lorascope.fourier import Fourier
 from lorascope.plots.catalogue import FREQUENCIES, UPDATES, figure
-from lorascope.plots.cohort import Cohort, Group, Runs, gather, lines
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, gather, lines
 from lorascope.plots.subspaces import common_module
 from lorascope.run import Run
 
@@ -50,7 +50,8 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     found = {run.id: updates[module] for run, updates in zip(cohort.runs, chosen, strict=True)}
     caption = cohort.caption(
         f"Coefficients of {module}{since}, root mean square over seeds; colours begin at 1 % of the largest. An entry "
-        "and its mirror (−j, −k) are one cosine: both are drawn. Below, their root mean square in rings around zero."
+        "and its mirror (−j, −k) are one cosine: both are drawn. Below, their root mean square in rings around zero.",
+        interval=f"bands: {INTERVAL}",
     )
     planes = [_plane(cohort, group, found, caption) for group in cohort.groups]
     return above(beside(*planes), _profile(cohort, found, caption))
@@ -181,7 +182,7 @@ def _profile(cohort: Cohort, found: Mapping[str, Fourier], caption: str) -> Char
     cells = band(cohort.label(rows), ["recipe", "kind", "radius"])
     return Chart(
         cells,
-        lines(cells, "radius"),
+        lines(cells, "radius", points=False),
         title="by radius",
         x=Axis(label="radius of the frequency", limits=(0, None)),
         y=Axis(label="root mean square", limits=(0, None)),

@@ -9,7 +9,7 @@ from lorascope.analysis import fourier
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Line, Point, Text
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Group, Runs, axis_label, ends, gather
+from lorascope.plots.cohort import INTERVAL, Group, Runs, ends, gather
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _ASIDE = 0.03  # of the range that the points span
@@ -54,7 +54,7 @@ def quality(runs: Runs, control: Runs | None = None) -> Chart:
         ],
         title="What parameters buy",
         x=Axis(label="trained parameters", log=True),
-        y=Axis(label=axis_label("test_metric")),
+        y=Axis(label=cohort.metric),
         caption=cohort.caption(
             "Trained parameters of the last phase, the head's among them; beside a point its rank or coefficients.",
             interval=f"bars: {INTERVAL}",

@@ -11,7 +11,7 @@ from lorascope.analysis import norms, ranks
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside
 from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, bars, define, gather
+from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, bars, define, gather
 from lorascope.roles import ROLES
 
 _MOST_BESIDE = 26  # columns of cells, in all panels, that still have room beside each other
@@ -112,7 +112,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 
         marks,
         title="Test metric by what was adapted",
         x=Axis(label="adapted", order=cohort.labels),
-        y=Axis(label=axis_label("test_metric"), limits=(start, None)),
+        y=Axis(label=cohort.metric, limits=(start, None)),
         caption=cohort.caption(_spent(cohort), interval=f"bars: {INTERVAL}"),
         meta=cohort.meta,
     )

@@ -105,7 +105,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     sides = {name: [str(size) for size in sorted(set(cells[name]))] for name in ("blocks", "steps")}
     return Chart(
         cells.astype({"blocks": "str", "steps": "str"}),
-        [Heat("steps", "blocks", "value", axis_label("test_metric"), ".3f")],
+        [Heat("steps", "blocks", "value", cohort.metric, ".3f")],
         title="Blocks at a time, and steps between draws",
         x=Axis(label="steps between draws", order=sides["steps"]),
         y=Axis(label="blocks at a time", order=sides["blocks"][::-1]),

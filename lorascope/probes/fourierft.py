@@ -26,6 +26,7 @@ METHOD = FourierFT()
 DEFAULT, FEW, MANY = "FourierFT, 1536 coefficients", "FourierFT, 48 coefficients", "FourierFT, 6144 coefficients"
 RANDOM, ORTHOGONAL, ZEROS = f"{DEFAULT}, random basis", f"{DEFAULT}, orthogonal basis", f"{DEFAULT}, from zero"
 BANDS = {f"{DEFAULT}, band around {center}": center for center in (0, 100, 240)}
+BASES = {"Fourier": DEFAULT, "random": RANDOM, "orthogonal": ORTHOGONAL}
 BAND_WIDTH = 100
 EQUAL, LARGE = "LoRA, rank 2, q and v", "LoRA, rank 8, q and v"
 HYDRA = "HydraLoRA, 3 heads of rank 2, q and v"  # beside the others in the atlas; in no claim
@@ -117,7 +118,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         verdicts.append(UNBIASED.judge(reached[DEFAULT], {seed: value - 0.01 for seed, value in best.items()}))
     exhibits = _exhibits(runs)
     if banded:
-        exhibits.append(exhibit("bias_curve", plots.bias_curve({DEFAULT: runs[DEFAULT]} | banded)))
+        bands = {f"around {center}": runs[label] for label, center in BANDS.items()}
+        exhibits.append(exhibit("bias_curve", plots.bias_curve({"drawn evenly": runs[DEFAULT]} | bands)))
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps, entries and bases. Seeds vary head, adapters, "
         "data order, dropout.",
@@ -137,15 +139,15 @@ def _exhibits(runs: Mapping[str, Sequence[Run]]) -> list[Exhibit]:
     def only(*labels: str) -> dict[str, Sequence[Run]]:
         return {label: runs[label] for label in labels}
 
-    equal = only(DEFAULT, RANDOM, ORTHOGONAL)
+    bases = {name: runs[label] for name, label in BASES.items()}
     return [
         exhibit("quality", plots.quality(only(FEW, DEFAULT, MANY, EQUAL, LARGE))),
         exhibit("training_curves", plots.training_curves(dict(runs))),
         exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
         exhibit("fourier_spectrum", plots.fourier_spectrum(only(FEW, DEFAULT, ZEROS))),
         exhibit("atlas", plots.atlas(only(DEFAULT, EQUAL, LARGE, HYDRA))),
-        exhibit("basis_ablation", plots.basis_ablation(equal)),
-        exhibit("spectrum", plots.spectrum(equal | only(EQUAL), added=True)),
+        exhibit("basis_ablation", plots.basis_ablation(bases)),
+        exhibit("spectrum", plots.spectrum(only(*BASES.values(), EQUAL), added=True)),
         exhibit("update_image", plots.update_image(only(DEFAULT, EQUAL), added=True)),
     ]
 

@@ -31,6 +31,8 @@ VALUES = profile(words=3.0, q=1.0, up=2.0) | {
     ("importance", "h.0.q"): {0: [0.5, 0.25], 9: [4.0, 6.0]},
     ("importance", "h.1.q"): {9: [3.0, 1.0]},
     ("weight_norm", "words"): {9: float("nan")},
+    ("step_norm", "h.0.q"): {9: 0.5},
+    ("step_norm", "h.1.q"): {9: float("nan")},
 }
 
 
@@ -119,11 +121,23 @@ def test_components_of_one_module_stand_side_by_side(run: Run) -> None:
 
 def test_no_choice_is_without_rows(run: Run) -> None:
     explorer = ls.explore(run)
-    assert [name for _, name in explorer.quantity.options] == ["loss", "update_norm", "importance"]  # no weight_norm
+    assert [name for _, name in explorer.quantity.options] == [
+        "loss",
+        "update_norm",
+        "step_norm",
+        "importance",
+    ]  # no weight_norm
     assert explorer.quantity.options[1][0] == "update_norm: ‖W − W₀‖"
     assert explorer.layers.options == (ALL, "embed", "0", "1")
     explorer.layers.value = ["embed"]
     assert explorer.roles.options == (ALL, "embed")
+    explorer.quantity.value = "step_norm"
+    explorer.layers.value = ["1"]  # where it is unknown
+    assert explorer.rows["value"].isna().all()
+    assert "unknown" in explorer.listing.value
+    explorer.layers.value = ["0"]
+    explorer.quantity.value = "update_norm"
+    explorer.layers.value = ["embed"]
     explorer.quantity.value = "importance"  # which has no embedding
     assert explorer.layers.value == (ALL,)
     assert explorer.roles.options == (ALL, "q")
@@ -154,6 +168,12 @@ def test_several_seeds_are_drawn_as_mean_and_listed_as_they_are(tmp_path: Path) 
     assert "ours, seed 1" in explorer.listing.value
     two = ls.explore({"one": runs[0], "other": runs[1]})
     assert len(two.chart.data) == len(two.rows) == 10
+
+
+def test_a_mixture_is_told_to_be_one(tmp_path: Path) -> None:
+    factors = {"h.0.q": (np.ones((4, 1)), np.ones((1, 4)))}
+    mixed = plant(tmp_path, "mixed", {("update_norm", "h.0.q"): {9: 4.0}}, factors=factors, exact=False)
+    assert ls.explore(mixed).chart.caption.endswith("Updates of LoRA rank 2 at mean gates.")
 
 
 def test_an_adapter_without_history_has_one_step(tmp_path: Path) -> None:
@@ -264,6 +284,6 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
         check("update norm, after step 4", ["1.5", "0.5", "1", "0.25", "0.5"], [[0.5, 0.25], [1.0, 0.5], [1.5]])
         page.get_by_label("Layers").get_by_role("option", name="1").click()
         check("update norm, after step 4", ["0.25", "0.5"], [[0.25], [0.5]])
-        page.get_by_label("Quantity").press("ArrowDown")  # by keys alone
-        check("importance, after step 9", ["3", "1"], [[3.0, 1.0]])
+        page.get_by_label("Quantity").press("ArrowUp")  # by keys alone
+        check("loss", ["0.25"], [[1 / step for step in range(1, 10)]])
         browser.close()

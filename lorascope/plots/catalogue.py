@@ -103,7 +103,7 @@ def figure(
     def enter(draw: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(draw)
         def drawn(*args: Any, **kwargs: Any) -> Drawable:
-            return at_gates(draw(*args, **kwargs))
+            return _at_gates(draw(*args, **kwargs))
 
         FIGURES[draw.__name__] = Figure(draw.__name__, drawn, needs, history, runs, reads, misleads)
         return drawn
@@ -111,7 +111,7 @@ def figure(
     return enter
 
 
-def at_gates(drawn: Drawable) -> Drawable:
+def _at_gates(drawn: Drawable) -> Drawable:
     """Every caption with the gates at which updates are shown that depend on the input: no figure says it itself."""
     mixtures: dict[str, str] = {}
     for row in drawn.rows():
@@ -119,10 +119,15 @@ def at_gates(drawn: Drawable) -> Drawable:
             mixtures |= chart.meta.get(MIXTURES, {})
     if not mixtures:
         return drawn
-    labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
-    told = [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
+    told = of_mixtures(mixtures)
     rows = [[replace(chart, caption=" ".join([chart.caption, *told])) for chart in row] for row in drawn.rows()]
     return rows[0][0] if isinstance(drawn, Chart) else Panels(tuple(map(tuple, rows)))
+
+
+def of_mixtures(mixtures: Mapping[str, str]) -> list[str]:
+    """Sentences on mixtures, given as label -> the gates at which they are shown."""
+    labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
+    return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
 
 
 def available(run: Run) -> pd.DataFrame:

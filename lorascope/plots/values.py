@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Band, Chart, Line, Mark, Point, Rule
-from lorascope.plots.catalogue import at_gates
+from lorascope.plots.catalogue import MIXTURES, of_mixtures
 from lorascope.plots.cohort import Cohort, axis_label
 from lorascope.records import QUANTITIES
 
@@ -56,16 +57,17 @@ def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         "step": Axis(label="step"),
         "place": Axis(label="layer", order=list(table["place"].cat.remove_unused_categories().cat.categories)),
     }
-    made = Chart(
+    meta = cohort.meta
+    told = cohort.caption(f"{entry.label}: {entry.definition}.")
+    return Chart(
         shown,
         [*_marks(shown, x), *([Rule(x=step)] if x == "step" and step != UNSTEPPED else [])],
         title=quantity.replace("_", " ") if x == "step" else f"{quantity.replace('_', ' ')}, {when}",
         x=axes[x],
         y=Axis(label=axis_label(quantity), limits=None if x == "step" else _ends(table)),
-        caption=cohort.caption(f"{entry.label}: {entry.definition}."),
-        meta=cohort.meta,
+        caption=" ".join([told, *of_mixtures(meta.get(MIXTURES, {}))]),
+        meta=meta,
     )
-    return at_gates(made)
 
 
 def _across(table: pd.DataFrame) -> str:
@@ -88,7 +90,10 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
 
 
 def _ends(table: pd.DataFrame) -> tuple[float, float] | None:
-    """Ends of the vertical axis for all steps; None where all is one value."""
-    bounds = table[["value", "low", "high"]]
-    low, high = float(bounds.min(axis=None)), float(bounds.max(axis=None))
-    return (low - 0.05 * (high - low), high + 0.05 * (high - low)) if high > low else None
+    """Ends of the vertical axis for all steps; None where they span nothing."""
+    bounds = table[["value", "low", "high"]].to_numpy()
+    known = bounds[np.isfinite(bounds)]
+    if known.size == 0 or known.min() == known.max():
+        return None
+    low, high = float(known.min()), float(known.max())
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)

@@ -13,6 +13,8 @@ from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
 from lorascope.plots.values import UNSTEPPED, at_step, cells, values
 from lorascope.records import QUANTITIES
 from lorascope.render import plotly
+from lorascope.render.plan import plan
+from lorascope.render.theme import theme
 from lorascope.roles import ROLES
 
 try:
@@ -24,11 +26,11 @@ except ModuleNotFoundError:
 
 ALL = "all"
 WHOLE = "whole run"  # stands for layer and role of what belongs to no module
+WIDTH = 600  # pixels that the chart is laid out for; it spreads where there are more
 _FLOW = {"flex_flow": "row wrap", "align_items": "flex-start"}
-_CHART, _BESIDE = (
-    {"flex": "2 1 560px", "min_width": "0"},
-    {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"},
-)
+_CHART = {"flex": f"2 1 {WIDTH}px", "min_width": "0"}
+_BESIDE = {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"}
+_COLUMNS = ("run", "step", "layer", "role", "index", "module")  # listed where they say something
 END = 2**62  # the step wished for at first: the nearest to it is the last
 MOST_DRAWN, MOST_LISTED = 4000, 500  # values that a browser draws, and lists, at once without a pause
 
@@ -127,7 +129,7 @@ class Explorer(ipywidgets.VBox):
             description="Quantity",
             layout={"width": "360px"},
         )
-        several = {"options": [ALL], "value": [ALL], "rows": 6}
+        several = {"options": [ALL], "value": [ALL], "rows": 8}
         self.layers = ipywidgets.SelectMultiple(description="Layers", **several)
         self.roles = ipywidgets.SelectMultiple(description="Roles", **several)
         self.step = ipywidgets.SelectionSlider(options=[("", END)], description="Step")
@@ -178,8 +180,9 @@ class Explorer(ipywidgets.VBox):
 
     def _figure(self, dark: bool) -> str:
         """The chart for the page, "" if it holds too much."""
-        fits = len(self.chart.data) <= MOST_DRAWN
-        return str(self.chart.plotly("dark" if dark else "light").to_json()) if fits else ""
+        if len(self.chart.data) > MOST_DRAWN:
+            return ""
+        return str(plotly.draw(plan(self.chart, theme("dark" if dark else "light")), WIDTH).to_json())
 
 
 def explore(runs: Runs) -> Explorer:
@@ -240,11 +243,13 @@ def _offer_steps(control: Any, rows: pd.DataFrame) -> None:
 
 
 def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
-    """The rows as a table of HTML, without columns that hold nothing; of several runs each by its name."""
-    shown = rows.head(MOST_LISTED).drop(columns="quantity")
-    words = {name: "str" for name in shown if name != "value"}
-    shown = shown.astype(words).fillna(dict.fromkeys(words, ""))
+    """The rows as a table of HTML, what is long last, without columns that tell nothing; each run by its name."""
+    words = dict.fromkeys(_COLUMNS, "str")
+    shown = rows.head(MOST_LISTED).astype(words).fillna(dict.fromkeys(words, ""))
     shown = shown.assign(run=shown["run"].map(names) if len(names) > 1 else "")
-    shown = shown[[name for name in shown if name == "value" or (shown[name] != "").any()]]
-    count = f"{len(rows):,} rows" if len(rows) <= MOST_LISTED else f"The first {MOST_LISTED} of {len(rows):,} rows"
+    told = [name for name in _COLUMNS if (shown[name] != "").any()]
+    told.insert(len(told) - ("module" in told), "value")
+    shown = shown[told]
+    count = f"{len(rows):,} row{'s' * (len(rows) != 1)}"
+    count = count if len(rows) <= MOST_LISTED else f"The first {MOST_LISTED} of {count}"
     return f"<p>{count}</p>{shown.to_html(index=False, na_rep='unknown', float_format='{:.6g}'.format, border=0)}"

@@ -19,7 +19,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
-from planted import plant, profile
+from planted import MODULES, plant, profile
 from playwright.sync_api import Locator, expect, sync_playwright
 
 import lorascope as ls
@@ -159,6 +159,15 @@ def test_layers_and_roles_outlast_another_quantity_and_the_step_stays_near(run: 
     assert explorer.step.value == 4
 
 
+def test_two_modules_of_one_role_in_one_layer_have_no_line(tmp_path: Path) -> None:
+    values = {("update_norm", module): {9: 1.0} for module in ("h.0", "h.0.q", "h.1.q")}
+    double = {"module": "h.0.q2", "stack": "", "layer": 0, "role": "q"}
+    up = {("update_norm", module): {9: 2.0} for module in ("h.0.q2", "h.0.up", "h.1.up")}
+    chart = ls.explore(plant(tmp_path, "double", values | up, modules=[*MODULES, double])).chart
+    assert len(chart.data) == 6
+    assert set(chart.table(chart.marks[0])["role"]) == {"ffn_in", "block"}
+
+
 def test_several_seeds_are_drawn_as_mean_and_listed_as_they_are(tmp_path: Path) -> None:
     runs = [plant(tmp_path, f"seed{seed}", profile(1.0 + seed, 1.0, 2.0), seed=seed) for seed in (0, 1)]
     explorer = ls.explore({"ours": runs})
@@ -261,10 +270,12 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
         expect.set_options(timeout=PATIENCE)
         page.goto(lab)
 
-        def check(title: str, listed: list[str], drawn: list[list[float]]) -> Locator:
+        def check(title: str, listed: list[str], drawn: list[list[float]], column: int = 4) -> Locator:
             plot = page.get_by_role("img", name=title, exact=True)
             plot.locator("path.point").first.wait_for()
-            expect(page.locator("tbody td:last-child")).to_have_text(listed)  # the page gets it after the chart
+            expect(page.locator(f"tbody td:nth-child({column})")).to_have_text(
+                listed
+            )  # the page gets it after the chart
             assert plot.evaluate(DOTS) == drawn
             return plot
 
@@ -285,5 +296,5 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
         page.get_by_label("Layers").get_by_role("option", name="1").click()
         check("update norm, after step 4", ["0.25", "0.5"], [[0.25], [0.5]])
         page.get_by_label("Quantity").press("ArrowUp")  # by keys alone
-        check("loss", ["0.25"], [[1 / step for step in range(1, 10)]])
+        check("loss", ["0.25"], [[1 / step for step in range(1, 10)]], column=2)
         browser.close()

@@ -50,7 +50,7 @@ def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
     """
     cohort, entry = replace(cohort, name=quantity), QUANTITIES[quantity]
     x = _across(table)
-    shown = table if x == "step" else at_step(table, step).sort_values("place", kind="stable")
+    shown = table if x == "step" else at_step(table, step)
     when = "as stored" if step == UNSTEPPED else f"after step {step}"
     axes = {
         "index": Axis(label=entry.index.replace("_", " ")),
@@ -83,10 +83,13 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
     other = "recipe" if color == "role" and shown["recipe"].nunique() > 1 else None
     low, high = ("low", "high") if shown["low"].notna().any() else (None, None)
     dots = [Point(x, "value", color, other, low=low, high=high)]
-    if x == "index" or shown.duplicated([x, "role", "recipe"]).any():
+    doubled = shown.loc[shown.duplicated([x, "role", "recipe"]), "role"]
+    single = shown[~shown["role"].isin(doubled)] if len(doubled) else None
+    if x == "index" or (single is not None and single.empty):
         return [*dots]
-    bands = [Band(x, "low", "high", color)] if low and other is None else []
-    return [*bands, Line(x, "value", color, other), *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
+    bands = [Band(x, "low", "high", color, single)] if low and other is None else []
+    line = Line(x, "value", color, other, single)
+    return [*bands, line, *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
 
 
 def _ends(table: pd.DataFrame) -> tuple[float, float] | None:

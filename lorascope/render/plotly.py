@@ -33,9 +33,9 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
     return draw(plan(drawable, theme(name or "light")))
 
 
-def draw(settled: Plan) -> go.Figure:
-    """Draw a figure that is settled already."""
-    made = ground(settled)
+def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
+    """Draw a figure that is settled already, for a screen ``width`` pixels wide."""
+    made = ground(settled, width)
     moving: list[int] = []
     for number, view in enumerate(settled.views):
         start = len(made.data)

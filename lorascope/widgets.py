@@ -26,9 +26,9 @@ except ModuleNotFoundError:
 
 ALL = "all"
 WHOLE = "whole run"  # stands for layer and role of what belongs to no module
-WIDTH = 600  # pixels that the chart is laid out for; it spreads where there are more
+WIDTH = 600.0  # pixels that the chart is laid out for; it spreads where there are more
 _FLOW = {"flex_flow": "row wrap", "align_items": "flex-start"}
-_CHART = {"flex": f"2 1 {WIDTH}px", "min_width": "0"}
+_CHART = {"flex": f"2 1 {WIDTH:.0f}px", "min_width": "0"}
 _BESIDE = {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"}
 _COLUMNS = ("run", "step", "layer", "role", "index", "module")  # listed where they say something
 END = 2**62  # the step wished for at first: the nearest to it is the last

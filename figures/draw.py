@@ -16,6 +16,7 @@ from lorascope import probes
 # File -> probe, figure, width.
 PICTURES = {
     "adapted-types": ("placement", "adapted_types", "column"),
+    "atlas": ("fourierft", "atlas", "page"),
     "basis-ablation": ("fourierft", "basis_ablation", "column"),
     "bias-curve": ("fourierft", "bias_curve", "column"),
     "factor-rank": ("adapprox", "factor_rank", "page"),

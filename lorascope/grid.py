@@ -202,7 +202,8 @@ def _observers(value: Any) -> Any:
             raise ValueError(f"observer {name}: {key} = {each!r} must be {words(hints[key])}")
     if given.get("every", 1) < 1:
         raise ValueError(f"observer {name}: every = {given['every']} must be 1 or more, steps between two looks")
-    return _OBSERVERS[name](**{key: tuple(each) if isinstance(each, list) else each for key, each in given.items()})
+    fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in given.items()}
+    return _OBSERVERS[name](**fields)
 
 
 def _named(

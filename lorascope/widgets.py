@@ -236,10 +236,10 @@ def _offer_steps(control: Any, rows: pd.DataFrame) -> None:
     """Offer the steps that the rows have, and keep the one that was picked, or the nearest to it."""
     steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
     near = min(steps, key=lambda step: abs(step - control.value))
-    with control.hold_sync():
-        control.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
-        control.value = near
-        control.disabled = len(steps) < 2
+    # One after the other: in one message, the page cuts the new position off at the end of the old steps.
+    control.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
+    control.value = near
+    control.disabled = len(steps) < 2
 
 
 def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:

@@ -39,7 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reproduction", help="the folder that lorascope reproduce filled")
     folder = Path(__file__).parent
-    found = probes.findings(parser.parse_args().reproduction)
+    try:
+        found = probes.findings(parser.parse_args().reproduction)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     for file, (probe, figure, width) in PICTURES.items():
         charts = [each.chart for each in found[probe].exhibits if each.figure == figure] if probe in found else []
         if charts:

@@ -91,7 +91,7 @@ APART_SPACE = Claim(
 
 def arms(quick: bool) -> list[Arm]:
     """A LoRA for each domain and two orders of its text, from a common A and from its own: 15 runs, 7 if quick."""
-    steps = 6 if quick else 100
+    steps = 6 if quick else 200
     settings = encoder_settings(quick) | {"steps": steps, "eval_every": 0, "eval_size": 50, "test_size": 200}
     settings |= {"observe": [observe.factors(every=steps)]}
     made = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from lorascope import probes
+from lorascope.chart import Drawable
 
 # File -> probe, figure, width.
 PICTURES = {
@@ -46,10 +47,14 @@ def main() -> None:
     for file, (probe, figure, width) in PICTURES.items():
         charts = [each.chart for each in found[probe].exhibits if each.figure == figure] if probe in found else []
         if charts:
-            picture = folder / f"{file}.png"
-            charts[0].save(picture, width=width)
-            Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(picture, optimize=True)
-            print(picture.name)
+            print(save(charts[0], folder / f"{file}.png", width).name)
+
+
+def save(chart: Drawable, picture: Path, width: str) -> Path:
+    """Write a picture of few colours, and say where."""
+    chart.save(picture, width=width)
+    Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(picture, optimize=True)
+    return picture
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import shutil
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import pytest
 from cells import METHODS, check
 
 from lorascope import models, tasks
+from lorascope.analysis.embedding import factored
 
 BLOCKS = 2  # as many as the tiny models of ``families`` have
 # A rate that a trained model bears; its embedding of 28 million weights is not factored, which takes long.
@@ -34,3 +39,25 @@ def test_a_method_on_smollm2(method, smollm2, tmp_path):
     settings = {"batch_size": 2, "eval_size": 6, "test_size": 6, "max_length": 24}
     check("llama", method, *smollm2, tmp_path / "run", replace(METHODS[method], **OWN.get(method, {})), **settings)
     shutil.rmtree(tmp_path / "run")  # a whole model twice, where all of it trains
+
+
+@pytest.mark.real
+def test_the_pictures_of_the_whole_model_are_drawn_from_such_runs(smollm2, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "figures")
+    drawing = importlib.import_module("smollm2")
+    small = {"batch_size": 2, "eval_every": 0, "eval_size": 6, "test_size": 6, "max_length": 24}
+    for name, value in {"MODEL": partial(models.load, "smollm2", blocks=BLOCKS), "SETTINGS": small, "STEPS": 2}.items():
+        monkeypatch.setattr(drawing, name, value)
+    found = drawing.train(str(tmp_path), jobs=1)
+
+    def starts(recipe):
+        runs = [run for domain in found[recipe].values() for run in domain]
+        return {factored(run.updates(0))["model.layers.1.mlp.up_proj"].A.tobytes() for run in runs}
+
+    assert len(starts(drawing.ONE_A)) == 1
+    assert len(starts(drawing.OWN_A)) == 4
+    pictures = drawing.draw(found)
+    page = (Path(drawing.__file__).parents[1] / "docs" / "smollm2.md").read_text()
+    assert re.findall(r"figures/(smollm2-\w+)\.png", page) == list(pictures)
+    for chart in pictures.values():
+        assert drawing.save(chart, tmp_path / "picture.png", "page").stat().st_size > 10_000

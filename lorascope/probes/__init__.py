@@ -155,9 +155,9 @@ def write_report(out: str | Path) -> Outcome:
         The folder is none that ``reproduce`` filled, or lacks a run.
     """
     quick, runs = _contents(out)
-    findings = _judge(out, runs)
-    path = report.write(Path(out) / "report.html", findings, runs, quick=quick)
-    return Outcome(path, {name: found.verdicts for name, found in findings.items()})
+    found = _judge(out, runs)
+    path = report.write(Path(out) / "report.html", found, runs, quick=quick)
+    return Outcome(path, {name: each.verdicts for name, each in found.items()})
 
 
 def findings(out: str | Path) -> dict[str, Findings]:

@@ -1,0 +1,68 @@
+"""Train LoRA, AdaLoRA and NeFT on all thirty blocks of SmolLM2 and draw them: python figures/smollm2.py runs/smollm2
+
+Runs that the folder holds are not made again, so that a second call only draws. docs/smollm2.md says what came of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from draw import save
+
+import lorascope as ls
+from lorascope.chart import Drawable
+from lorascope.run import Run
+
+MODEL: Any = "smollm2"
+SETTINGS = {"batch_size": 8, "max_length": 64, "eval_every": 0, "eval_size": 40, "test_size": 100}
+STEPS = 40
+# Of two domains two runs each, whose seeds are all different: an A_0 each, unless init_seed gives them one in common.
+DOMAINS = {"movies": [0, 1], "tweets": [2, 3]}
+ONE_A, OWN_A = "one A for all", "an A each"
+LORA = {"name": "lora", "rank": 8, "alpha": 16, "targets": "all-linear", "lr": 1e-3, "init_seed": [0, "none"]}
+ADALORA = {"name": "adalora", "init_rank": 6, "target_rank": 3, "targets": "all-linear"}
+NEFT = {"name": "neft"}
+
+
+def train(root: str, jobs: int | None) -> dict[str, dict[str, list[Run]]]:
+    """LoRA by start and domain, AdaLoRA on all text, NeFT by domain."""
+
+    def runs(tasks: str | list[str], method: Mapping[str, Any], seeds: list[int], steps: int) -> list[Run]:
+        settings = SETTINGS | {"steps": steps, "observe": ["norms", {"name": "factors", "every": steps}]}
+        grid = {"model": MODEL, "task": tasks, "method": method, "seeds": seeds, "root": root, "settings": settings}
+        return ls.sweep(grid, jobs=jobs)
+
+    lora = {domain: runs(f"sentiment/{domain}", LORA, seeds, STEPS) for domain, seeds in DOMAINS.items()}
+    neft = runs([f"sentiment/{domain}" for domain in DOMAINS], NEFT, [0], STEPS)
+    return {
+        ONE_A: {domain: found[:2] for domain, found in lora.items()},
+        OWN_A: {domain: found[2:] for domain, found in lora.items()},
+        "ranks": {"AdaLoRA": runs("sentiment", ADALORA, [0, 1], 2 * STEPS)},
+        "neurons": {domain: [run] for domain, run in zip(DOMAINS, neft, strict=True)},
+    }
+
+
+def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
+    """A figure a file."""
+    return {
+        "smollm2-norms": ls.plots.update_norm_heat(found[OWN_A], quantity="relative_update"),
+        "smollm2-ranks": ls.plots.rank_allocation(found["ranks"], chance=True),
+        "smollm2-factors": ls.plots.factor_embedding(found[ONE_A], control=found[OWN_A]),
+        "smollm2-neurons": ls.plots.neurons(found["neurons"]),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("root", help="the folder of the runs")
+    parser.add_argument("--jobs", type=int, help="runs at a time, of some 4 GB each; one a core by default")
+    given = parser.parse_args()
+    for file, chart in draw(train(given.root, given.jobs)).items():
+        print(save(chart, Path(__file__).parent / f"{file}.png", "page"))
+
+
+if __name__ == "__main__":
+    main()

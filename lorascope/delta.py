@@ -163,6 +163,12 @@ def adapted(model: nn.Module) -> dict[str, Delta]:
     return {name: host.delta for name, host in _hosts(model).items()}
 
 
+def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
+    """The weight of a module with its adapter's update, which is at mean gates where it depends on the input."""
+    weight, delta = host_weight(model.get_submodule(module)).detach(), adapted(model).get(module)
+    return weight if delta is None else weight + torch.from_numpy(delta.update().dense()).to(weight)
+
+
 def _hosts(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if type(module) in _PLAIN}
 

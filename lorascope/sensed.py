@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lorascope import names
 from lorascope.analysis.neurons import parts
-from lorascope.delta import adapted, host_weight
+from lorascope.delta import adapted, effective_weight
 from lorascope.hosts import oriented, to_array
 from lorascope.method import Batch, Step
 from lorascope.methods.fourierft import BasisDelta, FourierDelta
@@ -187,14 +187,6 @@ def weight_gradients(
         for handle in hooks:
             handle.remove()
     return found
-
-
-def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
-    """The weight of a module with its adapter's update, which is at mean gates where it depends on the input."""
-    host = model.get_submodule(module)
-    weight = host_weight(host).detach()
-    delta = adapted(model).get(module)
-    return weight if delta is None else weight + torch.from_numpy(delta.update().dense()).to(weight)
 
 
 def _changes(step: Step) -> Iterable[Record]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorascope.analysis import neurons
 from lorascope.analysis.utilisation import LAYERS, correlations, span
-from lorascope.delta import adapted, host_weight, to_array
+from lorascope.delta import effective_weight, to_array
 from lorascope.hidden import token_means
 from lorascope.method import LATER, Batch, Step
 from lorascope.observer import Observer
@@ -42,7 +42,8 @@ class utilisation(Observer):
     """How much the mean hidden states look like the weights of each neuron of the feed-forward parts.
 
     The states are means over the tokens of held-out texts and then over the texts; the paper generates the answers,
-    here they are given. The last block's state is taken as the model gives it, in most families after a norm.
+    here they are given. The last block's state is taken as the model gives it, in most families after a norm. Weights
+    are those with an adapter's update, which counts at mean gates where it depends on its input (HydraLoRA's).
 
     Parameters
     ----------
@@ -69,12 +70,8 @@ class utilisation(Observer):
         if not self.due(step.finished, step.total):
             return
         states = mean_states(step.model, step.held_out(self.size).batch, self.standardise)
-        deltas = adapted(step.model)
         for part in neurons.parts(step.modules):
-            weight = host_weight(step.model.get_submodule(part.module)).detach()
-            if part.module in deltas:
-                weight = weight + deltas[part.module].weight().detach()
-            vectors = to_array(weight.float())[part.where]
+            vectors = to_array(effective_weight(step.model, part.module).float())[part.where]
             blocks = span(part.layer, self.layers)
             hidden = states[part.stack if part.stack in states else ""][blocks]
             alike = correlations(vectors if part.axis == 1 else vectors.T, hidden)

@@ -14,7 +14,8 @@ from tiny import tiny
 import lorascope as ls
 from lorascope import models, observe, plots
 from lorascope.chart import Rule
-from lorascope.methods import NeFT
+from lorascope.delta import adapted, host_weight
+from lorascope.methods import HydraLoRA, LoRA, NeFT
 from lorascope.records import Record
 from lorascope.run import Run
 from lorascope.utilised import mean_states
@@ -26,9 +27,9 @@ CHOSEN = {IN.format(0): [0, 1, 2], OUT.format(0): [5], OUT.format(1): [7, 8]}
 DISTANCES = np.logspace(-4, -1, 16)
 
 
-def planted(folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None) -> Run:
+def planted(folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None, **more) -> Run:
     """A run of NeFT of a model with two blocks of 16 hidden units."""
-    method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode}
+    method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode, **more}
     common = {"model": "m", "task": "t", "recipe": method, "method": method, "settings": {"steps": 9}, "parents": []}
     named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES}
     writer = RunWriter(folder / id, common | named | {"states": {"last": {"step": 9, "ranks": {}}}})
@@ -69,10 +70,19 @@ def test_distances_by_layer_beside_the_threshold(tmp_path):
     assert chart.data["low"].iloc[0] == pytest.approx(np.quantile(DISTANCES, 0.05))
     (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
     assert rule.y == pytest.approx(DISTANCES[0])
+    assert "Neurons above the rule were chosen." in chart.caption
     assert chart.y.log
     own = plots.neuron_cosine(planted(tmp_path, "b"), quantity="neuron_cosine")
     assert set(own.data["value"]) == {middle}
     assert not any(isinstance(mark, Rule) for mark in own.marks)
+
+
+@pytest.mark.parametrize("more", [{"reversed_share": 0.02}, {"neurons": CHOSEN}, {"mode": "random"}])
+def test_no_rule_is_drawn_where_no_distance_parts_the_chosen_from_the_others(more, tmp_path):
+    """With neurons of both ends the least distance of a chosen one is that of the least turned of all."""
+    chart = plots.neuron_cosine(planted(tmp_path, "a", **more))
+    assert not any(isinstance(mark, Rule) for mark in chart.marks)
+    assert "rule" not in chart.caption
 
 
 def test_overlap_of_domains_beside_that_of_seeds_and_of_lots(tmp_path):
@@ -151,6 +161,9 @@ def test_the_recorder_that_is_missing_is_named(tmp_path):
     bare = planted(tmp_path, "b", {})
     with pytest.raises(ValueError, match="neurons needs records of selected: train NeFT"):
         plots.neurons(bare)
+    bare.table = bare.table[bare.table["quantity"] == "utilisation"]
+    with pytest.raises(ValueError, match=r"neuron_cosine: train with observe=\[ls.observe.neurons\(\)\], or NeFT"):
+        plots.neuron_cosine(bare)
 
 
 def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
@@ -176,6 +189,37 @@ def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_ru
     assert observe.utilisation(layers="earlier").config()["layers"] == "earlier"
     with pytest.raises(ValueError, match="layers 'own' is unknown: later, earlier"):
         observe.utilisation(layers="own")
+
+
+@pytest.mark.parametrize("method", [
+    LoRA(targets="all-linear", lr=1e-1),
+    HydraLoRA(targets="all-linear", lr=1e-1, gates_every=1),
+], ids=lambda method: method.name)  # fmt: skip
+def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(method, bert, task, tmp_path):
+    """Heads under a router, whose update depends on the input, count at their mean gates."""
+    model = models.load(bert, task=task)
+    run = ls.train(
+        model, task, method, steps=3, batch_size=4, eval_size=8, test_size=8, out=tmp_path / "run",
+        observe=[observe.utilisation(size=5)], device="cpu", progress=False,
+    )  # fmt: skip
+    fitted = task.fit(model)
+    batch = fitted.encode(models.tokenizer(model), fitted.split("validation").head(5), 128).batch(range(5))
+    with torch.no_grad():
+        hidden = mean_states(model.eval(), batch)[""]
+    rows = run.table[(run.table["quantity"] == "utilisation") & (run.table["step"] == 3)]
+    deltas, moved = adapted(model), 0
+    for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
+        delta = deltas[part.module]
+        gates = () if delta.linear else (delta.mean_gates_,)
+        before = host_weight(model.get_submodule(part.module)).detach()
+        after = before + delta.weight(*gates).detach()
+        expected, frozen = (
+            [max(abs(np.corrcoef(vector, state)[0, 1]) for state in hidden[part.layer :]) for vector in vectors]
+            for vectors in ((w if part.axis == 1 else w.T).numpy() for w in (after, before))
+        )
+        assert rows.loc[rows["module"] == part.module, "value"].to_numpy() == pytest.approx(expected, abs=1e-4)
+        moved = max(moved, np.abs(np.subtract(expected, frozen)).max())
+    assert moved > 1e-2
 
 
 @pytest.mark.parametrize("layers", ["later", "earlier"])
@@ -207,7 +251,7 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, req
             states.append(torch.stack([state[0].mean(0) for state in output.hidden_states[1:]]))
     hidden = torch.stack(states).mean(0).numpy()
     for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
-        weight = observe.host_weight(model.get_submodule(part.module)).detach().numpy()
+        weight = host_weight(model.get_submodule(part.module)).detach().numpy()
         vectors = weight if part.axis == 1 else weight.T
         numbers = [
             number for number in range(2) if number == part.layer or (number > part.layer) == (layers == "later")

@@ -49,8 +49,10 @@ def scores(run: Run, quantity: str) -> pd.DataFrame:
 
 
 def threshold(run: Run, quantity: str) -> float | None:
-    """The smallest distance by which a neuron was chosen; None where the choice was not by this quantity."""
-    if quantity != "selection_cosine" or run.meta["method"].get("mode") != "changed":
+    """The smallest distance by which a neuron was chosen; None where none parts the chosen from the others."""
+    method = run.meta["method"]
+    by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
+    if quantity != "selection_cosine" or method.get("mode") != "changed" or by_hand_or_both_ends:
         return None
     both = scores(run, quantity).merge(chosen(run).astype({"module": "str"}), on=["module", "neuron"])
     return float(both["cosine_distance"].min())

@@ -53,7 +53,7 @@ RECORDERS = {
     "gate_entropy": "train HydraLoRA",
     "gate_information": "train HydraLoRA on a task with groups",
     "selected": "train NeFT",
-    "neuron_cosine": "train NeFT",
+    "neuron_cosine": "train with observe=[ls.observe.neurons()], or NeFT",
     "utilisation": "train with observe=[ls.observe.utilisation()]",
     "test_metric": "train on a task with a test split",
     "eval_loss": "train with eval_every=",

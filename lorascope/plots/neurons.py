@@ -51,7 +51,8 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
 @figure(
     needs=("neuron_cosine",),
     reads="By layer how far the neurons of a projection turned, on a logarithmic axis: the line is the median neuron, "
-    "the band holds nine of ten. Neurons above the rule were chosen; a layer whose whole band lies above it gave all.",
+    "the band holds nine of ten. Neurons above the rule, if there is one, were chosen; a layer whose whole band lies "
+    "above it gave all.",
     misleads="A cosine is blind to growth, and for small changes it is the squared change over the squared norm: small "
     "weights turn far for little. Neurons that did not turn at all have no place on the axis.",
 )
@@ -247,8 +248,10 @@ def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
     thresholds = [t for run in group.runs if (t := selection.threshold(run, quantity)) is not None]
-    if thresholds:
+    chosen = ""
+    if len(thresholds) == len(group.runs):
         marks.append(Rule(y=float(np.mean(thresholds)), label="chosen above"))
+        chosen = " Neurons above the rule were chosen."
     return Chart(
         cells,
         marks,
@@ -256,7 +259,7 @@ def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
         x=Axis(label="layer", order=cells["place"].cat.categories),
         y=Axis(label=axis_label(quantity), log=True),
         caption=f"{axis_label(quantity)}: {QUANTITIES[quantity].definition}. Median of the neurons of a layer, and the "
-        f"5 % and 95 % quantiles; mean over runs. {_sample(cohort)}",
+        f"5 % and 95 % quantiles; mean over runs.{chosen} {_sample(cohort)}",
         colors=_roles(cells),
         meta=cohort.meta,
     )

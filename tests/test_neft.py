@@ -248,6 +248,8 @@ def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task
         table = run.table[run.table["quantity"] == "selected"]
         chosen[mode] = set(zip(table["module"].astype(str), table["index"], strict=True))
         assert len(chosen[mode]) == 60
+    with pytest.raises(ValueError, match=rf"mode 'probed' cannot choose by {full.id} .*, no run of probing: give one"):
+        NeFT(k=60, mode="probed", tuned=full)
     assert not chosen["changed"] & chosen["reversed"]
     assert len(chosen["changed"] & chosen["random"]) < 40
 
@@ -261,8 +263,12 @@ def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
     first, other = neurons.select(pool, 9), neurons.select(pool, round(0.02 * total / 32), "reversed")
     assert selection.as_set(selection.chosen(run)) == selection.as_set(pd.concat([first, other]))
     assert len(selection.chosen(run)) == len(first) + len(other)
-    with pytest.raises(ValueError, match=r"reversed_share asks for \d+ neurons beside 9: there are 192 in all"):
-        train(bert, task, NeFT(k=9, reversed_share=0.9, tuned=full), tmp_path / "more")
+    more = NeFT(k=9, reversed_share=0.9, tuned=full)
+    with pytest.raises(ValueError, match=r"reversed_share 0.9 is \d+ neurons: 183 are left to choose, 0\.\d+ of the"):
+        train(bert, task, more, tmp_path / "more")
+    none = NeFT(k=9, reversed_share=1e-9, tuned=full)
+    with pytest.raises(ValueError, match="reversed_share 1e-09 is no neuron: one alone is"):
+        train(bert, task, none, tmp_path / "none")
     assert "reversed_share" not in config(NeFT())
 
 
@@ -314,6 +320,17 @@ def test_the_share_counts_parameters_not_neurons(bert, task, tmp_path):
     counted = run.meta["parameters"]
     assert counted["trained"] - counted["head"] == 32 * round(0.04 * total / 32)
     assert counted["total"] == total
+
+
+@pytest.mark.parametrize(("share", "line"), [
+    (1e-6, r"share 1e-06 is no neuron: one alone is {one:.2g} of the parameters"),
+    (0.9, r"share 0.9 is {count} neurons: 192 are left to choose, {all:.2g} of the parameters"),
+])  # fmt: skip
+def test_a_share_of_no_neuron_or_of_more_than_there_are_is_told_in_one_line(share, line):
+    model = tiny("bert")
+    one = 32 / sum(parameter.numel() for parameter in model.parameters())
+    with pytest.raises(ValueError, match=line.format(one=one, count=round(0.9 / one), all=192 * one)):
+        NeFT(share=share, mode="random").attach(model)
 
 
 def test_another_base_and_a_run_that_tuned_nothing_are_refused(bert, task, tmp_path):

@@ -86,3 +86,6 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     method = NeFT(k=7, mode="probed", tuned=probed, lr=1e-2)
     again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
     assert selection.as_set(selection.chosen(again)) == best
+    for mode in neurons.MODES:
+        with pytest.raises(ValueError, match=rf"mode '{mode}' cannot choose by {probed.id} .*, a run of probing: give"):
+            NeFT(k=7, mode=mode, tuned=probed)

@@ -127,6 +127,8 @@ class NeFT(Method, name="neft"):
             raise ValueError(f"reversed_share adds to mode 'changed', not to {self.mode!r}: leave one of them")
         if isinstance(self.tuned, str | Path):
             self.tuned = checkpoints.load(self.tuned)
+        if isinstance(self.tuned, Run):
+            _check_kind(self.tuned, self.mode)
         self.neurons_: dict[str, list[int]] = {}
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
@@ -164,11 +166,22 @@ class NeFT(Method, name="neft"):
             return {}
         width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
         total = sum(parameter.numel() for parameter in model.parameters())
-        k, others = self.k or neurons.count(self.share, total, width), neurons.count(self.reversed_share, total, width)
-        if others and k + others > len(pool):
-            raise ValueError(f"reversed_share asks for {others} neurons beside {k}: there are {len(pool)} in all")
+        free = int(pool["cosine_distance"].notna().sum())
+        k = self.k or self._counted("share", total, width, free)
+        others = self._counted("reversed_share", total, width, free - k) if self.reversed_share else 0
         first = neurons.select(pool, k, "changed" if self.mode == "probed" else self.mode, seed)
         return neurons.by_module(pd.concat([first, neurons.select(pool, others, "reversed")]) if others else first)
+
+    def _counted(self, name: str, total: int, width: float, free: int) -> int:
+        """How many neurons a share of the parameters is; a ValueError where it is none, or more than are free."""
+        share = getattr(self, name)
+        count = neurons.count(share, total, width)
+        if count < 1:
+            raise ValueError(f"{name} {share} is no neuron: one alone is {width / total:.2g} of the parameters")
+        if count > free:
+            most = f"{free:,} are left to choose, {free * width / total:.2g} of the parameters"
+            raise ValueError(f"{name} {share} is {count:,} neurons: {most}")
+        return count
 
     def after_backward(self, step: Step) -> None:
         """Mask the gradients, once all of the batch is in them."""
@@ -230,6 +243,14 @@ class Mask(NamedTuple):
     def covered(self) -> int:
         """Weights that do not move."""
         return int(self.still.sum()) * self.weight.numel() // self.still.numel()
+
+
+def _check_kind(tuned: Run, mode: str) -> None:
+    """Refuse a run of full fine-tuning where neurons are chosen by probing, and the other way round."""
+    probed = tuned.meta["method"]["name"] == Probing.name
+    if probed != (mode == "probed"):
+        mend = "a run of probing: give one of full fine-tuning" if probed else "no run of probing: give one, or none"
+        raise ValueError(f"mode {mode!r} cannot choose by {tuned.id} ({tuned.label}), {mend}")
 
 
 def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:

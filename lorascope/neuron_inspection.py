@@ -133,13 +133,14 @@ def _facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame) -> tuple[
 
 
 def _findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) -> Iterator[str]:
-    still = modules["module"][modules["turned"] == 0]
+    untouched = modules["delta_norm"] == 0  # not: turned none, as of neurons that are zero, or that grew
+    still = modules["module"][untouched]
     if len(still) == len(modules):
         yield "no neuron turned: in their feed-forward parts the two models are the same"
         return
     if len(still):
         yield f"{len(still)} of {len(modules)} projections untouched: {some(still)}"
-    same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][modules["turned"] == 0].sum())
+    same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][untouched].sum())
     if same:
         narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
         why = " (16 bits round small changes away)" if narrow else ""

@@ -15,7 +15,7 @@ from lorascope import screen
 from lorascope.cli import main
 from lorascope.neuron_inspection import NeuronInspection, inspect_neurons
 from lorascope.screen import Style
-from lorascope.tensors import write_tensors
+from lorascope.tensors import open_tensors, write_tensors
 
 WIDTH, FEED_FORWARD = 6, 10
 ROLES = {"gate_proj": "ffn_gate", "up_proj": "ffn_in", "down_proj": "ffn_out"}
@@ -134,6 +134,30 @@ def test_findings(tmp_path: Path) -> None:
     assert inspect_neurons(tuned, base).findings == (
         "3 of 6 projections untouched: model.layers.1.mlp.up_proj and 2 more",
         "1 neurons elsewhere did not change at all (16 bits round small changes away)",
+    )
+
+
+def zeroed(folder: Path, layers: int, numbers: slice) -> tuple[Path, Path]:
+    """A model of which only these neurons of the inputs changed, to zeros."""
+    base, tuned = plant(folder, layers, {})
+    tensors = {name: np.array(tensor) for name, tensor in open_tensors(tuned / "model.safetensors").items()}
+    for name, tensor in tensors.items():
+        tensor[numbers if "up_proj" in name else slice(0)] = 0
+    write_tensors(tuned / "model.safetensors", tensors, {})
+    return base, tuned
+
+
+def test_neurons_that_became_zero_have_changed(tmp_path: Path) -> None:
+    """They have no direction, so that none of them turned; a neuron that grew turned as little."""
+    up, others = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj and 1 more"
+    assert inspect_neurons(*zeroed(tmp_path / "one", 1, slice(1))[::-1]).findings == (
+        f"2 of 3 projections untouched: {others}",
+        "9 neurons elsewhere did not change at all",
+        f"1 neurons are zero before or after and have no direction: {up}",
+    )
+    assert inspect_neurons(*zeroed(tmp_path / "all", 1, slice(None))[::-1]).findings == (
+        f"2 of 3 projections untouched: {others}",
+        f"10 neurons are zero before or after and have no direction: {up}",
     )
 
 

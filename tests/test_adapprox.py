@@ -14,7 +14,7 @@ from tiny import inputs
 
 import lorascope as ls
 from lorascope import models
-from lorascope.method import config, from_config
+from lorascope.method import Step, config, from_config
 from lorascope.methods import METHODS, Adapprox, adapprox_optimizer
 from lorascope.methods.adapprox import AdapproxOptimizer
 
@@ -46,16 +46,24 @@ def regression(steps, dtype, clip=1.0, **options):
     return W.detach()
 
 
+class Watched(AdapproxOptimizer):
+    """Keeps V as it is before it is factored."""
+
+    def _factor(self, V, state, group):
+        self.V = V.clone()
+        super()._factor(V, state, group)
+
+
 def worked(min_dim, **options):
     W = torch.nn.Parameter(torch.tensor([[1, -1], [0.5, 2]], dtype=torch.float64))
-    optimizer = AdapproxOptimizer(
+    optimizer = Watched(
         [W], 0.01, weight_decay=0.1, rank_rule="fixed", iterations=30, min_dim=min_dim, betas=(0.9, 0.999), **options
     )
     seen = []
     for gradient in ([[0.1, -0.2], [0.3, 0.4]], [[0.2, -0.1], [0.1, -0.3]]):
         W.grad = torch.tensor(gradient, dtype=torch.float64)
         optimizer.step()
-        seen.append((W.detach().clone(), copy.deepcopy(optimizer.state[W])))
+        seen.append((W.detach().clone(), copy.deepcopy(optimizer.state[W]) | {"V": getattr(optimizer, "V", None)}))
     return seen
 
 
@@ -65,7 +73,11 @@ def test_worked_example():
     R = first["Q"] @ first["U"].T
     assert (1e5 * R).flatten().tolist() == pytest.approx([1.913004, 3.501139, 8.801560, 16.108427], abs=1e-5)
     assert first["error"] == pytest.approx(0.0565879, abs=1e-6)
+    assert (1e5 * first["V"]).flatten().tolist() == pytest.approx([1, 4, 9, 16], abs=1e-9)
+    assert (1e5 * second["V"]).flatten().tolist() == pytest.approx([5.911091, 4.497638, 9.792759, 25.092318], abs=1e-5)
     assert float(second["rms"]) == pytest.approx(18.437880, abs=1e-4)
+    D = (second["exp_avg"] - 0.9 * first["exp_avg"]) / 0.1
+    assert D.flatten().tolist() == pytest.approx([1.410862, -0.808716, 0.548070, -1.027164], abs=1e-5)
     assert second["exp_avg"].flatten().tolist() == pytest.approx([0.231086, -0.170872, 0.144807, -0.012716], abs=1e-5)
     assert W2.flatten().tolist() == pytest.approx([0.994691, -0.995293, 0.496553, 1.995130], abs=1e-6)
 
@@ -86,9 +98,11 @@ def test_the_angle_of_the_worked_example_is_told_without_guidance():
     assert float(second["cosine"]) == pytest.approx(float(D @ M / (D.norm() * M.norm())), abs=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 5e-3)])
-@pytest.mark.parametrize("options", [{}, {"betas": (0.0, 0.999)}, {"cosine": True}])
-def test_full_rank_is_the_dense_path(dtype, bound, options):
+@pytest.mark.parametrize(("options", "bound"), [({}, 1e-3), ({"betas": (0.0, 0.999)}, 5e-3), ({"cosine": True}, 1e-4)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_full_rank_is_the_dense_path(dtype, options, bound):
+    """In float32 as far as its digits carry: an entry far below the largest loses them in the factors."""
+    bound = 1e-11 if dtype == torch.float64 else bound
     full = regression(20, dtype, rank_rule="fixed", init_rank=16, min_dim=1, **options)
     dense = regression(20, dtype, min_dim=None, **options)
     less = regression(20, dtype, rank_rule="fixed", init_rank=4, min_dim=1, **options)
@@ -154,6 +168,36 @@ def test_bounds_hold_at_every_step():
     assert seen[4] == seen[5] == seen[6] == seen[7]
     assert "exp_avg_sq" in optimizer.state[bias]
     assert "Q" not in optimizer.state[bias]
+
+
+@pytest.mark.parametrize("min_dim", [1, None])
+def test_no_entry_of_a_direction_passes_its_bound(min_dim):
+    """V is (1 - beta_2) G^2 at the least, entry by entry, where no factor makes it less; so it is at the first step."""
+    p, bound = parameter(24, 20), 1 / math.sqrt(0.001)
+    optimizer = AdapproxOptimizer(
+        [p], 1.0, betas=(0, 0.999), clip_threshold=math.inf, weight_decay=0, min_dim=min_dim, rank_rule="fixed",
+        init_rank=3,
+    )  # fmt: skip
+    for step in range(8):
+        before = p.detach().clone()
+        stepped(optimizer, [p], seed=step, scale=10.0 ** (step % 3))
+        largest = float((before - p.detach()).abs().max())
+        assert largest <= bound * (1 + 1e-4)
+        assert step or largest == pytest.approx(bound, rel=1e-4)
+
+
+def test_what_is_dense_moves_together_as_it_would_alone():
+    shapes, options = [(5,), (3, 4), (1,), (6, 2, 2)], {"clip_threshold": 0.5, "cosine": True, "min_dim": None}
+    together, alone = ([parameter(*shape, seed=n) for n, shape in enumerate(shapes)] for _ in range(2))
+    stepped(AdapproxOptimizer(together, 1e-2, **options), together, 4)
+    optimizers = [AdapproxOptimizer([p], 1e-2, **options) for p in alone]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        for p, optimizer in zip(alone, optimizers, strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            optimizer.step()
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_between_choices_the_matrix_is_factored_once(monkeypatch):
@@ -320,9 +364,40 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(dtype):
         assert mine.dtype == dtype
 
 
+class Elsewhere:
+    """A generator as an accelerator has it, whose state is of another length."""
+
+    def get_state(self):
+        return torch.zeros(16, dtype=torch.uint8)
+
+
+def test_draws_that_began_on_the_cpu_go_on_there_and_those_of_an_accelerator_are_refused():
+    (p, q), ends = (parameter(80, 70) for _ in range(2)), []
+    optimizer, other = (AdapproxOptimizer([weight], rank_rule="fixed", iterations=1) for weight in (p, q))
+    stepped(optimizer, [p], 2)
+    stored = copy.deepcopy(optimizer.state_dict())
+    q.data.copy_(p.data)
+    other.param_groups[0]["generator"] = Elsewhere()
+    other.load_state_dict(stored)
+    for weight, one in ((p, optimizer), (q, other)):
+        stepped(one, [weight], 2, seed=1)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+    stored["param_groups"][0]["generator"] = Elsewhere().get_state()
+    with pytest.raises(ValueError, match="drawn on an accelerator, on the CPU they cannot go on") as raised:
+        optimizer.load_state_dict(stored)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"lr": -1e-3}, "lr=-0.001 must be 0 or more"),
+        ({"oversampling": -1}, "oversampling=-1 must be 0 or more"),
+        ({"eps": -1e-8}, "eps=-1e-08 must be 0 or more"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 must be 0 or more"),
+        ({"clip_threshold": 0}, "clip_threshold=0 must be above 0"),
+        ({"cosine_floor": 0}, "cosine_floor=0 must be above 0"),
         ({"rank_rule": "grow"}, "rank_rule 'grow' is unknown: it must be one of 'restart'"),
         ({"denominator": "mid"}, "denominator 'mid' is unknown"),
         ({"init_rank": 0}, "init_rank=0 must be at least 1"),
@@ -382,6 +457,18 @@ def test_the_table_tells_ranks_errors_and_bytes(run):
         assert values.between(low, high).all()
     # trained in full: the norms see every weight
     assert run.summary()["update_norm"].gt(0).all()
+
+
+@pytest.mark.parametrize(("rule", "share"), [("fixed", 1), ("colnorm", 1), ("restart", 1)])
+def test_a_share_is_of_the_most_that_the_rule_may_take(rule, share):
+    """A fixed rank goes by no cap: 16 of 24 x 16 would be four times a quarter of the smaller side."""
+    model, method = torch.nn.Linear(16, 24, bias=False), Adapprox(rank_rule=rule, init_rank=16)
+    optimizer = AdapproxOptimizer(model.parameters(), rank_rule=rule, init_rank=16, min_dim=1, tolerance=0)
+    stepped(optimizer, [model.weight])
+    step = object.__new__(Step)
+    step.index, step.total, step.model, step.optimizer = 0, 9, model, optimizer
+    found = {record.quantity: record.value for record in method.records(step)}
+    assert (found["factor_rank"], found["factor_share"]) == (16 if rule == "fixed" else 4, share)
 
 
 def test_roles_can_be_kept_dense(fresh_bert):

@@ -69,29 +69,34 @@ def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype, bound):
     assert error(X @ Y.T, *s_rsi.s_rsi(X @ Y.T, rank, seeded())) < bound
 
 
-def test_factors_are_a_projection():
-    matrix = torch.rand(80, 50, generator=seeded(1), dtype=torch.float64)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_factors_are_a_projection(dtype, bound):
+    matrix = torch.rand(80, 50, generator=seeded(1), dtype=dtype)
     Q, U = s_rsi.s_rsi(matrix, 7, seeded())
     assert Q.shape == (80, 7)
     assert U.shape == (50, 7)
-    assert torch.allclose(Q.T @ Q, torch.eye(7, dtype=torch.float64), atol=1e-12)
-    assert torch.allclose(U, matrix.T @ Q, atol=1e-12)
-    assert float((Q.T @ (matrix - Q @ U.T)).abs().max()) < 1e-12
+    assert torch.allclose(Q.T @ Q, torch.eye(7, dtype=dtype), atol=bound)
+    assert torch.allclose(U, matrix.T @ Q, rtol=bound, atol=bound)
+    assert float((Q.T @ (matrix - Q @ U.T)).abs().max()) < bound
+    assert torch.linalg.matrix_rank(Q @ U.T) == 7
     xi = s_rsi.relative_error(matrix, Q, U)
-    assert xi**2 == pytest.approx(1 - float(U.square().sum() / matrix.square().sum()), abs=1e-12)
+    assert xi > 1e-2  # below, the next line holds in float64 alone
+    assert xi**2 == pytest.approx(1 - float(U.square().sum() / matrix.square().sum()), abs=bound)
 
 
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("spectrum", ["harmonic", "geometric"])
 @pytest.mark.parametrize("rank", [1, 8, 32])
-def test_the_error_is_close_to_the_least(spectrum, rank):
+def test_the_error_is_close_to_the_least(spectrum, rank, dtype, slack):
     sigma = torch.tensor([1 / (i + 1) if spectrum == "harmonic" else 0.8**i for i in range(150)], dtype=torch.float64)
     left, right = (torch.linalg.qr(torch.randn(n, 150, generator=seeded(n), dtype=torch.float64)).Q for n in (200, 150))
-    matrix = (left * sigma) @ right.T
-    ratios = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed))) / tail(matrix, rank) for seed in range(20)]
-    assert min(ratios) > 1 - 1e-9
+    exact = (left * sigma) @ right.T
+    matrix, least = exact.to(dtype), tail(exact, rank)
+    ratios = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed))) / least for seed in range(20)]
+    assert min(ratios) * least > least - slack
     assert np.mean(ratios) < 1.03
     assert max(ratios) < 1.25
-    hasty = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed), 1)) / tail(matrix, rank) for seed in range(20)]
+    hasty = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed), 1)) / least for seed in range(20)]
     assert np.mean(hasty) > np.mean(ratios)
 
 
@@ -195,8 +200,3 @@ def test_a_truncated_positive_matrix_may_be_negative():
     product = Q @ U.T
     assert float(product[0, 2]) == pytest.approx(-0.25, abs=1e-6)
     assert float(product[3, 0]) == pytest.approx(-0.25, abs=1e-6)
-
-
-def test_adafactors_rank_one_of_the_worked_example():
-    product = A.sum(1, keepdim=True) * A.sum(0) / A.sum()
-    assert float((A - product).norm() / A.norm()) == pytest.approx(0.461095, abs=1e-6)

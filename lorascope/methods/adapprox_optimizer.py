@@ -194,10 +194,21 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         return stored | {"param_groups": [first | {"generator": first["generator"].get_state()}, *others]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put ``state_dict`` back: factors and averages keep their own dtype, whatever the weights have."""
-        generator = self.param_groups[0]["generator"]
+        """Put ``state_dict`` back: factors and averages keep their own dtype, whatever the weights have.
+
+        Raises
+        ------
+        ValueError
+            It was made on an accelerator, and the weights are on the CPU. The other way round sketches are drawn on
+            the CPU from then on, as they were before.
+        """
+        generator, drawn = self.param_groups[0]["generator"], state_dict["param_groups"][0]["generator"].cpu()
+        if len(drawn) != len(generator.get_state()):
+            generator = torch.Generator()
+        if len(drawn) != len(generator.get_state()):
+            raise ValueError("the sketches of this state were drawn on an accelerator, on the CPU they cannot go on so")
         super().load_state_dict(state_dict)
-        generator.set_state(state_dict["param_groups"][0]["generator"].cpu())
+        generator.set_state(drawn)
         self.param_groups[0]["generator"] = generator
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -256,6 +267,12 @@ def _check(group: dict[str, Any]) -> None:
     for name in ("iterations", "init_rank", "max_rank", "reselect_every"):
         if group[name] is not None and group[name] < 1:
             raise ValueError(f"{name}={group[name]} must be at least 1")
+    for name in ("lr", "eps", "weight_decay", "oversampling"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name}={group[name]} must be 0 or more")
+    for name in ("clip_threshold", "cosine_floor"):
+        if not group[name] > 0:
+            raise ValueError(f"{name}={group[name]} must be above 0")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas={tuple(group['betas'])} must both be from 0 up to, but not including, 1")
     if group["cosine"] and not group["betas"][0]:

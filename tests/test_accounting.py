@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from functools import partial
 
 import pytest
 import torch
 from tiny import tiny
 
 from lorascope.analysis import accounting as acc
+from lorascope.methods import Full
+from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
 from lorascope.names import describe, match
 
 MIB = 2**20
@@ -69,8 +72,11 @@ def test_lisas_policies_hold_what_the_sheets_toy_held():
     assert acc.lisa(shapes, 4) == acc.full(shapes)
     with pytest.raises(ValueError, match="policy 'drop' is unknown: keep, reset, reset_all"):
         acc.lisa(shapes, 1, "drop")
-    with pytest.raises(ValueError, match="5 active blocks of 4"):
-        acc.lisa(shapes, 5)
+    with pytest.raises(ValueError, match="active: 5 blocks of 4 cannot train: give 0 to 4"):
+        acc.lisa(shapes, 5, "keep")
+    for visited in (1, 5):
+        with pytest.raises(ValueError, match=f"visited: {visited} blocks, 2 of them active, cannot be: give 2 to 4"):
+            acc.lisa(shapes, 2, "keep", visited=visited)
 
 
 @pytest.mark.parametrize(("intervals", "blocks"), [(1, 2), (5, 8.8), (10, 15.2), (50, 30.7)])
@@ -124,6 +130,36 @@ def test_adamw_that_lives_holds_what_is_computed(family):
     assert held.optimizer == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
 
 
+ODD = {"kernel": (12, 3, 4, 4), "places": (1, 9, 12), "matrix": (8, 6), "row": (7,), "scale": ()}
+
+
+@pytest.mark.parametrize(("computed", "made"), [
+    (acc.adafactor, lambda p: Full(rule="adafactor").optimizer(p, 1e-3, 1e-3, 0.0)),
+    (acc.came, lambda p: Full(rule="came").optimizer(p, 1e-3, 1e-3, 0.0)),
+    (partial(acc.adapprox, min_dim=1), lambda p: AdapproxOptimizer(p.parameters(), min_dim=1, rank_rule="fixed")),
+], ids=["adafactor", "came", "adapprox"])  # fmt: skip
+def test_second_moments_that_live_hold_what_is_computed(computed, made):
+    """Of a kernel and of positions as images have them, of a matrix, a vector and a number."""
+    model = torch.nn.ParameterDict({name: torch.ones(shape) for name, shape in ODD.items()})
+    optimizer = made(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.rand_like(parameter)
+    optimizer.step()
+    held = {"exp_avg", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_res_row", "exp_avg_res_col", "Q", "U"}
+    live = sum(state[key].nbytes for state in optimizer.state.values() for key in held & state.keys())
+    assert computed(ODD).optimizer == live
+
+
+def test_what_factors_save_by_size():
+    """KiB of a square matrix dense, in factors of the largest rank and of rank 1, as the method's docstring has it."""
+    for side, dense, most, one in ((64, 16, 8, 0.5), (256, 256, 128, 2)):
+        shapes = {"h.0.q.weight": (side, side)}
+        held = [acc.adapprox(shapes, k, first=False, min_dim=m).optimizer for k, m in ((1, 999), (None, 64), (1, 64))]
+        assert [numbers / 1024 for numbers in held] == [dense, most, one]
+    long = {"h.0.q.weight": (64, 64_000)}
+    assert 0.25 < acc.adapprox(long, None, first=False).optimizer / (4 * 64 * 64_000) < 0.26
+
+
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_blocks_are_those_of_the_live_model(family):
     model = tiny(family)
@@ -151,6 +187,14 @@ def test_what_trains_beside_the_adapters_counts():
     shapes = {"h.0.q.weight": (8, 8), "score.weight": (2, 8), "score.bias": (2,)}
     held = acc.lora(shapes, 1, ("q",), beside=("score.weight", "score.bias"))
     assert held == acc.Held(4 * (82 + 16), 4 * (16 + 18), 8 * (16 + 18) + 4 * 4)
+
+
+def test_a_tied_head_is_adapted_as_the_embedding():
+    """GPT-2's, and a model that has neither head nor tie."""
+    table = acc.table(SMALL, rank=1).set_index(["method", "part"])["bytes"]
+    linear = 12 * 768 * ((1 + 3) + (1 + 1) + (1 + 4) + (4 + 1))
+    assert table["LoRA, rank 1", "gradients"] == 4 * (linear + 50_257 + 768)
+    assert len(acc.table({"h.0.q.weight": (8, 8), "h.1.q.weight": (8, 8)})) == 3 * 7
 
 
 def test_the_table_of_llama_is_the_functions():

@@ -12,6 +12,9 @@ Adafactor       N (first moment) + sum of (m + n) + v
 CAME            N + 2 sum of (m + n) + v
 ==============  ====================================================================
 
+Of a tensor of more dimensions Adapprox makes one matrix, its first side against all others; Adafactor and CAME see a
+stack of matrices, of its last two sides.
+
 Activations are not among it: they depend on batch, text and kernels, and are measured or not known.
 
 Source: LISA (arXiv 2403.17919), section 3.2; Adapprox (arXiv 2403.14958), whose published savings these formulas give
@@ -37,7 +40,6 @@ PARTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
 RANK_SHARE = 0.25  # Adapprox: largest rank against the smaller side of a matrix
 _COUNT = 4  # bytes of torch's count of steps
-_EVERYTHING = ("all-linear", "embed", "head")  # adapted by the LoRA in LISA's paper
 
 
 @dataclass(frozen=True)
@@ -191,9 +193,13 @@ def lisa(
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown: {', '.join(POLICIES)}")
     parts = sorted(blocks(shapes).values(), key=size, reverse=True)
+    if not 0 <= active <= len(parts):
+        raise ValueError(f"active: {active} blocks of {len(parts)} cannot train: give 0 to {len(parts)}")
     with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
-    if not 0 <= active <= with_state <= len(parts):
-        raise ValueError(f"{max(active, with_state)} active blocks of {len(parts)}: there are no more")
+    if not active <= with_state <= len(parts):
+        raise ValueError(
+            f"visited: {with_state} blocks, {active} of them active, cannot be: give {active} to {len(parts)}"
+        )
     inside = {name for part in parts for name in part}
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
@@ -229,22 +235,25 @@ def adapprox(
         A matrix whose smaller side is less keeps a dense second moment.
     """
 
-    def chosen(name: str, matrix: Shape) -> int:
+    def second(name: str, shape: Shape) -> int:
+        matrix = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else ()
+        if not matrix or min(matrix) < min_dim:
+            return math.prod(shape)
         if rank is None:
-            return max(1, int(RANK_SHARE * min(matrix)))
-        return rank if isinstance(rank, int) else rank[name]
+            return max(1, int(RANK_SHARE * min(matrix))) * sum(matrix)
+        return (rank if isinstance(rank, int) else rank[name]) * sum(matrix)
 
-    return _factored(shapes, chosen, first, min_dim, width, state)
+    return _factored(shapes, second, first, width, state)
 
 
 def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4, state: int = 4) -> Held:
     """Second moment as row and column means; arguments as for ``adapprox``."""
-    return _factored(shapes, lambda *_: 1, first, 0, width, state)
+    return _factored(shapes, lambda _, shape: _sums(shape), first, width, state)
 
 
 def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
     """Adafactor with a second pair of means, of the instability; arguments as for ``full``."""
-    return _factored(shapes, lambda *_: 2, True, 0, width, state)
+    return _factored(shapes, lambda _, shape: _sums(shape, 2), True, width, state)
 
 
 def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, state: int = 4) -> pd.DataFrame:
@@ -255,7 +264,7 @@ def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, s
     shapes, width, state
         As for ``full``.
     rank : int
-        Of LoRA on all linear layers, embedding and head, as LISA's paper has it.
+        Of LoRA on all linear layers, embedding and head, as LISA's paper has it; one that is the embedding counts once.
     active : int
         LISA's blocks.
 
@@ -264,9 +273,11 @@ def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, s
     DataFrame
         ``method, part, bytes, source``, the source being "computed".
     """
+    roles = {parse(name.removesuffix(".weight")).role for name in shapes}
+    everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
     ways = {
         "AdamW": full(shapes, width=width, state=state),
-        f"LoRA, rank {rank}": lora(shapes, rank, _EVERYTHING, width=width, state=state),
+        f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width, state=state),
         f"LISA, {active} blocks": lisa(shapes, active, width=width, state=state),
         "Adapprox, rank 1": adapprox(shapes, 1, width=width, state=state),
         "Adapprox, largest rank": adapprox(shapes, None, width=width, state=state),
@@ -296,14 +307,13 @@ def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> He
     return Held(width * numbers, width * count, 2 * state * count + _COUNT * len(trained))
 
 
-def _factored(
-    shapes: Shapes, rank: Callable[[str, Shape], int], first: bool, min_dim: int, width: int, state: int
-) -> Held:
-    """All parameters train; a matrix keeps ``rank`` numbers a row and a column in place of its second moment."""
-    second = 0
-    for name, shape in shapes.items():
-        matrix = (shape[0], math.prod(shape[1:]))
-        dense = len(shape) < 2 or min(matrix) < min_dim
-        second += math.prod(shape) if dense else rank(name, matrix) * sum(matrix)
+def _sums(shape: Shape, pairs: int = 1) -> int:
+    """Numbers of so many pairs of means by row and by column of each matrix; a vector is kept as it is, once."""
+    return pairs * math.prod(shape[:-2]) * sum(shape[-2:]) if len(shape) > 1 else math.prod(shape)
+
+
+def _factored(shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int, state: int) -> Held:
+    """All parameters train; ``second`` counts what is kept in place of a second moment."""
     numbers = size(shapes)
-    return Held(width * numbers, width * numbers, state * (first * numbers + second))
+    kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
+    return Held(width * numbers, width * numbers, state * kept)

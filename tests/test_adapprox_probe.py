@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import lorascope as ls
-from lorascope import models
+from lorascope import models, plots
 from lorascope.methods import Adapprox
 from lorascope.probes import adapprox as probe
+from lorascope.run import Run
 
 # Validation and test loss by arm; the best on validation is never the best on test.
 LOSSES = {
@@ -21,6 +22,9 @@ LOSSES = {
     "Adapprox at 3e-05": (0.50, 0.30), "Adapprox at 0.0001": (0.39, 0.44), "Adapprox at 0.0003": (0.70, 0.30),
     "Adapprox, guided at 0.0001": (0.10, 0.10),
 }  # fmt: skip
+
+
+DENSE = "Adapprox keeps vectors, embed, pos_embed and small matrices dense."
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +72,9 @@ def test_each_claim_is_judged_against_its_control(runs):
     assert effects[probe.ABOVE_ONE] == pytest.approx(above)
     assert effects[probe.HELD] == pytest.approx(drifted)
     assert len(findings.exhibits) == 8
-    for shown in findings.exhibits[3:5]:
+    for shown in findings.exhibits[3:]:
         captions = {chart.caption for row in shown.chart.rows() for chart in row}
-        assert all("Vectors, embed, pos_embed and small matrices are kept dense." in caption for caption in captions)
+        assert all(DENSE in caption for caption in captions)
 
 
 def test_guidance_stands_beside_every_rate_without_it_and_takes_part_in_no_choice(runs):
@@ -80,6 +84,13 @@ def test_guidance_stands_beside_every_rate_without_it_and_takes_part_in_no_choic
     assert list(dict.fromkeys(loss.data["recipe"])) == ours
     rates = shown[6].chart.rows()[0][0]
     assert set(rates.data["method"]) == set(probe.RATES)
+
+
+def test_a_role_given_as_a_string_is_one_word_and_without_adapprox_nothing_is_said(runs):
+    adam, ours = runs["AdamW at 0.0001"][0], runs["Adapprox at 0.0001"][0]
+    one = Run(ours.path, ours.meta | {"recipe": ours.meta["recipe"] | {"dense": "embed"}})
+    assert "Adapprox keeps vectors, embed and small matrices dense." in plots.factor_error(one).caption
+    assert "dense" not in plots.training_curves(adam).rows()[0][0].caption
 
 
 def test_bytes_are_counted_by_role(runs):

@@ -118,6 +118,13 @@ class Cohort:
         shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
         return " ".join([*sentences, shown])
 
+    def kept_dense(self) -> list[str]:
+        """Which second moments have no factors under Adapprox, where a run is of it."""
+        recipes = [run.meta.get("recipe") or {} for run in self.runs]
+        dense = [recipe.get("dense", ()) for recipe in recipes if recipe.get("name") == "adapprox"]
+        named = dict.fromkeys(name for given in dense for name in ([given] if isinstance(given, str) else given))
+        return [f"Adapprox keeps {', '.join(['vectors', *named])} and small matrices dense."] if dense else []
+
     def lost_starts(self) -> list[str]:
         """Which recipes still show the random start of their update, because it was not kept."""
         lacking = [group.label for group in self.groups if any(map(fourier.lost_start, group.runs))]

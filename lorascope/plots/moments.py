@@ -218,7 +218,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     cells = band(rows.astype({"place": "str"}), ["recipe", "kind", "role", "place", "step"])
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
     caption = cohort.caption(
-        f"Rank k of the factors of V by layer and step. {_kept_dense(cohort)}", interval="intervals in the data"
+        "Rank k of the factors of V by layer and step.", *cohort.kept_dense(), interval="intervals in the data"
     )
     limits = (0.0, float(cells["value"].max()))
     panels = [
@@ -268,7 +268,7 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
             x=Axis(label="step"),
             y=Axis(label="relative error", log=True),
             caption=cohort.caption(
-                f"Relative errors in Frobenius norm, mean over factored matrices in the blocks. {_kept_dense(cohort)}"
+                "Relative errors in Frobenius norm, mean over factored matrices in the blocks.", *cohort.kept_dense()
             ),
             colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
             meta=cohort.meta,
@@ -280,12 +280,6 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
 
 def _ranks(cells: pd.DataFrame) -> Axis:
     return Axis(label="rank k", log=True, ticks={int(rank): str(int(rank)) for rank in sorted(cells["index"].unique())})
-
-
-def _kept_dense(cohort: Cohort) -> str:
-    """What has no factors."""
-    roles = dict.fromkeys(role for run in cohort.runs for role in run.meta["recipe"].get("dense", ()))
-    return f"Vectors{''.join(f', {role}' for role in roles)} and small matrices are kept dense."
 
 
 def _band(cells: pd.DataFrame, x: str, color: str) -> list[Band]:

@@ -103,7 +103,8 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])
     rates = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
-    caption = cohort.caption(f"Best rates by mean validation loss at the end: {rates}.", interval=f"bars: {INTERVAL}")
+    told = f"Best rates by mean validation loss at the end: {rates}."
+    caption = cohort.caption(told, *cohort.kept_dense(), interval=f"bars: {INTERVAL}")
     panels = []
     for x, table, title, quantity in (
         ("lr", cells["eval_loss"], "by rate", "eval_loss"),
@@ -133,7 +134,7 @@ def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> 
         lines(cells, "step", points=quantity != "loss"),
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity)),
-        caption=cohort.caption(averaged),
+        caption=cohort.caption(averaged, *cohort.kept_dense()),
         colors=cohort.labels,
         meta=cohort.meta,
     )

@@ -52,7 +52,7 @@ ABOVE_ONE = Claim(
     source="section 3",
 )
 HELD = Claim(
-    sentence="What Adapprox holds at the end of training is nearer to the exact average than rank one could be.",
+    sentence="What Adapprox holds in the end is nearer to the exact average than row sums times column sums of that.",
     statistic="minus the relative error of its factors against the exact average since the start",
     control="minus that of the exact average's own row sums times column sums",
     margin=0.05,

@@ -24,7 +24,6 @@ from lorascope.method import METHODS, Step, config, from_config
 from lorascope.methods import LISA, Full, lisa
 from lorascope.methods.lisa import draw, marginals
 
-pytestmark = pytest.mark.filterwarnings("ignore:interval . lets AdamW's moments start anew")
 POLICIES = ["reset", "keep", "reset_all"]
 
 
@@ -182,6 +181,20 @@ def test_with_all_blocks_it_is_full_fine_tuning_bit_for_bit(family, moments, req
     for (ours, _), (theirs, _) in zip(found[0][0], found[1][0], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert found[0][1].tolist() == found[1][1].tolist()
+
+
+@pytest.mark.parametrize("moments", POLICIES)
+def test_with_all_blocks_only_moments_that_begin_anew_part_it_from_full_fine_tuning(moments):
+    """Up to the second draw no policy does."""
+    gradient = lambda p, index: torch.full_like(p, [1.0, -2.0, 0.5, 3.0][index])  # noqa: E731
+    paths = []
+    for interval in (2, 4):
+        torch.manual_seed(0)
+        model = toy()
+        steps = drive(model, LISA(n_active=4, interval=interval, moments=moments), 4, gradient)
+        paths.append([torch.cat([p.detach().flatten() for p in model.parameters()]) for _ in steps])
+    same = [torch.equal(one, other) for one, other in zip(*paths, strict=True)]
+    assert same == [True, True, *[moments != "reset_all"] * 2]
 
 
 # -- the optimizer's state ----------------------------------------------------------------------------------------
@@ -420,21 +433,25 @@ def test_draws_and_chances_are_recorded(request, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fields", "warned"),
+    ("fields", "total", "warned"),
     [
-        ({"interval": 4}, True),
-        ({"interval": 4, "moments": "reset_all"}, True),
-        ({"interval": 4, "moments": "keep"}, False),
-        ({"interval": 5}, False),
-        ({}, False),
+        ({"interval": 4}, 20, 4),
+        ({"interval": 4, "moments": "reset_all"}, 20, 4),
+        ({"interval": 4, "moments": "keep"}, 20, 0),
+        ({"interval": 5}, 20, 0),
+        ({"interval": 4}, 4, 0),  # drawn once, never anew
+        ({}, 20, 2),  # a tenth of the run
+        ({}, 41, 0),
     ],
 )
-def test_a_short_interval_warns_where_moments_start_anew(fields, warned, recwarn):
+def test_a_short_interval_warns_where_moments_start_anew(fields, total, warned, recwarn):
     warnings.simplefilter("always")
-    (*_,) = drive(toy(), LISA(**fields), 20)
+    (*_,) = drive(toy(), LISA(**fields), total)
     told = [str(warning.message) for warning in recwarn]
-    assert len(told) == warned
-    assert all(line.startswith("interval 4 lets AdamW's moments start anew before they settle") for line in told)
+    assert len(told) == bool(warned)
+    assert all(
+        line.startswith(f"interval {warned} lets AdamW's moments start anew before they settle") for line in told
+    )
 
 
 # -- runs ---------------------------------------------------------------------------------------------------------

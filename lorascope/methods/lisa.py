@@ -24,7 +24,7 @@ meant it to be dropped ("reset", the default here); the paper's runs, whose inte
 dropped all of it ("reset_all"). The draws have a generator of their own, where the code uses NumPy's global one.
 Weights are an option that the paper motivates and never uses; blocks are drawn one after the other by them, so that
 the chance of a block is not gamma times its weight but what ``marginals`` says. The rates are those of full fine-tuning
-here.
+here. With gamma = L every policy is full fine-tuning but "reset_all", whose moments begin anew at every draw.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class LISA(Method, name="lisa"):
         if step.index % self.period(step.total):
             return
         if not step.index:
-            self._warn()
+            self._warn(step.total)
         self.active_ = draw(self.generator_, self._chances, self.size)
         self.trained_ = sorted({*self.trained_, *self.active_})
         if self.moments == "reset_all":
@@ -151,10 +151,11 @@ class LISA(Method, name="lisa"):
                     if self.moments == "reset":
                         step.optimizer.state.pop(parameter, None)
 
-    def _warn(self) -> None:
-        if self.interval is not None and self.interval < _SETTLES and self.moments != "keep":
+    def _warn(self, total: int) -> None:
+        steps = self.period(total)
+        if steps < min(_SETTLES, total) and self.moments != "keep":
             warnings.warn(
-                f"interval {self.interval} lets AdamW's moments start anew before they settle, so that steps are of "
+                f"interval {steps} lets AdamW's moments start anew before they settle, so that steps are of "
                 f"full size whatever the gradient: take {_SETTLES} steps or more, or moments='keep'",
                 stacklevel=2,
             )

@@ -59,6 +59,18 @@ def at_gates(
     return GatedRun(run, found, told)
 
 
+def stands_at(run: Run) -> str:
+    """At which gates those updates of a run stand that depend on the input, in words; "" where none does.
+
+    Gates are even to the last bit where no text was looked at, as in folders of the authors and under a Trainer.
+    """
+    mixed = run.inexact()
+    if not mixed or "gates" in run.meta:
+        return run.meta["gates"] if mixed else ""
+    gates = run.factors()[min(mixed)].get("gates")
+    return "mean gates" if gates is None or np.ptp(gates) else "even gates"
+
+
 class GatedRun(Run):
     """A run seen at other gates; made by ``at_gates``."""
 

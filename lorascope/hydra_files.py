@@ -53,7 +53,8 @@ class HydraPart(Part):
     def factors(self) -> dict[str, Any]:
         """A, the heads, the router, and even gates."""
         B = np.stack([head.read() for head in self.heads])
-        gates = np.full(len(B), 1 / len(B), B.dtype)
+        # As wide as a router's own: in half precision they would not sum to 1, and the heads be added up in it.
+        gates = np.full(len(B), 1 / len(B), np.promote_types(B.dtype, np.float32))
         return {"A": self.A.read(), "B": B, "router": self.router.read(), "gates": gates}
 
     def update(self) -> LowRank:

@@ -14,6 +14,7 @@ from lorascope.adapter_inspection import adapter_facts, adapter_findings, some
 from lorascope.against_base import BESIDE, DIRECTIONS, against_base
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
 from lorascope.forms import UNTRAINED
+from lorascope.gated import stands_at
 from lorascope.roles import position
 from lorascope.run import Run
 from lorascope.update import effective_rank, energy_rank, stable_rank
@@ -219,7 +220,7 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     """What holds for any update: NaN, nothing at all, much in few directions."""
     routed = int((~modules["exact"]).sum())
     if routed:
-        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at mean gates"
+        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {stands_at(run)}"
     broken = modules["module"][modules["update_norm"].isna()]
     if len(broken):
         yield f"{_count(len(broken), modules)} NaN or infinity: {some(broken)}"

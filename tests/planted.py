@@ -35,12 +35,13 @@ def plant(
     factors: Mapping[str, tuple[Any, Any]] | None = None,
     sigmas: Mapping[str, Any] | None = None,
     exact: bool = True,
+    starts: Mapping[str, tuple[Any, Any]] | None = None,
     **meta: Any,
 ) -> Run:
     """Write a run of (quantity, module) -> {step: value} into ``folder / id``.
 
-    ``factors`` are (B, A) by module, of updates that depend on the input where they are not ``exact``; ``sigmas`` the
-    spectra that were kept of dense updates.
+    ``factors`` are (B, A) by module, of updates that depend on the input where they are not ``exact``, ``starts`` those
+    of step 0; ``sigmas`` the spectra that were kept of dense updates.
     """
     last = max((step for steps in values.values() for step in steps), default=0)
     ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
@@ -52,12 +53,22 @@ def plant(
         for step, value in steps.items():
             writer.add(step, [Record(quantity, value, module)])
     if factors is not None:
-        arrays = {name: {"B": np.array(B, float), "A": np.array(A, float)} for name, (B, A) in factors.items()}
-        writer.add(last, [Factors(name, pair, 1.0, exact) for name, pair in arrays.items()])
+        writer.add(last, _factors(factors, exact))
+    if starts is not None:
+        writer.add(0, _factors(starts, exact))
     for module, sigma in (sigmas or {}).items():
         writer.add(last, [Snapshot(f"{module}/singular_values", np.array(sigma), ("component",))])
     writer.finish("done")
     return Run.read(folder / id)
+
+
+def _factors(found: Mapping[str, tuple[Any, Any]], exact: bool) -> list[Factors]:
+    """In float64, or as they are if they are floats of another kind."""
+    arrays = {name: {"B": np.array(B), "A": np.array(A)} for name, (B, A) in found.items()}
+    return [
+        Factors(name, {part: array * array.dtype.type(1.0) for part, array in pair.items()}, 1.0, exact)
+        for name, pair in arrays.items()
+    ]
 
 
 # The sheet's worked example of a FourierFT update: entries, coefficients, shape.

@@ -12,7 +12,7 @@ import pytest
 from planted import MODULES, Values, lookup, plant
 
 from lorascope import plots
-from lorascope.analysis import atlas
+from lorascope.analysis import atlas, starts
 from lorascope.records import Factors, Record
 from lorascope.run import Run
 from lorascope.update import Dense, LowRank
@@ -97,6 +97,34 @@ def test_norms_are_those_of_what_training_added(write: Any) -> None:
     assert lookup(norms, "place") == {"0": 5.0, "1": 2.0}
     assert norms.y.label == "‖ΔW − ΔW₀‖"
     assert len({chart.caption for chart in panels(drawn)}) == 1
+
+
+def test_a_start_that_was_kept_is_taken_off_whatever_the_method(write: Any) -> None:
+    draw = np.random.default_rng(0)
+    B0, A0, change = draw.standard_normal((6, 2)), draw.standard_normal((2, 5)), 0.1 * draw.standard_normal((2, 5))
+    B = B0 + 0.1 * draw.standard_normal((6, 2))
+    kept = write("k", label="kept", factors={"h.0.q": (B, A0 + change)}, starts={"h.0.q": (B0, A0)})
+    zero = write("z", label="zero", factors={"h.0.q": (B, A0)}, starts={"h.0.q": (0 * B0, A0)})
+    added = {"kept": B @ (A0 + change) - B0 @ A0, "zero": B @ A0}
+    for run in (kept, zero):
+        np.testing.assert_allclose(starts.added(run)["h.0.q"].dense(), added[run.label], atol=1e-12)
+    spectrum, _, heat = panels(plots.atlas([kept, zero], k=2))
+    for label, matrix in added.items():
+        drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
+        sigma = np.linalg.svd(matrix, compute_uv=False)
+        np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
+    expected = atlas.mean_angle(*(atlas.leading(Dense(matrix), 2) for matrix in added.values()))
+    assert lookup(heat, "row", "column")["kept", "zero"] == pytest.approx(expected)
+    assert "start" not in heat.caption
+
+
+def test_a_start_that_was_not_kept_is_told(write: Any) -> None:
+    lost, zero = (
+        write(label, label=label, factors={"h.0.q": along(0, 0)}, values=NORMS | {("update_norm", "h.0.q"): norms})
+        for label, norms in (("lost", {0: 0.8, 9: 1.0}), ("zero", {0: 1e-6, 9: 1.0}))
+    )
+    caption = panels(plots.atlas([lost, zero]))[0].caption
+    assert "With its random start, which was not kept: lost." in caption
 
 
 def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 
 import numpy as np
@@ -76,26 +77,35 @@ def test_cosines_are_those_of_the_arrays_themselves(factor, view):
     assert set(table["factor"]) == {factor}
 
 
-def rotations(rank: int):
-    """Invertible matrices, half of them orthogonal or nearly so, half with condition numbers up to 1000."""
+def rotations(rank: int, decades: float):
+    """Invertible matrices, half of them orthogonal or nearly so, half with condition numbers up to so many decades."""
     draw = np.random.default_rng(1)
     for number in range(100):
         left, right = (np.linalg.qr(draw.normal(size=(rank, rank)))[0] for _ in range(2))
-        spread = 1.0 if number % 2 else 10 ** draw.uniform(0, 3)
+        spread = 1.0 if number % 2 else 10 ** draw.uniform(0, decades)
         yield (left * np.geomspace(1, spread, rank)) @ right
 
 
-def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone():
-    runs = dict(list(RUNS.items())[:4])
-    updates = planted(2, modules=2, runs=runs)
+@pytest.mark.parametrize(
+    ("precision", "spread", "decades"),
+    [("float64", 1, 3), ("float32", 20, 0.5)],  # rounding moves a space by its unit times both condition numbers
+)
+def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone(precision, spread, decades):
+    runs, rounded = dict(list(RUNS.items())[:4]), PRECISIONS[precision]
+    updates = {
+        run: {name: LowRank(rounded(update.B * [1, 1 / spread]), rounded(update.A)) for name, update in found.items()}
+        for run, found in planted(2, modules=2, runs=runs).items()
+    }
     views = ("canonical", "space")
     first = sharing.numbers(updates, runs, views=views, draws=5)
     raw = sharing.numbers(updates, runs, views=("raw",), draws=5)
     moved = 0.0
-    for R in rotations(2):
+    for R in rotations(2, decades):
         again = {
             run: {
-                name: LowRank(update.B @ np.linalg.inv(R), R @ update.A) if run.endswith("1") else update
+                name: LowRank(rounded(update.B @ np.linalg.inv(R)), rounded(R @ update.A))
+                if run.endswith("1")
+                else update
                 for name, update in found.items()
             }
             for run, found in updates.items()
@@ -136,16 +146,51 @@ def test_runs_of_full_and_of_deficient_rank_are_compared_in_the_canonical_view()
     assert cloud.flat[row["h.0.q", "film1"], row["h.0.q", "film2"]] == pytest.approx(expected)
 
 
-def test_the_rounding_of_the_kept_precision_spans_no_direction():
-    """The third row of A is a sum of the others, in float32: 1e-8 beside it is rounding, not a direction."""
-    draw = np.random.default_rng(0)
-    A = draw.normal(size=(2, 40)).astype(np.float32)
-    A = np.vstack([A, np.float32(0.3) * A[0] + np.float32(0.7) * A[1]])
-    update = LowRank(np.ones((6, 3), np.float32), A)
-    assert embedding.basis(update, "A").shape == (40, 2)
-    assert embedding.basis(update, "B").shape == (6, 1)
-    weak = LowRank(update.B[:, :2], np.float32([[1], [1e-3]]) * A[:2])
-    assert embedding.basis(weak, "A").shape == (40, 2)
+def brain(array: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16, and as it arrives from a file: in float32."""
+    bits = np.asarray(array, np.float32).view(np.uint32)
+    return ((bits + np.uint32(1 << 15)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+PRECISIONS = {"float16": np.float16, "bfloat16": brain, "float32": np.float32, "float64": np.float64}
+
+
+@pytest.mark.parametrize(
+    ("precision", "width", "weakest"),
+    [("float16", 1024, 1 / 50), ("bfloat16", 384, 1 / 20), ("float32", 4096, 1 / 3e3), ("float64", 4096, 1e-9)],
+)
+def test_the_rounding_of_the_kept_precision_spans_no_direction(precision, width, weakest):
+    """Four directions, the weakest of which counts; a fifth row is a sum of two, off by its rounding alone."""
+    draw, rounded = np.random.default_rng(0), PRECISIONS[precision]
+    right, left = (np.linalg.qr(draw.normal(size=(side, 4)))[0] for side in (width, 4))
+    rows = rounded(left * np.geomspace(1, weakest, 4) @ right.T)
+    summed = np.vstack([rows, rounded(0.3 * np.float64(rows[:1]) + 0.7 * np.float64(rows[1:2]))])
+    for A in (rows, summed):
+        update = LowRank(np.ascontiguousarray(A.T), A)
+        assert {factor: embedding.basis(update, factor).shape for factor in "AB"} == dict.fromkeys("AB", (width, 4))
+    assert embedding.basis(LowRank(rounded(np.ones((6, 5))), summed), "B").shape == (6, 1)
+
+
+def test_spaces_of_factors_in_half_precision_are_compared(tmp_path):
+    whole = scattered(0, modules=2, width=1024)
+    halves = {
+        run: {name: LowRank(update.B.astype(np.float16), update.A.astype(np.float16)) for name, update in found.items()}
+        for run, found in whole.items()
+    }
+    found, expected = (sharing.numbers(updates, RUNS, views=("space",), draws=5) for updates in (halves, whole))
+    for column in found.columns.drop(["factor", "view"]):
+        np.testing.assert_allclose(found[column], expected[column], atol=0.02)  # degrees, of the angle
+    modules = [{"module": name, "stack": "", "layer": int(name[2]), "role": "q"} for name in whole["film1"]]
+    runs = {
+        domain: plant(
+            tmp_path, run, {("loss", ""): {9: 1.0}}, modules=modules,
+            factors={name: (update.B, update.A) for name, update in halves[run].items()},
+        )
+        for run, domain in list(RUNS.items())[::2]
+    }  # fmt: skip
+    assert runs["film"].factors()["h.0.q"]["A"].dtype == np.float16
+    (row,) = plots.factor_embedding(runs, factors=("A",), view="space", perplexity=2).rows()
+    assert [chart.title for chart in row] == ["t-SNE of A, 1024, perplexity 2", "PCA of A, 1024"]
 
 
 def test_widths_are_kept_apart():
@@ -177,11 +222,17 @@ def test_what_cannot_be_compared_is_told_in_one_line():
     with pytest.raises(ValueError, match=r"has the shapes 2 x 12 and 3 x 12: .* view='space'"):
         clouds(mixed, RUNS, ("A",))
     assert clouds(mixed, RUNS, ("A",), "space")[0].shape == (12,)
+    wider = updates | {"film1": scattered(1, rank=3, width=14)["film1"]}
+    for view in embedding.VIEWS:
+        with pytest.raises(ValueError, match=r"^A of h\.0\.q is 12 and 14 wide: these are runs of different models"):
+            clouds(wider, RUNS, ("A",), view)
     with pytest.raises(ValueError, match="no adapted module in common"):
         clouds(updates | {"film1": {"other": updates["film2"]["h.0.q"]}}, RUNS)
     alone = {"film1": updates["film1"], "film2": updates["film2"]}
     with pytest.raises(ValueError, match="'film' alone"):
         sharing.sharedness(clouds(alone, RUNS, ("A",)))
+    with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 is zero and has no direction"):
+        sharing.mean_angle(zero, RUNS, "B")
     with pytest.raises(ValueError, match="domain 'music' has one run"):
         sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
 
@@ -206,6 +257,10 @@ def test_modules_that_not_all_runs_hold_are_left_out():
     assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
     updates["music1"] = {name: updates["music1"][name] for name in reversed(list(updates["music1"]))}
     assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
+    common = {run: {name: found[name] for name in ("h.0.q", "h.2.q", "h.3.q")} for run, found in updates.items()}
+    angle = sharing.mean_angle(common, RUNS, "A")
+    for updates_of in (updates, dict(reversed(updates.items()))):
+        assert sharing.mean_angle(updates_of, RUNS, "A") == pytest.approx(angle, rel=1e-12)
 
 
 def test_retrieval_by_hand():
@@ -470,6 +525,21 @@ def test_factors_of_another_width_have_rows_of_their_own(tmp_path):
         assert [row[-1].title for row in rows] == expected
         for row in rows:
             assert {chart.data["role"].nunique() for chart in row} == {1}
+
+
+def test_chance_is_told_of_each_factor_where_widths_make_it_another(tmp_path):
+    """Every A is 6 wide, so that its module is one of three; of B one is 9 wide and alone, two are one of two."""
+    draw = np.random.default_rng(0)
+    sides = {"h.0.q": 6, "h.0.up": 9, "h.0.v": 6}
+    places = [{"module": name, "stack": "", "layer": 0, "role": name[4:].replace("up", "ffn_in")} for name in sides]
+    runs = {}
+    for run, domain in list(RUNS.items())[::2]:
+        factors = {name: (draw.normal(size=(side, 2)), draw.normal(size=(2, 6))) for name, side in sides.items()}
+        runs[domain] = plant(tmp_path, run, {("loss", ""): {9: 1.0}}, factors=factors, modules=places)
+    caption = plots.factor_embedding(runs, perplexity=2).rows()[0][0].caption
+    assert re.search(r"same module's: A \d+ % \(by chance 33 %\), B \d+ % \(by chance 67 %\)\.$", caption)
+    caption = plots.factor_embedding(runs, factors=("B",), perplexity=2).rows()[0][0].caption
+    assert re.search(r"same module's: B \d+ % \(by chance 67 %\)\.$", caption)
 
 
 def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):

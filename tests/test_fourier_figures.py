@@ -13,7 +13,7 @@ import pytest
 from planted import ENTRIES, SHAPE, C, lookup, low_rank, plant, plant_fourier
 
 from lorascope import plots
-from lorascope.analysis import atlas
+from lorascope.analysis import atlas, starts
 from lorascope.analysis import fourier as analysis
 from lorascope.fourier import Fourier
 
@@ -179,12 +179,19 @@ def test_what_training_added_on_another_basis_is_rebuilt_from_its_seed(fourier: 
     F = np.zeros(SHAPE)
     F[tuple(ENTRIES)] = C - START
     matrix = 12 / math.sqrt(2 * 4 * 6) * left @ F @ right.T
-    np.testing.assert_allclose(analysis.added(run)["h.0.q"].dense(), matrix, atol=1e-12)
-    assert not analysis.added(lost)
+    np.testing.assert_allclose(starts.added(run)["h.0.q"].dense(), matrix, atol=1e-12)
+    assert not starts.added(lost)
     chart = plots.spectrum(run, added=True)
     np.testing.assert_allclose(chart.data["value"], np.linalg.svd(matrix, compute_uv=False), atol=1e-6)
     assert plots.spectrum(run).data["value"].tolist() == [1.0] * 4
-    assert (analysis.lost_start(run), analysis.lost_start(lost)) == (False, True)
+    assert (starts.lost_start(run), starts.lost_start(lost)) == (False, True)
+
+
+def test_a_start_from_zero_is_none_that_could_be_lost(fourier: Any) -> None:
+    for basis in ("fourier", "random"):
+        run = fourier(basis, {"h.0.q": {9: C}}, init="zeros", basis=basis, entry_seed=5)
+        assert not starts.lost_start(run)
+        assert "start" not in plots.spectrum(run, added=True).caption
 
 
 def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:

@@ -19,6 +19,7 @@ from tiny import tiny
 
 import lorascope as ls
 from lorascope.adapter_files import CONFIG, WEIGHTS
+from lorascope.analysis import starts
 from lorascope.checkpoints import load
 from lorascope.fourier import Fourier
 from lorascope.inspection import inspect
@@ -63,6 +64,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_updates_and_norms_are_those_of_peft(tmp_path, case):
     expected = save(tmp_path, **case)
     run = load(tmp_path / "adapter", base=tmp_path / "base")
+    assert starts.lost_start(run) != case.get("init_weights", False)
     updates, summary = run.updates(), run.summary().set_index("module")
     assert set(updates) == set(expected)
     assert len(expected) >= 2

@@ -18,8 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
 from lorascope import export, models, plots
-from lorascope.analysis import fourier as fourier_analysis
-from lorascope.analysis import subspace
+from lorascope.analysis import starts, subspace
 from lorascope.delta import adapted, attach, deltas, detach, fold, host_weight
 from lorascope.fourier import Fourier, entries
 from lorascope.inspection import inspect
@@ -479,7 +478,7 @@ def test_other_bases_are_told_in_the_same_table_and_what_training_added_is_known
     summary = found.summary().set_index("module")
     learned = summary["learned_norm"]
     assert learned.gt(0).all()
-    added = fourier_analysis.added(found)
+    added = starts.added(found)
     assert {update.shape for update in added.values()} == {(32, 32), (96, 32), (128, 32), (32, 128)}
     assert {name: update.norm() for name, update in added.items()} == pytest.approx(dict(learned), rel=1e-4)
     drawn = plots.spectrum(found, added=True).data["value"].to_numpy()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
 from lorascope import export, inspection, models, observe, plots
-from lorascope.analysis.clusters import choose_heads, chord_distance, cluster_selection
+from lorascope.analysis.clusters import choose_heads, chord_distance, cluster_selection, repeated_selection
 from lorascope.delta import adapted, attach, deltas, fold
 from lorascope.gating import Gates, watch
 from lorascope.layout import identify
@@ -710,7 +710,7 @@ def test_the_error_is_the_squared_distance_to_the_centres():
 
     texts = corpus(3)
     vectors = TfidfVectorizer().fit_transform(texts).toarray()
-    assert cluster_selection(texts, most=2)["sse"][0] == pytest.approx(120 - np.square(vectors.sum(0)).sum() / 120)
+    assert cluster_selection(texts, most=3)["sse"][0] == pytest.approx(120 - np.square(vectors.sum(0)).sum() / 120)
 
 
 def test_distance_to_the_chord():
@@ -718,6 +718,15 @@ def test_distance_to_the_chord():
         np.array([0, (1 - 1 / 3 - 1 / 4), (1 - 2 / 3 - 1 / 8), 0]) / 2**0.5
     )
     assert chord_distance(np.array([1.0, 1])).tolist() == [0, 0]
+
+
+def test_ends_of_the_curve_are_no_elbow_and_too_few_numbers_are_refused():
+    """Both ends lie on the chord: of a curve over 1, 2 and 3 that falls below it the middle one alone can be chosen."""
+    assert cluster_selection(corpus(3), most=4).query("chosen")["k"].tolist() == [3]
+    assert choose_heads(corpus(3), most=3) == 2
+    for choose in (choose_heads, cluster_selection, repeated_selection):
+        with pytest.raises(ValueError, match=r"^most 2 leaves no elbow to find: .* 3 or more$"):
+            choose(corpus(2), most=2)
 
 
 def test_few_distinct_texts_give_few_clusters():

@@ -9,7 +9,8 @@ from trainers import METHODS, arguments, by_train, by_trainer, fresh, same_rows,
 from transformers import Trainer
 
 import lorascope as ls
-from lorascope import delta, driving
+from lorascope import delta, driving, plots
+from lorascope.inspection import inspect
 
 OURS = ["loss", "seconds", "factor_seconds", "eval_loss", "eval_metric", "test_loss", "test_metric"]
 OURS += ["test_metric_group"]
@@ -29,6 +30,11 @@ def test_both_loops_give_the_same_weights_and_records(name, accumulate, bert, ta
     same_weights(model, expected)
     recorded = ls.load(tmp_path / "recorded")
     # A router's update is told at its mean gates, and the Trainer shows no text to find them on.
+    if name == "hydralora":
+        for one, gates in ((run, "mean gates"), (recorded, "even gates")):
+            assert one.label in plots.update_norm(one).caption.rpartition("Updates of ")[2]
+            assert plots.update_norm(one).caption.endswith(f" at {gates}.")
+            assert f"4 of 5 modules depend on their input: their updates here are at {gates}" in inspect(one).findings
     untold = {*run.table["quantity"]} - {*recorded.table["quantity"]}
     assert not untold & {"update_norm", "rank"}
     same_rows(recorded.table, run.table, but=[*OURS, *untold, *(AT_GATES if name == "hydralora" else [])])

@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 
 import lorascope as ls
 from lorascope import delta, driving, models, names, recording
+from lorascope.analysis import starts
 from lorascope.plan import Base
 from lorascope.state import seeded
 
@@ -74,6 +75,20 @@ def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):
     assert run.label == "PEFT LORA, r 3"
     assert run.lora_config()["r"] == 3
     assert run.meta["labels"] == list(task.labels)
+
+
+def test_a_start_of_peft_that_is_not_zero_is_taken_off_or_told_to_be_lost(bert, task, rows, tmp_path):
+    model = with_lora(bert, task, init_lora_weights=False)
+    first = {name: update.dense() for name, update in delta.deltas(model) if hasattr(update, "B")}
+    for folder, observers in (("kept", NORMS), ("lost", NORMS[:1])):
+        by_trainer(model, rows, tmp_path / folder, recorder=ls.TrainerRecorder(observe=observers), max_steps=3)
+    kept, lost = (ls.load(tmp_path / folder / "lorascope") for folder in ("kept", "lost"))
+    assert (starts.lost_start(kept), starts.lost_start(lost)) == (False, True)
+    learned = kept.summary().set_index("module")["learned_norm"]
+    for name, update in starts.added(kept).items():
+        last = kept.updates()[name].dense()
+        np.testing.assert_allclose(update.dense(), last - first[name], atol=1e-6 * np.abs(last).max())
+        assert update.norm() == pytest.approx(learned[name], rel=1e-9)
 
 
 @pytest.mark.parametrize("quantised", [False, True])

@@ -27,7 +27,7 @@ _DENSE = 5  # texts that make a cluster
 def choose_heads(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
     """Number of heads for a corpus: ``HydraLoRA(number=choose_heads(task.split("train")["text"]))``.
 
-    Parameters as of :func:`cluster_selection`, whose choice it is.
+    Parameters and errors as of :func:`cluster_selection`, whose choice it is: always fewer than ``most``.
     """
     found = cluster_selection(texts, most, seed)
     return int(found.loc[found["chosen"], "k"].item())
@@ -40,7 +40,8 @@ def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd
     ----------
     texts : iterable of str
     most : int
-        Largest K that is tried; of fewer distinct texts their number.
+        Largest K that is tried, 3 or more; of fewer distinct texts their number. It cannot be chosen itself: both ends
+        of the curve lie on the chord.
     seed : int
         Of the random centres; of ten draws the best counts.
 
@@ -48,12 +49,12 @@ def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd
     -------
     DataFrame
         ``k, sse, distance, chosen``: the sum of squared distances to the centres, and how far the curve, both axes
-        brought to [0, 1], lies below its chord; the K where it lies deepest is chosen.
+        brought to [0, 1], lies below its chord; the K where it lies deepest is chosen, and 1 where it nowhere does.
 
     Raises
     ------
     ValueError
-        There are no words.
+        There are no words, or ``most`` is below 3.
     """
     return _by_kmeans(_vectors(texts), most, seed)
 
@@ -67,7 +68,7 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
     repetitions : int
         Samples, each drawn without replacement and by a seed of its own, as the centres are.
     most : int
-        Largest K that k-means tries.
+        Largest K that k-means tries, 3 or more; it cannot be chosen itself.
     sample : int
         Texts of a sample; of fewer all.
 
@@ -80,7 +81,7 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
     Raises
     ------
     ValueError
-        Fewer than one repetition, or there are no words.
+        Fewer than one repetition, ``most`` is below 3, or there are no words.
     """
     if repetitions < 1:
         raise ValueError(f"repetitions {repetitions} draws no sample: it must be 1 or more")
@@ -116,6 +117,10 @@ def _keys(vectors: csr_matrix) -> list[bytes]:
 
 
 def _by_kmeans(vectors: csr_matrix, most: int, seed: int) -> pd.DataFrame:
+    if most < 3:
+        raise ValueError(
+            f"most {most} leaves no elbow to find: both ends of the curve are none, so it must be 3 or more"
+        )
     tried = np.arange(1, min(most, len(set(_keys(vectors)))) + 1)
     sse = np.array([KMeans(int(k), n_init=10, random_state=seed).fit(vectors).inertia_ for k in tried])
     distance = chord_distance(sse)

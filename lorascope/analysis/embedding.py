@@ -15,7 +15,7 @@ Departs: every factor has length one before it is compared, since B, grown from 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.algebra import finite, wide
+from lorascope.algebra import finite, numerical_rank, wide
 from lorascope.update import LowRank
 
 Factor = Literal["A", "B"]
@@ -77,6 +77,12 @@ def factored(updates: Mapping[str, Any]) -> dict[str, LowRank]:
     return {module: update for module, update in updates.items() if isinstance(update, LowRank)}
 
 
+def common(updates: Updates) -> list[str]:
+    """Modules that all runs hold, in the order of the first."""
+    first, *others = updates.values()
+    return [module for module in first if all(module in found for found in others)]
+
+
 def clouds(
     updates: Updates, domains: Mapping[str, str], factors: Sequence[Factor] = ("A", "B"), view: View = "raw"
 ) -> list[Cloud]:
@@ -95,17 +101,16 @@ def clouds(
     Raises
     ------
     ValueError
-        The runs have no module in common, a module's factor has another shape in another run, or one is zero or not
-        finite.
+        The runs have no module in common, a module's factor has another rank in another run or is of another model's
+        width, or one is zero or not finite.
     """
-    runs = list(updates)
-    modules = [module for module in updates[runs[0]] if all(module in updates[run] for run in runs)]
+    runs, modules = list(updates), common(updates)
     if not modules:
         raise ValueError(f"runs {', '.join(runs)} have no adapted module in common")
     slots = defaultdict(list)
     for factor in factors:
         for module in modules:
-            arrays = [_compared(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
+            arrays = [compared(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
             slots[_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
     found = []
     for shape, members in slots.items():
@@ -120,12 +125,21 @@ def clouds(
 def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
     """Orthonormal columns that span the row space of A, or the column space of B.
 
-    A direction that the precision in which the factor is kept cannot tell from rounding is none.
+    A direction that the precision in which the factor is kept cannot tell from rounding is none. To round a factor C
+    moves it by at most eps / 2 |C|_F in norm, and so every singular value; twice that is allowed for, since a factor
+    may have been scaled once more. A float32 array with nothing in its lower 16 bits was kept as bfloat16.
     """
     columns = update.A.T if factor == "A" else update.B
     U, sigma, _ = np.linalg.svd(wide(columns), full_matrices=False)
-    rounding = max(columns.shape) * np.finfo(columns.dtype).eps * np.max(sigma, initial=0.0)
-    return U[:, sigma > rounding]
+    kept = np.count_nonzero(sigma > _eps(columns) * np.linalg.norm(sigma))
+    return U[:, : min(int(kept), numerical_rank(sigma, columns.shape))]
+
+
+def _eps(array: np.ndarray) -> float:
+    """Of the precision in which an array was kept."""
+    if array.dtype == np.float32 and not np.any(np.ascontiguousarray(array).view(np.uint32) & 0xFFFF):
+        return 2.0**-7
+    return float(np.finfo(array.dtype).eps)
 
 
 def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
@@ -140,6 +154,17 @@ def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"
     signs = np.sign(np.take_along_axis(U, largest[None], axis=0))
     rows = (np.sqrt(sigma) * signs * (V if factor == "A" else U)).T
     return np.vstack([rows, np.zeros((update.rank - len(rows), rows.shape[1]))])
+
+
+def compared(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
+    """What is compared of a factor in a view, a row a component; what has no direction is refused."""
+    own = update.A if factor == "A" else update.B
+    if not finite(own, *((update.A, update.B) if view == "canonical" else ())):
+        raise ValueError(f"{factor} of {where} holds NaN or infinity and has no direction: leave that run out")
+    array = _array(update, factor, view)
+    if not array.any():
+        raise ValueError(f"{factor} of {where} is zero and has no direction: train it first")
+    return array
 
 
 def pca(cloud: Cloud, size: int = 2) -> Float[np.ndarray, "point size"]:
@@ -189,17 +214,6 @@ def default_perplexity(points: int) -> float:
     return min(_PAPER_PERPLEXITY, points / 3)
 
 
-def _compared(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
-    """What is compared of a factor in a view, a row a component; what has no direction is refused."""
-    own = update.A if factor == "A" else update.B
-    if not finite(own, *((update.A, update.B) if view == "canonical" else ())):
-        raise ValueError(f"{factor} of {where} holds NaN or infinity and has no direction: leave that run out")
-    array = _array(update, factor, view)
-    if not array.any():
-        raise ValueError(f"{factor} of {where} is zero and has no direction: train it first")
-    return array
-
-
 def _array(update: LowRank, factor: Factor, view: View) -> Float[np.ndarray, "k width"]:
     if view == "space":
         return basis(update, factor).T
@@ -208,7 +222,10 @@ def _array(update: LowRank, factor: Factor, view: View) -> Float[np.ndarray, "k 
     return update.A if factor == "A" else update.B.T
 
 
-def _shape(arrays: Iterable[np.ndarray], view: View, name: str) -> tuple[int, ...]:
+def _shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[int, ...]:
+    if len(widths := sorted({array.shape[1] for array in arrays})) > 1:
+        told = " and ".join(map(str, widths))
+        raise ValueError(f"{name} is {told} wide: these are runs of different models, and those of one are compared")
     shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
     if len(shapes) > 1:
         told = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))

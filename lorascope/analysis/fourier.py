@@ -52,23 +52,7 @@ def corner(shape: tuple[int, int]) -> float:
     return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
-def added(run: Run, step: int | None = None) -> Mapping[str, Any]:
-    """The updates of a run as far as training made them: less their start, where that was not zero and was kept.
-
-    Of coefficients on another basis, whose updates a run does not hold, what training added is known all the same.
-    """
-    held = run.updates(step)
-    since = _on_other_bases(run, step) if basis(run).get("basis") in OTHERS else since_start(run, step)
-    modules = list(dict.fromkeys([*held, *since]))
-    return Lazy(modules, lambda module: since[module] if module in since else held[module])
-
-
-def lost_start(run: Run) -> bool:
-    """Did its updates not start at zero, and was their start not kept?"""
-    return bool(basis(run) or updates(run)) and not (since_start(run) or _on_other_bases(run))
-
-
-def _on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
+def on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
     """What training added on bases that are no Fourier basis; nothing where the start was not kept."""
     recipe = run.meta["recipe"]
     if basis(run).get("basis") not in OTHERS:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from lorascope.analysis.embedding import VIEWS, Cloud, Factor, Updates, View, basis, clouds
+from lorascope.analysis.embedding import VIEWS, Cloud, Factor, Updates, View, clouds, common, compared
 from lorascope.update import principal_angles
 
 _TIE = 1e-9  # cosines nearer than this are equal but for rounding, as those of one A_0 with itself are
@@ -94,10 +94,15 @@ def sharedness(found: Sequence[Cloud]) -> dict[str, float]:
 
 
 def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> float:
-    """Principal angle in degrees between the spaces of one module in two domains, mean over angles, pairs, modules."""
+    """Principal angle in degrees between the spaces of one module in two domains, mean over angles, pairs, modules.
+
+    Modules and errors as of ``clouds``.
+    """
     means = []
-    for module in next(iter(updates.values())):
-        bases = {run: basis(found[module], factor) for run, found in updates.items() if module in found}
+    for module in common(updates):
+        bases = {
+            run: compared(found[module], factor, "space", f"{module} in run {run}").T for run, found in updates.items()
+        }
         pairs = [(one, two) for one in bases for two in bases if one < two and domains[one] != domains[two]]
         means += [np.degrees(principal_angles(bases[one], bases[two])).mean() for one, two in pairs]
     return float(np.mean(means))

@@ -13,7 +13,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope import update
-from lorascope.analysis import fourier
+from lorascope.analysis import starts
 from lorascope.layout import Lazy
 from lorascope.run import Run
 
@@ -54,7 +54,7 @@ def singular_values(run: Run, step: int | None = None) -> Spectra:
 
 def added_values(run: Run, step: int | None = None) -> Spectra:
     """Singular values of what training added: as ``singular_values``, less a start that was not zero and was kept."""
-    whole, made = singular_values(run, step), fourier.added(run, step)
+    whole, made = singular_values(run, step), starts.added(run, step)
     modules = list(dict.fromkeys([*whole, *made]))
     return Lazy(modules, lambda module: made[module].singular_values() if module in made else whole[module])
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis import atlas as analysis
-from lorascope.analysis import fourier
+from lorascope.analysis import starts
 from lorascope.analysis.spectra import added_values
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
@@ -30,7 +30,7 @@ _NOT_KEPT, _APART = "not kept", "none shared"
     "where it lies well below the one by chance, in brackets; on the diagonal, seeds of one recipe are compared.",
     misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
     "A small angle between runs of one seed may be a start they share, and FourierFT's frequencies are the same in all "
-    "its runs. A mixture has no single update; it is shown at its mean gates.",
+    "its runs. A mixture has no single update; it is shown at the gates that the caption names.",
 )
 def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
     """Spectra, norms by layer, and angles between the updates of all methods that were run on one task.
@@ -143,7 +143,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
 
 
 def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
-    return {module: analysis.leading(update, k) for module, update in fourier.added(run).items()}
+    return {module: analysis.leading(update, k) for module, update in starts.added(run).items()}
 
 
 def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:

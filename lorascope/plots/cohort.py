@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from lorascope import records
-from lorascope.analysis import fourier, norms
+from lorascope.analysis import norms, starts
 from lorascope.chart import Band, Bar, Line, Mark, Point, Text
+from lorascope.gated import stands_at
 from lorascope.plots.catalogue import FIGURES, MIXTURES, OF_UPDATES, lack
 from lorascope.records import QUANTITIES
 from lorascope.run import Run
@@ -127,7 +128,7 @@ class Cohort:
 
     def lost_starts(self) -> list[str]:
         """Which recipes still show the random start of their update, because it was not kept."""
-        lacking = [group.label for group in self.groups if any(map(fourier.lost_start, group.runs))]
+        lacking = [group.label for group in self.groups if any(map(starts.lost_start, group.runs))]
         return [f"With its random start, which was not kept: {', '.join(lacking)}."] if lacking else []
 
 
@@ -199,14 +200,14 @@ def axis_label(quantity: str) -> str:
 
 def _gates(group: Group) -> str:
     """At which gates the updates of its runs stand; "" where they depend on no input."""
-    return " and ".join(dict.fromkeys(run.meta.get("gates", "mean gates") for run in group.runs if _is_mixed(run)))
+    return " and ".join(filter(None, dict.fromkeys(map(_stands_at, group.runs))))
 
 
-def _is_mixed(run: Run) -> bool:
+def _stands_at(run: Run) -> str:
     try:
-        return bool(run.inexact())
+        return stands_at(run)
     except ValueError:  # nothing was kept at its last step
-        return False
+        return ""
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:

@@ -106,7 +106,7 @@ def _held(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
     if len(cohort.runs) < 2:
         raise ValueError(f"{cohort.name} compares the factors of runs, and got one: give runs of two domains or more")
     held = {run.id: embedding.factored(run.updates(step)) for run in cohort.runs}
-    common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
+    common = embedding.common(held)
     if unknown := next((name for name in modules if name not in common), None):
         raise ValueError(f"{cohort.name}: not all runs hold {unknown}; they hold {', '.join(common[:5])}")
     return {run: {name: found[name] for name in modules or common} for run, found in held.items()}
@@ -122,9 +122,12 @@ def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
     told = f"{prefix}{cohort.sample}."
     if len(cohort.groups) > 1:
         shares = {clouds[0].factors[0]: sharing.sharedness(clouds) for clouds in found}
-        listed = ", ".join(f"{factor} {100 * share['sharedness']:.0f} %" for factor, share in shares.items())
-        chance = 100 * next(iter(shares.values()))["sharedness_chance"]
-        told += f" The nearest factor of another domain is the same module's: {listed} (by chance {chance:.0f} %)."
+        hits = [f"{factor} {100 * share['sharedness']:.0f} %" for factor, share in shares.items()]
+        chances = [f" (by chance {100 * share['sharedness_chance']:.0f} %)" for share in shares.values()]
+        if len(set(chances)) == 1:  # told once
+            chances = [""] * (len(hits) - 1) + chances[:1]
+        listed = ", ".join(map("".join, zip(hits, chances, strict=True)))
+        told += f" The nearest factor of another domain is the same module's: {listed}."
     return f" {told[0].upper()}{told[1:]}"
 
 

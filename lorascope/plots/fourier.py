@@ -9,6 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis import fourier as analysis
+from lorascope.analysis import starts
 from lorascope.analysis.stats import band
 from lorascope.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside
 from lorascope.fourier import Fourier
@@ -83,7 +84,7 @@ def update_image(
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)
-    updates_of = analysis.added if added else Run.updates
+    updates_of = starts.added if added else Run.updates
     held = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
     module = common_module(cohort, list(held.values()), module)
     told = [

@@ -100,15 +100,42 @@ def is_peft_layer(module: nn.Module) -> bool:
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
+def active_adapters(layer: Any) -> list[str]:
+    """Names of the adapters that change what a PEFT layer gives; none where they are switched off."""
+    tables = [getattr(layer, name) for name in layer.adapter_layer_names]
+    active = [adapter for adapter in layer.active_adapters if any(adapter in table for table in tables)]
+    return [] if layer.disable_adapters else active
+
+
+def is_readable(layer: Any) -> bool:
+    """Is what the active adapters make an update of one matrix, by their factors or by merging them into it?
+
+    It is none of the parameters of a norm, of experts in one tensor, and of what is packed, if it has no factors.
+    """
+    if hasattr(layer, "parameter_name"):
+        return False
+    host = bare(layer)
+    weight = getattr(host, "weight", None)
+    mergeable = isinstance(weight, nn.Parameter) and weight.ndim > 1 and weight.is_floating_point()
+    if mergeable:
+        return getattr(host, "groups", 1) == 1
+    return all(_is_product(layer, adapter) for adapter in active_adapters(layer))
+
+
+def _is_product(layer: Any, adapter: str) -> bool:
+    """Is it plain LoRA or AdaLoRA?"""
+    held = any(adapter in getattr(layer, table, ()) for table in ("lora_A", "lora_embedding_A"))
+    return held and adapter not in getattr(layer, "lora_variant", ())
+
+
 def peft_update(layer: Any) -> LowRank | Dense | None:
     """The update of a PEFT layer's active adapters together; None if it has none or they are switched off.
 
     LoRA and AdaLoRA give their factors, FourierFT its coefficients. Whatever else PEFT has, multiplicative methods and
     DoRA included, gives the difference that merging a copy of the layer makes in float64.
     """
-    tables = [getattr(layer, name) for name in layer.adapter_layer_names]
-    active = [adapter for adapter in layer.active_adapters if any(adapter in table for table in tables)]
-    if layer.disable_adapters or not active:
+    active = active_adapters(layer)
+    if not active:
         return None
     if len(active) == 1 and active[0] in getattr(layer, "fourierft_spectrum", ()):
         return _frequencies(layer, active[0])
@@ -122,17 +149,17 @@ def peft_update(layer: Any) -> LowRank | Dense | None:
 
 def _factors(layer: Any, adapter: str) -> LowRank | None:
     """B, A and scale of plain LoRA and of AdaLoRA; None for any other adapter."""
-    if adapter in getattr(layer, "lora_variant", ()):
+    if not _is_product(layer, adapter):
         return None
     if adapter in getattr(layer, "lora_embedding_A", ()):
         B, A = layer.lora_embedding_B[adapter], layer.lora_embedding_A[adapter]
-    elif adapter in getattr(layer, "lora_A", ()):
-        B, A = layer.lora_B[adapter], layer.lora_A[adapter]
     else:
-        return None
+        B, A = layer.lora_B[adapter], layer.lora_A[adapter]
     scale = float(layer.scaling[adapter])
     if isinstance(A, nn.Linear):
         B, A = B.weight, A.weight
+    elif isinstance(A, nn.Conv1d | nn.Conv2d | nn.Conv3d) and B.groups == 1:  # B's kernel is a single point
+        B, A = B.weight.flatten(1), A.weight.flatten(1)
     elif adapter in getattr(layer, "lora_E", ()):
         A = A * layer.lora_E[adapter]
         scale /= float(layer.ranknum[adapter]) + 1e-5

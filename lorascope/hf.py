@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from lorascope.plan import Base
 from lorascope.recording import Recording
 from lorascope.records import Record
 from lorascope.settings import Settings
+from lorascope.trained import left_out
 from lorascope.training import described, overlap
 
 FILE = "lorascope-recorder.safetensors"
@@ -110,6 +112,7 @@ class TrainerRecorder(TrainerCallback):
             return
         if self._recording is not None:
             self._recording.break_off()
+        _tell_left_out(step.model)
         meta = described(args, state, trainer, step, driver, self.observers)
         meta["id"] = before["id"] if before else secrets.token_hex(6)
         path = self.out or Path(str(args.output_dir)) / "lorascope"
@@ -177,6 +180,15 @@ class TrainerRecorder(TrainerCallback):
         if self._recording is not None:
             self._recording.finish()
             self._recording = None
+
+
+def _tell_left_out(model: nn.Module) -> None:
+    """One line of warning for adapters that cannot be recorded; the training is not theirs to stop."""
+    found = list(left_out(model).items())
+    if found:
+        module, kind = found[0]
+        more = f"; nor {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(f"not recorded: the adapter of {module}, a {kind}, whose update is no matrix{more}", stacklevel=2)
 
 
 def _looking_on(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:

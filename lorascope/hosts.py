@@ -27,8 +27,9 @@ def oriented(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out 
 
 
 def host_kind(module: nn.Module) -> str:
-    """The class of a host without what was attached to it: ``"Embedding"``, ``"Conv1D"`` or ``"Linear"``."""
-    return next(kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))
+    """The class of a host without what was attached to it, such as ``"Linear"``; one that only PEFT adapts as it is."""
+    own = (kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))
+    return next(own, type(module).__name__)
 
 
 def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:

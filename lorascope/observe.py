@@ -204,7 +204,8 @@ class norms(Observer):
         before = self.before_.get("factored", {})
         for module in filter(trained.frozen, updates):
             update = updates[module]
-            base, change = self.base_squares_[trained.parameter_of[module]], update.norm() ** 2
+            # Of what is packed and no parameter nothing is known but its update.
+            base, change = self.base_squares_.get(trained.parameter_of[module], math.nan), update.norm() ** 2
             weight = base
             if not math.isnan(base):
                 weight = max(0.0, base + 2 * inner(host_weight(trained.hosts[module]), update) + change)
@@ -221,7 +222,8 @@ class norms(Observer):
             if not inside:
                 continue
             total = {key: math.fsum(parts[key] for parts in inside) for key in inside[0]}
-            everything = math.fsum(s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
+            known = (s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
+            everything = math.nan if math.isnan(total["base"]) else math.fsum(known)
             total["weight"] += everything - total["base"]
             total["base"] = everything
             yield from _norm_records(block, total)

@@ -30,7 +30,7 @@ from lorascope.run import SCHEMA, Run
 from lorascope.settings import Settings
 from lorascope.tasks import Task
 from lorascope.tensors import is_partial, write_json
-from lorascope.trained import adapters
+from lorascope.trained import adapters, left_out
 
 try:
     import fcntl
@@ -204,7 +204,8 @@ def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raise a ValueError where a model carries adapters, ours or PEFT's: it is no W_0."""
-    if carried := adapters(without_peft(model)):
+    bare_model = without_peft(model)
+    if carried := adapters(bare_model) | left_out(bare_model):
         raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")
 
 

@@ -12,9 +12,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.delta import Delta, adapted
-from lorascope.foreign import PeftDelta, bare, bare_parameters, is_peft_layer, kept_components, peft_update
+from lorascope.foreign import (
+    PeftDelta,
+    active_adapters,
+    bare,
+    bare_parameters,
+    is_peft_layer,
+    is_readable,
+    kept_components,
+)
 from lorascope.fourier import Fourier
-from lorascope.hosts import oriented, to_array
+from lorascope.hosts import host_kind, oriented, to_array
 from lorascope.method import Step
 from lorascope.update import Dense, LowRank
 
@@ -35,7 +43,7 @@ class Trained:
     hosts : dict module -> Module
         Adapted modules.
     parameter_of : dict label -> str
-        Name in W_0 of what a label, or an adapted module, stands for.
+        Name in W_0 of what a label, or an adapted module, stands for; "" where the weight is packed, and no parameter.
     changed : frozenset of str
         Names in W_0 of what ``dense`` holds.
     modules : frozenset of str
@@ -64,7 +72,7 @@ class Trained:
         hosts = {module: bare(step.model.get_submodule(module)) for module in deltas}
         parameter_of = {label: names[id(p)] for label, p in dense.items()}
         changed = frozenset(parameter_of.values())
-        parameter_of |= {module: names[id(host.weight)] for module, host in hosts.items()}
+        parameter_of |= {module: names.get(id(getattr(host, "weight", None)), "") for module, host in hosts.items()}
         modules = frozenset({*rows["module"], *deltas})
         return cls(dense, deltas, hosts, parameter_of, changed, modules, tuple(rows["module"][rows["role"] == "block"]))
 
@@ -83,13 +91,22 @@ class Trained:
 
 
 def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
-    """What adapts a module, ours or PEFT's, by the name that the module has without PEFT."""
-    layers = {name: module for name, module in model.named_modules() if is_peft_layer(module)}
+    """What adapts a module, ours or PEFT's, by the name that the module has without PEFT; not ``left_out``."""
     kept = kept_components(model)
-    active = {
-        name: PeftDelta(layer, kept.get(name)) for name, layer in layers.items() if peft_update(layer) is not None
-    }
+    active = {name: PeftDelta(layer, kept.get(name)) for name, layer in _active(model) if is_readable(layer)}
     return {**adapted(model), **active}
+
+
+def left_out(model: nn.Module) -> dict[str, str]:
+    """Modules whose adapters of PEFT make no update of a matrix, with their classes."""
+    return {name: host_kind(bare(layer)) for name, layer in _active(model) if not is_readable(layer)}
+
+
+def _active(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's layers that do something."""
+    for name, module in model.named_modules():
+        if is_peft_layer(module) and active_adapters(module):
+            yield name, module
 
 
 def _uses(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

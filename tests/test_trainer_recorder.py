@@ -11,6 +11,8 @@ import numpy as np
 import peft
 import pytest
 import torch
+from peft.tuners.lora.gptq import GPTQLoraLinear
+from tiny import tiny
 from torch import nn
 from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
 from transformers import TrainerCallback
@@ -113,6 +115,70 @@ def test_worked_numbers_of_a_peft_layer(quantised):
     assert ("relative_update" in found) is not quantised
 
 
+class Packed(nn.Module):
+    """A linear layer that keeps no weight as a parameter, like those of GPTQ and AWQ."""
+
+    def __init__(self, host):
+        super().__init__()
+        self.in_features, self.out_features = host.in_features, host.out_features
+        self.register_buffer("qweight", (host.weight.detach() * 64).round().to(torch.int8))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.qweight / 64)
+
+
+CONVOLUTION = "vit.embeddings.patch_embeddings.projection"
+
+
+def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
+    config = peft.LoraConfig(r=3, target_modules=["projection", "q_proj"])
+    with seeded(0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT knows what is packed only by the libraries that pack
+        model = peft.get_peft_model(tiny("vit"), config)
+        attention = next(module for module in model.modules() if hasattr(module, "k_proj"))
+        attention.k_proj = GPTQLoraLinear(Packed(attention.k_proj), "default", config=config, r=3, lora_alpha=6)
+        rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": number % 2} for number in range(6 * ROWS)]
+    by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS))
+    run = ls.load(tmp_path / "lorascope")
+    assert run.finished
+    layers = {name: layer for name, layer in model.base_model.model.named_modules() if hasattr(layer, "lora_A")}
+    packed = next(name for name in layers if name.endswith("k_proj"))
+    assert run.ranks() == dict.fromkeys(layers, 3)
+    assert [run.meta["hosts"][name] for name in (CONVOLUTION, packed)] == ["Conv2d", "Packed"]
+    products = {}
+    for name, layer in layers.items():
+        B, A = (factors["default"].weight.detach().flatten(1) for factors in (layer.lora_B, layer.lora_A))
+        products[name] = layer.scaling["default"] * B @ A
+    kernel = layers[CONVOLUTION].get_delta_weight("default")
+    torch.testing.assert_close(products[CONVOLUTION].reshape(kernel.shape), kernel)
+    for name, product in products.items():
+        assert last(run, "update_norm", name) == pytest.approx(float(product.norm()), rel=1e-5)
+        assert product.norm() > 0
+    assert run.factors()[CONVOLUTION]["A"].shape == (3, 3 * 8 * 8)
+    assert last(run, "relative_update", CONVOLUTION) > 0
+    told = run.table[run.table["quantity"] == "relative_update"]["module"].unique()
+    blocks = [name for name in run.modules["module"] if packed.startswith(f"{name}.")]
+    assert blocks
+    assert not {packed, *blocks} & set(told)  # nobody knows how large what is packed was
+    assert set(run.summary()["module"]) >= {CONVOLUTION, packed}
+
+
+def test_an_adapter_whose_update_is_no_matrix_is_left_out_with_a_line(bert, task, rows, tmp_path):
+    config = peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT has not heard of its own norms
+        models_ = [peft.get_peft_model(fresh(bert, task), config) for _ in range(2)]
+    line = r"not recorded: the adapter of bert\.embeddings\.LayerNorm, a LayerNorm, .* no matrix; nor 4 more"
+    with pytest.warns(UserWarning, match=line) as caught:
+        by_trainer(models_[0], rows, tmp_path / "with", recorder=ls.TrainerRecorder(observe=NORMS))
+    assert sum("not recorded" in str(each.message) for each in caught) == 1
+    by_trainer(models_[1], rows, tmp_path / "without")
+    same_weights(*models_)
+    run = ls.load(tmp_path / "with/lorascope")
+    assert run.finished
+    assert not run.ranks()
+
+
 class Meanwhile(TrainerCallback):
     """Does something after a step."""
 
@@ -199,6 +265,44 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(name, bert, task, row
     assert second.finished
     same_rows(second.table, table, but=["seconds", "factor_seconds"])
     assert ls.load(tmp_path / f"lorascope-{first.id}").finished
+
+
+@pytest.mark.parametrize("name", ["full", "adalora", "peft"])
+def test_what_broke_off_beyond_its_checkpoint_goes_on_there(name, bert, task, rows, tmp_path):
+    """Rows and snapshots of the steps beyond, which are done a second time, are there once."""
+    make = with_lora if name == "peft" else fresh
+    observe = [ls.observe.norms(every=1), ls.observe.factors(every=2)]
+
+    def stop(_):
+        raise RuntimeError("out of memory")
+
+    def train(out, **settings):
+        recorder = ls.TrainerRecorder(observe=observe)
+        own = {"save_strategy": "steps", "save_steps": 3, "recorder": recorder} | settings
+        by_trainer(make(bert, task), rows, tmp_path / out, METHODS.get(name), **own)
+
+    train("whole")
+    train("broken", max_steps=1)  # what lies there before is another run
+    with pytest.raises(RuntimeError, match="out of memory") as caught:
+        train("broken", others=[Meanwhile(5, stop)])
+    caught.value.__traceback__ = None
+    del caught
+    gc.collect()
+    broken = ls.load(tmp_path / "broken/lorascope")
+    assert broken.meta["status"] == "broken"
+    assert broken.table["step"].max() == 5
+    train("broken", resume=str(tmp_path / "broken/checkpoint-3"))
+    run, whole = (ls.load(tmp_path / out / "lorascope") for out in ("broken", "whole"))
+    assert (run.id, run.meta["status"], "error" in run.meta) == (broken.id, "done", False)
+    assert not run.table.duplicated(["step", "module", "quantity", "index"]).any()
+    same_rows(run.table, whole.table, but=["seconds", "factor_seconds"])
+    kept = [sorted(file.name for file in (each.path / "snapshots").iterdir()) for each in (run, whole)]
+    assert kept[0] == kept[1]
+    for step in [] if name == "full" else (2, 4, 6):
+        for module, factors in whole.factors(step=step).items():
+            for key, factor in factors.items():
+                np.testing.assert_array_equal(run.factors(step=step)[module][key], factor)
+    assert len(list((tmp_path / "broken").glob("lorascope*"))) == 2
 
 
 def test_peft_and_full_training_are_resumed(bert, task, rows, tmp_path):

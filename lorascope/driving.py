@@ -163,7 +163,8 @@ def refuse_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise a ValueError where no process holds the whole weights."""
     mend = "no process has the whole of it to look at; train by DDP, or in one process"
     for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor) or hasattr(parameter, "ds_id"):
+        # FSDP's first version leaves parameters that look like any other, but for a mark.
+        if isinstance(parameter, DTensor) or any(hasattr(parameter, mark) for mark in ("ds_id", "_fsdp_flattened")):
             raise ValueError(f"{name} is sharded (FSDP, tensor parallelism or ZeRO-3): {mend}")
     known = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) not in known for group in optimizer.param_groups for parameter in group["params"]):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from trainers import METHODS, arguments, by_train, by_trainer, fresh, same_rows, same_weights
-from transformers import Trainer
+from transformers import Trainer, TrainerControl, TrainerState
 
 import lorascope as ls
 from lorascope import delta, driving, plots
@@ -131,10 +131,11 @@ def test_sharded_weights_are_refused():
         driving.refuse_sharded(model, optimizer)
 
 
+@pytest.mark.filterwarnings("ignore")  # of FSDP's own making: it is to be left, and one process shards nothing
 def test_weights_that_fsdp_shards_are_refused(tmp_path):
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
     store = distributed.FileStore(str(tmp_path / "store"), 1)
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -143,5 +144,16 @@ def test_weights_that_fsdp_shards_are_refused(tmp_path):
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match="weight is sharded"):
             driving.refuse_sharded(model, torch.optim.SGD(model.parameters()))
+        # The first version: what it shards looks like parameters of the model, and the optimizer holds these very ones.
+        first = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+        wrapped = FullyShardedDataParallel(first, use_orig_params=True, device_id=torch.device("cpu"))
+        given = {"optimizer": torch.optim.SGD(wrapped.parameters())}
+        for each in (wrapped, first):
+            with pytest.raises(ValueError, match=r"0\.weight is sharded \(FSDP, tensor parallelism or ZeRO-3\)"):
+                driving.refuse_sharded(each, given["optimizer"])
+            with pytest.raises(ValueError, match=r"0\.weight is sharded"):
+                ls.TrainerRecorder(tmp_path).on_train_begin(
+                    arguments(tmp_path), TrainerState(), TrainerControl(), model=each, **given
+                )
     finally:
         distributed.destroy_process_group()

@@ -67,12 +67,21 @@ def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
         for module in modules:
             if module in rest:
                 continue
-            change = Pair(base.weight(module, base.shape(module)), run.files.whole(module))
+            whole, shape = run.files.whole(module), base.shape(module)
+            if whole.shape != shape:
+                sizes = f"{_size(whole.shape)}, in the base {_size(shape)}"
+                yield f"saved in full beside the factors, not measured: {module} is {sizes}"
+                continue
+            change = Pair(base.weight(module, shape), whole)
             share = f"{100 * change.relative_update():.3g} % of |W|"
             yield f"saved in full beside the factors: {module}, |dW| {change.update.norm():.3g} ({share})"
     if rest:
         without = "without a base" if base is None else "as the base has none"
         yield f"saved in full beside the factors, not measured {without}: {some(rest)}"
+
+
+def _size(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def some(names: Any) -> str:

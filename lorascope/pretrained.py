@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lorascope.roles import parse
-from lorascope.tensors import FLOATS, Unread, open_tensors, refuse_pickles, weight_files
+from lorascope.tensors import FLOATS, TensorFile, Unread, open_tensors, refuse_pickles, weight_files
 
 
 class Pretrained:
@@ -74,10 +74,7 @@ class Pretrained:
             There is no such weight, or it is not stored as floats.
         """
         name = self._name(module)
-        file = self._files[name]
-        if file.dtype(name) not in FLOATS:
-            raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
-        return file.unread(name)
+        return self._floats(name).unread(name)
 
     @cached_property
     def transposed(self) -> bool:
@@ -104,19 +101,28 @@ class Pretrained:
         Raises
         ------
         ValueError
-            There is no such weight, or it has another shape.
+            There is no such weight, it has another shape, or is not stored as floats.
         """
         name = self._name(module)
-        stored = self._files[name][name]
+        stored = self._floats(name)[name]
         flat = stored.reshape(len(stored), -1)
         square = shape[0] == shape[1]
         weight = flat.T if (transposed if square else flat.shape == shape[::-1]) else flat
         if weight.shape != shape:
             raise ValueError(
-                f"{self.folder}: {name} has the shape {stored.shape}, the update needs {shape}: "
-                "another model, or quantised weights"
+                f"{self.folder}: {name} has the shape {stored.shape}, the update needs {shape}: another model"
             )
         return weight
+
+    def _floats(self, name: str) -> TensorFile:
+        """The file of a tensor, if that is stored as floats: what is quantised means nothing without its scales."""
+        file = self._files[name]
+        if file.dtype(name) not in FLOATS:
+            raise ValueError(
+                f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read: "
+                "give the weights that are not quantised"
+            )
+        return file
 
     def _name(self, module: str) -> str:
         name = self._find(module)

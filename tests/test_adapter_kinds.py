@@ -238,3 +238,37 @@ def test_what_is_saved_in_full_is_measured_against_a_base(tmp_path: Path) -> Non
     assert "saved in full beside the factors, not measured without a base: lm_head" in alone.findings
     norm = float(before.norm()) / 4
     assert f"saved in full beside the factors: lm_head, |dW| {norm:.3g} (25 % of |W|)" in both.findings
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(67, 64), (64, 1)])
+def test_what_is_saved_in_another_size_than_the_base_has_is_not_measured(
+    tmp_path: Path, ours: int, theirs: int
+) -> None:
+    save(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    tiny("llama").save_pretrained(tmp_path / "base")
+    for file, rows in ((tmp_path / "adapter" / WEIGHTS, ours), (tmp_path / "base/model.safetensors", theirs)):
+        tensors = load_file(file)
+        head = next(name for name in tensors if name.endswith("lm_head.weight"))
+        save_file(tensors | {head: torch.ones(rows, 32)}, file, metadata={"format": "pt"})
+    found = inspect(load(tmp_path / "adapter", tmp_path / "base"))
+    (line,) = (line for line in found.findings if "lm_head" in line)
+    assert line == (
+        f"saved in full beside the factors, not measured: lm_head is {ours} x 32, in the base {theirs} x 32"
+    )
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_quantised_base_is_refused(tmp_path: Path, use_dora: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "adapter", target_modules=QV, use_dora=use_dora)
+    tiny("llama").save_pretrained(tmp_path / "base")
+    file = tmp_path / "base/model.safetensors"
+    tensors = load_file(file)
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    scales = tensors[weight].abs().amax(1)  # as bitsandbytes stores eight bits
+    packed = {weight: (tensors[weight] / scales[:, None] * 127).round().to(torch.int8)}
+    save_file(tensors | packed | {weight.replace("weight", "SCB"): scales}, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
+    told = capsys.readouterr().err
+    assert f"{weight} is stored as I8; only floats are read: give the weights that are not quantised" in told
+    assert len(told.splitlines()) == 1

@@ -333,6 +333,37 @@ def test_sweep_ends_with_a_table_and_a_line_for_each_failed_run(
     assert "[4/6] done    LoRA, rank 4, seed 1" in err
 
 
+def test_runs_of_a_sweep_that_learn_the_same_are_one_row(
+    bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They differ in what is observed, in how often they are saved, and in a rate that the settings overrule."""
+    file = tmp_path / "same.toml"
+    twice = 'lr = 1e-3, observe = [["norms"], ["norms", "factors"]], checkpoint_every = [1, 5]'
+    text = SWEEP.format(model=bert, task=reviews, root=tmp_path / "runs").replace(
+        "eval_every = 0", f"eval_every = 0, {twice}"
+    )
+    methods = '[{name = "lora", rank = 2, lr = [1e-3, 1e-4]}, {name = "lora", rank = 4}]'
+    file.write_text(
+        "\n".join(f"method = {methods}" if line.startswith("method") else line for line in text.splitlines())
+    )
+    code, out, _ = run(capsys, "sweep", file, "--no-progress")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:4]] == ["LoRA, rank 2", "LoRA, rank 4", ""]
+    assert all(line.rstrip().endswith("2      1-2") for line in lines[1:3])
+    code, out, _ = run(capsys, "sweep", file, "--no-progress", "--json")
+    told = json.loads(out)
+    assert (code, len(told["runs"]), len({row["path"] for row in told["runs"]})) == (0, 24, 12)
+    assert [(row["recipe"], row["n"]) for row in told["recipes"]] == [("LoRA, rank 2", 2), ("LoRA, rank 4", 2)]
+    assert len(told["pairs"]) == 1
+    values: dict[tuple[str, int], set[float]] = {}
+    for row in told["runs"]:
+        values.setdefault((row["recipe"], row["seed"]), set()).add(row["value"])
+    assert [len(each) for each in values.values()] == [1] * 4  # so any of them may stand for the others
+    mean = sum(values["LoRA, rank 2", seed].copy().pop() for seed in (0, 1)) / 2
+    assert told["recipes"][0]["value"] == pytest.approx(mean)
+
+
 def test_a_sweep_that_is_wrong_trains_nothing(
     bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from lorascope.analysis.comparison import holm, paired_p, pairs, recipes, standings, words
+from lorascope.analysis.comparison import holm, paired_p, pairs, recipes, scores, standings, words
+from lorascope.run import Run
 
 
 def made(values: dict[str, list[float]], metric: str = "accuracy", task: str = "toy") -> pd.DataFrame:
@@ -94,3 +95,25 @@ def test_recipes_are_told_by_what_differs_within_a_label():
     labels = ["LoRA", "LoRA", "Full"]
     settings = [{"lr": 1e-3, "steps": 3, "clip": 1.0}, {"lr": 1e-4, "steps": 3, "clip": 1.0}, {"lr": 1e-5, "steps": 9}]
     assert recipes(labels, settings) == ["LoRA, lr 0.001", "LoRA, lr 0.0001", "Full"]
+
+
+def a_run(**meta) -> Run:
+    own = {"id": "x", "model": "m", "task": "t", "label": "LoRA, rank by module", "recipe": {"name": "lora"}, "seed": 0}
+    own |= {"settings": {"steps": 3, "observers": []}, "w0_hash": "a" * 64, "data_hash": "d" * 64}
+    return Run(None, own | {"test": {"name": "accuracy", "metric": 0.5}} | meta)
+
+
+def test_runs_that_learn_the_same_count_once_and_others_are_told_apart():
+    """Two observers, two tables of ranks, two bases of one name, two texts of one name."""
+    ranks = [{"name": "lora", "rank": {"q": number}} for number in (2, 4)]
+    found = scores([a_run(recipe=ranks[0]), a_run(recipe=ranks[0], settings={"steps": 3, "observers": ["x"]})])
+    assert found["recipe"].tolist() == ["LoRA, rank by module"] * 2
+    assert standings(found, pairs(found))["n"].tolist() == [1]
+    found = scores([a_run(recipe=rank) for rank in ranks])
+    assert found["recipe"].tolist() == [f'LoRA, rank by module, rank {{"q": {number}}}' for number in (2, 4)]
+    assert len(pairs(found)) == 1
+    for key, name in (("w0_hash", "model"), ("data_hash", "task")):
+        found = scores([a_run(), a_run(**{key: "b" * 64})])
+        assert found[name].nunique() == 2
+        assert found[name].iloc[1].endswith(" (bbbbbb)")
+        assert standings(found, pairs(found))["n"].tolist() == [1, 1]

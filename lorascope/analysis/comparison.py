@@ -62,23 +62,39 @@ def scores(runs: Sequence[Run]) -> pd.DataFrame:
     -------
     DataFrame
         Columns model, task, metric (its name), recipe, seed, value and run (the id), in the order of the runs.
+        Models or tasks of one name that are not the same have the beginning of their hash behind it.
     """
     metas = [run.meta for run in runs]
-    told = recipes(
-        [meta["label"] for meta in metas],
-        [{key: value for key, value in meta["settings"].items() if key not in _ASIDE} for meta in metas],
-    )
-    rows = [
-        {key: meta[key] for key in ("model", "task")}
-        | {"metric": meta["test"]["name"], "recipe": recipe, "seed": meta["seed"]}
-        | {"value": meta["test"]["metric"], "run": meta["id"]}
-        for meta, recipe in zip(metas, told, strict=True)
-    ]
-    return pd.DataFrame(rows, columns=[*PLACE, "recipe", "seed", "value", "run"])
+    # A label says of a field that holds a table no more than that it does.
+    fields = [{key: value for key, value in meta["recipe"].items() if isinstance(value, Mapping)} for meta in metas]
+    settings = [{key: value for key, value in meta["settings"].items() if key not in _ASIDE} for meta in metas]
+    table = {
+        "model": _told_apart([meta["model"] for meta in metas], [meta["w0_hash"] for meta in metas]),
+        "task": _told_apart([meta["task"] for meta in metas], [meta["data_hash"] for meta in metas]),
+        "metric": [meta["test"]["name"] for meta in metas],
+        "recipe": recipes([meta["label"] for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
+        "seed": [meta["seed"] for meta in metas],
+        "value": [meta["test"]["metric"] for meta in metas],
+        "run": [meta["id"] for meta in metas],
+    }
+    return pd.DataFrame(table)
+
+
+def _told_apart(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
+    held: dict[str, set[str | None]] = {}
+    for name, digest in zip(names, hashes, strict=True):
+        held.setdefault(name, set()).add(digest)
+    told = zip(names, hashes, strict=True)
+    return [f"{name} ({str(digest)[:6]})" if len(held[name]) > 1 else name for name, digest in told]
+
+
+def _once(table: pd.DataFrame) -> pd.DataFrame:
+    """One of the runs that learn the same, such as two that differ in their observers alone: they are no two seeds."""
+    return table.drop_duplicates([*PLACE, "recipe", "seed"])
 
 
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Every two recipes of one model and task, seed by seed.
+    """Every two recipes of one model and task, seed by seed; a recipe's runs of one seed count once.
 
     Parameters
     ----------
@@ -94,7 +110,7 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """
     found = [
         row
-        for place, part in table.groupby(PLACE, sort=False)
+        for place, part in _once(table).groupby(PLACE, sort=False)
         for row in _pairs(dict(zip(PLACE, map(str, place), strict=True)), part)
     ]
     return pd.DataFrame(found, columns=[*PLACE, "recipe", "other", "difference", "low", "high", "n", "p", "better"])
@@ -141,7 +157,7 @@ def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
 
 
 def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
-    """Every recipe with its mean, interval, and the places that it may hold.
+    """Every recipe with its mean, interval, and the places that it may hold; a recipe's runs of one seed count once.
 
     Parameters
     ----------
@@ -155,7 +171,7 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
         ``first`` is one more than the number of recipes that are told to be better, ``last`` leaves out those told to
         be worse: only where both are the same number has a recipe a place.
     """
-    rows = band(table, [*PLACE, "recipe"])
+    rows = band(_once(table), [*PLACE, "recipe"])
     better = compared[compared["better"] != ""]
     worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
     ahead = better.assign(loser=worse)

@@ -19,6 +19,8 @@ from lorascope.encoding import Encoded
 from lorascope.evaluation import evaluate
 from lorascope.export import Cut, base_of
 from lorascope.heads import fit_head, weights_hash
+from lorascope.hosts import host_weight
+from lorascope.method import task_head
 from lorascope.methods.alora import ALoRADelta
 from lorascope.removal import Triple, canonical, dress, fill_plain, settled_rises
 from lorascope.replay import Batch
@@ -68,7 +70,8 @@ def rises(
     Raises
     ------
     ValueError
-        The model is not the run's base, or the run holds an update that is no product.
+        The model is not the run's base, the run holds an update that is no product, or what trained beside the updates
+        was not kept.
     """
     base, fitted, parts = _opened(run, model, task, state)
     encoded = _half(base, fitted, 0, rows)
@@ -109,11 +112,21 @@ def _opened(
     run: Run, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """The base with all that was trained but the adapters, the task in its form, and the updates."""
+    if isinstance(run, AdapterRun) and run.files.kind == "DoRA":
+        raise ValueError(
+            f"{run.label} is DoRA, whose magnitudes no component holds: a loss of components is not its own"
+        )
     parts = {module: canonical(update) for module, update in factored(run, run.updates(state=state)).items()}
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
-    if isinstance(run, AdapterRun):
-        _put_others(run, base, str(name))
+    if isinstance(run, AdapterRun) or run.meta["w0_hash"] is None:
+        if isinstance(run, AdapterRun):
+            held = _beside(run)
+        else:
+            held = {}
+            _refuse_unkept(run, state)
+        _put_others(run, held, base, str(name))
+        _check_hosts(run, parts, base, str(name))
     else:
         fit_head(base, run.meta["labels"])
         if weights_hash(base) != run.meta["w0_hash"]:
@@ -124,23 +137,58 @@ def _opened(
     return base, task.fit(base), parts
 
 
-def _put_others(run: AdapterRun, base: nn.Module, name: str) -> None:
-    """What an adapter's folder holds beside the factors, which is a head as a rule."""
-    held = {other: tensor for file in run.files.files for other, tensor in _others(run, file)}
+def _refuse_unkept(run: Run, state: str) -> None:
+    """Raise a ValueError where a run of another's method trained more than the factors: its folder holds no more."""
+    factors = run.factors(state=state).values()
+    own = sum(array.size for each in factors for array in each.values())
+    if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are kept within A
+        own += sum(len(each["A"]) for each in factors)
+    if beside := run.meta["parameters"]["trained"] - own:
+        raise ValueError(
+            f"run {run.id} ({run.label}) keeps factors alone, and not the {beside:,} other parameters that trained, "
+            "such as a head: give the folder that PEFT saved"
+        )
+
+
+def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
+    """Raise a ValueError where a base whose weights nobody noted cannot be the one, by its names and shapes."""
+    modules = dict(base.named_modules())
+    for module, (P, _, Q) in parts.items():
+        if module not in modules:
+            raise ValueError(f"{name} has no {module}, which {run.label} adapts: it is another model")
+        shapes = (len(P), Q.shape[1]), tuple(host_weight(modules[module]).shape)
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{module} is {shapes[0]} in {run.label} and {shapes[1]} in {name}: another model, or a resized one"
+            )
+
+
+def _put_others(run: Run, held: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
+    """Put what was trained beside the factors into the base, which is a head as a rule."""
     untrained = sorted(models.missing(base) - held.keys())
     if untrained:
         raise ValueError(f"neither {run.label} nor {name} holds {untrained[0]}: with a random head a loss says nothing")
-    places = dict(base.named_parameters())
+    places = dict(base.named_parameters(remove_duplicate=False))
     for other, tensor in held.items():
         if other in places and places[other].shape != tensor.shape:
-            shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name} for this task"
-            raise ValueError(f"{other} is {shapes}: the task has other labels than the adapter")
-    put_tensors(base, held)
+            shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name}"
+            labels = "for this task: the task has other labels than the adapter"
+            resized = "(tokens added?): give the base in this size"
+            raise ValueError(f"{other} is {shapes} {labels if other in task_head(base) else resized}")
+    tied = held.keys() & places.keys() - dict(base.named_parameters()).keys()
+    put_tensors(base, {other: tensor for other, tensor in held.items() if other not in tied})
+    if apart := [other for other in sorted(tied) if not torch.equal(places[other], held[other].to(places[other]))]:
+        raise ValueError(f"{apart[0]} has weights of its own in {run.label}, but is tied in {name}: give it untied")
 
 
-def _others(run: AdapterRun, file: Mapping[str, np.ndarray]) -> list[tuple[str, Tensor]]:
-    names = {name.removeprefix(PREFIX): name for name in file}
-    return [(name, torch.tensor(file[names[name]])) for name in run.files.others if name in names]
+def _beside(run: AdapterRun) -> dict[str, Tensor]:
+    """What an adapter's folder holds beside the factors, under the names of the base."""
+    if biased := [name for name in run.files.others if name.endswith(".lora_B.bias")]:
+        raise ValueError(f"{run.label} holds {biased[0]} (lora_bias), which no component is: its loss is not measured")
+    held = {name.removeprefix(PREFIX): (file, name) for file in run.files.files for name in file}
+    found = {other: held[other] for other in run.files.others}
+    # PEFT saves an embedding that it adapts with the adapter.
+    return {other.replace(".base_layer.", "."): torch.tensor(file[name]) for other, (file, name) in found.items()}
 
 
 def _half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_folder
+from conftest import tiny_folder, tiny_tokenizer
+from safetensors.torch import load_file, save_file
 from test_agreement import loss_with
+from test_checkpoints import adapted, save
 from test_cli import complaint, run
 from test_export import trained
+from tiny import tiny
+from trainers import by_trainer, without_dropout
 
 import lorascope as ls
 from lorascope import delta, models, worth
+from lorascope.adapter_files import PREFIX, WEIGHTS
 from lorascope.export import cut, rank_pattern, to_peft
 from lorascope.methods import Full, HydraLoRA, LoRA
 from lorascope.run import Run
+from lorascope.state import seeded
 
 ROWS = 8
 
@@ -148,6 +155,94 @@ def test_what_does_not_fit_is_refused(lora: Run, bert: str, task: Any, tmp_path:
     headless.files = type(headless.files)(folder, config, headless.files.parts, (), headless.files.files)
     with pytest.raises(ValueError, match=r"neither .* holds classifier\.\w+: with a random head a loss says nothing"):
         worth.rises(headless, bert, task)
+
+
+def loss_of(model: torch.nn.Module, folder: str, task: Any) -> float:
+    """What a model says of the texts that losses are measured on."""
+    base = models.load(folder, task=task)
+    with torch.no_grad():
+        return float(model.eval()(**text(base, task.fit(base), 1, ROWS)).loss)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, tmp_path: Path) -> None:
+    """PEFT writes the weight below it too; of a resized vocabulary also that of the head, which may be tied."""
+    base = tiny("llama", tie_word_embeddings=tied)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with seeded(0):
+        model = adapted(base, target_modules=["embed_tokens", "q_proj"], r=2, lora_alpha=1, init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT tells that it saves them
+        model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / WEIGHTS
+    held = load_file(file)
+    (below,) = (value for name, value in held.items() if name.endswith("embed_tokens.base_layer.weight"))
+    if tied:
+        save_file(held | {f"{PREFIX}lm_head.weight": below.clone()}, file)
+    read = ls.load(tmp_path / "adapter")
+    found = worth.losses(read, cut(read, 1.0), tmp_path / "base", task, rows=ROWS)
+    assert found.before == pytest.approx(loss_of(model, str(tmp_path / "base"), task), rel=1e-5)
+    assert found.before != pytest.approx(loss_of(tiny("llama", tie_word_embeddings=tied), str(tmp_path / "base"), task))
+    if tied:
+        save_file(held | {f"{PREFIX}lm_head.weight": below + 1}, file)
+        with pytest.raises(
+            ValueError, match=r"lm_head\.weight has weights of its own in adapter, but is tied in .*base"
+        ):
+            worth.losses(ls.load(tmp_path / "adapter"), cut(read, 1.0), tmp_path / "base", task)
+
+
+def test_what_no_component_holds_is_said(llama: str, csv: str, tmp_path: Path, capsys: Any) -> None:
+    wanted = {
+        "dora": ({"use_dora": True}, "dora is DoRA, whose magnitudes no component holds"),
+        "bias": ({"lora_bias": True}, "bias holds model.layers.0.self_attn.q_proj.lora_B.bias (lora_bias), which no"),
+        "more": ({"modules_to_save": ["lm_head"]}, "lm_head.weight is (67, 32) in more and (64, 32) in "),
+    }
+    for name, (options, line) in wanted.items():
+        save(tmp_path / name, target_modules=["q_proj"], **options)
+        if name == "more":
+            tensors = load_file(tmp_path / name / WEIGHTS)
+            head = next(key for key in tensors if key.endswith("lm_head.weight"))
+            save_file(tensors | {head: torch.ones(67, 32)}, tmp_path / name / WEIGHTS)
+        words = ("--rank-pattern", "--budget", 0.5, "--model", llama, "--task", csv)
+        told = complaint(capsys, "export", tmp_path / name, *words)
+        assert line in told
+        assert "labels" not in told
+
+
+def recorded(folder: str, task: Any, out: Path, **options: Any) -> tuple[Any, Run]:
+    """A LoRA of PEFT under a Trainer, and its recording."""
+    model = models.load(folder, task=task)
+    fitted = task.fit(model)
+    batch = fitted.encode(models.processor(model), fitted.split("train").head(6 * ROWS)).batch(range(6 * ROWS))
+    rows = [{key: value[row] for key, value in batch.items()} for row in range(6 * ROWS)]
+    model = adapted(without_dropout(model), r=2, **options)
+    by_trainer(model, rows, out, recorder=ls.TrainerRecorder())
+    return model, ls.load(out / "lorascope")
+
+
+def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
+    llama: str, gpt2: str, bert: str, task: Any, tmp_path: Path
+) -> None:
+    """Nobody noted its base, so no other is told from it but by names and shapes."""
+    model, run = recorded(llama, task, tmp_path / "llama", target_modules=["q_proj", "v_proj"])
+    found = worth.losses(run, cut(run, 1.0), llama, task, rows=ROWS)
+    assert found.before == pytest.approx(loss_of(model, llama, task), rel=1e-5)
+    assert found.before != pytest.approx(loss_of(models.load(llama, task=task), llama, task), rel=1e-3)
+    with pytest.raises(
+        ValueError, match=r"gpt2 has no model\.layers\.0\.self_attn\.q_proj, which .* it is another model"
+    ):
+        worth.rises(run, gpt2, task)
+    wide = tiny("llama", hidden_size=64)
+    wide.save_pretrained(tmp_path / "wide")
+    tiny_tokenizer().save_pretrained(tmp_path / "wide")
+    with pytest.raises(
+        ValueError, match=r"q_proj is \(32, 32\) in PEFT LORA, r 2 and \(64, 64\) in .*wide: another model"
+    ):
+        worth.rises(run, tmp_path / "wide", task)
+    _, run = recorded(bert, task, tmp_path / "bert", target_modules=["query"], task_type="SEQ_CLS")
+    with pytest.raises(ValueError, match=r"keeps factors alone, and not the 66 other parameters that trained, such as"):
+        worth.losses(run, cut(run, 1.0), bert, task)
 
 
 def test_the_command_measures(lora: Run, bert: str, task: Any, csv: str, capsys: Any) -> None:

@@ -120,6 +120,11 @@ def named_base(config: Mapping[str, Any]) -> Pretrained | None:
     return Pretrained(name) if name and any(Path(name).expanduser().glob("*.safetensors")) else None
 
 
+def entry_seed(config: Mapping[str, Any]) -> int:
+    """The seed of the entries, as torch's generator on the CPU takes it."""
+    return int(config.get("random_loc_seed", _SEED)) % SEEDS
+
+
 def _part(path: Path, module: str, stored: Factor, config: Mapping[str, Any], base: Pretrained) -> FourierPart:
     patterns = config.get("n_frequency_pattern") or {}
     key = pattern_key(patterns, module)
@@ -127,8 +132,7 @@ def _part(path: Path, module: str, stored: Factor, config: Mapping[str, Any], ba
     if stored.shape != (n, 1):
         raise ValueError(f"{path}: {CONFIG} gives {module} {n} coefficients, its spectrum has {stored.shape[0]}")
     transposed = bool(config.get("fan_in_fan_out"))
-    seed = int(config.get("random_loc_seed", _SEED)) % SEEDS  # as torch's generator on the CPU takes it
     shape = base.shape(module, transposed)
     if n > shape[0] * shape[1]:
         raise ValueError(f"{path}: {module} has {n} coefficients, more than the {shape[0]} x {shape[1]} of its base")
-    return FourierPart(stored, shape, float(config.get("scaling", _SCALING)), transposed, seed)
+    return FourierPart(stored, shape, float(config.get("scaling", _SCALING)), transposed, entry_seed(config))

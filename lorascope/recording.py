@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorascope.foreign import bare_parameters
 from lorascope.method import Method, Step
 from lorascope.observe import factors_of
 from lorascope.observer import Observer
@@ -112,6 +113,10 @@ class Recording:
     def _base_file(self) -> Path:
         return self.path / "resume/base.safetensors"
 
+    @property
+    def _state_file(self) -> Path:
+        return self.path / "state/last.safetensors"
+
     def _resume(self, before: dict[str, Any]) -> None:
         for observer, state in zip(self.observers, before["observers"], strict=True):
             observer.restore(state)
@@ -129,8 +134,12 @@ class Recording:
             self.add(looked_at(self.step, (), self.observers))
         self.add(factors_of(self.step.model))
         if self.method is not None:
-            save_state(self.path / "state/last.safetensors", self.step.model, self.step.optimizer, self.method)
-        ranks = {name: adapter.rank for name, adapter in adapters(self.step.model).items()}
+            save_state(self._state_file, self.step.model, self.step.optimizer, self.method)
+        found = adapters(self.step.model)
+        if self.method is None and found:  # what PEFT trains beside them, such as a head, is part of an export
+            live = bare_parameters(self.step.model)
+            save_tree(self._state_file, {name: live[name] for name in self.base.kept})
+        ranks = {name: adapter.rank for name, adapter in found.items()}
         self.writer.meta["states"] = {"last": {"step": self.step.finished, "ranks": ranks}}
 
     def break_off(self) -> None:

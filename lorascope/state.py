@@ -224,6 +224,8 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     stored = load_tree(path)
     fit_head(model, run.meta["labels"])
     config = run.meta["method"]
+    if config["name"] == "peft":
+        raise ValueError(f"run {run.id} was trained by PEFT, which loads it: ls.export.to_peft writes its folder")
     if method is None and config["name"] not in METHODS:
         raise ValueError(f"run {run.id} was trained by {config['name']!r}, which is not registered: give method=")
     method = method or from_config(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_export import by_the_card, distance
 from torch import nn
 from trainers import METHODS, arguments, by_train, by_trainer, fresh, same_rows, same_weights
 from transformers import Trainer, TrainerControl, TrainerState
@@ -40,7 +41,7 @@ def test_both_loops_give_the_same_weights_and_records(name, accumulate, bert, ta
     same_rows(recorded.table, run.table, but=[*OURS, *untold, *(AT_GATES if name == "hydralora" else [])])
 
 
-def test_what_is_recorded_can_be_restored_and_exported(bert, task, tmp_path):
+def test_what_is_recorded_can_be_restored_and_exported(bert, task, tmp_path, monkeypatch):
     _, _, rows = by_train(bert, task, METHODS["lora"], tmp_path / "run")
     model = fresh(bert, task)
     by_trainer(model, rows, tmp_path / "out", METHODS["adalora"], recorder=ls.TrainerRecorder())
@@ -51,6 +52,8 @@ def test_what_is_recorded_can_be_restored_and_exported(bert, task, tmp_path):
     same_weights(base, model)
     assert run.label == "AdaLoRA, init_rank 4, target_rank 2, mask_every 1"
     assert run.lora_config()["target_modules"]
+    theirs = by_the_card(ls.export.to_peft(run, tmp_path / "adapter"), monkeypatch)
+    assert distance(model, theirs) < 1e-9
 
 
 @pytest.mark.parametrize(

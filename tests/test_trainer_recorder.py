@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from test_export import by_the_card, distance
 from tiny import tiny
 from torch import nn
 from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
@@ -23,6 +24,7 @@ from lorascope.analysis import starts
 from lorascope.plan import Base
 from lorascope.state import seeded
 
+QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
 
 
@@ -33,11 +35,14 @@ def rows(bert, task):
     return [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
 
 
-def with_lora(bert, task, seed=0, **options):
+def with_peft(bert, task, config, seed=0):
     with seeded(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = peft.LoraConfig(task_type="SEQ_CLS", r=3, target_modules=["query", "value"], **options)
         return peft.get_peft_model(fresh(bert, task), config)
+
+
+def with_lora(bert, task, seed=0, **options):
+    return with_peft(bert, task, peft.LoraConfig(**QV, r=3, **options), seed)
 
 
 def last(run, quantity, module):
@@ -91,6 +96,37 @@ def test_a_start_of_peft_that_is_not_zero_is_taken_off_or_told_to_be_lost(bert, 
         last = kept.updates()[name].dense()
         np.testing.assert_allclose(update.dense(), last - first[name], atol=1e-6 * np.abs(last).max())
         assert update.norm() == pytest.approx(learned[name], rel=1e-9)
+
+
+EXPORTED = {
+    "lora": peft.LoraConfig(**QV, r=3, lora_alpha=5),
+    "fourierft": peft.FourierFTConfig(**QV, n_frequency=30),
+    "fourierft, another seed": peft.FourierFTConfig(**QV, n_frequency=30, random_loc_seed=2**33 + 5, scaling=40.0),
+}
+
+
+@pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
+def test_what_peft_trained_is_exported_with_its_head(config, bert, task, rows, tmp_path, monkeypatch):
+    model = with_peft(bert, task, config)
+    by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(), learning_rate=0.05)
+    run = ls.load(tmp_path / "lorascope")
+    out = ls.export.to_peft(run, tmp_path / "adapter")
+    expected, again = dict(delta.deltas(model)), ls.load(out, base=bert).updates()
+    assert set(again) == set(expected)
+    for module, update in expected.items():
+        assert update.norm() > 0
+        np.testing.assert_allclose(again[module].dense(), update.dense(), rtol=1e-6, atol=1e-9)
+    assert distance(model.eval(), fresh(bert, task)) > 1e-3
+    assert distance(model, by_the_card(out, monkeypatch)) < 1e-6
+    with pytest.raises(ValueError, match=r"was trained by PEFT, which loads it: ls\.export\.to_peft"):
+        run.restore(fresh(bert, task))
+
+
+def test_a_bias_beside_an_adapter_is_not_exported(bert, task, rows, tmp_path):
+    by_trainer(with_lora(bert, task, bias="lora_only"), rows, tmp_path, recorder=ls.TrainerRecorder(), max_steps=1)
+    with pytest.raises(ValueError, match=r"trained the bias of .*query beside its adapter") as caught:
+        ls.export.to_peft(ls.load(tmp_path / "lorascope"), tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("quantised", [False, True])

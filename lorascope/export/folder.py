@@ -88,6 +88,10 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
         change = updates.pop(name).dense()
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = weight + (change if hosts[name] == "Linear" else change.T).astype(weight.dtype)
+    biased = next((name for name in updates if f"{name}.bias" in weights), None)
+    if biased is not None:
+        told = f"trained the bias of {biased} beside its adapter, and PEFT saves a module whole or an adapter of it"
+        raise ValueError(f"run {run.id} ({run.label}) {told}")
     config = _config(run, form.keywords(run, updates), _owners(run, weights), updates)
     tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
     draft = path.with_name(f".{path.name}.part")

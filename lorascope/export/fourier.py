@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.fourier import Fourier, entries
+from lorascope.fourier_files import entry_seed
 from lorascope.run import Run
 from lorascope.summary import mode, targets
 
@@ -30,11 +31,10 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     ValueError
         PEFT has no such basis, entries or scales.
     """
-    who, method = f"run {run.id} ({run.label}) cannot be written for PEFT:", run.meta["method"]
-    if method["basis"] != "fourier":
-        raise ValueError(f"{who} basis {method['basis']!r} is none of PEFT's, whose basis is Fourier's")
+    who, (basis, seed, center) = f"run {run.id} ({run.label}) cannot be written for PEFT:", _drawn(run.meta["method"])
+    if basis != "fourier":
+        raise ValueError(f"{who} basis {basis!r} is none of PEFT's, whose basis is Fourier's")
     updates: dict[str, Any] = dict(run.updates(state=state))
-    seed, center = method["entry_seed"], method["center"]
     for name, update in updates.items():
         if center is not None:
             told = f"were drawn from a band (center {center:g}), PEFT draws from all places alike"
@@ -49,6 +49,13 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     return updates
 
 
+def _drawn(method: Mapping[str, Any]) -> tuple[str, int, float | None]:
+    """Basis, seed and centre of the band; where PEFT trained its own basis, from all places alike."""
+    if method["name"] == "peft":
+        return "fourier", entry_seed(method), None
+    return method["basis"], method["entry_seed"], method["center"]
+
+
 def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
     """Entries of the configuration that are FourierFT's."""
     if not updates:
@@ -58,7 +65,7 @@ def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
         "peft_type": "FOURIERFT",
         "target_modules": targets(run, numbers),
         "scaling": next(iter(updates.values())).scale,
-        "random_loc_seed": run.meta["method"]["entry_seed"],
+        "random_loc_seed": _drawn(run.meta["method"])[1],
         **frequency_pattern(numbers),
     }
 

@@ -219,12 +219,15 @@ def _config(path: Path) -> dict[str, Any]:
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind not in _KINDS:
         raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: {', '.join(_KINDS)} are")
-    _check(file, config)
+    _check(file, config, masks=kind == "ADALORA")
     return config
 
 
-def _check(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise a ValueError where a setting that counts here is of a kind that it cannot be."""
+def _check(file: Path, config: Mapping[str, Any], masks: bool) -> None:
+    """Raise a ValueError where a setting that counts here is of a kind that it cannot be.
+
+    ``masks``: does ``rank_pattern`` say which components a module keeps, as AdaLoRA's does, and not how many?
+    """
     for name in ("r", "init_r", "lora_alpha"):
         if not isinstance(config.get(name, 1), int | float):
             raise ValueError(f"{file}: {name} is {config[name]!r}, where a number belongs")
@@ -232,16 +235,21 @@ def _check(file: Path, config: Mapping[str, Any]) -> None:
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{file}: {name} is {patterns!r}, where names of modules with their numbers belong")
+        masked = masks and name == "rank_pattern"
         for key, value in patterns.items():
-            # AdaLoRA has a mask in place of a number.
-            if not isinstance(value, int | float | list):
-                raise ValueError(f"{file}: {name} gives {key!r} {value!r}, where a number belongs")
+            if not (_is_mask(value) if masked else isinstance(value, int | float)):
+                wanted = "a list of true and false" if masked else "a number"
+                raise ValueError(f"{file}: {name} gives {key!r} {value!r}, where {wanted} belongs")
             try:
                 re.compile(key)
             except re.error as error:
                 raise ValueError(f"{file}: {name} names {key!r}, which is no regular expression: {error}") from error
     if not isinstance(config.get("enable_lora") or [], list):
         raise ValueError(f"{file}: enable_lora is {config['enable_lora']!r}, where a list of true and false belongs")
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(kept, bool) for kept in value)
 
 
 def _weight_files(path: Path) -> list[Path]:

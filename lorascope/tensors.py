@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class TensorFile(Mapping[str, np.ndarray]):
     Parameters
     ----------
     path : path
-        Of the file; ``about`` is what was said of its arrays when they were written here.
+        Of the file.
 
     Raises
     ------
@@ -61,8 +62,9 @@ class TensorFile(Mapping[str, np.ndarray]):
                 header = dict(json.loads(file.read(length)))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{self.path} is not a safetensors file: its header is not a JSON object") from error
-        metadata = header.pop("__metadata__", {})
-        self.about: dict[str, Any] = json.loads(metadata.get(_ABOUT, "{}"))
+        self._words = header.pop("__metadata__", None) or {}
+        if not isinstance(self._words, dict):
+            raise ValueError(f"{self.path} is not a sound safetensors file: its header's __metadata__ is no object")
         self._entries: dict[str, dict[str, Any]] = header
         self._start = 8 + length
         broken = next((name for name, entry in header.items() if not _sound(entry)), None)
@@ -71,6 +73,14 @@ class TensorFile(Mapping[str, np.ndarray]):
         end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if self._start + end > size:
             raise ValueError(f"{self.path} is truncated: {size} bytes where its header needs {self._start + end}")
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What was said of the arrays when they were written here; of other files nothing is asked."""
+        try:
+            return dict(json.loads(self._words.get(_ABOUT, "{}")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} was not written here: what it says of its arrays is no JSON") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]

@@ -12,7 +12,7 @@ import pytest
 from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
 from lorascope.checkpoints import load
 from lorascope.inspection import inspect
-from lorascope.tensors import write_json, write_tensors
+from lorascope.tensors import TensorFile, write_json, write_tensors
 
 GIVEN: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q": 2}}
 
@@ -54,6 +54,16 @@ def test_any_spoiled_file_is_read_or_told_in_one_line(adapter: Path, name: str) 
         ({"r": [8]}, "r is [8], where a number belongs"),
         ({"rank_pattern": 4}, "rank_pattern is 4, where names of modules"),
         ({"alpha_pattern": {"q": "x"}}, "alpha_pattern gives 'q' 'x', where a number belongs"),
+        ({"alpha_pattern": {"q": [8]}}, "alpha_pattern gives 'q' [8], where a number belongs"),
+        ({"rank_pattern": {"q": [True]}}, "rank_pattern gives 'q' [True], where a number belongs"),
+        (
+            {"peft_type": "ADALORA", "rank_pattern": {"h.0.q.lora_E": 8}},
+            "rank_pattern gives 'h.0.q.lora_E' 8, where a list of true and false belongs",
+        ),
+        (
+            {"peft_type": "ADALORA", "rank_pattern": {"h.0.q.lora_E": ["x"]}},
+            "rank_pattern gives 'h.0.q.lora_E' ['x'], where a list of true and false belongs",
+        ),
         ({"rank_pattern": {"(q": 2}}, "rank_pattern names '(q', which is no regular expression"),
         ({"enable_lora": True}, "enable_lora is True, where a list"),
     ],
@@ -63,3 +73,30 @@ def test_a_setting_of_the_wrong_kind_is_named(adapter: Path, change: dict[str, A
     with pytest.raises(ValueError, match=r"where|which") as raised:
         load(adapter)
     assert f"{adapter / CONFIG}: {message}" in str(raised.value)
+
+
+def reworded(adapter: Path, words: Any) -> None:
+    """Give the file of weights another text in its header."""
+    data = (adapter / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]) | {"__metadata__": words}).encode()
+    (adapter / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+@pytest.mark.parametrize("words", [None, {"about": "a fine adapter"}, {"about": "[1]"}, {"format": "pt"}])
+def test_what_others_wrote_into_a_header_is_theirs(adapter: Path, words: Any) -> None:
+    expected = load(adapter).summary()
+    reworded(adapter, words)
+    assert load(adapter).summary().equals(expected)
+
+
+def test_a_header_that_is_none_of_ours_is_told_in_one_line(adapter: Path) -> None:
+    reworded(adapter, ["about"])
+    with pytest.raises(ValueError, match="__metadata__ is no object") as raised:
+        load(adapter)
+    assert str(adapter / WEIGHTS) in str(raised.value)
+    for words in ({"about": "a fine adapter"}, {"about": 7}):
+        reworded(adapter, words)
+        with pytest.raises(ValueError, match="was not written here") as raised:
+            _ = TensorFile(adapter / WEIGHTS).about
+        assert str(adapter / WEIGHTS) in str(raised.value)

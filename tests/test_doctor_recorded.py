@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pandas as pd
+import peft
 import pytest
 from planted import low_rank, plant
 from ward import Allocating, Bench, adalora
@@ -128,3 +129,10 @@ def test_the_scale_of_a_recorded_adalora(alpha, found, bench):
     model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2, lora_alpha=alpha))
     run = bench.trained(model, others=[Allocating()], learning_rate=3e-2)
     assert causes_of(run) == found
+
+
+@pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
+def test_prompts_have_no_adapters_that_could_be_unused(config, bench):
+    run = bench.trained(bench.peft(config(task_type="SEQ_CLS", num_virtual_tokens=4)))
+    assert run.meta["method"]["name"] == "peft"
+    assert causes_of(run) == []

@@ -13,7 +13,8 @@ WORSE = 1.0  # nats: batches differ by less, and a loss that ends this far above
 def unused(case: Case) -> Found:
     """A training that passed the adapters by."""
     method, steps = case.meta["method"], int(case.losses.index.max() if len(case.losses) else 0)
-    promised = method.get("name") == "peft" or len(case.adapted)
+    # Of PEFT's ways, prompts and prefixes adapt no module: those that do name them.
+    promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
     if not case.history or not case.meta["states"] or len(case.resting) < len(case.adapted) or not promised:
         return
     told = f"all {len(case.adapted)} adapters are as they began" if len(case.adapted) else "no adapter was active"

@@ -33,13 +33,22 @@ def adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
     )
 
 
-def adapter_findings(run: AdapterRun) -> Iterator[str]:
-    """What the files say beside their factors."""
-    config, others = run.files.config, run.files.others
+def adapter_cautions(run: AdapterRun) -> Iterator[str]:
+    """Where |dW| is not quite that of the update."""
+    config = run.files.config
     if not config:
         yield f"no {CONFIG}, so alpha is not known: |dW| is that of B A, to be multiplied by alpha / r"
     if run.files.kind == "DoRA" and any(part.thin for part in run.files.parts.values()):
         yield "DoRA: |dW| is that of the direction B A alone; --base DIR gives that of the whole"
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_RESIDUAL):
+        yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
+
+
+def adapter_findings(run: AdapterRun) -> Iterator[str]:
+    """What the files say beside their factors."""
+    config, others = run.files.config, run.files.others
+    yield from adapter_cautions(run)
     biases = {name.rpartition(".")[0] for name in others if name.endswith(".bias")}
     whole = {name.removesuffix(".weight").removesuffix(".base_layer") for name in others if not name.endswith(".bias")}
     yield from _saved_whole(run, sorted(whole))
@@ -48,9 +57,6 @@ def adapter_findings(run: AdapterRun) -> Iterator[str]:
     lacking = [module for module in run.files.parts if run.base is not None and not run.base.holds(module)]
     if lacking:
         yield f"not in the base, tied perhaps: {some(lacking)}"
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_RESIDUAL):
-        yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
     for pattern in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(pattern) or {}
         idle = [key for key in patterns if not any(pattern_key([key], module) for module in run.files.parts)]

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from lorascope.adapter_inspection import adapter_facts, adapter_findings, some
+from lorascope.adapter_inspection import adapter_cautions, adapter_facts, adapter_findings, some
 from lorascope.against_base import BESIDE, DIRECTIONS, against_base
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
 from lorascope.forms import UNTRAINED
@@ -55,6 +55,12 @@ class Inspection:
     findings: tuple[str, ...]
 
     @property
+    def cautions(self) -> tuple[str, ...]:
+        """The findings that change how it is read beside others."""
+        own = adapter_cautions(self.run) if isinstance(self.run, AdapterRun) else ()
+        return (*_cautions(self.run, self.modules), *_beside(self.modules), *own)
+
+    @property
     def norm(self) -> float:
         """|dW| of all modules together, those with NaN left out."""
         return pooled(self.modules["update_norm"])
@@ -87,7 +93,7 @@ class Inspection:
             "path": str(self.run.path),
             "kind": self.facts[0][1],
             "facts": dict(self.facts[1:]),
-            "update_norm": self.norm,
+            "update_norm": json_values(self.norm),
             "roles": rows(self.roles()),
             "modules": rows(self.modules),
             "findings": list(self.findings),
@@ -218,16 +224,9 @@ def _run_facts(run: Run, count: int) -> tuple[tuple[str, str], ...]:
 
 def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     """What holds for any update: NaN, nothing at all, much in few directions."""
-    routed = int((~modules["exact"]).sum())
-    if routed:
-        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {stands_at(run)}"
-    broken = modules["module"][modules["update_norm"].isna()]
-    if len(broken):
-        yield f"{_count(len(broken), modules)} NaN or infinity: {some(broken)}"
+    yield from _cautions(run, modules)
     untouched = modules["module"][modules["update_norm"] == 0]
-    if len(untouched) == len(modules):
-        yield f"all {len(modules)} modules untouched: saved before it was trained?"
-    elif len(untouched):
+    if 0 < len(untouched) < len(modules):
         plural = "s" * (len(untouched) > 1)
         yield f"{len(untouched)} module{plural} untouched: {some(untouched)}{_zero(run, untouched)}"
     yield from _dead(modules)
@@ -239,6 +238,18 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         ranks = sorted(set(known["rank"] // 4))
         bound = f"rank {ranks[0]} or less" if len(ranks) == 1 else "a quarter of their rank"
         yield f"{narrow or 'none'} of {len(known)} modules hold {100 * _SHARE:.0f} % of their energy in {bound}"
+
+
+def _cautions(run: Run, modules: pd.DataFrame) -> Iterator[str]:
+    """Norms that are those of a stand-in, or none."""
+    routed = int((~modules["exact"]).sum())
+    if routed:
+        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {stands_at(run)}"
+    broken = modules["module"][modules["update_norm"].isna()]
+    if len(broken):
+        yield f"{_count(len(broken), modules)} NaN or infinity: {some(broken)}"
+    if (modules["update_norm"] == 0).all():
+        yield f"all {len(modules)} modules untouched: saved before it was trained?"
 
 
 def _dead(modules: pd.DataFrame) -> Iterator[str]:
@@ -285,4 +296,16 @@ def _count(count: int, modules: pd.DataFrame) -> str:
 
 def rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
     """A table as JSON values; what is unknown is None."""
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+    return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))
+
+
+def json_values(value: Any) -> Any:
+    """Numbers, words, dicts and lists with None for what is no number, which JSON has no word for."""
+    match value:
+        case float():
+            return value if np.isfinite(value) else None
+        case dict():
+            return {key: json_values(inner) for key, inner in value.items()}
+        case list():
+            return [json_values(inner) for inner in value]
+    return value

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from lorascope.adapter_inspection import DTYPES, some
-from lorascope.inspection import pooled, rows
+from lorascope.inspection import json_values, pooled, rows
 from lorascope.pretrained import Pretrained
 from lorascope.roles import position
 from lorascope.scoring import score
@@ -70,7 +70,7 @@ class NeuronInspection:
             "path": str(self.path),
             "kind": self.facts[0][1],
             "facts": dict(self.facts[1:]),
-            "quantiles": {f"{share:g}": value for share, value in self.quantiles().items()},
+            "quantiles": json_values({f"{share:g}": value for share, value in self.quantiles().items()}),
             "roles": rows(self.roles()),
             "modules": rows(self.modules),
             "largest": rows(self.largest(100).drop(columns="top")),

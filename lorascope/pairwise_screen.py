@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 
 from lorascope.analysis.pairs import DIRECTIONS
 from lorascope.pairwise import Comparison
-from lorascope.screen import WIDTH, Style, elide, norm, span
+from lorascope.screen import WIDTH, Style, colour_of, elide, norm, span
 
 _CELL = 6
 _MOST = (WIDTH - 2) // _CELL
@@ -24,7 +25,8 @@ def compared(comparison: Comparison, style: Style) -> str:
     else:
         for block in blocks:
             lines += [*block, ""]
-    return "\n".join(line.rstrip() for line in [*lines, *_explained(comparison)])
+    told = list(_cautions(comparison, style))
+    return "\n".join(line.rstrip() for line in [*lines, *_explained(comparison), *([""] if told else []), *told])
 
 
 def _listed(comparison: Comparison, style: Style) -> Iterator[str]:
@@ -74,6 +76,14 @@ def _explained(comparison: Comparison) -> Iterator[str]:
     yield "elsewhere  ranks that would have to move to other modules to be allotted alike"
     if len(comparison.inspections) > _MOST:
         yield f"the first {_MOST} columns; --csv and --json have all"
+
+
+def _cautions(comparison: Comparison, style: Style) -> Iterator[str]:
+    """What of an adapter or run changes how its numbers are read, by its letter."""
+    for letter, item in zip(_letters(comparison), comparison.inspections, strict=True):
+        for caution in item.cautions:
+            for line in textwrap.wrap(caution, WIDTH, initial_indent=f"{letter} ", subsequent_indent="    "):
+                yield style.paint(line, colour_of(caution))
 
 
 def _letters(comparison: Comparison) -> list[str]:

@@ -257,10 +257,15 @@ def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
 
 def _findings(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for finding in inspection.findings:
-        colour = "31" if "NaN" in finding else "33"
+        colour = colour_of(finding)
         for number, text in enumerate(textwrap.wrap(finding, WIDTH - _LABEL, subsequent_indent="  ")):
             key = "findings" if number == 0 and finding is inspection.findings[0] else ""
             yield _line(key, style.paint(text, colour), style)
+
+
+def colour_of(finding: str) -> str:
+    """Red for what is broken, yellow for the rest."""
+    return "31" if "NaN" in finding else "33"
 
 
 def _next(inspection: Inspection) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,11 @@ def test_the_command_shows_it(pair: tuple[Path, Path], capsys: pytest.CaptureFix
         shown = capsys.readouterr().out.splitlines()
         assert max(map(len, shown)) <= screen.WIDTH
         assert any("intruder dimensions" in line for line in shown)
+    twin = shutil.copytree(adapter, pair[0].parent / "twin")
+    assert main(["inspect", adapter, str(twin), "--base", base]) == 0
+    below = capsys.readouterr().out.splitlines()
+    for letter in "ab":
+        assert sum(line.startswith(f"{letter} ") and "intruder dimensions in" in line for line in below) == 1
     row: Any = next(line for line in shown if line.startswith("model.layers.0.self_attn.q_proj")).split()
     assert len(row) == 9  # the share has a sign of its own
     assert main(["inspect", adapter, "--base", base, "--csv"]) == 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from planted import low_rank, plant
+from test_inspect import strictly
 from torch.utils.data import Subset
 from trainers import METHODS
 from ward import SETTINGS, Allocating, Bench, adalora
@@ -194,7 +195,7 @@ def test_rows_are_told_apart_without_reading_them(bench):
     assert overlap(bench.rows[:4], bench.rows[2:6]) == 0.5
 
 
-def test_numbers_by_hand(tmp_path):
+def test_numbers_by_hand(tmp_path, capsys):
     """Planted: (3, 4) against (30, 40) is a tenth, and what is below a threshold is said only there."""
     norms = {"h.0.q": (3.0, 30.0), "h.1.q": (4.0, 40.0)}
 
@@ -216,6 +217,9 @@ def test_numbers_by_hand(tmp_path):
     assert (finding.cause, finding.evidence["start"], finding.evidence["end"]) == ("diverged", 1.0, 2.1)
     (finding,) = planted("e", 1.0, [1.0, math.nan])
     assert finding.cause == "diverged"
+    assert main(["doctor", str(tmp_path / "e"), "--json"]) == 1
+    told = strictly(capsys.readouterr().out)
+    assert told["findings"][0]["evidence"] == {"start": 1.0, "end": None, "threshold": 1.0, "lr": 0.5}
 
 
 def test_a_loss_that_was_no_number_broke_the_run_off(bench):

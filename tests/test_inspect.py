@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -319,3 +320,29 @@ def test_a_run_that_broke_is_shown_and_is_a_failure(tmp_path: Path, capsys: pyte
     write_run(tmp_path / "run", status="broken", states={}, error="the loss is NaN at step 4")
     assert main(["inspect", str(tmp_path / "run")]) == 1
     assert "the loss is NaN at step 4" in capsys.readouterr().out
+
+
+def strictly(text: str) -> Any:
+    """JSON as its standard has it, without NaN and infinity."""
+
+    def fail(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=fail)
+
+
+def test_json_knows_no_nan_and_no_infinity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = plant(tmp_path / "broken", llama(1, [float("nan")] * 2))
+    sound = plant(tmp_path / "sound", llama(1, [1.0, 0.5]))
+    base = tmp_path / "base"
+    write_tensors(
+        base / "model.safetensors",
+        {f"model.layers.0.{name}.weight": np.zeros((20, 12), "f4") for name in LLAMA},
+        {},
+    )
+    told = strictly(run(capsys, broken, "--json"))
+    assert told["update_norm"] is told["modules"][0]["update_norm"] is None
+    told = strictly(run(capsys, sound, "--base", base, "--json"))
+    assert [row["relative_update"] for row in told["modules"]] == [None] * 4
+    assert told["roles"][0]["relative_update"] is None
+    assert len(strictly(run(capsys, sound, broken, "--base", base, "--json"))) == 2

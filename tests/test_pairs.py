@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from test_hydra_files import write as write_hydra
 
 from lorascope import plots
 from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
@@ -222,3 +223,25 @@ def test_the_figure_holds_the_matrix(three: dict[str, AdapterRun]) -> None:
     assert "3 adapters" in charts[0].caption or "1 run" in charts[0].caption
     with pytest.raises(ValueError, match="takes two runs or more, got 1"):
         plots.adapter_pairs(three["a"])
+
+
+def test_what_changes_the_reading_stands_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    factors = drawn(0, RANKS["a"])
+    plain, bare = (write(tmp_path / name, factors) for name in ("plain", "bare"))
+    write_json(bare / CONFIG, {"peft_type": "LORA", "r": 3})
+    (bare / CONFIG).unlink()
+    spoiled = {LAYER(0, "q"): (np.full((20, 3), np.nan), factors[LAYER(0, "q")][1])}
+    broken = write(tmp_path / "broken", dict(factors) | spoiled)
+    empty = write(tmp_path / "empty", {module: (0 * B, A) for module, (B, A) in factors.items()})
+    shown = told(capsys, plain, bare, broken, empty).splitlines()
+    assert max(map(len, shown)) <= 80
+    below = " ".join(" ".join(shown[shown.index("", 6) :]).split())
+    assert (
+        "b no adapter_config.json, so alpha is not known: |dW| is that of B A, to be multiplied by alpha / r" in below
+    )
+    assert f"c 1 of 3 modules holds NaN or infinity: {LAYER(0, 'q')}" in below
+    assert "d all 3 modules untouched" in below
+    assert not any(line.startswith("a ") for line in shown[-6:])
+    assert "untouched" not in told(capsys, plain, bare)
+    write_hydra(tmp_path / "hydra")
+    assert "depend on their input" in told(capsys, tmp_path / "hydra", plain)

@@ -15,6 +15,7 @@ from lorascope.causes import Case, Finding
 from lorascope.checkpoints import load
 from lorascope.commands.arguments import UsageError, parse
 from lorascope.doctor import examine, findings, unseen
+from lorascope.inspection import json_values
 from lorascope.run import Run
 from lorascope.screen import WIDTH
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     found = findings(case)
     if options.json:
         plain = {"path": options.path, "findings": list(map(dataclasses.asdict, found)), "unseen": unseen(case)}
-        print(json.dumps(plain, indent=1, ensure_ascii=False))
+        print(json.dumps(json_values(plain), indent=1, ensure_ascii=False))
     else:
         print("\n".join(_lines(run, case, found)))
     return 1 if found else 0

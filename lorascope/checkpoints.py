@@ -59,15 +59,19 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     if path.is_file():
         refuse_pickles([path])
         raise ValueError(f"{path} is a file: give the folder it lies in, {path.parent}")
-    trained_here = (path / "recipe.json").exists() or (path / "run.json").exists()
-    if trained_here and base is not None:
+    if is_run(path) and base is not None:
         raise ValueError(f"{path} is a run: it knows its own base, so leave the base out")
-    if trained_here:
+    if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists() or factor_files(path):
         model = None if base is None else Pretrained(base)
         return AdapterRun(_read(path, model), model)
     raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
+
+
+def is_run(path: str | Path) -> bool:
+    """Was what lies in a folder trained here, or recorded?"""
+    return any((Path(path).expanduser() / mark).exists() for mark in MARKS[:2])
 
 
 def _read(path: Path, base: Pretrained | None) -> AdapterFiles:

@@ -194,7 +194,8 @@ class Run:
     def lora_config(self, state: str = "last") -> dict[str, Any]:
         """PEFT's keywords for a LoRA with this run's ranks: full module names, ``rank_pattern``, ``alpha_pattern``.
 
-        Modules of rank 0 are no targets, and a pattern's key matches the one module it is about.
+        Modules of rank 0 are no targets, and a pattern's key matches the one module it is about. Of HydraLoRA they are
+        the ranks and scales of what a token sees; such a LoRA has neither its router nor its heads.
 
         Raises
         ------

@@ -65,8 +65,8 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
     kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not kept:
         raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
-    products = factored(run, {name: updates[name] for name in kept})
-    alphas = {name: _alpha(products[name].scale, rank) for name, rank in kept.items()}
+    factors = products(run, {name: updates[name] for name in kept})
+    alphas = {name: _alpha(factors[name].scale, rank) for name, rank in kept.items()}
     common_rank, common_alpha = mode(kept.values()), mode(alphas.values())
     return {
         "r": common_rank,
@@ -77,17 +77,25 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
     }
 
 
-def factored(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
-    """The updates, if each is a product of two factors and no more; a ValueError says of one that it is not.
+def products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
+    """The updates, if each is a product of two factors; a ValueError says of one that it is not."""
+    found = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
+    other = next((name for name in updates if name not in found), None)
+    if other is not None:
+        raise ValueError(f"run {run.id} ({run.label}): the update of {other} {_NO_PRODUCT}")
+    return found
 
-    One that depends on its input is such a product where the run is seen at fixed gates.
+
+def factored(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
+    """The updates, if each is such a product and no more; a ValueError says of one that it is not.
+
+    One that depends on its input is no more where the run is seen at fixed gates.
     """
-    products = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
-    for name in updates:
-        if name not in products or not (products[name].exact or name in run.gates):
-            why = _ROUTED if name in products else _NO_PRODUCT
-            raise ValueError(f"run {run.id} ({run.label}): the update of {name} {why}")
-    return products
+    found = products(run, updates)
+    routed = next((name for name, update in found.items() if not (update.exact or name in run.gates)), None)
+    if routed is not None:
+        raise ValueError(f"run {run.id} ({run.label}): the update of {routed} {_ROUTED}")
+    return found
 
 
 def _exactly(name: str) -> str:

@@ -17,7 +17,7 @@ from test_inspect import llama, plant
 import lorascope
 from lorascope.checkpoints import load
 from lorascope.cli import COMMANDS, main
-from lorascope.commands import inspecting, training
+from lorascope.commands import opening, training
 from lorascope.commands.arguments import fields_of, flag_type
 from lorascope.methods import METHODS
 from lorascope.plots import FIGURES
@@ -123,12 +123,12 @@ def test_exit_codes(
     def fail(path: str, base: str | None) -> None:
         raise error
 
-    monkeypatch.setattr(inspecting, "load", fail)
+    monkeypatch.setattr(opening, "load", fail)
     assert complaint(capsys, "inspect", "x", code=code) == line
 
 
 def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspecting, "load", lambda path, base: {}["x"])
+    monkeypatch.setattr(opening, "load", lambda path, base: {}["x"])
     with pytest.raises(KeyError):
         main(["inspect", "x"])
 

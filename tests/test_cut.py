@@ -113,13 +113,15 @@ def test_the_command_says_what_is_kept(spectral: ls.Run, capsys: pytest.CaptureF
     """Worked by hand: 5, 4, 3 and the first 1 stay of 26.25, 17, 0.0125 and 11."""
     _, out, _ = run(capsys, "export", spectral.path, "--rank-pattern", "--budget", 4)
     remarks = [line for line in out.splitlines() if line.startswith("# ")]
-    assert remarks == [
+    assert remarks[:-2] == [
         "# Kept: 4 of 10 components, in 3 of 4 modules; 36 of 90 parameters.",
         "# Energy kept (squared singular values): 94.0%; least in h.1.q, 0.0%.",
         "# So the adapter, cut to that, would differ from itself by 24.5% of its norm (Frobenius), the least that "
         "these ranks allow; that module by 100.0%.",
         "# What that costs the task no spectrum says: --model NAME --task NAME measures the loss.",
     ]
+    assert remarks[-2].startswith("# From elsewhere, LoRAs trained at a smaller rank from the start: ")
+    assert "none of them was cut: they are no forecast" in remarks[-1]
     assert all(word not in out.lower() for word in ("accuracy", "expect"))
     _, out, err = run(capsys, "export", spectral.path, "--rank-pattern", "--budget", 4, "--json")
     assert err.splitlines() == remarks

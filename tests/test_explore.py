@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 from planted import MODULES, plant, profile
 from playwright.sync_api import Locator, expect, sync_playwright
+from test_cli import modules_after
 
 import lorascope as ls
 from lorascope.run import Run
@@ -210,6 +211,13 @@ def test_a_run_without_records_is_refused(tmp_path: Path) -> None:
         ls.explore(plant(tmp_path, "empty", {}))
 
 
+@pytest.mark.parametrize("code", ["import lorascope.widgets", "import lorascope as ls; ls.explore"])
+def test_matplotlib_stays_out(code: str) -> None:
+    loaded = modules_after(code)
+    assert {"anywidget", "plotly"} <= loaded
+    assert "matplotlib" not in loaded
+
+
 def test_a_dark_page_gets_a_dark_chart(run: Run) -> None:
     explorer = ls.explore(run)
     explorer.canvas.dark = True  # as the page says
@@ -241,6 +249,7 @@ def lab(run: Run, tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--ServerApp.port={port}", "--IdentityProvider.token=t", f"--ServerApp.root_dir={tmp_path}"]
+    options.append("--LabApp.expose_app_in_browser=True")  # a page's commands, to change its theme by
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *options]
     with (tmp_path / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in own.items()}, stdout=log, stderr=log)
@@ -256,6 +265,8 @@ def lab(run: Run, tmp_path: Path) -> Iterator[str]:
         server.wait(30)
 
 
+ATTEMPTS = 4
+DARK, LIGHT = "rgb(22, 24, 29)", "rgb(255, 255, 255)"
 DOTS = """plot => plot.calcdata.filter(dots => dots[0].trace.hovertemplate && dots[0].trace.mode == "markers")
     .map(dots => dots.map(dot => dot.y))"""
 
@@ -281,16 +292,22 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
 
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.locator(".jp-CodeCell .cm-content").click()
-        page.keyboard.press("Shift+Enter")
-        page.locator("tbody").wait_for()
-        page.wait_for_timeout(2500)
-        if any("Failed to initialize" in error for error in errors):
-            pytest.skip("this machine is too busy: anywidget gives a page two seconds to start a widget")
+        # anywidget gives a page two seconds to start a widget, which a busy machine may miss, and says the same of one
+        # that never starts: so the cell is run anew, and none that starts is a failure.
+        for _ in range(ATTEMPTS):
+            errors.clear()
+            page.locator(".jp-CodeCell .cm-content").first.click()
+            page.keyboard.press("Control+Enter")
+            page.locator("tbody").wait_for()
+            page.wait_for_timeout(2500)
+            if not errors:
+                break
+        assert not errors
         plot = check("update norm, after step 9", ["3", "1", "2", "0.5", "1"], [[1.0, 0.5], [2.0, 1.0], [3.0]])
-        expect(plot.locator(".main-svg").first).to_have_css(
-            "background", re.compile(r"rgb\(22, 24, 29\)")
-        )  # as the page
+        for ground, other in ((DARK, "JupyterLab Light"), (LIGHT, None)):  # as the page
+            expect(plot.locator(".main-svg").first).to_have_css("background", re.compile(re.escape(ground)))
+            if other:
+                page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", other)
         page.get_by_role("slider").press("ArrowLeft")
         check("update norm, after step 4", ["1.5", "0.5", "1", "0.25", "0.5"], [[0.5, 0.25], [1.0, 0.5], [1.5]])
         page.get_by_label("Layers").get_by_role("option", name="1").click()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_cli import complaint
+from test_cli import complaint, run
 from test_export import by_the_card, distance, layers, trained
 from test_hydra_files import write
 
@@ -62,12 +63,24 @@ def test_the_ranks_at_fixed_gates_are_a_pattern(hydra: Run, bert: str, task: Any
 
 
 def test_as_it_is_one_line_says_what_can_be_done(hydra: Run, tmp_path: Path, capsys: Any) -> None:
-    for words in (("--peft", tmp_path / "adapter"), ("--rank-pattern",)):
+    for words in (("--peft", tmp_path / "adapter"), ("--rank-pattern", "--budget", 0.5)):
         told = complaint(capsys, "export", hydra.path, *words)
         assert "depends on its input, no LoRA holds its router" in told
         assert "ls.at_gates(run, ls.mean_gates(run, texts))" in told
         assert "near it, not equal" in told
     assert not list(tmp_path.iterdir())
+
+
+def test_its_ranks_need_no_router(hydra: Run, capsys: Any) -> None:
+    """A LoRA with them has the rank and the scale of what a token sees, whatever its gates."""
+    code, out, err = run(capsys, "export", hydra.path, "--rank-pattern", "--json")
+    assert code == 0
+    assert "neither the router nor the heads" in err
+    keywords = json.loads(out)
+    means = {name: [0.2, 0.3, 0.5] for name in hydra.updates()}
+    assert keywords == rank_pattern(hydra) == rank_pattern(ls.at_gates(hydra, means))
+    scale = {update.scale for update in hydra.updates().values()}
+    assert scale == {keywords["lora_alpha"] / keywords["r"]}
 
 
 def test_gates_of_some_modules_do_not_help_the_others(hydra: Run, tmp_path: Path) -> None:

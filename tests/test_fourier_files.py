@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_checkpoints import write_run
 from tiny import tiny
 
 import lorascope as ls
@@ -190,8 +191,51 @@ def test_folders_with_long_names_do_not_break_the_screen(tmp_path, capsys, monke
 def test_a_base_without_an_adapter_is_refused(tmp_path, capsys):
     from lorascope.cli import main
 
-    assert main(["plot", "spectrum", f"one={tmp_path / 'run'}", "--base", "base"]) == 2
-    assert f"--base is for adapters, and none of {tmp_path / 'run'} is one" in capsys.readouterr().err
+    run = write_run(tmp_path / "run")
+    for words in (["plot", "spectrum", f"one={run}"], ["inspect", str(run)], ["export", str(run), "--rank-pattern"]):
+        assert main([*words, "--base", "base"]) == 2
+        assert f"--base is for adapters, and none of {run} is one" in capsys.readouterr().err
+
+
+def test_beside_a_run_the_base_is_the_adapters_alone(adapter, tmp_path, capsys):
+    from lorascope.cli import main
+
+    run, base = str(write_run(tmp_path / "run")), str(adapter.parent / "base")
+    for words in ([str(adapter), run], [run, str(adapter)]):
+        assert main(["inspect", *words, "--base", base, "--json"]) == 0
+        told = {item["name"]: item for item in json.loads(capsys.readouterr().out)}
+        assert told["adapter"]["facts"]["base"].endswith(f"(read from {base})")
+        assert all(row["relative_update"] > 0 for row in told["adapter"]["modules"])
+        assert told["run"]["modules"][0]["update_norm"] == pytest.approx(2**0.5)
+    assert main(["plot", "update_norm", str(adapter), "--control", run, "--base", base, "-o", f"{tmp_path}/x.csv"]) == 0
+
+
+def test_its_table_is_exported_with_the_base(adapter, tmp_path, capsys):
+    from lorascope.cli import main
+
+    words, base = ["export", str(adapter), "--summary", "--table"], adapter.parent / "base"
+    assert main([*words, str(tmp_path / "x.json")]) == 2
+    assert "keeps no shapes" in capsys.readouterr().err
+    assert main([*words, str(tmp_path / "x.json"), "--base", str(base)]) == 0
+    rows = json.loads((tmp_path / "x.json").read_text())
+    assert [row["update_norm"] for row in rows] == load(adapter, base=base).summary()["update_norm"].tolist()
+
+
+def test_spectra_are_shown_when_asked_for(adapter, capsys):
+    from lorascope.cli import main
+
+    words = ["inspect", str(adapter), "--base", str(adapter.parent / "base"), "--json"]
+    told = []
+    for more in ([], ["--spectra"]):
+        assert main([*words, *more]) == 0
+        told.append(json.loads(capsys.readouterr().out)["modules"])
+    assert all(row["effective_rank"] is row["stable_rank"] is row["energy_rank"] is None for row in told[0])
+    for row in told[1]:
+        sigma = np.linalg.svd(load(*words[1:4:2]).updates()[row["module"]].dense(), compute_uv=False)
+        share = sigma / sigma.sum()
+        share = share[share > 1e-12]
+        assert row["effective_rank"] == pytest.approx(np.exp(-(share * np.log(share)).sum()))
+        assert row["stable_rank"] == pytest.approx((sigma**2).sum() / sigma[0] ** 2)
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj.fourierft_spectrum"

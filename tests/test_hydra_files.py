@@ -83,9 +83,10 @@ def test_the_folder_is_told_as_what_it_is(tmp_path):
     facts = dict(found.facts)
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
     assert plots.update_norm(run).caption.endswith("Updates of hydra at even gates.")
-    for refused in (run.lora_config, lambda: export.rank_pattern(run)):
-        with pytest.raises(ValueError, match="depends on its input"):
-            refused()
+    config = export.rank_pattern(run)
+    assert (config["r"], config["lora_alpha"], len(config["target_modules"])) == (4, 32, 9)
+    with pytest.raises(ValueError, match="depends on its input"):
+        export.rank_pattern(run, 0.5)
 
 
 def test_a_single_head_is_a_lora(tmp_path):

@@ -11,8 +11,9 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope import screen
-from lorascope.checkpoints import AdapterRun, load
+from lorascope.checkpoints import AdapterRun
 from lorascope.commands.arguments import UsageError, parse
+from lorascope.commands.opening import opened
 from lorascope.inspection import Inspection, inspect
 from lorascope.neuron_inspection import inspect_neurons
 from lorascope.pairwise import compare
@@ -24,8 +25,8 @@ from lorascope.scoring import is_checkpoint
 class Options:
     """Say what is in a PEFT adapter or in a run: where the update lies, which ranks it has and uses, what is odd.
 
-    Several are compared, each two of them: norms, cosines, angles, allocation. Nothing is trained, and no base model is
-    needed. Of a whole model, beside its base: which neurons turned.
+    Several are compared, each two of them: norms, cosines, angles, allocation. Nothing is trained, and of adapters
+    only FourierFT's need their base model. Of a whole model, beside its base: which neurons turned.
 
     Example: lorascope inspect my-adapter
     """
@@ -35,7 +36,7 @@ class Options:
         str | None,
         arg(
             metavar="DIR",
-            help="folder of the base model: of an adapter for |dW|/|W|, intruder dimensions and turned neurons, of a "
+            help="folder of the base model: of the adapters for |dW|/|W|, intruder dimensions and turned neurons, of a "
             "whole model to compare with",
         ),
     ] = None
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     if whole:
         print(_told_of_neurons(whole[0], options), end="")
         return 0
-    runs = [load(path, options.base) for path in options.paths]
+    runs = opened(options.paths, options.base)
     unfinished = [run for run in runs if not isinstance(run, AdapterRun) and not run.meta["states"]]
     for run in unfinished:
         print(run)

@@ -12,9 +12,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from lorascope.adapter_files import CONFIG
-from lorascope.checkpoints import load
 from lorascope.commands.arguments import UsageError, fields_of, headline, parse
+from lorascope.commands.opening import opened
 from lorascope.plots import FIGURES
 from lorascope.run import Run
 
@@ -49,11 +48,10 @@ def main(argv: Sequence[str]) -> int:
     if not options.runs:
         raise UsageError(f"plot {name} of what? Give a run: lorascope plot {name} runs/my-run -o {name}.pdf")
     own = {field: getattr(options, field) for field in _own_fields(name)}
-    folders = [Path(_split(word)[1]) for word in (*options.runs, *options.control)]
-    if options.base and not any((folder / CONFIG).exists() for folder in folders):
-        raise UsageError(f"--base is for adapters, and none of {', '.join(map(str, folders))} is one: leave it out")
-    control = _opened(options.control, options.base) if options.control else None
-    chart = FIGURES[name].draw(_opened(options.runs, options.base), control, **own)
+    labels, folders = zip(*map(_split, (*options.runs, *options.control)), strict=True)
+    pairs, drawn = list(zip(labels, opened(folders, options.base), strict=True)), len(options.runs)
+    control = _by_label(pairs[drawn:]) if options.control else None
+    chart = FIGURES[name].draw(_by_label(pairs[:drawn]), control, **own)
     path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
     print(json.dumps({"figure": name, "path": str(path)}) if options.json else path)
     return 0
@@ -73,15 +71,12 @@ def _own_fields(name: str) -> list[str]:
     return [field for field, *_ in fields_of(FIGURES[name].draw, skip=("runs", "control"))]
 
 
-def _opened(words: Sequence[str], base: str | None) -> list[Run] | dict[str, list[Run]]:
-    """Runs by label where a word is ``label=folder``, else a list."""
-    pairs = [_split(word) for word in words]
-    # A run knows its own base, so that among runs and adapters it is given to the adapters.
-    runs = [load(path, base if (Path(path) / CONFIG).exists() else None) for _, path in pairs]
+def _by_label(pairs: Sequence[tuple[str, Run]]) -> list[Run] | dict[str, list[Run]]:
+    """Runs by label where one is named, else a list."""
     if not any(label for label, _ in pairs):
-        return runs
+        return [run for _, run in pairs]
     labelled: dict[str, list[Run]] = {}
-    for (label, _), run in zip(pairs, runs, strict=True):
+    for label, run in pairs:
         labelled.setdefault(label or run.label, []).append(run)
     return labelled
 

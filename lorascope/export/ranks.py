@@ -142,7 +142,8 @@ def rank_pattern(
 ) -> dict[str, Any]:
     """PEFT's keywords for a LoRA with a run's ranks, or with as many of its components as a budget allows.
 
-    A module's rank is the number of its components that ``cut`` keeps. Every module keeps its scale.
+    A module's rank is the number of its components that ``cut`` keeps. Every module keeps its scale. HydraLoRA has
+    ranks of its own, but no components before its gates are fixed.
 
     Parameters
     ----------

@@ -18,6 +18,7 @@ from lorascope.delta import detach
 from lorascope.encoding import Encoded
 from lorascope.evaluation import evaluate
 from lorascope.export import Cut, base_of
+from lorascope.export.folder import refuse_unkept
 from lorascope.heads import fit_head, weights_hash
 from lorascope.hosts import host_weight
 from lorascope.method import task_head
@@ -120,11 +121,7 @@ def _opened(
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
     if isinstance(run, AdapterRun) or run.meta["w0_hash"] is None:
-        if isinstance(run, AdapterRun):
-            held = _beside(run)
-        else:
-            held = {}
-            _refuse_unkept(run, state)
+        held = _beside(run) if isinstance(run, AdapterRun) else _recorded(run, state)
         _put_others(run, held, base, str(name))
         _check_hosts(run, parts, base, str(name))
     else:
@@ -137,17 +134,10 @@ def _opened(
     return base, task.fit(base), parts
 
 
-def _refuse_unkept(run: Run, state: str) -> None:
-    """Raise a ValueError where a run of another's method trained more than the factors: its folder holds no more."""
-    factors = run.factors(state=state).values()
-    own = sum(array.size for each in factors for array in each.values())
-    if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are kept within A
-        own += sum(len(each["A"]) for each in factors)
-    if beside := run.meta["parameters"]["trained"] - own:
-        raise ValueError(
-            f"run {run.id} ({run.label}) keeps factors alone, and not the {beside:,} other parameters that trained, "
-            "such as a head: give the folder that PEFT saved"
-        )
+def _recorded(run: Run, state: str) -> dict[str, Tensor]:
+    """What a recording of another's training keeps beside the factors."""
+    refuse_unkept(run, state)
+    return {name: torch.tensor(array) for name, array in run.tensors(state).items()}
 
 
 def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:

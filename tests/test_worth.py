@@ -240,9 +240,14 @@ def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
         ValueError, match=r"q_proj is \(32, 32\) in PEFT LORA, r 2 and \(64, 64\) in .*wide: another model"
     ):
         worth.rises(run, tmp_path / "wide", task)
-    _, run = recorded(bert, task, tmp_path / "bert", target_modules=["query"], task_type="SEQ_CLS")
-    with pytest.raises(ValueError, match=r"keeps factors alone, and not the 66 other parameters that trained, such as"):
-        worth.losses(run, cut(run, 1.0), bert, task)
+    on_query = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
+    model, run = recorded(bert, task, tmp_path / "bert", **on_query)
+    found = worth.losses(run, cut(run, 1.0), bert, task, rows=ROWS)  # with the head that trained
+    assert found.before == pytest.approx(loss_of(model, bert, task), rel=1e-5)
+    _, run = recorded(bert, task, tmp_path / "biased", **on_query, lora_bias=True)
+    for refused in (lambda: worth.losses(run, cut(run, 1.0), bert, task), lambda: to_peft(run, tmp_path / "x")):
+        with pytest.raises(ValueError, match=r"and not the 64 other parameters that trained, such as biases of the"):
+            refused()
 
 
 def test_the_command_measures(lora: Run, bert: str, task: Any, csv: str, capsys: Any) -> None:

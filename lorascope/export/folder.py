@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -13,6 +14,7 @@ from safetensors.numpy import save
 
 from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
 from lorascope.export import fourier, lora
+from lorascope.forms import UNTRAINED
 from lorascope.run import Run
 from lorascope.tensors import TensorFile, write_bytes, write_json
 
@@ -79,6 +81,8 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
         what = "holds HydraLoRA, which no folder of PEFT does: export a run that was trained here, at fixed gates"
         read = what if run.inexact() else f"is an adapter of PEFT already: copy its folder, {run.path}"
         raise ValueError(f"{run.label} {read}")
+    if run.meta["method"]["name"] == "peft":
+        refuse_unkept(run, state)
     form = fourier if fourier.holds_coefficients(run, state) else lora
     updates, weights = form.updates_of(run, state), _weights(run, state)
     if "hosts" not in run.meta:
@@ -102,6 +106,21 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     write_bytes(draft / "README.md", _card(run, config, path.name).encode())
     draft.rename(path)
     return path
+
+
+def refuse_unkept(run: Run, state: str) -> None:
+    """Raise a ValueError where PEFT trained more than its recording keeps: factors, and what trained of the base."""
+    factors = list(run.factors(state=state).values())
+    kept = sum(array.size for each in factors for name, array in each.items() if name not in UNTRAINED)
+    if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are kept within A
+        kept += sum(len(each["A"]) for each in factors if "A" in each)
+    held = TensorFile(run._file(f"state/{state}.safetensors"))
+    kept += sum(math.prod(held.shape(name)) for name in held)
+    if beside := run.meta["parameters"]["trained"] - kept:
+        raise ValueError(
+            f"run {run.id} ({run.label}) keeps factors and what trained of the base, and not the {beside:,} other "
+            "parameters that trained, such as biases of the factors: give the folder that PEFT saved"
+        )
 
 
 def _weights(run: Run, state: str) -> dict[str, np.ndarray]:

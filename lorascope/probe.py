@@ -81,7 +81,7 @@ class Exhibit:
     misleads : str
         When it misleads.
     figure : str
-        Its name in the catalogue, if it has one.
+        Its name in ``plots``, if it has one.
     """
 
     chart: Drawable

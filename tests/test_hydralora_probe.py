@@ -15,6 +15,7 @@ from lorascope import models, probes
 from lorascope.delta import adapted
 from lorascope.methods.hydralora import HydraDelta
 from lorascope.probes import hydralora
+from lorascope.run import Run
 
 UP = [module["module"] for module in MODULES if module["role"] == "ffn_in"]
 
@@ -66,6 +67,21 @@ def test_what_is_told_of_the_domain_is_beyond_that_by_lot(tmp_path):
     assert hydralora.told_of_domain(run) == pytest.approx(0.4 - 0.1)
 
 
+def told_at(run: Run, step: int) -> float:
+    """What gates tell of the domain beyond lots at a step, mean over modules, from the bare records."""
+    table = run.table[run.table["step"] == step]
+    told, lot = (
+        table[table["quantity"] == name].set_index("module")["value"] for name in ("gate_information", "gate_chance")
+    )
+    assert len(told) == len(lot) == 4
+    return float((told - lot).mean())
+
+
+def replaced(run: Run, metric: float) -> Run:
+    """The run as if it had reached this on the test split."""
+    return Run(run.path, run.meta | {"test": run.meta["test"] | {"metric": metric}})
+
+
 def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     runs = {}
     for arm in hydralora.arms(True):
@@ -82,6 +98,9 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     claims = (hydralora.DOMAINS, hydralora.APART, hydralora.BETTER, hydralora.ROUTING, hydralora.SHARING)
     assert [verdict.claim for verdict in found.verdicts] == list(claims)
     assert {verdict.outcome for verdict in found.verdicts} == {"inconclusive"}
+    learned = [told_at(run, 4) - told_at(run, 0) for run in runs[hydralora.ROUTED]]
+    assert found.verdicts[0].values["effect"].tolist() == pytest.approx(learned, rel=1e-9)
+    assert min(map(abs, learned)) > 1e-9  # a swap of start and end would show
     apart = found.verdicts[1].values.iloc[0]
     routed, split = (runs[label][0] for label in (hydralora.ROUTED, hydralora.SPLIT))
     assert apart["statistic"] == pytest.approx(hydralora.mean_apart(routed))
@@ -108,6 +127,15 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
         of_routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".router"))
         told = f"{label} {of[0].meta['parameters']['trained']:,}"
         assert (f"{told}, {of_routers:,} of them in routers" if of_routers else told) in re.split("; |: |[.]$", counted)
+    # each claim about accuracy against its own control
+    reached = {hydralora.ROUTED: 0.80, hydralora.EVEN: 0.77, hydralora.SPLIT: 0.82, hydralora.plain(): 0.75}
+    marked = [[replaced(run, reached[label] + 0.001 * run.meta["seed"]) for run in of] for label, of in runs.items()]
+    again = probes.PROBES["hydralora"].judge(dict(zip(runs, marked, strict=True))).verdicts
+    effects = {verdict.claim: verdict.effect for verdict in again}
+    assert effects[hydralora.BETTER] == pytest.approx(0.80 - 0.75)
+    assert effects[hydralora.ROUTING] == pytest.approx(0.80 - 0.77)
+    assert effects[hydralora.SHARING] == pytest.approx(0.80 - 0.82)
+    assert all(effects[verdict.claim] == verdict.effect for verdict in found.verdicts[:2])
     # other numbers of heads are drawn where they were trained
     single = ls.train(
         models.load(bert, task=task), task, replace(hydralora.METHOD, number=1), seed=0, out=tmp_path / "single",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
+from lorascope import plots
 from lorascope.cli import COMMANDS
 from lorascope.methods import METHODS
 from lorascope.plots import FIGURES
+from lorascope.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,6 +42,16 @@ def test_every_path_leads_somewhere(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
+
+
+def test_every_picture_drawn_again_is_shown_by_its_probe_and_in_the_docs():
+    pages = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+    for file, (probe, figure, width) in runpy.run_path(str(ROOT / "figures/draw.py"))["PICTURES"].items():
+        shown = inspect.getsource(inspect.getmodule(PROBES[probe].judge))
+        assert f'"{figure}"' in shown, (file, probe, figure)
+        assert figure in plots.__all__
+        assert width in ("column", "page")
+        assert not (ROOT / f"figures/{file}.png").exists() or f"figures/{file}.png" in pages, file
 
 
 def test_make_knows_every_target_named():

@@ -139,8 +139,8 @@ def judge(runs: Mapping[str, Sequence[Run]], measured: Mapping[str, pd.DataFrame
             verdicts.append(claim.judge(truth[score].to_dict(), truth[control].to_dict()))
     exhibits = []
     for level, cells in levels.items():
-        exhibits.append(Exhibit(plots.against_truth(cells, TRUTH, level), *_AGAINST))
-        exhibits.append(Exhibit(plots.agreement(cells, level), *_MATRIX))
+        exhibits.append(Exhibit(plots.against_truth(cells, TRUTH, level), *_AGAINST, "against_truth"))
+        exhibits.append(Exhibit(plots.agreement(cells, level), *_MATRIX, "agreement"))
     notes = [
         f"Scores were taken on the validation split, truths on two halves of the test split. '{AGAIN}' is the same "
         "truth on other text: no score can be expected to agree better with the first.",

@@ -76,7 +76,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         BETTER.judge(allocations.accuracy(adapted), allocations.accuracy(uniform)),
     ]
     exhibits = [
-        exhibit("rank_allocation", plots.rank_allocation({ADAPTED: adapted})),
+        exhibit("rank_allocation", plots.rank_allocation({ADAPTED: adapted}, chance=True)),
         exhibit("rank_replay", plots.rank_replay(adapted[0])),
         exhibit("importance", plots.importance(adapted[0])),
         exhibit("training_curves", plots.training_curves({ADAPTED: adapted, LOW: uniform})),

@@ -8,14 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import spearmanr
 from test_checkpoints import write_run
+from test_sensed import FAST, LOOK, Copying, gradients
 from torch.nn import functional as F
 
 import lorascope as ls
 from lorascope import delta, models, plots, removal
 from lorascope.analysis.agreement import correlate, neuron_scores, spearman
 from lorascope.checkpoints import load
-from lorascope.methods import LoRA
+from lorascope.methods import AdaLoRA, Full, LoRA, NeFT
 from lorascope.probes import agreement, scores
 from lorascope.records import Record
 from lorascope.writer import RunWriter
@@ -297,6 +299,77 @@ def test_neurons_are_compared_across_recipes_one_by_one(tmp_path):
     only = runs["a"][0]
     with pytest.raises(ValueError, match="share no seed"):
         neuron_scores({"a": only, "b": runs["b"][1:]})
+
+
+def test_a_score_that_is_the_same_for_every_neuron_is_left_out_with_a_word(tmp_path):
+    """As of LoRA on queries and values, which leaves feed-forward parts alone; in one seed is enough."""
+    draw = np.random.default_rng(0)
+    runs = {}
+    for label in "ab":
+        runs[label] = []
+        for seed in (0, 1):
+            drawn = draw.random((2, 3, 9))
+            if label == "b":
+                drawn[:, 0], drawn[:, 1] = 0, drawn[:, 1] * (seed == 0)
+            told = dict(zip(("h.0.up", "h.0.down"), drawn, strict=True))
+            runs[label].append(told_of_neurons(tmp_path / f"{label}{seed}", seed, told))
+    with pytest.warns(UserWarning, match=r"^b: 1 − cos, b: ‖w − w₀‖: the same for every neuron, so left out") as said:
+        table = neuron_scores(runs)
+    assert len(said) == 1
+    assert set(table["score"]) == {"a: 1 − cos", "a: ‖w − w₀‖", "a: sensitivity", "b: sensitivity"}
+    assert len(table) == 2 * 18 * 4
+    assert correlate(table).notna().all(axis=None)
+
+
+RECIPES = {
+    "Full": Full(lr=1e-2),
+    "LoRA": LoRA(lr=1e-2, targets="all-linear"),
+    "AdaLoRA": AdaLoRA(lr=1e-1),
+    "NeFT": NeFT(lr=1e-2, k=30, tune_steps=2),
+}
+
+
+def test_recipes_that_were_trained_are_compared_by_the_scores_of_their_very_weights(bert, task, tmp_path):
+    """Each score from the weights before and after, and from their gradients; NeFT's turn from its full fine-tuning."""
+    runs, by_hand = {}, {}
+    for label, method in RECIPES.items():
+        model = models.load(bert, task=task)
+        look = [ls.observe.neurons(**LOOK), Copying()]
+        runs[label] = ls.train(model, task, method, observe=look, out=tmp_path / label, **FAST)
+        kept, batches, base = Copying.kept
+        if delta.adapted(kept):
+            delta.fold(kept)
+        parts = ls.analysis.neurons.parts(ls.names.describe(kept))
+        modules = [part.module for part in parts]
+        after = {name: delta.host_weight(kept.get_submodule(name)).detach().double() for name in modules}
+        slopes = gradients(kept, modules, batches)
+        turned = models.load(bert, task=task)
+        for run in runs[label].parents:
+            run.restore(turned)
+        for part in parts:
+            before, now = base[f"{part.module}.weight"].double(), after[part.module]
+            chosen_by = delta.host_weight(turned.get_submodule(part.module)).detach().double()
+            end = chosen_by if label == "NeFT" else now
+            values = (
+                1 - F.cosine_similarity(before, end, dim=part.axis),
+                (now - before).norm(dim=part.axis),
+                (now * slopes[part.module]).abs().sum(part.axis),
+            )
+            turn = "1 − cos after tuning" if label == "NeFT" else "1 − cos"
+            for name, value in zip((turn, "‖w − w₀‖", "sensitivity"), values, strict=True):
+                by_hand |= {(f"{label}: {name}", part.module, number): float(v) for number, v in enumerate(value)}
+    table = neuron_scores(runs)
+    found = table.set_index(["score", "module", "component"])["value"].to_dict()
+    assert found.keys() == by_hand.keys()
+    for score in dict.fromkeys(table["score"]):
+        own = {key: value for key, value in by_hand.items() if key[0] == score}
+        assert {key: found[key] for key in own} == pytest.approx(own, rel=1e-3, abs=1e-3 * max(own.values())), score
+    ours = [value for key, value in by_hand.items() if key[0] == "NeFT: 1 − cos after tuning"]
+    theirs = [value for key, value in by_hand.items() if key[0] == "Full: sensitivity"]
+    cells = correlate(table).set_index(["first", "second"])["value"]
+    assert cells.notna().all()
+    expected = spearmanr(ours, theirs).statistic
+    assert cells["NeFT: 1 − cos after tuning", "Full: sensitivity"] == pytest.approx(expected, abs=1e-3)
 
 
 def test_runs_that_did_not_look_at_neurons_are_refused(trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -15,11 +16,10 @@ from lorascope.roles import FFN
 from lorascope.run import Run
 
 DRAWS = 500
-_OF_NEURONS = {
-    "1 − cos": ("neuron_cosine",),
-    "‖w − w₀‖": ("neuron_update",),
-    "sensitivity": ("sensitivity_out", "sensitivity_in"),
-}
+_TURN: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
+# Of NeFT: how far what it trained has turned says of most neurons only that they were not chosen.
+_TURN_OF_A_CHOICE: dict[str, tuple[str, ...]] = {"1 − cos after tuning": ("selection_cosine",)}
+_BESIDE = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensitivity_out", "sensitivity_in")}
 
 
 def spearman(columns: Float[np.ndarray, "n scores"]) -> Float[np.ndarray, "scores scores"]:
@@ -77,7 +77,9 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     DataFrame
         ``run`` (the seed), ``module``, ``component`` (the neuron), ``score`` (label and quantity), ``value`` at the
         last step that was looked at: 1 - cos, the norm of the update, and the sensitivity of the neuron's own weights,
-        a row of inputs and gates or a column of outputs. A neuron that lacks a score, such as a zero one, is left out.
+        a row of inputs and gates or a column of outputs. Of NeFT the first is what it chose by, 1 - cos after its full
+        fine-tuning. A neuron that lacks a score, such as a zero one, is left out. So is, with a warning, a score that
+        orders nothing, since it is the same for all neurons of a run.
 
     Raises
     ------
@@ -94,14 +96,24 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     if not shared:
         raise ValueError(f"the recipes {', '.join(runs)} share no seed: train them with the same ones")
     scores = pd.concat(tables, ignore_index=True).query("run in @shared").dropna(subset="value")
-    complete = scores.groupby(["run", "module", "component"])["score"].transform("size") == len(runs) * len(_OF_NEURONS)
+    alike = scores.groupby(["score", "run"], sort=False)["value"].agg(np.ptp) == 0
+    constant = dict.fromkeys(alike[alike].index.get_level_values("score"))
+    if constant:
+        told = (
+            f"{', '.join(constant)}: the same for every neuron, so left out; does the recipe train feed-forward parts?"
+        )
+        warnings.warn(told, stacklevel=2)
+    scores = scores[~scores["score"].isin(list(constant))]
+    number = scores["score"].nunique()
+    complete = scores.groupby(["run", "module", "component"])["score"].transform("size") == number
     scores["run"] = "seed " + scores["run"].astype(str)
     return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]
 
 
 def _of_neurons(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each score of a run's neurons."""
-    for name, quantities in _OF_NEURONS.items():
+    chose = (run.table["quantity"] == "selection_cosine").any()
+    for name, quantities in ((_TURN_OF_A_CHOICE if chose else _TURN) | _BESIDE).items():
         parts = []
         for quantity in quantities:
             found = selection.scores(run, quantity)

@@ -130,14 +130,42 @@ def test_what_was_not_chosen_stays_bit_for_bit(bert, task, tmp_path, settings):
     assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == 3 * 32
 
 
-def test_weight_decay_would_leak_and_chosen_neurons_decay():
+def rows_under_a_mask(weight_decay):
+    """Two rows of ones, the first of them chosen; the method, its step, and the host."""
+    host, method = nn.Linear(4, 2, bias=False, dtype=torch.float64), NeFT()
+    nn.init.ones_(host.weight)
+    method._masks = {"": Mask.of(host, "", 1, [0])}
+    step = step_of(torch.optim.AdamW([host.weight], lr=0.1, weight_decay=weight_decay))
+    step.base = {".weight": host.weight.detach().clone()}
+    return method, step, host
+
+
+@pytest.mark.parametrize(("put_back", "left"), [(True, 1.0), (False, 0.970299)])
+def test_weight_decay_would_leak_and_chosen_neurons_decay(put_back, left):
     """Three steps of rate 0.1 and decay 0.1: a masked row shrinks by (1 - 0.01)^3, unless it is put back."""
-    row = nn.Parameter(torch.ones(2, 4, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([row], lr=0.1, weight_decay=0.1)
+    method, step, host = rows_under_a_mask(0.1)
     for _ in range(3):
-        row.grad = torch.zeros_like(row)
-        optimizer.step()
-    assert row.detach().unique().tolist() == pytest.approx([0.970299])
+        host.weight.grad = torch.tensor([[0.0] * 4, [5.0] * 4], dtype=torch.float64)
+        method.after_backward(step)
+        step.optimizer.step()
+        if put_back:
+            method.after_step(step)
+    chosen, masked = host.weight.detach()
+    assert chosen.tolist() == pytest.approx([0.970299] * 4)
+    assert masked.tolist() == ([1.0] * 4 if put_back else pytest.approx([left] * 4))
+
+
+@pytest.mark.parametrize(("masked_from", "moved"), [(0, 0.0), (1, -0.067006)])
+def test_momentum_would_leak_past_a_mask_that_begins_late(masked_from, moved):
+    """A step of gradient 1, then one: what was not masked in the first moves in the second, by its momentum alone."""
+    method, step, host = rows_under_a_mask(0.0)
+    for index in range(2):
+        before = host.weight.detach().clone()
+        host.weight.grad = torch.ones_like(host.weight)
+        if index >= masked_from:
+            method.after_backward(step)
+        step.optimizer.step()
+    assert (host.weight - before)[1].tolist() == pytest.approx([moved] * 4, abs=1e-6 if masked_from else 0)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"precision": "bf16"}], ids=["", "decay", "bf16"])

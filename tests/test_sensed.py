@@ -12,7 +12,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import delta, models, names, observe
 from lorascope.hosts import oriented
-from lorascope.methods import LISA, AdaLoRA, Adapprox, FourierFT, Full, HydraLoRA, LoRA, NeFT
+from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.roles import FFN
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
@@ -69,6 +69,8 @@ METHODS = {
     "lora": ("bert", LoRA(lr=1e-2, dropout=0.3)),
     "lora, Conv1D": ("gpt2", LoRA(lr=1e-2, targets="all-linear")),
     "adalora": ("bert", AdaLoRA(lr=1e-2)),
+    "autolora": ("bert", AutoLoRA(lr=1e-2, rank=3, targets="all-linear")),
+    "alora": ("bert", ALoRA(lr=1e-2, init_rank=2, prune=3, warm_steps=1, round_steps=1, rounds=2)),
     "fourierft": ("bert", FourierFT(lr=1e-1, coefficients=20)),
     "heads mixed evenly": ("bert", HydraLoRA(lr=1e-2, router="uniform")),
 }

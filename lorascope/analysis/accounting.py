@@ -236,7 +236,7 @@ def adapprox(
     """
 
     def second(name: str, shape: Shape) -> int:
-        matrix = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else ()
+        matrix: Shape = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else ()
         if not matrix or min(matrix) < min_dim:
             return math.prod(shape)
         if rank is None:

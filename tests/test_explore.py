@@ -226,7 +226,7 @@ def test_a_dark_page_gets_a_dark_chart(run: Run) -> None:
     assert sent(explorer)["layout"]["paper_bgcolor"] == "#16181d"
 
 
-PATIENCE = 60_000  # milliseconds, for a machine with much else to do
+PATIENCE = 180_000  # milliseconds, for a machine with much else to do
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 NOTEBOOK = """import lorascope as ls
 ls.explore(ls.load({folder!r}))"""

@@ -46,11 +46,13 @@ def train(root: str, jobs: int | None) -> dict[str, dict[str, list[Run]]]:
 
 
 def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
-    """A figure a file."""
+    """A figure a file; factors of queries and attention outputs alone, which are square."""
+    first = found[ONE_A]["movies"][0]
+    square = [module for module in first.updates() if module.endswith(("q_proj", "o_proj"))]
     return {
         "smollm2-norms": ls.plots.update_norm_heat(found[OWN_A], quantity="relative_update"),
         "smollm2-ranks": ls.plots.rank_allocation(found["ranks"], chance=True),
-        "smollm2-factors": ls.plots.factor_embedding(found[ONE_A], control=found[OWN_A]),
+        "smollm2-factors": ls.plots.factor_embedding(found[ONE_A], control=found[OWN_A], modules=square),
         "smollm2-neurons": ls.plots.neurons(found["neurons"]),
     }
 

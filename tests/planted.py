@@ -63,12 +63,13 @@ def plant(
 
 
 def _factors(found: Mapping[str, tuple[Any, Any]], exact: bool) -> list[Factors]:
-    """In float64, or as they are if they are floats of another kind."""
-    arrays = {name: {"B": np.array(B), "A": np.array(A)} for name, (B, A) in found.items()}
-    return [
-        Factors(name, {part: array * array.dtype.type(1.0) for part, array in pair.items()}, 1.0, exact)
-        for name, pair in arrays.items()
-    ]
+    """As they are where they are floats of another kind, else in float64."""
+
+    def floats(values: Any) -> np.ndarray:
+        array = np.array(values)
+        return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+    return [Factors(name, {"B": floats(B), "A": floats(A)}, 1.0, exact) for name, (B, A) in found.items()]
 
 
 # The sheet's worked example of a FourierFT update: entries, coefficients, shape.

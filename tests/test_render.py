@@ -342,6 +342,20 @@ def test_panels_share_legend_colours_and_range(reader, runs) -> None:
     assert shown.ends("y", 0)[0] < 1.0 < 600 < shown.ends("y", 0)[1]
 
 
+@pytest.mark.parametrize("encoding", ["shape", "dash"])
+def test_a_category_has_one_style_in_all_panels(encoding) -> None:
+    data = table("x y role panel", (0, 1, "q", 0), (1, 2, "v", 0), (0, 3, "v", 1), (1, 4, "o", 1))
+    draw = Point if encoding == "shape" else Line
+    panels = [Chart(data[data["panel"] == number], [draw("x", "y", **{encoding: "role"})]) for number in (0, 1)]
+    traces = [trace for trace in Plotly(beside(*panels)).figure.data if trace.x[0] is not None]
+    q, v, same, o = (trace.marker.symbol if encoding == "shape" else trace.line.dash for trace in traces)
+    assert v == same
+    assert len({q, v, o}) == 3
+    handles = Mpl(beside(*panels)).figure.legends[0].get_lines()
+    assert [handle.get_label() for handle in handles] == ["q", "v", "o"]
+    assert encoding == "dash" or len({handle.get_marker() for handle in handles}) == 3
+
+
 @both
 def test_the_same_category_has_one_legend_entry_whatever_draws_it(reader, runs) -> None:
     panels = beside(

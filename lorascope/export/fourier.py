@@ -49,7 +49,7 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     return updates
 
 
-def _drawn(method: Mapping[str, Any]) -> tuple[str, int, float | None]:
+def _drawn(method: Mapping[str, Any]) -> tuple[str, int, float | int | None]:
     """Basis, seed and centre of the band; where PEFT trained its own basis, from all places alike."""
     if method["name"] == "peft":
         return "fourier", entry_seed(method), None

@@ -24,6 +24,7 @@ _VIEWS = {
 }
 TINY = float(np.finfo(np.float64).tiny)
 _ONE_PLACE = 0.3  # of the plane's reach, within which dots of one module share their name
+_NAMED = 12  # modules whose names leave a plane legible
 _ABOVE = 0.13  # of the plane's height, between a dot and the name above it
 Perplexity = float | int
 
@@ -71,7 +72,7 @@ def factor_embedding(
     seeds : sequence of int
         Random starts of t-SNE, on a slider; its first position starts from the principal components.
     modules : sequence of str
-        Draw these alone, with layer and role beside their dots (Fig. 10); by default all.
+        Draw these alone, a dozen or fewer with layer and role beside their dots (Fig. 10); by default all.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def factor_embedding(
         for cloud in clouds:
             planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
             drawn = [*planes, _pca(cloud, cohort, prefix)]
-            rows.append([_named(chart) for chart in drawn] if modules else drawn)
+            rows.append([_named(chart) for chart in drawn] if 0 < len(modules) <= _NAMED else drawn)
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from lorascope.chart import Chart, Drawable, Heat, Mark
 from lorascope.render.ranges import Limits, ranges
-from lorascope.render.scales import categories, color_columns, scale, to_floats
+from lorascope.render.scales import categories, color_columns, scale, style_columns, to_floats
 from lorascope.render.shapes import Panel, group
 from lorascope.render.theme import RED_BLUE, VIRIDIS, Theme
 
@@ -69,8 +69,8 @@ class Plan:
 def plan(drawable: Drawable, theme: Theme) -> Plan:
     """Settle everything that does not depend on the renderer."""
     charts = [chart for row in drawable.rows() for chart in row]
-    colors = color_columns(charts)
-    panels = [Panel(chart, scale(chart, "x"), scale(chart, "y"), colors, theme) for chart in charts]
+    shared = color_columns(charts), style_columns(charts), theme
+    panels = [Panel(chart, scale(chart, "x"), scale(chart, "y"), *shared) for chart in charts]
     frames, frame_label = _frames(charts)
     numbers = iter(range(len(charts)))
     heats, ramps = _heats(charts)

@@ -165,12 +165,25 @@ def scale(chart: Chart, letter: str) -> Scale:
 
 def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
     """The colours of every column that colours a mark; a value has the same colour in all panels."""
+    uses = _uses(charts, "color")
+    return {column: _colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
+
+
+def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:
+    """The values of every column that gives dashes or shapes, in order; a value has the same one in all panels."""
+    uses = _uses(charts, "dash", "shape")
+    return {column: categories([values for _, values in found]) for column, found in uses.items()}
+
+
+def _uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, pd.Series]]]:
+    """The columns of these encodings, each with the charts and values of its marks."""
     uses: dict[str, list[tuple[Chart, pd.Series]]] = {}
     for chart in charts:
         for mark in chart.marks:
-            if (column := mark.columns().get("color")) is not None:
+            used = mark.columns()
+            for column in dict.fromkeys(used[encoding] for encoding in encodings if encoding in used):
                 uses.setdefault(column, []).append((chart, chart.table(mark)[column]))
-    return {column: _colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
+    return uses
 
 
 def _colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) -> Colors:

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.chart import Band, Bar, Chart, Heat, Line, Mark, Point, Rule, Span, Text
-from lorascope.render.scales import Colors, Scale, categories, to_floats
+from lorascope.render.scales import Colors, Scale, to_floats
 from lorascope.render.theme import Theme
 
 Numbers = Float[np.ndarray, "n"]
@@ -122,6 +122,7 @@ class Panel:
     x: Scale
     y: Scale
     colors: Mapping[str, Colors]
+    styles: Mapping[str, tuple[Any, ...]]
     theme: Theme
 
     def shapes(self, frame: Any = None) -> list[Shape]:
@@ -135,7 +136,10 @@ class Panel:
 
     def order(self, mark: Mark, column: str) -> tuple[Any, ...]:
         """The values of a colour or style column, in the order of the legend."""
-        return self.colors[column].categories if column in self.colors else categories([self.chart.table(mark)[column]])
+        if column in self.colors:
+            return self.colors[column].categories
+        here = set(self.chart.table(mark)[column])
+        return tuple(value for value in self.styles[column] if value in here)
 
     def split(self, mark: Mark, frame: Any, *encodings: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
         """The rows of a frame for each combination of values that the whole table has: (rows, column -> value)."""
@@ -160,7 +164,7 @@ class Panel:
     def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> int:
         """The number of its dash or shape."""
         column = mark.columns().get(encoding)
-        return 0 if column is None else categories([self.chart.table(mark)[column]]).index(key[column])
+        return 0 if column is None else self.styles[column].index(key[column])
 
     def ends(self, mark: Point | Bar, rows: pd.DataFrame) -> tuple[Numbers | None, Numbers | None]:
         """Ends of the error bars."""

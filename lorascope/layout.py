@@ -22,6 +22,9 @@ class Lazy(Mapping[str, Any]):
             raise KeyError(f"no module {key!r}; there are {', '.join(self._keys[:5])} ... ({len(self._keys)} in all)")
         return self._make(key)
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys  # without making the value, as a Mapping would to find out
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
 

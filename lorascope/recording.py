@@ -138,7 +138,7 @@ class Recording:
         found = adapters(self.step.model)
         if self.method is None and found:  # what PEFT trains beside them, such as a head, is part of an export
             live = bare_parameters(self.step.model)
-            save_tree(self._state_file, {name: live[name] for name in self.base.kept})
+            save_tree(self._state_file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
         ranks = {name: adapter.rank for name, adapter in found.items()}
         self.writer.meta["states"] = {"last": {"step": self.step.finished, "ranks": ranks}}
 

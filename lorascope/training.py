@@ -16,6 +16,7 @@ from lorascope.observer import Observer
 from lorascope.plan import circumstances
 from lorascope.run import SCHEMA
 from lorascope.stepping import trained_parameters
+from lorascope.trained import left_out
 
 # Of a PEFT configuration, what is no hyper-parameter.
 _ASIDE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"}
@@ -40,6 +41,8 @@ def described(
     observers : sequence of Observer
     """
     trained = trained_parameters(step.optimizer)
+    if driver is None:  # an optimizer of PEFT's may hold what is frozen, too
+        trained = [parameter for parameter in trained if parameter.requires_grad]
     still = 0 if driver is None else driver.method.held_still()
     recipe, label = _recipe(trainer["model"], step) if driver is None else _own(driver)
     data = trainer["train_dataloader"].dataset
@@ -50,6 +53,9 @@ def described(
         "recipe": recipe,
         "label": label,
         "phase": ["", "train"],
+        "task_type": _task_type(trainer["model"]),
+        "task_kind": "image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
+        "left_out": left_out(step.model),
         "task": _name(data),
         "labels": _labels(step),
         "data_hash": getattr(data, "_fingerprint", None),
@@ -118,6 +124,12 @@ def _recipe(model: Any, step: Step) -> tuple[dict[str, Any], str]:
     kind = str(getattr(peft.peft_type, "value", peft.peft_type))
     numbers = [f"{key} {value}" for key, value in told.items() if isinstance(value, int | float)]
     return {"name": "peft", "kind": kind, "rule": rule} | told, ", ".join([f"PEFT {kind}", *numbers])
+
+
+def _task_type(model: Any) -> str | None:
+    """What PEFT was told the model does."""
+    told = next((each.task_type for each in getattr(model, "peft_config", {}).values()), None)
+    return None if told is None else str(getattr(told, "value", told))
 
 
 def _labels(step: Step) -> list[str] | None:

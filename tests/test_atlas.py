@@ -124,7 +124,7 @@ def test_a_start_that_was_not_kept_is_told(write: Any) -> None:
         for label, norms in (("lost", {0: 0.8, 9: 1.0}), ("zero", {0: 1e-6, 9: 1.0}))
     )
     caption = panels(plots.atlas([lost, zero]))[0].caption
-    assert "With its random start, which was not kept: lost." in caption
+    assert "With its start, which was not kept: lost." in caption
 
 
 def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: Any) -> None:

@@ -113,7 +113,7 @@ def test_the_atlas_leaves_out_the_random_start(fourier: Any) -> None:
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
     expected = atlas.mean_angle(*(atlas.leading(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C)))
     assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)
-    assert "With its random start, which was not kept: lost." in heat.caption
+    assert "With its start, which was not kept: lost." in heat.caption
 
 
 def test_a_run_without_frequencies_is_refused(write: Any) -> None:
@@ -156,7 +156,7 @@ def test_what_training_added_is_drawn_without_the_start(fourier: Any, write: Any
         shown = chart.data.pivot(index="row", columns="column", values="value").to_numpy()
         np.testing.assert_allclose(shown, matrix / np.sqrt(np.mean(matrix**2)))
     assert "What training added to h.0.q" in one.caption
-    assert "With its random start, which was not kept: lost." in one.caption
+    assert "With its start, which was not kept: lost." in one.caption
     spectrum = plots.spectrum(kept, added=True)
     sigma = np.linalg.svd(Fourier(C - START, ENTRIES, SHAPE, 12.0).matrix, compute_uv=False)
     np.testing.assert_allclose(spectrum.data["value"], sigma, atol=1e-12)

@@ -20,6 +20,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import delta, models, observe
 from lorascope.delta import Delta
+from lorascope.layout import Lazy
 from lorascope.method import Method, Phase, train_adapters
 from lorascope.methods import Full, LoRA
 from lorascope.run import SCHEMA, Run
@@ -370,3 +371,13 @@ def test_another_process_makes_the_same_run(bert, task, tmp_path):
     assert [one.table, two.table][0].query("quantity != 'seconds'").equals(two.table.query("quantity != 'seconds'"))
     state = {name: digest for name, digest in one.meta["checksums"].items() if name != "records.parquet"}
     assert state == {name: digest for name, digest in two.meta["checksums"].items() if name != "records.parquet"}
+
+
+def test_asking_what_a_lazy_mapping_holds_makes_no_value() -> None:
+    made: list[str] = []
+    lazy = Lazy(["a", "b"], lambda name: made.append(name) or name.upper())
+    assert "a" in lazy
+    assert "c" not in lazy
+    assert not made
+    assert lazy.get("b") == "B"
+    assert made == ["b"]

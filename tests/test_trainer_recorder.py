@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from safetensors.numpy import load_file
 from test_export import by_the_card, distance
 from tiny import tiny
 from torch import nn
@@ -197,6 +198,9 @@ def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
     assert blocks
     assert not {packed, *blocks} & set(told)  # nobody knows how large what is packed was
     assert set(run.summary()["module"]) >= {CONVOLUTION, packed}
+    assert run.meta["task_kind"] == "image"
+    with pytest.raises(ValueError, match=r"a Conv2d, whose update is kept as a matrix.* folder that PEFT saved"):
+        ls.export.to_peft(run, tmp_path / "export")
 
 
 def test_an_adapter_whose_update_is_no_matrix_is_left_out_with_a_line(bert, task, rows, tmp_path):
@@ -213,6 +217,29 @@ def test_an_adapter_whose_update_is_no_matrix_is_left_out_with_a_line(bert, task
     run = ls.load(tmp_path / "with/lorascope")
     assert run.finished
     assert not run.ranks()
+    assert "unused" not in [finding.cause for finding in ls.diagnose(run)]
+
+
+def test_what_an_optimizer_holds_and_does_not_train_is_no_part_of_the_state(bert, task, rows, tmp_path):
+    model = with_lora(bert, task)
+    next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).requires_grad_(False)
+    everything = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS), optimizer=everything)
+    run = ls.load(tmp_path / "lorascope")
+    held = load_file(run.path / "state/last.safetensors")
+    assert {name.rpartition(".")[0] for name in held} == {"classifier"}
+    assert run.meta["parameters"]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    loaded = ls.load(ls.export.to_peft(run, tmp_path / "export"))
+    for name, update in run.updates().items():
+        np.testing.assert_allclose(loaded.updates()[name].dense(), update.dense(), atol=1e-7)
+
+
+def test_a_task_that_export_does_not_know_is_refused_and_not_guessed(bert, task, rows, tmp_path):
+    model = with_lora(bert, task)
+    model.peft_config["default"].task_type = "TOKEN_CLS"
+    by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS))
+    with pytest.raises(ValueError, match=r"trained for TOKEN_CLS, and export knows SEQ_CLS"):
+        ls.export.to_peft(ls.load(tmp_path / "lorascope"), tmp_path / "export")
 
 
 class Meanwhile(TrainerCallback):

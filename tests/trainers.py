@@ -103,6 +103,7 @@ def by_trainer(
     eval_dataset=None,
     compute_metrics=None,
     draw=0,
+    optimizer=None,
     **settings,
 ):
     """Train a model by the Trainer, under a method or by itself."""
@@ -110,6 +111,8 @@ def by_trainer(
         kwargs: dict[str, Any] = {"callbacks": []} if method is None else ls.trainer_kwargs(method, model, clip=clip)
     recorders = [recorder] if recorder else []
     own = kwargs.pop("callbacks")
+    if optimizer is not None:
+        kwargs["optimizers"] = (optimizer, None)
     callbacks = [*recorders, *own, *others] if recorder_first else [*own, *recorders, *others]
     args = arguments(out, accumulate, **settings)
     trainer = Trainer(

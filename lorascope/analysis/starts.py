@@ -9,6 +9,7 @@ from lorascope.analysis import fourier
 from lorascope.layout import Lazy
 from lorascope.run import Run
 
+_RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")  # PEFT's starts that take their product off the base
 _ROUNDING = 1e-3  # of the largest norm: below it a start is what rounding leaves of zero, as of DoRA's W - W_0
 
 
@@ -43,11 +44,12 @@ def _kept(run: Run) -> Mapping[str, Any]:
 
 def _started_away(run: Run) -> bool:
     """By the norms that were recorded at step 0, else by how the method says it starts."""
-    norms = run.table[run.table["quantity"] == "update_norm"]
-    first = norms.loc[norms["step"].eq(0).fillna(False), "value"]
-    if len(first):
-        return bool(first.max() > _ROUNDING * norms["value"].max())
+    if run.meta["states"]["last"]["step"] is not None:  # a folder of adapters has no steps, and its table takes long
+        norms = run.table[run.table["quantity"] == "update_norm"]
+        first = norms.loc[norms["step"].eq(0).fillna(False), "value"]
+        if len(first):
+            return bool(first.max() > _ROUNDING * norms["value"].max())
     told = run.meta.get("method", run.meta["recipe"])
     if "fourierft" in (told.get("name"), str(told.get("kind")).lower()):
         return told.get("init") != "zeros" and not told.get("init_weights")  # ours, and PEFT's word for zeros
-    return told.get("init_lora_weights") is False
+    return str(told.get("init_lora_weights", True)).lower().startswith(("false", *_RESIDUAL))

@@ -17,6 +17,8 @@ def unused(case: Case) -> Found:
     promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
     if not case.history or not case.meta["states"] or len(case.resting) < len(case.adapted) or not promised:
         return
+    if case.meta.get("left_out"):  # what it trained there is in no update
+        return
     told = f"all {len(case.adapted)} adapters are as they began" if len(case.adapted) else "no adapter was active"
     yield Finding(
         "unused",

@@ -88,14 +88,18 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     if "hosts" not in run.meta:
         raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")
     hosts = run.meta["hosts"]
+    rolled = next((name for name in updates if hosts[name] in ("Conv1d", "Conv2d", "Conv3d")), None)
+    if rolled is not None:
+        told = f"adapted {rolled}, a {hosts[rolled]}, whose update is kept as a matrix, without the shape of its kernel"
+        raise ValueError(f"run {run.id} ({run.label}) {told}: give the folder that PEFT saved")
     for name in [name for name in updates if f"{name}.weight" in weights]:  # PEFT has one or the other
         change = updates.pop(name).dense()
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = weight + (change if hosts[name] == "Linear" else change.T).astype(weight.dtype)
     biased = next((name for name in updates if f"{name}.bias" in weights), None)
     if biased is not None:
-        told = f"trained the bias of {biased} beside its adapter, and PEFT saves a module whole or an adapter of it"
-        raise ValueError(f"run {run.id} ({run.label}) {told}")
+        told = f"trained the bias of {biased} beside its adapter, and such biases are not exported"
+        raise ValueError(f"run {run.id} ({run.label}) {told}: give the folder that PEFT saved")
     config = _config(run, form.keywords(run, updates), _owners(run, weights), updates)
     tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
     draft = path.with_name(f".{path.name}.part")
@@ -116,7 +120,8 @@ def refuse_unkept(run: Run, state: str) -> None:
         kept += sum(len(each["A"]) for each in factors if "A" in each)
     held = TensorFile(run._file(f"state/{state}.safetensors"))
     kept += sum(math.prod(held.shape(name)) for name in held)
-    if beside := run.meta["parameters"]["trained"] - kept:
+    # Fewer trained than is kept where a factor was frozen.
+    if (beside := run.meta["parameters"]["trained"] - kept) > 0:
         raise ValueError(
             f"run {run.id} ({run.label}) keeps factors and what trained of the base, and not the {beside:,} other "
             "parameters that trained, such as biases of the factors: give the folder that PEFT saved"
@@ -167,6 +172,12 @@ def _config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: It
 def _task_type(run: Run, saved: list[str]) -> str | None:
     if _sees(run):
         return None  # PEFT has no type for images
+    told = run.meta.get("task_type")
+    if told is not None and told not in _AUTO:
+        known = f"{', '.join(_AUTO)}: give the folder that PEFT saved"
+        raise ValueError(f"run {run.id} ({run.label}) trained for {told}, and export knows {known}")
+    if told not in (None, "SEQ_CLS"):
+        return str(told)
     if run.meta["labels"] is not None:  # PEFT insists on saving a classifier's head, so it must have been trained
         return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"

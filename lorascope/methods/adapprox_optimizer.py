@@ -202,7 +202,8 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             It was made on an accelerator, and the weights are on the CPU. The other way round sketches are drawn on
             the CPU from then on, as they were before.
         """
-        generator, drawn = self.param_groups[0]["generator"], state_dict["param_groups"][0]["generator"].cpu()
+        generator = torch.Generator(self.param_groups[0]["params"][0].device)
+        drawn = state_dict["param_groups"][0]["generator"].cpu()
         if len(drawn) != len(generator.get_state()):
             generator = torch.Generator()
         if len(drawn) != len(generator.get_state()):

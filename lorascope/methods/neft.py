@@ -168,8 +168,8 @@ class NeFT(Method, name="neft"):
         total = sum(parameter.numel() for parameter in model.parameters())
         free = int(pool["cosine_distance"].notna().sum())
         k = self.k or self._counted("share", total, width, free)
-        others = self._counted("reversed_share", total, width, free - k) if self.reversed_share else 0
         first = neurons.select(pool, k, "changed" if self.mode == "probed" else self.mode, seed)
+        others = self._counted("reversed_share", total, width, free - k) if self.reversed_share else 0
         return neurons.by_module(pd.concat([first, neurons.select(pool, others, "reversed")]) if others else first)
 
     def _counted(self, name: str, total: int, width: float, free: int) -> int:

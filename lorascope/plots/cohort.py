@@ -121,15 +121,18 @@ class Cohort:
 
     def kept_dense(self) -> list[str]:
         """Which second moments have no factors under Adapprox, where a run is of it."""
-        recipes = [run.meta.get("recipe") or {} for run in self.runs]
-        dense = [recipe.get("dense", ()) for recipe in recipes if recipe.get("name") == "adapprox"]
-        named = dict.fromkeys(name for given in dense for name in ([given] if isinstance(given, str) else given))
-        return [f"Adapprox keeps {', '.join(['vectors', *named])} and small matrices dense."] if dense else []
+        kept: dict[str, dict[str, None]] = {}
+        for group in self.groups:
+            for recipe in (run.meta.get("recipe") or {} for run in group.runs):
+                if recipe.get("name") == "adapprox":
+                    kept.setdefault(_dense(recipe), {})[group.label] = None
+        one = len(kept) == 1
+        return [f"{'Adapprox' if one else ', '.join(labels)} keeps {what} dense." for what, labels in kept.items()]
 
     def lost_starts(self) -> list[str]:
-        """Which recipes still show the random start of their update, because it was not kept."""
+        """Which recipes still show the start of their update, because it was not kept."""
         lacking = [group.label for group in self.groups if any(map(starts.lost_start, group.runs))]
-        return [f"With its random start, which was not kept: {', '.join(lacking)}."] if lacking else []
+        return [f"With its start, which was not kept: {', '.join(lacking)}."] if lacking else []
 
 
 def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
@@ -208,6 +211,14 @@ def _stands_at(run: Run) -> str:
         return stands_at(run)
     except ValueError:  # nothing was kept at its last step
         return ""
+
+
+def _dense(recipe: Mapping[str, Any]) -> str:
+    """What of a model has second moments without factors under this Adapprox."""
+    if recipe.get("min_dim", 0) is None:
+        return "everything"
+    given = recipe.get("dense", ())
+    return f"{', '.join(['vectors', *([given] if isinstance(given, str) else given)])} and small matrices"
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:

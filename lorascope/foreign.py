@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from lorascope.fourier import Fourier
 from lorascope.hosts import host_weight, to_array
 from lorascope.update import Dense, LowRank
+
+# Of every layer, which of its sets of active adapters PEFT can tell or merge: trying takes a copy of the layer.
+_TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
 
 
 class PeftDelta:
@@ -118,8 +122,21 @@ def is_readable(layer: Any) -> bool:
     weight = getattr(host, "weight", None)
     mergeable = isinstance(weight, nn.Parameter) and weight.ndim > 1 and weight.is_floating_point()
     if mergeable:
-        return getattr(host, "groups", 1) == 1
+        return getattr(host, "groups", 1) == 1 and _merges(layer)
     return all(_is_product(layer, adapter) for adapter in active_adapters(layer))
+
+
+def _merges(layer: Any) -> bool:
+    """Does PEFT tell by factors or by merging what the active adapters add? aLoRA, for one, adds by the text."""
+    known, active = _TRIED.setdefault(layer, {}), tuple(active_adapters(layer))
+    if active not in known:
+        try:
+            peft_update(layer)
+        except (NotImplementedError, ValueError):
+            known[active] = False
+        else:
+            known[active] = True
+    return known[active]
 
 
 def _is_product(layer: Any, adapter: str) -> bool:

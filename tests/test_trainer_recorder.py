@@ -220,6 +220,20 @@ def test_an_adapter_whose_update_is_no_matrix_is_left_out_with_a_line(bert, task
     assert "unused" not in [finding.cause for finding in ls.diagnose(run)]
 
 
+def test_an_adapter_that_peft_cannot_merge_is_left_out(tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny("llama"), config)
+    text = torch.tensor([5, 6, 3, 7, 8])
+    rows = [{"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text} for _ in range(2 * ROWS)]
+    with pytest.warns(UserWarning, match=r"not recorded: the adapter of .*q_proj, a Linear"):
+        by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS))
+    run = ls.load(tmp_path / "lorascope")
+    assert run.finished
+    assert not run.ranks()
+
+
 def test_what_an_optimizer_holds_and_does_not_train_is_no_part_of_the_state(bert, task, rows, tmp_path):
     model = with_lora(bert, task)
     next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).requires_grad_(False)

@@ -7,11 +7,11 @@ from typing import Any
 
 from lorascope.adapter_files import CONFIG, pattern_key
 from lorascope.checkpoints import AdapterRun
+from lorascope.forms import RESIDUAL
 from lorascope.update import Pair
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NO_ALPHA = "alpha not kept"
-_RESIDUAL = ("pissa", "olora", "corda", "lora_ga")
 
 
 def adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
@@ -41,7 +41,7 @@ def adapter_cautions(run: AdapterRun) -> Iterator[str]:
     if run.files.kind == "DoRA" and any(part.thin for part in run.files.parts.values()):
         yield "DoRA: |dW| is that of the direction B A alone; --base DIR gives that of the whole"
     start = str(config.get("init_lora_weights", True)).lower()
-    if start.startswith(_RESIDUAL):
+    if start.startswith(RESIDUAL):
         yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
 
 

@@ -12,6 +12,8 @@ from lorascope.update import LowRank
 
 UNTRAINED = frozenset({"gates", "entries", "shape"})
 """Factors that stand beside the trained ones, without which these make no update."""
+RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""How the names of PEFT's starts begin that take their product off the base, so that B A is not zero at first."""
 
 
 def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bool = True) -> LowRank | Fourier:

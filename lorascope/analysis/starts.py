@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorascope.analysis import fourier
+from lorascope.forms import RESIDUAL
 from lorascope.layout import Lazy
 from lorascope.run import Run
 
-_RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")  # PEFT's starts that take their product off the base
 _ROUNDING = 1e-3  # of the largest norm: below it a start is what rounding leaves of zero, as of DoRA's W - W_0
 
 
@@ -52,4 +52,4 @@ def _started_away(run: Run) -> bool:
     told = run.meta.get("method", run.meta["recipe"])
     if "fourierft" in (told.get("name"), str(told.get("kind")).lower()):
         return told.get("init") != "zeros" and not told.get("init_weights")  # ours, and PEFT's word for zeros
-    return str(told.get("init_lora_weights", True)).lower().startswith(("false", *_RESIDUAL))
+    return str(told.get("init_lora_weights", True)).lower().startswith(("false", *RESIDUAL))

@@ -14,8 +14,9 @@ from tiny import inputs
 
 import lorascope as ls
 from lorascope import models
+from lorascope.layout import identify
 from lorascope.method import Step, config, from_config
-from lorascope.methods import METHODS, Adapprox, adapprox_optimizer
+from lorascope.methods import METHODS, Adapprox, adapprox_optimizer, s_rsi
 from lorascope.methods.adapprox import AdapproxOptimizer
 
 
@@ -201,8 +202,6 @@ def test_what_is_dense_moves_together_as_it_would_alone():
 
 
 def test_between_choices_the_matrix_is_factored_once(monkeypatch):
-    from lorascope.methods import s_rsi
-
     calls, once = [], s_rsi.s_rsi
     monkeypatch.setattr(s_rsi, "s_rsi", lambda A, rank, **given: calls.append(rank) or once(A, rank, **given))
     p = parameter(80, 70)
@@ -214,8 +213,6 @@ def test_between_choices_the_matrix_is_factored_once(monkeypatch):
 
 def test_the_time_of_a_choice_is_kept_until_the_next(monkeypatch):
     """A clock that ticks once a look, and once more for every factoring."""
-    from lorascope.methods import s_rsi
-
     now, once = [0.0], s_rsi.s_rsi
 
     def tick(*_):
@@ -400,6 +397,7 @@ def test_draws_that_began_on_the_cpu_go_on_there_and_those_of_an_accelerator_are
         ({"cosine_floor": 0}, "cosine_floor=0 must be above 0"),
         ({"rank_rule": "grow"}, "rank_rule 'grow' is unknown: it must be one of 'restart'"),
         ({"denominator": "mid"}, "denominator 'mid' is unknown"),
+        ({"sketch_multiple": 0}, "sketch_multiple=0 must be at least 1"),
         ({"init_rank": 0}, "init_rank=0 must be at least 1"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must both be"),
         ({"betas": (0.0, 0.9), "cosine": True}, "give a first of betas above 0"),
@@ -465,10 +463,73 @@ def test_a_share_is_of_the_most_that_the_rule_may_take(rule, share):
     model, method = torch.nn.Linear(16, 24, bias=False), Adapprox(rank_rule=rule, init_rank=16)
     optimizer = AdapproxOptimizer(model.parameters(), rank_rule=rule, init_rank=16, min_dim=1, tolerance=0)
     stepped(optimizer, [model.weight])
-    step = object.__new__(Step)
-    step.index, step.total, step.model, step.optimizer = 0, 9, model, optimizer
-    found = {record.quantity: record.value for record in method.records(step)}
+    found = told(method, optimizer, model, 1)
     assert (found["factor_rank"], found["factor_share"]) == (16 if rule == "fixed" else 4, share)
+
+
+def told(method, optimizer, model, finished, total=9):
+    """What the method records of a step."""
+    step = object.__new__(Step)
+    step.index, step.total, step.model, step.optimizer = finished - 1, total, model, optimizer
+    return {record.quantity: record.value for record in method.records(step)}
+
+
+def test_what_a_choice_took_is_told_at_its_own_step_alone():
+    """Where V is zero at first, the first choice comes later; the last step tells what is held, and no choice again."""
+    model, method = torch.nn.Linear(16, 24, bias=False), Adapprox(reselect_every=3, min_dim=1)
+    optimizer = AdapproxOptimizer(model.parameters(), reselect_every=3, min_dim=1)
+    of_a_choice = {"factor_error", "factor_trials", "factor_seconds", "negative_share", "negative_mass"}
+    held, chosen, seen = [], [], set()
+    for finished, scale in enumerate((0, 1, 1, 1, 1, 1), 1):
+        stepped(optimizer, [model.weight], seed=finished, scale=scale)
+        found = told(method, optimizer, model, finished, 6).keys()
+        held += [finished] * ("factor_rank" in found)
+        chosen += [finished] * (of_a_choice <= found)
+        seen |= found if finished in chosen else set()
+        assert found & of_a_choice in (set(), of_a_choice)
+    assert (held, chosen) == ([2, 4, 6], [2, 4])
+    assert seen == of_a_choice | {
+        "factor_rank", "factor_bytes", "factor_norm", "factor_share", "direction_rms", "direction_cosine"
+    }  # fmt: skip
+    stepped(optimizer, [model.weight])
+    assert of_a_choice <= told(method, optimizer, model, 7).keys()
+    model.weight.grad = None
+    optimizer.step()
+    assert not of_a_choice & told(method, optimizer, model, 8, 8).keys()
+
+
+def test_the_columns_of_a_sketch_can_be_rounded_up(monkeypatch):
+    """The sketch of 1 + 5 columns becomes the one that 15 to spare give; no sketch is wider than the matrix."""
+    widths, once = [], s_rsi.sketch
+
+    def counted(*given):
+        widths.append(once(*given).shape[1])
+        return once(*given)
+
+    p, q, r = parameter(80, 70), parameter(80, 70), parameter(30, 20)
+    stepped(AdapproxOptimizer([p], rank_rule="fixed", sketch_multiple=16), [p], 3)
+    stepped(AdapproxOptimizer([q], rank_rule="fixed", oversampling=15), [q], 3)
+    assert torch.equal(p, q)
+    monkeypatch.setattr(s_rsi, "sketch", counted)
+    for weight, options in ((p, {"sketch_multiple": 1}), (p, {"sketch_multiple": 16}), (r, {"sketch_multiple": 32})):
+        stepped(AdapproxOptimizer([weight], rank_rule="fixed", init_rank=2, min_dim=1, **options), [weight])
+    assert widths == [7, 16, 20]
+
+
+def test_runs_from_before_sketches_were_rounded_are_found_and_go_on(fresh_bert):
+    stored = config(Adapprox())
+    assert identify(stored) == "819e5e397433"  # as computed before the field was there
+    assert from_config(stored) == Adapprox()
+    wide = Adapprox(min_dim=8, sketch_multiple=16)
+    assert from_config(json.loads(json.dumps(config(wide)))) == wide
+    wide.attach(fresh_bert)
+    assert {g["sketch_multiple"] for g in wide.optimizer(fresh_bert, 1e-3, 1e-3, 0.0).param_groups} == {16}
+    optimizer = AdapproxOptimizer([p := parameter(70, 70)])
+    stepped(optimizer, [p])
+    old = copy.deepcopy(optimizer.state_dict())
+    del old["param_groups"][0]["sketch_multiple"]
+    optimizer.load_state_dict(old)
+    stepped(optimizer, [p])
 
 
 def test_roles_can_be_kept_dense(fresh_bert):

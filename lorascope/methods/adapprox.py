@@ -13,7 +13,7 @@ paper          here
 beta_1, 2      ``betas``
 eps, d         ``eps``, ``clip_threshold``
 alpha, lambda  ``lr``, ``weight_decay``
-l, p           ``iterations``, ``oversampling``
+l, p           ``iterations``, ``oversampling``; k + p is rounded up by ``sketch_multiple``
 k_init, k_max  ``init_rank``, ``max_rank``: None is a quarter of the smaller side
 xi_thresh      ``tolerance``
 Delta s        ``reselect_every``
@@ -42,13 +42,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
 from lorascope import names
-from lorascope.method import Method, Step, parameter_groups
+from lorascope.method import LATER, Method, Step, parameter_groups
 from lorascope.methods import s_rsi
 from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
 from lorascope.records import Item, Quantity, Record, register
@@ -60,7 +60,7 @@ register(
 )
 register(
     "factor_error",
-    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of one step's V, at the last choice of its rank", source=SOURCE),
+    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of this step's V, at a choice of its rank", source=SOURCE),
 )
 register("factor_trials", Quantity("factorings", pool="sum", definition="for one choice of the rank", source=SOURCE))
 register(
@@ -104,6 +104,8 @@ class Adapprox(Method, name="adapprox"):
         Largest RMS of a direction.
     iterations, oversampling : int
         Rounds of S-RSI, and columns beyond the rank.
+    sketch_multiple : int
+        Rank and spare columns together are rounded up to a multiple of it: 16 may be faster, and draws other sketches.
     init_rank : int
         At the first step, and where every choice begins.
     max_rank : int or None
@@ -137,6 +139,7 @@ class Adapprox(Method, name="adapprox"):
     clip_threshold: float | int = 1.0
     iterations: int = 5
     oversampling: int = 5
+    sketch_multiple: int = field(default=1, metadata=LATER)
     init_rank: int = 1
     max_rank: int | None = None
     tolerance: float | int = 0.01
@@ -169,24 +172,23 @@ class Adapprox(Method, name="adapprox"):
         return AdapproxOptimizer(groups, lr, weight_decay=weight_decay, seed=self.sketch_seed, **options)
 
     def records(self, step: Step) -> Iterable[Item]:
-        """What became of every factored matrix, at the steps of a choice and at the last."""
-        if (step.finished - 1) % self.reselect_every and not step.last:
-            return
+        """What became of every factored matrix where its rank was chosen, and what is held of it at the last step."""
         for name, parameter in step.model.named_parameters():
             state = step.optimizer.state.get(parameter, {})
-            if "Q" not in state:
+            if "Q" not in state or not ("chosen" in state or step.last):
                 continue
             module, (Q, U) = name.removesuffix(".weight"), (state["Q"], state["U"])
             yield Record("factor_rank", Q.shape[1], module)
             yield Record("factor_bytes", Q.nbytes + U.nbytes, module)
             yield Record("direction_rms", float(state["rms"]), module)
-            yield Record("factor_error", state["error"], module)
-            yield Record("factor_trials", state["trials"], module)
-            yield Record("factor_seconds", state["seconds"], module)
             yield Record("factor_norm", float(U.norm()), module)  # Q has orthonormal columns
             fixed, most = self.rank_rule == "fixed", s_rsi.largest(Q.shape[0], U.shape[0], self.max_rank)
             yield Record("factor_share", 1.0 if fixed else Q.shape[1] / most, module)
-            yield Record("negative_share", state["negative"], module)
-            yield Record("negative_mass", state["negative_mass"], module)
             if "cosine" in state:  # without a first moment there is none
                 yield Record("direction_cosine", float(state["cosine"]), module)
+            if "chosen" in state:
+                yield Record("factor_error", state["error"], module)
+                yield Record("factor_trials", state["trials"], module)
+                yield Record("factor_seconds", state["seconds"], module)
+                yield Record("negative_share", state["negative"], module)
+                yield Record("negative_mass", state["negative_mass"], module)

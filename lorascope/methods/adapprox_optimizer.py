@@ -34,6 +34,8 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         Largest RMS of a direction; ``math.inf`` clips nothing.
     iterations, oversampling : int
         Rounds of S-RSI, and columns beyond the rank.
+    sketch_multiple : int
+        Columns are rounded up to a multiple of it, as far as the matrix has so many.
     init_rank : int
         At the first step, and where every choice begins.
     max_rank : int or None
@@ -69,6 +71,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         clip_threshold: float | int = 1.0,
         iterations: int = 5,
         oversampling: int = 5,
+        sketch_multiple: int = 1,
         init_rank: int = 1,
         max_rank: int | None = None,
         tolerance: float | int = 0.01,
@@ -93,6 +96,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         _check(self.defaults | param_group)
         super().add_param_group(param_group)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As of any optimizer; a state may be older than an option."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("sketch_multiple", 1)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
@@ -105,6 +114,8 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for state in self.state.values():
+            state.pop("chosen", None)
         for group in self.param_groups:
             for together in _batches(group):
                 self._move(together, group)
@@ -175,7 +186,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A = V / unit
         generator = self.param_groups[0]["generator"]
-        factor = s_rsi.factoring(A, generator, group["iterations"], group["oversampling"])
+        factor = s_rsi.factoring(
+            A, generator, group["iterations"], group["oversampling"], multiple=group["sketch_multiple"]
+        )
         chooses = first or (state["step"] - 1) % group["reselect_every"] == 0
         if chooses:
             state["negative"], state["negative_mass"] = (0.0, 0.0) if first else negative(state["Q"] @ state["U"].T)
@@ -183,6 +196,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             start = time.perf_counter()
             Q, U, state["error"], state["trials"] = s_rsi.choose(A, factor, state, group)
             state["seconds"] = time.perf_counter() - start
+            state["chosen"] = True  # until the next step
         else:
             Q, U = factor(state["Q"].shape[1])
         state["Q"], state["U"] = Q, U.mul_(unit)
@@ -265,7 +279,7 @@ def _check(group: dict[str, Any]) -> None:
     for name, known in (("rank_rule", s_rsi.RULES), ("denominator", DENOMINATORS)):
         if group[name] not in known:
             raise ValueError(f"{name} {group[name]!r} is unknown: it must be one of {', '.join(map(repr, known))}")
-    for name in ("iterations", "init_rank", "max_rank", "reselect_every"):
+    for name in ("iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every"):
         if group[name] is not None and group[name] < 1:
             raise ValueError(f"{name}={group[name]} must be at least 1")
     for name in ("lr", "eps", "weight_decay", "oversampling"):

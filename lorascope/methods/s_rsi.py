@@ -18,7 +18,8 @@ f(xi)         ``growth``, of which ``logistic`` are eta, omega, phi and tau
 
 Source: Adapprox (arXiv 2403.14958), algorithms 1 and 2.
 
-Departs: the sketch has no more columns than the matrix has rows or columns. The text of algorithm 2 could not be
+Departs: the sketch has no more columns than the matrix has rows or columns; their number may be rounded up, since some
+widths multiply faster than narrower ones. The text of algorithm 2 could not be
 checked: its restart, f and their constants are what is remembered of it, phi with the sign that makes small steps near
 the tolerance and large ones far from it. Three other rules stand beside it, none of them the paper's: ``colnorm`` reads
 the error of every rank off one factoring at the cap; ``ema`` moves a share of the smaller side up and down, after
@@ -64,10 +65,16 @@ class Factored(NamedTuple):
 
 
 def s_rsi(
-    A: Float[Tensor, "m n"], rank: int, generator: torch.Generator, iterations: int = 5, oversampling: int = 5
+    A: Float[Tensor, "m n"],
+    rank: int,
+    generator: torch.Generator,
+    iterations: int = 5,
+    oversampling: int = 5,
+    multiple: int = 1,
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]:
-    """Q and U of a rank, or of the smaller side where that is less."""
-    Q, U = iterate(A, sketch(A, rank + oversampling, generator), iterations)
+    """Q and U of a rank, or of the smaller side where that is less; the sketch has a multiple of so many columns."""
+    columns = math.ceil((rank + oversampling) / multiple) * multiple
+    Q, U = iterate(A, sketch(A, columns, generator), iterations)
     return first(Q, rank), first(U, rank)
 
 
@@ -112,9 +119,11 @@ def growth(error: float, logistic: Sequence[float | int] = LOGISTIC, scale: floa
 Factor = Callable[[int], tuple[Tensor, Tensor]]
 
 
-def factoring(A: Float[Tensor, "m n"], generator: torch.Generator, iterations: int, oversampling: int) -> Factor:
+def factoring(
+    A: Float[Tensor, "m n"], generator: torch.Generator, iterations: int, oversampling: int, multiple: int = 1
+) -> Factor:
     """S-RSI of one matrix, as the rules call it."""
-    return partial(s_rsi, A, generator=generator, iterations=iterations, oversampling=oversampling)
+    return partial(s_rsi, A, generator=generator, iterations=iterations, oversampling=oversampling, multiple=multiple)
 
 
 def largest(rows: int, columns: int, max_rank: int | None) -> int:

@@ -220,8 +220,8 @@ def _find_cross(linears: list[_Row]) -> None:
             row.role = f"cross_{row.role}"
 
 
-def match(description: pd.DataFrame, targets: str | Sequence[str]) -> list[str]:
-    """Choose modules to adapt.
+def match(description: pd.DataFrame, targets: str | Sequence[str], called: str = "targets") -> list[str]:
+    """Choose modules, to be adapted for one.
 
     Parameters
     ----------
@@ -231,6 +231,8 @@ def match(description: pd.DataFrame, targets: str | Sequence[str]) -> list[str]:
         "all-linear" (every linear inside the blocks), a role, or a regular expression that covers a whole module name;
         or a sequence of roles and exact module names. "q", "k" and "v" also choose a fused qkv, "ffn_gate" a fused
         gate and input. A tied weight goes by any of its names.
+    called : str
+        What messages call ``targets``: the argument that it was given as.
 
     Returns
     -------
@@ -245,16 +247,16 @@ def match(description: pd.DataFrame, targets: str | Sequence[str]) -> list[str]:
     wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
     for target in wanted:
-        found = _chosen(description, target, pattern=isinstance(targets, str))
+        found = _chosen(description, target, isinstance(targets, str), called)
         if not found:
-            raise ValueError(f"targets: {target!r} matches no module; {_near(description, target)}")
+            raise ValueError(f"{called}: {target!r} matches no module; {_near(description, target)}")
         chosen.update(found)
     if not chosen:
-        raise ValueError(f"targets is empty; {_near(description, '')}")
+        raise ValueError(f"{called} is empty; {_near(description, '')}")
     return [name for name in _names(description) if name in chosen]
 
 
-def _chosen(description: pd.DataFrame, target: str, pattern: bool) -> list[str]:
+def _chosen(description: pd.DataFrame, target: str, pattern: bool, called: str) -> list[str]:
     role = description["role"]
     if target == "all-linear":
         return description["module"][description["layer"].notna() & role.isin(LINEAR)].tolist()
@@ -266,7 +268,7 @@ def _chosen(description: pd.DataFrame, target: str, pattern: bool) -> list[str]:
     try:
         return [name for name in _names(description[description["out_features"].notna()]) if re.fullmatch(target, name)]
     except re.error as error:
-        raise ValueError(f"targets: {target!r} is neither a role nor a regular expression: {error}") from None
+        raise ValueError(f"{called}: {target!r} is neither a role nor a regular expression: {error}") from None
 
 
 def _names(description: pd.DataFrame) -> list[str]:

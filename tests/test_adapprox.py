@@ -10,7 +10,7 @@ import killing
 import pytest
 import torch
 from forks import check_that_a_killed_run_goes_on
-from tiny import inputs
+from tiny import inputs, tiny
 
 import lorascope as ls
 from lorascope import models
@@ -259,6 +259,25 @@ def test_a_zero_gradient_decays_alone_and_puts_the_choice_off():
     assert torch.isfinite(p).all()
 
 
+@pytest.mark.parametrize("rule", ["restart", "colnorm"])
+def test_a_second_moment_that_is_zero_again_keeps_its_rank(rule):
+    """Of nothing there is no error to choose by; the error of a positive random matrix at rank one is 0.8."""
+    p = parameter(72, 68)
+    optimizer = AdapproxOptimizer([p], betas=(0.9, 0.0), reselect_every=1, rank_rule=rule, tolerance=0.9)
+    stepped(optimizer, [p])
+    state = optimizer.state[p]
+    error = state["error"]
+    assert (state["Q"].shape[1], "chosen" in state) == (1, True)
+    stepped(optimizer, [p], scale=0.0)
+    assert (state["Q"].shape[1], "chosen" in state) == (1, False)
+    assert not state["U"].any()
+    assert state["error"] == error
+    stepped(optimizer, [p], seed=1)
+    assert (state["Q"].shape[1], "chosen" in state) == (1, True)
+    assert (state["negative"], state["negative_mass"]) == (0, 0)
+    assert torch.isfinite(p).all()
+
+
 def test_tiny_gradients_are_factored_as_large_ones_are():
     p, q = parameter(72, 68), parameter(72, 68)
     for weight, scale in ((p, 1.0), (q, 2.0**-40)):
@@ -361,6 +380,49 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(dtype):
         assert mine.dtype == dtype
 
 
+def test_an_optimizer_that_was_loaded_shares_nothing_with_the_one_it_came_from():
+    """Both go on as one does that was never saved."""
+
+    def fresh():
+        weights = [parameter(80, 70), parameter(70, seed=1)]
+        return weights, AdapproxOptimizer(weights, 1e-2, rank_rule="fixed")
+
+    (weights, optimizer), (others, other), (alone, single) = fresh(), fresh(), fresh()
+    stepped(optimizer, weights, 2)
+    stepped(single, alone, 2)
+    with torch.no_grad():
+        for mine, theirs in zip(others, weights, strict=True):
+            mine.copy_(theirs)
+    other.load_state_dict(optimizer.state_dict())
+    for moved, one in ((weights, optimizer), (others, other), (alone, single)):
+        stepped(one, moved, 2, seed=5)
+    for one, two, three in zip(weights, others, alone, strict=True):
+        assert torch.equal(one, three)
+        assert torch.equal(two, three)
+
+
+def test_a_state_of_another_optimizer_is_refused_in_one_line():
+    p, q = parameter(70, 70), parameter(70, 70)
+    optimizer, adam = AdapproxOptimizer([p]), torch.optim.AdamW([q])
+    stepped(adam, [q])
+    with pytest.raises(ValueError, match="it is no state of AdapproxOptimizer: it has no generator of") as raised:
+        optimizer.load_state_dict(adam.state_dict())
+    assert "\n" not in str(raised.value)
+    stepped(optimizer, [p])
+
+
+def test_sparse_gradients_are_refused_before_anything_moves():
+    table, p = torch.nn.Embedding(70, 66, sparse=True), parameter(3)
+    optimizer = AdapproxOptimizer([{"params": [p]}, {"params": [table.weight]}])
+    before, p.grad = p.detach().clone(), torch.ones(3)
+    table(torch.tensor([1, 5])).sum().backward()
+    with pytest.raises(ValueError, match=r"gradient of a parameter of shape \(70, 66\) is sparse") as raised:
+        optimizer.step()
+    assert "\n" not in str(raised.value)
+    assert torch.equal(p, before)
+    assert not optimizer.state
+
+
 class Elsewhere:
     """A generator as an accelerator has it, whose state is of another length."""
 
@@ -399,6 +461,9 @@ def test_draws_that_began_on_the_cpu_go_on_there_and_those_of_an_accelerator_are
         ({"denominator": "mid"}, "denominator 'mid' is unknown"),
         ({"sketch_multiple": 0}, "sketch_multiple=0 must be at least 1"),
         ({"init_rank": 0}, "init_rank=0 must be at least 1"),
+        ({"betas": (0.9,)}, r"betas=\(0.9,\) must be two numbers: of the first and of the second moment"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas=\(0.9, 0.99, 0.999\) must be two numbers"),
+        ({"growth": (200, -10, 2.5)}, r"growth=\(200, -10, 2.5\) must be four numbers: eta, omega, phi, tau"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\) must both be"),
         ({"betas": (0.0, 0.9), "cosine": True}, "give a first of betas above 0"),
     ],
@@ -542,6 +607,18 @@ def test_roles_can_be_kept_dense(fresh_bert):
     decays = {group["weight_decay"] for group in optimizer.param_groups for p in group["params"] if p.ndim == 1}
     assert decays == {0.0}
     assert len(minima) == len(list(fresh_bert.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("dense", "said"),
+    [
+        (("embed", "pos_embed"), "^dense: 'pos_embed' matches no module; "),
+        ("lay(ers", r"^dense: 'lay\(ers' is neither a role nor a regular expression"),
+    ],
+)
+def test_what_cannot_be_kept_dense_is_told_by_the_name_it_was_given_under(dense, said):
+    with pytest.raises(ValueError, match=said):
+        Adapprox(dense=dense).optimizer(tiny("llama"), 1e-3, 1e-3, 0.0)
 
 
 def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):

@@ -77,6 +77,20 @@ def test_each_claim_is_judged_against_its_control(runs):
         assert all(DENSE in caption for caption in captions)
 
 
+def test_notes_name_every_matrix_that_has_no_factors(runs):
+    ours = runs["Adapprox at 0.0001"][0]
+    factored = set(ours.table.loc[ours.table["quantity"] == "factor_rank", "module"].astype("str"))
+    matrices = ours.modules.dropna(subset=["out_features", "in_features"])
+    assert set(matrices.loc[~matrices["module"].isin(factored), "role"]) == {"embed", "pos_embed", "head"}
+    told = " ".join(probe.judge(runs).notes)
+    assert "the embeddings and the head, which has two rows, keep a dense second moment; all other matrices" in told
+
+
+def test_no_claim_cites_what_of_the_paper_was_not_read(runs):
+    cited = {verdict.claim.source for verdict in probe.judge(runs).verdicts}
+    assert cited == {"figure 1", "abstract", "this project; what the abstract takes for granted", "this project"}
+
+
 def test_guidance_stands_beside_every_rate_without_it_and_takes_part_in_no_choice(runs):
     shown = probe.judge(runs).exhibits
     loss = shown[5].chart.rows()[0][0]
@@ -90,6 +104,9 @@ def test_a_role_given_as_a_string_is_one_word_and_without_adapprox_nothing_is_sa
     adam, ours = runs["AdamW at 0.0001"][0], runs["Adapprox at 0.0001"][0]
     one = Run(ours.path, ours.meta | {"recipe": ours.meta["recipe"] | {"dense": "embed"}})
     assert "Adapprox keeps vectors, embed and small matrices dense." in plots.factor_error(one).caption
+    for dense, kept in (((), "vectors"), (("embed", "q"), "vectors, embed and q")):  # at 1 no matrix is too small
+        all_factored = Run(ours.path, ours.meta | {"recipe": ours.meta["recipe"] | {"dense": dense, "min_dim": 1}})
+        assert f"Adapprox keeps {kept} dense." in plots.factor_error(all_factored).caption
     assert "dense" not in plots.training_curves(adam).rows()[0][0].caption
 
 

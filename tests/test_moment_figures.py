@@ -82,6 +82,26 @@ def test_ranks_are_shown_by_role_layer_and_step(trained):
         plots.factor_rank(trained["adapprox"], role="gate")
 
 
+def test_ranks_are_coloured_by_their_share_of_the_cap(tmp_path):
+    """48 of 48 is cut off, 48 of 96 is not."""
+    ranks = {"h.0.q": (24, 48, 96), "h.1.q": (24, 24, 96), "h.0.up": (48, 12, 48)}
+    planted = {}
+    for module, (*found, cap) in ranks.items():
+        planted["factor_rank", module] = dict(zip((1, 11), found, strict=True))
+        planted["factor_share", module] = {step: rank / cap for step, rank in planted["factor_rank", module].items()}
+    chart = plots.factor_rank(plant(tmp_path, "run", planted))
+    (heat,) = chart.marks
+    assert (heat.value, heat.words, heat.limits) == ("share", "words", (0, 1))
+    cells = chart.data.set_index(["role", "place", "step"])
+    assert cells["share"].to_dict() == {
+        ("q", "0", 1): 0.25, ("q", "0", 11): 0.5, ("q", "1", 1): 0.25, ("q", "1", 11): 0.25,
+        ("ffn_in", "0", 1): 1, ("ffn_in", "0", 11): 0.25,
+    }  # fmt: skip
+    assert cells.loc[("q", "0", 11), "words"] == "48/96"
+    assert cells.loc[("ffn_in", "0", 1), "words"] == "48/48"
+    assert "k_max: 48 (ffn_in), 96 (q). At k_max: 17 % of the cells." in chart.caption
+
+
 def test_encoder_and_decoder_keep_lines_and_rows_of_their_own(tmp_path):
     """Layer 0 of one stack is none of the other's."""
     task, path = families.task_of("t5"), families.folder(tmp_path / "t5", "t5")

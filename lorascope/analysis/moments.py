@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.analysis.norms import last, place
+from lorascope.analysis.norms import last, place, select
 from lorascope.analysis.stats import band
 
 # Rows and columns are scaled in turn until their sums are met to this part, or so often.
@@ -90,6 +90,25 @@ def final(table: pd.DataFrame, quantity: str) -> pd.Series:
     rows = rows[rows["step"] == rows["step"].max()]
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
+
+
+def ranks(table: pd.DataFrame) -> pd.DataFrame:
+    """Ranks of the factors in the blocks, beside the most that a choice may take.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As ``records.COLUMNS``, of Adapprox.
+
+    Returns
+    -------
+    DataFrame
+        Rows of ``factor_rank`` with their ``place``, and with ``share`` and ``cap``: k / k_max and k_max.
+    """
+    keys = ["run", "module", "step"]
+    found, shares = (select(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
+    found = found.merge(shares[[*keys, "value"]].rename(columns={"value": "share"}), on=keys)
+    return found.assign(cap=(found["value"] / found["share"]).round())
 
 
 def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:

@@ -160,7 +160,7 @@ class Adapprox(Method, name="adapprox"):
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> AdapproxOptimizer:
         """``AdapproxOptimizer`` in the groups ``adapter`` and ``head``; what is to stay dense in groups of its own."""
-        chosen = names.match(names.describe(model), self.dense) if self.dense else []
+        chosen = names.match(names.describe(model), self.dense, "dense") if self.dense else []
         dense = {id(parameter) for name in chosen for parameter in model.get_submodule(name).parameters()}
         groups = []
         for group in parameter_groups(model, lr, head_lr, weight_decay):

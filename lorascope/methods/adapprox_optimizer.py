@@ -114,6 +114,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        _check_gradients(self.param_groups)
         for state in self.state.values():
             state.pop("chosen", None)
         for group in self.param_groups:
@@ -181,15 +182,14 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew."""
         first = "Q" not in state
         unit = V.max()
-        if first and unit == 0:
+        # Of a zero V there is no error to choose by: its factors keep their rank, and their scale is none.
+        chooses = (first or (state["step"] - 1) % group["reselect_every"] == 0) and bool(unit != 0)
+        if first and not chooses:
             return
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A = V / unit
         generator = self.param_groups[0]["generator"]
-        factor = s_rsi.factoring(
-            A, generator, group["iterations"], group["oversampling"], multiple=group["sketch_multiple"]
-        )
-        chooses = first or (state["step"] - 1) % group["reselect_every"] == 0
+        factor = s_rsi.factoring(A, generator, group["iterations"], group["oversampling"], group["sketch_multiple"])
         if chooses:
             state["negative"], state["negative_mass"] = (0.0, 0.0) if first else negative(state["Q"] @ state["U"].T)
             float(unit)  # an accelerator has done by here what it was given before, and by the error all of the choice
@@ -213,9 +213,11 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         Raises
         ------
         ValueError
-            It was made on an accelerator, and the weights are on the CPU. The other way round sketches are drawn on
-            the CPU from then on, as they were before.
+            It is none of this optimizer, or was made on an accelerator, and the weights are on the CPU. The other way
+            round sketches are drawn on the CPU from then on, as they were before.
         """
+        if "generator" not in state_dict["param_groups"][0]:
+            raise ValueError("it is no state of AdapproxOptimizer: it has no generator of sketches; load what it saved")
         generator = torch.Generator(self.param_groups[0]["params"][0].device)
         drawn = state_dict["param_groups"][0]["generator"].cpu()
         if len(drawn) != len(generator.get_state()):
@@ -229,7 +231,8 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
-                self.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) else value
+                own = value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                self.state[parameter][key] = own
 
 
 def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""]:
@@ -246,7 +249,8 @@ def guided(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float | in
 def negative(product: Float[Tensor, "m n"]) -> tuple[float, float]:
     """Share of the entries below zero, and of what all entries weigh."""
     below = product.clamp(max=0)
-    return float(below.count_nonzero() / below.numel()), float(-below.sum() / product.abs().sum())
+    total = product.abs().sum().clamp(min=torch.finfo(product.dtype).tiny)
+    return float(below.count_nonzero() / below.numel()), float(below.abs().sum() / total)
 
 
 def factored(parameter: Tensor, min_dim: int | None) -> bool:
@@ -275,6 +279,15 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _check_gradients(groups: list[dict[str, Any]]) -> None:
+    for parameter in (parameter for group in groups for parameter in group["params"]):
+        if parameter.grad is not None and parameter.grad.layout != torch.strided:
+            raise ValueError(
+                f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse, and Adapprox takes dense "
+                "ones alone: leave out the sparse=True of its embedding"
+            )
+
+
 def _check(group: dict[str, Any]) -> None:
     for name, known in (("rank_rule", s_rsi.RULES), ("denominator", DENOMINATORS)):
         if group[name] not in known:
@@ -288,6 +301,10 @@ def _check(group: dict[str, Any]) -> None:
     for name in ("clip_threshold", "cosine_floor"):
         if not group[name] > 0:
             raise ValueError(f"{name}={group[name]} must be above 0")
+    if len(group["betas"]) != 2:
+        raise ValueError(f"betas={tuple(group['betas'])} must be two numbers: of the first and of the second moment")
+    if len(group["growth"]) != 4:
+        raise ValueError(f"growth={tuple(group['growth'])} must be four numbers: eta, omega, phi, tau")
     if not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas={tuple(group['betas'])} must both be from 0 up to, but not including, 1")
     if group["cosine"] and not group["betas"][0]:

@@ -46,6 +46,7 @@ RECORDERS = {
     "moment_error": _MOMENTS,
     "factoring_error_svd": 'train Full(rule="adamw") with observe=[ls.observe.factorings()]',
     "factor_rank": _ADAPPROX,
+    "factor_share": _ADAPPROX,
     "factor_error": _ADAPPROX,
     "direction_cosine": _ADAPPROX,
     "active": "train LISA",

@@ -218,7 +218,9 @@ def _dense(recipe: Mapping[str, Any]) -> str:
     if recipe.get("min_dim", 0) is None:
         return "everything"
     given = recipe.get("dense", ())
-    return f"{', '.join(['vectors', *([given] if isinstance(given, str) else given)])} and small matrices"
+    small = ["small matrices"] if recipe.get("min_dim", 64) > 1 else []
+    *others, last = ["vectors", *([given] if isinstance(given, str) else given), *small]
+    return " and ".join([", ".join(others), last] if others else [last])
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:

@@ -188,9 +188,10 @@ def factorings(runs: Runs, control: Runs | None = None) -> Panels:
 
 
 @figure(
-    needs=("factor_rank",),
-    reads="One panel a role: a row is a layer, a column a step at which ranks were chosen. A row that brightens to the "
-    "right needs more directions as it trains; a number at the cap says that the rank was cut off there.",
+    needs=("factor_rank", "factor_share"),
+    reads="One panel a role: a row is a layer, a column a step at which ranks were chosen, and the last. The colour is "
+    "the rank over its cap, which the caption names: a row that brightens to the right needs more directions as it "
+    "trains, and the brightest cells are cut off. Cells tell rank and cap where these have room, else their ratio.",
     misleads="A rank is chosen by the error of one step's factoring, which starts from factors: with a lax tolerance "
     "a rank that was once enough stays so, whatever has drifted. A cap of a quarter of the smaller side, and coarse "
     "growth, draw plateaus of their own.",
@@ -206,8 +207,8 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         Of these weights alone; by default all roles, as frames.
     """
     cohort = gather("factor_rank", runs, control)
-    cohort.require("factor_rank")
-    rows = norms.select(cohort.label(cohort.table), "factor_rank").dropna(subset="layer")
+    cohort.require("factor_rank", "factor_share")
+    rows = moments.ranks(cohort.label(cohort.table))
     rows = rows[rows["role"] == role] if role is not None else rows
     if rows.empty:
         raise ValueError(f"factor_rank finds no factors of role {role!r} in blocks")
@@ -215,16 +216,23 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     kept = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps)))]
     rows = rows[rows["step"].isin(kept)].astype({"role": "str"})
     places = [place for place in rows["place"].cat.categories if (rows["place"] == place).any()]
-    cells = band(rows.astype({"place": "str"}), ["recipe", "kind", "role", "place", "step"])
+    keys = ["recipe", "kind", "role", "place", "step"]
+    rows = rows.astype({"place": "str"})
+    caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
+    cells = band(rows, keys).merge(caps, on=keys)
+    cells["words"] = [f"{rank:.4g}/{cap:.4g}" for rank, cap in zip(cells["value"], cells["cap"], strict=True)]
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
     caption = cohort.caption(
-        "Rank k of the factors of V by layer and step.", *cohort.kept_dense(), interval="intervals in the data"
+        "Rank k of the factors of V over the largest that a choice may take, by layer and step.",
+        _caps(cells),
+        *cohort.kept_dense(),
+        interval="intervals of k in the data",
     )
-    limits = (0.0, float(cells["value"].max()))
+    heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
     panels = [
         Chart(
             cells[cells["recipe"] == label],
-            [Heat("step", "place", "value", "rank", ".0f" if len(kept) <= _MOST_STEPS // 2 else None, limits=limits)],
+            [heat],
             title=label if len(cohort.labels) > 1 else "",
             x=Axis(label="step", order=kept),
             y=Axis(label="layer", order=places),
@@ -239,7 +247,6 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
 
 @figure(
     needs=("factor_error",),
-    history=True,
     reads="The error that chose the ranks, and where an exact average was kept beside the factors, how far they are "
     "from it: this is the error that the step sees. Below the line of rows times columns, the factors are worth more "
     "than Adafactor's, and above that of the least error, what they lost on the way.",
@@ -255,7 +262,7 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
         Of Adapprox, best with ``observe.factor_drift()``; one panel a label.
     """
     cohort = gather("factor_error", runs, control)
-    cohort.require("factor_error", history=True)
+    cohort.require("factor_error")
     table = cohort.label(cohort.table)
     rows = table[table["quantity"].isin(list(_COURSES)) & table["layer"].notna()].astype({"quantity": "str"})
     means = rows.groupby(["run", "recipe", "quantity", "step"], observed=True)["value"].mean().reset_index()
@@ -276,6 +283,13 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
         for label in cohort.labels
     ]
     return panels[0] if len(panels) == 1 else beside(*panels)
+
+
+def _caps(cells: pd.DataFrame) -> str:
+    """The largest rank by role, and how often it was reached."""
+    roles = cells.groupby("cap")["role"].unique()
+    told = ", ".join(f"{cap:.4g} ({', '.join(found)})" for cap, found in roles.items())
+    return f"k_max: {told}. At k_max: {100 * (cells['share'] == 1).mean():.0f} % of the cells."
 
 
 def _ranks(cells: pd.DataFrame) -> Axis:

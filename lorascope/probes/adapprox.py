@@ -1,10 +1,12 @@
 """Adapprox: do few directions carry Adam's second moment, and is a higher rank than one of use?
 
 Source: Adapprox (arXiv 2403.14958), figure 1 (singular values of second moments), abstract (few singular values;
-training no worse than under AdamW, and better than under Adafactor and CAME).
+training no worse than under AdamW, and better than under Adafactor and CAME). That more than one direction is of use
+to the approximation, and that it holds over the steps, are claims of this project.
 
 Departs: fine-tuning of a small encoder in place of pre-training of GPT-2, and few steps. The embeddings keep a dense
-second moment: factoring 30,522 rows at every step costs more than the model. Growth of ranks is scaled to the width.
+second moment, since factoring 30,522 rows at every step costs more than the model, and so does the head, which has
+fewer rows than ``min_dim``. Growth of ranks is scaled to the width.
 Each optimizer has the best of three rates, by validation loss; all have the same schedule, clipping and no decay.
 Guidance, of which the paper's text could not be had, is tried at one rate and judged by nothing.
 """
@@ -49,14 +51,14 @@ ABOVE_ONE = Claim(
     statistic=f"minus the relative error of S-RSI at rank {RANK}, on AdamW's second moments",
     control="minus that of row sums times column sums",
     margin=0.05,
-    source="section 3",
+    source="this project; what the abstract takes for granted",
 )
 HELD = Claim(
     sentence="What Adapprox holds in the end is nearer to the exact average than row sums times column sums of that.",
     statistic="minus the relative error of its factors against the exact average since the start",
     control="minus that of the exact average's own row sums times column sums",
     margin=0.05,
-    source="section 3",
+    source="this project",
 )
 PARITY = Claim(
     sentence="Adapprox does no worse than AdamW, within 0.02 nats.",
@@ -135,7 +137,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     ]
     notes = [
         "Held fixed: model, text, splits, batch size, steps, schedule, clipping. Seeds vary head, data order, dropout.",
-        "Under Adapprox the embeddings keep a dense second moment; all else of two dimensions is factored.",
+        "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
+        "matrices are factored.",
         "The rate of each optimizer is the one of the lowest mean validation loss over all seeds; the test split has "
         "no part in it.",
         "A matrix of positive entries has one large singular value whatever it holds: hence a control of equal sums.",

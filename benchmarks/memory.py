@@ -16,7 +16,7 @@ MODELS = {"minilm": "minilm", "smollm2": partial(ls.models.load, "smollm2", bloc
 WAYS = {
     "full (AdamW)": ls.Full(),
     "LoRA, rank 8": ls.LoRA(rank=8, targets="all-linear"),
-    "LISA, 2 blocks": ls.LISA(n_active=2),
+    "LISA, 2 blocks": ls.LISA(n_active=2, interval=20),
     "Adapprox": ls.Adapprox(),
     "Adapprox, rank 1, β₁ = 0": ls.Adapprox(max_rank=1, betas=(0.0, 0.999)),
     "Adafactor": ls.Full(rule="adafactor"),

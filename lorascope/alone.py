@@ -84,14 +84,20 @@ class Alone:
         base = Uncopied(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = Plan(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
-        folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}")
+        place = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
+        folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}{place}")
         claim(folder, plan, self.overwrite)
-        if finished_run(folder, plan) is None:
+        found = finished_run(folder, plan)
+        if found is None:
             with held(folder), seeded(self.seed):
                 begun = session(living, plan, base, folder, [], self.device)
                 take(begun)
                 begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}
                 begun.writer.finish("done")
+        elif (there := found.meta["device"]) != self.device:  # a run is the same wherever it trains, its bytes are not
+            raise ValueError(
+                f"{folder} was measured on {there}, not on {self.device}: give another folder, or overwrite=True"
+            )
         return folder
 
 
@@ -118,7 +124,7 @@ def in_own_process(
         See ``Alone``.
     seed : int
     out : path, optional
-        The run folder; ``<root>/<name>-<method>-<id>`` by default.
+        The run folder; ``<root>/<name>-<method>-<id>`` by default, with the device unless that is the CPU.
     root : path
     overwrite : bool
         Measure again.

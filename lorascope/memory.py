@@ -37,7 +37,8 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
     method : Method or str
         Of a method with phases the first one is measured.
     steps : int
-        The last of so many is the one whose peak is taken; the first makes the optimizer's state.
+        The last of so many is the one whose peak is taken; the first makes the optimizer's state. Give LISA the
+        interval of a real run, such as 20: by default it would draw anew in the measured step.
     **options
         ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``alone.in_own_process``, and settings of
         ``train``, such as ``batch_size``.

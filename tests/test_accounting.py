@@ -23,6 +23,7 @@ TINYLLAMA = acc.llama(22, 2048, 5632, 256)
 @pytest.mark.parametrize(
     ("shapes", "block", "outside", "total"),
     [
+        (acc.LLAMA2["70B"], 855_654_400, {"model.embed_tokens": 262_144_000, "lm_head": 262_144_000}, 68_976_648_192),
         (acc.LLAMA2["7B"], 202_383_360, {"model.embed_tokens": 131_072_000, "lm_head": 131_072_000}, 6_738_415_616),
         (TINYLLAMA, 44_044_288, {"model.embed_tokens": 65_536_000, "lm_head": 65_536_000}, 1_100_048_384),
         (SMALL, 7_087_872, {"transformer.wte": 38_597_376, "transformer.wpe": 786_432}, 124_439_808),
@@ -79,6 +80,17 @@ def test_lisas_policies_hold_what_the_sheets_toy_held():
             acc.lisa(shapes, 2, "keep", visited=visited)
 
 
+def test_lisa_of_a_model_with_one_block_trains_it():
+    """As the method does by default: two blocks, or all that there are."""
+    one = acc.gpt2(1, 768)
+    assert acc.lisa(one) == acc.lisa(one, 1) == acc.full(one)
+    assert acc.lisa(SMALL) == acc.lisa(SMALL, 2)
+    cells = acc.table(one).set_index(["method", "part"])["bytes"]
+    assert cells["LISA, 1 block", "optimizer"] == acc.full(one).optimizer
+    with pytest.raises(ValueError, match="active: 2 blocks of 1 cannot train: give 0 to 1"):
+        acc.table(one, active=2)
+
+
 @pytest.mark.parametrize(("intervals", "blocks"), [(1, 2), (5, 8.8), (10, 15.2), (50, 30.7)])
 def test_blocks_visited_after_some_intervals(intervals, blocks):
     assert round(acc.visited(32, 2, intervals), 1) == blocks
@@ -106,6 +118,13 @@ def test_the_table_of_adapprox_to_the_digit(
     assert tuple(saved(held) for held in columns) == savings
     assert (mib(acc.adafactor(shapes)), mib(acc.came(shapes))) == (adafactor, came)
     assert acc.adafactor(shapes, first=False).optimizer == acc.adapprox(shapes, 1, first=False).optimizer
+    table = acc.optimizers(shapes)
+    state = table[table["part"] == "optimizer"].set_index("method")["bytes"] / MIB
+    assert state.round(1).to_dict() == {
+        "AdamW": adamw, "Adapprox, rank 1": first, "Adapprox, largest rank": most, "Adafactor": adafactor, "CAME": came,
+        "Adapprox, rank 1, β₁ = 0": first_alone, "Adapprox, largest rank, β₁ = 0": most_alone,
+        "Adafactor, β₁ = 0": first_alone,
+    }  # fmt: skip
 
 
 def test_ranks_of_adapprox_by_module_and_small_matrices_dense():
@@ -114,6 +133,8 @@ def test_ranks_of_adapprox_by_module_and_small_matrices_dense():
     assert acc.adapprox(shapes, {"a.weight": 3, "b.weight": 5}, first=False).optimizer == 4 * (8 * 180 + dense)
     assert acc.adapprox(shapes, None, first=False).optimizer == 4 * (2 * 20 * 180 + dense)
     assert acc.adapprox(shapes, 1, first=False, min_dim=0).optimizer == 4 * (2 * 180 + 102 + 2)
+    assert acc.adapprox({"a.weight": (64, 64)}, 100, first=False).optimizer == 32_768
+    assert acc.adapprox({"a.weight": (64, 64)}, {"a.weight": 100}, first=False).optimizer == 32_768
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
@@ -137,7 +158,12 @@ ODD = {"kernel": (12, 3, 4, 4), "places": (1, 9, 12), "matrix": (8, 6), "row": (
     (acc.adafactor, lambda p: Full(rule="adafactor").optimizer(p, 1e-3, 1e-3, 0.0)),
     (acc.came, lambda p: Full(rule="came").optimizer(p, 1e-3, 1e-3, 0.0)),
     (partial(acc.adapprox, min_dim=1), lambda p: AdapproxOptimizer(p.parameters(), min_dim=1, rank_rule="fixed")),
-], ids=["adafactor", "came", "adapprox"])  # fmt: skip
+    (
+        partial(acc.adapprox, rank=100, first=False, min_dim=1),
+        lambda p: AdapproxOptimizer(p.parameters(), betas=(0, 0.9), min_dim=1, rank_rule="fixed", init_rank=100),
+    ),
+    (partial(acc.adapprox, min_dim=None), lambda p: AdapproxOptimizer(p.parameters(), min_dim=None)),
+], ids=["adafactor", "came", "adapprox", "adapprox, more than there is", "adapprox, dense"])  # fmt: skip
 def test_second_moments_that_live_hold_what_is_computed(computed, made):
     """Of a kernel and of positions as images have them, of a matrix, a vector and a number."""
     model = torch.nn.ParameterDict({name: torch.ones(shape) for name, shape in ODD.items()})

@@ -485,12 +485,24 @@ def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
         ({"weights": (1, 2, 3)}, "weights: 3 do not fit 2 blocks: give one for each"),
         ({"weights": (1, -2)}, "weights: -2 is none: they must be 0 or more, and finite"),
         ({"weights": (1, float("nan"))}, "weights: nan is none"),
+        ({"weights": (0, 0)}, "weights: all are 0, so that no block could be drawn: give one above 0"),
+        ({"n_active": 0, "weights": (0, 0)}, "weights: all are 0, so that no block could be drawn: give one above 0"),
     ],
 )
 def test_bad_input_gets_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as raised:
         LISA(**fields).attach(tiny("bert"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("make", [list, np.array, pd.Series, lambda given: np.array(given, np.float32)])
+def test_weights_are_any_sequence(make):
+    """And the same method whatever they come in, as its configuration, and so the id of a run, tells."""
+    method = LISA()
+    method.weights = make((0.5, 2))  # the types of arguments are checked here, though not elsewhere
+    method.__post_init__()
+    assert method == LISA(weights=(0.5, 2))
+    assert json.dumps(config(method)["weights"]) == "[0.5, 2]"
 
 
 def test_an_unknown_policy_is_refused():

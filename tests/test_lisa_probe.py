@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import killing
@@ -30,13 +31,20 @@ def test_arms_differ_in_the_draws_alone(quick):
     assert all(arm.settings == arms[probe.FULL].settings for arm in arms.values())
 
 
+def test_its_sources_are_those_of_its_claims():
+    told = re.sub(r"\s+", " ", probe.__doc__.partition("Source:")[2].partition("Departs:")[0])
+    for claim in (probe.PARITY, probe.OVER_LORA, probe.BLOCKS, probe.REDRAWN):
+        assert claim.source.rpartition(", ")[2] in told
+    assert re.findall(r"tables? (\d+)", told) == ["2", "10", "12"]
+
+
 TOY = {
     probe.DRAWN: {"n_active": 1},
     probe.ONCE: {"n_active": 1, "interval": 5},
     probe.ENDS: {"n_active": 0},
-    probe.ONE: {"n_active": 1, "interval": 3, "moments": "keep"},
+    probe.ONE: {"n_active": 1, "interval": 3},
     probe.FOUR: {"n_active": 2},
-    probe.SELDOM: {"n_active": 1, "interval": 2, "moments": "keep"},
+    probe.SELDOM: {"n_active": 1, "interval": 2},
 }
 
 

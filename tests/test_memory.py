@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import runpy
+import shutil
 from dataclasses import astuple
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,8 +18,8 @@ from tiny import tiny
 from torch import nn
 
 import lorascope as ls
+from lorascope import alone, observe
 from lorascope import memory as measuring
-from lorascope import observe
 from lorascope.alone import Alone, Uncopied
 from lorascope.analysis import accounting
 from lorascope.method import Step
@@ -182,6 +187,34 @@ def test_the_peak_of_a_step_in_a_process_of_its_own(wide_bert, task, tmp_path):
     job = Alone.of(wide_bert, task, "lora", few, seed=0, out=None, root=tmp_path, overwrite=False, device="cpu")
     assert measuring._measure(job) == run.path
     assert (run.path / "records.parquet").stat().st_mtime_ns == written
+
+
+def test_what_was_measured_on_one_device_is_not_taken_for_another(bert, task, tmp_path, monkeypatch):
+    """Doctored, since there may be no card: the model stays where it is, and a copy of its run says where it was."""
+
+    def measure(device, out=None, overwrite=False):
+        return measuring._measure(Alone(bert, task, LoRA(), FEW, 0, out, tmp_path, overwrite, device))
+
+    monkeypatch.setattr(alone, "_take_over", lambda model, device: None)
+    here = measure("cpu")
+    there = here.with_name(f"{here.name}-cuda-1")
+    shutil.copytree(here, there)
+    told = json.loads((there / "run.json").read_text())
+    (there / "run.json").write_text(json.dumps(told | {"device": "cuda:1"}))
+    assert measure("cuda:1") == there
+    assert measure("cpu") == measure("cpu", out=here) == here
+    for device, folder, found in (("cuda:1", here, "cpu"), ("cpu", there, "cuda:1")):
+        line = f"{folder} was measured on {found}, not on {device}: give another folder, or overwrite=True"
+        with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+            measure(device, out=folder)
+    assert ls.Run.read(measure("cpu", out=there, overwrite=True)).meta["device"] == "cpu"
+
+
+def test_no_step_that_is_measured_is_one_of_a_draw():
+    """By default LISA draws anew at each of two steps, and the state of the blocks that leave is gone by the second."""
+    assert ls.LISA().period(2) == 1
+    ways = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/memory.py"))["WAYS"]
+    assert [way.period(2) >= 2 for way in ways.values() if isinstance(way, ls.LISA)] == [True]
 
 
 def test_the_base_is_not_copied():

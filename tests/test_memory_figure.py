@@ -93,6 +93,23 @@ def test_larger_models_are_computed_and_say_so(tmp_path):
         plots.memory(run, computed=("13B",))
 
 
+def test_gpt2_is_computed_by_optimizer_with_a_first_moment_and_without(tmp_path):
+    """Adapprox's figure 5, in MiB; what the state takes is the table of its savings, 34.5 to 99.9 %."""
+    run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
+    _, (small,), (medium,) = plots.memory(run, computed=("117M", "345M")).rows()
+    assert [chart.title for chart in (small, medium)] == ["GPT-2 117M, computed", "GPT-2 345M, computed"]
+    assert small.x.label == "memory of GPT-2 117M (MiB)"
+    state = {recipe: value for (recipe, part), value in cells(small).items() if part == "optimizer"}
+    assert list(small.y.order) == list(state)
+    saved = {recipe: round(100 * (1 - value / state["AdamW"]), 1) for recipe, value in state.items()}
+    assert [saved[f"Adapprox, {rank}"] for rank in ("largest rank", "rank 1")] == [34.5, 49.9]
+    assert [saved[f"Adapprox, {rank}, β₁ = 0"] for rank in ("largest rank", "rank 1")] == [84.5, 99.9]
+    assert cells(medium)["CAME", "optimizer"] == pytest.approx(1358.2, abs=0.05)
+    assert cells(small)["CAME", "parameters"] == pytest.approx(124_439_808 * 4 / MIB)
+    assert "GPT-2: all of 4 bytes." in small.caption
+    assert "LLaMA-2" not in small.caption
+
+
 def test_it_draws_and_names_its_recorder(tmp_path):
     run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
     assert plots.memory(run).save(tmp_path / "memory.png").stat().st_size > 1000

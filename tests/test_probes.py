@@ -8,8 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from planted import plant
+from torch import nn
 
 from lorascope import probes, sweeps
+from lorascope.methods.lora import LoRADelta
 from lorascope.probes import lisa, lora
 from lorascope.probes.yardstick import tfidf_accuracy
 from lorascope.records import Record, frame
@@ -93,6 +97,63 @@ def test_a_planted_skew_is_found_and_one_drawn_at_the_start_is_not(factor, outco
     # the adapters' norm is as large before the first step as after it: nothing was learned
     assert learned.outcome == "not supported"
     assert learned.effect == pytest.approx(0, abs=1e-12)
+
+
+def _decoder_arm(kind, update, start=None, grown=None):
+    """Ends of a network whose blocks all have the norm 1; of full fine-tuning's one tensor there is no head."""
+    places = {"words": 0, "score": 1} if len(update) > 1 else {"words": 0}
+    inside = ("h.0.q", "h.1.q")
+    at = {("update_norm", name): {0: 0.0, 9: update[end]} for name, end in places.items()}
+    at |= {("update_norm", name): {0: 0.0, 9: 1.0} for name in inside}
+    at |= {("weight_norm", name): {0: 7.0, 9: 7.0} for name in (*places, *inside)}
+    if kind == "lora":
+        at |= {("adapter_norm", name): {0: start[end], 9: grown[end]} for name, end in places.items()}
+        at |= {("adapter_norm", name): {0: 1.0, 9: 1.0} for name in inside}
+    return at
+
+
+def test_each_end_of_a_decoder_is_judged_against_its_control(tmp_path):
+    """Planted skews, all of them different; of full fine-tuning there is one tensor for both ends."""
+    planted = {
+        lisa.FULL: _decoder_arm("full", (3.0, 1.0)),
+        lisa.ADAPTED: _decoder_arm("lora", (6.0, 1.0), (5.0, 1.0), (10.0, 1.0)),
+        lisa.FULL_DECODER: _decoder_arm("full", (2.0,)),
+        lisa.ADAPTED_DECODER: _decoder_arm("lora", (40.0, 10.0), (20.0, 1.5), (22.0, 12.0)),
+    }
+    runs = {label: [plant(tmp_path, f"r{n}", values)] for n, (label, values) in enumerate(planted.items())}
+    found = lisa.judge(runs)
+    effects = {verdict.claim: 10**verdict.effect for verdict in found.verdicts}
+    assert effects == pytest.approx(
+        {
+            lisa.BOTTOM: 2.0,
+            lisa.BOTTOM_LEARNED: 2.0,
+            lisa.DECODER_BOTTOM: 20.0,
+            lisa.DECODER_BOTTOM_LEARNED: 1.1,
+            lisa.DECODER_TOP: 5.0,
+            lisa.DECODER_TOP_LEARNED: 8.0,
+        }
+    )
+    assert lisa.DECODER_TOP.sentence.startswith("LoRA moves the head more")
+    assert [exhibit.figure for exhibit in found.exhibits] == ["mean_norm", "norm_over_steps", "mean_norm"]
+    assert any("scales with its random B" in note and "factor of 34" in note for note in found.notes)
+    assert any("its embedding" in note and "has no random B" in note for note in found.notes)
+    quick = lisa.judge({label: runs[label] for label in (lisa.FULL, lisa.ADAPTED)})
+    assert [verdict.claim for verdict in quick.verdicts] == [lisa.BOTTOM, lisa.BOTTOM_LEARNED]
+    assert "SmolLM2's first blocks, with both ends, belong to the full run." in quick.notes
+
+
+def test_an_embeddings_adapter_moves_its_weight_further_than_a_linears_for_the_same_change():
+    """In minilm's width: by sqrt(384) and 1 / sqrt(3), a gain of 34 that full fine-tuning does not have."""
+    torch.manual_seed(0)
+    gains = []
+    for host, trained in ((nn.Embedding(3000, 384), "A"), (nn.Linear(384, 384), "B")):
+        delta = LoRADelta(host, 16)
+        factor = getattr(delta, trained)
+        assert not factor.any()
+        nn.init.normal_(factor)
+        gains.append((delta.weight().norm() / factor.norm()).item())
+    assert gains == pytest.approx([384**0.5, 3**-0.5], rel=0.03)
+    assert np.log10(gains[0] / gains[1]) == pytest.approx(1.53, abs=0.02)
 
 
 def test_pairs_share_no_seed():

@@ -81,6 +81,14 @@ def test_ratios_of_norms_stand_beside_the_chances_that_stand_for_them(tmp_path):
         schedule.importance(full[0].table, full[1].table, 1, "adapter_norm")
 
 
+def test_blocks_without_an_adapter_are_drawn_too(tmp_path):
+    """LoRA on one block of two: a draw of one takes it in half of the cases."""
+    one, all_ = ({("update_norm", name): {9: 1.0} for name in names} for names in (("words", "h.1.q"), ENDS))
+    runs = [plant(tmp_path, str(number), values) for number, values in enumerate((one, all_))]
+    found = schedule.importance(runs[0].table, runs[1].table, 1)
+    assert dict(zip(found["place"], found["practical"], strict=True)) == {"embed": 1, "1": 0.5}
+
+
 def test_a_cell_is_the_share_of_the_runs_and_blocks_rise(write):
     runs = [write(f"s{seed}", draws(2, seed, 2), seed=seed) for seed in range(2)]
     (heat, reached), *rest = plots.active_layers(runs).rows()
@@ -137,3 +145,13 @@ def test_a_cell_of_the_grid_is_what_so_many_blocks_and_steps_reach(write):
     assert "Widest interval of a cell: ±0.635" in chart.caption
     with pytest.raises(ValueError, match="draw_grid got once and again, all 1 blocks for 9 steps: give one of them"):
         plots.draw_grid({"once": runs["once"], "again": write("d", reached(0.5, draws(0)))})
+    told = {"steps": 9, "lr": 1e-4, "batch_size": 16}
+    first = write("e", reached(0.6, draws(1)), settings=told)
+    for key, value in {"steps": 30, "lr": 1e-3, "batch_size": 4}.items():
+        other = write(key, reached(0.7, draws(2, 0, 2)), settings=told | {key: value})
+        line = f"draw_grid compares runs that differ in n_active and interval alone; got {key} {told[key]} "
+        with pytest.raises(ValueError, match=rf"^{line}\(run e\) and {value} \(run {key}\)$"):
+            plots.draw_grid({"once": first, "other": other})
+    recipes = [{"name": "lisa", "n_active": 1, "interval": interval} for interval in (9, 4)]
+    free = [write(f"g{i}", reached(0.6, draws(*(1, 2)[: i + 1])), recipe=recipe) for i, recipe in enumerate(recipes)]
+    assert len(plots.draw_grid({"once": free[0], "twice": free[1]}).data) == 2

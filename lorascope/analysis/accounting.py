@@ -1,7 +1,7 @@
 """What a step holds by arithmetic alone: bytes of parameters, gradients and optimizer state for every way to train.
 
-A model is its shapes, ``{parameter name: shape}``, a tied weight once. With N numbers in all, T of them trained, and
-over the matrices, m x n, that an optimizer factors (v the numbers of the others, kept dense):
+A model is its shapes, as ``shapes`` has them. With N numbers in all, T of them trained, and over the matrices, m x n,
+that an optimizer factors (v the numbers of the others, kept dense):
 
 ==============  ====================================================================
 AdamW           2 T, and a count of steps for every tensor, as torch keeps it
@@ -27,14 +27,34 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import pandas as pd
 
+from lorascope.analysis.shapes import GPT2, LLAMA2, Shape, Shapes, blocks, count, gpt2, llama, shapes_of, size
 from lorascope.names import match, parse
 
-Shape: TypeAlias = tuple[int, ...]
-Shapes: TypeAlias = Mapping[str, Shape]
+__all__ = [
+    "GPT2",
+    "LLAMA2",
+    "PARTS",
+    "POLICIES",
+    "RANK_SHARE",
+    "Held",
+    "adafactor",
+    "adapprox",
+    "blocks",
+    "came",
+    "full",
+    "gpt2",
+    "lisa",
+    "llama",
+    "lora",
+    "optimizers",
+    "shapes_of",
+    "size",
+    "table",
+    "visited",
+]
 
 PARTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
@@ -54,72 +74,6 @@ class Held:
     parameters: int
     gradients: int
     optimizer: int
-
-
-def shapes_of(model: Any) -> dict[str, Shape]:
-    """The shapes of a live model."""
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
-    """The shapes of a LLaMA.
-
-    Parameters
-    ----------
-    layers, hidden, inner : int
-        Blocks, width, width inside the feed-forward part.
-    keys : int
-        Width of keys and values, all their heads together.
-    vocabulary : int
-    """
-    block = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,),
-        "post_attention_layernorm": (hidden,),
-    }
-    blocks = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
-    ends: dict[str, Shape] = {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
-    return {"model.embed_tokens.weight": (vocabulary, hidden), **blocks, **ends}
-
-
-def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
-    """The shapes of a GPT-2, whose head is its embedding."""
-    block: dict[str, Shape] = {}
-    for name, outputs, inputs in (
-        ("attn.c_attn", 3, 1),
-        ("attn.c_proj", 1, 1),
-        ("mlp.c_fc", 4, 1),
-        ("mlp.c_proj", 1, 4),
-    ):
-        block |= {f"{name}.weight": (inputs * hidden, outputs * hidden), f"{name}.bias": (outputs * hidden,)}
-    norms = {f"{norm}.{part}": (hidden,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
-    blocks = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in (block | norms).items()}
-    ends = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
-    return ends | blocks | {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
-
-
-LLAMA2 = {"7B": llama(32, 4096, 11_008, 4096), "70B": llama(80, 8192, 28_672, 1024)}
-
-
-def size(shapes: Shapes) -> int:
-    """How many numbers."""
-    return _count(shapes.values())
-
-
-def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
-    """The tensors of every block, by stack and layer."""
-    found: dict[tuple[str, int], dict[str, Shape]] = {}
-    for name, shape in shapes.items():
-        place = parse(name)
-        if place.layer is not None:
-            found.setdefault((place.stack, place.layer), {})[name] = shape
-    return found
 
 
 def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
@@ -159,12 +113,12 @@ def lora(
     """
     factors = [pair for out, into in _matched(shapes, targets) for pair in ((rank, into), (out, rank))]
     trained = [*factors, *(shapes[name] for name in beside)]
-    return _adamw(size(shapes) + _count(factors), trained, width, state)
+    return _adamw(size(shapes) + count(factors), trained, width, state)
 
 
 def lisa(
     shapes: Shapes,
-    active: int = 2,
+    active: int | None = None,
     policy: str = "reset",
     visited: int | None = None,
     *,
@@ -177,8 +131,9 @@ def lisa(
     ----------
     shapes, width, state
         As for ``full``.
-    active : int
-        Blocks that train at a time; where blocks differ, the largest, so that no draw holds more.
+    active : int, optional
+        Blocks that train at a time, two by default or all of a model that has fewer; where blocks differ, the largest,
+        so that no draw holds more.
     policy : {"keep", "reset", "reset_all"}
         Optimizer state when blocks leave: kept, dropped, or dropped of everything. At a step's end the last two hold
         the same.
@@ -193,6 +148,7 @@ def lisa(
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown: {', '.join(POLICIES)}")
     parts = sorted(blocks(shapes).values(), key=size, reverse=True)
+    active = _at_a_time(active, len(parts))
     if not 0 <= active <= len(parts):
         raise ValueError(f"active: {active} blocks of {len(parts)} cannot train: give 0 to {len(parts)}")
     with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
@@ -204,7 +160,12 @@ def lisa(
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
     held = _adamw(size(shapes), stated, width, state)
-    return Held(held.parameters, width * _count(now), held.optimizer)
+    return Held(held.parameters, width * count(now), held.optimizer)
+
+
+def _at_a_time(active: int | None, blocks: int) -> int:
+    """LISA's gamma, as given or by default."""
+    return min(2, blocks) if active is None else active
 
 
 def visited(blocks: int, active: int, intervals: int) -> float:
@@ -216,7 +177,7 @@ def adapprox(
     shapes: Shapes,
     rank: int | Mapping[str, int] | None = 1,
     first: bool = True,
-    min_dim: int = 64,
+    min_dim: int | None = 64,
     *,
     width: int = 4,
     state: int = 4,
@@ -228,20 +189,20 @@ def adapprox(
     shapes, width, state
         As for ``full``.
     rank : int, mapping parameter name -> int, or None
-        Ranks in force; None takes the largest allowed, a quarter of the smaller side.
+        Ranks in force, no more of them than the smaller side; None takes the largest allowed, a quarter of it.
     first : bool
         Is there a first moment (beta_1 > 0)?
-    min_dim : int
-        A matrix whose smaller side is less keeps a dense second moment.
+    min_dim : int or None
+        A matrix whose smaller side is less keeps a dense second moment, with None every matrix.
     """
 
     def second(name: str, shape: Shape) -> int:
         matrix: Shape = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else ()
-        if not matrix or min(matrix) < min_dim:
+        if not matrix or min_dim is None or min(matrix) < min_dim:
             return math.prod(shape)
         if rank is None:
             return max(1, int(RANK_SHARE * min(matrix))) * sum(matrix)
-        return (rank if isinstance(rank, int) else rank[name]) * sum(matrix)
+        return min(rank if isinstance(rank, int) else rank[name], *matrix) * sum(matrix)
 
     return _factored(shapes, second, first, width, state)
 
@@ -256,7 +217,9 @@ def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
     return _factored(shapes, lambda _, shape: _sums(shape, 2), True, width, state)
 
 
-def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, state: int = 4) -> pd.DataFrame:
+def table(
+    shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4, state: int = 4
+) -> pd.DataFrame:
     """Every way to train one model, as the figure of memory takes it.
 
     Parameters
@@ -265,8 +228,8 @@ def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, s
         As for ``full``.
     rank : int
         Of LoRA on all linear layers, embedding and head, as LISA's paper has it; one that is the embedding counts once.
-    active : int
-        LISA's blocks.
+    active : int, optional
+        LISA's blocks, as for ``lisa``.
 
     Returns
     -------
@@ -275,15 +238,52 @@ def table(shapes: Shapes, rank: int = 128, active: int = 2, *, width: int = 4, s
     """
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
     everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
-    ways = {
-        "AdamW": full(shapes, width=width, state=state),
-        f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width, state=state),
-        f"LISA, {active} blocks": lisa(shapes, active, width=width, state=state),
-        "Adapprox, rank 1": adapprox(shapes, 1, width=width, state=state),
-        "Adapprox, largest rank": adapprox(shapes, None, width=width, state=state),
-        "Adafactor": adafactor(shapes, width=width, state=state),
-        "CAME": came(shapes, width=width, state=state),
+    active = _at_a_time(active, len(blocks(shapes)))
+    return _rows(
+        {
+            "AdamW": full(shapes, width=width, state=state),
+            f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width, state=state),
+            f"LISA, {active} block{'s' * (active != 1)}": lisa(shapes, active, width=width, state=state),
+            **_factorings(shapes, True, width, state),
+            "CAME": came(shapes, width=width, state=state),
+        }
+    )
+
+
+def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFrame:
+    """Every optimizer of all weights, and those that can do without a first moment once more, with none.
+
+    Parameters
+    ----------
+    shapes, width, state
+        As for ``full``.
+
+    Returns
+    -------
+    DataFrame
+        As ``table`` gives it.
+    """
+    return _rows(
+        {
+            "AdamW": full(shapes, width=width, state=state),
+            **_factorings(shapes, True, width, state),
+            "CAME": came(shapes, width=width, state=state),
+            **_factorings(shapes, False, width, state),
+        }
+    )
+
+
+def _factorings(shapes: Shapes, first: bool, width: int, state: int) -> dict[str, Held]:
+    """What can do with and without a first moment."""
+    held = {
+        "Adapprox, rank 1": adapprox(shapes, 1, first, width=width, state=state),
+        "Adapprox, largest rank": adapprox(shapes, None, first, width=width, state=state),
+        "Adafactor": adafactor(shapes, first, width=width, state=state),
     }
+    return held if first else {f"{name}, β₁ = 0": own for name, own in held.items()}
+
+
+def _rows(ways: Mapping[str, Held]) -> pd.DataFrame:
     rows = [(method, part, getattr(held, part), "computed") for method, held in ways.items() for part in PARTS]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
@@ -297,14 +297,10 @@ def _matched(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
     return [matrices[module] for module in match(description, targets)]
 
 
-def _count(shapes: Iterable[Shape]) -> int:
-    return sum(map(math.prod, shapes))
-
-
 def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> Held:
     trained = list(trained)
-    count = _count(trained)
-    return Held(width * numbers, width * count, 2 * state * count + _COUNT * len(trained))
+    each = count(trained)
+    return Held(width * numbers, width * each, 2 * state * each + _COUNT * len(trained))
 
 
 def _sums(shape: Shape, pairs: int = 1) -> int:

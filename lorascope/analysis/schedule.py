@@ -114,10 +114,11 @@ def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity:
         .rename(name)
         for name, table in (("adapted", adapted), ("full", full))
     ]
+    blocks = means[1].index.get_level_values("layer").notna().sum()  # an adapter may leave some alone, draws do not
     found = pd.concat(means, axis="columns", join="inner").reset_index()
     inside = found["layer"].notna()
     ratio = found["adapted"] / found["full"]
-    practical = (active / max(1, inside.sum()) * inside).where(inside, 1.0)
+    practical = (active / max(1, blocks) * inside).where(inside, 1.0)
     return found.assign(ratio=ratio, clipped=ratio.clip(upper=1), practical=practical)
 
 

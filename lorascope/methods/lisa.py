@@ -75,7 +75,7 @@ class LISA(Method, name="lisa"):
         The optimizer's state of a block that is frozen is dropped, or kept until it trains again; or at every draw all
         state is dropped, also that of what trains throughout.
     weights : tuple of float, optional
-        One a block, in model order: how much likelier to be drawn. All alike by default.
+        One a block, in model order: how much likelier to be drawn. Any sequence will do. All alike by default.
     draw_seed : int, optional
         Of the draws alone. None takes the run's seed.
     """
@@ -94,9 +94,14 @@ class LISA(Method, name="lisa"):
                 raise ValueError(f"{name} {value} is too small: it must be {least} or more")
         if self.moments not in ("reset", "keep", "reset_all"):
             raise ValueError(f"moments {self.moments!r} is unknown: it must be one of 'reset', 'keep', 'reset_all'")
-        for weight in self.weights or ():
+        if self.weights is None:
+            return
+        self.weights = tuple(map(float, self.weights))
+        for weight in self.weights:
             if not 0 <= weight < math.inf:
-                raise ValueError(f"weights: {weight} is none: they must be 0 or more, and finite")
+                raise ValueError(f"weights: {weight:g} is none: they must be 0 or more, and finite")
+        if not any(self.weights):
+            raise ValueError("weights: all are 0, so that no block could be drawn: give one above 0")
 
     def attach(self, model: nn.Module) -> None:
         """Leave everything trainable: what the optimizer is built without could never train."""

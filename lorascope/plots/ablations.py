@@ -44,7 +44,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("bias_curve", runs, control)
     cohort.require(FREQUENCIES, "test_metric")
-    _check_alike(cohort, "center", "width")
+    cohort.alike("center", "width")
     drawn = pd.DataFrame([_band(group) for group in cohort.groups])
     if drawn["center"].isna().all():
         raise ValueError("bias_curve got no run whose entries were drawn in a band: train FourierFT with center=")
@@ -99,7 +99,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("basis_ablation", runs, control)
     cohort.require(BASIS, "test_metric")
-    _check_alike(cohort, "basis")
+    cohort.alike("basis")
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
@@ -153,7 +153,7 @@ def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
     own, cohort = gather("number_of_heads", runs), gather("number_of_heads", runs, control)
     own.require(HEADS)
     cohort.require("test_metric")
-    _check_alike(own, "number")
+    own.alike("number")
     cohort.same("model", "task")
     numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
     sides = sorted({min(numbers.values()), max(numbers.values())})
@@ -245,21 +245,6 @@ def _above(cells: pd.DataFrame) -> pd.Series:
     """Where the number of a cell is written."""
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     return top + 0.06 * (top.max() - bottom.min())
-
-
-def _check_alike(cohort: Cohort, *free: str) -> None:
-    """Refuse runs that differ in more than these fields of the method."""
-    cohort.same("model", "task")
-    first = cohort.runs[0]
-    for run in cohort.runs:
-        for part in ("recipe", "settings"):
-            one, other = first.meta[part], run.meta[part]
-            for key in sorted({*one, *other} - {*free}):
-                if one.get(key) != other.get(key):
-                    raise ValueError(
-                        f"{cohort.name} compares runs that differ in {' and '.join(free)} alone; got {key} "
-                        f"{one.get(key)} (run {first.id}) and {other.get(key)} (run {run.id})"
-                    )
 
 
 def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[str]:

@@ -87,6 +87,20 @@ class Cohort:
                         f"and {run.meta[key]} (run {run.id})"
                     )
 
+    def alike(self, *free: str) -> None:
+        """Raise a ValueError that names two runs which differ in more than these fields of the method, or the seed."""
+        self.same("model", "task")
+        first = self.runs[0]
+        for run in self.runs:
+            for part in ("recipe", "settings"):
+                one, other = first.meta[part], run.meta[part]
+                for key in sorted({*one, *other} - {*free}):
+                    if one.get(key) != other.get(key):
+                        raise ValueError(
+                            f"{self.name} compares runs that differ in {' and '.join(free)} alone; got {key} "
+                            f"{one.get(key)} (run {first.id}) and {other.get(key)} (run {run.id})"
+                        )
+
     def label(self, table: pd.DataFrame) -> pd.DataFrame:
         """Add the columns ``recipe`` (the label) and ``kind`` (run or control) to a table with ``run``."""
         labels = {run.id: group.label for group in self.groups for run in group.runs}

@@ -20,6 +20,7 @@ _PARTS = {
 _REST = "rest up to the peak"
 _COLORS = (*accounting.PARTS, _REST)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in its paper
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30
 _COUNTS = "no interval, since seeds differ in the length of their texts alone"
 
@@ -33,19 +34,23 @@ _COUNTS = "no interval, since seeds differ in the length of their texts alone"
     "save. On a small model the embedding is half of everything, so LISA, which always trains it, saves little.",
 )
 def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
-    """Bytes of a step by part, one bar a label, above those of LLaMA-2 by arithmetic (LISA, Fig. 3).
+    """Bytes of a step by part, one bar a label, above those of larger models by arithmetic (LISA, Fig. 3; Adapprox).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Of ``lorascope.memory.measure``, or any with ``observe.memory()``, which know no peak. One panel a model.
     computed : sequence of str
-        Sizes of LLaMA-2 below: "7B", "70B".
+        Sizes of models below: "7B" and "70B" of LLaMA-2 by every method, "117M" and "345M" of GPT-2 by every optimizer
+        of all weights, with a first moment and without.
     """
     cohort = gather("memory", runs, control)
     cohort.require(*_PARTS)
-    if unknown := [size for size in computed if size not in _PAPERS]:
-        raise ValueError(f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}")
+    if unknown := [size for size in computed if size not in (*_PAPERS, *accounting.GPT2)]:
+        raise ValueError(
+            f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}, and no GPT-2: "
+            f"{', '.join(accounting.GPT2)}"
+        )
     models = _by_model(cohort)
     cells = {model: _measured(own) for model, own in models.items()}
     caption = _caption(models, cells, computed)
@@ -54,15 +59,21 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         for model, own in models.items()
     ]
     for size in computed:
-        rank, active = _PAPERS[size]
-        table = accounting.table(accounting.LLAMA2[size], rank, active, width=2)
-        rows = table.assign(recipe=table["method"], value=table["bytes"] / 2**30)
+        model, unit, rows = _computed(size)
         card: list[Mark] = [Rule(x=_CARD)] if size == "7B" else []
-        label = f"memory of LLaMA-2 {size} (GiB)"
-        panels.append(
-            _bars(rows, list(rows["recipe"].unique()), f"LLaMA-2 {size}, computed", label, card, caption, cohort)
-        )
+        label = f"memory of {model} ({unit})"
+        panels.append(_bars(rows, list(rows["recipe"].unique()), f"{model}, computed", label, card, caption, cohort))
     return panels[0] if len(panels) == 1 else above(*panels)
+
+
+def _computed(size: str) -> tuple[str, str, pd.DataFrame]:
+    """Name of a model, the unit for its size, and what it holds."""
+    if size in accounting.GPT2:
+        model, unit, table = f"GPT-2 {size}", "MiB", accounting.optimizers(accounting.GPT2[size])
+    else:
+        model, unit, (rank, active) = f"LLaMA-2 {size}", "GiB", _PAPERS[size]
+        table = accounting.table(accounting.LLAMA2[size], rank, active, width=2)
+    return model, unit, table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
 
 
 def _by_model(cohort: Cohort) -> dict[str, Cohort]:
@@ -121,9 +132,11 @@ def _caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], co
     if unknown:
         told.append(f"No peak was measured of {', '.join(dict.fromkeys(unknown))}.")
     if computed:
-        told.append(
-            "Computed from shapes, not measured: weights and gradients of 2 bytes, optimizer of 4, no activations."
-        )
+        told.append("Computed from shapes, not measured, without activations.")
+    if not _PAPERS.keys().isdisjoint(computed):
+        told.append("LLaMA-2: weights and gradients of 2 bytes, optimizer of 4.")
+    if not accounting.GPT2.keys().isdisjoint(computed):
+        told.append("GPT-2: all of 4 bytes.")
     if "7B" in computed:
         told.append("Dashed: a card of 24 GB.")
     if any(len(group.runs) > 1 for own in models.values() for group in own.groups):

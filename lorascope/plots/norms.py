@@ -110,8 +110,9 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     needs=("weight_norm", "update_norm"),
     history=True,
     reads="LISA's Figure 2 asks whether LoRA works mostly on the first and last layers; each panel is one reading of "
-    "'weight norm', averaged over the steps of training. The skew counts as learned if it shows in the update, "
-    "or in the adapter norm after its start is taken off.",
+    "'weight norm', averaged over the steps of training. A skew counts as learned if it shows in the adapter norm "
+    "after its start is taken off. The update starts at zero, but that of an embedding's adapter scales with its "
+    "random B: where the head is the same matrix, its end has no such B and is the comparison.",
     misleads="The norm of the whole weight hardly changes in training, so the first panel is a picture of the base. "
     "The raw adapter norm is mostly initialisation: B of an embedding starts random and huge.",
 )

@@ -88,11 +88,11 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     Raises
     ------
     ValueError
-        The runs are of different models or tasks, or two labels share a cell.
+        The runs differ in anything else, or two labels share a cell.
     """
     cohort = gather("draw_grid", runs, control)
     cohort.require("active", "draw_probability", "test_metric")
-    cohort.same("model", "task")
+    cohort.alike("n_active", "interval")
     reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
     rows = cohort.label(reached.merge(schedule.sizes(cohort.table), on="run"))
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):

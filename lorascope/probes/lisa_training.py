@@ -1,7 +1,7 @@
 """LISA: do a few blocks at a time reach full fine-tuning, and does it matter that they are drawn anew?
 
-Source: LISA (arXiv 2403.17919), tables 1 to 3 (quality against full fine-tuning and LoRA), table 10 (embedding and head
-alone), table 12 (blocks drawn once), figures 8 and 9 (number of blocks, steps between draws).
+Source: LISA (arXiv 2403.17919), tables 2 and 3 (quality against full fine-tuning and LoRA), table 10 (embedding and
+head alone), table 12 (blocks drawn once), figures 8 and 9 (number of blocks, steps between draws).
 
 Departs: a small encoder on one task, the dense methods at one rate, where the paper searches for each. By two blocks of
 six at a time a third of the blocks train, in the paper's 7B model a sixteenth. What lies outside the blocks is over

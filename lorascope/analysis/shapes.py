@@ -1,0 +1,84 @@
+"""A model as its shapes, ``{parameter name: shape}``, a tied weight once; of a live one, or of a family."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+from lorascope.names import parse
+
+Shape: TypeAlias = tuple[int, ...]
+Shapes: TypeAlias = Mapping[str, Shape]
+
+
+def shapes_of(model: Any) -> dict[str, Shape]:
+    """The shapes of a live model."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
+    """The shapes of a LLaMA.
+
+    Parameters
+    ----------
+    layers, hidden, inner : int
+        Blocks, width, width inside the feed-forward part.
+    keys : int
+        Width of keys and values, all their heads together.
+    vocabulary : int
+    """
+    block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    blocks = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
+    ends: dict[str, Shape] = {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return {"model.embed_tokens.weight": (vocabulary, hidden), **blocks, **ends}
+
+
+def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
+    """The shapes of a GPT-2, whose head is its embedding."""
+    block: dict[str, Shape] = {}
+    for name, outputs, inputs in (
+        ("attn.c_attn", 3, 1),
+        ("attn.c_proj", 1, 1),
+        ("mlp.c_fc", 4, 1),
+        ("mlp.c_proj", 1, 4),
+    ):
+        block |= {f"{name}.weight": (inputs * hidden, outputs * hidden), f"{name}.bias": (outputs * hidden,)}
+    norms = {f"{norm}.{part}": (hidden,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    blocks = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in (block | norms).items()}
+    ends = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
+    return ends | blocks | {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
+
+
+LLAMA2 = {"7B": llama(32, 4096, 11_008, 4096), "70B": llama(80, 8192, 28_672, 1024)}
+GPT2 = {"117M": gpt2(12, 768), "345M": gpt2(24, 1024)}
+
+
+def size(shapes: Shapes) -> int:
+    """How many numbers."""
+    return count(shapes.values())
+
+
+def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
+    """The tensors of every block, by stack and layer."""
+    found: dict[tuple[str, int], dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        place = parse(name)
+        if place.layer is not None:
+            found.setdefault((place.stack, place.layer), {})[name] = shape
+    return found
+
+
+def count(shapes: Iterable[Shape]) -> int:
+    """How many numbers tensors of these shapes hold."""
+    return sum(map(math.prod, shapes))

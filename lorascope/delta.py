@@ -166,7 +166,8 @@ def adapted(model: nn.Module) -> dict[str, Delta]:
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
     """The weight of a module with its adapter's update, which is at mean gates where it depends on the input."""
     weight, delta = host_weight(model.get_submodule(module)).detach(), adapted(model).get(module)
-    return weight if delta is None else weight + torch.from_numpy(delta.update().dense()).to(weight)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
+    return weight if delta is None else wide + torch.from_numpy(delta.update().dense()).to(wide)
 
 
 def _hosts(model: nn.Module) -> dict[str, Any]:

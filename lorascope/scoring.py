@@ -16,7 +16,6 @@ import pandas as pd
 from lorascope.adapter_files import factor_files
 from lorascope.analysis import neurons
 from lorascope.checkpoints import MARKS
-from lorascope.names import gated_input
 from lorascope.pretrained import Pretrained
 from lorascope.roles import FFN, parse, position
 from lorascope.update import neuron_change
@@ -71,10 +70,7 @@ def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -
     if unknown:
         raise ValueError(f"roles: {unknown[0]!r} has no neurons; {', '.join(FFN)} have")
     modules = described(tuned)
-    held = set(modules["role"])
-    if len(modules) and gated_input(modules).fillna(False).any():
-        held.add("ffn_gate")
-    present = [role for role in FFN if role in roles and role in held]
+    present = [role for role in neurons.held(modules) if role in roles]
     if not present:
         raise ValueError(f"{tuned.folder} holds no feed-forward weights by a known name ({', '.join(roles)})")
     for part in neurons.parts(modules, present):

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope import names
-from lorascope.analysis.neurons import parts
+from lorascope.analysis.neurons import held, parts
 from lorascope.delta import adapted, effective_weight
 from lorascope.hosts import oriented, to_array
 from lorascope.method import Batch, Step
@@ -23,7 +23,6 @@ from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.neft import distances
 from lorascope.observer import Observer
 from lorascope.records import Quantity, Record, register
-from lorascope.roles import FFN
 
 register(
     "neuron_update",
@@ -191,8 +190,8 @@ def weight_gradients(
 
 def _changes(step: Step) -> Iterable[Record]:
     """Cosine distance and norm of the change of every neuron of the feed-forward parts."""
-    roles = set(step.modules["role"])
-    places = parts(step.modules, [role for role in FFN if role in roles]) if roles & set(FFN) else []
+    roles = held(step.modules)
+    places = parts(step.modules, roles) if roles else []
     living = {f"{part.module}.weight": _stored(step.model, part.module) for part in places}
     if places:
         change = distances(step.model, places, step.base, living)

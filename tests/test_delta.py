@@ -17,7 +17,18 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from transformers.pytorch_utils import Conv1D
 
 from lorascope import names
-from lorascope.delta import Delta, adapted, attach, deltas, detach, fold, host_bias, host_weight, resize
+from lorascope.delta import (
+    Delta,
+    adapted,
+    attach,
+    deltas,
+    detach,
+    effective_weight,
+    fold,
+    host_bias,
+    host_weight,
+    resize,
+)
 from lorascope.fourier import Fourier
 from lorascope.methods.lora import LoRADelta
 from lorascope.update import Dense, LowRank
@@ -96,6 +107,19 @@ def test_forward_equals_the_folded_weight_under_autocast(host, kind):
     with torch.autocast("cpu", torch.bfloat16):
         assert host(x).dtype == torch.bfloat16
         assert error(host(x), folded(x)) < 2**-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_effective_weight_keeps_an_update_that_its_host_would_round_away(dtype):
+    """Beside 1, bfloat16 knows no thousandth."""
+    host = nn.Linear(6, 4, dtype=dtype)
+    nn.init.ones_(host.weight)
+    attach(host, {"": Matrix(torch.full((4, 6), 1e-3))})
+    found = effective_weight(host, "")
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (found.double() - 1).numpy() == pytest.approx(1e-3, rel=1e-4)
+    if dtype == torch.float32:
+        assert torch.equal(found, host.weight + host.delta.weight())
 
 
 @pytest.mark.parametrize("host", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6)], ids=repr)

@@ -7,13 +7,17 @@ import copy
 import numpy as np
 import pytest
 import torch
+from test_delta import Matrix
+from tiny import tiny
 from torch import nn
 
 import lorascope as ls
 from lorascope import delta, models, names, observe
 from lorascope.hosts import oriented
+from lorascope.method import Step
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.roles import FFN
+from lorascope.sensed import _changes
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 LOOK = {"every": 2, "batches": 2, "rows": 6}
@@ -143,3 +147,51 @@ def test_an_embedding_is_refused(task, tmp_path, bert):
     model = models.load(bert, task=task)
     with pytest.raises(ValueError, match=r"word_embeddings' is an embedding"):
         ls.train(model, task, LoRA(), observe=[observe.neurons(targets="embed")], out=tmp_path / "run", **FAST)
+
+
+def changes(model, base):
+    """What is told of the neurons of a model beside W_0, by quantity and module."""
+    step = object.__new__(Step)
+    step.model, step.modules, step.base = model, names.describe(model), base
+    return {
+        (record.quantity, record.module): dict(zip(record.index, record.value, strict=True))
+        for record in _changes(step)
+    }
+
+
+def test_small_updates_of_a_model_in_16_bits_are_told_as_they_are():
+    """W is 1 and dW a thousandth at every second weight, which bfloat16 would not hold: |dW| and the angle by hand."""
+    model = tiny("bert", head="base").to(torch.bfloat16)
+    up, down = "encoder.layer.0.intermediate.dense", "encoder.layer.0.output.dense"
+    for module, d in ((up, 48), (down, 32)):
+        nn.init.ones_(model.get_submodule(module).weight)
+        update = torch.zeros(d, 80 - d)
+        update[:: 1 if module == up else 2, :: 2 if module == up else 1] = 1e-3
+        delta.attach(model, {module: Matrix(update)})
+    found = changes(model, dict(model.named_parameters()))
+    d, norm = 32, 1e-3 * 16**0.5
+    cosine = (d + 16e-3) / (d * (16 + 16 * 1.001**2)) ** 0.5
+    for module in (up, down):
+        assert list(found["neuron_update", module].values()) == pytest.approx([norm] * 48, rel=1e-3)
+        assert list(found["neuron_cosine", module].values()) == pytest.approx([1 - cosine] * 48, rel=1e-3)
+
+
+def test_gates_in_one_matrix_with_the_inputs_are_told_too():
+    """A gate moved at right angles by its own length, an input stretched; all others stood still."""
+    model = tiny("phi3")
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    module = "model.layers.0.mlp.gate_up_proj"
+    gate, stretched = base[f"{module}.weight"][[3, 48 + 7]]
+    turn = torch.zeros_like(gate)
+    turn[:2] = torch.stack([-gate[1], gate[0]]) * gate.norm() / gate[:2].norm()
+    with torch.no_grad():
+        model.get_submodule(module).weight[3] += turn
+        model.get_submodule(module).weight[48 + 7] *= 2
+    found = changes(model, base)
+    moved, turned = found["neuron_update", module], found["neuron_cosine", module]
+    assert list(moved) == list(turned) == list(range(96))
+    assert {n: value for n, value in moved.items() if value} == pytest.approx(
+        {3: float(gate.norm()), 55: float(stretched.norm())}, rel=1e-5
+    )
+    assert turned[3] == pytest.approx(1 - 0.5**0.5, rel=1e-5)
+    assert turned[55] == pytest.approx(0, abs=1e-12)

@@ -9,8 +9,10 @@ Source: NeFT (arXiv 2403.11621), equation 1 and section 4.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import index
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,6 +59,14 @@ class Part:
         """Index of the part in the module's weight."""
         neurons, vector = slice(self.first, self.first + self.count), slice(None)
         return (neurons, vector) if self.axis == 1 else (vector, neurons)
+
+
+def held(modules: pd.DataFrame) -> list[str]:
+    """The roles of the neurons that a model has; its gates may lie in one matrix with the inputs."""
+    found = set(modules["role"])
+    if len(modules) and gated_input(modules).fillna(False).any():
+        found.add("ffn_gate")
+    return [role for role in ROLES if role in found]
 
 
 def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
@@ -147,6 +157,12 @@ def unscored(places: Sequence[Part]) -> pd.DataFrame:
     ).assign(cosine_distance=0.0)
 
 
+def within(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
+    """The scores of the neurons that lie in these places."""
+    known = [(part.module, part.role) for part in places]
+    return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(known)]
+
+
 def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0) -> pd.DataFrame:
     """Choose exactly k neurons, of all layers and projections together.
 
@@ -191,6 +207,48 @@ def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequ
 def by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
     """The numbers of chosen neurons, in order, by module."""
     return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
+
+
+def numbered(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
+    """Neurons given by hand as plain ints, whichever array or list they came in.
+
+    Raises
+    ------
+    ValueError
+        One is no whole number.
+    """
+    return {module: [_whole(module, number) for number in numbers] for module, numbers in given.items()}
+
+
+def _whole(module: str, number: Any) -> int:
+    try:
+        return index(number)
+    except TypeError:
+        raise ValueError(f"neurons: {module} has no neuron {number!r}: give whole numbers") from None
+
+
+def checked(chosen: Mapping[str, Collection[int]], places: Sequence[Part]) -> dict[str, list[int]]:
+    """Neurons given by hand, in order.
+
+    Raises
+    ------
+    ValueError
+        A module has no neurons among the targets, or not that one, or one is given twice.
+    """
+    known: dict[str, set[int]] = {}
+    for part in places:
+        known.setdefault(part.module, set()).update(range(part.first, part.first + part.count))
+    for module, numbers in chosen.items():
+        if module not in known:
+            raise ValueError(f"neurons: {module!r} is no module of the targets; these are {', '.join(known)}")
+        if wrong := [number for number in numbers if number not in known[module]]:
+            span = f"{min(known[module])} to {max(known[module])}"
+            raise ValueError(f"neurons: {module} has no neuron {wrong[0]}: its numbers are {span}")
+        if len(set(numbers)) < len(numbers):
+            raise ValueError(f"neurons: {module} has a neuron twice: give each once")
+    if not any(chosen.values()):
+        raise ValueError("neurons names none: give at least one")
+    return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
 
 
 def count(share: float | int, parameters: int, width: float | int) -> int:

@@ -8,14 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_folder
 from planted import blocks, lookup
 from tiny import tiny
 
 import lorascope as ls
 from lorascope import models, observe, plots
-from lorascope.chart import Rule
+from lorascope.analysis import selection
+from lorascope.chart import Line, Rule
 from lorascope.delta import adapted, host_weight
-from lorascope.methods import HydraLoRA, LoRA, NeFT
+from lorascope.methods import Full, HydraLoRA, LoRA, NeFT
 from lorascope.records import Record
 from lorascope.run import Run
 from lorascope.utilised import mean_states
@@ -27,15 +29,17 @@ CHOSEN = {IN.format(0): [0, 1, 2], OUT.format(0): [5], OUT.format(1): [7, 8]}
 DISTANCES = np.logspace(-4, -1, 16)
 
 
-def planted(folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None, **more) -> Run:
-    """A run of NeFT of a model with two blocks of 16 hidden units."""
+def planted(
+    folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None, places=MODULES, **more
+) -> Run:
+    """A run of NeFT of a model with two blocks, by default of 16 hidden units."""
     method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode, **more}
     common = {"model": "m", "task": "t", "recipe": method, "method": method, "settings": {"steps": 9}, "parents": []}
-    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES}
+    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": places}
     writer = RunWriter(folder / id, common | named | {"states": {"last": {"step": 9, "ranks": {}}}})
     for module, numbers in chosen.items():
         writer.add(0, [Record("selected", np.ones(len(numbers)), module, np.array(numbers))])
-    for number, row in enumerate(MODULES):
+    for number, row in enumerate(places):
         writer.add(0, [Record("selection_cosine", DISTANCES * 10.0**number, row["module"])])
         writer.add(9, [Record("neuron_cosine", DISTANCES, row["module"])])
         for step, values in (used or {}).items():
@@ -54,6 +58,20 @@ def test_chosen_neurons_by_layer_and_projection(tmp_path):
     assert rule.y == 6 / 4
     assert chart.x.order == ("0", "1")
     assert chart.colors == ("ffn_in", "ffn_out")
+
+
+def test_projections_of_unequal_size_have_a_line_each(tmp_path):
+    """With gate and input in one matrix, two thirds of a lot fall there: of six in two blocks 2, 1 on the output."""
+    fused = [row | ({"out_features": 32} if row["role"] == "ffn_in" else {}) for row in MODULES]
+    targets = {"targets": ["ffn_in", "ffn_gate", "ffn_out"]}
+    chart = plots.neurons(planted(tmp_path, "a", places=fused, **targets))
+    assert [mark.y for mark in chart.marks if isinstance(mark, Rule)] == [2, 1]
+    assert "the lines are where as many drawn by lot would lie, from the top ffn_in, ffn_out." in chart.caption
+    wide = [row | {side: 32 for side in ("out_features", "in_features") if row[side] == 16} for row in MODULES[2:]]
+    chart = plots.neurons(planted(tmp_path, "b", places=[*MODULES[:2], *wide]))
+    (line,) = (mark for mark in chart.marks if isinstance(mark, Line))
+    by_layer = line.data.set_index(["place", "role"])["chance"].to_dict()
+    assert by_layer == {(layer, role): 1 + (layer == "1") for layer in "01" for role in ("ffn_in", "ffn_out")}
 
 
 def test_a_control_stands_in_a_panel_of_its_own(tmp_path):
@@ -105,6 +123,35 @@ def test_overlap_of_what_was_turned_most(tmp_path):
     assert chart.data["overlap"].tolist() == [1]
     with pytest.raises(ValueError, match="two runs or more"):
         plots.neuron_overlap(runs[:1])
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family, task, tmp_path):
+    """Gates turn as far as others, also those in one matrix with the inputs, but by default NeFT takes none."""
+    folder = tiny_folder(tmp_path / "model", family)
+    own = {"batch_size": 4, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
+    look = [observe.neurons(every=2, batches=1, rows=4)]
+    full = ls.train(
+        models.load(folder, task=task), task, Full(lr=1e-2), steps=2, observe=look, out=tmp_path / "full", **own
+    )
+    method = NeFT(k=60, tuned=full)
+    method.attach(models.load(folder, task=task))
+    expected = {(module, number) for module, numbers in method.neurons_.items() for number in numbers}
+    assert selection.as_set(selection.chosen(full, 60)) == expected
+    scored = selection.scores(full, "neuron_cosine")
+    assert scored.groupby("role").size().to_dict() == dict.fromkeys(("ffn_gate", "ffn_in", "ffn_out"), 96)
+    assert (scored.nlargest(60, "cosine_distance")["role"] == "ffn_gate").any()
+
+
+def test_different_models_are_not_compared(tmp_path):
+    used = {0: list(range(16)), 9: list(range(16))}
+    one, other = (planted(tmp_path, id, used=used, seed=seed) for seed, id in enumerate("ab"))
+    other.meta["model"] = "deeper"
+    line = "compares runs of one model; got m .run a. and deeper .run b."
+    with pytest.raises(ValueError, match=f"neuron_overlap {line}"):
+        plots.neuron_overlap({"a": one, "b": other})
+    with pytest.raises(ValueError, match=f"rank_shift {line}"):
+        plots.rank_shift(one, reference=other)
 
 
 def test_shifts_of_ranks_and_the_three_kinds(tmp_path):

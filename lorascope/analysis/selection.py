@@ -14,6 +14,7 @@ from scipy.stats import hypergeom
 
 from lorascope.analysis import neurons
 from lorascope.analysis.norms import place
+from lorascope.names import gated_input
 from lorascope.run import Run
 
 Neurons = frozenset[tuple[str, int]]
@@ -28,7 +29,7 @@ def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
     run : Run
     k : int, optional
         None takes what was trained: the records of ``selected``. A number chooses anew, by ``neuron_cosine`` at the
-        last step that has it: of a full fine-tuning, what NeFT would choose from it.
+        last step that has it: of a full fine-tuning, what NeFT would choose from it by default.
 
     Returns
     -------
@@ -38,13 +39,19 @@ def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
     if k is None:
         rows = run.table[run.table["quantity"] == "selected"]
         return rows[[*_PLACE, "index"]].rename(columns={"index": "neuron"}).reset_index(drop=True)
-    return neurons.select(scores(run, "neuron_cosine"), k)
+    return neurons.select(neurons.within(scores(run, "neuron_cosine"), _parts(run)), k)
 
 
 def scores(run: Run, quantity: str) -> pd.DataFrame:
-    """The cosine distances that a run kept, at the last step that has some, as ``neurons.select`` takes them."""
+    """The cosine distances that a run kept, at the last step that has some, as ``neurons.select`` takes them.
+
+    Of a matrix that holds gate and input, whose records name the module's role alone, the first half is ``ffn_gate``.
+    """
     rows = run.table[run.table["quantity"] == quantity]
     rows = rows[rows["step"] == rows["step"].max()].astype({"module": "str", "stack": "str", "role": "str"})
+    both = run.modules.astype({"module": "str"})[lambda modules: gated_input(modules).fillna(False)]
+    half = rows["module"].map(dict(zip(both["module"], both["out_features"] // 2, strict=True)))
+    rows["role"] = rows["role"].mask((rows["index"] < half).fillna(False), "ffn_gate")
     return rows[[*_PLACE, "index", "value"]].rename(columns={"index": "neuron", "value": "cosine_distance"})
 
 

@@ -25,7 +25,8 @@ _KINDS = ("strong", "suppressed", "indirect")
 @figure(
     needs=("selected",),
     reads="A bar is how many neurons of one projection in one layer train: rows of ffn_in and ffn_gate, columns of "
-    "ffn_out. The line is what as many neurons drawn by lot would put there; what stands above it was preferred.",
+    "ffn_out. The line is what as many neurons drawn by lot would put there, a line for each projection where these "
+    "hold unequal numbers; what stands above it was preferred.",
     misleads="One threshold for all layers prefers those whose weights are small or whose gradients are large, "
     "whatever they do. A pattern that another seed repeats may still be one of the depth, not of the task.",
 )
@@ -42,8 +43,8 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     found = cohort.label(pd.concat([selection.by_layer(run) for run in cohort.runs], ignore_index=True))
     found["place"] = place(found)
     cells = band(found, ["recipe", "place", "role"])
-    chance = found.groupby("recipe", sort=False)["chance"].max()
-    panels = [_bars(cohort, cells, group, float(chance[group.label])) for group in cohort.groups]
+    lots = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
+    panels = [_bars(cohort, cells, group, lots[lots["recipe"] == group.label]) for group in cohort.groups]
     columns = len(panels) * cells["place"].nunique()
     return panels[0] if len(panels) == 1 else (beside if columns <= _MOST_BESIDE else above)(*panels)
 
@@ -94,6 +95,7 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     """
     cohort = gather("neuron_overlap", runs, control)
     cohort.require("selected" if k is None else "neuron_cosine")
+    cohort.same("model")
     sets = {g.label: [selection.as_set(selection.chosen(run, k)) for run in g.runs] for g in cohort.groups}
     found = selection.overlaps(sets, selection.pool(cohort.runs[0]))
     if found.empty:
@@ -137,12 +139,13 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     Raises
     ------
     ValueError
-        They observed utilisation by different settings, or a seed has no reference.
+        They are of different models, observed utilisation by different settings, or a seed has no reference.
     """
     cohort = gather("rank_shift", runs, control)
     others = [reference] if isinstance(reference, Run) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
+    known.same("model")
     states = _how(known)
     shifts = {}
     for run in cohort.runs:
@@ -219,22 +222,35 @@ def _shift_panel(
     )
 
 
-def _bars(cohort: Cohort, cells: pd.DataFrame, group: Group, chance: float) -> Chart:
+def _bars(cohort: Cohort, cells: pd.DataFrame, group: Group, lots: pd.DataFrame) -> Chart:
     own = cells[cells["recipe"] == group.label]
     low, high = ends(own)
+    chance, told = _by_lot(lots)
     return Chart(
         own,
-        [Bar("place", "value", "role", low=low, high=high), Rule(y=chance)],
+        [Bar("place", "value", "role", low=low, high=high), *chance],
         title=group.label,
         x=Axis(label="layer", order=own["place"].cat.categories),
         y=Axis(label="chosen neurons", limits=(0, None)),
         caption=cohort.caption(
-            "Neurons that train, by layer and projection; the line is where as many drawn by lot would lie.",
+            f"Neurons that train, by layer and projection; {told}.",
             interval=f"bars: {INTERVAL}",
         ),
         colors=_roles(cells),
         meta=cohort.meta,
     )
+
+
+def _by_lot(lots: pd.DataFrame) -> tuple[list[Mark], str]:
+    """Where lots would lie: at one height, at one for each role, or another in every layer; and what to say of it."""
+    heights = lots.groupby("role", observed=True, sort=False)["chance"]
+    if not np.isclose(heights.min(), heights.max()).all():
+        return [Line("place", "chance", "role", data=lots)], "the lines are where as many drawn by lot would lie"
+    each = heights.mean().sort_values(ascending=False)
+    if np.isclose(each, each.iloc[0]).all():
+        return [Rule(y=float(each.iloc[0]))], "the line is where as many drawn by lot would lie"
+    rules: list[Mark] = [Rule(y=float(height)) for height in each]
+    return rules, f"the lines are where as many drawn by lot would lie, from the top {', '.join(map(str, each.index))}"
 
 
 def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:

@@ -68,7 +68,8 @@ def train(
     seed : int
         Of new weights, data order, adapter initialisation and dropout.
     lr, head_lr : float, optional
-        Learning rates of adapter and head; the method's by default.
+        Learning rates of adapter and head; the method's by default. What a method sets for one phase, such as NeFT's
+        ``tune_lr``, stays.
     batch_size : int
         Rows of one optimizer step.
     schedule : {"linear", "cosine", "constant"}
@@ -155,8 +156,9 @@ def train(
     for phase in _phases(method, mark.base, runs):
         path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
         begun.append(path.name)
+        own = lr if phase.lr is None else phase.lr
         rates: dict[str, Any] = {
-            "lr": phase.method.lr if lr is None else lr,
+            "lr": phase.method.lr if own is None else own,
             "head_lr": phase.method.head_lr if head_lr is None else head_lr,
         }
         part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import numpy as np
@@ -116,14 +115,15 @@ class Phase:
         Folder name of the phase; "" is the run folder itself.
     split : str
         Splits trained on, joined by "+": ``"train"`` or ``"train+search"``.
-    steps : int or None
-        Optimizer steps; None takes those of ``train``.
+    steps, lr : number or None
+        Optimizer steps, and a rate that was set for this phase alone; None takes those of ``train``.
     """
 
     method: Method
     name: str = ""
     split: str = "train"
     steps: int | None = None
+    lr: float | int | None = None
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def config(method: Method) -> dict[str, Any]:
 
     A Run stands as its id, an array as the hash of its bytes.
     """
-    values = [(f, getattr(method, f.name)) for f in dataclasses.fields(method) if f.init and not f.name.endswith("_")]
+    values = [(f, getattr(method, f.name)) for f in fields(method) if f.init and not f.name.endswith("_")]
     told = {f.name: _plain(value) for f, value in values if not ("later" in f.metadata and value == f.default)}
     return {"name": method.name} | told
 
@@ -312,9 +312,9 @@ def from_config(stored: Mapping[str, Any]) -> Method:
     ValueError
         The name is not registered.
     """
-    fields = dict(stored)
-    name = fields.pop("name")
+    given = dict(stored)
+    name = given.pop("name")
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     return METHODS[name](**values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -257,6 +258,30 @@ def test_the_last_distances_are_those_of_the_trained_model(phased, task):
     assert (found["value"] > 0).sum() == 9
 
 
+def test_a_masked_run_is_refused_with_the_folder_of_the_one_before_it(phased):
+    """Its state holds every projection, but most of its neurons never moved and would tie."""
+    *_, run = phased
+    tune = run.path.parent.resolve() / "1-tune"
+    line = rf"choose by {run.id} .*, which trained 9 neurons alone: give the phase before it, {re.escape(str(tune))}$"
+    for tuned in (run, run.path.parent):
+        with pytest.raises(ValueError, match=line):
+            NeFT(k=5, tuned=tuned)
+    assert NeFT(k=5, tuned=tune).tuned.id == run.parents[0].id
+
+
+@pytest.mark.parametrize(("tune_lr", "rate"), [(1e-5, 1e-5), (None, 1e-2)])
+def test_a_rate_given_to_the_tuning_stands_whatever_train_is_told(tune_lr, rate, bert, task, tmp_path):
+    method = NeFT(k=9, tune_lr=tune_lr, tune_steps=3)
+    _, _, run = train(bert, task, method, tmp_path / "neft", lr=1e-2, head_lr=1e-2)
+    _, _, alone = train(bert, task, Full(), tmp_path / "full", steps=3, lr=rate, head_lr=1e-2)
+    (tune,) = run.parents
+    found, expected = tune.tensors(), alone.tensors()
+    assert list(found) == list(expected)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+    assert (tune.meta["settings"]["lr"], run.meta["settings"]["lr"]) == (rate, 1e-2)
+
+
 def test_it_is_restored_bit_for_bit(phased, task):
     folder, model, _, run = phased
     fresh = models.load(folder, task=task)
@@ -365,6 +390,9 @@ def test_another_base_and_a_run_that_tuned_nothing_are_refused(bert, task, tmp_p
     _, _, lora = train(bert, task, LoRA(rank=2), tmp_path / "lora")
     with pytest.raises(ValueError, match=r"did not train .*give one of full fine-tuning"):
         train(bert, task, NeFT(k=3, tuned=lora), tmp_path / "a")
+    _, _, lot = train(bert, task, NeFT(k=5, mode="random"), tmp_path / "lot")
+    with pytest.raises(ValueError, match=r"trained 5 neurons alone: give one of full fine-tuning, or none$"):
+        NeFT(k=3, tuned=lot)
     _, _, full = train(bert, task, Full(), tmp_path / "full")
     other = models.load(bert, task=task)
     with torch.no_grad():
@@ -373,12 +401,27 @@ def test_another_base_and_a_run_that_tuned_nothing_are_refused(bert, task, tmp_p
         ls.train(other, task, NeFT(k=3, tuned=full), out=tmp_path / "b", **FAST)
 
 
+def test_an_adapter_from_elsewhere_is_refused(bert, task, tmp_path, capsys):
+    _, _, lora = train(bert, task, LoRA(rank=2), tmp_path / "lora")
+    folder = ls.export.to_peft(lora, tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match=r", an adapter from elsewhere, which does not tell at what weights it began: give"
+    ):
+        NeFT(k=3, tuned=folder)
+    assert cli.main(["train", "neft", "--steps", "3", "--tuned", str(folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 WRONG = [
     ({"mode": "lowest"}, "mode 'lowest' is unknown: changed, reversed, random, probed"),
     ({"reversed_share": -1}, "reversed_share -1 is no share of the parameters: give 0 to 1"),
     ({"reversed_share": 0.1, "mode": "random"}, "reversed_share adds to mode 'changed', not to 'random'"),
     ({"targets": ("q",)}, "'q' is no role with neurons: give some of ffn_in, ffn_gate, ffn_out"),
     ({"k": 0}, "k 0 chooses no neuron: give 1 or more"),
+    ({"tune_steps": 0}, "tune_steps 0 tunes nothing: give 1 or more, or none for those of train"),
+    ({"clip_before": 0}, "clip_before 0 is no norm to clip to: give one above 0, or none"),
+    ({"clip_before": -1.0}, "clip_before -1.0 is no norm to clip to"),
+    ({"neurons": {"up": [1, 0.5]}}, "neurons: up has no neuron 0.5: give whole numbers"),
     ({"share": 0}, "share 0 is no share"),
     ({"share": 9}, "share 9 is no share"),
 ]
@@ -403,6 +446,18 @@ WRONG_NEURONS = [
 def test_wrong_neurons_are_told_in_one_line(given, line):
     with pytest.raises(ValueError, match=line):
         NeFT(neurons=given).attach(tiny("bert"))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [np.array([3, 0]), [np.int32(3), np.int64(0)], torch.tensor([3, 0]), (3, 0)],
+    ids=["array", "scalars", "tensor", "tuple"],
+)
+def test_neurons_may_come_in_any_array(numbers):
+    method, plain = NeFT(neurons={UP.format(0): numbers}), NeFT(neurons={UP.format(0): [3, 0]})
+    assert json.dumps(config(method)) == json.dumps(config(plain))
+    method.attach(tiny("bert"))
+    assert method.neurons_ == {UP.format(0): [0, 3]}
 
 
 def test_the_command_line_takes_its_options_and_ends_wrong_ones_with_2(capsys):

@@ -89,3 +89,24 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     for mode in neurons.MODES:
         with pytest.raises(ValueError, match=rf"mode '{mode}' cannot choose by {probed.id} .*, a run of probing: give"):
             NeFT(k=7, mode=mode, tuned=probed)
+
+
+def test_a_run_of_probing_serves_the_projections_that_it_probed(bert, task, tmp_path):
+    """From fewer targets the best of these are chosen; those it did not probe are named."""
+    rows = {}
+    for targets in (("ffn_in",), ("ffn_in", "ffn_out")):
+        method = NeFT(k=7, mode="probed", targets=targets)
+        rows[targets] = ls.train(models.load(bert, task=task), task, method, out=tmp_path / targets[-1], **FAST)
+    narrow, wide = rows.values()
+    (probed,) = wide.parents
+    method = NeFT(k=7, mode="probed", tuned=probed, targets=("ffn_in",))
+    method.attach(models.load(bert, task=task))
+    found = selection.scores(wide, "probe_similarity").query("role == 'ffn_in'").nlargest(7, "cosine_distance")
+    assert method.neurons_ == neurons.by_module(found)
+    less = NeFT(k=7, mode="probed", tuned=narrow.parents[0])
+    with pytest.raises(
+        ValueError, match=r"did not probe ffn_out \(bert.encoder.layer.0.output.dense\): leave it out of"
+    ):
+        less.attach(models.load(bert, task=task))
+    with pytest.raises(ValueError, match=r"trained 7 neurons alone: give the phase before it, .*/1-probe$"):
+        NeFT(k=7, mode="probed", tuned=wide)

@@ -64,6 +64,14 @@ def test_weights_are_the_same_to_the_bit_with_it_and_without(make, bert, task, r
     assert run.meta["settings"]["batch_size"] == ROWS
 
 
+def test_neurons_are_not_chosen_by_a_run_that_tells_no_base(bert, task, rows, tmp_path):
+    by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(), max_steps=1)
+    with pytest.raises(
+        ValueError, match="recorded under a Trainer, which does not tell at what weights it began: give"
+    ):
+        ls.NeFT(k=3, tuned=tmp_path / "lorascope")
+
+
 def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):
     model = with_lora(bert, task)
     head = model.base_model.model.classifier.modules_to_save["default"].weight

@@ -36,7 +36,7 @@ moments are as large as the whole projections that hold a chosen neuron.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ from lorascope.hosts import host_weight, oriented, to_array
 from lorascope.layout import Lazy
 from lorascope.method import LATER, Method, Phase, Step, task_head
 from lorascope.methods.full import Full
-from lorascope.methods.probing import SIMILARITY, Probing
+from lorascope.methods.probing import SIMILARITY, Probing, probed
 from lorascope.records import Quantity, Record, register
 from lorascope.run import Run
 
@@ -85,12 +85,12 @@ class NeFT(Method, name="neft"):
         Which neurons, see ``neurons.select``; the second and third are controls, the last is by linear probes.
     tuned : Run or path, optional
         A finished run of full fine-tuning of the same model, or of probing. None makes one, as a phase before.
-    neurons : mapping module name -> sequence of int, optional
+    neurons : mapping module name -> sequence or array of int, optional
         Neurons chosen elsewhere: outputs of a module of ``ffn_in`` or ``ffn_gate``, inputs of one of ``ffn_out``.
     tune_steps : int or None
         Steps of the full fine-tuning, or batches that are probed; None takes the steps of ``train``.
     tune_lr : float or None
-        Its rate; None takes ``lr``.
+        Its rate, whatever ``train`` is told; None takes ``lr``.
     clip_before : float or None
         Largest norm of all trained gradients together before they are masked.
     reversed_share : float
@@ -102,7 +102,7 @@ class NeFT(Method, name="neft"):
     targets: tuple[str, ...] = neurons.DEFAULT
     mode: str = "changed"
     tuned: Run | Mapping[str, str] | str | Path | None = None
-    neurons: Mapping[str, Sequence[int]] | None = None
+    neurons: Mapping[str, Collection[Any]] | None = None
     tune_steps: int | None = None
     tune_lr: float | int | None = None
     clip_before: float | int | None = None
@@ -125,6 +125,12 @@ class NeFT(Method, name="neft"):
             raise ValueError(f"reversed_share {self.reversed_share} is no share of the parameters: give 0 to 1")
         if self.reversed_share and self.mode != "changed":
             raise ValueError(f"reversed_share adds to mode 'changed', not to {self.mode!r}: leave one of them")
+        if self.tune_steps is not None and self.tune_steps < 1:
+            raise ValueError(f"tune_steps {self.tune_steps} tunes nothing: give 1 or more, or none for those of train")
+        if self.clip_before is not None and not self.clip_before > 0:
+            raise ValueError(f"clip_before {self.clip_before} is no norm to clip to: give one above 0, or none")
+        if self.neurons is not None:
+            self.neurons = neurons.numbered(self.neurons)
         if isinstance(self.tuned, str | Path):
             self.tuned = checkpoints.load(self.tuned)
         if isinstance(self.tuned, Run):
@@ -140,7 +146,7 @@ class NeFT(Method, name="neft"):
             tuned = yield Phase(Probing(targets=self.targets, head_lr=self.head_lr), "probe", steps=self.tune_steps)
         else:
             full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
-            tuned = yield Phase(full, "tune", steps=self.tune_steps)
+            tuned = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
         yield Phase(replace(self, tuned=tuned), "masked")
 
     def attach(self, model: nn.Module) -> None:
@@ -157,7 +163,7 @@ class NeFT(Method, name="neft"):
     def _choose(self, model: nn.Module) -> dict[str, list[int]]:
         """The neurons that train, by module; a method read from a run folder has them in its state alone."""
         if self.neurons is not None:
-            return checked(self.neurons, self._parts)
+            return neurons.checked(self.neurons, self._parts)
         pool, seed = self._scores, 0
         if self.mode == "random":
             pool = neurons.unscored(self._parts) if pool is None else pool
@@ -246,11 +252,22 @@ class Mask(NamedTuple):
 
 
 def _check_kind(tuned: Run, mode: str) -> None:
-    """Refuse a run of full fine-tuning where neurons are chosen by probing, and the other way round."""
-    probed = tuned.meta["method"]["name"] == Probing.name
-    if probed != (mode == "probed"):
-        mend = "a run of probing: give one of full fine-tuning" if probed else "no run of probing: give one, or none"
-        raise ValueError(f"mode {mode!r} cannot choose by {tuned.id} ({tuned.label}), {mend}")
+    """Refuse what neurons cannot be chosen by: adapters, a run of the other kind, or one of a few neurons alone."""
+    name, needed = tuned.meta["method"]["name"], Probing if mode == "probed" else Full
+    if tuned.meta.get("w0_hash") is None:
+        kind = "recorded under a Trainer" if "source" not in tuned.meta else "an adapter from elsewhere"
+        mend = f"{kind}, which does not tell at what weights it began: give a run of ls.train, or none"
+    elif name == NeFT.name:
+        before = [run.path.resolve() for run in tuned.parents if run.path and run.meta["method"]["name"] == needed.name]
+        told = f"the phase before it, {before[0]}" if before else "one of full fine-tuning, or none"
+        mend = f"which trained {len(selection.chosen(tuned)):,} neurons alone: give {told}"
+    elif name == Probing.name and needed is Full:
+        mend = "a run of probing: give one of full fine-tuning"
+    elif name != Probing.name and needed is Probing:
+        mend = "no run of probing: give one, or none"
+    else:
+        return
+    raise ValueError(f"mode {mode!r} cannot choose by {tuned.id} ({tuned.label}), {mend}")
 
 
 def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:
@@ -261,12 +278,12 @@ def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.D
     Raises
     ------
     ValueError
-        The run began at other weights, or did not train a projection.
+        The run began at other weights, or did not train or probe a projection.
     """
     if weights_hash(model) != tuned.meta["w0_hash"]:
         raise ValueError(f"run {tuned.id} began at other weights than this model's: tune the same model")
     if tuned.meta["method"]["name"] == Probing.name:
-        return selection.scores(tuned, SIMILARITY)
+        return probed(tuned, places)
     after = tuned.tensors()
     if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
         raise ValueError(f"run {tuned.id} ({tuned.label}) did not train {absent[0]}: give one of full fine-tuning")
@@ -283,30 +300,6 @@ def distances(
         host, name = model.get_submodule(part.module), f"{part.module}.weight"
         tables.append(neurons.table(part, *(to_array(oriented(host, side[name])) for side in (before, after))))
     return pd.concat(tables, ignore_index=True)
-
-
-def checked(chosen: Mapping[str, Sequence[int]], places: Sequence[neurons.Part]) -> dict[str, list[int]]:
-    """Neurons given by hand, in order.
-
-    Raises
-    ------
-    ValueError
-        A module has no neurons among the targets, or not that one, or one is given twice.
-    """
-    known: dict[str, set[int]] = {}
-    for part in places:
-        known.setdefault(part.module, set()).update(range(part.first, part.first + part.count))
-    for module, numbers in chosen.items():
-        if module not in known:
-            raise ValueError(f"neurons: {module!r} is no module of the targets; these are {', '.join(known)}")
-        if wrong := [number for number in numbers if number not in known[module]]:
-            span = f"{min(known[module])} to {max(known[module])}"
-            raise ValueError(f"neurons: {module} has no neuron {wrong[0]}: its numbers are {span}")
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"neurons: {module} has a neuron twice: give each once")
-    if not any(chosen.values()):
-        raise ValueError("neurons names none: give at least one")
-    return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
 
 
 def _records(quantity: str, scored: pd.DataFrame) -> Iterable[Record]:

@@ -14,20 +14,22 @@ Departs: the authors probe 1,000 texts of the test split; here no text is seen t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float, Shaped
 from sklearn.linear_model import RidgeClassifierCV
 from torch import nn
 
 from lorascope import names
-from lorascope.analysis import neurons
+from lorascope.analysis import neurons, selection
 from lorascope.hidden import token_means
 from lorascope.hosts import host_weight, to_array
 from lorascope.method import Method, Step, task_head
 from lorascope.records import Quantity, Record, register
+from lorascope.run import Run
 
 SIMILARITY = "probe_similarity"
 register(
@@ -120,3 +122,19 @@ def likeness(
     norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     units = np.divide(vectors, norms, out=np.full(vectors.shape, np.nan), where=norms > 0)
     return np.abs(units @ probes.T).max(axis=1)
+
+
+def probed(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
+    """What a run of probing found of the neurons in these places, for ``neurons.select``.
+
+    Raises
+    ------
+    ValueError
+        It probed none of one of them.
+    """
+    found = neurons.within(selection.scores(run, SIMILARITY), places)
+    known = set(zip(found["module"], found["role"], strict=True))
+    if absent := [part for part in places if (part.module, part.role) not in known]:
+        one = absent[0]
+        raise ValueError(f"run {run.id} ({run.label}) did not probe {one.role} ({one.module}): leave it out of targets")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -253,7 +254,7 @@ def test_charts_show_the_correlations(trained):
         chart.plotly()
 
 
-def told_of_neurons(folder, seed, told, rows=9):
+def told_of_neurons(folder, seed, told, rows=9, **more):
     """A run that recorded, of every neuron of one input and one output projection, the given scores."""
     places = {"ffn_in": ("h.0.up", "sensitivity_out", rows, 4), "ffn_out": ("h.0.down", "sensitivity_in", 4, rows)}
     modules = [
@@ -262,7 +263,7 @@ def told_of_neurons(folder, seed, told, rows=9):
     ]
     meta = json.loads((write_run(folder / "donor") / "run.json").read_text())
     states = {"last": {"step": 9, "ranks": {}}}
-    writer = RunWriter(folder / "run", meta | {"modules": modules, "seed": seed, "states": states})
+    writer = RunWriter(folder / "run", meta | {"modules": modules, "seed": seed, "states": states} | more)
     for name, own, *_ in places.values():
         other = "sensitivity_in" if own == "sensitivity_out" else "sensitivity_out"
         values = dict(zip(("neuron_cosine", "neuron_update", own), told[name], strict=True)) | {other: np.ones(4)}
@@ -319,6 +320,42 @@ def test_a_score_that_is_the_same_for_every_neuron_is_left_out_with_a_word(tmp_p
     assert set(table["score"]) == {"a: 1 − cos", "a: ‖w − w₀‖", "a: sensitivity", "b: sensitivity"}
     assert len(table) == 2 * 18 * 4
     assert correlate(table).notna().all(axis=None)
+
+
+@pytest.mark.parametrize(("choice", "score"), [
+    ({"mode": "changed"}, "1 − cos after tuning"),
+    ({"mode": "probed"}, "likeness to probes"),
+    ({"mode": "random"}, None),
+    ({"mode": "changed", "neurons": {"h.0.up": [1]}}, None),
+])  # fmt: skip
+def test_neft_is_taken_by_what_it_chose_by(choice, score, tmp_path):
+    """Each quantity has values of its own; of a lot or a hand none of them is what chose."""
+    draw = np.random.default_rng(0)
+    by = {"selection_cosine": draw.random((2, 9)), "probe_similarity": draw.random((2, 9))}
+    runs = {}
+    for label, method in (("a", {"name": "full"}), ("b", {"name": "neft", **choice})):
+        told = dict(zip(("h.0.up", "h.0.down"), draw.random((2, 3, 9)), strict=True))
+        runs[label] = told_of_neurons(tmp_path / label, 0, told, method=method)
+    rows = [
+        runs["b"]
+        .table.query("quantity == 'neuron_cosine' and step == 9")
+        .assign(quantity=name, step=0, value=values.ravel())
+        for name, values in by.items()
+    ]
+    runs["b"].table = pd.concat([runs["b"].table, *rows], ignore_index=True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        table = neuron_scores(runs)
+    own = {name for name in table["score"] if name.startswith("b: ")}
+    assert own == {"b: ‖w − w₀‖", "b: sensitivity", *([f"b: {score}"] if score else [])}
+    if score is None:
+        assert [str(each.message).partition(": of neurons")[0] for each in said] == ["b: 1 − cos"]
+    else:
+        assert not said
+        expected = by["probe_similarity" if choice["mode"] == "probed" else "selection_cosine"].ravel()
+        found = table[table["score"] == f"b: {score}"].sort_values(["module", "component"])
+        assert sorted(found["value"]) == sorted(expected)
+        assert found["value"].iloc[0] == expected[9]  # of the output projection, whose name comes first
 
 
 RECIPES = {

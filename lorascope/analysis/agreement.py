@@ -18,7 +18,11 @@ from lorascope.run import Run
 DRAWS = 500
 _TURN: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
 # Of NeFT: how far what it trained has turned says of most neurons only that they were not chosen.
-_TURN_OF_A_CHOICE: dict[str, tuple[str, ...]] = {"1 − cos after tuning": ("selection_cosine",)}
+_CHOSEN_BY: dict[str, dict[str, tuple[str, ...]]] = {
+    "changed": {"1 − cos after tuning": ("selection_cosine",)},
+    "reversed": {"1 − cos after tuning": ("selection_cosine",)},
+    "probed": {"likeness to probes": ("probe_similarity",)},
+}
 _BESIDE = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensitivity_out", "sensitivity_in")}
 
 
@@ -78,8 +82,9 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
         ``run`` (the seed), ``module``, ``component`` (the neuron), ``score`` (label and quantity), ``value`` at the
         last step that was looked at: 1 - cos, the norm of the update, and the sensitivity of the neuron's own weights,
         a row of inputs and gates or a column of outputs. Of NeFT the first is what it chose by, 1 - cos after its full
-        fine-tuning. A neuron that lacks a score, such as a zero one, is left out. So is, with a warning, a score that
-        orders nothing, since it is the same for all neurons of a run.
+        fine-tuning or likeness to probes; with a warning it is left out where neurons were drawn by lot or given by
+        hand. A neuron that lacks a score, such as a zero one, is left out. So is, with a warning, a score that orders
+        nothing, since it is the same for all neurons of a run.
 
     Raises
     ------
@@ -92,6 +97,9 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
         seeds.append({run.meta["seed"] for run in members})
         for run in members:
             tables += [table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _of_neurons(run)]
+        if not all(map(_turn, members)):
+            told = f"{label}: 1 − cos: of neurons drawn by lot or given by hand it tells the choice, so left out"
+            warnings.warn(told, stacklevel=2)
     shared = set.intersection(*seeds)
     if not shared:
         raise ValueError(f"the recipes {', '.join(runs)} share no seed: train them with the same ones")
@@ -110,10 +118,17 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]
 
 
+def _turn(run: Run) -> dict[str, tuple[str, ...]]:
+    """What says how far a run's neurons turned; of NeFT what it chose by, nothing where that is no score."""
+    method = run.meta["method"]
+    if method["name"] != "neft":
+        return _TURN
+    return {} if method.get("neurons") is not None else _CHOSEN_BY.get(method["mode"], {})
+
+
 def _of_neurons(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each score of a run's neurons."""
-    chose = (run.table["quantity"] == "selection_cosine").any()
-    for name, quantities in ((_TURN_OF_A_CHOICE if chose else _TURN) | _BESIDE).items():
+    for name, quantities in (_turn(run) | _BESIDE).items():
         parts = []
         for quantity in quantities:
             found = selection.scores(run, quantity)

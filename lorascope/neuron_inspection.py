@@ -17,6 +17,7 @@ from lorascope.scoring import score
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
+SHORT = 1e-8  # norm of a neuron's weights below which their direction is next to none
 _CELL = ["module", "stack", "layer", "role"]
 
 
@@ -149,3 +150,8 @@ def _findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) ->
     if absent.any():
         where = some(scores["module"][absent].unique())
         yield f"{absent.sum():,} neurons are zero before or after and have no direction: {where}"
+    short = ~absent & (scores["delta_norm"] > 0) & (scores[["norm_original", "norm_tuned"]].min(axis=1) < SHORT)
+    if short.any():
+        where = some(scores["module"][short].unique())
+        told = f"changed neurons are shorter than {SHORT:g} before or after, so that their 1 - cos says little"
+        yield f"{short.sum():,} {told}: {where}"

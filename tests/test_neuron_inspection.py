@@ -194,3 +194,21 @@ def test_wrong_use_is_one_line(few: tuple[Path, Path], tmp_path: Path, capsys: p
     file = tuned / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert "is truncated" in told(capsys, tuned, "--base", base)
+
+
+def test_changed_neurons_next_to_zero_are_counted(tmp_path: Path) -> None:
+    """Turned while next to zero, grown from there, shrunk to there; one that kept still, and one long enough."""
+    up = "model.layers.0.mlp.up_proj"
+    unit = np.eye(FEED_FORWARD, WIDTH)
+    pairs = [(1e-9 * unit[0], 1e-9 * unit[1]), (1e-9 * unit[0], unit[0]), (unit[0], 9e-9 * unit[1])]
+    pairs += [(1e-9 * unit[0], 1e-9 * unit[0]), (2e-8 * unit[0], 2e-8 * unit[1])]
+    folders = plant(tmp_path, 1, {})
+    for side, folder in enumerate(folders):
+        tensors = {name: np.array(tensor) for name, tensor in open_tensors(folder / "model.safetensors").items()}
+        for row, pair in enumerate(pairs):
+            tensors[f"{up}.weight"][row] = pair[side]
+        write_tensors(folder / "model.safetensors", tensors, {})
+    item = inspect_neurons(*folders[::-1])
+    line = f"3 changed neurons are shorter than 1e-08 before or after, so that their 1 - cos says little: {up}"
+    assert item.findings[-1] == line
+    assert line in item.plain()["findings"]

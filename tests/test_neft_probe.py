@@ -41,6 +41,29 @@ def test_arms_differ_in_their_neurons_alone():
     assert arms.keys() - {arm.label for arm in probe.arms(True)} == {probe.PROBED}
 
 
+def picked(run):
+    rows = run.table[run.table["quantity"] == "selected"]
+    return set(zip(rows["module"].astype(str), rows["index"], strict=True))
+
+
+def shared(one, other):
+    assert len(one) == len(other)
+    return len(one & other) / len(one)
+
+
+def moved(run):
+    """Mean distance of a neuron's place by utilisation in its projection, first and last, as a share of the places."""
+    rows = run.table[run.table["quantity"] == "utilisation"].sort_values(["module", "index"])
+    shifts = []
+    for role in ("ffn_in", "ffn_out"):
+        own = rows[rows["role"] == role]
+        before, after = (
+            np.argsort(np.argsort(-own.loc[own["step"] == step, "value"].to_numpy())) for step in (0, own["step"].max())
+        )
+        shifts.append(np.abs(after - before) / len(before))
+    return np.concatenate(shifts).mean()
+
+
 def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     runs = {}
     settings = killing.SETTINGS | {"observe": [observe.norms(), observe.utilisation(every=5, size=8)]}
@@ -68,8 +91,15 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
         *own, dict.fromkeys(selection.sizes(run), 48)
     )
     assert effects[probe.STABLE] == pytest.approx(expected)
-    shifts = {verdict.claim: verdict.values for verdict in found.verdicts}[probe.PERTURBED]
-    assert shifts["statistic"].between(0, 1).all()
+    values = {verdict.claim: verdict.values.set_index("seed") for verdict in found.verdicts}
+    (film, again), (tweets, other) = ([picked(run) for run in runs[label]] for label in (probe.MOVIES, probe.TWEETS))
+    assert values[probe.TASK]["statistic"].tolist() == pytest.approx([shared(film, again)] * 2)
+    assert values[probe.TASK]["control"].tolist() == pytest.approx([shared(film, other), shared(again, tweets)])
+    assert shared(film, other) + shared(again, tweets) != shared(film, tweets) + shared(again, other)
+    for side, label in (("statistic", probe.REVERSED), ("control", probe.CHANGED)):
+        assert values[probe.PERTURBED][side].tolist() == pytest.approx([moved(run) for run in runs[label]])
+    assert effects[probe.PERTURBED] != 0
+    assert any("enters two overlaps" in note for note in found.notes)
     del runs[probe.PROBED]
     alone = probe.judge({label: kept[:1] if label != probe.MOVIES else kept for label, kept in runs.items()})
     assert {probe.STABLE, probe.TASK, probe.BY_PROBES} == effects.keys() - {verdict.claim for verdict in alone.verdicts}

@@ -138,6 +138,9 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, data order, dropout, and lots.",
         "NeFT's full fine-tuning before the choice is no part of its steps, but of its time. LoRA of rank 8 trains "
         f"{_trained(runs[LOW])} of the parameters, NeFT {_trained(runs[CHANGED])}.",
+        "Each choice is compared with that of the next seed, the last with the first, and so enters two overlaps: they "
+        "are not independent, as the t-interval takes them to be. With two seeds each is the other's next: their "
+        "overlap counts twice.",
         "A quick run trains NeFT for fewer steps than its baselines, and leaves out the choice by probing.",
     ]
     return Findings(verdicts, exhibits, {"NeFT": table(runs)}, notes)

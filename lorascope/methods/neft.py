@@ -259,7 +259,8 @@ def _check_kind(tuned: Run, mode: str) -> None:
         mend = f"{kind}, which does not tell at what weights it began: give a run of ls.train, or none"
     elif name == NeFT.name:
         before = [run.path.resolve() for run in tuned.parents if run.path and run.meta["method"]["name"] == needed.name]
-        told = f"the phase before it, {before[0]}" if before else "one of full fine-tuning, or none"
+        kind = "probing" if needed is Probing else "full fine-tuning"
+        told = f"the phase before it, {before[0]}" if before else f"one of {kind}, or none"
         mend = f"which trained {len(selection.chosen(tuned)):,} neurons alone: give {told}"
     elif name == Probing.name and needed is Full:
         mend = "a run of probing: give one of full fine-tuning"

@@ -106,7 +106,7 @@ def test_gpt2_is_computed_by_optimizer_with_a_first_moment_and_without(tmp_path)
     assert [saved[f"Adapprox, {rank}, β₁ = 0"] for rank in ("largest rank", "rank 1")] == [84.5, 99.9]
     assert cells(medium)["CAME", "optimizer"] == pytest.approx(1358.2, abs=0.05)
     assert cells(small)["CAME", "parameters"] == pytest.approx(124_439_808 * 4 / MIB)
-    assert "GPT-2: all of 4 bytes." in small.caption
+    assert "GPT-2: 4 bytes a number." in small.caption
     assert "LLaMA-2" not in small.caption
 
 

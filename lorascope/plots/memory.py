@@ -136,7 +136,7 @@ def _caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], co
     if not _PAPERS.keys().isdisjoint(computed):
         told.append("LLaMA-2: weights and gradients of 2 bytes, optimizer of 4.")
     if not accounting.GPT2.keys().isdisjoint(computed):
-        told.append("GPT-2: all of 4 bytes.")
+        told.append("GPT-2: 4 bytes a number.")
     if "7B" in computed:
         told.append("Dashed: a card of 24 GB.")
     if any(len(group.runs) > 1 for own in models.values() for group in own.groups):

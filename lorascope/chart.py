@@ -260,3 +260,11 @@ def beside(*parts: Drawable) -> Panels:
 def above(*parts: Drawable) -> Panels:
     """Set charts or panels one above the other, the first on top."""
     return Panels(sum((part.rows() for part in parts), ()))
+
+
+def wrap(charts: Sequence[Chart], row: int) -> Drawable:
+    """Set charts side by side, so many a row and one at least; one chart alone stays as it is."""
+    if len(charts) == 1:
+        return charts[0]
+    row = max(row, 1)
+    return Panels(tuple(tuple(charts[start : start + row]) for start in range(0, len(charts), row)))

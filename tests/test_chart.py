@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError
 import pandas as pd
 import pytest
 
-from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
+from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside, wrap
 
 
 @pytest.fixture
@@ -132,6 +132,9 @@ def test_panels_are_laid_in_rows(table) -> None:
     assert titles(beside(above(a, b), above(c, d))) == [["a", "c"], ["b", "d"]]
     with pytest.raises(ValueError, match="same number of rows, got 2, 1"):
         beside(above(a, b), c)
+    assert titles(wrap([a, b, c], 2)) == [["a", "b"], ["c"]]
+    assert titles(wrap([a, b], 0)) == [["a"], ["b"]]
+    assert wrap([a], 2) is a
 
 
 def test_the_data_of_everything_drawn(table) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import ranks
-from lorascope.chart import Axis, Band, Chart, Drawable, Line, Mark, above, beside
+from lorascope.chart import Axis, Band, Chart, Drawable, Line, Mark, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
 from lorascope.records import QUANTITIES
@@ -48,8 +48,7 @@ def importance(
         panels = [_pooled(cohort, found[found["recipe"] == label], label, quantity) for label in cohort.labels]
     else:
         panels = [_single(cohort, found, run, module, quantity) for run in cohort.runs]
-    rows = [beside(*panels[start : start + 2]) for start in range(0, len(panels), 2)]
-    return panels[0] if len(panels) == 1 else above(*rows)
+    return wrap(panels, 2)
 
 
 def _pooled(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Chart:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import starts
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside
+from lorascope.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside, wrap
 from lorascope.fourier import Fourier
 from lorascope.plots.catalogue import FREQUENCIES, UPDATES, figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, gather, lines
@@ -92,7 +92,7 @@ def update_image(
         *(cohort.lost_starts() if added else []),
     ]
     panels = [_image(cohort, label, updates[module].dense(), told, cells) for label, updates in held.items()]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 def frequency_bias(

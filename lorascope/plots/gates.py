@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, Rule, above, beside
+from lorascope.chart import Axis, Chart, Drawable, Heat, Rule, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Group, Runs, axis_label, define, gather, lines
 from lorascope.roles import ROLES
@@ -43,7 +43,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     found = [(group, by_domain(group.runs[0], step)) for group in cohort.groups]
     limit = max(float(cells["value"].abs().max()) for _, cells in found)
     panels = [_heat(cohort, group, cells, limit) for group, cells in found]
-    return panels[0] if len(panels) == 1 else above(*panels)
+    return wrap(panels, 1)
 
 
 @figure(
@@ -71,7 +71,7 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
     if len(told):
         lot = _mean(cohort, "gate_chance")
         panels.append(_course(cohort, "gate_information", pd.concat([told, lot.assign(recipe=lot["recipe"] + _LOT)])))
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 def by_domain(run: Run, step: int | None = None) -> pd.DataFrame:

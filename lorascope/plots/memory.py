@@ -8,7 +8,7 @@ from dataclasses import replace
 import pandas as pd
 
 from lorascope.analysis import accounting, norms, pace
-from lorascope.chart import Axis, Bar, Chart, Drawable, Mark, Rule, above
+from lorascope.chart import Axis, Bar, Chart, Drawable, Mark, Rule, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Runs, gather
 
@@ -63,7 +63,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
         card: list[Mark] = [Rule(x=_CARD)] if size == "7B" else []
         label = f"memory of {model} ({unit})"
         panels.append(_bars(rows, list(rows["recipe"].unique()), f"{model}, computed", label, card, caption, cohort))
-    return panels[0] if len(panels) == 1 else above(*panels)
+    return wrap(panels, 1)
 
 
 def _computed(size: str) -> tuple[str, str, pd.DataFrame]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from lorascope.analysis import moments, norms
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside
+from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
 from lorascope.roles import ROLES
@@ -112,7 +112,7 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
         "Relative error in Frobenius norm, mean over all matrices in the blocks, at the last look; l = p = 5."
     )
     panels = [_curves(cohort, table[table["recipe"] == label], label, caption) for label in cohort.labels]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Chart:
@@ -242,7 +242,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         )
         for label in cohort.labels
     ]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 @figure(
@@ -282,7 +282,7 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
         )
         for label in cohort.labels
     ]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 def _caps(cells: pd.DataFrame) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 from lorascope.analysis import selection, utilisation
 from lorascope.analysis.norms import place
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Rule, above, beside
+from lorascope.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Rule, beside, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
 from lorascope.records import QUANTITIES
@@ -45,8 +45,7 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     cells = band(found, ["recipe", "place", "role"])
     lots = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
     panels = [_bars(cohort, cells, group, lots[lots["recipe"] == group.label]) for group in cohort.groups]
-    columns = len(panels) * cells["place"].nunique()
-    return panels[0] if len(panels) == 1 else (beside if columns <= _MOST_BESIDE else above)(*panels)
+    return wrap(panels, _MOST_BESIDE // cells["place"].nunique())
 
 
 @figure(
@@ -72,7 +71,7 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
     cohort.require(quantity)
     panels = [_turned(cohort, group, quantity) for group in cohort.groups]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 @figure(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, Panels, above, beside
+from lorascope.chart import Axis, Chart, Drawable, Heat, Panels, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Runs, axis_label, define, gather, lines
 from lorascope.roles import ROLES
@@ -76,7 +76,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
         )
         for label in cohort.labels
     ]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 @figure(
@@ -140,7 +140,7 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
             adapters = norms.pool(norms.select(cohort.table, "adapter_norm"))
             layers |= {"adapter_norm": adapters, _SINCE_START: norms.since_start(adapters)}
     panels = [_mean_panel(cohort, name, cells, layers, per_weight) for name, cells in layers.items()]
-    return above(*(beside(*panels[row : row + 2]) for row in range(0, len(panels), 2)))
+    return wrap(panels, 2)
 
 
 def _mean_panel(

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorascope.analysis import norms, ranks
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside
+from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, bars, define, gather
 from lorascope.roles import ROLES
@@ -51,8 +51,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
         told.append(_how_lots_fall(cohort))
     cells = _cells(found, ["recipe", "kind"])
     panels = [_heat(cohort, cells, label, cohort.caption(*told, interval=_SPREAD)) for label in _labels(found)]
-    columns = len(panels) * cells["place"].nunique()
-    return panels[0] if len(panels) == 1 else (beside if columns <= _MOST_BESIDE else above)(*panels)
+    return wrap(panels, _MOST_BESIDE // cells["place"].nunique())
 
 
 @figure(

@@ -6,7 +6,7 @@ import pandas as pd
 
 from lorascope.analysis import norms, schedule
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside
+from lorascope.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
@@ -66,7 +66,7 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
         "Share of the draws that took a block; the line is its chance.", interval=f"bars: {INTERVAL}"
     )
     panels = [_frequencies(cohort, found, label, caption) for label in cohort.labels]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 @figure(

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lorascope.analysis import moments
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Line, Panels, Point, beside
+from lorascope.chart import Axis, Chart, Drawable, Line, Panels, Point, beside, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
@@ -43,7 +43,7 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
         for quantity, found in rows.items()
         if len(found)
     ]
-    return panels[0] if len(panels) == 1 else beside(*panels)
+    return wrap(panels, len(panels))
 
 
 @figure(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -302,6 +304,23 @@ def test_a_logarithmic_axis_below_a_decade_has_plain_numbers() -> None:
     data = table("x y", (1, 12.0), (2, 70.0))
     shown = Mpl(Chart(data, [Line("x", "y")], y=Axis(log=True)))
     assert {"20", "50"} <= set(shown.names("y").values())
+
+
+def test_labels_of_a_short_logarithmic_axis_do_not_touch() -> None:
+    data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
+    panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))
+    for columns, fewest in ((1, 4), (2, 2)):
+        figure = mpl.figure(beside(*[panel] * columns), width="column")
+        figure.canvas.draw()
+        for ax in figure.axes:
+            inside = [
+                label
+                for label in ax.get_xticklabels()
+                if ax.get_xlim()[0] <= label.get_position()[0] <= ax.get_xlim()[1]
+            ]
+            boxes = [label.get_window_extent() for label in inside if label.get_text()]
+            assert len(boxes) >= fewest
+            assert all(one.x1 < other.x0 for one, other in pairwise(boxes))
 
 
 @both

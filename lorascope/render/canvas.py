@@ -23,6 +23,7 @@ SHAPES = ["o", "s", "^", "D", "v", "P", "X"]
 DOT = 4.0  # diameter of a dot in points
 LARGEST = 11.0  # diameter of the largest dot where the area tells something
 FEW = 200  # ratio of the ends of a logarithmic axis below which its powers of ten alone would be too few ticks
+BETWEEN = ((1, 2, 5), (1, 3), (1,))  # multiples of powers of ten that may be ticks there, from most to fewest
 SMALLEST_TEXT = 4.0  # points; numbers that would have to be smaller are left out of the cells
 SMALLEST_WORDS = 5.0  # points; words that would have to be smaller leave the cells to the numbers
 
@@ -36,8 +37,8 @@ def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
         getattr(ax, f"set_{letter}label")(plain(scale.axis.label))
         if scale.log:
             getattr(ax, f"set_{letter}scale")("log")
-            if ends[1] < FEW * ends[0]:
-                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            if _is_short(scale, ends):
+                axis.set_major_locator(LogLocator(subs=BETWEEN[0]))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axis.set_minor_formatter(NullFormatter())
         elif scale.categories is None and scale.whole:
@@ -110,9 +111,31 @@ def norm(ramp: Ramp) -> Normalize:
     return (LogNorm if ramp.log else Normalize)(*ramp.limits)
 
 
+def _is_short(scale: Scale, ends: tuple[float, float]) -> bool:
+    return scale.log and bool(ends[1] < FEW * ends[0])
+
+
+def _thin(axis: Any, room: float) -> None:
+    """Ticks of a short logarithmic axis, as many as have room for their labels."""
+    size = axis.get_major_ticks(1)[0].label1.get_fontsize()
+    low, high = np.log(axis.get_view_interval())
+    for subs in BETWEEN:
+        locator = LogLocator(subs=subs)
+        ticks = [tick for tick in locator.tick_values(np.exp(low), np.exp(high)) if low <= np.log(tick) <= high]
+        if len(ticks) < 2:
+            return
+        axis.set_major_locator(locator)
+        across = [GLYPH * len(f"{tick:g} ") if axis.axis_name == "x" else 1.2 for tick in ticks]
+        needed = size * (np.array(across[1:]) + across[:-1]) / 2
+        if (np.diff(np.log(ticks)) / (high - low) * room >= needed).all():
+            return
+
+
 def _names(axis: Any, scale: Scale, room: float) -> float:
     """Names of categories, as many as fit; returns the depth in points of names that had to be turned."""
     if scale.categories is None and scale.axis.ticks is None:
+        if _is_short(scale, tuple(axis.get_view_interval())):
+            _thin(axis, room)
         return 0.0
     size = axis.get_major_ticks(1)[0].label1.get_fontsize()
     positions, names, turned = scale.ticks(room, size, across=axis.axis_name == "y")

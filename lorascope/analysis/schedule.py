@@ -114,7 +114,7 @@ def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity:
         .rename(name)
         for name, table in (("adapted", adapted), ("full", full))
     ]
-    blocks = means[1].index.get_level_values("layer").notna().sum()  # an adapter may leave some alone, draws do not
+    blocks = means[1].reset_index()["layer"].count()  # an adapter may leave some alone, draws do not
     found = pd.concat(means, axis="columns", join="inner").reset_index()
     inside = found["layer"].notna()
     ratio = found["adapted"] / found["full"]

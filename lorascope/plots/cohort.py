@@ -232,8 +232,9 @@ def _dense(recipe: Mapping[str, Any]) -> str:
     if recipe.get("min_dim", 0) is None:
         return "everything"
     given = recipe.get("dense", ())
+    named: list[str] = [given] if isinstance(given, str) else list(given)
     small = ["small matrices"] if recipe.get("min_dim", 64) > 1 else []
-    *others, last = ["vectors", *([given] if isinstance(given, str) else given), *small]
+    *others, last = ["vectors", *named, *small]
     return " and ".join([", ".join(others), last] if others else [last])
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, Panels, wrap
+from lorascope.chart import Axis, Chart, Drawable, Heat, wrap
 from lorascope.plots.catalogue import figure
 from lorascope.plots.cohort import Cohort, Runs, axis_label, define, gather, lines
 from lorascope.roles import ROLES
@@ -116,7 +116,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     misleads="The norm of the whole weight hardly changes in training, so the first panel is a picture of the base. "
     "The raw adapter norm is mostly initialisation: B of an embedding starts random and huge.",
 )
-def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False) -> Panels:
+def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False) -> Drawable:
     """Norms by layer averaged over training, in the readings that the word allows (LISA, section 3.1 and Fig. 2).
 
     Panels: weight, update and, for recipes with adapters, the adapters' norm as it is and minus its value at step 0.

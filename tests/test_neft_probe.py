@@ -102,7 +102,7 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
         assert values[probe.PERTURBED][side].tolist() == pytest.approx([moved(run) for run in runs[label]])
     assert effects[probe.TASK] != 0
     assert effects[probe.PERTURBED] != 0
-    assert any("enters two overlaps" in note for note in found.notes)
+    assert any("enters two values" in note for note in found.notes)
     del runs[probe.PROBED]
     alone = probe.judge({label: kept[:1] if label != probe.MOVIES else kept for label, kept in runs.items()})
     assert {probe.STABLE, probe.TASK, probe.BY_PROBES} == effects.keys() - {verdict.claim for verdict in alone.verdicts}

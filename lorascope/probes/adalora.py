@@ -80,7 +80,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     ]
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
-        "With two seeds each is the other's next: their tau counts twice.",
+        allocations.NEXT_SEED,
     ]
     return Findings(verdicts, exhibits, notes=notes)
 

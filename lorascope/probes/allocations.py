@@ -13,6 +13,11 @@ from lorascope.run import Run
 
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("ffn_in", "ffn_gate", "ffn_out")
 BySeed = dict[int, float]
+# Said where each run is held against that of the next seed.
+NEXT_SEED = (
+    "Each run is compared with that of the next seed, the last with the first, and so enters two values: they are not "
+    "independent, as the t-interval takes them to be. With two seeds each is the other's next: one value counts twice."
+)
 
 
 def final_ranks(runs: Sequence[Run]) -> pd.DataFrame:

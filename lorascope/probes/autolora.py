@@ -87,6 +87,9 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps of each phase. Seeds vary head, adapters, data "
         "order, dropout, and the random logits.",
+        allocations.NEXT_SEED,
+        "Movies and tweets at one seed share their start and the order of their draws, which two seeds do not: what "
+        "they agree on is not the task's alone.",
         "AutoLoRA has no budget: its total rank is an outcome, about half of its start whatever it learns.",
     ]
     return Findings(verdicts, exhibits, notes=notes)

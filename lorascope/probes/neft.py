@@ -24,7 +24,7 @@ from lorascope.claims import Claim, Verdict
 from lorascope.methods import NeFT
 from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes import lora
-from lorascope.probes.allocations import BySeed, accuracy
+from lorascope.probes.allocations import NEXT_SEED, BySeed, accuracy
 from lorascope.probes.lora import FULL, LOW
 from lorascope.run import Run
 
@@ -138,9 +138,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, data order, dropout, and lots.",
         "NeFT's full fine-tuning before the choice is no part of its steps, but of its time. LoRA of rank 8 trains "
         f"{_trained(runs[LOW])} of the parameters, NeFT {_trained(runs[CHANGED])}.",
-        "Each choice is compared with that of the next seed, the last with the first, and so enters two overlaps: they "
-        "are not independent, as the t-interval takes them to be. With two seeds each is the other's next: their "
-        "overlap counts twice.",
+        NEXT_SEED,
         "A quick run trains NeFT for fewer steps than its baselines, and leaves out the choice by probing.",
     ]
     return Findings(verdicts, exhibits, {"NeFT": table(runs)}, notes)

@@ -14,6 +14,8 @@ PACKAGE = Path(lorascope.__file__).parent
 # Lowest first. A module may import only what stands before it; those of one line know nothing of each other.
 LAYERS = [
     ["lorascope"],
+    ["printable"],
+    ["json_files"],
     ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["turning", "names", "chart"],
     ["update"],
@@ -52,6 +54,8 @@ LAYERS = [
 ]
 TORCH_FREE = {
     *(
+        "printable",
+        "json_files",
         "algebra",
         "roles",
         "tensors",

@@ -1,0 +1,32 @@
+"""Foreign text in printable form: names and values from files that other people wrote.
+
+Names of modules, folders, dtypes, tasks, labels and base models come from files. A control character in one of them is
+an instruction to the terminal that shows it, and a right-to-left override reorders the line around it.
+"""
+
+from __future__ import annotations
+
+# Joiners change the shape of the letters next to them and nothing else; Persian and Indic scripts need them.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: object) -> str:
+    r"""Escape every character that does not print, such as ESC, a line break or a right-to-left override.
+
+    Parameters
+    ----------
+    text : object
+        Shown by its ``str``.
+
+    Returns
+    -------
+    str
+        The same text with escapes as in Python's string literals, such as ``\x1b``; printable text is returned unchanged.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in _JOINERS else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )

@@ -1,0 +1,78 @@
+"""JSON from elsewhere: typed, limited, and one clear line for all that does not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import pytest
+
+from lorascope import json_files
+from lorascope.json_files import read_json
+
+
+@dataclass
+class Config:
+    r: int = 8
+    lora_alpha: float = 8.0
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    target_modules: str | list[str] | None = None
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "config.json"
+
+
+def test_read_json_keeps_types_and_ignores_unknown_fields(file):
+    file.write_text(json.dumps({"r": 2, "lora_alpha": 4, "rank_pattern": {"ü": 3}, "more": [1]}), encoding="utf-8")
+    assert read_json(file, Config) == Config(2, 4.0, {"ü": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        ({"r": "8"}, r"\$\.r"),
+        ({"r": 8.5}, r"\$\.r"),
+        ({"r": True}, r"\$\.r"),
+        ({"rank_pattern": {"q": None}}, r"\$\.rank_pattern"),
+        ({"target_modules": [1]}, r"\$\.target_modules\[0\]"),
+        ([], "array"),
+        (None, "null"),
+    ],
+)
+def test_read_json_of_another_type_names_the_place(file, content, place):
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=place) as caught:
+        read_json(file, Config)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"r": ' * 100_000, b"\xff\xfe{", b"", b"{", b"1" * 5000])
+def test_read_json_of_broken_text_is_one_value_error(file, text):
+    file.write_bytes(text)
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        read_json(file, Config)
+    assert str(caught.value).isprintable()
+
+
+def test_read_json_refuses_a_pipe_a_folder_and_a_huge_file(file, monkeypatch):
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match="regular file"):
+        read_json(file, Config)
+    with pytest.raises(ValueError, match="regular file"):
+        read_json(file.parent, Config)
+    file.unlink()
+    file.write_text("{}", encoding="utf-8")
+    monkeypatch.setattr(json_files, "MAX_BYTES", 1)
+    with pytest.raises(ValueError, match="2 bytes"):
+        read_json(file, Config)
+
+
+def test_read_json_prints_no_control_character_of_the_file(file):
+    file.write_text(json.dumps({"rank_pattern": {"\x1b[2J": []}}), encoding="utf-8")
+    named = file.rename(file.with_name("\x1b]0;\u202e.json"))
+    with pytest.raises(ValueError, match="rank_pattern") as caught:
+        read_json(named, Config)
+    assert str(caught.value).isprintable()

@@ -21,7 +21,7 @@ def printable(text: object) -> str:
     Returns
     -------
     str
-        The same text with escapes as in Python's string literals, such as ``\x1b``; printable text is returned unchanged.
+        Printable text is returned unchanged; other characters become Python's escapes, such as ``\x1b``.
     """
     text = str(text)
     if text.isprintable():

@@ -322,16 +322,17 @@ def test_a_score_that_is_the_same_for_every_neuron_is_left_out_with_a_word(tmp_p
     assert correlate(table).notna().all(axis=None)
 
 
-@pytest.mark.parametrize(("choice", "score"), [
-    ({"mode": "changed"}, "1 − cos after tuning"),
-    ({"mode": "probed"}, "likeness to probes"),
-    ({"mode": "random"}, None),
-    ({"mode": "changed", "neurons": {"h.0.up": [1]}}, None),
+@pytest.mark.parametrize(("choice", "score", "probes"), [
+    ({"mode": "changed"}, "1 − cos after tuning", "probe_cosine"),
+    ({"mode": "probed"}, "likeness to probes", "probe_cosine"),
+    ({"mode": "probed"}, "likeness to probes", "probe_similarity"),  # as earlier versions recorded
+    ({"mode": "random"}, None, "probe_cosine"),
+    ({"mode": "changed", "neurons": {"h.0.up": [1]}}, None, "probe_cosine"),
 ])  # fmt: skip
-def test_neft_is_taken_by_what_it_chose_by(choice, score, tmp_path):
+def test_neft_is_taken_by_what_it_chose_by(choice, score, probes, tmp_path):
     """Each quantity has values of its own; of a lot or a hand none of them is what chose."""
     draw = np.random.default_rng(0)
-    by = {"selection_cosine": draw.random((2, 9)), "probe_similarity": draw.random((2, 9))}
+    by = {"selection_cosine": draw.random((2, 9)), probes: draw.random((2, 9))}
     runs = {}
     for label, method in (("a", {"name": "full"}), ("b", {"name": "neft", **choice})):
         told = dict(zip(("h.0.up", "h.0.down"), draw.random((2, 3, 9)), strict=True))
@@ -352,7 +353,7 @@ def test_neft_is_taken_by_what_it_chose_by(choice, score, tmp_path):
         assert [str(each.message).partition(": of neurons")[0] for each in said] == ["b: 1 − cos"]
     else:
         assert not said
-        expected = by["probe_similarity" if choice["mode"] == "probed" else "selection_cosine"].ravel()
+        expected = by[probes if choice["mode"] == "probed" else "selection_cosine"].ravel()
         found = table[table["score"] == f"b: {score}"].sort_values(["module", "component"])
         assert sorted(found["value"]) == sorted(expected)
         assert found["value"].iloc[0] == expected[9]  # of the output projection, whose name comes first

@@ -313,7 +313,10 @@ def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
     model, _, run = train(bert, task, NeFT(k=9, reversed_share=0.02, tuned=full), tmp_path / "both")
     total = sum(parameter.numel() for parameter in model.parameters())
     pool = selection.scores(run, "selection_cosine")
-    first, other = neurons.select(pool, 9), neurons.select(pool, round(0.02 * total / 32), "reversed")
+    first, other = (
+        neurons.select(pool, 9, by="value"),
+        neurons.select(pool, round(0.02 * total / 32), "reversed", by="value"),
+    )
     assert selection.as_set(selection.chosen(run)) == selection.as_set(pd.concat([first, other]))
     assert len(selection.chosen(run)) == len(first) + len(other)
     more = NeFT(k=9, reversed_share=0.9, tuned=full)

@@ -140,7 +140,7 @@ def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family,
     assert selection.as_set(selection.chosen(full, 60)) == expected
     scored = selection.scores(full, "neuron_cosine")
     assert scored.groupby("role").size().to_dict() == dict.fromkeys(("ffn_gate", "ffn_in", "ffn_out"), 96)
-    assert (scored.nlargest(60, "cosine_distance")["role"] == "ffn_gate").any()
+    assert (scored.nlargest(60, "value")["role"] == "ffn_gate").any()
 
 
 def test_different_models_are_not_compared(tmp_path):

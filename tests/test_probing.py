@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 import lorascope as ls
-from lorascope import models
+from lorascope import models, records
 from lorascope.analysis import neurons, selection
 from lorascope.hosts import host_weight
 from lorascope.methods import NeFT
 from lorascope.methods.probing import directions, likeness
+from lorascope.records import Quantity, Record
+from lorascope.writer import RunWriter
 
 FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
 
@@ -20,6 +24,10 @@ def ridge(states, labels, strength):
     """The closed form on centred data, labels -1 and 1."""
     centred, y = states - states.mean(0), labels - labels.mean()
     return np.linalg.solve(centred.T @ centred + strength * np.eye(states.shape[1]), centred.T @ y)
+
+
+def cosine(one, other):
+    return one @ other / np.sqrt(one @ one) / np.sqrt(other @ other)
 
 
 def test_coefficients_are_those_of_the_closed_form_at_one_of_the_strengths():
@@ -38,8 +46,14 @@ def test_coefficients_are_those_of_the_closed_form_at_one_of_the_strengths():
 
 def test_likeness_is_of_direction_alone_and_either_sign():
     vectors = np.array([[3.0, 0, 4], [30, 0, 40], [0, 2, 0], [0, 0, 0]])
-    found = likeness(vectors, np.array([[-1.0, 0, 0], [0, 0.5, 0]]))
-    assert found == pytest.approx([0.6, 0.6, 0.5, np.nan], nan_ok=True)
+    found = likeness(vectors, np.array([[-1.0, 0, 0], [0, 0.5, 0], [0, 0, 0]]))
+    assert found == pytest.approx([0.6, 0.6, 1, np.nan], nan_ok=True)
+
+
+def test_scores_by_probes_do_not_depend_on_the_norm_of_a_probe():
+    """By inner products with probes of any norm the second neuron, 8, would come before the first, 7.07."""
+    probes = np.array([[10.0, 0], [1, 1]])
+    assert likeness(np.array([[1.0, 1], [0.8, 0.6]]), probes) == pytest.approx([1, 1.4 / 2**0.5])
 
 
 def test_texts_of_one_class_cannot_be_probed():
@@ -76,9 +90,9 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     for part in neurons.parts(ls.names.describe(fresh)):
         weight = host_weight(fresh.get_submodule(part.module)).detach().numpy()
         vectors = weight if part.axis == 1 else weight.T
-        each = np.abs(vectors / np.linalg.norm(vectors, axis=1, keepdims=True) @ probes.T).max(axis=1)
+        each = [max(abs(cosine(vector, probe)) for probe in probes) for vector in vectors]
         expected |= {(part.module, number): value for number, value in enumerate(each)}
-    rows = run.table[run.table["quantity"] == "probe_similarity"]
+    rows = run.table[run.table["quantity"] == "probe_cosine"]
     found = dict(zip(zip(rows["module"].astype(str), rows["index"], strict=True), rows["value"], strict=True))
     assert found == pytest.approx(expected, rel=1e-3)
     best = set(sorted(found, key=found.get)[-7:])
@@ -101,7 +115,7 @@ def test_a_run_of_probing_serves_the_projections_that_it_probed(bert, task, tmp_
     (probed,) = wide.parents
     method = NeFT(k=7, mode="probed", tuned=probed, targets=("ffn_in",))
     method.attach(models.load(bert, task=task))
-    found = selection.scores(wide, "probe_similarity").query("role == 'ffn_in'").nlargest(7, "cosine_distance")
+    found = selection.scores(wide, "probe_cosine").query("role == 'ffn_in'").nlargest(7, "value")
     assert method.neurons_ == neurons.by_module(found)
     less = NeFT(k=7, mode="probed", tuned=narrow.parents[0])
     with pytest.raises(
@@ -110,3 +124,21 @@ def test_a_run_of_probing_serves_the_projections_that_it_probed(bert, task, tmp_
         less.attach(models.load(bert, task=task))
     with pytest.raises(ValueError, match=r"trained 7 neurons alone: give the phase before it, .*/1-probe$"):
         NeFT(k=7, mode="probed", tuned=wide)
+
+
+def test_a_run_of_probing_from_an_earlier_version_loads_but_does_not_choose(bert, task, tmp_path, monkeypatch):
+    """It holds inner products with probes of any norm, under a quantity that no code registers any more."""
+    method = NeFT(k=7, mode="probed")
+    run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST)
+    (probed,) = run.parents
+    meta = json.loads((probed.path / "run.json").read_text())
+    with monkeypatch.context() as known:
+        known.setitem(records.QUANTITIES, "probe_similarity", Quantity("likeness to probes", index="neuron"))
+        writer = RunWriter(tmp_path / "old", meta)
+        writer.add(4, [Record("probe_similarity", np.arange(3.0), probed.table["module"].iloc[-1])])
+        writer.finish("done")
+    old = ls.load(tmp_path / "old")
+    assert old.table["value"].tolist() == [0, 1, 2]
+    method = NeFT(k=7, mode="probed", tuned=old)
+    with pytest.raises(ValueError, match=rf"tuned must be a run with probe_cosine, got {old.id} .*{tmp_path / 'old'}"):
+        method.attach(models.load(bert, task=task))

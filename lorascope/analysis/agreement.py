@@ -21,7 +21,8 @@ _TURN: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
 _CHOSEN_BY: dict[str, dict[str, tuple[str, ...]]] = {
     "changed": {"1 − cos after tuning": ("selection_cosine",)},
     "reversed": {"1 − cos after tuning": ("selection_cosine",)},
-    "probed": {"likeness to probes": ("probe_similarity",)},
+    # Runs of earlier versions chose by inner products with probes of any norm, ``probe_similarity``.
+    "probed": {"likeness to probes": ("probe_cosine", "probe_similarity")},
 }
 _BESIDE = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensitivity_out", "sensitivity_in")}
 
@@ -138,5 +139,4 @@ def _of_neurons(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
         table = pd.concat(parts)
         if table.empty:
             raise ValueError(f"run {run.id} recorded no {quantities[0]}: train with observe=[ls.observe.neurons()]")
-        columns = {"neuron": "component", "cosine_distance": "value"}
-        yield name, table.rename(columns=columns)[["module", *columns.values()]]
+        yield name, table.rename(columns={"neuron": "component"})[["module", "component", "value"]]

@@ -134,17 +134,17 @@ def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
     )
 
 
-def ranked(scores: pd.DataFrame) -> pd.DataFrame:
-    """All neurons that have a direction, the most turned first, with their ``rank`` from 1 on.
+def ranked(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFrame:
+    """All neurons that have a direction, the highest score ``by`` first, with their ``rank`` from 1 on.
 
-    Equal distances go by place: stack, layer, role (input, gate, output), neuron. So the order is total, and does not
+    Equal scores go by place: stack, layer, role (input, gate, output), neuron. So the order is total, and does not
     depend on the order of the rows.
     """
-    known = scores[scores["cosine_distance"].notna()]
+    known = scores[scores[by].notna()]
     modules = known[["module", "stack", "layer", "role"]].drop_duplicates()
     places = {module: (position(*place), module) for module, *place in modules.itertuples(index=False)}
     order = {module: number for number, module in enumerate(sorted(places, key=places.__getitem__))}
-    keys = [known["neuron"], known["module"].map(order), -known["cosine_distance"]]
+    keys = [known["neuron"], known["module"].map(order), -known[by]]
     known = known.iloc[np.lexsort([key.to_numpy() for key in keys])].reset_index(drop=True)
     return known.assign(rank=np.arange(1, len(known) + 1, dtype=np.int32))
 
@@ -163,20 +163,24 @@ def within(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
     return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(known)]
 
 
-def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0) -> pd.DataFrame:
+def select(
+    scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0, by: str = "cosine_distance"
+) -> pd.DataFrame:
     """Choose exactly k neurons, of all layers and projections together.
 
     Parameters
     ----------
     scores : DataFrame
-        ``module, stack, layer, role, neuron, cosine_distance`` and whatever else.
+        ``module, stack, layer, role, neuron``, the column ``by`` and any others.
     k : int
     mode : {"changed", "reversed", "random"}
-        ``changed``: the k with the largest cosine distance, which the paper calls sensitive. ``reversed``: the k at
-        the other end of the same order, so that the two share none as long as 2k neurons are there. ``random``: k
-        drawn by lot from those that could be chosen.
+        ``changed``: the k with the largest score; by cosine distance, the paper calls these sensitive. ``reversed``:
+        the k at the other end of the same order, so that the two share none as long as 2k neurons are there.
+        ``random``: k drawn by lot from those that could be chosen.
     seed : int or sequence of int
         Of the lot.
+    by : str
+        Column of the score.
 
     Returns
     -------
@@ -190,7 +194,7 @@ def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequ
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: {', '.join(MODES)}")
-    pool = ranked(scores)
+    pool = ranked(scores, by)
     if not 0 <= k <= len(pool):
         raise ValueError(
             f"k {k} is no choice: give 0 to {len(pool)} neurons ({len(pool)} of {len(scores)} have a direction)"
@@ -199,7 +203,7 @@ def select(scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequ
         by_place = pool.sort_values(["module", "neuron"])
         drawn = np.random.default_rng(seed).choice(len(pool), size=k, replace=False)
         return by_place.iloc[drawn].reset_index(drop=True)
-    if not (pool["cosine_distance"] > 0).any():
+    if not (pool[by] > 0).any():
         raise ValueError("no neuron has turned between the two checkpoints: there is nothing to choose by")
     return (pool if mode == "changed" else pool.iloc[::-1]).head(k).reset_index(drop=True)
 

@@ -39,11 +39,11 @@ def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
     if k is None:
         rows = run.table[run.table["quantity"] == "selected"]
         return rows[[*_PLACE, "index"]].rename(columns={"index": "neuron"}).reset_index(drop=True)
-    return neurons.select(neurons.within(scores(run, "neuron_cosine"), _parts(run)), k)
+    return neurons.select(neurons.within(scores(run, "neuron_cosine"), _parts(run)), k, by="value")
 
 
 def scores(run: Run, quantity: str) -> pd.DataFrame:
-    """The cosine distances that a run kept, at the last step that has some, as ``neurons.select`` takes them.
+    """The neurons' scores that a run recorded, at the last step that has some, for ``neurons.select`` by ``value``.
 
     Of a matrix that holds gate and input, whose records name the module's role alone, the first half is ``ffn_gate``.
     """
@@ -52,7 +52,7 @@ def scores(run: Run, quantity: str) -> pd.DataFrame:
     both = run.modules.astype({"module": "str"})[lambda modules: gated_input(modules).fillna(False)]
     half = rows["module"].map(dict(zip(both["module"], both["out_features"] // 2, strict=True)))
     rows["role"] = rows["role"].mask((rows["index"] < half).fillna(False), "ffn_gate")
-    return rows[[*_PLACE, "index", "value"]].rename(columns={"index": "neuron", "value": "cosine_distance"})
+    return rows[[*_PLACE, "index", "value"]].rename(columns={"index": "neuron"})
 
 
 def threshold(run: Run, quantity: str) -> float | None:
@@ -62,7 +62,7 @@ def threshold(run: Run, quantity: str) -> float | None:
     if quantity != "selection_cosine" or method.get("mode") != "changed" or by_hand_or_both_ends:
         return None
     both = scores(run, quantity).merge(chosen(run).astype({"module": "str"}), on=["module", "neuron"])
-    return float(both["cosine_distance"].min())
+    return float(both["value"].min())
 
 
 def trained(run: Run) -> pd.DataFrame:

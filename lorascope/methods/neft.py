@@ -54,7 +54,7 @@ from lorascope.hosts import host_weight, oriented, to_array
 from lorascope.layout import Lazy
 from lorascope.method import LATER, Method, Phase, Step, task_head
 from lorascope.methods.full import Full
-from lorascope.methods.probing import SIMILARITY, Probing, probed
+from lorascope.methods.probing import PROBE_COSINE, Probing, probed
 from lorascope.records import Quantity, Record, register
 from lorascope.run import Run
 
@@ -172,9 +172,10 @@ class NeFT(Method, name="neft"):
             return {}
         width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
         total = sum(parameter.numel() for parameter in model.parameters())
-        free = int(pool["cosine_distance"].notna().sum())
+        by = PROBE_COSINE if PROBE_COSINE in pool else "cosine_distance"
+        free = int(pool[by].notna().sum())
         k = self.k or self._counted("share", total, width, free)
-        first = neurons.select(pool, k, "changed" if self.mode == "probed" else self.mode, seed)
+        first = neurons.select(pool, k, "changed" if self.mode == "probed" else self.mode, seed, by)
         others = self._counted("reversed_share", total, width, free - k) if self.reversed_share else 0
         return neurons.by_module(pd.concat([first, neurons.select(pool, others, "reversed")]) if others else first)
 
@@ -216,7 +217,10 @@ class NeFT(Method, name="neft"):
             for module, chosen in self.neurons_.items():
                 yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
             if self._scores is not None:
-                yield from _records(SIMILARITY if self.mode == "probed" else "selection_cosine", self._scores)
+                if self.mode == "probed":
+                    yield from _records(PROBE_COSINE, self._scores, PROBE_COSINE)
+                else:
+                    yield from _records("selection_cosine", self._scores)
         else:
             yield Record("unmasked_norm", float(self._unmasked))
         if step.last:
@@ -274,7 +278,7 @@ def _check_kind(tuned: Run, mode: str) -> None:
 def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:
     """Equation 1 for every neuron of a model at W_0 and of its full fine-tuning, with norms: ``neurons.COLUMNS``.
 
-    Of a run of probing what it found stands in the place of the distances, since a choice goes by these.
+    A run of probing gives its ``probe_cosine`` instead.
 
     Raises
     ------
@@ -303,6 +307,6 @@ def distances(
     return pd.concat(tables, ignore_index=True)
 
 
-def _records(quantity: str, scored: pd.DataFrame) -> Iterable[Record]:
+def _records(quantity: str, scored: pd.DataFrame, column: str = "cosine_distance") -> Iterable[Record]:
     for module, rows in scored.groupby("module", sort=False):
-        yield Record(quantity, rows["cosine_distance"].to_numpy(), str(module), rows["neuron"].to_numpy())
+        yield Record(quantity, rows[column].to_numpy(), str(module), rows["neuron"].to_numpy())

@@ -2,14 +2,19 @@
 
     h_a(x) = mean over the tokens of text x of the output of block a, with W_0
     c_a    = coefficients of a ridge classifier of the labels y(x) from h_a(x), one row a class
-    score of neuron n = max over blocks a and classes of |<w_n / |w_n|, c_a>|
+    score of neuron n = max over blocks a and classes of |cos(w_n, c_a)|
 
 This is a phase of its own: the texts are those of its batches, and nothing trains but the task's head.
 
 Source: NeFT (arXiv 2403.11621), section 3 (a preliminary experiment, for XNLI); the ridge classifier, its strengths and
-the coefficients as they are, not of unit norm, from the authors' code.
+the division of each probe by its norm from the authors' code.
 
-Departs: the authors probe 1,000 texts of the test split; here no text is seen that training may not see.
+Departs:
+
+- The probes are fitted on the rows of the phase's batches, all of them from the train split; the authors hold out 1,000
+  rows to score each probe.
+- The authors score by the coefficients of one class; here the score is the maximum over the classes.
+- They take the top k of each projection; here the choice is over all projections together, as in the other modes.
 """
 
 from __future__ import annotations
@@ -31,13 +36,13 @@ from lorascope.method import Method, Step, task_head
 from lorascope.records import Quantity, Record, register
 from lorascope.run import Run
 
-SIMILARITY = "probe_similarity"
+PROBE_COSINE = "probe_cosine"
 register(
-    SIMILARITY,
+    PROBE_COSINE,
     Quantity(
-        "likeness to probes",
+        "|cos| with probes",
         index="neuron",
-        definition="largest |inner product| of a neuron's weights, of unit norm, with the coefficients of a probe",
+        definition="largest |cosine| between a neuron's weights and the coefficients of a probe",
         source="NeFT, section 3",
     ),
 )
@@ -94,7 +99,7 @@ class Probing(Method):
     def records(self, step: Step) -> Iterable[Record]:
         """At the end the score of every neuron."""
         for module, first, alike in self.found_:
-            yield Record(SIMILARITY, alike, module, np.arange(first, first + len(alike)))
+            yield Record(PROBE_COSINE, alike, module, np.arange(first, first + len(alike)))
 
 
 def directions(
@@ -118,21 +123,29 @@ def directions(
 def likeness(
     vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
 ) -> Float[np.ndarray, "neurons"]:
-    """Largest |inner product| of each vector, of unit norm, with a probe; NaN for a vector of zeros."""
-    norms = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
-    units = np.divide(vectors, norms, out=np.full(vectors.shape, np.nan), where=norms > 0)
-    return np.abs(units @ probes.T).max(axis=1)
+    """Largest |cosine| between each vector and a probe; NaN for a vector of zeros. A probe of zeros counts as 0."""
+    return np.abs(_unit(vectors, np.nan) @ _unit(probes, 0.0).T).max(axis=1)
+
+
+def _unit(rows: Float[np.ndarray, "n d"], zero: float) -> Float[np.ndarray, "n d"]:
+    """Rows divided by their norms; rows of zeros become ``zero``."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0)
 
 
 def probed(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
-    """What a run of probing found of the neurons in these places, for ``neurons.select``.
+    """Scores that a run of probing gave the neurons in these places, for ``neurons.select`` by ``probe_cosine``.
 
     Raises
     ------
     ValueError
-        It probed none of one of them.
+        It probed none of one of them, or its probes were not divided by their norms.
     """
-    found = neurons.within(selection.scores(run, SIMILARITY), places)
+    scores = selection.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
+    if scores.empty:
+        mend = f"delete {run.path} and probe again"
+        raise ValueError(f"tuned must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {mend}")
+    found = neurons.within(scores, places)
     known = set(zip(found["module"], found["role"], strict=True))
     if absent := [part for part in places if (part.module, part.role) not in known]:
         one = absent[0]

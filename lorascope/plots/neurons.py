@@ -256,7 +256,7 @@ def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
     """Quantiles over the neurons of every layer and role, mean over the runs of a recipe."""
     found = pd.concat([selection.scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True)
     found["place"] = place(found)
-    over = found.groupby(["place", "role", "run"], observed=True, sort=False)["cosine_distance"]
+    over = found.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
     quantiles = pd.DataFrame(
         {"value": over.median(), "low": over.quantile(_TAILS[0]), "high": over.quantile(_TAILS[1])}
     )

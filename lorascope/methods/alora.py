@@ -6,8 +6,9 @@ component r is scored on one batch of the search split with all others on, and a
 
     IS(r) = S(M) - S(M\\r) + S(M_r),    S = -loss,
 
-the n_A components of lowest IS are deleted, and n_A new ones are shared out evenly among the modules that lost none,
-the remainder to those whose components have the higher mean IS. Surviving factors and their moments stay as they are.
+the n_A components of lowest IS are deleted, and as many new ones are shared out evenly among the modules that lost
+none, the remainder to those whose components have the higher mean IS. Surviving factors and their moments stay as they
+are.
 
 =========  ==========================================================
 paper      here
@@ -158,7 +159,7 @@ class ALoRA(Method, name="alora"):
         scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
         self._round = list(self._told(found, scores))
         lost = prune(list(scores.values()), self._pruned)
-        gained = allocate(list(scores.values()), lost, self._pruned)
+        gained = allocate(list(scores.values()), lost)
         for name, positions, new in zip(self._deltas, lost, gained, strict=True):
             if len(positions) or new:
                 self._reshape(step, name, positions, int(new))
@@ -235,9 +236,10 @@ def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.
 
 
 def allocate(
-    scores: Sequence[Float[np.ndarray, "_"]], lost: Sequence[Int[np.ndarray, "_"]], number: int
+    scores: Sequence[Float[np.ndarray, "_"]], lost: Sequence[Int[np.ndarray, "_"]]
 ) -> Int[np.ndarray, "modules"]:
-    """New components of each module: evenly over those that lost none, the remainder by mean score."""
+    """New components of each module, as many as were lost: evenly over those that lost none, then by mean score."""
+    number = sum(map(len, lost))
     gained = np.zeros(len(scores), dtype=np.int64)
     untouched = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]
     untouched.sort(key=lambda module: -scores[module].mean())

@@ -106,7 +106,7 @@ def moved_by_lot(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     for _ in range(run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()):
         scores = [draw.random(size) for size in sizes]
         lost = prune(scores, number)
-        sizes = sizes - np.array([len(positions) for positions in lost]) + allocate(scores, lost, number)
+        sizes = sizes - np.array([len(positions) for positions in lost]) + allocate(scores, lost)
     return found.assign(value=sizes.astype(np.float64))
 
 

@@ -19,7 +19,7 @@ from lorascope import models
 from lorascope.delta import adapted, fold, resize
 from lorascope.method import METHODS, Step, config, from_config
 from lorascope.methods import ALoRA
-from lorascope.methods.alora import ALoRADelta, allocate, importance, prune
+from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
 from lorascope.names import describe
 
 # -- from scores to ranks ----------------------------------------------------------------------------------------------
@@ -303,6 +303,63 @@ def test_at_the_start_all_scores_are_the_same_and_the_first_modules_lose():
     assert ranks == [0, 1, *([3] * 3), *([2] * 7)]
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_counting_per_entry_is_adamw_on_each_entry_from_its_birth(decay):
+    """Appended rows move as by a separate AdamW that begins with them."""
+    torch.manual_seed(0)
+    whole = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    parts = [nn.Parameter(whole.detach().clone())]
+    settings = {"lr": 0.1, "weight_decay": decay}
+    optimizers = [torch.optim.AdamW(parts, **settings)]
+    counting = CountingAdamW([whole], **settings)
+    for index in range(9):
+        if index == 5:
+            fresh = torch.randn(2, 4, dtype=torch.float64)
+            resize(whole, counting, range(3), fresh, 0)
+            parts.append(nn.Parameter(fresh.clone()))
+            optimizers.append(torch.optim.AdamW(parts[1:], **settings))
+        gradients = [torch.randn_like(part) for part in parts]
+        whole.grad = torch.cat(gradients)
+        for part, gradient in zip(parts, gradients, strict=True):
+            part.grad = gradient
+        for optimizer in (counting, *optimizers):
+            optimizer.step()
+        assert torch.allclose(whole, torch.cat(parts), rtol=1e-12, atol=1e-13)
+
+
+def test_counts_of_a_bfloat16_parameter_do_not_saturate():
+    parameter = nn.Parameter(torch.zeros(2, 1, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = CountingAdamW([parameter], lr=1e-3)
+    for _ in range(300):
+        optimizer.step()
+    assert optimizer.state[parameter]["steps"].tolist() == [[300], [300]]
+    assert parameter.tolist() == [[pytest.approx(-0.3, rel=0.1)]] * 2
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_first_step_of_a_grown_component(fresh):
+    """Its size is lr if bias correction is as at step 1; else zero moments are corrected as at step 4."""
+    method = ALoRA(init_rank=2, prune=5, warm_steps=3, rounds=1, fresh_moments=fresh)
+    model = started(method)
+    grown, checked = None, 0
+    for step in drive(method, model, 6, lr=0.02):
+        if step.finished == 4 and grown:
+            for name, columns in grown.items():
+                moved = adapted(model)[name].B[:, columns].abs()
+                slope = adapted(model)[name].B.grad[:, columns].abs()
+                t = 1 if fresh else 4
+                first, second = (1 - 0.9) / (1 - 0.9**t), (1 - 0.999) / (1 - 0.999**t)
+                expected = 0.02 * first * slope / ((second**0.5) * slope + 1e-8)
+                assert torch.allclose(moved, expected, rtol=1e-4)
+                assert (slope > 0).any(0).all()
+                checked += len(columns)
+            break
+        if step.finished == 3:
+            grown = {name: [i for i, own in enumerate(ids) if own >= 2] for name, ids in method.rank_ids_.items()}
+    assert checked == 5
+
+
 class Three(nn.Module):
     """Three linear maps side by side, and a head that passes them on."""
 
@@ -404,7 +461,9 @@ def test_a_module_of_rank_zero_is_there_everywhere(run, bert, task):
 
 
 def test_killed_around_a_round_it_goes_on_bit_for_bit(forks, tmp_path):
-    method = ALoRA(init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, dropout=0.1, lr=1e-2)
+    method = ALoRA(
+        init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, dropout=0.1, lr=1e-2, fresh_moments=True
+    )
     after = [f"resume/step-0000000{step}*" for step in (2, 4)]
     check_that_a_killed_run_goes_on(forks, method, tmp_path, at=[4], after=after)
 
@@ -470,5 +529,10 @@ def test_settings_that_do_not_fit_model_or_run_are_one_line(fresh_bert, task, tm
 
 def test_it_is_registered_and_survives_json():
     assert METHODS["alora"] is ls.ALoRA is ALoRA
-    for method in (ALoRA(prune=3, rounds=2), ALoRA(prune="network", targets=("q",))):
+    for method in (ALoRA(prune=3, rounds=2), ALoRA(prune="network", targets=("q",)), ALoRA(fresh_moments=True)):
         assert from_config(config(method)) == method
+
+
+def test_a_run_without_fresh_moments_keeps_its_identity():
+    assert "fresh_moments" not in config(ALoRA())
+    assert config(ALoRA(fresh_moments=True)) == {**config(ALoRA()), "fresh_moments": True}

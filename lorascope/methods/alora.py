@@ -36,8 +36,9 @@ block and once as if of the network: ``prune`` takes either.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,7 +50,7 @@ from torch import Tensor, nn
 from lorascope import names
 from lorascope.ablation import Scores, ablation_scores
 from lorascope.delta import attach, resize
-from lorascope.method import Method, Step, train_adapters
+from lorascope.method import LATER, Method, Step, parameter_groups, train_adapters
 from lorascope.methods.lora import LoRADelta
 from lorascope.records import Item, Quantity, Record, register
 
@@ -86,6 +87,8 @@ class ALoRA(Method, name="alora"):
         Steps between two rounds; a fortieth of the run by default.
     score_rows : int
         Rows of the search split that components are scored on.
+    fresh_moments : bool
+        Whether Adam's bias correction counts the steps of each component from its birth; False counts those of the run.
     """
 
     init_rank: int = 8
@@ -98,6 +101,7 @@ class ALoRA(Method, name="alora"):
     round_steps: int | None = None
     score_rows: int = 32
     search_share: float | int = 0.1
+    fresh_moments: bool = field(default=False, metadata=LATER)
     lr: float | int = 1e-4
     head_lr: float | int = 1e-4
 
@@ -108,9 +112,9 @@ class ALoRA(Method, name="alora"):
             raise ValueError(f"search_share {self.search_share} leaves no search split to score components on: above 0")
         if self.prune not in ("block", "network") if isinstance(self.prune, str) else self.prune < 1:
             raise ValueError(f"prune {self.prune!r} is unknown: a number from 1 on, 'block' or 'network'")
-        for field in ("rounds", "warm_steps", "round_steps", "score_rows"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise ValueError(f"{field} {value} is too small: it must be 1 or more")
+        for name in ("rounds", "warm_steps", "round_steps", "score_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} {value} is too small: it must be 1 or more")
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -125,6 +129,12 @@ class ALoRA(Method, name="alora"):
         # The id of a component is its number among all that its module ever had.
         self.rank_ids_ = {name: list(range(self.init_rank)) for name in hosts}
         self.born_ = dict.fromkeys(hosts, self.init_rank)
+
+    def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """AdamW, with a step count for each component if ``fresh_moments``."""
+        if not self.fresh_moments:
+            return super().optimizer(model, lr, head_lr, weight_decay)
+        return CountingAdamW(parameter_groups(model, lr, head_lr, weight_decay), lr)
 
     def _number(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
         """n_A: components deleted in a round."""
@@ -215,6 +225,40 @@ class ALoRADelta(LoRADelta):
     def idle(self, index: int) -> bool:
         """Does the component add nothing, whatever the input?"""
         return not (self.A[index].any() and self.B[:, index].any())
+
+
+class CountingAdamW(torch.optim.AdamW):
+    """As AdamW, but with a step count per entry: bias correction of an appended entry starts at its first step.
+
+    ``resize`` appends zeros to the counts, as to the moments.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._move(parameter, parameter.grad, group)
+        return loss
+
+    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2) = self.state[parameter], group["betas"]
+        if not state:
+            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            # In bfloat16 a count would stay at 256.
+            state["steps"] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        m, v, steps = state["exp_avg"], state["exp_avg_sq"], state["steps"]
+        steps += 1
+        m.lerp_(gradient, 1 - beta1)
+        v.lerp_(gradient.square(), 1 - beta2)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        size = (v / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+        parameter.addcdiv_(m / (1 - beta1**steps), size, value=-group["lr"])
 
 
 def importance(

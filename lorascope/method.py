@@ -231,13 +231,18 @@ class Step:
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in the named groups ``adapter`` and ``head``; biases and norms are not decayed."""
+    """Trainable parameters in the named groups ``adapter`` and ``head``; biases and norms are not decayed.
+
+    A bias is a vector or, as in transformers, any parameter whose name contains "bias": T5's position bias is a matrix.
+    """
     head = {id(parameter) for parameter in task_head(model).values()}
     groups = []
     for name, rate in (("adapter", lr), ("head", head_lr)):
-        members = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (name == "head")]
-        matrices, vectors = ([p for p in members if (p.ndim > 1) == many] for many in (True, False))
-        for decay, chosen in ((weight_decay, matrices), (0.0, vectors)):
+        members = {n: p for n, p in model.named_parameters() if p.requires_grad and (id(p) in head) == (name == "head")}
+        matrices, others = (
+            [p for n, p in members.items() if (p.ndim > 1 and "bias" not in n) == decayed] for decayed in (True, False)
+        )
+        for decay, chosen in ((weight_decay, matrices), (0.0, others)):
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
     return groups

@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from tiny import tiny
 
 import lorascope as ls
 from lorascope import delta, models, tasks
 from lorascope.method import Method, Phase
-from lorascope.methods import Full, LoRA
+from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, Full, LoRA, NeFT
 from lorascope.run import Run
 
 FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
@@ -527,3 +528,20 @@ def test_run_shows_itself(fresh_bert, task, tmp_path):
         assert part in text
     assert "<table>" in run._repr_html_()
     assert isinstance(run, Run)
+
+
+@pytest.mark.parametrize("method", [
+    Full(), Full(rule="adafactor"), LISA(n_active=1), Adapprox(), NeFT(k=3, mode="random", targets=("ffn_in",)),
+    LoRA(targets="all-linear"), LoRA(targets=r".*relative_attention_bias"), AdaLoRA(), ALoRA(fresh_moments=True),
+], ids=lambda method: method.label())  # fmt: skip
+def test_position_biases_are_not_decayed(method):
+    """T5's is the matrix of an embedding; everything else of more than one dimension is decayed."""
+    model = tiny("t5")
+    method.attach(model)
+    optimizer = method.optimizer(model, 1e-3, 1e-3, 0.1)
+    groups = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {name: groups[id(p)] for name, p in model.named_parameters() if id(p) in groups}
+    matrices = {name for name, p in model.named_parameters() if name in decays and p.ndim > 1}
+    biases = {name for name in matrices if "relative_attention_bias" in name}
+    assert len(biases) == (2 if isinstance(method, Full | LISA | Adapprox) else 4 if "bias" in str(method) else 0)
+    assert {name for name, decay in decays.items() if decay == 0.1} == matrices - biases

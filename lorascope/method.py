@@ -19,7 +19,6 @@ from lorascope.records import Item
 from lorascope.run import Run
 
 METHODS: dict[str, type[Method]] = {}
-
 Batch = dict[str, Tensor]
 
 # Metadata of a field younger than some runs: at its default it is no part of their identity, so they are found again.
@@ -231,17 +230,14 @@ class Step:
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in the named groups ``adapter`` and ``head``; biases and norms are not decayed.
-
-    A bias is a vector or, as in transformers, any parameter whose name contains "bias": T5's position bias is a matrix.
-    """
+    """Trainable parameters in the named groups ``adapter`` and ``head``; biases and norms are not decayed."""
     head = {id(parameter) for parameter in task_head(model).values()}
+    # As in transformers, the name tells a bias: T5's position bias is a matrix.
+    decays = {id(p): p.ndim > 1 and "bias" not in name for name, p in model.named_parameters()}
     groups = []
     for name, rate in (("adapter", lr), ("head", head_lr)):
-        members = {n: p for n, p in model.named_parameters() if p.requires_grad and (id(p) in head) == (name == "head")}
-        matrices, others = (
-            [p for n, p in members.items() if (p.ndim > 1 and "bias" not in n) == decayed] for decayed in (True, False)
-        )
+        members = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (name == "head")]
+        matrices, others = ([p for p in members if decays[id(p)] == one] for one in (True, False))
         for decay, chosen in ((weight_decay, matrices), (0.0, others)):
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
@@ -304,9 +300,7 @@ def _words(value: Any) -> str:
         return " ".join(map(str, value))
     if isinstance(value, float):
         return f"{value:g}"
-    if isinstance(value, dict):
-        return value.get("run", "by module")
-    return str(value)
+    return value.get("run", "by module") if isinstance(value, dict) else str(value)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:

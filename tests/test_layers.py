@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,22 @@ def test_every_public_name_is_there():
         assert getattr(lorascope, name) is not None
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         lorascope.nothing_of_the_kind  # noqa: B018
+
+
+def modules_with_exports() -> list[str]:
+    """Every package, and every module that lists its names."""
+    return [
+        ".".join(["lorascope", *path.relative_to(PACKAGE).with_suffix("").parts]).removesuffix(".__init__")
+        for path in FILES
+        if path.name == "__init__.py" or "\n__all__ = " in path.read_text()
+    ]
+
+
+@pytest.mark.parametrize("module", modules_with_exports())
+def test_star_import_gives_every_exported_name(module):
+    found: dict[str, object] = {}
+    exec(f"from {module} import *", found)
+    assert set(getattr(importlib.import_module(module), "__all__", ())) <= found.keys()
 
 
 def test_no_file_has_outgrown_its_idea():

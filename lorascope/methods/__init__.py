@@ -2,7 +2,7 @@
 
 from lorascope.method import METHODS
 from lorascope.methods.adalora import AdaLoRA
-from lorascope.methods.adapprox import Adapprox
+from lorascope.methods.adapprox import Adapprox, AdapproxOptimizer
 from lorascope.methods.alora import ALoRA
 from lorascope.methods.autolora import AutoLoRA
 from lorascope.methods.fourierft import FourierFT

@@ -121,6 +121,7 @@ def train(
         The loss is no longer a number.
     """
     method = _method(method) if isinstance(method, str) else method
+    method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
     model = models.load(model, task=task) if isinstance(model, str) else model
     settings = Settings(

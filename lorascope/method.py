@@ -52,6 +52,9 @@ class Method:
         if name:
             METHODS[name] = cls
 
+    def prepare(self) -> None:
+        """Read what the hyper-parameters refer to, such as a run's folder; called before they are stored or used."""
+
     def attach(self, model: nn.Module) -> None:
         """Inject Deltas and/or set ``requires_grad``; required."""
         raise NotImplementedError(f"{type(self).__name__} has no attach")
@@ -237,9 +240,8 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: 
     groups = []
     for name, rate in (("adapter", lr), ("head", head_lr)):
         members = [p for p in model.parameters() if p.requires_grad and (id(p) in head) == (name == "head")]
-        matrices, others = ([p for p in members if decays[id(p)] == one] for one in (True, False))
-        for decay, chosen in ((weight_decay, matrices), (0.0, others)):
-            if chosen:
+        for decay, decayed in ((weight_decay, True), (0.0, False)):
+            if chosen := [p for p in members if decays[id(p)] == decayed]:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
     return groups
 
@@ -274,9 +276,9 @@ def config(method: Method) -> dict[str, Any]:
 
     A Run stands as its id, an array as the hash of its bytes.
     """
+    method.prepare()
     values = [(f, getattr(method, f.name)) for f in fields(method) if f.init and not f.name.endswith("_")]
-    told = {f.name: _plain(value) for f, value in values if not ("later" in f.metadata and value == f.default)}
-    return {"name": method.name} | told
+    return {"name": method.name} | {f.name: _plain(v) for f, v in values if "later" not in f.metadata or v != f.default}
 
 
 def _plain(value: Any) -> Any:
@@ -311,9 +313,7 @@ def from_config(stored: Mapping[str, Any]) -> Method:
     ValueError
         The name is not registered.
     """
-    given = dict(stored)
-    name = given.pop("name")
-    if name not in METHODS:
+    if (name := stored["name"]) not in METHODS:
         raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
-    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}
     return METHODS[name](**values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -265,8 +266,34 @@ def test_a_masked_run_is_refused_with_the_folder_of_the_one_before_it(phased):
     line = rf"choose by {run.id} .*, which trained 9 neurons alone: give the phase before it, {re.escape(str(tune))}$"
     for tuned in (run, run.path.parent):
         with pytest.raises(ValueError, match=line):
-            NeFT(k=5, tuned=tuned)
-    assert NeFT(k=5, tuned=tune).tuned.id == run.parents[0].id
+            NeFT(k=5, tuned=tuned).prepare()
+    method = NeFT(k=5, tuned=tune)
+    method.prepare()
+    assert method.tuned.id == run.parents[0].id
+
+
+STORED = {
+    "name": "neft", "lr": 2e-5, "head_lr": 1e-4, "search_share": 0, "k": 5, "share": 0.09,
+    "targets": ["ffn_in", "ffn_out"], "mode": "changed", "neurons": None, "tune_steps": None, "tune_lr": None,
+    "clip_before": None,
+}  # fmt: skip
+
+
+def test_a_folder_is_not_read_before_it_is_needed(phased, task, tmp_path):
+    """The configuration, and so the id of a run, has the id of the run in it; a wrong folder loses nothing."""
+    base, *_, run = phased
+    tune, folder = run.path.parent / "1-tune", tmp_path / "late"
+    method = NeFT(k=5, tuned=str(folder))
+    with pytest.raises(FileNotFoundError, match=re.escape(str(folder))):
+        config(method)
+    shutil.copytree(tune, folder)
+    assert config(method) == config(NeFT(k=5, tuned=run.parents[0])) == STORED | {"tuned": {"run": run.parents[0].id}}
+    model, method = models.load(base, task=task), NeFT(k=5, tuned=folder)
+    for wrong, error in ((run.path, ValueError), (tmp_path / "nowhere", FileNotFoundError)):
+        with pytest.raises(error):
+            ls.train(model, task, NeFT(k=5, tuned=wrong), out=folder, overwrite=True, **FAST)
+    method.attach(model)
+    assert sum(map(len, method.neurons_.values())) == 5
 
 
 @pytest.mark.parametrize(("tune_lr", "rate"), [(1e-5, 1e-5), (None, 1e-2)])
@@ -410,9 +437,10 @@ def test_an_adapter_from_elsewhere_is_refused(bert, task, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=r", an adapter from elsewhere, which does not tell at what weights it began: give"
     ):
-        NeFT(k=3, tuned=folder)
-    assert cli.main(["train", "neft", "--steps", "3", "--tuned", str(folder)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+        NeFT(k=3, tuned=folder).prepare()
+    for given in (folder, tmp_path / "nowhere"):
+        assert cli.main(["train", "neft", "--steps", "3", "--tuned", str(given)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 WRONG = [

@@ -131,11 +131,16 @@ class NeFT(Method, name="neft"):
             raise ValueError(f"clip_before {self.clip_before} is no norm to clip to: give one above 0, or none")
         if self.neurons is not None:
             self.neurons = neurons.numbered(self.neurons)
-        if isinstance(self.tuned, str | Path):
-            self.tuned = checkpoints.load(self.tuned)
         if isinstance(self.tuned, Run):
             _check_kind(self.tuned, self.mode)
         self.neurons_: dict[str, list[int]] = {}
+
+    def prepare(self) -> None:
+        """Load ``tuned`` from its folder."""
+        if isinstance(self.tuned, str | Path):
+            tuned = checkpoints.load(self.tuned)
+            _check_kind(tuned, self.mode)
+            self.tuned = tuned
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Full fine-tuning or probing, unless it was done or nothing is to be learned from it; then the neurons."""
@@ -151,6 +156,7 @@ class NeFT(Method, name="neft"):
 
     def attach(self, model: nn.Module) -> None:
         """Choose the neurons; leave the projections that hold some trainable, and the task's head."""
+        self.prepare()
         self._parts = neurons.parts(names.describe(model), self.targets)
         self._scores = scores(model, self._parts, self.tuned) if isinstance(self.tuned, Run) else None
         self.neurons_ = self._choose(model)

@@ -9,6 +9,8 @@ from typing import Any
 
 # In place of the checksum of a file that is whole at any moment, but another one soon.
 GROWING = "growing"
+# In place of the checksum of a file that was deleted to save disk space.
+REMOVED = "removed"
 
 
 class Lazy(Mapping[str, Any]):

@@ -15,7 +15,7 @@ from lorascope import delta, models, tasks
 from lorascope.method import Method, Phase
 from lorascope.methods import METHODS
 from lorascope.observe import Observer, norms
-from lorascope.plan import Base, Plan, claim, finished_run, first_use, held, note_phases
+from lorascope.plan import Base, Plan, StateRemoved, claim, finished_run, first_use, held, note_phases
 from lorascope.progress import interruptible, progress_bar
 from lorascope.run import Run
 from lorascope.session import Session
@@ -176,6 +176,8 @@ def train(
     if phase.name:
         note_phases(folder, plan, begun, "done")
     if stored is not None:
+        if not stored.restorable:
+            raise StateRemoved(stored)
         _reset(model, mark.base)
         stored.restore(model, method=replace(phase.method))
     return runs[-1]

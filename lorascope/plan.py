@@ -26,7 +26,7 @@ from lorascope.layout import identify
 from lorascope.method import Method, Phase, config, task_head
 from lorascope.models import name_of
 from lorascope.observe import Observer
-from lorascope.run import SCHEMA, Run
+from lorascope.run import SCHEMA, TRAIN_AGAIN, Run
 from lorascope.settings import Settings
 from lorascope.tasks import Task
 from lorascope.tensors import is_partial, write_json
@@ -42,6 +42,19 @@ _MARK = "_lorascope_trained"
 
 class Busy(ValueError):
     """Another process is training this very run."""
+
+
+class StateRemoved(ValueError):
+    """A finished run was found whose saved parameters were removed, so that the model cannot be set to them.
+
+    Parameters
+    ----------
+    run : Run
+    """
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(f"cannot restore run {run.id}: its state was removed to save disk space. {TRAIN_AGAIN}")
+        self.run = run
 
 
 class Base(Mapping[str, Tensor]):

@@ -20,13 +20,14 @@ import pandas as pd
 from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
 from lorascope.forms import update_from
-from lorascope.layout import GROWING, Lazy, snapshot_file
+from lorascope.layout import GROWING, REMOVED, Lazy, snapshot_file
 from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
 from lorascope.update import Dense, LowRank
 
 SCHEMA = 1
 STATES = ("last", "best")
+TRAIN_AGAIN = "Train the run again with overwrite=True"
 _KEYS = {
     "checksums", "id", "label", "model", "modules", "parents", "recipe", "seed", "settings", "states", "status", "task",
 }  # fmt: skip
@@ -206,8 +207,17 @@ class Run:
 
     def tensors(self, state: str = "last") -> Mapping[str, np.ndarray]:
         """What training may have changed, by parameter name, each tensor read when asked for."""
-        self._state(state)
-        return TensorFile(self._file(f"state/{state}.safetensors"))
+        return TensorFile(self.state_file(state))
+
+    def state_file(self, state: str = "last") -> Path:
+        """Verified file of a state; a best state at the last step has no file of its own."""
+        step = self._state(state)["step"]
+        return self._file(f"state/{'last' if step == self._state('last')['step'] else state}.safetensors")
+
+    @property
+    def restorable(self) -> bool:
+        """Return whether the saved parameters are still stored."""
+        return REMOVED not in self.meta["checksums"].values()
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Put the trained state into a freshly loaded base, in place: its logits equal the trained model's.
@@ -227,8 +237,7 @@ class Run:
         """
         from lorascope.state import restore  # the one door to torch
 
-        self._state(state)
-        restore(model, self, self._file(f"state/{state}.safetensors"), method)
+        restore(model, self, self.state_file(state), method)
 
     def save(self, path: str | Path) -> Run:
         """Copy the run into a new folder; one that has phases before it with them, side by side in that folder.
@@ -263,6 +272,8 @@ class Run:
         """A file of the folder, once its checksum has been found right; what has none is not whole yet."""
         file = self._folder / name
         expected = self.meta["checksums"].get(name)
+        if expected == REMOVED:
+            raise ValueError(f"cannot read {name} of run {self.id}: it was removed to save disk space. {TRAIN_AGAIN}")
         if expected is None or not file.exists():
             hint = "" if self.finished else f" (it is {self.meta['status']}: the same call of train goes on with it)"
             raise FileNotFoundError(f"run {self.id} has no {name} in {self._folder}{hint}")

@@ -182,7 +182,9 @@ class Session:
         key = [score.metric if score.higher_is_better else -score.metric, -score.loss]
         if step.finished and self.method.settled(step) and (self.best is None or key > self.best["key"]):
             step.best = True
-            self.best = {"key": key} | self._save_state(self.checkpoints.best_file(step.finished))
+            if not step.last:  # finish saves that one
+                self._save_state(self.checkpoints.best_file(step.finished))
+            self.best = {"key": key} | self._reached()
         return score
 
     def _score(self, rows: Any) -> Score:
@@ -249,12 +251,17 @@ class Session:
         self._seconds_before = tree["seconds"]
         self.step.index = tree["finished"] - 1
 
-    def _save_state(self, file: Path) -> dict[str, Any]:
-        """Write the trained tensors and the factors as they are now; gives the entry for ``run.json``."""
+    def _save_state(self, file: Path) -> None:
+        """Write the trained tensors and the factors as they are now."""
         save_state(file, self.model, self.optimizer, self.method)
         self.writer.add(self.step.finished, factors_of(self.model))
-        ranks = {name: delta.rank for name, delta in adapted(self.model).items()}
-        return {"step": self.step.finished, "ranks": ranks}
+
+    def _reached(self) -> dict[str, Any]:
+        """Entry of the current state in ``run.json``."""
+        return {
+            "step": self.step.finished,
+            "ranks": {name: delta.rank for name, delta in adapted(self.model).items()},
+        }
 
     def finish(self) -> Run:
         """Test the final state, save it, and close the folder."""
@@ -265,9 +272,11 @@ class Session:
         if groups:
             tested.append(Record("test_metric_group", np.array(list(groups.values()))))
         self.writer.add(self.step.finished, tested)
-        states = {"last": self._save_state(self.path / "state/last.safetensors")}
+        self._save_state(self.path / "state/last.safetensors")
+        states = {"last": self._reached()}
         if self.best is not None:
-            self.checkpoints.keep_best(self.best["step"])
+            if self.best["step"] != self.step.finished:
+                self.checkpoints.keep_best(self.best["step"])
             states["best"] = {key: value for key, value in self.best.items() if key != "key"}
         meta = self.writer.meta
         meta["states"] = states

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -28,7 +28,7 @@ from lorascope.board import Board
 from lorascope.grid import Data, Grid, Job, Model
 from lorascope.loop import train
 from lorascope.method import Method
-from lorascope.plan import Busy
+from lorascope.plan import Busy, StateRemoved
 from lorascope.progress import Note, noted, read_note
 from lorascope.run import Run
 
@@ -153,9 +153,17 @@ def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> Swe
         return attempt(found.jobs(), jobs, progress)
 
 
-def run_jobs(wanted: Sequence[Job], jobs: int | None = None, progress: bool = True) -> list[Run]:
-    """Do all jobs, in any order, and give their runs in the order of the jobs; see ``sweep``."""
-    return _all_runs(attempt(wanted, jobs, progress))
+def run_jobs(
+    wanted: Sequence[Job],
+    jobs: int | None = None,
+    progress: bool = True,
+    ended: Callable[[Run], None] = lambda run: None,
+) -> list[Run]:
+    """Do all jobs, in any order, and return their runs in the order of the jobs; see ``sweep``.
+
+    ``ended`` is called in this process with each run once it is finished.
+    """
+    return _all_runs(attempt(wanted, jobs, progress, ended))
 
 
 def _all_runs(swept: Swept) -> list[Run]:
@@ -165,7 +173,9 @@ def _all_runs(swept: Swept) -> list[Run]:
     return swept.runs()
 
 
-def attempt(wanted: Sequence[Job], jobs: int | None, progress: bool) -> Swept:
+def attempt(
+    wanted: Sequence[Job], jobs: int | None, progress: bool, ended: Callable[[Run], None] = lambda run: None
+) -> Swept:
     """Do all jobs; one that fails, or whose worker is killed again and again, leaves the others alone."""
     swept = Swept(wanted)
     root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
@@ -192,6 +202,8 @@ def attempt(wanted: Sequence[Job], jobs: int | None, progress: bool) -> Swept:
                 try:
                     for number, folder, error in workers(calls):
                         _settle(swept, board, number, folder, error)
+                        if not error:
+                            ended(Run.read(folder))
                 except Exception as error:
                     if not is_death(error):
                         raise
@@ -243,6 +255,8 @@ def _train(job: Job) -> Run:
         model = job.model if isinstance(job.model, str) else job.model()
         try:
             return train(model, job.data, job.method, **{**job.settings, "progress": False})
+        except StateRemoved as found:
+            return found.run  # a sweep needs the run, not the model
         except Busy:
             time.sleep(_PAUSE)  # a worker that was given up may still be at it
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
-from lorascope.layout import GROWING, snapshot_file
+from lorascope.layout import GROWING, REMOVED, snapshot_file
 from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
 from lorascope.run import Run
 from lorascope.tensors import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
@@ -120,6 +120,18 @@ class RunWriter:
             "quantities": {name: _describe(name) for name in used},
         }
         write_json(self.path / "run.json", self.meta)
+
+
+def remove_states(run: Run) -> None:
+    """Delete the saved parameters of a run and of the phases before it; tables and snapshots stay."""
+    for phase in [run, *run.parents]:  # the run first: where it has lost its state, train asks for no parent's
+        folder, checksums = phase._folder, phase.meta["checksums"]
+        states = [name for name in checksums if name.startswith("state/")]
+        if phase.restorable:
+            checksums |= dict.fromkeys(states, REMOVED)
+            write_json(folder / "run.json", phase.meta)
+        for name in states:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _describe(name: str) -> dict[str, str]:

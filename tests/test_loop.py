@@ -521,6 +521,15 @@ def test_best_is_the_state_of_the_best_validation(fresh_bert, task, tmp_path):
     assert run.meta["states"]["last"]["step"] == 12
 
 
+def test_best_at_the_last_step_is_stored_once(fresh_bert, bert, task, tmp_path):
+    run = ls.train(fresh_bert, task, Full(), out=tmp_path / "run", **FAST | {"eval_every": 0})
+    assert [file.name for file in (run.path / "state").iterdir()] == ["last.safetensors"]
+    assert run.meta["states"]["best"] == run.meta["states"]["last"] == {"step": FAST["steps"], "ranks": {}}
+    best = models.load(bert, task=task)
+    run.restore(best, state="best")
+    assert all(torch.equal(tensor, best.state_dict()[name]) for name, tensor in fresh_bert.state_dict().items())
+
+
 def test_run_shows_itself(fresh_bert, task, tmp_path):
     run = ls.train(fresh_bert, task, LoRA(rank=2), out=tmp_path / "run", **FAST)
     text = repr(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +13,17 @@ import torch
 from planted import plant
 from torch import nn
 
-from lorascope import probes, sweeps
+from lorascope import loop, observe, plots, probes, sweeps
+from lorascope.methods import Full, LoRA, NeFT
 from lorascope.methods.lora import LoRADelta
+from lorascope.models import load
+from lorascope.plan import StateRemoved
+from lorascope.probe import Arm, Findings, exhibit
 from lorascope.probes import lisa, lora
 from lorascope.probes.yardstick import tfidf_accuracy
 from lorascope.records import Record, frame
 from lorascope.run import Run
+from lorascope.writer import remove_states
 
 MODULES = pd.DataFrame(
     {
@@ -207,6 +213,83 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
     before = {folder: (folder / "run.json").stat().st_mtime_ns for folder in folders}
     probes.reproduce(["lisa"], True, None, tmp_path / "out")
     assert before == {folder: (folder / "run.json").stat().st_mtime_ns for folder in folders}
+
+
+@pytest.fixture
+def dense_probe(bert, task, monkeypatch):
+    """A probe whose arms train the tiny BERT in full, in two phases, and by adapters."""
+    settings = {"steps": 3, "batch_size": 4, "eval_every": 1, "eval_size": 16, "test_size": 16}
+    settings |= {"observe": [observe.norms(every=1)]}
+    methods = {"full": Full(), "neft": NeFT(k=4, tune_steps=2), "lora": LoRA(rank=1)}
+    arms = [Arm(label=label, method=each, settings=settings, model=bert, task=task) for label, each in methods.items()]
+
+    def judge(runs):
+        return Findings([], [exhibit("update_norm", plots.update_norm(dict(runs)))])
+
+    probe = replace(probes.PROBES["lora"], name="dense", arms=lambda quick: arms, judge=judge)
+    monkeypatch.setitem(probes.PROBES, "dense", probe)
+    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)
+    return {arm.label: arm for arm in arms}
+
+
+def test_a_reproduction_stores_no_copy_of_the_model(dense_probe, bert, task, tmp_path, monkeypatch):
+    """Of dense recipes the table and the verdicts are left, of adapters their states as well."""
+    out = tmp_path / "out"
+    probes.reproduce(["dense"], True, 1, out)
+    contents = json.loads((out / "probes.json").read_text())["probes"]["dense"]
+    runs = {label: [Run.read(out / "runs" / folder) for folder in folders] for label, folders in contents.items()}
+    copy = sum(parameter.nbytes for parameter in load(bert, task=task).parameters())
+    assert sum(file.stat().st_size for file in out.rglob("*.safetensors")) < copy
+    tuned = [phase for run in runs["neft"] for phase in run.parents]
+    assert len(tuned) == 1
+    for run in [*runs["full"], *runs["neft"], *tuned]:
+        assert not list(run.path.glob("state/*"))
+        assert not run.restorable
+        for state in ("last", "best"):
+            line = rf"^cannot read state/\w+.safetensors of run {run.id}: it was removed .+ overwrite=True$"
+            with pytest.raises(ValueError, match=line):
+                run.tensors(state)
+            with pytest.raises(ValueError, match=line):
+                run.restore(load(bert, task=task), state)
+    for run in runs["lora"]:
+        run.restore(load(bert, task=task))
+    (out / "report.html").unlink()
+    page = probes.write_report(out).path.read_text()
+    assert all(run.id in page for run in runs["full"])
+
+    def refuse(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(loop, "fit", refuse)
+    written = {file: file.stat().st_mtime_ns for file in out.rglob("run.json")}
+    probes.reproduce(["dense"], True, 1, out)
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("run.json")} == written
+
+
+@pytest.mark.parametrize("label", ["full", "neft"])
+def test_train_on_a_run_without_its_state_says_how_to_get_it(label, dense_probe, bert, task, tmp_path):
+    """The same call cannot set its model to what was removed; with overwrite=True it can again."""
+    arm = dense_probe[label]
+    settings = {**arm.settings, "progress": False, "root": tmp_path, "device": "cpu"}
+    run = loop.train(load(bert, task=task), task, arm.method, **settings)
+    assert run.restorable
+    remove_states(run)
+    line = f"^cannot restore run {run.id}: its state was removed to save disk space. .+ overwrite=True$"
+    with pytest.raises(StateRemoved, match=line) as caught:
+        loop.train(load(bert, task=task), task, arm.method, **settings)
+    assert caught.value.run.id == run.id
+    again = loop.train(load(bert, task=task), task, arm.method, overwrite=True, **settings)
+    assert again.id == run.id
+    again.restore(load(bert, task=task))
+
+
+def test_what_is_measured_on_the_model_keeps_its_state():
+    dense = {"full", "lisa", "neft", "adapprox"}
+    measured = [
+        arm for probe in probes.PROBES.values() if probe.measure for arm in (*probe.arms(True), *probe.arms(False))
+    ]
+    assert measured
+    assert not [arm.label for arm in measured if arm.method.name in dense]
 
 
 def test_an_unknown_probe_is_told_in_one_line(tmp_path):

@@ -118,7 +118,7 @@ def refuse_unkept(run: Run, state: str) -> None:
     kept = sum(array.size for each in factors for name, array in each.items() if name not in UNTRAINED)
     if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are kept within A
         kept += sum(len(each["A"]) for each in factors if "A" in each)
-    held = TensorFile(run._file(f"state/{state}.safetensors"))
+    held = TensorFile(run.state_file(state))
     kept += sum(math.prod(held.shape(name)) for name in held)
     # Fewer trained than is kept where a factor was frozen.
     if (beside := run.meta["parameters"]["trained"] - kept) > 0:
@@ -130,7 +130,7 @@ def refuse_unkept(run: Run, state: str) -> None:
 
 def _weights(run: Run, state: str) -> dict[str, np.ndarray]:
     """What trained besides the adapters, by parameter name."""
-    file = TensorFile(run._file(f"state/{state}.safetensors"))
+    file = TensorFile(run.state_file(state))
     adapted = run.ranks(state)
     # A path is the method's own state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
     return {name: file[name] for name in file if "." in name and "/" not in name and not _of_adapter(name, adapted)}

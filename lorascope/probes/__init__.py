@@ -41,6 +41,7 @@ from lorascope.probes import (
 from lorascope.run import Run
 from lorascope.sweeps import Job, run_jobs, width
 from lorascope.tensors import write_bytes, write_json
+from lorascope.writer import remove_states
 
 __all__ = [
     "PROBES",
@@ -117,7 +118,8 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     seeds : int or None
         Seeds of each arm; by default 2 if quick, else what each probe asks for.
     out : path
-        Runs lie in ``out/runs``; runs that are there already are not trained again.
+        Runs lie in ``out/runs``; runs that are there already are not trained again. Runs without adapters keep no
+        state, a copy of the whole model each.
 
     Returns
     -------
@@ -198,9 +200,15 @@ def _train(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int
         if by_label.setdefault(arm.label, arm) != arm:
             raise ValueError(f"two probes mean different arms by {arm.label!r}: give them different labels")
     jobs = {(arm.label, seed): _job(arm, seed, root) for arm, seed in wanted}
-    runs = run_jobs(list(jobs.values()))
+    runs = run_jobs(list(jobs.values()), ended=_remove_copies)
     # A recipe of several phases is told by its last one, which lies in the recipe's folder.
     return {key: run.path.relative_to(root).as_posix() for key, run in zip(jobs, runs, strict=True) if run.path}
+
+
+def _remove_copies(run: Run) -> None:
+    """Delete the states of a run without adapters: copies of the model, which no verdict, table or figure reads."""
+    if not run.ranks():
+        remove_states(run)
 
 
 def _measure(out: str | Path) -> None:

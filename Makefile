@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: reproduce full test lint types tests notebooks clean
+.PHONY: reproduce full test lint types tests notebooks gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce --quick -o $(OUT)
@@ -31,6 +31,11 @@ tests: .venv/installed
 
 notebooks: .venv/installed
 	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
+
+gpu: .venv/installed
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(BIN)/python -m pytest -n 0 -m cuda tests/test_cuda.py && $(BIN)/python benchmarks/gpu.py; \
+	else echo "no CUDA device: nothing to test or measure"; fi
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -49,6 +49,7 @@ def compare(
     pairs: int = 40,
     warmup: int = 3,
     seconds: float = math.inf,
+    clock: Callable[[], float] = time.process_time,
 ) -> Ratio:
     """Time two functions in alternation; which of them leads changes from pair to pair.
 
@@ -61,6 +62,8 @@ def compare(
         Untimed pairs before.
     seconds : float
         CPU time after which no further pair begins, of which there are three at least.
+    clock : callable
+        Returns seconds; CPU seconds of this process by default.
     """
     for _ in range(warmup):
         first(), second()
@@ -68,9 +71,9 @@ def compare(
     while len(rows) < pairs and (len(rows) < 3 or np.sum(rows) < seconds):
         row = [0.0, 0.0]
         for which in (0, 1) if len(rows) % 2 else (1, 0):
-            start = time.process_time()
+            start = clock()
             (first, second)[which]()
-            row[which] = time.process_time() - start
+            row[which] = clock() - start
         rows.append(row)
     times, pairs = np.array(rows), len(rows)
     ratios = times[:, 0] / times[:, 1]

@@ -28,18 +28,26 @@ STEPS = 10
 class Training:
     """A run whose steps are made ten at a time, on random tokens of one shape."""
 
-    def __init__(self, method: Method, observers: tuple[Observer, ...], shape: tuple[int, int], folder: Path) -> None:
-        task = tasks.load("sentiment")
-        model = models.load("minilm", task=task)
-        mark = first_use(model, task, 0)
+    def __init__(
+        self,
+        method: Method,
+        observers: tuple[Observer, ...],
+        shape: tuple[int, int],
+        folder: Path,
+        model: str = "minilm",
+        task: str = "sentiment",
+        device: str = "cpu",
+    ) -> None:
+        data = tasks.load(task)
+        living = models.load(model, task=data).to(device)
+        mark = first_use(living, data, 0)
         settings = Settings(steps=10**6, lr=1e-4, head_lr=1e-4, batch_size=shape[0], schedule="constant", warmup=0)
-        plan = Plan(method, Phase(method), task.fit(model), settings, 0, mark.w0_hash, observers)
-        self.session = Session(model, plan, Base(model), folder, [], "cpu")
-        self.batch = {
-            "input_ids": torch.randint(1000, 30000, shape),
-            "attention_mask": torch.ones(shape, dtype=torch.long),
-            "labels": torch.randint(0, 2, shape[:1]),
-        }
+        plan = Plan(method, Phase(method), data.fit(living), settings, 0, mark.w0_hash, observers)
+        self.session = Session(living, plan, Base(living), folder, [], device)
+        ids = torch.randint(4, living.config.vocab_size, shape)
+        labels = torch.randint(0, 2, shape[:1])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
         self.session.begin()
 
     def __call__(self) -> None:

@@ -74,17 +74,22 @@ def _take_steps(session: _Timed) -> None:
         session.record(loss, norm, rate)
 
 
+def clock(device: str) -> float:
+    """Return the CPU seconds of this process, or on an accelerator the time once its queued work is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(torch.device(device))
+    return time.perf_counter()
+
+
 class _Timed(Session):
     """Notes how long the loss of a step takes, and how long loss and gradients together."""
 
     forward = both = 0.0
 
     def clock(self) -> float:
-        """Seconds on a clock that stands still while others have the processor."""
-        if self.device == "cpu":
-            return time.process_time()
-        torch.accelerator.synchronize()
-        return time.perf_counter()
+        """``clock`` of the device of the run."""
+        return clock(self.device)
 
     def backward(self) -> float:
         self.forward, start = 0.0, self.clock()

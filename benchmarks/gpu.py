@@ -1,0 +1,155 @@
+"""Training on a CUDA device, as one table: python benchmarks/gpu.py
+
+Seconds per optimizer step of every method and their ratio to full fine-tuning, the peak memory that CUDA counts and the
+one that lorascope.memory reports, the overhead of the default recorders, and LoRA on the whole of SmolLM2 under bf16
+autocast. ``--device cpu`` runs the same on the CPU, which has no count of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from paired import compare
+from recorder import STEPS, Training
+
+import lorascope as ls
+from lorascope import memory, pace
+from lorascope.alone import Alone
+from lorascope.analysis.pace import medians
+from lorascope.method import Method
+from lorascope.observe import norms
+
+FULL = "full"
+# One phase each, the one that is the method's own. LISA draws no blocks amid what is measured.
+METHODS: dict[str, Method] = {
+    FULL: ls.Full(),
+    "lora": ls.LoRA(targets="all-linear"),
+    "adalora": ls.AdaLoRA(),
+    "autolora": ls.AutoLoRA(),
+    "alora": ls.ALoRA(),
+    "fourierft": ls.FourierFT(),
+    "hydralora": ls.HydraLoRA(),
+    "lisa": ls.LISA(n_active=2, interval=20),
+    "neft": ls.NeFT(mode="random"),
+    "adapprox": ls.Adapprox(),
+}
+# Steps per method, pairs of recorded and unrecorded steps, steps of the decoder, processes that measure memory.
+SIZES, QUICK = (40, 10, 30, 5), (4, 1, 3, 1)
+BATCH = {"batch_size": 32, "max_length": 128}
+Row = dict[str, Any]
+
+
+def counted(device: str, work: Callable[[], ls.Run]) -> tuple[ls.Run, float]:
+    """Return a run and the most bytes that CUDA had allocated during it; NaN on other devices."""
+    on_card = torch.device(device).type == "cuda"
+    gc.collect()
+    if on_card:
+        torch.cuda.reset_peak_memory_stats(device)
+    run = work()
+    return run, float(torch.cuda.max_memory_allocated(device)) if on_card else math.nan
+
+
+def seconds_per_step(run: ls.Run) -> float:
+    """Median over the steps of a run that ``pace`` measured, the first ones left out."""
+    return float(medians(run.table)["value"].sum())
+
+
+def methods(options: argparse.Namespace, steps: int, processes: int, root: Path) -> Iterator[Row]:
+    """One row per method: time in this process, memory in one of its own; memory first, to time an idle device."""
+    where: dict[str, Any] = {"seed": 0, "out": None, "root": root, "overwrite": False, "device": options.device}
+
+    def reported(method: Method) -> float:
+        run = memory.measure(options.model, options.task, method, **where, **BATCH)
+        return float(run.table.loc[run.table["quantity"] == "peak_bytes", "value"].item())
+
+    at_once = Parallel(n_jobs=processes, prefer="threads")
+    peaks = dict(zip(METHODS, at_once(delayed(reported)(method) for method in METHODS.values()), strict=True))
+    full = math.nan
+    for name, method in METHODS.items():
+        job = Alone.of(options.model, options.task, method, {"steps": steps, **BATCH}, **where)
+        run, peak = counted(options.device, lambda job=job: ls.Run.read(pace._measure(job)))
+        seconds = seconds_per_step(run)
+        full = seconds if name == FULL else full
+        yield {"row": name, "seconds": seconds, "ratio": seconds / full, "allocated": peak, "reported": peaks[name]}
+
+
+def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[Row]:
+    """One row per recorded training, in units of the same one without observers."""
+    shape = (BATCH["batch_size"], 32)
+    for name in (FULL, "lora"):
+        training = partial(Training, METHODS[name], model=options.model, task=options.task, device=options.device)
+        recorded = training(observers=(norms(),), shape=shape, folder=root / f"{name}-on")
+        bare = training(observers=(), shape=shape, folder=root / f"{name}-off")
+        found = compare(recorded, bare, pairs, 1, clock=partial(pace.clock, options.device))
+        note = f"ratio to no observers [{found.low:.3f}, {found.high:.3f}]"
+        yield {"row": f"{name}, recorded", "seconds": found.seconds[0] / STEPS, "ratio": found.median, "note": note}
+
+
+def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:
+    """LoRA on the whole decoder under bf16 autocast."""
+    settings: dict[str, Any] = {"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 64, "test_size": 64}
+    method = ls.LoRA(targets="all-linear")
+    settings |= {"precision": "bf16", "device": options.device, "root": root, "progress": False}
+    run, peak = counted(options.device, lambda: ls.train(options.decoder, options.task, method, **settings))
+    cells = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True)
+    losses = cells["loss"].dropna()
+    note = f"loss {losses.iloc[0]:.3f} to {losses.iloc[-1]:.3f}, {run.meta['seconds']:.1f} s with evaluation"
+    row = f"lora, {run.meta['model']}, bf16"
+    return {"row": row, "seconds": float(np.median(np.diff(cells["seconds"]))), "allocated": peak, "note": note}
+
+
+def rows(options: argparse.Namespace) -> Iterator[Row]:
+    """All rows; the runs lie in a temporary folder."""
+    steps, pairs, decoder_steps, processes = QUICK if options.quick else SIZES
+    with tempfile.TemporaryDirectory() as folder:
+        yield from methods(options, steps, processes, Path(folder))
+        yield from recorders(options, pairs, Path(folder))
+        yield decoder(options, decoder_steps, Path(folder))
+
+
+def table(found: Iterable[Row]) -> pd.DataFrame:
+    """Return the rows with times in milliseconds and memory in MiB."""
+    frame = pd.DataFrame(found, columns=["row", "seconds", "ratio", "allocated", "reported", "note"])
+    return pd.DataFrame(
+        {
+            "": frame["row"],
+            "ms per step": 1e3 * frame["seconds"],
+            "ratio": frame["ratio"],
+            "max allocated (MiB)": frame["allocated"] / 2**20,
+            "lorascope.memory (MiB)": frame["reported"] / 2**20,
+            "note": frame["note"].fillna(""),
+        }
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quick", action="store_true", help="few steps: shows that everything works")
+    parser.add_argument("--model", default="minilm", help="encoder that every method trains")
+    parser.add_argument("--decoder", default="smollm2", help="decoder that LoRA trains under bf16 autocast")
+    parser.add_argument("--task", default="sentiment")
+    options = parser.parse_args(arguments)
+    on_card = torch.device(options.device).type == "cuda"
+    if on_card and not torch.cuda.is_available():
+        print("no CUDA device: nothing to measure")
+        return
+    name = torch.cuda.get_device_name(options.device) if on_card else platform.machine()
+    found = table(rows(options)).to_string(index=False, na_rep="-", float_format="{:.3f}".format)
+    print(f"{name}, torch {torch.__version__}, {options.model}, fp32, batches of {BATCH['batch_size']}\n\n{found}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""The table of benchmarks/gpu.py, made on the CPU from tiny models."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from lorascope import memory, methods
+from lorascope.alone import Alone
+from lorascope.methods import Full, LoRA
+from lorascope.run import Run
+
+SPUN = 0.05
+
+
+@dataclass(kw_only=True)
+class Spinning(Full):
+    """Full fine-tuning whose every step computes for another 50 ms."""
+
+    def after_backward(self, step):
+        end = time.process_time() + SPUN
+        while time.process_time() < end:
+            pass
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The script; memory is measured in this process, since a fresh one takes seconds to import torch."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+
+    def here(work, model, data, method, steps, **where):
+        settings = {key: where.pop(key) for key in ("batch_size", "max_length")}
+        return Run.read(work(Alone.of(model, data, method, settings | {"steps": steps}, **where)))
+
+    monkeypatch.setattr(memory, "in_own_process", here)
+    yield importlib.import_module("gpu")
+    for name in ("gpu", "recorder", "paired"):
+        sys.modules.pop(name)
+
+
+@pytest.fixture
+def toy(task, tmp_path) -> str:
+    file = tmp_path / "toy.csv"
+    task.table[["text", "label", "group"]].to_csv(file, index=False)
+    return str(file)
+
+
+def test_the_table_has_a_row_per_method_recorder_and_decoder(gpu, toy, bert, llama, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "METHODS", {"full": Full(), "spinning": Spinning(), "lora": LoRA()})
+    made: list = []
+    monkeypatch.setattr(gpu, "table", lambda found, table=gpu.table: made.append(table(found)) or made[-1])
+    gpu.main(["--device", "cpu", "--quick", "--model", bert, "--decoder", llama, "--task", toy])
+    found = made[0].set_index("")
+    assert capsys.readouterr().out.count("\n") == len(found) + 3
+    trained = [*gpu.METHODS]
+    assert list(found.index) == [*trained, "full, recorded", "lora, recorded", f"lora, {llama}, bf16"]
+    assert found["max allocated (MiB)"].isna().all()
+    assert (found.loc[trained, "lorascope.memory (MiB)"] > 0).all()
+    milliseconds, ratio = found["ms per step"], found.loc[trained, "ratio"]
+    assert (milliseconds > 0).all()
+    assert ratio["full"] == 1
+    assert ratio.to_numpy() == pytest.approx((milliseconds[trained] / milliseconds["full"]).to_numpy())
+    assert milliseconds["spinning"] - milliseconds["full"] > 900 * SPUN
+
+
+def test_every_method_is_measured_in_a_phase_of_its_own(gpu, fresh_bert):
+    assert {name: method.name for name, method in gpu.METHODS.items()} == {name: name for name in methods.METHODS}
+    for method in gpu.METHODS.values():
+        assert next(method.phases(dict(fresh_bert.named_parameters()))).method is method
+    steps = gpu.SIZES[0]
+    assert gpu.METHODS["lisa"].period(steps) < steps  # blocks are drawn anew within the timed steps
+    assert gpu.METHODS["lisa"].period(2) >= 2  # and not in those whose memory is measured
+
+
+def test_without_a_cuda_device_there_is_one_line(gpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.main([])
+    assert capsys.readouterr().out == "no CUDA device: nothing to measure\n"

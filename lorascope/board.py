@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lorascope.printable import printable
 from lorascope.progress import read_note
 from lorascope.screen import elide
 
@@ -43,7 +44,7 @@ class Board:
     """
 
     def __init__(self, names: Sequence[str], note: Callable[[int], Path], stream: Any) -> None:
-        self.names, self.note, self.stream = names, note, stream
+        self.names, self.note, self.stream = list(map(printable, names)), note, stream
         self._ended: dict[int, Row] = {}
         self._told = ["waiting"] * len(names)
         self._shown: list[str] = []
@@ -63,7 +64,7 @@ class Board:
 
     def end(self, number: int, status: str, metric: str) -> None:
         """A run is done, or has failed."""
-        self._ended[number] = Row(self.names[number], status, metric=metric)
+        self._ended[number] = Row(self.names[number], status, metric=printable(metric))
 
     def rows(self) -> list[Row]:
         """All runs as they are now."""

@@ -8,18 +8,20 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.printable import printable
+
 Lines = list[tuple[str, str]]
 
 
 def as_text(lines: Sequence[tuple[str, str]]) -> str:
     """Facts under each other."""
-    return "\n".join(f"{key:8}{value}" for key, value in lines)
+    return "\n".join(f"{key:8}{printable(value)}" for key, value in lines)
 
 
 def as_html(lines: Sequence[tuple[str, str]]) -> str:
     """Facts as a table."""
     left = " style='text-align:left'"
-    rows = (f"<tr><th{left}>{key}</th><td{left}>{html.escape(value)}</td></tr>" for key, value in lines)
+    rows = (f"<tr><th{left}>{key}</th><td{left}>{html.escape(printable(value))}</td></tr>" for key, value in lines)
     return f"<table>{''.join(rows)}</table>"
 
 

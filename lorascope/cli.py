@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lorascope import __version__
+from lorascope.printable import printable
 
 
 class Command(NamedTuple):
@@ -88,7 +89,7 @@ def _help() -> str:
 
 
 def _failed(reason: object, code: int) -> int:
-    print(f"lorascope: {' '.join(str(reason).split())}", file=sys.stderr)
+    print(f"lorascope: {printable(' '.join(str(reason).split()))}", file=sys.stderr)
     return code
 
 

@@ -204,7 +204,7 @@ def fold(model: nn.Module, untie: bool = True) -> None:
         raise ValueError(f"{next(iter(shared))!r} shares its weight with another module; folding needs untie=True")
     if shared:
         _untie(model)
-        warnings.warn(f"untied {', '.join(shared)}: each use of a shared weight is now a copy of its own", stacklevel=2)
+        warnings.warn(f"untied {', '.join(map(repr, shared))}: each use of a shared weight is now a copy", stacklevel=2)
     with torch.no_grad():
         for host in hosts.values():
             host_weight(host).add_(host.delta.weight())

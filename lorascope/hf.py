@@ -25,6 +25,7 @@ from lorascope.foreign import without_peft
 from lorascope.method import Method, Step, task_head
 from lorascope.observe import Observer, norms
 from lorascope.plan import Base
+from lorascope.printable import printable
 from lorascope.recording import Recording
 from lorascope.records import Record
 from lorascope.settings import Settings
@@ -188,7 +189,8 @@ def _tell_left_out(model: nn.Module) -> None:
     if found:
         module, kind = found[0]
         more = f"; nor {len(found) - 1} more" if len(found) > 1 else ""
-        warnings.warn(f"not recorded: the adapter of {module}, a {kind}, whose update is no matrix{more}", stacklevel=2)
+        told = f"the adapter of {printable(module)}, a {kind}, whose update is no matrix{more}"
+        warnings.warn(f"not recorded: {told}", stacklevel=2)
 
 
 def _looking_on(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:

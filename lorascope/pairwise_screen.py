@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from lorascope.analysis.pairs import DIRECTIONS
 from lorascope.pairwise import Comparison
+from lorascope.printable import printable
 from lorascope.screen import WIDTH, Style, colour_of, elide, norm, span
 
 _CELL = 6
@@ -82,7 +83,7 @@ def _cautions(comparison: Comparison, style: Style) -> Iterator[str]:
     """What of an adapter or run changes how its numbers are read, by its letter."""
     for letter, item in zip(_letters(comparison), comparison.inspections, strict=True):
         for caution in item.cautions:
-            for line in textwrap.wrap(caution, WIDTH, initial_indent=f"{letter} ", subsequent_indent="    "):
+            for line in textwrap.wrap(printable(caution), WIDTH, initial_indent=f"{letter} ", subsequent_indent="    "):
                 yield style.paint(line, colour_of(caution))
 
 

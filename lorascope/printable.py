@@ -30,3 +30,8 @@ def printable(text: object) -> str:
         letter if letter.isprintable() or letter in _JOINERS else letter.encode("unicode_escape").decode("ascii")
         for letter in text
     )
+
+
+def printable_lines(text: object) -> str:
+    """Escape like `printable`, but retain line breaks."""
+    return "\n".join(map(printable, str(text).split("\n")))

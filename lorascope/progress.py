@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lorascope.evaluation import Score
+from lorascope.printable import printable
 
 # Seconds between two writings of a note.
 _PAUSE = 1.0
@@ -109,7 +110,7 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> Any:
     if note is not None:
         note.phase(name, total, start)
         return note
-    bar = ProgressBar(total=total, initial=start, desc=name, disable=not visible, unit="step")
+    bar = ProgressBar(total=total, initial=start, desc=printable(name), disable=not visible, unit="step")
     bar.shown = {}
     return bar
 

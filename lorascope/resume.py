@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
+from lorascope.printable import printable
 from lorascope.state import load_tree, save_tree
 from lorascope.tensors import write_bytes
 
@@ -43,7 +44,7 @@ class Checkpoints:
             try:
                 tree = load_tree(file)
             except ValueError as error:
-                warnings.warn(f"{error}; going on from an earlier step", stacklevel=2)
+                warnings.warn(f"{printable(error)}; going on from an earlier step", stacklevel=2)
                 continue
             return tree, unpack_rows(tree.pop("table"))
         return None

@@ -17,6 +17,7 @@ import pandas as pd
 from lorascope.checkpoints import AdapterRun
 from lorascope.inspection import Inspection
 from lorascope.neuron_inspection import NeuronInspection
+from lorascope.printable import printable
 
 WIDTH = 80
 _LABEL = 15
@@ -122,7 +123,7 @@ def neurons(inspection: NeuronInspection, style: Style) -> str:
     lines.append(_line("1 - cos", spread, style))
     lines += [*_most_turned(inspection, style), *_findings(inspection, style)]
     names = (str(inspection.path), str(inspection.base)), ("MODEL", "DIR")
-    commands = [f"lorascope inspect {shlex.quote(a)} --base {shlex.quote(b)} --csv > neurons.csv" for a, b in names]
+    commands = [f"lorascope inspect {_quoted(a)} --base {_quoted(b)} --csv > neurons.csv" for a, b in names]
     command = next(command for command in commands if len(command) <= WIDTH - _LABEL or command is commands[-1])
     lines.append(_line("next", style.paint(command, "36"), style))
     return "\n".join(line.rstrip() for line in lines)
@@ -133,14 +134,17 @@ def every_projection(inspection: NeuronInspection, style: Style) -> str:
     width = WIDTH - len(_NEURON_HEAD) - 10
     lines = [*_header(inspection, style), "", style.paint(f"{'projection':<{width}} {'role':<8} {_NEURON_HEAD}", "1")]
     for row in inspection.modules.to_dict("records"):
-        lines.append(f"{elide(row['module'], width):<{width}} {row['role']:<8} {_neuron_numbers(row)}")
+        lines.append(f"{elide(row['module'], width):<{width}} {elide(row['role'], 8):<8} {_neuron_numbers(row)}")
     return "\n".join([*lines, "", *_findings(inspection, style)])
 
 
 def elide(text: str, width: int) -> str:
-    """Text cut in its middle to a width; the end of a module's name says more than its beginning."""
+    """Printable text cut in its middle to a width; the end of a module's name says more than its beginning."""
+    text = printable(text)
     if len(text) <= width:
         return text
+    if width < 5:
+        return text[: max(width, 0)]
     tail = (2 * width) // 3 - 1
     return f"{text[: width - tail - 2]}..{text[-tail:]}"
 
@@ -171,7 +175,7 @@ def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
         share = _percent(row["relative_update" if related else "energy"])
         ranks = f"{span(row['least_rank'], row['most_rank']):>6} {_number(row['effective_rank']):>9}"
-        label = f"{stacks.get(row['stack'], '')}{row['role']}"
+        label = elide(f"{stacks.get(row['stack'], '')}{row['role']}", _LABEL - 1)
         yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {norm(row['update_norm']):>7} {share:>7} {ranks}"
     if largest:
         bins = f", a column is {step} layers (their RMS)" if step > 1 else ""
@@ -189,7 +193,7 @@ def _neuron_chart(inspection: NeuronInspection, style: Style) -> Iterator[str]:
     yield style.paint(f"{'in top 10 %':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
     for row, cell in zip(roles, cells, strict=True):
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
-        label = f"{stacks.get(row['stack'], '')}{row['role']}"
+        label = elide(f"{stacks.get(row['stack'], '')}{row['role']}", _LABEL - 1)
         yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_neuron_numbers(row)}"
     if largest:
         bins = f", a column is {step} layers" if step > 1 else ""
@@ -258,7 +262,7 @@ def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
 def _findings(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for finding in inspection.findings:
         colour = colour_of(finding)
-        for number, text in enumerate(textwrap.wrap(finding, WIDTH - _LABEL, subsequent_indent="  ")):
+        for number, text in enumerate(textwrap.wrap(printable(finding), WIDTH - _LABEL, subsequent_indent="  ")):
             key = "findings" if number == 0 and finding is inspection.findings[0] else ""
             yield _line(key, style.paint(text, colour), style)
 
@@ -280,7 +284,11 @@ def _next(inspection: Inspection) -> str:
 
 def _short(folder: Any) -> str:
     """A folder as the shell takes it, from here or from the root, whichever is shorter."""
-    return shlex.quote(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
+    return _quoted(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
+
+
+def _quoted(word: str) -> str:
+    return printable(shlex.quote(word))
 
 
 def span(low: Any, high: Any) -> str:

@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 from lorascope.analysis.norms import place
 from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
 from lorascope.plots.values import UNSTEPPED, at_step, cells, values
+from lorascope.printable import printable
 from lorascope.records import QUANTITIES
 from lorascope.render import plotly
 from lorascope.render.plan import plan
@@ -249,7 +250,7 @@ def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
     shown = shown.assign(run=shown["run"].map(names) if len(names) > 1 else "")
     told = [name for name in _COLUMNS if (shown[name] != "").any()]
     told.insert(len(told) - ("module" in told), "value")
-    shown = shown[told]
+    shown = shown[told].assign(**{name: shown[name].map(printable) for name in told if name != "value"})
     count = f"{len(rows):,} row{'s' * (len(rows) != 1)}"
     count = count if len(rows) <= MOST_LISTED else f"The first {MOST_LISTED} of {count}"
     return f"<p>{count}</p>{shown.to_html(index=False, na_rep='unknown', float_format='{:.6g}'.format, border=0)}"

@@ -251,7 +251,7 @@ def test_tied_weights(family, head, loader, name, other, tmp_path):
     with pytest.raises(ValueError, match=f"'{name}' shares its weight .* untie=True"):
         fold(model, untie=False)
     assert torch.equal(output(model), expected)
-    with pytest.warns(UserWarning, match=f"untied {name}"):
+    with pytest.warns(UserWarning, match=f"untied '{name}'"):
         fold(model)
     assert error(output(model), expected) < 1e-6
     assert model.config.tie_word_embeddings is False

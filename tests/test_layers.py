@@ -16,7 +16,7 @@ PACKAGE = Path(lorascope.__file__).parent
 LAYERS = [
     ["lorascope"],
     ["printable"],
-    ["json_files"],
+    ["json_files", "csv_files"],
     ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["turning", "names", "chart"],
     ["update"],
@@ -57,6 +57,7 @@ TORCH_FREE = {
     *(
         "printable",
         "json_files",
+        "csv_files",
         "algebra",
         "roles",
         "tensors",

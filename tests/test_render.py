@@ -472,7 +472,7 @@ def test_captions_of_panels_are_joined(reader, runs) -> None:
 @both
 def test_text_is_taken_as_it_stands(reader, runs) -> None:
     shown = reader(Chart(runs, [Line("step", "value", "method")], title="<b>$r$</b>"))
-    assert shown.title() == (r"<b>\$r\$</b>" if reader is Mpl else "&lt;b&gt;$r$&lt;/b&gt;")
+    assert shown.title() == (r"<b>\$r\$</b>" if reader is Mpl else "&lt;b&gt;&#36;r&#36;&lt;/b&gt;")
     if reader is Mpl:
         shown.figure.draw_without_rendering()
 

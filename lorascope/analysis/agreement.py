@@ -12,6 +12,7 @@ from scipy.stats import rankdata
 
 from lorascope.analysis import selection
 from lorascope.analysis.stats import CONFIDENCE
+from lorascope.printable import printable
 from lorascope.roles import FFN
 from lorascope.run import Run
 
@@ -99,8 +100,8 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
         for run in members:
             tables += [table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _of_neurons(run)]
         if not all(map(_turn, members)):
-            told = f"{label}: 1 − cos: of neurons drawn by lot or given by hand it tells the choice, so left out"
-            warnings.warn(told, stacklevel=2)
+            told = "1 − cos: of neurons drawn by lot or given by hand it tells the choice, so left out"
+            warnings.warn(f"{printable(label)}: {told}", stacklevel=2)
     shared = set.intersection(*seeds)
     if not shared:
         raise ValueError(f"the recipes {', '.join(runs)} share no seed: train them with the same ones")
@@ -108,10 +109,8 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     alike = scores.groupby(["score", "run"], sort=False)["value"].agg(np.ptp) == 0
     constant = dict.fromkeys(alike[alike].index.get_level_values("score"))
     if constant:
-        told = (
-            f"{', '.join(constant)}: the same for every neuron, so left out; does the recipe train feed-forward parts?"
-        )
-        warnings.warn(told, stacklevel=2)
+        told = "the same for every neuron, so left out; does the recipe train feed-forward parts?"
+        warnings.warn(f"{printable(', '.join(constant))}: {told}", stacklevel=2)
     scores = scores[~scores["score"].isin(list(constant))]
     number = scores["score"].nunique()
     complete = scores.groupby(["run", "module", "component"])["score"].transform("size") == number

@@ -16,6 +16,7 @@ from lorascope.checkpoints import load
 from lorascope.commands.arguments import UsageError, parse
 from lorascope.doctor import examine, findings, unseen
 from lorascope.inspection import json_values
+from lorascope.printable import printable
 from lorascope.run import Run
 from lorascope.screen import WIDTH
 
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     found = findings(case)
     if options.json:
         plain = {"path": options.path, "findings": list(map(dataclasses.asdict, found)), "unseen": unseen(case)}
-        print(json.dumps(json_values(plain), indent=1, ensure_ascii=False))
+        print(json.dumps(json_values(plain), indent=1))
     else:
         print("\n".join(_lines(run, case, found)))
     return 1 if found else 0
@@ -68,5 +69,6 @@ def _count(number: int) -> str:
 
 
 def _paragraph(label: str, text: str) -> list[str]:
+    label = printable(label)
     head = f"{label:<15}" if len(label) < len(_INDENT) else f"{label} "
-    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=_INDENT, break_long_words=False)
+    return textwrap.wrap(printable(text), WIDTH, initial_indent=head, subsequent_indent=_INDENT, break_long_words=False)

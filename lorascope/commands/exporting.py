@@ -14,6 +14,7 @@ from tyro.conf import Positional, arg
 from lorascope.commands.arguments import UsageError, parse
 from lorascope.commands.opening import opened
 from lorascope.export import Cut, cut, rank_pattern, to_peft, to_table
+from lorascope.printable import printable
 from lorascope.run import Run
 from lorascope.summary import peft_keywords
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     (run,) = opened([str(options.run)], options.base)
     if options.peft is not None or options.table is not None:
         path = _written(run, options)
-        print(json.dumps({"id": run.id, "path": str(path)}) if options.json else path)
+        print(json.dumps({"id": run.id, "path": str(path)}) if options.json else printable(path))
         return 0
     if options.budget is None:
         keywords = rank_pattern(run, state=options.state)
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         keywords, remarks = _suggested(run, options, options.budget)
     print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
     for remark in remarks:
-        print(f"# {remark}", file=sys.stderr if options.json else sys.stdout)
+        print(f"# {printable(remark)}", file=sys.stderr if options.json else sys.stdout)
     return 0
 
 

@@ -14,6 +14,7 @@ from lorascope import screen
 from lorascope.checkpoints import AdapterRun
 from lorascope.commands.arguments import UsageError, parse
 from lorascope.commands.opening import opened
+from lorascope.csv_files import csv_text
 from lorascope.inspection import Inspection, inspect
 from lorascope.neuron_inspection import inspect_neurons
 from lorascope.pairwise import compare
@@ -80,9 +81,9 @@ def _told_of_neurons(path: str, options: Options) -> str:
         raise UsageError(f"{path} is a whole model: give the one it was tuned from, --base DIR")
     item = inspect_neurons(path, options.base)
     if options.csv:
-        return item.scores.drop(columns="top").to_csv(index=False, lineterminator="\n")
+        return csv_text(item.scores.drop(columns="top"))
     if options.json:
-        return json.dumps(item.plain(), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(item.plain(), indent=1) + "\n"
     style = screen.Style.of(sys.stdout)
     return (screen.every_projection if options.all else screen.neurons)(item, style) + "\n"
 
@@ -93,17 +94,17 @@ def _told(inspections: list[Inspection], options: Options) -> str:
     item, style = inspections[0], screen.Style.of(sys.stdout)
     if options.csv:
         table = item.modules.assign(name=item.name)
-        return table[["name", *table.columns.drop("name")]].to_csv(index=False, lineterminator="\n")
+        return csv_text(table[["name", *table.columns.drop("name")]])
     if options.json:
-        return json.dumps(item.plain(), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(item.plain(), indent=1) + "\n"
     return (screen.every if options.all else screen.one)(item, style) + "\n"
 
 
 def _told_of_several(inspections: list[Inspection], options: Options) -> str:
     comparison, style = compare(inspections, options.spectra), screen.Style.of(sys.stdout)
     if options.csv:
-        return comparison.table().to_csv(index=False, lineterminator="\n")
+        return csv_text(comparison.table())
     if options.json:
-        return json.dumps(comparison.plain(), indent=1, ensure_ascii=False) + "\n"
+        return json.dumps(comparison.plain(), indent=1) + "\n"
     screens = [screen.every(item, style) for item in inspections] if options.all else []
     return "\n\n".join([*screens, compared(comparison, style)]) + "\n"

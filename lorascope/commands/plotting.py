@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from lorascope.commands.arguments import UsageError, fields_of, headline, parse
 from lorascope.commands.opening import opened
 from lorascope.plots import FIGURES
+from lorascope.printable import printable
 from lorascope.run import Run
 
 _RUNS = "folders of runs or adapters; label=folder names a curve, the same label again a further seed"
@@ -53,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     control = _by_label(pairs[drawn:]) if options.control else None
     chart = FIGURES[name].draw(_by_label(pairs[:drawn]), control, **own)
     path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
-    print(json.dumps({"figure": name, "path": str(path)}) if options.json else path)
+    print(json.dumps({"figure": name, "path": str(path)}) if options.json else printable(path))
     return 0
 
 

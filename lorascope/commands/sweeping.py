@@ -15,6 +15,7 @@ from tyro.conf import Positional, arg
 from lorascope.analysis import comparison
 from lorascope.analysis.stats import Interval
 from lorascope.commands.arguments import UsageError, parse
+from lorascope.printable import printable
 from lorascope.screen import WIDTH, elide
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def main(argv: Sequence[str]) -> int:
 
     found = grid.read(options.file)
     swept = sweeps.run_grid(replace(found, backend=_backend(found.backend, options)), progress=options.progress)
-    print(json.dumps(_plain(swept), indent=1, ensure_ascii=False) if options.json else _told(swept))
+    print(json.dumps(_plain(swept), indent=1) if options.json else _told(swept))
     for line in swept.complaints():
-        print(f"lorascope: failed: {' '.join(line.split())}", file=sys.stderr)
+        print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 1 if swept.failures else 0
 
 
@@ -76,11 +77,13 @@ def _told(swept: Swept) -> str:
         value = Interval(row["value"], row["low"], row["high"], row["n"]).words(4)
         place = str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
         names = [elide(str(row[column]), _NAME) for column in ("recipe", *several)]
-        cells.append([*names, f"{row['metric']} {value}", str(row["n"]), place])
+        cells.append([*names, f"{printable(row['metric'])} {value}", str(row["n"]), place])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     note = "± half a 95 % t-interval over seeds; places by paired t-tests, seed by seed (Holm, 5 %)"
-    return "\n".join([*lines, "", *(textwrap.fill(told, WIDTH) for told in (note, *comparison.words(compared)))])
+    return "\n".join(
+        [*lines, "", *(textwrap.fill(printable(told), WIDTH) for told in (note, *comparison.words(compared)))]
+    )
 
 
 def _plain(swept: Swept) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = method(**{field: getattr(options, field) for field in _names(_method_fields(method))})
     settings = {field: getattr(options, field) for field in _names(_settings())}
     run = train(options.model, options.task, chosen, out=options.out, **settings)
-    print(json.dumps(_told(run), ensure_ascii=False) if options.json else run)
+    print(json.dumps(_told(run)) if options.json else run)
     return 0
 
 

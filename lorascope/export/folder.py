@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shutil
@@ -15,6 +16,7 @@ from safetensors.numpy import save
 from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
 from lorascope.export import fourier, lora
 from lorascope.forms import UNTRAINED
+from lorascope.printable import printable
 from lorascope.run import Run
 from lorascope.tensors import TensorFile, write_bytes, write_json
 
@@ -190,7 +192,7 @@ def _sees(run: Run) -> bool:
 
 def base_of(run: Run) -> tuple[str, int | None]:
     """What a run's base was loaded by, and its number of blocks where it was shortened."""
-    name, blocks = re.fullmatch(r"(.*?)(?:, first (\d+) blocks)?", run.meta["model"]).groups()  # type: ignore[union-attr]
+    name, blocks = re.fullmatch(r"(?s)(.*?)(?:, first (\d+) blocks)?", run.meta["model"]).groups()  # type: ignore[union-attr]
     return name, int(blocks) if blocks else None
 
 
@@ -208,10 +210,10 @@ def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
     if labels is not None:
         options += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
     text = _CARD.format(
-        base=base,
+        base=base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base),
         kind=_KINDS[config["peft_type"]],
         run=run.id,
-        label=run.label,
+        label=re.sub(r"([\\`*_\[\]<&])", r"\\\1", printable(run.label)),
         auto="AutoModelForImageClassification" if _sees(run) else _AUTO[config["task_type"] or "SEQ_CLS"],
         arguments=", ".join([repr(base), *options]),
         folder=folder,

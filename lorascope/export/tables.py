@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from lorascope.csv_files import csv_text
 from lorascope.run import Run
 from lorascope.tensors import write_bytes
 
@@ -19,7 +20,8 @@ def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "las
     """Write a run's long table of records, or the one with a row a module.
 
     Parquet keeps all dtypes. CSV and JSON keep every digit; in CSV a missing value and an empty name are both an empty
-    cell, in JSON what is missing is null and infinity the text "Infinity", for which JSON has no number.
+    cell, in JSON what is missing is null and infinity the text "Infinity", for which JSON has no number. For
+    text in CSV see `csv_files.csv_text`.
 
     Parameters
     ----------
@@ -54,7 +56,7 @@ def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "las
 
 
 def _csv(table: pd.DataFrame) -> bytes:
-    return table.to_csv(index=False, lineterminator="\n").encode()
+    return csv_text(table).encode()
 
 
 def _parquet(table: pd.DataFrame) -> bytes:
@@ -66,9 +68,7 @@ def _parquet(table: pd.DataFrame) -> bytes:
 def _json(table: pd.DataFrame) -> bytes:
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
     plain = [{name: _named(value) for name, value in row.items()} for row in rows]
-    return (
-        "[\n" + ",\n".join(json.dumps(row, ensure_ascii=False, allow_nan=False) for row in plain) + "\n]\n"
-    ).encode()
+    return ("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in plain) + "\n]\n").encode()
 
 
 def _named(value: Any) -> Any:

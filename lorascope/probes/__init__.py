@@ -20,6 +20,7 @@ from joblib import Parallel, delayed
 
 from lorascope import models, report
 from lorascope.claims import Verdict
+from lorascope.printable import printable
 from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
 from lorascope.probes import (
     adalora,
@@ -98,7 +99,7 @@ class Outcome:
             for name, verdicts in self.verdicts.items()
             for verdict in verdicts
         ]
-        return "\n".join([*lines, "", f"report: {self.path}"])
+        return "\n".join([*lines, "", f"report: {printable(self.path)}"])
 
 
 def _number(value: float) -> float | None:

@@ -19,6 +19,8 @@ from typing import Any
 
 from lorascope import __version__
 from lorascope.chart import Drawable
+from lorascope.csv_files import csv_text
+from lorascope.printable import printable
 from lorascope.render import theme as themes
 
 Write = Callable[[Drawable, Path, str | None, str | None], None]
@@ -63,11 +65,11 @@ def provenance(drawable: Drawable) -> str:
     digest = hashlib.sha256()
     for chart in charts:
         for _, table in chart.tables():
-            digest.update(table.to_csv(index=False).encode())
+            digest.update(table.to_csv(index=False).encode(errors="surrogatepass"))
     metas = [dict(chart.meta) for chart in charts]
     meta = metas[0] if all(meta == metas[0] for meta in metas) else {"panels": metas}
     made = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
-    return json.dumps(made, sort_keys=True, ensure_ascii=False, default=str)
+    return json.dumps(made, sort_keys=True, default=str)
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
@@ -112,12 +114,12 @@ def _csv(drawable: Drawable, path: Path, width: str | None, theme: str | None) -
     notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": _title(drawable)}
     notes["lorascope"] = json.loads(provenance(drawable))
     beside = path.with_name(f"{path.name}-metadata.json")
-    _replace(path, lambda draft: drawable.flat().to_csv(draft, index=False))
-    _replace(beside, lambda draft: draft.write_text(json.dumps(notes, indent=1, ensure_ascii=False), encoding="utf-8"))
+    _replace(path, lambda draft: draft.write_text(csv_text(drawable.flat()), encoding="utf-8"))
+    _replace(beside, lambda draft: draft.write_text(json.dumps(notes, indent=1), encoding="utf-8"))
 
 
 def _title(drawable: Drawable) -> str:
-    titles = dict.fromkeys(chart.title for row in drawable.rows() for chart in row if chart.title)
+    titles = dict.fromkeys(printable(chart.title) for row in drawable.rows() for chart in row if chart.title)
     return " | ".join(titles)
 
 

@@ -13,6 +13,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from lorascope.printable import printable_lines
 from lorascope.render.plan import Plan, Ramp
 from lorascope.render.scales import Scale
 from lorascope.render.shapes import Area, Bars, Cells, Curve, Dots, Panel, Ruler, Shade, Words
@@ -84,7 +85,7 @@ def broken(text: str, room: float, size: float) -> list[str]:
     """Break text into lines that are no wider than ``room`` points at a font size, but for a word that is wider."""
     font = FontProperties(size=size)
     lines = []
-    for part in text.splitlines():
+    for part in printable_lines(text).splitlines():
         line = ""
         for word in part.split():
             longer = f"{line} {word}".lstrip()
@@ -97,8 +98,8 @@ def broken(text: str, room: float, size: float) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Text as it stands: a dollar sign starts no mathematics."""
-    return text.replace("$", r"\$")
+    """Text as it stands: a dollar sign starts no mathematics, a control character breaks no SVG."""
+    return printable_lines(text).replace("$", r"\$")
 
 
 def colormap(ramp: Ramp) -> Colormap:
@@ -164,7 +165,7 @@ def _numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) ->
     scale, colors = norm(ramp), colormap(ramp)
     for (row, column), text in texts.items():
         ink = "#ffffff" if is_dark(to_hex(colors(scale(shape.values[row, column])))) else "#000000"
-        ax.text(column, row, text, color=ink, size=size, ha="center", va="center", zorder=3)
+        ax.text(column, row, plain(text), color=ink, size=size, ha="center", va="center", zorder=3)
 
 
 def _curve(ax: Axes, shape: Curve, plan: Plan, number: int, zorder: float) -> None:

@@ -270,7 +270,7 @@ def _caption(settled: Plan, room: Space) -> list[dict[str, Any]]:
 def _slider(settled: Plan, room: Space) -> dict[str, Any]:
     """The slider over the frames, with a button that plays them."""
     steps = [
-        {"label": str(frame), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
+        {"label": words(str(frame)), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
         for frame in settled.frames
     ]
     place: dict[str, Any] = {"y": 0, "yanchor": "top", "xanchor": "left"}

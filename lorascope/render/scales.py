@@ -17,6 +17,7 @@ from pandas.api.types import is_integer_dtype
 
 from lorascope.chart import Axis, Chart
 from lorascope.marks import is_number
+from lorascope.printable import printable
 from lorascope.render.theme import GLYPH, PALETTE_SIZE, Theme
 
 
@@ -39,7 +40,7 @@ class Scale:
     @property
     def wordy(self) -> bool:
         """Whether most categories are words, each of which should be readable, and not numbers in a row."""
-        names = [str(category) for category in self.categories or ()]
+        names = [printable(category) for category in self.categories or ()]
         return 2 * sum(map(_is_digits, names)) < len(names)
 
     def place(self, values: pd.Series) -> Float[np.ndarray, "n"]:
@@ -62,7 +63,7 @@ class Scale:
 
     def words(self, positions: Iterable[float]) -> list[str]:
         """Names of the categories at (or nearest to) these positions, "" where there is none."""
-        names = dict(enumerate(map(str, self.categories or ())))
+        names = dict(enumerate(map(printable, self.categories or ())))
         return [names.get(round(place), "") if np.isfinite(place) else "" for place in positions]
 
     def ticks(self, room: float, size: float, across: bool) -> tuple[list[float], list[str], bool]:
@@ -83,7 +84,7 @@ class Scale:
         """
         if self.axis.ticks is not None:
             return list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
-        names = [str(category) for category in self.categories or ()]
+        names = [printable(category) for category in self.categories or ()]
         digits = [_is_digits(name) for name in names]
         widths = [(len(name) + 1) * GLYPH * size for name in names]
         cell = room / max(len(names), 1)

@@ -10,6 +10,8 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lorascope.printable import printable_lines
+
 VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"]
 RED_BLUE = ["#053061", "#2166ac", "#4393c3", "#92c5de", "#d1e5f0", "#f7f7f7"]
 RED_BLUE += ["#fddbc7", "#f4a582", "#d6604d", "#b2182b", "#67001f"]
@@ -98,4 +100,4 @@ def is_dark(color: str) -> bool:
 def fold(text: str, room: float, size: float) -> list[str]:
     """Break text into lines that fit ``room`` at font size ``size``, both in the same unit."""
     columns = max(8, int(room / (GLYPH * size)))
-    return [line for part in text.splitlines() for line in textwrap.wrap(part, columns) or [""]]
+    return [line for part in printable_lines(text).splitlines() for line in textwrap.wrap(part, columns) or [""]]

@@ -10,6 +10,7 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
+from lorascope.printable import printable_lines
 from lorascope.render.plan import Plan, View
 from lorascope.render.shapes import Area, Bars, Cells, Curve, Dots, Ruler, Shade, Words
 from lorascope.render.theme import FAINT, channels
@@ -53,8 +54,9 @@ def nth(number: int) -> str:
 
 
 def words(text: str) -> str:
-    """Text as it stands, without the tags that plotly would obey."""
-    return escape(text, quote=False).replace("\n", "<br>")
+    """Text as it stands, without the tags, the mathematics and the placeholders that plotly would obey."""
+    inert = escape(printable_lines(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
+    return inert.replace("\n", "<br>")
 
 
 def see_through(color: str, opacity: float) -> str:

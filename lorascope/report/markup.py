@@ -10,6 +10,8 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_float, is_numeric_dtype, is_scalar
 
+from lorascope.printable import printable_lines
+
 LONG = 20  # rows of a table, from which on it scrolls inside its box
 
 
@@ -30,7 +32,7 @@ def element(name: str, *parts: str, **attributes: str | None) -> Html:
         Underscores become hyphens, one at the end is dropped (``class_``, ``aria_label``); None leaves one out.
     """
     told = "".join(
-        f' {key.removesuffix("_").replace("_", "-")}="{escape(value)}"'
+        f' {key.removesuffix("_").replace("_", "-")}="{_escaped(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -39,7 +41,11 @@ def element(name: str, *parts: str, **attributes: str | None) -> Html:
 
 def join(*parts: str) -> Html:
     """Parts one after the other, escaped unless they are Html."""
-    return Html("".join(part if isinstance(part, Html) else escape(part) for part in parts))
+    return Html("".join(part if isinstance(part, Html) else _escaped(part) for part in parts))
+
+
+def _escaped(text: str) -> str:
+    return escape(printable_lines(text))
 
 
 def json_data(content: Any) -> Html:

@@ -1,0 +1,50 @@
+"""Tables as CSV that spreadsheets and terminals show as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+from lorascope.printable import printable
+
+# A spreadsheet runs a cell that begins with one of these as a formula; the wide ones in East Asian locales.
+_FORMULAS = tuple("=+-@＝＋－＠")
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    r"""Convert a table to CSV without its index.
+
+    In text cells and column names, control characters are escaped as in Python's string literals, such as ``\n``, and
+    text that a spreadsheet would run as a formula gets a leading apostrophe. Numbers are unchanged.
+
+    Parameters
+    ----------
+    table : DataFrame
+
+    Returns
+    -------
+    str
+        Lines end in a line feed.
+    """
+    shown = table.set_axis([_cell(name) for name in table.columns], axis="columns")
+    for place, kind in enumerate(table.dtypes):
+        if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
+            shown.isetitem(place, table.iloc[:, place].map(_cell, na_action="ignore"))
+    return shown.to_csv(index=False, lineterminator="\n")
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text.startswith(_FORMULAS) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

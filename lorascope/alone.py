@@ -12,10 +12,11 @@ from joblib.externals.loky import ProcessPoolExecutor
 from torch import nn
 
 from lorascope import models, tasks
+from lorascope.folders import held
 from lorascope.method import Method
 from lorascope.methods import METHODS
 from lorascope.observer import Observer
-from lorascope.plan import Base, Plan, claim, finished_run, first_use, held
+from lorascope.plan import Base, Plan, claim, finished_run, first_use
 from lorascope.run import Run
 from lorascope.session import Session
 from lorascope.settings import Settings
@@ -86,7 +87,7 @@ class Alone:
         plan = Plan(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
         place = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
         folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}{place}")
-        claim(folder, plan, self.overwrite)
+        claim(folder, plan.id, self.overwrite)
         found = finished_run(folder, plan)
         if found is None:
             with held(folder), seeded(self.seed):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from lorascope import delta, models, tasks
+from lorascope.folders import held, read_manifest
 from lorascope.method import Method, Phase
 from lorascope.methods import METHODS
 from lorascope.observe import Observer, norms
-from lorascope.plan import Base, Plan, StateRemoved, claim, finished_run, first_use, held, note_phases
+from lorascope.plan import Base, Plan, StateRemoved, claim, finished_run, first_use, note_phases
 from lorascope.progress import interruptible, progress_bar
 from lorascope.run import Run
 from lorascope.session import Session
@@ -149,32 +151,40 @@ def train(
     if mark.recipe not in ("", plan.id):
         raise ValueError(f"this model was trained before, as recipe {mark.recipe}: load a fresh one for another run")
     folder = Path(out or Path(root) / f"{method.name}-{_slug(task.name)}-{plan.id}")
-    claim(folder, plan, overwrite)
+    claim(folder, plan.id, overwrite)
     mark.put_on(model, plan.id)
     runs: list[Run] = []
     begun: list[str] = []
     stored = None
-    for phase in _phases(method, mark.base, runs):
-        path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
-        begun.append(path.name)
-        own = lr if phase.lr is None else phase.lr
-        rates: dict[str, Any] = {
-            "lr": phase.method.lr if own is None else own,
-            "head_lr": phase.method.head_lr if head_lr is None else head_lr,
-        }
-        part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
-        stored = finished_run(path, part)
-        if stored is None:
-            if phase.name:
-                note_phases(folder, plan, begun, "running")
-            _reset(model, mark.base)
-            with held(path), seeded(seed):
-                session = Session(model, part, mark.base, path, runs, device)
-                runs.append(fit(session, checkpoint_every, progress))
-        else:
-            runs.append(stored)
-    if phase.name:
-        note_phases(folder, plan, begun, "done")
+    with ExitStack() as locks:
+        locked: set[Path] = set()
+        for phase in _phases(method, mark.base, runs):
+            path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
+            begun.append(path.name)
+            own = lr if phase.lr is None else phase.lr
+            rates: dict[str, Any] = {
+                "lr": phase.method.lr if own is None else own,
+                "head_lr": phase.method.head_lr if head_lr is None else head_lr,
+            }
+            part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
+            if finished_run(path, part) is None:
+                # Until the end, since between two phases nobody may take the folder either.
+                for place in {folder, path} - locked:
+                    locks.enter_context(held(place))
+                    locked.add(place)
+            # Again under the lock: another process may have finished it a moment ago.
+            stored = finished_run(path, part)
+            if stored is None:
+                if phase.name:
+                    note_phases(folder, plan, begun, "running")
+                _reset(model, mark.base)
+                with seeded(seed):
+                    session = Session(model, part, mark.base, path, runs, device)
+                    runs.append(fit(session, checkpoint_every, progress))
+            else:
+                runs.append(stored)
+        if phase.name and (locked or read_manifest(folder).status != "done"):
+            note_phases(folder, plan, begun, "done")
     if stored is not None:
         if not stored.restorable:
             raise StateRemoved(stored)

@@ -1,15 +1,11 @@
-"""What a training run depends on: W_0, the plan from which its identity is computed, and the claim on its folder."""
+"""What a training run depends on: W_0, the plan from which its identity is computed, and whether its folder is free."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 
 from lorascope import __version__
 from lorascope.delta import adapted
+from lorascope.folders import MANIFESTS, read_manifest, remove_run
 from lorascope.foreign import bare, bare_parameters, without_peft
 from lorascope.heads import draw_new_weights, fit_head, weights_hash
 from lorascope.hosts import host_kind
@@ -26,22 +23,14 @@ from lorascope.layout import identify
 from lorascope.method import Method, Phase, config, task_head
 from lorascope.models import name_of
 from lorascope.observe import Observer
+from lorascope.resume import Checkpoints
 from lorascope.run import SCHEMA, TRAIN_AGAIN, Run
 from lorascope.settings import Settings
 from lorascope.tasks import Task
 from lorascope.tensors import is_partial, write_json
 from lorascope.trained import adapters, left_out
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 _MARK = "_lorascope_trained"
-
-
-class Busy(ValueError):
-    """Another process is training this very run."""
 
 
 class StateRemoved(ValueError):
@@ -186,10 +175,10 @@ def circumstances(
 def _commit() -> str | None:
     """Git commit of the caller's folder, None outside a repository."""
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False)
     except FileNotFoundError:
         return None
-    return found.stdout.strip() or None
+    return found.stdout.decode("ascii").strip() or None
 
 
 class Mark(NamedTuple):
@@ -222,55 +211,30 @@ def refuse_adapted(model: nn.Module) -> None:
         raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")
 
 
-def claim(folder: Path, plan: Plan, overwrite: bool) -> None:
-    """Make sure that a folder is free, or holds this very recipe."""
+def claim(folder: Path, recipe: str, overwrite: bool) -> None:
+    """Make sure that a folder is free, or holds the recipe of this id."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder")
-    marker = next((folder / name for name in ("recipe.json", "run.json") if (folder / name).exists()), None)
-    if marker is None:
+    if not any((folder / name).exists() for name in MANIFESTS):
         if folder.exists() and not all(is_partial(child) for child in folder.iterdir()):
             hint = "so overwrite=True will not remove it: give" if overwrite else "give"
             raise ValueError(f"{folder} is not empty and holds no run, {hint} another folder")
     elif overwrite:
-        # Renamed first, so that a removal that is cut short leaves nothing that looks like a run.
-        removed = folder.with_name(f".{folder.name}.removed")
-        shutil.rmtree(removed, ignore_errors=True)
-        folder.rename(removed)
-        shutil.rmtree(removed)
+        remove_run(folder)
     else:
         try:
-            found = json.loads(marker.read_text())["id"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{marker} is not readable: mend it, or give overwrite=True") from error
-        if found != plan.id:
-            raise ValueError(f"{folder} holds recipe {found}, not {plan.id}: give another folder, or overwrite=True")
-    for left in filter(is_partial, folder.glob(".*")):
-        left.unlink()
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where the system can; it lets go when this one dies, however it dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise Busy(f"{folder} is being trained by another process: wait for it") from None
-    except OSError:  # a file system without locks
-        pass
-    try:
-        yield
-    finally:
-        os.close(handle)
+            found = read_manifest(folder)
+        except ValueError as error:
+            raise ValueError(f"{folder} does not hold a run of lorascope: give another folder ({error})") from error
+        if found.id != recipe:
+            raise ValueError(f"{folder} holds recipe {found.id}, not {recipe}: give another folder, or overwrite=True")
 
 
 def note_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) -> None:
     """Write down which phases of a recipe have begun; ``status`` is "running" or "done"."""
+    for left in folder.glob(".recipe.json.*"):
+        if is_partial(left):
+            left.unlink()
     write_json(folder / "recipe.json", {"id": plan.id, "status": status, "phases": list(names)})
 
 
@@ -283,5 +247,5 @@ def finished_run(path: Path, plan: Plan) -> Run | None:
         raise ValueError(f"{path} holds run {run.id}, not {plan.id}: give another folder, or overwrite=True")
     if not run.finished:
         return None
-    shutil.rmtree(path / "resume", ignore_errors=True)  # left where the removal was cut short
+    Checkpoints(path).remove()  # left where the removal was cut short
     return run

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lorascope.folders import held
 from lorascope.foreign import bare_parameters
+from lorascope.json_files import read_json
 from lorascope.method import Method, Step
 from lorascope.observe import factors_of
 from lorascope.observer import Observer
@@ -26,6 +28,8 @@ from lorascope.trained import adapters
 from lorascope.writer import RunWriter
 
 FLUSH_SECONDS = 30.0
+# Folders in which this process records, with the end of each recording.
+_OPEN: dict[Path, weakref.finalize] = {}
 
 
 class Recording:
@@ -62,10 +66,16 @@ class Recording:
         self.observers = [dataclasses.replace(observer) for observer in observers]
         self._told: tuple[int, set[tuple[str, str]]] = (-1, set())
         self._clock, self._seconds_before, self._flushed = time.monotonic(), 0.0, math.inf
+        # A recording that a failed training left behind may still be referenced by its traceback.
+        if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
+            abandoned()
         make_room(path, meta["id"] if before else None)
         self.writer = RunWriter(path, meta)
+        self._lock = ExitStack()
+        self._lock.enter_context(held(path))
         # Its last words, whether it is forgotten or the process ends first. They must not keep the model alive.
-        self._last_words = weakref.finalize(self, _break_off, self.writer)
+        self._last_words = weakref.finalize(self, _break_off, self.writer, self._lock)
+        _OPEN[path.resolve()] = self._last_words
         if before is None:
             self.writer.begin(None)
             self.look({})
@@ -152,7 +162,9 @@ class Recording:
             self.conclude()
         self._last_words.detach()
         self.writer.meta["seconds"] = self.writer.meta["total_seconds"] = self.seconds
-        return self.writer.finish("done")
+        run = self.writer.finish("done")
+        self._lock.close()
+        return run
 
 
 def make_room(folder: Path, going_on: str | None) -> None:
@@ -160,19 +172,24 @@ def make_room(folder: Path, going_on: str | None) -> None:
 
     Raises
     ------
+    Busy
+        Another process writes there.
     ValueError
         Something else lies there.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: give a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / "run.json").exists():
         raise ValueError(f"{folder} is not empty and holds no run: give another folder")
     run = Run.read(folder)
     aside = _free(folder.with_name(f"{folder.name}-{run.id}"))
-    if run.id != going_on:
-        folder.rename(aside)
-    elif run.finished:
-        shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
+    with held(folder):
+        if run.id != going_on:
+            folder.rename(aside)
+        elif run.finished:
+            shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
 
 
 def _free(folder: Path) -> Path:
@@ -180,9 +197,10 @@ def _free(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _break_off(writer: RunWriter) -> None:
+def _break_off(writer: RunWriter, lock: ExitStack) -> None:
     """Say of a run that nobody finished that it is broken, if it lies there still."""
-    file = writer.path / "run.json"
-    if file.exists() and json.loads(file.read_text()).get("started") == writer.meta["started"]:
-        writer.meta["error"] = "the training ended before its last step"
-        writer.finish("broken")
+    with lock:
+        file = writer.path / "run.json"
+        if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta["started"]:
+            writer.meta["error"] = "the training ended before its last step"
+            writer.finish("broken")

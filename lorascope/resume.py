@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
+from lorascope.folders import own_files
 from lorascope.printable import printable
 from lorascope.state import load_tree, save_tree
 from lorascope.tensors import write_bytes
@@ -35,8 +37,18 @@ class Checkpoints:
         save_tree(file, tree | {"finished": finished, "table": pack_rows(table)})
         best = tree["best"]
         kept = {file} if best is None else {file, self.best_file(best["step"])}
-        for old in set(self.folder.glob("*.safetensors")) - kept:
+        for old in self._files() - kept:
             old.unlink()
+
+    def _files(self) -> set[Path]:
+        return own_files(self.path, "resume/step-*", "resume/best-*")
+
+    def remove(self) -> None:
+        """Remove all checkpoints; a file that the user put beside them stays, and the folder with it."""
+        with suppress(OSError):
+            for file in self._files():
+                file.unlink(missing_ok=True)
+            self.folder.rmdir()
 
     def newest(self) -> tuple[dict[str, Any], pd.DataFrame] | None:
         """The newest whole checkpoint and the rows up to it; None where a run must begin at the beginning."""

@@ -19,6 +19,7 @@ import pandas as pd
 
 from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
+from lorascope.folders import new_folder
 from lorascope.forms import update_from
 from lorascope.layout import GROWING, REMOVED, Lazy, snapshot_file
 from lorascope.summary import peft_keywords, summarise
@@ -66,7 +67,7 @@ class Run:
         if not file.exists():
             raise FileNotFoundError(f"{path} is no run: it has no run.json")
         try:
-            meta = dict(json.loads(file.read_text()))
+            meta = dict(json.loads(file.read_text(encoding="utf-8")))
             schema = int(meta["schema"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not readable as a run: {error}") from error
@@ -248,13 +249,9 @@ class Run:
             The folder is there already.
         """
         path = Path(path)
-        if path.exists():
-            raise FileExistsError(f"{path} exists: give a new folder")
         whole = bool(self.meta["parents"])
-        temporary = path.with_name(f".{path.name}.part")
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(self._folder.parent if whole else self._folder, temporary)
-        temporary.rename(path)
+        with new_folder(path) as draft:
+            shutil.copytree(self._folder.parent if whole else self._folder, draft)
         return Run.read(path / self._folder.name if whole else path)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -284,7 +283,7 @@ class Session:
         meta["seconds"] = seconds = self.seconds
         meta["total_seconds"] += seconds
         run = self.writer.finish("done")
-        shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+        self.checkpoints.remove()
         return run
 
     def fail(self, reason: str) -> None:

@@ -25,10 +25,11 @@ from lorascope import grid
 from lorascope.analysis.comparison import recipes
 from lorascope.backends import is_death, using
 from lorascope.board import Board
+from lorascope.folders import Busy
 from lorascope.grid import Data, Grid, Job, Model
 from lorascope.loop import train
 from lorascope.method import Method
-from lorascope.plan import Busy, StateRemoved
+from lorascope.plan import StateRemoved
 from lorascope.progress import Note, noted, read_note
 from lorascope.run import Run
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ _DTYPES = {
 }  # fmt: skip
 
 FLOATS = ("F64", "F32", "F16", "BF16")
-_PARTIAL = ".part"
+_PARTIAL = re.compile(r"\..+\.\d+\.part")
 _CONVERT = (
     "python -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('{0}', "
     "weights_only=True), '{1}')\""
@@ -202,7 +203,7 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     if not index.exists():
         return sorted(folder.glob(f"{stem}*.safetensors"))
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is not readable as an index of shards: {error}") from error
     missing = [name for name in names if not (folder / name).exists()]
@@ -233,7 +234,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     OSError
         There is no room, or no right to write; what was there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -249,12 +250,16 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def is_partial(path: Path) -> bool:
     """Is this the temporary file of a writer that may have been killed?"""
-    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+    return _PARTIAL.fullmatch(path.name) is not None
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    """Write JSON atomically, in UTF-8.
+
+    A file name that is not in the locale's encoding holds lone surrogates, which JSON escapes.
+    """
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def file_hash(path: Path) -> str:

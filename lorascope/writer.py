@@ -15,10 +15,11 @@ import numpy as np
 import pandas as pd
 
 from lorascope import records
+from lorascope.folders import own_files, partial_files
 from lorascope.layout import GROWING, REMOVED, snapshot_file
 from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
 from lorascope.run import Run
-from lorascope.tensors import TensorFile, file_hash, is_partial, write_bytes, write_json, write_tensors
+from lorascope.tensors import TensorFile, file_hash, write_bytes, write_json, write_tensors
 
 
 class RunWriter:
@@ -52,8 +53,7 @@ class RunWriter:
         known = (
             set() if table is None else {self.path / snapshot_file(step) for step in table["step"].unique().tolist()}
         )
-        left = {*self.path.glob("records.parquet"), *self.path.glob("snapshots/*"), *self.path.glob("state/*")}
-        for file in (left - known) | set(filter(is_partial, self.path.rglob(".*"))):
+        for file in (self._files() - known).union(partial_files(self.path)):
             file.unlink()
 
     def add(self, step: int, items: Iterable[Item]) -> None:
@@ -106,17 +106,21 @@ class RunWriter:
         self._write_meta(status, file_hash)
         return Run(self.path, self.meta)
 
+    def _files(self) -> set[Path]:
+        return own_files(self.path, "records.parquet", "snapshots/*", "state/*")
+
     def _write_table(self) -> None:
         buffer = io.BytesIO()
         self.table().to_parquet(buffer, index=False)
         write_bytes(self.path / "records.parquet", buffer.getvalue())
 
     def _write_meta(self, status: str, checksum: Callable[[Path], str]) -> None:
-        files = [self.path / "records.parquet", *self.path.glob("snapshots/*"), *self.path.glob("state/*")]
         used = self.table()["quantity"].cat.categories
         self.meta |= {
             "status": status,
-            "checksums": {str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(files)},
+            "checksums": {
+                str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(self._files())
+            },
             "quantities": {name: _describe(name) for name in used},
         }
         write_json(self.path / "run.json", self.meta)

@@ -19,7 +19,7 @@ LAYERS = [
     ["json_files", "csv_files"],
     ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["turning", "names", "chart"],
-    ["update"],
+    ["update", "folders"],
     ["fourier"],
     ["records", "forms", "render", "allocation", "hosts", "assets", "encoding", "summary", "transforms"],
     ["images", "run", "sources", "evaluation", "foreign", "replay", "hidden"],
@@ -39,7 +39,8 @@ LAYERS = [
     ["state", "observe", "mixing", "stepping"],
     ["removal"],
     ["worth"],
-    ["plan", "resume"],
+    ["resume"],
+    ["plan"],
     ["session", "driving", "recording"],
     ["loop", "training"],
     ["hf"],
@@ -56,6 +57,7 @@ LAYERS = [
 TORCH_FREE = {
     *(
         "printable",
+        "folders",
         "json_files",
         "csv_files",
         "algebra",
@@ -105,7 +107,7 @@ def part(path: Path) -> str:
 def imports(path: Path) -> set[str]:
     """Full names of all that a file imports, wherever in the file."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -172,5 +174,5 @@ def test_star_import_gives_every_exported_name(module):
 
 
 def test_no_file_has_outgrown_its_idea():
-    long = {path.name: n for path in FILES if (n := len(path.read_text().splitlines())) > 320}
+    long = {path.name: n for path in FILES if (n := len(path.read_text(encoding="utf-8").splitlines())) > 320}
     assert not long

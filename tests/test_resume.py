@@ -18,8 +18,8 @@ from forks import contents, same
 
 import lorascope as ls
 from lorascope import models
+from lorascope.folders import held
 from lorascope.methods import LoRA
-from lorascope.plan import held
 from lorascope.session import Session
 
 
@@ -219,8 +219,24 @@ def test_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
 
 
 def test_overwriting_begins_anew(whole, bert, task):
-    (whole / "notes.txt").write_text("left over")
     run = ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=whole, overwrite=True, **FAST)
     assert run.finished
-    assert not (whole / "notes.txt").exists()
     assert [path.name for path in whole.parent.iterdir()] == [whole.name]
+
+
+def test_files_of_the_user_survive_overwriting_and_resuming(bert, task, tmp_path, at_step):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    at_step(3, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    mine = [out / "notes.txt", *(out / place / "mine.safetensors" for place in ("resume", "snapshots", "state"))]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("years of work")
+    with pytest.raises(ValueError, match=r"did not write .*(mine.safetensors|notes.txt)"):
+        ls.train(models.load(bert, task=task), task, method, out=out, overwrite=True, **FAST)
+    run = ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    assert run.finished
+    assert [file.read_text(encoding="utf-8") for file in mine] == ["years of work"] * 4
+    assert not any("mine" in name for name in run.meta["checksums"])
+    assert [path.name for path in (out / "resume").iterdir()] == ["mine.safetensors"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.numpy import save
 
 from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
 from lorascope.export import fourier, lora
+from lorascope.folders import new_folder, require_absent
 from lorascope.forms import UNTRAINED
 from lorascope.printable import printable
 from lorascope.run import Run
@@ -77,8 +77,7 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
         The update is neither, nothing is left of it, or it has what PEFT's FourierFT cannot express.
     """
     path = Path(out)
-    if path.exists():
-        raise FileExistsError(f"{path} exists: give a new folder")
+    require_absent(path)
     if "source" in run.meta:
         what = "holds HydraLoRA, which no folder of PEFT does: export a run that was trained here, at fixed gates"
         read = what if run.inexact() else f"is an adapter of PEFT already: copy its folder, {run.path}"
@@ -104,13 +103,11 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
         raise ValueError(f"run {run.id} ({run.label}) {told}: give the folder that PEFT saved")
     config = _config(run, form.keywords(run, updates), _owners(run, weights), updates)
     tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
-    draft = path.with_name(f".{path.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
     whole = {PREFIX + name: np.ascontiguousarray(array) for name, array in (tensors | weights).items()}
-    write_bytes(draft / WEIGHTS, save(whole, metadata={"format": "pt"}))
-    write_json(draft / CONFIG, config)
-    write_bytes(draft / "README.md", _card(run, config, path.name).encode())
-    draft.rename(path)
+    with new_folder(path) as draft:
+        write_bytes(draft / WEIGHTS, save(whole, metadata={"format": "pt"}))
+        write_json(draft / CONFIG, config)
+        write_bytes(draft / "README.md", _card(run, config, path.name).encode())
     return path
 
 

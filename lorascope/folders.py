@@ -1,0 +1,202 @@
+"""Run folders on disk: which files lorascope writes there, the lock of a running training, and removal.
+
+A file that lorascope did not write is never removed, and a folder that another process trains in is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from lorascope.json_files import read_json
+from lorascope.printable import printable
+from lorascope.tensors import is_partial
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_OWN = re.compile(
+    r"records\.parquet|snapshots/step-\d+\.safetensors|state/(last|best)\.safetensors"
+    r"|resume/(step-\d+|best-\d+|base)\.safetensors"
+)
+_PHASE = re.compile(r"\d+-.+")
+_Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
+
+
+class Busy(ValueError):
+    """Another process is training this very run."""
+
+
+@dataclass
+class RunManifest:
+    """What distinguishes a ``run.json`` of ours from another program's."""
+
+    id: _Id
+    status: Literal["running", "done", "broken"]
+    schema: int
+    recipe: dict[str, Any]
+    checksums: dict[str, str]
+    modules: list[dict[str, Any]]
+
+
+@dataclass
+class RecipeManifest:
+    """The content of ``recipe.json``."""
+
+    id: _Id
+    status: Literal["running", "done"]
+    phases: list[str]
+
+
+MANIFESTS: dict[str, type[RunManifest | RecipeManifest]] = {"recipe.json": RecipeManifest, "run.json": RunManifest}
+
+
+def read_manifest(folder: Path) -> RunManifest | RecipeManifest:
+    """Return the manifest of a recipe with phases, or else of a run.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is neither.
+    ValueError
+        The file was not written by lorascope.
+    """
+    name = "recipe.json" if (folder / "recipe.json").exists() else "run.json"
+    return read_json(folder / name, MANIFESTS[name])
+
+
+def own_files(folder: Path, *places: str) -> set[Path]:
+    """Return the files below ``folder`` that lorascope writes into a run folder, manifests aside.
+
+    Parameters
+    ----------
+    folder : path
+        A run folder.
+    places : str
+        Glob patterns relative to it.
+    """
+    found = {file for place in places for file in folder.glob(place)}
+    return {file for file in found if _OWN.fullmatch(file.relative_to(folder).as_posix())}
+
+
+def partial_files(folder: Path) -> Iterator[Path]:
+    """Temporary files of writers that were killed."""
+    return (file for file in folder.rglob(".*") if is_partial(file) and file.is_file())
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, where the system can; it lets go when this one dies, however it dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another process may have moved the folder away between the two calls.
+            taken = not os.path.samestat(os.fstat(handle), folder.stat())
+        except (BlockingIOError, FileNotFoundError):
+            taken = True
+        except OSError:  # a file system without locks
+            taken = False
+        if taken:
+            raise Busy(f"{folder} is being trained by another process: wait for it")
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run, or a recipe with its phases, finished or not.
+
+    Raises
+    ------
+    Busy
+        A process trains in it.
+    ValueError
+        It is a symbolic link, not a run folder, or holds files that lorascope did not write.
+    """
+    refused = f"cannot overwrite {printable(folder)}"
+    if folder.is_symlink():
+        raise ValueError(
+            f"{refused}: it is a symbolic link; give the folder it points to, {printable(folder.resolve())}"
+        )
+    folder = folder.resolve()
+    try:
+        read_manifest(folder)
+        for phase in _phases(folder):
+            with suppress(FileNotFoundError):  # a phase that has barely begun
+                read_manifest(phase)
+    except ValueError as error:
+        raise ValueError(f"{refused}: it is not a run of lorascope ({error})") from error
+    with ExitStack() as locks:
+        for place in (folder, *_phases(folder)):
+            locks.enter_context(held(place))
+        # Renamed first, so that a removal that is cut short leaves nothing that looks like a run.
+        removed = folder.with_name(f".{folder.name}.removed")
+        for place in (folder, removed):
+            if (foreign := _foreign(place)) is not None:
+                raise ValueError(f"{refused}: lorascope did not write {printable(foreign)}; move it away first")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)
+        shutil.rmtree(removed)
+
+
+def _phases(folder: Path) -> list[Path]:
+    return [child for child in folder.iterdir() if _PHASE.fullmatch(child.name) and child.is_dir()]
+
+
+def _foreign(folder: Path) -> Path | None:
+    """A file in a folder, or a link in place of it, that lorascope did not write."""
+    if folder.is_symlink():
+        return folder
+    for where, folders, files in os.walk(folder):
+        for path in (Path(where, name) for name in sorted([*folders, *files])):
+            name = path.relative_to(folder)
+            inside = name.relative_to(name.parts[0]) if _PHASE.fullmatch(name.parts[0]) else name
+            own = _OWN.fullmatch(inside.as_posix()) or str(inside) in MANIFESTS or is_partial(path)
+            if path.is_symlink() or (path.name in files and not own):
+                return path
+    return None
+
+
+def require_absent(path: Path) -> None:
+    """Raise a FileExistsError where a new folder cannot be made, since something is there."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists: give a new folder")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Write a folder so that it is whole or absent.
+
+    Yields
+    ------
+    path
+        Where to write; renamed to ``path`` when the block ends without an error.
+
+    Raises
+    ------
+    FileExistsError
+        Something is there already.
+    """
+    require_absent(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed and had the same number
+    try:
+        yield draft
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,238 @@
+"""Run folders: what may be removed, and what is left alone however it is asked for."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorascope.folders import Busy, held, new_folder, remove_run
+from lorascope.plan import claim
+from lorascope.recording import make_room
+from lorascope.tensors import is_partial
+
+ID = "0123456789ab"
+MANIFEST = {
+    "id": ID, "status": "done", "schema": 1, "recipe": {}, "checksums": {}, "modules": [], "settings": {}, "label": "L",
+    "model": "m", "parents": [], "seed": 0, "states": {}, "task": "t",
+}  # fmt: skip
+OWN = [
+    "records.parquet", "snapshots/step-000500.safetensors", "state/last.safetensors", "state/best.safetensors",
+    "resume/step-00000500.safetensors", "resume/best-00000400.safetensors", "resume/base.safetensors",
+    "snapshots/.step-000501.safetensors.4711.part",
+]  # fmt: skip
+
+
+def make_run(folder: Path, **meta: Any) -> Path:
+    """A run folder with a file of every kind that a training leaves."""
+    for name in OWN:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+    (folder / "run.json").write_bytes(json.dumps(MANIFEST | meta).encode())
+    return folder
+
+
+def make_recipe(folder: Path, status: str = "done") -> Path:
+    make_run(folder / "1-search")
+    make_run(folder / "2-retrain", status=status)
+    recipe = {"id": ID, "status": status, "phases": ["1-search", "2-retrain"]}
+    (folder / "recipe.json").write_bytes(json.dumps(recipe).encode())
+    return folder
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """All that lies below a folder, links unfollowed."""
+    return {
+        path.relative_to(folder).as_posix(): os.readlink(path)
+        if path.is_symlink()
+        else path.is_file() and path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@contextmanager
+def held_elsewhere(folder: Path) -> Iterator[None]:
+    """Lock a folder from another process, as a training in it does."""
+    (ready, tell), (wait, go) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(go)
+            with held(folder):
+                os.write(tell, b"1")
+                os.read(wait, 1)
+        finally:
+            os._exit(0)
+    try:
+        os.read(ready, 1)
+        yield
+    finally:
+        os.close(go)
+        assert os.waitpid(child, 0)[1] == 0
+        for handle in (ready, tell, wait):
+            os.close(handle)
+
+
+@pytest.mark.parametrize("status", ["done", "running", "broken"])
+def test_remove_run_takes_a_run_and_nothing_beside_it(tmp_path: Path, status: str) -> None:
+    make_run(tmp_path / "run", status=status)
+    make_run(tmp_path / "other")
+    before = tree(tmp_path / "other")
+    remove_run(tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert tree(tmp_path / "other") == before
+
+
+@pytest.mark.parametrize("status", ["done", "running"])
+def test_remove_run_takes_a_recipe_with_its_phases(tmp_path: Path, status: str) -> None:
+    make_recipe(tmp_path / "recipe", status)
+    (tmp_path / "recipe/3-more").mkdir()  # killed before its first file
+    remove_run(tmp_path / "recipe")
+    assert not any(tmp_path.iterdir())
+
+
+def write(name: str, text: str = "years of work") -> Callable[[Path], None]:
+    def act(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(text.encode())
+
+    return act
+
+
+def foreign_link(folder: Path) -> None:
+    elsewhere = folder.parent / "scratch"
+    (folder / "state").rename(elsewhere)
+    (folder / "state").symlink_to(elsewhere)
+
+
+def link_in_its_place(folder: Path) -> None:
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to("elsewhere")
+
+
+REFUSED = {
+    "another program's run.json": (write("run.json", '{"id": 7, "scripts": ["a"]}'), "run.json"),
+    "a run.json with an id alone": (write("run.json", json.dumps({"id": ID, "status": "done"})), "run.json"),
+    "an id that is none": (write("run.json", json.dumps(MANIFEST | {"id": "my-favourite"})), "run.json"),
+    "a status that is none": (write("run.json", json.dumps(MANIFEST | {"status": "succeeded"})), "run.json"),
+    "a list": (write("run.json", "[1, 2]"), "run.json"),
+    "a cut run.json": (write("run.json", json.dumps(MANIFEST)[:-20]), "run.json"),
+    "deep nesting": (write("run.json", "[" * 100_000), "run.json"),
+    "a recipe for soup": (write("recipe.json", '{"id": "soup", "status": "done", "phases": ["boil"]}'), "recipe.json"),
+    "a foreign phase": (write("1-notes/run.json", '{"id": "x"}'), "1-notes/run.json"),
+    "notes": (write("notes.txt"), "notes.txt"),
+    "notes of a phase": (write("1-notes/chapter.tex"), "1-notes/chapter.tex"),
+    "hidden notes": (write(".notes.part"), ".notes.part"),
+    "notes beside snapshots": (write("snapshots/step-mine.safetensors"), "step-mine.safetensors"),
+    "a run below the run": (write("copy/run.json"), "copy/run.json"),
+    "a link inside": (foreign_link, "state"),
+    "a link in its place": (link_in_its_place, "elsewhere"),
+    "a removed folder that is none": (write("../.run.removed/mine.txt"), "mine.txt"),
+}
+
+
+@pytest.mark.parametrize("fault", list(REFUSED))
+def test_remove_run_refuses_what_is_not_ours(tmp_path: Path, fault: str) -> None:
+    change, named = REFUSED[fault]
+    make_run(tmp_path / "run")
+    change(tmp_path / "run")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot overwrite .*run") as caught:
+        claim(tmp_path / "run", ID, overwrite=True)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("place", ["", "1-search", "2-retrain"])
+def test_a_folder_in_which_another_process_trains_is_not_removed(tmp_path: Path, place: str) -> None:
+    make_recipe(tmp_path / "run", "running")
+    before = tree(tmp_path)
+    with held_elsewhere(tmp_path / "run" / place):
+        with pytest.raises(Busy, match="another process"):
+            claim(tmp_path / "run", ID, overwrite=True)
+        assert tree(tmp_path) == before
+    claim(tmp_path / "run", ID, overwrite=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_claim_leaves_the_half_written_files_of_a_running_training(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", status="running")
+    write(".run.json.4711.part")(tmp_path / "run")
+    before = tree(tmp_path)
+    claim(tmp_path / "run", ID, overwrite=False)
+    assert tree(tmp_path) == before
+
+
+def test_a_lock_on_a_folder_that_was_moved_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def moved(path: Any, *flags: int) -> int:
+        handle = opened(path, *flags)
+        Path(path).rename(tmp_path / "moved")
+        Path(path).mkdir()
+        return handle
+
+    monkeypatch.setattr(os, "open", moved)
+    with pytest.raises(Busy), held(tmp_path / "run"):
+        pass
+
+
+def test_what_a_removal_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    make_run(tmp_path / ".run.removed")
+    (tmp_path / ".run.removed/run.json").unlink()
+    remove_run(tmp_path / "run")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_recorder_does_not_move_a_folder_away_in_which_another_process_writes(tmp_path: Path) -> None:
+    make_run(tmp_path / "run", status="running")
+    before = tree(tmp_path)
+    with held_elsewhere(tmp_path / "run"):
+        with pytest.raises(Busy, match="another process"):
+            make_room(tmp_path / "run", None)
+        assert tree(tmp_path) == before
+    make_room(tmp_path / "run", None)
+    assert [path.name for path in tmp_path.iterdir()] == [f"run-{ID}"]
+
+
+def test_a_recorder_refuses_a_file_in_place_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(ValueError, match="is a file"):
+        make_room(tmp_path / "run", None)
+
+
+def test_new_folder_is_whole_or_absent_and_takes_nobodys_place(tmp_path: Path) -> None:
+    (tmp_path / ".new.part").mkdir()  # somebody else's
+
+    def fail() -> None:
+        with new_folder(tmp_path / "new") as draft:
+            draft.mkdir()
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == [".new.part"]
+    with new_folder(tmp_path / "new") as draft:
+        draft.mkdir()
+        (draft / "file").touch()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("new", "link"):
+        with pytest.raises(FileExistsError, match="exists: give a new folder"), new_folder(tmp_path / name):
+            pass
+    assert os.readlink(tmp_path / "link") == "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("name", "partial"),
+    [(".run.json.4711.part", True), (".notes.part", False), ("run.json.4711.part", False), (".4711.part", False)],
+)
+def test_temporary_files_of_ours_are_known_by_their_names(name: str, partial: bool) -> None:
+    assert is_partial(Path(name)) is partial

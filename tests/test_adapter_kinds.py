@@ -77,7 +77,7 @@ def test_adalora_masked_but_not_yet_cut_has_dead_components(tmp_path: Path) -> N
 
 def test_adalora_that_does_not_fit_its_configuration_gets_one_line(tmp_path: Path) -> None:
     adalora(tmp_path, MASK)
-    told = json.loads((tmp_path / CONFIG).read_text())
+    told = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
     write_json(tmp_path / CONFIG, told | {"rank_pattern": None})
     with pytest.raises(ValueError, match=r"gives .*q_proj rank 5, its factors have 3 and 3"):
         load(tmp_path)
@@ -150,7 +150,7 @@ def test_dora_says_which_part_of_it_is_told(tmp_path: Path) -> None:
 def test_dora_and_its_configuration_have_to_agree(tmp_path: Path) -> None:
     dora(tmp_path, **DORA["linear"])
     file = tmp_path / "adapter" / CONFIG
-    told = json.loads(file.read_text())
+    told = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, told | {"use_dora": False})
     with pytest.raises(ValueError, match=r"holds lora_magnitude_vector, but .* does not say use_dora"):
         load(tmp_path / "adapter")

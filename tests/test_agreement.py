@@ -261,7 +261,7 @@ def told_of_neurons(folder, seed, told, rows=9, **more):
         {"module": name, "stack": "", "layer": 0, "role": role, "out_features": outer, "in_features": inner, "tied": ""}
         for role, (name, _, outer, inner) in places.items()
     ]
-    meta = json.loads((write_run(folder / "donor") / "run.json").read_text())
+    meta = json.loads((write_run(folder / "donor") / "run.json").read_text(encoding="utf-8"))
     states = {"last": {"step": 9, "ranks": {}}}
     writer = RunWriter(folder / "run", meta | {"modules": modules, "seed": seed, "states": states} | more)
     for name, own, *_ in places.values():

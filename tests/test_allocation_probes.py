@@ -144,7 +144,7 @@ def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, sm
     monkeypatch.setitem(probes.PROBES, name, shrunk(probes.PROBES[name], bert, files))
     monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
     found = probes.reproduce([name], True, 2, tmp_path / "out")
-    page = html.unescape(found.path.read_text())
+    page = html.unescape(found.path.read_text(encoding="utf-8"))
     verdicts = found.verdicts[name]
     assert len(verdicts) >= 3
     for verdict in verdicts:

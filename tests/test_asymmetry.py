@@ -227,7 +227,7 @@ def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
     found = probes.reproduce(["asymmetry"], True, 1, tmp_path / "out")
     assert [claim["outcome"] for claim in found.plain()["claims"]] == ["inconclusive"] * 6
-    page = found.path.read_text()
+    page = found.path.read_text(encoding="utf-8")
     assert page.count("<figure") == 2
     folders = list((tmp_path / "out/runs").iterdir())
     assert len(folders) == 7

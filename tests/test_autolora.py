@@ -573,7 +573,10 @@ def trained(bert, task, tmp_path_factory):
 def test_what_was_found_is_what_is_retrained(trained, task):
     _, model, run = trained
     (search,) = run.parents
-    assert json.loads((run.path.parent / "recipe.json").read_text())["phases"] == ["1-search", "2-retrain"]
+    assert json.loads((run.path.parent / "recipe.json").read_text(encoding="utf-8"))["phases"] == [
+        "1-search",
+        "2-retrain",
+    ]
     assert ls.load(run.path.parent).id == run.id
     assert run.meta["recipe"] == search.meta["recipe"] == search.meta["method"]
     assert run.meta["method"]["name"] == "lora"

@@ -289,7 +289,7 @@ def test_a_header_whose_length_begins_like_a_pickle_is_read(adapter: Path) -> No
 
 def configured(adapter: Path, **changes: Any) -> None:
     file = adapter / CONFIG
-    write_json(file, json.loads(file.read_text()) | changes)
+    write_json(file, json.loads(file.read_text(encoding="utf-8")) | changes)
 
 
 def stored(adapter: Path, change: Any) -> None:
@@ -451,7 +451,7 @@ def test_a_folder_of_phases_is_its_last_phase(tmp_path: Path) -> None:
 
 
 def edited(run: Path, **changes: Any) -> None:
-    write_json(run / "run.json", json.loads((run / "run.json").read_text()) | changes)
+    write_json(run / "run.json", json.loads((run / "run.json").read_text(encoding="utf-8")) | changes)
 
 
 SPOILED: dict[str, tuple[Any, str]] = {

@@ -69,7 +69,7 @@ def test_any_spoiled_file_is_read_or_told_in_one_line(adapter: Path, name: str) 
     ],
 )
 def test_a_setting_of_the_wrong_kind_is_named(adapter: Path, change: dict[str, Any], message: str) -> None:
-    write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text()) | change)
+    write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text(encoding="utf-8")) | change)
     with pytest.raises(ValueError, match=r"where|which") as raised:
         load(adapter)
     assert f"{adapter / CONFIG}: {message}" in str(raised.value)

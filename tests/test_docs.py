@@ -42,7 +42,7 @@ def test_a_page_does_what_it_says(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    blocks = _BLOCK.findall(page.read_text())
+    blocks = _BLOCK.findall(page.read_text(encoding="utf-8"))
     assert blocks
     for kind, block in blocks:
         if kind == "python":

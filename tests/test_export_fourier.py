@@ -155,8 +155,8 @@ def test_the_card_and_the_command(bert: str, task: Any, tmp_path: Path, capsys: 
     _, found = trained(bert, task, FourierFT(), tmp_path / "run", steps=1)
     out = tmp_path / "adapter"
     assert run(capsys, "export", found.path, "--peft", out) == (0, f"{out}\n", "")
-    assert "A FourierFT adapter, written by lorascope" in (out / "README.md").read_text()
-    config = json.loads((out / "adapter_config.json").read_text())
+    assert "A FourierFT adapter, written by lorascope" in (out / "README.md").read_text(encoding="utf-8")
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["peft_type"], config["random_loc_seed"], config["scaling"]) == ("FOURIERFT", 2024, 100.0)
     assert (config["n_frequency"], config["n_frequency_pattern"]) == (128, {})
     assert not {"r", "lora_alpha", "lora_dropout"} & config.keys()

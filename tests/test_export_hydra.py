@@ -49,7 +49,7 @@ def test_at_fixed_gates_peft_gives_the_logits_of_fixed_routers(
         hydra.restore(free)
         assert distance(free, theirs) > 1e-4  # what routers do is lost
         assert distance(fixed(hydra, gates, bert, task), theirs) < 1e-6
-        card = (out / "README.md").read_text()
+        card = (out / "README.md").read_text(encoding="utf-8")
         assert "HydraLoRA at given gates, without its routers" in card
         assert "not those of the model that was trained" in card
 
@@ -102,4 +102,4 @@ def test_what_has_no_router_is_a_lora_already(
     ours, run = trained(bert, task, method, tmp_path / "run")
     theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
     assert distance(ours, theirs) < 1e-6
-    assert "routers" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert "routers" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")

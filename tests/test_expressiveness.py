@@ -150,7 +150,7 @@ def test_regions_are_those_of_the_network(tmp_path):
 def test_the_report_tells_of_it_without_any_run(monkeypatch, tmp_path):
     _plant(monkeypatch, {FOURIER: [10] * 5, RANDOM: [20] * 5}, {SLOW: [0.5] * 5, FAST: [0.6] * 5})
     found = probes.reproduce(["expressiveness"], True, None, tmp_path)
-    page = html.unescape(found.path.read_text())
+    page = html.unescape(found.path.read_text(encoding="utf-8"))
     assert study.EXPRESSIVE.sentence in page
     assert page.count("signs") == 0
     assert [claim["n"] for claim in found.plain()["claims"]] == [5, 5]

@@ -111,7 +111,7 @@ def named(adapter: Path) -> Path:
 
 
 def configured(adapter: Path, **changes: Any) -> None:
-    write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text()) | changes)
+    write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text(encoding="utf-8")) | changes)
 
 
 def test_the_base_that_the_configuration_names_gives_the_shapes(adapter):
@@ -217,7 +217,7 @@ def test_its_table_is_exported_with_the_base(adapter, tmp_path, capsys):
     assert main([*words, str(tmp_path / "x.json")]) == 2
     assert "keeps no shapes" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "x.json"), "--base", str(base)]) == 0
-    rows = json.loads((tmp_path / "x.json").read_text())
+    rows = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert [row["update_norm"] for row in rows] == load(adapter, base=base).summary()["update_norm"].tolist()
 
 

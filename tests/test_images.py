@@ -151,7 +151,7 @@ def test_by_names_alone_and_as_peft_reads_it(vit, album, tmp_path):
     right = [base.config.id2label[int(number)] for number in logits.argmax(-1)] == part["label"].to_numpy()
     assert run.meta["test"]["metric"] == right.mean()
     folder = ls.export.to_peft(run, tmp_path / "peft")
-    assert "AutoModelForImageClassification" in (folder / "README.md").read_text()
+    assert "AutoModelForImageClassification" in (folder / "README.md").read_text(encoding="utf-8")
     plain = AutoModelForImageClassification.from_pretrained(vit)
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(plain, folder).eval()(**pixels).logits

@@ -207,7 +207,7 @@ def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
 
 def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> None:
     module = {"module": "h.0.q", "stack": "", "layer": 0, "role": "q", "out_features": 3, "in_features": 4, "tied": ""}
-    meta = json.loads((write_run(tmp_path / "donor") / "run.json").read_text())
+    meta = json.loads((write_run(tmp_path / "donor") / "run.json").read_text(encoding="utf-8"))
     states = {"last": {"step": 9, "ranks": {}}}
     changes = {
         "modules": [module],
@@ -239,7 +239,7 @@ def test_a_run_with_factors_is_measured_by_them(tmp_path: Path) -> None:
 
 
 def test_the_second_name_of_a_tied_weight_is_measured_too(tmp_path: Path) -> None:
-    module = json.loads((write_run(tmp_path / "donor") / "run.json").read_text())["modules"][0]
+    module = json.loads((write_run(tmp_path / "donor") / "run.json").read_text(encoding="utf-8"))["modules"][0]
     modules = [module | {"module": "embed", "role": "embed", "layer": None, "tied": "h.0.q"}]
     item = inspect(load(write_run(tmp_path / "run", modules=modules)))
     row = item.modules.set_index("module").loc["h.0.q"]

@@ -182,7 +182,10 @@ def test_a_method_of_two_phases(bert, task, tmp_path):
     model = models.load(bert, task=task)
     before = parameters(model)
     run = ls.train(model, task, TwoPhases(), out=tmp_path / "run", **FAST)
-    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["phases"] == ["1-search", "2-retrain"]
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text(encoding="utf-8"))["phases"] == [
+        "1-search",
+        "2-retrain",
+    ]
     assert [answers[0].meta["settings"]["steps"], run.meta["settings"]["steps"]] == [3, 6]
     assert run.parents[0].id == answers[0].id
     assert run.meta["method"]["name"] == "lora"

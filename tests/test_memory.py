@@ -199,7 +199,7 @@ def test_what_was_measured_on_one_device_is_not_taken_for_another(bert, task, tm
     here = measure("cpu")
     there = here.with_name(f"{here.name}-cuda-1")
     shutil.copytree(here, there)
-    told = json.loads((there / "run.json").read_text())
+    told = json.loads((there / "run.json").read_text(encoding="utf-8"))
     (there / "run.json").write_text(json.dumps(told | {"device": "cuda:1"}))
     assert measure("cuda:1") == there
     assert measure("cpu") == measure("cpu", out=here) == here

@@ -112,7 +112,7 @@ def test_head_that_knows_the_labels_keeps_their_order(tmp_path, three):
 
 def test_wrong_shape_elsewhere_is_no_matter_of_labels(tmp_path, three):
     tiny("bert", "base").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 70}))
     for task in (None, three):
         with pytest.raises(ValueError, match=r"word_embeddings|size") as caught:

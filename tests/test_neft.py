@@ -224,7 +224,7 @@ def test_the_chosen_are_those_that_tuning_turned_most_and_training_begins_anew(p
     (tune,) = run.parents
     assert (tune.meta["method"]["name"], tune.meta["settings"]["steps"]) == ("full", 3)
     assert run.meta["recipe"] == tune.meta["recipe"]
-    assert json.loads((run.path.parent / "recipe.json").read_text())["phases"] == ["1-tune", "2-masked"]
+    assert json.loads((run.path.parent / "recipe.json").read_text(encoding="utf-8"))["phases"] == ["1-tune", "2-masked"]
     fresh, tuned = models.load(folder, task=task), models.load(folder, task=task)
     tune.restore(tuned)
     found = {}

@@ -200,7 +200,7 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
         monkeypatch.setitem(probes.PROBES, name, replace(probe, arms=lambda quick, arms=arms: arms))
     monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
     found = probes.reproduce(["lora", "lisa"], True, None, tmp_path / "out")
-    page = found.path.read_text()
+    page = found.path.read_text(encoding="utf-8")
     for claim in (lora.PARITY, lora.USEFUL, lora.SHARED, lisa.BOTTOM, lisa.BOTTOM_LEARNED):
         assert claim.sentence in html.unescape(page)
     assert page.count("inconclusive") >= 5

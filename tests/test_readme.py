@@ -16,7 +16,7 @@ from lorascope.plots import FIGURES
 from lorascope.probes import PROBES
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_methods_is_the_registry():
@@ -39,13 +39,13 @@ def test_every_command_named_is_one():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_every_path_leads_somewhere(page):
-    text = (ROOT / page).read_text()
+    text = (ROOT / page).read_text(encoding="utf-8")
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
 
 
 def test_every_picture_drawn_again_is_shown_by_its_probe_and_in_the_docs():
-    pages = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")))
     for file, (probe, figure, width) in runpy.run_path(str(ROOT / "figures/draw.py"))["PICTURES"].items():
         shown = inspect.getsource(inspect.getmodule(PROBES[probe].judge))
         assert f'"{figure}"' in shown, (file, probe, figure)
@@ -55,5 +55,5 @@ def test_every_picture_drawn_again_is_shown_by_its_probe_and_in_the_docs():
 
 
 def test_make_knows_every_target_named():
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     assert set(re.findall(r"`make (\w+)", README)) <= targets

@@ -49,7 +49,7 @@ def copied(trained, tmp_path) -> Path:
 
 
 def edit(folder: Path, **changes) -> None:
-    meta = json.loads((folder / "run.json").read_text())
+    meta = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     (folder / "run.json").write_text(json.dumps(meta | changes))
 
 
@@ -327,7 +327,7 @@ def test_a_phase_is_copied_with_those_before_it(fresh_bert, task, tmp_path):
 
 
 def test_unfinished_and_broken_runs_show_themselves(copied):
-    meta = json.loads((copied / "run.json").read_text())
+    meta = json.loads((copied / "run.json").read_text(encoding="utf-8"))
     for status, extra in (("running", {}), ("broken", {"error": "the loss became nan at step 5 of 6"})):
         edit(copied, **meta | {"status": status, "states": {}, "checksums": {}, "test": {}} | extra)
         run = Run.read(copied)

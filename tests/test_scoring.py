@@ -207,7 +207,7 @@ import re, sys
 from pathlib import Path
 import lorascope as ls
 def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 ls.neuron_scores(*sys.argv[1:3])
 before = peak()
 ls.neuron_scores(*sys.argv[3:])

@@ -57,7 +57,7 @@ def test_the_pictures_of_the_whole_model_are_drawn_from_such_runs(smollm2, tmp_p
     assert len(starts(drawing.ONE_A)) == 1
     assert len(starts(drawing.OWN_A)) == 4
     pictures = drawing.draw(found)
-    page = (Path(drawing.__file__).parents[1] / "docs" / "smollm2.md").read_text()
+    page = (Path(drawing.__file__).parents[1] / "docs" / "smollm2.md").read_text(encoding="utf-8")
     assert re.findall(r"figures/(smollm2-\w+)\.png", page) == list(pictures)
     for chart in pictures.values():
         assert drawing.save(chart, tmp_path / "picture.png", "page").stat().st_size > 10_000

@@ -133,7 +133,7 @@ def test_workers_that_never_begin_are_told(bert, task, tmp_path, monkeypatch):
 def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "_PAUSE", 0.05)
     (run,) = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
-    text = (run.path / "run.json").read_text()
+    text = (run.path / "run.json").read_text(encoding="utf-8")
     (run.path / "run.json").write_text(text.replace('"status": "done"', '"status": "running"'))
 
     def hold():
@@ -159,14 +159,14 @@ class Mortal(LoRA):
 
     def before_step(self, step):
         seed, killed = torch.initial_seed(), Path(self.notes, "killed")
-        with Path(self.notes, f"seed-{seed}").open("a") as file:
+        with Path(self.notes, f"seed-{seed}").open("a", encoding="utf-8") as file:
             file.write(f"{step.index}\n")
         if step.index == 2:
             try:
                 killed.touch(exist_ok=False)
             except FileExistsError:
                 return
-            killed.write_text(str(seed))
+            killed.write_text(str(seed), encoding="utf-8")
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -176,7 +176,7 @@ def check_that_nothing_is_lost(bert, task, folder, backend):
     settings = {"steps": 4, "batch_size": 4, "eval_every": 0, "checkpoint_every": 1}
     grid = {"model": bert, "task": csv(task, folder), "method": method, "seeds": 2, "settings": settings}
     runs = ls.sweep({**grid, "root": str(folder / "runs"), "backend": backend}, progress=False)
-    done = (folder / f"seed-{(folder / 'killed').read_text()}").read_text().split()
+    done = (folder / f"seed-{(folder / 'killed').read_text(encoding='utf-8')}").read_text(encoding="utf-8").split()
     assert done == ["0", "1", "2", "2", "3"]
     assert [run.meta["seed"] for run in runs] == [0, 1]
     whole = ls.sweep({**grid, "root": str(folder / "whole"), "backend": {"name": "sequential"}}, progress=False)

@@ -87,10 +87,10 @@ def test_an_adapter_has_a_table_too(tmp_path: Path) -> None:
 def test_the_command(planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.csv"
     assert run(capsys, "export", planted.path, "--table", out) == (0, f"{out}\n", "")
-    assert len(out.read_text().splitlines()) == 1 + len(planted.table)
+    assert len(out.read_text(encoding="utf-8").splitlines()) == 1 + len(planted.table)
     told = run(capsys, "export", planted.path, "--table", tmp_path / "modules.json", "--summary", "--json")
     assert (told[0], json.loads(told[1])) == (0, {"id": "run", "path": str(tmp_path / "modules.json")})
-    assert len(json.loads((tmp_path / "modules.json").read_text())) == len(planted.summary())
+    assert len(json.loads((tmp_path / "modules.json").read_text(encoding="utf-8"))) == len(planted.summary())
 
 
 def test_wrong_use_gets_one_line_and_leaves_no_file(
@@ -110,7 +110,7 @@ def test_wrong_use_gets_one_line_and_leaves_no_file(
     assert "--state goes with --summary here" in complaint(
         capsys, *words, "--table", tmp_path / "x.csv", "--state", "best"
     )
-    assert there.read_text() == "mine"
+    assert there.read_text(encoding="utf-8") == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "there.csv"]
 
 

@@ -364,7 +364,7 @@ def test_published_sentences_are_those_of_the_card():
     card = Path(__file__).parents[1] / "data"
     task = tasks.load("sentiment")
     assert len(task.table) == 19_136
-    assert task.hash in (card / "README.md").read_text()
+    assert task.hash in (card / "README.md").read_text(encoding="utf-8")
     counts = pd.read_csv(card / "sentiment_counts.csv").set_index(["domain", "label"])
     for name, rows in task.splits.items():
         assert rows.groupby(["group", "label"]).size().to_list() == counts[name].to_list()

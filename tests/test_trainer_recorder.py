@@ -295,7 +295,7 @@ def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tm
     assert run.meta["status"] == "broken"
     assert run.table["step"].max() == 4
     assert "broken" in repr(run)
-    assert run.id == json.loads((tmp_path / "out/lorascope/run.json").read_text())["id"]
+    assert run.id == json.loads((tmp_path / "out/lorascope/run.json").read_text(encoding="utf-8"))["id"]
 
 
 NAME = "bert.encoder.layer.0.attention.self.query/singular_values"

@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused(lora: Run, bert: str, task: Any, tmp_path:
     three = ls.tasks.from_frame(task.table.assign(label=[f"class {n % 3}" for n in range(300)])[["text", "label"]], "3")
     with pytest.raises(ValueError, match=r"classifier\.\w+ is .* the task has other labels than the adapter"):
         worth.rises(ls.load(folder), bert, three)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     headless = ls.load(folder)
     headless.files = type(headless.files)(folder, config, headless.files.parts, (), headless.files.files)
     with pytest.raises(ValueError, match=r"neither .* holds classifier\.\w+: with a random head a loss says nothing"):

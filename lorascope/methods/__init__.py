@@ -18,7 +18,7 @@ __all__ = [
     "ALoRA",
     "AdaLoRA",
     "Adapprox",
-    "AdapproxOptimizer",
+    "AdapproxOptimizer",  # imported on access
     "AutoLoRA",
     "FourierFT",
     "Full",

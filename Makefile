@@ -1,14 +1,18 @@
-# Two commands: `make reproduce` and `make test`. Both build .venv when it is missing.
+# `make reproduce` and `make test` build .venv if it is missing. `make test-all` adds the slow tests.
 PYTHON ?= python3
 PIP_FLAGS ?=
 OUT ?= report
 BIN := .venv/bin
-# One thread a process: the suite and the probes run processes side by side.
+# One thread per process: the suite and the probes run processes in parallel.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
+# Without cached bytecode, each process compiles the type-checked package: 15 s.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: reproduce full test lint types tests notebooks gpu clean
+SLOW := --hypothesis-profile=thorough
+
+.PHONY: reproduce full test test-all lint types tests slow numbers notebooks gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce --quick -o $(OUT)
@@ -16,21 +20,32 @@ reproduce: .venv/installed
 full: .venv/installed
 	$(BIN)/lorascope reproduce -o $(OUT)-full
 
-test: lint types tests
+test: lint
+	@$(MAKE) --no-print-directory -j 2 types tests
+
+test-all: lint
+	@$(MAKE) --no-print-directory -j 2 types slow
+	$(BIN)/pytest -m ray $(SLOW)  # by itself: a cluster takes the whole machine
 
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: .venv/installed
-	$(BIN)/mypy
+	@found=$$($(BIN)/mypy 2>&1); code=$$?; echo "mypy: $$found"; exit $$code
 
 tests: .venv/installed
 	$(BIN)/pytest -n 2
-	$(BIN)/pytest -m ray  # by itself: a cluster takes the whole machine
+
+slow: .venv/installed
+	$(BIN)/pytest -n 2 -m "not ray" $(SLOW)
+
+numbers: .venv/installed
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 -m numbers
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m numbers
 
 notebooks: .venv/installed
-	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
+	$(BIN)/pytest -p nbmake --nbmake --nbmake-timeout=900 notebooks
 
 gpu: .venv/installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
@@ -40,9 +55,10 @@ gpu: .venv/installed
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lorascope needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
+	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 2.6 GB)..."
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'
 	@touch $@
 
 clean:

@@ -52,7 +52,7 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         No head for this kind of model, or more blocks asked for than it has.
     """
     source = locate(str(name))
-    with _quiet():
+    with quiet():
         config = _read(transformers.AutoConfig, source, name)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
@@ -104,7 +104,7 @@ def processor(model: nn.Module) -> Any:
     if getattr(model, "main_input_name", "input_ids") != "pixel_values":
         return tokenizer(model)
     source = _source(model, "image processor")
-    with _quiet():
+    with quiet():
         try:
             return transformers.AutoImageProcessor.from_pretrained(locate(source))
         except (OSError, ValueError, KeyError) as error:
@@ -134,7 +134,7 @@ def tokenizer(model: nn.Module) -> Any:
         The folder is gone, or the hub does not answer.
     """
     source = _source(model, "tokenizer")
-    with _quiet():
+    with quiet():
         try:
             found = transformers.AutoTokenizer.from_pretrained(locate(source))
         except (OSError, ValueError, KeyError) as error:
@@ -194,7 +194,7 @@ def _dense_folder(digest: str) -> Path:
 
 def _dequantize(gguf: Path, folder: Path) -> Path:
     """Write the dense float32 copy of a GGUF file, which loads fifty times faster, with its tokenizer."""
-    with _quiet(), staged(folder) as draft:
+    with quiet(), staged(folder) as draft:
         dense = transformers.GgufConfig(dequantize=True)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -271,8 +271,8 @@ def _hub_answers() -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No reports about new weights and no progress bars: what they say is in ``missing``."""
+def quiet() -> Iterator[None]:
+    """Turn off transformers' progress bars and its reports about new weights, which ``missing`` lists."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -8,12 +8,17 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from forks import Forks
+from hypothesis import settings
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorascope import tasks
 from lorascope.models import load
+
+settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=200, deadline=None)
+settings.load_profile("fast")
 
 GOOD = ["fine", "great", "lovely", "superb"]
 BAD = ["awful", "boring", "dreadful", "poor"]

@@ -49,6 +49,7 @@ class Forks:
     """Trains in forks of a warm process of one thread."""
 
     def __init__(self, model: str, table: Path) -> None:
+        self.table = table
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, killing.__file__, model, str(table)]
         self.process = subprocess.Popen(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from planted import blocks
 
@@ -25,7 +25,6 @@ def test_uniform_gives_the_leftovers_to_the_first_in_model_order() -> None:
     assert allocation.uniform(NAMES, 2) == {"c": 1, "a": 1, "b": 0}
 
 
-@settings(max_examples=60, deadline=None)
 @given(count=COUNTS, cap=COUNTS, share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_every_allocation_spends_its_budget_to_the_last_rank(count: int, cap: int, share: float, seed: int) -> None:
     modules = [f"m{number}" for number in range(count)]

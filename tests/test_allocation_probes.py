@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 from planted import plant
 
 from lorascope import delta, models, names, plots, probes, sweeps
@@ -105,6 +106,13 @@ def small_teacher(monkeypatch, tmp_path):
     yield
     for made in (teacher.task, teacher.planted_ranks):
         made.cache_clear()
+
+
+def test_the_base_is_written_without_a_word(small_teacher, capfd):
+    assert transformers.utils.logging.is_progress_bar_enabled()
+    teacher.base()
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_a_teacher_differs_from_its_base_by_the_planted_ranks(small_teacher):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope import records
@@ -96,7 +96,6 @@ def test_a_block_row_is_never_counted_beside_its_parts() -> None:
 
 
 @given(values=st.lists(st.floats(0.0, 1e3), min_size=4, max_size=4))
-@settings(max_examples=30, deadline=None)
 def test_pooling_in_two_stages_is_pooling_at_once(values: list[float]) -> None:
     names = ["b.0.q", "b.0.ff", "b.1.q", "b.1.ff"]
     rows = table([(1, name, "update_norm", value) for name, value in zip(names, values, strict=True)])

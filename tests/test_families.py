@@ -31,8 +31,15 @@ def test_no_method_is_left_out():
     assert set(METHODS) == own
 
 
-@pytest.mark.parametrize("method", list(METHODS))
-@pytest.mark.parametrize("family", families.FAMILIES)
+def cells():
+    """Every method on every family; fast are one method per family, in turn, and so a family or two per method."""
+    for number, family in enumerate(families.FAMILIES):
+        for place, method in enumerate(METHODS):
+            fast = number % len(METHODS) == place
+            yield pytest.param(family, method, marks=() if fast else pytest.mark.slow, id=f"{family}-{method}")
+
+
+@pytest.mark.parametrize(("family", "method"), cells())
 def test_a_method_on_a_family(family, method, bases, tmp_path):
     check(family, method, *bases(family), tmp_path / "run", METHODS[method], batch_size=6, eval_size=12, test_size=8)
 

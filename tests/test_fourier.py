@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorascope.fourier import Fourier, band_pass, entries, radius
@@ -50,7 +50,6 @@ def updates(draw) -> Fourier:
 
 
 @given(updates())
-@settings(max_examples=150, deadline=None)
 def test_an_update_is_the_inverse_transform_and_the_sum_of_cosines(update):
     expected = plain(update)
     bound = 1e-12 * (1 + np.abs(expected).max())
@@ -60,7 +59,6 @@ def test_an_update_is_the_inverse_transform_and_the_sum_of_cosines(update):
 
 
 @given(updates())
-@settings(max_examples=150, deadline=None)
 def test_norm_spectrum_and_rank_are_those_of_the_matrix_without_it(update):
     expected = np.linalg.svd(plain(update), compute_uv=False)
     assert update.norm() == pytest.approx(np.linalg.norm(expected), rel=1e-10)
@@ -70,7 +68,6 @@ def test_norm_spectrum_and_rank_are_those_of_the_matrix_without_it(update):
 
 
 @given(updates())
-@settings(max_examples=50, deadline=None)
 def test_every_update_is_symmetric_about_the_origin(update):
     mirrored = np.roll(update.matrix[::-1, ::-1], (1, 1), (0, 1))
     assert np.abs(update.matrix - mirrored).max() <= 1e-12 * (1 + np.abs(update.matrix).max())
@@ -137,7 +134,6 @@ def test_the_entries_of_a_small_weight():
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1), st.data())
-@settings(max_examples=60, deadline=None)
 def test_entries_are_drawn_as_torch_shuffles(d1, d2, seed, data):
     n = data.draw(st.integers(1, d1 * d2))
     before = np.random.get_state()[1].copy()
@@ -277,7 +273,6 @@ def test_energy_by_radius():
 
 
 @given(updates())
-@settings(max_examples=50, deadline=None)
 def test_the_inner_product_with_a_weight(update):
     W = np.random.default_rng(5).standard_normal(update.shape)
     assert update.inner(W) == pytest.approx(np.vdot(W, plain(update)), abs=1e-10 * (1 + abs(update.scale)))

@@ -401,7 +401,7 @@ def test_a_readme_of_an_export_holds_no_markup_of_others(
     run: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(run), "--peft", "out"]) == 0, capsys.readouterr().err
-    text = Path("out/README.md").read_text()
+    text = Path("out/README.md").read_text(encoding="utf-8")
     assert untreated(text) == set()
     _, front, body = text.split("---\n", 2)
     assert [line.partition(":")[0] for line in front.splitlines()] == ["base_model", "library_name"]

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from planted import blocks
 from scipy import stats
@@ -94,7 +94,6 @@ def test_thirds_of_the_depth_are_of_even_size(layers: int, sizes: list[int]) -> 
     assert third.is_monotonic_increasing
 
 
-@settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=2, max_size=4))
 def test_agreement_is_kendall_s_tau_of_scipy(values: list[list[int]]) -> None:
     found = ranks.agreement(several(*values))

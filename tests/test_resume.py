@@ -36,21 +36,23 @@ def never_taken_for_whole(folder: Path, whole: Path) -> None:
         assert {name: found[name] for name in contents(whole)} == contents(whole)
 
 
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("method", list(killing.METHODS))
-def test_whatever_lies_on_the_disk_at_any_moment_is_gone_on_from(method, forks, tmp_path):
-    """The disk is copied amid every write and before every removal: what a kill at that moment would leave."""
+def test_whatever_lies_on_the_disk_at_any_moment_is_gone_on_from(method, every, forks, tmp_path):
+    """The disk is copied amid writes and before removals, every one or every 7th: what a kill there would leave."""
     whole, copies = tmp_path / "whole", tmp_path / "copies"
     assert forks(method, whole, copies=copies) == 0
     moments = sorted(copies.iterdir())
     assert len(moments) > 10
     # Each phase has the moments of a run; and AdaLoRA differs from the others in what it writes, not in when.
-    moments = moments[:: {"two phases": 2, "adalora": 4}.get(method, 1)]
+    moments = moments[:: every * {"two phases": 2, "adalora": 4}.get(method, 1)]
     for copy in moments:
         never_taken_for_whole(copy, whole)
         assert forks(method, copy) == 0
         same(copy, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["two phases", "growing", "adalora"])
 def test_killed_again_and_again(method, forks, tmp_path):
     """SIGKILL itself: in the midst of a write, and at times drawn at random, until a call survives."""

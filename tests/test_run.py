@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import killing
 import numpy as np
 import peft
 import pytest
 import torch
+from forks import same
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, models, observe
+from lorascope import delta, models, observe, tasks
 from lorascope.delta import Delta
 from lorascope.layout import Lazy
 from lorascope.method import Method, Phase, train_adapters
@@ -342,35 +341,15 @@ def test_unfinished_and_broken_runs_show_themselves(copied):
 
 # -- identity -------------------------------------------------------------------------------------------------------
 
-_SCRIPT = """
-import sys
-import torch
-import lorascope as ls
-from lorascope import models, observe, tasks
-torch.set_num_threads(1)
-task = tasks.load(sys.argv[2])
-method = ls.LoRA(targets=("k", "q"), dropout=0.1)
-run = ls.train(models.load(sys.argv[1], task=task), task, method, steps=2, batch_size=4, eval_size=8, test_size=8,
-               observe=[observe.norms(every=1)], out=sys.argv[3], progress=False, device="cpu")
-print(run.id)
-"""
 
-
-def test_another_process_makes_the_same_run(bert, task, tmp_path):
+def test_another_process_makes_the_same_run(bert, forks, tmp_path):
     """Same id, same bits, though Python hashes strings by another seed."""
-    task.table[["text", "label"]].to_csv(tmp_path / "reviews.csv", index=False)
-    processes = []
-    for number in range(2):
-        environment = os.environ | {"PYTHONHASHSEED": str(number), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", _SCRIPT, bert, str(tmp_path / "reviews.csv"), str(tmp_path / str(number))]
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-    first, second = (process.communicate()[0].strip() for process in processes)
-    assert first == second
-    assert len(first) == 12
-    one, two = (ls.load(tmp_path / name) for name in "01")
-    assert [one.table, two.table][0].query("quantity != 'seconds'").equals(two.table.query("quantity != 'seconds'"))
-    state = {name: digest for name, digest in one.meta["checksums"].items() if name != "records.parquet"}
-    assert state == {name: digest for name, digest in two.meta["checksums"].items() if name != "records.parquet"}
+    here, there = tmp_path / "here", tmp_path / "there"
+    assert forks("lora", there) == 0
+    task, method = tasks.load(str(forks.table)), killing.METHODS["lora"]
+    ls.train(models.load(bert, task=task), task, method, observe=killing.observers(), out=here, **killing.SETTINGS)
+    same(here, there)
+    assert len(ls.load(here).id) == 12
 
 
 def test_asking_what_a_lazy_mapping_holds_makes_no_value() -> None:

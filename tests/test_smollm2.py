@@ -15,6 +15,8 @@ from cells import METHODS, check
 from lorascope import models, tasks
 from lorascope.analysis.embedding import factored
 
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
 BLOCKS = 2  # as many as the tiny models of ``families`` have
 # A rate that a trained model bears; its embedding of 28 million weights is not factored, which takes long.
 OWN = {
@@ -33,7 +35,6 @@ def smollm2():
     return models.load("smollm2", blocks=BLOCKS), task
 
 
-@pytest.mark.real
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_method_on_smollm2(method, smollm2, tmp_path):
     settings = {"batch_size": 2, "eval_size": 6, "test_size": 6, "max_length": 24}
@@ -41,7 +42,6 @@ def test_a_method_on_smollm2(method, smollm2, tmp_path):
     shutil.rmtree(tmp_path / "run")  # a whole model twice, where all of it trains
 
 
-@pytest.mark.real
 def test_the_pictures_of_the_whole_model_are_drawn_from_such_runs(smollm2, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "figures")
     drawing = importlib.import_module("smollm2")

@@ -84,6 +84,7 @@ def test_the_configured_width_is_taken():
         assert width() == 3
 
 
+@pytest.mark.slow
 def test_a_worker_that_always_dies_is_told(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(sweeps, "ATTEMPTS", 2)  # each costs a start of processes
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*LoRA, seed 0: its worker was killed 2 times"):
@@ -186,10 +187,12 @@ def check_that_nothing_is_lost(bert, task, folder, backend):
         same_rows(run.table, other.table, but=["seconds"])
 
 
+@pytest.mark.slow
 def test_a_loky_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path):
     check_that_nothing_is_lost(bert, task, tmp_path, {"name": "loky", "jobs": 2})
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of distributed's own making
 def test_a_dask_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path):
     distributed = pytest.importorskip("distributed")

@@ -17,6 +17,8 @@ from trainers import METHODS, ROWS, STEPS, fresh
 import lorascope as ls
 from lorascope import models
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(bert, task, tmp_path_factory) -> tuple[Path, Path]:

@@ -61,7 +61,7 @@ def base() -> str:
     """Folder of the base model and its tokenizer; written on the first call."""
     folder = assets.cache() / "planted-base"
     if not folder.exists():
-        with assets.staged(folder) as draft:
+        with models.quiet(), assets.staged(folder) as draft:
             _random_decoder().save_pretrained(draft)
             words = {_word(token): token for token in range(VOCABULARY)}
             core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=_word(0)))

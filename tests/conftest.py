@@ -24,6 +24,17 @@ GOOD = ["fine", "great", "lovely", "superb"]
 BAD = ["awful", "boring", "dreadful", "poor"]
 FILLER = ["the", "film", "plot", "was", "a", "very", "rather", "it", "and", "music"]
 
+TOLERANT = {"tolerance", "cells", "trainers"}  # modules whose comparisons are within rounding
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Mark the tests of every file that imports a tolerance: their result depends on the processor's rounding."""
+    for item in items:
+        module = getattr(item, "module", None)
+        if any(getattr(value, "__module__", None) in TOLERANT for value in vars(module).values()) if module else False:
+            item.add_marker(pytest.mark.numbers)
+
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     words = [

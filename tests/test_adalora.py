@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft.tuners.adalora.layer import RankAllocator
 from tiny import inputs, tiny
+from tolerance import TINY, forward, near, rounding
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -146,14 +147,14 @@ def test_an_embedding_and_dropout():
     delta = AdaLoRADelta(table, 3, scale=2)
     nn.init.normal_(delta.diagonal)
     ids = torch.tensor([[1, 8], [0, 3]])
-    torch.testing.assert_close(delta(ids), delta.weight().T[ids])
+    assert delta(ids).detach().numpy() == near(delta.weight().T[ids], terms=3 + 2)
     host, x = nn.Linear(400, 3), torch.randn(7, 400)
     dropping = AdaLoRADelta(host, 2, dropout=0.5)
     nn.init.ones_(dropping.diagonal)
     base = host(x)
     attach(host, {"": dropping})
     assert not torch.allclose(host(x), host(x))
-    torch.testing.assert_close(host.eval()(x), base + x @ dropping.weight().T)
+    assert host.eval()(x).detach().numpy() == near(base + x @ dropping.weight().T, terms=400)
 
 
 def test_the_update_of_a_snapshot_is_the_living_one():
@@ -564,7 +565,7 @@ def test_equal_to_peft_with_the_same_factors(family, autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             losses.append(model(**inputs(ours)).logits.double().square().mean())
         losses[-1].backward()
-    bound = 0.05 if autocast else 1e-10
+    bound = rounding(torch.bfloat16, depth=6) if autocast else 1e-10  # in the order of factors and scale
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=bound)
     for mine, other in pairs:
         assert mine.grad.any()
@@ -665,7 +666,9 @@ def test_every_choice_tells_what_it_rests_on(trained):
     wide = told.pivot_table(index=["step", "module", "index"], columns="quantity", values="value", observed=True)
     parts = wide["importance_lambda"] + wide["importance_left"] + wide["importance_right"]
     np.testing.assert_allclose(wide["importance"], parts, rtol=1e-12)
-    np.testing.assert_allclose(wide["importance_lambda"], wide["sensitivity"] * wide["uncertainty"], rtol=1e-6)
+    np.testing.assert_allclose(
+        wide["importance_lambda"], wide["sensitivity"] * wide["uncertainty"], rtol=rounding(depth=3)
+    )
     for _, at in wide.groupby(level="step"):
         assert at["importance"][at["kept"] == 1].min() > at["importance"][at["kept"] == 0].max()
     assert wide["kept"].groupby(level=["step"]).sum().tolist() == rows(run, "budget")["value"].tolist()[1:]
@@ -698,7 +701,7 @@ def test_the_penalty_told_is_that_of_the_weights_of_the_step(trained):
     factors = [run.factors(step=8)[name] for name in run.ranks()]  # the state in which step 9 began
     left, right = ([torch.tensor(f[key]) for f in factors] for key in "BA")
     told = rows(run, "penalty").set_index("step")["value"][9]
-    assert told == pytest.approx(orthogonality(left, right, "mean-norm").item(), rel=1e-6)
+    assert told == near(orthogonality(left, right, "mean-norm").item(), terms=TINY)
 
 
 def test_masked_lambdas_end_at_zero_and_nothing_else_does(trained):
@@ -738,10 +741,10 @@ def test_norms_cope_with_modules_of_rank_zero(trained):
     summary = run.summary().set_index("module")
     for name, delta in adapted(model).items():
         dense = delta.weight().detach().double()
-        assert summary["update_norm"][name] == pytest.approx(dense.norm().item(), rel=1e-5)
+        assert summary["update_norm"][name] == near(dense.norm(), terms=TINY)
         sigma = torch.linalg.svdvals(dense)[: delta.rank]
         expected = (sigma.square().sum() / sigma[0].square()).item() if delta.rank else 0
-        assert summary["stable_rank"][name] == pytest.approx(expected, rel=1e-5)
+        assert summary["stable_rank"][name] == near(expected, terms=TINY)
 
 
 def test_peft_takes_the_final_pattern(trained, bert, task):
@@ -758,7 +761,8 @@ def test_peft_takes_the_final_pattern(trained, bert, task):
         layer.lora_A["default"].weight.data = delta.A.data[delta.kept]
         layer.lora_B["default"].weight.data = (delta.B * delta.diagonal.T).data[:, delta.kept]
     theirs.get_base_model().classifier.load_state_dict(model.classifier.state_dict())
-    torch.testing.assert_close(theirs(**inputs(model)).logits, model(**inputs(model)).logits, rtol=1e-5, atol=1e-6)
+    one, other = (each(**inputs(model)).logits for each in (theirs, model))
+    assert (one - other).norm() <= forward(model, inputs(model)) * other.norm()
 
 
 def test_the_loss_told_is_without_the_penalty_and_parts_of_a_batch_add_it_once(bert, task, tmp_path):

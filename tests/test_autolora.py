@@ -14,6 +14,7 @@ from forks import check_that_a_killed_run_goes_on
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import inputs, tiny
+from tolerance import forward, near, rounding
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -23,7 +24,7 @@ from lorascope import cli, models, tasks
 from lorascope.delta import adapted, attach, fold
 from lorascope.method import METHODS, Phase, config, from_config
 from lorascope.methods import AutoLoRA, LoRA
-from lorascope.methods.autolora import AutoLoRADelta, adam, hypergradient, kept
+from lorascope.methods.autolora import RADIUS, AutoLoRADelta, adam, hypergradient, kept
 from lorascope.session import Session
 from lorascope.state import generators_state
 
@@ -202,7 +203,7 @@ def test_adam_is_adam():
         logits = logits - move
         theirs.grad = gradient
         optimizer.step()
-    assert torch.allclose(logits, theirs, atol=1e-6)
+    assert logits.numpy() == near(theirs, depth=20 * 8)  # steps times roundings of moments and move
 
 
 # -- the adapter ------------------------------------------------------------------------------------------------------
@@ -264,7 +265,8 @@ def test_equal_to_its_folded_weight(family, dtype):
     fold(folded)
     with torch.no_grad():
         one, other = model(**inputs(model)).logits, folded(**inputs(model)).logits
-    assert (one - other).norm() <= (1e-12 if dtype == torch.float64 else 2e-6) * other.norm()
+    bound = 1e-12 if dtype == torch.float64 else forward(folded, inputs(folded))
+    assert (one - other).norm() <= bound * other.norm()
 
 
 def test_the_update_and_the_factors_are_those_that_act():
@@ -275,10 +277,10 @@ def test_the_update_and_the_factors_are_those_that_act():
     weight = delta.weight().detach().numpy()
     alpha = np.exp([1, 0, -1]) / np.exp([1, 0, -1]).sum()
     A, B = delta.A.detach().numpy(), delta.B.detach().numpy()
-    assert weight == pytest.approx(sum(2.5 * alpha[j] * np.outer(B[:, j], A[j]) for j in range(3)), abs=1e-6)
-    assert delta.update().dense() == pytest.approx(weight, abs=1e-6)
+    assert weight == near(sum(2.5 * alpha[j] * np.outer(B[:, j], A[j]) for j in range(3)), terms=9)
+    assert delta.update().dense() == near(weight, terms=9)
     factors = {name: factor.detach().numpy() for name, factor in delta.factors().items()}
-    assert delta.update().scale * (factors["B"] * factors["diagonal"]) @ factors["A"] == pytest.approx(weight, abs=1e-6)
+    assert delta.update().scale * (factors["B"] * factors["diagonal"]) @ factors["A"] == near(weight, terms=9)
 
 
 def test_the_logits_stay_wide():
@@ -610,7 +612,7 @@ def test_both_phases_are_restored_bit_for_bit(trained, task):
     logit = search.table.query("quantity == 'logit' and step == 13")
     for module, delta in adapted(fresh).items():
         assert isinstance(delta, AutoLoRADelta)
-        assert updates[module].dense() == pytest.approx(delta.weight().detach().numpy(), abs=1e-7)
+        assert updates[module].dense() == near(delta.weight(), terms=5 + 3)  # components, alpha and the scale
         assert delta.logits.tolist() == logit.loc[logit["module"] == module, "value"].tolist()
         assert delta.rank == search.ranks()[module]
 
@@ -635,19 +637,21 @@ def test_the_table_of_the_search(trained):
         assert list(frame.columns) == list(range(5)), name
         assert frame.notna().all(axis=None)
     alpha = wide["alpha"]
-    assert alpha.sum(axis=1).to_numpy() == pytest.approx(1, abs=1e-6)
+    assert alpha.sum(axis=1).to_numpy() == near(1, terms=5, depth=2)
     assert ((alpha > 0) & (alpha < 1)).all(axis=None)
     powers = np.exp(wide["logit"])
-    assert powers.div(powers.sum(axis=1), axis=0).to_numpy() == pytest.approx(alpha.to_numpy(), abs=1e-6)
+    assert powers.div(powers.sum(axis=1), axis=0).to_numpy() == near(alpha.to_numpy(), terms=5, depth=2)
     for name in gradients:
-        assert wide[name].sum(axis=1).abs().max() < 1e-5 * wide[name].abs().max(axis=None)
+        growth = 1 if "_direct" in name else 1 / RADIUS  # what a difference over that distance leaves
+        bound = rounding(terms=5, depth=4, growth=growth) * wide[name].abs().max(axis=None)
+        assert wide[name].sum(axis=1).abs().max() < bound
         assert (wide[name].abs().max(axis=1) > 0).all()
     assert wide["importance"].equals(alpha.loc[[13]])
     scalars = {
         name: rows.set_index(["step", "module"])["value"] for name, rows in table.groupby("quantity", observed=True)
     }
     entropy = -(alpha * np.log(alpha)).sum(axis=1)
-    assert scalars["alpha_entropy"].loc[entropy.index].to_numpy() == pytest.approx(entropy.to_numpy(), rel=1e-5)
+    assert scalars["alpha_entropy"].loc[entropy.index].to_numpy() == near(entropy.to_numpy(), terms=5, depth=3)
     assert scalars["rank"].loc[alpha.index].equals((alpha >= 1 / 5).sum(axis=1).astype(float).rename("value"))
     assert scalars["lookahead_gradient_norm"].index.tolist() == [(10, ""), (13, "")]
     assert "budget" not in scalars

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_sensed import FAST, LOOK, Copying, check_that_training_does_not_notice, gradients, measured
+from tolerance import TEXT, TINY, near
 
 import lorascope as ls
 from lorascope import delta, fourier, models, observe
@@ -48,12 +49,10 @@ def test_it_is_the_gradient_of_the_weight_in_the_basis_of_the_coefficients(case,
     for name, G in gradients(kept, list(deltas), batches).items():
         expected = by_the_weights_gradient(deltas[name], G.double()).numpy()
         assert expected.any()
-        near = {"rtol": 1e-4, "atol": 1e-5 * np.abs(expected).max()}
-        np.testing.assert_allclose(measured(run, "coefficient_gradient", name), expected, **near)
+        assert measured(run, "coefficient_gradient", name) == near(expected, terms=TINY, growth=TEXT)
         c = deltas[name].coefficients.detach().double().numpy()
         felt = np.abs(c * expected)
-        near["atol"] = 1e-5 * felt.max()
-        np.testing.assert_allclose(measured(run, "coefficient_importance", name), felt, **near)
+        assert measured(run, "coefficient_importance", name) == near(felt, terms=TINY, growth=TEXT)
 
 
 def test_it_is_what_a_small_move_of_a_coefficient_costs(task, tmp_path, request):

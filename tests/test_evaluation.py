@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_tokenizer
 from tiny import tiny
+from tolerance import TEXT, TINY, near
 
 from lorascope import tasks
 from lorascope.evaluation import evaluate
@@ -40,7 +41,7 @@ def test_loss_is_the_models_own_over_any_batches(task, family):
     with torch.no_grad():
         own = float(model(**batch).loss)
     for size in (1, 7, 64):
-        assert evaluate(model, rows, limit=40, batch_size=size).loss == pytest.approx(own, rel=1e-5)
+        assert evaluate(model, rows, limit=40, batch_size=size).loss == near(own, terms=TINY, growth=TEXT)
     assert fitted.counted(batch) == evaluate(model, rows, limit=40).counts.sum()
 
 
@@ -56,7 +57,7 @@ def test_loss_of_parts_weighted_by_what_they_count_is_the_loss_of_the_whole(fami
     with torch.no_grad():
         whole = float(model(**batch).loss)
         mean = sum(float(model(**part).loss) * task.counted(part) for part in parts) / task.counted(batch)
-    assert mean == pytest.approx(whole, rel=1e-5)
+    assert mean == near(whole, terms=TINY, growth=TEXT)
 
 
 @pytest.mark.parametrize("labels", [("negative", "positive"), ("very boring", "very fine")])
@@ -117,18 +118,18 @@ def test_perplexity_is_that_of_the_counted_tokens():
             nll.append(-float(chances.gather(1, ids[0, 1:, None]).sum()))
             counts.append(ids.shape[1] - 1)
     assert (score.name, score.higher_is_better, score.correct) == ("perplexity", False, None)
-    np.testing.assert_allclose(score.nll, nll, rtol=1e-4)
+    assert score.nll == near(nll, terms=TINY, growth=TEXT)
     assert score.counts.tolist() == counts
-    assert score.metric == pytest.approx(math.exp(sum(nll) / sum(counts)), rel=1e-4)
+    assert score.metric == near(math.exp(sum(nll) / sum(counts)), terms=TINY, growth=TEXT * math.log(TINY))
     part = [number for number, group in enumerate(rows.groups) if group == "a"]
     alone = math.exp(sum(nll[number] for number in part) / sum(counts[number] for number in part))
-    assert score.groups["a"] == pytest.approx(alone, rel=1e-4)
+    assert score.groups["a"] == near(alone, terms=TINY, growth=TEXT * math.log(TINY))
 
 
 def test_limit_takes_the_first_rows_in_their_order(task):
     model, rows = sharp("bert"), encoded(task)
     whole, part = evaluate(model, rows), evaluate(model, rows, limit=20)
-    np.testing.assert_allclose(part.nll, whole.nll[:20], rtol=1e-5)
+    assert part.nll == near(whole.nll[:20], terms=TINY, growth=TEXT)
     assert len(evaluate(model, rows, limit=10_000).nll) == len(rows)
 
 

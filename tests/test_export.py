@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 from test_checkpoints import adapted, deltas, save
 from test_cli import complaint, modules_after, run
 from tiny import inputs, tiny
+from tolerance import TINY, rounding
 from torch import nn
 
 import lorascope as ls
@@ -244,7 +245,7 @@ def test_peft_gives_the_same_logits(
     fresh = models.load(folder, task=task)
     assert distance(ours, fresh) > 1e-3
     # Where a head is adapted and saved whole, its weight is rounded to float32 once more.
-    assert distance(ours, theirs) < (1e-6 if "classifier" in run.updates() else 1e-9)
+    assert distance(ours, theirs) < (rounding(terms=TINY) if "classifier" in run.updates() else 1e-9)
 
     # Read back it is the same adapter; a head that is saved whole holds its own update.
     expected = {name: update for name, update in run.updates().items() if name != "classifier"}
@@ -301,7 +302,7 @@ def test_a_weight_that_trained_below_its_adapter_takes_it_up(
     ours, run = trained(folder, task, method, tmp_path / "run")
     theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
     assert distance(ours, models.load(folder, task=task)) > 1e-3
-    assert distance(ours, theirs) < 1e-6
+    assert distance(ours, theirs) < rounding(terms=TINY)
     assert set(layers(theirs)) == set(run.ranks()) - set(beneath)
     assert "The head that was trained" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
@@ -378,7 +379,7 @@ def test_masked_components_are_dropped_and_the_scale_stays(
     assert layers(theirs) == expected
     assert {name: (update.rank, update.scale) for name, update in load(out).updates().items()} == expected
     assert not any("scores" in name for name in load_file(out / WEIGHTS))
-    assert distance(ours, theirs) < 1e-6  # the diagonal times B, in float32
+    assert distance(ours, theirs) < rounding(terms=TINY)  # the diagonal times B, in float32
     assert layers(adapted(models.load(request.getfixturevalue(family), task=task), **run.lora_config())) == expected
     assert rank_pattern(run, 1.0) == run.lora_config()
 
@@ -408,7 +409,7 @@ def test_an_allocator_as_it_ends(
     scale = next(iter(delta.adapted(ours).values())).scale
     assert layers(theirs) == {name: (rank, pytest.approx(scale, rel=1e-15)) for name, rank in ranks.items()}
     assert distance(ours, models.load(folder, task=task)) > 1e-3
-    assert distance(ours, theirs) < 1e-6
+    assert distance(ours, theirs) < rounding(terms=TINY)
 
 
 def test_an_adapter_of_which_nothing_is_left(bert: str, task: Any, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import inputs, tiny
+from tolerance import TEXT, TINY, near, rounding
 from torch import nn
 
 import lorascope as ls
@@ -69,10 +70,10 @@ def test_gates_are_the_mean_over_the_tokens_of_all_texts(run, bert, task, batch_
     assert torch.equal(torch.get_rng_state(), generator)
     assert list(found) == list(adapted(model))
     for name, delta in adapted(model).items():
-        assert found[name] == pytest.approx(expected[name], abs=1e-6)
-        assert delta.mean_gates_.numpy() == pytest.approx(expected[name], abs=1e-6)
+        assert found[name] == near(expected[name], terms=TINY, growth=TEXT)
+        assert delta.mean_gates_.numpy() == near(expected[name], terms=TINY, growth=TEXT)
         at_gates = delta.weight(gates=torch.tensor(found[name]).float()).detach().numpy()
-        assert dict(deltas(model))[name].dense() == pytest.approx(at_gates, abs=1e-6)
+        assert dict(deltas(model))[name].dense() == near(at_gates, terms=12 + 2)
 
 
 def test_on_the_text_that_training_looked_at_they_are_the_recorded_ones(run, bert, task):
@@ -81,7 +82,7 @@ def test_on_the_text_that_training_looked_at_they_are_the_recorded_ones(run, ber
     last = table[(table["quantity"] == "gate") & (table["step"] == 4)].set_index(["module", "index"])["value"]
     for source in (restored(run, bert, task), run):
         for name, gates in ls.mean_gates(source, held_out).items():
-            assert gates == pytest.approx(last[name].sort_index().to_numpy(), abs=1e-6)
+            assert gates == near(last[name].sort_index().to_numpy(), terms=TINY, growth=TEXT)
 
 
 def test_a_decoder_and_a_base_of_ones_own(gpt2, task, tmp_path):
@@ -90,10 +91,10 @@ def test_a_decoder_and_a_base_of_ones_own(gpt2, task, tmp_path):
     gates = ls.mean_gates(found, TEXTS, base=base)
     assert all(np.array_equal(adapted(base)[name].mean_gates_, gates[name].astype("f4")) for name in gates)
     for name, expected in token_by_token(base, TEXTS).items():
-        assert gates[name] == pytest.approx(expected, abs=1e-6)
+        assert gates[name] == near(expected, terms=TINY, growth=TEXT)
     longer = ls.mean_gates(base, ["the film was great " * 9], max_length=4)
     shorter = ls.mean_gates(base, ["the film was great"])
-    assert all(longer[name] == pytest.approx(shorter[name], abs=1e-6) for name in gates)
+    assert all(longer[name] == near(shorter[name], terms=TINY, growth=TEXT) for name in gates)
 
 
 def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
@@ -165,7 +166,7 @@ def test_at_its_own_gates_a_run_has_its_own_numbers(run):
     own = {name: held["gates"] for name, held in run.factors().items()}
     moved = ls.at_gates(run, own)
     kept = ["stable_rank", "effective_rank", "update_norm", "relative_update"]
-    assert np.allclose(moved.summary()[kept], run.summary()[kept], rtol=1e-5, equal_nan=True)
+    assert np.allclose(moved.summary()[kept], run.summary()[kept], rtol=rounding(terms=TINY), equal_nan=True)
     one = next(iter(own))
     partly = ls.at_gates(run, {one: [0.0, 0, 1]})
     for name, update in run.updates().items():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from forks import same
+from tolerance import near
 from transformers.optimization import Adafactor
 
 import lorascope as ls
@@ -48,7 +49,7 @@ def test_came_by_hand():
         p.grad = torch.from_numpy(G).float()
         optimizer.step()
     expected = by_hand(W, gradients, 0.01, (0.9, 0.999, 0.9999), (1e-30, 1e-16), 0.1, 1.0)
-    assert p.detach().numpy() == pytest.approx(expected, abs=1e-4)
+    assert p.detach().numpy() == near(expected, terms=5, depth=3 * 10, growth=10)  # D - M cancels
 
 
 def test_the_first_step_of_came_in_numbers():
@@ -60,7 +61,7 @@ def test_the_first_step_of_came_in_numbers():
     p = torch.nn.Parameter(torch.zeros(2, 2))
     p.grad = torch.tensor([[1.0, -2.0], [-1.0, 2.0]])
     CAME([p], 0.01).step()
-    assert p.flatten().tolist() == pytest.approx([-0.1111111, 0.1111111, 0.1111111, -0.1111111], rel=1e-5)
+    assert p.flatten().tolist() == near([-1 / 9, 1 / 9, 1 / 9, -1 / 9], depth=20)
 
 
 def test_vectors_move_by_the_first_moment_alone():
@@ -69,7 +70,7 @@ def test_vectors_move_by_the_first_moment_alone():
     optimizer = CAME([p], 0.01)
     losses = optimizer.step(lambda: 7.0)
     assert losses == 7.0
-    assert p.tolist() == pytest.approx([-0.001, 0.001], rel=1e-5)
+    assert p.tolist() == near([-0.001, 0.001], depth=20)
     assert optimizer.state[p].keys() == {"exp_avg", "exp_avg_sq"}
 
 

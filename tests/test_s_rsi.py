@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from tolerance import rounding
 
 from lorascope.methods import s_rsi
 from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
@@ -26,6 +27,9 @@ def error(matrix, Q, U) -> float:
 def tail(matrix, rank: int) -> float:
     sigma = torch.linalg.svdvals(matrix.double())
     return float(sigma[rank:].norm() / sigma.norm())
+
+
+SKETCH = 10  # condition of the sketches that are orthogonalised here
 
 
 def options(**given):
@@ -60,17 +64,18 @@ def test_worked_example_between_and_beyond():
     assert s_rsi.relative_error(A, *s_rsi.s_rsi(A, 2, seeded(), 20)) == pytest.approx(0.120645, abs=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 5e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("shape", "rank"), [((64, 48), 1), ((64, 48), 5), ((300, 40), 8), ((40, 300), 8), ((768, 768), 16)]
 )
-def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype, bound):
+def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype):
     X, Y = (torch.randn(side, rank, generator=seeded(side), dtype=dtype) for side in shape)
-    assert error(X @ Y.T, *s_rsi.s_rsi(X @ Y.T, rank, seeded())) < bound
+    assert error(X @ Y.T, *s_rsi.s_rsi(X @ Y.T, rank, seeded())) < rounding(dtype, max(shape), growth=SKETCH)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_factors_are_a_projection(dtype, bound):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_are_a_projection(dtype):
+    bound = rounding(dtype, 80, growth=SKETCH)
     matrix = torch.rand(80, 50, generator=seeded(1), dtype=dtype)
     Q, U = s_rsi.s_rsi(matrix, 7, seeded())
     assert Q.shape == (80, 7)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_delta import Matrix
 from tiny import tiny
+from tolerance import TEXT, TINY, near
 from torch import nn
 
 import lorascope as ls
@@ -102,7 +103,7 @@ def test_it_is_the_gradient_of_the_very_weight(case, task, tmp_path, request):
         assert felt.any()
         for quantity, axis in (("sensitivity_out", 1), ("sensitivity_in", 0)):
             found = measured(run, quantity, name)
-            np.testing.assert_allclose(found, felt.sum(axis), rtol=1e-5, atol=1e-6 * felt.sum(axis).max())
+            assert found == near(felt.sum(axis), terms=TINY, growth=TEXT)
     check_changes(run, kept, base)
 
 
@@ -133,7 +134,7 @@ def test_heads_under_a_router_count_at_their_mean_gates(task, tmp_path, bert):
     for name, gradient in gradients(kept, list(deltas), batches).items():
         weight = delta.host_weight(kept.get_submodule(name)) + deltas[name].weight(deltas[name].mean_gates_)
         felt = (weight.detach() * gradient).abs().sum(1)
-        np.testing.assert_allclose(measured(run, "sensitivity_out", name), felt, rtol=1e-5, atol=1e-6 * felt.max())
+        assert measured(run, "sensitivity_out", name) == near(felt, terms=TINY, growth=TEXT)
 
 
 @pytest.mark.parametrize("case", ["lora", "full, gates"])
@@ -172,7 +173,7 @@ def test_small_updates_of_a_model_in_16_bits_are_told_as_they_are():
     d, norm = 32, 1e-3 * 16**0.5
     cosine = (d + 16e-3) / (d * (16 + 16 * 1.001**2)) ** 0.5
     for module in (up, down):
-        assert list(found["neuron_update", module].values()) == pytest.approx([norm] * 48, rel=1e-3)
+        assert list(found["neuron_update", module].values()) == near([norm] * 48, terms=TINY, growth=1 / norm)
         assert list(found["neuron_cosine", module].values()) == pytest.approx([1 - cosine] * 48, rel=1e-3)
 
 
@@ -190,8 +191,8 @@ def test_gates_in_one_matrix_with_the_inputs_are_told_too():
     found = changes(model, base)
     moved, turned = found["neuron_update", module], found["neuron_cosine", module]
     assert list(moved) == list(turned) == list(range(96))
-    assert {n: value for n, value in moved.items() if value} == pytest.approx(
-        {3: float(gate.norm()), 55: float(stretched.norm())}, rel=1e-5
+    assert {n: value for n, value in moved.items() if value} == near(
+        {3: float(gate.norm()), 55: float(stretched.norm())}, terms=TINY
     )
-    assert turned[3] == pytest.approx(1 - 0.5**0.5, rel=1e-5)
+    assert turned[3] == near(1 - 0.5**0.5, terms=TINY)
     assert turned[55] == pytest.approx(0, abs=1e-12)

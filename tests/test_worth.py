@@ -17,6 +17,7 @@ from test_checkpoints import adapted, save
 from test_cli import complaint, run
 from test_export import trained
 from tiny import tiny
+from tolerance import TINY, near, rounding
 from trainers import by_trainer, without_dropout
 
 import lorascope as ls
@@ -85,7 +86,7 @@ def test_a_rise_is_the_loss_with_a_component_set_to_zero_by_hand(lora: Run, bert
             without = ones(lora)
             without[name][component] = 0
             by_hand = loss_with(model, matrices(lora, without), batch) - whole
-            assert rise[component] == pytest.approx(by_hand, abs=2e-6)
+            assert rise[component] == near(by_hand, whole, terms=TINY, depth=2)
     assert max(np.abs(rise).max() for rise in found.values()) > 1e-3
 
 
@@ -100,7 +101,7 @@ def test_to_first_order_it_is_the_central_difference(lora: Run, bert: str, task:
             factor[name][0] += sign
             factors[sign] = loss_with(model, matrices(lora, factor), batch)
         slope = (factors[0.1] - factors[-0.1]) / 0.2
-        assert found[name][0] == pytest.approx(-slope, rel=0.05, abs=5e-6)
+        assert found[name][0] == pytest.approx(-slope, rel=0.05, abs=rounding(terms=TINY) / 0.2)
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
@@ -110,8 +111,8 @@ def test_losses_are_those_of_the_weights_by_hand_on_other_texts(budget: float, l
     model = bare(lora, bert, task)
     batch = text(model, task, 1, ROWS)
     assert found.texts == ROWS
-    assert found.before == pytest.approx(loss_with(model, matrices(lora, ones(lora)), batch), abs=2e-6)
-    assert found.after == pytest.approx(loss_with(model, matrices(lora, dict(chosen.kept)), batch), abs=2e-6)
+    assert found.before == near(loss_with(model, matrices(lora, ones(lora)), batch), terms=TINY)
+    assert found.after == near(loss_with(model, matrices(lora, dict(chosen.kept)), batch), terms=TINY)
     assert (found.before == found.after) == (budget == 1)
     assert not set(task.split("validation")["text"][0::2]) & set(task.split("validation")["text"][1::2])
 
@@ -120,10 +121,10 @@ def test_an_adapter_that_was_read_is_worth_what_the_run_is(lora: Run, bert: str,
     folder = ls.load(to_peft(lora, tmp_path / "adapter"))
     chosen = cut(folder, 0.5)
     ours, theirs = (worth.losses(run, chosen, bert, task, rows=ROWS) for run in (lora, folder))
-    assert theirs == pytest.approx(ours, abs=1e-6)
+    assert theirs == near(ours, 1, terms=TINY)
     rises = [worth.rises(run, bert, task, rows=ROWS, exact_rows=ROWS) for run in (lora, folder)]
     for name, rise in rises[0].items():
-        assert rises[1][name] == pytest.approx(rise, abs=2e-6)
+        assert rises[1][name] == near(rise, 1, terms=TINY, depth=2)
 
 
 def test_hydralora_is_worth_something_at_fixed_gates_alone(bert: str, task: Any, tmp_path: Path) -> None:
@@ -182,8 +183,10 @@ def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, t
         save_file(held | {f"{PREFIX}lm_head.weight": below.clone()}, file)
     read = ls.load(tmp_path / "adapter")
     found = worth.losses(read, cut(read, 1.0), tmp_path / "base", task, rows=ROWS)
-    assert found.before == pytest.approx(loss_of(model, str(tmp_path / "base"), task), rel=1e-5)
-    assert found.before != pytest.approx(loss_of(tiny("llama", tie_word_embeddings=tied), str(tmp_path / "base"), task))
+    assert found.before == near(loss_of(model, str(tmp_path / "base"), task), terms=TINY)
+    assert found.before != near(
+        loss_of(tiny("llama", tie_word_embeddings=tied), str(tmp_path / "base"), task), terms=TINY
+    )
     if tied:
         save_file(held | {f"{PREFIX}lm_head.weight": below + 1}, file)
         with pytest.raises(
@@ -227,7 +230,7 @@ def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
     """Nobody noted its base, so no other is told from it but by names and shapes."""
     model, run = recorded(llama, task, tmp_path / "llama", target_modules=["q_proj", "v_proj"])
     found = worth.losses(run, cut(run, 1.0), llama, task, rows=ROWS)
-    assert found.before == pytest.approx(loss_of(model, llama, task), rel=1e-5)
+    assert found.before == near(loss_of(model, llama, task), terms=TINY)
     assert found.before != pytest.approx(loss_of(models.load(llama, task=task), llama, task), rel=1e-3)
     with pytest.raises(
         ValueError, match=r"gpt2 has no model\.layers\.0\.self_attn\.q_proj, which .* it is another model"
@@ -243,7 +246,7 @@ def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
     on_query = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
     model, run = recorded(bert, task, tmp_path / "bert", **on_query)
     found = worth.losses(run, cut(run, 1.0), bert, task, rows=ROWS)  # with the head that trained
-    assert found.before == pytest.approx(loss_of(model, bert, task), rel=1e-5)
+    assert found.before == near(loss_of(model, bert, task), terms=TINY)
     _, run = recorded(bert, task, tmp_path / "biased", **on_query, lora_bias=True)
     for refused in (lambda: worth.losses(run, cut(run, 1.0), bert, task), lambda: to_peft(run, tmp_path / "x")):
         with pytest.raises(ValueError, match=r"and not the 64 other parameters that trained, such as biases of the"):

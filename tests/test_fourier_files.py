@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoints import write_run
 from tiny import tiny
+from tolerance import TINY, rounding
 
 import lorascope as ls
 from lorascope.adapter_files import CONFIG, WEIGHTS
@@ -69,7 +70,7 @@ def test_updates_and_norms_are_those_of_peft(tmp_path, case):
     updates, summary = run.updates(), run.summary().set_index("module")
     assert set(updates) == set(expected)
     assert len(expected) >= 2
-    tolerance = 2**-8 if case.get("dtype") == torch.bfloat16 else 1e-5
+    tolerance = rounding(torch.bfloat16) if case.get("dtype") == torch.bfloat16 else rounding(terms=TINY)
     for module, update in updates.items():
         size = max(float(np.abs(expected[module]).max()), 1e-9)
         assert isinstance(update, Fourier)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
+from tolerance import near
 from torch import nn
 
 import lorascope as ls
@@ -153,8 +154,8 @@ def test_weight_decay_would_leak_and_chosen_neurons_decay(put_back, left):
         if put_back:
             method.after_step(step)
     chosen, masked = host.weight.detach()
-    assert chosen.tolist() == pytest.approx([0.970299] * 4)
-    assert masked.tolist() == ([1.0] * 4 if put_back else pytest.approx([left] * 4))
+    assert chosen.tolist() == near([0.970299] * 4, depth=3 * 8)
+    assert masked.tolist() == ([1.0] * 4 if put_back else near([left] * 4, depth=3 * 8))
 
 
 @pytest.mark.parametrize(("masked_from", "moved"), [(0, 0.0), (1, -0.067006)])
@@ -167,7 +168,7 @@ def test_momentum_would_leak_past_a_mask_that_begins_late(masked_from, moved):
         if index >= masked_from:
             method.after_backward(step)
         step.optimizer.step()
-    assert (host.weight - before)[1].tolist() == pytest.approx([moved] * 4, abs=1e-6 if masked_from else 0)
+    assert (host.weight - before)[1].tolist() == near([moved] * 4, 1, depth=2 * 8)
 
 
 @pytest.mark.parametrize("settings", [{}, {"weight_decay": 0.1}, {"precision": "bf16"}], ids=["", "decay", "bf16"])
@@ -383,7 +384,7 @@ def test_a_compact_parameter_is_the_masked_run():
         (torch.func.functional_call(compact, scattered(), (x,)) - 1).square().mean().backward()
         theirs.step()
     for name, tensor in toy.state_dict().items():
-        assert torch.allclose(tensor, scattered()[name], rtol=0, atol=1e-5), name
+        assert tensor.numpy() == near(scattered()[name], 1, terms=16, depth=10), name
     assert sum(state["exp_avg"].numel() for state in theirs.state.values()) == 12
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import tiny_folder
 from planted import blocks, lookup
 from tiny import tiny
+from tolerance import TEXT, TINY, near
 
 import lorascope as ls
 from lorascope import models, observe, plots
@@ -226,9 +227,9 @@ def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
         norm.weight[7] *= 1000
         norm.bias[7] *= 1000
     after, moved = (mean_states(model, batch, standardise)[""] for standardise in (True, False))
-    assert after == pytest.approx(before, rel=1e-5)
+    assert after == near(before, terms=TINY, growth=TEXT)
     assert np.abs(after).max() <= 1
-    assert moved[-1, 7] == pytest.approx(1000 * plain[-1, 7], rel=1e-5)
+    assert moved[-1, 7] == near(1000 * plain[-1, 7], terms=TINY, growth=TEXT)
 
 
 def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
@@ -254,7 +255,7 @@ def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(metho
     with torch.no_grad():
         hidden = mean_states(model.eval(), batch)[""]
     rows = run.table[(run.table["quantity"] == "utilisation") & (run.table["step"] == 3)]
-    deltas, moved = adapted(model), 0
+    deltas, moved, far = adapted(model), 0, {"terms": TINY, "growth": 4 * TEXT}
     for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
         delta = deltas[part.module]
         gates = () if delta.linear else (delta.mean_gates_,)
@@ -264,7 +265,7 @@ def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(metho
             [max(abs(np.corrcoef(vector, state)[0, 1]) for state in hidden[part.layer :]) for vector in vectors]
             for vectors in ((w if part.axis == 1 else w.T).numpy() for w in (after, before))
         )
-        assert rows.loc[rows["module"] == part.module, "value"].to_numpy() == pytest.approx(expected, abs=1e-4)
+        assert rows.loc[rows["module"] == part.module, "value"].to_numpy() == near(expected, 1, **far)
         moved = max(moved, np.abs(np.subtract(expected, frozen)).max())
     assert moved > 1e-2
 
@@ -280,7 +281,7 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, req
         states = mean_states(model, batch)
         with torch.no_grad():
             expected = torch.stack(model(**batch, output_hidden_states=True).decoder_hidden_states[1:]).mean((1, 2))
-        assert states["decoder"] == pytest.approx(expected.numpy(), abs=1e-5)
+        assert states["decoder"] == near(expected, terms=TINY, growth=TEXT)
         assert states["encoder"].shape == (2, 32)
         return
     model = models.load(folder, task=task)
@@ -306,5 +307,5 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, req
         each = [[abs(np.corrcoef(vector, hidden[number])[0, 1]) for number in numbers] for vector in vectors]
         own = run.table[(run.table["module"] == part.module) & (run.table["step"] == 2)]
         found = {name: own.loc[own["quantity"] == name, "value"] for name in ("utilisation", "utilisation_layer")}
-        assert found["utilisation"].to_numpy() == pytest.approx(np.max(each, axis=1), abs=1e-4)
+        assert found["utilisation"].to_numpy() == near(np.max(each, axis=1), 1, terms=TINY, growth=4 * TEXT)
         assert found["utilisation_layer"].tolist() == [numbers[place] for place in np.argmax(each, axis=1)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from forks import check_that_a_killed_run_goes_on
 from tiny import inputs, tiny
+from tolerance import rounding
 
 import lorascope as ls
 from lorascope import models
@@ -248,7 +249,7 @@ def test_negative_entries_are_set_to_zero():
     stepped(optimizer, [p])
     found = optimizer.state[p]["negative"], optimizer.state[p]["negative_mass"]
     expected = (product < 0).float().mean(), -product[product < 0].sum() / product.abs().sum()
-    assert found == pytest.approx(tuple(map(float, expected)), rel=1e-5)
+    assert found == pytest.approx(tuple(map(float, expected)), rel=rounding(terms=64 * 64))
     assert 0 < found[1] < found[0] < 0.5
     assert torch.isfinite(p).all()
 
@@ -258,7 +259,7 @@ def test_a_zero_gradient_decays_alone_and_puts_the_choice_off():
     before = p.detach().clone()
     optimizer = AdapproxOptimizer([p], 0.1, weight_decay=0.5, reselect_every=10)
     stepped(optimizer, [p], 3, scale=0.0)
-    assert torch.allclose(p, before * (1 - 0.05) ** 3, rtol=1e-5)
+    assert torch.allclose(p, before * (1 - 0.05) ** 3, rtol=rounding(depth=3 * 2))
     assert "Q" not in optimizer.state[p]
     stepped(optimizer, [p])
     assert optimizer.state[p]["Q"].shape[1] == 16

@@ -164,10 +164,11 @@ def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
             mean[place] += g / len(batches)
     s = [own * spread for own, spread in averages]
     expected = s[0].mean(0) + s[1] + s[2].mean(1)
-    assert rows["AdaLoRA importance"][name] == pytest.approx(expected.numpy(), rel=2e-3)
-    assert rows["AdaLoRA sensitivity"][name] == pytest.approx(averages[1][0].numpy(), rel=1e-3)
+    bound = rounding(terms=TINY, growth=40 * TEXT)  # of gradients that largely cancel
+    assert rows["AdaLoRA importance"][name] == pytest.approx(expected.numpy(), rel=2 * bound)
+    assert rows["AdaLoRA sensitivity"][name] == pytest.approx(averages[1][0].numpy(), rel=bound)
     norm = (mean[0].square().sum(0) + mean[1].square() + mean[2].square().sum(1)).sqrt()
-    assert rows["gradient norm"][name] == pytest.approx(norm.numpy(), rel=1e-3)
+    assert rows["gradient norm"][name] == pytest.approx(norm.numpy(), rel=bound)
 
 
 def test_alora_scores_are_ablations_of_the_same_components(state):
@@ -403,7 +404,7 @@ def test_recipes_that_were_trained_are_compared_by_the_scores_of_their_very_weig
     assert found.keys() == by_hand.keys()
     for score in dict.fromkeys(table["score"]):
         own = {key: value for key, value in by_hand.items() if key[0] == score}
-        assert {key: found[key] for key in own} == pytest.approx(own, rel=1e-3, abs=1e-3 * max(own.values())), score
+        assert {key: found[key] for key in own} == near(own, terms=TINY, growth=40 * TEXT), score
     ours = [value for key, value in by_hand.items() if key[0] == "NeFT: 1 − cos after tuning"]
     theirs = [value for key, value in by_hand.items() if key[0] == "Full: sensitivity"]
     cells = correlate(table).set_index(["first", "second"])["value"]

@@ -180,6 +180,7 @@ def test_copies_are_whole_and_independent():
 
 
 COMPILE = """
+import sys
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -197,13 +198,14 @@ for p in model.parameters():
     nn.init.normal_(p)
 expected = gradients(model)
 for one, other in zip(gradients(torch.compile(model, backend="aot_eager", fullgraph=True)), expected, strict=True):
-    torch.testing.assert_close(one, other)
+    assert (one - other).norm() <= float(sys.argv[1]) * other.norm()
 """
 
 
 def test_torch_compile_takes_it_in_one_graph():
     """In a process of its own: the run-time checks of annotations in this one are no code to compile."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", COMPILE], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(rounding(terms=8, depth=8))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from tiny import FAMILIES, tiny
+from tolerance import TEXT, TINY, rounding
 
 import lorascope as ls
 from lorascope.analysis.neurons import COLUMNS
@@ -66,7 +67,9 @@ def check(found: pd.DataFrame, expected: pd.DataFrame, keys=("module", "stack", 
     both = found.astype({"module": str, "stack": str, "role": str}).merge(expected, on=list(keys), how="outer")
     assert len(both) == len(found) == len(expected)
     for column in COLUMNS[5:]:
-        np.testing.assert_allclose(both[f"{column}_x"], both[f"{column}_y"], rtol=1e-5, err_msg=column)
+        np.testing.assert_allclose(
+            both[f"{column}_x"], both[f"{column}_y"], rtol=rounding(terms=TINY, growth=TEXT), err_msg=column
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

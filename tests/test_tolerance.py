@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 from test_autolora import filled
-from tiny import inputs, tiny
-from tolerance import amplification, forward, near, rounding
+from tiny import FAMILIES, inputs, tiny
+from tolerance import TEXT, amplification, forward, near, rounding
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -56,6 +56,13 @@ def test_amplification_is_the_condition_of_a_sum(weights, growth):
     host.weight.data = torch.tensor([weights])
     found = amplification(host, lambda host: host(torch.ones(1, 2, dtype=torch.float64)), draws=16)
     assert growth <= found < 4 * growth
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "vit"])
+def test_amplification_of_tiny_text_models_is_below_its_constant(family):
+    model = tiny(family)
+    assert 1 <= amplification(model, lambda model: model(**inputs(model)).logits) < TEXT
 
 
 def test_rounding_counts_terms_until_their_random_sum_is_smaller():

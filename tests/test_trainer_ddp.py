@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tolerance import TEXT, TINY, rounding
 from trainers import METHODS, ROWS, STEPS, fresh
 
 import lorascope as ls
@@ -39,12 +40,13 @@ def trained(bert, task, tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("name", [*METHODS, "alone"])
 def test_two_processes_train_and_record_what_one_does(name, trained):
+    bound = rounding(terms=TINY, growth=40 * TEXT)  # gradients that largely cancel, over Adam's steps
     two, one = (folder / name for folder in trained)
     first, second = (load_file(two / f"rank-{rank}.safetensors") for rank in (0, 1))
     alone = load_file(one / "rank-0.safetensors")
     for key, weight in first.items():
         assert torch.equal(weight, second[key]), key
-        torch.testing.assert_close(weight, alone[key], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(weight, alone[key], rtol=bound, atol=1e-4)
     runs = [ls.load(folder / "lorascope") for folder in (two, one)]
     assert all(run.finished for run in runs)
     assert sorted(path.name for path in two.iterdir() if path.is_dir()) == ["lorascope"]
@@ -52,7 +54,7 @@ def test_two_processes_train_and_record_what_one_does(name, trained):
     keys = [table[["step", "module", "quantity", "index"]].astype(str).to_numpy().tolist() for table in tables]
     assert keys[0] == keys[1]
     chosen = tables[0]["quantity"].isin(["loss", "update_norm", "rank", "active", "lr", "selected"]).to_numpy()
-    np.testing.assert_allclose(*(table["value"][chosen] for table in tables), rtol=2e-3, atol=1e-6)
+    np.testing.assert_allclose(*(table["value"][chosen] for table in tables), rtol=2 * bound, atol=1e-6)
     assert [run.meta["settings"]["batch_size"] for run in runs] == [ROWS, ROWS]
 
 

@@ -235,7 +235,7 @@ class Step:
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Trainable parameters in the named groups ``adapter`` and ``head``; biases and norms are not decayed."""
     head = {id(parameter) for parameter in task_head(model).values()}
-    # As in transformers, the name tells a bias: T5's position bias is a matrix.
+    # As in transformers, biases are found by name: T5's position bias is a matrix.
     decays = {id(p): p.ndim > 1 and "bias" not in name for name, p in model.named_parameters()}
     groups = []
     for name, rate in (("adapter", lr), ("head", head_lr)):

@@ -14,6 +14,7 @@ import torch
 from tiny import inputs, tiny
 from tolerance import TINY, amplification, near, rounding
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
@@ -31,6 +32,7 @@ from lorascope.delta import (
     resize,
 )
 from lorascope.fourier import Fourier
+from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, HydraLoRA, LoRA
 from lorascope.methods.lora import LoRADelta
 from lorascope.update import Dense, LowRank
 
@@ -207,6 +209,43 @@ def test_torch_compile_takes_it_in_one_graph():
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(rounding(terms=8, depth=8))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+class NoHostSync(TorchDispatchMode):
+    """Refuse what a GPU would have to wait for: reading a value, or a shape that depends on values."""
+
+    FORBIDDEN = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        boolean = name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert name not in self.FORBIDDEN, f"{name} waits for the device"
+        assert not boolean, "a boolean index waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+METHODS = [
+    LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), FourierFT(coefficients=2), FourierFT(coefficients=200),
+    FourierFT(basis="random"), HydraLoRA(), HydraLoRA(heads="split"), HydraLoRA(router="uniform"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label())
+def test_a_step_of_an_adapter_does_not_wait_for_the_device(method):
+    """Nor does a forward without gradients, nor one in evaluation mode."""
+    model = tiny("bert")
+    method.targets = "q"
+    method.attach(model)
+    delta = next(iter(adapted(model).values()))
+    x = torch.randn(2, 3, 32, requires_grad=True)
+    host = next(module for module in model.modules() if getattr(module, "delta", None) is delta)
+    host(x)  # what is kept from call to call
+    with NoHostSync():
+        host.train()(x).sum().backward()
+        delta(x).sum().backward()
+        with torch.no_grad():
+            host.eval()(x)
+    assert x.grad.any()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

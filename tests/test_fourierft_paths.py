@@ -122,6 +122,19 @@ def test_a_look_under_inference_mode_does_not_stand_in_the_way_of_training(n: in
 
 
 @PATHS
+def test_entries_made_or_changed_under_inference_mode_are_those_that_are_used(n: int) -> None:
+    delta = adapter(n)
+    delta(batch())
+    with torch.inference_mode():
+        delta.entries.copy_(delta.entries.flip(1))
+        assert (delta(batch()) - expected(delta, batch())).abs().max() < 1e-12
+        made = adapter(n)
+        made(batch())
+        made.entries.copy_(made.entries.flip(1))
+        assert (made(batch()) - expected(made, batch())).abs().max() < 1e-12
+
+
+@PATHS
 def test_it_follows_its_host_to_another_device_and_back(n: int) -> None:
     """To "meta", the other device there is everywhere: shapes alone live there, but what was left behind shows."""
     host = nn.Linear(*SIDES[::-1], dtype=torch.float64)

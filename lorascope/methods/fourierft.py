@@ -162,7 +162,7 @@ class FourierDelta(Delta):
         self.coefficients = nn.Parameter(coefficients)
         self.register_buffer("entries", entries)
         self.register_buffer("sides", torch.tensor(shape), persistent=False)
-        self._waves: tuple[Tensor, Tensor] | None = None
+        self._waves: tuple[Tensor, int, Tensor] | None = None
 
     def weight(self) -> Float[Tensor, "out in"]:
         return synthesize(wide(self.coefficients), self.entries, self.shape, self.alpha)
@@ -184,20 +184,24 @@ class FourierDelta(Delta):
         return F.linear(x, (W + self.weight()).to(W.dtype), b)
 
     def _waves_for(self, x: Tensor) -> Float[Tensor, "sides waves"]:
-        """Waves of length 1, kept from call to call for the entries as they are: a saved state may put back others.
+        """Waves of length 1, kept from call to call until the entries change, as where a saved state is put back.
+
+        A change is seen by the version of the tensor: to compare values means to wait for a GPU.
 
         Of length 1, since float16 cannot tell alpha c / (d1 d2) from zero where a weight is wide.
         """
-        kept = self._waves
+        kept, entries = self._waves, self.entries
+        version = -1 if entries.is_inference() else entries._version  # inference tensors have none
         if (
             kept is None
-            or (kept[1].dtype, kept[1].device) != (x.dtype, x.device)
-            or not torch.equal(kept[0], self.entries)
+            or version < 0
+            or (kept[0] is not entries or kept[1] != version)
+            or (kept[2].dtype, kept[2].device) != (x.dtype, x.device)
         ):
             with torch.inference_mode(False):  # what is made under it cannot be trained with later
-                sides = [wave / len(wave) ** 0.5 for wave in waves(self.entries, self.shape)]
-                kept = self._waves = self.entries.clone(), torch.cat(sides).to(x.dtype)
-        return kept[1]
+                sides = [wave / len(wave) ** 0.5 for wave in waves(entries, self.shape)]
+                kept = self._waves = entries, version, torch.cat(sides).to(x.dtype)
+        return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the waves, which are many times what trains and are made again when asked for."""

@@ -94,7 +94,7 @@ def _answer(words: list[str]) -> int:
         return _failed(str(stop).replace("the same call", "the same command") or "stopped", 130)
     except BrokenPipeError as error:
         try:
-            sys.stdout.flush()
+            print(flush=True)
         except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
             return 0
         return _failed(error, 1)

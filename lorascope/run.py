@@ -96,7 +96,8 @@ class Run:
     def table(self) -> pd.DataFrame:
         """All records, with the columns ``records.COLUMNS``."""
         records.adopt(self.meta.get("quantities", {}))  # a method's own are registered by code that imports torch
-        return records.validate(pd.read_parquet(self._file("records.parquet")))
+        with self._file("records.parquet").open("rb") as file:  # pyarrow cannot open every name
+            return records.validate(pd.read_parquet(file))
 
     @cached_property
     def parents(self) -> list[Run]:

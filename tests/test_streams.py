@@ -1,0 +1,148 @@
+"""Locales, closed and full output streams, and Ctrl-C, each in a process of its own."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from test_checkpoints import write_run
+
+from lorascope.run import Run
+
+LABEL = "LoRA, Größe τ"
+# Neither C.UTF-8 nor UTF-8 mode, which Python would else choose in the locale C.
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNDEFAULTENCODING": "1"}
+
+IN_A_LOCALE = """
+import io, json, locale, sys, warnings
+from pathlib import Path
+warnings.filterwarnings("ignore", category=EncodingWarning)
+warnings.filterwarnings("error", category=EncodingWarning, module=r"lorascope(\\..*)?$")
+assert locale.getpreferredencoding(False) in ("ANSI_X3.4-1968", "US-ASCII"), locale.getpreferredencoding(False)
+from lorascope.cli import main
+from lorascope.run import Run
+from lorascope.writer import RunWriter
+folder, *commands = sys.argv[1:]
+run = Run.read(folder)
+RunWriter(Path("again"), run.meta | {"model": folder}).finish("done")
+for command in json.loads(commands[0]):
+    sys.argv = ["lorascope", *(folder if word == "RUN" else word for word in command)]
+    code = main()
+    assert code == 0, (command, code)
+sys.stdout.reconfigure(encoding="latin-1", errors="strict")
+sys.argv = ["lorascope", "inspect", folder]
+main()
+"""
+
+
+def test_every_locale_reads_writes_and_prints_what_is_not_ascii(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "Größe", label=LABEL)
+    commands = [
+        ["inspect", "RUN"],
+        ["inspect", "RUN", "--json"],
+        ["doctor", "RUN"],
+        ["export", "RUN", "--table", "table.json"],
+        ["plot", "spectrum", "RUN", "-o", "spectrum.html"],
+        ["plot", "spectrum", "RUN", "-o", "spectrum.csv"],
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_A_LOCALE, str(folder), json.dumps(commands)],
+        env=os.environ | ASCII, capture_output=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert (done.stderr, done.returncode) == (b"", 0)
+    first, *_, last = (line for line in done.stdout.splitlines() if b"LoRA, Gr" in line)
+    assert rb"LoRA, Gr\xf6\xdfe \u03c4" in first
+    assert b"LoRA, Gr\xf6\xdfe \\u03c4" in last
+    again = Run.read(tmp_path / "again")
+    assert (again.label, Path(os.fsdecode(os.fsencode(again.meta["model"])))) == (LABEL, folder)
+    assert json.dumps(LABEL)[1:-1] in (tmp_path / "spectrum.html").read_text(encoding="utf-8")
+    assert set(pd.read_csv(tmp_path / "spectrum.csv", encoding="utf-8")["recipe"]) == {LABEL}
+
+
+def lorascope(
+    *words: str, stdout: object = subprocess.PIPE, stderr: object = subprocess.PIPE, close: str = ""
+) -> tuple[int, bytes, bytes]:
+    """Exit code, output and errors of a command line; ``close`` is of the shell, such as ``>&-``."""
+    command = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, "-m", "lorascope.cli", *words]
+    done = subprocess.run(command, stdout=stdout, stderr=stderr, check=False)
+    return done.returncode, done.stdout or b"", done.stderr or b""
+
+
+def test_a_closed_output_is_no_failure() -> None:
+    assert lorascope("--version", close=">&-") == (0, b"", b"")
+    assert lorascope("--version", close=">&- 2>&- <&-") == (0, b"", b"")
+    code, out, err = lorascope("no-such-command", close="2>&-")
+    assert (code, out, err) == (2, b"", b"")
+
+
+@pytest.mark.parametrize("words", ["--help", "inspect --help"])
+def test_a_pipe_that_nobody_reads_is_no_failure(words: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert lorascope(*words.split(), stdout=writer) == (0, b"", b"")
+    code, _, err = lorascope("no-such-command", stdout=writer, stderr=writer)
+    os.close(writer)
+    assert (code, err) == (2, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_cannot_be_written_is_one_line_and_a_failure() -> None:
+    with open("/dev/full", "wb") as full:
+        code, _, err = lorascope("--help", stdout=full)
+        assert (code, err.count(b"\n")) == (1, 1)
+        assert err.startswith(b"lorascope: ")
+        assert os.strerror(errno.ENOSPC).encode() in err
+        assert lorascope("no-such-command", stdout=full, stderr=full)[0] == 2
+
+
+def test_a_closed_stream_lends_its_number_to_no_file(tmp_path: Path) -> None:
+    code = (
+        "import sys; from lorascope.cli import main; sys.argv[1:] = ['--version']; main()\n"
+        "with open('number', 'w') as file: print(file.fileno(), file=file)"
+    )
+    command = ["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", sys.executable, "-c", code]
+    assert subprocess.run(command, cwd=tmp_path, check=False).returncode == 0
+    assert int((tmp_path / "number").read_text(encoding="utf-8")) > 2
+
+
+INTERRUPTED = """
+import atexit, os, signal, sys, time, types
+from lorascope import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+when = sys.argv.pop()
+
+def press():
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+def work(words):
+    try:
+        press()
+    finally:
+        if when == "in the cleanup":
+            press()
+            print("went on", flush=True)
+
+if when == "at the end":
+    atexit.register(press)
+if when == "as the line is printed":
+    failed = cli._failed
+    cli._failed = lambda *told: (failed(*told), press())
+sys.modules["lorascope.commands.waiting"] = types.SimpleNamespace(main=work)
+cli.COMMANDS["wait"] = cli.Command("waiting", "")
+sys.argv = ["lorascope", "wait"]
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize("second", ["never", "in the cleanup", "as the line is printed", "at the end"])
+def test_ctrl_c_and_a_second_one_are_one_line(second: str) -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, second], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"lorascope: stopped\n")

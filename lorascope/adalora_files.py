@@ -7,17 +7,28 @@ divides alpha by the initial rank plus 1e-5, whatever the rank is now.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorascope.adapter_files import AdapterFiles, check_rank, is_transposed, lora_factors
+from lorascope.adapter_files import CONFIG, AdapterFiles, check_rank, is_transposed, lora_factors
 from lorascope.adapter_parts import Factor, Part
+from lorascope.json_files import Finite, Positive, typed
+from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 from lorascope.update import Dense, LowRank
 
-_RANK, _ALPHA = 12, 8  # PEFT's, where the configuration says nothing
+
+@dataclass(frozen=True)
+class AdaLoraConfig:
+    """What counts here of ``adapter_config.json``, with PEFT's defaults; ``rank_pattern`` says what is kept."""
+
+    init_r: Positive = 12
+    lora_alpha: Finite = 8
+    rank_pattern: dict[str, list[bool]] | None = None
+    fan_in_fan_out: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -56,12 +67,17 @@ def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
         A factor is missing, or configuration and weights do not fit together.
     """
     found, others = lora_factors(path, files, ("A", "B", "E"))
-    first = config.get("init_r", _RANK)
-    scale = config.get("lora_alpha", _ALPHA) / (first + 1e-5)
-    kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (config.get("rank_pattern") or {}).items()}
+    settings = typed(config, AdaLoraConfig, path / CONFIG)
+    scale = settings.lora_alpha / (settings.init_r + 1e-5)
+    kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
     parts = {}
     for module, factors in found.items():
-        check_rank(path, module, factors, kept.get(module, first), config)
-        A = factors["A"]
-        parts[module] = AdaPart(factors["B"], A, scale, is_transposed(A, config), factors["E"])
+        check_rank(path, module, factors, kept.get(module, settings.init_r))
+        A, B, E = (factors[name] for name in "ABE")
+        if math.prod(E.shape) != A.shape[0]:
+            raise ValueError(
+                f"{printable(path)}: lora_E of {printable(module)} must hold {A.shape[0]} values, its rank, got the "
+                f"shape {E.shape}"
+            )
+        parts[module] = AdaPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), E)
     return AdapterFiles(path, dict(config), parts, others, files, "AdaLoRA")

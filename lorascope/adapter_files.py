@@ -7,7 +7,6 @@ this one, and share its parts.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,9 @@ from typing import Any
 import numpy as np
 
 from lorascope.adapter_parts import Factor, Kept, Part
+from lorascope.json_files import Finite, Positive, read_json, typed
+from lorascope.matching import Patterns
+from lorascope.printable import printable
 from lorascope.roles import parse, position
 from lorascope.tensors import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
 
@@ -30,6 +32,9 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?"
 )
 _KINDS = ("LORA", "ADALORA", "FOURIERFT")
+# A side of the largest table has 300,000 rows, its factor of rank 256 75 million values: more is no adapter, and would
+# take more memory than there is.
+MAX_SIDE, MAX_VALUES = 2**24, 2**28
 _VARIANTS = {
     "use_qalora": "QALoRA",
     "use_bdlora": "BD-LoRA",
@@ -37,6 +42,66 @@ _VARIANTS = {
     "monteclora_config": "MonteCLoRA",
     "arrow_config": "Arrow",
 }
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What counts of the configuration of any kind."""
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    target_modules: str | list[str] | None = None
+    lora_alpha: Finite = 8
+    rank_pattern: dict[str, Any] | None = None
+    alpha_pattern: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What counts here of ``adapter_config.json`` of LoRA and DoRA, with PEFT's defaults."""
+
+    r: Positive = 8
+    lora_alpha: Finite = 8
+    rank_pattern: dict[str, Positive] | None = None
+    alpha_pattern: dict[str, Finite] | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    target_parameters: str | list[str] | None = None
+
+
+class LoraSettings:
+    """Rank and alpha of each module.
+
+    Parameters
+    ----------
+    path : path
+        The folder.
+    config : dict
+        Its ``adapter_config.json``.
+
+    Raises
+    ------
+    ValueError
+        A setting has another type, or a key of a pattern is not a regular expression.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        file = path / CONFIG
+        self.config = typed(config, LoraConfig, file)
+        self._ranks, self._alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
+        self._rank_keys = Patterns(self._ranks, f"rank_pattern of {file}")
+        self._alpha_keys = Patterns(self._alphas, f"alpha_pattern of {file}")
+
+    def rank(self, module: str) -> int:
+        """Return the rank of a module."""
+        key = self._rank_keys.first(module)
+        return self.config.r if key is None else self._ranks[key]
+
+    def scale(self, module: str) -> float:
+        """Return alpha / rank, or alpha / sqrt(rank) of a rank-stabilized adapter."""
+        key, rank = self._alpha_keys.first(module), self.rank(module)
+        alpha = self.config.lora_alpha if key is None else self._alphas[key]
+        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
 
 @dataclass(frozen=True)
@@ -68,7 +133,7 @@ class AdapterFiles:
         """The weight of a module that is stored as it is, with two dimensions."""
         wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
         file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
-        return file[name].reshape(file.shape(name)[0], -1)
+        return Factor(file, name).read()
 
 
 def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
@@ -87,7 +152,8 @@ def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
 
 def factor_files(path: Path) -> list[Path]:
     """Files of weights in a folder that hold factors, whatever their names."""
-    return [file for file in sorted(path.glob("*.safetensors")) if any(".lora_" in name for name in open_tensors(file))]
+    files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
+    return [file for file in files if any(".lora_" in name for name in open_tensors(file))]
 
 
 def grouped(
@@ -104,7 +170,7 @@ def grouped(
     Raises
     ------
     ValueError
-        A factor is stored as anything but floats.
+        A factor is stored as anything but floats, or is no matrix of an adapter.
     """
     found: dict[str, dict[str, Factor]] = {}
     others = []
@@ -132,19 +198,23 @@ def lora_factors(
     found, others = grouped(files, _FACTOR)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
-        raise ValueError(f"{path} is a variant of LoRA that is not read yet: it holds {foreign}")
+        raise ValueError(f"{printable(path)} is a variant of LoRA that is not read yet: it holds {printable(foreign)}")
     if not found:
         held = f"such as {others[0]}" if others else "no tensor at all"
-        raise ValueError(f"{path} says LORA but its weights hold no lora_A and lora_B: {held}")
+        raise ValueError(f"{printable(path)} says LORA but its weights hold no lora_A and lora_B: {printable(held)}")
     for module, factors in found.items():
         lacking = next((name for name in wanted if name not in factors), None)
         if lacking is not None:
             held = " and ".join(f"lora_{name}" for name in factors)
-            raise ValueError(f"{path}: {module} has {held} but no lora_{lacking}: a part is missing")
+            raise ValueError(
+                f"{printable(path)}: {printable(module)} has {held} but no lora_{lacking}: a part is missing"
+            )
         extra = next((name for name in factors if name not in wanted), None)
         if extra is not None:
             option = {"magnitude_vector": "use_dora", "E": "ADALORA"}[extra]
-            raise ValueError(f"{path}: {module} holds lora_{extra}, but {CONFIG} does not say {option}")
+            raise ValueError(
+                f"{printable(path)}: {printable(module)} holds lora_{extra}, but {CONFIG} does not say {option}"
+            )
     return found, others
 
 
@@ -157,12 +227,13 @@ def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ..
         It holds a variant of LoRA, or configuration and weights do not fit together.
     """
     found, others = lora_factors(path, files, ("A", "B"))
-    parts = {module: Part(*lora_part(path, module, factors, config)) for module, factors in found.items()}
+    settings = LoraSettings(path, config)
+    parts = {module: Part(*lora_part(path, module, factors, settings)) for module, factors in found.items()}
     return AdapterFiles(path, config, parts, others, files)
 
 
 def lora_part(
-    path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]
+    path: Path, module: str, factors: Mapping[str, Factor], settings: LoraSettings
 ) -> tuple[Factor, Factor, float, bool]:
     """B, A, scale and orientation of one module.
 
@@ -171,90 +242,59 @@ def lora_part(
     ValueError
         Its factors have another rank than the configuration says.
     """
-    rank = _setting(config, "rank_pattern", module, "r", 8)
-    alpha = _setting(config, "alpha_pattern", module, "lora_alpha", 8)
-    check_rank(path, module, factors, rank, config)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return factors["B"], factors["A"], scale, is_transposed(factors["A"], config)
+    A, B, config = factors["A"], factors["B"], settings.config
+    check_rank(path, module, factors, settings.rank(module), bool(config.target_parameters))
+    return B, A, settings.scale(module), is_transposed(A, config.fan_in_fan_out)
 
 
-def check_rank(path: Path, module: str, factors: Mapping[str, Factor], rank: int, config: Mapping[str, Any]) -> None:
+def check_rank(path: Path, module: str, factors: Mapping[str, Factor], rank: int, experts: bool = False) -> None:
     """Raise a ValueError where factors have another rank than the configuration says."""
     held = factors["A"].shape[0], factors["B"].shape[1]
     if held != (rank, rank):
-        why = "; experts in one tensor (target_parameters) are not read" if config.get("target_parameters") else ""
-        raise ValueError(f"{path}: {CONFIG} gives {module} rank {rank}, its factors have {held[0]} and {held[1]}{why}")
+        why = "; experts in one tensor (target_parameters) are not read" if experts else ""
+        raise ValueError(
+            f"{printable(path)}: {CONFIG} gives {printable(module)} rank {rank}, "
+            f"its factors have {held[0]} and {held[1]}{why}"
+        )
 
 
-def is_transposed(A: Factor, config: Mapping[str, Any]) -> bool:
+def is_transposed(A: Factor, fan_in_fan_out: bool | None) -> bool:
     """Does the base store the weight as (in, out)? Tables of embeddings are."""
-    return bool(config.get("fan_in_fan_out")) or ".lora_embedding_" in A.name
+    return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
 def _float_factor(file: TensorFile, name: str) -> Factor:
-    """A stored factor; a ValueError where it is stored as anything but floats."""
+    """A stored factor; a ValueError where it is stored as anything but floats, or has the shape of none."""
     if file.dtype(name) not in FLOATS:
-        raise ValueError(f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read")
+        raise ValueError(
+            f"{printable(file.path)}: {printable(name)} is stored as {printable(file.dtype(name))}; "
+            "only floats are read"
+        )
+    shape = file.shape(name)
+    if not shape or max(shape) > MAX_SIDE or math.prod(shape) > MAX_VALUES:
+        raise ValueError(
+            f"{printable(file.path)}: {printable(name)} must have 1 or more dimensions of at most {MAX_SIDE} and at "
+            f"most {MAX_VALUES} values, got the shape {shape}"
+        )
     return Factor(file, name)
-
-
-def pattern_key(patterns: Iterable[str], module: str) -> str | None:
-    """The entry of a ``rank_pattern`` or ``alpha_pattern`` that is about a module: the first that fits, as in PEFT."""
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-
-
-def _setting(config: Mapping[str, Any], pattern: str, module: str, default: str, otherwise: int) -> Any:
-    patterns = config.get(pattern) or {}
-    key = pattern_key(patterns, module)
-    return config.get(default, otherwise) if key is None else patterns[key]
 
 
 def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind = str(config["peft_type"]).upper()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not readable as PEFT's configuration of an adapter: {error}") from error
+    config = read_json(file, dict[str, Any])
+    kind = typed(config, _Common, file).peft_type.upper()
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind not in _KINDS:
-        raise ValueError(f"{path} holds an adapter of type {kind}, which is not read yet: {', '.join(_KINDS)} are")
-    _check(file, config, masks=kind == "ADALORA")
+        raise ValueError(
+            f"{printable(path)} holds an adapter of type {printable(kind)}, which is not read yet: "
+            f"{', '.join(_KINDS)} are"
+        )
     return config
-
-
-def _check(file: Path, config: Mapping[str, Any], masks: bool) -> None:
-    """Raise a ValueError where a setting that counts here is of a kind that it cannot be.
-
-    ``masks``: does ``rank_pattern`` say which components a module keeps, as AdaLoRA's does, and not how many?
-    """
-    for name in ("r", "init_r", "lora_alpha"):
-        if not isinstance(config.get(name, 1), int | float):
-            raise ValueError(f"{file}: {name} is {config[name]!r}, where a number belongs")
-    for name in ("rank_pattern", "alpha_pattern", "n_frequency_pattern"):
-        patterns = config.get(name) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{file}: {name} is {patterns!r}, where names of modules with their numbers belong")
-        masked = masks and name == "rank_pattern"
-        for key, value in patterns.items():
-            if not (_is_mask(value) if masked else isinstance(value, int | float)):
-                wanted = "a list of true and false" if masked else "a number"
-                raise ValueError(f"{file}: {name} gives {key!r} {value!r}, where {wanted} belongs")
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"{file}: {name} names {key!r}, which is no regular expression: {error}") from error
-    if not isinstance(config.get("enable_lora") or [], list):
-        raise ValueError(f"{file}: enable_lora is {config['enable_lora']!r}, where a list of true and false belongs")
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(kept, bool) for kept in value)
 
 
 def _weight_files(path: Path) -> list[Path]:
     files = weight_files(path, STEM) or factor_files(path)
     if not files:
         refuse_pickles(path.glob(f"*{STEM}*"))
-        raise FileNotFoundError(f"{path} has {CONFIG} but no {WEIGHTS}")
+        raise FileNotFoundError(f"{printable(path)} has {CONFIG} but no {WEIGHTS}")
     return files

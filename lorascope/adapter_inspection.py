@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorascope.adapter_files import CONFIG, pattern_key
+from lorascope.adapter_files import CONFIG
 from lorascope.checkpoints import AdapterRun
 from lorascope.forms import RESIDUAL
+from lorascope.matching import Patterns
 from lorascope.update import Pair
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -58,8 +59,10 @@ def adapter_findings(run: AdapterRun) -> Iterator[str]:
     if lacking:
         yield f"not in the base, tied perhaps: {some(lacking)}"
     for pattern in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(pattern) or {}
-        idle = [key for key in patterns if not any(pattern_key([key], module) for module in run.files.parts)]
+        # AdaLoRA's ranks are masks by parameter.
+        if pattern == "rank_pattern" and run.files.kind == "AdaLoRA":
+            continue
+        idle = Patterns(config.get(pattern) or {}, f"{pattern} of {run.files.path / CONFIG}").idle(run.files.parts)
         if idle:
             yield f"{pattern} names no module of this adapter: {some(idle)}"
 

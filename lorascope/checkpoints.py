@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -20,14 +21,17 @@ from lorascope.card import largest_lines
 from lorascope.dora_files import read_dora
 from lorascope.fourier_files import named_base, read_fourier
 from lorascope.hydra_files import holds_heads, read_hydra
+from lorascope.json_files import read_json
 from lorascope.layout import Lazy
 from lorascope.loralib_files import read_loralib
 from lorascope.pretrained import Pretrained
+from lorascope.printable import printable
 from lorascope.records import Record
 from lorascope.roles import parse
 from lorascope.run import Run
+from lorascope.run_schema import Recipe
 from lorascope.summary import SUMMARY
-from lorascope.tensors import refuse_pickles
+from lorascope.tensors import is_plain, refuse_pickles
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
 MARKS = ("recipe.json", "run.json", CONFIG)
@@ -53,25 +57,25 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     ValueError
         It is none of the three, broken, or written by a newer version.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
-        raise FileNotFoundError(f"there is no folder {path}")
-    if path.is_file():
+        raise FileNotFoundError(f"there is no folder {printable(path)}")
+    if not path.is_dir():
         refuse_pickles([path])
-        raise ValueError(f"{path} is a file: give the folder it lies in, {path.parent}")
+        raise ValueError(f"{printable(path)} is a file: give the folder it lies in, {printable(path.parent)}")
     if is_run(path) and base is not None:
-        raise ValueError(f"{path} is a run: it knows its own base, so leave the base out")
+        raise ValueError(f"{printable(path)} is a run: it knows its own base, so leave the base out")
     if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists() or factor_files(path):
         model = None if base is None else Pretrained(base)
         return AdapterRun(_read(path, model), model)
-    raise ValueError(f"{path} holds neither a run nor an adapter{_hint(path)}")
+    raise ValueError(f"{printable(path)} holds neither a run nor an adapter{_hint(path)}")
 
 
 def is_run(path: str | Path) -> bool:
     """Was what lies in a folder trained here, or recorded?"""
-    return any((Path(path).expanduser() / mark).exists() for mark in MARKS[:2])
+    return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
 
 
 def _read(path: Path, base: Pretrained | None) -> AdapterFiles:
@@ -103,13 +107,15 @@ class AdapterRun(Run):
     def __init__(self, files: AdapterFiles, base: Pretrained | None = None) -> None:
         self.files, self.base = files, base
         if base is not None and not any(map(base.holds, files.parts)):
-            raise ValueError(f"{base.folder} holds no weight of any module of {files.path}: it is not its base")
+            raise ValueError(
+                f"{printable(base.folder)} holds no weight of any module of {printable(files.path)}: it is not its base"
+            )
         ranks = {module: part.rank for module, part in files.parts.items()}
         config = files.config
         meta = {
             "source": str(files.path),
             "label": files.path.resolve().name,
-            "method": {"name": files.kind.lower()} | config,
+            "method": config | {"name": files.kind.lower()},
             "recipe": {"source": str(files.path.resolve())},
             "model": config.get("base_model_name_or_path") or "unknown",
             "task": None,
@@ -257,13 +263,15 @@ def _describe(module: str, outer: int, inner: int) -> dict[str, Any]:
 
 def _last_phase(path: Path) -> str:
     file = path / "recipe.json"
-    try:
-        recipe = json.loads(file.read_text(encoding="utf-8"))
-        status, last = recipe["status"], recipe["phases"][-1]
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{file} is not readable as a list of phases: {error}") from error
-    if status != "done":
-        raise ValueError(f"{path} is {status}, in its phase {last}: the same call of train goes on with it")
+    recipe = read_json(file, Recipe)
+    last = recipe.phases[-1]
+    if not is_plain(last):
+        raise ValueError(f"cannot read {printable(file)}: a phase must be a folder below it, got {printable(last)!r}")
+    if recipe.status != "done":
+        raise ValueError(
+            f"{printable(path)} is {recipe.status}, in its phase {printable(last)}: "
+            "the same call of train goes on with it"
+        )
     return last
 
 
@@ -271,7 +279,7 @@ def _hint(path: Path) -> str:
     """What lies there instead."""
     inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in MARKS))
     if inside:
-        return f" itself, but {len(inside)} below it: give {path / inside[-1]}"
+        return f" itself, but {len(inside)} below it: give {printable(path / inside[-1])}"
     if (path / "config.json").exists():
         return ": it looks like a whole model, of which `lorascope inspect --base DIR` tells what turned in it"
     refuse_pickles(path.iterdir())

@@ -9,6 +9,7 @@ Source: Liu et al. (arXiv 2402.09353), equation 5, as PEFT has it: norms are tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.adapter_files import AdapterFiles, lora_factors, lora_part
+from lorascope.adapter_files import AdapterFiles, LoraSettings, lora_factors, lora_part
 from lorascope.adapter_parts import Factor, Part
 from lorascope.pretrained import Pretrained
+from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 from lorascope.update import Dense, LowRank
 
@@ -78,9 +80,15 @@ def read_dora(
         A factor is missing, or configuration and weights do not fit together.
     """
     found, others = lora_factors(path, files, ("A", "B", "magnitude_vector"))
-    parts = {}
+    settings, parts = LoraSettings(path, config), {}
     for module, factors in found.items():
-        plain = lora_part(path, module, factors, config)
+        plain = lora_part(path, module, factors, settings)
+        magnitude, outer = factors["magnitude_vector"], factors["B"].shape[0]
+        if math.prod(magnitude.shape) != outer:
+            raise ValueError(
+                f"{printable(path)}: lora_magnitude_vector of {printable(module)} must hold {outer} values, one per "
+                f"output, got the shape {magnitude.shape}"
+            )
         held = base if base is not None and base.holds(module) else None
-        parts[module] = DoraPart(*plain, factors["magnitude_vector"], module, held)
+        parts[module] = DoraPart(*plain, magnitude, module, held)
     return AdapterFiles(path, dict(config), parts, others, files, "DoRA")

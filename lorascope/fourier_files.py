@@ -7,6 +7,7 @@ own files are needed: those of the folder given, else of the one that the config
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,15 +18,28 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from lorascope.adapter_files import CONFIG, AdapterFiles, grouped, pattern_key
+from lorascope.adapter_files import CONFIG, AdapterFiles, grouped
 from lorascope.adapter_parts import Factor, Kept
 from lorascope.fourier import SEEDS, Fourier, entries
+from lorascope.json_files import Finite, Positive, typed
+from lorascope.matching import Patterns
 from lorascope.pretrained import Pretrained
+from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 
 # The adapter's own name may stand behind, where a state dict was saved by hand.
 _FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")
-_SCALING, _SEED, _N = 150.0, 777, 1000  # PEFT's, where the configuration says nothing
+
+
+@dataclass(frozen=True)
+class FourierConfig:
+    """What counts here of ``adapter_config.json``, with PEFT's defaults."""
+
+    n_frequency: Positive = 1000
+    n_frequency_pattern: dict[str, Positive] | None = None
+    scaling: Finite = 150.0
+    random_loc_seed: int = 777
+    fan_in_fan_out: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +117,21 @@ def read_fourier(
     found, others = grouped(files, _FACTOR)
     if not found:
         held = f"such as {others[0]}" if others else "no tensor at all"
-        raise ValueError(f"{path} says FOURIERFT but its weights hold no fourierft_spectrum: {held}")
+        raise ValueError(
+            f"{printable(path)} says FOURIERFT but its weights hold no fourierft_spectrum: {printable(held)}"
+        )
     shapes = base or named_base(config)
     if shapes is None:
         name = config.get("base_model_name_or_path") or "unnamed"
-        raise ValueError(f"{path} keeps no shapes, as FourierFT does not: give the folder of its base, {name}")
+        raise ValueError(
+            f"{printable(path)} keeps no shapes, as FourierFT does not: give the folder of its base, {printable(name)}"
+        )
+    settings = typed(config, FourierConfig, path / CONFIG)
+    keys = Patterns(settings.n_frequency_pattern or {}, f"n_frequency_pattern of {path / CONFIG}")
+    seed = entry_seed(config)
     parts = {
-        module: _part(path, module, factors["fourierft_spectrum"], config, shapes) for module, factors in found.items()
+        module: _part(path, module, factors["fourierft_spectrum"], settings, keys.first(module), seed, shapes)
+        for module, factors in found.items()
     }
     return AdapterFiles(path, dict(config), parts, others, files, "FourierFT")
 
@@ -117,22 +139,28 @@ def read_fourier(
 def named_base(config: Mapping[str, Any]) -> Pretrained | None:
     """The base that the configuration names, if it is a folder here."""
     name = config.get("base_model_name_or_path")
-    return Pretrained(name) if name and any(Path(name).expanduser().glob("*.safetensors")) else None
+    folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
+    return Pretrained(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:
     """The seed of the entries, as torch's generator on the CPU takes it."""
-    return int(config.get("random_loc_seed", _SEED)) % SEEDS
+    return typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS
 
 
-def _part(path: Path, module: str, stored: Factor, config: Mapping[str, Any], base: Pretrained) -> FourierPart:
-    patterns = config.get("n_frequency_pattern") or {}
-    key = pattern_key(patterns, module)
-    n = config.get("n_frequency", _N) if key is None else patterns[key]
+def _part(
+    path: Path, module: str, stored: Factor, config: FourierConfig, key: str | None, seed: int, base: Pretrained
+) -> FourierPart:
+    n = config.n_frequency if key is None else (config.n_frequency_pattern or {})[key]
+    where = f"{printable(path)}:"
     if stored.shape != (n, 1):
-        raise ValueError(f"{path}: {CONFIG} gives {module} {n} coefficients, its spectrum has {stored.shape[0]}")
-    transposed = bool(config.get("fan_in_fan_out"))
+        raise ValueError(
+            f"{where} {CONFIG} gives {printable(module)} {n} coefficients, its spectrum has {stored.shape[0]}"
+        )
+    transposed = bool(config.fan_in_fan_out)
     shape = base.shape(module, transposed)
     if n > shape[0] * shape[1]:
-        raise ValueError(f"{path}: {module} has {n} coefficients, more than the {shape[0]} x {shape[1]} of its base")
-    return FourierPart(stored, shape, float(config.get("scaling", _SCALING)), transposed, entry_seed(config))
+        raise ValueError(
+            f"{where} {printable(module)} has {n} coefficients, more than the {shape[0]} x {shape[1]} of its base"
+        )
+    return FourierPart(stored, shape, config.scaling, transposed, seed)

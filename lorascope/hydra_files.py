@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.adapter_files import CONFIG, AdapterFiles, grouped
+from lorascope.adapter_files import CONFIG, AdapterFiles, LoraConfig, grouped
 from lorascope.adapter_parts import Factor, Part
 from lorascope.forms import mixture
+from lorascope.json_files import typed
+from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 from lorascope.update import LowRank
 
@@ -77,23 +79,32 @@ def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, .
         A part is missing, or configuration and weights do not fit together.
     """
     found, others = grouped(files, _FACTOR)
-    parts = {module: _part(path, module, factors, config) for module, factors in found.items()}
+    if not found:
+        raise ValueError(f"{printable(path)} holds heads, but of no module that has a name")
+    settings = typed(config, LoraConfig, path / CONFIG)
+    parts = {module: _part(path, module, factors, settings) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files, "HydraLoRA")
 
 
-def _part(path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]) -> HydraPart:
-    count = max((int(name[1:]) + 1 for name in factors if name[0] == "B"), default=1)
+def _part(path: Path, module: str, factors: Mapping[str, Factor], config: LoraConfig) -> HydraPart:
+    # Counted, not read off the names: a number in a name may be of any size.
+    count = max(sum(name[0] == "B" for name in factors), 1)
     wanted = ["A", "route", *(f"B{number}" for number in range(count))]
     missing = next((name for name in wanted if name not in factors), None)
     if missing is not None:
-        raise ValueError(f"{path}: {module} has no lora_{missing}: a part of it is missing")
+        raise ValueError(f"{printable(path)}: {printable(module)} has no lora_{missing}: a part of it is missing")
     A, router, *heads = (factors[name] for name in wanted)
     if router.shape[0] != count:
-        raise ValueError(f"{path}: {module} has {count} heads, its router has {router.shape[0]}")
-    rank = config.get("r", 8)
+        raise ValueError(f"{printable(path)}: {printable(module)} has {count} heads, its router has {router.shape[0]}")
+    rank = config.r
     held = sorted({A.shape[0], *(head.shape[1] for head in heads)})
     if held != [rank]:
         raise ValueError(
-            f"{path}: {CONFIG} gives rank {rank}, the factors of {module} have {' and '.join(map(str, held))}"
+            f"{printable(path)}: {CONFIG} gives rank {rank}, the factors of {printable(module)} have "
+            f"{' and '.join(map(str, held))}"
         )
-    return HydraPart(heads[0], A, config.get("lora_alpha", 8) / rank, False, tuple(heads), router)
+    if router.shape[1] != A.shape[1] or len({head.shape for head in heads}) > 1:
+        raise ValueError(
+            f"{printable(path)}: {printable(module)} must have heads of one shape, and a router as wide as its lora_A"
+        )
+    return HydraPart(heads[0], A, config.lora_alpha / rank, False, tuple(heads), router)

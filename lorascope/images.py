@@ -7,6 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from lorascope.encoding import Encoded, groups_of, numbers
+from lorascope.json_files import require_regular
 
 
 def opened(image: Any) -> Image.Image:
@@ -41,13 +43,14 @@ def opened(image: Any) -> Image.Image:
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image))
         elif isinstance(image, str | os.PathLike):
+            require_regular(Path(image))
             image = Image.open(image)
         elif not isinstance(image, Image.Image):
             image = Image.fromarray(np.asarray(image))
         return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image {image}") from None
-    except (OSError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # decoders raise what a broken file brings: SyntaxError, struct.error, a bomb's warning
         raise ValueError(
             f"{_told(image)} is no image that can be read: a file, its bytes, a PIL image, or an array of uint8, "
             "(height, width) or (height, width, 3)"

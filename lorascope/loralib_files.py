@@ -14,14 +14,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from lorascope.adapter_files import CONFIG, AdapterFiles, is_transposed, lora_factors
 from lorascope.adapter_parts import Factor, Part
+from lorascope.json_files import Finite, Positive, typed
+from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 from lorascope.update import LowRank
+
+# Query, key and value are three; each takes memory for its block, empty ones too.
+MAX_OUTPUTS = 64
+
+
+@dataclass(frozen=True)
+class MergedConfig:
+    """What counts here of a configuration laid beside the factors; without ``r`` the rank is that of lora_B."""
+
+    r: Positive | None = None
+    lora_alpha: Finite = 1
+    enable_lora: Annotated[list[bool], msgspec.Meta(max_length=MAX_OUTPUTS)] | None = None
+    fan_in_fan_out: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -66,17 +82,20 @@ def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
         A factor is missing, or configuration and weights do not fit together.
     """
     found, others = lora_factors(path, files, ("A", "B"))
-    parts = {module: _part(path, module, factors, config) for module, factors in found.items()}
+    settings = typed(config, MergedConfig, path / CONFIG)
+    parts = {module: _part(path, module, factors, settings, bool(config)) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files)
 
 
-def _part(path: Path, module: str, factors: Mapping[str, Factor], config: Mapping[str, Any]) -> MergedPart:
+def _part(path: Path, module: str, factors: Mapping[str, Factor], config: MergedConfig, known: bool) -> MergedPart:
+    """The update of one module; ``known``: is there a configuration?"""
     A, B = factors["A"], factors["B"]
-    rank = config.get("r", B.shape[1])
-    enabled = tuple(config.get("enable_lora") or [True] * (A.shape[0] // rank))
-    if A.shape[0] != rank * sum(enabled) or B.shape[1] != rank or B.shape[0] % sum(enabled):
-        said = f"{CONFIG} gives rank {rank} and enables" if config else f"lora_B has rank {rank}, for"
+    rank = config.r or B.shape[1]
+    enabled = config.enable_lora or [True] * min(A.shape[0] // max(rank, 1), MAX_OUTPUTS)
+    count = sum(enabled)
+    if not count or (A.shape[0], B.shape[1]) != (rank * count, rank) or B.shape[0] % count:
+        said = f"{CONFIG} gives rank {rank} and enables" if known else f"lora_B has rank {rank}, for"
         held = f"lora_A {A.shape} and lora_B {B.shape}"
-        raise ValueError(f"{path}: {said} {sum(enabled)} outputs of {module}, which does not fit {held}")
-    scale = config.get("lora_alpha", 1) / rank if config else 1.0
-    return MergedPart(B, A, scale, is_transposed(A, config), enabled)
+        raise ValueError(f"{printable(path)}: {said} {count} outputs of {printable(module)}, which does not fit {held}")
+    scale = config.lora_alpha / rank if known else 1.0
+    return MergedPart(B, A, scale, is_transposed(A, config.fan_in_fan_out), tuple(enabled))

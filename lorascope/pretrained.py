@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
+from lorascope.matching import Ends
+from lorascope.printable import printable
 from lorascope.roles import parse
 from lorascope.tensors import FLOATS, TensorFile, Unread, open_tensors, refuse_pickles, weight_files
 
@@ -30,9 +34,10 @@ class Pretrained:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         self.files = tuple(map(open_tensors, _files(self.folder)))
         self._files = {name: file for file in self.files for name in file}
+        self._ends = Ends(self._files)
 
     def holds(self, module: str) -> bool:
         """Is there a weight of this module? A tied one is stored under one of its names alone."""
@@ -46,8 +51,7 @@ class Pretrained:
         ValueError
             There is no such weight.
         """
-        name = self._name(module)
-        first, *rest = self._files[name].shape(name)
+        first, *rest = self.stored(module)
         return (math.prod(rest), first) if transposed else (first, math.prod(rest))
 
     def modules(self) -> list[str]:
@@ -56,9 +60,9 @@ class Pretrained:
         return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
     def stored(self, module: str) -> tuple[int, ...]:
-        """Shape of a module's weight as it is stored."""
+        """Shape of a module's weight as it is stored, of one dimension or more."""
         name = self._name(module)
-        return self._files[name].shape(name)
+        return self._files[name].shape(name) or (1,)
 
     def dtype(self, module: str) -> str:
         """Stored dtype of a module's weight, such as ``"BF16"``."""
@@ -105,12 +109,14 @@ class Pretrained:
         """
         name = self._name(module)
         stored = self._floats(name)[name]
-        flat = stored.reshape(len(stored), -1)
+        first, *rest = stored.shape or (1,)
+        flat = stored.reshape(first, math.prod(rest))
         square = shape[0] == shape[1]
         weight = flat.T if (transposed if square else flat.shape == shape[::-1]) else flat
         if weight.shape != shape:
             raise ValueError(
-                f"{self.folder}: {name} has the shape {stored.shape}, the update needs {shape}: another model"
+                f"{printable(self.folder)}: {printable(name)} has the shape {stored.shape}, the update needs {shape}: "
+                "another model"
             )
         return weight
 
@@ -119,7 +125,8 @@ class Pretrained:
         file = self._files[name]
         if file.dtype(name) not in FLOATS:
             raise ValueError(
-                f"{file.path}: {name} is stored as {file.dtype(name)}; only floats are read: "
+                f"{printable(file.path)}: {printable(name)} is stored as {printable(file.dtype(name))}; "
+                "only floats are read: "
                 "give the weights that are not quantised"
             )
         return file
@@ -127,7 +134,7 @@ class Pretrained:
     def _name(self, module: str) -> str:
         name = self._find(module)
         if name is None:
-            raise ValueError(f"{self.folder} holds no weight of {module}")
+            raise ValueError(f"{printable(self.folder)} holds no weight of {printable(module)}")
         return name
 
     def _find(self, module: str) -> str | None:
@@ -135,19 +142,20 @@ class Pretrained:
         for start in range(len(parts) - 1):
             if (name := ".".join(parts[start:])) in self._files:
                 return name
-        longer = [name for name in self._files if name.endswith(f".{module}.weight")]
+        longer = list(islice(self._ends.ending(f".{module}.weight"), 2))
         return longer[0] if len(longer) == 1 else None
 
 
 def _files(folder: Path) -> list[Path]:
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         return [folder]
     if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"there is no folder {printable(folder)}")
     # Besides the weights of transformers a folder may hold the same ones in the authors' own layout.
     found = weight_files(folder, "model")
-    found = found or [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
+    others = (file for file in sorted(folder.glob("*.safetensors")) if file.is_file())
+    found = found or [file for file in others if not file.name.startswith("adapter_")]
     if not found:
         refuse_pickles(folder.glob("*model*"))
-        raise FileNotFoundError(f"{folder} holds no safetensors file: give the folder of the base model")
+        raise FileNotFoundError(f"{printable(folder)} holds no safetensors file: give the folder of the base model")
     return found

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from lorascope.names import parse
+from lorascope.names import ROLES, parse
+from lorascope.printable import printable
 
 COLUMNS = ("run", "step", "module", "stack", "layer", "role", "quantity", "index", "value")
 KEY = ["run", "step", "module", "quantity", "index"]
@@ -44,7 +45,7 @@ class Quantity:
     label: str
     unit: str = ""
     index: str = "none"
-    pool: str = "mean"
+    pool: Literal["norm", "sum", "mean"] = "mean"
     definition: str = ""
     source: str = ""
 
@@ -230,14 +231,32 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
         raise ValueError(f"the table lacks the columns {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
-    table = table[list(COLUMNS)].astype(_DTYPES | dict.fromkeys(_CATEGORICAL, "category"))
+    for name in _DTYPES:
+        if not (pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().all()):
+            raise ValueError(f"column {name} must hold numbers, got {table[name].dtype}")
+    try:
+        table = table[list(COLUMNS)].astype(_DTYPES | dict.fromkeys(_CATEGORICAL, "category"))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"a column must hold {', '.join(f'{n} as {t}' for n, t in _DTYPES.items())}: {error}"
+        ) from error
+    for name in _CATEGORICAL:
+        if not (table[name].notna().all() and all(isinstance(text, str) for text in table[name].cat.categories)):
+            raise ValueError(f"column {name} must hold text in every row")
+    for name in ("step", "layer", "index"):
+        if (table[name] < 0).any():
+            raise ValueError(f"column {name} must be >= 0, got {table[name].min()}")
+    odd = set(table["role"].cat.categories) - {"", *ROLES}
+    if odd:
+        raise ValueError(f"column role must hold {', '.join(ROLES)}, got {printable(min(odd))!r}")
     unknown = sorted(set(table["quantity"].cat.categories) - QUANTITIES.keys())
     if unknown:
-        raise ValueError(f"unknown quantity {unknown[0]!r}: register it in records.QUANTITIES first")
+        raise ValueError(f"unknown quantity {printable(unknown[0])!r}: register it in records.QUANTITIES first")
     twice = table.duplicated(KEY)
     if twice.any():
         row = table[twice].iloc[0]
-        raise ValueError(f"{row['quantity']} of {row['module'] or 'the run'} is recorded twice at step {row['step']}")
+        whose = printable(row["module"] or "the run")
+        raise ValueError(f"{row['quantity']} of {whose} is recorded twice at step {row['step']}")
     return table
 
 

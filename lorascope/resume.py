@@ -13,6 +13,7 @@ import pandas as pd
 from jaxtyping import UInt8
 
 from lorascope.folders import own_files
+from lorascope.parquet_files import read_table
 from lorascope.printable import printable
 from lorascope.state import load_tree, save_tree
 from lorascope.tensors import write_bytes
@@ -55,10 +56,9 @@ class Checkpoints:
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 tree = load_tree(file)
+                return tree, unpack_rows(tree.pop("table"))
             except ValueError as error:
                 warnings.warn(f"{printable(error)}; going on from an earlier step", stacklevel=2)
-                continue
-            return tree, unpack_rows(tree.pop("table"))
         return None
 
     def best_file(self, step: int) -> Path:
@@ -79,4 +79,4 @@ def pack_rows(table: pd.DataFrame) -> UInt8[np.ndarray, "bytes"]:
 
 def unpack_rows(packed: UInt8[np.ndarray, "bytes"]) -> pd.DataFrame:
     """The table that ``pack_rows`` got."""
-    return pd.read_parquet(io.BytesIO(packed.tobytes()))
+    return read_table(io.BytesIO(packed.tobytes()), "the table of a checkpoint")

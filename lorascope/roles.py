@@ -13,7 +13,8 @@ FFN = ("ffn_in", "ffn_gate", "ffn_out")
 ROLES = (*ATTENTION, *CROSS, *FFN, "qkv", "embed", "pos_embed", "head", "norm", "block", "other")
 LINEAR = (*ATTENTION, *CROSS, *FFN, "qkv", "other")
 
-_BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?)\.(\d+)(?=\.|$)")
+# A number of more digits is no layer: it does not fit the column of a table.
+_BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?)\.(\d{1,4})(?=\.|$)")
 _NORM = re.compile(r"norm|^ln(_|\d|$)")
 _POSITION = re.compile(r"position|pos_embed|^wpe$|^rel_embed|relative_attention_bias")
 _EMBED = re.compile(r"embeddings?$|^embed_(tokens|in)$|^wte$|^shared$")

@@ -7,7 +7,7 @@ and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
 from __future__ import annotations
 
 import difflib
-import json
+import re
 import shutil
 from collections.abc import Mapping
 from functools import cached_property
@@ -21,7 +21,11 @@ from lorascope import records
 from lorascope.card import as_html, as_text, training_lines
 from lorascope.folders import new_folder
 from lorascope.forms import update_from
+from lorascope.json_files import read_json, typed
 from lorascope.layout import GROWING, REMOVED, Lazy, snapshot_file
+from lorascope.parquet_files import read_table
+from lorascope.printable import printable
+from lorascope.run_schema import About, read_about, require_run
 from lorascope.summary import peft_keywords, summarise
 from lorascope.tensors import TensorFile, file_hash
 from lorascope.update import Dense, LowRank
@@ -29,9 +33,6 @@ from lorascope.update import Dense, LowRank
 SCHEMA = 1
 STATES = ("last", "best")
 TRAIN_AGAIN = "Train the run again with overwrite=True"
-_KEYS = {
-    "checksums", "id", "label", "model", "modules", "parents", "recipe", "seed", "settings", "states", "status", "task",
-}  # fmt: skip
 
 
 class Run:
@@ -65,16 +66,14 @@ class Run:
         path = Path(path)
         file = path / "run.json"
         if not file.exists():
-            raise FileNotFoundError(f"{path} is no run: it has no run.json")
-        try:
-            meta = dict(json.loads(file.read_text(encoding="utf-8")))
-            schema = int(meta["schema"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is not readable as a run: {error}") from error
+            raise FileNotFoundError(f"{printable(path)} is no run: it has no run.json")
+        meta = read_json(file, dict[str, Any])
+        schema = typed(meta.get("schema"), int, f"schema of {file}")
         if schema > SCHEMA:
-            raise ValueError(f"{path} has schema {schema}, newer than the {SCHEMA} known here: update lorascope")
-        if missing := sorted(_KEYS - meta.keys()):
-            raise ValueError(f"{file} is not readable as a run: it lacks {', '.join(missing)}")
+            raise ValueError(
+                f"{printable(path)} has schema {schema}, newer than the {SCHEMA} known here: update lorascope"
+            )
+        require_run(meta, file)
         return cls(path, meta)
 
     @property
@@ -96,8 +95,11 @@ class Run:
     def table(self) -> pd.DataFrame:
         """All records, with the columns ``records.COLUMNS``."""
         records.adopt(self.meta.get("quantities", {}))  # a method's own are registered by code that imports torch
-        with self._file("records.parquet").open("rb") as file:  # pyarrow cannot open every name
-            return records.validate(pd.read_parquet(file))
+        file = self._file("records.parquet")
+        table = records.validate(read_table(file, file))
+        if others := sorted(set(table["run"].cat.categories) - {self.id}):
+            raise ValueError(f"cannot read {printable(file)}: its rows must be of run {self.id}, got {others[0]}")
+        return table
 
     @cached_property
     def parents(self) -> list[Run]:
@@ -121,7 +123,7 @@ class Run:
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
-        kept = file.about["factors"]
+        kept = self._about(file).factors
         return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
@@ -129,19 +131,19 @@ class Run:
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
-        scales, exact, kept = (file.about[name] for name in ("scales", "exact", "factors"))
+        about = self._about(file)
 
         def make(module: str) -> LowRank | Dense:
-            arrays = {name: file[f"{module}/{name}"] for name in kept[module]}
-            return update_from(arrays, scales[module], exact[module])
+            arrays = {name: file[f"{module}/{name}"] for name in about.factors[module]}
+            return update_from(arrays, about.scales[module], about.exact[module])
 
-        return Lazy(list(scales), make)
+        return Lazy(list(about.scales), make)
 
     def inexact(self, state: str = "last") -> set[str]:
         """Modules whose factors stand for an update that depends on the input, such as a mixture at its mean gates."""
         if not self.ranks(state):
             return set()
-        exact = self._snapshots(self._step(None, state)).about["exact"]
+        exact = self._about(self._snapshots(self._step(None, state))).exact
         return {module for module, whole in exact.items() if not whole}
 
     def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
@@ -160,10 +162,9 @@ class Run:
         parts = []
         for at in steps:
             file = self._snapshots(at)
-            axes = file.about["axes"].get(name, {})
-            array = file[name]
-            axis_names = axes.get("axes") or [f"axis{i}" for i in range(array.ndim)]
-            labels = axes.get("labels", {})
+            axes, array = self._about(file).axes.get(name), file[name]
+            axis_names = (axes and axes.axes) or [f"axis{i}" for i in range(array.ndim)]
+            labels = axes.labels if axes else {}
             index = pd.MultiIndex.from_product(
                 [labels.get(axis, range(size)) for axis, size in zip(axis_names, array.shape, strict=True)],
                 names=axis_names,
@@ -274,9 +275,11 @@ class Run:
             raise ValueError(f"cannot read {name} of run {self.id}: it was removed to save disk space. {TRAIN_AGAIN}")
         if expected is None or not file.exists():
             hint = "" if self.finished else f" (it is {self.meta['status']}: the same call of train goes on with it)"
-            raise FileNotFoundError(f"run {self.id} has no {name} in {self._folder}{hint}")
+            raise FileNotFoundError(
+                f"run {printable(self.id)} has no {printable(name)} in {printable(self._folder)}{hint}"
+            )
         if expected != GROWING and file_hash(file) != expected:
-            raise ValueError(f"{file} does not match its checksum in run.json: it was changed or cut short")
+            raise ValueError(f"{printable(file)} does not match its checksum in run.json: it was changed or cut short")
         return file
 
     def _state(self, state: str) -> dict[str, Any]:
@@ -293,7 +296,8 @@ class Run:
         files = {f"snapshots/{path.name}": path for path in self._folder.glob("snapshots/step-*.safetensors")}
         if GROWING in self.meta["checksums"].values():  # there may be one that this reading does not know of yet
             files = {name: path for name, path in files.items() if name in self.meta["checksums"]}
-        return sorted(int(path.stem.removeprefix("step-")) for path in files.values())
+        steps = (re.fullmatch(r"step-(\d{1,12})", path.stem) for path in files.values())
+        return sorted(int(found[1]) for found in steps if found)
 
     def _snapshots(self, step: int) -> TensorFile:
         opened = self.__dict__.setdefault("_opened", {})
@@ -303,6 +307,12 @@ class Run:
                 raise ValueError(f"run {self.id} kept no snapshots at step {step}; it did at {steps}")
             opened[step] = TensorFile(self._file(snapshot_file(step)))
         return opened[step]
+
+    def _about(self, file: TensorFile) -> About:
+        known: dict[Path, About] = self.__dict__.setdefault("_abouts", {})
+        if file.path not in known:
+            known[file.path] = read_about(file)
+        return known[file.path]
 
     def __repr__(self) -> str:
         return as_text(self._lines())

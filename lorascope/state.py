@@ -23,14 +23,19 @@ from torch import Tensor, nn
 
 from lorascope.delta import adapted
 from lorascope.heads import fit_head
+from lorascope.json_files import parse_json, require_regular
 from lorascope.method import Method, from_config
 from lorascope.methods import METHODS
 from lorascope.models import missing
+from lorascope.printable import printable
 from lorascope.run import Run
 from lorascope.tensors import write_bytes
 
 # Where a state file keeps the method's own state, beside parameters under their names.
 _LEARNED = "method"
+_GENERATORS = {
+    kind.__name__: kind for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox)
+}
 
 
 def save_tree(path: Path, tree: Any) -> None:
@@ -48,17 +53,22 @@ def load_tree(path: Path) -> Any:
     ValueError
         The file is cut short or was changed.
     """
+    require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("tree", "")
             # Copies, since the arithmetic may depend on how the memory is aligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        raise ValueError(f"{printable(path)} is not a whole safetensors file: {printable(error)}") from None
     digest, text = header[:64], header[64:]
     if digest != _digest(text, tensors):
-        raise ValueError(f"{path} does not match its own checksum: it was changed")
-    return _unpack(json.loads(text), tensors)
+        raise ValueError(f"{printable(path)} does not match its own checksum: it was changed")
+    tree = parse_json(text, path)
+    try:
+        return _unpack(tree, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as error:
+        raise ValueError(f"cannot read {printable(path)}: it holds no state: {printable(error)}") from error
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -112,7 +122,7 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[tree["__array__"]].numpy().astype(tree["dtype"])
     if "__numpy__" in tree:
         stored = _unpack(tree["__numpy__"], tensors)
-        bits = getattr(np.random, stored["bit_generator"])()
+        bits = next(kind for kind in _BIT_GENERATORS if kind.__name__ == stored["bit_generator"])()
         bits.state = stored
         return np.random.Generator(bits)
     device = tree["device"] if tree["device"] == "cpu" or torch.accelerator.is_available() else "cpu"

@@ -11,14 +11,20 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from pathlib import Path, PureWindowsPath
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 from safetensors.numpy import save
+
+from lorascope.json_files import Count, parse_json, read_json, require_regular, require_size, typed
+from lorascope.printable import printable
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -28,14 +34,30 @@ _DTYPES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 _PARTIAL = re.compile(r"\..+\.\d+\.part")
 _CONVERT = (
-    "python -c \"import torch; from safetensors.torch import save_file; save_file(torch.load('{0}', "
-    "weights_only=True), '{1}')\""
+    'python -c "import sys, torch; from safetensors.torch import save_file; '
+    'save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])" {0} {1}'
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # What a Trainer leaves beside the weights.
 _STATES = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
+# Names of modules are far shorter; searching in longer ones takes time with the square of their length.
+MAX_NAME = 1000
 # The one entry of the header's text, since the order of several would be another each time.
 _ABOUT = "about"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], msgspec.Meta(max_length=32)]
+    data_offsets: tuple[Count, Count]
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
 
 
 class TensorFile(Mapping[str, np.ndarray]):
@@ -54,55 +76,67 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        size = self.path.stat().st_size
+        size = require_regular(self.path)
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
-                raise ValueError(f"{self.path} is not a whole safetensors file: its header does not fit {size} bytes")
-            try:
-                header = dict(json.loads(file.read(length)))
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{self.path} is not a safetensors file: its header is not a JSON object") from error
-        self._words = header.pop("__metadata__", None) or {}
-        if not isinstance(self._words, dict):
-            raise ValueError(f"{self.path} is not a sound safetensors file: its header's __metadata__ is no object")
-        self._entries: dict[str, dict[str, Any]] = header
+                raise ValueError(
+                    f"{printable(self.path)} is not a whole safetensors file: its header does not fit {size} bytes"
+                )
+            require_size(length, f"the header of {self.path}")
+            header = typed(parse_json(file.read(length), f"the header of {self.path}"), dict[str, Any], self.path)
         self._start = 8 + length
-        broken = next((name for name, entry in header.items() if not _sound(entry)), None)
-        if broken is not None:
-            raise ValueError(f"{self.path} is not a sound safetensors file: its header's entry for {broken!r} is wrong")
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        self._words = typed(header.pop("__metadata__", None), dict[str, Any] | None, f"__metadata__ of {path}") or {}
+        self._entries = {name: self._entry(name, entry, size) for name, entry in header.items()}
+        spans = sorted(entry.data_offsets for entry in self._entries.values())
+        if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
+            raise ValueError(f"{printable(self.path)} is not a sound safetensors file: its tensors overlap")
+
+    def _entry(self, name: str, content: Any, size: int) -> _Entry:
+        """One tensor of the header, whose bytes are those of its shape and lie within the file."""
+        whose = f"{self.path}, the header's entry for {name[:MAX_NAME]}"
+        if len(name) > MAX_NAME:
+            raise ValueError(f"cannot read {printable(whose)}: its name has {len(name)} characters, not {MAX_NAME}")
+        entry = typed(content, _Entry, whose)
+        begin, end = entry.data_offsets
+        width = np.dtype(_DTYPES.get(entry.dtype, "|u1")).itemsize
+        # numpy counts the other dimensions of an empty array, too.
+        fits = math.prod(side or 1 for side in entry.shape) * width < 2**63
+        if not (fits and begin <= end and (end - begin == entry.count * width or entry.dtype not in _DTYPES)):
+            raise ValueError(f"cannot read {printable(whose)}: shape and data_offsets must fit each other")
         if self._start + end > size:
-            raise ValueError(f"{self.path} is truncated: {size} bytes where its header needs {self._start + end}")
+            raise ValueError(
+                f"{printable(self.path)} is truncated: {size} bytes where its header needs {self._start + end}"
+            )
+        return entry
 
     @cached_property
     def about(self) -> dict[str, Any]:
         """What was said of the arrays when they were written here; of other files nothing is asked."""
-        try:
-            return dict(json.loads(self._words.get(_ABOUT, "{}")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.path} was not written here: what it says of its arrays is no JSON") from error
+        text = typed(self._words.get(_ABOUT, "{}"), str, f"{_ABOUT} of {self.path}")
+        return typed(parse_json(text, f"{_ABOUT} of {self.path}"), dict[str, Any], f"{_ABOUT} of {self.path}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(f"{self.path}: {name} is stored as {entry['dtype']}, which numpy cannot hold")
-        stored = np.dtype(_DTYPES[entry["dtype"]])
-        begin, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        if begin == end:
-            return np.zeros(shape, "<f4" if entry["dtype"] == "BF16" else stored)
-        array = np.memmap(self.path, stored, "r", self._start + begin, ((end - begin) // stored.itemsize,))
-        return _widened(array).reshape(shape) if entry["dtype"] == "BF16" else np.asarray(array).reshape(shape)
+        if entry.dtype not in _DTYPES:
+            raise ValueError(
+                f"{printable(self.path)}: {printable(name)} is stored as {printable(entry.dtype)}, "
+                "which numpy cannot hold"
+            )
+        stored = np.dtype(_DTYPES[entry.dtype])
+        begin, _ = entry.data_offsets
+        if not entry.count:
+            return np.zeros(entry.shape, "<f4" if entry.dtype == "BF16" else stored)
+        array = np.memmap(self.path, stored, "r", self._start + begin, (entry.count,))
+        return (_widened(array) if entry.dtype == "BF16" else np.asarray(array)).reshape(entry.shape)
 
     def unread(self, name: str) -> Unread:
         """A tensor that is read when it is asked to, by memory map."""
         entry = self._entries[name]
-        if entry["dtype"] != "BF16":
+        if entry.dtype != "BF16" or not entry.count:
             return Unread(self[name])
-        begin, end = entry["data_offsets"]
-        bits = np.memmap(self.path, "<u2", "r", self._start + begin, ((end - begin) // 2,))
-        return Unread(np.asarray(bits).reshape(entry["shape"]), brain=True)
+        bits = np.memmap(self.path, "<u2", "r", self._start + entry.data_offsets[0], (entry.count,))
+        return Unread(np.asarray(bits).reshape(entry.shape), brain=True)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -112,11 +146,11 @@ class TensorFile(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._entries[name]["shape"])
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> str:
         """Stored dtype, such as ``"BF16"``."""
-        return self._entries[name]["dtype"]
+        return self._entries[name].dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,26 +199,31 @@ def _widened(bits: np.ndarray) -> np.ndarray:
     return wide.view("<f4")
 
 
-def _sound(entry: Any) -> bool:
-    """Does an entry of the header have its three parts, and as many bytes as its shape needs?"""
-    try:
-        begin, end = entry["data_offsets"]
-        size = math.prod(entry["shape"]) * np.dtype(_DTYPES.get(entry["dtype"], "|u1")).itemsize
-    except (KeyError, TypeError, ValueError):
-        return False
-    return 0 <= begin <= end and (end - begin == size or entry["dtype"] not in _DTYPES)
-
-
 def open_tensors(file: Path) -> TensorFile:
     """Open a file; a ValueError says what lies there under its name instead."""
+    require_regular(file)
     with file.open("rb") as stream:
         start = stream.read(32)
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{file} is only a pointer of Git LFS: fetch the weights by `git lfs pull`")
+        raise ValueError(f"{printable(file)} is only a pointer of Git LFS: fetch the weights by `git lfs pull`")
     # The ninth byte tells: the length of a header may begin like a pickle.
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
-        raise ValueError(f"{file} is a pickle under a wrong name, which is never loaded: save it as safetensors")
+        raise ValueError(
+            f"{printable(file)} is a pickle under a wrong name, which is never loaded: save it as safetensors"
+        )
     return TensorFile(file)
+
+
+@dataclass(frozen=True)
+class _Index:
+    """What the index of shards says: the file of each tensor."""
+
+    weight_map: dict[str, str]
+
+
+def is_plain(name: str) -> bool:
+    """Return whether a name from a file names a child of the folder, on any system."""
+    return name not in ("", ".", "..") and "\0" not in name and PureWindowsPath(name).name == name
 
 
 def weight_files(folder: Path, stem: str) -> list[Path]:
@@ -202,13 +241,15 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         return [whole]
     if not index.exists():
         return sorted(folder.glob(f"{stem}*.safetensors"))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not readable as an index of shards: {error}") from error
+    names = sorted(set(read_json(index, _Index).weight_map.values()))
+    outside = next((name for name in names if not is_plain(name)), None)
+    if outside is not None:
+        raise ValueError(f"{printable(index)}: a shard must be a file of its folder, got {printable(outside)}")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks {len(missing)} of {len(names)} shards: {missing[0]}")
+        raise FileNotFoundError(
+            f"{printable(folder)} lacks {len(missing)} of {len(names)} shards: {printable(missing[0])}"
+        )
     return [folder / name for name in names]
 
 
@@ -216,8 +257,10 @@ def refuse_pickles(files: Iterable[Path]) -> None:
     """Raise a ValueError where one of the files is a pickle of weights by its name."""
     found = sorted(file for file in files if file.suffix in _PICKLES and not file.name.startswith(_STATES))
     if found:
-        how = _CONVERT.format(found[0], found[0].with_suffix(".safetensors"))
-        raise ValueError(f"{found[0]} is a pickle, which is never loaded; convert it: {how}")
+        # Quoted: a file may be named like a command.
+        names = (shlex.quote(str(file)) for file in (found[0], found[0].with_suffix(".safetensors")))
+        how = printable(_CONVERT.format(*names))
+        raise ValueError(f"{printable(found[0])} is a pickle, which is never loaded; convert it: {how}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -264,5 +307,6 @@ def write_json(path: Path, content: Any) -> None:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
+    require_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -333,23 +333,23 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "foreign": (lambda a: stored(a, lambda t: {"weight": torch.ones(2)}), "hold no lora_A and lora_B: such as weight"),
     "empty": (lambda a: stored(a, lambda t: {}), "hold no lora_A and lora_B: no tensor at all"),
-    "no type": (lambda a: write_json(a / CONFIG, {"r": 4}), "is not readable as PEFT's configuration"),
-    "no object": (lambda a: write_json(a / CONFIG, [1]), "is not readable as PEFT's configuration"),
-    "config cut": (lambda a: cut(a / CONFIG), "is not readable as PEFT's configuration"),
+    "no type": (lambda a: write_json(a / CONFIG, {"r": 4}), "adapter_config.json"),
+    "no object": (lambda a: write_json(a / CONFIG, [1]), "adapter_config.json"),
+    "config cut": (lambda a: cut(a / CONFIG), "adapter_config.json"),
     "weights cut": (lambda a: cut(a / WEIGHTS), "is truncated"),
     "header cut": (lambda a: cut(a / WEIGHTS, 0.01), "is not a whole safetensors file"),
     "nothing": (lambda a: (a / WEIGHTS).write_bytes(b""), "is not a whole safetensors file"),
     "no header": (
         lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b"{oops! no"),
-        "header is not a JSON object",
+        "cannot read .*adapter_model.safetensors",
     ),
     "list": (
         lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b"[1, 2, 3]"),
-        "header is not a JSON object",
+        "cannot read .*adapter_model.safetensors",
     ),
     "entry": (
         lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b'{"x": {}}'),
-        "header's entry for 'x' is wrong",
+        "the header's entry for x: .*`dtype`",
     ),
     "pickle": (lambda a: rename(a, "adapter_model.bin"), r"is a pickle, which is never loaded; convert it: python -c"),
     "hidden pickle": (lambda a: (a / WEIGHTS).write_bytes(pickle.dumps({"a": 1})), "is a pickle under a wrong name"),
@@ -361,7 +361,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no weights": (lambda a: (a / WEIGHTS).unlink(), "has adapter_config.json but no adapter_model.safetensors"),
     "index": (
         lambda a: (rename(a, "x"), write_json(a / f"{WEIGHTS}.index.json", {})),
-        "is not readable as an index of shards",
+        "cannot read .*index.json: .*`weight_map`",
     ),
 }
 
@@ -448,7 +448,7 @@ def test_a_folder_of_phases_is_its_last_phase(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is running, in its phase 2-retrain"):
         load(tmp_path)
     write_json(tmp_path / "recipe.json", {"id": "recipe", "phases": []})
-    with pytest.raises(ValueError, match="is not readable as a list of phases"):
+    with pytest.raises(ValueError, match=r"cannot read .*recipe\.json: .*`status`"):
         load(tmp_path)
 
 
@@ -457,11 +457,14 @@ def edited(run: Path, **changes: Any) -> None:
 
 
 SPOILED: dict[str, tuple[Any, str]] = {
-    "cut description": (lambda run: cut(run / "run.json"), "run.json is not readable as a run"),
-    "a list": (lambda run: write_json(run / "run.json", [1]), "run.json is not readable as a run"),
-    "no schema": (lambda run: write_json(run / "run.json", {"id": "a"}), "is not readable as a run: 'schema'"),
-    "few keys": (lambda run: write_json(run / "run.json", {"schema": 1}), "is not readable as a run: it lacks"),
-    "odd schema": (lambda run: edited(run, schema="new"), "is not readable as a run"),
+    "cut description": (lambda run: cut(run / "run.json"), "cannot read .*run.json"),
+    "a list": (lambda run: write_json(run / "run.json", [1]), "cannot read .*run.json"),
+    "no schema": (lambda run: write_json(run / "run.json", {"id": "a"}), "cannot read schema of .*run.json"),
+    "few keys": (
+        lambda run: write_json(run / "run.json", {"schema": 1}),
+        "cannot read .*run.json: .*missing required field",
+    ),
+    "odd schema": (lambda run: edited(run, schema="new"), "cannot read schema of .*run.json"),
     "newer": (lambda run: edited(run, schema=99), "has schema 99, newer than the 1 known here: update lorascope"),
     "cut table": (lambda run: cut(run / "records.parquet"), "does not match its checksum in run.json"),
     "cut factors": (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.adapter_files import pattern_key
 from lorascope.adapter_inspection import some
 from lorascope.causes.case import Case, Finding, Found, counted
+from lorascope.matching import Ends, Patterns
 
 WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so an update is blamed on the scale only above it
@@ -20,12 +20,18 @@ def unmatched(case: Case) -> Found:
     if case.history:
         return
     names = list(case.adapted["module"])
+    known, ends = set(names), Ends(names)
     for field in ("target_modules", "rank_pattern", "alpha_pattern"):
-        value = config.get(field) or ()
+        keys = config.get(field) or ()
         # One pattern in place of a list has to fit something, or PEFT refuses; AdaLoRA's ranks are masks by parameter.
-        if isinstance(value, str) or (field == "rank_pattern" and case.adalora):
+        if isinstance(keys, str) or (field == "rank_pattern" and case.adalora):
             continue
-        idle = [key for key in value if not any(pattern_key([key], name) for name in names)]
+        # A target is the end of a name, a key of a pattern an expression of it.
+        idle = (
+            [key for key in keys if key not in known and not any(ends.ending(f".{key}"))]
+            if field == "target_modules"
+            else Patterns(keys, field).idle(names)
+        )
         if idle:
             yield Finding(
                 "unmatched",
@@ -64,7 +70,8 @@ def uneven_scale(case: Case) -> Found:
     if case.history or case.adalora or not ranks or not alphas or adapted.empty:
         return
     usual = float(adapted["scale"].mode().iloc[0])
-    left = [pattern_key(ranks, name) is not None and pattern_key(alphas, name) is None for name in adapted["module"]]
+    own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
+    left = [own.first(name) is not None and scaled.first(name) is None for name in adapted["module"]]
     ratio = adapted["scale"] / usual
     off = adapted[np.array(left) & ((ratio >= UNEVEN) | (ratio <= 1 / UNEVEN))]
     if len(off):

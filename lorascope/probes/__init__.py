@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from joblib import Parallel, delayed
 
 from lorascope import models, report
 from lorascope.claims import Verdict
+from lorascope.json_files import read_json
+from lorascope.parquet_files import read_table
 from lorascope.printable import printable
 from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
 from lorascope.probes import (
@@ -41,7 +42,7 @@ from lorascope.probes import (
 )
 from lorascope.run import Run
 from lorascope.sweeps import Job, run_jobs, width
-from lorascope.tensors import write_bytes, write_json
+from lorascope.tensors import is_plain, write_bytes, write_json
 from lorascope.writer import remove_states
 
 __all__ = [
@@ -74,6 +75,14 @@ __all__ = [
 QUICK_SEEDS = 2
 # Which runs in a folder belong to which arm of which probe.
 CONTENTS = "probes.json"
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What ``probes.json`` holds: names of run folders by probe and label."""
+
+    quick: bool
+    probes: dict[str, dict[str, list[str]]]
 
 
 @dataclass(frozen=True)
@@ -171,8 +180,15 @@ def findings(out: str | Path) -> dict[str, Findings]:
 def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> dict[str, Findings]:
     found = {}
     for name, labelled in runs.items():
-        tables = {run.id: pd.read_parquet(_measured(out, name, run)) for run in _measurable(name, labelled)}
-        found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
+        files = {run.id: _measured(out, name, run) for run in _measurable(name, labelled)}
+        tables = {id: read_table(file, file) for id, file in files.items()}
+        try:
+            found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
+        except KeyError as error:
+            raise ValueError(
+                f"cannot judge {name}: its runs or its tables in {printable(Path(out) / 'measured')} lack "
+                f"{printable(error)}"
+            ) from error
     return found
 
 
@@ -181,11 +197,22 @@ def _contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:
     file = Path(out) / CONTENTS
     if not file.exists():
         raise FileNotFoundError(f"{out} was not filled by reproduce: it has no {CONTENTS}")
-    contents = json.loads(file.read_text())
-    return contents["quick"], {
-        name: {label: [Run.read(Path(out) / "runs" / folder) for folder in found] for label, found in labels.items()}
-        for name, labels in contents["probes"].items()
+    contents = read_json(file, _Contents)
+    if unknown := sorted(contents.probes.keys() - PROBES.keys()):
+        raise ValueError(f"cannot read {printable(file)}: unknown probe {printable(unknown[0])!r}")
+    return contents.quick, {
+        name: {label: [_run(Path(out) / "runs", folder, file) for folder in found] for label, found in labels.items()}
+        for name, labels in contents.probes.items()
     }
+
+
+def _run(root: Path, folder: str, file: Path) -> Run:
+    """A run of the folder, by its name or by those of a recipe and of a phase."""
+    if not all(map(is_plain, folder.split("/"))):
+        raise ValueError(
+            f"cannot read {printable(file)}: a run must be in {printable(root)}, got {printable(folder)!r}"
+        )
+    return Run.read(root / folder)
 
 
 def _train(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int], str]:

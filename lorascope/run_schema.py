@@ -1,0 +1,173 @@
+"""What readers need of ``run.json``, ``recipe.json`` and the header of a snapshot, typed; all else in them is free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from lorascope.json_files import Count, Finite, typed
+from lorascope.printable import printable
+from lorascope.records import Quantity
+from lorascope.roles import ROLES
+from lorascope.tensors import TensorFile, is_plain
+
+
+@dataclass(frozen=True)
+class _Module:
+    module: str
+    stack: str
+    layer: Annotated[int, msgspec.Meta(ge=0, lt=2**15)] | None
+    role: Literal[ROLES]
+    out_features: Count | None
+    in_features: Count | None
+    tied: str | None = ""
+
+
+@dataclass(frozen=True)
+class _State:
+    step: Count
+    ranks: dict[str, Count]
+
+
+@dataclass(frozen=True)
+class _Method:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Settings:
+    steps: Count
+    batch_size: Count | None
+    lr: float | None = None
+    observers: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
+class _Test:
+    name: str
+    metric: float
+    loss: float
+    groups: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    trained: Count
+
+
+@dataclass(frozen=True)
+class _Run:
+    id: str
+    label: str
+    model: str
+    task: str | None
+    seed: int | None
+    status: Literal["running", "done", "broken"]
+    recipe: _Method
+    settings: _Settings
+    parents: list[str]
+    checksums: dict[str, str]
+    states: dict[str, _State]
+    modules: list[_Module]
+    parameters: _Parameters
+    test: dict[str, Any]
+    method: _Method | None = None
+    labels: list[str] | None = None
+    quantities: dict[str, Quantity] | None = None
+    hosts: dict[str, str] | None = None
+    w0_hash: str | None = None
+    data_hash: str | None = None
+    error: str | None = None
+    commit: str | None = None
+    task_kind: str | None = None
+    task_type: str | None = None
+    eval_overlap: float | None = None
+    seconds: Finite | None = None
+    total_seconds: Finite | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The phases of a recipe: names of folders, and how far it is."""
+
+    status: Literal["running", "done"]
+    phases: Annotated[list[str], msgspec.Meta(min_length=1)]
+
+
+@dataclass(frozen=True)
+class _Axes:
+    axes: list[str] = field(default_factory=list)
+    labels: dict[str, list[str | float | int | bool | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class About:
+    """What the header of a snapshot says of its arrays."""
+
+    factors: dict[str, list[str]]
+    scales: dict[str, Finite]
+    exact: dict[str, bool]
+    axes: dict[str, _Axes]
+
+
+def require_run(meta: Mapping[str, Any], file: Path) -> None:
+    """Raise a ValueError where a value of ``run.json`` has another type, or a parent is no folder beside the run."""
+    run = typed(meta, _Run, file)
+    if run.test:
+        typed(run.test, _Test, f"test of {file}")
+    for parent in run.parents:
+        if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):
+            raise ValueError(f"cannot read {printable(file)}: a parent must be '../NAME', got {printable(parent)!r}")
+
+
+def read_about(file: TensorFile) -> About:
+    """Return what a snapshot says of its arrays, after holding it against the arrays.
+
+    Raises
+    ------
+    ValueError
+        A value has another type, or an array is missing or has another shape.
+    """
+    about = typed(file.about, About, f"the header of {file.path}")
+    for module, names in about.factors.items():
+        lacking = next((name for name in names if f"{module}/{name}" not in file), None)
+        if lacking is not None:
+            raise ValueError(f"{printable(file.path)} lacks {printable(lacking)} of {printable(module)}")
+        if module in about.scales:
+            _require_form(file, module, names)
+    if about.scales.keys() != about.exact.keys() or not about.scales.keys() <= about.factors.keys():
+        raise ValueError(f"cannot read the header of {printable(file.path)}: scales and exact must be of its factors")
+    for name, axes in about.axes.items():
+        sizes = dict(zip(axes.axes, file.shape(name), strict=False)) if name in file else {}
+        fits = name in file and len(axes.axes) in (0, len(file.shape(name)))
+        if not (fits and all(len(labels) == sizes.get(axis) for axis, labels in axes.labels.items())):
+            raise ValueError(f"{printable(file.path)}: the axes of {printable(name)} must be those of its array")
+    return about
+
+
+def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
+    """Raise a ValueError where the factors of a module make no update; see ``forms.update_from``."""
+    shapes = {name: file.shape(f"{module}/{name}") for name in names}
+    floats = {name: file.dtype(f"{module}/{name}").startswith(("F", "BF")) for name in names}
+    match shapes:
+        case {"coefficients": (n,), "entries": (2, m), "shape": (2,)}:
+            (outer, inner), entries = file[f"{module}/shape"].tolist(), file[f"{module}/entries"]
+            sides = isinstance(outer, int) and isinstance(inner, int) and 0 < min(outer, inner) <= max(outer, inner)
+            whole = entries.dtype.kind in "iu" and sides and max(outer, inner) < 2**24
+            fits = n == m and whole and bool(((entries >= 0) & ((outer, inner) > entries.T).T).all())
+            fits = fits and floats["coefficients"]
+        case {"gates": (heads,), "A": (*number, rank, _), "B": (count, _, width)}:
+            fits = heads == count > 0 and rank == width and number in ([], [heads]) and all(floats.values())
+        case {"A": (rank, _), "B": (_, width), **rest} if "gates" not in rest:
+            fits = rank == width and rest.get("diagonal", (rank,)) == (rank,) and floats["A"] and floats["B"]
+        case _:
+            fits = False
+    if not fits:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(
+            f"{printable(file.path)}: the factors of {printable(module)} make no update: {printable(told)}"
+        )

@@ -45,7 +45,7 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
         The axis a neuron's vector runs along: 1 if neurons are rows, 0 if they are columns.
     dtype : type
         Of the tiles. float32 takes half the time, to a relative 1e-5 of float64; neurons that lose more digits there
-        (what grew without turning, or is next to zero) are then read once more in float64.
+        (scaled with hardly a rotation, or close to zero) are then read once more in float64.
 
     Returns
     -------
@@ -56,11 +56,17 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     """
     neurons = np.arange(W0.shape[1 - axis])
     sums = _sums(W0, W, axis, neurons, dtype)
+    unsound = neurons[~_sound(sums)]
+    if not len(unsound):
+        return _told(sums)
     if dtype is not np.float64:
-        unsound = neurons[~_sound(sums)]
-        if len(unsound):
-            sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
-    return _told(sums)
+        sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
+    change = _told(sums)
+    # Where w_0 and w differ in length, |e|^2 hides the angle; w_0 is scaled to the length of w, which keeps the angle.
+    before, after = change.norm_original[unsound], change.norm_tuned[unsound]
+    scale = np.divide(after, before, out=np.ones(len(unsound)), where=(before > 0.0) & (after > 0.0))
+    change.cosine_distance[unsound] = _told(_sums(W0, W, axis, unsound, np.float64, scale)).cosine_distance
+    return change
 
 
 def factored_change(
@@ -116,8 +122,15 @@ def _sound(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neurons"]:
     return np.isfinite(sums).all(axis=0) & (before2 > _SMALL) & (after2 > _SMALL) & kept
 
 
-def _sums(W0: Any, W: Any, axis: int, neurons: Int[np.ndarray, "n"], dtype: type) -> Float[np.ndarray, "4 n"]:
-    """|w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons, in ascending order."""
+def _sums(
+    W0: Any,
+    W: Any,
+    axis: int,
+    neurons: Int[np.ndarray, "n"],
+    dtype: type,
+    scale: Float[np.ndarray, "n"] | None = None,
+) -> Float[np.ndarray, "4 n"]:
+    """|w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons, in ascending order, with w_0 times ``scale``."""
     sums = np.zeros((4, len(neurons)))
     columns = W0.shape[1]
     height = max(1, 2 * TILE_BYTES // (np.dtype(dtype).itemsize * max(1, columns)))
@@ -135,6 +148,8 @@ def _sums(W0: Any, W: Any, axis: int, neurons: Int[np.ndarray, "n"], dtype: type
         if len(wanted) < tile.shape[2 - axis]:
             tile = tile.take(wanted, 2 - axis)
         before, after, error, product = tile
+        if scale is not None:
+            before *= scale[inside, None] if axis == 1 else scale
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(after, before, out=error)
             pairs = (before, before), (after, after), (before, error), (error, error)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from forks import Forks
 from hypothesis import settings
 from tiny import tiny
@@ -34,6 +35,13 @@ def pytest_collection_modifyitems(items) -> None:
         module = getattr(item, "module", None)
         if any(getattr(value, "__module__", None) in TOLERANT for value in vars(module).values()) if module else False:
             item.add_marker(pytest.mark.numbers)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Draw the same random numbers in each test, whichever tests ran before it in the same process."""
+    random.seed(0)
+    torch.manual_seed(0)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -12,6 +12,14 @@ from lorascope import update
 from lorascope.update import Dense, LowRank, Pair
 
 RNG = np.random.default_rng(7)
+
+
+@pytest.fixture(autouse=True)
+def fresh_rng(monkeypatch):
+    """The numbers of a test do not depend on the tests before it."""
+    monkeypatch.setitem(globals(), "RNG", np.random.default_rng(7))
+
+
 HAND = LowRank(np.array([[3.0], [4.0]]), np.array([[1.0, 2.0]]), scale=2)
 
 
@@ -281,7 +289,19 @@ def test_narrow_tiles_find_the_change_of_every_neuron(axis, size):
     W = (W0 * np.expand_dims(scale, axis) + change * np.expand_dims(np.abs(scale), axis)).astype(np.float32)
     found = update.neuron_change(W0, W, axis, np.float32)
     for values, expected in zip(found, exact_change(W0, W, axis), strict=True):
-        assert values == pytest.approx(expected, rel=1e-5)
+        assert values == pytest.approx(expected, rel=1e-5, abs=0)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shrunk", [1e-3, 1e-6, 1e3])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_angle_keeps_its_digits_where_the_length_changes(axis, shrunk, dtype):
+    W0 = RNG.standard_normal((300, 200))
+    W = shrunk * (W0 + 1e-4 * RNG.standard_normal(W0.shape))
+    found = update.neuron_change(W0.astype(np.float32), W.astype(np.float32), axis, dtype)
+    distance = exact_change(W0.astype(np.float32), W.astype(np.float32), axis)[0]
+    # The unit vectors differ by 1e-4 of themselves, so the angle keeps all but four digits of float64.
+    np.testing.assert_allclose(found.cosine_distance, distance, rtol=1e4 * np.finfo(np.float64).eps * 10)
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,32 @@ def host_kind(module: nn.Module) -> str:
     return next(own, type(module).__name__)
 
 
+_SHARED: ContextVar[dict[Any, Shaped[np.ndarray, "..."]] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def shared_copies() -> Iterator[None]:
+    """Let ``to_array`` copy each trained parameter once inside: later calls return the same array; do not change it."""
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
 def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     """A copy in numpy, which knows no bfloat16: that becomes float32."""
+    shared = _SHARED.get()
+    owner = tensor if tensor._base is None else tensor._base
+    # Copies of a frozen base would take its memory again; other tensors may be freed, and their memory reused.
+    if shared is None or not (isinstance(owner, nn.Parameter) and owner.requires_grad):
+        return _copy(tensor)
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+    if key not in shared:
+        shared[key] = _copy(tensor)
+    return shared[key]
+
+
+def _copy(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy().copy()

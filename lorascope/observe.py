@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lorascope.delta import host_weight, to_array
 from lorascope.forms import UNTRAINED, update_from
 from lorascope.fourier import Fourier
+from lorascope.hosts import shared_copies
 from lorascope.method import Step
 from lorascope.moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observer import Observer
@@ -64,8 +65,9 @@ def factors_of(model: nn.Module) -> list[Factors]:
     """The factors of every adapter of a model, ours or PEFT's."""
     kept = []
     for module, delta in adapters(model).items():
-        update = delta.update()
-        arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
+        with shared_copies():
+            update = delta.update()
+            arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
         scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None
         kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
     return kept
@@ -132,6 +134,7 @@ class norms(Observer):
         return super().due(finished, total) or self._decomposes(finished)
 
     @torch.no_grad()
+    @shared_copies()
     def __call__(self, step: Step) -> list[Item]:
         """Norms and ranks of the state after this step."""
         self._found = trained = self._found or Trained.of(step)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import tiny
 from tolerance import TEXT, TINY, near, rounding
 from torch import nn
 
 import lorascope as ls
 from lorascope import delta, models, names, observe
-from lorascope.hosts import oriented
+from lorascope.hosts import oriented, shared_copies, to_array
 from lorascope.method import Method, Step, train_adapters
-from lorascope.methods import Full, LoRA
+from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA
 from lorascope.methods.lora import LoRADelta
 from lorascope.trained import squares
 
@@ -274,3 +276,41 @@ def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
         for name, array in run.factors()[module].items():
             np.testing.assert_array_equal(array, adapter.factors()[name].detach().numpy())
     assert not np.array_equal(run.factors(3)[module]["B"], run.factors(6)[module]["B"])
+
+
+@pytest.mark.parametrize("method", [
+    LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), HydraLoRA(), HydraLoRA(heads="split"), FourierFT(coefficients=9),
+], ids=lambda method: method.label())  # fmt: skip
+def test_a_look_copies_each_factor_to_the_host_once(method, monkeypatch):
+    """At step 0, with what the next look compares with; and where the factors themselves are kept."""
+    model = tiny("bert")
+    described = names.describe(model)
+    base = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    method.attach(model)
+    trained = {p.data_ptr() for each in delta.adapted(model).values() for p in each.parameters()}
+    step = Step(-1, 5, model, method.optimizer(model, 1.0, 1.0, 0.0), base, described, *[lambda *_: None] * 3)
+    copied = Counter()
+    plain = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.update([tensor.data_ptr()]) or plain(tensor))
+    for look in (observe.norms(every=1), observe.factors()):
+        copied.clear()
+        items = list(look(step))
+        assert items
+        found = {place: number for place, number in copied.items() if place in trained}
+        assert set(found.values()) == {1}
+
+
+def test_copies_are_shared_only_inside_and_only_of_what_trains():
+    """The array of a parameter is the same inside, a new one after it; a changed parameter is seen then."""
+    weight, frozen = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3), requires_grad=False)
+    with shared_copies():
+        assert to_array(weight) is to_array(weight)
+        assert to_array(weight.T).shape == (3, 2)
+        assert to_array(frozen) is not to_array(frozen)
+        before = to_array(weight)
+    with torch.no_grad():
+        weight.add_(1)
+    assert (before == 1).all()
+    assert (to_array(weight) == 2).all()
+    with shared_copies():
+        assert (to_array(weight) == 2).all()

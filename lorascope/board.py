@@ -121,7 +121,7 @@ def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
     if len(shown) < len(rows):
         told.append(f"... and {len(rows) - len(shown)} more")
     told.append(f"{len(rows)} runs: {counted}")
-    return [line if len(line) < columns else f"{line[: columns - 3]}.." for line in told]
+    return [line if len(line) < columns else f"{line[: max(columns - 3, 0)]}.."[: columns - 1] for line in told]
 
 
 def _line(name: str, status: str, step: str, metric: str, width: int) -> str:

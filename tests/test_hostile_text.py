@@ -45,7 +45,7 @@ SHOWN = r"\x1b]0;x\x07\x9b31m\u202e"  # how EVIL begins where it was treated
 
 
 def untreated(text: str) -> set[str]:
-    """Characters of a text that a terminal obeys, but for its own line breaks."""
+    """Characters of a text that a terminal obeys, except for line breaks."""
     return {letter for letter in text if not letter.isprintable()} - {"\n"}
 
 
@@ -126,7 +126,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return found[1], found[0]
 
 
-def words(adapter: Path, run: Path, whole: tuple[Path, Path]) -> Iterator[tuple[Any, ...]]:
+def command_lines(adapter: Path, run: Path, whole: tuple[Path, Path]) -> Iterator[tuple[Any, ...]]:
     """Command lines that read something hostile and succeed."""
     twin = adapter.with_name("twin")
     if not twin.exists():
@@ -153,7 +153,7 @@ def test_no_command_prints_what_a_terminal_obeys(
     adapter: Path, run: Path, whole: tuple[Path, Path], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = 0
-    for line in words(adapter, run, whole):
+    for line in command_lines(adapter, run, whole):
         code = main([str(word) for word in line])
         out, err = capsys.readouterr()
         assert (code, err) in ((0, ""), (1, "")), (line, err)
@@ -305,7 +305,7 @@ both_charts = pytest.mark.parametrize("made", CHARTS.values(), ids=CHARTS)
     ("name", "kind"),
     [("frames", "svg"), ("frames", "html"), *(("heat", kind) for kind in ("svg", "pdf", "png", "csv"))],
 )
-def test_saved_figures_hold_no_control_character(name: str, kind: str, tmp_path: Path) -> None:
+def test_saved_figures_contain_no_control_character(name: str, kind: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         path = CHARTS[name].save(tmp_path / f"figure.{kind}")
@@ -352,7 +352,7 @@ def strings(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
         yield path, value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            if key != "args":  # of the slider: names of frames, which nobody sees
+            if key != "args":  # of the slider: names of frames, which are not shown
                 yield from strings(inner, (*path, key))
     elif isinstance(value, list | tuple | np.ndarray):
         for number, inner in enumerate(value):
@@ -397,7 +397,7 @@ def test_the_report_page_escapes_everything(run: Path, tmp_path: Path, monkeypat
     assert seen.scripts == Page(report.write(tmp_path / "q.html", {}, {}, quick=True).read_text()).scripts + 1
 
 
-def test_a_readme_of_an_export_holds_no_markup_of_others(
+def test_a_readme_of_an_export_contains_no_foreign_markup(
     run: Path, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["export", str(run), "--peft", "out"]) == 0, capsys.readouterr().err

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import inspect
 import io
+import os
 import re
+import shutil
 import types
 import typing
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -47,12 +49,26 @@ def parse(options: type[Options], argv: Sequence[str], command: str) -> Options:
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _wide_terminal():
             return tyro.cli(options, args=list(argv), prog=command, config=(FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UsageError(f"{_complaint(said.getvalue())} (see {command} --help)") from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """Set ``COLUMNS`` to at least 40: on a narrower terminal tyro wraps its help forever."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[Field]:

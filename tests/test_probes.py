@@ -300,3 +300,20 @@ def test_an_unknown_probe_is_told_in_one_line(tmp_path):
 def test_a_report_of_no_reproduction_is_told_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no probes\.json"):
         probes.write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        (probes.REPORT, "<html>mine</html>", FileExistsError),
+        (probes.CONTENTS, '{"apollo": 11}', ValueError),
+        (probes.CONTENTS, '{"quick": "yes", "probes": {}}', ValueError),
+    ],
+)
+def test_reproduce_replaces_no_file_of_another_program(name, text, error, tmp_path):
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(error, match=name) as caught:
+        probes.reproduce(["lora"], True, 1, tmp_path)
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / name).read_text(encoding="utf-8") == text
+    assert [file.name for file in tmp_path.iterdir()] == [name]

@@ -352,3 +352,13 @@ def test_a_heat_with_names_on_both_axes_shows_them_all():
     axes = Chart(data, [Heat("two", "one", "value")]).mpl().axes[0]
     for axis in (axes.xaxis, axes.yaxis):
         assert [label.get_text() for label in axis.get_ticklabels()] == names
+
+
+def test_saving_to_a_symbolic_link_writes_the_file_it_points_to(chart: Chart, tmp_path: Path) -> None:
+    target, link = tmp_path / "figure.svg", tmp_path / "link.svg"
+    target.touch()
+    link.symlink_to(target)
+    chart.save(link)
+    assert link.is_symlink()
+    assert target.read_bytes().startswith(b"<?xml")
+    assert {file.name for file in tmp_path.iterdir()} == {"figure.svg", "link.svg"}

@@ -75,6 +75,7 @@ __all__ = [
 QUICK_SEEDS = 2
 # Which runs in a folder belong to which arm of which probe.
 CONTENTS = "probes.json"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -138,13 +139,18 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
 
     Raises
     ------
+    FileExistsError
+        A report.html that lorascope did not write is in ``out``.
     ValueError
-        An unknown probe.
+        An unknown probe, or a probes.json that lorascope did not write.
     """
     unknown = [name for name in names if name not in PROBES]
     if unknown:
         raise ValueError(f"unknown probe {unknown[0]!r}; there are {', '.join(PROBES)}")
     chosen = {name: PROBES[name] for name in names or PROBES}
+    report.require_ours(Path(out) / REPORT)
+    if (file := Path(out) / CONTENTS).exists():
+        read_json(file, _Contents)
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
     count = {name: seeds or (QUICK_SEEDS if quick else probe.seeds) for name, probe in chosen.items()}
     wanted = [(arm, seed) for name, found in arms.items() for arm in found for seed in range(count[name])]
@@ -168,7 +174,7 @@ def write_report(out: str | Path) -> Outcome:
     """
     quick, runs = _contents(out)
     found = _judge(out, runs)
-    path = report.write(Path(out) / "report.html", found, runs, quick=quick)
+    path = report.write(Path(out) / REPORT, found, runs, quick=quick)
     return Outcome(path, {name: each.verdicts for name, each in found.items()})
 
 

@@ -74,6 +74,7 @@ def provenance(drawable: Drawable) -> str:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Write under a temporary name beside the file and rename, so that no reader meets half a file."""
+    path = Path(os.path.realpath(path))  # a link stays a link
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(draft)

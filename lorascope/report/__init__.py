@@ -18,6 +18,8 @@ from lorascope.report.sections import Story, claims, contents, head, section
 from lorascope.run import Run
 from lorascope.tensors import write_bytes
 
+_GENERATOR = b'<meta name="generator" content="lorascope">'
+
 
 def write(
     path: str | Path,
@@ -52,10 +54,13 @@ def write(
 
     Raises
     ------
+    FileExistsError
+        A file that is not a report is there.
     ValueError
         A probe is not known, or its runs are not given.
     """
     path = Path(path)
+    require_ours(path)
     for name in findings:
         if name not in PROBES:
             raise ValueError(f"no probe {name!r} to report on; there are {', '.join(PROBES)}")
@@ -71,8 +76,14 @@ def write(
     )
     page = Template(files("lorascope.report").joinpath("page.html").read_text(encoding="utf-8"))
     text = page.substitute(title=join(title), body=body, plotly=get_plotlyjs(), config=json_data(CONFIG), **_colors())
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
     return path
+
+
+def require_ours(path: Path) -> None:
+    """Raise a FileExistsError where a file is there that is not a report."""
+    if path.exists() and not (path.is_file() and _GENERATOR in path.read_bytes()):
+        raise FileExistsError(f"cannot write {path}: lorascope did not write the file that is there")
 
 
 def _colors() -> dict[str, str]:

@@ -137,7 +137,7 @@ class TrainerRecorder(TrainerCallback):
     ) -> None:
         """Keep the last state, once every callback has done its work: PEFT's allocator, called by one, masks then."""
         if self._recording is not None and self._recording.step.last:
-            self._recording.conclude()
+            self._recording.attempt(self._recording.conclude)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **trainer: Any
@@ -164,22 +164,22 @@ class TrainerRecorder(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any) -> None:
         """Put the recorder's state beside the Trainer's checkpoint."""
-        if self._recording is not None:
-            write_beside(args, state, FILE, self._optimizer, self._recording.state())
+        if (recording := self._recording) is not None:
+            recording.attempt(lambda: write_beside(args, state, FILE, self._optimizer, recording.state()))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
         """Where training stops early keep the state, before the Trainer may put back the best one."""
         if self._recording is not None and control.should_training_stop and not self._recording.step.last:
-            self._recording.conclude()
+            self._recording.attempt(self._recording.conclude)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
         """Close the folder."""
         if self._recording is not None:
-            self._recording.finish()
+            self._recording.attempt(self._recording.finish)
             self._recording = None
 
 

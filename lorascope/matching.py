@@ -1,4 +1,4 @@
-"""Matching of module names: PEFT's patterns, written by other people, and names of which the first parts are missing."""
+"""Matching of module names: by PEFT's patterns, or where the first parts of a name are missing."""
 
 from __future__ import annotations
 

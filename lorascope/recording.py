@@ -6,9 +6,10 @@ import dataclasses
 import math
 import shutil
 import time
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Recording:
     ) -> None:
         self.path, self.step, self.base, self.method = path, step, base, method
         self.observers = [dataclasses.replace(observer) for observer in observers]
+        self._failing = self._concluded = False
         self._told: tuple[int, set[tuple[str, str]]] = (-1, set())
         self._clock, self._seconds_before, self._flushed = time.monotonic(), 0.0, math.inf
         # A recording that a failed training left behind may still be referenced by its traceback.
@@ -94,7 +96,7 @@ class Recording:
         told += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
         self.add(looked_at(self.step, told, self.observers))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self._flush()
+            self.attempt(self._flush)
 
     def add(self, items: Iterable[Item]) -> None:
         """Take in what is known of this step, each thing once."""
@@ -102,11 +104,23 @@ class Recording:
         known = self._told[1] if self._told[0] == finished else set()
         fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
         self._told = (finished, known | {(item.quantity, item.module) for item in fresh if isinstance(item, Record)})
-        self.writer.add(finished, fresh)
+        self.writer.collect(finished, fresh)
+        if not self._failing:  # else with the next flush: a folder that does not answer costs seconds
+            self.attempt(self.writer.write_arrays)
 
     def _flush(self) -> None:
-        self.writer.flush()
         self._flushed = time.monotonic()
+        self.writer.flush()
+
+    def attempt(self, write: Callable[[], object]) -> None:
+        """Write, or else warn once and go on: the training is not the recorder's to stop."""
+        try:
+            write()
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                warnings.warn(f"{error}; the training goes on, and the record is kept in memory", stacklevel=2)
+            self._failing = True
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint needs to hold, so that the recording can go on from it; W_0 is put into the folder."""
@@ -139,6 +153,7 @@ class Recording:
 
     def conclude(self) -> None:
         """Keep the state as it is now, as the one that the training ends with."""
+        self._concluded = True
         if not self.step.last:  # stopped early, at a step that nobody knew to be the last
             self.step.total = self.step.finished
             self.add(looked_at(self.step, (), self.observers))
@@ -158,11 +173,14 @@ class Recording:
 
     def finish(self) -> Run:
         """Close the folder."""
-        if not self.writer.meta["states"]:
+        if not self._concluded:
             self.conclude()
+        meta = self.writer.meta
+        if not meta["states"]:  # by now the Trainer may have put back another state
+            meta["error"] = "the state after its last step could not be written"
+        meta["seconds"] = meta["total_seconds"] = self.seconds
+        run = self.writer.finish("done" if meta["states"] else "broken")
         self._last_words.detach()
-        self.writer.meta["seconds"] = self.writer.meta["total_seconds"] = self.seconds
-        run = self.writer.finish("done")
         self._lock.close()
         return run
 
@@ -199,7 +217,7 @@ def _free(folder: Path) -> Path:
 
 def _break_off(writer: RunWriter, lock: ExitStack) -> None:
     """Say of a run that nobody finished that it is broken, if it lies there still."""
-    with lock:
+    with lock, suppress(OSError):
         file = writer.path / "run.json"
         if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta["started"]:
             writer.meta["error"] = "the training ended before its last step"

@@ -39,7 +39,8 @@ class Checkpoints:
         best = tree["best"]
         kept = {file} if best is None else {file, self.best_file(best["step"])}
         for old in self._files() - kept:
-            old.unlink()
+            with suppress(OSError):
+                old.unlink()
 
     def _files(self) -> set[Path]:
         return own_files(self.path, "resume/step-*", "resume/best-*")

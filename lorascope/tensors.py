@@ -6,12 +6,15 @@ so that one tensor of a large file costs that tensor, and so that bfloat16, whic
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
 import shlex
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,6 +35,10 @@ _DTYPES = {
 }  # fmt: skip
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+# What a network file system answers while its server is away, or when a folder was moved during the call.
+_TRANSIENT = {errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOENT}
+PAUSES = (0.5, 5.0)
+"""Seconds before the second and the third attempt to write a file."""
 _PARTIAL = re.compile(r"\..+\.\d+\.part")
 _CONVERT = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
@@ -270,13 +277,27 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it.
+    """Write a file under a temporary name, flush it to the disk, and rename it; a symbolic link is followed.
 
     Raises
     ------
     OSError
-        There is no room, or no right to write; what was there before is untouched.
+        There is no room, or no right to write; what was there before is untouched. Errors that a network file system
+        recovers from are raised after two more attempts.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    for pause in PAUSES:
+        try:
+            return _write_once(path, data)
+        except OSError as error:
+            if error.errno not in _TRANSIENT:
+                raise
+            warnings.warn(f"{error}; trying again in {pause} s", stacklevel=2)
+            time.sleep(pause)
+    _write_once(path, data)
+
+
+def _write_once(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,7 @@ class RunWriter:
         self._modules = pd.DataFrame(meta["modules"]).astype({"layer": "Int16"})
         self._table = records.concat([])
         self._rows: list[tuple[int, Record]] = []
+        self._arrays: dict[int, list[Snapshot | Factors]] = {}
 
     def begin(self, table: pd.DataFrame | None) -> None:
         """Say that the run is on its way, and remove what an earlier attempt left beyond the rows it goes on after.
@@ -58,14 +59,22 @@ class RunWriter:
 
     def add(self, step: int, items: Iterable[Item]) -> None:
         """Take in what was recorded after ``step`` finished steps; arrays go to the disk at once."""
-        arrays = []
+        self.collect(step, items)
+        self.write_arrays()
+
+    def collect(self, step: int, items: Iterable[Item]) -> None:
+        """Take in what was recorded, without writing."""
         for item in items:
             if isinstance(item, Record):
                 self._rows.append((step, item))
             else:
-                arrays.append(item)
-        if arrays:
-            self._keep(self.path / snapshot_file(step), arrays)
+                self._arrays.setdefault(step, []).append(item)
+
+    def write_arrays(self) -> None:
+        """Write the arrays that are not on the disk yet; what cannot be written stays until the next call."""
+        for step in list(self._arrays):
+            self._keep(self.path / snapshot_file(step), self._arrays[step])
+            del self._arrays[step]
 
     def _keep(self, path: Path, items: Iterable[Snapshot | Factors]) -> None:
         """Write a step's arrays, beside those of the same step that are there already."""
@@ -97,11 +106,13 @@ class RunWriter:
 
     def flush(self) -> None:
         """Make the rows so far readable while the run goes on; its files have no checksum yet."""
+        self.write_arrays()
         self._write_table()
         self._write_meta("running", lambda file: GROWING)
 
     def finish(self, status: str) -> Run:
         """Write the table, then ``run.json`` with the checksums of all that lies there."""
+        self.write_arrays()
         self._write_table()
         self._write_meta(status, file_hash)
         return Run(self.path, self.meta)

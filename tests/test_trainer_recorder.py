@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import math
+import os
 import warnings
 
 import numpy as np
@@ -472,3 +474,61 @@ def test_generators_are_left_alone(bert, task, rows, tmp_path):
         states.append((torch.get_rng_state(), np.random.get_state()[1].tolist()))
     assert torch.equal(states[0][0], states[1][0])
     assert states[0][1] == states[1][1]
+
+
+def test_a_folder_that_cannot_be_written_for_a_while_ends_no_training(bert, task, rows, tmp_path, monkeypatch):
+    """All that was recorded meanwhile is there in the end, and the weights are those of an undisturbed training."""
+    observe = [ls.observe.norms(every=1), ls.observe.factors(every=2)]
+    whole = with_lora(bert, task)
+    by_trainer(whole, rows, tmp_path / "whole", recorder=ls.TrainerRecorder(observe=observe))
+    monkeypatch.setattr(recording, "FLUSH_SECONDS", 0.0)
+    sync, away = os.fsync, []
+
+    def fail(handle):
+        if away:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    others = [Meanwhile(1, lambda _: away.append("full")), Meanwhile(4, lambda _: away.clear())]
+    model = with_lora(bert, task)
+    with pytest.warns(UserWarning, match=r"No space left .*kept in memory") as told:
+        by_trainer(model, rows, tmp_path / "out", recorder=ls.TrainerRecorder(observe=observe), others=others)
+    assert len(told) == 1
+    same_weights(whole, model)
+    run, undisturbed = ls.load(tmp_path / "out/lorascope"), ls.load(tmp_path / "whole/lorascope")
+    assert run.finished
+    same_rows(run.table, undisturbed.table, but=["seconds", "factor_seconds"])
+    files = [sorted(file.name for file in (each.path / "snapshots").iterdir()) for each in (run, undisturbed)]
+    assert files[0] == files[1]
+
+
+class Freeing(TrainerCallback):
+    """Makes room after the last step."""
+
+    def __init__(self, away):
+        self.away = away
+
+    def on_log(self, args, state, control, **trainer):
+        if state.global_step == state.max_steps:
+            self.away.clear()
+
+
+def test_a_last_state_that_cannot_be_written_leaves_a_broken_run_and_the_training_alone(
+    bert, task, rows, tmp_path, monkeypatch
+):
+    sync, away = os.fsync, []
+
+    def fail(handle):
+        if away:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    model = with_lora(bert, task)
+    others = [Meanwhile(5, lambda _: away.append("full")), Freeing(away)]
+    with pytest.warns(UserWarning, match=r"No space left .*kept in memory"):
+        by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(), others=others)
+    run = ls.load(tmp_path / "lorascope")
+    assert (run.meta["status"], run.meta["states"]) == ("broken", {})
+    assert run.table["step"].max() == 6

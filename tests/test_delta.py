@@ -416,7 +416,7 @@ def test_deltas_of_our_own_adapters_are_copies():
     assert found.keys() == adapted(model).keys()
     for name, delta in adapted(model).items():
         assert isinstance(found[name], LowRank)
-        assert found[name].dense() == near(delta.weight(), terms=3)
+        assert found[name].dense() == near(delta.weight(), terms=3 + 1)
     norm = found["transformer.wte"].norm()
     nn.init.zeros_(adapted(model)["transformer.wte"].B)
     assert found["transformer.wte"].norm() == norm > 0

@@ -46,7 +46,9 @@ def test_two_processes_train_and_record_what_one_does(name, trained):
     alone = load_file(one / "rank-0.safetensors")
     for key, weight in first.items():
         assert torch.equal(weight, second[key]), key
-        torch.testing.assert_close(weight, alone[key], rtol=bound, atol=1e-4)
+        # A bias of the keys has a gradient of rounding alone, which Adam makes as large as any other.
+        atol = STEPS * 1e-2 if key.endswith("key.bias") else 1e-5
+        torch.testing.assert_close(weight, alone[key], rtol=bound, atol=atol)
     runs = [ls.load(folder / "lorascope") for folder in (two, one)]
     assert all(run.finished for run in runs)
     assert sorted(path.name for path in two.iterdir() if path.is_dir()) == ["lorascope"]

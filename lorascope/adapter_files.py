@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from lorascope.json_files import Finite, Positive, read_json, typed
 from lorascope.matching import Patterns
 from lorascope.printable import printable
 from lorascope.roles import parse, position
+from lorascope.run_schema import Allocation
 from lorascope.tensors import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
 
 CONFIG = "adapter_config.json"
@@ -45,10 +46,10 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class _Common:
+class _Common(Allocation):
     """What counts of the configuration of any kind."""
 
-    peft_type: str
+    peft_type: str = field(kw_only=True)
     base_model_name_or_path: str | None = None
     target_modules: str | list[str] | None = None
     lora_alpha: Finite = 8

@@ -1,4 +1,4 @@
-"""Matching of module names: by PEFT's patterns, or where the first parts of a name are missing."""
+"""Matching of module names: PEFT's patterns, which other people wrote, and names whose first parts are missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorascope.printable import printable
 
 MAX_MATCHES = 10_000_000
 """Patterns times modules: half a minute."""
-MAX_SECONDS = 2.0
+MAX_SECONDS = 0.5
 """For the patterns that can backtrack."""
 _MAX_KEY = 1000
 # Only with these an expression can take exponential time.
@@ -49,7 +49,8 @@ class Patterns:
                 raise ValueError("a repeated group, or a count above 99")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                return regex.compile(whole) if _BACKTRACKS.search(key) else re.compile(whole)
+                pattern = re.compile(whole)
+                return regex.compile(whole) if _BACKTRACKS.search(key) else pattern
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"cannot read {printable(self._name)}: {printable(key[:100])!r} must be a regular expression that ends "

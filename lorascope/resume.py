@@ -57,6 +57,8 @@ class Checkpoints:
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 tree = load_tree(file)
+                if not (isinstance(tree, dict) and isinstance(tree.get("table"), np.ndarray)):
+                    raise ValueError(f"{printable(file)} is no checkpoint: it holds no table")
                 return tree, unpack_rows(tree.pop("table"))
             except ValueError as error:
                 warnings.warn(f"{printable(error)}; going on from an earlier step", stacklevel=2)

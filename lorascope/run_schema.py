@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lorascope.json_files import Count, Finite, typed
+from lorascope.json_files import Count, Finite, Positive, typed
 from lorascope.printable import printable
 from lorascope.records import Quantity
 from lorascope.roles import ROLES
@@ -34,8 +34,23 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Method:
-    name: str
+class Allocation:
+    """AdaLoRA's budget and schedule, ours and PEFT's, in a method or a configuration."""
+
+    kind: str | None = None
+    target_rank: Finite = 1
+    target_r: Finite = 1
+    init_rank: Positive = 1
+    init_r: Positive = 1
+    tinit: Count = 0
+    deltaT: Positive = 1
+    tfinal: Count = 0
+    total_step: Count | None = None
+
+
+@dataclass(frozen=True)
+class _Method(Allocation):
+    name: str = field(kw_only=True)
 
 
 @dataclass(frozen=True)

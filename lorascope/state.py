@@ -33,9 +33,7 @@ from lorascope.tensors import write_bytes
 
 # Where a state file keeps the method's own state, beside parameters under their names.
 _LEARNED = "method"
-_GENERATORS = {
-    kind.__name__: kind for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox)
-}
+_BIT_GENERATORS = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
 
 
 def save_tree(path: Path, tree: Any) -> None:

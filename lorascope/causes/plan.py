@@ -67,7 +67,7 @@ def uneven_scale(case: Case) -> Found:
     config, adapted = case.meta["method"], case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without any alpha_pattern the scale follows alpha / r, as AutoLoRA means it to.
-    if case.history or case.adalora or not ranks or not alphas or adapted.empty:
+    if case.history or case.adalora or not ranks or not alphas or adapted["scale"].isna().all():
         return
     usual = float(adapted["scale"].mode().iloc[0])
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
@@ -121,7 +121,7 @@ def _due(case: Case) -> bool:
     if steps is None:
         return True
     warm, every = method.get("tinit", 0), method.get("deltaT", 1)
-    fixed = method.get("total_step", steps) - method.get("tfinal", 0)
+    fixed = (method.get("total_step") or steps) - method.get("tfinal", 0)
     return steps - 1 >= fixed or (steps - 1) // every * every > warm
 
 

@@ -31,7 +31,7 @@ def csv_text(table: pd.DataFrame) -> str:
     shown = table.set_axis([_cell(name) for name in table.columns], axis="columns")
     for place, kind in enumerate(table.dtypes):
         if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
-            shown.isetitem(place, table.iloc[:, place].map(_cell, na_action="ignore"))
+            shown.isetitem(place, table.iloc[:, place].map(_cell, na_action="ignore").to_numpy())
     return shown.to_csv(index=False, lineterminator="\n")
 
 

@@ -155,7 +155,7 @@ QUANTITIES: dict[str, Quantity] = {
 _adopted: set[str] = set()  # known from a run alone, until the code that records them says what they mean
 
 
-def adopt(quantities: Mapping[str, Mapping[str, str]]) -> None:
+def adopt(quantities: Mapping[str, Mapping[str, Any]]) -> None:
     """Take up what a run says of the quantities in its table, where the catalogue does not know them."""
     for name in quantities.keys() - QUANTITIES.keys():
         QUANTITIES[name] = Quantity(**quantities[name])

@@ -194,9 +194,8 @@ def limits(seconds: float = 5.0, gigabytes: float = 2.0) -> Iterator[None]:
         raise TooLong(f"more than {seconds} CPU seconds, or {12 * seconds} on the clock")
 
     space = resource.getrlimit(resource.RLIMIT_AS)
-    used = (
-        int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if os.path.isdir("/proc") else 0
-    )
+    statm = Path("/proc/self/statm")
+    used = int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize() if statm.exists() else 0
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGPROF)}
     try:
         if used:

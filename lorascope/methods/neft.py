@@ -58,14 +58,21 @@ from lorascope.methods.probing import PROBE_COSINE, Probing, probed
 from lorascope.records import Quantity, Record, register
 from lorascope.run import Run
 
-for _name, _label, _index, _pool, _definition in (
-    ("selected", "selected neurons", "neuron", "sum", "1 for each neuron that trains"),
-    ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0"),
-    ("selection_cosine", "1 − cos after tuning", "neuron", "mean", "the cosine distance that neurons were chosen by"),
-    ("leak", "leak", "none", "mean", "largest change of a weight that the mask holds still"),
-    ("unmasked_norm", "gradient norm before the mask", "none", "norm", "norm of all trained gradients before the mask"),
-):
-    register(_name, Quantity(_label, "", _index, _pool, _definition, "NeFT, eq. 1"))
+_SOURCE = "NeFT, eq. 1"
+for _name, _quantity in {
+    "selected": Quantity("selected neurons", "", "neuron", "sum", "1 for each neuron that trains", _SOURCE),
+    "neuron_cosine": Quantity(
+        "1 − cos", "", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0", _SOURCE
+    ),
+    "selection_cosine": Quantity(
+        "1 − cos after tuning", "", "neuron", "mean", "the cosine distance that neurons were chosen by", _SOURCE
+    ),
+    "leak": Quantity("leak", "", "none", "mean", "largest change of a weight that the mask holds still", _SOURCE),
+    "unmasked_norm": Quantity(
+        "gradient norm before the mask", "", "none", "norm", "norm of all trained gradients before the mask", _SOURCE
+    ),
+}.items():
+    register(_name, _quantity)
 MODES = (*neurons.MODES, "probed")
 
 

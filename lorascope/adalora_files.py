@@ -1,8 +1,8 @@
 """PEFT's AdaLoRA folders, read as files.
 
 Below a module lie ``lora_A`` (rank, in), ``lora_E`` (rank, 1) and ``lora_B`` (out, rank). Components that the allocator
-took are zero in E; once its budget is fixed, ``rank_pattern`` says which ones it kept, and only these are stored. PEFT
-divides alpha by the initial rank plus 1e-5, whatever the rank is now.
+took are zero in E and do not count as rank; of modules in ``rank_pattern`` only the others are stored. In a new adapter
+all of E is zero, and all components count. PEFT divides alpha by the initial rank plus 1e-5, whatever the rank is now.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lorascope.adapter_files import CONFIG, AdapterFiles, check_rank, is_transposed, lora_factors
 from lorascope.adapter_parts import Factor, Part
@@ -39,14 +41,22 @@ class AdaPart(Part):
     ----------
     E : Factor
         (rank, 1).
+    used : int
+        Number of components that are not masked.
     """
 
     E: Factor
+    used: int
+
+    @property
+    def rank(self) -> int:
+        """Number of components that are not masked."""
+        return self.used
 
     @property
     def size(self) -> int:
         """Number of stored values."""
-        return super().size + self.rank
+        return super().size + self.E.shape[0]
 
     def factors(self) -> dict[str, Any]:
         """Read the factors; E as the diagonal that it is."""
@@ -70,14 +80,18 @@ def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
     settings = typed(config, AdaLoraConfig, path / CONFIG)
     scale = settings.lora_alpha / (settings.init_r + 1e-5)
     kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
-    parts = {}
     for module, factors in found.items():
         check_rank(path, module, factors, kept.get(module, settings.init_r))
-        A, B, E = (factors[name] for name in "ABE")
-        if math.prod(E.shape) != A.shape[0]:
+        rank, shape = factors["A"].shape[0], factors["E"].shape
+        if math.prod(shape) != rank:
             raise ValueError(
-                f"{printable(path)}: lora_E of {printable(module)} must hold {A.shape[0]} values, its rank, got the "
-                f"shape {E.shape}"
+                f"{printable(path)}: lora_E of {printable(module)} must hold {rank} values, its rank, got the shape {shape}"
             )
-        parts[module] = AdaPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), E)
+    used = {module: int(np.count_nonzero(factors["E"].read())) for module, factors in found.items()}
+    if not any(used.values()):
+        used = {module: factors["A"].shape[0] for module, factors in found.items()}
+    parts = {}
+    for module, factors in found.items():
+        A, B, E = (factors[name] for name in "ABE")
+        parts[module] = AdaPart(B, A, scale, is_transposed(A, settings.fan_in_fan_out), E, used[module])
     return AdapterFiles(path, dict(config), parts, others, files, "AdaLoRA")

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import io
 import json
-import os
 import random
 import resource
 import shutil

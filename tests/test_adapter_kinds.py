@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_checkpoints import deltas, save
-from tiny import tiny
+from tiny import inputs, tiny
 from tolerance import TINY, near
 
 from lorascope.adapter_files import CONFIG, WEIGHTS
@@ -66,14 +66,49 @@ def test_adalora_is_that_of_peft(tmp_path: Path, masked: dict[str, list[bool]] |
     assert {name: array.shape for name, array in again.items()} == {"A": (5, 32), "B": (32, 5), "diagonal": (5,)}
 
 
-def test_adalora_masked_but_not_yet_cut_has_dead_components(tmp_path: Path) -> None:
+def test_adalora_masked_but_not_yet_cut_does_not_count_masked_components(tmp_path: Path) -> None:
     adalora(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     for module, kept in MASK.items():
         tensors[f"base_model.model.{module}.lora_E"] *= torch.tensor(kept)[:, None]
     save_file(tensors, tmp_path / WEIGHTS)
-    modules = inspect(load(tmp_path)).modules.set_index("module")
-    assert dict(modules["dead"]) == {name: 5 - sum(kept) for name, kept in MASK.items()}
+    run = load(tmp_path)
+    modules = inspect(run).modules.set_index("module")
+    assert dict(modules["rank"]) == run.ranks() == {name: sum(kept) for name, kept in MASK.items()}
+    assert not modules["dead"].any()
+    assert run.meta["parameters"]["trained"] == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_a_new_adalora_has_all_its_components(tmp_path: Path) -> None:
+    model = peft.get_peft_model(
+        tiny("llama"), peft.AdaLoraConfig(target_modules=QV, init_r=5, target_r=2, total_step=9)
+    )
+    model.save_pretrained(tmp_path)
+    assert not any(tensor.any() for name, tensor in load_file(tmp_path / WEIGHTS).items() if "lora_E" in name)
+    assert set(load(tmp_path).ranks().values()) == {5}
+
+
+@pytest.mark.parametrize("stored", ["all", "some", "none"])
+def test_adalora_stopped_before_its_allocation_ends_has_the_ranks_of_its_mask(tmp_path: Path, stored: str) -> None:
+    """PEFT's allocator masks at steps 4 and 8 of 20; its configuration may hold that mask, a part of it or nothing."""
+    settings = {"init_r": 5, "target_r": 2, "total_step": 20, "tinit": 2, "tfinal": 5, "deltaT": 4}
+    model = peft.get_peft_model(tiny("llama"), peft.AdaLoraConfig(target_modules=QV, **settings))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = inputs(tiny("llama"))
+    for step in range(1, 9):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+    mask = model.peft_config["default"].rank_pattern
+    first = next(iter(mask))
+    model.peft_config["default"].rank_pattern = {"all": mask, "some": {first: mask[first]}, "none": None}[stored]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a module of rank 0 looks to PEFT as if it were sharded
+        model.save_pretrained(tmp_path)
+    expected = {name.removesuffix(".lora_E.default"): sum(kept) for name, kept in mask.items()}
+    assert len(set(expected.values())) > 1
+    assert load(tmp_path).ranks() == dict(inspect(load(tmp_path)).modules.set_index("module")["rank"]) == expected
 
 
 def test_adalora_that_does_not_fit_its_configuration_gets_one_line(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train, whatever the method; the meaning of each is told in ``train``."""
+    """How to train, whatever the method; the meaning of each is told in ``train``.
+
+    Departs:
+
+    - In step t of a warm-up of w steps the rate is multiplied by (t + 1) / (w + 1); transformers has t / w, which is 0
+      in the first step.
+    """
 
     steps: int
     lr: float | int

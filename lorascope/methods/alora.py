@@ -31,7 +31,11 @@ is the same map. Epochs are shares of the run: the warm stage a tenth of it (1 e
 ``init_rank`` throughout, new components begin as at the start (A Kaiming-uniform, B zero, moments zero), "un-pruned"
 refers to the round, a module of rank 0 gets nothing, ties go by module and position, the batch is the same in all
 rounds, and the last component of the model is never deleted. The paper counts N_mod, and so n_A, once as modules of a
-block and once as if of the network: ``prune`` takes either.
+block and once as if of the network: ``prune`` takes either. Also:
+
+- Components are scored on rows of the train split that training leaves out; the paper uses the development set.
+- New components inherit Adam's step count, so their bias correction is nearly 1 from the first step, of up to 3.2 lr;
+  ``fresh_moments`` counts from the birth of each component.
 """
 
 from __future__ import annotations

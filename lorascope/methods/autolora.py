@@ -30,7 +30,10 @@ Departs: where the rates of adapter and head differ, eta v is a product paramete
 along it. The look-ahead is the plain step of equation 4 though w itself moves by a clipped AdamW. From the authors'
 code come the head's part in w, s, and the logits' Adam, with betas (0.5, 0.999), a constant rate and no weight decay:
 the paper has AdamW and no s. It searches "until convergence", here as many steps as the retraining, those of ``train``.
-Batches of the search split are drawn at random. The threshold is on alpha; the code for GLUE compares logits.
+Batches of the search split are drawn at random. The threshold is on alpha; the code for GLUE compares logits. Also:
+
+- ``hypergradient`` "betty" is the finite difference of the authors' code around a plain look-ahead step; the code takes
+  an Adam step there.
 
 Cost: a search step is five passes forward and backward in place of one (``exact``: three, one of them backward twice;
 ``first_order``: two), uncut by ``accumulate``; it copies w a few times, and nothing that is frozen.

@@ -26,7 +26,9 @@ and entries are drawn from it without replacement. Random bases are normal of va
 such matrices, and both are scaled to the expected norm that the update has under the Fourier basis,
 alpha sqrt(n / (2 d1 d2)). Transforms are taken in float32 or more, whatever the weight's dtype. Coefficients are not
 decayed, since vectors are not. By default there are four coefficients for each row or column, whichever are fewer;
-that, alpha and the rates are a choice for small models. Embeddings are refused, as in PEFT.
+that, alpha and the rates are a choice for small models. Embeddings are refused, as in PEFT. Also:
+
+- An input x is mapped to dW x, as in PEFT; the layer of the authors' code applies the transpose of dW.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ Departs: exactly k neurons, ties broken by place (``neurons.ranked``); the autho
 the k-th score, k - 1 or fewer. 1 - S is formed from the difference of the vectors, in float64. Gradients are clipped
 after the mask; the code clips before, so that what is thrown away sets the scale (``clip_before``). With weight decay,
 which the paper does not use, chosen neurons decay and the others are put back. A task's new head trains as well.
-"random" is a control of ours and needs no tuned model.
+"random" is a control of ours and needs no tuned model. Also:
+
+- ``clip_before`` uses the gradients of the head and of projections with a chosen neuron; the code uses all projections.
 
 Cost: the time is full fine-tuning's and the masked run's together, and memory is not saved: gradients and AdamW's
 moments are as large as the whole projections that hold a chosen neuron.

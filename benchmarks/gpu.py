@@ -1,8 +1,8 @@
 """Training on a CUDA device, as one table: python benchmarks/gpu.py
 
-Seconds per optimizer step of every method and their ratio to full fine-tuning, the peak memory that CUDA counts and the
-one that lorascope.memory reports, the overhead of the default recorders, and LoRA on the whole of SmolLM2 under bf16
-autocast. ``--device cpu`` runs the same on the CPU, which has no count of its own.
+The table has the seconds per optimizer step of every method and their ratio to full fine-tuning, the peak memory that
+CUDA counts and that lorascope.memory reports, the overhead of the default recorders, and LoRA on all of SmolLM2 under
+bf16 autocast. ``--device cpu`` runs the same on the CPU, where only lorascope.memory reports a peak.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ BATCH = {"batch_size": 32, "max_length": 128}
 Row = dict[str, Any]
 
 
-def counted(device: str, work: Callable[[], ls.Run]) -> tuple[ls.Run, float]:
+def with_peak(device: str, work: Callable[[], ls.Run]) -> tuple[ls.Run, float]:
     """Return a run and the most bytes that CUDA had allocated during it; NaN on other devices."""
     on_card = torch.device(device).type == "cuda"
     gc.collect()
@@ -67,7 +67,7 @@ def seconds_per_step(run: ls.Run) -> float:
 
 
 def methods(options: argparse.Namespace, steps: int, processes: int, root: Path) -> Iterator[Row]:
-    """One row per method: time in this process, memory in one of its own; memory first, to time an idle device."""
+    """One row per method: time in this process, memory in separate ones and first, to time an idle device."""
     where: dict[str, Any] = {"seed": 0, "out": None, "root": root, "overwrite": False, "device": options.device}
 
     def reported(method: Method) -> float:
@@ -79,7 +79,7 @@ def methods(options: argparse.Namespace, steps: int, processes: int, root: Path)
     full = math.nan
     for name, method in METHODS.items():
         job = Alone.of(options.model, options.task, method, {"steps": steps, **BATCH}, **where)
-        run, peak = counted(options.device, lambda job=job: ls.Run.read(pace._measure(job)))
+        run, peak = with_peak(options.device, lambda job=job: ls.Run.read(pace._measure(job)))
         seconds = seconds_per_step(run)
         full = seconds if name == FULL else full
         yield {"row": name, "seconds": seconds, "ratio": seconds / full, "allocated": peak, "reported": peaks[name]}
@@ -102,7 +102,7 @@ def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:
     settings: dict[str, Any] = {"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 64, "test_size": 64}
     method = ls.LoRA(targets="all-linear")
     settings |= {"precision": "bf16", "device": options.device, "root": root, "progress": False}
-    run, peak = counted(options.device, lambda: ls.train(options.decoder, options.task, method, **settings))
+    run, peak = with_peak(options.device, lambda: ls.train(options.decoder, options.task, method, **settings))
     cells = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True)
     losses = cells["loss"].dropna()
     note = f"loss {losses.iloc[0]:.3f} to {losses.iloc[-1]:.3f}, {run.meta['seconds']:.1f} s with evaluation"
@@ -111,7 +111,7 @@ def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows; the runs lie in a temporary folder."""
+    """All rows, from runs in a temporary folder."""
     steps, pairs, decoder_steps, processes = QUICK if options.quick else SIZES
     with tempfile.TemporaryDirectory() as folder:
         yield from methods(options, steps, processes, Path(folder))

@@ -9,7 +9,7 @@ from typing import Any
 
 # In place of the checksum of a file that is whole at any moment, but another one soon.
 GROWING = "growing"
-# In place of the checksum of a file that was deleted to save disk space.
+# The checksum of a file that was deleted to save disk space.
 REMOVED = "removed"
 
 

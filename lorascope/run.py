@@ -213,7 +213,7 @@ class Run:
         return TensorFile(self.state_file(state))
 
     def state_file(self, state: str = "last") -> Path:
-        """Verified file of a state; a best state at the last step has no file of its own."""
+        """Verified file of a state; a best state at the last step is the last one."""
         step = self._state(state)["step"]
         return self._file(f"state/{'last' if step == self._state('last')['step'] else state}.safetensors")
 

@@ -1,4 +1,4 @@
-"""What training on a CUDA device has to share with the CPU; without a device the CPU is compared with itself."""
+"""Training on a CUDA device compared with the CPU; without such a device the CPU is compared with itself."""
 
 from __future__ import annotations
 
@@ -211,14 +211,14 @@ def test_bf16_autocast_trains_fp32_weights_without_a_scaler(device, bert, task, 
 @pytest.mark.parametrize("device", [CARD])
 @pytest.mark.parametrize("name", ["full", "lora"])
 def test_memory_reports_the_peak_that_cuda_counts(name, device, task, tmp_path, monkeypatch):
-    """A model of 100 MiB, beside which the workspaces of the libraries are small; in two processes."""
+    """A model of 100 MiB, compared with which the workspaces of the libraries are small; in two processes."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     gpu = importlib.import_module("gpu")
     tiny("bert", "base", vocab_size=100 * 2**20 // 4 // 32).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     where = {"seed": 0, "out": None, "root": tmp_path, "overwrite": False, "device": device}
     job = Alone.of(str(tmp_path / "wide"), task, METHODS[name], {"steps": 3, "batch_size": 8}, **where)
-    _, allocated = gpu.counted(device, lambda: ls.Run.read(gpu.pace._measure(job)))
+    _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.pace._measure(job)))
     run = ls.memory.measure(str(tmp_path / "wide"), task, METHODS[name], batch_size=8, **where)
     last = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
     parts = last["parameter_bytes"] + last["gradient_bytes"] + last["optimizer_bytes"]

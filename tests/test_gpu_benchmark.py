@@ -69,13 +69,13 @@ def test_the_table_has_a_row_per_method_recorder_and_decoder(gpu, toy, bert, lla
     assert milliseconds["spinning"] - milliseconds["full"] > 900 * SPUN
 
 
-def test_every_method_is_measured_in_a_phase_of_its_own(gpu, fresh_bert):
+def test_every_method_has_a_single_phase(gpu, fresh_bert):
     assert {name: method.name for name, method in gpu.METHODS.items()} == {name: name for name in methods.METHODS}
     for method in gpu.METHODS.values():
         assert next(method.phases(dict(fresh_bert.named_parameters()))).method is method
     steps = gpu.SIZES[0]
-    assert gpu.METHODS["lisa"].period(steps) < steps  # blocks are drawn anew within the timed steps
-    assert gpu.METHODS["lisa"].period(2) >= 2  # and not in those whose memory is measured
+    assert gpu.METHODS["lisa"].period(steps) < steps  # resamples blocks within the timed steps
+    assert gpu.METHODS["lisa"].period(2) >= 2  # and not in those that memory measures
 
 
 def test_without_a_cuda_device_there_is_one_line(gpu, monkeypatch, capsys):

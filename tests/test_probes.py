@@ -233,7 +233,7 @@ def dense_probe(bert, task, monkeypatch):
 
 
 def test_a_reproduction_stores_no_copy_of_the_model(dense_probe, bert, task, tmp_path, monkeypatch):
-    """Of dense recipes the table and the verdicts are left, of adapters their states as well."""
+    """Dense recipes keep table and verdicts, adapters their states as well."""
     out = tmp_path / "out"
     probes.reproduce(["dense"], True, 1, out)
     contents = json.loads((out / "probes.json").read_text())["probes"]["dense"]

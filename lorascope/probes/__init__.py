@@ -129,8 +129,8 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     seeds : int or None
         Seeds of each arm; by default 2 if quick, else what each probe asks for.
     out : path
-        Runs lie in ``out/runs``; runs that are there already are not trained again. Runs without adapters keep no
-        state, a copy of the whole model each.
+        Runs lie in ``out/runs``; runs that are there already are not trained again. The states of runs without
+        adapters are removed: each is a copy of the model.
 
     Returns
     -------

@@ -85,7 +85,8 @@ def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
         rank, shape = factors["A"].shape[0], factors["E"].shape
         if math.prod(shape) != rank:
             raise ValueError(
-                f"{printable(path)}: lora_E of {printable(module)} must hold {rank} values, its rank, got the shape {shape}"
+                f"{printable(path)}: lora_E of {printable(module)} must hold {rank} values, its rank, "
+                f"got the shape {shape}"
             )
     used = {module: int(np.count_nonzero(factors["E"].read())) for module, factors in found.items()}
     if not any(used.values()):

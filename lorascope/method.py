@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorascope import names
 from lorascope.delta import adapted
+from lorascope.labels import in_words
 from lorascope.models import missing
 from lorascope.records import Item
 from lorascope.run import Run
@@ -84,7 +85,9 @@ class Method:
         """The method in words, rates left out: its name and the hyper-parameters that are not the default ones."""
         default = config(type(self)())
         mine = {key: value for key, value in config(self).items() if key not in ("name", "lr", "head_lr")}
-        told = [f"{key} {_words(value)}" for key, value in mine.items() if key not in default or value != default[key]]
+        told = [
+            f"{key} {in_words(value)}" for key, value in mine.items() if key not in default or value != default[key]
+        ]
         return ", ".join([type(self).__name__, *told])
 
     def state(self) -> dict[str, Any]:
@@ -295,14 +298,6 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     # 8 and 8.0 are the same hyper-parameter, and so the same run.
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:g}"
-    return value.get("run", "by module") if isinstance(value, dict) else str(value)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:

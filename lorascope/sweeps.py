@@ -27,6 +27,7 @@ from lorascope.backends import is_death, using
 from lorascope.board import Board
 from lorascope.folders import Busy
 from lorascope.grid import Data, Grid, Job, Model
+from lorascope.labels import in_words
 from lorascope.loop import train
 from lorascope.method import Method
 from lorascope.plan import StateRemoved
@@ -291,5 +292,5 @@ def _words(value: Any) -> Any:
 
 def _where(places: Sequence[Any]) -> list[str]:
     """Models or tasks by name, if there are several."""
-    names = [str(getattr(place, "name", place)) for place in places]
+    names = [in_words(getattr(place, "name", place)) for place in places]
     return names if len(set(names)) > 1 else [""] * len(names)

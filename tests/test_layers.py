@@ -16,7 +16,7 @@ PACKAGE = Path(lorascope.__file__).parent
 LAYERS = [
     ["lorascope"],
     ["printable"],
-    ["json_files", "csv_files", "matching"],
+    ["json_files", "csv_files", "labels", "matching"],
     ["parquet_files"],
     ["algebra", "roles", "tensors", "marks", "settings", "card", "layout"],
     ["turning", "names", "chart"],
@@ -65,6 +65,7 @@ TORCH_FREE = {
         "matching",
         "parquet_files",
         "run_schema",
+        "labels",
         "algebra",
         "roles",
         "tensors",

@@ -6,6 +6,7 @@ differences, whose p-values are adjusted by Holm's rule for all pairs of one mod
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from scipy.special import stdtr
 
 from lorascope.analysis.stats import band, t_interval
+from lorascope.labels import in_words
 from lorascope.run import Run
 
 LEVEL = 0.05
@@ -25,6 +27,8 @@ PLACE = ["model", "task", "metric"]
 _LOWER_IS_BETTER = ("perplexity",)
 # Pairs that cannot be told apart and are named.
 _NAMED = 4
+# Characters of a table or list in the name of a recipe, beyond which its size and hash are given.
+_LONG = 60
 # Settings that say nothing about how a recipe differs from another of the same name.
 _ASIDE = ("observers", "search_share")
 
@@ -52,7 +56,10 @@ def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> lis
 def _plain(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    text = value if isinstance(value, str) else json.dumps(value, default=in_words)
+    if isinstance(value, str) or len(text) <= _LONG:
+        return text
+    return f"{len(value)} values ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
 
 
 def scores(runs: Sequence[Run]) -> pd.DataFrame:
@@ -65,8 +72,10 @@ def scores(runs: Sequence[Run]) -> pd.DataFrame:
         Models or tasks of one name that are not the same have the beginning of their hash behind it.
     """
     metas = [run.meta for run in runs]
-    # A label says of a field that holds a table no more than that it does.
-    fields = [{key: value for key, value in meta["recipe"].items() if isinstance(value, Mapping)} for meta in metas]
+    # The label of a method shows neither a table nor the items of a long list.
+    fields = [
+        {key: value for key, value in meta["recipe"].items() if isinstance(value, Mapping | list)} for meta in metas
+    ]
     settings = [{key: value for key, value in meta["settings"].items() if key not in _ASIDE} for meta in metas]
     table = {
         "model": _told_apart([meta["model"] for meta in metas], [meta["w0_hash"] for meta in metas]),

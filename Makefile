@@ -11,6 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 SLOW := --hypothesis-profile=thorough
+NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
 .PHONY: reproduce full test test-all lint types tests slow numbers notebooks gpu clean
 
@@ -41,8 +42,8 @@ slow: .venv/installed
 	$(BIN)/pytest -n 2 -m "not ray" $(SLOW)
 
 numbers: .venv/installed
-	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 -m numbers
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m numbers
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 -m $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m $(NUMBERS)
 
 notebooks: .venv/installed
 	$(BIN)/pytest -p nbmake --nbmake --nbmake-timeout=900 notebooks

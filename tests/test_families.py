@@ -39,7 +39,7 @@ def cells():
             yield pytest.param(family, method, marks=() if fast else pytest.mark.slow, id=f"{family}-{method}")
 
 
-@pytest.mark.parametrize(("family", "method"), cells())
+@pytest.mark.parametrize(("family", "method"), list(cells()))
 def test_a_method_on_a_family(family, method, bases, tmp_path):
     check(family, method, *bases(family), tmp_path / "run", METHODS[method], batch_size=6, eval_size=12, test_size=8)
 

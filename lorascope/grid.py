@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import reprlib
 import tomllib
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ Model = str | Callable[[], nn.Module]
 Data = Task | str | Path
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
+# Seeds of one recipe.
+_MOST = 10_000
 _OBSERVERS: dict[str, type[Observer]] = {
     name: kind for name, kind in vars(observe).items() if isinstance(kind, type) and issubclass(kind, Observer)
 }
@@ -109,6 +112,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
         return _grid(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"cannot read {path}: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -124,6 +129,9 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     backend = table.get("backend", {})
     if not isinstance(backend, Mapping):
         raise ValueError(f'backend = {backend!r} must be a table, such as {{name = "dask", address = "tcp://..."}}')
+    for key, kind, allowed in (("name", str, "a text"), ("address", str, "a text"), ("jobs", int, "a whole number")):
+        if key in backend and type(backend[key]) is not kind:
+            raise ValueError(f"backend: {key} must be {allowed}, got {backend[key]!r}")
     places = {key: _several(table.get(key, "minilm")) for key in ("model", "task")}
     for key, found in places.items():
         for place in found:
@@ -224,11 +232,18 @@ def _named(
 
 def _seeds(value: Any) -> list[int]:
     """As many seeds as a number says, or those listed."""
-    found = list(range(value)) if type(value) is int else value
-    if not isinstance(found, list | tuple | range) or not found or any(type(seed) is not int for seed in found):
-        raise ValueError(f"seeds = {value!r} must be a number above 0, or a list of whole numbers")
+    found = range(min(value, _MOST + 1)) if type(value) is int else value
+    if not isinstance(found, list | tuple | range) or not found or not all(map(_is_seed, found)):
+        raise ValueError(f"seeds = {value!r} must be a number above 0, or a list of whole numbers from 0 to 2**32 - 1")
+    if len(found) > _MOST:
+        raise ValueError(f"seeds = {reprlib.repr(value)} must be at most {_MOST:,} seeds")
     _once(found, "seed")
     return list(found)
+
+
+def _is_seed(value: Any) -> bool:
+    """Return whether every generator takes a number as its seed."""
+    return type(value) is int and 0 <= value < 2**32
 
 
 def _once(values: Sequence[Any], what: str) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorascope.encoding import Encoded, groups_of, numbers
 from lorascope.json_files import require_regular
+from lorascope.printable import printable
 
 
 def opened(image: Any) -> Image.Image:
@@ -49,8 +50,8 @@ def opened(image: Any) -> Image.Image:
             image = Image.fromarray(np.asarray(image))
         return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {image}") from None
-    except Exception as error:  # decoders raise what a broken file brings: SyntaxError, struct.error, a bomb's warning
+        raise FileNotFoundError(f"there is no image {printable(image)}") from None
+    except Exception as error:  # decoders raise errors of many kinds, such as SyntaxError and struct.error
         raise ValueError(
             f"{_told(image)} is no image that can be read: a file, its bytes, a PIL image, or an array of uint8, "
             "(height, width) or (height, width, 3)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import os
 import tarfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -12,6 +13,8 @@ import pandas as pd
 from PIL import Image
 
 from lorascope.assets import SENTIMENT, built, cache, fetch, first_line
+from lorascope.json_files import require_regular
+from lorascope.printable import printable
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -21,6 +24,8 @@ DOMAINS = {
 }
 BUNDLED = ("sentiment", *(f"sentiment/{domain}" for domain in DOMAINS))
 _SENTENCES = "sentences.parquet"
+# Bytes of a file name, on every usual file system.
+_LONGEST = 255
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
@@ -39,11 +44,14 @@ def read(name: str) -> pd.DataFrame:
         domain = name.partition("/")[2]
         return rows[rows["group"] == domain].drop(columns="group") if domain else rows
     path = Path(name).expanduser()
+    if len(os.fsencode(path.name)) > _LONGEST:
+        raise ValueError(f"unknown task: a name of {len(name)} characters is too long")
     if path.suffix in _FILES:
         return _beside(path, read_file(path))
     if path.is_dir():
         return read_folder(path)
-    if path.is_file():
+    if path.exists():
+        require_regular(path)
         raise ValueError(f"{name} is neither CSV (.csv) nor JSON lines (.jsonl) nor Parquet (.parquet)")
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.88)
     if near or name.startswith("sentiment/"):
@@ -88,15 +96,18 @@ def _rated(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
 def read_file(path: Path) -> pd.DataFrame:
     """Rows of a CSV, JSONL or Parquet file, as they stand."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise FileNotFoundError(f"there is no file {printable(path)}")
+    require_regular(path)
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         if path.suffix == ".jsonl":
             return pd.read_json(path, lines=True, dtype=False)
-        return pd.read_parquet(path)
+        with path.open("rb") as file:  # pyarrow cannot open every name
+            return pd.read_parquet(file)
     except (ValueError, OSError) as error:
-        raise ValueError(f"cannot read {path} as {_FILES[path.suffix]}: {first_line(error)}") from None
+        complaint = printable(first_line(error))
+        raise ValueError(f"cannot read {printable(path)} as {_FILES[path.suffix]}: {complaint}") from None
 
 
 def _beside(path: Path, rows: pd.DataFrame) -> pd.DataFrame:

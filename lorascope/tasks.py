@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,6 +177,8 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     if rows.empty:
         raise ValueError(f"{name} has no rows")
     rows = rows.rename(columns={"domain": "group"})
+    if twice := rows.columns[rows.columns.duplicated()].tolist():
+        raise ValueError(f"{name} has two columns {twice[0]!r} (domain is another name of group): leave one out")
     kind, texts = _kind(rows, name)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
@@ -228,7 +231,7 @@ def _texts(rows: pd.DataFrame, column: str, name: str) -> list[str]:
     texts = rows[column].to_list()
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"row {number} of {name} has {text!r} as its {column}: a text is needed")
+            raise ValueError(f"row {number} of {name} has {reprlib.repr(text)} as its {column}: a text is needed")
     return texts
 
 
@@ -251,7 +254,9 @@ def _labels(rows: pd.DataFrame, name: str) -> list[str]:
             label = int(label)
         text = str(label).strip() if isinstance(label, str | int) else ""
         if not text or (_number(text) and not _whole(text)):
-            raise ValueError(f"row {number} of {name} has the label {label!r}: a class name or whole number is needed")
+            raise ValueError(
+                f"row {number} of {name} has the label {reprlib.repr(label)}: a class name or whole number is needed"
+            )
         names.append(text)
     return names
 

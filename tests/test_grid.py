@@ -168,6 +168,30 @@ def test_the_line_names_the_file(tmp_path):
         grid.read("nowhere.toml")
 
 
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("task = " + "[" * 100_000, "x.toml"),
+        ("task = " + "{a = " * 100_000, "x.toml"),
+        ("settings = {steps = 1, lr" + ".a" * 5000 + " = 1}", "x.toml"),
+        ("backend = {name = 1}", "name must be a text, got 1"),
+        ("backend = {name = 'dask', address = []}", r"address must be a text, got \[\]"),
+        ("backend = {jobs = 1.5}", "jobs must be a whole number, got 1.5"),
+        ("seeds = 99999999999", "seeds"),
+        ("seeds = [-1]", "seeds"),
+        ("seeds = [4294967296]", "seeds"),
+    ],
+)
+def test_hostile_files_are_one_short_line(line, named, csv, tmp_path):
+    rest = {"task": f"'{csv}'", "method": "'lora'", "settings": "{steps = 1}"}
+    rest.pop(line.partition(" ")[0], None)
+    (tmp_path / "x.toml").write_text("\n".join([*(f"{k} = {v}" for k, v in rest.items()), line]), encoding="utf-8")
+    with pytest.raises(ValueError, match=named) as caught:
+        grid.read(tmp_path / "x.toml")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_field_of_every_method_fits_its_own_default(name):
     method = METHODS[name]()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
+import signal
 import sys
 import tarfile
 from dataclasses import replace
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from PIL import Image
 from tiny import tiny
 
 from lorascope import sources, tasks
@@ -230,6 +234,71 @@ def test_bad_file_is_one_line(tmp_path, file, content, error, expected):
     assert expected in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def rows_of(label: bytes) -> bytes:
+    return b"".join(b'{"text": "line %d", "label": %s}\n' % (n, label) for n in range(60))
+
+
+HOSTILE = {
+    "pipe.csv": os.mkfifo,
+    "pipe.jsonl": os.mkfifo,
+    "pipe.parquet": os.mkfifo,
+    "pipe": os.mkfifo,
+    "folder.csv": Path.mkdir,
+    "nul.csv": lambda path: path.write_bytes(b"\0" * 100),
+    "latin.csv": lambda path: path.write_bytes("text,label\nGröße,a\n".encode("latin-1")),
+    "utf16.csv": lambda path: path.write_bytes("text,label\nx,a\n".encode("utf-16")),
+    "quote.csv": lambda path: path.write_bytes(b'text,label\n"never closed,a\n' * 3),
+    "deep.jsonl": lambda path: path.write_bytes(b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b', "label": "a"}'),
+    "deep-label.jsonl": lambda path: path.write_bytes(rows_of(b"[" * 900 + b"]" * 900)),
+    "long-label.jsonl": lambda path: path.write_bytes(rows_of(b"[" + b"1," * 100_000 + b"1]")),
+    "number.jsonl": lambda path: path.write_bytes(rows_of(b"9" * 400)),
+    "dates.parquet": lambda path: pd.DataFrame({"text": pd.date_range("2020", "2021", 60)}).to_parquet(path),
+    "twice.parquet": lambda path: pd.DataFrame({"text": ["a"], "group": ["b"], "domain": ["c"]}).to_parquet(path),
+    "loop": lambda path: (path.mkdir(), (path / "again").symlink_to(path)),
+    "images": lambda path: ((path / "left").mkdir(parents=True), os.mkfifo(path / "left/x.png")),
+    "images.csv": lambda path: (
+        os.mkfifo(path.with_name("pipe.png")),
+        path.write_bytes(b"image,label\n" + b"pipe.png,a\n" * 60),
+    ),
+    "broken.parquet": lambda path: pd.DataFrame({"image": [broken_png()] * 60, "label": ["a"] * 60}).to_parquet(path),
+}
+
+
+def broken_png() -> bytes:
+    """A picture whose data ends in a chunk that is none."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "png")
+    return buffer.getvalue().replace(b"IDAT", b"\1\2\3\4")
+
+
+@pytest.mark.parametrize("name", list(HOSTILE))
+def test_hostile_tables_are_one_short_line_at_once(name, tmp_path, monkeypatch):
+    path = tmp_path / name
+    HOSTILE[name](path)
+
+    def hang(*_):
+        raise KeyboardInterrupt("it waits for a writer")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(20)
+    try:
+        with pytest.raises(ValueError, match=re.escape(name)) as caught:
+            tasks.load(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "x" * 5000 + ".csv", "no\nfile\x1b[31m.csv", "no\0file.jsonl"])
+def test_hostile_names_are_one_short_line(name):
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        tasks.load(name)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
 
 
 # -- names ----------------------------------------------------------------------------------------------------------

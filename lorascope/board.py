@@ -6,6 +6,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,6 +84,10 @@ class Board:
             self._draw()
 
     def _draw(self) -> None:
+        with suppress(OSError):  # a terminal that is closed ends no run
+            self._write()
+
+    def _write(self) -> None:
         stream, rows = self.stream, self.rows()
         if stream.isatty():
             self._paint(rows)

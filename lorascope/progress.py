@@ -29,6 +29,18 @@ class ProgressBar(tqdm):
 
     shown: dict[str, str]
 
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        """Draw; a bar whose terminal is closed is disabled, and the training goes on."""
+        try:
+            super().display(*args, **kwargs)
+        except OSError:
+            self.disable = True
+
+    def close(self) -> None:
+        """End the bar."""
+        with suppress(OSError):
+            super().close()
+
     def show(self, loss: float, score: Score | None) -> None:
         """One step further."""
         self.shown["loss"] = f"{loss:.3f}"

@@ -44,6 +44,10 @@ _ONE_AT_A_TIME = threading.Lock()
 _PAUSE = 1.0
 
 
+class RunsFailed(RuntimeError):
+    """Some runs of a sweep failed; the message has a line for each."""
+
+
 @dataclass(frozen=True)
 class Swept:
     """What came of the jobs of a sweep.
@@ -134,7 +138,7 @@ def sweep(
 
     Raises
     ------
-    RuntimeError
+    RunsFailed
         Some runs failed; the others are kept, and the same call does only what is missing.
     ValueError
         Something in the grid is wrong; nothing was trained.
@@ -171,7 +175,7 @@ def run_jobs(
 def _all_runs(swept: Swept) -> list[Run]:
     if swept.failures:
         lines = "; ".join(swept.complaints())
-        raise RuntimeError(f"{len(swept.failures)} of {len(swept.wanted)} runs failed, the others are kept. {lines}")
+        raise RunsFailed(f"{len(swept.failures)} of {len(swept.wanted)} runs failed, the others are kept. {lines}")
     return swept.runs()
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
 import re
 import select
+import sys
 import termios
 from pathlib import Path
 
@@ -143,6 +145,28 @@ def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
     assert "accuracy 0.8125" in told[1]
     assert told[-1] == "20 runs: 19 done, 0 running, 0 waiting, 1 failed"
     assert reason[:24] in told[-3]
+
+
+class Closed(io.StringIO):
+    """A stream whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    flush = write
+
+
+def test_a_terminal_that_is_closed_ends_no_training(tmp_path, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress_bar("open", 3, 0, visible=True) as bar:
+        stream.write = stream.flush = Closed().write
+        for _ in range(3):
+            bar.last_print_t = 0  # as after a long step
+            bar.show(0.5, None)
+    with Board(["a"], lambda number: tmp_path / "none.json", Closed()) as board:
+        board.end(0, "done", "accuracy 1")
+    assert board.rows() == [Row("a", "done", metric="accuracy 1")]
 
 
 def test_a_low_screen_shows_what_needs_a_look():

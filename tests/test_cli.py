@@ -15,6 +15,7 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
+from lorascope import probes, sweeps
 from lorascope.checkpoints import load
 from lorascope.cli import COMMANDS, main
 from lorascope.commands import opening, training
@@ -131,6 +132,16 @@ def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(opening, "load", lambda path, base: {}["x"])
     with pytest.raises(KeyError):
         main(["inspect", "x"])
+
+
+def test_runs_that_fail_in_a_reproduction_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise sweeps.RunsFailed("2 of 9 runs failed.\nLoRA, seed 0: FileNotFoundError")
+
+    monkeypatch.setattr(probes, "reproduce", fail)
+    assert complaint(capsys, "reproduce", code=1) == "2 of 9 runs failed. LoRA, seed 0: FileNotFoundError"
 
 
 def test_train_then_inspect_then_plot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -33,8 +34,12 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "lorascope reproduce")
     if options.seeds is not None and options.seeds < 1:
         raise UsageError(f"--seeds {options.seeds} leaves nothing to run: give 1 or more, 3 to decide anything")
-    from lorascope import probes  # not for --help, which need not wait for torch
+    from lorascope import probes, sweeps  # not for --help, which need not wait for torch
 
-    found = probes.reproduce(options.probe, options.quick, options.seeds, options.out)
+    try:
+        found = probes.reproduce(options.probe, options.quick, options.seeds, options.out)
+    except sweeps.RunsFailed as error:
+        print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     print(json.dumps(found.plain()) if options.json else found)
     return 0

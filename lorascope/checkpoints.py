@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from lorascope.summary import SUMMARY
 from lorascope.tensors import is_plain, refuse_pickles
 from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
+# Values of the factors in memory at once; a layer of a large model has 10 million at rank 64.
+_BATCH = 2**26
 MARKS = ("recipe.json", "run.json", CONFIG)
 
 
@@ -250,7 +252,22 @@ def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
         stack, layer, _ = parse(module)
         layers[module if layer is None else (stack, layer)].append(module)
     for names in layers.values():
-        yield from zip(names, spectra([updates[name] for name in names]), strict=True)
+        for batch in _batches(updates, names):
+            yield from zip(batch, spectra(list(batch.values())), strict=True)
+
+
+def _batches(updates: Mapping[str, LowRank | Dense], names: Iterable[str]) -> Iterator[dict[str, LowRank | Dense]]:
+    """Updates read in groups of limited size: a layer may have any number of modules."""
+    batch: dict[str, LowRank | Dense] = {}
+    size = 0
+    for name in names:
+        batch[name] = update = updates[name]
+        size += update.A.size + update.B.size if isinstance(update, LowRank) else 0
+        if size > _BATCH:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
 
 
 def _describe(module: str, outer: int, inner: int) -> dict[str, Any]:

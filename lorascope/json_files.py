@@ -18,7 +18,7 @@ import numpy as np
 from lorascope.printable import printable
 
 Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-"""A float that is no NaN and whose square is finite."""
+"""A float with a finite square."""
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
@@ -54,7 +54,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
     try:
         _require_shallow(raw)
         content = json.loads(raw)
-        # Half of a surrogate pair is no text: no table holds it, no file is named so.
+        # Tables and file names cannot hold half of a surrogate pair.
         if b"\\ud" in raw.lower():
             json.dumps(content, ensure_ascii=False).encode()
     except ValueError as error:

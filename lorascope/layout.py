@@ -17,11 +17,13 @@ class Lazy(Mapping[str, Any]):
     """A mapping whose values are made when they are asked for."""
 
     def __init__(self, keys: list[str], make: Callable[[str], Any]) -> None:
-        self._keys, self._make = keys, make
+        self._keys, self._make = dict.fromkeys(keys), make
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._keys:
-            raise KeyError(f"no module {key!r}; there are {', '.join(self._keys[:5])} ... ({len(self._keys)} in all)")
+            raise KeyError(
+                f"no module {key!r}; there are {', '.join(list(self._keys)[:5])} ... ({len(self._keys)} in all)"
+            )
         return self._make(key)
 
     def __contains__(self, key: object) -> bool:

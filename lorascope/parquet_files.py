@@ -1,7 +1,7 @@
 """Tables in Parquet files that other people wrote, read within limits.
 
 A Parquet file of a few kilobytes may declare any number of rows, and repeat one long text in each. What a file declares
-is held against limits before it is read.
+is compared with limits before it is read.
 """
 
 from __future__ import annotations

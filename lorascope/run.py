@@ -94,7 +94,7 @@ class Run:
     @cached_property
     def table(self) -> pd.DataFrame:
         """All records, with the columns ``records.COLUMNS``."""
-        records.adopt(self.meta.get("quantities", {}))  # a method's own are registered by code that imports torch
+        records.adopt(self.meta.get("quantities") or {})  # a method's own are registered by code that imports torch
         file = self._file("records.parquet")
         table = records.validate(read_table(file, file))
         if others := sorted(set(table["run"].cat.categories) - {self.id}):

@@ -1,4 +1,4 @@
-"""What readers need of ``run.json``, ``recipe.json`` and the header of a snapshot, typed; all else in them is free."""
+"""Types of the values that readers use from ``run.json``, ``recipe.json`` and the header of a snapshot."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class _Axes:
 
 @dataclass(frozen=True)
 class About:
-    """What the header of a snapshot says of its arrays."""
+    """Description of the arrays of a snapshot, from its header."""
 
     factors: dict[str, list[str]]
     scales: dict[str, Finite]
@@ -130,7 +130,7 @@ class About:
 
 
 def require_run(meta: Mapping[str, Any], file: Path) -> None:
-    """Raise a ValueError where a value of ``run.json`` has another type, or a parent is no folder beside the run."""
+    """Raise a ValueError where a value of ``run.json`` has another type, or a parent is not a sibling folder."""
     run = typed(meta, _Run, file)
     if run.test:
         typed(run.test, _Test, f"test of {file}")
@@ -184,5 +184,5 @@ def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
     if not fits:
         told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(
-            f"{printable(file.path)}: the factors of {printable(module)} make no update: {printable(told)}"
+            f"{printable(file.path)}: the factors of {printable(module)} must make an update, got {printable(told)}"
         )

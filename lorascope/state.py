@@ -230,13 +230,18 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     if adapted(model):
         raise ValueError("the model carries adapters already: restore into a freshly loaded base")
     stored = load_tree(path)
+    if not isinstance(stored, dict) or _LEARNED not in stored:
+        raise ValueError(f"{printable(path)} is no state of a run: it holds nothing that a method learned")
     fit_head(model, run.meta["labels"])
     config = run.meta["method"]
     if config["name"] == "peft":
         raise ValueError(f"run {run.id} was trained by PEFT, which loads it: ls.export.to_peft writes its folder")
     if method is None and config["name"] not in METHODS:
         raise ValueError(f"run {run.id} was trained by {config['name']!r}, which is not registered: give method=")
-    method = method or from_config(config)
+    try:
+        method = method or from_config(config)
+    except TypeError as error:
+        raise ValueError(f"run {printable(run.id)} has fields that its method has not: {printable(error)}") from error
     method.attach(model)
     method.restore(stored.pop(_LEARNED))
     put_tensors(model, stored)

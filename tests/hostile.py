@@ -187,7 +187,7 @@ class TooLong(BaseException):
 
 @contextlib.contextmanager
 def limits(seconds: float = 5.0, gigabytes: float = 2.0) -> Iterator[None]:
-    """At most so many CPU seconds, twelve times as many on the clock, and so much more address space."""
+    """Limit CPU seconds, the clock to twelve times as many, and the growth of the address space."""
 
     def stop(*_: Any) -> None:
         raise TooLong(f"more than {seconds} CPU seconds, or {12 * seconds} on the clock")

@@ -401,7 +401,7 @@ RUNS: dict[str, tuple[Spoil, str]] = {
     "another role": (table(lambda t: t.assign(role="\x1b[2J")), "role must hold"),
     "rows of another run": (table(lambda t: t.assign(run="x")), "rows must be of run"),
     "factor that is not there": (about(lambda a: a["factors"].update({"h.0.q": ["A", "B", "C"]})), "lacks C of h.0.q"),
-    "factors of no form": (about(lambda a: a["factors"].update({"h.0.q": ["A"]})), "make no update"),
+    "factors of no form": (about(lambda a: a["factors"].update({"h.0.q": ["A"]})), "must make an update"),
     "scale of text": (about(lambda a: a["scales"].update({"h.0.q": "2"})), "scales"),
     "scale of nothing": (about(lambda a: a["scales"].update({"x": 2.0})), "scales"),
     "about of a list": (about(lambda a: [1]), "array"),
@@ -452,7 +452,7 @@ def test_hostile_recipe_is_one_line(place: Callable[[str], Path], content: Any) 
     assert "recipe.json" in outcome(lambda: load(run))
 
 
-def test_parent_beside_the_run_is_read(templates: dict[str, Path]) -> None:
+def test_parent_next_to_the_run_is_read(templates: dict[str, Path]) -> None:
     assert [parent.id for parent in load(templates["phases"]).parents] == ["a" * 12]
 
 
@@ -577,7 +577,7 @@ def test_command_on_a_hostile_adapter_exits_2(place: Callable[[str], Path], name
 def test_process_on_a_hostile_folder_exits_2(
     place: Callable[[str], Path], templates: dict[str, Path], name: str
 ) -> None:
-    """A process of its own, with 3 GB of address space and a minute."""
+    """A separate process, with 3 GB of address space and a minute."""
     kind, spoil = ("run", RUNS[name][0]) if name in RUNS else ADAPTERS[name][:2]
     folder = place(kind)
     spoil(folder)

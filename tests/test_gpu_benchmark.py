@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import sys
 import time
@@ -36,6 +37,7 @@ def gpu(monkeypatch):
 
     def here(work, model, data, method, steps, **where):
         settings = {key: where.pop(key) for key in ("batch_size", "max_length")}
+        gc.collect()  # what earlier tests left would be freed amid the measurement, and subtracted
         return Run.read(work(Alone.of(model, data, method, settings | {"steps": steps}, **where)))
 
     monkeypatch.setattr(memory, "in_own_process", here)

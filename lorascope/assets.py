@@ -135,7 +135,7 @@ def built(folder: Path, build: Callable[[Path], object]) -> Path:
     Parameters
     ----------
     folder : path
-        A folder of its own in the cache; ``sha256.json`` in it lists the hashes of its files.
+        A separate folder in the cache; ``sha256.json`` in it lists the hashes of its files.
     build : callable
         Writes the files into the new folder that it is given.
     """
@@ -216,7 +216,7 @@ def _download(asset: Asset, folder: Path) -> Path:
     try:
         pip = subprocess.run(command, env=environment, capture_output=True, check=False)
         reason = _reason(pip.stderr.decode("utf-8", "backslashreplace"))
-    except OSError as error:  # no Python of its own, as inside another program
+    except OSError as error:  # Python is embedded in another program
         reason = f"cannot start {sys.executable!r}: {error.strerror}"
     found = list((folder / "archive").glob("*"))
     if not found:

@@ -79,7 +79,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """End now: the user does not wait for the end of what the first Ctrl-C began."""
+    """Exit at once: the user does not wait for the cleanup after the first Ctrl-C."""
     _failed("stopped", 130)
     os._exit(130)
 

@@ -1,6 +1,6 @@
 """Run folders on disk: which files lorascope writes there, the lock of a running training, and removal.
 
-A file that lorascope did not write is never removed, and a folder that another process trains in is left alone.
+A file that lorascope did not write is never removed, and a folder that another process trains in stays unchanged.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Busy(ValueError):
 
 @dataclass
 class RunManifest:
-    """What distinguishes a ``run.json`` of ours from another program's."""
+    """Fields that distinguish a ``run.json`` of lorascope from another program's."""
 
     id: _Id
     status: Literal["running", "done", "broken"]
@@ -131,13 +131,13 @@ def remove_run(folder: Path) -> None:
     refused = f"cannot overwrite {printable(folder)}"
     if folder.is_symlink():
         raise ValueError(
-            f"{refused}: it is a symbolic link; give the folder it points to, {printable(folder.resolve())}"
+            f"{refused}: it is a symbolic link; use the folder it points to, {printable(folder.resolve())}"
         )
     folder = folder.resolve()
     try:
         read_manifest(folder)
         for phase in _phases(folder):
-            with suppress(FileNotFoundError):  # a phase that has barely begun
+            with suppress(FileNotFoundError):  # a phase without files yet
                 read_manifest(phase)
     except ValueError as error:
         raise ValueError(f"{refused}: it is not a run of lorascope ({error})") from error
@@ -159,7 +159,7 @@ def _phases(folder: Path) -> list[Path]:
 
 
 def _foreign(folder: Path) -> Path | None:
-    """A file in a folder, or a link in place of it, that lorascope did not write."""
+    """A file or symbolic link that lorascope did not write; the folder itself if it is a link."""
     if folder.is_symlink():
         return folder
     for where, folders, files in os.walk(folder):

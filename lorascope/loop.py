@@ -102,7 +102,8 @@ def train(
     root : path
         Where a folder without a name of its own is made.
     overwrite : bool
-        Remove the run that lies there and begin anew.
+        Remove the run in the folder and start again. Rejected if another process trains in it, if it is a symbolic
+        link, or if lorascope did not write all of its files.
     checkpoint_every : int
         Steps between checkpoints to resume from.
     device : str, optional
@@ -168,7 +169,7 @@ def train(
             }
             part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
             if finished_run(path, part) is None:
-                # Until the end, since between two phases nobody may take the folder either.
+                # Until the end, since no other process may take the folder between two phases either.
                 for place in {folder, path} - locked:
                     locks.enter_context(held(place))
                     locked.add(place)

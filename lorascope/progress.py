@@ -30,7 +30,7 @@ class ProgressBar(tqdm):
     shown: dict[str, str]
 
     def display(self, *args: Any, **kwargs: Any) -> None:
-        """Draw; a bar whose terminal is closed is disabled, and the training goes on."""
+        """Draw; a bar whose terminal is closed is disabled."""
         try:
             super().display(*args, **kwargs)
         except OSError:

@@ -113,13 +113,13 @@ class Recording:
         self.writer.flush()
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Write, or else warn once and go on: the training is not the recorder's to stop."""
+        """Write, or else warn once: a recorder does not stop a training."""
         try:
             write()
             self._failing = False
         except OSError as error:
             if not self._failing:
-                warnings.warn(f"{error}; the training goes on, and the record is kept in memory", stacklevel=2)
+                warnings.warn(f"{error}; the training continues, and the record is kept in memory", stacklevel=2)
             self._failing = True
 
     def state(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class Recording:
         if not self._concluded:
             self.conclude()
         meta = self.writer.meta
-        if not meta["states"]:  # by now the Trainer may have put back another state
+        if not meta["states"]:  # the Trainer may have loaded another state since
             meta["error"] = "the state after its last step could not be written"
         meta["seconds"] = meta["total_seconds"] = self.seconds
         run = self.writer.finish("done" if meta["states"] else "broken")

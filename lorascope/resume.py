@@ -46,7 +46,7 @@ class Checkpoints:
         return own_files(self.path, "resume/step-*", "resume/best-*")
 
     def remove(self) -> None:
-        """Remove all checkpoints; a file that the user put beside them stays, and the folder with it."""
+        """Remove all checkpoints; other files in the folder stay."""
         with suppress(OSError):
             for file in self._files():
                 file.unlink(missing_ok=True)

@@ -243,10 +243,12 @@ def outcome(act: Callable[[], Any], **limit: float) -> str:
 
 
 def command(*words: str) -> tuple[int, str]:
-    """Exit code and standard error of a command line, which must be one printable line."""
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    """Exit code and standard error of a command line that prints no untreated character."""
+    said, shown = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
         code = main(words)
+    for line in (said.getvalue() + shown.getvalue()).split("\n"):
+        assert line.isprintable(), line
     return code, said.getvalue()
 
 

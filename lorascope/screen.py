@@ -62,14 +62,14 @@ class Style:
         return "·" if self.blocks else "."
 
     def glyph(self, value: float | None, largest: float) -> str:
-        """One character for a norm: a blank for None, where nothing is adapted, and ! for NaN."""
+        """One character for a norm: a blank for None, where nothing is adapted, and ! for NaN and infinity."""
         if value is None:
             return " "
-        if math.isnan(value):
+        if not math.isfinite(value):
             return "!"
         if value == 0:
             return self.zero
-        return self.scale[min(len(self.scale) - 1, int(len(self.scale) * value / largest))]
+        return self.scale[min(len(self.scale) - 1, int(len(self.scale) * (value / largest)))]
 
 
 def one(inspection: Inspection, style: Style) -> str:
@@ -166,7 +166,7 @@ def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
     depth = int(inside["layer"].max()) + 1 if len(inside) else 0
     step, repeat = _columns(depth)
     cells = [_profile(inside, row["stack"], row["role"], depth, step) for row in roles]
-    largest = max((value for cell in cells for value in cell if value), default=0.0)
+    largest = _top(cells)
     stacks = _STACKS if inside["stack"].nunique() > 1 else {}
     related = modules["relative_update"].notna().any()
     head = f"{'|dW| by layer':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}}"
@@ -188,7 +188,7 @@ def _neuron_chart(inspection: NeuronInspection, style: Style) -> Iterator[str]:
     depth = int(modules["layer"].max()) + 1
     step, repeat = _columns(depth)
     cells = [_share_profile(modules, row["stack"], row["role"], depth, step) for row in roles]
-    largest = max((value for cell in cells for value in cell if value), default=0.0)
+    largest = _top(cells)
     stacks = _STACKS if modules["stack"].nunique() > 1 else {}
     yield style.paint(f"{'in top 10 %':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
     for row, cell in zip(roles, cells, strict=True):
@@ -222,6 +222,11 @@ def _most_turned(inspection: NeuronInspection, style: Style) -> Iterator[str]:
         distance = f"{norm(row['cosine_distance']):<8} "
         name = elide(row["module"], WIDTH - _LABEL - len(distance) - len(place))
         yield _line("" if number else "largest", f"{distance}{name}{place}", style)
+
+
+def _top(cells: list[list[float | None]]) -> float:
+    """Largest finite value in the cells of a chart; 0 without any."""
+    return max((value for cell in cells for value in cell if value and math.isfinite(value)), default=0.0)
 
 
 def _columns(depth: int) -> tuple[int, int]:
@@ -307,12 +312,14 @@ def norm(value: float) -> str:
 
 
 def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.{1 if share < 10 else 0}f} %"
+    if math.isnan(share):
+        return "-"
+    return f"{100 * share:.{1 if share < 10 else 0}f} %" if share < 1000 else f"{100 * share:.0e} %"
 
 
 def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1f}"
+    return "-" if math.isnan(value) else f"{value:.1f}" if abs(value) < 1e5 else norm(value)
 
 
 def _whole(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.0f}"
+    return "-" if math.isnan(value) else f"{value:.0f}" if abs(value) < 1e5 else norm(value)

@@ -20,6 +20,8 @@ from lorascope.marks import is_number
 from lorascope.printable import printable
 from lorascope.render.theme import GLYPH, PALETTE_SIZE, Theme
 
+_LARGEST = 1e300
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -139,9 +141,13 @@ class Colors:
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
-    """Numbers as float64, with NaN for what is missing or infinite."""
+    """Numbers as float64, with NaN for what is missing, infinite or above 1e300, and 0 for what is below 1e-300.
+
+    Nearer to the ends of float64, the ticks and margins of both renderers overflow.
+    """
     numbers = values.to_numpy(dtype=float, na_value=np.nan)
-    return np.where(np.isfinite(numbers), numbers, np.nan)
+    size = np.abs(numbers)
+    return np.where(size <= _LARGEST, np.where(size >= 1 / _LARGEST, numbers, 0.0), np.nan)
 
 
 def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple[Any, ...]:
@@ -193,5 +199,8 @@ def _colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) 
     first = next((chart.colors for chart in charts if chart.colors is not None), None)
     known = categories(columns, first or ())
     if first is None and len(known) > PALETTE_SIZE and all(map(is_number, columns)):
-        return Colors(label or column, known, (float(known[0]), float(known[-1])))
+        drawn = to_floats(pd.Series(known))
+        drawn = drawn[np.isfinite(drawn)]
+        low, high = (drawn[0], drawn[-1]) if len(drawn) else (0.0, 1.0)
+        return Colors(label or column, known, (float(low), float(high) if high > low else float(low) + 1.0))
     return Colors(label, known)

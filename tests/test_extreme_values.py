@@ -1,0 +1,55 @@
+"""Values near the ends of float64 in cells and figures."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lorascope import screen
+from lorascope.chart import Axis, Bar, Chart, Heat, Line
+from lorascope.pairwise_screen import _factor
+from lorascope.render.scales import to_floats
+from lorascope.report.markup import shown
+from lorascope.screen import Style
+
+VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
+COLUMNS = {
+    "ends": [-1.7e308, 1.7e308, 1e300, 5e-324],
+    "same": [1e308] * 4,
+    "infinite": [np.inf, -np.inf, np.inf, np.inf],
+    "tiny": [5e-324, -0.0, 0.0, 1e-320],
+}
+
+
+@pytest.mark.parametrize("value", VALUES)
+@pytest.mark.parametrize("cell", [screen.norm, screen._percent, screen._number, screen._whole, _factor, shown])
+def test_cells_stay_short(cell, value) -> None:
+    assert 1 <= len(cell(float(value))) <= 10
+
+
+@pytest.mark.parametrize("largest", [5e-324, 1.0, 1e308])
+def test_a_norm_is_one_character(largest: float) -> None:
+    for blocks in (False, True):
+        style = Style(blocks)
+        assert style.glyph(largest, largest) == style.scale[-1]
+        assert {style.glyph(float(value), largest) for value in (np.inf, np.nan)} == {"!"}
+        assert style.glyph(0.0, largest) == style.zero
+    assert screen._top([[None, math.nan, math.inf], [largest, 0.0]]) == largest
+
+
+def test_values_that_cannot_be_drawn_are_left_out() -> None:
+    found = to_floats(pd.Series([1e308, -1e308, np.inf, 1e300, 1e-300, 5e-324, -5e-324, -2.0]))
+    np.testing.assert_array_equal(found, [np.nan, np.nan, np.nan, 1e300, 1e-300, 0.0, 0.0, -2.0])
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", COLUMNS.values(), ids=COLUMNS)
+def test_both_renderers_draw_any_column(values: list[float], log: bool) -> None:
+    data = pd.DataFrame({"x": range(4), "v": values, "c": list("aabb"), "r": list("pqpq")})
+    lines = Chart(data, [Line("x", "v", "c"), Bar("x", "v")], y=Axis(label="y", log=log))
+    for chart in (lines, Chart(data, [Heat("r", "c", "v", label="l", text=".2g", log=log)])):
+        chart.mpl().draw_without_rendering()
+        assert "Infinity" not in chart.plotly().to_json()

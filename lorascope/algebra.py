@@ -178,6 +178,14 @@ def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarra
         yield wide(matrix[start : start + rows])
 
 
+def root_of_squares(values: Float[np.ndarray, "n"]) -> float:
+    """Root of the sum of squares; the sum itself may exceed float64."""
+    largest = np.max(np.abs(values), initial=0.0)
+    if not 2.0**500 < largest < np.inf:
+        return float(np.linalg.norm(values))
+    return float(largest * np.linalg.norm(values / largest))
+
+
 def numerical_rank(sigma: np.ndarray, shape: tuple[int, ...]) -> int:
     """Number of singular values above what rounding makes of zero."""
     tolerance = max(shape) * np.finfo(np.float64).eps * np.max(sigma, initial=0.0)

@@ -17,6 +17,7 @@ import pandas as pd
 from lorascope import records
 from lorascope.adalora_files import read_adalora
 from lorascope.adapter_files import CONFIG, AdapterFiles, factor_files, open_adapter, read_adapter
+from lorascope.algebra import root_of_squares
 from lorascope.card import largest_lines
 from lorascope.dora_files import read_dora
 from lorascope.fourier_files import named_base, read_fourier
@@ -173,7 +174,7 @@ class AdapterRun(Run):
         part = self.files.parts[module]
         if part.thin:
             sigma = self.spectra[module]
-            norm, stable, effective = float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)
+            norm, stable, effective = root_of_squares(sigma), stable_rank(sigma), effective_rank(sigma)
         else:
             norm, stable, effective = part.update().norm(), np.nan, np.nan
         values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}

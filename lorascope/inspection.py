@@ -12,6 +12,7 @@ from jaxtyping import Int
 
 from lorascope.adapter_inspection import adapter_cautions, adapter_facts, adapter_findings, some
 from lorascope.against_base import BESIDE, DIRECTIONS, against_base
+from lorascope.algebra import root_of_squares
 from lorascope.checkpoints import AdapterRun, spectra_by_layer
 from lorascope.forms import UNTRAINED
 from lorascope.gated import stands_at
@@ -126,7 +127,8 @@ def inspect(run: Run, spectra: bool = False) -> Inspection:
 
 def pooled(norms: pd.Series) -> float:
     """Root of summed squares of what is not NaN; NaN if all are."""
-    return float(np.sqrt((norms**2).sum(min_count=1)))
+    known = norms.dropna().to_numpy()
+    return root_of_squares(known) if len(known) else np.nan
 
 
 def _modules(run: Run, spectra: bool) -> pd.DataFrame:

@@ -56,7 +56,7 @@ class _Method(Allocation):
 @dataclass(frozen=True)
 class _Settings:
     steps: Count
-    batch_size: Count | None
+    batch_size: Count | None = None
     lr: float | None = None
     observers: list[dict[str, Any]] | None = None
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -225,17 +225,28 @@ def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
     return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
 
 
+def _moderate(update: LowRank) -> tuple[LowRank, int]:
+    """The update with factors whose products stay within float64, and the power of two that it is to be scaled by."""
+    largest = [max(X.max(initial=0), -X.min(initial=0)) if X.dtype == np.float64 else 1 for X in (update.B, update.A)]
+    b, a = (0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1]) for size in largest)
+    return (replace(update, B=np.ldexp(update.B, -b), A=np.ldexp(update.A, -a)) if b or a else update), b + a
+
+
 def _factored_norm(update: LowRank) -> float:
     if not finite(update.B, update.A):
         return np.nan
+    update, power = _moderate(update)
     left, right = gram(update.B), gram(update.A.T)
     squared = np.vdot(left, right)
     # The components' own norms added up: what |B A| would be if none worked against another.
     together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
     if squared >= GRAM_LIMIT * together**2:
-        return float(abs(update.scale) * np.sqrt(squared))
-    with one_thread():
-        return float(abs(update.scale) * np.linalg.norm(_cores([update])))
+        product = np.sqrt(squared)
+    else:
+        with one_thread():
+            product = np.linalg.norm(_cores([update]))
+    with np.errstate(over="ignore"):
+        return float(np.ldexp(abs(update.scale) * product, power))
 
 
 def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
@@ -253,12 +264,12 @@ def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
             values[i] = np.full(min(*update.shape, update.rank), np.nan)
         elif update.rank:
             sides = (min(side, update.rank) for side in update.shape)
-            batches[(update.rank, *sides)].append((i, update))
-    with one_thread():
+            batches[(update.rank, *sides)].append((i, *_moderate(update)))
+    with one_thread(), np.errstate(over="ignore"):
         for batch in batches.values():
-            sigmas = np.linalg.svd(_cores([update for _, update in batch]), compute_uv=False)
-            for (i, update), sigma in zip(batch, sigmas, strict=True):
-                values[i] = abs(update.scale) * sigma
+            sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)
+            for (i, update, power), sigma in zip(batch, sigmas, strict=True):
+                values[i] = np.ldexp(abs(update.scale) * sigma, power)
     return values
 
 

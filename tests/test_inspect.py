@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_checkpoints import write_run
+from safetensors.torch import load_file, save_file
+from test_checkpoints import save, write_run
 
 from lorascope import screen
+from lorascope.adapter_files import WEIGHTS
 from lorascope.checkpoints import load
 from lorascope.cli import main
 from lorascope.inspection import inspect
@@ -346,3 +348,23 @@ def test_json_knows_no_nan_and_no_infinity(tmp_path: Path, capsys: pytest.Captur
     assert [row["relative_update"] for row in told["modules"]] == [None] * 4
     assert told["roles"][0]["relative_update"] is None
     assert len(strictly(run(capsys, sound, broken, "--base", base, "--json"))) == 2
+
+
+@pytest.mark.parametrize("largest", [1e152, 1e300, np.inf])
+@pytest.mark.parametrize("words", [[], ["--all"], ["--json"], ["--csv"]])
+def test_entries_near_the_limit_of_float64_are_shown(
+    largest: float, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one module, so that others stay finite; NaN comes first in the order of the layers."""
+    save(tmp_path, target_modules=["q_proj"])
+    tensors = {name: tensor.double() for name, tensor in load_file(tmp_path / WEIGHTS).items()}
+    first, second = list(tensors)[:2], list(tensors)[2:4]
+    for name in first:
+        tensors[name][:] = largest
+    for name in second:
+        tensors[name][:] = 2.0
+    save_file(tensors, tmp_path / WEIGHTS)
+    assert main(["inspect", str(tmp_path), *words]) == 0
+    shown = capsys.readouterr().out
+    if not words:
+        assert {1e152: "e+306", 1e300: "inf", np.inf: "NaN"}[largest] in shown

@@ -145,6 +145,20 @@ def test_nan_stays_nan(bad):
     assert update.spectra([LowRank(B, healthy.A), healthy])[1] == pytest.approx(healthy.singular_values())
 
 
+@pytest.mark.parametrize("power", [250, 500, 1000])
+def test_entries_near_the_limit_of_float64_do_not_overflow_on_the_way(power):
+    """Factors 2^p B and 2^-p A make the very update of B and A; where the product itself overflows it is infinite."""
+    draw = np.random.default_rng(0)
+    B, A = draw.standard_normal((30, 4)), draw.standard_normal((4, 20))
+    plain = LowRank(B, A, 0.5)
+    for big in (LowRank(B * 2.0**power, A * 2.0**-power, 0.5), LowRank(B * 2.0**-power, A * 2.0**power, 0.5)):
+        assert big.norm() == pytest.approx(plain.norm(), rel=1e-13)
+        assert big.singular_values() == pytest.approx(plain.singular_values(), rel=1e-12)
+    over = LowRank(B * 2.0**power, A * 2.0**1000, 0.5)
+    finite = np.isfinite(2.0**power * 2.0**1000)
+    assert np.isinf(over.norm()) == np.isinf(over.singular_values()).all() == (not finite)
+
+
 def test_rank_deficient_factors_span_only_what_they_span():
     B, A = RNG.standard_normal((20, 2)), RNG.standard_normal((2, 15))
     doubled = LowRank(np.hstack([B, B]), np.vstack([A, A]))

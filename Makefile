@@ -36,14 +36,14 @@ types: .venv/installed
 	@found=$$($(BIN)/mypy 2>&1); code=$$?; echo "mypy: $$found"; exit $$code
 
 tests: .venv/installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: .venv/installed
-	$(BIN)/pytest -n 2 -m "not ray" $(SLOW)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not ray" $(SLOW)
 
 numbers: .venv/installed
-	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 -m $(NUMBERS)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 -m $(NUMBERS)
+	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
 
 notebooks: .venv/installed
 	$(BIN)/pytest -p nbmake --nbmake --nbmake-timeout=900 notebooks

@@ -143,7 +143,9 @@ def shrunk(probe, bert, files):
     return replace(probe, arms=lambda quick: arms)
 
 
-@pytest.mark.parametrize("name", ["adalora", "alora", "autolora", "agreement", "planted"])
+@pytest.mark.parametrize(
+    "name", ["adalora", "alora", "autolora", "agreement", pytest.param("planted", marks=pytest.mark.slow)]
+)
 def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, small_teacher):
     files = [str(tmp_path / "toy.csv"), str(tmp_path / "toy-film.csv")]
     rows = task.table[["text", "label", "group"]]
@@ -161,7 +163,8 @@ def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, sm
         assert np.isfinite(verdict.effect)
     measured = {file: file.stat().st_mtime_ns for file in (tmp_path / "out" / "measured").glob("*")}
     assert bool(measured) == (probes.PROBES[name].measure is not None)
-    assert str(probes.write_report(tmp_path / "out")) == str(found)
+    if measured:
+        assert str(probes.write_report(tmp_path / "out")) == str(found)
     assert measured == {file: file.stat().st_mtime_ns for file in measured}
 
 

@@ -172,7 +172,7 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
     return found
 
 
-@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("learned", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_path, learned, monkeypatch):
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
     monkeypatch.setattr(asymmetry, "numbers", partial(numbers, draws=99))
@@ -210,6 +210,7 @@ def test_a_common_start_that_training_scatters_owes_nothing_to_it(tmp_path, monk
     assert picture.outcome != "supported"
 
 
+@pytest.mark.slow
 def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
     files = {}
     for domain in asymmetry._QUICK:

@@ -19,7 +19,11 @@ import pytest
 
 from lorascope.cli import main
 
-PAGES = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = [
+    pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem == "smollm2" else ())
+    for page in sorted(DOCS.glob("*.md"))
+]
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _CODE = "; echo $?"
 _COMMAND = re.compile(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
@@ -57,7 +61,7 @@ def test_decimals_fit_to_one_unit_of_the_last_digit() -> None:
     assert fits("a\nW_q 1.5\nb\n", "...\nW_q 1.6\n...\n")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_does_what_it_says(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,10 +32,10 @@ def test_no_method_is_left_out():
 
 
 def cells():
-    """Every method on every family; fast are one method per family, in turn, and so a family or two per method."""
-    for number, family in enumerate(families.FAMILIES):
-        for place, method in enumerate(METHODS):
-            fast = number % len(METHODS) == place
+    """Every method on every family; fast is one family per method, in turn."""
+    for place, family in enumerate(families.FAMILIES):
+        for number, method in enumerate(METHODS):
+            fast = number % len(families.FAMILIES) == place
             yield pytest.param(family, method, marks=() if fast else pytest.mark.slow, id=f"{family}-{method}")
 
 

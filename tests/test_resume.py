@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -73,11 +74,12 @@ def test_killed_again_and_again(method, forks, tmp_path):
 FAST = killing.SETTINGS | {"observe": killing.observers()}
 
 
-@pytest.fixture
-def whole(bert, task, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def whole(bert, task, tmp_path_factory) -> Path:
     """A run that nobody disturbed."""
-    ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=tmp_path / "whole", **FAST)
-    return tmp_path / "whole"
+    out = tmp_path_factory.mktemp("undisturbed") / "whole"
+    ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    return out
 
 
 @pytest.fixture
@@ -220,10 +222,11 @@ def test_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
     assert ls.load(tmp_path / "out/1-search").finished
 
 
-def test_overwriting_begins_anew(whole, bert, task):
-    run = ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=whole, overwrite=True, **FAST)
+def test_overwriting_begins_anew(whole, bert, task, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    run = ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, overwrite=True, **FAST)
     assert run.finished
-    assert [path.name for path in whole.parent.iterdir()] == [whole.name]
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_files_of_the_user_survive_overwriting_and_resuming(bert, task, tmp_path, at_step):

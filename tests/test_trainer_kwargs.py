@@ -19,7 +19,7 @@ AT_GATES = ["update_norm", "learned_norm", "step_norm", "weight_norm", "relative
 AT_GATES += ["stable_rank", "effective_rank"]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", list(METHODS))
 def test_both_loops_give_the_same_weights_and_records(name, accumulate, bert, task, tmp_path):
     method, precision = METHODS[name], "bf16" if accumulate == 2 else "fp32"

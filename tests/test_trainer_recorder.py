@@ -332,7 +332,7 @@ def test_a_finished_folder_is_moved_aside(bert, task, rows, tmp_path):
         by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(tmp_path / "mine"))
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [n if n == "adalora" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 def test_a_resumed_training_ends_as_one_that_never_stopped(name, bert, task, rows, tmp_path):
     """What is gone on with is a fresh model, with a head and factors of other draws."""
     settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
@@ -355,7 +355,7 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(name, bert, task, row
     assert ls.load(tmp_path / f"lorascope-{first.id}").finished
 
 
-@pytest.mark.parametrize("name", ["full", "adalora", "peft"])
+@pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "adalora")), "peft"])
 def test_what_broke_off_beyond_its_checkpoint_goes_on_there(name, bert, task, rows, tmp_path):
     """Rows and snapshots of the steps beyond, which are done a second time, are there once."""
     make = with_lora if name == "peft" else fresh

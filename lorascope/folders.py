@@ -115,6 +115,8 @@ def held(folder: Path) -> Iterator[None]:
             raise Busy(f"{folder} is being trained by another process: wait for it")
         yield
     finally:
+        with suppress(OSError):  # a worker that was forked meanwhile has a copy of the handle, which keeps the lock
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 

@@ -169,6 +169,22 @@ def test_claim_leaves_the_half_written_files_of_a_running_training(tmp_path: Pat
     assert tree(tmp_path) == before
 
 
+def test_a_lock_ends_with_its_training_while_a_forked_worker_lives(tmp_path: Path) -> None:
+    wait, go = os.pipe()
+    with held(tmp_path / "run"):
+        if (worker := os.fork()) == 0:
+            os.close(go)
+            os.read(wait, 1)
+            os._exit(0)
+    try:
+        with held(tmp_path / "run"):
+            pass
+    finally:
+        os.close(go)
+        os.close(wait)
+        os.waitpid(worker, 0)
+
+
 def test_a_lock_on_a_folder_that_was_moved_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 

@@ -159,6 +159,12 @@ def train(
     stored = None
     with ExitStack() as locks:
         locked: set[Path] = set()
+
+        def hold(place: Path) -> None:
+            if place not in locked:
+                locks.enter_context(held(place))
+                locked.add(place)
+
         for phase in _phases(method, mark.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             begun.append(path.name)
@@ -170,14 +176,13 @@ def train(
             part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
             if finished_run(path, part) is None:
                 # Until the end, since no other process may take the folder between two phases either.
-                for place in {folder, path} - locked:
-                    locks.enter_context(held(place))
-                    locked.add(place)
+                hold(folder)
             # Again under the lock: another process may have finished it a moment ago.
             stored = finished_run(path, part)
             if stored is None:
                 if phase.name:
                     note_phases(folder, plan, begun, "running")
+                hold(path)  # now that recipe.json says whose folder it is
                 _reset(model, mark.base)
                 with seeded(seed):
                     session = Session(model, part, mark.base, path, runs, device)

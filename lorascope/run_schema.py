@@ -22,8 +22,8 @@ class _Module:
     stack: str
     layer: Annotated[int, msgspec.Meta(ge=0, lt=2**15)] | None
     role: Literal[ROLES]
-    out_features: Count | None
-    in_features: Count | None
+    out_features: Count | None = None
+    in_features: Count | None = None
     tied: str | None = ""
 
 

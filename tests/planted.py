@@ -47,6 +47,7 @@ def plant(
     ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
     states = {"last": {"step": max(last, 0), "ranks": ranks}}
     common = {"model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": []}
+    common |= {"parameters": {"trained": 1}, "test": {}}
     named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
     writer = RunWriter(folder / id, common | named | meta)
     for (quantity, module), steps in values.items():

@@ -537,3 +537,17 @@ def test_a_caption_keeps_its_lines_and_fits_at_every_resolution(runs, width, dpi
     box = made.texts[0].get_window_extent()
     assert box.x0 >= 0
     assert 0.85 * made.bbox.width < box.x1 <= made.bbox.width
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("values", [[1e308, -1e308], [1.7e308, 1.79e308], [5e-324, 1e200, 1.0], [1e308, 1.0, 2.0]])
+def test_values_near_the_limit_of_float64_are_drawn_or_left_out(values, log, tmp_path):
+    """Like infinite ones, values that no axis can show have no place."""
+    data = pd.DataFrame({"x": range(len(values)), "y": values})
+    chart = Chart(data, [Line("x", "y")], y=Axis(log=log))
+    for ending in ("svg", "html"):
+        chart.save(tmp_path / f"chart.{ending}")
+    low, high = chart.mpl().axes[0].get_ylim()
+    assert np.isfinite([low, high]).all()
+    known = [value for value in values if abs(value) < 1e300 and (value > 0 or not log)]
+    assert all(low <= value <= high for value in known if value > 1e-300)

@@ -57,8 +57,8 @@ def _padded(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
         return (1.0, 10.0) if log else (0.0, 1.0)
     low, high = float(numbers.min()), float(numbers.max())
     if log:
-        pad = (high / low) ** PAD if high > low else 2.0
-        return low / pad, high * pad
+        pad = min(high**PAD / low**PAD, 1e3) if high > low else 2.0
+        return max(low / pad, np.finfo(float).tiny), high * pad
     pad = PAD * ((high - low) or abs(high) or 1.0)
     return low if anchored and low == 0 < high else low - pad, high if anchored and high == 0 > low else high + pad
 

@@ -172,7 +172,7 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
     return found
 
 
-@pytest.mark.parametrize("learned", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("learned", [True, False])
 def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_path, learned, monkeypatch):
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
     monkeypatch.setattr(asymmetry, "numbers", partial(numbers, draws=99))

@@ -76,8 +76,8 @@ def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
     ValueError
         A factor is missing, or configuration and weights do not fit together.
     """
-    found, others = lora_factors(path, files, ("A", "B", "E"))
     settings = typed(config, AdaLoraConfig, path / CONFIG)
+    found, others = lora_factors(path, files, ("A", "B", "E"))
     scale = settings.lora_alpha / (settings.init_r + 1e-5)
     kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}
     for module, factors in found.items():

@@ -54,9 +54,9 @@ def parse_json(text: str | bytes, name: object) -> Any:
     try:
         _require_shallow(raw)
         content = json.loads(raw)
-        # Tables and file names cannot hold half of a surrogate pair.
+        # Tables cannot hold half of a surrogate pair; Python makes them of bytes in file names that are not UTF-8.
         if b"\\ud" in raw.lower():
-            json.dumps(content, ensure_ascii=False).encode()
+            json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except ValueError as error:
         raise ValueError(f"cannot read {printable(name)} as JSON: {printable(error)}") from error
     return content

@@ -41,6 +41,9 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
     if isinstance(file, Path) and (size := require_regular(file)) > MAX_FILE:
         raise ValueError(f"cannot read {printable(name)}: {size} bytes, at most {MAX_FILE} are read")
     try:
+        if isinstance(file, Path):
+            with file.open("rb") as stream:  # pyarrow cannot open every name
+                return _decoded(stream).to_pandas()
         return _decoded(file).to_pandas()
     except (
         Exception
@@ -67,8 +70,7 @@ def _decoded(file: Any) -> Any:
     if nested is not None:
         raise ValueError(f"column {nested.name!r} must hold plain values, got {nested.type}")
     texts = {field.name: field.type for field in schema if _is_text(field.type)}
-    if not isinstance(file, Path):
-        file.seek(0)
+    file.seek(0)
     # A text that is repeated in every row is read once.
     with pq.ParquetFile(file, read_dictionary=list(texts)) as parquet:
         table = parquet.read(use_threads=False)

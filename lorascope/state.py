@@ -229,13 +229,13 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     """Attach the run's method to a fresh base and put its trained tensors back; see ``Run.restore``."""
     if adapted(model):
         raise ValueError("the model carries adapters already: restore into a freshly loaded base")
+    config = run.meta["method"]
+    if config["name"] == "peft":
+        raise ValueError(f"run {run.id} was trained by PEFT, which loads it: ls.export.to_peft writes its folder")
     stored = load_tree(path)
     if not isinstance(stored, dict) or _LEARNED not in stored:
         raise ValueError(f"{printable(path)} is no state of a run: it holds nothing that a method learned")
     fit_head(model, run.meta["labels"])
-    config = run.meta["method"]
-    if config["name"] == "peft":
-        raise ValueError(f"run {run.id} was trained by PEFT, which loads it: ls.export.to_peft writes its folder")
     if method is None and config["name"] not in METHODS:
         raise ValueError(f"run {run.id} was trained by {config['name']!r}, which is not registered: give method=")
     try:

@@ -67,7 +67,7 @@ class _Entry:
         return math.prod(self.shape)
 
 
-class TensorFile(Mapping[str, np.ndarray]):
+class TensorFile(Mapping[str, Any]):
     """A safetensors file as a lazy mapping name -> array.
 
     Parameters

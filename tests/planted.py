@@ -22,6 +22,11 @@ PLACES = [
     ("score", "", None, "head"),
 ]
 MODULES = [dict(zip(("module", "stack", "layer", "role"), place, strict=True)) for place in PLACES]
+# What run.json holds of every run, for runs that are planted.
+COMMON = {
+    "schema": 1, "model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": [],
+    "parameters": {"trained": 1}, "test": {},
+}  # fmt: skip
 Values = Mapping[tuple[str, str], Mapping[int, Any]]
 SHAPES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "ffn_in": (4, 1), "ffn_out": (1, 4)}  # (out, in) / hidden
 
@@ -46,10 +51,8 @@ def plant(
     last = max((step for steps in values.values() for step in steps), default=0)
     ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
     states = {"last": {"step": max(last, 0), "ranks": ranks}}
-    common = {"model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": []}
-    common |= {"parameters": {"trained": 1}, "test": {}}
-    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
-    writer = RunWriter(folder / id, common | named | meta)
+    named = {"id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
+    writer = RunWriter(folder / id, COMMON | named | meta)
     for (quantity, module), steps in values.items():
         for step, value in steps.items():
             writer.add(step, [Record(quantity, value, module)])
@@ -94,11 +97,10 @@ def plant_fourier(
     Fields of the method go into the recipe; with another basis than "fourier" neither shape nor scale is kept.
     """
     told = {"name": "fourierft", "alpha": 12} | recipe
-    common = {"model": "m", "task": "t", "recipe": told, "settings": {"steps": 9}}
     states = {"last": {"step": 9, "ranks": dict.fromkeys(found, len(C))}}
     modules = [place | {"out_features": SHAPE[0], "in_features": SHAPE[1]} for place in MODULES]
-    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": modules, "states": states, "parents": []}
-    writer = RunWriter(folder / id, common | named)
+    named = {"id": id, "label": label, "seed": seed, "modules": modules, "states": states, "recipe": told}
+    writer = RunWriter(folder / id, COMMON | named)
     waves = recipe.get("basis", "fourier") == "fourier"
     for module, steps in found.items():
         for quantity in ("update_norm", "learned_norm"):

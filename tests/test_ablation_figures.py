@@ -137,7 +137,7 @@ def test_both_renderers_draw_them(run: Any) -> None:
 def test_an_axis_has_the_name_of_the_metric_that_all_runs_share(tmp_path: Path) -> None:
     reached = {("test_metric", ""): {9: 0.5}}
     one, two, other = (
-        plant(tmp_path, str(number), reached, parameters={"trained": 1}, test={"name": name, "metric": 0.5})
+        plant(tmp_path, str(number), reached, test={"name": name, "metric": 0.5, "loss": 0.7})
         for number, name in enumerate(("accuracy", "accuracy", "perplexity"))
     )
     assert plots.left_out({"one": one, "two": two}).y.label == "test accuracy"

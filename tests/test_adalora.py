@@ -567,9 +567,11 @@ def test_equal_to_peft_with_the_same_factors(family, autocast):
         losses[-1].backward()
     bound = rounding(torch.bfloat16, depth=6) if autocast else 1e-10  # in the order of factors and scale
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=bound)
+    # Gradients of queries and keys nearly cancel; bfloat16 keeps digits of what they are sums of.
+    largest = max(other.grad.norm() for _, other in pairs)
     for mine, other in pairs:
         assert mine.grad.any()
-        assert (mine.grad - other.grad).norm() <= bound * other.grad.norm()
+        assert (mine.grad - other.grad).norm() <= bound * (largest if autocast else other.grad.norm())
 
 
 @pytest.mark.filterwarnings("ignore")

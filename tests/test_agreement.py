@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 from test_checkpoints import write_run
 from test_sensed import FAST, LOOK, Copying, gradients
-from tolerance import TINY, near, rounding
+from tolerance import TEXT, TINY, near, rounding
 from torch.nn import functional as F
 
 import lorascope as ls

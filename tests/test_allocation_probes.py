@@ -200,7 +200,13 @@ def test_places_are_compared_by_the_means_of_their_kind(tmp_path):
     accuracies = [0.5, 0.6, 0.7, 0.8, 0.8, 0.9, 0.7, 0.1, 0.9]
     runs = {
         label: [
-            plant(tmp_path, f"{place}{seed}", {("test_metric", ""): {9: value}}, seed=seed, test={"metric": value})
+            plant(
+                tmp_path,
+                f"{place}{seed}",
+                {("test_metric", ""): {9: value}},
+                seed=seed,
+                test={"name": "accuracy", "metric": value, "loss": 0.5},
+            )
             for seed in range(3)
         ]
         for place, (label, value) in enumerate(zip((*placement.TYPES, *placement.GROUPS), accuracies, strict=True))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from planted import COMMON as PLANTED
 from tiny import tiny
 from torch import nn
 
@@ -161,8 +162,9 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
             modules = [{"module": name, "stack": "", "layer": m, "role": "q"} for m, name in enumerate(names)]
             run = RunWriter(
                 folder / f"{arm.label}-{seed}",
-                {"schema": 1, "id": f"{arm.label}-{seed}", "label": arm.label, "seed": number, "model": "m"}
-                | {"task": made.task, "recipe": {}, "settings": {}, "parents": [], "modules": modules}
+                PLANTED
+                | {"id": f"{arm.label}-{seed}", "label": arm.label, "seed": number}
+                | {"task": made.task, "modules": modules}
                 | {"states": {"last": {"step": 9, "ranks": dict.fromkeys(names, 2)}}},
             )
             run.add(0, [Factors(name, {"B": np.zeros((10, 2)), "A": A[name]}, 1.0) for name in names])

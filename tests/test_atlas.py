@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import MODULES, Values, lookup, plant
+from planted import COMMON, MODULES, Values, lookup, plant
 
 from lorascope import plots
 from lorascope.analysis import atlas, starts
@@ -129,9 +129,9 @@ def test_a_start_that_was_not_kept_is_told(write: Any) -> None:
 
 def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: Any) -> None:
     B, A = along(0, 0)
-    common = {"model": "m", "task": "t", "recipe": {"name": "hydralora"}, "settings": {"steps": 9}, "parents": []}
+    common = COMMON | {"recipe": {"name": "hydralora"}}
     states = {"last": {"step": 9, "ranks": {"h.0.q": 1}}}
-    named = {"schema": 1, "id": "h", "label": "Hydra", "seed": 0, "modules": MODULES, "states": states}
+    named = {"id": "h", "label": "Hydra", "seed": 0, "modules": MODULES, "states": states}
     writer = RunWriter(tmp_path / "h", common | named)
     writer.add(9, [Record("learned_norm", 1.0, "h.0.q"), Factors("h.0.q", {"B": B, "A": A}, 1.0, exact=False)])
     writer.finish("done")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +48,26 @@ def test_any_spoiled_file_is_read_or_told_in_one_line(adapter: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "place"),
     [
-        ({"lora_alpha": "16"}, "lora_alpha is '16', where a number belongs"),
-        ({"lora_alpha": None}, "lora_alpha is None, where a number belongs"),
-        ({"r": [8]}, "r is [8], where a number belongs"),
-        ({"rank_pattern": 4}, "rank_pattern is 4, where names of modules"),
-        ({"alpha_pattern": {"q": "x"}}, "alpha_pattern gives 'q' 'x', where a number belongs"),
-        ({"alpha_pattern": {"q": [8]}}, "alpha_pattern gives 'q' [8], where a number belongs"),
-        ({"rank_pattern": {"q": [True]}}, "rank_pattern gives 'q' [True], where a number belongs"),
-        (
-            {"peft_type": "ADALORA", "rank_pattern": {"h.0.q.lora_E": 8}},
-            "rank_pattern gives 'h.0.q.lora_E' 8, where a list of true and false belongs",
-        ),
-        (
-            {"peft_type": "ADALORA", "rank_pattern": {"h.0.q.lora_E": ["x"]}},
-            "rank_pattern gives 'h.0.q.lora_E' ['x'], where a list of true and false belongs",
-        ),
-        ({"rank_pattern": {"(q": 2}}, "rank_pattern names '(q', which is no regular expression"),
-        ({"enable_lora": True}, "enable_lora is True, where a list"),
+        ({"lora_alpha": "16"}, "$.lora_alpha"),
+        ({"lora_alpha": None}, "$.lora_alpha"),
+        ({"r": [8]}, "$.r"),
+        ({"rank_pattern": 4}, "$.rank_pattern"),
+        ({"alpha_pattern": {"q": "x"}}, "$.alpha_pattern[...]"),
+        ({"alpha_pattern": {"q": [8]}}, "$.alpha_pattern[...]"),
+        ({"rank_pattern": {"q": [True]}}, "$.rank_pattern[...]"),
+        ({"peft_type": "ADALORA", "rank_pattern": {"h.0.q.lora_E": 8}}, "$.rank_pattern[...]"),
+        ({"peft_type": "ADALORA", "rank_pattern": {"h.0.q.lora_E": ["x"]}}, "$.rank_pattern[...]"),
+        ({"rank_pattern": {"(q": 2}}, "'(q'"),
+        ({"enable_lora": True}, "$.enable_lora"),
     ],
 )
-def test_a_setting_of_the_wrong_kind_is_named(adapter: Path, change: dict[str, Any], message: str) -> None:
+def test_a_setting_of_the_wrong_kind_is_named(adapter: Path, change: dict[str, Any], place: str) -> None:
     write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text(encoding="utf-8")) | change)
-    with pytest.raises(ValueError, match=r"where|which") as raised:
+    with pytest.raises(ValueError, match=re.escape(place)) as raised:
         load(adapter)
-    assert f"{adapter / CONFIG}: {message}" in str(raised.value)
+    assert str(adapter / CONFIG) in str(raised.value)
 
 
 def reworded(adapter: Path, words: Any) -> None:
@@ -92,11 +87,11 @@ def test_what_others_wrote_into_a_header_is_theirs(adapter: Path, words: Any) ->
 
 def test_a_header_that_is_none_of_ours_is_told_in_one_line(adapter: Path) -> None:
     reworded(adapter, ["about"])
-    with pytest.raises(ValueError, match="__metadata__ is no object") as raised:
+    with pytest.raises(ValueError, match="__metadata__") as raised:
         load(adapter)
     assert str(adapter / WEIGHTS) in str(raised.value)
     for words in ({"about": "a fine adapter"}, {"about": 7}):
         reworded(adapter, words)
-        with pytest.raises(ValueError, match="was not written here") as raised:
+        with pytest.raises(ValueError, match="about") as raised:
             _ = TensorFile(adapter / WEIGHTS).about
         assert str(adapter / WEIGHTS) in str(raised.value)

@@ -230,7 +230,9 @@ def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
 def test_sizes_of_recipes_with_as_many_parameters_are_written_on_either_side(write: Any) -> None:
     sizes = [("a", 190, 0.82), ("b", 200, 0.80), ("c", 9000, 0.82), ("d", 40, 0.7)]
     runs = {
-        id: write(id, {("test_metric", ""): {9: value}}, recipe={"rank": 2}, parameters={"trained": number})
+        id: write(
+            id, {("test_metric", ""): {9: value}}, recipe={"name": "lora", "rank": 2}, parameters={"trained": number}
+        )
         for id, number, value in sizes
     }
     drawn = plots.quality(runs).data

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import MODULES, lookup, plant
+from planted import COMMON, MODULES, lookup, plant
 
 import lorascope as ls
 from lorascope import models, plots
@@ -31,10 +31,9 @@ def write(tmp_path: Path) -> Any:
 
 def routed(folder: Path, id: str, shift: float = 0.0, seed: int = 0, label: str = "Hydra") -> Run:
     """Gates of two modules in two layers at steps 0 and 9; every number of the second module is moved by ``shift``."""
-    meta = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": MODULES, "model": "m", "task": "t"}
+    named = {"id": id, "label": label, "seed": seed, "modules": MODULES, "recipe": {"name": "hydralora"}}
     states = {"last": {"step": 9, "ranks": {}}}
-    common = {"recipe": {"name": "hydralora"}, "settings": {"steps": 9}, "parents": [], "states": states}
-    writer = RunWriter(folder / id, meta | common)
+    writer = RunWriter(folder / id, COMMON | named | {"states": states})
     for step, scale in ((0, 0.1), (9, 1.0)):
         for module, moved in (("h.0.up", 0.0), ("h.1.up", shift)):
             by_domain = 1 / 3 + scale * (UPPER - 1 / 3) + moved * np.array([1, -1, 0])

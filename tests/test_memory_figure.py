@@ -57,10 +57,12 @@ def test_without_a_peak_there_is_no_rest(tmp_path):
 def test_every_model_has_a_panel_of_its_own(tmp_path):
     """One label has a run of either model, the other of the larger alone, whose peak is not known."""
     small, large = (
-        plant(tmp_path, name, bytes_of(size, size, 2 * size, 5 * size), model=name, settings={"batch_size": 4})
+        plant(
+            tmp_path, name, bytes_of(size, size, 2 * size, 5 * size), model=name, settings={"steps": 9, "batch_size": 4}
+        )
         for name, size in (("small", 8), ("large", 80))
     )
-    other = plant(tmp_path, "other", bytes_of(81, 1, 2), model="large", settings={"batch_size": 16})
+    other = plant(tmp_path, "other", bytes_of(81, 1, 2), model="large", settings={"steps": 9, "batch_size": 16})
     chart = plots.memory({"full": [small, large], "LoRA": other}, computed=())
     (first,), (second,) = chart.rows()
     assert [first.title, second.title] == ["small, measured", "large, measured"]

@@ -495,8 +495,7 @@ def test_neurons_may_come_in_any_array(numbers):
 def test_the_command_line_takes_its_options_and_ends_wrong_ones_with_2(capsys):
     assert cli.main(["train", "neft", "--steps", "3", "--mode", "lowest"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    with pytest.raises(SystemExit):
-        cli.main(["train", "neft", "--help"])
+    assert cli.main(["train", "neft", "--help"]) == 0
     said = capsys.readouterr().out
     assert "--tuned" in said
     assert "--clip-before" in said

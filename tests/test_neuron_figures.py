@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_folder
-from planted import blocks, lookup
+from planted import COMMON, blocks, lookup
 from tiny import tiny
 from tolerance import TEXT, TINY, near
 
@@ -35,8 +35,8 @@ def planted(
 ) -> Run:
     """A run of NeFT of a model with two blocks, by default of 16 hidden units."""
     method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode, **more}
-    common = {"model": "m", "task": "t", "recipe": method, "method": method, "settings": {"steps": 9}, "parents": []}
-    named = {"schema": 1, "id": id, "label": label, "seed": seed, "modules": places}
+    common = COMMON | {"recipe": method, "method": method}
+    named = {"id": id, "label": label, "seed": seed, "modules": places}
     writer = RunWriter(folder / id, common | named | {"states": {"last": {"step": 9, "ranks": {}}}})
     for module, numbers in chosen.items():
         writer.add(0, [Record("selected", np.ones(len(numbers)), module, np.array(numbers))])

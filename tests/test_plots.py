@@ -136,7 +136,7 @@ def test_mean_norm_shows_every_reading_of_the_word(write: Any) -> None:
         ("adapter_norm minus its start", "LoRA rank 2"): 2.0,
     }
     assert [len(row) for row in plots.mean_norm(write("c", full, "full")).rows()] == [2]
-    sized = [place | {"out_features": 4.0, "in_features": 25.0} for place in MODULES]
+    sized = [place | {"out_features": 4, "in_features": 25} for place in MODULES]
     (row,) = plots.mean_norm(write("d", values, modules=sized), per_weight=True).rows()
     assert [lookup(chart, "place")["embed"] for chart in row] == pytest.approx([0.75, 0.15])
     assert [chart.y.label for chart in row] == ["‖W‖ / √n", "‖W − W₀‖ / √n"]

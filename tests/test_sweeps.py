@@ -16,7 +16,8 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from trainers import same_rows
 
 import lorascope as ls
-from lorascope import plan, sweeps
+from lorascope import sweeps
+from lorascope.folders import held
 from lorascope.methods import Full, LoRA
 from lorascope.progress import Note
 from lorascope.sweeps import Job, width
@@ -138,7 +139,7 @@ def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
     (run.path / "run.json").write_text(text.replace('"status": "done"', '"status": "running"'))
 
     def hold():
-        with plan.held(run.path):
+        with held(run.path):
             taken.set()
             time.sleep(0.5)
             (run.path / "run.json").write_text(text)
@@ -146,7 +147,7 @@ def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
     taken = threading.Event()
     holder = threading.Thread(target=hold)
     holder.start()
-    taken.wait()
+    assert taken.wait(60)
     (again,) = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
     holder.join()
     assert again.id == run.id

@@ -10,7 +10,6 @@ export TOKENIZERS_PARALLELISM ?= false
 # Without cached bytecode, each process compiles the type-checked package: 15 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-SLOW := --hypothesis-profile=thorough
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
 .PHONY: reproduce full test test-all lint types tests slow numbers notebooks gpu clean
@@ -26,7 +25,7 @@ test: lint
 
 test-all: lint
 	@$(MAKE) --no-print-directory -j 2 types slow
-	$(BIN)/pytest -m ray $(SLOW)  # by itself: a cluster takes the whole machine
+	$(BIN)/pytest -m ray  # by itself: a cluster takes the whole machine
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -39,7 +38,7 @@ tests: .venv/installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: .venv/installed
-	$(BIN)/pytest -n 2 --dist worksteal -m "not ray" $(SLOW)
+	$(BIN)/pytest -n 2 --dist worksteal -m "not ray"
 
 numbers: .venv/installed
 	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)

@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from lorascope import tasks
 from lorascope.models import load
 
-settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
-settings.register_profile("thorough", max_examples=200, deadline=None)
-settings.load_profile("fast")
+settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 GOOD = ["fine", "great", "lovely", "superb"]
 BAD = ["awful", "boring", "dreadful", "poor"]

@@ -280,7 +280,7 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 def sign(folder: Path) -> None:
     """Put the right checksums into every run.json below a folder, so that only the content is wrong."""
     for file in folder.rglob("run.json"):
-        with contextlib.suppress(ValueError, TypeError, AttributeError, OSError):
+        with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, OSError):
             meta = json.loads(file.read_bytes())
             for name in meta["checksums"]:
                 meta["checksums"][name] = file_hash(file.parent / name)
@@ -384,7 +384,8 @@ def spoil(folder: Path, rng: random.Random) -> None:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     file = rng.choice(files)
     raw = file.read_bytes()
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
+    # A file that an earlier change broke may stay as it is.
+    with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError):
         if file.suffix == ".json" and rng.random() < 0.9:
             file.write_text(json.dumps(edited(json.loads(raw), rng)), encoding="utf-8")
         elif file.suffix == ".safetensors" and rng.random() < 0.8:

@@ -65,7 +65,9 @@ class AdaPart(Part):
     def update(self) -> LowRank | Dense:
         """Read the factors."""
         held = self.factors()
-        return LowRank(held["B"] * held["diagonal"], held["A"], self.scale)
+        with np.errstate(over="ignore", invalid="ignore"):  # an infinite entry shows as an infinite norm
+            B = held["B"] * held["diagonal"]
+        return LowRank(B, held["A"], self.scale)
 
 
 def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:

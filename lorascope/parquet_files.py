@@ -45,9 +45,7 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
             with file.open("rb") as stream:  # pyarrow cannot open every name
                 return _decoded(stream).to_pandas()
         return _decoded(file).to_pandas()
-    except (
-        Exception
-    ) as error:  # pyarrow and pandas raise what a broken file brings: KeyError, TypeError, ArrowException
+    except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
         reason = " ".join(printable(error).split())[:300]
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error
 

@@ -30,7 +30,8 @@ WEIGHTS = f"{STEM}.safetensors"
 PREFIX = "base_model.model."
 # The adapter's own name may stand behind the factor's, where a state dict was saved by hand.
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?"
+    r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
+    re.DOTALL,  # a name may hold a line break
 )
 _KINDS = ("LORA", "ADALORA", "FOURIERFT")
 # A side of the largest table has 300,000 rows, its factor of rank 256 75 million values: more is no adapter, and would

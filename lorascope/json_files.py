@@ -29,6 +29,7 @@ T = TypeVar("T")
 MAX_BYTES = 32 * 2**20
 _DEPTH = 64
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
@@ -87,7 +88,20 @@ def typed(content: Any, schema: Any, name: object) -> Any:
     try:
         return msgspec.convert(content, schema)
     except msgspec.ValidationError as error:
-        raise ValueError(f"cannot read {printable(name)}: {printable(error)}") from error
+        raise ValueError(f"cannot read {printable(name)}: {printable(error)}{_found(content, str(error))}") from error
+
+
+def _found(content: Any, told: str) -> str:
+    """Return ``: VALUE`` for the place that a message of `msgspec` names, or nothing where it names none."""
+    place = told.rpartition("`$")[2].rstrip("`")
+    for key, index in _STEP.findall(place):
+        try:
+            content = content[key] if key else content[int(index)]
+        except (IndexError, KeyError, TypeError):
+            return ""
+    if not place or "[...]" in place or isinstance(content, dict | list):
+        return ""
+    return f": {printable(repr(content)[:60])}"
 
 
 @overload

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,37 @@ import pandas as pd
 from jaxtyping import UInt8
 
 from lorascope.folders import own_files
+from lorascope.json_files import Count, Finite, typed
 from lorascope.parquet_files import read_table
 from lorascope.printable import printable
 from lorascope.state import load_tree, save_tree
 from lorascope.tensors import write_bytes
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best validation result yet: its step, the ranks then, and what it is compared by."""
+
+    step: Count
+    ranks: dict[str, Count]
+    key: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """All that is needed to go on bit for bit; the parts are those of ``state`` and of the methods."""
+
+    finished: Count
+    model: dict[str, Any]
+    frozen: list[str]
+    optimizer: dict[str, Any]
+    scheduler: Count
+    method: dict[str, Any]
+    observers: list[Any]
+    generators: dict[str, Any]
+    search: Any
+    best: Best | None
+    seconds: Finite
 
 
 class Checkpoints:
@@ -32,12 +60,13 @@ class Checkpoints:
         self.path = path
         self.folder = path / "resume"
 
-    def save(self, finished: int, tree: dict[str, Any], table: pd.DataFrame) -> None:
-        """Write a checkpoint after so many finished steps; only then are older ones and their best states removed."""
-        file = self.folder / f"step-{finished:08d}.safetensors"
-        save_tree(file, tree | {"finished": finished, "table": pack_rows(table)})
-        best = tree["best"]
-        kept = {file} if best is None else {file, self.best_file(best["step"])}
+    def save(self, checkpoint: Checkpoint, table: pd.DataFrame) -> None:
+        """Write a checkpoint and the rows up to it; only then are older ones and their best states removed."""
+        file = self.folder / f"step-{checkpoint.finished:08d}.safetensors"
+        best = checkpoint.best
+        tree = vars(checkpoint) | {"best": best and vars(best), "table": pack_rows(table)}
+        save_tree(file, tree)
+        kept = {file} if best is None else {file, self.best_file(best.step)}
         for old in self._files() - kept:
             with suppress(OSError):
                 old.unlink()
@@ -52,14 +81,15 @@ class Checkpoints:
                 file.unlink(missing_ok=True)
             self.folder.rmdir()
 
-    def newest(self) -> tuple[dict[str, Any], pd.DataFrame] | None:
+    def newest(self) -> tuple[Checkpoint, pd.DataFrame] | None:
         """The newest whole checkpoint and the rows up to it; None where a run must begin at the beginning."""
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 tree = load_tree(file)
-                if not (isinstance(tree, dict) and isinstance(tree.get("table"), np.ndarray)):
+                checkpoint = typed(tree, Checkpoint, file)
+                if not isinstance(tree.get("table"), np.ndarray):
                     raise ValueError(f"{printable(file)} is no checkpoint: it holds no table")
-                return tree, unpack_rows(tree.pop("table"))
+                return checkpoint, unpack_rows(tree["table"])
             except ValueError as error:
                 warnings.warn(f"{printable(error)}; going on from an earlier step", stacklevel=2)
         return None

@@ -83,6 +83,7 @@ class _Run:
     seed: int | None
     status: Literal["running", "done", "broken"]
     recipe: _Method
+    method: _Method
     settings: _Settings
     parents: list[str]
     checksums: dict[str, str]
@@ -90,7 +91,6 @@ class _Run:
     modules: list[_Module]
     parameters: _Parameters
     test: dict[str, Any]
-    method: _Method | None = None
     labels: list[str] | None = None
     quantities: dict[str, Quantity] | None = None
     hosts: dict[str, str] | None = None
@@ -172,7 +172,8 @@ def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
         case {"coefficients": (n,), "entries": (2, m), "shape": (2,)}:
             (outer, inner), entries = file[f"{module}/shape"].tolist(), file[f"{module}/entries"]
             sides = isinstance(outer, int) and isinstance(inner, int) and 0 < min(outer, inner) <= max(outer, inner)
-            whole = entries.dtype.kind in "iu" and sides and max(outer, inner) < 2**24
+            # Spectra need the whole matrix.
+            whole = entries.dtype.kind in "iu" and sides and max(outer, inner) < 2**24 and outer * inner <= 2**31
             fits = n == m and whole and bool(((entries >= 0) & ((outer, inner) > entries.T).T).all())
             fits = fits and floats["coefficients"]
         case {"gates": (heads,), "A": (*number, rank, _), "B": (count, _, width)}:

@@ -22,8 +22,9 @@ from lorascope.method import Batch, HeldOut, Step
 from lorascope.models import processor
 from lorascope.observe import factors_of
 from lorascope.plan import Base, Plan
+from lorascope.printable import printable
 from lorascope.records import Record
-from lorascope.resume import Checkpoints
+from lorascope.resume import Best, Checkpoint, Checkpoints
 from lorascope.run import Run
 from lorascope.state import (
     generators_state,
@@ -70,7 +71,7 @@ class Session:
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw, self._unseen)
-        self.best: dict[str, Any] | None = None
+        self.best: Best | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
         still = self.method.held_still()
@@ -178,12 +179,12 @@ class Session:
             return None
         score = self._score(self.validation)
         self.writer.add(step.finished, [Record("eval_loss", score.loss), Record("eval_metric", score.metric)])
-        key = [score.metric if score.higher_is_better else -score.metric, -score.loss]
-        if step.finished and self.method.settled(step) and (self.best is None or key > self.best["key"]):
+        key = (score.metric if score.higher_is_better else -score.metric, -score.loss)
+        if step.finished and self.method.settled(step) and (self.best is None or key > self.best.key):
             step.best = True
             if not step.last:  # finish saves that one
                 self._save_state(self.checkpoints.best_file(step.finished))
-            self.best = {"key": key} | self._reached()
+            self.best = Best(key=key, **self._reached())
         return score
 
     def _score(self, rows: Any) -> Score:
@@ -214,41 +215,48 @@ class Session:
                 self.evaluate()
             self.record()
             return 0
-        tree, table = found
-        self._resume(tree)
+        checkpoint, table = found
+        try:
+            self._resume(checkpoint)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"the checkpoint in {printable(self.checkpoints.folder)} after step {checkpoint.finished} does not fit "
+                f"this run: {printable(error)}; remove it to go on from an earlier step"
+            ) from error
         self.writer.begin(table)
         return self.step.finished
 
     def checkpoint(self) -> None:
         """Save all that is needed to go on from here bit for bit."""
-        tree = {
-            "model": trained_tensors(self.model, self.optimizer),
-            "frozen": [name for name, p in self.model.named_parameters() if not p.requires_grad],
-            "optimizer": optimizer_state(self.model, self.optimizer),
-            "scheduler": self.scheduler.last_epoch,
-            "method": self.method.state(),
-            "observers": [observer.state() for observer in self.observers],
-            "generators": generators_state(),
-            "search": self._search_generator,
-            "best": self.best,
-            "seconds": self.seconds,
-        }
-        self.checkpoints.save(self.step.finished, tree, self.writer.table())
+        checkpoint = Checkpoint(
+            finished=self.step.finished,
+            model=trained_tensors(self.model, self.optimizer),
+            frozen=[name for name, p in self.model.named_parameters() if not p.requires_grad],
+            optimizer=optimizer_state(self.model, self.optimizer),
+            scheduler=self.scheduler.last_epoch,
+            method=self.method.state(),
+            observers=[observer.state() for observer in self.observers],
+            generators=generators_state(),
+            search=self._search_generator,
+            best=self.best,
+            seconds=self.seconds,
+        )
+        self.checkpoints.save(checkpoint, self.writer.table())
 
-    def _resume(self, tree: dict[str, Any]) -> None:
-        put_tensors(self.model, tree["model"])
-        frozen = set(tree["frozen"])
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        put_tensors(self.model, checkpoint.model)
+        frozen = set(checkpoint.frozen)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in frozen)
-        self.method.restore(tree["method"])
-        put_optimizer_state(self.model, self.optimizer, tree["optimizer"])
-        self.scheduler.last_epoch = tree["scheduler"]
-        for observer, state in zip(self.observers, tree["observers"], strict=True):
+        self.method.restore(checkpoint.method)
+        put_optimizer_state(self.model, self.optimizer, checkpoint.optimizer)
+        self.scheduler.last_epoch = checkpoint.scheduler
+        for observer, state in zip(self.observers, checkpoint.observers, strict=True):
             observer.restore(state)
-        put_generators_state(tree["generators"])
-        self._search_generator, self.best = tree["search"], tree["best"]
-        self._seconds_before = tree["seconds"]
-        self.step.index = tree["finished"] - 1
+        put_generators_state(checkpoint.generators)
+        self._search_generator, self.best = checkpoint.search, checkpoint.best
+        self._seconds_before = checkpoint.seconds
+        self.step.index = checkpoint.finished - 1
 
     def _save_state(self, file: Path) -> None:
         """Write the trained tensors and the factors as they are now."""
@@ -274,9 +282,9 @@ class Session:
         self._save_state(self.path / "state/last.safetensors")
         states = {"last": self._reached()}
         if self.best is not None:
-            if self.best["step"] != self.step.finished:
-                self.checkpoints.keep_best(self.best["step"])
-            states["best"] = {key: value for key, value in self.best.items() if key != "key"}
+            if self.best.step != self.step.finished:
+                self.checkpoints.keep_best(self.best.step)
+            states["best"] = {"step": self.best.step, "ranks": self.best.ranks}
         meta = self.writer.meta
         meta["states"] = states
         meta["test"] = {"name": score.name, "metric": score.metric, "loss": score.loss, "groups": groups}

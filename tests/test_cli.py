@@ -106,6 +106,18 @@ def test_wrong_words_get_one_line_with_what_was_meant(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("words", "start"),
+    [
+        (["inspect", ""], "argument '' must not be empty"),
+        (["plot", "spectrum", "x", "-o", ""], "argument '' after -o must not be empty"),
+        (["train", "lora", "--steps", "3", "--task="], "argument --task= must not be empty"),
+    ],
+)
+def test_empty_argument_is_named(words: list[str], start: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaint(capsys, *words).startswith(start)
+
+
+@pytest.mark.parametrize(
     ("error", "code", "line"),
     [
         (ValueError("no\nsuch  thing"), 2, "no such thing"),
@@ -113,6 +125,8 @@ def test_wrong_words_get_one_line_with_what_was_meant(capsys: pytest.CaptureFixt
         (PermissionError(errno.EACCES, "Permission denied"), 2, "[Errno 13] Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device"),
         (FloatingPointError("the loss became nan"), 1, "the loss became nan"),
+        (MemoryError(), 1, "not enough memory"),
+        (MemoryError("Unable to allocate 2 TiB"), 1, "not enough memory: Unable to allocate 2 TiB"),
         (KeyboardInterrupt("stopped after step 3 of 9; the same call goes on"), 130,
          "stopped after step 3 of 9; the same command goes on"),
         (KeyboardInterrupt(), 130, "stopped"),

@@ -575,7 +575,7 @@ def test_command_on_a_hostile_adapter_exits_2(place: Callable[[str], Path], name
 def test_command_escapes_what_a_valid_folder_says(place: Callable[[str], Path]) -> None:
     wild = "\x1b[2J\n\u202e"
     adapter, run = place("lora"), place("run")
-    renamed("q_proj", "q\x1b[2J\u202e")(adapter)
+    renamed("q_proj", "q\x1b[2J\n\u202e")(adapter)
     config(base_model_name_or_path=wild, init_lora_weights=f"pissa{wild}", target_modules=[wild], r=2)(adapter)
     run_json(label=wild, model=wild, task=wild)(run)
     for folder in (adapter, run):

@@ -33,11 +33,13 @@ def test_read_json_keeps_types_and_ignores_unknown_fields(file):
 @pytest.mark.parametrize(
     ("content", "place"),
     [
-        ({"r": "8"}, r"\$\.r"),
-        ({"r": 8.5}, r"\$\.r"),
-        ({"r": True}, r"\$\.r"),
-        ({"rank_pattern": {"q": None}}, r"\$\.rank_pattern"),
-        ({"target_modules": [1]}, r"\$\.target_modules\[0\]"),
+        ({"r": "8"}, r"\$\.r`: '8'$"),
+        ({"r": 8.5}, r"\$\.r`: 8\.5$"),
+        ({"r": True}, r"\$\.r`: True$"),
+        ({"r": "8" * 500}, r"\$\.r`: '8{59}$"),
+        ({"rank_pattern": {"q": None}}, r"\$\.rank_pattern\[\.\.\.\]`$"),
+        ({"target_modules": [1]}, r"\$\.target_modules\[0\]`: 1$"),
+        ({"target_modules": [["q"]]}, r"\$\.target_modules\[0\]`$"),
         ([], "array"),
         (None, "null"),
     ],

@@ -22,6 +22,7 @@ from lorascope import models
 from lorascope.folders import held
 from lorascope.methods import LoRA
 from lorascope.session import Session
+from lorascope.state import load_tree, save_tree
 
 
 def never_taken_for_whole(folder: Path, whole: Path) -> None:
@@ -172,6 +173,41 @@ def test_a_damaged_checkpoint_is_told_and_not_used(damage, whole, bert, task, tm
         ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
     assert done
     same(out, whole)
+
+
+@pytest.fixture
+def stopped(bert, task, tmp_path, at_step):
+    """A run that was stopped after its fourth step, and its one checkpoint."""
+    out = tmp_path / "out"
+    at_step(3, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    (file,) = out.glob("resume/step-*")
+    return out, file
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model", ...), ("table", ...), ("frozen", 3), ("seconds", "1"), ("finished", -1), ("best", {"step": 1})],
+)
+def test_forged_checkpoint_with_a_valid_checksum_is_not_used(key, value, stopped, whole, bert, task):
+    out, file = stopped
+    tree = load_tree(file)
+    save_tree(file, {name: part for name, part in (tree | {key: value}).items() if part is not ...})
+    with pytest.warns(UserWarning, match="step-00000004.*going on from an earlier step"):
+        ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    same(out, whole)
+
+
+@pytest.mark.parametrize(
+    "forged", [{"optimizer": {}}, {"optimizer": {"groups": 1, "state": {}}}, {"generators": {}}, {"observers": [1]}]
+)
+def test_checkpoint_that_does_not_fit_the_run_is_one_line(forged, stopped, bert, task):
+    out, file = stopped
+    save_tree(file, load_tree(file) | forged)
+    with pytest.raises(ValueError, match="after step 4 does not fit this run") as caught:
+        ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    assert str(caught.value).isprintable()
 
 
 def test_the_best_state_of_lost_steps_is_lost_with_them(bert, task, tmp_path, at_step, monkeypatch):

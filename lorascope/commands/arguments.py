@@ -47,6 +47,11 @@ def parse(options: type[Options], argv: Sequence[str], command: str) -> Options:
     UsageError
         In one line.
     """
+    for number, word in enumerate(argv):
+        if not word or re.fullmatch(r"--[^=]+=", word):
+            before = f" after {argv[number - 1]}" if number and not word else ""
+            told = f"argument {word or repr(word)}{before}"
+            raise UsageError(f"{told} must not be empty; leave it out, or give a value (see {command} --help)")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _wide_terminal():

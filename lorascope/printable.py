@@ -8,6 +8,8 @@ from __future__ import annotations
 
 # Joiners change the shape of the letters next to them and nothing else; Persian and Indic scripts need them.
 _JOINERS = "\u200c\u200d"
+# Longer ones leave no room for the data on a page.
+LONGEST_NAME = 48
 
 
 def printable(text: object) -> str:
@@ -30,6 +32,12 @@ def printable(text: object) -> str:
         letter if letter.isprintable() or letter in _JOINERS else letter.encode("unicode_escape").decode("ascii")
         for letter in text
     )
+
+
+def short_name(text: object) -> str:
+    """Escape like `printable`, and leave out the middle of a name that has more than 48 characters."""
+    name = printable(text)
+    return name if len(name) <= LONGEST_NAME else f"{name[:23]}…{name[-24:]}"
 
 
 def printable_lines(text: object) -> str:

@@ -20,6 +20,7 @@ COLUMNS = {
     "ends": [-1.7e308, 1.7e308, 1e300, 5e-324],
     "same": [1e308] * 4,
     "infinite": [np.inf, -np.inf, np.inf, np.inf],
+    "wide": [1e-200, 1e200, 1.0, 5e-324],
     "tiny": [5e-324, -0.0, 0.0, 1e-320],
 }
 
@@ -41,8 +42,8 @@ def test_a_norm_is_one_character(largest: float) -> None:
 
 
 def test_values_that_cannot_be_drawn_are_left_out() -> None:
-    found = to_floats(pd.Series([1e308, -1e308, np.inf, 1e300, 1e-300, 5e-324, -5e-324, -2.0]))
-    np.testing.assert_array_equal(found, [np.nan, np.nan, np.nan, 1e300, 1e-300, 0.0, 0.0, -2.0])
+    found = to_floats(pd.Series([1e308, -1e308, np.inf, 1e200, 1e-200, 5e-324, -5e-324, -2.0]))
+    np.testing.assert_array_equal(found, [np.nan, np.nan, np.nan, 1e200, 1e-200, 0.0, 0.0, -2.0])
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -53,3 +54,17 @@ def test_both_renderers_draw_any_column(values: list[float], log: bool) -> None:
     for chart in (lines, Chart(data, [Heat("r", "c", "v", label="l", text=".2g", log=log)])):
         chart.mpl().draw_without_rendering()
         assert "Infinity" not in chart.plotly().to_json()
+
+
+LONG = "layers.0." + "module." * 700 + "q"
+
+
+def test_long_names_leave_room_for_the_data(tmp_path) -> None:
+    data = pd.DataFrame({"v": [1.0, 2.0], "c": [LONG, "b" * 80], "r": ["a" * 80, LONG]})
+    for number, mark in enumerate([Bar("r", "v"), Heat("v", "c", "v", label="l"), Line("v", "v", "c")]):
+        chart = Chart(data, [mark])
+        chart.save(tmp_path / f"{number}.html")
+        figure = chart.mpl(width="page")
+        figure.draw_without_rendering()
+        ax = figure.axes[0].get_window_extent().transformed(figure.transFigure.inverted())
+        assert min(ax.width, ax.height) > 0.15

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lorascope.chart import Chart, Drawable, Heat, Mark
-from lorascope.printable import printable
+from lorascope.printable import short_name
 from lorascope.render.ranges import Limits, ranges
 from lorascope.render.scales import categories, color_columns, scale, style_columns, to_floats
 from lorascope.render.shapes import Panel, group
@@ -120,13 +120,13 @@ def _entries(panel: Panel) -> Iterator[Entry]:
                     kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
                     styled = mark.columns().get(encoding) == column
                     style = panel.style(mark, encoding, {column: value}) if styled else 0
-                    yield Entry(printable(value), colors.of(value, panel.theme), kind, style, group({column: value}))
+                    yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group({column: value}))
     for kind, encoding in LOOKS.values():
         for column, (mark, *_) in _by_column(panel.chart, encoding):
             if column != mark.columns().get("color"):
                 for value in panel.order(mark, column):
                     key = {column: value}
-                    yield Entry(printable(value), panel.theme.ink, kind, panel.style(mark, encoding, key), group(key))
+                    yield Entry(short_name(value), panel.theme.ink, kind, panel.style(mark, encoding, key), group(key))
 
 
 def _merged(entries: Sequence[Entry]) -> list[Entry]:

@@ -17,10 +17,10 @@ from pandas.api.types import is_integer_dtype
 
 from lorascope.chart import Axis, Chart
 from lorascope.marks import is_number
-from lorascope.printable import printable
+from lorascope.printable import short_name
 from lorascope.render.theme import GLYPH, PALETTE_SIZE, Theme
 
-_LARGEST = 1e300
+_LARGEST = 1e200
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Scale:
     @property
     def wordy(self) -> bool:
         """Whether most categories are words, each of which should be readable, and not numbers in a row."""
-        names = [printable(category) for category in self.categories or ()]
+        names = [short_name(category) for category in self.categories or ()]
         return 2 * sum(map(_is_digits, names)) < len(names)
 
     def place(self, values: pd.Series) -> Float[np.ndarray, "n"]:
@@ -65,7 +65,7 @@ class Scale:
 
     def words(self, positions: Iterable[float]) -> list[str]:
         """Names of the categories at (or nearest to) these positions, "" where there is none."""
-        names = dict(enumerate(map(printable, self.categories or ())))
+        names = dict(enumerate(map(short_name, self.categories or ())))
         return [names.get(round(place), "") if np.isfinite(place) else "" for place in positions]
 
     def ticks(self, room: float, size: float, across: bool) -> tuple[list[float], list[str], bool]:
@@ -86,10 +86,10 @@ class Scale:
         """
         if self.axis.ticks is not None:
             return list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
-        names = [printable(category) for category in self.categories or ()]
+        names = [short_name(category) for category in self.categories or ()]
         digits = [_is_digits(name) for name in names]
         widths = [(len(name) + 1) * GLYPH * size for name in names]
-        cell = room / max(len(names), 1)
+        cell = max(room, size) / max(len(names), 1)  # names on the other axis may leave no room
         crowded = any(a + b > 2 * cell for a, b in pairwise(widths))
         turned = not across and crowded and self.wordy
         lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
@@ -141,7 +141,7 @@ class Colors:
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
-    """Numbers as float64, with NaN for what is missing, infinite or above 1e300, and 0 for what is below 1e-300.
+    """Numbers as float64, with NaN for what is missing, infinite or above 1e200, and 0 for what is below 1e-200.
 
     Nearer to the ends of float64, the ticks and margins of both renderers overflow.
     """

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorascope.printable import printable
+from lorascope.printable import short_name
 from lorascope.render.plan import Plan
 from lorascope.render.ranges import Limits
 from lorascope.render.scales import Scale
@@ -106,7 +106,7 @@ def _ticks(scale: Scale, room: float, across: bool) -> Ticks | None:
 def _names_width(scale: Scale) -> float:
     """Width of what stands to the left of a panel."""
     names = map(
-        printable, (scale.axis.ticks or {}).values() if scale.axis.ticks is not None else scale.categories or ()
+        short_name, (scale.axis.ticks or {}).values() if scale.axis.ticks is not None else scale.categories or ()
     )
     return max([NUMBERS, *(GLYPH * FONT * len(name) + 10 for name in names)]) + (LINE + 4 if scale.axis.label else 0.0)
 

@@ -7,9 +7,11 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
-# Without cached bytecode, each process compiles the type-checked package: 15 s.
+# Without cached bytecode, each process compiles the package anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Types and shapes of all arguments, checked at every call: doubles the time of the suite.
+CHECKED := --jaxtyping-packages=lorascope,beartype.beartype
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
 .PHONY: reproduce full test test-all lint types tests slow numbers notebooks gpu clean
@@ -38,7 +40,7 @@ tests: .venv/installed
 	$(BIN)/pytest -n 2 --dist worksteal
 
 slow: .venv/installed
-	$(BIN)/pytest -n 2 --dist worksteal -m "not ray"
+	$(BIN)/pytest $(CHECKED) -n 2 --dist worksteal -m "not ray"
 
 numbers: .venv/installed
 	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)

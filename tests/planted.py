@@ -24,7 +24,8 @@ PLACES = [
 MODULES = [dict(zip(("module", "stack", "layer", "role"), place, strict=True)) for place in PLACES]
 # What run.json holds of every run, for runs that are planted.
 COMMON = {
-    "schema": 1, "model": "m", "task": "t", "recipe": {"name": "lora"}, "settings": {"steps": 9}, "parents": [],
+    "schema": 1, "model": "m", "task": "t", "recipe": {"name": "lora"}, "method": {"name": "lora"},
+    "settings": {"steps": 9}, "parents": [],
     "parameters": {"trained": 1}, "test": {},
 }  # fmt: skip
 Values = Mapping[tuple[str, str], Mapping[int, Any]]
@@ -52,7 +53,8 @@ def plant(
     ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
     states = {"last": {"step": max(last, 0), "ranks": ranks}}
     named = {"id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
-    writer = RunWriter(folder / id, COMMON | named | meta)
+    told = COMMON | named | meta
+    writer = RunWriter(folder / id, told | {"method": meta.get("method", told["recipe"])})
     for (quantity, module), steps in values.items():
         for step, value in steps.items():
             writer.add(step, [Record(quantity, value, module)])
@@ -99,7 +101,15 @@ def plant_fourier(
     told = {"name": "fourierft", "alpha": 12} | recipe
     states = {"last": {"step": 9, "ranks": dict.fromkeys(found, len(C))}}
     modules = [place | {"out_features": SHAPE[0], "in_features": SHAPE[1]} for place in MODULES]
-    named = {"id": id, "label": label, "seed": seed, "modules": modules, "states": states, "recipe": told}
+    named = {
+        "id": id,
+        "label": label,
+        "seed": seed,
+        "modules": modules,
+        "states": states,
+        "recipe": told,
+        "method": told,
+    }
     writer = RunWriter(folder / id, COMMON | named)
     waves = recipe.get("basis", "fourier") == "fourier"
     for module, steps in found.items():

@@ -358,6 +358,7 @@ def test_sweep_ends_with_a_table_and_a_line_for_each_failed_run(
     assert "[4/6] done    LoRA, rank 4, seed 1" in err
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_that_learn_the_same_are_one_row(
     bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -204,6 +204,7 @@ for one, other in zip(gradients(torch.compile(model, backend="aot_eager", fullgr
 """
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_it_in_one_graph():
     """In a process of its own: the run-time checks of annotations in this one are no code to compile."""
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(rounding(terms=8, depth=8))]

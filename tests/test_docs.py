@@ -21,7 +21,7 @@ from lorascope.cli import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [
-    pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem == "smollm2" else ())
+    pytest.param(page, id=page.stem, marks=pytest.mark.slow if page.stem in ("smollm2", "many-runs") else ())
     for page in sorted(DOCS.glob("*.md"))
 ]
 _BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

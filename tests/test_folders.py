@@ -18,7 +18,8 @@ from lorascope.tensors import is_partial
 
 ID = "0123456789ab"
 MANIFEST = {
-    "id": ID, "status": "done", "schema": 1, "recipe": {"name": "lora"}, "checksums": {}, "modules": [], "label": "L",
+    "id": ID, "status": "done", "schema": 1, "recipe": {"name": "lora"}, "method": {"name": "lora"},
+    "checksums": {}, "modules": [], "label": "L",
     "settings": {"steps": 1}, "parameters": {"trained": 1}, "test": {},
     "model": "m", "parents": [], "seed": 0, "states": {}, "task": "t",
 }  # fmt: skip

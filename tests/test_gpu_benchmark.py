@@ -53,6 +53,7 @@ def toy(task, tmp_path) -> str:
     return str(file)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_per_method_recorder_and_decoder(gpu, toy, bert, llama, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "METHODS", {"full": Full(), "spinning": Spinning(), "lora": LoRA()})
     made: list = []

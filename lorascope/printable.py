@@ -9,7 +9,7 @@ from __future__ import annotations
 # Joiners change the shape of the letters next to them and nothing else; Persian and Indic scripts need them.
 _JOINERS = "\u200c\u200d"
 # Longer ones leave no room for the data on a page.
-LONGEST_NAME = 64
+LONGEST_NAME = 52
 
 
 def printable(text: object) -> str:
@@ -35,9 +35,9 @@ def printable(text: object) -> str:
 
 
 def short_name(text: object) -> str:
-    """Escape like `printable`, and leave out the middle of a name that has more than 64 characters."""
+    """Escape like `printable`, and leave out the middle of a name that has more than 52 characters."""
     name = printable(text)
-    return name if len(name) <= LONGEST_NAME else f"{name[:31]}…{name[-32:]}"
+    return name if len(name) <= LONGEST_NAME else f"{name[:25]}…{name[-26:]}"
 
 
 def printable_lines(text: object) -> str:

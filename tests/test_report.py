@@ -26,7 +26,7 @@ from lorascope.report.figures import changes, embed
 from lorascope.report.verdicts import strip, too_few
 from lorascope.run import Run
 
-EVIL = '</script><script>alert(1)</script><b onclick="x">&amp;'
+EVIL = "</script><script>alert(1)</script><b onclick=x>&amp;"
 LONE = {"meta", "br", "link", "img", "input", "hr"}
 
 
@@ -271,7 +271,7 @@ def test_no_label_becomes_a_tag(three: Any) -> None:
     assert not page.all("b") or all(node.text.replace(".", "").lstrip("-").isdigit() for node in page.all("b"))
     assert page.all("figure")[2].all("h3")[0].text == f"Figure 3: {EVIL}"
     names = [trace.get("name") for trace in figures(page)[2]["figure"]["data"]]
-    assert '&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b onclick="x"&gt;&amp;amp;' in names
+    assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b onclick=x&gt;&amp;amp;" in names
 
 
 def test_a_single_seed_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from lorascope import json_files, parquet_files
+from lorascope import export, json_files, parquet_files, plots
 from lorascope.checkpoints import load
 from lorascope.matching import Patterns
 from lorascope.pretrained import Pretrained
@@ -660,3 +660,35 @@ def test_spoiled_folder_is_one_line(templates: dict[str, Path], tmp_path_factory
 @given(**CASES)
 def test_many_spoiled_folders_are_one_line(templates: dict[str, Path], tmp_path_factory: Any, **case: Any) -> None:
     fuzz(templates, tmp_path_factory.getbasetemp(), **case, commands=True)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(name=st.sampled_from(["run", "phases", "lora", "hydra"]), seed=st.integers(0, 2**32))
+def test_spoiled_folder_is_drawn_and_exported_or_is_one_line(
+    templates: dict[str, Path], tmp_path_factory: Any, name: str, seed: int
+) -> None:
+    case = tmp_path_factory.getbasetemp() / "case"
+    shutil.rmtree(case, ignore_errors=True)
+    hostile.spoiled(case, templates[name], None, seed)
+    runs: list[Run] = []
+    if not outcome(lambda: runs.append(load(case / "folder"))):
+        draw_and_export(runs[0], case / "exported")
+
+
+def draw_and_export(run: Run, out: Path) -> None:
+    found: list[pd.DataFrame] = []
+    if outcome(lambda: found.append(plots.available(run))):
+        return
+    for figure in found[0].loc[found[0]["drawable"], "figure"]:
+        outcome(lambda figure=figure: draw(getattr(plots, figure), run), seconds=20)
+    outcome(lambda: export.rank_pattern(run))
+    outcome(lambda: export.to_peft(run, out / "peft"))
+    outcome(lambda: export.to_table(run, out / "table.csv"))
+    outcome(run._repr_html_)
+
+
+def draw(figure: Callable[..., Any], run: Run) -> None:
+    chart = figure(run)
+    chart.mpl().draw_without_rendering()
+    chart.plotly()

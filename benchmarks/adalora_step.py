@@ -17,10 +17,10 @@ from lora_step import batch_of
 from paired import compare
 from torch import Tensor, nn
 
-from lorascope import models
-from lorascope.delta import adapted
-from lorascope.method import Method, Step
+from lorascope.adapters.delta import adapted
+from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
+from lorascope.methods.base import Method, Step
 
 TARGETS = {"PEFT's AdaLoRA": 0.97, "LoRA of the start rank": 1.06}
 TOTAL = 100_000

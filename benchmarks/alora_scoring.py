@@ -14,8 +14,8 @@ import transformers
 from paired import compare
 from torch import Tensor, nn
 
-from lorascope.ablation import ablation_scores
-from lorascope.delta import adapted
+from lorascope.adapters.ablation import ablation_scores
+from lorascope.adapters.delta import adapted
 from lorascope.methods import ALoRA
 
 TARGET = 0.6

@@ -15,11 +15,11 @@ import torch
 from paired import compare
 from torch import Tensor, nn
 
-from lorascope.delta import attach
-from lorascope.fourier import entries
+from lorascope.adapters.delta import attach
 from lorascope.methods import fourierft
 from lorascope.methods.fourierft import FourierDelta
-from lorascope.transforms import few
+from lorascope.methods.fourierft_synthesis import few
+from lorascope.updates.fourier import entries
 
 SHARES = {"d/32": 1 / 32, "d/8 - 1": 1 / 8, "d/4": 1 / 4, "4 d": 4}
 

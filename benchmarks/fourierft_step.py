@@ -14,8 +14,8 @@ from lora_step import TARGETS, batch_of, step_of
 from paired import compare
 from torch import nn
 
-from lorascope import models
-from lorascope.delta import adapted
+from lorascope.adapters.delta import adapted
+from lorascope.inputs import models
 from lorascope.methods import FourierFT, Full
 
 REST = "the frozen rest"

@@ -25,10 +25,10 @@ from paired import compare
 from recorder import STEPS, Training
 
 import lorascope as ls
-from lorascope import memory, pace
-from lorascope.alone import Alone
-from lorascope.analysis.pace import medians
-from lorascope.method import Method
+from lorascope.analysis.step_time import medians
+from lorascope.experiments import step_memory, step_time
+from lorascope.experiments.isolated_run import Alone
+from lorascope.methods.base import Method
 from lorascope.observe import norms
 
 FULL = "full"
@@ -71,7 +71,7 @@ def methods(options: argparse.Namespace, steps: int, processes: int, root: Path)
     where: dict[str, Any] = {"seed": 0, "out": None, "root": root, "overwrite": False, "device": options.device}
 
     def reported(method: Method) -> float:
-        run = memory.measure(options.model, options.task, method, **where, **BATCH)
+        run = step_memory.measure(options.model, options.task, method, **where, **BATCH)
         return float(run.table.loc[run.table["quantity"] == "peak_bytes", "value"].item())
 
     at_once = Parallel(n_jobs=processes, prefer="threads")
@@ -79,7 +79,7 @@ def methods(options: argparse.Namespace, steps: int, processes: int, root: Path)
     full = math.nan
     for name, method in METHODS.items():
         job = Alone.of(options.model, options.task, method, {"steps": steps, **BATCH}, **where)
-        run, peak = with_peak(options.device, lambda job=job: ls.Run.read(pace._measure(job)))
+        run, peak = with_peak(options.device, lambda job=job: ls.Run.read(step_time._measure(job)))
         seconds = seconds_per_step(run)
         full = seconds if name == FULL else full
         yield {"row": name, "seconds": seconds, "ratio": seconds / full, "allocated": peak, "reported": peaks[name]}
@@ -92,7 +92,7 @@ def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[R
         training = partial(Training, METHODS[name], model=options.model, task=options.task, device=options.device)
         recorded = training(observers=(norms(),), shape=shape, folder=root / f"{name}-on")
         bare = training(observers=(), shape=shape, folder=root / f"{name}-off")
-        found = compare(recorded, bare, pairs, 1, clock=partial(pace.clock, options.device))
+        found = compare(recorded, bare, pairs, 1, clock=partial(step_time.clock, options.device))
         note = f"ratio to no observers [{found.low:.3f}, {found.high:.3f}]"
         yield {"row": f"{name}, recorded", "seconds": found.seconds[0] / STEPS, "ratio": found.median, "note": note}
 

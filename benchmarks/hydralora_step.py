@@ -9,9 +9,9 @@ from lora_step import batch_of, step_of
 from paired import compare
 from torch import nn
 
-from lorascope import models
-from lorascope.method import Method
+from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
+from lorascope.methods.base import Method
 
 TARGET = 1.15
 FEED_FORWARD = ("ffn_in", "ffn_out")

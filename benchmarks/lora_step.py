@@ -11,8 +11,8 @@ import torch
 from paired import compare
 from torch import Tensor, nn
 
-from lorascope import models
-from lorascope.delta import adapted
+from lorascope.adapters.delta import adapted
+from lorascope.inputs import models
 from lorascope.methods import LoRA
 
 TARGETS = {"q,v": ("q", "v"), "all-linear": "all-linear"}

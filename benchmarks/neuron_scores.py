@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from paired import compare
 
-from lorascope.algebra import one_thread
-from lorascope.scoring import neuron_scores
-from lorascope.tensors import TensorFile
+from lorascope.diagnosis.neuron_scores import neuron_scores
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.updates.linalg import one_thread
 
 LAYERS, WIDTH, FEED_FORWARD = 2, 4096, 11008
 SHAPES = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
@@ -35,7 +35,7 @@ CHANGE, TARGET = 1e-2, 1.5
 PEAK = """
 import re, sys
 from pathlib import Path
-from lorascope.scoring import neuron_scores
+from lorascope.diagnosis.neuron_scores import neuron_scores
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
 before = peak()

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from paired import compare
 
-from lorascope import models, tasks
-from lorascope.method import Method, Phase
+from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
+from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
-from lorascope.plan import Base, Plan, first_use
-from lorascope.session import Session
-from lorascope.settings import Settings
+from lorascope.training.run_spec import Base, Plan, first_use
+from lorascope.training.session import Session
+from lorascope.training.settings import Settings
 
 TARGET = 1.02
 STEPS = 10

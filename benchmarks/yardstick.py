@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lorascope import tasks
-from lorascope.probes.yardstick import tfidf_correct
+from lorascope.inputs import tasks
+from lorascope.probes.tfidf_baseline import tfidf_correct
 
 TABLE = Path(__file__).resolve().parents[1] / "data" / "sentiment_yardstick.csv"
 

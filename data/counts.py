@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lorascope import tasks
+from lorascope.inputs import tasks
 
 TABLE = Path(__file__).resolve().with_name("sentiment_counts.csv")
 

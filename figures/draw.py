@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from lorascope import probes
-from lorascope.chart import Drawable, Panels
+from lorascope.charts.chart import Drawable, Panels
 
 # File -> probe, figure, width.
 PICTURES = {

@@ -13,8 +13,8 @@ from typing import Any
 from draw import save
 
 import lorascope as ls
-from lorascope.chart import Drawable
-from lorascope.run import Run
+from lorascope.charts.chart import Drawable
+from lorascope.runs.run import Run
 
 MODEL: Any = "smollm2"
 SETTINGS = {"batch_size": 8, "max_length": 64, "eval_every": 0, "eval_size": 40, "test_size": 100}

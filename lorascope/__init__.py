@@ -8,13 +8,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "train": "lorascope.loop:train",
-    "load": "lorascope.checkpoints:load",
-    "sweep": "lorascope.sweeps:sweep",
-    "explore": "lorascope.widgets:explore",
-    "diagnose": "lorascope.doctor:diagnose",
-    "TrainerRecorder": "lorascope.hf:TrainerRecorder",
-    "trainer_kwargs": "lorascope.hf:trainer_kwargs",
+    "train": "lorascope.training.loop:train",
+    "load": "lorascope.runs.loading:load",
+    "sweep": "lorascope.experiments.sweep:sweep",
+    "explore": "lorascope.plots.explore:explore",
+    "diagnose": "lorascope.diagnosis.doctor:diagnose",
+    "TrainerRecorder": "lorascope.training.hf_trainer.recorder:TrainerRecorder",
+    "trainer_kwargs": "lorascope.training.hf_trainer.recorder:trainer_kwargs",
     "AdaLoRA": "lorascope.methods:AdaLoRA",
     "AutoLoRA": "lorascope.methods:AutoLoRA",
     "ALoRA": "lorascope.methods:ALoRA",
@@ -25,40 +25,40 @@ _PUBLIC = {
     "LISA": "lorascope.methods:LISA",
     "LoRA": "lorascope.methods:LoRA",
     "NeFT": "lorascope.methods:NeFT",
-    "neuron_scores": "lorascope.scoring:neuron_scores",
-    "at_gates": "lorascope.gated:at_gates",
-    "choose_heads": "lorascope.analysis.clusters:choose_heads",
-    "mean_gates": "lorascope.mixing:mean_gates",
+    "neuron_scores": "lorascope.diagnosis.neuron_scores:neuron_scores",
+    "at_gates": "lorascope.runs.gated_run:at_gates",
+    "choose_heads": "lorascope.analysis.head_count:choose_heads",
+    "mean_gates": "lorascope.experiments.mean_gates:mean_gates",
     "METHODS": "lorascope.methods:METHODS",
-    "Method": "lorascope.method:Method",
-    "Phase": "lorascope.method:Phase",
-    "Step": "lorascope.method:Step",
-    "Delta": "lorascope.delta:Delta",
-    "attach": "lorascope.delta:attach",
-    "detach": "lorascope.delta:detach",
-    "fold": "lorascope.delta:fold",
-    "deltas": "lorascope.delta:deltas",
-    "Run": "lorascope.run:Run",
-    "Record": "lorascope.records:Record",
-    "Snapshot": "lorascope.records:Snapshot",
-    "QUANTITIES": "lorascope.records:QUANTITIES",
-    "Chart": "lorascope.chart:Chart",
+    "Method": "lorascope.methods.base:Method",
+    "Phase": "lorascope.methods.base:Phase",
+    "Step": "lorascope.methods.base:Step",
+    "Delta": "lorascope.adapters.delta:Delta",
+    "attach": "lorascope.adapters.delta:attach",
+    "detach": "lorascope.adapters.delta:detach",
+    "fold": "lorascope.adapters.delta:fold",
+    "deltas": "lorascope.adapters.delta:deltas",
+    "Run": "lorascope.runs.run:Run",
+    "Record": "lorascope.schema.records:Record",
+    "Snapshot": "lorascope.schema.records:Snapshot",
+    "QUANTITIES": "lorascope.schema.records:QUANTITIES",
+    "Chart": "lorascope.charts.chart:Chart",
 }
-_MODULES = (
-    "allocation",
-    "analysis",
-    "export",
-    "memory",
-    "models",
-    "names",
-    "observe",
-    "pace",
-    "plots",
-    "probes",
-    "tasks",
-    "update",
-    "worth",
-)
+_MODULES = {
+    "allocation": "lorascope.analysis.baseline_ranks",
+    "analysis": "lorascope.analysis",
+    "export": "lorascope.runs.export",
+    "memory": "lorascope.experiments.step_memory",
+    "models": "lorascope.inputs.models",
+    "names": "lorascope.schema.module_table",
+    "observe": "lorascope.observe",
+    "pace": "lorascope.experiments.step_time",
+    "plots": "lorascope.plots",
+    "probes": "lorascope.probes",
+    "tasks": "lorascope.inputs.tasks",
+    "update": "lorascope.updates.low_rank",
+    "worth": "lorascope.experiments.component_importance",
+}
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
@@ -66,7 +66,7 @@ __all__ = sorted([*_PUBLIC, *_MODULES])
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that ``import lorascope`` itself costs nothing."""
     if name in _MODULES:
-        return importlib.import_module(f"lorascope.{name}")
+        return importlib.import_module(_MODULES[name])
     if name in _PUBLIC:
         module, attribute = _PUBLIC[name].split(":")
         return getattr(importlib.import_module(module), attribute)

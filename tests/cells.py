@@ -19,22 +19,13 @@ from tolerance import TEXT, TINY, rounding
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, models, observe
-from lorascope.hosts import oriented
-from lorascope.method import Method
-from lorascope.methods import (
-    LISA,
-    AdaLoRA,
-    Adapprox,
-    ALoRA,
-    AutoLoRA,
-    FourierFT,
-    Full,
-    HydraLoRA,
-    LoRA,
-    NeFT,
-)
-from lorascope.roles import CROSS, FFN
+from lorascope import observe
+from lorascope.adapters import delta
+from lorascope.adapters.host_weights import oriented
+from lorascope.inputs import models
+from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
+from lorascope.methods.base import Method
+from lorascope.schema.module_roles import CROSS, FFN
 
 STEPS, ROWS, NEURONS = 4, 6, 24
 METHODS: dict[str, Method] = {

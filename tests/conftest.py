@@ -14,8 +14,8 @@ from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorascope import tasks
-from lorascope.models import load
+from lorascope.inputs import tasks
+from lorascope.inputs.models import load
 
 settings.register_profile("suite", max_examples=25, deadline=None, derandomize=True)
 settings.load_profile("suite")

@@ -11,7 +11,7 @@ from conftest import BAD, FILLER, GOOD, tiny_tokenizer
 from tiny import tiny
 from transformers import ViTImageProcessor
 
-from lorascope import tasks
+from lorascope.inputs import tasks
 
 # What differs from the usual tiny model of the family. LLaMA's is SmolLM2's architecture: grouped queries, tied head.
 SIZES = {"llama": {"tie_word_embeddings": True}, "vit": {"num_labels": 2}}

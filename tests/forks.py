@@ -12,8 +12,8 @@ from pathlib import Path
 import killing
 import pandas as pd
 
-from lorascope.method import Method, config
-from lorascope.records import QUANTITIES
+from lorascope.methods.base import Method, config
+from lorascope.schema.records import QUANTITIES
 
 CIRCUMSTANCES = ("seconds", "total_seconds", "commit")
 WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == "s"}

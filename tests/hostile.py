@@ -19,10 +19,10 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import save
 
-from lorascope.cli import main
-from lorascope.records import Factors, Record, Snapshot
-from lorascope.tensors import file_hash, write_json
-from lorascope.writer import RunWriter
+from lorascope.cli.main import main
+from lorascope.files.safetensors_io import file_hash, write_json
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Factors, Record, Snapshot
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 PREFIX = "base_model.model."
@@ -212,9 +212,9 @@ def limits(seconds: float = 5.0, gigabytes: float = 2.0) -> Iterator[None]:
 
 def read_all(folder: Path, base: Path | None = None) -> None:
     """All that reads a folder, by the library."""
-    from lorascope import doctor
-    from lorascope.checkpoints import AdapterRun, load
-    from lorascope.inspection import inspect
+    from lorascope.diagnosis import doctor
+    from lorascope.diagnosis.inspection import inspect
+    from lorascope.runs.loading import AdapterRun, load
 
     found = load(folder, base)
     _ = found.id, found.modules, found.ranks() if found.meta["states"] else {}, repr(found)

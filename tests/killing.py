@@ -20,9 +20,11 @@ from pathlib import Path
 import torch
 
 import lorascope as ls
-from lorascope import delta, models, observe, tasks
-from lorascope.method import Phase, from_config
+from lorascope import observe
+from lorascope.adapters import delta
+from lorascope.inputs import models, tasks
 from lorascope.methods import AdaLoRA, Full, LoRA
+from lorascope.methods.base import Phase, from_config
 
 SETTINGS = {
     "steps": 5, "batch_size": 4, "eval_every": 2, "eval_size": 8, "test_size": 8, "checkpoint_every": 2,

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.records import Factors, Record, Snapshot
-from lorascope.run import Run
-from lorascope.writer import RunWriter
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Factors, Record, Snapshot
 
 PLACES = [
     ("words", "", None, "embed"),

@@ -9,7 +9,7 @@ from matplotlib.collections import FillBetweenPolyCollection, LineCollection, Pa
 from matplotlib.colors import to_hex
 from matplotlib.container import BarContainer
 
-from lorascope.chart import Drawable
+from lorascope.charts.chart import Drawable
 
 
 def numbers(values: Any) -> list[float]:

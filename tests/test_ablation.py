@@ -10,10 +10,11 @@ import torch
 from tiny import FAMILIES, inputs, tiny
 from torch import Tensor, nn
 
-from lorascope import names, replay
-from lorascope.ablation import Scores, ablation_scores
-from lorascope.delta import adapted, attach
+from lorascope.adapters import activation_patching
+from lorascope.adapters.ablation import Scores, ablation_scores
+from lorascope.adapters.delta import adapted, attach
 from lorascope.methods.alora import ALoRADelta, importance
+from lorascope.schema import module_table
 
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
@@ -21,7 +22,7 @@ Loss = Callable[[dict[str, Tensor]], Tensor]
 def gated(family: str, targets: str | tuple[str, ...] = "all-linear", rank: int = 2, **sizes: int) -> nn.Module:
     """A tiny model of a family whose adapters have an effect, no two components the same."""
     model = tiny(family, **sizes)
-    chosen = names.match(names.describe(model), targets)
+    chosen = module_table.match(module_table.describe(model), targets)
     attach(model, {name: ALoRADelta(model.get_submodule(name), rank, 2.0) for name in chosen})
     for seed, delta in enumerate(adapted(model).values()):
         for factor in (delta.A, delta.B):
@@ -199,7 +200,9 @@ CASES = {
 @pytest.mark.parametrize("most", [2**19, 1])
 def test_special_cases_are_no_exception(case, most, monkeypatch):
     family, targets, settings, rows = CASES[case]
-    monkeypatch.setitem(replay.MOST_ELEMENTS, "cpu", most if case != "copies of unlike number" else 2 * 3 * 7 * 48)
+    monkeypatch.setitem(
+        activation_patching.MOST_ELEMENTS, "cpu", most if case != "copies of unlike number" else 2 * 3 * 7 * 48
+    )
     model = gated(family, targets, **settings).double()
     batch, loss = batch_of(model, rows), loss_of(model)
     same(ablation_scores(model, loss, batch), one_by_one(model, loss, batch), 1e-11)

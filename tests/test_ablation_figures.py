@@ -11,7 +11,7 @@ import pytest
 from planted import SHAPE, C, lookup, plant, plant_fourier
 
 from lorascope import plots
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 FOUND = {"h.0.q": {9: C}}
 T2 = 12.706204736432095 / math.sqrt(2)  # of a standard deviation, for two values

@@ -10,10 +10,10 @@ import pytest
 import torch
 from tiny import tiny
 
-from lorascope.analysis import accounting as acc
+from lorascope.analysis import memory_estimate as acc
 from lorascope.methods import Full
-from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
-from lorascope.names import describe, match
+from lorascope.methods.optimizers.adapprox import AdapproxOptimizer
+from lorascope.schema.module_table import describe, match
 
 MIB = 2**20
 SMALL, MEDIUM = acc.gpt2(12, 768), acc.gpt2(24, 1024)

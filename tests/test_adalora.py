@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorascope as ls
-from lorascope import models
-from lorascope.delta import adapted, attach, fold
-from lorascope.method import METHODS, Step, config, from_config
+from lorascope.adapters.delta import adapted, attach, fold
+from lorascope.inputs import models
 from lorascope.methods import AdaLoRA
 from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance, most_important, orthogonality, smooth
+from lorascope.methods.base import METHODS, Step, config, from_config
 from lorascope.methods.lora import LoRADelta
 
 SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")

@@ -14,11 +14,12 @@ from tiny import inputs, tiny
 from tolerance import rounding
 
 import lorascope as ls
-from lorascope import models
-from lorascope.layout import identify
-from lorascope.method import Step, config, from_config
-from lorascope.methods import METHODS, Adapprox, adapprox_optimizer, s_rsi
+from lorascope.inputs import models
+from lorascope.methods import METHODS, Adapprox
 from lorascope.methods.adapprox import AdapproxOptimizer
+from lorascope.methods.base import Step, config, from_config
+from lorascope.methods.optimizers import adapprox, subspace_iteration
+from lorascope.runs.layout import identify
 
 
 def parameter(*shape, seed=0, dtype=torch.float32):
@@ -210,8 +211,10 @@ def test_what_is_dense_moves_together_as_it_would_alone():
 
 
 def test_between_choices_the_matrix_is_factored_once(monkeypatch):
-    calls, once = [], s_rsi.s_rsi
-    monkeypatch.setattr(s_rsi, "s_rsi", lambda A, rank, **given: calls.append(rank) or once(A, rank, **given))
+    calls, once = [], subspace_iteration.s_rsi
+    monkeypatch.setattr(
+        subspace_iteration, "s_rsi", lambda A, rank, **given: calls.append(rank) or once(A, rank, **given)
+    )
     p = parameter(80, 70)
     optimizer = AdapproxOptimizer([p], reselect_every=5, growth=(0, 0, 0, 3), tolerance=1e-6, max_rank=8)
     stepped(optimizer, [p], 6)
@@ -221,14 +224,14 @@ def test_between_choices_the_matrix_is_factored_once(monkeypatch):
 
 def test_the_time_of_a_choice_is_kept_until_the_next(monkeypatch):
     """A clock that ticks once a look, and once more for every factoring."""
-    now, once = [0.0], s_rsi.s_rsi
+    now, once = [0.0], subspace_iteration.s_rsi
 
     def tick(*_):
         now[0] += 1
         return now[0]
 
-    monkeypatch.setattr(adapprox_optimizer.time, "perf_counter", tick)
-    monkeypatch.setattr(s_rsi, "s_rsi", lambda A, rank, **given: (tick(), once(A, rank, **given))[1])
+    monkeypatch.setattr(adapprox.time, "perf_counter", tick)
+    monkeypatch.setattr(subspace_iteration, "s_rsi", lambda A, rank, **given: (tick(), once(A, rank, **given))[1])
     p = parameter(80, 70)
     optimizer = AdapproxOptimizer([p], reselect_every=3, growth=(0, 0, 0, 3), tolerance=1e-6, max_rank=8)
     for seed, trials in enumerate((4, 4, 4, 4)):
@@ -573,7 +576,7 @@ def test_what_a_choice_took_is_told_at_its_own_step_alone():
 
 def test_the_columns_of_a_sketch_can_be_rounded_up(monkeypatch):
     """The sketch of 1 + 5 columns becomes the one that 15 to spare give; no sketch is wider than the matrix."""
-    widths, once = [], s_rsi.sketch
+    widths, once = [], subspace_iteration.sketch
 
     def counted(*given):
         widths.append(once(*given).shape[1])
@@ -583,7 +586,7 @@ def test_the_columns_of_a_sketch_can_be_rounded_up(monkeypatch):
     stepped(AdapproxOptimizer([p], rank_rule="fixed", sketch_multiple=16), [p], 3)
     stepped(AdapproxOptimizer([q], rank_rule="fixed", oversampling=15), [q], 3)
     assert torch.equal(p, q)
-    monkeypatch.setattr(s_rsi, "sketch", counted)
+    monkeypatch.setattr(subspace_iteration, "sketch", counted)
     for weight, options in ((p, {"sketch_multiple": 1}), (p, {"sketch_multiple": 16}), (r, {"sketch_multiple": 32})):
         stepped(AdapproxOptimizer([weight], rank_rule="fixed", init_rank=2, min_dim=1, **options), [weight])
     assert widths == [7, 16, 20]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import lorascope as ls
-from lorascope import models, plots
+from lorascope import plots
+from lorascope.inputs import models
 from lorascope.methods import Adapprox
 from lorascope.probes import adapprox as probe
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 # Validation and test loss by arm; the best on validation is never the best on test.
 LOSSES = {

@@ -16,11 +16,11 @@ from test_checkpoints import deltas, save
 from tiny import inputs, tiny
 from tolerance import TINY, near
 
-from lorascope.adapter_files import CONFIG, WEIGHTS
-from lorascope.checkpoints import load
-from lorascope.cli import main
-from lorascope.inspection import inspect
-from lorascope.tensors import write_json
+from lorascope.cli.main import main
+from lorascope.diagnosis.inspection import inspect
+from lorascope.files.safetensors_io import write_json
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.runs.loading import load
 
 QV = ["q_proj", "v_proj"]
 

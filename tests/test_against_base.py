@@ -13,14 +13,14 @@ import pytest
 from test_checkpoints import save
 from tiny import tiny
 
-from lorascope import against_base, screen
-from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
 from lorascope.analysis.intruders import bases, intruders
-from lorascope.checkpoints import load
-from lorascope.cli import main
-from lorascope.inspection import inspect
-from lorascope.tensors import write_json, write_tensors
-from lorascope.update import factored_change, neuron_change
+from lorascope.cli.main import main
+from lorascope.diagnosis import base_comparison, terminal
+from lorascope.diagnosis.inspection import inspect
+from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
+from lorascope.runs.loading import load
+from lorascope.updates.low_rank import factored_change, neuron_change
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -80,7 +80,7 @@ def test_a_planted_intruder_is_found_and_told(tmp_path: Path) -> None:
 
 
 def test_large_weights_are_decomposed_only_when_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(against_base, "SIDE", 16)
+    monkeypatch.setattr(base_comparison, "SIDE", 16)
     quick, whole = inspect(load(*pair)), inspect(load(*pair), spectra=True)
     assert quick.modules["intruders"].isna().all()
     assert any("of 5 large modules not looked for: --spectra" in line for line in quick.findings)
@@ -98,7 +98,7 @@ def test_the_command_shows_it(pair: tuple[Path, Path], capsys: pytest.CaptureFix
     for more in ([], ["--all"]):
         assert main(["inspect", adapter, "--base", base, *more]) == 0
         shown = capsys.readouterr().out.splitlines()
-        assert max(map(len, shown)) <= screen.WIDTH
+        assert max(map(len, shown)) <= terminal.WIDTH
         assert any("intruder dimensions" in line for line in shown)
     twin = shutil.copytree(adapter, pair[0].parent / "twin")
     assert main(["inspect", adapter, str(twin), "--base", base]) == 0

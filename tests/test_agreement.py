@@ -16,13 +16,16 @@ from tolerance import TEXT, TINY, near, rounding
 from torch.nn import functional as F
 
 import lorascope as ls
-from lorascope import delta, models, plots, removal
-from lorascope.analysis.agreement import correlate, neuron_scores, spearman
-from lorascope.checkpoints import load
+from lorascope import plots
+from lorascope.adapters import delta
+from lorascope.analysis.score_agreement import correlate, neuron_scores, spearman
+from lorascope.experiments import component_removal
+from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, Full, LoRA, NeFT
-from lorascope.probes import agreement, scores
-from lorascope.records import Record
-from lorascope.writer import RunWriter
+from lorascope.probes import component_scores, score_agreement
+from lorascope.runs.loading import load
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Record
 
 SETTINGS = {"steps": 12, "batch_size": 8, "eval_size": 16, "progress": False, "device": "cpu"}
 
@@ -43,7 +46,7 @@ def state(trained, task):
     """The model without adapters, its update as P, lambda, Q, and two batches."""
     model = models.load(trained.meta["model"], task)
     trained.restore(model)
-    state = {name: removal.canonical(part.update()) for name, part in delta.adapted(model).items()}
+    state = {name: component_removal.canonical(part.update()) for name, part in delta.adapted(model).items()}
     delta.detach(model)
     model.requires_grad_(False)
     fitted = task.fit(model)
@@ -88,7 +91,7 @@ def test_the_canonical_form_is_the_update(trained, state):
 
 def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
     model, found, batches = state
-    rises = removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches)
+    rises = component_removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches)
     assert not delta.adapted(model)
     for name in list(found)[::5]:
         for component in (0, 2, None):
@@ -104,7 +107,7 @@ def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
 
 def test_slopes_are_central_differences_in_the_size_of_a_component(state):
     model, found, batches = state
-    slopes = removal.slopes(model, lambda batch: model(**batch).loss, found, batches)
+    slopes = component_removal.slopes(model, lambda batch: model(**batch).loss, found, batches)
     assert not delta.adapted(model)
 
     def loss_at(name, component, factor):
@@ -128,11 +131,11 @@ def test_rises_are_settled_by_the_slopes_of_all_text(state):
     def loss(batch):
         return model(**batch).loss
 
-    whole = removal.loss_rises(model, loss, found, batches)
-    same = removal.settled_rises(model, loss, found, batches, len(batches))
-    part = removal.settled_rises(model, loss, found, batches, 1)
-    first = removal.loss_rises(model, loss, found, batches[:1])
-    each = [removal.slopes(model, loss, found, [batch]) for batch in batches]
+    whole = component_removal.loss_rises(model, loss, found, batches)
+    same = component_removal.settled_rises(model, loss, found, batches, len(batches))
+    part = component_removal.settled_rises(model, loss, found, batches, 1)
+    first = component_removal.loss_rises(model, loss, found, batches[:1])
+    each = [component_removal.slopes(model, loss, found, [batch]) for batch in batches]
     for name in found:
         assert same[name] == pytest.approx(whole[name], abs=1e-9)
         mean = np.mean([slope[name] for slope in each], axis=0)
@@ -144,7 +147,7 @@ def test_rises_are_settled_by_the_slopes_of_all_text(state):
 def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
     """Against the definition in loops: I = |w g|, averages of 0.85, and their product."""
     model, found, batches = state
-    rows = scores.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
+    rows = component_scores.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
     name = list(found)[3]
     P, sigma, Q = (torch.from_numpy(np.ascontiguousarray(part)).float().requires_grad_() for part in found[name])
     others = {other: matrix for other, matrix in matrices(found).items() if other != name}
@@ -176,8 +179,8 @@ def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
 
 def test_alora_scores_are_ablations_of_the_same_components(state):
     model, found, batches = state
-    rows = scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
-    rises = removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    rows = component_scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
+    rises = component_removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
     name = list(found)[4]
     alone = {name: found[name][0][:, :1] * found[name][1][0] @ found[name][2][:1]}
     assert rows["ALoRA, without"][name] == near(rises[name][:-1], UNDECIDED, terms=TINY, depth=2)
@@ -188,31 +191,33 @@ def test_alora_scores_are_ablations_of_the_same_components(state):
 
 def test_alpha_begins_at_the_state_and_falls_where_a_component_harms(state):
     model, found, batches = state
-    rows = scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
+    rows = component_scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
     (alphas,) = rows.values()
     assert all(alpha.sum() == near(1, terms=3, depth=2) for alpha in alphas.values())
-    rises = removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    rises = component_removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
     # First order: alpha goes where a larger component lowers the loss, which is where its removal raises it.
     signs = [np.sign(alpha - 1 / 3) @ (rises[name][:-1] - rises[name][:-1].mean()) for name, alpha in alphas.items()]
     assert np.mean(np.array(signs) > 0) > 0.7
 
 
 def test_measuring_gives_every_score_of_every_component_and_module(trained, monkeypatch):
-    monkeypatch.setattr(agreement, "QUICK_SIZES", (8, 2, 2, 1))
-    table = agreement.measure(trained)
+    monkeypatch.setattr(score_agreement, "QUICK_SIZES", (8, 2, 2, 1))
+    table = score_agreement.measure(trained)
     whole = table["component"] == -1
     per_score = table[~whole].groupby("score").size()
     assert set(per_score) == {sum(trained.ranks().values())}
-    assert {agreement.TRUTH, agreement.AGAIN, agreement.CHANCE, "ALoRA, alone"} <= set(per_score.index)
+    assert {score_agreement.TRUTH, score_agreement.AGAIN, score_agreement.CHANCE, "ALoRA, alone"} <= set(
+        per_score.index
+    )
     assert set(table[whole].groupby("score").size()) == {len(trained.ranks())}
-    kept = table[table["score"] == agreement.KEPT]["value"]
+    kept = table[table["score"] == score_agreement.KEPT]["value"]
     assert kept.between(1, 3).all()
-    found = agreement.judge({"arm": [trained]}, {trained.id: table})
+    found = score_agreement.judge({"arm": [trained]}, {trained.id: table})
     assert [verdict.n for verdict in found.verdicts] == [1] * 6
     cells = correlate(table[~whole]).set_index(["first", "second"])["value"]
     first = found.verdicts[0]
     assert first.effect == pytest.approx(
-        cells["AdaLoRA importance", agreement.TRUTH] - cells[agreement.CHANCE, agreement.TRUTH]
+        cells["AdaLoRA importance", score_agreement.TRUTH] - cells[score_agreement.CHANCE, score_agreement.TRUTH]
     )
 
 

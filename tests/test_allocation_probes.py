@@ -12,10 +12,14 @@ import torch
 import transformers
 from planted import plant
 
-from lorascope import delta, models, names, plots, probes, sweeps
-from lorascope.analysis.recovery import absolute_error, rank_correlation
-from lorascope.probes import allocations, alora, autolora, placement, planted, teacher
-from lorascope.records import QUANTITIES
+from lorascope import plots, probes
+from lorascope.adapters import delta
+from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
+from lorascope.experiments import sweep
+from lorascope.inputs import models
+from lorascope.probes import adalora_placement, alora, autolora, planted, planted_teacher, rank_statistics
+from lorascope.schema import module_table
+from lorascope.schema.records import QUANTITIES
 
 RANKS = {"h.0.q": 1, "h.0.up": 3, "h.1.q": 0, "h.1.up": 4}
 
@@ -29,10 +33,10 @@ def run_with(folder, id, ranks, seed=0, truth=None, **meta):
 
 def test_shares_by_hand(tmp_path):
     run = run_with(tmp_path, "a", RANKS)
-    found = allocations.final_ranks([run])
-    assert allocations.role_share([run], found, allocations.FEED_FORWARD) == {0: pytest.approx(7 / 8)}
-    assert allocations.role_share([run], found, allocations.ATTENTION) == {0: pytest.approx(1 / 8)}
-    assert allocations.top_share([run], found) == {0: pytest.approx(4 / 8)}
+    found = rank_statistics.final_ranks([run])
+    assert rank_statistics.role_share([run], found, rank_statistics.FEED_FORWARD) == {0: pytest.approx(7 / 8)}
+    assert rank_statistics.role_share([run], found, rank_statistics.ATTENTION) == {0: pytest.approx(1 / 8)}
+    assert rank_statistics.top_share([run], found) == {0: pytest.approx(4 / 8)}
 
 
 def test_runs_are_compared_with_the_next_or_with_the_one_beside_them(tmp_path):
@@ -44,9 +48,13 @@ def test_runs_are_compared_with_the_next_or_with_the_one_beside_them(tmp_path):
         run_with(tmp_path, name, ranks, seed)
         for seed, (name, ranks) in enumerate({"a": RANKS, "b": turned, "c": swapped, "d": flat}.items())
     )
-    found = allocations.final_ranks([first, second, third, fourth])
-    assert allocations.agreement_with_next([first, second, third], found) == pytest.approx({0: -1, 1: -4 / 6, 2: 4 / 6})
-    assert allocations.agreement_with_next([first, third], found, [third, fourth]) == pytest.approx({0: 4 / 6, 2: 0})
+    found = rank_statistics.final_ranks([first, second, third, fourth])
+    assert rank_statistics.agreement_with_next([first, second, third], found) == pytest.approx(
+        {0: -1, 1: -4 / 6, 2: 4 / 6}
+    )
+    assert rank_statistics.agreement_with_next([first, third], found, [third, fourth]) == pytest.approx(
+        {0: 4 / 6, 2: 0}
+    )
 
 
 def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
@@ -59,7 +67,7 @@ def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
             row = table.iloc[[0]].assign(step=step, quantity="score_full", module="")
             table = pd.concat([table.astype({"quantity": "str", "module": "str"}), row], ignore_index=True)
         run.__dict__["table"] = table
-        lots = alora.moved_by_lot(run, allocations.final_ranks([run_with(tmp_path, f"s{seed}", RANKS, seed)]))
+        lots = alora.moved_by_lot(run, rank_statistics.final_ranks([run_with(tmp_path, f"s{seed}", RANKS, seed)]))
         assert lots["value"].sum() <= 16
         moved = np.abs(lots["value"] - 4).sum()
         assert 0 < moved <= 2 * 3 * 2
@@ -100,34 +108,34 @@ def test_the_figure_of_planted_truth_shows_the_mean_found_rank_of_each_planted_o
 @pytest.fixture
 def small_teacher(monkeypatch, tmp_path):
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(teacher, "TEXTS", 120)
-    for made in (teacher.task, teacher.planted_ranks):
+    monkeypatch.setattr(planted_teacher, "TEXTS", 120)
+    for made in (planted_teacher.task, planted_teacher.planted_ranks):
         made.cache_clear()
     yield
-    for made in (teacher.task, teacher.planted_ranks):
+    for made in (planted_teacher.task, planted_teacher.planted_ranks):
         made.cache_clear()
 
 
 def test_the_base_is_written_without_a_word(small_teacher, capfd):
     assert transformers.utils.logging.is_progress_bar_enabled()
-    teacher.base()
+    planted_teacher.base()
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
 def test_a_teacher_differs_from_its_base_by_the_planted_ranks(small_teacher):
-    base, model, truth = teacher.student(), teacher.teacher(3), teacher.planted_ranks(3)
-    assert sum(truth.values()) == teacher.BUDGET * len(truth)
-    assert list(truth) == names.match(names.describe(base), "all-linear")
+    base, model, truth = planted_teacher.student(), planted_teacher.teacher(3), planted_teacher.planted_ranks(3)
+    assert sum(truth.values()) == planted_teacher.BUDGET * len(truth)
+    assert list(truth) == module_table.match(module_table.describe(base), "all-linear")
     before = {name: parameter.detach() for name, parameter in base.named_parameters()}
     for name, update in delta.deltas(model, before):
         sigma = update.singular_values()
-        size = teacher.STRENGTH * float(torch.linalg.matrix_norm(before[f"{name}.weight"], 2))
+        size = planted_teacher.STRENGTH * float(torch.linalg.matrix_norm(before[f"{name}.weight"], 2))
         expected = np.zeros(len(sigma))
         expected[: truth.get(name, 0)] = size
         assert sigma == pytest.approx(expected, abs=1e-5)
-    assert teacher.planted_ranks(4) != truth
-    assert teacher.task(3).hash != teacher.task(4).hash
+    assert planted_teacher.planted_ranks(4) != truth
+    assert planted_teacher.task(3).hash != planted_teacher.task(4).hash
 
 
 def shrunk(probe, bert, files):
@@ -152,7 +160,7 @@ def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, sm
     rows.to_csv(files[0], index=False)
     rows[rows["group"] == "film"].to_csv(files[1], index=False)
     monkeypatch.setitem(probes.PROBES, name, shrunk(probes.PROBES[name], bert, files))
-    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # in this process: no workers to start
     found = probes.reproduce([name], True, 2, tmp_path / "out")
     page = html.unescape(found.path.read_text(encoding="utf-8"))
     verdicts = found.verdicts[name]
@@ -171,25 +179,25 @@ def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, sm
 def test_the_planted_ranks_are_on_record_and_known_to_the_arm_that_is_given_them(small_teacher):
     arm = next(arm for arm in planted.arms(True) if arm.label == planted.TRUTH)
     of_two = arm.vary(arm, 2)
-    assert of_two.method.rank == teacher.planted_ranks(2)
-    assert of_two.settings["observe"][-1].ranks == teacher.planted_ranks(2)
-    assert sum(planted.random_ranks(2).values()) == sum(teacher.planted_ranks(2).values())
+    assert of_two.method.rank == planted_teacher.planted_ranks(2)
+    assert of_two.settings["observe"][-1].ranks == planted_teacher.planted_ranks(2)
+    assert sum(planted.random_ranks(2).values()) == sum(planted_teacher.planted_ranks(2).values())
     assert "planted_rank" in QUANTITIES
 
 
 def test_every_place_gets_the_same_parameters():
     """Each arm's adapters, attached to the model itself and counted there, at the factors 5 and 2 of the paper."""
     counted, ranks = {}, {}
-    for arm in placement.arms(True):
+    for arm in adalora_placement.arms(True):
         model = models.load("minilm")
         arm.method.attach(model)
         deltas = delta.adapted(model)
         counted[arm.label] = sum(parameter.numel() for one in deltas.values() for parameter in one.parameters())
         ranks[arm.label] = {one.rank for one in deltas.values()}
         layers = {name.split("layer.")[1][0] for name in deltas}
-        assert len(deltas) == (6 if arm.label in placement.TYPES else 12)
+        assert len(deltas) == (6 if arm.label in adalora_placement.TYPES else 12)
         assert layers == (
-            {*"012345"} if arm.label in placement.TYPES else {*arm.label.removeprefix("layers ")} - {*", "}
+            {*"012345"} if arm.label in adalora_placement.TYPES else {*arm.label.removeprefix("layers ")} - {*", "}
         )
     assert set(counted.values()) == {69_120}
     assert list(ranks.values()) == [{15}] * 4 + [{6}] * 2 + [{5}] * 3
@@ -209,8 +217,10 @@ def test_places_are_compared_by_the_means_of_their_kind(tmp_path):
             )
             for seed in range(3)
         ]
-        for place, (label, value) in enumerate(zip((*placement.TYPES, *placement.GROUPS), accuracies, strict=True))
+        for place, (label, value) in enumerate(
+            zip((*adalora_placement.TYPES, *adalora_placement.GROUPS), accuracies, strict=True)
+        )
     }
-    first, second = placement.judge(runs).verdicts
+    first, second = adalora_placement.judge(runs).verdicts
     assert (first.effect, second.effect) == (pytest.approx(0.2), pytest.approx(0.2))
     assert {first.outcome, second.outcome} == {"supported"}

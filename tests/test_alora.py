@@ -16,12 +16,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
-from lorascope import models
-from lorascope.delta import adapted, fold, resize
-from lorascope.method import METHODS, Step, config, from_config
+from lorascope.adapters.delta import adapted, fold, resize
+from lorascope.inputs import models
 from lorascope.methods import ALoRA
 from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
-from lorascope.names import describe
+from lorascope.methods.base import METHODS, Step, config, from_config
+from lorascope.schema.module_table import describe
 
 # -- from scores to ranks ----------------------------------------------------------------------------------------------
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope import records
-from lorascope.analysis import norms, spectra, subspace
-from lorascope.records import Record
-from lorascope.update import Dense, LowRank
+from lorascope.analysis import norms, spectra, subspace_similarity
+from lorascope.schema import records
+from lorascope.schema.records import Record
+from lorascope.updates.low_rank import Dense, LowRank
 
 MODULES = pd.DataFrame(
     [
@@ -226,7 +226,7 @@ def test_ranks_are_told_apart(sigmas: dict[str, np.ndarray]) -> None:
 
 
 def test_similarity_of_the_hand_example() -> None:
-    found = subspace.similarity(np.array([[2.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 0, 0], [0, 0, 3]]))
+    found = subspace_similarity.similarity(np.array([[2.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 0, 0], [0, 0, 3]]))
     values = {(row.i, row.j): row.phi for row in found.itertuples()}
     assert values == pytest.approx({(1, 1): 0.0, (1, 2): 1.0, (2, 1): 0.0, (2, 2): 0.5})
     assert found["phi_random"].tolist() == pytest.approx([1 / 3, 2 / 3, 2 / 3, 2 / 3])
@@ -234,7 +234,7 @@ def test_similarity_of_the_hand_example() -> None:
 
 def test_random_subspaces_meet_as_often_as_the_baseline_says() -> None:
     rng = np.random.default_rng(1)
-    draws = [subspace.similarity(rng.normal(size=(4, 64)), rng.normal(size=(16, 64))) for _ in range(300)]
+    draws = [subspace_similarity.similarity(rng.normal(size=(4, 64)), rng.normal(size=(16, 64))) for _ in range(300)]
     mean = sum(draw["phi"] for draw in draws) / len(draws)
     assert mean.to_numpy() == pytest.approx(draws[0]["phi_random"].to_numpy(), abs=0.015)
 
@@ -247,8 +247,8 @@ def test_directions_of_the_update_do_not_depend_on_its_factors() -> None:
     against = LowRank(B, other)
     unchanged = {
         side: np.allclose(
-            subspace.between({"m": one}, {"m": against}, "m", side)["phi"],
-            subspace.between({"m": same}, {"m": against}, "m", side)["phi"],
+            subspace_similarity.between({"m": one}, {"m": against}, "m", side)["phi"],
+            subspace_similarity.between({"m": same}, {"m": against}, "m", side)["phi"],
         )
         for side in ("A", "B", "update")
     }
@@ -259,7 +259,7 @@ def test_directions_of_the_update_do_not_depend_on_its_factors() -> None:
 def test_a_run_shares_all_directions_with_itself(side: str, dimension: int) -> None:
     rng = np.random.default_rng(3)
     change = {"m": LowRank(rng.normal(size=(6, 3)), rng.normal(size=(3, 8)))}
-    found = subspace.between(change, change, "m", side).set_index(["i", "j"])
+    found = subspace_similarity.between(change, change, "m", side).set_index(["i", "j"])
     assert [found.loc[(i, i), "phi"] for i in (1, 2, 3)] == pytest.approx([1, 1, 1])
     assert found.loc[(1, 3), "phi_random"] == pytest.approx(3 / dimension)
 
@@ -267,12 +267,12 @@ def test_a_run_shares_all_directions_with_itself(side: str, dimension: int) -> N
 def test_a_module_of_one_run_only_cannot_be_compared() -> None:
     change = LowRank(np.eye(3), np.eye(3))
     with pytest.raises(ValueError, match=r"'m' is not adapted in both runs; these are: n"):
-        subspace.between({"m": change, "n": change}, {"n": change}, "m")
+        subspace_similarity.between({"m": change, "n": change}, {"n": change}, "m")
 
 
 def test_principal_angles_of_planted_planes() -> None:
     turned = np.array([[1.0, 0, 0, 0], [0, np.cos(0.3), np.sin(0.3), 0]])
     first, second = Dense(np.diag([3.0, 2, 0, 0])), LowRank(np.eye(4)[:, [0, 3]], turned)
-    found = subspace.angles(first, second).set_index(["side", "component"])["degrees"]
+    found = subspace_similarity.angles(first, second).set_index(["side", "component"])["degrees"]
     assert found["in"].tolist() == pytest.approx([0.0, np.degrees(0.3)], abs=1e-6)
     assert found["out"].tolist() == pytest.approx([0.0, 90.0], abs=1e-6)

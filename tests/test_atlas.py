@@ -12,11 +12,11 @@ import pytest
 from planted import COMMON, MODULES, Values, lookup, plant
 
 from lorascope import plots
-from lorascope.analysis import atlas, starts
-from lorascope.records import Factors, Record
-from lorascope.run import Run
-from lorascope.update import Dense, LowRank
-from lorascope.writer import RunWriter
+from lorascope.analysis import initial_update, leading_directions
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Factors, Record
+from lorascope.updates.low_rank import Dense, LowRank
 
 NORMS: Values = {("learned_norm", module): {9: size} for module, size in (("h.0.q", 3.0), ("h.0.up", 4.0))}
 NORMS = NORMS | {("learned_norm", "h.1.q"): {9: 2.0}}
@@ -43,7 +43,7 @@ def test_angles_are_means_over_sides_and_modules(write: Any) -> None:
     second = write("b", label="two", factors={"h.0.q": along(1, 0), "h.1.q": along(3, 4), "h.0.up": along(0, 0)})
     heat = panels(plots.atlas([first, second], k=3))[2]
     assert lookup(heat, "row", "column") == pytest.approx({("one", "two"): 67.5, ("two", "one"): 67.5})
-    by_chance = np.mean([atlas.chance_angle(dim, 1, 1) for dim in (6, 5)])
+    by_chance = np.mean([leading_directions.chance_angle(dim, 1, 1) for dim in (6, 5)])
     assert lookup(heat, "row", "column", value="chance")["one", "two"] == pytest.approx(by_chance)
     assert set(heat.data["words"]) == {f"68° ({by_chance:.0f}°)"}
     assert heat.marks[0].text is not None  # without a format, a print has no words either
@@ -107,13 +107,15 @@ def test_a_start_that_was_kept_is_taken_off_whatever_the_method(write: Any) -> N
     zero = write("z", label="zero", factors={"h.0.q": (B, A0)}, starts={"h.0.q": (0 * B0, A0)})
     added = {"kept": B @ (A0 + change) - B0 @ A0, "zero": B @ A0}
     for run in (kept, zero):
-        np.testing.assert_allclose(starts.added(run)["h.0.q"].dense(), added[run.label], atol=1e-12)
+        np.testing.assert_allclose(initial_update.added(run)["h.0.q"].dense(), added[run.label], atol=1e-12)
     spectrum, _, heat = panels(plots.atlas([kept, zero], k=2))
     for label, matrix in added.items():
         drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
         sigma = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
-    expected = atlas.mean_angle(*(atlas.leading(Dense(matrix), 2) for matrix in added.values()))
+    expected = leading_directions.mean_angle(
+        *(leading_directions.leading(Dense(matrix), 2) for matrix in added.values())
+    )
     assert lookup(heat, "row", "column")["kept", "zero"] == pytest.approx(expected)
     assert "start" not in heat.caption
 
@@ -187,20 +189,28 @@ def test_the_mean_angle_of_one_pair_worked_by_hand() -> None:
     turned = np.array([[1, 0], [0, math.cos(math.pi / 6)], [0, math.sin(math.pi / 6)]])
     first = LowRank(np.eye(3)[:, :2] * (2, 1), np.eye(2, 4))
     second = Dense(turned * (2, 1) @ np.eye(2, 4))
-    assert atlas.mean_angle(atlas.leading(first, 2), atlas.leading(second, 2)) == pytest.approx((0 + 30 + 0 + 0) / 4)
-    assert atlas.mean_angle(atlas.leading(first, 1), atlas.leading(second, 2)) == pytest.approx(0.0, abs=1e-6)
+    assert leading_directions.mean_angle(
+        leading_directions.leading(first, 2), leading_directions.leading(second, 2)
+    ) == pytest.approx((0 + 30 + 0 + 0) / 4)
+    assert leading_directions.mean_angle(
+        leading_directions.leading(first, 1), leading_directions.leading(second, 2)
+    ) == pytest.approx(0.0, abs=1e-6)
     within = LowRank(np.eye(3)[:, 1:2], np.eye(2, 4)[1:])  # not the first direction, but within the first two
-    assert atlas.mean_angle(atlas.leading(within, 2), atlas.leading(first, 2)) == pytest.approx(90)
+    assert leading_directions.mean_angle(
+        leading_directions.leading(within, 2), leading_directions.leading(first, 2)
+    ) == pytest.approx(90)
 
 
 def test_chance_is_that_of_random_subspaces() -> None:
-    assert atlas.chance_angle(4, 4, 4) == pytest.approx(0.0, abs=1e-6)
-    assert atlas.chance_angle(3, 1, 1) == pytest.approx(math.degrees(1), abs=2)  # the mean of arccos(u), u uniform
-    assert atlas.chance_angle(2, 1, 1) == pytest.approx(45, abs=2)
+    assert leading_directions.chance_angle(4, 4, 4) == pytest.approx(0.0, abs=1e-6)
+    assert leading_directions.chance_angle(3, 1, 1) == pytest.approx(
+        math.degrees(1), abs=2
+    )  # the mean of arccos(u), u uniform
+    assert leading_directions.chance_angle(2, 1, 1) == pytest.approx(45, abs=2)
     drawn = np.random.default_rng(5)
     pairs = [[np.linalg.qr(drawn.standard_normal((40, k)))[0] for k in (3, 6)] for _ in range(300)]
     angles = [np.degrees(np.arccos(np.linalg.svd(U.T @ V, compute_uv=False))).mean() for U, V in pairs]
-    assert atlas.chance_angle(40, 3, 6) == pytest.approx(np.mean(angles), abs=1)
+    assert leading_directions.chance_angle(40, 3, 6) == pytest.approx(np.mean(angles), abs=1)
 
 
 def test_both_renderers_draw_it(write: Any, tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import lorascope as ls
-from lorascope import cli, models, tasks
-from lorascope.delta import adapted, attach, fold
-from lorascope.method import METHODS, Phase, config, from_config
+from lorascope.adapters.delta import adapted, attach, fold
+from lorascope.cli import main
+from lorascope.inputs import models, tasks
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import RADIUS, AutoLoRADelta, adam, hypergradient, kept
-from lorascope.session import Session
-from lorascope.state import generators_state
+from lorascope.methods.base import METHODS, Phase, config, from_config
+from lorascope.training.session import Session
+from lorascope.training.state import generators_state
 
 FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
 SUB = "bert.encoder.layer.0.attention.self.query"
@@ -731,7 +732,7 @@ def test_wrong_settings_are_told_in_one_line(given, line):
 
 
 def test_wrong_settings_end_the_command_with_2(capsys):
-    assert cli.main(["train", "autolora", "--steps", "3", "--search-share", "0"]) == 2
+    assert main.main(["train", "autolora", "--steps", "3", "--search-share", "0"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 

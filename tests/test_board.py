@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.board import Board, Row, table
-from lorascope.evaluation import Score
-from lorascope.progress import Note, noted, progress_bar, read_note
+from lorascope.experiments.sweep_table import Board, Row, table
+from lorascope.training.evaluation import Score
+from lorascope.training.progress import Note, noted, progress_bar, read_note
 
 
 class Terminal:

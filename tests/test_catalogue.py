@@ -12,7 +12,7 @@ import pytest
 from planted import lookup, low_rank, plant, profile
 
 from lorascope import plots
-from lorascope.plots import catalogue
+from lorascope.plots import registry
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_every_figure_of_an_update_says_once_that_a_mixture_is_at_mean_gates(wri
     runs = [mixture(write, f"m{seed}", seed) for seed in (0, 1)]
     plain = [mixture(write, f"p{seed}", seed, "LoRA", exact=True) for seed in (0, 1)]
     drawable = plots.available(runs[0]).set_index("figure")["drawable"]
-    about = {name for name, entry in plots.FIGURES.items() if not catalogue.OF_UPDATES.isdisjoint(entry.needs)}
+    about = {name for name, entry in plots.FIGURES.items() if not registry.OF_UPDATES.isdisjoint(entry.needs)}
     for name in drawable[drawable].index:
         draw = plots.FIGURES[name].draw
         for drawn in (draw({"mixed": runs, "plain": plain}), draw({"plain": plain}, control={"mixed": runs})):

@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError
 import pandas as pd
 import pytest
 
-from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside, wrap
+from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside, wrap
 
 
 @pytest.fixture
@@ -155,5 +155,7 @@ def test_representation_names_what_is_drawn_not_all_rows(table) -> None:
 
 
 def test_describing_a_figure_imports_no_renderer() -> None:
-    code = "import lorascope.chart, sys; print([m for m in ('matplotlib', 'plotly', 'torch') if m in sys.modules])"
+    code = (
+        "import lorascope.charts.chart, sys; print([m for m in ('matplotlib', 'plotly', 'torch') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

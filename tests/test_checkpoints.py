@@ -21,11 +21,11 @@ from tiny import tiny
 from tolerance import TINY, near
 
 import lorascope
-from lorascope.adapter_files import CONFIG, WEIGHTS
-from lorascope.checkpoints import AdapterRun, load
-from lorascope.records import Factors, Record
-from lorascope.tensors import write_json
-from lorascope.writer import RunWriter
+from lorascope.files.safetensors_io import write_json
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.runs.loading import AdapterRun, load
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Factors, Record
 
 ATTENTION = ["q_proj", "v_proj"]
 

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 
-from lorascope.analysis.stats import band, t_interval
-from lorascope.claims import Claim
+from lorascope.analysis.seed_intervals import band, t_interval
+from lorascope.probes.claims import Claim
 
 CLAIM = Claim(
     sentence="the embedding takes a larger share than the blocks",

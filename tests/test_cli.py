@@ -15,13 +15,14 @@ import pytest
 from test_inspect import llama, plant
 
 import lorascope
-from lorascope import probes, sweeps
-from lorascope.checkpoints import load
-from lorascope.cli import COMMANDS, main
-from lorascope.commands import opening, training
-from lorascope.commands.arguments import fields_of, flag_type
+from lorascope import probes
+from lorascope.cli import load_runs, train
+from lorascope.cli.arguments import fields_of, flag_type
+from lorascope.cli.main import COMMANDS, main
+from lorascope.experiments import sweep
 from lorascope.methods import METHODS
 from lorascope.plots import FIGURES
+from lorascope.runs.loading import load
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -138,12 +139,12 @@ def test_exit_codes(
     def fail(path: str, base: str | None) -> None:
         raise error
 
-    monkeypatch.setattr(opening, "load", fail)
+    monkeypatch.setattr(load_runs, "load", fail)
     assert complaint(capsys, "inspect", "x", code=code) == line
 
 
 def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "load", lambda path, base: {}["x"])
+    monkeypatch.setattr(load_runs, "load", lambda path, base: {}["x"])
     with pytest.raises(KeyError):
         main(["inspect", "x"])
 
@@ -152,7 +153,7 @@ def test_runs_that_fail_in_a_reproduction_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
-        raise sweeps.RunsFailed("2 of 9 runs failed.\nLoRA, seed 0: FileNotFoundError")
+        raise sweep.RunsFailed("2 of 9 runs failed.\nLoRA, seed 0: FileNotFoundError")
 
     monkeypatch.setattr(probes, "reproduce", fail)
     assert complaint(capsys, "reproduce", code=1) == "2 of 9 runs failed. LoRA, seed 0: FileNotFoundError"
@@ -255,20 +256,20 @@ def modules_after(code: str, *words: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("code", ["import lorascope", "from lorascope.cli import main; main(['--help'])"])
+@pytest.mark.parametrize("code", ["import lorascope", "from lorascope.cli.main import main; main(['--help'])"])
 def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
     assert not modules_after(code) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "tyro"}
 
 
 def test_inspect_imports_no_torch(adapter: Path) -> None:
-    call = "import sys; from lorascope.cli import main; main(['inspect', sys.argv[1]])"
+    call = "import sys; from lorascope.cli.main import main; main(['inspect', sys.argv[1]])"
     loaded = modules_after(call, str(adapter))
     assert "pandas" in loaded
     assert not loaded & {"torch", "transformers", "peft", "matplotlib", "plotly", "scipy"}
 
 
 def test_plot_imports_no_torch(adapter: Path, tmp_path: Path) -> None:
-    call = "import sys; from lorascope.cli import main; main(['plot', 'spectrum', sys.argv[1], '-o', sys.argv[2]])"
+    call = "import sys; from lorascope.cli.main import main; main(['plot', 'spectrum', sys.argv[1], '-o', sys.argv[2]])"
     assert not modules_after(call, str(adapter), str(tmp_path / "x.pdf")) & {"torch", "transformers", "peft"}
 
 
@@ -315,7 +316,7 @@ def test_options_come_with_the_docstrings_help() -> None:
 
 
 def test_a_methods_rates_are_settings_of_the_command() -> None:
-    names = [name for name, *_ in training._method_fields(METHODS["lora"])]
+    names = [name for name, *_ in train._method_fields(METHODS["lora"])]
     assert "rank" in names
     assert not {"lr", "head_lr"} & set(names)
 

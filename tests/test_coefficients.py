@@ -11,9 +11,12 @@ from test_sensed import FAST, LOOK, Copying, check_that_training_does_not_notice
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
-from lorascope import delta, fourier, models, observe
+from lorascope import observe
+from lorascope.adapters import delta
 from lorascope.analysis import fourier as analysis
+from lorascope.inputs import models
 from lorascope.methods import FourierFT, LoRA
+from lorascope.updates import fourier
 
 ALPHA, SEED = 40, 5
 METHODS = {

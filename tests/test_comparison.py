@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from lorascope.analysis.comparison import holm, paired_p, pairs, recipes, scores, standings, words
-from lorascope.run import Run
+from lorascope.analysis.recipe_comparison import holm, paired_p, pairs, recipes, scores, standings, words
+from lorascope.runs.run import Run
 
 
 def made(values: dict[str, list[float]], metric: str = "accuracy", task: str = "toy") -> pd.DataFrame:

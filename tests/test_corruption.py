@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
-from lorascope.checkpoints import load
-from lorascope.inspection import inspect
-from lorascope.tensors import TensorFile, write_json, write_tensors
+from lorascope.diagnosis.inspection import inspect
+from lorascope.files.safetensors_io import TensorFile, write_json, write_tensors
+from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
+from lorascope.runs.loading import load
 
 GIVEN: dict[str, Any] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {"q": 2}}
 

@@ -19,9 +19,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope.alone import Alone
-from lorascope.delta import adapted, host_bias, host_weight
+from lorascope import observe
+from lorascope.adapters.delta import adapted, host_bias, host_weight
+from lorascope.experiments.isolated_run import Alone
+from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
 
 CARD = pytest.param(

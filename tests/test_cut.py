@@ -11,7 +11,7 @@ from planted import low_rank, plant
 from test_cli import complaint, run
 
 import lorascope as ls
-from lorascope.export import Cut, cut, rank_pattern
+from lorascope.runs.export import Cut, cut, rank_pattern
 
 SPECTRA = {"h.0.q": (5.0, 1.0, 0.5), "h.0.up": (4.0, 1.0), "h.1.q": (0.1, 0.05), "h.1.up": (3.0, 1.0, 1.0)}
 

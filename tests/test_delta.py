@@ -18,8 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
-from lorascope import names
-from lorascope.delta import (
+from lorascope.adapters.delta import (
     Delta,
     adapted,
     attach,
@@ -31,10 +30,11 @@ from lorascope.delta import (
     host_weight,
     resize,
 )
-from lorascope.fourier import Fourier
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, HydraLoRA, LoRA
 from lorascope.methods.lora import LoRADelta
-from lorascope.update import Dense, LowRank
+from lorascope.schema import module_table
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import Dense, LowRank
 
 
 class Matrix(Delta):
@@ -66,7 +66,7 @@ def trained(host: nn.Module, seed: int, rank: int = 3) -> LoRADelta:
 
 def everywhere(model: nn.Module) -> nn.Module:
     """Adapt every linear module and every embedding that is a plain one."""
-    description = names.describe(model)
+    description = module_table.describe(model)
     rows = description[description["role"].ne("norm") & description["role"].ne("block")]
     hosts = {name: model.get_submodule(name) for name in rows["module"]}
     plain = {name: host for name, host in hosts.items() if type(host) in (nn.Linear, nn.Embedding, Conv1D)}
@@ -186,7 +186,7 @@ import sys
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from lorascope.delta import attach
+from lorascope.adapters.delta import attach
 from lorascope.methods.lora import LoRADelta
 
 def gradients(call):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from lorascope.cli import main
+from lorascope.cli.main import main
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [

@@ -15,10 +15,11 @@ from trainers import METHODS
 from ward import SETTINGS, Allocating, Bench, adalora
 
 import lorascope as ls
-from lorascope import causes, models
-from lorascope.cli import main
-from lorascope.doctor import examine, unseen
-from lorascope.training import overlap
+from lorascope.cli.main import main
+from lorascope.diagnosis import causes
+from lorascope.diagnosis.doctor import examine, unseen
+from lorascope.inputs import models
+from lorascope.training.hf_trainer.run_metadata import overlap
 
 
 def saved_too_early(bench: Bench) -> ls.Run:

@@ -9,8 +9,8 @@ from planted import low_rank, plant
 from ward import Allocating, Bench, adalora
 
 import lorascope as ls
-from lorascope.causes import Case
-from lorascope.causes.plan import allocator, overscaled
+from lorascope.diagnosis.causes import Case
+from lorascope.diagnosis.causes.config import allocator, overscaled
 
 
 @pytest.fixture

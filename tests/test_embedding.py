@@ -13,9 +13,9 @@ from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from lorascope import plots
-from lorascope.analysis import embedding, sharing
-from lorascope.analysis.embedding import clouds
-from lorascope.update import LowRank
+from lorascope.analysis import factor_embeddings, factor_sharing
+from lorascope.analysis.factor_embeddings import clouds
+from lorascope.updates.low_rank import LowRank
 
 DOMAINS = ("film", "music", "news")
 RUNS = {f"{domain}{order}": domain for domain in DOMAINS for order in (1, 2)}
@@ -64,7 +64,7 @@ def seen(update: LowRank, factor: str, view: str) -> np.ndarray:
     return (np.sqrt(sigma) * signs)[:, None] * (Vt if factor == "A" else U.T)
 
 
-@pytest.mark.parametrize(("factor", "view"), list(product("AB", embedding.VIEWS)))
+@pytest.mark.parametrize(("factor", "view"), list(product("AB", factor_embeddings.VIEWS)))
 def test_cosines_are_those_of_the_arrays_themselves(factor, view):
     updates = scattered(0, modules=2)
     (cloud,) = clouds(updates, RUNS, (factor,), view)
@@ -97,8 +97,8 @@ def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone(precisio
         for run, found in planted(2, modules=2, runs=runs).items()
     }
     views = ("canonical", "space")
-    first = sharing.numbers(updates, runs, views=views, draws=5)
-    raw = sharing.numbers(updates, runs, views=("raw",), draws=5)
+    first = factor_sharing.numbers(updates, runs, views=views, draws=5)
+    raw = factor_sharing.numbers(updates, runs, views=("raw",), draws=5)
     moved = 0.0
     for R in rotations(2, decades):
         again = {
@@ -110,10 +110,10 @@ def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone(precisio
             }
             for run, found in updates.items()
         }
-        other = sharing.numbers(again, runs, views=views, draws=5)
+        other = factor_sharing.numbers(again, runs, views=views, draws=5)
         for column in first.columns.drop(["factor", "view"]):
             np.testing.assert_allclose(other[column], first[column], atol=1e-5, rtol=0)
-        turned = sharing.numbers(again, runs, views=("raw",), draws=5)
+        turned = factor_sharing.numbers(again, runs, views=("raw",), draws=5)
         moved = max(moved, np.abs(turned["cosine"] - raw["cosine"]).max())
     assert moved > 0.3
 
@@ -123,12 +123,12 @@ def test_a_direction_without_a_singular_value_is_no_information(factor):
     """Of rank 3 by its shape, 2 by its update: whatever fills the third component, the canonical factor is the same."""
     draw = np.random.default_rng(0)
     B, A = draw.normal(size=(12, 2)), draw.normal(size=(2, 12))
-    whole = embedding.canonical(LowRank(B, A, 0.5), factor)
+    whole = factor_embeddings.canonical(LowRank(B, A, 0.5), factor)
     for _ in range(20):
         R = draw.normal(size=(3, 3))
         filled = np.vstack([A, draw.normal(size=(1, 12))])  # met by a B of zero
         update = LowRank(np.hstack([B, np.zeros((12, 1))]) @ np.linalg.inv(R), R @ filled, 0.5)
-        found = embedding.canonical(update, factor)
+        found = factor_embeddings.canonical(update, factor)
         assert found.shape == (3, 12)
         np.testing.assert_allclose(found[:2], whole, atol=1e-10)
         assert np.abs(found[2]).max() < 1e-6
@@ -142,7 +142,7 @@ def test_runs_of_full_and_of_deficient_rank_are_compared_in_the_canonical_view()
     assert cloud.shape == (3, 12)
     row = cloud.table().reset_index().set_index(["module", "run"])["index"]
     one, two = (updates[run]["h.0.q"] for run in ("film1", "film2"))
-    expected = cosine(embedding.canonical(one, "B"), embedding.canonical(two, "B"))
+    expected = cosine(factor_embeddings.canonical(one, "B"), factor_embeddings.canonical(two, "B"))
     assert cloud.flat[row["h.0.q", "film1"], row["h.0.q", "film2"]] == pytest.approx(expected)
 
 
@@ -167,8 +167,10 @@ def test_the_rounding_of_the_kept_precision_spans_no_direction(precision, width,
     summed = np.vstack([rows, rounded(0.3 * np.float64(rows[:1]) + 0.7 * np.float64(rows[1:2]))])
     for A in (rows, summed):
         update = LowRank(np.ascontiguousarray(A.T), A)
-        assert {factor: embedding.basis(update, factor).shape for factor in "AB"} == dict.fromkeys("AB", (width, 4))
-    assert embedding.basis(LowRank(rounded(np.ones((6, 5))), summed), "B").shape == (6, 1)
+        assert {factor: factor_embeddings.basis(update, factor).shape for factor in "AB"} == dict.fromkeys(
+            "AB", (width, 4)
+        )
+    assert factor_embeddings.basis(LowRank(rounded(np.ones((6, 5))), summed), "B").shape == (6, 1)
 
 
 def test_spaces_of_factors_in_half_precision_are_compared(tmp_path):
@@ -177,7 +179,7 @@ def test_spaces_of_factors_in_half_precision_are_compared(tmp_path):
         run: {name: LowRank(update.B.astype(np.float16), update.A.astype(np.float16)) for name, update in found.items()}
         for run, found in whole.items()
     }
-    found, expected = (sharing.numbers(updates, RUNS, views=("space",), draws=5) for updates in (halves, whole))
+    found, expected = (factor_sharing.numbers(updates, RUNS, views=("space",), draws=5) for updates in (halves, whole))
     for column in found.columns.drop(["factor", "view"]):
         np.testing.assert_allclose(found[column], expected[column], atol=0.02)  # degrees, of the angle
     modules = [{"module": name, "stack": "", "layer": int(name[2]), "role": "q"} for name in whole["film1"]]
@@ -205,7 +207,7 @@ def test_widths_are_kept_apart():
     both = {cloud.shape: list(zip(cloud.modules, cloud.factors, strict=True)) for cloud in clouds(updates, RUNS)}
     assert both[2, 9] == [("down", "A"), ("up", "B")]
     assert both[2, 6] == [("q", "A"), ("up", "A"), ("v", "A"), ("q", "B"), ("v", "B"), ("down", "B")]
-    shared = sharing.sharedness(list(found.values()))
+    shared = factor_sharing.sharedness(list(found.values()))
     assert shared["sharedness_chance"] == pytest.approx((3 * 1 / 3 + 1) / 4)
     assert shared["sharedness"] >= 1 / 4  # a module alone in its width cannot be mistaken
 
@@ -223,22 +225,22 @@ def test_what_cannot_be_compared_is_told_in_one_line():
         clouds(mixed, RUNS, ("A",))
     assert clouds(mixed, RUNS, ("A",), "space")[0].shape == (12,)
     wider = updates | {"film1": scattered(1, rank=3, width=14)["film1"]}
-    for view in embedding.VIEWS:
+    for view in factor_embeddings.VIEWS:
         with pytest.raises(ValueError, match=r"^A of h\.0\.q is 12 and 14 wide: these are runs of different models"):
             clouds(wider, RUNS, ("A",), view)
     with pytest.raises(ValueError, match="no adapted module in common"):
         clouds(updates | {"film1": {"other": updates["film2"]["h.0.q"]}}, RUNS)
     alone = {"film1": updates["film1"], "film2": updates["film2"]}
     with pytest.raises(ValueError, match="'film' alone"):
-        sharing.sharedness(clouds(alone, RUNS, ("A",)))
+        factor_sharing.sharedness(clouds(alone, RUNS, ("A",)))
     with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 is zero and has no direction"):
-        sharing.mean_angle(zero, RUNS, "B")
+        factor_sharing.mean_angle(zero, RUNS, "B")
     with pytest.raises(ValueError, match="domain 'music' has one run"):
-        sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
+        factor_sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("view", embedding.VIEWS)
+@pytest.mark.parametrize("view", factor_embeddings.VIEWS)
 def test_factors_that_are_not_finite_are_refused_in_one_line(view, value):
     updates = scattered(0)
     broken = updates["music1"]["h.2.q"]
@@ -258,16 +260,16 @@ def test_modules_that_not_all_runs_hold_are_left_out():
     updates["music1"] = {name: updates["music1"][name] for name in reversed(list(updates["music1"]))}
     assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
     common = {run: {name: found[name] for name in ("h.0.q", "h.2.q", "h.3.q")} for run, found in updates.items()}
-    angle = sharing.mean_angle(common, RUNS, "A")
+    angle = factor_sharing.mean_angle(common, RUNS, "A")
     for updates_of in (updates, dict(reversed(updates.items()))):
-        assert sharing.mean_angle(updates_of, RUNS, "A") == pytest.approx(angle, rel=1e-12)
+        assert factor_sharing.mean_angle(updates_of, RUNS, "A") == pytest.approx(angle, rel=1e-12)
 
 
 def test_retrieval_by_hand():
     """Three modules, four runs; the neighbour is looked for with loops."""
     runs = {"film1": "film", "film2": "film", "music1": "music", "news1": "news"}
     updates = {run: found for run, found in planted(3, noise=3.0, modules=3, runs=runs).items()}
-    found = sharing.retrieval(clouds(updates, runs, ("A",))[0]).set_index(["module", "run"])
+    found = factor_sharing.retrieval(clouds(updates, runs, ("A",))[0]).set_index(["module", "run"])
     hits = []
     for module, run in product(updates["film1"], runs):
         here = updates[run][module].A
@@ -286,7 +288,7 @@ def test_retrieval_by_hand():
 
 def test_a_shared_a_is_found_and_a_b_of_its_domain_is_at_chance():
     modules = 24
-    found = sharing.numbers(planted(4, modules=modules), RUNS, views=("raw", "space"), draws=99).set_index(
+    found = factor_sharing.numbers(planted(4, modules=modules), RUNS, views=("raw", "space"), draws=99).set_index(
         ["factor", "view"]
     )
     for view in ("raw", "space"):
@@ -309,15 +311,17 @@ def test_angle_between_spaces_is_that_of_a_planted_turn():
     turned = np.cos(turn) * rows + np.sin(turn) * np.roll(rows, 2, axis=1)
     updates = {"film": {"q": LowRank(np.eye(6, 2), rows)}, "music": {"q": LowRank(np.eye(6, 2), 7 * turned[::-1])}}
     domains = {"film": "film", "music": "music"}
-    assert sharing.mean_angle(updates, domains, "A") == pytest.approx(25)
-    assert sharing.mean_angle(updates, domains, "B") == pytest.approx(0, abs=1e-9)
-    assert sharing.sharedness(clouds(updates, domains, ("A",), "space"))["cosine"] == pytest.approx(np.cos(turn) ** 2)
+    assert factor_sharing.mean_angle(updates, domains, "A") == pytest.approx(25)
+    assert factor_sharing.mean_angle(updates, domains, "B") == pytest.approx(0, abs=1e-9)
+    assert factor_sharing.sharedness(clouds(updates, domains, ("A",), "space"))["cosine"] == pytest.approx(
+        np.cos(turn) ** 2
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_identity_is_what_scikit_learn_finds_in_each_module(seed):
     updates = planted(seed, noise=1.0)
-    found = sharing.identity(clouds(updates, RUNS, ("B",)), draws=1)
+    found = factor_sharing.identity(clouds(updates, RUNS, ("B",)), draws=1)
     labels = np.array(list(RUNS.values()))
     silhouettes, hits = [], []
     for module in updates["film1"]:
@@ -340,11 +344,11 @@ def test_factors_that_are_one_and_the_same_have_no_neighbours_and_no_silhouette(
         for run, length in lengths.items()
     }
     (cloud,) = clouds(same, RUNS, ("A",))
-    found = sharing.identity([cloud], draws=50)
+    found = factor_sharing.identity([cloud], draws=50)
     assert found["silhouette"] == found["silhouette_chance"] == 0
     assert found["neighbour"] == pytest.approx(1 / 5)
     assert found["neighbour_p"] == found["silhouette_p"] == 1
-    assert sharing.sharedness([cloud])["sharedness"] == 1
+    assert factor_sharing.sharedness([cloud])["sharedness"] == 1
 
 
 def null(seed: int, common: float) -> np.ndarray:
@@ -365,8 +369,8 @@ def test_p_values_are_uniform_where_domains_mean_nothing(common):
     for seed in range(repetitions):
         slots = [str(slot) for slot in range(8)]
         domains = [str(label) for label in LABELS]
-        cloud = embedding.Cloud((6,), slots, ["A"] * 8, runs, domains, null(seed, common))
-        told = sharing.identity([cloud], draws=99, seed=seed)
+        cloud = factor_embeddings.Cloud((6,), slots, ["A"] * 8, runs, domains, null(seed, common))
+        told = factor_sharing.identity([cloud], draws=99, seed=seed)
         for name, values in found.items():
             values.append(told[name])
     for level in (0.1, 0.25, 0.5, 0.75):
@@ -383,7 +387,7 @@ def test_shuffling_each_module_for_itself_would_take_what_runs_have_in_common_fo
         cosine = np.einsum("sisj->sij", null(seed, 2.0))
         draw = np.random.default_rng(seed)
         values = [
-            sharing.silhouettes(
+            factor_sharing.silhouettes(
                 slot[None], np.concatenate([LABELS[None], draw.permuted(np.tile(LABELS, (99, 1)), axis=1)])
             )
             for slot in cosine
@@ -398,7 +402,7 @@ def test_over_all_modules_at_once_the_clearest_domains_are_lost():
     flat = np.array([updates[run][module].B.ravel() for module in updates["film1"] for run in RUNS])
     labels = list(RUNS.values()) * len(updates["film1"])
     assert silhouette_score(flat, labels, metric="cosine") < 0.05
-    assert sharing.identity(clouds(updates, RUNS, ("B",)), draws=9)["silhouette"] > 0.9
+    assert factor_sharing.identity(clouds(updates, RUNS, ("B",)), draws=9)["silhouette"] > 0.9
 
 
 def test_pca_from_cosines_is_that_of_the_vectors():
@@ -407,19 +411,19 @@ def test_pca_from_cosines_is_that_of_the_vectors():
     flat = np.array([updates[row.run][row.module].A.ravel() for row in cloud.table().itertuples()])
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     expected = PCA(3).fit_transform(flat)
-    found = embedding.pca(cloud, 3)
+    found = factor_embeddings.pca(cloud, 3)
     np.testing.assert_allclose(np.abs(found), np.abs(expected), atol=1e-8)
     assert (found.max(axis=0) == np.abs(found).max(axis=0)).all()
 
 
 def test_tsne_keeps_planted_neighbours_together_and_repeats_itself():
     (cloud,) = clouds(planted(7), RUNS, ("A",))
-    plane = embedding.tsne(cloud, perplexity=5)
-    np.testing.assert_array_equal(plane, embedding.tsne(cloud, perplexity=5))
+    plane = factor_embeddings.tsne(cloud, perplexity=5)
+    np.testing.assert_array_equal(plane, factor_embeddings.tsne(cloud, perplexity=5))
     modules = cloud.table()["module"].to_numpy()
     distance = np.linalg.norm(plane[:, None] - plane[None], axis=-1) + np.diag(np.full(len(plane), np.inf))
     assert (modules[distance.argmin(axis=1)] == modules).all()
-    first, second = (embedding.tsne(cloud, perplexity=5, seed=seed) for seed in (0, 1))
+    first, second = (factor_embeddings.tsne(cloud, perplexity=5, seed=seed) for seed in (0, 1))
     assert not np.allclose(first, second)
 
 
@@ -429,9 +433,9 @@ def test_a_perplexity_without_enough_points_is_told_in_one_line(perplexity):
     with pytest.raises(
         ValueError, match=rf"^perplexity {perplexity:g} must lie between 0 and the number of points, 36$"
     ):
-        embedding.tsne(cloud, perplexity=perplexity)
-    assert embedding.default_perplexity(36) == 12
-    assert embedding.default_perplexity(512) == 30
+        factor_embeddings.tsne(cloud, perplexity=perplexity)
+    assert factor_embeddings.default_perplexity(36) == 12
+    assert factor_embeddings.default_perplexity(512) == 30
 
 
 PLACES = [{"module": f"h.{m}.q", "stack": "", "layer": m, "role": ("q", "v")[m % 2]} for m in range(6)]
@@ -458,7 +462,7 @@ def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
     ]
     chart = panels.rows()[1][2]
     (cloud,) = clouds(updates, RUNS, ("B",))
-    np.testing.assert_allclose(chart.data[["x", "y"]], embedding.pca(cloud), atol=1e-12)
+    np.testing.assert_allclose(chart.data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
     assert chart.data["domain"].tolist() == [RUNS[run] for run in chart.data["run"]]
     assert chart.data["role"].tolist() == [("q", "v")[int(name[2]) % 2] for name in chart.data["module"]]
     assert (chart.marks[0].color, chart.marks[0].shape) == ("domain", "role")
@@ -481,9 +485,9 @@ def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
     assert panels.rows()[0][0].data["start"].unique().tolist() == ["from PCA"]
     (of_a,) = clouds(updates, RUNS, ("A",))
     for chart, perplexity in zip(panels.rows()[0], (12, 4), strict=False):
-        plane = embedding.tsne(of_a, perplexity)
+        plane = factor_embeddings.tsne(of_a, perplexity)
         np.testing.assert_allclose(chart.data[["x", "y"]], plane / np.abs(plane).max())
-    shared = sharing.sharedness([cloud])["sharedness"]
+    shared = factor_sharing.sharedness([cloud])["sharedness"]
     assert "film: 2 seeds (0, 1)" in chart.caption.lower()
     assert f"A 100 %, B {100 * shared:.0f} % (by chance 17 %)" in chart.caption
 
@@ -574,7 +578,7 @@ def test_a_few_modules_are_drawn_with_their_places_beside_the_dots(domains):
     rows = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
     for row, factor in zip(rows, "AB", strict=True):
         (cloud,) = clouds({run: {name: held[name] for name in few} for run, held in updates.items()}, RUNS, (factor,))
-        np.testing.assert_allclose(row[-1].data[["x", "y"]], embedding.pca(cloud), atol=1e-12)
+        np.testing.assert_allclose(row[-1].data[["x", "y"]], factor_embeddings.pca(cloud), atol=1e-12)
         for chart in row:
             names = chart.marks[1].data
             assert set(zip(names["module"], names["place"], strict=True)) == {("h.1.q", "1 v"), ("h.4.q", "4 q")}

@@ -9,8 +9,8 @@ from conftest import tiny_tokenizer
 from tiny import tiny
 from tokenizers.processors import TemplateProcessing
 
-from lorascope import tasks
-from lorascope.encoding import IGNORED
+from lorascope.inputs import tasks
+from lorascope.inputs.tokenization import IGNORED
 
 WORDS = ["fine", "great", "film", "plot", "was", "boring", "very", "music"]
 

@@ -12,8 +12,8 @@ from conftest import tiny_tokenizer
 from tiny import tiny
 from tolerance import TEXT, TINY, near
 
-from lorascope import tasks
-from lorascope.evaluation import evaluate
+from lorascope.inputs import tasks
+from lorascope.training.evaluation import evaluate
 
 FAMILIES = ("bert", "gpt2", "llama", "t5", "bart")
 

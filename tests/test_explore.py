@@ -24,8 +24,8 @@ from playwright.sync_api import Locator, expect, sync_playwright
 from test_cli import modules_after
 
 import lorascope as ls
-from lorascope.run import Run
-from lorascope.widgets import ALL, MOST_DRAWN, WHOLE, Explorer
+from lorascope.plots.explore import ALL, MOST_DRAWN, WHOLE, Explorer
+from lorascope.runs.run import Run
 
 VALUES = profile(words=3.0, q=1.0, up=2.0) | {
     ("loss", ""): {step: 1 / step for step in range(1, 10)},
@@ -211,7 +211,7 @@ def test_a_run_without_records_is_refused(tmp_path: Path) -> None:
         ls.explore(plant(tmp_path, "empty", {}))
 
 
-@pytest.mark.parametrize("code", ["import lorascope.widgets", "import lorascope as ls; ls.explore"])
+@pytest.mark.parametrize("code", ["import lorascope.plots.explore", "import lorascope as ls; ls.explore"])
 def test_matplotlib_stays_out(code: str) -> None:
     loaded = modules_after(code)
     assert {"anywidget", "plotly"} <= loaded

@@ -22,16 +22,19 @@ from tolerance import TINY, near, rounding
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, models, names
-from lorascope.adapter_files import WEIGHTS
-from lorascope.checkpoints import load
-from lorascope.delta import Delta, host_weight
-from lorascope.export import folder, rank_pattern, to_peft
-from lorascope.export.lora import in_use
-from lorascope.method import Method, train_adapters
+from lorascope.adapters import delta
+from lorascope.adapters.delta import Delta, host_weight
+from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, LoRA
-from lorascope.summary import peft_keywords
-from lorascope.update import LowRank
+from lorascope.methods.base import Method, train_adapters
+from lorascope.runs.export import peft_folder as folder
+from lorascope.runs.export import rank_pattern, to_peft
+from lorascope.runs.export.peft_lora import in_use
+from lorascope.runs.formats.peft_lora import WEIGHTS
+from lorascope.runs.loading import load
+from lorascope.runs.summary import peft_keywords
+from lorascope.schema import module_table
+from lorascope.updates.low_rank import LowRank
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 
@@ -52,7 +55,7 @@ def drawn(rank: int, scale: float = 1.0, seed: int = 0, size: int = 32) -> LowRa
 
 def configured(tmp_path: Path, model: nn.Module, ranks: dict[str, int], scales: dict[str, float]) -> dict[str, Any]:
     """The keywords of a run that adapted a model like that."""
-    description = names.describe(model).astype(object)
+    description = module_table.describe(model).astype(object)
     known = description.where(description.notna(), None).to_dict("records")
     found = plant(tmp_path, "run", {}, modules=known)
     return peft_keywords(found, ranks, {name: drawn(rank, scales[name]) for name, rank in ranks.items()})
@@ -355,7 +358,7 @@ class Masking(Method):
     head_lr: float = 0.05
 
     def attach(self, model: nn.Module) -> None:
-        hosts = names.match(names.describe(model), ("all-linear", "embed"))
+        hosts = module_table.match(module_table.describe(model), ("all-linear", "embed"))
         delta.attach(model, {name: Triple(model.get_submodule(name), 3, 0.75) for name in hosts})
         self.scores_ = {name: torch.zeros(3) for name in hosts}
         train_adapters(model)
@@ -458,7 +461,7 @@ class Unfit(Method):
     inexact: bool = False
 
     def attach(self, model: nn.Module) -> None:
-        name = names.match(names.describe(model), "q")[0]
+        name = module_table.match(module_table.describe(model), "q")[0]
         host = model.get_submodule(name)
         delta.attach(model, {name: Mixed(host, 2, 1.0) if self.inexact else Dense(host)})
         train_adapters(model)
@@ -589,6 +592,6 @@ def test_wrong_use_gets_one_line(lora: ls.Run, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_neither_form_imports_torch(lora: ls.Run, tmp_path: Path) -> None:
-    call = "import sys; from lorascope.cli import main; main(['export', *sys.argv[1:]])"
+    call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
     for words in (["--rank-pattern", "--budget", "0.5"], ["--peft", str(tmp_path / "adapter")]):
         assert not modules_after(call, str(lora.path), *words) & {"torch", "transformers", "peft", "matplotlib"}

@@ -16,11 +16,11 @@ from test_export import Nested, by_the_card, distance, trained
 from tolerance import TINY, rounding
 from torch import nn
 
-from lorascope import models
-from lorascope.checkpoints import load
-from lorascope.export.folder import to_peft
-from lorascope.export.fourier import frequency_pattern
+from lorascope.inputs import models
 from lorascope.methods import FourierFT
+from lorascope.runs.export.peft_folder import to_peft
+from lorascope.runs.export.peft_fourierft import frequency_pattern
+from lorascope.runs.loading import load
 
 CASES: dict[str, tuple[str, str, Any]] = {
     "bert": ("bert", "base", "all-linear"),

@@ -14,10 +14,11 @@ from test_hydra_files import write
 from tolerance import TINY, rounding
 
 import lorascope as ls
-from lorascope import delta, models
-from lorascope.export import rank_pattern, to_peft
+from lorascope.adapters import delta
+from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
-from lorascope.run import Run
+from lorascope.runs.export import rank_pattern, to_peft
+from lorascope.runs.run import Run
 
 TEXTS = ["the film was great", "a very boring plot and music", "lovely"]
 

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from scipy import stats
 from torch import nn
 
-from lorascope import fourier, probes
-from lorascope.probes import expressiveness as study
-from lorascope.probes.expressiveness import FAST, FOURIER, RANDOM, SLOW, Course, Points
+from lorascope import probes
+from lorascope.probes import fourierft_expressiveness as study
+from lorascope.probes.fourierft_expressiveness import FAST, FOURIER, RANDOM, SLOW, Course, Points
+from lorascope.updates import fourier
 
 
 @pytest.mark.parametrize("label", study.ADAPTERS)

@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lorascope import screen
-from lorascope.chart import Axis, Bar, Chart, Heat, Line
-from lorascope.pairwise_screen import _factor
-from lorascope.render.scales import to_floats
-from lorascope.report.markup import shown
-from lorascope.screen import Style
+from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
+from lorascope.charts.scales import to_floats
+from lorascope.diagnosis import terminal
+from lorascope.diagnosis.terminal import Style
+from lorascope.diagnosis.terminal_comparison import _factor
+from lorascope.probes.report.html import shown
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
 COLUMNS = {
@@ -26,7 +26,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("cell", [screen.norm, screen._percent, screen._number, screen._whole, _factor, shown])
+@pytest.mark.parametrize("cell", [terminal.norm, terminal._percent, terminal._number, terminal._whole, _factor, shown])
 def test_cells_stay_short(cell, value) -> None:
     assert 1 <= len(cell(float(value))) <= 10
 
@@ -38,7 +38,7 @@ def test_a_norm_is_one_character(largest: float) -> None:
         assert style.glyph(largest, largest) == style.scale[-1]
         assert {style.glyph(float(value), largest) for value in (np.inf, np.nan)} == {"!"}
         assert style.glyph(0.0, largest) == style.zero
-    assert screen._top([[None, math.nan, math.inf], [largest, 0.0]]) == largest
+    assert terminal._top([[None, math.nan, math.inf], [largest, 0.0]]) == largest
 
 
 def test_values_that_cannot_be_drawn_are_left_out() -> None:

@@ -7,7 +7,8 @@ import pytest
 from cells import METHODS, check
 from tiny import tiny
 
-from lorascope import methods, models
+from lorascope import methods
+from lorascope.inputs import models
 from lorascope.methods import FourierFT, HydraLoRA, LoRA, NeFT
 
 

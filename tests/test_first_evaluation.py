@@ -9,9 +9,11 @@ import torch
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
-from lorascope import delta, models, observe
+from lorascope import observe
+from lorascope.adapters import delta
+from lorascope.inputs import models
 from lorascope.methods import LISA, FourierFT, Full, HydraLoRA, LoRA
-from lorascope.session import Session
+from lorascope.training.session import Session
 
 FAST = {"steps": 3, "batch_size": 8, "eval_size": 16, "test_size": 16, "progress": False, "device": "cpu"}
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from lorascope.folders import Busy, held, new_folder, remove_run
-from lorascope.plan import claim
-from lorascope.recording import make_room
-from lorascope.tensors import is_partial
+from lorascope.files.safetensors_io import is_partial
+from lorascope.runs.folders import Busy, held, new_folder, remove_run
+from lorascope.training.hf_trainer.run_folder import make_room
+from lorascope.training.run_spec import claim
 
 ID = "0123456789ab"
 MANIFEST = {

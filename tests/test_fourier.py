@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import rounding
 
-from lorascope.fourier import Fourier, band_pass, entries, radius
-from lorascope.update import Dense, LowRank, spectra
+from lorascope.updates.fourier import Fourier, band_pass, entries, radius
+from lorascope.updates.low_rank import Dense, LowRank, spectra
 
 WORKED = np.array(
     [

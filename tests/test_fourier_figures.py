@@ -13,9 +13,9 @@ import pytest
 from planted import ENTRIES, SHAPE, C, lookup, low_rank, plant, plant_fourier
 
 from lorascope import plots
-from lorascope.analysis import atlas, starts
 from lorascope.analysis import fourier as analysis
-from lorascope.fourier import Fourier
+from lorascope.analysis import initial_update, leading_directions
+from lorascope.updates.fourier import Fourier
 
 # An entry and its mirror, frequencies counted from the middle of the spectrum.
 PLACES = {
@@ -111,7 +111,9 @@ def test_the_atlas_leaves_out_the_random_start(fourier: Any) -> None:
         sigma = np.linalg.svd(Fourier(change, ENTRIES, SHAPE, 12.0).matrix, compute_uv=False)
         drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
-    expected = atlas.mean_angle(*(atlas.leading(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C)))
+    expected = leading_directions.mean_angle(
+        *(leading_directions.leading(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C))
+    )
     assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)
     assert "With its start, which was not kept: lost." in heat.caption
 
@@ -179,18 +181,18 @@ def test_what_training_added_on_another_basis_is_rebuilt_from_its_seed(fourier: 
     F = np.zeros(SHAPE)
     F[tuple(ENTRIES)] = C - START
     matrix = 12 / math.sqrt(2 * 4 * 6) * left @ F @ right.T
-    np.testing.assert_allclose(starts.added(run)["h.0.q"].dense(), matrix, atol=1e-12)
-    assert not starts.added(lost)
+    np.testing.assert_allclose(initial_update.added(run)["h.0.q"].dense(), matrix, atol=1e-12)
+    assert not initial_update.added(lost)
     chart = plots.spectrum(run, added=True)
     np.testing.assert_allclose(chart.data["value"], np.linalg.svd(matrix, compute_uv=False), atol=1e-6)
     assert plots.spectrum(run).data["value"].tolist() == [1.0] * 4
-    assert (starts.lost_start(run), starts.lost_start(lost)) == (False, True)
+    assert (initial_update.lost_start(run), initial_update.lost_start(lost)) == (False, True)
 
 
 def test_a_start_from_zero_is_none_that_could_be_lost(fourier: Any) -> None:
     for basis in ("fourier", "random"):
         run = fourier(basis, {"h.0.q": {9: C}}, init="zeros", basis=basis, entry_seed=5)
-        assert not starts.lost_start(run)
+        assert not initial_update.lost_start(run)
         assert "start" not in plots.spectrum(run, added=True).caption
 
 

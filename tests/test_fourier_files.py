@@ -20,12 +20,12 @@ from tiny import tiny
 from tolerance import TINY, rounding
 
 import lorascope as ls
-from lorascope.adapter_files import CONFIG, WEIGHTS
-from lorascope.analysis import starts
-from lorascope.checkpoints import load
-from lorascope.fourier import Fourier
-from lorascope.inspection import inspect
-from lorascope.tensors import write_json
+from lorascope.analysis import initial_update
+from lorascope.diagnosis.inspection import inspect
+from lorascope.files.safetensors_io import write_json
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.runs.loading import load
+from lorascope.updates.fourier import Fourier
 
 
 def save(path: Path, family: str = "llama", dtype: torch.dtype | None = None, **config: Any) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_updates_and_norms_are_those_of_peft(tmp_path, case):
     expected = save(tmp_path, **case)
     run = load(tmp_path / "adapter", base=tmp_path / "base")
-    assert starts.lost_start(run) != case.get("init_weights", False)
+    assert initial_update.lost_start(run) != case.get("init_weights", False)
     updates, summary = run.updates(), run.summary().set_index("module")
     assert set(updates) == set(expected)
     assert len(expected) >= 2
@@ -150,7 +150,7 @@ def test_no_torch_is_needed(adapter):
 
 
 def test_the_shell_shows_it(adapter, capsys):
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     assert main(["inspect", str(adapter), "--base", str(adapter.parent / "base")]) == 0
     assert "50 coefficients" in capsys.readouterr().out
@@ -160,7 +160,7 @@ def test_the_shell_shows_it(adapter, capsys):
 
 def suggested(capsys, *words: str) -> list[str]:
     """The command that ``inspect`` says is next, by words."""
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     assert main(["inspect", *words]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("next"))
@@ -168,7 +168,7 @@ def suggested(capsys, *words: str) -> list[str]:
 
 
 def test_the_plot_that_inspect_suggests_can_be_drawn(adapter, capsys, monkeypatch):
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     monkeypatch.chdir(adapter.parent)
     words = suggested(capsys, "adapter", "--base", "base")
@@ -190,7 +190,7 @@ def test_folders_with_long_names_do_not_break_the_screen(tmp_path, capsys, monke
 
 
 def test_a_base_without_an_adapter_is_refused(tmp_path, capsys):
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     run = write_run(tmp_path / "run")
     for words in (["plot", "spectrum", f"one={run}"], ["inspect", str(run)], ["export", str(run), "--rank-pattern"]):
@@ -199,7 +199,7 @@ def test_a_base_without_an_adapter_is_refused(tmp_path, capsys):
 
 
 def test_beside_a_run_the_base_is_the_adapters_alone(adapter, tmp_path, capsys):
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     run, base = str(write_run(tmp_path / "run")), str(adapter.parent / "base")
     for words in ([str(adapter), run], [run, str(adapter)]):
@@ -212,7 +212,7 @@ def test_beside_a_run_the_base_is_the_adapters_alone(adapter, tmp_path, capsys):
 
 
 def test_its_table_is_exported_with_the_base(adapter, tmp_path, capsys):
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     words, base = ["export", str(adapter), "--summary", "--table"], adapter.parent / "base"
     assert main([*words, str(tmp_path / "x.json")]) == 2
@@ -223,7 +223,7 @@ def test_its_table_is_exported_with_the_base(adapter, tmp_path, capsys):
 
 
 def test_spectra_are_shown_when_asked_for(adapter, capsys):
-    from lorascope.cli import main
+    from lorascope.cli.main import main
 
     words = ["inspect", str(adapter), "--base", str(adapter.parent / "base"), "--json"]
     told = []

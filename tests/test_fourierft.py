@@ -18,15 +18,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
-from lorascope import export, models, plots
-from lorascope.analysis import starts, subspace
-from lorascope.delta import adapted, attach, deltas, detach, fold, host_weight
-from lorascope.fourier import Fourier, entries
-from lorascope.inspection import inspect
-from lorascope.method import METHODS, config, from_config
+from lorascope import plots
+from lorascope.adapters.delta import adapted, attach, deltas, detach, fold, host_weight
+from lorascope.analysis import initial_update, subspace_similarity
+from lorascope.diagnosis.inspection import inspect
+from lorascope.inputs import models
 from lorascope.methods import FourierFT
+from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
-from lorascope.transforms import analysis, few, synthesis, synthesize, waves
+from lorascope.methods.fourierft_synthesis import analysis, few, synthesis, synthesize, waves
+from lorascope.runs import export
+from lorascope.updates.fourier import Fourier, entries
 
 
 def drawn(shape: tuple[int, int], n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -489,7 +491,7 @@ def test_other_bases_are_told_in_the_same_table_and_what_training_added_is_known
     summary = found.summary().set_index("module")
     learned = summary["learned_norm"]
     assert learned.gt(0).all()
-    added = starts.added(found)
+    added = initial_update.added(found)
     assert {update.shape for update in added.values()} == {(32, 32), (96, 32), (128, 32), (32, 128)}
     assert {name: update.norm() for name, update in added.items()} == pytest.approx(
         dict(learned), rel=rounding(terms=TINY, growth=10)
@@ -523,12 +525,12 @@ def test_no_lora_holds_it(run):
     for refused in (
         run.lora_config,
         lambda: export.rank_pattern(run, 0.5),
-        lambda: subspace.between(updates, updates, module),
+        lambda: subspace_similarity.between(updates, updates, module),
     ):
         with pytest.raises(ValueError, match=r"is no product B A, so it has no ranks|has no factor A") as raised:
             refused()
         assert "\n" not in str(raised.value)
-    alike = subspace.between(updates, updates, module, side="update")
+    alike = subspace_similarity.between(updates, updates, module, side="update")
     assert alike["phi"].iloc[-1] == pytest.approx(1)
 
 

@@ -14,11 +14,11 @@ from test_fourierft import by_definition, drawn
 from tiny import inputs, tiny
 from torch import Tensor, nn
 
-from lorascope import fourier
-from lorascope.delta import adapted, attach
+from lorascope.adapters.delta import adapted, attach
 from lorascope.methods import FourierFT
 from lorascope.methods.fourierft import FourierDelta
-from lorascope.transforms import few
+from lorascope.methods.fourierft_synthesis import few
+from lorascope.updates import fourier
 
 SIDES = (24, 40)
 PATHS = pytest.mark.parametrize("n", [3, 200], ids=["waves", "transform"])

@@ -9,8 +9,9 @@ import pytest
 from tiny import tiny
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope.delta import adapted
+from lorascope import observe
+from lorascope.adapters.delta import adapted
+from lorascope.inputs import models
 from lorascope.probes import fourierft as probe
 
 

@@ -12,12 +12,13 @@ import pytest
 from planted import COMMON, MODULES, lookup, plant
 
 import lorascope as ls
-from lorascope import models, plots
-from lorascope.chart import Heat, Rule
+from lorascope import plots
+from lorascope.charts.chart import Heat, Rule
+from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
-from lorascope.records import Record, Snapshot
-from lorascope.run import Run
-from lorascope.writer import RunWriter
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Record, Snapshot
 
 DOMAINS = ["film", "music"]
 UPPER = np.array([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]])

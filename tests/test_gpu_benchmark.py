@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorascope import memory, methods
-from lorascope.alone import Alone
+from lorascope import methods
+from lorascope.experiments import step_memory
+from lorascope.experiments.isolated_run import Alone
 from lorascope.methods import Full, LoRA
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 SPUN = 0.05
 
@@ -40,7 +41,7 @@ def gpu(monkeypatch):
         gc.collect()  # what earlier tests left would be freed amid the measurement, and subtracted
         return Run.read(work(Alone.of(model, data, method, settings | {"steps": steps}, **where)))
 
-    monkeypatch.setattr(memory, "in_own_process", here)
+    monkeypatch.setattr(step_memory, "in_own_process", here)
     yield importlib.import_module("gpu")
     for name in ("gpu", "recorder", "paired"):
         sys.modules.pop(name)

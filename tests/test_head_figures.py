@@ -14,9 +14,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from test_hydralora import corpus
 
 from lorascope import plots
-from lorascope.analysis.clusters import DENSITY, KMEANS, cluster_selection, density_clusters, repeated_selection
-from lorascope.chart import Rule
-from lorascope.run import Run
+from lorascope.analysis.head_count import DENSITY, KMEANS, cluster_selection, density_clusters, repeated_selection
+from lorascope.charts.chart import Rule
+from lorascope.runs.run import Run
 
 T2 = 12.706204736432095 / math.sqrt(2)  # of a standard deviation, for two values
 

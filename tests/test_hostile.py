@@ -25,13 +25,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save
 
-from lorascope import export, json_files, parquet_files, plots
-from lorascope.checkpoints import load
-from lorascope.matching import Patterns
-from lorascope.pretrained import Pretrained
-from lorascope.roles import parse
-from lorascope.run import Run
-from lorascope.tensors import TensorFile
+from lorascope import plots
+from lorascope.files import parquet_tables, typed_json
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.runs import export
+from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.loading import load
+from lorascope.runs.run import Run
+from lorascope.schema.module_roles import parse
+from lorascope.schema.name_patterns import Patterns
 
 Spoil = Callable[[Path], Any]
 SHARD = "model-00001-of-00002.safetensors"
@@ -304,7 +306,7 @@ def test_base_with_many_names_is_searched_fast(tmp_path: Path) -> None:
 
 
 def test_patterns_times_modules_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorascope.matching.MAX_MATCHES", 10)
+    monkeypatch.setattr("lorascope.schema.name_patterns.MAX_MATCHES", 10)
     patterns = Patterns([f"q{n}" for n in range(4)], "rank_pattern")
     assert [patterns.first("h.q3"), patterns.first("h.q2")] == ["q3", "q2"]
     with pytest.raises(ValueError, match=r"rank_pattern.*too long"):
@@ -462,7 +464,7 @@ def test_parent_next_to_the_run_is_read(templates: dict[str, Path]) -> None:
 def state(path: Path, tree: Any, tensors: dict[str, Any] | None = None) -> Path:
     import torch
 
-    from lorascope.state import _digest
+    from lorascope.training.state import _digest
 
     found = {name: torch.tensor(value) for name, value in (tensors or {}).items()}
     text = tree if isinstance(tree, str) else json.dumps(tree)
@@ -486,21 +488,21 @@ def state(path: Path, tree: Any, tensors: dict[str, Any] | None = None) -> Path:
     ],
 )
 def test_hostile_state_is_one_line(tmp_path: Path, tree: Any) -> None:
-    from lorascope.state import load_tree
+    from lorascope.training.state import load_tree
 
     file = state(tmp_path / "state.safetensors", tree, {"a": [1.0]})
     assert str(file) in outcome(lambda: load_tree(file))
 
 
 def test_pipe_for_a_state_is_one_line(tmp_path: Path) -> None:
-    from lorascope.state import load_tree
+    from lorascope.training.state import load_tree
 
     os.mkfifo(tmp_path / "state.safetensors")
     assert "not a regular file" in outcome(lambda: load_tree(tmp_path / "state.safetensors"))
 
 
 def test_checkpoint_without_a_table_is_passed_over(tmp_path: Path) -> None:
-    from lorascope.resume import Checkpoints
+    from lorascope.training.checkpoints import Checkpoints
 
     (tmp_path / "resume").mkdir()
     state(tmp_path / "resume/step-00000001.safetensors", {"__items__": [["finished", 1]]})
@@ -509,7 +511,7 @@ def test_checkpoint_without_a_table_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_hostile_image_is_one_line(tmp_path: Path) -> None:
-    from lorascope.images import opened
+    from lorascope.inputs.images import opened
 
     os.mkfifo(tmp_path / "pipe.png")
     assert "pipe.png" in outcome(lambda: opened(tmp_path / "pipe.png"))
@@ -534,22 +536,22 @@ def test_hostile_contents_of_a_report_are_one_line(tmp_path: Path, content: Any)
 
 def test_parquet_of_many_rows_is_refused(monkeypatch: pytest.MonkeyPatch, templates: dict[str, Path]) -> None:
     file = templates["run"] / "records.parquet"
-    rows = len(parquet_files.read_table(file, file))
-    monkeypatch.setattr(parquet_files, "MAX_ROWS", rows - 1)
-    assert f"{rows} rows" in outcome(lambda: parquet_files.read_table(file, file))
+    rows = len(parquet_tables.read_table(file, file))
+    monkeypatch.setattr(parquet_tables, "MAX_ROWS", rows - 1)
+    assert f"{rows} rows" in outcome(lambda: parquet_tables.read_table(file, file))
 
 
 def test_parquet_of_many_columns_is_refused() -> None:
     buffer = io.BytesIO()
-    pd.DataFrame({str(n): [1] for n in range(parquet_files.MAX_COLUMNS + 1)}).to_parquet(buffer)
-    assert "201 columns" in outcome(lambda: parquet_files.read_table(buffer, "x"))
+    pd.DataFrame({str(n): [1] for n in range(parquet_tables.MAX_COLUMNS + 1)}).to_parquet(buffer)
+    assert "201 columns" in outcome(lambda: parquet_tables.read_table(buffer, "x"))
 
 
 @pytest.mark.slow
 def test_read_json_at_its_limit_is_bounded_in_memory(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
-    file.write_bytes(b"[" + b"[]," * (json_files.MAX_BYTES // 3 - 2) + b"1]")
-    assert "object" in outcome(lambda: json_files.read_json(file, dict), seconds=20, gigabytes=2.0)
+    file.write_bytes(b"[" + b"[]," * (typed_json.MAX_BYTES // 3 - 2) + b"1]")
+    assert "object" in outcome(lambda: typed_json.read_json(file, dict), seconds=20, gigabytes=2.0)
 
 
 def test_tensor_of_no_bytes_is_read(tmp_path: Path) -> None:
@@ -585,8 +587,8 @@ def test_command_escapes_what_a_valid_folder_says(place: Callable[[str], Path]) 
 # Runs each command line in a fork of its own, since the start of a Python takes longer than the commands.
 FORKING = """
 import json, os, resource, signal, sys, traceback
-from lorascope import checkpoints, doctor, screen
-from lorascope.cli import main
+from lorascope.runs import loading as checkpoints; from lorascope.diagnosis import doctor, terminal as screen
+from lorascope.cli.main import main
 codes = []
 for words, errors in json.load(sys.stdin):
     child = os.fork()

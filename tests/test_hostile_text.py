@@ -23,19 +23,19 @@ from planted import MODULES
 from planted import plant as plant_run
 from test_inspect import plant
 
-from lorascope import report
-from lorascope.board import Board, table
-from lorascope.chart import Axis, Chart, Heat, Line, Rule, Text
-from lorascope.checkpoints import load
-from lorascope.cli import main
-from lorascope.commands import sweeping
-from lorascope.csv_files import csv_text
-from lorascope.probe import PROBES, Findings, Probe, exhibit
-from lorascope.progress import progress_bar
-from lorascope.render import plotly
-from lorascope.resume import Checkpoints
-from lorascope.run import Run
-from lorascope.tensors import file_hash, write_json, write_tensors
+from lorascope.charts import plotly_backend
+from lorascope.charts.chart import Axis, Chart, Heat, Line, Rule, Text
+from lorascope.cli import sweep
+from lorascope.cli.main import main
+from lorascope.experiments.sweep_table import Board, table
+from lorascope.files.safe_csv import csv_text
+from lorascope.files.safetensors_io import file_hash, write_json, write_tensors
+from lorascope.probes.base import PROBES, Findings, Probe, exhibit
+from lorascope.probes.report import page as report
+from lorascope.runs.loading import load
+from lorascope.runs.run import Run
+from lorascope.training.checkpoints import Checkpoints
+from lorascope.training.progress import progress_bar
 
 EVIL = "\x1b]0;x\x07\x9b31m\u202e\r\n\0\b=cmd|' /C calc'!A0<script>$\\frac"
 FOLDER = EVIL.replace("\0", "").replace("/", "")
@@ -337,7 +337,7 @@ def test_both_renderers_show_escaped_text(made: Chart) -> None:
     for text in texts:
         if "mathdefault" not in text:
             assert "$" not in text.replace(r"\$", ""), text
-    found = list(strings(plotly.figure(made).to_plotly_json() | {"frames": []}, ()))
+    found = list(strings(plotly_backend.figure(made).to_plotly_json() | {"frames": []}, ()))
     shown = [text for path, text in found if path[-1] not in ("legendgroup", "name") or "args" in path]
     assert any(SHOWN in text for text in shown)
     for text in shown:
@@ -431,8 +431,8 @@ def test_the_recipes_of_a_sweep_are_printable(run: Path, monkeypatch: pytest.Mon
     common = dict.fromkeys(("model", "task", "metric"), EVIL)
     rows = [common | {"recipe": EVIL, "run": EVIL, "seed": seed, "value": float(seed)} for seed in range(3)]
     rows += [row | {"recipe": "b", "run": "b", "value": row["value"] + 1} for row in rows]
-    monkeypatch.setattr(sweeping.comparison, "scores", lambda runs: pd.DataFrame(rows))
-    told = sweeping._told(SimpleNamespace(runs=list))
+    monkeypatch.setattr(sweep.comparison, "scores", lambda runs: pd.DataFrame(rows))
+    told = sweep._told(SimpleNamespace(runs=list))
     assert untreated(told) == set()
     assert SHOWN in told
 

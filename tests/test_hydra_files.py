@@ -13,8 +13,11 @@ from safetensors.torch import save_file
 from tolerance import TINY, near
 
 import lorascope as ls
-from lorascope import export, inspection, models, plots
-from lorascope.adapter_files import CONFIG, WEIGHTS
+from lorascope import plots
+from lorascope.diagnosis import inspection
+from lorascope.inputs import models
+from lorascope.runs import export
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 
 PREFIX = "base_model.model."
 MODULES = {

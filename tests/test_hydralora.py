@@ -15,18 +15,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
-from lorascope import export, inspection, models, observe, plots
-from lorascope.analysis.clusters import choose_heads, chord_distance, cluster_selection, repeated_selection
-from lorascope.delta import adapted, attach, deltas, fold
-from lorascope.gating import Gates, watch
-from lorascope.layout import identify
-from lorascope.method import METHODS, config, from_config
+from lorascope import observe, plots
+from lorascope.adapters.delta import adapted, attach, deltas, fold
+from lorascope.analysis.head_count import choose_heads, chord_distance, cluster_selection, repeated_selection
+from lorascope.diagnosis import inspection
+from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
+from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
+from lorascope.methods.hydralora_routing import Gates, watch
 from lorascope.methods.lora import LoRADelta
 from lorascope.probes.hydralora import update_cosines
-from lorascope.run import Run
-from lorascope.update import norms
+from lorascope.runs import export
+from lorascope.runs.layout import identify
+from lorascope.runs.run import Run
+from lorascope.updates.low_rank import norms
 
 FAST = {"steps": 5, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 FFN = ("ffn_in", "ffn_out")

@@ -11,11 +11,12 @@ from planted import MODULES, plant
 from tiny import tiny
 
 import lorascope as ls
-from lorascope import models, probes
-from lorascope.delta import adapted
+from lorascope import probes
+from lorascope.adapters.delta import adapted
+from lorascope.inputs import models
 from lorascope.methods.hydralora import HydraDelta
 from lorascope.probes import hydralora
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 UP = [module["module"] for module in MODULES if module["role"] == "ffn_in"]
 

@@ -16,8 +16,8 @@ from tiny import inputs, tiny
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
 import lorascope as ls
-from lorascope import images, models, sources, tasks
-from lorascope.hidden import token_means
+from lorascope.adapters.hidden_states import token_means
+from lorascope.inputs import images, models, sources, tasks
 from lorascope.methods import LoRA, NeFT
 
 FAST = {"steps": 3, "batch_size": 8, "eval_every": 0, "eval_size": 8, "progress": False, "device": "cpu"}

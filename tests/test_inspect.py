@@ -14,15 +14,15 @@ import pytest
 from safetensors.torch import load_file, save_file
 from test_checkpoints import save, write_run
 
-from lorascope import screen
-from lorascope.adapter_files import WEIGHTS
-from lorascope.checkpoints import load
-from lorascope.cli import main
-from lorascope.inspection import inspect
-from lorascope.records import Record, Snapshot
-from lorascope.screen import Style
-from lorascope.tensors import write_json, write_tensors
-from lorascope.writer import RunWriter
+from lorascope.cli.main import main
+from lorascope.diagnosis import terminal
+from lorascope.diagnosis.inspection import inspect
+from lorascope.diagnosis.terminal import Style
+from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.runs.formats.peft_lora import WEIGHTS
+from lorascope.runs.loading import load
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Record, Snapshot
 
 LLAMA = {
     "self_attn.q_proj": "q",
@@ -60,7 +60,7 @@ def llama(layers: int, sigma: list[float]) -> dict[str, list[float]]:
 
 
 def lines(path: Path, **style: bool) -> list[str]:
-    return screen.one(inspect(load(path)), Style(**style)).splitlines()
+    return terminal.one(inspect(load(path)), Style(**style)).splitlines()
 
 
 def test_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,14 +193,14 @@ def test_numbers_keep_their_digits_in_seven_characters() -> None:
         0.00123: "0.00123",
     }
     shown |= {4.56e-5: "4.6e-05", float("nan"): "NaN"}
-    assert [screen.norm(value) for value in shown] == list(shown.values())
+    assert [terminal.norm(value) for value in shown] == list(shown.values())
 
 
 def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.0])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
     item = inspect(load(plant(tmp_path / "a", spectra)))
-    shown = screen.one(item, Style()).splitlines()
+    shown = terminal.one(item, Style()).splitlines()
     assert next(line for line in shown if line.startswith("ffn_in"))[15:21] == "555!!!"
     assert item.norm == pytest.approx(2 * (4 + 3 * 4) ** 0.5)
     assert item.modules["energy"].sum() == pytest.approx(1)
@@ -224,7 +224,7 @@ def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> Non
     item = inspect(load(tmp_path / "full"))
     row = item.modules.iloc[0]
     assert (row["update_norm"], row["energy_rank"], row["parameters"]) == (5.0, 2, 12)
-    shown = screen.one(item, Style()).splitlines()
+    shown = terminal.one(item, Style()).splitlines()
     assert shown[:4] == [
         "full           Full, seed 0",
         "model          m on t",
@@ -278,7 +278,7 @@ def test_colour_adds_nothing_but_colour(tmp_path: Path) -> None:
     import re
 
     item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
-    plain, coloured = screen.one(item, Style(blocks=True)), screen.one(item, Style(blocks=True, colour=True))
+    plain, coloured = terminal.one(item, Style(blocks=True)), terminal.one(item, Style(blocks=True, colour=True))
     assert "\033[" in coloured
     stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", coloured).splitlines())
     assert stripped == plain

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lorascope import json_files
-from lorascope.json_files import read_json
+from lorascope.files import typed_json
+from lorascope.files.typed_json import read_json
 
 
 @dataclass
@@ -67,7 +67,7 @@ def test_read_json_refuses_a_pipe_a_folder_and_a_huge_file(file, monkeypatch):
         read_json(file.parent, Config)
     file.unlink()
     file.write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(json_files, "MAX_BYTES", 1)
+    monkeypatch.setattr(typed_json, "MAX_BYTES", 1)
     with pytest.raises(ValueError, match="2 bytes"):
         read_json(file, Config)
 

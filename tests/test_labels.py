@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lorascope import models
-from lorascope.analysis.comparison import recipes
-from lorascope.labels import in_words
-from lorascope.method import Method, config
+from lorascope.analysis.recipe_comparison import recipes
+from lorascope.experiments.sweep import Job, _names
+from lorascope.inputs import models
 from lorascope.methods import METHODS
-from lorascope.sweeps import Job, _names
+from lorascope.methods.base import Method, config
+from lorascope.schema.labels import in_words
 
 NAMES = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(18) for leaf in ("q_proj", "v_proj"))
 LISTED = [name for name, method in METHODS.items() if "targets" in method.__dataclass_fields__ and name != "neft"]
@@ -71,7 +71,7 @@ def test_objects_are_described_without_addresses(value: object, shown: str) -> N
 
 
 def test_fields_of_a_method_show_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorascope import method as module
+    from lorascope.methods import base as module
 
     told = {"builder": student, "schedule": Schedule(), "mask": {"array": "0123456789abcdef"}, "long": list(range(99))}
     monkeypatch.setattr(module, "config", lambda each: told if each is mine else {})

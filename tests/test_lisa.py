@@ -20,9 +20,10 @@ from tolerance import TEXT, TINY, near
 from torch import Tensor, nn
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope.method import METHODS, Step, config, from_config
+from lorascope import observe
+from lorascope.inputs import models
 from lorascope.methods import LISA, Full, lisa
+from lorascope.methods.base import METHODS, Step, config, from_config
 from lorascope.methods.lisa import draw, marginals
 
 POLICIES = ["reset", "keep", "reset_all"]

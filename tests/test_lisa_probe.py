@@ -9,8 +9,9 @@ import killing
 import pytest
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope.method import config
+from lorascope import observe
+from lorascope.inputs import models
+from lorascope.methods.base import config
 from lorascope.probes import lisa_training as probe
 
 

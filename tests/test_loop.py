@@ -13,10 +13,11 @@ from tiny import tiny
 from tolerance import TEXT, TINY, near, rounding
 
 import lorascope as ls
-from lorascope import delta, models, tasks
-from lorascope.method import Method, Phase
+from lorascope.adapters import delta
+from lorascope.inputs import models, tasks
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, Full, LoRA, NeFT
-from lorascope.run import Run
+from lorascope.methods.base import Method, Phase
+from lorascope.runs.run import Run
 
 FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
 
@@ -47,7 +48,7 @@ def test_full_training_equals_a_loop_written_out(fresh_bert, task, tmp_path):
         fresh_bert, task, Watching(lr=1e-3, head_lr=1e-2), out=tmp_path / "run", warmup=0, schedule="linear", **FAST
     )
 
-    from lorascope.heads import draw_new_weights
+    from lorascope.inputs.classifier_head import draw_new_weights
 
     draw_new_weights(reference, seed=0)
     head = [p for n, p in reference.named_parameters() if n.startswith("classifier")]
@@ -387,7 +388,7 @@ def test_new_weights_come_from_the_seed_alone(bert, task):
     one = models.load(bert, task=task)
     torch.manual_seed(2)
     two = models.load(bert, task=task)
-    from lorascope.heads import draw_new_weights, weights_hash
+    from lorascope.inputs.classifier_head import draw_new_weights, weights_hash
 
     draw_new_weights(one, 3)
     draw_new_weights(two, 3)
@@ -499,7 +500,7 @@ def test_bf16_autocast_trains_and_weights_stay_float32(fresh_bert, task, tmp_pat
 
 
 def test_schedules():
-    from lorascope.settings import Settings
+    from lorascope.training.settings import Settings
 
     base = Settings(steps=10, lr=1.0, head_lr=1.0, warmup=2)
     rates = {name: replace(base, schedule=name).rate() for name in ("linear", "cosine", "constant")}

@@ -13,11 +13,11 @@ from tolerance import TINY, amplification, near, rounding
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lorascope.delta import adapted, attach, deltas, fold
-from lorascope.method import METHODS, config, from_config
+from lorascope.adapters.delta import adapted, attach, deltas, fold
 from lorascope.methods import Full, LoRA
+from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.lora import LoRADelta
-from lorascope.update import LowRank
+from lorascope.updates.low_rank import LowRank
 
 SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")
 

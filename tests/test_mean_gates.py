@@ -12,10 +12,11 @@ from tolerance import TEXT, TINY, near, rounding
 from torch import nn
 
 import lorascope as ls
-from lorascope import models, observe, plots
-from lorascope.delta import adapted, deltas
+from lorascope import observe, plots
+from lorascope.adapters.delta import adapted, deltas
+from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
 

@@ -19,13 +19,14 @@ from tiny import tiny
 from torch import nn
 
 import lorascope as ls
-from lorascope import alone, observe
-from lorascope import memory as measuring
-from lorascope.alone import Alone, Uncopied
-from lorascope.analysis import accounting
-from lorascope.method import Step
+from lorascope import observe
+from lorascope.analysis import memory_estimate
+from lorascope.experiments import isolated_run
+from lorascope.experiments import step_memory as measuring
+from lorascope.experiments.isolated_run import Alone, Uncopied
 from lorascope.methods import Full, LoRA
-from lorascope.settings import Settings
+from lorascope.methods.base import Step
+from lorascope.training.settings import Settings
 
 FAST = {"steps": 3, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
 FEW = Settings(steps=2, lr=1e-3, head_lr=1e-3, batch_size=4, eval_size=1, test_size=1)
@@ -62,9 +63,9 @@ def test_tied_weights_count_once():
     assert model.lm_head.weight is model.transformer.wte.weight
     twin = nn.Parameter(model.lm_head.weight.detach())  # another parameter on the same storage
     model.lm_head.weight = twin
-    assert len(list(model.parameters())) > len(accounting.shapes_of(tiny("gpt2")))
+    assert len(list(model.parameters())) > len(memory_estimate.shapes_of(tiny("gpt2")))
     found = look(model, torch.optim.AdamW(model.parameters()))
-    assert found["parameter_bytes"] == accounting.full(accounting.shapes_of(tiny("gpt2"))).parameters
+    assert found["parameter_bytes"] == memory_estimate.full(memory_estimate.shapes_of(tiny("gpt2"))).parameters
 
 
 def test_state_is_found_however_it_is_nested():
@@ -82,15 +83,17 @@ def test_state_is_found_however_it_is_nested():
 @pytest.mark.parametrize("method", [Full(), LoRA(rank=3, targets="all-linear")], ids=lambda method: method.name)
 def test_a_run_holds_what_is_computed(family, method, task, tmp_path, request):
     model = ls.models.load(request.getfixturevalue(family), task=task)
-    shapes = accounting.shapes_of(model)
+    shapes = memory_estimate.shapes_of(model)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
     table = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True)
     head = [name for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name]
-    held = accounting.full(shapes) if method.name == "full" else accounting.lora(shapes, 3, "all-linear", head)
+    held = (
+        memory_estimate.full(shapes) if method.name == "full" else memory_estimate.lora(shapes, 3, "all-linear", head)
+    )
     assert table.loc[0, ["gradient_bytes", "optimizer_bytes"]].tolist() == [0, 0]
     for step in (1, 2, 3):
         found = table.loc[step, ["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].astype(int)
-        assert accounting.Held(*found.tolist()) == held
+        assert memory_estimate.Held(*found.tolist()) == held
 
 
 def test_the_high_water_mark_finds_a_known_tensor_within_the_window():
@@ -196,7 +199,7 @@ def test_what_was_measured_on_one_device_is_not_taken_for_another(bert, task, tm
     def measure(device, out=None, overwrite=False):
         return measuring._measure(Alone(bert, task, LoRA(), FEW, 0, out, tmp_path, overwrite, device))
 
-    monkeypatch.setattr(alone, "_take_over", lambda model, device: None)
+    monkeypatch.setattr(isolated_run, "_take_over", lambda model, device: None)
     here = measure("cpu")
     there = here.with_name(f"{here.name}-cuda-1")
     shutil.copytree(here, there)
@@ -231,7 +234,7 @@ def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
     measuring._measure(Alone(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
-    held = accounting.full(accounting.shapes_of(ls.models.load(bert, task=task)))
+    held = memory_estimate.full(memory_estimate.shapes_of(ls.models.load(bert, task=task)))
     assert cells["parameter_bytes"] + cells["gradient_bytes"] + cells["optimizer_bytes"] == sum(astuple(held))
     assert cells["peak_bytes"] >= sum(astuple(held))
 
@@ -241,11 +244,11 @@ def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
 def test_adapprox_holds_what_is_computed_from_its_ranks(first, rank, task, tmp_path, request):
     """Besides, the RMS of every tensor's direction, and of a factored one the angle to the first moment."""
     model = ls.models.load(request.getfixturevalue("bert"), task=task)
-    shapes = accounting.shapes_of(model)
+    shapes = memory_estimate.shapes_of(model)
     method = ls.Adapprox(betas=(first, 0.999), init_rank=rank, rank_rule="fixed", min_dim=32)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
     last = run.table[run.table["step"] == 3]
-    held = accounting.adapprox(shapes, rank, first=first > 0, min_dim=32)
+    held = memory_estimate.adapprox(shapes, rank, first=first > 0, min_dim=32)
     found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
     factored = sum(len(shape) > 1 and min(shape) >= 32 for shape in shapes.values())
     assert found == held.optimizer + 4 * (len(shapes) + (factored if first else 0))
@@ -254,26 +257,26 @@ def test_adapprox_holds_what_is_computed_from_its_ranks(first, rank, task, tmp_p
 @pytest.mark.parametrize("rule", ["adafactor", "came"])
 def test_rules_with_rows_and_columns_hold_what_is_computed(rule, task, tmp_path, request):
     model = ls.models.load(request.getfixturevalue("bert"), task=task)
-    shapes = accounting.shapes_of(model)
+    shapes = memory_estimate.shapes_of(model)
     run = ls.train(model, task, Full(rule=rule), observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
     last = run.table[run.table["step"] == 3]
     found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
     beside = 4 * len(shapes) if rule == "adafactor" else 0  # transformers' keeps the RMS of every weight
-    assert found == getattr(accounting, rule)(shapes).optimizer + beside
+    assert found == getattr(memory_estimate, rule)(shapes).optimizer + beside
 
 
-@pytest.mark.parametrize("moments", accounting.POLICIES)
+@pytest.mark.parametrize("moments", memory_estimate.POLICIES)
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_lisa_holds_what_is_computed(moments, family, tmp_path, task, request):
     """Two blocks, one at a time, with five draws: state that is kept is in the end that of both."""
     model = ls.models.load(request.getfixturevalue(family), task=task)
-    shapes = accounting.shapes_of(model)
+    shapes = memory_estimate.shapes_of(model)
     method = ls.LISA(n_active=1, interval=5, moments=moments)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST | {"steps": 21})
     for step in (1, 21):
         rows = run.table[run.table["step"] == step].set_index("quantity")["value"]
         reached = int(rows["coverage"])
-        held = accounting.lisa(shapes, 1, moments, reached if moments == "keep" else None)
+        held = memory_estimate.lisa(shapes, 1, moments, reached if moments == "keep" else None)
         found = rows[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].astype(int)
-        assert accounting.Held(*found.tolist()) == held
+        assert memory_estimate.Held(*found.tolist()) == held
     assert reached == 2

@@ -6,10 +6,10 @@ import pytest
 from planted import plant
 
 from lorascope import plots
-from lorascope.analysis import accounting
+from lorascope.analysis import memory_estimate
 
 MIB = 2**20
-PARTS = (*accounting.PARTS, "rest up to the peak")
+PARTS = (*memory_estimate.PARTS, "rest up to the peak")
 
 
 def bytes_of(parameters: float, gradients: float, optimizer: float, peak: float | None = None) -> dict:
@@ -84,12 +84,12 @@ def test_larger_models_are_computed_and_say_so(tmp_path):
     run = plant(tmp_path, "a", bytes_of(8, 8, 16, 40))
     (measured,), (seven,), (seventy,) = plots.memory(run).rows()
     assert [chart.title for chart in (seven, seventy)] == ["LLaMA-2 7B, computed", "LLaMA-2 70B, computed"]
-    held = accounting.lisa(accounting.LLAMA2["70B"], 4, width=2)
+    held = memory_estimate.lisa(memory_estimate.LLAMA2["70B"], 4, width=2)
     assert cells(seventy)["LISA, 4 blocks", "optimizer"] == pytest.approx(held.optimizer / 2**30)
     assert cells(seven)["AdamW", "parameters"] == pytest.approx(12.55, abs=0.01)
     assert set(seven.data["source"]) == set(seventy.data["source"]) == {"computed"}
     assert set(measured.data["source"]) == {"measured"}
-    assert set(seven.data["part"]) == set(accounting.PARTS)
+    assert set(seven.data["part"]) == set(memory_estimate.PARTS)
     assert "not measured" in measured.caption
     with pytest.raises(ValueError, match="computed='13B' is no LLaMA-2 whose shapes are known: 7B, 70B"):
         plots.memory(run, computed=("13B",))

@@ -16,8 +16,8 @@ import transformers
 from tiny import FAMILIES, inputs, tiny
 from torch import nn
 
-from lorascope import models, tasks
-from lorascope.assets import SMOLLM2, cache, sha256
+from lorascope.inputs import models, tasks
+from lorascope.inputs.package_assets import SMOLLM2, cache, sha256
 
 HEADS = {"t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration", "vit": "ForImageClassification"}
 HUB_ANSWERS = models._hub_answers

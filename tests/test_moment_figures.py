@@ -11,7 +11,8 @@ import pytest
 from planted import plant
 
 import lorascope as ls
-from lorascope import models, observe, plots
+from lorascope import observe, plots
+from lorascope.inputs import models
 from lorascope.methods import Adapprox, Full
 
 FAST = killing.SETTINGS | {"steps": 4}

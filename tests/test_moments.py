@@ -11,27 +11,28 @@ import torch
 from tolerance import TEXT, TINY, near, rounding
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope import moments as moving
-from lorascope.analysis import moments
+from lorascope import observe
+from lorascope.analysis import optimizer_moments
+from lorascope.inputs import models
 from lorascope.methods import Adapprox, Full
+from lorascope.observe import optimizer_moments as moving
 
 FAST = killing.SETTINGS | {"steps": 4}
 
 
 def test_rank_one_has_the_sums_of_rows_and_columns():
     A = np.array([[4, 2, 1], [2, 2, 1], [1, 1, 3], [0, 1, 2]], float)
-    assert moments.rank_one(A).sum(0) == pytest.approx(A.sum(0))
-    assert moments.rank_one(A).sum(1) == pytest.approx(A.sum(1))
-    assert moments.relative_error(A, moments.rank_one(A)) == pytest.approx(0.461095, abs=1e-6)
-    assert not moments.rank_one(np.zeros((2, 3))).any()
+    assert optimizer_moments.rank_one(A).sum(0) == pytest.approx(A.sum(0))
+    assert optimizer_moments.rank_one(A).sum(1) == pytest.approx(A.sum(1))
+    assert optimizer_moments.relative_error(A, optimizer_moments.rank_one(A)) == pytest.approx(0.461095, abs=1e-6)
+    assert not optimizer_moments.rank_one(np.zeros((2, 3))).any()
 
 
 def test_the_tail_of_the_worked_spectrum():
     sigma = np.array([6.0671, 2.9191, 0.8183])
-    assert moments.tail(sigma, 1) == pytest.approx(0.44698, abs=1e-4)
-    assert moments.tail(sigma, 2) == pytest.approx(0.120645, abs=1e-4)
-    assert moments.tail(sigma, 3) == 0
+    assert optimizer_moments.tail(sigma, 1) == pytest.approx(0.44698, abs=1e-4)
+    assert optimizer_moments.tail(sigma, 2) == pytest.approx(0.120645, abs=1e-4)
+    assert optimizer_moments.tail(sigma, 3) == 0
 
 
 def test_a_random_matrix_keeps_the_sums_and_loses_the_directions():
@@ -39,15 +40,15 @@ def test_a_random_matrix_keeps_the_sums_and_loses_the_directions():
     alone = np.outer(draw.random(60), draw.random(40))
     hidden = alone * (1 + 0.9 * np.outer(np.sign(draw.standard_normal(60)), np.sign(draw.standard_normal(40))))
     hidden[5] = 0
-    dealt = moments.same_marginals(hidden, seed=1)
+    dealt = optimizer_moments.same_marginals(hidden, seed=1)
     assert dealt.sum(0) == pytest.approx(hidden.sum(0), rel=1e-6)
     assert dealt.sum(1) == pytest.approx(hidden.sum(1), rel=1e-6, abs=1e-12)
     assert (dealt >= 0).all()
     own, other = (np.linalg.svd(matrix, compute_uv=False) for matrix in (hidden, dealt))
-    assert moments.tail(own, 3) < 1e-6
-    assert moments.tail(other, 3) > 0.3
+    assert optimizer_moments.tail(own, 3) < 1e-6
+    assert optimizer_moments.tail(other, 3) > 0.3
     # and where there is nothing beyond rows and columns, nothing is lost
-    assert moments.same_marginals(alone, seed=1) == pytest.approx(alone)
+    assert optimizer_moments.same_marginals(alone, seed=1) == pytest.approx(alone)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +82,11 @@ def test_singular_values_and_errors_are_those_of_adams_average(adam):
         assert values["moment_sigma"].to_numpy() == near(sigma / sigma[0], terms=TINY)
         assert values["moment_sigma"].index[0] == 1
         for rank, error in values["moment_error"].items():
-            assert error == near(moments.tail(sigma, int(rank)), 1, terms=TINY)
+            assert error == near(optimizer_moments.tail(sigma, int(rank)), 1, terms=TINY)
             assert values["moment_error_s_rsi", rank] >= error - rounding(terms=TINY)
             assert values["moment_error_s_rsi", rank] <= 1.3 * error + rounding(terms=TINY)
         rank_one = rows.loc[rows["quantity"] == "moment_error_rank_one", "value"].item()
-        assert rank_one == near(moments.relative_error(V, moments.rank_one(V)), terms=TINY)
+        assert rank_one == near(optimizer_moments.relative_error(V, optimizer_moments.rank_one(V)), terms=TINY)
         assert rank_one >= values["moment_error", 1] - rounding(terms=TINY)
 
 
@@ -111,7 +112,7 @@ def test_ways_to_factor_are_measured_on_one_block(bert, task, tmp_path):
     for module, rows in found[found["step"] == 4].groupby("module", observed=True):
         values = rows.set_index(["quantity", "index"])["value"]
         sigma = np.linalg.svd(kept[module], compute_uv=False)
-        least = [moments.tail(sigma, rank) for rank in (1, 2, 4, 8, 16)]
+        least = [optimizer_moments.tail(sigma, rank) for rank in (1, 2, 4, 8, 16)]
         assert values["factoring_error_svd"].to_numpy() == pytest.approx(least, rel=1e-3)
         for way in ("l1_p5", "l2_p5", "l5_p0", "l5_p5", "svd_lowrank"):
             excess = values[f"factoring_error_{way}"].to_numpy() / least
@@ -138,7 +139,9 @@ def test_torchs_own_decomposition_draws_nothing_from_the_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
     assert (left.shape, right.shape) == ((40, 3), (30, 3))
     sigma = torch.linalg.svdvals(V)
-    assert float((V - left @ right.T).norm() / V.norm()) == pytest.approx(moments.tail(sigma.numpy(), 3), rel=1e-3)
+    assert float((V - left @ right.T).norm() / V.norm()) == pytest.approx(
+        optimizer_moments.tail(sigma.numpy(), 3), rel=1e-3
+    )
 
 
 METHOD = Adapprox(lr=1e-3, min_dim=8, rank_rule="fixed", init_rank=3)
@@ -167,10 +170,14 @@ def test_drift_is_measured_against_the_exact_average(bert, task, tmp_path):
         values = rows.set_index("quantity")["value"]
         norms = run.table.query("quantity == 'factor_norm' and module == @module and step == 4")["value"]
         assert norms.item() == near(np.linalg.norm(factors[module]), terms=TINY)
-        assert values["factor_drift"] == near(moments.relative_error(E, factors[module]), **SQUARES)
-        assert values["factor_drift_least"] == near(moments.tail(np.linalg.svd(E, compute_uv=False), 3), **SQUARES)
+        assert values["factor_drift"] == near(optimizer_moments.relative_error(E, factors[module]), **SQUARES)
+        assert values["factor_drift_least"] == near(
+            optimizer_moments.tail(np.linalg.svd(E, compute_uv=False), 3), **SQUARES
+        )
         assert values["factor_drift"] > values["factor_drift_least"]
-        assert values["factor_drift_rank_one"] == near(moments.relative_error(E, moments.rank_one(E)), **SQUARES)
+        assert values["factor_drift_rank_one"] == near(
+            optimizer_moments.relative_error(E, optimizer_moments.rank_one(E)), **SQUARES
+        )
 
 
 def test_the_error_of_a_step_stands_beside_the_least_of_its_rank(bert, task, tmp_path):
@@ -195,8 +202,8 @@ def test_the_error_of_a_step_stands_beside_the_least_of_its_rank(bert, task, tmp
         (before, _), (product, squares) = seen[module][step - 2 : step]
         V = 0.999 * before.clip(0) + 0.001 * squares
         values = rows.set_index("quantity")["value"]
-        assert values["factor_step_error"] == near(moments.relative_error(V, product), **SQUARES)
-        least = moments.tail(np.linalg.svd(V, compute_uv=False), 3)
+        assert values["factor_step_error"] == near(optimizer_moments.relative_error(V, product), **SQUARES)
+        least = optimizer_moments.tail(np.linalg.svd(V, compute_uv=False), 3)
         assert values["factor_step_error_least"] == near(least, **SQUARES)
         assert values["factor_step_error"] >= least * (1 - 1e-6)
     # at the step of a choice it is the error that the method tells

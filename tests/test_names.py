@@ -11,7 +11,7 @@ from architectures import BLOCKS, ENDS, TIED
 from tiny import FAMILIES, HEADS, tiny
 from torch import nn
 
-from lorascope.names import ROLES, describe, parse, position
+from lorascope.schema.module_table import ROLES, describe, parse, position
 
 
 def _roles(description: pd.DataFrame) -> dict[str, str]:

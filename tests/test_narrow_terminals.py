@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.board import Board, Row, table
-from lorascope.cli import COMMANDS, main
-from lorascope.progress import progress_bar
-from lorascope.screen import elide
+from lorascope.cli.main import COMMANDS, main
+from lorascope.diagnosis.terminal import elide
+from lorascope.experiments.sweep_table import Board, Row, table
+from lorascope.training.progress import progress_bar
 
 WIDTHS = (0, 1, 2, 3, 10)
 ROWS = [Row("lora-with-a-long-name", "running", "3/9", "accuracy 0.5"), Row("b", "failed", metric="ValueError: " * 9)]

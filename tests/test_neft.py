@@ -17,11 +17,12 @@ from tolerance import near
 from torch import nn
 
 import lorascope as ls
-from lorascope import cli, models
-from lorascope.analysis import neurons, selection
-from lorascope.hosts import host_weight
-from lorascope.method import METHODS, Step, config, from_config, task_head
+from lorascope.adapters.host_weights import host_weight
+from lorascope.analysis import neurons, selected_neurons
+from lorascope.cli import main
+from lorascope.inputs import models
 from lorascope.methods import Full, LoRA, NeFT
+from lorascope.methods.base import METHODS, Step, config, from_config, task_head
 from lorascope.methods.neft import Mask, distances
 
 FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
@@ -340,13 +341,13 @@ def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
     _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
     model, _, run = train(bert, task, NeFT(k=9, reversed_share=0.02, tuned=full), tmp_path / "both")
     total = sum(parameter.numel() for parameter in model.parameters())
-    pool = selection.scores(run, "selection_cosine")
+    pool = selected_neurons.scores(run, "selection_cosine")
     first, other = (
         neurons.select(pool, 9, by="value"),
         neurons.select(pool, round(0.02 * total / 32), "reversed", by="value"),
     )
-    assert selection.as_set(selection.chosen(run)) == selection.as_set(pd.concat([first, other]))
-    assert len(selection.chosen(run)) == len(first) + len(other)
+    assert selected_neurons.as_set(selected_neurons.chosen(run)) == selected_neurons.as_set(pd.concat([first, other]))
+    assert len(selected_neurons.chosen(run)) == len(first) + len(other)
     more = NeFT(k=9, reversed_share=0.9, tuned=full)
     with pytest.raises(ValueError, match=r"reversed_share 0.9 is \d+ neurons: 183 are left to choose, 0\.\d+ of the"):
         train(bert, task, more, tmp_path / "more")
@@ -440,7 +441,7 @@ def test_an_adapter_from_elsewhere_is_refused(bert, task, tmp_path, capsys):
     ):
         NeFT(k=3, tuned=folder).prepare()
     for given in (folder, tmp_path / "nowhere"):
-        assert cli.main(["train", "neft", "--steps", "3", "--tuned", str(given)]) == 2
+        assert main.main(["train", "neft", "--steps", "3", "--tuned", str(given)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
@@ -493,9 +494,9 @@ def test_neurons_may_come_in_any_array(numbers):
 
 
 def test_the_command_line_takes_its_options_and_ends_wrong_ones_with_2(capsys):
-    assert cli.main(["train", "neft", "--steps", "3", "--mode", "lowest"]) == 2
+    assert main.main(["train", "neft", "--steps", "3", "--mode", "lowest"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
-    assert cli.main(["train", "neft", "--help"]) == 0
+    assert main.main(["train", "neft", "--help"]) == 0
     said = capsys.readouterr().out
     assert "--tuned" in said
     assert "--clip-before" in said

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope.analysis import selection
+from lorascope import observe
+from lorascope.analysis import selected_neurons
+from lorascope.inputs import models
 from lorascope.probes import neft as probe
 
 REACHED = {probe.FULL: 0.80, probe.LOW: 0.79, probe.CHANGED: 0.83, probe.REVERSED: 0.70, probe.RANDOM: 0.82}
@@ -25,9 +26,9 @@ def test_lots_within_modules_share_what_is_expected():
         return frozenset((m, int(i)) for m, n in counts.items() for i in draw.choice(sizes[m], n, replace=False))
 
     pairs = [(lot(first), lot(second)) for _ in range(400)]
-    found = np.mean([selection.common(*pair, pool=50)["overlap"] for pair in pairs])
-    assert selection.expected(*pairs[0], sizes) == pytest.approx((5 * 8 / 10 + 5 * 2 / 40) / 10)
-    assert found == pytest.approx(selection.expected(*pairs[0], sizes), abs=0.02)
+    found = np.mean([selected_neurons.common(*pair, pool=50)["overlap"] for pair in pairs])
+    assert selected_neurons.expected(*pairs[0], sizes) == pytest.approx((5 * 8 / 10 + 5 * 2 / 40) / 10)
+    assert found == pytest.approx(selected_neurons.expected(*pairs[0], sizes), abs=0.02)
 
 
 def test_arms_differ_in_their_neurons_alone():
@@ -88,9 +89,9 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     assert effects[probe.OVER_RANDOM] == pytest.approx(0.01)
     assert effects[probe.OVER_REVERSED] == pytest.approx(0.13)
     assert effects[probe.BY_PROBES] == pytest.approx(0.02)
-    own = [selection.as_set(selection.chosen(run)) for run in runs[probe.CHANGED]]
-    expected = selection.common(*own, 192)["overlap"] - selection.expected(
-        *own, dict.fromkeys(selection.sizes(run), 48)
+    own = [selected_neurons.as_set(selected_neurons.chosen(run)) for run in runs[probe.CHANGED]]
+    expected = selected_neurons.common(*own, 192)["overlap"] - selected_neurons.expected(
+        *own, dict.fromkeys(selected_neurons.sizes(run), 48)
     )
     assert effects[probe.STABLE] == pytest.approx(expected)
     values = {verdict.claim: verdict.values.set_index("seed") for verdict in found.verdicts}

@@ -14,15 +14,16 @@ from tiny import tiny
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
-from lorascope import models, observe, plots
-from lorascope.analysis import selection
-from lorascope.chart import Line, Rule
-from lorascope.delta import adapted, host_weight
+from lorascope import observe, plots
+from lorascope.adapters.delta import adapted, host_weight
+from lorascope.analysis import selected_neurons
+from lorascope.charts.chart import Line, Rule
+from lorascope.inputs import models
 from lorascope.methods import Full, HydraLoRA, LoRA, NeFT
-from lorascope.records import Record
-from lorascope.run import Run
-from lorascope.utilised import mean_states
-from lorascope.writer import RunWriter
+from lorascope.observe.neuron_utilization import mean_states
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Record
 
 MODULES = [row | {"tied": ""} for row in blocks(2, ("ffn_in", "ffn_out"), hidden=4)]
 IN, OUT = ("encoder.layer.{}." + role for role in ("ffn_in", "ffn_out"))
@@ -138,8 +139,8 @@ def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family,
     method = NeFT(k=60, tuned=full)
     method.attach(models.load(folder, task=task))
     expected = {(module, number) for module, numbers in method.neurons_.items() for number in numbers}
-    assert selection.as_set(selection.chosen(full, 60)) == expected
-    scored = selection.scores(full, "neuron_cosine")
+    assert selected_neurons.as_set(selected_neurons.chosen(full, 60)) == expected
+    scored = selected_neurons.scores(full, "neuron_cosine")
     assert scored.groupby("role").size().to_dict() == dict.fromkeys(("ffn_gate", "ffn_in", "ffn_out"), 96)
     assert (scored.nlargest(60, "value")["role"] == "ffn_gate").any()
 

@@ -11,11 +11,11 @@ import pandas as pd
 import pytest
 from test_inspect import run
 
-from lorascope import screen
-from lorascope.cli import main
-from lorascope.neuron_inspection import NeuronInspection, inspect_neurons
-from lorascope.screen import Style
-from lorascope.tensors import open_tensors, write_tensors
+from lorascope.cli.main import main
+from lorascope.diagnosis import terminal
+from lorascope.diagnosis.neuron_inspection import NeuronInspection, inspect_neurons
+from lorascope.diagnosis.terminal import Style
+from lorascope.files.safetensors_io import open_tensors, write_tensors
 
 WIDTH, FEED_FORWARD = 6, 10
 ROLES = {"gate_proj": "ffn_gate", "up_proj": "ffn_in", "down_proj": "ffn_out"}
@@ -111,16 +111,16 @@ findings       3 of 6 projections untouched: model.layers.0.mlp.gate_proj and 2
                  more
                26 neurons elsewhere did not change at all
 next           lorascope inspect tuned --base base --csv > neurons.csv"""
-    assert screen.neurons(inspect_neurons("tuned", "base"), Style()) == expected
+    assert terminal.neurons(inspect_neurons("tuned", "base"), Style()) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2, 17, 33, 80])
 def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> None:
     base, tuned = plant(tmp_path / ("a-rather-long-name" * 4), layers, {(layers - 1, "up_proj", 0): 0.1})
-    for shown in (screen.neurons, screen.every_projection):
+    for shown in (terminal.neurons, terminal.every_projection):
         lines = shown(inspect_neurons(tuned, base), Style(blocks=True)).splitlines()
         assert max(map(len, lines)) <= 80
-    assert len(screen.neurons(inspect_neurons(tuned, base), Style()).splitlines()) <= 24
+    assert len(terminal.neurons(inspect_neurons(tuned, base), Style()).splitlines()) <= 24
 
 
 def test_findings(tmp_path: Path) -> None:

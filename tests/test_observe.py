@@ -15,12 +15,15 @@ from tolerance import TEXT, TINY, near, rounding
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, models, names, observe
-from lorascope.hosts import oriented, shared_copies, to_array
-from lorascope.method import Method, Step, train_adapters
+from lorascope import observe
+from lorascope.adapters import delta
+from lorascope.adapters.host_weights import oriented, shared_copies, to_array
+from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA
+from lorascope.methods.base import Method, Step, train_adapters
 from lorascope.methods.lora import LoRADelta
-from lorascope.trained import squares
+from lorascope.observe.trainable import squares
+from lorascope.schema import module_table
 
 FAST = {"steps": 7, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 
@@ -104,7 +107,7 @@ class Away(Method):
 
     def attach(self, model):
         adapters = {}
-        for number, name in enumerate(names.match(names.describe(model), ("q", "k", "ffn_in"))):
+        for number, name in enumerate(module_table.match(module_table.describe(model), ("q", "k", "ffn_in"))):
             host = model.get_submodule(name)
             adapters[name] = Shifted(host) if number % 2 else LoRADelta(host, 2, 0.5)
             if number % 2 == 0:
@@ -222,7 +225,7 @@ def step_of(model, finished, total, base, modules, optimizer):
 def test_worked_numbers():
     """B = (1, 2)^T, A = (2, 0, 1), scale 2: |dW| 10, |W_0 + dW| 10.48809, adapter 3.16228; half of B: step 5."""
     model = Pair()
-    modules = names.describe(model)
+    modules = module_table.describe(model)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapter = LoRADelta(model.q, 1, 2.0)
     with torch.no_grad():
@@ -284,7 +287,7 @@ def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
 def test_recording_copies_each_factor_to_the_host_once(method, monkeypatch):
     """At step 0, where norms save what step 1 is compared with, and in a snapshot of the factors."""
     model = tiny("bert")
-    described = names.describe(model)
+    described = module_table.describe(model)
     base = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     method.attach(model)
     trained = {p.data_ptr() for each in delta.adapted(model).values() for p in each.parameters()}

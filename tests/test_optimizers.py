@@ -13,11 +13,11 @@ from tolerance import near
 from transformers.optimization import Adafactor
 
 import lorascope as ls
-from lorascope import models
-from lorascope.method import config, from_config
+from lorascope.inputs import models
 from lorascope.methods import Full
-from lorascope.methods.came import CAME
-from lorascope.session import Session
+from lorascope.methods.base import config, from_config
+from lorascope.methods.optimizers.came import CAME
+from lorascope.training.session import Session
 
 
 def by_hand(W, gradients, lr, betas, eps, decay, clip):

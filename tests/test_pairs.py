@@ -14,14 +14,14 @@ import pytest
 from test_hydra_files import write as write_hydra
 
 from lorascope import plots
-from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
-from lorascope.analysis import pairs
-from lorascope.analysis.atlas import chance_angle
-from lorascope.checkpoints import AdapterRun, load
-from lorascope.cli import main
-from lorascope.fourier import Fourier
-from lorascope.tensors import write_json, write_tensors
-from lorascope.update import Dense, LowRank
+from lorascope.analysis import adapter_similarity
+from lorascope.analysis.leading_directions import chance_angle
+from lorascope.cli.main import main
+from lorascope.files.safetensors_io import write_json, write_tensors
+from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
+from lorascope.runs.loading import AdapterRun, load
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import Dense, LowRank
 
 LAYER = "model.layers.{}.self_attn.{}_proj".format
 SHAPE = (20, 12)
@@ -75,8 +75,8 @@ def angle(one: np.ndarray, other: np.ndarray, k: int) -> float:
 
 
 def test_the_matrix_is_that_of_dense_vectors(three: dict[str, AdapterRun]) -> None:
-    shared = pairs.modules(three)
-    table = pairs.matrix(three, shared).set_index(["one", "other"])
+    shared = adapter_similarity.modules(three)
+    table = adapter_similarity.matrix(three, shared).set_index(["one", "other"])
     for one in three:
         for other in three:
             x, y, row = whole(three[one]), whole(three[other]), table.loc[(one, other)]
@@ -96,7 +96,7 @@ def test_the_matrix_is_that_of_dense_vectors(three: dict[str, AdapterRun]) -> No
 
 
 def test_allocations_differ_by_what_would_have_to_move(three: dict[str, AdapterRun]) -> None:
-    table = pairs.matrix(three, pairs.modules(three)).set_index(["one", "other"])
+    table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
     # a: thirds in q0, v0, q1; b: 6, 2 and 4 twelfths in q0, q1, v1
     assert table.loc[("a", "b"), "rank_moved"] == pytest.approx((1 / 6 + 1 / 3 + 1 / 6 + 1 / 3) / 2)
     assert table.loc[("a", "c"), ["rank_moved", "energy_moved"]].tolist() == pytest.approx([1, 1])
@@ -112,11 +112,11 @@ def test_another_factoring_changes_nothing(tmp_path: Path, three: dict[str, Adap
     gauges = {module: draw.standard_normal((len(A), len(A))) for module, (_, A) in factors.items()}
     again = {module: (B @ gauges[module], np.linalg.solve(gauges[module], A)) for module, (B, A) in factors.items()}
     other = three | {"b": load(write(tmp_path / "again", again))}
-    tables = [pairs.matrix(runs, pairs.modules(runs)) for runs in (three, other)]
+    tables = [adapter_similarity.matrix(runs, adapter_similarity.modules(runs)) for runs in (three, other)]
     for column in ("norm_ratio", "cosine", "angle", "rank_moved", "energy_moved"):
         np.testing.assert_allclose(tables[0][column], tables[1][column], rtol=1e-4, atol=1e-4)
     same = {"one": three["b"], "two": other["b"]}
-    row = pairs.matrix(same, pairs.modules(same)).iloc[1]
+    row = adapter_similarity.matrix(same, adapter_similarity.modules(same)).iloc[1]
     assert row["cosine"] == pytest.approx(1)
     assert row["angle"] == pytest.approx(0, abs=1e-2)
 
@@ -135,7 +135,7 @@ def test_products_of_all_kinds_are_those_of_matrices(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(LowRank, "dense", never)
     for one, first in zip(updates, matrices, strict=True):
         for other, second in zip(updates, matrices, strict=True):
-            assert pairs.inner(one, other) == pytest.approx(np.vdot(first, second))
+            assert adapter_similarity.inner(one, other) == pytest.approx(np.vdot(first, second))
 
 
 def test_zero_and_nan_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
@@ -143,8 +143,8 @@ def test_zero_and_nan_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
     spoiled = dict(factors) | {LAYER(0, "q"): (np.full((20, 3), np.nan), factors[LAYER(0, "q")][1])}
     none = {module: (0 * B, A) for module, (B, A) in factors.items()}
     runs = {name: load(write(tmp_path / name, f)) for name, f in {"x": factors, "n": spoiled, "z": none}.items()}
-    shared = pairs.modules(runs)
-    table = pairs.matrix(runs, shared).set_index(["one", "other"])
+    shared = adapter_similarity.modules(runs)
+    table = adapter_similarity.matrix(runs, shared).set_index(["one", "other"])
     kept = [m for m in factors if m != LAYER(0, "q")]
     norms = [np.sqrt(sum(runs["x"].updates()[m].norm() ** 2 for m in names)) for names in (kept, factors)]
     assert table.loc[("n", "x"), "cosine"] == pytest.approx(norms[0] / norms[1])
@@ -171,7 +171,7 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 def test_the_screen(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
     shown = told(capsys, *(run.path for run in three.values())).splitlines()
-    table = pairs.matrix(three, pairs.modules(three)).set_index(["one", "other"])
+    table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
     assert [line.split()[:3] for line in shown[1:4]] == [["a", "a", "LoRA"], ["b", "b", "LoRA"], ["c", "c", "LoRA"]]
     assert shown[5].split("  ")[0] == "|dW|, row over column"
     ratio, cosine = (
@@ -214,7 +214,7 @@ def test_two_folders_of_one_name_are_told_apart_by_their_paths(
 
 def test_the_figure_holds_the_matrix(three: dict[str, AdapterRun]) -> None:
     charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
-    table = pairs.matrix(three, pairs.modules(three))
+    table = adapter_similarity.matrix(three, adapter_similarity.modules(three))
     ratio, cosine, angles, moved = charts
     assert ratio.data["log_ratio"].tolist() == pytest.approx(np.log2(table["norm_ratio"]).tolist())
     assert cosine.data["cosine"].tolist() == table["cosine"].tolist()

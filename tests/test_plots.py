@@ -14,7 +14,7 @@ from tolerance import TINY, near
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 
 @pytest.fixture

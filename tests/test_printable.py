@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorascope.printable import printable
+from lorascope.files.printable import printable
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,19 @@ import torch
 from planted import plant
 from torch import nn
 
-from lorascope import loop, observe, plots, probes, sweeps
+from lorascope import observe, plots, probes
+from lorascope.experiments import sweep
+from lorascope.inputs.models import load
 from lorascope.methods import Full, LoRA, NeFT
 from lorascope.methods.lora import LoRADelta
-from lorascope.models import load
-from lorascope.plan import StateRemoved
-from lorascope.probe import Arm, Findings, exhibit
 from lorascope.probes import lisa, lora
-from lorascope.probes.yardstick import tfidf_accuracy
-from lorascope.records import Record, frame
-from lorascope.run import Run
-from lorascope.writer import remove_states
+from lorascope.probes.base import Arm, Findings, exhibit
+from lorascope.probes.tfidf_baseline import tfidf_accuracy
+from lorascope.runs.run import Run
+from lorascope.runs.writer import remove_states
+from lorascope.schema.records import Record, frame
+from lorascope.training import loop
+from lorascope.training.run_spec import StateRemoved
 
 MODULES = pd.DataFrame(
     {
@@ -198,7 +200,7 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
         probe = probes.PROBES[name]
         arms = [tiny(arm) for arm in probe.arms(True)]
         monkeypatch.setitem(probes.PROBES, name, replace(probe, arms=lambda quick, arms=arms: arms))
-    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)  # in this process: no workers to start
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # in this process: no workers to start
     found = probes.reproduce(["lora", "lisa"], True, None, tmp_path / "out")
     page = found.path.read_text(encoding="utf-8")
     for claim in (lora.PARITY, lora.USEFUL, lora.SHARED, lisa.BOTTOM, lisa.BOTTOM_LEARNED):
@@ -225,7 +227,7 @@ def dense_probe(bert, task, monkeypatch):
 
     probe = replace(probes.PROBES["lora"], name="dense", arms=lambda quick: arms, judge=judge)
     monkeypatch.setitem(probes.PROBES, "dense", probe)
-    monkeypatch.setattr(sweeps, "cpu_count", lambda: 1)
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)
     return {arm.label: arm for arm in arms}
 
 

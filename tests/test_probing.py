@@ -10,13 +10,14 @@ import torch
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
-from lorascope import models, records
-from lorascope.analysis import neurons, selection
-from lorascope.hosts import host_weight
+from lorascope.adapters.host_weights import host_weight
+from lorascope.analysis import neurons, selected_neurons
+from lorascope.inputs import models
 from lorascope.methods import NeFT
-from lorascope.methods.probing import directions, likeness
-from lorascope.records import Quantity, Record
-from lorascope.writer import RunWriter
+from lorascope.methods.neft_probing import directions, likeness
+from lorascope.runs.writer import RunWriter
+from lorascope.schema import records
+from lorascope.schema.records import Quantity, Record
 
 FAST = {"steps": 4, "batch_size": 8, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
 
@@ -97,10 +98,10 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     found = dict(zip(zip(rows["module"].astype(str), rows["index"], strict=True), rows["value"], strict=True))
     assert found == near(expected, terms=TINY, growth=40 * TEXT)  # the condition of the states
     best = set(sorted(found, key=found.get)[-7:])
-    assert selection.as_set(selection.chosen(run)) == best
+    assert selected_neurons.as_set(selected_neurons.chosen(run)) == best
     method = NeFT(k=7, mode="probed", tuned=probed, lr=1e-2)
     again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
-    assert selection.as_set(selection.chosen(again)) == best
+    assert selected_neurons.as_set(selected_neurons.chosen(again)) == best
     for mode in neurons.MODES:
         with pytest.raises(ValueError, match=rf"mode '{mode}' cannot choose by {probed.id} .*, a run of probing: give"):
             NeFT(k=7, mode=mode, tuned=probed)
@@ -116,7 +117,7 @@ def test_a_run_of_probing_serves_the_projections_that_it_probed(bert, task, tmp_
     (probed,) = wide.parents
     method = NeFT(k=7, mode="probed", tuned=probed, targets=("ffn_in",))
     method.attach(models.load(bert, task=task))
-    found = selection.scores(wide, "probe_cosine").query("role == 'ffn_in'").nlargest(7, "value")
+    found = selected_neurons.scores(wide, "probe_cosine").query("role == 'ffn_in'").nlargest(7, "value")
     assert method.neurons_ == neurons.by_module(found)
     less = NeFT(k=7, mode="probed", tuned=narrow.parents[0])
     with pytest.raises(

@@ -18,12 +18,12 @@ from scipy import stats
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.chart import Heat
+from lorascope.charts.chart import Heat
 from lorascope.methods import AdaLoRA
-from lorascope.plots.catalogue import FIGURES
-from lorascope.records import Record
-from lorascope.run import Run
-from lorascope.writer import RunWriter
+from lorascope.plots.registry import FIGURES
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Record
 
 MODULES = blocks(2, ("q", "ffn_in"), hidden=10)
 START, END = [4, 4, 4, 4], [4, 0, 2, 3]
@@ -276,7 +276,7 @@ def test_the_command_line_draws_a_run_whose_method_it_never_imports(write: Any, 
     """``kept`` is registered by AdaLoRA's own code, which needs torch; the run says itself what it means."""
     run = write("a", allotted() | scored([2.0, 1.0], kept=[[1, 1, 0], [1, 0, 0]]))
     script = (
-        "import sys; from lorascope.cli import main; "
+        "import sys; from lorascope.cli.main import main; "
         f"code = main(['plot', 'rank_allocation', {str(run.path)!r}, '-o', {str(tmp_path / 'x.png')!r}, '--chance']); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )

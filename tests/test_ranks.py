@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from planted import blocks
 from scipy import stats
 
-from lorascope import records
-from lorascope.analysis import norms, ranks
-from lorascope.records import Record
+from lorascope.analysis import norms, rank_allocations
+from lorascope.schema import records
+from lorascope.schema.records import Record
 
 MODULES = pd.DataFrame(blocks(3, ("q", "ffn_in"), hidden=10)).astype({"layer": "Int16"})
 
@@ -36,7 +36,7 @@ def table(at: dict[int, list[int]], run: str = "a", modules: pd.DataFrame = MODU
 def several(*values: list[int]) -> pd.DataFrame:
     """Ranks in force of runs a, b, ..."""
     runs = [table({9: found}, run) for run, found in zip("abcdefgh", values, strict=False)]
-    return ranks.in_force(records.concat(runs))
+    return rank_allocations.in_force(records.concat(runs))
 
 
 HISTORY = {0: [4] * 6, 3: [4, 3, 2, 4, 1, 0], 9: [5, 0, 1, 2, 0, 4]}
@@ -44,44 +44,44 @@ HISTORY = {0: [4] * 6, 3: [4, 3, 2, 4, 1, 0], 9: [5, 0, 1, 2, 0, 4]}
 
 def test_ranks_in_force_are_the_last_recorded_by_a_step() -> None:
     found = table(HISTORY)
-    assert ranks.in_force(found)["value"].tolist() == HISTORY[9]
-    assert ranks.in_force(found, 8)["value"].tolist() == HISTORY[3]
-    assert set(ranks.in_force(found, 8)["step"]) == {8}
-    assert ranks.in_force(found, 0)["value"].tolist() == [4] * 6
+    assert rank_allocations.in_force(found)["value"].tolist() == HISTORY[9]
+    assert rank_allocations.in_force(found, 8)["value"].tolist() == HISTORY[3]
+    assert set(rank_allocations.in_force(found, 8)["step"]) == {8}
+    assert rank_allocations.in_force(found, 0)["value"].tolist() == [4] * 6
     late = found[(found["step"] < 9) | (found["module"] != name(0, "q"))]
-    assert ranks.in_force(late)["value"].tolist() == [4, *HISTORY[9][1:]]
+    assert rank_allocations.in_force(late)["value"].tolist() == [4, *HISTORY[9][1:]]
     with pytest.raises(ValueError, match="no rank was recorded by step -1"):
-        ranks.in_force(found, -1)
+        rank_allocations.in_force(found, -1)
 
 
 def test_a_folder_without_steps_has_its_ranks_at_the_end_alone() -> None:
     folder = table({-1: HISTORY[9]})
-    assert ranks.in_force(folder)["value"].tolist() == HISTORY[9]
+    assert rank_allocations.in_force(folder)["value"].tolist() == HISTORY[9]
     with pytest.raises(ValueError, match="by step 9"):
-        ranks.in_force(folder, 9)
+        rank_allocations.in_force(folder, 9)
 
 
 def test_ranks_are_summed_by_layer_and_by_role() -> None:
-    found = ranks.in_force(table(HISTORY))
+    found = rank_allocations.in_force(table(HISTORY))
     layers, roles = (norms.pool(found, by) for by in (("place",), ("role",)))
     assert dict(zip(layers["place"], layers["value"], strict=True)) == {"0": 5, "1": 3, "2": 4}
     assert dict(zip(roles["role"], roles["value"], strict=True)) == {"q": 6, "ffn_in": 6}
 
 
 def test_parameters_are_ranks_times_inputs_and_outputs() -> None:
-    found = ranks.in_force(table(HISTORY))
-    spent = ranks.parameters(found, MODULES)["parameters"]
+    found = rank_allocations.in_force(table(HISTORY))
+    spent = rank_allocations.parameters(found, MODULES)["parameters"]
     assert spent.tolist() == [5 * 20, 0, 1 * 20, 2 * 50, 0, 4 * 50]
-    unsized = ranks.parameters(found, MODULES.drop(columns=["in_features", "out_features"]))["parameters"]
+    unsized = rank_allocations.parameters(found, MODULES.drop(columns=["in_features", "out_features"]))["parameters"]
     assert unsized.isna().all()
 
 
 def test_shares_stand_beside_those_of_the_same_rank_everywhere() -> None:
     modules = MODULES.drop(index=5)  # 3 q, 2 ffn_in
-    found = ranks.in_force(table({9: [5, 0, 1, 2, 0]}, modules=modules))
-    roles = ranks.shares(found).set_index("role")
+    found = rank_allocations.in_force(table({9: [5, 0, 1, 2, 0]}, modules=modules))
+    roles = rank_allocations.shares(found).set_index("role")
     assert roles.loc["q", ["rank", "modules", "share", "uniform"]].tolist() == pytest.approx([6, 3, 6 / 8, 3 / 5])
-    depth = ranks.shares(found, "third").set_index("third")
+    depth = rank_allocations.shares(found, "third").set_index("third")
     assert depth["share"].to_dict() == pytest.approx({"bottom": 5 / 8, "middle": 3 / 8, "top": 0})
     assert depth["uniform"].to_dict() == pytest.approx({"bottom": 2 / 5, "middle": 2 / 5, "top": 1 / 5})
 
@@ -89,14 +89,14 @@ def test_shares_stand_beside_those_of_the_same_rank_everywhere() -> None:
 @pytest.mark.parametrize(("layers", "sizes"), [(12, [4, 4, 4]), (2, [1, 0, 1]), (5, [2, 1, 2]), (1, [0, 1, 0])])
 def test_thirds_of_the_depth_are_of_even_size(layers: int, sizes: list[int]) -> None:
     modules = pd.DataFrame(blocks(layers, ("q",))).astype({"layer": "Int16"})
-    third = ranks.thirds(ranks.in_force(table({9: [1] * layers}, modules=modules)))
+    third = rank_allocations.thirds(rank_allocations.in_force(table({9: [1] * layers}, modules=modules)))
     assert third.value_counts(sort=False).tolist() == sizes
     assert third.is_monotonic_increasing
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=2, max_size=4))
 def test_agreement_is_kendall_s_tau_of_scipy(values: list[list[int]]) -> None:
-    found = ranks.agreement(several(*values))
+    found = rank_allocations.agreement(several(*values))
     assert list(zip(found["first"], found["second"], strict=True)) == list(combinations("abcd"[: len(values)], 2))
     expected = [stats.kendalltau(one, two).statistic for one, two in combinations(values, 2)]
     assert found["tau"].to_numpy() == pytest.approx(expected, nan_ok=True)
@@ -107,22 +107,24 @@ def test_stability_is_the_mean_of_the_pairs_with_a_jackknife_over_runs() -> None
     pairs = {(i, j): stats.kendalltau(runs[i], runs[j]).statistic for i, j in combinations(range(4), 2)}
     mean = np.mean(list(pairs.values()))
     pseudo = [4 * mean - 3 * np.mean([tau for pair, tau in pairs.items() if left not in pair]) for left in range(4)]
-    found = ranks.stability(several(*runs))
+    found = rank_allocations.stability(several(*runs))
     low, high = stats.t.interval(0.95, 3, np.mean(pseudo), stats.sem(pseudo))
     assert found == pytest.approx((mean, low, high, 4))
-    two = ranks.stability(several(*runs[:2]))
+    two = rank_allocations.stability(several(*runs[:2]))
     assert two == pytest.approx((pairs[0, 1], np.nan, np.nan, 2), nan_ok=True)
-    assert np.isnan(ranks.stability(several(runs[0])).mean)
+    assert np.isnan(rank_allocations.stability(several(runs[0])).mean)
 
 
 def test_modules_that_a_run_lacks_are_left_out_of_its_agreement() -> None:
     both = several([5, 0, 1, 2, 0, 4], [4, 1, 1, 2, 0, 3])
     part = both[(both["run"] != "b") | (both["module"] != name(0, "q"))]
-    assert ranks.stability(part).mean == pytest.approx(stats.kendalltau([0, 1, 2, 0, 4], [1, 1, 2, 0, 3]).statistic)
+    assert rank_allocations.stability(part).mean == pytest.approx(
+        stats.kendalltau([0, 1, 2, 0, 4], [1, 1, 2, 0, 3]).statistic
+    )
 
 
 def test_ranks_by_lot_keep_budget_and_cap_and_differ_between_runs() -> None:
-    drawn = ranks.by_lot(several([6, 0, 0, 0, 0, 6], [6, 0, 0, 0, 0, 6]), cap=6)
+    drawn = rank_allocations.by_lot(several([6, 0, 0, 0, 0, 6], [6, 0, 0, 0, 0, 6]), cap=6)
     values = drawn.groupby("run", observed=True)["value"].agg(list)
     assert [sum(row) for row in values] == [12, 12]
     assert values["a"] != values["b"]
@@ -132,7 +134,7 @@ def test_ranks_by_lot_keep_budget_and_cap_and_differ_between_runs() -> None:
 def test_runs_by_lot_agree_by_chance_alone() -> None:
     modules = pd.DataFrame(blocks(12)).astype({"layer": "Int16"})
     learned = [table({9: [8] * 72}, run, modules) for run in "abc"]
-    found = ranks.stability_by_lot(ranks.in_force(records.concat(learned)), cap=12)
+    found = rank_allocations.stability_by_lot(rank_allocations.in_force(records.concat(learned)), cap=12)
     assert found.shape == (200,)
     n = 72
     deviation = np.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))  # of tau between two orders without ties
@@ -141,6 +143,6 @@ def test_runs_by_lot_agree_by_chance_alone() -> None:
 
 
 def test_the_cap_is_the_rank_at_the_start_unless_one_grew_beyond_it() -> None:
-    assert ranks.cap(table({0: [4] * 6, 9: [4, 0, 1, 2, 0, 4]})) == 4
-    assert ranks.cap(table(HISTORY)) is None
-    assert ranks.cap(table({-1: [4, 0, 1, 2, 0, 4]})) == 4
+    assert rank_allocations.cap(table({0: [4] * 6, 9: [4, 0, 1, 2, 0, 4]})) == 4
+    assert rank_allocations.cap(table(HISTORY)) is None
+    assert rank_allocations.cap(table({-1: [4, 0, 1, 2, 0, 4]})) == 4

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorascope import plots
-from lorascope.cli import COMMANDS
+from lorascope.cli.main import COMMANDS
 from lorascope.methods import METHODS
 from lorascope.plots import FIGURES
 from lorascope.probes import PROBES

@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from readers import Mpl, Plotly
 
-from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
-from lorascope.render import mpl
-from lorascope.render.theme import OKABE_ITO
+from lorascope.charts import matplotlib_backend
+from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
+from lorascope.charts.theme import OKABE_ITO
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
 BLUE, VERMILLION, GREEN = OKABE_ITO[:3]
@@ -310,7 +310,7 @@ def test_labels_of_a_short_logarithmic_axis_do_not_touch() -> None:
     data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
     panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))
     for columns, fewest in ((1, 4), (2, 2)):
-        figure = mpl.figure(beside(*[panel] * columns), width="column")
+        figure = matplotlib_backend.figure(beside(*[panel] * columns), width="column")
         figure.canvas.draw()
         for ax in figure.axes:
             inside = [
@@ -528,7 +528,7 @@ def test_any_number_of_panels_fits_between_the_ends_of_a_page(panels: int) -> No
 def test_a_caption_keeps_its_lines_and_fits_at_every_resolution(runs, width, dpi) -> None:
     """Its height is measured once: a line more in the file would run into the legend, a line less leave a hole."""
     chart = Chart(runs, [Line("step", "value", "method")], caption="Mean over 3 seeds, with an interval; " * 9)
-    made = mpl.figure(chart, "paper", width)
+    made = matplotlib_backend.figure(chart, "paper", width)
     text = made.texts[0].get_text()
     assert " ".join(text.split()) == chart.caption.strip()
     made.set_dpi(dpi)

@@ -15,16 +15,17 @@ import pandas as pd
 import pytest
 from planted import low_rank, plant, profile
 
-from lorascope import plots, report
-from lorascope.chart import Axis, Chart, Heat, Line, Point, beside
-from lorascope.claims import Claim, Verdict
-from lorascope.probe import PROBES, Exhibit, Findings, Probe, exhibit
-from lorascope.render import plotly
-from lorascope.render.plan import plan
-from lorascope.render.theme import THEMES, theme
-from lorascope.report.figures import changes, embed
-from lorascope.report.verdicts import strip, too_few
-from lorascope.run import Run
+from lorascope import plots
+from lorascope.charts import plotly_backend
+from lorascope.charts.chart import Axis, Chart, Heat, Line, Point, beside
+from lorascope.charts.figure_plan import plan
+from lorascope.charts.theme import THEMES, theme
+from lorascope.probes.base import PROBES, Exhibit, Findings, Probe, exhibit
+from lorascope.probes.claims import Claim, Verdict
+from lorascope.probes.report import page as report
+from lorascope.probes.report.figures import changes, embed
+from lorascope.probes.report.verdicts import strip, too_few
+from lorascope.runs.run import Run
 
 EVIL = "</script><script>alert(1)</script><b onclick=x>&amp;"
 LONE = {"meta", "br", "link", "img", "input", "hr"}
@@ -384,7 +385,7 @@ def without_nulls(value: Any) -> Any:
 def test_what_is_embedded_is_what_the_renderer_draws(make: Any, name: str) -> None:
     embedded = embed(make())
     settled = plan(make(), theme(name))
-    drawn = json.loads(plotly.draw(settled).to_json())
+    drawn = json.loads(plotly_backend.draw(settled).to_json())
     figure = put(embedded.figure, embedded.changes.get(name, []))
     assert without_nulls(figure["data"]) == without_nulls(drawn["data"])
     assert len(figure["frames"]) == 3

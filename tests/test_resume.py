@@ -18,11 +18,11 @@ import torch
 from forks import contents, same
 
 import lorascope as ls
-from lorascope import models
-from lorascope.folders import held
+from lorascope.inputs import models
 from lorascope.methods import LoRA
-from lorascope.session import Session
-from lorascope.state import load_tree, save_tree
+from lorascope.runs.folders import held
+from lorascope.training.session import Session
+from lorascope.training.state import load_tree, save_tree
 
 
 def never_taken_for_whole(folder: Path, whole: Path) -> None:

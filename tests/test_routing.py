@@ -12,12 +12,13 @@ from tolerance import TINY, near
 from torch import nn
 
 import lorascope as ls
-from lorascope import models, observe
-from lorascope.analysis.heads import cosines, mean_of_pairs, update_cosines, update_inner
-from lorascope.delta import adapted
-from lorascope.gating import Routing, stacked, watch
+from lorascope import observe
+from lorascope.adapters.delta import adapted
+from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_cosines, update_inner
+from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
-from lorascope.run import Run
+from lorascope.methods.hydralora_routing import Routing, stacked, watch
+from lorascope.runs.run import Run
 
 FAST = {"steps": 5, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
 

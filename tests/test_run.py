@@ -18,12 +18,14 @@ from tolerance import TEXT, TINY, near
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, models, observe, tasks
-from lorascope.delta import Delta
-from lorascope.layout import Lazy
-from lorascope.method import Method, Phase, train_adapters
+from lorascope import observe
+from lorascope.adapters import delta
+from lorascope.adapters.delta import Delta
+from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
-from lorascope.run import SCHEMA, Run
+from lorascope.methods.base import Method, Phase, train_adapters
+from lorascope.runs.layout import Lazy
+from lorascope.runs.run import SCHEMA, Run
 
 FAST = {"steps": 6, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -241,7 +243,7 @@ def models_of(run, folder, task, state="last"):
     "method", [LoRA(lr=1e-2, targets=("all-linear", "embed")), Full(lr=1e-2)], ids=["lora", "full"]
 )
 def test_summary_is_that_of_dense_matrices(method, state, watched, bert, task, tmp_path, monkeypatch):
-    from lorascope.session import Session
+    from lorascope.training.session import Session
 
     score = Session._score
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tolerance import rounding
 
-from lorascope.methods import s_rsi
-from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
+from lorascope.methods.optimizers import subspace_iteration
+from lorascope.methods.optimizers.adapprox import AdapproxOptimizer
 
 A = torch.tensor([[4, 2, 1], [2, 2, 1], [1, 1, 3], [0, 1, 2]], dtype=torch.float64)
 START = torch.tensor([[1, 0], [0, 1], [1, -1]], dtype=torch.float64)
@@ -38,8 +38,8 @@ def options(**given):
 
 
 def chosen(matrix, seed=0, state=None, iterations=5, oversampling=5, **given):
-    factor = s_rsi.factoring(matrix, seeded(seed), iterations, oversampling)
-    return s_rsi.choose(matrix, factor, {} if state is None else state, options(**given))
+    factor = subspace_iteration.factoring(matrix, seeded(seed), iterations, oversampling)
+    return subspace_iteration.choose(matrix, factor, {} if state is None else state, options(**given))
 
 
 @pytest.mark.parametrize(
@@ -50,18 +50,20 @@ def chosen(matrix, seed=0, state=None, iterations=5, oversampling=5, **given):
     ],
 )
 def test_worked_example(iterations, q, u, xi):
-    Q, U = (factor[:, :1] for factor in s_rsi.iterate(A, START, iterations))
+    Q, U = (factor[:, :1] for factor in subspace_iteration.iterate(A, START, iterations))
     sign = torch.sign(Q[0, 0])
     assert (sign * Q[:, 0]).tolist() == pytest.approx(q, abs=1e-6)
     assert (sign * U[:, 0]).tolist() == pytest.approx(u, abs=1e-6)
-    assert s_rsi.relative_error(A, Q, U) == pytest.approx(xi, abs=1e-6)
+    assert subspace_iteration.relative_error(A, Q, U) == pytest.approx(xi, abs=1e-6)
 
 
 def test_worked_example_between_and_beyond():
-    Q, U = (factor[:, :1] for factor in s_rsi.iterate(A, START, 2))
-    assert s_rsi.relative_error(A, Q, U) == pytest.approx(0.447370, abs=1e-6)
+    Q, U = (factor[:, :1] for factor in subspace_iteration.iterate(A, START, 2))
+    assert subspace_iteration.relative_error(A, Q, U) == pytest.approx(0.447370, abs=1e-6)
     assert torch.linalg.svdvals(A).tolist() == pytest.approx([6.0671, 2.9191, 0.8183], abs=1e-4)
-    assert s_rsi.relative_error(A, *s_rsi.s_rsi(A, 2, seeded(), 20)) == pytest.approx(0.120645, abs=1e-6)
+    assert subspace_iteration.relative_error(A, *subspace_iteration.s_rsi(A, 2, seeded(), 20)) == pytest.approx(
+        0.120645, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -70,21 +72,23 @@ def test_worked_example_between_and_beyond():
 )
 def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype):
     X, Y = (torch.randn(side, rank, generator=seeded(side), dtype=dtype) for side in shape)
-    assert error(X @ Y.T, *s_rsi.s_rsi(X @ Y.T, rank, seeded())) < rounding(dtype, max(shape), growth=SKETCH)
+    assert error(X @ Y.T, *subspace_iteration.s_rsi(X @ Y.T, rank, seeded())) < rounding(
+        dtype, max(shape), growth=SKETCH
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_factors_are_a_projection(dtype):
     bound = rounding(dtype, 80, growth=SKETCH)
     matrix = torch.rand(80, 50, generator=seeded(1), dtype=dtype)
-    Q, U = s_rsi.s_rsi(matrix, 7, seeded())
+    Q, U = subspace_iteration.s_rsi(matrix, 7, seeded())
     assert Q.shape == (80, 7)
     assert U.shape == (50, 7)
     assert torch.allclose(Q.T @ Q, torch.eye(7, dtype=dtype), atol=bound)
     assert torch.allclose(U, matrix.T @ Q, rtol=bound, atol=bound)
     assert float((Q.T @ (matrix - Q @ U.T)).abs().max()) < bound
     assert torch.linalg.matrix_rank(Q @ U.T) == 7
-    xi = s_rsi.relative_error(matrix, Q, U)
+    xi = subspace_iteration.relative_error(matrix, Q, U)
     assert xi > 1e-2  # below, the next line holds in float64 alone
     assert xi**2 == pytest.approx(1 - float(U.square().sum() / matrix.square().sum()), abs=bound)
 
@@ -97,35 +101,35 @@ def test_the_error_is_close_to_the_least(spectrum, rank, dtype, slack):
     left, right = (torch.linalg.qr(torch.randn(n, 150, generator=seeded(n), dtype=torch.float64)).Q for n in (200, 150))
     exact = (left * sigma) @ right.T
     matrix, least = exact.to(dtype), tail(exact, rank)
-    ratios = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed))) / least for seed in range(20)]
+    ratios = [error(matrix, *subspace_iteration.s_rsi(matrix, rank, seeded(seed))) / least for seed in range(20)]
     assert min(ratios) * least > least - slack
     assert np.mean(ratios) < 1.03
     assert max(ratios) < 1.25
-    hasty = [error(matrix, *s_rsi.s_rsi(matrix, rank, seeded(seed), 1)) / least for seed in range(20)]
+    hasty = [error(matrix, *subspace_iteration.s_rsi(matrix, rank, seeded(seed), 1)) / least for seed in range(20)]
     assert np.mean(hasty) > np.mean(ratios)
 
 
 def test_a_flat_spectrum_leaves_nothing_to_find():
     flat = torch.linalg.qr(torch.randn(60, 40, generator=seeded(2), dtype=torch.float64)).Q
-    assert error(flat, *s_rsi.s_rsi(flat, 10, seeded())) == pytest.approx(tail(flat, 10), rel=1e-12)
+    assert error(flat, *subspace_iteration.s_rsi(flat, 10, seeded())) == pytest.approx(tail(flat, 10), rel=1e-12)
 
 
 def test_the_same_seed_draws_the_same_and_scale_changes_the_scale_alone():
     matrix = torch.rand(40, 30, generator=seeded(3))
-    Q, U = s_rsi.s_rsi(matrix, 4, seeded(5))
-    again = s_rsi.s_rsi(matrix, 4, seeded(5))
+    Q, U = subspace_iteration.s_rsi(matrix, 4, seeded(5))
+    again = subspace_iteration.s_rsi(matrix, 4, seeded(5))
     assert torch.equal(Q, again[0])
     assert torch.equal(U, again[1])
-    assert not torch.equal(U, s_rsi.s_rsi(matrix, 4, seeded(6))[1])
-    scaled = s_rsi.s_rsi(8 * matrix, 4, seeded(5))
+    assert not torch.equal(U, subspace_iteration.s_rsi(matrix, 4, seeded(6))[1])
+    scaled = subspace_iteration.s_rsi(8 * matrix, 4, seeded(5))
     assert torch.equal(Q, scaled[0])
     assert torch.equal(8 * U, scaled[1])
 
 
 def test_a_sketch_is_no_wider_than_the_matrix():
-    Q, U = s_rsi.s_rsi(torch.rand(4, 9), 3, seeded())
+    Q, U = subspace_iteration.s_rsi(torch.rand(4, 9), 3, seeded())
     assert (Q.shape, U.shape) == ((4, 3), (9, 3))
-    assert s_rsi.sketch(torch.rand(4, 9), 8, seeded()).shape == (9, 4)
+    assert subspace_iteration.sketch(torch.rand(4, 9), 8, seeded()).shape == (9, 4)
 
 
 def test_restart_adds_until_the_error_is_small():
@@ -139,7 +143,9 @@ def test_restart_adds_until_the_error_is_small():
             seen.append(error)
             return 1
 
-        found = s_rsi.restart(diagonal, s_rsi.factoring(diagonal, seeded(seed), 5, 5), 1, 16, 0.1, one_more)
+        found = subspace_iteration.restart(
+            diagonal, subspace_iteration.factoring(diagonal, seeded(seed), 5, 5), 1, 16, 0.1, one_more
+        )
         assert found.trials == found.Q.shape[1] == 4
         errors[-1].append(found.error)
     assert np.median(errors, axis=0) == pytest.approx([0.5, 0.25, 0.125, 0.0625], rel=1e-3)
@@ -156,13 +162,17 @@ def test_restart_goes_by_f_to_the_cap():
 
 def test_growth_is_small_near_the_tolerance_and_large_far_from_it():
     found = [
-        s_rsi.LOGISTIC[0] / (1 + math.exp(s_rsi.LOGISTIC[1] * xi + s_rsi.LOGISTIC[2])) + s_rsi.LOGISTIC[3]
+        subspace_iteration.LOGISTIC[0]
+        / (1 + math.exp(subspace_iteration.LOGISTIC[1] * xi + subspace_iteration.LOGISTIC[2]))
+        + subspace_iteration.LOGISTIC[3]
         for xi in (0, 0.01, 0.05, 0.1, 0.25, 0.5, 1)
     ]
     assert found == pytest.approx([6.17, 7.63, 14.84, 27.5, 91.0, 175.8, 190.9], abs=0.06)
-    assert [s_rsi.growth(xi) for xi in (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)] == [math.ceil(f) for f in found]
-    assert s_rsi.growth(0.1, scale=0.1) == 3
-    assert s_rsi.growth(0.0, scale=1e-9) == s_rsi.growth(math.nan) == 1
+    assert [subspace_iteration.growth(xi) for xi in (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)] == [
+        math.ceil(f) for f in found
+    ]
+    assert subspace_iteration.growth(0.1, scale=0.1) == 3
+    assert subspace_iteration.growth(0.0, scale=1e-9) == subspace_iteration.growth(math.nan) == 1
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -183,14 +193,14 @@ def test_ema_moves_a_share_by_the_error_of_the_choice_before():
     first = chosen(matrix, state=state, rank_rule="ema", max_rank=80)
     assert first.Q.shape[1] == 12
     state["error"] = first.error
-    assert first.error > s_rsi.SHARE_ERROR
+    assert first.error > subspace_iteration.SHARE_ERROR
     chosen(matrix, state=state, rank_rule="ema", max_rank=80)
     assert state["share"] == pytest.approx(0.1505)
     state["error"] = 0.0
     chosen(matrix, state=state, rank_rule="ema", max_rank=80)
     assert state["share"] == pytest.approx(0.15)
-    assert s_rsi.next_share(0.6, 1.0) == pytest.approx(0.6)
-    assert s_rsi.next_share(0.0625, 0.0) == pytest.approx(0.0625)
+    assert subspace_iteration.next_share(0.6, 1.0) == pytest.approx(0.6)
+    assert subspace_iteration.next_share(0.0625, 0.0) == pytest.approx(0.0625)
 
 
 def test_fixed_stays():
@@ -201,7 +211,7 @@ def test_fixed_stays():
 def test_a_truncated_positive_matrix_may_be_negative():
     matrix = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 1], [0, 0, 1]], dtype=torch.float64)
     assert torch.linalg.svdvals(matrix).tolist() == pytest.approx([1.8478, 1.4142, 0.7654], abs=1e-4)
-    Q, U = s_rsi.s_rsi(matrix, 2, seeded(), 60)
+    Q, U = subspace_iteration.s_rsi(matrix, 2, seeded(), 60)
     product = Q @ U.T
     assert float(product[0, 2]) == pytest.approx(-0.25, abs=1e-6)
     assert float(product[3, 0]) == pytest.approx(-0.25, abs=1e-6)

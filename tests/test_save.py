@@ -22,8 +22,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 import lorascope
-from lorascope.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, beside
-from lorascope.render import mpl as renderer
+from lorascope.charts import matplotlib_backend as renderer
+from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, beside
 
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
 
@@ -211,7 +211,7 @@ def test_what_the_caller_set_does_not_reach_the_file(chart, tmp_path) -> None:
 def test_pyplot_is_never_imported(tmp_path) -> None:
     code = (
         "import sys, pandas as pd\n"
-        "from lorascope.chart import Chart, Line\n"
+        "from lorascope.charts.chart import Chart, Line\n"
         "chart = Chart(pd.DataFrame({'x': [0, 1], 'y': [1, 2]}), [Line('x', 'y')])\n"
         f"chart.save({str(tmp_path / 'a.pdf')!r}); chart.save({str(tmp_path / 'a.png')!r})\n"
         "print([name for name in ('matplotlib.pyplot', 'plotly', 'torch') if name in sys.modules])"

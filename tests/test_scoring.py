@@ -16,10 +16,10 @@ from tiny import FAMILIES, tiny
 from tolerance import TEXT, TINY, rounding
 
 import lorascope as ls
+from lorascope.adapters.host_weights import host_weight
 from lorascope.analysis.neurons import COLUMNS
-from lorascope.hosts import host_weight
-from lorascope.names import describe
-from lorascope.roles import FFN
+from lorascope.schema.module_roles import FFN
+from lorascope.schema.module_table import describe
 
 
 def perturbed(model, size, seed=1):

@@ -13,12 +13,15 @@ from tolerance import TEXT, TINY, near, rounding
 from torch import nn
 
 import lorascope as ls
-from lorascope import delta, models, names, observe
-from lorascope.hosts import oriented
-from lorascope.method import Step
+from lorascope import observe
+from lorascope.adapters import delta
+from lorascope.adapters.host_weights import oriented
+from lorascope.inputs import models
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
-from lorascope.roles import FFN
-from lorascope.sensed import _changes
+from lorascope.methods.base import Step
+from lorascope.observe.sensitivity import _changes
+from lorascope.schema import module_table
+from lorascope.schema.module_roles import FFN
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 LOOK = {"every": 2, "batches": 2, "rows": 6}
@@ -94,7 +97,7 @@ def test_it_is_the_gradient_of_the_very_weight(case, task, tmp_path, request):
     model = models.load(request.getfixturevalue(family), task=task)
     run = ls.train(model, task, method, observe=[observe.neurons(**LOOK), Copying()], out=tmp_path / "run", **FAST)
     kept, batches, base = Copying.kept
-    modules = names.match(names.describe(kept), "all-linear")
+    modules = module_table.match(module_table.describe(kept), "all-linear")
     if delta.adapted(kept):
         delta.fold(kept)
     weights = {name: delta.host_weight(kept.get_submodule(name)).detach() for name in modules}
@@ -154,7 +157,7 @@ def test_an_embedding_is_refused(task, tmp_path, bert):
 def changes(model, base):
     """What is told of the neurons of a model beside W_0, by quantity and module."""
     step = object.__new__(Step)
-    step.model, step.modules, step.base = model, names.describe(model), base
+    step.model, step.modules, step.base = model, module_table.describe(model), base
     return {
         (record.quantity, record.module): dict(zip(record.index, record.value, strict=True))
         for record in _changes(step)

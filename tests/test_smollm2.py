@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from cells import METHODS, check
 
-from lorascope import models, tasks
-from lorascope.analysis.embedding import factored
+from lorascope.analysis.factor_embeddings import factored
+from lorascope.inputs import models, tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 

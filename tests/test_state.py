@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import lorascope as ls
-from lorascope.state import (
+from lorascope.training.state import (
     generators_state,
     load_tree,
     optimizer_state,

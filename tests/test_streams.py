@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 from test_checkpoints import write_run
 
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 LABEL = "LoRA, Größe τ"
 # Neither C.UTF-8 nor UTF-8 mode, which Python would else choose in the locale C.
@@ -25,9 +25,9 @@ from pathlib import Path
 warnings.filterwarnings("ignore", category=EncodingWarning)
 warnings.filterwarnings("error", category=EncodingWarning, module=r"lorascope(\\..*)?$")
 assert locale.getpreferredencoding(False) in ("ANSI_X3.4-1968", "US-ASCII"), locale.getpreferredencoding(False)
-from lorascope.cli import main
-from lorascope.run import Run
-from lorascope.writer import RunWriter
+from lorascope.cli.main import main
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
 folder, *commands = sys.argv[1:]
 run = Run.read(folder)
 RunWriter(Path("again"), run.meta | {"model": folder}).finish("done")
@@ -103,7 +103,7 @@ def test_output_that_cannot_be_written_is_one_line_and_a_failure() -> None:
 
 def test_a_closed_stream_lends_its_number_to_no_file(tmp_path: Path) -> None:
     code = (
-        "import sys; from lorascope.cli import main; sys.argv[1:] = ['--version']; main()\n"
+        "import sys; from lorascope.cli.main import main; sys.argv[1:] = ['--version']; main()\n"
         "with open('number', 'w') as file: print(file.fileno(), file=file)"
     )
     command = ["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh", sys.executable, "-c", code]
@@ -113,7 +113,7 @@ def test_a_closed_stream_lends_its_number_to_no_file(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import atexit, os, signal, sys, time, types
-from lorascope import cli
+from lorascope.cli import main as cli
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 when = sys.argv.pop()
@@ -135,7 +135,7 @@ if when == "at the end":
 if when == "as the line is printed":
     failed = cli._failed
     cli._failed = lambda *told: (failed(*told), press())
-sys.modules["lorascope.commands.waiting"] = types.SimpleNamespace(main=work)
+sys.modules["lorascope.cli.waiting"] = types.SimpleNamespace(main=work)
 cli.COMMANDS["wait"] = cli.Command("waiting", "")
 sys.argv = ["lorascope", "wait"]
 sys.exit(cli.main())

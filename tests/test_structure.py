@@ -9,7 +9,7 @@ import torch
 from tiny import tiny
 from torch import nn
 
-from lorascope.names import describe, match, parse
+from lorascope.schema.module_table import describe, match, parse
 
 
 def _roles(description: pd.DataFrame) -> dict[str, str]:

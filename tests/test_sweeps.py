@@ -16,11 +16,11 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from trainers import same_rows
 
 import lorascope as ls
-from lorascope import sweeps
-from lorascope.folders import held
+from lorascope.experiments import sweep
+from lorascope.experiments.sweep import Job, width
 from lorascope.methods import Full, LoRA
-from lorascope.progress import Note
-from lorascope.sweeps import Job, width
+from lorascope.runs.folders import held
+from lorascope.training.progress import Note
 
 FAST = {"steps": 3, "batch_size": 4, "eval_every": 0, "progress": False}
 
@@ -87,7 +87,7 @@ def test_the_configured_width_is_taken():
 
 @pytest.mark.slow
 def test_a_worker_that_always_dies_is_told(bert, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "ATTEMPTS", 2)  # each costs a start of processes
+    monkeypatch.setattr(sweep, "ATTEMPTS", 2)  # each costs a start of processes
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*LoRA, seed 0: its worker was killed 2 times"):
         ls.sweep(Dying(), csv(task, tmp_path), LoRA(), seeds=1, jobs=2, root=tmp_path, **FAST)
 
@@ -102,7 +102,7 @@ class Pool:
         calls = list(calls)
         for number, (work, (_, job, here, file), _) in enumerate(calls):
             self.begun = [call[1][3] for call in calls[number : number + 2]]
-            result = job.model == "mortal" and sweeps.read_note(file).get("begun", 0) < sweeps.ATTEMPTS
+            result = job.model == "mortal" and sweep.read_note(file).get("begun", 0) < sweep.ATTEMPTS
             if result:
                 for each in self.begun:
                     Note(each)
@@ -111,10 +111,10 @@ class Pool:
 
 
 def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(bert, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "Parallel", Pool)
+    monkeypatch.setattr(sweep, "Parallel", Pool)
     settings = {"steps": 1, "batch_size": 4, "eval_every": 0, "root": tmp_path}
     wanted = [Job(model, task, LoRA(), {**settings, "seed": seed}) for seed, model in enumerate([bert, "mortal", bert])]
-    swept = sweeps.attempt(wanted, 2, progress=False)
+    swept = sweep.attempt(wanted, 2, progress=False)
     assert sorted(swept.folders) == [0, 2]
     assert swept.complaints() == ["LoRA, mortal, seed 1: its worker was killed 3 times, out of memory?"]
 
@@ -127,13 +127,13 @@ def test_workers_that_never_begin_are_told(bert, task, tmp_path, monkeypatch):
         def __call__(self, calls):
             raise TerminatedWorkerError("killed")
 
-    monkeypatch.setattr(sweeps, "Parallel", Stillborn)
-    swept = sweeps.attempt([Job(bert, task, LoRA(), {"steps": 1, "root": tmp_path})], 2, progress=False)
+    monkeypatch.setattr(sweep, "Parallel", Stillborn)
+    swept = sweep.attempt([Job(bert, task, LoRA(), {"steps": 1, "root": tmp_path})], 2, progress=False)
     assert swept.complaints() == ["LoRA, seed 0: 3 workers were killed before it began"]
 
 
 def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_PAUSE", 0.05)
+    monkeypatch.setattr(sweep, "_PAUSE", 0.05)
     (run,) = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
     text = (run.path / "run.json").read_text(encoding="utf-8")
     (run.path / "run.json").write_text(text.replace('"status": "done"', '"status": "running"'))

@@ -13,7 +13,7 @@ from test_checkpoints import save
 from test_cli import complaint, modules_after, run
 
 import lorascope as ls
-from lorascope.export import to_table
+from lorascope.runs.export import to_table
 
 VALUES = {
     ("loss", ""): {0: 0.1 + 0.2, 1: 1 / 3, 2: 1e-300},
@@ -115,6 +115,6 @@ def test_wrong_use_gets_one_line_and_leaves_no_file(
 
 
 def test_no_torch_for_a_table(planted: ls.Run, tmp_path: Path) -> None:
-    call = "import sys; from lorascope.cli import main; main(['export', *sys.argv[1:]])"
+    call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
     found = modules_after(call, str(planted.path), "--table", str(tmp_path / "out.parquet"))
     assert not found & {"torch", "transformers", "peft", "matplotlib"}

@@ -7,7 +7,7 @@ from architectures import ENDS
 from tiny import tiny
 from torch import nn
 
-from lorascope.names import describe, match, parse
+from lorascope.schema.module_table import describe, match, parse
 
 
 def _matches(family: str, targets: str | list[str], head: str | None = None) -> list[str]:

@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 from tiny import tiny
 
-from lorascope import sources, tasks
-from lorascope.assets import Asset, cache, sha256
+from lorascope.inputs import sources, tasks
+from lorascope.inputs.package_assets import Asset, cache, sha256
 
 LABELS = ("negative", "positive")
 

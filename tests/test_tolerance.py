@@ -12,7 +12,7 @@ from tolerance import TEXT, amplification, forward, near, rounding
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorascope.delta import adapted, fold
+from lorascope.adapters.delta import adapted, fold
 from lorascope.methods import AutoLoRA
 
 aten = torch.ops.aten

@@ -16,7 +16,7 @@ from tolerance import TEXT, TINY, rounding
 from trainers import METHODS, ROWS, STEPS, fresh
 
 import lorascope as ls
-from lorascope import models
+from lorascope.inputs import models
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,10 @@ from trainers import METHODS, arguments, by_train, by_trainer, fresh, same_rows,
 from transformers import Trainer, TrainerControl, TrainerState
 
 import lorascope as ls
-from lorascope import delta, driving, plots
-from lorascope.inspection import inspect
+from lorascope import plots
+from lorascope.adapters import delta
+from lorascope.diagnosis.inspection import inspect
+from lorascope.training.hf_trainer import method_callback
 
 OURS = ["loss", "seconds", "factor_seconds", "eval_loss", "eval_metric", "test_loss", "test_metric"]
 OURS += ["test_metric_group"]
@@ -125,13 +127,13 @@ def test_half_precision_is_refused(fresh_bert, tmp_path):
 def test_sharded_weights_are_refused():
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters())
-    driving.refuse_sharded(model, optimizer)
+    method_callback.refuse_sharded(model, optimizer)
     pieces = torch.optim.SGD([nn.Parameter(torch.zeros(8))])
     with pytest.raises(ValueError, match=r"the optimizer holds pieces .* train by DDP, or in one process"):
-        driving.refuse_sharded(model, pieces)
+        method_callback.refuse_sharded(model, pieces)
     model.bias.ds_id = 1  # as ZeRO-3 marks them
     with pytest.raises(ValueError, match=r"bias is sharded \(FSDP, tensor parallelism or ZeRO-3\)"):
-        driving.refuse_sharded(model, optimizer)
+        method_callback.refuse_sharded(model, optimizer)
 
 
 @pytest.mark.filterwarnings("ignore")  # of FSDP's own making: it is to be left, and one process shards nothing
@@ -146,14 +148,14 @@ def test_weights_that_fsdp_shards_are_refused(tmp_path):
         model = nn.Linear(4, 4)
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match="weight is sharded"):
-            driving.refuse_sharded(model, torch.optim.SGD(model.parameters()))
+            method_callback.refuse_sharded(model, torch.optim.SGD(model.parameters()))
         # The first version: what it shards looks like parameters of the model, and the optimizer holds these very ones.
         first = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
         wrapped = FullyShardedDataParallel(first, use_orig_params=True, device_id=torch.device("cpu"))
         given = {"optimizer": torch.optim.SGD(wrapped.parameters())}
         for each in (wrapped, first):
             with pytest.raises(ValueError, match=r"0\.weight is sharded \(FSDP, tensor parallelism or ZeRO-3\)"):
-                driving.refuse_sharded(each, given["optimizer"])
+                method_callback.refuse_sharded(each, given["optimizer"])
             with pytest.raises(ValueError, match=r"0\.weight is sharded"):
                 ls.TrainerRecorder(tmp_path).on_train_begin(
                     arguments(tmp_path), TrainerState(), TrainerControl(), model=each, **given

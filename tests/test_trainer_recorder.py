@@ -23,10 +23,13 @@ from trainers import METHODS, ROWS, by_trainer, fresh, same_rows, same_weights
 from transformers import TrainerCallback
 
 import lorascope as ls
-from lorascope import delta, driving, models, names, recording
-from lorascope.analysis import starts
-from lorascope.plan import Base
-from lorascope.state import seeded
+from lorascope.adapters import delta
+from lorascope.analysis import initial_update
+from lorascope.inputs import models
+from lorascope.schema import module_table
+from lorascope.training.hf_trainer import method_callback, run_folder
+from lorascope.training.run_spec import Base
+from lorascope.training.state import seeded
 
 QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
@@ -102,9 +105,9 @@ def test_a_start_of_peft_that_is_not_zero_is_taken_off_or_told_to_be_lost(bert, 
     for folder, observers in (("kept", NORMS), ("lost", NORMS[:1])):
         by_trainer(model, rows, tmp_path / folder, recorder=ls.TrainerRecorder(observe=observers), max_steps=3)
     kept, lost = (ls.load(tmp_path / folder / "lorascope") for folder in ("kept", "lost"))
-    assert (starts.lost_start(kept), starts.lost_start(lost)) == (False, True)
+    assert (initial_update.lost_start(kept), initial_update.lost_start(lost)) == (False, True)
     learned = kept.summary().set_index("module")["learned_norm"]
-    for name, update in starts.added(kept).items():
+    for name, update in initial_update.added(kept).items():
         last = kept.updates()[name].dense()
         assert update.dense() == near(last - first[name], np.abs(last).max(), terms=3 + 1)
         assert update.norm() == pytest.approx(learned[name], rel=1e-9)
@@ -153,7 +156,7 @@ def test_worked_numbers_of_a_peft_layer(quantised):
     if quantised:  # packed, as in a model of four bits
         model.q.base_layer.weight = nn.Parameter(torch.ones(3, 1, dtype=torch.uint8), requires_grad=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
-    step = driving.step_of(model, optimizer, Base(model), names.describe(model))
+    step = method_callback.step_of(model, optimizer, Base(model), module_table.describe(model))
     step.total = 1
     found = {item.quantity: item.value for item in ls.observe.norms()(step)}
     assert found["update_norm"] == pytest.approx(10.0)
@@ -279,7 +282,7 @@ class Meanwhile(TrainerCallback):
 
 
 def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tmp_path, monkeypatch):
-    monkeypatch.setattr(recording, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
     seen = []
 
     def look(_):
@@ -481,7 +484,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_ends_no_training(bert, task
     observe = [ls.observe.norms(every=1), ls.observe.factors(every=2)]
     whole = with_lora(bert, task)
     by_trainer(whole, rows, tmp_path / "whole", recorder=ls.TrainerRecorder(observe=observe))
-    monkeypatch.setattr(recording, "FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
     sync, away = os.fsync, []
 
     def fail(handle):

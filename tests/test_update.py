@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from lorascope import update
-from lorascope.update import Dense, LowRank, Pair
+from lorascope.updates import low_rank as update
+from lorascope.updates.low_rank import Dense, LowRank, Pair
 
 RNG = np.random.default_rng(7)
 
@@ -340,5 +340,5 @@ def test_what_is_no_direction_is_nan_and_what_did_not_change_is_zero(axis):
 
 
 def test_torch_is_not_imported():
-    code = "import sys, lorascope.update; sys.exit('torch' in sys.modules)"
+    code = "import sys, lorascope.updates.low_rank; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

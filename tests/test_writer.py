@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from test_checkpoints import META
 
-from lorascope import tensors
-from lorascope.checkpoints import load
-from lorascope.records import Factors, Record
-from lorascope.tensors import write_bytes, write_json
-from lorascope.writer import RunWriter
+from lorascope.files import safetensors_io
+from lorascope.files.safetensors_io import write_bytes, write_json
+from lorascope.runs.loading import load
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Factors, Record
 
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Let the next so many writes fail with an error of the system."""
-    monkeypatch.setattr(tensors, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(safetensors_io, "PAUSES", (0.0, 0.0))
 
     def fail(times: int, number: int) -> None:
         left = [times]

@@ -11,10 +11,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import lorascope as ls
-from lorascope import models
-from lorascope.observer import Observer
-from lorascope.plan import first_use
-from lorascope.state import seeded
+from lorascope.inputs import models
+from lorascope.observe.base import Observer
+from lorascope.training.run_spec import first_use
+from lorascope.training.state import seeded
 
 STEPS, ROWS = 6, 8
 IN, OUT = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"

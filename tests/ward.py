@@ -11,8 +11,8 @@ from trainers import ROWS, by_trainer, fresh
 from transformers import TrainerCallback
 
 import lorascope as ls
-from lorascope import models
-from lorascope.state import seeded
+from lorascope.inputs import models
+from lorascope.training.state import seeded
 
 SETTINGS = {"steps": 6, "batch_size": ROWS, "eval_every": 0, "test_size": 16, "progress": False, "device": "cpu"}
 

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.delta import adapted, attach, detach
-from lorascope.replay import Batch, Loss, Move, moved_losses
+from lorascope.adapters.activation_patching import Batch, Loss, Move, moved_losses
+from lorascope.adapters.delta import adapted, attach, detach
 
 
 @runtime_checkable

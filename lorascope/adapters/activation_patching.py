@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorascope import names
+from lorascope.schema import module_table
 
 Batch = dict[str, Tensor]
 Loss = Callable[[Batch], Tensor]
@@ -64,7 +64,7 @@ def moved_losses(
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    description = names.describe(model)
+    description = module_table.describe(model)
     return [model.get_submodule(name) for name in description["module"][description["role"] == "block"]]
 
 

@@ -19,9 +19,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorascope.foreign import is_peft_layer, peft_update
-from lorascope.hosts import host_bias, host_weight, oriented, to_array
-from lorascope.update import Dense, LowRank
+from lorascope.adapters.host_weights import host_bias, host_weight, oriented, to_array
+from lorascope.adapters.peft_layers import is_peft_layer, peft_update
+from lorascope.updates.low_rank import Dense, LowRank
 
 __all__ = [
     "Delta",

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope.hosts import to_array
+from lorascope.adapters.host_weights import to_array
 
 _STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
 _ROWS = 32  # passed through the model at once

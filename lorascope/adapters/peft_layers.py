@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorascope.fourier import Fourier
-from lorascope.hosts import host_weight, to_array
-from lorascope.update import Dense, LowRank
+from lorascope.adapters.host_weights import host_weight, to_array
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import Dense, LowRank
 
 # Of every layer, which of its sets of active adapters PEFT can tell or merge: trying takes a copy of the layer.
 _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
@@ -45,7 +45,7 @@ class PeftDelta:
         return update
 
     def factors(self) -> dict[str, Tensor]:
-        """What makes the update, as ``forms.update_from`` takes it; nothing where it has no factors."""
+        """What makes the update, as ``factor_formats.update_from`` takes it; nothing where it has no factors."""
         match self.update():
             case Fourier() as update:
                 arrays = {"coefficients": update.coefficients, "entries": update.entries}

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.algebra import one_thread, wide
-from lorascope.analysis.atlas import Directions, chance_angle, leading, mean_angle
-from lorascope.run import Run
-from lorascope.update import Dense, LowRank
+from lorascope.analysis.leading_directions import Directions, chance_angle, leading, mean_angle
+from lorascope.runs.run import Run
+from lorascope.updates.linalg import one_thread, wide
+from lorascope.updates.low_rank import Dense, LowRank
 
 DIRECTIONS = 8
 """Leading directions of each update that are compared."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lorascope import names
+from lorascope.schema import module_table
 
 
 def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
@@ -89,7 +89,7 @@ def equal_parameters(
     ValueError
         No whole rank of a group costs that much.
     """
-    chosen = {label: names.match(modules, targets) for label, targets in groups.items()}
+    chosen = {label: module_table.match(modules, targets) for label, targets in groups.items()}
     # A tied weight is known by each of its names.
     known = modules.assign(name=(modules["module"] + "," + modules["tied"]).str.split(",")).explode("name")
     sizes = known.set_index("name")[["in_features", "out_features"]].sum(axis=1)

@@ -23,8 +23,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.algebra import finite, numerical_rank, wide
-from lorascope.update import LowRank
+from lorascope.updates.linalg import finite, numerical_rank, wide
+from lorascope.updates.low_rank import LowRank
 
 Factor = Literal["A", "B"]
 View = Literal["raw", "canonical", "space"]

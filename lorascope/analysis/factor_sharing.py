@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from lorascope.analysis.embedding import VIEWS, Cloud, Factor, Updates, View, clouds, common, compared
-from lorascope.update import principal_angles
+from lorascope.analysis.factor_embeddings import VIEWS, Cloud, Factor, Updates, View, clouds, common, compared
+from lorascope.updates.low_rank import principal_angles
 
 _TIE = 1e-9  # cosines nearer than this are equal but for rounding, as those of one A_0 with itself are
 

@@ -15,10 +15,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool
 
-from lorascope import fourier
-from lorascope.fourier import Fourier
-from lorascope.layout import Lazy
-from lorascope.run import Run
+from lorascope.runs.layout import Lazy
+from lorascope.runs.run import Run
+from lorascope.updates import fourier
+from lorascope.updates.fourier import Fourier
 
 _FELT = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
 OTHERS = ("random", "orthogonal")  # bases that a run keeps by their seed

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorascope.analysis import fourier
-from lorascope.forms import RESIDUAL
-from lorascope.layout import Lazy
-from lorascope.run import Run
+from lorascope.runs.layout import Lazy
+from lorascope.runs.run import Run
+from lorascope.updates.factor_formats import RESIDUAL
 
 _ROUNDING = 1e-3  # of the largest norm: below it a start is what rounding leaves of zero, as of DoRA's W - W_0
 

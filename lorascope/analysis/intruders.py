@@ -23,9 +23,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, svds
 
-from lorascope.algebra import finite, wide
-from lorascope.layout import Lazy
-from lorascope.update import Dense, LowRank
+from lorascope.runs.layout import Lazy
+from lorascope.updates.linalg import finite, wide
+from lorascope.updates.low_rank import Dense, LowRank
 
 _COLUMNS = {"module": "str", "component": "int64", "sigma": "float64", "similarity": "float64", "intruder": "bool"}
 _KRYLOV_SHARE = 4  # beyond a quarter of all directions a dense decomposition is the cheaper

@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis.spectra import Spectra
-from lorascope.update import Dense, LowRank, principal_angles
+from lorascope.updates.low_rank import Dense, LowRank, principal_angles
 
 _DRAWS = 500
 _ROUNDING = 1e-8  # what a Gram matrix tells from zero

@@ -1,7 +1,7 @@
 """What a step holds by arithmetic alone: bytes of parameters, gradients and optimizer state for every way to train.
 
-A model is its shapes, as ``shapes`` has them. With N numbers in all, T of them trained, and over the matrices, m x n,
-that an optimizer factors (v the numbers of the others, kept dense):
+A model is its shapes, as ``model_shapes`` has them. With N numbers in all, T of them trained, and over the matrices, m
+x n, that an optimizer factors (v the numbers of the others, kept dense):
 
 ==============  ====================================================================
 AdamW           2 T, and a count of steps for every tensor, as torch keeps it
@@ -30,8 +30,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lorascope.analysis.shapes import GPT2, LLAMA2, Shape, Shapes, blocks, count, gpt2, llama, shapes_of, size
-from lorascope.names import match, parse
+from lorascope.analysis.model_shapes import GPT2, LLAMA2, Shape, Shapes, blocks, count, gpt2, llama, shapes_of, size
+from lorascope.schema.module_table import match, parse
 
 __all__ = [
     "GPT2",

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.names import gated_input, match, position
-from lorascope.update import NeuronChange, neuron_change
+from lorascope.schema.module_table import gated_input, match, position
+from lorascope.updates.low_rank import NeuronChange, neuron_change
 
 COLUMNS = (
     "module",

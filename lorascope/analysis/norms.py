@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.records import QUANTITIES
-from lorascope.roles import position
+from lorascope.schema.module_roles import position
+from lorascope.schema.records import QUANTITIES
 
 LAYER = ("stack", "layer", "place")
 _KEY = ["run", "step", "quantity"]

@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis.norms import last, place, select
-from lorascope.analysis.stats import band
+from lorascope.analysis.seed_intervals import band
 
 # Rows and columns are scaled in turn until their sums are met to this part, or so often.
 _MET, _ROUNDS = 1e-6, 50
@@ -155,7 +155,7 @@ def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFr
     Returns
     -------
     dict quantity -> DataFrame
-        ``method, lr``, and mean and interval as ``stats.band`` gives them.
+        ``method, lr``, and mean and interval as ``seed_intervals.band`` gives them.
     """
     names = table["recipe"].astype("str")
     methods = names.str.rpartition(" at ")[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.agreement import spearman
-from lorascope.run import Run
+from lorascope.analysis.score_agreement import spearman
+from lorascope.runs.run import Run
 
 
 def recovered(run: Run) -> pd.DataFrame:

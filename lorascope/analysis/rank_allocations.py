@@ -9,9 +9,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope import allocation
-from lorascope.analysis import norms
-from lorascope.analysis.stats import Interval, t_interval
+from lorascope.analysis import baseline_ranks, norms
+from lorascope.analysis.seed_intervals import Interval, t_interval
 
 THIRDS = ("bottom", "middle", "top")
 PHASES = ("warm-up", "decay", "final")
@@ -222,7 +221,7 @@ def _kept(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 def _drawn(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
     """As many ranks as these, for the same modules, drawn by lot."""
-    drawn = allocation.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
+    drawn = baseline_ranks.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
     return np.array(list(drawn.values()), dtype=np.float64)
 
 

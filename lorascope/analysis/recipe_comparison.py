@@ -17,9 +17,9 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.special import stdtr
 
-from lorascope.analysis.stats import band, t_interval
-from lorascope.labels import in_words
-from lorascope.run import Run
+from lorascope.analysis.seed_intervals import band, t_interval
+from lorascope.runs.run import Run
+from lorascope.schema.labels import in_words
 
 LEVEL = 0.05
 MINIMUM_SEEDS = 3

@@ -10,11 +10,11 @@ import pandas as pd
 from jaxtyping import Float
 from scipy.stats import rankdata
 
-from lorascope.analysis import selection
-from lorascope.analysis.stats import CONFIDENCE
-from lorascope.printable import printable
-from lorascope.roles import FFN
-from lorascope.run import Run
+from lorascope.analysis import selected_neurons
+from lorascope.analysis.seed_intervals import CONFIDENCE
+from lorascope.files.printable import printable
+from lorascope.runs.run import Run
+from lorascope.schema.module_roles import FFN
 
 DRAWS = 500
 _TURN: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
@@ -131,7 +131,7 @@ def _of_neurons(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
     for name, quantities in (_turn(run) | _BESIDE).items():
         parts = []
         for quantity in quantities:
-            found = selection.scores(run, quantity)
+            found = selected_neurons.scores(run, quantity)
             # Of the two sides of a matrix, the one whose vectors are the neurons.
             side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
             parts.append(found[found["role"].isin(side)])

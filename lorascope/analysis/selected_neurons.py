@@ -14,8 +14,8 @@ from scipy.stats import hypergeom
 
 from lorascope.analysis import neurons
 from lorascope.analysis.norms import place
-from lorascope.names import gated_input
-from lorascope.run import Run
+from lorascope.runs.run import Run
+from lorascope.schema.module_table import gated_input
 
 Neurons = frozenset[tuple[str, int]]
 _PLACE = ["module", "stack", "layer", "role"]

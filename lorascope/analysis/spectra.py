@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope import update
-from lorascope.analysis import starts
-from lorascope.layout import Lazy
-from lorascope.run import Run
+from lorascope.analysis import initial_update
+from lorascope.runs.layout import Lazy
+from lorascope.runs.run import Run
+from lorascope.updates import low_rank
 
 _RANKS = ("stable_rank", "effective_rank", "entropy_rank", "participation_rank", "energy_rank")
 _KEPT = "/singular_values"
@@ -54,7 +54,7 @@ def singular_values(run: Run, step: int | None = None) -> Spectra:
 
 def added_values(run: Run, step: int | None = None) -> Spectra:
     """Singular values of what training added: as ``singular_values``, less a start that was not zero and was kept."""
-    whole, made = singular_values(run, step), starts.added(run, step)
+    whole, made = singular_values(run, step), initial_update.added(run, step)
     modules = list(dict.fromkeys([*whole, *made]))
     return Lazy(modules, lambda module: made[module].singular_values() if module in made else whole[module])
 
@@ -90,7 +90,7 @@ def ranks(spectra: Spectra) -> pd.DataFrame:
     """
     rows = [
         {"module": module, "update_norm": float(np.linalg.norm(sigma)), "components": len(sigma)}
-        | {name: getattr(update, name)(sigma) for name in _RANKS}
+        | {name: getattr(low_rank, name)(sigma) for name in _RANKS}
         for module, sigma in spectra.items()
     ]
     return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.update import Dense, LowRank, phi_matrix, principal_angles
+from lorascope.updates.low_rank import Dense, LowRank, phi_matrix, principal_angles
 
 Side = Literal["A", "B", "update"]
 

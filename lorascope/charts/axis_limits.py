@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.chart import Bar
-from lorascope.render.scales import Scale
-from lorascope.render.shapes import Area, Bars, Curve, Dots, Panel, Ruler, Shade, Shape, Words
+from lorascope.charts.chart import Bar
+from lorascope.charts.geometry import Area, Bars, Curve, Dots, Panel, Ruler, Shade, Shape, Words
+from lorascope.charts.scales import Scale
 
 PAD = 0.04  # of its range, left free at each end of a numeric axis
 

@@ -1,8 +1,8 @@
 """A figure as data: a tidy table, the marks drawn from it, and what the axes mean.
 
 A :class:`Chart` draws nothing. It says which columns become positions, colours and error bars, checks that they are
-there, and leaves the drawing to ``lorascope.render``, which is imported when a picture is asked for. So a figure can be
-tested, hashed and exported without a renderer, and both renderers show the same numbers.
+there, and leaves the drawing to the backends beside it, which are imported when a picture is asked for. So a figure can
+be tested, hashed and exported without a renderer, and both renderers show the same numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.marks import (
+from lorascope.charts.marks import (
     Axis,
     Band,
     Bar,
@@ -90,24 +90,24 @@ class Drawable:
         -------
         Figure, or ``ax``.
         """
-        from lorascope.render import mpl
+        from lorascope.charts import matplotlib_backend as mpl
 
         return mpl.figure(self, theme, width) if ax is None else mpl.onto(ax, self, theme)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
-        from lorascope.render import plotly
+        from lorascope.charts import plotly_backend as plotly
 
         return plotly.figure(self, theme)
 
     def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
-        """Write the figure to a file whose ending says the kind; see :func:`lorascope.render.save`."""
-        from lorascope.render import save
+        """Write the figure to a file whose ending says the kind; see :func:`lorascope.charts.save.save`."""
+        from lorascope.charts.save import save
 
         return save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from lorascope.render import plotly
+        from lorascope.charts import plotly_backend as plotly
 
         return {**plotly.bundle(self), "text/plain": repr(self)}
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.chart import Chart, Drawable, Heat, Mark
-from lorascope.printable import short_name
-from lorascope.render.ranges import Limits, ranges
-from lorascope.render.scales import categories, color_columns, scale, style_columns, to_floats
-from lorascope.render.shapes import Panel, group
-from lorascope.render.theme import RED_BLUE, VIRIDIS, Theme
+from lorascope.charts.axis_limits import Limits, ranges
+from lorascope.charts.chart import Chart, Drawable, Heat, Mark
+from lorascope.charts.geometry import Panel, group
+from lorascope.charts.scales import categories, color_columns, scale, style_columns, to_floats
+from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
+from lorascope.files.printable import short_name
 
 LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # how marks look in the legend; others are patches
 

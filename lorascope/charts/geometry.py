@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.chart import Band, Bar, Chart, Heat, Line, Mark, Point, Rule, Span, Text
-from lorascope.render.scales import Colors, Scale, to_floats
-from lorascope.render.theme import Theme
+from lorascope.charts.chart import Band, Bar, Chart, Heat, Line, Mark, Point, Rule, Span, Text
+from lorascope.charts.scales import Colors, Scale, to_floats
+from lorascope.charts.theme import Theme
 
 Numbers = Float[np.ndarray, "n"]
 CROWD = 300  # of more dots than these in a frame each is smaller, so that together they leave some of the panel free

@@ -13,11 +13,11 @@ from matplotlib.patches import Rectangle
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from lorascope.printable import printable_lines
-from lorascope.render.plan import Plan, Ramp
-from lorascope.render.scales import Scale
-from lorascope.render.shapes import Area, Bars, Cells, Curve, Dots, Panel, Ruler, Shade, Words
-from lorascope.render.theme import FAINT, GLYPH, is_dark
+from lorascope.charts.figure_plan import Plan, Ramp
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Panel, Ruler, Shade, Words
+from lorascope.charts.scales import Scale
+from lorascope.charts.theme import FAINT, GLYPH, is_dark
+from lorascope.files.printable import printable_lines
 
 DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2))]
 SHAPES = ["o", "s", "^", "D", "v", "P", "X"]

@@ -23,10 +23,10 @@ from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
-from lorascope.chart import Drawable
-from lorascope.render.canvas import DASHES, DOT, SHAPES, broken, colormap, draw, names, norm, numbers, plain
-from lorascope.render.plan import Entry, Plan, plan
-from lorascope.render.theme import GLYPH, Theme, fold, inches, theme
+from lorascope.charts.chart import Drawable
+from lorascope.charts.figure_plan import Entry, Plan, plan
+from lorascope.charts.matplotlib_artists import DASHES, DOT, SHAPES, broken, colormap, draw, names, norm, numbers, plain
+from lorascope.charts.theme import GLYPH, Theme, fold, inches, theme
 
 FRAMES = 8  # small multiples at most
 ACROSS = {"column": 2, "page": 4}  # small multiples in one row

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from lorascope.chart import Drawable
-from lorascope.render.plan import Entry, Plan, Ramp, plan
-from lorascope.render.ranges import Limits
-from lorascope.render.scales import Scale
-from lorascope.render.space import BAR, BUTTONS, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
-from lorascope.render.theme import fold, theme
-from lorascope.render.traces import DASHES, SHAPES, nth, overlays, traces, words
+from lorascope.charts.axis_limits import Limits
+from lorascope.charts.chart import Drawable
+from lorascope.charts.figure_plan import Entry, Plan, Ramp, plan
+from lorascope.charts.plotly_layout import BAR, BUTTONS, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
+from lorascope.charts.plotly_traces import DASHES, SHAPES, nth, overlays, traces, words
+from lorascope.charts.scales import Scale
+from lorascope.charts.theme import fold, theme
 
 STILL: dict[str, Any] = {"frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere

@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lorascope.printable import short_name
-from lorascope.render.plan import Plan
-from lorascope.render.ranges import Limits
-from lorascope.render.scales import Scale
-from lorascope.render.theme import GLYPH, fold
+from lorascope.charts.axis_limits import Limits
+from lorascope.charts.figure_plan import Plan
+from lorascope.charts.scales import Scale
+from lorascope.charts.theme import GLYPH, fold
+from lorascope.files.printable import short_name
 
 WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # the figure by default, the distance from its edges, and between panels
 FONT, TITLE = 12.0, 15.0  # font sizes

@@ -10,10 +10,10 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from lorascope.printable import printable_lines
-from lorascope.render.plan import Plan, View
-from lorascope.render.shapes import Area, Bars, Cells, Curve, Dots, Ruler, Shade, Words
-from lorascope.render.theme import FAINT, channels
+from lorascope.charts.figure_plan import Plan, View
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Ruler, Shade, Words
+from lorascope.charts.theme import FAINT, channels
+from lorascope.files.printable import printable_lines
 
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"]

@@ -1,4 +1,4 @@
-"""Charts as pictures: this file writes them, ``mpl`` and ``plotly`` draw them.
+"""Charts as pictures: this file writes them, the two backends draw them.
 
 Every saved figure says where it comes from: the chart's ``meta`` (run ids and the like), the version of lorascope and
 the SHA-256 of the data drawn, as one JSON object. It stands in ``Keywords`` of a PDF, in ``Description`` of an SVG, in
@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from lorascope import __version__
-from lorascope.chart import Drawable
-from lorascope.csv_files import csv_text
-from lorascope.printable import printable
-from lorascope.render import theme as themes
+from lorascope.charts import theme as themes
+from lorascope.charts.chart import Drawable
+from lorascope.files.printable import printable
+from lorascope.files.safe_csv import csv_text
 
 Write = Callable[[Drawable, Path, str | None, str | None], None]
 
@@ -85,7 +85,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _picture(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
     """PDF, SVG and PNG."""
-    from lorascope.render import mpl
+    from lorascope.charts import matplotlib_backend
 
     kind = path.suffix.lower().removeprefix(".")
     source, title = provenance(drawable), _title(drawable)
@@ -96,15 +96,15 @@ def _picture(drawable: Drawable, path: Path, width: str | None, theme: str | Non
         "png": {"Title": title, "Software": program, "lorascope": source},
     }
     look = theme or ("light" if kind == "png" else "paper")
-    _replace(path, lambda draft: mpl.write(drawable, draft, kind, look, width, notes[kind]))
+    _replace(path, lambda draft: matplotlib_backend.write(drawable, draft, kind, look, width, notes[kind]))
 
 
 def _page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
     """An HTML page that needs no network."""
-    from lorascope.render import plotly
+    from lorascope.charts import plotly_backend
 
     source = provenance(drawable)
-    plot = plotly.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
+    plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
     ground = themes.theme(theme or "light").background
     page = _PAGE.format(title=escape(_title(drawable)), source=escape(source), plot=plot, ground=ground)
     _replace(path, lambda draft: draft.write_text(page, encoding="utf-8"))

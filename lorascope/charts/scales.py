@@ -15,10 +15,10 @@ import pandas as pd
 from jaxtyping import Float
 from pandas.api.types import is_integer_dtype
 
-from lorascope.chart import Axis, Chart
-from lorascope.marks import is_number
-from lorascope.printable import short_name
-from lorascope.render.theme import GLYPH, PALETTE_SIZE, Theme
+from lorascope.charts.chart import Axis, Chart
+from lorascope.charts.marks import is_number
+from lorascope.charts.theme import GLYPH, PALETTE_SIZE, Theme
+from lorascope.files.printable import short_name
 
 _LARGEST = 1e200
 

@@ -11,14 +11,14 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from lorascope.causes import Case, Finding
-from lorascope.checkpoints import load
-from lorascope.commands.arguments import UsageError, parse
-from lorascope.doctor import examine, findings, unseen
-from lorascope.inspection import json_values
-from lorascope.printable import printable
-from lorascope.run import Run
-from lorascope.screen import WIDTH
+from lorascope.cli.arguments import UsageError, parse
+from lorascope.diagnosis.causes import Case, Finding
+from lorascope.diagnosis.doctor import examine, findings, unseen
+from lorascope.diagnosis.inspection import json_values
+from lorascope.diagnosis.terminal import WIDTH
+from lorascope.files.printable import printable
+from lorascope.runs.loading import load
+from lorascope.runs.run import Run
 
 _INDENT = " " * 15
 

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from lorascope.commands.arguments import UsageError, parse
-from lorascope.commands.opening import opened
-from lorascope.export import Cut, cut, rank_pattern, to_peft, to_table
-from lorascope.printable import printable
-from lorascope.run import Run
-from lorascope.summary import peft_keywords
+from lorascope.cli.arguments import UsageError, parse
+from lorascope.cli.load_runs import opened
+from lorascope.files.printable import printable
+from lorascope.runs.export import Cut, cut, rank_pattern, to_peft, to_table
+from lorascope.runs.run import Run
+from lorascope.runs.summary import peft_keywords
 
 _BUDGET = "with --rank-pattern: keep this share of all ranks (0.5), or this sum of ranks (96)"
 _BY = "with --budget: keep the components of most energy, or those whose ablation raises the loss most"
@@ -109,12 +109,12 @@ def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any
         chosen = cut(run, budget, state)
         priced = ["What that costs the task no spectrum says: --model NAME --task NAME measures the loss."]
     else:
-        from lorascope import worth  # imports torch
+        from lorascope.experiments import component_importance  # imports torch
 
         by_ablation = options.by == "ablation"
-        scores = worth.rises(run, options.model, options.task, state=state) if by_ablation else None
+        scores = component_importance.rises(run, options.model, options.task, state=state) if by_ablation else None
         chosen = cut(run, budget, state, scores)
-        before, after, texts = worth.losses(run, chosen, options.model, options.task, state=state)
+        before, after, texts = component_importance.losses(run, chosen, options.model, options.task, state=state)
         priced = [
             f"Its loss on {texts} validation texts that chose nothing: {before:.4f} whole, {after:.4f} cut.",
             "A LoRA that is trained anew at these ranks ends elsewhere.",

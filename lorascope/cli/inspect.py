@@ -10,16 +10,16 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from lorascope import screen
-from lorascope.checkpoints import AdapterRun
-from lorascope.commands.arguments import UsageError, parse
-from lorascope.commands.opening import opened
-from lorascope.csv_files import csv_text
-from lorascope.inspection import Inspection, inspect
-from lorascope.neuron_inspection import inspect_neurons
-from lorascope.pairwise import compare
-from lorascope.pairwise_screen import compared
-from lorascope.scoring import is_checkpoint
+from lorascope.cli.arguments import UsageError, parse
+from lorascope.cli.load_runs import opened
+from lorascope.diagnosis import terminal
+from lorascope.diagnosis.comparison import compare
+from lorascope.diagnosis.inspection import Inspection, inspect
+from lorascope.diagnosis.neuron_inspection import inspect_neurons
+from lorascope.diagnosis.neuron_scores import is_checkpoint
+from lorascope.diagnosis.terminal_comparison import compared
+from lorascope.files.safe_csv import csv_text
+from lorascope.runs.loading import AdapterRun
 
 
 @dataclass(frozen=True)
@@ -84,27 +84,27 @@ def _told_of_neurons(path: str, options: Options) -> str:
         return csv_text(item.scores.drop(columns="top"))
     if options.json:
         return json.dumps(item.plain(), indent=1) + "\n"
-    style = screen.Style.of(sys.stdout)
-    return (screen.every_projection if options.all else screen.neurons)(item, style) + "\n"
+    style = terminal.Style.of(sys.stdout)
+    return (terminal.every_projection if options.all else terminal.neurons)(item, style) + "\n"
 
 
 def _told(inspections: list[Inspection], options: Options) -> str:
     if len(inspections) > 1:
         return _told_of_several(inspections, options)
-    item, style = inspections[0], screen.Style.of(sys.stdout)
+    item, style = inspections[0], terminal.Style.of(sys.stdout)
     if options.csv:
         table = item.modules.assign(name=item.name)
         return csv_text(table[["name", *table.columns.drop("name")]])
     if options.json:
         return json.dumps(item.plain(), indent=1) + "\n"
-    return (screen.every if options.all else screen.one)(item, style) + "\n"
+    return (terminal.every if options.all else terminal.one)(item, style) + "\n"
 
 
 def _told_of_several(inspections: list[Inspection], options: Options) -> str:
-    comparison, style = compare(inspections, options.spectra), screen.Style.of(sys.stdout)
+    comparison, style = compare(inspections, options.spectra), terminal.Style.of(sys.stdout)
     if options.csv:
         return csv_text(comparison.table())
     if options.json:
         return json.dumps(comparison.plain(), indent=1) + "\n"
-    screens = [screen.every(item, style) for item in inspections] if options.all else []
+    screens = [terminal.every(item, style) for item in inspections] if options.all else []
     return "\n\n".join([*screens, compared(comparison, style)]) + "\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorascope.checkpoints import is_run, load
-from lorascope.commands.arguments import UsageError
-from lorascope.run import Run
+from lorascope.cli.arguments import UsageError
+from lorascope.runs.loading import is_run, load
+from lorascope.runs.run import Run
 
 
 def opened(paths: Sequence[str | Path], base: str | None) -> list[Run]:

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 from lorascope import __version__
-from lorascope.printable import printable
+from lorascope.files.printable import printable
 
 
 class Command(NamedTuple):
@@ -26,14 +26,14 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "reproduce": Command("reproducing", "train, record, draw, judge and report what the papers observed"),
-    "train": Command("training", "train a model by one of the methods, and record what happens inside"),
-    "sweep": Command("sweeping", "train all runs of a TOML file, side by side, and compare their recipes"),
-    "inspect": Command("inspecting", "say what is in an adapter or a run; several are compared"),
-    "doctor": Command("diagnosing", "name the causes why an adapter or a run is not what was meant"),
-    "plot": Command("plotting", "draw a figure of one or several runs"),
-    "export": Command("exporting", "hand a run over: its ranks or its adapter to PEFT, its tables as files"),
-    "report": Command("reporting", "write the report of runs that are there already"),
+    "reproduce": Command("reproduce", "train, record, draw, judge and report what the papers observed"),
+    "train": Command("train", "train a model by one of the methods, and record what happens inside"),
+    "sweep": Command("sweep", "train all runs of a TOML file, side by side, and compare their recipes"),
+    "inspect": Command("inspect", "say what is in an adapter or a run; several are compared"),
+    "doctor": Command("doctor", "name the causes why an adapter or a run is not what was meant"),
+    "plot": Command("plot", "draw a figure of one or several runs"),
+    "export": Command("export", "hand a run over: its ranks or its adapter to PEFT, its tables as files"),
+    "report": Command("report", "write the report of runs that are there already"),
 }
 _EXAMPLES = """examples:
   lorascope reproduce --quick -o report
@@ -136,7 +136,7 @@ def _dispatch(words: list[str]) -> int:
             print(f"lorascope {__version__}")
             return 0
         case [name, *rest] if name in COMMANDS:
-            return importlib.import_module(f"lorascope.commands.{COMMANDS[name].module}").main(rest)
+            return importlib.import_module(f"lorascope.cli.{COMMANDS[name].module}").main(rest)
     near = difflib.get_close_matches(words[0], COMMANDS)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
     raise ValueError(f"there is no command {words[0]!r}; {hint}")
@@ -155,7 +155,3 @@ def _failed(reason: object, code: int) -> int:
     except OSError:
         _discard(sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,11 +12,11 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from lorascope.commands.arguments import UsageError, fields_of, headline, parse
-from lorascope.commands.opening import opened
+from lorascope.cli.arguments import UsageError, fields_of, headline, parse
+from lorascope.cli.load_runs import opened
+from lorascope.files.printable import printable
 from lorascope.plots import FIGURES
-from lorascope.printable import printable
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 _RUNS = "folders of runs or adapters; label=folder names a curve, the same label again a further seed"
 

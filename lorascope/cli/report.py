@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from lorascope.commands.arguments import parse
+from lorascope.cli.arguments import parse
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from lorascope.commands.arguments import UsageError, parse
+from lorascope.cli.arguments import UsageError, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,12 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "lorascope reproduce")
     if options.seeds is not None and options.seeds < 1:
         raise UsageError(f"--seeds {options.seeds} leaves nothing to run: give 1 or more, 3 to decide anything")
-    from lorascope import probes, sweeps  # not for --help, which need not wait for torch
+    from lorascope import probes
+    from lorascope.experiments import sweep  # not for --help, which need not wait for torch
 
     try:
         found = probes.reproduce(options.probe, options.quick, options.seeds, options.out)
-    except sweeps.RunsFailed as error:
+    except sweep.RunsFailed as error:
         print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     print(json.dumps(found.plain()) if options.json else found)

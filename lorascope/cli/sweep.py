@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import pandas as pd
 from tyro.conf import Positional, arg
 
-from lorascope.analysis import comparison
-from lorascope.analysis.stats import Interval
-from lorascope.commands.arguments import UsageError, parse
-from lorascope.printable import printable
-from lorascope.screen import WIDTH, elide
+from lorascope.analysis import recipe_comparison
+from lorascope.analysis.seed_intervals import Interval
+from lorascope.cli.arguments import UsageError, parse
+from lorascope.diagnosis.terminal import WIDTH, elide
+from lorascope.files.printable import printable
 
 if TYPE_CHECKING:
-    from lorascope.sweeps import Swept
+    from lorascope.experiments.sweep import Swept
 
 _NAME = 36
 
@@ -48,10 +48,10 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "lorascope sweep")
     if not options.file:
         raise UsageError("sweep what? Give a TOML file: lorascope sweep ranks.toml")
-    from lorascope import grid, sweeps  # not for --help, which need not wait for torch
+    from lorascope.experiments import grid, sweep  # not for --help, which need not wait for torch
 
     found = grid.read(options.file)
-    swept = sweeps.run_grid(replace(found, backend=_backend(found.backend, options)), progress=options.progress)
+    swept = sweep.run_grid(replace(found, backend=_backend(found.backend, options)), progress=options.progress)
     print(json.dumps(_plain(swept), indent=1) if options.json else _told(swept))
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
@@ -66,11 +66,11 @@ def _backend(stored: Any, options: Options) -> dict[str, Any]:
 
 
 def _told(swept: Swept) -> str:
-    table = comparison.scores(swept.runs())
+    table = recipe_comparison.scores(swept.runs())
     if table.empty:
         return "no run was finished"
-    compared = comparison.pairs(table)
-    rows = comparison.standings(table, compared)
+    compared = recipe_comparison.pairs(table)
+    rows = recipe_comparison.standings(table, compared)
     several = [column for column in ("model", "task") if rows[column].nunique() > 1]
     cells = [["recipe", *several, "test", "seeds", "place"]]
     for row in rows.to_dict("records"):
@@ -82,20 +82,20 @@ def _told(swept: Swept) -> str:
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     note = "± half a 95 % t-interval over seeds; places by paired t-tests, seed by seed (Holm, 5 %)"
     return "\n".join(
-        [*lines, "", *(textwrap.fill(printable(told), WIDTH) for told in (note, *comparison.words(compared)))]
+        [*lines, "", *(textwrap.fill(printable(told), WIDTH) for told in (note, *recipe_comparison.words(compared)))]
     )
 
 
 def _plain(swept: Swept) -> dict[str, Any]:
-    table = comparison.scores(swept.runs())
-    compared = comparison.pairs(table)
+    table = recipe_comparison.scores(swept.runs())
+    compared = recipe_comparison.pairs(table)
     folders = [str(swept.folders[number]) for number in sorted(swept.folders)]
     return {
         "runs": _records(table.assign(path=folders)),
         "failed": swept.complaints(),
-        "recipes": _records(comparison.standings(table, compared)) if len(table) else [],
+        "recipes": _records(recipe_comparison.standings(table, compared)) if len(table) else [],
         "pairs": _records(compared),
-        "words": comparison.words(compared),
+        "words": recipe_comparison.words(compared),
     }
 
 

@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from lorascope.commands.arguments import UsageError, fields_of, headline, parse
-from lorascope.loop import train
-from lorascope.method import Method
+from lorascope.cli.arguments import UsageError, fields_of, headline, parse
 from lorascope.methods import METHODS
-from lorascope.run import Run
+from lorascope.methods.base import Method
+from lorascope.runs.run import Run
+from lorascope.training.loop import train
 
 _USAGE = """usage: lorascope train METHOD --steps N [--task TASK] [--model MODEL] [-o RUN] [options]
 

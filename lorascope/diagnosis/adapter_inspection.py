@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorascope.adapter_files import CONFIG
-from lorascope.checkpoints import AdapterRun
-from lorascope.forms import RESIDUAL
-from lorascope.matching import Patterns
-from lorascope.update import Pair
+from lorascope.runs.formats.peft_lora import CONFIG
+from lorascope.runs.loading import AdapterRun
+from lorascope.schema.name_patterns import Patterns
+from lorascope.updates.factor_formats import RESIDUAL
+from lorascope.updates.low_rank import Pair
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _NO_ALPHA = "alpha not kept"

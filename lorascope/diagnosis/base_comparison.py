@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.algebra import one_thread, wide
-from lorascope.checkpoints import AdapterRun
-from lorascope.roles import parse
-from lorascope.update import Dense, LowRank, NeuronChange, factored_change, neuron_change
+from lorascope.runs.loading import AdapterRun
+from lorascope.schema.module_roles import parse
+from lorascope.updates.linalg import one_thread, wide
+from lorascope.updates.low_rank import Dense, LowRank, NeuronChange, factored_change, neuron_change
 
 DIRECTIONS = 10
 """Leading directions of each weight that are looked at for intruders."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis import pairs
-from lorascope.inspection import Inspection, rows
+from lorascope.analysis import adapter_similarity
+from lorascope.diagnosis.inspection import Inspection, rows
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Comparison:
     ----------
     inspections : tuple of Inspection
     matrix : DataFrame
-        ``pairs.matrix``; labels are the names of the folders, or their paths where names coincide.
+        ``adapter_similarity.matrix``; labels are the names of the folders, or their paths where names coincide.
     modules : DataFrame
-        ``pairs.modules``.
+        ``adapter_similarity.modules``.
     """
 
     inspections: tuple[Inspection, ...]
@@ -64,5 +64,5 @@ def compare(inspections: Sequence[Inspection], spectra: bool = False) -> Compari
     if twice is not None:
         raise ValueError(f"{twice} was given twice: give each once")
     runs = {label: item.run for label, item in zip(labels, inspections, strict=True)}
-    shared = pairs.modules(runs, spectra)
-    return Comparison(tuple(inspections), pairs.matrix(runs, shared), shared)
+    shared = adapter_similarity.modules(runs, spectra)
+    return Comparison(tuple(inspections), adapter_similarity.matrix(runs, shared), shared)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.causes import CAUSES, Case, Finding
-from lorascope.checkpoints import AdapterRun
-from lorascope.run import Run
-from lorascope.update import LowRank
+from lorascope.diagnosis.causes import CAUSES, Case, Finding
+from lorascope.runs.loading import AdapterRun
+from lorascope.runs.run import Run
+from lorascope.updates.low_rank import LowRank
 
 _COLUMNS = ("rank", "scale", "update_norm", "moved", "weight_norm", "relative_update", "effective_rank", "used")
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}

@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from lorascope.adapter_inspection import adapter_cautions, adapter_facts, adapter_findings, some
-from lorascope.against_base import BESIDE, DIRECTIONS, against_base
-from lorascope.algebra import root_of_squares
-from lorascope.checkpoints import AdapterRun, spectra_by_layer
-from lorascope.forms import UNTRAINED
-from lorascope.gated import stands_at
-from lorascope.roles import position
-from lorascope.run import Run
-from lorascope.update import effective_rank, energy_rank, stable_rank
+from lorascope.diagnosis.adapter_inspection import adapter_cautions, adapter_facts, adapter_findings, some
+from lorascope.diagnosis.base_comparison import BESIDE, DIRECTIONS, against_base
+from lorascope.runs.gated_run import stands_at
+from lorascope.runs.loading import AdapterRun, spectra_by_layer
+from lorascope.runs.run import Run
+from lorascope.schema.module_roles import position
+from lorascope.updates.factor_formats import UNTRAINED
+from lorascope.updates.linalg import root_of_squares
+from lorascope.updates.low_rank import effective_rank, energy_rank, stable_rank
 
 _SHARE = 0.9
 _DEAD = 1e-6  # of the largest singular value: below it the two ways to find them differ

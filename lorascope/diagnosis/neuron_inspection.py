@@ -9,11 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.adapter_inspection import DTYPES, some
-from lorascope.inspection import json_values, pooled, rows
-from lorascope.pretrained import Pretrained
-from lorascope.roles import position
-from lorascope.scoring import score
+from lorascope.diagnosis.adapter_inspection import DTYPES, some
+from lorascope.diagnosis.inspection import json_values, pooled, rows
+from lorascope.diagnosis.neuron_scores import score
+from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.schema.module_roles import position
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -31,7 +31,7 @@ class NeuronInspection:
     facts : tuple of (str, str)
         The header: what it is, its base, its size.
     scores : DataFrame
-        ``scoring.neuron_scores``, with ``top``: is the neuron among the tenth that turned most, of all together?
+        ``neuron_scores.neuron_scores``, with ``top``: is the neuron among the tenth that turned most, of all together?
     modules : DataFrame
         ``module, stack, layer, role, neurons, top, share, median, largest, turned, delta_norm``: how many neurons there
         are and how many of them are in that tenth, the module's share of the tenth, median and largest of 1 - cos, how
@@ -85,7 +85,7 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``scoring.neuron_scores``.
+        As ``neuron_scores.neuron_scores``.
     """
     models = Pretrained(base), Pretrained(tuned)
     scores = pd.concat(score(*models), ignore_index=True)

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lorascope.adapter_files import factor_files
 from lorascope.analysis import neurons
-from lorascope.checkpoints import MARKS
-from lorascope.pretrained import Pretrained
-from lorascope.roles import FFN, parse, position
-from lorascope.update import neuron_change
+from lorascope.runs.formats.peft_lora import factor_files
+from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.loading import MARKS
+from lorascope.schema.module_roles import FFN, parse, position
+from lorascope.updates.low_rank import neuron_change
 
 
 def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] = FFN) -> pd.DataFrame:

@@ -14,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.checkpoints import AdapterRun
-from lorascope.inspection import Inspection
-from lorascope.neuron_inspection import NeuronInspection
-from lorascope.printable import printable
+from lorascope.diagnosis.inspection import Inspection
+from lorascope.diagnosis.neuron_inspection import NeuronInspection
+from lorascope.files.printable import printable
+from lorascope.runs.loading import AdapterRun
 
 WIDTH = 80
 _LABEL = 15

@@ -6,10 +6,10 @@ import math
 import textwrap
 from collections.abc import Callable, Iterator
 
-from lorascope.analysis.pairs import DIRECTIONS
-from lorascope.pairwise import Comparison
-from lorascope.printable import printable
-from lorascope.screen import WIDTH, Style, colour_of, elide, norm, span
+from lorascope.analysis.adapter_similarity import DIRECTIONS
+from lorascope.diagnosis.comparison import Comparison
+from lorascope.diagnosis.terminal import WIDTH, Style, colour_of, elide, norm, span
+from lorascope.files.printable import printable
 
 _CELL = 6
 _MOST = (WIDTH - 2) // _CELL

@@ -11,24 +11,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope import models, tasks
-from lorascope.adapter_files import PREFIX
-from lorascope.checkpoints import AdapterRun
-from lorascope.delta import detach
-from lorascope.encoding import Encoded
-from lorascope.evaluation import evaluate
-from lorascope.export import Cut, base_of
-from lorascope.export.folder import refuse_unkept
-from lorascope.heads import fit_head, weights_hash
-from lorascope.hosts import host_weight
-from lorascope.method import task_head
+from lorascope.adapters.activation_patching import Batch
+from lorascope.adapters.delta import detach
+from lorascope.adapters.host_weights import host_weight
+from lorascope.experiments.component_removal import Triple, canonical, dress, fill_plain, settled_rises
+from lorascope.inputs import models, tasks
+from lorascope.inputs.classifier_head import fit_head, weights_hash
+from lorascope.inputs.tasks import Task
+from lorascope.inputs.tokenization import Encoded
 from lorascope.methods.alora import ALoRADelta
-from lorascope.removal import Triple, canonical, dress, fill_plain, settled_rises
-from lorascope.replay import Batch
-from lorascope.run import Run
-from lorascope.state import put_tensors
-from lorascope.summary import factored
-from lorascope.tasks import Task
+from lorascope.methods.base import task_head
+from lorascope.runs.export import Cut, base_of
+from lorascope.runs.export.peft_folder import refuse_unkept
+from lorascope.runs.formats.peft_lora import PREFIX
+from lorascope.runs.loading import AdapterRun
+from lorascope.runs.run import Run
+from lorascope.runs.summary import factored
+from lorascope.training.evaluation import evaluate
+from lorascope.training.state import put_tensors
 
 BATCH = 32
 

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorascope.delta import Delta, attach, detach
+from lorascope.adapters.activation_patching import Loss, moved_losses
+from lorascope.adapters.delta import Delta, attach, detach
 from lorascope.methods import adalora, alora
-from lorascope.replay import Loss, moved_losses
-from lorascope.update import Dense, LowRank
+from lorascope.updates.low_rank import Dense, LowRank
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -17,14 +17,15 @@ from typing import Any
 
 from torch import nn
 
-from lorascope import models, observe, tasks
-from lorascope.loop import train
-from lorascope.method import Method, config, from_config
+from lorascope import observe
+from lorascope.experiments.toml_schema import NONE, combinations, fits, known, meant, words
+from lorascope.inputs import models, tasks
+from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
-from lorascope.observer import Observer
-from lorascope.settings import Settings
-from lorascope.tasks import Task
-from lorascope.values import NONE, combinations, fits, known, meant, words
+from lorascope.methods.base import Method, config, from_config
+from lorascope.observe.base import Observer
+from lorascope.training.loop import train
+from lorascope.training.settings import Settings
 
 Model = str | Callable[[], nn.Module]
 Data = Task | str | Path

@@ -11,17 +11,17 @@ import torch
 from joblib.externals.loky import ProcessPoolExecutor
 from torch import nn
 
-from lorascope import models, tasks
-from lorascope.folders import held
-from lorascope.method import Method
+from lorascope.inputs import models, tasks
+from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
-from lorascope.observer import Observer
-from lorascope.plan import Base, Plan, claim, finished_run, first_use
-from lorascope.run import Run
-from lorascope.session import Session
-from lorascope.settings import Settings
-from lorascope.state import seeded
-from lorascope.tasks import Task
+from lorascope.methods.base import Method
+from lorascope.observe.base import Observer
+from lorascope.runs.folders import held
+from lorascope.runs.run import Run
+from lorascope.training.run_spec import Base, Plan, claim, finished_run, first_use
+from lorascope.training.session import Session
+from lorascope.training.settings import Settings
+from lorascope.training.state import seeded
 
 Model = str | Callable[[], nn.Module]
 Data = Task | str | Path

@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from lorascope import models
-from lorascope.checkpoints import AdapterRun
-from lorascope.delta import adapted, attach
-from lorascope.export import base_of
-from lorascope.gating import Gates, stacked, watch
+from lorascope.adapters.delta import adapted, attach
+from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
-from lorascope.run import Run
+from lorascope.methods.hydralora_routing import Gates, stacked, watch
+from lorascope.runs.export import base_of
+from lorascope.runs.loading import AdapterRun
+from lorascope.runs.run import Run
 
 
 def mean_gates(

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorascope.alone import Alone, Data, Model, in_own_process
-from lorascope.loop import advance
-from lorascope.method import Method
+from lorascope.experiments.isolated_run import Alone, Data, Model, in_own_process
+from lorascope.methods.base import Method
 from lorascope.observe import memory
-from lorascope.records import Record
-from lorascope.run import Run
-from lorascope.session import Session
+from lorascope.runs.run import Run
+from lorascope.schema.records import Record
+from lorascope.training.loop import advance
+from lorascope.training.session import Session
 
 _WINDOW = "lorascope: measured step"
 
@@ -40,7 +40,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
         The last of so many is the one whose peak is taken; the first makes the optimizer's state. Give LISA the
         interval of a real run, such as 20: by default it would draw anew in the measured step.
     **options
-        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``alone.in_own_process``, and settings of
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.in_own_process``, and settings of
         ``train``, such as ``batch_size``.
 
     Returns

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorascope.alone import Alone, Data, Model, in_own_process
-from lorascope.loop import advance
-from lorascope.method import Batch, Method
-from lorascope.records import Quantity, Record, register
-from lorascope.run import Run
-from lorascope.session import Session
+from lorascope.experiments.isolated_run import Alone, Data, Model, in_own_process
+from lorascope.methods.base import Batch, Method
+from lorascope.runs.run import Run
+from lorascope.schema.records import Quantity, Record, register
+from lorascope.training.loop import advance
+from lorascope.training.session import Session
 
 for _name, _label, _what in (
     ("forward_seconds", "forward", "the loss of the step's batch"),
@@ -46,7 +46,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
         The first two are slower, and left out by the figure. Give LISA the interval of a real run, such as 20: by
         default it would draw anew in every second of so few.
     **options
-        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``alone.in_own_process``, and settings of
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.in_own_process``, and settings of
         ``train``, such as ``batch_size``.
 
     Returns

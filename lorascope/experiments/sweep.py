@@ -21,18 +21,18 @@ import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.parallel import get_active_backend
 
-from lorascope import grid
-from lorascope.analysis.comparison import recipes
-from lorascope.backends import is_death, using
-from lorascope.board import Board
-from lorascope.folders import Busy
-from lorascope.grid import Data, Grid, Job, Model
-from lorascope.labels import in_words
-from lorascope.loop import train
-from lorascope.method import Method
-from lorascope.plan import StateRemoved
-from lorascope.progress import Note, noted, read_note
-from lorascope.run import Run
+from lorascope.analysis.recipe_comparison import recipes
+from lorascope.experiments import grid
+from lorascope.experiments.executors import is_death, using
+from lorascope.experiments.grid import Data, Grid, Job, Model
+from lorascope.experiments.sweep_table import Board
+from lorascope.methods.base import Method
+from lorascope.runs.folders import Busy
+from lorascope.runs.run import Run
+from lorascope.schema.labels import in_words
+from lorascope.training.loop import train
+from lorascope.training.progress import Note, noted, read_note
+from lorascope.training.run_spec import StateRemoved
 
 __all__ = ["ATTEMPTS", "Job", "Swept", "run_grid", "run_jobs", "sweep", "width"]
 

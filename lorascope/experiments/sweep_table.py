@@ -10,9 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorascope.printable import printable
-from lorascope.progress import read_note
-from lorascope.screen import elide
+from lorascope.diagnosis.terminal import elide
+from lorascope.files.printable import printable
+from lorascope.training.progress import read_note
 
 # Seconds between two looks at the notes.
 _PAUSE = 1.0

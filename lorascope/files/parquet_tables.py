@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.json_files import require_regular
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import require_regular
 
 MAX_FILE = 2**30
 MAX_ROWS = 2**25

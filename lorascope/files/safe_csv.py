@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from lorascope.printable import printable
+from lorascope.files.printable import printable
 
 # A spreadsheet runs a cell that begins with one of these as a formula; the wide ones in East Asian locales.
 _FORMULAS = tuple("=+-@＝＋－＠")

@@ -26,8 +26,8 @@ import msgspec
 import numpy as np
 from safetensors.numpy import save
 
-from lorascope.json_files import Count, parse_json, read_json, require_regular, require_size, typed
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, typed
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",

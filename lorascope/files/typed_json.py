@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar, overload
 import msgspec
 import numpy as np
 
-from lorascope.printable import printable
+from lorascope.files.printable import printable
 
 Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
 """A float with a finite square."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope import names
-from lorascope.models import missing, note_missing
+from lorascope.inputs.models import missing, note_missing
+from lorascope.schema import module_table
 
 
 def fit_head(model: Any, labels: Sequence[str] | None) -> None:
@@ -25,7 +25,7 @@ def fit_head(model: Any, labels: Sequence[str] | None) -> None:
     """
     if labels is None:
         return
-    description = names.describe(model)
+    description = module_table.describe(model)
     name = description.loc[description["role"] == "head", "module"].iloc[-1]
     head: nn.Linear = model.get_submodule(name)
     if head.out_features != len(labels):

@@ -17,9 +17,9 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from lorascope.encoding import Encoded, groups_of, numbers
-from lorascope.json_files import require_regular
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import require_regular
+from lorascope.inputs.tokenization import Encoded, groups_of, numbers
 
 
 def opened(image: Any) -> Image.Image:

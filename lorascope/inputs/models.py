@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from lorascope.assets import SMOLLM2, built, cache, fetch, first_line, sha256
-from lorascope.tasks import Task
+from lorascope.inputs.package_assets import SMOLLM2, built, cache, fetch, first_line, sha256
+from lorascope.inputs.tasks import Task
 
 BUNDLED = ("minilm", "smollm2")
 

@@ -25,8 +25,8 @@ from typing import IO, cast
 
 import platformdirs
 
-from lorascope.json_files import read_json
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import read_json
 
 # A source archive makes pip ask its build backend for metadata, which runs setup.py. This backend takes the place of
 # setuptools in that one process and answers without looking at the package.

@@ -12,9 +12,9 @@ from typing import IO, Any, cast
 import pandas as pd
 from PIL import Image
 
-from lorascope.assets import SENTIMENT, built, cache, fetch, first_line
-from lorascope.json_files import require_regular
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import require_regular
+from lorascope.inputs.package_assets import SENTIMENT, built, cache, fetch, first_line
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from lorascope import images, sources
-from lorascope.encoding import Encoded, encode_classes, encode_pairs, encode_text
+from lorascope.inputs import images, sources
+from lorascope.inputs.tokenization import Encoded, encode_classes, encode_pairs, encode_text
 
 SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 """Upper ends of the splits on the scale of the hash."""

@@ -1,10 +1,10 @@
 """The methods, one file a paper; a new one adds its import line here."""
 
-from lorascope.method import METHODS
 from lorascope.methods.adalora import AdaLoRA
 from lorascope.methods.adapprox import Adapprox, AdapproxOptimizer
 from lorascope.methods.alora import ALoRA
 from lorascope.methods.autolora import AutoLoRA
+from lorascope.methods.base import METHODS
 from lorascope.methods.fourierft import FourierFT
 from lorascope.methods.full import Full
 from lorascope.methods.hydralora import HydraLoRA

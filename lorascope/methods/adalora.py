@@ -41,12 +41,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lorascope import names
-from lorascope.delta import attach, to_array
-from lorascope.method import Method, Step, train_adapters
+from lorascope.adapters.delta import attach, to_array
+from lorascope.methods.base import Method, Step, train_adapters
 from lorascope.methods.lora import LoRADelta
-from lorascope.records import Item, Quantity, Record, register
-from lorascope.update import LowRank
+from lorascope.schema import module_table
+from lorascope.schema.records import Item, Quantity, Record, register
+from lorascope.updates.low_rank import LowRank
 
 # Of every component, in the order in which they are computed.
 _SCORES = {
@@ -132,7 +132,7 @@ class AdaLoRA(Method, name="adalora"):
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        chosen = names.match(names.describe(model), self.targets)
+        chosen = module_table.match(module_table.describe(model), self.targets)
         sizes = (self.init_rank, self.alpha / (self.init_rank + 1e-5), self.dropout)
         self._deltas = {name: AdaLoRADelta(model.get_submodule(name), *sizes) for name in chosen}
         attach(model, self._deltas)

@@ -25,11 +25,12 @@ Source: Adapprox (arXiv 2403.14958), algorithms 1 to 3; first and largest rank a
 abstract states.
 
 Departs: the text behind the abstract could not be had. Not checked against it are all constants, the rule of the rank
-(see ``s_rsi``), and the guidance M / (1 - cos(D, M)), whose denominator has a floor here, since the two are parallel at
-the first step. Entries that a rank of two or more made negative are set to zero, without which the root is no number.
-V is factored in units of its largest entry; where it is all zero, at the first step of LoRA's A for one, the rank is
-chosen at the first step at which it is not. Factors, averages and the step itself are in float32 or more, whatever the
-weights are. The error is measured at the steps of a choice alone. The method takes ``weight_decay`` from ``train``.
+(see ``subspace_iteration``), and the guidance M / (1 - cos(D, M)), whose denominator has a floor here, since the two
+are parallel at the first step. Entries that a rank of two or more made negative are set to zero, without which the root
+is no number. V is factored in units of its largest entry; where it is all zero, at the first step of LoRA's A for one,
+the rank is chosen at the first step at which it is not. Factors, averages and the step itself are in float32 or more,
+whatever the weights are. The error is measured at the steps of a choice alone. The method takes ``weight_decay`` from
+``train``.
 
 Cost: factors of rank k are smaller than V where k < m n / (m + n); of a square matrix the largest rank takes half, and
 a quarter at the least of any other. Of 64 x 64, the smallest that ``min_dim`` lets be factored, these are 8 KiB of 16,
@@ -47,11 +48,11 @@ from typing import Literal
 
 from torch import nn
 
-from lorascope import names
-from lorascope.method import LATER, Method, Step, parameter_groups
-from lorascope.methods import s_rsi
-from lorascope.methods.adapprox_optimizer import AdapproxOptimizer
-from lorascope.records import Item, Quantity, Record, register
+from lorascope.methods.base import LATER, Method, Step, parameter_groups
+from lorascope.methods.optimizers import subspace_iteration
+from lorascope.methods.optimizers.adapprox import AdapproxOptimizer
+from lorascope.schema import module_table
+from lorascope.schema.records import Item, Quantity, Record, register
 
 SOURCE = "Adapprox, algorithm 2"
 register(
@@ -115,7 +116,7 @@ class Adapprox(Method, name="adapprox"):
     reselect_every : int
         Steps between two choices.
     rank_rule : {"restart", "colnorm", "ema", "fixed"}
-        How a rank is chosen; see ``s_rsi``.
+        How a rank is chosen; see ``subspace_iteration``.
     growth : (float, float, float, float)
         eta, omega, phi, tau of f, by which "restart" goes up.
     growth_scale : float or None
@@ -145,7 +146,7 @@ class Adapprox(Method, name="adapprox"):
     tolerance: float | int = 0.01
     reselect_every: int = 10
     rank_rule: Literal["restart", "colnorm", "ema", "fixed"] = "restart"
-    growth: tuple[float | int, ...] = s_rsi.LOGISTIC
+    growth: tuple[float | int, ...] = subspace_iteration.LOGISTIC
     growth_scale: float | int | None = 1.0
     denominator: Literal["pre", "post"] = "pre"
     cosine: bool = False
@@ -160,7 +161,7 @@ class Adapprox(Method, name="adapprox"):
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> AdapproxOptimizer:
         """``AdapproxOptimizer`` in the groups ``adapter`` and ``head``; what is to stay dense in groups of its own."""
-        chosen = names.match(names.describe(model), self.dense, "dense") if self.dense else []
+        chosen = module_table.match(module_table.describe(model), self.dense, "dense") if self.dense else []
         dense = {id(parameter) for name in chosen for parameter in model.get_submodule(name).parameters()}
         groups = []
         for group in parameter_groups(model, lr, head_lr, weight_decay):
@@ -182,7 +183,7 @@ class Adapprox(Method, name="adapprox"):
             yield Record("factor_bytes", Q.nbytes + U.nbytes, module)
             yield Record("direction_rms", float(state["rms"]), module)
             yield Record("factor_norm", float(U.norm()), module)  # Q has orthonormal columns
-            fixed, most = self.rank_rule == "fixed", s_rsi.largest(Q.shape[0], U.shape[0], self.max_rank)
+            fixed, most = self.rank_rule == "fixed", subspace_iteration.largest(Q.shape[0], U.shape[0], self.max_rank)
             yield Record("factor_share", 1.0 if fixed else Q.shape[1] / most, module)
             if "cosine" in state:  # without a first moment there is none
                 yield Record("direction_cosine", float(state["cosine"]), module)

@@ -51,12 +51,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope import names
-from lorascope.ablation import Scores, ablation_scores
-from lorascope.delta import attach, resize
-from lorascope.method import LATER, Method, Step, parameter_groups, train_adapters
+from lorascope.adapters.ablation import Scores, ablation_scores
+from lorascope.adapters.delta import attach, resize
+from lorascope.methods.base import LATER, Method, Step, parameter_groups, train_adapters
 from lorascope.methods.lora import LoRADelta
-from lorascope.records import Item, Quantity, Record, register
+from lorascope.schema import module_table
+from lorascope.schema.records import Item, Quantity, Record, register
 
 for _name, _label, _index, _definition in (
     ("score_without", "S(M\\r)", "rank_id", "minus the loss of the scoring batch with this component off"),
@@ -122,8 +122,8 @@ class ALoRA(Method, name="alora"):
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        description = names.describe(model)
-        hosts = {name: model.get_submodule(name) for name in names.match(description, self.targets)}
+        description = module_table.describe(model)
+        hosts = {name: model.get_submodule(name) for name in module_table.match(description, self.targets)}
         self._pruned = self._number(description, list(hosts))
         scale = self.alpha / self.init_rank
         self._deltas = {name: ALoRADelta(host, self.init_rank, scale, self.dropout) for name, host in hosts.items()}

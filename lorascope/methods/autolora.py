@@ -50,13 +50,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lorascope import names
-from lorascope.delta import attach, to_array
-from lorascope.method import Batch, Method, Phase, Step, train_adapters
+from lorascope.adapters.delta import attach, to_array
+from lorascope.methods.base import Batch, Method, Phase, Step, train_adapters
 from lorascope.methods.lora import LoRA, LoRADelta
-from lorascope.records import Quantity, Record, register
-from lorascope.run import Run
-from lorascope.update import LowRank
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
+from lorascope.schema.records import Quantity, Record, register
+from lorascope.updates.low_rank import LowRank
 
 BETAS = (0.5, 0.999)
 RADIUS = 0.01
@@ -123,7 +123,9 @@ class AutoLoRA(Method, name="autolora"):
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave factors and head to the optimizer, the logits to ``before_step``."""
-        hosts = {name: model.get_submodule(name) for name in names.match(names.describe(model), self.targets)}
+        hosts = {
+            name: model.get_submodule(name) for name in module_table.match(module_table.describe(model), self.targets)
+        }
         scale = self.lora_alpha / self.rank
         self._deltas = {name: AutoLoRADelta(host, self.rank, scale, self.dropout) for name, host in hosts.items()}
         narrow = {str(delta.A.dtype) for delta in self._deltas.values() if delta.A.dtype != delta.logits.dtype}

@@ -12,12 +12,12 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lorascope import names
-from lorascope.delta import adapted
-from lorascope.labels import in_words
-from lorascope.models import missing
-from lorascope.records import Item
-from lorascope.run import Run
+from lorascope.adapters.delta import adapted
+from lorascope.inputs.models import missing
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
+from lorascope.schema.labels import in_words
+from lorascope.schema.records import Item
 
 METHODS: dict[str, type[Method]] = {}
 Batch = dict[str, Tensor]
@@ -251,7 +251,7 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: 
 
 def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that belong to the task: a head that is not over the vocabulary, and what the checkpoint lacked."""
-    description = names.describe(model)
+    description = module_table.describe(model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     heads = description[(description["role"] == "head") & (description["out_features"] != vocabulary)]["module"]
     # A head of several layers (dense, then projection) is one child of the model; all of it belongs to the task.

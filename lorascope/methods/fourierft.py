@@ -44,11 +44,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope import fourier, names
-from lorascope.delta import Delta, adapted, attach, host_weight, to_array
-from lorascope.method import Method, Step, train_adapters
-from lorascope.records import Item, Quantity, Record, register
-from lorascope.transforms import few, synthesize, waves, wide
+from lorascope.adapters.delta import Delta, adapted, attach, host_weight, to_array
+from lorascope.methods.base import Method, Step, train_adapters
+from lorascope.methods.fourierft_synthesis import few, synthesize, waves, wide
+from lorascope.schema import module_table
+from lorascope.schema.records import Item, Quantity, Record, register
+from lorascope.updates import fourier
 
 BINS = 8
 RECORD_EVERY = 10
@@ -105,7 +106,7 @@ class FourierFT(Method, name="fourierft"):
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        chosen = names.match(names.describe(model), self.targets)
+        chosen = module_table.match(module_table.describe(model), self.targets)
         attach(model, {name: self._delta(name, model.get_submodule(name)) for name in chosen})
         train_adapters(model)
 

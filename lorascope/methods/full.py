@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from lorascope.method import LATER, Method, parameter_groups
-from lorascope.methods.came import CAME
+from lorascope.methods.base import LATER, Method, parameter_groups
+from lorascope.methods.optimizers.came import CAME
 
 RULES = ("adamw", "adafactor", "came")
 

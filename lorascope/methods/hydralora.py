@@ -25,7 +25,7 @@ as rank x N, but applies it to the token, which has ``in`` entries. Dropout has 
 applied once; the code draws one a head. The heads of LoRA-Split are mixed by the same router: the paper does not say
 how they are put together. No balance loss, as in the code for language models. An embedding is refused: it looks ids
 up, and a router needs a vector. The default rank and rates are for small models; N is 3, the mean of the paper's runs
-on one domain, and ``analysis.clusters`` finds a number in the texts, as appendix B does.
+on one domain, and ``analysis.head_count`` finds a number in the texts, as appendix B does.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope import names
-from lorascope.analysis.heads import cosines, head_similarity, mean_of_pairs, update_inner
-from lorascope.delta import Delta, attach, host_weight, to_array
-from lorascope.forms import update_from
-from lorascope.gating import gate_records, watch
-from lorascope.method import LATER, Method, Step, train_adapters
-from lorascope.records import Item, Quantity, Record, Snapshot, register
-from lorascope.roles import FFN
-from lorascope.update import Dense, LowRank
+from lorascope.adapters.delta import Delta, attach, host_weight, to_array
+from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
+from lorascope.methods.base import LATER, Method, Step, train_adapters
+from lorascope.methods.hydralora_routing import gate_records, watch
+from lorascope.schema import module_table
+from lorascope.schema.module_roles import FFN
+from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
+from lorascope.updates.factor_formats import update_from
+from lorascope.updates.low_rank import Dense, LowRank
 
 _PAPER = "HydraLoRA, eq. 3"
 register("head_norm", Quantity("‖s Bᵢ Aᵢ‖", "", "head", "norm", "norm of what one head would add, ungated", _PAPER))
@@ -113,9 +113,9 @@ class HydraLoRA(Method, name="hydralora"):
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        description = names.describe(model)
+        description = module_table.describe(model)
         targets = self.targets or tuple(role for role in FFN if role in set(description["role"]))
-        self._deltas = {name: self._delta(name, model) for name in names.match(description, targets)}
+        self._deltas = {name: self._delta(name, model) for name in module_table.match(description, targets)}
         attach(model, self._deltas)
         train_adapters(model)
         self._looked: list[Item] = []

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lorascope.encoding import IGNORED
-from lorascope.hosts import to_array
-from lorascope.names import parse
-from lorascope.records import Item, Quantity, Record, Snapshot, register
+from lorascope.adapters.host_weights import to_array
+from lorascope.inputs.tokenization import IGNORED
+from lorascope.schema.module_table import parse
+from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 
 _PAPER = "HydraLoRA, eq. 4"
 for _name, _label, _definition in (

@@ -40,9 +40,9 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from lorascope import names
-from lorascope.method import Method, Step
-from lorascope.records import Item, Quantity, Record, register
+from lorascope.methods.base import Method, Step
+from lorascope.schema import module_table
+from lorascope.schema.records import Item, Quantity, Record, register
 
 _ALGORITHM = "LISA, algorithm 1"
 register(
@@ -106,7 +106,7 @@ class LISA(Method, name="lisa"):
     def attach(self, model: nn.Module) -> None:
         """Leave everything trainable: what the optimizer is built without could never train."""
         model.requires_grad_(True)
-        described = names.describe(model)
+        described = module_table.describe(model)
         self._blocks = described["module"][described["role"] == "block"].tolist()
         self._chances = self._shares()
         seed = torch.initial_seed() if self.draw_seed is None else self.draw_seed

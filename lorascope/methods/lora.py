@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope import names
-from lorascope.delta import Delta, attach, host_weight, to_array
-from lorascope.method import LATER, Method, train_adapters
-from lorascope.update import LowRank
+from lorascope.adapters.delta import Delta, attach, host_weight, to_array
+from lorascope.methods.base import LATER, Method, train_adapters
+from lorascope.schema import module_table
+from lorascope.updates.low_rank import LowRank
 
 
 @dataclass(kw_only=True)
@@ -74,10 +74,10 @@ class LoRA(Method, name="lora"):
         train_adapters(model)
 
     def _ranks(self, model: nn.Module) -> dict[str, int]:
-        description = names.describe(model)
+        description = module_table.describe(model)
         if isinstance(self.rank, int):
-            return dict.fromkeys(names.match(description, self.targets), self.rank)
-        ranks = {name: self.rank[name] for name in names.match(description, tuple(self.rank)) if self.rank[name]}
+            return dict.fromkeys(module_table.match(description, self.targets), self.rank)
+        ranks = {name: self.rank[name] for name in module_table.match(description, tuple(self.rank)) if self.rank[name]}
         if not ranks:
             raise ValueError("every rank is 0: nothing would be adapted")
         return ranks

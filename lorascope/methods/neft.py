@@ -19,7 +19,7 @@ NeFT+Reversed_x%     ``reversed_share``
 ===================  ==================================================================
 
 Before this the paper chose neurons by probing (section 3): mode "probed" takes those whose weights are most like the
-directions by which linear probes tell the classes apart, see ``methods.probing``.
+directions by which linear probes tell the classes apart, see ``methods.neft_probing``.
 
 Source: NeFT (arXiv 2403.11621), equation 1, algorithm 1, section 4.2; section 3 for probing, figure 3 for the union of
 both ends.
@@ -49,16 +49,17 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lorascope import checkpoints, names
-from lorascope.analysis import neurons, selection
-from lorascope.heads import weights_hash
-from lorascope.hosts import host_weight, oriented, to_array
-from lorascope.layout import Lazy
-from lorascope.method import LATER, Method, Phase, Step, task_head
+from lorascope.adapters.host_weights import host_weight, oriented, to_array
+from lorascope.analysis import neurons, selected_neurons
+from lorascope.inputs.classifier_head import weights_hash
+from lorascope.methods.base import LATER, Method, Phase, Step, task_head
 from lorascope.methods.full import Full
-from lorascope.methods.probing import PROBE_COSINE, Probing, probed
-from lorascope.records import Quantity, Record, register
-from lorascope.run import Run
+from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probed
+from lorascope.runs import loading
+from lorascope.runs.layout import Lazy
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
+from lorascope.schema.records import Quantity, Record, register
 
 _SOURCE = "NeFT, eq. 1"
 for _name, _quantity in {
@@ -147,7 +148,7 @@ class NeFT(Method, name="neft"):
     def prepare(self) -> None:
         """Load ``tuned`` from its folder."""
         if isinstance(self.tuned, str | Path):
-            tuned = checkpoints.load(self.tuned)
+            tuned = loading.load(self.tuned)
             _check_kind(tuned, self.mode)
             self.tuned = tuned
 
@@ -166,7 +167,7 @@ class NeFT(Method, name="neft"):
     def attach(self, model: nn.Module) -> None:
         """Choose the neurons; leave the projections that hold some trainable, and the task's head."""
         self.prepare()
-        self._parts = neurons.parts(names.describe(model), self.targets)
+        self._parts = neurons.parts(module_table.describe(model), self.targets)
         self._scores = scores(model, self._parts, self.tuned) if isinstance(self.tuned, Run) else None
         self.neurons_ = self._choose(model)
         model.requires_grad_(False)
@@ -280,7 +281,7 @@ def _check_kind(tuned: Run, mode: str) -> None:
         before = [run.path.resolve() for run in tuned.parents if run.path and run.meta["method"]["name"] == needed.name]
         kind = "probing" if needed is Probing else "full fine-tuning"
         told = f"the phase before it, {before[0]}" if before else f"one of {kind}, or none"
-        mend = f"which trained {len(selection.chosen(tuned)):,} neurons alone: give {told}"
+        mend = f"which trained {len(selected_neurons.chosen(tuned)):,} neurons alone: give {told}"
     elif name == Probing.name and needed is Full:
         mend = "a run of probing: give one of full fine-tuning"
     elif name != Probing.name and needed is Probing:

@@ -28,13 +28,13 @@ from jaxtyping import Float, Shaped
 from sklearn.linear_model import RidgeClassifierCV
 from torch import nn
 
-from lorascope import names
-from lorascope.analysis import neurons, selection
-from lorascope.hidden import token_means
-from lorascope.hosts import host_weight, to_array
-from lorascope.method import Method, Step, task_head
-from lorascope.records import Quantity, Record, register
-from lorascope.run import Run
+from lorascope.adapters.hidden_states import token_means
+from lorascope.adapters.host_weights import host_weight, to_array
+from lorascope.analysis import neurons, selected_neurons
+from lorascope.methods.base import Method, Step, task_head
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
+from lorascope.schema.records import Quantity, Record, register
 
 PROBE_COSINE = "probe_cosine"
 register(
@@ -66,7 +66,7 @@ class Probing(Method):
         head = task_head(model).values()
         if not head:
             raise ValueError("mode 'probed' needs a class for every row: give a classifier and a task with labels")
-        self._parts = neurons.parts(names.describe(model), self.targets)
+        self._parts = neurons.parts(module_table.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:
             parameter.requires_grad_(True)
@@ -141,7 +141,7 @@ def probed(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
     ValueError
         It probed none of one of them, or its probes were not divided by their norms.
     """
-    scores = selection.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
+    scores = selected_neurons.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
         mend = f"delete {run.path} and probe again"
         raise ValueError(f"tuned must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {mend}")

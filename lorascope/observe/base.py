@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.method import Step
-from lorascope.records import Item
+from lorascope.methods.base import Step
+from lorascope.schema.records import Item
 
 
 @dataclass(kw_only=True)

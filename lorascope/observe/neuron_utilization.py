@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
+from lorascope.adapters.delta import effective_weight, to_array
+from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
-from lorascope.analysis.utilisation import LAYERS, correlations, span
-from lorascope.delta import effective_weight, to_array
-from lorascope.hidden import token_means
-from lorascope.method import LATER, Batch, Step
-from lorascope.observer import Observer
-from lorascope.records import Quantity, Record, register
+from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
+from lorascope.methods.base import LATER, Batch, Step
+from lorascope.observe.base import Observer
+from lorascope.schema.records import Quantity, Record, register
 
 _SOURCE = "NeFT, section 6.1"
 register(

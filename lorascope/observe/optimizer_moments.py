@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorascope.analysis import moments
-from lorascope.hosts import to_array
-from lorascope.method import Step
-from lorascope.methods.s_rsi import relative_error, s_rsi
-from lorascope.observer import Observer
-from lorascope.records import Item, Quantity, Record, register
-from lorascope.update import Dense, spectra
+from lorascope.adapters.host_weights import to_array
+from lorascope.analysis import optimizer_moments
+from lorascope.methods.base import Step
+from lorascope.methods.optimizers.subspace_iteration import relative_error, s_rsi
+from lorascope.observe.base import Observer
+from lorascope.schema.records import Item, Quantity, Record, register
+from lorascope.updates.low_rank import Dense, spectra
 
 # Ranks of the curves of errors, and how many singular values are kept.
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -99,17 +99,21 @@ class second_moments(Observer):
 
 def _look(module: str, V: Tensor) -> Iterator[Item]:
     exact = to_array(V)
-    dealt = moments.same_marginals(exact, seed=0)
+    dealt = optimizer_moments.same_marginals(exact, seed=0)
     ranks = [rank for rank in RANKS if rank < min(V.shape)]
     for matrix, suffix in ((exact, ""), (dealt, "_dealt")):
         sigma = spectra([Dense(matrix)])[0]
         yield Record(f"moment_sigma{suffix}", sigma[:KEPT] / sigma[0], module, np.arange(1, len(sigma[:KEPT]) + 1))
-        yield Record(f"moment_error{suffix}", np.array([moments.tail(sigma, rank) for rank in ranks]), module, ranks)
+        yield Record(
+            f"moment_error{suffix}", np.array([optimizer_moments.tail(sigma, rank) for rank in ranks]), module, ranks
+        )
     generator = torch.Generator(V.device).manual_seed(0)
     wide = V.float()  # as the optimizer factors it
     found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
     yield Record("moment_error_s_rsi", np.array(found), module, ranks)
-    yield Record("moment_error_rank_one", moments.relative_error(exact, moments.rank_one(exact)), module)
+    yield Record(
+        "moment_error_rank_one", optimizer_moments.relative_error(exact, optimizer_moments.rank_one(exact)), module
+    )
 
 
 @dataclass(kw_only=True)
@@ -144,7 +148,7 @@ class factorings(Observer):
 def _factored(module: str, V: Tensor) -> Iterator[Item]:
     A, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
     (_, sigma, _), seconds = _timed(lambda: torch.linalg.svd(A, full_matrices=False))
-    least = [moments.tail(to_array(sigma.double()), rank) for rank in ranks]
+    least = [optimizer_moments.tail(to_array(sigma.double()), rank) for rank in ranks]
     yield Record("factoring_error_svd", np.array(least), module, ranks)
     yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
     for way, factor in WAYS.items():
@@ -190,9 +194,13 @@ class factor_drift(Observer):
             exact = self.exact_.setdefault(module, torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
             if self.due(step.finished, step.total) and exact.any():
                 E, product = to_array(exact.double()), to_array(state["Q"].double() @ state["U"].double().T)
-                yield Record("factor_drift", moments.relative_error(E, product), module)
-                yield Record("factor_drift_least", moments.tail(spectra([Dense(E)])[0], state["Q"].shape[1]), module)
-                yield Record("factor_drift_rank_one", moments.relative_error(E, moments.rank_one(E)), module)
+                yield Record("factor_drift", optimizer_moments.relative_error(E, product), module)
+                yield Record(
+                    "factor_drift_least", optimizer_moments.tail(spectra([Dense(E)])[0], state["Q"].shape[1]), module
+                )
+                yield Record(
+                    "factor_drift_rank_one", optimizer_moments.relative_error(E, optimizer_moments.rank_one(E)), module
+                )
 
 
 @dataclass(kw_only=True)
@@ -220,8 +228,8 @@ class factor_optimum(Observer):
                     V += beta2 * (Q @ U.T).clamp(min=0)
                 exact, product = to_array(V), to_array(state["Q"].double() @ state["U"].double().T)
                 if exact.any():
-                    yield Record("factor_step_error", moments.relative_error(exact, product), module)
-                    least = moments.tail(spectra([Dense(exact)])[0], state["Q"].shape[1])
+                    yield Record("factor_step_error", optimizer_moments.relative_error(exact, product), module)
+                    least = optimizer_moments.tail(spectra([Dense(exact)])[0], state["Q"].shape[1])
                     yield Record("factor_step_error_least", least, module)
             self.before_[module] = {name: state[name] for name in "QU"}
 

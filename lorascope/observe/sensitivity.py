@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope import names
+from lorascope.adapters.delta import adapted, effective_weight
+from lorascope.adapters.host_weights import oriented, to_array
 from lorascope.analysis.neurons import held, parts
-from lorascope.delta import adapted, effective_weight
-from lorascope.hosts import oriented, to_array
-from lorascope.method import Batch, Step
+from lorascope.methods.base import Batch, Step
 from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.neft import distances
-from lorascope.observer import Observer
-from lorascope.records import Quantity, Record, register
+from lorascope.observe.base import Observer
+from lorascope.schema import module_table
+from lorascope.schema.records import Quantity, Record, register
 
 register(
     "neuron_update",
@@ -75,7 +75,7 @@ class neurons(Observer):
     def __call__(self, step: Step) -> Iterable[Record]:
         if not self.due(step.finished, step.total):
             return
-        modules = names.match(step.modules, self.targets)
+        modules = module_table.match(step.modules, self.targets)
         for name in modules:
             if isinstance(step.model.get_submodule(name), nn.Embedding):
                 raise ValueError(f"targets: {name!r} is an embedding: its input is no vector; give linear layers")

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.delta import Delta, adapted
-from lorascope.foreign import (
+from lorascope.adapters.delta import Delta, adapted
+from lorascope.adapters.host_weights import host_kind, oriented, to_array
+from lorascope.adapters.peft_layers import (
     PeftDelta,
     active_adapters,
     bare,
@@ -21,10 +22,9 @@ from lorascope.foreign import (
     is_readable,
     kept_components,
 )
-from lorascope.fourier import Fourier
-from lorascope.hosts import host_kind, oriented, to_array
-from lorascope.method import Step
-from lorascope.update import Dense, LowRank
+from lorascope.methods.base import Step
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import Dense, LowRank
 
 # Elements of one tile of a pass over a tensor: small enough for the cache.
 TILE = 1 << 18

@@ -1,7 +1,4 @@
-"""Observers: what is read from a model at a step, as records.
-
-An observer is a dataclass whose fields are its settings; it is called at step 0 and after every step, and decides by
-``every`` whether it has something to say. ``norms`` is there by default.
+"""Observers of norms, of the factors themselves, and of the memory that a step holds.
 
 Gradients live until the next step begins, so what ``memory`` finds is what stood there at the optimizer step.
 """
@@ -18,33 +15,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.delta import host_weight, to_array
-from lorascope.forms import UNTRAINED, update_from
-from lorascope.fourier import Fourier
-from lorascope.hosts import shared_copies
-from lorascope.method import Step
-from lorascope.moments import factor_drift, factor_optimum, factorings, second_moments
-from lorascope.observer import Observer
-from lorascope.records import Factors, Item, Record, Snapshot
-from lorascope.sensed import coefficients, neurons
-from lorascope.trained import Trained, adapters, inner, squares
-from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
-from lorascope.utilised import utilisation
-
-__all__ = [
-    "Observer",
-    "coefficients",
-    "factor_drift",
-    "factor_optimum",
-    "factorings",
-    "factors",
-    "factors_of",
-    "memory",
-    "neurons",
-    "norms",
-    "second_moments",
-    "utilisation",
-]
+from lorascope.adapters.delta import host_weight, to_array
+from lorascope.adapters.host_weights import shared_copies
+from lorascope.methods.base import Step
+from lorascope.observe.base import Observer
+from lorascope.observe.trainable import Trained, adapters, inner, squares
+from lorascope.schema.records import Factors, Item, Record, Snapshot
+from lorascope.updates.factor_formats import UNTRAINED, update_from
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank
 
 Update = LowRank | Dense
 

@@ -5,25 +5,25 @@ catalogue, ``available(run)`` says what can be drawn.
 """
 
 from lorascope.plots.ablations import basis_ablation, bias_curve, left_out, number_of_heads
-from lorascope.plots.atlas import atlas
-from lorascope.plots.catalogue import FIGURES, Figure, available
-from lorascope.plots.clusters import head_choice
-from lorascope.plots.components import importance
-from lorascope.plots.embedding import factor_embedding
+from lorascope.plots.accuracy_by_parameters import quality
+from lorascope.plots.adapter_similarity import adapter_pairs
+from lorascope.plots.factor_embeddings import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
-from lorascope.plots.gates import gate_course, gates
-from lorascope.plots.memory import memory, step_seconds
-from lorascope.plots.moments import factor_error, factor_rank, factorings, moment_error, second_moments
-from lorascope.plots.neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
+from lorascope.plots.head_count import head_choice
+from lorascope.plots.importance_scores import importance
+from lorascope.plots.learning_curves import guidance, learning_rates, training_curves
+from lorascope.plots.lisa_schedule import active_layers, draw_frequency, draw_grid
+from lorascope.plots.method_atlas import atlas
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
-from lorascope.plots.pairs import adapter_pairs
-from lorascope.plots.quality import quality
-from lorascope.plots.ranks import adapted_types, rank_allocation, rank_replay
-from lorascope.plots.recovery import planted
-from lorascope.plots.schedule import active_layers, draw_frequency, draw_grid
-from lorascope.plots.scores import against_truth, agreement
+from lorascope.plots.optimizer_moments import factor_error, factor_rank, factorings, moment_error, second_moments
+from lorascope.plots.planted_ranks import planted
+from lorascope.plots.rank_allocations import adapted_types, rank_allocation, rank_replay
+from lorascope.plots.registry import FIGURES, Figure, available
+from lorascope.plots.routing import gate_course, gates
+from lorascope.plots.score_agreement import against_truth, agreement
+from lorascope.plots.selected_neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
+from lorascope.plots.step_cost import memory, step_seconds
 from lorascope.plots.subspaces import spectrum, subspace_similarity
-from lorascope.plots.training import guidance, learning_rates, training_curves
 
 __all__ = [
     "FIGURES",

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from lorascope.analysis import fourier as analysis
-from lorascope.analysis.stats import band, t_interval
-from lorascope.chart import Axis, Band, Chart, Line, Point, Text
-from lorascope.plots.catalogue import BASIS, FREQUENCIES, HEADS, figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, bars, ends, gather
+from lorascope.analysis.seed_intervals import band, t_interval
+from lorascope.charts.chart import Axis, Band, Chart, Line, Point, Text
+from lorascope.plots.registry import BASIS, FREQUENCIES, HEADS, figure
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, ends, gather
 
 _EVEN = "drawn evenly"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import fourier
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Line, Point, Text
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Group, Runs, ends, gather
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Chart, Line, Point, Text
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import INTERVAL, Group, Runs, ends, gather
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _ASIDE = 0.03  # of the range that the points span

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import pairs
-from lorascope.chart import Axis, Chart, Heat, Panels, above, beside
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Runs, gather
-from lorascope.run import Run
+from lorascope.analysis import adapter_similarity as pairs
+from lorascope.charts.chart import Axis, Chart, Heat, Panels, above, beside
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Cohort, Runs, gather
+from lorascope.runs.run import Run
 
 
 @figure(

@@ -9,14 +9,14 @@ import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from lorascope.analysis.norms import place
-from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
-from lorascope.plots.values import UNSTEPPED, at_step, cells, values
-from lorascope.printable import printable
-from lorascope.records import QUANTITIES
-from lorascope.render import plotly
-from lorascope.render.plan import plan
-from lorascope.render.theme import theme
-from lorascope.roles import ROLES
+from lorascope.charts import plotly_backend
+from lorascope.charts.figure_plan import plan
+from lorascope.charts.theme import theme
+from lorascope.files.printable import printable
+from lorascope.plots.explore_chart import UNSTEPPED, at_step, cells, values
+from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
+from lorascope.schema.module_roles import ROLES
+from lorascope.schema.records import QUANTITIES
 
 try:
     import ipywidgets
@@ -92,7 +92,7 @@ class Canvas(AnyWidget):
 
     _esm = _SCRIPT
     figure = traitlets.Unicode().tag(sync=True)
-    config = traitlets.Dict(plotly.CONFIG).tag(sync=True)
+    config = traitlets.Dict(plotly_backend.CONFIG).tag(sync=True)
     dark = traitlets.Bool(False).tag(sync=True)
 
     def __init__(self, **kwargs: Any) -> None:
@@ -183,7 +183,7 @@ class Explorer(ipywidgets.VBox):
         """The chart for the page, "" if it holds too much."""
         if len(self.chart.data) > MOST_DRAWN:
             return ""
-        return str(plotly.draw(plan(self.chart, theme("dark" if dark else "light")), WIDTH).to_json())
+        return str(plotly_backend.draw(plan(self.chart, theme("dark" if dark else "light")), WIDTH).to_json())
 
 
 def explore(runs: Runs) -> Explorer:

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Chart, Line, Mark, Point, Rule
-from lorascope.plots.catalogue import MIXTURES, of_mixtures
-from lorascope.plots.cohort import Cohort, axis_label
-from lorascope.records import QUANTITIES
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Point, Rule
+from lorascope.plots.registry import MIXTURES, of_mixtures
+from lorascope.plots.run_groups import Cohort, axis_label
+from lorascope.schema.records import QUANTITIES
 
 _VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
 UNSTEPPED = -1  # the step of what was stored without one, as in an adapter's folder

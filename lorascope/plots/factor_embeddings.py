@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.analysis import embedding, norms, sharing
-from lorascope.analysis.embedding import Cloud, Factor, Updates, View
-from lorascope.chart import Axis, Chart, Panels, Point, Text
-from lorascope.plots.catalogue import UPDATES, figure
-from lorascope.plots.cohort import Cohort, Runs, gather
+from lorascope.analysis import factor_embeddings, factor_sharing, norms
+from lorascope.analysis.factor_embeddings import Cloud, Factor, Updates, View
+from lorascope.charts.chart import Axis, Chart, Panels, Point, Text
+from lorascope.plots.registry import UPDATES, figure
+from lorascope.plots.run_groups import Cohort, Runs, gather
 
 _VIEWS = {
     "raw": "factors as they are",
@@ -106,8 +106,8 @@ def _held(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
     cohort.require(UPDATES)
     if len(cohort.runs) < 2:
         raise ValueError(f"{cohort.name} compares the factors of runs, and got one: give runs of two domains or more")
-    held = {run.id: embedding.factored(run.updates(step)) for run in cohort.runs}
-    common = embedding.common(held)
+    held = {run.id: factor_embeddings.factored(run.updates(step)) for run in cohort.runs}
+    common = factor_embeddings.common(held)
     if unknown := next((name for name in modules if name not in common), None):
         raise ValueError(f"{cohort.name}: not all runs hold {unknown}; they hold {', '.join(common[:5])}")
     return {run: {name: found[name] for name in modules or common} for run, found in held.items()}
@@ -115,14 +115,14 @@ def _held(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
 
 def _clouds(cohort: Cohort, held: Updates, factors: Sequence[Factor], view: View) -> list[Cloud]:
     domains = {run.id: group.label for group in cohort.groups for run in group.runs}
-    return embedding.clouds(held, domains, factors, view)
+    return factor_embeddings.clouds(held, domains, factors, view)
 
 
 def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
     """The runs, and the number that the picture is to be read with."""
     told = f"{prefix}{cohort.sample}."
     if len(cohort.groups) > 1:
-        shares = {clouds[0].factors[0]: sharing.sharedness(clouds) for clouds in found}
+        shares = {clouds[0].factors[0]: factor_sharing.sharedness(clouds) for clouds in found}
         hits = [f"{factor} {100 * share['sharedness']:.0f} %" for factor, share in shares.items()]
         chances = [f" (by chance {100 * share['sharedness_chance']:.0f} %)" for share in shares.values()]
         if len(set(chances)) == 1:  # told once
@@ -134,7 +134,7 @@ def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
 
 def _perplexities(cloud: Cloud, asked: Perplexity | Sequence[Perplexity] | None) -> Sequence[Perplexity]:
     if asked is None:
-        usual = embedding.default_perplexity(len(cloud.flat))
+        usual = factor_embeddings.default_perplexity(len(cloud.flat))
         return usual, usual / 3
     return asked if isinstance(asked, Sequence) else [asked]
 
@@ -142,7 +142,7 @@ def _perplexities(cloud: Cloud, asked: Perplexity | Sequence[Perplexity] | None)
 def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, perplexity: Perplexity, starts: Sequence[int | None]) -> Chart:
     parts = []
     for seed in starts:
-        plane = embedding.tsne(cloud, perplexity, seed)
+        plane = factor_embeddings.tsne(cloud, perplexity, seed)
         # A plane has no unit: its outermost dot stands at one.
         points = _points(cloud, cohort, plane / (np.abs(plane).max() or 1.0))
         parts.append(points.assign(start="from PCA" if seed is None else f"from seed {seed}"))
@@ -152,7 +152,7 @@ def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, perplexity: Perplexity, sta
 
 
 def _pca(cloud: Cloud, cohort: Cohort, prefix: str) -> Chart:
-    whole = embedding.pca(cloud, len(cloud.flat))
+    whole = factor_embeddings.pca(cloud, len(cloud.flat))
     shares = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
     axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} %)") for number in (0, 1)]
     return _chart(_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_name(cloud)}", axes, None)

@@ -9,14 +9,14 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis import fourier as analysis
-from lorascope.analysis import starts
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside, wrap
-from lorascope.fourier import Fourier
-from lorascope.plots.catalogue import FREQUENCIES, UPDATES, figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, gather, lines
+from lorascope.analysis import initial_update
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside, wrap
+from lorascope.plots.registry import FREQUENCIES, UPDATES, figure
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, gather, lines
 from lorascope.plots.subspaces import common_module
-from lorascope.run import Run
+from lorascope.runs.run import Run
+from lorascope.updates.fourier import Fourier
 
 _FAINT = 0.01  # of the largest coefficient
 _REACH = 4.0  # in units of an image's own root mean square
@@ -84,7 +84,7 @@ def update_image(
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)
-    updates_of = starts.added if added else Run.updates
+    updates_of = initial_update.added if added else Run.updates
     held = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
     module = common_module(cohort, list(held.values()), module)
     told = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Chart, Line, Mark, Panels, Point, Rule, Text, beside
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Panels, Point, Rule, Text, beside
 
 _KMEANS = "k-means"
 _ASIDE = 0.3  # of a sample, so that two dots at one number do not hide each other
@@ -21,7 +21,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     Parameters
     ----------
     found : DataFrame
-        From ``analysis.clusters.repeated_selection``.
+        From ``analysis.head_count.repeated_selection``.
     static : int, optional
         A number chosen by hand, to compare with.
     """

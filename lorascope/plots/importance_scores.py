@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import ranks
-from lorascope.chart import Axis, Band, Chart, Drawable, Line, Mark, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
-from lorascope.records import QUANTITIES
-from lorascope.run import Run
+from lorascope.analysis import rank_allocations
+from lorascope.charts.chart import Axis, Band, Chart, Drawable, Line, Mark, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
+from lorascope.runs.run import Run
+from lorascope.schema.records import QUANTITIES
 
 _FATES = ("kept", "dropped")
 _WIDE = 100.0  # ratio of the ends from which on a quantity is drawn on a logarithmic axis
@@ -42,7 +42,7 @@ def importance(
     """
     cohort = gather("importance", runs, control)
     cohort.require(quantity, history=True)
-    found = cohort.label(ranks.components(cohort.table, quantity))
+    found = cohort.label(rank_allocations.components(cohort.table, quantity))
     found = found.assign(fate=found["kept"].map({True: "kept", False: "dropped"}))
     if module is None:
         panels = [_pooled(cohort, found[found["recipe"] == label], label, quantity) for label in cohort.labels]

@@ -6,11 +6,11 @@ import math
 
 import pandas as pd
 
-from lorascope.analysis import moments
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Line, Panels, Point, beside, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
+from lorascope.analysis import optimizer_moments
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Chart, Drawable, Line, Panels, Point, beside, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
 _CURVES = ("loss", "eval_loss", "eval_metric")
 
@@ -97,8 +97,10 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     """
     cohort = gather("learning_rates", runs, control)
     cohort.require("eval_loss", "test_loss")
-    cells = moments.rates(cohort.label(cohort.table), {run.id: run.meta["settings"]["lr"] for run in cohort.runs})
-    chosen = moments.best(cells["eval_loss"])
+    cells = optimizer_moments.rates(
+        cohort.label(cohort.table), {run.id: run.meta["settings"]["lr"] for run in cohort.runs}
+    )
+    chosen = optimizer_moments.best(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
     tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])

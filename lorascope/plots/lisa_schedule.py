@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis import norms, schedule
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
+from lorascope.analysis import lisa_schedule, norms
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
 _EXPECTED = ", expected"
 
@@ -31,8 +31,8 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     """
     cohort = gather("active_layers", runs, control)
     cohort.require("active", "draw_probability")
-    cells = cohort.label(schedule.intervals(cohort.table))
-    reached = cohort.label(schedule.coverage(cohort.table))
+    cells = cohort.label(lisa_schedule.intervals(cohort.table))
+    reached = cohort.label(lisa_schedule.coverage(cohort.table))
     caption = cohort.caption(
         "Left, the runs in which a block trained, by interval. Right, the blocks trained so far, and what such draws "
         "reach on average: the sum over the blocks of 1 − (1 − chance of a draw)ⁿ after n draws."
@@ -61,7 +61,7 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     """
     cohort = gather("draw_frequency", runs, control)
     cohort.require("active", "draw_probability")
-    found = cohort.label(schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
+    found = cohort.label(lisa_schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
         "Share of the draws that took a block; the line is its chance.", interval=f"bars: {INTERVAL}"
     )
@@ -94,7 +94,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     cohort.require("active", "draw_probability", "test_metric")
     cohort.alike("n_active", "interval")
     reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
-    rows = cohort.label(reached.merge(schedule.sizes(cohort.table), on="run"))
+    rows = cohort.label(reached.merge(lisa_schedule.sizes(cohort.table), on="run"))
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
         if own["recipe"].nunique() > 1:
             both = " and ".join(own["recipe"].unique())

@@ -9,15 +9,15 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis import atlas as analysis
-from lorascope.analysis import starts
+from lorascope.analysis import initial_update
+from lorascope.analysis import leading_directions as analysis
+from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.spectra import added_values
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
-from lorascope.plots.catalogue import SPECTRA, figure
-from lorascope.plots.cohort import Cohort, Group, Runs, define, gather, lines
+from lorascope.charts.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
 from lorascope.plots.norms import update_norm
-from lorascope.run import Run
+from lorascope.plots.registry import SPECTRA, figure
+from lorascope.plots.run_groups import Cohort, Group, Runs, define, gather, lines
+from lorascope.runs.run import Run
 
 _NOT_KEPT, _APART = "not kept", "none shared"
 
@@ -143,7 +143,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
 
 
 def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
-    return {module: analysis.leading(update, k) for module, update in starts.added(run).items()}
+    return {module: analysis.leading(update, k) for module, update in initial_update.added(run).items()}
 
 
 def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:

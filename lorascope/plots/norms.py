@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lorascope.analysis import norms
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Runs, axis_label, define, gather, lines
-from lorascope.roles import ROLES
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Chart, Drawable, Heat, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Cohort, Runs, axis_label, define, gather, lines
+from lorascope.schema.module_roles import ROLES
 
 _CELL = ["recipe", "kind", "place"]
 _MOST_LABELLED = 12  # columns of cells, in all panels, that still have room for numbers

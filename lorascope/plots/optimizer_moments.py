@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import moments, norms
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Runs, axis_label, gather
-from lorascope.roles import ROLES
+from lorascope.analysis import norms, optimizer_moments
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
+from lorascope.schema.module_roles import ROLES
 
 _DEALT = "dealt by lot"
 _LEAST, _SKETCH, _ROW_COLUMN = "least of the rank", "S-RSI", "rows times columns (Adafactor)"
@@ -68,7 +68,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     panels = []
     for label in cohort.labels:
         for quantity, title in (("moment_sigma", "as it is"), ("moment_sigma_dealt", _DEALT)):
-            rows = moments.by_layer(table[table["recipe"] == label], quantity, role=role)
+            rows = optimizer_moments.by_layer(table[table["recipe"] == label], quantity, role=role)
             if rows.empty:
                 raise ValueError(f"second_moments finds no second moment of role {role!r} in {label}")
             named_layers = [f"layer {place}" if place.isdigit() else place for place in rows["place"]]
@@ -165,7 +165,7 @@ def factorings(runs: Runs, control: Runs | None = None) -> Panels:
     )
     panels = []
     for label in cohort.labels:
-        found = moments.factorings(table[table["recipe"] == label], _WAYS)
+        found = optimizer_moments.factorings(table[table["recipe"] == label], _WAYS)
         for what, name, log in (("excess", "error / least error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
             panels.append(
@@ -208,7 +208,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     """
     cohort = gather("factor_rank", runs, control)
     cohort.require("factor_rank", "factor_share")
-    rows = moments.ranks(cohort.label(cohort.table))
+    rows = optimizer_moments.ranks(cohort.label(cohort.table))
     rows = rows[rows["role"] == role] if role is not None else rows
     if rows.empty:
         raise ValueError(f"factor_rank finds no factors of role {role!r} in blocks")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis.recovery import recovered
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Line
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Runs, gather, lines
+from lorascope.analysis.planted_ranks import recovered
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Chart, Line
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Runs, gather, lines
 
 _TRUTH = "what was planted"
 

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import norms, ranks
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, bars, define, gather
-from lorascope.roles import ROLES
+from lorascope.analysis import norms, rank_allocations
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, define, gather
+from lorascope.schema.module_roles import ROLES
 
 _MOST_BESIDE = 26  # columns of cells, in all panels, that still have room beside each other
 _SHOWN, _SUM = "the ranks shown", "sum of the ranks"
@@ -43,7 +43,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     """
     cohort = gather("rank_allocation", runs, control)
     cohort.require("rank")
-    found = cohort.label(ranks.in_force(cohort.table, step))
+    found = cohort.label(rank_allocations.in_force(cohort.table, step))
     when = "at the end" if step is None else f"after step {step}"
     told = [f"{define('rank')} Ranks in force {when}. {_totals(found)}", *_agreements(cohort, found)]
     if chance:
@@ -74,8 +74,8 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     """
     cohort = gather("rank_replay", runs, control)
     cohort.require("rank", history=True)
-    steps = ranks.decisions(gather("rank_replay", runs).table, frames)
-    found = cohort.label(pd.concat([ranks.in_force(cohort.table, step) for step in steps]))
+    steps = rank_allocations.decisions(gather("rank_replay", runs).table, frames)
+    found = cohort.label(pd.concat([rank_allocations.in_force(cohort.table, step) for step in steps]))
     cells = _cells(found, ["recipe", "kind", "step"])
     caption = cohort.caption(f"{define('rank')} Steps at which ranks were decided.", interval=_SPREAD)
     rows = [
@@ -154,10 +154,10 @@ def _course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Ch
     shown = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_SHOWN)
     rows = cohort.label(cohort.table[cohort.table["quantity"] == "budget"])
     budget = band(rows[rows["recipe"] == label], ["step"]).rename(columns={"step": "at"}).sort_values("at")
-    stairs = ranks.staircase(budget).assign(series="budget")
+    stairs = rank_allocations.staircase(budget).assign(series="budget")
     sums = shown.drop(columns="step").assign(series=_SUM)
     top = 1.06 * float(pd.concat([stairs, sums])["value"].max())
-    phases = [(at, name, 0.0, top) for name, *ends in ranks.phases(budget) for at in ends]
+    phases = [(at, name, 0.0, top) for name, *ends in rank_allocations.phases(budget) for at in ends]
     bands = pd.DataFrame(phases, columns=["at", "series", "low", "high"])
     marks: list[Mark] = [Band("at", "low", "high", "series", data=bands)] if phases else []
     marks += [Line("at", "value", "series", data=stairs)] if len(stairs) else []
@@ -170,7 +170,7 @@ def _course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Ch
         y=Axis(label="total rank", limits=(0, top)),
         caption=caption,
         frame="step",
-        colors=("budget", _SUM, _SHOWN, *ranks.PHASES),
+        colors=("budget", _SUM, _SHOWN, *rank_allocations.PHASES),
         meta=cohort.meta,
     )
 
@@ -182,7 +182,7 @@ def _with_lots(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
         own = found[found["recipe"] == group.label]
         parts.append(own)
         if not group.control:
-            lot = ranks.by_lot(own, _cap(cohort, group))
+            lot = rank_allocations.by_lot(own, _cap(cohort, group))
             parts.append(lot.assign(recipe=f"{group.label}, by lot", kind="control"))
     return pd.concat(parts)
 
@@ -197,7 +197,7 @@ def _labels(found: pd.DataFrame) -> list[str]:
 
 
 def _cap(cohort: Cohort, group: Group) -> int | None:
-    return ranks.cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
+    return rank_allocations.cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
 
 
 def _totals(found: pd.DataFrame) -> str:
@@ -219,10 +219,10 @@ def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     told = []
     for group in cohort.groups:
         own = found[found["recipe"] == group.label]
-        mean, low, high, _ = ranks.stability(own)
+        mean, low, high, _ = rank_allocations.stability(own)
         if np.isfinite(mean):
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
-            most = np.nanquantile(ranks.stability_by_lot(own, _cap(cohort, group)), 0.95)
+            most = np.nanquantile(rank_allocations.stability_by_lot(own, _cap(cohort, group)), 0.95)
             told.append(f"{group.label}: {mean:.2f}{interval}, by lot below {most:.2f} in 95 of 100 draws")
     intervals = " [95 % jackknife t-interval over seeds]" if any("[" in line for line in told) else ""
     what = f"Kendall's τ of the modules' ranks between seeds, mean of the pairs{intervals}"
@@ -234,7 +234,9 @@ def _spent(cohort: Cohort) -> str:
     told = {}
     for group in cohort.groups:
         held = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
-        counted = [ranks.parameters(ranks.in_force(run.table), run.modules)["parameters"] for run in held]
+        counted = [
+            rank_allocations.parameters(rank_allocations.in_force(run.table), run.modules)["parameters"] for run in held
+        ]
         sums = [float(column.sum(skipna=False)) for column in counted]
         if len(sums) < len(group.runs) or np.isnan(sums).any():
             return ""

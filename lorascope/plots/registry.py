@@ -11,8 +11,8 @@ import pandas as pd
 
 from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
-from lorascope.chart import Chart, Drawable, Panels
-from lorascope.run import Run
+from lorascope.charts.chart import Chart, Drawable, Panels
+from lorascope.runs.run import Run
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
 OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lorascope.analysis import norms
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Chart, Drawable, Heat, Rule, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Group, Runs, axis_label, define, gather, lines
-from lorascope.roles import ROLES
-from lorascope.run import Run
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Rule, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Cohort, Group, Runs, axis_label, define, gather, lines
+from lorascope.runs.run import Run
+from lorascope.schema.module_roles import ROLES
 
 _LOT = ", by lot"
 _TEXT = "Looked at on held-out text, padding left out."

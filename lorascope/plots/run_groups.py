@@ -9,13 +9,13 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from lorascope import records
-from lorascope.analysis import norms, starts
-from lorascope.chart import Band, Bar, Line, Mark, Point, Text
-from lorascope.gated import stands_at
-from lorascope.plots.catalogue import FIGURES, MIXTURES, OF_UPDATES, lack
-from lorascope.records import QUANTITIES
-from lorascope.run import Run
+from lorascope.analysis import initial_update, norms
+from lorascope.charts.chart import Band, Bar, Line, Mark, Point, Text
+from lorascope.plots.registry import FIGURES, MIXTURES, OF_UPDATES, lack
+from lorascope.runs.gated_run import stands_at
+from lorascope.runs.run import Run
+from lorascope.schema import records
+from lorascope.schema.records import QUANTITIES
 
 Runs: TypeAlias = Run | Sequence[Run] | Mapping[str, Run | Sequence[Run]]
 
@@ -145,7 +145,7 @@ class Cohort:
 
     def lost_starts(self) -> list[str]:
         """Which recipes still show the start of their update, because it was not kept."""
-        lacking = [group.label for group in self.groups if any(map(starts.lost_start, group.runs))]
+        lacking = [group.label for group in self.groups if any(map(initial_update.lost_start, group.runs))]
         return [f"With its start, which was not kept: {', '.join(lacking)}."] if lacking else []
 
 

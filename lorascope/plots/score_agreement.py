@@ -1,10 +1,10 @@
-"""Figures of scores that are compared with each other: tables of ``analysis.agreement.correlate`` to charts."""
+"""Figures of scores that are compared with each other: tables of ``analysis.score_agreement.correlate`` to charts."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.chart import Axis, Chart, Heat, Point, Rule
+from lorascope.charts.chart import Axis, Chart, Heat, Point, Rule
 
 
 def agreement(cells: pd.DataFrame, level: str) -> Chart:

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis import selection, utilisation
+from lorascope.analysis import neuron_utilization as utilisation
+from lorascope.analysis import selected_neurons
 from lorascope.analysis.norms import place
-from lorascope.analysis.stats import band
-from lorascope.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Rule, beside, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
-from lorascope.records import QUANTITIES
-from lorascope.roles import ROLES
-from lorascope.run import Run
+from lorascope.analysis.seed_intervals import band
+from lorascope.charts.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Rule, beside, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
+from lorascope.runs.run import Run
+from lorascope.schema.module_roles import ROLES
+from lorascope.schema.records import QUANTITIES
 
 _MOST_BESIDE = 14  # layers, in all panels, whose bars still have room beside each other
 _TAILS = (0.05, 0.95)
@@ -40,7 +41,7 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     """
     cohort = gather("neurons", runs, control)
     cohort.require("selected")
-    found = cohort.label(pd.concat([selection.by_layer(run) for run in cohort.runs], ignore_index=True))
+    found = cohort.label(pd.concat([selected_neurons.by_layer(run) for run in cohort.runs], ignore_index=True))
     found["place"] = place(found)
     cells = band(found, ["recipe", "place", "role"])
     lots = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
@@ -95,8 +96,10 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     cohort = gather("neuron_overlap", runs, control)
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.same("model")
-    sets = {g.label: [selection.as_set(selection.chosen(run, k)) for run in g.runs] for g in cohort.groups}
-    found = selection.overlaps(sets, selection.pool(cohort.runs[0]))
+    sets = {
+        g.label: [selected_neurons.as_set(selected_neurons.chosen(run, k)) for run in g.runs] for g in cohort.groups
+    }
+    found = selected_neurons.overlaps(sets, selected_neurons.pool(cohort.runs[0]))
     if found.empty:
         raise ValueError("neuron_overlap compares two runs or more, got one")
     mirrored = found.rename(columns={"first": "second", "second": "first"})
@@ -149,7 +152,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     shifts = {}
     for run in cohort.runs:
         against = _reference(run, others).table if others else None
-        shifts[run.id] = utilisation.shifts(run.table, selection.trained(run), against)
+        shifts[run.id] = utilisation.shifts(run.table, selected_neurons.trained(run), against)
     moved = pd.concat(utilisation.buckets(found).assign(run=run) for run, found in shifts.items())
     moved["bucket"] = [
         "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"
@@ -254,7 +257,9 @@ def _by_lot(lots: pd.DataFrame) -> tuple[list[Mark], str]:
 
 def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
     """Quantiles over the neurons of every layer and role, mean over the runs of a recipe."""
-    found = pd.concat([selection.scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True)
+    found = pd.concat(
+        [selected_neurons.scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True
+    )
     found["place"] = place(found)
     over = found.groupby(["place", "role", "run"], observed=True, sort=False)["value"]
     quantiles = pd.DataFrame(
@@ -262,7 +267,7 @@ def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
     )
     cells = quantiles.groupby(["place", "role"], observed=True, sort=False).mean().reset_index()
     marks: list[Mark] = [Band("place", "low", "high", "role"), Line("place", "value", "role")]
-    thresholds = [t for run in group.runs if (t := selection.threshold(run, quantity)) is not None]
+    thresholds = [t for run in group.runs if (t := selected_neurons.threshold(run, quantity)) is not None]
     chosen = ""
     if len(thresholds) == len(group.runs):
         marks.append(Rule(y=float(np.mean(thresholds)), label="chosen above"))

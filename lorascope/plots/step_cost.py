@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pandas as pd
 
-from lorascope.analysis import accounting, norms, pace
-from lorascope.chart import Axis, Bar, Chart, Drawable, Mark, Rule, wrap
-from lorascope.plots.catalogue import figure
-from lorascope.plots.cohort import Cohort, Runs, gather
+from lorascope.analysis import memory_estimate, norms
+from lorascope.analysis import step_time as pace
+from lorascope.charts.chart import Axis, Bar, Chart, Drawable, Mark, Rule, wrap
+from lorascope.plots.registry import figure
+from lorascope.plots.run_groups import Cohort, Runs, gather
 
 _PARTS = {
     "parameter_bytes": "parameters",
@@ -18,7 +19,7 @@ _PARTS = {
     "optimizer_bytes": "optimizer",
 }
 _REST = "rest up to the peak"
-_COLORS = (*accounting.PARTS, _REST)
+_COLORS = (*memory_estimate.PARTS, _REST)
 _PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in its paper
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 _CARD = 24e9 / 2**30
@@ -46,10 +47,10 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     """
     cohort = gather("memory", runs, control)
     cohort.require(*_PARTS)
-    if unknown := [size for size in computed if size not in (*_PAPERS, *accounting.GPT2)]:
+    if unknown := [size for size in computed if size not in (*_PAPERS, *memory_estimate.GPT2)]:
         raise ValueError(
             f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}, and no GPT-2: "
-            f"{', '.join(accounting.GPT2)}"
+            f"{', '.join(memory_estimate.GPT2)}"
         )
     models = _by_model(cohort)
     cells = {model: _measured(own) for model, own in models.items()}
@@ -68,11 +69,11 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
 
 def _computed(size: str) -> tuple[str, str, pd.DataFrame]:
     """Name of a model, the unit for its size, and what it holds."""
-    if size in accounting.GPT2:
-        model, unit, table = f"GPT-2 {size}", "MiB", accounting.optimizers(accounting.GPT2[size])
+    if size in memory_estimate.GPT2:
+        model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])
     else:
         model, unit, (rank, active) = f"LLaMA-2 {size}", "GiB", _PAPERS[size]
-        table = accounting.table(accounting.LLAMA2[size], rank, active, width=2)
+        table = memory_estimate.table(memory_estimate.LLAMA2[size], rank, active, width=2)
     return model, unit, table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
 
 
@@ -135,7 +136,7 @@ def _caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], co
         told.append("Computed from shapes, not measured, without activations.")
     if not _PAPERS.keys().isdisjoint(computed):
         told.append("LLaMA-2: weights and gradients of 2 bytes, optimizer of 4.")
-    if not accounting.GPT2.keys().isdisjoint(computed):
+    if not memory_estimate.GPT2.keys().isdisjoint(computed):
         told.append("GPT-2: 4 bytes a number.")
     if "7B" in computed:
         told.append("Dashed: a card of 24 GB.")

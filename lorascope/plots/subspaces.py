@@ -8,13 +8,14 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.analysis import norms, spectra, subspace
-from lorascope.analysis.stats import band
-from lorascope.analysis.subspace import Side
-from lorascope.chart import Axis, Chart, Heat, Panels, beside
-from lorascope.plots.catalogue import SPECTRA, UPDATES, figure
-from lorascope.plots.cohort import Cohort, Runs, gather, lines
-from lorascope.run import Run
+from lorascope.analysis import norms, spectra
+from lorascope.analysis import subspace_similarity as subspace
+from lorascope.analysis.seed_intervals import band
+from lorascope.analysis.subspace_similarity import Side
+from lorascope.charts.chart import Axis, Chart, Heat, Panels, beside
+from lorascope.plots.registry import SPECTRA, UPDATES, figure
+from lorascope.plots.run_groups import Cohort, Runs, gather, lines
+from lorascope.runs.run import Run
 
 _MOST_DOTS = 64  # components that can still be told apart on a line
 _SIDES = {"A": "A", "B": "B", "update": "the update's inputs"}

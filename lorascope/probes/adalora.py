@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lorascope import plots
-from lorascope.analysis import ranks
-from lorascope.claims import Claim
+from lorascope.analysis import rank_allocations
 from lorascope.methods import AdaLoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes import allocations
+from lorascope.probes import rank_statistics
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
 from lorascope.probes.lora import LOW
 from lorascope.probes.lora import arms as lora_arms
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 ADAPTED = "AdaLoRA, from rank 12 to 8"
 _LOT = "the same for ranks drawn by lot, of the same budget"
@@ -63,14 +63,18 @@ def arms(quick: bool) -> list[Arm]:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Shares and stability of the ranks against ranks drawn by lot, and accuracy against uniform ranks."""
     adapted, uniform = runs[ADAPTED], runs[LOW]
-    found = allocations.final_ranks(adapted)
-    lots = ranks.by_lot(found, cap=adapted[0].meta["method"]["init_rank"])
-    roles = allocations.FEED_FORWARD
+    found = rank_statistics.final_ranks(adapted)
+    lots = rank_allocations.by_lot(found, cap=adapted[0].meta["method"]["init_rank"])
+    roles = rank_statistics.FEED_FORWARD
     verdicts = [
-        FEED_FORWARD.judge(allocations.role_share(adapted, found, roles), allocations.role_share(adapted, lots, roles)),
-        TOP.judge(allocations.top_share(adapted, found), allocations.top_share(adapted, lots)),
-        STABLE.judge(allocations.agreement_with_next(adapted, found), allocations.agreement_with_next(adapted, lots)),
-        BETTER.judge(allocations.accuracy(adapted), allocations.accuracy(uniform)),
+        FEED_FORWARD.judge(
+            rank_statistics.role_share(adapted, found, roles), rank_statistics.role_share(adapted, lots, roles)
+        ),
+        TOP.judge(rank_statistics.top_share(adapted, found), rank_statistics.top_share(adapted, lots)),
+        STABLE.judge(
+            rank_statistics.agreement_with_next(adapted, found), rank_statistics.agreement_with_next(adapted, lots)
+        ),
+        BETTER.judge(rank_statistics.accuracy(adapted), rank_statistics.accuracy(uniform)),
     ]
     exhibits = [
         exhibit("rank_allocation", plots.rank_allocation({ADAPTED: adapted}, chance=True)),
@@ -80,7 +84,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     ]
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
-        allocations.NEXT_SEED,
+        rank_statistics.NEXT_SEED,
     ]
     return Findings(verdicts, exhibits, notes=notes)
 

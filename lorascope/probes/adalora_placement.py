@@ -13,13 +13,15 @@ from functools import cache
 
 import pandas as pd
 
-from lorascope import models, names, plots
-from lorascope.allocation import equal_parameters
-from lorascope.claims import Claim
+from lorascope import plots
+from lorascope.analysis.baseline_ranks import equal_parameters
+from lorascope.inputs import models
 from lorascope.methods import LoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes import allocations
-from lorascope.run import Run
+from lorascope.probes import rank_statistics
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.runs.run import Run
+from lorascope.schema import module_table
 
 TYPES = {"W_q": "q", "W_k": "k", "W_v": "v", "W_o": "o", "W_f1": "ffn_in", "W_f2": "ffn_out"}
 BOTTOM, MIDDLE, TOP = "layers 0, 1", "layers 2, 3", "layers 4, 5"
@@ -45,7 +47,7 @@ UPPER = Claim(
 
 @cache
 def _modules() -> pd.DataFrame:
-    return names.describe(models.load("minilm"))
+    return module_table.describe(models.load("minilm"))
 
 
 def targets() -> dict[str, tuple[str, ...]]:
@@ -74,7 +76,7 @@ def arms(quick: bool) -> list[Arm]:
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Feed-forward types against attention types, and the upper layers against the lower."""
-    accuracy = {label: allocations.accuracy(found) for label, found in runs.items()}
+    accuracy = {label: rank_statistics.accuracy(found) for label, found in runs.items()}
     attention, feed_forward = list(TYPES)[:4], list(TYPES)[4:]
     verdicts = [
         FEED_FORWARD.judge(_mean(accuracy, feed_forward), _mean(accuracy, attention)),
@@ -91,7 +93,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     return Findings(verdicts, exhibits, notes=notes)
 
 
-def _mean(accuracy: Mapping[str, allocations.BySeed], labels: Sequence[str]) -> allocations.BySeed:
+def _mean(accuracy: Mapping[str, rank_statistics.BySeed], labels: Sequence[str]) -> rank_statistics.BySeed:
     return {seed: sum(accuracy[label][seed] for label in labels) / len(labels) for seed in accuracy[labels[0]]}
 
 

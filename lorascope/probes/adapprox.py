@@ -20,13 +20,13 @@ from typing import Any
 import pandas as pd
 
 from lorascope import observe, plots
-from lorascope.analysis import moments
-from lorascope.claims import Claim
-from lorascope.method import Method
+from lorascope.analysis import optimizer_moments
 from lorascope.methods import Adapprox, Full
-from lorascope.probe import Arm, Findings, Probe, exhibit, register
-from lorascope.probes.allocations import BySeed
-from lorascope.run import Run
+from lorascope.methods.base import Method
+from lorascope.probes.base import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.probes.rank_statistics import BySeed
+from lorascope.runs.run import Run
 
 RANK = 8
 ADAMW, ADAFACTOR, CAME, OURS = "AdamW", "Adafactor", "CAME", "Adapprox"
@@ -154,7 +154,7 @@ def best_rate(runs: Mapping[str, Sequence[Run]], name: str) -> str:
 
 def last(run: Run, quantity: str, index: int | None = None) -> float:
     """The last value of a quantity, mean over the matrices in the blocks where it is one of modules."""
-    rows = moments.final(run.table, quantity)
+    rows = optimizer_moments.final(run.table, quantity)
     return float((rows if index is None else rows.xs(index, level="index")).mean())
 
 
@@ -166,7 +166,7 @@ def minus(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySee
 def energy(runs: Sequence[Run], quantity: str) -> BySeed:
     """Share of the squared norm in the first singular values, mean over the matrices."""
     return {
-        run.meta["seed"]: float((1 - moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
+        run.meta["seed"]: float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
         for run in runs
     }
 
@@ -175,7 +175,7 @@ def held(runs: Sequence[Run]) -> pd.DataFrame:
     """Rank and bytes of the factors by role at the end, beside what dense second moments of the same would take."""
     rows = []
     for run in runs:
-        ranks = moments.final(run.table, "factor_rank").rename("rank").reset_index()
+        ranks = optimizer_moments.final(run.table, "factor_rank").rename("rank").reset_index()
         rows.append(ranks.astype({"module": "str"}).merge(run.modules, on="module"))
     found = pd.concat(rows)
     found["factors"] = 4 * found["rank"] * (found["out_features"] + found["in_features"])

@@ -15,14 +15,14 @@ import numpy as np
 import pandas as pd
 
 from lorascope import plots
-from lorascope.claims import Claim
 from lorascope.methods import ALoRA
 from lorascope.methods.alora import allocate, prune
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes import allocations
+from lorascope.probes import rank_statistics
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
 from lorascope.probes.lora import LOW
 from lorascope.probes.lora import arms as lora_arms
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 ADAPTED = "ALoRA"
 _LOT = "the same after as many rounds with scores drawn by lot"
@@ -62,18 +62,20 @@ def arms(quick: bool) -> list[Arm]:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Shares of the ranks against moves by lot, and accuracy against uniform ranks."""
     adapted, uniform = runs[ADAPTED], runs[LOW]
-    found = allocations.final_ranks(adapted)
+    found = rank_statistics.final_ranks(adapted)
     lots = pd.concat([moved_by_lot(run, found[found["run"] == run.id]) for run in adapted])
 
-    def leaning(table: pd.DataFrame) -> allocations.BySeed:
-        one, other = (allocations.role_share(adapted, table, roles) for roles in (("q", "k"), ("v", "o")))
+    def leaning(table: pd.DataFrame) -> rank_statistics.BySeed:
+        one, other = (rank_statistics.role_share(adapted, table, roles) for roles in (("q", "k"), ("v", "o")))
         return {seed: one[seed] - other[seed] for seed in one}
 
-    roles = allocations.ATTENTION
+    roles = rank_statistics.ATTENTION
     verdicts = [
-        ATTENTION.judge(allocations.role_share(adapted, found, roles), allocations.role_share(adapted, lots, roles)),
+        ATTENTION.judge(
+            rank_statistics.role_share(adapted, found, roles), rank_statistics.role_share(adapted, lots, roles)
+        ),
         QUERY_KEY.judge(leaning(found), leaning(lots)),
-        BETTER.judge(allocations.accuracy(adapted), allocations.accuracy(uniform)),
+        BETTER.judge(rank_statistics.accuracy(adapted), rank_statistics.accuracy(uniform)),
     ]
     exhibits = [
         exhibit("rank_allocation", plots.rank_allocation({ADAPTED: adapted}, chance=True)),

@@ -18,12 +18,12 @@ import pandas as pd
 import torch
 
 from lorascope import plots
-from lorascope.claims import Claim
 from lorascope.methods import AutoLoRA, LoRA
 from lorascope.methods.autolora import kept
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes import allocations
-from lorascope.run import Run
+from lorascope.probes import rank_statistics
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.runs.run import Run
 
 MOVIES, TWEETS, UNIFORM = "AutoLoRA, movies", "AutoLoRA, tweets", "LoRA, rank 4, movies"
 
@@ -67,16 +67,16 @@ def arms(quick: bool) -> list[Arm]:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Spread of the ranks against random logits, agreement between tasks against that between seeds, accuracy."""
     movies, tweets = runs[MOVIES], runs[TWEETS]
-    found = allocations.final_ranks(movies)
-    both = pd.concat([found, allocations.final_ranks(tweets)])
+    found = rank_statistics.final_ranks(movies)
+    both = pd.concat([found, rank_statistics.final_ranks(tweets)])
     spread = {run.meta["seed"]: _spread(found[found["run"] == run.id]["value"].to_numpy()) for run in movies}
     chance = {run.meta["seed"]: _spread(ranks_by_lot(run)) for run in movies}
-    between_tasks = allocations.agreement_with_next(movies, both, tweets)
-    between_seeds = allocations.agreement_with_next(movies, both)
+    between_tasks = rank_statistics.agreement_with_next(movies, both, tweets)
+    between_seeds = rank_statistics.agreement_with_next(movies, both)
     verdicts = [
         LAYERS.judge(spread, chance),
         TASKS.judge(*({seed: -tau for seed, tau in taus.items()} for taus in (between_tasks, between_seeds))),
-        BETTER.judge(allocations.accuracy(movies), allocations.accuracy(runs[UNIFORM])),
+        BETTER.judge(rank_statistics.accuracy(movies), rank_statistics.accuracy(runs[UNIFORM])),
     ]
     search = movies[0].parents[0]
     exhibits = [
@@ -87,7 +87,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps of each phase. Seeds vary head, adapters, data "
         "order, dropout, and the random logits.",
-        allocations.NEXT_SEED,
+        rank_statistics.NEXT_SEED,
         "Movies and tweets at one seed share their start and the order of their draws, which two seeds do not: what "
         "they agree on is not the task's alone.",
         "AutoLoRA has no budget: its total rank is an outcome, about half of its start whatever it learns.",

@@ -10,12 +10,12 @@ import pandas as pd
 from torch import nn
 
 from lorascope import observe
-from lorascope.chart import Drawable
-from lorascope.claims import Verdict
-from lorascope.method import Method
+from lorascope.charts.chart import Drawable
+from lorascope.inputs.tasks import Task
+from lorascope.methods.base import Method
 from lorascope.plots import FIGURES
-from lorascope.run import Run
-from lorascope.tasks import Task
+from lorascope.probes.claims import Verdict
+from lorascope.runs.run import Run
 
 PROBES: dict[str, Probe] = {}
 

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.stats import t_interval
+from lorascope.analysis.seed_intervals import t_interval
 
 MINIMUM_SEEDS = 3
 Outcome = Literal["supported", "not supported", "inconclusive"]

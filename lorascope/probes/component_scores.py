@@ -1,7 +1,7 @@
 """Scores of the components of one trained state, each by its method's own arithmetic.
 
-A state is as in ``removal``. Every function puts it on the model in the form that a method scores, and takes it off
-again.
+A state is as in ``component_removal``. Every function puts it on the model in the form that a method scores, and takes
+it off again.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lorascope.ablation import ablation_scores
-from lorascope.delta import detach
+from lorascope.adapters.ablation import ablation_scores
+from lorascope.adapters.activation_patching import Loss
+from lorascope.adapters.delta import detach
+from lorascope.experiments.component_removal import Triple, dress, fill_plain, fill_svd
 from lorascope.methods import adalora, alora, autolora
-from lorascope.removal import Triple, dress, fill_plain, fill_svd
-from lorascope.replay import Loss
 
 Rows = dict[str, dict[str, np.ndarray]]
 """Score -> module -> value of each component."""

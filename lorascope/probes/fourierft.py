@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lorascope import plots
-from lorascope.claims import Claim
 from lorascope.methods import FourierFT, HydraLoRA, LoRA
-from lorascope.probe import Arm, Exhibit, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes.allocations import BySeed, accuracy
-from lorascope.run import Run
+from lorascope.probes.base import Arm, Exhibit, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.probes.rank_statistics import BySeed, accuracy
+from lorascope.runs.run import Run
 
 # Of minilm's queries and values, 384 x 384: four coefficients a row, a few, and as many as LoRA of rank 8 has.
 METHOD = FourierFT()

@@ -26,16 +26,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope import fourier
-from lorascope.analysis.stats import band, t_interval
-from lorascope.chart import Axis, Chart, Drawable, Heat, Point, beside
-from lorascope.claims import Claim
-from lorascope.delta import Delta, attach
+from lorascope.adapters.delta import Delta, attach
+from lorascope.analysis.seed_intervals import band, t_interval
+from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, beside
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
 from lorascope.methods.lora import LoRADelta
-from lorascope.plots.cohort import INTERVAL, lines
-from lorascope.probe import Exhibit, Findings, Probe, register
-from lorascope.run import Run
+from lorascope.plots.run_groups import INTERVAL, lines
+from lorascope.probes.base import Exhibit, Findings, Probe, register
+from lorascope.probes.claims import Claim
+from lorascope.runs.run import Run
+from lorascope.updates import fourier
 
 CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
 WIDTH, COEFFICIENTS = 64, 128

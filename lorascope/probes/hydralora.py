@@ -15,12 +15,12 @@ from dataclasses import replace
 import numpy as np
 
 from lorascope import plots
-from lorascope.analysis.heads import mean_of_pairs, update_cosines
-from lorascope.claims import Claim
+from lorascope.analysis.head_similarity import mean_of_pairs, update_cosines
 from lorascope.methods import HydraLoRA, LoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes.allocations import BySeed, accuracy
-from lorascope.run import Run
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.probes.rank_statistics import BySeed, accuracy
+from lorascope.runs.run import Run
 
 # As many heads as domains, and as in the authors' script; 3 would leave LoRA half a rank. Rate and scale are those of
 # the other probes: at the authors' (2e-3, scale 4) the LoRA that is compared with fell to chance in two of three seeds.

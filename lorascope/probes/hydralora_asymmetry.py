@@ -24,14 +24,14 @@ import numpy as np
 import pandas as pd
 
 from lorascope import observe, plots
-from lorascope.analysis.embedding import factored
-from lorascope.analysis.sharing import numbers
-from lorascope.analysis.stats import t_interval
-from lorascope.claims import Claim
+from lorascope.analysis.factor_embeddings import factored
+from lorascope.analysis.factor_sharing import numbers
+from lorascope.analysis.seed_intervals import t_interval
+from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.run import Run
-from lorascope.sources import DOMAINS
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.runs.run import Run
 
 COMMON, OWN = "one A for all", "an A each"
 BEFORE, AFTER = "before training", "after training"

@@ -22,10 +22,10 @@ import pandas as pd
 
 from lorascope import observe, plots
 from lorascope.analysis import norms
-from lorascope.claims import Claim, Verdict
 from lorascope.methods import Full, LoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.run import Run
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim, Verdict
+from lorascope.runs.run import Run
 
 FULL, ADAPTED = "full fine-tuning", "LoRA, embeddings too"
 FULL_DECODER, ADAPTED_DECODER = "full fine-tuning, SmolLM2", "LoRA, both ends too, SmolLM2"

@@ -14,14 +14,15 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from lorascope import plots, records
-from lorascope.analysis import schedule
-from lorascope.claims import Claim
+from lorascope import plots
+from lorascope.analysis import lisa_schedule
 from lorascope.methods import LISA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes import lora
-from lorascope.probes.allocations import accuracy
-from lorascope.run import Run
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.probes.rank_statistics import accuracy
+from lorascope.runs.run import Run
+from lorascope.schema import records
 
 DRAWN, ONCE, ENDS = "LISA, 2 blocks", "LISA, 2 blocks, one draw", "LISA, no block"
 ONE, FOUR, SELDOM = "LISA, 1 block", "LISA, 4 blocks", "LISA, 2 blocks, 5 draws"
@@ -118,7 +119,7 @@ def draws_table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Share of the draws that took each block, by arm with draws, mean over seeds, and the chance of it."""
     rows = []
     for label in (DRAWN, ONCE):
-        found = schedule.visits(records.concat(run.table for run in runs[label]))
+        found = lisa_schedule.visits(records.concat(run.table for run in runs[label]))
         shares = found.groupby("place", observed=True)[["frequency", "expected"]].mean()
         rows.append({"": label} | {f"block {place}": f"{share:.2f}" for place, share in shares["frequency"].items()})
         rows[-1]["chance"] = f"{shares['expected'].mean():.2f}"

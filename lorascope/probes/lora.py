@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope import plots, tasks
-from lorascope.analysis.stats import t_interval
-from lorascope.claims import Claim
+from lorascope import plots
+from lorascope.analysis.seed_intervals import t_interval
+from lorascope.inputs import tasks
 from lorascope.methods import Full, LoRA
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes.yardstick import tfidf_accuracy
-from lorascope.run import Run
-from lorascope.update import phi
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim
+from lorascope.probes.tfidf_baseline import tfidf_accuracy
+from lorascope.runs.run import Run
+from lorascope.updates.low_rank import phi
 
 FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 

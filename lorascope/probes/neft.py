@@ -18,15 +18,15 @@ import numpy as np
 import pandas as pd
 
 from lorascope import observe, plots
-from lorascope.analysis import selection, utilisation
-from lorascope.analysis.stats import t_interval
-from lorascope.claims import Claim, Verdict
+from lorascope.analysis import neuron_utilization, selected_neurons
+from lorascope.analysis.seed_intervals import t_interval
 from lorascope.methods import NeFT
-from lorascope.probe import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes import lora
-from lorascope.probes.allocations import NEXT_SEED, BySeed, accuracy
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.claims import Claim, Verdict
 from lorascope.probes.lora import FULL, LOW
-from lorascope.run import Run
+from lorascope.probes.rank_statistics import NEXT_SEED, BySeed, accuracy
+from lorascope.runs.run import Run
 
 CHANGED, REVERSED, RANDOM = "NeFT, 9 %", "NeFT, 9 %, reversed", "NeFT, 9 %, random"
 PROBED = "NeFT, 9 %, probed"
@@ -146,19 +146,20 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
 
 def _overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
     sets = {
-        label: [selection.as_set(selection.chosen(run)) for run in runs[label]] for label in (CHANGED, MOVIES, TWEETS)
+        label: [selected_neurons.as_set(selected_neurons.chosen(run)) for run in runs[label]]
+        for label in (CHANGED, MOVIES, TWEETS)
     }
-    pool, sizes = selection.pool(runs[CHANGED][0]), selection.sizes(runs[CHANGED][0])
+    pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
     seeds = [run.meta["seed"] for run in runs[CHANGED]]
 
     def with_next(one: str, two: str) -> BySeed:
         following = [*sets[two][1:], sets[two][0]]
         pairs = zip(seeds, sets[one], following, strict=True)
-        return {seed: selection.common(first, second, pool)["overlap"] for seed, first, second in pairs}
+        return {seed: selected_neurons.common(first, second, pool)["overlap"] for seed, first, second in pairs}
 
     own = sets[CHANGED]
     lots = {
-        seed: selection.expected(first, second, sizes)
+        seed: selected_neurons.expected(first, second, sizes)
         for seed, first, second in zip(seeds, own, [*own[1:], own[0]], strict=True)
     }
     return [
@@ -171,7 +172,7 @@ def _shifts(runs: Sequence[Run]) -> BySeed:
     """Mean shift of a neuron's rank from before to after training, as a share of the ranks of its projection."""
     found = {}
     for run in runs:
-        shifts = utilisation.shifts(run.table, selection.trained(run))
+        shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
         sizes = shifts.groupby("role")["rank_1"].transform("size")
         found[run.meta["seed"]] = float((shifts["d_rank"].abs() / sizes).mean())
     return found

@@ -1,8 +1,8 @@
 """Planted truth: do the allocators give rank to the layers that need it?
 
-Students of a teacher whose update has a known rank in every layer (see ``teacher``), each allocator against the same
-budget spread evenly, and against the same budget spread at random. The ranks that were planted are a recipe too: what
-knowing the truth is worth.
+Students of a teacher whose update has a known rank in every layer (see ``planted_teacher``), each allocator against the
+same budget spread evenly, and against the same budget spread at random. The ranks that were planted are a recipe too:
+what knowing the truth is worth.
 
 Departs: no paper has this experiment. AutoLoRA has no budget: it ends where its thresholds put it, and its retrained
 phase is judged. Every rate is the same, none was tuned.
@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope import allocation, observe, plots
-from lorascope.analysis.recovery import absolute_error, rank_correlation
-from lorascope.analysis.stats import t_interval
-from lorascope.claims import Claim, Verdict
+from lorascope import observe, plots
+from lorascope.analysis import baseline_ranks
+from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
+from lorascope.analysis.seed_intervals import t_interval
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
-from lorascope.probe import Arm, Findings, Probe, exhibit, register
-from lorascope.probes import teacher
-from lorascope.run import Run
+from lorascope.probes import planted_teacher
+from lorascope.probes.base import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.claims import Claim, Verdict
+from lorascope.runs.run import Run
 
 UNIFORM, RANDOM, TRUTH = "LoRA, uniform ranks", "LoRA, random ranks", "LoRA, the planted ranks"
 ALLOCATORS = {"AdaLoRA": "AdaLoRA, planted", "AutoLoRA": "AutoLoRA, planted", "ALoRA": "ALoRA, planted"}
@@ -65,8 +66,11 @@ CLAIMS = {name: _claims(name) for name in ALLOCATORS}
 def arms(quick: bool) -> list[Arm]:
     """Three allocators, two baselines, and the truth."""
     settings = {"steps": 60 if quick else 400, "batch_size": 16, "eval_every": 0, "eval_size": 300, "test_size": 600}
-    shared: dict[str, Any] = {"settings": settings | {"observe": [observe.norms(every=100)]}, "model": teacher.student}
-    rank, start = teacher.BUDGET, max(teacher.RANKS)
+    shared: dict[str, Any] = {
+        "settings": settings | {"observe": [observe.norms(every=100)]},
+        "model": planted_teacher.student,
+    }
+    rank, start = planted_teacher.BUDGET, max(planted_teacher.RANKS)
     everywhere: dict[str, Any] = {"targets": "all-linear", **_RATES}
     lora = _lora(rank)
     # What multiplies a component at its start is near the same in all: alpha is 1/k in AutoLoRA, P small in AdaLoRA.
@@ -99,20 +103,20 @@ def arms(quick: bool) -> list[Arm]:
 
 
 def _lora(rank: int | Mapping[str, int]) -> LoRA:
-    return LoRA(rank=rank, alpha=_SCALE * teacher.BUDGET, targets="all-linear", **_RATES)
+    return LoRA(rank=rank, alpha=_SCALE * planted_teacher.BUDGET, targets="all-linear", **_RATES)
 
 
 def random_ranks(seed: int) -> dict[str, int]:
     """The budget spread at random over the same modules, no rank above the largest planted one."""
-    truth = teacher.planted_ranks(seed)
-    return allocation.random(list(truth), sum(truth.values()), seed, cap=max(teacher.RANKS))
+    truth = planted_teacher.planted_ranks(seed)
+    return baseline_ranks.random(list(truth), sum(truth.values()), seed, cap=max(planted_teacher.RANKS))
 
 
 def _of_seed(arm: Arm, seed: int) -> Arm:
     """The same recipe on the text of this seed's teacher, with the truth on record."""
-    truth = teacher.planted(ranks=teacher.planted_ranks(seed))
+    truth = planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))
     return replace(
-        arm, task=teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
+        arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
     )
 
 
@@ -121,7 +125,7 @@ def _random(arm: Arm, seed: int) -> Arm:
 
 
 def _true(arm: Arm, seed: int) -> Arm:
-    return _of_seed(replace(arm, method=_lora(teacher.planted_ranks(seed))), seed)
+    return _of_seed(replace(arm, method=_lora(planted_teacher.planted_ranks(seed))), seed)
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:

@@ -23,11 +23,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lorascope import assets, models, names, tasks
-from lorascope.delta import host_weight
-from lorascope.method import Step
+from lorascope.adapters.delta import host_weight
+from lorascope.inputs import models, package_assets, tasks
+from lorascope.methods.base import Step
 from lorascope.observe import Observer
-from lorascope.records import Item, Quantity, Record, register
+from lorascope.schema import module_table
+from lorascope.schema.records import Item, Quantity, Record, register
 
 VOCABULARY, WIDTH, BLOCKS, LENGTH = 64, 48, 4, 32
 RANKS = (0, 1, 3, 4)
@@ -60,7 +61,7 @@ class planted(Observer):
 
 def base() -> str:
     """Folder of the base model and its tokenizer; written on the first call."""
-    return str(assets.built(assets.cache() / "planted-base", _write_base))
+    return str(package_assets.built(package_assets.cache() / "planted-base", _write_base))
 
 
 def _write_base(folder: Path) -> None:
@@ -80,7 +81,7 @@ def student() -> nn.Module:
 @cache
 def planted_ranks(seed: int) -> Mapping[str, int]:
     """Rank of the teacher's update in every linear of the blocks."""
-    modules = names.match(names.describe(student()), "all-linear")
+    modules = module_table.match(module_table.describe(student()), "all-linear")
     drawn = np.random.default_rng(seed).permutation(np.resize(RANKS, len(modules)))
     return dict(zip(modules, drawn.tolist(), strict=True))
 

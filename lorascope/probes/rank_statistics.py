@@ -7,9 +7,9 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import pandas as pd
 
-from lorascope import records
-from lorascope.analysis import ranks
-from lorascope.run import Run
+from lorascope.analysis import rank_allocations
+from lorascope.runs.run import Run
+from lorascope.schema import records
 
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("ffn_in", "ffn_gate", "ffn_out")
 BySeed = dict[int, float]
@@ -21,18 +21,18 @@ NEXT_SEED = (
 
 
 def final_ranks(runs: Sequence[Run]) -> pd.DataFrame:
-    """Ranks of all modules of all runs at the end, as ``ranks.in_force`` gives them."""
-    return ranks.in_force(records.concat([run.table for run in runs]))
+    """Ranks of all modules of all runs at the end, as ``rank_allocations.in_force`` gives them."""
+    return rank_allocations.in_force(records.concat([run.table for run in runs]))
 
 
 def role_share(runs: Sequence[Run], found: pd.DataFrame, roles: Collection[str]) -> BySeed:
     """Share of each run's ranks in modules of these roles."""
-    return _share(runs, ranks.shares(found), "role", roles)
+    return _share(runs, rank_allocations.shares(found), "role", roles)
 
 
 def top_share(runs: Sequence[Run], found: pd.DataFrame) -> BySeed:
     """Share of each run's ranks in the top third of the layers."""
-    return _share(runs, ranks.shares(found, "third"), "third", ("top",))
+    return _share(runs, rank_allocations.shares(found, "third"), "third", ("top",))
 
 
 def _share(runs: Sequence[Run], shares: pd.DataFrame, by: str, groups: Collection[str]) -> BySeed:
@@ -48,7 +48,7 @@ def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequen
     second = [*runs[1:], runs[0]] if others is None else others
     wide = found.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
     taus = (
-        (run.meta["seed"], ranks.tau(wide.loc[[run.id, other.id]].to_numpy())[0, 1])
+        (run.meta["seed"], rank_allocations.tau(wide.loc[[run.id, other.id]].to_numpy())[0, 1])
         for run, other in zip(runs, second, strict=True)
     )
     return {seed: 0.0 if np.isnan(tau) else float(tau) for seed, tau in taus}

@@ -1,7 +1,4 @@
-"""Probes: one file a paper, each re-making its motivating observation and judging it.
-
-``reproduce`` runs the probes asked for, side by side, and writes the report.
-"""
+"""Run the probes asked for, side by side, and write the report of what they find."""
 
 from __future__ import annotations
 
@@ -17,60 +14,17 @@ import pandas as pd
 import torch
 from joblib import Parallel, delayed
 
-from lorascope import models, report
-from lorascope.claims import Verdict
-from lorascope.json_files import read_json
-from lorascope.parquet_files import read_table
-from lorascope.printable import printable
-from lorascope.probe import PROBES, Arm, Exhibit, Findings, Probe
-from lorascope.probes import (
-    adalora,
-    adapprox,
-    agreement,
-    alora,
-    asymmetry,
-    autolora,
-    expressiveness,
-    fourierft,
-    hydralora,
-    lisa,
-    lisa_training,
-    lora,
-    neft,
-    placement,
-    planted,
-)
-from lorascope.run import Run
-from lorascope.sweeps import Job, run_jobs, width
-from lorascope.tensors import is_plain, write_bytes, write_json
-from lorascope.writer import remove_states
-
-__all__ = [
-    "PROBES",
-    "Arm",
-    "Exhibit",
-    "Findings",
-    "Outcome",
-    "Probe",
-    "adalora",
-    "adapprox",
-    "agreement",
-    "alora",
-    "asymmetry",
-    "autolora",
-    "expressiveness",
-    "findings",
-    "fourierft",
-    "hydralora",
-    "lisa",
-    "lisa_training",
-    "lora",
-    "neft",
-    "placement",
-    "planted",
-    "reproduce",
-    "write_report",
-]
+from lorascope.experiments.sweep import Job, run_jobs, width
+from lorascope.files.parquet_tables import read_table
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import is_plain, write_bytes, write_json
+from lorascope.files.typed_json import read_json
+from lorascope.inputs import models
+from lorascope.probes.base import PROBES, Arm, Findings
+from lorascope.probes.claims import Verdict
+from lorascope.probes.report import page
+from lorascope.runs.run import Run
+from lorascope.runs.writer import remove_states
 
 QUICK_SEEDS = 2
 # Which runs in a folder belong to which arm of which probe.
@@ -148,7 +102,7 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     if unknown:
         raise ValueError(f"unknown probe {unknown[0]!r}; there are {', '.join(PROBES)}")
     chosen = {name: PROBES[name] for name in names or PROBES}
-    report.require_ours(Path(out) / REPORT)
+    page.require_ours(Path(out) / REPORT)
     if (file := Path(out) / CONTENTS).exists():
         read_json(file, _Contents)
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
@@ -174,7 +128,7 @@ def write_report(out: str | Path) -> Outcome:
     """
     quick, runs = _contents(out)
     found = _judge(out, runs)
-    path = report.write(Path(out) / REPORT, found, runs, quick=quick)
+    path = page.write(Path(out) / REPORT, found, runs, quick=quick)
     return Outcome(path, {name: each.verdicts for name, each in found.items()})
 
 

@@ -19,16 +19,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lorascope import models, plots, removal, tasks
-from lorascope.analysis.agreement import correlate
-from lorascope.claims import Claim
-from lorascope.delta import adapted, detach
+from lorascope import plots
+from lorascope.adapters.delta import adapted, detach
+from lorascope.analysis.score_agreement import correlate
+from lorascope.experiments import component_removal
+from lorascope.inputs import models, tasks
 from lorascope.methods.autolora import kept
-from lorascope.probe import Exhibit, Findings, Probe, register
-from lorascope.probes import scores
+from lorascope.probes import component_scores
+from lorascope.probes.base import Exhibit, Findings, Probe, register
+from lorascope.probes.claims import Claim
 from lorascope.probes.lora import LOW
 from lorascope.probes.lora import arms as lora_arms
-from lorascope.run import Run
+from lorascope.runs.run import Run
 
 TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"
 # Rows of a batch, batches that scores see, batches of each of the two truths, and how many of these components are
@@ -78,7 +80,7 @@ def measure(run: Run) -> pd.DataFrame:
     task = tasks.load(run.meta["task"])
     model = models.load(run.meta["model"], task)
     run.restore(model)
-    state = {name: removal.canonical(delta.update()) for name, delta in adapted(model).items()}
+    state = {name: component_removal.canonical(delta.update()) for name, delta in adapted(model).items()}
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
@@ -96,14 +98,16 @@ def measure(run: Run) -> pd.DataFrame:
         return model(**batch).loss
 
     halves = {
-        TRUTH: removal.settled_rises(model, loss, state, unseen[0::2], removed),
-        AGAIN: removal.settled_rises(model, loss, state, unseen[1::2], removed),
+        TRUTH: component_removal.settled_rises(model, loss, state, unseen[0::2], removed),
+        AGAIN: component_removal.settled_rises(model, loss, state, unseen[1::2], removed),
     }
-    found: scores.Rows = {score: {name: rise[:-1] for name, rise in rises.items()} for score, rises in halves.items()}
+    found: component_scores.Rows = {
+        score: {name: rise[:-1] for name, rise in rises.items()} for score, rises in halves.items()
+    }
     found[_SIZE] = {name: sigma for name, (_, sigma, _) in state.items()}
-    found |= scores.adalora_scores(model, loss, state, seen)
-    found |= scores.alora_scores(model, loss, state, seen[0])
-    found |= scores.autolora_scores(model, loss, state, seen)
+    found |= component_scores.adalora_scores(model, loss, state, seen)
+    found |= component_scores.alora_scores(model, loss, state, seen[0])
+    found |= component_scores.autolora_scores(model, loss, state, seen)
     draw = np.random.default_rng(run.meta["seed"])
     found[CHANCE] = {name: draw.random(len(sigma)) for name, (_, sigma, _) in state.items()}
     modules = {score: {name: values.sum() for name, values in each.items()} for score, each in found.items()}

@@ -7,7 +7,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from lorascope.tasks import Task
+from lorascope.inputs.tasks import Task
 
 
 def tfidf_correct(task: Task) -> pd.Series:

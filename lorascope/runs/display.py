@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.printable import printable
+from lorascope.files.printable import printable
 
 Lines = list[tuple[str, str]]
 

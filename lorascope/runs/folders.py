@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from lorascope.json_files import read_json
-from lorascope.printable import printable
-from lorascope.tensors import is_partial
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import is_partial
+from lorascope.files.typed_json import read_json
 
 try:
     import fcntl

@@ -9,11 +9,11 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.forms import update_from
-from lorascope.layout import Lazy, identify
-from lorascope.records import validate
-from lorascope.run import Run
-from lorascope.update import Dense, LowRank
+from lorascope.runs.layout import Lazy, identify
+from lorascope.runs.run import Run
+from lorascope.schema.records import validate
+from lorascope.updates.factor_formats import update_from
+from lorascope.updates.low_rank import Dense, LowRank
 
 _SIZES = ("update_norm", "learned_norm", "relative_update")
 _SHAPES = ("stable_rank", "effective_rank")

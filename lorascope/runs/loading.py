@@ -14,26 +14,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope import records
-from lorascope.adalora_files import read_adalora
-from lorascope.adapter_files import CONFIG, AdapterFiles, factor_files, open_adapter, read_adapter
-from lorascope.algebra import root_of_squares
-from lorascope.card import largest_lines
-from lorascope.dora_files import read_dora
-from lorascope.fourier_files import named_base, read_fourier
-from lorascope.hydra_files import holds_heads, read_hydra
-from lorascope.json_files import read_json
-from lorascope.layout import Lazy
-from lorascope.loralib_files import read_loralib
-from lorascope.pretrained import Pretrained
-from lorascope.printable import printable
-from lorascope.records import Record
-from lorascope.roles import parse
-from lorascope.run import Run
-from lorascope.run_schema import Recipe
-from lorascope.summary import SUMMARY
-from lorascope.tensors import is_plain, refuse_pickles
-from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import is_plain, refuse_pickles
+from lorascope.files.typed_json import read_json
+from lorascope.runs.display import largest_lines
+from lorascope.runs.formats.hydralora import holds_heads, read_hydra
+from lorascope.runs.formats.loralib import read_loralib
+from lorascope.runs.formats.peft_adalora import read_adalora
+from lorascope.runs.formats.peft_dora import read_dora
+from lorascope.runs.formats.peft_fourierft import named_base, read_fourier
+from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, factor_files, open_adapter, read_adapter
+from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.layout import Lazy
+from lorascope.runs.manifest import Recipe
+from lorascope.runs.run import Run
+from lorascope.runs.summary import SUMMARY
+from lorascope.schema import records
+from lorascope.schema.module_roles import parse
+from lorascope.schema.records import Record
+from lorascope.updates.linalg import root_of_squares
+from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
 # Values of the factors in memory at once; a layer of a large model has 10 million at rank 64.
 _BATCH = 2**26
@@ -186,7 +186,7 @@ class AdapterRun(Run):
         return values | {"weight_norm": weight_norm(W0, part.update()), "relative_update": relative}
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for; of heads see ``forms``."""
+        """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for; see ``factor_formats``."""
         self._only(step, state)
         parts = self.files.parts
         return Lazy(list(parts), lambda module: parts[module].factors())

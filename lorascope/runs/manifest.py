@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from lorascope.json_files import Count, Finite, Positive, typed
-from lorascope.printable import printable
-from lorascope.records import Quantity
-from lorascope.roles import ROLES
-from lorascope.tensors import TensorFile, is_plain
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile, is_plain
+from lorascope.files.typed_json import Count, Finite, Positive, typed
+from lorascope.schema.module_roles import ROLES
+from lorascope.schema.records import Quantity
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def read_about(file: TensorFile) -> About:
 
 
 def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
-    """Raise a ValueError where the factors of a module make no update; see ``forms.update_from``."""
+    """Raise a ValueError where the factors of a module make no update; see ``factor_formats.update_from``."""
     shapes = {name: file.shape(f"{module}/{name}") for name in names}
     floats = {name: file.dtype(f"{module}/{name}").startswith(("F", "BF")) for name in names}
     match shapes:

@@ -17,18 +17,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope import records
-from lorascope.card import as_html, as_text, training_lines
-from lorascope.folders import new_folder
-from lorascope.forms import update_from
-from lorascope.json_files import read_json, typed
-from lorascope.layout import GROWING, REMOVED, Lazy, snapshot_file
-from lorascope.parquet_files import read_table
-from lorascope.printable import printable
-from lorascope.run_schema import About, read_about, require_run
-from lorascope.summary import peft_keywords, summarise
-from lorascope.tensors import TensorFile, file_hash
-from lorascope.update import Dense, LowRank
+from lorascope.files.parquet_tables import read_table
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile, file_hash
+from lorascope.files.typed_json import read_json, typed
+from lorascope.runs.display import as_html, as_text, training_lines
+from lorascope.runs.folders import new_folder
+from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
+from lorascope.runs.manifest import About, read_about, require_run
+from lorascope.runs.summary import peft_keywords, summarise
+from lorascope.schema import records
+from lorascope.updates.factor_formats import update_from
+from lorascope.updates.low_rank import Dense, LowRank
 
 SCHEMA = 1
 STATES = ("last", "best")
@@ -238,7 +238,7 @@ class Run:
         ValueError
             The model is not the base that was trained, or already carries adapters.
         """
-        from lorascope.state import restore  # the one door to torch
+        from lorascope.training.state import restore  # the one door to torch
 
         restore(model, self, self.state_file(state), method)
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.names import parse
-from lorascope.update import Dense, LowRank, effective_rank, spectra, stable_rank
+from lorascope.schema.module_table import parse
+from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank
 
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope import records
-from lorascope.folders import own_files, partial_files
-from lorascope.layout import GROWING, REMOVED, snapshot_file
-from lorascope.records import QUANTITIES, Factors, Item, Record, Snapshot
-from lorascope.run import Run
-from lorascope.tensors import TensorFile, file_hash, write_bytes, write_json, write_tensors
+from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
+from lorascope.runs.folders import own_files, partial_files
+from lorascope.runs.layout import GROWING, REMOVED, snapshot_file
+from lorascope.runs.run import Run
+from lorascope.schema import records
+from lorascope.schema.records import QUANTITIES, Factors, Item, Record, Snapshot
 
 
 class RunWriter:

@@ -1,8 +1,8 @@
 """Every module of a model with its stack, layer, role and sizes, and the choice of modules by them.
 
-``parse`` (from ``roles``) needs a dotted name only, as adapter folders have no more. ``describe`` reads a live model
-and lets the structure (sizes, shared weights, repeated blocks) overrule the name. Neither knows any class or needs
-torch.
+``parse`` (from ``module_roles``) needs a dotted name only, as adapter folders have no more. ``describe`` reads a live
+model and lets the structure (sizes, shared weights, repeated blocks) overrule the name. Neither knows any class or
+needs torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.roles import (
+from lorascope.schema.module_roles import (
     ATTENTION,
     CROSS,
     FFN,

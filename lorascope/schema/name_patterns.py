@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import regex
 
-from lorascope.printable import printable
+from lorascope.files.printable import printable
 
 MAX_MATCHES = 10_000_000
 """Patterns times modules: half a minute."""

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from lorascope.names import ROLES, parse
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.schema.module_table import ROLES, parse
 
 COLUMNS = ("run", "step", "module", "stack", "layer", "role", "quantity", "index", "value")
 KEY = ["run", "step", "module", "quantity", "index"]

@@ -13,12 +13,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import UInt8
 
-from lorascope.folders import own_files
-from lorascope.json_files import Count, Finite, typed
-from lorascope.parquet_files import read_table
-from lorascope.printable import printable
-from lorascope.state import load_tree, save_tree
-from lorascope.tensors import write_bytes
+from lorascope.files.parquet_tables import read_table
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.typed_json import Count, Finite, typed
+from lorascope.runs.folders import own_files
+from lorascope.training.state import load_tree, save_tree
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorascope.encoding import IGNORED, Encoded
+from lorascope.inputs.tokenization import IGNORED, Encoded
 
 
 @dataclass(frozen=True, eq=False)

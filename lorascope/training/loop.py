@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorascope import delta, models, tasks
-from lorascope.folders import held, read_manifest
-from lorascope.method import Method, Phase
+from lorascope.adapters import delta
+from lorascope.inputs import models, tasks
+from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
+from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
-from lorascope.plan import Base, Plan, StateRemoved, claim, finished_run, first_use, note_phases
-from lorascope.progress import interruptible, progress_bar
-from lorascope.run import Run
-from lorascope.session import Session
-from lorascope.settings import Settings
-from lorascope.state import seeded
-from lorascope.stepping import not_finite
-from lorascope.tasks import Task
+from lorascope.runs.folders import held, read_manifest
+from lorascope.runs.run import Run
+from lorascope.training.progress import interruptible, progress_bar
+from lorascope.training.run_spec import Base, Plan, StateRemoved, claim, finished_run, first_use, note_phases
+from lorascope.training.session import Session
+from lorascope.training.settings import Settings
+from lorascope.training.shared_step import not_finite
+from lorascope.training.state import seeded
 
 
 def train(

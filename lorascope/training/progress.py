@@ -16,9 +16,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from lorascope.evaluation import Score
-from lorascope.json_files import read_json
-from lorascope.printable import printable
+from lorascope.files.printable import printable
+from lorascope.files.typed_json import read_json
+from lorascope.training.evaluation import Score
 
 # Seconds between two writings of a note.
 _PAUSE = 1.0

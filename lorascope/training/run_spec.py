@@ -14,21 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from lorascope import __version__
-from lorascope.delta import adapted
-from lorascope.folders import MANIFESTS, read_manifest, remove_run
-from lorascope.foreign import bare, bare_parameters, without_peft
-from lorascope.heads import draw_new_weights, fit_head, weights_hash
-from lorascope.hosts import host_kind
-from lorascope.layout import identify
-from lorascope.method import Method, Phase, config, task_head
-from lorascope.models import name_of
+from lorascope.adapters.delta import adapted
+from lorascope.adapters.host_weights import host_kind
+from lorascope.adapters.peft_layers import bare, bare_parameters, without_peft
+from lorascope.files.safetensors_io import is_partial, write_json
+from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
+from lorascope.inputs.models import name_of
+from lorascope.inputs.tasks import Task
+from lorascope.methods.base import Method, Phase, config, task_head
 from lorascope.observe import Observer
-from lorascope.resume import Checkpoints
-from lorascope.run import SCHEMA, TRAIN_AGAIN, Run
-from lorascope.settings import Settings
-from lorascope.tasks import Task
-from lorascope.tensors import is_partial, write_json
-from lorascope.trained import adapters, left_out
+from lorascope.observe.trainable import adapters, left_out
+from lorascope.runs.folders import MANIFESTS, read_manifest, remove_run
+from lorascope.runs.layout import identify
+from lorascope.runs.run import SCHEMA, TRAIN_AGAIN, Run
+from lorascope.training.checkpoints import Checkpoints
+from lorascope.training.settings import Settings
 
 _MARK = "_lorascope_trained"
 

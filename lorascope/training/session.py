@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorascope import names
-from lorascope.delta import adapted
-from lorascope.evaluation import Score, evaluate
-from lorascope.method import Batch, HeldOut, Step
-from lorascope.models import processor
+from lorascope.adapters.delta import adapted
+from lorascope.files.printable import printable
+from lorascope.inputs.models import processor
+from lorascope.methods.base import Batch, HeldOut, Step
 from lorascope.observe import factors_of
-from lorascope.plan import Base, Plan
-from lorascope.printable import printable
-from lorascope.records import Record
-from lorascope.resume import Best, Checkpoint, Checkpoints
-from lorascope.run import Run
-from lorascope.state import (
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema import module_table
+from lorascope.schema.records import Record
+from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
+from lorascope.training.evaluation import Score, evaluate
+from lorascope.training.run_spec import Base, Plan
+from lorascope.training.shared_step import clip_gradients, looked_at, trained_parameters
+from lorascope.training.state import (
     generators_state,
     optimizer_state,
     put_generators_state,
@@ -35,8 +37,6 @@ from lorascope.state import (
     save_state,
     trained_tensors,
 )
-from lorascope.stepping import clip_gradients, looked_at, trained_parameters
-from lorascope.writer import RunWriter
 
 
 class Session:
@@ -61,7 +61,7 @@ class Session:
         self.settings, self.task = plan.settings, plan.task
         self.method = dataclasses.replace(plan.phase.method)
         self.observers = [dataclasses.replace(observer) for observer in plan.observers]
-        modules = names.describe(model)
+        modules = module_table.describe(model)
         self.method.attach(model)
         s = self.settings
         self.optimizer = self.method.optimizer(model, s.lr, s.head_lr, s.weight_decay)

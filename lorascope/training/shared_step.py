@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from lorascope.method import Step
-from lorascope.observer import Observer
-from lorascope.records import Item, Record
+from lorascope.methods.base import Step
+from lorascope.observe.base import Observer
+from lorascope.schema.records import Item, Record
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

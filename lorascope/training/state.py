@@ -21,15 +21,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorascope.delta import adapted
-from lorascope.heads import fit_head
-from lorascope.json_files import parse_json, require_regular
-from lorascope.method import Method, from_config
+from lorascope.adapters.delta import adapted
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.files.typed_json import parse_json, require_regular
+from lorascope.inputs.classifier_head import fit_head
+from lorascope.inputs.models import missing
 from lorascope.methods import METHODS
-from lorascope.models import missing
-from lorascope.printable import printable
-from lorascope.run import Run
-from lorascope.tensors import write_bytes
+from lorascope.methods.base import Method, from_config
+from lorascope.runs.run import Run
 
 # Where a state file keeps the method's own state, beside parameters under their names.
 _LEARNED = "method"

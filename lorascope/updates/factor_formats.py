@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.fourier import Fourier
-from lorascope.update import LowRank
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import LowRank
 
 UNTRAINED = frozenset({"gates", "entries", "shape"})
 """Factors that stand beside the trained ones, without which these make no update."""

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lorascope.algebra import finite, wide
-from lorascope.update import Dense, LowRank
+from lorascope.updates.linalg import finite, wide
+from lorascope.updates.low_rank import Dense, LowRank
 
 SEEDS = 1 << 32
 

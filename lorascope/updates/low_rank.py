@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.algebra import (
+from lorascope.updates.linalg import (
     GRAM_LIMIT,
     effective_rank,
     energy_rank,
@@ -35,7 +35,7 @@ from lorascope.algebra import (
     triangles,
     wide,
 )
-from lorascope.turning import NeuronChange, factored_change, neuron_change, neuron_cosine
+from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
 
 __all__ = [
     "Dense",

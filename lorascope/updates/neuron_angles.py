@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lorascope.algebra import TILE_BYTES, gram, tiles, wide
+from lorascope.updates.linalg import TILE_BYTES, gram, tiles, wide
 
 # Squares below this may have lost digits to underflow in float32.
 _SMALL = 1e-25

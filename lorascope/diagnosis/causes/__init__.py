@@ -7,10 +7,10 @@ give the same numbers nothing is said.
 
 from __future__ import annotations
 
-from lorascope.causes.case import Case, Cause, Finding
-from lorascope.causes.factors import collapsed, dead, frozen, not_a_number, scale_zero, untrained
-from lorascope.causes.plan import allocator, overscaled, tied_twice, uneven_scale, unmatched
-from lorascope.causes.training import diverged, leaked, rate_small, unused
+from lorascope.diagnosis.causes.config import allocator, overscaled, tied_twice, uneven_scale, unmatched
+from lorascope.diagnosis.causes.evidence import Case, Cause, Finding
+from lorascope.diagnosis.causes.factors import collapsed, dead, frozen, not_a_number, scale_zero, untrained
+from lorascope.diagnosis.causes.training import diverged, leaked, rate_small, unused
 
 __all__ = ["CAUSES", "Case", "Cause", "Finding"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.adapter_inspection import some
-from lorascope.causes.case import Case, Finding, Found, counted
-from lorascope.matching import Ends, Patterns
+from lorascope.diagnosis.adapter_inspection import some
+from lorascope.diagnosis.causes.evidence import Case, Finding, Found, counted
+from lorascope.schema.name_patterns import Ends, Patterns
 
 WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so an update is blamed on the scale only above it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.causes.case import Case, Finding, Found
+from lorascope.diagnosis.causes.evidence import Case, Finding, Found
 
 STILL = 1e-4  # of |W|: below float16's and bfloat16's resolution, 5e-4 and 4e-3, so merging rounds it away
 WORSE = 1.0  # nats: batches differ by less, and a loss that ends this far above its start has lost the task

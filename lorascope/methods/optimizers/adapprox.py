@@ -1,4 +1,4 @@
-"""Algorithm 3 of Adapprox as an optimizer of torch; ``adapprox`` tells the paper, ``s_rsi`` has algorithms 1 and 2."""
+"""Algorithm 3 of Adapprox as an optimizer of torch; algorithms 1 and 2 are in ``subspace_iteration``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorascope.methods import s_rsi
+from lorascope.methods.optimizers import subspace_iteration
 
 DENOMINATORS = ("pre", "post")
 
@@ -45,7 +45,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
     reselect_every : int
         Steps between two choices.
     rank_rule : {"restart", "colnorm", "ema", "fixed"}
-        See ``s_rsi``; "fixed" is ``init_rank`` whatever ``max_rank`` says.
+        See ``subspace_iteration``; "fixed" is ``init_rank`` whatever ``max_rank`` says.
     growth : (float, float, float, float)
         eta, omega, phi, tau of f, by which "restart" goes up.
     growth_scale : float or None
@@ -77,7 +77,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         tolerance: float | int = 0.01,
         reselect_every: int = 10,
         rank_rule: str = "restart",
-        growth: Sequence[float | int] = s_rsi.LOGISTIC,
+        growth: Sequence[float | int] = subspace_iteration.LOGISTIC,
         growth_scale: float | int | None = 1.0,
         denominator: str = "pre",
         cosine: bool = False,
@@ -189,12 +189,14 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
         A = V / unit
         generator = self.param_groups[0]["generator"]
-        factor = s_rsi.factoring(A, generator, group["iterations"], group["oversampling"], group["sketch_multiple"])
+        factor = subspace_iteration.factoring(
+            A, generator, group["iterations"], group["oversampling"], group["sketch_multiple"]
+        )
         if chooses:
             state["negative"], state["negative_mass"] = (0.0, 0.0) if first else negative(state["Q"] @ state["U"].T)
             float(unit)  # an accelerator has done by here what it was given before, and by the error all of the choice
             start = time.perf_counter()
-            Q, U, state["error"], state["trials"] = s_rsi.choose(A, factor, state, group)
+            Q, U, state["error"], state["trials"] = subspace_iteration.choose(A, factor, state, group)
             state["seconds"] = time.perf_counter() - start
             state["chosen"] = True  # until the next step
         else:
@@ -289,7 +291,7 @@ def _check_gradients(groups: list[dict[str, Any]]) -> None:
 
 
 def _check(group: dict[str, Any]) -> None:
-    for name, known in (("rank_rule", s_rsi.RULES), ("denominator", DENOMINATORS)):
+    for name, known in (("rank_rule", subspace_iteration.RULES), ("denominator", DENOMINATORS)):
         if group[name] not in known:
             raise ValueError(f"{name} {group[name]!r} is unknown: it must be one of {', '.join(map(repr, known))}")
     for name in ("iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every"):

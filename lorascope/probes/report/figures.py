@@ -9,10 +9,10 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lorascope.chart import Drawable
-from lorascope.render import plotly
-from lorascope.render.plan import Plan, plan
-from lorascope.render.theme import theme
+from lorascope.charts import plotly_backend
+from lorascope.charts.chart import Drawable
+from lorascope.charts.figure_plan import Plan, plan
+from lorascope.charts.theme import theme
 
 NARROW = 358.0  # pixels that a telephone leaves for a chart
 
@@ -44,8 +44,8 @@ def embed(drawable: Drawable) -> Embedded:
     """Draw a chart for every screen; on a narrow one, panels stand one above the other."""
     settled = plan(drawable, theme("light"))
     light, dark = _bare(settled), _bare(plan(drawable, theme("dark")))
-    figure, recoloured = _slim(_json(plotly.draw(light))), _slim(_json(plotly.draw(dark)))
-    narrow, narrow_dark = (_json(plotly.ground(_stacked(one), NARROW))["layout"] for one in (light, dark))
+    figure, recoloured = _slim(_json(plotly_backend.draw(light))), _slim(_json(plotly_backend.draw(dark)))
+    narrow, narrow_dark = (_json(plotly_backend.ground(_stacked(one), NARROW))["layout"] for one in (light, dark))
     variants = {
         "dark": recoloured,
         "narrow": figure | {"layout": narrow},

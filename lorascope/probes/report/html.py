@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from pandas.api.types import is_bool_dtype, is_float, is_numeric_dtype, is_scalar
 
-from lorascope.printable import printable_lines
+from lorascope.files.printable import printable_lines
 
 LONG = 20  # rows of a table, from which on it scrolls inside its box
 

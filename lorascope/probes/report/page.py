@@ -10,13 +10,13 @@ from string import Template
 
 from plotly.offline import get_plotlyjs
 
-from lorascope.probe import PROBES, Findings
-from lorascope.render.plotly import CONFIG
-from lorascope.render.theme import THEMES
-from lorascope.report.markup import join, json_data
-from lorascope.report.sections import Story, claims, contents, head, section
-from lorascope.run import Run
-from lorascope.tensors import write_bytes
+from lorascope.charts.plotly_backend import CONFIG
+from lorascope.charts.theme import THEMES
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.probes.base import PROBES, Findings
+from lorascope.probes.report.html import join, json_data
+from lorascope.probes.report.sections import Story, claims, contents, head, section
+from lorascope.runs.run import Run
 
 _GENERATOR = b'<meta name="generator" content="lorascope">'
 
@@ -74,7 +74,7 @@ def write(
         contents(stories),
         *(section(story, numbers, path.parent) for story in stories),
     )
-    page = Template(files("lorascope.report").joinpath("page.html").read_text(encoding="utf-8"))
+    page = Template(files("lorascope.probes.report").joinpath("page.html").read_text(encoding="utf-8"))
     text = page.substitute(title=join(title), body=body, plotly=get_plotlyjs(), config=json_data(CONFIG), **_colors())
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
     return path

@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.report.markup import Html, element, frame_table
-from lorascope.run import Run
+from lorascope.probes.report.html import Html, element, frame_table
+from lorascope.runs.run import Run
 
 _COLUMNS = {"steps": "steps", "batch_size": "batch", "lr": "rate", "head_lr": "rate of the head"}
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lorascope.claims import Verdict
-from lorascope.probe import Exhibit, Findings, Probe
-from lorascope.report.figures import embed
-from lorascope.report.markup import Html, bullets, count, element, frame_table, json_data, listed, pairs
-from lorascope.report.settings import model_name, settings
-from lorascope.report.verdicts import RULE, by_seed, claims_table, tally, too_few
-from lorascope.run import Run
+from lorascope.probes.base import Exhibit, Findings, Probe
+from lorascope.probes.claims import Verdict
+from lorascope.probes.report.figures import embed
+from lorascope.probes.report.html import Html, bullets, count, element, frame_table, json_data, listed, pairs
+from lorascope.probes.report.run_settings import model_name, settings
+from lorascope.probes.report.verdicts import RULE, by_seed, claims_table, tally, too_few
+from lorascope.runs.run import Run
 
 
 @dataclass(frozen=True)

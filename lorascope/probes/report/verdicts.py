@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from lorascope.claims import MINIMUM_SEEDS, Verdict
-from lorascope.report.markup import Html, count, element, shown, table
+from lorascope.probes.claims import MINIMUM_SEEDS, Verdict
+from lorascope.probes.report.html import Html, count, element, shown, table
 
 MARKS = {"supported": "✓", "not supported": "✗", "inconclusive": "?"}
 RULE = (

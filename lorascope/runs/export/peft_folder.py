@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lorascope.adapter_files import CONFIG, PREFIX, WEIGHTS
-from lorascope.export import fourier, lora
-from lorascope.folders import new_folder, require_absent
-from lorascope.forms import UNTRAINED
-from lorascope.printable import printable
-from lorascope.run import Run
-from lorascope.tensors import TensorFile, write_bytes, write_json
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
+from lorascope.runs.export import peft_fourierft, peft_lora
+from lorascope.runs.folders import new_folder, require_absent
+from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
+from lorascope.runs.run import Run
+from lorascope.updates.factor_formats import UNTRAINED
 
 _HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _AUTO = {
@@ -84,7 +84,7 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
         raise ValueError(f"{run.label} {read}")
     if run.meta["method"]["name"] == "peft":
         refuse_unkept(run, state)
-    form = fourier if fourier.holds_coefficients(run, state) else lora
+    form = peft_fourierft if peft_fourierft.holds_coefficients(run, state) else peft_lora
     updates, weights = form.updates_of(run, state), _weights(run, state)
     if "hosts" not in run.meta:
         raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")

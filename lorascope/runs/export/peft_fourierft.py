@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.fourier import Fourier, entries
-from lorascope.fourier_files import entry_seed
-from lorascope.run import Run
-from lorascope.summary import mode, targets
+from lorascope.runs.formats.peft_fourierft import entry_seed
+from lorascope.runs.run import Run
+from lorascope.runs.summary import mode, targets
+from lorascope.updates.fourier import Fourier, entries
 
 
 def holds_coefficients(run: Run, state: str) -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.run import Run
-from lorascope.summary import factored, peft_keywords
-from lorascope.update import LowRank
+from lorascope.runs.run import Run
+from lorascope.runs.summary import factored, peft_keywords
+from lorascope.updates.low_rank import LowRank
 
 
 def updates_of(run: Run, state: str) -> dict[str, LowRank]:

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from lorascope.run import Run
-from lorascope.summary import factored, peft_keywords
-from lorascope.update import LowRank, spectra
+from lorascope.runs.run import Run
+from lorascope.runs.summary import factored, peft_keywords
+from lorascope.updates.low_rank import LowRank, spectra
 
 
 @dataclass(frozen=True, eq=False)

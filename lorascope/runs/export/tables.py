@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.csv_files import csv_text
-from lorascope.run import Run
-from lorascope.tensors import write_bytes
+from lorascope.files.safe_csv import csv_text
+from lorascope.files.safetensors_io import write_bytes
+from lorascope.runs.run import Run
 
 
 def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "last") -> Path:
@@ -21,7 +21,7 @@ def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "las
 
     Parquet keeps all dtypes. CSV and JSON keep every digit; in CSV a missing value and an empty name are both an empty
     cell, in JSON what is missing is null and infinity the text "Infinity", for which JSON has no number. For
-    text in CSV see `csv_files.csv_text`.
+    text in CSV see `safe_csv.csv_text`.
 
     Parameters
     ----------

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.adapter_files import CONFIG, AdapterFiles, LoraConfig, grouped
-from lorascope.adapter_parts import Factor, Part
-from lorascope.forms import mixture
-from lorascope.json_files import typed
-from lorascope.printable import printable
-from lorascope.tensors import TensorFile
-from lorascope.update import LowRank
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import typed
+from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, LoraConfig, grouped
+from lorascope.runs.formats.stored_update import Factor, Part
+from lorascope.updates.factor_formats import mixture
+from lorascope.updates.low_rank import LowRank
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
 

@@ -19,12 +19,12 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from lorascope.adapter_files import CONFIG, AdapterFiles, is_transposed, lora_factors
-from lorascope.adapter_parts import Factor, Part
-from lorascope.json_files import Finite, Positive, typed
-from lorascope.printable import printable
-from lorascope.tensors import TensorFile
-from lorascope.update import LowRank
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import Finite, Positive, typed
+from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, is_transposed, lora_factors
+from lorascope.runs.formats.stored_update import Factor, Part
+from lorascope.updates.low_rank import LowRank
 
 # Query, key and value are three; each takes memory for its block, empty ones too.
 MAX_OUTPUTS = 64

@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.adapter_files import AdapterFiles, LoraSettings, lora_factors, lora_part
-from lorascope.adapter_parts import Factor, Part
-from lorascope.pretrained import Pretrained
-from lorascope.printable import printable
-from lorascope.tensors import TensorFile
-from lorascope.update import Dense, LowRank
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.runs.formats.peft_lora import AdapterFiles, LoraSettings, lora_factors, lora_part
+from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.stored_update import Factor, Part
+from lorascope.updates.low_rank import Dense, LowRank
 
 
 @dataclass(frozen=True)

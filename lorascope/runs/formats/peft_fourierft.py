@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from lorascope.adapter_files import CONFIG, AdapterFiles, grouped
-from lorascope.adapter_parts import Factor, Kept
-from lorascope.fourier import SEEDS, Fourier, entries
-from lorascope.json_files import Finite, Positive, typed
-from lorascope.matching import Patterns
-from lorascope.pretrained import Pretrained
-from lorascope.printable import printable
-from lorascope.tensors import TensorFile
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.files.typed_json import Finite, Positive, typed
+from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, grouped
+from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.stored_update import Factor, Kept
+from lorascope.schema.name_patterns import Patterns
+from lorascope.updates.fourier import SEEDS, Fourier, entries
 
 # The adapter's own name may stand behind, where a state dict was saved by hand.
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")

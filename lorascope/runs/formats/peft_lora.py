@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from lorascope.adapter_parts import Factor, Kept, Part
-from lorascope.json_files import Finite, Positive, read_json, typed
-from lorascope.matching import Patterns
-from lorascope.printable import printable
-from lorascope.roles import parse, position
-from lorascope.run_schema import Allocation
-from lorascope.tensors import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
+from lorascope.files.typed_json import Finite, Positive, read_json, typed
+from lorascope.runs.formats.stored_update import Factor, Kept, Part
+from lorascope.runs.manifest import Allocation
+from lorascope.schema.module_roles import parse, position
+from lorascope.schema.name_patterns import Patterns
 
 CONFIG = "adapter_config.json"
 STEM = "adapter_model"

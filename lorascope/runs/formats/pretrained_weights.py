@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.matching import Ends
-from lorascope.printable import printable
-from lorascope.roles import parse
-from lorascope.tensors import FLOATS, TensorFile, Unread, open_tensors, refuse_pickles, weight_files
+from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, refuse_pickles, weight_files
+from lorascope.schema.module_roles import parse
+from lorascope.schema.name_patterns import Ends
 
 
 class Pretrained:

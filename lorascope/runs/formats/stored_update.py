@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from lorascope.tensors import TensorFile
-from lorascope.update import Dense, LowRank
+from lorascope.files.safetensors_io import TensorFile
+from lorascope.updates.low_rank import Dense, LowRank
 
 
 @dataclass(frozen=True)

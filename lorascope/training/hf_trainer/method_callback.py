@@ -26,14 +26,14 @@ from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorascope import names
-from lorascope.heads import weights_hash
-from lorascope.method import Method, Step
+from lorascope.inputs.classifier_head import weights_hash
+from lorascope.methods.base import Method, Step
 from lorascope.methods.neft import NeFT
-from lorascope.plan import Base, refuse_adapted
-from lorascope.settings import Settings
-from lorascope.state import fingerprint, load_tree, save_tree
-from lorascope.stepping import clip_gradients, not_finite
+from lorascope.schema import module_table
+from lorascope.training.run_spec import Base, refuse_adapted
+from lorascope.training.settings import Settings
+from lorascope.training.shared_step import clip_gradients, not_finite
+from lorascope.training.state import fingerprint, load_tree, save_tree
 
 FILE = "lorascope-method.safetensors"
 _MARK = "_lorascope_driver"
@@ -57,7 +57,7 @@ class MethodCallback(TrainerCallback):
         self.base = Base(model)
         self.method, self.settings = _only_phase(method, self.base), settings
         self.w0_hash = weights_hash(model)
-        modules = names.describe(model)
+        modules = module_table.describe(model)
         self.method.attach(model)
         self.optimizer = self.method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
         self.base.capture(self.optimizer)

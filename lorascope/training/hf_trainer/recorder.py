@@ -11,8 +11,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorascope import names
-from lorascope.driving import (
+from lorascope.adapters.peft_layers import without_peft
+from lorascope.files.printable import printable
+from lorascope.methods.base import Method, Step, task_head
+from lorascope.observe import Observer, norms
+from lorascope.observe.trainable import left_out
+from lorascope.schema import module_table
+from lorascope.schema.records import Record
+from lorascope.training.hf_trainer.method_callback import (
     MethodCallback,
     driver_of,
     plain,
@@ -21,16 +27,10 @@ from lorascope.driving import (
     step_of,
     write_beside,
 )
-from lorascope.foreign import without_peft
-from lorascope.method import Method, Step, task_head
-from lorascope.observe import Observer, norms
-from lorascope.plan import Base
-from lorascope.printable import printable
-from lorascope.recording import Recording
-from lorascope.records import Record
-from lorascope.settings import Settings
-from lorascope.trained import left_out
-from lorascope.training import described, overlap
+from lorascope.training.hf_trainer.run_folder import Recording
+from lorascope.training.hf_trainer.run_metadata import described, overlap
+from lorascope.training.run_spec import Base
+from lorascope.training.settings import Settings
 
 FILE = "lorascope-recorder.safetensors"
 
@@ -197,6 +197,6 @@ def _looking_on(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[
     """What observers see where no method of ours trains; what lies there now counts as W_0."""
     base = Base(model)
     base.capture(optimizer)
-    step = step_of(model, optimizer, base, names.describe(model))
+    step = step_of(model, optimizer, base, module_table.describe(model))
     step.index, step.total = state.global_step - 1, state.max_steps
     return step, base

@@ -13,20 +13,20 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from lorascope.folders import held
-from lorascope.foreign import bare_parameters
-from lorascope.json_files import read_json
-from lorascope.method import Method, Step
+from lorascope.adapters.peft_layers import bare_parameters
+from lorascope.files.typed_json import read_json
+from lorascope.methods.base import Method, Step
 from lorascope.observe import factors_of
-from lorascope.observer import Observer
-from lorascope.plan import Base
-from lorascope.records import Item, Record
-from lorascope.resume import pack_rows, unpack_rows
-from lorascope.run import Run
-from lorascope.state import load_tree, save_state, save_tree
-from lorascope.stepping import looked_at
-from lorascope.trained import adapters
-from lorascope.writer import RunWriter
+from lorascope.observe.base import Observer
+from lorascope.observe.trainable import adapters
+from lorascope.runs.folders import held
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Item, Record
+from lorascope.training.checkpoints import pack_rows, unpack_rows
+from lorascope.training.run_spec import Base
+from lorascope.training.shared_step import looked_at
+from lorascope.training.state import load_tree, save_state, save_tree
 
 FLUSH_SECONDS = 30.0
 # Folders in which this process records, with the end of each recording.

@@ -10,13 +10,13 @@ from typing import Any
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments
 
-from lorascope.driving import MethodCallback
-from lorascope.method import Step, config
-from lorascope.observer import Observer
-from lorascope.plan import circumstances
-from lorascope.run import SCHEMA
-from lorascope.stepping import trained_parameters
-from lorascope.trained import left_out
+from lorascope.methods.base import Step, config
+from lorascope.observe.base import Observer
+from lorascope.observe.trainable import left_out
+from lorascope.runs.run import SCHEMA
+from lorascope.training.hf_trainer.method_callback import MethodCallback
+from lorascope.training.run_spec import circumstances
+from lorascope.training.shared_step import trained_parameters
 
 # Of a PEFT configuration, what is no hyper-parameter.
 _ASIDE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"}

@@ -1,0 +1,1 @@
+"""Updates on a live model: attached, read off, switched off."""

@@ -1,0 +1,1 @@
+"""What is in an adapter or a run, and what went wrong with it."""

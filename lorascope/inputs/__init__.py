@@ -1,0 +1,1 @@
+"""What a run starts from: models, tasks, texts and images."""

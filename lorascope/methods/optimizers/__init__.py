@@ -1,0 +1,1 @@
+"""Optimizers of torch that the methods use."""

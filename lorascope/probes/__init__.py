@@ -1,0 +1,51 @@
+"""Studies of what the papers observed and claim, each with its runs, its controls and its verdicts."""
+
+from lorascope.probes import (
+    adalora,
+    adalora_placement,
+    adapprox,
+    alora,
+    autolora,
+    fourierft,
+    fourierft_expressiveness,
+    hydralora,
+    hydralora_asymmetry,
+    lisa,
+    lisa_training,
+    lora,
+    neft,
+    planted,
+    score_agreement,
+)
+from lorascope.probes.base import PROBES, Arm, Exhibit, Findings, Probe
+from lorascope.probes.reproduction import CONTENTS, QUICK_SEEDS, REPORT, Outcome, findings, reproduce, write_report
+
+__all__ = [
+    "CONTENTS",
+    "PROBES",
+    "QUICK_SEEDS",
+    "REPORT",
+    "Arm",
+    "Exhibit",
+    "Findings",
+    "Outcome",
+    "Probe",
+    "adalora",
+    "adalora_placement",
+    "adapprox",
+    "alora",
+    "autolora",
+    "findings",
+    "fourierft",
+    "fourierft_expressiveness",
+    "hydralora",
+    "hydralora_asymmetry",
+    "lisa",
+    "lisa_training",
+    "lora",
+    "neft",
+    "planted",
+    "reproduce",
+    "score_agreement",
+    "write_report",
+]

@@ -1,0 +1,1 @@
+"""The report of the probes, as one HTML page."""

@@ -1,0 +1,1 @@
+"""Run folders and adapter folders, read and written without torch."""

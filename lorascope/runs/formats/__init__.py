@@ -1,0 +1,1 @@
+"""Adapter folders of other libraries, read as files: one module a format."""

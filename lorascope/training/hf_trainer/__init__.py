@@ -1,0 +1,1 @@
+"""The same under transformers' Trainer: its recorder, and our methods as a callback."""

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "train": "lorascope.training.loop:train",
     "load": "lorascope.runs.loading:load",
+    "restore": "lorascope.training.state:restore",
     "sweep": "lorascope.experiments.sweep:sweep",
     "explore": "lorascope.plots.explore:explore",
     "diagnose": "lorascope.diagnosis.doctor:diagnose",

@@ -7,6 +7,7 @@ be tested, hashed and exported without a renderer, and both renderers show the s
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,26 +91,24 @@ class Drawable:
         -------
         Figure, or ``ax``.
         """
-        from lorascope.charts import matplotlib_backend as mpl
-
+        mpl = _backend("matplotlib_backend")
         return mpl.figure(self, theme, width) if ax is None else mpl.onto(ax, self, theme)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
-        from lorascope.charts import plotly_backend as plotly
-
-        return plotly.figure(self, theme)
+        return _backend("plotly_backend").figure(self, theme)
 
     def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
         """Write the figure to a file whose ending says the kind; see :func:`lorascope.charts.save.save`."""
-        from lorascope.charts.save import save
-
-        return save(self, path, width, theme)
+        return _backend("save").save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        from lorascope.charts import plotly_backend as plotly
+        return {**_backend("plotly_backend").bundle(self), "text/plain": repr(self)}
 
-        return {**plotly.bundle(self), "text/plain": repr(self)}
+
+def _backend(name: str) -> Any:
+    """Import a module that draws charts; it depends on this one."""
+    return importlib.import_module(f"lorascope.charts.{name}")
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+import lorascope
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash
@@ -238,9 +239,7 @@ class Run:
         ValueError
             The model is not the base that was trained, or already carries adapters.
         """
-        from lorascope.training.state import restore  # the one door to torch
-
-        restore(model, self, self.state_file(state), method)
+        lorascope.restore(model, self, self.state_file(state), method)
 
     def save(self, path: str | Path) -> Run:
         """Copy the run into a new folder; one that has phases before it with them, side by side in that folder.

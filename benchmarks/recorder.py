@@ -17,7 +17,8 @@ from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
-from lorascope.training.run_spec import Base, Plan, first_use
+from lorascope.training.base_weights import Base, first_use
+from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
 

@@ -11,8 +11,7 @@ import pytest
 from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
-from lorascope.diagnosis.terminal import Style
-from lorascope.diagnosis.terminal_comparison import _factor
+from lorascope.diagnosis.terminal import Style, _factor
 from lorascope.probes.report.html import shown
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)

@@ -14,7 +14,7 @@ import pytest
 from lorascope.files.safetensors_io import is_partial
 from lorascope.runs.folders import Busy, held, new_folder, remove_run
 from lorascope.training.hf_trainer.run_folder import make_room
-from lorascope.training.run_spec import claim
+from lorascope.training.output_folder import claim
 
 ID = "0123456789ab"
 MANIFEST = {

@@ -25,7 +25,7 @@ from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 from lorascope.schema.records import Record, frame
 from lorascope.training import loop
-from lorascope.training.run_spec import StateRemoved
+from lorascope.training.output_folder import StateRemoved
 
 MODULES = pd.DataFrame(
     {

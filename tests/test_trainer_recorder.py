@@ -27,8 +27,8 @@ from lorascope.adapters import delta
 from lorascope.analysis import initial_update
 from lorascope.inputs import models
 from lorascope.schema import module_table
+from lorascope.training.base_weights import Base
 from lorascope.training.hf_trainer import method_callback, run_folder
-from lorascope.training.run_spec import Base
 from lorascope.training.state import seeded
 
 QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}

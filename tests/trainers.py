@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import lorascope as ls
 from lorascope.inputs import models
 from lorascope.observe.base import Observer
-from lorascope.training.run_spec import first_use
+from lorascope.training.base_weights import first_use
 from lorascope.training.state import seeded
 
 STEPS, ROWS = 6, 8

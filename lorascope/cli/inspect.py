@@ -17,7 +17,7 @@ from lorascope.diagnosis.comparison import compare
 from lorascope.diagnosis.inspection import Inspection, inspect
 from lorascope.diagnosis.neuron_inspection import inspect_neurons
 from lorascope.diagnosis.neuron_scores import is_checkpoint
-from lorascope.diagnosis.terminal_comparison import compared
+from lorascope.diagnosis.terminal import compared
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.loading import AdapterRun
 

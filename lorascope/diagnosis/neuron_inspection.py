@@ -9,8 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.diagnosis.adapter_inspection import DTYPES, some
-from lorascope.diagnosis.inspection import json_values, pooled, rows
+from lorascope.diagnosis.inspection import DTYPES, json_values, pooled, rows, some
 from lorascope.diagnosis.neuron_scores import score
 from lorascope.runs.formats.pretrained_weights import Pretrained
 from lorascope.schema.module_roles import position

@@ -18,7 +18,9 @@ from lorascope.methods.base import Method
 from lorascope.observe.base import Observer
 from lorascope.runs.folders import held
 from lorascope.runs.run import Run
-from lorascope.training.run_spec import Base, Plan, claim, finished_run, first_use
+from lorascope.training.base_weights import Base, first_use
+from lorascope.training.output_folder import claim, finished_run
+from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
 from lorascope.training.state import seeded

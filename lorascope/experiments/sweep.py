@@ -31,8 +31,8 @@ from lorascope.runs.folders import Busy
 from lorascope.runs.run import Run
 from lorascope.schema.labels import in_words
 from lorascope.training.loop import train
+from lorascope.training.output_folder import StateRemoved
 from lorascope.training.progress import Note, noted, read_note
-from lorascope.training.run_spec import StateRemoved
 
 __all__ = ["ATTEMPTS", "Job", "Swept", "run_grid", "run_jobs", "sweep", "width"]
 

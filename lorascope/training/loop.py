@@ -20,11 +20,12 @@ from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
 from lorascope.runs.folders import held, read_manifest
 from lorascope.runs.run import Run
+from lorascope.training.base_weights import Base, first_use
+from lorascope.training.output_folder import StateRemoved, claim, finished_run, note_phases
 from lorascope.training.progress import interruptible, progress_bar
-from lorascope.training.run_spec import Base, Plan, StateRemoved, claim, finished_run, first_use, note_phases
-from lorascope.training.session import Session
+from lorascope.training.run_spec import Plan
+from lorascope.training.session import Session, not_finite
 from lorascope.training.settings import Settings
-from lorascope.training.shared_step import not_finite
 from lorascope.training.state import seeded
 
 

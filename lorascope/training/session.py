@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from lorascope.files.printable import printable
 from lorascope.inputs.models import processor
 from lorascope.methods.base import Batch, HeldOut, Step
 from lorascope.observe import factors_of
+from lorascope.observe.base import Observer
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema import module_table
-from lorascope.schema.records import Record
+from lorascope.schema.records import Item, Record
+from lorascope.training.base_weights import Base
 from lorascope.training.checkpoints import Best, Checkpoint, Checkpoints
 from lorascope.training.evaluation import Score, evaluate
-from lorascope.training.run_spec import Base, Plan
-from lorascope.training.shared_step import clip_gradients, looked_at, trained_parameters
+from lorascope.training.run_spec import Plan
 from lorascope.training.state import (
     generators_state,
     optimizer_state,
@@ -298,3 +300,35 @@ class Session:
         """Close the folder so that it stays readable, and says why it ends here."""
         self.writer.meta["error"] = reason
         self.writer.finish("broken")
+
+
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What an optimizer may change, and what clipping covers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float | None:
+    """Clip all trained gradients together; gives their norm before, or None where nothing is clipped."""
+    return None if limit is None else float(torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), limit))
+
+
+def not_finite(step: Step, loss: float, norm: float | None, rate: float) -> str | None:
+    """What is wrong with a step's loss or gradient norm, None where both are numbers."""
+    if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
+        return None
+    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient norm became {norm}"
+    return f"{what} at step {step.index + 1} of {step.total} (rate {rate:.3g}): lower lr, or clip"
+
+
+def looked_at(step: Step, told: Iterable[Item], observers: Sequence[Observer]) -> list[Item]:
+    """What was told of a step and what its observers find, each thing once.
+
+    Of what both know, such as a rank at the step that changes it, the method's word is enough.
+    """
+    items = list(told)
+    known = {(item.quantity, item.module) for item in items if isinstance(item, Record)}
+    for observer in observers:
+        items.extend(
+            item for item in observer(step) if not isinstance(item, Record) or (item.quantity, item.module) not in known
+        )
+    return items

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.diagnosis.adapter_inspection import some
 from lorascope.diagnosis.causes.evidence import Case, Finding, Found, counted
+from lorascope.diagnosis.inspection import some
 from lorascope.schema.name_patterns import Ends, Patterns
 
 WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained

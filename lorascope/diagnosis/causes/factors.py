@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.diagnosis.adapter_inspection import some
 from lorascope.diagnosis.causes.evidence import Case, Finding, Found, counted
+from lorascope.diagnosis.inspection import some
 
 FAINT = 1e-3  # of the median layer's change: layers of healthy runs differ by less than a hundredfold
 SINGLE = 1.01  # effective rank: training in earnest spreads further, identical components give 1 to rounding

@@ -30,9 +30,9 @@ from lorascope.inputs.classifier_head import weights_hash
 from lorascope.methods.base import Method, Step
 from lorascope.methods.neft import NeFT
 from lorascope.schema import module_table
-from lorascope.training.run_spec import Base, refuse_adapted
+from lorascope.training.base_weights import Base, refuse_adapted
+from lorascope.training.session import clip_gradients, not_finite
 from lorascope.training.settings import Settings
-from lorascope.training.shared_step import clip_gradients, not_finite
 from lorascope.training.state import fingerprint, load_tree, save_tree
 
 FILE = "lorascope-method.safetensors"

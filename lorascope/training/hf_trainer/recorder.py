@@ -18,6 +18,7 @@ from lorascope.observe import Observer, norms
 from lorascope.observe.trainable import left_out
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
+from lorascope.training.base_weights import Base
 from lorascope.training.hf_trainer.method_callback import (
     MethodCallback,
     driver_of,
@@ -29,7 +30,6 @@ from lorascope.training.hf_trainer.method_callback import (
 )
 from lorascope.training.hf_trainer.run_folder import Recording
 from lorascope.training.hf_trainer.run_metadata import described, overlap
-from lorascope.training.run_spec import Base
 from lorascope.training.settings import Settings
 
 FILE = "lorascope-recorder.safetensors"

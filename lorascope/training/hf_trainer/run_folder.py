@@ -23,9 +23,9 @@ from lorascope.runs.folders import held
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item, Record
+from lorascope.training.base_weights import Base
 from lorascope.training.checkpoints import pack_rows, unpack_rows
-from lorascope.training.run_spec import Base
-from lorascope.training.shared_step import looked_at
+from lorascope.training.session import looked_at
 from lorascope.training.state import load_tree, save_state, save_tree
 
 FLUSH_SECONDS = 30.0

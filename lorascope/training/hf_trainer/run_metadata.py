@@ -16,7 +16,7 @@ from lorascope.observe.trainable import left_out
 from lorascope.runs.run import SCHEMA
 from lorascope.training.hf_trainer.method_callback import MethodCallback
 from lorascope.training.run_spec import circumstances
-from lorascope.training.shared_step import trained_parameters
+from lorascope.training.session import trained_parameters
 
 # Of a PEFT configuration, what is no hyper-parameter.
 _ASIDE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"}

@@ -42,7 +42,7 @@ METHODS: dict[str, Method] = {
     "fourierft": ls.FourierFT(),
     "hydralora": ls.HydraLoRA(),
     "lisa": ls.LISA(n_active=2, interval=20),
-    "neft": ls.NeFT(mode="random"),
+    "neft": ls.NeFT(select_by="random"),
     "adapprox": ls.Adapprox(),
 }
 # Steps per method, pairs of recorded and unrecorded steps, steps of the decoder, processes that measure memory.

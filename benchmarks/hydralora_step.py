@@ -34,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     lora = contestant(LoRA(rank=4, alpha=16, targets=FEED_FORWARD))
     for number in arguments.heads:
-        hydra = contestant(HydraLoRA(rank=4, number=number, targets=FEED_FORWARD))
+        hydra = contestant(HydraLoRA(rank=4, num_experts=number, targets=FEED_FORWARD))
         for shape in arguments.shapes:
             batch = batch_of(*map(int, shape.split("x")))
             ratio = compare(step_of(hydra, batch), step_of(lora, batch), arguments.pairs)

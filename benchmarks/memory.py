@@ -19,8 +19,8 @@ WAYS = {
     "LISA, 2 blocks": ls.LISA(n_active=2, interval=20),
     "Adapprox": ls.Adapprox(),
     "Adapprox, rank 1, β₁ = 0": ls.Adapprox(max_rank=1, betas=(0.0, 0.999)),
-    "Adafactor": ls.Full(rule="adafactor"),
-    "CAME": ls.Full(rule="came"),
+    "Adafactor": ls.Full(optimizer_name="adafactor"),
+    "CAME": ls.Full(optimizer_name="came"),
 }
 PARTS = ("parameter_bytes", "gradient_bytes", "optimizer_bytes", "peak_bytes")
 

@@ -36,8 +36,8 @@ METHODS: dict[str, Method] = {
     "alora": ALoRA(lr=1e-2, init_rank=2, score_rows=4, rounds=1, warm_steps=2),
     "hydralora": HydraLoRA(lr=1e-1, rank=2, gate_rows=ROWS),
     "fourierft": FourierFT(lr=1e-1, coefficients=20),
-    "lisa": LISA(lr=1e-2, n_active=1, interval=2, moments="keep"),
-    "neft": NeFT(lr=1e-2, k=NEURONS, tune_steps=2),
+    "lisa": LISA(lr=1e-2, n_active=1, interval=2, moment_policy="keep"),
+    "neft": NeFT(lr=1e-2, num_neurons=NEURONS, tune_steps=2),
     "adapprox": Adapprox(lr=1e-2, min_dim=8),
 }
 ADAPTED = {  # by the sheets' defaults; "all-linear" for ALoRA

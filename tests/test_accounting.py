@@ -155,8 +155,8 @@ ODD = {"kernel": (12, 3, 4, 4), "places": (1, 9, 12), "matrix": (8, 6), "row": (
 
 
 @pytest.mark.parametrize(("computed", "made"), [
-    (acc.adafactor, lambda p: Full(rule="adafactor").optimizer(p, 1e-3, 1e-3, 0.0)),
-    (acc.came, lambda p: Full(rule="came").optimizer(p, 1e-3, 1e-3, 0.0)),
+    (acc.adafactor, lambda p: Full(optimizer_name="adafactor").optimizer(p, 1e-3, 1e-3, 0.0)),
+    (acc.came, lambda p: Full(optimizer_name="came").optimizer(p, 1e-3, 1e-3, 0.0)),
     (partial(acc.adapprox, min_dim=1), lambda p: AdapproxOptimizer(p.parameters(), min_dim=1, rank_rule="fixed")),
     (
         partial(acc.adapprox, rank=100, first=False, min_dim=1),

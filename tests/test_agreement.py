@@ -374,7 +374,7 @@ RECIPES = {
     "Full": Full(lr=1e-2),
     "LoRA": LoRA(lr=1e-2, targets="all-linear"),
     "AdaLoRA": AdaLoRA(lr=1e-1),
-    "NeFT": NeFT(lr=1e-2, k=30, tune_steps=2),
+    "NeFT": NeFT(lr=1e-2, num_neurons=30, tune_steps=2),
 }
 
 

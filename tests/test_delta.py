@@ -227,7 +227,7 @@ class NoHostSync(TorchDispatchMode):
 
 METHODS = [
     LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), FourierFT(coefficients=2), FourierFT(coefficients=200),
-    FourierFT(basis="random"), HydraLoRA(), HydraLoRA(heads="split"), HydraLoRA(router="uniform"),
+    FourierFT(basis="random"), HydraLoRA(), HydraLoRA(shared_a=False), HydraLoRA(router="uniform"),
 ]  # fmt: skip
 
 

@@ -23,9 +23,9 @@ from lorascope.runs.run import Run
 TEXTS = ["the film was great", "a very boring plot and music", "lovely"]
 
 
-@pytest.fixture(scope="module", params=["shared", "split"])
+@pytest.fixture(scope="module", params=[True, False], ids=["shared", "split"])
 def hydra(request: pytest.FixtureRequest, bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    method = HydraLoRA(rank=2, heads=request.param, lr=0.05, head_lr=0.05)
+    method = HydraLoRA(rank=2, shared_a=request.param, lr=0.05, head_lr=0.05)
     return trained(bert, task, method, tmp_path_factory.mktemp("hydra") / "run")[1]
 
 
@@ -97,7 +97,7 @@ def test_a_folder_of_the_authors_is_not_for_peft(tmp_path: Path) -> None:
         to_peft(ls.load(tmp_path / "theirs"), tmp_path / "adapter")
 
 
-@pytest.mark.parametrize("method", [HydraLoRA(number=1), HydraLoRA(router="uniform")], ids=["one head", "even"])
+@pytest.mark.parametrize("method", [HydraLoRA(num_experts=1), HydraLoRA(router="uniform")], ids=["one head", "even"])
 def test_what_has_no_router_is_a_lora_already(
     method: HydraLoRA, bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

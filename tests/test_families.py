@@ -55,8 +55,8 @@ def test_a_method_on_a_family(family, method, bases, tmp_path):
             HydraLoRA(targets="embed"),
             "'model.shared' is an embedding: it takes ids, and a router needs a vector",
         ),
-        ("llama", NeFT(mode="probed"), "mode 'probed' needs a class for every row: give a classifier"),
-        ("t5", NeFT(mode="probed"), "mode 'probed' needs a class for every row: give a classifier"),
+        ("llama", NeFT(select_by="probed"), "select_by 'probed' needs a class for every row: give a classifier"),
+        ("t5", NeFT(select_by="probed"), "select_by 'probed' needs a class for every row: give a classifier"),
         ("llama", LoRA(targets="cross_q"), "'cross_q' matches no module"),
     ],
 )

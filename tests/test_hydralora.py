@@ -236,11 +236,11 @@ def test_the_router_sees_the_input_before_dropout_and_all_heads_the_same_mask():
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
-@pytest.mark.parametrize("heads", ["shared", "split"])
-def test_training_starts_at_the_base_and_moves_b_first(family, heads):
+@pytest.mark.parametrize("shared_a", [True, False])
+def test_training_starts_at_the_base_and_moves_b_first(family, shared_a):
     model = tiny(family).requires_grad_(False)
     before = model(**inputs(model)).logits
-    HydraLoRA(targets="all-linear", heads=heads).attach(model)
+    HydraLoRA(targets="all-linear", shared_a=shared_a).attach(model)
     after = model(**inputs(model)).logits
     assert torch.equal(after, before)
     after.square().sum().backward()
@@ -307,7 +307,7 @@ def test_parameter_counts_of_the_paper(targets, rank, number, count, share, with
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
-        HydraLoRA(targets=targets, rank=rank, number=number).attach(model)
+        HydraLoRA(targets=targets, rank=rank, num_experts=number).attach(model)
     found = adapted(model).values()
     factors = 32 * sum(delta.A.numel() + delta.B.numel() for delta in found)
     whole = 32 * sum(p.numel() for delta in found for p in delta.parameters())
@@ -320,7 +320,7 @@ def test_split_heads_of_the_table_cost_what_their_lora_does():
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=1, num_attention_heads=32)
         )
-        HydraLoRA(targets=("q", "v"), rank=8, number=4, heads="split", router="uniform").attach(model)
+        HydraLoRA(targets=("q", "v"), rank=8, num_experts=4, shared_a=False, router="uniform").attach(model)
     assert 32 * sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 16_777_216
 
 
@@ -333,14 +333,14 @@ def test_the_feed_forward_part_is_adapted_by_default(family, count):
 
 
 def test_the_scale_is_alpha_over_the_rank_of_a_head():
-    for heads in ("shared", "split"):
+    for shared_a in (True, False):
         model = tiny("bert")
-        HydraLoRA(rank=4, alpha=6, heads=heads, dropout=0.25).attach(model)
+        HydraLoRA(rank=4, alpha=6, shared_a=shared_a, dropout=0.25).attach(model)
         assert {(delta.scale, delta.dropout) for delta in adapted(model).values()} == {(1.5, 0.25)}
 
 
 def test_a_single_head_or_even_mixing_has_no_router():
-    for method in (HydraLoRA(number=1), HydraLoRA(router="uniform")):
+    for method in (HydraLoRA(num_experts=1), HydraLoRA(router="uniform")):
         model = tiny("bert")
         method.attach(model)
         assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}
@@ -354,15 +354,15 @@ def test_a_single_head_or_even_mixing_has_no_router():
     ("fields", "reason"),
     [
         ({"rank": 0}, "^rank 0 is too small: it must be 1 or more$"),
-        ({"number": 0}, "^number 0 is too small"),
-        ({"number": -3}, "^number -3 is too small"),
+        ({"num_experts": 0}, "^num_experts 0 is too small"),
+        ({"num_experts": -3}, "^num_experts -3 is too small"),
         ({"gates_every": 0}, "^gates_every 0 is too small"),
         ({"gate_rows": 0}, "^gate_rows 0 is too small"),
         ({"alpha": 0.0}, "^alpha 0.0 gives no scale: it must be a positive number$"),
         ({"alpha": math.nan}, "^alpha nan gives no scale"),
         ({"dropout": 1.0}, r"^dropout 1.0 is no share .* it must lie in \[0, 1\)$"),
         ({"dropout": -0.1}, "^dropout -0.1 is no share"),
-        ({"heads": "both"}, "heads 'both' is unknown: 'shared' or 'split'"),
+        ({"shared_a": "both"}, "shared_a must be True or False, got 'both'"),
         ({"router": "hard"}, "router 'hard' is unknown: 'learned' or 'uniform'"),
     ],
 )
@@ -382,9 +382,9 @@ def test_an_embedding_is_refused_and_nothing_is_attached():
 
 def test_the_method_is_registered_and_survives_json():
     assert METHODS["hydralora"] is HydraLoRA
-    for method in (HydraLoRA(), HydraLoRA(heads="split", router="uniform", number=7, targets=("q",))):
+    for method in (HydraLoRA(), HydraLoRA(shared_a=False, router="uniform", num_experts=7, targets=("q",))):
         assert from_config(config(method)) == method
-    assert HydraLoRA(heads="split").label() == "HydraLoRA, heads split"
+    assert HydraLoRA(shared_a=False).label() == "HydraLoRA, heads split"
 
 
 def test_a_field_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
@@ -404,10 +404,10 @@ def test_a_routed_update_has_no_matrix_of_its_own():
         fold(model)
 
 
-@pytest.mark.parametrize("heads", ["shared", "split"])
-def test_the_update_is_that_at_the_mean_gates(heads):
+@pytest.mark.parametrize("shared_a", [True, False])
+def test_the_update_is_that_at_the_mean_gates(shared_a):
     model = tiny("bert")
-    HydraLoRA(heads=heads, targets="all-linear").attach(model)
+    HydraLoRA(shared_a=shared_a, targets="all-linear").attach(model)
     filled(model)
     found = dict(deltas(model))
     assert len(found) == 12
@@ -415,7 +415,7 @@ def test_the_update_is_that_at_the_mean_gates(heads):
         delta.mean_gates_.copy_(torch.tensor([0.5, 0.2, 0.3]))
         update = delta.update()
         assert update.dense() == near(delta.weight(gates=delta.mean_gates_), terms=12 + 2)
-        assert update.rank == delta.rank == (4 if heads == "shared" else 12)
+        assert update.rank == delta.rank == (4 if shared_a else 12)
         assert not update.exact
         even = delta.weight(gates=torch.full((3,), 1 / 3))
         assert found[name].dense() == near(even, terms=12 + 2)
@@ -636,9 +636,9 @@ def test_the_best_state_keeps_the_gates_that_its_records_go_by(run):
 
 
 def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):
-    for method in (HydraLoRA(dropout=0.1), HydraLoRA(heads="split", router="uniform")):
+    for method in (HydraLoRA(dropout=0.1), HydraLoRA(shared_a=False, router="uniform")):
         model = models.load(bert, task=task)
-        found = ls.train(model, task, method, out=tmp_path / method.heads, **FAST)
+        found = ls.train(model, task, method, out=tmp_path / str(method.shared_a), **FAST)
         again = restored(found, bert, task)
         batch = inputs(again)
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
@@ -660,7 +660,7 @@ def test_a_router_cannot_be_exported_but_even_mixing_can(run, bert, task, tmp_pa
         export.to_peft(run, tmp_path / "out")
     assert "\n" not in str(raised.value)
     model = models.load(bert, task=task)
-    method = HydraLoRA(heads="split", router="uniform", rank=2)
+    method = HydraLoRA(shared_a=False, router="uniform", rank=2)
     even = ls.train(model, task, method, out=tmp_path / "even", **FAST)
     loaded = ls.load(export.to_peft(even, tmp_path / "peft")).updates()
     for name, update in even.updates().items():

@@ -33,8 +33,8 @@ def test_cosines_of_updates_are_those_of_the_matrices():
 
 @pytest.mark.parametrize(("rank", "number"), [(4, 4), (2, 6)])
 def test_the_lora_beside_it_has_as_many_parameters(rank, number):
-    method = replace(hydralora.METHOD, rank=rank, number=number)
-    assert replace(hydralora.METHOD, rank=4, number=4) == hydralora.METHOD
+    method = replace(hydralora.METHOD, rank=rank, num_experts=number)
+    assert replace(hydralora.METHOD, rank=4, num_experts=4) == hydralora.METHOD
     counts = []
     for other in (method, ls.LoRA(rank=hydralora.equal_rank(method), targets=("ffn_in", "ffn_out"))):
         model = tiny("bert")
@@ -48,9 +48,9 @@ def test_arms_differ_in_what_they_leave_out_alone():
     assert hydralora.arms(True)[1].method == even.method
     assert len(hydralora.arms(True)) == 4
     for number, other in zip((1, 2, 8), others, strict=True):
-        assert other.method == replace(routed.method, number=number)
+        assert other.method == replace(routed.method, num_experts=number)
         assert other.settings == routed.settings
-    assert replace(even.method, router="learned") == replace(split.method, heads="shared") == routed.method
+    assert replace(even.method, router="learned") == replace(split.method, shared_a=True) == routed.method
     assert (lora.method.lr, lora.method.head_lr) == (routed.method.lr, routed.method.head_lr)
     assert lora.method.alpha / lora.method.rank == routed.method.alpha / routed.method.rank
     assert lora.label == f"LoRA, rank {lora.method.rank}, feed-forward"
@@ -139,7 +139,7 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     assert all(effects[verdict.claim] == verdict.effect for verdict in found.verdicts[:2])
     # other numbers of heads are drawn where they were trained
     single = ls.train(
-        models.load(bert, task=task), task, replace(hydralora.METHOD, number=1), seed=0, out=tmp_path / "single",
+        models.load(bert, task=task), task, replace(hydralora.METHOD, num_experts=1), seed=0, out=tmp_path / "single",
         progress=False, device="cpu", **settings,
     )  # fmt: skip
     more = probes.PROBES["hydralora"].judge(runs | {hydralora.headed(1): [single]}).exhibits

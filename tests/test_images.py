@@ -165,7 +165,7 @@ def test_probes_read_the_patches(vit, album, tmp_path):
         states = model(**given, output_hidden_states=True).hidden_states[1:]
     wanted = torch.stack(states, 1).double().mean(2).numpy()
     np.testing.assert_allclose(token_means(model, given)[""], wanted, rtol=1e-6, atol=1e-7)
-    run = ls.train(vit, str(album), NeFT(mode="probed", k=5), out=tmp_path / "run", **FAST)
+    run = ls.train(vit, str(album), NeFT(select_by="probed", num_neurons=5), out=tmp_path / "run", **FAST)
     assert run.table.query("quantity == 'selected'")["value"].sum() == 5
 
 

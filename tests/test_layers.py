@@ -32,7 +32,7 @@ CONTRACT = {
     "diagnosis": "files updates schema runs analysis",
     "experiments": "torch files updates schema inputs adapters runs analysis methods observe training diagnosis",
     "probes": "torch files updates schema charts inputs adapters runs analysis methods observe plots experiments",
-    "cli": "files runs analysis methods training plots diagnosis experiments probes",
+    "cli": "files schema runs analysis methods training plots diagnosis experiments probes",
 }
 LONGEST = 500  # lines of a file
 

@@ -129,8 +129,8 @@ def table_of(run, quantity: str) -> pd.DataFrame:
 
 CASES = {
     "bert": ("bert", {}, {}),
-    "gpt2: tied, Conv1D": ("gpt2", {"moments": "reset_all"}, {}),
-    "llama, accumulation": ("llama", {"moments": "keep"}, {"accumulate": 2}),
+    "gpt2: tied, Conv1D": ("gpt2", {"moment_policy": "reset_all"}, {}),
+    "llama, accumulation": ("llama", {"moment_policy": "keep"}, {"accumulate": 2}),
     "bf16, weighted": ("bert", {"weights": (2, 3)}, {"precision": "bf16"}),
     "no block": ("bert", {"n_active": 0}, {}),
 }
@@ -177,7 +177,7 @@ def test_the_norms_are_those_of_what_was_seen(request, tmp_path):
 @pytest.mark.parametrize(("family", "moments"), [("bert", "reset"), ("gpt2", "keep")])
 def test_with_all_blocks_it_is_full_fine_tuning_bit_for_bit(family, moments, request, tmp_path):
     found = []
-    for method in (LISA(n_active=2, interval=2, moments=moments, lr=1e-2), Full(lr=1e-2)):
+    for method in (LISA(n_active=2, interval=2, moment_policy=moments, lr=1e-2), Full(lr=1e-2)):
         run, seen, _ = watched(family, method, request, tmp_path / method.name)
         found.append((seen, run.table[run.table["quantity"].isin(["loss", "eval_loss", "grad_norm"])]["value"]))
     for (ours, _), (theirs, _) in zip(found[0][0], found[1][0], strict=True):
@@ -193,7 +193,7 @@ def test_with_all_blocks_only_moments_that_begin_anew_part_it_from_full_fine_tun
     for interval in (2, 4):
         torch.manual_seed(0)
         model = toy()
-        steps = drive(model, LISA(n_active=4, interval=interval, moments=moments), 4, gradient)
+        steps = drive(model, LISA(n_active=4, interval=interval, moment_policy=moments), 4, gradient)
         paths.append([torch.cat([p.detach().flatten() for p in model.parameters()]) for _ in steps])
     same = [torch.equal(one, other) for one, other in zip(*paths, strict=True)]
     assert same == [True, True, *[moments != "reset_all"] * 2]
@@ -262,7 +262,7 @@ def sheet(parameters: int, tensors: int) -> int:
 def test_the_optimizer_holds_what_the_policy_says(moments, blocks, scripted):
     """Blocks are visited 3, 2, 2 and 1: the numbers held for a moment are 280 of 544 where state goes, else 456."""
     scripted([3], [2], [2], [1])
-    steps = [held(step) for step in drive(toy(), LISA(n_active=1, interval=3, moments=moments), 12)]
+    steps = [held(step) for step in drive(toy(), LISA(n_active=1, interval=3, moment_policy=moments), 12)]
     visited = [1, 1, 1, 2, 2, 2, 2, 2, 2, 3, 3, 3] if moments == "keep" else [1] * 12
     assert steps == [sheet(192 + 88 * blocks, 2 + 4 * blocks) for blocks in visited]
     assert 192 + 88 * visited[-1] == (456 if blocks == 3 else 280)
@@ -278,7 +278,7 @@ def test_the_optimizer_of_a_run_holds_what_the_policy_says(moments, request, tmp
 
     task, watching = request.getfixturevalue("task"), Weighing()
     model = models.load(request.getfixturevalue("bert"), task=task)
-    method = LISA(n_active=1, interval=2, moments=moments)
+    method = LISA(n_active=1, interval=2, moment_policy=moments)
     run = ls.train(model, task, method, observe=[watching], out=tmp_path / "run", **FAST)
     blocks = [list(model.get_submodule(name).parameters()) for name in run.modules.query("role == 'block'")["module"]]
     outside = [p for p in model.parameters() if all(p is not q for block in blocks for q in block)]
@@ -296,7 +296,7 @@ def test_a_woken_block_has_a_stale_state_only_where_it_is_kept(moments, moved, s
     model = toy()
     watched, places = model["layers"][0][0].weight, []
     gradient = lambda p, index: torch.full_like(p, 1.0 if index < 5 else -1.0)  # noqa: E731
-    for _ in drive(model, LISA(n_active=1, interval=5, moments=moments), 11, gradient):
+    for _ in drive(model, LISA(n_active=1, interval=5, moment_policy=moments), 11, gradient):
         places.append(watched.detach().clone())
     assert (places[10] - places[9]).mean().item() == pytest.approx(moved, abs=1e-5)
     assert all(torch.equal(place, places[4]) for place in places[5:10])
@@ -309,7 +309,7 @@ def test_nothing_leaks_into_a_block_just_frozen(moments, none, scripted):
     scripted([3], [2], [2], [1])
     model = toy()
     before, frozen = None, 0
-    for step in drive(model, LISA(n_active=1, interval=3, moments=moments), 12, decay=0.1, none=none):
+    for step in drive(model, LISA(n_active=1, interval=3, moment_policy=moments), 12, decay=0.1, none=none):
         now = {name: p.detach().clone() for name, p in model.named_parameters()}
         still = {name for name, p in model.named_parameters() if not p.requires_grad}
         assert len(still) == 3 * 4
@@ -326,7 +326,7 @@ def test_counters_begin_anew_as_the_policy_says(scripted):
     for moments in POLICIES:
         scripted([0, 1], [1, 2], [1, 3])
         model = toy()
-        (*_, last) = drive(model, LISA(n_active=2, interval=3, moments=moments), 8)
+        (*_, last) = drive(model, LISA(n_active=2, interval=3, moment_policy=moments), 8)
         watched = [model["words"].weight, *(block[0].weight for block in model["layers"])]
         state = last.optimizer.state
         counters[moments] = [int(state[weight]["step"]) if weight in state else None for weight in watched]
@@ -438,8 +438,8 @@ def test_draws_and_chances_are_recorded(request, tmp_path):
     ("fields", "total", "warned"),
     [
         ({"interval": 4}, 20, 4),
-        ({"interval": 4, "moments": "reset_all"}, 20, 4),
-        ({"interval": 4, "moments": "keep"}, 20, 0),
+        ({"interval": 4, "moment_policy": "reset_all"}, 20, 4),
+        ({"interval": 4, "moment_policy": "keep"}, 20, 0),
         ({"interval": 5}, 20, 0),
         ({"interval": 4}, 4, 0),  # drawn once, never anew
         ({}, 20, 2),  # a tenth of the run
@@ -510,9 +510,9 @@ def test_weights_are_any_sequence(make):
 def test_an_unknown_policy_is_refused():
     """As the command line would give it, which checks no types."""
     method = LISA()
-    method.moments = "drop"
+    method.moment_policy = "drop"
     with pytest.raises(
-        ValueError, match=r"^moments 'drop' is unknown: it must be one of 'reset', 'keep', 'reset_all'$"
+        ValueError, match=r"^moment_policy 'drop' is unknown: it must be one of 'reset', 'keep', 'reset_all'$"
     ):
         method.__post_init__()
 
@@ -524,6 +524,6 @@ def test_a_model_without_blocks_is_refused():
 
 def test_it_is_registered_and_survives_json():
     assert METHODS["lisa"] is LISA is ls.LISA
-    for method in (LISA(), LISA(n_active=0, interval=9, moments="keep", weights=(1.5, 2), draw_seed=4)):
+    for method in (LISA(), LISA(n_active=0, interval=9, moment_policy="keep", weights=(1.5, 2), draw_seed=4)):
         assert from_config(json.loads(json.dumps(config(method)))) == method
     assert LISA(n_active=4).label() == "LISA, n_active 4"

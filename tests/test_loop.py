@@ -546,7 +546,8 @@ def test_run_shows_itself(fresh_bert, task, tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-    Full(), Full(rule="adafactor"), LISA(n_active=1), Adapprox(), NeFT(k=3, mode="random", targets=("ffn_in",)),
+    Full(), Full(optimizer_name="adafactor"), LISA(n_active=1), Adapprox(),
+    NeFT(num_neurons=3, select_by="random", targets=("ffn_in",)),
     LoRA(targets="all-linear"), LoRA(targets=r".*relative_attention_bias"), AdaLoRA(), ALoRA(fresh_moments=True),
 ], ids=lambda method: method.label())  # fmt: skip
 def test_position_biases_are_not_decayed(method):

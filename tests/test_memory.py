@@ -258,7 +258,8 @@ def test_adapprox_holds_what_is_computed_from_its_ranks(first, rank, task, tmp_p
 def test_rules_with_rows_and_columns_hold_what_is_computed(rule, task, tmp_path, request):
     model = ls.models.load(request.getfixturevalue("bert"), task=task)
     shapes = memory_estimate.shapes_of(model)
-    run = ls.train(model, task, Full(rule=rule), observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
+    method = Full(optimizer_name=rule)
+    run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
     last = run.table[run.table["step"] == 3]
     found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
     beside = 4 * len(shapes) if rule == "adafactor" else 0  # transformers' keeps the RMS of every weight
@@ -271,7 +272,7 @@ def test_lisa_holds_what_is_computed(moments, family, tmp_path, task, request):
     """Two blocks, one at a time, with five draws: state that is kept is in the end that of both."""
     model = ls.models.load(request.getfixturevalue(family), task=task)
     shapes = memory_estimate.shapes_of(model)
-    method = ls.LISA(n_active=1, interval=5, moments=moments)
+    method = ls.LISA(n_active=1, interval=5, moment_policy=moments)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST | {"steps": 21})
     for step in (1, 21):
         rows = run.table[run.table["step"] == step].set_index("quantity")["value"]

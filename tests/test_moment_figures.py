@@ -157,7 +157,9 @@ def test_ways_to_factor_are_set_against_the_least_error(tmp_path):
     assert found["exact decomposition"].to_dict() == pytest.approx({1: 1, 8: 1})
     taken = time.data.set_index(["measure", "index"])["value"]
     assert taken["S-RSI, l = 5, p = 0"].to_dict() == pytest.approx({1: 6, 8: 18})
-    with pytest.raises(ValueError, match=r"factoring_error_svd: train Full\(rule=\"adamw\"\) with observe=\[ls.obs"):
+    with pytest.raises(
+        ValueError, match=r"factoring_error_svd: train Full\(optimizer_name=\"adamw\"\) with observe"
+    ):
         plots.factorings(plant(tmp_path, "other", {("lr", ""): {1: 0.1}}))
 
 

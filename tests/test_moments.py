@@ -235,5 +235,6 @@ def test_the_exact_average_is_kept_for_resuming():
 
 def test_nothing_is_looked_at_where_there_is_no_second_moment(bert, task, tmp_path):
     settings = FAST | {"steps": 1, "observe": [observe.second_moments(), observe.factor_drift()]}
-    run = ls.train(models.load(bert, task=task), task, Full(rule="adafactor"), out=tmp_path / "run", **settings)
+    method = Full(optimizer_name="adafactor")
+    run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **settings)
     assert not run.table["quantity"].str.startswith(("moment", "factor")).any()

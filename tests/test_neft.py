@@ -107,7 +107,7 @@ def test_the_mask_lies_along_the_stored_axis(family, up, down):
         lines = host_weight(host).movedim(axis, 0)
         assert lines.any(1).nonzero().flatten().tolist() == list(method.neurons[module])
         assert lines[method.neurons[module][0]].all()
-    held = sum(p.numel() for name, p in model.named_parameters() if name in trained) - method.held_still()
+    held = sum(p.numel() for name, p in model.named_parameters() if name in trained) - method.frozen_entry_count()
     assert held - sum(p.numel() for p in task_head(model).values()) == 3 * 32
 
 
@@ -218,7 +218,7 @@ def test_a_gradient_that_is_no_number_does_not_pass_the_mask():
 def phased(request, task, tmp_path_factory):
     """(folder, model, W_0, run) of NeFT with its full fine-tuning before it."""
     folder, out = request.getfixturevalue(request.param), tmp_path_factory.mktemp("neft") / "run"
-    return folder, *train(folder, task, NeFT(k=9, lr=1e-2, head_lr=1e-2, tune_steps=3), out)
+    return folder, *train(folder, task, NeFT(num_neurons=9, lr=1e-2, head_lr=1e-2, tune_steps=3), out)
 
 
 def test_the_chosen_are_those_that_tuning_turned_most_and_training_begins_anew(phased, task):
@@ -268,10 +268,10 @@ def test_a_masked_run_is_refused_with_the_folder_of_the_one_before_it(phased):
     line = rf"choose by {run.id} .*, which trained 9 neurons alone: give the phase before it, {re.escape(str(tune))}$"
     for tuned in (run, run.path.parent):
         with pytest.raises(ValueError, match=line):
-            NeFT(k=5, tuned=tuned).prepare()
-    method = NeFT(k=5, tuned=tune)
+            NeFT(num_neurons=5, reference=tuned).prepare()
+    method = NeFT(num_neurons=5, reference=tune)
     method.prepare()
-    assert method.tuned.id == run.parents[0].id
+    assert method.reference.id == run.parents[0].id
 
 
 STORED = {
@@ -285,22 +285,23 @@ def test_a_folder_is_not_read_before_it_is_needed(phased, task, tmp_path):
     """The configuration, and so the id of a run, has the id of the run in it; a wrong folder loses nothing."""
     base, *_, run = phased
     tune, folder = run.path.parent / "1-tune", tmp_path / "late"
-    method = NeFT(k=5, tuned=str(folder))
+    method = NeFT(num_neurons=5, reference=str(folder))
     with pytest.raises(FileNotFoundError, match=re.escape(str(folder))):
         config(method)
     shutil.copytree(tune, folder)
-    assert config(method) == config(NeFT(k=5, tuned=run.parents[0])) == STORED | {"tuned": {"run": run.parents[0].id}}
-    model, method = models.load(base, task=task), NeFT(k=5, tuned=folder)
+    tune_run = run.parents[0]
+    assert config(method) == config(NeFT(num_neurons=5, reference=tune_run)) == STORED | {"tuned": {"run": tune_run.id}}
+    model, method = models.load(base, task=task), NeFT(num_neurons=5, reference=folder)
     for wrong, error in ((run.path, ValueError), (tmp_path / "nowhere", FileNotFoundError)):
         with pytest.raises(error):
-            ls.train(model, task, NeFT(k=5, tuned=wrong), out=folder, overwrite=True, **FAST)
+            ls.train(model, task, NeFT(num_neurons=5, reference=wrong), out=folder, overwrite=True, **FAST)
     method.attach(model)
     assert sum(map(len, method.neurons_.values())) == 5
 
 
 @pytest.mark.parametrize(("tune_lr", "rate"), [(1e-5, 1e-5), (None, 1e-2)])
 def test_a_rate_given_to_the_tuning_stands_whatever_train_is_told(tune_lr, rate, bert, task, tmp_path):
-    method = NeFT(k=9, tune_lr=tune_lr, tune_steps=3)
+    method = NeFT(num_neurons=9, tune_lr=tune_lr, tune_steps=3)
     _, _, run = train(bert, task, method, tmp_path / "neft", lr=1e-2, head_lr=1e-2)
     _, _, alone = train(bert, task, Full(), tmp_path / "full", steps=3, lr=rate, head_lr=1e-2)
     (tune,) = run.parents
@@ -323,7 +324,7 @@ def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task
     _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
     chosen = {}
     for mode in neurons.MODES:
-        method = NeFT(k=60, mode=mode, tuned=full if mode == "changed" else str(full.path))
+        method = NeFT(num_neurons=60, select_by=mode, reference=full if mode == "changed" else str(full.path))
         _, _, run = train(bert, task, method, tmp_path / mode)
         assert not run.parents
         assert run.meta["recipe"]["tuned"] == {"run": full.id}
@@ -331,7 +332,7 @@ def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task
         chosen[mode] = set(zip(table["module"].astype(str), table["index"], strict=True))
         assert len(chosen[mode]) == 60
     with pytest.raises(ValueError, match=rf"mode 'probed' cannot choose by {full.id} .*, no run of probing: give one"):
-        NeFT(k=60, mode="probed", tuned=full)
+        NeFT(num_neurons=60, select_by="probed", reference=full)
     assert not chosen["changed"] & chosen["reversed"]
     assert len(chosen["changed"] & chosen["random"]) < 40
 
@@ -339,7 +340,7 @@ def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task
 def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
     """The union of both ends is that of the two choices; both ends together are no more than all there are."""
     _, _, full = train(bert, task, Full(lr=1e-2, head_lr=1e-2), tmp_path / "full")
-    model, _, run = train(bert, task, NeFT(k=9, reversed_share=0.02, tuned=full), tmp_path / "both")
+    model, _, run = train(bert, task, NeFT(num_neurons=9, reversed_share=0.02, reference=full), tmp_path / "both")
     total = sum(parameter.numel() for parameter in model.parameters())
     pool = selected_neurons.scores(run, "selection_cosine")
     first, other = (
@@ -348,10 +349,10 @@ def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
     )
     assert selected_neurons.as_set(selected_neurons.chosen(run)) == selected_neurons.as_set(pd.concat([first, other]))
     assert len(selected_neurons.chosen(run)) == len(first) + len(other)
-    more = NeFT(k=9, reversed_share=0.9, tuned=full)
+    more = NeFT(num_neurons=9, reversed_share=0.9, reference=full)
     with pytest.raises(ValueError, match=r"reversed_share 0.9 is \d+ neurons: 183 are left to choose, 0\.\d+ of the"):
         train(bert, task, more, tmp_path / "more")
-    none = NeFT(k=9, reversed_share=1e-9, tuned=full)
+    none = NeFT(num_neurons=9, reversed_share=1e-9, reference=full)
     with pytest.raises(ValueError, match="reversed_share 1e-09 is no neuron: one alone is"):
         train(bert, task, none, tmp_path / "none")
     assert "reversed_share" not in config(NeFT())
@@ -392,7 +393,7 @@ def test_a_compact_parameter_is_the_masked_run():
 def test_random_neurons_follow_from_the_seed_and_need_no_tuning(bert, task, tmp_path):
     chosen = []
     for number, seed in enumerate((0, 0, 1)):
-        _, _, run = train(bert, task, NeFT(k=20, mode="random"), tmp_path / str(number), seed=seed)
+        _, _, run = train(bert, task, NeFT(num_neurons=20, select_by="random"), tmp_path / str(number), seed=seed)
         assert not run.parents
         table = run.table[run.table["quantity"] == "selected"]
         chosen.append(set(zip(table["module"].astype(str), table["index"], strict=True)))
@@ -400,7 +401,7 @@ def test_random_neurons_follow_from_the_seed_and_need_no_tuning(bert, task, tmp_
 
 
 def test_the_share_counts_parameters_not_neurons(bert, task, tmp_path):
-    model, _, run = train(bert, task, NeFT(share=0.04, mode="random"), tmp_path / "run")
+    model, _, run = train(bert, task, NeFT(parameter_share=0.04, select_by="random"), tmp_path / "run")
     total = sum(parameter.numel() for parameter in model.parameters())
     counted = run.meta["parameters"]
     assert counted["trained"] - counted["head"] == 32 * round(0.04 * total / 32)
@@ -408,29 +409,29 @@ def test_the_share_counts_parameters_not_neurons(bert, task, tmp_path):
 
 
 @pytest.mark.parametrize(("share", "line"), [
-    (1e-6, r"share 1e-06 is no neuron: one alone is {one:.2g} of the parameters"),
-    (0.9, r"share 0.9 is {count} neurons: 192 are left to choose, {all:.2g} of the parameters"),
+    (1e-6, r"parameter_share 1e-06 is no neuron: one alone is {one:.2g} of the parameters"),
+    (0.9, r"parameter_share 0.9 is {count} neurons: 192 are left to choose, {all:.2g} of the parameters"),
 ])  # fmt: skip
 def test_a_share_of_no_neuron_or_of_more_than_there_are_is_told_in_one_line(share, line):
     model = tiny("bert")
     one = 32 / sum(parameter.numel() for parameter in model.parameters())
     with pytest.raises(ValueError, match=line.format(one=one, count=round(0.9 / one), all=192 * one)):
-        NeFT(share=share, mode="random").attach(model)
+        NeFT(parameter_share=share, select_by="random").attach(model)
 
 
 def test_another_base_and_a_run_that_tuned_nothing_are_refused(bert, task, tmp_path):
     _, _, lora = train(bert, task, LoRA(rank=2), tmp_path / "lora")
     with pytest.raises(ValueError, match=r"did not train .*give one of full fine-tuning"):
-        train(bert, task, NeFT(k=3, tuned=lora), tmp_path / "a")
-    _, _, lot = train(bert, task, NeFT(k=5, mode="random"), tmp_path / "lot")
+        train(bert, task, NeFT(num_neurons=3, reference=lora), tmp_path / "a")
+    _, _, lot = train(bert, task, NeFT(num_neurons=5, select_by="random"), tmp_path / "lot")
     with pytest.raises(ValueError, match=r"trained 5 neurons alone: give one of full fine-tuning, or none$"):
-        NeFT(k=3, tuned=lot)
+        NeFT(num_neurons=3, reference=lot)
     _, _, full = train(bert, task, Full(), tmp_path / "full")
     other = models.load(bert, task=task)
     with torch.no_grad():
         other.bert.pooler.dense.weight[0, 0] += 1
     with pytest.raises(ValueError, match="began at other weights"):
-        ls.train(other, task, NeFT(k=3, tuned=full), out=tmp_path / "b", **FAST)
+        ls.train(other, task, NeFT(num_neurons=3, reference=full), out=tmp_path / "b", **FAST)
 
 
 def test_an_adapter_from_elsewhere_is_refused(bert, task, tmp_path, capsys):
@@ -439,24 +440,24 @@ def test_an_adapter_from_elsewhere_is_refused(bert, task, tmp_path, capsys):
     with pytest.raises(
         ValueError, match=r", an adapter from elsewhere, which does not tell at what weights it began: give"
     ):
-        NeFT(k=3, tuned=folder).prepare()
+        NeFT(num_neurons=3, reference=folder).prepare()
     for given in (folder, tmp_path / "nowhere"):
-        assert main.main(["train", "neft", "--steps", "3", "--tuned", str(given)]) == 2
+        assert main.main(["train", "neft", "--steps", "3", "--reference", str(given)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
 WRONG = [
-    ({"mode": "lowest"}, "mode 'lowest' is unknown: changed, reversed, random, probed"),
+    ({"select_by": "lowest"}, "select_by 'lowest' is unknown: changed, reversed, random, probed"),
     ({"reversed_share": -1}, "reversed_share -1 is no share of the parameters: give 0 to 1"),
-    ({"reversed_share": 0.1, "mode": "random"}, "reversed_share adds to mode 'changed', not to 'random'"),
+    ({"reversed_share": 0.1, "select_by": "random"}, "reversed_share adds to select_by 'changed', not to 'random'"),
     ({"targets": ("q",)}, "'q' is no role with neurons: give some of ffn_in, ffn_gate, ffn_out"),
-    ({"k": 0}, "k 0 chooses no neuron: give 1 or more"),
+    ({"num_neurons": 0}, "num_neurons 0 chooses no neuron: give 1 or more"),
     ({"tune_steps": 0}, "tune_steps 0 tunes nothing: give 1 or more, or none for those of train"),
     ({"clip_before": 0}, "clip_before 0 is no norm to clip to: give one above 0, or none"),
     ({"clip_before": -1.0}, "clip_before -1.0 is no norm to clip to"),
     ({"neurons": {"up": [1, 0.5]}}, "neurons: up has no neuron 0.5: give whole numbers"),
-    ({"share": 0}, "share 0 is no share"),
-    ({"share": 9}, "share 9 is no share"),
+    ({"parameter_share": 0}, "parameter_share 0 is no share"),
+    ({"parameter_share": 9}, "parameter_share 9 is no share"),
 ]
 
 
@@ -498,18 +499,18 @@ def test_the_command_line_takes_its_options_and_ends_wrong_ones_with_2(capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert main.main(["train", "neft", "--help"]) == 0
     said = capsys.readouterr().out
-    assert "--tuned" in said
+    assert "--reference" in said
     assert "--clip-before" in said
     assert "--neurons" not in said
 
 
 def test_it_is_registered_and_survives_json():
     assert METHODS["neft"] is NeFT is ls.NeFT
-    method = NeFT(k=5, neurons=CHOSEN, tune_lr=1e-4)
+    method = NeFT(num_neurons=5, neurons=CHOSEN, tune_lr=1e-4)
     assert from_config(json.loads(json.dumps(config(method)))) == method
-    assert NeFT(k=5, mode="reversed").label() == "NeFT, k 5, mode reversed"
+    assert NeFT(num_neurons=5, select_by="reversed").label() == "NeFT, k 5, mode reversed"
 
 
 def test_killed_in_either_phase_it_goes_on_bit_for_bit(forks, tmp_path):
     after = ["1-tune/resume/step-*", "2-masked/resume/step-*"]
-    check_that_a_killed_run_goes_on(forks, NeFT(k=9, lr=1e-2), tmp_path, after=after)
+    check_that_a_killed_run_goes_on(forks, NeFT(num_neurons=9, lr=1e-2), tmp_path, after=after)

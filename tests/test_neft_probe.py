@@ -34,7 +34,7 @@ def test_lots_within_modules_share_what_is_expected():
 def test_arms_differ_in_their_neurons_alone():
     arms = {arm.label: arm for arm in probe.arms(False)}
     for label in (probe.REVERSED, probe.RANDOM, probe.PROBED):
-        assert replace(arms[label].method, mode="changed") == arms[probe.CHANGED].method
+        assert replace(arms[label].method, select_by="changed") == arms[probe.CHANGED].method
         assert arms[label].settings == arms[probe.CHANGED].settings
     assert arms[probe.MOVIES].method == arms[probe.CHANGED].method
     assert arms[probe.CHANGED].method.tune_steps == 100

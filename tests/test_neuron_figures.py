@@ -136,7 +136,7 @@ def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family,
     full = ls.train(
         models.load(folder, task=task), task, Full(lr=1e-2), steps=2, observe=look, out=tmp_path / "full", **own
     )
-    method = NeFT(k=60, tuned=full)
+    method = NeFT(num_neurons=60, reference=full)
     method.attach(models.load(folder, task=task))
     expected = {(module, number) for module, numbers in method.neurons_.items() for number in numbers}
     assert selected_neurons.as_set(selected_neurons.chosen(full, 60)) == expected
@@ -287,7 +287,7 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, req
         return
     model = models.load(folder, task=task)
     run = ls.train(
-        model, task, NeFT(k=5, mode="random", lr=1e-2), steps=2, batch_size=4, eval_size=8, test_size=8,
+        model, task, NeFT(num_neurons=5, select_by="random", lr=1e-2), steps=2, batch_size=4, eval_size=8, test_size=8,
         out=tmp_path / "run", observe=[observe.utilisation(size=5, layers=layers)], device="cpu", progress=False,
     )  # fmt: skip
     rows = run.table[run.table["quantity"] == "utilisation"]

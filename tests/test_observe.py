@@ -282,7 +282,7 @@ def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
 
 
 @pytest.mark.parametrize("method", [
-    LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), HydraLoRA(), HydraLoRA(heads="split"), FourierFT(coefficients=9),
+    LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), HydraLoRA(), HydraLoRA(shared_a=False), FourierFT(coefficients=9),
 ], ids=lambda method: method.label())  # fmt: skip
 def test_recording_copies_each_factor_to_the_host_once(method, monkeypatch):
     """At step 0, where norms save what step 1 is compared with, and in a snapshot of the factors."""

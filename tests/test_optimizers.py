@@ -76,18 +76,21 @@ def test_vectors_move_by_the_first_moment_alone():
 
 def test_the_rule_is_no_part_of_the_identity_of_adamw():
     assert config(Full()) == {"name": "full", "lr": 1e-4, "head_lr": 1e-4, "search_share": 0}
-    other = config(Full(rule="came"))
+    other = config(Full(optimizer_name="came"))
     assert other["rule"] == "came"
-    assert from_config(json.loads(json.dumps(other))) == Full(rule="came")
-    assert Full(rule="came").label() == "Full, rule came"
+    assert from_config(json.loads(json.dumps(other))) == Full(optimizer_name="came")
+    assert Full(optimizer_name="came").label() == "Full, rule came"
     wrong = Full()
-    wrong.rule = "sgd"  # as the command line would give it, which checks no types
-    with pytest.raises(ValueError, match="rule 'sgd' is unknown: it must be one of 'adamw', 'adafactor', 'came'"):
+    wrong.optimizer_name = "sgd"  # as the command line would give it, which checks no types
+    with pytest.raises(
+        ValueError, match="optimizer_name 'sgd' is unknown: it must be one of 'adamw', 'adafactor'"
+    ):
         wrong.__post_init__()
 
 
 def test_each_rule_is_its_optimizer(fresh_bert):
-    kinds = {rule: Full(rule=rule).optimizer(fresh_bert, 1e-3, 2e-3, 0.1) for rule in ("adamw", "adafactor", "came")}
+    methods = {name: Full(optimizer_name=name) for name in ("adamw", "adafactor", "came")}
+    kinds = {name: method.optimizer(fresh_bert, 1e-3, 2e-3, 0.1) for name, method in methods.items()}
     assert [type(found) for found in kinds.values()] == [torch.optim.AdamW, Adafactor, CAME]
     for found in kinds.values():
         rates = {group["name"]: group["lr"] for group in found.param_groups}
@@ -100,7 +103,7 @@ def test_each_rule_is_its_optimizer(fresh_bert):
 @pytest.mark.parametrize("rule", ["adafactor", "came"])
 def test_a_killed_run_goes_on_bit_for_bit(rule, bert, task, tmp_path):
     settings = killing.SETTINGS | {"observe": killing.observers()}
-    method = Full(rule=rule, lr=1e-3)
+    method = Full(optimizer_name=rule, lr=1e-3)
     whole = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "whole", **settings)
     assert whole.summary()["update_norm"].gt(0).all()
     with pytest.MonkeyPatch.context() as patch:

@@ -219,7 +219,7 @@ def dense_probe(bert, task, monkeypatch):
     """A probe whose arms train the tiny BERT in full, in two phases, and by adapters."""
     settings = {"steps": 3, "batch_size": 4, "eval_every": 1, "eval_size": 16, "test_size": 16}
     settings |= {"observe": [observe.norms(every=1)]}
-    methods = {"full": Full(), "neft": NeFT(k=4, tune_steps=2), "lora": LoRA(rank=1)}
+    methods = {"full": Full(), "neft": NeFT(num_neurons=4, tune_steps=2), "lora": LoRA(rank=1)}
     arms = [Arm(label=label, method=each, settings=settings, model=bert, task=task) for label, each in methods.items()]
 
     def judge(runs):

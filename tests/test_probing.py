@@ -67,11 +67,13 @@ def test_texts_of_one_class_cannot_be_probed():
 def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request, task, tmp_path):
     folder = request.getfixturevalue(family)
     if family == "gpt2":
-        with pytest.raises(ValueError, match="mode 'probed' needs a class for every row"):
-            ls.train(models.load(folder, task=task), task, NeFT(k=5, mode="probed"), out=tmp_path / "r", **FAST)
+        method = NeFT(num_neurons=5, select_by="probed")
+        with pytest.raises(ValueError, match="select_by 'probed' needs a class for every row"):
+            ls.train(models.load(folder, task=task), task, method, out=tmp_path / "r", **FAST)
         return
     model = models.load(folder, task=task)
-    run = ls.train(model, task, NeFT(k=7, mode="probed", tune_steps=5, lr=1e-2), out=tmp_path / "run", **FAST)
+    method = NeFT(num_neurons=7, select_by="probed", tune_steps=5, lr=1e-2)
+    run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
     (probed,) = run.parents
     assert (probed.meta["method"]["name"], probed.meta["settings"]["steps"]) == ("probing", 5)
     assert probed.path.name == "1-probe"
@@ -99,38 +101,40 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     assert found == near(expected, terms=TINY, growth=40 * TEXT)  # the condition of the states
     best = set(sorted(found, key=found.get)[-7:])
     assert selected_neurons.as_set(selected_neurons.chosen(run)) == best
-    method = NeFT(k=7, mode="probed", tuned=probed, lr=1e-2)
+    method = NeFT(num_neurons=7, select_by="probed", reference=probed, lr=1e-2)
     again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
     assert selected_neurons.as_set(selected_neurons.chosen(again)) == best
     for mode in neurons.MODES:
-        with pytest.raises(ValueError, match=rf"mode '{mode}' cannot choose by {probed.id} .*, a run of probing: give"):
-            NeFT(k=7, mode=mode, tuned=probed)
+        with pytest.raises(
+            ValueError, match=rf"select_by '{mode}' cannot choose by {probed.id} .*, a run of probing"
+        ):
+            NeFT(num_neurons=7, select_by=mode, reference=probed)
 
 
 def test_a_run_of_probing_serves_the_projections_that_it_probed(bert, task, tmp_path):
     """From fewer targets the best of these are chosen; those it did not probe are named."""
     rows = {}
     for targets in (("ffn_in",), ("ffn_in", "ffn_out")):
-        method = NeFT(k=7, mode="probed", targets=targets)
+        method = NeFT(num_neurons=7, select_by="probed", targets=targets)
         rows[targets] = ls.train(models.load(bert, task=task), task, method, out=tmp_path / targets[-1], **FAST)
     narrow, wide = rows.values()
     (probed,) = wide.parents
-    method = NeFT(k=7, mode="probed", tuned=probed, targets=("ffn_in",))
+    method = NeFT(num_neurons=7, select_by="probed", reference=probed, targets=("ffn_in",))
     method.attach(models.load(bert, task=task))
     found = selected_neurons.scores(wide, "probe_cosine").query("role == 'ffn_in'").nlargest(7, "value")
     assert method.neurons_ == neurons.by_module(found)
-    less = NeFT(k=7, mode="probed", tuned=narrow.parents[0])
+    less = NeFT(num_neurons=7, select_by="probed", reference=narrow.parents[0])
     with pytest.raises(
         ValueError, match=r"did not probe ffn_out \(bert.encoder.layer.0.output.dense\): leave it out of"
     ):
         less.attach(models.load(bert, task=task))
     with pytest.raises(ValueError, match=r"trained 7 neurons alone: give the phase before it, .*/1-probe$"):
-        NeFT(k=7, mode="probed", tuned=wide)
+        NeFT(num_neurons=7, select_by="probed", reference=wide)
 
 
 def test_a_run_of_probing_from_an_earlier_version_loads_but_does_not_choose(bert, task, tmp_path, monkeypatch):
     """It holds inner products with probes of any norm, under a quantity that no code registers any more."""
-    method = NeFT(k=7, mode="probed")
+    method = NeFT(num_neurons=7, select_by="probed")
     run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **FAST)
     (probed,) = run.parents
     meta = json.loads((probed.path / "run.json").read_text())
@@ -141,6 +145,6 @@ def test_a_run_of_probing_from_an_earlier_version_loads_but_does_not_choose(bert
         writer.finish("done")
     old = ls.load(tmp_path / "old")
     assert old.table["value"].tolist() == [0, 1, 2]
-    method = NeFT(k=7, mode="probed", tuned=old)
+    method = NeFT(num_neurons=7, select_by="probed", reference=old)
     with pytest.raises(ValueError, match=rf"tuned must be a run with probe_cosine, got {old.id} .*{tmp_path / 'old'}"):
         method.attach(models.load(bert, task=task))

@@ -25,10 +25,10 @@ FAST = {"steps": 5, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress
 SHARP = 10  # factor of the routers, by which their softmax magnifies an error of the input
 
 
-def sharp(family: str, heads: str = "shared") -> nn.Module:
+def sharp(family: str, shared_a: bool = True) -> nn.Module:
     """A tiny model whose routers decide and whose heads add something."""
     model = tiny(family)
-    HydraLoRA(targets="all-linear", heads=heads).attach(model)
+    HydraLoRA(targets="all-linear", shared_a=shared_a).attach(model)
     for seed, delta in enumerate(adapted(model).values()):
         delta.router.data *= SHARP
         nn.init.normal_(delta.B, std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -87,9 +87,9 @@ def inputs_of(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     return given
 
 
-@pytest.mark.parametrize("heads", ["shared", "split"])
-def test_statistics_are_those_of_the_tokens_one_by_one_padding_left_out(heads):
-    model = sharp("bert", heads)
+@pytest.mark.parametrize("shared_a", [True, False])
+def test_statistics_are_those_of_the_tokens_one_by_one_padding_left_out(shared_a):
+    model = sharp("bert", shared_a)
     batch = inputs(model)
     batch["attention_mask"][0, 3:] = 0
     batch["attention_mask"][1, :2] = 0  # padded on the left
@@ -232,7 +232,7 @@ def test_heads_without_a_router_have_sizes_too_and_a_single_one_no_cosine(bert, 
     even = trained(bert, task, HydraLoRA(router="uniform"), tmp_path / "even")
     assert all(found == near(1, terms=TINY) for found in values(even, "head_cosine", 5).values())
     assert not (even.table["quantity"] == "gate_top1").any()
-    single = trained(bert, task, HydraLoRA(number=1), tmp_path / "single")
+    single = trained(bert, task, HydraLoRA(num_experts=1), tmp_path / "single")
     norms = values(single, "update_norm", 5)
     assert values(single, "head_norm", 5)["bert.encoder.layer.0.output.dense"] == near(
         norms["bert.encoder.layer.0.output.dense"], terms=TINY

@@ -72,7 +72,7 @@ METHODS = {
     "full, Conv1D": ("gpt2", Full(lr=1e-2)),
     "full, gates": ("llama", Full(lr=1e-2)),
     "blocks that are frozen": ("bert", LISA(lr=1e-2, n_active=1)),
-    "neurons that are masked": ("llama", NeFT(lr=1e-2, k=40, mode="random")),
+    "neurons that are masked": ("llama", NeFT(lr=1e-2, num_neurons=40, select_by="random")),
     "adapprox": ("bert", Adapprox(lr=1e-2, min_dim=8)),
     "lora": ("bert", LoRA(lr=1e-2, dropout=0.3)),
     "lora, Conv1D": ("gpt2", LoRA(lr=1e-2, targets="all-linear")),

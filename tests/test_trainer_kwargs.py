@@ -66,8 +66,8 @@ def test_what_is_recorded_can_be_restored_and_exported(bert, task, tmp_path, mon
             r"AutoLoRA needs several phases, which a Trainer does not give: train with ls\.train, then exp",
         ),
         (ls.ALoRA(), r"ALoRA needs rows of its own to score on, which a Trainer does not give: train with ls\.train"),
-        (ls.NeFT(k=3), r"NeFT without neurons chooses them by a training of its own: give neurons=, or train"),
-        (ls.NeFT(mode="random", k=3), "NeFT without neurons"),
+        (ls.NeFT(num_neurons=3), r"NeFT without neurons chooses them by a training of its own: give neurons=, or"),
+        (ls.NeFT(select_by="random", num_neurons=3), "NeFT without neurons"),
     ],
 )
 def test_methods_that_need_more_than_a_trainer_are_refused(method, line, fresh_bert):

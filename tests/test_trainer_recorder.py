@@ -75,7 +75,7 @@ def test_neurons_are_not_chosen_by_a_run_that_tells_no_base(bert, task, rows, tm
     with pytest.raises(
         ValueError, match="recorded under a Trainer, which does not tell at what weights it began: give"
     ):
-        ls.NeFT(k=3, tuned=tmp_path / "lorascope").prepare()
+        ls.NeFT(num_neurons=3, reference=tmp_path / "lorascope").prepare()
 
 
 def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):

@@ -25,7 +25,7 @@ _DENSE = 5  # texts that make a cluster
 
 
 def choose_heads(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
-    """Number of heads for a corpus: ``HydraLoRA(number=choose_heads(task.split("train")["text"]))``.
+    """Number of heads for a corpus: ``HydraLoRA(num_experts=choose_heads(task.split("train")["text"]))``.
 
     Parameters and errors as of :func:`cluster_selection`, whose choice it is: always fewer than ``most``.
     """

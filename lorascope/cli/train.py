@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from lorascope.cli.arguments import UsageError, fields_of, headline, parse
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
 from lorascope.runs.run import Run
+from lorascope.schema.deprecation import old_fields
 from lorascope.training.loop import train
 
 _USAGE = """usage: lorascope train METHOD --steps N [--task TASK] [--model MODEL] [-o RUN] [options]
@@ -52,12 +54,33 @@ def main(argv: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
         raise UsageError(f"unknown method {name!r}: {', '.join(near)}")
     method = METHODS[name]
-    options: Any = parse(_options(name), rest, f"lorascope train {name}")
+    options: Any = parse(_options(name), _new_flags(method, rest), f"lorascope train {name}")
     chosen = method(**{field: getattr(options, field) for field in _names(_method_fields(method))})
     settings = {field: getattr(options, field) for field in _names(_settings())}
     run = train(options.model, options.task, chosen, out=options.out, **settings)
     print(json.dumps(_told(run)) if options.json else run)
     return 0
+
+
+def _new_flags(method: type[Method], words: Sequence[str]) -> list[str]:
+    """The words with a method's options under their new names, and a line on each that is deprecated."""
+    renamed, found = old_fields(method), []
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        old = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or old not in renamed:
+            found.append(word)
+            continue
+        new, before = renamed[old]
+        print(f"lorascope: {flag} is deprecated, use --{new.replace('_', '-')}", file=sys.stderr)
+        if before.values:  # the new option is a switch, which takes no value
+            chosen = before.to_new(value if equals else next(rest, ""))
+            default = next(field.default for field in dataclasses.fields(method) if field.name == new)
+            found += [] if chosen == default else [f"--{'' if chosen else 'no-'}{new.replace('_', '-')}"]
+        else:
+            found.append(f"--{new.replace('_', '-')}{equals}{value}")
+    return found
 
 
 def _options(name: str) -> type:

@@ -24,6 +24,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, config, from_config
 from lorascope.observe.base import Observer
+from lorascope.schema.deprecation import to_new_fields
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
 
@@ -224,6 +225,7 @@ def _named(
         raise ValueError(f"{what} {entry!r} must be a name, or a table with one, such as {example}")
     name = table["name"]
     known([name], kinds, what)
+    table = to_new_fields(kinds[name], table, stacklevel=4)
     types = typing.get_type_hints(kinds[name])
     own = {f.name: types[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
     given = {key: value for key, value in table.items() if key != "name"}

@@ -12,16 +12,17 @@ Search. Each step takes a batch of the train split and one of the search split; 
 Then rank = #{j : alpha_j >= 1/k} of the last step, and LoRA of these ranks trains from W_0 on both splits, with s =
 lora_alpha / rank of each matrix. 1/k is the mean of alpha, so no rank is 0; their sum is an outcome, not a budget.
 
-=========  ==================================================================================
-paper      here
-=========  ==================================================================================
-U, V       the factors ``B`` (out, k), ``A`` (k, in)
-k          ``rank``
-beta       the buffer ``logits`` (k,), zero at first, in float32 or wider
-alpha      ``AutoLoRADelta.alpha``
-eta        the optimizer's rate at this step, of each parameter
-rho        ``selection_lr``
-=========  ==================================================================================
+==========  ==================================================================================
+paper       here
+==========  ==================================================================================
+U, V        the factors ``B`` (out, k), ``A`` (k, in)
+k           ``rank``
+lora_alpha  the field ``alpha``, from which the scale s follows
+beta        the buffer ``logits`` (k,), zero at first, in float32 or wider
+alpha       ``AutoLoRADelta.alpha``
+eta         the optimizer's rate at this step, of each parameter
+rho         ``selection_lr``
+==========  ==================================================================================
 
 Source: AutoLoRA (arXiv 2403.09113), equations 1-5, sections 4.1-4.5. The finite difference, its radius 0.01 / |v| and
 ``first_order``: DARTS (arXiv 1806.09055), which the authors' code follows.
@@ -43,7 +44,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ from lorascope.methods.base import Batch, Method, Phase, Step, train_adapters
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
+from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 from lorascope.updates.low_rank import LowRank
 
@@ -78,6 +80,7 @@ for _name, _label, _unit, _index, _definition in (
     register(_name, Quantity(_label, _unit, _index, definition=_definition, source="AutoLoRA, eq. 3 and 5"))
 
 
+@accept_old_fields
 @dataclass(kw_only=True)
 class AutoLoRA(Method, name="autolora"):
     """Ranks found by meta learning, then LoRA of these ranks.
@@ -86,8 +89,8 @@ class AutoLoRA(Method, name="autolora"):
     ----------
     rank : int
         k, the components of each matrix during the search.
-    lora_alpha : float
-        The update is scaled by lora_alpha / k in the search, by lora_alpha / rank of each matrix afterwards.
+    alpha : float
+        The update is scaled by alpha / k in the search, by alpha / rank of each matrix afterwards.
     dropout : float
         Share of the input dropped on the way into A, in both phases.
     targets : str or tuple of str
@@ -102,7 +105,7 @@ class AutoLoRA(Method, name="autolora"):
     """
 
     rank: int = 8
-    lora_alpha: float | int = 16.0
+    alpha: float | int = field(default=16.0, metadata=formerly("lora_alpha"))
     dropout: float | int = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     selection_lr: float | int = 1e-3
@@ -126,7 +129,7 @@ class AutoLoRA(Method, name="autolora"):
         hosts = {
             name: model.get_submodule(name) for name in module_table.match(module_table.describe(model), self.targets)
         }
-        scale = self.lora_alpha / self.rank
+        scale = self.alpha / self.rank
         self._deltas = {name: AutoLoRADelta(host, self.rank, scale, self.dropout) for name, host in hosts.items()}
         narrow = {str(delta.A.dtype) for delta in self._deltas.values() if delta.A.dtype != delta.logits.dtype}
         if narrow and self.hypergradient in ("finite_difference", "betty"):
@@ -176,7 +179,7 @@ class AutoLoRA(Method, name="autolora"):
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Search, then LoRA of the ranks found, from W_0 and on all of the train split."""
         found = yield Phase(self, "search")
-        retrained = LoRA(rank=found.ranks(), alpha=self.lora_alpha, dropout=self.dropout)
+        retrained = LoRA(rank=found.ranks(), alpha=self.alpha, dropout=self.dropout)
         retrained = replace(retrained, lr=self.lr, head_lr=self.head_lr, search_share=self.search_share)
         yield Phase(retrained, "retrain", split="train+search")
 

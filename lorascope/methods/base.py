@@ -16,6 +16,7 @@ from lorascope.adapters.delta import adapted
 from lorascope.inputs.models import missing
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
+from lorascope.schema.deprecation import former, to_new_fields, warn_renamed
 from lorascope.schema.labels import in_words
 from lorascope.schema.records import Item
 
@@ -52,6 +53,8 @@ class Method:
         cls.name = name or cls.__name__.lower()
         if name:
             METHODS[name] = cls
+        if "held_still" in vars(cls) and "frozen_entry_count" not in vars(cls):
+            warn_renamed(cls.__name__, "held_still", "frozen_entry_count")
 
     def prepare(self) -> None:
         """Read what the hyper-parameters refer to, such as a run's folder; called before they are stored or used."""
@@ -77,9 +80,14 @@ class Method:
         """What the method decided, to be kept in the table."""
         return ()
 
-    def held_still(self) -> int:
+    def frozen_entry_count(self) -> int:
         """Entries of the optimizer's parameters that never change, and so count as no trained ones."""
         return 0
+
+    def held_still(self) -> int:
+        """Deprecated: use ``frozen_entry_count``."""
+        warn_renamed(type(self).__name__, "held_still", "frozen_entry_count")
+        return self.frozen_entry_count()
 
     def label(self) -> str:
         """The method in words, rates left out: its name and the hyper-parameters that are not the default ones."""
@@ -277,11 +285,12 @@ def train_adapters(model: nn.Module) -> None:
 def config(method: Method) -> dict[str, Any]:
     """The JSON form of a method: its name and its hyper-parameters.
 
-    A Run stands as its id, an array as the hash of its bytes.
+    A Run stands as its id, an array as the hash of its bytes. A field that was renamed keeps its old name and values.
     """
     method.prepare()
     values = [(f, getattr(method, f.name)) for f in fields(method) if f.init and not f.name.endswith("_")]
-    return {"name": method.name} | {f.name: _plain(v) for f, v in values if "later" not in f.metadata or v != f.default}
+    told = [(former(f), value) for f, value in values if "later" not in f.metadata or value != f.default]
+    return {"name": method.name} | {before.name: _plain(before.to_old(value)) for before, value in told}
 
 
 def _plain(value: Any) -> Any:
@@ -300,8 +309,15 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def frozen_entries(method: Method) -> int:
+    """Return ``method.frozen_entry_count()``; of a class that still defines the hook by its old name, that one."""
+    if type(method).held_still is not Method.held_still:
+        return method.held_still()
+    return method.frozen_entry_count()
+
+
 def from_config(stored: Mapping[str, Any]) -> Method:
-    """Build a method from its JSON form.
+    """Build a method from its JSON form, in which a renamed field may have its old or its new name.
 
     Raises
     ------
@@ -311,4 +327,4 @@ def from_config(stored: Mapping[str, Any]) -> Method:
     if (name := stored["name"]) not in METHODS:
         raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}
-    return METHODS[name](**values)
+    return METHODS[name](**to_new_fields(METHODS[name], values))

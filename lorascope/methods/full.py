@@ -16,37 +16,40 @@ from transformers.optimization import Adafactor
 
 from lorascope.methods.base import LATER, Method, parameter_groups
 from lorascope.methods.optimizers.came import CAME
+from lorascope.schema.deprecation import accept_old_fields, formerly
 
 RULES = ("adamw", "adafactor", "came")
 
 
+@accept_old_fields
 @dataclass(kw_only=True)
 class Full(Method, name="full"):
     """Every parameter trains.
 
     Parameters
     ----------
-    rule : {"adamw", "adafactor", "came"}
+    optimizer_name : {"adamw", "adafactor", "came"}
         The optimizer.
     """
 
-    rule: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=LATER)
+    optimizer_name: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=LATER | formerly("rule"))
     lr: float | int = 1e-4
     head_lr: float | int = 1e-4
 
     def __post_init__(self) -> None:
-        if self.rule not in RULES:
-            raise ValueError(f"rule {self.rule!r} is unknown: it must be one of {', '.join(map(repr, RULES))}")
+        if self.optimizer_name not in RULES:
+            known = ", ".join(map(repr, RULES))
+            raise ValueError(f"optimizer_name {self.optimizer_name!r} is unknown: it must be one of {known}")
 
     def attach(self, model: nn.Module) -> None:
         """Leave everything trainable."""
         model.requires_grad_(True)
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """The rule, over all weights."""
-        if self.rule == "adamw":
+        """The optimizer of that name, over all weights."""
+        if self.optimizer_name == "adamw":
             return super().optimizer(model, lr, head_lr, weight_decay)
         groups = parameter_groups(model, lr, head_lr, weight_decay)
-        if self.rule == "came":
+        if self.optimizer_name == "came":
             return CAME(groups, lr)
         return Adafactor(groups, lr, beta1=0.9, scale_parameter=False, relative_step=False)

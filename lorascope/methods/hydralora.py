@@ -9,16 +9,16 @@ heads alike, gives all the same gradient, and leaves a plain LoRA. So W_g starts
 paper      here
 =========  ==========================================================
 r          ``rank``
-N          ``number``
+N          ``num_experts``
 alpha      ``alpha``
 A          the factor ``A`` (rank, in)
-B_i        columns of ``B`` = [B_1 ... B_N] (out, number * rank)
-W_g        ``router`` (number, in)
+B_i        columns of ``B`` = [B_1 ... B_N] (out, num_experts * rank)
+W_g        ``router`` (num_experts, in)
 omega      ``gates``
 =========  ==========================================================
 
 Source: HydraLoRA (arXiv 2404.19245), equations 2 to 4 (the map), section 4.3 and figure 6 (ablations: ``router``
-"uniform" is "w/o gate", ``heads`` "split" is LoRA-Split), appendix B, equations 7 and 8 (the number of heads).
+"uniform" is "w/o gate", ``shared_a=False`` is LoRA-Split), appendix B, equations 7 and 8 (the number of heads).
 
 Departs: the scale s and one router a module are the authors' code's, the equations have neither; the paper prints W_g
 as rank x N, but applies it to the token, which has ``in`` entries. Dropout has one mask for all heads, so that A is
@@ -46,6 +46,7 @@ from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of
 from lorascope.methods.base import LATER, Method, Step, train_adapters
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.schema import module_table
+from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.module_roles import FFN
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 from lorascope.updates.factor_formats import update_from
@@ -58,6 +59,7 @@ register(
 )
 
 
+@accept_old_fields
 @dataclass(kw_only=True)
 class HydraLoRA(Method, name="hydralora"):
     """Low-rank adaptation with one A and several B, mixed for every token by a router.
@@ -66,7 +68,7 @@ class HydraLoRA(Method, name="hydralora"):
     ----------
     rank : int
         Components of every head.
-    number : int
+    num_experts : int
         Heads of every module; ``ls.choose_heads(texts)`` finds a number. A single one needs no router.
     alpha : float
         The update is scaled by alpha / rank.
@@ -75,10 +77,10 @@ class HydraLoRA(Method, name="hydralora"):
     targets : str or tuple of str, optional
         Roles, "all-linear", module names or a regular expression; see ``names.match``. By default the feed-forward
         part: input, output, and the gate where there is one.
-    heads : {"shared", "split"}
-        One A for all heads, or an A each.
+    shared_a : bool
+        One A for all heads; False for an A each.
     router : {"learned", "uniform"}
-        Gates by the token, or 1 / number for each head whatever the input.
+        Gates by the token, or 1 / num_experts for each head whatever the input.
     gates_every : int
         Steps between two looks at the gates on held-out text; step 0 and the last are always looked at. Norms are those
         of the update at the mean gates of the last look, so that ``step_norm`` at a look holds what gates moved, too.
@@ -88,11 +90,11 @@ class HydraLoRA(Method, name="hydralora"):
     """
 
     rank: int = 4
-    number: int = 3
+    num_experts: int = field(default=3, metadata=formerly("number"))
     alpha: float | int = 16.0
     dropout: float | int = 0.0
     targets: str | tuple[str, ...] | None = None
-    heads: str = "shared"
+    shared_a: bool = field(default=True, metadata=formerly("heads", {"shared": True, "split": False}))
     router: str = "learned"
     gates_every: int = 50
     gate_rows: int = field(default=64, metadata=LATER)
@@ -100,16 +102,17 @@ class HydraLoRA(Method, name="hydralora"):
     head_lr: float | int = 2e-3
 
     def __post_init__(self) -> None:
-        for name in ("rank", "number", "gates_every", "gate_rows"):
+        for name in ("rank", "num_experts", "gates_every", "gate_rows"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} {value} is too small: it must be 1 or more")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha {self.alpha} gives no scale: it must be a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout {self.dropout} is no share of the input to leave out: it must lie in [0, 1)")
-        for name, known in (("heads", ("shared", "split")), ("router", ("learned", "uniform"))):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name} {value!r} is unknown: {' or '.join(map(repr, known))}")
+        if not isinstance(self.shared_a, bool):
+            raise ValueError(f"shared_a must be True or False, got {self.shared_a!r}")
+        if self.router not in ("learned", "uniform"):
+            raise ValueError(f"router {self.router!r} is unknown: 'learned' or 'uniform'")
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -126,8 +129,8 @@ class HydraLoRA(Method, name="hydralora"):
             raise ValueError(
                 f"{name!r} is an embedding: it takes ids, and a router needs a vector; adapt linear layers"
             )
-        kind = RoutedDelta if self.router == "learned" and self.number > 1 else HydraDelta
-        return kind(host, self.rank, self.number, self.alpha / self.rank, self.dropout, self.heads == "split")
+        kind = RoutedDelta if self.router == "learned" and self.num_experts > 1 else HydraDelta
+        return kind(host, self.rank, self.num_experts, self.alpha / self.rank, self.dropout, not self.shared_a)
 
     def after_step(self, step: Step) -> None:
         """Look at the gates where it is time, so that whatever is saved or recorded of this step goes by them."""

@@ -19,9 +19,9 @@ norms that it stands for.
 
 Departs: K is the number of steps of an interval, which the paper also uses for that of intervals. Everything outside
 the blocks trains, not embedding and head alone: position embeddings, the final norm and poolers as well, as in the
-authors' code. That code keeps the optimizer's state of every block that ever trained (``moments="keep"``); the authors
-meant it to be dropped ("reset", the default here); the paper's runs, whose intervals were processes of their own,
-dropped all of it ("reset_all"). The draws have a generator of their own, where the code uses NumPy's global one.
+authors' code. That code keeps the optimizer's state of every block that ever trained (``moment_policy="keep"``); the
+authors meant it to be dropped ("reset", the default here); the paper's runs, whose intervals were processes of their
+own, dropped all of it ("reset_all"). The draws have a generator of their own, where the code uses NumPy's global one.
 Weights are an option that the paper motivates and never uses; blocks are drawn one after the other by them, so that
 the chance of a block is not gamma times its weight but what ``marginals`` says. The rates are those of full fine-tuning
 here. With gamma = L every policy is full fine-tuning but "reset_all", whose moments begin anew at every draw.
@@ -32,7 +32,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,7 @@ from torch import nn
 
 from lorascope.methods.base import Method, Step
 from lorascope.schema import module_table
+from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register
 
 _ALGORITHM = "LISA, algorithm 1"
@@ -61,6 +62,7 @@ register(
 _SETTLES = 5
 
 
+@accept_old_fields
 @dataclass(kw_only=True)
 class LISA(Method, name="lisa"):
     """Full fine-tuning that trains a few blocks at a time, drawn anew at intervals.
@@ -71,7 +73,7 @@ class LISA(Method, name="lisa"):
         Blocks that train at a time; two by default, or all of a model that has fewer.
     interval : int, optional
         Steps between two draws; 20 by default, or a tenth of a run below 200 steps.
-    moments : {"reset", "keep", "reset_all"}
+    moment_policy : {"reset", "keep", "reset_all"}
         The optimizer's state of a block that is frozen is dropped, or kept until it trains again; or at every draw all
         state is dropped, also that of what trains throughout.
     weights : tuple of float, optional
@@ -82,7 +84,7 @@ class LISA(Method, name="lisa"):
 
     n_active: int | None = None
     interval: int | None = None
-    moments: Literal["reset", "keep", "reset_all"] = "reset"
+    moment_policy: Literal["reset", "keep", "reset_all"] = field(default="reset", metadata=formerly("moments"))
     weights: tuple[float | int, ...] | None = None
     draw_seed: int | None = None
     lr: float | int = 1e-4
@@ -92,8 +94,9 @@ class LISA(Method, name="lisa"):
         for name, least in (("n_active", 0), ("interval", 1), ("draw_seed", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"{name} {value} is too small: it must be {least} or more")
-        if self.moments not in ("reset", "keep", "reset_all"):
-            raise ValueError(f"moments {self.moments!r} is unknown: it must be one of 'reset', 'keep', 'reset_all'")
+        if self.moment_policy not in ("reset", "keep", "reset_all"):
+            known = "'reset', 'keep', 'reset_all'"
+            raise ValueError(f"moment_policy {self.moment_policy!r} is unknown: it must be one of {known}")
         if self.weights is None:
             return
         self.weights = tuple(map(float, self.weights))
@@ -145,7 +148,7 @@ class LISA(Method, name="lisa"):
             self._warn(step.total)
         self.active_ = draw(self.generator_, self._chances, self.size)
         self.trained_ = sorted({*self.trained_, *self.active_})
-        if self.moments == "reset_all":
+        if self.moment_policy == "reset_all":
             step.optimizer.state.clear()
         for number, block in enumerate(self._blocks):
             trains = number in self.active_
@@ -153,15 +156,15 @@ class LISA(Method, name="lisa"):
                 parameter.requires_grad_(trains)
                 if not trains:
                     parameter.grad = None  # a gradient of zero would still be decayed, and moved by its momentum
-                    if self.moments == "reset":
+                    if self.moment_policy == "reset":
                         step.optimizer.state.pop(parameter, None)
 
     def _warn(self, total: int) -> None:
         steps = self.period(total)
-        if steps < min(_SETTLES, total) and self.moments != "keep":
+        if steps < min(_SETTLES, total) and self.moment_policy != "keep":
             warnings.warn(
                 f"interval {steps} lets AdamW's moments start anew before they settle, so that steps are of "
-                f"full size whatever the gradient: take {_SETTLES} steps or more, or moments='keep'",
+                f"full size whatever the gradient: take {_SETTLES} steps or more, or moment_policy='keep'",
                 stacklevel=2,
             )
 

@@ -18,8 +18,8 @@ Reversed_x%          ``mode`` "reversed"
 NeFT+Reversed_x%     ``reversed_share``
 ===================  ==================================================================
 
-Before this the paper chose neurons by probing (section 3): mode "probed" takes those whose weights are most like the
-directions by which linear probes tell the classes apart, see ``methods.neft_probing``.
+Before this the paper chose neurons by probing (section 3): ``select_by="probed"`` takes those whose weights are most
+like the directions by which linear probes tell the classes apart, see ``methods.neft_probing``.
 
 Source: NeFT (arXiv 2403.11621), equation 1, algorithm 1, section 4.2; section 3 for probing, figure 3 for the union of
 both ends.
@@ -59,6 +59,7 @@ from lorascope.runs import loading
 from lorascope.runs.layout import Lazy
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
+from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
 _SOURCE = "NeFT, eq. 1"
@@ -79,21 +80,22 @@ for _name, _quantity in {
 MODES = (*neurons.MODES, "probed")
 
 
+@accept_old_fields
 @dataclass(kw_only=True)
 class NeFT(Method, name="neft"):
     """Train the neurons that full fine-tuning turns most, from the original model.
 
     Parameters
     ----------
-    k : int or None
-        Neurons that train. None takes those of ``share``.
-    share : float
-        Share of the model's parameters that train, where k is not given.
+    num_neurons : int or None
+        Neurons that train. None takes those of ``parameter_share``.
+    parameter_share : float
+        Share of the model's parameters that train, where ``num_neurons`` is not given.
     targets : tuple of str
         Roles that neurons are chosen from: ``ffn_in`` and ``ffn_gate`` have them as rows, ``ffn_out`` as columns.
-    mode : {"changed", "reversed", "random", "probed"}
+    select_by : {"changed", "reversed", "random", "probed"}
         Which neurons, see ``neurons.select``; the second and third are controls, the last is by linear probes.
-    tuned : Run or path, optional
+    reference : Run or path, optional
         A finished run of full fine-tuning of the same model, or of probing. None makes one, as a phase before.
     neurons : mapping module name -> sequence or array of int, optional
         Neurons chosen elsewhere: outputs of a module of ``ffn_in`` or ``ffn_gate``, inputs of one of ``ffn_out``.
@@ -107,11 +109,11 @@ class NeFT(Method, name="neft"):
         Share of the model's parameters that train besides, in neurons from the other end of the order.
     """
 
-    k: int | None = None
-    share: float | int = 0.09
+    num_neurons: int | None = field(default=None, metadata=formerly("k"))
+    parameter_share: float | int = field(default=0.09, metadata=formerly("share"))
     targets: tuple[str, ...] = neurons.DEFAULT
-    mode: str = "changed"
-    tuned: Run | Mapping[str, str] | str | Path | None = None
+    select_by: str = field(default="changed", metadata=formerly("mode"))
+    reference: Run | Mapping[str, str] | str | Path | None = field(default=None, metadata=formerly("tuned"))
     neurons: Mapping[str, Collection[Any]] | None = None
     tune_steps: int | None = None
     tune_lr: float | int | None = None
@@ -121,54 +123,57 @@ class NeFT(Method, name="neft"):
     head_lr: float | int = 1e-4
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise ValueError(f"mode {self.mode!r} is unknown: {', '.join(MODES)}")
+        if self.select_by not in MODES:
+            raise ValueError(f"select_by {self.select_by!r} is unknown: {', '.join(MODES)}")
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(
                 f"targets: {unknown[0]!r} is no role with neurons: give some of {', '.join(neurons.ROLES)}"
             )
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k {self.k} chooses no neuron: give 1 or more")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share {self.share} is no share of the parameters: give one above 0, at most 1")
+        if self.num_neurons is not None and self.num_neurons < 1:
+            raise ValueError(f"num_neurons {self.num_neurons} chooses no neuron: give 1 or more")
+        if not 0 < self.parameter_share <= 1:
+            told = f"parameter_share {self.parameter_share} is no share of the parameters"
+            raise ValueError(f"{told}: give one above 0, at most 1")
         if not 0 <= self.reversed_share <= 1:
             raise ValueError(f"reversed_share {self.reversed_share} is no share of the parameters: give 0 to 1")
-        if self.reversed_share and self.mode != "changed":
-            raise ValueError(f"reversed_share adds to mode 'changed', not to {self.mode!r}: leave one of them")
+        if self.reversed_share and self.select_by != "changed":
+            raise ValueError(
+                f"reversed_share adds to select_by 'changed', not to {self.select_by!r}: leave one of them"
+            )
         if self.tune_steps is not None and self.tune_steps < 1:
             raise ValueError(f"tune_steps {self.tune_steps} tunes nothing: give 1 or more, or none for those of train")
         if self.clip_before is not None and not self.clip_before > 0:
             raise ValueError(f"clip_before {self.clip_before} is no norm to clip to: give one above 0, or none")
         if self.neurons is not None:
             self.neurons = neurons.numbered(self.neurons)
-        if isinstance(self.tuned, Run):
-            _check_kind(self.tuned, self.mode)
+        if isinstance(self.reference, Run):
+            _check_kind(self.reference, self.select_by)
         self.neurons_: dict[str, list[int]] = {}
 
     def prepare(self) -> None:
-        """Load ``tuned`` from its folder."""
-        if isinstance(self.tuned, str | Path):
-            tuned = loading.load(self.tuned)
-            _check_kind(tuned, self.mode)
-            self.tuned = tuned
+        """Load ``reference`` from its folder."""
+        if isinstance(self.reference, str | Path):
+            reference = loading.load(self.reference)
+            _check_kind(reference, self.select_by)
+            self.reference = reference
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Full fine-tuning or probing, unless it was done or nothing is to be learned from it; then the neurons."""
-        if self.tuned is not None or self.neurons is not None or self.mode == "random":
+        if self.reference is not None or self.neurons is not None or self.select_by == "random":
             yield Phase(self)
             return
-        if self.mode == "probed":
-            tuned = yield Phase(Probing(targets=self.targets, head_lr=self.head_lr), "probe", steps=self.tune_steps)
+        if self.select_by == "probed":
+            reference = yield Phase(Probing(targets=self.targets, head_lr=self.head_lr), "probe", steps=self.tune_steps)
         else:
             full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
-            tuned = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
-        yield Phase(replace(self, tuned=tuned), "masked")
+            reference = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
+        yield Phase(replace(self, reference=reference), "masked")
 
     def attach(self, model: nn.Module) -> None:
         """Choose the neurons; leave the projections that hold some trainable, and the task's head."""
         self.prepare()
         self._parts = neurons.parts(module_table.describe(model), self.targets)
-        self._scores = scores(model, self._parts, self.tuned) if isinstance(self.tuned, Run) else None
+        self._scores = scores(model, self._parts, self.reference) if isinstance(self.reference, Run) else None
         self.neurons_ = self._choose(model)
         model.requires_grad_(False)
         axes = {part.module: part.axis for part in self._parts}
@@ -181,7 +186,7 @@ class NeFT(Method, name="neft"):
         if self.neurons is not None:
             return neurons.checked(self.neurons, self._parts)
         pool, seed = self._scores, 0
-        if self.mode == "random":
+        if self.select_by == "random":
             pool = neurons.unscored(self._parts) if pool is None else pool
             seed = int(torch.randint(2**31, ()))  # follows from the run's seed
         if pool is None:
@@ -190,8 +195,8 @@ class NeFT(Method, name="neft"):
         total = sum(parameter.numel() for parameter in model.parameters())
         by = PROBE_COSINE if PROBE_COSINE in pool else "cosine_distance"
         free = int(pool[by].notna().sum())
-        k = self.k or self._counted("share", total, width, free)
-        first = neurons.select(pool, k, "changed" if self.mode == "probed" else self.mode, seed, by)
+        k = self.num_neurons or self._counted("parameter_share", total, width, free)
+        first = neurons.select(pool, k, "changed" if self.select_by == "probed" else self.select_by, seed, by)
         others = self._counted("reversed_share", total, width, free - k) if self.reversed_share else 0
         return neurons.by_module(pd.concat([first, neurons.select(pool, others, "reversed")]) if others else first)
 
@@ -223,7 +228,7 @@ class NeFT(Method, name="neft"):
             for module, mask in self._masks.items():
                 mask.weight.copy_(torch.where(mask.still, step.base[f"{module}.weight"], mask.weight))
 
-    def held_still(self) -> int:
+    def frozen_entry_count(self) -> int:
         """What the masks cover."""
         return sum(mask.covered for mask in self._masks.values())
 
@@ -233,7 +238,7 @@ class NeFT(Method, name="neft"):
             for module, chosen in self.neurons_.items():
                 yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
             if self._scores is not None:
-                if self.mode == "probed":
+                if self.select_by == "probed":
                     yield from _records(PROBE_COSINE, self._scores, PROBE_COSINE)
                 else:
                     yield from _records("selection_cosine", self._scores)
@@ -288,7 +293,7 @@ def _check_kind(tuned: Run, mode: str) -> None:
         mend = "no run of probing: give one, or none"
     else:
         return
-    raise ValueError(f"mode {mode!r} cannot choose by {tuned.id} ({tuned.label}), {mend}")
+    raise ValueError(f"select_by {mode!r} cannot choose by {tuned.id} ({tuned.label}), {mend}")
 
 
 def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:

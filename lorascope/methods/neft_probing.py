@@ -65,7 +65,7 @@ class Probing(Method):
         """Freeze all but the task's head."""
         head = task_head(model).values()
         if not head:
-            raise ValueError("mode 'probed' needs a class for every row: give a classifier and a task with labels")
+            raise ValueError("select_by 'probed' needs a class for every row: give a classifier and a task with labels")
         self._parts = neurons.parts(module_table.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:
@@ -144,7 +144,7 @@ def probed(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
     scores = selected_neurons.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
         mend = f"delete {run.path} and probe again"
-        raise ValueError(f"tuned must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {mend}")
+        raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {mend}")
     found = neurons.within(scores, places)
     known = set(zip(found["module"], found["role"], strict=True))
     if absent := [part for part in places if (part.module, part.role) not in known]:

@@ -20,7 +20,7 @@ OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relati
 MIXTURES = "mixtures"
 """Key of a chart's ``meta``: label -> the gates at which updates stand that depend on the input."""
 _NORMS = "train with observe=[ls.observe.norms()]"
-_MOMENTS = 'train Full(rule="adamw") with observe=[ls.observe.second_moments()]'
+_MOMENTS = 'train Full(optimizer_name="adamw") with observe=[ls.observe.second_moments()]'
 _ADAPPROX = "train with Adapprox"
 _ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
 RECORDERS = {
@@ -44,7 +44,7 @@ RECORDERS = {
     "importance": _ALLOCATOR,
     "moment_sigma": _MOMENTS,
     "moment_error": _MOMENTS,
-    "factoring_error_svd": 'train Full(rule="adamw") with observe=[ls.observe.factorings()]',
+    "factoring_error_svd": 'train Full(optimizer_name="adamw") with observe=[ls.observe.factorings()]',
     "factor_rank": _ADAPPROX,
     "factor_share": _ADAPPROX,
     "factor_error": _ADAPPROX,

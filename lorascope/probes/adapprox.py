@@ -92,8 +92,8 @@ def arms(quick: bool) -> list[Arm]:
     ours = replace(METHOD, max_rank=RANK) if quick else METHOD
     methods: dict[str, Method] = {
         ADAMW: Full(),
-        ADAFACTOR: Full(rule="adafactor"),
-        CAME: Full(rule="came"),
+        ADAFACTOR: Full(optimizer_name="adafactor"),
+        CAME: Full(optimizer_name="came"),
         OURS: ours,
         GUIDED: replace(ours, cosine=True),
     }

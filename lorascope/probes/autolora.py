@@ -55,7 +55,7 @@ def arms(quick: bool) -> list[Arm]:
     settings = dict(encoder_settings(quick)) | ({"steps": 12, "eval_every": 0} if quick else {"steps": 100})
     shared: dict[str, Any] = {"settings": settings | {"observe": encoder_settings(quick)["observe"][:1]}}
     rates: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3}
-    method = AutoLoRA(rank=8, lora_alpha=16.0, selection_lr=1e-2, **rates)
+    method = AutoLoRA(rank=8, alpha=16.0, selection_lr=1e-2, **rates)
     # A step of the search makes five passes forward and six back, a step of the retraining one of each.
     return [
         Arm(label=MOVIES, method=method, task="sentiment/movies", cost=6.0, **shared),

@@ -98,7 +98,7 @@ def arms(quick: bool) -> list[Arm]:
         **({} if quick else bands),
         EQUAL: LoRA(rank=2, alpha=2.0, lr=1e-3, head_lr=1e-3),
         LARGE: LoRA(rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3),
-        HYDRA: HydraLoRA(rank=2, number=3, alpha=2.0, targets=("q", "v"), lr=1e-3, head_lr=1e-3),
+        HYDRA: HydraLoRA(rank=2, num_experts=3, alpha=2.0, targets=("q", "v"), lr=1e-3, head_lr=1e-3),
     }
     return [Arm(label=label, method=method, settings=settings, cost=0.65) for label, method in methods.items()]
 

@@ -25,7 +25,7 @@ from lorascope.runs.run import Run
 # As many heads as domains, and as in the authors' script; 3 would leave LoRA half a rank. Rate and scale are those of
 # the other probes: at the authors' (2e-3, scale 4) the LoRA that is compared with fell to chance in two of three seeds.
 # Gates by domain are noisy on few rows: 128 are some 30 of each domain.
-METHOD = HydraLoRA(number=4, alpha=4.0, targets=("ffn_in", "ffn_out"), lr=1e-3, head_lr=1e-3, gate_rows=128)
+METHOD = HydraLoRA(num_experts=4, alpha=4.0, targets=("ffn_in", "ffn_out"), lr=1e-3, head_lr=1e-3, gate_rows=128)
 NUMBERS = (1, 2, 8)  # of heads beside it: in the full form alone, since a quick run decides nothing
 
 
@@ -39,7 +39,7 @@ def headed(number: int) -> str:
     return f"HydraLoRA, {heads(number)}"
 
 
-ROUTED = headed(METHOD.number)
+ROUTED = headed(METHOD.num_experts)
 EVEN, SPLIT = f"{ROUTED}, even gates", f"{ROUTED}, an A each"
 _BARS = ("HydraLoRA", "an A each", "even gates", "plain LoRA")  # short, since they stand below the bars
 _GUESS = 0.5  # where both classes are guessed, the vertical axis begins
@@ -84,10 +84,10 @@ SHARING = Claim(
 def equal_rank(method: HydraLoRA) -> int:
     """The rank at which LoRA has as many parameters on the feed-forward part of a block.
 
-    A module has rank * in for A, number * rank * out for the heads and number * in for the router; in LoRA a rank costs
-    in + out. The two matrices of a block together have as many inputs as outputs.
+    A module has rank * in for A, num_experts * rank * out for the heads and num_experts * in for the router; in LoRA a
+    rank costs in + out. The two matrices of a block together have as many inputs as outputs.
     """
-    return (method.rank + method.number * method.rank + method.number) // 2
+    return (method.rank + method.num_experts * method.rank + method.num_experts) // 2
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -98,10 +98,10 @@ def arms(quick: bool) -> list[Arm]:
     return [
         Arm(label=ROUTED, method=METHOD, settings=settings, cost=1.4),
         Arm(label=EVEN, method=replace(METHOD, router="uniform"), settings=settings),
-        Arm(label=SPLIT, method=replace(METHOD, heads="split"), settings=settings, cost=1.4),
+        Arm(label=SPLIT, method=replace(METHOD, shared_a=False), settings=settings, cost=1.4),
         Arm(label=plain(), method=lora, settings=settings),
         *(
-            Arm(label=headed(number), method=replace(METHOD, number=number), settings=settings, cost=1.4)
+            Arm(label=headed(number), method=replace(METHOD, num_experts=number), settings=settings, cost=1.4)
             for number in (() if quick else NUMBERS)
         ),
     ]
@@ -132,7 +132,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         exhibit("training_curves", plots.training_curves(main)),
         exhibit("atlas", plots.atlas(main)),
     ]
-    numbers = {heads(n): runs[headed(n)] for n in (METHOD.number, *NUMBERS) if headed(n) in runs}
+    numbers = {heads(n): runs[headed(n)] for n in (METHOD.num_experts, *NUMBERS) if headed(n) in runs}
     if len(numbers) > 1:
         level = {plain(): runs[plain()]}
         exhibits.insert(1, exhibit("number_of_heads", plots.number_of_heads(numbers, level)))

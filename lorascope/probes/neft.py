@@ -98,16 +98,20 @@ def arms(quick: bool) -> list[Arm]:
     settings = encoder_settings(quick) | ({"steps": 12, "eval_every": 0, "test_size": 200} if quick else {})
     steps = settings["steps"]
     settings["observe"] = [*settings["observe"][:1], observe.utilisation(every=steps)]
-    shared: dict[str, Any] = {"share": 0.09, "lr": 1e-4, "head_lr": 1e-4, "tune_steps": steps // 3}
+    shared: dict[str, Any] = {"parameter_share": 0.09, "lr": 1e-4, "head_lr": 1e-4, "tune_steps": steps // 3}
     choice = settings | {"steps": 1, "eval_every": 0, "eval_size": 100, "test_size": 100}
     tuned = 1 + shared["tune_steps"] / steps
     others = [arm for arm in lora.arms(quick) if arm.label in (FULL, LOW)]
     return [
         *others,
         Arm(label=CHANGED, method=NeFT(**shared), settings=settings, cost=tuned),
-        Arm(label=REVERSED, method=NeFT(mode="reversed", **shared), settings=settings, cost=tuned),
-        Arm(label=RANDOM, method=NeFT(mode="random", **shared), settings=settings),
-        *([] if quick else [Arm(label=PROBED, method=NeFT(mode="probed", **shared), settings=settings, cost=tuned)]),
+        Arm(label=REVERSED, method=NeFT(select_by="reversed", **shared), settings=settings, cost=tuned),
+        Arm(label=RANDOM, method=NeFT(select_by="random", **shared), settings=settings),
+        *(
+            []
+            if quick
+            else [Arm(label=PROBED, method=NeFT(select_by="probed", **shared), settings=settings, cost=tuned)]
+        ),
         *(
             Arm(label=label, method=NeFT(**shared), task=task, settings=choice, cost=1.0 + shared["tune_steps"])
             for label, task in ((MOVIES, "sentiment/movies"), (TWEETS, "sentiment/tweets"))

@@ -87,7 +87,7 @@ def arms(quick: bool) -> list[Arm]:
         ),
         Arm(
             label=ALLOCATORS["AutoLoRA"],
-            method=AutoLoRA(rank=start, lora_alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
+            method=AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
             cost=0.15,
             vary=_of_seed,
             **shared,

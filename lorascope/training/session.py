@@ -19,7 +19,7 @@ from torch.func import functional_call
 from lorascope.adapters.delta import adapted
 from lorascope.files.printable import printable
 from lorascope.inputs.models import processor
-from lorascope.methods.base import Batch, HeldOut, Step
+from lorascope.methods.base import Batch, HeldOut, Step, frozen_entries
 from lorascope.observe import factors_of
 from lorascope.observe.base import Observer
 from lorascope.runs.run import Run
@@ -76,7 +76,7 @@ class Session:
         self.best: Best | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
-        still = self.method.held_still()
+        still = frozen_entries(self.method)
         self.writer = RunWriter(path, self.plan.meta(model, self.trained, still, modules, parents, device))
 
     @property

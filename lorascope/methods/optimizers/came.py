@@ -7,7 +7,7 @@
     W_t = W_{t-1} - alpha (M_t / sqrt(S_t) + lambda W_{t-1})
 
 Source: CAME (arXiv 2307.02047), algorithm 2. Vectors keep a dense average and are moved by M_t, as in the authors'
-code. Beside it stands only as a baseline: ``Full(rule="came")``.
+code. Beside it stands only as a baseline: ``Full(optimizer_name="came")``.
 """
 
 from __future__ import annotations

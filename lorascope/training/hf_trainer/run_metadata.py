@@ -10,7 +10,7 @@ from typing import Any
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments
 
-from lorascope.methods.base import Step, config
+from lorascope.methods.base import Step, config, frozen_entries
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import left_out
 from lorascope.runs.run import SCHEMA
@@ -43,7 +43,7 @@ def described(
     trained = trained_parameters(step.optimizer)
     if driver is None:  # an optimizer of PEFT's may hold what is frozen, too
         trained = [parameter for parameter in trained if parameter.requires_grad]
-    still = 0 if driver is None else driver.method.held_still()
+    still = 0 if driver is None else frozen_entries(driver.method)
     recipe, label = _recipe(trainer["model"], step) if driver is None else _own(driver)
     data = trainer["train_dataloader"].dataset
     return circumstances(step.model, trained, still, step.modules, str(args.device)) | {

@@ -1,0 +1,155 @@
+"""Old names of fields, parameters, attributes and functions: accepted for one release, with a FutureWarning.
+
+A field that was renamed keeps its old name, and its old values, in the JSON form of a method or an observer: the id of
+a run is computed from them, and a finished run is found again by its id.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
+
+AnyClass = TypeVar("AnyClass", bound=type)
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+_FORMER = "former"
+
+
+@dataclass(frozen=True)
+class Former:
+    """The name of a field before it was renamed, and the new value of each old one where values changed as well."""
+
+    name: str
+    values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
+
+    def to_new(self, value: Any) -> Any:
+        """Return the new form of an old value, or of each in a list of them."""
+        if isinstance(value, list) and self.values:
+            return [self.to_new(item) for item in value]
+        if not self.values:
+            return value
+        for old, new in self.values.items():
+            if old == value:
+                return new
+        raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.values))}, got {value!r}")
+
+    def to_old(self, value: Any) -> Any:
+        """Return the old form of a new value."""
+        return next((old for old, new in self.values.items() if new == value), value)
+
+
+def formerly(name: str, values: Mapping[Any, Any] | None = None) -> dict[str, Any]:
+    """Return the metadata of a dataclass field that was renamed; ``values`` maps old values to new ones."""
+    return {_FORMER: Former(name, values or {})}
+
+
+def former(field: dataclasses.Field[Any]) -> Former:
+    """Return the name and values that a field has in JSON: the old ones if it was renamed, else its own."""
+    return field.metadata.get(_FORMER, Former(field.name))
+
+
+def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
+    """Warn that a name is deprecated, at the caller of the function that calls this one."""
+    message = f"{old} is deprecated, use {new}"
+    warnings.warn(f"{owner}: {message}" if owner else message, FutureWarning, stacklevel=stacklevel + 1)
+
+
+def old_fields(cls: type) -> dict[str, tuple[str, Former]]:
+    """Return the new name of every renamed field of a dataclass, and what it was, by its old name."""
+    renamed = [field for field in dataclasses.fields(cls) if _FORMER in field.metadata]
+    return {former(field).name: (field.name, former(field)) for field in renamed}
+
+
+def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = None) -> dict[str, Any]:
+    """Return fields of a dataclass under their new names; with a ``stacklevel``, warn of each old one.
+
+    Raises
+    ------
+    ValueError
+        A field is given under both names, or an old value is unknown.
+    """
+    renamed, found = old_fields(cls), {}
+    for key, value in given.items():
+        if key in renamed:
+            new, before = renamed[key]
+            if new in given:
+                raise ValueError(f"{cls.__name__}: {key} is deprecated, use {new} alone: got both")
+            if stacklevel is not None:
+                warn_renamed(cls.__name__, key, new, stacklevel + 1)
+            key, value = new, before.to_new(value)
+        found[key] = value
+    return found
+
+
+def accept_old_fields(cls: AnyClass) -> AnyClass:
+    """Let a dataclass be built with, and read and written by, the old names of its fields."""
+    # As Any: a type checker is to see the new names alone, and no assignment to a method.
+    target: Any = cls
+    build = target.__init__
+
+    @wraps(build)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **to_new_fields(cls, kwargs, stacklevel=2))
+
+    target.__init__ = init
+    for old, (new, before) in old_fields(cls).items():
+        setattr(cls, old, _old_field(old, new, before))
+    return cls
+
+
+def _old_field(old: str, new: str, before: Former) -> property:
+    def read(self: Any) -> Any:
+        warn_renamed(type(self).__name__, old, new)
+        return before.to_old(getattr(self, new))
+
+    def write(self: Any, value: Any) -> None:
+        warn_renamed(type(self).__name__, old, new)
+        setattr(self, new, before.to_new(value))
+
+    return property(read, write, doc=f"Deprecated: use ``{new}``.")
+
+
+def old_attribute(old: str, new: str) -> Any:
+    """Return a property under the old name of an attribute or a method."""
+
+    def read(self: Any) -> Any:
+        warn_renamed(type(self).__name__, old, new)
+        return getattr(self, new)
+
+    return property(read, doc=f"Deprecated: use ``{new}``.")
+
+
+def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction]:
+    """Let a function take parameters by their old names as well; ``renamed`` maps old to new."""
+
+    def accept(function: AnyFunction) -> AnyFunction:
+        @wraps(function)
+        def accepting(*args: Any, **kwargs: Any) -> Any:
+            for old in renamed.keys() & kwargs.keys():
+                new = renamed[old]
+                if new in kwargs:
+                    raise ValueError(f"{function.__name__}: {old} is deprecated, use {new} alone: got both")
+                warn_renamed(function.__name__, old, new)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return accepting  # type: ignore[return-value]
+
+    return accept
+
+
+def old_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose functions or classes were renamed; ``renamed`` maps old to new."""
+
+    def find(name: str) -> Any:
+        if name not in renamed:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warn_renamed(module, name, renamed[name])
+        return getattr(sys.modules[module], renamed[name])
+
+    return find

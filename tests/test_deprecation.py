@@ -1,0 +1,267 @@
+"""Old names of what was renamed: they work for one release with a warning, and stored runs keep them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+import warnings
+from types import SimpleNamespace
+
+import pytest
+
+import lorascope as ls
+from lorascope.cli.main import main
+from lorascope.experiments import grid
+from lorascope.methods.base import Phase, config, from_config, frozen_entries
+from lorascope.methods.hydralora import HydraDelta
+from lorascope.schema import deprecation
+from lorascope.training.loop import train
+from lorascope.training.run_spec import Plan
+from lorascope.training.settings import Settings
+
+# The id and the label that the version before the renames gave a run of the same method, with the settings of `plan`.
+# A finished run is found again by its id, and its seeds share a legend entry by its label: neither may ever change.
+BEFORE = [
+    (ls.HydraLoRA, {}, {}, "1be3a8375c0a", "HydraLoRA"),
+    (
+        ls.HydraLoRA,
+        {"number": 5, "heads": "split"},
+        {"num_experts": 5, "shared_a": False},
+        "c8b98c84553e",
+        "HydraLoRA, number 5, heads split",
+    ),
+    (
+        ls.HydraLoRA,
+        {"number": 2, "heads": "shared", "gate_rows": 7},
+        {"num_experts": 2, "shared_a": True, "gate_rows": 7},
+        "f513383cfc54",
+        "HydraLoRA, number 2, gate_rows 7",
+    ),
+    (ls.NeFT, {}, {}, "5fced87d52a4", "NeFT"),
+    (
+        ls.NeFT,
+        {"k": 9, "share": 0.5, "mode": "reversed"},
+        {"num_neurons": 9, "parameter_share": 0.5, "select_by": "reversed"},
+        "4e7f561cb494",
+        "NeFT, k 9, share 0.5, mode reversed",
+    ),
+    (
+        ls.NeFT,
+        {"mode": "probed", "tuned": None, "tune_steps": 3},
+        {"select_by": "probed", "reference": None, "tune_steps": 3},
+        "fc95d67ff867",
+        "NeFT, mode probed, tune_steps 3",
+    ),
+    (ls.AutoLoRA, {}, {}, "a7c0ad8c2766", "AutoLoRA"),
+    (ls.AutoLoRA, {"lora_alpha": 8.0}, {"alpha": 8.0}, "e27b9af8182f", "AutoLoRA, lora_alpha 8"),
+    (ls.Full, {}, {}, "19ce4f5cf091", "Full"),
+    (ls.Full, {"rule": "came"}, {"optimizer_name": "came"}, "585f37c2fad4", "Full, rule came"),
+    (ls.LISA, {}, {}, "c4338ffdcc7d", "LISA"),
+    (
+        ls.LISA,
+        {"moments": "keep", "n_active": 1},
+        {"moment_policy": "keep", "n_active": 1},
+        "67202a49601d",
+        "LISA, n_active 1, moments keep",
+    ),
+]
+RENAMED = {
+    ls.HydraLoRA: {"number": "num_experts", "heads": "shared_a"},
+    ls.NeFT: {"k": "num_neurons", "share": "parameter_share", "mode": "select_by", "tuned": "reference"},
+    ls.AutoLoRA: {"lora_alpha": "alpha"},
+    ls.Full: {"rule": "optimizer_name"},
+    ls.LISA: {"moments": "moment_policy"},
+}
+FAST = {"steps": 2, "batch_size": 4, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
+
+each_method = pytest.mark.parametrize(
+    ("method", "old", "new", "id", "label"), BEFORE, ids=[f"{method.__name__}-{id}" for method, _, _, id, _ in BEFORE]
+)
+each_field = pytest.mark.parametrize(
+    ("method", "old", "new"), [(method, *pair) for method, names in RENAMED.items() for pair in names.items()]
+)
+
+
+def plan(method, observers=()):
+    settings = Settings(steps=10, lr=1e-3, head_lr=1e-3)
+    return Plan(method, Phase(method), SimpleNamespace(hash="data"), settings, 0, "weights", observers)
+
+
+def silently(build, **given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return build(**given)
+
+
+@each_method
+def test_id_label_and_stored_form_are_those_of_the_version_before(method, old, new, id, label):
+    built = method(**new)
+    assert (plan(built).id, built.label()) == (id, label)
+    assert old.items() <= ({"lora_alpha": 16.0, "gate_rows": 64, "rule": "adamw"} | config(built)).items()
+
+
+@each_method
+def test_old_fields_build_the_method_that_new_ones_do(method, old, new, id, label):
+    assert silently(method, **old) == method(**new)
+
+
+@each_method
+def test_stored_form_is_read_under_old_and_new_names_without_a_warning(method, old, new, id, label):
+    built = method(**new)
+    assert from_config(json.loads(json.dumps(config(built)))) == built
+    assert from_config({"name": method.name, **new}) == built
+
+
+@each_field
+def test_old_field_warns_once_at_the_caller(method, old, new):
+    value = config(method()).get(old, "adamw")
+    with pytest.warns(FutureWarning) as caught:
+        method(**{old: value})
+    assert [str(warning.message) for warning in caught] == [f"{method.__name__}: {old} is deprecated, use {new}"]
+    assert caught[0].filename == __file__
+
+
+@each_field
+def test_old_attribute_reads_and_writes_the_new_one_with_a_warning(method, old, new):
+    built, value = method(), config(method()).get(old, "adamw")
+    with pytest.warns(FutureWarning, match=f"{old} is deprecated, use {new}"):
+        assert getattr(built, old) == value
+    setattr(built, new, "other")
+    with pytest.warns(FutureWarning, match=f"{old} is deprecated, use {new}"):
+        setattr(built, old, value)
+    assert built == method()
+
+
+@each_field
+def test_both_names_of_a_field_are_an_error(method, old, new):
+    with pytest.raises(ValueError, match=f"{method.__name__}: {old} is deprecated, use {new} alone: got both"):
+        method(**{old: None, new: None})
+
+
+@each_field
+def test_signature_and_repr_show_the_new_name_only(method, old, new):
+    assert new in inspect.signature(method).parameters
+    assert old not in inspect.signature(method).parameters
+    assert f"{new}=" in repr(method())
+    assert f" {old}=" not in repr(method())
+
+
+def test_replace_takes_new_names():
+    changed = dataclasses.replace(ls.HydraLoRA(rank=2), num_experts=7, shared_a=False)
+    assert changed == ls.HydraLoRA(rank=2, num_experts=7, shared_a=False)
+
+
+@pytest.mark.parametrize("value", ["other", None, ["shared"], {"a": 1}])
+def test_unknown_old_value_is_an_error(value):
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=r"heads|shared_a must be"):
+        ls.HydraLoRA(heads=value)
+    with pytest.raises(ValueError, match="shared_a must be True or False, got"):
+        ls.HydraLoRA(shared_a="split")
+
+
+def test_subclass_of_a_renamed_method_keeps_its_old_attributes():
+    class Mine(ls.LISA):
+        pass
+
+    with pytest.warns(FutureWarning, match="Mine: moments is deprecated, use moment_policy"):
+        assert Mine().moments == "reset"
+
+
+def test_hook_of_the_old_name_is_called_and_warned_of():
+    with pytest.warns(FutureWarning, match="Older: held_still is deprecated, use frozen_entry_count"):
+
+        class Older(ls.Full):
+            def held_still(self):
+                return super().held_still() + 5
+
+    with pytest.warns(FutureWarning, match="Older: held_still is deprecated, use frozen_entry_count"):
+        assert frozen_entries(Older()) == 5
+
+    class Newer(ls.Full):
+        def frozen_entry_count(self):
+            return 7
+
+    assert frozen_entries(Newer()) == 7
+    with pytest.warns(FutureWarning, match="held_still is deprecated"):
+        assert Newer().held_still() == 7
+
+
+def test_run_stored_under_old_keys_loads_restores_and_is_found_again(bert, task, tmp_path):
+    out = tmp_path / "run"
+    method = ls.HydraLoRA(rank=2, num_experts=2, shared_a=False)
+    run = ls.train(ls.models.load(bert, task=task), task, method, out=out, **FAST)
+    stored = json.loads((out / "run.json").read_text("utf-8"))
+    assert (stored["method"]["number"], stored["method"]["heads"]) == (2, "split")
+    assert stored["method"].keys().isdisjoint({"num_experts", "shared_a"})
+
+    model = ls.models.load(bert, task=task)
+    ls.load(out).restore(model)
+    restored = [module for module in model.modules() if isinstance(module, HydraDelta)]
+    assert restored
+    assert all(delta.number == 2 and delta.rank == 4 for delta in restored)
+
+    again = silently(ls.HydraLoRA, rank=2, number=2, heads="split")
+    assert ls.train(ls.models.load(bert, task=task), task, again, out=out, **FAST).id == run.id
+
+
+def table(**method):
+    return {"task": "sentiment", "method": method, "settings": {"steps": 3}}
+
+
+def test_grid_takes_old_fields_with_a_warning():
+    with pytest.warns(FutureWarning) as caught:
+        found = grid.read(table(name="hydralora", number=[2, 3], heads=["shared", "split"]))
+    assert {str(warning.message) for warning in caught} == {
+        "HydraLoRA: number is deprecated, use num_experts",
+        "HydraLoRA: heads is deprecated, use shared_a",
+    }
+    assert found.methods == [ls.HydraLoRA(num_experts=n, shared_a=a) for n in (2, 3) for a in (True, False)]
+    with pytest.raises(ValueError, match="number is deprecated, use num_experts alone: got both"):
+        grid.read(table(name="hydralora", number=2, num_experts=2))
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "expected", "told"),
+    [
+        ("hydralora", ["--number", "5"], ls.HydraLoRA(num_experts=5), ["--number is deprecated, use --num-experts"]),
+        ("hydralora", ["--num-experts=5", "--no-shared-a"], ls.HydraLoRA(num_experts=5, shared_a=False), []),
+        ("hydralora", ["--heads=split"], ls.HydraLoRA(shared_a=False), ["--heads is deprecated, use --shared-a"]),
+        ("hydralora", ["--heads", "shared"], ls.HydraLoRA(), ["--heads is deprecated, use --shared-a"]),
+        ("autolora", ["--lora-alpha", "8"], ls.AutoLoRA(alpha=8.0), ["--lora-alpha is deprecated, use --alpha"]),
+        ("autolora", ["--lora_alpha=8"], ls.AutoLoRA(alpha=8.0), ["--lora_alpha is deprecated, use --alpha"]),
+        ("full", ["--rule", "came"], ls.Full(optimizer_name="came"), ["--rule is deprecated, use --optimizer-name"]),
+    ],
+)
+def test_command_line_takes_old_options_with_a_line(method, words, expected, told, monkeypatch, capsys):
+    given = []
+
+    @functools.wraps(train)  # the options are read off its signature
+    def record(*arguments, **_):
+        given.append(arguments[2])
+
+    monkeypatch.setattr("lorascope.cli.train.train", record)
+    assert main(["train", method, "--steps", "3", *words]) == 0
+    assert given == [expected]
+    assert capsys.readouterr().err.splitlines() == [f"lorascope: {line}" for line in told]
+
+
+def test_help_shows_the_new_option_only(capsys):
+    main(["train", "hydralora", "--help"])
+    shown = capsys.readouterr().out
+    assert "--num-experts" in shown
+    assert "--number" not in shown
+    assert "--heads" not in shown
+
+
+def test_parameter_of_a_function_that_was_renamed():
+    @deprecation.accept_old_parameters(told="label")
+    def name(label=""):
+        return label
+
+    with pytest.warns(FutureWarning, match="^name: told is deprecated, use label$") as caught:
+        assert name(told="x") == "x"
+    assert caught[0].filename == __file__
+    with pytest.raises(ValueError, match=r"^name: told is deprecated, use label alone: got both$"):
+        name(told="x", label="y")

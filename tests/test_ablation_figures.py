@@ -140,5 +140,5 @@ def test_an_axis_has_the_name_of_the_metric_that_all_runs_share(tmp_path: Path) 
         plant(tmp_path, str(number), reached, test={"name": name, "metric": 0.5, "loss": 0.7})
         for number, name in enumerate(("accuracy", "accuracy", "perplexity"))
     )
-    assert plots.left_out({"one": one, "two": two}).y.label == "test accuracy"
-    assert plots.left_out({"one": one, "other": other}).y.label == "test metric"
+    assert plots.ablations({"one": one, "two": two}).y.label == "test accuracy"
+    assert plots.ablations({"one": one, "other": other}).y.label == "test metric"

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import lorascope as ls
+from lorascope import plots
 from lorascope.cli.main import main
 from lorascope.experiments import grid
 from lorascope.methods.base import Phase, config, from_config, frozen_entries
@@ -265,3 +266,31 @@ def test_parameter_of_a_function_that_was_renamed():
     assert caught[0].filename == __file__
     with pytest.raises(ValueError, match=r"^name: told is deprecated, use label alone: got both$"):
         name(told="x", label="y")
+
+
+FIGURES = {
+    "factorings": "factorization_methods",
+    "left_out": "ablations",
+    "number_of_heads": "number_of_experts",
+    "quality": "accuracy_by_parameters",
+}
+
+
+@pytest.mark.parametrize(("old", "new"), FIGURES.items())
+def test_old_name_of_a_figure_is_the_figure(old, new, capsys):
+    with pytest.warns(FutureWarning, match=f"lorascope.plots: {old} is deprecated, use {new}"):
+        assert getattr(plots, old) is getattr(plots, new)
+    with pytest.warns(FutureWarning, match=f"FIGURES: {old} is deprecated, use {new}"):
+        assert plots.FIGURES[old] is plots.FIGURES[new]
+    assert old not in plots.FIGURES
+    assert main(["plot", old]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"lorascope: {old} is deprecated, use {new}"
+    assert f"lorascope plot {new} runs/my-run" in second
+
+
+def test_figure_of_no_name_is_still_an_error():
+    with pytest.raises(AttributeError, match=r"module 'lorascope.plots' has no attribute 'nothing'"):
+        plots.nothing  # noqa: B018
+    with pytest.raises(KeyError, match="nothing"):
+        plots.FIGURES["nothing"]

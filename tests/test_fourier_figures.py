@@ -208,7 +208,7 @@ def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
         run("d", "FourierFT, coefficients 64, basis random", 64, 0.6, coefficients=64),
         run("e", "Full", 9000, 0.95),
     ]
-    chart = plots.quality(runs)
+    chart = plots.accuracy_by_parameters(runs)
     assert lookup(chart, "recipe", "parameters") == pytest.approx(
         {
             ("LoRA, rank 2", 200): 0.7,
@@ -237,7 +237,7 @@ def test_sizes_of_recipes_with_as_many_parameters_are_written_on_either_side(wri
         )
         for id, number, value in sizes
     }
-    drawn = plots.quality(runs).data
+    drawn = plots.accuracy_by_parameters(runs).data
     assert (drawn["above"] > drawn["value"]).tolist() == [True, False, True, True]
 
 
@@ -252,7 +252,7 @@ def test_sizes_that_no_field_names_are_read_off_the_run_and_alpha_may_follow_the
         )
         for rank, alpha, label in ((2, 2, "LoRA, rank 2, alpha 2"), (8, 8, "LoRA"), (4, 8, "LoRA, rank 4, alpha 8"))
     ]
-    chart = plots.quality({run.label: run for run in (default, *runs)})
+    chart = plots.accuracy_by_parameters({run.label: run for run in (default, *runs)})
     assert chart.data["size"].tolist() == ["4", "2", "8", "4"]
     assert chart.data["family"].tolist() == ["FourierFT", "LoRA", "LoRA", "LoRA, alpha 8"]
 
@@ -261,7 +261,7 @@ def test_quality_refuses_runs_of_two_tasks(write: Any) -> None:
     values = {("test_metric", ""): {9: 0.5}}
     runs = [write(id, values, id, task=task, parameters={"trained": 1}) for id, task in (("a", "t"), ("b", "u"))]
     with pytest.raises(ValueError, match=r"runs of one task; got t \(run a\) and u \(run b\)"):
-        plots.quality(runs)
+        plots.accuracy_by_parameters(runs)
 
 
 def test_the_band_by_distance_is_the_table_of_the_paper() -> None:

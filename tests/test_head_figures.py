@@ -103,8 +103,8 @@ def by_number(run: Any) -> dict[str, list[Run]]:
     }
 
 
-def test_the_metric_stands_over_the_number_of_heads(run: Any) -> None:
-    chart = plots.number_of_heads(by_number(run))
+def test_the_metric_stands_over_the_number_of_experts(run: Any) -> None:
+    chart = plots.number_of_experts(by_number(run))
     assert chart.data["number"].tolist() == [1, 4, 8]
     assert chart.data["value"].tolist() == pytest.approx([0.72, 0.82, 0.80])
     half = (chart.data["high"] - chart.data["low"]) / 2
@@ -116,7 +116,7 @@ def test_the_metric_stands_over_the_number_of_heads(run: Any) -> None:
 
 def test_another_method_is_a_level_line_across_all_numbers(run: Any) -> None:
     lora = {"LoRA": [run(metric, seed, "LoRA", name="lora", rank=9) for seed, metric in enumerate((0.7, 0.8))]}
-    chart = plots.number_of_heads(by_number(run), lora)
+    chart = plots.number_of_experts(by_number(run), lora)
     level = chart.data[chart.data["series"] == "LoRA"]
     assert level["number"].tolist() == [1, 8]
     assert level["value"].tolist() == pytest.approx([0.75, 0.75])
@@ -126,17 +126,17 @@ def test_another_method_is_a_level_line_across_all_numbers(run: Any) -> None:
 
 
 def test_what_has_no_heads_or_differs_in_more_is_refused(run: Any) -> None:
-    with pytest.raises(ValueError, match=r"^number_of_heads needs a number of heads: train HydraLoRA \(run"):
-        plots.number_of_heads(run(0.5, name="lora", rank=2))
+    with pytest.raises(ValueError, match=r"^number_of_experts needs a number of heads: train HydraLoRA \(run"):
+        plots.number_of_experts(run(0.5, name="lora", rank=2))
     one, two = run(0.5, label="a", number=1, rank=2), run(0.6, label="b", number=2, rank=4)
     with pytest.raises(ValueError, match=r"differ in number alone; got rank 2 \(run .*\) and 4 \(run"):
-        plots.number_of_heads([one, two])
+        plots.number_of_experts([one, two])
 
 
 def test_a_bar_for_the_whole_and_for_what_is_left_without_a_part(run: Any) -> None:
     reached = {"whole": (0.80, 0.90), "even gates": (0.70, 0.78)}
     runs = {name: [run(m, seed, name, number=seed) for seed, m in enumerate(two)] for name, two in reached.items()}
-    chart = plots.left_out(runs, start=0.5)
+    chart = plots.ablations(runs, start=0.5)
     assert lookup(chart, "recipe") == pytest.approx({"whole": 0.85, "even gates": 0.74})
     assert lookup(chart, "recipe", value="words") == {"whole": "0.850", "even gates": "0.740"}
     assert (chart.x.order, chart.y.limits) == (("whole", "even gates"), (0.5, None))
@@ -146,12 +146,12 @@ def test_a_bar_for_the_whole_and_for_what_is_left_without_a_part(run: Any) -> No
 def test_bars_of_two_tasks_do_not_compare(run: Any) -> None:
     one, two = run(0.5, label="a"), run(0.6, label="b")
     two.meta["task"] = "other"
-    with pytest.raises(ValueError, match=r"left_out compares runs of one task; got t \(run .*\) and other \(run"):
-        plots.left_out([one, two])
+    with pytest.raises(ValueError, match=r"ablations compares runs of one task; got t \(run .*\) and other \(run"):
+        plots.ablations([one, two])
 
 
 def test_both_renderers_draw_them(run: Any) -> None:
     numbers = by_number(run)
-    for figure in (plots.number_of_heads(numbers), plots.left_out(numbers)):
+    for figure in (plots.number_of_experts(numbers), plots.ablations(numbers)):
         assert figure.mpl().axes
         assert figure.plotly().data

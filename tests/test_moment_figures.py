@@ -150,17 +150,15 @@ def test_ways_to_factor_are_set_against_the_least_error(tmp_path):
             planted[f"factoring_seconds_{way}", module] = {4: np.array([number + 1.0, 9.0])}
     run = plant(tmp_path, "run", planted)
     run.table["index"] = run.table["index"].map({0: 1, 1: 8}).astype("Int32")
-    error, time = plots.factorings(run).rows()[0]
+    error, time = plots.factorization_methods(run).rows()[0]
     found = error.data.set_index(["measure", "index"])["value"]
     assert found["S-RSI, l = 1, p = 5"].to_dict() == pytest.approx({1: 6, 8: 1})
     assert found["S-RSI, l = 5, p = 5"].to_dict() == pytest.approx({1: 3, 8: 1})
     assert found["exact decomposition"].to_dict() == pytest.approx({1: 1, 8: 1})
     taken = time.data.set_index(["measure", "index"])["value"]
     assert taken["S-RSI, l = 5, p = 0"].to_dict() == pytest.approx({1: 6, 8: 18})
-    with pytest.raises(
-        ValueError, match=r"factoring_error_svd: train Full\(optimizer_name=\"adamw\"\) with observe"
-    ):
-        plots.factorings(plant(tmp_path, "other", {("lr", ""): {1: 0.1}}))
+    with pytest.raises(ValueError, match=r"factoring_error_svd: train Full\(optimizer_name=\"adamw\"\) with observe"):
+        plots.factorization_methods(plant(tmp_path, "other", {("lr", ""): {1: 0.1}}))
 
 
 def test_guidance_is_drawn_beside_the_angle_it_goes_by(tmp_path):

@@ -82,9 +82,7 @@ def test_the_rule_is_no_part_of_the_identity_of_adamw():
     assert Full(optimizer_name="came").label() == "Full, rule came"
     wrong = Full()
     wrong.optimizer_name = "sgd"  # as the command line would give it, which checks no types
-    with pytest.raises(
-        ValueError, match="optimizer_name 'sgd' is unknown: it must be one of 'adamw', 'adafactor'"
-    ):
+    with pytest.raises(ValueError, match="optimizer_name 'sgd' is unknown: it must be one of 'adamw', 'adafactor'"):
         wrong.__post_init__()
 
 

@@ -105,9 +105,7 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
     assert selected_neurons.as_set(selected_neurons.chosen(again)) == best
     for mode in neurons.MODES:
-        with pytest.raises(
-            ValueError, match=rf"select_by '{mode}' cannot choose by {probed.id} .*, a run of probing"
-        ):
+        with pytest.raises(ValueError, match=rf"select_by '{mode}' cannot choose by {probed.id} .*, a run of probing"):
             NeFT(num_neurons=7, select_by=mode, reference=probed)
 
 

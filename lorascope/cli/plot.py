@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from tyro.conf import Positional, arg
 from lorascope.cli.arguments import UsageError, fields_of, headline, parse
 from lorascope.cli.load_runs import opened
 from lorascope.files.printable import printable
-from lorascope.plots import FIGURES
+from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.run import Run
 
 _RUNS = "folders of runs or adapters; label=folder names a curve, the same label again a further seed"
@@ -42,6 +43,9 @@ def main(argv: Sequence[str]) -> int:
         print(_catalogue())
         return 0
     name, *rest = argv
+    if name in OLD_FIGURES:
+        print(f"lorascope: {name} is deprecated, use {OLD_FIGURES[name]}", file=sys.stderr)
+        name = OLD_FIGURES[name]
     if name not in FIGURES:
         near = difflib.get_close_matches(name, FIGURES, n=2) or list(FIGURES)
         raise UsageError(f"there is no figure {name!r}: {', '.join(near)} (all: lorascope plot)")

@@ -4,9 +4,11 @@
 catalogue, ``available(run)`` says what can be drawn.
 """
 
-from lorascope.plots.ablations import basis_ablation, bias_curve, left_out, number_of_heads
-from lorascope.plots.accuracy_by_parameters import quality
+from typing import TYPE_CHECKING
+
+from lorascope.plots.accuracy_and_size import accuracy_by_parameters
 from lorascope.plots.adapter_similarity import adapter_pairs
+from lorascope.plots.component_ablations import ablations, basis_ablation, bias_curve, number_of_experts
 from lorascope.plots.factor_embeddings import factor_embedding
 from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
 from lorascope.plots.head_count import head_choice
@@ -15,19 +17,28 @@ from lorascope.plots.learning_curves import guidance, learning_rates, training_c
 from lorascope.plots.lisa_schedule import active_layers, draw_frequency, draw_grid
 from lorascope.plots.method_atlas import atlas
 from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
-from lorascope.plots.optimizer_moments import factor_error, factor_rank, factorings, moment_error, second_moments
+from lorascope.plots.optimizer_moments import (
+    factor_error,
+    factor_rank,
+    factorization_methods,
+    moment_error,
+    second_moments,
+)
 from lorascope.plots.planted_ranks import planted
 from lorascope.plots.rank_allocations import adapted_types, rank_allocation, rank_replay
-from lorascope.plots.registry import FIGURES, Figure, available
+from lorascope.plots.registry import FIGURES, OLD_FIGURES, Figure, available
 from lorascope.plots.routing import gate_course, gates
 from lorascope.plots.score_agreement import against_truth, agreement
 from lorascope.plots.selected_neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
 from lorascope.plots.step_cost import memory, step_seconds
 from lorascope.plots.subspaces import spectrum, subspace_similarity
+from lorascope.schema.deprecation import old_names
 
 __all__ = [
     "FIGURES",
     "Figure",
+    "ablations",
+    "accuracy_by_parameters",
     "active_layers",
     "adapted_types",
     "adapter_pairs",
@@ -42,7 +53,7 @@ __all__ = [
     "factor_embedding",
     "factor_error",
     "factor_rank",
-    "factorings",
+    "factorization_methods",
     "fourier_spectrum",
     "frequency_bias",
     "gate_course",
@@ -51,7 +62,6 @@ __all__ = [
     "head_choice",
     "importance",
     "learning_rates",
-    "left_out",
     "mean_norm",
     "memory",
     "moment_error",
@@ -59,9 +69,8 @@ __all__ = [
     "neuron_overlap",
     "neurons",
     "norm_over_steps",
-    "number_of_heads",
+    "number_of_experts",
     "planted",
-    "quality",
     "rank_allocation",
     "rank_replay",
     "rank_shift",
@@ -74,3 +83,6 @@ __all__ = [
     "update_norm",
     "update_norm_heat",
 ]
+
+if not TYPE_CHECKING:  # which is to see the new names alone
+    __getattr__ = old_names(__name__, OLD_FIGURES)

@@ -148,7 +148,7 @@ def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Ch
     misleads="Times are of one machine and the sizes of one block, each the shorter of two; beside other work they "
     "tell of that too. They do not grow evenly: some libraries multiply by a few columns more slowly than by sixteen.",
 )
-def factorings(runs: Runs, control: Runs | None = None) -> Panels:
+def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     """Error and time of S-RSI by rank, rounds and columns to spare, beside torch's decompositions (Adapprox).
 
     Parameters
@@ -156,7 +156,7 @@ def factorings(runs: Runs, control: Runs | None = None) -> Panels:
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         With ``observe.factorings()``; a pair of panels a label.
     """
-    cohort = gather("factorings", runs, control)
+    cohort = gather("factorization_methods", runs, control)
     cohort.require("factoring_error_svd")
     table = cohort.label(cohort.table)
     caption = cohort.caption(

@@ -13,6 +13,7 @@ from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.runs.run import Run
+from lorascope.schema.deprecation import warn_renamed
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
 OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
@@ -93,7 +94,26 @@ class Figure:
     misleads: str
 
 
-FIGURES: dict[str, Figure] = {}
+# Figures that were renamed, by their old names.
+OLD_FIGURES = {
+    "factorings": "factorization_methods",
+    "left_out": "ablations",
+    "number_of_heads": "number_of_experts",
+    "quality": "accuracy_by_parameters",
+}
+
+
+class _Catalogue(dict[str, Figure]):
+    """Figures by name; an old name finds the figure as well, with a warning."""
+
+    def __missing__(self, name: str) -> Figure:
+        if name not in OLD_FIGURES:
+            raise KeyError(name)
+        warn_renamed("FIGURES", name, OLD_FIGURES[name])
+        return self[OLD_FIGURES[name]]
+
+
+FIGURES: dict[str, Figure] = _Catalogue()
 
 
 def figure(

@@ -128,7 +128,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     exhibits = [
         exhibit("second_moments", plots.second_moments({best[ADAMW]: adam})),
         exhibit("moment_error", plots.moment_error({best[ADAMW]: adam})),
-        exhibit("factorings", plots.factorings({best[ADAMW]: adam})),
+        exhibit("factorization_methods", plots.factorization_methods({best[ADAMW]: adam})),
         exhibit("factor_rank", plots.factor_rank({best[OURS]: ours})),
         exhibit("factor_error", plots.factor_error({best[OURS]: ours})),
         exhibit("guidance", plots.guidance({key: found for key, found in runs.items() if key.startswith(OURS)})),

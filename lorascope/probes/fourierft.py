@@ -143,7 +143,7 @@ def _exhibits(runs: Mapping[str, Sequence[Run]]) -> list[Exhibit]:
 
     bases, methods = ({name: runs[label] for name, label in of.items()} for of in (BASES, METHODS))
     return [
-        exhibit("quality", plots.quality(only(FEW, DEFAULT, MANY, EQUAL, LARGE))),
+        exhibit("accuracy_by_parameters", plots.accuracy_by_parameters(only(FEW, DEFAULT, MANY, EQUAL, LARGE))),
         exhibit("training_curves", plots.training_curves(dict(runs))),
         exhibit("norm_over_steps", plots.norm_over_steps(dict(runs))),
         exhibit("fourier_spectrum", plots.fourier_spectrum(only(FEW, DEFAULT, ZEROS))),

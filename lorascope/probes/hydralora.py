@@ -126,7 +126,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     ]
     main = {label: runs[label] for label in (ROUTED, SPLIT, EVEN, plain())}
     exhibits = [
-        exhibit("left_out", plots.left_out(dict(zip(_BARS, main.values(), strict=True)), start=_GUESS)),
+        exhibit("ablations", plots.ablations(dict(zip(_BARS, main.values(), strict=True)), start=_GUESS)),
         exhibit("gates", plots.gates({ROUTED: routed, SPLIT: runs[SPLIT]})),
         exhibit("gate_course", plots.gate_course({ROUTED: routed, SPLIT: runs[SPLIT]})),
         exhibit("training_curves", plots.training_curves(main)),
@@ -135,7 +135,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     numbers = {heads(n): runs[headed(n)] for n in (METHOD.num_experts, *NUMBERS) if headed(n) in runs}
     if len(numbers) > 1:
         level = {plain(): runs[plain()]}
-        exhibits.insert(1, exhibit("number_of_heads", plots.number_of_heads(numbers, level)))
+        exhibits.insert(1, exhibit("number_of_experts", plots.number_of_experts(numbers, level)))
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
         "Trained parameters, the task's head included: "

@@ -24,7 +24,7 @@ _ASIDE = 0.03  # of the range that the points span
     "right may want a lower rate, not fewer parameters. The head that every method trains is counted, which at few "
     "coefficients is most of the number.",
 )
-def quality(runs: Runs, control: Runs | None = None) -> Chart:
+def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     """Test metric against trained parameters (FourierFT, Figs. 1 and 4): rank against coefficients.
 
     Parameters
@@ -37,7 +37,7 @@ def quality(runs: Runs, control: Runs | None = None) -> Chart:
     ValueError
         The runs are of different tasks.
     """
-    cohort = gather("quality", runs, control)
+    cohort = gather("accuracy_by_parameters", runs, control)
     cohort.require("test_metric")
     cohort.same("task")
     rows = cohort.scores()

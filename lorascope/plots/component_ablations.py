@@ -135,7 +135,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     "such as a LoRA of as many parameters given as control, says what they buy elsewhere. The best of several numbers "
     "is the best by chance, too.",
 )
-def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
+def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     """Test metric against the number of heads (HydraLoRA, Fig. 8).
 
     Parameters
@@ -150,7 +150,7 @@ def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
     ValueError
         The runs have no heads or differ in more than their number, or the controls are of another task or model.
     """
-    own, cohort = gather("number_of_heads", runs), gather("number_of_heads", runs, control)
+    own, cohort = gather("number_of_experts", runs), gather("number_of_experts", runs, control)
     own.require(HEADS)
     cohort.require("test_metric")
     own.alike("number")
@@ -193,7 +193,7 @@ def number_of_heads(runs: Runs, control: Runs | None = None) -> Chart:
     misleads="Leaving a part out also changes how many parameters train, which the caption counts, and which learning "
     "rate would suit. Parts that stand in for each other all look useless one at a time.",
 )
-def left_out(runs: Runs, control: Runs | None = None, start: float | int = 0.0) -> Chart:
+def ablations(runs: Runs, control: Runs | None = None, start: float | int = 0.0) -> Chart:
     """Test metric of a method and of what is left of it without a part, one bar a label (HydraLoRA, Fig. 6).
 
     Parameters
@@ -208,7 +208,7 @@ def left_out(runs: Runs, control: Runs | None = None, start: float | int = 0.0) 
     ValueError
         The runs are of different tasks or models.
     """
-    cohort = gather("left_out", runs, control)
+    cohort = gather("ablations", runs, control)
     cohort.require("test_metric")
     cohort.same("model", "task")
     rows = cohort.scores()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import json
 import warnings
@@ -294,3 +295,20 @@ def test_figure_of_no_name_is_still_an_error():
         plots.nothing  # noqa: B018
     with pytest.raises(KeyError, match="nothing"):
         plots.FIGURES["nothing"]
+
+
+FUNCTIONS = [
+    ("lorascope.analysis.rank_allocations", "by_lot", "random_ranks"),
+    ("lorascope.analysis.rank_allocations", "in_force", "current_ranks"),
+    ("lorascope.analysis.rank_allocations", "stability_by_lot", "random_stability"),
+]
+
+
+@pytest.mark.parametrize(("module", "old", "new"), FUNCTIONS)
+def test_old_name_of_a_function_is_the_function(module, old, new):
+    home = importlib.import_module(module)
+    with pytest.warns(FutureWarning, match=f"^{module}: {old} is deprecated, use {new}$") as caught:
+        assert getattr(home, old) is getattr(home, new)
+    assert caught[0].filename == __file__
+    with pytest.warns(FutureWarning, match=f"{old} is deprecated, use {new}"):
+        exec(f"from {module} import {old}", {})

@@ -36,7 +36,7 @@ def table(at: dict[int, list[int]], run: str = "a", modules: pd.DataFrame = MODU
 def several(*values: list[int]) -> pd.DataFrame:
     """Ranks in force of runs a, b, ..."""
     runs = [table({9: found}, run) for run, found in zip("abcdefgh", values, strict=False)]
-    return rank_allocations.in_force(records.concat(runs))
+    return rank_allocations.current_ranks(records.concat(runs))
 
 
 HISTORY = {0: [4] * 6, 3: [4, 3, 2, 4, 1, 0], 9: [5, 0, 1, 2, 0, 4]}
@@ -44,32 +44,32 @@ HISTORY = {0: [4] * 6, 3: [4, 3, 2, 4, 1, 0], 9: [5, 0, 1, 2, 0, 4]}
 
 def test_ranks_in_force_are_the_last_recorded_by_a_step() -> None:
     found = table(HISTORY)
-    assert rank_allocations.in_force(found)["value"].tolist() == HISTORY[9]
-    assert rank_allocations.in_force(found, 8)["value"].tolist() == HISTORY[3]
-    assert set(rank_allocations.in_force(found, 8)["step"]) == {8}
-    assert rank_allocations.in_force(found, 0)["value"].tolist() == [4] * 6
+    assert rank_allocations.current_ranks(found)["value"].tolist() == HISTORY[9]
+    assert rank_allocations.current_ranks(found, 8)["value"].tolist() == HISTORY[3]
+    assert set(rank_allocations.current_ranks(found, 8)["step"]) == {8}
+    assert rank_allocations.current_ranks(found, 0)["value"].tolist() == [4] * 6
     late = found[(found["step"] < 9) | (found["module"] != name(0, "q"))]
-    assert rank_allocations.in_force(late)["value"].tolist() == [4, *HISTORY[9][1:]]
+    assert rank_allocations.current_ranks(late)["value"].tolist() == [4, *HISTORY[9][1:]]
     with pytest.raises(ValueError, match="no rank was recorded by step -1"):
-        rank_allocations.in_force(found, -1)
+        rank_allocations.current_ranks(found, -1)
 
 
 def test_a_folder_without_steps_has_its_ranks_at_the_end_alone() -> None:
     folder = table({-1: HISTORY[9]})
-    assert rank_allocations.in_force(folder)["value"].tolist() == HISTORY[9]
+    assert rank_allocations.current_ranks(folder)["value"].tolist() == HISTORY[9]
     with pytest.raises(ValueError, match="by step 9"):
-        rank_allocations.in_force(folder, 9)
+        rank_allocations.current_ranks(folder, 9)
 
 
 def test_ranks_are_summed_by_layer_and_by_role() -> None:
-    found = rank_allocations.in_force(table(HISTORY))
+    found = rank_allocations.current_ranks(table(HISTORY))
     layers, roles = (norms.pool(found, by) for by in (("place",), ("role",)))
     assert dict(zip(layers["place"], layers["value"], strict=True)) == {"0": 5, "1": 3, "2": 4}
     assert dict(zip(roles["role"], roles["value"], strict=True)) == {"q": 6, "ffn_in": 6}
 
 
 def test_parameters_are_ranks_times_inputs_and_outputs() -> None:
-    found = rank_allocations.in_force(table(HISTORY))
+    found = rank_allocations.current_ranks(table(HISTORY))
     spent = rank_allocations.parameters(found, MODULES)["parameters"]
     assert spent.tolist() == [5 * 20, 0, 1 * 20, 2 * 50, 0, 4 * 50]
     unsized = rank_allocations.parameters(found, MODULES.drop(columns=["in_features", "out_features"]))["parameters"]
@@ -78,7 +78,7 @@ def test_parameters_are_ranks_times_inputs_and_outputs() -> None:
 
 def test_shares_stand_beside_those_of_the_same_rank_everywhere() -> None:
     modules = MODULES.drop(index=5)  # 3 q, 2 ffn_in
-    found = rank_allocations.in_force(table({9: [5, 0, 1, 2, 0]}, modules=modules))
+    found = rank_allocations.current_ranks(table({9: [5, 0, 1, 2, 0]}, modules=modules))
     roles = rank_allocations.shares(found).set_index("role")
     assert roles.loc["q", ["rank", "modules", "share", "uniform"]].tolist() == pytest.approx([6, 3, 6 / 8, 3 / 5])
     depth = rank_allocations.shares(found, "third").set_index("third")
@@ -89,7 +89,7 @@ def test_shares_stand_beside_those_of_the_same_rank_everywhere() -> None:
 @pytest.mark.parametrize(("layers", "sizes"), [(12, [4, 4, 4]), (2, [1, 0, 1]), (5, [2, 1, 2]), (1, [0, 1, 0])])
 def test_thirds_of_the_depth_are_of_even_size(layers: int, sizes: list[int]) -> None:
     modules = pd.DataFrame(blocks(layers, ("q",))).astype({"layer": "Int16"})
-    third = rank_allocations.thirds(rank_allocations.in_force(table({9: [1] * layers}, modules=modules)))
+    third = rank_allocations.thirds(rank_allocations.current_ranks(table({9: [1] * layers}, modules=modules)))
     assert third.value_counts(sort=False).tolist() == sizes
     assert third.is_monotonic_increasing
 
@@ -124,7 +124,7 @@ def test_modules_that_a_run_lacks_are_left_out_of_its_agreement() -> None:
 
 
 def test_ranks_by_lot_keep_budget_and_cap_and_differ_between_runs() -> None:
-    drawn = rank_allocations.by_lot(several([6, 0, 0, 0, 0, 6], [6, 0, 0, 0, 0, 6]), cap=6)
+    drawn = rank_allocations.random_ranks(several([6, 0, 0, 0, 0, 6], [6, 0, 0, 0, 0, 6]), cap=6)
     values = drawn.groupby("run", observed=True)["value"].agg(list)
     assert [sum(row) for row in values] == [12, 12]
     assert values["a"] != values["b"]
@@ -134,7 +134,7 @@ def test_ranks_by_lot_keep_budget_and_cap_and_differ_between_runs() -> None:
 def test_runs_by_lot_agree_by_chance_alone() -> None:
     modules = pd.DataFrame(blocks(12)).astype({"layer": "Int16"})
     learned = [table({9: [8] * 72}, run, modules) for run in "abc"]
-    found = rank_allocations.stability_by_lot(rank_allocations.in_force(records.concat(learned)), cap=12)
+    found = rank_allocations.random_stability(rank_allocations.current_ranks(records.concat(learned)), cap=12)
     assert found.shape == (200,)
     n = 72
     deviation = np.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))  # of tau between two orders without ties

@@ -1,9 +1,11 @@
 """Where the ranks went: in force at a step, what they cost, how they are shared out, and whether seeds agree.
 
-``in_force`` gives the ranks of modules; ``norms.pool`` sums them up by place, layer or role.
+``current_ranks`` gives the ranks of modules; ``norms.pool`` sums them up by place, layer or role.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -11,12 +13,13 @@ from jaxtyping import Float
 
 from lorascope.analysis import baseline_ranks, norms
 from lorascope.analysis.seed_intervals import Interval, t_interval
+from lorascope.schema.deprecation import old_names
 
 THIRDS = ("bottom", "middle", "top")
 PHASES = ("warm-up", "decay", "final")
 
 
-def in_force(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
+def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
     """The rank of every module after a step: the last that was recorded by then.
 
     Parameters
@@ -53,7 +56,7 @@ def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     ranks : DataFrame
-        From ``in_force``.
+        From ``current_ranks``.
     modules : DataFrame
         As ``Run.modules``.
     """
@@ -79,7 +82,7 @@ def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
     Parameters
     ----------
     ranks : DataFrame
-        From ``in_force``.
+        From ``current_ranks``.
     by : str
         A column that names the group: "role", or "third" for the thirds of the depth.
 
@@ -135,13 +138,13 @@ def stability(ranks: pd.DataFrame) -> Interval:
     return t_interval(n * _mean(all_pairs) - (n - 1) * without)
 
 
-def by_lot(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
+def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
     """The same rows with ranks drawn by lot, every run with its own budget and draw; see ``allocation.random``."""
     groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))
     return pd.concat(rows.assign(value=_drawn(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
 
 
-def stability_by_lot(ranks: pd.DataFrame, cap: int | None = None, draws: int = 200) -> Float[np.ndarray, "draw"]:
+def random_stability(ranks: pd.DataFrame, cap: int | None = None, draws: int = 200) -> Float[np.ndarray, "draw"]:
     """Mean tau of as many runs whose ranks are drawn by lot, ``draws`` times: what agreement chance alone gives."""
     wide = _wide(ranks).to_numpy()
     lots = ([_drawn(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
@@ -215,7 +218,7 @@ def _kept(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
     if judge == "kept":
         return final[final["value"] > 0]
     place = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
-    latest = in_force(own)
+    latest = current_ranks(own)
     return final[place <= final["module"].astype("str").map(dict(zip(latest["module"], latest["value"], strict=True)))]
 
 
@@ -233,3 +236,9 @@ def _wide(ranks: pd.DataFrame) -> pd.DataFrame:
 def _mean(pairs: Float[np.ndarray, "run run"]) -> float:
     """Mean over the pairs of different runs."""
     return float(pairs[np.triu_indices(len(pairs), 1)].mean()) if len(pairs) > 1 else float("nan")
+
+
+if not TYPE_CHECKING:  # which is to see the new names alone
+    __getattr__ = old_names(
+        __name__, {"by_lot": "random_ranks", "in_force": "current_ranks", "stability_by_lot": "random_stability"}
+    )

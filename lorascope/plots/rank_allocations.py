@@ -43,7 +43,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     """
     cohort = gather("rank_allocation", runs, control)
     cohort.require("rank")
-    found = cohort.label(rank_allocations.in_force(cohort.table, step))
+    found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     when = "at the end" if step is None else f"after step {step}"
     told = [f"{define('rank')} Ranks in force {when}. {_totals(found)}", *_agreements(cohort, found)]
     if chance:
@@ -75,7 +75,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     cohort = gather("rank_replay", runs, control)
     cohort.require("rank", history=True)
     steps = rank_allocations.decisions(gather("rank_replay", runs).table, frames)
-    found = cohort.label(pd.concat([rank_allocations.in_force(cohort.table, step) for step in steps]))
+    found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _cells(found, ["recipe", "kind", "step"])
     caption = cohort.caption(f"{define('rank')} Steps at which ranks were decided.", interval=_SPREAD)
     rows = [
@@ -182,7 +182,7 @@ def _with_lots(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
         own = found[found["recipe"] == group.label]
         parts.append(own)
         if not group.control:
-            lot = rank_allocations.by_lot(own, _cap(cohort, group))
+            lot = rank_allocations.random_ranks(own, _cap(cohort, group))
             parts.append(lot.assign(recipe=f"{group.label}, by lot", kind="control"))
     return pd.concat(parts)
 
@@ -222,7 +222,7 @@ def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
         mean, low, high, _ = rank_allocations.stability(own)
         if np.isfinite(mean):
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
-            most = np.nanquantile(rank_allocations.stability_by_lot(own, _cap(cohort, group)), 0.95)
+            most = np.nanquantile(rank_allocations.random_stability(own, _cap(cohort, group)), 0.95)
             told.append(f"{group.label}: {mean:.2f}{interval}, by lot below {most:.2f} in 95 of 100 draws")
     intervals = " [95 % jackknife t-interval over seeds]" if any("[" in line for line in told) else ""
     what = f"Kendall's τ of the modules' ranks between seeds, mean of the pairs{intervals}"
@@ -235,7 +235,8 @@ def _spent(cohort: Cohort) -> str:
     for group in cohort.groups:
         held = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
         counted = [
-            rank_allocations.parameters(rank_allocations.in_force(run.table), run.modules)["parameters"] for run in held
+            rank_allocations.parameters(rank_allocations.current_ranks(run.table), run.modules)["parameters"]
+            for run in held
         ]
         sums = [float(column.sum(skipna=False)) for column in counted]
         if len(sums) < len(group.runs) or np.isnan(sums).any():

@@ -64,7 +64,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Shares and stability of the ranks against ranks drawn by lot, and accuracy against uniform ranks."""
     adapted, uniform = runs[ADAPTED], runs[LOW]
     found = rank_statistics.final_ranks(adapted)
-    lots = rank_allocations.by_lot(found, cap=adapted[0].meta["method"]["init_rank"])
+    lots = rank_allocations.random_ranks(found, cap=adapted[0].meta["method"]["init_rank"])
     roles = rank_statistics.FEED_FORWARD
     verdicts = [
         FEED_FORWARD.judge(

@@ -21,8 +21,8 @@ NEXT_SEED = (
 
 
 def final_ranks(runs: Sequence[Run]) -> pd.DataFrame:
-    """Ranks of all modules of all runs at the end, as ``rank_allocations.in_force`` gives them."""
-    return rank_allocations.in_force(records.concat([run.table for run in runs]))
+    """Ranks of all modules of all runs at the end, as ``rank_allocations.current_ranks`` gives them."""
+    return rank_allocations.current_ranks(records.concat([run.table for run in runs]))
 
 
 def role_share(runs: Sequence[Run], found: pd.DataFrame, roles: Collection[str]) -> BySeed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import Any
 
 __version__ = "0.1.0"
@@ -28,7 +29,7 @@ _PUBLIC = {
     "NeFT": "lorascope.methods:NeFT",
     "neuron_scores": "lorascope.diagnosis.neuron_scores:neuron_scores",
     "at_gates": "lorascope.runs.gated_run:at_gates",
-    "choose_heads": "lorascope.analysis.head_count:choose_heads",
+    "choose_num_experts": "lorascope.analysis.head_count:choose_num_experts",
     "mean_gates": "lorascope.experiments.mean_gates:mean_gates",
     "METHODS": "lorascope.methods:METHODS",
     "Method": "lorascope.methods.base:Method",
@@ -53,19 +54,24 @@ _MODULES = {
     "models": "lorascope.inputs.models",
     "names": "lorascope.schema.module_table",
     "observe": "lorascope.observe",
-    "pace": "lorascope.experiments.step_time",
     "plots": "lorascope.plots",
     "probes": "lorascope.probes",
+    "step_time": "lorascope.experiments.step_time",
     "tasks": "lorascope.inputs.tasks",
     "update": "lorascope.updates.low_rank",
     "worth": "lorascope.experiments.component_importance",
 }
+# Names that are accepted for one more release, and what they are now.
+_OLD = {"choose_heads": "choose_num_experts", "pace": "step_time"}
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use, so that ``import lorascope`` itself costs nothing."""
+    if name in _OLD:
+        warnings.warn(f"lorascope: {name} is deprecated, use {_OLD[name]}", FutureWarning, stacklevel=2)
+        name = _OLD[name]
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     if name in _PUBLIC:

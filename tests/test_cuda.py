@@ -136,7 +136,7 @@ def test_a_training_on_a_device_records_what_it_records_on_the_cpu(name, device,
         observe.norms(every=1),
         observe.factors(every=2),
         observe.neurons(every=2),
-        observe.utilisation(every=2),
+        observe.utilization(every=2),
     ]
 
     def train(device: str) -> tuple[ls.Run, nn.Module]:
@@ -219,7 +219,7 @@ def test_memory_reports_the_peak_that_cuda_counts(name, device, task, tmp_path, 
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     where = {"seed": 0, "out": None, "root": tmp_path, "overwrite": False, "device": device}
     job = Alone.of(str(tmp_path / "wide"), task, METHODS[name], {"steps": 3, "batch_size": 8}, **where)
-    _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.pace._measure(job)))
+    _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.step_time._measure(job)))
     run = ls.memory.measure(str(tmp_path / "wide"), task, METHODS[name], batch_size=8, **where)
     last = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
     parts = last["parameter_bytes"] + last["gradient_bytes"] + last["optimizer_bytes"]

@@ -11,7 +11,7 @@ from planted import low_rank, plant
 from test_cli import complaint, run
 
 import lorascope as ls
-from lorascope.runs.export import Cut, cut, rank_pattern
+from lorascope.runs.export import RankBudget, rank_pattern, select_components
 
 SPECTRA = {"h.0.q": (5.0, 1.0, 0.5), "h.0.up": (4.0, 1.0), "h.1.q": (0.1, 0.05), "h.1.up": (3.0, 1.0, 1.0)}
 
@@ -29,7 +29,7 @@ def drawn(tmp_path: Path) -> ls.Run:
     return plant(tmp_path, "drawn", {}, factors=pairs)
 
 
-def truncated(run: ls.Run, chosen: Cut) -> dict[str, np.ndarray]:
+def truncated(run: ls.Run, chosen: RankBudget) -> dict[str, np.ndarray]:
     """Every update as a matrix, of its singular components those that are kept."""
     found = {}
     for name, update in run.updates().items():
@@ -42,7 +42,7 @@ def truncated(run: ls.Run, chosen: Cut) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("budget", [0.1, 0.34, 0.5, 7, 1.0])
 def test_error_and_energy_are_those_of_the_matrices(budget: float, drawn: ls.Run) -> None:
-    chosen = cut(drawn, budget)
+    chosen = select_components(drawn, budget)
     whole = {name: update.dense() for name, update in drawn.updates().items()}
     lost = {name: np.linalg.norm(whole[name] - part) for name, part in truncated(drawn, chosen).items()}
     norms = {name: np.linalg.norm(matrix) for name, matrix in whole.items()}
@@ -60,7 +60,7 @@ def test_error_and_energy_are_those_of_the_matrices(budget: float, drawn: ls.Run
 
 def test_no_update_of_these_ranks_comes_nearer(drawn: ls.Run) -> None:
     """Eckart and Young: the best of the ranks kept, found by alternating least squares from many starts."""
-    chosen, draw = cut(drawn, 0.5), np.random.default_rng(1)
+    chosen, draw = select_components(drawn, 0.5), np.random.default_rng(1)
     for name, update in drawn.updates().items():
         matrix, rank = update.dense(), chosen.ranks[name]
         best = np.inf
@@ -81,7 +81,7 @@ def test_scores_choose_in_place_of_singular_values(spectral: ls.Run) -> None:
         "h.1.q": np.array([0.8, 0.7]),
         "h.1.up": np.array([0.0]),  # shorter: singular values of 0 have no score
     }
-    chosen = cut(spectral, 4, scores=scores)
+    chosen = select_components(spectral, 4, scores=scores)
     assert {name: kept.tolist() for name, kept in chosen.kept.items()} == {
         "h.0.q": [False, True, False],
         "h.0.up": [True, False],
@@ -99,12 +99,12 @@ def test_scores_choose_in_place_of_singular_values(spectral: ls.Run) -> None:
 def test_scores_that_fit_no_module_are_refused(wrong: dict[str, Any], spectral: ls.Run) -> None:
     scores = {name: np.ones(len(sigma)) for name, sigma in SPECTRA.items() if name != "h.0.q"}
     with pytest.raises(ValueError, match=r"^scores of h\.0\.q are .*give it up to 3 finite numbers"):
-        cut(spectral, 2, scores=scores | {name: np.array(values) for name, values in wrong.items()})
+        select_components(spectral, 2, scores=scores | {name: np.array(values) for name, values in wrong.items()})
 
 
 def test_of_nothing_nothing_is_lost(tmp_path: Path) -> None:
     idle = plant(tmp_path, "idle", {}, factors={"h.0.q": low_rank(0.0), "h.1.q": low_rank(2.0)})
-    table = cut(idle, 0.5).modules.set_index("module")
+    table = select_components(idle, 0.5).modules.set_index("module")
     assert table["share"].to_dict() == {"h.0.q": 1.0, "h.1.q": 1.0}
     assert table["error"].to_dict() == {"h.0.q": 0.0, "h.1.q": 0.0}
 

@@ -1,4 +1,4 @@
-"""Old names of what was renamed: they work for one release with a warning, and stored runs keep them."""
+"""Deprecated names: they work for one release with a warning, and stored runs keep them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 import lorascope as ls
-from lorascope import plots
+from lorascope import observe, plots
 from lorascope.cli.main import main
+from lorascope.diagnosis.causes import Finding
 from lorascope.experiments import grid
 from lorascope.methods.base import Phase, config, from_config, frozen_entries
 from lorascope.methods.hydralora import HydraDelta
@@ -138,7 +139,7 @@ def test_old_attribute_reads_and_writes_the_new_one_with_a_warning(method, old, 
 
 @each_field
 def test_both_names_of_a_field_are_an_error(method, old, new):
-    with pytest.raises(ValueError, match=f"{method.__name__}: {old} is deprecated, use {new} alone: got both"):
+    with pytest.raises(ValueError, match=f"^{method.__name__}: cannot use both {new} and its deprecated name {old}$"):
         method(**{old: None, new: None})
 
 
@@ -220,7 +221,7 @@ def test_grid_takes_old_fields_with_a_warning():
         "HydraLoRA: heads is deprecated, use shared_a",
     }
     assert found.methods == [ls.HydraLoRA(num_experts=n, shared_a=a) for n in (2, 3) for a in (True, False)]
-    with pytest.raises(ValueError, match="number is deprecated, use num_experts alone: got both"):
+    with pytest.raises(ValueError, match="cannot use both num_experts and its deprecated name number"):
         grid.read(table(name="hydralora", number=2, num_experts=2))
 
 
@@ -265,7 +266,7 @@ def test_parameter_of_a_function_that_was_renamed():
     with pytest.warns(FutureWarning, match="^name: told is deprecated, use label$") as caught:
         assert name(told="x") == "x"
     assert caught[0].filename == __file__
-    with pytest.raises(ValueError, match=r"^name: told is deprecated, use label alone: got both$"):
+    with pytest.raises(ValueError, match=r"^name: cannot use both label and its deprecated name told$"):
         name(told="x", label="y")
 
 
@@ -298,6 +299,14 @@ def test_figure_of_no_name_is_still_an_error():
 
 
 FUNCTIONS = [
+    ("lorascope", "choose_heads", "choose_num_experts"),
+    ("lorascope", "pace", "step_time"),
+    ("lorascope.analysis.head_count", "choose_heads", "choose_num_experts"),
+    ("lorascope.experiments.component_importance", "losses", "pruned_losses"),
+    ("lorascope.experiments.component_importance", "rises", "component_importance"),
+    ("lorascope.observe", "utilisation", "utilization"),
+    ("lorascope.runs.export", "Cut", "RankBudget"),
+    ("lorascope.runs.export", "cut", "select_components"),
     ("lorascope.analysis.rank_allocations", "by_lot", "random_ranks"),
     ("lorascope.analysis.rank_allocations", "in_force", "current_ranks"),
     ("lorascope.analysis.rank_allocations", "stability_by_lot", "random_stability"),
@@ -312,3 +321,70 @@ def test_old_name_of_a_function_is_the_function(module, old, new):
     assert caught[0].filename == __file__
     with pytest.warns(FutureWarning, match=f"{old} is deprecated, use {new}"):
         exec(f"from {module} import {old}", {})
+
+
+# As in BEFORE: the ids that the version before gave a run of Full with these observers.
+OBSERVED = [
+    ([observe.utilization()], "457e4b49a7c3"),
+    (
+        [observe.utilization(every=5, standardize=True, layers="earlier"), observe.factorings()],
+        "8a9432b49882",
+    ),
+]
+
+
+@pytest.mark.parametrize(("observers", "id"), OBSERVED)
+def test_observer_that_was_renamed_is_stored_under_its_old_names(observers, id):
+    assert plan(ls.Full(), tuple(observers)).id == id
+    assert observers[0].config()["name"] == "utilisation"
+
+
+def test_observer_takes_its_old_field_and_old_name():
+    with pytest.warns(FutureWarning, match="^utilization: standardise is deprecated, use standardize$"):
+        assert observe.utilization(standardise=True) == observe.utilization(standardize=True)
+    settings = {"steps": 3, "observe": [{"name": "utilisation", "standardise": True}]}
+    with pytest.warns(FutureWarning) as caught:
+        found = grid.read({"task": "sentiment", "method": "full", "settings": settings})
+    assert [str(warning.message) for warning in caught] == [
+        "observe: utilisation is deprecated, use utilization",
+        "utilization: standardise is deprecated, use standardize",
+    ]
+    assert found.settings[0]["observe"] == [observe.utilization(standardize=True)]
+
+
+def test_subclass_of_a_renamed_observer_is_stored_under_its_own_name():
+    class Mine(observe.utilization):
+        pass
+
+    assert Mine().config()["name"] == "Mine"
+
+
+def test_finding_is_built_and_read_by_its_old_names():
+    found = Finding("dead", "a", {}, "b")
+    assert silently(Finding, cause="dead", told="a", evidence={}, mend="b") == found
+    for old, new in (("told", "message"), ("mend", "fix")):
+        with pytest.warns(FutureWarning, match=f"^Finding: {old} is deprecated, use {new}$"):
+            assert getattr(found, old) == getattr(found, new)
+
+
+def test_doctor_prints_findings_as_json_under_both_names(tmp_path, monkeypatch, capsys):
+    run = SimpleNamespace(path=tmp_path, meta={"states": {}, "status": "finished"}, id="a")
+    monkeypatch.setattr("lorascope.cli.doctor.load", lambda *_: run)
+    monkeypatch.setattr("lorascope.cli.doctor.examine", lambda _: None)
+    monkeypatch.setattr("lorascope.cli.doctor.unseen", lambda _: {})
+    monkeypatch.setattr("lorascope.cli.doctor.findings", lambda _: [Finding("dead", "a", {}, "b")])
+    assert main(["doctor", str(tmp_path), "--json"]) == 1
+    (told,) = json.loads(capsys.readouterr().out)["findings"]
+    assert told == {"cause": "dead", "evidence": {}, "message": "a", "told": "a", "fix": "b", "mend": "b"}
+
+
+def test_run_has_its_old_names(bert, task, tmp_path):
+    model = ls.models.load(bert, task=task)
+    run = ls.train(model, task, ls.HydraLoRA(rank=2, num_experts=2), out=tmp_path / "run", **FAST)
+    with pytest.warns(FutureWarning, match="^Run: inexact is deprecated, use input_dependent_modules$"):
+        assert run.inexact() == run.input_dependent_modules() != set()
+    gates = {next(iter(run.factors())): [0.5, 0.5]}
+    with pytest.warns(FutureWarning, match="^at_gates: told is deprecated, use label$"):
+        seen = ls.at_gates(run, gates, told="even gates")
+    assert seen.meta == ls.at_gates(run, gates, label="even gates").meta
+    assert seen.input_dependent_modules() == run.input_dependent_modules()

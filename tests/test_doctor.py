@@ -156,7 +156,7 @@ def test_a_fault_is_named_and_nothing_beside_it(fault, bench):
     found = ls.diagnose(fault(bench))
     assert [finding.cause for finding in found] == [FAULTS[fault]], found
     assert found[0].evidence
-    assert found[0].mend
+    assert found[0].fix
     json.dumps(found[0].evidence)
 
 
@@ -228,7 +228,7 @@ def test_a_loss_that_was_no_number_broke_the_run_off(bench):
         bench.by_train(ls.Full(), lr=1e30, head_lr=1e30, clip=None)
     (finding,) = ls.diagnose(ls.load(bench.out / "run"))
     assert finding.cause == "diverged"
-    assert "became" in finding.told
+    assert "became" in finding.message
 
 
 def test_the_command(bench, capsys):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lorascope as ls
 from lorascope import observe, plots
 from lorascope.adapters.delta import adapted, attach, deltas, fold
-from lorascope.analysis.head_count import choose_heads, chord_distance, cluster_selection, repeated_selection
+from lorascope.analysis.head_count import choose_num_experts, chord_distance, cluster_selection, repeated_selection
 from lorascope.diagnosis import inspection
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
@@ -704,8 +704,8 @@ def corpus(kinds: int, seed: int = 0) -> list[str]:
 def test_three_vocabularies_are_three_heads():
     found = cluster_selection(corpus(3))
     assert found["k"].tolist() == list(range(1, 11))
-    assert choose_heads(corpus(3)) == 3
-    assert ls.choose_heads(corpus(2)) == 2
+    assert choose_num_experts(corpus(3)) == 3
+    assert ls.choose_num_experts(corpus(2)) == 2
     assert found.loc[found["chosen"], "k"].tolist() == [3]
     assert found["sse"].is_monotonic_decreasing
 
@@ -729,15 +729,15 @@ def test_distance_to_the_chord():
 def test_ends_of_the_curve_are_no_elbow_and_too_few_numbers_are_refused():
     """Both ends lie on the chord: of a curve over 1, 2 and 3 that falls below it the middle one alone can be chosen."""
     assert cluster_selection(corpus(3), most=4).query("chosen")["k"].tolist() == [3]
-    assert choose_heads(corpus(3), most=3) == 2
-    for choose in (choose_heads, cluster_selection, repeated_selection):
+    assert choose_num_experts(corpus(3), most=3) == 2
+    for choose in (choose_num_experts, cluster_selection, repeated_selection):
         with pytest.raises(ValueError, match=r"^most 2 leaves no elbow to find: .* 3 or more$"):
             choose(corpus(2), most=2)
 
 
 def test_few_distinct_texts_give_few_clusters():
     assert cluster_selection(["one apple", "two pears"] * 5)["k"].tolist() == [1, 2]
-    assert choose_heads(["the same words"] * 5) == 1
+    assert choose_num_experts(["the same words"] * 5) == 1
 
 
 def test_heads_have_norms_by_small_matrices_alone():

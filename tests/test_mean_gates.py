@@ -133,7 +133,11 @@ def sharp(run: Run, head: int) -> dict[str, list[float]]:
 def test_a_run_at_other_gates_has_the_updates_of_these_and_the_numbers_that_go_with_them(run):
     moved = ls.at_gates(run, sharp(run, 1), "gates of head 1")
     assert moved.id != run.id
-    assert (moved.label, moved.ranks(), moved.inexact()) == (run.label, run.ranks(), run.inexact())
+    assert (moved.label, moved.ranks(), moved.input_dependent_modules()) == (
+        run.label,
+        run.ranks(),
+        run.input_dependent_modules(),
+    )
     summary, before = (found.summary().set_index("module") for found in (moved, run))
     for name, held in run.factors().items():
         scale = run.updates()[name].scale

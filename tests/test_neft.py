@@ -331,7 +331,7 @@ def test_a_finished_full_run_is_used_and_reversed_takes_the_other_end(bert, task
         table = run.table[run.table["quantity"] == "selected"]
         chosen[mode] = set(zip(table["module"].astype(str), table["index"], strict=True))
         assert len(chosen[mode]) == 60
-    with pytest.raises(ValueError, match=rf"mode 'probed' cannot choose by {full.id} .*, no run of probing: give one"):
+    with pytest.raises(ValueError, match=rf"select_by 'probed' cannot choose by {full.id} .*, no run of probing"):
         NeFT(num_neurons=60, select_by="probed", reference=full)
     assert not chosen["changed"] & chosen["reversed"]
     assert len(chosen["changed"] & chosen["random"]) < 40
@@ -495,7 +495,7 @@ def test_neurons_may_come_in_any_array(numbers):
 
 
 def test_the_command_line_takes_its_options_and_ends_wrong_ones_with_2(capsys):
-    assert main.main(["train", "neft", "--steps", "3", "--mode", "lowest"]) == 2
+    assert main.main(["train", "neft", "--steps", "3", "--select-by", "lowest"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main.main(["train", "neft", "--help"]) == 0
     said = capsys.readouterr().out

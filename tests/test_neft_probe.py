@@ -67,7 +67,7 @@ def moved(run):
 
 def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     runs = {}
-    settings = killing.SETTINGS | {"observe": [observe.norms(), observe.utilisation(every=5, size=8)]}
+    settings = killing.SETTINGS | {"observe": [observe.norms(), observe.utilization(every=5, size=8)]}
     for number, arm in enumerate(probe.arms(False)):
         own = settings | {"steps": min(arm.settings["steps"], 3)}
         fewer = {"tune_steps": 3} if "NeFT" in arm.label else {}

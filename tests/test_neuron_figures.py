@@ -205,7 +205,7 @@ def test_where_nothing_of_them_trains_every_strong_neuron_is_indirect(tmp_path):
 
 def test_the_recorder_that_is_missing_is_named(tmp_path):
     run = planted(tmp_path, "a")
-    with pytest.raises(ValueError, match=r"rank_shift needs records of utilisation: .*ls.observe.utilisation"):
+    with pytest.raises(ValueError, match=r"rank_shift needs records of utilisation: .*ls.observe.utilization"):
         plots.rank_shift(run)
     bare = planted(tmp_path, "b", {})
     with pytest.raises(ValueError, match="neurons needs records of selected: train NeFT"):
@@ -234,10 +234,10 @@ def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
 
 
 def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
-    assert observe.utilisation(every=7).config() == {"name": "utilisation", "every": 7, "size": 128}
-    assert observe.utilisation(layers="earlier").config()["layers"] == "earlier"
+    assert observe.utilization(every=7).config() == {"name": "utilisation", "every": 7, "size": 128}
+    assert observe.utilization(layers="earlier").config()["layers"] == "earlier"
     with pytest.raises(ValueError, match="layers 'own' is unknown: later, earlier"):
-        observe.utilisation(layers="own")
+        observe.utilization(layers="own")
 
 
 @pytest.mark.parametrize("method", [
@@ -249,7 +249,7 @@ def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(metho
     model = models.load(bert, task=task)
     run = ls.train(
         model, task, method, steps=3, batch_size=4, eval_size=8, test_size=8, out=tmp_path / "run",
-        observe=[observe.utilisation(size=5)], device="cpu", progress=False,
+        observe=[observe.utilization(size=5)], device="cpu", progress=False,
     )  # fmt: skip
     fitted = task.fit(model)
     batch = fitted.encode(models.tokenizer(model), fitted.split("validation").head(5), 128).batch(range(5))
@@ -288,7 +288,7 @@ def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, req
     model = models.load(folder, task=task)
     run = ls.train(
         model, task, NeFT(num_neurons=5, select_by="random", lr=1e-2), steps=2, batch_size=4, eval_size=8, test_size=8,
-        out=tmp_path / "run", observe=[observe.utilisation(size=5, layers=layers)], device="cpu", progress=False,
+        out=tmp_path / "run", observe=[observe.utilization(size=5, layers=layers)], device="cpu", progress=False,
     )  # fmt: skip
     rows = run.table[run.table["quantity"] == "utilisation"]
     assert set(rows["step"]) == {0, 2}

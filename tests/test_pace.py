@@ -41,7 +41,7 @@ def test_parts_are_medians_of_the_later_steps(tmp_path):
 
 def test_what_was_not_measured_or_not_for_long_enough_is_told(tmp_path):
     with pytest.raises(
-        ValueError, match=r"step_seconds needs records of forward_seconds: measure it with ls.pace.measure"
+        ValueError, match=r"step_seconds needs records of forward_seconds: measure it with ls.step_time.measure"
     ):
         plots.step_seconds(plant(tmp_path, "a", {("loss", ""): {1: 1.0}}))
     with pytest.raises(ValueError, match="run b was measured for 2 steps or fewer"):

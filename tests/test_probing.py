@@ -144,5 +144,7 @@ def test_a_run_of_probing_from_an_earlier_version_loads_but_does_not_choose(bert
     old = ls.load(tmp_path / "old")
     assert old.table["value"].tolist() == [0, 1, 2]
     method = NeFT(num_neurons=7, select_by="probed", reference=old)
-    with pytest.raises(ValueError, match=rf"tuned must be a run with probe_cosine, got {old.id} .*{tmp_path / 'old'}"):
+    with pytest.raises(
+        ValueError, match=rf"reference must be a run with probe_cosine, got {old.id} .*{tmp_path / 'old'}"
+    ):
         method.attach(models.load(bert, task=task))

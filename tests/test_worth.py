@@ -25,7 +25,7 @@ from lorascope.adapters import delta
 from lorascope.experiments import component_importance
 from lorascope.inputs import models
 from lorascope.methods import Full, HydraLoRA, LoRA
-from lorascope.runs.export import cut, rank_pattern, to_peft
+from lorascope.runs.export import rank_pattern, select_components, to_peft
 from lorascope.runs.formats.peft_lora import PREFIX, WEIGHTS
 from lorascope.runs.run import Run
 from lorascope.training.state import seeded
@@ -77,7 +77,7 @@ def ones(run: Run) -> dict[str, np.ndarray]:
 
 
 def test_a_rise_is_the_loss_with_a_component_set_to_zero_by_hand(lora: Run, bert: str, task: Any) -> None:
-    found = component_importance.rises(lora, bert, task, rows=ROWS, exact_rows=ROWS)
+    found = component_importance.component_importance(lora, bert, task, rows=ROWS, exact_rows=ROWS)
     model = bare(lora, bert, task)
     batch = text(model, task, 0, ROWS)
     whole = loss_with(model, matrices(lora, ones(lora)), batch)
@@ -93,7 +93,7 @@ def test_a_rise_is_the_loss_with_a_component_set_to_zero_by_hand(lora: Run, bert
 
 
 def test_to_first_order_it_is_the_central_difference(lora: Run, bert: str, task: Any) -> None:
-    found = component_importance.rises(lora, bert, task, rows=ROWS, exact_rows=0)
+    found = component_importance.component_importance(lora, bert, task, rows=ROWS, exact_rows=0)
     model = bare(lora, bert, task)
     batch = text(model, task, 0, ROWS)
     for name in list(found)[::2]:
@@ -108,8 +108,8 @@ def test_to_first_order_it_is_the_central_difference(lora: Run, bert: str, task:
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
 def test_losses_are_those_of_the_weights_by_hand_on_other_texts(budget: float, lora: Run, bert: str, task: Any) -> None:
-    chosen = cut(lora, budget)
-    found = component_importance.losses(lora, chosen, bert, task, rows=ROWS)
+    chosen = select_components(lora, budget)
+    found = component_importance.pruned_losses(lora, chosen, bert, task, rows=ROWS)
     model = bare(lora, bert, task)
     batch = text(model, task, 1, ROWS)
     assert found.texts == ROWS
@@ -121,10 +121,12 @@ def test_losses_are_those_of_the_weights_by_hand_on_other_texts(budget: float, l
 
 def test_an_adapter_that_was_read_is_worth_what_the_run_is(lora: Run, bert: str, task: Any, tmp_path: Path) -> None:
     folder = ls.load(to_peft(lora, tmp_path / "adapter"))
-    chosen = cut(folder, 0.5)
-    ours, theirs = (component_importance.losses(run, chosen, bert, task, rows=ROWS) for run in (lora, folder))
+    chosen = select_components(folder, 0.5)
+    ours, theirs = (component_importance.pruned_losses(run, chosen, bert, task, rows=ROWS) for run in (lora, folder))
     assert theirs == near(ours, 1, terms=TINY)
-    rises = [component_importance.rises(run, bert, task, rows=ROWS, exact_rows=ROWS) for run in (lora, folder)]
+    rises = [
+        component_importance.component_importance(run, bert, task, rows=ROWS, exact_rows=ROWS) for run in (lora, folder)
+    ]
     for name, rise in rises[0].items():
         assert rises[1][name] == near(rise, 1, terms=TINY, depth=2)
 
@@ -132,9 +134,9 @@ def test_an_adapter_that_was_read_is_worth_what_the_run_is(lora: Run, bert: str,
 def test_hydralora_is_worth_something_at_fixed_gates_alone(bert: str, task: Any, tmp_path: Path) -> None:
     _, found = trained(bert, task, HydraLoRA(rank=2), tmp_path / "run")
     with pytest.raises(ValueError, match="depends on its input"):
-        component_importance.rises(found, bert, task, rows=ROWS)
+        component_importance.component_importance(found, bert, task, rows=ROWS)
     at = ls.at_gates(found, ls.mean_gates(found, ["the film was great"], base=models.load(bert, task=task)))
-    assert component_importance.losses(at, cut(at, 1.0), bert, task, rows=ROWS).before > 0
+    assert component_importance.pruned_losses(at, select_components(at, 1.0), bert, task, rows=ROWS).before > 0
 
 
 def test_what_does_not_fit_is_refused(lora: Run, bert: str, task: Any, tmp_path: Path) -> None:
@@ -144,20 +146,20 @@ def test_what_does_not_fit_is_refused(lora: Run, bert: str, task: Any, tmp_path:
         next(weights.parameters()).add_(1)
     weights.base_model.save_pretrained(other)
     with pytest.raises(ValueError, match=r"other has other weights than .*, the base of run"):
-        component_importance.rises(lora, other, task)
+        component_importance.component_importance(lora, other, task)
     _, full = trained(bert, task, Full(), tmp_path / "full", steps=1)
     with pytest.raises(ValueError, match="no factored update of a rank above 0"):
-        component_importance.losses(full, cut(full, 0.5), bert, task)
+        component_importance.pruned_losses(full, select_components(full, 0.5), bert, task)
 
     folder = to_peft(lora, tmp_path / "adapter")
     three = ls.tasks.from_frame(task.table.assign(label=[f"class {n % 3}" for n in range(300)])[["text", "label"]], "3")
     with pytest.raises(ValueError, match=r"classifier\.\w+ is .* the task has other labels than the adapter"):
-        component_importance.rises(ls.load(folder), bert, three)
+        component_importance.component_importance(ls.load(folder), bert, three)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     headless = ls.load(folder)
     headless.files = type(headless.files)(folder, config, headless.files.parts, (), headless.files.files)
     with pytest.raises(ValueError, match=r"neither .* holds classifier\.\w+: with a random head a loss says nothing"):
-        component_importance.rises(headless, bert, task)
+        component_importance.component_importance(headless, bert, task)
 
 
 def loss_of(model: torch.nn.Module, folder: str, task: Any) -> float:
@@ -184,7 +186,7 @@ def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, t
     if tied:
         save_file(held | {f"{PREFIX}lm_head.weight": below.clone()}, file)
     read = ls.load(tmp_path / "adapter")
-    found = component_importance.losses(read, cut(read, 1.0), tmp_path / "base", task, rows=ROWS)
+    found = component_importance.pruned_losses(read, select_components(read, 1.0), tmp_path / "base", task, rows=ROWS)
     assert found.before == near(loss_of(model, str(tmp_path / "base"), task), terms=TINY)
     assert found.before != near(
         loss_of(tiny("llama", tie_word_embeddings=tied), str(tmp_path / "base"), task), terms=TINY
@@ -194,7 +196,9 @@ def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, t
         with pytest.raises(
             ValueError, match=r"lm_head\.weight has weights of its own in adapter, but is tied in .*base"
         ):
-            component_importance.losses(ls.load(tmp_path / "adapter"), cut(read, 1.0), tmp_path / "base", task)
+            component_importance.pruned_losses(
+                ls.load(tmp_path / "adapter"), select_components(read, 1.0), tmp_path / "base", task
+            )
 
 
 def test_what_no_component_holds_is_said(llama: str, csv: str, tmp_path: Path, capsys: Any) -> None:
@@ -231,27 +235,29 @@ def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
 ) -> None:
     """Nobody noted its base, so no other is told from it but by names and shapes."""
     model, run = recorded(llama, task, tmp_path / "llama", target_modules=["q_proj", "v_proj"])
-    found = component_importance.losses(run, cut(run, 1.0), llama, task, rows=ROWS)
+    found = component_importance.pruned_losses(run, select_components(run, 1.0), llama, task, rows=ROWS)
     assert found.before == near(loss_of(model, llama, task), terms=TINY)
     assert found.before != pytest.approx(loss_of(models.load(llama, task=task), llama, task), rel=1e-3)
     with pytest.raises(
         ValueError, match=r"gpt2 has no model\.layers\.0\.self_attn\.q_proj, which .* it is another model"
     ):
-        component_importance.rises(run, gpt2, task)
+        component_importance.component_importance(run, gpt2, task)
     wide = tiny("llama", hidden_size=64)
     wide.save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     with pytest.raises(
         ValueError, match=r"q_proj is \(32, 32\) in PEFT LORA, r 2 and \(64, 64\) in .*wide: another model"
     ):
-        component_importance.rises(run, tmp_path / "wide", task)
+        component_importance.component_importance(run, tmp_path / "wide", task)
     on_query = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
     model, run = recorded(bert, task, tmp_path / "bert", **on_query)
-    found = component_importance.losses(run, cut(run, 1.0), bert, task, rows=ROWS)  # with the head that trained
+    found = component_importance.pruned_losses(
+        run, select_components(run, 1.0), bert, task, rows=ROWS
+    )  # with the head that trained
     assert found.before == near(loss_of(model, bert, task), terms=TINY)
     _, run = recorded(bert, task, tmp_path / "biased", **on_query, lora_bias=True)
     for refused in (
-        lambda: component_importance.losses(run, cut(run, 1.0), bert, task),
+        lambda: component_importance.pruned_losses(run, select_components(run, 1.0), bert, task),
         lambda: to_peft(run, tmp_path / "x"),
     ):
         with pytest.raises(ValueError, match=r"and not the 64 other parameters that trained, such as biases of the"):
@@ -260,12 +266,12 @@ def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
 
 def test_the_command_measures(lora: Run, bert: str, task: Any, csv: str, capsys: Any) -> None:
     words = ("export", lora.path, "--rank-pattern", "--budget", 0.5, "--model", bert, "--task", csv)
-    rises = component_importance.rises(lora, bert, csv)
+    rises = component_importance.component_importance(lora, bert, csv)
     for by, scores in (("energy", None), ("ablation", rises)):
         code, out, err = run(capsys, *words, "--by", by)
         assert (code, err.replace("\r", "").strip().startswith("lorascope")) == (0, False)
-        chosen = cut(lora, 0.5, scores=scores)
-        before, after, texts = component_importance.losses(lora, chosen, bert, csv)
+        chosen = select_components(lora, 0.5, scores=scores)
+        before, after, texts = component_importance.pruned_losses(lora, chosen, bert, csv)
         assert f"# Its loss on {texts} validation texts that chose nothing: {before:.4f} whole, {after:.4f} cut." in out
         assert ("the least that these ranks allow" in out) == (by == "energy")
         scope: dict[str, Any] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -20,12 +21,14 @@ from sklearn.cluster import DBSCAN, KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
+from lorascope.schema.deprecation import old_names
+
 KMEANS, DENSITY = "k-means", "DBSCAN"
 _DENSE = 5  # texts that make a cluster
 
 
-def choose_heads(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
-    """Number of heads for a corpus: ``HydraLoRA(num_experts=choose_heads(task.split("train")["text"]))``.
+def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
+    """Number of heads for a corpus: ``HydraLoRA(num_experts=choose_num_experts(task.split("train")["text"]))``.
 
     Parameters and errors as of :func:`cluster_selection`, whose choice it is: always fewer than ``most``.
     """
@@ -133,3 +136,7 @@ def chord_distance(curve: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
     fall = curve[0] - curve[-1]
     height = (curve - curve[-1]) / fall if fall > 0 else 1 - across
     return (1 - across - height) / math.sqrt(2)
+
+
+if not TYPE_CHECKING:  # type checkers should not see the old names
+    __getattr__ = old_names(__name__, {"choose_heads": "choose_num_experts"})

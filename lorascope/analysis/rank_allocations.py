@@ -238,7 +238,7 @@ def _mean(pairs: Float[np.ndarray, "run run"]) -> float:
     return float(pairs[np.triu_indices(len(pairs), 1)].mean()) if len(pairs) > 1 else float("nan")
 
 
-if not TYPE_CHECKING:  # which is to see the new names alone
+if not TYPE_CHECKING:  # type checkers should not see the old names
     __getattr__ = old_names(
         __name__, {"by_lot": "random_ranks", "in_force": "current_ranks", "stability_by_lot": "random_stability"}
     )

@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -47,19 +47,24 @@ def main(argv: Sequence[str]) -> int:
     case = examine(run)
     found = findings(case)
     if options.json:
-        plain = {"path": options.path, "findings": list(map(dataclasses.asdict, found)), "unseen": unseen(case)}
+        plain = {"path": options.path, "findings": list(map(_plain, found)), "unseen": unseen(case)}
         print(json.dumps(json_values(plain), indent=1))
     else:
         print("\n".join(_lines(run, case, found)))
     return 1 if found else 0
 
 
+def _plain(finding: Finding) -> dict[str, Any]:
+    """A finding for JSON; for one release ``message`` and ``fix`` are there under their old names, too."""
+    return dataclasses.asdict(finding) | {"told": finding.message, "mend": finding.fix}
+
+
 def _lines(run: Run, case: Case, found: Sequence[Finding]) -> Iterator[str]:
     state = "" if run.meta["states"] else f", {run.meta['status']}: its factors are not there yet"
     yield from _paragraph(str(run.path.resolve().name if run.path else run.id), f"{_count(len(found))}{state}")
     for finding in found:
-        yield from _paragraph(finding.cause, finding.told)
-        yield from _paragraph("", f"mend: {finding.mend}")
+        yield from _paragraph(finding.cause, finding.message)
+        yield from _paragraph("", f"mend: {finding.fix}")
     for missing, names in unseen(case).items():
         yield from _paragraph("not looked for", f"without {missing}: {', '.join(names)}")
 

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 from lorascope.cli.arguments import UsageError, parse
 from lorascope.cli.load_runs import opened
 from lorascope.files.printable import printable
-from lorascope.runs.export import Cut, cut, rank_pattern, to_peft, to_table
+from lorascope.runs.export import RankBudget, rank_pattern, select_components, to_peft, to_table
 from lorascope.runs.run import Run
 from lorascope.runs.summary import peft_keywords
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if options.budget is None:
         keywords = rank_pattern(run, state=options.state)
-        remarks = [_ROUTER] if run.inexact(options.state) else []
+        remarks = [_ROUTER] if run.input_dependent_modules(options.state) else []
     else:
         keywords, remarks = _suggested(run, options, options.budget)
     print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
@@ -106,15 +106,17 @@ def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any
     """The configuration that a budget allows, and what it keeps in words."""
     state = options.state
     if options.model is None or options.task is None:
-        chosen = cut(run, budget, state)
+        chosen = select_components(run, budget, state)
         priced = ["What that costs the task no spectrum says: --model NAME --task NAME measures the loss."]
     else:
         from lorascope.experiments import component_importance  # imports torch
 
         by_ablation = options.by == "ablation"
-        scores = component_importance.rises(run, options.model, options.task, state=state) if by_ablation else None
-        chosen = cut(run, budget, state, scores)
-        before, after, texts = component_importance.losses(run, chosen, options.model, options.task, state=state)
+        scores = None
+        if by_ablation:
+            scores = component_importance.component_importance(run, options.model, options.task, state=state)
+        chosen = select_components(run, budget, state, scores)
+        before, after, texts = component_importance.pruned_losses(run, chosen, options.model, options.task, state=state)
         priced = [
             f"Its loss on {texts} validation texts that chose nothing: {before:.4f} whole, {after:.4f} cut.",
             "A LoRA that is trained anew at these ranks ends elsewhere.",
@@ -123,7 +125,7 @@ def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any
     return keywords, [*_told(chosen, options.by), *priced, *_ELSEWHERE]
 
 
-def _told(chosen: Cut, by: str) -> list[str]:
+def _told(chosen: RankBudget, by: str) -> list[str]:
     table = chosen.modules
     total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
     worst = table.iloc[int(table["share"].argmin())]

@@ -30,7 +30,7 @@ def diagnose(run: Run) -> list[Finding]:
     Returns
     -------
     list of Finding
-        ``cause, told, evidence, mend`` each; empty where nothing was found.
+        ``cause, message, evidence, fix`` each; empty where nothing was found.
     """
     return findings(examine(run))
 

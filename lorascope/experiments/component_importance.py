@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,13 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import Encoded
 from lorascope.methods.alora import ALoRADelta
 from lorascope.methods.base import task_head
-from lorascope.runs.export import Cut, base_of
+from lorascope.runs.export import RankBudget, base_of
 from lorascope.runs.export.peft_folder import refuse_unkept
 from lorascope.runs.formats.peft_lora import PREFIX
 from lorascope.runs.loading import AdapterRun
 from lorascope.runs.run import Run
 from lorascope.runs.summary import factored
+from lorascope.schema.deprecation import old_names
 from lorascope.training.evaluation import evaluate
 from lorascope.training.state import put_tensors
 
@@ -41,12 +42,12 @@ class Losses(NamedTuple):
     texts: int
 
 
-def rises(
+def component_importance(
     run: Run, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256, exact_rows: int = 64
 ) -> dict[str, Float[np.ndarray, "_"]]:
-    """Rise of the loss with each component of each module taken out; scores for ``export.cut``.
+    """Rise of the loss with each component of each module taken out; scores for ``export.select_components``.
 
-    Measured on the first half of the validation split, so that ``losses`` can be on the other.
+    Measured on the first half of the validation split, so that ``pruned_losses`` can be on the other.
 
     Parameters
     ----------
@@ -86,13 +87,13 @@ def rises(
     return {name: rise[:-1] for name, rise in settled_rises(base, loss, parts, batches, removed).items()}
 
 
-def losses(
-    run: Run, cut: Cut, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
+def pruned_losses(
+    run: Run, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
 ) -> Losses:
     """Loss of the run's model and of the same with the components of ``cut`` alone, on validation text.
 
-    On the second half of the validation split, of which ``rises`` has seen nothing; ``rows`` of it at most. Parameters
-    as there.
+    On the second half of the validation split, of which ``component_importance`` has seen nothing; ``rows`` of it at
+    most. Parameters as there.
     """
     base, fitted, parts = _opened(run, model, task, state)
     encoded = _half(base, fitted, 1, rows)
@@ -187,3 +188,7 @@ def _half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:
     if chosen.empty:
         raise ValueError(f"the validation split of {task.name} has one row: components need one, their loss another")
     return task.encode(models.processor(model), chosen)
+
+
+if not TYPE_CHECKING:  # type checkers should not see the old names
+    __getattr__ = old_names(__name__, {"losses": "pruned_losses", "rises": "component_importance"})

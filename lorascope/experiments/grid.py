@@ -24,7 +24,7 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, config, from_config
 from lorascope.observe.base import Observer
-from lorascope.schema.deprecation import to_new_fields
+from lorascope.schema.deprecation import to_new_fields, warn_renamed
 from lorascope.training.loop import train
 from lorascope.training.settings import Settings
 
@@ -224,6 +224,9 @@ def _named(
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
         raise ValueError(f"{what} {entry!r} must be a name, or a table with one, such as {example}")
     name = table["name"]
+    if what == "observer" and name in observe.OLD_OBSERVERS:
+        warn_renamed("observe", name, observe.OLD_OBSERVERS[name], stacklevel=3)
+        name = observe.OLD_OBSERVERS[name]
     known([name], kinds, what)
     table = to_new_fields(kinds[name], table, stacklevel=4)
     types = typing.get_type_hints(kinds[name])

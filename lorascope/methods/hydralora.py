@@ -69,7 +69,7 @@ class HydraLoRA(Method, name="hydralora"):
     rank : int
         Components of every head.
     num_experts : int
-        Heads of every module; ``ls.choose_heads(texts)`` finds a number. A single one needs no router.
+        Heads of every module; ``ls.choose_num_experts(texts)`` finds a number. A single one needs no router.
     alpha : float
         The update is scaled by alpha / rank.
     dropout : float

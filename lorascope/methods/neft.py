@@ -10,11 +10,11 @@ No module is added: what comes out is the model itself, in which k vectors of we
 ===================  ==================================================================
 paper                here
 ===================  ==================================================================
-x (of NeFT_x%)       ``share``, of all parameters of the model
-k                    ``k``; else that of the share, k = round(share * parameters / d)
+x (of NeFT_x%)       ``parameter_share``, of all parameters of the model
+k                    ``num_neurons``; else that of the share, k = round(share * parameters / d)
 S                    1 - ``selection_cosine``
-M_org, M_ft          W_0, ``tuned``
-Reversed_x%          ``mode`` "reversed"
+M_org, M_ft          W_0, ``reference``
+Reversed_x%          ``select_by`` "reversed"
 NeFT+Reversed_x%     ``reversed_share``
 ===================  ==================================================================
 

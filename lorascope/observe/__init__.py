@@ -4,11 +4,14 @@ An observer is a dataclass whose fields are its settings; it is called at step 0
 ``every`` whether it has something to say. ``norms`` is there by default.
 """
 
+from typing import TYPE_CHECKING
+
 from lorascope.observe.base import Observer
-from lorascope.observe.neuron_utilization import utilisation
+from lorascope.observe.neuron_utilization import utilization
 from lorascope.observe.optimizer_moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observe.sensitivity import coefficients, neurons
 from lorascope.observe.weight_norms import factors, factors_of, memory, norms, storage_bytes
+from lorascope.schema.deprecation import old_names
 
 __all__ = [
     "Observer",
@@ -23,5 +26,11 @@ __all__ = [
     "norms",
     "second_moments",
     "storage_bytes",
-    "utilisation",
+    "utilization",
 ]
+
+# Observers that were renamed, by their old names.
+OLD_OBSERVERS = {"utilisation": "utilization"}
+
+if not TYPE_CHECKING:  # type checkers should not see the old names
+    __getattr__ = old_names(__name__, OLD_OBSERVERS)

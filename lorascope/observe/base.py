@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lorascope.methods.base import Step
+from lorascope.schema.deprecation import former
 from lorascope.schema.records import Item
 
 
@@ -22,6 +23,8 @@ class Observer:
     """
 
     every: int = 10
+    # The name in stored runs of an observer that was renamed.
+    stored_name: ClassVar[str] = ""
 
     def due(self, finished: int, total: int) -> bool:
         """Is the state after ``finished`` steps to be looked at?"""
@@ -32,10 +35,11 @@ class Observer:
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """The JSON form, part of a run's identity."""
+        """The JSON form, part of a run's identity; what was renamed keeps its old name."""
         values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init]
-        told = {f.name: value for f, value in values if not ("later" in f.metadata and value == f.default)}
-        return {"name": type(self).__name__} | told
+        told = [(former(f), value) for f, value in values if not ("later" in f.metadata and value == f.default)]
+        name = vars(type(self)).get("stored_name") or type(self).__name__
+        return {"name": name} | {before.name: before.to_old(value) for before, value in told}
 
     def state(self) -> dict[str, Any]:
         """What is remembered between steps: each attribute ending in ``_``."""

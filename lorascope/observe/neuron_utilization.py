@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
 from lorascope.methods.base import LATER, Batch, Step
 from lorascope.observe.base import Observer
+from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
 _SOURCE = "NeFT, section 6.1"
@@ -37,8 +39,9 @@ register(
 )
 
 
+@accept_old_fields
 @dataclass(kw_only=True)
-class utilisation(Observer):
+class utilization(Observer):
     """How much the mean hidden states look like the weights of each neuron of the feed-forward parts.
 
     The states are means over the tokens of held-out texts and then over the texts; the paper generates the answers,
@@ -52,15 +55,17 @@ class utilisation(Observer):
     layers : {"later", "earlier"}
         Blocks that a neuron's weights are held against: from its own on, as in the authors' code, or up to its own, as
         the paper's text has it.
-    standardise : bool
+    standardize : bool
         Divide each coordinate of a block's mean state by its root mean square over the tokens, so that a few huge ones
         do not decide alone.
     """
 
+    stored_name: ClassVar[str] = "utilisation"
+
     every: int = 100
     size: int = 128
     layers: str = field(default="later", metadata=LATER)
-    standardise: bool = field(default=False, metadata=LATER)
+    standardize: bool = field(default=False, metadata=LATER | formerly("standardise"))
 
     def __post_init__(self) -> None:
         if self.layers not in LAYERS:
@@ -69,7 +74,7 @@ class utilisation(Observer):
     def __call__(self, step: Step) -> Iterable[Record]:
         if not self.due(step.finished, step.total):
             return
-        states = mean_states(step.model, step.held_out(self.size).batch, self.standardise)
+        states = mean_states(step.model, step.held_out(self.size).batch, self.standardize)
         for part in neurons.parts(step.modules):
             vectors = to_array(effective_weight(step.model, part.module).float())[part.where]
             blocks = span(part.layer, self.layers)

@@ -84,5 +84,5 @@ __all__ = [
     "update_norm_heat",
 ]
 
-if not TYPE_CHECKING:  # which is to see the new names alone
+if not TYPE_CHECKING:  # type checkers should not see the old names
     __getattr__ = old_names(__name__, OLD_FIGURES)

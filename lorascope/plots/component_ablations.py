@@ -141,7 +141,7 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     Parameters
     ----------
     runs : Run, sequence of Run, or mapping label -> run or runs
-        Runs of HydraLoRA that differ in ``number`` alone; the first is what the others are compared with.
+        Runs of HydraLoRA that differ in ``num_experts`` alone; the first is what the others are compared with.
     control : as ``runs``, optional
         Of any method on the same task: a level line each.
 

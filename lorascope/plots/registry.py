@@ -40,7 +40,7 @@ RECORDERS = {
     **dict.fromkeys(
         ("parameter_bytes", "gradient_bytes", "optimizer_bytes"), "train with observe=[ls.observe.memory()]"
     ),
-    **dict.fromkeys(("forward_seconds", "backward_seconds", "rest_seconds"), "measure it with ls.pace.measure()"),
+    **dict.fromkeys(("forward_seconds", "backward_seconds", "rest_seconds"), "measure it with ls.step_time.measure()"),
     "budget": _ALLOCATOR,
     "importance": _ALLOCATOR,
     "moment_sigma": _MOMENTS,
@@ -56,7 +56,7 @@ RECORDERS = {
     "gate_information": "train HydraLoRA on a task with groups",
     "selected": "train NeFT",
     "neuron_cosine": "train with observe=[ls.observe.neurons()], or NeFT",
-    "utilisation": "train with observe=[ls.observe.utilisation()]",
+    "utilisation": "train with observe=[ls.observe.utilization()]",
     "test_metric": "train on a task with a test split",
     "eval_loss": "train with eval_every=",
     "eval_metric": "train with eval_every=",

@@ -158,7 +158,7 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Of ``lorascope.pace.measure``.
+        Of ``lorascope.step_time.measure``.
     """
     cohort = gather("step_seconds", runs, control)
     cohort.require(*pace.PARTS)

@@ -97,7 +97,7 @@ def arms(quick: bool) -> list[Arm]:
     """
     settings = encoder_settings(quick) | ({"steps": 12, "eval_every": 0, "test_size": 200} if quick else {})
     steps = settings["steps"]
-    settings["observe"] = [*settings["observe"][:1], observe.utilisation(every=steps)]
+    settings["observe"] = [*settings["observe"][:1], observe.utilization(every=steps)]
     shared: dict[str, Any] = {"parameter_share": 0.09, "lr": 1e-4, "head_lr": 1e-4, "tune_steps": steps // 3}
     choice = settings | {"steps": 1, "eval_every": 0, "eval_size": 100, "test_size": 100}
     tuned = 1 + shared["tune_steps"] / steps

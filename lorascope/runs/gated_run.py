@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from lorascope.runs.layout import Lazy, identify
 from lorascope.runs.run import Run
+from lorascope.schema.deprecation import accept_old_parameters
 from lorascope.schema.records import validate
 from lorascope.updates.factor_formats import update_from
 from lorascope.updates.low_rank import Dense, LowRank
@@ -20,8 +21,9 @@ _SHAPES = ("stable_rank", "effective_rank")
 _UNKNOWN = ("weight_norm", "step_norm")  # for want of W_0 and of the gates one step before
 
 
+@accept_old_parameters(told="label")
 def at_gates(
-    run: Run, gates: Mapping[str, Sequence[float | int] | Float[np.ndarray, "_"]], told: str = "given gates"
+    run: Run, gates: Mapping[str, Sequence[float | int] | Float[np.ndarray, "_"]], label: str = "given gates"
 ) -> Run:
     """The same run, its updates at these gates: ``scale * sum(gates[i] * B[i] @ A)``.
 
@@ -31,8 +33,8 @@ def at_gates(
         Of HydraLoRA, or a folder of its adapter.
     gates : mapping module -> (heads,)
         Such as ``mean_gates`` gives for a text, or a single one for the part of one head. Other modules stay.
-    told : str
-        What figures call them: "Updates of ... at `told`."
+    label : str
+        What figures call them: "Updates of ... at `label`."
 
     Returns
     -------
@@ -56,7 +58,7 @@ def at_gates(
             raise ValueError(f"{own.size} gates are given for {module}, which has {heads[0]} heads")
         if not np.isfinite(own).all():
             raise ValueError(f"the gates of {module} hold NaN or infinity: {own.tolist()}")
-    return GatedRun(run, found, told)
+    return GatedRun(run, found, label)
 
 
 def stands_at(run: Run) -> str:
@@ -64,7 +66,7 @@ def stands_at(run: Run) -> str:
 
     Gates are even to the last bit where no text was looked at, as in folders of the authors and under a Trainer.
     """
-    mixed = run.inexact()
+    mixed = run.input_dependent_modules()
     if not mixed or "gates" in run.meta:
         return run.meta["gates"] if mixed else ""
     gates = run.factors()[min(mixed)].get("gates")
@@ -74,10 +76,10 @@ def stands_at(run: Run) -> str:
 class GatedRun(Run):
     """A run seen at other gates; made by ``at_gates``."""
 
-    def __init__(self, run: Run, gates: Mapping[str, Float[np.ndarray, "heads"]], told: str) -> None:
+    def __init__(self, run: Run, gates: Mapping[str, Float[np.ndarray, "heads"]], label: str) -> None:
         self.run, self.gates = run, gates
         id = identify({"run": run.id, "gates": {module: values.tolist() for module, values in gates.items()}})
-        super().__init__(run.path, run.meta | {"id": id, "gates": told})
+        super().__init__(run.path, run.meta | {"id": id, "gates": label})
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         """As of the run, with these gates."""
@@ -99,9 +101,9 @@ class GatedRun(Run):
 
         return Lazy(list(whole), make)
 
-    def inexact(self, state: str = "last") -> set[str]:
+    def input_dependent_modules(self, state: str = "last") -> set[str]:
         """As of the run."""
-        return self.run.inexact(state)
+        return self.run.input_dependent_modules(state)
 
     @cached_property
     def table(self) -> pd.DataFrame:

@@ -196,7 +196,7 @@ class AdapterRun(Run):
         self._only(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
 
-    def inexact(self, state: str = "last") -> set[str]:
+    def input_dependent_modules(self, state: str = "last") -> set[str]:
         """Modules whose factors stand for an update that depends on the input, by what the headers say."""
         self._only(None, state)
         return {module for module, part in self.files.parts.items() if not part.exact}

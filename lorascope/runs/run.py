@@ -28,6 +28,7 @@ from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import About, read_about, require_run
 from lorascope.runs.summary import peft_keywords, summarise
 from lorascope.schema import records
+from lorascope.schema.deprecation import old_attribute
 from lorascope.updates.factor_formats import update_from
 from lorascope.updates.low_rank import Dense, LowRank
 
@@ -140,7 +141,9 @@ class Run:
 
         return Lazy(list(about.scales), make)
 
-    def inexact(self, state: str = "last") -> set[str]:
+    inexact = old_attribute("inexact", "input_dependent_modules")
+
+    def input_dependent_modules(self, state: str = "last") -> set[str]:
         """Modules whose factors stand for an update that depends on the input, such as a mixture at its mean gates."""
         if not self.ranks(state):
             return set()

@@ -50,7 +50,7 @@ def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
     for name, sigma in zip(unseen, spectra(list(unseen.values())), strict=True):
         measured = [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
         frame.loc[name, ["update_norm", "stable_rank", "effective_rank"]] = measured
-    frame["exact"] = ~frame.index.isin(run.inexact(state))
+    frame["exact"] = ~frame.index.isin(run.input_dependent_modules(state))
     if not all:
         frame = frame[frame["update_norm"].notna()]
     return frame.reset_index()

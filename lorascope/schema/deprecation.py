@@ -59,6 +59,10 @@ def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
     warnings.warn(f"{owner}: {message}" if owner else message, FutureWarning, stacklevel=stacklevel + 1)
 
 
+def _both(owner: str, old: str, new: str) -> ValueError:
+    return ValueError(f"{owner}: cannot use both {new} and its deprecated name {old}")
+
+
 def old_fields(cls: type) -> dict[str, tuple[str, Former]]:
     """Return the new name of every renamed field of a dataclass, and what it was, by its old name."""
     renamed = [field for field in dataclasses.fields(cls) if _FORMER in field.metadata]
@@ -78,7 +82,7 @@ def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = 
         if key in renamed:
             new, before = renamed[key]
             if new in given:
-                raise ValueError(f"{cls.__name__}: {key} is deprecated, use {new} alone: got both")
+                raise _both(cls.__name__, key, new)
             if stacklevel is not None:
                 warn_renamed(cls.__name__, key, new, stacklevel + 1)
             key, value = new, before.to_new(value)
@@ -88,7 +92,7 @@ def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = 
 
 def accept_old_fields(cls: AnyClass) -> AnyClass:
     """Let a dataclass be built with, and read and written by, the old names of its fields."""
-    # As Any: a type checker is to see the new names alone, and no assignment to a method.
+    # Any, because a type checker should neither see the old names nor reject the assignment to a method.
     target: Any = cls
     build = target.__init__
 
@@ -133,7 +137,7 @@ def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction
             for old in renamed.keys() & kwargs.keys():
                 new = renamed[old]
                 if new in kwargs:
-                    raise ValueError(f"{function.__name__}: {old} is deprecated, use {new} alone: got both")
+                    raise _both(function.__name__, old, new)
                 warn_renamed(function.__name__, old, new)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)

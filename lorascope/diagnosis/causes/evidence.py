@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from lorascope.schema.deprecation import accept_old_fields, formerly
 
+
+@accept_old_fields
 @dataclass(frozen=True)
 class Finding:
     """A cause that was found.
@@ -17,18 +20,18 @@ class Finding:
     ----------
     cause : str
         Its name, one of ``CAUSES``.
-    told : str
+    message : str
         What is wrong, with its numbers.
     evidence : dict
         The numbers by name, thresholds among them.
-    mend : str
+    fix : str
         What to do.
     """
 
     cause: str
-    told: str
+    message: str = field(metadata=formerly("told"))
     evidence: dict[str, Any]
-    mend: str
+    fix: str = field(metadata=formerly("mend"))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,13 @@
 """A run for others: the ranks of a next LoRA, an adapter that PEFT loads, tables as files."""
 
-from lorascope.runs.export.peft_folder import base_of, to_peft
-from lorascope.runs.export.rank_budget import Cut, cut, rank_pattern
-from lorascope.runs.export.tables import to_table
+from typing import TYPE_CHECKING
 
-__all__ = ["Cut", "base_of", "cut", "rank_pattern", "to_peft", "to_table"]
+from lorascope.runs.export.peft_folder import base_of, to_peft
+from lorascope.runs.export.rank_budget import RankBudget, rank_pattern, select_components
+from lorascope.runs.export.tables import to_table
+from lorascope.schema.deprecation import old_names
+
+__all__ = ["RankBudget", "base_of", "rank_pattern", "select_components", "to_peft", "to_table"]
+
+if not TYPE_CHECKING:  # type checkers should not see the old names
+    __getattr__ = old_names(__name__, {"Cut": "RankBudget", "cut": "select_components"})

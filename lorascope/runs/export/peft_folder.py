@@ -80,7 +80,7 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     require_absent(path)
     if "source" in run.meta:
         what = "holds HydraLoRA, which no folder of PEFT does: export a run that was trained here, at fixed gates"
-        read = what if run.inexact() else f"is an adapter of PEFT already: copy its folder, {run.path}"
+        read = what if run.input_dependent_modules() else f"is an adapter of PEFT already: copy its folder, {run.path}"
         raise ValueError(f"{run.label} {read}")
     if run.meta["method"]["name"] == "peft":
         refuse_unkept(run, state)

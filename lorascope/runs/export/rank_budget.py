@@ -16,7 +16,7 @@ from lorascope.updates.low_rank import LowRank, spectra
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class RankBudget:
     """The components of a run's updates, by singular value, and which of them a budget keeps.
 
     Parameters
@@ -70,12 +70,12 @@ def _error(share: float) -> float:
     return max(1.0 - share, 0.0) ** 0.5
 
 
-def cut(
+def select_components(
     run: Run,
     budget: float | int,
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
-) -> Cut:
+) -> RankBudget:
     """Choose components of all modules together, those with the largest singular values or scores.
 
     Of equal ones those of the module that stands first are kept, and within a module the larger.
@@ -90,11 +90,11 @@ def cut(
     state : {"last", "best"}
     scores : mapping module -> array, optional
         One for each singular value other than 0, the largest first: the higher, the rather it is kept. Such as
-        ``worth.rises`` gives. A component of singular value 0 has the score 0.
+        ``worth.component_importance`` gives. A component of singular value 0 has the score 0.
 
     Returns
     -------
-    Cut
+    RankBudget
 
     Raises
     ------
@@ -113,7 +113,7 @@ def cut(
     best = np.argsort(-np.concatenate(list(values.values())), kind="stable")[:count]
     chosen = np.isin(np.arange(sum(ranks.values())), best)
     kept = np.split(chosen, np.cumsum(list(ranks.values()))[:-1])
-    return Cut(sigma, dict(zip(ranks, kept, strict=True)), {name: sum(products[name].shape) for name in ranks})
+    return RankBudget(sigma, dict(zip(ranks, kept, strict=True)), {name: sum(products[name].shape) for name in ranks})
 
 
 def _sigma(name: str, update: LowRank) -> Float[np.ndarray, "k"]:
@@ -142,18 +142,18 @@ def rank_pattern(
 ) -> dict[str, Any]:
     """PEFT's keywords for a LoRA with a run's ranks, or with as many of its components as a budget allows.
 
-    A module's rank is the number of its components that ``cut`` keeps. Every module keeps its scale. HydraLoRA has
-    ranks of its own, but no components before its gates are fixed.
+    A module's rank is the number of its components that ``select_components`` keeps. Every module keeps its scale.
+    HydraLoRA has ranks of its own, but no components before its gates are fixed.
 
     Parameters
     ----------
     run : Run
         Trained here, or an adapter that was read.
     budget : float or int, optional
-        See ``cut``; by default all is kept.
+        See ``select_components``; by default all is kept.
     state : {"last", "best"}
     scores : mapping module -> array, optional
-        See ``cut``.
+        See ``select_components``.
 
     Returns
     -------
@@ -163,11 +163,11 @@ def rank_pattern(
     Raises
     ------
     ValueError
-        See ``cut``.
+        See ``select_components``.
     """
     if budget is None:
         return run.lora_config(state)
-    return peft_keywords(run, cut(run, budget, state, scores).ranks, run.updates(state=state))
+    return peft_keywords(run, select_components(run, budget, state, scores).ranks, run.updates(state=state))
 
 
 def _count(budget: float | int, total: int) -> int:

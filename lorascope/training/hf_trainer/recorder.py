@@ -88,7 +88,7 @@ class TrainerRecorder(TrainerCallback):
         unless the Trainer goes on with it.
     observe : sequence of Observer, optional
         ``[observe.norms()]`` by default. Held-out text is none of what a Trainer shows, so ``neurons`` and
-        ``utilisation`` are refused.
+        ``utilization`` are refused.
     """
 
     def __init__(self, out: str | Path | None = None, observe: Sequence[Observer] | None = None) -> None:

@@ -225,6 +225,24 @@ def test_grid_takes_old_fields_with_a_warning():
         grid.read(table(name="hydralora", number=2, num_experts=2))
 
 
+def test_sweep_reports_old_fields_in_one_line_each(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "a.toml"
+    file.write_text(
+        'task = "sentiment"\nmethod = {name = "hydralora", number = 2}\nsettings = {steps = 3}\n', encoding="utf-8"
+    )
+
+    def stop(found, **_):
+        assert found.methods == [ls.HydraLoRA(num_experts=2)]
+        raise ValueError("not here")
+
+    monkeypatch.setattr("lorascope.experiments.sweep.run_grid", stop)
+    assert main(["sweep", str(file)]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "lorascope: HydraLoRA: number is deprecated, use num_experts",
+        "lorascope: not here",
+    ]
+
+
 @pytest.mark.parametrize(
     ("method", "words", "expected", "told"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -50,7 +51,11 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("sweep what? Give a TOML file: lorascope sweep ranks.toml")
     from lorascope.experiments import grid, sweep  # not for --help, which need not wait for torch
 
-    found = grid.read(options.file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        found = grid.read(options.file)
+    for warning in caught:
+        print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
     swept = sweep.run_grid(replace(found, backend=_backend(found.backend, options)), progress=options.progress)
     print(json.dumps(_plain(swept), indent=1) if options.json else _told(swept))
     for line in swept.complaints():

@@ -17,7 +17,7 @@ from lora_step import batch_of
 from paired import compare
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
 from lorascope.methods.base import Method, Step
@@ -74,7 +74,7 @@ def contestants(every: int) -> tuple[tuple[nn.Module, Method], nn.Module, tuple[
     config = peft.AdaLoraConfig(
         init_r=method.init_rank, target_r=method.target_rank, lora_alpha=method.alpha, orth_reg_weight=method.gamma,
         tinit=schedule.initial, tfinal=schedule.final, deltaT=every, total_step=TOTAL,
-        target_modules=list(adapted(ours)), task_type="SEQ_CLS",
+        target_modules=list(attached_deltas(ours)), task_type="SEQ_CLS",
     )  # fmt: skip
     lora = LoRA(rank=method.init_rank, alpha=method.alpha, targets=method.targets)
     lora.attach(plain)

@@ -15,7 +15,7 @@ from paired import compare
 from torch import Tensor, nn
 
 from lorascope.adapters.ablation import ablation_scores
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.methods import ALoRA
 
 TARGET = 0.6
@@ -36,7 +36,7 @@ def adapted_bert(blocks: int, width: int, rank: int) -> nn.Module:
     config = transformers.BertConfig(vocab_size=1000, num_hidden_layers=blocks, **sizes)
     model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
     ALoRA(init_rank=rank).attach(model)
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         nn.init.normal_(delta.B, std=0.2)
     return model
 
@@ -44,7 +44,7 @@ def adapted_bert(blocks: int, width: int, rank: int) -> nn.Module:
 @torch.no_grad()
 def one_by_one(model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]) -> np.ndarray:
     """S(M without r) and S(M with r alone) of every component."""
-    columns = [delta.B[:, index] for delta in adapted(model).values() for index in range(delta.rank)]
+    columns = [delta.B[:, index] for delta in attached_deltas(model).values() for index in range(delta.rank)]
     values = [column.clone() for column in columns]
     scores = np.empty((2, len(columns)))
     for number, column in enumerate(columns):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import attach
 from lorascope.methods import fourierft
 from lorascope.methods.fourierft import FourierDelta
-from lorascope.methods.fourierft_synthesis import few
+from lorascope.methods.fourierft_synthesis import use_basis_form
 from lorascope.updates.fourier import entries
 
 SHARES = {"d/32": 1 / 32, "d/8 - 1": 1 / 8, "d/4": 1 / 4, "4 d": 4}
@@ -58,7 +58,7 @@ def main() -> None:
     for d in arguments.widths:
         for label in arguments.coefficients:
             n = int(d * SHARES[label]) - label.count("- 1")
-            host, taken = layer(d, n), "waves" if few(n, (d, d)) else "sum"
+            host, taken = layer(d, n), "waves" if use_basis_form(n, (d, d)) else "sum"
             for tokens in arguments.tokens:
                 waves, dense = (passes(host, tokens, by_waves) for by_waves in (True, False))
                 ratio = compare(waves, dense, arguments.pairs, 1, arguments.seconds)

@@ -14,7 +14,7 @@ from lora_step import TARGETS, batch_of, step_of
 from paired import compare
 from torch import nn
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.methods import FourierFT, Full
 
@@ -29,14 +29,14 @@ def contestants(coefficients: int | None, targets: str) -> dict[str, nn.Module]:
     method.attach(ours)
     Full().attach(full)
     rest.requires_grad_(False).classifier.requires_grad_(True)
-    for module in adapted(ours):
+    for module in attached_deltas(ours):
         rest.get_submodule(module).bias.requires_grad_(True)
-    n = len(next(iter(adapted(ours).values())).coefficients)
+    n = len(next(iter(attached_deltas(ours).values())).coefficients)
     config = peft.FourierFTConfig(
         n_frequency=n,
         scaling=method.alpha,
         random_loc_seed=method.entry_seed,
-        target_modules=list(adapted(ours)),
+        target_modules=list(attached_deltas(ours)),
         task_type="SEQ_CLS",
     )
     return {"ours": ours, "PEFT's": peft.get_peft_model(theirs, config), "full fine-tuning": full, REST: rest}

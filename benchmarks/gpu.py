@@ -27,7 +27,7 @@ from recorder import STEPS, Training
 import lorascope as ls
 from lorascope.analysis.step_time import medians
 from lorascope.experiments import step_memory, step_time
-from lorascope.experiments.isolated_run import Alone
+from lorascope.experiments.isolated_run import IsolatedRun
 from lorascope.methods.base import Method
 from lorascope.observe import norms
 
@@ -78,8 +78,8 @@ def methods(options: argparse.Namespace, steps: int, processes: int, root: Path)
     peaks = dict(zip(METHODS, at_once(delayed(reported)(method) for method in METHODS.values()), strict=True))
     full = math.nan
     for name, method in METHODS.items():
-        job = Alone.of(options.model, options.task, method, {"steps": steps, **BATCH}, **where)
-        run, peak = with_peak(options.device, lambda job=job: ls.Run.read(step_time._measure(job)))
+        job = IsolatedRun.of(options.model, options.task, method, {"steps": steps, **BATCH}, **where)
+        run, peak = with_peak(options.device, lambda job=job: ls.Run.read(step_time._measure_seconds(job)))
         seconds = seconds_per_step(run)
         full = seconds if name == FULL else full
         yield {"row": name, "seconds": seconds, "ratio": seconds / full, "allocated": peak, "reported": peaks[name]}

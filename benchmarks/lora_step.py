@@ -11,7 +11,7 @@ import torch
 from paired import compare
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.methods import LoRA
 
@@ -45,7 +45,7 @@ def contestants(targets: str) -> tuple[nn.Module, nn.Module]:
     ours, theirs = models.load("minilm"), models.load("minilm")
     method = LoRA(targets=TARGETS[targets])
     method.attach(ours)
-    modules = list(adapted(ours))
+    modules = list(attached_deltas(ours))
     config = peft.LoraConfig(r=method.rank, lora_alpha=method.alpha, target_modules=modules, task_type="SEQ_CLS")
     return ours, peft.get_peft_model(theirs, config)
 

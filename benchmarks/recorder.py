@@ -17,7 +17,7 @@ from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
-from lorascope.training.base_weights import Base, first_use
+from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
@@ -41,7 +41,7 @@ class Training:
     ) -> None:
         data = tasks.load(task)
         living = models.load(model, task=data).to(device)
-        mark = first_use(living, data, 0)
+        mark = prepare_model(living, data, 0)
         settings = Settings(steps=10**6, lr=1e-4, head_lr=1e-4, batch_size=shape[0], schedule="constant", warmup=0)
         plan = Plan(method, Phase(method), data.fit(living), settings, 0, mark.w0_hash, observers)
         self.session = Session(living, plan, Base(living), folder, [], device)

@@ -21,7 +21,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import observe
 from lorascope.adapters import delta
-from lorascope.adapters.host_weights import oriented
+from lorascope.adapters.host_weights import orient_weight
 from lorascope.inputs import models
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.base import Method
@@ -113,7 +113,7 @@ def only_what_is_planned_moves(cell):
     now = {name: parameter for name, parameter in cell.model.named_parameters() if ".delta." not in name}
     moved = {name for name in base if not torch.equal(now[name], base[name])}
     head = families.HEADS.get(cell.family, set())
-    carriers = set(delta.adapted(cell.model))
+    carriers = set(delta.attached_deltas(cell.model))
     if cell.method in ("full", "adapprox"):
         assert (moved, carriers) == (set(base), set())
     elif cell.method == "lisa":
@@ -131,7 +131,7 @@ def only_what_is_planned_moves(cell):
         known = families.modules(cell.family, "ffn_in", "ffn_out")
         for module, numbers in chosen.items():
             host, across = cell.model.get_submodule(module), 0 if known[module][2] == "ffn_out" else 1
-            differs = oriented(host, now[f"{module}.weight"] != base[f"{module}.weight"])
+            differs = orient_weight(host, now[f"{module}.weight"] != base[f"{module}.weight"])
             assert differs.any(across).nonzero().flatten().tolist() == numbers
     else:
         assert moved == head
@@ -150,7 +150,7 @@ def changes(cell, run, base) -> dict[str, torch.Tensor]:
     gates = mean_gates(cell, model) if cell.method == "hydralora" else {}
     model = copy.deepcopy(model).double()
     found = {name: model.get_parameter(name).detach() - base[name].double() for name in base}
-    for module, adapter in delta.adapted(model).items():
+    for module, adapter in delta.attached_deltas(model).items():
         host: Any = model.get_submodule(module)
         if module in gates:  # no linear map: by definition s sum_i w_i B_i A, at the mean gates of a look
             heads = adapter.B.detach().chunk(adapter.number, dim=1)
@@ -158,7 +158,7 @@ def changes(cell, run, base) -> dict[str, torch.Tensor]:
                 w * B @ adapter.A.detach() for w, B in zip(gates[module], heads, strict=True)
             )
             continue
-        weight = oriented(host, base[f"{module}.weight"]).double()
+        weight = orient_weight(host, base[f"{module}.weight"]).double()
         with torch.no_grad():
             unit = torch.eye(weight.shape[1], dtype=torch.float64)
             found[module] = (host(unit) - host(torch.zeros_like(unit))).T - weight
@@ -171,7 +171,7 @@ def mean_gates(cell, model) -> dict[str, torch.Tensor]:
     task = cell.task.fit(model)
     longest = cell.run.meta["settings"]["max_length"]
     rows = task.encode(models.processor(model), task.split("validation").head(ROWS), longest)
-    seen: dict[str, list] = {name: [] for name in delta.adapted(model)}
+    seen: dict[str, list] = {name: [] for name in delta.attached_deltas(model)}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
             lambda host, given, kept=kept: kept.append((given[0] @ host.delta.router.T).softmax(-1).flatten(0, -2))

@@ -219,7 +219,7 @@ def read_all(folder: Path, base: Path | None = None) -> None:
     found = load(folder, base)
     _ = found.id, found.modules, found.ranks() if found.meta["states"] else {}, repr(found)
     doctor.diagnose(found)
-    inspect(found).plain()
+    inspect(found).to_json()
     _ = found.table, found.parents
     if not isinstance(found, AdapterRun):
         for name in found.snapshot_names():

@@ -60,7 +60,7 @@ class Growing(LoRA):
     def after_step(self, step):
         if step.index % 2:
             return
-        found = list(delta.adapted(step.model).values())
+        found = list(delta.attached_deltas(step.model).values())
         chosen = found[int(torch.randint(len(found), (), generator=self.generator_))]
         rank = chosen.A.shape[0]
         delta.resize(chosen.A, step.optimizer, list(range(rank)), torch.randn(1, chosen.A.shape[1]), 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters import activation_patching
 from lorascope.adapters.ablation import Scores, ablation_scores
-from lorascope.adapters.delta import adapted, attach
+from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.methods.alora import ALoRADelta, importance
 from lorascope.schema import module_table
 
@@ -24,7 +24,7 @@ def gated(family: str, targets: str | tuple[str, ...] = "all-linear", rank: int 
     model = tiny(family, **sizes)
     chosen = module_table.match(module_table.describe(model), targets)
     attach(model, {name: ALoRADelta(model.get_submodule(name), rank, 2.0) for name in chosen})
-    for seed, delta in enumerate(adapted(model).values()):
+    for seed, delta in enumerate(attached_deltas(model).values()):
         for factor in (delta.A, delta.B):
             nn.init.normal_(factor, std=0.3, generator=torch.Generator().manual_seed(seed))
     return model
@@ -49,7 +49,7 @@ def loss_of(model: nn.Module) -> Loss:
 def one_by_one(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Scores:
     """The definition: a whole forward pass for every set of gates, a closed gate being a column of zeros in B."""
     model.eval()
-    deltas = adapted(model)
+    deltas = attached_deltas(model)
     columns = {name: delta.B.clone() for name, delta in deltas.items()}
 
     def score(gate: Callable[[str, int], bool]) -> float:
@@ -99,7 +99,7 @@ def test_equal_to_one_evaluation_after_the_other(family):
 def toy() -> nn.Module:
     """A tiny BERT in float64 with one inert component in each adapter of its first block."""
     model = gated("bert").double()
-    for name, delta in adapted(model).items():
+    for name, delta in attached_deltas(model).items():
         if ".0." in name:
             nn.init.zeros_(delta.B[:, 1])
     return model
@@ -109,7 +109,7 @@ def toy() -> nn.Module:
 def test_an_inert_component_scores_as_the_model_with_and_without_all():
     model = toy()
     found = ablation_scores(model, loss_of(model), batch_of(model))
-    for name in adapted(model):
+    for name in attached_deltas(model):
         inert = (found.without[name] == found.full, found.only[name] == found.none)
         assert [list(part) for part in inert] == [[False, ".0." in name]] * 2
 
@@ -118,8 +118,8 @@ def test_an_inert_component_scores_as_the_model_with_and_without_all():
 def test_where_one_component_alone_is_active_the_scores_are_those_of_the_ends():
     """IS is then 2 S(M) - S(M without all)."""
     model = toy()
-    name, chosen = list(adapted(model).items())[7]
-    for delta in adapted(model).values():
+    name, chosen = list(attached_deltas(model).items())[7]
+    for delta in attached_deltas(model).values():
         delta.B[:, int(delta is chosen) :] = 0
     found = ablation_scores(model, loss_of(model), batch_of(model))
     assert found.without[name][0] == pytest.approx(found.none, abs=1e-12)
@@ -132,13 +132,13 @@ def test_taking_a_small_component_off_is_the_gate_s_gradient():
     loss, batch = loss_of(model), batch_of(model)
     errors = []
     for shrink in (1e-2, 1e-1):
-        for delta in adapted(model).values():
+        for delta in attached_deltas(model).values():
             delta.B.data *= shrink
         model.zero_grad()
         loss(batch).backward()
         found = ablation_scores(model, loss, batch)
         effect = found.full - np.concatenate(list(found.without.values()))
-        gradients = [-(delta.B.grad * delta.B).sum(0).detach().numpy() for delta in adapted(model).values()]
+        gradients = [-(delta.B.grad * delta.B).sum(0).detach().numpy() for delta in attached_deltas(model).values()]
         errors.append(np.linalg.norm(effect - np.concatenate(gradients)) / np.linalg.norm(effect))
     assert errors[0] < 0.05
     assert errors[1] == pytest.approx(errors[0] / 10, rel=0.3)
@@ -152,13 +152,13 @@ def test_everything_is_put_back(family):
     loss, batch = loss_of(model), batch_of(model)
     modes = [module.training for module in model.modules()]
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    order, deltas, caches = list(model.state_dict()), adapted(model), getattr(model.config, "use_cache", None)
+    order, deltas, caches = list(model.state_dict()), attached_deltas(model), getattr(model.config, "use_cache", None)
     generators = torch.get_rng_state(), np.random.get_state()[1].tolist()
     ablation_scores(model, loss, batch)
     assert [module.training for module in model.modules()] == modes
     assert list(model.state_dict()) == order
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert adapted(model) == deltas
+    assert attached_deltas(model) == deltas
     assert getattr(model.config, "use_cache", None) == caches
     assert torch.equal(torch.get_rng_state(), generators[0])
     assert np.random.get_state()[1].tolist() == generators[1]
@@ -168,7 +168,7 @@ def test_everything_is_put_back(family):
 
 def test_a_forward_that_fails_leaves_the_model_as_it_was():
     model = gated("bert")
-    deltas, batch = adapted(model), batch_of(model)
+    deltas, batch = attached_deltas(model), batch_of(model)
     times = iter(range(100))
 
     def loss(batch: dict[str, Tensor]) -> Tensor:
@@ -179,7 +179,7 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was():
 
     with pytest.raises(RuntimeError, match="out of memory"):
         ablation_scores(model, loss, batch)
-    assert adapted(model) == deltas
+    assert attached_deltas(model) == deltas
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -252,7 +252,7 @@ def test_what_was_written_over_is_not_played_back():
     torch.manual_seed(0)
     model = Overwriting().double()
     attach(model, {name: ALoRADelta(model.get_submodule(name), 2, 2.0) for name in ("first", "second", "third")})
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         nn.init.normal_(delta.B)
     batch = {"x": torch.randn(4, 6, dtype=torch.float64)}
 
@@ -266,7 +266,7 @@ def test_what_was_written_over_is_not_played_back():
 def test_an_inert_component_costs_no_pass():
     """With B zero everywhere: the model and one row of it, with and without adapters."""
     model, passes = gated("bert"), []
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         nn.init.zeros_(delta.B)
 
     def loss(batch: dict[str, Tensor]) -> Tensor:

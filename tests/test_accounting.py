@@ -212,7 +212,7 @@ def test_lora_adapts_what_its_targets_name(targets):
 def test_what_trains_beside_the_adapters_counts():
     shapes = {"h.0.q.weight": (8, 8), "score.weight": (2, 8), "score.bias": (2,)}
     held = acc.lora(shapes, 1, ("q",), beside=("score.weight", "score.bias"))
-    assert held == acc.Held(4 * (82 + 16), 4 * (16 + 18), 8 * (16 + 18) + 4 * 4)
+    assert held == acc.MemoryUse(4 * (82 + 16), 4 * (16 + 18), 8 * (16 + 18) + 4 * 4)
 
 
 def test_a_tied_head_is_adapted_as_the_embedding():

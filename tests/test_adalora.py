@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorascope as ls
-from lorascope.adapters.delta import adapted, attach, fold
+from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA
 from lorascope.methods.adalora import AdaLoRADelta, Schedule, importance, most_important, orthogonality, smooth
@@ -72,7 +72,7 @@ def started(method: AdaLoRA, **sizes: int) -> nn.Module:
 
 def filled(model: nn.Module) -> nn.Module:
     """Lambdas as after training, of both signs."""
-    for seed, delta in enumerate(adapted(model).values()):
+    for seed, delta in enumerate(attached_deltas(model).values()):
         nn.init.normal_(delta.diagonal, generator=torch.Generator().manual_seed(seed))
     return model
 
@@ -88,8 +88,8 @@ def test_training_starts_at_the_base_and_moves_lambda_first(family):
     after = model(**inputs(model)).logits
     assert torch.equal(after, before)
     after.square().sum().backward()
-    assert len(adapted(model)) == (8 if family == "gpt2" else 12)
-    for delta in adapted(model).values():
+    assert len(attached_deltas(model)) == (8 if family == "gpt2" else 12)
+    for delta in attached_deltas(model).values():
         assert (delta.rank, tuple(delta.diagonal.shape)) == (12, (12, 1))
         assert not delta.weight().any()
         assert not delta.A.grad.any()
@@ -104,14 +104,14 @@ def test_the_factors_start_normal_and_the_scale_is_that_of_the_first_rank():
         assert factor.mean().item() == pytest.approx(0, abs=1e-3)
     model = tiny("bert")
     AdaLoRA(init_rank=6, target_rank=2, alpha=3).attach(model)
-    assert {delta.scale for delta in adapted(model).values()} == {3 / (6 + 1e-5)}
+    assert {delta.scale for delta in attached_deltas(model).values()} == {3 / (6 + 1e-5)}
 
 
 def test_lambda_is_decayed_like_the_matrices():
     method = AdaLoRA()
     model = started(method)
     decayed = [p for g in method.optimizer(model, 1.0, 1.0, 0.1).param_groups if g["weight_decay"] for p in g["params"]]
-    assert {id(delta.diagonal) for delta in adapted(model).values()} <= {id(p) for p in decayed}
+    assert {id(delta.diagonal) for delta in attached_deltas(model).values()} <= {id(p) for p in decayed}
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -120,16 +120,16 @@ def test_folded_equals_unfolded_and_sliced_equals_masked(family):
     model = tiny(family).double()
     AdaLoRA(init_rank=4, target_rank=2, alpha=5, targets=("q", "v", "ffn_in")).attach(model)
     filled(model)
-    for number, delta in enumerate(adapted(model).values()):
+    for number, delta in enumerate(attached_deltas(model).values()):
         delta.kept[: number % 5] = False
         delta.diagonal.data[: number % 5] = 0
-    assert {delta.rank for delta in adapted(model).values()} == {4, 3, 2, 1, 0} or family == "gpt2"
+    assert {delta.rank for delta in attached_deltas(model).values()} == {4, 3, 2, 1, 0} or family == "gpt2"
     expected = model(**inputs(model)).logits
     folded = copy.deepcopy(model)
     fold(folded)
     sliced = tiny(family).double()
     parts = {}
-    for name, delta in adapted(model).items():
+    for name, delta in attached_deltas(model).items():
         if not delta.rank:
             continue
         parts[name] = LoRADelta(sliced.get_submodule(name), delta.rank, delta.scale)
@@ -159,7 +159,7 @@ def test_an_embedding_and_dropout():
 
 def test_the_update_of_a_snapshot_is_the_living_one():
     model = filled(started(AdaLoRA(init_rank=3, target_rank=1)))
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         update, factors = delta.update(), delta.factors()
         assert {name: tuple(f.shape) for name, f in factors.items()} == {
             "A": tuple(delta.A.shape),
@@ -184,7 +184,7 @@ def test_the_penalty_of_the_worked_example():
 
 def test_the_penalty_is_that_of_every_matrix_by_itself():
     model = started(AdaLoRA(init_rank=5, target_rank=1), intermediate_size=48)
-    left, right = zip(*[(delta.B, delta.A) for delta in adapted(model).values()], strict=True)
+    left, right = zip(*[(delta.B, delta.A) for delta in attached_deltas(model).values()], strict=True)
     norms = [torch.linalg.norm(M - torch.eye(5)) for M in [*(P.T @ P for P in left), *(Q @ Q.T for Q in right)]]
     assert len(norms) == 24
     assert orthogonality(list(left), list(right), "mean-norm").item() == pytest.approx(sum(norms).item() / 24)
@@ -298,8 +298,8 @@ def test_the_masks_of_the_worked_example(budget, left):
         method.after_step(step)
     step.index = 2
     method.after_step(step)
-    assert [delta.diagonal.flatten().tolist() for delta in adapted(model).values()] == left
-    assert sum(delta.rank for delta in adapted(model).values()) == budget
+    assert [delta.diagonal.flatten().tolist() for delta in attached_deltas(model).values()] == left
+    assert sum(delta.rank for delta in attached_deltas(model).values()) == budget
     for weight, value in zip(method._weights, HAND, strict=True):
         assert weight.shape == (2, 1) or torch.equal(weight, value)
 
@@ -411,7 +411,7 @@ def test_training_follows_the_definition_step_by_step(kind, order, form):
         penalty=form, initial_steps=2, final_steps=4, mask_every=2,
     )  # fmt: skip
     model = started(method)
-    deltas = adapted(model)
+    deltas = attached_deltas(model)
     schedule = method.schedule(20)
     averages: dict = {}
     scores: dict = {}
@@ -470,11 +470,11 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
 def test_a_module_that_was_not_used_counts_as_unimportant():
     method = AdaLoRA(init_rank=2, target_rank=1, targets=("q",), **SHORT)
     model = started(method)
-    unused = next(iter(adapted(model).values()))
+    unused = next(iter(attached_deltas(model).values()))
     for _, moment in drive(model, method, 12):
         if moment == "moved":
             unused.diagonal.grad = unused.A.grad = unused.B.grad = None
-    assert [delta.rank for delta in adapted(model).values()] == [0, 2]
+    assert [delta.rank for delta in attached_deltas(model).values()] == [0, 2]
 
 
 # -- cost -----------------------------------------------------------------------------------------------------------
@@ -537,12 +537,12 @@ def with_peft(ours: nn.Module, family: str, method: AdaLoRA, total: int, dtype: 
         peft.AdaLoraConfig(
             init_r=method.init_rank, target_r=method.target_rank, lora_alpha=method.alpha, beta1=method.beta1,
             beta2=method.beta2, orth_reg_weight=method.gamma, tinit=schedule.initial, tfinal=schedule.final,
-            deltaT=schedule.every, total_step=total, target_modules=list(adapted(ours)),
+            deltaT=schedule.every, total_step=total, target_modules=list(attached_deltas(ours)),
             fan_in_fan_out=family == "gpt2",
         ),
     )  # fmt: skip
     pairs = []
-    for name, delta in adapted(ours).items():
+    for name, delta in attached_deltas(ours).items():
         layer = theirs.get_base_model().get_submodule(name)
         for mine, key in ((delta.B, "lora_B"), (delta.diagonal, "lora_E"), (delta.A, "lora_A")):
             other = getattr(layer, key)["default"]
@@ -597,13 +597,13 @@ def test_the_same_masks_as_peft_step_by_step():
         pattern = theirs.peft_config["default"].rank_pattern
         if method.schedule(30).chooses(step.index):
             stored = {key.partition(".lora_E")[0]: mask for key, mask in pattern.items()}
-            masks = {name: delta.kept.tolist() for name, delta in adapted(ours).items()}
+            masks = {name: delta.kept.tolist() for name, delta in attached_deltas(ours).items()}
             assert masks == stored
             seen.add(str(masks))
         for mine, other in pairs:
             torch.testing.assert_close(mine.data, other.data, rtol=1e-7, atol=1e-9)
     assert len(seen) > 4
-    assert sum(delta.rank for delta in adapted(ours).values()) == 24
+    assert sum(delta.rank for delta in attached_deltas(ours).values()) == 24
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def trained(bert, task, tmp_path_factory):
 
     class Looking(ls.observe.Observer):
         def __call__(self, step):
-            living[step.finished] = {name: delta.update() for name, delta in adapted(step.model).items()}
+            living[step.finished] = {name: delta.update() for name, delta in attached_deltas(step.model).items()}
             return ()
 
     observers = [ls.observe.norms(every=1), ls.observe.factors(every=1), Looking()]
@@ -708,7 +708,7 @@ def test_the_penalty_told_is_that_of_the_weights_of_the_step(trained):
 
 def test_masked_lambdas_end_at_zero_and_nothing_else_does(trained):
     _, model, _ = trained
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         assert torch.equal(delta.diagonal[:, 0] != 0, delta.kept)
 
 
@@ -731,17 +731,17 @@ def test_a_restored_model_gives_the_same_logits(state, trained, bert, task):
     assert run.meta["states"]["best"]["step"] in (9, 12)  # no best state before the choice is fixed
     fresh = models.load(bert, task=task)
     run.restore(fresh, state=state)
-    assert {name: delta.rank for name, delta in adapted(fresh).items()} == run.ranks(state)
+    assert {name: delta.rank for name, delta in attached_deltas(fresh).items()} == run.ranks(state)
     if state == "last":
         assert torch.equal(fresh(**inputs(fresh)).logits, model(**inputs(model)).logits)
-    for name, delta in adapted(fresh).items():
+    for name, delta in attached_deltas(fresh).items():
         np.testing.assert_array_equal(delta.update().B, run.updates(state=state)[name].B)
 
 
 def test_norms_cope_with_modules_of_rank_zero(trained):
     run, model, _ = trained
     summary = run.summary().set_index("module")
-    for name, delta in adapted(model).items():
+    for name, delta in attached_deltas(model).items():
         dense = delta.weight().detach().double()
         assert summary["update_norm"][name] == near(dense.norm(), terms=TINY)
         sigma = torch.linalg.svdvals(dense)[: delta.rank]
@@ -758,7 +758,7 @@ def test_peft_takes_the_final_pattern(trained, bert, task):
     layers = {n: m for n, m in theirs.get_base_model().named_modules() if hasattr(m, "lora_A")}
     assert {name: layer.r["default"] for name, layer in layers.items()} == {n: r for n, r in run.ranks().items() if r}
     for name, layer in layers.items():
-        delta = adapted(model)[name]
+        delta = attached_deltas(model)[name]
         assert layer.scaling["default"] == pytest.approx(delta.scale, rel=1e-12)
         layer.lora_A["default"].weight.data = delta.A.data[delta.kept]
         layer.lora_B["default"].weight.data = (delta.B * delta.diagonal.T).data[:, delta.kept]
@@ -790,7 +790,7 @@ def test_under_autocast_and_in_a_model_of_bfloat16(bert, task, tmp_path):
         pass
     assert {s.dtype for s in (*method.sensitivity_, *method.uncertainty_)} == {torch.float32}
     assert all(s.unique().numel() > 20 for s in method.sensitivity_[0::3])
-    assert sum(delta.rank for delta in adapted(model).values()) == 12
+    assert sum(delta.rank for delta in attached_deltas(model).values()) == 12
 
 
 def test_a_budget_of_all_and_of_nothing(bert, task, tmp_path):
@@ -799,7 +799,9 @@ def test_a_budget_of_all_and_of_nothing(bert, task, tmp_path):
         method = AdaLoRA(init_rank=2, target_rank=target, **SHORT)
         run = ls.train(model, task, method, out=tmp_path / str(target), **FAST)
         assert set(run.ranks().values()) == {rank}
-        assert all(delta.diagonal.all() if rank else not delta.diagonal.any() for delta in adapted(model).values())
+        assert all(
+            delta.diagonal.all() if rank else not delta.diagonal.any() for delta in attached_deltas(model).values()
+        )
     with pytest.raises(ValueError, match="no factored update of a rank above 0"):
         run.lora_config()
 
@@ -839,7 +841,7 @@ def test_phases_longer_than_the_run_are_refused_before_its_first_step(bert, task
     model = models.load(bert, task=task)
     with pytest.raises(ValueError, match=r"^initial_steps 8 and final_steps 4 leave no step of 12 .*more steps$"):
         ls.train(model, task, replace(METHOD, initial_steps=8), out=tmp_path / "run", **FAST)
-    assert all(not delta.diagonal.any() for delta in adapted(model).values())
+    assert all(not delta.diagonal.any() for delta in attached_deltas(model).values())
 
 
 def test_it_is_registered_and_survives_json():

@@ -46,7 +46,7 @@ def state(trained, task):
     """The model without adapters, its update as P, lambda, Q, and two batches."""
     model = models.load(trained.meta["model"], task)
     trained.restore(model)
-    state = {name: component_removal.canonical(part.update()) for name, part in delta.adapted(model).items()}
+    state = {name: component_removal.canonical(part.update()) for name, part in delta.attached_deltas(model).items()}
     delta.detach(model)
     model.requires_grad_(False)
     fitted = task.fit(model)
@@ -91,8 +91,8 @@ def test_the_canonical_form_is_the_update(trained, state):
 
 def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
     model, found, batches = state
-    rises = component_removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches)
-    assert not delta.adapted(model)
+    rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches)
+    assert not delta.attached_deltas(model)
     for name in list(found)[::5]:
         for component in (0, 2, None):
             by_hand = np.mean(
@@ -107,8 +107,8 @@ def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
 
 def test_slopes_are_central_differences_in_the_size_of_a_component(state):
     model, found, batches = state
-    slopes = component_removal.slopes(model, lambda batch: model(**batch).loss, found, batches)
-    assert not delta.adapted(model)
+    slopes = component_removal.first_order_increases(model, lambda batch: model(**batch).loss, found, batches)
+    assert not delta.attached_deltas(model)
 
     def loss_at(name, component, factor):
         P, sigma, Q = found[name]
@@ -131,11 +131,11 @@ def test_rises_are_settled_by_the_slopes_of_all_text(state):
     def loss(batch):
         return model(**batch).loss
 
-    whole = component_removal.loss_rises(model, loss, found, batches)
-    same = component_removal.settled_rises(model, loss, found, batches, len(batches))
-    part = component_removal.settled_rises(model, loss, found, batches, 1)
-    first = component_removal.loss_rises(model, loss, found, batches[:1])
-    each = [component_removal.slopes(model, loss, found, [batch]) for batch in batches]
+    whole = component_removal.loss_increases(model, loss, found, batches)
+    same = component_removal.ablation_loss_increases(model, loss, found, batches, len(batches))
+    part = component_removal.ablation_loss_increases(model, loss, found, batches, 1)
+    first = component_removal.loss_increases(model, loss, found, batches[:1])
+    each = [component_removal.first_order_increases(model, loss, found, [batch]) for batch in batches]
     for name in found:
         assert same[name] == pytest.approx(whole[name], abs=1e-9)
         mean = np.mean([slope[name] for slope in each], axis=0)
@@ -180,7 +180,7 @@ def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
 def test_alora_scores_are_ablations_of_the_same_components(state):
     model, found, batches = state
     rows = component_scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
-    rises = component_removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
     name = list(found)[4]
     alone = {name: found[name][0][:, :1] * found[name][1][0] @ found[name][2][:1]}
     assert rows["ALoRA, without"][name] == near(rises[name][:-1], UNDECIDED, terms=TINY, depth=2)
@@ -194,7 +194,7 @@ def test_alpha_begins_at_the_state_and_falls_where_a_component_harms(state):
     rows = component_scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
     (alphas,) = rows.values()
     assert all(alpha.sum() == near(1, terms=3, depth=2) for alpha in alphas.values())
-    rises = component_removal.loss_rises(model, lambda batch: model(**batch).loss, found, batches[:1])
+    rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
     # First order: alpha goes where a larger component lowers the loss, which is where its removal raises it.
     signs = [np.sign(alpha - 1 / 3) @ (rises[name][:-1] - rises[name][:-1].mean()) for name, alpha in alphas.items()]
     assert np.mean(np.array(signs) > 0) > 0.7
@@ -386,7 +386,7 @@ def test_recipes_that_were_trained_are_compared_by_the_scores_of_their_very_weig
         look = [ls.observe.neurons(**LOOK), Copying()]
         runs[label] = ls.train(model, task, method, observe=look, out=tmp_path / label, **FAST)
         kept, batches, base = Copying.kept
-        if delta.adapted(kept):
+        if delta.attached_deltas(kept):
             delta.fold(kept)
         parts = ls.analysis.neurons.parts(ls.names.describe(kept))
         modules = [part.module for part in parts]

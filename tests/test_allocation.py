@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from planted import blocks
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.analysis import baseline_ranks
 from lorascope.methods import LoRA
 from lorascope.schema import module_table
@@ -95,4 +95,6 @@ def test_lora_takes_what_an_allocation_gives(fresh_bert: Any) -> None:
     modules = module_table.match(module_table.describe(fresh_bert), ("q", "v"))
     ranks = baseline_ranks.random(modules, 7, seed=3, cap=4)
     LoRA(rank=ranks).attach(fresh_bert)
-    assert {name: delta.rank for name, delta in adapted(fresh_bert).items()} == {n: r for n, r in ranks.items() if r}
+    assert {name: delta.rank for name, delta in attached_deltas(fresh_bert).items()} == {
+        n: r for n, r in ranks.items() if r
+    }

@@ -191,7 +191,7 @@ def test_every_place_gets_the_same_parameters():
     for arm in adalora_placement.arms(True):
         model = models.load("minilm")
         arm.method.attach(model)
-        deltas = delta.adapted(model)
+        deltas = delta.attached_deltas(model)
         counted[arm.label] = sum(parameter.numel() for one in deltas.values() for parameter in one.parameters())
         ranks[arm.label] = {one.rank for one in deltas.values()}
         layers = {name.split("layer.")[1][0] for name in deltas}

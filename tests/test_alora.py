@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
-from lorascope.adapters.delta import adapted, fold, resize
+from lorascope.adapters.delta import attached_deltas, fold, resize
 from lorascope.inputs import models
 from lorascope.methods import ALoRA
 from lorascope.methods.alora import ALoRADelta, CountingAdamW, allocate, importance, prune
@@ -102,7 +102,7 @@ def test_the_budget_never_rises_where_a_round_deletes_less_than_it_may():
     model = started(method)
     budgets = [4]
     for step in drive(method, model, 16):
-        budget = sum(delta.rank for delta in adapted(model).values())
+        budget = sum(delta.rank for delta in attached_deltas(model).values())
         if step.finished in method.schedule(16):
             budgets.append(budget)
     assert budgets[::2] == [4, 1, 1, 1]
@@ -135,7 +135,7 @@ def test_deleting_is_closing_the_gate_and_growing_changes_nothing():
     model = gated("bert", rank=3)
     optimizer = torch.optim.AdamW(model.parameters())
     batch = inputs(model)
-    name, delta = list(adapted(model).items())[3]
+    name, delta = list(attached_deltas(model).items())[3]
     fresh = ALoRADelta(model.get_submodule(name), 2)
     assert not fresh.B.any()
     assert fresh.A.any(dim=1).all()
@@ -159,13 +159,13 @@ def test_a_module_may_have_rank_zero(family):
     targets = ("embed", "q") if family == "bert" else "all-linear"
     model = gated(family, targets)
     bare = tiny(family)
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         resize(delta.A, torch.optim.SGD([delta.A], 1.0), [], None, 0)
         resize(delta.B, torch.optim.SGD([delta.B], 1.0), [], None, 1)
     batch = inputs(model)
     assert torch.equal(model(**batch).logits, bare(**batch).logits)
     model.train()(**batch).logits.sum().backward()
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         assert delta.rank == delta.update().rank == 0
         assert delta.update().norm() == 0
         assert delta.factors()["A"].shape[0] == 0
@@ -207,7 +207,7 @@ def started(method: ALoRA, **sizes: int) -> nn.Module:
 def components(method: ALoRA, step: Step) -> dict:
     """(module, id) -> its row of A, column of B, and their first moments."""
     found = {}
-    for name, delta in adapted(step.model).items():
+    for name, delta in attached_deltas(step.model).items():
         tensors = [(delta.A, delta.B)]
         for key in ("exp_avg", "exp_avg_sq"):
             tensors.append(tuple(step.optimizer.state[p][key] for p in (delta.A, delta.B)))
@@ -228,7 +228,7 @@ def test_a_round_moves_components_and_leaves_the_others_as_they_are(number):
     batch = inputs(model, seed=50)
     seen = iter(drive(method, model, 10))
     for before_step in seen:
-        before, ranks = components(method, before_step), {k: d.rank for k, d in adapted(model).items()}
+        before, ranks = components(method, before_step), {k: d.rank for k, d in attached_deltas(model).items()}
         shapes = [p.data_ptr() for p in model.parameters()]
         with torch.no_grad():
             model.eval()
@@ -249,7 +249,7 @@ def test_a_round_moves_components_and_leaves_the_others_as_they_are(number):
         counts = [sum(name == at for at, _ in gained) for name in untouched]
         assert not counts or max(counts) - min(counts) <= 1
         total += len(gained) - len(lost)
-        assert sum(delta.rank for delta in adapted(model).values()) == total <= 36
+        assert sum(delta.rank for delta in attached_deltas(model).values()) == total <= 36
         born |= before.keys()
         assert not gained & born  # an id is given once
         for key in before.keys() & now.keys():
@@ -260,12 +260,12 @@ def test_a_round_moves_components_and_leaves_the_others_as_they_are(number):
             assert not second.any()
             assert not values[width:].any()
             assert 0 < values[:width].abs().max() <= width**-0.5
-        for delta in adapted(model).values():
+        for delta in attached_deltas(model).values():
             sizes = delta.A.shape[1] + delta.B.shape[0]
             assert sum(p.numel() for p in delta.parameters()) == delta.rank * sizes
         trained = {id(p) for group in step.optimizer.param_groups for p in group["params"]}
         assert trained == {id(p) for p in model.parameters() if p.requires_grad}
-        assert {delta.scale for delta in adapted(model).values()} == {8 / 3}
+        assert {delta.scale for delta in attached_deltas(model).values()} == {8 / 3}
         assert not torch.equal(logits, model.eval()(**batch).logits)
 
 
@@ -285,8 +285,8 @@ def test_what_is_deleted_is_what_scores_lowest():
         assert told["importance", name].index.tolist() == ids[name]
         parts = [told[f"score_{part}", name].value for part in ("without", "only")]
         assert score == pytest.approx(told["score_full", ""].value - parts[0] + parts[1])
-        assert told["rank", name].value == adapted(model)[name].rank == len(method.rank_ids_[name])
-    assert told["budget", ""].value == sum(delta.rank for delta in adapted(model).values()) == 24
+        assert told["rank", name].value == attached_deltas(model)[name].rank == len(method.rank_ids_[name])
+    assert told["budget", ""].value == sum(delta.rank for delta in attached_deltas(model).values()) == 24
     lowest = sorted((value, name, i) for name in ids for i, value in zip(ids[name], scores[name], strict=True))[:5]
     assert {(name, i) for name in ids for i in set(ids[name]) - set(method.rank_ids_[name])} == {
         (name, i) for _, name, i in lowest
@@ -301,7 +301,7 @@ def test_at_the_start_all_scores_are_the_same_and_the_first_modules_lose():
     model = started(method)
     seen = iter(drive(method, model, 4, lr=0.0))
     next(seen), next(seen)
-    ranks = [delta.rank for delta in adapted(model).values()]
+    ranks = [delta.rank for delta in attached_deltas(model).values()]
     assert ranks == [0, 1, *([3] * 3), *([2] * 7)]
 
 
@@ -348,8 +348,8 @@ def test_the_first_step_of_a_grown_component(fresh):
     for step in drive(method, model, 6, lr=0.02):
         if step.finished == 4 and grown:
             for name, columns in grown.items():
-                moved = adapted(model)[name].B[:, columns].abs()
-                slope = adapted(model)[name].B.grad[:, columns].abs()
+                moved = attached_deltas(model)[name].B[:, columns].abs()
+                slope = attached_deltas(model)[name].B.grad[:, columns].abs()
                 t = 1 if fresh else 4
                 first, second = (1 - 0.9) / (1 - 0.9**t), (1 - 0.999) / (1 - 0.999**t)
                 expected = 0.02 * first * slope / ((second**0.5) * slope + 1e-8)
@@ -405,7 +405,7 @@ def test_the_planted_module_gains(planted):
         loss(model, rows(16)).backward()
         optimizer.step()
         method.after_step(step)
-        ranks.append([delta.rank for delta in adapted(model).values()])
+        ranks.append([delta.rank for delta in attached_deltas(model).values()])
     assert min(rank[planted] for rank in ranks) == 2
     assert ranks[-1][planted] >= 4
     assert sum(ranks[-1]) == 6
@@ -444,7 +444,7 @@ def test_the_table_tells_ranks_and_budget(run):
 
 def test_a_module_of_rank_zero_is_there_everywhere(run, bert, task):
     found, model = run
-    ranks = {name: delta.rank for name, delta in adapted(model).items()}
+    ranks = {name: delta.rank for name, delta in attached_deltas(model).items()}
     assert found.ranks() == ranks
     assert 0 in ranks.values()
     summary = found.summary().set_index("module")
@@ -496,10 +496,10 @@ def test_the_counts_of_the_paper():
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama"))
     method = ALoRA()
     method.attach(model)
-    assert len(adapted(model)) == 224
-    assert sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 19_988_480
+    assert len(attached_deltas(model)) == 224
+    assert sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters()) == 19_988_480
     assert method._pruned == 7
-    assert ALoRA(prune="network")._number(describe(model), list(adapted(model))) == 224
+    assert ALoRA(prune="network")._number(describe(model), list(attached_deltas(model))) == 224
 
 
 @pytest.mark.parametrize(

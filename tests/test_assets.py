@@ -197,12 +197,12 @@ def test_built_files_are_built_again_where_they_were_changed(tmp_path, capsys, c
         build(folder)
 
     for _ in range(2):
-        folder = package_assets.built(tmp_path / "cache" / "derived", count)
+        folder = package_assets.build_once(tmp_path / "cache" / "derived", count)
     assert len(calls) == 1
     assert capsys.readouterr().err == ""
     CHANGES[change](folder)
     for _ in range(2):
-        assert package_assets.built(folder, count) == folder
+        assert package_assets.build_once(folder, count) == folder
     assert len(calls) == 2
     told = capsys.readouterr().err
     assert (str(folder) in told, told.count("\n")) == (True, 1)
@@ -216,7 +216,7 @@ def test_a_building_that_fails_leaves_nothing(tmp_path):
         raise RuntimeError("half way")
 
     with pytest.raises(RuntimeError, match="half way"):
-        package_assets.built(tmp_path / "derived", fail)
+        package_assets.build_once(tmp_path / "derived", fail)
     assert os.listdir(tmp_path) == []
 
 
@@ -261,7 +261,7 @@ def test_processes_at_once_agree(index):
 
 def test_staged_folder_that_another_process_finished_first_stays(tmp_path):
     target = tmp_path / "folder"
-    with package_assets.staged(target) as draft:
+    with package_assets.stage_target(target) as draft:
         draft.mkdir()
         (draft / "file").write_text("late")
         target.mkdir()
@@ -275,7 +275,7 @@ def test_failed_block_stages_nothing(tmp_path):
         draft.write_text("half", encoding="utf-8")
         raise RuntimeError("half way")
 
-    with pytest.raises(RuntimeError, match="half way"), package_assets.staged(tmp_path / "file") as draft:
+    with pytest.raises(RuntimeError, match="half way"), package_assets.stage_target(tmp_path / "file") as draft:
         fail(draft)
     assert os.listdir(tmp_path) == []
 
@@ -286,7 +286,7 @@ def test_old_leftovers_of_killed_processes_are_swept(tmp_path):
         folder.mkdir()
         (folder / "file").write_text("half")
     os.utime(old, (0, 0))
-    with package_assets.staged(tmp_path / "file") as draft:
+    with package_assets.stage_target(tmp_path / "file") as draft:
         draft.write_text("whole")
     assert sorted(os.listdir(tmp_path)) == [".partial-new", "file"]
 

@@ -15,7 +15,7 @@ from tiny import tiny
 from torch import nn
 
 from lorascope import observe, plots, probes
-from lorascope.adapters.delta import adapted, attach
+from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.analysis.factor_embeddings import clouds
 from lorascope.analysis.factor_sharing import numbers, sharedness
 from lorascope.charts.chart import Panels
@@ -40,7 +40,7 @@ def started(family: str, seed: int, **fields: object) -> tuple[dict[str, torch.T
     LoRA(targets=("all-linear", "embed"), **fields).attach(model)
     found = {
         f"{module}/{name}": factor.detach().clone()
-        for module, delta in adapted(model).items()
+        for module, delta in attached_deltas(model).items()
         for name, factor in delta.factors().items()
     }
     return found, torch.rand(3)
@@ -108,7 +108,7 @@ def toy_updates(same_start: bool) -> dict[str, dict[str, LowRank]]:
             optimizer.zero_grad()
             (student(x) - answer).square().mean().backward()
             optimizer.step()
-        found[str(number)] = {name: delta.update() for name, delta in adapted(student).items()}
+        found[str(number)] = {name: delta.update() for name, delta in attached_deltas(student).items()}
     return found
 
 

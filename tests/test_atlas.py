@@ -107,7 +107,7 @@ def test_a_start_that_was_kept_is_taken_off_whatever_the_method(write: Any) -> N
     zero = write("z", label="zero", factors={"h.0.q": (B, A0)}, starts={"h.0.q": (0 * B0, A0)})
     added = {"kept": B @ (A0 + change) - B0 @ A0, "zero": B @ A0}
     for run in (kept, zero):
-        np.testing.assert_allclose(initial_update.added(run)["h.0.q"].dense(), added[run.label], atol=1e-12)
+        np.testing.assert_allclose(initial_update.learned_updates(run)["h.0.q"].dense(), added[run.label], atol=1e-12)
     spectrum, _, heat = panels(plots.atlas([kept, zero], k=2))
     for label, matrix in added.items():
         drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]

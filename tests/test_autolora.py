@@ -20,7 +20,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import lorascope as ls
-from lorascope.adapters.delta import adapted, attach, fold
+from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.cli import main
 from lorascope.inputs import models, tasks
 from lorascope.methods import AutoLoRA, LoRA
@@ -239,7 +239,7 @@ def test_the_search_starts_at_the_base_with_nothing_to_say_about_alpha(family):
     model = tiny(family).requires_grad_(False)
     before = model(**inputs(model)).logits
     AutoLoRA(targets="all-linear", rank=3).attach(model)
-    found = adapted(model)
+    found = attached_deltas(model)
     assert len(found) >= 8
     assert all(not p.requires_grad for name, p in model.named_parameters() if name.endswith("logits"))
     logits = {f"{name}.delta.logits": delta.logits.requires_grad_() for name, delta in found.items()}
@@ -250,7 +250,7 @@ def test_the_search_starts_at_the_base_with_nothing_to_say_about_alpha(family):
 
 
 def filled(model):
-    for seed, delta in enumerate(adapted(model).values()):
+    for seed, delta in enumerate(attached_deltas(model).values()):
         generator = torch.Generator().manual_seed(seed)
         for tensor in (delta.A, delta.B, delta.logits):
             nn.init.normal_(tensor, std=0.3, generator=generator)
@@ -373,7 +373,7 @@ class Watched(AutoLoRA):
 
     def before_step(self, step):
         before = everything_but_logits(step)
-        logits = [delta.logits.clone() for delta in adapted(step.model).values()]
+        logits = [delta.logits.clone() for delta in attached_deltas(step.model).values()]
         super().before_step(step)
         after = everything_but_logits(step)
         assert before.keys() == after.keys()
@@ -382,7 +382,8 @@ class Watched(AutoLoRA):
         assert all(p.grad is None for p in step.model.parameters()) or step.index
         assert step.model.training
         moved = [
-            not torch.equal(old, delta.logits) for old, delta in zip(logits, adapted(step.model).values(), strict=True)
+            not torch.equal(old, delta.logits)
+            for old, delta in zip(logits, attached_deltas(step.model).values(), strict=True)
         ]
         assert all(moved) == bool(self.selection_lr and (step.index or self.hypergradient != "first_order"))
 
@@ -422,7 +423,7 @@ def test_the_logits_take_the_steps_of_equation_5(bert, task, tmp_path):
 
         def before_step(self, step):
             rows = step.validation()
-            names = [f"{module}.delta.logits" for module in adapted(step.model)]
+            names = [f"{module}.delta.logits" for module in attached_deltas(step.model)]
             if not theirs:
                 theirs.extend(nn.Parameter(step.model.get_buffer(name).clone()) for name in names)
                 self.outer = torch.optim.Adam(theirs, lr=0.05, betas=(0.5, 0.999))
@@ -455,7 +456,7 @@ class Twice(Watched):
     def before_step(self, step):
         rows = step.validation()
         still = replace(step, draw=lambda size, fixed: rows)
-        deltas, moments = adapted(step.model).values(), self.moments_
+        deltas, moments = attached_deltas(step.model).values(), self.moments_
         logits = [delta.logits.clone() for delta in deltas]
         answers = {}
         for form in ("exact", "finite_difference"):
@@ -587,7 +588,7 @@ def test_what_was_found_is_what_is_retrained(trained, task):
     table = search.table[search.table["step"] == 13]
     alpha = table[table["quantity"] == "alpha"].groupby("module", observed=True)["value"]
     assert run.ranks() == alpha.agg(lambda values: int((values >= 1 / 5).sum())).to_dict()
-    for module, delta in adapted(model).items():
+    for module, delta in attached_deltas(model).items():
         assert (delta.A.shape[0], delta.scale) == (run.ranks()[module], 16 / run.ranks()[module])
     start = run.table.query("step == 0 and quantity == 'update_norm'").set_index("module")["value"]
     assert not start[list(run.ranks())].any()
@@ -611,7 +612,7 @@ def test_both_phases_are_restored_bit_for_bit(trained, task):
     search.restore(fresh)
     updates = search.updates()
     logit = search.table.query("quantity == 'logit' and step == 13")
-    for module, delta in adapted(fresh).items():
+    for module, delta in attached_deltas(fresh).items():
         assert isinstance(delta, AutoLoRADelta)
         assert updates[module].dense() == near(delta.weight(), terms=5 + 3)  # components, alpha and the scale
         assert delta.logits.tolist() == logit.loc[logit["module"] == module, "value"].tolist()
@@ -702,7 +703,9 @@ def test_the_parameter_count_of_the_authors_ranks():
     assert retrain.method == LoRA(rank=ranks, alpha=16, dropout=0.1, lr=1e-4, head_lr=2e-4, search_share=0.5)
     assert (retrain.name, retrain.split, retrain.steps) == ("retrain", "train+search", None)
     retrain.method.attach(model)
-    assert sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 88 * 1536 == 135_168
+    assert (
+        sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters()) == 88 * 1536 == 135_168
+    )
 
 
 def test_an_attention_without_second_derivatives_is_told(llama, task, tmp_path):
@@ -742,7 +745,7 @@ def test_differences_of_narrow_weights_are_refused(dtype):
         model = tiny("bert").to(dtype)
         with pytest.raises(ValueError, match=f'^weights in {dtype} would round .* "exact"$'):
             AutoLoRA(hypergradient=form).attach(model)
-        assert not adapted(model)
+        assert not attached_deltas(model)
     AutoLoRA(hypergradient="exact").attach(model)
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from lorascope.experiments.sweep_table import Board, Row, table
+from lorascope.experiments.sweep_table import Row, SweepTable, table
 from lorascope.training.evaluation import Score
-from lorascope.training.progress import Note, noted, progress_bar, read_note
+from lorascope.training.progress import ProgressFile, progress_bar, read_progress, writing_progress
 
 
 class Terminal:
@@ -66,31 +66,31 @@ class Terminal:
             self.column += len(part)
 
 
-def train_a_little(file: Path, steps: int) -> Note:
-    note = Note(file)
-    with noted(note), progress_bar("search", 9, 2, visible=False) as bar:
+def train_a_little(file: Path, steps: int) -> ProgressFile:
+    note = ProgressFile(file)
+    with writing_progress(note), progress_bar("search", 9, 2, visible=False) as bar:
         for _ in range(steps):
             bar.show(0.5, None)
         note.write()
-        assert read_note(file)["begun"] > 0
+        assert read_progress(file)["begun"] > 0
     return note
 
 
 def test_a_note_counts_beginnings_without_an_end(tmp_path):
     file = tmp_path / "0.json"
-    assert read_note(file) == {}
-    Note(file)
-    assert Note(file).told["begun"] == read_note(file)["begun"] == 2
+    assert read_progress(file) == {}
+    ProgressFile(file)
+    assert ProgressFile(file).told["begun"] == read_progress(file)["begun"] == 2
     train_a_little(file, 3)
-    told = read_note(file)
+    told = read_progress(file)
     assert (told["begun"], told["step"], told["total"], told["phase"]) == (0, 5, 9, "search")
     with progress_bar("outside", 3, 0, visible=False) as bar:
         bar.show(0.5, None)
-    assert read_note(file) == told
+    assert read_progress(file) == told
 
 
 def test_rows_tell_status_step_and_metric(tmp_path):
-    board = Board(["a", "b", "c"], lambda number: tmp_path / f"{number}.json", None)
+    board = SweepTable(["a", "b", "c"], lambda number: tmp_path / f"{number}.json", None)
     train_a_little(tmp_path / "1.json", 1)
     board.end(2, "failed", "ValueError: no")
     assert board.rows() == [Row("a", "waiting"), Row("b", "running", "3/9"), Row("c", "failed", "", "ValueError: no")]
@@ -100,20 +100,20 @@ def test_a_metric_is_named(tmp_path):
     import numpy as np
 
     score = Score("accuracy", np.zeros(4), np.ones(4, dtype=int), np.array([True, True, True, False]), None)
-    note = Note(tmp_path / "0.json")
+    note = ProgressFile(tmp_path / "0.json")
     note.phase("lora", 9, 0)
     note.show(0.1, score)
     note.write()
-    board = Board(["a"], lambda number: tmp_path / f"{number}.json", None)
+    board = SweepTable(["a"], lambda number: tmp_path / f"{number}.json", None)
     assert board.rows() == [Row("a", "running", "1/9", "accuracy 0.75")]
 
 
 def test_elsewhere_a_line_whenever_a_run_begins_or_ends(tmp_path):
     stream = io.StringIO()
-    with Board(["a", "b"], lambda number: tmp_path / f"{number}.json", stream) as board:
+    with SweepTable(["a", "b"], lambda number: tmp_path / f"{number}.json", stream) as board:
         train_a_little(tmp_path / "0.json", 1)
-        board._draw()
-        board._draw()
+        board._redraw()
+        board._redraw()
         board.end(0, "done", "accuracy 0.5")
     assert stream.getvalue().splitlines() == ["[0/2] running a  3/9", "[1/2] done    a    accuracy 0.5"]
 
@@ -123,14 +123,14 @@ def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
     names = [f"LoRA, rank {8 + number}, targets query key value dense, lr 0.001, seed 0" for number in range(20)]
     reason = "ValueError: targets 'nowhere' matches no module of this model; did you mean 'dense', or all-linear?"
     with Terminal(columns, 12) as terminal:
-        with Board(names, lambda number: tmp_path / f"{number}.json", terminal.stream) as board:
-            board._draw()
+        with SweepTable(names, lambda number: tmp_path / f"{number}.json", terminal.stream) as board:
+            board._redraw()
             first = terminal.read()
-            board._draw()
+            board._redraw()
             assert terminal.read() == ""  # nothing is new, so nothing flickers
             train_a_little(tmp_path / "3.json", 2)
             board.end(19, "failed", reason)
-            board._draw()
+            board._redraw()
             second = terminal.read()
             for number in range(19):
                 board.end(number, "done", "accuracy 0.8125")
@@ -164,7 +164,7 @@ def test_a_terminal_that_is_closed_ends_no_training(tmp_path, monkeypatch):
         for _ in range(3):
             bar.last_print_t = 0  # as after a long step
             bar.show(0.5, None)
-    with Board(["a"], lambda number: tmp_path / "none.json", Closed()) as board:
+    with SweepTable(["a"], lambda number: tmp_path / "none.json", Closed()) as board:
         board.end(0, "done", "accuracy 1")
     assert board.rows() == [Row("a", "done", metric="accuracy 1")]
 

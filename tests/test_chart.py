@@ -9,7 +9,21 @@ from dataclasses import FrozenInstanceError
 import pandas as pd
 import pytest
 
-from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside, wrap
+from lorascope.charts.chart import (
+    Axis,
+    Band,
+    Bar,
+    Chart,
+    Heat,
+    Line,
+    Point,
+    Rule,
+    Span,
+    Text,
+    set_side_by_side,
+    stack_vertically,
+    wrap,
+)
 
 
 @pytest.fixture
@@ -126,12 +140,12 @@ def test_panels_are_laid_in_rows(table) -> None:
     def titles(panels):
         return [[chart.title for chart in row] for row in panels.rows()]
 
-    assert titles(beside(a, b, c)) == [["a", "b", "c"]]
-    assert titles(above(a, b)) == [["a"], ["b"]]
-    assert titles(above(beside(a, b), c)) == [["a", "b"], ["c"]]
-    assert titles(beside(above(a, b), above(c, d))) == [["a", "c"], ["b", "d"]]
+    assert titles(set_side_by_side(a, b, c)) == [["a", "b", "c"]]
+    assert titles(stack_vertically(a, b)) == [["a"], ["b"]]
+    assert titles(stack_vertically(set_side_by_side(a, b), c)) == [["a", "b"], ["c"]]
+    assert titles(set_side_by_side(stack_vertically(a, b), stack_vertically(c, d))) == [["a", "c"], ["b", "d"]]
     with pytest.raises(ValueError, match="same number of rows, got 2, 1"):
-        beside(above(a, b), c)
+        set_side_by_side(stack_vertically(a, b), c)
     assert titles(wrap([a, b, c], 2)) == [["a", "b"], ["c"]]
     assert titles(wrap([a, b], 0)) == [["a"], ["b"]]
     assert wrap([a], 2) is a
@@ -142,7 +156,7 @@ def test_the_data_of_everything_drawn(table) -> None:
     plain = Chart(table, [Line("step", "value"), Span(0, 1), Rule(x=1)], title="plain")
     assert plain.flat().equals(plain.data)
     marked = Chart(table, [Point("x", "y", data=own)], title="marked")
-    flat = beside(plain, marked).data
+    flat = set_side_by_side(plain, marked).data
     assert flat["panel"].tolist() == ["1 plain"] * 4 + ["2 marked"] * 5
     assert flat["mark"].tolist() == [""] * 8 + ["point"]
     assert flat["x"].dropna().tolist() == [1.0]
@@ -151,7 +165,7 @@ def test_the_data_of_everything_drawn(table) -> None:
 def test_representation_names_what_is_drawn_not_all_rows(table) -> None:
     chart = Chart(table, [Line("step", "value"), Rule(x=1)], title="norms")
     assert repr(chart) == "Chart('norms': line, rule; 4 rows)"
-    assert repr(above(chart, beside(chart, chart))).count("Chart(") == 3
+    assert repr(stack_vertically(chart, set_side_by_side(chart, chart))).count("Chart(") == 3
 
 
 def test_describing_a_figure_imports_no_renderer() -> None:

@@ -47,7 +47,7 @@ def by_the_weights_gradient(found, G):
 def test_it_is_the_gradient_of_the_weight_in_the_basis_of_the_coefficients(case, task, tmp_path, request):
     run = trained(case, task, request, tmp_path / "run", observe=[observe.coefficients(**LOOK), Copying()])
     kept, batches, _ = Copying.kept
-    deltas = dict(delta.adapted(kept))
+    deltas = dict(delta.attached_deltas(kept))
     delta.fold(kept)
     for name, G in gradients(kept, list(deltas), batches).items():
         expected = by_the_weights_gradient(deltas[name], G.double()).numpy()
@@ -63,7 +63,7 @@ def test_it_is_what_a_small_move_of_a_coefficient_costs(task, tmp_path, request)
     run = trained("transform", task, request, tmp_path / "run", observe=[observe.coefficients(**LOOK), Copying()])
     kept, batches, _ = Copying.kept
     kept.double().eval()
-    module, found = next(iter(delta.adapted(kept).items()))
+    module, found = next(iter(delta.attached_deltas(kept).items()))
     losses = []
     with torch.no_grad():
         for move in (1e-3, -2e-3):

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
-from lorascope.analysis.recipe_comparison import holm, paired_p, pairs, recipes, scores, standings, words
+from lorascope.analysis.recipe_comparison import describe_comparison, holm, paired_p, pairs, recipes, scores, standings
 from lorascope.runs.run import Run
 
 
@@ -43,7 +43,7 @@ def test_a_planted_order_is_found_and_what_overlaps_gets_no_place():
     assert found.index.tolist() == ["b", "a", "c"]  # as given, not by the mean
     assert found[["first", "last"]].to_numpy().tolist() == [[2, 3], [1, 1], [2, 3]]
     assert found.loc["a", "value"] == pytest.approx(0.80025)
-    told = words(compared)
+    told = describe_comparison(compared)
     assert told[0].startswith("a is better than b by 0.1003 [0.09945, 0.101] (p ")
     assert told[-1] == "overlapping, so not ranked: b and c"
 
@@ -61,7 +61,7 @@ def test_pairing_tells_apart_what_intervals_do_not():
 def test_a_lower_perplexity_is_better():
     table = made({"a": [5.0, 5.1, 5.0], "b": [9.0, 9.1, 9.05]}, "perplexity")
     assert pairs(table)["better"].tolist() == ["a"]
-    assert "a is better than b by 4.017 [" in words(pairs(table))[0]
+    assert "a is better than b by 4.017 [" in describe_comparison(pairs(table))[0]
 
 
 def test_two_seeds_decide_nothing():
@@ -69,7 +69,7 @@ def test_two_seeds_decide_nothing():
     compared = pairs(table)
     assert compared["better"].tolist() == [""]
     assert standings(table, compared)[["first", "last"]].to_numpy().tolist() == [[1, 2], [1, 2]]
-    assert words(compared) == ["overlapping, so not ranked (fewer than 3 seeds decide nothing): a and b"]
+    assert describe_comparison(compared) == ["overlapping, so not ranked (fewer than 3 seeds decide nothing): a and b"]
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -81,7 +81,7 @@ def test_only_seeds_that_both_have_are_paired():
 def test_tasks_are_judged_apart():
     table = pd.concat([made({"a": [0.9, 0.91, 0.9], "b": [0.1, 0.12, 0.1]}, task=task) for task in ("one", "two")])
     assert pairs(table)["p"].nunique() == 1  # two families of one test each, not one of two
-    assert [line.partition(":")[0] for line in words(pairs(table))] == ["m, one", "m, two"]
+    assert [line.partition(":")[0] for line in describe_comparison(pairs(table))] == ["m, one", "m, two"]
 
 
 def test_no_order_comes_of_noise():

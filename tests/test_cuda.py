@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import lorascope as ls
 from lorascope import observe
-from lorascope.adapters.delta import adapted, host_bias, host_weight
-from lorascope.experiments.isolated_run import Alone
+from lorascope.adapters.delta import attached_deltas, host_bias, host_weight
+from lorascope.experiments.isolated_run import IsolatedRun
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
 
@@ -67,11 +67,11 @@ def hosts(name: str, device: str) -> dict[str, nn.Module]:
     model = tiny("bert").to(device)
     ADAPTERS[name].attach(model)
     generator = torch.Generator().manual_seed(0)
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         for tensor in [*delta.parameters(), *(getattr(delta, "logits", None),)]:
             if tensor is not None:
                 tensor.data.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
-    return {module: model.get_submodule(module) for module in adapted(model)}
+    return {module: model.get_submodule(module) for module in attached_deltas(model)}
 
 
 def given(host: nn.Module, device: str) -> torch.Tensor:
@@ -218,8 +218,8 @@ def test_memory_reports_the_peak_that_cuda_counts(name, device, task, tmp_path, 
     tiny("bert", "base", vocab_size=100 * 2**20 // 4 // 32).save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
     where = {"seed": 0, "out": None, "root": tmp_path, "overwrite": False, "device": device}
-    job = Alone.of(str(tmp_path / "wide"), task, METHODS[name], {"steps": 3, "batch_size": 8}, **where)
-    _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.step_time._measure(job)))
+    job = IsolatedRun.of(str(tmp_path / "wide"), task, METHODS[name], {"steps": 3, "batch_size": 8}, **where)
+    _, allocated = gpu.with_peak(device, lambda: ls.Run.read(gpu.step_time._measure_seconds(job)))
     run = ls.memory.measure(str(tmp_path / "wide"), task, METHODS[name], batch_size=8, **where)
     last = run.table[run.table["step"] == run.table["step"].max()].set_index("quantity")["value"]
     parts = last["parameter_bytes"] + last["gradient_bytes"] + last["optimizer_bytes"]

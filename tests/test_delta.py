@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from lorascope.adapters.delta import (
     Delta,
-    adapted,
     attach,
+    attached_deltas,
     deltas,
     detach,
     effective_weight,
@@ -94,7 +94,7 @@ def test_forward_equals_the_folded_weight(family, dtype, training):
     adapted_output = output(model)
     assert error(adapted_output, plain) > 1e-2
     fold(model)
-    assert not adapted(model)
+    assert not attached_deltas(model)
     bound = 1e-12 if dtype == torch.float64 else rounding(terms=TINY, growth=amplification(model, output))
     assert error(output(model), adapted_output) < bound
 
@@ -161,7 +161,7 @@ def test_the_base_keeps_its_names_and_detach_undoes_everything():
     assert "transformer.h.0.attn.c_attn.delta.A" in added
     host = model.transformer.h[0].attn.c_attn
     assert isinstance(host, Conv1D)
-    taken = adapted(model)
+    taken = attached_deltas(model)
     assert detach(model) == taken
     assert type(host) is Conv1D
     assert list(model.state_dict()) == list(plain)
@@ -175,7 +175,7 @@ def test_copies_are_whole_and_independent():
     expected = output(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output(twin), expected)
-        for delta in adapted(twin).values():
+        for delta in attached_deltas(twin).values():
             nn.init.zeros_(delta.A)
         assert torch.equal(output(model), expected)
         assert not torch.equal(output(twin), expected)
@@ -237,7 +237,7 @@ def test_a_step_of_an_adapter_does_not_wait_for_the_device(method):
     model = tiny("bert")
     method.targets = "q"
     method.attach(model)
-    delta = next(iter(adapted(model).values()))
+    delta = next(iter(attached_deltas(model).values()))
     x = torch.randn(2, 3, 32, requires_grad=True)
     host = next(module for module in model.modules() if getattr(module, "delta", None) is delta)
     host(x)  # what is kept from call to call
@@ -253,11 +253,11 @@ def test_a_step_of_an_adapter_does_not_wait_for_the_device(method):
 def test_gradient_checkpointing(reentrant):
     def gradients(model: nn.Module) -> list[torch.Tensor]:
         model.requires_grad_(False).train()
-        for delta in adapted(model).values():
+        for delta in attached_deltas(model).values():
             delta.requires_grad_(True)
         torch.manual_seed(3)
         model(**inputs(model)).logits.square().mean().backward()
-        return [parameter.grad for delta in adapted(model).values() for parameter in delta.parameters()]
+        return [parameter.grad for delta in attached_deltas(model).values() for parameter in delta.parameters()]
 
     expected = gradients(everywhere(tiny("bert")))
     model = everywhere(tiny("bert"))
@@ -291,7 +291,7 @@ def test_tied_weights(family, head, loader, name, other, tmp_path):
     delta = trained(host, 1)
     attach(model, {name: delta})
     expected = output(model)
-    assert list(adapted(model)) == [name]
+    assert list(attached_deltas(model)) == [name]
     assert error(expected, before) > 1e-3
     with pytest.raises(ValueError, match=f"'{name}' shares its weight .* untie=True"):
         fold(model, untie=False)
@@ -327,7 +327,7 @@ def test_bad_names_change_nothing():
         attach(model, {good: Matrix(noise(32, 32)), "query": Matrix(noise(32, 32))})
     with pytest.raises(ValueError, match=r"near: .*layer\.0\.attention\.self\.query"):
         attach(model, {"bert.encoder.layer.0.attention.self.qury": Matrix(noise(32, 32))})
-    assert not adapted(model)
+    assert not attached_deltas(model)
     attach(model, {good: Matrix(noise(32, 32))})
     with pytest.raises(ValueError, match=f"'{good}' carries a Matrix already"):
         attach(model, {good: Matrix(noise(32, 32))})
@@ -414,12 +414,12 @@ def test_resize_is_refused_in_a_distributed_run(tmp_path):
 def test_deltas_of_our_own_adapters_are_copies():
     model = everywhere(tiny("gpt2"))
     found = dict(deltas(model))
-    assert found.keys() == adapted(model).keys()
-    for name, delta in adapted(model).items():
+    assert found.keys() == attached_deltas(model).keys()
+    for name, delta in attached_deltas(model).items():
         assert isinstance(found[name], LowRank)
         assert found[name].dense() == near(delta.weight(), terms=3 + 1)
     norm = found["transformer.wte"].norm()
-    nn.init.zeros_(adapted(model)["transformer.wte"].B)
+    nn.init.zeros_(attached_deltas(model)["transformer.wte"].B)
     assert found["transformer.wte"].norm() == norm > 0
 
 

@@ -17,7 +17,7 @@ from ward import SETTINGS, Allocating, Bench, adalora
 import lorascope as ls
 from lorascope.cli.main import main
 from lorascope.diagnosis import causes
-from lorascope.diagnosis.doctor import examine, unseen
+from lorascope.diagnosis.doctor import collect_evidence, skipped_checks
 from lorascope.inputs import models
 from lorascope.training.hf_trainer.run_metadata import overlap
 
@@ -249,4 +249,4 @@ def test_the_command(bench, capsys):
 def test_a_run_has_evidence_for_every_cause(tmp_path):
     values = {("update_norm", "h.0.q"): {9: 1.0}, ("weight_norm", "h.0.q"): {9: 1.0}}
     run = plant(tmp_path, "a", values, factors={"h.0.q": low_rank(1.0)}, method={"name": "lora"})
-    assert unseen(examine(run)) == {}
+    assert skipped_checks(collect_evidence(run)) == {}

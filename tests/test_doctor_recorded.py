@@ -10,7 +10,7 @@ from ward import Allocating, Bench, adalora
 
 import lorascope as ls
 from lorascope.diagnosis.causes import Case
-from lorascope.diagnosis.causes.config import allocator, overscaled
+from lorascope.diagnosis.causes.config import find_allocator_excess, find_overscaled_updates
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_module_without_components_counts(held, found):
     given = case(
         {"name": "peft", "kind": "ADALORA"}, 9, rank=pd.array(held, dtype="Int64"), used=[float(n) for n in held]
     )
-    assert [finding.cause for finding in allocator(given)] == found
+    assert [finding.cause for finding in find_allocator_excess(given)] == found
 
 
 def test_the_tail_of_a_schedule_is_no_miss():
@@ -83,7 +83,7 @@ def test_the_tail_of_a_schedule_is_no_miss():
     for extra, found in ((4, []), (5, ["budget-missed"])):
         held = pd.array([8] * (100 - extra) + [9] * extra, dtype="Int64")
         given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=held, used=held.astype("float64"))
-        assert [finding.cause for finding in allocator(given)] == found
+        assert [finding.cause for finding in find_allocator_excess(given)] == found
 
 
 def test_what_an_allocator_took_is_not_called_dead(tmp_path):
@@ -102,7 +102,7 @@ def test_what_an_allocator_took_is_not_called_dead(tmp_path):
 def test_where_a_scale_is_blamed():
     """Both at once: a scale beyond the habit of 16, and an update larger than its weight."""
     given = case({"name": "peft"}, scale=[16.0, 64.0, 16.5], relative_update=[40.0, 1.0, 1.01])
-    (finding,) = overscaled(given)
+    (finding,) = find_overscaled_updates(given)
     assert finding.evidence["modules"] == 1
     assert (finding.evidence["scale"], finding.evidence["relative_update"]) == (16.5, 1.01)
 

@@ -369,7 +369,7 @@ def test_p_values_are_uniform_where_domains_mean_nothing(common):
     for seed in range(repetitions):
         slots = [str(slot) for slot in range(8)]
         domains = [str(label) for label in LABELS]
-        cloud = factor_embeddings.Cloud((6,), slots, ["A"] * 8, runs, domains, null(seed, common))
+        cloud = factor_embeddings.FactorSet((6,), slots, ["A"] * 8, runs, domains, null(seed, common))
         told = factor_sharing.identity([cloud], draws=99, seed=seed)
         for name, values in found.items():
             values.append(told[name])

@@ -365,7 +365,7 @@ class Masking(Method):
 
     def after_step(self, step: Any) -> None:
         with torch.no_grad():
-            for number, triple in enumerate(delta.adapted(step.model).values()):
+            for number, triple in enumerate(delta.attached_deltas(step.model).values()):
                 triple.diagonal[: number % 4] = 0.0
 
 
@@ -409,7 +409,7 @@ def test_an_allocator_as_it_ends(
     assert sum(ranks.values()) <= len(run.ranks())
     assert 0 < len(ranks) < len(run.ranks())
     theirs = by_the_card(to_peft(run, tmp_path / "adapter"), monkeypatch)
-    scale = next(iter(delta.adapted(ours).values())).scale
+    scale = next(iter(delta.attached_deltas(ours).values())).scale
     assert layers(theirs) == {name: (rank, pytest.approx(scale, rel=1e-15)) for name, rank in ranks.items()}
     assert distance(ours, models.load(folder, task=task)) > 1e-3
     assert distance(ours, theirs) < rounding(terms=TINY)

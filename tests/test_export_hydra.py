@@ -33,7 +33,7 @@ def fixed(run: Run, gates: Any, bert: str, task: Any) -> Any:
     """The trained model with a router that gives these gates to every token."""
     model = models.load(bert, task=task)
     run.restore(model)
-    for name, part in delta.adapted(model).items():
+    for name, part in delta.attached_deltas(model).items():
         wanted = torch.tensor(gates[name])
         part.gates = lambda x, wanted=wanted: wanted.to(x.dtype).expand(*x.shape[:-1], -1)
     return model

@@ -11,7 +11,7 @@ import pytest
 from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
-from lorascope.diagnosis.terminal import Style, _factor
+from lorascope.diagnosis.terminal import Style, _format_ratio
 from lorascope.probes.report.html import shown
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
@@ -25,7 +25,10 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("value", VALUES)
-@pytest.mark.parametrize("cell", [terminal.norm, terminal._percent, terminal._number, terminal._whole, _factor, shown])
+@pytest.mark.parametrize(
+    "cell",
+    [terminal.norm, terminal._format_percent, terminal._format_number, terminal._format_whole, _format_ratio, shown],
+)
 def test_cells_stay_short(cell, value) -> None:
     assert 1 <= len(cell(float(value))) <= 10
 
@@ -37,7 +40,7 @@ def test_a_norm_is_one_character(largest: float) -> None:
         assert style.glyph(largest, largest) == style.scale[-1]
         assert {style.glyph(float(value), largest) for value in (np.inf, np.nan)} == {"!"}
         assert style.glyph(0.0, largest) == style.zero
-    assert terminal._top([[None, math.nan, math.inf], [largest, 0.0]]) == largest
+    assert terminal._largest_finite([[None, math.nan, math.inf], [largest, 0.0]]) == largest
 
 
 def test_values_that_cannot_be_drawn_are_left_out() -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from lorascope.files.safetensors_io import is_partial
-from lorascope.runs.folders import Busy, held, new_folder, remove_run
-from lorascope.training.hf_trainer.run_folder import make_room
-from lorascope.training.output_folder import claim
+from lorascope.runs.folders import RunLocked, lock_run, new_folder, remove_run
+from lorascope.training.hf_trainer.run_folder import create_folder
+from lorascope.training.output_folder import prepare_folder
 
 ID = "0123456789ab"
 MANIFEST = {
@@ -65,7 +65,7 @@ def held_elsewhere(folder: Path) -> Iterator[None]:
     if child == 0:
         try:
             os.close(go)
-            with held(folder):
+            with lock_run(folder):
                 os.write(tell, b"1")
                 os.read(wait, 1)
         finally:
@@ -145,7 +145,7 @@ def test_remove_run_refuses_what_is_not_ours(tmp_path: Path, fault: str) -> None
     change(tmp_path / "run")
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=r"cannot overwrite .*run") as caught:
-        claim(tmp_path / "run", ID, overwrite=True)
+        prepare_folder(tmp_path / "run", ID, overwrite=True)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
     assert tree(tmp_path) == before
@@ -156,10 +156,10 @@ def test_a_folder_in_which_another_process_trains_is_not_removed(tmp_path: Path,
     make_recipe(tmp_path / "run", "running")
     before = tree(tmp_path)
     with held_elsewhere(tmp_path / "run" / place):
-        with pytest.raises(Busy, match="another process"):
-            claim(tmp_path / "run", ID, overwrite=True)
+        with pytest.raises(RunLocked, match="another process"):
+            prepare_folder(tmp_path / "run", ID, overwrite=True)
         assert tree(tmp_path) == before
-    claim(tmp_path / "run", ID, overwrite=True)
+    prepare_folder(tmp_path / "run", ID, overwrite=True)
     assert not any(tmp_path.iterdir())
 
 
@@ -167,19 +167,19 @@ def test_claim_leaves_the_half_written_files_of_a_running_training(tmp_path: Pat
     make_run(tmp_path / "run", status="running")
     write(".run.json.4711.part")(tmp_path / "run")
     before = tree(tmp_path)
-    claim(tmp_path / "run", ID, overwrite=False)
+    prepare_folder(tmp_path / "run", ID, overwrite=False)
     assert tree(tmp_path) == before
 
 
 def test_a_lock_ends_with_its_training_while_a_forked_worker_lives(tmp_path: Path) -> None:
     wait, go = os.pipe()
-    with held(tmp_path / "run"):
+    with lock_run(tmp_path / "run"):
         if (worker := os.fork()) == 0:
             os.close(go)
             os.read(wait, 1)
             os._exit(0)
     try:
-        with held(tmp_path / "run"):
+        with lock_run(tmp_path / "run"):
             pass
     finally:
         os.close(go)
@@ -197,7 +197,7 @@ def test_a_lock_on_a_folder_that_was_moved_away_is_none(tmp_path: Path, monkeypa
         return handle
 
     monkeypatch.setattr(os, "open", moved)
-    with pytest.raises(Busy), held(tmp_path / "run"):
+    with pytest.raises(RunLocked), lock_run(tmp_path / "run"):
         pass
 
 
@@ -213,17 +213,17 @@ def test_a_recorder_does_not_move_a_folder_away_in_which_another_process_writes(
     make_run(tmp_path / "run", status="running")
     before = tree(tmp_path)
     with held_elsewhere(tmp_path / "run"):
-        with pytest.raises(Busy, match="another process"):
-            make_room(tmp_path / "run", None)
+        with pytest.raises(RunLocked, match="another process"):
+            create_folder(tmp_path / "run", None)
         assert tree(tmp_path) == before
-    make_room(tmp_path / "run", None)
+    create_folder(tmp_path / "run", None)
     assert [path.name for path in tmp_path.iterdir()] == [f"run-{ID}"]
 
 
 def test_a_recorder_refuses_a_file_in_place_of_its_folder(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match="is a file"):
-        make_room(tmp_path / "run", None)
+        create_folder(tmp_path / "run", None)
 
 
 def test_new_folder_is_whole_or_absent_and_takes_nobodys_place(tmp_path: Path) -> None:

@@ -181,18 +181,18 @@ def test_what_training_added_on_another_basis_is_rebuilt_from_its_seed(fourier: 
     F = np.zeros(SHAPE)
     F[tuple(ENTRIES)] = C - START
     matrix = 12 / math.sqrt(2 * 4 * 6) * left @ F @ right.T
-    np.testing.assert_allclose(initial_update.added(run)["h.0.q"].dense(), matrix, atol=1e-12)
-    assert not initial_update.added(lost)
+    np.testing.assert_allclose(initial_update.learned_updates(run)["h.0.q"].dense(), matrix, atol=1e-12)
+    assert not initial_update.learned_updates(lost)
     chart = plots.spectrum(run, added=True)
     np.testing.assert_allclose(chart.data["value"], np.linalg.svd(matrix, compute_uv=False), atol=1e-6)
     assert plots.spectrum(run).data["value"].tolist() == [1.0] * 4
-    assert (initial_update.lost_start(run), initial_update.lost_start(lost)) == (False, True)
+    assert (initial_update.lacks_initial_update(run), initial_update.lacks_initial_update(lost)) == (False, True)
 
 
 def test_a_start_from_zero_is_none_that_could_be_lost(fourier: Any) -> None:
     for basis in ("fourier", "random"):
         run = fourier(basis, {"h.0.q": {9: C}}, init="zeros", basis=basis, entry_seed=5)
-        assert not initial_update.lost_start(run)
+        assert not initial_update.lacks_initial_update(run)
         assert "start" not in plots.spectrum(run, added=True).caption
 
 

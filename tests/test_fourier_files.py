@@ -66,7 +66,7 @@ CASES: dict[str, dict[str, Any]] = {
 def test_updates_and_norms_are_those_of_peft(tmp_path, case):
     expected = save(tmp_path, **case)
     run = load(tmp_path / "adapter", base=tmp_path / "base")
-    assert initial_update.lost_start(run) != case.get("init_weights", False)
+    assert initial_update.lacks_initial_update(run) != case.get("init_weights", False)
     updates, summary = run.updates(), run.summary().set_index("module")
     assert set(updates) == set(expected)
     assert len(expected) >= 2

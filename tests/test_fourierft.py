@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 import lorascope as ls
 from lorascope import plots
-from lorascope.adapters.delta import adapted, attach, deltas, detach, fold, host_weight
+from lorascope.adapters.delta import attach, attached_deltas, deltas, detach, fold, host_weight
 from lorascope.analysis import initial_update, subspace_similarity
 from lorascope.diagnosis.inspection import inspect
 from lorascope.inputs import models
 from lorascope.methods import FourierFT
 from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
-from lorascope.methods.fourierft_synthesis import analysis, few, synthesis, synthesize, waves
+from lorascope.methods.fourierft_synthesis import analysis, fourier_factors, synthesis, synthesize, use_basis_form
 from lorascope.runs import export
 from lorascope.updates.fourier import Fourier, entries
 
@@ -60,14 +60,14 @@ def test_the_half_transform_is_the_whole_one(shape, share):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_waves_make_the_same_update(shape):
     c, places = drawn(shape, max(1, shape[0] * shape[1] // 2))
-    left, right = waves(places, shape)
+    left, right = fourier_factors(places, shape)
     both = 7 / (shape[0] * shape[1]) * torch.cat([c, c])
     assert (left * both @ right.T - by_definition(c, places, shape, 7)).abs().max() < 1e-12
 
 
 def test_waves_keep_their_digits_on_wide_weights():
     """At phases of 4096 x 4095 turns, against whole-number arithmetic."""
-    left, right = waves(torch.tensor([[4095, 2049], [4095, 3]]), (4096, 4096))
+    left, right = fourier_factors(torch.tensor([[4095, 2049], [4095, 3]]), (4096, 4096))
     turns = np.outer(np.arange(4096, dtype=object), [4095, 3]) % 4096
     assert np.abs(right[:, :2].numpy() - np.cos(turns.astype(float) * 2 * np.pi / 4096)).max() < 1e-12
     assert left[4000, 2].item() == pytest.approx(-np.sin(2 * np.pi * (4000 * 4095 % 4096) / 4096), abs=1e-12)
@@ -96,7 +96,7 @@ def test_two_threads_make_no_other_update_of_2048():
     shape, threads = (2048, 2048), torch.get_num_threads()
     c, places = drawn(shape, 100)
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    left, right = waves(places, shape)
+    left, right = fourier_factors(places, shape)
     expected = left * (7 / 2048**2 * torch.cat([c, c])) @ right.T
     gradient = 7 / 2048**2 * ((left.T @ G.double()) * right.T).sum(1).view(2, -1).sum(0)
     torch.set_num_threads(2)
@@ -129,7 +129,7 @@ HOSTS = {
 def test_forward_is_that_of_the_folded_weight(host, n):
     """By waves where there are three coefficients, by the sum of weights where there are 200."""
     host = hosted(HOSTS[host]().double(), n)
-    assert few(n, host.delta.shape) == (n == 3)
+    assert use_basis_form(n, host.delta.shape) == (n == 3)
     x = torch.randn(2, 5, host_weight(host).shape[1], dtype=torch.float64, requires_grad=True)
     bias = host.bias
     before, W = F.linear(x, host_weight(host), bias), host_weight(host).detach().clone()
@@ -175,7 +175,7 @@ def test_after_training_the_update_is_still_symmetric_and_moved_from_its_start(f
     assert len(found) >= 8
     for name, update in found.items():
         assert isinstance(update, Fourier)
-        dense = adapted(model)[name].weight().detach().numpy()
+        dense = attached_deltas(model)[name].weight().detach().numpy()
         assert np.abs(dense - np.roll(dense[::-1, ::-1], (1, 1), (0, 1))).max() < 1e-12
         assert np.abs(update.dense() - dense).max() < 1e-12
         assert update.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-10)
@@ -203,13 +203,13 @@ def test_zeros_start_at_the_base():
     FourierFT(init="zeros").attach(model)
     assert torch.equal(model(**inputs(model)).logits, before)
     model(**inputs(model)).logits.square().sum().backward()
-    assert all(delta.coefficients.grad.any() for delta in adapted(model).values())
+    assert all(delta.coefficients.grad.any() for delta in attached_deltas(model).values())
 
 
 def test_sizes_targets_and_entries():
     model = tiny("llama")
     FourierFT().attach(model)
-    found = adapted(model)
+    found = attached_deltas(model)
     assert {name.rpartition(".")[2] for name in found} == {"q_proj", "v_proj"}
     for name, delta in found.items():
         shape = (32, 32) if name.endswith("q_proj") else (16, 32)  # grouped queries
@@ -223,7 +223,7 @@ def test_entries_have_a_seed_of_their_own_and_coefficients_the_runs():
         model = tiny("bert")
         torch.manual_seed(global_seed)
         FourierFT(**fields).attach(model)
-        return next(iter(adapted(model).values()))
+        return next(iter(attached_deltas(model).values()))
 
     one, other = attached(1), attached(2)
     assert torch.equal(one.entries, other.entries)
@@ -249,7 +249,7 @@ def test_entries_put_back_are_those_that_are_used():
 def gradients(model: nn.Module) -> torch.Tensor:
     model.zero_grad()
     model(**inputs(model)).logits.square().mean().backward()
-    return torch.cat([delta.coefficients.grad for delta in adapted(model).values()])
+    return torch.cat([delta.coefficients.grad for delta in attached_deltas(model).values()])
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
@@ -260,10 +260,10 @@ def test_equal_to_peft_with_the_same_seed_and_coefficients(family, coefficients)
     torch.manual_seed(0)
     FourierFT(targets="all-linear", coefficients=coefficients, alpha=60, entry_seed=777).attach(ours)
     options = {"n_frequency": coefficients, "scaling": 60.0, "random_loc_seed": 777}
-    options |= {"target_modules": list(adapted(ours)), "fan_in_fan_out": family == "gpt2"}
+    options |= {"target_modules": list(attached_deltas(ours)), "fan_in_fan_out": family == "gpt2"}
     theirs = peft.get_peft_model(theirs, peft.FourierFTConfig(**options))
     pairs = []
-    for name, delta in adapted(ours).items():
+    for name, delta in attached_deltas(ours).items():
         layer = theirs.get_base_model().get_submodule(name)
         other = layer.fourierft_spectrum["default"]
         other.data.copy_(delta.coefficients.data)
@@ -304,7 +304,7 @@ def test_bfloat16(coefficients):
     """Coefficients of a bfloat16 model stay float32, and what is folded in is what was trained."""
     model = tiny("bert").to(torch.bfloat16)
     FourierFT(coefficients=coefficients).attach(model)
-    assert {delta.coefficients.dtype for delta in adapted(model).values()} == {torch.float32}
+    assert {delta.coefficients.dtype for delta in attached_deltas(model).values()} == {torch.float32}
     logits = model(**inputs(model)).logits
     logits.float().square().sum().backward()
     folded = copy.deepcopy(model)
@@ -332,7 +332,7 @@ def test_it_is_taken_off_copied_and_pickled():
     before = model(**inputs(model)).logits
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(twin(**inputs(twin)).logits, before)
-        next(iter(adapted(twin).values())).coefficients.data.add_(1)
+        next(iter(attached_deltas(twin).values())).coefficients.data.add_(1)
         assert not torch.equal(twin(**inputs(twin)).logits, before)
     assert torch.equal(model(**inputs(model)).logits, before)
     detach(model)
@@ -372,7 +372,7 @@ def test_other_bases(kind):
     FourierFT(basis=kind, targets="all-linear").attach(model)
     before = model(**inputs(model)).logits
     before.square().sum().backward()
-    assert all(delta.coefficients.grad.any() for delta in adapted(model).values())
+    assert all(delta.coefficients.grad.any() for delta in attached_deltas(model).values())
     fold(model)
     assert (model(**inputs(model)).logits - before).norm() <= forward(model, inputs(model)) * before.norm()
 
@@ -399,7 +399,7 @@ def test_bad_input_gets_one_line(fields, message):
     with pytest.raises(ValueError, match=message) as raised:
         FourierFT(**fields).attach(model)
     assert "\n" not in str(raised.value)
-    assert not adapted(model)
+    assert not attached_deltas(model)
 
 
 @pytest.mark.parametrize("field", ["init", "basis"])
@@ -434,8 +434,8 @@ def test_a_run_keeps_coefficients_and_entries_and_gives_its_updates(run, bert, t
     stored, first = run.updates(), run.updates(step=0)
     last = run.table[run.table["step"] == 5].set_index(["quantity", "module"])["value"]
     summary = run.summary().set_index("module")
-    assert set(stored) == set(adapted(model))
-    for name, delta in adapted(model).items():
+    assert set(stored) == set(attached_deltas(model))
+    for name, delta in attached_deltas(model).items():
         dense, base = delta.weight().detach().numpy(), host_weight(model.get_submodule(name)).detach().numpy()
         assert isinstance(stored[name], Fourier)
         assert stored[name].dense() == near(dense, terms=TINY)
@@ -491,7 +491,7 @@ def test_other_bases_are_told_in_the_same_table_and_what_training_added_is_known
     summary = found.summary().set_index("module")
     learned = summary["learned_norm"]
     assert learned.gt(0).all()
-    added = initial_update.added(found)
+    added = initial_update.learned_updates(found)
     assert {update.shape for update in added.values()} == {(32, 32), (96, 32), (128, 32), (32, 128)}
     assert {name: update.norm() for name, update in added.items()} == pytest.approx(
         dict(learned), rel=rounding(terms=TINY, growth=10)
@@ -511,8 +511,8 @@ def test_a_run_is_restored_bit_for_bit(method, bert, task, tmp_path):
     again = models.load(bert, task=task)
     found.restore(again)
     assert torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
-    for name, delta in adapted(model).items():
-        assert torch.equal(adapted(again)[name].entries, delta.entries)
+    for name, delta in attached_deltas(model).items():
+        assert torch.equal(attached_deltas(again)[name].entries, delta.entries)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):

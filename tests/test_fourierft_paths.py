@@ -14,10 +14,10 @@ from test_fourierft import by_definition, drawn
 from tiny import inputs, tiny
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted, attach
+from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.methods import FourierFT
 from lorascope.methods.fourierft import FourierDelta
-from lorascope.methods.fourierft_synthesis import few
+from lorascope.methods.fourierft_synthesis import use_basis_form
 from lorascope.updates import fourier
 
 SIDES = (24, 40)
@@ -26,7 +26,7 @@ PATHS = pytest.mark.parametrize("n", [3, 200], ids=["waves", "transform"])
 
 def adapter(n: int, dtype: torch.dtype = torch.float64) -> FourierDelta:
     c, places = drawn(SIDES, n)
-    assert few(n, SIDES) == (n == 3)
+    assert use_basis_form(n, SIDES) == (n == 3)
     return FourierDelta(c.to(dtype), places, SIDES, 50)
 
 
@@ -161,4 +161,4 @@ def test_a_model_that_went_to_bfloat16_and_back_is_the_one_of_its_rounded_values
     FourierFT(coefficients=coefficients).attach(fresh)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(model(**inputs(model)).logits, fresh(**inputs(fresh)).logits)
-    assert all(delta.coefficients.dtype == torch.float32 for delta in adapted(model).values())
+    assert all(delta.coefficients.dtype == torch.float32 for delta in attached_deltas(model).values())

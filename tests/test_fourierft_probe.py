@@ -10,7 +10,7 @@ from tiny import tiny
 
 import lorascope as ls
 from lorascope import observe
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.probes import fourierft as probe
 
@@ -21,7 +21,7 @@ def test_arms_of_equal_parameters_have_them():
     for arm in probe.arms(True):
         model = tiny("bert", **model_of)
         arm.method.attach(model)
-        counts[arm.label] = [sum(p.numel() for p in delta.parameters()) for delta in adapted(model).values()]
+        counts[arm.label] = [sum(p.numel() for p in delta.parameters()) for delta in attached_deltas(model).values()]
     assert counts[probe.DEFAULT] == counts[probe.EQUAL] == [1536] * 2
     assert counts[probe.MANY] == counts[probe.LARGE] == [6144] * 2
     assert counts[probe.FEW] == [48] * 2

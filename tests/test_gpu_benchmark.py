@@ -14,7 +14,7 @@ import torch
 
 from lorascope import methods
 from lorascope.experiments import step_memory
-from lorascope.experiments.isolated_run import Alone
+from lorascope.experiments.isolated_run import IsolatedRun
 from lorascope.methods import Full, LoRA
 from lorascope.runs.run import Run
 
@@ -39,9 +39,9 @@ def gpu(monkeypatch):
     def here(work, model, data, method, steps, **where):
         settings = {key: where.pop(key) for key in ("batch_size", "max_length")}
         gc.collect()  # what earlier tests left would be freed amid the measurement, and subtracted
-        return Run.read(work(Alone.of(model, data, method, settings | {"steps": steps}, **where)))
+        return Run.read(work(IsolatedRun.of(model, data, method, settings | {"steps": steps}, **where)))
 
-    monkeypatch.setattr(step_memory, "in_own_process", here)
+    monkeypatch.setattr(step_memory, "run_in_own_process", here)
     yield importlib.import_module("gpu")
     for name in ("gpu", "recorder", "paired"):
         sys.modules.pop(name)

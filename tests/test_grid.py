@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorascope.experiments import grid, toml_schema
-from lorascope.experiments.sweep import Swept
+from lorascope.experiments.sweep import SweepResult
 from lorascope.methods import METHODS, LoRA
 from lorascope.observe import factors, neurons, norms
 from lorascope.probes import planted_teacher
@@ -144,7 +144,7 @@ def test_a_list_of_lists_of_observers_is_several_choices(bert, task):
     own = {"steps": 1, "observe": [["norms"], [norms(every=1), "factors"], [], "none"]}
     found = grid.read({"model": bert, "task": task, "method": "lora", "seeds": 1, "settings": own})
     assert [chosen["observe"] for chosen in found.settings] == [[norms()], [norms(every=1), factors()], [], None]
-    names = Swept(found.jobs()).names
+    names = SweepResult(found.jobs()).names
     assert names[1] == "LoRA, observe norms every 1 + factors, seed 0"
     assert len(set(names)) == 4
 
@@ -153,7 +153,7 @@ def test_an_observer_without_defaults_has_a_name_too(bert, task):
     """Of what it was told, only what is short."""
     own = {"steps": 1, "observe": [[], [planted_teacher.planted(ranks={"h.0.q": 3})]]}
     found = grid.read({"model": bert, "task": task, "method": "lora", "seeds": 1, "settings": own})
-    assert Swept(found.jobs()).names == ["LoRA, observe nothing, seed 0", "LoRA, observe planted, seed 0"]
+    assert SweepResult(found.jobs()).names == ["LoRA, observe nothing, seed 0", "LoRA, observe planted, seed 0"]
 
 
 def test_the_line_names_the_file(tmp_path):
@@ -199,16 +199,16 @@ def test_every_field_of_every_method_fits_its_own_default(name):
     wrong = [
         field
         for field in vars(method)
-        if not field.endswith("_") and not toml_schema.fits(vars(method)[field], hints[field])
+        if not field.endswith("_") and not toml_schema.is_of_type(vars(method)[field], hints[field])
     ]
     assert not wrong
-    assert not toml_schema.fits(object(), hints["lr"])
+    assert not toml_schema.is_of_type(object(), hints["lr"])
 
 
 def test_types_as_toml_gives_them():
-    assert toml_schema.fits(3, float | int)
-    assert not toml_schema.fits(True, float | int)
-    assert not toml_schema.fits(3, bool)
-    assert toml_schema.fits(["q"], str | tuple[str, ...])
-    assert not toml_schema.fits(["q", 1], str | tuple[str, ...])
-    assert not toml_schema.fits("x", Path | None)
+    assert toml_schema.is_of_type(3, float | int)
+    assert not toml_schema.is_of_type(True, float | int)
+    assert not toml_schema.is_of_type(3, bool)
+    assert toml_schema.is_of_type(["q"], str | tuple[str, ...])
+    assert not toml_schema.is_of_type(["q", 1], str | tuple[str, ...])
+    assert not toml_schema.is_of_type("x", Path | None)

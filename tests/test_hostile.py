@@ -511,15 +511,15 @@ def test_checkpoint_without_a_table_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_hostile_image_is_one_line(tmp_path: Path) -> None:
-    from lorascope.inputs.images import opened
+    from lorascope.inputs.images import open_image
 
     os.mkfifo(tmp_path / "pipe.png")
-    assert "pipe.png" in outcome(lambda: opened(tmp_path / "pipe.png"))
+    assert "pipe.png" in outcome(lambda: open_image(tmp_path / "pipe.png"))
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" * 3)
-    assert "cut.png" in outcome(lambda: opened(tmp_path / "cut.png"))
+    assert "cut.png" in outcome(lambda: open_image(tmp_path / "cut.png"))
     chunk = b"IHDR" + (20_000).to_bytes(4) * 2 + b"\1\0\0\0\0"
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r" + chunk + zlib.crc32(chunk).to_bytes(4))
-    assert "bomb.png" in outcome(lambda: opened(tmp_path / "bomb.png"), gigabytes=0.5)
+    assert "bomb.png" in outcome(lambda: open_image(tmp_path / "bomb.png"), gigabytes=0.5)
 
 
 @pytest.mark.parametrize(

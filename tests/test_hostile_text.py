@@ -27,7 +27,7 @@ from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Axis, Chart, Heat, Line, Rule, Text
 from lorascope.cli import sweep
 from lorascope.cli.main import main
-from lorascope.experiments.sweep_table import Board, table
+from lorascope.experiments.sweep_table import SweepTable, table
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import file_hash, write_json, write_tensors
 from lorascope.probes.base import PROBES, Findings, Probe, exhibit
@@ -411,9 +411,9 @@ def test_a_readme_of_an_export_contains_no_foreign_markup(
 
 def test_the_table_of_a_sweep_is_printable() -> None:
     stream = io.StringIO()
-    board = Board([EVIL, "b"], lambda number: Path("nowhere"), stream)
+    board = SweepTable([EVIL, "b"], lambda number: Path("nowhere"), stream)
     board.end(0, "failed", EVIL)
-    board._draw()
+    board._redraw()
     assert untreated(stream.getvalue()) == set()
     assert SHOWN in stream.getvalue()
     assert untreated("\n".join(table(board.rows(), 80, 24))) == set()
@@ -431,8 +431,8 @@ def test_the_recipes_of_a_sweep_are_printable(run: Path, monkeypatch: pytest.Mon
     common = dict.fromkeys(("model", "task", "metric"), EVIL)
     rows = [common | {"recipe": EVIL, "run": EVIL, "seed": seed, "value": float(seed)} for seed in range(3)]
     rows += [row | {"recipe": "b", "run": "b", "value": row["value"] + 1} for row in rows]
-    monkeypatch.setattr(sweep.comparison, "scores", lambda runs: pd.DataFrame(rows))
-    told = sweep._told(SimpleNamespace(runs=list))
+    monkeypatch.setattr(sweep.recipe_comparison, "scores", lambda runs: pd.DataFrame(rows))
+    told = sweep.format_standings(SimpleNamespace(runs=list))
     assert untreated(told) == set()
     assert SHOWN in told
 

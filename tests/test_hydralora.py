@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorascope as ls
 from lorascope import observe, plots
-from lorascope.adapters.delta import adapted, attach, deltas, fold
+from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.analysis.head_count import choose_num_experts, chord_distance, cluster_selection, repeated_selection
 from lorascope.diagnosis import inspection
 from lorascope.inputs import models
@@ -66,7 +66,7 @@ def by_loop(host: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def filled(model: nn.Module) -> nn.Module:
     """Give B values as after training."""
-    for seed, delta in enumerate(adapted(model).values()):
+    for seed, delta in enumerate(attached_deltas(model).values()):
         nn.init.normal_(delta.B, std=0.1, generator=torch.Generator().manual_seed(seed))
     return model
 
@@ -244,7 +244,7 @@ def test_training_starts_at_the_base_and_moves_b_first(family, shared_a):
     after = model(**inputs(model)).logits
     assert torch.equal(after, before)
     after.square().sum().backward()
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         assert not delta.A.grad.any()
         assert not delta.router.grad.any()
         assert all(B.any() for B in delta.B.grad.unflatten(1, (3, 4)).unbind(1))
@@ -308,7 +308,7 @@ def test_parameter_counts_of_the_paper(targets, rank, number, count, share, with
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
         HydraLoRA(targets=targets, rank=rank, num_experts=number).attach(model)
-    found = adapted(model).values()
+    found = attached_deltas(model).values()
     factors = 32 * sum(delta.A.numel() + delta.B.numel() for delta in found)
     whole = 32 * sum(p.numel() for delta in found for p in delta.parameters())
     assert factors == count
@@ -321,29 +321,29 @@ def test_split_heads_of_the_table_cost_what_their_lora_does():
             AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=1, num_attention_heads=32)
         )
         HydraLoRA(targets=("q", "v"), rank=8, num_experts=4, shared_a=False, router="uniform").attach(model)
-    assert 32 * sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == 16_777_216
+    assert 32 * sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters()) == 16_777_216
 
 
 @pytest.mark.parametrize(("family", "count"), [("bert", 4), ("llama", 6), ("gpt2", 4)])
 def test_the_feed_forward_part_is_adapted_by_default(family, count):
     model = tiny(family)
     HydraLoRA().attach(model)
-    assert len(adapted(model)) == count
-    assert {type(delta) for delta in adapted(model).values()} == {RoutedDelta}
+    assert len(attached_deltas(model)) == count
+    assert {type(delta) for delta in attached_deltas(model).values()} == {RoutedDelta}
 
 
 def test_the_scale_is_alpha_over_the_rank_of_a_head():
     for shared_a in (True, False):
         model = tiny("bert")
         HydraLoRA(rank=4, alpha=6, shared_a=shared_a, dropout=0.25).attach(model)
-        assert {(delta.scale, delta.dropout) for delta in adapted(model).values()} == {(1.5, 0.25)}
+        assert {(delta.scale, delta.dropout) for delta in attached_deltas(model).values()} == {(1.5, 0.25)}
 
 
 def test_a_single_head_or_even_mixing_has_no_router():
     for method in (HydraLoRA(num_experts=1), HydraLoRA(router="uniform")):
         model = tiny("bert")
         method.attach(model)
-        assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}
+        assert {type(delta) for delta in attached_deltas(model).values()} == {HydraDelta}
         before = filled(model)(**inputs(model)).logits
         fold(model)
         after = model(**inputs(model)).logits
@@ -377,7 +377,7 @@ def test_an_embedding_is_refused_and_nothing_is_attached():
     with pytest.raises(ValueError, match=r"word_embeddings' is an embedding: .* a router needs a vector") as raised:
         HydraLoRA(targets=("q", "embed")).attach(model)
     assert "\n" not in str(raised.value)
-    assert not adapted(model)
+    assert not attached_deltas(model)
 
 
 def test_the_method_is_registered_and_survives_json():
@@ -397,7 +397,7 @@ def test_a_field_that_came_later_is_no_part_of_the_identity_of_runs_made_before(
 def test_a_routed_update_has_no_matrix_of_its_own():
     model = tiny("bert")
     HydraLoRA().attach(model)
-    delta = next(iter(adapted(model).values()))
+    delta = next(iter(attached_deltas(model).values()))
     with pytest.raises(ValueError, match="depends on its input"):
         delta.weight()
     with pytest.raises(ValueError, match="cannot be folded: a RoutedDelta depends on its input"):
@@ -411,7 +411,7 @@ def test_the_update_is_that_at_the_mean_gates(shared_a):
     filled(model)
     found = dict(deltas(model))
     assert len(found) == 12
-    for name, delta in adapted(model).items():
+    for name, delta in attached_deltas(model).items():
         delta.mean_gates_.copy_(torch.tensor([0.5, 0.2, 0.3]))
         update = delta.update()
         assert update.dense() == near(delta.weight(gates=delta.mean_gates_), terms=12 + 2)
@@ -426,7 +426,7 @@ def test_a_copy_is_a_model_of_its_own():
     HydraLoRA().attach(model)
     before = filled(model)(**inputs(model)).logits
     twin = copy.deepcopy(model)
-    for delta in adapted(twin).values():
+    for delta in attached_deltas(twin).values():
         nn.init.zeros_(delta.B)
     assert torch.equal(model(**inputs(model)).logits, before)
 
@@ -450,7 +450,7 @@ def test_padding_and_the_order_of_rows_make_no_difference(family):
 
 
 def routers(model: nn.Module):
-    return {name: delta.gates for name, delta in adapted(model).items()}
+    return {name: delta.gates for name, delta in attached_deltas(model).items()}
 
 
 def by_hand(model: nn.Module, name: str, batch: dict, counted: torch.Tensor):
@@ -460,7 +460,7 @@ def by_hand(model: nn.Module, name: str, batch: dict, counted: torch.Tensor):
     with torch.no_grad():
         model(**batch)
     handle.remove()
-    router = adapted(model)[name].router.detach()
+    router = attached_deltas(model)[name].router.detach()
     return [
         [torch.softmax(router @ vector, 0).double().numpy() for vector, real in zip(row, keep, strict=True) if real]
         for row, keep in zip(inputs_of[0], counted, strict=True)
@@ -470,14 +470,14 @@ def by_hand(model: nn.Module, name: str, batch: dict, counted: torch.Tensor):
 def test_gates_are_those_of_the_tokens_that_are_no_padding():
     model = tiny("bert")
     HydraLoRA(targets="all-linear").attach(filled(model))
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         delta.router.data *= 10
     batch = inputs(model)
     batch["attention_mask"][0, 3:] = 0
     batch["attention_mask"][2, 5:] = 0
     sharp = {"scale": 1, "terms": TINY, "growth": 10}
     seen = watch(model, routers(model), batch, lambda: model(**batch))
-    for name in adapted(model):
+    for name in attached_deltas(model):
         rows = by_hand(model, name, batch, batch["attention_mask"].bool())
         every = np.array([gates for row in rows for gates in row])
         assert len(every) == 3 + 7 + 5
@@ -581,7 +581,7 @@ def test_a_run_records_gates_at_their_steps(run, bert, task):
         assert sorted(table.loc[table["quantity"] == quantity, "step"].unique()) == [0, 2, 4, 5]
     assert (table.loc[table["quantity"] == "gate_information", "value"] > 0).all()
     model = restored(run, bert, task)
-    for name, delta in adapted(model).items():
+    for name, delta in attached_deltas(model).items():
         last = gate[(gate["module"] == name) & (gate["step"] == 5)].sort_values("index")["value"]
         assert delta.mean_gates_.numpy() == near(last.to_numpy(), terms=TINY, growth=TEXT)
 
@@ -605,7 +605,7 @@ def test_gates_of_a_run_are_those_of_the_held_out_text(run, bert, task):
     assert found.columns.tolist() == ["domain", "head", "step", "value"]
     assert found.loc[found["domain"] == "film", "value"].to_numpy() == near(film.mean(0), terms=TINY, growth=TEXT)
     assert run.snapshot_steps(f"{name}/gate_by_domain") == run.snapshot_steps(f"{name}/head_similarity") == [0, 5]
-    heads = adapted(model)[name].B.detach().unflatten(1, (3, 4)).transpose(0, 1).flatten(1)
+    heads = attached_deltas(model)[name].B.detach().unflatten(1, (3, 4)).transpose(0, 1).flatten(1)
     cosine = nn.functional.cosine_similarity(heads[0], heads[2], 0).item()
     similarity = run.snapshot(f"{name}/head_similarity", 5).set_index(["head", "other_head"])["value"]
     assert similarity[0, 2] == near(cosine, 1, terms=4 * 32)
@@ -616,8 +616,8 @@ def test_everything_downstream_goes_by_the_update_at_mean_gates(run, bert, task)
     model = restored(run, bert, task)
     stored, summary = run.updates(), run.summary().set_index("module")
     at_end = run.table[run.table["step"] == 5].set_index(["quantity", "module"])["value"]
-    assert run.ranks() == {name: 4 for name in adapted(model)}
-    for name, delta in adapted(model).items():
+    assert run.ranks() == {name: 4 for name in attached_deltas(model)}
+    for name, delta in attached_deltas(model).items():
         update = delta.update()
         assert np.array_equal(stored[name].dense(), update.dense())
         assert stored[name].exact is update.exact is False
@@ -642,8 +642,8 @@ def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):
         again = restored(found, bert, task)
         batch = inputs(again)
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
-        for name, delta in adapted(model).items():
-            assert torch.equal(adapted(again)[name].mean_gates_, delta.mean_gates_)
+        for name, delta in attached_deltas(model).items():
+            assert torch.equal(attached_deltas(again)[name].mean_gates_, delta.mean_gates_)
 
 
 def test_gpt2_and_bfloat16_train(gpt2, task, tmp_path):
@@ -676,7 +676,7 @@ def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
 def test_inspection_counts_heads_and_routers(run, bert, task):
     model = models.load(bert, task=task)
     run.restore(model)
-    counted = {name: sum(p.numel() for p in one.parameters()) for name, one in adapted(model).items()}
+    counted = {name: sum(p.numel() for p in one.parameters()) for name, one in attached_deltas(model).items()}
     modules = inspection.inspect(run).modules.set_index("module")
     assert modules.loc[list(counted), "parameters"].to_dict() == counted
     assert not modules.loc[list(counted), "exact"].any()

@@ -12,7 +12,7 @@ from tiny import tiny
 
 import lorascope as ls
 from lorascope import probes
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.hydralora import HydraDelta
 from lorascope.probes import hydralora
@@ -39,7 +39,7 @@ def test_the_lora_beside_it_has_as_many_parameters(rank, number):
     for other in (method, ls.LoRA(rank=hydralora.equal_rank(method), targets=("ffn_in", "ffn_out"))):
         model = tiny("bert")
         other.attach(model)
-        counts.append(sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()))
+        counts.append(sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters()))
     assert counts[0] == counts[1] > 0
 
 
@@ -147,4 +147,4 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     assert more[1].chart.data.set_index("series").loc["HydraLoRA", "number"].tolist() == [1, 4]
     model = models.load(bert, task=task)
     runs[hydralora.EVEN][0].restore(model)
-    assert {type(delta) for delta in adapted(model).values()} == {HydraDelta}
+    assert {type(delta) for delta in attached_deltas(model).values()} == {HydraDelta}

@@ -70,7 +70,7 @@ def test_every_form_of_the_same_images_is_the_same_task(album, tmp_path):
     for form, task in others.items():
         assert task.hash == own.hash, form
         for split, part in own.splits.items():
-            seen = [np.asarray(images.opened(image)) for image in task.split(split)["image"]]
+            seen = [np.asarray(images.open_image(image)) for image in task.split(split)["image"]]
             np.testing.assert_array_equal(seen, np.stack(part["image"].to_list()), err_msg=form)
             assert task.split(split)["label"].to_list() == part["label"].to_list()
 
@@ -101,7 +101,7 @@ def test_a_batch_is_what_the_processor_makes(vit):
 
 def test_grey_images_have_three_channels():
     grey = np.arange(0, 60, dtype=np.uint8).reshape(6, 10)
-    found = np.asarray(images.opened(grey))
+    found = np.asarray(images.open_image(grey))
     assert (found == grey[..., None]).all()
     assert found.shape == (6, 10, 3)
 
@@ -145,7 +145,9 @@ def test_by_names_alone_and_as_peft_reads_it(vit, album, tmp_path):
     base = models.load(vit, task=task)
     run.restore(base)
     part = task.fit(base).split("test")
-    pixels = ViTImageProcessor.from_pretrained(vit)(images=list(map(images.opened, part["image"])), return_tensors="pt")
+    pixels = ViTImageProcessor.from_pretrained(vit)(
+        images=list(map(images.open_image, part["image"])), return_tensors="pt"
+    )
     with torch.no_grad():
         logits = base.eval()(**pixels).logits
     right = [base.config.id2label[int(number)] for number in logits.argmax(-1)] == part["label"].to_numpy()

@@ -60,7 +60,7 @@ def llama(layers: int, sigma: list[float]) -> dict[str, list[float]]:
 
 
 def lines(path: Path, **style: bool) -> list[str]:
-    return terminal.one(inspect(load(path)), Style(**style)).splitlines()
+    return terminal.inspection_screen(inspect(load(path)), Style(**style)).splitlines()
 
 
 def test_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,11 +200,11 @@ def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.0])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
     item = inspect(load(plant(tmp_path / "a", spectra)))
-    shown = terminal.one(item, Style()).splitlines()
+    shown = terminal.inspection_screen(item, Style()).splitlines()
     assert next(line for line in shown if line.startswith("ffn_in"))[15:21] == "555!!!"
     assert item.norm == pytest.approx(2 * (4 + 3 * 4) ** 0.5)
     assert item.modules["energy"].sum() == pytest.approx(1)
-    json.dumps(item.plain(), allow_nan=False)
+    json.dumps(item.to_json(), allow_nan=False)
 
 
 def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> Non
     item = inspect(load(tmp_path / "full"))
     row = item.modules.iloc[0]
     assert (row["update_norm"], row["energy_rank"], row["parameters"]) == (5.0, 2, 12)
-    shown = terminal.one(item, Style()).splitlines()
+    shown = terminal.inspection_screen(item, Style()).splitlines()
     assert shown[:4] == [
         "full           Full, seed 0",
         "model          m on t",
@@ -278,7 +278,10 @@ def test_colour_adds_nothing_but_colour(tmp_path: Path) -> None:
     import re
 
     item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
-    plain, coloured = terminal.one(item, Style(blocks=True)), terminal.one(item, Style(blocks=True, colour=True))
+    plain, coloured = (
+        terminal.inspection_screen(item, Style(blocks=True)),
+        terminal.inspection_screen(item, Style(blocks=True, colour=True)),
+    )
     assert "\033[" in coloured
     stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", coloured).splitlines())
     assert stripped == plain

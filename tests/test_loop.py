@@ -194,7 +194,7 @@ def test_a_method_of_two_phases(bert, task, tmp_path):
     assert run.meta["recipe"]["name"] == "twophases"
     assert run.meta["total_seconds"] == pytest.approx(answers[0].meta["seconds"] + run.meta["seconds"])
     assert ls.load(tmp_path / "run").id == run.id
-    adapted = set(delta.adapted(model))
+    adapted = set(delta.attached_deltas(model))
     for name, value in parameters(model).items():
         if ".delta." not in name and not name.startswith("classifier"):
             torch.testing.assert_close(value, before[name], rtol=0, atol=0)
@@ -333,7 +333,7 @@ def test_a_growing_method_keeps_optimizer_and_output(bert, task, tmp_path):
             batch = {key: value for key, value in step.batch.items() if key != "labels"}
             step.model.eval()
             before = step.model(**batch).logits.detach()
-            for d in delta.adapted(step.model).values():
+            for d in delta.attached_deltas(step.model).values():
                 rank = d.A.shape[0]
                 delta.resize(d.A, step.optimizer, list(range(rank)), torch.randn(1, d.A.shape[1]), 0)
                 delta.resize(d.B, step.optimizer, list(range(rank)), torch.zeros(d.B.shape[0], 1), 1)

@@ -13,7 +13,7 @@ from tolerance import TINY, amplification, near, rounding
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from lorascope.adapters.delta import adapted, attach, deltas, fold
+from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.lora import LoRADelta
@@ -34,7 +34,7 @@ def hand(B: list[list[float]]) -> nn.Linear:
 
 def filled(model: nn.Module) -> nn.Module:
     """Give B and, on embeddings, A values as after training."""
-    for seed, delta in enumerate(adapted(model).values()):
+    for seed, delta in enumerate(attached_deltas(model).values()):
         for factor in (delta.A, delta.B):
             if not factor.any():
                 nn.init.normal_(factor, std=0.1, generator=torch.Generator().manual_seed(seed))
@@ -67,10 +67,10 @@ def test_training_starts_at_the_base_and_moves_b_first(family):
     before = model(**inputs(model)).logits
     LoRA(targets="all-linear").attach(model)
     after = model(**inputs(model)).logits
-    assert len(adapted(model)) >= 8
+    assert len(attached_deltas(model)) >= 8
     assert torch.equal(after, before)
     after.square().sum().backward()
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         assert not delta.A.grad.any()
         assert delta.B.grad.any()
         assert delta.A.any()
@@ -109,7 +109,7 @@ def test_the_update_has_the_rank_and_norm_it_should():
     filled(model)
     found = dict(deltas(model))
     assert len(found) == 12
-    for name, delta in adapted(model).items():
+    for name, delta in attached_deltas(model).items():
         dense = delta.weight().detach().double().numpy()
         assert found[name].scale == 2.0
         assert found[name].rank == 3
@@ -135,7 +135,7 @@ def test_the_output_is_linear_in_alpha_and_blind_to_the_basis():
 def test_rslora_scales_by_the_root():
     model = tiny("bert")
     LoRA(rank=4, alpha=6, rslora=True).attach(model)
-    assert {delta.scale for delta in adapted(model).values()} == {3.0}
+    assert {delta.scale for delta in attached_deltas(model).values()} == {3.0}
 
 
 def test_a_rank_for_each_module():
@@ -143,7 +143,7 @@ def test_a_rank_for_each_module():
     model = tiny("bert")
     query, value = (f"bert.encoder.layer.{i}.attention.self.{kind}" for i, kind in ((0, "query"), (1, "value")))
     LoRA(rank={query: 2, value: 4, query.replace("query", "key"): 0}).attach(model)
-    assert {name: (delta.A.shape[0], delta.scale) for name, delta in adapted(model).items()} == {
+    assert {name: (delta.A.shape[0], delta.scale) for name, delta in attached_deltas(model).items()} == {
         query: (2, 4.0),
         value: (4, 2.0),
     }
@@ -174,7 +174,7 @@ def directions(model: nn.Module) -> torch.Tensor:
     torch.manual_seed(5)
     model.zero_grad()
     model(**batch).logits.square().mean().backward()
-    gradients = [factor.grad for delta in adapted(model).values() for factor in (delta.A, delta.B)]
+    gradients = [factor.grad for delta in attached_deltas(model).values() for factor in (delta.A, delta.B)]
     return torch.cat([(gradient / gradient.norm()).flatten() for gradient in gradients])
 
 
@@ -188,10 +188,10 @@ def test_equal_to_peft_with_the_same_factors(case, autocast):
     ours, theirs = tiny(family).to(dtype), tiny(family).to(dtype)
     LoRA(targets=targets, rank=3, alpha=5, **ours_only).attach(ours)
     filled(ours)
-    options = {"r": 3, "lora_alpha": 5, "target_modules": list(adapted(ours)), **theirs_only}
+    options = {"r": 3, "lora_alpha": 5, "target_modules": list(attached_deltas(ours)), **theirs_only}
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(**options))
     pairs = []
-    for name, delta in adapted(ours).items():
+    for name, delta in attached_deltas(ours).items():
         layer = theirs.get_base_model().get_submodule(name)
         lookup = "default" in layer.lora_embedding_A
         A, B = (
@@ -201,7 +201,7 @@ def test_equal_to_peft_with_the_same_factors(case, autocast):
             other = other if lookup else other.weight
             other.data.copy_(mine.data)
             pairs.append((mine, other))
-    assert len(pairs) == 2 * len(adapted(ours)) >= 4
+    assert len(pairs) == 2 * len(attached_deltas(ours)) >= 4
     batch, losses = inputs(ours), []
     batch["input_ids"][:, -2:] = 0  # an embedding gives its padding row no gradient
     for model in (ours.train(), theirs.train()):
@@ -271,7 +271,7 @@ def test_parameter_counts_of_the_papers(family, sizes, targets, rank, count):
     with torch.device("meta"):
         model = auto.from_config(AutoConfig.for_model(family, **sizes))
     LoRA(targets=targets, rank=rank).attach(model)
-    assert sum(p.numel() for delta in adapted(model).values() for p in delta.parameters()) == count
+    assert sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters()) == count
 
 
 def test_full_fine_tuning_trains_everything():

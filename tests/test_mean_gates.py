@@ -13,7 +13,7 @@ from torch import nn
 
 import lorascope as ls
 from lorascope import observe, plots
-from lorascope.adapters.delta import adapted, deltas
+from lorascope.adapters.delta import attached_deltas, deltas
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.runs.run import Run
@@ -40,14 +40,14 @@ def restored(run: Run, bert: str, task) -> nn.Module:
 def token_by_token(model: nn.Module, texts: list[str]) -> dict[str, np.ndarray]:
     """Softmax of W_g x for every token of every text, one text at a time and so without padding."""
     tokenizer = models.tokenizer(model)
-    found: dict[str, list[np.ndarray]] = {name: [] for name in adapted(model)}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in attached_deltas(model)}
 
     def note(name, router, _, given):
         found[name] += [torch.softmax(router.double() @ x.double(), 0).numpy() for x in given[0][0]]
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(note, name, delta.router.detach()))
-        for name, delta in adapted(model).items()
+        for name, delta in attached_deltas(model).items()
     ]
     with torch.no_grad():
         for text in texts:
@@ -69,8 +69,8 @@ def test_gates_are_the_mean_over_the_tokens_of_all_texts(run, bert, task, batch_
     found = ls.mean_gates(model, TEXTS, batch_size=batch_size)
     assert model.training
     assert torch.equal(torch.get_rng_state(), generator)
-    assert list(found) == list(adapted(model))
-    for name, delta in adapted(model).items():
+    assert list(found) == list(attached_deltas(model))
+    for name, delta in attached_deltas(model).items():
         assert found[name] == near(expected[name], terms=TINY, growth=TEXT)
         assert delta.mean_gates_.numpy() == near(expected[name], terms=TINY, growth=TEXT)
         at_gates = delta.weight(gates=torch.tensor(found[name]).float()).detach().numpy()
@@ -90,7 +90,7 @@ def test_a_decoder_and_a_base_of_ones_own(gpt2, task, tmp_path):
     found = ls.train(models.load(gpt2, task=task), task, HydraLoRA(lr=3e-2), out=tmp_path / "run", **FAST)
     base = models.load(gpt2, task=task)
     gates = ls.mean_gates(found, TEXTS, base=base)
-    assert all(np.array_equal(adapted(base)[name].mean_gates_, gates[name].astype("f4")) for name in gates)
+    assert all(np.array_equal(attached_deltas(base)[name].mean_gates_, gates[name].astype("f4")) for name in gates)
     for name, expected in token_by_token(base, TEXTS).items():
         assert gates[name] == near(expected, terms=TINY, growth=TEXT)
     longer = ls.mean_gates(base, ["the film was great " * 9], max_length=4)
@@ -117,8 +117,8 @@ def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
         (partial(ls.mean_gates, eyes, TEXTS), "ViTForImageClassification takes pixel_values, not text"),
         (partial(ls.mean_gates, twin, TEXTS), "T5ForConditionalGeneration .* encoder-decoder"),
         (partial(ls.at_gates, run, {"no.such": [1, 0, 0]}), "run .* mixes no heads in 'no.such'; it does in bert"),
-        (partial(ls.at_gates, run, {next(iter(adapted(model))): [0.5, 0.5]}), "2 gates .* has 3 heads"),
-        (partial(ls.at_gates, run, {next(iter(adapted(model))): [1, np.nan, 0]}), "gates .* NaN"),
+        (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [0.5, 0.5]}), "2 gates .* has 3 heads"),
+        (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [1, np.nan, 0]}), "gates .* NaN"),
     ]
     for call, reason in refused:
         with pytest.raises(ValueError, match=reason) as raised:

@@ -23,7 +23,7 @@ from lorascope import observe
 from lorascope.analysis import memory_estimate
 from lorascope.experiments import isolated_run
 from lorascope.experiments import step_memory as measuring
-from lorascope.experiments.isolated_run import Alone, Uncopied
+from lorascope.experiments.isolated_run import IsolatedRun, LiveWeights
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import Step
 from lorascope.training.settings import Settings
@@ -93,7 +93,7 @@ def test_a_run_holds_what_is_computed(family, method, task, tmp_path, request):
     assert table.loc[0, ["gradient_bytes", "optimizer_bytes"]].tolist() == [0, 0]
     for step in (1, 2, 3):
         found = table.loc[step, ["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].astype(int)
-        assert memory_estimate.Held(*found.tolist()) == held
+        assert memory_estimate.MemoryUse(*found.tolist()) == held
 
 
 def test_the_high_water_mark_finds_a_known_tensor_within_the_window():
@@ -165,7 +165,7 @@ def test_on_a_card_the_last_step_of_a_run_is_marked_alone(bert, task, tmp_path, 
 
     monkeypatch.setattr(measuring, "advance", taking)
     monkeypatch.setattr(measuring, "_allocator", lambda device: measuring._Cuda("cuda"))
-    measuring._measure(Alone(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu"))
+    measuring._measure_memory(IsolatedRun(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     marks = table[table["quantity"] == "peak_bytes"]
     assert marks[["step", "value"]].to_numpy().tolist() == [[2, 1030]]
@@ -188,8 +188,8 @@ def test_the_peak_of_a_step_in_a_process_of_its_own(wide_bert, task, tmp_path):
     assert BLOCK < cells["parameter_bytes"] < held < cells["peak_bytes"] < 1.02 * BLOCK
     written = (run.path / "records.parquet").stat().st_mtime_ns
     few = {"steps": 2, "batch_size": 4}
-    job = Alone.of(wide_bert, task, "lora", few, seed=0, out=None, root=tmp_path, overwrite=False, device="cpu")
-    assert measuring._measure(job) == run.path
+    job = IsolatedRun.of(wide_bert, task, "lora", few, seed=0, out=None, root=tmp_path, overwrite=False, device="cpu")
+    assert measuring._measure_memory(job) == run.path
     assert (run.path / "records.parquet").stat().st_mtime_ns == written
 
 
@@ -197,9 +197,9 @@ def test_what_was_measured_on_one_device_is_not_taken_for_another(bert, task, tm
     """Doctored, since there may be no card: the model stays where it is, and a copy of its run says where it was."""
 
     def measure(device, out=None, overwrite=False):
-        return measuring._measure(Alone(bert, task, LoRA(), FEW, 0, out, tmp_path, overwrite, device))
+        return measuring._measure_memory(IsolatedRun(bert, task, LoRA(), FEW, 0, out, tmp_path, overwrite, device))
 
-    monkeypatch.setattr(isolated_run, "_take_over", lambda model, device: None)
+    monkeypatch.setattr(isolated_run, "_own_tensors", lambda model, device: None)
     here = measure("cpu")
     there = here.with_name(f"{here.name}-cuda-1")
     shutil.copytree(here, there)
@@ -223,7 +223,7 @@ def test_no_step_that_is_measured_is_one_of_a_draw():
 
 def test_the_base_is_not_copied():
     model = nn.Linear(3, 2)
-    base = Uncopied(model)
+    base = LiveWeights(model)
     base.capture(torch.optim.SGD(model.parameters()))
     assert base["weight"].data_ptr() == model.weight.data_ptr()
 
@@ -231,7 +231,7 @@ def test_the_base_is_not_copied():
 def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
     """At the optimizer step all of them are alive; the toolkit's own copy of W_0 is not among them."""
     gc.collect()  # what earlier tests left would be freed amid the measurement, and subtracted
-    measuring._measure(Alone(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu"))
+    measuring._measure_memory(IsolatedRun(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
     held = memory_estimate.full(memory_estimate.shapes_of(ls.models.load(bert, task=task)))
@@ -279,5 +279,5 @@ def test_lisa_holds_what_is_computed(moments, family, tmp_path, task, request):
         reached = int(rows["coverage"])
         held = memory_estimate.lisa(shapes, 1, moments, reached if moments == "keep" else None)
         found = rows[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].astype(int)
-        assert memory_estimate.Held(*found.tolist()) == held
+        assert memory_estimate.MemoryUse(*found.tolist()) == held
     assert reached == 2

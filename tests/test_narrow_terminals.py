@@ -13,7 +13,7 @@ import pytest
 
 from lorascope.cli.main import COMMANDS, main
 from lorascope.diagnosis.terminal import elide
-from lorascope.experiments.sweep_table import Board, Row, table
+from lorascope.experiments.sweep_table import Row, SweepTable, table
 from lorascope.training.progress import progress_bar
 
 WIDTHS = (0, 1, 2, 3, 10)
@@ -63,10 +63,10 @@ def test_a_sweep_table_is_drawn_on_any_terminal(columns: int) -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (columns, columns))
     with os.fdopen(slave, "w") as stream:
-        board = Board([row.name for row in ROWS], lambda number: Path("nowhere"), stream)
-        board._draw()
+        board = SweepTable([row.name for row in ROWS], lambda number: Path("nowhere"), stream)
+        board._redraw()
         board.end(1, "failed", "x")
-        board._draw()
+        board._redraw()
         stream.flush()
         assert os.read(master, 1 << 16)
     os.close(master)

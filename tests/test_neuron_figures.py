@@ -15,7 +15,7 @@ from tolerance import TEXT, TINY, near
 
 import lorascope as ls
 from lorascope import observe, plots
-from lorascope.adapters.delta import adapted, host_weight
+from lorascope.adapters.delta import attached_deltas, host_weight
 from lorascope.analysis import selected_neurons
 from lorascope.charts.chart import Line, Rule
 from lorascope.inputs import models
@@ -256,7 +256,7 @@ def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(metho
     with torch.no_grad():
         hidden = mean_states(model.eval(), batch)[""]
     rows = run.table[(run.table["quantity"] == "utilisation") & (run.table["step"] == 3)]
-    deltas, moved, far = adapted(model), 0, {"terms": TINY, "growth": 4 * TEXT}
+    deltas, moved, far = attached_deltas(model), 0, {"terms": TINY, "growth": 4 * TEXT}
     for part in ls.analysis.neurons.parts(run.modules.astype({"module": "str"})):
         delta = deltas[part.module]
         gates = () if delta.linear else (delta.mean_gates_,)

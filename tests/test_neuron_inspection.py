@@ -111,16 +111,16 @@ findings       3 of 6 projections untouched: model.layers.0.mlp.gate_proj and 2
                  more
                26 neurons elsewhere did not change at all
 next           lorascope inspect tuned --base base --csv > neurons.csv"""
-    assert terminal.neurons(inspect_neurons("tuned", "base"), Style()) == expected
+    assert terminal.neurons_screen(inspect_neurons("tuned", "base"), Style()) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2, 17, 33, 80])
 def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> None:
     base, tuned = plant(tmp_path / ("a-rather-long-name" * 4), layers, {(layers - 1, "up_proj", 0): 0.1})
-    for shown in (terminal.neurons, terminal.every_projection):
+    for shown in (terminal.neurons_screen, terminal.projections_screen):
         lines = shown(inspect_neurons(tuned, base), Style(blocks=True)).splitlines()
         assert max(map(len, lines)) <= 80
-    assert len(terminal.neurons(inspect_neurons(tuned, base), Style()).splitlines()) <= 24
+    assert len(terminal.neurons_screen(inspect_neurons(tuned, base), Style()).splitlines()) <= 24
 
 
 def test_findings(tmp_path: Path) -> None:
@@ -211,4 +211,4 @@ def test_changed_neurons_next_to_zero_are_counted(tmp_path: Path) -> None:
     item = inspect_neurons(*folders[::-1])
     line = f"3 changed neurons are shorter than 1e-08 before or after, so that their 1 - cos says little: {up}"
     assert item.findings[-1] == line
-    assert line in item.plain()["findings"]
+    assert line in item.to_json()["findings"]

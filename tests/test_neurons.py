@@ -60,7 +60,7 @@ def test_exactly_k_with_ties_broken_by_place():
     for k in range(7):
         assert chosen(scores, k) == order[:k]
         assert chosen(scores, k, "reversed") == order[::-1][:k]
-    assert neurons.ranked(scores)["rank"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert neurons.rank_neurons(scores)["rank"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
 def test_ties_go_by_layer_then_role_then_neuron_whatever_the_order_of_the_rows():

@@ -17,7 +17,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import observe
 from lorascope.adapters import delta
-from lorascope.adapters.host_weights import oriented, shared_copies, to_array
+from lorascope.adapters.host_weights import orient_weight, shared_copies, to_array
 from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA
 from lorascope.methods.base import Method, Step, train_adapters
@@ -41,10 +41,10 @@ class Copying(observe.Observer):
     def __call__(self, step):
         tensors = {n: p.detach().double().clone() for n, p in step.model.named_parameters() if n in step.base}
         updates = {}
-        for module, adapter in delta.adapted(step.model).items():
+        for module, adapter in delta.attached_deltas(step.model).items():
             factors = {name: factor.detach().double().clone() for name, factor in adapter.named_parameters()}
             matrix = factors["M"] if "M" in factors else adapter.scale * factors["B"] @ factors["A"]
-            updates[module] = oriented(step.model.get_submodule(module), matrix)
+            updates[module] = orient_weight(step.model.get_submodule(module), matrix)
         self.kept.append((tensors, updates, step.best))
         return ()
 
@@ -176,7 +176,7 @@ def test_ranks_are_those_of_dense_matrices(case, task, tmp_path, request):
         p = p[p > 0]
         assert ranks["stable_rank"] == near((sigma**2).sum() / sigma[0] ** 2, terms=TINY, growth=TEXT)
         assert ranks["effective_rank"] == near(np.exp(-(p * np.log(p)).sum()), terms=TINY, growth=4 * TEXT)
-    deltas = delta.adapted(model)
+    deltas = delta.attached_deltas(model)
     for module in run.modules.query("in_features == in_features")["module"]:
         steps = set(found.xs(module, level="module").index) if module in found.index.get_level_values(1) else set()
         if module not in deltas and f"{module}.weight" not in trained:
@@ -204,7 +204,7 @@ def test_adapter_norm_begins_where_initialisation_puts_it(family, task, tmp_path
     assert (start.loc[start["quantity"] == "update_norm", "value"] == 0).sum() >= len(norm)
     last = run.table[run.table["step"] == 7].astype({"module": str, "quantity": str})
     for row in last[last["quantity"] == "adapter_norm"].itertuples():
-        factors = delta.adapted(model)[row.module].factors()
+        factors = delta.attached_deltas(model)[row.module].factors()
         total = sum(float(factor.detach().double().square().sum()) for factor in factors.values())
         assert row.value == near(math.sqrt(total), terms=TINY)
 
@@ -275,7 +275,7 @@ def test_norms_do_not_depend_on_where_memory_lies():
 def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
     run = ls.train(fresh_bert, task, LoRA(lr=1e-2), observe=[observe.factors(every=3)], out=tmp_path / "run", **FAST)
     assert {0, 3, 6, 7} <= set(run.snapshot_steps("bert.encoder.layer.0.attention.self.query/A"))
-    for module, adapter in delta.adapted(fresh_bert).items():
+    for module, adapter in delta.attached_deltas(fresh_bert).items():
         for name, array in run.factors()[module].items():
             np.testing.assert_array_equal(array, adapter.factors()[name].detach().numpy())
     assert not np.array_equal(run.factors(3)[module]["B"], run.factors(6)[module]["B"])
@@ -290,7 +290,7 @@ def test_recording_copies_each_factor_to_the_host_once(method, monkeypatch):
     described = module_table.describe(model)
     base = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     method.attach(model)
-    trained = {p.data_ptr() for each in delta.adapted(model).values() for p in each.parameters()}
+    trained = {p.data_ptr() for each in delta.attached_deltas(model).values() for p in each.parameters()}
     step = Step(-1, 5, model, method.optimizer(model, 1.0, 1.0, 0.0), base, described, *[lambda *_: None] * 3)
     copied = Counter()
     plain = torch.Tensor.cpu

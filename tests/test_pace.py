@@ -8,7 +8,7 @@ from planted import plant
 from lorascope import plots
 from lorascope.analysis import step_time as analysis
 from lorascope.experiments import step_time
-from lorascope.experiments.isolated_run import Alone
+from lorascope.experiments.isolated_run import IsolatedRun
 from lorascope.runs.run import Run
 
 NAMES = ("forward_seconds", "backward_seconds", "rest_seconds")
@@ -61,11 +61,13 @@ def test_each_part_is_noted_on_a_clock_that_counts_what_is_done(bert, task, tmp_
 
     monkeypatch.setattr(step_time.time, "process_time", lambda: now[0])
     monkeypatch.setattr(step_time.torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(step_time.Session, "_loss", later(step_time.Session._loss, 1))
+    monkeypatch.setattr(step_time.Session, "_batch_loss", later(step_time.Session._batch_loss, 1))
     monkeypatch.setattr(step_time.Tensor, "backward", later(step_time.Tensor.backward, 10))
     monkeypatch.setattr(step_time.torch.optim.AdamW, "step", later(step_time.torch.optim.AdamW.step, 100))
     settings = {"steps": 2, "batch_size": 4, "accumulate": 2}
-    job = Alone.of(bert, task, "lisa", settings, seed=0, out=tmp_path / "run", root="", overwrite=False, device="cpu")
-    table = Run.read(step_time._measure(job)).table
+    job = IsolatedRun.of(
+        bert, task, "lisa", settings, seed=0, out=tmp_path / "run", root="", overwrite=False, device="cpu"
+    )
+    table = Run.read(step_time._measure_seconds(job)).table
     cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[1:, list(NAMES)]
     assert cells.to_numpy().tolist() == [[2, 20, 100]] * 2

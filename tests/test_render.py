@@ -10,7 +10,20 @@ import pytest
 from readers import Mpl, Plotly
 
 from lorascope.charts import matplotlib_backend
-from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, Text, above, beside
+from lorascope.charts.chart import (
+    Axis,
+    Band,
+    Bar,
+    Chart,
+    Heat,
+    Line,
+    Point,
+    Rule,
+    Span,
+    Text,
+    set_side_by_side,
+    stack_vertically,
+)
 from lorascope.charts.theme import OKABE_ITO
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
@@ -310,7 +323,7 @@ def test_labels_of_a_short_logarithmic_axis_do_not_touch() -> None:
     data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
     panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))
     for columns, fewest in ((1, 4), (2, 2)):
-        figure = matplotlib_backend.figure(beside(*[panel] * columns), width="column")
+        figure = matplotlib_backend.figure(set_side_by_side(*[panel] * columns), width="column")
         figure.canvas.draw()
         for ax in figure.axes:
             inside = [
@@ -354,7 +367,7 @@ def test_panels_share_legend_colours_and_range(reader, runs) -> None:
     half = runs.assign(value=100 * runs["value"])[runs["method"] == "Full"]
     right = Chart(half, [Line("step", "value", "method")], y=Axis(label="norm"), title="full")
     other = Chart(half, [Line("step", "value", "method")], y=Axis(label="loss"))
-    shown = reader(above(beside(left, right), other))
+    shown = reader(stack_vertically(set_side_by_side(left, right), other))
     assert shown.legend() == ["LoRA", "Full"]
     assert shown.lines(1) == [([0, 10], [500, 600], VERMILLION)]
     assert shown.ends("y", 0) == shown.ends("y", 1) != shown.ends("y", 2)
@@ -366,18 +379,18 @@ def test_a_category_has_one_style_in_all_panels(encoding) -> None:
     data = table("x y role panel", (0, 1, "q", 0), (1, 2, "v", 0), (0, 3, "v", 1), (1, 4, "o", 1))
     draw = Point if encoding == "shape" else Line
     panels = [Chart(data[data["panel"] == number], [draw("x", "y", **{encoding: "role"})]) for number in (0, 1)]
-    traces = [trace for trace in Plotly(beside(*panels)).figure.data if trace.x[0] is not None]
+    traces = [trace for trace in Plotly(set_side_by_side(*panels)).figure.data if trace.x[0] is not None]
     q, v, same, o = (trace.marker.symbol if encoding == "shape" else trace.line.dash for trace in traces)
     assert v == same
     assert len({q, v, o}) == 3
-    handles = Mpl(beside(*panels)).figure.legends[0].get_lines()
+    handles = Mpl(set_side_by_side(*panels)).figure.legends[0].get_lines()
     assert [handle.get_label() for handle in handles] == ["q", "v", "o"]
     assert encoding == "dash" or len({handle.get_marker() for handle in handles}) == 3
 
 
 @both
 def test_the_same_category_has_one_legend_entry_whatever_draws_it(reader, runs) -> None:
-    panels = beside(
+    panels = set_side_by_side(
         Chart(runs, [Bar("step", "value", "method")]), Chart(runs, [Line("step", "value", "method", dash="method")])
     )
     shown = reader(panels)
@@ -391,10 +404,12 @@ def test_the_same_category_has_one_legend_entry_whatever_draws_it(reader, runs) 
 @both
 def test_heats_of_one_quantity_share_their_colours(reader) -> None:
     one, two = table("x y v", (0, 0, 1.0), (1, 0, 2.0)), table("x y v", (0, 0, 5.0), (1, 0, 3.0))
-    same = reader(beside(*(Chart(data, [Heat("x", "y", "v", "norm")]) for data in (one, two))))
+    same = reader(set_side_by_side(*(Chart(data, [Heat("x", "y", "v", "norm")]) for data in (one, two))))
     assert same.color_bars() == ["norm"]
     assert [same.heat(panel)[1] for panel in (0, 1)] == [(1, 5), (1, 5)]
-    apart = reader(beside(Chart(one, [Heat("x", "y", "v", "norm")]), Chart(two, [Heat("x", "y", "v", "rank")])))
+    apart = reader(
+        set_side_by_side(Chart(one, [Heat("x", "y", "v", "norm")]), Chart(two, [Heat("x", "y", "v", "rank")]))
+    )
     assert sorted(apart.color_bars()) == ["norm", "rank"]
     assert [apart.heat(panel)[1] for panel in (0, 1)] == [(1, 2), (3, 5)]
 
@@ -438,10 +453,10 @@ def test_frames_are_small_multiples_on_paper(replay) -> None:
 
 def test_panels_share_the_slider_and_still_ones_stay(replay, runs) -> None:
     still = Chart(runs, [Line("step", "value", "method")], title="still")
-    figure = beside(replay, still, replay).plotly()
+    figure = set_side_by_side(replay, still, replay).plotly()
     assert len(figure.layout.sliders) == 1
     assert figure.frames[0].traces == (0, 1, 4, 5)
-    shown = Mpl(beside(replay, still))
+    shown = Mpl(set_side_by_side(replay, still))
     assert len(shown.axes) == 5
     assert shown.lines(4)[0][1] == [1, 2, 3]
     assert shown.axes[3].get_title(loc="left") == "replay, step 290"
@@ -450,7 +465,7 @@ def test_panels_share_the_slider_and_still_ones_stay(replay, runs) -> None:
 def test_panels_with_different_frames_are_refused(replay) -> None:
     other = Chart(replay.data.rename(columns={"step": "epoch"}), [Line("x", "value", "group")], frame="epoch")
     with pytest.raises(ValueError, match="one slider, but their frames are step and epoch"):
-        beside(replay, other).plotly()
+        set_side_by_side(replay, other).plotly()
 
 
 @both
@@ -465,8 +480,11 @@ def test_title_and_caption_are_there(reader, runs) -> None:
 def test_captions_of_panels_are_joined(reader, runs) -> None:
     line = [Line("step", "value", "method")]
     one, two = (Chart(runs, line, title=title, caption=f"What {title} shows.") for title in ("left", "right"))
-    assert reader(beside(one, one)).caption() == "What left shows."
-    assert " ".join(reader(beside(one, two)).caption().split()) == "left: What left shows. right: What right shows."
+    assert reader(set_side_by_side(one, one)).caption() == "What left shows."
+    assert (
+        " ".join(reader(set_side_by_side(one, two)).caption().split())
+        == "left: What left shows. right: What right shows."
+    )
 
 
 @both
@@ -518,7 +536,7 @@ def test_categories_keep_the_order_of_their_type(reader) -> None:
 def test_any_number_of_panels_fits_between_the_ends_of_a_page(panels: int) -> None:
     table = pd.DataFrame({"x": [0, 1]})
     charts = [Chart(table, [Point("x", "x")], x=Axis(label="x"), y=Axis(label=f"y{n}")) for n in range(panels)]
-    domains = [axis.domain for axis in beside(*charts).plotly().select_xaxes()]
+    domains = [axis.domain for axis in set_side_by_side(*charts).plotly().select_xaxes()]
     assert len(domains) == panels
     assert all(0 <= start < stop <= 1 for start, stop in domains)
 

@@ -17,7 +17,7 @@ from planted import low_rank, plant, profile
 
 from lorascope import plots
 from lorascope.charts import plotly_backend
-from lorascope.charts.chart import Axis, Chart, Heat, Line, Point, beside
+from lorascope.charts.chart import Axis, Chart, Heat, Line, Point, set_side_by_side
 from lorascope.charts.figure_plan import plan
 from lorascope.charts.theme import THEMES, theme
 from lorascope.probes.base import PROBES, Exhibit, Findings, Probe, exhibit
@@ -360,7 +360,9 @@ def slider() -> Chart:
 
 def panels() -> Any:
     grid = pd.DataFrame({"a": ["p", "p", "q"], "b": ["u", "v", "u"], "value": [1.0, 2.0, np.nan]})
-    return beside(slider(), Chart(grid, [Heat("a", "b", "value", "v", text=".1f")], title="right", caption="Both."))
+    return set_side_by_side(
+        slider(), Chart(grid, [Heat("a", "b", "value", "v", text=".1f")], title="right", caption="Both.")
+    )
 
 
 def put(figure: dict[str, Any], told: list[list[Any]]) -> dict[str, Any]:

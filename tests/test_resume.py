@@ -20,7 +20,7 @@ from forks import contents, same
 import lorascope as ls
 from lorascope.inputs import models
 from lorascope.methods import LoRA
-from lorascope.runs.folders import held
+from lorascope.runs.folders import lock_run
 from lorascope.training.session import Session
 from lorascope.training.state import load_tree, save_tree
 
@@ -244,7 +244,7 @@ def test_the_best_state_of_lost_steps_is_lost_with_them(bert, task, tmp_path, at
 
 
 def test_a_folder_in_use_is_refused(bert, task, tmp_path):
-    with held(tmp_path / "out"), pytest.raises(ValueError, match="is being trained by another process"):
+    with lock_run(tmp_path / "out"), pytest.raises(ValueError, match="is being trained by another process"):
         ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
     ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import lorascope as ls
 from lorascope import observe
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_cosines, update_inner
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
@@ -29,7 +29,7 @@ def sharp(family: str, shared_a: bool = True) -> nn.Module:
     """A tiny model whose routers decide and whose heads add something."""
     model = tiny(family)
     HydraLoRA(targets="all-linear", shared_a=shared_a).attach(model)
-    for seed, delta in enumerate(adapted(model).values()):
+    for seed, delta in enumerate(attached_deltas(model).values()):
         delta.router.data *= SHARP
         nn.init.normal_(delta.B, std=0.1, generator=torch.Generator().manual_seed(seed))
     return model.eval()
@@ -68,7 +68,7 @@ def token_by_token(delta: nn.Module, rows: torch.Tensor, real: torch.Tensor) -> 
 
 
 def watched(model: nn.Module, batch: dict) -> dict[str, Routing]:
-    found = adapted(model)
+    found = attached_deltas(model)
     gates = {name: delta.gates for name, delta in found.items()}
     sizes = {name: delta.head_sizes for name, delta in found.items()}
     return watch(model, gates, batch, lambda: model(**batch), sizes)
@@ -78,7 +78,7 @@ def inputs_of(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
     given: dict[str, torch.Tensor] = {}
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: given.setdefault(name, x[0]))
-        for name in adapted(model)
+        for name in attached_deltas(model)
     ]
     with torch.no_grad():
         model(**batch)
@@ -100,7 +100,7 @@ def test_statistics_are_those_of_the_tokens_one_by_one_padding_left_out(shared_a
             assert math.isnan(seen[name].switch_rate)
         else:
             real_here = real
-        expected = token_by_token(adapted(model)[name], rows, real_here)
+        expected = token_by_token(attached_deltas(model)[name], rows, real_here)
         for quantity, value in expected.items():
             if quantity != "switch_rate" or rows.shape[1] > 1:
                 assert getattr(seen[name], quantity) == near(value, terms=TINY, growth=SHARP), quantity
@@ -149,9 +149,11 @@ def test_switches_by_hand():
 def test_without_norms_there_is_no_importance_and_with_zero_heads_no_share():
     model = sharp("bert")
     batch = inputs(model)
-    seen = watch(model, {name: delta.gates for name, delta in adapted(model).items()}, batch, lambda: model(**batch))
+    seen = watch(
+        model, {name: delta.gates for name, delta in attached_deltas(model).items()}, batch, lambda: model(**batch)
+    )
     assert all(np.isnan(found.importance).all() for found in seen.values())
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         nn.init.zeros_(delta.B)
     for found in watched(model, batch).values():
         assert not found.importance.any()
@@ -160,7 +162,7 @@ def test_without_norms_there_is_no_importance_and_with_zero_heads_no_share():
 
 def test_sizes_stay_in_float32_under_autocast():
     model = sharp("bert")
-    delta, x = next(iter(adapted(model).values())), torch.randn(5, 32)
+    delta, x = next(iter(attached_deltas(model).values())), torch.randn(5, 32)
     with torch.autocast("cpu", torch.bfloat16):
         found = delta.head_sizes(x)
     assert torch.equal(found, delta.head_sizes(x))
@@ -210,7 +212,7 @@ def test_a_run_records_what_its_restored_model_shows(run, bert, task):
     for quantity, attribute in names.items():
         for module, found in values(run, quantity, 5).items():
             assert found == near(np.atleast_1d(getattr(seen[module], attribute)), terms=TINY, growth=SHARP)
-    for module, delta in adapted(model).items():
+    for module, delta in attached_deltas(model).items():
         for head, alone in enumerate(np.eye(3)):
             dense = ls.at_gates(run, {module: alone}).updates()[module].dense()
             assert values(run, "head_norm", 5)[module][head] == near(np.linalg.norm(dense), terms=TINY)

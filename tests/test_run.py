@@ -147,8 +147,8 @@ def test_snapshots_come_in_long_form(fresh_bert, task, tmp_path):
 
 def test_factors_and_updates_are_those_of_the_step(trained):
     model, run = trained
-    assert set(run.factors()) == set(run.updates()) == set(delta.adapted(model))
-    for module, adapter in delta.adapted(model).items():
+    assert set(run.factors()) == set(run.updates()) == set(delta.attached_deltas(model))
+    for module, adapter in delta.attached_deltas(model).items():
         weight = adapter.weight().detach().numpy()
         assert run.updates()[module].dense() == near(weight, terms=8 + 1)
         A, B = (run.factors()[module][name] for name in ("A", "B"))
@@ -157,7 +157,7 @@ def test_factors_and_updates_are_those_of_the_step(trained):
     assert run.factors(3)[QUERY]["B"].any()
     with pytest.raises(KeyError, match="no module 'query'; there are bert"):
         run.factors()["query"]
-    assert run.ranks() == {module: adapter.A.shape[0] for module, adapter in delta.adapted(model).items()}
+    assert run.ranks() == {module: adapter.A.shape[0] for module, adapter in delta.attached_deltas(model).items()}
 
 
 def test_the_state_file_is_keyed_by_parameter_names(trained):
@@ -188,8 +188,8 @@ def test_peft_takes_the_configuration(family, task, tmp_path, request):
     config = peft.LoraConfig(**keywords, fan_in_fan_out=family == "gpt2")
     theirs = peft.get_peft_model(models.load(folder, task=task), config).base_model.model
     layers = {name: layer for name, layer in theirs.named_modules() if hasattr(layer, "lora_A")}
-    assert layers.keys() == delta.adapted(model).keys()
-    for name, adapter in delta.adapted(model).items():
+    assert layers.keys() == delta.attached_deltas(model).keys()
+    for name, adapter in delta.attached_deltas(model).items():
         layer = layers[name]
         embedding = "default" in layer.lora_embedding_A
         A = layer.lora_embedding_A["default"] if embedding else layer.lora_A["default"].weight
@@ -224,7 +224,7 @@ def test_what_has_no_factors_has_no_configuration(bert, task, tmp_path):
     assert run.ranks() == {QUERY: 32}
     assert list(run.factors()[QUERY]) == ["M"]
     assert run.summary().query("role == 'q'")["update_norm"].tolist() == pytest.approx(
-        [float(delta.adapted(models_of(run, bert, task))[QUERY].M.detach().norm())]
+        [float(delta.attached_deltas(models_of(run, bert, task))[QUERY].M.detach().norm())]
     )
 
 
@@ -271,15 +271,15 @@ def test_summary_is_that_of_dense_matrices(method, state, watched, bert, task, t
     if isinstance(method, Full):
         assert list(summary.index) == list(everything["module"])
     else:
-        assert sorted(summary.index) == sorted([*delta.adapted(model), *head])
+        assert sorted(summary.index) == sorted([*delta.attached_deltas(model), *head])
     assert summary["exact"].all()
     for module, row in summary.drop(index=head).iterrows():
         before = weights[module].weight.detach().double()
         now = model.get_submodule(module).weight.detach().double()
         change = now - before
-        if module in delta.adapted(model):
+        if module in delta.attached_deltas(model):
             assert torch.equal(now, before)
-            adapter = delta.adapted(model)[module]
+            adapter = delta.attached_deltas(model)[module]
             change = adapter.scale * adapter.B.detach().double() @ adapter.A.detach().double()
             change = change.T if change.shape != before.shape else change
             assert row["rank"] == 8

@@ -23,7 +23,7 @@ from PIL import Image
 
 import lorascope
 from lorascope.charts import matplotlib_backend as renderer
-from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, beside
+from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, set_side_by_side
 
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
 
@@ -120,8 +120,8 @@ def test_other_data_has_another_hash(chart, tmp_path) -> None:
 
 
 def test_panels_keep_the_origin_of_each(chart, heat, tmp_path) -> None:
-    assert origin(beside(chart, chart).save(tmp_path / "same.png"))["runs"] == META["runs"]
-    assert origin(beside(chart, heat).save(tmp_path / "mixed.png"))["panels"] == [META, {}]
+    assert origin(set_side_by_side(chart, chart).save(tmp_path / "same.png"))["runs"] == META["runs"]
+    assert origin(set_side_by_side(chart, heat).save(tmp_path / "mixed.png"))["panels"] == [META, {}]
 
 
 def test_pdf_has_the_width_asked_for_and_embedded_truetype(chart, heat, tmp_path) -> None:
@@ -133,7 +133,7 @@ def test_pdf_has_the_width_asked_for_and_embedded_truetype(chart, heat, tmp_path
     descendant = font["/DescendantFonts"][0].get_object()
     assert descendant["/Subtype"] == "/CIDFontType2"
     assert "/FontFile2" in descendant["/FontDescriptor"].get_object()
-    panels = pypdf.PdfReader(beside(chart, heat).save(tmp_path / "panels.pdf")).pages[0]
+    panels = pypdf.PdfReader(set_side_by_side(chart, heat).save(tmp_path / "panels.pdf")).pages[0]
     assert float(panels.mediabox.width) == pytest.approx(72 * 6.9, abs=0.5)
 
 
@@ -230,7 +230,7 @@ def test_drawing_on_axes_of_the_caller(chart, heat) -> None:
     heat.mpl(right)
     assert len(figure.axes) == 3
     with pytest.raises(ValueError, match="single chart without frames"):
-        beside(chart, chart).mpl(left)
+        set_side_by_side(chart, chart).mpl(left)
     with pytest.raises(ValueError, match=r"chart.at\(frame\)"):
         Chart(chart.data, [Bar("step", "norm")], frame="role").mpl(left)
 
@@ -246,7 +246,7 @@ def test_jupyter_shows_plotly(chart, monkeypatch) -> None:
         assert figure["config"]["showSendToCloud"] is False
         assert shown["text/plain"] == repr(chart)
     plotly.io.renderers.default = "plotly_mimetype+notebook"
-    assert "Plotly.newPlot" in beside(chart, chart)._repr_mimebundle_()["text/html"]
+    assert "Plotly.newPlot" in set_side_by_side(chart, chart)._repr_mimebundle_()["text/html"]
 
 
 def boxes(figure: Figure) -> dict[str, list[Bbox]]:
@@ -300,7 +300,7 @@ def test_thirty_layers_are_legible(heat, width) -> None:
 @pytest.mark.parametrize("width", ["column", "page"])
 def test_nothing_overlaps_and_nothing_is_cut_off(chart, heat, width) -> None:
     assert_tidy(chart.mpl(theme="paper", width=width))
-    assert_tidy(beside(chart, heat).mpl(theme="paper", width=width))
+    assert_tidy(set_side_by_side(chart, heat).mpl(theme="paper", width=width))
 
 
 def test_long_names_stand_on_end_and_have_room() -> None:
@@ -322,7 +322,7 @@ def test_small_multiples_are_tidy(heat) -> None:
 
 
 def test_titles_of_panels_stand_below_the_buttons(chart) -> None:
-    assert beside(chart, chart).plotly().layout.margin.t >= 22 + 18  # pixels: the buttons, and a line of text
+    assert set_side_by_side(chart, chart).plotly().layout.margin.t >= 22 + 18  # pixels: the buttons, and a line of text
 
 
 def test_the_slider_stands_between_axis_and_caption(chart) -> None:

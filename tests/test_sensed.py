@@ -15,7 +15,7 @@ from torch import nn
 import lorascope as ls
 from lorascope import observe
 from lorascope.adapters import delta
-from lorascope.adapters.host_weights import oriented
+from lorascope.adapters.host_weights import orient_weight
 from lorascope.inputs import models
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
 from lorascope.methods.base import Step
@@ -48,7 +48,7 @@ def gradients(model, modules, batches):
     for batch in batches:
         (model(**batch).loss / len(batches)).backward()
     hosts = {name: model.get_submodule(name) for name in modules}
-    return {name: oriented(host, host.weight.grad) for name, host in hosts.items()}
+    return {name: orient_weight(host, host.weight.grad) for name, host in hosts.items()}
 
 
 def check_that_training_does_not_notice(look, folder, task, method, out):
@@ -98,7 +98,7 @@ def test_it_is_the_gradient_of_the_very_weight(case, task, tmp_path, request):
     run = ls.train(model, task, method, observe=[observe.neurons(**LOOK), Copying()], out=tmp_path / "run", **FAST)
     kept, batches, base = Copying.kept
     modules = module_table.match(module_table.describe(kept), "all-linear")
-    if delta.adapted(kept):
+    if delta.attached_deltas(kept):
         delta.fold(kept)
     weights = {name: delta.host_weight(kept.get_submodule(name)).detach() for name in modules}
     for name, gradient in gradients(kept, modules, batches).items():
@@ -114,7 +114,7 @@ def check_changes(run, model, base):
     """Distance by definition and norm of the change, of rows or columns of the feed-forward parts."""
     for row in run.modules[run.modules["role"].isin(FFN)].itertuples():
         host = model.get_submodule(row.module)
-        before, after = (oriented(host, w.detach()).double() for w in (base[f"{row.module}.weight"], host.weight))
+        before, after = (orient_weight(host, w.detach()).double() for w in (base[f"{row.module}.weight"], host.weight))
         if row.role == "ffn_out":
             before, after = before.T, after.T
         change = (after - before).norm(dim=1)
@@ -134,7 +134,7 @@ def test_heads_under_a_router_count_at_their_mean_gates(task, tmp_path, bert):
         out=tmp_path / "run", **FAST,
     )  # fmt: skip
     kept, batches, _ = Copying.kept
-    deltas = delta.adapted(kept)
+    deltas = delta.attached_deltas(kept)
     for name, gradient in gradients(kept, list(deltas), batches).items():
         weight = delta.host_weight(kept.get_submodule(name)) + deltas[name].weight(deltas[name].mean_gates_)
         felt = (weight.detach() * gradient).abs().sum(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cells import METHODS, check
 
-from lorascope.analysis.factor_embeddings import factored
+from lorascope.analysis.factor_embeddings import factored_updates
 from lorascope.inputs import models, tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -52,7 +52,7 @@ def test_the_pictures_of_the_whole_model_are_drawn_from_such_runs(smollm2, tmp_p
 
     def starts(recipe):
         runs = [run for domain in found[recipe].values() for run in domain]
-        return {factored(run.updates(0))["model.layers.1.mlp.up_proj"].A.tobytes() for run in runs}
+        return {factored_updates(run.updates(0))["model.layers.1.mlp.up_proj"].A.tobytes() for run in runs}
 
     assert len(starts(drawing.ONE_A)) == 1
     assert len(starts(drawing.OWN_A)) == 4

@@ -15,10 +15,10 @@ from torch import nn
 import lorascope as ls
 from lorascope.training.state import (
     generators_state,
+    load_generators_state,
+    load_optimizer_state,
     load_tree,
     optimizer_state,
-    put_generators_state,
-    put_optimizer_state,
     save_tree,
     seeded,
 )
@@ -117,7 +117,7 @@ def test_global_generators_go_on(tmp_path):
         stored = back(generators_state(), tmp_path)
         expected = draws()
         draws()
-        put_generators_state(stored)
+        load_generators_state(stored)
         assert draws() == expected
     with seeded(11):
         assert draws() == first
@@ -183,7 +183,7 @@ def test_an_optimizer_goes_on_in_another_process(kind, tmp_path):
     stored = back(tree, tmp_path)
     other, continued = begin()
     other.load_state_dict(stored["model"])
-    put_optimizer_state(other, continued, stored["optimizer"])
+    load_optimizer_state(other, continued, stored["optimizer"])
     assert [group["lr"] for group in continued.param_groups] == [0.05, 0.01]
     for (one, first), (two, second) in zip(optimizer.state.items(), continued.state.items(), strict=True):
         assert torch.equal(one, two)

@@ -19,8 +19,8 @@ import lorascope as ls
 from lorascope.experiments import sweep
 from lorascope.experiments.sweep import Job, width
 from lorascope.methods import Full, LoRA
-from lorascope.runs.folders import held
-from lorascope.training.progress import Note
+from lorascope.runs.folders import lock_run
+from lorascope.training.progress import ProgressFile
 
 FAST = {"steps": 3, "batch_size": 4, "eval_every": 0, "progress": False}
 
@@ -102,10 +102,10 @@ class Pool:
         calls = list(calls)
         for number, (work, (_, job, here, file), _) in enumerate(calls):
             self.begun = [call[1][3] for call in calls[number : number + 2]]
-            result = job.model == "mortal" and sweep.read_note(file).get("begun", 0) < sweep.ATTEMPTS
+            result = job.model == "mortal" and sweep.read_progress(file).get("begun", 0) < sweep.ATTEMPTS
             if result:
                 for each in self.begun:
-                    Note(each)
+                    ProgressFile(each)
                 raise TerminatedWorkerError("killed")
             yield work(calls[number][1][0], job, here, file)
 
@@ -139,7 +139,7 @@ def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
     (run.path / "run.json").write_text(text.replace('"status": "done"', '"status": "running"'))
 
     def hold():
-        with held(run.path):
+        with lock_run(run.path):
             taken.set()
             time.sleep(0.5)
             (run.path / "run.json").write_text(text)

@@ -12,7 +12,7 @@ from tolerance import TEXT, amplification, forward, near, rounding
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorascope.adapters.delta import adapted, fold
+from lorascope.adapters.delta import attached_deltas, fold
 from lorascope.methods import AutoLoRA
 
 aten = torch.ops.aten
@@ -46,7 +46,7 @@ def test_reordered_sums_stay_within_and_another_formula_does_not(family):
         with Reordered(seed):
             found = [each(**given).logits for each in (model, folded)]
         assert all((logits - exact).norm() <= bound * exact.norm() for logits in found)
-    next(iter(adapted(model).values())).logits.add_(torch.tensor([0.01, 0, 0]))
+    next(iter(attached_deltas(model).values())).logits.add_(torch.tensor([0.01, 0, 0]))
     assert (model(**given).logits - exact).norm() > 3 * bound * exact.norm()
 
 

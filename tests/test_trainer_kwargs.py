@@ -48,7 +48,7 @@ def test_what_is_recorded_can_be_restored_and_exported(bert, task, tmp_path, mon
     model = fresh(bert, task)
     by_trainer(model, rows, tmp_path / "out", METHODS["adalora"], recorder=ls.TrainerRecorder())
     run = ls.load(tmp_path / "out/lorascope")
-    assert run.ranks() == {name: adapter.rank for name, adapter in delta.adapted(model).items()}
+    assert run.ranks() == {name: adapter.rank for name, adapter in delta.attached_deltas(model).items()}
     base = ls.models.load(bert, task=task)
     run.restore(base)
     same_weights(base, model)

@@ -105,9 +105,9 @@ def test_a_start_of_peft_that_is_not_zero_is_taken_off_or_told_to_be_lost(bert, 
     for folder, observers in (("kept", NORMS), ("lost", NORMS[:1])):
         by_trainer(model, rows, tmp_path / folder, recorder=ls.TrainerRecorder(observe=observers), max_steps=3)
     kept, lost = (ls.load(tmp_path / folder / "lorascope") for folder in ("kept", "lost"))
-    assert (initial_update.lost_start(kept), initial_update.lost_start(lost)) == (False, True)
+    assert (initial_update.lacks_initial_update(kept), initial_update.lacks_initial_update(lost)) == (False, True)
     learned = kept.summary().set_index("module")["learned_norm"]
-    for name, update in initial_update.added(kept).items():
+    for name, update in initial_update.learned_updates(kept).items():
         last = kept.updates()[name].dense()
         assert update.dense() == near(last - first[name], np.abs(last).max(), terms=3 + 1)
         assert update.norm() == pytest.approx(learned[name], rel=1e-9)
@@ -296,7 +296,7 @@ def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tm
     with pytest.raises(RuntimeError, match="out of memory"):
         by_trainer(fresh(bert, task), rows, tmp_path / "out", **method, others=[Meanwhile(3, look), Meanwhile(4, stop)])
     assert seen == [("running", 3, [])]
-    method["recorder"]._recording.break_off()
+    method["recorder"]._recording.mark_interrupted()
     run = ls.load(tmp_path / "out/lorascope")
     assert run.meta["status"] == "broken"
     assert run.table["step"].max() == 4

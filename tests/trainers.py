@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 import lorascope as ls
 from lorascope.inputs import models
 from lorascope.observe.base import Observer
-from lorascope.training.base_weights import first_use
+from lorascope.training.base_weights import prepare_model
 from lorascope.training.state import seeded
 
 STEPS, ROWS = 6, 8
@@ -65,7 +65,7 @@ def by_train(folder: str, task, method, out: Path, **settings: Any):
 def fresh(folder: str, task):
     """The model as ``train`` begins with it, its head drawn from the seed 0."""
     model = without_dropout(models.load(folder, task=task))
-    first_use(model, task.fit(model), 0)
+    prepare_model(model, task.fit(model), 0)
     return model
 
 

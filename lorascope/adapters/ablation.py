@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.activation_patching import Batch, Loss, Move, moved_losses
-from lorascope.adapters.delta import adapted, attach, detach
+from lorascope.adapters.delta import attach, attached_deltas, detach
 
 
 @runtime_checkable
@@ -61,18 +61,18 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
         Calls the model; a mean over the rows of the batch.
     batch : dict of tensors (rows, ...)
     """
-    gates: Any = adapted(model)
-    with _evaluating(model):
-        full, without = _switched(model, loss, batch, gates, -1)
+    gates: Any = attached_deltas(model)
+    with _evaluation_mode(model):
+        full, without = _switched_scores(model, loss, batch, gates, -1)
         deltas = detach(model)
         try:
-            none, only = _switched(model, loss, batch, gates, 1)
+            none, only = _switched_scores(model, loss, batch, gates, 1)
         finally:
             attach(model, deltas)
     return Scores(full, none, without, only)
 
 
-def _switched(
+def _switched_scores(
     model: nn.Module, loss: Loss, batch: Batch, gates: Mapping[str, Gated], sign: int
 ) -> tuple[float, dict[str, Float[np.ndarray, "_"]]]:
     """Score of the model as it is, and with each component in turn put on or taken off."""
@@ -88,7 +88,7 @@ def _switched(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and no cache of keys and values, which nobody reads here."""
     modes = [(module, module.training) for module in model.modules()]
     config: Any = getattr(model, "config", None)

@@ -50,10 +50,10 @@ def moved_losses(
     -------
     (float, dict module name -> list of float)
     """
-    block_of = {part: block for block in _blocks(model) for part in block.modules() if part is not block}
+    block_of = {part: block for block in _model_blocks(model) for part in block.modules() if part is not block}
     parts = [part for part in model.modules() if part is not model]
-    top = _watch(loss, batch, parts, keep=set(parts) - block_of.keys())
-    replay = _Replay(loss, batch, top, _watch(loss, _resized(batch), parts))
+    top = _record_calls(loss, batch, parts, keep=set(parts) - block_of.keys())
+    replay = _Replay(loss, batch, top, _record_calls(loss, _resize_batch(batch), parts))
     losses: dict[str, list[float]] = {name: [] for name in moves}
     moved = {name: model.get_submodule(name) for name in moves if moves[name]}
     for block, inside in itertools.groupby(moved, lambda name: block_of.get(moved[name])):
@@ -63,12 +63,12 @@ def moved_losses(
     return top.loss, losses
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def _model_blocks(model: nn.Module) -> list[nn.Module]:
     description = module_table.describe(model)
     return [model.get_submodule(name) for name in description["module"][description["role"] == "block"]]
 
 
-def _resized(batch: Batch) -> Batch:
+def _resize_batch(batch: Batch) -> Batch:
     """The batch with another number of rows: where that changes a shape, there the rows lie."""
     return {key: value[:1] if len(value) > 1 else torch.cat([value, value]) for key, value in batch.items()}
 
@@ -104,7 +104,7 @@ class _Pass:
     loss: float
     calls: list[_Call]
 
-    def of(self, module: nn.Module) -> list[_Call]:
+    def calls_of(self, module: nn.Module) -> list[_Call]:
         return [call for call in self.calls if call.module is module]
 
     def outermost(self) -> list[_Call]:
@@ -112,7 +112,7 @@ class _Pass:
         return [call for call in self.calls if call.outermost]
 
 
-def _watch(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: Container[nn.Module] = ()) -> _Pass:
+def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: Container[nn.Module] = ()) -> _Pass:
     """Note every call of these modules in a pass, with the outputs of those to keep."""
     calls: list[_Call] = []
     clock = itertools.count()
@@ -130,23 +130,23 @@ def _watch(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: Contain
             shapes = [getattr(leaf, "shape", None) for leaf in leaves]
             there = _Call(module, start, next(clock), depth == 0, shapes)
             if module in keep:
-                first = _first(args, kwargs)
+                first = _first_argument(args, kwargs)
                 there = replace(there, first=first, leaves=leaves, form=form, versions=_versions([first, *leaves]))
             calls.append(there)
             return output
 
         return call
 
-    with _instead({module: watched(module) for module in modules}):
+    with _replace_forwards({module: watched(module) for module in modules}):
         return _Pass(float(loss(batch)), calls)
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 @contextmanager
-def _instead(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
     """Give modules another ``forward`` for a while."""
     own = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
@@ -179,49 +179,49 @@ class _Replay:
         # What is called more than once is not played back: which call it is depends on what else is skipped.
         self.by_row: dict[nn.Module, list[list[bool] | None]] = {}
         for call, other in zip(top.calls, resized.calls, strict=True):
-            self.by_row.setdefault(call.module, []).append(_by_row(call.shapes, other.shapes))
+            self.by_row.setdefault(call.module, []).append(_rows_lie_first(call.shapes, other.shapes))
         largest = max(math.prod(shape) for call in top.calls for shape in call.shapes if shape is not None)
         device = next(iter(batch.values())).device.type
         self.most = max(1, MOST_ELEMENTS.get(device, MOST_ELEMENTS_ELSEWHERE) // largest)
 
     def look_into(self, block: nn.Module) -> _Pass:
         """A pass with the outputs of everything in the block, all other blocks played back."""
-        calls = self.top.of(block)
+        calls = self.top.calls_of(block)
         if len(calls) != 1:
             return self.top
         others = [c for c in self.top.calls if c.end < calls[0].start or c.start > calls[0].end]
         parts = set(block.modules())
-        with _instead(self._answers(others, 1)):
-            return _watch(self.loss, self.batch, parts, parts)
+        with _replace_forwards(self._replay_forwards(others, 1)):
+            return _record_calls(self.loss, self.batch, parts, parts)
 
     def losses(self, module: nn.Module, seen: _Pass, moves: Sequence[Move]) -> list[float]:
         """Loss for each move of a module, of whose surroundings ``seen`` has the outputs."""
-        calls = seen.of(module)
+        calls = seen.calls_of(module)
         if not calls:
             return [self.top.loss] * len(moves)
-        start = min(call.start for call in self.top.of(module))
+        start = min(call.start for call in self.top.calls_of(module))
         before = [call for call in self.top.calls if call.end < start]
         before += [call for call in seen.calls if call.end < calls[0].start]
         most = self.most if all(flags == [True] for flags in self.by_row[module]) else 1
         found = []
         for chunk in (moves[i : i + most] for i in range(0, len(moves), most)):
-            answers = self._answers(before, len(chunk))
-            answers[module] = _moved(module, calls[0] if self._once(calls[0]) else None, chunk)
-            with _instead(answers):
+            answers = self._replay_forwards(before, len(chunk))
+            answers[module] = _patch_forward(module, calls[0] if self._is_only_call(calls[0]) else None, chunk)
+            with _replace_forwards(answers):
                 found += self._losses_of_copies(len(chunk))
         return found
 
-    def _once(self, call: _Call) -> bool:
+    def _is_only_call(self, call: _Call) -> bool:
         """Is this the module's only call in the model, and what it gave known?"""
         return call.kept and len(self.by_row[call.module]) == 1
 
-    def _answers(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:
+    def _replay_forwards(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:
         """Forwards that give back what these calls gave, for so many copies of the batch."""
         answers: dict[nn.Module, Forward] = {}
-        for call in filter(self._once, calls):
+        for call in filter(self._is_only_call, calls):
             (by_row,) = self.by_row[call.module]
             if by_row is not None:
-                answers[call.module] = partial(_play, call, by_row, copies)
+                answers[call.module] = partial(_replay_output, call, by_row, copies)
         return answers
 
     def _losses_of_copies(self, copies: int) -> list[float]:
@@ -230,19 +230,19 @@ class _Replay:
             return [float(self.loss(self.batch))]
         own = self.top.outermost()
         modules = {call.module for call in own}
-        stacked = {key: _repeated(value, copies) for key, value in self.batch.items()}
-        outer = _watch(self.loss, stacked, modules, modules).outermost()
+        stacked = {key: _repeat_rows(value, copies) for key, value in self.batch.items()}
+        outer = _record_calls(self.loss, stacked, modules, modules).outermost()
         losses = []
         for copy in range(copies):
             answers: dict[nn.Module, list[Any]] = {}
             for call, single in zip(outer, own, strict=True):
-                answers.setdefault(call.module, []).append(_copy(call, single.shapes, copy))
-            with _instead({module: _in_turn(outputs) for module, outputs in answers.items()}):
+                answers.setdefault(call.module, []).append(_select_copy(call, single.shapes, copy))
+            with _replace_forwards({module: _give_next(outputs) for module, outputs in answers.items()}):
                 losses.append(float(self.loss(self.batch)))
         return losses
 
 
-def _by_row(shapes: Sequence[Any], other: Sequence[Any]) -> list[bool] | None:
+def _rows_lie_first(shapes: Sequence[Any], other: Sequence[Any]) -> list[bool] | None:
     """Whether the rows lie along the first dimension of each output; None where they lie along another one."""
     pairs = list(zip(shapes, other, strict=True))
     if any(one is not None and one[1:] != two[1:] for one, two in pairs):
@@ -250,17 +250,17 @@ def _by_row(shapes: Sequence[Any], other: Sequence[Any]) -> list[bool] | None:
     return [one != two for one, two in pairs]
 
 
-def _repeated(tensor: Tensor, copies: int) -> Tensor:
+def _repeat_rows(tensor: Tensor, copies: int) -> Tensor:
     return tensor.repeat(copies, *[1] * (tensor.ndim - 1))
 
 
-def _play(call: _Call, by_row: Sequence[bool], copies: int, *args: Any, **kwargs: Any) -> Any:
+def _replay_output(call: _Call, by_row: Sequence[bool], copies: int, *args: Any, **kwargs: Any) -> Any:
     """What a call gave, for copies of the batch."""
     pairs = zip(call.leaves, by_row, strict=True)
-    return tree_unflatten([_repeated(leaf, copies) if rows else leaf for leaf, rows in pairs], call.form)
+    return tree_unflatten([_repeat_rows(leaf, copies) if rows else leaf for leaf, rows in pairs], call.form)
 
 
-def _copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
+def _select_copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
     """What a call for many copies gave for one, which by itself has these shapes."""
     leaves = [
         leaf if shape is None or leaf.shape == shape else leaf.narrow(0, copy * shape[0], shape[0])
@@ -269,19 +269,19 @@ def _copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
     return tree_unflatten(leaves, call.form)
 
 
-def _in_turn(outputs: Sequence[Any]) -> Forward:
+def _give_next(outputs: Sequence[Any]) -> Forward:
     left = iter(outputs)
     return lambda *args, **kwargs: next(left)
 
 
-def _moved(module: nn.Module, known: _Call | None, moves: Sequence[Move]) -> Forward:
+def _patch_forward(module: nn.Module, known: _Call | None, moves: Sequence[Move]) -> Forward:
     """A forward whose output is moved in each copy of the batch by a move of its own."""
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Tensor:
         if known is not None:
             return torch.cat([move(known.first, known.leaves[0]) for move in moves])
-        x, y = _first(args, kwargs), forward(*args, **kwargs)
+        x, y = _first_argument(args, kwargs), forward(*args, **kwargs)
         copies = zip(moves, x.chunk(len(moves)), y.chunk(len(moves)), strict=True)
         return torch.cat([move(*copy) for move, *copy in copies])
 

@@ -19,14 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorascope.adapters.host_weights import host_bias, host_weight, oriented, to_array
+from lorascope.adapters.host_weights import host_bias, host_weight, orient_weight, to_array
 from lorascope.adapters.peft_layers import is_peft_layer, peft_update
 from lorascope.updates.low_rank import Dense, LowRank
 
 __all__ = [
     "Delta",
-    "adapted",
     "attach",
+    "attached_deltas",
     "deltas",
     "detach",
     "fold",
@@ -134,7 +134,7 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     modules: dict[str, Any] = dict(model.named_modules())
     for name in deltas:
         if name not in modules:
-            raise ValueError(f"{name!r} is no module of {type(model).__name__}{_near(name, modules)}")
+            raise ValueError(f"{name!r} is no module of {type(model).__name__}{_suggest_modules(name, modules)}")
         if type(modules[name]) in _PLAIN:
             raise ValueError(f"{name!r} carries a {type(modules[name].delta).__name__} already; detach it first")
         _check_host(name, modules[name])
@@ -152,20 +152,20 @@ def _check_host(name: str, host: Any) -> None:
         raise TypeError(f"{name!r} has a forward of its own, such as a device_map hook puts there; {takes}")
 
 
-def _near(name: str, modules: Mapping[str, nn.Module]) -> str:
+def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
     hosts = [known for known, module in modules.items() if type(module) in _ADAPTED]
     close = difflib.get_close_matches(name, hosts, n=3, cutoff=0.5) or [host for host in hosts if name in host][:3]
     return f"; near: {', '.join(close)}" if close else ""
 
 
-def adapted(model: nn.Module) -> dict[str, Delta]:
+def attached_deltas(model: nn.Module) -> dict[str, Delta]:
     """The Delta of every adapted module, in model order."""
     return {name: host.delta for name, host in _hosts(model).items()}
 
 
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
     """The weight of a module with its adapter's update, which is at mean gates where it depends on the input."""
-    weight, delta = host_weight(model.get_submodule(module)).detach(), adapted(model).get(module)
+    weight, delta = host_weight(model.get_submodule(module)).detach(), attached_deltas(model).get(module)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
     return weight if delta is None else wide + torch.from_numpy(delta.update().dense()).to(wide)
 
@@ -176,7 +176,7 @@ def _hosts(model: nn.Module) -> dict[str, Any]:
 
 def detach(model: nn.Module) -> dict[str, Delta]:
     """Take all Deltas off and return them; the model is then as before ``attach``."""
-    found = adapted(model)
+    found = attached_deltas(model)
     for host in _hosts(model).values():
         del host.delta
         host.__class__ = _PLAIN[type(host)]
@@ -316,5 +316,5 @@ def _own_update(module: Any, before: Tensor | None) -> LowRank | Dense | None:
     ):
         return delta
     after = to_array(host_weight(module).double())
-    change = Dense(after - to_array(oriented(module, before)))
+    change = Dense(after - to_array(orient_weight(module, before)))
     return change if delta is None else Dense(change.matrix + delta.dense())

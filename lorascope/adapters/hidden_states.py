@@ -39,13 +39,13 @@ def token_means(
         for stack, name in _STACKS.items():
             if name in output:
                 states = torch.stack(output[name][1:]).double()  # the first is the embedding
-                weighed = (states if of is None else of(states)) * _weights(states, piece.get("attention_mask"))
+                weighed = (states if of is None else of(states)) * _token_weights(states, piece.get("attention_mask"))
                 found.setdefault(stack, []).append(weighed.sum(2).transpose(0, 1))
     model.train(training)
     return {stack: to_array(torch.cat(parts)) for stack, parts in found.items()}
 
 
-def _weights(
+def _token_weights(
     states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"] | None
 ) -> Float[Tensor, "..."]:
     """What each token counts in the mean of its row; all of an image's and of a decoder's own count alike."""

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 def host_weight(module: Any) -> Float[Tensor, "out in"]:
     """The weight as (out, in), a view of what the module stores; a convolution's kernel is unfolded into ``in``."""
-    return oriented(module, module.weight)
+    return orient_weight(module, module.weight)
 
 
 def host_bias(module: Any) -> Float[Tensor, "out"] | None:
@@ -24,7 +24,7 @@ def host_bias(module: Any) -> Float[Tensor, "out"] | None:
     return getattr(module, "bias", None)
 
 
-def oriented(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
+def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
     """A tensor laid out as the module's weight, seen as (out, in)."""
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
 
@@ -54,13 +54,13 @@ def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     owner = tensor if tensor._base is None else tensor._base
     # Copies of a frozen base would take its memory again; other tensors may be freed, and their memory reused.
     if shared is None or not (isinstance(owner, nn.Parameter) and owner.requires_grad):
-        return _copy(tensor)
+        return _copy_to_numpy(tensor)
     key = (tensor.data_ptr(), tensor.shape, tensor.stride())
     if key not in shared:
-        shared[key] = _copy(tensor)
+        shared[key] = _copy_to_numpy(tensor)
     return shared[key]
 
 
-def _copy(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
+def _copy_to_numpy(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     tensor = tensor.detach()
     return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy().copy()

@@ -57,39 +57,39 @@ class PeftDelta:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def without_peft(model: Any) -> Any:
+def unwrap_peft_model(model: Any) -> Any:
     """The model inside a ``PeftModel``, its layers still wrapped; any other as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def bare(module: Any) -> Any:
+def unwrap_peft_layer(module: Any) -> Any:
     """The module inside PEFT's wrappers; of one that PEFT trains as a copy, that copy."""
     if is_peft_layer(module):
-        return bare(module.base_layer)
+        return unwrap_peft_layer(module.base_layer)
     if hasattr(module, "original_module"):
         copies = getattr(module, "modules_to_save", {})
         active = [name for name in module.active_adapters if name in copies]
-        return bare(copies[active[0]] if active else module.original_module)
+        return unwrap_peft_layer(copies[active[0]] if active else module.original_module)
     return module
 
 
-def bare_parameters(model: Any) -> dict[str, nn.Parameter]:
+def unwrapped_parameters(model: Any) -> dict[str, nn.Parameter]:
     """All parameters but PEFT's under the names that they have without it; a shared one once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for path, module in _bare_modules(without_peft(model), ""):
+    for path, module in _unwrapped_modules(unwrap_peft_model(model), ""):
         for name, parameter in module.named_parameters(recurse=False):
             found.setdefault(id(parameter), (f"{path}.{name}".lstrip("."), parameter))
     return dict(found.values())
 
 
-def _bare_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
-    module = bare(module)
+def _unwrapped_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
+    module = unwrap_peft_layer(module)
     yield path, module
     for name, child in module.named_children():
-        yield from _bare_modules(child, f"{path}.{name}".lstrip("."))
+        yield from _unwrapped_modules(child, f"{path}.{name}".lstrip("."))
 
 
-def kept_components(model: Any) -> dict[str, int]:
+def retained_components(model: Any) -> dict[str, int]:
     """How many components PEFT's AdaLoRA keeps, by module; nothing where its allocator has not decided yet.
 
     PEFT masks what it takes at some steps, after the optimizer has trained all of it, so the weights do not tell.
@@ -118,15 +118,15 @@ def is_readable(layer: Any) -> bool:
     """
     if hasattr(layer, "parameter_name"):
         return False
-    host = bare(layer)
+    host = unwrap_peft_layer(layer)
     weight = getattr(host, "weight", None)
     mergeable = isinstance(weight, nn.Parameter) and weight.ndim > 1 and weight.is_floating_point()
     if mergeable:
-        return getattr(host, "groups", 1) == 1 and _merges(layer)
+        return getattr(host, "groups", 1) == 1 and _is_mergeable(layer)
     return all(_is_product(layer, adapter) for adapter in active_adapters(layer))
 
 
-def _merges(layer: Any) -> bool:
+def _is_mergeable(layer: Any) -> bool:
     """Does PEFT tell by factors or by merging what the active adapters add? aLoRA, for one, adds by the text."""
     known, active = _TRIED.setdefault(layer, {}), tuple(active_adapters(layer))
     if active not in known:
@@ -155,8 +155,8 @@ def peft_update(layer: Any) -> LowRank | Dense | None:
     if not active:
         return None
     if len(active) == 1 and active[0] in getattr(layer, "fourierft_spectrum", ()):
-        return _frequencies(layer, active[0])
-    parts = [part for part in (_factors(layer, adapter) for adapter in active) if part is not None]
+        return _fourierft_factors(layer, active[0])
+    parts = [part for part in (_lora_factors(layer, adapter) for adapter in active) if part is not None]
     if len(parts) < len(active):
         return _merged_difference(layer, active)
     if len(parts) == 1:
@@ -164,7 +164,7 @@ def peft_update(layer: Any) -> LowRank | Dense | None:
     return LowRank(np.hstack([part.scale * part.B for part in parts]), np.vstack([part.A for part in parts]))
 
 
-def _factors(layer: Any, adapter: str) -> LowRank | None:
+def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
     """B, A and scale of plain LoRA and of AdaLoRA; None for any other adapter."""
     if not _is_product(layer, adapter):
         return None
@@ -183,7 +183,7 @@ def _factors(layer: Any, adapter: str) -> LowRank | None:
     return LowRank(to_array(B), to_array(A), scale) if isinstance(A, Tensor) else None
 
 
-def _frequencies(layer: Any, adapter: str) -> Fourier:
+def _fourierft_factors(layer: Any, adapter: str) -> Fourier:
     """Coefficients, entries and scale of FourierFT."""
     outer, inner = host_weight(layer.get_base_layer()).shape
     coefficients, entries = to_array(layer.fourierft_spectrum[adapter]), to_array(layer.indices[adapter])

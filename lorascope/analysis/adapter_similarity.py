@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorascope.analysis.leading_directions import Directions, chance_angle, leading, mean_angle
 from lorascope.runs.run import Run
-from lorascope.updates.linalg import one_thread, wide
+from lorascope.updates.linalg import as_float64, one_thread
 from lorascope.updates.low_rank import Dense, LowRank
 
 DIRECTIONS = 8
@@ -28,12 +28,12 @@ _MODULES = ("one", "other", "module", "norm_ratio", "cosine", "angle", "chance",
 def inner(one: LowRank | Dense, other: LowRank | Dense) -> float:
     """<dW_1, dW_2>, the sum of their products weight by weight; of factors from their small Gram matrices."""
     if isinstance(one, LowRank) and isinstance(other, LowRank):
-        left, right = wide(one.B).T @ wide(other.B), wide(one.A) @ wide(other.A).T
+        left, right = as_float64(one.B).T @ as_float64(other.B), as_float64(one.A) @ as_float64(other.A).T
         return float(one.scale * other.scale * np.vdot(left, right))
     if isinstance(other, LowRank):
         return inner(other, one)
     if isinstance(one, LowRank):
-        return float(one.scale * np.vdot(wide(one.B).T @ other.dense(), wide(one.A)))
+        return float(one.scale * np.vdot(as_float64(one.B).T @ other.dense(), as_float64(one.A)))
     return float(np.vdot(one.dense(), other.dense()))
 
 
@@ -60,7 +60,7 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
         A module has other shapes in two runs: they are not on one model.
     """
     updates = {label: run.updates() for label, run in runs.items()}
-    tables = {label: _table(run) for label, run in runs.items()}
+    tables = {label: _summary_table(run) for label, run in runs.items()}
     rows = []
     with one_thread():
         for module in dict.fromkeys(name for table in tables.values() for name in table.index):
@@ -69,7 +69,7 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
                 held = {label: updates[label][module] for label in holding if module in updates[label]}
                 _check_shapes(module, held)
                 sizes = {label: float(tables[label].loc[module, "update_norm"]) for label in holding}
-                rows += [{"module": module} | row for row in _compared(held, sizes, spectra)]
+                rows += [{"module": module} | row for row in _compare_pairs(held, sizes, spectra)]
     return pd.DataFrame(rows, columns=list(_MODULES))
 
 
@@ -90,15 +90,17 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
         to other modules to go from one to the other: 0 for the same allocation, 1 where no module is in both),
         ``energy_moved`` (the same of |dW|^2) and ``shared`` (number of modules that both have).
     """
-    tables = {label: _table(run) for label, run in runs.items()}
+    tables = {label: _summary_table(run) for label, run in runs.items()}
     norms = {label: float(np.sqrt((table["update_norm"] ** 2).sum())) for label, table in tables.items()}
     rows = []
     for one in runs:
         for other in runs:
-            same = shared[((shared["one"] == one) & (shared["other"] == other)) | _reversed(shared, one, other)]
+            same = shared[((shared["one"] == one) & (shared["other"] == other)) | _is_reversed(shared, one, other)]
             told = {"one": one, "other": other, "norm_ratio": _ratio(norms[one], norms[other])}
-            told |= {"rank_moved": _moved(tables[one]["rank"], tables[other]["rank"])}
-            told |= {"energy_moved": _moved(tables[one]["update_norm"] ** 2, tables[other]["update_norm"] ** 2)}
+            told |= {"rank_moved": _moved_fraction(tables[one]["rank"], tables[other]["rank"])}
+            told |= {
+                "energy_moved": _moved_fraction(tables[one]["update_norm"] ** 2, tables[other]["update_norm"] ** 2)
+            }
             if one == other:
                 told |= {"cosine": 1.0 if norms[one] else np.nan, "angle": 0.0, "shared": len(tables[one])}
             else:
@@ -110,13 +112,15 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["one", "other", *names])
 
 
-def _table(run: Run) -> pd.DataFrame:
+def _summary_table(run: Run) -> pd.DataFrame:
     """The summary by module, without what trained beside the adapters, such as a head, if there are adapters."""
     table, held = run.summary().set_index("module"), run.updates()
     return table[table.index.isin(list(held))] if len(held) else table
 
 
-def _compared(held: Mapping[str, LowRank | Dense], sizes: Mapping[str, float], spectra: bool) -> list[dict[str, Any]]:
+def _compare_pairs(
+    held: Mapping[str, LowRank | Dense], sizes: Mapping[str, float], spectra: bool
+) -> list[dict[str, Any]]:
     """A row for each two runs that have the module."""
     sound = {label: update for label, update in held.items() if np.isfinite(sizes[label]) and sizes[label] > 0}
     directions = {
@@ -158,7 +162,7 @@ def _ratio(value: float, other: float) -> float:
     return float(value / other) if other else np.nan
 
 
-def _moved(one: pd.Series, other: pd.Series) -> float:
+def _moved_fraction(one: pd.Series, other: pd.Series) -> float:
     """Half the summed difference of two sets of shares, by module; NaN where one of them is unknown or zero."""
     if one.isna().any() or other.isna().any() or not one.sum() or not other.sum():
         return np.nan
@@ -166,5 +170,5 @@ def _moved(one: pd.Series, other: pd.Series) -> float:
     return float(first.sub(second, fill_value=0.0).abs().sum() / 2)
 
 
-def _reversed(shared: pd.DataFrame, one: str, other: str) -> pd.Series:
+def _is_reversed(shared: pd.DataFrame, one: str, other: str) -> pd.Series:
     return (shared["one"] == other) & (shared["other"] == one)

@@ -29,7 +29,7 @@ def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
     dict
         Module -> rank; their sum is the budget.
     """
-    _check(modules, budget)
+    _check_budget(modules, budget)
     each, over = divmod(budget, len(modules))
     return {module: each + (place < over) for place, module in enumerate(modules)}
 
@@ -53,7 +53,7 @@ def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = Non
     dict
         Module -> rank, zeros included; their sum is the budget.
     """
-    _check(modules, budget)
+    _check_budget(modules, budget)
     draw = np.random.default_rng(seed)
     if cap is None:
         ranks = draw.multinomial(budget, np.full(len(modules), 1 / len(modules)))
@@ -107,7 +107,7 @@ def equal_parameters(
     return ranks
 
 
-def _check(modules: Sequence[str], budget: int) -> None:
+def _check_budget(modules: Sequence[str], budget: int) -> None:
     if not modules or len(set(modules)) < len(modules):
         raise ValueError(f"ranks are allotted to modules, each named once; got {', '.join(modules) or 'none'}")
     if budget < 1:

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.updates.linalg import finite, numerical_rank, wide
+from lorascope.updates.linalg import all_finite, as_float64, numerical_rank
 from lorascope.updates.low_rank import LowRank
 
 Factor = Literal["A", "B"]
@@ -36,7 +36,7 @@ _PCA_SIZE = 50  # what t-SNE is usually given; more components only slow it down
 
 
 @dataclass(frozen=True, eq=False)
-class Cloud:
+class FactorSet:
     """Factors that can be compared with each other: one point for every slot (a module's A or B) and run.
 
     Parameters
@@ -72,12 +72,12 @@ class Cloud:
         return pd.DataFrame(rows, columns=["module", "factor", "run", "domain"])
 
 
-def factored(updates: Mapping[str, Any]) -> dict[str, LowRank]:
+def factored_updates(updates: Mapping[str, Any]) -> dict[str, LowRank]:
     """Of a run's updates those that have an A and a B."""
     return {module: update for module, update in updates.items() if isinstance(update, LowRank)}
 
 
-def common(updates: Updates) -> list[str]:
+def common_modules(updates: Updates) -> list[str]:
     """Modules that all runs hold, in the order of the first."""
     first, *others = updates.values()
     return [module for module in first if all(module in found for found in others)]
@@ -85,7 +85,7 @@ def common(updates: Updates) -> list[str]:
 
 def clouds(
     updates: Updates, domains: Mapping[str, str], factors: Sequence[Factor] = ("A", "B"), view: View = "raw"
-) -> list[Cloud]:
+) -> list[FactorSet]:
     """Sort the factors of runs by shape; factors of different shapes are never compared, cut or padded.
 
     Parameters
@@ -104,21 +104,21 @@ def clouds(
         The runs have no module in common, a module's factor has another rank in another run or is of another model's
         width, or one is zero or not finite.
     """
-    runs, modules = list(updates), common(updates)
+    runs, modules = list(updates), common_modules(updates)
     if not modules:
         raise ValueError(f"runs {', '.join(runs)} have no adapted module in common")
     slots = defaultdict(list)
     for factor in factors:
         for module in modules:
-            arrays = [compared(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
+            arrays = [view_factor(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
             slots[_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
     found = []
     for shape, members in slots.items():
         arrays = [array for _, _, of_runs in members for array in of_runs]
         size = (len(members), len(runs))
         names, kinds = [module for module, _, _ in members], [factor for _, factor, _ in members]
-        cosine = (_overlaps(arrays) if view == "space" else _cosines(arrays)).reshape(*size, *size)
-        found.append(Cloud(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
+        cosine = (_subspace_overlaps(arrays) if view == "space" else _cosines(arrays)).reshape(*size, *size)
+        found.append(FactorSet(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
     return found
 
 
@@ -130,7 +130,7 @@ def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
     may have been scaled once more. A float32 array with nothing in its lower 16 bits was kept as bfloat16.
     """
     columns = update.A.T if factor == "A" else update.B
-    U, sigma, _ = np.linalg.svd(wide(columns), full_matrices=False)
+    U, sigma, _ = np.linalg.svd(as_float64(columns), full_matrices=False)
     kept = np.count_nonzero(sigma > _eps(columns) * np.linalg.norm(sigma))
     return U[:, : min(int(kept), numerical_rank(sigma, columns.shape))]
 
@@ -156,10 +156,10 @@ def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"
     return np.vstack([rows, np.zeros((update.rank - len(rows), rows.shape[1]))])
 
 
-def compared(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
+def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
     """What is compared of a factor in a view, a row a component; what has no direction is refused."""
     own = update.A if factor == "A" else update.B
-    if not finite(own, *((update.A, update.B) if view == "canonical" else ())):
+    if not all_finite(own, *((update.A, update.B) if view == "canonical" else ())):
         raise ValueError(f"{factor} of {where} holds NaN or infinity and has no direction: leave that run out")
     array = _array(update, factor, view)
     if not array.any():
@@ -167,7 +167,7 @@ def compared(update: LowRank, factor: Factor, view: View, where: str) -> Float[n
     return array
 
 
-def pca(cloud: Cloud, size: int = 2) -> Float[np.ndarray, "point size"]:
+def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
     """The points along their first principal components, from the cosines alone.
 
     Of the two signs of a component the one is taken that makes its largest coordinate positive.
@@ -180,7 +180,9 @@ def pca(cloud: Cloud, size: int = 2) -> Float[np.ndarray, "point size"]:
     return vectors * signs * np.sqrt(np.maximum(values[::-1][:size], 0.0))
 
 
-def tsne(cloud: Cloud, perplexity: float | int | None = None, seed: int | None = None) -> Float[np.ndarray, "point 2"]:
+def tsne(
+    cloud: FactorSet, perplexity: float | int | None = None, seed: int | None = None
+) -> Float[np.ndarray, "point 2"]:
     """The points on a plane that keeps neighbours together (t-SNE after PCA).
 
     Parameters
@@ -239,7 +241,7 @@ def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
     return flat @ flat.T
 
 
-def _overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
+def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
     """|U_1^T U_2|_F^2 / sqrt(k_1 k_2) of every pair, the bases as rows."""
     sizes = np.array([len(rows) for rows in bases])
     stacked = np.concatenate(bases)

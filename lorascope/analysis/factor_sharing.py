@@ -17,7 +17,16 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from lorascope.analysis.factor_embeddings import VIEWS, Cloud, Factor, Updates, View, clouds, common, compared
+from lorascope.analysis.factor_embeddings import (
+    VIEWS,
+    Factor,
+    FactorSet,
+    Updates,
+    View,
+    clouds,
+    common_modules,
+    view_factor,
+)
 from lorascope.updates.low_rank import principal_angles
 
 _TIE = 1e-9  # cosines nearer than this are equal but for rounding, as those of one A_0 with itself are
@@ -61,7 +70,7 @@ def numbers(
     return pd.DataFrame(rows)
 
 
-def retrieval(cloud: Cloud) -> pd.DataFrame:
+def retrieval(cloud: FactorSet) -> pd.DataFrame:
     """Of every factor: is its nearest neighbour among other domains' factors of its shape that of the same module?
 
     Returns
@@ -76,18 +85,18 @@ def retrieval(cloud: Cloud) -> pd.DataFrame:
         There is one domain alone.
     """
     table = cloud.table()
-    other = _differ(cloud.domains)
+    other = _differing_domains(cloud.domains)
     if not other.any():
         raise ValueError(f"sharedness compares domains, and there is {cloud.domains[0]!r} alone: give two or more")
     across = np.where(other[None, :, None, :], cloud.cosine, -np.inf)
-    nearest = _nearest(across.reshape(len(table), -1)).reshape(across.shape)
+    nearest = _nearest_fractions(across.reshape(len(table), -1)).reshape(across.shape)
     own = np.eye(len(cloud.modules), dtype=bool)[:, None, :, None]
     same = (nearest * own).sum(axis=(2, 3))
-    cosine = (within(cloud) * other).sum(axis=2) / other.sum(axis=1)
+    cosine = (slot_cosines(cloud) * other).sum(axis=2) / other.sum(axis=1)
     return table.assign(same=same.ravel(), chance=1 / len(cloud.modules), cosine=cosine.ravel())
 
 
-def sharedness(found: Sequence[Cloud]) -> dict[str, float]:
+def sharedness(found: Sequence[FactorSet]) -> dict[str, float]:
     """``retrieval`` averaged over all factors."""
     means = pd.concat([retrieval(cloud) for cloud in found])[["same", "chance", "cosine"]].mean()
     return {"sharedness": means["same"], "sharedness_chance": means["chance"], "cosine": means["cosine"]}
@@ -99,16 +108,17 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
     Modules and errors as of ``clouds``.
     """
     means = []
-    for module in common(updates):
+    for module in common_modules(updates):
         bases = {
-            run: compared(found[module], factor, "space", f"{module} in run {run}").T for run, found in updates.items()
+            run: view_factor(found[module], factor, "space", f"{module} in run {run}").T
+            for run, found in updates.items()
         }
         pairs = [(one, two) for one in bases for two in bases if one < two and domains[one] != domains[two]]
         means += [np.degrees(principal_angles(bases[one], bases[two])).mean() for one, two in pairs]
     return float(np.mean(means))
 
 
-def identity(found: Sequence[Cloud], draws: int = 999, seed: int = 0) -> dict[str, float]:
+def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict[str, float]:
     """Do the factors of one domain lie together, within each module?
 
     A permutation gives the runs each other's domains, alike in all modules: a label moves between factors of one module
@@ -141,7 +151,7 @@ def identity(found: Sequence[Cloud], draws: int = 999, seed: int = 0) -> dict[st
     _, labels = np.unique(np.array(found[0].domains), return_inverse=True)
     shuffled = np.random.default_rng(seed).permuted(np.tile(labels, (draws, 1)), axis=1)
     drawn = np.concatenate([labels[None], shuffled])
-    cosine = np.concatenate([within(cloud) for cloud in found])
+    cosine = np.concatenate([slot_cosines(cloud) for cloud in found])
     told: dict[str, float] = {}
     for name, values in {"neighbour": neighbours(cosine, drawn), "silhouette": silhouettes(cosine, drawn)}.items():
         reached = np.count_nonzero(values >= values[0] - _TIE)  # the first, unpermuted one among them
@@ -149,7 +159,7 @@ def identity(found: Sequence[Cloud], draws: int = 999, seed: int = 0) -> dict[st
     return told
 
 
-def within(cloud: Cloud) -> Float[np.ndarray, "slot run run"]:
+def slot_cosines(cloud: FactorSet) -> Float[np.ndarray, "slot run run"]:
     """Cosines between the runs' factors of one and the same slot."""
     return np.einsum("sisj->sij", cloud.cosine)
 
@@ -159,7 +169,9 @@ def neighbours(
 ) -> Float[np.ndarray, "draw"]:
     """Share of the factors whose nearest neighbour has their label, mean over slots and runs, for each labelling."""
     runs = cosine.shape[1]
-    nearest = _nearest(np.where(np.eye(runs, dtype=bool), -np.inf, cosine).reshape(-1, runs)).reshape(cosine.shape)
+    nearest = _nearest_fractions(np.where(np.eye(runs, dtype=bool), -np.inf, cosine).reshape(-1, runs)).reshape(
+        cosine.shape
+    )
     same = labels[:, :, None] == labels[:, None, :]
     return np.einsum("sij,dij->d", nearest, same) / (len(cosine) * runs)
 
@@ -183,12 +195,12 @@ def silhouettes(
     return parted.mean(axis=(1, 2))
 
 
-def _differ(domains: Sequence[str]) -> Bool[np.ndarray, "run run"]:
+def _differing_domains(domains: Sequence[str]) -> Bool[np.ndarray, "run run"]:
     names = np.array(domains)
     return names[:, None] != names[None, :]
 
 
-def _nearest(cosine: Float[np.ndarray, "point other"]) -> Float[np.ndarray, "point other"]:
+def _nearest_fractions(cosine: Float[np.ndarray, "point other"]) -> Float[np.ndarray, "point other"]:
     """The nearest of others as shares that sum up to one: equally near ones have equal parts."""
     tied = cosine >= cosine.max(axis=1, keepdims=True) - _TIE
     return tied / tied.sum(axis=1, keepdims=True)

@@ -99,14 +99,14 @@ def spectrum(run: Run, step: int | None = None) -> pd.DataFrame:
         start = update.coefficients - first[module].coefficients if module in first else np.nan
         row, column = update.entries
         told = {"module": module, "index": np.arange(len(row)), "row": row, "column": column}
-        told |= {"radius": fourier.radius(update.entries, update.shape), "mirrored": _mirrored(update)}
+        told |= {"radius": fourier.radius(update.entries, update.shape), "mirrored": _has_mirror(update)}
         parts.append(pd.DataFrame(told | {"coefficient": update.coefficients, "start": start}))
     known = pd.concat(parts, ignore_index=True)
     places = pd.MultiIndex.from_frame(known[["module", "index"]])
     return known.assign(**{name: felt.reindex(index=places, columns=[q])[q].to_numpy() for q, name in _FELT.items()})
 
 
-def _mirrored(update: Fourier) -> Bool[np.ndarray, "n"]:
+def _has_mirror(update: Fourier) -> Bool[np.ndarray, "n"]:
     """Of which entries the mirror is another entry."""
     sides = np.array(update.shape)[:, None]
     numbers, others = (place[0] * sides[1] + place[1] for place in (update.entries, -update.entries % sides))
@@ -121,7 +121,7 @@ def places(update: Fourier) -> pd.DataFrame:
     DataFrame
         ``row, column`` (frequencies, from -d/2), ``radius`` (their distance from zero), ``coefficient``.
     """
-    both = _both(update).drop_duplicates(["row", "column"])
+    both = _with_mirrors(update).drop_duplicates(["row", "column"])
     return both.drop(columns="frequency").sort_values(["row", "column"], ignore_index=True)
 
 
@@ -134,13 +134,13 @@ def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
         ``radius`` (the middle of the ring) and ``value``, NaN where a ring holds no entry.
     """
     edges = np.linspace(0.0, corner(update.shape), bins + 1)
-    once = _both(update).drop_duplicates("frequency")
+    once = _with_mirrors(update).drop_duplicates("frequency")
     ring = np.minimum(np.searchsorted(edges, once["radius"], side="right") - 1, bins - 1)
     squares = (once["coefficient"] ** 2).groupby(ring).mean().reindex(range(bins))
     return pd.DataFrame({"radius": (edges[:-1] + edges[1:]) / 2, "value": np.sqrt(squares.to_numpy())})
 
 
-def _both(update: Fourier) -> pd.DataFrame:
+def _with_mirrors(update: Fourier) -> pd.DataFrame:
     """Entries, then their mirrors, with the number of the frequency and the sum of its coefficients."""
     sides = np.array(update.shape)[:, None]
     mirrored = -update.entries % sides

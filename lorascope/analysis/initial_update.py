@@ -13,12 +13,12 @@ from lorascope.updates.factor_formats import RESIDUAL
 _ROUNDING = 1e-3  # of the largest norm: below it a start is what rounding leaves of zero, as of DoRA's W - W_0
 
 
-def added(run: Run, step: int | None = None) -> Mapping[str, Any]:
+def learned_updates(run: Run, step: int | None = None) -> Mapping[str, Any]:
     """The updates of a run as far as training made them: less their start, where that was not zero and was kept.
 
     Of coefficients on another basis, whose updates a run does not hold, what training added is known all the same.
     """
-    held, first, made = run.updates(step), _kept(run), fourier.on_other_bases(run, step)
+    held, first, made = run.updates(step), _saved_initial_updates(run), fourier.on_other_bases(run, step)
 
     def make(module: str) -> Any:
         if (found := made.get(module)) is not None:
@@ -29,12 +29,12 @@ def added(run: Run, step: int | None = None) -> Mapping[str, Any]:
     return Lazy(list(dict.fromkeys([*held, *made])), make)
 
 
-def lost_start(run: Run) -> bool:
+def lacks_initial_update(run: Run) -> bool:
     """Did its updates not start at zero, by all that the run tells, and was their start not kept?"""
-    return not (_kept(run) or fourier.on_other_bases(run)) and _started_away(run)
+    return not (_saved_initial_updates(run) or fourier.on_other_bases(run)) and _is_start_nonzero(run)
 
 
-def _kept(run: Run) -> Mapping[str, Any]:
+def _saved_initial_updates(run: Run) -> Mapping[str, Any]:
     """The updates at step 0; nothing where they were not kept."""
     try:
         return run.updates(0)
@@ -42,7 +42,7 @@ def _kept(run: Run) -> Mapping[str, Any]:
         return {}
 
 
-def _started_away(run: Run) -> bool:
+def _is_start_nonzero(run: Run) -> bool:
     """By the norms that were recorded at step 0, else by how the method says it starts."""
     if run.meta["states"]["last"]["step"] is not None:  # a folder of adapters has no steps, and its table takes long
         norms = run.table[run.table["quantity"] == "update_norm"]

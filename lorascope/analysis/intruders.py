@@ -24,7 +24,7 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, svds
 
 from lorascope.runs.layout import Lazy
-from lorascope.updates.linalg import finite, wide
+from lorascope.updates.linalg import all_finite, as_float64
 from lorascope.updates.low_rank import Dense, LowRank
 
 _COLUMNS = {"module": "str", "component": "int64", "sigma": "float64", "similarity": "float64", "intruder": "bool"}
@@ -50,7 +50,7 @@ class Basis:
     @staticmethod
     def of(W0: Float[np.ndarray, "out in"]) -> Basis:
         """Decompose a weight."""
-        U, sigma, Vt = np.linalg.svd(wide(W0), full_matrices=False)
+        U, sigma, Vt = np.linalg.svd(as_float64(W0), full_matrices=False)
         return Basis(U, sigma, Vt.T)
 
     @property
@@ -104,7 +104,7 @@ def intruders(
     for module, update in updates.items():
         if module not in base:
             raise ValueError(f"no base weight of {module!r}; there are {', '.join(list(base)[:5])}")
-        similarity, sigma = _similarity(module, base[module], update, k)
+        similarity, sigma = _intruder_similarity(module, base[module], update, k)
         component = np.arange(1, len(sigma) + 1)
         told = {"module": module, "component": component, "sigma": sigma, "similarity": similarity}
         tables.append(pd.DataFrame(told | {"intruder": similarity < threshold}))
@@ -161,7 +161,7 @@ class _Core:
         return matrix
 
 
-def _similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Largest |cosine| of each leading direction with any of the base's, and the singular values."""
     core = _core(module, basis, update)
     factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
@@ -169,7 +169,7 @@ def _similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> t
         # Where singular values of the base coincide, a decomposition would find other directions than its own.
         sigma = basis.sigma[:k]
         return np.ones(len(sigma)), sigma
-    coordinates, sigma = _leading(core, k)
+    coordinates, sigma = _leading_vectors(core, k)
     return np.abs(coordinates[: len(basis.sigma)]).max(axis=0), sigma
 
 
@@ -178,13 +178,13 @@ def _core(module: str, basis: Basis, update: LowRank | Dense) -> _Core | Float[n
     arrays = (update.B, update.A) if isinstance(update, LowRank) else (update.dense(),)
     if update.shape != basis.shape:
         raise ValueError(f"{module}: the update is {update.shape}, the base's weight {basis.shape}")
-    if not finite(basis.sigma, *arrays):
+    if not all_finite(basis.sigma, *arrays):
         raise ValueError(f"{module}: weight or update hold NaN or infinity, which have no directions")
     if isinstance(update, LowRank):
-        left = _coordinates(basis.U, update.scale * wide(update.B))
-        return _Core(basis.sigma, left, _coordinates(basis.V, wide(update.A).T))
+        left = _coordinates(basis.U, update.scale * as_float64(update.B))
+        return _Core(basis.sigma, left, _coordinates(basis.V, as_float64(update.A).T))
     # A rotation of the rows changes no singular value; what lies outside U keeps its length in a triangle.
-    change = _coordinates(basis.U, wide(arrays[0]))
+    change = _coordinates(basis.U, as_float64(arrays[0]))
     change[: len(basis.sigma)] += basis.sigma[:, None] * basis.V.T
     return change
 
@@ -197,7 +197,7 @@ def _coordinates(basis: Float[np.ndarray, "side m"], X: Float[np.ndarray, "side 
     return np.vstack([inside, np.linalg.qr(X - basis @ inside, mode="r")])
 
 
-def _leading(core: _Core | Float[np.ndarray, "rows columns"], k: int) -> tuple[np.ndarray, np.ndarray]:
+def _leading_vectors(core: _Core | Float[np.ndarray, "rows columns"], k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k left singular vectors with the largest singular values, and these, largest first."""
     m = min(core.shape)
     if _KRYLOV_SHARE * k >= m:

@@ -39,7 +39,7 @@ __all__ = [
     "PARTS",
     "POLICIES",
     "RANK_SHARE",
-    "Held",
+    "MemoryUse",
     "adafactor",
     "adapprox",
     "blocks",
@@ -63,7 +63,7 @@ _COUNT = 4  # bytes of torch's count of steps
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryUse:
     """Bytes alive at the optimizer step.
 
     Parameters
@@ -76,7 +76,7 @@ class Held:
     optimizer: int
 
 
-def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
+def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
     """AdamW on everything.
 
     Parameters
@@ -98,7 +98,7 @@ def lora(
     *,
     width: int = 4,
     state: int = 4,
-) -> Held:
+) -> MemoryUse:
     """AdamW on two factors of every target.
 
     Parameters
@@ -111,7 +111,7 @@ def lora(
     beside : collection of str
         Parameters that train themselves, such as the head of a classifier.
     """
-    factors = [pair for out, into in _matched(shapes, targets) for pair in ((rank, into), (out, rank))]
+    factors = [pair for out, into in _match_targets(shapes, targets) for pair in ((rank, into), (out, rank))]
     trained = [*factors, *(shapes[name] for name in beside)]
     return _adamw(size(shapes) + count(factors), trained, width, state)
 
@@ -124,7 +124,7 @@ def lisa(
     *,
     width: int = 4,
     state: int = 4,
-) -> Held:
+) -> MemoryUse:
     """AdamW on what lies outside the blocks, and on a few blocks.
 
     Parameters
@@ -148,7 +148,7 @@ def lisa(
     if policy not in POLICIES:
         raise ValueError(f"policy {policy!r} is unknown: {', '.join(POLICIES)}")
     parts = sorted(blocks(shapes).values(), key=size, reverse=True)
-    active = _at_a_time(active, len(parts))
+    active = _blocks_at_a_time(active, len(parts))
     if not 0 <= active <= len(parts):
         raise ValueError(f"active: {active} blocks of {len(parts)} cannot train: give 0 to {len(parts)}")
     with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
@@ -160,10 +160,10 @@ def lisa(
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
     held = _adamw(size(shapes), stated, width, state)
-    return Held(held.parameters, width * count(now), held.optimizer)
+    return MemoryUse(held.parameters, width * count(now), held.optimizer)
 
 
-def _at_a_time(active: int | None, blocks: int) -> int:
+def _blocks_at_a_time(active: int | None, blocks: int) -> int:
     """LISA's gamma, as given or by default."""
     return min(2, blocks) if active is None else active
 
@@ -181,7 +181,7 @@ def adapprox(
     *,
     width: int = 4,
     state: int = 4,
-) -> Held:
+) -> MemoryUse:
     """Second moment in factors of rank k.
 
     Parameters
@@ -204,17 +204,17 @@ def adapprox(
             return max(1, int(RANK_SHARE * min(matrix))) * sum(matrix)
         return min(rank if isinstance(rank, int) else rank[name], *matrix) * sum(matrix)
 
-    return _factored(shapes, second, first, width, state)
+    return _factored_memory(shapes, second, first, width, state)
 
 
-def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4, state: int = 4) -> Held:
+def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4, state: int = 4) -> MemoryUse:
     """Second moment as row and column means; arguments as for ``adapprox``."""
-    return _factored(shapes, lambda _, shape: _sums(shape), first, width, state)
+    return _factored_memory(shapes, lambda _, shape: _count_means(shape), first, width, state)
 
 
-def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> Held:
+def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
     """Adafactor with a second pair of means, of the instability; arguments as for ``full``."""
-    return _factored(shapes, lambda _, shape: _sums(shape, 2), True, width, state)
+    return _factored_memory(shapes, lambda _, shape: _count_means(shape, 2), True, width, state)
 
 
 def table(
@@ -238,8 +238,8 @@ def table(
     """
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
     everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
-    active = _at_a_time(active, len(blocks(shapes)))
-    return _rows(
+    active = _blocks_at_a_time(active, len(blocks(shapes)))
+    return _memory_rows(
         {
             "AdamW": full(shapes, width=width, state=state),
             f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width, state=state),
@@ -263,7 +263,7 @@ def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFram
     DataFrame
         As ``table`` gives it.
     """
-    return _rows(
+    return _memory_rows(
         {
             "AdamW": full(shapes, width=width, state=state),
             **_factorings(shapes, True, width, state),
@@ -273,7 +273,7 @@ def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFram
     )
 
 
-def _factorings(shapes: Shapes, first: bool, width: int, state: int) -> dict[str, Held]:
+def _factorings(shapes: Shapes, first: bool, width: int, state: int) -> dict[str, MemoryUse]:
     """What can do with and without a first moment."""
     held = {
         "Adapprox, rank 1": adapprox(shapes, 1, first, width=width, state=state),
@@ -283,12 +283,12 @@ def _factorings(shapes: Shapes, first: bool, width: int, state: int) -> dict[str
     return held if first else {f"{name}, β₁ = 0": own for name, own in held.items()}
 
 
-def _rows(ways: Mapping[str, Held]) -> pd.DataFrame:
+def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
     rows = [(method, part, getattr(held, part), "computed") for method, held in ways.items() for part in PARTS]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 
-def _matched(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
+def _match_targets(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
     """The matrices that targets name."""
     matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]
@@ -297,19 +297,21 @@ def _matched(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
     return [matrices[module] for module in match(description, targets)]
 
 
-def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> Held:
+def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> MemoryUse:
     trained = list(trained)
     each = count(trained)
-    return Held(width * numbers, width * each, 2 * state * each + _COUNT * len(trained))
+    return MemoryUse(width * numbers, width * each, 2 * state * each + _COUNT * len(trained))
 
 
-def _sums(shape: Shape, pairs: int = 1) -> int:
+def _count_means(shape: Shape, pairs: int = 1) -> int:
     """Numbers of so many pairs of means by row and by column of each matrix; a vector is kept as it is, once."""
     return pairs * math.prod(shape[:-2]) * sum(shape[-2:]) if len(shape) > 1 else math.prod(shape)
 
 
-def _factored(shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int, state: int) -> Held:
+def _factored_memory(
+    shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int, state: int
+) -> MemoryUse:
     """All parameters train; ``second`` counts what is kept in place of a second moment."""
     numbers = size(shapes)
     kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
-    return Held(width * numbers, width * numbers, state * kept)
+    return MemoryUse(width * numbers, width * numbers, state * kept)

@@ -33,10 +33,10 @@ def correlations(
     vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
 ) -> Float[np.ndarray, "neurons layers"]:
     """|Pearson correlation| of each weight vector with each of the hidden states; 0 for a vector without spread."""
-    return np.abs(_standard(vectors) @ _standard(hidden).T)
+    return np.abs(_standardize_rows(vectors) @ _standardize_rows(hidden).T)
 
 
-def _standard(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
+def _standardize_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
     centred = np.asarray(rows, np.float64) - np.mean(rows, axis=1, keepdims=True, dtype=np.float64)
     norms = np.linalg.norm(centred, axis=1, keepdims=True)
     return np.divide(centred, norms, out=np.zeros_like(centred), where=norms > 0)
@@ -93,11 +93,11 @@ def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame |
     reference : DataFrame, optional
         Records of ``utilisation`` of a run on the same model and text.
     """
-    before = _used(table, first=True) if reference is None else _used(reference)
-    return rank_shift(_used(table), before, trained)
+    before = _recorded_utilization(table, first=True) if reference is None else _recorded_utilization(reference)
+    return rank_shift(_recorded_utilization(table), before, trained)
 
 
-def _used(table: pd.DataFrame, first: bool = False) -> pd.DataFrame:
+def _recorded_utilization(table: pd.DataFrame, first: bool = False) -> pd.DataFrame:
     """Utilisation at the last step that has it, or before training."""
     rows = table[table["quantity"] == "utilisation"].astype({"module": "str", "role": "str"})
     rows = rows[rows["step"] == (0 if first else rows["step"].max())]

@@ -61,7 +61,7 @@ class Part:
         return (neurons, vector) if self.axis == 1 else (vector, neurons)
 
 
-def held(modules: pd.DataFrame) -> list[str]:
+def neuron_roles(modules: pd.DataFrame) -> list[str]:
     """The roles of the neurons that a model has; its gates may lie in one matrix with the inputs."""
     found = set(modules["role"])
     if len(modules) and gated_input(modules).fillna(False).any():
@@ -134,7 +134,7 @@ def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
     )
 
 
-def ranked(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFrame:
+def rank_neurons(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFrame:
     """All neurons that have a direction, the highest score ``by`` first, with their ``rank`` from 1 on.
 
     Equal scores go by place: stack, layer, role (input, gate, output), neuron. So the order is total, and does not
@@ -149,7 +149,7 @@ def ranked(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFrame:
     return known.assign(rank=np.arange(1, len(known) + 1, dtype=np.int32))
 
 
-def unscored(places: Sequence[Part]) -> pd.DataFrame:
+def unscored_neurons(places: Sequence[Part]) -> pd.DataFrame:
     """A table of all neurons without scores: what a choice by lot is made from."""
     return pd.concat(
         [pd.DataFrame({**asdict(part), "neuron": range(part.first, part.first + part.count)}) for part in places],
@@ -157,7 +157,7 @@ def unscored(places: Sequence[Part]) -> pd.DataFrame:
     ).assign(cosine_distance=0.0)
 
 
-def within(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
+def scores_at(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
     """The scores of the neurons that lie in these places."""
     known = [(part.module, part.role) for part in places]
     return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(known)]
@@ -194,7 +194,7 @@ def select(
     """
     if mode not in MODES:
         raise ValueError(f"mode {mode!r} is unknown: {', '.join(MODES)}")
-    pool = ranked(scores, by)
+    pool = rank_neurons(scores, by)
     if not 0 <= k <= len(pool):
         raise ValueError(
             f"k {k} is no choice: give 0 to {len(pool)} neurons ({len(pool)} of {len(scores)} have a direction)"
@@ -213,7 +213,7 @@ def by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
     return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
 
 
-def numbered(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
+def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
     """Neurons given by hand as plain ints, whichever array or list they came in.
 
     Raises
@@ -221,17 +221,17 @@ def numbered(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
     ValueError
         One is no whole number.
     """
-    return {module: [_whole(module, number) for number in numbers] for module, numbers in given.items()}
+    return {module: [_to_whole_number(module, number) for number in numbers] for module, numbers in given.items()}
 
 
-def _whole(module: str, number: Any) -> int:
+def _to_whole_number(module: str, number: Any) -> int:
     try:
         return index(number)
     except TypeError:
         raise ValueError(f"neurons: {module} has no neuron {number!r}: give whole numbers") from None
 
 
-def checked(chosen: Mapping[str, Collection[int]], places: Sequence[Part]) -> dict[str, list[int]]:
+def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[Part]) -> dict[str, list[int]]:
     """Neurons given by hand, in order.
 
     Raises

@@ -43,11 +43,11 @@ def place(table: pd.DataFrame) -> pd.Series:
     """
     columns = ["stack", "layer", "role"]
     spots = table[columns].astype({"stack": "str", "role": "str"}).drop_duplicates()
-    keys = [(stack, _number(layer), role) for stack, layer, role in spots.itertuples(index=False)]
+    keys = [(stack, _to_layer_number(layer), role) for stack, layer, role in spots.itertuples(index=False)]
     several = len({stack for stack, layer, _ in keys if layer is not None}) > 1
-    labels = {key: _label(*key, several=several) for key in sorted(keys, key=lambda key: position(*key))}
+    labels = {key: _cell_label(*key, several=several) for key in sorted(keys, key=lambda key: position(*key))}
     rows = zip(table["stack"], table["layer"], table["role"], strict=True)
-    names = [labels[stack, _number(layer), role] for stack, layer, role in rows]
+    names = [labels[stack, _to_layer_number(layer), role] for stack, layer, role in rows]
     return pd.Series(pd.Categorical(names, list(dict.fromkeys(labels.values())), ordered=True), table.index)
 
 
@@ -70,7 +70,7 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
         ``run, step, quantity``, ``by`` and ``value``: one row a cell.
     """
     keys = [*_KEY, *by]
-    table = _once(table, by)
+    table = _drop_duplicate_rows(table, by)
     parts = []
     for rule, rows in table.groupby(table["quantity"].map(lambda name: QUANTITIES[name].pool).astype("str")):
         values = rows.assign(value=rows["value"] ** 2) if rule == "norm" else rows
@@ -111,20 +111,20 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
     With ``weight_norm`` by layer this is LISA's w(l) (section 3.1).
     """
-    return _trained(cells).mean().reset_index()
+    return _after_step_zero(cells).mean().reset_index()
 
 
 def course(cells: pd.DataFrame) -> pd.DataFrame:
     """How every cell went over the recorded steps 1..T: ``mean, std, first, last, steps``; ``std`` about its mean."""
-    found = _trained(cells.sort_values("step"))
+    found = _after_step_zero(cells.sort_values("step"))
     parts = {"mean": found.mean(), "std": found.std(ddof=0), "first": found.first(), "last": found.last()}
     return pd.DataFrame(parts | {"steps": found.size()}).reset_index()
 
 
-def _trained(cells: pd.DataFrame) -> Any:
+def _after_step_zero(cells: pd.DataFrame) -> Any:
     """The values of every cell after step 0."""
     rows = cells[(cells["step"] > 0).fillna(False)]
-    return rows.groupby(_cell(cells), observed=True, dropna=False, sort=False)["value"]
+    return rows.groupby(_cell_columns(cells), observed=True, dropna=False, sort=False)["value"]
 
 
 def since_start(cells: pd.DataFrame) -> pd.DataFrame:
@@ -135,7 +135,7 @@ def since_start(cells: pd.DataFrame) -> pd.DataFrame:
     ValueError
         A cell has no step 0.
     """
-    key = _cell(cells)
+    key = _cell_columns(cells)
     start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
     both = cells.merge(start, on=key, how="left", suffixes=("", "_start"), indicator=True)
     if (both["_merge"] == "left_only").any():
@@ -173,7 +173,7 @@ def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
     return cells[cells["step"].isin([common[index] for index in chosen])]
 
 
-def _once(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def _drop_duplicate_rows(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Drop either the row of a whole block or those of its modules."""
     block = table["role"] == "block"
     if "module" in by:
@@ -185,14 +185,14 @@ def _once(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return table[block | ~covered]
 
 
-def _number(layer: Any) -> int | None:
+def _to_layer_number(layer: Any) -> int | None:
     return None if pd.isna(layer) else int(layer)
 
 
-def _label(stack: str, layer: int | None, role: str, *, several: bool) -> str:
+def _cell_label(stack: str, layer: int | None, role: str, *, several: bool) -> str:
     name = role if layer is None else str(layer)
     return f"{stack} {name}" if several and stack else name
 
 
-def _cell(cells: pd.DataFrame) -> list[str]:
+def _cell_columns(cells: pd.DataFrame) -> list[str]:
     return [column for column in cells.columns if column not in ("step", "value")]

@@ -165,7 +165,7 @@ def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFr
         rows = table[table["quantity"] == quantity]
         rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
         cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
-        found[quantity] = cells.sort_values(["method", "lr"], kind="stable", key=_in_order).reset_index(drop=True)
+        found[quantity] = cells.sort_values(["method", "lr"], kind="stable", key=_sort_names).reset_index(drop=True)
     return found
 
 
@@ -174,6 +174,6 @@ def best(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)
 
 
-def _in_order(column: pd.Series) -> pd.Series:
+def _sort_names(column: pd.Series) -> pd.Series:
     """Names as they come, numbers by size."""
     return pd.Series(pd.factorize(column)[0], index=column.index) if column.name == "method" else column

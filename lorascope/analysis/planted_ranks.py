@@ -9,7 +9,7 @@ from lorascope.analysis.score_agreement import spearman
 from lorascope.runs.run import Run
 
 
-def recovered(run: Run) -> pd.DataFrame:
+def recovered_ranks(run: Run) -> pd.DataFrame:
     """Planted and found rank of every module with a planted one.
 
     Returns
@@ -26,11 +26,11 @@ def recovered(run: Run) -> pd.DataFrame:
 
 def rank_correlation(run: Run) -> float:
     """Spearman's correlation of planted and found ranks; 0 where all found ranks are the same, which tells nothing."""
-    rho = float(spearman(recovered(run)[["planted", "found"]].to_numpy(np.float64))[0, 1])
+    rho = float(spearman(recovered_ranks(run)[["planted", "found"]].to_numpy(np.float64))[0, 1])
     return 0.0 if np.isnan(rho) else rho
 
 
 def absolute_error(run: Run) -> float:
     """Mean over the modules of |found - planted|."""
-    table = recovered(run)
+    table = recovered_ranks(run)
     return float((table["found"] - table["planted"]).abs().mean())

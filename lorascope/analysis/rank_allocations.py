@@ -117,7 +117,7 @@ def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         ``first, second`` (run ids), ``tau``.
     """
-    wide = _wide(ranks)
+    wide = _pivot_ranks(ranks)
     first, second = np.triu_indices(len(wide), 1)
     return pd.DataFrame(
         {"first": wide.index[first], "second": wide.index[second], "tau": tau(wide.to_numpy())[first, second]}
@@ -130,25 +130,25 @@ def stability(ranks: pd.DataFrame) -> Interval:
     Pairs share runs, so they are no sample. The interval is that of the jackknife: of the pseudo-values
     ``n U - (n - 1) U_i``, where ``U_i`` is the mean without run i (Arvesen 1969, Jackknifing U-statistics).
     """
-    wide = _wide(ranks)
+    wide = _pivot_ranks(ranks)
     n, all_pairs = len(wide), tau(wide.to_numpy())
     if n < 3:
-        return Interval(_mean(all_pairs), np.nan, np.nan, n)
-    without = np.array([_mean(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
-    return t_interval(n * _mean(all_pairs) - (n - 1) * without)
+        return Interval(_mean_of_run_pairs(all_pairs), np.nan, np.nan, n)
+    without = np.array([_mean_of_run_pairs(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
+    return t_interval(n * _mean_of_run_pairs(all_pairs) - (n - 1) * without)
 
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
     """The same rows with ranks drawn by lot, every run with its own budget and draw; see ``allocation.random``."""
     groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))
-    return pd.concat(rows.assign(value=_drawn(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
+    return pd.concat(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
 
 
 def random_stability(ranks: pd.DataFrame, cap: int | None = None, draws: int = 200) -> Float[np.ndarray, "draw"]:
     """Mean tau of as many runs whose ranks are drawn by lot, ``draws`` times: what agreement chance alone gives."""
-    wide = _wide(ranks).to_numpy()
-    lots = ([_drawn(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
-    return np.array([_mean(tau(np.array(lot))) for lot in lots])
+    wide = _pivot_ranks(ranks).to_numpy()
+    lots = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
+    return np.array([_mean_of_run_pairs(tau(np.array(lot))) for lot in lots])
 
 
 def cap(table: pd.DataFrame) -> int | None:
@@ -205,12 +205,12 @@ def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFram
     parts = []
     for _, own in table.groupby("run", observed=True, sort=False):
         rows = norms.select(own, quantity)
-        kept = _kept(own, quantity)[["module", "index"]].assign(kept=True)
+        kept = _retained_rows(own, quantity)[["module", "index"]].assign(kept=True)
         parts.append(rows.merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool}))
     return pd.concat(parts, ignore_index=True)
 
 
-def _kept(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
+def _retained_rows(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """Rows of the components of one run that are in use in the end."""
     recorded = set(own["quantity"])
     judge = next(name for name in ("kept", "importance", quantity) if name in recorded)
@@ -222,18 +222,18 @@ def _kept(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
     return final[place <= final["module"].astype("str").map(dict(zip(latest["module"], latest["value"], strict=True)))]
 
 
-def _drawn(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
+def _draw_ranks(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
     """As many ranks as these, for the same modules, drawn by lot."""
     drawn = baseline_ranks.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
     return np.array(list(drawn.values()), dtype=np.float64)
 
 
-def _wide(ranks: pd.DataFrame) -> pd.DataFrame:
+def _pivot_ranks(ranks: pd.DataFrame) -> pd.DataFrame:
     wide = ranks.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
     return wide.dropna(axis="columns")
 
 
-def _mean(pairs: Float[np.ndarray, "run run"]) -> float:
+def _mean_of_run_pairs(pairs: Float[np.ndarray, "run run"]) -> float:
     """Mean over the pairs of different runs."""
     return float(pairs[np.triu_indices(len(pairs), 1)].mean()) if len(pairs) > 1 else float("nan")
 

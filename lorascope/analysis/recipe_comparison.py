@@ -46,14 +46,14 @@ def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> lis
     keys: dict[str, dict[str, set[str]]] = {}
     for label, chosen in zip(labels, settings, strict=True):
         for key, value in chosen.items():
-            keys.setdefault(label, {}).setdefault(key, set()).add(_plain(value))
+            keys.setdefault(label, {}).setdefault(key, set()).add(_setting_text(value))
     return [
-        ", ".join([label, *(f"{key} {_plain(chosen[key])}" for key in chosen if len(keys[label][key]) > 1)])
+        ", ".join([label, *(f"{key} {_setting_text(chosen[key])}" for key in chosen if len(keys[label][key]) > 1)])
         for label, chosen in zip(labels, settings, strict=True)
     ]
 
 
-def _plain(value: Any) -> str:
+def _setting_text(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, default=in_words)
@@ -78,8 +78,8 @@ def scores(runs: Sequence[Run]) -> pd.DataFrame:
     ]
     settings = [{key: value for key, value in meta["settings"].items() if key not in _ASIDE} for meta in metas]
     table = {
-        "model": _told_apart([meta["model"] for meta in metas], [meta["w0_hash"] for meta in metas]),
-        "task": _told_apart([meta["task"] for meta in metas], [meta["data_hash"] for meta in metas]),
+        "model": unique_names([meta["model"] for meta in metas], [meta["w0_hash"] for meta in metas]),
+        "task": unique_names([meta["task"] for meta in metas], [meta["data_hash"] for meta in metas]),
         "metric": [meta["test"]["name"] for meta in metas],
         "recipe": recipes([meta["label"] for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
         "seed": [meta["seed"] for meta in metas],
@@ -89,7 +89,7 @@ def scores(runs: Sequence[Run]) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def _told_apart(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
+def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
     held: dict[str, set[str | None]] = {}
     for name, digest in zip(names, hashes, strict=True):
         held.setdefault(name, set()).add(digest)
@@ -97,7 +97,7 @@ def _told_apart(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]
     return [f"{name} ({str(digest)[:6]})" if len(held[name]) > 1 else name for name, digest in told]
 
 
-def _once(table: pd.DataFrame) -> pd.DataFrame:
+def _drop_duplicate_runs(table: pd.DataFrame) -> pd.DataFrame:
     """One of the runs that learn the same, such as two that differ in their observers alone: they are no two seeds."""
     return table.drop_duplicates([*PLACE, "recipe", "seed"])
 
@@ -119,13 +119,13 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
     """
     found = [
         row
-        for place, part in _once(table).groupby(PLACE, sort=False)
-        for row in _pairs(dict(zip(PLACE, map(str, place), strict=True)), part)
+        for place, part in _drop_duplicate_runs(table).groupby(PLACE, sort=False)
+        for row in _pair_rows(dict(zip(PLACE, map(str, place), strict=True)), part)
     ]
     return pd.DataFrame(found, columns=[*PLACE, "recipe", "other", "difference", "low", "high", "n", "p", "better"])
 
 
-def _pairs(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]]:
+def _pair_rows(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]]:
     by_seed = part.pivot(index="seed", columns="recipe", values="value")
     rows: list[dict[str, Any]] = []
     p_values: list[float] = []
@@ -180,7 +180,7 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
         ``first`` is one more than the number of recipes that are told to be better, ``last`` leaves out those told to
         be worse: only where both are the same number has a recipe a place.
     """
-    rows = band(_once(table), [*PLACE, "recipe"])
+    rows = band(_drop_duplicate_runs(table), [*PLACE, "recipe"])
     better = compared[compared["better"] != ""]
     worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
     ahead = better.assign(loser=worse)
@@ -193,7 +193,7 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(first=first, last=last)
 
 
-def words(compared: pd.DataFrame) -> list[str]:
+def describe_comparison(compared: pd.DataFrame) -> list[str]:
     """What may be said of the order of recipes, and of which of them nothing: a few lines for each model and task."""
     lines = []
     for (model, task, _), part in compared.groupby(PLACE, sort=False):

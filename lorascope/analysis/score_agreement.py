@@ -98,8 +98,10 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
         members = [group] if isinstance(group, Run) else list(group)
         seeds.append({run.meta["seed"] for run in members})
         for run in members:
-            tables += [table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _of_neurons(run)]
-        if not all(map(_turn, members)):
+            tables += [
+                table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _neuron_columns(run)
+            ]
+        if not all(map(_rotation_scores, members)):
             told = "1 − cos: of neurons drawn by lot or given by hand it tells the choice, so left out"
             warnings.warn(f"{printable(label)}: {told}", stacklevel=2)
     shared = set.intersection(*seeds)
@@ -118,7 +120,7 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]
 
 
-def _turn(run: Run) -> dict[str, tuple[str, ...]]:
+def _rotation_scores(run: Run) -> dict[str, tuple[str, ...]]:
     """What says how far a run's neurons turned; of NeFT what it chose by, nothing where that is no score."""
     method = run.meta["method"]
     if method["name"] != "neft":
@@ -126,9 +128,9 @@ def _turn(run: Run) -> dict[str, tuple[str, ...]]:
     return {} if method.get("neurons") is not None else _CHOSEN_BY.get(method["mode"], {})
 
 
-def _of_neurons(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
+def _neuron_columns(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
     """Each score of a run's neurons."""
-    for name, quantities in (_turn(run) | _BESIDE).items():
+    for name, quantities in (_rotation_scores(run) | _BESIDE).items():
         parts = []
         for quantity in quantities:
             found = selected_neurons.scores(run, quantity)

@@ -21,7 +21,7 @@ class Interval(NamedTuple):
     high: float
     n: int
 
-    def words(self, digits: int) -> str:
+    def format(self, digits: int) -> str:
         """The mean with half the width of the interval, such as ``84.4 ± 1.1``."""
         half = f" ± {(self.high - self.low) / 2:.{digits}f}" if self.n > 1 else ""
         return f"{self.mean:.{digits}f}{half}"

@@ -39,7 +39,7 @@ def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
     if k is None:
         rows = run.table[run.table["quantity"] == "selected"]
         return rows[[*_PLACE, "index"]].rename(columns={"index": "neuron"}).reset_index(drop=True)
-    return neurons.select(neurons.within(scores(run, "neuron_cosine"), _parts(run)), k, by="value")
+    return neurons.select(neurons.scores_at(scores(run, "neuron_cosine"), _selectable_parts(run)), k, by="value")
 
 
 def scores(run: Run, quantity: str) -> pd.DataFrame:
@@ -70,7 +70,7 @@ def trained(run: Run) -> pd.DataFrame:
     if (run.table["quantity"] == "selected").any():
         return chosen(run)
     moved = set(run.summary().query("update_norm > 0")["module"])
-    every = neurons.unscored(_parts(run))
+    every = neurons.unscored_neurons(_selectable_parts(run))
     return every[every["module"].isin(moved)]
 
 
@@ -79,7 +79,7 @@ def pool(run: Run) -> int:
     return sum(sizes(run).values())
 
 
-def _parts(run: Run) -> list[neurons.Part]:
+def _selectable_parts(run: Run) -> list[neurons.Part]:
     """Where the neurons lie that a run could choose from, or NeFT by default."""
     method = run.meta["method"]
     roles = tuple(method["targets"]) if method["name"] == "neft" else neurons.DEFAULT
@@ -98,7 +98,7 @@ def by_layer(run: Run) -> pd.DataFrame:
     counts = found.groupby([found["module"].astype("str"), "role"], observed=True).size()
     # Of a matrix that holds gate and input the records name the module's role alone.
     role = run.modules.set_index("module")["role"]
-    parts = pd.DataFrame(_parts(run)).assign(role=lambda rows: rows["module"].map(role))
+    parts = pd.DataFrame(_selectable_parts(run)).assign(role=lambda rows: rows["module"].map(role))
     held = parts.groupby(_PLACE, sort=False)["count"].sum().reset_index()
     value = [int(counts.get((row.module, row.role), 0)) for row in held.itertuples()]
     chance = held["count"] * len(found) / held["count"].sum()
@@ -144,7 +144,7 @@ def expected(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float
 def sizes(run: Run) -> dict[str, int]:
     """Number of neurons that a run could choose from in each module."""
     found: Counter[str] = Counter()
-    for part in _parts(run):
+    for part in _selectable_parts(run):
         found[part.module] += part.count
     return dict(found)
 

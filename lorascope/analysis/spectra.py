@@ -54,7 +54,7 @@ def singular_values(run: Run, step: int | None = None) -> Spectra:
 
 def added_values(run: Run, step: int | None = None) -> Spectra:
     """Singular values of what training added: as ``singular_values``, less a start that was not zero and was kept."""
-    whole, made = singular_values(run, step), initial_update.added(run, step)
+    whole, made = singular_values(run, step), initial_update.learned_updates(run, step)
     modules = list(dict.fromkeys([*whole, *made]))
     return Lazy(modules, lambda module: made[module].singular_values() if module in made else whole[module])
 

@@ -21,18 +21,18 @@ def medians(table: pd.DataFrame) -> pd.DataFrame:
     ValueError
         A run has no such steps.
     """
-    rows = _settled(table)
+    rows = _warm_steps(table)
     found = rows.groupby(["run", "quantity"], observed=True)["value"].median().reset_index()
     return found.assign(part=found["quantity"].map(PARTS))[["run", "part", "value"]]
 
 
 def spread(table: pd.DataFrame) -> float:
     """Half the width of the middle half of the steps, over their median, of the run where that is widest."""
-    whole = _settled(table).groupby(["run", "step"])["value"].sum().groupby("run")
+    whole = _warm_steps(table).groupby(["run", "step"])["value"].sum().groupby("run")
     return float(((whole.quantile(0.75) - whole.quantile(0.25)) / 2 / whole.median()).max())
 
 
-def _settled(table: pd.DataFrame) -> pd.DataFrame:
+def _warm_steps(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[table["quantity"].isin(PARTS)].astype({"run": "str", "quantity": "str"})
     late = rows[rows["step"] > WARM]
     if short := sorted({*rows["run"]} - {*late["run"]}):

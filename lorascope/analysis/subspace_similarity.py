@@ -55,7 +55,7 @@ def between(
     if module not in first or module not in second:
         common = [name for name in first if name in second]
         raise ValueError(f"module {module!r} is not adapted in both runs; these are: {', '.join(common) or 'none'}")
-    return similarity(_rows(first[module], side), _rows(second[module], side))
+    return similarity(_orient_rows(first[module], side), _orient_rows(second[module], side))
 
 
 def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
@@ -73,7 +73,7 @@ def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _rows(change: LowRank | Dense, side: Side) -> Float[np.ndarray, "rank dim"]:
+def _orient_rows(change: LowRank | Dense, side: Side) -> Float[np.ndarray, "rank dim"]:
     """A matrix whose right-singular directions are the wanted ones."""
     if side == "update":
         _, sigma, right = change.svd()

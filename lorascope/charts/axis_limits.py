@@ -25,32 +25,34 @@ def ranges(panels: Sequence[Panel], frames: Sequence[Any]) -> list[tuple[Limits,
     """
     reaches = [_reach(panel, frames) for panel in panels]
     sides = [
-        [_ends(panel, letter, panels, [reach[side] for reach in reaches]) for panel in panels]
+        [_axis_ends(panel, letter, panels, [reach[side] for reach in reaches]) for panel in panels]
         for side, letter in enumerate("xy")
     ]
     return list(zip(*sides, strict=True))
 
 
-def _ends(panel: Panel, letter: str, panels: Sequence[Panel], reaches: Sequence[Float[np.ndarray, "_"]]) -> Limits:
+def _axis_ends(panel: Panel, letter: str, panels: Sequence[Panel], reaches: Sequence[Float[np.ndarray, "_"]]) -> Limits:
     """The ends of one axis of one panel."""
     scale: Scale = getattr(panel, letter)
     if scale.categories is not None:
         last = max(len(scale.categories), 1) - 0.5
         return (-0.5, last) if letter == "x" else (last, -0.5)
-    kin = [index for index, other in enumerate(panels) if other is panel or _comparable(scale, getattr(other, letter))]
+    kin = [
+        index for index, other in enumerate(panels) if other is panel or _is_same_axis(scale, getattr(other, letter))
+    ]
     anchored = any(isinstance(mark, Bar) for index in kin for mark in panels[index].chart.marks)
-    low, high = _padded(np.concatenate([reaches[index] for index in kin]), scale.log, anchored)
+    low, high = _pad_ends(np.concatenate([reaches[index] for index in kin]), scale.log, anchored)
     start, stop = scale.axis.limits or (None, None)
     return (low if start is None else float(start), high if stop is None else float(stop))
 
 
-def _comparable(one: Scale, other: Scale) -> bool:
+def _is_same_axis(one: Scale, other: Scale) -> bool:
     """Whether two axes show the same thing."""
     labelled = one.axis.label != "" and one.axis.label == other.axis.label
     return labelled and other.categories is None and one.log == other.log
 
 
-def _padded(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
+def _pad_ends(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
     """Ends around numbers; where bars stand on it, an end at zero stays there."""
     numbers = reach[reach > 0] if log else reach[np.isfinite(reach)]
     if not numbers.size:
@@ -80,22 +82,26 @@ def _corners(shape: Shape) -> tuple[list[Any], list[Any]]:
         case Area():
             return [shape.x], [shape.low, shape.high]
         case Dots():
-            return _turned([shape.x], [shape.y], shape) if not shape.lying else _turned([shape.y], [shape.x], shape)
+            return (
+                _swap_if_lying([shape.x], [shape.y], shape)
+                if not shape.lying
+                else _swap_if_lying([shape.y], [shape.x], shape)
+            )
         case Bars():
             sides = [shape.place - shape.width / 2, shape.place + shape.width / 2]
-            return _turned(sides, [shape.base, shape.top], shape)
+            return _swap_if_lying(sides, [shape.base, shape.top], shape)
         case Ruler():
-            return _known(shape.x), _known(shape.y)
+            return _drop_none(shape.x), _drop_none(shape.y)
         case Shade():
             return [shape.x0, shape.x1], []
     return [], []
 
 
-def _turned(across: list[Any], along: list[Any], shape: Dots | Bars) -> tuple[list[Any], list[Any]]:
+def _swap_if_lying(across: list[Any], along: list[Any], shape: Dots | Bars) -> tuple[list[Any], list[Any]]:
     """Positions across and along the bars, with their error bars, as positions on x and y."""
-    along = along + _known(shape.low, shape.high)
+    along = along + _drop_none(shape.low, shape.high)
     return (along, across) if shape.lying else (across, along)
 
 
-def _known(*positions: Any) -> list[Any]:
+def _drop_none(*positions: Any) -> list[Any]:
     return [position for position in positions if position is not None]

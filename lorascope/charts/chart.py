@@ -46,8 +46,8 @@ __all__ = [
     "Rule",
     "Span",
     "Text",
-    "above",
-    "beside",
+    "set_side_by_side",
+    "stack_vertically",
 ]
 
 
@@ -91,22 +91,22 @@ class Drawable:
         -------
         Figure, or ``ax``.
         """
-        mpl = _backend("matplotlib_backend")
+        mpl = _import_backend("matplotlib_backend")
         return mpl.figure(self, theme, width) if ax is None else mpl.onto(ax, self, theme)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""
-        return _backend("plotly_backend").figure(self, theme)
+        return _import_backend("plotly_backend").figure(self, theme)
 
     def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
         """Write the figure to a file whose ending says the kind; see :func:`lorascope.charts.save.save`."""
-        return _backend("save").save(self, path, width, theme)
+        return _import_backend("save").save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
-        return {**_backend("plotly_backend").bundle(self), "text/plain": repr(self)}
+        return {**_import_backend("plotly_backend").bundle(self), "text/plain": repr(self)}
 
 
-def _backend(name: str) -> Any:
+def _import_backend(name: str) -> Any:
     """Import a module that draws charts; it depends on this one."""
     return importlib.import_module(f"lorascope.charts.{name}")
 
@@ -170,7 +170,7 @@ class Chart(Drawable):
             raise ValueError("a chart holds one heat; set two charts beside each other")
         for mark in self.marks:
             if isinstance(mark, Bar | Heat):
-                check_unique(mark, self.table(mark), self._place(mark))
+                check_unique(mark, self.table(mark), self._place_columns(mark))
 
     def __repr__(self) -> str:
         marks = ", ".join(mark.kind for mark in self.marks)
@@ -198,7 +198,7 @@ class Chart(Drawable):
         """Whether bars and error bars run along x: y holds categories and x numbers."""
         return self.is_categorical("y") and not self.is_categorical("x")
 
-    def _place(self, mark: Bar | Heat) -> list[str]:
+    def _place_columns(self, mark: Bar | Heat) -> list[str]:
         """The columns that say where a bar or a cell is drawn."""
         if isinstance(mark, Heat):
             place = [mark.x, mark.y]
@@ -248,7 +248,7 @@ class Panels(Drawable):
         return self.flat()
 
 
-def beside(*parts: Drawable) -> Panels:
+def set_side_by_side(*parts: Drawable) -> Panels:
     """Set charts, or panels with the same number of rows, side by side."""
     grids = [part.rows() for part in parts]
     if len({len(grid) for grid in grids}) != 1:
@@ -256,7 +256,7 @@ def beside(*parts: Drawable) -> Panels:
     return Panels(tuple(sum(rows, ()) for rows in zip(*grids, strict=True)))
 
 
-def above(*parts: Drawable) -> Panels:
+def stack_vertically(*parts: Drawable) -> Panels:
     """Set charts or panels one above the other, the first on top."""
     return Panels(sum((part.rows() for part in parts), ()))
 

@@ -75,7 +75,7 @@ def plan(drawable: Drawable, theme: Theme) -> Plan:
     frames, frame_label = _frames(charts)
     numbers = iter(range(len(charts)))
     heats, ramps = _heats(charts)
-    entries = _merged([entry for panel in panels for entry in _entries(panel)])
+    entries = _merge_entries([entry for panel in panels for entry in _entries(panel)])
     titles = {chart.color_label for chart in charts}
     return Plan(
         views=[View(panel, *ends) for panel, ends in zip(panels, ranges(panels, frames), strict=True)],
@@ -87,7 +87,7 @@ def plan(drawable: Drawable, theme: Theme) -> Plan:
         ramps=ramps + _column_ramps(panels),
         heats=heats,
         title=charts[0].title if len(charts) == 1 else "",
-        caption=_caption(charts),
+        caption=_join_captions(charts),
         theme=theme,
     )
 
@@ -101,7 +101,7 @@ def _frames(charts: Sequence[Chart]) -> tuple[list[Any], str]:
     return list(categories(columns)), "".join(labels)
 
 
-def _caption(charts: Sequence[Chart]) -> str:
+def _join_captions(charts: Sequence[Chart]) -> str:
     """The captions of all panels: once where they agree, named by their titles where they differ."""
     if len({chart.caption for chart in charts if chart.caption}) < 2:
         return next((chart.caption for chart in charts if chart.caption), "")
@@ -110,7 +110,7 @@ def _caption(charts: Sequence[Chart]) -> str:
 
 def _entries(panel: Panel) -> Iterator[Entry]:
     """The legend of one panel, mark by mark: colours, then styles; nothing for what an axis names already."""
-    for column, marks in _by_column(panel.chart, "color"):
+    for column, marks in _encoded_columns(panel.chart, "color"):
         colors = panel.colors[column]
         if colors.limits is not None or any(column in (mark.columns()["x"], mark.columns().get("y")) for mark in marks):
             continue
@@ -122,14 +122,14 @@ def _entries(panel: Panel) -> Iterator[Entry]:
                     style = panel.style(mark, encoding, {column: value}) if styled else 0
                     yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group({column: value}))
     for kind, encoding in LOOKS.values():
-        for column, (mark, *_) in _by_column(panel.chart, encoding):
+        for column, (mark, *_) in _encoded_columns(panel.chart, encoding):
             if column != mark.columns().get("color"):
                 for value in panel.order(mark, column):
                     key = {column: value}
                     yield Entry(short_name(value), panel.theme.ink, kind, panel.style(mark, encoding, key), group(key))
 
 
-def _merged(entries: Sequence[Entry]) -> list[Entry]:
+def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
     """One entry for what has the same name, colour and group, in its most telling form: a line, a dot, a patch."""
     forms = [kind for kind, _ in LOOKS.values()]
     merged: dict[tuple[str, str, str], Entry] = {}
@@ -138,7 +138,7 @@ def _merged(entries: Sequence[Entry]) -> list[Entry]:
     return [merged[key] for key in dict.fromkeys((entry.label, entry.color, entry.group) for entry in entries)]
 
 
-def _by_column(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]]:
+def _encoded_columns(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]]:
     """The columns that an encoding uses, with their marks."""
     found: dict[str, list[Mark]] = {}
     for mark in chart.marks:
@@ -185,6 +185,8 @@ def _column_ramps(panels: Sequence[Panel]) -> list[Ramp]:
     ramps = []
     for column, colors in panels[0].colors.items():
         if colors.limits is not None:
-            views = [view for view, panel in enumerate(panels) if column in dict(_by_column(panel.chart, "color"))]
+            views = [
+                view for view, panel in enumerate(panels) if column in dict(_encoded_columns(panel.chart, "color"))
+            ]
             ramps.append(Ramp(colors.label, panels[0].theme.ramp, colors.limits, False, views))
     return ramps

@@ -179,14 +179,14 @@ def group(key: Mapping[str, Any]) -> str:
     return next((f"{column}={value}" for column, value in key.items()), "")
 
 
-def _curves(panel: Panel, mark: Line, frame: Any) -> Iterator[Curve]:
+def _build_curves(panel: Panel, mark: Line, frame: Any) -> Iterator[Curve]:
     for rows, key in panel.split(mark, frame, "color", "dash"):
         x, y = panel.x.place(rows[mark.x]), panel.y.place(rows[mark.y])
         order = np.argsort(x, kind="stable")
         yield Curve(x[order], y[order], panel.color(mark, key), panel.style(mark, "dash", key), group(key))
 
 
-def _areas(panel: Panel, mark: Band, frame: Any) -> Iterator[Area]:
+def _build_areas(panel: Panel, mark: Band, frame: Any) -> Iterator[Area]:
     for rows, key in panel.split(mark, frame, "color"):
         x = panel.x.place(rows[mark.x])
         order = np.argsort(x, kind="stable")
@@ -194,7 +194,7 @@ def _areas(panel: Panel, mark: Band, frame: Any) -> Iterator[Area]:
         yield Area(x[order], low[order], high[order], panel.color(mark, key), group(key))
 
 
-def _dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
+def _build_dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
     column = mark.color
     shaded = column is not None and panel.colors[column].limits is not None
     for rows, key in panel.split(mark, frame, "shape") if shaded else panel.split(mark, frame, "color", "shape"):
@@ -214,7 +214,7 @@ def _dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
         yield Dots(x, y, colors, panel.style(mark, "shape", key), share, low, high, panel.chart.is_lying, group(key))
 
 
-def _bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
+def _build_bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
     """Side by side in slots of their own, or on top of one another: positive ones upwards, negative ones downwards."""
     column, value = (mark.y, mark.x) if panel.chart.is_lying else (mark.x, mark.y)
     across, along = (panel.y, panel.x) if panel.chart.is_lying else (panel.x, panel.y)
@@ -244,7 +244,7 @@ def _pitch(scale: Scale, values: pd.Series) -> float:
     return 1.0 if scale.categories is not None or not gaps.size else float(gaps.min())
 
 
-def _cells(panel: Panel, mark: Heat, frame: Any) -> Iterator[Cells]:
+def _build_cells(panel: Panel, mark: Heat, frame: Any) -> Iterator[Cells]:
     rows = panel.rows(mark, frame)
     values = np.full((len(panel.y.categories or ()), len(panel.x.categories or ())), np.nan)
     places = panel.y.place(rows[mark.y]).astype(int), panel.x.place(rows[mark.x]).astype(int)
@@ -255,27 +255,27 @@ def _cells(panel: Panel, mark: Heat, frame: Any) -> Iterator[Cells]:
     yield Cells(values, mark, {(row, column): str(text) for row, column, text in told})
 
 
-def _ruler(panel: Panel, mark: Rule, frame: Any) -> Iterator[Ruler]:
+def _build_ruler(panel: Panel, mark: Rule, frame: Any) -> Iterator[Ruler]:
     x = None if mark.x is None else panel.x.locate(mark.x)
     yield Ruler(x, None if mark.y is None else panel.y.locate(mark.y), mark.label)
 
 
-def _shade(panel: Panel, mark: Span, frame: Any) -> Iterator[Shade]:
+def _build_shade(panel: Panel, mark: Span, frame: Any) -> Iterator[Shade]:
     yield Shade(panel.x.locate(mark.x0), panel.x.locate(mark.x1), mark.label)
 
 
-def _words(panel: Panel, mark: Text, frame: Any) -> Iterator[Words]:
+def _build_words(panel: Panel, mark: Text, frame: Any) -> Iterator[Words]:
     rows = panel.rows(mark, frame)
     yield Words(panel.x.place(rows[mark.x]), panel.y.place(rows[mark.y]), rows[mark.text].astype(str).tolist())
 
 
 BUILDERS: dict[type[Mark], Callable[[Panel, Any, Any], Iterator[Shape]]] = {
-    Line: _curves,
-    Band: _areas,
-    Point: _dots,
-    Bar: _bars,
-    Heat: _cells,
-    Rule: _ruler,
-    Span: _shade,
-    Text: _words,
+    Line: _build_curves,
+    Band: _build_areas,
+    Point: _build_dots,
+    Bar: _build_bars,
+    Heat: _build_cells,
+    Rule: _build_ruler,
+    Span: _build_shade,
+    Text: _build_words,
 }

@@ -35,7 +35,7 @@ def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
     for layer, shape in enumerate(view.panel.shapes(frame)):
         _DRAWERS[type(shape)](ax, shape, plan, number, 2 + layer / 1000)
     for axis, scale, ends, letter in ((ax.xaxis, view.panel.x, view.x, "x"), (ax.yaxis, view.panel.y, view.y, "y")):
-        getattr(ax, f"set_{letter}label")(plain(scale.axis.label))
+        getattr(ax, f"set_{letter}label")(escape_dollar(scale.axis.label))
         if scale.log:
             with np.errstate(over="ignore"):  # of margins around 1e300
                 getattr(ax, f"set_{letter}scale")("log")
@@ -59,19 +59,19 @@ def names(ax: Axes, panel: Panel) -> float:
     -------
     Points below the axes that names standing on end need.
     """
-    width, height = _size(ax)
-    _names(ax.yaxis, panel.y, height)
-    return _names(ax.xaxis, panel.x, width)
+    width, height = _size_in_points(ax)
+    _draw_names(ax.yaxis, panel.y, height)
+    return _draw_names(ax.xaxis, panel.x, width)
 
 
 def numbers(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
     """Write numbers into the cells of a heat that asks for them, as large as the present size of the axes allows."""
     for shape in plan.views[number].panel.shapes(frame):
         if isinstance(shape, Cells) and shape.mark.text is not None and shape.values.size:
-            _numbers(ax, shape, plan.ramps[plan.heats[number]], *_size(ax))
+            _draw_numbers(ax, shape, plan.ramps[plan.heats[number]], *_size_in_points(ax))
 
 
-def _size(ax: Axes) -> tuple[float, float]:
+def _size_in_points(ax: Axes) -> tuple[float, float]:
     """Width and height of axes in points."""
     box, points = ax.get_window_extent(), 72.0 / ax.figure.dpi
     return box.width * points, box.height * points
@@ -82,7 +82,7 @@ def _text_size(ax: Axes) -> float:
     return 0.9 * float(ax.xaxis.label.get_fontsize())
 
 
-def broken(text: str, room: float, size: float) -> list[str]:
+def break_lines(text: str, room: float, size: float) -> list[str]:
     """Break text into lines that are no wider than ``room`` points at a font size, but for a word that is wider."""
     font = FontProperties(size=size)
     lines = []
@@ -98,7 +98,7 @@ def broken(text: str, room: float, size: float) -> list[str]:
     return lines
 
 
-def plain(text: str) -> str:
+def escape_dollar(text: str) -> str:
     """Text as it stands: a dollar sign starts no mathematics, a control character breaks no SVG."""
     return printable_lines(text).replace("$", r"\$")
 
@@ -117,7 +117,7 @@ def _is_short(scale: Scale, ends: tuple[float, float]) -> bool:
     return scale.log and bool(ends[1] < FEW * ends[0])
 
 
-def _thin(axis: Any, room: float) -> None:
+def _thin_ticks(axis: Any, room: float) -> None:
     """Ticks of a short logarithmic axis, as many as have room for their labels."""
     size = axis.get_major_ticks(1)[0].label1.get_fontsize()
     low, high = np.log(axis.get_view_interval())
@@ -133,20 +133,20 @@ def _thin(axis: Any, room: float) -> None:
             return
 
 
-def _names(axis: Any, scale: Scale, room: float) -> float:
+def _draw_names(axis: Any, scale: Scale, room: float) -> float:
     """Names of categories, as many as fit; returns the depth in points of names that had to be turned."""
     if scale.categories is None and scale.axis.ticks is None:
         if _is_short(scale, tuple(axis.get_view_interval())):
-            _thin(axis, room)
+            _thin_ticks(axis, room)
         return 0.0
     size = axis.get_major_ticks(1)[0].label1.get_fontsize()
     positions, names, turned = scale.ticks(room, size, across=axis.axis_name == "y")
     axis.set_minor_locator(NullLocator())
-    axis.set_ticks(positions, [plain(name) for name in names], rotation=90 if turned else 0)
+    axis.set_ticks(positions, [escape_dollar(name) for name in names], rotation=90 if turned else 0)
     return max(len(name) for name in names) * GLYPH * size if turned else 0.0
 
 
-def _numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) -> None:
+def _draw_numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) -> None:
     """What is said of the cells, as large as they allow: their words, else their numbers, else nothing."""
     rows, columns = shape.values.shape
 
@@ -166,20 +166,20 @@ def _numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) ->
     scale, colors = norm(ramp), colormap(ramp)
     for (row, column), text in texts.items():
         ink = "#ffffff" if is_dark(to_hex(colors(scale(shape.values[row, column])))) else "#000000"
-        ax.text(column, row, plain(text), color=ink, size=size, ha="center", va="center", zorder=3)
+        ax.text(column, row, escape_dollar(text), color=ink, size=size, ha="center", va="center", zorder=3)
 
 
-def _curve(ax: Axes, shape: Curve, plan: Plan, number: int, zorder: float) -> None:
+def _draw_curve(ax: Axes, shape: Curve, plan: Plan, number: int, zorder: float) -> None:
     ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash % len(DASHES)], zorder=zorder)
 
 
-def _area(ax: Axes, shape: Area, plan: Plan, number: int, zorder: float) -> None:
+def _draw_area(ax: Axes, shape: Area, plan: Plan, number: int, zorder: float) -> None:
     ax.fill_between(shape.x, shape.low, shape.high, color=shape.color, alpha=FAINT, linewidth=0, zorder=zorder)
 
 
-def _dots(ax: Axes, shape: Dots, plan: Plan, number: int, zorder: float) -> None:
+def _draw_dots(ax: Axes, shape: Dots, plan: Plan, number: int, zorder: float) -> None:
     areas = DOT**2 if shape.share is None else LARGEST**2 * shape.share
-    _errors(ax, shape, plan, zorder)
+    _draw_error_bars(ax, shape, plan, zorder)
     ax.scatter(
         shape.x,
         shape.y,
@@ -192,16 +192,16 @@ def _dots(ax: Axes, shape: Dots, plan: Plan, number: int, zorder: float) -> None
     )
 
 
-def _bars(ax: Axes, shape: Bars, plan: Plan, number: int, zorder: float) -> None:
+def _draw_bars(ax: Axes, shape: Bars, plan: Plan, number: int, zorder: float) -> None:
     place, base, length = shape.place, shape.base, shape.top - shape.base
     if shape.lying:
         ax.barh(place, length, shape.width, left=base, color=shape.color, zorder=zorder)
     else:
         ax.bar(place, length, shape.width, bottom=base, color=shape.color, zorder=zorder)
-    _errors(ax, shape, plan, zorder)
+    _draw_error_bars(ax, shape, plan, zorder)
 
 
-def _errors(ax: Axes, shape: Dots | Bars, plan: Plan, zorder: float) -> None:
+def _draw_error_bars(ax: Axes, shape: Dots | Bars, plan: Plan, zorder: float) -> None:
     """Error bars from low to high, wherever the value itself lies."""
     if shape.low is None or shape.high is None:
         return
@@ -212,7 +212,7 @@ def _errors(ax: Axes, shape: Dots | Bars, plan: Plan, zorder: float) -> None:
     (ax.hlines if shape.lying else ax.vlines)(place, shape.low, shape.high, colors=colors, linewidth=0.9, zorder=zorder)
 
 
-def _cells(ax: Axes, shape: Cells, plan: Plan, number: int, zorder: float) -> None:
+def _draw_cells(ax: Axes, shape: Cells, plan: Plan, number: int, zorder: float) -> None:
     rows, columns = shape.values.shape
     if not shape.values.size:
         return
@@ -226,43 +226,45 @@ def _cells(ax: Axes, shape: Cells, plan: Plan, number: int, zorder: float) -> No
     ax.imshow(shape.values, cmap=colormap(ramp), norm=norm(ramp), aspect="auto", interpolation="nearest", zorder=zorder)
 
 
-def _ruler(ax: Axes, shape: Ruler, plan: Plan, number: int, zorder: float) -> None:
+def _draw_ruler(ax: Axes, shape: Ruler, plan: Plan, number: int, zorder: float) -> None:
     style: dict[str, Any] = {"color": plan.theme.ink, "linewidth": 0.8, "linestyle": (0, (4, 2)), "zorder": zorder}
     if shape.y is not None:
         ax.axhline(shape.y, **style)
-        _note(ax, (0.99, shape.y), shape.label, ax.get_yaxis_transform(), "right", "bottom")
+        _draw_note(ax, (0.99, shape.y), shape.label, ax.get_yaxis_transform(), "right", "bottom")
     if shape.x is not None:
         ax.axvline(shape.x, **style)
         late = shape.x > np.mean(plan.views[number].x)
-        _note(ax, (shape.x, 0.98), shape.label, ax.get_xaxis_transform(), "right" if late else "left", "top", 90)
+        _draw_note(ax, (shape.x, 0.98), shape.label, ax.get_xaxis_transform(), "right" if late else "left", "top", 90)
 
 
-def _shade(ax: Axes, shape: Shade, plan: Plan, number: int, zorder: float) -> None:
+def _draw_shade(ax: Axes, shape: Shade, plan: Plan, number: int, zorder: float) -> None:
     ax.axvspan(shape.x0, shape.x1, color=plan.theme.ink, alpha=FAINT / 2, linewidth=0, zorder=zorder)
-    _note(ax, ((shape.x0 + shape.x1) / 2, 0.98), shape.label, ax.get_xaxis_transform(), "center", "top")
+    _draw_note(ax, ((shape.x0 + shape.x1) / 2, 0.98), shape.label, ax.get_xaxis_transform(), "center", "top")
 
 
-def _note(ax: Axes, place: tuple[Any, Any], text: str, transform: Any, across: str, up: str, turn: int = 0) -> None:
+def _draw_note(
+    ax: Axes, place: tuple[Any, Any], text: str, transform: Any, across: str, up: str, turn: int = 0
+) -> None:
     """Words beside a rule or in a span, two points away from it."""
     shift = ({"left": 2, "right": -2}.get(across, 0), {"bottom": 1, "top": -1}[up])
     style: dict[str, Any] = {"ha": across, "va": up, "size": _text_size(ax), "rotation": turn, "zorder": 4}
-    ax.annotate(plain(text), place, shift, xycoords=transform, textcoords="offset points", **style)
+    ax.annotate(escape_dollar(text), place, shift, xycoords=transform, textcoords="offset points", **style)
 
 
-def _words(ax: Axes, shape: Words, plan: Plan, number: int, zorder: float) -> None:
+def _draw_words(ax: Axes, shape: Words, plan: Plan, number: int, zorder: float) -> None:
     size = _text_size(ax)
     for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
         if np.isfinite(x) and np.isfinite(y):
-            ax.text(x, y, plain(text), size=size, ha="center", va="center", zorder=zorder)
+            ax.text(x, y, escape_dollar(text), size=size, ha="center", va="center", zorder=zorder)
 
 
 _DRAWERS: dict[type, Callable[[Axes, Any, Plan, int, float], None]] = {
-    Curve: _curve,
-    Area: _area,
-    Dots: _dots,
-    Bars: _bars,
-    Cells: _cells,
-    Ruler: _ruler,
-    Shade: _shade,
-    Words: _words,
+    Curve: _draw_curve,
+    Area: _draw_area,
+    Dots: _draw_dots,
+    Bars: _draw_bars,
+    Cells: _draw_cells,
+    Ruler: _draw_ruler,
+    Shade: _draw_shade,
+    Words: _draw_words,
 }

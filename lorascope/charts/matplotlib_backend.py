@@ -25,7 +25,18 @@ from matplotlib.ticker import MaxNLocator
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, Plan, plan
-from lorascope.charts.matplotlib_artists import DASHES, DOT, SHAPES, broken, colormap, draw, names, norm, numbers, plain
+from lorascope.charts.matplotlib_artists import (
+    DASHES,
+    DOT,
+    SHAPES,
+    break_lines,
+    colormap,
+    draw,
+    escape_dollar,
+    names,
+    norm,
+    numbers,
+)
 from lorascope.charts.theme import GLYPH, Theme, fold, inches, theme
 
 FRAMES = 8  # small multiples at most
@@ -60,7 +71,7 @@ def figure(drawable: Drawable, name: str | None = None, width: str | None = None
     settled = plan(drawable, theme(name or "light"))
     width = width or ("column" if len(settled.views) == 1 and not settled.frames else "page")
     with style(settled.theme):
-        places = _places(settled, ACROSS[width] if settled.frames else 1)
+        places = _lay_out_grid(settled, ACROSS[width] if settled.frames else 1)
         return _compose(settled, places, inches(width))
 
 
@@ -71,18 +82,18 @@ def write(drawable: Drawable, path: Path, kind: str, name: str, width: str | Non
         made.savefig(path, format=kind, metadata=metadata)
 
 
-def onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
+def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
     """Draw on axes of the caller, in the caller's style."""
     settled = plan(drawable, theme(name or "light"))
     if len(settled.views) > 1 or settled.frames:
         raise ValueError("ax takes a single chart without frames; choose one with chart.at(frame), or leave ax out")
     draw(ax, settled, 0)
-    ax.set_title(plain(settled.title))
+    ax.set_title(escape_dollar(settled.title))
     if settled.entries:
-        ax.legend(handles=[_handle(entry) for entry in settled.entries], title=plain(settled.legend_title))
+        ax.legend(handles=[_handle(entry) for entry in settled.entries], title=escape_dollar(settled.legend_title))
     for ramp in settled.ramps:
         mappable = ScalarMappable(norm(ramp), colormap(ramp))
-        ax.figure.colorbar(mappable, ax=ax, label=plain(ramp.label))
+        ax.figure.colorbar(mappable, ax=ax, label=escape_dollar(ramp.label))
     names(ax, settled.views[0].panel)
     numbers(ax, settled, 0)
     return ax
@@ -122,7 +133,7 @@ def style(look: Theme) -> Any:
     return matplotlib.style.context(settings, after_reset=True)
 
 
-def _places(settled: Plan, across: int) -> list[Place]:
+def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
     """The grid: as the panels stand or, with frames, every panel's frames in rows of ``across``."""
     if not settled.frames:
         columns = math.lcm(*(len(row) for row in settled.rows))
@@ -131,7 +142,7 @@ def _places(settled: Plan, across: int) -> list[Place]:
             for number, row in enumerate(settled.rows)
             for column, view in enumerate(row)
         ]
-    shown = _evenly(settled.frames, FRAMES if len(settled.views) == 1 else across)
+    shown = _spread_frames(settled.frames, FRAMES if len(settled.views) == 1 else across)
     across = min(across, len(shown))
     places = []
     for number, view in enumerate(settled.views):
@@ -143,7 +154,7 @@ def _places(settled: Plan, across: int) -> list[Place]:
     return places
 
 
-def _evenly(frames: list[Any], most: int) -> list[Any]:
+def _spread_frames(frames: list[Any], most: int) -> list[Any]:
     """At most so many frames, evenly spread, the first and the last among them."""
     if len(frames) <= most:
         return frames
@@ -156,7 +167,7 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     columns = max(place.stop for place in places)
     cells = {place: width * (place.stop - place.start) / columns for place in places}
     heights = [
-        max(_height(settled, place, cells[place], look.size) for place in places if place.row == row)
+        max(_panel_inches(settled, place, cells[place], look.size) for place in places if place.row == row)
         for row in range(places[-1].row + 1)
     ]
     made = Figure(figsize=(width, sum(heights)))
@@ -165,33 +176,33 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}
     for place, ax in axes.items():
         draw(ax, settled, place.view, place.frame)
-        _label(ax, settled, place, places, (72 * cells[place], 72 * 0.8 * heights[place.row]))
+        _draw_axis_labels(ax, settled, place, places, (72 * cells[place], 72 * 0.8 * heights[place.row]))
     for ramp in settled.ramps:
         painted = [ax for place, ax in axes.items() if place.view in ramp.views]
         bar = made.colorbar(ScalarMappable(norm(ramp), colormap(ramp)), ax=painted, fraction=0.06, pad=0.02, aspect=22)
-        bar.set_label(plain("\n".join(fold(ramp.label, 72 * 0.8 * sum(heights), look.size))))
+        bar.set_label(escape_dollar("\n".join(fold(ramp.label, 72 * 0.8 * sum(heights), look.size))))
         bar.outline.set_linewidth(0.4)
         if not ramp.log:
             bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # ranks and counts have no quarters
     title = "\n".join(fold(settled.title, 72 * width, 1.1 * look.size))
     if title:
-        made.suptitle(plain(title), x=0.01, ha="left")
-    foot = [_caption(made, settled), _legend(made, settled, width)]
+        made.suptitle(escape_dollar(title), x=0.01, ha="left")
+    foot = [_draw_caption(made, settled), _legend(made, settled, width)]
     head = (title.count("\n") + 1) * 1.6 * look.size / 72 if title else 0.0
     for _ in range(2):  # names on y take width from x, titles and names that stand on end take height
-        _stand(made, sum(heights) + head, foot, renderer)
+        _stack_foot(made, sum(heights) + head, foot, renderer)
         for place, ax in axes.items():
-            _title(ax, settled, place)
+            _draw_title(ax, settled, place)
         depths = [(place.row, names(ax, settled.views[place.view].panel)) for place, ax in axes.items()]
     turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
-    _stand(made, sum(heights) + head + turned, foot, renderer)
+    _stack_foot(made, sum(heights) + head + turned, foot, renderer)
     for place, ax in axes.items():
         names(ax, settled.views[place.view].panel)  # with the height that names on end have been given, all may fit
         numbers(ax, settled, place.view, place.frame)
     return made
 
 
-def _height(settled: Plan, place: Place, width: float, size: float) -> float:
+def _panel_inches(settled: Plan, place: Place, width: float, size: float) -> float:
     """Inches for one panel: room for every name on y, otherwise in proportion to the width."""
     scale = settled.views[place.view].panel.y
     shape = max(1.4, SHAPE * min(width, 4.5))
@@ -201,14 +212,14 @@ def _height(settled: Plan, place: Place, width: float, size: float) -> float:
     return max(lines if scale.wordy else min(lines, 0.95 * width), 0.75 * shape)
 
 
-def _label(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tuple[float, float]) -> None:
+def _draw_axis_labels(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tuple[float, float]) -> None:
     """Axis labels, broken to the room in points (width, height), where no neighbour shows the same axis."""
     view, size = settled.views[place.view], settled.theme.size
     below = [other for other in places if other.view == place.view and other.row > place.row]
     left = [settled.views[other.view] for other in places if other.row == place.row and other.stop == place.start]
     x, y = view.panel.chart.x.label, view.panel.chart.y.label
-    ax.set_xlabel(plain("\n".join(fold(x, 0.8 * room[0], size))))
-    ax.set_ylabel(plain("\n".join(fold(y, room[1], size))))
+    ax.set_xlabel(escape_dollar("\n".join(fold(x, 0.8 * room[0], size))))
+    ax.set_ylabel(escape_dollar("\n".join(fold(y, room[1], size))))
     if any(other.start == place.start for other in below):
         ax.set_xlabel("")
         ax.tick_params(labelbottom=False)
@@ -217,19 +228,19 @@ def _label(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tup
         ax.tick_params(labelleft=False)
 
 
-def _title(ax: Axes, settled: Plan, place: Place) -> None:
+def _draw_title(ax: Axes, settled: Plan, place: Place) -> None:
     """The title of a panel among others, with its frame, broken to the present width of the axes."""
     titles = [settled.views[place.view].panel.chart.title] if len(settled.views) > 1 else []
     if place.frame is not None:
         titles.append(f"{settled.frame_label} {place.frame}")
     room = 72 * ax.get_window_extent().width / ax.figure.dpi
-    ax.set_title(plain("\n".join(fold(", ".join(filter(None, titles)), 1.1 * room, settled.theme.size))))
+    ax.set_title(escape_dollar("\n".join(fold(", ".join(filter(None, titles)), 1.1 * room, settled.theme.size))))
 
 
-def _caption(made: Figure, settled: Plan) -> Text:
+def _draw_caption(made: Figure, settled: Plan) -> Text:
     """The caption, broken to the width of the figure by hand: matplotlib breaks it anew for every resolution."""
-    lines = "\n".join(broken(settled.caption, 0.98 * 72 * made.get_figwidth(), settled.theme.size))
-    return made.text(0.01, 0.0, plain(lines), ha="left", va="bottom", in_layout=False)
+    lines = "\n".join(break_lines(settled.caption, 0.98 * 72 * made.get_figwidth(), settled.theme.size))
+    return made.text(0.01, 0.0, escape_dollar(lines), ha="left", va="bottom", in_layout=False)
 
 
 def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
@@ -241,10 +252,10 @@ def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
         replace(entry, label="\n".join(fold(entry.label, 72 * width - 4 * size, size))) for entry in settled.entries
     ]
     widths = [(max(map(len, entry.label.split("\n"))) * GLYPH + 4.0) * size for entry in entries]
-    depth = next(depth for depth in range(1, len(entries) + 1) if _fits(widths, depth, 72 * width))
+    depth = next(depth for depth in range(1, len(entries) + 1) if _has_room(widths, depth, 72 * width))
     legend = made.legend(
         handles=[_handle(entry) for entry in entries],
-        title=plain(settled.legend_title) or None,
+        title=escape_dollar(settled.legend_title) or None,
         ncols=math.ceil(len(entries) / depth),
         loc="lower center",
         borderpad=0.2,
@@ -255,13 +266,13 @@ def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
     return legend
 
 
-def _fits(widths: list[float], depth: int, room: float) -> bool:
+def _has_room(widths: list[float], depth: int, room: float) -> bool:
     """Whether legend entries in columns of this depth fit beside one another, or one column is all there is."""
     columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
     return len(columns) == 1 or sum(map(max, columns)) <= room
 
 
-def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
+def _stack_foot(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
     """Stack caption and legend at the foot of the figure and lay the panels out in ``height`` inches above them."""
     parts = [(part, part.get_window_extent(renderer).height / made.dpi) for part in foot if part is not None]
     gap, used = 0.08, 0.04
@@ -282,8 +293,12 @@ def _stand(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
 def _handle(entry: Entry) -> Line2D | Patch:
     """What stands for a legend entry."""
     if entry.kind == "patch":
-        return Patch(color=entry.color, label=plain(entry.label), linewidth=0)
+        return Patch(color=entry.color, label=escape_dollar(entry.label), linewidth=0)
     if entry.kind == "line":
-        return Line2D([], [], color=entry.color, linestyle=DASHES[entry.style % len(DASHES)], label=plain(entry.label))
+        return Line2D(
+            [], [], color=entry.color, linestyle=DASHES[entry.style % len(DASHES)], label=escape_dollar(entry.label)
+        )
     marker = SHAPES[entry.style % len(SHAPES)]
-    return Line2D([], [], color=entry.color, marker=marker, markersize=DOT, linestyle="", label=plain(entry.label))
+    return Line2D(
+        [], [], color=entry.color, marker=marker, markersize=DOT, linestyle="", label=escape_dollar(entry.label)
+    )

@@ -11,7 +11,7 @@ from lorascope.charts.axis_limits import Limits
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, Plan, Ramp, plan
 from lorascope.charts.plotly_layout import BAR, BUTTONS, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
-from lorascope.charts.plotly_traces import DASHES, SHAPES, nth, overlays, traces, words
+from lorascope.charts.plotly_traces import DASHES, SHAPES, axis_suffix, escape_tags, overlays, traces
 from lorascope.charts.scales import Scale
 from lorascope.charts.theme import fold, theme
 
@@ -42,7 +42,7 @@ def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
         made.add_traces(traces(settled, number, settled.frames[-1] if settled.frames else None))
         if view.panel.chart.frame is not None:
             moving += range(start, len(made.data))
-    made.add_traces([_sample(entry, settled) for entry in settled.entries])
+    made.add_traces([_legend_sample(entry, settled) for entry in settled.entries])
     made.add_traces([_bar_sample(number, ramp) for number, ramp in enumerate(settled.ramps)])
     if settled.frames:
         made.frames = [_frame(settled, frame, moving) for frame in settled.frames]
@@ -88,7 +88,7 @@ def _frame(settled: Plan, frame: Any, moving: list[int]) -> go.Frame:
     return go.Frame(name=str(frame), data=data, traces=moving)
 
 
-def _sample(entry: Entry, settled: Plan) -> go.Scatter:
+def _legend_sample(entry: Entry, settled: Plan) -> go.Scatter:
     """An empty trace that stands for a legend entry; a click on it hides its whole group."""
     looks: dict[str, dict[str, Any]] = {
         "line": {
@@ -102,13 +102,13 @@ def _sample(entry: Entry, settled: Plan) -> go.Scatter:
         "patch": {"mode": "markers", "marker": {"color": entry.color, "symbol": "square", "size": 12}},
     }
     return go.Scatter(
-        x=[None], y=[None], name=words(entry.label), legendgroup=entry.group, showlegend=True, **looks[entry.kind]
+        x=[None], y=[None], name=escape_tags(entry.label), legendgroup=entry.group, showlegend=True, **looks[entry.kind]
     )
 
 
 def _bar_sample(number: int, ramp: Ramp) -> go.Scatter:
     """An empty trace without which plotly leaves the colour bar out."""
-    marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{nth(number)}", "opacity": 0}
+    marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(number)}", "opacity": 0}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
@@ -125,7 +125,7 @@ def _layout(settled: Plan, room: Space) -> dict[str, Any]:
         "barmode": "overlay",
         "hovermode": "closest",
         "title": {
-            "text": "<br>".join(map(words, room.title)),
+            "text": "<br>".join(map(escape_tags, room.title)),
             "font": {"size": TITLE},
             "x": EDGE / room.width,
             "xanchor": "left",
@@ -135,7 +135,7 @@ def _layout(settled: Plan, room: Space) -> dict[str, Any]:
         },
         "legend": {
             "orientation": "h",
-            "title": {"text": words(settled.legend_title)},
+            "title": {"text": escape_tags(settled.legend_title)},
             "x": 0,
             "y": 1 - (EDGE + 1.4 * TITLE * len(room.title)) / room.height,
             "yanchor": "top",
@@ -143,22 +143,22 @@ def _layout(settled: Plan, room: Space) -> dict[str, Any]:
             "bgcolor": "rgba(0, 0, 0, 0)",
             "tracegroupgap": 0,
         },
-        "annotations": [*_titles(room), *_caption(settled, room)],
+        "annotations": [*_titles(room), *_caption_annotation(settled, room)],
         "shapes": [shape for number in range(len(settled.views)) for shape in overlays(settled, number)],
     }
     for number, view in enumerate(settled.views):
-        one, suffix = room.rooms[number], nth(number)
+        one, suffix = room.rooms[number], axis_suffix(number)
         for letter, scale, ends, other in (("x", view.panel.x, view.x, "y"), ("y", view.panel.y, view.y, "x")):
-            axis = _axis(scale, ends, one, letter, settled)
+            axis = _axis_layout(scale, ends, one, letter, settled)
             layout[f"{letter}axis{suffix}"] = {**axis, "anchor": f"{other}{suffix}"}
     for number in range(len(settled.ramps)):
-        layout[f"coloraxis{nth(number)}"] = _color_axis(settled, room, number)
+        layout[f"coloraxis{axis_suffix(number)}"] = _color_axis(settled, room, number)
     if settled.frames:
         layout |= _slider(settled, room)
     return layout
 
 
-def _axis(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) -> dict[str, Any]:
+def _axis_layout(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) -> dict[str, Any]:
     """One axis of one panel."""
     upright, look = letter == "y", settled.theme
     axis: dict[str, Any] = {
@@ -166,7 +166,7 @@ def _axis(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) ->
         "range": list(np.log10(ends)) if scale.log else list(ends),
         "type": "log" if scale.log else "linear",
         "title": {
-            "text": "<br>".join(map(words, fold(scale.axis.label, 260.0, FONT))),
+            "text": "<br>".join(map(escape_tags, fold(scale.axis.label, 260.0, FONT))),
             "font": {"size": FONT},
             "standoff": 6,
         },
@@ -183,7 +183,7 @@ def _axis(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) ->
     names = room.names[upright]
     if names is not None:
         positions, texts, turned = names
-        axis |= {"tickmode": "array", "tickvals": positions, "ticktext": list(map(words, texts))}
+        axis |= {"tickmode": "array", "tickvals": positions, "ticktext": list(map(escape_tags, texts))}
         axis |= {"tickangle": -90 if turned else 0}
     elif scale.whole and not scale.log and abs(ends[1] - ends[0]) < 8:
         axis |= {"dtick": 1}
@@ -200,7 +200,7 @@ def _color_axis(settled: Plan, room: Space, number: int) -> dict[str, Any]:
     plot = room.width - room.left - room.right
     beside = [other for other in range(number) if ramp.views[-1] == settled.ramps[other].views[-1]]
     bar = {
-        "title": {"text": "<br>".join(map(words, fold(ramp.label, 200.0, FONT))), "side": "right"},
+        "title": {"text": "<br>".join(map(escape_tags, fold(ramp.label, 200.0, FONT))), "side": "right"},
         "x": max(one.x[1] for one in rooms) + (8 + BAR * len(beside)) / plot,
         "xanchor": "left",
         "y": (low + high) / 2,
@@ -230,7 +230,7 @@ def _titles(room: Space) -> list[dict[str, Any]]:
     """The titles of panels among others."""
     return [
         {
-            "text": "<br>".join(map(words, one.title)),
+            "text": "<br>".join(map(escape_tags, one.title)),
             "showarrow": False,
             "align": "left",
             "font": {"size": FONT},
@@ -246,12 +246,12 @@ def _titles(room: Space) -> list[dict[str, Any]]:
     ]
 
 
-def _caption(settled: Plan, room: Space) -> list[dict[str, Any]]:
+def _caption_annotation(settled: Plan, room: Space) -> list[dict[str, Any]]:
     """The caption, below all else."""
     if not room.caption:
         return []
     note = {
-        "text": "<br>".join(map(words, room.caption)),
+        "text": "<br>".join(map(escape_tags, room.caption)),
         "showarrow": False,
         "align": "left",
         "font": {"size": 0.92 * FONT},
@@ -270,7 +270,7 @@ def _caption(settled: Plan, room: Space) -> list[dict[str, Any]]:
 def _slider(settled: Plan, room: Space) -> dict[str, Any]:
     """The slider over the frames, with a button that plays them."""
     steps = [
-        {"label": words(str(frame)), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
+        {"label": escape_tags(str(frame)), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
         for frame in settled.frames
     ]
     place: dict[str, Any] = {"y": 0, "yanchor": "top", "xanchor": "left"}
@@ -283,7 +283,7 @@ def _slider(settled: Plan, room: Space) -> dict[str, Any]:
         "steps": steps,
         # It opens at the end: there is the result, and played from there it begins anew.
         "active": len(steps) - 1,
-        "currentvalue": {"prefix": f"{words(settled.frame_label)} ", "xanchor": "left"},
+        "currentvalue": {"prefix": f"{escape_tags(settled.frame_label)} ", "xanchor": "left"},
         "x": start,
         "len": 1 - start,
         "pad": {"t": room.foot + 4},

@@ -63,7 +63,7 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
         views[old].panel.y == views[new].panel.y
     }  # fmt: skip
     before = [GAP if view in shared else _names_width(views[view].panel.y) for view in order]
-    after = [BAR * _bars(settled, row, view) for row in rows for view in row]
+    after = [BAR * _count_color_bars(settled, row, view) for row in rows for view in row]
     left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
     plot = width - left - right
     lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
@@ -77,7 +77,7 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
     depths = [max(_depth(views[view].panel.x, below[view], widths[view]) for view in row) for row in rows]
     titles = [fold(views[view].panel.chart.title, widths[view], FONT) if len(views) > 1 else [] for view in order]
     heads = [max(LINE * len(titles[view]) for view in row) for row in rows]
-    heights = [max(_height(views[view].panel.y) for view in row) for row in rows]
+    heights = [max(_panel_height(views[view].panel.y) for view in row) for row in rows]
     tops = [sum(heights[:n]) + sum(depths[:n]) + sum(heads[1 : n + 1]) for n in range(len(rows))]
     inner = tops[-1] + heights[-1]
     title = fold(settled.title, width - 2 * EDGE, TITLE) if settled.title else []
@@ -118,7 +118,7 @@ def _depth(scale: Scale, names: Ticks | None, width: float) -> float:
     return ticks + LINE * len(fold(scale.axis.label, width, FONT)) + 6
 
 
-def _height(scale: Scale) -> float:
+def _panel_height(scale: Scale) -> float:
     """Height of a panel: room for each name on y, otherwise as others are."""
     if scale.categories is None:
         return PANEL
@@ -126,7 +126,7 @@ def _height(scale: Scale) -> float:
     return max(rows if scale.wordy else min(rows, 1.3 * PANEL), 0.5 * PANEL)
 
 
-def _bars(settled: Plan, row: list[int], view: int) -> int:
+def _count_color_bars(settled: Plan, row: list[int], view: int) -> int:
     """How many colour bars stand to the right of a view: those that no later view of its row belongs to."""
     return sum(max((v for v in row if v in ramp.views), default=-1) == view for ramp in settled.ramps)
 

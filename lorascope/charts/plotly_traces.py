@@ -30,7 +30,10 @@ def traces(plan: Plan, number: int, frame: Any = None) -> list[Any]:
         if type(shape) in _MAKERS
         for trace in _MAKERS[type(shape)](shape, plan, number)
     ]
-    return [trace.update(xaxis=f"x{nth(number)}", yaxis=f"y{nth(number)}", showlegend=False) for trace in made]
+    return [
+        trace.update(xaxis=f"x{axis_suffix(number)}", yaxis=f"y{axis_suffix(number)}", showlegend=False)
+        for trace in made
+    ]
 
 
 def overlays(plan: Plan, number: int) -> list[dict[str, Any]]:
@@ -38,46 +41,46 @@ def overlays(plan: Plan, number: int) -> list[dict[str, Any]]:
     made = []
     for shape in plan.views[number].panel.shapes(plan.frames[0] if plan.frames else None):
         if isinstance(shape, Ruler):
-            made.append(_ruler(shape, plan, number))
+            made.append(_trace_ruler(shape, plan, number))
         elif isinstance(shape, Shade):
             ends = {"x0": shape.x0, "x1": shape.x1, "y0": 0, "y1": 1}
-            axes = {"xref": f"x{nth(number)}", "yref": f"y{nth(number)} domain"}
-            label = {"text": words(shape.label), "textposition": "top center", "font": {"size": NOTE}}
-            fill = {"fillcolor": see_through(plan.theme.ink, FAINT / 2), "line": {"width": 0}, "layer": "below"}
+            axes = {"xref": f"x{axis_suffix(number)}", "yref": f"y{axis_suffix(number)} domain"}
+            label = {"text": escape_tags(shape.label), "textposition": "top center", "font": {"size": NOTE}}
+            fill = {"fillcolor": add_opacity(plan.theme.ink, FAINT / 2), "line": {"width": 0}, "layer": "below"}
             made.append({"type": "rect", **ends, **axes, **fill, "label": label})
     return made
 
 
-def nth(number: int) -> str:
+def axis_suffix(number: int) -> str:
     """How plotly numbers axes: x, x2, x3, ..."""
     return str(number + 1) if number else ""
 
 
-def words(text: str) -> str:
+def escape_tags(text: str) -> str:
     """Text as it stands, without the tags, the mathematics and the placeholders that plotly would obey."""
     inert = escape(printable_lines(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
     return inert.replace("\n", "<br>")
 
 
-def see_through(color: str, opacity: float) -> str:
+def add_opacity(color: str, opacity: float) -> str:
     """A colour with an opacity."""
     return f"rgba({', '.join(map(str, channels(color)))}, {opacity})"
 
 
-def _ruler(shape: Ruler, plan: Plan, number: int) -> dict[str, Any]:
+def _trace_ruler(shape: Ruler, plan: Plan, number: int) -> dict[str, Any]:
     line = {"color": plan.theme.ink, "width": 1, "dash": "dash"}
-    label = {"text": words(shape.label), "textposition": "end", "xanchor": "right", "font": {"size": NOTE}}
+    label = {"text": escape_tags(shape.label), "textposition": "end", "xanchor": "right", "font": {"size": NOTE}}
     place: dict[str, Any]
     if shape.x is not None:
         place = {"x0": shape.x, "x1": shape.x, "y0": 0, "y1": 1}
-        axes = {"xref": f"x{nth(number)}", "yref": f"y{nth(number)} domain"}
+        axes = {"xref": f"x{axis_suffix(number)}", "yref": f"y{axis_suffix(number)} domain"}
     else:
         place = {"x0": 0, "x1": 1, "y0": shape.y, "y1": shape.y}
-        axes = {"xref": f"x{nth(number)} domain", "yref": f"y{nth(number)}"}
+        axes = {"xref": f"x{axis_suffix(number)} domain", "yref": f"y{axis_suffix(number)}"}
     return {"type": "line", **place, **axes, "line": line, "label": label}
 
 
-def _hover(
+def _hover_fields(
     view: View, group: str, x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], spelled: str = ""
 ) -> dict[str, Any]:
     """What the pointer shows: names for positions on a categorical axis, and as text the axis that is ``spelled``."""
@@ -86,28 +89,28 @@ def _hover(
     for letter, scale, values in (("x", view.panel.x, x), ("y", view.panel.y, y)):
         shown = f"%{{customdata[{len(texts)}]}}"
         if scale.categories is not None:
-            texts.append([words(name) for name in scale.words(values)])
+            texts.append([escape_tags(name) for name in scale.words(values)])
         elif letter == spelled:
             texts.append([f"{value:.4g}" for value in values])
         else:
             shown = f"%{{{letter}:.4~g}}"
-        lines.append(f"{words(scale.axis.label) or letter}: {shown}")
-    template = "<br>".join(lines) + f"<extra>{words(group)}</extra>"
+        lines.append(f"{escape_tags(scale.axis.label) or letter}: {shown}")
+    template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
     return {"hovertemplate": template, "customdata": [list(row) for row in zip(*texts, strict=True)] or None}
 
 
-def _curve(shape: Curve, plan: Plan, number: int) -> Iterator[Any]:
+def _trace_curve(shape: Curve, plan: Plan, number: int) -> Iterator[Any]:
     yield go.Scatter(
         x=shape.x,
         y=shape.y,
         mode="lines",
         line={"color": shape.color, "width": 2, "dash": DASHES[shape.dash % len(DASHES)]},
         legendgroup=shape.group,
-        **_hover(plan.views[number], shape.group, shape.x, shape.y),
+        **_hover_fields(plan.views[number], shape.group, shape.x, shape.y),
     )
 
 
-def _area(shape: Area, plan: Plan, number: int) -> Iterator[Any]:
+def _trace_area(shape: Area, plan: Plan, number: int) -> Iterator[Any]:
     x, y = _outline(shape)
     yield go.Scatter(
         x=x,
@@ -115,7 +118,7 @@ def _area(shape: Area, plan: Plan, number: int) -> Iterator[Any]:
         mode="lines",
         line={"width": 0},
         fill="toself",
-        fillcolor=see_through(shape.color, FAINT),
+        fillcolor=add_opacity(shape.color, FAINT),
         legendgroup=shape.group,
         hoverinfo="skip",
     )
@@ -134,7 +137,7 @@ def _outline(shape: Area) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"
     return np.array(x[:-1], dtype=float), np.array(y[:-1], dtype=float)
 
 
-def _dots(shape: Dots, plan: Plan, number: int) -> Iterator[Any]:
+def _trace_dots(shape: Dots, plan: Plan, number: int) -> Iterator[Any]:
     size = DOT if shape.share is None else LARGEST * np.sqrt(shape.share)
     rim = {"color": plan.theme.background, "width": 0.5}
     symbol = SHAPES[shape.shape % len(SHAPES)]
@@ -144,12 +147,12 @@ def _dots(shape: Dots, plan: Plan, number: int) -> Iterator[Any]:
         mode="markers",
         marker={"color": shape.colors, "size": size, "symbol": symbol, "line": rim, "opacity": 1},
         legendgroup=shape.group,
-        **_errors(shape, shape.x if shape.lying else shape.y, plan),
-        **_hover(plan.views[number], shape.group, shape.x, shape.y),
+        **_error_distances(shape, shape.x if shape.lying else shape.y, plan),
+        **_hover_fields(plan.views[number], shape.group, shape.x, shape.y),
     )
 
 
-def _bars(shape: Bars, plan: Plan, number: int) -> Iterator[Any]:
+def _trace_bars(shape: Bars, plan: Plan, number: int) -> Iterator[Any]:
     view, length = plan.views[number], shape.top - shape.base
     along = view.panel.x if shape.lying else view.panel.y
     x, y = (length, shape.place) if shape.lying else (shape.place, length)
@@ -161,12 +164,12 @@ def _bars(shape: Bars, plan: Plan, number: int) -> Iterator[Any]:
         width=shape.width,
         marker={"color": shape.color, "line": {"width": 0}},
         legendgroup=shape.group,
-        **_errors(shape, shape.top, plan),
-        **_hover(view, shape.group, x, y, spelled="x" if shape.lying else "y"),  # plotly would show the top
+        **_error_distances(shape, shape.top, plan),
+        **_hover_fields(view, shape.group, x, y, spelled="x" if shape.lying else "y"),  # plotly would show the top
     )
 
 
-def _errors(shape: Dots | Bars, value: Float[np.ndarray, "n"], plan: Plan) -> dict[str, Any]:
+def _error_distances(shape: Dots | Bars, value: Float[np.ndarray, "n"], plan: Plan) -> dict[str, Any]:
     """Error bars; plotly wants distances from the value."""
     if shape.low is None or shape.high is None:
         return {}
@@ -177,27 +180,27 @@ def _errors(shape: Dots | Bars, value: Float[np.ndarray, "n"], plan: Plan) -> di
     return {"error_x" if shape.lying else "error_y": {**reach, **look}}
 
 
-def _cells(shape: Cells, plan: Plan, number: int) -> Iterator[Any]:
+def _trace_cells(shape: Cells, plan: Plan, number: int) -> Iterator[Any]:
     """The cells, and hatched ones where there is no value. A logarithmic scale is drawn by exponents."""
     panel, mark = plan.views[number].panel, shape.mark
     rows, columns = (list(map(float, range(length))) for length in shape.values.shape)
-    y, x = ([words(name) for name in scale.words(at)] for scale, at in ((panel.y, rows), (panel.x, columns)))
+    y, x = ([escape_tags(name) for name in scale.words(at)] for scale, at in ((panel.y, rows), (panel.x, columns)))
     written = mark.text is not None or mark.log
     form = mark.text or ".4g"
-    told = {place: [words(text)] for place, text in shape.words.items()}
+    told = {place: [escape_tags(text)] for place, text in shape.words.items()}
     value = "" if told else ": %{text}" if written else ": %{z:.4~g}"
     yield go.Heatmap(
         x=columns,
         y=rows,
         z=np.log10(shape.values) if mark.log else shape.values,
-        coloraxis=f"coloraxis{nth(plan.heats[number])}",
+        coloraxis=f"coloraxis{axis_suffix(plan.heats[number])}",
         customdata=[
             [": ".join([f"{x[column]}, {y[row]}", *told.get((row, column), ())]) for column in range(len(x))]
             for row in range(len(y))
         ],
         text=[[format(v, form) if np.isfinite(v) else "" for v in row] for row in shape.values] if written else None,
         texttemplate="%{text}" if mark.text is not None else None,
-        hovertemplate=f"%{{customdata}}{value}<extra>{words(mark.label)}</extra>",
+        hovertemplate=f"%{{customdata}}{value}<extra>{escape_tags(mark.label)}</extra>",
         hoverongaps=False,
     )
     up, across = np.nonzero(np.isnan(shape.values))
@@ -219,12 +222,12 @@ def _cells(shape: Cells, plan: Plan, number: int) -> Iterator[Any]:
     )
 
 
-def _words(shape: Words, plan: Plan, number: int) -> Iterator[Any]:
+def _trace_words(shape: Words, plan: Plan, number: int) -> Iterator[Any]:
     yield go.Scatter(
         x=shape.x,
         y=shape.y,
         mode="text",
-        text=[words(text) for text in shape.text],
+        text=[escape_tags(text) for text in shape.text],
         textfont={"size": NOTE},
         hoverinfo="skip",
         cliponaxis=False,
@@ -232,10 +235,10 @@ def _words(shape: Words, plan: Plan, number: int) -> Iterator[Any]:
 
 
 _MAKERS: dict[type, Callable[[Any, Plan, int], Iterator[Any]]] = {
-    Curve: _curve,
-    Area: _area,
-    Dots: _dots,
-    Bars: _bars,
-    Cells: _cells,
-    Words: _words,
+    Curve: _trace_curve,
+    Area: _trace_area,
+    Dots: _trace_dots,
+    Bars: _trace_bars,
+    Cells: _trace_cells,
+    Words: _trace_words,
 }

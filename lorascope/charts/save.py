@@ -72,7 +72,7 @@ def provenance(drawable: Drawable) -> str:
     return json.dumps(made, sort_keys=True, default=str)
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Write under a temporary name beside the file and rename, so that no reader meets half a file."""
     path = Path(os.path.realpath(path))  # a link stays a link
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -83,12 +83,12 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _picture(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
+def _write_picture(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
     """PDF, SVG and PNG."""
     from lorascope.charts import matplotlib_backend
 
     kind = path.suffix.lower().removeprefix(".")
-    source, title = provenance(drawable), _title(drawable)
+    source, title = provenance(drawable), _chart_title(drawable)
     program = f"lorascope {__version__}"
     notes: dict[str, dict[str, Any]] = {
         "pdf": {"Title": title, "Creator": program, "Keywords": source, "CreationDate": None},
@@ -96,35 +96,41 @@ def _picture(drawable: Drawable, path: Path, width: str | None, theme: str | Non
         "png": {"Title": title, "Software": program, "lorascope": source},
     }
     look = theme or ("light" if kind == "png" else "paper")
-    _replace(path, lambda draft: matplotlib_backend.write(drawable, draft, kind, look, width, notes[kind]))
+    _replace_file(path, lambda draft: matplotlib_backend.write(drawable, draft, kind, look, width, notes[kind]))
 
 
-def _page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
+def _write_page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
     """An HTML page that needs no network."""
     from lorascope.charts import plotly_backend
 
     source = provenance(drawable)
     plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
     ground = themes.theme(theme or "light").background
-    page = _PAGE.format(title=escape(_title(drawable)), source=escape(source), plot=plot, ground=ground)
-    _replace(path, lambda draft: draft.write_text(page, encoding="utf-8"))
+    page = _PAGE.format(title=escape(_chart_title(drawable)), source=escape(source), plot=plot, ground=ground)
+    _replace_file(path, lambda draft: draft.write_text(page, encoding="utf-8"))
 
 
-def _csv(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
+def _write_chart_csv(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
     """The tidy data, and its metadata beside it."""
-    notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": _title(drawable)}
+    notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": _chart_title(drawable)}
     notes["lorascope"] = json.loads(provenance(drawable))
     beside = path.with_name(f"{path.name}-metadata.json")
-    _replace(path, lambda draft: draft.write_text(csv_text(drawable.flat()), encoding="utf-8"))
-    _replace(beside, lambda draft: draft.write_text(json.dumps(notes, indent=1), encoding="utf-8"))
+    _replace_file(path, lambda draft: draft.write_text(csv_text(drawable.flat()), encoding="utf-8"))
+    _replace_file(beside, lambda draft: draft.write_text(json.dumps(notes, indent=1), encoding="utf-8"))
 
 
-def _title(drawable: Drawable) -> str:
+def _chart_title(drawable: Drawable) -> str:
     titles = dict.fromkeys(printable(chart.title) for row in drawable.rows() for chart in row if chart.title)
     return " | ".join(titles)
 
 
-_WRITERS: dict[str, Write] = {"pdf": _picture, "svg": _picture, "png": _picture, "html": _page, "csv": _csv}
+_WRITERS: dict[str, Write] = {
+    "pdf": _write_picture,
+    "svg": _write_picture,
+    "png": _write_picture,
+    "html": _write_page,
+    "csv": _write_chart_csv,
+}
 
 _PAGE = """<!doctype html>
 <html lang="en">

@@ -51,7 +51,7 @@ class Scale:
             numbers = to_floats(values)
             return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
         if is_number(values) and is_number(pd.Series(self.categories)):
-            return _between(to_floats(values), np.asarray(self.categories, dtype=float))
+            return _interpolate_places(to_floats(values), np.asarray(self.categories, dtype=float))
         places = {category: place for place, category in enumerate(self.categories)}
         return np.array([places.get(value, np.nan) for value in values], dtype=float)
 
@@ -93,7 +93,7 @@ class Scale:
         crowded = any(a + b > 2 * cell for a, b in pairwise(widths))
         turned = not across and crowded and self.wordy
         lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
-        kept = _spread(digits, lengths)
+        kept = _spread_names(digits, lengths)
         return [float(index) for index in kept], [names[index] for index in kept], turned
 
 
@@ -101,7 +101,7 @@ def _is_digits(name: str) -> bool:
     return name.lstrip("-").replace(".", "", 1).isdigit()
 
 
-def _between(values: Float[np.ndarray, "n"], known: Float[np.ndarray, "k"]) -> Float[np.ndarray, "n"]:
+def _interpolate_places(values: Float[np.ndarray, "n"], known: Float[np.ndarray, "k"]) -> Float[np.ndarray, "n"]:
     """Positions of numbers among numeric categories; one that is no category falls between its neighbours."""
     order = np.argsort(known)
     ends = (-0.5, len(known) - 0.5)
@@ -109,7 +109,7 @@ def _between(values: Float[np.ndarray, "n"], known: Float[np.ndarray, "k"]) -> F
     return np.interp(values, known[order], order.astype(float), left=left, right=right)
 
 
-def _spread(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]:
+def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]:
     """Indices of the names to write, of these ``lengths`` in cells: words where they fit, numbers at round steps."""
     words = [index for index, number in enumerate(digits) if not number]
     numbers = [index for index, number in enumerate(digits) if number]
@@ -172,17 +172,17 @@ def scale(chart: Chart, letter: str) -> Scale:
 
 def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
     """The colours of every column that colours a mark; a value has the same colour in all panels."""
-    uses = _uses(charts, "color")
-    return {column: _colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
+    uses = _encoding_uses(charts, "color")
+    return {column: _choose_colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
 
 
 def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:
     """The values of every column that gives dashes or shapes, in order; a value has the same one in all panels."""
-    uses = _uses(charts, "dash", "shape")
+    uses = _encoding_uses(charts, "dash", "shape")
     return {column: categories([values for _, values in found]) for column, found in uses.items()}
 
 
-def _uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, pd.Series]]]:
+def _encoding_uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, pd.Series]]]:
     """The columns of these encodings, each with the charts and values of its marks."""
     uses: dict[str, list[tuple[Chart, pd.Series]]] = {}
     for chart in charts:
@@ -193,7 +193,7 @@ def _uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Char
     return uses
 
 
-def _colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) -> Colors:
+def _choose_colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) -> Colors:
     """Categories from the palette; more numbers than it has colours become a scale."""
     label = next((chart.color_label for chart in charts if chart.color_label), "")
     first = next((chart.colors for chart in charts if chart.colors is not None), None)

@@ -92,7 +92,7 @@ def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[
     list of (name, type, field)
         For ``dataclasses.make_dataclass``.
     """
-    hints, told = typing.get_type_hints(function), _told(function)
+    hints, told = typing.get_type_hints(function), parse_parameter_docs(function)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = None if name in skip else flag_type(hints[name])
@@ -142,7 +142,7 @@ def _simple(kind: Any) -> Any:
     return tuple[str, ...] if words else None
 
 
-def _told(function: Callable[..., Any]) -> dict[str, str]:
+def parse_parameter_docs(function: Callable[..., Any]) -> dict[str, str]:
     """What the numpydoc of a function, or of a class and those it inherits from, says of each parameter."""
     owners = reversed(function.__mro__) if isinstance(function, type) else [function]
     told: dict[str, str] = {}

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, parse
 from lorascope.diagnosis.causes import Case, Finding
-from lorascope.diagnosis.doctor import examine, findings, unseen
+from lorascope.diagnosis.doctor import collect_evidence, findings, skipped_checks
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.printable import printable
@@ -44,36 +44,38 @@ def main(argv: Sequence[str]) -> int:
     if options.path is None:
         raise UsageError("diagnose what? Give a folder: lorascope doctor my-adapter")
     run = load(options.path, options.base)
-    case = examine(run)
+    case = collect_evidence(run)
     found = findings(case)
     if options.json:
-        plain = {"path": options.path, "findings": list(map(_plain, found)), "unseen": unseen(case)}
+        plain = {"path": options.path, "findings": list(map(_finding_to_json, found)), "unseen": skipped_checks(case)}
         print(json.dumps(json_values(plain), indent=1))
     else:
-        print("\n".join(_lines(run, case, found)))
+        print("\n".join(_format_findings(run, case, found)))
     return 1 if found else 0
 
 
-def _plain(finding: Finding) -> dict[str, Any]:
+def _finding_to_json(finding: Finding) -> dict[str, Any]:
     """A finding for JSON; for one release ``message`` and ``fix`` are there under their old names, too."""
     return dataclasses.asdict(finding) | {"told": finding.message, "mend": finding.fix}
 
 
-def _lines(run: Run, case: Case, found: Sequence[Finding]) -> Iterator[str]:
+def _format_findings(run: Run, case: Case, found: Sequence[Finding]) -> Iterator[str]:
     state = "" if run.meta["states"] else f", {run.meta['status']}: its factors are not there yet"
-    yield from _paragraph(str(run.path.resolve().name if run.path else run.id), f"{_count(len(found))}{state}")
+    yield from _format_paragraph(
+        str(run.path.resolve().name if run.path else run.id), f"{_format_finding_count(len(found))}{state}"
+    )
     for finding in found:
-        yield from _paragraph(finding.cause, finding.message)
-        yield from _paragraph("", f"mend: {finding.fix}")
-    for missing, names in unseen(case).items():
-        yield from _paragraph("not looked for", f"without {missing}: {', '.join(names)}")
+        yield from _format_paragraph(finding.cause, finding.message)
+        yield from _format_paragraph("", f"mend: {finding.fix}")
+    for missing, names in skipped_checks(case).items():
+        yield from _format_paragraph("not looked for", f"without {missing}: {', '.join(names)}")
 
 
-def _count(number: int) -> str:
+def _format_finding_count(number: int) -> str:
     return f"{number} finding{'s' * (number > 1)}" if number else "nothing found"
 
 
-def _paragraph(label: str, text: str) -> list[str]:
+def _format_paragraph(label: str, text: str) -> list[str]:
     label = printable(label)
     head = f"{label:<15}" if len(label) < len(_INDENT) else f"{label} "
     return textwrap.wrap(printable(text), WIDTH, initial_indent=head, subsequent_indent=_INDENT, break_long_words=False)

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, parse
-from lorascope.cli.load_runs import opened
+from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs.export import RankBudget, rank_pattern, select_components, to_peft, to_table
 from lorascope.runs.run import Run
@@ -60,24 +60,24 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope export")
-    _check(options)
-    (run,) = opened([str(options.run)], options.base)
+    _check_export_options(options)
+    (run,) = open_runs([str(options.run)], options.base)
     if options.peft is not None or options.table is not None:
-        path = _written(run, options)
+        path = _write_export(run, options)
         print(json.dumps({"id": run.id, "path": str(path)}) if options.json else printable(path))
         return 0
     if options.budget is None:
         keywords = rank_pattern(run, state=options.state)
         remarks = [_ROUTER] if run.input_dependent_modules(options.state) else []
     else:
-        keywords, remarks = _suggested(run, options, options.budget)
+        keywords, remarks = _suggest_ranks(run, options, options.budget)
     print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
     for remark in remarks:
         print(f"# {printable(remark)}", file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
-def _check(options: Options) -> None:
+def _check_export_options(options: Options) -> None:
     if options.run is None:
         raise UsageError("export what? Give a run: lorascope export runs/lora --rank-pattern")
     if [options.rank_pattern, options.peft is not None, options.table is not None].count(True) != 1:
@@ -96,13 +96,13 @@ def _check(options: Options) -> None:
         raise UsageError("--model goes with --budget: without one nothing is cut")
 
 
-def _written(run: Run, options: Options) -> Path:
+def _write_export(run: Run, options: Options) -> Path:
     if options.table is not None:
         return to_table(run, options.table, options.summary, options.state)
     return to_peft(run, str(options.peft), options.state)
 
 
-def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:
+def _suggest_ranks(run: Run, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:
     """The configuration that a budget allows, and what it keeps in words."""
     state = options.state
     if options.model is None or options.task is None:
@@ -122,10 +122,10 @@ def _suggested(run: Run, options: Options, budget: float) -> tuple[dict[str, Any
             "A LoRA that is trained anew at these ranks ends elsewhere.",
         ]
     keywords = peft_keywords(run, chosen.ranks, run.updates(state=state))
-    return keywords, [*_told(chosen, options.by), *priced, *_ELSEWHERE]
+    return keywords, [*format_budget(chosen, options.by), *priced, *_ELSEWHERE]
 
 
-def _told(chosen: RankBudget, by: str) -> list[str]:
+def format_budget(chosen: RankBudget, by: str) -> list[str]:
     table = chosen.modules
     total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
     worst = table.iloc[int(table["share"].argmin())]

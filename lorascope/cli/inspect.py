@@ -11,13 +11,13 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, parse
-from lorascope.cli.load_runs import opened
+from lorascope.cli.load_runs import open_runs
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.comparison import compare
 from lorascope.diagnosis.inspection import Inspection, inspect
 from lorascope.diagnosis.neuron_inspection import inspect_neurons
 from lorascope.diagnosis.neuron_scores import is_checkpoint
-from lorascope.diagnosis.terminal import compared
+from lorascope.diagnosis.terminal import comparison_screen
 from lorascope.files.safe_csv import csv_text
 from lorascope.runs.loading import AdapterRun
 
@@ -62,19 +62,19 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError("--json and --csv exclude each other")
     whole = [path for path in options.paths if is_checkpoint(path)]
     if whole:
-        print(_told_of_neurons(whole[0], options), end="")
+        print(format_neuron_inspection(whole[0], options), end="")
         return 0
-    runs = opened(options.paths, options.base)
+    runs = open_runs(options.paths, options.base)
     unfinished = [run for run in runs if not isinstance(run, AdapterRun) and not run.meta["states"]]
     for run in unfinished:
         print(run)
     if unfinished:
         return 1
-    print(_told([inspect(run, options.spectra) for run in runs], options), end="")
+    print(format_inspection([inspect(run, options.spectra) for run in runs], options), end="")
     return 0
 
 
-def _told_of_neurons(path: str, options: Options) -> str:
+def format_neuron_inspection(path: str, options: Options) -> str:
     if len(options.paths) > 1:
         raise UsageError(f"{path} is a whole model: inspect it alone; only adapters and runs are compared")
     if options.base is None:
@@ -83,28 +83,28 @@ def _told_of_neurons(path: str, options: Options) -> str:
     if options.csv:
         return csv_text(item.scores.drop(columns="top"))
     if options.json:
-        return json.dumps(item.plain(), indent=1) + "\n"
+        return json.dumps(item.to_json(), indent=1) + "\n"
     style = terminal.Style.of(sys.stdout)
-    return (terminal.every_projection if options.all else terminal.neurons)(item, style) + "\n"
+    return (terminal.projections_screen if options.all else terminal.neurons_screen)(item, style) + "\n"
 
 
-def _told(inspections: list[Inspection], options: Options) -> str:
+def format_inspection(inspections: list[Inspection], options: Options) -> str:
     if len(inspections) > 1:
-        return _told_of_several(inspections, options)
+        return format_inspections(inspections, options)
     item, style = inspections[0], terminal.Style.of(sys.stdout)
     if options.csv:
         table = item.modules.assign(name=item.name)
         return csv_text(table[["name", *table.columns.drop("name")]])
     if options.json:
-        return json.dumps(item.plain(), indent=1) + "\n"
-    return (terminal.every if options.all else terminal.one)(item, style) + "\n"
+        return json.dumps(item.to_json(), indent=1) + "\n"
+    return (terminal.modules_screen if options.all else terminal.inspection_screen)(item, style) + "\n"
 
 
-def _told_of_several(inspections: list[Inspection], options: Options) -> str:
+def format_inspections(inspections: list[Inspection], options: Options) -> str:
     comparison, style = compare(inspections, options.spectra), terminal.Style.of(sys.stdout)
     if options.csv:
         return csv_text(comparison.table())
     if options.json:
-        return json.dumps(comparison.plain(), indent=1) + "\n"
-    screens = [terminal.every(item, style) for item in inspections] if options.all else []
-    return "\n\n".join([*screens, compared(comparison, style)]) + "\n"
+        return json.dumps(comparison.to_json(), indent=1) + "\n"
+    screens = [terminal.modules_screen(item, style) for item in inspections] if options.all else []
+    return "\n\n".join([*screens, comparison_screen(comparison, style)]) + "\n"

@@ -10,7 +10,7 @@ from lorascope.runs.loading import is_run, load
 from lorascope.runs.run import Run
 
 
-def opened(paths: Sequence[str | Path], base: str | None) -> list[Run]:
+def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run]:
     """Open folders; the base is given to the adapters among them, since a run knows its own.
 
     Raises

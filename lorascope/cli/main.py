@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prepare_process()
         argv = sys.argv[1:]
     try:
-        return _flush(_answer(list(argv)))
+        return _flush_output(_run_command(list(argv)))
     except KeyboardInterrupt:  # a further one, while the first was answered
         return 130
 
@@ -80,49 +80,49 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     """Exit at once: the user does not wait for the cleanup after the first Ctrl-C."""
-    _failed("stopped", 130)
+    _report_failure("stopped", 130)
     os._exit(130)
 
 
-def _answer(words: list[str]) -> int:
+def _run_command(words: list[str]) -> int:
     """Exit code of a command; an error is one line."""
     try:
         return _dispatch(words)
     except KeyboardInterrupt as stop:
         if signal.getsignal(signal.SIGINT) in (_interrupt, _leave):
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the line is printed here
-        return _failed(str(stop).replace("the same call", "the same command") or "stopped", 130)
+        return _report_failure(str(stop).replace("the same call", "the same command") or "stopped", 130)
     except BrokenPipeError as error:
         try:
             print(flush=True)
         except BrokenPipeError:  # the reader of our output, such as `head`, has had enough
             return 0
-        return _failed(error, 1)
+        return _report_failure(error, 1)
     except FloatingPointError as error:
-        return _failed(error, 1)
+        return _report_failure(error, 1)
     except OSError as error:
         # Python has classes of their own for names that are wrong; a disk that is full or broken is a plain OSError.
-        return _failed(error, 1 if type(error) is OSError else 2)
+        return _report_failure(error, 1 if type(error) is OSError else 2)
     except ValueError as error:
-        return _failed(error, 2)
+        return _report_failure(error, 2)
     except MemoryError as error:
-        return _failed(f"not enough memory: {error}" if str(error) else "not enough memory", 1)
+        return _report_failure(f"not enough memory: {error}" if str(error) else "not enough memory", 1)
     except SystemExit as stop:  # of --help
         return int(stop.code or 0)
 
 
-def _flush(code: int) -> int:
+def _flush_output(code: int) -> int:
     """The exit code, once all output is written; a pipe that is closed counts as written."""
     try:
         sys.stdout.flush()
     except OSError as error:
-        _discard(sys.stdout)
+        _discard_output(sys.stdout)
         if not code and not isinstance(error, BrokenPipeError):
-            return _failed(f"cannot write the output: {error.strerror}", 1)
+            return _report_failure(f"cannot write the output: {error.strerror}", 1)
     return code
 
 
-def _discard(stream: TextIO) -> None:
+def _discard_output(stream: TextIO) -> None:
     """Send what a stream still holds nowhere; else the interpreter tries again at its end and complains."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -130,7 +130,7 @@ def _discard(stream: TextIO) -> None:
 def _dispatch(words: list[str]) -> int:
     match words:
         case [] | ["-h" | "--help" | "help"]:
-            print(_help())
+            print(_print_help())
             return 0 if words else 2
         case ["--version"]:
             print(f"lorascope {__version__}")
@@ -142,16 +142,16 @@ def _dispatch(words: list[str]) -> int:
     raise ValueError(f"there is no command {words[0]!r}; {hint}")
 
 
-def _help() -> str:
+def _print_help() -> str:
     lines = [f"  {name:<11}{command.told}" for name, command in COMMANDS.items()]
     head = "usage: lorascope COMMAND ...\n\nLook inside low-rank adaptation: train it, record it, draw it, judge it."
     tail = "lorascope COMMAND --help tells more; lorascope --version the version."
     return "\n".join([head, "", "commands:", *lines, "", _EXAMPLES, "", tail])
 
 
-def _failed(reason: object, code: int) -> int:
+def _report_failure(reason: object, code: int) -> int:
     try:
         print(f"lorascope: {printable(' '.join(str(reason).split()))}", file=sys.stderr, flush=True)
     except OSError:
-        _discard(sys.stderr)
+        _discard_output(sys.stderr)
     return code

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, fields_of, headline, parse
-from lorascope.cli.load_runs import opened
+from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.run import Run
@@ -23,7 +23,7 @@ _RUNS = "folders of runs or adapters; label=folder names a curve, the same label
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Common:
+class _CommonPlotOptions:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...", help=_RUNS)] = ()
     out: Annotated[
         str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf by default")
@@ -49,24 +49,24 @@ def main(argv: Sequence[str]) -> int:
     if name not in FIGURES:
         near = difflib.get_close_matches(name, FIGURES, n=2) or list(FIGURES)
         raise UsageError(f"there is no figure {name!r}: {', '.join(near)} (all: lorascope plot)")
-    options: Any = parse(_options(name), rest, f"lorascope plot {name}")
+    options: Any = parse(_figure_options(name), rest, f"lorascope plot {name}")
     if not options.runs:
         raise UsageError(f"plot {name} of what? Give a run: lorascope plot {name} runs/my-run -o {name}.pdf")
     own = {field: getattr(options, field) for field in _own_fields(name)}
-    labels, folders = zip(*map(_split, (*options.runs, *options.control)), strict=True)
-    pairs, drawn = list(zip(labels, opened(folders, options.base), strict=True)), len(options.runs)
-    control = _by_label(pairs[drawn:]) if options.control else None
-    chart = FIGURES[name].draw(_by_label(pairs[:drawn]), control, **own)
+    labels, folders = zip(*map(_split_label, (*options.runs, *options.control)), strict=True)
+    pairs, drawn = list(zip(labels, open_runs(folders, options.base), strict=True)), len(options.runs)
+    control = _group_by_label(pairs[drawn:]) if options.control else None
+    chart = FIGURES[name].draw(_group_by_label(pairs[:drawn]), control, **own)
     path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
     print(json.dumps({"figure": name, "path": str(path)}) if options.json else printable(path))
     return 0
 
 
-def _options(name: str) -> type:
+def _figure_options(name: str) -> type:
     """The options of a figure: those of all, and the arguments of its own function."""
     figure = FIGURES[name]
     own = fields_of(figure.draw, skip=("runs", "control"))
-    options = dataclasses.make_dataclass("Options", own, bases=(_Common,), frozen=True, kw_only=True)
+    options = dataclasses.make_dataclass("Options", own, bases=(_CommonPlotOptions,), frozen=True, kw_only=True)
     example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
     options.__doc__ = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
     return options
@@ -76,7 +76,7 @@ def _own_fields(name: str) -> list[str]:
     return [field for field, *_ in fields_of(FIGURES[name].draw, skip=("runs", "control"))]
 
 
-def _by_label(pairs: Sequence[tuple[str, Run]]) -> list[Run] | dict[str, list[Run]]:
+def _group_by_label(pairs: Sequence[tuple[str, Run]]) -> list[Run] | dict[str, list[Run]]:
     """Runs by label where one is named, else a list."""
     if not any(label for label, _ in pairs):
         return [run for _, run in pairs]
@@ -86,7 +86,7 @@ def _by_label(pairs: Sequence[tuple[str, Run]]) -> list[Run] | dict[str, list[Ru
     return labelled
 
 
-def _split(word: str) -> tuple[str, str]:
+def _split_label(word: str) -> tuple[str, str]:
     label, equals, path = word.partition("=")
     return (label, path) if equals and not Path(word).exists() else ("", word)
 

@@ -20,7 +20,7 @@ from lorascope.diagnosis.terminal import WIDTH, elide
 from lorascope.files.printable import printable
 
 if TYPE_CHECKING:
-    from lorascope.experiments.sweep import Swept
+    from lorascope.experiments.sweep import SweepResult
 
 _NAME = 36
 
@@ -56,21 +56,21 @@ def main(argv: Sequence[str]) -> int:
         found = grid.read(options.file)
     for warning in caught:
         print(f"lorascope: {printable(str(warning.message))}", file=sys.stderr)
-    swept = sweep.run_grid(replace(found, backend=_backend(found.backend, options)), progress=options.progress)
-    print(json.dumps(_plain(swept), indent=1) if options.json else _told(swept))
+    swept = sweep.run_grid(replace(found, backend=_choose_backend(found.backend, options)), progress=options.progress)
+    print(json.dumps(sweep_to_json(swept), indent=1) if options.json else format_standings(swept))
     for line in swept.complaints():
         print(f"lorascope: failed: {printable(' '.join(line.split()))}", file=sys.stderr)
     return 1 if swept.failures else 0
 
 
-def _backend(stored: Any, options: Options) -> dict[str, Any]:
+def _choose_backend(stored: Any, options: Options) -> dict[str, Any]:
     """The file's backend under what the command line says; another backend leaves the file's options behind."""
     kept = stored if options.backend in (None, stored.get("name")) else {}
     given = {"name": options.backend, "address": options.address, "jobs": options.jobs}
     return dict(kept) | {key: value for key, value in given.items() if value is not None}
 
 
-def _told(swept: Swept) -> str:
+def format_standings(swept: SweepResult) -> str:
     table = recipe_comparison.scores(swept.runs())
     if table.empty:
         return "no run was finished"
@@ -79,7 +79,7 @@ def _told(swept: Swept) -> str:
     several = [column for column in ("model", "task") if rows[column].nunique() > 1]
     cells = [["recipe", *several, "test", "seeds", "place"]]
     for row in rows.to_dict("records"):
-        value = Interval(row["value"], row["low"], row["high"], row["n"]).words(4)
+        value = Interval(row["value"], row["low"], row["high"], row["n"]).format(4)
         place = str(row["first"]) if row["first"] == row["last"] else f"{row['first']}-{row['last']}"
         names = [elide(str(row[column]), _NAME) for column in ("recipe", *several)]
         cells.append([*names, f"{printable(row['metric'])} {value}", str(row["n"]), place])
@@ -87,23 +87,30 @@ def _told(swept: Swept) -> str:
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
     note = "± half a 95 % t-interval over seeds; places by paired t-tests, seed by seed (Holm, 5 %)"
     return "\n".join(
-        [*lines, "", *(textwrap.fill(printable(told), WIDTH) for told in (note, *recipe_comparison.words(compared)))]
+        [
+            *lines,
+            "",
+            *(
+                textwrap.fill(printable(told), WIDTH)
+                for told in (note, *recipe_comparison.describe_comparison(compared))
+            ),
+        ]
     )
 
 
-def _plain(swept: Swept) -> dict[str, Any]:
+def sweep_to_json(swept: SweepResult) -> dict[str, Any]:
     table = recipe_comparison.scores(swept.runs())
     compared = recipe_comparison.pairs(table)
     folders = [str(swept.folders[number]) for number in sorted(swept.folders)]
     return {
-        "runs": _records(table.assign(path=folders)),
+        "runs": table_to_records(table.assign(path=folders)),
         "failed": swept.complaints(),
-        "recipes": _records(recipe_comparison.standings(table, compared)) if len(table) else [],
-        "pairs": _records(compared),
-        "words": recipe_comparison.words(compared),
+        "recipes": table_to_records(recipe_comparison.standings(table, compared)) if len(table) else [],
+        "pairs": table_to_records(compared),
+        "words": recipe_comparison.describe_comparison(compared),
     }
 
 
-def _records(table: pd.DataFrame) -> Any:
+def table_to_records(table: pd.DataFrame) -> Any:
     """Rows as JSON knows them, without NaN."""
     return json.loads(table.to_json(orient="records", double_precision=15))

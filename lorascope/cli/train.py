@@ -29,7 +29,7 @@ _GIVEN = ("model", "data", "method", "observe", "out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Common:
+class _CommonTrainOptions:
     model: Annotated[str, arg(metavar="NAME", help="minilm, smollm2, a folder, a GGUF file or a hub id")] = "minilm"
     task: Annotated[
         str,
@@ -54,11 +54,11 @@ def main(argv: Sequence[str]) -> int:
         near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
         raise UsageError(f"unknown method {name!r}: {', '.join(near)}")
     method = METHODS[name]
-    options: Any = parse(_options(name), _new_flags(method, rest), f"lorascope train {name}")
-    chosen = method(**{field: getattr(options, field) for field in _names(_method_fields(method))})
-    settings = {field: getattr(options, field) for field in _names(_settings())}
+    options: Any = parse(_method_options(name), _new_flags(method, rest), f"lorascope train {name}")
+    chosen = method(**{field: getattr(options, field) for field in _field_names(_method_fields(method))})
+    settings = {field: getattr(options, field) for field in _field_names(_train_fields())}
     run = train(options.model, options.task, chosen, out=options.out, **settings)
-    print(json.dumps(_told(run)) if options.json else run)
+    print(json.dumps(run_to_json(run)) if options.json else run)
     return 0
 
 
@@ -83,30 +83,30 @@ def _new_flags(method: type[Method], words: Sequence[str]) -> list[str]:
     return found
 
 
-def _options(name: str) -> type:
+def _method_options(name: str) -> type:
     """The options of a method: those of ``train``, and its own fields."""
     method = METHODS[name]
-    fields = [*_settings(), *_method_fields(method)]
-    options = dataclasses.make_dataclass("Options", fields, bases=(_Common,), frozen=True, kw_only=True)
+    fields = [*_train_fields(), *_method_fields(method)]
+    options = dataclasses.make_dataclass("Options", fields, bases=(_CommonTrainOptions,), frozen=True, kw_only=True)
     options.__doc__ = (
         f"{headline(method)}\n\nExample: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
     )
     return options
 
 
-def _settings() -> list[Any]:
+def _train_fields() -> list[Any]:
     return fields_of(train, skip=_GIVEN)
 
 
 def _method_fields(method: type[Method]) -> list[Any]:
     """A method's hyper-parameters; its rates are settings of ``train``."""
-    return fields_of(method, skip=_names(_settings()))
+    return fields_of(method, skip=_field_names(_train_fields()))
 
 
-def _names(fields: list[Any]) -> list[str]:
+def _field_names(fields: list[Any]) -> list[str]:
     return [name for name, *_ in fields]
 
 
-def _told(run: Run) -> dict[str, Any]:
+def run_to_json(run: Run) -> dict[str, Any]:
     meta = run.meta
     return {"id": run.id, "path": str(run.path), "label": run.label, "status": meta["status"], "test": meta["test"]}

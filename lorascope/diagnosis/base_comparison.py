@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from lorascope.runs.loading import AdapterRun
 from lorascope.schema.module_roles import parse
-from lorascope.updates.linalg import one_thread, wide
+from lorascope.updates.linalg import as_float64, one_thread
 from lorascope.updates.low_rank import Dense, LowRank, NeuronChange, factored_change, neuron_change
 
 DIRECTIONS = 10
@@ -48,14 +48,16 @@ def against_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
         for module, part in run.files.parts.items():
             if run.base is not None and run.base.holds(module):
                 W0 = run.base.weight(module, part.shape, part.transposed)
-                rows.append({"module": module} | _beside(W0, part.update(), module, decompose))
+                rows.append({"module": module} | _compare_module(W0, part.update(), module, decompose))
     return pd.DataFrame(rows, columns=["module", *BESIDE])
 
 
-def _beside(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, module: str, decompose: bool) -> dict[str, float]:
+def _compare_module(
+    W0: Float[np.ndarray, "out in"], update: LowRank | Dense, module: str, decompose: bool
+) -> dict[str, float]:
     if not np.isfinite(update.norm()):
         return dict.fromkeys(BESIDE, np.nan)
-    turned = _turned(W0, update, 0 if parse(module).role in _BY_COLUMN else 1).cosine_distance
+    turned = _rotation_summary(W0, update, 0 if parse(module).role in _BY_COLUMN else 1).cosine_distance
     known = turned[~np.isnan(turned)]  # a neuron without weights has no direction
     told = {"neuron_median": np.median(known), "neuron_largest": known.max()} if len(known) else {}
     if decompose or min(W0.shape) <= SIDE:
@@ -66,7 +68,7 @@ def _beside(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, module: st
     return dict.fromkeys(BESIDE, np.nan) | {name: float(value) for name, value in told.items()}
 
 
-def _turned(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, axis: int) -> NeuronChange:
+def _rotation_summary(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, axis: int) -> NeuronChange:
     if isinstance(update, LowRank):
-        return factored_change(W0, update.scale * wide(update.B), update.A, axis)
+        return factored_change(W0, update.scale * as_float64(update.B), update.A, axis)
     return neuron_change(W0, update.dense() + W0, axis)

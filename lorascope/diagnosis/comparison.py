@@ -39,12 +39,12 @@ class Comparison:
         each = self.modules.drop(columns="inner")
         return pd.concat([self.matrix.assign(module=""), each])[["one", "other", "module", *self.matrix.columns[2:]]]
 
-    def plain(self) -> list[dict[str, Any]]:
+    def to_json(self) -> list[dict[str, Any]]:
         """The JSON form of each inspection, with ``compared``: it beside each of the others, by module, too."""
         told = []
         for label, item in zip(self.labels, self.inspections, strict=True):
             mine = self.matrix[(self.matrix["one"] == label) & (self.matrix["other"] != label)]
-            told.append(item.plain() | {"label": label, "compared": rows(mine.drop(columns="one"))})
+            told.append(item.to_json() | {"label": label, "compared": rows(mine.drop(columns="one"))})
             shared = self.modules[self.modules["one"] == label].drop(columns=["one", "inner"])
             told[-1]["compared_modules"] = rows(shared)
         return told

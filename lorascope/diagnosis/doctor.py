@@ -32,17 +32,17 @@ def diagnose(run: Run) -> list[Finding]:
     list of Finding
         ``cause, message, evidence, fix`` each; empty where nothing was found.
     """
-    return findings(examine(run))
+    return findings(collect_evidence(run))
 
 
 def findings(case: Case) -> list[Finding]:
     """What the causes find, without what only follows from another finding."""
     found = {cause: list(cause.find(case)) for cause in CAUSES}
-    follows = {name for cause, told in found.items() if told for name in cause.brings}
+    follows = {name for cause, told in found.items() if told for name in cause.suppresses}
     return [finding for told in found.values() for finding in told if finding.cause not in follows]
 
 
-def unseen(case: Case) -> dict[str, list[str]]:
+def skipped_checks(case: Case) -> dict[str, list[str]]:
     """Names of the causes that there is no evidence for, by what is missing."""
     lacking = {need for need in ("weights", "base", "history") if not getattr(case, need)}
     missing: dict[str, list[str]] = {}
@@ -52,19 +52,21 @@ def unseen(case: Case) -> dict[str, list[str]]:
     return missing
 
 
-def examine(run: Run) -> Case:
+def collect_evidence(run: Run) -> Case:
     """All that the causes look at, read once."""
     history = not isinstance(run, AdapterRun)
-    modules = _modules(run) if run.meta["states"] else _none()
+    modules = _module_evidence(run) if run.meta["states"] else _no_modules()
     losses = pd.Series(dtype="float64")
     if history and "records.parquet" in run.meta["checksums"]:
         rows = run.table[run.table["quantity"] == "loss"].sort_values("step")
         losses = pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(dtype="int64"))
     base = history or (isinstance(run, AdapterRun) and run.base is not None)
-    return Case(modules, losses, run.meta, history, bool(modules["weight_norm"].notna().any()), base, _tied(run))
+    return Case(
+        modules, losses, run.meta, history, bool(modules["weight_norm"].notna().any()), base, _tied_modules(run)
+    )
 
 
-def _modules(run: Run) -> pd.DataFrame:
+def _module_evidence(run: Run) -> pd.DataFrame:
     """``Case.modules``."""
     frame = run.summary(all=True)
     recorded = run.table["module"][run.table["quantity"] == "update_norm"]
@@ -73,12 +75,12 @@ def _modules(run: Run) -> pd.DataFrame:
     # What an allocator took has not moved, though it may have been recorded before PEFT's masked it.
     frame["moved"] = frame["learned_norm"].fillna(frame["update_norm"]).mask(frame["rank"].eq(0).fillna(False), 0.0)
     updates = run.updates()
-    parts = [_components(updates.get(name)) for name in frame["module"]]
+    parts = [_component_evidence(updates.get(name)) for name in frame["module"]]
     frame[["scale", "used", "empty"]] = pd.DataFrame(parts, columns=["scale", "used", "empty"], index=frame.index)
     return frame
 
 
-def _components(update: Any) -> tuple[float, float, bool]:
+def _component_evidence(update: Any) -> tuple[float, float, bool]:
     """Scale of an update, how many of its components are not zero, and whether its factors hold nothing at all.
 
     Only a product B A has them.
@@ -89,7 +91,7 @@ def _components(update: Any) -> tuple[float, float, bool]:
     return float(update.scale), float(np.count_nonzero(used)), not (update.A.any() or update.B.any())
 
 
-def _tied(run: Run) -> tuple[tuple[str, str], ...]:
+def _tied_modules(run: Run) -> tuple[tuple[str, str], ...]:
     if not run.meta["states"]:
         return ()
     adapted = {name for name, rank in run.ranks().items() if rank}
@@ -103,7 +105,7 @@ def _tied(run: Run) -> tuple[tuple[str, str], ...]:
     return tuple((one, other) for one, tied in pairs for other in tied.split(",") if {one, other} <= adapted)
 
 
-def _none() -> pd.DataFrame:
+def _no_modules() -> pd.DataFrame:
     """No modules."""
     frame = pd.DataFrame({name: pd.Series(dtype="float64") for name in _COLUMNS})
     words = {name: pd.Series(dtype="str") for name in ("module", "stack", "role")}

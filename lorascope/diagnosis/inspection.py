@@ -60,7 +60,7 @@ class Inspection:
     def cautions(self) -> tuple[str, ...]:
         """The findings that change how it is read beside others."""
         own = adapter_cautions(self.run) if isinstance(self.run, AdapterRun) else ()
-        return (*_cautions(self.run, self.modules), *_beside(self.modules), *own)
+        return (*_norm_cautions(self.run, self.modules), *_base_findings(self.modules), *own)
 
     @property
     def norm(self) -> float:
@@ -88,7 +88,7 @@ class Inspection:
         """The modules with the largest updates."""
         return self.modules.nlargest(count, "update_norm")
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The JSON form; what is unknown is None."""
         return {
             "name": self.name,
@@ -117,13 +117,13 @@ def inspect(run: Run, spectra: bool = False) -> Inspection:
     ValueError
         The run holds no update: it is unfinished, or nothing was recorded.
     """
-    modules = _modules(run, spectra)
+    modules = _measure_modules(run, spectra)
     facts, own = (
         (adapter_facts(run), adapter_findings(run))
         if isinstance(run, AdapterRun)
         else (_run_facts(run, len(modules)), ())
     )
-    return Inspection(run, facts[0][0], facts, modules, (*_findings(run, modules), *own))
+    return Inspection(run, facts[0][0], facts, modules, (*_update_findings(run, modules), *own))
 
 
 def pooled(norms: pd.Series) -> float:
@@ -132,7 +132,7 @@ def pooled(norms: pd.Series) -> float:
     return root_of_squares(known) if len(known) else np.nan
 
 
-def _modules(run: Run, spectra: bool) -> pd.DataFrame:
+def _measure_modules(run: Run, spectra: bool) -> pd.DataFrame:
     frame = run.summary()
     if frame.empty:
         raise ValueError(f"run {run.id} recorded no update of any module: train with observe=[ls.observe.norms()]")
@@ -225,15 +225,15 @@ def _run_facts(run: Run, count: int) -> tuple[tuple[str, str], ...]:
     return tuple(facts)
 
 
-def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
+def _update_findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     """What holds for any update: NaN, nothing at all, much in few directions."""
-    yield from _cautions(run, modules)
+    yield from _norm_cautions(run, modules)
     untouched = modules["module"][modules["update_norm"] == 0]
     if 0 < len(untouched) < len(modules):
-        plural = "s" * (len(untouched) > 1)
-        yield f"{len(untouched)} module{plural} untouched: {some(untouched)}{_zero(run, untouched)}"
-    yield from _dead(modules)
-    yield from _beside(modules)
+        plural, cause = "s" * (len(untouched) > 1), _zero_factor_findings(run, untouched)
+        yield f"{len(untouched)} module{plural} untouched: {first_and_count(untouched)}{cause}"
+    yield from _dead_component_findings(modules)
+    yield from _base_findings(modules)
     sound = modules[modules["update_norm"] > 0]
     known = sound.dropna(subset=["energy_rank", "rank"])
     if len(known) and known["rank"].min() >= 4:
@@ -243,27 +243,29 @@ def _findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         yield f"{narrow or 'none'} of {len(known)} modules hold {100 * _SHARE:.0f} % of their energy in {bound}"
 
 
-def _cautions(run: Run, modules: pd.DataFrame) -> Iterator[str]:
+def _norm_cautions(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     """Norms that are those of a stand-in, or none."""
     routed = int((~modules["exact"]).sum())
     if routed:
         yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {stands_at(run)}"
     broken = modules["module"][modules["update_norm"].isna()]
     if len(broken):
-        yield f"{_count(len(broken), modules)} NaN or infinity: {some(broken)}"
+        yield f"{_count_modules(len(broken), modules)} NaN or infinity: {first_and_count(broken)}"
     if (modules["update_norm"] == 0).all():
         yield f"all {len(modules)} modules untouched: saved before it was trained?"
 
 
-def _dead(modules: pd.DataFrame) -> Iterator[str]:
+def _dead_component_findings(modules: pd.DataFrame) -> Iterator[str]:
     """Components that are there and do nothing, in modules that are not untouched altogether."""
     worn = modules[(modules["dead"] > 0) & (modules["update_norm"] > 0)]
     if len(worn):
         total = int(worn["dead"].sum())
-        yield f"{total} component{'s' * (total > 1)} dead (below 1e-6 of the largest): {some(worn['module'])}"
+        yield (
+            f"{total} component{'s' * (total > 1)} dead (below 1e-6 of the largest): {first_and_count(worn['module'])}"
+        )
 
 
-def _beside(modules: pd.DataFrame) -> Iterator[str]:
+def _base_findings(modules: pd.DataFrame) -> Iterator[str]:
     """What the base's weights say."""
     known = modules[modules["intruders"].notna()]
     found = known[known["intruders"] > 0]
@@ -282,7 +284,7 @@ def _beside(modules: pd.DataFrame) -> Iterator[str]:
             yield f"intruder dimensions of {rest} large modules not looked for: --spectra does, and takes long"
 
 
-def _zero(run: Run, modules: pd.Series) -> str:
+def _zero_factor_findings(run: Run, modules: pd.Series) -> str:
     """Which factor is zero, where it is the same one in all modules."""
     factors = run.factors()
     zero = {
@@ -293,7 +295,7 @@ def _zero(run: Run, modules: pd.Series) -> str:
     return f" ({' and '.join(names)} zero)" if names else ""
 
 
-def _count(count: int, modules: pd.DataFrame) -> str:
+def _count_modules(count: int, modules: pd.DataFrame) -> str:
     return f"{count} of {len(modules)} modules hold{'s' * (count == 1)}"
 
 
@@ -360,14 +362,14 @@ def adapter_findings(run: AdapterRun) -> Iterator[str]:
         yield f"{len(biases - whole)} biases beside the factors, not measured"
     lacking = [module for module in run.files.parts if run.base is not None and not run.base.holds(module)]
     if lacking:
-        yield f"not in the base, tied perhaps: {some(lacking)}"
+        yield f"not in the base, tied perhaps: {first_and_count(lacking)}"
     for pattern in ("rank_pattern", "alpha_pattern"):
         # AdaLoRA's ranks are masks by parameter.
         if pattern == "rank_pattern" and run.files.kind == "AdaLoRA":
             continue
         idle = Patterns(config.get(pattern) or {}, f"{pattern} of {run.files.path / CONFIG}").idle(run.files.parts)
         if idle:
-            yield f"{pattern} names no module of this adapter: {some(idle)}"
+            yield f"{pattern} names no module of this adapter: {first_and_count(idle)}"
 
 
 def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
@@ -381,7 +383,7 @@ def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
                 continue
             whole, shape = run.files.whole(module), base.shape(module)
             if whole.shape != shape:
-                sizes = f"{_size(whole.shape)}, in the base {_size(shape)}"
+                sizes = f"{_format_shape(whole.shape)}, in the base {_format_shape(shape)}"
                 yield f"saved in full beside the factors, not measured: {module} is {sizes}"
                 continue
             change = Pair(base.weight(module, shape), whole)
@@ -389,14 +391,14 @@ def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
             yield f"saved in full beside the factors: {module}, |dW| {change.update.norm():.3g} ({share})"
     if rest:
         without = "without a base" if base is None else "as the base has none"
-        yield f"saved in full beside the factors, not measured {without}: {some(rest)}"
+        yield f"saved in full beside the factors, not measured {without}: {first_and_count(rest)}"
 
 
-def _size(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def some(names: Any) -> str:
+def first_and_count(names: Any) -> str:
     """One name, and how many others."""
     listed = [str(name) for name in names]
     return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.diagnosis.inspection import DTYPES, json_values, pooled, rows, some
+from lorascope.diagnosis.inspection import DTYPES, first_and_count, json_values, pooled, rows
 from lorascope.diagnosis.neuron_scores import score
 from lorascope.runs.formats.pretrained_weights import Pretrained
 from lorascope.schema.module_roles import position
@@ -53,7 +53,7 @@ class NeuronInspection:
 
     def roles(self) -> pd.DataFrame:
         """The same numbers for every stack and role."""
-        return _summed(self.scores, ["stack", "role"])
+        return _sum_up_scores(self.scores, ["stack", "role"])
 
     def largest(self, count: int) -> pd.DataFrame:
         """The neurons that turned most."""
@@ -63,7 +63,7 @@ class NeuronInspection:
         """Quantiles of 1 - cos over all neurons."""
         return self.scores["cosine_distance"].quantile(list(QUANTILES))
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The JSON form; what is unknown is None."""
         return {
             "name": self.name,
@@ -92,14 +92,14 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
     turned = scores["cosine_distance"] > 0
     place = scores["cosine_distance"].rank(method="first", ascending=False)
     scores["top"] = turned & (place <= TOP * len(scores))
-    modules = _summed(scores, _CELL)
-    facts = _facts(*models, modules)
+    modules = _sum_up_scores(scores, _CELL)
+    facts = _checkpoint_facts(*models, modules)
     return NeuronInspection(
-        Path(tuned), Path(base), facts, scores, modules, tuple(_findings(scores, modules, models[1]))
+        Path(tuned), Path(base), facts, scores, modules, tuple(_neuron_findings(scores, modules, models[1]))
     )
 
 
-def _summed(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     cells = scores.groupby(list(by), sort=False, observed=True)
     distance = cells["cosine_distance"]
     frame = pd.DataFrame(
@@ -118,7 +118,7 @@ def _summed(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame) -> tuple[tuple[str, str], ...]:
+def _checkpoint_facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame) -> tuple[tuple[str, str], ...]:
     told = []
     for model in (tuned, base):
         dtypes = " and ".join(sorted({DTYPES[model.dtype(module)] for module in modules["module"]}))
@@ -132,14 +132,14 @@ def _facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame) -> tuple[
     )
 
 
-def _findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) -> Iterator[str]:
+def _neuron_findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) -> Iterator[str]:
     untouched = modules["delta_norm"] == 0  # not: turned none, as of neurons that are zero, or that grew
     still = modules["module"][untouched]
     if len(still) == len(modules):
         yield "no neuron turned: in their feed-forward parts the two models are the same"
         return
     if len(still):
-        yield f"{len(still)} of {len(modules)} projections untouched: {some(still)}"
+        yield f"{len(still)} of {len(modules)} projections untouched: {first_and_count(still)}"
     same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][untouched].sum())
     if same:
         narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
@@ -147,10 +147,10 @@ def _findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) ->
         yield f"{same:,} neurons elsewhere did not change at all{why}"
     absent = scores["cosine_distance"].isna()
     if absent.any():
-        where = some(scores["module"][absent].unique())
+        where = first_and_count(scores["module"][absent].unique())
         yield f"{absent.sum():,} neurons are zero before or after and have no direction: {where}"
     short = ~absent & (scores["delta_norm"] > 0) & (scores[["norm_original", "norm_tuned"]].min(axis=1) < SHORT)
     if short.any():
-        where = some(scores["module"][short].unique())
+        where = first_and_count(scores["module"][short].unique())
         told = f"changed neurons are shorter than {SHORT:g} before or after, so that their 1 - cos says little"
         yield f"{short.sum():,} {told}: {where}"

@@ -69,15 +69,15 @@ def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -
     unknown = sorted(set(roles) - set(FFN))
     if unknown:
         raise ValueError(f"roles: {unknown[0]!r} has no neurons; {', '.join(FFN)} have")
-    modules = described(tuned)
-    present = [role for role in neurons.held(modules) if role in roles]
+    modules = describe_checkpoint(tuned)
+    present = [role for role in neurons.neuron_roles(modules) if role in roles]
     if not present:
         raise ValueError(f"{tuned.folder} holds no feed-forward weights by a known name ({', '.join(roles)})")
     for part in neurons.parts(modules, present):
-        yield _scored(part, original, tuned)
+        yield _score_part(part, original, tuned)
 
 
-def described(model: Pretrained) -> pd.DataFrame:
+def describe_checkpoint(model: Pretrained) -> pd.DataFrame:
     """What ``names.describe`` tells of the feed-forward modules of a model, from the headers of its checkpoint."""
     rows = []
     for module in model.modules():
@@ -95,7 +95,7 @@ def described(model: Pretrained) -> pd.DataFrame:
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _scored(part: neurons.Part, original: Pretrained, tuned: Pretrained) -> pd.DataFrame:
+def _score_part(part: neurons.Part, original: Pretrained, tuned: Pretrained) -> pd.DataFrame:
     """The table of one part, of two weights that were found to belong together."""
     module = part.module
     if not original.holds(module):

@@ -74,28 +74,31 @@ class Style:
         return self.scale[min(len(self.scale) - 1, int(len(self.scale) * (value / largest)))]
 
 
-def one(inspection: Inspection, style: Style) -> str:
+def inspection_screen(inspection: Inspection, style: Style) -> str:
     """The screen for one adapter or run."""
-    lines = [*_header(inspection, style), "", *_chart(inspection, style), "", *_largest(inspection, style)]
-    lines += [*_findings(inspection, style), _line("next", style.paint(_next(inspection), "36"), style)]
+    lines = [*_header(inspection, style), "", *_role_chart(inspection, style), "", *_largest(inspection, style)]
+    lines += [
+        *_finding_lines(inspection, style),
+        _fact_line("next", style.paint(_next_command(inspection), "36"), style),
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def every(inspection: Inspection, style: Style) -> str:
-    """The screen of ``one`` with a line for every module in place of the chart."""
+def modules_screen(inspection: Inspection, style: Style) -> str:
+    """The screen of ``inspection_screen`` with a line for every module in place of the chart."""
     based = bool(inspection.modules["relative_update"].notna().any())
     columns = _EVERY_BASED if based else _EVERY
     width = WIDTH - len(columns) - 1
-    shared = _shared(inspection.modules["module"], width)
+    shared = _shared_prefix(inspection.modules["module"], width)
     head = elide(f"module of {shared}" if shared else "module", width)
     lines = [*_header(inspection, style), "", style.paint(f"{head:<{width}} {columns}", "1")]
     for row in inspection.modules.to_dict("records"):
         name = row["module"].removeprefix(f"{shared}.")
-        lines.append(f"{elide(name, width):<{width}} {_numbers(row, based)}")
-    return "\n".join([*lines, "", *_findings(inspection, style)])
+        lines.append(f"{elide(name, width):<{width}} {_module_cells(row, based)}")
+    return "\n".join([*lines, "", *_finding_lines(inspection, style)])
 
 
-def _shared(names: pd.Series, width: int) -> str:
+def _shared_prefix(names: pd.Series, width: int) -> str:
     """What all names begin with, where they are too long to be shown whole: cut in the middle they lack their layer."""
     if len(names) == 1 or names.str.len().max() <= width:
         return ""
@@ -107,37 +110,38 @@ _EVERY = "   |dW|  energy rank    eff stable 90 % dead"
 _EVERY_BASED = "   |dW|    dW/W rank    eff dead intr   1-cos"
 
 
-def _numbers(row: dict[Any, Any], based: bool) -> str:
+def _module_cells(row: dict[Any, Any], based: bool) -> str:
     """What stands below ``_EVERY``, or with a base below ``_EVERY_BASED``."""
-    share = _percent(row["relative_update" if based else "energy"])
+    share = _format_percent(row["relative_update" if based else "energy"])
     start = f"{norm(row['update_norm']):>7} {share:>7} {span(row['rank'], row['rank']):>4}"
-    start += f" {_number(row['effective_rank']):>6}"
+    start += f" {_format_number(row['effective_rank']):>6}"
+    dead = f"{_format_whole(row['dead']):>4}"
     if based:
-        return f"{start} {_whole(row['dead']):>4} {_whole(row['intruders']):>4} {norm(row['neuron_median']):>7}"
-    return f"{start} {_number(row['stable_rank']):>6} {_whole(row['energy_rank']):>4} {_whole(row['dead']):>4}"
+        return f"{start} {dead} {_format_whole(row['intruders']):>4} {norm(row['neuron_median']):>7}"
+    return f"{start} {_format_number(row['stable_rank']):>6} {_format_whole(row['energy_rank']):>4} {dead}"
 
 
-def neurons(inspection: NeuronInspection, style: Style) -> str:
+def neurons_screen(inspection: NeuronInspection, style: Style) -> str:
     """The screen for a whole model beside its base: which of its neurons turned."""
     lines = [*_header(inspection, style), "", *_neuron_chart(inspection, style), ""]
     told = inspection.quantiles()
     spread = "  ".join(f"{f'{share:.0%}'.replace('%', ' %')} {norm(value)}" for share, value in told.items())
-    lines.append(_line("1 - cos", spread, style))
-    lines += [*_most_turned(inspection, style), *_findings(inspection, style)]
+    lines.append(_fact_line("1 - cos", spread, style))
+    lines += [*_most_turned(inspection, style), *_finding_lines(inspection, style)]
     names = (str(inspection.path), str(inspection.base)), ("MODEL", "DIR")
-    commands = [f"lorascope inspect {_quoted(a)} --base {_quoted(b)} --csv > neurons.csv" for a, b in names]
+    commands = [f"lorascope inspect {_quote_word(a)} --base {_quote_word(b)} --csv > neurons.csv" for a, b in names]
     command = next(command for command in commands if len(command) <= WIDTH - _LABEL or command is commands[-1])
-    lines.append(_line("next", style.paint(command, "36"), style))
+    lines.append(_fact_line("next", style.paint(command, "36"), style))
     return "\n".join(line.rstrip() for line in lines)
 
 
-def every_projection(inspection: NeuronInspection, style: Style) -> str:
+def projections_screen(inspection: NeuronInspection, style: Style) -> str:
     """The same with a line for every projection in place of the chart."""
     width = WIDTH - len(_NEURON_HEAD) - 10
     lines = [*_header(inspection, style), "", style.paint(f"{'projection':<{width}} {'role':<8} {_NEURON_HEAD}", "1")]
     for row in inspection.modules.to_dict("records"):
         lines.append(f"{elide(row['module'], width):<{width}} {elide(row['role'], 8):<8} {_neuron_numbers(row)}")
-    return "\n".join([*lines, "", *_findings(inspection, style)])
+    return "\n".join([*lines, "", *_finding_lines(inspection, style)])
 
 
 def elide(text: str, width: int) -> str:
@@ -153,30 +157,30 @@ def elide(text: str, width: int) -> str:
 
 def _header(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for number, (key, text) in enumerate(inspection.facts):
-        yield _line(elide(key, _LABEL - 1), elide(text, WIDTH - _LABEL), style, strong=number == 0)
+        yield _fact_line(elide(key, _LABEL - 1), elide(text, WIDTH - _LABEL), style, strong=number == 0)
 
 
-def _line(key: str, text: str, style: Style, strong: bool = False) -> str:
+def _fact_line(key: str, text: str, style: Style, strong: bool = False) -> str:
     padded = f"{key:<{_LABEL}}"
     return (style.paint(padded, "1") if strong else padded) + text
 
 
-def _chart(inspection: Inspection, style: Style) -> Iterator[str]:
+def _role_chart(inspection: Inspection, style: Style) -> Iterator[str]:
     """A row for each role: pooled |dW| along the layers, then its numbers."""
     modules, roles = inspection.modules, inspection.roles().to_dict("records")
     inside = modules[modules["layer"].notna()]
     depth = int(inside["layer"].max()) + 1 if len(inside) else 0
-    step, repeat = _columns(depth)
-    cells = [_profile(inside, row["stack"], row["role"], depth, step) for row in roles]
-    largest = _top(cells)
+    step, repeat = _layer_columns(depth)
+    cells = [_norm_profile(inside, row["stack"], row["role"], depth, step) for row in roles]
+    largest = _largest_finite(cells)
     stacks = _STACKS if inside["stack"].nunique() > 1 else {}
     related = modules["relative_update"].notna().any()
-    head = f"{'|dW| by layer':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}}"
+    head = f"{'|dW| by layer':<{_LABEL}}{_layer_axis(depth, step, repeat):<{_CHART}}"
     yield style.paint(f"{head} {'|dW|':>7} {'dW/W' if related else 'energy':>7} {'rank':>6} {'effective':>9}", "1")
     for row, cell in zip(roles, cells, strict=True):
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
-        share = _percent(row["relative_update" if related else "energy"])
-        ranks = f"{span(row['least_rank'], row['most_rank']):>6} {_number(row['effective_rank']):>9}"
+        share = _format_percent(row["relative_update" if related else "energy"])
+        ranks = f"{span(row['least_rank'], row['most_rank']):>6} {_format_number(row['effective_rank']):>9}"
         label = elide(f"{stacks.get(row['stack'], '')}{row['role']}", _LABEL - 1)
         yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {norm(row['update_norm']):>7} {share:>7} {ranks}"
     if largest:
@@ -188,18 +192,19 @@ def _neuron_chart(inspection: NeuronInspection, style: Style) -> Iterator[str]:
     """A row for each role: the part of every layer's neurons that is among those that turned most, then numbers."""
     modules, roles = inspection.modules, inspection.roles().to_dict("records")
     depth = int(modules["layer"].max()) + 1
-    step, repeat = _columns(depth)
+    step, repeat = _layer_columns(depth)
     cells = [_share_profile(modules, row["stack"], row["role"], depth, step) for row in roles]
-    largest = _top(cells)
+    largest = _largest_finite(cells)
     stacks = _STACKS if modules["stack"].nunique() > 1 else {}
-    yield style.paint(f"{'in top 10 %':<{_LABEL}}{_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
+    yield style.paint(f"{'in top 10 %':<{_LABEL}}{_layer_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
     for row, cell in zip(roles, cells, strict=True):
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
         label = elide(f"{stacks.get(row['stack'], '')}{row['role']}", _LABEL - 1)
         yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_neuron_numbers(row)}"
     if largest:
         bins = f", a column is {step} layers" if step > 1 else ""
-        yield f"{'':<{_LABEL}}{style.scale[-1]} is {_percent(largest)} of a layer's neurons, {style.zero} is none{bins}"
+        most = _format_percent(largest)
+        yield f"{'':<{_LABEL}}{style.scale[-1]} is {most} of a layer's neurons, {style.zero} is none{bins}"
 
 
 _NEURON_HEAD = f"{'share':>7} {'median':>7} {'largest':>7} {'|dW|':>7}"
@@ -207,7 +212,7 @@ _NEURON_HEAD = f"{'share':>7} {'median':>7} {'largest':>7} {'|dW|':>7}"
 
 def _neuron_numbers(row: dict[Any, Any]) -> str:
     numbers = f"{norm(row['median']):>7} {norm(row['largest']):>7} {norm(row['delta_norm']):>7}"
-    return f"{_percent(row['share']):>7} {numbers}"
+    return f"{_format_percent(row['share']):>7} {numbers}"
 
 
 def _share_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
@@ -223,21 +228,21 @@ def _most_turned(inspection: NeuronInspection, style: Style) -> Iterator[str]:
         place = f"  neuron {row['neuron']}"
         distance = f"{norm(row['cosine_distance']):<8} "
         name = elide(row["module"], WIDTH - _LABEL - len(distance) - len(place))
-        yield _line("" if number else "largest", f"{distance}{name}{place}", style)
+        yield _fact_line("" if number else "largest", f"{distance}{name}{place}", style)
 
 
-def _top(cells: list[list[float | None]]) -> float:
+def _largest_finite(cells: list[list[float | None]]) -> float:
     """Largest finite value in the cells of a chart; 0 without any."""
     return max((value for cell in cells for value in cell if value and math.isfinite(value)), default=0.0)
 
 
-def _columns(depth: int) -> tuple[int, int]:
+def _layer_columns(depth: int) -> tuple[int, int]:
     """Layers in one column, and characters of one column."""
     step = max(1, math.ceil(depth / _CHART))
     return step, max(1, min(3, _CHART // depth)) if depth else 1
 
 
-def _profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
+def _norm_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
     """Pooled |dW| of each layer, or the root mean square over a bin of layers; None where nothing is adapted."""
     chosen = modules[(modules["stack"] == stack) & (modules["role"] == role)]
     squares = (chosen["update_norm"] ** 2).groupby(chosen["layer"]).sum(skipna=False)
@@ -246,7 +251,7 @@ def _profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int
     return [math.sqrt(values[column]) if column in values else None for column in columns]
 
 
-def _axis(depth: int, step: int, repeat: int) -> str:
+def _layer_axis(depth: int, step: int, repeat: int) -> str:
     """Numbers of the layers above their columns, the last one where there is room."""
     bins = math.ceil(depth / step)
     line = ""
@@ -259,19 +264,19 @@ def _axis(depth: int, step: int, repeat: int) -> str:
 
 def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
     for number, row in enumerate(inspection.largest(3).to_dict("records")):
-        used = "" if math.isnan(row["effective_rank"]) else f"  rank {_number(row['effective_rank'])}"
+        used = "" if math.isnan(row["effective_rank"]) else f"  rank {_format_number(row['effective_rank'])}"
         used += "" if pd.isna(row["rank"]) else f" of {row['rank']}"
         size = f"{norm(row['update_norm']):<6} "
         name = elide(row["module"], WIDTH - _LABEL - len(size) - len(used))
-        yield _line("" if number else "largest |dW|", f"{size}{name}{used}", style)
+        yield _fact_line("" if number else "largest |dW|", f"{size}{name}{used}", style)
 
 
-def _findings(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
+def _finding_lines(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for finding in inspection.findings:
         colour = colour_of(finding)
         for number, text in enumerate(textwrap.wrap(printable(finding), WIDTH - _LABEL, subsequent_indent="  ")):
             key = "findings" if number == 0 and finding is inspection.findings[0] else ""
-            yield _line(key, style.paint(text, colour), style)
+            yield _fact_line(key, style.paint(text, colour), style)
 
 
 def colour_of(finding: str) -> str:
@@ -279,22 +284,22 @@ def colour_of(finding: str) -> str:
     return "31" if "NaN" in finding else "33"
 
 
-def _next(inspection: Inspection) -> str:
+def _next_command(inspection: Inspection) -> str:
     run = inspection.run
     folders = [run.path]
     if isinstance(run, AdapterRun) and run.base is not None and run.needs_base:
         folders.append(run.base.folder)
-    shown = [[_short(folder) for folder in folders], ["ADAPTER", "BASE"][: len(folders)]]
+    shown = [[_shorten_folder(folder) for folder in folders], ["ADAPTER", "BASE"][: len(folders)]]
     commands = [f"lorascope plot spectrum {' --base '.join(names)} -o spectrum.pdf" for names in shown]
     return commands[0] if len(commands[0]) <= WIDTH - _LABEL else commands[1]
 
 
-def _short(folder: Any) -> str:
+def _shorten_folder(folder: Any) -> str:
     """A folder as the shell takes it, from here or from the root, whichever is shorter."""
-    return _quoted(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
+    return _quote_word(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
 
 
-def _quoted(word: str) -> str:
+def _quote_word(word: str) -> str:
     return printable(shlex.quote(word))
 
 
@@ -313,17 +318,17 @@ def norm(value: float) -> str:
     return f"{value:#.3g}".rstrip(".") if value == 0 or 1e-3 <= value < 1000 else f"{value:.1e}"
 
 
-def _percent(share: float) -> str:
+def _format_percent(share: float) -> str:
     if math.isnan(share):
         return "-"
     return f"{100 * share:.{1 if share < 10 else 0}f} %" if share < 1000 else f"{100 * share:.0e} %"
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}" if abs(value) < 1e5 else norm(value)
 
 
-def _whole(value: float) -> str:
+def _format_whole(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.0f}" if abs(value) < 1e5 else norm(value)
 
 
@@ -332,21 +337,23 @@ _MOST = (WIDTH - 2) // _CELL
 _HALF = WIDTH // 2
 
 
-def compared(comparison: Comparison, style: Style) -> str:
+def comparison_screen(comparison: Comparison, style: Style) -> str:
     """The screen for several adapters or runs, a letter each."""
-    lines = [*_listed(comparison, style), ""]
+    lines = [*_list_inspections(comparison, style), ""]
     blocks = [list(_block(comparison, *question, style)) for question in _QUESTIONS]
     if 2 + _CELL * len(comparison.inspections) < _HALF:
         for left, right in zip(blocks[::2], blocks[1::2], strict=True):
-            lines += [f"{one}{other}" for one, other in zip(_padded(left, _HALF, style), right, strict=True)] + [""]
+            lines += [f"{one}{other}" for one, other in zip(_pad_lines(left, _HALF, style), right, strict=True)] + [""]
     else:
         for block in blocks:
             lines += [*block, ""]
-    told = list(_cautions(comparison, style))
-    return "\n".join(line.rstrip() for line in [*lines, *_explained(comparison), *([""] if told else []), *told])
+    told = list(_caution_lines(comparison, style))
+    return "\n".join(
+        line.rstrip() for line in [*lines, *_explain_comparison(comparison), *([""] if told else []), *told]
+    )
 
 
-def _listed(comparison: Comparison, style: Style) -> Iterator[str]:
+def _list_inspections(comparison: Comparison, style: Style) -> Iterator[str]:
     width = WIDTH - 52
     head = f"  {'':<{width}} {'method':<10} {'|dW|':>7} {'rank':>7} {'modules':>7} {'parameters':>13}"
     yield style.paint(head, "1")
@@ -358,7 +365,7 @@ def _listed(comparison: Comparison, style: Style) -> Iterator[str]:
 
 
 def _block(
-    comparison: Comparison, title: str, column: str, tell: Callable[[float], str], style: Style
+    comparison: Comparison, title: str, column: str, format_cell: Callable[[float], str], style: Style
 ) -> Iterator[str]:
     """A matrix: its title above, a letter for each row and column."""
     letters = _letters(comparison)
@@ -367,23 +374,23 @@ def _block(
     yield "  " + "".join(f"{letter:>{_CELL}}" for letter in letters[:_MOST])
     for letter, label in zip(letters, comparison.labels, strict=True):
         values = cells.loc[[label], list(comparison.labels[:_MOST])].to_numpy(float)[0]
-        yield f"{letter} " + "".join(f"{'-' if math.isnan(value) else tell(value):>{_CELL}}" for value in values)
+        yield f"{letter} " + "".join(f"{'-' if math.isnan(value) else format_cell(value):>{_CELL}}" for value in values)
 
 
-def _factor(value: float) -> str:
+def _format_ratio(value: float) -> str:
     """A ratio in five characters."""
     return f"{value:.3g}" if 0.1 <= value < 1000 or value == 0 else f"{value:.0e}"
 
 
 _QUESTIONS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("|dW|, row over column", "norm_ratio", _factor),
+    ("|dW|, row over column", "norm_ratio", _format_ratio),
     ("cosine of dW", "cosine", lambda value: f"{round(value, 2) + 0.0:.2f}"),
     ("angle of directions, degrees", "angle", lambda value: f"{value:.0f}"),
     ("ranks elsewhere, %", "rank_moved", lambda value: f"{100 * value:.0f}"),
 )
 
 
-def _explained(comparison: Comparison) -> Iterator[str]:
+def _explain_comparison(comparison: Comparison) -> Iterator[str]:
     chance = comparison.matrix["chance"].dropna()
     yield "cosine     of the whole updates as one vector; 0 where modules are not shared"
     if len(chance):
@@ -395,7 +402,7 @@ def _explained(comparison: Comparison) -> Iterator[str]:
         yield f"the first {_MOST} columns; --csv and --json have all"
 
 
-def _cautions(comparison: Comparison, style: Style) -> Iterator[str]:
+def _caution_lines(comparison: Comparison, style: Style) -> Iterator[str]:
     """What of an adapter or run changes how its numbers are read, by its letter."""
     for letter, item in zip(_letters(comparison), comparison.inspections, strict=True):
         for caution in item.cautions:
@@ -407,7 +414,7 @@ def _letters(comparison: Comparison) -> list[str]:
     return [chr(ord("a") + number) for number in range(len(comparison.inspections))]
 
 
-def _padded(lines: list[str], width: int, style: Style) -> Iterator[str]:
+def _pad_lines(lines: list[str], width: int, style: Style) -> Iterator[str]:
     """Lines filled up to a width; colour takes none."""
     for line in lines:
         yield line + " " * (width - len(line) + (len(line) - len(line.replace("\033[1m", "").replace("\033[0m", ""))))

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from lorascope.adapters.activation_patching import Batch
 from lorascope.adapters.delta import detach
 from lorascope.adapters.host_weights import host_weight
-from lorascope.experiments.component_removal import Triple, canonical, dress, fill_plain, settled_rises
+from lorascope.experiments.component_removal import (
+    Triple,
+    ablation_loss_increases,
+    attach_components,
+    canonical,
+    fill_plain,
+)
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.tasks import Task
@@ -29,7 +35,7 @@ from lorascope.runs.run import Run
 from lorascope.runs.summary import factored
 from lorascope.schema.deprecation import old_names
 from lorascope.training.evaluation import evaluate
-from lorascope.training.state import put_tensors
+from lorascope.training.state import load_tensors
 
 BATCH = 32
 
@@ -75,8 +81,8 @@ def component_importance(
         The model is not the run's base, the run holds an update that is no product, or what trained beside the updates
         was not kept.
     """
-    base, fitted, parts = _opened(run, model, task, state)
-    encoded = _half(base, fitted, 0, rows)
+    base, fitted, parts = _open_trained(run, model, task, state)
+    encoded = _validation_half(base, fitted, 0, rows)
     size = min(BATCH, len(encoded))
     batches = [encoded.batch(range(at, at + size)) for at in range(0, len(encoded) - size + 1, size)]
 
@@ -84,7 +90,7 @@ def component_importance(
         return base(**batch).loss
 
     removed = min(-(-exact_rows // size), len(batches))
-    return {name: rise[:-1] for name, rise in settled_rises(base, loss, parts, batches, removed).items()}
+    return {name: rise[:-1] for name, rise in ablation_loss_increases(base, loss, parts, batches, removed).items()}
 
 
 def pruned_losses(
@@ -95,22 +101,22 @@ def pruned_losses(
     On the second half of the validation split, of which ``component_importance`` has seen nothing; ``rows`` of it at
     most. Parameters as there.
     """
-    base, fitted, parts = _opened(run, model, task, state)
-    encoded = _half(base, fitted, 1, rows)
+    base, fitted, parts = _open_trained(run, model, task, state)
+    encoded = _validation_half(base, fitted, 1, rows)
     masks = {name: cut.kept[name][: len(sigma)] for name, (_, sigma, _) in parts.items()}
     chosen = {name: (P[:, masks[name]], sigma[masks[name]], Q[masks[name]]) for name, (P, sigma, Q) in parts.items()}
-    before, after = (_loss(base, some, encoded) for some in (parts, chosen))
+    before, after = (_mean_loss(base, some, encoded) for some in (parts, chosen))
     return Losses(before, after, len(encoded))
 
 
-def _loss(model: nn.Module, state: Mapping[str, Triple], encoded: Encoded) -> float:
-    dress(model, {name: triple for name, triple in state.items() if len(triple[1])}, ALoRADelta, fill_plain)
+def _mean_loss(model: nn.Module, state: Mapping[str, Triple], encoded: Encoded) -> float:
+    attach_components(model, {name: triple for name, triple in state.items() if len(triple[1])}, ALoRADelta, fill_plain)
     found = evaluate(model, encoded).loss
     detach(model)
     return found
 
 
-def _opened(
+def _open_trained(
     run: Run, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """The base with all that was trained but the adapters, the task in its form, and the updates."""
@@ -122,8 +128,8 @@ def _opened(
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
     if isinstance(run, AdapterRun) or run.meta["w0_hash"] is None:
-        held = _beside(run) if isinstance(run, AdapterRun) else _recorded(run, state)
-        _put_others(run, held, base, str(name))
+        held = _adapter_weights(run) if isinstance(run, AdapterRun) else _recorded_weights(run, state)
+        _load_other_weights(run, held, base, str(name))
         _check_hosts(run, parts, base, str(name))
     else:
         fit_head(base, run.meta["labels"])
@@ -135,7 +141,7 @@ def _opened(
     return base, task.fit(base), parts
 
 
-def _recorded(run: Run, state: str) -> dict[str, Tensor]:
+def _recorded_weights(run: Run, state: str) -> dict[str, Tensor]:
     """What a recording of another's training keeps beside the factors."""
     refuse_unkept(run, state)
     return {name: torch.tensor(array) for name, array in run.tensors(state).items()}
@@ -154,7 +160,7 @@ def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: s
             )
 
 
-def _put_others(run: Run, held: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
+def _load_other_weights(run: Run, held: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
     """Put what was trained beside the factors into the base, which is a head as a rule."""
     untrained = sorted(models.missing(base) - held.keys())
     if untrained:
@@ -167,12 +173,12 @@ def _put_others(run: Run, held: Mapping[str, Tensor], base: nn.Module, name: str
             resized = "(tokens added?): give the base in this size"
             raise ValueError(f"{other} is {shapes} {labels if other in task_head(base) else resized}")
     tied = held.keys() & places.keys() - dict(base.named_parameters()).keys()
-    put_tensors(base, {other: tensor for other, tensor in held.items() if other not in tied})
+    load_tensors(base, {other: tensor for other, tensor in held.items() if other not in tied})
     if apart := [other for other in sorted(tied) if not torch.equal(places[other], held[other].to(places[other]))]:
         raise ValueError(f"{apart[0]} has weights of its own in {run.label}, but is tied in {name}: give it untied")
 
 
-def _beside(run: AdapterRun) -> dict[str, Tensor]:
+def _adapter_weights(run: AdapterRun) -> dict[str, Tensor]:
     """What an adapter's folder holds beside the factors, under the names of the base."""
     if biased := [name for name in run.files.others if name.endswith(".lora_B.bias")]:
         raise ValueError(f"{run.label} holds {biased[0]} (lora_bias), which no component is: its loss is not measured")
@@ -182,7 +188,7 @@ def _beside(run: AdapterRun) -> dict[str, Tensor]:
     return {other.replace(".base_layer.", "."): torch.tensor(file[name]) for other, (file, name) in found.items()}
 
 
-def _half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:
+def _validation_half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:
     """Every other row of the validation split, which stands in the order of a hash."""
     chosen = task.split("validation").iloc[which::2].head(rows)
     if chosen.empty:

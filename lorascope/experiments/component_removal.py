@@ -28,7 +28,9 @@ def canonical(update: LowRank | Dense) -> Triple:
     return U, sigma, V.T
 
 
-def dress(model: nn.Module, state: Mapping[str, Triple], kind: Callable[..., Any], fill: Callable[..., None]) -> Any:
+def attach_components(
+    model: nn.Module, state: Mapping[str, Triple], kind: Callable[..., Any], fill: Callable[..., None]
+) -> Any:
     """Put the state on the model as Deltas of one kind."""
     deltas = {}
     for name, (P, sigma, Q) in state.items():
@@ -54,13 +56,13 @@ def fill_svd(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
 
 
 @torch.no_grad()
-def loss_rises(
+def loss_increases(
     model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
 ) -> dict[str, np.ndarray]:
     """Module -> mean rise of the loss with each component taken out, and last with the whole module taken out."""
-    deltas = dress(model, state, alora.ALoRADelta, fill_plain)
+    deltas = attach_components(model, state, alora.ALoRADelta, fill_plain)
     without = {
-        name: [*(partial(delta.add_component, i, -1) for i in range(delta.rank)), partial(_take_off, delta)]
+        name: [*(partial(delta.add_component, i, -1) for i in range(delta.rank)), partial(_subtract_update, delta)]
         for name, delta in deltas.items()
     }
     found: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
@@ -72,16 +74,18 @@ def loss_rises(
     return {name: np.mean(values, axis=0) for name, values in found.items()}
 
 
-def _take_off(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+def _subtract_update(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
     return y - delta(x)
 
 
-def slopes(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> dict[str, np.ndarray]:
+def first_order_increases(
+    model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
+) -> dict[str, np.ndarray]:
     """Module -> mean of lambda dL/dlambda of each component, and last their sum.
 
     To first order a rise is the negative of it. One pass back gives all of them, where a rise needs a pass of its own.
     """
-    deltas = dress(model, state, adalora.AdaLoRADelta, fill_svd)
+    deltas = attach_components(model, state, adalora.AdaLoRADelta, fill_svd)
     diagonals = [delta.diagonal for delta in deltas.values()]
     total = [torch.zeros_like(diagonal) for diagonal in diagonals]
     for batch in batches:
@@ -94,20 +98,20 @@ def slopes(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: S
     return found
 
 
-def settled_rises(
+def ablation_loss_increases(
     model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any], removed: int
 ) -> dict[str, np.ndarray]:
-    """Rise of the loss on all batches with each component, and last the whole module, taken out: as ``loss_rises``.
+    """Rise of the loss on all batches with each component, and last the whole module, taken out: as ``loss_increases``.
 
     Components are removed on the first ``removed`` batches alone. What a removal does to first order differs from text
     to text by far the most, and is exchanged for what it is on all batches; with none removed there is only that.
     """
     some, rest = batches[:removed], batches[removed:]
     if not some:
-        return {name: -slope for name, slope in slopes(model, loss, state, rest).items()}
-    found = loss_rises(model, loss, state, some)
+        return {name: -slope for name, slope in first_order_increases(model, loss, state, rest).items()}
+    found = loss_increases(model, loss, state, some)
     if not rest:
         return found
-    here, there = (slopes(model, loss, state, part) for part in (some, rest))
+    here, there = (first_order_increases(model, loss, state, part) for part in (some, rest))
     share = len(rest) / len(batches)
     return {name: rise + share * (here[name] - there[name]) for name, rise in found.items()}

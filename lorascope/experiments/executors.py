@@ -18,7 +18,7 @@ def is_death(error: BaseException) -> bool:
 
 
 @contextmanager
-def using(
+def use_backend(
     name: str | None = None, address: str | None = None, jobs: int | None = None, **options: Any
 ) -> Iterator[None]:
     """Within, joblib works on this backend.
@@ -69,7 +69,7 @@ def _on_cluster(name: str | None, address: str | None, options: dict[str, Any]) 
     return {"backend": backend, "n_jobs": options["n_jobs"]}
 
 
-class _Telling:
+class RaiseClusterErrors:
     """Raises the errors of a cluster itself, such as a killed worker, which joblib takes for results."""
 
     def retrieve_result_callback(self, out: Any) -> Any:
@@ -82,7 +82,7 @@ def _dask_backend(address: str | None, options: dict[str, Any]) -> Any:
     """joblib's backend for dask, with dask's own options."""
     from joblib._dask import DaskDistributedBackend
 
-    class Dask(_Telling, DaskDistributedBackend):
+    class Dask(RaiseClusterErrors, DaskDistributedBackend):
         """Tells joblib of errors of dask itself, too: for these it waits in vain."""
 
         def submit(self, func: Any, callback: Any = None) -> Any:
@@ -97,7 +97,7 @@ def _ray_backend(options: dict[str, Any]) -> Any:
     """ray's backend for joblib, with ray's own options."""
     from ray.util.joblib.ray_backend import RayBackend
 
-    class Ray(_Telling, RayBackend):
+    class Ray(RaiseClusterErrors, RayBackend):
         """Hands results over as they come, which joblib lets no pool do, but this one does."""
 
         supports_return_generator = True

@@ -18,7 +18,14 @@ from typing import Any
 from torch import nn
 
 from lorascope import observe
-from lorascope.experiments.toml_schema import NONE, combinations, fits, known, meant, words
+from lorascope.experiments.toml_schema import (
+    NONE,
+    combinations,
+    describe_type,
+    is_of_type,
+    require_known,
+    toml_to_value,
+)
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
@@ -106,12 +113,12 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
         There is no such file, task or model.
     """
     if isinstance(source, Mapping):
-        return _grid(source)
+        return _read_grid(source)
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give the TOML file of a sweep")
     try:
-        return _grid(tomllib.loads(path.read_text(encoding="utf-8")))
+        return _read_grid(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path}: {error}") from None
     except RecursionError:
@@ -120,8 +127,8 @@ def read(source: str | Path | Mapping[str, Any]) -> Grid:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _grid(table: Mapping[str, Any]) -> Grid:
-    known(table, _KEYS, "key")
+def _read_grid(table: Mapping[str, Any]) -> Grid:
+    require_known(table, _KEYS, "key")
     for key in ("task", "method", "settings"):
         if key not in table:
             raise ValueError(f"{key} is missing: say what is to be trained on, by which methods, for how many steps")
@@ -134,24 +141,24 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     for key, kind, allowed in (("name", str, "a text"), ("address", str, "a text"), ("jobs", int, "a whole number")):
         if key in backend and type(backend[key]) is not kind:
             raise ValueError(f"backend: {key} must be {allowed}, got {backend[key]!r}")
-    places = {key: _several(table.get(key, "minilm")) for key in ("model", "task")}
+    places = {key: _to_list(table.get(key, "minilm")) for key in ("model", "task")}
     for key, found in places.items():
         for place in found:
             if not (isinstance(place, str | Path | Task) or (key == "model" and callable(place))):
                 raise ValueError(f"{key} = {place!r} must be a text, or a list of texts")
-    methods = [method for entry in _several(table["method"]) for method in _methods(entry)]
+    methods = [method for entry in _to_list(table["method"]) for method in _methods(entry)]
     grid = Grid(
         models=places["model"],
         tasks=places["task"],
         methods=methods,
-        settings=[{**settings, "root": str(root)} for settings in _settings(table["settings"], methods)],
+        settings=[{**settings, "root": str(root)} for settings in _read_settings(table["settings"], methods)],
         seeds=_seeds(table.get("seeds", 3)),
         backend=backend,
     )
-    _once(grid.models, "model")
-    _once(grid.tasks, "task")
-    _once([config(method) for method in methods], "method")
-    _once(grid.settings, "choice of settings")
+    _require_distinct(grid.models, "model")
+    _require_distinct(grid.tasks, "task")
+    _require_distinct([config(method) for method in methods], "method")
+    _require_distinct(grid.settings, "choice of settings")
     for task in grid.tasks:
         if not isinstance(task, Task):
             tasks.load(task)
@@ -161,7 +168,7 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     return grid
 
 
-def _several(value: Any) -> list[Any]:
+def _to_list(value: Any) -> list[Any]:
     found = list(value) if isinstance(value, list | tuple) else [value]
     if not found:
         raise ValueError("an empty list leaves nothing to train: give one value or more")
@@ -172,18 +179,18 @@ def _methods(entry: Any) -> list[Method]:
     """The methods of an entry: one object, one name, or a table of a name with fields."""
     if isinstance(entry, Method):
         return [entry]
-    name, given, hints = _named(entry, METHODS, "method", '{name = "lora", rank = 8}')
+    name, given, hints = _read_named(entry, METHODS, "method", '{name = "lora", rank = 8}')
     try:
         return [from_config({"name": name, **chosen}) for chosen in combinations(given, hints)]
     except ValueError as error:
         raise ValueError(f"method {name}: {error}") from None
 
 
-def _settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
+def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
     if not isinstance(table, Mapping):
         raise ValueError(f"settings = {table!r} must be a table, such as {{steps = 300}}")
     hints = {name: hint for name, hint in typing.get_type_hints(train).items() if name not in _NO_SETTINGS}
-    known(table, hints, "setting")
+    require_known(table, hints, "setting")
     if "observe" in table:
         if isinstance(table["observe"], str | Mapping) and table["observe"] != NONE:
             raise ValueError(f'observe = {table["observe"]!r} must be a list of observers, such as ["norms"]')
@@ -205,18 +212,18 @@ def _observers(value: Any) -> Any:
         return [_observers(item) for item in value]
     if isinstance(value, Observer) or value in (None, NONE):
         return value
-    name, given, hints = _named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
-    given = {key: meant(each, hints[key]) for key, each in given.items()}
+    name, given, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
+    given = {key: toml_to_value(each, hints[key]) for key, each in given.items()}
     for key, each in given.items():
-        if not fits(each, hints[key]):
-            raise ValueError(f"observer {name}: {key} = {each!r} must be {words(hints[key])}")
+        if not is_of_type(each, hints[key]):
+            raise ValueError(f"observer {name}: {key} = {each!r} must be {describe_type(hints[key])}")
     if given.get("every", 1) < 1:
         raise ValueError(f"observer {name}: every = {given['every']} must be 1 or more, steps between two looks")
     fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in given.items()}
     return _OBSERVERS[name](**fields)
 
 
-def _named(
+def _read_named(
     entry: Any, kinds: Mapping[str, type], what: str, example: str
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """A name, or a table of a name with fields: the name, the fields, and the type of every field there is."""
@@ -227,12 +234,12 @@ def _named(
     if what == "observer" and name in observe.OLD_OBSERVERS:
         warn_renamed("observe", name, observe.OLD_OBSERVERS[name], stacklevel=3)
         name = observe.OLD_OBSERVERS[name]
-    known([name], kinds, what)
+    require_known([name], kinds, what)
     table = to_new_fields(kinds[name], table, stacklevel=4)
     types = typing.get_type_hints(kinds[name])
     own = {f.name: types[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
     given = {key: value for key, value in table.items() if key != "name"}
-    known(given, own, f"field of {what} {name}")
+    require_known(given, own, f"field of {what} {name}")
     return name, given, own
 
 
@@ -243,7 +250,7 @@ def _seeds(value: Any) -> list[int]:
         raise ValueError(f"seeds = {value!r} must be a number above 0, or a list of whole numbers from 0 to 2**32 - 1")
     if len(found) > _MOST:
         raise ValueError(f"seeds = {reprlib.repr(value)} must be at most {_MOST:,} seeds")
-    _once(found, "seed")
+    _require_distinct(found, "seed")
     return list(found)
 
 
@@ -252,7 +259,7 @@ def _is_seed(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**32
 
 
-def _once(values: Sequence[Any], what: str) -> None:
+def _require_distinct(values: Sequence[Any], what: str) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
             raise ValueError(f"the {what} {value!r} stands there twice: each run is trained once, so leave one out")

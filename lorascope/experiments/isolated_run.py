@@ -16,10 +16,10 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
 from lorascope.observe.base import Observer
-from lorascope.runs.folders import held
+from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
-from lorascope.training.base_weights import Base, first_use
-from lorascope.training.output_folder import claim, finished_run
+from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.output_folder import finished_run, prepare_folder
 from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
@@ -30,7 +30,7 @@ Data = Task | str | Path
 
 
 @dataclass(frozen=True)
-class Alone:
+class IsolatedRun:
     """What is measured; the fields are those of ``train``, the model a name or something that makes a fresh one.
 
     Of a method with phases the first one is measured.
@@ -54,7 +54,7 @@ class Alone:
         method: Method | str,
         settings: Mapping[str, Any],
         **where: Any,
-    ) -> Alone:
+    ) -> IsolatedRun:
         """With the method's own rates, and as little of evaluation as there can be."""
         method = METHODS[method]() if isinstance(method, str) else method
         asked = {"lr": method.lr, "head_lr": method.head_lr, "eval_size": 1, "test_size": 1} | dict(settings)
@@ -81,18 +81,18 @@ class Alone:
         """
         task = self.data if isinstance(self.data, Task) else tasks.load(str(self.data))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
-        _take_over(living, self.device)
+        _own_tensors(living, self.device)
         task = task.fit(living)
-        mark = first_use(living, task, self.seed)
-        base = Uncopied(living)
+        mark = prepare_model(living, task, self.seed)
+        base = LiveWeights(living)
         phase = replace(next(self.method.phases(base)), name=name)
         plan = Plan(self.method, phase, task, self.settings, self.seed, mark.w0_hash, observers)
         place = "" if self.device == "cpu" else f"-{self.device.replace(':', '-')}"
         folder = Path(self.out or Path(self.root) / f"{name}-{self.method.name}-{plan.id}{place}")
-        claim(folder, plan.id, self.overwrite)
+        prepare_folder(folder, plan.id, self.overwrite)
         found = finished_run(folder, plan)
         if found is None:
-            with held(folder), seeded(self.seed):
+            with lock_run(folder), seeded(self.seed):
                 begun = session(living, plan, base, folder, [], self.device)
                 take(begun)
                 begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}
@@ -104,8 +104,8 @@ class Alone:
         return folder
 
 
-def in_own_process(
-    work: Callable[[Alone], Path],
+def run_in_own_process(
+    work: Callable[[IsolatedRun], Path],
     model: Model,
     data: Data,
     method: Method | str,
@@ -124,7 +124,7 @@ def in_own_process(
     work : callable
         Takes what is to be measured, and gives the run folder.
     model, data, method
-        See ``Alone``.
+        See ``IsolatedRun``.
     seed : int
     out : path, optional
         The run folder; ``<root>/<name>-<method>-<id>`` by default, with the device unless that is the CPU.
@@ -136,19 +136,21 @@ def in_own_process(
     **settings
         Of ``train``, such as ``batch_size`` and ``max_length``.
     """
-    job = Alone.of(model, data, method, settings, seed=seed, out=out, root=root, overwrite=overwrite, device=device)
+    job = IsolatedRun.of(
+        model, data, method, settings, seed=seed, out=out, root=root, overwrite=overwrite, device=device
+    )
     with ProcessPoolExecutor(max_workers=1) as fresh:
         return Run.read(fresh.submit(work, job).result())
 
 
-def _take_over(model: nn.Module, device: str) -> None:
+def _own_tensors(model: nn.Module, device: str) -> None:
     """Have all tensors of a model allocated here: some loaders lay them on a mapped file, which no allocator sees."""
     model.to(device)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
 
 
-class Uncopied(Base):
+class LiveWeights(Base):
     """W_0 without copies, which belong to the toolkit and not to the method: what trains is not what it was."""
 
     def capture(self, optimizer: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from lorascope.adapters.delta import adapted, attach
+from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
 from lorascope.methods.hydralora_routing import Gates, stacked, watch
@@ -62,8 +62,8 @@ def mean_gates(
         raise ValueError(f"texts is one string: give a list of texts, [{texts[:20]!r}]")
     if not len(texts):
         raise ValueError("texts is empty: gates are looked at on one text or more")
-    model = _restored(trained, base)
-    routed = {name: delta for name, delta in adapted(model).items() if isinstance(delta, RoutedDelta)}
+    model = _restore_trained(trained, base)
+    routed = {name: delta for name, delta in attached_deltas(model).items() if isinstance(delta, RoutedDelta)}
     if not routed:
         raise ValueError(
             f"{type(model).__name__} has no router: its gates are on no text; "
@@ -75,13 +75,13 @@ def mean_gates(
         )
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder, which reads pairs: texts alone are not enough")
-    seen = _watched(model, routed, list(texts), tokenizer or models.tokenizer(model), max_length, batch_size)
+    seen = _watch_texts(model, routed, list(texts), tokenizer or models.tokenizer(model), max_length, batch_size)
     for name, delta in routed.items():
         delta.mean_gates_.copy_(torch.from_numpy(seen[name]))
     return seen
 
 
-def _restored(trained: nn.Module | Run, base: nn.Module | None) -> Any:
+def _restore_trained(trained: nn.Module | Run, base: nn.Module | None) -> Any:
     if isinstance(trained, nn.Module):
         if base is not None:
             raise ValueError("base= goes with a run, and this is a model: leave it out")
@@ -111,7 +111,7 @@ def _routers(folder: AdapterRun, base: nn.Module) -> dict[str, RoutedDelta]:
     return found
 
 
-def _watched(
+def _watch_texts(
     model: Any, routed: dict[str, RoutedDelta], texts: list[str], tokenizer: Any, max_length: int, batch_size: int
 ) -> dict[str, Float[np.ndarray, "heads"]]:
     parts: dict[str, list[Gates]] = {name: [] for name in routed}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lorascope.experiments.isolated_run import Alone, Data, Model, in_own_process
+from lorascope.experiments.isolated_run import Data, IsolatedRun, Model, run_in_own_process
 from lorascope.methods.base import Method
 from lorascope.observe import memory
 from lorascope.runs.run import Run
@@ -49,16 +49,16 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
         With ``parameter_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` after each step, and ``peak_bytes`` of the
         last. lorascope's own copy of W_0 is left out. The same call finds a finished one.
     """
-    return in_own_process(_measure, model, data, method, steps=steps, **options)
+    return run_in_own_process(_measure_memory, model, data, method, steps=steps, **options)
 
 
-def _measure(job: Alone) -> Path:
+def _measure_memory(job: IsolatedRun) -> Path:
     """Measure in this process; gives the run folder."""
     allocator = _allocator(job.device)
-    return job.run("memory", lambda session: _take_steps(session, allocator), (memory(every=1),))
+    return job.run("memory", lambda session: _measure_steps(session, allocator), (memory(every=1),))
 
 
-def _take_steps(session: Session, allocator: _Allocator) -> None:
+def _measure_steps(session: Session, allocator: _Allocator) -> None:
     """Go through the steps, the last under the eyes of the allocator."""
     step = session.step
     for index in range(session.begin(), step.total):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorascope.experiments.isolated_run import Alone, Data, Model, in_own_process
+from lorascope.experiments.isolated_run import Data, IsolatedRun, Model, run_in_own_process
 from lorascope.methods.base import Batch, Method
 from lorascope.runs.run import Run
 from lorascope.schema.records import Quantity, Record, register
@@ -55,16 +55,16 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
         With ``forward_seconds``, ``backward_seconds`` and ``rest_seconds`` of each step. The same call finds a
         finished one.
     """
-    return in_own_process(_measure, model, data, method, steps=steps, **options)
+    return run_in_own_process(_measure_seconds, model, data, method, steps=steps, **options)
 
 
-def _measure(job: Alone) -> Path:
+def _measure_seconds(job: IsolatedRun) -> Path:
     if job.device == "cpu":
         torch.set_num_threads(1)
-    return job.run("pace", _take_steps, session=_Timed)
+    return job.run("pace", _time_steps, session=_TimedSession)
 
 
-def _take_steps(session: _Timed) -> None:
+def _time_steps(session: _TimedSession) -> None:
     for index in range(session.begin(), session.step.total):
         start = session.clock()
         loss, norm, rate = advance(session, index)
@@ -82,7 +82,7 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-class _Timed(Session):
+class _TimedSession(Session):
     """Notes how long the loss of a step takes, and how long loss and gradients together."""
 
     forward = both = 0.0
@@ -97,8 +97,8 @@ class _Timed(Session):
         self.both = self.clock() - start
         return loss
 
-    def _loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
+    def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
         start = self.clock()
-        loss = super()._loss(model, batch, params)
+        loss = super()._batch_loss(model, batch, params)
         self.forward += self.clock() - start
         return loss

@@ -23,18 +23,18 @@ from joblib.parallel import get_active_backend
 
 from lorascope.analysis.recipe_comparison import recipes
 from lorascope.experiments import grid
-from lorascope.experiments.executors import is_death, using
+from lorascope.experiments.executors import is_death, use_backend
 from lorascope.experiments.grid import Data, Grid, Job, Model
-from lorascope.experiments.sweep_table import Board
+from lorascope.experiments.sweep_table import SweepTable
 from lorascope.methods.base import Method
-from lorascope.runs.folders import Busy
+from lorascope.runs.folders import RunLocked
 from lorascope.runs.run import Run
 from lorascope.schema.labels import in_words
 from lorascope.training.loop import train
 from lorascope.training.output_folder import StateRemoved
-from lorascope.training.progress import Note, noted, read_note
+from lorascope.training.progress import ProgressFile, read_progress, writing_progress
 
-__all__ = ["ATTEMPTS", "Job", "Swept", "run_grid", "run_jobs", "sweep", "width"]
+__all__ = ["ATTEMPTS", "Job", "SweepResult", "run_grid", "run_jobs", "sweep", "width"]
 
 # A run whose worker is killed this often is given up.
 ATTEMPTS = 3
@@ -49,7 +49,7 @@ class RunsFailed(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Swept:
+class SweepResult:
     """What came of the jobs of a sweep.
 
     Parameters
@@ -72,7 +72,7 @@ class Swept:
     @property
     def names(self) -> list[str]:
         """The jobs in words: the method, and what else tells them apart."""
-        return _names(self.wanted)
+        return _job_names(self.wanted)
 
     def runs(self) -> list[Run]:
         """The finished runs, in the order of the jobs."""
@@ -153,9 +153,9 @@ def sweep(
     return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress)
 
 
-def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> Swept:
+def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> SweepResult:
     """Do all that is in a grid, on its backend."""
-    with using(**found.backend):
+    with use_backend(**found.backend):
         return attempt(found.jobs(), jobs, progress)
 
 
@@ -172,7 +172,7 @@ def run_jobs(
     return _all_runs(attempt(wanted, jobs, progress, ended))
 
 
-def _all_runs(swept: Swept) -> list[Run]:
+def _all_runs(swept: SweepResult) -> list[Run]:
     if swept.failures:
         lines = "; ".join(swept.complaints())
         raise RunsFailed(f"{len(swept.failures)} of {len(swept.wanted)} runs failed, the others are kept. {lines}")
@@ -181,9 +181,9 @@ def _all_runs(swept: Swept) -> list[Run]:
 
 def attempt(
     wanted: Sequence[Job], jobs: int | None, progress: bool, ended: Callable[[Run], None] = lambda run: None
-) -> Swept:
+) -> SweepResult:
     """Do all jobs; one that fails, or whose worker is killed again and again, leaves the others alone."""
-    swept = Swept(wanted)
+    swept = SweepResult(wanted)
     root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
@@ -191,38 +191,38 @@ def attempt(
         def note(number: int) -> Path:
             return Path(notes).resolve() / f"{number}.json"
 
-        with Board(swept.names, note, sys.stderr if progress else None) as board:
+        with SweepTable(swept.names, note, sys.stderr if progress else None) as board:
             unborn = 0
             while left := swept.left:
-                begun = {number: read_note(note(number)).get("begun", 0) for number in left}
+                begun = {number: read_progress(note(number)).get("begun", 0) for number in left}
                 if spent := [number for number in left if begun[number] >= ATTEMPTS]:
                     for number in spent:
-                        _settle(swept, board, number, "", _killed())
+                        _finish_job(swept, board, number, "", _killed_message())
                     continue
                 # Who was there at two deaths may be their cause, and goes on alone.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
-                calls = [delayed(_work)(number, wanted[number], Path.cwd(), note(number)) for number in batch]
+                calls = [delayed(_do_job)(number, wanted[number], Path.cwd(), note(number)) for number in batch]
                 # All at once: a cluster may grow while it works, and has a queue of its own.
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
                 workers = Parallel(n_jobs=jobs or width(), **options)
                 try:
                     for number, folder, error in workers(calls):
-                        _settle(swept, board, number, folder, error)
+                        _finish_job(swept, board, number, folder, error)
                         if not error:
                             ended(Run.read(folder))
                 except Exception as error:
                     if not is_death(error):
                         raise
                     # A worker that dies before it begins dies of what is around it.
-                    still = all(read_note(note(number)).get("begun", 0) == begun[number] for number in left)
+                    still = all(read_progress(note(number)).get("begun", 0) == begun[number] for number in left)
                     unborn = unborn + 1 if still else 0
                     if unborn == ATTEMPTS:
                         for number in left:
-                            _settle(swept, board, number, "", f"{ATTEMPTS} workers were killed before it began")
+                            _finish_job(swept, board, number, "", f"{ATTEMPTS} workers were killed before it began")
     return swept
 
 
-def _settle(swept: Swept, board: Board, number: int, folder: str, error: str) -> None:
+def _finish_job(swept: SweepResult, board: SweepTable, number: int, folder: str, error: str) -> None:
     if error:
         swept.failures[number] = error
         board.end(number, "failed", error)
@@ -232,23 +232,23 @@ def _settle(swept: Swept, board: Board, number: int, folder: str, error: str) ->
     board.end(number, "done", f"{test['name']} {test['metric']:.4g}")
 
 
-def _killed() -> str:
+def _killed_message() -> str:
     return f"its worker was killed {ATTEMPTS} times, out of memory?"
 
 
-def _work(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
+def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
     """Do one job in this process; gives its number, its folder, and what went wrong."""
     with _ONE_AT_A_TIME:
         try:
-            if read_note(file).get("begun", 0) >= ATTEMPTS:
-                return number, "", _killed()  # a cluster has begun it again by itself
+            if read_progress(file).get("begun", 0) >= ATTEMPTS:
+                return number, "", _killed_message()  # a cluster has begun it again by itself
             os.chdir(here)  # what is named relatively lies where the sweep was called
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                with noted(Note(file)):
-                    run = _train(job)
+                with writing_progress(ProgressFile(file)):
+                    run = _train_job(job)
             finally:
                 torch.set_num_threads(threads)
         except Exception as error:  # whatever a method or a model may raise: it must not end the other runs
@@ -256,14 +256,14 @@ def _work(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]
         return number, str(run.path), ""
 
 
-def _train(job: Job) -> Run:
+def _train_job(job: Job) -> Run:
     while True:
         model = job.model if isinstance(job.model, str) else job.model()
         try:
             return train(model, job.data, job.method, **{**job.settings, "progress": False})
         except StateRemoved as found:
             return found.run  # a sweep needs the run, not the model
-        except Busy:
+        except RunLocked:
             time.sleep(_PAUSE)  # a worker that was given up may still be at it
 
 
@@ -273,16 +273,18 @@ def width() -> int:
     return configured or cpu_count()
 
 
-def _names(wanted: Sequence[Job]) -> list[str]:
+def _job_names(wanted: Sequence[Job]) -> list[str]:
     labels = [job.method.label() for job in wanted]
     settings = [{"lr": job.method.lr, "head_lr": job.method.head_lr} | dict(job.settings) for job in wanted]
-    told = recipes(labels, [{key: _words(v) for key, v in s.items() if key not in ("seed", "root")} for s in settings])
-    parts = [told, *(_where(places) for places in ([j.model for j in wanted], [j.data for j in wanted]))]
+    told = recipes(
+        labels, [{key: _setting_phrase(v) for key, v in s.items() if key not in ("seed", "root")} for s in settings]
+    )
+    parts = [told, *(_place_phrase(places) for places in ([j.model for j in wanted], [j.data for j in wanted]))]
     seeds = [f"seed {job.settings.get('seed', 0)}" for job in wanted]
     return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
 
 
-def _words(value: Any) -> Any:
+def _setting_phrase(value: Any) -> Any:
     """A setting as a name shows it: observers by what they were told."""
     if not isinstance(value, list | tuple):
         return value
@@ -294,7 +296,7 @@ def _words(value: Any) -> Any:
     return " + ".join(told) or "nothing"
 
 
-def _where(places: Sequence[Any]) -> list[str]:
+def _place_phrase(places: Sequence[Any]) -> list[str]:
     """Models or tasks by name, if there are several."""
     names = [in_words(getattr(place, "name", place)) for place in places]
     return names if len(set(names)) > 1 else [""] * len(names)

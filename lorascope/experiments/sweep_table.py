@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lorascope.diagnosis.terminal import elide
 from lorascope.files.printable import printable
-from lorascope.training.progress import read_note
+from lorascope.training.progress import read_progress
 
 # Seconds between two looks at the notes.
 _PAUSE = 1.0
@@ -31,7 +31,7 @@ class Row(NamedTuple):
     metric: str = ""
 
 
-class Board:
+class SweepTable:
     """A table on a terminal that is drawn anew every second; elsewhere a line whenever a run begins or ends.
 
     Parameters
@@ -50,9 +50,9 @@ class Board:
         self._told = ["waiting"] * len(names)
         self._shown: list[str] = []
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._redraw_until_over, daemon=True)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> SweepTable:
         if self.stream is not None:
             self._thread.start()
         return self
@@ -61,7 +61,7 @@ class Board:
         self._over.set()
         if self.stream is not None:
             self._thread.join()
-            self._draw()
+            self._redraw()
 
     def end(self, number: int, status: str, metric: str) -> None:
         """A run is done, or has failed."""
@@ -69,21 +69,21 @@ class Board:
 
     def rows(self) -> list[Row]:
         """All runs as they are now."""
-        return [self._ended.get(number) or self._row(number) for number in range(len(self.names))]
+        return [self._ended.get(number) or self._read_row(number) for number in range(len(self.names))]
 
-    def _row(self, number: int) -> Row:
-        note = read_note(self.note(number))
+    def _read_row(self, number: int) -> Row:
+        note = read_progress(self.note(number))
         if not note:
             return Row(self.names[number], "waiting")
         step = f"{note['step']}/{note['total']}" if "step" in note else ""
         metric = f"{note['metric_name']} {note['metric']:.4g}" if "metric" in note else ""
         return Row(self.names[number], "running", step, metric)
 
-    def _watch(self) -> None:
+    def _redraw_until_over(self) -> None:
         while not self._over.wait(_PAUSE):
-            self._draw()
+            self._redraw()
 
-    def _draw(self) -> None:
+    def _redraw(self) -> None:
         with suppress(OSError):  # a terminal that is closed ends no run
             self._write()
 
@@ -122,14 +122,14 @@ def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
     chosen = sorted(range(len(rows)), key=lambda number: _URGENT.index(rows[number].status))[:room]
     shown = [rows[number] for number in sorted(chosen)]
     width = min(max(len(row.name) for row in shown), max(_NAME, columns - _REST))
-    told = [_line("run", "status", "step", "metric", width), *(_line(*row, width) for row in shown)]
+    told = [_format_row("run", "status", "step", "metric", width), *(_format_row(*row, width) for row in shown)]
     if len(shown) < len(rows):
         told.append(f"... and {len(rows) - len(shown)} more")
     told.append(f"{len(rows)} runs: {counted}")
     return [line if len(line) < columns else f"{line[: max(columns - 3, 0)]}.."[: columns - 1] for line in told]
 
 
-def _line(name: str, status: str, step: str, metric: str, width: int) -> str:
+def _format_row(name: str, status: str, step: str, metric: str, width: int) -> str:
     """One run; the reason of a failure takes the room of the step too."""
     rest = metric if status == "failed" else f"{step:<10} {metric}"
     return f"{elide(name, width):<{width}}  {status:<8} {rest}".rstrip()

@@ -18,46 +18,46 @@ _WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 def combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[dict[str, Any]]:
     """All ways to choose one value for every key."""
-    choices = [_choices(key, value, hints[key]) for key, value in table.items()]
+    choices = [_key_choices(key, value, hints[key]) for key, value in table.items()]
     return [dict(zip(table, chosen, strict=True)) for chosen in itertools.product(*choices)]
 
 
-def _choices(key: str, value: Any, hint: Any) -> list[Any]:
-    one = meant(value, hint)
-    if fits(one, hint):
+def _key_choices(key: str, value: Any, hint: Any) -> list[Any]:
+    one = toml_to_value(value, hint)
+    if is_of_type(one, hint):
         return [one]
-    several = [meant(item, hint) for item in value] if isinstance(value, list) else []
-    if several and all(fits(item, hint) for item in several):
+    several = [toml_to_value(item, hint) for item in value] if isinstance(value, list) else []
+    if several and all(is_of_type(item, hint) for item in several):
         return several
-    raise ValueError(f"{key} = {value!r} must be {words(hint)}, or a list of such values for a run each")
+    raise ValueError(f"{key} = {value!r} must be {describe_type(hint)}, or a list of such values for a run each")
 
 
-def meant(value: Any, hint: Any) -> Any:
+def toml_to_value(value: Any, hint: Any) -> Any:
     """A value as Python has it: None where the file says that there is none, and may."""
-    return None if value == NONE and fits(None, hint) else value
+    return None if value == NONE and is_of_type(None, hint) else value
 
 
-def fits(value: Any, hint: Any) -> bool:
+def is_of_type(value: Any, hint: Any) -> bool:
     """Is a value, as TOML gives it, of this type? A whole number is no truth value, nor the other way round."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(fits(value, each) for each in arguments)
+        return any(is_of_type(value, each) for each in arguments)
     if origin is Literal:
         return value in arguments
     if origin in (tuple, Sequence):
-        return isinstance(value, list | tuple) and all(fits(item, arguments[0]) for item in value)
+        return isinstance(value, list | tuple) and all(is_of_type(item, arguments[0]) for item in value)
     if origin is Mapping:
-        return isinstance(value, Mapping) and all(fits(item, arguments[1]) for item in value.values())
+        return isinstance(value, Mapping) and all(is_of_type(item, arguments[1]) for item in value.values())
     return isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
 
 
-def words(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """A type in the words of a user of TOML."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         # A number that may be whole is a number.
         kinds = [each for each in arguments if not (each is int and float in arguments)]
-        return " or ".join(dict.fromkeys(told for each in kinds if (told := words(each))))
+        return " or ".join(dict.fromkeys(told for each in kinds if (told := describe_type(each))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (tuple, Sequence):
@@ -67,7 +67,7 @@ def words(hint: Any) -> str:
     return _WORDS.get(hint, "")
 
 
-def known(given: Collection[str], choice: Collection[str], what: str) -> None:
+def require_known(given: Collection[str], choice: Collection[str], what: str) -> None:
     """Raise a ValueError about the first name that there is not."""
     for name in given:
         if name not in choice:

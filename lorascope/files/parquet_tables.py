@@ -43,14 +43,14 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
     try:
         if isinstance(file, Path):
             with file.open("rb") as stream:  # pyarrow cannot open every name
-                return _decoded(stream).to_pandas()
-        return _decoded(file).to_pandas()
+                return _decode_table(stream).to_pandas()
+        return _decode_table(file).to_pandas()
     except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
         reason = " ".join(printable(error).split())[:300]
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error
 
 
-def _decoded(file: Any) -> Any:
+def _decode_table(file: Any) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -28,14 +28,14 @@ def csv_text(table: pd.DataFrame) -> str:
     str
         Lines end in a line feed.
     """
-    shown = table.set_axis([_cell(name) for name in table.columns], axis="columns")
+    shown = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
     for place, kind in enumerate(table.dtypes):
         if not (is_numeric_dtype(kind) or is_bool_dtype(kind)):
-            shown.isetitem(place, table.iloc[:, place].map(_cell, na_action="ignore").to_numpy())
+            shown.isetitem(place, table.iloc[:, place].map(_escape_cell, na_action="ignore").to_numpy())
     return shown.to_csv(index=False, lineterminator="\n")
 
 
-def _cell(value: Any) -> Any:
+def _escape_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)

@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, typed
+from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, to_typed
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -91,9 +91,9 @@ class TensorFile(Mapping[str, Any]):
                     f"{printable(self.path)} is not a whole safetensors file: its header does not fit {size} bytes"
                 )
             require_size(length, f"the header of {self.path}")
-            header = typed(parse_json(file.read(length), f"the header of {self.path}"), dict[str, Any], self.path)
+            header = to_typed(parse_json(file.read(length), f"the header of {self.path}"), dict[str, Any], self.path)
         self._start = 8 + length
-        self._words = typed(header.pop("__metadata__", None), dict[str, Any] | None, f"__metadata__ of {path}") or {}
+        self._words = to_typed(header.pop("__metadata__", None), dict[str, Any] | None, f"__metadata__ of {path}") or {}
         self._entries = {name: self._entry(name, entry, size) for name, entry in header.items()}
         spans = sorted(entry.data_offsets for entry in self._entries.values())
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
@@ -104,7 +104,7 @@ class TensorFile(Mapping[str, Any]):
         whose = f"{self.path}, the header's entry for {name[:MAX_NAME]}"
         if len(name) > MAX_NAME:
             raise ValueError(f"cannot read {printable(whose)}: its name has {len(name)} characters, not {MAX_NAME}")
-        entry = typed(content, _Entry, whose)
+        entry = to_typed(content, _Entry, whose)
         begin, end = entry.data_offsets
         width = np.dtype(_DTYPES.get(entry.dtype, "|u1")).itemsize
         # numpy counts the other dimensions of an empty array, too.
@@ -120,8 +120,8 @@ class TensorFile(Mapping[str, Any]):
     @cached_property
     def about(self) -> dict[str, Any]:
         """What was said of the arrays when they were written here; of other files nothing is asked."""
-        text = typed(self._words.get(_ABOUT, "{}"), str, f"{_ABOUT} of {self.path}")
-        return typed(parse_json(text, f"{_ABOUT} of {self.path}"), dict[str, Any], f"{_ABOUT} of {self.path}")
+        text = to_typed(self._words.get(_ABOUT, "{}"), str, f"{_ABOUT} of {self.path}")
+        return to_typed(parse_json(text, f"{_ABOUT} of {self.path}"), dict[str, Any], f"{_ABOUT} of {self.path}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self._entries[name]
@@ -135,7 +135,7 @@ class TensorFile(Mapping[str, Any]):
         if not entry.count:
             return np.zeros(entry.shape, "<f4" if entry.dtype == "BF16" else stored)
         array = np.memmap(self.path, stored, "r", self._start + begin, (entry.count,))
-        return (_widened(array) if entry.dtype == "BF16" else np.asarray(array)).reshape(entry.shape)
+        return (_bfloat16_to_float32(array) if entry.dtype == "BF16" else np.asarray(array)).reshape(entry.shape)
 
     def unread(self, name: str) -> Unread:
         """A tensor that is read when it is asked to, by memory map."""
@@ -196,10 +196,10 @@ class Unread:
             np.copyto(bits, self.stored)
             bits <<= 16
         else:
-            np.copyto(out, _widened(self.stored) if self.brain else self.stored)
+            np.copyto(out, _bfloat16_to_float32(self.stored) if self.brain else self.stored)
 
 
-def _widened(bits: np.ndarray) -> np.ndarray:
+def _bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
     """bfloat16 as float32, of which it is the upper half."""
     wide = bits.astype("<u4")
     wide <<= 16

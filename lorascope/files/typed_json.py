@@ -72,10 +72,10 @@ def _require_shallow(text: bytes) -> None:
 
 
 @overload
-def typed(content: Any, schema: type[T], name: object) -> T: ...
+def to_typed(content: Any, schema: type[T], name: object) -> T: ...
 @overload
-def typed(content: Any, schema: Any, name: object) -> Any: ...
-def typed(content: Any, schema: Any, name: object) -> Any:
+def to_typed(content: Any, schema: Any, name: object) -> Any: ...
+def to_typed(content: Any, schema: Any, name: object) -> Any:
     """Convert parsed JSON to a dataclass or another type that `msgspec` knows, without coercion.
 
     Unknown fields are ignored.
@@ -88,10 +88,12 @@ def typed(content: Any, schema: Any, name: object) -> Any:
     try:
         return msgspec.convert(content, schema)
     except msgspec.ValidationError as error:
-        raise ValueError(f"cannot read {printable(name)}: {printable(error)}{_found(content, str(error))}") from error
+        raise ValueError(
+            f"cannot read {printable(name)}: {printable(error)}{_value_at(content, str(error))}"
+        ) from error
 
 
-def _found(content: Any, told: str) -> str:
+def _value_at(content: Any, told: str) -> str:
     """Return ``: VALUE`` for the place that a message of `msgspec` names, or nothing where it names none."""
     place = told.rpartition("`$")[2].rstrip("`")
     for key, index in _STEP.findall(place):
@@ -119,7 +121,7 @@ def read_json(path: Path, schema: Any) -> Any:
         It is not a regular file, larger than 32 MiB, not JSON in UTF-8, or does not fit the schema.
     """
     require_size(require_regular(path), path)
-    return typed(parse_json(path.read_bytes(), path), schema, path)
+    return to_typed(parse_json(path.read_bytes(), path), schema, path)
 
 
 def require_size(size: int, name: object) -> None:

@@ -61,14 +61,14 @@ def weights_hash(model: nn.Module) -> str:
     """SHA-256 of W_0: every parameter and persistent buffer but the new weights, in the order of their names."""
     digest = hashlib.sha256()
     new = missing(model)
-    for name, tensor in sorted(_named(model)):
+    for name, tensor in sorted(_named_tensors(model)):
         if name not in new:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _named(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+def _named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
     persistent = model.state_dict(keep_vars=True)
     yield from model.named_parameters()
     yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)

@@ -22,7 +22,7 @@ from lorascope.files.typed_json import require_regular
 from lorascope.inputs.tokenization import Encoded, groups_of, numbers
 
 
-def opened(image: Any) -> Image.Image:
+def open_image(image: Any) -> Image.Image:
     """An image in RGB.
 
     Parameters
@@ -53,14 +53,14 @@ def opened(image: Any) -> Image.Image:
         raise FileNotFoundError(f"there is no image {printable(image)}") from None
     except Exception as error:  # decoders raise errors of many kinds, such as SyntaxError and struct.error
         raise ValueError(
-            f"{_told(image)} is no image that can be read: a file, its bytes, a PIL image, or an array of uint8, "
-            "(height, width) or (height, width, 3)"
+            f"{describe_value(image)} is no image that can be read: a file, its bytes, a PIL image, or an array of "
+            "uint8, (height, width) or (height, width, 3)"
         ) from error
 
 
 def digest(image: Any) -> str:
     """SHA-256 of the pixels, so that one picture in two files counts as one."""
-    picture = opened(image)
+    picture = open_image(image)
     return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
 
 
@@ -71,7 +71,7 @@ class Images(Encoded):
     Parameters
     ----------
     images : sequence
-        See ``opened``.
+        See ``open_image``.
     processor
         The image processor of transformers that belongs to the model.
     """
@@ -90,7 +90,7 @@ class Images(Encoded):
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
         """Pixels (rows, channels, height, width), and labels."""
         rows = [int(index) for index in indices]
-        found = self.processor(images=[opened(self.images[row]) for row in rows], return_tensors="pt")
+        found = self.processor(images=[open_image(self.images[row]) for row in rows], return_tensors="pt")
         assert self.classes is not None
         return {"pixel_values": found["pixel_values"], "labels": torch.from_numpy(self.classes[rows])}
 
@@ -100,5 +100,5 @@ def encode_images(processor: Any, rows: pd.DataFrame, labels: Sequence[str]) -> 
     return Images(rows["image"].to_list(), processor, classes=numbers(rows, labels), groups=groups_of(rows))
 
 
-def _told(image: Any) -> str:
+def describe_value(image: Any) -> str:
     return repr(image) if isinstance(image, str | os.PathLike | int | float | None) else f"a {type(image).__name__}"

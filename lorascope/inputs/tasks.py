@@ -101,7 +101,7 @@ class Task:
         ValueError
             A model without a head, or a head that cannot do this task.
         """
-        head = _head(model)
+        head = _head_kind(model)
         if "image" in (head, self.kind) and head != self.kind:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
             raise ValueError(f"{type(model).__name__} takes {takes}, but {self.name} has {has}: give one of a kind")
@@ -111,7 +111,7 @@ class Task:
         if head == "classification":
             raise ValueError(f"{type(model).__name__} is a classifier, but {self.name} has no column label")
         if self.kind == "classification":
-            return replace(self, kind=head, table=_prompted(self.table, self.labels))
+            return replace(self, kind=head, table=_prompt_texts(self.table, self.labels))
         if self.kind == "prompt":
             return replace(self, kind=head)
         if head == "seq2seq":
@@ -182,12 +182,14 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     kind, texts = _kind(rows, name)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
-    table = rows[texts].reset_index(drop=True) if kind == "image" else _table(rows, texts, name)
-    digests = _pictures(rows, name) if kind == "image" else [_digest(text) for text in table[texts[0]]]
+    table = rows[texts].reset_index(drop=True) if kind == "image" else _text_columns(rows, texts, name)
+    digests = _pictures(rows, name) if kind == "image" else [_text_digest(text) for text in table[texts[0]]]
     labels: tuple[str, ...] = ()
     if kind in ("classification", "image"):
-        table["label"] = _labels(rows, name)
-        labels = tuple(sorted(table["label"].unique(), key=lambda label: (int(label) if _whole(label) else 0, label)))
+        table["label"] = _label_names(rows, name)
+        labels = tuple(
+            sorted(table["label"].unique(), key=lambda label: (int(label) if _is_whole_number(label) else 0, label))
+        )
         if len(labels) < 2:
             raise ValueError(f"{name} has {len(labels)} class(es): its column label needs at least two")
     if "group" in rows:
@@ -196,9 +198,9 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     shown = table.assign(image=digests)[columns] if kind == "image" else table  # an image goes by its digest
     shown = shown.assign(digest=digests).sort_values(["digest", *columns])
     table = table.loc[shown.index].reset_index(drop=True)
-    place = np.array([_unit(digest[:16]) for digest in shown["digest"]])
+    place = np.array([_digest_to_fraction(digest[:16]) for digest in shown["digest"]])
     table["split"] = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], place, side="right")]
-    table["draw"] = np.array([_unit(digest[16:32]) for digest in shown["digest"]])
+    table["draw"] = np.array([_digest_to_fraction(digest[16:32]) for digest in shown["digest"]])
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"{name} has {len(table)} rows, too few: its {split} split is empty")
@@ -223,7 +225,7 @@ def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
     )
 
 
-def _table(rows: pd.DataFrame, texts: list[str], name: str) -> pd.DataFrame:
+def _text_columns(rows: pd.DataFrame, texts: list[str], name: str) -> pd.DataFrame:
     return pd.DataFrame({column: _texts(rows, column, name) for column in texts})
 
 
@@ -246,14 +248,14 @@ def _pictures(rows: pd.DataFrame, name: str) -> list[str]:
     return digests
 
 
-def _labels(rows: pd.DataFrame, name: str) -> list[str]:
+def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
     """Labels as names: strings, whole numbers and truth values are; a fraction is a rating and no class."""
     names = []
     for number, label in enumerate(rows["label"].to_list(), start=1):
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         text = str(label).strip() if isinstance(label, str | int) else ""
-        if not text or (_number(text) and not _whole(text)):
+        if not text or (_to_number(text) and not _is_whole_number(text)):
             raise ValueError(
                 f"row {number} of {name} has the label {reprlib.repr(label)}: a class name or whole number is needed"
             )
@@ -261,7 +263,7 @@ def _labels(rows: pd.DataFrame, name: str) -> list[str]:
     return names
 
 
-def _number(text: str) -> bool:
+def _to_number(text: str) -> bool:
     try:
         float(text)
     except ValueError:
@@ -269,28 +271,28 @@ def _number(text: str) -> bool:
     return True
 
 
-def _whole(text: str) -> bool:
+def _is_whole_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
 
 
-def _digest(text: str) -> str:
+def _text_digest(text: str) -> str:
     """Texts that differ in case or white space alone count as one, so that no split sees a twin of another's."""
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
 
 
-def _unit(digits: str) -> float:
+def _digest_to_fraction(digits: str) -> float:
     """16 hexadecimal digits as a number in [0, 1)."""
     return (int(digits, 16) >> 11) / 2**53
 
 
-def _prompted(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
+def _prompt_texts(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
     """Each text as a question after its label."""
     question = f"Is this text {', '.join(labels[:-1])} or {labels[-1]}?\n"
     texts = table["text"] + "\n" + table["pair"] if "pair" in table else table["text"]
     return table.assign(prompt=question + "Text: " + texts + "\nAnswer: This text is", response=" " + table["label"])
 
 
-def _head(model: nn.Module) -> str:
+def _head_kind(model: nn.Module) -> str:
     """What a model of transformers can do: classification, image, prompt (as a causal LM does) or seq2seq."""
     name = type(model).__name__
     if "ForImageClassification" in name:

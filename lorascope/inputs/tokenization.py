@@ -125,9 +125,9 @@ def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], ma
 
 def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
     """Plain text for a causal LM: every token but the first counts, and the end of the text is one."""
-    end = _end(tokenizer)
-    start = _start(tokenizer)
-    ids = [[*start, *text, *end][:max_length] for text in _plain(tokenizer, rows["text"].to_list())]
+    end = _end_ids(tokenizer)
+    start = _start_ids(tokenizer)
+    ids = [[*start, *text, *end][:max_length] for text in _token_ids(tokenizer, rows["text"].to_list())]
     return Tokens(
         {"input_ids": ids, "labels": ids},
         {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
@@ -150,10 +150,10 @@ def encode_pairs(
         targets = tokenizer(text_target=rows["response"].str.strip().to_list(), truncation=True, max_length=max_length)
         responses = targets["input_ids"]
     else:
-        end = [] if labels else _end(tokenizer)
-        start = _start(tokenizer)
-        replies = [[*reply, *end][: max_length - 1] for reply in _plain(tokenizer, rows["response"].to_list())]
-        prompts = _plain(tokenizer, rows["prompt"].to_list())
+        end = [] if labels else _end_ids(tokenizer)
+        start = _start_ids(tokenizer)
+        replies = [[*reply, *end][: max_length - 1] for reply in _token_ids(tokenizer, rows["response"].to_list())]
+        prompts = _token_ids(tokenizer, rows["prompt"].to_list())
         inputs, responses = [], []
         for prompt, reply in zip(prompts, replies, strict=True):
             room = max_length - len(reply) - len(start)
@@ -163,15 +163,15 @@ def encode_pairs(
     return Tokens(
         {"input_ids": inputs, "labels": responses},
         {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
-        choices=_choices(tokenizer, rows, labels, seq2seq) if labels else None,
+        choices=_find_choices(tokenizer, rows, labels, seq2seq) if labels else None,
         groups=groups_of(rows),
         shifted=not seq2seq,
     )
 
 
-def _choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
+def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
     """Find the token at which the responses part; all must part at the same one."""
-    candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _plain(tokenizer, [f" {x}" for x in labels])
+    candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _token_ids(tokenizer, [f" {x}" for x in labels])
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
     offset = len(list(alike))
     tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
@@ -182,17 +182,17 @@ def _choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq:
     return Choices(np.array(tokens), offset, numbers(rows, labels))
 
 
-def _plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids without special tokens; however long, since the caller cuts them."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _start(tokenizer: Any) -> list[int]:
+def _start_ids(tokenizer: Any) -> list[int]:
     """The beginning-of-text token, for tokenizers that put one."""
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
-def _end(tokenizer: Any) -> list[int]:
+def _end_ids(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 

@@ -171,7 +171,7 @@ class ALoRA(Method, name="alora"):
         batch = step.validation(self.score_rows, fixed=True)
         found = ablation_scores(step.model, step.loss, batch)
         scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
-        self._round = list(self._told(found, scores))
+        self._round = list(self._round_records(found, scores))
         lost = prune(list(scores.values()), self._pruned)
         gained = allocate(list(scores.values()), lost)
         for name, positions, new in zip(self._deltas, lost, gained, strict=True):
@@ -188,7 +188,7 @@ class ALoRA(Method, name="alora"):
         self.rank_ids_[name] = [ids[position] for position in kept] + [self.born_[name] + i for i in range(new)]
         self.born_[name] += new
 
-    def _told(self, found: Scores, scores: Mapping[str, Float[np.ndarray, "_"]]) -> Iterable[Item]:
+    def _round_records(self, found: Scores, scores: Mapping[str, Float[np.ndarray, "_"]]) -> Iterable[Item]:
         """What a round rests on, by the ids that components have before it."""
         yield Record("score_full", found.full)
         yield Record("score_none", found.none)

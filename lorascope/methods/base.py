@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs.models import missing
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
@@ -264,7 +264,7 @@ def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
     heads = description[(description["role"] == "head") & (description["out_features"] != vocabulary)]["module"]
     # A head of several layers (dense, then projection) is one child of the model; all of it belongs to the task.
     roots = {head.rpartition(".")[0] or head for head in heads}
-    adapters = {id(parameter) for delta in adapted(model).values() for parameter in delta.parameters()}
+    adapters = {id(parameter) for delta in attached_deltas(model).values() for parameter in delta.parameters()}
     lacked = missing(model)
     return {
         name: parameter
@@ -276,7 +276,7 @@ def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
 def train_adapters(model: nn.Module) -> None:
     """Freeze everything but the attached Deltas and the task's head."""
     model.requires_grad_(False)
-    for delta in adapted(model).values():
+    for delta in attached_deltas(model).values():
         delta.requires_grad_(True)
     for parameter in task_head(model).values():
         parameter.requires_grad_(True)

@@ -44,9 +44,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, adapted, attach, host_weight, to_array
+from lorascope.adapters.delta import Delta, attach, attached_deltas, host_weight, to_array
 from lorascope.methods.base import Method, Step, train_adapters
-from lorascope.methods.fourierft_synthesis import few, synthesize, waves, wide
+from lorascope.methods.fourierft_synthesis import at_least_float32, fourier_factors, synthesize, use_basis_form
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
@@ -131,7 +131,7 @@ class FourierFT(Method, name="fourierft"):
         """Where in the spectrum the update lies."""
         if step.finished % RECORD_EVERY and not step.last:
             return
-        for module, delta in adapted(step.model).items():
+        for module, delta in attached_deltas(step.model).items():
             if not isinstance(delta, FourierDelta):
                 continue
             update = delta.update()
@@ -168,11 +168,11 @@ class FourierDelta(Delta):
         self._waves: tuple[Tensor, int, Tensor] | None = None
 
     def weight(self) -> Float[Tensor, "out in"]:
-        return synthesize(wide(self.coefficients), self.entries, self.shape, self.alpha)
+        return synthesize(at_least_float32(self.coefficients), self.entries, self.shape, self.alpha)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """By the matrix, or where the coefficients are few by their waves."""
-        if not few(len(self.coefficients), self.shape):
+        if not use_basis_form(len(self.coefficients), self.shape):
             return F.linear(x, self.weight().to(x.dtype))
         left, right = self._waves_for(x).split(self.shape)
         c = self.alpha / math.prod(self.shape) ** 0.5 * self.coefficients
@@ -182,7 +182,7 @@ class FourierDelta(Delta):
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """By the sum of both weights, as if the update were folded in; two products where the coefficients are few."""
-        if few(len(self.coefficients), self.shape):
+        if use_basis_form(len(self.coefficients), self.shape):
             return F.linear(x, W, b) + self(x)
         return F.linear(x, (W + self.weight()).to(W.dtype), b)
 
@@ -202,7 +202,7 @@ class FourierDelta(Delta):
             or (kept[2].dtype, kept[2].device) != (x.dtype, x.device)
         ):
             with torch.inference_mode(False):  # what is made under it cannot be trained with later
-                sides = [wave / len(wave) ** 0.5 for wave in waves(entries, self.shape)]
+                sides = [wave / len(wave) ** 0.5 for wave in fourier_factors(entries, self.shape)]
                 kept = self._waves = entries, version, torch.cat(sides).to(x.dtype)
         return kept[2]
 

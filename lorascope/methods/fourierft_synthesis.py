@@ -33,7 +33,7 @@ def synthesize(
     return _Synthesis.apply(c, entries, shape, alpha)
 
 
-def few(n: int, shape: Shape) -> bool:
+def use_basis_form(n: int, shape: Shape) -> bool:
     """Are products with waves, 8 T n (d1 + d2) for T tokens, fewer than those of the gradient by dW, 2 T d1 d2?
 
     Forwards the sum of both weights costs no more than the weight alone. The transforms come on top: where this says
@@ -42,7 +42,9 @@ def few(n: int, shape: Shape) -> bool:
     return 4 * n * sum(shape) < math.prod(shape)
 
 
-def waves(entries: Int[Tensor, "2 n"], shape: Shape) -> tuple[Float[Tensor, "out waves"], Float[Tensor, "in waves"]]:
+def fourier_factors(
+    entries: Int[Tensor, "2 n"], shape: Shape
+) -> tuple[Float[Tensor, "out waves"], Float[Tensor, "in waves"]]:
     """L and R with dW = alpha / (d1 d2) L diag(c, c) R^T: cosines, then sines, those of L negative."""
     sides = []
     for index, side, sign in zip(entries, shape, (-1, 1), strict=True):
@@ -120,6 +122,6 @@ def _half(entries: Int[Tensor, "2 n"], shape: Shape) -> tuple[Int[Tensor, "n"], 
     return row * width + column, mirrored * width + column, 2 * column % columns == 0
 
 
-def wide(c: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+def at_least_float32(c: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """In float32 at least: there are no transforms of halves."""
     return c.to(torch.promote_types(c.dtype, torch.float32))

@@ -49,7 +49,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from lorascope.adapters.host_weights import host_weight, oriented, to_array
+from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs.classifier_head import weights_hash
 from lorascope.methods.base import LATER, Method, Phase, Step, task_head
@@ -145,7 +145,7 @@ class NeFT(Method, name="neft"):
         if self.clip_before is not None and not self.clip_before > 0:
             raise ValueError(f"clip_before {self.clip_before} is no norm to clip to: give one above 0, or none")
         if self.neurons is not None:
-            self.neurons = neurons.numbered(self.neurons)
+            self.neurons = neurons.to_plain_ints(self.neurons)
         if isinstance(self.reference, Run):
             _check_kind(self.reference, self.select_by)
         self.neurons_: dict[str, list[int]] = {}
@@ -184,10 +184,10 @@ class NeFT(Method, name="neft"):
     def _choose(self, model: nn.Module) -> dict[str, list[int]]:
         """The neurons that train, by module; a method read from a run folder has them in its state alone."""
         if self.neurons is not None:
-            return neurons.checked(self.neurons, self._parts)
+            return neurons.check_neurons(self.neurons, self._parts)
         pool, seed = self._scores, 0
         if self.select_by == "random":
-            pool = neurons.unscored(self._parts) if pool is None else pool
+            pool = neurons.unscored_neurons(self._parts) if pool is None else pool
             seed = int(torch.randint(2**31, ()))  # follows from the run's seed
         if pool is None:
             return {}
@@ -268,7 +268,7 @@ class Mask(NamedTuple):
         weight = host_weight(host)
         still = torch.ones(weight.shape[1 - axis], dtype=torch.bool, device=weight.device)
         still[torch.tensor(chosen)] = False
-        return cls(host.weight, oriented(host, still.unsqueeze(axis)))
+        return cls(host.weight, orient_weight(host, still.unsqueeze(axis)))
 
     @property
     def covered(self) -> int:
@@ -324,7 +324,7 @@ def distances(
     tables = []
     for part in places:
         host, name = model.get_submodule(part.module), f"{part.module}.weight"
-        tables.append(neurons.table(part, *(to_array(oriented(host, side[name])) for side in (before, after))))
+        tables.append(neurons.table(part, *(to_array(orient_weight(host, side[name])) for side in (before, after))))
     return pd.concat(tables, ignore_index=True)
 
 

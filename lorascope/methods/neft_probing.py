@@ -145,7 +145,7 @@ def probed(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
     if scores.empty:
         mend = f"delete {run.path} and probe again"
         raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {mend}")
-    found = neurons.within(scores, places)
+    found = neurons.scores_at(scores, places)
     known = set(zip(found["module"], found["role"], strict=True))
     if absent := [part for part in places if (part.module, part.role) not in known]:
         one = absent[0]

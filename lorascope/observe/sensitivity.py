@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted, effective_weight
-from lorascope.adapters.host_weights import oriented, to_array
-from lorascope.analysis.neurons import held, parts
+from lorascope.adapters.delta import attached_deltas, effective_weight
+from lorascope.adapters.host_weights import orient_weight, to_array
+from lorascope.analysis.neurons import neuron_roles, parts
 from lorascope.methods.base import Batch, Step
 from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.neft import distances
@@ -110,7 +110,7 @@ class coefficients(Observer):
     def __call__(self, step: Step) -> Iterable[Record]:
         found = {
             module: delta.coefficients
-            for module, delta in adapted(step.model).items()
+            for module, delta in attached_deltas(step.model).items()
             if isinstance(delta, FourierDelta | BasisDelta)
         }
         if not (found and self.due(step.finished, step.total)):
@@ -190,7 +190,7 @@ def weight_gradients(
 
 def _changes(step: Step) -> Iterable[Record]:
     """Cosine distance and norm of the change of every neuron of the feed-forward parts."""
-    roles = held(step.modules)
+    roles = neuron_roles(step.modules)
     places = parts(step.modules, roles) if roles else []
     living = {f"{part.module}.weight": _stored(step.model, part.module) for part in places}
     if places:
@@ -204,4 +204,4 @@ def _changes(step: Step) -> Iterable[Record]:
 def _stored(model: nn.Module, module: str) -> Tensor:
     """The effective weight in the layout that the module stores."""
     host: Any = model.get_submodule(module)
-    return oriented(host, effective_weight(model, module))
+    return orient_weight(host, effective_weight(model, module))

@@ -11,16 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, adapted
-from lorascope.adapters.host_weights import host_kind, oriented, to_array
+from lorascope.adapters.delta import Delta, attached_deltas
+from lorascope.adapters.host_weights import host_kind, orient_weight, to_array
 from lorascope.adapters.peft_layers import (
     PeftDelta,
     active_adapters,
-    bare,
-    bare_parameters,
     is_peft_layer,
     is_readable,
-    kept_components,
+    retained_components,
+    unwrap_peft_layer,
+    unwrapped_parameters,
 )
 from lorascope.methods.base import Step
 from lorascope.updates.fourier import Fourier
@@ -65,11 +65,11 @@ class Trained:
         rows = step.modules
         uses = {f"{name}.weight": row for name, row in _uses(zip(rows["module"], rows["tied"], strict=True))}
         trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
-        parameters = {name: p for name, p in bare_parameters(step.model).items() if name in step.base}
+        parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
         dense = {uses.get(name, name): p for name, p in parameters.items() if id(p) in trained}
         deltas = adapters(step.model)
-        hosts = {module: bare(step.model.get_submodule(module)) for module in deltas}
+        hosts = {module: unwrap_peft_layer(step.model.get_submodule(module)) for module in deltas}
         parameter_of = {label: names[id(p)] for label, p in dense.items()}
         changed = frozenset(parameter_of.values())
         parameter_of |= {module: names.get(id(getattr(host, "weight", None)), "") for module, host in hosts.items()}
@@ -87,19 +87,19 @@ class Trained:
     def add(self, module: str, weight: Tensor, update: LowRank | Dense) -> Tensor:
         """An adapted module's weight and an update together, in the layout of the weight."""
         matrix = torch.from_numpy(update.dense()).to(weight)
-        return weight + oriented(self.hosts[module], matrix).reshape(weight.shape)
+        return weight + orient_weight(self.hosts[module], matrix).reshape(weight.shape)
 
 
 def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
     """What adapts a module, ours or PEFT's, by the name that the module has without PEFT; not ``left_out``."""
-    kept = kept_components(model)
+    kept = retained_components(model)
     active = {name: PeftDelta(layer, kept.get(name)) for name, layer in _active(model) if is_readable(layer)}
-    return {**adapted(model), **active}
+    return {**attached_deltas(model), **active}
 
 
 def left_out(model: nn.Module) -> dict[str, str]:
     """Modules whose adapters of PEFT make no update of a matrix, with their classes."""
-    return {name: host_kind(bare(layer)) for name, layer in _active(model) if not is_readable(layer)}
+    return {name: host_kind(unwrap_peft_layer(layer)) for name, layer in _active(model) if not is_readable(layer)}
 
 
 def _active(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -39,7 +39,7 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("accuracy_by_parameters", runs, control)
     cohort.require("test_metric")
-    cohort.same("task")
+    cohort.require_same("task")
     rows = cohort.scores()
     sizes = pd.DataFrame([_size(group) for group in cohort.groups])
     cells = band(rows, ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)

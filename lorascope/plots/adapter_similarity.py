@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import adapter_similarity as pairs
-from lorascope.charts.chart import Axis, Chart, Heat, Panels, above, beside
+from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side, stack_vertically
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Runs, gather
 from lorascope.runs.run import Run
@@ -61,7 +61,7 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         )
         for title, cells, mark in _panels(table)
     ]
-    return above(beside(*charts[:2]), beside(*charts[2:]))
+    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
 
 
 def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Heat]]:

@@ -44,7 +44,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("bias_curve", runs, control)
     cohort.require(FREQUENCIES, "test_metric")
-    cohort.alike("center", "width")
+    cohort.require_differ_only_in("center", "width")
     drawn = pd.DataFrame([_band(group) for group in cohort.groups])
     if drawn["center"].isna().all():
         raise ValueError("bias_curve got no run whose entries were drawn in a band: train FourierFT with center=")
@@ -99,7 +99,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("basis_ablation", runs, control)
     cohort.require(BASIS, "test_metric")
-    cohort.alike("basis")
+    cohort.require_differ_only_in("basis")
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
@@ -153,8 +153,8 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     own, cohort = gather("number_of_experts", runs), gather("number_of_experts", runs, control)
     own.require(HEADS)
     cohort.require("test_metric")
-    own.alike("number")
-    cohort.same("model", "task")
+    own.require_differ_only_in("number")
+    cohort.require_same("model", "task")
     numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
     sides = sorted({min(numbers.values()), max(numbers.values())})
     rows = cohort.scores()
@@ -210,7 +210,7 @@ def ablations(runs: Runs, control: Runs | None = None, start: float | int = 0.0)
     """
     cohort = gather("ablations", runs, control)
     cohort.require("test_metric")
-    cohort.same("model", "task")
+    cohort.require_same("model", "task")
     rows = cohort.scores()
     cells, marks = bars(band(rows, ["recipe", "kind"]), start)
     return Chart(

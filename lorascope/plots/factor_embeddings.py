@@ -12,7 +12,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis import factor_embeddings, factor_sharing, norms
-from lorascope.analysis.factor_embeddings import Cloud, Factor, Updates, View
+from lorascope.analysis.factor_embeddings import Factor, FactorSet, Updates, View
 from lorascope.charts.chart import Axis, Chart, Panels, Point, Text
 from lorascope.plots.registry import UPDATES, figure
 from lorascope.plots.run_groups import Cohort, Runs, gather
@@ -91,7 +91,7 @@ def factor_embedding(
     for prefix, cohort in shown.items():
         held = _held(cohort, step, modules)
         found = [_clouds(cohort, held, (factor,), view) for factor in factors]
-        caption += _told(prefix, cohort, found)
+        caption += factor_caption(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
         clouds = _clouds(cohort, held, factors, view) if together else apart
         for cloud in clouds:
@@ -106,19 +106,19 @@ def _held(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
     cohort.require(UPDATES)
     if len(cohort.runs) < 2:
         raise ValueError(f"{cohort.name} compares the factors of runs, and got one: give runs of two domains or more")
-    held = {run.id: factor_embeddings.factored(run.updates(step)) for run in cohort.runs}
-    common = factor_embeddings.common(held)
+    held = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
+    common = factor_embeddings.common_modules(held)
     if unknown := next((name for name in modules if name not in common), None):
         raise ValueError(f"{cohort.name}: not all runs hold {unknown}; they hold {', '.join(common[:5])}")
     return {run: {name: found[name] for name in modules or common} for run, found in held.items()}
 
 
-def _clouds(cohort: Cohort, held: Updates, factors: Sequence[Factor], view: View) -> list[Cloud]:
+def _clouds(cohort: Cohort, held: Updates, factors: Sequence[Factor], view: View) -> list[FactorSet]:
     domains = {run.id: group.label for group in cohort.groups for run in group.runs}
     return factor_embeddings.clouds(held, domains, factors, view)
 
 
-def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
+def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:
     """The runs, and the number that the picture is to be read with."""
     told = f"{prefix}{cohort.sample}."
     if len(cohort.groups) > 1:
@@ -132,14 +132,14 @@ def _told(prefix: str, cohort: Cohort, found: Sequence[Sequence[Cloud]]) -> str:
     return f" {told[0].upper()}{told[1:]}"
 
 
-def _perplexities(cloud: Cloud, asked: Perplexity | Sequence[Perplexity] | None) -> Sequence[Perplexity]:
+def _perplexities(cloud: FactorSet, asked: Perplexity | Sequence[Perplexity] | None) -> Sequence[Perplexity]:
     if asked is None:
         usual = factor_embeddings.default_perplexity(len(cloud.flat))
         return usual, usual / 3
     return asked if isinstance(asked, Sequence) else [asked]
 
 
-def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, perplexity: Perplexity, starts: Sequence[int | None]) -> Chart:
+def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: Perplexity, starts: Sequence[int | None]) -> Chart:
     parts = []
     for seed in starts:
         plane = factor_embeddings.tsne(cloud, perplexity, seed)
@@ -151,7 +151,7 @@ def _tsne(cloud: Cloud, cohort: Cohort, prefix: str, perplexity: Perplexity, sta
     return _chart(pd.concat(parts), cohort, title, axes, "start" if len(starts) > 1 else None)
 
 
-def _pca(cloud: Cloud, cohort: Cohort, prefix: str) -> Chart:
+def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
     whole = factor_embeddings.pca(cloud, len(cloud.flat))
     shares = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
     axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} %)") for number in (0, 1)]
@@ -190,7 +190,7 @@ def _named(chart: Chart) -> Chart:
     return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
 
 
-def _points(cloud: Cloud, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
+def _points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
     """Where the points are drawn, with the place of their modules in the model, later domains smaller."""
     modules = cohort.runs[0].modules
     places = modules.assign(place=norms.place(modules).astype("str")).set_index("module")[["layer", "role", "place"]]
@@ -199,6 +199,6 @@ def _points(cloud: Cloud, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -
     return points.assign(size=points["domain"].map(sizes))
 
 
-def _name(cloud: Cloud) -> str:
+def _name(cloud: FactorSet) -> str:
     """Such as "A, 8 × 384"."""
     return f"{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"

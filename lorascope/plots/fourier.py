@@ -11,7 +11,18 @@ from jaxtyping import Float
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Line, Panels, Point, above, beside, wrap
+from lorascope.charts.chart import (
+    Axis,
+    Chart,
+    Drawable,
+    Heat,
+    Line,
+    Panels,
+    Point,
+    set_side_by_side,
+    stack_vertically,
+    wrap,
+)
 from lorascope.plots.registry import FREQUENCIES, UPDATES, figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, gather, lines
 from lorascope.plots.subspaces import common_module
@@ -55,7 +66,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
         interval=f"bands: {INTERVAL}",
     )
     planes = [_plane(cohort, group, found, caption) for group in cohort.groups]
-    return above(beside(*planes), _profile(cohort, found, caption))
+    return stack_vertically(set_side_by_side(*planes), _profile(cohort, found, caption))
 
 
 @figure(
@@ -84,12 +95,12 @@ def update_image(
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)
-    updates_of = initial_update.added if added else Run.updates
+    updates_of = initial_update.learned_updates if added else Run.updates
     held = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
     module = common_module(cohort, list(held.values()), module)
     told = [
         f"What training added to {module}" if added else f"ΔW of {module}",
-        *(cohort.lost_starts() if added else []),
+        *(cohort.missing_initial_updates() if added else []),
     ]
     panels = [_image(cohort, label, updates[module].dense(), told, cells) for label, updates in held.items()]
     return wrap(panels, len(panels))
@@ -136,7 +147,7 @@ def frequency_bias(
         )
         for center in centers
     ]
-    return above(top, beside(*maps))
+    return stack_vertically(top, set_side_by_side(*maps))
 
 
 def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], told: list[str], cells: int) -> Chart:

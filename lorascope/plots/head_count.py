@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Panels, Point, Rule, Text, beside
+from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Panels, Point, Rule, Text, set_side_by_side
 
 _KMEANS = "k-means"
 _ASIDE = 0.3  # of a sample, so that two dots at one number do not hide each other
@@ -61,7 +61,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
         caption=caption,
         colors=dict.fromkeys(found["algorithm"]),
     )
-    return beside(error, number)
+    return set_side_by_side(error, number)
 
 
 def _caption(found: pd.DataFrame, chosen: pd.DataFrame) -> str:

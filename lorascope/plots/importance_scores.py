@@ -58,7 +58,7 @@ def _pooled(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Cha
     cells = cells.assign(n=over.count()).reset_index()
     marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
     spread = f"Lines: median over all modules of {cohort.sample}; bands: the middle 80 % of the components."
-    return _chart(cohort, cells, own, marks, label, quantity, f"{_told(own, quantity)} {spread}")
+    return _chart(cohort, cells, own, marks, label, quantity, f"{importance_caption(own, quantity)} {spread}")
 
 
 def _single(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity: str) -> Chart:
@@ -70,7 +70,7 @@ def _single(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity
     cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
     cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
     title = f"{own['recipe'].iloc[0]}, seed {run.meta['seed']}" if len(cohort.runs) > 1 else f"Components of {module}"
-    caption = f"{_told(own, quantity)} Components of {module}, one line each."
+    caption = f"{importance_caption(own, quantity)} Components of {module}, one line each."
     return _chart(cohort, cells, own, [Line("step", "value", "component", "fate")], title, quantity, caption)
 
 
@@ -96,7 +96,7 @@ def _chart(
     )
 
 
-def _told(own: pd.DataFrame, quantity: str) -> str:
+def importance_caption(own: pd.DataFrame, quantity: str) -> str:
     """What the quantity is, and how many components were kept."""
     fates = own.drop_duplicates(["run", "module", "index"])["kept"]
     definition = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lorascope.analysis import optimizer_moments
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Line, Panels, Point, beside, wrap
+from lorascope.charts.chart import Axis, Chart, Drawable, Line, Panels, Point, set_side_by_side, wrap
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
@@ -75,7 +75,7 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     angles = table[(table["quantity"] == "direction_cosine") & table["layer"].notna()]
     angles = angles.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].mean().reset_index()
     told = f"{_windows(width)} Mean cosine of the factored matrices in the blocks."
-    return beside(
+    return set_side_by_side(
         _curve(cohort, "loss", _average(losses, width), told), _curve(cohort, "direction_cosine", angles, told)
     )
 
@@ -106,7 +106,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     tested = tested.assign(at=tested["method"])
     rates = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
     told = f"Best rates by mean validation loss at the end: {rates}."
-    caption = cohort.caption(told, *cohort.kept_dense(), interval=f"bars: {INTERVAL}")
+    caption = cohort.caption(told, *cohort.dense_moment_note(), interval=f"bars: {INTERVAL}")
     panels = []
     for x, table, title, quantity in (
         ("lr", cells["eval_loss"], "by rate", "eval_loss"),
@@ -126,7 +126,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
                 meta=cohort.meta,
             )
         )
-    return beside(*panels)
+    return set_side_by_side(*panels)
 
 
 def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
@@ -136,7 +136,7 @@ def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> 
         lines(cells, "step", points=quantity != "loss"),
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity)),
-        caption=cohort.caption(averaged, *cohort.kept_dense()),
+        caption=cohort.caption(averaged, *cohort.dense_moment_note()),
         colors=cohort.labels,
         meta=cohort.meta,
     )

@@ -6,7 +6,18 @@ import pandas as pd
 
 from lorascope.analysis import lisa_schedule, norms
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Bar, Chart, Drawable, Heat, Line, Panels, above, beside, wrap
+from lorascope.charts.chart import (
+    Axis,
+    Bar,
+    Chart,
+    Drawable,
+    Heat,
+    Line,
+    Panels,
+    set_side_by_side,
+    stack_vertically,
+    wrap,
+)
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
 
@@ -38,10 +49,10 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
         "reach on average: the sum over the blocks of 1 − (1 − chance of a draw)ⁿ after n draws."
     )
     rows = [
-        beside(_heat(cohort, cells, label, caption), _coverage(cohort, reached, label, caption))
+        set_side_by_side(_heat(cohort, cells, label, caption), _coverage(cohort, reached, label, caption))
         for label in cohort.labels
     ]
-    return above(*rows)
+    return stack_vertically(*rows)
 
 
 @figure(
@@ -92,7 +103,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("draw_grid", runs, control)
     cohort.require("active", "draw_probability", "test_metric")
-    cohort.alike("n_active", "interval")
+    cohort.require_differ_only_in("n_active", "interval")
     reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
     rows = cohort.label(reached.merge(lisa_schedule.sizes(cohort.table), on="run"))
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):

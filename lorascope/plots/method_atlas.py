@@ -13,7 +13,7 @@ from lorascope.analysis import initial_update
 from lorascope.analysis import leading_directions as analysis
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.spectra import added_values
-from lorascope.charts.chart import Axis, Chart, Heat, Mark, Panels, Text, above, beside
+from lorascope.charts.chart import Axis, Chart, Heat, Mark, Panels, Text, set_side_by_side, stack_vertically
 from lorascope.plots.norms import update_norm
 from lorascope.plots.registry import SPECTRA, figure
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, gather, lines
@@ -60,12 +60,12 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         "inputs, over the modules that both runs hold and over pairs of runs of the principal angles between the first "
         f"{k} directions, fewer where an update has fewer; in brackets that of as many random directions.",
         *told,
-        *cohort.lost_starts(),
+        *cohort.missing_initial_updates(),
     )
     norms = update_norm(runs, control, "learned_norm")
     norms = replace(norms, title="What training added", y=replace(norms.y, log=True), meta=cohort.meta)
-    top = beside(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
-    return above(top, replace(heat, caption=caption))
+    top = set_side_by_side(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
+    return stack_vertically(top, replace(heat, caption=caption))
 
 
 def _check(cohort: Cohort, k: int) -> None:
@@ -73,7 +73,7 @@ def _check(cohort: Cohort, k: int) -> None:
         raise ValueError(f"atlas: k = {k} directions are none to compare: give 1 or more")
     if len(cohort.runs) < 2:
         raise ValueError(f"atlas takes two runs or more, got {len(cohort.runs)}")
-    cohort.same("task", "model")
+    cohort.require_same("task", "model")
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
@@ -143,7 +143,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
 
 
 def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
-    return {module: analysis.leading(update, k) for module, update in initial_update.added(run).items()}
+    return {module: analysis.leading(update, k) for module, update in initial_update.learned_updates(run).items()}
 
 
 def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from lorascope.analysis import norms, optimizer_moments
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, beside, wrap
+from lorascope.charts.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, set_side_by_side, wrap
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
 from lorascope.schema.module_roles import ROLES
@@ -86,7 +86,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
                     meta=cohort.meta,
                 )
             )
-    return beside(*panels)
+    return set_side_by_side(*panels)
 
 
 @figure(
@@ -184,7 +184,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
                     meta=cohort.meta,
                 )
             )
-    return beside(*panels)
+    return set_side_by_side(*panels)
 
 
 @figure(
@@ -225,7 +225,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     caption = cohort.caption(
         "Rank k of the factors of V over the largest that a choice may take, by layer and step.",
         _caps(cells),
-        *cohort.kept_dense(),
+        *cohort.dense_moment_note(),
         interval="intervals of k in the data",
     )
     heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
@@ -275,7 +275,8 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
             x=Axis(label="step"),
             y=Axis(label="relative error", log=True),
             caption=cohort.caption(
-                "Relative errors in Frobenius norm, mean over factored matrices in the blocks.", *cohort.kept_dense()
+                "Relative errors in Frobenius norm, mean over factored matrices in the blocks.",
+                *cohort.dense_moment_note(),
             ),
             colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
             meta=cohort.meta,

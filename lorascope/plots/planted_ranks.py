@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lorascope.analysis.planted_ranks import recovered
+from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Line
 from lorascope.plots.registry import figure
@@ -30,7 +30,7 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
     """
     cohort = gather("planted", runs, control)
     cohort.require("planted_rank")
-    found = pd.concat([recovered(run) for run in cohort.runs])
+    found = pd.concat([recovered_ranks(run) for run in cohort.runs])
     means = found.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
     cells = band(cohort.label(means), ["recipe", "kind", "planted"])
     truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)

@@ -9,7 +9,20 @@ import pandas as pd
 
 from lorascope.analysis import norms, rank_allocations
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Band, Chart, Drawable, Heat, Line, Mark, Panels, Point, above, beside, wrap
+from lorascope.charts.chart import (
+    Axis,
+    Band,
+    Chart,
+    Drawable,
+    Heat,
+    Line,
+    Mark,
+    Panels,
+    Point,
+    set_side_by_side,
+    stack_vertically,
+    wrap,
+)
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, define, gather
 from lorascope.schema.module_roles import ROLES
@@ -79,10 +92,10 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     cells = _cells(found, ["recipe", "kind", "step"])
     caption = cohort.caption(f"{define('rank')} Steps at which ranks were decided.", interval=_SPREAD)
     rows = [
-        beside(_heat(cohort, cells, label, caption, frame="step"), _course(cohort, found, label, caption))
+        set_side_by_side(_heat(cohort, cells, label, caption, frame="step"), _course(cohort, found, label, caption))
         for label in cohort.labels
     ]
-    return above(*rows)
+    return stack_vertically(*rows)
 
 
 @figure(

@@ -162,13 +162,13 @@ def available(run: Run) -> pd.DataFrame:
     """
     rows = []
     for name, entry in FIGURES.items():
-        lacking = [lack(run, need, entry.history) for need in entry.needs]
+        lacking = [missing_reason(run, need, entry.history) for need in entry.needs]
         missing = "; ".join(filter(None, lacking))
         rows.append({"figure": name, "runs": entry.runs, "drawable": not missing, "missing": missing})
     return pd.DataFrame(rows)
 
 
-def lack(run: Run, need: str, history: bool = False) -> str:
+def missing_reason(run: Run, need: str, history: bool = False) -> str:
     """What a run lacks for a figure, with its remedy; "" if nothing."""
     remedy = RECORDERS.get(need, "train with a method that records it")
     if need in _KEPT:

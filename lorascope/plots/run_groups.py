@@ -11,7 +11,7 @@ import pandas as pd
 
 from lorascope.analysis import initial_update, norms
 from lorascope.charts.chart import Band, Bar, Line, Mark, Point, Text
-from lorascope.plots.registry import FIGURES, MIXTURES, OF_UPDATES, lack
+from lorascope.plots.registry import FIGURES, MIXTURES, OF_UPDATES, missing_reason
 from lorascope.runs.gated_run import stands_at
 from lorascope.runs.run import Run
 from lorascope.schema import records
@@ -73,10 +73,10 @@ class Cohort:
         """Raise a ValueError that names what the first run in want lacks."""
         for run in self.runs:
             for need in needs:
-                if lacking := lack(run, need, history):
+                if lacking := missing_reason(run, need, history):
                     raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {run.label})")
 
-    def same(self, *keys: str) -> None:
+    def require_same(self, *keys: str) -> None:
         """Raise a ValueError that names two runs which differ in one of these keys of their description."""
         first = self.runs[0]
         for key in keys:
@@ -87,9 +87,9 @@ class Cohort:
                         f"and {run.meta[key]} (run {run.id})"
                     )
 
-    def alike(self, *free: str) -> None:
+    def require_differ_only_in(self, *free: str) -> None:
         """Raise a ValueError that names two runs which differ in more than these fields of the method, or the seed."""
-        self.same("model", "task")
+        self.require_same("model", "task")
         first = self.runs[0]
         for run in self.runs:
             for part in ("recipe", "settings"):
@@ -133,7 +133,7 @@ class Cohort:
         shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
         return " ".join([*sentences, shown])
 
-    def kept_dense(self) -> list[str]:
+    def dense_moment_note(self) -> list[str]:
         """Which second moments have no factors under Adapprox, where a run is of it."""
         kept: dict[str, dict[str, None]] = {}
         for group in self.groups:
@@ -143,9 +143,9 @@ class Cohort:
         one = len(kept) == 1
         return [f"{'Adapprox' if one else ', '.join(labels)} keeps {what} dense." for what, labels in kept.items()]
 
-    def lost_starts(self) -> list[str]:
+    def missing_initial_updates(self) -> list[str]:
         """Which recipes still show the start of their update, because it was not kept."""
-        lacking = [group.label for group in self.groups if any(map(initial_update.lost_start, group.runs))]
+        lacking = [group.label for group in self.groups if any(map(initial_update.lacks_initial_update, group.runs))]
         return [f"With its start, which was not kept: {', '.join(lacking)}."] if lacking else []
 
 

@@ -11,7 +11,20 @@ from lorascope.analysis import neuron_utilization as utilisation
 from lorascope.analysis import selected_neurons
 from lorascope.analysis.norms import place
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Band, Bar, Chart, Drawable, Heat, Line, Mark, Panels, Rule, beside, wrap
+from lorascope.charts.chart import (
+    Axis,
+    Band,
+    Bar,
+    Chart,
+    Drawable,
+    Heat,
+    Line,
+    Mark,
+    Panels,
+    Rule,
+    set_side_by_side,
+    wrap,
+)
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
 from lorascope.runs.run import Run
@@ -95,7 +108,7 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     """
     cohort = gather("neuron_overlap", runs, control)
     cohort.require("selected" if k is None else "neuron_cosine")
-    cohort.same("model")
+    cohort.require_same("model")
     sets = {
         g.label: [selected_neurons.as_set(selected_neurons.chosen(run, k)) for run in g.runs] for g in cohort.groups
     }
@@ -147,7 +160,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     others = [reference] if isinstance(reference, Run) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
-    known.same("model")
+    known.require_same("model")
     states = _how(known)
     shifts = {}
     for run in cohort.runs:
@@ -173,7 +186,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
     order = [*(bucket for bucket in order if bucket != "all"), "all"]
     share = f"percentile {'in the reference' if others else 'before'} (%)"
-    return beside(
+    return set_side_by_side(
         _shift_panel(known, cohort, moved, "bucket", order, share, "mean shift (ranks)", caption),
         _shift_panel(known, cohort, pd.DataFrame(kinds), "category", _KINDS, "", "neurons", caption),
     )

@@ -12,7 +12,7 @@ from lorascope.analysis import norms, spectra
 from lorascope.analysis import subspace_similarity as subspace
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.subspace_similarity import Side
-from lorascope.charts.chart import Axis, Chart, Heat, Panels, beside
+from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side
 from lorascope.plots.registry import SPECTRA, UPDATES, figure
 from lorascope.plots.run_groups import Cohort, Runs, gather, lines
 from lorascope.runs.run import Run
@@ -66,7 +66,7 @@ def spectrum(
         y=Axis(label="singular value", log=True),
         caption=cohort.caption(
             f"Singular values of {'what training added' if added else 'the update'}. Effective rank: {effective}.",
-            *(cohort.lost_starts() if added else []),
+            *(cohort.missing_initial_updates() if added else []),
         ),
         colors=cohort.labels,
         meta=cohort.meta | {"module": module},
@@ -113,7 +113,9 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
         cells = _similarity(pairs, module, side)
         panels.append(_heat(cells, "phi", prefix + title, _tell(cells, len(pairs), module, side), cohort))
     cells = panels[0].data
-    return beside(*panels, _heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""]))
+    return set_side_by_side(
+        *panels, _heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""])
+    )
 
 
 def common_module(cohort: Cohort, held: Sequence[Mapping[str, Any]], module: str | None) -> str:

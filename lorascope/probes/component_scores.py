@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lorascope.adapters.ablation import ablation_scores
 from lorascope.adapters.activation_patching import Loss
 from lorascope.adapters.delta import detach
-from lorascope.experiments.component_removal import Triple, dress, fill_plain, fill_svd
+from lorascope.experiments.component_removal import Triple, attach_components, fill_plain, fill_svd
 from lorascope.methods import adalora, alora, autolora
 
 Rows = dict[str, dict[str, np.ndarray]]
@@ -30,7 +30,7 @@ def _fill_weighed(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
 
 def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
     """Sensitivity, uncertainty and importance at zero learning rate, and the norm of the mean gradient."""
-    deltas = dress(model, state, adalora.AdaLoRADelta, fill_svd)
+    deltas = attach_components(model, state, adalora.AdaLoRADelta, fill_svd)
     weights = [weight for delta in deltas.values() for weight in (delta.B, delta.diagonal, delta.A)]
     sensitivity, uncertainty, total = ([torch.zeros_like(weight) for weight in weights] for _ in range(3))
     default = adalora.AdaLoRA()
@@ -56,7 +56,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], ba
 
 def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batch: Any) -> Rows:
     """IS and its two parts, higher where the component is needed more."""
-    dress(model, state, alora.ALoRADelta, fill_plain)
+    attach_components(model, state, alora.ALoRADelta, fill_plain)
     found = ablation_scores(model, loss, batch)
     detach(model)
     return {
@@ -68,7 +68,7 @@ def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batc
 
 def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
     """alpha after the logits alone have been trained, twice through the batches."""
-    deltas = dress(model, state, autolora.AutoLoRADelta, _fill_weighed)
+    deltas = attach_components(model, state, autolora.AutoLoRADelta, _fill_weighed)
     logits = [delta.logits.requires_grad_() for delta in deltas.values()]
     optimizer = torch.optim.Adam(logits, lr=1e-2, betas=autolora.BETAS)
     for batch in (*batches, *batches):

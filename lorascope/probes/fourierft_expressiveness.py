@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach
 from lorascope.analysis.seed_intervals import band, t_interval
-from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, beside
+from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, set_side_by_side
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots.run_groups import INTERVAL, lines
@@ -197,7 +197,7 @@ def table(found: Mapping[tuple[str, int], Course]) -> pd.DataFrame:
         rows.append(
             {
                 "": label,
-                "best accuracy": t_interval(best).words(3),
+                "best accuracy": t_interval(best).format(3),
                 "all right": f"{len(done)} of {len(own)}",
                 "epochs until then": f"{min(done)} to {max(done)}" if done else "",
             }
@@ -250,7 +250,7 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
                 colors=("told right", "told wrong"),
             )
         )
-    return beside(*panels)
+    return set_side_by_side(*panels)
 
 
 def _plane() -> Float[Tensor, "places 2"]:

@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope import observe, plots
-from lorascope.analysis.factor_embeddings import factored
+from lorascope.analysis.factor_embeddings import factored_updates
 from lorascope.analysis.factor_sharing import numbers
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.inputs.sources import DOMAINS
@@ -174,7 +174,9 @@ def _measure(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     for start, replicates in _sets(runs).items():
         for seed, held in enumerate(replicates):
             domains = {id: domain for id, (domain, _) in held.items()}
-            first, last = ({id: factored(run.updates(step)) for id, (_, run) in held.items()} for step in (0, None))
+            first, last = (
+                {id: factored_updates(run.updates(step)) for id, (_, run) in held.items()} for step in (0, None)
+            )
             parts = {BEFORE: numbers(first, domains, ("A",), ("raw", "space")), AFTER: numbers(last, domains)}
             tables += [part.assign(start=start, when=when, replicate=seed) for when, part in parts.items()]
     return pd.concat(tables, ignore_index=True)
@@ -187,7 +189,7 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
 
         def told(name: str, digits: int = 2, part: pd.DataFrame = part) -> str:
             values = part[name].to_numpy(np.float64)
-            return "" if np.isnan(values).any() else t_interval(values).words(digits)
+            return "" if np.isnan(values).any() else t_interval(values).format(digits)
 
         rows.append(
             dict(zip(places, place, strict=True))
@@ -212,7 +214,7 @@ def _moved(replicates: Sequence[Mapping[str, tuple[str, Run]]]) -> str:
     shares = []
     for held in replicates:
         for _, run in held.values():
-            first, last = factored(run.updates(0)), factored(run.updates())
+            first, last = factored_updates(run.updates(0)), factored_updates(run.updates())
             shares += [np.linalg.norm(last[name].A - first[name].A) / np.linalg.norm(first[name].A) for name in last]
     return f"{np.mean(shares):.2f}"
 

@@ -119,7 +119,7 @@ def accuracy_table(runs: Mapping[str, Sequence[Run]], words: Mapping[str, float]
 
 
 def _points(values: Sequence[float]) -> str:
-    return t_interval(100 * np.asarray(values, np.float64)).words(1)
+    return t_interval(100 * np.asarray(values, np.float64)).format(1)
 
 
 PROBE = register(

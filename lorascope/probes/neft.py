@@ -186,7 +186,7 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """Test accuracy in points, trained share of the parameters, and seconds, the tuning's among them."""
     rows = []
     for label in (FULL, LOW, *_trained_arms(runs)):
-        points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).words(1)
+        points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).format(1)
         seconds = np.mean([run.meta["total_seconds"] for run in runs[label]])
         rows.append({"": label, "accuracy": points, "trained": _trained(runs[label]), "seconds": f"{seconds:.0f}"})
     return pd.DataFrame(rows)

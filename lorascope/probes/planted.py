@@ -164,7 +164,7 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         [
             {"": label}
             | {
-                name: t_interval(np.array([measure(run) for run in found])).words(2)
+                name: t_interval(np.array([measure(run) for run in found])).format(2)
                 for name, measure in columns.items()
             }
             for label, found in runs.items()

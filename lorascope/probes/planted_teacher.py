@@ -61,7 +61,7 @@ class planted(Observer):
 
 def base() -> str:
     """Folder of the base model and its tokenizer; written on the first call."""
-    return str(package_assets.built(package_assets.cache() / "planted-base", _write_base))
+    return str(package_assets.build_once(package_assets.cache() / "planted-base", _write_base))
 
 
 def _write_base(folder: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lorascope import plots
-from lorascope.adapters.delta import adapted, detach
+from lorascope.adapters.delta import attached_deltas, detach
 from lorascope.analysis.score_agreement import correlate
 from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
@@ -80,7 +80,7 @@ def measure(run: Run) -> pd.DataFrame:
     task = tasks.load(run.meta["task"])
     model = models.load(run.meta["model"], task)
     run.restore(model)
-    state = {name: component_removal.canonical(delta.update()) for name, delta in adapted(model).items()}
+    state = {name: component_removal.canonical(delta.update()) for name, delta in attached_deltas(model).items()}
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
@@ -98,8 +98,8 @@ def measure(run: Run) -> pd.DataFrame:
         return model(**batch).loss
 
     halves = {
-        TRUTH: component_removal.settled_rises(model, loss, state, unseen[0::2], removed),
-        AGAIN: component_removal.settled_rises(model, loss, state, unseen[1::2], removed),
+        TRUTH: component_removal.ablation_loss_increases(model, loss, state, unseen[0::2], removed),
+        AGAIN: component_removal.ablation_loss_increases(model, loss, state, unseen[1::2], removed),
     }
     found: component_scores.Rows = {
         score: {name: rise[:-1] for name, rise in rises.items()} for score, rises in halves.items()

@@ -33,7 +33,7 @@ _PHASE = re.compile(r"\d+-.+")
 _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 
 
-class Busy(ValueError):
+class RunLocked(ValueError):
     """Another process is training this very run."""
 
 
@@ -95,7 +95,7 @@ def partial_files(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def lock_run(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder, where the system can; it lets go when this one dies, however it dies."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -112,7 +112,7 @@ def held(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             taken = False
         if taken:
-            raise Busy(f"{folder} is being trained by another process: wait for it")
+            raise RunLocked(f"{folder} is being trained by another process: wait for it")
         yield
     finally:
         with suppress(OSError):  # a worker that was forked meanwhile has a copy of the handle, which keeps the lock
@@ -125,7 +125,7 @@ def remove_run(folder: Path) -> None:
 
     Raises
     ------
-    Busy
+    RunLocked
         A process trains in it.
     ValueError
         It is a symbolic link, not a run folder, or holds files that lorascope did not write.
@@ -145,7 +145,7 @@ def remove_run(folder: Path) -> None:
         raise ValueError(f"{refused}: it is not a run of lorascope ({error})") from error
     with ExitStack() as locks:
         for place in (folder, *_phases(folder)):
-            locks.enter_context(held(place))
+            locks.enter_context(lock_run(place))
         # Renamed first, so that a removal that is cut short leaves nothing that looks like a run.
         removed = folder.with_name(f".{folder.name}.removed")
         for place in (folder, removed):

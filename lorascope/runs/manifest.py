@@ -11,7 +11,7 @@ import msgspec
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain
-from lorascope.files.typed_json import Count, Finite, Positive, typed
+from lorascope.files.typed_json import Count, Finite, Positive, to_typed
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import Quantity
 
@@ -131,9 +131,9 @@ class About:
 
 def require_run(meta: Mapping[str, Any], file: Path) -> None:
     """Raise a ValueError where a value of ``run.json`` has another type, or a parent is not a sibling folder."""
-    run = typed(meta, _Run, file)
+    run = to_typed(meta, _Run, file)
     if run.test:
-        typed(run.test, _Test, f"test of {file}")
+        to_typed(run.test, _Test, f"test of {file}")
     for parent in run.parents:
         if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):
             raise ValueError(f"cannot read {printable(file)}: a parent must be '../NAME', got {printable(parent)!r}")
@@ -147,7 +147,7 @@ def read_about(file: TensorFile) -> About:
     ValueError
         A value has another type, or an array is missing or has another shape.
     """
-    about = typed(file.about, About, f"the header of {file.path}")
+    about = to_typed(file.about, About, f"the header of {file.path}")
     for module, names in about.factors.items():
         lacking = next((name for name in names if f"{module}/{name}" not in file), None)
         if lacking is not None:

@@ -21,7 +21,7 @@ import lorascope
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash
-from lorascope.files.typed_json import read_json, typed
+from lorascope.files.typed_json import read_json, to_typed
 from lorascope.runs.display import as_html, as_text, training_lines
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
@@ -70,7 +70,7 @@ class Run:
         if not file.exists():
             raise FileNotFoundError(f"{printable(path)} is no run: it has no run.json")
         meta = read_json(file, dict[str, Any])
-        schema = typed(meta.get("schema"), int, f"schema of {file}")
+        schema = to_typed(meta.get("schema"), int, f"schema of {file}")
         if schema > SCHEMA:
             raise ValueError(
                 f"{printable(path)} has schema {schema}, newer than the {SCHEMA} known here: update lorascope"

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted
-from lorascope.adapters.peft_layers import bare_parameters, without_peft
+from lorascope.adapters.delta import attached_deltas
+from lorascope.adapters.peft_layers import unwrap_peft_model, unwrapped_parameters
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
 from lorascope.observe.trainable import adapters, left_out
@@ -24,8 +24,8 @@ class Base(Mapping[str, Tensor]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        adapters = {id(parameter) for delta in adapted(model).values() for parameter in delta.parameters()}
-        self._live = {name: p for name, p in bare_parameters(model).items() if id(p) not in adapters}
+        adapters = {id(parameter) for delta in attached_deltas(model).values() for parameter in delta.parameters()}
+        self._live = {name: p for name, p in unwrapped_parameters(model).items() if id(p) not in adapters}
         self.kept: dict[str, Tensor] = {}
 
     def capture(self, optimizer: torch.optim.Optimizer) -> None:
@@ -35,7 +35,7 @@ class Base(Mapping[str, Tensor]):
             if id(parameter) in trained and name not in self.kept:
                 self.kept[name] = parameter.detach().clone()
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Set the model to W_0 again."""
         with torch.no_grad():
             for name, tensor in self.kept.items():
@@ -63,7 +63,7 @@ class Mark(NamedTuple):
         setattr(model, _MARK, self._replace(recipe=recipe))
 
 
-def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
+def prepare_model(model: nn.Module, task: Task, seed: int) -> Mark:
     """Prepare a module for its first training; give back the mark of one that was trained before."""
     mark = getattr(model, _MARK, None)
     if mark is not None:
@@ -76,6 +76,6 @@ def first_use(model: nn.Module, task: Task, seed: int) -> Mark:
 
 def refuse_adapted(model: nn.Module) -> None:
     """Raise a ValueError where a model carries adapters, ours or PEFT's: it is no W_0."""
-    bare_model = without_peft(model)
+    bare_model = unwrap_peft_model(model)
     if carried := adapters(bare_model) | left_out(bare_model):
         raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")

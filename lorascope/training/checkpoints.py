@@ -16,7 +16,7 @@ from jaxtyping import UInt8
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.files.typed_json import Count, Finite, typed
+from lorascope.files.typed_json import Count, Finite, to_typed
 from lorascope.runs.folders import own_files
 from lorascope.training.state import load_tree, save_tree
 
@@ -86,7 +86,7 @@ class Checkpoints:
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 tree = load_tree(file)
-                checkpoint = typed(tree, Checkpoint, file)
+                checkpoint = to_typed(tree, Checkpoint, file)
                 if not isinstance(tree.get("table"), np.ndarray):
                     raise ValueError(f"{printable(file)} is no checkpoint: it holds no table")
                 return checkpoint, unpack_rows(tree["table"])

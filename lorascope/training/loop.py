@@ -18,10 +18,10 @@ from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
-from lorascope.runs.folders import held, read_manifest
+from lorascope.runs.folders import lock_run, read_manifest
 from lorascope.runs.run import Run
-from lorascope.training.base_weights import Base, first_use
-from lorascope.training.output_folder import StateRemoved, claim, finished_run, note_phases
+from lorascope.training.base_weights import Base, prepare_model
+from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import interruptible, progress_bar
 from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session, not_finite
@@ -148,13 +148,13 @@ def train(
     task = task.fit(model)
     device = device or _best_device()
     model.to(device)
-    mark = first_use(model, task, seed)
+    mark = prepare_model(model, task, seed)
     observers = (norms(),) if observe is None else tuple(observe)
     plan = Plan(method, Phase(method), task, settings, seed, mark.w0_hash, observers)
     if mark.recipe not in ("", plan.id):
         raise ValueError(f"this model was trained before, as recipe {mark.recipe}: load a fresh one for another run")
     folder = Path(out or Path(root) / f"{method.name}-{_slug(task.name)}-{plan.id}")
-    claim(folder, plan.id, overwrite)
+    prepare_folder(folder, plan.id, overwrite)
     mark.put_on(model, plan.id)
     runs: list[Run] = []
     begun: list[str] = []
@@ -164,7 +164,7 @@ def train(
 
         def hold(place: Path) -> None:
             if place not in locked:
-                locks.enter_context(held(place))
+                locks.enter_context(lock_run(place))
                 locked.add(place)
 
         for phase in _phases(method, mark.base, runs):
@@ -183,7 +183,7 @@ def train(
             stored = finished_run(path, part)
             if stored is None:
                 if phase.name:
-                    note_phases(folder, plan, begun, "running")
+                    write_phases(folder, plan, begun, "running")
                 hold(path)  # now that recipe.json says whose folder it is
                 _reset(model, mark.base)
                 with seeded(seed):
@@ -192,7 +192,7 @@ def train(
             else:
                 runs.append(stored)
         if phase.name and (locked or read_manifest(folder).status != "done"):
-            note_phases(folder, plan, begun, "done")
+            write_phases(folder, plan, begun, "done")
     if stored is not None:
         if not stored.restorable:
             raise StateRemoved(stored)
@@ -239,7 +239,7 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
 def _reset(model: nn.Module, base: Base) -> None:
     """Back to W_0, without adapters, everything trainable: where every phase begins."""
     delta.detach(model)
-    base.put_back()
+    base.restore()
     model.requires_grad_(True)
 
 

@@ -25,7 +25,7 @@ class StateRemoved(ValueError):
         self.run = run
 
 
-def claim(folder: Path, recipe: str, overwrite: bool) -> None:
+def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
     """Make sure that a folder is free, or holds the recipe of this id."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: give a folder")
@@ -44,7 +44,7 @@ def claim(folder: Path, recipe: str, overwrite: bool) -> None:
             raise ValueError(f"{folder} holds recipe {found.id}, not {recipe}: give another folder, or overwrite=True")
 
 
-def note_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) -> None:
+def write_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) -> None:
     """Write down which phases of a recipe have begun; ``status`` is "running" or "done"."""
     for left in folder.glob(".recipe.json.*"):
         if is_partial(left):

@@ -50,7 +50,7 @@ class ProgressBar(tqdm):
         self.update()
 
 
-class Note:
+class ProgressFile:
     """A small file that says how far a run is, for a process that watches; rewritten once a second at most.
 
     It also says how often the run was begun without an end, which tells the runs that kill their process.
@@ -62,7 +62,7 @@ class Note:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.told: dict[str, Any] = {"begun": read_note(file).get("begun", 0) + 1}
+        self.told: dict[str, Any] = {"begun": read_progress(file).get("begun", 0) + 1}
         self._written = 0.0
         self.write()
 
@@ -79,7 +79,7 @@ class Note:
         self.told |= {"phase": name, "total": total, "step": start}
         self.write()
 
-    def __enter__(self) -> Note:
+    def __enter__(self) -> ProgressFile:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -94,7 +94,7 @@ class Note:
             self.write()
 
 
-def read_note(file: Path) -> dict[str, Any]:
+def read_progress(file: Path) -> dict[str, Any]:
     """What a note says; nothing where there is none."""
     try:
         return read_json(file, dict)
@@ -103,7 +103,7 @@ def read_note(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def noted(note: Note) -> Iterator[None]:
+def writing_progress(note: ProgressFile) -> Iterator[None]:
     """Within, what is trained writes a note in place of showing a bar."""
     token = _NOTE.set(note)
     try:
@@ -114,7 +114,7 @@ def noted(note: Note) -> Iterator[None]:
         note.write()
 
 
-_NOTE: ContextVar[Note | None] = ContextVar("note", default=None)
+_NOTE: ContextVar[ProgressFile | None] = ContextVar("note", default=None)
 
 
 def progress_bar(name: str, total: int, start: int, visible: bool) -> Any:

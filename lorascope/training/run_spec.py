@@ -14,7 +14,7 @@ from torch import nn
 
 from lorascope import __version__
 from lorascope.adapters.host_weights import host_kind
-from lorascope.adapters.peft_layers import bare
+from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
 from lorascope.methods.base import Method, Phase, config, task_head
@@ -57,7 +57,7 @@ class Plan:
             "phase": [self.phase.name, self.phase.split],
             "w0_hash": self.w0_hash,
             "data_hash": self.task.hash,
-            "settings": self.settings.plain()
+            "settings": self.settings.to_dict()
             | {"observers": [observer.config() for observer in self.observers]}
             | {"search_share": self.phase.method.search_share},
             "seed": self.seed,
@@ -112,7 +112,7 @@ def circumstances(
             "trained": sum(p.numel() for p in trained) - still,
             "head": sum(p.numel() for p in trained if id(p) in head),
         },
-        "hosts": {name: host_kind(bare(model.get_submodule(name))) for name in adapters(model)},
+        "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
         "modules": modules.astype(object).where(modules.notna(), None).to_dict("records"),
     }
 

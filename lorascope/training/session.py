@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.files.printable import printable
 from lorascope.inputs.models import processor
 from lorascope.methods.base import Batch, HeldOut, Step, frozen_entries
@@ -32,10 +32,10 @@ from lorascope.training.evaluation import Score, evaluate
 from lorascope.training.run_spec import Plan
 from lorascope.training.state import (
     generators_state,
+    load_generators_state,
+    load_optimizer_state,
+    load_tensors,
     optimizer_state,
-    put_generators_state,
-    put_optimizer_state,
-    put_tensors,
     save_state,
     trained_tensors,
 )
@@ -72,7 +72,7 @@ class Session:
         self._encode(processor(model))
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._loss, self._draw, self._unseen)
+        self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._batch_loss, self._draw, self._unseen)
         self.best: Best | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
@@ -145,7 +145,7 @@ class Session:
             return nullcontext()
         return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
 
-    def _loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
+    def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
         with self.autocast():
             if params is None:
                 return model(**batch).loss.float()
@@ -161,7 +161,7 @@ class Session:
         for part in range(parts):
             piece = {key: value[part * rows : (part + 1) * rows] for key, value in self.step.batch.items()}
             share = self.task.counted(piece) / total if parts > 1 else 1.0
-            value = self._loss(self.model, piece, None) * share
+            value = self._batch_loss(self.model, piece, None) * share
             value.backward()
             loss += float(value.detach())
         return loss
@@ -202,7 +202,7 @@ class Session:
         """Collect what loop, method and observers have to say of this step."""
         own = {"loss": loss, "grad_norm": norm, "lr": rate, "seconds": self.seconds}
         told = [Record(name, value) for name, value in own.items() if value is not None]
-        items = looked_at(self.step, [*told, *self.method.records(self.step)], self.observers)
+        items = merge_records(self.step, [*told, *self.method.records(self.step)], self.observers)
         self.writer.add(self.step.finished, items)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
@@ -246,16 +246,16 @@ class Session:
         self.checkpoints.save(checkpoint, self.writer.table())
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        put_tensors(self.model, checkpoint.model)
+        load_tensors(self.model, checkpoint.model)
         frozen = set(checkpoint.frozen)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name not in frozen)
         self.method.restore(checkpoint.method)
-        put_optimizer_state(self.model, self.optimizer, checkpoint.optimizer)
+        load_optimizer_state(self.model, self.optimizer, checkpoint.optimizer)
         self.scheduler.last_epoch = checkpoint.scheduler
         for observer, state in zip(self.observers, checkpoint.observers, strict=True):
             observer.restore(state)
-        put_generators_state(checkpoint.generators)
+        load_generators_state(checkpoint.generators)
         self._search_generator, self.best = checkpoint.search, checkpoint.best
         self._seconds_before = checkpoint.seconds
         self.step.index = checkpoint.finished - 1
@@ -269,7 +269,7 @@ class Session:
         """Entry of the current state in ``run.json``."""
         return {
             "step": self.step.finished,
-            "ranks": {name: delta.rank for name, delta in adapted(self.model).items()},
+            "ranks": {name: delta.rank for name, delta in attached_deltas(self.model).items()},
         }
 
     def finish(self) -> Run:
@@ -320,7 +320,7 @@ def not_finite(step: Step, loss: float, norm: float | None, rate: float) -> str 
     return f"{what} at step {step.index + 1} of {step.total} (rate {rate:.3g}): lower lr, or clip"
 
 
-def looked_at(step: Step, told: Iterable[Item], observers: Sequence[Observer]) -> list[Item]:
+def merge_records(step: Step, told: Iterable[Item], observers: Sequence[Observer]) -> list[Item]:
     """What was told of a step and what its observers find, each thing once.
 
     Of what both know, such as a rank at the step that changes it, the method's word is enough.

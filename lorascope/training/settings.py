@@ -84,7 +84,7 @@ class Settings:
 
         return factor
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The JSON form; 1 and 1.0 are the same setting."""
         real = ("lr", "head_lr", "warmup", "clip", "weight_decay")
         return {

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import adapted
+from lorascope.adapters.delta import attached_deltas
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.files.typed_json import parse_json, require_regular
@@ -138,7 +138,7 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     kept = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
     kept |= {
         f"{module}.delta.{name}": parameter
-        for module, delta in adapted(model).items()
+        for module, delta in attached_deltas(model).items()
         for name, parameter in delta.named_parameters()
     }
     persistent = model.state_dict(keep_vars=True)
@@ -150,7 +150,7 @@ def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, m
     save_tree(path, {**trained_tensors(model, optimizer), _LEARNED: method.state()})
 
 
-def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors into the model's parameters and buffers of these names; one of another shape takes its place."""
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     unknown = sorted(tensors.keys() - places.keys())
@@ -182,7 +182,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     }
 
 
-def put_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
     """Put ``optimizer_state`` back by assignment."""
     parameters = dict(model.named_parameters())
     for group, values in zip(optimizer.param_groups, stored["groups"], strict=True):
@@ -203,7 +203,7 @@ def generators_state() -> dict[str, Any]:
     }
 
 
-def put_generators_state(stored: Mapping[str, Any]) -> None:
+def load_generators_state(stored: Mapping[str, Any]) -> None:
     """Put ``generators_state`` back."""
     torch.set_rng_state(stored["torch"])
     if stored["cuda"]:
@@ -222,12 +222,12 @@ def seeded(seed: int) -> Iterator[None]:
     try:
         yield
     finally:
-        put_generators_state(before)
+        load_generators_state(before)
 
 
 def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None) -> None:
     """Attach the run's method to a fresh base and put its trained tensors back; see ``Run.restore``."""
-    if adapted(model):
+    if attached_deltas(model):
         raise ValueError("the model carries adapters already: restore into a freshly loaded base")
     config = run.meta["method"]
     if config["name"] == "peft":
@@ -244,5 +244,5 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
         raise ValueError(f"run {printable(run.id)} has fields that its method has not: {printable(error)}") from error
     method.attach(model)
     method.restore(stored.pop(_LEARNED))
-    put_tensors(model, stored)
+    load_tensors(model, stored)
     model.eval()

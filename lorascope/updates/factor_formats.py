@@ -33,13 +33,13 @@ def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bo
         outer, inner = factors["shape"].tolist()
         return Fourier(factors["coefficients"], factors["entries"], (outer, inner), scale)
     if "gates" in factors:
-        B, A = mixture(factors["B"], factors["A"], factors["gates"])
+        B, A = mix_experts(factors["B"], factors["A"], factors["gates"])
         return LowRank(B, A, scale, exact)
     B = factors["B"] * factors["diagonal"] if "diagonal" in factors else factors["B"]
     return LowRank(B, factors["A"], scale, exact)
 
 
-def mixture(
+def mix_experts(
     B: Float[np.ndarray, "heads out rank"], A: Float[np.ndarray, "*heads rank in"], gates: Float[np.ndarray, "heads"]
 ) -> tuple[Float[np.ndarray, "out ranks"], Float[np.ndarray, "ranks in"]]:
     """Heads on one A are added up; those with an A each stand beside each other."""

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from lorascope.updates.linalg import finite, wide
+from lorascope.updates.linalg import all_finite, as_float64
 from lorascope.updates.low_rank import Dense, LowRank
 
 SEEDS = 1 << 32
@@ -137,7 +137,7 @@ def on_bases(
 ) -> Dense:
     """The update alpha / sqrt(2 d1 d2) * left F right^T, whose expected norm is that of a Fourier update."""
     (j, k), scale = entries, alpha / np.sqrt(2 * len(left) * len(right))
-    return Dense((left[:, j] * (scale * wide(coefficients))) @ right[:, k].T)
+    return Dense((left[:, j] * (scale * as_float64(coefficients))) @ right[:, k].T)
 
 
 class _Part(NamedTuple):
@@ -194,7 +194,7 @@ class Fourier(Dense):
     def matrix(self) -> Float[np.ndarray, "out in"]:
         """The update as a matrix, by one real transform of half the spectrum."""
         rows, columns = self.shape
-        (j, k), half = self.entries, wide(self.coefficients) / 2
+        (j, k), half = self.entries, as_float64(self.coefficients) / 2
         spectrum = np.zeros((rows, columns // 2 + 1))
         for row, column in ((j, k), (-j % rows, -k % columns)):
             kept = column <= columns // 2
@@ -211,7 +211,7 @@ class Fourier(Dense):
             signs.append(np.where(alone, 0.0, np.sign(side - 2 * index)))
             lengths.append(np.where(alone, side, side / 2) ** 0.5)
         outer, inner = self.shape
-        values = self.scale / (outer * inner) * wide(self.coefficients) * lengths[0] * lengths[1]
+        values = self.scale / (outer * inner) * as_float64(self.coefficients) * lengths[0] * lengths[1]
         sines = signs[0] * signs[1]
         even = _summed((outer // 2 + 1, inner // 2 + 1), folded[0], folded[1], values)
         j, k = folded[0][sines != 0] - 1, folded[1][sines != 0] - 1
@@ -239,11 +239,11 @@ class Fourier(Dense):
         spectrum = np.fft.rfft2(W).real
         left = k < spectrum.shape[1]
         found = spectrum[np.where(left, j, -j % rows), np.where(left, k, columns - k)]
-        return float(self.scale / W.size * np.vdot(wide(self.coefficients), wide(found)))
+        return float(self.scale / W.size * np.vdot(as_float64(self.coefficients), as_float64(found)))
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
         """The min(out, in) singular values, largest first, of both parts together."""
-        if not finite(self.coefficients):
+        if not all_finite(self.coefficients):
             return np.full(min(self.shape), np.nan)
         sigma = [Dense(part.dense()).singular_values() for part in self.parts]
         return np.sort(np.concatenate(sigma))[::-1]
@@ -259,7 +259,9 @@ class Fourier(Dense):
         """The difference; of two updates at the same entries and scale by their coefficients."""
         alike = isinstance(other, Fourier) and (self.shape, self.scale) == (other.shape, other.scale)
         if isinstance(other, Fourier) and alike and np.array_equal(self.entries, other.entries):
-            return Fourier(wide(self.coefficients) - wide(other.coefficients), self.entries, self.shape, self.scale)
+            return Fourier(
+                as_float64(self.coefficients) - as_float64(other.coefficients), self.entries, self.shape, self.scale
+            )
         return Dense(self.dense() - other.dense())
 
     def __repr__(self) -> str:

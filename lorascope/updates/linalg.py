@@ -54,7 +54,7 @@ def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
 
 def _shares(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
     """sigma^power over its sum; zeros for a zero spectrum, NaN if any value is not finite."""
-    sigma = wide(sigma)
+    sigma = as_float64(sigma)
     largest = np.max(sigma, initial=0.0)
     if not np.isfinite(largest):
         return np.full_like(sigma, np.nan)
@@ -84,7 +84,7 @@ def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n
 
     Source: LoRA, equation 4.
     """
-    overlap = (wide(U1).T @ wide(U2)) ** 2
+    overlap = (as_float64(U1).T @ as_float64(U2)) ** 2
     sizes = np.minimum.outer(np.arange(1, U1.shape[1] + 1), np.arange(1, U2.shape[1] + 1))
     return overlap.cumsum(axis=0).cumsum(axis=1) / sizes
 
@@ -96,7 +96,7 @@ def phi_matrix(A1: Float[np.ndarray, "m d"], A2: Float[np.ndarray, "n d"]) -> Fl
 
 def _row_space(A: np.ndarray) -> Float[np.ndarray, "d k"]:
     with one_thread():
-        _, sigma, V = np.linalg.svd(wide(A), full_matrices=False)
+        _, sigma, V = np.linalg.svd(as_float64(A), full_matrices=False)
     return V[: numerical_rank(sigma, A.shape)].T
 
 
@@ -113,7 +113,7 @@ def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"])
 
     A cosine knows nothing of angles below 1e-8, nor a sine of those near a right angle: each gives its own half.
     """
-    large, small = (wide(U1), wide(U2)) if U1.shape[1] >= U2.shape[1] else (wide(U2), wide(U1))
+    large, small = (as_float64(U1), as_float64(U2)) if U1.shape[1] >= U2.shape[1] else (as_float64(U2), as_float64(U1))
     inner = large.T @ small
     cosines = np.linalg.svd(inner, compute_uv=False)
     sines = np.linalg.svd(small - large @ inner, compute_uv=False)[::-1]
@@ -127,7 +127,7 @@ def projected_norm(
 
     With U and V from an update dW, |dW|_F over this is the amplification factor.
     """
-    return float(np.linalg.norm(wide(U).T @ wide(W) @ wide(V)))
+    return float(np.linalg.norm(as_float64(U).T @ as_float64(W) @ as_float64(V)))
 
 
 def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"]:
@@ -142,7 +142,7 @@ def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"
         result[sound] = np.linalg.cholesky(grams[sound], upper=True)
     for i, factor in enumerate(factors):
         if not sound[i]:
-            result[i] = _qr_triangle(wide(factor))
+            result[i] = _qr_triangle(as_float64(factor))
     return result
 
 
@@ -155,19 +155,19 @@ def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.qr(X, mode="r"))
 
 
-def wide(array: np.ndarray) -> NDArray[np.float64]:
+def as_float64(array: np.ndarray) -> NDArray[np.float64]:
     """The array in float64, uncopied if it is already."""
     return np.asarray(array, dtype=np.float64)
 
 
-def finite(*arrays: np.ndarray) -> bool:
+def all_finite(*arrays: np.ndarray) -> bool:
     """Is no value NaN or infinite?"""
     return all(np.isfinite(array).all() for array in arrays)
 
 
 def gram(tall: np.ndarray) -> Float[np.ndarray, "rank rank"]:
     """X^T X in float64."""
-    X = wide(tall)
+    X = as_float64(tall)
     return X.T @ X
 
 
@@ -175,7 +175,7 @@ def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarra
     """Blocks of rows in float64, small enough for the cache."""
     rows = max(1, TILE_BYTES // (8 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], rows):
-        yield wide(matrix[start : start + rows])
+        yield as_float64(matrix[start : start + rows])
 
 
 def root_of_squares(values: Float[np.ndarray, "n"]) -> float:

@@ -17,10 +17,11 @@ from jaxtyping import Float
 
 from lorascope.updates.linalg import (
     GRAM_LIMIT,
+    all_finite,
+    as_float64,
     effective_rank,
     energy_rank,
     entropy_rank,
-    finite,
     gram,
     numerical_rank,
     one_thread,
@@ -33,7 +34,6 @@ from lorascope.updates.linalg import (
     subspace_similarity,
     tiles,
     triangles,
-    wide,
 )
 from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
 
@@ -131,18 +131,18 @@ class LowRank(_Update):
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
         """Singular value decomposition by QR of both factors."""
-        if not finite(self.B, self.A):
+        if not all_finite(self.B, self.A):
             raise ValueError("the factors hold NaN or infinity: such an update has no singular vectors")
         with one_thread():
-            Q_left, R_left = np.linalg.qr(wide(self.B))
-            Q_right, R_right = np.linalg.qr(wide(self.A).T)
+            Q_left, R_left = np.linalg.qr(as_float64(self.B))
+            Q_right, R_right = np.linalg.qr(as_float64(self.A).T)
             U, sigma, V = np.linalg.svd(self.scale * (R_left @ R_right.T), full_matrices=False)
         k = numerical_rank(sigma, self.shape)
         return Q_left @ U[:, :k], sigma[:k], Q_right @ V[:k].T
 
     def dense(self) -> Float[np.ndarray, "out in"]:
         """The matrix itself."""
-        return self.scale * (wide(self.B) @ wide(self.A))
+        return self.scale * (as_float64(self.B) @ as_float64(self.A))
 
     def __sub__(self, other: LowRank | Dense) -> LowRank | Dense:
         """The difference; of two low-rank updates again low-rank, with the ranks added.
@@ -152,8 +152,8 @@ class LowRank(_Update):
         """
         if isinstance(other, Dense):
             return Dense(self.dense() - other.matrix)
-        B, B_other = self.scale * wide(self.B), other.scale * wide(other.B)
-        A, A_other = wide(self.A), wide(other.A)
+        B, B_other = self.scale * as_float64(self.B), other.scale * as_float64(other.B)
+        A, A_other = as_float64(self.A), as_float64(other.A)
         exact = self.exact and other.exact
         if self.rank == other.rank:
             return LowRank(np.hstack([B - B_other, B_other]), np.vstack([A, A - A_other]), exact=exact)
@@ -190,7 +190,7 @@ class Dense(_Update):
 
         They are roots of the eigenvalues of the smaller Gram matrix, so values below 1e-8 of the largest are rounding.
         """
-        if not finite(self.matrix):
+        if not all_finite(self.matrix):
             return np.full(self.rank, np.nan)
         tall = self.matrix if self.shape[0] >= self.shape[1] else self.matrix.T
         inner = gram(tall)
@@ -200,15 +200,15 @@ class Dense(_Update):
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
         """Singular value decomposition of the whole matrix: O(out in min(out, in))."""
-        if not finite(self.matrix):
+        if not all_finite(self.matrix):
             raise ValueError("the matrix holds NaN or infinity: such an update has no singular vectors")
-        U, sigma, V = np.linalg.svd(wide(self.matrix), full_matrices=False)
+        U, sigma, V = np.linalg.svd(as_float64(self.matrix), full_matrices=False)
         k = numerical_rank(sigma, self.shape)
         return U[:, :k], sigma[:k], V[:k].T
 
     def dense(self) -> Float[np.ndarray, "out in"]:
         """The matrix in float64."""
-        return wide(self.matrix)
+        return as_float64(self.matrix)
 
     def __sub__(self, other: LowRank | Dense) -> Dense:
         """The difference as a matrix."""
@@ -233,7 +233,7 @@ def _moderate(update: LowRank) -> tuple[LowRank, int]:
 
 
 def _factored_norm(update: LowRank) -> float:
-    if not finite(update.B, update.A):
+    if not all_finite(update.B, update.A):
         return np.nan
     update, power = _moderate(update)
     left, right = gram(update.B), gram(update.A.T)
@@ -260,7 +260,7 @@ def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
     for i, update in enumerate(updates):
         if isinstance(update, Dense):
             values[i] = update.singular_values()
-        elif not finite(update.B, update.A):
+        elif not all_finite(update.B, update.A):
             values[i] = np.full(min(*update.shape, update.rank), np.nan)
         elif update.rank:
             sides = (min(side, update.rank) for side in update.shape)
@@ -286,7 +286,7 @@ def weight_norm(W0: Float[np.ndarray, "out in"], update: LowRank | Dense) -> flo
     """|W_0 + dW|_F; the factors of a low-rank update are not multiplied out."""
     if isinstance(update, Dense):
         return Dense(update.dense() + W0).norm()
-    inner = float(update.scale * np.vdot(wide(update.B).T @ wide(W0), wide(update.A)))
+    inner = float(update.scale * np.vdot(as_float64(update.B).T @ as_float64(W0), as_float64(update.A)))
     return max(Dense(W0).norm() ** 2 + 2.0 * inner + update.norm() ** 2, 0.0) ** 0.5
 
 
@@ -305,7 +305,7 @@ class Pair:
     @property
     def update(self) -> Dense:
         """W - W_0."""
-        return Dense(wide(self.W) - self.W0)
+        return Dense(as_float64(self.W) - self.W0)
 
     def weight_norm(self) -> float:
         """|W|_F."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from lorascope.updates.linalg import TILE_BYTES, gram, tiles, wide
+from lorascope.updates.linalg import TILE_BYTES, as_float64, gram, tiles
 
 # Squares below this may have lost digits to underflow in float32.
 _SMALL = 1e-25
@@ -58,14 +58,14 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     sums = _sums(W0, W, axis, neurons, dtype)
     unsound = neurons[~_sound(sums)]
     if not len(unsound):
-        return _told(sums)
+        return rotation_from_sums(sums)
     if dtype is not np.float64:
         sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
-    change = _told(sums)
+    change = rotation_from_sums(sums)
     # Where w_0 and w differ in length, |e|^2 hides the angle; w_0 is scaled to the length of w, which keeps the angle.
     before, after = change.norm_original[unsound], change.norm_tuned[unsound]
     scale = np.divide(after, before, out=np.ones(len(unsound)), where=(before > 0.0) & (after > 0.0))
-    change.cosine_distance[unsound] = _told(_sums(W0, W, axis, unsound, np.float64, scale)).cosine_distance
+    change.cosine_distance[unsound] = rotation_from_sums(_sums(W0, W, axis, unsound, np.float64, scale)).cosine_distance
     return change
 
 
@@ -87,7 +87,7 @@ def factored_change(
     """
     if axis == 0:
         return factored_change(W0.T, A.T, B.T, 1)
-    left, right = wide(B), wide(A).T
+    left, right = as_float64(B), as_float64(A).T
     before2, inner = np.empty(len(left)), np.empty(len(left))
     start = 0
     for tile in tiles(W0):
@@ -95,10 +95,10 @@ def factored_change(
         before2[rows] = np.vecdot(tile, tile)
         inner[rows] = np.vecdot(tile @ right, left[rows])
     error2 = np.maximum(np.vecdot(left @ gram(right), left), 0.0)
-    return _told(np.stack([before2, np.maximum(before2 + 2.0 * inner + error2, 0.0), inner, error2]))
+    return rotation_from_sums(np.stack([before2, np.maximum(before2 + 2.0 * inner + error2, 0.0), inner, error2]))
 
 
-def _told(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
+def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
     """From the sums |w_0|^2, |w|^2, <w_0, e>, |e|^2."""
     before, after, error = np.sqrt(sums[[0, 1, 3]])
     product = before * after

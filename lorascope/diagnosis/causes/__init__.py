@@ -7,27 +7,40 @@ give the same numbers nothing is said.
 
 from __future__ import annotations
 
-from lorascope.diagnosis.causes.config import allocator, overscaled, tied_twice, uneven_scale, unmatched
+from lorascope.diagnosis.causes.config import (
+    find_allocator_excess,
+    find_overscaled_updates,
+    find_tied_twice,
+    find_uneven_scale,
+    find_unmatched_keys,
+)
 from lorascope.diagnosis.causes.evidence import Case, Cause, Finding
-from lorascope.diagnosis.causes.factors import collapsed, dead, frozen, not_a_number, scale_zero, untrained
-from lorascope.diagnosis.causes.training import diverged, leaked, rate_small, unused
+from lorascope.diagnosis.causes.factors import (
+    find_collapsed,
+    find_dead,
+    find_frozen,
+    find_not_a_number,
+    find_scale_zero,
+    find_untrained,
+)
+from lorascope.diagnosis.causes.training import find_diverged, find_leaked, find_rate_small, find_unused
 
 __all__ = ["CAUSES", "Case", "Cause", "Finding"]
 
 CAUSES = (
-    Cause(("nan",), not_a_number, brings=("diverged", "overscaled", "rate-small", "dead", "collapsed")),
-    Cause(("scale-zero",), scale_zero, brings=("unused", "untrained")),
-    Cause(("untrained",), untrained),
-    Cause(("unused",), unused, "history"),
-    Cause(("dead",), dead, brings=("unused", "untrained")),
-    Cause(("frozen",), frozen),
-    Cause(("unmatched",), unmatched),
-    Cause(("overscaled",), overscaled, "weights", ("diverged",)),
-    Cause(("uneven-scale",), uneven_scale),
-    Cause(("allocator-idle", "budget-missed"), allocator),
-    Cause(("rate-small",), rate_small, "weights"),
-    Cause(("diverged",), diverged, "history"),
-    Cause(("collapsed",), collapsed),
-    Cause(("tied-twice",), tied_twice, "base"),
-    Cause(("leak",), leaked, "history"),
+    Cause(("nan",), find_not_a_number, suppresses=("diverged", "overscaled", "rate-small", "dead", "collapsed")),
+    Cause(("scale-zero",), find_scale_zero, suppresses=("unused", "untrained")),
+    Cause(("untrained",), find_untrained),
+    Cause(("unused",), find_unused, "history"),
+    Cause(("dead",), find_dead, suppresses=("unused", "untrained")),
+    Cause(("frozen",), find_frozen),
+    Cause(("unmatched",), find_unmatched_keys),
+    Cause(("overscaled",), find_overscaled_updates, "weights", ("diverged",)),
+    Cause(("uneven-scale",), find_uneven_scale),
+    Cause(("allocator-idle", "budget-missed"), find_allocator_excess),
+    Cause(("rate-small",), find_rate_small, "weights"),
+    Cause(("diverged",), find_diverged, "history"),
+    Cause(("collapsed",), find_collapsed),
+    Cause(("tied-twice",), find_tied_twice, "base"),
+    Cause(("leak",), find_leaked, "history"),
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lorascope.diagnosis.causes.evidence import Case, Finding, Found, counted
-from lorascope.diagnosis.inspection import some
+from lorascope.diagnosis.causes.evidence import Case, Finding, Found, count_phrase
+from lorascope.diagnosis.inspection import first_and_count
 from lorascope.schema.name_patterns import Ends, Patterns
 
 WHOLE = 1.0  # of |W|: an update as large as the weight replaces what was pretrained
@@ -14,7 +14,7 @@ UNEVEN = 2.0  # between scales: r and 2 r are both common, more than that betwee
 NEARLY = 0.01  # of the components to be taken: masked every few steps, a whole schedule may leave the cube's tail
 
 
-def unmatched(case: Case) -> Found:
+def find_unmatched_keys(case: Case) -> Found:
     """Parts of a configuration that are about no module: a typing error that PEFT does not report."""
     config = case.meta["method"]
     if case.history:
@@ -35,13 +35,13 @@ def unmatched(case: Case) -> Found:
         if idle:
             yield Finding(
                 "unmatched",
-                f"{field} names no module of this adapter: {some(idle)}",
+                f"{field} names no module of this adapter: {first_and_count(idle)}",
                 {"field": field, "keys": idle, "modules": len(names)},
                 "compare with model.named_modules(): PEFT matches the end of the name, and passes over what fits none",
             )
 
 
-def overscaled(case: Case) -> Found:
+def find_overscaled_updates(case: Case) -> Found:
     """Updates larger than the weights, by a scale beyond habit."""
     adapted = case.adapted
     huge = adapted[(adapted["relative_update"] > WHOLE) & (adapted["scale"] > HABIT)]
@@ -62,7 +62,7 @@ def overscaled(case: Case) -> Found:
         )
 
 
-def uneven_scale(case: Case) -> Found:
+def find_uneven_scale(case: Case) -> Found:
     """An ``alpha_pattern`` that leaves out modules whose rank is another one."""
     config, adapted = case.meta["method"], case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
@@ -77,14 +77,14 @@ def uneven_scale(case: Case) -> Found:
     if len(off):
         yield Finding(
             "uneven-scale",
-            f"{counted(off, adapted)} a rank of their own but no alpha: scale {off['scale'].iloc[0]:.4g} where "
-            f"others have {usual:.4g}: {some(off['module'])}",
+            f"{count_phrase(off, adapted)} a rank of their own but no alpha: scale {off['scale'].iloc[0]:.4g} where "
+            f"others have {usual:.4g}: {first_and_count(off['module'])}",
             {"modules": list(off["module"]), "scale": float(off["scale"].iloc[0]), "usual": usual, "threshold": UNEVEN},
             "give alpha_pattern the keys of rank_pattern, with alpha = scale x rank",
         )
 
 
-def allocator(case: Case) -> Found:
+def find_allocator_excess(case: Case) -> Found:
     """AdaLoRA with more components than its budget."""
     method = case.meta["method"]
     # A module that lost all its components counts: others got its share of the budget.
@@ -99,7 +99,7 @@ def allocator(case: Case) -> Found:
     if held - budget <= NEARLY * (whole - budget):
         return
     evidence = {"components": held, "budget": budget, "of": whole, "threshold": NEARLY}
-    if held == whole and _due(case):
+    if held == whole and _is_allocation_due(case):
         yield Finding(
             "allocator-idle",
             f"all {whole} components are still in use, the budget is {budget}: the allocator never took one",
@@ -115,7 +115,7 @@ def allocator(case: Case) -> Found:
         )
 
 
-def _due(case: Case) -> bool:
+def _is_allocation_due(case: Case) -> bool:
     """Should PEFT's allocator have taken something by the last step? Of a folder the number of steps is not known."""
     method, steps = case.meta["method"], case.meta["states"]["last"]["step"]
     if steps is None:
@@ -125,7 +125,7 @@ def _due(case: Case) -> bool:
     return steps - 1 >= fixed or (steps - 1) // every * every > warm
 
 
-def tied_twice(case: Case) -> Found:
+def find_tied_twice(case: Case) -> Found:
     """One weight under two names, with an adapter on each."""
     for one, other in case.tied:
         yield Finding(

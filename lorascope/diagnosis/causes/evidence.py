@@ -70,7 +70,7 @@ class Case:
         return self.modules[self.modules["adapted"]]
 
     @property
-    def resting(self) -> pd.DataFrame:
+    def unchanged_adapters(self) -> pd.DataFrame:
         """Adapters that say nothing though their scale and one of their factors would let them."""
         adapted = self.adapted
         return adapted[(adapted["update_norm"] == 0) & (adapted["scale"] != 0) & ~adapted["empty"]]
@@ -95,16 +95,16 @@ class Cause:
     find : callable
     needs : {"factors", "weights", "base", "history"}
         Without which it cannot be looked for.
-    brings : tuple of str
+    suppresses : tuple of str
         Findings that only follow from it, and are left out beside it.
     """
 
     names: tuple[str, ...]
     find: Callable[[Case], Found]
     needs: str = "factors"
-    brings: tuple[str, ...] = ()
+    suppresses: tuple[str, ...] = ()
 
 
-def counted(some_of: Any, modules: Any) -> str:
+def count_phrase(some_of: Any, modules: Any) -> str:
     """So many of so many modules have."""
     return f"{len(some_of)} of {len(modules)} modules ha{'s' if len(some_of) == 1 else 've'}"

@@ -10,12 +10,12 @@ STILL = 1e-4  # of |W|: below float16's and bfloat16's resolution, 5e-4 and 4e-3
 WORSE = 1.0  # nats: batches differ by less, and a loss that ends this far above its start has lost the task
 
 
-def unused(case: Case) -> Found:
+def find_unused(case: Case) -> Found:
     """A training that passed the adapters by."""
     method, steps = case.meta["method"], int(case.losses.index.max() if len(case.losses) else 0)
     # Of PEFT's ways, prompts and prefixes adapt no module: those that do name them.
     promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
-    if not case.history or not case.meta["states"] or len(case.resting) < len(case.adapted) or not promised:
+    if not case.history or not case.meta["states"] or len(case.unchanged_adapters) < len(case.adapted) or not promised:
         return
     if case.meta.get("left_out"):  # what it trained there is in no update
         return
@@ -28,7 +28,7 @@ def unused(case: Case) -> Found:
     )
 
 
-def rate_small(case: Case) -> Found:
+def find_rate_small(case: Case) -> Found:
     """Everything moved, and hardly."""
     looked = case.adapted if len(case.adapted) else case.modules[case.modules["role"] != "head"]
     known = looked[["moved", "weight_norm"]].dropna()
@@ -46,7 +46,7 @@ def rate_small(case: Case) -> Found:
     )
 
 
-def diverged(case: Case) -> Found:
+def find_diverged(case: Case) -> Found:
     """A loss that ended far above its start, or was no number."""
     mend = "lower the rate (by ten), warm up longer, clip gradients"
     rate, error = case.meta["settings"].get("lr"), str(case.meta.get("error") or "")
@@ -66,7 +66,7 @@ def diverged(case: Case) -> Found:
         )
 
 
-def leaked(case: Case) -> Found:
+def find_leaked(case: Case) -> Found:
     """Evaluation on rows that training saw."""
     share = case.meta.get("eval_overlap") or 0.0
     if share > 0:

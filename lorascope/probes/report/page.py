@@ -15,7 +15,7 @@ from lorascope.charts.theme import THEMES
 from lorascope.files.safetensors_io import write_bytes
 from lorascope.probes.base import PROBES, Findings
 from lorascope.probes.report.html import join, json_data
-from lorascope.probes.report.sections import Story, claims, contents, head, section
+from lorascope.probes.report.sections import StudySection, claims, contents, head, section
 from lorascope.runs.run import Run
 
 _GENERATOR = b'<meta name="generator" content="lorascope">'
@@ -66,7 +66,7 @@ def write(
             raise ValueError(f"no probe {name!r} to report on; there are {', '.join(PROBES)}")
         if name not in runs:
             raise ValueError(f"the runs of probe {name!r} are missing: give them by the labels of its arms")
-    stories = [Story(PROBES[name], found, runs[name]) for name, found in findings.items()]
+    stories = [StudySection(PROBES[name], found, runs[name]) for name, found in findings.items()]
     numbers = iter(range(1, 1 + sum(len(found.exhibits) for found in findings.values())))
     body = join(
         head(title, stories, quick, datetime.now(UTC)),

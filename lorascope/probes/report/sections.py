@@ -17,7 +17,7 @@ from lorascope.runs.run import Run
 
 
 @dataclass(frozen=True)
-class Story:
+class StudySection:
     """A probe, what it found, and its runs by arm."""
 
     probe: Probe
@@ -35,7 +35,7 @@ class Story:
         return self.findings.verdicts
 
 
-def head(title: str, stories: Sequence[Story], quick: bool, now: datetime) -> Html:
+def head(title: str, stories: Sequence[StudySection], quick: bool, now: datetime) -> Html:
     """What the report is about, from when, and what it was made with."""
     verdicts = [verdict for story in stories for verdict in story.verdicts]
     size = "quick settings, which show that everything works and decide little" if quick else "full settings"
@@ -44,20 +44,20 @@ def head(title: str, stories: Sequence[Story], quick: bool, now: datetime) -> Ht
     return element("header", element("h1", title), element("p", lead, class_="lead"), facts)
 
 
-def claims(stories: Sequence[Story]) -> Html:
+def claims(stories: Sequence[StudySection]) -> Html:
     """The table of all claims, and the rule that judged them."""
     judged = [(verdict, story.anchor) for story in stories for verdict in story.verdicts]
     told = [claims_table(judged), element("p", RULE, class_="rule")] if judged else [element("p", "None was judged.")]
     return element("section", element("h2", "Claims", id="claims"), *told, aria_labelledby="claims")
 
 
-def contents(stories: Sequence[Story]) -> Html:
+def contents(stories: Sequence[StudySection]) -> Html:
     """Links to the probes."""
     links = [element("a", story.probe.title, href=f"#{story.anchor}") for story in stories]
     return element("nav", element("h2", "Probes", id="probes"), bullets(links), aria_labelledby="probes")
 
 
-def section(story: Story, numbers: Iterator[int], folder: Path) -> Html:
+def section(story: StudySection, numbers: Iterator[int], folder: Path) -> Html:
     """One probe: question, figures, tables, notes, settings.
 
     Parameters
@@ -101,7 +101,7 @@ def _figure(exhibit: Exhibit, number: int) -> Html:
     )
 
 
-def _facts(stories: Sequence[Story], now: datetime) -> dict[str, str]:
+def _facts(stories: Sequence[StudySection], now: datetime) -> dict[str, str]:
     """What was run, when, with what."""
     runs = list({run.id: run for story in stories for found in story.arms.values() for run in found}.values())
     metas = [run.meta for run in runs]

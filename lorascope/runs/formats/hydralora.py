@@ -18,17 +18,17 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import typed
+from lorascope.files.typed_json import to_typed
 from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, LoraConfig, grouped
-from lorascope.runs.formats.stored_update import Factor, Part
-from lorascope.updates.factor_formats import mixture
+from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
+from lorascope.updates.factor_formats import mix_experts
 from lorascope.updates.low_rank import LowRank
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
 
 
 @dataclass(frozen=True)
-class HydraPart(Part):
+class HydraPart(StoredLoRA):
     """The heads of one module; ``B`` is the first of them.
 
     Parameters
@@ -39,8 +39,8 @@ class HydraPart(Part):
         (heads, in).
     """
 
-    heads: tuple[Factor, ...]
-    router: Factor
+    heads: tuple[StoredTensor, ...]
+    router: StoredTensor
 
     @property
     def exact(self) -> bool:
@@ -62,7 +62,7 @@ class HydraPart(Part):
     def update(self) -> LowRank:
         """At even gates."""
         held = self.factors()
-        return LowRank(*mixture(held["B"], held["A"], held["gates"]), self.scale, self.exact)
+        return LowRank(*mix_experts(held["B"], held["A"], held["gates"]), self.scale, self.exact)
 
 
 def holds_heads(names: Iterable[str]) -> bool:
@@ -81,12 +81,12 @@ def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, .
     found, others = grouped(files, _FACTOR)
     if not found:
         raise ValueError(f"{printable(path)} holds heads, but of no module that has a name")
-    settings = typed(config, LoraConfig, path / CONFIG)
+    settings = to_typed(config, LoraConfig, path / CONFIG)
     parts = {module: _part(path, module, factors, settings) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files, "HydraLoRA")
 
 
-def _part(path: Path, module: str, factors: Mapping[str, Factor], config: LoraConfig) -> HydraPart:
+def _part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
     # Counted, not read off the names: a number in a name may be of any size.
     count = max(sum(name[0] == "B" for name in factors), 1)
     wanted = ["A", "route", *(f"B{number}" for number in range(count))]

@@ -21,9 +21,9 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, typed
+from lorascope.files.typed_json import Finite, Positive, to_typed
 from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, is_transposed, lora_factors
-from lorascope.runs.formats.stored_update import Factor, Part
+from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
 from lorascope.updates.low_rank import LowRank
 
 # Query, key and value are three; each takes memory for its block, empty ones too.
@@ -41,7 +41,7 @@ class MergedConfig:
 
 
 @dataclass(frozen=True)
-class MergedPart(Part):
+class MergedPart(StoredLoRA):
     """The updates of several outputs of one weight: scale * blocks(B) @ A.
 
     Parameters
@@ -82,12 +82,14 @@ def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
         A factor is missing, or configuration and weights do not fit together.
     """
     found, others = lora_factors(path, files, ("A", "B"))
-    settings = typed(config, MergedConfig, path / CONFIG)
+    settings = to_typed(config, MergedConfig, path / CONFIG)
     parts = {module: _part(path, module, factors, settings, bool(config)) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files)
 
 
-def _part(path: Path, module: str, factors: Mapping[str, Factor], config: MergedConfig, known: bool) -> MergedPart:
+def _part(
+    path: Path, module: str, factors: Mapping[str, StoredTensor], config: MergedConfig, known: bool
+) -> MergedPart:
     """The update of one module; ``known``: is there a configuration?"""
     A, B = factors["A"], factors["B"]
     rank = config.r or B.shape[1]

@@ -17,9 +17,9 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, typed
+from lorascope.files.typed_json import Finite, Positive, to_typed
 from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, check_rank, is_transposed, lora_factors
-from lorascope.runs.formats.stored_update import Factor, Part
+from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
 from lorascope.updates.low_rank import Dense, LowRank
 
 
@@ -34,7 +34,7 @@ class AdaLoraConfig:
 
 
 @dataclass(frozen=True)
-class AdaPart(Part):
+class AdaPart(StoredLoRA):
     """The update of one module: scale * B @ diag(E) @ A.
 
     Parameters
@@ -45,7 +45,7 @@ class AdaPart(Part):
         Number of components that are not masked.
     """
 
-    E: Factor
+    E: StoredTensor
     used: int
 
     @property
@@ -78,7 +78,7 @@ def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
     ValueError
         A factor is missing, or configuration and weights do not fit together.
     """
-    settings = typed(config, AdaLoraConfig, path / CONFIG)
+    settings = to_typed(config, AdaLoraConfig, path / CONFIG)
     found, others = lora_factors(path, files, ("A", "B", "E"))
     scale = settings.lora_alpha / (settings.init_r + 1e-5)
     kept = {name.removesuffix(".lora_E"): sum(mask) for name, mask in (settings.rank_pattern or {}).items()}

@@ -21,12 +21,12 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.runs.formats.peft_lora import AdapterFiles, LoraSettings, lora_factors, lora_part
 from lorascope.runs.formats.pretrained_weights import Pretrained
-from lorascope.runs.formats.stored_update import Factor, Part
+from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
 from lorascope.updates.low_rank import Dense, LowRank
 
 
 @dataclass(frozen=True)
-class DoraPart(Part):
+class DoraPart(StoredLoRA):
     """The update of one module.
 
     Parameters
@@ -39,7 +39,7 @@ class DoraPart(Part):
         Without it the update is that of the direction alone.
     """
 
-    magnitude: Factor
+    magnitude: StoredTensor
     module: str
     base: Pretrained | None
 

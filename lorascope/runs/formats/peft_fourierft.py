@@ -20,10 +20,10 @@ from jaxtyping import Int
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.files.typed_json import Finite, Positive, typed
+from lorascope.files.typed_json import Finite, Positive, to_typed
 from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, grouped
 from lorascope.runs.formats.pretrained_weights import Pretrained
-from lorascope.runs.formats.stored_update import Factor, Kept
+from lorascope.runs.formats.stored_update import StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
 from lorascope.updates.fourier import SEEDS, Fourier, entries
 
@@ -43,7 +43,7 @@ class FourierConfig:
 
 
 @dataclass(frozen=True)
-class FourierPart(Kept):
+class FourierPart(StoredUpdate):
     """The update of one module, by its coefficients.
 
     Parameters
@@ -58,7 +58,7 @@ class FourierPart(Kept):
         Of the entries.
     """
 
-    coefficients: Factor
+    coefficients: StoredTensor
     sides: tuple[int, int]
     scale: float
     transposed: bool
@@ -126,7 +126,7 @@ def read_fourier(
         raise ValueError(
             f"{printable(path)} keeps no shapes, as FourierFT does not: give the folder of its base, {printable(name)}"
         )
-    settings = typed(config, FourierConfig, path / CONFIG)
+    settings = to_typed(config, FourierConfig, path / CONFIG)
     keys = Patterns(settings.n_frequency_pattern or {}, f"n_frequency_pattern of {path / CONFIG}")
     seed = entry_seed(config)
     parts = {
@@ -145,11 +145,11 @@ def named_base(config: Mapping[str, Any]) -> Pretrained | None:
 
 def entry_seed(config: Mapping[str, Any]) -> int:
     """The seed of the entries, as torch's generator on the CPU takes it."""
-    return typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS
+    return to_typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS
 
 
 def _part(
-    path: Path, module: str, stored: Factor, config: FourierConfig, key: str | None, seed: int, base: Pretrained
+    path: Path, module: str, stored: StoredTensor, config: FourierConfig, key: str | None, seed: int, base: Pretrained
 ) -> FourierPart:
     n = config.n_frequency if key is None else (config.n_frequency_pattern or {})[key]
     where = f"{printable(path)}:"

@@ -18,8 +18,8 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
-from lorascope.files.typed_json import Finite, Positive, read_json, typed
-from lorascope.runs.formats.stored_update import Factor, Kept, Part
+from lorascope.files.typed_json import Finite, Positive, read_json, to_typed
+from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor, StoredUpdate
 from lorascope.runs.manifest import Allocation
 from lorascope.schema.module_roles import parse, position
 from lorascope.schema.name_patterns import Patterns
@@ -89,7 +89,7 @@ class LoraSettings:
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         file = path / CONFIG
-        self.config = typed(config, LoraConfig, file)
+        self.config = to_typed(config, LoraConfig, file)
         self._ranks, self._alphas = self.config.rank_pattern or {}, self.config.alpha_pattern or {}
         self._rank_keys = Patterns(self._ranks, f"rank_pattern of {file}")
         self._alpha_keys = Patterns(self._alphas, f"alpha_pattern of {file}")
@@ -126,7 +126,7 @@ class AdapterFiles:
 
     path: Path
     config: dict[str, Any]
-    parts: Mapping[str, Kept]
+    parts: Mapping[str, StoredUpdate]
     others: tuple[str, ...]
     files: tuple[TensorFile, ...]
     kind: str = "LoRA"
@@ -135,7 +135,7 @@ class AdapterFiles:
         """The weight of a module that is stored as it is, with two dimensions."""
         wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
         file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
-        return Factor(file, name).read()
+        return StoredTensor(file, name).read()
 
 
 def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
@@ -160,7 +160,7 @@ def factor_files(path: Path) -> list[Path]:
 
 def grouped(
     files: Iterable[TensorFile], pattern: re.Pattern[str]
-) -> tuple[dict[str, dict[str, Factor]], tuple[str, ...]]:
+) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """Factors of every module by their names, in the order of the axes, and the names of all other tensors.
 
     Parameters
@@ -174,7 +174,7 @@ def grouped(
     ValueError
         A factor is stored as anything but floats, or is no matrix of an adapter.
     """
-    found: dict[str, dict[str, Factor]] = {}
+    found: dict[str, dict[str, StoredTensor]] = {}
     others = []
     for file in files:
         for name in file:
@@ -189,7 +189,7 @@ def grouped(
 
 def lora_factors(
     path: Path, files: Iterable[TensorFile], wanted: Sequence[str]
-) -> tuple[dict[str, dict[str, Factor]], tuple[str, ...]]:
+) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """``grouped`` by the names of LoRA's factors, every module with exactly those wanted.
 
     Raises
@@ -230,13 +230,13 @@ def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ..
     """
     found, others = lora_factors(path, files, ("A", "B"))
     settings = LoraSettings(path, config)
-    parts = {module: Part(*lora_part(path, module, factors, settings)) for module, factors in found.items()}
+    parts = {module: StoredLoRA(*lora_part(path, module, factors, settings)) for module, factors in found.items()}
     return AdapterFiles(path, config, parts, others, files)
 
 
 def lora_part(
-    path: Path, module: str, factors: Mapping[str, Factor], settings: LoraSettings
-) -> tuple[Factor, Factor, float, bool]:
+    path: Path, module: str, factors: Mapping[str, StoredTensor], settings: LoraSettings
+) -> tuple[StoredTensor, StoredTensor, float, bool]:
     """B, A, scale and orientation of one module.
 
     Raises
@@ -249,7 +249,7 @@ def lora_part(
     return B, A, settings.scale(module), is_transposed(A, config.fan_in_fan_out)
 
 
-def check_rank(path: Path, module: str, factors: Mapping[str, Factor], rank: int, experts: bool = False) -> None:
+def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int, experts: bool = False) -> None:
     """Raise a ValueError where factors have another rank than the configuration says."""
     held = factors["A"].shape[0], factors["B"].shape[1]
     if held != (rank, rank):
@@ -260,12 +260,12 @@ def check_rank(path: Path, module: str, factors: Mapping[str, Factor], rank: int
         )
 
 
-def is_transposed(A: Factor, fan_in_fan_out: bool | None) -> bool:
+def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
     """Does the base store the weight as (in, out)? Tables of embeddings are."""
     return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
-def _float_factor(file: TensorFile, name: str) -> Factor:
+def _float_factor(file: TensorFile, name: str) -> StoredTensor:
     """A stored factor; a ValueError where it is stored as anything but floats, or has the shape of none."""
     if file.dtype(name) not in FLOATS:
         raise ValueError(
@@ -278,13 +278,13 @@ def _float_factor(file: TensorFile, name: str) -> Factor:
             f"{printable(file.path)}: {printable(name)} must have 1 or more dimensions of at most {MAX_SIDE} and at "
             f"most {MAX_VALUES} values, got the shape {shape}"
         )
-    return Factor(file, name)
+    return StoredTensor(file, name)
 
 
 def _config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     config = read_json(file, dict[str, Any])
-    kind = typed(config, _Common, file).peft_type.upper()
+    kind = to_typed(config, _Common, file).peft_type.upper()
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind not in _KINDS:
         raise ValueError(

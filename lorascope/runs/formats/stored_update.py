@@ -11,7 +11,7 @@ from lorascope.updates.low_rank import Dense, LowRank
 
 
 @dataclass(frozen=True)
-class Factor:
+class StoredTensor:
     """One stored factor.
 
     Parameters
@@ -35,7 +35,7 @@ class Factor:
         return self.file[self.name].reshape(self.shape)
 
 
-class Kept:
+class StoredUpdate:
     """What a folder keeps of one module, whatever the method: known by the headers, the arrays read when asked for."""
 
     scale: float
@@ -82,7 +82,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Part(Kept):
+class StoredLoRA(StoredUpdate):
     """The update of one module: scale * B @ A.
 
     Parameters
@@ -94,8 +94,8 @@ class Part(Kept):
         Does the base store its weight as (in, out)?
     """
 
-    B: Factor
-    A: Factor
+    B: StoredTensor
+    A: StoredTensor
     scale: float
     transposed: bool
 

@@ -73,7 +73,7 @@ class MethodCallback(TrainerCallback):
         self._refuse(args, trainer["model"], trainer["optimizer"])
         self.step.total, self.step.index = state.max_steps, state.global_step - 1
         if state.global_step:
-            tree = read_beside(args, state, FILE, self.optimizer)
+            tree = read_checkpoint_file(args, state, FILE, self.optimizer)
             frozen = set(tree["frozen"])
             for name, parameter in self.step.model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
@@ -90,7 +90,7 @@ class MethodCallback(TrainerCallback):
         if args.fp16:
             raise ValueError(f"fp16=True leaves out steps that overflow, unseen by {name}: set bf16=True, or neither")
         refuse_sharded(model, optimizer)
-        if model is not self.step.model or plain(optimizer) is not self.optimizer:
+        if model is not self.step.model or unwrap_optimizer(optimizer) is not self.optimizer:
             raise ValueError(
                 "the Trainer trains another model, or by another optimizer, than trainer_kwargs made ready: give it "
                 "this model, optimizers and callbacks of one call, and no model_init"
@@ -124,7 +124,7 @@ class MethodCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any) -> None:
         """Put the method's state beside the Trainer's checkpoint."""
         frozen = [name for name, p in self.step.model.named_parameters() if not p.requires_grad]
-        write_beside(args, state, FILE, self.optimizer, {"method": self.method.state(), "frozen": frozen})
+        write_checkpoint_file(args, state, FILE, self.optimizer, {"method": self.method.state(), "frozen": frozen})
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, base: Base, modules: pd.DataFrame) -> Step:
@@ -171,7 +171,7 @@ def refuse_sharded(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(f"the optimizer holds pieces of the weights in place of them (FSDP or DeepSpeed): {mend}")
 
 
-def plain(optimizer: Any) -> torch.optim.Optimizer:
+def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
 
@@ -184,7 +184,7 @@ def _agree(method: Method) -> None:
         method.restore(drawn[0])
 
 
-def write_beside(
+def write_checkpoint_file(
     args: TrainingArguments, state: TrainerState, name: str, optimizer: torch.optim.Optimizer, tree: dict[str, Any]
 ) -> None:
     """Write a state into the Trainer's checkpoint of this step, in one process."""
@@ -192,10 +192,10 @@ def write_beside(
         save_tree(_checkpoint(args, state) / name, tree | {"weights": fingerprint(optimizer)})
 
 
-def read_beside(
+def read_checkpoint_file(
     args: TrainingArguments, state: TrainerState, name: str, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The state that ``write_beside`` put into the checkpoint from which the Trainer goes on.
+    """The state that ``write_checkpoint_file`` put into the checkpoint from which the Trainer goes on.
 
     Raises
     ------

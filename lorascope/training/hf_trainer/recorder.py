@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorascope.adapters.peft_layers import without_peft
+from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
 from lorascope.methods.base import Method, Step, task_head
 from lorascope.observe import Observer, norms
@@ -22,11 +22,11 @@ from lorascope.training.base_weights import Base
 from lorascope.training.hf_trainer.method_callback import (
     MethodCallback,
     driver_of,
-    plain,
-    read_beside,
+    read_checkpoint_file,
     refuse_sharded,
     step_of,
-    write_beside,
+    unwrap_optimizer,
+    write_checkpoint_file,
 )
 from lorascope.training.hf_trainer.run_folder import Recording
 from lorascope.training.hf_trainer.run_metadata import described, overlap
@@ -101,18 +101,18 @@ class TrainerRecorder(TrainerCallback):
     ) -> None:
         """Open the folder, and look at the state before the first step."""
         driver = self._driver = driver_of(trainer["model"])
-        optimizer = self._optimizer = plain(trainer["optimizer"])
+        optimizer = self._optimizer = unwrap_optimizer(trainer["optimizer"])
         if driver is None:
             refuse_sharded(trainer["model"], trainer["optimizer"])
-            step, base = _looking_on(without_peft(trainer["model"]), optimizer, state)
+            step, base = _looking_on(unwrap_peft_model(trainer["model"]), optimizer, state)
         else:
             driver.on_train_begin(args, state, control, **trainer)
             step, base = driver.step, driver.base
-        before = read_beside(args, state, FILE, optimizer) if state.global_step else None
+        before = read_checkpoint_file(args, state, FILE, optimizer) if state.global_step else None
         if not state.is_world_process_zero:
             return
         if self._recording is not None:
-            self._recording.break_off()
+            self._recording.mark_interrupted()
         _tell_left_out(step.model)
         meta = described(args, state, trainer, step, driver, self.observers)
         meta["id"] = before["id"] if before else secrets.token_hex(6)
@@ -137,7 +137,7 @@ class TrainerRecorder(TrainerCallback):
     ) -> None:
         """Keep the last state, once every callback has done its work: PEFT's allocator, called by one, masks then."""
         if self._recording is not None and self._recording.step.last:
-            self._recording.attempt(self._recording.conclude)
+            self._recording.attempt(self._recording.save_final_state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **trainer: Any
@@ -165,14 +165,14 @@ class TrainerRecorder(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any) -> None:
         """Put the recorder's state beside the Trainer's checkpoint."""
         if (recording := self._recording) is not None:
-            recording.attempt(lambda: write_beside(args, state, FILE, self._optimizer, recording.state()))
+            recording.attempt(lambda: write_checkpoint_file(args, state, FILE, self._optimizer, recording.state()))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
         """Where training stops early keep the state, before the Trainer may put back the best one."""
         if self._recording is not None and control.should_training_stop and not self._recording.step.last:
-            self._recording.attempt(self._recording.conclude)
+            self._recording.attempt(self._recording.save_final_state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any

@@ -13,19 +13,19 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from lorascope.adapters.peft_layers import bare_parameters
+from lorascope.adapters.peft_layers import unwrapped_parameters
 from lorascope.files.typed_json import read_json
 from lorascope.methods.base import Method, Step
 from lorascope.observe import factors_of
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import adapters
-from lorascope.runs.folders import held
+from lorascope.runs.folders import lock_run
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item, Record
 from lorascope.training.base_weights import Base
 from lorascope.training.checkpoints import pack_rows, unpack_rows
-from lorascope.training.session import looked_at
+from lorascope.training.session import merge_records
 from lorascope.training.state import load_tree, save_state, save_tree
 
 FLUSH_SECONDS = 30.0
@@ -71,12 +71,12 @@ class Recording:
         # A recording that a failed training left behind may still be referenced by its traceback.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
-        make_room(path, meta["id"] if before else None)
+        create_folder(path, meta["id"] if before else None)
         self.writer = RunWriter(path, meta)
         self._lock = ExitStack()
-        self._lock.enter_context(held(path))
+        self._lock.enter_context(lock_run(path))
         # Its last words, whether it is forgotten or the process ends first. They must not keep the model alive.
-        self._last_words = weakref.finalize(self, _break_off, self.writer, self._lock)
+        self._last_words = weakref.finalize(self, mark_lost_run, self.writer, self._lock)
         _OPEN[path.resolve()] = self._last_words
         if before is None:
             self.writer.begin(None)
@@ -94,7 +94,7 @@ class Recording:
         """Collect what trainer, method and observers have to say of this step."""
         told: list[Item] = [Record(name, value) for name, value in own.items() if value is not None]
         told += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
-        self.add(looked_at(self.step, told, self.observers))
+        self.add(merge_records(self.step, told, self.observers))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.attempt(self._flush)
 
@@ -151,30 +151,30 @@ class Recording:
                 raise ValueError(f"W_0 of this run is gone, {self._base_file}: give its folder by out=, or begin anew")
             self.base.kept.update(load_tree(self._base_file))
 
-    def conclude(self) -> None:
+    def save_final_state(self) -> None:
         """Keep the state as it is now, as the one that the training ends with."""
         self._concluded = True
         if not self.step.last:  # stopped early, at a step that nobody knew to be the last
             self.step.total = self.step.finished
-            self.add(looked_at(self.step, (), self.observers))
+            self.add(merge_records(self.step, (), self.observers))
         self.add(factors_of(self.step.model))
         if self.method is not None:
             save_state(self._state_file, self.step.model, self.step.optimizer, self.method)
         found = adapters(self.step.model)
         if self.method is None and found:  # what PEFT trains beside them, such as a head, is part of an export
-            live = bare_parameters(self.step.model)
+            live = unwrapped_parameters(self.step.model)
             save_tree(self._state_file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
         ranks = {name: adapter.rank for name, adapter in found.items()}
         self.writer.meta["states"] = {"last": {"step": self.step.finished, "ranks": ranks}}
 
-    def break_off(self) -> None:
+    def mark_interrupted(self) -> None:
         """Close the folder of a training that is not gone on with."""
         self._last_words()
 
     def finish(self) -> Run:
         """Close the folder."""
         if not self._concluded:
-            self.conclude()
+            self.save_final_state()
         meta = self.writer.meta
         if not meta["states"]:  # the Trainer may have loaded another state since
             meta["error"] = "the state after its last step could not be written"
@@ -185,12 +185,12 @@ class Recording:
         return run
 
 
-def make_room(folder: Path, going_on: str | None) -> None:
+def create_folder(folder: Path, going_on: str | None) -> None:
     """Move the run that lies in a folder aside; one that is gone on with stays, and if it was finished a copy goes.
 
     Raises
     ------
-    Busy
+    RunLocked
         Another process writes there.
     ValueError
         Something else lies there.
@@ -203,7 +203,7 @@ def make_room(folder: Path, going_on: str | None) -> None:
         raise ValueError(f"{folder} is not empty and holds no run: give another folder")
     run = Run.read(folder)
     aside = _free(folder.with_name(f"{folder.name}-{run.id}"))
-    with held(folder):
+    with lock_run(folder):
         if run.id != going_on:
             folder.rename(aside)
         elif run.finished:
@@ -215,7 +215,7 @@ def _free(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _break_off(writer: RunWriter, lock: ExitStack) -> None:
+def mark_lost_run(writer: RunWriter, lock: ExitStack) -> None:
     """Say of a run that nobody finished that it is broken, if it lies there still."""
     with lock, suppress(OSError):
         file = writer.path / "run.json"

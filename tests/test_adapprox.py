@@ -55,9 +55,9 @@ def regression(steps, dtype, clip=1.0, **options):
 class Watched(AdapproxOptimizer):
     """Keeps V as it is before it is factored."""
 
-    def _factor(self, V, state, group):
+    def _factorize(self, V, state, group):
         self.V = V.clone()
-        super()._factor(V, state, group)
+        super()._factorize(V, state, group)
 
 
 def worked(min_dim, **options):

@@ -112,7 +112,7 @@ def test_a_role_given_as_a_string_is_one_word_and_without_adapprox_nothing_is_sa
 
 
 def test_bytes_are_counted_by_role(runs):
-    found = probe.held(runs["Adapprox at 0.0001"]).set_index("role")
+    found = probe.factor_memory(runs["Adapprox at 0.0001"]).set_index("role")
     assert found.loc["q", "dense"] == 4 * 32 * 32
     assert found.loc["q", "factors"] == pytest.approx(4 * found.loc["q", "rank"] * 64)
     assert found.loc["ffn_in", "of dense (%)"] == pytest.approx(

@@ -67,7 +67,9 @@ def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
             row = table.iloc[[0]].assign(step=step, quantity="score_full", module="")
             table = pd.concat([table.astype({"quantity": "str", "module": "str"}), row], ignore_index=True)
         run.__dict__["table"] = table
-        lots = alora.moved_by_lot(run, rank_statistics.final_ranks([run_with(tmp_path, f"s{seed}", RANKS, seed)]))
+        lots = alora.randomly_moved_ranks(
+            run, rank_statistics.final_ranks([run_with(tmp_path, f"s{seed}", RANKS, seed)])
+        )
         assert lots["value"].sum() <= 16
         moved = np.abs(lots["value"] - 4).sum()
         assert 0 < moved <= 2 * 3 * 2
@@ -78,7 +80,7 @@ def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
 
 def test_random_logits_lead_to_ranks_around_the_middle(tmp_path):
     modules = {f"m{number}": 4 for number in range(400)}
-    ranks = autolora.ranks_by_lot(run_with(tmp_path, "a", modules, recipe={"name": "autolora", "rank": 8}))
+    ranks = autolora.random_logit_ranks(run_with(tmp_path, "a", modules, recipe={"name": "autolora", "rank": 8}))
     assert len(ranks) == 400
     assert ranks.min() >= 1
     # log-normal weights lie above their mean less often than not: P(z > 1/2) = 0.31 of eight, a bit more at small k

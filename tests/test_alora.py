@@ -499,7 +499,7 @@ def test_the_counts_of_the_paper():
     assert len(attached_deltas(model)) == 224
     assert sum(p.numel() for delta in attached_deltas(model).values() for p in delta.parameters()) == 19_988_480
     assert method._pruned == 7
-    assert ALoRA(prune="network")._number(describe(model), list(attached_deltas(model))) == 224
+    assert ALoRA(prune="network")._components_per_round(describe(model), list(attached_deltas(model))) == 224
 
 
 @pytest.mark.parametrize(

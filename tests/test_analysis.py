@@ -247,8 +247,8 @@ def test_directions_of_the_update_do_not_depend_on_its_factors() -> None:
     against = LowRank(B, other)
     unchanged = {
         side: np.allclose(
-            subspace_similarity.between({"m": one}, {"m": against}, "m", side)["phi"],
-            subspace_similarity.between({"m": same}, {"m": against}, "m", side)["phi"],
+            subspace_similarity.similarity_of_runs({"m": one}, {"m": against}, "m", side)["phi"],
+            subspace_similarity.similarity_of_runs({"m": same}, {"m": against}, "m", side)["phi"],
         )
         for side in ("A", "B", "update")
     }
@@ -259,7 +259,7 @@ def test_directions_of_the_update_do_not_depend_on_its_factors() -> None:
 def test_a_run_shares_all_directions_with_itself(side: str, dimension: int) -> None:
     rng = np.random.default_rng(3)
     change = {"m": LowRank(rng.normal(size=(6, 3)), rng.normal(size=(3, 8)))}
-    found = subspace_similarity.between(change, change, "m", side).set_index(["i", "j"])
+    found = subspace_similarity.similarity_of_runs(change, change, "m", side).set_index(["i", "j"])
     assert [found.loc[(i, i), "phi"] for i in (1, 2, 3)] == pytest.approx([1, 1, 1])
     assert found.loc[(1, 3), "phi_random"] == pytest.approx(3 / dimension)
 
@@ -267,7 +267,7 @@ def test_a_run_shares_all_directions_with_itself(side: str, dimension: int) -> N
 def test_a_module_of_one_run_only_cannot_be_compared() -> None:
     change = LowRank(np.eye(3), np.eye(3))
     with pytest.raises(ValueError, match=r"'m' is not adapted in both runs; these are: n"):
-        subspace_similarity.between({"m": change, "n": change}, {"n": change}, "m")
+        subspace_similarity.similarity_of_runs({"m": change, "n": change}, {"n": change}, "m")
 
 
 def test_principal_angles_of_planted_planes() -> None:

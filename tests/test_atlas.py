@@ -114,7 +114,7 @@ def test_a_start_that_was_kept_is_taken_off_whatever_the_method(write: Any) -> N
         sigma = np.linalg.svd(matrix, compute_uv=False)
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
     expected = leading_directions.mean_angle(
-        *(leading_directions.leading(Dense(matrix), 2) for matrix in added.values())
+        *(leading_directions.leading_singular_vectors(Dense(matrix), 2) for matrix in added.values())
     )
     assert lookup(heat, "row", "column")["kept", "zero"] == pytest.approx(expected)
     assert "start" not in heat.caption
@@ -190,14 +190,14 @@ def test_the_mean_angle_of_one_pair_worked_by_hand() -> None:
     first = LowRank(np.eye(3)[:, :2] * (2, 1), np.eye(2, 4))
     second = Dense(turned * (2, 1) @ np.eye(2, 4))
     assert leading_directions.mean_angle(
-        leading_directions.leading(first, 2), leading_directions.leading(second, 2)
+        leading_directions.leading_singular_vectors(first, 2), leading_directions.leading_singular_vectors(second, 2)
     ) == pytest.approx((0 + 30 + 0 + 0) / 4)
     assert leading_directions.mean_angle(
-        leading_directions.leading(first, 1), leading_directions.leading(second, 2)
+        leading_directions.leading_singular_vectors(first, 1), leading_directions.leading_singular_vectors(second, 2)
     ) == pytest.approx(0.0, abs=1e-6)
     within = LowRank(np.eye(3)[:, 1:2], np.eye(2, 4)[1:])  # not the first direction, but within the first two
     assert leading_directions.mean_angle(
-        leading_directions.leading(within, 2), leading_directions.leading(first, 2)
+        leading_directions.leading_singular_vectors(within, 2), leading_directions.leading_singular_vectors(first, 2)
     ) == pytest.approx(90)
 
 

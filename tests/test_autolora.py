@@ -24,7 +24,7 @@ from lorascope.adapters.delta import attach, attached_deltas, fold
 from lorascope.cli import main
 from lorascope.inputs import models, tasks
 from lorascope.methods import AutoLoRA, LoRA
-from lorascope.methods.autolora import RADIUS, AutoLoRADelta, adam, hypergradient, kept
+from lorascope.methods.autolora import RADIUS, AutoLoRADelta, adam, hypergradient, retained_mask
 from lorascope.methods.base import METHODS, Phase, config, from_config
 from lorascope.training.session import Session
 from lorascope.training.state import generators_state
@@ -214,7 +214,7 @@ def test_adam_is_adam():
 def test_equal_logits_keep_all_components(dtype):
     for k in range(1, 65):
         for value in (0.0, 1.0, -3.7):
-            assert kept(torch.full((k,), value, dtype=dtype).softmax(0)).all(), k
+            assert retained_mask(torch.full((k,), value, dtype=dtype).softmax(0)).all(), k
 
 
 @given(
@@ -222,7 +222,7 @@ def test_equal_logits_keep_all_components(dtype):
 )
 def test_at_least_one_component_stays(logits, dtype):
     alpha = torch.tensor(logits, dtype=getattr(torch, dtype)).softmax(0)
-    mask = kept(alpha)
+    mask = retained_mask(alpha)
     assert 1 <= int(mask.sum()) <= len(logits)
     assert mask[alpha.argmax()]
 
@@ -345,7 +345,7 @@ def test_the_components_that_stay_span_a_planted_teacher_of_rank_two():
     """Better than the others, though these are never fewer."""
     for seed in range(3):
         delta, teacher = searched(seed)
-        mask = kept(delta.alpha)
+        mask = retained_mask(delta.alpha)
         assert mask.sum() <= 3
         assert explained(delta, mask, teacher) > explained(delta, ~mask, teacher) + 0.05
         left, _, right = torch.linalg.svd(teacher)
@@ -531,7 +531,7 @@ def test_each_phase_trains_on_its_own_rows(bert, task, tmp_path, monkeypatch):
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         }
 
-    batch, draw = Session.batch, Session._draw
+    batch, draw = Session.batch, Session._draw_validation
 
     def watched(self, index):
         found = batch(self, index)
@@ -545,7 +545,7 @@ def test_each_phase_trains_on_its_own_rows(bert, task, tmp_path, monkeypatch):
         return found
 
     monkeypatch.setattr(Session, "batch", watched)
-    monkeypatch.setattr(Session, "_draw", drawn)
+    monkeypatch.setattr(Session, "_draw_validation", drawn)
     run = ls.train(
         models.load(bert, task=task), task, AutoLoRA(hypergradient="first_order"), out=tmp_path / "run",
         **FAST | {"steps": 8, "batch_size": 32},

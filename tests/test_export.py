@@ -29,7 +29,7 @@ from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, Full, LoRA
 from lorascope.methods.base import Method, train_adapters
 from lorascope.runs.export import peft_folder as folder
 from lorascope.runs.export import rank_pattern, to_peft
-from lorascope.runs.export.peft_lora import in_use
+from lorascope.runs.export.peft_lora import drop_unused
 from lorascope.runs.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.runs.summary import peft_keywords
@@ -431,7 +431,7 @@ def test_an_adapter_of_which_nothing_is_left(bert: str, task: Any, tmp_path: Pat
 def test_in_use_keeps_the_product() -> None:
     draw = np.random.default_rng(0)
     B, A, diagonal = draw.standard_normal((5, 4)), draw.standard_normal((4, 6)), np.array([0.0, -2.0, 0.0, 1e-30])
-    found = in_use(LowRank(B * diagonal, A, 2), diagonal)
+    found = drop_unused(LowRank(B * diagonal, A, 2), diagonal)
     assert (found.B.shape, found.A.shape) == ((5, 2), (2, 6))
     np.testing.assert_allclose(found.dense(), 2 * B @ np.diag(diagonal) @ A)
 

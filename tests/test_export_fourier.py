@@ -80,7 +80,7 @@ class Uneven(FourierFT):
                 entry_seed=self.seeds[number % len(self.seeds)],
                 alpha=self.alphas[number % len(self.alphas)],
             )
-            host.delta = spec._delta("module", host)
+            host.delta = spec._fourier_delta("module", host)
 
 
 def test_modules_of_different_numbers_keep_their_own(

@@ -12,7 +12,7 @@ from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.terminal import Style, _format_ratio
-from lorascope.probes.report.html import shown
+from lorascope.probes.report.html import format_value
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
 COLUMNS = {
@@ -27,7 +27,14 @@ COLUMNS = {
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize(
     "cell",
-    [terminal.norm, terminal._format_percent, terminal._format_number, terminal._format_whole, _format_ratio, shown],
+    [
+        terminal.norm,
+        terminal._format_percent,
+        terminal._format_number,
+        terminal._format_whole,
+        _format_ratio,
+        format_value,
+    ],
 )
 def test_cells_stay_short(cell, value) -> None:
     assert 1 <= len(cell(float(value))) <= 10

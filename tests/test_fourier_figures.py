@@ -112,7 +112,7 @@ def test_the_atlas_leaves_out_the_random_start(fourier: Any) -> None:
         drawn = spectrum.data.loc[spectrum.data["recipe"] == label, "value"]
         np.testing.assert_allclose(drawn, sigma[sigma > 1e-9])
     expected = leading_directions.mean_angle(
-        *(leading_directions.leading(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C))
+        *(leading_directions.leading_singular_vectors(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C))
     )
     assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)
     assert "With its start, which was not kept: lost." in heat.caption

@@ -525,12 +525,12 @@ def test_no_lora_holds_it(run):
     for refused in (
         run.lora_config,
         lambda: export.rank_pattern(run, 0.5),
-        lambda: subspace_similarity.between(updates, updates, module),
+        lambda: subspace_similarity.similarity_of_runs(updates, updates, module),
     ):
         with pytest.raises(ValueError, match=r"is no product B A, so it has no ranks|has no factor A") as raised:
             refused()
         assert "\n" not in str(raised.value)
-    alike = subspace_similarity.between(updates, updates, module, side="update")
+    alike = subspace_similarity.similarity_of_runs(updates, updates, module, side="update")
     assert alike["phi"].iloc[-1] == pytest.approx(1)
 
 

@@ -29,7 +29,7 @@ from lorascope import plots
 from lorascope.files import parquet_tables, typed_json
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.runs import export
-from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import load
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import parse
@@ -301,7 +301,7 @@ def test_base_with_many_names_is_searched_fast(tmp_path: Path) -> None:
     """A search through all names for each module would take 7 10^7 comparisons."""
     header = {f"m.h.{n}.q.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(6000)}
     hostile.put_header(tmp_path / "model.safetensors", header, b"")
-    base = Pretrained(tmp_path)
+    base = PretrainedWeights(tmp_path)
     assert outcome(lambda: [base.holds(f"h.{n}.q") and base.holds(f"x.{n}.k") for n in range(6000)], seconds=3) == ""
 
 
@@ -464,11 +464,11 @@ def test_parent_next_to_the_run_is_read(templates: dict[str, Path]) -> None:
 def state(path: Path, tree: Any, tensors: dict[str, Any] | None = None) -> Path:
     import torch
 
-    from lorascope.training.state import _digest
+    from lorascope.training.state import _tree_digest
 
     found = {name: torch.tensor(value) for name, value in (tensors or {}).items()}
     text = tree if isinstance(tree, str) else json.dumps(tree)
-    path.write_bytes(save({name: t.numpy() for name, t in found.items()}, {"tree": _digest(text, found) + text}))
+    path.write_bytes(save({name: t.numpy() for name, t in found.items()}, {"tree": _tree_digest(text, found) + text}))
     return path
 
 

@@ -111,7 +111,7 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
     assert hydralora.mean_apart(runs[hydralora.EVEN][0]) == pytest.approx(0, abs=1e-6)
     bars, *_, atlas = (one.chart for one in found.exhibits)
     assert len(found.exhibits) == 5
-    order = (hydralora.ROUTED, hydralora.SPLIT, hydralora.EVEN, hydralora.plain())
+    order = (hydralora.ROUTED, hydralora.SPLIT, hydralora.EVEN, hydralora.lora_label())
     assert bars.x.order == ("HydraLoRA", "an A each", "even gates", "plain LoRA")
     assert bars.data["value"].tolist() == pytest.approx(
         [np.mean([run.meta["test"]["metric"] for run in runs[label]]) for label in order]
@@ -129,7 +129,7 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
         told = f"{label} {of[0].meta['parameters']['trained']:,}"
         assert (f"{told}, {of_routers:,} of them in routers" if of_routers else told) in re.split("; |: |[.]$", counted)
     # each claim about accuracy against its own control
-    reached = {hydralora.ROUTED: 0.80, hydralora.EVEN: 0.77, hydralora.SPLIT: 0.82, hydralora.plain(): 0.75}
+    reached = {hydralora.ROUTED: 0.80, hydralora.EVEN: 0.77, hydralora.SPLIT: 0.82, hydralora.lora_label(): 0.75}
     marked = [[replaced(run, reached[label] + 0.001 * run.meta["seed"]) for run in of] for label, of in runs.items()]
     again = probes.PROBES["hydralora"].judge(dict(zip(runs, marked, strict=True))).verdicts
     effects = {verdict.claim: verdict.effect for verdict in again}
@@ -142,7 +142,7 @@ def test_the_probe_judges_tiny_runs(bert, task, tmp_path):
         models.load(bert, task=task), task, replace(hydralora.METHOD, num_experts=1), seed=0, out=tmp_path / "single",
         progress=False, device="cpu", **settings,
     )  # fmt: skip
-    more = probes.PROBES["hydralora"].judge(runs | {hydralora.headed(1): [single]}).exhibits
+    more = probes.PROBES["hydralora"].judge(runs | {hydralora.num_heads_label(1): [single]}).exhibits
     assert len(more) == 6
     assert more[1].chart.data.set_index("series").loc["HydraLoRA", "number"].tolist() == [1, 4]
     model = models.load(bert, task=task)

@@ -14,7 +14,7 @@ from lorascope.experiments.sweep import Job, _job_names
 from lorascope.inputs import models
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, config
-from lorascope.schema.labels import in_words
+from lorascope.schema.labels import to_words
 
 NAMES = tuple(f"model.layers.{layer}.self_attn.{leaf}" for layer in range(18) for leaf in ("q_proj", "v_proj"))
 LISTED = [name for name, method in METHODS.items() if "targets" in method.__dataclass_fields__ and name != "neft"]
@@ -67,7 +67,7 @@ def test_other_fields_with_modules_are_short() -> None:
     ids=range(11),  # the default contains addresses, which differ between the processes of the suite
 )
 def test_objects_are_described_without_addresses(value: object, shown: str) -> None:
-    assert in_words(value) == shown
+    assert to_words(value) == shown
 
 
 def test_fields_of_a_method_show_no_address(monkeypatch: pytest.MonkeyPatch) -> None:

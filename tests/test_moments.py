@@ -127,7 +127,7 @@ def test_ways_to_factor_are_measured_on_one_block(bert, task, tmp_path):
 def test_the_shorter_of_two_times_is_told(monkeypatch):
     ticks = iter([0.0, 5.0, 10.0, 12.0])
     monkeypatch.setattr(moving.time, "perf_counter", lambda: next(ticks))
-    found, seconds = moving._timed(lambda: (torch.ones(1, 1),))
+    found, seconds = moving._time_decomposition(lambda: (torch.ones(1, 1),))
     assert found == (torch.ones(1, 1),)
     assert seconds == 2
 

@@ -17,7 +17,7 @@ from lorascope.adapters.delta import attached_deltas
 from lorascope.analysis.head_similarity import cosines, mean_of_pairs, update_cosines, update_inner
 from lorascope.inputs import models
 from lorascope.methods import HydraLoRA
-from lorascope.methods.hydralora_routing import Routing, stacked, watch
+from lorascope.methods.hydralora_routing import Routing, stack_gates, watch
 from lorascope.runs.run import Run
 
 FAST = {"steps": 5, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
@@ -116,7 +116,7 @@ def test_batches_behind_one_another_are_one_text():
         watched(model, {name: part[half] for name, part in batch.items()}) for half in (slice(0, 1), slice(1, None))
     ]
     for name, seen in whole.items():
-        both = stacked([half[name] for half in halves])
+        both = stack_gates([half[name] for half in halves])
         assert both.switch_rate == pytest.approx(seen.switch_rate)
         assert both.importance == near(seen.importance, terms=TINY, growth=SHARP)
         assert both.std == near(seen.std, terms=TINY, growth=SHARP)

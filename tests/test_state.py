@@ -20,7 +20,7 @@ from lorascope.training.state import (
     load_tree,
     optimizer_state,
     save_tree,
-    seeded,
+    seed_generators,
 )
 
 
@@ -112,14 +112,14 @@ def draws():
 
 
 def test_global_generators_go_on(tmp_path):
-    with seeded(11):
+    with seed_generators(11):
         first = draws()
         stored = back(generators_state(), tmp_path)
         expected = draws()
         draws()
         load_generators_state(stored)
         assert draws() == expected
-    with seeded(11):
+    with seed_generators(11):
         assert draws() == first
 
 

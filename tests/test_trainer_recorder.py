@@ -29,7 +29,7 @@ from lorascope.inputs import models
 from lorascope.schema import module_table
 from lorascope.training.base_weights import Base
 from lorascope.training.hf_trainer import method_callback, run_folder
-from lorascope.training.state import seeded
+from lorascope.training.state import seed_generators
 
 QV = {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]}
 NORMS = [ls.observe.norms(every=2), ls.observe.factors(every=3)]
@@ -43,7 +43,7 @@ def rows(bert, task):
 
 
 def with_peft(bert, task, config, seed=0):
-    with seeded(seed), warnings.catch_warnings():
+    with seed_generators(seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(fresh(bert, task), config)
 
@@ -183,7 +183,7 @@ CONVOLUTION = "vit.embeddings.patch_embeddings.projection"
 
 def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
     config = peft.LoraConfig(r=3, target_modules=["projection", "q_proj"])
-    with seeded(0), warnings.catch_warnings():
+    with seed_generators(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT knows what is packed only by the libraries that pack
         model = peft.get_peft_model(tiny("vit"), config)
         attention = next(module for module in model.modules() if hasattr(module, "k_proj"))

@@ -28,7 +28,7 @@ from lorascope.methods import Full, HydraLoRA, LoRA
 from lorascope.runs.export import rank_pattern, select_components, to_peft
 from lorascope.runs.formats.peft_lora import PREFIX, WEIGHTS
 from lorascope.runs.run import Run
-from lorascope.training.state import seeded
+from lorascope.training.state import seed_generators
 
 ROWS = 8
 
@@ -175,7 +175,7 @@ def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, t
     base = tiny("llama", tie_word_embeddings=tied)
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
-    with seeded(0):
+    with seed_generators(0):
         model = adapted(base, target_modules=["embed_tokens", "q_proj"], r=2, lora_alpha=1, init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT tells that it saves them

@@ -14,7 +14,7 @@ import lorascope as ls
 from lorascope.inputs import models
 from lorascope.observe.base import Observer
 from lorascope.training.base_weights import prepare_model
-from lorascope.training.state import seeded
+from lorascope.training.state import seed_generators
 
 STEPS, ROWS = 6, 8
 IN, OUT = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"
@@ -107,7 +107,7 @@ def by_trainer(
     **settings,
 ):
     """Train a model by the Trainer, under a method or by itself."""
-    with seeded(draw):
+    with seed_generators(draw):
         kwargs: dict[str, Any] = {"callbacks": []} if method is None else ls.trainer_kwargs(method, model, clip=clip)
     recorders = [recorder] if recorder else []
     own = kwargs.pop("callbacks")

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 import lorascope as ls
 from lorascope.inputs import models
-from lorascope.training.state import seeded
+from lorascope.training.state import seed_generators
 
 SETTINGS = {"steps": 6, "batch_size": ROWS, "eval_every": 0, "test_size": 16, "progress": False, "device": "cpu"}
 
@@ -29,7 +29,7 @@ class Bench:
     def peft(self, config: Any = None, **options: Any) -> Any:
         """A PEFT model, by default a LoRA of rank 4 on query and value."""
         own = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
-        with seeded(0), warnings.catch_warnings():
+        with seed_generators(0), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = config or peft.LoraConfig(**own | options)
             return peft.get_peft_model(fresh(self.folder, self.task), config)

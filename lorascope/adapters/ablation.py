@@ -18,7 +18,7 @@ from lorascope.adapters.delta import attach, attached_deltas, detach
 
 
 @runtime_checkable
-class Gated(Protocol):
+class Switchable(Protocol):
     """What is asked of a Delta: the number of its components, and what each of them adds."""
 
     @property
@@ -56,7 +56,7 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
     Parameters
     ----------
     model : Module
-        All its Deltas are ``Gated``. Its modes and adapters are put back.
+        All its Deltas are ``Switchable``. Its modes and adapters are put back.
     loss : function batch -> Tensor ()
         Calls the model; a mean over the rows of the batch.
     batch : dict of tensors (rows, ...)
@@ -73,7 +73,7 @@ def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
 
 
 def _switched_scores(
-    model: nn.Module, loss: Loss, batch: Batch, gates: Mapping[str, Gated], sign: int
+    model: nn.Module, loss: Loss, batch: Batch, gates: Mapping[str, Switchable], sign: int
 ) -> tuple[float, dict[str, Float[np.ndarray, "_"]]]:
     """Score of the model as it is, and with each component in turn put on or taken off."""
     active = {name: [i for i in range(gate.rank) if not gate.idle(i)] for name, gate in gates.items()}

@@ -88,7 +88,7 @@ class _Call:
     versions: list[int] = field(default_factory=list)
 
     @property
-    def kept(self) -> bool:
+    def is_intact(self) -> bool:
         """Is its output there, and nothing written over it or over its input since?"""
         return self.form is not None and self.versions == _versions([self.first, *self.leaves])
 
@@ -213,7 +213,7 @@ class _Replay:
 
     def _is_only_call(self, call: _Call) -> bool:
         """Is this the module's only call in the model, and what it gave known?"""
-        return call.kept and len(self.by_row[call.module]) == 1
+        return call.is_intact and len(self.by_row[call.module]) == 1
 
     def _replay_forwards(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:
         """Forwards that give back what these calls gave, for so many copies of the batch."""

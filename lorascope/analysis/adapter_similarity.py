@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.leading_directions import Directions, chance_angle, leading, mean_angle
+from lorascope.analysis.leading_directions import Directions, chance_angle, leading_singular_vectors, mean_angle
 from lorascope.runs.run import Run
 from lorascope.updates.linalg import as_float64, one_thread
 from lorascope.updates.low_rank import Dense, LowRank
@@ -124,7 +124,7 @@ def _compare_pairs(
     """A row for each two runs that have the module."""
     sound = {label: update for label, update in held.items() if np.isfinite(sizes[label]) and sizes[label] > 0}
     directions = {
-        label: leading(update, DIRECTIONS)
+        label: leading_singular_vectors(update, DIRECTIONS)
         for label, update in sound.items()
         if spectra or isinstance(update, LowRank) or min(update.shape) <= SIDE
     }

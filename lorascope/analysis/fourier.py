@@ -121,7 +121,7 @@ def places(update: Fourier) -> pd.DataFrame:
     DataFrame
         ``row, column`` (frequencies, from -d/2), ``radius`` (their distance from zero), ``coefficient``.
     """
-    both = _with_mirrors(update).drop_duplicates(["row", "column"])
+    both = _add_mirrors(update).drop_duplicates(["row", "column"])
     return both.drop(columns="frequency").sort_values(["row", "column"], ignore_index=True)
 
 
@@ -134,13 +134,13 @@ def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
         ``radius`` (the middle of the ring) and ``value``, NaN where a ring holds no entry.
     """
     edges = np.linspace(0.0, corner(update.shape), bins + 1)
-    once = _with_mirrors(update).drop_duplicates("frequency")
+    once = _add_mirrors(update).drop_duplicates("frequency")
     ring = np.minimum(np.searchsorted(edges, once["radius"], side="right") - 1, bins - 1)
     squares = (once["coefficient"] ** 2).groupby(ring).mean().reindex(range(bins))
     return pd.DataFrame({"radius": (edges[:-1] + edges[1:]) / 2, "value": np.sqrt(squares.to_numpy())})
 
 
-def _with_mirrors(update: Fourier) -> pd.DataFrame:
+def _add_mirrors(update: Fourier) -> pd.DataFrame:
     """Entries, then their mirrors, with the number of the frequency and the sum of its coefficients."""
     sides = np.array(update.shape)[:, None]
     mirrored = -update.entries % sides

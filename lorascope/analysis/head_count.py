@@ -59,7 +59,7 @@ def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd
     ValueError
         There are no words, or ``most`` is below 3.
     """
-    return _by_kmeans(_vectors(texts), most, seed)
+    return _kmeans_selection(_vectors(texts), most, seed)
 
 
 def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 10, sample: int = 1000) -> pd.DataFrame:
@@ -93,7 +93,7 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
         drawn = corpus.sample(min(sample, len(corpus)), random_state=seed)
         vectors = _vectors(drawn)
         dense = pd.DataFrame({"k": [density_clusters(vectors)], "sse": math.nan, "distance": math.nan, "chosen": True})
-        for algorithm, found in ((KMEANS, _by_kmeans(vectors, most, seed)), (DENSITY, dense)):
+        for algorithm, found in ((KMEANS, _kmeans_selection(vectors, most, seed)), (DENSITY, dense)):
             parts.append(found.assign(seed=seed, texts=len(drawn), algorithm=algorithm))
     return pd.concat(parts, ignore_index=True)[["seed", "texts", "algorithm", "k", "sse", "distance", "chosen"]]
 
@@ -119,7 +119,7 @@ def _keys(vectors: csr_matrix) -> list[bytes]:
     return [row.indices.tobytes() + row.data.tobytes() for row in vectors]
 
 
-def _by_kmeans(vectors: csr_matrix, most: int, seed: int) -> pd.DataFrame:
+def _kmeans_selection(vectors: csr_matrix, most: int, seed: int) -> pd.DataFrame:
     if most < 3:
         raise ValueError(
             f"most {most} leaves no elbow to find: both ends of the curve are none, so it must be 3 or more"

@@ -28,7 +28,7 @@ class Directions(NamedTuple):
     right: Float[np.ndarray, "in k"]
 
 
-def leading(update: LowRank | Dense, k: int) -> Directions:
+def leading_singular_vectors(update: LowRank | Dense, k: int) -> Directions:
     """The first k directions of an update's outputs and inputs, or as many as it has."""
     U, _, V = update.svd()
     return Directions(U[:, :k], V[:, :k])
@@ -82,7 +82,7 @@ def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directio
     return float(mean), float(chance)
 
 
-def pooled(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
+def pool_spectra(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
     """Root mean square over modules of their largest singular values, their second largest, and so on.
 
     A module that has fewer counts as zero, and so does a value that is rounding beside the largest.

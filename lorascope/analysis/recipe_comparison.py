@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from scipy.special import stdtr
 
 from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.runs.run import Run
-from lorascope.schema.labels import in_words
+from lorascope.schema.labels import to_words
 
 LEVEL = 0.05
 MINIMUM_SEEDS = 3
@@ -56,7 +57,7 @@ def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> lis
 def _setting_text(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
-    text = value if isinstance(value, str) else json.dumps(value, default=in_words)
+    text = value if isinstance(value, str) else json.dumps(value, default=to_words)
     if isinstance(value, str) or len(text) <= _LONG:
         return text
     return f"{len(value)} values ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
@@ -215,3 +216,11 @@ def describe_comparison(compared: pd.DataFrame) -> list[str]:
         few = " (fewer than 3 seeds decide nothing)" if overlapping["n"].max() < MINIMUM_SEEDS else ""
         lines.append(f"{where}overlapping, so not ranked{few}: {named}{more}")
     return lines
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``describe_comparison`` by its deprecated name ``words``."""
+    if name == "words":
+        warnings.warn("words is deprecated: use describe_comparison instead", FutureWarning, stacklevel=2)
+        return describe_comparison
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, 
     return pd.DataFrame({"i": i, "j": j, "phi": phi.reshape(-1), "phi_random": random})
 
 
-def between(
+def similarity_of_runs(
     first: Mapping[str, LowRank | Dense], second: Mapping[str, LowRank | Dense], module: str, side: Side = "A"
 ) -> pd.DataFrame:
     """``similarity`` of two runs in one module.

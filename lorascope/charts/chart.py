@@ -29,7 +29,7 @@ from lorascope.charts.marks import (
     check_columns,
     check_unique,
     is_number,
-    missing,
+    missing_column,
 )
 
 __all__ = [
@@ -160,7 +160,7 @@ class Chart(Drawable):
         object.__setattr__(self, "colors", None if self.colors is None else tuple(self.colors))
         if self.frame is not None:
             if self.frame not in self.data:
-                raise ValueError(missing("frame", self.frame, self.data))
+                raise ValueError(missing_column("frame", self.frame, self.data))
             if self.data[self.frame].isna().any():
                 raise ValueError(f"frame: column {self.frame!r} has missing values")
         for mark in self.marks:

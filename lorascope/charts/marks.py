@@ -207,7 +207,7 @@ def check_columns(mark: Mark, table: pd.DataFrame) -> None:
     for encoding, column in mark.columns().items():
         what = f"{mark.kind} {encoding}"
         if column not in table:
-            raise ValueError(missing(what, column, table))
+            raise ValueError(missing_column(what, column, table))
         if encoding in mark.numbers and not is_numeric_dtype(table[column]):
             raise ValueError(f"{what}: column {column!r} holds {table[column].dtype}, not numbers")
         if (encoding in mark.names or not is_number(table[column])) and (gaps := int(table[column].isna().sum())):
@@ -223,7 +223,7 @@ def check_unique(mark: Mark, table: pd.DataFrame, place: Sequence[str]) -> None:
         raise ValueError(f"{mark.kind}: several rows for {first}; aggregate them first")
 
 
-def missing(what: str, column: str, table: pd.DataFrame) -> str:
+def missing_column(what: str, column: str, table: pd.DataFrame) -> str:
     """The complaint about a column that is not there."""
     return f"{what}: no column {column!r}; the data has {', '.join(map(str, table.columns))}"
 

@@ -137,7 +137,7 @@ class Colors:
         if self.limits is None:
             return theme.category(self.categories.index(value), len(self.categories))
         low, high = self.limits
-        return theme.along((float(value) - low) / (high - low))
+        return theme.color_at((float(value) - low) / (high - low))
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:

@@ -39,9 +39,9 @@ class Theme:
 
     def category(self, index: int, count: int) -> str:
         """Colour of one of ``count`` categories: from the palette, or from viridis where the palette is too short."""
-        return self.palette[index] if count <= len(self.palette) else self.along(index / (count - 1))
+        return self.palette[index] if count <= len(self.palette) else self.color_at(index / (count - 1))
 
-    def along(self, share: float) -> str:
+    def color_at(self, share: float) -> str:
         """Colour of a line or dot at ``share`` (0..1) of a scale."""
         start, stop = self.reach
         return blend(VIRIDIS, start + share * (stop - start))
@@ -49,7 +49,7 @@ class Theme:
     @property
     def ramp(self) -> list[str]:
         """Colours of a scale for lines and dots, evenly spaced from its low end to its high end."""
-        return [self.along(step / 9) for step in range(10)]
+        return [self.color_at(step / 9) for step in range(10)]
 
 
 THEMES = {

@@ -65,7 +65,7 @@ class Inspection:
     @property
     def norm(self) -> float:
         """|dW| of all modules together, those with NaN left out."""
-        return pooled(self.modules["update_norm"])
+        return pool_norms(self.modules["update_norm"])
 
     def roles(self) -> pd.DataFrame:
         """One row a stack and role: ``modules, update_norm, energy, least_rank, most_rank, effective_rank`` (mean)."""
@@ -73,7 +73,7 @@ class Inspection:
         frame = cells.agg(
             layer=("layer", "min"),
             modules=("module", "size"),
-            update_norm=("update_norm", pooled),
+            update_norm=("update_norm", pool_norms),
             relative_update=("relative_update", "mean"),
             energy=("energy", lambda shares: shares.sum(min_count=1)),
             least_rank=("rank", "min"),
@@ -126,7 +126,7 @@ def inspect(run: Run, spectra: bool = False) -> Inspection:
     return Inspection(run, facts[0][0], facts, modules, (*_update_findings(run, modules), *own))
 
 
-def pooled(norms: pd.Series) -> float:
+def pool_norms(norms: pd.Series) -> float:
     """Root of summed squares of what is not NaN; NaN if all are."""
     known = norms.dropna().to_numpy()
     return root_of_squares(known) if len(known) else np.nan

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.diagnosis.inspection import DTYPES, first_and_count, json_values, pooled, rows
+from lorascope.diagnosis.inspection import DTYPES, first_and_count, json_values, pool_norms, rows
 from lorascope.diagnosis.neuron_scores import score
-from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.schema.module_roles import position
 
 TOP = 0.1
@@ -86,7 +86,7 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
     FileNotFoundError, ValueError
         As ``neuron_scores.neuron_scores``.
     """
-    models = Pretrained(base), Pretrained(tuned)
+    models = PretrainedWeights(base), PretrainedWeights(tuned)
     scores = pd.concat(score(*models), ignore_index=True)
     scores = scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
     turned = scores["cosine_distance"] > 0
@@ -110,7 +110,7 @@ def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
             "median": distance.median(),
             "largest": distance.max(),
             "turned": (scores["cosine_distance"] > 0).groupby([scores[name] for name in by], observed=True).sum(),
-            "delta_norm": cells["delta_norm"].agg(pooled),
+            "delta_norm": cells["delta_norm"].agg(pool_norms),
         }
     ).reset_index()
     places = zip(frame["stack"], frame.get("layer", [0] * len(frame)), frame["role"], strict=True)
@@ -118,7 +118,9 @@ def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _checkpoint_facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame) -> tuple[tuple[str, str], ...]:
+def _checkpoint_facts(
+    base: PretrainedWeights, tuned: PretrainedWeights, modules: pd.DataFrame
+) -> tuple[tuple[str, str], ...]:
     told = []
     for model in (tuned, base):
         dtypes = " and ".join(sorted({DTYPES[model.dtype(module)] for module in modules["module"]}))
@@ -132,7 +134,7 @@ def _checkpoint_facts(base: Pretrained, tuned: Pretrained, modules: pd.DataFrame
     )
 
 
-def _neuron_findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrained) -> Iterator[str]:
+def _neuron_findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights) -> Iterator[str]:
     untouched = modules["delta_norm"] == 0  # not: turned none, as of neurons that are zero, or that grew
     still = modules["module"][untouched]
     if len(still) == len(modules):

@@ -15,7 +15,7 @@ import pandas as pd
 
 from lorascope.analysis import neurons
 from lorascope.runs.formats.peft_lora import factor_files
-from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import MARKS
 from lorascope.schema.module_roles import FFN, parse, position
 from lorascope.updates.low_rank import neuron_change
@@ -46,7 +46,7 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     ValueError
         A file is broken, the two are not of one model, or a weight holds NaN or infinity.
     """
-    tables = pd.concat(score(Pretrained(original), Pretrained(tuned), roles), ignore_index=True)
+    tables = pd.concat(score(PretrainedWeights(original), PretrainedWeights(tuned), roles), ignore_index=True)
     return tables.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
 
@@ -58,7 +58,7 @@ def is_checkpoint(path: str | Path) -> bool:
     return whole and not any((folder / mark).exists() for mark in MARKS) and not factor_files(folder)
 
 
-def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:
+def score(original: PretrainedWeights, tuned: PretrainedWeights, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:
     """The same, part by part of a layer.
 
     Raises
@@ -77,7 +77,7 @@ def score(original: Pretrained, tuned: Pretrained, roles: Sequence[str] = FFN) -
         yield _score_part(part, original, tuned)
 
 
-def describe_checkpoint(model: Pretrained) -> pd.DataFrame:
+def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
     """What ``names.describe`` tells of the feed-forward modules of a model, from the headers of its checkpoint."""
     rows = []
     for module in model.modules():
@@ -95,7 +95,7 @@ def describe_checkpoint(model: Pretrained) -> pd.DataFrame:
     return frame.iloc[order].reset_index(drop=True)
 
 
-def _score_part(part: neurons.Part, original: Pretrained, tuned: Pretrained) -> pd.DataFrame:
+def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
     """The table of one part, of two weights that were found to belong together."""
     module = part.module
     if not original.holds(module):

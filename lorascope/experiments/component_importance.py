@@ -24,7 +24,7 @@ from lorascope.experiments.component_removal import (
 from lorascope.inputs import models, tasks
 from lorascope.inputs.classifier_head import fit_head, weights_hash
 from lorascope.inputs.tasks import Task
-from lorascope.inputs.tokenization import Encoded
+from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.alora import ALoRADelta
 from lorascope.methods.base import task_head
 from lorascope.runs.export import RankBudget, base_of
@@ -32,7 +32,7 @@ from lorascope.runs.export.peft_folder import refuse_unkept
 from lorascope.runs.formats.peft_lora import PREFIX
 from lorascope.runs.loading import AdapterRun
 from lorascope.runs.run import Run
-from lorascope.runs.summary import factored
+from lorascope.runs.summary import exact_products
 from lorascope.schema.deprecation import old_names
 from lorascope.training.evaluation import evaluate
 from lorascope.training.state import load_tensors
@@ -109,7 +109,7 @@ def pruned_losses(
     return Losses(before, after, len(encoded))
 
 
-def _mean_loss(model: nn.Module, state: Mapping[str, Triple], encoded: Encoded) -> float:
+def _mean_loss(model: nn.Module, state: Mapping[str, Triple], encoded: EncodedRows) -> float:
     attach_components(model, {name: triple for name, triple in state.items() if len(triple[1])}, ALoRADelta, fill_plain)
     found = evaluate(model, encoded).loss
     detach(model)
@@ -124,7 +124,7 @@ def _open_trained(
         raise ValueError(
             f"{run.label} is DoRA, whose magnitudes no component holds: a loss of components is not its own"
         )
-    parts = {module: canonical(update) for module, update in factored(run, run.updates(state=state)).items()}
+    parts = {module: canonical(update) for module, update in exact_products(run, run.updates(state=state)).items()}
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
     if isinstance(run, AdapterRun) or run.meta["w0_hash"] is None:
@@ -188,7 +188,7 @@ def _adapter_weights(run: AdapterRun) -> dict[str, Tensor]:
     return {other.replace(".base_layer.", "."): torch.tensor(file[name]) for other, (file, name) in found.items()}
 
 
-def _validation_half(model: nn.Module, task: Task, which: int, rows: int) -> Encoded:
+def _validation_half(model: nn.Module, task: Task, which: int, rows: int) -> EncodedRows:
     """Every other row of the validation split, which stands in the order of a hash."""
     chosen = task.split("validation").iloc[which::2].head(rows)
     if chosen.empty:

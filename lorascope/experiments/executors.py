@@ -50,7 +50,7 @@ def use_backend(
         try:
             if name == "ray":
                 stack.enter_context(_ray(address))
-            stack.enter_context(parallel_config(**_on_cluster(name, address, options)))
+            stack.enter_context(parallel_config(**_cluster_config(name, address, options)))
         except ImportError:
             raise ValueError(f"backend {name} is not installed: pip install 'lorascope[cluster]'") from None
         except OSError:
@@ -60,7 +60,7 @@ def use_backend(
         yield
 
 
-def _on_cluster(name: str | None, address: str | None, options: dict[str, Any]) -> dict[str, Any]:
+def _cluster_config(name: str | None, address: str | None, options: dict[str, Any]) -> dict[str, Any]:
     """What ``joblib.parallel_config`` takes; a cluster's own options go into its backend."""
     if name not in ("dask", "ray"):
         return options if name is None else {"backend": name, **options}

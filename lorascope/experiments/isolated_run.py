@@ -23,7 +23,7 @@ from lorascope.training.output_folder import finished_run, prepare_folder
 from lorascope.training.run_spec import Plan
 from lorascope.training.session import Session
 from lorascope.training.settings import Settings
-from lorascope.training.state import seeded
+from lorascope.training.state import seed_generators
 
 Model = str | Callable[[], nn.Module]
 Data = Task | str | Path
@@ -92,7 +92,7 @@ class IsolatedRun:
         prepare_folder(folder, plan.id, self.overwrite)
         found = finished_run(folder, plan)
         if found is None:
-            with lock_run(folder), seeded(self.seed):
+            with lock_run(folder), seed_generators(self.seed):
                 begun = session(living, plan, base, folder, [], self.device)
                 take(begun)
                 begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}

@@ -14,7 +14,7 @@ from torch import nn
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
-from lorascope.methods.hydralora_routing import Gates, stacked, watch
+from lorascope.methods.hydralora_routing import Gates, stack_gates, watch
 from lorascope.runs.export import base_of
 from lorascope.runs.loading import AdapterRun
 from lorascope.runs.run import Run
@@ -124,4 +124,4 @@ def _watch_texts(
             raise ValueError(f"texts hold no token: the tokenizer makes nothing of {chosen[0]!r}")
         for name, gates in watch(model, routers, batch, partial(model, **batch)).items():
             parts[name].append(gates)
-    return {name: stacked(found).mean for name, found in parts.items()}
+    return {name: stack_gates(found).mean for name, found in parts.items()}

@@ -40,8 +40,8 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
         The last of so many is the one whose peak is taken; the first makes the optimizer's state. Give LISA the
         interval of a real run, such as 20: by default it would draw anew in the measured step.
     **options
-        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.in_own_process``, and settings of
-        ``train``, such as ``batch_size``.
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.run_in_own_process``, and settings
+        of ``train``, such as ``batch_size``.
 
     Returns
     -------

@@ -46,8 +46,8 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
         The first two are slower, and left out by the figure. Give LISA the interval of a real run, such as 20: by
         default it would draw anew in every second of so few.
     **options
-        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.in_own_process``, and settings of
-        ``train``, such as ``batch_size``.
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.run_in_own_process``, and settings
+        of ``train``, such as ``batch_size``.
 
     Returns
     -------

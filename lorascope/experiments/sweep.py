@@ -29,7 +29,7 @@ from lorascope.experiments.sweep_table import SweepTable
 from lorascope.methods.base import Method
 from lorascope.runs.folders import RunLocked
 from lorascope.runs.run import Run
-from lorascope.schema.labels import in_words
+from lorascope.schema.labels import to_words
 from lorascope.training.loop import train
 from lorascope.training.output_folder import StateRemoved
 from lorascope.training.progress import ProgressFile, read_progress, writing_progress
@@ -65,7 +65,7 @@ class SweepResult:
     failures: dict[int, str] = field(default_factory=dict)
 
     @property
-    def left(self) -> list[int]:
+    def remaining_jobs(self) -> list[int]:
         """Numbers of the jobs that are neither done nor failed."""
         return [number for number in range(len(self.wanted)) if number not in {*self.folders, *self.failures}]
 
@@ -193,7 +193,7 @@ def attempt(
 
         with SweepTable(swept.names, note, sys.stderr if progress else None) as board:
             unborn = 0
-            while left := swept.left:
+            while left := swept.remaining_jobs:
                 begun = {number: read_progress(note(number)).get("begun", 0) for number in left}
                 if spent := [number for number in left if begun[number] >= ATTEMPTS]:
                     for number in spent:
@@ -298,5 +298,5 @@ def _setting_phrase(value: Any) -> Any:
 
 def _place_phrase(places: Sequence[Any]) -> list[str]:
     """Models or tasks by name, if there are several."""
-    names = [in_words(getattr(place, "name", place)) for place in places]
+    names = [to_words(getattr(place, "name", place)) for place in places]
     return names if len(set(names)) > 1 else [""] * len(names)

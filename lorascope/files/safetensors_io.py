@@ -189,7 +189,7 @@ class Unread:
         """A part of it, still unread."""
         return Unread(self.stored[where], self.brain)
 
-    def into(self, out: np.ndarray) -> None:
+    def read_into(self, out: np.ndarray) -> None:
         """Read it into an array of float32 or float64."""
         if self.brain and out.dtype == np.float32:
             bits = out.view("<u4")

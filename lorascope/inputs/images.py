@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import require_regular
-from lorascope.inputs.tokenization import Encoded, groups_of, numbers
+from lorascope.inputs.tokenization import EncodedRows, groups_of, numbers
 
 
 def open_image(image: Any) -> Image.Image:
@@ -65,7 +65,7 @@ def digest(image: Any) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class Images(Encoded):
+class Images(EncodedRows):
     """Images that are read and scaled when a batch asks for them.
 
     Parameters

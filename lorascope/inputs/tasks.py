@@ -15,7 +15,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from lorascope.inputs import images, sources
-from lorascope.inputs.tokenization import Encoded, encode_classes, encode_pairs, encode_text
+from lorascope.inputs.tokenization import EncodedRows, encode_classes, encode_pairs, encode_text
 
 SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 """Upper ends of the splits on the scale of the hash."""
@@ -118,7 +118,7 @@ class Task:
             raise ValueError(f"{type(model).__name__} needs prompts with responses, but {self.name} is text alone")
         return self
 
-    def encode(self, processor: Any, rows: pd.DataFrame, max_length: int = 128) -> Encoded:
+    def encode(self, processor: Any, rows: pd.DataFrame, max_length: int = 128) -> EncodedRows:
         """Make rows ready for batches by index: texts are tokenised once, images are read batch by batch.
 
         Parameters

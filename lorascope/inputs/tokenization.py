@@ -38,7 +38,7 @@ class Choices:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Encoded(ABC):
+class EncodedRows(ABC):
     """Rows that are ready for the model.
 
     Parameters
@@ -73,7 +73,7 @@ class Encoded(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Tokens(Encoded):
+class Tokens(EncodedRows):
     """Tokenised rows.
 
     Parameters

@@ -183,7 +183,10 @@ class Adapprox(Method, name="adapprox"):
             yield Record("factor_bytes", Q.nbytes + U.nbytes, module)
             yield Record("direction_rms", float(state["rms"]), module)
             yield Record("factor_norm", float(U.norm()), module)  # Q has orthonormal columns
-            fixed, most = self.rank_rule == "fixed", subspace_iteration.largest(Q.shape[0], U.shape[0], self.max_rank)
+            fixed, most = (
+                self.rank_rule == "fixed",
+                subspace_iteration.largest_rank(Q.shape[0], U.shape[0], self.max_rank),
+            )
             yield Record("factor_share", 1.0 if fixed else Q.shape[1] / most, module)
             if "cosine" in state:  # without a first moment there is none
                 yield Record("direction_cosine", float(state["cosine"]), module)

@@ -124,7 +124,7 @@ class ALoRA(Method, name="alora"):
         """Adapt the targets; leave adapters and head trainable."""
         description = module_table.describe(model)
         hosts = {name: model.get_submodule(name) for name in module_table.match(description, self.targets)}
-        self._pruned = self._number(description, list(hosts))
+        self._pruned = self._components_per_round(description, list(hosts))
         scale = self.alpha / self.init_rank
         self._deltas = {name: ALoRADelta(host, self.init_rank, scale, self.dropout) for name, host in hosts.items()}
         attach(model, self._deltas)
@@ -140,7 +140,7 @@ class ALoRA(Method, name="alora"):
             return super().optimizer(model, lr, head_lr, weight_decay)
         return CountingAdamW(parameter_groups(model, lr, head_lr, weight_decay), lr)
 
-    def _number(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
+    def _components_per_round(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
         """n_A: components deleted in a round."""
         places = description[description["module"].isin(modules) & description["layer"].notna()]
         in_block = max(places.groupby(["stack", "layer"]).size(), default=len(modules))
@@ -247,10 +247,10 @@ class CountingAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, parameter.grad, group)
+                    self._update_counted(parameter, parameter.grad, group)
         return loss
 
-    def _move(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update_counted(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}

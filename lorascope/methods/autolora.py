@@ -206,7 +206,7 @@ class AutoLoRADelta(LoRADelta):
     @property
     def rank(self) -> int:
         """Components that would stay if the search ended here."""
-        return int(kept(self.alpha).sum())
+        return int(retained_mask(self.alpha).sum())
 
     def factors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B, "diagonal": self.alpha}
@@ -215,7 +215,7 @@ class AutoLoRADelta(LoRADelta):
         return LowRank(to_array(self.B) * to_array(self.alpha), to_array(self.A), self.scale)
 
 
-def kept(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
+def retained_mask(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
     """Which components stay: those of at least the mean weight."""
     return alpha >= 1 / len(alpha)
 

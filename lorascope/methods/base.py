@@ -17,7 +17,7 @@ from lorascope.inputs.models import missing
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import former, to_new_fields, warn_renamed
-from lorascope.schema.labels import in_words
+from lorascope.schema.labels import to_words
 from lorascope.schema.records import Item
 
 METHODS: dict[str, type[Method]] = {}
@@ -94,7 +94,7 @@ class Method:
         default = config(type(self)())
         mine = {key: value for key, value in config(self).items() if key not in ("name", "lr", "head_lr")}
         told = [
-            f"{key} {in_words(value)}" for key, value in mine.items() if key not in default or value != default[key]
+            f"{key} {to_words(value)}" for key, value in mine.items() if key not in default or value != default[key]
         ]
         return ", ".join([type(self).__name__, *told])
 
@@ -290,10 +290,10 @@ def config(method: Method) -> dict[str, Any]:
     method.prepare()
     values = [(f, getattr(method, f.name)) for f in fields(method) if f.init and not f.name.endswith("_")]
     told = [(former(f), value) for f, value in values if "later" not in f.metadata or value != f.default]
-    return {"name": method.name} | {before.name: _plain(before.to_old(value)) for before, value in told}
+    return {"name": method.name} | {before.name: _to_json_value(before.to_old(value)) for before, value in told}
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if isinstance(value, Run):
         return {"run": value.id}
     if isinstance(value, Tensor):
@@ -302,9 +302,9 @@ def _plain(value: Any) -> Any:
         digest = hashlib.sha256(f"{value.dtype}{value.shape}".encode() + np.ascontiguousarray(value).tobytes())
         return {"array": digest.hexdigest()}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json_value(item) for item in value]
     # 8 and 8.0 are the same hyper-parameter, and so the same run.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 

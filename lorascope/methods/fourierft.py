@@ -107,10 +107,10 @@ class FourierFT(Method, name="fourierft"):
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
         chosen = module_table.match(module_table.describe(model), self.targets)
-        attach(model, {name: self._delta(name, model.get_submodule(name)) for name in chosen})
+        attach(model, {name: self._fourier_delta(name, model.get_submodule(name)) for name in chosen})
         train_adapters(model)
 
-    def _delta(self, name: str, host: nn.Module) -> Delta:
+    def _fourier_delta(self, name: str, host: nn.Module) -> Delta:
         if isinstance(host, nn.Embedding):
             raise ValueError(f"{name!r} is an embedding: FourierFT adapts linear maps alone, leave it out of targets")
         weight = host_weight(host)

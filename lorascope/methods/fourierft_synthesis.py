@@ -93,7 +93,7 @@ def synthesis(
     That is half the work. It is scaled here, as float32 transforms of 2048 x 2048 by several threads may be twice.
     """
     width = shape[1] // 2 + 1
-    place, mirror, alone = _half(entries, shape)
+    place, mirror, alone = _half_spectrum(entries, shape)
     half = c * (alpha / (2 * math.prod(shape)))
     spectrum = c.new_zeros(shape[0] * width, 2)
     spectrum[:, 0].index_add_(0, place, half)
@@ -107,11 +107,13 @@ def analysis(G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: flo
     Two calls, since one of ``rfft2`` by several threads waits for them longer than the transform takes.
     """
     spectrum = torch.fft.fft(torch.fft.rfft(G), dim=0)
-    place, _, _ = _half(entries, (G.shape[0], G.shape[1]))
+    place, _, _ = _half_spectrum(entries, (G.shape[0], G.shape[1]))
     return alpha / G.numel() * spectrum.real.reshape(-1)[place]
 
 
-def _half(entries: Int[Tensor, "2 n"], shape: Shape) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Bool[Tensor, "n"]]:
+def _half_spectrum(
+    entries: Int[Tensor, "2 n"], shape: Shape
+) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Bool[Tensor, "n"]]:
     """Of each entry or its mirror the one in the left half, numbered there; its mirror; are both in that half?"""
     (j, k), (rows, columns) = entries, shape
     width = columns // 2 + 1

@@ -118,12 +118,12 @@ class HydraLoRA(Method, name="hydralora"):
         """Adapt the targets; leave adapters and head trainable."""
         description = module_table.describe(model)
         targets = self.targets or tuple(role for role in FFN if role in set(description["role"]))
-        self._deltas = {name: self._delta(name, model) for name in module_table.match(description, targets)}
+        self._deltas = {name: self._hydra_delta(name, model) for name in module_table.match(description, targets)}
         attach(model, self._deltas)
         train_adapters(model)
         self._looked: list[Item] = []
 
-    def _delta(self, name: str, model: nn.Module) -> HydraDelta:
+    def _hydra_delta(self, name: str, model: nn.Module) -> HydraDelta:
         host = model.get_submodule(name)
         if isinstance(host, nn.Embedding):
             raise ValueError(
@@ -136,15 +136,15 @@ class HydraLoRA(Method, name="hydralora"):
         """Look at the gates where it is time, so that whatever is saved or recorded of this step goes by them."""
         self._looked = []
         if step.finished % self.gates_every == 0 or step.last:
-            self._looked = list(self._look(step))
+            self._looked = list(self._record_gates(step))
 
     def records(self, step: Step) -> Iterable[Item]:
         """Gates on held-out text and the size of every head; at the start and the end also gates by domain."""
         if step.finished == 0:
-            self._looked = list(self._look(step))
+            self._looked = list(self._record_gates(step))
         return self._looked
 
-    def _look(self, step: Step) -> Iterable[Item]:
+    def _record_gates(self, step: Step) -> Iterable[Item]:
         kept = step.finished == 0 or step.last
         routed = {name: delta for name, delta in self._deltas.items() if isinstance(delta, RoutedDelta)}
         if routed and step.shows_text:
@@ -218,7 +218,7 @@ class HydraDelta(Delta):
         below = self.A.repeat(self.B.shape[1] // self.rank, 1)
         return self.scale * (self.B * columns) @ below
 
-    def mixed(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
+    def gated_components(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
         """What meets the columns of B: A x under the gate of each head."""
         hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
         parts = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))  # one for all heads, or one each
@@ -239,13 +239,13 @@ class HydraDelta(Delta):
         return self.scale * squares.clamp(min=0).sqrt()
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return self.scale * F.linear(self.mixed(x), self.B)
+        return self.scale * F.linear(self.gated_components(x), self.B)
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """As the base class, but all heads are added onto the host's output in one product."""
-        output, mixed = F.linear(x, W, b), self.mixed(x)
+        output, mixed = F.linear(x, W, b), self.gated_components(x)
         flat = torch.addmm(output.view(-1, W.shape[0]), mixed.view(-1, mixed.shape[-1]), self.B.T, alpha=self.scale)
         return flat.view(output.shape)
 

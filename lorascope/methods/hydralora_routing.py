@@ -84,22 +84,24 @@ class Gates:
 
     def by_group(self, groups: Sequence[str]) -> dict[str, Float[np.ndarray, "heads"]]:
         """Mean over the tokens of every group of rows."""
-        return dict(zip(_names(groups), self._means(_members(groups)), strict=True))
+        return dict(zip(_group_names(groups), self._group_means(_members(groups)), strict=True))
 
     def information(self, groups: Sequence[str]) -> float:
         """Mutual information of group and head, in nats: 0 if all groups have the same mean gates.
 
         A group counts as likely as any other, and a head as likely as its mean gate within the group.
         """
-        return float(_information(self._means(_members(groups)[None])).mean())
+        return float(_information(self._group_means(_members(groups)[None])).mean())
 
     def information_by_chance(self, groups: Sequence[str], seed: int = 0) -> float:
         """The same with the rows dealt out to the groups by lot, mean of ``DRAWS`` times."""
         draw, members = np.random.default_rng(seed), _members(groups)
         shuffled = np.stack([members[:, draw.permutation(members.shape[1])] for _ in range(DRAWS)])
-        return float(_information(self._means(shuffled)).mean())
+        return float(_information(self._group_means(shuffled)).mean())
 
-    def _means(self, members: Float[np.ndarray, "*draws groups rows"]) -> Float[np.ndarray, "*draws groups heads"]:
+    def _group_means(
+        self, members: Float[np.ndarray, "*draws groups rows"]
+    ) -> Float[np.ndarray, "*draws groups heads"]:
         return (members @ self.weights) / (members @ self.tokens)[..., None]
 
 
@@ -176,12 +178,12 @@ def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept
             yield Snapshot(f"{module}/gate_by_domain", means, ("domain", "head"), labels)
 
 
-def _names(groups: Sequence[str]) -> list[str]:
+def _group_names(groups: Sequence[str]) -> list[str]:
     return sorted(set(groups))
 
 
 def _members(groups: Sequence[str]) -> Float[np.ndarray, "groups rows"]:
-    return (np.array(_names(groups))[:, None] == np.array(groups)).astype(np.float64)
+    return (np.array(_group_names(groups))[:, None] == np.array(groups)).astype(np.float64)
 
 
 def _information(means: Float[np.ndarray, "draws groups heads"]) -> Float[np.ndarray, "draws"]:
@@ -219,7 +221,7 @@ def watch(
 
         def look(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             norms = sizes[name](inputs[0]) if sizes else None
-            seen[name].append(_summed(routers[name](inputs[0]), norms, rows, real))
+            seen[name].append(_sum_gates(routers[name](inputs[0]), norms, rows, real))
 
         return look
 
@@ -233,10 +235,10 @@ def watch(
         model.train(training)
         for handle in hooks:
             handle.remove()
-    return {name: _joined(parts) for name, parts in seen.items()}
+    return {name: _join_uses(parts) for name, parts in seen.items()}
 
 
-def _summed(
+def _sum_gates(
     gates: Float[Tensor, "*batch heads"],
     norms: Float[Tensor, "*batch heads"] | None,
     rows: int,
@@ -259,17 +261,17 @@ def _summed(
     return Routing(*(to_array(part.double().sum(1)) for part in per_token))
 
 
-def stacked(parts: Sequence[Gates]) -> Gates:
+def stack_gates(parts: Sequence[Gates]) -> Gates:
     """The gates on one batch after the other: all their rows."""
-    return type(parts[0])(*map(np.concatenate, _columns(parts)))
+    return type(parts[0])(*map(np.concatenate, _field_columns(parts)))
 
 
-def _joined(parts: Sequence[Routing]) -> Routing:
+def _join_uses(parts: Sequence[Routing]) -> Routing:
     """A module that the model uses several times over has the tokens of all its uses."""
-    return Routing(*(np.sum(column, axis=0) for column in _columns(parts)))
+    return Routing(*(np.sum(column, axis=0) for column in _field_columns(parts)))
 
 
-def _columns(parts: Sequence[Gates]) -> list[list[np.ndarray]]:
+def _field_columns(parts: Sequence[Gates]) -> list[list[np.ndarray]]:
     return [[getattr(part, field.name) for part in parts] for field in fields(parts[0])]
 
 

@@ -111,14 +111,14 @@ class LISA(Method, name="lisa"):
         model.requires_grad_(True)
         described = module_table.describe(model)
         self._blocks = described["module"][described["role"] == "block"].tolist()
-        self._chances = self._shares()
+        self._chances = self._block_weights()
         seed = torch.initial_seed() if self.draw_seed is None else self.draw_seed
         # Spawned, since the order of the data is drawn by generators of the same seed.
         self.generator_ = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         self.active_: list[int] = []
         self.trained_: list[int] = []
 
-    def _shares(self) -> Float[np.ndarray, "block"]:
+    def _block_weights(self) -> Float[np.ndarray, "block"]:
         """The weights of the blocks as parts of one; a ValueError where they, or n_active, do not fit the model."""
         blocks = len(self._blocks)
         if not blocks:

@@ -69,11 +69,13 @@ class LoRA(Method, name="lora"):
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
         generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
-        ranks = self._ranks(model)
-        attach(model, {name: self._delta(model.get_submodule(name), rank, generator) for name, rank in ranks.items()})
+        ranks = self._module_ranks(model)
+        attach(
+            model, {name: self._lora_delta(model.get_submodule(name), rank, generator) for name, rank in ranks.items()}
+        )
         train_adapters(model)
 
-    def _ranks(self, model: nn.Module) -> dict[str, int]:
+    def _module_ranks(self, model: nn.Module) -> dict[str, int]:
         description = module_table.describe(model)
         if isinstance(self.rank, int):
             return dict.fromkeys(module_table.match(description, self.targets), self.rank)
@@ -82,7 +84,7 @@ class LoRA(Method, name="lora"):
             raise ValueError("every rank is 0: nothing would be adapted")
         return ranks
 
-    def _delta(self, host: nn.Module, rank: int, generator: torch.Generator | None) -> LoRADelta:
+    def _lora_delta(self, host: nn.Module, rank: int, generator: torch.Generator | None) -> LoRADelta:
         if rank < 1:
             raise ValueError(f"rank {rank} is no rank: it counts components, 1 or more")
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)

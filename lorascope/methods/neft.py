@@ -24,10 +24,10 @@ like the directions by which linear probes tell the classes apart, see ``methods
 Source: NeFT (arXiv 2403.11621), equation 1, algorithm 1, section 4.2; section 3 for probing, figure 3 for the union of
 both ends.
 
-Departs: exactly k neurons, ties broken by place (``neurons.ranked``); the authors' code keeps what lies strictly below
-the k-th score, k - 1 or fewer. 1 - S is formed from the difference of the vectors, in float64. Gradients are clipped
-after the mask; the code clips before, so that what is thrown away sets the scale (``clip_before``). With weight decay,
-which the paper does not use, chosen neurons decay and the others are put back. A task's new head trains as well.
+Departs: exactly k neurons, ties broken by place (``neurons.rank_neurons``); the authors' code keeps what lies strictly
+below the k-th score, k - 1 or fewer. 1 - S is formed from the difference of the vectors, in float64. Gradients are
+clipped after the mask; the code clips before, so that what is thrown away sets the scale (``clip_before``). With weight
+decay, which the paper does not use, chosen neurons decay and the others are put back. A task's new head trains as well.
 "random" is a control of ours and needs no tuned model. Also:
 
 - ``clip_before`` uses the gradients of the head and of projections with a chosen neuron; the code uses all projections.
@@ -54,7 +54,7 @@ from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs.classifier_head import weights_hash
 from lorascope.methods.base import LATER, Method, Phase, Step, task_head
 from lorascope.methods.full import Full
-from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probed
+from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
 from lorascope.runs.layout import Lazy
 from lorascope.runs.run import Run
@@ -286,7 +286,7 @@ def _check_kind(tuned: Run, mode: str) -> None:
         before = [run.path.resolve() for run in tuned.parents if run.path and run.meta["method"]["name"] == needed.name]
         kind = "probing" if needed is Probing else "full fine-tuning"
         told = f"the phase before it, {before[0]}" if before else f"one of {kind}, or none"
-        mend = f"which trained {len(selected_neurons.chosen(tuned)):,} neurons alone: give {told}"
+        mend = f"which trained {len(selected_neurons.chosen_neurons(tuned)):,} neurons alone: give {told}"
     elif name == Probing.name and needed is Full:
         mend = "a run of probing: give one of full fine-tuning"
     elif name != Probing.name and needed is Probing:
@@ -309,7 +309,7 @@ def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.D
     if weights_hash(model) != tuned.meta["w0_hash"]:
         raise ValueError(f"run {tuned.id} began at other weights than this model's: tune the same model")
     if tuned.meta["method"]["name"] == Probing.name:
-        return probed(tuned, places)
+        return probe_scores(tuned, places)
     after = tuned.tensors()
     if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
         raise ValueError(f"run {tuned.id} ({tuned.label}) did not train {absent[0]}: give one of full fine-tuning")

@@ -124,16 +124,16 @@ def likeness(
     vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
 ) -> Float[np.ndarray, "neurons"]:
     """Largest |cosine| between each vector and a probe; NaN for a vector of zeros. A probe of zeros counts as 0."""
-    return np.abs(_unit(vectors, np.nan) @ _unit(probes, 0.0).T).max(axis=1)
+    return np.abs(_unit_rows(vectors, np.nan) @ _unit_rows(probes, 0.0).T).max(axis=1)
 
 
-def _unit(rows: Float[np.ndarray, "n d"], zero: float) -> Float[np.ndarray, "n d"]:
+def _unit_rows(rows: Float[np.ndarray, "n d"], zero: float) -> Float[np.ndarray, "n d"]:
     """Rows divided by their norms; rows of zeros become ``zero``."""
     norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0)
 
 
-def probed(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
+def probe_scores(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
     """Scores that a run of probing gave the neurons in these places, for ``neurons.select`` by ``probe_cosine``.
 
     Raises

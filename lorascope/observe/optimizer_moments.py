@@ -91,13 +91,13 @@ class second_moments(Observer):
         """Nothing before the first step, when there is no moment yet."""
         if step.finished == 0 or not self.due(step.finished, step.total):
             return
-        for module, state in _matrices(step, "exp_avg_sq"):
+        for module, state in _block_matrices(step, "exp_avg_sq"):
             V = state["exp_avg_sq"].double().flatten(1)
             if V.any():
-                yield from _look(module, V / V.max())
+                yield from _moment_records(module, V / V.max())
 
 
-def _look(module: str, V: Tensor) -> Iterator[Item]:
+def _moment_records(module: str, V: Tensor) -> Iterator[Item]:
     exact = to_array(V)
     dealt = optimizer_moments.same_marginals(exact, seed=0)
     ranks = [rank for rank in RANKS if rank < min(V.shape)]
@@ -140,25 +140,28 @@ class factorings(Observer):
         if step.finished == 0 or not self.due(step.finished, step.total):
             return
         inside = set(step.modules.loc[step.modules["layer"] == self.layer, "module"])
-        for module, state in _matrices(step, "exp_avg_sq"):
+        for module, state in _block_matrices(step, "exp_avg_sq"):
             if module in inside and state["exp_avg_sq"].any():
-                yield from _factored(module, state["exp_avg_sq"].float().flatten(1))
+                yield from _factored_records(module, state["exp_avg_sq"].float().flatten(1))
 
 
-def _factored(module: str, V: Tensor) -> Iterator[Item]:
+def _factored_records(module: str, V: Tensor) -> Iterator[Item]:
     A, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
-    (_, sigma, _), seconds = _timed(lambda: torch.linalg.svd(A, full_matrices=False))
+    (_, sigma, _), seconds = _time_decomposition(lambda: torch.linalg.svd(A, full_matrices=False))
     least = [optimizer_moments.tail(to_array(sigma.double()), rank) for rank in ranks]
     yield Record("factoring_error_svd", np.array(least), module, ranks)
     yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
     for way, factor in WAYS.items():
-        tried = [_timed(lambda: factor(A, rank, torch.Generator(A.device).manual_seed(0))) for rank in ranks]  # noqa: B023
+        tried = [
+            _time_decomposition(lambda: factor(A, rank, torch.Generator(A.device).manual_seed(0)))  # noqa: B023
+            for rank in ranks
+        ]
         errors = [relative_error(A, *pair) for pair, _ in tried]
         yield Record(f"factoring_error_{way}", np.array(errors), module, ranks)
         yield Record(f"factoring_seconds_{way}", np.array([seconds for _, seconds in tried]), module, ranks)
 
 
-def _timed(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
+def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
     """What it finds, and the shorter of two times: the first may have a library to load."""
     taken = []
     for _ in range(2):
@@ -185,7 +188,7 @@ class factor_drift(Observer):
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
         """Take this step's gradients into the average; look at it where one is due."""
-        for module, state in _matrices(step, "Q"):
+        for module, state in _block_matrices(step, "Q"):
             gradient = step.model.get_parameter(f"{module}.weight").grad
             if gradient is None:
                 continue
@@ -218,7 +221,7 @@ class factor_optimum(Observer):
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
         """Make V of this step again where a look is due; remember its factors for the next."""
-        for module, state in _matrices(step, "Q"):
+        for module, state in _block_matrices(step, "Q"):
             gradient = step.model.get_parameter(f"{module}.weight").grad
             if gradient is not None and self.due(step.finished, step.total):
                 beta2 = step.optimizer.param_groups[0]["betas"][1]
@@ -234,7 +237,7 @@ class factor_optimum(Observer):
             self.before_[module] = {name: state[name] for name in "QU"}
 
 
-def _matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _block_matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Module and optimizer state of the weights in the blocks that keep a tensor of this name."""
     inside = set(step.modules.loc[step.modules["layer"].notna(), "module"])
     for name, parameter in step.model.named_parameters():

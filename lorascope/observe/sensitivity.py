@@ -192,7 +192,7 @@ def _changes(step: Step) -> Iterable[Record]:
     """Cosine distance and norm of the change of every neuron of the feed-forward parts."""
     roles = neuron_roles(step.modules)
     places = parts(step.modules, roles) if roles else []
-    living = {f"{part.module}.weight": _stored(step.model, part.module) for part in places}
+    living = {f"{part.module}.weight": _stored_weight(step.model, part.module) for part in places}
     if places:
         change = distances(step.model, places, step.base, living)
         for module, rows in change.groupby("module", sort=False):
@@ -201,7 +201,7 @@ def _changes(step: Step) -> Iterable[Record]:
             yield Record("neuron_update", rows["delta_norm"].to_numpy(), str(module), index)
 
 
-def _stored(model: nn.Module, module: str) -> Tensor:
+def _stored_weight(model: nn.Module, module: str) -> Tensor:
     """The effective weight in the layout that the module stores."""
     host: Any = model.get_submodule(module)
     return orient_weight(host, effective_weight(model, module))

@@ -31,7 +31,7 @@ TILE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
-class Trained:
+class TrainedTensors:
     """What the optimizer changes, under the names of the table. It stays the same during a run.
 
     Parameters
@@ -60,10 +60,10 @@ class Trained:
     blocks: tuple[str, ...]
 
     @classmethod
-    def of(cls, step: Step) -> Trained:
+    def of(cls, step: Step) -> TrainedTensors:
         """Find it."""
         rows = step.modules
-        uses = {f"{name}.weight": row for name, row in _uses(zip(rows["module"], rows["tied"], strict=True))}
+        uses = {f"{name}.weight": row for name, row in _weight_names(zip(rows["module"], rows["tied"], strict=True))}
         trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
         parameters = {name: p for name, p in unwrapped_parameters(step.model).items() if name in step.base}
         names = {id(parameter): name for name, parameter in parameters.items()}
@@ -80,7 +80,7 @@ class Trained:
         """The update of every adapted module, without what its weight itself has learned."""
         return {module: delta.update() for module, delta in self.deltas.items()}
 
-    def frozen(self, module: str) -> bool:
+    def is_frozen(self, module: str) -> bool:
         """Is the weight below an adapter left as it is?"""
         return self.parameter_of[module] not in self.changed
 
@@ -91,25 +91,27 @@ class Trained:
 
 
 def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
-    """What adapts a module, ours or PEFT's, by the name that the module has without PEFT; not ``left_out``."""
+    """What adapts a module, ours or PEFT's, by its name without PEFT; not ``unreadable_adapters``."""
     kept = retained_components(model)
-    active = {name: PeftDelta(layer, kept.get(name)) for name, layer in _active(model) if is_readable(layer)}
+    active = {name: PeftDelta(layer, kept.get(name)) for name, layer in _active_layers(model) if is_readable(layer)}
     return {**attached_deltas(model), **active}
 
 
-def left_out(model: nn.Module) -> dict[str, str]:
+def unreadable_adapters(model: nn.Module) -> dict[str, str]:
     """Modules whose adapters of PEFT make no update of a matrix, with their classes."""
-    return {name: host_kind(unwrap_peft_layer(layer)) for name, layer in _active(model) if not is_readable(layer)}
+    return {
+        name: host_kind(unwrap_peft_layer(layer)) for name, layer in _active_layers(model) if not is_readable(layer)
+    }
 
 
-def _active(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """PEFT's layers that do something."""
     for name, module in model.named_modules():
         if is_peft_layer(module) and active_adapters(module):
             yield name, module
 
 
-def _uses(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _weight_names(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Every name of a weight, with the module that it has in the table."""
     for module, tied in pairs:
         yield from ((name, module) for name in (module, *filter(None, tied.split(","))))
@@ -129,17 +131,17 @@ def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
         matrix = torch.from_numpy(update.matrix).to(weight.device)
         return math.fsum(float((w * dw).sum()) for w, dw in zip(_tiles(weight), _tiles(matrix), strict=True))
     A, B = (torch.from_numpy(factor).to(weight.device) for factor in (update.A, update.B))
-    return float(update.scale * ((_wide(weight) @ A.T).double() * B.double()).sum())
+    return float(update.scale * ((_promote_tile(weight) @ A.T).double() * B.double()).sum())
 
 
 def _tiles(tensor: Tensor, minus: Tensor | None = None) -> Iterator[Float[Tensor, "tile"]]:
     if minus is None:
         for tile in tensor.reshape(-1).split(TILE):
-            yield _wide(tile)
+            yield _promote_tile(tile)
     else:
         for tile, other in zip(tensor.reshape(-1).split(TILE), minus.reshape(-1).split(TILE), strict=True):
-            yield _wide(tile) - _wide(other)
+            yield _promote_tile(tile) - _promote_tile(other)
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _promote_tile(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -19,7 +19,7 @@ from lorascope.adapters.delta import host_weight, to_array
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import Trained, adapters, inner, squares
+from lorascope.observe.trainable import TrainedTensors, adapters, inner, squares
 from lorascope.schema.records import Factors, Item, Record, Snapshot
 from lorascope.updates.factor_formats import UNTRAINED, update_from
 from lorascope.updates.fourier import Fourier
@@ -105,7 +105,7 @@ class norms(Observer):
         self.first_: dict[str, Any] = {}
         self.before_: dict[str, Any] = {}
         self.base_squares_: dict[str, float] = {}
-        self._found: Trained | None = None
+        self._found: TrainedTensors | None = None
         self._memory: dict[str, Tensor] = {}
 
     def due(self, finished: int, total: int) -> bool:
@@ -116,22 +116,24 @@ class norms(Observer):
     @shared_copies()
     def __call__(self, step: Step) -> list[Item]:
         """Norms and ranks of the state after this step."""
-        self._found = trained = self._found or Trained.of(step)
+        self._found = trained = self._found or TrainedTensors.of(step)
         items: list[Item] = []
         if step.finished == 0:
             # What is quantised says nothing of its norm; the update beside it is known all the same.
             self.base_squares_ = {
                 name: squares(weight) if weight.is_floating_point() else math.nan for name, weight in step.base.items()
             }
-            self.first_ = {module: _plain(update) for module, update in trained.updates().items() if update.norm() > 0}
+            self.first_ = {
+                module: _update_to_tree(update) for module, update in trained.updates().items() if update.norm() > 0
+            }
         if self.due(step.finished, step.total) or step.best:
-            items.extend(self._look(step, trained))
+            items.extend(self._record_norms(step, trained))
         self.before_ = {}
         if not step.last and self.due(step.finished + 1, step.total):
             self._remember(trained)
         return items
 
-    def _remember(self, trained: Trained) -> None:
+    def _remember(self, trained: TrainedTensors) -> None:
         """Keep what the next look compares with, in the same memory each time.
 
         Memory that is taken and given back makes the step after it slower, and by more than the look itself.
@@ -141,10 +143,10 @@ class norms(Observer):
             if label not in self._memory:
                 self._memory[label] = torch.empty_like(tensor)
             self._memory[label].copy_(tensor)
-        factored = {module: _plain(update) for module, update in updates.items() if trained.frozen(module)}
+        factored = {module: _update_to_tree(update) for module, update in updates.items() if trained.is_frozen(module)}
         self.before_ = {"dense": self._memory, "factored": factored}
 
-    def _look(self, step: Step, trained: Trained) -> Iterator[Item]:
+    def _record_norms(self, step: Step, trained: TrainedTensors) -> Iterator[Item]:
         updates = trained.updates()
         found = self._dense_squares(step, trained, updates) | self._adapter_squares(step, trained, updates)
         for label, parts in found.items():
@@ -159,7 +161,7 @@ class norms(Observer):
         yield from self._rank_records(step, trained, updates)
 
     def _dense_squares(
-        self, step: Step, trained: Trained, updates: Mapping[str, Update]
+        self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]
     ) -> dict[str, dict[str, float]]:
         """Squared norms of every tensor of the base that trains."""
         found = {}
@@ -172,19 +174,19 @@ class norms(Observer):
                 "weight": squares(tensor),
                 "update": squares(tensor, base),
             }
-            start = trained.add(label, base, _update(self.first_[label])) if label in self.first_ else base
+            start = trained.add(label, base, _update_from_tree(self.first_[label])) if label in self.first_ else base
             parts["learned"] = parts["update"] if start is base else squares(tensor, start)
             if label in before:
                 parts["step"] = squares(tensor, before[label])
         return found
 
     def _adapter_squares(
-        self, step: Step, trained: Trained, updates: Mapping[str, Update]
+        self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]
     ) -> dict[str, dict[str, float]]:
         """The same for every adapted weight that is frozen itself."""
         found = {}
         before = self.before_.get("factored", {})
-        for module in filter(trained.frozen, updates):
+        for module in filter(trained.is_frozen, updates):
             update = updates[module]
             # Of what is packed and no parameter nothing is known but its update.
             base, change = self.base_squares_.get(trained.parameter_of[module], math.nan), update.norm() ** 2
@@ -193,12 +195,12 @@ class norms(Observer):
                 weight = max(0.0, base + 2 * inner(host_weight(trained.hosts[module]), update) + change)
             found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:
-                parts["learned"] = (update - _update(self.first_[module])).norm() ** 2
+                parts["learned"] = (update - _update_from_tree(self.first_[module])).norm() ** 2
             if module in before:
-                parts["step"] = (update - _update(before[module])).norm() ** 2
+                parts["step"] = (update - _update_from_tree(before[module])).norm() ** 2
         return found
 
-    def _block_records(self, trained: Trained, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:
+    def _block_records(self, trained: TrainedTensors, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:
         for block in trained.blocks:
             inside = [parts for label, parts in found.items() if label.startswith(f"{block}.")]
             if not inside:
@@ -210,10 +212,10 @@ class norms(Observer):
             total["base"] = everything
             yield from _norm_records(block, total)
 
-    def _rank_records(self, step: Step, trained: Trained, updates: Mapping[str, Update]) -> Iterator[Item]:
+    def _rank_records(self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]) -> Iterator[Item]:
         first, kept = step.finished == 0, step.last or self._decomposes(step.finished)
         cheap = {name: update for name, update in updates.items() if isinstance(update, LowRank) or first or kept}
-        chosen = {module: update for module, update in cheap.items() if trained.frozen(module)}
+        chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
         for label, tensor in _tensors(trained, updates).items():
             if label not in trained.modules or tensor.ndim < 2:
                 continue
@@ -231,16 +233,16 @@ class norms(Observer):
         return bool(self.spectra_every and finished % self.spectra_every == 0)
 
 
-def _tensors(trained: Trained, updates: Mapping[str, Update]) -> dict[str, Tensor]:
+def _tensors(trained: TrainedTensors, updates: Mapping[str, Update]) -> dict[str, Tensor]:
     """Every trained tensor of the base by label, as the model uses it: an adapter on it is added."""
     found: dict[str, Tensor] = {label: parameter.detach() for label, parameter in trained.dense.items()}
     for module, update in updates.items():
-        if not trained.frozen(module):
+        if not trained.is_frozen(module):
             found[module] = trained.add(module, trained.hosts[module].weight.detach(), update)
     return found
 
 
-def _plain(update: Update) -> dict[str, Any]:
+def _update_to_tree(update: Update) -> dict[str, Any]:
     """An update as a checkpoint can keep it; it is a copy already."""
     if isinstance(update, Fourier):
         shape = np.array(update.shape)
@@ -251,7 +253,7 @@ def _plain(update: Update) -> dict[str, Any]:
     return {"B": update.B, "A": update.A, "scale": float(update.scale)}
 
 
-def _update(plain: Mapping[str, Any]) -> Update:
+def _update_from_tree(plain: Mapping[str, Any]) -> Update:
     return Dense(plain["matrix"]) if "matrix" in plain else update_from(plain, plain["scale"])
 
 

@@ -41,9 +41,9 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     cohort.require("test_metric")
     cohort.require_same("task")
     rows = cohort.scores()
-    sizes = pd.DataFrame([_size(group) for group in cohort.groups])
+    sizes = pd.DataFrame([_recipe_size(group) for group in cohort.groups])
     cells = band(rows, ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
-    cells = cells.assign(**_aside(cells))
+    cells = cells.assign(**_label_offsets(cells))
     low, high = ends(cells)
     return Chart(
         cells,
@@ -64,7 +64,7 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     )
 
 
-def _aside(cells: pd.DataFrame) -> dict[str, pd.Series]:
+def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
     """Where the size of a point is written: a little above it and to its right, the further the longer it is.
 
     Of points with about as many parameters only the highest has it above, the others below.
@@ -84,7 +84,7 @@ def _aside(cells: pd.DataFrame) -> dict[str, pd.Series]:
     }
 
 
-def _size(group: Group) -> dict[str, object]:
+def _recipe_size(group: Group) -> dict[str, object]:
     """Trained parameters of a recipe, its size in words, and what it has in common with its other sizes."""
     first = group.runs[0]
     recipe = first.meta["recipe"]

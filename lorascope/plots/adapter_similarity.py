@@ -41,7 +41,7 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     if len(cohort.runs) < 2:
         raise ValueError(f"adapter_pairs takes two runs or more, got {len(cohort.runs)}")
     cohort.require("update_norm")
-    labelled = _labelled(cohort)
+    labelled = _label_runs(cohort)
     table = pairs.matrix(labelled, pairs.modules(labelled, spectra))
     caption = cohort.caption(
         "Norms and cosines of all modules together, zero where a module is not adapted. Angles: mean over outputs and "
@@ -81,7 +81,7 @@ def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Heat]]:
     ]
 
 
-def _labelled(cohort: Cohort) -> dict[str, Run]:
+def _label_runs(cohort: Cohort) -> dict[str, Run]:
     """Every run under a label of its own: seeds of one recipe by their seed."""
     return {
         group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta['seed']}": run

@@ -45,7 +45,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     cohort = gather("bias_curve", runs, control)
     cohort.require(FREQUENCIES, "test_metric")
     cohort.require_differ_only_in("center", "width")
-    drawn = pd.DataFrame([_band(group) for group in cohort.groups])
+    drawn = pd.DataFrame([_band_label(group) for group in cohort.groups])
     if drawn["center"].isna().all():
         raise ValueError("bias_curve got no run whose entries were drawn in a band: train FourierFT with center=")
     rows = cohort.scores()
@@ -104,7 +104,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
     cells = band(rows, ["basis"]).assign(what=_MEAN)
-    cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=_above(cells))
+    cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=_label_heights(cells))
     low, high = ends(cells)
     return Chart(
         cells,
@@ -175,7 +175,7 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
         x=Axis(label="heads", ticks={number: str(number) for number in sorted(numbers.values())}),
         y=Axis(label=cohort.metric),
         caption=cohort.caption(
-            f"Trained parameters: {_counts(cohort)}.",
+            f"Trained parameters: {_parameter_counts(cohort)}.",
             *_differences(own, rows, own.labels[:1]),
             interval=f"bars and band: {INTERVAL}",
         ),
@@ -220,7 +220,7 @@ def ablations(runs: Runs, control: Runs | None = None, start: float | int = 0.0)
         x=Axis(order=cohort.labels),
         y=Axis(label=cohort.metric, limits=(start, None)),
         caption=cohort.caption(
-            f"Trained parameters: {_counts(cohort)}.",
+            f"Trained parameters: {_parameter_counts(cohort)}.",
             *_differences(cohort, rows, cohort.labels[:1]),
             interval=f"bars: {INTERVAL}",
         ),
@@ -228,12 +228,12 @@ def ablations(runs: Runs, control: Runs | None = None, start: float | int = 0.0)
     )
 
 
-def _counts(cohort: Cohort) -> str:
+def _parameter_counts(cohort: Cohort) -> str:
     """Trained parameters of every recipe, the head's among them."""
     return "; ".join(f"{group.label} {group.runs[0].meta['parameters']['trained']:,}" for group in cohort.groups)
 
 
-def _band(group: Group) -> dict[str, Any]:
+def _band_label(group: Group) -> dict[str, Any]:
     """Where the entries of a recipe were drawn."""
     recipe = group.runs[0].meta["recipe"]
     if recipe.get("center") is None:
@@ -241,7 +241,7 @@ def _band(group: Group) -> dict[str, Any]:
     return {"recipe": group.label, "series": f"width {recipe['width']:g}"} | {k: recipe[k] for k in ("center", "width")}
 
 
-def _above(cells: pd.DataFrame) -> pd.Series:
+def _label_heights(cells: pd.DataFrame) -> pd.Series:
     """Where the number of a cell is written."""
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     return top + 0.06 * (top.max() - bottom.min())

@@ -120,7 +120,7 @@ class Explorer(ipywidgets.VBox):
     """
 
     def __init__(self, cohort: Cohort) -> None:
-        self._cohort, self._table = cohort, _placed(cohort.label(cohort.table))
+        self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
         self._names = {run.id: f"{one.label}, seed {run.meta['seed']}" for one in cohort.groups for run in one.runs}
         known = set(self._table["quantity"])
         names = [name for name in QUANTITIES if name in known]
@@ -138,21 +138,21 @@ class Explorer(ipywidgets.VBox):
         self.listing.add_class("jp-RenderedHTMLCommon")  # Jupyter's own look of a table, in either theme
         self._settling = False
         self._pick()
-        self.canvas = Canvas(figure=self._figure(False), layout=_CHART)  # whole: a page loses what comes soon after
+        self.canvas = Canvas(figure=self._chart_json(False), layout=_CHART)  # whole: a page loses what comes soon after
         self._show()
         single = ipywidgets.VBox([self.quantity, self.step])
         controls = ipywidgets.HBox([single, self.layers, self.roles], layout=_FLOW)
         super().__init__([controls, self.note, ipywidgets.HBox([self.canvas, self.listing], layout=_FLOW)])
         self.add_class("lorascope-explorer")
         for control in (self.quantity, self.layers, self.roles, self.step):
-            control.observe(self._settle, "value")
+            control.observe(self._follow_choice, "value")
         self.canvas.observe(self._show, "dark")
 
     def __repr__(self) -> str:
         picked = f"layers {', '.join(self.layers.value)}; roles {', '.join(self.roles.value)}; step {self.step.label}"
         return f"Explorer({self.quantity.value}; {picked}: {len(self.rows)} rows)"
 
-    def _settle(self, change: Any) -> None:
+    def _follow_choice(self, change: Any) -> None:
         """Follow a choice; those that follow from it are none of their own."""
         if self._settling:
             return
@@ -173,13 +173,13 @@ class Explorer(ipywidgets.VBox):
 
     def _show(self, change: Any = None) -> None:
         """Send chart and table to the page, or say why there is no chart."""
-        self.canvas.figure = self._figure(self.canvas.dark)
+        self.canvas.figure = self._chart_json(self.canvas.dark)
         self.canvas.layout.display = None if self.canvas.figure else "none"
         much = f"{len(self.chart.data):,} values are too many to draw: pick fewer layers or roles."
         self.note.value = "" if self.canvas.figure else much
         self.listing.value = _as_html(self.rows, self._names)
 
-    def _figure(self, dark: bool) -> str:
+    def _chart_json(self, dark: bool) -> str:
         """The chart for the page, "" if it holds too much."""
         if len(self.chart.data) > MOST_DRAWN:
             return ""
@@ -210,7 +210,7 @@ def explore(runs: Runs) -> Explorer:
     return Explorer(cohort)
 
 
-def _placed(table: pd.DataFrame) -> pd.DataFrame:
+def _add_places(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of quantities of which anything is known, with ``place``; the whole run has a place and a role, too."""
     table = table[table["value"].notna().groupby(table["quantity"], observed=True).transform("any")]
     inside = table["module"] != ""

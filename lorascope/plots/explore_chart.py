@@ -9,7 +9,7 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Point, Rule
-from lorascope.plots.registry import MIXTURES, of_mixtures
+from lorascope.plots.registry import MIXTURES, mixture_sentences
 from lorascope.plots.run_groups import Cohort, axis_label
 from lorascope.schema.records import QUANTITIES
 
@@ -49,7 +49,7 @@ def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         The step shown, as for ``at_step``.
     """
     cohort, entry = replace(cohort, name=quantity), QUANTITIES[quantity]
-    x = _across(table)
+    x = _horizontal_axis(table)
     shown = table if x == "step" else at_step(table, step)
     when = "as stored" if step == UNSTEPPED else f"after step {step}"
     axes = {
@@ -64,13 +64,13 @@ def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         [*_marks(shown, x), *([Rule(x=step)] if x == "step" and step != UNSTEPPED else [])],
         title=quantity.replace("_", " ") if x == "step" else f"{quantity.replace('_', ' ')}, {when}",
         x=axes[x],
-        y=Axis(label=axis_label(quantity), limits=None if x == "step" else _ends(table)),
-        caption=" ".join([told, *of_mixtures(meta.get(MIXTURES, {}))]),
+        y=Axis(label=axis_label(quantity), limits=None if x == "step" else _vertical_ends(table)),
+        caption=" ".join([told, *mixture_sentences(meta.get(MIXTURES, {}))]),
         meta=meta,
     )
 
 
-def _across(table: pd.DataFrame) -> str:
+def _horizontal_axis(table: pd.DataFrame) -> str:
     """What stands along the horizontal axis."""
     if table["index"].notna().any() and table["module"].nunique() == 1:
         return "index"
@@ -92,7 +92,7 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
     return [*bands, line, *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
 
 
-def _ends(table: pd.DataFrame) -> tuple[float, float] | None:
+def _vertical_ends(table: pd.DataFrame) -> tuple[float, float] | None:
     """Ends of the vertical axis for all steps; None where they span nothing."""
     bounds = table[["value", "low", "high"]].to_numpy()
     known = bounds[np.isfinite(bounds)]

@@ -89,7 +89,7 @@ def factor_embedding(
     )
     rows: list[list[Chart]] = []
     for prefix, cohort in shown.items():
-        held = _held(cohort, step, modules)
+        held = _embedded_updates(cohort, step, modules)
         found = [_clouds(cohort, held, (factor,), view) for factor in factors]
         caption += factor_caption(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
@@ -97,11 +97,11 @@ def factor_embedding(
         for cloud in clouds:
             planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
             drawn = [*planes, _pca(cloud, cohort, prefix)]
-            rows.append([_named(chart) for chart in drawn] if 0 < len(modules) <= _NAMED else drawn)
+            rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _NAMED else drawn)
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
 
 
-def _held(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
+def _embedded_updates(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
     """The updates of all runs that have factors, or of these modules alone."""
     cohort.require(UPDATES)
     if len(cohort.runs) < 2:
@@ -144,21 +144,25 @@ def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: Perplexity,
     for seed in starts:
         plane = factor_embeddings.tsne(cloud, perplexity, seed)
         # A plane has no unit: its outermost dot stands at one.
-        points = _points(cloud, cohort, plane / (np.abs(plane).max() or 1.0))
+        points = _place_points(cloud, cohort, plane / (np.abs(plane).max() or 1.0))
         parts.append(points.assign(start="from PCA" if seed is None else f"from seed {seed}"))
     axes = [Axis(label=f"t-SNE {number}", ticks={}, limits=(-1.1, 1.1)) for number in (1, 2)]
-    title = f"{prefix}t-SNE of {_name(cloud)}, perplexity {perplexity:.3g}"
-    return _chart(pd.concat(parts), cohort, title, axes, "start" if len(starts) > 1 else None)
+    title = f"{prefix}t-SNE of {_factor_set_name(cloud)}, perplexity {perplexity:.3g}"
+    return _embedding_chart(pd.concat(parts), cohort, title, axes, "start" if len(starts) > 1 else None)
 
 
 def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
     whole = factor_embeddings.pca(cloud, len(cloud.flat))
     shares = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
     axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} %)") for number in (0, 1)]
-    return _chart(_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_name(cloud)}", axes, None)
+    return _embedding_chart(
+        _place_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_factor_set_name(cloud)}", axes, None
+    )
 
 
-def _chart(points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis], frame: str | None) -> Chart:
+def _embedding_chart(
+    points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis], frame: str | None
+) -> Chart:
     marks: list[Any] = [Point("x", "y", "domain", shape="role", size="size")]
     if points["factor"].nunique() > 1:
         # In one plane of A and B their names stand above the dots of each.
@@ -176,7 +180,7 @@ def _chart(points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis
     )
 
 
-def _named(chart: Chart) -> Chart:
+def _name_dots(chart: Chart) -> Chart:
     """With layer and role of every module wherever it has dots, above the topmost of those in one place."""
     reach = _ONE_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
     kept: list[dict[Hashable, Any]] = []
@@ -190,7 +194,7 @@ def _named(chart: Chart) -> Chart:
     return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
 
 
-def _points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
+def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
     """Where the points are drawn, with the place of their modules in the model, later domains smaller."""
     modules = cohort.runs[0].modules
     places = modules.assign(place=norms.place(modules).astype("str")).set_index("module")[["layer", "role", "place"]]
@@ -199,6 +203,6 @@ def _points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"
     return points.assign(size=points["domain"].map(sizes))
 
 
-def _name(cloud: FactorSet) -> str:
+def _factor_set_name(cloud: FactorSet) -> str:
     """Such as "A, 8 × 384"."""
     return f"{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"

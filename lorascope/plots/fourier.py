@@ -65,8 +65,8 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
         "and its mirror (−j, −k) are one cosine: both are drawn. Below, their root mean square in rings around zero.",
         interval=f"bands: {INTERVAL}",
     )
-    planes = [_plane(cohort, group, found, caption) for group in cohort.groups]
-    return stack_vertically(set_side_by_side(*planes), _profile(cohort, found, caption))
+    planes = [_frequency_plane(cohort, group, found, caption) for group in cohort.groups]
+    return stack_vertically(set_side_by_side(*planes), _radius_profile(cohort, found, caption))
 
 
 @figure(
@@ -168,7 +168,7 @@ def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], told
     )
 
 
-def _plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
+def _frequency_plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
     """The frequencies of one recipe."""
     own = [found[run.id] for run in group.runs]
     squares = pd.concat(analysis.places(update) for update in own).assign(size=lambda rows: rows["coefficient"] ** 2)
@@ -188,7 +188,7 @@ def _plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier], caption: 
     )
 
 
-def _profile(cohort: Cohort, found: Mapping[str, Fourier], caption: str) -> Chart:
+def _radius_profile(cohort: Cohort, found: Mapping[str, Fourier], caption: str) -> Chart:
     """Coefficients by radius, one line a recipe."""
     rows = pd.concat(analysis.profile(update).assign(run=run) for run, update in found.items())
     cells = band(cohort.label(rows), ["recipe", "kind", "radius"])

@@ -29,7 +29,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     start = curves.groupby("seed")["sse"].transform("first")
     cells = band(curves.assign(value=curves["sse"] / start), ["algorithm", "k"])
     chosen = found[found["chosen"]]
-    caption = _caption(found, chosen)
+    caption = _head_count_caption(found, chosen)
     votes = chosen[chosen["algorithm"] == _KMEANS].groupby("k").size()
     elbows = cells.assign(votes=cells["k"].map(votes)).dropna(subset="votes")
     elbows = elbows.assign(words=elbows["votes"].map("{:.0f}×".format), above=elbows["value"] + 0.06)
@@ -64,7 +64,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     return set_side_by_side(error, number)
 
 
-def _caption(found: pd.DataFrame, chosen: pd.DataFrame) -> str:
+def _head_count_caption(found: pd.DataFrame, chosen: pd.DataFrame) -> str:
     number, texts = found["seed"].nunique(), found["texts"].max()
     spread = chosen.groupby("algorithm", sort=False)["k"].agg(["mean", "min", "max"])
     told = "; ".join(f"{name} {row['mean']:.1f} ({row['min']:.0f}–{row['max']:.0f})" for name, row in spread.iterrows())

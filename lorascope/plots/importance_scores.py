@@ -45,23 +45,25 @@ def importance(
     found = cohort.label(rank_allocations.components(cohort.table, quantity))
     found = found.assign(fate=found["kept"].map({True: "kept", False: "dropped"}))
     if module is None:
-        panels = [_pooled(cohort, found[found["recipe"] == label], label, quantity) for label in cohort.labels]
+        panels = [_pooled_chart(cohort, found[found["recipe"] == label], label, quantity) for label in cohort.labels]
     else:
-        panels = [_single(cohort, found, run, module, quantity) for run in cohort.runs]
+        panels = [_single_module_chart(cohort, found, run, module, quantity) for run in cohort.runs]
     return wrap(panels, 2)
 
 
-def _pooled(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Chart:
+def _pooled_chart(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Chart:
     """The middle of all components of one recipe, by what became of them."""
     over = own.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
     cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1)
     cells = cells.assign(n=over.count()).reset_index()
     marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
     spread = f"Lines: median over all modules of {cohort.sample}; bands: the middle 80 % of the components."
-    return _chart(cohort, cells, own, marks, label, quantity, f"{importance_caption(own, quantity)} {spread}")
+    return _importance_chart(
+        cohort, cells, own, marks, label, quantity, f"{importance_caption(own, quantity)} {spread}"
+    )
 
 
-def _single(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity: str) -> Chart:
+def _single_module_chart(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity: str) -> Chart:
     """Every component of one module in one run."""
     own = found[(found["run"] == run.id) & (found["module"] == module)]
     if own.empty:
@@ -71,10 +73,10 @@ def _single(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity
     cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
     title = f"{own['recipe'].iloc[0]}, seed {run.meta['seed']}" if len(cohort.runs) > 1 else f"Components of {module}"
     caption = f"{importance_caption(own, quantity)} Components of {module}, one line each."
-    return _chart(cohort, cells, own, [Line("step", "value", "component", "fate")], title, quantity, caption)
+    return _importance_chart(cohort, cells, own, [Line("step", "value", "component", "fate")], title, quantity, caption)
 
 
-def _chart(
+def _importance_chart(
     cohort: Cohort,
     cells: pd.DataFrame,
     own: pd.DataFrame,

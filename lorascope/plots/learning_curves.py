@@ -39,7 +39,7 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     rows = {quantity: table[table["quantity"] == quantity] for quantity in _CURVES}
     width = math.ceil(rows["loss"]["step"].max() / windows)
     panels = [
-        _curve(cohort, quantity, _average(found, width) if quantity == "loss" else found, _windows(width))
+        _curve_chart(cohort, quantity, _average_windows(found, width) if quantity == "loss" else found, _windows(width))
         for quantity, found in rows.items()
         if len(found)
     ]
@@ -76,7 +76,8 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     angles = angles.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].mean().reset_index()
     told = f"{_windows(width)} Mean cosine of the factored matrices in the blocks."
     return set_side_by_side(
-        _curve(cohort, "loss", _average(losses, width), told), _curve(cohort, "direction_cosine", angles, told)
+        _curve_chart(cohort, "loss", _average_windows(losses, width), told),
+        _curve_chart(cohort, "direction_cosine", angles, told),
     )
 
 
@@ -129,7 +130,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     return set_side_by_side(*panels)
 
 
-def _curve(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
+def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
     cells = band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity)
     return Chart(
         cells,
@@ -146,7 +147,7 @@ def _windows(width: int) -> str:
     return f"Training loss averaged in windows of {width} steps." if width > 1 else "Training loss of each step."
 
 
-def _average(rows: pd.DataFrame, width: int) -> pd.DataFrame:
+def _average_windows(rows: pd.DataFrame, width: int) -> pd.DataFrame:
     """Mean of every run in windows of ``width`` steps, placed at a window's last step."""
     last = rows.groupby("run", observed=True)["step"].transform("max")
     end = (-(-rows["step"] // width) * width).clip(upper=last)

@@ -49,7 +49,7 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
         "reach on average: the sum over the blocks of 1 − (1 − chance of a draw)ⁿ after n draws."
     )
     rows = [
-        set_side_by_side(_heat(cohort, cells, label, caption), _coverage(cohort, reached, label, caption))
+        set_side_by_side(_activity_heat(cohort, cells, label, caption), _coverage(cohort, reached, label, caption))
         for label in cohort.labels
     ]
     return stack_vertically(*rows)
@@ -76,7 +76,7 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     caption = cohort.caption(
         "Share of the draws that took a block; the line is its chance.", interval=f"bars: {INTERVAL}"
     )
-    panels = [_frequencies(cohort, found, label, caption) for label in cohort.labels]
+    panels = [_frequency_chart(cohort, found, label, caption) for label in cohort.labels]
     return wrap(panels, len(panels))
 
 
@@ -128,7 +128,7 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     )
 
 
-def _heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str) -> Chart:
+def _activity_heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str) -> Chart:
     """Share of the runs of one recipe in which a block trained in an interval."""
     own = cells[cells["recipe"] == label].astype({"active": "float64"})
     shares = own.groupby(["start", "place"], observed=True)["active"].mean().rename("value").reset_index()
@@ -160,7 +160,7 @@ def _coverage(cohort: Cohort, reached: pd.DataFrame, label: str, caption: str) -
     )
 
 
-def _frequencies(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
+def _frequency_chart(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
     """Shares of the draws of one recipe, with the chance as a line."""
     own = found[found["recipe"] == label]
     cells = band(own, ["place"]).assign(what="drawn")

@@ -52,7 +52,7 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     """
     cohort = gather("atlas", runs, control)
     cohort.require("learned_norm", SPECTRA)
-    _check(cohort, k)
+    _check_cohort(cohort, k)
     spectrum, modules = _spectrum(cohort, module)
     heat, told = _angles(cohort, k)
     caption = cohort.caption(
@@ -68,7 +68,7 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     return stack_vertically(top, replace(heat, caption=caption))
 
 
-def _check(cohort: Cohort, k: int) -> None:
+def _check_cohort(cohort: Cohort, k: int) -> None:
     if k < 1:
         raise ValueError(f"atlas: k = {k} directions are none to compare: give 1 or more")
     if len(cohort.runs) < 2:
@@ -80,7 +80,7 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     """Singular values of one module or of several pooled, and which these are in words."""
     held = {run.id: added_values(run) for run in cohort.runs}
     chosen, which = _pools(cohort, held, module)
-    values = pd.concat(analysis.pooled(found, chosen[run]).assign(run=run) for run, found in held.items())
+    values = pd.concat(analysis.pool_spectra(found, chosen[run]).assign(run=run) for run, found in held.items())
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
     chart = Chart(
         cells,
@@ -117,10 +117,10 @@ def _pools(
 
 def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     """Angles between every two recipes, and which recipes kept no directions."""
-    found = {run.id: _directions(run, k) for run in cohort.runs}
+    found = {run.id: _leading_directions(run, k) for run in cohort.runs}
     rows = []
     for one, other in product(cohort.groups, repeat=2):
-        if pairs := _pairs(one, other):
+        if pairs := _run_pairs(one, other):
             mean, chance = analysis.angles([(found[first.id], found[second.id]) for first, second in pairs])
             kept = all(found[run.id] for pair in pairs for run in pair)
             blank = _APART if kept else _NOT_KEPT
@@ -142,10 +142,13 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     return chart, [f"Kept without directions, as singular values alone: {', '.join(lacking)}."] if lacking else []
 
 
-def _directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
-    return {module: analysis.leading(update, k) for module, update in initial_update.learned_updates(run).items()}
+def _leading_directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
+    return {
+        module: analysis.leading_singular_vectors(update, k)
+        for module, update in initial_update.learned_updates(run).items()
+    }
 
 
-def _pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
+def _run_pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
     """Every run of one with every run of the other; within one recipe, its seeds."""
     return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))

@@ -38,10 +38,10 @@ def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = 
         ``learned_norm``, since some methods start away from zero.
     """
     cohort = gather("update_norm", runs, control)
-    quantity = quantity or _comparable(cohort)
+    quantity = quantity or _comparable_quantity(cohort)
     cells = cohort.label(norms.last(_layers(cohort, quantity)))
-    return _profile(
-        cohort, band(cells, _CELL), axis_label(quantity), "Update by layer", f"{define(quantity)} {_when(cells)}"
+    return _layer_profile(
+        cohort, band(cells, _CELL), axis_label(quantity), "Update by layer", f"{define(quantity)} {_step_phrase(cells)}"
     )
 
 
@@ -55,7 +55,7 @@ def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = 
 def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
     """Norm of the update by block and role, one panel a recipe. Parameters as in :func:`update_norm`."""
     cohort = gather("update_norm_heat", runs, control)
-    quantity = quantity or _comparable(cohort)
+    quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
     inside = norms.select(cohort.table, quantity).dropna(subset="layer")
     pooled = norms.last(norms.pool(inside, by=("place", "role")))
@@ -63,13 +63,13 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
     limits = (0.0, float(cells["value"].max()))
     half: float = ((cells["high"] - cells["low"]) / 2 / cells["value"]).max()
     widest = "" if pd.isna(half) else f" Widest interval of a cell: ±{half:.0%}."
-    caption = f"{define(quantity)} {_when(pooled)}{widest}"
+    caption = f"{define(quantity)} {_step_phrase(pooled)}{widest}"
     panels = [
         Chart(
             cells[cells["recipe"] == label],
             [Heat("place", "role", "value", axis_label(quantity), _text(cells), limits=limits)],
             title=label,
-            x=Axis(label="block", order=_places(cells)),
+            x=Axis(label="block", order=_axis_places(cells)),
             y=Axis(order=[role for role in ROLES if role in set(cells["role"])]),
             caption=cohort.caption(caption, interval="95 % t-intervals in the data"),
             meta=cohort.meta,
@@ -101,7 +101,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
     """
     cohort = gather("norm_over_steps", runs, control)
     cells = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
-    return _profile(
+    return _layer_profile(
         cohort, band(cells, ["step", *_CELL]), axis_label(quantity), "Update by layer", define(quantity), frame="step"
     )
 
@@ -150,18 +150,18 @@ def _mean_panel(
     quantity = "adapter_norm" if name == _SINCE_START else name
     label = f"{axis_label(quantity)} − start" if name == _SINCE_START else axis_label(quantity)
     table = band(cohort.label(norms.mean_over_steps(cells)), _CELL).assign(metric=name)
-    caption = f"Mean over the recorded steps after 0 of {', '.join(map(_plain, layers))}, by layer."
+    caption = f"Mean over the recorded steps after 0 of {', '.join(map(_spaced_name, layers))}, by layer."
     if per_weight:
         label = f"{label} / √n"
         caption += " Over the root of the number n of weights of a layer, matrices alone."
-    return _profile(cohort, table, label, _plain(name), caption, log=name != _SINCE_START)
+    return _layer_profile(cohort, table, label, _spaced_name(name), caption, log=name != _SINCE_START)
 
 
-def _plain(name: str) -> str:
+def _spaced_name(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _comparable(cohort: Cohort) -> str:
+def _comparable_quantity(cohort: Cohort) -> str:
     """The quantity that is fair to all recipes shown."""
     recorded = cohort.table.loc[cohort.table["quantity"] == "learned_norm", "run"].nunique()
     return "learned_norm" if len(cohort.groups) > 1 and recorded == len(cohort.runs) else "update_norm"
@@ -172,7 +172,7 @@ def _layers(cohort: Cohort, quantity: str, history: bool = False) -> pd.DataFram
     return norms.pool(norms.select(cohort.table, quantity))
 
 
-def _profile(
+def _layer_profile(
     cohort: Cohort,
     cells: pd.DataFrame,
     label: str,
@@ -183,12 +183,12 @@ def _profile(
     frame: str | None = None,
 ) -> Chart:
     """Lines over the layers, one a recipe, with a gap where a recipe has no record."""
-    cells = _with_gaps(cells)
+    cells = _add_gaps(cells)
     return Chart(
         cells,
         lines(cells, "place"),
         title=title,
-        x=Axis(label="layer", order=_places(cells)),
+        x=Axis(label="layer", order=_axis_places(cells)),
         y=Axis(label=label, log=log),
         caption=cohort.caption(caption),
         frame=frame,
@@ -197,15 +197,15 @@ def _profile(
     )
 
 
-def _with_gaps(cells: pd.DataFrame) -> pd.DataFrame:
+def _add_gaps(cells: pd.DataFrame) -> pd.DataFrame:
     """A row for every recipe (and step) at every place, unknown where nothing was recorded."""
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
-    places = pd.Categorical(_places(cells), cells["place"].cat.categories, ordered=True)
+    places = pd.Categorical(_axis_places(cells), cells["place"].cat.categories, ordered=True)
     full = rows.merge(pd.DataFrame({"place": places}), how="cross").merge(cells, how="left")
     return full.fillna({"n": 0}).astype({"n": "int64"})
 
 
-def _places(cells: pd.DataFrame) -> list[str]:
+def _axis_places(cells: pd.DataFrame) -> list[str]:
     used = set(cells["place"])
     return [name for name in cells["place"].cat.categories if name in used]
 
@@ -218,6 +218,6 @@ def _text(cells: pd.DataFrame) -> str | None:
     return f".{max(0, 2 - math.floor(math.log10(largest)))}f"
 
 
-def _when(cells: pd.DataFrame) -> str:
+def _step_phrase(cells: pd.DataFrame) -> str:
     steps = sorted(cells["step"].dropna().unique())
     return f"After step {', '.join(map(str, steps))}." if steps else "As stored."

@@ -111,11 +111,13 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
     caption = cohort.caption(
         "Relative error in Frobenius norm, mean over all matrices in the blocks, at the last look; l = p = 5."
     )
-    panels = [_curves(cohort, table[table["recipe"] == label], label, caption) for label in cohort.labels]
+    panels = [
+        _singular_value_curves(cohort, table[table["recipe"] == label], label, caption) for label in cohort.labels
+    ]
     return wrap(panels, len(panels))
 
 
-def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Chart:
+def _singular_value_curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Chart:
     parts = []
     for quantity, measure in _ERRORS.items():
         rows = norms.last(table[table["quantity"] == quantity])
@@ -130,9 +132,9 @@ def _curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Ch
     cells = band(pd.concat([found[~flat], everywhere]).astype({"index": int}), ["measure", "index"])
     return Chart(
         cells,
-        [*_band(cells, "index", "measure"), Line("index", "value", "measure"), Point("index", "value", "measure")],
+        [*_seed_band(cells, "index", "measure"), Line("index", "value", "measure"), Point("index", "value", "measure")],
         title=label if len(cohort.labels) > 1 else "",
-        x=_ranks(cells),
+        x=_rank_axis(cells),
         y=Axis(label=axis_label("moment_error"), limits=(0, None)),
         caption=caption,
         colors=list(_ERRORS.values()),
@@ -172,12 +174,12 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
                 Chart(
                     cells,
                     [
-                        *_band(cells, "index", "measure"),
+                        *_seed_band(cells, "index", "measure"),
                         Line("index", "value", "measure"),
                         Point("index", "value", "measure"),
                     ],
                     title=label if len(cohort.labels) > 1 else "",
-                    x=_ranks(cells),
+                    x=_rank_axis(cells),
                     y=Axis(label=name, log=log),
                     caption=caption,
                     colors=list(_WAYS.values()),
@@ -270,7 +272,7 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
     panels = [
         Chart(
             own := cells[cells["recipe"] == label],
-            [*_band(own, "step", "measure"), Line("step", "value", "measure"), Point("step", "value", "measure")],
+            [*_seed_band(own, "step", "measure"), Line("step", "value", "measure"), Point("step", "value", "measure")],
             title=label if len(cohort.labels) > 1 else "",
             x=Axis(label="step"),
             y=Axis(label="relative error", log=True),
@@ -293,9 +295,9 @@ def _caps(cells: pd.DataFrame) -> str:
     return f"k_max: {told}. At k_max: {100 * (cells['share'] == 1).mean():.0f} % of the cells."
 
 
-def _ranks(cells: pd.DataFrame) -> Axis:
+def _rank_axis(cells: pd.DataFrame) -> Axis:
     return Axis(label="rank k", log=True, ticks={int(rank): str(int(rank)) for rank in sorted(cells["index"].unique())})
 
 
-def _band(cells: pd.DataFrame, x: str, color: str) -> list[Band]:
+def _seed_band(cells: pd.DataFrame, x: str, color: str) -> list[Band]:
     return [Band(x, "low", "high", color)] if cells["low"].notna().any() else []

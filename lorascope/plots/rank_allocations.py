@@ -60,10 +60,12 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     when = "at the end" if step is None else f"after step {step}"
     told = [f"{define('rank')} Ranks in force {when}. {_totals(found)}", *_agreements(cohort, found)]
     if chance:
-        found = _with_lots(cohort, found)
-        told.append(_how_lots_fall(cohort))
-    cells = _cells(found, ["recipe", "kind"])
-    panels = [_heat(cohort, cells, label, cohort.caption(*told, interval=_SPREAD)) for label in _labels(found)]
+        found = _add_random_ranks(cohort, found)
+        told.append(_random_rank_caption(cohort))
+    cells = _rank_cells(found, ["recipe", "kind"])
+    panels = [
+        _rank_heat(cohort, cells, label, cohort.caption(*told, interval=_SPREAD)) for label in _recipe_labels(found)
+    ]
     return wrap(panels, _MOST_BESIDE // cells["place"].nunique())
 
 
@@ -89,10 +91,12 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     cohort.require("rank", history=True)
     steps = rank_allocations.decisions(gather("rank_replay", runs).table, frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
-    cells = _cells(found, ["recipe", "kind", "step"])
+    cells = _rank_cells(found, ["recipe", "kind", "step"])
     caption = cohort.caption(f"{define('rank')} Steps at which ranks were decided.", interval=_SPREAD)
     rows = [
-        set_side_by_side(_heat(cohort, cells, label, caption, frame="step"), _course(cohort, found, label, caption))
+        set_side_by_side(
+            _rank_heat(cohort, cells, label, caption, frame="step"), _rank_course(cohort, found, label, caption)
+        )
         for label in cohort.labels
     ]
     return stack_vertically(*rows)
@@ -125,12 +129,12 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 
         title="Test metric by what was adapted",
         x=Axis(label="adapted", order=cohort.labels),
         y=Axis(label=cohort.metric, limits=(start, None)),
-        caption=cohort.caption(_spent(cohort), interval=f"bars: {INTERVAL}"),
+        caption=cohort.caption(_spent_parameters(cohort), interval=f"bars: {INTERVAL}"),
         meta=cohort.meta,
     )
 
 
-def _cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """Mean, smallest and largest rank over the runs of every layer and role, with the words of a cell."""
     keys = list(dict.fromkeys([*by, "place", "role"]))
     pooled = norms.pool(found, [key for key in keys if key != "step"])
@@ -142,7 +146,7 @@ def _cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def _heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str, frame: str | None = None) -> Chart:
+def _rank_heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str, frame: str | None = None) -> Chart:
     """The ranks of one recipe; all panels have the colours of the largest rank in any."""
     own = cells[cells["recipe"] == label]
     whole = bool((own["value"] % 1 == 0).all())
@@ -160,7 +164,7 @@ def _heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str, frame: 
     )
 
 
-def _course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
+def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
     """Budget of one recipe over the steps with its phases, the sums of its ranks on it, and the sum that is shown."""
     own = found[found["recipe"] == label]
     totals = own.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].sum().reset_index()
@@ -188,7 +192,7 @@ def _course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Ch
     )
 
 
-def _with_lots(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
+def _add_random_ranks(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
     """Behind the ranks of every recipe that is no control those of its budget by lot."""
     parts = []
     for group in cohort.groups:
@@ -200,12 +204,12 @@ def _with_lots(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def _how_lots_fall(cohort: Cohort) -> str:
+def _random_rank_caption(cohort: Cohort) -> str:
     drawn = {g.label: _FREE if _cap(cohort, g) is None else _STAYING for g in cohort.groups if not g.control}
-    return f"By lot: the same budget, {_each(drawn)}."
+    return f"By lot: the same budget, {_join_by_label(drawn)}."
 
 
-def _labels(found: pd.DataFrame) -> list[str]:
+def _recipe_labels(found: pd.DataFrame) -> list[str]:
     return list(dict.fromkeys(found["recipe"]))
 
 
@@ -217,10 +221,12 @@ def _totals(found: pd.DataFrame) -> str:
     """Sum of the ranks, once where all recipes have the same."""
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()
-    return f"Sum of the ranks: {_each({str(label): f'{round(mean, 1):,.6g}' for label, mean in means.items()})}."
+    return (
+        f"Sum of the ranks: {_join_by_label({str(label): f'{round(mean, 1):,.6g}' for label, mean in means.items()})}."
+    )
 
 
-def _each(told: Mapping[str, str]) -> str:
+def _join_by_label(told: Mapping[str, str]) -> str:
     """What is told of every label, once where it is the same for all."""
     if len(set(told.values())) == 1:
         return next(iter(told.values()))
@@ -242,7 +248,7 @@ def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     return [f"{what}, {'; '.join(told)}."] if told else []
 
 
-def _spent(cohort: Cohort) -> str:
+def _spent_parameters(cohort: Cohort) -> str:
     """Parameters of the adapters of every label, by the mean over its runs; "" where a run's are not known."""
     told = {}
     for group in cohort.groups:
@@ -255,4 +261,4 @@ def _spent(cohort: Cohort) -> str:
         if len(sums) < len(group.runs) or np.isnan(sums).any():
             return ""
         told[group.label] = f"{np.mean(sums):,.0f}"
-    return f"Adapter parameters: {_each(told)}{' each' if len(set(told.values())) == 1 else ''}."
+    return f"Adapter parameters: {_join_by_label(told)}{' each' if len(set(told.values())) == 1 else ''}."

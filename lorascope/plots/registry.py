@@ -124,7 +124,7 @@ def figure(
     def enter(draw: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(draw)
         def drawn(*args: Any, **kwargs: Any) -> Drawable:
-            return _at_gates(draw(*args, **kwargs))
+            return _name_gates(draw(*args, **kwargs))
 
         FIGURES[draw.__name__] = Figure(draw.__name__, drawn, needs, history, runs, reads, misleads)
         return drawn
@@ -132,7 +132,7 @@ def figure(
     return enter
 
 
-def _at_gates(drawn: Drawable) -> Drawable:
+def _name_gates(drawn: Drawable) -> Drawable:
     """Every caption with the gates at which updates are shown that depend on the input: no figure says it itself."""
     mixtures: dict[str, str] = {}
     for row in drawn.rows():
@@ -140,12 +140,12 @@ def _at_gates(drawn: Drawable) -> Drawable:
             mixtures |= chart.meta.get(MIXTURES, {})
     if not mixtures:
         return drawn
-    told = of_mixtures(mixtures)
+    told = mixture_sentences(mixtures)
     rows = [[replace(chart, caption=" ".join([chart.caption, *told])) for chart in row] for row in drawn.rows()]
     return rows[0][0] if isinstance(drawn, Chart) else Panels(tuple(map(tuple, rows)))
 
 
-def of_mixtures(mixtures: Mapping[str, str]) -> list[str]:
+def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
     """Sentences on mixtures, given as label -> the gates at which they are shown."""
     labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
     return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
@@ -173,7 +173,7 @@ def missing_reason(run: Run, need: str, history: bool = False) -> str:
     remedy = RECORDERS.get(need, "train with a method that records it")
     if need in _KEPT:
         what, find = _KEPT[need]
-        return "" if _holds(run, find) else f"{what}: {remedy}"
+        return "" if _has_any(run, find) else f"{what}: {remedy}"
     rows = run.table[run.table["quantity"] == need]
     if rows.empty:
         return f"records of {need}: {remedy}"
@@ -198,7 +198,7 @@ _KEPT: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
 }
 
 
-def _holds(run: Run, find: Callable[[Run], Mapping[str, Any]]) -> bool:
+def _has_any(run: Run, find: Callable[[Run], Mapping[str, Any]]) -> bool:
     try:
         return len(find(run)) > 0
     except ValueError:  # nothing was kept at its last step

@@ -40,9 +40,9 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     """
     cohort = gather("gates", runs, control)
     cohort.require("gate_information")
-    found = [(group, by_domain(group.runs[0], step)) for group in cohort.groups]
+    found = [(group, gates_by_domain(group.runs[0], step)) for group in cohort.groups]
     limit = max(float(cells["value"].abs().max()) for _, cells in found)
-    panels = [_heat(cohort, group, cells, limit) for group, cells in found]
+    panels = [_gate_heat(cohort, group, cells, limit) for group, cells in found]
     return wrap(panels, 1)
 
 
@@ -66,15 +66,17 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
     cohort.require("gate_entropy", history=True)
     heads = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1
     even = [Rule(y=math.log(number), label=f"{number} heads alike") for number in sorted(heads.unique())]
-    panels = [_course(cohort, "gate_entropy", _mean(cohort, "gate_entropy"), even)]
-    told = _mean(cohort, "gate_information")
+    panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), even)]
+    told = _module_means(cohort, "gate_information")
     if len(told):
-        lot = _mean(cohort, "gate_chance")
-        panels.append(_course(cohort, "gate_information", pd.concat([told, lot.assign(recipe=lot["recipe"] + _LOT)])))
+        lot = _module_means(cohort, "gate_chance")
+        panels.append(
+            _course_chart(cohort, "gate_information", pd.concat([told, lot.assign(recipe=lot["recipe"] + _LOT)]))
+        )
     return wrap(panels, len(panels))
 
 
-def by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
+def gates_by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
     """Gates of one run by domain, at a step or at its end.
 
     Returns
@@ -97,7 +99,7 @@ def by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
     return cells.assign(value=cells["gate"] - 1 / cells["head"].nunique())
 
 
-def _heat(cohort: Cohort, group: Group, cells: pd.DataFrame, limit: float) -> Chart:
+def _gate_heat(cohort: Cohort, group: Group, cells: pd.DataFrame, limit: float) -> Chart:
     """One recipe's first run; all panels have the colours of the largest preference in any."""
     heads = sorted(cells["head"].unique())
     columns = [f"{role} {head}" for role in ROLES if role in set(cells["role"]) for head in heads]
@@ -119,14 +121,14 @@ def _heat(cohort: Cohort, group: Group, cells: pd.DataFrame, limit: float) -> Ch
     )
 
 
-def _mean(cohort: Cohort, quantity: str) -> pd.DataFrame:
+def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
     """Mean over modules, then mean and band over seeds, by recipe and step."""
     rows = cohort.table[cohort.table["quantity"] == quantity]
     means = rows.groupby(["run", "step"], observed=True)["value"].mean().reset_index()
     return band(cohort.label(means), ["recipe", "kind", "step"])
 
 
-def _course(cohort: Cohort, quantity: str, cells: pd.DataFrame, rules: Sequence[Rule] = ()) -> Chart:
+def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, rules: Sequence[Rule] = ()) -> Chart:
     return Chart(
         cells.assign(quantity=quantity),
         [*rules, *lines(cells, "step")],

@@ -121,7 +121,7 @@ class Cohort:
     @property
     def sample(self) -> str:
         """How many runs there are with which seeds, by label where that differs."""
-        counts = {group.label: _count(group) for group in self.groups}
+        counts = {group.label: _count_seeds(group) for group in self.groups}
         if len(set(counts.values())) == 1:
             return next(iter(counts.values()))
         return "; ".join(f"{label}: {count}" for label, count in counts.items())
@@ -139,7 +139,7 @@ class Cohort:
         for group in self.groups:
             for recipe in (run.meta.get("recipe") or {} for run in group.runs):
                 if recipe.get("name") == "adapprox":
-                    kept.setdefault(_dense(recipe), {})[group.label] = None
+                    kept.setdefault(_dense_moments(recipe), {})[group.label] = None
         one = len(kept) == 1
         return [f"{'Adapprox' if one else ', '.join(labels)} keeps {what} dense." for what, labels in kept.items()]
 
@@ -217,17 +217,17 @@ def axis_label(quantity: str) -> str:
 
 def _gates(group: Group) -> str:
     """At which gates the updates of its runs stand; "" where they depend on no input."""
-    return " and ".join(filter(None, dict.fromkeys(map(_stands_at, group.runs))))
+    return " and ".join(filter(None, dict.fromkeys(map(_gates_or_empty, group.runs))))
 
 
-def _stands_at(run: Run) -> str:
+def _gates_or_empty(run: Run) -> str:
     try:
         return stands_at(run)
     except ValueError:  # nothing was kept at its last step
         return ""
 
 
-def _dense(recipe: Mapping[str, Any]) -> str:
+def _dense_moments(recipe: Mapping[str, Any]) -> str:
     """What of a model has second moments without factors under this Adapprox."""
     if recipe.get("min_dim", 0) is None:
         return "everything"
@@ -265,7 +265,7 @@ def _check_same(label: str, runs: Sequence[Run]) -> None:
         )
 
 
-def _count(group: Group) -> str:
+def _count_seeds(group: Group) -> str:
     n, seeds = len(group.runs), group.seeds
     listed = ", ".join(map(str, seeds))
     if not seeds:

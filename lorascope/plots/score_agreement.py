@@ -19,12 +19,12 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """
     order = list(dict.fromkeys(cells["first"]))
     return Chart(
-        _means(cells),
+        _mean_cells(cells),
         [Heat("second", "first", "value", "Spearman correlation", ".2f", scale="diverging", limits=(-1, 1))],
         title=f"Agreement of scores over {level}",
         x=Axis(order=order),
         y=Axis(order=order),
-        caption=f"Spearman's rank correlation over {level}. {_sample(cells)}; intervals in the data.",
+        caption=f"Spearman's rank correlation over {level}. {_describe_runs(cells)}; intervals in the data.",
         meta={"figure": "agreement", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
@@ -42,22 +42,22 @@ def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
         What was scored.
     """
     found = cells[(cells["second"] == truth) & (cells["first"] != truth)]
-    means = _means(found).sort_values("value", ascending=False)
+    means = _mean_cells(found).sort_values("value", ascending=False)
     return Chart(
         means,
         [Rule(x=0), Point("value", "first", low="low", high="high")],
         title=f"Which score knows the {truth}? ({level})",
         x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
         y=Axis(order=means["first"]),
-        caption=f"Over {level}. {_sample(cells)}; bars: 95 % bootstrap over modules.",
+        caption=f"Over {level}. {_describe_runs(cells)}; bars: 95 % bootstrap over modules.",
         meta={"figure": "against_truth", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
 
-def _means(cells: pd.DataFrame) -> pd.DataFrame:
+def _mean_cells(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.groupby(["first", "second"], sort=False)[["value", "low", "high"]].mean().reset_index()
 
 
-def _sample(cells: pd.DataFrame) -> str:
+def _describe_runs(cells: pd.DataFrame) -> str:
     number = cells["run"].nunique()
     return "One run" if number == 1 else f"Mean of values and of bounds over {number} seeds"

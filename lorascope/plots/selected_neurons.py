@@ -58,7 +58,7 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     found["place"] = place(found)
     cells = band(found, ["recipe", "place", "role"])
     lots = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
-    panels = [_bars(cohort, cells, group, lots[lots["recipe"] == group.label]) for group in cohort.groups]
+    panels = [_neuron_bars(cohort, cells, group, lots[lots["recipe"] == group.label]) for group in cohort.groups]
     return wrap(panels, _MOST_BESIDE // cells["place"].nunique())
 
 
@@ -84,7 +84,7 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
     quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
     cohort.require(quantity)
-    panels = [_turned(cohort, group, quantity) for group in cohort.groups]
+    panels = [_rotation_quantiles(cohort, group, quantity) for group in cohort.groups]
     return wrap(panels, len(panels))
 
 
@@ -110,7 +110,8 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_same("model")
     sets = {
-        g.label: [selected_neurons.as_set(selected_neurons.chosen(run, k)) for run in g.runs] for g in cohort.groups
+        g.label: [selected_neurons.as_set(selected_neurons.chosen_neurons(run, k)) for run in g.runs]
+        for g in cohort.groups
     }
     found = selected_neurons.overlaps(sets, selected_neurons.pool(cohort.runs[0]))
     if found.empty:
@@ -126,7 +127,8 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
         title="Overlap of chosen neurons",
         x=Axis(order=cohort.labels),
         y=Axis(order=cohort.labels),
-        caption=f"{told}, mean over pairs; on the diagonal between seeds. {by_lot} (hypergeometric). {_sample(cohort)}",
+        caption=f"{told}, mean over pairs; on the diagonal between seeds. {by_lot} (hypergeometric). "
+        f"{_sample_sentence(cohort)}",
         meta=cohort.meta,
     )
 
@@ -161,11 +163,11 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
     known.require_same("model")
-    states = _how(known)
+    states = _utilization_states(known)
     shifts = {}
     for run in cohort.runs:
         against = _reference(run, others).table if others else None
-        shifts[run.id] = utilisation.shifts(run.table, selected_neurons.trained(run), against)
+        shifts[run.id] = utilisation.shifts(run.table, selected_neurons.trained_neurons(run), against)
     moved = pd.concat(utilisation.buckets(found).assign(run=run) for run, found in shifts.items())
     moved["bucket"] = [
         "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"
@@ -200,7 +202,7 @@ def _reference(run: Run, others: Sequence[Run]) -> Run:
     return found[0]
 
 
-def _how(cohort: Cohort) -> str:
+def _utilization_states(cohort: Cohort) -> str:
     """Which states utilisation was taken with, in words."""
     told = set()
     for run in cohort.runs:
@@ -237,10 +239,10 @@ def _shift_panel(
     )
 
 
-def _bars(cohort: Cohort, cells: pd.DataFrame, group: Group, lots: pd.DataFrame) -> Chart:
+def _neuron_bars(cohort: Cohort, cells: pd.DataFrame, group: Group, lots: pd.DataFrame) -> Chart:
     own = cells[cells["recipe"] == group.label]
     low, high = ends(own)
-    chance, told = _by_lot(lots)
+    chance, told = _random_marks(lots)
     return Chart(
         own,
         [Bar("place", "value", "role", low=low, high=high), *chance],
@@ -256,7 +258,7 @@ def _bars(cohort: Cohort, cells: pd.DataFrame, group: Group, lots: pd.DataFrame)
     )
 
 
-def _by_lot(lots: pd.DataFrame) -> tuple[list[Mark], str]:
+def _random_marks(lots: pd.DataFrame) -> tuple[list[Mark], str]:
     """Where lots would lie: at one height, at one for each role, or another in every layer; and what to say of it."""
     heights = lots.groupby("role", observed=True, sort=False)["chance"]
     if not np.isclose(heights.min(), heights.max()).all():
@@ -268,7 +270,7 @@ def _by_lot(lots: pd.DataFrame) -> tuple[list[Mark], str]:
     return rules, f"the lines are where as many drawn by lot would lie, from the top {', '.join(map(str, each.index))}"
 
 
-def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
+def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
     """Quantiles over the neurons of every layer and role, mean over the runs of a recipe."""
     found = pd.concat(
         [selected_neurons.scores(run, quantity).assign(run=run.id) for run in group.runs], ignore_index=True
@@ -292,7 +294,7 @@ def _turned(cohort: Cohort, group: Group, quantity: str) -> Chart:
         x=Axis(label="layer", order=cells["place"].cat.categories),
         y=Axis(label=axis_label(quantity), log=True),
         caption=f"{axis_label(quantity)}: {QUANTITIES[quantity].definition}. Median of the neurons of a layer, and the "
-        f"5 % and 95 % quantiles; mean over runs.{chosen} {_sample(cohort)}",
+        f"5 % and 95 % quantiles; mean over runs.{chosen} {_sample_sentence(cohort)}",
         colors=_roles(cells),
         meta=cohort.meta,
     )
@@ -302,5 +304,5 @@ def _roles(cells: pd.DataFrame) -> list[str]:
     return [role for role in ROLES if role in set(cells["role"])]
 
 
-def _sample(cohort: Cohort) -> str:
+def _sample_sentence(cohort: Cohort) -> str:
     return f"{cohort.sample[0].upper()}{cohort.sample[1:]}."

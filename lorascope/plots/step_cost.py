@@ -52,22 +52,24 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
             f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}, and no GPT-2: "
             f"{', '.join(memory_estimate.GPT2)}"
         )
-    models = _by_model(cohort)
-    cells = {model: _measured(own) for model, own in models.items()}
-    caption = _caption(models, cells, computed)
+    models = _group_by_model(cohort)
+    cells = {model: _measured_memory(own) for model, own in models.items()}
+    caption = _memory_caption(models, cells, computed)
     panels = [
-        _bars(cells[model], own.labels, f"{model}, measured", "memory (MiB)", [], caption, cohort)
+        _cost_bars(cells[model], own.labels, f"{model}, measured", "memory (MiB)", [], caption, cohort)
         for model, own in models.items()
     ]
     for size in computed:
-        model, unit, rows = _computed(size)
+        model, unit, rows = _computed_memory(size)
         card: list[Mark] = [Rule(x=_CARD)] if size == "7B" else []
         label = f"memory of {model} ({unit})"
-        panels.append(_bars(rows, list(rows["recipe"].unique()), f"{model}, computed", label, card, caption, cohort))
+        panels.append(
+            _cost_bars(rows, list(rows["recipe"].unique()), f"{model}, computed", label, card, caption, cohort)
+        )
     return wrap(panels, 1)
 
 
-def _computed(size: str) -> tuple[str, str, pd.DataFrame]:
+def _computed_memory(size: str) -> tuple[str, str, pd.DataFrame]:
     """Name of a model, the unit for its size, and what it holds."""
     if size in memory_estimate.GPT2:
         model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])
@@ -77,7 +79,7 @@ def _computed(size: str) -> tuple[str, str, pd.DataFrame]:
     return model, unit, table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
 
 
-def _by_model(cohort: Cohort) -> dict[str, Cohort]:
+def _group_by_model(cohort: Cohort) -> dict[str, Cohort]:
     """The runs of every model, by name."""
     parts = {}
     for model in dict.fromkeys(run.meta["model"] for run in cohort.runs):
@@ -86,7 +88,7 @@ def _by_model(cohort: Cohort) -> dict[str, Cohort]:
     return parts
 
 
-def _measured(cohort: Cohort) -> pd.DataFrame:
+def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     """Mean over the runs of every label and part after the last step, in MiB; the rest where all know their peak."""
     table = norms.last(cohort.table[cohort.table["quantity"].isin([*_PARTS, "peak_bytes"])])
     wide = table.pivot(index="run", columns="quantity", values="value").astype("float64")
@@ -103,7 +105,7 @@ def _measured(cohort: Cohort) -> pd.DataFrame:
     return cells.assign(value=cells["bytes"] / 2**20, source="measured")
 
 
-def _bars(
+def _cost_bars(
     rows: pd.DataFrame, order: list[str], title: str, label: str, marks: list[Mark], caption: str, cohort: Cohort
 ) -> Chart:
     return Chart(
@@ -118,15 +120,15 @@ def _bars(
     )
 
 
-def _where(cohort: Cohort) -> list[str]:
+def _batch_phrase(cohort: Cohort) -> list[str]:
     """Models and rows of a batch."""
     told = (f"{run.meta['model']}, {run.meta['settings'].get('batch_size')} texts" for run in cohort.runs)
     return list(dict.fromkeys(told))
 
 
-def _caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], computed: Sequence[str]) -> str:
+def _memory_caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], computed: Sequence[str]) -> str:
     """What was measured where, and what was worked out."""
-    where = "; ".join(f"{' and '.join(_where(own))}, {own.sample}" for own in models.values())
+    where = "; ".join(f"{' and '.join(_batch_phrase(own))}, {own.sample}" for own in models.values())
     told = [f"Measured, after the last step: {where}."]
     known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}
     unknown = [label for model, own in models.items() for label in own.labels if label not in known[model]]
@@ -174,7 +176,7 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
         x=Axis(label="time of a step (ms)", limits=(0, None)),
         y=Axis(order=cohort.labels),
         caption=cohort.caption(
-            f"Medians over the steps after {pace.WARM}: {'; '.join(_where(cohort))}.",
+            f"Medians over the steps after {pace.WARM}: {'; '.join(_batch_phrase(cohort))}.",
             spread,
             interval=_COUNTS,
         ),

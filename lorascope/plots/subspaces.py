@@ -57,7 +57,7 @@ def spectrum(
     values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
-    effective = "; ".join(map(_effective, band(cohort.label(ranks), ["recipe"]).to_dict("records")))
+    effective = "; ".join(map(_effective_rank_phrase, band(cohort.label(ranks), ["recipe"]).to_dict("records")))
     return Chart(
         cells,
         lines(cells, "component", points=bool(cells["component"].max() <= _MOST_DOTS)),
@@ -109,12 +109,12 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     module = common_module(shown[""], held, module)
     panels = []
     for prefix, cohort in shown.items():
-        title, pairs = _pairs(cohort)
-        cells = _similarity(pairs, module, side)
-        panels.append(_heat(cells, "phi", prefix + title, _tell(cells, len(pairs), module, side), cohort))
+        title, pairs = _similarity_pairs(cohort)
+        cells = _phi_cells(pairs, module, side)
+        panels.append(_phi_heat(cells, "phi", prefix + title, _phi_caption(cells, len(pairs), module, side), cohort))
     cells = panels[0].data
     return set_side_by_side(
-        *panels, _heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""])
+        *panels, _phi_heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""])
     )
 
 
@@ -132,13 +132,13 @@ def common_module(cohort: Cohort, held: Sequence[Mapping[str, Any]], module: str
     return module
 
 
-def _effective(row: Mapping[Hashable, Any]) -> str:
+def _effective_rank_phrase(row: Mapping[Hashable, Any]) -> str:
     """One recipe's effective rank with its interval, for a caption."""
     interval = "" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]"
     return f"{row['recipe']} {row['value']:.1f}{interval}"
 
 
-def _pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
+def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
     """A title, and the pairs of runs to compare."""
     if len(cohort.groups) == 2:
         first, second = cohort.groups
@@ -152,14 +152,14 @@ def _pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
     return f"{cohort.labels[0]}, between seeds", pairs
 
 
-def _similarity(pairs: Sequence[tuple[Run, Run]], module: str, side: Side) -> pd.DataFrame:
+def _phi_cells(pairs: Sequence[tuple[Run, Run]], module: str, side: Side) -> pd.DataFrame:
     """Mean, smallest and largest phi of the pairs."""
-    tables = [subspace.between(first.updates(), second.updates(), module, side) for first, second in pairs]
+    tables = [subspace.similarity_of_runs(first.updates(), second.updates(), module, side) for first, second in pairs]
     cells = pd.concat(tables).groupby(["i", "j"], as_index=False)
     return cells.agg(phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first"))
 
 
-def _tell(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
+def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
     """The caption: what phi is, and its first and last value against chance."""
     counted = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs of runs, which share runs: no interval"
     values = [
@@ -174,7 +174,7 @@ def _tell(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
     )
 
 
-def _heat(cells: pd.DataFrame, value: str, title: str, caption: str, cohort: Cohort) -> Chart:
+def _phi_heat(cells: pd.DataFrame, value: str, title: str, caption: str, cohort: Cohort) -> Chart:
     return Chart(
         cells,
         [Heat("j", "i", value, "φ(i, j)", limits=(0, 1))],

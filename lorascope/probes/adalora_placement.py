@@ -46,13 +46,13 @@ UPPER = Claim(
 
 
 @cache
-def _modules() -> pd.DataFrame:
+def _minilm_modules() -> pd.DataFrame:
     return module_table.describe(models.load("minilm"))
 
 
 def targets() -> dict[str, tuple[str, ...]]:
     """What each arm adapts: a role in all layers, or all six roles in two layers."""
-    modules = _modules()
+    modules = _minilm_modules()
     linear = modules[modules["role"].isin(list(TYPES.values()))]
     layers = {label: tuple(linear["module"][linear["layer"].isin(group)]) for label, group in GROUPS.items()}
     return {label: (role,) for label, role in TYPES.items()} | layers
@@ -61,7 +61,7 @@ def targets() -> dict[str, tuple[str, ...]]:
 def arms(quick: bool) -> list[Arm]:
     """LoRA in nine places, at the least number of parameters that all of them can spend."""
     places = targets()
-    ranks = equal_parameters(_modules(), places)
+    ranks = equal_parameters(_minilm_modules(), places)
     # Nine places: half the steps of the other probes, and fewer still in a quick run.
     settings = encoder_settings(quick) | {"steps": 10 if quick else 150}
     return [
@@ -79,7 +79,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     accuracy = {label: rank_statistics.accuracy(found) for label, found in runs.items()}
     attention, feed_forward = list(TYPES)[:4], list(TYPES)[4:]
     verdicts = [
-        FEED_FORWARD.judge(_mean(accuracy, feed_forward), _mean(accuracy, attention)),
+        FEED_FORWARD.judge(_mean_accuracy(accuracy, feed_forward), _mean_accuracy(accuracy, attention)),
         UPPER.judge(accuracy[TOP], accuracy[BOTTOM]),
     ]
     exhibits = [
@@ -93,7 +93,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     return Findings(verdicts, exhibits, notes=notes)
 
 
-def _mean(accuracy: Mapping[str, rank_statistics.BySeed], labels: Sequence[str]) -> rank_statistics.BySeed:
+def _mean_accuracy(accuracy: Mapping[str, rank_statistics.BySeed], labels: Sequence[str]) -> rank_statistics.BySeed:
     return {seed: sum(accuracy[label][seed] for label in labels) / len(labels) for seed in accuracy[labels[0]]}
 
 

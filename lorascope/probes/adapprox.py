@@ -119,8 +119,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     adam, ours = runs[best[ADAMW]], runs[best[OURS]]
     verdicts = [
         FEW.judge(energy(adam, "moment_error"), energy(adam, "moment_error_dealt")),
-        ABOVE_ONE.judge(minus(adam, "moment_error_s_rsi", RANK), minus(adam, "moment_error_rank_one")),
-        HELD.judge(minus(ours, "factor_drift"), minus(ours, "factor_drift_rank_one")),
+        ABOVE_ONE.judge(negated_error(adam, "moment_error_s_rsi", RANK), negated_error(adam, "moment_error_rank_one")),
+        HELD.judge(negated_error(ours, "factor_drift"), negated_error(ours, "factor_drift_rank_one")),
         PARITY.judge(loss[OURS], {seed: value - 0.02 for seed, value in loss[ADAMW].items()}),
         OVER_ADAFACTOR.judge(loss[OURS], loss[ADAFACTOR]),
         OVER_CAME.judge(loss[OURS], loss[CAME]),
@@ -143,7 +143,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "no part in it.",
         "A matrix of positive entries has one large singular value whatever it holds: hence a control of equal sums.",
     ]
-    return Findings(verdicts, exhibits, {"Second moments held at the end": held(ours)}, notes)
+    return Findings(verdicts, exhibits, {"Second moments held at the end": factor_memory(ours)}, notes)
 
 
 def best_rate(runs: Mapping[str, Sequence[Run]], name: str) -> str:
@@ -158,7 +158,7 @@ def last(run: Run, quantity: str, index: int | None = None) -> float:
     return float((rows if index is None else rows.xs(index, level="index")).mean())
 
 
-def minus(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySeed:
+def negated_error(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySeed:
     """An error, turned, since lower is better."""
     return {run.meta["seed"]: -last(run, quantity, index) for run in runs}
 
@@ -171,7 +171,7 @@ def energy(runs: Sequence[Run], quantity: str) -> BySeed:
     }
 
 
-def held(runs: Sequence[Run]) -> pd.DataFrame:
+def factor_memory(runs: Sequence[Run]) -> pd.DataFrame:
     """Rank and bytes of the factors by role at the end, beside what dense second moments of the same would take."""
     rows = []
     for run in runs:

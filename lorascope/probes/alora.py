@@ -63,7 +63,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Shares of the ranks against moves by lot, and accuracy against uniform ranks."""
     adapted, uniform = runs[ADAPTED], runs[LOW]
     found = rank_statistics.final_ranks(adapted)
-    lots = pd.concat([moved_by_lot(run, found[found["run"] == run.id]) for run in adapted])
+    lots = pd.concat([randomly_moved_ranks(run, found[found["run"] == run.id]) for run in adapted])
 
     def leaning(table: pd.DataFrame) -> rank_statistics.BySeed:
         one, other = (rank_statistics.role_share(adapted, table, roles) for roles in (("q", "k"), ("v", "o")))
@@ -91,7 +91,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     return Findings(verdicts, exhibits, notes=notes)
 
 
-def moved_by_lot(run: Run, found: pd.DataFrame) -> pd.DataFrame:
+def randomly_moved_ranks(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     """The final ranks of a run, had each of its rounds scored by lot.
 
     Parameters

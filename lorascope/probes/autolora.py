@@ -19,7 +19,7 @@ import torch
 
 from lorascope import plots
 from lorascope.methods import AutoLoRA, LoRA
-from lorascope.methods.autolora import kept
+from lorascope.methods.autolora import retained_mask
 from lorascope.probes import rank_statistics
 from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
 from lorascope.probes.claims import Claim
@@ -69,8 +69,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     movies, tweets = runs[MOVIES], runs[TWEETS]
     found = rank_statistics.final_ranks(movies)
     both = pd.concat([found, rank_statistics.final_ranks(tweets)])
-    spread = {run.meta["seed"]: _spread(found[found["run"] == run.id]["value"].to_numpy()) for run in movies}
-    chance = {run.meta["seed"]: _spread(ranks_by_lot(run)) for run in movies}
+    spread = {run.meta["seed"]: _rank_spread(found[found["run"] == run.id]["value"].to_numpy()) for run in movies}
+    chance = {run.meta["seed"]: _rank_spread(random_logit_ranks(run)) for run in movies}
     between_tasks = rank_statistics.agreement_with_next(movies, both, tweets)
     between_seeds = rank_statistics.agreement_with_next(movies, both)
     verdicts = [
@@ -95,14 +95,14 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     return Findings(verdicts, exhibits, notes=notes)
 
 
-def ranks_by_lot(run: Run) -> np.ndarray:
+def random_logit_ranks(run: Run) -> np.ndarray:
     """Ranks of as many modules from normal logits: the threshold at the mean, applied to noise."""
     k = run.meta["recipe"]["rank"]
     logits = np.random.default_rng(run.meta["seed"]).standard_normal((len(run.ranks()), k))
-    return np.array([int(kept(alpha).sum()) for alpha in torch.from_numpy(logits).softmax(1)])
+    return np.array([int(retained_mask(alpha).sum()) for alpha in torch.from_numpy(logits).softmax(1)])
 
 
-def _spread(ranks: np.ndarray) -> float:
+def _rank_spread(ranks: np.ndarray) -> float:
     return float(np.std(ranks, ddof=1))
 
 

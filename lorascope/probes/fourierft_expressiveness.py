@@ -94,17 +94,17 @@ def network(seed: int) -> nn.Sequential:
     return model.requires_grad_(False)
 
 
-def _low_rank(seed: int) -> Delta:
+def _new_lora_delta(seed: int) -> Delta:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LoRADelta(nn.Linear(WIDTH, WIDTH), rank=1)
 
 
-def _fourier(seed: int) -> Delta:
+def _new_fourier_delta(seed: int) -> Delta:
     return FourierDelta(*_coefficients(seed), (WIDTH, WIDTH), _ALPHA)
 
 
-def _random(seed: int) -> Delta:
+def _new_random_basis_delta(seed: int) -> Delta:
     return BasisDelta(*_coefficients(seed), *bases((WIDTH, WIDTH), seed, "random"), _ALPHA)
 
 
@@ -114,10 +114,10 @@ def _coefficients(seed: int) -> tuple[Float[Tensor, "n"], Int[Tensor, "2 n"]]:
 
 
 ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
-    FOURIER: (_fourier, 1e-2),
-    RANDOM: (_random, 1e-2),
-    SLOW: (_low_rank, 1e-2),
-    FAST: (_low_rank, 1e-1),
+    FOURIER: (_new_fourier_delta, 1e-2),
+    RANDOM: (_new_random_basis_delta, 1e-2),
+    SLOW: (_new_lora_delta, 1e-2),
+    FAST: (_new_lora_delta, 1e-1),
 }
 """What adapts the layer, with the rate that it trains at."""
 
@@ -233,10 +233,10 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     for label, model in networks.items():
         with torch.no_grad():
             right = (model(shown.x).argmax(dim=1) == shown.y).numpy()
-            classes = model(_plane()).argmax(dim=1).numpy()
-        across, up = _cell(_plane())
+            classes = model(_plane_grid()).argmax(dim=1).numpy()
+        across, up = _cell_centers(_plane_grid())
         cells = pd.DataFrame({"x": across, "y": up, "class": classes})
-        places = dict(zip("xy", _cell(shown.x), strict=True))
+        places = dict(zip("xy", _cell_centers(shown.x), strict=True))
         dots = pd.DataFrame(places | {"told": np.where(right, "told right", "told wrong")})
         heat = Heat("x", "y", "class", "class", limits=(0, CLASSES - 1))
         panels.append(
@@ -253,12 +253,12 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
     return set_side_by_side(*panels)
 
 
-def _plane() -> Float[Tensor, "places 2"]:
+def _plane_grid() -> Float[Tensor, "places 2"]:
     ticks = torch.arange(-_REACH, _REACH + 1) * _CELL
     return torch.cartesian_prod(ticks, ticks)
 
 
-def _cell(x: Float[Tensor, "places 2"]) -> Float[np.ndarray, "2 places"]:
+def _cell_centers(x: Float[Tensor, "places 2"]) -> Float[np.ndarray, "2 places"]:
     """The middle of the cell that a place lies in; what lies outside is put on the edge."""
     return (x.numpy().T / _CELL).round().clip(-_REACH, _REACH) * _CELL
 

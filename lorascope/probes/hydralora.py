@@ -34,12 +34,12 @@ def heads(number: int) -> str:
     return f"{number} head{'s' if number > 1 else ''}"
 
 
-def headed(number: int) -> str:
+def num_heads_label(number: int) -> str:
     """Label of HydraLoRA with so many heads."""
     return f"HydraLoRA, {heads(number)}"
 
 
-ROUTED = headed(METHOD.num_experts)
+ROUTED = num_heads_label(METHOD.num_experts)
 EVEN, SPLIT = f"{ROUTED}, even gates", f"{ROUTED}, an A each"
 _BARS = ("HydraLoRA", "an A each", "even gates", "plain LoRA")  # short, since they stand below the bars
 _GUESS = 0.5  # where both classes are guessed, the vertical axis begins
@@ -99,15 +99,15 @@ def arms(quick: bool) -> list[Arm]:
         Arm(label=ROUTED, method=METHOD, settings=settings, cost=1.4),
         Arm(label=EVEN, method=replace(METHOD, router="uniform"), settings=settings),
         Arm(label=SPLIT, method=replace(METHOD, shared_a=False), settings=settings, cost=1.4),
-        Arm(label=plain(), method=lora, settings=settings),
+        Arm(label=lora_label(), method=lora, settings=settings),
         *(
-            Arm(label=headed(number), method=replace(METHOD, num_experts=number), settings=settings, cost=1.4)
+            Arm(label=num_heads_label(number), method=replace(METHOD, num_experts=number), settings=settings, cost=1.4)
             for number in (() if quick else NUMBERS)
         ),
     ]
 
 
-def plain() -> str:
+def lora_label() -> str:
     """Label of the LoRA of equal parameters."""
     return f"LoRA, rank {equal_rank(METHOD)}, feed-forward"
 
@@ -118,13 +118,13 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     apart = {label: {run.meta["seed"]: mean_apart(run) for run in runs[label]} for label in (ROUTED, SPLIT)}
     reached = {label: accuracy(found) for label, found in runs.items()}
     verdicts = [
-        DOMAINS.judge(_by_seed(routed, start=False), _by_seed(routed, start=True)),
+        DOMAINS.judge(_information_by_seed(routed, start=False), _information_by_seed(routed, start=True)),
         APART.judge(apart[ROUTED], {seed: value / 2 for seed, value in apart[SPLIT].items()}),
-        BETTER.judge(reached[ROUTED], reached[plain()]),
+        BETTER.judge(reached[ROUTED], reached[lora_label()]),
         ROUTING.judge(reached[ROUTED], reached[EVEN]),
         SHARING.judge(reached[ROUTED], reached[SPLIT]),
     ]
-    main = {label: runs[label] for label in (ROUTED, SPLIT, EVEN, plain())}
+    main = {label: runs[label] for label in (ROUTED, SPLIT, EVEN, lora_label())}
     exhibits = [
         exhibit("ablations", plots.ablations(dict(zip(_BARS, main.values(), strict=True)), start=_GUESS)),
         exhibit("gates", plots.gates({ROUTED: routed, SPLIT: runs[SPLIT]})),
@@ -132,28 +132,28 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         exhibit("training_curves", plots.training_curves(main)),
         exhibit("atlas", plots.atlas(main)),
     ]
-    numbers = {heads(n): runs[headed(n)] for n in (METHOD.num_experts, *NUMBERS) if headed(n) in runs}
+    numbers = {heads(n): runs[num_heads_label(n)] for n in (METHOD.num_experts, *NUMBERS) if num_heads_label(n) in runs}
     if len(numbers) > 1:
-        level = {plain(): runs[plain()]}
+        level = {lora_label(): runs[lora_label()]}
         exhibits.insert(1, exhibit("number_of_experts", plots.number_of_experts(numbers, level)))
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, adapters, data order, dropout.",
         "Trained parameters, the task's head included: "
-        + "; ".join(_counted(label, found[0]) for label, found in runs.items())
+        + "; ".join(_count_trained(label, found[0]) for label, found in runs.items())
         + ".",
         "Heads with even gates and one A stay equal to each other: they start so, and get the same gradient.",
     ]
     return Findings(verdicts, exhibits, notes=notes)
 
 
-def _counted(label: str, run: Run) -> str:
+def _count_trained(label: str, run: Run) -> str:
     """What trains in a run; the paper's own counts leave the routers out."""
     told = f"{label} {run.meta['parameters']['trained']:,}"
     routers = sum(held["router"].size for held in run.factors().values() if "router" in held)
     return f"{told}, {routers:,} of them in routers" if routers else told
 
 
-def _by_seed(runs: Sequence[Run], start: bool) -> BySeed:
+def _information_by_seed(runs: Sequence[Run], start: bool) -> BySeed:
     return {run.meta["seed"]: told_of_domain(run, start) for run in runs}
 
 

@@ -106,12 +106,12 @@ def arms(quick: bool) -> list[Arm]:
                 settings=settings | {"seed": number},
                 task=f"sentiment/{domain}",
                 cost=0.8,
-                vary=_of_replicate,
+                vary=_replicate_arm,
             )
     return list(made.values())
 
 
-def _of_replicate(arm: Arm, seed: int) -> Arm:
+def _replicate_arm(arm: Arm, seed: int) -> Arm:
     """Seeds that no two runs share, but for an A that is common to a replicate: that of its first run's seed."""
     first = seed * len(_PAIRS)
     method = arm.method
@@ -122,7 +122,7 @@ def _of_replicate(arm: Arm, seed: int) -> Arm:
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Sharedness of A against B, against an A_0 each and before training, and of B its domain against permuted ones."""
-    found = _measure(runs)
+    found = _measure_sharing(runs)
 
     def over_seeds(name: str, start: str, factor: str, view: str, when: str = AFTER) -> dict[int, float]:
         rows = found[(found[["start", "when", "factor", "view"]] == [start, when, factor, view]).all(axis=1)]
@@ -142,7 +142,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         apart(APART, COMMON, "raw"),
         apart(APART_SPACE, OWN, "space"),
     ]
-    common, own = (_by_domain(found[0]) for found in _sets(runs).values())
+    common, own = (_updates_by_domain(found[0]) for found in _sets(runs).values())
     exhibits = [
         exhibit("factor_embedding", plots.factor_embedding(common, control=own, seeds=(0, 1))),
         exhibit("factor_embedding", plots.factor_embedding(common, control=own, view="space")),
@@ -150,8 +150,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     notes = [
         f"Held fixed: model, task, batch size, number of steps. A seed is a replicate of {len(runs)} runs. Each run "
         "has its own head and order of the text; the A of the common set is that of its first run.",
-        f"A moved by {' and by '.join(map(_moved, _sets(runs).values()))} of its initial norm, with one A for all and "
-        "an A each.",
+        f"A moved by {' and by '.join(map(_relative_change, _sets(runs).values()))} of its initial norm, with one A "
+        "for all and an A each.",
         "The pictures show the first replicate, with the runs of the common A above and those with an A each, the "
         "control, below. They enter no claim; the numbers depend on no picture.",
     ]
@@ -168,7 +168,7 @@ def _sets(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, tuple[s
     return found
 
 
-def _measure(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+def _measure_sharing(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """``numbers`` of each set and replicate, before (of A alone: there is no B yet) and after training."""
     tables = []
     for start, replicates in _sets(runs).items():
@@ -202,14 +202,14 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _by_domain(held: Mapping[str, tuple[str, Run]]) -> dict[str, list[Run]]:
+def _updates_by_domain(held: Mapping[str, tuple[str, Run]]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for domain, run in held.values():
         found.setdefault(domain, []).append(run)
     return found
 
 
-def _moved(replicates: Sequence[Mapping[str, tuple[str, Run]]]) -> str:
+def _relative_change(replicates: Sequence[Mapping[str, tuple[str, Run]]]) -> str:
     """|A - A_0| / |A_0|, mean over modules and runs."""
     shares = []
     for held in replicates:

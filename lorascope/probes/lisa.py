@@ -34,7 +34,7 @@ FULL_DECODER, ADAPTED_DECODER = "full fine-tuning, SmolLM2", "LoRA, both ends to
 _MARGIN = float(np.log10(2))
 
 
-def _claims(layer: str, where: str) -> tuple[Claim, Claim]:
+def _layer_claims(layer: str, where: str) -> tuple[Claim, Claim]:
     return (
         Claim(
             sentence=f"LoRA moves the {layer} more, against the blocks, than full fine-tuning does ({where}).",
@@ -53,9 +53,9 @@ def _claims(layer: str, where: str) -> tuple[Claim, Claim]:
     )
 
 
-BOTTOM, BOTTOM_LEARNED = _claims("embedding", "minilm")
-DECODER_BOTTOM, DECODER_BOTTOM_LEARNED = _claims("embedding", "SmolLM2, first blocks")
-DECODER_TOP, DECODER_TOP_LEARNED = _claims("head", "SmolLM2, first blocks")
+BOTTOM, BOTTOM_LEARNED = _layer_claims("embedding", "minilm")
+DECODER_BOTTOM, DECODER_BOTTOM_LEARNED = _layer_claims("embedding", "SmolLM2, first blocks")
+DECODER_TOP, DECODER_TOP_LEARNED = _layer_claims("head", "SmolLM2, first blocks")
 
 
 def arms(quick: bool) -> list[Arm]:

@@ -114,11 +114,11 @@ def accuracy_table(runs: Mapping[str, Sequence[Run]], words: Mapping[str, float]
         values = {"all": [run.meta["test"]["metric"] for run in found]}
         for group in found[0].meta["test"]["groups"]:
             values[group] = [run.meta["test"]["groups"][group] for run in found]
-        rows.append({"": label} | {group: _points(per_seed) for group, per_seed in values.items()})
+        rows.append({"": label} | {group: _accuracy_points(per_seed) for group, per_seed in values.items()})
     return pd.DataFrame(rows)
 
 
-def _points(values: Sequence[float]) -> str:
+def _accuracy_points(values: Sequence[float]) -> str:
     return t_interval(100 * np.asarray(values, np.float64)).format(1)
 
 

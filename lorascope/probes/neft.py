@@ -127,7 +127,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         for claim, control in ((OVER_FULL, FULL), (OVER_LORA, LOW), (OVER_RANDOM, RANDOM), (OVER_REVERSED, REVERSED))
     ]
     verdicts += [BY_PROBES.judge(reached[PROBED], reached[RANDOM])] if PROBED in runs else []
-    verdicts += _overlaps(runs) if len(runs[CHANGED]) > 1 else []
+    verdicts += _choice_overlaps(runs) if len(runs[CHANGED]) > 1 else []
     verdicts.append(PERTURBED.judge(_shifts(runs[REVERSED]), _shifts(runs[CHANGED])))
     neft = {label: runs[label] for label in _trained_arms(runs)}
     choices = {"all": runs[CHANGED], "movies": runs[MOVIES], "tweets": runs[TWEETS]}
@@ -141,16 +141,16 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     notes = [
         "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, data order, dropout, and lots.",
         "NeFT's full fine-tuning before the choice is no part of its steps, but of its time. LoRA of rank 8 trains "
-        f"{_trained(runs[LOW])} of the parameters, NeFT {_trained(runs[CHANGED])}.",
+        f"{_trained_fraction(runs[LOW])} of the parameters, NeFT {_trained_fraction(runs[CHANGED])}.",
         NEXT_SEED,
         "A quick run trains NeFT for fewer steps than its baselines, and leaves out the choice by probing.",
     ]
     return Findings(verdicts, exhibits, {"NeFT": table(runs)}, notes)
 
 
-def _overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
+def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
     sets = {
-        label: [selected_neurons.as_set(selected_neurons.chosen(run)) for run in runs[label]]
+        label: [selected_neurons.as_set(selected_neurons.chosen_neurons(run)) for run in runs[label]]
         for label in (CHANGED, MOVIES, TWEETS)
     }
     pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
@@ -163,7 +163,7 @@ def _overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
 
     own = sets[CHANGED]
     lots = {
-        seed: selected_neurons.expected(first, second, sizes)
+        seed: selected_neurons.expected_overlap(first, second, sizes)
         for seed, first, second in zip(seeds, own, [*own[1:], own[0]], strict=True)
     }
     return [
@@ -176,7 +176,7 @@ def _shifts(runs: Sequence[Run]) -> BySeed:
     """Mean shift of a neuron's rank from before to after training, as a share of the ranks of its projection."""
     found = {}
     for run in runs:
-        shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
+        shifts = neuron_utilization.shifts(run.table, selected_neurons.trained_neurons(run))
         sizes = shifts.groupby("role")["rank_1"].transform("size")
         found[run.meta["seed"]] = float((shifts["d_rank"].abs() / sizes).mean())
     return found
@@ -188,7 +188,9 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     for label in (FULL, LOW, *_trained_arms(runs)):
         points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).format(1)
         seconds = np.mean([run.meta["total_seconds"] for run in runs[label]])
-        rows.append({"": label, "accuracy": points, "trained": _trained(runs[label]), "seconds": f"{seconds:.0f}"})
+        rows.append(
+            {"": label, "accuracy": points, "trained": _trained_fraction(runs[label]), "seconds": f"{seconds:.0f}"}
+        )
     return pd.DataFrame(rows)
 
 
@@ -197,7 +199,7 @@ def _trained_arms(runs: Mapping[str, Sequence[Run]]) -> list[str]:
     return [label for label in (CHANGED, REVERSED, RANDOM, PROBED) if label in runs]
 
 
-def _trained(runs: Sequence[Run]) -> str:
+def _trained_fraction(runs: Sequence[Run]) -> str:
     counted = runs[0].meta["parameters"]
     return f"{counted['trained'] / counted['total']:.1%}"
 

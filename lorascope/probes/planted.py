@@ -33,7 +33,7 @@ _SCALE = 4.0
 _RATES: dict[str, Any] = {"lr": 1e-2, "head_lr": 1e-2}
 
 
-def _claims(name: str) -> tuple[Claim, Claim, Claim]:
+def _allocator_claims(name: str) -> tuple[Claim, Claim, Claim]:
     source = "this project; what the paper takes for granted"
     return (
         Claim(
@@ -60,7 +60,7 @@ def _claims(name: str) -> tuple[Claim, Claim, Claim]:
     )
 
 
-CLAIMS = {name: _claims(name) for name in ALLOCATORS}
+CLAIMS = {name: _allocator_claims(name) for name in ALLOCATORS}
 
 
 def arms(quick: bool) -> list[Arm]:
@@ -75,28 +75,28 @@ def arms(quick: bool) -> list[Arm]:
     lora = _lora(rank)
     # What multiplies a component at its start is near the same in all: alpha is 1/k in AutoLoRA, P small in AdaLoRA.
     return [
-        Arm(label=UNIFORM, method=lora, cost=0.02, vary=_of_seed, **shared),
-        Arm(label=RANDOM, method=lora, cost=0.02, vary=_random, **shared),
-        Arm(label=TRUTH, method=lora, cost=0.02, vary=_true, **shared),
+        Arm(label=UNIFORM, method=lora, cost=0.02, vary=_seeded_arm, **shared),
+        Arm(label=RANDOM, method=lora, cost=0.02, vary=_random_arm, **shared),
+        Arm(label=TRUTH, method=lora, cost=0.02, vary=_true_arm, **shared),
         Arm(
             label=ALLOCATORS["AdaLoRA"],
             method=AdaLoRA(init_rank=start, target_rank=rank, alpha=4 * _SCALE * start, **everywhere),
             cost=0.025,
-            vary=_of_seed,
+            vary=_seeded_arm,
             **shared,
         ),
         Arm(
             label=ALLOCATORS["AutoLoRA"],
             method=AutoLoRA(rank=start, alpha=_SCALE * start, selection_lr=1e-2, **everywhere),
             cost=0.15,
-            vary=_of_seed,
+            vary=_seeded_arm,
             **shared,
         ),
         Arm(
             label=ALLOCATORS["ALoRA"],
             method=ALoRA(init_rank=rank, alpha=_SCALE * rank, **everywhere),
             cost=0.05,
-            vary=_of_seed,
+            vary=_seeded_arm,
             **shared,
         ),
     ]
@@ -112,7 +112,7 @@ def random_ranks(seed: int) -> dict[str, int]:
     return baseline_ranks.random(list(truth), sum(truth.values()), seed, cap=max(planted_teacher.RANKS))
 
 
-def _of_seed(arm: Arm, seed: int) -> Arm:
+def _seeded_arm(arm: Arm, seed: int) -> Arm:
     """The same recipe on the text of this seed's teacher, with the truth on record."""
     truth = planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))
     return replace(
@@ -120,12 +120,12 @@ def _of_seed(arm: Arm, seed: int) -> Arm:
     )
 
 
-def _random(arm: Arm, seed: int) -> Arm:
-    return _of_seed(replace(arm, method=_lora(random_ranks(seed))), seed)
+def _random_arm(arm: Arm, seed: int) -> Arm:
+    return _seeded_arm(replace(arm, method=_lora(random_ranks(seed))), seed)
 
 
-def _true(arm: Arm, seed: int) -> Arm:
-    return _of_seed(replace(arm, method=_lora(planted_teacher.planted_ranks(seed))), seed)
+def _true_arm(arm: Arm, seed: int) -> Arm:
+    return _seeded_arm(replace(arm, method=_lora(planted_teacher.planted_ranks(seed))), seed)
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:

@@ -94,14 +94,14 @@ def teacher(seed: int) -> nn.Module:
         for name, rank in planted_ranks(seed).items():
             weight = host_weight(model.get_submodule(name))
             size = STRENGTH * torch.linalg.matrix_norm(weight, 2)
-            weight.add_(size * _directions(weight, rank, generator))
+            weight.add_(size * _random_directions(weight, rank, generator))
     return model
 
 
 @cache
 def task(seed: int) -> tasks.Task:
     """Text that the teacher of this seed writes."""
-    lines = [" ".join(map(_word, row)) for row in _sample(teacher(seed), seed).tolist()]
+    lines = [" ".join(map(_word, row)) for row in _sample_texts(teacher(seed), seed).tolist()]
     return tasks.from_frame(pd.DataFrame({"text": lines}), f"planted ranks, teacher {seed}")
 
 
@@ -122,26 +122,28 @@ def _random_decoder() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, weight in _matrices(model):
+        for name, weight in _decoder_matrices(model):
             # Variances that keep every layer's output at unit size, and logits far enough apart to be told.
             spread = {"embed": 1.0, "lm_head": 2 / WIDTH**0.5}.get(name, weight.shape[1] ** -0.5)
             weight.copy_(spread * torch.randn(weight.shape, generator=generator))
     return model
 
 
-def _matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _decoder_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             yield ("embed" if "embed" in name else "lm_head" if "lm_head" in name else name), weight
 
 
-def _directions(weight: Float[Tensor, "out in"], rank: int, generator: torch.Generator) -> Float[Tensor, "out in"]:
+def _random_directions(
+    weight: Float[Tensor, "out in"], rank: int, generator: torch.Generator
+) -> Float[Tensor, "out in"]:
     """A random matrix with ``rank`` singular values 1."""
     left, right = (torch.linalg.qr(torch.randn(side, rank, generator=generator))[0] for side in weight.shape)
     return left @ right.T
 
 
-def _sample(model: Any, seed: int) -> Int[Tensor, "texts length"]:
+def _sample_texts(model: Any, seed: int) -> Int[Tensor, "texts length"]:
     """Texts drawn token by token from what the model predicts; the first token is uniform."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

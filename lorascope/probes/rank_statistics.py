@@ -27,15 +27,15 @@ def final_ranks(runs: Sequence[Run]) -> pd.DataFrame:
 
 def role_share(runs: Sequence[Run], found: pd.DataFrame, roles: Collection[str]) -> BySeed:
     """Share of each run's ranks in modules of these roles."""
-    return _share(runs, rank_allocations.shares(found), "role", roles)
+    return _rank_fraction(runs, rank_allocations.shares(found), "role", roles)
 
 
 def top_share(runs: Sequence[Run], found: pd.DataFrame) -> BySeed:
     """Share of each run's ranks in the top third of the layers."""
-    return _share(runs, rank_allocations.shares(found, "third"), "third", ("top",))
+    return _rank_fraction(runs, rank_allocations.shares(found, "third"), "third", ("top",))
 
 
-def _share(runs: Sequence[Run], shares: pd.DataFrame, by: str, groups: Collection[str]) -> BySeed:
+def _rank_fraction(runs: Sequence[Run], shares: pd.DataFrame, by: str, groups: Collection[str]) -> BySeed:
     inside = shares[shares[by].astype("str").isin(groups)].groupby("run", observed=True)["share"].sum()
     return {run.meta["seed"]: float(inside.get(run.id, 0.0)) for run in runs}
 

@@ -51,7 +51,12 @@ class Outcome:
         """For a program."""
         listed: list[dict[str, Any]] = [
             {"probe": name, "claim": verdict.claim.sentence, "outcome": verdict.outcome, "margin": verdict.claim.margin}
-            | {"effect": verdict.effect, "low": _number(verdict.low), "high": _number(verdict.high), "n": verdict.n}
+            | {
+                "effect": verdict.effect,
+                "low": _nan_to_none(verdict.low),
+                "high": _nan_to_none(verdict.high),
+                "n": verdict.n,
+            }
             for name, verdicts in self.verdicts.items()
             for verdict in verdicts
         ]
@@ -66,7 +71,7 @@ class Outcome:
         return "\n".join([*lines, "", f"report: {printable(self.path)}"])
 
 
-def _number(value: float) -> float | None:
+def _nan_to_none(value: float) -> float | None:
     """JSON knows no NaN."""
     return None if math.isnan(value) else value
 
@@ -108,13 +113,13 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
     count = {name: seeds or (QUICK_SEEDS if quick else probe.seeds) for name, probe in chosen.items()}
     wanted = [(arm, seed) for name, found in arms.items() for arm in found for seed in range(count[name])]
-    runs = _train(wanted, Path(out) / "runs")
+    runs = _train_arms(wanted, Path(out) / "runs")
     folders = {
         name: {arm.label: [runs[arm.label, seed] for seed in range(count[name])] for arm in found}
         for name, found in arms.items()
     }
     write_json(Path(out) / CONTENTS, {"quick": quick, "probes": folders})
-    _measure(out)
+    _measure_missing(out)
     return write_report(out)
 
 
@@ -126,7 +131,7 @@ def write_report(out: str | Path) -> Outcome:
     FileNotFoundError
         The folder is none that ``reproduce`` filled, or lacks a run.
     """
-    quick, runs = _contents(out)
+    quick, runs = _read_contents(out)
     found = _judge(out, runs)
     path = page.write(Path(out) / REPORT, found, runs, quick=quick)
     return Outcome(path, {name: each.verdicts for name, each in found.items()})
@@ -134,13 +139,13 @@ def write_report(out: str | Path) -> Outcome:
 
 def findings(out: str | Path) -> dict[str, Findings]:
     """What each probe finds in the runs of an earlier ``reproduce``, charts and all; errors as of ``write_report``."""
-    return _judge(out, _contents(out)[1])
+    return _judge(out, _read_contents(out)[1])
 
 
 def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> dict[str, Findings]:
     found = {}
     for name, labelled in runs.items():
-        files = {run.id: _measured(out, name, run) for run in _measurable(name, labelled)}
+        files = {run.id: _measured_file(out, name, run) for run in _measurable_runs(name, labelled)}
         tables = {id: read_table(file, file) for id, file in files.items()}
         try:
             found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
@@ -152,7 +157,7 @@ def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> 
     return found
 
 
-def _contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:
+def _read_contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:
     """Were these quick settings, and the runs of each probe by arm."""
     file = Path(out) / CONTENTS
     if not file.exists():
@@ -161,12 +166,14 @@ def _contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:
     if unknown := sorted(contents.probes.keys() - PROBES.keys()):
         raise ValueError(f"cannot read {printable(file)}: unknown probe {printable(unknown[0])!r}")
     return contents.quick, {
-        name: {label: [_run(Path(out) / "runs", folder, file) for folder in found] for label, found in labels.items()}
+        name: {
+            label: [_find_run(Path(out) / "runs", folder, file) for folder in found] for label, found in labels.items()
+        }
         for name, labels in contents.probes.items()
     }
 
 
-def _run(root: Path, folder: str, file: Path) -> Run:
+def _find_run(root: Path, folder: str, file: Path) -> Run:
     """A run of the folder, by its name or by those of a recipe and of a phase."""
     if not all(map(is_plain, folder.split("/"))):
         raise ValueError(
@@ -175,7 +182,7 @@ def _run(root: Path, folder: str, file: Path) -> Run:
     return Run.read(root / folder)
 
 
-def _train(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int], str]:
+def _train_arms(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int], str]:
     """Names of the run folders by label of the arm and seed; an arm that two probes share is trained once.
 
     Raises
@@ -199,14 +206,14 @@ def _remove_copies(run: Run) -> None:
         remove_states(run)
 
 
-def _measure(out: str | Path) -> None:
+def _measure_missing(out: str | Path) -> None:
     """Make the tables that are not there yet, side by side."""
-    _, runs = _contents(out)
+    _, runs = _read_contents(out)
     left = [
         (PROBES[name].measure, run, file)
         for name, found in runs.items()
-        for run in _measurable(name, found)
-        if not (file := _measured(out, name, run)).exists()
+        for run in _measurable_runs(name, found)
+        if not (file := _measured_file(out, name, run)).exists()
     ]
     Parallel(n_jobs=width())(delayed(_measure_one)(*job) for job in left)
 
@@ -218,11 +225,11 @@ def _measure_one(measure: Callable[[Run], pd.DataFrame], run: Run, file: Path) -
     write_bytes(file, buffer.getvalue())
 
 
-def _measurable(name: str, runs: Mapping[str, Sequence[Run]]) -> list[Run]:
+def _measurable_runs(name: str, runs: Mapping[str, Sequence[Run]]) -> list[Run]:
     return [run for found in runs.values() for run in found] if PROBES[name].measure else []
 
 
-def _measured(out: str | Path, name: str, run: Run) -> Path:
+def _measured_file(out: str | Path, name: str, run: Run) -> Path:
     return Path(out) / "measured" / f"{name}-{run.id}.parquet"
 
 

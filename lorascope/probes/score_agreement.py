@@ -24,7 +24,7 @@ from lorascope.adapters.delta import attached_deltas, detach
 from lorascope.analysis.score_agreement import correlate
 from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
-from lorascope.methods.autolora import kept
+from lorascope.methods.autolora import retained_mask
 from lorascope.probes import component_scores
 from lorascope.probes.base import Exhibit, Findings, Probe, register
 from lorascope.probes.claims import Claim
@@ -41,7 +41,7 @@ _SIZE, KEPT = "singular value", "AutoLoRA kept"
 _SOURCE = "this project; what the paper takes for granted"
 
 
-def _claims(name: str) -> tuple[Claim, Claim]:
+def _score_claims(name: str) -> tuple[Claim, Claim]:
     measured = f"Spearman correlation over components of {_SCORES[name]} with the rise of the loss"
     return (
         Claim(
@@ -61,7 +61,7 @@ def _claims(name: str) -> tuple[Claim, Claim]:
     )
 
 
-CLAIMS = {name: _claims(name) for name in _SCORES}
+CLAIMS = {name: _score_claims(name) for name in _SCORES}
 
 
 def arms(quick: bool) -> list[Any]:
@@ -114,13 +114,15 @@ def measure(run: Run) -> pd.DataFrame:
     modules |= {score: {name: rise[-1] for name, rise in rises.items()} for score, rises in halves.items()}
     # alpha sums to one in every module: what tells modules apart is how much of it stays.
     alphas = found[_SCORES["AutoLoRA"]]
-    stay = {name: kept(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
+    stay = {name: retained_mask(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
     modules[_SCORES["AutoLoRA"]] = {name: alpha[stay[name]].sum() for name, alpha in alphas.items()}
     modules[KEPT] = {name: those.sum() for name, those in stay.items()}
-    return pd.concat([_long(run, found, np.arange), _long(run, modules, lambda n: np.full(n, -1))], ignore_index=True)
+    return pd.concat(
+        [_long_rows(run, found, np.arange), _long_rows(run, modules, lambda n: np.full(n, -1))], ignore_index=True
+    )
 
 
-def _long(run: Run, rows: Mapping[str, Mapping[str, Any]], number: Callable[[int], np.ndarray]) -> pd.DataFrame:
+def _long_rows(run: Run, rows: Mapping[str, Mapping[str, Any]], number: Callable[[int], np.ndarray]) -> pd.DataFrame:
     parts = [
         pd.DataFrame({"module": name, "component": number(np.size(values)), "score": score, "value": np.ravel(values)})
         for score, found in rows.items()

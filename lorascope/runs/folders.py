@@ -138,29 +138,29 @@ def remove_run(folder: Path) -> None:
     folder = folder.resolve()
     try:
         read_manifest(folder)
-        for phase in _phases(folder):
+        for phase in _phase_folders(folder):
             with suppress(FileNotFoundError):  # a phase without files yet
                 read_manifest(phase)
     except ValueError as error:
         raise ValueError(f"{refused}: it is not a run of lorascope ({error})") from error
     with ExitStack() as locks:
-        for place in (folder, *_phases(folder)):
+        for place in (folder, *_phase_folders(folder)):
             locks.enter_context(lock_run(place))
         # Renamed first, so that a removal that is cut short leaves nothing that looks like a run.
         removed = folder.with_name(f".{folder.name}.removed")
         for place in (folder, removed):
-            if (foreign := _foreign(place)) is not None:
+            if (foreign := _foreign_file(place)) is not None:
                 raise ValueError(f"{refused}: lorascope did not write {printable(foreign)}; move it away first")
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed)
 
 
-def _phases(folder: Path) -> list[Path]:
+def _phase_folders(folder: Path) -> list[Path]:
     return [child for child in folder.iterdir() if _PHASE.fullmatch(child.name) and child.is_dir()]
 
 
-def _foreign(folder: Path) -> Path | None:
+def _foreign_file(folder: Path) -> Path | None:
     """A file or symbolic link that lorascope did not write; the folder itself if it is a link."""
     if folder.is_symlink():
         return folder

@@ -116,9 +116,9 @@ class GatedRun(Run):
         of_updates, unknown = table["quantity"].isin([*_SIZES, *_SHAPES]), table["quantity"].isin(_UNKNOWN)
         stays = ~unknown & (ends | ~of_updates)
         hangs = of_updates & table["module"].isin({*self.gates, *holding})
-        return validate(self._anew(table[stays], hangs[stays]))
+        return validate(self._recompute_rows(table[stays], hangs[stays]))
 
-    def _anew(self, table: pd.DataFrame, hangs: pd.Series) -> pd.DataFrame:
+    def _recompute_rows(self, table: pd.DataFrame, hangs: pd.Series) -> pd.DataFrame:
         before, after = self.run.updates(), self.updates()
         shapes = {(module, name): getattr(after[module], name)() for module in self.gates for name in _SHAPES}
         norms = {module: (before[module].norm(), after[module].norm()) for module in self.gates}

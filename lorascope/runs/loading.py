@@ -24,7 +24,7 @@ from lorascope.runs.formats.peft_adalora import read_adalora
 from lorascope.runs.formats.peft_dora import read_dora
 from lorascope.runs.formats.peft_fourierft import named_base, read_fourier
 from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, factor_files, open_adapter, read_adapter
-from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.layout import Lazy
 from lorascope.runs.manifest import Recipe
 from lorascope.runs.run import Run
@@ -71,8 +71,8 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists() or factor_files(path):
-        model = None if base is None else Pretrained(base)
-        return AdapterRun(_read(path, model), model)
+        model = None if base is None else PretrainedWeights(base)
+        return AdapterRun(_open_folder(path, model), model)
     raise ValueError(f"{printable(path)} holds neither a run nor an adapter{_hint(path)}")
 
 
@@ -81,7 +81,7 @@ def is_run(path: str | Path) -> bool:
     return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
 
 
-def _read(path: Path, base: Pretrained | None) -> AdapterFiles:
+def _open_folder(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
     config, files = open_adapter(path)
     kind = config.get("peft_type", "LORA").upper()
     if kind == "FOURIERFT":
@@ -107,7 +107,7 @@ class AdapterRun(Run):
         Weights of the base.
     """
 
-    def __init__(self, files: AdapterFiles, base: Pretrained | None = None) -> None:
+    def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
         self.files, self.base = files, base
         if base is not None and not any(map(base.holds, files.parts)):
             raise ValueError(
@@ -130,7 +130,7 @@ class AdapterRun(Run):
             "states": {"last": {"step": None, "ranks": ranks}},
             "test": {},
             "parameters": {"trained": sum(part.size for part in files.parts.values())},
-            "modules": [_describe(module, *part.shape) for module, part in files.parts.items()],
+            "modules": [_module_row(module, *part.shape) for module, part in files.parts.items()],
         }
         super().__init__(files.path, meta)
 
@@ -168,9 +168,9 @@ class AdapterRun(Run):
 
     @cached_property
     def _measures(self) -> dict[str, dict[str, float]]:
-        return {module: self._measure(module) for module in self.files.parts}
+        return {module: self._measure_module(module) for module in self.files.parts}
 
-    def _measure(self, module: str) -> dict[str, float]:
+    def _measure_module(self, module: str) -> dict[str, float]:
         part = self.files.parts[module]
         if part.thin:
             sigma = self.spectra[module]
@@ -187,18 +187,18 @@ class AdapterRun(Run):
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for; see ``factor_formats``."""
-        self._only(step, state)
+        self._require_last_state(step, state)
         parts = self.files.parts
         return Lazy(list(parts), lambda module: parts[module].factors())
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
         """The update of every module, read when asked for."""
-        self._only(step, state)
+        self._require_last_state(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         """Modules whose factors stand for an update that depends on the input, by what the headers say."""
-        self._only(None, state)
+        self._require_last_state(None, state)
         return {module for module, part in self.files.parts.items() if not part.exact}
 
     def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
@@ -207,7 +207,7 @@ class AdapterRun(Run):
 
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
         """One row an adapted module: place, rank, norm of the update and its ranks."""
-        self._only(None, state)
+        self._require_last_state(None, state)
         frame = self.modules[["module", "stack", "layer", "role"]]
         frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
         measured = pd.DataFrame(list(self._measures.values()))
@@ -223,13 +223,13 @@ class AdapterRun(Run):
         """Raise a ValueError: the folder itself is all there is."""
         raise ValueError(f"{self.label} was not trained here: copy its folder, {self.path}")
 
-    def _only(self, step: int | None, state: str) -> None:
+    def _require_last_state(self, step: int | None, state: str) -> None:
         if step is not None or state != "last":
             asked = f"step {step}" if step is not None else f"state {state!r}"
             raise ValueError(f"{self.label} was not trained here: it holds one state, so there is no {asked}")
 
     def _state(self, state: str) -> dict[str, Any]:
-        self._only(None, state)
+        self._require_last_state(None, state)
         return super()._state(state)
 
     def _lines(self) -> list[tuple[str, str]]:
@@ -253,11 +253,13 @@ def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
         stack, layer, _ = parse(module)
         layers[module if layer is None else (stack, layer)].append(module)
     for names in layers.values():
-        for batch in _batches(updates, names):
+        for batch in _update_batches(updates, names):
             yield from zip(batch, spectra(list(batch.values())), strict=True)
 
 
-def _batches(updates: Mapping[str, LowRank | Dense], names: Iterable[str]) -> Iterator[dict[str, LowRank | Dense]]:
+def _update_batches(
+    updates: Mapping[str, LowRank | Dense], names: Iterable[str]
+) -> Iterator[dict[str, LowRank | Dense]]:
     """Updates read in groups of limited size: a layer may have any number of modules."""
     batch: dict[str, LowRank | Dense] = {}
     size = 0
@@ -271,7 +273,7 @@ def _batches(updates: Mapping[str, LowRank | Dense], names: Iterable[str]) -> It
         yield batch
 
 
-def _describe(module: str, outer: int, inner: int) -> dict[str, Any]:
+def _module_row(module: str, outer: int, inner: int) -> dict[str, Any]:
     stack, layer, role = parse(module)
     return {
         "module": module, "stack": stack, "layer": layer, "role": role,

@@ -72,8 +72,8 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
         "r": common_rank,
         "lora_alpha": common_alpha,
         "target_modules": targets(run, kept),
-        "rank_pattern": {_exactly(name): rank for name, rank in kept.items() if rank != common_rank},
-        "alpha_pattern": {_exactly(name): alpha for name, alpha in alphas.items() if alpha != common_alpha},
+        "rank_pattern": {_exact_pattern(name): rank for name, rank in kept.items() if rank != common_rank},
+        "alpha_pattern": {_exact_pattern(name): alpha for name, alpha in alphas.items() if alpha != common_alpha},
     }
 
 
@@ -86,7 +86,7 @@ def products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowR
     return found
 
 
-def factored(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
+def exact_products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
     """The updates, if each is such a product and no more; a ValueError says of one that it is not.
 
     One that depends on its input is no more where the run is seen at fixed gates.
@@ -98,7 +98,7 @@ def factored(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowR
     return found
 
 
-def _exactly(name: str) -> str:
+def _exact_pattern(name: str) -> str:
     return f"^{re.escape(name)}"
 
 
@@ -108,12 +108,12 @@ def targets(run: Any, kept: Collection[str]) -> list[str] | str:
     The full names; where the end of another module's name is one of them, an expression that leaves that one out.
     """
     ends = tuple(f".{name}" for name in kept)
-    if any(name.endswith(ends) for name in _names(run) - set(kept)):
+    if any(name.endswith(ends) for name in _known_names(run) - set(kept)):
         return "|".join(map(re.escape, kept))
     return list(kept)
 
 
-def _names(run: Any) -> set[str]:
+def _known_names(run: Any) -> set[str]:
     """All names of the model's modules that the run knows of."""
     modules = run.modules
     return {*modules["module"], *(name for names in modules.get("tied", ()) for name in names.split(","))}

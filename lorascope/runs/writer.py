@@ -54,7 +54,7 @@ class RunWriter:
         known = (
             set() if table is None else {self.path / snapshot_file(step) for step in table["step"].unique().tolist()}
         )
-        for file in (self._files() - known).union(partial_files(self.path)):
+        for file in (self._content_files() - known).union(partial_files(self.path)):
             file.unlink()
 
     def add(self, step: int, items: Iterable[Item]) -> None:
@@ -73,10 +73,10 @@ class RunWriter:
     def write_arrays(self) -> None:
         """Write the arrays that are not on the disk yet; what cannot be written stays until the next call."""
         for step in list(self._arrays):
-            self._keep(self.path / snapshot_file(step), self._arrays[step])
+            self._write_step(self.path / snapshot_file(step), self._arrays[step])
             del self._arrays[step]
 
-    def _keep(self, path: Path, items: Iterable[Snapshot | Factors]) -> None:
+    def _write_step(self, path: Path, items: Iterable[Snapshot | Factors]) -> None:
         """Write a step's arrays, beside those of the same step that are there already."""
         arrays: dict[str, np.ndarray] = {}
         about: dict[str, dict[str, Any]] = {"axes": {}, "factors": {}, "scales": {}, "exact": {}}
@@ -117,7 +117,7 @@ class RunWriter:
         self._write_meta(status, file_hash)
         return Run(self.path, self.meta)
 
-    def _files(self) -> set[Path]:
+    def _content_files(self) -> set[Path]:
         return own_files(self.path, "records.parquet", "snapshots/*", "state/*")
 
     def _write_table(self) -> None:
@@ -130,9 +130,9 @@ class RunWriter:
         self.meta |= {
             "status": status,
             "checksums": {
-                str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(self._files())
+                str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(self._content_files())
             },
-            "quantities": {name: _describe(name) for name in used},
+            "quantities": {name: _describe_quantity(name) for name in used},
         }
         write_json(self.path / "run.json", self.meta)
 
@@ -149,6 +149,6 @@ def remove_states(run: Run) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
-def _describe(name: str) -> dict[str, str]:
+def _describe_quantity(name: str) -> dict[str, str]:
     quantity = QUANTITIES[name]
     return {field: getattr(quantity, field) for field in quantity.__slots__}

@@ -8,7 +8,7 @@ from functools import partial
 _LONG = 60
 
 
-def in_words(value: object) -> str:
+def to_words(value: object) -> str:
     """Describe a value of a configuration in a few words, the same in every process.
 
     Parameters
@@ -18,7 +18,7 @@ def in_words(value: object) -> str:
         ``by module`` or the run or array that it stands for.
     """
     if isinstance(value, list):
-        text = " ".join(map(in_words, value))
+        text = " ".join(map(to_words, value))
         kind = "modules" if any("." in str(item) for item in value) else "values"
         return text if len(text) <= _LONG else f"{len(value)} {kind}"
     if isinstance(value, dict):
@@ -26,8 +26,8 @@ def in_words(value: object) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, partial):
-        given = [*map(in_words, value.args), *(f"{name}={in_words(item)}" for name, item in value.keywords.items())]
-        return f"{in_words(value.func)}({', '.join(given)})"
+        given = [*map(to_words, value.args), *(f"{name}={to_words(item)}" for name, item in value.keywords.items())]
+        return f"{to_words(value.func)}({', '.join(given)})"
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__.rpartition("<locals>.")[2]
     text = str(value)

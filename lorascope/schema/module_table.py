@@ -76,10 +76,10 @@ def describe(model: Any) -> pd.DataFrame:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = list(_collect(model, "", None))
     _settle_ends(model, rows)
-    return pd.DataFrame(_untied(rows), columns=list(_DTYPES)).astype(_DTYPES)
+    return pd.DataFrame(_drop_tied(rows), columns=list(_DTYPES)).astype(_DTYPES)
 
 
-def _untied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
+def _drop_tied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
     """Table rows, one for each weight: the embedding's where it has one, else that of the first use."""
     uses: dict[int, list[_Row]] = {}
     for row in rows:
@@ -93,33 +93,33 @@ def _untied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
 
 def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[_Row]:
     """Rows of everything under `module`, `block` being the path and layer of the block around it."""
-    host = _bare(module)
+    host = _unwrap_peft(module)
     weight = dict(host.named_parameters(recurse=False)).get("weight")
     if weight is not None:
         # What hangs below a weight is an adapter, not the model.
-        yield _row(path, block, module, host, weight)
+        yield _make_row(path, block, module, host, weight)
         return
-    blocks = _blocks(host, path) if block is None else set()
+    blocks = _find_blocks(host, path) if block is None else set()
     for name, child in host.named_children():
         below = f"{path}.{name}".lstrip(".")
         if name in blocks:
             start = _Row(below, stack_of(below), int(name), "block", "block", child)
             rows = list(_collect(child, below, (below, int(name))))
-            _correct(rows)
+            _correct_roles(rows)
             yield from (start, *rows)
         else:
             yield from _collect(child, below, block)
 
 
-def _bare(module: Any) -> Any:
+def _unwrap_peft(module: Any) -> Any:
     """The module inside PEFT's wrappers."""
     for name, child in module.named_children():
         if name in ("base_layer", "original_module"):
-            return _bare(child)
+            return _unwrap_peft(child)
     return module
 
 
-def _blocks(host: Any, path: str) -> set[str]:
+def _find_blocks(host: Any, path: str) -> set[str]:
     """The numbered children of a container that are blocks: alike, or called so, and more than one weight each."""
     children = dict(host.named_children())
     if not children or list(children) != [str(i) for i in range(len(children))]:
@@ -130,7 +130,7 @@ def _blocks(host: Any, path: str) -> set[str]:
     return {name for name, child in children.items() if sum(1 for _ in _collect(child, name, (name, 0))) > 1}
 
 
-def _row(path: str, block: tuple[str, int] | None, module: Any, host: Any, weight: Any) -> _Row:
+def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, weight: Any) -> _Row:
     """One weight with its sizes and the role that name and shape allow; heads and context are settled later."""
     embedding = hasattr(host, "num_embeddings")
     kind = "norm" if weight.ndim < 2 else "embedding" if embedding else "conv" if weight.ndim > 2 else "linear"
@@ -169,7 +169,7 @@ def _settle_ends(model: Any, rows: list[_Row]) -> None:
         linears[-1].role = "head"
 
 
-def _correct(rows: list[_Row]) -> None:
+def _correct_roles(rows: list[_Row]) -> None:
     """Settle, within one block, the roles that only the neighbours' sizes tell."""
     linears = [row for row in rows if row.kind == "linear"]
     groups: dict[str, list[_Row]] = {}
@@ -247,16 +247,16 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
     wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
     for target in wanted:
-        found = _chosen(description, target, isinstance(targets, str), called)
+        found = _choose_modules(description, target, isinstance(targets, str), called)
         if not found:
-            raise ValueError(f"{called}: {target!r} matches no module; {_near(description, target)}")
+            raise ValueError(f"{called}: {target!r} matches no module; {_suggest_names(description, target)}")
         chosen.update(found)
     if not chosen:
-        raise ValueError(f"{called} is empty; {_near(description, '')}")
-    return [name for name in _names(description) if name in chosen]
+        raise ValueError(f"{called} is empty; {_suggest_names(description, '')}")
+    return [name for name in _all_names(description) if name in chosen]
 
 
-def _chosen(description: pd.DataFrame, target: str, pattern: bool, called: str) -> list[str]:
+def _choose_modules(description: pd.DataFrame, target: str, pattern: bool, called: str) -> list[str]:
     role = description["role"]
     if target == "all-linear":
         return description["module"][description["layer"].notna() & role.isin(LINEAR)].tolist()
@@ -264,14 +264,16 @@ def _chosen(description: pd.DataFrame, target: str, pattern: bool, called: str) 
         fused = role == "qkv" if target in ("q", "k", "v") else gated_input(description) & (target == "ffn_gate")
         return description["module"][(role == target) | fused].tolist()
     if not pattern:
-        return [target] if target in _names(description) else []
+        return [target] if target in _all_names(description) else []
     try:
-        return [name for name in _names(description[description["out_features"].notna()]) if re.fullmatch(target, name)]
+        return [
+            name for name in _all_names(description[description["out_features"].notna()]) if re.fullmatch(target, name)
+        ]
     except re.error as error:
         raise ValueError(f"{called}: {target!r} is neither a role nor a regular expression: {error}") from None
 
 
-def _names(description: pd.DataFrame) -> list[str]:
+def _all_names(description: pd.DataFrame) -> list[str]:
     """Every module name, tied ones behind the name they are listed under."""
     pairs = zip(description["module"], description["tied"], strict=True)
     return [name for module, tied in pairs for name in (module, *filter(None, tied.split(",")))]
@@ -285,7 +287,7 @@ def gated_input(description: pd.DataFrame) -> pd.Series:
     return (description["role"] == "ffn_in") & (description["out_features"] == 2 * width)
 
 
-def _near(description: pd.DataFrame, target: str) -> str:
+def _suggest_names(description: pd.DataFrame, target: str) -> str:
     """What may have been meant, and the roles there are."""
     present = [role for role in ROLES if role in set(description["role"])]
     meant = {role: role for role in present}

@@ -40,9 +40,9 @@ class Patterns:
 
     def __init__(self, keys: Iterable[str], name: object) -> None:
         self._name, self._left, self._seconds = name, MAX_MATCHES, MAX_SECONDS
-        self._patterns = {key: self._compiled(key) for key in keys}
+        self._patterns = {key: self._compile(key) for key in keys}
 
-    def _compiled(self, key: str) -> re.Pattern[str] | regex.Pattern[str]:
+    def _compile(self, key: str) -> re.Pattern[str] | regex.Pattern[str]:
         whole = rf"(.*\.)?({key})$"
         try:
             if len(key) > _MAX_KEY or _EXPANDS.search(key):
@@ -59,18 +59,22 @@ class Patterns:
 
     def first(self, module: str) -> str | None:
         """Return the first key that fits a module, as PEFT takes it."""
-        return next((key for key in self._patterns if self._fits(key, module)), None)
+        return next((key for key in self._patterns if self._is_match(key, module)), None)
 
     def idle(self, modules: Iterable[str]) -> list[str]:
         """Return the keys that fit none of the modules."""
         names = list(modules)
-        return [key for key in self._patterns if not any(self._fits(key, name) for name in names)]
+        return [key for key in self._patterns if not any(self._is_match(key, name) for name in names)]
 
-    def _fits(self, key: str, module: str) -> bool:
+    def _is_match(self, key: str, module: str) -> bool:
         """Return whether a key fits, within the limits that all matches share."""
         self._left -= 1
         pattern = self._patterns[key]
-        found = pattern.match(module) is not None if isinstance(pattern, re.Pattern) else self._timed(pattern, module)
+        found = (
+            pattern.match(module) is not None
+            if isinstance(pattern, re.Pattern)
+            else self._match_in_time(pattern, module)
+        )
         if self._left < 0 or self._seconds <= 0:
             raise ValueError(
                 f"cannot read {printable(self._name)}: matching it against the names of the modules takes too long, at "
@@ -78,7 +82,7 @@ class Patterns:
             )
         return found
 
-    def _timed(self, pattern: regex.Pattern[str], module: str) -> bool:
+    def _match_in_time(self, pattern: regex.Pattern[str], module: str) -> bool:
         start = time.monotonic()
         try:
             return pattern.match(module, timeout=max(self._seconds, 1e-3)) is not None
@@ -100,7 +104,7 @@ class Ends:
     def __init__(self, names: Iterable[str]) -> None:
         self._reversed = sorted(name[::-1] for name in names)
 
-    def ending(self, end: str) -> Iterator[str]:
+    def names_with_end(self, end: str) -> Iterator[str]:
         """Yield the names with this end, in no particular order."""
         start = end[::-1]
         for place in range(bisect_left(self._reversed, start), len(self._reversed)):

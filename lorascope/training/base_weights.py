@@ -12,7 +12,7 @@ from lorascope.adapters.delta import attached_deltas
 from lorascope.adapters.peft_layers import unwrap_peft_model, unwrapped_parameters
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
-from lorascope.observe.trainable import adapters, left_out
+from lorascope.observe.trainable import adapters, unreadable_adapters
 
 _MARK = "_lorascope_trained"
 
@@ -77,5 +77,5 @@ def prepare_model(model: nn.Module, task: Task, seed: int) -> Mark:
 def refuse_adapted(model: nn.Module) -> None:
     """Raise a ValueError where a model carries adapters, ours or PEFT's: it is no W_0."""
     bare_model = unwrap_peft_model(model)
-    if carried := adapters(bare_model) | left_out(bare_model):
+    if carried := adapters(bare_model) | unreadable_adapters(bare_model):
         raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")

@@ -67,17 +67,17 @@ class Checkpoints:
         tree = vars(checkpoint) | {"best": best and vars(best), "table": pack_rows(table)}
         save_tree(file, tree)
         kept = {file} if best is None else {file, self.best_file(best.step)}
-        for old in self._files() - kept:
+        for old in self._resume_files() - kept:
             with suppress(OSError):
                 old.unlink()
 
-    def _files(self) -> set[Path]:
+    def _resume_files(self) -> set[Path]:
         return own_files(self.path, "resume/step-*", "resume/best-*")
 
     def remove(self) -> None:
         """Remove all checkpoints; other files in the folder stay."""
         with suppress(OSError):
-            for file in self._files():
+            for file in self._resume_files():
                 file.unlink(missing_ok=True)
             self.folder.rmdir()
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorascope.inputs.tokenization import IGNORED, Encoded
+from lorascope.inputs.tokenization import IGNORED, EncodedRows
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class Score:
 
 def evaluate(
     model: nn.Module,
-    encoded: Encoded,
+    encoded: EncodedRows,
     device: str | torch.device = "cpu",
     limit: int | None = None,
     batch_size: int = 64,
@@ -103,24 +103,24 @@ def evaluate(
             rows = order[start : start + batch_size]
             batch = {key: value.to(device) for key, value in encoded.batch(rows).items()}
             if encoded.classes is not None:
-                nll[rows], correct[rows] = _of_classes(model, batch)
+                nll[rows], correct[rows] = _score_classes(model, batch)
             else:
-                nll[rows], counts[rows], correct[rows] = _of_tokens(model, batch, encoded, rows)
+                nll[rows], counts[rows], correct[rows] = _score_tokens(model, batch, encoded, rows)
     model.train(training)
     closed = encoded.classes is not None or encoded.choices is not None
     groups = None if encoded.groups is None else encoded.groups[:total]
     return Score("accuracy" if closed else "perplexity", nll, counts, correct if closed else None, groups)
 
 
-def _of_classes(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, Any]:
+def _score_classes(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, Any]:
     labels = batch.pop("labels")
     logits = model(**batch).logits.float()
     nll = F.cross_entropy(logits, labels, reduction="none")
     return nll.cpu().numpy(), (logits.argmax(-1) == labels).cpu().numpy()
 
 
-def _of_tokens(
-    model: nn.Module, batch: dict[str, Tensor], encoded: Encoded, rows: Int[np.ndarray, "batch"]
+def _score_tokens(
+    model: nn.Module, batch: dict[str, Tensor], encoded: EncodedRows, rows: Int[np.ndarray, "batch"]
 ) -> tuple[Any, Any, Any]:
     labels = batch["labels"]
     if encoded.shifted:

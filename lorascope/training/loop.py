@@ -22,11 +22,11 @@ from lorascope.runs.folders import lock_run, read_manifest
 from lorascope.runs.run import Run
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
-from lorascope.training.progress import interruptible, progress_bar
+from lorascope.training.progress import catch_interrupt, progress_bar
 from lorascope.training.run_spec import Plan
-from lorascope.training.session import Session, not_finite
+from lorascope.training.session import Session, nonfinite_reason
 from lorascope.training.settings import Settings
-from lorascope.training.state import seeded
+from lorascope.training.state import seed_generators
 
 
 def train(
@@ -125,7 +125,7 @@ def train(
     FloatingPointError
         The loss is no longer a number.
     """
-    method = _method(method) if isinstance(method, str) else method
+    method = _method_of_name(method) if isinstance(method, str) else method
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
     model = models.load(model, task=task) if isinstance(model, str) else model
@@ -167,7 +167,7 @@ def train(
                 locks.enter_context(lock_run(place))
                 locked.add(place)
 
-        for phase in _phases(method, mark.base, runs):
+        for phase in _run_phases(method, mark.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             begun.append(path.name)
             own = lr if phase.lr is None else phase.lr
@@ -186,7 +186,7 @@ def train(
                     write_phases(folder, plan, begun, "running")
                 hold(path)  # now that recipe.json says whose folder it is
                 _reset(model, mark.base)
-                with seeded(seed):
+                with seed_generators(seed):
                     session = Session(model, part, mark.base, path, runs, device)
                     runs.append(fit(session, checkpoint_every, progress))
             else:
@@ -205,7 +205,7 @@ def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
     """The loop itself."""
     step = session.step
     start = session.begin()
-    with interruptible() as interrupted, progress_bar(session.name, step.total, start, progress) as bar:
+    with catch_interrupt() as interrupted, progress_bar(session.name, step.total, start, progress) as bar:
         for index in range(start, step.total):
             loss, norm, rate = advance(session, index)
             score = session.evaluate()
@@ -243,7 +243,7 @@ def _reset(model: nn.Module, base: Base) -> None:
     model.requires_grad_(True)
 
 
-def _phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
+def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
     """The method's phases; each answer is the newest of ``runs``, which the caller fills."""
     generator = method.phases(base)
     try:
@@ -254,7 +254,7 @@ def _phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
         return
 
 
-def _method(name: str) -> Method:
+def _method_of_name(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
     return METHODS[name]()
@@ -266,7 +266,7 @@ def _best_device() -> str:
 
 
 def _stop_unless_finite(session: Session, loss: float, norm: float | None, rate: float) -> None:
-    if reason := not_finite(session.step, loss, norm, rate):
+    if reason := nonfinite_reason(session.step, loss, norm, rate):
         session.fail(reason)
         raise FloatingPointError(f"{reason}; records up to there are in {session.path}")
 

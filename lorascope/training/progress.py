@@ -129,7 +129,7 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> Any:
 
 
 @contextmanager
-def interruptible() -> Iterator[threading.Event]:
+def catch_interrupt() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event, so that a step ends before the run does; a second one cuts through."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():

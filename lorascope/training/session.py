@@ -72,7 +72,17 @@ class Session:
         self._encode(processor(model))
         self._search_generator = torch.Generator().manual_seed(plan.seed)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self.step = Step(-1, s.steps, model, self.optimizer, base, modules, self._batch_loss, self._draw, self._unseen)
+        self.step = Step(
+            -1,
+            s.steps,
+            model,
+            self.optimizer,
+            base,
+            modules,
+            self._batch_loss,
+            self._draw_validation,
+            self._held_out_batch,
+        )
         self.best: Best | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
@@ -122,14 +132,14 @@ class Session:
             self._permutation = (epoch, order)
         return self._permutation[1]
 
-    def _draw(self, size: int | None, fixed: bool) -> Batch:
+    def _draw_validation(self, size: int | None, fixed: bool) -> Batch:
         if self.search is None:
             raise ValueError(f"{type(self.method).__name__} asks for the search split: give it a search_share above 0")
         size = min(size or self.settings.batch_size, len(self.search))
         rows = range(size) if fixed else torch.randperm(len(self.search), generator=self._search_generator)[:size]
         return self._to_device(self.search.batch([int(row) for row in rows]))
 
-    def _unseen(self, size: int | None) -> HeldOut:
+    def _held_out_batch(self, size: int | None) -> HeldOut:
         rows = range(len(self.validation))[:size]
         groups = None if self.validation.groups is None else self.validation.groups[:size]
         return HeldOut(self._to_device(self.validation.batch(rows)), groups)
@@ -186,7 +196,7 @@ class Session:
             step.best = True
             if not step.last:  # finish saves that one
                 self._save_state(self.checkpoints.best_file(step.finished))
-            self.best = Best(key=key, **self._reached())
+            self.best = Best(key=key, **self._state_entry())
         return score
 
     def _score(self, rows: Any) -> Score:
@@ -219,7 +229,7 @@ class Session:
             return 0
         checkpoint, table = found
         try:
-            self._resume(checkpoint)
+            self._load_checkpoint(checkpoint)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"the checkpoint in {printable(self.checkpoints.folder)} after step {checkpoint.finished} does not fit "
@@ -245,7 +255,7 @@ class Session:
         )
         self.checkpoints.save(checkpoint, self.writer.table())
 
-    def _resume(self, checkpoint: Checkpoint) -> None:
+    def _load_checkpoint(self, checkpoint: Checkpoint) -> None:
         load_tensors(self.model, checkpoint.model)
         frozen = set(checkpoint.frozen)
         for name, parameter in self.model.named_parameters():
@@ -265,7 +275,7 @@ class Session:
         save_state(file, self.model, self.optimizer, self.method)
         self.writer.add(self.step.finished, factors_of(self.model))
 
-    def _reached(self) -> dict[str, Any]:
+    def _state_entry(self) -> dict[str, Any]:
         """Entry of the current state in ``run.json``."""
         return {
             "step": self.step.finished,
@@ -282,7 +292,7 @@ class Session:
             tested.append(Record("test_metric_group", np.array(list(groups.values()))))
         self.writer.add(self.step.finished, tested)
         self._save_state(self.path / "state/last.safetensors")
-        states = {"last": self._reached()}
+        states = {"last": self._state_entry()}
         if self.best is not None:
             if self.best.step != self.step.finished:
                 self.checkpoints.keep_best(self.best.step)
@@ -312,7 +322,7 @@ def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> flo
     return None if limit is None else float(torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), limit))
 
 
-def not_finite(step: Step, loss: float, norm: float | None, rate: float) -> str | None:
+def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -> str | None:
     """What is wrong with a step's loss or gradient norm, None where both are numbers."""
     if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
         return None

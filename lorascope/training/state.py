@@ -40,7 +40,7 @@ def save_tree(path: Path, tree: Any) -> None:
     """Write nested dicts, lists, numbers, tensors, arrays and generators as one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
-    write_bytes(path, save(tensors, metadata={"tree": _digest(text, tensors) + text}))
+    write_bytes(path, save(tensors, metadata={"tree": _tree_digest(text, tensors) + text}))
 
 
 def load_tree(path: Path) -> Any:
@@ -60,7 +60,7 @@ def load_tree(path: Path) -> Any:
     except SafetensorError as error:
         raise ValueError(f"{printable(path)} is not a whole safetensors file: {printable(error)}") from None
     digest, text = header[:64], header[64:]
-    if digest != _digest(text, tensors):
+    if digest != _tree_digest(text, tensors):
         raise ValueError(f"{printable(path)} does not match its own checksum: it was changed")
     tree = parse_json(text, path)
     try:
@@ -69,14 +69,14 @@ def load_tree(path: Path) -> Any:
         raise ValueError(f"cannot read {printable(path)}: it holds no state: {printable(error)}") from error
 
 
-def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+def _tree_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _keep(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
+def _add_tensor(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
     """Add a copy (two names of one tensor would share memory, which the format forbids); gives its name."""
     name = path if path not in tensors else f"{path}#{len(tensors)}"
     tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -88,11 +88,14 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case None | bool() | int() | float() | str():
             return value
         case Tensor():
-            return {"__tensor__": _keep(value, path, tensors), "device": value.device.type}
+            return {"__tensor__": _add_tensor(value, path, tensors), "device": value.device.type}
         case np.ndarray():
-            return {"__array__": _keep(torch.from_numpy(np.array(value)), path, tensors), "dtype": value.dtype.str}
+            return {
+                "__array__": _add_tensor(torch.from_numpy(np.array(value)), path, tensors),
+                "dtype": value.dtype.str,
+            }
         case torch.Generator():
-            return {"__generator__": _keep(value.get_state(), path, tensors), "device": value.device.type}
+            return {"__generator__": _add_tensor(value.get_state(), path, tensors), "device": value.device.type}
         case np.random.Generator():
             return {"__numpy__": _pack(value.bit_generator.state, path, tensors)}
         case np.generic():
@@ -213,7 +216,7 @@ def load_generators_state(stored: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def seed_generators(seed: int) -> Iterator[None]:
     """Seed every global generator inside, and leave the caller's as they were."""
     before = generators_state()
     random.seed(seed)

@@ -54,11 +54,11 @@ def entries(
     size = shape[0] * shape[1]
     if not 1 <= n <= size:
         raise ValueError(f"{n} coefficients do not fit a weight of {shape[0]} x {shape[1]}: give 1 to {size}")
-    drawn = _shuffled(size, n, seed) if center is None else _in_band(shape, n, seed, center, width)
+    drawn = _shuffle_places(size, n, seed) if center is None else _draw_in_band(shape, n, seed, center, width)
     return np.stack(np.divmod(drawn, shape[1]))
 
 
-def _shuffled(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
+def _shuffle_places(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
     swaps = min(n, size - 1)
     words = np.random.RandomState(seed).randint(0, SEEDS, size=swaps, dtype=np.uint32).astype(np.int64)
     places = np.arange(swaps)
@@ -72,7 +72,7 @@ def _shuffled(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
     return np.array(drawn, dtype=np.int64)
 
 
-def _in_band(
+def _draw_in_band(
     shape: tuple[int, int], n: int, seed: int, center: float | int, width: float | int
 ) -> Int[np.ndarray, "n"]:
     """One draw after the other without replacement, as the order of exponential waiting times at these rates."""
@@ -213,9 +213,9 @@ class Fourier(Dense):
         outer, inner = self.shape
         values = self.scale / (outer * inner) * as_float64(self.coefficients) * lengths[0] * lengths[1]
         sines = signs[0] * signs[1]
-        even = _summed((outer // 2 + 1, inner // 2 + 1), folded[0], folded[1], values)
+        even = _sum_places((outer // 2 + 1, inner // 2 + 1), folded[0], folded[1], values)
         j, k = folded[0][sines != 0] - 1, folded[1][sines != 0] - 1
-        return even, _summed(((outer - 1) // 2, (inner - 1) // 2), j, k, -(sines * values)[sines != 0])
+        return even, _sum_places(((outer - 1) // 2, (inner - 1) // 2), j, k, -(sines * values)[sines != 0])
 
     @property
     def rank(self) -> int:
@@ -268,7 +268,7 @@ class Fourier(Dense):
         return f"Fourier({len(self.coefficients)} coefficients, shape={self.shape}, scale={self.scale:g})"
 
 
-def _summed(
+def _sum_places(
     shape: tuple[int, int], rows: Int[np.ndarray, "n"], columns: Int[np.ndarray, "n"], values: Float[np.ndarray, "n"]
 ) -> _Part:
     """Values of one place added up: (j, k) and (-j, -k) are the same frequency, (j, -k) shares its basis functions."""

@@ -23,23 +23,23 @@ GRAM_LIMIT = 1e-6
 
 def effective_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """exp of the entropy of sigma / sum(sigma)."""
-    return _exp_entropy(_shares(sigma, 1))
+    return _exp_entropy(_power_fractions(sigma, 1))
 
 
 def entropy_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """exp of the entropy of sigma^2 / sum(sigma^2)."""
-    return _exp_entropy(_shares(sigma, 2))
+    return _exp_entropy(_power_fractions(sigma, 2))
 
 
 def participation_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """(sum sigma^2)^2 / sum sigma^4."""
-    shares = _shares(sigma, 2)
+    shares = _power_fractions(sigma, 2)
     return float(1.0 / np.sum(shares**2)) if shares.any() else 0.0
 
 
 def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
     """The smallest number of components that hold ``share`` of sum sigma^2."""
-    shares = np.sort(_shares(sigma, 2))[::-1]
+    shares = np.sort(_power_fractions(sigma, 2))[::-1]
     if not shares.any() or np.isnan(shares).any():
         return float(shares.sum())
     # Without the allowance, share = 1 would hang on the rounding of the last partial sum.
@@ -48,11 +48,11 @@ def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
 
 def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
     """Sum sigma^2 / max sigma^2."""
-    shares = _shares(sigma, 2)
+    shares = _power_fractions(sigma, 2)
     return float(1.0 / np.max(shares)) if shares.any() else 0.0
 
 
-def _shares(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
+def _power_fractions(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
     """sigma^power over its sum; zeros for a zero spectrum, NaN if any value is not finite."""
     sigma = as_float64(sigma)
     largest = np.max(sigma, initial=0.0)

@@ -225,7 +225,7 @@ def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
     return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
 
 
-def _moderate(update: LowRank) -> tuple[LowRank, int]:
+def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
     """The update with factors whose products stay within float64, and the power of two that it is to be scaled by."""
     largest = [max(X.max(initial=0), -X.min(initial=0)) if X.dtype == np.float64 else 1 for X in (update.B, update.A)]
     b, a = (0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1]) for size in largest)
@@ -235,7 +235,7 @@ def _moderate(update: LowRank) -> tuple[LowRank, int]:
 def _factored_norm(update: LowRank) -> float:
     if not all_finite(update.B, update.A):
         return np.nan
-    update, power = _moderate(update)
+    update, power = _rescale_factors(update)
     left, right = gram(update.B), gram(update.A.T)
     squared = np.vdot(left, right)
     # The components' own norms added up: what |B A| would be if none worked against another.
@@ -264,7 +264,7 @@ def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
             values[i] = np.full(min(*update.shape, update.rank), np.nan)
         elif update.rank:
             sides = (min(side, update.rank) for side in update.shape)
-            batches[(update.rank, *sides)].append((i, *_moderate(update)))
+            batches[(update.rank, *sides)].append((i, *_rescale_factors(update)))
     with one_thread(), np.errstate(over="ignore"):
         for batch in batches.values():
             sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)

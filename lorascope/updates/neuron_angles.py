@@ -55,17 +55,19 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     Source: NeFT, equation 1.
     """
     neurons = np.arange(W0.shape[1 - axis])
-    sums = _sums(W0, W, axis, neurons, dtype)
-    unsound = neurons[~_sound(sums)]
+    sums = _change_sums(W0, W, axis, neurons, dtype)
+    unsound = neurons[~_is_accurate(sums)]
     if not len(unsound):
         return rotation_from_sums(sums)
     if dtype is not np.float64:
-        sums[:, unsound] = _sums(W0, W, axis, unsound, np.float64)
+        sums[:, unsound] = _change_sums(W0, W, axis, unsound, np.float64)
     change = rotation_from_sums(sums)
     # Where w_0 and w differ in length, |e|^2 hides the angle; w_0 is scaled to the length of w, which keeps the angle.
     before, after = change.norm_original[unsound], change.norm_tuned[unsound]
     scale = np.divide(after, before, out=np.ones(len(unsound)), where=(before > 0.0) & (after > 0.0))
-    change.cosine_distance[unsound] = rotation_from_sums(_sums(W0, W, axis, unsound, np.float64, scale)).cosine_distance
+    change.cosine_distance[unsound] = rotation_from_sums(
+        _change_sums(W0, W, axis, unsound, np.float64, scale)
+    ).cosine_distance
     return change
 
 
@@ -103,26 +105,26 @@ def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
     before, after, error = np.sqrt(sums[[0, 1, 3]])
     product = before * after
     with np.errstate(invalid="ignore"):
-        distance = np.maximum(_turned(sums), 0.0) / (2.0 * np.where(product > 0.0, product, np.nan))
+        distance = np.maximum(_rotation_squares(sums), 0.0) / (2.0 * np.where(product > 0.0, product, np.nan))
     return NeuronChange(distance, before, after, error)
 
 
-def _turned(sums: Float[np.ndarray, "4 neurons"]) -> Float[np.ndarray, "neurons"]:
+def _rotation_squares(sums: Float[np.ndarray, "4 neurons"]) -> Float[np.ndarray, "neurons"]:
     """|e|^2 - (|w| - |w_0|)^2."""
     before2, after2, inner, error2 = sums
     with np.errstate(invalid="ignore"):
         return error2 - ((2.0 * inner + error2) / (np.sqrt(after2) + np.sqrt(before2))) ** 2
 
 
-def _sound(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neurons"]:
+def _is_accurate(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neurons"]:
     """Did sums of float32 tiles keep their digits? Not where they cancel, or where squares over- or underflow."""
     before2, after2, _, error2 = sums
     with np.errstate(invalid="ignore"):
-        kept = (error2 == 0.0) | ((error2 > _SMALL) & (_turned(sums) >= error2 / 16.0))
+        kept = (error2 == 0.0) | ((error2 > _SMALL) & (_rotation_squares(sums) >= error2 / 16.0))
     return np.isfinite(sums).all(axis=0) & (before2 > _SMALL) & (after2 > _SMALL) & kept
 
 
-def _sums(
+def _change_sums(
     W0: Any,
     W: Any,
     axis: int,
@@ -144,7 +146,7 @@ def _sums(
             continue
         tile = scratch[:, : rows.stop - start]
         for matrix, out in zip((W0, W), tile, strict=False):
-            _read(matrix[rows], out)
+            _read_rows(matrix[rows], out)
         if len(wanted) < tile.shape[2 - axis]:
             tile = tile.take(wanted, 2 - axis)
         before, after, error, product = tile
@@ -161,8 +163,8 @@ def _sums(
     return sums
 
 
-def _read(rows: Any, out: Float[np.ndarray, "rows columns"]) -> None:
+def _read_rows(rows: Any, out: Float[np.ndarray, "rows columns"]) -> None:
     if isinstance(rows, np.ndarray):
         np.copyto(out, rows)
     else:
-        rows.into(out)
+        rows.read_into(out)

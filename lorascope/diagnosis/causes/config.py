@@ -28,7 +28,7 @@ def find_unmatched_keys(case: Case) -> Found:
             continue
         # A target is the end of a name, a key of a pattern an expression of it.
         idle = (
-            [key for key in keys if key not in known and not any(ends.ending(f".{key}"))]
+            [key for key in keys if key not in known and not any(ends.names_with_end(f".{key}"))]
             if field == "target_modules"
             else Patterns(keys, field).idle(names)
         )

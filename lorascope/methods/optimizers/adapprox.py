@@ -93,7 +93,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of any optimizer; options that make no sense are refused."""
-        _check(self.defaults | param_group)
+        _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,21 +118,21 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         for state in self.state.values():
             state.pop("chosen", None)
         for group in self.param_groups:
-            for together in _batches(group):
-                self._move(together, group)
+            for together in _parameter_batches(group):
+                self._update_batch(together, group)
         return loss
 
-    def _move(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+    def _update_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Algorithm 3, for vectors and small matrices all together, or for one factored matrix."""
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
-        states = [self._state(parameter, group) for parameter in parameters]
-        G = [_matrix(_wide(parameter.grad)) for parameter in parameters if parameter.grad is not None]
-        V = [self._average(state, g) for state, g in zip(states, G, strict=True)]
+        states = [self._moment_state(parameter, group) for parameter in parameters]
+        G = [_matrix(_promote_to_float32(parameter.grad)) for parameter in parameters if parameter.grad is not None]
+        V = [self._previous_moment(state, g) for state, g in zip(states, G, strict=True)]
         torch._foreach_mul_(V, beta2)
         torch._foreach_addcmul_(V, G, G, 1 - beta2)
         roots, told = V, group["cosine"] or "exp_avg_sq" not in states[0]
         if "exp_avg_sq" not in states[0]:
-            self._factor(V[0], states[0], group)
+            self._factorize(V[0], states[0], group)
             if group["denominator"] == "post" and "Q" in states[0]:
                 roots = [_product(states[0])]
         denominators = torch._foreach_sqrt(roots)
@@ -154,31 +154,34 @@ class AdapproxOptimizer(torch.optim.Optimizer):
                     state["cosine"] = cosine(m, d)
             S = M
             if group["cosine"]:
-                S = [guided(m, state["cosine"], group["cosine_floor"]) for m, state in zip(M, states, strict=True)]
+                S = [
+                    guide_direction(m, state["cosine"], group["cosine_floor"])
+                    for m, state in zip(M, states, strict=True)
+                ]
         for parameter, s in zip(parameters, S, strict=True):
             change = s.reshape(parameter.shape)
-            parameter.sub_(lr * (change.add(_wide(parameter), alpha=decay) if decay else change))
+            parameter.sub_(lr * (change.add(_promote_to_float32(parameter), alpha=decay) if decay else change))
 
-    def _state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    def _moment_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         """A parameter's state, made at its first step."""
         state = self.state[parameter]
         if not state:
-            zeros = torch.zeros_like(_matrix(_wide(parameter)), memory_format=torch.contiguous_format)
+            zeros = torch.zeros_like(_matrix(_promote_to_float32(parameter)), memory_format=torch.contiguous_format)
             state["step"] = 0
             if group["betas"][0]:
                 state["exp_avg"] = zeros
-            if not factored(parameter, group["min_dim"]):
+            if not is_factored(parameter, group["min_dim"]):
                 state["exp_avg_sq"] = zeros.clone()
         state["step"] += 1
         return state
 
-    def _average(self, state: dict[str, Any], G: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    def _previous_moment(self, state: dict[str, Any], G: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """V of the step before: itself where it is dense, else what its factors say of it."""
         if "exp_avg_sq" in state:
             return state["exp_avg_sq"]
         return _product(state) if "Q" in state else torch.zeros_like(G)
 
-    def _factor(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _factorize(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
         """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew."""
         first = "Q" not in state
         unit = V.max()
@@ -193,7 +196,9 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             A, generator, group["iterations"], group["oversampling"], group["sketch_multiple"]
         )
         if chooses:
-            state["negative"], state["negative_mass"] = (0.0, 0.0) if first else negative(state["Q"] @ state["U"].T)
+            state["negative"], state["negative_mass"] = (
+                (0.0, 0.0) if first else negative_fractions(state["Q"] @ state["U"].T)
+            )
             float(unit)  # an accelerator has done by here what it was given before, and by the error all of the choice
             start = time.perf_counter()
             Q, U, state["error"], state["trials"] = subspace_iteration.choose(A, factor, state, group)
@@ -243,30 +248,30 @@ def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""
     return (torch.dot(D.flatten(), M.flatten()) / lengths).clamp(-1, 1)
 
 
-def guided(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float | int) -> Float[Tensor, "..."]:
+def guide_direction(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float | int) -> Float[Tensor, "..."]:
     """M / max(1 - cos(D, M), floor)."""
     return M / (1 - cosine).clamp(min=floor)
 
 
-def negative(product: Float[Tensor, "m n"]) -> tuple[float, float]:
+def negative_fractions(product: Float[Tensor, "m n"]) -> tuple[float, float]:
     """Share of the entries below zero, and of what all entries weigh."""
     below = product.clamp(max=0)
     total = product.abs().sum().clamp(min=torch.finfo(product.dtype).tiny)
     return float(below.count_nonzero() / below.numel()), float(below.abs().sum() / total)
 
 
-def factored(parameter: Tensor, min_dim: int | None) -> bool:
+def is_factored(parameter: Tensor, min_dim: int | None) -> bool:
     """Does a parameter keep factors?"""
     return min_dim is not None and parameter.ndim > 1 and min(_matrix(parameter).shape) >= min_dim
 
 
-def _batches(group: dict[str, Any]) -> Iterator[list[Tensor]]:
+def _parameter_batches(group: dict[str, Any]) -> Iterator[list[Tensor]]:
     """What moves together: all that is dense, and each factored matrix by itself, so that one V is there at a time."""
     live = [parameter for parameter in group["params"] if parameter.grad is not None]
-    dense = [parameter for parameter in live if not factored(parameter, group["min_dim"])]
+    dense = [parameter for parameter in live if not is_factored(parameter, group["min_dim"])]
     if dense:
         yield dense
-    yield from ([parameter] for parameter in live if factored(parameter, group["min_dim"]))
+    yield from ([parameter] for parameter in live if is_factored(parameter, group["min_dim"]))
 
 
 def _product(state: dict[str, Any]) -> Float[Tensor, "m n"]:
@@ -277,7 +282,7 @@ def _matrix(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _promote_to_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -290,7 +295,7 @@ def _check_gradients(groups: list[dict[str, Any]]) -> None:
             )
 
 
-def _check(group: dict[str, Any]) -> None:
+def _check_group(group: dict[str, Any]) -> None:
     for name, known in (("rank_rule", subspace_iteration.RULES), ("denominator", DENOMINATORS)):
         if group[name] not in known:
             raise ValueError(f"{name} {group[name]!r} is unknown: it must be one of {', '.join(map(repr, known))}")

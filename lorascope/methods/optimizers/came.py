@@ -57,20 +57,22 @@ class CAME(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._move(parameter, group)
+                    self._update_weight(parameter, group)
         return loss
 
-    def _move(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _update_weight(self, parameter: Tensor, group: dict[str, Any]) -> None:
         (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
         state, G = self.state[parameter], parameter.grad.float()  # type: ignore[union-attr]
-        D = G * _average(state, "exp_avg_sq", G.square() + eps1, beta2)
+        D = G * _update_average(state, "exp_avg_sq", G.square() + eps1, beta2)
         D.div_((D.square().mean().sqrt() / group["clip_threshold"]).clamp(min=1))
         M = state.setdefault("exp_avg", torch.zeros_like(D)).lerp_(D, 1 - beta1)
-        confident = M if M.ndim < 2 else M * _average(state, "exp_avg_res", (D - M).square() + eps2, beta3)
+        confident = M if M.ndim < 2 else M * _update_average(state, "exp_avg_res", (D - M).square() + eps2, beta3)
         parameter.sub_(group["lr"] * (confident + group["weight_decay"] * parameter))
 
 
-def _average(state: dict[str, Any], name: str, squares: Float[Tensor, "..."], beta: float) -> Float[Tensor, "..."]:
+def _update_average(
+    state: dict[str, Any], name: str, squares: Float[Tensor, "..."], beta: float
+) -> Float[Tensor, "..."]:
     """Take squares into their average, of a matrix by rows and columns; gives one over its root."""
     if squares.ndim < 2:
         return state.setdefault(name, torch.zeros_like(squares)).lerp_(squares, 1 - beta).rsqrt()

@@ -43,7 +43,7 @@ LOGISTIC = (200.0, -10.0, 2.5, -9.0)
 SHARE, SHARE_ENDS, SHARE_STEP, SHARE_SMOOTHING, SHARE_ERROR = 0.15, (0.0625, 0.6), 0.005, 0.9, 0.15
 
 
-class Factored(NamedTuple):
+class Factorization(NamedTuple):
     """A matrix A (m, n) as Q U^T, and how it came to that.
 
     Parameters
@@ -75,10 +75,10 @@ def s_rsi(
     """Q and U of a rank, or of the smaller side where that is less; the sketch has a multiple of so many columns."""
     columns = math.ceil((rank + oversampling) / multiple) * multiple
     Q, U = iterate(A, sketch(A, columns, generator), iterations)
-    return first(Q, rank), first(U, rank)
+    return first_columns(Q, rank), first_columns(U, rank)
 
 
-def first(columns: Float[Tensor, "m c"], rank: int) -> Float[Tensor, "m k"]:
+def first_columns(columns: Float[Tensor, "m c"], rank: int) -> Float[Tensor, "m k"]:
     """The first columns, copied: a view, as ``contiguous`` gives of one column, would keep all of them alive."""
     return columns[:, :rank].clone(memory_format=torch.contiguous_format)
 
@@ -126,13 +126,13 @@ def factoring(
     return partial(s_rsi, A, generator=generator, iterations=iterations, oversampling=oversampling, multiple=multiple)
 
 
-def largest(rows: int, columns: int, max_rank: int | None) -> int:
+def largest_rank(rows: int, columns: int, max_rank: int | None) -> int:
     """k_max: as set, or a quarter of the smaller side."""
     smaller = min(rows, columns)
     return min(smaller, max_rank or max(1, smaller // 4))
 
 
-def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]) -> Factored:
+def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]) -> Factorization:
     """AS-RSI under the rule that the options of ``AdapproxOptimizer`` name.
 
     Parameters
@@ -144,7 +144,7 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
         Of this matrix; the rule "ema" keeps its share there, and goes by the error of the choice before.
     options : mapping
     """
-    smaller, cap = min(A.shape), largest(A.shape[0], A.shape[1], options["max_rank"])
+    smaller, cap = min(A.shape), largest_rank(A.shape[0], A.shape[1], options["max_rank"])
     match options["rank_rule"]:
         case "restart":
             scale = (cap - 1) / 191 if options["growth_scale"] is None else options["growth_scale"]
@@ -154,13 +154,13 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
             return colnorm(A, factor, cap, options["tolerance"])
         case "ema":
             state["share"] = next_share(state["share"], state["error"]) if "share" in state else SHARE
-            return stay(A, factor, min(max(1, int(state["share"] * smaller)), cap))
-    return stay(A, factor, min(options["init_rank"], smaller))
+            return keep_rank(A, factor, min(max(1, int(state["share"] * smaller)), cap))
+    return keep_rank(A, factor, min(options["init_rank"], smaller))
 
 
 def restart(
     A: Float[Tensor, "m n"], factor: Factor, rank: int, cap: int, tolerance: float | int, grow: Callable[[float], int]
-) -> Factored:
+) -> Factorization:
     """The paper's rule: from the first rank on, more and more of it until the error is small, or the cap is reached."""
     trials = 0
     while True:
@@ -168,19 +168,19 @@ def restart(
         trials += 1
         error = relative_error(A, Q, U)
         if error <= tolerance or rank >= cap:
-            return Factored(Q, U, error, trials)
+            return Factorization(Q, U, error, trials)
         rank = min(rank + grow(error), cap)
 
 
-def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float | int) -> Factored:
+def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float | int) -> Factorization:
     """The smallest rank whose error is small, of one factoring at the cap: xi_k^2 = 1 - sum_{j<=k} |u_j|^2 / |A|^2."""
     Q, U = factor(cap)
     kept = U.double().square().sum(0).cumsum(0)
     left = 1 - kept / A.double().square().sum()
     small = (left <= tolerance**2).nonzero()
     rank = int(small[0]) + 1 if len(small) else cap
-    Q, U = first(Q, rank), first(U, rank)
-    return Factored(Q, U, relative_error(A, Q, U), 1)
+    Q, U = first_columns(Q, rank), first_columns(U, rank)
+    return Factorization(Q, U, relative_error(A, Q, U), 1)
 
 
 def next_share(share: float, error: float) -> float:
@@ -190,7 +190,7 @@ def next_share(share: float, error: float) -> float:
     return SHARE_SMOOTHING * share + (1 - SHARE_SMOOTHING) * moved
 
 
-def stay(A: Float[Tensor, "m n"], factor: Factor, rank: int) -> Factored:
+def keep_rank(A: Float[Tensor, "m n"], factor: Factor, rank: int) -> Factorization:
     """The rank as it is."""
     Q, U = factor(rank)
-    return Factored(Q, U, relative_error(A, Q, U), 1)
+    return Factorization(Q, U, relative_error(A, Q, U), 1)

@@ -18,7 +18,7 @@ NARROW = 358.0  # pixels that a telephone leaves for a chart
 
 
 @dataclass(frozen=True)
-class Embedded:
+class EmbeddedChart:
     """A chart as the page's script draws it, with title and caption left to the page.
 
     Parameters
@@ -40,18 +40,20 @@ class Embedded:
     heights: dict[str, int]
 
 
-def embed(drawable: Drawable) -> Embedded:
+def embed(drawable: Drawable) -> EmbeddedChart:
     """Draw a chart for every screen; on a narrow one, panels stand one above the other."""
     settled = plan(drawable, theme("light"))
-    light, dark = _bare(settled), _bare(plan(drawable, theme("dark")))
-    figure, recoloured = _slim(_json(plotly_backend.draw(light))), _slim(_json(plotly_backend.draw(dark)))
-    narrow, narrow_dark = (_json(plotly_backend.ground(_stacked(one), NARROW))["layout"] for one in (light, dark))
+    light, dark = _strip_titles(settled), _strip_titles(plan(drawable, theme("dark")))
+    figure, recoloured = _slim(_figure_json(plotly_backend.draw(light))), _slim(_figure_json(plotly_backend.draw(dark)))
+    narrow, narrow_dark = (
+        _figure_json(plotly_backend.ground(_stack_views(one), NARROW))["layout"] for one in (light, dark)
+    )
     variants = {
         "dark": recoloured,
         "narrow": figure | {"layout": narrow},
         "narrow dark": recoloured | {"layout": narrow_dark},
     }
-    return Embedded(
+    return EmbeddedChart(
         title=title(drawable),
         caption=settled.caption,
         figure=figure,
@@ -80,15 +82,15 @@ def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:
         yield [list(path), new]
 
 
-def _bare(settled: Plan) -> Plan:
+def _strip_titles(settled: Plan) -> Plan:
     return replace(settled, title="", caption="")
 
 
-def _stacked(settled: Plan) -> Plan:
+def _stack_views(settled: Plan) -> Plan:
     return replace(settled, rows=[[view] for view in range(len(settled.views))])
 
 
-def _json(figure: go.Figure) -> dict[str, Any]:
+def _figure_json(figure: go.Figure) -> dict[str, Any]:
     return dict(json.loads(figure.to_json()))
 
 

@@ -32,7 +32,7 @@ def element(name: str, *parts: str, **attributes: str | None) -> Html:
         Underscores become hyphens, one at the end is dropped (``class_``, ``aria_label``); None leaves one out.
     """
     told = "".join(
-        f' {key.removesuffix("_").replace("_", "-")}="{_escaped(value)}"'
+        f' {key.removesuffix("_").replace("_", "-")}="{_escape_part(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -41,10 +41,10 @@ def element(name: str, *parts: str, **attributes: str | None) -> Html:
 
 def join(*parts: str) -> Html:
     """Parts one after the other, escaped unless they are Html."""
-    return Html("".join(part if isinstance(part, Html) else _escaped(part) for part in parts))
+    return Html("".join(part if isinstance(part, Html) else _escape_part(part) for part in parts))
 
 
-def _escaped(text: str) -> str:
+def _escape_part(text: str) -> str:
     return escape(printable_lines(text))
 
 
@@ -91,28 +91,30 @@ def frame_table(caption: str, frame: pd.DataFrame) -> Html:
         frame = frame.reset_index()
     numeric = [is_numeric_dtype(kind) and not is_bool_dtype(kind) for kind in frame.dtypes]
     heads = dict(zip(map(str, frame.columns), numeric, strict=True))
-    rows = [_row(values, numeric) for values in frame.itertuples(index=False, name=None)]
+    rows = [_html_row(values, numeric) for values in frame.itertuples(index=False, name=None)]
     return table(caption, heads, rows)
 
 
-def _row(values: tuple[Any, ...], numeric: Sequence[bool]) -> Html:
+def _html_row(values: tuple[Any, ...], numeric: Sequence[bool]) -> Html:
     cells = []
     for place, (value, number) in enumerate(zip(values, numeric, strict=True)):
         if number:
-            cells.append(element("td", shown(value), class_="n"))
+            cells.append(element("td", format_value(value), class_="n"))
         else:
-            cells.append(element("th", shown(value), scope="row") if place == 0 else element("td", shown(value)))
+            cells.append(
+                element("th", format_value(value), scope="row") if place == 0 else element("td", format_value(value))
+            )
     return element("tr", *cells)
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as tables show it: four digits of a number, a dash for what is missing."""
     if is_scalar(value) and pd.isna(value):
         return "–"
     return f"{value:.4g}" if is_float(value) else str(value)
 
 
-def listed(values: Iterable[Any]) -> str:
+def join_distinct(values: Iterable[Any]) -> str:
     """Different values in the order met."""
     return ", ".join(text for text in dict.fromkeys(map(str, values)) if text)
 

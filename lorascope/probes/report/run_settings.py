@@ -30,8 +30,11 @@ def settings(arms: Mapping[str, Sequence[Run]], folder: Path) -> Html:
         "details",
         element("summary", "Settings and runs"),
         frame_table("Arms", pd.DataFrame([_arm(label, runs) for label, runs in arms.items() if runs])),
-        frame_table("Runs", pd.DataFrame([_run(label, run, folder) for label, runs in arms.items() for run in runs])),
-        *(_everything(label, runs[0]) for label, runs in arms.items() if runs),
+        frame_table(
+            "Runs",
+            pd.DataFrame([_describe_report_run(label, run, folder) for label, runs in arms.items() for run in runs]),
+        ),
+        *(_all_settings(label, runs[0]) for label, runs in arms.items() if runs),
     )
 
 
@@ -48,7 +51,7 @@ def _arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
     return place | chosen | {"seeds": ", ".join(str(run.meta["seed"]) for run in runs)}
 
 
-def _run(label: str, run: Run, folder: Path) -> dict[str, Any]:
+def _describe_report_run(label: str, run: Run, folder: Path) -> dict[str, Any]:
     test = run.meta.get("test") or {}
     return {
         "arm": label,
@@ -61,7 +64,7 @@ def _run(label: str, run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
-def _everything(label: str, run: Run) -> Html:
+def _all_settings(label: str, run: Run) -> Html:
     told = {"method": run.meta["recipe"], "settings": run.meta["settings"]}
     lines = json.dumps(told, indent=1, ensure_ascii=False, sort_keys=True)
     return element("details", element("summary", f"Every setting of {label}"), element("pre", lines, tabindex="0"))

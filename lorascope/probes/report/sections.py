@@ -10,7 +10,7 @@ from pathlib import Path
 from lorascope.probes.base import Exhibit, Findings, Probe
 from lorascope.probes.claims import Verdict
 from lorascope.probes.report.figures import embed
-from lorascope.probes.report.html import Html, bullets, count, element, frame_table, json_data, listed, pairs
+from lorascope.probes.report.html import Html, bullets, count, element, frame_table, join_distinct, json_data, pairs
 from lorascope.probes.report.run_settings import model_name, settings
 from lorascope.probes.report.verdicts import RULE, by_seed, claims_table, tally, too_few
 from lorascope.runs.run import Run
@@ -40,7 +40,7 @@ def head(title: str, stories: Sequence[StudySection], quick: bool, now: datetime
     verdicts = [verdict for story in stories for verdict in story.verdicts]
     size = "quick settings, which show that everything works and decide little" if quick else "full settings"
     lead = f"{count(len(stories), 'probe')}, {tally(verdicts)}. Made with {size}."
-    facts = pairs(_facts(stories, now), "facts")
+    facts = pairs(_study_facts(stories, now), "facts")
     return element("header", element("h1", title), element("p", lead, class_="lead"), facts)
 
 
@@ -76,7 +76,7 @@ def section(story: StudySection, numbers: Iterator[int], folder: Path) -> Html:
         element("p", probe.question, class_="question"),
         element("p", probe.source, class_="source"),
         *([element("p", few, class_="few")] if few else []),
-        *(_figure(exhibit, next(numbers)) for exhibit in findings.exhibits),
+        *(_figure_section(exhibit, next(numbers)) for exhibit in findings.exhibits),
         *([by_seed(findings.verdicts)] if findings.verdicts else []),
         *(frame_table(caption, table) for caption, table in findings.tables.items()),
         *([element("h3", "Notes"), bullets(findings.notes)] if findings.notes else []),
@@ -85,7 +85,7 @@ def section(story: StudySection, numbers: Iterator[int], folder: Path) -> Html:
     )
 
 
-def _figure(exhibit: Exhibit, number: int) -> Html:
+def _figure_section(exhibit: Exhibit, number: int) -> Html:
     """A chart with its title, its caption, and how to read it."""
     chart = embed(exhibit.chart)
     name = f"Figure {number}: {chart.title}" if chart.title else f"Figure {number}"
@@ -101,7 +101,7 @@ def _figure(exhibit: Exhibit, number: int) -> Html:
     )
 
 
-def _facts(stories: Sequence[StudySection], now: datetime) -> dict[str, str]:
+def _study_facts(stories: Sequence[StudySection], now: datetime) -> dict[str, str]:
     """What was run, when, with what."""
     runs = list({run.id: run for story in stories for found in story.arms.values() for run in found}.values())
     metas = [run.meta for run in runs]
@@ -112,11 +112,11 @@ def _facts(stories: Sequence[StudySection], now: datetime) -> dict[str, str]:
     told = {
         "Written": f"{now:%Y-%m-%d %H:%M} UTC",
         "Runs": f"{count(len(runs), 'run')}, {seconds / 60:.0f} min of training",
-        "Seeds": listed(seeds),
-        "Models": listed(map(model_name, runs)),
-        "Data": listed(meta["task"] for meta in metas),
-        "Device": listed(str(meta.get("device", "")) for meta in metas),
-        "Versions": listed(versions),
-        "Commit": listed(commits),
+        "Seeds": join_distinct(seeds),
+        "Models": join_distinct(map(model_name, runs)),
+        "Data": join_distinct(meta["task"] for meta in metas),
+        "Device": join_distinct(str(meta.get("device", "")) for meta in metas),
+        "Versions": join_distinct(versions),
+        "Commit": join_distinct(commits),
     }
     return {term: text for term, text in told.items() if text}

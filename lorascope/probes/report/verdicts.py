@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from lorascope.probes.claims import MINIMUM_SEEDS, Verdict
-from lorascope.probes.report.html import Html, count, element, shown, table
+from lorascope.probes.report.html import Html, count, element, format_value, table
 
 MARKS = {"supported": "✓", "not supported": "✗", "inconclusive": "?"}
 RULE = (
@@ -24,7 +24,9 @@ _LEAST, _MOST, _WIDTH = -2.0, 4.0, 120  # ends of the strip in margins, and its 
 
 def claims_table(judged: Sequence[tuple[Verdict, str]]) -> Html:
     """One row a claim, each with the address of its probe on the page."""
-    return table("Claims and their outcomes", _HEADS, [_row(verdict, probe) for verdict, probe in judged], "claims")
+    return table(
+        "Claims and their outcomes", _HEADS, [_claim_row(verdict, probe) for verdict, probe in judged], "claims"
+    )
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
@@ -58,11 +60,11 @@ def _seed_rows(verdict: Verdict) -> Iterator[Html]:
     sentence = element("th", verdict.claim.sentence, scope="rowgroup", rowspan=str(verdict.n))
     values = verdict.values[["seed", "statistic", "control", "effect"]].astype(object)
     for place, row in enumerate(values.itertuples(index=False, name=None)):
-        cells = [element("td", shown(value), class_="n") for value in row]
+        cells = [element("td", format_value(value), class_="n") for value in row]
         yield element("tr", *([sentence] if place == 0 else []), *cells)
 
 
-def _row(verdict: Verdict, probe: str) -> Html:
+def _claim_row(verdict: Verdict, probe: str) -> Html:
     claim, means = verdict.claim, verdict.values[["statistic", "control"]].mean()
     interval = f"[{verdict.low:.3g}, {verdict.high:.3g}]" if verdict.n > 1 else "no interval"
     reach = element("span", interval, class_="interval")
@@ -89,10 +91,10 @@ def outcome(word: str) -> Html:
 
 def strip(verdict: Verdict) -> Html:
     """The effect with its interval against the margin, as a small drawing."""
-    place = {name: _place(getattr(verdict, name) / verdict.claim.margin) for name in ("effect", "low", "high")}
+    place = {name: _strip_position(getattr(verdict, name) / verdict.claim.margin) for name in ("effect", "low", "high")}
     parts = [
-        element("path", d=f"M{_place(0.0):.1f} 2V18", class_="zero"),
-        element("path", d=f"M{_place(1.0):.1f} 2V18", class_="margin"),
+        element("path", d=f"M{_strip_position(0.0):.1f} 2V18", class_="zero"),
+        element("path", d=f"M{_strip_position(1.0):.1f} 2V18", class_="margin"),
     ]
     if verdict.n > 1:
         parts.append(element("path", d=f"M{place['low']:.1f} 10H{place['high']:.1f}", class_="reach"))
@@ -106,7 +108,7 @@ def strip(verdict: Verdict) -> Html:
     return element("svg", *parts, class_="strip", aria_hidden="true", **size)
 
 
-def _place(margins: float) -> float:
+def _strip_position(margins: float) -> float:
     """Where on the strip an effect of so many margins lies."""
     inside = min(max(margins, _LEAST), _MOST)
     return 4 + (_WIDTH - 8) * (inside - _LEAST) / (_MOST - _LEAST)

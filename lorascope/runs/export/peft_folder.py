@@ -85,7 +85,7 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     if run.meta["method"]["name"] == "peft":
         refuse_unkept(run, state)
     form = peft_fourierft if peft_fourierft.holds_coefficients(run, state) else peft_lora
-    updates, weights = form.updates_of(run, state), _weights(run, state)
+    updates, weights = form.updates_of(run, state), _other_weights(run, state)
     if "hosts" not in run.meta:
         raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")
     hosts = run.meta["hosts"]
@@ -101,7 +101,7 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     if biased is not None:
         told = f"trained the bias of {biased} beside its adapter, and such biases are not exported"
         raise ValueError(f"run {run.id} ({run.label}) {told}: give the folder that PEFT saved")
-    config = _config(run, form.keywords(run, updates), _owners(run, weights), updates)
+    config = _adapter_config(run, form.keywords(run, updates), _owners(run, weights), updates)
     tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
     whole = {PREFIX + name: np.ascontiguousarray(array) for name, array in (tensors | weights).items()}
     with new_folder(path) as draft:
@@ -127,15 +127,17 @@ def refuse_unkept(run: Run, state: str) -> None:
         )
 
 
-def _weights(run: Run, state: str) -> dict[str, np.ndarray]:
+def _other_weights(run: Run, state: str) -> dict[str, np.ndarray]:
     """What trained besides the adapters, by parameter name."""
     file = TensorFile(run.state_file(state))
     adapted = run.ranks(state)
     # A path is the method's own state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
-    return {name: file[name] for name in file if "." in name and "/" not in name and not _of_adapter(name, adapted)}
+    return {
+        name: file[name] for name in file if "." in name and "/" not in name and not _is_adapter_weight(name, adapted)
+    }
 
 
-def _of_adapter(name: str, adapted: Mapping[str, int]) -> bool:
+def _is_adapter_weight(name: str, adapted: Mapping[str, int]) -> bool:
     module, delta, _ = name.partition(".delta.")
     return bool(delta) and module in adapted
 
@@ -156,9 +158,9 @@ def _head_roots(run: Run) -> list[str]:
     return [head.rpartition(".")[0] or head for head in heads]
 
 
-def _config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: Iterable[str]) -> dict[str, Any]:
+def _adapter_config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: Iterable[str]) -> dict[str, Any]:
     return {
-        "task_type": _task_type(run, saved),
+        "task_type": _peft_task_type(run, saved),
         "base_model_name_or_path": _base(run)[0],
         "inference_mode": True,
         **keywords,
@@ -168,8 +170,8 @@ def _config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: It
     }
 
 
-def _task_type(run: Run, saved: list[str]) -> str | None:
-    if _sees(run):
+def _peft_task_type(run: Run, saved: list[str]) -> str | None:
+    if _is_image_model(run):
         return None  # PEFT has no type for images
     told = run.meta.get("task_type")
     if told is not None and told not in _AUTO:
@@ -182,7 +184,7 @@ def _task_type(run: Run, saved: list[str]) -> str | None:
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
 
 
-def _sees(run: Run) -> bool:
+def _is_image_model(run: Run) -> bool:
     """Does the run's model classify images?"""
     return run.meta.get("task_kind") == "image"
 
@@ -211,10 +213,10 @@ def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
         kind=_KINDS[config["peft_type"]],
         run=run.id,
         label=re.sub(r"([\\`*_\[\]<&])", r"\\\1", printable(run.label)),
-        auto="AutoModelForImageClassification" if _sees(run) else _AUTO[config["task_type"] or "SEQ_CLS"],
+        auto="AutoModelForImageClassification" if _is_image_model(run) else _AUTO[config["task_type"] or "SEQ_CLS"],
         arguments=", ".join([repr(base), *options]),
         folder=folder,
     )
-    head = config["task_type"] == "SEQ_CLS" or (_sees(run) and bool(config["modules_to_save"]))
+    head = config["task_type"] == "SEQ_CLS" or (_is_image_model(run) and bool(config["modules_to_save"]))
     noted = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
     return text + noted + (_GATES_NOTE.format(gates=run.meta["gates"]) if run.gates else "")

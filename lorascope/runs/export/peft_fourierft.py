@@ -31,7 +31,10 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     ValueError
         PEFT has no such basis, entries or scales.
     """
-    who, (basis, seed, center) = f"run {run.id} ({run.label}) cannot be written for PEFT:", _drawn(run.meta["method"])
+    who, (basis, seed, center) = (
+        f"run {run.id} ({run.label}) cannot be written for PEFT:",
+        _entry_distribution(run.meta["method"]),
+    )
     if basis != "fourier":
         raise ValueError(f"{who} basis {basis!r} is none of PEFT's, whose basis is Fourier's")
     updates: dict[str, Any] = dict(run.updates(state=state))
@@ -49,7 +52,7 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     return updates
 
 
-def _drawn(method: Mapping[str, Any]) -> tuple[str, int, float | int | None]:
+def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | int | None]:
     """Basis, seed and centre of the band; where PEFT trained its own basis, from all places alike."""
     if method["name"] == "peft":
         return "fourier", entry_seed(method), None
@@ -65,7 +68,7 @@ def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
         "peft_type": "FOURIERFT",
         "target_modules": targets(run, numbers),
         "scaling": next(iter(updates.values())).scale,
-        "random_loc_seed": _drawn(run.meta["method"])[1],
+        "random_loc_seed": _entry_distribution(run.meta["method"])[1],
         **frequency_pattern(numbers),
     }
 

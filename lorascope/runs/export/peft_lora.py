@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from lorascope.runs.run import Run
-from lorascope.runs.summary import factored, peft_keywords
+from lorascope.runs.summary import exact_products, peft_keywords
 from lorascope.updates.low_rank import LowRank
 
 
@@ -24,17 +24,17 @@ def updates_of(run: Run, state: str) -> dict[str, LowRank]:
     ValueError
         One is no product of two factors.
     """
-    ranks, updates = run.ranks(state), factored(run, run.updates(state=state))
+    ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
     unfit = next((name for name in ranks if name not in updates), None)
     if not ranks or unfit is not None:
         where = f"that of {unfit} is" if unfit else "it changed the weights themselves, which is"
         raise ValueError(f"run {run.id} ({run.label}) has no low-rank updates to export: {where} not a product B A")
     factors = run.factors(state=state)
-    found = {name: in_use(update, factors[name].get("diagonal")) for name, update in updates.items()}
+    found = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
     return {name: update for name, update in found.items() if update.rank}
 
 
-def in_use(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:
+def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:
     """The update without the components whose diagonal is exactly zero; None is a diagonal of ones."""
     if diagonal is None:
         return update

@@ -11,7 +11,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from lorascope.runs.run import Run
-from lorascope.runs.summary import factored, peft_keywords
+from lorascope.runs.summary import exact_products, peft_keywords
 from lorascope.updates.low_rank import LowRank, spectra
 
 
@@ -106,7 +106,7 @@ def select_components(
     ranks = {name: rank for name, rank in run.ranks(state).items() if name in updates and rank > 0}
     if not ranks:
         raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
-    products = factored(run, updates)
+    products = exact_products(run, updates)
     sigma = {name: _padded(_sigma(name, products[name])[:rank], rank) for name, rank in ranks.items()}
     count = _count(budget, sum(ranks.values()))
     values = sigma if scores is None else {name: _scores(name, scores, rank) for name, rank in ranks.items()}

@@ -55,26 +55,30 @@ def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "las
     return path
 
 
-def _csv(table: pd.DataFrame) -> bytes:
+def _encode_csv(table: pd.DataFrame) -> bytes:
     return csv_text(table).encode()
 
 
-def _parquet(table: pd.DataFrame) -> bytes:
+def _encode_parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()
 
 
-def _json(table: pd.DataFrame) -> bytes:
+def _encode_json(table: pd.DataFrame) -> bytes:
     rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    plain = [{name: _named(value) for name, value in row.items()} for row in rows]
+    plain = [{name: _name_infinity(value) for name, value in row.items()} for row in rows]
     return ("[\n" + ",\n".join(json.dumps(row, allow_nan=False) for row in plain) + "\n]\n").encode()
 
 
-def _named(value: Any) -> Any:
+def _name_infinity(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "Infinity" if value > 0 else "-Infinity"
     return value
 
 
-_WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {".csv": _csv, ".parquet": _parquet, ".json": _json}
+_WRITERS: dict[str, Callable[[pd.DataFrame], bytes]] = {
+    ".csv": _encode_csv,
+    ".parquet": _encode_parquet,
+    ".json": _encode_json,
+}

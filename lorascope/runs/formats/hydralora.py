@@ -19,7 +19,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed
-from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, LoraConfig, grouped
+from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, LoraConfig, group_factors
 from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
 from lorascope.updates.factor_formats import mix_experts
 from lorascope.updates.low_rank import LowRank
@@ -78,15 +78,15 @@ def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, .
     ValueError
         A part is missing, or configuration and weights do not fit together.
     """
-    found, others = grouped(files, _FACTOR)
+    found, others = group_factors(files, _FACTOR)
     if not found:
         raise ValueError(f"{printable(path)} holds heads, but of no module that has a name")
     settings = to_typed(config, LoraConfig, path / CONFIG)
-    parts = {module: _part(path, module, factors, settings) for module, factors in found.items()}
+    parts = {module: _hydra_part(path, module, factors, settings) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files, "HydraLoRA")
 
 
-def _part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
+def _hydra_part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
     # Counted, not read off the names: a number in a name may be of any size.
     count = max(sum(name[0] == "B" for name in factors), 1)
     wanted = ["A", "route", *(f"B{number}" for number in range(count))]

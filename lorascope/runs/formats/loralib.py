@@ -83,11 +83,11 @@ def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
     """
     found, others = lora_factors(path, files, ("A", "B"))
     settings = to_typed(config, MergedConfig, path / CONFIG)
-    parts = {module: _part(path, module, factors, settings, bool(config)) for module, factors in found.items()}
+    parts = {module: _merged_part(path, module, factors, settings, bool(config)) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files)
 
 
-def _part(
+def _merged_part(
     path: Path, module: str, factors: Mapping[str, StoredTensor], config: MergedConfig, known: bool
 ) -> MergedPart:
     """The update of one module; ``known``: is there a configuration?"""

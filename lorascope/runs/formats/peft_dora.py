@@ -20,7 +20,7 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.runs.formats.peft_lora import AdapterFiles, LoraSettings, lora_factors, lora_part
-from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
 from lorascope.updates.low_rank import Dense, LowRank
 
@@ -41,7 +41,7 @@ class DoraPart(StoredLoRA):
 
     magnitude: StoredTensor
     module: str
-    base: Pretrained | None
+    base: PretrainedWeights | None
 
     @property
     def thin(self) -> bool:
@@ -70,7 +70,7 @@ class DoraPart(StoredLoRA):
 
 
 def read_dora(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: Pretrained | None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """The modules of an opened folder.
 

@@ -21,8 +21,8 @@ from jaxtyping import Int
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, grouped
-from lorascope.runs.formats.pretrained_weights import Pretrained
+from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, group_factors
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
 from lorascope.updates.fourier import SEEDS, Fourier, entries
@@ -105,7 +105,7 @@ class FourierPart(StoredUpdate):
 
 
 def read_fourier(
-    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: Pretrained | None
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
     """The modules of an opened folder.
 
@@ -114,7 +114,7 @@ def read_fourier(
     ValueError
         The shapes of the base are not known, or configuration and weights do not fit together.
     """
-    found, others = grouped(files, _FACTOR)
+    found, others = group_factors(files, _FACTOR)
     if not found:
         held = f"such as {others[0]}" if others else "no tensor at all"
         raise ValueError(
@@ -130,17 +130,17 @@ def read_fourier(
     keys = Patterns(settings.n_frequency_pattern or {}, f"n_frequency_pattern of {path / CONFIG}")
     seed = entry_seed(config)
     parts = {
-        module: _part(path, module, factors["fourierft_spectrum"], settings, keys.first(module), seed, shapes)
+        module: _fourier_part(path, module, factors["fourierft_spectrum"], settings, keys.first(module), seed, shapes)
         for module, factors in found.items()
     }
     return AdapterFiles(path, dict(config), parts, others, files, "FourierFT")
 
 
-def named_base(config: Mapping[str, Any]) -> Pretrained | None:
+def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
     """The base that the configuration names, if it is a folder here."""
     name = config.get("base_model_name_or_path")
     folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
-    return Pretrained(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
+    return PretrainedWeights(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:
@@ -148,8 +148,14 @@ def entry_seed(config: Mapping[str, Any]) -> int:
     return to_typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS
 
 
-def _part(
-    path: Path, module: str, stored: StoredTensor, config: FourierConfig, key: str | None, seed: int, base: Pretrained
+def _fourier_part(
+    path: Path,
+    module: str,
+    stored: StoredTensor,
+    config: FourierConfig,
+    key: str | None,
+    seed: int,
+    base: PretrainedWeights,
 ) -> FourierPart:
     n = config.n_frequency if key is None else (config.n_frequency_pattern or {})[key]
     where = f"{printable(path)}:"

@@ -47,7 +47,7 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class _Common(Allocation):
+class _CommonConfig(Allocation):
     """What counts of the configuration of any kind."""
 
     peft_type: str = field(kw_only=True)
@@ -148,7 +148,7 @@ def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
     ValueError
         It is another kind of adapter, or a file cannot be read.
     """
-    config = _config(path) if (path / CONFIG).exists() else {}
+    config = _read_config(path) if (path / CONFIG).exists() else {}
     return config, tuple(open_tensors(file) for file in _weight_files(path))
 
 
@@ -158,7 +158,7 @@ def factor_files(path: Path) -> list[Path]:
     return [file for file in files if any(".lora_" in name for name in open_tensors(file))]
 
 
-def grouped(
+def group_factors(
     files: Iterable[TensorFile], pattern: re.Pattern[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
     """Factors of every module by their names, in the order of the axes, and the names of all other tensors.
@@ -190,14 +190,14 @@ def grouped(
 def lora_factors(
     path: Path, files: Iterable[TensorFile], wanted: Sequence[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """``grouped`` by the names of LoRA's factors, every module with exactly those wanted.
+    """``group_factors`` by the names of LoRA's factors, every module with exactly those wanted.
 
     Raises
     ------
     ValueError
         A module lacks one of them or has another, or there are none at all.
     """
-    found, others = grouped(files, _FACTOR)
+    found, others = group_factors(files, _FACTOR)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
         raise ValueError(f"{printable(path)} is a variant of LoRA that is not read yet: it holds {printable(foreign)}")
@@ -281,10 +281,10 @@ def _float_factor(file: TensorFile, name: str) -> StoredTensor:
     return StoredTensor(file, name)
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     config = read_json(file, dict[str, Any])
-    kind = to_typed(config, _Common, file).peft_type.upper()
+    kind = to_typed(config, _CommonConfig, file).peft_type.upper()
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind not in _KINDS:
         raise ValueError(

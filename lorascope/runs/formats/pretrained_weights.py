@@ -17,7 +17,7 @@ from lorascope.schema.module_roles import parse
 from lorascope.schema.name_patterns import Ends
 
 
-class Pretrained:
+class PretrainedWeights:
     """A folder written by ``save_pretrained``: one safetensors file, or shards.
 
     Parameters
@@ -35,7 +35,7 @@ class Pretrained:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(os.path.expanduser(folder))
-        self.files = tuple(map(open_tensors, _files(self.folder)))
+        self.files = tuple(map(open_tensors, _checkpoint_files(self.folder)))
         self._files = {name: file for file in self.files for name in file}
         self._ends = Ends(self._files)
 
@@ -51,7 +51,7 @@ class Pretrained:
         ValueError
             There is no such weight.
         """
-        first, *rest = self.stored(module)
+        first, *rest = self.stored_shape(module)
         return (math.prod(rest), first) if transposed else (first, math.prod(rest))
 
     def modules(self) -> list[str]:
@@ -59,14 +59,14 @@ class Pretrained:
         names = (name for name, file in self._files.items() if len(file.shape(name)) == 2)
         return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
-    def stored(self, module: str) -> tuple[int, ...]:
+    def stored_shape(self, module: str) -> tuple[int, ...]:
         """Shape of a module's weight as it is stored, of one dimension or more."""
-        name = self._name(module)
+        name = self._find_name(module)
         return self._files[name].shape(name) or (1,)
 
     def dtype(self, module: str) -> str:
         """Stored dtype of a module's weight, such as ``"BF16"``."""
-        name = self._name(module)
+        name = self._find_name(module)
         return self._files[name].dtype(name)
 
     def unread(self, module: str) -> Unread:
@@ -77,14 +77,14 @@ class Pretrained:
         ValueError
             There is no such weight, or it is not stored as floats.
         """
-        name = self._name(module)
+        name = self._find_name(module)
         return self._floats(name).unread(name)
 
     @cached_property
     def transposed(self) -> bool:
         """Does it store its linear layers as (in, out), as GPT-2 does? A bias is as long as the output."""
         for module in self.modules():
-            outer, inner = self.stored(module)
+            outer, inner = self.stored_shape(module)
             bias = self._files.get(f"{module}.bias")
             if bias is not None and outer != inner and parse(module).layer is not None:
                 return bias.shape(f"{module}.bias") == (inner,)
@@ -107,7 +107,7 @@ class Pretrained:
         ValueError
             There is no such weight, it has another shape, or is not stored as floats.
         """
-        name = self._name(module)
+        name = self._find_name(module)
         stored = self._floats(name)[name]
         first, *rest = stored.shape or (1,)
         flat = stored.reshape(first, math.prod(rest))
@@ -131,7 +131,7 @@ class Pretrained:
             )
         return file
 
-    def _name(self, module: str) -> str:
+    def _find_name(self, module: str) -> str:
         name = self._find(module)
         if name is None:
             raise ValueError(f"{printable(self.folder)} holds no weight of {printable(module)}")
@@ -142,11 +142,11 @@ class Pretrained:
         for start in range(len(parts) - 1):
             if (name := ".".join(parts[start:])) in self._files:
                 return name
-        longer = list(islice(self._ends.ending(f".{module}.weight"), 2))
+        longer = list(islice(self._ends.names_with_end(f".{module}.weight"), 2))
         return longer[0] if len(longer) == 1 else None
 
 
-def _files(folder: Path) -> list[Path]:
+def _checkpoint_files(folder: Path) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         return [folder]
     if not folder.exists():

@@ -31,7 +31,7 @@ from lorascope.methods.base import Method, Step
 from lorascope.methods.neft import NeFT
 from lorascope.schema import module_table
 from lorascope.training.base_weights import Base, refuse_adapted
-from lorascope.training.session import clip_gradients, not_finite
+from lorascope.training.session import clip_gradients, nonfinite_reason
 from lorascope.training.settings import Settings
 from lorascope.training.state import fingerprint, load_tree, save_tree
 
@@ -78,7 +78,7 @@ class MethodCallback(TrainerCallback):
             for name, parameter in self.step.model.named_parameters():
                 parameter.requires_grad_(name not in frozen)
             self.method.restore(tree["method"])
-        _agree(self.method)
+        _share_generators(self.method)
 
     def _refuse(self, args: TrainingArguments, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         name, s = type(self.method).__name__, self.settings
@@ -109,7 +109,7 @@ class MethodCallback(TrainerCallback):
         """Gradients of the whole batch are there."""
         self.method.after_backward(self.step)
         self.norm = clip_gradients(self.optimizer, self.settings.clip)
-        if reason := not_finite(self.step, 0.0, self.norm, self.optimizer.param_groups[0]["lr"]):
+        if reason := nonfinite_reason(self.step, 0.0, self.norm, self.optimizer.param_groups[0]["lr"]):
             raise FloatingPointError(reason)
         self._due = True
 
@@ -176,7 +176,7 @@ def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _agree(method: Method) -> None:
+def _share_generators(method: Method) -> None:
     """Give all processes the first one's generators: each was seeded by its own process."""
     if distributed.is_available() and distributed.is_initialized():
         drawn = [{key: value for key, value in method.state().items() if isinstance(value, np.random.Generator)}]

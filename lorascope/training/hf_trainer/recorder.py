@@ -15,7 +15,7 @@ from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
 from lorascope.methods.base import Method, Step, task_head
 from lorascope.observe import Observer, norms
-from lorascope.observe.trainable import left_out
+from lorascope.observe.trainable import unreadable_adapters
 from lorascope.schema import module_table
 from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
@@ -29,7 +29,7 @@ from lorascope.training.hf_trainer.method_callback import (
     write_checkpoint_file,
 )
 from lorascope.training.hf_trainer.run_folder import Recording
-from lorascope.training.hf_trainer.run_metadata import described, overlap
+from lorascope.training.hf_trainer.run_metadata import describe_run, overlap
 from lorascope.training.settings import Settings
 
 FILE = "lorascope-recorder.safetensors"
@@ -104,7 +104,7 @@ class TrainerRecorder(TrainerCallback):
         optimizer = self._optimizer = unwrap_optimizer(trainer["optimizer"])
         if driver is None:
             refuse_sharded(trainer["model"], trainer["optimizer"])
-            step, base = _looking_on(unwrap_peft_model(trainer["model"]), optimizer, state)
+            step, base = _observed_step(unwrap_peft_model(trainer["model"]), optimizer, state)
         else:
             driver.on_train_begin(args, state, control, **trainer)
             step, base = driver.step, driver.base
@@ -113,8 +113,8 @@ class TrainerRecorder(TrainerCallback):
             return
         if self._recording is not None:
             self._recording.mark_interrupted()
-        _tell_left_out(step.model)
-        meta = described(args, state, trainer, step, driver, self.observers)
+        _warn_unreadable(step.model)
+        meta = describe_run(args, state, trainer, step, driver, self.observers)
         meta["id"] = before["id"] if before else secrets.token_hex(6)
         path = self.out or Path(str(args.output_dir)) / "lorascope"
         method = None if driver is None else driver.method
@@ -183,9 +183,9 @@ class TrainerRecorder(TrainerCallback):
             self._recording = None
 
 
-def _tell_left_out(model: nn.Module) -> None:
+def _warn_unreadable(model: nn.Module) -> None:
     """One line of warning for adapters that cannot be recorded; the training is not theirs to stop."""
-    found = list(left_out(model).items())
+    found = list(unreadable_adapters(model).items())
     if found:
         module, kind = found[0]
         more = f"; nor {len(found) - 1} more" if len(found) > 1 else ""
@@ -193,7 +193,7 @@ def _tell_left_out(model: nn.Module) -> None:
         warnings.warn(f"not recorded: {told}", stacklevel=2)
 
 
-def _looking_on(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
+def _observed_step(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
     """What observers see where no method of ours trains; what lies there now counts as W_0."""
     base = Base(model)
     base.capture(optimizer)

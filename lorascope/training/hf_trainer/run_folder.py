@@ -82,8 +82,8 @@ class Recording:
             self.writer.begin(None)
             self.look({})
         else:
-            self._resume(before)
-        self._flush()
+            self._resume_recording(before)
+        self._write_rows()
 
     @property
     def seconds(self) -> float:
@@ -96,7 +96,7 @@ class Recording:
         told += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
         self.add(merge_records(self.step, told, self.observers))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
-            self.attempt(self._flush)
+            self.attempt(self._write_rows)
 
     def add(self, items: Iterable[Item]) -> None:
         """Take in what is known of this step, each thing once."""
@@ -108,7 +108,7 @@ class Recording:
         if not self._failing:  # else with the next flush: a folder that does not answer costs seconds
             self.attempt(self.writer.write_arrays)
 
-    def _flush(self) -> None:
+    def _write_rows(self) -> None:
         self._flushed = time.monotonic()
         self.writer.flush()
 
@@ -141,7 +141,7 @@ class Recording:
     def _state_file(self) -> Path:
         return self.path / "state/last.safetensors"
 
-    def _resume(self, before: dict[str, Any]) -> None:
+    def _resume_recording(self, before: dict[str, Any]) -> None:
         for observer, state in zip(self.observers, before["observers"], strict=True):
             observer.restore(state)
         self._seconds_before = before["seconds"]
@@ -202,7 +202,7 @@ def create_folder(folder: Path, going_on: str | None) -> None:
     if not (folder / "run.json").exists():
         raise ValueError(f"{folder} is not empty and holds no run: give another folder")
     run = Run.read(folder)
-    aside = _free(folder.with_name(f"{folder.name}-{run.id}"))
+    aside = _free_folder(folder.with_name(f"{folder.name}-{run.id}"))
     with lock_run(folder):
         if run.id != going_on:
             folder.rename(aside)
@@ -210,7 +210,7 @@ def create_folder(folder: Path, going_on: str | None) -> None:
             shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
 
 
-def _free(folder: Path) -> Path:
+def _free_folder(folder: Path) -> Path:
     names = (folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 10_000)))
     return next(name for name in names if not name.exists())
 

@@ -12,7 +12,7 @@ from transformers import TrainerState, TrainingArguments
 
 from lorascope.methods.base import Step, config, frozen_entries
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import left_out
+from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.run import SCHEMA
 from lorascope.training.hf_trainer.method_callback import MethodCallback
 from lorascope.training.run_spec import circumstances
@@ -22,7 +22,7 @@ from lorascope.training.session import trained_parameters
 _ASIDE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"}
 
 
-def described(
+def describe_run(
     args: TrainingArguments,
     state: TrainerState,
     trainer: dict[str, Any],
@@ -44,7 +44,7 @@ def described(
     if driver is None:  # an optimizer of PEFT's may hold what is frozen, too
         trained = [parameter for parameter in trained if parameter.requires_grad]
     still = 0 if driver is None else frozen_entries(driver.method)
-    recipe, label = _recipe(trainer["model"], step) if driver is None else _own(driver)
+    recipe, label = _recipe(trainer["model"], step) if driver is None else _method_entry(driver)
     data = trainer["train_dataloader"].dataset
     return circumstances(step.model, trained, still, step.modules, str(args.device)) | {
         "schema": SCHEMA,
@@ -55,12 +55,12 @@ def described(
         "phase": ["", "train"],
         "task_type": _task_type(trainer["model"]),
         "task_kind": "image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
-        "left_out": left_out(step.model),
-        "task": _name(data),
-        "labels": _labels(step),
+        "left_out": unreadable_adapters(step.model),
+        "task": _dataset_name(data),
+        "labels": _class_names(step),
         "data_hash": getattr(data, "_fingerprint", None),
         "w0_hash": None if driver is None else driver.w0_hash,
-        "settings": _settings(args, state, step, driver) | {"observers": [o.config() for o in observers]},
+        "settings": _trainer_settings(args, state, step, driver) | {"observers": [o.config() for o in observers]},
         "seed": args.seed,
         "total_seconds": 0.0,
     }
@@ -75,19 +75,19 @@ def overlap(trained: Any, evaluated: Any) -> float | None:
     if isinstance(trained, list) and isinstance(evaluated, list):
         known = {id(row) for row in trained}
         return sum(id(row) in known for row in evaluated) / max(1, len(evaluated))
-    (one, rows), (other, asked) = _rows(trained), _rows(evaluated)
+    (one, rows), (other, asked) = _dataset_rows(trained), _dataset_rows(evaluated)
     return len(set(rows) & set(asked)) / max(1, len(asked)) if one == other else None
 
 
-def _rows(data: Any) -> tuple[Any, Sequence[int]]:
+def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:
     """Which data set it is, and which of its rows."""
     if isinstance(data, Subset):
-        origin, rows = _rows(data.dataset)
+        origin, rows = _dataset_rows(data.dataset)
         return origin, [rows[index] for index in data.indices] if rows else []
     return getattr(data, "_fingerprint", None) or id(data), range(len(data)) if hasattr(data, "__len__") else ()
 
 
-def _settings(
+def _trainer_settings(
     args: TrainingArguments, state: TrainerState, step: Step, driver: MethodCallback | None
 ) -> dict[str, Any]:
     group = step.optimizer.param_groups[0]
@@ -104,7 +104,7 @@ def _settings(
     }
 
 
-def _own(driver: MethodCallback) -> tuple[dict[str, Any], str]:
+def _method_entry(driver: MethodCallback) -> tuple[dict[str, Any], str]:
     return config(driver.method), driver.method.label()
 
 
@@ -132,7 +132,7 @@ def _task_type(model: Any) -> str | None:
     return None if told is None else str(getattr(told, "value", told))
 
 
-def _labels(step: Step) -> list[str] | None:
+def _class_names(step: Step) -> list[str] | None:
     """Names of the classes, where the head is over classes."""
     settings = getattr(step.model, "config", None)
     heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()
@@ -142,6 +142,6 @@ def _labels(step: Step) -> list[str] | None:
     return [str(classes[number]) for number in sorted(classes)]
 
 
-def _name(data: Any) -> str:
+def _dataset_name(data: Any) -> str:
     """What a data set calls itself, or else its class."""
     return getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from scipy.stats import ttest_rel
 
+from lorascope.analysis import recipe_comparison
 from lorascope.analysis.recipe_comparison import describe_comparison, holm, paired_p, pairs, recipes, scores, standings
 from lorascope.runs.run import Run
 
@@ -117,3 +118,8 @@ def test_runs_that_learn_the_same_count_once_and_others_are_told_apart():
         assert found[name].nunique() == 2
         assert found[name].iloc[1].endswith(" (bbbbbb)")
         assert standings(found, pairs(found))["n"].tolist() == [1, 1]
+
+
+def test_words_is_a_deprecated_alias() -> None:
+    with pytest.warns(FutureWarning, match="describe_comparison"):
+        assert recipe_comparison.words is describe_comparison

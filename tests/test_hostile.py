@@ -302,7 +302,10 @@ def test_base_with_many_names_is_searched_fast(tmp_path: Path) -> None:
     header = {f"m.h.{n}.q.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(6000)}
     hostile.put_header(tmp_path / "model.safetensors", header, b"")
     base = PretrainedWeights(tmp_path)
-    assert outcome(lambda: [base.holds(f"h.{n}.q") and base.holds(f"x.{n}.k") for n in range(6000)], seconds=3) == ""
+    assert (
+        outcome(lambda: [base.has_weight(f"h.{n}.q") and base.has_weight(f"x.{n}.k") for n in range(6000)], seconds=3)
+        == ""
+    )
 
 
 def test_patterns_times_modules_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from lorascope.inputs import models, tasks
 from lorascope.inputs.package_assets import SMOLLM2, cache, sha256
 
 HEADS = {"t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration", "vit": "ForImageClassification"}
-HUB_ANSWERS = models._hub_answers
+HUB_ANSWERS = models._is_hub_reachable
 ENCODERS = ("bert", "roberta", "deberta-v2", "distilbert", "electra")
 THREE = ("bad", "good", "so-so")
 
@@ -28,7 +28,7 @@ THREE = ("bad", "good", "so-so")
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
     """No network, and an empty cache."""
-    monkeypatch.setattr(models, "_hub_answers", lambda: False)
+    monkeypatch.setattr(models, "_is_hub_reachable", lambda: False)
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
 
 

@@ -347,10 +347,8 @@ def test_neurons_of_the_other_end_train_besides(bert, task, tmp_path):
         neurons.select(pool, 9, by="value"),
         neurons.select(pool, round(0.02 * total / 32), "reversed", by="value"),
     )
-    assert selected_neurons.as_set(selected_neurons.chosen_neurons(run)) == selected_neurons.as_set(
-        pd.concat([first, other])
-    )
-    assert len(selected_neurons.chosen_neurons(run)) == len(first) + len(other)
+    assert selected_neurons.as_set(selected_neurons.chosen(run)) == selected_neurons.as_set(pd.concat([first, other]))
+    assert len(selected_neurons.chosen(run)) == len(first) + len(other)
     more = NeFT(num_neurons=9, reversed_share=0.9, reference=full)
     with pytest.raises(ValueError, match=r"reversed_share 0.9 is \d+ neurons: 183 are left to choose, 0\.\d+ of the"):
         train(bert, task, more, tmp_path / "more")

@@ -133,8 +133,8 @@ def work(words):
 if when == "at the end":
     atexit.register(press)
 if when == "as the line is printed":
-    failed = cli._failed
-    cli._failed = lambda *told: (failed(*told), press())
+    failed = cli._report_failure
+    cli._report_failure = lambda *told: (failed(*told), press())
 sys.modules["lorascope.cli.waiting"] = types.SimpleNamespace(main=work)
 cli.COMMANDS["wait"] = cli.Command("waiting", "")
 sys.argv = ["lorascope", "wait"]

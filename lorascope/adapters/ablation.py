@@ -27,7 +27,7 @@ class Switchable(Protocol):
     def add_component(self, index: int, sign: int, x: Tensor, y: Tensor) -> Tensor:
         """The host's output ``y`` at input ``x`` with a component put on (sign 1) or taken off (-1)."""
 
-    def idle(self, index: int) -> bool:
+    def is_idle(self, index: int) -> bool:
         """Does the component add nothing, whatever the input?"""
 
 
@@ -76,7 +76,7 @@ def _switched_scores(
     model: nn.Module, loss: Loss, batch: Batch, gates: Mapping[str, Switchable], sign: int
 ) -> tuple[float, dict[str, Float[np.ndarray, "_"]]]:
     """Score of the model as it is, and with each component in turn put on or taken off."""
-    active = {name: [i for i in range(gate.rank) if not gate.idle(i)] for name, gate in gates.items()}
+    active = {name: [i for i in range(gate.rank) if not gate.is_idle(i)] for name, gate in gates.items()}
     moves: dict[str, list[Move]] = {
         name: [partial(gates[name].add_component, index, sign) for index in indices] for name, indices in active.items()
     }

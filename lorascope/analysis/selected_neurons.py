@@ -21,7 +21,7 @@ Neurons = frozenset[tuple[str, int]]
 _PLACE = ["module", "stack", "layer", "role"]
 
 
-def chosen_neurons(run: Run, k: int | None = None) -> pd.DataFrame:
+def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
     """The neurons that a run trained, or those k that it turned most.
 
     Parameters
@@ -61,14 +61,14 @@ def threshold(run: Run, quantity: str) -> float | None:
     by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
     if quantity != "selection_cosine" or method.get("mode") != "changed" or by_hand_or_both_ends:
         return None
-    both = scores(run, quantity).merge(chosen_neurons(run).astype({"module": "str"}), on=["module", "neuron"])
+    both = scores(run, quantity).merge(chosen(run).astype({"module": "str"}), on=["module", "neuron"])
     return float(both["value"].min())
 
 
-def trained_neurons(run: Run) -> pd.DataFrame:
+def trained(run: Run) -> pd.DataFrame:
     """Every neuron that a run trained: those chosen, or all of each module whose weight it moved."""
     if (run.table["quantity"] == "selected").any():
-        return chosen_neurons(run)
+        return chosen(run)
     moved = set(run.summary().query("update_norm > 0")["module"])
     every = neurons.unscored_neurons(_selectable_parts(run))
     return every[every["module"].isin(moved)]
@@ -94,7 +94,7 @@ def by_layer(run: Run) -> pd.DataFrame:
     DataFrame
         ``run, place, role, value``, and ``chance``: the number if as many were drawn by lot.
     """
-    found = chosen_neurons(run)
+    found = chosen(run)
     counts = found.groupby([found["module"].astype("str"), "role"], observed=True).size()
     # Of a matrix that holds gate and input the records name the module's role alone.
     role = run.modules.set_index("module")["role"]
@@ -131,7 +131,7 @@ def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float | int]
     }
 
 
-def expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float:
+def expected(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float:
     """Mean overlap if both drew the neurons within each module by lot, as many as they have there.
 
     What this explains is that both prefer the same layers; only what lies above it is about neurons.

@@ -92,7 +92,7 @@ class Drawable:
         Figure, or ``ax``.
         """
         mpl = _import_backend("matplotlib_backend")
-        return mpl.figure(self, theme, width) if ax is None else mpl.onto(ax, self, theme)
+        return mpl.figure(self, theme, width) if ax is None else mpl.draw_onto(ax, self, theme)
 
     def plotly(self, theme: str | None = None) -> Any:
         """Draw as an interactive ``plotly.graph_objects.Figure``; frames become the steps of a slider."""

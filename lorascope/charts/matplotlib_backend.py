@@ -209,7 +209,7 @@ def _panel_inches(settled: Plan, place: Place, width: float, size: float) -> flo
     if scale.categories is None:
         return shape
     lines = LABELS + len(scale.categories) * 1.45 * size / 72
-    return max(lines if scale.wordy else min(lines, 0.95 * width), 0.75 * shape)
+    return max(lines if scale.is_wordy else min(lines, 0.95 * width), 0.75 * shape)
 
 
 def _draw_axis_labels(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tuple[float, float]) -> None:

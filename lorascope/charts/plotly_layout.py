@@ -123,7 +123,7 @@ def _panel_height(scale: Scale) -> float:
     if scale.categories is None:
         return PANEL
     rows = ROW * len(scale.categories)
-    return max(rows if scale.wordy else min(rows, 1.3 * PANEL), 0.5 * PANEL)
+    return max(rows if scale.is_wordy else min(rows, 1.3 * PANEL), 0.5 * PANEL)
 
 
 def _count_color_bars(settled: Plan, row: list[int], view: int) -> int:

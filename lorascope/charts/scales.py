@@ -40,7 +40,7 @@ class Scale:
         return self.axis.log and self.categories is None
 
     @property
-    def wordy(self) -> bool:
+    def is_wordy(self) -> bool:
         """Whether most categories are words, each of which should be readable, and not numbers in a row."""
         names = [short_name(category) for category in self.categories or ()]
         return 2 * sum(map(_is_digits, names)) < len(names)
@@ -91,7 +91,7 @@ class Scale:
         widths = [(len(name) + 1) * GLYPH * size for name in names]
         cell = max(room, size) / max(len(names), 1)  # names on the other axis may leave no room
         crowded = any(a + b > 2 * cell for a, b in pairwise(widths))
-        turned = not across and crowded and self.wordy
+        turned = not across and crowded and self.is_wordy
         lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
         kept = _spread_names(digits, lengths)
         return [float(index) for index in kept], [names[index] for index in kept], turned

@@ -46,7 +46,7 @@ def against_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     with one_thread():
         for module, part in run.files.parts.items():
-            if run.base is not None and run.base.holds(module):
+            if run.base is not None and run.base.has_weight(module):
                 W0 = run.base.weight(module, part.shape, part.transposed)
                 rows.append({"module": module} | _compare_module(W0, part.update(), module, decompose))
     return pd.DataFrame(rows, columns=["module", *BESIDE])

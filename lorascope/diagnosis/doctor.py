@@ -99,7 +99,7 @@ def _tied_modules(run: Run) -> tuple[tuple[str, str], ...]:
     if isinstance(run, AdapterRun):
         # safetensors keep a shared weight once: a head that the base lacks is its embedding.
         ends = {role: modules["module"][modules["role"] == role] for role in ("embed", "head")}
-        lacking = [name for name in ends["head"] if run.base is not None and not run.base.holds(name)]
+        lacking = [name for name in ends["head"] if run.base is not None and not run.base.has_weight(name)]
         return tuple((one, other) for one in ends["embed"] for other in lacking)
     pairs = zip(modules["module"], modules.get("tied", pd.Series("", modules.index)).fillna(""), strict=True)
     return tuple((one, other) for one, tied in pairs for other in tied.split(",") if {one, other} <= adapted)

@@ -192,7 +192,7 @@ def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
 def _singular_values(run: Run, modules: pd.Series, spectra: bool) -> Mapping[str, np.ndarray]:
     """Spectra of the factored updates, and of the dense ones that were recorded at the last step."""
     if isinstance(run, AdapterRun):
-        return run.spectra if spectra or all(part.thin for part in run.files.parts.values()) else {}
+        return run.spectra if spectra or all(part.has_thin_factors for part in run.files.parts.values()) else {}
     found = dict(spectra_by_layer(run))
     last = run.meta["states"]["last"]["step"]
     for module in modules:
@@ -344,7 +344,7 @@ def adapter_cautions(run: AdapterRun) -> Iterator[str]:
     config = run.files.config
     if not config:
         yield f"no {CONFIG}, so alpha is not known: |dW| is that of B A, to be multiplied by alpha / r"
-    if run.files.kind == "DoRA" and any(part.thin for part in run.files.parts.values()):
+    if run.files.kind == "DoRA" and any(part.has_thin_factors for part in run.files.parts.values()):
         yield "DoRA: |dW| is that of the direction B A alone; --base DIR gives that of the whole"
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(RESIDUAL):
@@ -360,14 +360,16 @@ def adapter_findings(run: AdapterRun) -> Iterator[str]:
     yield from _saved_whole(run, sorted(whole))
     if biases - whole:
         yield f"{len(biases - whole)} biases beside the factors, not measured"
-    lacking = [module for module in run.files.parts if run.base is not None and not run.base.holds(module)]
+    lacking = [module for module in run.files.parts if run.base is not None and not run.base.has_weight(module)]
     if lacking:
         yield f"not in the base, tied perhaps: {first_and_count(lacking)}"
     for pattern in ("rank_pattern", "alpha_pattern"):
         # AdaLoRA's ranks are masks by parameter.
         if pattern == "rank_pattern" and run.files.kind == "AdaLoRA":
             continue
-        idle = Patterns(config.get(pattern) or {}, f"{pattern} of {run.files.path / CONFIG}").idle(run.files.parts)
+        idle = Patterns(config.get(pattern) or {}, f"{pattern} of {run.files.path / CONFIG}").unused_keys(
+            run.files.parts
+        )
         if idle:
             yield f"{pattern} names no module of this adapter: {first_and_count(idle)}"
 
@@ -377,7 +379,7 @@ def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
     base = run.base
     rest = list(modules)
     if base is not None:
-        rest = [module for module in modules if not base.holds(module)]
+        rest = [module for module in modules if not base.has_weight(module)]
         for module in modules:
             if module in rest:
                 continue

@@ -98,7 +98,7 @@ def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
 def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
     """The table of one part, of two weights that were found to belong together."""
     module = part.module
-    if not original.holds(module):
+    if not original.has_weight(module):
         raise ValueError(
             f"{original.folder} holds no weight of {module}, as {tuned.folder} does: "
             "another model, or a weight that is tied in one of them alone"

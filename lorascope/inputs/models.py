@@ -178,7 +178,7 @@ def locate(name: str) -> str:
     if near or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         hint = f"did you mean {near[0]!r}?" if near else f"give {', '.join(BUNDLED)}, a folder, a GGUF file or a hub id"
         raise FileNotFoundError(f"there is no model {name!r}: {hint}")
-    if _hub_answers():
+    if _is_hub_reachable():
         return name
     try:
         return huggingface_hub.snapshot_download(name, local_files_only=True)
@@ -258,7 +258,7 @@ def _unknown_model(name: object) -> str:
     return f"cannot load {str(name)!r}: it is none of {known}, no local folder, and the hub did not give it"
 
 
-def _hub_answers() -> bool:
+def _is_hub_reachable() -> bool:
     """Ask once: the hub's own client tries for half a minute, a file at a time, before it looks into its cache."""
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)

@@ -255,7 +255,7 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         text = str(label).strip() if isinstance(label, str | int) else ""
-        if not text or (_to_number(text) and not _is_whole_number(text)):
+        if not text or (_is_numeric(text) and not _is_whole_number(text)):
             raise ValueError(
                 f"row {number} of {name} has the label {reprlib.repr(label)}: a class name or whole number is needed"
             )
@@ -263,7 +263,7 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
     return names
 
 
-def _to_number(text: str) -> bool:
+def _is_numeric(text: str) -> bool:
     try:
         float(text)
     except ValueError:

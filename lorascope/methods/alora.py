@@ -226,7 +226,7 @@ class ALoRADelta(LoRADelta):
         coordinate = F.linear(x, row) if x.is_floating_point() else F.embedding(x, row.T, self.padding)
         return torch.addcmul(y, coordinate, column, value=sign * self.scale).to(y.dtype)
 
-    def idle(self, index: int) -> bool:
+    def is_idle(self, index: int) -> bool:
         """Does the component add nothing, whatever the input?"""
         return not (self.A[index].any() and self.B[:, index].any())
 

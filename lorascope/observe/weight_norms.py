@@ -110,7 +110,7 @@ class norms(Observer):
 
     def due(self, finished: int, total: int) -> bool:
         """Also where dense updates are decomposed."""
-        return super().due(finished, total) or self._decomposes(finished)
+        return super().due(finished, total) or self._is_decomposition_due(finished)
 
     @torch.no_grad()
     @shared_copies()
@@ -213,7 +213,7 @@ class norms(Observer):
             yield from _norm_records(block, total)
 
     def _rank_records(self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]) -> Iterator[Item]:
-        first, kept = step.finished == 0, step.last or self._decomposes(step.finished)
+        first, kept = step.finished == 0, step.last or self._is_decomposition_due(step.finished)
         cheap = {name: update for name, update in updates.items() if isinstance(update, LowRank) or first or kept}
         chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
         for label, tensor in _tensors(trained, updates).items():
@@ -229,7 +229,7 @@ class norms(Observer):
             if kept:
                 yield Snapshot(f"{module}/singular_values", sigma, ("component",))
 
-    def _decomposes(self, finished: int) -> bool:
+    def _is_decomposition_due(self, finished: int) -> bool:
         return bool(self.spectra_every and finished % self.spectra_every == 0)
 
 

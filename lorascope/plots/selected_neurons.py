@@ -110,8 +110,7 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_same("model")
     sets = {
-        g.label: [selected_neurons.as_set(selected_neurons.chosen_neurons(run, k)) for run in g.runs]
-        for g in cohort.groups
+        g.label: [selected_neurons.as_set(selected_neurons.chosen(run, k)) for run in g.runs] for g in cohort.groups
     }
     found = selected_neurons.overlaps(sets, selected_neurons.pool(cohort.runs[0]))
     if found.empty:
@@ -167,7 +166,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     shifts = {}
     for run in cohort.runs:
         against = _reference(run, others).table if others else None
-        shifts[run.id] = utilisation.shifts(run.table, selected_neurons.trained_neurons(run), against)
+        shifts[run.id] = utilisation.shifts(run.table, selected_neurons.trained(run), against)
     moved = pd.concat(utilisation.buckets(found).assign(run=run) for run, found in shifts.items())
     moved["bucket"] = [
         "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"

@@ -150,7 +150,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
 
 def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
     sets = {
-        label: [selected_neurons.as_set(selected_neurons.chosen_neurons(run)) for run in runs[label]]
+        label: [selected_neurons.as_set(selected_neurons.chosen(run)) for run in runs[label]]
         for label in (CHANGED, MOVIES, TWEETS)
     }
     pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
@@ -163,7 +163,7 @@ def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
 
     own = sets[CHANGED]
     lots = {
-        seed: selected_neurons.expected_overlap(first, second, sizes)
+        seed: selected_neurons.expected(first, second, sizes)
         for seed, first, second in zip(seeds, own, [*own[1:], own[0]], strict=True)
     }
     return [
@@ -176,7 +176,7 @@ def _shifts(runs: Sequence[Run]) -> BySeed:
     """Mean shift of a neuron's rank from before to after training, as a share of the ranks of its projection."""
     found = {}
     for run in runs:
-        shifts = neuron_utilization.shifts(run.table, selected_neurons.trained_neurons(run))
+        shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
         sizes = shifts.groupby("role")["rank_1"].transform("size")
         found[run.meta["seed"]] = float((shifts["d_rank"].abs() / sizes).mean())
     return found

@@ -18,7 +18,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import is_plain, refuse_pickles
 from lorascope.files.typed_json import read_json
 from lorascope.runs.display import largest_lines
-from lorascope.runs.formats.hydralora import holds_heads, read_hydra
+from lorascope.runs.formats.hydralora import has_heads, read_hydra
 from lorascope.runs.formats.loralib import read_loralib
 from lorascope.runs.formats.peft_adalora import read_adalora
 from lorascope.runs.formats.peft_dora import read_dora
@@ -90,7 +90,7 @@ def _open_folder(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
         return read_dora(path, config, files, base)
     if kind == "ADALORA":
         return read_adalora(path, config, files)
-    if holds_heads(name for file in files for name in file):
+    if has_heads(name for file in files for name in file):
         return read_hydra(path, config, files)
     read = read_loralib if not config or "enable_lora" in config else read_adapter
     return read(path, config, files)
@@ -109,7 +109,7 @@ class AdapterRun(Run):
 
     def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
         self.files, self.base = files, base
-        if base is not None and not any(map(base.holds, files.parts)):
+        if base is not None and not any(map(base.has_weight, files.parts)):
             raise ValueError(
                 f"{printable(base.folder)} holds no weight of any module of {printable(files.path)}: it is not its base"
             )
@@ -172,13 +172,13 @@ class AdapterRun(Run):
 
     def _measure_module(self, module: str) -> dict[str, float]:
         part = self.files.parts[module]
-        if part.thin:
+        if part.has_thin_factors:
             sigma = self.spectra[module]
             norm, stable, effective = root_of_squares(sigma), stable_rank(sigma), effective_rank(sigma)
         else:
             norm, stable, effective = part.update().norm(), np.nan, np.nan
         values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}
-        if self.base is None or not self.base.holds(module):
+        if self.base is None or not self.base.has_weight(module):
             return values | {"weight_norm": np.nan, "relative_update": np.nan}
         W0 = self.base.weight(module, part.shape, part.transposed)
         start = Dense(W0).norm()

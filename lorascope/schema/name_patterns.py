@@ -61,7 +61,7 @@ class Patterns:
         """Return the first key that fits a module, as PEFT takes it."""
         return next((key for key in self._patterns if self._is_match(key, module)), None)
 
-    def idle(self, modules: Iterable[str]) -> list[str]:
+    def unused_keys(self, modules: Iterable[str]) -> list[str]:
         """Return the keys that fit none of the modules."""
         names = list(modules)
         return [key for key in self._patterns if not any(self._is_match(key, name) for name in names)]
@@ -73,7 +73,7 @@ class Patterns:
         found = (
             pattern.match(module) is not None
             if isinstance(pattern, re.Pattern)
-            else self._match_in_time(pattern, module)
+            else self._is_timed_match(pattern, module)
         )
         if self._left < 0 or self._seconds <= 0:
             raise ValueError(
@@ -82,7 +82,7 @@ class Patterns:
             )
         return found
 
-    def _match_in_time(self, pattern: regex.Pattern[str], module: str) -> bool:
+    def _is_timed_match(self, pattern: regex.Pattern[str], module: str) -> bool:
         start = time.monotonic()
         try:
             return pattern.match(module, timeout=max(self._seconds, 1e-3)) is not None

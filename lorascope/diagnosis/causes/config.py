@@ -24,13 +24,13 @@ def find_unmatched_keys(case: Case) -> Found:
     for field in ("target_modules", "rank_pattern", "alpha_pattern"):
         keys = config.get(field) or ()
         # One pattern in place of a list has to fit something, or PEFT refuses; AdaLoRA's ranks are masks by parameter.
-        if isinstance(keys, str) or (field == "rank_pattern" and case.adalora):
+        if isinstance(keys, str) or (field == "rank_pattern" and case.is_adalora):
             continue
         # A target is the end of a name, a key of a pattern an expression of it.
         idle = (
             [key for key in keys if key not in known and not any(ends.names_with_end(f".{key}"))]
             if field == "target_modules"
-            else Patterns(keys, field).idle(names)
+            else Patterns(keys, field).unused_keys(names)
         )
         if idle:
             yield Finding(
@@ -67,7 +67,7 @@ def find_uneven_scale(case: Case) -> Found:
     config, adapted = case.meta["method"], case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without any alpha_pattern the scale follows alpha / r, as AutoLoRA means it to.
-    if case.history or case.adalora or not ranks or not alphas or adapted["scale"].isna().all():
+    if case.history or case.is_adalora or not ranks or not alphas or adapted["scale"].isna().all():
         return
     usual = float(adapted["scale"].mode().iloc[0])
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
@@ -89,7 +89,7 @@ def find_allocator_excess(case: Case) -> Found:
     method = case.meta["method"]
     # A module that lost all its components counts: others got its share of the budget.
     ranked = case.modules[case.modules["rank"].notna()]
-    if not case.adalora or ranked.empty:
+    if not case.is_adalora or ranked.empty:
         return
     # What a folder holds was masked already, so the start is known from the configuration alone; 8 and 12 are PEFT's.
     each = method.get("target_rank", method.get("target_r", 8))

@@ -76,7 +76,7 @@ class Case:
         return adapted[(adapted["update_norm"] == 0) & (adapted["scale"] != 0) & ~adapted["empty"]]
 
     @property
-    def adalora(self) -> bool:
+    def is_adalora(self) -> bool:
         """Is it AdaLoRA's, ours or PEFT's?"""
         return "adalora" in (self.meta["method"].get("name"), str(self.meta["method"].get("kind")).lower())
 

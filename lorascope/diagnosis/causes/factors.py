@@ -41,7 +41,7 @@ def find_untrained(case: Case) -> Found:
     if not case.history and 0 < len(case.adapted) == len(case.unchanged_adapters):
         yield Finding(
             "untrained",
-            f"{'E' if case.adalora else 'B'} is still zero in all {len(case.adapted)} modules: it does nothing",
+            f"{'E' if case.is_adalora else 'B'} is still zero in all {len(case.adapted)} modules: it does nothing",
             {"modules": len(case.adapted), "update_norm": 0.0},
             "save after training, and the adapter that trained (PEFT saves each name by itself)",
         )
@@ -80,7 +80,7 @@ def find_frozen(case: Case) -> Found:
     """Adapters that stayed where they began while others moved."""
     resting, adapted = case.unchanged_adapters["module"], case.adapted
     # AdaLoRA may take all components of a module: that is its choice.
-    if 0 < len(resting) < len(adapted) and (adapted["update_norm"] > 0).any() and not case.adalora:
+    if 0 < len(resting) < len(adapted) and (adapted["update_norm"] > 0).any() and not case.is_adalora:
         yield Finding(
             "frozen",
             f"{count_phrase(resting, adapted)} an update of exactly zero while others moved: "

@@ -84,7 +84,7 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
         raise ValueError(f"{run.label} {read}")
     if run.meta["method"]["name"] == "peft":
         refuse_unkept(run, state)
-    form = peft_fourierft if peft_fourierft.holds_coefficients(run, state) else peft_lora
+    form = peft_fourierft if peft_fourierft.has_coefficients(run, state) else peft_lora
     updates, weights = form.updates_of(run, state), _other_weights(run, state)
     if "hosts" not in run.meta:
         raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")

@@ -18,7 +18,7 @@ from lorascope.runs.summary import mode, targets
 from lorascope.updates.fourier import Fourier, entries
 
 
-def holds_coefficients(run: Run, state: str) -> bool:
+def has_coefficients(run: Run, state: str) -> bool:
     """Are a run's updates made of coefficients, on whatever basis?"""
     return any("coefficients" in factors for factors in run.factors(state=state).values())
 

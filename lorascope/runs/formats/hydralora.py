@@ -65,7 +65,7 @@ class HydraPart(StoredLoRA):
         return LowRank(*mix_experts(held["B"], held["A"], held["gates"]), self.scale, self.exact)
 
 
-def holds_heads(names: Iterable[str]) -> bool:
+def has_heads(names: Iterable[str]) -> bool:
     """Are these names of tensors those of a HydraLoRA folder?"""
     return any(".lora_route." in name or ".lora_B0." in name for name in names)
 

@@ -44,7 +44,7 @@ class DoraPart(StoredLoRA):
     base: PretrainedWeights | None
 
     @property
-    def thin(self) -> bool:
+    def has_thin_factors(self) -> bool:
         """The direction's update has thin factors, the whole one none."""
         return self.base is None
 
@@ -89,6 +89,6 @@ def read_dora(
                 f"{printable(path)}: lora_magnitude_vector of {printable(module)} must hold {outer} values, one per "
                 f"output, got the shape {magnitude.shape}"
             )
-        held = base if base is not None and base.holds(module) else None
+        held = base if base is not None and base.has_weight(module) else None
         parts[module] = DoraPart(*plain, magnitude, module, held)
     return AdapterFiles(path, dict(config), parts, others, files, "DoRA")

@@ -65,7 +65,7 @@ class FourierPart(StoredUpdate):
     seed: int
 
     @property
-    def thin(self) -> bool:
+    def has_thin_factors(self) -> bool:
         """Norms are found at once, by Parseval's identity; singular values are not."""
         return False
 

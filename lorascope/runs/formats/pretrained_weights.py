@@ -39,7 +39,7 @@ class PretrainedWeights:
         self._files = {name: file for file in self.files for name in file}
         self._ends = Ends(self._files)
 
-    def holds(self, module: str) -> bool:
+    def has_weight(self, module: str) -> bool:
         """Is there a weight of this module? A tied one is stored under one of its names alone."""
         return self._find(module) is not None
 

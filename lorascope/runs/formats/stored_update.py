@@ -43,7 +43,7 @@ class StoredUpdate:
     """Does the base store its weight as (in, out)?"""
 
     @property
-    def thin(self) -> bool:
+    def has_thin_factors(self) -> bool:
         """Are singular values found from thin factors, and so at once?"""
         return True
 

@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoints import deltas, save
+from test_loading import deltas, save
 from tiny import inputs, tiny
 from tolerance import TINY, near
 

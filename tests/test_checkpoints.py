@@ -1,486 +1,283 @@
-"""Adapters of PEFT read as files, with PEFT itself as the oracle; and folders that are broken in every way."""
+"""Killed, interrupted, out of space or with a damaged checkpoint: the same call gives the same run, bit for bit."""
 
 from __future__ import annotations
 
-import json
-import math
-import pickle
+import errno
+import os
+import random
 import shutil
-import subprocess
-import sys
-import warnings
+import signal
+import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import killing
 import numpy as np
-import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import tiny
-from tolerance import TINY, near
+from forks import contents, same
 
-import lorascope
-from lorascope.files.safetensors_io import write_json
-from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
-from lorascope.runs.loading import AdapterRun, load
-from lorascope.runs.writer import RunWriter
-from lorascope.schema.records import Factors, Record
-
-ATTENTION = ["q_proj", "v_proj"]
+import lorascope as ls
+from lorascope.inputs import models
+from lorascope.methods import LoRA
+from lorascope.runs.folders import lock_run
+from lorascope.training.session import Session
+from lorascope.training.state import load_tree, save_tree
 
 
-def adapted(model: Any, **config: Any) -> Any:
-    """PEFT's model around another, without what it warns of: embeddings saved too, a Conv1D, old names."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.get_peft_model(model, peft.LoraConfig(**config))
+def never_taken_for_whole(folder: Path, whole: Path) -> None:
+    """A folder that opens and gives its table holds all that the finished one does."""
+    try:
+        table = ls.load(folder).table
+    except (ValueError, FileNotFoundError) as error:
+        table, line = None, str(error)
+    if table is None:
+        assert "\n" not in line
+    else:
+        found = contents(folder)
+        assert {name: found[name] for name in contents(whole)} == contents(whole)
 
 
-def save(path: Path, family: str = "llama", head: str | None = None, dtype: torch.dtype | None = None, **config: Any):
-    """Save an adapter whose factors are all random; gives the model that holds it."""
-    model = adapted(tiny(family, head), **config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.to(dtype or torch.float32).save_pretrained(path)
-    return model
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.parametrize("method", list(killing.METHODS))
+def test_whatever_lies_on_the_disk_at_any_moment_is_gone_on_from(method, every, forks, tmp_path):
+    """The disk is copied amid writes and before removals, every one or every 7th: what a kill there would leave."""
+    whole, copies = tmp_path / "whole", tmp_path / "copies"
+    assert forks(method, whole, copies=copies) == 0
+    moments = sorted(copies.iterdir())
+    assert len(moments) > 10
+    # Each phase has the moments of a run; and AdaLoRA differs from the others in what it writes, not in when.
+    moments = moments[:: every * {"two phases": 2, "adalora": 4}.get(method, 1)]
+    for copy in moments:
+        never_taken_for_whole(copy, whole)
+        assert forks(method, copy) == 0
+        same(copy, whole)
 
 
-def deltas(model: Any) -> dict[str, np.ndarray]:
-    """PEFT's own updates as (out, in)."""
-    found = {}
-    for name, module in model.base_model.model.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            update = module.get_delta_weight("default").detach().float()
-            stored_as_in_out = getattr(module, "fan_in_fan_out", False) or hasattr(module, "embedding_dim")
-            is_table = isinstance(module.get_base_layer(), torch.nn.Embedding)
-            found[name] = (update.T if stored_as_in_out or is_table else update.flatten(1)).numpy()
-    return found
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["two phases", "growing", "adalora"])
+def test_killed_again_and_again(method, forks, tmp_path):
+    """SIGKILL itself: in the midst of a write, and at times drawn at random, until a call survives."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    start = time.monotonic()
+    assert forks(method, whole) == 0
+    length = time.monotonic() - start
+    draw = random.Random(method)
+    jobs = [{"kill at": draw.randrange(3, 9)} for _ in range(3)]
+    jobs += [{"seconds": draw.uniform(0.2, 0.9) * length} for _ in range(3)]
+    outcomes = [forks(method, out, **job) for job in jobs]
+    assert outcomes[:2] == [-signal.SIGKILL] * 2
+    assert set(outcomes) <= {0, -signal.SIGKILL}
+    assert forks(method, out) == 0
+    same(out, whole)
+
+
+FAST = killing.SETTINGS | {"observe": killing.observers()}
+
+
+@pytest.fixture(scope="module")
+def whole(bert, task, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "whole"
+    ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    return out
 
 
 @pytest.fixture
-def adapter(tmp_path: Path) -> Path:
-    save(tmp_path / "adapter", target_modules=ATTENTION, r=4, lora_alpha=6)
-    return tmp_path / "adapter"
+def at_step(monkeypatch):
+    """Make something happen once, at the beginning of a step of LoRA."""
+
+    def plan(index, act):
+        waiting = [act]
+
+        def before_step(self, step):
+            if step.index == index and waiting:
+                waiting.pop()()
+
+        monkeypatch.setattr(LoRA, "before_step", before_step)
+
+    return plan
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "alpha": {"target_modules": ATTENTION, "r": 4, "lora_alpha": 12},
-    "patterns": {
-        "target_modules": ATTENTION,
-        "r": 4,
-        "rank_pattern": {"layers.0.self_attn.q_proj": 7, "v_proj": 2},
-        "alpha_pattern": {"^model.layers.1.self_attn.q_proj": 32, r".*\.0\..*v_proj": 3},
-    },
-    "rslora": {"target_modules": ATTENTION, "r": 9, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"v_proj": 4}},
-    "embedding": {"target_modules": ["embed_tokens", "q_proj"], "r": 3, "lora_alpha": 5},
-    "transposed": {"family": "gpt2", "target_modules": ["c_attn", "c_proj", "wte"], "r": 3, "fan_in_fan_out": True},
-    "convolution": {"family": "vit", "target_modules": ["projection", "q_proj"], "r": 3},
-    "bfloat16": {"target_modules": ATTENTION, "r": 4, "dtype": torch.bfloat16},
-    "float16": {"target_modules": ATTENTION, "r": 4, "dtype": torch.float16},
-    "encoder-decoder": {"family": "t5", "target_modules": ["q", "wo"], "r": 2},
-}
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_updates_are_those_of_peft(tmp_path: Path, case: dict[str, Any]) -> None:
-    expected = deltas(save(tmp_path, **case))
-    run = load(tmp_path)
-    updates = run.updates()
-    assert set(updates) == set(expected)
-    assert len(expected) >= 3
-    # PEFT rounds the product back to the dtype it is stored in; the factors themselves are exact.
-    dtype = case.get("dtype", torch.float32)
-    for module, update in updates.items():
-        assert update.dense() == near(
-            expected[module], dtype=dtype, terms=1 if dtype != torch.float32 else update.rank + 1
-        )
+@pytest.mark.parametrize("index", [0, 2, 4])
+@pytest.mark.parametrize("fresh", [True, False], ids=["a fresh model", "the same module"])
+def test_ctrl_c_finishes_the_step_and_the_same_call_goes_on(index, fresh, whole, bert, task, tmp_path, at_step):
+    out, model, method = tmp_path / "out", models.load(bert, task=task), killing.METHODS["lora"]
+    at_step(index, press)
+    before = signal.getsignal(signal.SIGINT)  # in a background job it is ignored
+    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {index + 1} of 5; the same call goes on"):
+        ls.train(model, task, method, out=out, **FAST)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert [file.stem for file in out.glob("resume/step-*")] == [f"step-{index + 1:08d}"]
+    with pytest.raises(FileNotFoundError, match="the same call of train goes on with it"):
+        ls.load(out).table  # noqa: B018
+    done = []
+    at_step(index, lambda: done.append("again"))
+    run = ls.train(models.load(bert, task=task) if fresh else model, task, method, out=out, **FAST)
+    assert not done
+    assert run.finished
+    same(out, whole)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_table_and_summary_hold_the_quantities_of_the_dense_update(tmp_path: Path, case: dict[str, Any]) -> None:
-    save(tmp_path, **case)
-    run = load(tmp_path)
-    summary = run.summary().set_index("module")
-    table = run.table[run.table["module"] != ""].pivot(index="module", columns="quantity", values="value")
-    assert run.table["step"].isna().all()
-    for module, update in run.updates().items():
-        sigma = np.linalg.svd(update.dense(), compute_uv=False)
-        shares = sigma[sigma > 1e-9] / sigma[sigma > 1e-9].sum()
-        expected = {
-            "update_norm": np.linalg.norm(update.dense()),
-            "stable_rank": np.sum(sigma**2) / sigma[0] ** 2,
-            "effective_rank": math.exp(-np.sum(shares * np.log(shares))),
-        }
-        for quantity, value in expected.items():
-            assert summary.loc[module, quantity] == near(value, terms=TINY)
-            assert table.loc[module, quantity] == near(value, terms=TINY)
-        assert summary.loc[module, "rank"] == table.loc[module, "rank"] == update.rank == run.ranks()[module]
-    assert table["weight_norm"].isna().all()
-    assert table["relative_update"].isna().all()
+def test_a_second_ctrl_c_cuts_through(bert, whole, task, tmp_path, at_step):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    at_step(3, lambda: (press(), press()))
+    with pytest.raises(KeyboardInterrupt) as caught:
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    assert str(caught.value) == ""
+    ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    same(out, whole)
 
 
-def test_modules_stand_in_the_order_of_the_layers(tmp_path: Path) -> None:
-    model = tiny("llama", num_hidden_layers=12)
-    adapted(model, target_modules=["v_proj", "q_proj"]).save_pretrained(tmp_path)
-    run = load(tmp_path)
-    expected = [(layer, role) for layer in range(12) for role in ("q", "v")]
-    assert list(zip(run.modules["layer"], run.modules["role"], strict=True)) == expected
-    assert list(run.summary()["module"]) == list(run.ranks()) == list(run.updates()) == list(run.modules["module"])
+@pytest.mark.parametrize("write", range(0, 14, 2))
+def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(write, whole, bert, task, tmp_path, monkeypatch):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    model = models.load(bert, task=task)
+    left = [write]
+
+    def fill(handle):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fill)
+        with pytest.raises(OSError, match=r"could not be written \(No space left on device") as caught:
+            ls.train(model, task, method, out=out, **FAST)
+    assert "\n" not in str(caught.value)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(out.rglob(".*"))
+    never_taken_for_whole(out, whole)
+    ls.train(model, task, method, out=out, **FAST)
+    same(out, whole)
 
 
-def test_lora_config_makes_the_same_adapter_again(tmp_path: Path) -> None:
-    save(tmp_path, **CASES["patterns"])
-    config = load(tmp_path).lora_config()
-    again = adapted(tiny("llama"), **config)
-    run = load(tmp_path)
-    found = {
-        name: (module.r["default"], module.scaling["default"])
-        for name, module in again.base_model.model.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
-    assert found == {name: (update.rank, update.scale) for name, update in run.updates().items()}
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "nonsense"])
+def test_a_damaged_checkpoint_is_told_and_not_used(damage, whole, bert, task, tmp_path, at_step):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    at_step(3, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    (file,) = out.glob("resume/step-*")
+    data = bytearray(file.read_bytes())
+    data[-100] ^= 1
+    wrong = {"cut short": data[:-1000], "one bit": data, "empty": b"", "nonsense": b"nonsense" * 100}
+    file.write_bytes(wrong[damage])
+    done = []
+    at_step(0, lambda: done.append("from the beginning"))
+    with pytest.warns(UserWarning, match="step-00000004.*going on from an earlier step"):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    assert done
+    same(out, whole)
 
 
-def test_shards_read_like_one_file(adapter: Path) -> None:
-    whole = load(adapter)
-    expected = {name: update.dense() for name, update in whole.updates().items()}
-    tensors = load_file(adapter / WEIGHTS)
-    (adapter / WEIGHTS).unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for number, chosen in enumerate((names[:3], names[3:])):
-        shard = f"adapter_model-{number + 1:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in chosen}, adapter / shard)
-        weight_map |= dict.fromkeys(chosen, shard)
-    write_json(adapter / f"{WEIGHTS}.index.json", {"weight_map": weight_map})
-    run = load(adapter)
-    assert {name: update.dense().tolist() for name, update in run.updates().items()} == {
-        name: dense.tolist() for name, dense in expected.items()
-    }
-    (adapter / "adapter_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 shards: adapter_model-00002"):
-        load(adapter)
-
-
-def test_the_run_says_that_it_was_not_trained_here(adapter: Path) -> None:
-    run = lorascope.load(adapter)
-    assert isinstance(run, AdapterRun)
-    assert run.meta["source"] == str(adapter)
-    assert run.parents == []
-    assert not run.finished
-    assert "adapter  LoRA, rank 4" in repr(run)
-    assert "4 modules" in repr(run)
-    assert "<table>" in run._repr_html_()
-    factors = run.factors()["model.layers.0.self_attn.q_proj"]
-    assert {name: array.shape for name, array in factors.items()} == {"A": (4, 32), "B": (32, 4)}
-    for ask in (
-        lambda: run.factors(step=3),
-        lambda: run.updates(state="best"),
-        lambda: run.summary(state="best"),
-        lambda: run.ranks("best"),
-        lambda: run.snapshot("x"),
-        lambda: run.restore(None),
-        lambda: run.save("x"),
-    ):
-        with pytest.raises(ValueError, match="adapter was not trained here") as raised:
-            ask()
-        assert "\n" not in str(raised.value)
-
-
-def test_the_id_is_that_of_the_content(adapter: Path, tmp_path: Path) -> None:
-    shutil.copytree(adapter, tmp_path / "copy")
-    assert load(adapter).id == load(tmp_path / "copy").id
-    tensors = load_file(adapter / WEIGHTS)
-    first = next(iter(tensors))
-    save_file(tensors | {first: tensors[first] + 1e-3}, tmp_path / "copy" / WEIGHTS)
-    assert load(adapter).id != load(tmp_path / "copy").id
-
-
-def test_what_lies_beside_the_factors_is_named_and_left_alone(tmp_path: Path) -> None:
-    save(
-        tmp_path,
-        family="bert",
-        target_modules=["query"],
-        modules_to_save=["classifier"],
-        bias="lora_only",
-        lora_bias=True,
-    )
-    files = load(tmp_path).files
-    assert len(files.parts) == 2
-    assert {name for name in files.others if name.startswith("classifier")} == {"classifier.weight", "classifier.bias"}
-    assert sum(name.endswith(".bias") for name in files.others) == 5
-
-
-def test_names_with_the_adapters_own_name_are_read_too(adapter: Path) -> None:
-    expected = load(adapter).summary()
-    tensors = {
-        name.replace(".weight", ".default.weight"): value for name, value in load_file(adapter / WEIGHTS).items()
-    }
-    save_file(tensors, adapter / WEIGHTS)
-    assert load(adapter).summary().equals(expected)
+@pytest.fixture
+def stopped(bert, task, tmp_path, at_step):
+    """A run that was stopped after its fourth step, and its one checkpoint."""
+    out = tmp_path / "out"
+    at_step(3, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    (file,) = out.glob("resume/step-*")
+    return out, file
 
 
 @pytest.mark.parametrize(
-    ("family", "targets", "transposed"),
-    [("gpt2", ["c_attn", "c_proj", "wte"], True), ("llama", ["q_proj", "down_proj", "embed_tokens"], False)],
+    ("key", "value"),
+    [("model", ...), ("table", ...), ("frozen", 3), ("seconds", "1"), ("finished", -1), ("best", {"step": 1})],
 )
-def test_with_a_base_the_update_is_relative_to_its_weight(
-    tmp_path: Path, family: str, targets: list[str], transposed: bool
-) -> None:
-    model = save(tmp_path / "adapter", family=family, target_modules=targets, r=3, fan_in_fan_out=transposed)
-    tiny(family).save_pretrained(tmp_path / "base")
-    summary = load(tmp_path / "adapter", base=tmp_path / "base").summary().set_index("module")
-    for name, dense in deltas(model).items():
-        weight = model.base_model.model.get_submodule(name).get_base_layer().weight.detach().double().numpy()
-        if transposed or name.endswith("embed_tokens"):
-            weight = weight.T
-        norm = np.linalg.norm(weight)
-        assert summary.loc[name, "relative_update"] == near(np.linalg.norm(dense) / norm, terms=TINY)
-        assert summary.loc[name, "weight_norm"] == near(np.linalg.norm(weight + dense), terms=TINY)
+def test_forged_checkpoint_with_a_valid_checksum_is_not_used(key, value, stopped, whole, bert, task):
+    out, file = stopped
+    tree = load_tree(file)
+    save_tree(file, {name: part for name, part in (tree | {key: value}).items() if part is not ...})
+    with pytest.warns(UserWarning, match="step-00000004.*going on from an earlier step"):
+        ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    same(out, whole)
 
 
-@pytest.mark.parametrize("head", ["base", "causal"])
-def test_names_of_base_and_adapter_may_begin_differently(tmp_path: Path, head: str) -> None:
-    save(tmp_path / "adapter", head=head, target_modules=["q_proj"], r=2)
-    tiny("llama", "base").save_pretrained(tmp_path / "bare")
-    tiny("llama").save_pretrained(tmp_path / "whole")
-    bare, whole = (load(tmp_path / "adapter", tmp_path / name).summary() for name in ("bare", "whole"))
-    assert bare["relative_update"].notna().all()
-    assert bare["relative_update"].equals(whole["relative_update"])
+@pytest.mark.parametrize(
+    "forged", [{"optimizer": {}}, {"optimizer": {"groups": 1, "state": {}}}, {"generators": {}}, {"observers": [1]}]
+)
+def test_checkpoint_that_does_not_fit_the_run_is_one_line(forged, stopped, bert, task):
+    out, file = stopped
+    save_tree(file, load_tree(file) | forged)
+    with pytest.raises(ValueError, match="after step 4 does not fit this run") as caught:
+        ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
+    assert str(caught.value).isprintable()
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
-    save(tmp_path / "adapter", target_modules=["q_proj"], r=2)
-    tiny("llama", hidden_size=16).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ValueError, match=r"has the shape \(16, 16\), the update needs \(32, 32\)"):
-        load(tmp_path / "adapter", tmp_path / "narrow").summary()
-    tiny("bert").save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"holds no weight of any module of .*: it is not its base"):
-        load(tmp_path / "adapter", tmp_path / "bert")
-    with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
-        load(tmp_path / "adapter", tmp_path)
+def test_the_best_state_of_lost_steps_is_lost_with_them(bert, task, tmp_path, at_step, monkeypatch):
+    """On another machine the steps after a checkpoint may find no better state; then the earlier one is the best."""
+    out, method = tmp_path / "out", LoRA(rank=2)
+    states = {}
+    score, worse = Session._score, []
+
+    def judged(self, rows):
+        result = score(self, rows)
+        if rows is not self.validation:
+            return result
+        states[self.step.finished] = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        good = {0: 0, 2: 6, 4: 1 if worse else 7, 5: 0}[self.step.finished]
+        return replace(result, correct=np.arange(len(result.nll)) < good)
+
+    monkeypatch.setattr(Session, "_score", judged)
+    at_step(4, lambda: (press(), press()))
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST | {"checkpoint_every": 3})
+    worse.append("now")
+    run = ls.train(models.load(bert, task=task), task, method, out=out, **FAST | {"checkpoint_every": 3})
+    assert run.meta["states"]["best"]["step"] == 2
+    assert sorted(path.stem for path in out.glob("snapshots/*")) == [
+        "step-000000",
+        "step-000002",
+        "step-000004",
+        "step-000005",
+    ]
+    model = models.load(bert, task=task)
+    run.restore(model, state="best")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, states[2][name]), name
 
 
-def test_nan_in_one_factor_makes_that_module_nan_alone(adapter: Path) -> None:
-    tensors = load_file(adapter / WEIGHTS)
-    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
-    tensors[name][3, 1] = float("nan")
-    save_file(tensors, adapter / WEIGHTS)
-    summary = load(adapter).summary().set_index("module")
-    broken = summary["update_norm"].isna()
-    assert list(summary.index[broken]) == ["model.layers.1.self_attn.v_proj"]
-    assert summary.loc[broken, ["stable_rank", "effective_rank"]].isna().all(axis=None)
+def test_a_folder_in_use_is_refused(bert, task, tmp_path):
+    with lock_run(tmp_path / "out"), pytest.raises(ValueError, match="is being trained by another process"):
+        ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
+    ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
 
 
-def test_a_header_whose_length_begins_like_a_pickle_is_read(adapter: Path) -> None:
-    expected = load(adapter).summary()
-    data = (adapter / WEIGHTS).read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    assert length < 0x0480
-    (adapter / WEIGHTS).write_bytes(
-        (0x0480).to_bytes(8, "little") + data[8 : 8 + length].ljust(0x0480) + data[8 + length :]
-    )
-    assert load(adapter).summary().equals(expected)
+def test_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
+    at_step(1, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, killing.METHODS["two phases"], out=tmp_path / "out", **FAST)
+    with pytest.raises(ValueError, match="out is running, in its phase 2-retrain: the same call of train goes on"):
+        ls.load(tmp_path / "out")
+    assert ls.load(tmp_path / "out/1-search").finished
 
 
-def configured(adapter: Path, **changes: Any) -> None:
-    file = adapter / CONFIG
-    write_json(file, json.loads(file.read_text(encoding="utf-8")) | changes)
-
-
-def stored(adapter: Path, change: Any) -> None:
-    save_file(change(load_file(adapter / WEIGHTS)), adapter / WEIGHTS)
-
-
-def cut(file: Path, share: float = 0.7) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[: int(len(data) * share)])
-
-
-def rename(adapter: Path, name: str) -> None:
-    (adapter / WEIGHTS).rename(adapter / name)
-
-
-Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
-BROKEN: dict[str, tuple[Any, str]] = {
-    "dora": (lambda a: configured(a, use_dora=True), "q_proj has lora_A and lora_B but no lora_magnitude_vector"),
-    "adalora": (lambda a: configured(a, peft_type="ADALORA"), "q_proj has lora_A and lora_B but no lora_E"),
-    "vera": (lambda a: configured(a, peft_type="VERA"), "of type VERA, which is not read yet"),
-    "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "says FOURIERFT but .* hold no fourierft_spectrum"),
-    "magnitude": (
-        lambda a: stored(a, lambda t: t | {f"{Q0}.lora_magnitude_vector": torch.ones(32)}),
-        "q_proj holds lora_magnitude_vector, but adapter_config.json does not say use_dora",
-    ),
-    "variant": (
-        lambda a: stored(a, lambda t: t | {f"{Q0}.lora_diag": torch.ones(4)}),
-        "variant of LoRA that is not read yet: it holds .*lora_diag",
-    ),
-    "rank": (lambda a: configured(a, r=8), "gives .* rank 8, its factors have 4 and 4"),
-    "experts": (lambda a: configured(a, r=2, target_parameters=["x"]), "experts in one tensor"),
-    "half": (
-        lambda a: stored(a, lambda t: {k: v for k, v in t.items() if k != f"{Q0}.lora_B.weight"}),
-        "q_proj has lora_A but no lora_B: a part",
-    ),
-    "integers": (
-        lambda a: stored(a, lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}),
-        "stored as I8; only floats are read",
-    ),
-    "foreign": (lambda a: stored(a, lambda t: {"weight": torch.ones(2)}), "hold no lora_A and lora_B: such as weight"),
-    "empty": (lambda a: stored(a, lambda t: {}), "hold no lora_A and lora_B: no tensor at all"),
-    "no type": (lambda a: write_json(a / CONFIG, {"r": 4}), "adapter_config.json"),
-    "no object": (lambda a: write_json(a / CONFIG, [1]), "adapter_config.json"),
-    "config cut": (lambda a: cut(a / CONFIG), "adapter_config.json"),
-    "weights cut": (lambda a: cut(a / WEIGHTS), "is truncated"),
-    "header cut": (lambda a: cut(a / WEIGHTS, 0.01), "is not a whole safetensors file"),
-    "nothing": (lambda a: (a / WEIGHTS).write_bytes(b""), "is not a whole safetensors file"),
-    "no header": (
-        lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b"{oops! no"),
-        "cannot read .*adapter_model.safetensors",
-    ),
-    "list": (
-        lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b"[1, 2, 3]"),
-        "cannot read .*adapter_model.safetensors",
-    ),
-    "entry": (
-        lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b'{"x": {}}'),
-        "the header's entry for x: .*`dtype`",
-    ),
-    "pickle": (lambda a: rename(a, "adapter_model.bin"), r"is a pickle, which is never loaded; convert it: python -c"),
-    "hidden pickle": (lambda a: (a / WEIGHTS).write_bytes(pickle.dumps({"a": 1})), "is a pickle under a wrong name"),
-    "zipped pickle": (lambda a: torch.save({"a": 1}, a / WEIGHTS), "is a pickle under a wrong name"),
-    "pointer": (
-        lambda a: (a / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
-        "only a pointer of Git LFS",
-    ),
-    "no weights": (lambda a: (a / WEIGHTS).unlink(), "has adapter_config.json but no adapter_model.safetensors"),
-    "index": (
-        lambda a: (rename(a, "x"), write_json(a / f"{WEIGHTS}.index.json", {})),
-        "cannot read .*index.json: .*`weight_map`",
-    ),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_adapter_gets_one_line(adapter: Path, spoil: Any, message: str) -> None:
-    spoil(adapter)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
-        load(adapter)
-    assert "\n" not in str(raised.value)
-    assert str(adapter) in str(raised.value)
-
-
-def test_the_way_out_of_a_pickle_works(adapter: Path) -> None:
-    expected = load(adapter).summary()
-    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
-    (adapter / WEIGHTS).unlink()
-    with pytest.raises(ValueError, match="convert it: ") as raised:
-        load(adapter)
-    command = str(raised.value).partition("convert it: ")[2]
-    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    assert load(adapter).summary().equals(expected)
-
-
-def test_a_folder_that_is_neither_says_what_it_is(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
-        load(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"is a file: give the folder it lies in, .*adapter$"):
-        load(adapter / WEIGHTS)
-    with pytest.raises(ValueError, match=r"holds neither a run nor an adapter itself, but 1 below it: give .*adapter$"):
-        load(tmp_path)
-    (tmp_path / "model").mkdir()
-    write_json(tmp_path / "model" / "config.json", {})
-    with pytest.raises(ValueError, match="it looks like a whole model"):
-        load(tmp_path / "model")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"there is none of recipe\.json, run\.json, adapter_config\.json"):
-        load(tmp_path / "empty")
-
-
-MODULE = {"module": "h.0.q", "stack": "", "layer": 0, "role": "q", "out_features": 3, "in_features": 3, "tied": ""}
-META = {
-    "schema": 1,
-    "id": "0123456789ab",
-    "label": "LoRA, rank 2",
-    "model": "m",
-    "task": "t",
-    "method": {"name": "lora"},
-    "recipe": {"name": "lora"},
-    "settings": {"steps": 9, "batch_size": 4},
-    "seed": 0,
-    "parents": [],
-    "parameters": {"trained": 12},
-    "test": {},
-    "modules": [MODULE],
-    "states": {"last": {"step": 9, "ranks": {"h.0.q": 2}}},
-}
-
-
-def write_run(path: Path, status: str = "done", **meta: Any) -> Path:
-    writer = RunWriter(path, META | meta)
-    writer.add(9, [Record("update_norm", 2.0, "h.0.q"), Factors("h.0.q", {"A": np.eye(2, 3), "B": np.eye(3, 2)}, 1.0)])
-    writer.finish(status)
-    return path
-
-
-def test_a_run_folder_is_read(tmp_path: Path) -> None:
-    run = load(write_run(tmp_path / "run"))
+def test_overwriting_begins_anew(whole, bert, task, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    run = ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, overwrite=True, **FAST)
     assert run.finished
-    assert run.summary()["update_norm"].item() == pytest.approx(math.sqrt(2))
-    with pytest.raises(ValueError, match="is a run: it knows its own base"):
-        load(tmp_path / "run", base=tmp_path)
+    assert list(tmp_path.iterdir()) == [out]
 
 
-def test_a_folder_of_phases_is_its_last_phase(tmp_path: Path) -> None:
-    write_run(tmp_path / "1-search", id="first")
-    write_run(tmp_path / "2-retrain", id="second", parents=["../1-search"])
-    recipe = {"id": "recipe", "phases": ["1-search", "2-retrain"], "status": "done"}
-    write_json(tmp_path / "recipe.json", recipe)
-    run = load(tmp_path)
-    assert run.id == "second"
-    assert [parent.id for parent in run.parents] == ["first"]
-    write_json(tmp_path / "recipe.json", recipe | {"status": "running"})
-    with pytest.raises(ValueError, match=r"is running, in its phase 2-retrain"):
-        load(tmp_path)
-    write_json(tmp_path / "recipe.json", {"id": "recipe", "phases": []})
-    with pytest.raises(ValueError, match=r"cannot read .*recipe\.json: .*phases"):
-        load(tmp_path)
-
-
-def edited(run: Path, **changes: Any) -> None:
-    write_json(run / "run.json", json.loads((run / "run.json").read_text(encoding="utf-8")) | changes)
-
-
-SPOILED: dict[str, tuple[Any, str]] = {
-    "cut description": (lambda run: cut(run / "run.json"), "cannot read .*run.json"),
-    "a list": (lambda run: write_json(run / "run.json", [1]), "cannot read .*run.json"),
-    "no schema": (lambda run: write_json(run / "run.json", {"id": "a"}), "cannot read schema of .*run.json"),
-    "few keys": (
-        lambda run: write_json(run / "run.json", {"schema": 1}),
-        "cannot read .*run.json: .*missing required field",
-    ),
-    "odd schema": (lambda run: edited(run, schema="new"), "cannot read schema of .*run.json"),
-    "newer": (lambda run: edited(run, schema=99), "has schema 99, newer than the 1 known here: update lorascope"),
-    "cut table": (lambda run: cut(run / "records.parquet"), "does not match its checksum in run.json"),
-    "cut factors": (
-        lambda run: cut(run / "snapshots/step-000009.safetensors"),
-        "does not match its checksum in run.json",
-    ),
-    "no table": (lambda run: (run / "records.parquet").unlink(), "has no records.parquet"),
-    "other checksum": (lambda run: edited(run, checksums={"records.parquet": "0"}), "does not match its checksum"),
-    "unfinished": (lambda run: edited(run, status="running", states={}, checksums={}), "is running and has no state"),
-}
-
-
-@pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
-def test_a_broken_run_gets_one_line(tmp_path: Path, spoil: Any, message: str) -> None:
-    run = write_run(tmp_path / "run")
-    spoil(run)
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
-        load(run).summary()
-    assert "\n" not in str(raised.value)
+def test_files_of_the_user_survive_overwriting_and_resuming(bert, task, tmp_path, at_step):
+    out, method = tmp_path / "out", killing.METHODS["lora"]
+    at_step(3, press)
+    with pytest.raises(KeyboardInterrupt):
+        ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    mine = [out / "notes.txt", *(out / place / "mine.safetensors" for place in ("resume", "snapshots", "state"))]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("years of work")
+    with pytest.raises(ValueError, match=r"did not write .*(mine.safetensors|notes.txt)"):
+        ls.train(models.load(bert, task=task), task, method, out=out, overwrite=True, **FAST)
+    run = ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
+    assert run.finished
+    assert [file.read_text(encoding="utf-8") for file in mine] == ["years of work"] * 4
+    assert not any("mine" in name for name in run.meta["checksums"])
+    assert [path.name for path in (out / "resume").iterdir()] == ["mine.safetensors"]

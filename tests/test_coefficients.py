@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_sensed import FAST, LOOK, Copying, check_that_training_does_not_notice, gradients, measured
+from test_sensitivity import FAST, LOOK, Copying, check_that_training_does_not_notice, gradients, measured
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls

@@ -15,8 +15,8 @@ import torch
 from conftest import tiny_folder
 from planted import low_rank, plant
 from safetensors.numpy import load_file
-from test_checkpoints import adapted, deltas, save
 from test_cli import complaint, modules_after, run
+from test_loading import adapted, deltas, save
 from tiny import inputs, tiny
 from tolerance import TINY, near, rounding
 from torch import nn

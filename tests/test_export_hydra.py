@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_cli import complaint, run
 from test_export import by_the_card, distance, layers, trained
-from test_hydra_files import write
+from test_hydralora_files import write
 from tolerance import TINY, rounding
 
 import lorascope as ls

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from safetensors.torch import load_file, save_file
-from test_checkpoints import save, write_run
+from test_loading import save, write_run
 
 from lorascope.cli.main import main
 from lorascope.diagnosis import terminal

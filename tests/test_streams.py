@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_checkpoints import write_run
+from test_loading import write_run
 
 from lorascope.runs.run import Run
 

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import low_rank, plant
-from test_checkpoints import save
 from test_cli import complaint, modules_after, run
+from test_loading import save
 
 import lorascope as ls
 from lorascope.runs.export import to_table

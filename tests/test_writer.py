@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_checkpoints import META
+from test_loading import META
 
 from lorascope.files import safetensors_io
 from lorascope.files.safetensors_io import write_bytes, write_json

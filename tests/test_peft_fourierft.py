@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_checkpoints import write_run
+from test_loading import write_run
 from tiny import tiny
 from tolerance import TINY, rounding
 

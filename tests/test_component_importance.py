@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import tiny_folder, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from test_agreement import loss_with
-from test_checkpoints import adapted, save
 from test_cli import complaint, run
 from test_export import trained
+from test_loading import adapted, save
+from test_score_agreement import loss_with
 from tiny import tiny
 from tolerance import TINY, near, rounding
 from trainers import by_trainer, without_dropout

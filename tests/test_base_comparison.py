@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_checkpoints import save
+from test_loading import save
 from tiny import tiny
 
 from lorascope.analysis.intruders import bases, intruders

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
-from test_checkpoints import write_run
-from test_sensed import FAST, LOOK, Copying, gradients
+from test_loading import write_run
+from test_sensitivity import FAST, LOOK, Copying, gradients
 from tolerance import TEXT, TINY, near, rounding
 from torch.nn import functional as F
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from test_hydra_files import write as write_hydra
+from test_hydralora_files import write as write_hydra
 
 from lorascope import plots
 from lorascope.analysis import adapter_similarity

@@ -7,10 +7,12 @@ An observer is a dataclass whose fields are its settings; it is called at step 0
 from typing import TYPE_CHECKING
 
 from lorascope.observe.base import Observer
+from lorascope.observe.factor_snapshots import factors, factors_of
+from lorascope.observe.memory_use import memory, storage_bytes
 from lorascope.observe.neuron_utilization import utilization
 from lorascope.observe.optimizer_moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observe.sensitivity import coefficients, neurons
-from lorascope.observe.weight_norms import factors, factors_of, memory, norms, storage_bytes
+from lorascope.observe.weight_norms import norms
 from lorascope.schema.deprecation import old_names
 
 __all__ = [

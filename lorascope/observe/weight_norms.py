@@ -1,26 +1,23 @@
-"""Observers of norms, of the factors themselves, and of the memory that a step holds.
-
-Gradients live until the next step begins, so what ``memory`` finds is what stood there at the optimizer step.
-"""
+"""Observer of norms and ranks of weights, updates and steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorascope.adapters.delta import host_weight, to_array
+from lorascope.adapters.delta import host_weight
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import TrainedTensors, adapters, inner, squares
-from lorascope.schema.records import Factors, Item, Record, Snapshot
+from lorascope.observe.trainable import TrainedTensors, inner, squares
+from lorascope.schema.records import Item, Record, Snapshot
 from lorascope.updates.factor_formats import UNTRAINED, update_from
 from lorascope.updates.fourier import Fourier
 from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank
@@ -28,59 +25,6 @@ from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, 
 Update = LowRank | Dense
 
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
-
-
-@dataclass(kw_only=True)
-class factors(Observer):
-    """The adapters' factors themselves, as snapshots."""
-
-    every: int = 50
-
-    def __call__(self, step: Step) -> Iterable[Item]:
-        return factors_of(step.model) if self.due(step.finished, step.total) else ()
-
-
-def factors_of(model: nn.Module) -> list[Factors]:
-    """The factors of every adapter of a model, ours or PEFT's."""
-    kept = []
-    for module, delta in adapters(model).items():
-        with shared_copies():
-            update = delta.update()
-            arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
-        scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None
-        kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
-    return kept
-
-
-@dataclass(kw_only=True)
-class memory(Observer):
-    """Bytes of parameters, gradients and optimizer state, summed over the tensors that are alive.
-
-    The peak is not among them: it needs a process of its own, see ``lorascope.memory.measure``.
-    """
-
-    def __call__(self, step: Step) -> Iterable[Item]:
-        if not self.due(step.finished, step.total):
-            return
-        parameters = list(step.model.parameters())
-        yield Record("parameter_bytes", storage_bytes(parameters))
-        yield Record("gradient_bytes", storage_bytes(p.grad for p in parameters if p.grad is not None))
-        yield Record("optimizer_bytes", storage_bytes(_tensors_in(step.optimizer.state)))
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory that tensors hold: whole storages, one that is shared once."""
-    storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
-    return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of a nested state."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(part)
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,39 @@
+"""Observer of the adapters' factors, stored as snapshots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from lorascope.adapters.delta import to_array
+from lorascope.adapters.host_weights import shared_copies
+from lorascope.methods.base import Step
+from lorascope.observe.base import Observer
+from lorascope.observe.trainable import adapters
+from lorascope.schema.records import Factors, Item
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.low_rank import LowRank
+
+
+@dataclass(kw_only=True)
+class factors(Observer):
+    """The adapters' factors themselves, as snapshots."""
+
+    every: int = 50
+
+    def __call__(self, step: Step) -> Iterable[Item]:
+        return factors_of(step.model) if self.due(step.finished, step.total) else ()
+
+
+def factors_of(model: nn.Module) -> list[Factors]:
+    """The factors of every adapter of a model, ours or PEFT's."""
+    kept = []
+    for module, delta in adapters(model).items():
+        with shared_copies():
+            update = delta.update()
+            arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
+        scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None
+        kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
+    return kept

@@ -1,0 +1,47 @@
+"""Observer of the memory that parameters, gradients and optimizer state hold at a step.
+
+Gradients live until the next step begins, so the bytes found are those at the optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lorascope.methods.base import Step
+from lorascope.observe.base import Observer
+from lorascope.schema.records import Item, Record
+
+
+@dataclass(kw_only=True)
+class memory(Observer):
+    """Bytes of parameters, gradients and optimizer state, summed over the tensors that are alive.
+
+    The peak is not among them: it needs a process of its own, see ``lorascope.memory.measure``.
+    """
+
+    def __call__(self, step: Step) -> Iterable[Item]:
+        if not self.due(step.finished, step.total):
+            return
+        parameters = list(step.model.parameters())
+        yield Record("parameter_bytes", storage_bytes(parameters))
+        yield Record("gradient_bytes", storage_bytes(p.grad for p in parameters if p.grad is not None))
+        yield Record("optimizer_bytes", storage_bytes(_tensors_in(step.optimizer.state)))
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory that tensors hold: whole storages, one that is shared once."""
+    storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
+    return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested state."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(part)

@@ -327,6 +327,7 @@ FUNCTIONS = [
     ("lorascope.runs.export", "cut", "select_components"),
     ("lorascope.analysis.rank_allocations", "by_lot", "random_ranks"),
     ("lorascope.analysis.rank_allocations", "in_force", "current_ranks"),
+    ("lorascope.analysis.rank_allocations", "tau", "kendall_tau"),
     ("lorascope.analysis.rank_allocations", "stability_by_lot", "random_stability"),
 ]
 

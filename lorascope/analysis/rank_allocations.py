@@ -99,7 +99,7 @@ def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
     return found.assign(share=found["rank"] / whole["rank"], uniform=found["modules"] / whole["modules"])
 
 
-def tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
+def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
     """Kendall's tau-b between the ranks of every two runs; NaN where all modules of one of them have the same rank."""
     first, second = np.triu_indices(ranks.shape[1], 1)
     order = np.sign(ranks[:, first] - ranks[:, second])
@@ -120,7 +120,7 @@ def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
     wide = _pivot_ranks(ranks)
     first, second = np.triu_indices(len(wide), 1)
     return pd.DataFrame(
-        {"first": wide.index[first], "second": wide.index[second], "tau": tau(wide.to_numpy())[first, second]}
+        {"first": wide.index[first], "second": wide.index[second], "tau": kendall_tau(wide.to_numpy())[first, second]}
     )
 
 
@@ -131,7 +131,7 @@ def stability(ranks: pd.DataFrame) -> Interval:
     ``n U - (n - 1) U_i``, where ``U_i`` is the mean without run i (Arvesen 1969, Jackknifing U-statistics).
     """
     wide = _pivot_ranks(ranks)
-    n, all_pairs = len(wide), tau(wide.to_numpy())
+    n, all_pairs = len(wide), kendall_tau(wide.to_numpy())
     if n < 3:
         return Interval(_mean_of_run_pairs(all_pairs), np.nan, np.nan, n)
     without = np.array([_mean_of_run_pairs(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
@@ -148,7 +148,7 @@ def random_stability(ranks: pd.DataFrame, cap: int | None = None, draws: int = 2
     """Mean tau of as many runs whose ranks are drawn by lot, ``draws`` times: what agreement chance alone gives."""
     wide = _pivot_ranks(ranks).to_numpy()
     lots = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
-    return np.array([_mean_of_run_pairs(tau(np.array(lot))) for lot in lots])
+    return np.array([_mean_of_run_pairs(kendall_tau(np.array(lot))) for lot in lots])
 
 
 def cap(table: pd.DataFrame) -> int | None:
@@ -240,5 +240,11 @@ def _mean_of_run_pairs(pairs: Float[np.ndarray, "run run"]) -> float:
 
 if not TYPE_CHECKING:  # type checkers should not see the old names
     __getattr__ = old_names(
-        __name__, {"by_lot": "random_ranks", "in_force": "current_ranks", "stability_by_lot": "random_stability"}
+        __name__,
+        {
+            "by_lot": "random_ranks",
+            "in_force": "current_ranks",
+            "stability_by_lot": "random_stability",
+            "tau": "kendall_tau",
+        },
     )

@@ -48,7 +48,7 @@ def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequen
     second = [*runs[1:], runs[0]] if others is None else others
     wide = found.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
     taus = (
-        (run.meta["seed"], rank_allocations.tau(wide.loc[[run.id, other.id]].to_numpy())[0, 1])
+        (run.meta["seed"], rank_allocations.kendall_tau(wide.loc[[run.id, other.id]].to_numpy())[0, 1])
         for run, other in zip(runs, second, strict=True)
     )
     return {seed: 0.0 if np.isnan(tau) else float(tau) for seed, tau in taus}

@@ -119,10 +119,10 @@ def _summary_table(run: Run) -> pd.DataFrame:
 
 
 def _compare_pairs(
-    held: Mapping[str, LowRank | Dense], sizes: Mapping[str, float], spectra: bool
+    updates: Mapping[str, LowRank | Dense], sizes: Mapping[str, float], spectra: bool
 ) -> list[dict[str, Any]]:
     """A row for each two runs that have the module."""
-    sound = {label: update for label, update in held.items() if np.isfinite(sizes[label]) and sizes[label] > 0}
+    sound = {label: update for label, update in updates.items() if np.isfinite(sizes[label]) and sizes[label] > 0}
     directions = {
         label: leading_singular_vectors(update, DIRECTIONS)
         for label, update in sound.items()
@@ -130,10 +130,10 @@ def _compare_pairs(
     }
     rows = []
     for one, other in combinations(sizes, 2):
-        both = one in held and other in held
+        both = one in updates and other in updates
         # What is not finite counts as nothing in the sums over modules, as it does in the norms.
         finite = np.isfinite(sizes[one]) and np.isfinite(sizes[other])
-        product = (inner(held[one], held[other]) if finite else 0.0) if both else np.nan
+        product = (inner(updates[one], updates[other]) if finite else 0.0) if both else np.nan
         angle, chance = _angle(directions.get(one), directions.get(other))
         told = {"one": one, "other": other, "norm_ratio": _ratio(sizes[one], sizes[other])}
         told |= {"cosine": _ratio(product, sizes[one] * sizes[other]), "angle": angle, "chance": chance}
@@ -149,8 +149,8 @@ def _angle(one: Directions | None, other: Directions | None) -> tuple[float, flo
     return mean_angle(one, other), float(np.mean([chance_angle(len(side), k, k) for side in one]))
 
 
-def _check_shapes(module: str, held: Mapping[str, LowRank | Dense]) -> None:
-    shapes = {label: update.shape for label, update in held.items()}
+def _check_shapes(module: str, updates: Mapping[str, LowRank | Dense]) -> None:
+    shapes = {label: update.shape for label, update in updates.items()}
     for one, other in combinations(shapes, 2):
         if shapes[one] != shapes[other]:
             raise ValueError(

@@ -22,7 +22,7 @@ class Command(NamedTuple):
     """The module with the command's ``main(argv)``, and one line of help."""
 
     module: str
-    told: str
+    summary: str
 
 
 COMMANDS = {
@@ -143,7 +143,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _print_help() -> str:
-    lines = [f"  {name:<11}{command.told}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<11}{command.summary}" for name, command in COMMANDS.items()]
     head = "usage: lorascope COMMAND ...\n\nLook inside low-rank adaptation: train it, record it, draw it, judge it."
     tail = "lorascope COMMAND --help tells more; lorascope --version the version."
     return "\n".join([head, "", "commands:", *lines, "", _EXAMPLES, "", tail])

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from lorascope.diagnosis.base_comparison import BESIDE, DIRECTIONS, against_base
 from lorascope.runs.formats.peft_lora import CONFIG
-from lorascope.runs.gated_run import stands_at
+from lorascope.runs.gated_run import gate_description
 from lorascope.runs.loading import AdapterRun, spectra_by_layer
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import position
@@ -247,7 +247,8 @@ def _norm_cautions(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     """Norms that are those of a stand-in, or none."""
     routed = int((~modules["exact"]).sum())
     if routed:
-        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {stands_at(run)}"
+        gates = gate_description(run)
+        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {gates}"
     broken = modules["module"][modules["update_norm"].isna()]
     if len(broken):
         yield f"{_count_modules(len(broken), modules)} NaN or infinity: {first_and_count(broken)}"

@@ -160,21 +160,21 @@ def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: s
             )
 
 
-def _load_other_weights(run: Run, held: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
+def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
     """Put what was trained beside the factors into the base, which is a head as a rule."""
-    untrained = sorted(models.missing(base) - held.keys())
+    untrained = sorted(models.missing(base) - stored.keys())
     if untrained:
         raise ValueError(f"neither {run.label} nor {name} holds {untrained[0]}: with a random head a loss says nothing")
     places = dict(base.named_parameters(remove_duplicate=False))
-    for other, tensor in held.items():
+    for other, tensor in stored.items():
         if other in places and places[other].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name}"
             labels = "for this task: the task has other labels than the adapter"
             resized = "(tokens added?): give the base in this size"
             raise ValueError(f"{other} is {shapes} {labels if other in task_head(base) else resized}")
-    tied = held.keys() & places.keys() - dict(base.named_parameters()).keys()
-    load_tensors(base, {other: tensor for other, tensor in held.items() if other not in tied})
-    if apart := [other for other in sorted(tied) if not torch.equal(places[other], held[other].to(places[other]))]:
+    tied = stored.keys() & places.keys() - dict(base.named_parameters()).keys()
+    load_tensors(base, {other: tensor for other, tensor in stored.items() if other not in tied})
+    if apart := [other for other in sorted(tied) if not torch.equal(places[other], stored[other].to(places[other]))]:
         raise ValueError(f"{apart[0]} has weights of its own in {run.label}, but is tied in {name}: give it untied")
 
 

@@ -93,9 +93,9 @@ def to_typed(content: Any, schema: Any, name: object) -> Any:
         ) from error
 
 
-def _value_at(content: Any, told: str) -> str:
+def _value_at(content: Any, message: str) -> str:
     """Return ``: VALUE`` for the place that a message of `msgspec` names, or nothing where it names none."""
-    place = told.rpartition("`$")[2].rstrip("`")
+    place = message.rpartition("`$")[2].rstrip("`")
     for key, index in _STEP.findall(place):
         try:
             content = content[key] if key else content[int(index)]

@@ -113,9 +113,9 @@ def _embedded_updates(cohort: Cohort, step: int | None, modules: Sequence[str]) 
     return {run: {name: found[name] for name in modules or common} for run, found in held.items()}
 
 
-def _clouds(cohort: Cohort, held: Updates, factors: Sequence[Factor], view: View) -> list[FactorSet]:
+def _clouds(cohort: Cohort, updates: Updates, factors: Sequence[Factor], view: View) -> list[FactorSet]:
     domains = {run.id: group.label for group in cohort.groups for run in group.runs}
-    return factor_embeddings.clouds(held, domains, factors, view)
+    return factor_embeddings.clouds(updates, domains, factors, view)
 
 
 def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:

@@ -150,12 +150,12 @@ def frequency_bias(
     return stack_vertically(top, set_side_by_side(*maps))
 
 
-def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], told: list[str], cells: int) -> Chart:
+def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], notes: list[str], cells: int) -> Chart:
     """The corner of one update, in units of the root mean square of the whole."""
     image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
     row, column = (index.reshape(-1) for index in np.indices(image.shape))
     shown = "all" if image.shape == matrix.shape else f"the first {cells}"
-    what, *notes = told
+    what, *notes = notes
     scaled = f"{what}, {shown} rows and columns, in units of the root mean square of all its entries"
     return Chart(
         pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),

@@ -95,20 +95,20 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
 
 
 def _pools(
-    cohort: Cohort, held: Mapping[str, Mapping[str, Any]], module: str | None
+    cohort: Cohort, spectra: Mapping[str, Mapping[str, Any]], module: str | None
 ) -> tuple[Mapping[str, Sequence[str]], str]:
     """Modules of each run whose spectra are pooled, and which these are in words."""
-    common = [name for name in held[cohort.runs[0].id] if all(name in found for found in held.values())]
+    common = [name for name in spectra[cohort.runs[0].id] if all(name in found for found in spectra.values())]
     if module is not None:
         if module not in common:
             some = ", ".join(common[:5]) or "none in common"
             raise ValueError(f"atlas: not all runs hold {module}; they hold {some}")
-        return {run: [module] for run in held}, module
+        return {run: [module] for run in spectra}, module
     blocks = {run.id: set(run.modules["module"][run.modules["layer"].notna()]) for run in cohort.runs}
-    own = {run: [name for name in found if name in blocks[run]] for run, found in held.items()}
+    own = {run: [name for name in found if name in blocks[run]] for run, found in spectra.items()}
     if shared := [name for name in common if all(name in names for names in own.values())]:
         which = f"{len(shared)} modules of the blocks" if len(shared) > 1 else shared[0]
-        return dict.fromkeys(held, shared), f"root mean square over the {which} that all runs hold"
+        return dict.fromkeys(spectra, shared), f"root mean square over the {which} that all runs hold"
     lacking = next((run for run, names in own.items() if not names), None)
     if lacking is not None:
         raise ValueError(f"atlas: run {lacking} holds the spectrum of no module in a block")

@@ -226,11 +226,11 @@ def _totals(found: pd.DataFrame) -> str:
     )
 
 
-def _join_by_label(told: Mapping[str, str]) -> str:
+def _join_by_label(notes: Mapping[str, str]) -> str:
     """What is told of every label, once where it is the same for all."""
-    if len(set(told.values())) == 1:
-        return next(iter(told.values()))
-    return "; ".join(f"{label}: {text}" for label, text in told.items())
+    if len(set(notes.values())) == 1:
+        return next(iter(notes.values()))
+    return "; ".join(f"{label}: {text}" for label, text in notes.items())
 
 
 def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:

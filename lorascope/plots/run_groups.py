@@ -12,7 +12,7 @@ import pandas as pd
 from lorascope.analysis import initial_update, norms
 from lorascope.charts.chart import Band, Bar, Line, Mark, Point, Text
 from lorascope.plots.registry import FIGURES, MIXTURES, OF_UPDATES, missing_reason
-from lorascope.runs.gated_run import stands_at
+from lorascope.runs.gated_run import gate_description
 from lorascope.runs.run import Run
 from lorascope.schema import records
 from lorascope.schema.records import QUANTITIES
@@ -222,7 +222,7 @@ def _gates(group: Group) -> str:
 
 def _gates_or_empty(run: Run) -> str:
     try:
-        return stands_at(run)
+        return gate_description(run)
     except ValueError:  # nothing was kept at its last step
         return ""
 

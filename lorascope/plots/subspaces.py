@@ -118,9 +118,9 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     )
 
 
-def common_module(cohort: Cohort, held: Sequence[Mapping[str, Any]], module: str | None) -> str:
+def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
     """The module asked for, or the one with the largest update by the mean over runs, of those that all runs hold."""
-    common = [name for name in held[0] if all(name in found for found in held)]
+    common = [name for name in updates[0] if all(name in found for found in updates)]
     if module is None and common:
         cohort.require("update_norm")
         rows = norms.last(norms.select(cohort.table, "update_norm"))

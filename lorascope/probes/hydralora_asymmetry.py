@@ -202,9 +202,9 @@ def table(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _updates_by_domain(held: Mapping[str, tuple[str, Run]]) -> dict[str, list[Run]]:
+def _updates_by_domain(runs: Mapping[str, tuple[str, Run]]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
-    for domain, run in held.values():
+    for domain, run in runs.values():
         found.setdefault(domain, []).append(run)
     return found
 

@@ -61,7 +61,7 @@ def at_gates(
     return GatedRun(run, found, label)
 
 
-def stands_at(run: Run) -> str:
+def gate_description(run: Run) -> str:
     """At which gates those updates of a run stand that depend on the input, in words; "" where none does.
 
     Gates are even to the last bit where no text was looked at, as in folders of the authors and under a Trainer.

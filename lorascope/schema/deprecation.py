@@ -59,7 +59,7 @@ def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
     warnings.warn(f"{owner}: {message}" if owner else message, FutureWarning, stacklevel=stacklevel + 1)
 
 
-def _both(owner: str, old: str, new: str) -> ValueError:
+def _both_names_error(owner: str, old: str, new: str) -> ValueError:
     return ValueError(f"{owner}: cannot use both {new} and its deprecated name {old}")
 
 
@@ -82,7 +82,7 @@ def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = 
         if key in renamed:
             new, before = renamed[key]
             if new in given:
-                raise _both(cls.__name__, key, new)
+                raise _both_names_error(cls.__name__, key, new)
             if stacklevel is not None:
                 warn_renamed(cls.__name__, key, new, stacklevel + 1)
             key, value = new, before.to_new(value)
@@ -137,7 +137,7 @@ def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction
             for old in renamed.keys() & kwargs.keys():
                 new = renamed[old]
                 if new in kwargs:
-                    raise _both(function.__name__, old, new)
+                    raise _both_names_error(function.__name__, old, new)
                 warn_renamed(function.__name__, old, new)
                 kwargs[new] = kwargs.pop(old)
             return function(*args, **kwargs)

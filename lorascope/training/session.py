@@ -330,12 +330,12 @@ def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -
     return f"{what} at step {step.index + 1} of {step.total} (rate {rate:.3g}): lower lr, or clip"
 
 
-def merge_records(step: Step, told: Iterable[Item], observers: Sequence[Observer]) -> list[Item]:
+def merge_records(step: Step, records: Iterable[Item], observers: Sequence[Observer]) -> list[Item]:
     """What was told of a step and what its observers find, each thing once.
 
     Of what both know, such as a rank at the step that changes it, the method's word is enough.
     """
-    items = list(told)
+    items = list(records)
     known = {(item.quantity, item.module) for item in items if isinstance(item, Record)}
     for observer in observers:
         items.extend(

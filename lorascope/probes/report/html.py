@@ -54,9 +54,9 @@ def json_data(content: Any) -> Html:
     return element("script", Html(text), type="application/json")
 
 
-def pairs(told: Mapping[str, str], class_: str) -> Html:
+def pairs(terms: Mapping[str, str], class_: str) -> Html:
     """Terms and what there is to say of each."""
-    entries = (element("div", element("dt", term), element("dd", text)) for term, text in told.items())
+    entries = (element("div", element("dt", term), element("dd", text)) for term, text in terms.items())
     return element("dl", *entries, class_=class_)
 
 

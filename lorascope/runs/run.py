@@ -291,7 +291,7 @@ class Run:
             raise ValueError(f"run {self.id} is {self.meta['status']} and has no state {state!r} yet")
         return self.meta["states"][state]
 
-    def _step(self, step: int | None, state: str) -> int:
+    def _step(self, step: int | None, state: str) -> int | None:
         return self._state(state)["step"] if step is None else step
 
     def _all_steps(self) -> list[int]:
@@ -301,7 +301,7 @@ class Run:
         steps = (re.fullmatch(r"step-(\d{1,12})", path.stem) for path in files.values())
         return sorted(int(found[1]) for found in steps if found)
 
-    def _snapshots(self, step: int) -> TensorFile:
+    def _snapshots(self, step: int | None) -> TensorFile:
         opened = self.__dict__.setdefault("_opened", {})
         if step not in opened:
             steps = self._all_steps()

@@ -668,7 +668,7 @@ def test_many_spoiled_folders_are_one_line(templates: dict[str, Path], tmp_path_
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 @given(name=st.sampled_from(["run", "phases", "lora", "hydra"]), seed=st.integers(0, 2**32))
 def test_spoiled_folder_is_drawn_and_exported_or_is_one_line(
     templates: dict[str, Path], tmp_path_factory: Any, name: str, seed: int

@@ -37,8 +37,7 @@ def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
     for axis, scale, ends, letter in ((ax.xaxis, view.panel.x, view.x, "x"), (ax.yaxis, view.panel.y, view.y, "y")):
         getattr(ax, f"set_{letter}label")(escape_dollar(scale.axis.label))
         if scale.log:
-            with np.errstate(over="ignore"):  # of margins around 1e300
-                getattr(ax, f"set_{letter}scale")("log")
+            getattr(ax, f"set_{letter}scale")("log")
             if _is_short(scale, ends):
                 axis.set_major_locator(LogLocator(subs=BETWEEN[0]))
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -20,7 +20,7 @@ from lorascope.schema.records import Item, Record
 class memory(Observer):
     """Bytes of parameters, gradients and optimizer state, summed over the tensors that are alive.
 
-    The peak is not among them: it needs a process of its own, see ``lorascope.memory.measure``.
+    The peak is not among them: it needs a process of its own, see ``ls.memory.measure``.
     """
 
     def __call__(self, step: Step) -> Iterable[Item]:

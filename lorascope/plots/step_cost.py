@@ -40,7 +40,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Of ``lorascope.memory.measure``, or any with ``observe.memory()``, which know no peak. One panel a model.
+        Of ``ls.memory.measure``, or any with ``observe.memory()``, which know no peak. One panel a model.
     computed : sequence of str
         Sizes of models below: "7B" and "70B" of LLaMA-2 by every method, "117M" and "345M" of GPT-2 by every optimizer
         of all weights, with a first moment and without.

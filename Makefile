@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 unexport PYTHONDONTWRITEBYTECODE
 
 # Types and shapes of all arguments, checked at every call: doubles the time of the suite.
-CHECKED := --jaxtyping-packages=lorascope,beartype.beartype
+CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
 .PHONY: reproduce full test test-all lint types tests slow numbers notebooks gpu clean

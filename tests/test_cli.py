@@ -277,7 +277,7 @@ def test_plot_imports_no_torch(adapter: Path, tmp_path: Path) -> None:
     ("hint", "flag"),
     [
         (int, int),
-        (float | int | None, float | None),
+        (float | None, float | None),
         (str | Path | None, str | None),
         (str | tuple[str, ...], str | tuple[str, ...]),
         (dict[str, int] | int, int),
@@ -291,9 +291,7 @@ def test_the_part_of_a_type_that_can_be_a_flag(hint: Any, flag: Any) -> None:
 
 
 def test_options_come_with_the_docstrings_help() -> None:
-    def draw(
-        runs: list[int], depth: int | float = 3, *, names: dict[str, int] | None = None, fast: bool = True
-    ) -> None:
+    def draw(runs: list[int], depth: float = 3, *, names: dict[str, int] | None = None, fast: bool = True) -> None:
         """Draw.
 
         Parameters

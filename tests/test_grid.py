@@ -206,8 +206,8 @@ def test_every_field_of_every_method_fits_its_own_default(name):
 
 
 def test_types_as_toml_gives_them():
-    assert toml_schema.is_of_type(3, float | int)
-    assert not toml_schema.is_of_type(True, float | int)
+    assert toml_schema.is_of_type(3, float)
+    assert not toml_schema.is_of_type(True, float)
     assert not toml_schema.is_of_type(3, bool)
     assert toml_schema.is_of_type(["q"], str | tuple[str, ...])
     assert not toml_schema.is_of_type(["q", 1], str | tuple[str, ...])

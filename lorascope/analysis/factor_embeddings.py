@@ -180,9 +180,7 @@ def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
     return vectors * signs * np.sqrt(np.maximum(values[::-1][:size], 0.0))
 
 
-def tsne(
-    cloud: FactorSet, perplexity: float | int | None = None, seed: int | None = None
-) -> Float[np.ndarray, "point 2"]:
+def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = None) -> Float[np.ndarray, "point 2"]:
     """The points on a plane that keeps neighbours together (t-SNE after PCA).
 
     Parameters

@@ -154,7 +154,7 @@ def _add_mirrors(update: Fourier) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def bias(shape: tuple[int, int], center: float | int, width: float | int) -> pd.DataFrame:
+def bias(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
     """The frequency bias by distance from zero, out to the corner of a spectrum.
 
     Returns
@@ -168,7 +168,7 @@ def bias(shape: tuple[int, int], center: float | int, width: float | int) -> pd.
     return pd.DataFrame({"distance": np.arange(last + 1), "probability": values})
 
 
-def bias_map(shape: tuple[int, int], center: float | int, width: float | int, cells: int = 48) -> pd.DataFrame:
+def bias_map(shape: tuple[int, int], center: float, width: float, cells: int = 48) -> pd.DataFrame:
     """The frequency bias on a grid of about so many rows and columns, zero among them.
 
     Returns

@@ -71,7 +71,7 @@ def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis
 
 
 def intruders(
-    base: Mapping[str, Basis], updates: Mapping[str, LowRank | Dense], k: int = 10, threshold: float | int = 0.5
+    base: Mapping[str, Basis], updates: Mapping[str, LowRank | Dense], k: int = 10, threshold: float = 0.5
 ) -> pd.DataFrame:
     """How much each leading direction of every trained weight resembles the base's most similar one.
 

@@ -104,7 +104,7 @@ def _recorded_utilization(table: pd.DataFrame, first: bool = False) -> pd.DataFr
     return rows.rename(columns={"index": "neuron"})[[*KEY, "value"]]
 
 
-def buckets(shifts: pd.DataFrame, edges: Sequence[float | int] = EDGES) -> pd.DataFrame:
+def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFrame:
     """Mean |d_rank| by percentile of the rank in the reference, and over all.
 
     Returns
@@ -121,7 +121,7 @@ def buckets(shifts: pd.DataFrame, edges: Sequence[float | int] = EDGES) -> pd.Da
     return pd.concat([found[list(whole)], whole], ignore_index=True)
 
 
-def counts(shifts: pd.DataFrame) -> dict[str, float | int]:
+def counts(shifts: pd.DataFrame) -> dict[str, float]:
     """How many neurons are of each of the three kinds, and the mean |d_rank|."""
     kinds = {kind: int(shifts[kind].sum()) for kind in ("strong", "suppressed", "indirect")}
     return {**kinds, "avg_abs_d_rank": float(shifts["d_rank"].abs().mean())}

@@ -255,6 +255,6 @@ def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[Part])
     return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
 
 
-def count(share: float | int, parameters: int, width: float | int) -> int:
+def count(share: float, parameters: int, width: float) -> int:
     """How many neurons of ``width`` weights hold this share of all parameters; the x of NeFT_x% is such a share."""
     return round(share * parameters / width)

@@ -105,7 +105,7 @@ def by_layer(run: Run) -> pd.DataFrame:
     return held.assign(run=run.id, place=place(held), value=value, chance=chance)
 
 
-def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float | int]:
+def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
     """How many neurons two choices share.
 
     Parameters

@@ -36,7 +36,7 @@ class Axis:
     label: str = ""
     order: Iterable[Any] | None = None
     log: bool = False
-    limits: Sequence[float | int | None] | None = None
+    limits: Sequence[float | None] | None = None
     ticks: Mapping[Any, str] | None = None
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class Heat(Mark):
     text: str | None = None
     scale: str = "sequence"
     log: bool = False
-    limits: Sequence[float | int] | None = None
+    limits: Sequence[float] | None = None
     words: str | None = None
     data: pd.DataFrame | None = None
 

@@ -114,14 +114,9 @@ def headline(function: Callable[..., Any]) -> str:
 
 
 def flag_type(hint: Any) -> Any:
-    """The part of a type that can be written on a command line; None where there is none.
-
-    An int is a float where both are allowed, and a sequence of words a tuple.
-    """
+    """Return the part of a type that a command line can hold (sequences of str as tuples), None if there is none."""
     union = get_origin(hint) in (Union, types.UnionType)
     kept = [kind for kind in map(_simple, get_args(hint) if union else [hint]) if kind is not None]
-    if float in kept and int in kept:
-        kept.remove(int)
     if str in kept and Path in kept:
         kept.remove(Path)
     return reduce(or_, kept) if set(kept) - {type(None)} else None

@@ -407,6 +407,6 @@ def first_and_count(names: Any) -> str:
     return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
 
 
-def _range(values: Sequence[float | int]) -> str:
+def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

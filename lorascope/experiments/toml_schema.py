@@ -48,16 +48,15 @@ def is_of_type(value: Any, hint: Any) -> bool:
         return isinstance(value, list | tuple) and all(is_of_type(item, arguments[0]) for item in value)
     if origin is Mapping:
         return isinstance(value, Mapping) and all(is_of_type(item, arguments[1]) for item in value.values())
-    return isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    kind = int | float if hint is float else hint  # as PEP 484 has it
+    return isinstance(hint, type) and isinstance(value, kind) and (hint is bool or not isinstance(value, bool))
 
 
 def describe_type(hint: Any) -> str:
     """A type in the words of a user of TOML."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        # A number that may be whole is a number.
-        kinds = [each for each in arguments if not (each is int and float in arguments)]
-        return " or ".join(dict.fromkeys(told for each in kinds if (told := describe_type(each))))
+        return " or ".join(dict.fromkeys(told for each in arguments if (told := describe_type(each))))
     if origin is Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if origin in (tuple, Sequence):

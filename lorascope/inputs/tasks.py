@@ -63,7 +63,7 @@ class Task:
         """Rows of train, validation and test."""
         return {name: self.split(name) for name in SPLITS}
 
-    def split(self, name: str, search_share: float | int = 0.0) -> pd.DataFrame:
+    def split(self, name: str, search_share: float = 0.0) -> pd.DataFrame:
         """Rows of one split.
 
         Parameters

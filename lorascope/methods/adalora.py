@@ -98,20 +98,20 @@ class AdaLoRA(Method, name="adalora"):
     """
 
     init_rank: int = 12
-    target_rank: float | int = 8
-    alpha: float | int = 16.0
-    dropout: float | int = 0.0
+    target_rank: float = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q", "k", "v", "o", "ffn_in", "ffn_out")
     initial_steps: int | None = None
     final_steps: int | None = None
     mask_every: int | None = None
-    beta1: float | int = 0.85
-    beta2: float | int = 0.85
-    gamma: float | int = 0.1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    gamma: float = 0.1
     penalty: Literal["mean-norm", "sum-square"] = "mean-norm"
     scores: Literal["after", "before"] = "after"
-    lr: float | int = 1e-2
-    head_lr: float | int = 1e-3
+    lr: float = 1e-2
+    head_lr: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.init_rank < 1:
@@ -211,7 +211,7 @@ class AdaLoRADelta(LoRADelta):
 
     kept: Tensor
 
-    def __init__(self, host: nn.Module, rank: int, scale: float | int = 1.0, dropout: float | int = 0.0) -> None:
+    def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(host, rank, scale, dropout)
         nn.init.normal_(self.A, std=0.02)
         nn.init.normal_(self.B, std=0.02)

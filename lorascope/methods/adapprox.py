@@ -135,22 +135,22 @@ class Adapprox(Method, name="adapprox"):
         Of the sketches alone.
     """
 
-    betas: tuple[float | int, ...] = (0.9, 0.999)
-    eps: float | int = 1e-8
-    clip_threshold: float | int = 1.0
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_threshold: float = 1.0
     iterations: int = 5
     oversampling: int = 5
     sketch_multiple: int = field(default=1, metadata=LATER)
     init_rank: int = 1
     max_rank: int | None = None
-    tolerance: float | int = 0.01
+    tolerance: float = 0.01
     reselect_every: int = 10
     rank_rule: Literal["restart", "colnorm", "ema", "fixed"] = "restart"
-    growth: tuple[float | int, ...] = subspace_iteration.LOGISTIC
-    growth_scale: float | int | None = 1.0
+    growth: tuple[float, ...] = subspace_iteration.LOGISTIC
+    growth_scale: float | None = 1.0
     denominator: Literal["pre", "post"] = "pre"
     cosine: bool = False
-    cosine_floor: float | int = 0.1
+    cosine_floor: float = 0.1
     min_dim: int | None = 64
     dense: str | tuple[str, ...] = ()
     sketch_seed: int = 0

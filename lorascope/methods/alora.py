@@ -96,18 +96,18 @@ class ALoRA(Method, name="alora"):
     """
 
     init_rank: int = 8
-    alpha: float | int = 8.0
-    dropout: float | int = 0.0
+    alpha: float = 8.0
+    dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     prune: int | str = "block"
     rounds: int | None = None
     warm_steps: int | None = None
     round_steps: int | None = None
     score_rows: int = 32
-    search_share: float | int = 0.1
+    search_share: float = 0.1
     fresh_moments: bool = field(default=False, metadata=LATER)
-    lr: float | int = 1e-4
-    head_lr: float | int = 1e-4
+    lr: float = 1e-4
+    head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.init_rank < 1:

@@ -105,14 +105,14 @@ class AutoLoRA(Method, name="autolora"):
     """
 
     rank: int = 8
-    alpha: float | int = field(default=16.0, metadata=formerly("lora_alpha"))
-    dropout: float | int = 0.0
+    alpha: float = field(default=16.0, metadata=formerly("lora_alpha"))
+    dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
-    selection_lr: float | int = 1e-3
+    selection_lr: float = 1e-3
     hypergradient: str = "finite_difference"
-    lr: float | int = 1e-4
-    head_lr: float | int = 1e-4
-    search_share: float | int = 0.5
+    lr: float = 1e-4
+    head_lr: float = 1e-4
+    search_share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -189,7 +189,7 @@ class AutoLoRADelta(LoRADelta):
 
     logits: Tensor
 
-    def __init__(self, host: nn.Module, rank: int, scale: float | int = 1.0, dropout: float | int = 0.0) -> None:
+    def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(host, rank, scale, dropout)
         self.register_buffer("logits", torch.zeros(rank, dtype=torch.promote_types(self.A.dtype, torch.float32)))
 
@@ -229,7 +229,7 @@ class Hypergradient(NamedTuple):
 
 
 def hypergradient(
-    train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float | int], form: str
+    train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float], form: str
 ) -> Hypergradient:
     """The gradient in the logits of the search loss after the look-ahead; nothing that is given is changed.
 
@@ -307,7 +307,7 @@ def _norm(tensors: Tensors) -> float:
 
 
 def adam(
-    gradient: Float[Tensor, "modules k"], moments: Mapping[str, Any], rate: float | int
+    gradient: Float[Tensor, "modules k"], moments: Mapping[str, Any], rate: float
 ) -> tuple[Float[Tensor, "modules k"], dict[str, Any]]:
     """What Adam takes off the logits, and its new moments."""
     (beta1, beta2), steps = BETAS, moments["steps"] + 1

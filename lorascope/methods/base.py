@@ -43,9 +43,9 @@ class Method:
         Share of the train split carved off as the search split.
     """
 
-    lr: float | int = 1e-4
-    head_lr: float | int = 1e-4
-    search_share: float | int = 0.0
+    lr: float = 1e-4
+    head_lr: float = 1e-4
+    search_share: float = 0.0
     name: ClassVar[str] = ""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any) -> None:
@@ -136,7 +136,7 @@ class Phase:
     name: str = ""
     split: str = "train"
     steps: int | None = None
-    lr: float | int | None = None
+    lr: float | None = None
 
 
 @dataclass(frozen=True)

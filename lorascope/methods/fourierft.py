@@ -87,15 +87,15 @@ class FourierFT(Method, name="fourierft"):
     """
 
     coefficients: int | None = None
-    alpha: float | int = 100.0
+    alpha: float = 100.0
     targets: str | tuple[str, ...] = ("q", "v")
     entry_seed: int = 2024
-    center: float | int | None = None
-    width: float | int = 200.0
+    center: float | None = None
+    width: float = 200.0
     init: Literal["normal", "zeros"] = "normal"
     basis: Literal["fourier", "random", "orthogonal"] = "fourier"
-    lr: float | int = 5e-2
-    head_lr: float | int = 5e-3
+    lr: float = 5e-2
+    head_lr: float = 5e-3
 
     def __post_init__(self) -> None:
         for name, choices in (("init", ("normal", "zeros")), ("basis", ("fourier", "random", "orthogonal"))):
@@ -158,7 +158,7 @@ class FourierDelta(Delta):
     sides: Tensor
 
     def __init__(
-        self, coefficients: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float | int
+        self, coefficients: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
     ) -> None:
         super().__init__()
         self.shape, self.alpha = shape, float(alpha)
@@ -240,7 +240,7 @@ class BasisDelta(Delta):
         entries: Int[Tensor, "2 n"],
         left: Float[Tensor, "out out"],
         right: Float[Tensor, "in in"],
-        alpha: float | int,
+        alpha: float,
     ) -> None:
         super().__init__()
         self.scale = alpha / math.sqrt(2 * len(left) * len(right))

@@ -16,7 +16,7 @@ Shape = tuple[int, int]
 
 
 def synthesize(
-    c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float | int
+    c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float
 ) -> Float[Tensor, "out in"]:
     """alpha * Re(ifft2(F)), where F holds c at the entries; differentiable, more than once.
 
@@ -59,9 +59,7 @@ class _Synthesis(torch.autograd.Function):
     """Coefficients to alpha * Re(ifft2(F)), without the complex matrices that autograd would keep."""
 
     @staticmethod
-    def forward(
-        ctx: Any, c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float | int
-    ) -> Tensor:
+    def forward(ctx: Any, c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float) -> Tensor:
         ctx.save_for_backward(entries)
         ctx.shape, ctx.alpha = shape, alpha
         return synthesis(c, entries, shape, alpha)
@@ -75,7 +73,7 @@ class _Analysis(torch.autograd.Function):
     """The adjoint of ``_Synthesis``, and the other way round."""
 
     @staticmethod
-    def forward(ctx: Any, G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: float | int) -> Tensor:
+    def forward(ctx: Any, G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: float) -> Tensor:
         ctx.save_for_backward(entries)
         ctx.shape, ctx.alpha = (G.shape[0], G.shape[1]), alpha
         return analysis(G, entries, alpha)
@@ -86,7 +84,7 @@ class _Analysis(torch.autograd.Function):
 
 
 def synthesis(
-    c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float | int
+    c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float
 ) -> Float[Tensor, "out in"]:
     """alpha * Re(ifft2(F)) by a real transform of the left half of (F(j, k) + F(-j, -k)) / 2.
 
@@ -101,7 +99,7 @@ def synthesis(
     return torch.fft.irfft2(torch.view_as_complex(spectrum).view(shape[0], width), s=shape, norm="forward")
 
 
-def analysis(G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: float | int) -> Float[Tensor, "n"]:
+def analysis(G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: float) -> Float[Tensor, "n"]:
     """alpha / (d1 d2) Re(fft2(G)) at the entries.
 
     Two calls, since one of ``rfft2`` by several threads waits for them longer than the transform takes.

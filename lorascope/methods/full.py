@@ -33,8 +33,8 @@ class Full(Method, name="full"):
     """
 
     optimizer_name: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=LATER | formerly("rule"))
-    lr: float | int = 1e-4
-    head_lr: float | int = 1e-4
+    lr: float = 1e-4
+    head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.optimizer_name not in RULES:

@@ -91,15 +91,15 @@ class HydraLoRA(Method, name="hydralora"):
 
     rank: int = 4
     num_experts: int = field(default=3, metadata=formerly("number"))
-    alpha: float | int = 16.0
-    dropout: float | int = 0.0
+    alpha: float = 16.0
+    dropout: float = 0.0
     targets: str | tuple[str, ...] | None = None
     shared_a: bool = field(default=True, metadata=formerly("heads", {"shared": True, "split": False}))
     router: str = "learned"
     gates_every: int = 50
     gate_rows: int = field(default=64, metadata=LATER)
-    lr: float | int = 2e-3
-    head_lr: float | int = 2e-3
+    lr: float = 2e-3
+    head_lr: float = 2e-3
 
     def __post_init__(self) -> None:
         for name in ("rank", "num_experts", "gates_every", "gate_rows"):
@@ -192,8 +192,8 @@ class HydraDelta(Delta):
         host: nn.Module,
         rank: int,
         number: int,
-        scale: float | int = 1.0,
-        dropout: float | int = 0.0,
+        scale: float = 1.0,
+        dropout: float = 0.0,
         split: bool = False,
     ) -> None:
         super().__init__()

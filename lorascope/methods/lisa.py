@@ -85,10 +85,10 @@ class LISA(Method, name="lisa"):
     n_active: int | None = None
     interval: int | None = None
     moment_policy: Literal["reset", "keep", "reset_all"] = field(default="reset", metadata=formerly("moments"))
-    weights: tuple[float | int, ...] | None = None
+    weights: tuple[float, ...] | None = None
     draw_seed: int | None = None
-    lr: float | int = 1e-4
-    head_lr: float | int = 1e-4
+    lr: float = 1e-4
+    head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         for name, least in (("n_active", 0), ("interval", 1), ("draw_seed", 0)):

@@ -58,13 +58,13 @@ class LoRA(Method, name="lora"):
     """
 
     rank: int | Mapping[str, int] = 8
-    alpha: float | int = 8.0
-    dropout: float | int = 0.0
+    alpha: float = 8.0
+    dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     rslora: bool = False
     init_seed: int | None = field(default=None, metadata=LATER)
-    lr: float | int = 5e-4
-    head_lr: float | int = 5e-4
+    lr: float = 5e-4
+    head_lr: float = 5e-4
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -110,8 +110,8 @@ class LoRADelta(Delta):
         self,
         host: nn.Module,
         rank: int,
-        scale: float | int = 1.0,
-        dropout: float | int = 0.0,
+        scale: float = 1.0,
+        dropout: float = 0.0,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()

@@ -110,17 +110,17 @@ class NeFT(Method, name="neft"):
     """
 
     num_neurons: int | None = field(default=None, metadata=formerly("k"))
-    parameter_share: float | int = field(default=0.09, metadata=formerly("share"))
+    parameter_share: float = field(default=0.09, metadata=formerly("share"))
     targets: tuple[str, ...] = neurons.DEFAULT
     select_by: str = field(default="changed", metadata=formerly("mode"))
     reference: Run | Mapping[str, str] | str | Path | None = field(default=None, metadata=formerly("tuned"))
     neurons: Mapping[str, Collection[Any]] | None = None
     tune_steps: int | None = None
-    tune_lr: float | int | None = None
-    clip_before: float | int | None = None
-    reversed_share: float | int = field(default=0.0, metadata=LATER)
-    lr: float | int = 2e-5
-    head_lr: float | int = 1e-4
+    tune_lr: float | None = None
+    clip_before: float | None = None
+    reversed_share: float = field(default=0.0, metadata=LATER)
+    lr: float = 2e-5
+    head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.select_by not in MODES:

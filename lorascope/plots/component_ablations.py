@@ -193,7 +193,7 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     misleads="Leaving a part out also changes how many parameters train, which the caption counts, and which learning "
     "rate would suit. Parts that stand in for each other all look useless one at a time.",
 )
-def ablations(runs: Runs, control: Runs | None = None, start: float | int = 0.0) -> Chart:
+def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
     """Test metric of a method and of what is left of it without a part, one bar a label (HydraLoRA, Fig. 6).
 
     Parameters

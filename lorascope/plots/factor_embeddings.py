@@ -26,7 +26,6 @@ TINY = float(np.finfo(np.float64).tiny)
 _ONE_PLACE = 0.3  # of the plane's reach, within which dots of one module share their name
 _NAMED = 12  # modules whose names leave a plane legible
 _ABOVE = 0.13  # of the plane's height, between a dot and the name above it
-Perplexity = float | int
 
 
 @figure(
@@ -47,7 +46,7 @@ def factor_embedding(
     together: bool = False,
     view: View = "raw",
     step: int | None = None,
-    perplexity: Perplexity | Sequence[Perplexity] | None = None,
+    perplexity: float | Sequence[float] | None = None,
     seeds: Sequence[int] = (),
     modules: Sequence[str] = (),
 ) -> Panels:
@@ -132,14 +131,14 @@ def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorS
     return f" {told[0].upper()}{told[1:]}"
 
 
-def _perplexities(cloud: FactorSet, asked: Perplexity | Sequence[Perplexity] | None) -> Sequence[Perplexity]:
+def _perplexities(cloud: FactorSet, asked: float | Sequence[float] | None) -> Sequence[float]:
     if asked is None:
         usual = factor_embeddings.default_perplexity(len(cloud.flat))
         return usual, usual / 3
     return asked if isinstance(asked, Sequence) else [asked]
 
 
-def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: Perplexity, starts: Sequence[int | None]) -> Chart:
+def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, starts: Sequence[int | None]) -> Chart:
     parts = []
     for seed in starts:
         plane = factor_embeddings.tsne(cloud, perplexity, seed)

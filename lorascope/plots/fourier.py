@@ -108,8 +108,8 @@ def update_image(
 
 def frequency_bias(
     shape: tuple[int, int] = (768, 768),
-    centers: Sequence[float | int] = (0, 100, 200, 350, 480),
-    width: float | int = 200.0,
+    centers: Sequence[float] = (0, 100, 200, 350, 480),
+    width: float = 200.0,
 ) -> Panels:
     """How likely FourierFT draws a frequency, by distance from zero and as maps (FourierFT, Eq. 5 and Fig. 3).
 

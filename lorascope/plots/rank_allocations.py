@@ -109,7 +109,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     misleads="A type that does well alone need not add anything to the others. One learning rate for all is a choice "
     "as well: types with larger matrices may want another, and then the bars compare rates.",
 )
-def adapted_types(runs: Runs, control: Runs | None = None, start: float | int = 0.0) -> Chart:
+def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
     """Test metric by what was adapted, one bar a label (AdaLoRA, Fig. 1).
 
     Parameters

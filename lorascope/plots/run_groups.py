@@ -192,7 +192,7 @@ def lines(cells: pd.DataFrame, x: str, points: bool = True) -> list[Mark]:
     return [*band, Line(x, "value", "recipe", dash), *dots]
 
 
-def bars(cells: pd.DataFrame, start: float | int) -> tuple[pd.DataFrame, list[Mark]]:
+def bars(cells: pd.DataFrame, start: float) -> tuple[pd.DataFrame, list[Mark]]:
     """Marks for the table of ``band`` by ``recipe``, and the table: a bar each with its interval, its number above it.
 
     ``start`` is the lower end of the axis.

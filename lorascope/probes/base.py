@@ -140,7 +140,7 @@ class Probe:
     arms: Callable[[bool], Sequence[Arm]]
     judge: Callable[..., Findings]
     measure: Callable[[Run], pd.DataFrame] | None = None
-    measure_cost: float | int = 0
+    measure_cost: float = 0
     seeds: int = 3
 
 

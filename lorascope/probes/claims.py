@@ -47,14 +47,14 @@ class Claim:
     sentence: str
     statistic: str
     control: str
-    margin: float | int
+    margin: float
     source: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.margin) and self.margin > 0):
             raise ValueError(f"margin {self.margin} of {self.sentence!r}: must be a finite number above zero")
 
-    def judge(self, statistic: Mapping[int, float | int], control: Mapping[int, float | int]) -> Verdict:
+    def judge(self, statistic: Mapping[int, float], control: Mapping[int, float]) -> Verdict:
         """Decide the claim from one value of statistic and control a seed.
 
         Parameters
@@ -109,7 +109,7 @@ class Verdict:
         return f"{self.outcome}: effect {self.effect:.3g} {interval} against margin {self.claim.margin:.3g}, {seeds}"
 
 
-def _pair(statistic: Mapping[int, float | int], control: Mapping[int, float | int]) -> pd.DataFrame:
+def _pair(statistic: Mapping[int, float], control: Mapping[int, float]) -> pd.DataFrame:
     """Join statistic and control by seed, checked."""
     unpaired = sorted(statistic.keys() ^ control.keys())
     if unpaired:

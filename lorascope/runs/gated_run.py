@@ -23,7 +23,7 @@ _UNKNOWN = ("weight_norm", "step_norm")  # for want of W_0 and of the gates one 
 
 @accept_old_parameters(told="label")
 def at_gates(
-    run: Run, gates: Mapping[str, Sequence[float | int] | Float[np.ndarray, "_"]], label: str = "given gates"
+    run: Run, gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]], label: str = "given gates"
 ) -> Run:
     """The same run, its updates at these gates: ``scale * sum(gates[i] * B[i] @ A)``.
 

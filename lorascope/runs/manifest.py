@@ -116,7 +116,7 @@ class Recipe:
 @dataclass(frozen=True)
 class _Axes:
     axes: list[str] = field(default_factory=list)
-    labels: dict[str, list[str | float | int | bool | None]] = field(default_factory=dict)
+    labels: dict[str, list[str | float | bool | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def _known_names(run: Any) -> set[str]:
     return {*modules["module"], *(name for names in modules.get("tied", ()) for name in names.split(","))}
 
 
-def _alpha(scale: float | int, rank: int) -> float | int:
+def _alpha(scale: float, rank: int) -> float:
     """Scale times rank, or the whole number that gives the scale exactly where the product is off by rounding."""
     whole = round(scale * rank)
     return whole if whole / rank == scale else scale * rank

@@ -23,13 +23,13 @@ class Settings:
     """
 
     steps: int
-    lr: float | int
-    head_lr: float | int
+    lr: float
+    head_lr: float
     batch_size: int = 16
     schedule: str = "linear"
-    warmup: float | int = 0.06
-    clip: float | int | None = 1.0
-    weight_decay: float | int = 0.0
+    warmup: float = 0.06
+    clip: float | None = 1.0
+    weight_decay: float = 0.0
     accumulate: int = 1
     precision: str = "fp32"
     eval_every: int | None = None

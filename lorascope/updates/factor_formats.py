@@ -16,7 +16,7 @@ RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
 """How the names of PEFT's starts begin that take their product off the base, so that B A is not zero at first."""
 
 
-def update_from(factors: Mapping[str, np.ndarray], scale: float | int, exact: bool = True) -> LowRank | Fourier:
+def update_from(factors: Mapping[str, np.ndarray], scale: float, exact: bool = True) -> LowRank | Fourier:
     """Build an update from its stored factors.
 
     Parameters

@@ -25,7 +25,7 @@ SEEDS = 1 << 32
 
 
 def entries(
-    shape: tuple[int, int], n: int, seed: int, center: float | int | None = None, width: float | int = 200.0
+    shape: tuple[int, int], n: int, seed: int, center: float | None = None, width: float = 200.0
 ) -> Int[np.ndarray, "2 n"]:
     """Draw n different places of a spectrum: rows j and columns k.
 
@@ -72,9 +72,7 @@ def _shuffle_places(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
     return np.array(drawn, dtype=np.int64)
 
 
-def _draw_in_band(
-    shape: tuple[int, int], n: int, seed: int, center: float | int, width: float | int
-) -> Int[np.ndarray, "n"]:
+def _draw_in_band(shape: tuple[int, int], n: int, seed: int, center: float, width: float) -> Int[np.ndarray, "n"]:
     """One draw after the other without replacement, as the order of exponential waiting times at these rates."""
     rates = band_pass(shape, center, width).reshape(-1)
     highest = np.hypot(shape[0] // 2, shape[1] // 2)
@@ -99,7 +97,7 @@ def radius(entries: Int[np.ndarray, "2 *places"], shape: tuple[int, int]) -> Flo
     return np.hypot(folded[0], folded[1])
 
 
-def band_pass(shape: tuple[int, int], center: float | int, width: float | int = 200.0) -> Float[np.ndarray, "out in"]:
+def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Float[np.ndarray, "out in"]:
     """The frequency bias exp(-((D^2 - center^2) / (D width))^2), 0 to 1: probabilities up to their sum.
 
     Place (0, 0) is frequency zero; for a picture with it in the middle use ``numpy.fft.fftshift``. At D = 0 the limit
@@ -133,7 +131,7 @@ def on_bases(
     entries: Int[np.ndarray, "2 n"],
     left: Float[np.ndarray, "out out"],
     right: Float[np.ndarray, "in in"],
-    alpha: float | int,
+    alpha: float,
 ) -> Dense:
     """The update alpha / sqrt(2 d1 d2) * left F right^T, whose expected norm is that of a Fourier update."""
     (j, k), scale = entries, alpha / np.sqrt(2 * len(left) * len(right))
@@ -171,7 +169,7 @@ class Fourier(Dense):
 
     coefficients: Float[np.ndarray, "n"]
     entries: Int[np.ndarray, "2 n"]
-    scale: float | int
+    scale: float
     exact = True
 
     def __init__(
@@ -179,7 +177,7 @@ class Fourier(Dense):
         coefficients: Float[np.ndarray, "n"],
         entries: Int[np.ndarray, "2 n"],
         shape: tuple[int, int],
-        scale: float | int = 1.0,
+        scale: float = 1.0,
     ) -> None:
         # The base class is frozen.
         sides = int(shape[0]), int(shape[1])

@@ -108,7 +108,7 @@ class LowRank(_Update):
 
     B: Float[np.ndarray, "out rank"]
     A: Float[np.ndarray, "rank in"]
-    scale: float | int = 1.0
+    scale: float = 1.0
     exact: bool = True
 
     @property

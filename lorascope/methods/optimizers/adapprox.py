@@ -63,25 +63,25 @@ class AdapproxOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | int = 1e-3,
+        lr: float = 1e-3,
         *,
-        betas: Sequence[float | int] = (0.9, 0.999),
-        eps: float | int = 1e-8,
-        weight_decay: float | int = 0.1,
-        clip_threshold: float | int = 1.0,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.1,
+        clip_threshold: float = 1.0,
         iterations: int = 5,
         oversampling: int = 5,
         sketch_multiple: int = 1,
         init_rank: int = 1,
         max_rank: int | None = None,
-        tolerance: float | int = 0.01,
+        tolerance: float = 0.01,
         reselect_every: int = 10,
         rank_rule: str = "restart",
-        growth: Sequence[float | int] = subspace_iteration.LOGISTIC,
-        growth_scale: float | int | None = 1.0,
+        growth: Sequence[float] = subspace_iteration.LOGISTIC,
+        growth_scale: float | None = 1.0,
         denominator: str = "pre",
         cosine: bool = False,
-        cosine_floor: float | int = 0.1,
+        cosine_floor: float = 0.1,
         min_dim: int | None = 64,
         seed: int = 0,
     ) -> None:
@@ -248,7 +248,7 @@ def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""
     return (torch.dot(D.flatten(), M.flatten()) / lengths).clamp(-1, 1)
 
 
-def guide_direction(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float | int) -> Float[Tensor, "..."]:
+def guide_direction(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float) -> Float[Tensor, "..."]:
     """M / max(1 - cos(D, M), floor)."""
     return M / (1 - cosine).clamp(min=floor)
 

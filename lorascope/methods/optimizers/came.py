@@ -38,11 +38,11 @@ class CAME(torch.optim.Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | int = 1e-4,
-        betas: Sequence[float | int] = (0.9, 0.999, 0.9999),
-        eps: Sequence[float | int] = (1e-30, 1e-16),
-        weight_decay: float | int = 0.0,
-        clip_threshold: float | int = 1.0,
+        lr: float = 1e-4,
+        betas: Sequence[float] = (0.9, 0.999, 0.9999),
+        eps: Sequence[float] = (1e-30, 1e-16),
+        weight_decay: float = 0.0,
+        clip_threshold: float = 1.0,
     ) -> None:
         options = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "clip_threshold": clip_threshold}
         super().__init__(params, {"lr": lr} | options)

@@ -105,7 +105,7 @@ def relative_error(A: Float[Tensor, "m n"], Q: Float[Tensor, "m k"], U: Float[Te
     return float(torch.addmm(A, Q, U.T, alpha=-1).norm() / A.norm())
 
 
-def growth(error: float, logistic: Sequence[float | int] = LOGISTIC, scale: float | int = 1.0) -> int:
+def growth(error: float, logistic: Sequence[float] = LOGISTIC, scale: float = 1.0) -> int:
     """Components to add to a rank of this error: eta / (1 + exp(omega xi + phi)) + tau, scaled, and one at least.
 
     An error that is no number adds one.
@@ -159,7 +159,7 @@ def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], optio
 
 
 def restart(
-    A: Float[Tensor, "m n"], factor: Factor, rank: int, cap: int, tolerance: float | int, grow: Callable[[float], int]
+    A: Float[Tensor, "m n"], factor: Factor, rank: int, cap: int, tolerance: float, grow: Callable[[float], int]
 ) -> Factorization:
     """The paper's rule: from the first rank on, more and more of it until the error is small, or the cap is reached."""
     trials = 0
@@ -172,7 +172,7 @@ def restart(
         rank = min(rank + grow(error), cap)
 
 
-def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float | int) -> Factorization:
+def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float) -> Factorization:
     """The smallest rank whose error is small, of one factoring at the cap: xi_k^2 = 1 - sum_{j<=k} |u_j|^2 / |A|^2."""
     Q, U = factor(cap)
     kept = U.double().square().sum(0).cumsum(0)

@@ -52,7 +52,7 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     return updates
 
 
-def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | int | None]:
+def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | None]:
     """Basis, seed and centre of the band; where PEFT trained its own basis, from all places alike."""
     if method["name"] == "peft":
         return "fourier", entry_seed(method), None

@@ -72,7 +72,7 @@ def _error(share: float) -> float:
 
 def select_components(
     run: Run,
-    budget: float | int,
+    budget: float,
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> RankBudget:
@@ -136,7 +136,7 @@ def _padded(values: Float[np.ndarray, "k"], rank: int) -> Float[np.ndarray, "ran
 
 def rank_pattern(
     run: Run,
-    budget: float | int | None = None,
+    budget: float | None = None,
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def rank_pattern(
     return peft_keywords(run, select_components(run, budget, state, scores).ranks, run.updates(state=state))
 
 
-def _count(budget: float | int, total: int) -> int:
+def _count(budget: float, total: int) -> int:
     if 0 < budget <= 1:
         return max(round(budget * total), 1)
     if budget >= 2 and float(budget).is_integer():

@@ -36,7 +36,7 @@ FILE = "lorascope-recorder.safetensors"
 
 
 def trainer_kwargs(
-    method: Method, model: nn.Module, lr: float | int | None = None, clip: float | int | None = 1.0
+    method: Method, model: nn.Module, lr: float | None = None, clip: float | None = 1.0
 ) -> dict[str, Any]:
     """Attach a method to a model, and give what a Trainer needs to train it.
 

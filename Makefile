@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 CHECKED := --jaxtyping-packages="lorascope,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 NUMBERS := "numbers and not (slow or ray or browser or cuda)"
 
-.PHONY: reproduce full test test-all lint types tests slow numbers notebooks gpu clean
+.PHONY: reproduce full test test-all lint types tests slow numbers docs gpu clean
 
 reproduce: .venv/installed
 	$(BIN)/lorascope reproduce --quick -o $(OUT)
@@ -46,8 +46,10 @@ numbers: .venv/installed
 	ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/pytest -n 2 --dist worksteal -m $(NUMBERS)
 
-notebooks: .venv/installed
-	$(BIN)/pytest -p nbmake --nbmake --nbmake-timeout=900 notebooks
+# Runs the notebooks, the guides and the examples of the gallery; a warning is an error.
+docs: .venv/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
 
 gpu: .venv/installed
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
@@ -64,4 +66,4 @@ gpu: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build docs/_build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,105 @@
+"""Gallery pages: each figure with its picture, the code that draws it, its reading and its caveat.
+
+The code is the ``Examples`` section of the figure's docstring. It is run on the runs of ``gallery_runs``, so that the
+picture shown is what the code draws.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpydoc.docscrape
+from gallery_runs import train_gallery_runs
+
+import lorascope as ls
+from lorascope.charts.chart import Drawable
+from lorascope.plots.registry import FIGURES, Figure
+
+RUNS = "_build/gallery-runs"
+IMAGES = "gallery/images"
+SOURCE = "gallery_runs.py"
+WIDTHS = {"page": "100%", "column": "50%"}
+
+TOPICS = {
+    "updates": ("Updates", "Size, spectrum and shape of the weight updates, by layer and role."),
+    "ranks": ("Ranks", "Where allocators spend a rank budget, and what their scores are worth."),
+    "factors": ("Factors", "What the factors A and B of separately trained adapters have in common."),
+    "routers": ("Routers and experts", "HydraLoRA's router weights and experts."),
+    "neurons": ("Neurons", "Which neurons rotate, which are selected, and which are sensitive."),
+    "schedules": ("Schedules and training curves", "Loss curves, learning rates and LISA's sampled blocks."),
+    "optimizers": ("Optimizers and cost", "Second moments, their factorizations, memory and time of a step."),
+}
+
+
+def pages(source: Path) -> dict[str, str]:
+    """Draw all examples and return the pages of the gallery by their path."""
+    runs = train_gallery_runs(source / RUNS)
+    entries: dict[str, list[str]] = {topic: [] for topic in TOPICS}
+    for figure in FIGURES.values():
+        entries[figure.topic].append(entry(figure, runs, source / IMAGES))
+    found = {
+        f"gallery/{topic}.md": f"# {name}\n\n{intro}\n\n" + "\n".join(entries[topic])
+        for topic, (name, intro) in TOPICS.items()
+    }
+    return found | {"gallery/index.md": index_page()}
+
+
+def index_page() -> str:
+    """Return the index of the gallery, with the code that trains its runs."""
+    cards = "\n".join(
+        f":::{{grid-item-card}} {name}\n:link: {topic}\n:link-type: doc\n\n{intro}\n\n"
+        + ", ".join(f"`{figure.name}`" for figure in FIGURES.values() if figure.topic == topic)
+        + "\n:::\n"
+        for topic, (name, intro) in TOPICS.items()
+    )
+    listed = "\n".join(TOPICS)
+    training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
+    return (
+        "# Gallery\n\nEvery figure of `ls.plots`, drawn by the code next to it from small runs, and therefore noisier "
+        f"than [the findings](../findings.md).\n\n::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::\n\n"
+        "```{toctree}\n:hidden:\n\n" + listed + "\n```\n\n## The runs\n\nThe examples use the runs that this code "
+        f"trains on the bundled model and text.\n\n```python\n{training}```\n"
+    )
+
+
+def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
+    """Return the section of a figure: picture, code, reading, caveat."""
+    function = inspect.unwrap(figure.draw)
+    documented = numpydoc.docscrape.FunctionDoc(function)
+    code = "\n".join(example_lines(documented["Examples"]))
+    chart = run_example(code, runs)
+    pictures = "\n".join(save_pictures(chart, figure.name, images))
+    summary = " ".join(documented["Summary"])
+    return (
+        f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{pictures}\n\n"
+        f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
+        f"{{py:func}}`Parameters of ls.plots.{figure.name} <{function.__module__}.{figure.name}>`\n"
+    )
+
+
+def example_lines(section: list[str]) -> Iterator[str]:
+    """Yield the code of an ``Examples`` section without its prompts."""
+    for line in textwrap.dedent("\n".join(section)).splitlines():
+        if match := re.match(r"(?:>>>|\.\.\.) ?(.*)", line):
+            yield match[1]
+
+
+def run_example(code: str, runs: dict[str, Any]) -> Drawable:
+    """Run the lines of an example; its last one is the chart."""
+    *before, last = code.splitlines()
+    names = {"ls": ls, **runs}
+    exec("\n".join(before), names)
+    chart: Drawable = eval(last, names)
+    return chart
+
+
+def save_pictures(chart: Drawable, name: str, images: Path) -> Iterator[str]:
+    """Save a chart for both color schemes, and yield the Markdown that shows each in its own."""
+    for theme in ("light", "dark"):
+        file = chart.save(images / f"{name}-{theme}.svg", theme=theme)
+        alt = chart.title if hasattr(chart, "title") else name

@@ -1,0 +1,189 @@
+"""Pages written at build from the code: methods, gallery, reference, quantities, commands; and the copied notebooks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gallery
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+import lorascope
+from lorascope.cli.main import COMMANDS, main
+from lorascope.methods import METHODS
+from lorascope.methods.base import Method
+from lorascope.schema.records import QUANTITIES
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = "tutorials"
+PLAIN_TEXT_COLUMNS = "100"
+
+
+def own_methods() -> dict[str, type[Method]]:
+    """Return the registered methods of this package, by name."""
+    return {name: method for name, method in METHODS.items() if method.__module__.startswith("lorascope.")}
+
+
+def first_sentence(documented: Any) -> str:
+    """Return the first sentence of a docstring, without its period."""
+    paragraph = " ".join(inspect.cleandoc(documented.__doc__ or "").partition("\n\n")[0].split())
+    return re.split(r"\.(?:\s|$)", paragraph)[0]
+
+
+def paper_of(method: type[Method]) -> str:
+    """Return the arXiv number that the module docstring of a method gives as its source, "" if none."""
+    found = re.search(r"arXiv (\d{4}\.\d{5})", inspect.getmodule(method).__doc__ or "")
+    return found[1] if found else ""
+
+
+def methods_table() -> str:
+    """Return the Markdown table of the methods: name, class, what they train, paper."""
+    rows = ["| name | class | method | paper |", "|---|---|---|---|"]
+    for name, method in own_methods().items():
+        paper = paper_of(method)
+        link = f"[arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else ""
+        rows.append(f"| `{name}` | `ls.{method.__name__}` | {first_sentence(method)} | {link} |")
+    return "\n".join(rows)
+
+
+def method_pages() -> dict[str, str]:
+    """Return a page per method from its module and class docstrings, and their index."""
+    names = sorted(own_methods(), key=lambda name: own_methods()[name].__module__ != "lorascope.methods.full")
+    listed = "\n".join(names)
+    pages = {
+        "methods/index.md": f"# Methods\n\nEach method is one file in `lorascope/methods/`, and its page below is the "
+        "documentation of that file: update rule, symbols of the paper, and every departure from it.\n\n"
+        f"{methods_table()}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
+    }
+    for name, method in own_methods().items():
+        module = method.__module__
+        pages[f"methods/{name}.rst"] = (
+            f"{title(method.__name__)}\n.. automodule:: {module}\n   :no-members:\n\n"
+            f".. autoclass:: {module}.{method.__name__}\n   :no-members:\n"
+        )
+    return pages
+
+
+def title(text: str) -> str:
+    """Return a page title in reStructuredText."""
+    return f"{text}\n{'=' * len(text)}\n"
+
+
+def public_members(module: ModuleType) -> list[str]:
+    """Return the public functions and classes that a module defines, or that its ``__all__`` lists."""
+    listed = getattr(module, "__all__", None)
+    if listed is None:
+        listed = [
+            name
+            for name, member in vars(module).items()
+            if not name.startswith("_")
+            and (inspect.isfunction(member) or inspect.isclass(member))
+            and member.__module__ == module.__name__
+        ]
+    return [name for name in listed if callable(getattr(module, name))]
+
+
+def reference_pages() -> dict[str, str]:
+    """Return the API reference: the names of ``lorascope``, and the members of its public modules."""
+    own = [name for name in lorascope._PUBLIC if callable(getattr(lorascope, name))]
+    parts = [title("API reference"), "``import lorascope as ls``\n", autosummary("lorascope", own)]
+    for name, path in sorted(lorascope._MODULES.items()):
+        if name == "probes":
+            continue
+        module = importlib.import_module(path)
+        members = public_members(module)
+        parts.append(f"ls.{name}\n{'-' * (len(name) + 3)}\n\n{first_sentence(module)}.\n")
+        if members:
+            parts.append(autosummary(path, members))
+        elif hasattr(module, "__path__"):
+            parts += package_reference(path, module)
+    return {"reference/index.rst": "\n".join(parts)}
+
+
+def package_reference(path: str, package: ModuleType) -> Iterable[str]:
+    """Yield the members of each module of a package under a heading of its own."""
+    for file in sorted(Path(package.__path__[0]).glob("*.py")):
+        if file.stem.startswith("_"):
+            continue
+        module = importlib.import_module(f"{path}.{file.stem}")
+        heading = f"analysis.{file.stem}"
+        yield f"{heading}\n{'~' * len(heading)}\n\n{first_sentence(module)}.\n"
+        yield autosummary(module.__name__, public_members(module))
+
+
+def autosummary(module: str, names: Iterable[str]) -> str:
+    """Return an autosummary table of members of a module."""
+    listed = "\n".join(f"   {name}" for name in names)
+    return f".. currentmodule:: {module}\n\n.. autosummary::\n   :toctree: generated\n   :nosignatures:\n\n{listed}\n"
+
+
+def quantities_page() -> str:
+    """Return the table of everything that a run can record."""
+    rows = ["| quantity | label | unit | index | definition | source |", "|---|---|---|---|---|---|"]
+    for name, quantity in sorted(QUANTITIES.items()):
+        cells = (quantity.label, quantity.unit, quantity.index, quantity.definition, quantity.source)
+        escaped = (str(cell).replace("|", r"\|").replace("<", "&lt;").replace("*", r"\*") for cell in cells)
+        rows.append(f"| `{name}` | {' | '.join(escaped)} |")
+    return (
+        "# Quantities\n\nA row of `run.table` holds one value of one of these quantities. `index` names what the "
+        "column of the same name counts.\n\n" + "\n".join(rows) + "\n"
+    )
+
+
+def commands_page() -> str:
+    """Return the help of every command, as the terminal prints it."""
+    parts = ["# Command line\n\n```text\n" + help_of([]) + "```\n"]
+    for name in COMMANDS:
+        parts.append(f"## `lorascope {name}`\n\n```text\n{help_of([name])}```\n")
+    return "\n".join(parts)
+
+
+def help_of(words: list[str]) -> str:
+    """Return what ``lorascope WORDS --help`` prints, in plain text."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = PLAIN_TEXT_COLUMNS
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+            main([*words, "--help"])
+    finally:
+        os.environ.pop("COLUMNS")
+        if before is not None:
+            os.environ["COLUMNS"] = before
+    return re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).rstrip() + "\n"
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    """Write a page unless the file holds it already: Sphinx reads changed files again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.write_text(text, encoding="utf-8")
+
+
+def write_pages(app: Sphinx, config: Config) -> None:
+    """Write all generated pages into the source folder, before Sphinx looks for sources."""
+    source = Path(app.srcdir)
+    pages = method_pages() | reference_pages() | ({} if os.environ.get("NOGALLERY") else gallery.pages(source))
+    pages |= {"quantities.md": quantities_page(), "cli.md": commands_page()}
+    for name, text in pages.items():
+        write_if_changed(source / name, text)
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        target = source / TUTORIALS / notebook.name
+        if not target.exists() or target.read_bytes() != notebook.read_bytes():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(notebook, target)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the generator with Sphinx."""
+    app.connect("config-inited", write_pages)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

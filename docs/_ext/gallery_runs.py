@@ -1,67 +1,92 @@
-"""Small runs from which the gallery is drawn: every method once, and the variants that some figures compare."""
+"""Small runs from which the gallery is drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lorascope as ls
+from lorascope.probes import planted_teacher
 
-STEPS = 60
-SETTINGS: dict[str, Any] = {
-    "steps": STEPS,
+LINEAR = "all-linear"
+EVERY_10 = ls.observe.norms(every=10)
+SHORT: dict[str, Any] = {
+    "steps": 20,
     "batch_size": 8,
-    "eval_every": 15,
+    "eval_every": 0,
     "eval_size": 64,
     "test_size": 256,
     "progress": False,
+    "observe": [ls.observe.norms()],
 }
-DOMAINS = ("movies", "news", "products", "tweets")
-LINEAR = "all-linear"
-WEIGHTS = 4 * 384  # rank times columns of one adapted type, so that the types train equally many parameters
-
-Runs = dict[str, Any]
+LONG: dict[str, Any] = SHORT | {"steps": 40, "eval_every": 10, "observe": [EVERY_10]}
 
 
-def train_gallery_runs(root: Path) -> Runs:
+def train_gallery_runs(root: Path) -> dict[str, Any]:
     """Train the runs that are missing under ``root``, and return all of them by the name that examples use."""
-    observers = ls.observe
 
-    def train(name: str, method: ls.Method, seeds: int = 1, task: str = "sentiment", **settings: Any) -> Any:
-        folders = [root / f"{name}-{seed}" for seed in range(seeds)]
-        runs = [
-            ls.train("minilm", task, method, seed=seed, out=folder, **SETTINGS | settings)
-            for seed, folder in enumerate(folders)
-        ]
-        return runs if seeds > 1 else runs[0]
+    def train(name: str, method: ls.Method, settings: dict[str, Any] = SHORT, seed: int = 0, task: str = "sentiment"):
+        return ls.train("minilm", task, method, seed=seed, out=root / f"{name}-{seed}", **settings)
 
-    norms = observers.norms(every=10)
+    def seeds(name: str, method: ls.Method, settings: dict[str, Any] = LONG) -> list[ls.Run]:
+        return [train(name, method, settings, seed) for seed in (0, 1)]
+
+    inside_full = [ls.observe.second_moments(), ls.observe.factorings(), ls.observe.neurons(), ls.observe.memory()]
+    utilization = [EVERY_10, ls.observe.utilization(every=20)]
+    full = [
+        train("full", ls.Full(lr=1e-4), LONG | {"observe": [EVERY_10, *inside_full]}, seed=0),
+        train("full", ls.Full(lr=1e-4), LONG, seed=1),
+    ]
     lora = ls.LoRA(rank=8, targets=LINEAR, lr=1e-3, head_lr=1e-3)
-    runs: Runs = {
-        "full": train(
-            "full",
-            ls.Full(lr=1e-4),
-            seeds=2,
-            observe=[
-                norms,
-                observers.memory(),
-                observers.second_moments(),
-                observers.factorings(),
-                observers.utilization(),
-                observers.neurons(),
-            ],
-        ),
-        "lora": train("lora", lora, seeds=2, observe=[norms, observers.memory()]),
+    fourierft = ls.FourierFT()
+    hydralora = ls.HydraLoRA(num_experts=4, targets=("ffn_in", "ffn_out"), lr=1e-3, head_lr=1e-3)
+    lisa = ls.LISA(interval=4)
+    runs: dict[str, Any] = {
+        "full": full,
+        "lora": seeds("lora", lora, LONG | {"observe": [EVERY_10, ls.observe.memory()]}),
         "lora_rank_32": train("lora-rank-32", ls.LoRA(rank=32, targets=LINEAR, lr=1e-3, head_lr=1e-3)),
-        "adalora": train("adalora", ls.AdaLoRA(targets=LINEAR), seeds=2, observe=[norms]),
-        "alora": train("alora", ls.ALoRA(init_rank=3, targets=("q", "v"), prune=4, rounds=3, warm_steps=15, round_steps=15), observe=[norms]),
-        "autolora": train("autolora", ls.AutoLoRA(targets=LINEAR), observe=[norms]),
-        "hydralora": train("hydralora", ls.HydraLoRA(), seeds=2, observe=[norms]),
-        "fourierft": train("fourierft", ls.FourierFT(targets=LINEAR), observe=[norms]),
-        "lisa": train("lisa", ls.LISA(interval=5), observe=[norms]),
-        "adapprox": train("adapprox", ls.Adapprox(), observe=[norms, observers.memory(), observers.factor_drift()]),
+        "adalora": seeds("adalora", ls.AdaLoRA()),
+        "hydralora": seeds("hydralora", hydralora),
+        "one_expert": train("one-expert", ls.HydraLoRA(num_experts=1, targets=("ffn_in", "ffn_out"))),
+        "uniform_router": train("uniform", ls.HydraLoRA(router="uniform", targets=("ffn_in", "ffn_out"))),
+        "fourierft": train("fourierft", fourierft),
+        "lisa": train("lisa", lisa, LONG),
+        "neft": train("neft", ls.NeFT(reference=full[0]), LONG | {"observe": utilization}),
+        "random_neurons": train("random-neurons", ls.NeFT(select_by="random"), LONG | {"observe": utilization}),
+        "adapprox": train("adapprox", ls.Adapprox(), LONG | {"observe": [EVERY_10, ls.observe.factor_drift()]}),
+        "guided": train("guided", ls.Adapprox(cosine=True), LONG),
+        "domains": {
+            name: train(f"lora-{name}", ls.LoRA(rank=4), task=f"sentiment/{name}")
+            for name in ("movies", "news", "products", "tweets")
+        },
+        "bands": {
+            f"band around {center}": train(f"band-{center}", ls.FourierFT(center=float(center), width=100.0))
+            for center in (0, 240)
+        },
+        "bases": {name: train(name, ls.FourierFT(basis=name)) for name in ("random", "orthogonal")},
+        "types": {
+            f"W_{role}": train(f"type-{role}", ls.LoRA(rank=4, targets=(role,), lr=1e-3, head_lr=1e-3)) for role in "qv"
+        },
+        "lisa_grid": [
+            train(f"lisa-{blocks}-{interval}", ls.LISA(n_active=blocks, interval=interval))
+            for blocks in (1, 2)
+            for interval in (5, 10)
+        ],
+        "learning_rates": {
+            f"{name}, {lr:g}": train(f"{name}-{lr:g}", method(lr=lr), SHORT | {"eval_every": 10})
+            for name, method in (("AdamW", ls.Full), ("Adapprox", ls.Adapprox))
+            for lr in (3e-5, 1e-4)
+        },
+        "timed": {
+            name: ls.step_time.measure("minilm", "sentiment", method, steps=6, out=root / f"timed-{name}", batch_size=8)
+            for name, method in (("full", ls.Full()), ("LoRA", lora))
+        },
+        "planted": ls.train(
+            planted_teacher.student,
+            planted_teacher.task(0),
+            ls.AdaLoRA(init_rank=max(planted_teacher.RANKS), target_rank=planted_teacher.BUDGET, targets=LINEAR),
+            out=root / "planted-0",
+            **SHORT | {"observe": [planted_teacher.planted(ranks=planted_teacher.planted_ranks(0))]},
+        ),
     }
-    runs["neft"] = train("neft", ls.NeFT(reference=runs["full"][0].path), observe=[norms])
-    runs["domains"] = [train(f"lora-{name}", ls.LoRA(rank=4), task=f"sentiment/{name}") for name in DOMAINS]
     return runs

@@ -1,1 +1,1 @@
-"""The training loop, and what it saves and resumes."""
+"""Training loop with evaluation, checkpoints and resuming."""

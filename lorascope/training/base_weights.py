@@ -1,4 +1,4 @@
-"""Base weights W_0 of a model that trains, and the marker of a model that was trained before."""
+"""Base weights W_0 of a model in training, and the marker of a model that was trained before."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights
 from lorascope.inputs.tasks import Task
 from lorascope.observe.trainable import adapters, unreadable_adapters
 
-_MARK = "_lorascope_trained"
+_MARKER = "_lorascope_trained"
 
 
 class Base(Mapping[str, Tensor]):
-    """W_0 as a read-only mapping parameter name -> tensor: copies of what trains, the living tensor for the rest.
+    """Base weights W_0 as a read-only mapping from parameter names to tensors, without adapters.
 
-    Adapters are no part of it.
+    Trained parameters are copies; all others are the model's own tensors.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,14 +29,14 @@ class Base(Mapping[str, Tensor]):
         self.kept: dict[str, Tensor] = {}
 
     def capture(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy what the optimizer is about to change."""
+        """Copy the parameters that the optimizer is about to change."""
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for name, parameter in self._live.items():
             if id(parameter) in trained and name not in self.kept:
                 self.kept[name] = parameter.detach().clone()
 
     def restore(self) -> None:
-        """Set the model to W_0 again."""
+        """Reset the model's parameters to W_0."""
         with torch.no_grad():
             for name, tensor in self.kept.items():
                 self._live[name].copy_(tensor)
@@ -51,31 +51,31 @@ class Base(Mapping[str, Tensor]):
         return len(self._live)
 
 
-class Mark(NamedTuple):
-    """What ``train`` leaves on a module: which recipe it ran, and W_0."""
+class TrainingMarker(NamedTuple):
+    """Marker that ``train`` leaves on a model: the id of the recipe that it ran, and W_0."""
 
     recipe: str
     w0_hash: str
     base: Base
 
-    def put_on(self, model: nn.Module, recipe: str) -> None:
-        """Leave the mark on a module, for this recipe."""
-        setattr(model, _MARK, self._replace(recipe=recipe))
+    def attach(self, model: nn.Module, recipe: str) -> None:
+        """Attach the marker to a model, for this recipe."""
+        setattr(model, _MARKER, self._replace(recipe=recipe))
 
 
-def prepare_model(model: nn.Module, task: Task, seed: int) -> Mark:
-    """Prepare a module for its first training; give back the mark of one that was trained before."""
-    mark = getattr(model, _MARK, None)
-    if mark is not None:
-        return mark
-    refuse_adapted(model)
+def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
+    """Prepare a model for its first training, or return the marker of an earlier one."""
+    marker = getattr(model, _MARKER, None)
+    if marker is not None:
+        return marker
+    reject_adapted(model)
     fit_head(model, task.labels if task.classifies else None)
     draw_new_weights(model, seed)
-    return Mark("", weights_hash(model), Base(model))
+    return TrainingMarker("", weights_hash(model), Base(model))
 
 
-def refuse_adapted(model: nn.Module) -> None:
-    """Raise a ValueError where a model carries adapters, ours or PEFT's: it is no W_0."""
+def reject_adapted(model: nn.Module) -> None:
+    """Raise a ValueError if a model already has adapters, of lorascope or PEFT: its weights are not W_0."""
     bare_model = unwrap_peft_model(model)
-    if carried := adapters(bare_model) | unreadable_adapters(bare_model):
-        raise ValueError(f"the model carries adapters already ({next(iter(carried))} ...): train a freshly loaded one")
+    if found := adapters(bare_model) | unreadable_adapters(bare_model):
+        raise ValueError(f"cannot train a model that already has adapters ({next(iter(found))} ...); load a fresh one")

@@ -1,4 +1,4 @@
-"""The checkpoints of an unfinished run: one file each, of which the newest whole one counts."""
+"""Checkpoints of an unfinished run: one file each; a run resumes from the newest intact one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorascope.training.state import load_tree, save_tree
 
 @dataclass(frozen=True)
 class Best:
-    """The best validation result yet: its step, the ranks then, and what it is compared by."""
+    """Best validation result so far: its step, the ranks at that step, and the sort key for comparisons."""
 
     step: Count
     ranks: dict[str, Count]
@@ -32,7 +32,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that is needed to go on bit for bit; the parts are those of ``state`` and of the methods."""
+    """Everything a run needs to resume bit for bit, in the forms that ``state`` and the methods return."""
 
     finished: Count
     model: dict[str, Any]
@@ -48,12 +48,12 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The folder ``resume/`` of a run.
+    """Folder ``resume/`` of a run.
 
     Parameters
     ----------
     path : path
-        The run folder.
+        Run folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class Checkpoints:
         self.folder = path / "resume"
 
     def save(self, checkpoint: Checkpoint, table: pd.DataFrame) -> None:
-        """Write a checkpoint and the rows up to it; only then are older ones and their best states removed."""
+        """Write a checkpoint with the table rows up to it, then remove older ones and their best states."""
         file = self.folder / f"step-{checkpoint.finished:08d}.safetensors"
         best = checkpoint.best
         tree = vars(checkpoint) | {"best": best and vars(best), "table": pack_rows(table)}
@@ -75,41 +75,44 @@ class Checkpoints:
         return own_files(self.path, "resume/step-*", "resume/best-*")
 
     def remove(self) -> None:
-        """Remove all checkpoints; other files in the folder stay."""
+        """Remove all checkpoints but no other files in the folder."""
         with suppress(OSError):
             for file in self._resume_files():
                 file.unlink(missing_ok=True)
             self.folder.rmdir()
 
     def newest(self) -> tuple[Checkpoint, pd.DataFrame] | None:
-        """The newest whole checkpoint and the rows up to it; None where a run must begin at the beginning."""
+        """Return the newest intact checkpoint and the rows up to it, or None if the run must start from step 0."""
         for file in sorted(self.folder.glob("step-*.safetensors"), reverse=True):
             try:
                 tree = load_tree(file)
                 checkpoint = to_typed(tree, Checkpoint, file)
                 if not isinstance(tree.get("table"), np.ndarray):
-                    raise ValueError(f"{printable(file)} is no checkpoint: it holds no table")
+                    raise ValueError(f"cannot read checkpoint {printable(file)}: it has no table")
                 return checkpoint, unpack_rows(tree["table"])
             except ValueError as error:
-                warnings.warn(f"{printable(error)}; going on from an earlier step", stacklevel=2)
+                warnings.warn(f"{printable(error)}; resuming from an earlier step", stacklevel=2)
         return None
 
     def best_file(self, step: int) -> Path:
-        """Where the best state waits for the end: a later one may yet be lost together with the steps to it."""
+        """Return the path of the best state of a step until the run finishes.
+
+        An older best state stays until the next checkpoint: an interruption loses later steps and their best state.
+        """
         return self.folder / f"best-{step:08d}.safetensors"
 
     def keep_best(self, step: int) -> None:
-        """Put the best state to where a finished run has it."""
+        """Copy the best state to where a finished run stores it."""
         write_bytes(self.path / "state/best.safetensors", self.best_file(step).read_bytes())
 
 
 def pack_rows(table: pd.DataFrame) -> UInt8[np.ndarray, "bytes"]:
-    """A table as a state can keep it."""
+    """Pack a table into an array that a state file can store."""
     rows = io.BytesIO()
     table.to_parquet(rows, index=False)
     return np.frombuffer(rows.getvalue(), np.uint8)
 
 
 def unpack_rows(packed: UInt8[np.ndarray, "bytes"]) -> pd.DataFrame:
-    """The table that ``pack_rows`` got."""
+    """Unpack a table that was packed by ``pack_rows``."""
     return read_table(io.BytesIO(packed.tobytes()), "the table of a checkpoint")

@@ -1,4 +1,4 @@
-"""Loss and metric of a model on tokenised rows, row by row, so that groups can be compared."""
+"""Loss and metric of a model on encoded rows, stored per row so that groups can be compared."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lorascope.inputs.tokenization import IGNORED, EncodedRows
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """What an evaluation found.
+    """Result of an evaluation.
 
     Parameters
     ----------
     name : {"accuracy", "perplexity"}
-        The metric.
+        Name of the metric.
     nll : array (rows,)
-        Negative log-likelihood of each row, nats: of its class, or the sum over its counted tokens.
+        Negative log-likelihood of each row in nats: of its class, or summed over its target tokens.
     counts : array (rows,)
-        Counted tokens of each row; 1 for a class.
+        Number of target tokens in each row; 1 for a class.
     correct : array (rows,) or None
-        Whether the model prefers the right class or response, where there is a closed set of them.
+        Whether the model prefers the correct class or response; None without a closed set of answers.
     row_groups : list of str or None
-        Group of each row.
+        Group of each row; None without groups.
     """
 
     name: str
@@ -41,22 +41,22 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean over all counted rows or tokens, nats."""
+        """Mean loss per class or target token, in nats."""
         return float(self.nll.sum() / self.counts.sum())
 
     @property
     def metric(self) -> float:
-        """Accuracy, or the perplexity of the counted tokens."""
+        """Accuracy, or perplexity of the target tokens."""
         return self._metric(np.ones(len(self.nll), dtype=bool))
 
     @property
     def higher_is_better(self) -> bool:
-        """True for accuracy."""
+        """Whether a higher metric is better: True for accuracy, False for perplexity."""
         return self.correct is not None
 
     @property
     def groups(self) -> dict[str, float]:
-        """The metric within each group, by name; empty where there are none."""
+        """Metric of each group by name; empty without groups."""
         names = np.array(self.row_groups or [])
         return {str(name): self._metric(names == name) for name in np.unique(names)}
 
@@ -74,24 +74,24 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 64,
 ) -> Score:
-    """Evaluate without gradients or dropout; the model's mode is put back.
+    """Evaluate a model without gradients or dropout, and restore its train or eval mode.
 
-    The loss is the cross-entropy alone, whatever a model adds to its own. With a closed set of responses a row is
-    correct when, of the tokens in which the responses part, the right one has the largest logit: one forward pass, and
-    for responses of one token the same as comparing their probabilities.
+    The loss is the cross-entropy only, without terms that a model adds to its own loss. In a closed set of responses,
+    all differ in the token at one position. A row is correct if the token of its response has the largest logit among
+    these. This takes one forward pass and, for one-token responses, equals comparing their probabilities.
 
     Parameters
     ----------
     model : Module
-        With the head that the rows were encoded for.
-    encoded : Encoded
-        The rows.
+        Model with the head that the rows were encoded for.
+    encoded : EncodedRows
+        Rows to evaluate.
     device : str or device
-        Where the model is.
+        Device of the model.
     limit : int, optional
-        The first so many rows alone; a task's rows stand in the order of a hash.
+        Number of rows to evaluate, from the first; all by default. Rows of a task are sorted by a hash.
     batch_size : int
-        Rows a forward pass; rows of like length go together.
+        Rows per forward pass. Rows of similar length are batched together.
     """
     total = len(encoded) if limit is None else min(limit, len(encoded))
     order = np.argsort(encoded.lengths[:total], kind="stable")
@@ -124,17 +124,17 @@ def _score_tokens(
 ) -> tuple[Any, Any, Any]:
     labels = batch["labels"]
     if encoded.shifted:
-        del batch["labels"]  # a causal LM would compute the loss of all positions for nothing
+        del batch["labels"]  # otherwise a causal LM also computes a loss, which is not used
     logits = model(**batch).logits
     if encoded.shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    counted = labels != IGNORED
+    is_target = labels != IGNORED
     nll = torch.zeros(labels.shape, device=labels.device)
-    nll[counted] = F.cross_entropy(logits[counted].float(), labels[counted], reduction="none")
+    nll[is_target] = F.cross_entropy(logits[is_target].float(), labels[is_target], reduction="none")
     correct = np.zeros(len(rows), dtype=bool)
     if encoded.choices is not None:
-        where = counted.int().argmax(1) + encoded.choices.offset
-        there = logits[torch.arange(len(rows), device=labels.device), where]
-        favourite = there[:, torch.from_numpy(encoded.choices.tokens).to(labels.device)].argmax(-1)
-        correct = favourite.cpu().numpy() == encoded.choices.answers[rows]
-    return nll.sum(1).double().cpu().numpy(), counted.sum(1).cpu().numpy(), correct
+        where = is_target.int().argmax(1) + encoded.choices.offset
+        at_choice = logits[torch.arange(len(rows), device=labels.device), where]
+        preferred = at_choice[:, torch.from_numpy(encoded.choices.tokens).to(labels.device)].argmax(-1)
+        correct = preferred.cpu().numpy() == encoded.choices.answers[rows]
+    return nll.sum(1).double().cpu().numpy(), is_target.sum(1).cpu().numpy(), correct

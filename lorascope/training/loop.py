@@ -1,7 +1,8 @@
-"""The training loop: ``train`` runs the phases of a method one after the other, each from the same W_0."""
+"""Training loop: ``train`` runs the phases of a method one after the other, each from the same W_0."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -57,73 +58,73 @@ def train(
     device: str | None = None,
     progress: bool = True,
 ) -> Run:
-    """Train a model by a method, recording what happens inside it.
+    """Train a model with a method and record what happens inside it.
 
     Parameters
     ----------
     model : Module or str
-        Trained in place, or a name for ``models.load``.
+        Model, trained in place, or a name for ``models.load``.
     data : Task, str or path
-        A task, or a name for ``tasks.load``.
+        Task, or a name for ``tasks.load``.
     method : Method or str
-        Such as ``LoRA(rank=8)``, or its name.
+        Method, such as ``LoRA(rank=8)``, or its name.
     steps : int
-        Optimizer steps of each phase that does not say otherwise.
+        Optimizer steps per phase, unless the method sets another number for a phase.
     seed : int
-        Of new weights, data order, adapter initialisation and dropout.
+        Seed for new weights, data order, adapter initialization and dropout.
     lr, head_lr : float, optional
-        Learning rates of adapter and head; the method's by default. What a method sets for one phase, such as NeFT's
-        ``tune_lr``, stays.
+        Learning rates of adapter and head; by default those of the method. A rate that a method sets for one phase,
+        such as NeFT's ``tune_lr``, takes precedence over ``lr``.
     batch_size : int
-        Rows of one optimizer step.
+        Rows per optimizer step.
     schedule : {"linear", "cosine", "constant"}
-        How the rate falls after the warm-up.
+        Learning rate schedule after the warm-up.
     warmup : float
-        Below 1 a share of all steps, from 1 on a number of steps.
+        Length of the warm-up: a fraction of all steps if below 1, else a number of steps.
     clip : float or None
-        Largest norm of all trained gradients together.
+        Maximum global gradient norm; None disables clipping.
     weight_decay : float
-        Decoupled; never on biases and norms.
+        Decoupled weight decay, not applied to biases and norms.
     accumulate : int
-        Equal parts in which a batch is computed, to save memory.
+        Number of equal micro-batches per batch, to save memory.
     precision : {"fp32", "bf16"}
-        bf16 by autocast; weights stay as they are.
+        Precision of the forward pass; bf16 uses autocast, and the weights keep their dtype.
     eval_every : int, optional
-        Steps between evaluations on the validation split, the first of them before training; a fifth of the run by
-        default, 0 for the end only.
+        Steps between evaluations on the validation split, the first before training. By default a fifth of the run; 0
+        evaluates only after the last step.
     eval_size : int
-        Rows of the validation split that are used.
+        Number of validation rows to evaluate.
     test_size : int, optional
-        Rows of the test split that are used; all by default.
+        Number of test rows to evaluate; all by default.
     max_length : int
-        Longer texts are cut to this many tokens.
+        Maximum number of tokens per text; longer texts are truncated.
     observe : sequence of Observer, optional
-        ``[observe.norms()]`` by default.
+        Observers that record quantities; ``[observe.norms()]`` by default.
     out : path, optional
-        The run folder; ``<root>/<method>-<task>-<id>`` by default.
+        Run folder; ``<root>/<method>-<task>-<id>`` by default.
     root : path
-        Where a folder without a name of its own is made.
+        Parent of the default run folder.
     overwrite : bool
-        Remove the run in the folder and start again. Rejected if another process trains in it, if it is a symbolic
+        Remove the run in the folder and train again. Rejected if another process trains in it, if it is a symbolic
         link, or if lorascope did not write all of its files.
     checkpoint_every : int
-        Steps between checkpoints to resume from.
+        Steps between checkpoints, from which an interrupted run resumes.
     device : str, optional
-        Chosen by itself by default.
+        Device; by default an accelerator if available, else the CPU.
     progress : bool
-        Show a bar.
+        Show a progress bar.
 
     Returns
     -------
     Run
-        Of the last phase. The same call finds a finished run and goes on with an unfinished one.
+        Run of the last phase. The same call returns a finished run and resumes an unfinished one.
 
     Raises
     ------
     ValueError
-        Something given is wrong, the module was used before, or the folder holds another run.
+        An argument is invalid, the model was trained as another recipe, or the folder contains another run.
     FloatingPointError
-        The loss is no longer a number.
+        The loss or the gradient norm is not finite.
     """
     method = _method_of_name(method) if isinstance(method, str) else method
     method.prepare()  # before anything is changed
@@ -148,28 +149,28 @@ def train(
     task = task.fit(model)
     device = device or _best_device()
     model.to(device)
-    mark = prepare_model(model, task, seed)
+    marker = prepare_model(model, task, seed)
     observers = (norms(),) if observe is None else tuple(observe)
-    plan = Plan(method, Phase(method), task, settings, seed, mark.w0_hash, observers)
-    if mark.recipe not in ("", plan.id):
-        raise ValueError(f"this model was trained before, as recipe {mark.recipe}: load a fresh one for another run")
+    plan = Plan(method, Phase(method), task, settings, seed, marker.w0_hash, observers)
+    if marker.recipe not in ("", plan.id):
+        raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
     folder = Path(out or Path(root) / f"{method.name}-{_slug(task.name)}-{plan.id}")
     prepare_folder(folder, plan.id, overwrite)
-    mark.put_on(model, plan.id)
+    marker.attach(model, plan.id)
     runs: list[Run] = []
-    begun: list[str] = []
+    started: list[str] = []
     stored = None
     with ExitStack() as locks:
         locked: set[Path] = set()
 
-        def hold(place: Path) -> None:
-            if place not in locked:
-                locks.enter_context(lock_run(place))
-                locked.add(place)
+        def lock(path: Path) -> None:
+            if path not in locked:
+                locks.enter_context(lock_run(path))
+                locked.add(path)
 
-        for phase in _run_phases(method, mark.base, runs):
+        for phase in _run_phases(method, marker.base, runs):
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
-            begun.append(path.name)
+            started.append(path.name)
             own = lr if phase.lr is None else phase.lr
             rates: dict[str, Any] = {
                 "lr": phase.method.lr if own is None else own,
@@ -177,32 +178,32 @@ def train(
             }
             part = replace(plan, phase=phase, settings=replace(settings, steps=phase.steps or steps, **rates))
             if finished_run(path, part) is None:
-                # Until the end, since no other process may take the folder between two phases either.
-                hold(folder)
-            # Again under the lock: another process may have finished it a moment ago.
+                # Hold this lock until the end, so that no other process trains in the folder between two phases.
+                lock(folder)
+            # Check again under the lock: another process may just have finished the phase.
             stored = finished_run(path, part)
             if stored is None:
                 if phase.name:
-                    write_phases(folder, plan, begun, "running")
-                hold(path)  # now that recipe.json says whose folder it is
-                _reset(model, mark.base)
+                    write_phases(folder, plan, started, "running")
+                lock(path)  # creates the folder, which would look foreign without recipe.json
+                _reset(model, marker.base)
                 with seed_generators(seed):
-                    session = Session(model, part, mark.base, path, runs, device)
+                    session = Session(model, part, marker.base, path, runs, device)
                     runs.append(fit(session, checkpoint_every, progress))
             else:
                 runs.append(stored)
         if phase.name and (locked or read_manifest(folder).status != "done"):
-            write_phases(folder, plan, begun, "done")
+            write_phases(folder, plan, started, "done")
     if stored is not None:
         if not stored.restorable:
             raise StateRemoved(stored)
-        _reset(model, mark.base)
+        _reset(model, marker.base)
         stored.restore(model, method=replace(phase.method))
     return runs[-1]
 
 
 def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
-    """The loop itself."""
+    """Train one phase and return its run."""
     step = session.step
     start = session.begin()
     with catch_interrupt() as interrupted, progress_bar(session.name, step.total, start, progress) as bar:
@@ -213,14 +214,19 @@ def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
             bar.show(loss, score)
             if interrupted.is_set():
                 session.checkpoint()
-                raise KeyboardInterrupt(f"stopped after step {step.finished} of {step.total}; the same call goes on")
+                raise KeyboardInterrupt(
+                    f"stopped after step {step.finished} of {step.total}; repeat the same call to resume"
+                )
             if step.finished % checkpoint_every == 0 and not step.last:
                 session.checkpoint()
     return session.finish()
 
 
 def advance(session: Session, index: int) -> tuple[float, float | None, float]:
-    """One optimizer step; the order of its lines is a contract with the methods. Gives loss, gradient norm and rate."""
+    """Run one optimizer step and return its loss, gradient norm and learning rate.
+
+    Methods rely on the order of the calls.
+    """
     step, method, optimizer = session.step, session.method, session.optimizer
     step.index, step.batch = index, session.batch(index)
     rate = optimizer.param_groups[0]["lr"]
@@ -237,14 +243,14 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
 
 
 def _reset(model: nn.Module, base: Base) -> None:
-    """Back to W_0, without adapters, everything trainable: where every phase begins."""
+    """Remove adapters, restore W_0 and make all parameters trainable, as at the start of every phase."""
     delta.detach(model)
     base.restore()
     model.requires_grad_(True)
 
 
 def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
-    """The method's phases; each answer is the newest of ``runs``, which the caller fills."""
+    """Yield the method's phases and send it the last of ``runs``, which the caller appends to, after each."""
     generator = method.phases(base)
     try:
         yield next(generator)
@@ -256,7 +262,9 @@ def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
 
 def _method_of_name(name: str) -> Method:
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
+        raise ValueError(f"unknown method {name!r}; {hint}")
     return METHODS[name]()
 
 
@@ -268,7 +276,7 @@ def _best_device() -> str:
 def _stop_unless_finite(session: Session, loss: float, norm: float | None, rate: float) -> None:
     if reason := nonfinite_reason(session.step, loss, norm, rate):
         session.fail(reason)
-        raise FloatingPointError(f"{reason}; records up to there are in {session.path}")
+        raise FloatingPointError(f"{reason}; the records up to this step are in {session.path}")
 
 
 def _slug(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Output folder of a training run: free, holding this run, or refused."""
+"""Checks and manifest of the output folder of a training run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lorascope.training.run_spec import Plan
 
 
 class StateRemoved(ValueError):
-    """A finished run was found whose saved parameters were removed, so that the model cannot be set to them.
+    """Error for a finished run whose saved parameters were removed, so that the model cannot be restored.
 
     Parameters
     ----------
     run : Run
+        The finished run.
     """
 
     def __init__(self, run: Run) -> None:
@@ -26,26 +27,32 @@ class StateRemoved(ValueError):
 
 
 def prepare_folder(folder: Path, recipe: str, overwrite: bool) -> None:
-    """Make sure that a folder is free, or holds the recipe of this id."""
+    """Check that a folder is free or contains the recipe of this id; ``overwrite`` removes the run in it.
+
+    Raises
+    ------
+    ValueError
+        The path is a file, or the folder contains another recipe or files that are not a run.
+    """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
+        raise ValueError(f"out must be a folder, got the file {folder}")
     if not any((folder / name).exists() for name in MANIFESTS):
         if folder.exists() and not all(is_partial(child) for child in folder.iterdir()):
-            hint = "so overwrite=True will not remove it: give" if overwrite else "give"
-            raise ValueError(f"{folder} is not empty and holds no run, {hint} another folder")
+            hint = ", and overwrite=True only removes runs" if overwrite else ""
+            raise ValueError(f"cannot train in {folder}: it contains files but no run{hint}; pass another out")
     elif overwrite:
         remove_run(folder)
     else:
         try:
             found = read_manifest(folder)
         except ValueError as error:
-            raise ValueError(f"{folder} does not hold a run of lorascope: give another folder ({error})") from error
+            raise ValueError(f"cannot train in {folder}: it is not a run ({error}); pass another out") from error
         if found.id != recipe:
-            raise ValueError(f"{folder} holds recipe {found.id}, not {recipe}: give another folder, or overwrite=True")
+            raise _other_run(folder, "recipe", found.id, recipe)
 
 
 def write_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) -> None:
-    """Write down which phases of a recipe have begun; ``status`` is "running" or "done"."""
+    """Write ``recipe.json``: the phases of a recipe that have started, and its status, "running" or "done"."""
     for left in folder.glob(".recipe.json.*"):
         if is_partial(left):
             left.unlink()
@@ -53,13 +60,25 @@ def write_phases(folder: Path, plan: Plan, names: Sequence[str], status: str) ->
 
 
 def finished_run(path: Path, plan: Plan) -> Run | None:
-    """The finished run of this plan in a folder; None where it is yet to be trained or to be gone on with."""
+    """Return the finished run of this plan in a folder, or None if it must be trained or resumed.
+
+    Raises
+    ------
+    ValueError
+        The folder contains another run.
+    """
     if not (path / "run.json").exists():
         return None
     run = Run.read(path)
     if run.id != plan.id:
-        raise ValueError(f"{path} holds run {run.id}, not {plan.id}: give another folder, or overwrite=True")
+        raise _other_run(path, "run", run.id, plan.id)
     if not run.finished:
         return None
-    Checkpoints(path).remove()  # left where the removal was cut short
+    Checkpoints(path).remove()  # the process may have died while it removed them
     return run
+
+
+def _other_run(folder: Path, kind: str, found: str, wanted: str) -> ValueError:
+    return ValueError(
+        f"cannot train {kind} {wanted} in {folder}: it contains {kind} {found}; pass another out or overwrite=True"
+    )

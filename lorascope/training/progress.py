@@ -1,4 +1,4 @@
-"""What a person sees of a long piece of work, and how they stop it."""
+"""Progress bars, progress files and Ctrl-C handling."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
 from lorascope.training.evaluation import Score
 
-# Seconds between two writings of a note.
+# Minimum seconds between two writes of a progress file during a phase.
 _PAUSE = 1.0
 
 
 class ProgressBar(tqdm):
-    """A bar that shows the latest loss and the latest validation metric."""
+    """Progress bar that shows the latest loss and the latest validation metric."""
 
     shown: dict[str, str]
 
     def display(self, *args: Any, **kwargs: Any) -> None:
-        """Draw; a bar whose terminal is closed is disabled."""
+        """Draw the bar, or disable it if its terminal is closed."""
         try:
             super().display(*args, **kwargs)
         except OSError:
             self.disable = True
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the bar, also if its terminal is closed."""
         with suppress(OSError):
             super().close()
 
     def show(self, loss: float, score: Score | None) -> None:
-        """One step further."""
+        """Advance by one step and show its loss and score."""
         self.shown["loss"] = f"{loss:.3f}"
         if score is not None:
             self.shown[score.name] = f"{score.metric:.3f}"
@@ -51,51 +51,52 @@ class ProgressBar(tqdm):
 
 
 class ProgressFile:
-    """A small file that says how far a run is, for a process that watches; rewritten once a second at most.
+    """Small JSON file with the progress of a run, which other processes read; rewritten at most once per second.
 
-    It also says how often the run was begun without an end, which tells the runs that kill their process.
+    Its key ``begun`` counts the starts of the run without an end, which identifies runs that kill their process.
 
     Parameters
     ----------
     file : path
+        Path of the file.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.told: dict[str, Any] = {"begun": read_progress(file).get("begun", 0) + 1}
+        self.content: dict[str, Any] = {"begun": read_progress(file).get("begun", 0) + 1}
         self._written = 0.0
         self.write()
 
     def write(self) -> None:
-        """Write what there is to tell; a watcher that has gone takes nothing amiss."""
+        """Write the file; errors are ignored, because the process that reads it may have removed the folder."""
         self._written = time.monotonic()
         draft = self.file.with_name(f".{self.file.name}.{os.getpid()}")
         with suppress(OSError):
-            draft.write_text(json.dumps(self.told), encoding="utf-8")
+            draft.write_text(json.dumps(self.content), encoding="utf-8")
             draft.replace(self.file)
 
     def phase(self, name: str, total: int, start: int) -> None:
-        """A phase begins, or goes on after ``start`` steps."""
-        self.told |= {"phase": name, "total": total, "step": start}
+        """Record that a phase starts, or resumes after ``start`` steps."""
+        self.content |= {"phase": name, "total": total, "step": start}
         self.write()
 
     def __enter__(self) -> ProgressFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """A phase ends; what it told last is written with what comes next."""
+        """End a phase; its last steps are written with the next phase or at the end."""
 
     def show(self, loss: float, score: Score | None) -> None:
-        """One step further."""
-        self.told |= {"step": self.told["step"] + 1, "loss": loss}
+        """Advance by one step and show its loss and score."""
+        self.content |= {"step": self.content["step"] + 1, "loss": loss}
         if score is not None:
-            self.told |= {"metric": score.metric, "metric_name": score.name}
+            self.content |= {"metric": score.metric, "metric_name": score.name}
         if time.monotonic() - self._written > _PAUSE:
             self.write()
 
 
 def read_progress(file: Path) -> dict[str, Any]:
-    """What a note says; nothing where there is none."""
+    """Return the content of a progress file; empty if it is missing or unreadable."""
     try:
         return read_json(file, dict)
     except (OSError, ValueError):
@@ -103,26 +104,26 @@ def read_progress(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def writing_progress(note: ProgressFile) -> Iterator[None]:
-    """Within, what is trained writes a note in place of showing a bar."""
-    token = _NOTE.set(note)
+def writing_progress(file: ProgressFile) -> Iterator[None]:
+    """Write a progress file instead of showing progress bars within the context."""
+    token = _PROGRESS_FILE.set(file)
     try:
         yield
     finally:
-        _NOTE.reset(token)
-        note.told["begun"] = 0  # ended, well or not: if the process is killed from now on, it is not the run's fault
-        note.write()
+        _PROGRESS_FILE.reset(token)
+        file.content["begun"] = 0  # the run returned or raised, so a later death of the process is not its fault
+        file.write()
 
 
-_NOTE: ContextVar[ProgressFile | None] = ContextVar("note", default=None)
+_PROGRESS_FILE: ContextVar[ProgressFile | None] = ContextVar("progress_file", default=None)
 
 
 def progress_bar(name: str, total: int, start: int, visible: bool) -> Any:
-    """A bar over the steps of a phase, or the note of the run in its place."""
-    note = _NOTE.get()
-    if note is not None:
-        note.phase(name, total, start)
-        return note
+    """Return a progress bar over the steps of a phase, or the progress file of the context if there is one."""
+    file = _PROGRESS_FILE.get()
+    if file is not None:
+        file.phase(name, total, start)
+        return file
     bar = ProgressBar(total=total, initial=start, desc=printable(name), disable=not visible, unit="step")
     bar.shown = {}
     return bar
@@ -130,7 +131,7 @@ def progress_bar(name: str, total: int, start: int, visible: bool) -> Any:
 
 @contextmanager
 def catch_interrupt() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event, so that a step ends before the run does; a second one cuts through."""
+    """Turn the first Ctrl-C into an event, so that the current step can finish; a second one interrupts at once."""
     pressed = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield pressed

@@ -1,4 +1,4 @@
-"""Specification of a run: everything its identity is computed from, and what `run.json` says of it."""
+"""Specification of a run: the inputs of its identity, and its metadata for ``run.json``."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from lorascope.training.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything a phase depends on, and so its identity.
+    """Specification of one phase: everything that its run id is computed from.
 
     Parameters
     ----------
     recipe, phase : Method, Phase
-        What ``train`` was called with, and what runs now.
+        Method that was passed to ``train``, and the phase that runs.
     task : Task
     settings : Settings
-        With the rates and steps of this phase.
+        Settings with the learning rates and the steps of this phase.
     seed : int
     w0_hash : str
-        SHA-256 of the base's weights.
+        SHA-256 of the base weights.
     observers : tuple of Observer
     """
 
@@ -51,7 +51,7 @@ class Plan:
     observers: tuple[Observer, ...]
 
     def identity(self) -> dict[str, Any]:
-        """The parts of the run id."""
+        """Return the values that the run id is computed from."""
         return {
             "method": config(self.phase.method),
             "phase": [self.phase.name, self.phase.split],
@@ -66,19 +66,19 @@ class Plan:
 
     @property
     def id(self) -> str:
-        """The run id."""
+        """Run id."""
         return identify(self.identity())
 
     def meta(
         self,
         model: nn.Module,
         trained: Sequence[nn.Parameter],
-        still: int,
+        frozen: int,
         modules: pd.DataFrame,
         parents: list[Run],
         device: str,
     ) -> dict[str, Any]:
-        """What ``run.json`` holds while the run is on its way; ``still`` entries of what trains never change."""
+        """Return ``run.json`` of a running phase; ``frozen`` counts entries of ``trained`` that never change."""
         own = {
             "id": self.id,
             "recipe": config(self.recipe),
@@ -89,13 +89,13 @@ class Plan:
             "parents": [f"../{run.path.name}" for run in parents if run.path],
             "total_seconds": sum(run.meta["seconds"] for run in parents),
         }
-        return self.identity() | circumstances(model, trained, still, modules, device) | own
+        return self.identity() | circumstances(model, trained, frozen, modules, device) | own
 
 
 def circumstances(
-    model: nn.Module, trained: Sequence[nn.Parameter], still: int, modules: pd.DataFrame, device: str
+    model: nn.Module, trained: Sequence[nn.Parameter], frozen: int, modules: pd.DataFrame, device: str
 ) -> dict[str, Any]:
-    """What ``run.json`` holds of a run on its way, whoever trains; ``still`` entries of what trains never change."""
+    """Return the part of ``run.json`` that runs of ``train`` and of a Trainer share; ``frozen`` is as in ``meta``."""
     head = {id(parameter) for parameter in task_head(model).values()}
     return {
         "model": name_of(model),
@@ -109,7 +109,7 @@ def circumstances(
         "test": {},
         "parameters": {
             "total": sum(p.numel() for p in model.parameters()),
-            "trained": sum(p.numel() for p in trained) - still,
+            "trained": sum(p.numel() for p in trained) - frozen,
             "head": sum(p.numel() for p in trained if id(p) in head),
         },
         "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
@@ -118,7 +118,7 @@ def circumstances(
 
 
 def _commit() -> str | None:
-    """Git commit of the caller's folder, None outside a repository."""
+    """Return the Git commit of the working directory, or None outside a repository."""
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One phase of training while it lives: what the loop asks for at each step, and how it is saved and resumed."""
+"""State of a phase in training: the operations that the loop calls in each step, and saving and resuming."""
 
 from __future__ import annotations
 
@@ -42,20 +42,22 @@ from lorascope.training.state import (
 
 
 class Session:
-    """The living state of one phase.
+    """State of one phase in training.
 
     Parameters
     ----------
     model : Module
-        The base, with its head fitted; trained in place.
+        Base model whose head fits the task; trained in place.
     plan : Plan
+        Specification of the phase.
     base : Base
-        W_0.
+        Base weights W_0.
     path : path
-        The run folder.
+        Run folder.
     parents : list of Run
-        Finished phases before this one.
+        Finished earlier phases.
     device : str
+        Device of the model.
     """
 
     def __init__(self, model: nn.Module, plan: Plan, base: Base, path: Path, parents: list[Run], device: str) -> None:
@@ -86,22 +88,22 @@ class Session:
         self.best: Best | None = None
         self._clock, self._seconds_before = time.monotonic(), 0.0
         self.checkpoints = Checkpoints(path)
-        still = frozen_entries(self.method)
-        self.writer = RunWriter(path, self.plan.meta(model, self.trained, still, modules, parents, device))
+        frozen = frozen_entries(self.method)
+        self.writer = RunWriter(path, self.plan.meta(model, self.trained, frozen, modules, parents, device))
 
     @property
     def name(self) -> str:
-        """The phase, or where it has no name the method."""
+        """Name of the phase, or of the method if the phase has none."""
         return self.plan.phase.name or self.method.name
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """What the optimizer may change."""
+        """Parameters that the optimizer may change."""
         return trained_parameters(self.optimizer)
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time spent in this phase, over all its resumptions."""
+        """Wall-clock seconds spent in this phase, including before it was resumed."""
         return self._seconds_before + time.monotonic() - self._clock
 
     # -- data ---------------------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ class Session:
 
         def encode(splits: str, rows: int) -> Any:
             parts = [self.task.split(split, share) for split in splits.split("+")]
-            # A task's rows stand in the order of a hash, so the first ones are a fair sample.
+            # Rows of a task are sorted by a hash of their content, so the first ones are a random sample.
             return self.task.encode(processor, pd.concat(parts, ignore_index=True).head(rows), limits.max_length)
 
         everything = len(self.task.table)
@@ -121,7 +123,7 @@ class Session:
         self.test = encode("test", limits.test_size or everything)
 
     def batch(self, index: int) -> Batch:
-        """The batch of a 0-based step: the next rows of an endless row of seeded permutations."""
+        """Return the batch of a 0-based step. Each epoch visits the rows in a new seeded permutation."""
         size, total = self.settings.batch_size, len(self.train)
         positions = range(index * size, (index + 1) * size)
         return self._to_device(self.train.batch([int(self._epoch(p // total)[p % total]) for p in positions]))
@@ -134,7 +136,8 @@ class Session:
 
     def _draw_validation(self, size: int | None, fixed: bool) -> Batch:
         if self.search is None:
-            raise ValueError(f"{type(self.method).__name__} asks for the search split: give it a search_share above 0")
+            name, share = type(self.method).__name__, self.method.search_share
+            raise ValueError(f"search_share of {name} must be > 0 to draw from the search split, got {share}")
         size = min(size or self.settings.batch_size, len(self.search))
         rows = range(size) if fixed else torch.randperm(len(self.search), generator=self._search_generator)[:size]
         return self._to_device(self.search.batch([int(row) for row in rows]))
@@ -150,7 +153,7 @@ class Session:
     # -- loss and evaluation ------------------------------------------------------------------------------------
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """bf16 autocast where the settings ask for it."""
+        """Return a context of bf16 autocast, or an empty one for fp32."""
         if self.settings.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.partition(":")[0], torch.bfloat16)
@@ -163,27 +166,27 @@ class Session:
             return functional_call(model, {**buffers, **params}, (), batch).loss.float()
 
     def backward(self) -> float:
-        """Gradients of the step's batch, in equal parts where accumulation is asked for; gives its loss."""
+        """Compute the gradients of the step's batch, in ``accumulate`` micro-batches, and return its loss."""
         parts = self.settings.accumulate
-        total = self.task.counted(self.step.batch)
+        total = self.task.count_targets(self.step.batch)
         rows = self.settings.batch_size // parts
         loss = 0.0
         for part in range(parts):
             piece = {key: value[part * rows : (part + 1) * rows] for key, value in self.step.batch.items()}
-            share = self.task.counted(piece) / total if parts > 1 else 1.0
+            share = self.task.count_targets(piece) / total if parts > 1 else 1.0
             value = self._batch_loss(self.model, piece, None) * share
             value.backward()
             loss += float(value.detach())
         return loss
 
     def clip(self) -> float | None:
-        """Clip all trained gradients together; gives their norm before, or None where nothing is clipped."""
+        """Clip the global norm of the gradients; see ``clip_gradients``."""
         return clip_gradients(self.optimizer, self.settings.clip)
 
     def evaluate(self) -> Score | None:
-        """At the steps set: validation loss and metric; marks the step and saves the state when it is the best yet.
+        """Evaluate on the validation split if the step is due, and save the state if it is the best so far.
 
-        The start is no state to be chosen, since nothing was trained.
+        Step 0 is never the best, because nothing was trained. Returns None between evaluations.
         """
         step = self.step
         step.best = False
@@ -194,7 +197,7 @@ class Session:
         key = (score.metric if score.higher_is_better else -score.metric, -score.loss)
         if step.finished and self.method.settled(step) and (self.best is None or key > self.best.key):
             step.best = True
-            if not step.last:  # finish saves that one
+            if not step.last:  # finish() saves the last state
                 self._save_state(self.checkpoints.best_file(step.finished))
             self.best = Best(key=key, **self._state_entry())
         return score
@@ -209,16 +212,16 @@ class Session:
     # -- records ------------------------------------------------------------------------------------------------
 
     def record(self, loss: float | None = None, norm: float | None = None, rate: float | None = None) -> None:
-        """Collect what loop, method and observers have to say of this step."""
+        """Record the values of the loop, the method and the observers in this step."""
         own = {"loss": loss, "grad_norm": norm, "lr": rate, "seconds": self.seconds}
-        told = [Record(name, value) for name, value in own.items() if value is not None]
-        items = merge_records(self.step, [*told, *self.method.records(self.step)], self.observers)
+        records = [Record(name, value) for name, value in own.items() if value is not None]
+        items = merge_records(self.step, [*records, *self.method.records(self.step)], self.observers)
         self.writer.add(self.step.finished, items)
 
     # -- saving and resuming ------------------------------------------------------------------------------------
 
     def begin(self) -> int:
-        """Start, or go on from the newest whole checkpoint; gives the 0-based step to do next."""
+        """Start, or resume from the newest intact checkpoint; return the 0-based step to run next."""
         self.model.train()
         found = self.checkpoints.newest()
         if found is None:
@@ -232,14 +235,14 @@ class Session:
             self._load_checkpoint(checkpoint)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"the checkpoint in {printable(self.checkpoints.folder)} after step {checkpoint.finished} does not fit "
-                f"this run: {printable(error)}; remove it to go on from an earlier step"
+                f"cannot resume from the checkpoint of step {checkpoint.finished} in "
+                f"{printable(self.checkpoints.folder)}: {printable(error)}; remove it to resume from an earlier step"
             ) from error
         self.writer.begin(table)
         return self.step.finished
 
     def checkpoint(self) -> None:
-        """Save all that is needed to go on from here bit for bit."""
+        """Save everything that is needed to resume from here bit for bit."""
         checkpoint = Checkpoint(
             finished=self.step.finished,
             model=trained_tensors(self.model, self.optimizer),
@@ -271,19 +274,19 @@ class Session:
         self.step.index = checkpoint.finished - 1
 
     def _save_state(self, file: Path) -> None:
-        """Write the trained tensors and the factors as they are now."""
+        """Write the current trained tensors, and record the current factors."""
         save_state(file, self.model, self.optimizer, self.method)
         self.writer.add(self.step.finished, factors_of(self.model))
 
     def _state_entry(self) -> dict[str, Any]:
-        """Entry of the current state in ``run.json``."""
+        """Return the entry of the current state for ``run.json``."""
         return {
             "step": self.step.finished,
             "ranks": {name: delta.rank for name, delta in attached_deltas(self.model).items()},
         }
 
     def finish(self) -> Run:
-        """Test the final state, save it, and close the folder."""
+        """Evaluate the final state on the test split, save it and close the run folder."""
         score = self._score(self.test)
         self.model.eval()
         groups = {} if score.groups is None else score.groups
@@ -307,33 +310,33 @@ class Session:
         return run
 
     def fail(self, reason: str) -> None:
-        """Close the folder so that it stays readable, and says why it ends here."""
+        """Close the run folder as broken, with the reason; it stays readable."""
         self.writer.meta["error"] = reason
         self.writer.finish("broken")
 
 
 def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    """What an optimizer may change, and what clipping covers."""
+    """Return the parameters that an optimizer may change and that clipping covers."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, limit: float | None) -> float | None:
-    """Clip all trained gradients together; gives their norm before, or None where nothing is clipped."""
+    """Clip the global norm of the gradients and return the norm before; without a limit, return None."""
     return None if limit is None else float(torch.nn.utils.clip_grad_norm_(trained_parameters(optimizer), limit))
 
 
 def nonfinite_reason(step: Step, loss: float, norm: float | None, rate: float) -> str | None:
-    """What is wrong with a step's loss or gradient norm, None where both are numbers."""
+    """Return a message if the loss or the gradient norm of a step is not finite, else None."""
     if math.isfinite(loss) and (norm is None or math.isfinite(norm)):
         return None
     what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient norm became {norm}"
-    return f"{what} at step {step.index + 1} of {step.total} (rate {rate:.3g}): lower lr, or clip"
+    return f"{what} at step {step.index + 1} of {step.total} (learning rate {rate:.3g}): lower lr or clip"
 
 
 def merge_records(step: Step, records: Iterable[Item], observers: Sequence[Observer]) -> list[Item]:
-    """What was told of a step and what its observers find, each thing once.
+    """Combine the records of a step with those of its observers, without duplicates.
 
-    Of what both know, such as a rank at the step that changes it, the method's word is enough.
+    If both have a quantity of a module, such as the rank at a step that changes it, the observer's is dropped.
     """
     items = list(records)
     known = {(item.quantity, item.module) for item in items if isinstance(item, Record)}

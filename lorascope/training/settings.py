@@ -1,4 +1,4 @@
-"""The settings of ``train``: checked once, stored in the run, part of its identity."""
+"""Settings of ``train``: validated on creation, stored in the run, and part of its identity."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to train, whatever the method; the meaning of each is told in ``train``.
+    """Training settings that all methods share; ``train`` documents each of them.
 
     Departs:
 
-    - In step t of a warm-up of w steps the rate is multiplied by (t + 1) / (w + 1); transformers has t / w, which is 0
-      in the first step.
+    - The learning rate in step t of a warm-up of w steps is multiplied by (t + 1) / (w + 1). In transformers the factor
+      is t / w, which is 0 in the first step.
     """
 
     steps: int
@@ -40,38 +40,37 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "eval_size", "max_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.test_size is not None and self.test_size < 1:
-            raise ValueError(f"test_size={self.test_size} must be at least 1, or None for the whole split")
+            raise ValueError(f"test_size must be >= 1 or None (the whole split), got {self.test_size}")
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be a positive number")
+                raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
         for name in ("warmup", "weight_decay"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
         if self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate={self.accumulate} must divide batch_size={self.batch_size}")
+            raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
         if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"clip={self.clip} must be positive, or None for no clipping")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is unknown: {', '.join(SCHEDULES)}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision {self.precision!r} is unknown: {', '.join(PRECISIONS)}")
+            raise ValueError(f"clip must be > 0 or None (no clipping), got {self.clip}")
+        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if (chosen := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {chosen!r}")
         if self.eval_every is not None and self.eval_every < 0:
-            raise ValueError(f"eval_every={self.eval_every} must not be negative; 0 evaluates at the end only")
+            raise ValueError(f"eval_every must be >= 0 or None (a fifth of the run), got {self.eval_every}")
 
     @property
     def evaluation_steps(self) -> int:
-        """Steps between two evaluations; a fifth of the run by default."""
+        """Number of steps between two evaluations; all steps of the run if ``eval_every`` is 0."""
         return max(1, self.steps // 5) if self.eval_every is None else self.eval_every or self.steps
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up: a share of all steps below 1, a number of steps from 1 on."""
+        """Number of warm-up steps."""
         return math.ceil(self.warmup * self.steps) if self.warmup < 1 else int(self.warmup)
 
     def rate(self) -> Callable[[int], float]:
-        """Factor of the learning rate at a 0-based step: a linear warm-up, then the schedule down to zero."""
+        """Return the learning rate factor as a function of the 0-based step: linear warm-up, then the schedule."""
         warm, total = self.warmup_steps, self.steps
 
         def factor(step: int) -> float:
@@ -85,7 +84,7 @@ class Settings:
         return factor
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form; 1 and 1.0 are the same setting."""
+        """Return the JSON form, in which 1 and 1.0 are the same setting."""
         real = ("lr", "head_lr", "warmup", "clip", "weight_decay")
         return {
             name: float(value) if name in real and value is not None else value

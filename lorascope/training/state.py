@@ -1,8 +1,8 @@
-"""Saving and putting back everything a run consists of while it is alive.
+"""Saving and restoring the state of a run in training: tensors, optimizer, random generators.
 
-A checkpoint is one safetensors file: tensors under their own dtype, everything else as JSON in the header, with a
-checksum over both. Optimizer state is kept by parameter name and put back by assignment, since ``load_state_dict``
-casts.
+A checkpoint is one safetensors file. Tensors keep their dtype, everything else is JSON in the header, and a checksum
+covers both. Optimizer state is stored by parameter name and restored by assignment, because ``load_state_dict`` casts
+it.
 """
 
 from __future__ import annotations
@@ -31,42 +31,42 @@ from lorascope.methods import METHODS
 from lorascope.methods.base import Method, from_config
 from lorascope.runs.run import Run
 
-# Where a state file keeps the method's own state, beside parameters under their names.
+# Key of the method's state in a state file; the other keys are parameter names.
 _LEARNED = "method"
 _BIT_GENERATORS = (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937, np.random.Philox, np.random.SFC64)
 
 
 def save_tree(path: Path, tree: Any) -> None:
-    """Write nested dicts, lists, numbers, tensors, arrays and generators as one safetensors file, atomically."""
+    """Write nested dicts, lists, numbers, tensors, arrays and generators to one safetensors file, atomically."""
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_pack(tree, "", tensors))
     write_bytes(path, save(tensors, metadata={"tree": _tree_digest(text, tensors) + text}))
 
 
 def load_tree(path: Path) -> Any:
-    """Read what ``save_tree`` wrote; tensors arrive on the kind of device they were on, where there is one.
+    """Read a file of ``save_tree``; tensors return to the kind of device they were on, or to the CPU without one.
 
     Raises
     ------
     ValueError
-        The file is cut short or was changed.
+        The file is truncated or was changed.
     """
     require_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             header = (file.metadata() or {}).get("tree", "")
-            # Copies, since the arithmetic may depend on how the memory is aligned.
+            # Clone the tensors: rounding may depend on how their memory is aligned.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{printable(path)} is not a whole safetensors file: {printable(error)}") from None
+        raise ValueError(f"cannot read {printable(path)} as safetensors: {printable(error)}") from None
     digest, text = header[:64], header[64:]
     if digest != _tree_digest(text, tensors):
-        raise ValueError(f"{printable(path)} does not match its own checksum: it was changed")
+        raise ValueError(f"cannot read {printable(path)}: its checksum does not match")
     tree = parse_json(text, path)
     try:
         return _unpack(tree, tensors)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, StopIteration) as error:
-        raise ValueError(f"cannot read {printable(path)}: it holds no state: {printable(error)}") from error
+        raise ValueError(f"cannot read {printable(path)} as a state: {printable(error)}") from error
 
 
 def _tree_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -77,7 +77,7 @@ def _tree_digest(text: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _add_tensor(tensor: Tensor, path: str, tensors: dict[str, Tensor]) -> str:
-    """Add a copy (two names of one tensor would share memory, which the format forbids); gives its name."""
+    """Add a copy of a tensor and return its name; safetensors rejects tensors that share memory."""
     name = path if path not in tensors else f"{path}#{len(tensors)}"
     tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     return name
@@ -107,7 +107,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         case Mapping():
             inside = f"{path}/" if path else ""
             return {"__items__": [[_pack(k, "", tensors), _pack(v, f"{inside}{k}", tensors)] for k, v in value.items()]}
-    raise TypeError(f"{path or 'the state'} holds a {type(value).__name__}, which a run folder cannot keep")
+    raise TypeError(f"cannot save {path or 'the state'}: a run folder cannot store a {type(value).__name__}")
 
 
 def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -135,7 +135,7 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What training may have changed, by parameter name: the optimizer's parameters, new weights, and buffers."""
+    """Return what training may have changed, by name: the optimizer's parameters, new weights and buffers."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     new = missing(model)
     kept = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
@@ -149,16 +149,16 @@ def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, method: Method) -> None:
-    """Write what ``restore`` needs: the trained tensors under their parameter names, and what the method learned."""
+    """Write the state that ``restore`` needs: the trained tensors by parameter name, and the method's state."""
     save_tree(path, {**trained_tensors(model, optimizer), _LEARNED: method.state()})
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors into the model's parameters and buffers of these names; one of another shape takes its place."""
+    """Copy tensors into the parameters and buffers of the same names, or replace those of another shape."""
     places = dict(model.named_parameters()) | dict(model.named_buffers())
     unknown = sorted(tensors.keys() - places.keys())
     if unknown:
-        raise ValueError(f"the model has no {unknown[0]}: it is not the base this run was trained on")
+        raise ValueError(f"cannot load {unknown[0]}: the model has no such tensor; use the base model that was trained")
     with torch.no_grad():
         for name, tensor in tensors.items():
             if places[name].shape == tensor.shape:
@@ -168,7 +168,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def fingerprint(optimizer: torch.optim.Optimizer) -> str:
-    """A hash over the first entries of all that trains: tells whether weights are those that a state belongs to."""
+    """Return a hash of the first 8 entries of every trained parameter, which links a state to its weights."""
     digest = hashlib.sha256()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -177,7 +177,7 @@ def fingerprint(optimizer: torch.optim.Optimizer) -> str:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """An optimizer's groups and state, with parameter names in place of parameters."""
+    """Return the groups and the state of an optimizer, with parameter names instead of parameters."""
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         "groups": [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
@@ -186,7 +186,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Put ``optimizer_state`` back by assignment."""
+    """Restore the result of ``optimizer_state`` by assignment."""
     parameters = dict(model.named_parameters())
     for group, values in zip(optimizer.param_groups, stored["groups"], strict=True):
         group.update(values)
@@ -196,7 +196,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sto
 
 
 def generators_state() -> dict[str, Any]:
-    """States of the global generators of torch, numpy and Python."""
+    """Return the states of the global random generators of torch, CUDA, numpy and Python."""
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -207,7 +207,7 @@ def generators_state() -> dict[str, Any]:
 
 
 def load_generators_state(stored: Mapping[str, Any]) -> None:
-    """Put ``generators_state`` back."""
+    """Restore the result of ``generators_state``."""
     torch.set_rng_state(stored["torch"])
     if stored["cuda"]:
         torch.cuda.set_rng_state_all([state.cpu() for state in stored["cuda"]])
@@ -217,7 +217,7 @@ def load_generators_state(stored: Mapping[str, Any]) -> None:
 
 @contextmanager
 def seed_generators(seed: int) -> Iterator[None]:
-    """Seed every global generator inside, and leave the caller's as they were."""
+    """Seed all global generators within the context, and restore the caller's states afterwards."""
     before = generators_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -229,22 +229,26 @@ def seed_generators(seed: int) -> Iterator[None]:
 
 
 def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None) -> None:
-    """Attach the run's method to a fresh base and put its trained tensors back; see ``Run.restore``."""
+    """Attach the run's method to a fresh base model and load the trained tensors; see ``Run.restore``."""
     if attached_deltas(model):
-        raise ValueError("the model carries adapters already: restore into a freshly loaded base")
+        raise ValueError("cannot restore into a model that already has adapters; load a fresh base model")
     config = run.meta["method"]
     if config["name"] == "peft":
-        raise ValueError(f"run {run.id} was trained by PEFT, which loads it: ls.export.to_peft writes its folder")
+        raise ValueError(
+            f"cannot restore run {run.id}: PEFT trained it; export it with ls.export.to_peft and load it with PEFT"
+        )
     stored = load_tree(path)
     if not isinstance(stored, dict) or _LEARNED not in stored:
-        raise ValueError(f"{printable(path)} is no state of a run: it holds nothing that a method learned")
+        raise ValueError(f"cannot restore from {printable(path)}: it has no state of a method")
     fit_head(model, run.meta["labels"])
     if method is None and config["name"] not in METHODS:
-        raise ValueError(f"run {run.id} was trained by {config['name']!r}, which is not registered: give method=")
+        raise ValueError(f"cannot restore run {run.id}: its method {config['name']!r} is not registered; pass method=")
     try:
         method = method or from_config(config)
     except TypeError as error:
-        raise ValueError(f"run {printable(run.id)} has fields that its method has not: {printable(error)}") from error
+        raise ValueError(
+            f"cannot restore run {printable(run.id)}: its fields do not fit its method: {printable(error)}"
+        ) from error
     method.attach(model)
     method.restore(stored.pop(_LEARNED))
     load_tensors(model, stored)

@@ -1,1 +1,1 @@
-"""The same under transformers' Trainer: its recorder, and our methods as a callback."""
+"""Integration with transformers' Trainer: a recorder, and a callback that runs lorascope's methods."""

@@ -1,4 +1,4 @@
-"""transformers' Trainer: our methods under it, and a recorder of whatever it trains."""
+"""Integration with transformers' Trainer: ``trainer_kwargs`` for lorascope's methods, and ``TrainerRecorder``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from lorascope.schema.records import Record
 from lorascope.training.base_weights import Base
 from lorascope.training.hf_trainer.method_callback import (
     MethodCallback,
-    driver_of,
+    attached_callback,
     read_checkpoint_file,
-    refuse_sharded,
+    reject_sharded,
     step_of,
     unwrap_optimizer,
     write_checkpoint_file,
@@ -38,24 +38,24 @@ FILE = "lorascope-recorder.safetensors"
 def trainer_kwargs(
     method: Method, model: nn.Module, lr: float | None = None, clip: float | None = 1.0
 ) -> dict[str, Any]:
-    """Attach a method to a model, and give what a Trainer needs to train it.
+    """Attach a method to a model, and return the arguments with which a Trainer trains it.
 
-    The schedule is the Trainer's. Rate and clipping are not: ``max_grad_norm`` must be 0, since the Trainer clips
-    before a method has edited the gradients, and ``learning_rate`` and ``weight_decay`` are not asked. Factors are
-    drawn from the global generator, so seed it first (``transformers.set_seed``).
+    The Trainer sets the schedule, but not learning rate, weight decay and clipping. Set ``max_grad_norm`` to 0, because
+    the Trainer clips before a method can edit the gradients. The Trainer's ``learning_rate`` and ``weight_decay`` have
+    no effect. Factors are drawn from the global generator, so seed it first (``transformers.set_seed``).
 
     Parameters
     ----------
     method : Method
-        Of one phase, which needs no batch, loss or held-out text of its own: Full, LoRA, AdaLoRA, FourierFT, HydraLoRA,
-        LISA, Adapprox, and NeFT with ``neurons``.
+        Method with one phase that needs no search split, batch loss or held-out text: Full, LoRA, AdaLoRA, FourierFT,
+        HydraLoRA, LISA, Adapprox, and NeFT with ``neurons``.
     model : Module
-        Freshly loaded; changed in place. Of a classifier ``accepts_loss_kwargs`` is set to False: its loss is a mean
-        over rows, which the Trainer would else not divide by the number of accumulated parts.
+        Freshly loaded model, changed in place. For a classifier, ``accepts_loss_kwargs`` is set to False. Its loss is a
+        mean over rows, and otherwise the Trainer would not divide it by the number of accumulated micro-batches.
     lr : float, optional
-        The method's by default.
+        Learning rate of the adapter; by default that of the method.
     clip : float or None
-        Largest norm of all trained gradients together.
+        Maximum global gradient norm; None disables clipping.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def trainer_kwargs(
     Raises
     ------
     ValueError
-        The method needs more than a Trainer gives, or the model carries adapters already.
+        The method needs more than a Trainer provides, or the model already has adapters.
     """
     settings = Settings(steps=1, lr=method.lr if lr is None else lr, head_lr=method.head_lr, clip=clip)
     callback = MethodCallback(method, model, settings)
@@ -75,20 +75,20 @@ def trainer_kwargs(
 
 
 class TrainerRecorder(TrainerCallback):
-    """Records what a Trainer trains, as ``train`` does: ``Trainer(..., callbacks=[TrainerRecorder()])``.
+    """Recorder of a Trainer's training, as in ``train``: ``Trainer(..., callbacks=[TrainerRecorder()])``.
 
-    It looks on alone: weights are the same to the bit with it and without. PEFT's adapters are read as ``deltas`` reads
-    them; a method of ``trainer_kwargs`` records its own decisions. Under DDP the first process writes. The folder can
-    be opened by ``load`` all the while: rows reach it every 30 seconds.
+    It records passively: the weights are bitwise equal with and without it. PEFT's adapters are read as by ``deltas``,
+    and a method of ``trainer_kwargs`` records its own decisions. Under DDP the first process writes. ``load`` can open
+    the folder during training, and new rows are written every 30 seconds.
 
     Parameters
     ----------
     out : path, optional
-        The run folder; ``lorascope`` in the Trainer's ``output_dir`` by default. A run that lies there is moved aside,
-        unless the Trainer goes on with it.
+        Run folder; ``lorascope`` in the Trainer's ``output_dir`` by default. An existing run in it is moved aside,
+        unless the Trainer resumes it.
     observe : sequence of Observer, optional
-        ``[observe.norms()]`` by default. Held-out text is none of what a Trainer shows, so ``neurons`` and
-        ``utilization`` are refused.
+        Observers; ``[observe.norms()]`` by default. A Trainer has no held-out text, so ``neurons`` and ``utilization``
+        raise a ValueError.
     """
 
     def __init__(self, out: str | Path | None = None, observe: Sequence[Observer] | None = None) -> None:
@@ -99,50 +99,50 @@ class TrainerRecorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
-        """Open the folder, and look at the state before the first step."""
-        driver = self._driver = driver_of(trainer["model"])
+        """Open the run folder, and record the state before the first step."""
+        method_callback = self._method_callback = attached_callback(trainer["model"])
         optimizer = self._optimizer = unwrap_optimizer(trainer["optimizer"])
-        if driver is None:
-            refuse_sharded(trainer["model"], trainer["optimizer"])
+        if method_callback is None:
+            reject_sharded(trainer["model"], trainer["optimizer"])
             step, base = _observed_step(unwrap_peft_model(trainer["model"]), optimizer, state)
         else:
-            driver.on_train_begin(args, state, control, **trainer)
-            step, base = driver.step, driver.base
+            method_callback.on_train_begin(args, state, control, **trainer)
+            step, base = method_callback.step, method_callback.base
         before = read_checkpoint_file(args, state, FILE, optimizer) if state.global_step else None
         if not state.is_world_process_zero:
             return
         if self._recording is not None:
             self._recording.mark_interrupted()
         _warn_unreadable(step.model)
-        meta = describe_run(args, state, trainer, step, driver, self.observers)
+        meta = describe_run(args, state, trainer, step, method_callback, self.observers)
         meta["id"] = before["id"] if before else secrets.token_hex(6)
         path = self.out or Path(str(args.output_dir)) / "lorascope"
-        method = None if driver is None else driver.method
+        method = None if method_callback is None else method_callback.method
         self._recording = Recording(path, meta, step, base, method, self.observers, before)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
-        """Look at a step, while its gradients are there."""
-        if self._driver is not None:
-            self._driver.on_optimizer_step(args, state, control, **trainer)
+        """Record a step while its gradients still exist."""
+        if self._method_callback is not None:
+            self._method_callback.on_optimizer_step(args, state, control, **trainer)
         if (recording := self._recording) is None:
             return
         recording.step.index = state.global_step
-        norm = None if self._driver is None else self._driver.norm
-        recording.look({"lr": self._optimizer.param_groups[0]["lr"], "grad_norm": norm})
+        norm = None if self._method_callback is None else self._method_callback.norm
+        recording.record({"lr": self._optimizer.param_groups[0]["lr"], "grad_norm": norm})
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
-        """Keep the last state, once every callback has done its work: PEFT's allocator, called by one, masks then."""
+        """Save the state of the last step, after callbacks that change it, such as one that calls PEFT's allocator."""
         if self._recording is not None and self._recording.step.last:
             self._recording.attempt(self._recording.save_final_state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **trainer: Any
     ) -> None:
-        """Take the loss, a mean over the steps since the last log, and the gradient norm, where none is our own."""
+        """Record the loss, a mean since the last log, and the gradient norm unless the method has recorded one."""
         if self._recording is not None and "loss" in logs:
             own = [Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs]
             self._recording.add(own)
@@ -150,12 +150,12 @@ class TrainerRecorder(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **trainer: Any
     ) -> None:
-        """Take the loss, the metric that ``metric_for_best_model`` names, and how many rows are training rows."""
+        """Record the loss, the metric of ``metric_for_best_model``, and the fraction of rows that are training rows."""
         if self._recording is None:
             return
-        seen, shown = trainer.get("train_dataloader"), trainer.get("eval_dataloader")
-        if seen is not None and shown is not None:
-            self._recording.writer.meta["eval_overlap"] = overlap(seen.dataset, shown.dataset)
+        trained, evaluated = trainer.get("train_dataloader"), trainer.get("eval_dataloader")
+        if trained is not None and evaluated is not None:
+            self._recording.writer.meta["eval_overlap"] = overlap(trained.dataset, evaluated.dataset)
         chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         kept = {"eval_loss": metrics.get("eval_loss")}
         if chosen != "eval_loss":
@@ -163,38 +163,40 @@ class TrainerRecorder(TrainerCallback):
         self._recording.add(Record(name, float(value)) for name, value in kept.items() if value is not None)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any) -> None:
-        """Put the recorder's state beside the Trainer's checkpoint."""
+        """Write the recorder's state into the Trainer's checkpoint."""
         if (recording := self._recording) is not None:
             recording.attempt(lambda: write_checkpoint_file(args, state, FILE, self._optimizer, recording.state()))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
-        """Where training stops early keep the state, before the Trainer may put back the best one."""
+        """Save the state if training stops early, before the Trainer may load the best one."""
         if self._recording is not None and control.should_training_stop and not self._recording.step.last:
             self._recording.attempt(self._recording.save_final_state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
     ) -> None:
-        """Close the folder."""
+        """Close the run folder."""
         if self._recording is not None:
             self._recording.attempt(self._recording.finish)
             self._recording = None
 
 
 def _warn_unreadable(model: nn.Module) -> None:
-    """One line of warning for adapters that cannot be recorded; the training is not theirs to stop."""
+    """Warn of adapters that cannot be recorded; they must not stop training."""
     found = list(unreadable_adapters(model).items())
     if found:
         module, kind = found[0]
-        more = f"; nor {len(found) - 1} more" if len(found) > 1 else ""
-        told = f"the adapter of {printable(module)}, a {kind}, whose update is no matrix{more}"
-        warnings.warn(f"not recorded: {told}", stacklevel=2)
+        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+        warnings.warn(
+            f"cannot record the adapter of {printable(module)}, a {kind}{more}: the update is not a matrix",
+            stacklevel=2,
+        )
 
 
 def _observed_step(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
-    """What observers see where no method of ours trains; what lies there now counts as W_0."""
+    """Return step and base weights for training without a method of lorascope; W_0 are the current weights."""
     base = Base(model)
     base.capture(optimizer)
     step = step_of(model, optimizer, base, module_table.describe(model))

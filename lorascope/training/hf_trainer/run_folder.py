@@ -1,4 +1,4 @@
-"""The run folder of a training that somebody else does: room made for it, written as it goes on, gone on with."""
+"""Run folder of a Trainer: create it, append to it, resume it."""
 
 from __future__ import annotations
 
@@ -29,28 +29,29 @@ from lorascope.training.session import merge_records
 from lorascope.training.state import load_tree, save_state, save_tree
 
 FLUSH_SECONDS = 30.0
-# Folders in which this process records, with the end of each recording.
+# Folders into which this process records, with the finalizer of each recording.
 _OPEN: dict[Path, weakref.finalize] = {}
 
 
 class Recording:
-    """What is written of one training.
+    """Record of one training in a run folder.
 
     Parameters
     ----------
     path : path
-        The run folder; what lies there is moved aside, unless it is this very run and unfinished.
+        Run folder. Another run in it is moved aside; a finished run that resumes is copied aside.
     meta : dict
-        What ``run.json`` will hold; ``started`` is another one at each start.
+        Content of ``run.json``; ``started`` differs at each start.
     step : Step
-        The living one, kept up to date by whoever trains.
+        Current step, which the trainer updates.
     base : Base
-        Its W_0.
+        Base weights W_0.
     method : Method or None
-        One of ours, if one trains.
+        Method of lorascope, if one trains.
     observers : sequence of Observer
+        Observers that record each step.
     before : dict or None
-        ``state()`` at the step from which the training goes on.
+        Result of ``state()`` at the step from which training resumes; None at the start of a run.
     """
 
     def __init__(
@@ -65,47 +66,47 @@ class Recording:
     ) -> None:
         self.path, self.step, self.base, self.method = path, step, base, method
         self.observers = [dataclasses.replace(observer) for observer in observers]
-        self._failing = self._concluded = False
-        self._told: tuple[int, set[tuple[str, str]]] = (-1, set())
+        self._failing = self._final_state_saved = False
+        self._recorded: tuple[int, set[tuple[str, str]]] = (-1, set())
         self._clock, self._seconds_before, self._flushed = time.monotonic(), 0.0, math.inf
-        # A recording that a failed training left behind may still be referenced by its traceback.
+        # The traceback of a failed training may still reference its recording, so end that one here.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
         create_folder(path, meta["id"] if before else None)
         self.writer = RunWriter(path, meta)
         self._lock = ExitStack()
         self._lock.enter_context(lock_run(path))
-        # Its last words, whether it is forgotten or the process ends first. They must not keep the model alive.
-        self._last_words = weakref.finalize(self, mark_lost_run, self.writer, self._lock)
-        _OPEN[path.resolve()] = self._last_words
+        # Mark the run as broken when the recording is deleted or the process ends, without a reference to the model.
+        self._finalizer = weakref.finalize(self, mark_lost_run, self.writer, self._lock)
+        _OPEN[path.resolve()] = self._finalizer
         if before is None:
             self.writer.begin(None)
-            self.look({})
+            self.record({})
         else:
             self._resume_recording(before)
         self._write_rows()
 
     @property
     def seconds(self) -> float:
-        """Wall-clock time since the beginning, over all resumptions."""
+        """Wall-clock seconds of training, including before it was resumed."""
         return self._seconds_before + time.monotonic() - self._clock
 
-    def look(self, own: dict[str, float | None]) -> None:
-        """Collect what trainer, method and observers have to say of this step."""
-        told: list[Item] = [Record(name, value) for name, value in own.items() if value is not None]
-        told += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
-        self.add(merge_records(self.step, told, self.observers))
+    def record(self, own: dict[str, float | None]) -> None:
+        """Record the values of the trainer, the method and the observers in this step."""
+        items: list[Item] = [Record(name, value) for name, value in own.items() if value is not None]
+        items += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
+        self.add(merge_records(self.step, items, self.observers))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.attempt(self._write_rows)
 
     def add(self, items: Iterable[Item]) -> None:
-        """Take in what is known of this step, each thing once."""
+        """Add the records of this step that it does not have yet."""
         finished = self.step.finished
-        known = self._told[1] if self._told[0] == finished else set()
+        known = self._recorded[1] if self._recorded[0] == finished else set()
         fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
-        self._told = (finished, known | {(item.quantity, item.module) for item in fresh if isinstance(item, Record)})
+        self._recorded = (finished, known | {(i.quantity, i.module) for i in fresh if isinstance(i, Record)})
         self.writer.collect(finished, fresh)
-        if not self._failing:  # else with the next flush: a folder that does not answer costs seconds
+        if not self._failing:  # after a failure wait for the next flush: each attempt can block for seconds
             self.attempt(self.writer.write_arrays)
 
     def _write_rows(self) -> None:
@@ -113,17 +114,17 @@ class Recording:
         self.writer.flush()
 
     def attempt(self, write: Callable[[], object]) -> None:
-        """Write, or else warn once: a recorder does not stop a training."""
+        """Write, or warn once per outage: a recorder must not stop training."""
         try:
             write()
             self._failing = False
         except OSError as error:
             if not self._failing:
-                warnings.warn(f"{error}; the training continues, and the record is kept in memory", stacklevel=2)
+                warnings.warn(f"{error}; training continues, and its records are kept in memory", stacklevel=2)
             self._failing = True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint needs to hold, so that the recording can go on from it; W_0 is put into the folder."""
+        """Return the state from which a checkpoint resumes the recording; save W_0 in the run folder first."""
         if self.base.kept and not self._base_file.exists():
             save_tree(self._base_file, self.base.kept)
         return {
@@ -148,63 +149,63 @@ class Recording:
         self.writer.begin(unpack_rows(before["table"]))
         if self.base.kept:
             if not self._base_file.exists():
-                raise ValueError(f"W_0 of this run is gone, {self._base_file}: give its folder by out=, or begin anew")
+                raise ValueError(f"cannot resume: W_0 is missing, {self._base_file}; pass the folder of the run as out")
             self.base.kept.update(load_tree(self._base_file))
 
     def save_final_state(self) -> None:
-        """Keep the state as it is now, as the one that the training ends with."""
-        self._concluded = True
-        if not self.step.last:  # stopped early, at a step that nobody knew to be the last
+        """Save the current state as the final state of the training."""
+        self._final_state_saved = True
+        if not self.step.last:  # training stopped early, so this step was not recorded as the last
             self.step.total = self.step.finished
             self.add(merge_records(self.step, (), self.observers))
         self.add(factors_of(self.step.model))
         if self.method is not None:
             save_state(self._state_file, self.step.model, self.step.optimizer, self.method)
         found = adapters(self.step.model)
-        if self.method is None and found:  # what PEFT trains beside them, such as a head, is part of an export
+        if self.method is None and found:  # an export includes other parameters that PEFT trains, such as a head
             live = unwrapped_parameters(self.step.model)
             save_tree(self._state_file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
         ranks = {name: adapter.rank for name, adapter in found.items()}
         self.writer.meta["states"] = {"last": {"step": self.step.finished, "ranks": ranks}}
 
     def mark_interrupted(self) -> None:
-        """Close the folder of a training that is not gone on with."""
-        self._last_words()
+        """Close the folder of a training that does not continue, as broken."""
+        self._finalizer()
 
     def finish(self) -> Run:
-        """Close the folder."""
-        if not self._concluded:
+        """Close the folder and return its run."""
+        if not self._final_state_saved:
             self.save_final_state()
         meta = self.writer.meta
-        if not meta["states"]:  # the Trainer may have loaded another state since
+        if not meta["states"]:  # too late to save it: the Trainer may have loaded another state
             meta["error"] = "the state after its last step could not be written"
         meta["seconds"] = meta["total_seconds"] = self.seconds
         run = self.writer.finish("done" if meta["states"] else "broken")
-        self._last_words.detach()
+        self._finalizer.detach()
         self._lock.close()
         return run
 
 
-def create_folder(folder: Path, going_on: str | None) -> None:
-    """Move the run that lies in a folder aside; one that is gone on with stays, and if it was finished a copy goes.
+def create_folder(folder: Path, resumed: str | None) -> None:
+    """Move another run in the folder aside; if the run that resumes was finished, copy it aside.
 
     Raises
     ------
     RunLocked
-        Another process writes there.
+        Another process writes to the folder.
     ValueError
-        Something else lies there.
+        The path is a file, or the folder contains files that are not a run.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
+        raise ValueError(f"out must be a folder, got the file {folder}")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / "run.json").exists():
-        raise ValueError(f"{folder} is not empty and holds no run: give another folder")
+        raise ValueError(f"cannot record into {folder}: it contains files but no run; pass another out")
     run = Run.read(folder)
     aside = _free_folder(folder.with_name(f"{folder.name}-{run.id}"))
     with lock_run(folder):
-        if run.id != going_on:
+        if run.id != resumed:
             folder.rename(aside)
         elif run.finished:
             shutil.copytree(folder, aside, ignore=shutil.ignore_patterns("resume"))
@@ -216,7 +217,7 @@ def _free_folder(folder: Path) -> Path:
 
 
 def mark_lost_run(writer: RunWriter, lock: ExitStack) -> None:
-    """Say of a run that nobody finished that it is broken, if it lies there still."""
+    """Mark a run that was not finished as broken, unless another run has replaced it."""
     with lock, suppress(OSError):
         file = writer.path / "run.json"
         if file.exists() and read_json(file, dict).get("started") == writer.meta["started"]:

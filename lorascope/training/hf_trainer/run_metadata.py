@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a training that transformers' Trainer does."""
+"""Metadata for ``run.json`` of a run under transformers' Trainer."""
 
 from __future__ import annotations
 
@@ -18,8 +18,15 @@ from lorascope.training.hf_trainer.method_callback import MethodCallback
 from lorascope.training.run_spec import circumstances
 from lorascope.training.session import trained_parameters
 
-# Of a PEFT configuration, what is no hyper-parameter.
-_ASIDE = {"base_model_name_or_path", "revision", "inference_mode", "task_type", "peft_type", "auto_mapping"}
+# Fields of a PEFT configuration that are not hyper-parameters.
+_NOT_HYPERPARAMETERS = {
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "task_type",
+    "peft_type",
+    "auto_mapping",
+}
 
 
 def describe_run(
@@ -27,26 +34,29 @@ def describe_run(
     state: TrainerState,
     trainer: dict[str, Any],
     step: Step,
-    driver: MethodCallback | None,
+    callback: MethodCallback | None,
     observers: Sequence[Observer],
 ) -> dict[str, Any]:
-    """All but the id.
+    """Return the content of ``run.json`` except for the id.
 
     Parameters
     ----------
     args, state, trainer
-        As a callback gets them.
+        Arguments of a Trainer callback.
     step : Step
-    driver : MethodCallback or None
+        Current step.
+    callback : MethodCallback or None
+        Callback of the method of lorascope, if one trains.
     observers : sequence of Observer
+        Observers of the run.
     """
     trained = trained_parameters(step.optimizer)
-    if driver is None:  # an optimizer of PEFT's may hold what is frozen, too
+    if callback is None:  # an optimizer from PEFT may also contain frozen parameters
         trained = [parameter for parameter in trained if parameter.requires_grad]
-    still = 0 if driver is None else frozen_entries(driver.method)
-    recipe, label = _recipe(trainer["model"], step) if driver is None else _method_entry(driver)
+    frozen = 0 if callback is None else frozen_entries(callback.method)
+    recipe, label = _trainer_entry(trainer["model"], step) if callback is None else _method_entry(callback)
     data = trainer["train_dataloader"].dataset
-    return circumstances(step.model, trained, still, step.modules, str(args.device)) | {
+    return circumstances(step.model, trained, frozen, step.modules, str(args.device)) | {
         "schema": SCHEMA,
         "started": time.time_ns(),
         "method": recipe,
@@ -59,28 +69,29 @@ def describe_run(
         "task": _dataset_name(data),
         "labels": _class_names(step),
         "data_hash": getattr(data, "_fingerprint", None),
-        "w0_hash": None if driver is None else driver.w0_hash,
-        "settings": _trainer_settings(args, state, step, driver) | {"observers": [o.config() for o in observers]},
+        "w0_hash": None if callback is None else callback.w0_hash,
+        "settings": _trainer_settings(args, state, step, callback) | {"observers": [o.config() for o in observers]},
         "seed": args.seed,
         "total_seconds": 0.0,
     }
 
 
 def overlap(trained: Any, evaluated: Any) -> float | None:
-    """Share of the evaluation rows that are training rows; None where no row can be told without reading it.
+    """Return the fraction of evaluation rows that are training rows, or None if it is unknown.
 
-    Rows are not read, since a data set may draw at random when it is. Two are the same if they stand at one place of
-    one data set, by itself, by its fingerprint or below a ``Subset``, or are one object in two lists.
+    Rows are not read, because reading some datasets draws random numbers. Two rows are the same if they have the same
+    index in the same dataset, or are the same object in two lists. Datasets are compared by fingerprint or as objects,
+    and a ``Subset`` by the dataset below it.
     """
     if isinstance(trained, list) and isinstance(evaluated, list):
         known = {id(row) for row in trained}
         return sum(id(row) in known for row in evaluated) / max(1, len(evaluated))
-    (one, rows), (other, asked) = _dataset_rows(trained), _dataset_rows(evaluated)
-    return len(set(rows) & set(asked)) / max(1, len(asked)) if one == other else None
+    (one, seen), (other, rows) = _dataset_rows(trained), _dataset_rows(evaluated)
+    return len(set(seen) & set(rows)) / max(1, len(rows)) if one == other else None
 
 
 def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:
-    """Which data set it is, and which of its rows."""
+    """Return what identifies a dataset, and the indices of its rows."""
     if isinstance(data, Subset):
         origin, rows = _dataset_rows(data.dataset)
         return origin, [rows[index] for index in data.indices] if rows else []
@@ -88,7 +99,7 @@ def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:
 
 
 def _trainer_settings(
-    args: TrainingArguments, state: TrainerState, step: Step, driver: MethodCallback | None
+    args: TrainingArguments, state: TrainerState, step: Step, callback: MethodCallback | None
 ) -> dict[str, Any]:
     group = step.optimizer.param_groups[0]
     return {
@@ -97,43 +108,44 @@ def _trainer_settings(
         "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "warmup": float(args.get_warmup_steps(state.max_steps)),
-        "clip": (args.max_grad_norm or None) if driver is None else driver.settings.clip,
+        "clip": (args.max_grad_norm or None) if callback is None else callback.settings.clip,
         "weight_decay": float(group.get("weight_decay", 0.0)),
         "accumulate": args.gradient_accumulation_steps,
         "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
     }
 
 
-def _method_entry(driver: MethodCallback) -> tuple[dict[str, Any], str]:
-    return config(driver.method), driver.method.label()
+def _method_entry(callback: MethodCallback) -> tuple[dict[str, Any], str]:
+    return config(callback.method), callback.method.label()
 
 
-def _recipe(model: Any, step: Step) -> tuple[dict[str, Any], str]:
-    """What trains, where it is none of our methods, and the same in words."""
+def _trainer_entry(model: Any, step: Step) -> tuple[dict[str, Any], str]:
+    """Return the configuration of a training without a method of lorascope, and its label."""
     rule = type(step.optimizer).__name__
     if not hasattr(model, "peft_config"):
         return {"name": "trainer", "rule": rule}, f"Trainer, {rule}"
     peft = next(iter(model.peft_config.values()))
-    default = {field.name: field.default for field in dataclasses.fields(peft)}  # AdaLoRA's cannot be built of nothing
+    # Read the defaults from the fields, because AdaLoraConfig() without arguments raises an error.
+    default = {field.name: field.default for field in dataclasses.fields(peft)}
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in vars(peft).items()}
-    told = {
+    changed = {
         key: value
         for key, value in values.items()
-        if key not in _ASIDE and isinstance(value, int | float | str | list) and value != default.get(key)
+        if key not in _NOT_HYPERPARAMETERS and isinstance(value, int | float | str | list) and value != default.get(key)
     }
     kind = str(getattr(peft.peft_type, "value", peft.peft_type))
-    numbers = [f"{key} {value}" for key, value in told.items() if isinstance(value, int | float)]
-    return {"name": "peft", "kind": kind, "rule": rule} | told, ", ".join([f"PEFT {kind}", *numbers])
+    numbers = [f"{key} {value}" for key, value in changed.items() if isinstance(value, int | float)]
+    return {"name": "peft", "kind": kind, "rule": rule} | changed, ", ".join([f"PEFT {kind}", *numbers])
 
 
 def _task_type(model: Any) -> str | None:
-    """What PEFT was told the model does."""
-    told = next((each.task_type for each in getattr(model, "peft_config", {}).values()), None)
-    return None if told is None else str(getattr(told, "value", told))
+    """Return the task type in the model's PEFT configuration, or None without one."""
+    found = next((each.task_type for each in getattr(model, "peft_config", {}).values()), None)
+    return None if found is None else str(getattr(found, "value", found))
 
 
 def _class_names(step: Step) -> list[str] | None:
-    """Names of the classes, where the head is over classes."""
+    """Return the class names, or None if the head does not predict classes."""
     settings = getattr(step.model, "config", None)
     heads = step.modules[step.modules["role"] == "head"]["out_features"].tolist()
     classes = getattr(settings, "id2label", None) or {}
@@ -143,5 +155,5 @@ def _class_names(step: Step) -> list[str] | None:
 
 
 def _dataset_name(data: Any) -> str:
-    """What a data set calls itself, or else its class."""
+    """Return the name of a dataset, or the name of its class if it has none."""
     return getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__

@@ -1,4 +1,4 @@
-"""Seven families with a tokenizer or image processor in a folder and a task of their kind, and where they keep what."""
+"""Seven model families: checkpoints with their preprocessors, tasks, and module paths of blocks and roles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import ViTImageProcessor
 
 from lorascope.inputs import tasks
 
-# What differs from the usual tiny model of the family. LLaMA's is SmolLM2's architecture: grouped queries, tied head.
+# Options that differ from the usual tiny models. With a tied head, LLaMA has the architecture of SmolLM2.
 SIZES = {"llama": {"tie_word_embeddings": True}, "vit": {"num_labels": 2}}
 
 _SPLIT = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
@@ -35,7 +35,7 @@ def _t5_ffn(number: int) -> dict[str, str]:
 
 
 _BART_FFN = {"ffn_in": "fc1", "ffn_out": "fc2"}
-# family -> stack -> path of its blocks, and role -> linear layer inside a block; by hand from the architectures
+# family -> stack -> path of its blocks, and role -> linear layer inside a block; written by hand
 PLACES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
     "bert": {
         "encoder": (
@@ -72,13 +72,13 @@ PLACES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 }
 FAMILIES = tuple(PLACES)
 BLOCKS = 2
-# What of the model is new with the task, and trains whatever the method
+# Parameters that are new with the task, which all methods train.
 HEADS = {"bert": {"classifier.weight", "classifier.bias"}, "vit": {"classifier.weight", "classifier.bias"}}
-HALF = 48  # rows of the gate in Phi-3's fused input
+HALF = 48  # rows of the gate projection in Phi-3's fused gate_up_proj
 
 
 def modules(family: str, *roles: str) -> dict[str, tuple[str, int, str]]:
-    """Module -> stack, layer and role, of these roles; q and v stand for a fused qkv too. Encoder first."""
+    """Return stack, layer and role of the modules with these roles, encoder first; q, k and v match a fused qkv."""
     wanted = {*roles} | ({"qkv"} if {"q", "k", "v"} & {*roles} else set())
     return {
         f"{path}.{layer}.{leaf}": (stack, layer, role)
@@ -90,12 +90,12 @@ def modules(family: str, *roles: str) -> dict[str, tuple[str, int, str]]:
 
 
 def blocks(family: str) -> list[str]:
-    """Paths of the blocks, encoder first."""
+    """Return the paths of the blocks, encoder first."""
     return [f"{path}.{layer}" for path, _ in PLACES[family].values() for layer in range(BLOCKS)]
 
 
 def folder(path: Path, family: str) -> str:
-    """A checkpoint of the family, without a task's head where it has one."""
+    """Save a checkpoint of the family and return its folder; BERT is saved without a classifier head."""
     model = tiny(family, "base" if family == "bert" else None, **SIZES.get(family, {}))
     model.save_pretrained(path)
     if family == "vit":
@@ -107,13 +107,14 @@ def folder(path: Path, family: str) -> str:
 
 
 def task_of(family: str) -> tasks.Task:
-    """Images for ViT, prompts with open responses for the encoder-decoders, labelled texts for the others."""
+    """Return a task: images for ViT, prompts with open responses for encoder-decoders, labeled texts otherwise."""
     draw = random.Random(0)
     if family == "vit":
         noise = np.random.default_rng(0)
         labels = [draw.choice(["left", "right"]) for _ in range(120)]
         return tasks.from_frame(
-            pd.DataFrame({"image": [picture(noise, label) for label in labels], "label": labels, "group": "all"}), "toy"
+            pd.DataFrame({"image": [noise_image(noise, label) for label in labels], "label": labels, "group": "all"}),
+            "toy",
         )
     rows = []
     for number in range(120):
@@ -129,8 +130,8 @@ def task_of(family: str) -> tasks.Task:
     return tasks.from_frame(pd.DataFrame(rows), "toy")
 
 
-def picture(noise: np.random.Generator, label: str, side: int = 20) -> np.ndarray:
-    """Grey noise that is brighter on one side: uint8 (side, side, 3)."""
+def noise_image(noise: np.random.Generator, label: str, side: int = 20) -> np.ndarray:
+    """Return noise of shape (side, side, 3) and dtype uint8 that is brighter in the left or right half."""
     image = noise.integers(0, 120, (side, side, 3), dtype=np.uint8)
     half = slice(0, side // 2) if label == "left" else slice(side // 2, side)
     image[:, half] += 120

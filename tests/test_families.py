@@ -1,4 +1,4 @@
-"""Every method on every family, one short run a cell; the oracle is in ``cells``."""
+"""One short run of every method on every family; the oracle is in ``cells``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorascope.methods import FourierFT, HydraLoRA, LoRA, NeFT
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """Model and task of a family, made when they are first asked for."""
+    """Return a function that gives model and task of a family, and creates them on first use."""
     made: dict[str, tuple] = {}
 
     def of(family: str) -> tuple:
@@ -27,13 +27,13 @@ def bases(tmp_path_factory):
     return of
 
 
-def test_no_method_is_left_out():
+def test_cells_cover_all_registered_methods():
     own = {name for name, method in methods.METHODS.items() if method.__module__.startswith("lorascope.")}
     assert set(METHODS) == own
 
 
 def cells():
-    """Every method on every family; fast is one family per method, in turn."""
+    """Yield all pairs of family and method; one family per method is not marked slow."""
     for place, family in enumerate(families.FAMILIES):
         for number, method in enumerate(METHODS):
             fast = number % len(families.FAMILIES) == place
@@ -41,7 +41,7 @@ def cells():
 
 
 @pytest.mark.parametrize(("family", "method"), list(cells()))
-def test_a_method_on_a_family(family, method, bases, tmp_path):
+def test_method_on_family(family, method, bases, tmp_path):
     check(family, method, *bases(family), tmp_path / "run", METHODS[method], batch_size=6, eval_size=12, test_size=8)
 
 
@@ -60,7 +60,7 @@ def test_a_method_on_a_family(family, method, bases, tmp_path):
         ("llama", LoRA(targets="cross_q"), "'cross_q' matches no module"),
     ],
 )
-def test_what_a_family_does_not_allow_is_told_in_one_line(family, method, message):
+def test_method_that_a_family_does_not_support_raises_one_line(family, method, message):
     model = tiny(family)
     with pytest.raises((ValueError, TypeError), match=message) as caught:
         next(method.phases({})).method.attach(model)

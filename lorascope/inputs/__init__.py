@@ -1,1 +1,1 @@
-"""What a run starts from: models, tasks, texts and images."""
+"""Inputs of a run: models, tasks, text and images."""

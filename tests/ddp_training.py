@@ -1,6 +1,6 @@
-"""Train a classifier by every method: ``python ddp_training.py MODEL ROWS OUT`` in two processes, or ``train`` alone.
+"""Train a classifier with every method: ``python ddp_training.py MODEL ROWS OUT`` uses two processes, ``train`` one.
 
-The two are forks of one, as ``torchrun`` would start them, so that what they import is imported once.
+The two are forks of one process with the environment of ``torchrun``, so that the imports run once.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import lorascope as ls
 
 
 def train(folder: str, rows: str, out: Path, rank: int, world: int) -> None:
-    """Each process has its own seed: what a method draws must be the first one's in all."""
+    """Train all methods in this process, seeded by its rank: all must use the draws of the first process."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     columns = load_file(rows)
     data = [{key: value[i] for key, value in columns.items()} for i in range(len(columns["labels"]))]
-    jobs = [(name, method, True) for name, method in METHODS.items()] + [("alone", None, True), ("unseen", None, False)]
+    jobs = [(name, method, True) for name, method in METHODS.items()] + [("recorder only", None, True)]
+    jobs.append(("no recorder", None, False))
     for name, method, recorded in jobs:
         model = without_dropout(AutoModelForSequenceClassification.from_pretrained(folder))
         model.accepts_loss_kwargs = False
@@ -46,12 +47,12 @@ def train(folder: str, rows: str, out: Path, rank: int, world: int) -> None:
 
 
 def fork(rank: int, world: int, port: int) -> int:
-    """Begin one of the processes; gives its number."""
+    """Start one of the processes; return its id."""
     child = os.fork()
     if child:
         return child
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in told.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in variables.items()} | {"MASTER_ADDR": "127.0.0.1"}
     try:
         train(sys.argv[1], sys.argv[2], Path(sys.argv[3]), rank, world)
         torch.distributed.destroy_process_group()
@@ -70,7 +71,7 @@ def main() -> None:
     while left:
         child, status = os.wait()
         left.discard(child)
-        if status:  # the others would wait for it in vain
+        if status:  # the others would wait for it forever
             for other in left:
                 os.kill(other, signal.SIGKILL)
             sys.exit(1)

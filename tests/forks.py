@@ -1,4 +1,4 @@
-"""Trainings in forks of one warm process, killed and gone on with, and what two run folders have in common."""
+"""Training in forks of one warm process, which can be killed and resumed, and comparison of run folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WALL_CLOCK = {name for name, quantity in QUANTITIES.items() if quantity.unit == 
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """All that lies in a folder, wall-clock quantities aside."""
+    """Return the content of all files in a folder except for wall-clock times and the commit."""
     found: dict[str, object] = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
@@ -46,7 +46,7 @@ def same(first: Path, second: Path) -> None:
 
 
 class Forks:
-    """Trains in forks of a warm process of one thread."""
+    """Trains in forks of a warm, single-threaded process."""
 
     def __init__(self, model: str, table: Path) -> None:
         self.table = table
@@ -71,14 +71,15 @@ class Forks:
 
 
 def check_that_a_killed_run_goes_on(forks: Forks, method: Method, folder: Path, **kills: object) -> None:
-    """Killed at each of the places, it ends bit for bit as one that was not.
+    """Check that a run killed at several moments ends bitwise equal to one that was not.
 
-    ``after`` are patterns of checkpoints, the first write once such a one is there is the last; ``at`` are steps.
+    ``at`` are numbers of changes to the folder; ``after`` are glob patterns of checkpoints, after which the next write
+    is killed.
     """
     job, whole, out = json.dumps(config(method)), folder / "whole", folder / "out"
     assert forks(job, whole) == 0
-    for step in kills.get("at", ()):
-        assert forks(job, out, **{"kill at": step}) == -signal.SIGKILL
+    for change in kills.get("at", ()):
+        assert forks(job, out, **{"kill at": change}) == -signal.SIGKILL
     for pattern in kills["after"]:
         assert forks(job, out, **{"kill after": pattern}) == -signal.SIGKILL
         places = {path.parent.relative_to(out).as_posix() for path in out.rglob("resume/step-*")}

@@ -1,7 +1,7 @@
-"""A warm process that trains in forks of itself, and kills them: ``python killing.py MODEL TABLE``.
+"""Warm process that trains in forks of itself and can kill them: ``python killing.py MODEL TABLE``.
 
-It reads jobs from its standard input, one JSON object a line, and answers each with the exit status of the fork. The
-method of a job is one of ``METHODS``, or the configuration of a registered one as JSON.
+It reads jobs from standard input, one JSON object per line, and prints the exit status of each fork. The method of a
+job is one of ``METHODS``, or the configuration of a registered method as JSON.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETTINGS = {
 
 @dataclass(kw_only=True)
 class TwoPhases(Full):
-    """Adapts what a first phase found to move most."""
+    """Trains LoRA on the two modules of block 1 with the largest updates in a first phase of full fine-tuning."""
 
     def phases(self, base):
         found = yield Phase(Full(lr=1e-2), "search", steps=3)
@@ -44,7 +44,7 @@ class TwoPhases(Full):
 
 @dataclass(kw_only=True)
 class Growing(LoRA):
-    """Gains a component at a random module every second step, and looks at search rows between."""
+    """Adds a component to a random module every second step, and evaluates search rows before each step."""
 
     search_share: float = 0.3
 
@@ -72,7 +72,7 @@ class Growing(LoRA):
 
 @dataclass(kw_only=True)
 class Freezing(Full):
-    """Trains one block at a time, newly drawn every third step."""
+    """Freezes one of two blocks, resampled every third step."""
 
     def attach(self, model):
         super().attach(model)
@@ -100,9 +100,9 @@ def observers():
 
 
 def at_each_change(folder: Path, act: Callable[[int], None]) -> None:
-    """Call ``act`` with a running number where a kill leaves something new: amid every write and before every removal.
+    """Call ``act`` with a running number amid every write, and before every removal and new folder.
 
-    A hook on the interpreter's own events sees all of them, whoever writes.
+    An audit hook of the interpreter sees all of them, regardless of the code that writes.
     """
     count = 0
     inside = False
@@ -135,7 +135,7 @@ def at_each_change(folder: Path, act: Callable[[int], None]) -> None:
 
 def train(job, model, task) -> None:
     out = Path(job["out"])
-    if "copies" in job:  # what lies on the disk at a moment is what a kill at this moment would leave
+    if "copies" in job:  # a copy of the folder equals what a kill at the same moment would leave
 
         def copy(number: int) -> None:
             if out.exists():
@@ -144,7 +144,7 @@ def train(job, model, task) -> None:
         at_each_change(out, copy)
     if "kill at" in job:
         at_each_change(out, lambda number: number == job["kill at"] and os.kill(os.getpid(), signal.SIGKILL))
-    if "kill after" in job:  # amid the first write once such a file is there
+    if "kill after" in job:  # amid the first write after such a file exists
         at_each_change(out, lambda _: any(out.glob(job["kill after"])) and os.kill(os.getpid(), signal.SIGKILL))
     method = METHODS[job["method"]] if job["method"] in METHODS else from_config(json.loads(job["method"]))
     ls.train(model, task, method, observe=observers(), out=out, **SETTINGS)

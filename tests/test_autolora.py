@@ -750,7 +750,7 @@ def test_differences_of_narrow_weights_are_refused(dtype):
 
 
 def test_a_negative_rate_of_the_weights_is_refused(bert, task, tmp_path):
-    with pytest.raises(ValueError, match="lr=-1 must be a positive number"):
+    with pytest.raises(ValueError, match=r"lr .*got -1"):
         ls.train(models.load(bert, task=task), task, AutoLoRA(lr=-1), out=tmp_path / "run", **FAST)
 
 

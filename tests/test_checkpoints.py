@@ -1,4 +1,4 @@
-"""Killed, interrupted, out of space or with a damaged checkpoint: the same call gives the same run, bit for bit."""
+"""Tests of resuming after kills, Ctrl-C, full disks and damaged checkpoints: the same call gives the same run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from lorascope.training.session import Session
 from lorascope.training.state import load_tree, save_tree
 
 
-def never_taken_for_whole(folder: Path, whole: Path) -> None:
-    """A folder that opens and gives its table holds all that the finished one does."""
+def check_not_mistaken_for_finished(folder: Path, whole: Path) -> None:
+    """Check that a folder whose table opens has the same content as the finished run."""
     try:
         table = ls.load(folder).table
     except (ValueError, FileNotFoundError) as error:
@@ -40,24 +40,24 @@ def never_taken_for_whole(folder: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 7])
 @pytest.mark.parametrize("method", list(killing.METHODS))
-def test_whatever_lies_on_the_disk_at_any_moment_is_gone_on_from(method, every, forks, tmp_path):
-    """The disk is copied amid writes and before removals, every one or every 7th: what a kill there would leave."""
+def test_run_killed_at_any_change_of_its_folder_resumes_bitwise(method, every, forks, tmp_path):
+    """Copies of the folder amid (every 7th of) its writes and before removals equal what a kill would leave."""
     whole, copies = tmp_path / "whole", tmp_path / "copies"
     assert forks(method, whole, copies=copies) == 0
     moments = sorted(copies.iterdir())
     assert len(moments) > 10
-    # Each phase has the moments of a run; and AdaLoRA differs from the others in what it writes, not in when.
+    # Fewer moments where a run has more phases, or, as AdaLoRA, writes at the same moments as other methods.
     moments = moments[:: every * {"two phases": 2, "adalora": 4}.get(method, 1)]
     for copy in moments:
-        never_taken_for_whole(copy, whole)
+        check_not_mistaken_for_finished(copy, whole)
         assert forks(method, copy) == 0
         same(copy, whole)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["two phases", "growing", "adalora"])
-def test_killed_again_and_again(method, forks, tmp_path):
-    """SIGKILL itself: in the midst of a write, and at times drawn at random, until a call survives."""
+def test_run_killed_repeatedly_ends_bitwise_equal(method, forks, tmp_path):
+    """SIGKILL in the middle of writes and at random times, until a call completes."""
     whole, out = tmp_path / "whole", tmp_path / "out"
     start = time.monotonic()
     assert forks(method, whole) == 0
@@ -77,15 +77,15 @@ FAST = killing.SETTINGS | {"observe": killing.observers()}
 
 @pytest.fixture(scope="module")
 def whole(bert, task, tmp_path_factory) -> Path:
-    """A run that nobody disturbed."""
-    out = tmp_path_factory.mktemp("undisturbed") / "whole"
+    """Return the folder of a run that was not interrupted."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "whole"
     ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
     return out
 
 
 @pytest.fixture
 def at_step(monkeypatch):
-    """Make something happen once, at the beginning of a step of LoRA."""
+    """Return a function that schedules one call at the start of a step of LoRA."""
 
     def plan(index, act):
         waiting = [act]
@@ -105,11 +105,11 @@ def press() -> None:
 
 @pytest.mark.parametrize("index", [0, 2, 4])
 @pytest.mark.parametrize("fresh", [True, False], ids=["a fresh model", "the same module"])
-def test_ctrl_c_finishes_the_step_and_the_same_call_goes_on(index, fresh, whole, bert, task, tmp_path, at_step):
+def test_ctrl_c_finishes_the_step_and_the_same_call_resumes(index, fresh, whole, bert, task, tmp_path, at_step):
     out, model, method = tmp_path / "out", models.load(bert, task=task), killing.METHODS["lora"]
     at_step(index, press)
     before = signal.getsignal(signal.SIGINT)  # in a background job it is ignored
-    with pytest.raises(KeyboardInterrupt, match=f"stopped after step {index + 1} of 5; the same call goes on"):
+    with pytest.raises(KeyboardInterrupt, match=f"step {index + 1} of 5; .*the same call"):
         ls.train(model, task, method, out=out, **FAST)
     assert signal.getsignal(signal.SIGINT) is before
     assert [file.stem for file in out.glob("resume/step-*")] == [f"step-{index + 1:08d}"]
@@ -123,7 +123,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_call_goes_on(index, fresh, whole,
     same(out, whole)
 
 
-def test_a_second_ctrl_c_cuts_through(bert, whole, task, tmp_path, at_step):
+def test_second_ctrl_c_interrupts_at_once_and_the_run_resumes(bert, whole, task, tmp_path, at_step):
     out, method = tmp_path / "out", killing.METHODS["lora"]
     at_step(3, lambda: (press(), press()))
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -134,7 +134,7 @@ def test_a_second_ctrl_c_cuts_through(bert, whole, task, tmp_path, at_step):
 
 
 @pytest.mark.parametrize("write", range(0, 14, 2))
-def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(write, whole, bert, task, tmp_path, monkeypatch):
+def test_full_disk_raises_one_line_and_the_run_resumes(write, whole, bert, task, tmp_path, monkeypatch):
     out, method = tmp_path / "out", killing.METHODS["lora"]
     model = models.load(bert, task=task)
     left = [write]
@@ -151,13 +151,13 @@ def test_a_full_disk_is_one_line_and_costs_nothing_that_was_there(write, whole, 
     assert "\n" not in str(caught.value)
     assert caught.value.errno == errno.ENOSPC
     assert not list(out.rglob(".*"))
-    never_taken_for_whole(out, whole)
+    check_not_mistaken_for_finished(out, whole)
     ls.train(model, task, method, out=out, **FAST)
     same(out, whole)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one bit", "empty", "nonsense"])
-def test_a_damaged_checkpoint_is_told_and_not_used(damage, whole, bert, task, tmp_path, at_step):
+def test_damaged_checkpoint_warns_and_is_not_used(damage, whole, bert, task, tmp_path, at_step):
     out, method = tmp_path / "out", killing.METHODS["lora"]
     at_step(3, press)
     with pytest.raises(KeyboardInterrupt):
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_told_and_not_used(damage, whole, bert, task, tm
     file.write_bytes(wrong[damage])
     done = []
     at_step(0, lambda: done.append("from the beginning"))
-    with pytest.warns(UserWarning, match="step-00000004.*going on from an earlier step"):
+    with pytest.warns(UserWarning, match="step-00000004.*earlier step"):
         ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
     assert done
     same(out, whole)
@@ -177,7 +177,7 @@ def test_a_damaged_checkpoint_is_told_and_not_used(damage, whole, bert, task, tm
 
 @pytest.fixture
 def stopped(bert, task, tmp_path, at_step):
-    """A run that was stopped after its fourth step, and its one checkpoint."""
+    """Return the folder of a run that was stopped after its fourth step, and its only checkpoint."""
     out = tmp_path / "out"
     at_step(3, press)
     with pytest.raises(KeyboardInterrupt):
@@ -190,11 +190,11 @@ def stopped(bert, task, tmp_path, at_step):
     ("key", "value"),
     [("model", ...), ("table", ...), ("frozen", 3), ("seconds", "1"), ("finished", -1), ("best", {"step": 1})],
 )
-def test_forged_checkpoint_with_a_valid_checksum_is_not_used(key, value, stopped, whole, bert, task):
+def test_invalid_checkpoint_with_a_valid_checksum_warns_and_is_not_used(key, value, stopped, whole, bert, task):
     out, file = stopped
     tree = load_tree(file)
     save_tree(file, {name: part for name, part in (tree | {key: value}).items() if part is not ...})
-    with pytest.warns(UserWarning, match="step-00000004.*going on from an earlier step"):
+    with pytest.warns(UserWarning, match="step-00000004.*earlier step"):
         ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
     same(out, whole)
 
@@ -202,16 +202,16 @@ def test_forged_checkpoint_with_a_valid_checksum_is_not_used(key, value, stopped
 @pytest.mark.parametrize(
     "forged", [{"optimizer": {}}, {"optimizer": {"groups": 1, "state": {}}}, {"generators": {}}, {"observers": [1]}]
 )
-def test_checkpoint_that_does_not_fit_the_run_is_one_line(forged, stopped, bert, task):
+def test_checkpoint_that_does_not_fit_the_run_raises_one_line(forged, stopped, bert, task):
     out, file = stopped
     save_tree(file, load_tree(file) | forged)
-    with pytest.raises(ValueError, match="after step 4 does not fit this run") as caught:
+    with pytest.raises(ValueError, match="checkpoint of step 4") as caught:
         ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, **FAST)
     assert str(caught.value).isprintable()
 
 
-def test_the_best_state_of_lost_steps_is_lost_with_them(bert, task, tmp_path, at_step, monkeypatch):
-    """On another machine the steps after a checkpoint may find no better state; then the earlier one is the best."""
+def test_best_state_after_the_last_checkpoint_is_dropped_on_resume(bert, task, tmp_path, at_step, monkeypatch):
+    """On another machine, the repeated steps may find no better state; then the earlier one is the best."""
     out, method = tmp_path / "out", LoRA(rank=2)
     states = {}
     score, worse = Session._score, []
@@ -243,13 +243,13 @@ def test_the_best_state_of_lost_steps_is_lost_with_them(bert, task, tmp_path, at
         assert torch.equal(parameter, states[2][name]), name
 
 
-def test_a_folder_in_use_is_refused(bert, task, tmp_path):
+def test_folder_in_use_is_rejected(bert, task, tmp_path):
     with lock_run(tmp_path / "out"), pytest.raises(ValueError, match="is being trained by another process"):
         ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
     ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
 
 
-def test_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
+def test_error_for_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
     at_step(1, press)
     with pytest.raises(KeyboardInterrupt):
         ls.train(models.load(bert, task=task), task, killing.METHODS["two phases"], out=tmp_path / "out", **FAST)
@@ -258,14 +258,14 @@ def test_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at_step):
     assert ls.load(tmp_path / "out/1-search").finished
 
 
-def test_overwriting_begins_anew(whole, bert, task, tmp_path):
+def test_overwrite_replaces_the_run(whole, bert, task, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     run = ls.train(models.load(bert, task=task), task, killing.METHODS["lora"], out=out, overwrite=True, **FAST)
     assert run.finished
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_files_of_the_user_survive_overwriting_and_resuming(bert, task, tmp_path, at_step):
+def test_files_of_the_user_survive_overwrite_and_resume(bert, task, tmp_path, at_step):
     out, method = tmp_path / "out", killing.METHODS["lora"]
     at_step(3, press)
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Evaluation: against the model's own loss, and against the log-probabilities of whole responses."""
+"""Tests of evaluation against the model's own loss and the log-probabilities of full responses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAMILIES = ("bert", "gpt2", "llama", "t5", "bart")
 
 
 def sharp(family: str, **config) -> torch.nn.Module:
-    """A tiny model that is far from indifferent."""
+    """Return a tiny model whose predictions are far from uniform."""
     model = tiny(family, **config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,7 +33,7 @@ def encoded(task: tasks.Task, split: str = "train"):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_loss_is_the_models_own_over_any_batches(task, family):
+def test_loss_equals_the_models_own_for_any_batch_size(task, family):
     model = sharp(family)
     fitted = task.fit(model)
     rows = encoded(fitted)
@@ -42,11 +42,11 @@ def test_loss_is_the_models_own_over_any_batches(task, family):
         own = float(model(**batch).loss)
     for size in (1, 7, 64):
         assert evaluate(model, rows, limit=40, batch_size=size).loss == near(own, terms=TINY, growth=TEXT)
-    assert fitted.counted(batch) == evaluate(model, rows, limit=40).counts.sum()
+    assert fitted.count_targets(batch) == evaluate(model, rows, limit=40).counts.sum()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
-def test_loss_of_parts_weighted_by_what_they_count_is_the_loss_of_the_whole(family):
+def test_losses_of_micro_batches_weighted_by_targets_equal_the_loss_of_the_batch(family):
     rows = pd.DataFrame(
         {"prompt": [f"film {n}" for n in range(60)], "response": [" very" * (n % 5) + " fine" for n in range(60)]}
     )
@@ -56,20 +56,20 @@ def test_loss_of_parts_weighted_by_what_they_count_is_the_loss_of_the_whole(fami
     parts = [{key: value[start : start + 4] for key, value in batch.items()} for start in (0, 4, 8)]
     with torch.no_grad():
         whole = float(model(**batch).loss)
-        mean = sum(float(model(**part).loss) * task.counted(part) for part in parts) / task.counted(batch)
+        mean = sum(float(model(**part).loss) * task.count_targets(part) for part in parts) / task.count_targets(batch)
     assert mean == near(whole, terms=TINY, growth=TEXT)
 
 
 @pytest.mark.parametrize("labels", [("negative", "positive"), ("very boring", "very fine")])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
-def test_preferred_response_is_the_one_of_larger_probability(task, family, labels):
+def test_preferred_response_has_the_largest_probability(task, family, labels):
     model = sharp(family)
     table = task.table.replace({"label": dict(zip(task.labels, labels, strict=True))})
     fitted = tasks.from_frame(table[["text", "label"]]).fit(model)
     tokenizer = tiny_tokenizer()
     rows = fitted.split("test")
     score = evaluate(model, fitted.encode(tokenizer, rows), batch_size=5)
-    # Brute force: each response in full after each prompt, one by one and without padding.
+    # Brute force: the full log-probability of each response to each prompt, one at a time and without padding.
     for row in range(len(rows)):
         chances = []
         for label in fitted.labels:
@@ -79,7 +79,7 @@ def test_preferred_response_is_the_one_of_larger_probability(task, family, label
     assert 0 < score.metric < 1
 
 
-def test_classes_are_told_by_the_largest_logit(task):
+def test_predicted_class_has_the_largest_logit(task):
     model = sharp("bert")
     rows = encoded(task)
     score = evaluate(model, rows, batch_size=9)
@@ -92,7 +92,7 @@ def test_classes_are_told_by_the_largest_logit(task):
     assert 0 < score.metric < 1
 
 
-def test_groups_average_to_the_whole(task):
+def test_weighted_group_metrics_average_to_the_metric(task):
     score = evaluate(sharp("bert"), encoded(task, "test"))
     groups = task.split("test")["group"]
     assert list(score.groups) == ["film", "music"]
@@ -102,7 +102,7 @@ def test_groups_average_to_the_whole(task):
     assert sum(score.groups[name] * shares[name] for name in score.groups) == pytest.approx(score.metric)
 
 
-def test_perplexity_is_that_of_the_counted_tokens():
+def test_perplexity_averages_over_target_tokens():
     lines = pd.DataFrame(
         {"text": ["fine " * (1 + n % 6) + "film" * (n % 2) + f" {n}" for n in range(80)], "group": ["a", "b"] * 40}
     )
@@ -122,11 +122,11 @@ def test_perplexity_is_that_of_the_counted_tokens():
     assert score.counts.tolist() == counts
     assert score.metric == near(math.exp(sum(nll) / sum(counts)), terms=TINY, growth=TEXT * math.log(TINY))
     part = [number for number, group in enumerate(rows.groups) if group == "a"]
-    alone = math.exp(sum(nll[number] for number in part) / sum(counts[number] for number in part))
-    assert score.groups["a"] == near(alone, terms=TINY, growth=TEXT * math.log(TINY))
+    expected = math.exp(sum(nll[number] for number in part) / sum(counts[number] for number in part))
+    assert score.groups["a"] == near(expected, terms=TINY, growth=TEXT * math.log(TINY))
 
 
-def test_limit_takes_the_first_rows_in_their_order(task):
+def test_limit_evaluates_the_first_rows(task):
     model, rows = sharp("bert"), encoded(task)
     whole, part = evaluate(model, rows), evaluate(model, rows, limit=20)
     assert part.nll == near(whole.nll[:20], terms=TINY, growth=TEXT)
@@ -134,7 +134,7 @@ def test_limit_takes_the_first_rows_in_their_order(task):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_off_and_the_mode_is_put_back(task, training):
+def test_evaluation_disables_dropout_and_restores_the_mode(task, training):
     model = tiny("bert", hidden_dropout_prob=0.5).train(training)
     rows = encoded(task)
     state = torch.get_rng_state()
@@ -144,7 +144,7 @@ def test_dropout_is_off_and_the_mode_is_put_back(task, training):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_hopeless_loss_has_an_infinite_perplexity():
+def test_perplexity_of_a_huge_loss_is_infinite():
     lines = tasks.from_frame(pd.DataFrame({"text": [f"film {n}" for n in range(60)]}))
     model = tiny("gpt2")
     with torch.no_grad():

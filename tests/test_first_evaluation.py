@@ -1,4 +1,4 @@
-"""The evaluation before the first step: of the very start, never the best, and without a trace in the training."""
+"""Tests of the evaluation before the first step: it is never the best and does not change the training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FAST = {"steps": 3, "batch_size": 8, "eval_size": 16, "test_size": 16, "progress
 
 
 class BeforeTraining(observe.Observer):
-    """Evaluates the model as it is given at step 0, and as it is without its adapters."""
+    """Evaluates the model at step 0 with and without its adapters."""
 
     def config(self):
         return {"name": "BeforeTraining"}
@@ -36,9 +36,9 @@ class BeforeTraining(observe.Observer):
 
 
 @pytest.mark.parametrize("method", [FourierFT(alpha=1000), LoRA()], ids=["away from W_0", "at W_0"])
-def test_validation_begins_before_the_first_step(method, fresh_bert, task, tmp_path):
-    looks = [BeforeTraining()]
-    run = ls.train(fresh_bert, task, method, observe=looks, eval_every=2, out=tmp_path / "run", **FAST)
+def test_first_evaluation_is_before_the_first_step(method, fresh_bert, task, tmp_path):
+    observers = [BeforeTraining()]
+    run = ls.train(fresh_bert, task, method, observe=observers, eval_every=2, out=tmp_path / "run", **FAST)
     found = run.table[run.table["quantity"] == "eval_loss"].set_index("step")["value"]
     assert list(found.index) == sorted({0, *range(2, FAST["steps"] + 1, 2), FAST["steps"]})
     start, base = BeforeTraining.losses
@@ -46,20 +46,20 @@ def test_validation_begins_before_the_first_step(method, fresh_bert, task, tmp_p
     assert (abs(start - base) > 1e-4) == isinstance(method, FourierFT)
 
 
-def test_what_was_not_trained_is_never_the_best(fresh_bert, task, tmp_path):
-    """At a rate that ruins the model in the first steps."""
+def test_best_state_is_never_step_zero(fresh_bert, task, tmp_path):
+    """The learning rate ruins the model in the first steps."""
     run = ls.train(fresh_bert, task, Full(lr=10.0), eval_every=1, warmup=0, out=tmp_path / "run", **FAST)
     assert run.meta["states"]["best"]["step"] > 0
 
 
-def test_who_wants_the_end_alone_gets_it_alone(fresh_bert, task, tmp_path):
+def test_eval_every_zero_evaluates_only_after_the_last_step(fresh_bert, task, tmp_path):
     run = ls.train(fresh_bert, task, LoRA(), eval_every=0, out=tmp_path / "run", **FAST)
     assert run.table.query("quantity == 'eval_loss'")["step"].tolist() == [FAST["steps"]]
 
 
 @pytest.mark.parametrize("method", [HydraLoRA(gates_every=1), LISA(n_active=1)], ids=lambda m: m.name)
-def test_an_evaluation_before_training_alters_nothing(method, bert, task, tmp_path, monkeypatch):
-    """Against a session that does not evaluate at step 0."""
+def test_first_evaluation_does_not_change_the_training(method, bert, task, tmp_path, monkeypatch):
+    """Compared with a session that does not evaluate at step 0."""
     tables, weights = [], []
     whole = Session.evaluate
     for name in ("with", "without"):
@@ -68,8 +68,8 @@ def test_an_evaluation_before_training_alters_nothing(method, bert, task, tmp_pa
         model = models.load(bert, task=task)
         run = ls.train(model, task, method, eval_every=1, out=tmp_path / name, **FAST)
         table = run.table.astype(str)
-        begun = (table["step"] == "0") & table["quantity"].str.startswith("eval")
-        table = table[(table["quantity"] != "seconds") & ~begun]
+        first = (table["step"] == "0") & table["quantity"].str.startswith("eval")
+        table = table[(table["quantity"] != "seconds") & ~first]
         tables.append(table.reset_index(drop=True))
         weights.append(model.state_dict())
     assert tables[0].equals(tables[1])

@@ -1,4 +1,4 @@
-"""Every method on the first blocks of a real decoder and real text; the oracle is in ``cells``."""
+"""One run of every method on the first blocks of a real decoder and real text; the oracle is in ``cells``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lorascope.inputs import models, tasks
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-BLOCKS = 2  # as many as the tiny models of ``families`` have
-# A rate that a trained model bears; its embedding of 28 million weights is not factored, which takes long.
+BLOCKS = 2  # the same number as in the tiny models of ``families``
+# Learning rates that suit a trained model. Adapprox does not factor its embedding of 28 million weights: too slow.
 OWN = {
     "full": {"lr": 1e-3},
     "lisa": {"lr": 1e-3},
@@ -29,20 +29,20 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def smollm2():
-    """The first blocks of SmolLM2, and four hundred sentences as prompts."""
-    rows = tasks.load("sentiment").table.iloc[::48]  # sorted by hash, by which splits are drawn
+    """Return the first blocks of SmolLM2, and four hundred sentences."""
+    rows = tasks.load("sentiment").table.iloc[::48]  # sorted by the hash that defines the splits
     task = tasks.from_frame(rows[["text", "label", "group"]], "sentences")
     return models.load("smollm2", blocks=BLOCKS), task
 
 
 @pytest.mark.parametrize("method", list(METHODS))
-def test_a_method_on_smollm2(method, smollm2, tmp_path):
+def test_method_on_smollm2(method, smollm2, tmp_path):
     settings = {"batch_size": 2, "eval_size": 6, "test_size": 6, "max_length": 24}
     check("llama", method, *smollm2, tmp_path / "run", replace(METHODS[method], **OWN.get(method, {})), **settings)
-    shutil.rmtree(tmp_path / "run")  # a whole model twice, where all of it trains
+    shutil.rmtree(tmp_path / "run")  # a fully trained model is stored there twice
 
 
-def test_the_pictures_of_the_whole_model_are_drawn_from_such_runs(smollm2, tmp_path, monkeypatch):
+def test_figures_script_of_the_full_model_draws_small_runs(smollm2, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "figures")
     drawing = importlib.import_module("smollm2")
     small = {"batch_size": 2, "eval_every": 0, "eval_size": 6, "test_size": 6, "max_length": 24}
@@ -56,8 +56,8 @@ def test_the_pictures_of_the_whole_model_are_drawn_from_such_runs(smollm2, tmp_p
 
     assert len(starts(drawing.ONE_A)) == 1
     assert len(starts(drawing.OWN_A)) == 4
-    pictures = drawing.draw(found)
+    charts = drawing.draw(found)
     page = (Path(drawing.__file__).parents[1] / "docs" / "smollm2.md").read_text(encoding="utf-8")
-    assert re.findall(r"figures/(smollm2-\w+)\.png", page) == list(pictures)
-    for chart in pictures.values():
-        assert drawing.save(chart, tmp_path / "picture.png", "page").stat().st_size > 10_000
+    assert re.findall(r"figures/(smollm2-\w+)\.png", page) == list(charts)
+    for chart in charts.values():
+        assert drawing.save(chart, tmp_path / "chart.png", "page").stat().st_size > 10_000

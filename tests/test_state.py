@@ -1,4 +1,4 @@
-"""What a checkpoint keeps comes back as it was: every kind of value, optimizers, generators."""
+"""Round trips through checkpoint files: all kinds of values, tensors, optimizers and random generators."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lorascope.training.state import (
 )
 
 
-def back(tree, tmp_path):
+def round_trip(tree, tmp_path):
     save_tree(tmp_path / "tree.safetensors", tree)
     return load_tree(tmp_path / "tree.safetensors")
 
@@ -38,14 +38,14 @@ PLAIN = {
 }
 
 
-def test_plain_values(tmp_path):
-    found = back(PLAIN, tmp_path)
+def test_plain_values_survive_a_round_trip(tmp_path):
+    found = round_trip(PLAIN, tmp_path)
     assert found == PLAIN
     assert [type(key) for key in found] == [str, str, str, str, int]
     assert type(found["a tuple"]) is type(found["a tuple"][1]) is tuple
     assert [type(key) for key in found[7]] == [str, tuple, type(None), bool]
-    assert np.isnan(back({"loss": float("nan")}, tmp_path)["loss"])
-    assert back([np.float32(0.1), np.int64(3), np.bool_(True)], tmp_path) == [float(np.float32(0.1)), 3, True]
+    assert np.isnan(round_trip({"loss": float("nan")}, tmp_path)["loss"])
+    assert round_trip([np.float32(0.1), np.int64(3), np.bool_(True)], tmp_path) == [float(np.float32(0.1)), 3, True]
 
 
 DTYPES = [
@@ -56,19 +56,19 @@ DTYPES = [
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0, 3), (2, 3, 4)])
-def test_tensors_of_every_dtype_and_shape(dtype, shape, tmp_path):
+def test_tensors_of_every_dtype_and_shape_survive_a_round_trip(dtype, shape, tmp_path):
     tensor = (torch.randn(shape) * 3).to(dtype)
-    found = back({"t": tensor}, tmp_path)["t"]
+    found = round_trip({"t": tensor}, tmp_path)["t"]
     assert (found.dtype, found.shape) == (dtype, tensor.shape)
     assert torch.equal(found, tensor)
 
 
-def test_special_tensors(tmp_path):
+def test_shared_sliced_and_nonfinite_tensors_survive_a_round_trip(tmp_path):
     shared = torch.randn(4, 4)
     parameter = nn.Parameter(torch.randn(2))
     tree = {"a": shared, "b": shared, "transposed": shared.T, "slice": shared[:, 1:3], "parameter": parameter}
     tree |= {"nan": torch.tensor([float("nan"), float("-inf"), -0.0])}
-    found = back(tree, tmp_path)
+    found = round_trip(tree, tmp_path)
     for name, tensor in tree.items():
         assert torch.equal(found[name].view(torch.int32), tensor.detach().contiguous().view(torch.int32)), name
     assert not found["parameter"].requires_grad
@@ -76,16 +76,18 @@ def test_special_tensors(tmp_path):
     assert torch.equal(found["b"], shared)
 
 
-def test_paths_that_read_alike_are_kept_apart(tmp_path):
+def test_keys_with_the_same_path_stay_distinct(tmp_path):
     one, two, three = torch.ones(1), 2 * torch.ones(1), 3 * torch.ones(1)
-    found = back({"a": {"b": one}, "a/b": two, 1: {"x": three}, "1": {"x": one}}, tmp_path)
+    found = round_trip({"a": {"b": one}, "a/b": two, 1: {"x": three}, "1": {"x": one}}, tmp_path)
     assert [found["a"]["b"], found["a/b"], found[1]["x"], found["1"]["x"]] == [one, two, three, one]
 
 
 @pytest.mark.parametrize("dtype", ["f8", "f4", "f2", "i8", "u1", "?", "u2", "u4", "u8"])
-def test_arrays(dtype, tmp_path):
+def test_arrays_survive_a_round_trip(dtype, tmp_path):
     array = np.arange(6).reshape(2, 3).astype(dtype)
-    found = back({"array": array, "fortran": np.asfortranarray(array), "scalar": array[1, 1:2].reshape(())}, tmp_path)
+    found = round_trip(
+        {"array": array, "fortran": np.asfortranarray(array), "scalar": array[1, 1:2].reshape(())}, tmp_path
+    )
     for name, expected in (("array", array), ("fortran", array), ("scalar", array[1, 1])):
         assert found[name].dtype == array.dtype
         np.testing.assert_array_equal(found[name], expected)
@@ -93,17 +95,17 @@ def test_arrays(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["PCG64", "MT19937", "Philox", "SFC64"])
-def test_numpy_generators_go_on(bits, tmp_path):
+def test_numpy_generators_continue_after_a_round_trip(bits, tmp_path):
     generator = np.random.Generator(getattr(np.random, bits)(3))
     generator.normal(size=5)
-    found = back([generator], tmp_path)[0]
+    found = round_trip([generator], tmp_path)[0]
     np.testing.assert_array_equal(found.normal(size=9), generator.normal(size=9))
 
 
-def test_torch_generators_go_on(tmp_path):
+def test_torch_generators_continue_after_a_round_trip(tmp_path):
     generator = torch.Generator().manual_seed(5)
-    torch.randn(3, generator=generator)  # an odd number: half of a pair of normal numbers waits inside
-    found = back({"g": generator}, tmp_path)["g"]
+    torch.randn(3, generator=generator)  # an odd number, so that the generator stores half of a pair of normal numbers
+    found = round_trip({"g": generator}, tmp_path)["g"]
     assert torch.equal(torch.randn(9, generator=found), torch.randn(9, generator=generator))
 
 
@@ -111,10 +113,10 @@ def draws():
     return torch.randn(3).tolist(), np.random.normal(size=3).tolist(), random.gauss(0, 1), random.random()
 
 
-def test_global_generators_go_on(tmp_path):
+def test_global_generators_continue_after_a_round_trip(tmp_path):
     with seed_generators(11):
         first = draws()
-        stored = back(generators_state(), tmp_path)
+        stored = round_trip(generators_state(), tmp_path)
         expected = draws()
         draws()
         load_generators_state(stored)
@@ -123,18 +125,18 @@ def test_global_generators_go_on(tmp_path):
         assert draws() == first
 
 
-def test_what_cannot_be_kept_is_named(tmp_path):
-    with pytest.raises(TypeError, match="deep/er holds a set, which a run folder cannot keep"):
+def test_saving_an_unsupported_value_names_its_path(tmp_path):
+    with pytest.raises(TypeError, match=r"deep/er.* set"):
         save_tree(tmp_path / "tree.safetensors", {"deep": {"er": {1, 2}}})
     assert not list(tmp_path.iterdir())
 
 
-def test_tensors_lie_under_their_names(tmp_path):
-    back({"model": {"layer.weight": torch.ones(2)}, "plain": torch.zeros(1), "list": [torch.ones(1)]}, tmp_path)
+def test_tensors_are_stored_under_their_paths(tmp_path):
+    round_trip({"model": {"layer.weight": torch.ones(2)}, "plain": torch.zeros(1), "list": [torch.ones(1)]}, tmp_path)
     assert set(load_file(tmp_path / "tree.safetensors")) == {"model/layer.weight", "plain", "list/0"}
 
 
-def test_the_same_tree_is_the_same_file(tmp_path):
+def test_equal_trees_give_equal_files(tmp_path):
     tree = PLAIN | {str(number): torch.full((2,), float(number)) for number in range(20)}
     files = []
     for name in ("a", "b"):
@@ -144,25 +146,25 @@ def test_the_same_tree_is_the_same_file(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["header", "tensor", "end"])
-def test_a_changed_file_is_refused(place, tmp_path):
+def test_changed_file_is_rejected(place, tmp_path):
     path = tmp_path / "tree.safetensors"
     save_tree(path, {"text": "abc", "t": torch.arange(100.0)})
     data = bytearray(path.read_bytes())
     where = {"header": data.index(b"abc"), "tensor": len(data) - 200, "end": len(data) - 1}[place]
     data[where] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"tree\.safetensors does not match its own checksum"):
+    with pytest.raises(ValueError, match=r"tree\.safetensors.*checksum"):
         load_tree(path)
     path.write_bytes(data[:-4])
-    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"tree\.safetensors as safetensors"):
         load_tree(path)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
-def test_an_optimizer_goes_on_in_another_process(kind, tmp_path):
-    """bfloat16 weights with float32 state beside them: ``load_state_dict`` would cast one to the other."""
+def test_optimizer_continues_after_a_round_trip(kind, tmp_path):
+    """The weights are bfloat16 and the state is float32: ``load_state_dict`` would cast it."""
 
-    def begin():
+    def build():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)).to(torch.bfloat16)
         groups = [{"params": model[0].parameters(), "lr": 0.1, "name": "adapter"}, {"params": model[1].parameters()}]
@@ -173,15 +175,15 @@ def test_an_optimizer_goes_on_in_another_process(kind, tmp_path):
         model(torch.full((1, 4), float(number), dtype=torch.bfloat16)).square().sum().backward()
         optimizer.step()
 
-    model, optimizer = begin()
+    model, optimizer = build()
     for number in range(3):
         step(model, optimizer, number)
     for parameter, state in optimizer.state.items():
         state["wide"] = torch.randn(parameter.shape)
     optimizer.param_groups[0]["lr"] = 0.05
     tree = {"model": dict(model.state_dict()), "optimizer": optimizer_state(model, optimizer)}
-    stored = back(tree, tmp_path)
-    other, continued = begin()
+    stored = round_trip(tree, tmp_path)
+    other, continued = build()
     other.load_state_dict(stored["model"])
     load_optimizer_state(other, continued, stored["optimizer"])
     assert [group["lr"] for group in continued.param_groups] == [0.05, 0.01]
@@ -196,7 +198,7 @@ def test_an_optimizer_goes_on_in_another_process(kind, tmp_path):
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_a_process_that_only_restores_knows_the_methods(bert, task, tmp_path):
+def test_process_that_only_restores_finds_the_registered_methods(bert, task, tmp_path):
     ls.train(bert, task, ls.LoRA(), steps=1, batch_size=4, out=tmp_path / "run", progress=False, eval_size=8)
     code = (
         "import lorascope as ls\n"

@@ -1,4 +1,4 @@
-"""Locales, closed and full output streams, and Ctrl-C, each in a process of its own."""
+"""Locales, closed and full output streams, and Ctrl-C, each tested in a separate process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from test_loading import write_run
 from lorascope.runs.run import Run
 
 LABEL = "LoRA, Größe τ"
-# Neither C.UTF-8 nor UTF-8 mode, which Python would else choose in the locale C.
+# Disable C.UTF-8 and UTF-8 mode, which Python otherwise chooses in the locale C.
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWARNDEFAULTENCODING": "1"}
 
 IN_A_LOCALE = """
@@ -41,7 +41,7 @@ main()
 """
 
 
-def test_every_locale_reads_writes_and_prints_what_is_not_ascii(tmp_path: Path) -> None:
+def test_ascii_locale_reads_writes_and_prints_non_ascii_text(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "Größe", label=LABEL)
     commands = [
         ["inspect", "RUN"],
@@ -68,13 +68,13 @@ def test_every_locale_reads_writes_and_prints_what_is_not_ascii(tmp_path: Path) 
 def lorascope(
     *words: str, stdout: object = subprocess.PIPE, stderr: object = subprocess.PIPE, close: str = ""
 ) -> tuple[int, bytes, bytes]:
-    """Exit code, output and errors of a command line; ``close`` is of the shell, such as ``>&-``."""
+    """Return exit code, output and errors of a command line; ``close`` is a redirection such as ``>&-``."""
     command = ["sh", "-c", f'exec "$@" {close}', "sh", sys.executable, "-m", "lorascope.cli", *words]
     done = subprocess.run(command, stdout=stdout, stderr=stderr, check=False)
     return done.returncode, done.stdout or b"", done.stderr or b""
 
 
-def test_a_closed_output_is_no_failure() -> None:
+def test_closed_output_does_not_fail() -> None:
     assert lorascope("--version", close=">&-") == (0, b"", b"")
     assert lorascope("--version", close=">&- 2>&- <&-") == (0, b"", b"")
     code, out, err = lorascope("no-such-command", close="2>&-")
@@ -82,7 +82,7 @@ def test_a_closed_output_is_no_failure() -> None:
 
 
 @pytest.mark.parametrize("words", ["--help", "inspect --help"])
-def test_a_pipe_that_nobody_reads_is_no_failure(words: str) -> None:
+def test_pipe_without_a_reader_does_not_fail(words: str) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     assert lorascope(*words.split(), stdout=writer) == (0, b"", b"")
@@ -92,7 +92,7 @@ def test_a_pipe_that_nobody_reads_is_no_failure(words: str) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_cannot_be_written_is_one_line_and_a_failure() -> None:
+def test_unwritable_output_fails_with_one_line() -> None:
     with open("/dev/full", "wb") as full:
         code, _, err = lorascope("--help", stdout=full)
         assert (code, err.count(b"\n")) == (1, 1)
@@ -101,7 +101,7 @@ def test_output_that_cannot_be_written_is_one_line_and_a_failure() -> None:
         assert lorascope("no-such-command", stdout=full, stderr=full)[0] == 2
 
 
-def test_a_closed_stream_lends_its_number_to_no_file(tmp_path: Path) -> None:
+def test_closed_stream_number_is_not_reused_for_a_file(tmp_path: Path) -> None:
     code = (
         "import sys; from lorascope.cli.main import main; sys.argv[1:] = ['--version']; main()\n"
         "with open('number', 'w') as file: print(file.fileno(), file=file)"
@@ -134,7 +134,7 @@ if when == "at the end":
     atexit.register(press)
 if when == "as the line is printed":
     failed = cli._report_failure
-    cli._report_failure = lambda *told: (failed(*told), press())
+    cli._report_failure = lambda *failure: (failed(*failure), press())
 sys.modules["lorascope.cli.waiting"] = types.SimpleNamespace(main=work)
 cli.COMMANDS["wait"] = cli.Command("waiting", "")
 sys.argv = ["lorascope", "wait"]
@@ -143,6 +143,6 @@ sys.exit(cli.main())
 
 
 @pytest.mark.parametrize("second", ["never", "in the cleanup", "as the line is printed", "at the end"])
-def test_ctrl_c_and_a_second_one_are_one_line(second: str) -> None:
+def test_ctrl_c_once_or_twice_prints_one_line(second: str) -> None:
     done = subprocess.run([sys.executable, "-c", INTERRUPTED, second], capture_output=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"lorascope: stopped\n")

@@ -80,7 +80,7 @@ def test_a_note_counts_beginnings_without_an_end(tmp_path):
     file = tmp_path / "0.json"
     assert read_progress(file) == {}
     ProgressFile(file)
-    assert ProgressFile(file).told["begun"] == read_progress(file)["begun"] == 2
+    assert ProgressFile(file).content["begun"] == read_progress(file)["begun"] == 2
     train_a_little(file, 3)
     told = read_progress(file)
     assert (told["begun"], told["step"], told["total"], told["phase"]) == (0, 5, 9, "search")

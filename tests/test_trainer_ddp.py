@@ -1,4 +1,4 @@
-"""Two processes under DDP: one writes, and they train what one process trains."""
+"""Tests of DDP: two processes train the same weights as one, and only the first writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def trained(bert, task, tmp_path_factory) -> tuple[Path, Path]:
-    """Folders of the methods, trained by two processes and by one."""
+    """Return the folders of the methods, trained by two processes and by one."""
     root = tmp_path_factory.mktemp("ddp")
     model = fresh(bert, task)
     model.save_pretrained(root / "model")
@@ -38,17 +38,17 @@ def trained(bert, task, tmp_path_factory) -> tuple[Path, Path]:
     return root / "two", root / "one"
 
 
-@pytest.mark.parametrize("name", [*METHODS, "alone"])
-def test_two_processes_train_and_record_what_one_does(name, trained):
-    bound = rounding(terms=TINY, growth=40 * TEXT)  # gradients that largely cancel, over Adam's steps
+@pytest.mark.parametrize("name", [*METHODS, "recorder only"])
+def test_two_processes_train_and_record_the_same_as_one(name, trained):
+    bound = rounding(terms=TINY, growth=40 * TEXT)  # of gradients that largely cancel, over the steps of Adam
     two, one = (folder / name for folder in trained)
     first, second = (load_file(two / f"rank-{rank}.safetensors") for rank in (0, 1))
-    alone = load_file(one / "rank-0.safetensors")
+    single = load_file(one / "rank-0.safetensors")
     for key, weight in first.items():
         assert torch.equal(weight, second[key]), key
-        # A bias of the keys has a gradient of rounding alone, which Adam makes as large as any other.
+        # The gradient of a key bias is only rounding noise, which Adam scales to the size of any other.
         atol = STEPS * 1e-2 if key.endswith("key.bias") else 1e-5
-        torch.testing.assert_close(weight, alone[key], rtol=bound, atol=atol)
+        torch.testing.assert_close(weight, single[key], rtol=bound, atol=atol)
     runs = [ls.load(folder / "lorascope") for folder in (two, one)]
     assert all(run.finished for run in runs)
     assert sorted(path.name for path in two.iterdir() if path.is_dir()) == ["lorascope"]
@@ -60,7 +60,7 @@ def test_two_processes_train_and_record_what_one_does(name, trained):
     assert [run.meta["settings"]["batch_size"] for run in runs] == [ROWS, ROWS]
 
 
-def test_two_processes_are_not_disturbed(trained):
+def test_recorder_does_not_change_the_weights_of_two_processes(trained):
     two, _ = trained
-    seen, unseen = (load_file(two / name / "rank-0.safetensors") for name in ("alone", "unseen"))
-    assert all(torch.equal(seen[key], unseen[key]) for key in seen)
+    recorded, plain = (load_file(two / name / "rank-0.safetensors") for name in ("recorder only", "no recorder"))
+    assert all(torch.equal(recorded[key], plain[key]) for key in recorded)

@@ -1,4 +1,4 @@
-"""A recorder beside transformers' Trainer: it changes nothing, tells the truth, and goes on where the Trainer does."""
+"""Tests of the recorder of a Trainer: it changes no weights, records correct values, and resumes with the Trainer."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def last(run, quantity, module):
 
 
 @pytest.mark.parametrize("make", [fresh, with_lora], ids=["full", "peft"])
-def test_weights_are_the_same_to_the_bit_with_it_and_without(make, bert, task, rows, tmp_path):
+def test_weights_are_bitwise_equal_with_and_without_the_recorder(make, bert, task, rows, tmp_path):
     one, other = make(bert, task), make(bert, task)
     settings = {"max_grad_norm": 0.1, "accumulate": 2, "weight_decay": 0.1}
     by_trainer(one, rows, tmp_path / "without", **settings)
@@ -70,7 +70,7 @@ def test_weights_are_the_same_to_the_bit_with_it_and_without(make, bert, task, r
     assert run.meta["settings"]["batch_size"] == ROWS
 
 
-def test_neurons_are_not_chosen_by_a_run_that_tells_no_base(bert, task, rows, tmp_path):
+def test_neft_rejects_a_reference_run_without_the_hash_of_its_base(bert, task, rows, tmp_path):
     by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(), max_steps=1)
     with pytest.raises(
         ValueError, match="recorded under a Trainer, which does not tell at what weights it began: give"
@@ -78,7 +78,7 @@ def test_neurons_are_not_chosen_by_a_run_that_tells_no_base(bert, task, rows, tm
         ls.NeFT(num_neurons=3, reference=tmp_path / "lorascope").prepare()
 
 
-def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):
+def test_records_of_peft_layers_equal_their_deltas(bert, task, rows, tmp_path):
     model = with_lora(bert, task)
     head = model.base_model.model.classifier.modules_to_save["default"].weight
     before = head.detach().clone()
@@ -99,7 +99,7 @@ def test_peft_layers_are_read_as_deltas_reads_them(bert, task, rows, tmp_path):
     assert run.meta["labels"] == list(task.labels)
 
 
-def test_a_start_of_peft_that_is_not_zero_is_taken_off_or_told_to_be_lost(bert, task, rows, tmp_path):
+def test_nonzero_initial_update_of_peft_is_subtracted_or_reported_as_missing(bert, task, rows, tmp_path):
     model = with_lora(bert, task, init_lora_weights=False)
     first = {name: update.dense() for name, update in delta.deltas(model) if hasattr(update, "B")}
     for folder, observers in (("kept", NORMS), ("lost", NORMS[:1])):
@@ -121,7 +121,7 @@ EXPORTED = {
 
 
 @pytest.mark.parametrize("config", EXPORTED.values(), ids=EXPORTED)
-def test_what_peft_trained_is_exported_with_its_head(config, bert, task, rows, tmp_path, monkeypatch):
+def test_run_of_peft_is_exported_with_its_head(config, bert, task, rows, tmp_path, monkeypatch):
     model = with_peft(bert, task, config)
     by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(), learning_rate=0.05)
     run = ls.load(tmp_path / "lorascope")
@@ -133,19 +133,19 @@ def test_what_peft_trained_is_exported_with_its_head(config, bert, task, rows, t
         assert again[module].dense() == near(update.dense(), terms=3 + 1)
     assert distance(model.eval(), fresh(bert, task)) > 1e-3
     assert distance(model, by_the_card(out, monkeypatch)) < rounding(terms=TINY)
-    with pytest.raises(ValueError, match=r"was trained by PEFT, which loads it: ls\.export\.to_peft"):
+    with pytest.raises(ValueError, match=r"PEFT trained it.*ls\.export\.to_peft"):
         run.restore(fresh(bert, task))
 
 
-def test_a_bias_beside_an_adapter_is_not_exported(bert, task, rows, tmp_path):
+def test_export_of_a_trained_bias_of_an_adapted_module_raises(bert, task, rows, tmp_path):
     by_trainer(with_lora(bert, task, bias="lora_only"), rows, tmp_path, recorder=ls.TrainerRecorder(), max_steps=1)
     with pytest.raises(ValueError, match=r"trained the bias of .*query beside its adapter") as caught:
         ls.export.to_peft(ls.load(tmp_path / "lorascope"), tmp_path / "adapter")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("quantised", [False, True])
-def test_worked_numbers_of_a_peft_layer(quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_norms_of_a_peft_layer_equal_a_worked_example(quantized):
     """W_0 = [[1, 0, 0], [0, 1, 0]], B = (1, 2)^T, A = (2, 0, 1), scale 2: |dW| 10, |W_0 + dW| 10.48809."""
     model = nn.Sequential()
     model.q = nn.Linear(3, 2, bias=False)
@@ -153,7 +153,7 @@ def test_worked_numbers_of_a_peft_layer(quantised):
     peft.inject_adapter_in_model(peft.LoraConfig(r=1, lora_alpha=2, target_modules=["q"]), model)
     model.q.lora_A["default"].weight.data = torch.tensor([[2.0, 0.0, 1.0]])
     model.q.lora_B["default"].weight.data = torch.tensor([[1.0], [2.0]])
-    if quantised:  # packed, as in a model of four bits
+    if quantized:  # packed, as in a 4-bit model
         model.q.base_layer.weight = nn.Parameter(torch.ones(3, 1, dtype=torch.uint8), requires_grad=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
     step = method_callback.step_of(model, optimizer, Base(model), module_table.describe(model))
@@ -162,12 +162,12 @@ def test_worked_numbers_of_a_peft_layer(quantised):
     assert found["update_norm"] == pytest.approx(10.0)
     assert found["adapter_norm"] == pytest.approx(math.sqrt(10))
     assert found["rank"] == 1
-    assert found["weight_norm"] == pytest.approx(math.nan if quantised else math.sqrt(110), nan_ok=True)
-    assert ("relative_update" in found) is not quantised
+    assert found["weight_norm"] == pytest.approx(math.nan if quantized else math.sqrt(110), nan_ok=True)
+    assert ("relative_update" in found) is not quantized
 
 
 class Packed(nn.Module):
-    """A linear layer that keeps no weight as a parameter, like those of GPTQ and AWQ."""
+    """Linear layer without a weight parameter, like those of GPTQ and AWQ."""
 
     def __init__(self, host):
         super().__init__()
@@ -184,7 +184,7 @@ CONVOLUTION = "vit.embeddings.patch_embeddings.projection"
 def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
     config = peft.LoraConfig(r=3, target_modules=["projection", "q_proj"])
     with seed_generators(0), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT knows what is packed only by the libraries that pack
+        warnings.simplefilter("ignore")  # PEFT only recognizes packed layers of the libraries that pack them
         model = peft.get_peft_model(tiny("vit"), config)
         attention = next(module for module in model.modules() if hasattr(module, "k_proj"))
         attention.k_proj = GPTQLoraLinear(Packed(attention.k_proj), "default", config=config, r=3, lora_alpha=6)
@@ -207,25 +207,25 @@ def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
         assert product.norm() > 0
     assert run.factors()[CONVOLUTION]["A"].shape == (3, 3 * 8 * 8)
     assert last(run, "relative_update", CONVOLUTION) > 0
-    told = run.table[run.table["quantity"] == "relative_update"]["module"].unique()
+    with_weight_norm = run.table[run.table["quantity"] == "relative_update"]["module"].unique()
     blocks = [name for name in run.modules["module"] if packed.startswith(f"{name}.")]
     assert blocks
-    assert not {packed, *blocks} & set(told)  # nobody knows how large what is packed was
+    assert not {packed, *blocks} & set(with_weight_norm)  # the norm of packed weights is unknown
     assert set(run.summary()["module"]) >= {CONVOLUTION, packed}
     assert run.meta["task_kind"] == "image"
     with pytest.raises(ValueError, match=r"a Conv2d, whose update is kept as a matrix.* folder that PEFT saved"):
         ls.export.to_peft(run, tmp_path / "export")
 
 
-def test_an_adapter_whose_update_is_no_matrix_is_left_out_with_a_line(bert, task, rows, tmp_path):
+def test_adapter_whose_update_is_not_a_matrix_is_skipped_with_a_warning(bert, task, rows, tmp_path):
     config = peft.LNTuningConfig(task_type="SEQ_CLS", target_modules=["LayerNorm"])
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT has not heard of its own norms
+        warnings.simplefilter("ignore")  # PEFT warns that LayerNorm is not supported
         models_ = [peft.get_peft_model(fresh(bert, task), config) for _ in range(2)]
-    line = r"not recorded: the adapter of bert\.embeddings\.LayerNorm, a LayerNorm, .* no matrix; nor 4 more"
+    line = r"adapter of bert\.embeddings\.LayerNorm, a LayerNorm, and 4 more"
     with pytest.warns(UserWarning, match=line) as caught:
         by_trainer(models_[0], rows, tmp_path / "with", recorder=ls.TrainerRecorder(observe=NORMS))
-    assert sum("not recorded" in str(each.message) for each in caught) == 1
+    assert sum("cannot record" in str(each.message) for each in caught) == 1
     by_trainer(models_[1], rows, tmp_path / "without")
     same_weights(*models_)
     run = ls.load(tmp_path / "with/lorascope")
@@ -234,35 +234,35 @@ def test_an_adapter_whose_update_is_no_matrix_is_left_out_with_a_line(bert, task
     assert "unused" not in [finding.cause for finding in ls.diagnose(run)]
 
 
-def test_an_adapter_that_peft_cannot_merge_is_left_out(tmp_path):
+def test_adapter_that_peft_cannot_merge_is_skipped_with_a_warning(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], alora_invocation_tokens=[3])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(tiny("llama"), config)
     text = torch.tensor([5, 6, 3, 7, 8])
     rows = [{"input_ids": text, "attention_mask": torch.ones_like(text), "labels": text} for _ in range(2 * ROWS)]
-    with pytest.warns(UserWarning, match=r"not recorded: the adapter of .*q_proj, a Linear"):
+    with pytest.warns(UserWarning, match=r"cannot record the adapter of .*q_proj, a Linear"):
         by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS))
     run = ls.load(tmp_path / "lorascope")
     assert run.finished
     assert not run.ranks()
 
 
-def test_what_an_optimizer_holds_and_does_not_train_is_no_part_of_the_state(bert, task, rows, tmp_path):
+def test_frozen_parameters_of_the_optimizer_are_not_saved(bert, task, rows, tmp_path):
     model = with_lora(bert, task)
     next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).requires_grad_(False)
     everything = torch.optim.AdamW(model.parameters(), lr=1e-3)
     by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS), optimizer=everything)
     run = ls.load(tmp_path / "lorascope")
-    held = load_file(run.path / "state/last.safetensors")
-    assert {name.rpartition(".")[0] for name in held} == {"classifier"}
+    saved = load_file(run.path / "state/last.safetensors")
+    assert {name.rpartition(".")[0] for name in saved} == {"classifier"}
     assert run.meta["parameters"]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
     loaded = ls.load(ls.export.to_peft(run, tmp_path / "export"))
     for name, update in run.updates().items():
         assert loaded.updates()[name].dense() == near(update.dense(), terms=3 + 1)
 
 
-def test_a_task_that_export_does_not_know_is_refused_and_not_guessed(bert, task, rows, tmp_path):
+def test_export_of_an_unsupported_task_type_raises(bert, task, rows, tmp_path):
     model = with_lora(bert, task)
     model.peft_config["default"].task_type = "TOKEN_CLS"
     by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS))
@@ -271,7 +271,7 @@ def test_a_task_that_export_does_not_know_is_refused_and_not_guessed(bert, task,
 
 
 class Meanwhile(TrainerCallback):
-    """Does something after a step."""
+    """Callback that calls a function after a step."""
 
     def __init__(self, step, act):
         self.step, self.act = step, act
@@ -281,11 +281,11 @@ class Meanwhile(TrainerCallback):
             return self.act(control)
 
 
-def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tmp_path, monkeypatch):
+def test_run_can_be_read_during_training_and_is_broken_after_an_error(bert, task, rows, tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder, "FLUSH_SECONDS", 0.0)
     seen = []
 
-    def look(_):
+    def read(_):
         run = ls.load(tmp_path / "out/lorascope")
         seen.append((run.meta["status"], run.table["step"].max(), run.snapshot_steps(NAME)))
 
@@ -294,7 +294,7 @@ def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tm
 
     method = {"method": METHODS["lora"], "recorder": ls.TrainerRecorder(observe=NORMS)}
     with pytest.raises(RuntimeError, match="out of memory"):
-        by_trainer(fresh(bert, task), rows, tmp_path / "out", **method, others=[Meanwhile(3, look), Meanwhile(4, stop)])
+        by_trainer(fresh(bert, task), rows, tmp_path / "out", **method, others=[Meanwhile(3, read), Meanwhile(4, stop)])
     assert seen == [("running", 3, [])]
     method["recorder"]._recording.mark_interrupted()
     run = ls.load(tmp_path / "out/lorascope")
@@ -307,7 +307,7 @@ def test_a_running_one_can_be_read_and_a_broken_one_says_so(bert, task, rows, tm
 NAME = "bert.encoder.layer.0.attention.self.query/singular_values"
 
 
-def test_what_is_forgotten_is_broken(bert, task, rows, tmp_path):
+def test_run_of_a_deleted_recorder_is_broken(bert, task, rows, tmp_path):
     def stop(_):
         raise RuntimeError("no more")
 
@@ -322,7 +322,7 @@ def test_what_is_forgotten_is_broken(bert, task, rows, tmp_path):
     assert ls.load(tmp_path / "lorascope").meta["status"] == "broken"
 
 
-def test_a_finished_folder_is_moved_aside(bert, task, rows, tmp_path):
+def test_finished_run_is_moved_aside_and_other_files_raise(bert, task, rows, tmp_path):
     ids = []
     for _ in range(2):
         by_trainer(fresh(bert, task), rows, tmp_path, METHODS["lora"], recorder=ls.TrainerRecorder(), max_steps=2)
@@ -331,13 +331,13 @@ def test_a_finished_folder_is_moved_aside(bert, task, rows, tmp_path):
     assert ls.load(tmp_path / f"lorascope-{ids[0]}").id == ids[0]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep me")
-    with pytest.raises(ValueError, match="is not empty and holds no run: give another folder"):
+    with pytest.raises(ValueError, match=r"mine.*no run"):
         by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(tmp_path / "mine"))
 
 
 @pytest.mark.parametrize("name", [n if n == "adalora" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
-def test_a_resumed_training_ends_as_one_that_never_stopped(name, bert, task, rows, tmp_path):
-    """What is gone on with is a fresh model, with a head and factors of other draws."""
+def test_resumed_training_ends_as_one_without_interruption(name, bert, task, rows, tmp_path):
+    """It resumes with a fresh model whose head and factors have other random values."""
     settings = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 5}
 
     def run(resume=None):
@@ -359,8 +359,8 @@ def test_a_resumed_training_ends_as_one_that_never_stopped(name, bert, task, row
 
 
 @pytest.mark.parametrize("name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("full", "adalora")), "peft"])
-def test_what_broke_off_beyond_its_checkpoint_goes_on_there(name, bert, task, rows, tmp_path):
-    """Rows and snapshots of the steps beyond, which are done a second time, are there once."""
+def test_training_interrupted_after_its_checkpoint_resumes_without_duplicates(name, bert, task, rows, tmp_path):
+    """Steps after the checkpoint run twice, but have their rows and snapshots once."""
     make = with_lora if name == "peft" else fresh
     observe = [ls.observe.norms(every=1), ls.observe.factors(every=2)]
 
@@ -373,7 +373,7 @@ def test_what_broke_off_beyond_its_checkpoint_goes_on_there(name, bert, task, ro
         by_trainer(make(bert, task), rows, tmp_path / out, METHODS.get(name), **own)
 
     train("whole")
-    train("broken", max_steps=1)  # what lies there before is another run
+    train("broken", max_steps=1)  # leaves another run in the folder
     with pytest.raises(RuntimeError, match="out of memory") as caught:
         train("broken", others=[Meanwhile(5, stop)])
     caught.value.__traceback__ = None
@@ -396,7 +396,7 @@ def test_what_broke_off_beyond_its_checkpoint_goes_on_there(name, bert, task, ro
     assert len(list((tmp_path / "broken").glob("lorascope*"))) == 2
 
 
-def test_peft_and_full_training_are_resumed(bert, task, rows, tmp_path):
+def test_resumed_peft_and_full_training_have_the_same_records(bert, task, rows, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     for make in (fresh, with_lora):
         out = tmp_path / make.__name__
@@ -409,10 +409,10 @@ def test_peft_and_full_training_are_resumed(bert, task, rows, tmp_path):
         same_rows(*tables, but=["seconds", "factor_seconds"])
 
 
-def test_a_checkpoint_that_it_does_not_know_is_refused(bert, task, rows, tmp_path):
+def test_resume_from_a_checkpoint_without_the_recorders_file_raises(bert, task, rows, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 3}
     by_trainer(fresh(bert, task), rows, tmp_path, METHODS["lora"], **settings)
-    with pytest.raises(ValueError, match=r"goes on at step 3, but there is no .*checkpoint-3/lorascope-recorder"):
+    with pytest.raises(ValueError, match=r"step 3: .*checkpoint-3/lorascope-recorder"):
         by_trainer(
             fresh(bert, task),
             rows,
@@ -423,7 +423,7 @@ def test_a_checkpoint_that_it_does_not_know_is_refused(bert, task, rows, tmp_pat
         )
 
 
-def test_training_that_stops_early_keeps_its_last_state(bert, task, rows, tmp_path):
+def test_training_that_stops_early_saves_its_last_state(bert, task, rows, tmp_path):
     def stop(control):
         control.should_training_stop = True
 
@@ -437,7 +437,7 @@ def test_training_that_stops_early_keeps_its_last_state(bert, task, rows, tmp_pa
     assert last(run, "stable_rank", "classifier") >= 1 - 1e-9
 
 
-def test_evaluation_is_recorded(bert, task, rows, tmp_path):
+def test_evaluation_of_the_trainer_is_recorded(bert, task, rows, tmp_path):
     evaluated = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "accuracy"}
     by_trainer(
         fresh(bert, task),
@@ -453,13 +453,13 @@ def test_evaluation_is_recorded(bert, task, rows, tmp_path):
     assert table[table["quantity"] == "eval_metric"]["value"].between(0, 1).all()
 
 
-def test_observers_of_held_out_text_are_refused(bert, task, rows, tmp_path):
-    with pytest.raises(ValueError, match="held-out text of its own is not to be had under a Trainer") as caught:
+def test_observer_of_held_out_text_is_rejected(bert, task, rows, tmp_path):
+    with pytest.raises(ValueError, match="held-out text under a Trainer") as caught:
         by_trainer(fresh(bert, task), rows, tmp_path, recorder=ls.TrainerRecorder(observe=[ls.observe.neurons()]))
     assert "\n" not in str(caught.value)
 
 
-def test_the_order_of_callbacks_does_not_matter(bert, task, rows, tmp_path):
+def test_records_do_not_depend_on_the_order_of_callbacks(bert, task, rows, tmp_path):
     tables = []
     for first in (True, False):
         recorder = ls.TrainerRecorder(tmp_path / str(first), observe=NORMS)
@@ -469,7 +469,7 @@ def test_the_order_of_callbacks_does_not_matter(bert, task, rows, tmp_path):
     same_rows(*tables, but=["seconds", "factor_seconds"])
 
 
-def test_generators_are_left_alone(bert, task, rows, tmp_path):
+def test_recorder_does_not_change_the_global_generators(bert, task, rows, tmp_path):
     states = []
     for recorder in (None, ls.TrainerRecorder(observe=NORMS)):
         model = fresh(bert, task)
@@ -479,8 +479,8 @@ def test_generators_are_left_alone(bert, task, rows, tmp_path):
     assert states[0][1] == states[1][1]
 
 
-def test_a_folder_that_cannot_be_written_for_a_while_ends_no_training(bert, task, rows, tmp_path, monkeypatch):
-    """All that was recorded meanwhile is there in the end, and the weights are those of an undisturbed training."""
+def test_full_disk_for_some_steps_loses_no_records(bert, task, rows, tmp_path, monkeypatch):
+    """Training continues with one warning; records and weights equal those of a training without the outage."""
     observe = [ls.observe.norms(every=1), ls.observe.factors(every=2)]
     whole = with_lora(bert, task)
     by_trainer(whole, rows, tmp_path / "whole", recorder=ls.TrainerRecorder(observe=observe))
@@ -495,9 +495,9 @@ def test_a_folder_that_cannot_be_written_for_a_while_ends_no_training(bert, task
     monkeypatch.setattr(os, "fsync", fail)
     others = [Meanwhile(1, lambda _: away.append("full")), Meanwhile(4, lambda _: away.clear())]
     model = with_lora(bert, task)
-    with pytest.warns(UserWarning, match=r"No space left .*kept in memory") as told:
+    with pytest.warns(UserWarning, match=r"No space left .*kept in memory") as warned:
         by_trainer(model, rows, tmp_path / "out", recorder=ls.TrainerRecorder(observe=observe), others=others)
-    assert len(told) == 1
+    assert len(warned) == 1
     same_weights(whole, model)
     run, undisturbed = ls.load(tmp_path / "out/lorascope"), ls.load(tmp_path / "whole/lorascope")
     assert run.finished
@@ -507,7 +507,7 @@ def test_a_folder_that_cannot_be_written_for_a_while_ends_no_training(bert, task
 
 
 class Freeing(TrainerCallback):
-    """Makes room after the last step."""
+    """Callback that ends the outage after the last step."""
 
     def __init__(self, away):
         self.away = away
@@ -517,7 +517,7 @@ class Freeing(TrainerCallback):
             self.away.clear()
 
 
-def test_a_last_state_that_cannot_be_written_leaves_a_broken_run_and_the_training_alone(
+def test_final_state_that_cannot_be_written_leaves_a_broken_run_without_stopping_training(
     bert, task, rows, tmp_path, monkeypatch
 ):
     sync, away = os.fsync, []

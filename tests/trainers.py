@@ -1,4 +1,4 @@
-"""One tiny classifier under the Trainer, on the very batches that ``train`` takes."""
+"""A tiny classifier under the Trainer, trained on the same batches as by ``train``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorascope.training.state import seed_generators
 STEPS, ROWS = 6, 8
 IN, OUT = "bert.encoder.layer.0.intermediate.dense", "bert.encoder.layer.1.output.dense"
 
-# All that the Trainer can drive; sizes at which something happens within six steps of a model of width 32.
+# All methods that work under a Trainer, with sizes at which they act within six steps of a model of width 32.
 METHODS = {
     "full": ls.Full(lr=1e-3, head_lr=1e-2),
     "lora": ls.LoRA(rank=4, lr=1e-2, head_lr=1e-2),
@@ -34,7 +34,7 @@ METHODS = {
 
 @dataclass(kw_only=True)
 class Batches(Observer):
-    """Keeps the batches of the latest run."""
+    """Observer that stores the batches of the latest run."""
 
     kept: ClassVar[list[dict[str, torch.Tensor]]] = []
 
@@ -54,7 +54,7 @@ def without_dropout(model):
 
 
 def by_train(folder: str, task, method, out: Path, **settings: Any):
-    """The model trained by ``train``, its run, and the rows it saw, in order."""
+    """Return a model trained by ``train``, its run, and its training rows in order."""
     model = without_dropout(models.load(folder, task=task))
     own = {"steps": STEPS, "batch_size": ROWS, "warmup": 0, "eval_every": 0, "progress": False, "device": "cpu"}
     run = ls.train(model, task, method, out=out, observe=[Batches(), ls.observe.norms(every=2)], **own | settings)
@@ -63,14 +63,14 @@ def by_train(folder: str, task, method, out: Path, **settings: Any):
 
 
 def fresh(folder: str, task):
-    """The model as ``train`` begins with it, its head drawn from the seed 0."""
+    """Return the model at the start of ``train``, with a head drawn from seed 0."""
     model = without_dropout(models.load(folder, task=task))
     prepare_model(model, task.fit(model), 0)
     return model
 
 
 def arguments(out: Path, accumulate: int = 1, **settings: Any) -> TrainingArguments:
-    """Arguments under which the Trainer does what ``train`` does by default."""
+    """Return arguments with which the Trainer does the same as ``train`` by default."""
     own = {
         "max_steps": STEPS,
         "per_device_train_batch_size": ROWS // accumulate,
@@ -106,7 +106,7 @@ def by_trainer(
     optimizer=None,
     **settings,
 ):
-    """Train a model by the Trainer, under a method or by itself."""
+    """Train a model with the Trainer, with or without a method; return the Trainer."""
     with seed_generators(draw):
         kwargs: dict[str, Any] = {"callbacks": []} if method is None else ls.trainer_kwargs(method, model, clip=clip)
     recorders = [recorder] if recorder else []
@@ -129,7 +129,7 @@ def by_trainer(
 
 
 def same_weights(one, other):
-    """Every parameter of two models is equal, bit for bit."""
+    """Check that the parameters of two models are bitwise equal."""
     left, right = dict(one.named_parameters()), dict(other.named_parameters())
     assert left.keys() == right.keys()
     for name, parameter in left.items():
@@ -137,7 +137,7 @@ def same_weights(one, other):
 
 
 def same_rows(one, other, but):
-    """Two tables have the same rows, bit for bit, but for some quantities and the run's id."""
+    """Check that two tables have bitwise equal rows, except for some quantities and the run id."""
     tables = []
     for table in (one, other):
         kept = table[~table["quantity"].isin(but)].drop(columns="run")

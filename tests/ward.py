@@ -1,4 +1,4 @@
-"""What the doctor's faults start from: a tiny model, the rows it learns, and ways to train and to save it."""
+"""Base of the doctor's test cases: a tiny model, its training rows, and functions to train and save it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETTINGS = {"steps": 6, "batch_size": ROWS, "eval_every": 0, "test_size": 16, "p
 
 
 class Bench:
-    """What every fault starts from."""
+    """Model folder, task and output folder of one test case."""
 
     def __init__(self, bert: str, gpt2: str, task: Any, out: Path) -> None:
         self.folder, self.gpt2, self.task, self.out = bert, gpt2, task, out
@@ -27,7 +27,7 @@ class Bench:
         self.rows = [{key: value[i] for key, value in batch.items()} for i in range(6 * ROWS)]
 
     def peft(self, config: Any = None, **options: Any) -> Any:
-        """A PEFT model, by default a LoRA of rank 4 on query and value."""
+        """Return a PEFT model, by default with LoRA of rank 4 on query and value."""
         own = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
         with seed_generators(0), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -35,12 +35,12 @@ class Bench:
             return peft.get_peft_model(fresh(self.folder, self.task), config)
 
     def trained(self, model: Any, **settings: Any) -> ls.Run:
-        """The run of a Trainer, recorded."""
+        """Train a model with the Trainer and return the recorded run."""
         by_trainer(model, self.rows, self.out, recorder=ls.TrainerRecorder(), **settings)
         return ls.load(self.out / "lorascope")
 
     def saved(self, model: Any, base: bool = False) -> ls.Run:
-        """The adapter as a folder."""
+        """Save the adapter, optionally with its base model, and load it as a run."""
         model.save_pretrained(self.out / "adapter")
         if not base:
             return ls.load(self.out / "adapter")
@@ -48,12 +48,12 @@ class Bench:
         return ls.load(self.out / "adapter", self.out / "base")
 
     def by_train(self, method: Any, **settings: Any) -> ls.Run:
-        """A run of ``train``."""
+        """Return a run of ``train``."""
         return ls.train(fresh(self.folder, self.task), self.task, method, out=self.out / "run", **SETTINGS | settings)
 
 
 class Allocating(TrainerCallback):
-    """Calls PEFT's allocator where it has to be called."""
+    """Callback that calls PEFT's AdaLoRA allocator after each optimizer step."""
 
     def on_optimizer_step(self, args, state, control, model=None, **trainer):
         model.base_model.update_and_allocate(state.global_step)

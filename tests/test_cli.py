@@ -180,7 +180,7 @@ def test_train_then_inspect_then_plot(
     told = json.loads(out)
     assert (code, told["id"], told["status"], told["path"]) == (0, trained.id, "done", "run")
     assert told["test"]["metric"] == trained.meta["test"]["metric"]
-    assert "run holds" in complaint(capsys, "train", "lora", *common, "-o", "run")
+    assert trained.id in complaint(capsys, "train", "lora", *common, "-o", "run")
 
     code, out, _ = run(capsys, "inspect", "run")
     assert code == 0

@@ -150,9 +150,9 @@ def test_weights_sharded_by_fsdp_are_rejected(tmp_path):
         wrapped = FullyShardedDataParallel(first, use_orig_params=True, device_id=torch.device("cpu"))
         given = {"optimizer": torch.optim.SGD(wrapped.parameters())}
         for each in (wrapped, first):
-            with pytest.raises(ValueError, match=r"sharded 0\.weight"):
+            with pytest.raises(ValueError, match=r"sharded .*0\.weight"):
                 method_callback.reject_sharded(each, given["optimizer"])
-            with pytest.raises(ValueError, match=r"sharded 0\.weight"):
+            with pytest.raises(ValueError, match=r"sharded .*0\.weight"):
                 ls.TrainerRecorder(tmp_path).on_train_begin(
                     arguments(tmp_path), TrainerState(), TrainerControl(), model=each, **given
                 )

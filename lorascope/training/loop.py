@@ -250,7 +250,7 @@ def _reset(model: nn.Module, base: Base) -> None:
 
 
 def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
-    """Yield the method's phases and send it the last of ``runs``, which the caller appends to, after each."""
+    """Yield the phases of a method; after each, send it the last of ``runs``, to which the caller appends."""
     generator = method.phases(base)
     try:
         yield next(generator)

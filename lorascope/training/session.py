@@ -184,7 +184,7 @@ class Session:
         return clip_gradients(self.optimizer, self.settings.clip)
 
     def evaluate(self) -> Score | None:
-        """Evaluate on the validation split if the step is due, and save the state if it is the best so far.
+        """Evaluate on the validation split if the step is due; mark the best step so far and save its state.
 
         Step 0 is never the best, because nothing was trained. Returns None between evaluations.
         """
@@ -236,7 +236,8 @@ class Session:
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
                 f"cannot resume from the checkpoint of step {checkpoint.finished} in "
-                f"{printable(self.checkpoints.folder)}: {printable(error)}; remove it to resume from an earlier step"
+                f"{printable(self.checkpoints.folder)}: it does not fit this run ({printable(error)}); remove it to "
+                "resume from an earlier step"
             ) from error
         self.writer.begin(table)
         return self.step.finished

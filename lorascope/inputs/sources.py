@@ -167,7 +167,8 @@ def read_hub(name: str) -> pd.DataFrame:
 def _canonical(part: Any) -> pd.DataFrame:
     """Return one split under lorascope's column names, with class names instead of class numbers.
 
-    Its columns are image, or text and pair (the first two text columns), and label and group if they exist.
+    A split with prompt and response is returned unchanged. Otherwise the columns are image or text, and label and group
+    if they exist. Without a column of that name, the first two columns of texts become text and pair.
     """
     kinds, rows = part.features, part.to_pandas()
     if {"prompt", "response"} <= kinds.keys():

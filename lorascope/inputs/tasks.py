@@ -192,7 +192,7 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
         A column or label is invalid, or a split would be empty.
     """
     if rows.empty:
-        raise ValueError(f"cannot make a task of {name}: it has no rows")
+        raise ValueError(f"cannot make a task from {name}: it has no rows")
     rows = rows.rename(columns={"domain": "group"})
     if twice := rows.columns[rows.columns.duplicated()].tolist():
         raise ValueError(f"duplicate column {twice[0]!r} in {name} (domain is an alias of group)")

@@ -170,14 +170,14 @@ def encode_pairs(
 
 
 def _find_choices(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], seq2seq: bool) -> Choices:
-    """Find the position at which the responses differ; at the first difference, all must differ from each other."""
+    """Find the first position at which the responses differ; no two may have the same token there."""
     candidates = tokenizer(list(labels))["input_ids"] if seq2seq else _token_ids(tokenizer, [f" {x}" for x in labels])
     common = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*candidates, strict=False))
     offset = len(list(common))
     tokens = [ids[offset] if offset < len(ids) else None for ids in candidates]
     if len(set(tokens)) < len(tokens) or None in tokens:
         raise ValueError(
-            f"labels must all differ in the first token after their common ones, got {', '.join(labels)}: rename them"
+            f"labels must differ in the first token after their common beginning, got {', '.join(labels)}: rename them"
         )
     return Choices(np.array(tokens), offset, numbers(rows, labels))
 

@@ -78,7 +78,7 @@ def train(
     batch_size : int
         Rows per optimizer step.
     schedule : {"linear", "cosine", "constant"}
-        Learning rate schedule after the warm-up.
+        Learning rate schedule after the linear warm-up: linear or cosine decay to zero, or constant.
     warmup : float
         Length of the warm-up: a fraction of all steps if below 1, else a number of steps.
     clip : float or None
@@ -88,7 +88,7 @@ def train(
     accumulate : int
         Number of equal micro-batches per batch, to save memory.
     precision : {"fp32", "bf16"}
-        Precision of the forward pass; bf16 uses autocast, and the weights keep their dtype.
+        Precision of the forward pass: fp32, or bf16 by autocast, in which the weights keep their dtype.
     eval_every : int, optional
         Steps between evaluations on the validation split, the first before training. By default a fifth of the run; 0
         evaluates only after the last step.

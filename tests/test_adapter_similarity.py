@@ -1,4 +1,4 @@
-"""Adapters compared: every number against dense matrices, whatever the rank and method, and however factored."""
+"""Comparison of adapters: every number is checked against dense matrices, for any rank, method and factorization."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]
 
 
 def drawn(seed: int, ranks: Mapping[str, int]) -> Factors:
-    """B and A of random modules."""
+    """Return random B and A of each module."""
     draw = np.random.default_rng(seed)
     return {m: (draw.standard_normal((SHAPE[0], r)), draw.standard_normal((r, SHAPE[1]))) for m, r in ranks.items()}
 
 
 def write(folder: Path, factors: Factors, alpha: float = 2.0) -> Path:
-    """A folder of LoRA with the ranks of its factors."""
+    """Write a LoRA folder whose rank pattern matches the factors."""
     tensors = {
         f"{PREFIX}{module}.lora_{name}.weight": np.ascontiguousarray(array, "f4")
         for module, (B, A) in factors.items()
@@ -56,25 +56,25 @@ RANKS = {
 
 @pytest.fixture
 def three(tmp_path: Path) -> dict[str, AdapterRun]:
-    """Adapters of different ranks that share some modules."""
+    """Return adapters of different ranks that share some modules."""
     return {name: load(write(tmp_path / name, drawn(ord(name), ranks))) for name, ranks in RANKS.items()}
 
 
 def whole(run: AdapterRun) -> np.ndarray:
-    """The update of all modules as one vector."""
+    """Return the update of all modules as one vector."""
     updates = run.updates()
     names = sorted({module for ranks in RANKS.values() for module in ranks})
     return np.concatenate([(updates[n].dense() if n in updates else np.zeros(SHAPE)).ravel() for n in names])
 
 
 def angle(one: np.ndarray, other: np.ndarray, k: int) -> float:
-    """Mean principal angle of the first k singular vectors of two matrices, on both sides."""
+    """Compute the mean principal angle of the first k singular vectors of two matrices, on both sides."""
     (U1, _, V1), (U2, _, V2) = np.linalg.svd(one), np.linalg.svd(other)
     cosines = [U1[:, :k].T @ U2[:, :k], V1[:k] @ V2[:k].T]
     return float(np.mean([np.degrees(np.arccos(np.linalg.svd(c, compute_uv=False))) for c in cosines]))
 
 
-def test_the_matrix_is_that_of_dense_vectors(three: dict[str, AdapterRun]) -> None:
+def test_matrix_matches_dense_vectors(three: dict[str, AdapterRun]) -> None:
     shared = adapter_similarity.modules(three)
     table = adapter_similarity.matrix(three, shared).set_index(["one", "other"])
     for one in three:
@@ -95,9 +95,9 @@ def test_the_matrix_is_that_of_dense_vectors(three: dict[str, AdapterRun]) -> No
     assert table.loc[("a", "c"), "cosine"] == 0
 
 
-def test_allocations_differ_by_what_would_have_to_move(three: dict[str, AdapterRun]) -> None:
+def test_moved_fractions_match_hand_computed_ones(three: dict[str, AdapterRun]) -> None:
     table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
-    # a: thirds in q0, v0, q1; b: 6, 2 and 4 twelfths in q0, q1, v1
+    # Adapter a has a third of its rank in each of q0, v0, q1; adapter b has 6, 2 and 4 twelfths in q0, q1, v1.
     assert table.loc[("a", "b"), "rank_moved"] == pytest.approx((1 / 6 + 1 / 3 + 1 / 6 + 1 / 3) / 2)
     assert table.loc[("a", "c"), ["rank_moved", "energy_moved"]].tolist() == pytest.approx([1, 1])
     assert table.loc[("b", "b"), ["rank_moved", "energy_moved"]].tolist() == pytest.approx([0, 0])
@@ -107,7 +107,7 @@ def test_allocations_differ_by_what_would_have_to_move(three: dict[str, AdapterR
     assert table.loc[("a", "b"), "energy_moved"] == pytest.approx(moved)
 
 
-def test_another_factoring_changes_nothing(tmp_path: Path, three: dict[str, AdapterRun]) -> None:
+def test_comparison_does_not_depend_on_the_factorization(tmp_path: Path, three: dict[str, AdapterRun]) -> None:
     factors, draw = drawn(ord("b"), RANKS["b"]), np.random.default_rng(9)
     gauges = {module: draw.standard_normal((len(A), len(A))) for module, (_, A) in factors.items()}
     again = {module: (B @ gauges[module], np.linalg.solve(gauges[module], A)) for module, (B, A) in factors.items()}
@@ -121,7 +121,7 @@ def test_another_factoring_changes_nothing(tmp_path: Path, three: dict[str, Adap
     assert row["angle"] == pytest.approx(0, abs=1e-2)
 
 
-def test_products_of_all_kinds_are_those_of_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inner_of_all_update_kinds_matches_dense_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     thin = [LowRank(draw.standard_normal((20, r)), draw.standard_normal((r, 12)), 0.5) for r in (2, 5)]
     places = np.stack([draw.permutation(20)[:9], draw.permutation(12)[:9]])
@@ -138,7 +138,7 @@ def test_products_of_all_kinds_are_those_of_matrices(monkeypatch: pytest.MonkeyP
             assert adapter_similarity.inner(one, other) == pytest.approx(np.vdot(first, second))
 
 
-def test_zero_and_nan_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
+def test_zero_and_nan_updates_are_compared_where_defined(tmp_path: Path) -> None:
     factors = drawn(0, RANKS["a"])
     spoiled = dict(factors) | {LAYER(0, "q"): (np.full((20, 3), np.nan), factors[LAYER(0, "q")][1])}
     none = {module: (0 * B, A) for module, (B, A) in factors.items()}
@@ -153,24 +153,23 @@ def test_zero_and_nan_are_compared_as_far_as_they_go(tmp_path: Path) -> None:
     assert table.loc[("x", "z"), ["norm_ratio", "cosine", "angle"]].isna().all()
 
 
-def test_adapters_of_two_models_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_adapters_of_two_models_raise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a, c = (write(tmp_path / name, drawn(0, RANKS["c"])) for name in "ac")
     write(c, {LAYER(1, "v"): (np.ones((8, 1)), np.ones((1, 8)))})
     assert main(["inspect", str(a), str(c)]) == 2
-    assert "model.layers.1.self_attn.v_proj is (20, 12) in a and (8, 8) in c: they are not on one model" in (
-        capsys.readouterr().err
-    )
+    assert "model.layers.1.self_attn.v_proj is (20, 12) in a and (8, 8) in c" in capsys.readouterr().err
     assert main(["inspect", str(a), str(a)]) == 2
     assert "was given twice: give each once" in capsys.readouterr().err
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run ``lorascope inspect`` and return what it prints."""
     assert main(["inspect", *map(str, words)]) == 0
     return capsys.readouterr().out
 
 
-def test_the_screen(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
-    shown = told(capsys, *(run.path for run in three.values())).splitlines()
+def test_inspect_prints_the_matrix(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = printed(capsys, *(run.path for run in three.values())).splitlines()
     table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
     assert [line.split()[:3] for line in shown[1:4]] == [["a", "a", "LoRA"], ["b", "b", "LoRA"], ["c", "c", "LoRA"]]
     assert shown[5].split("  ")[0] == "|dW|, row over column"
@@ -185,34 +184,38 @@ def test_the_screen(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("count", [2, 6, 7, 15])
-def test_any_number_fits_into_eighty_columns(tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_any_number_of_adapters_fits_80_columns(
+    tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
     long = "an-adapter-with-a-name-that-somebody-made-of-all-its-settings"
     paths = [write(tmp_path / f"{long}-{n}", drawn(n, {LAYER(0, "q"): 2}), alpha=10.0**n) for n in range(count)]
-    shown = told(capsys, *paths).splitlines()
+    shown = printed(capsys, *paths).splitlines()
     assert max(map(len, shown)) <= 80
     assert len({line[0] for line in shown[1 : count + 1]}) == count
 
 
-def test_json_and_csv(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_as_json_and_csv_has_all_comparisons(
+    three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = [run.path for run in three.values()]
-    items = json.loads(told(capsys, *paths, "--json"))
+    items = json.loads(printed(capsys, *paths, "--json"))
     assert [item["name"] for item in items] == ["a", "b", "c"]
     assert [row["other"] for row in items[1]["compared"]] == ["a", "c"]
     assert items[0]["compared"][1]["angle"] is None
     assert [row["module"] for row in items[0]["compared_modules"]] == [LAYER(0, "q"), LAYER(1, "q")]
-    table = pd.read_csv(io.StringIO(told(capsys, *paths, "--csv")))
+    table = pd.read_csv(io.StringIO(printed(capsys, *paths, "--csv")))
     assert table["module"].isna().sum() == 9
     assert set(table["module"].dropna()) == {LAYER(0, "q"), LAYER(1, "q"), LAYER(1, "v")}
 
 
-def test_two_folders_of_one_name_are_told_apart_by_their_paths(
+def test_labels_of_folders_with_the_same_name_are_their_paths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [write(tmp_path / name / "final", drawn(0, RANKS["c"])) for name in "xy"]
-    assert [item["label"] for item in json.loads(told(capsys, *paths, "--json"))] == list(map(str, paths))
+    assert [item["label"] for item in json.loads(printed(capsys, *paths, "--json"))] == list(map(str, paths))
 
 
-def test_the_figure_holds_the_matrix(three: dict[str, AdapterRun]) -> None:
+def test_figure_shows_the_matrix(three: dict[str, AdapterRun]) -> None:
     charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
     table = adapter_similarity.matrix(three, adapter_similarity.modules(three))
     ratio, cosine, angles, moved = charts
@@ -225,7 +228,9 @@ def test_the_figure_holds_the_matrix(three: dict[str, AdapterRun]) -> None:
         plots.adapter_pairs(three["a"])
 
 
-def test_what_changes_the_reading_stands_below(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_lists_notes_on_special_adapters_below_the_matrix(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     factors = drawn(0, RANKS["a"])
     plain, bare = (write(tmp_path / name, factors) for name in ("plain", "bare"))
     write_json(bare / CONFIG, {"peft_type": "LORA", "r": 3})
@@ -233,7 +238,7 @@ def test_what_changes_the_reading_stands_below(tmp_path: Path, capsys: pytest.Ca
     spoiled = {LAYER(0, "q"): (np.full((20, 3), np.nan), factors[LAYER(0, "q")][1])}
     broken = write(tmp_path / "broken", dict(factors) | spoiled)
     empty = write(tmp_path / "empty", {module: (0 * B, A) for module, (B, A) in factors.items()})
-    shown = told(capsys, plain, bare, broken, empty).splitlines()
+    shown = printed(capsys, plain, bare, broken, empty).splitlines()
     assert max(map(len, shown)) <= 80
     below = " ".join(" ".join(shown[shown.index("", 6) :]).split())
     assert (
@@ -242,6 +247,6 @@ def test_what_changes_the_reading_stands_below(tmp_path: Path, capsys: pytest.Ca
     assert f"c 1 of 3 modules holds NaN or infinity: {LAYER(0, 'q')}" in below
     assert "d all 3 modules untouched" in below
     assert not any(line.startswith("a ") for line in shown[-6:])
-    assert "untouched" not in told(capsys, plain, bare)
+    assert "untouched" not in printed(capsys, plain, bare)
     write_hydra(tmp_path / "hydra")
-    assert "depend on their input" in told(capsys, tmp_path / "hydra", plain)
+    assert "depend on their input" in printed(capsys, tmp_path / "hydra", plain)

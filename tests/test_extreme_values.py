@@ -1,4 +1,4 @@
-"""Values near the ends of float64 in cells and figures."""
+"""Values near the limits of float64 in table cells and figures."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ COLUMNS = {
         format_value,
     ],
 )
-def test_cells_stay_short(cell, value) -> None:
+def test_cells_of_extreme_values_are_short(cell, value) -> None:
     assert 1 <= len(cell(float(value))) <= 10
 
 
 @pytest.mark.parametrize("largest", [5e-324, 1.0, 1e308])
-def test_a_norm_is_one_character(largest: float) -> None:
+def test_glyph_of_a_norm_is_one_character(largest: float) -> None:
     for blocks in (False, True):
         style = Style(blocks)
         assert style.glyph(largest, largest) == style.scale[-1]
@@ -50,14 +50,14 @@ def test_a_norm_is_one_character(largest: float) -> None:
     assert terminal._largest_finite([[None, math.nan, math.inf], [largest, 0.0]]) == largest
 
 
-def test_values_that_cannot_be_drawn_are_left_out() -> None:
+def test_to_floats_replaces_values_that_cannot_be_drawn() -> None:
     found = to_floats(pd.Series([1e308, -1e308, np.inf, 1e200, 1e-200, 5e-324, -5e-324, -2.0]))
     np.testing.assert_array_equal(found, [np.nan, np.nan, np.nan, 1e200, 1e-200, 0.0, 0.0, -2.0])
 
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", COLUMNS.values(), ids=COLUMNS)
-def test_both_renderers_draw_any_column(values: list[float], log: bool) -> None:
+def test_both_renderers_draw_extreme_values(values: list[float], log: bool) -> None:
     data = pd.DataFrame({"x": range(4), "v": values, "c": list("aabb"), "r": list("pqpq")})
     lines = Chart(data, [Line("x", "v", "c"), Bar("x", "v")], y=Axis(label="y", log=log))
     for chart in (lines, Chart(data, [Heat("r", "c", "v", label="l", text=".2g", log=log)])):
@@ -68,7 +68,7 @@ def test_both_renderers_draw_any_column(values: list[float], log: bool) -> None:
 LONG = "layers.0." + "module." * 700 + "q"
 
 
-def test_long_names_leave_room_for_the_data(tmp_path) -> None:
+def test_charts_with_long_names_leave_room_for_the_data(tmp_path) -> None:
     data = pd.DataFrame({"v": [1.0, 2.0], "c": [LONG, "b" * 80], "r": ["a" * 80, LONG]})
     for number, mark in enumerate([Bar("r", "v"), Heat("v", "c", "v", label="l"), Line("v", "v", "c")]):
         chart = Chart(data, [mark])

@@ -1,4 +1,4 @@
-"""Factors as points: cosines by brute force, gauge, sharedness and identity against planted truth and scikit-learn."""
+"""Factor embeddings: cosines, sharedness and identity, compared with brute force, planted factors and scikit-learn."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RUNS = {f"{domain}{order}": domain for domain in DOMAINS for order in (1, 2)}
 
 
 def scattered(seed: int, modules: int = 4, width: int = 12, rank: int = 2, runs=RUNS) -> dict:
-    """Random factors, nothing shared."""
+    """Return random factors without anything in common."""
     draw = np.random.default_rng(seed)
     return {
         run: {
@@ -34,7 +34,7 @@ def scattered(seed: int, modules: int = 4, width: int = 12, rank: int = 2, runs=
 
 
 def planted(seed: int, noise: float = 0.1, modules: int = 6, runs=RUNS) -> dict:
-    """A belongs to its module in every run, B to its domain and module."""
+    """Return factors where A depends on the module only, and B on the module and domain, up to noise."""
     draw = np.random.default_rng(seed)
     A = {m: draw.normal(size=(2, 12)) for m in range(modules)}
     B = {(m, domain): draw.normal(size=(12, 2)) for m in range(modules) for domain in dict.fromkeys(runs.values())}
@@ -53,7 +53,7 @@ def cosine(one, two) -> float:
 
 
 def seen(update: LowRank, factor: str, view: str) -> np.ndarray:
-    """What is compared, worked out from the dense matrix."""
+    """Compute the array that a view compares from the dense matrix."""
     if view == "raw":
         return update.A if factor == "A" else update.B
     if view == "space":
@@ -65,7 +65,7 @@ def seen(update: LowRank, factor: str, view: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("factor", "view"), list(product("AB", factor_embeddings.VIEWS)))
-def test_cosines_are_those_of_the_arrays_themselves(factor, view):
+def test_clouds_have_the_cosines_of_the_viewed_arrays(factor, view):
     updates = scattered(0, modules=2)
     (cloud,) = clouds(updates, RUNS, (factor,), view)
     assert cloud.shape == ((12,) if view == "space" else (2, 12))
@@ -78,7 +78,7 @@ def test_cosines_are_those_of_the_arrays_themselves(factor, view):
 
 
 def rotations(rank: int, decades: float):
-    """Invertible matrices, half of them orthogonal or nearly so, half with condition numbers up to so many decades."""
+    """Yield invertible matrices: half orthogonal, half with condition numbers up to 10 ** decades."""
     draw = np.random.default_rng(1)
     for number in range(100):
         left, right = (np.linalg.qr(draw.normal(size=(rank, rank)))[0] for _ in range(2))
@@ -88,9 +88,9 @@ def rotations(rank: int, decades: float):
 
 @pytest.mark.parametrize(
     ("precision", "spread", "decades"),
-    [("float64", 1, 3), ("float32", 20, 0.5)],  # rounding moves a space by its unit times both condition numbers
+    [("float64", 1, 3), ("float32", 20, 0.5)],  # the error of a space is the rounding unit times both condition numbers
 )
-def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone(precision, spread, decades):
+def test_refactoring_an_update_changes_the_raw_view_only(precision, spread, decades):
     runs, rounded = dict(list(RUNS.items())[:4]), PRECISIONS[precision]
     updates = {
         run: {name: LowRank(rounded(update.B * [1, 1 / spread]), rounded(update.A)) for name, update in found.items()}
@@ -119,14 +119,14 @@ def test_another_factoring_of_the_same_updates_moves_the_raw_view_alone(precisio
 
 
 @pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_direction_without_a_singular_value_is_no_information(factor):
-    """Of rank 3 by its shape, 2 by its update: whatever fills the third component, the canonical factor is the same."""
+def test_canonical_factor_ignores_components_without_a_singular_value(factor):
+    """The factors have 3 components but the update has rank 2: the third component does not affect the result."""
     draw = np.random.default_rng(0)
     B, A = draw.normal(size=(12, 2)), draw.normal(size=(2, 12))
     whole = factor_embeddings.canonical(LowRank(B, A, 0.5), factor)
     for _ in range(20):
         R = draw.normal(size=(3, 3))
-        filled = np.vstack([A, draw.normal(size=(1, 12))])  # met by a B of zero
+        filled = np.vstack([A, draw.normal(size=(1, 12))])  # the matching column of B is zero
         update = LowRank(np.hstack([B, np.zeros((12, 1))]) @ np.linalg.inv(R), R @ filled, 0.5)
         found = factor_embeddings.canonical(update, factor)
         assert found.shape == (3, 12)
@@ -134,7 +134,7 @@ def test_a_direction_without_a_singular_value_is_no_information(factor):
         assert np.abs(found[2]).max() < 1e-6
 
 
-def test_runs_of_full_and_of_deficient_rank_are_compared_in_the_canonical_view():
+def test_canonical_view_compares_runs_of_full_and_deficient_rank():
     updates = scattered(0, rank=3)
     for name, update in updates["film1"].items():
         updates["film1"][name] = LowRank(np.where(np.arange(3) < 2, update.B, 0.0), update.A, update.scale)
@@ -147,7 +147,7 @@ def test_runs_of_full_and_of_deficient_rank_are_compared_in_the_canonical_view()
 
 
 def brain(array: np.ndarray) -> np.ndarray:
-    """Rounded to bfloat16, and as it arrives from a file: in float32."""
+    """Round an array to bfloat16 and return it as float32, as it is read from a file."""
     bits = np.asarray(array, np.float32).view(np.uint32)
     return ((bits + np.uint32(1 << 15)) & np.uint32(0xFFFF0000)).view(np.float32)
 
@@ -159,8 +159,8 @@ PRECISIONS = {"float16": np.float16, "bfloat16": brain, "float32": np.float32, "
     ("precision", "width", "weakest"),
     [("float16", 1024, 1 / 50), ("bfloat16", 384, 1 / 20), ("float32", 4096, 1 / 3e3), ("float64", 4096, 1e-9)],
 )
-def test_the_rounding_of_the_kept_precision_spans_no_direction(precision, width, weakest):
-    """Four directions, the weakest of which counts; a fifth row is a sum of two, off by its rounding alone."""
+def test_basis_ignores_rounding_of_the_saved_precision(precision, width, weakest):
+    """Four directions count, even the weakest. The fifth row is the sum of two others, up to rounding."""
     draw, rounded = np.random.default_rng(0), PRECISIONS[precision]
     right, left = (np.linalg.qr(draw.normal(size=(side, 4)))[0] for side in (width, 4))
     rows = rounded(left * np.geomspace(1, weakest, 4) @ right.T)
@@ -173,7 +173,7 @@ def test_the_rounding_of_the_kept_precision_spans_no_direction(precision, width,
     assert factor_embeddings.basis(LowRank(rounded(np.ones((6, 5))), summed), "B").shape == (6, 1)
 
 
-def test_spaces_of_factors_in_half_precision_are_compared(tmp_path):
+def test_space_view_in_half_precision_matches_full_precision(tmp_path):
     whole = scattered(0, modules=2, width=1024)
     halves = {
         run: {name: LowRank(update.B.astype(np.float16), update.A.astype(np.float16)) for name, update in found.items()}
@@ -181,7 +181,7 @@ def test_spaces_of_factors_in_half_precision_are_compared(tmp_path):
     }
     found, expected = (factor_sharing.numbers(updates, RUNS, views=("space",), draws=5) for updates in (halves, whole))
     for column in found.columns.drop(["factor", "view"]):
-        np.testing.assert_allclose(found[column], expected[column], atol=0.02)  # degrees, of the angle
+        np.testing.assert_allclose(found[column], expected[column], atol=0.02)  # the angle is in degrees
     modules = [{"module": name, "stack": "", "layer": int(name[2]), "role": "q"} for name in whole["film1"]]
     runs = {
         domain: plant(
@@ -195,7 +195,7 @@ def test_spaces_of_factors_in_half_precision_are_compared(tmp_path):
     assert [chart.title for chart in row] == ["t-SNE of A, 1024, perplexity 2", "PCA of A, 1024"]
 
 
-def test_widths_are_kept_apart():
+def test_clouds_separate_factors_of_different_widths():
     draw = np.random.default_rng(0)
 
     def update(out, width):
@@ -209,51 +209,51 @@ def test_widths_are_kept_apart():
     assert both[2, 6] == [("q", "A"), ("up", "A"), ("v", "A"), ("q", "B"), ("v", "B"), ("down", "B")]
     shared = factor_sharing.sharedness(list(found.values()))
     assert shared["sharedness_chance"] == pytest.approx((3 * 1 / 3 + 1) / 4)
-    assert shared["sharedness"] >= 1 / 4  # a module alone in its width cannot be mistaken
+    assert shared["sharedness"] >= 1 / 4  # the only module of its width always matches
 
 
-def test_what_cannot_be_compared_is_told_in_one_line():
+def test_factors_that_cannot_be_compared_raise():
     updates = scattered(0)
     zero = {
         run: {name: LowRank(0 * update.B, update.A) for name, update in found.items()} for run, found in updates.items()
     }
-    with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 is zero and has no direction"):
+    with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 .*got all zeros"):
         clouds(zero, RUNS, ("B",))
     assert len(clouds(zero, RUNS, ("A",), "space")) == 1
     mixed = updates | {"film1": scattered(1, rank=3)["film1"]}
-    with pytest.raises(ValueError, match=r"has the shapes 2 x 12 and 3 x 12: .* view='space'"):
+    with pytest.raises(ValueError, match=r"got shapes 2 x 12 and 3 x 12: .*view='space'"):
         clouds(mixed, RUNS, ("A",))
     assert clouds(mixed, RUNS, ("A",), "space")[0].shape == (12,)
     wider = updates | {"film1": scattered(1, rank=3, width=14)["film1"]}
     for view in factor_embeddings.VIEWS:
-        with pytest.raises(ValueError, match=r"^A of h\.0\.q is 12 and 14 wide: these are runs of different models"):
+        with pytest.raises(ValueError, match=r"^A of h\.0\.q .*width.*got 12 and 14"):
             clouds(wider, RUNS, ("A",), view)
-    with pytest.raises(ValueError, match="no adapted module in common"):
+    with pytest.raises(ValueError, match=r"film1.*module in common"):
         clouds(updates | {"film1": {"other": updates["film2"]["h.0.q"]}}, RUNS)
-    alone = {"film1": updates["film1"], "film2": updates["film2"]}
-    with pytest.raises(ValueError, match="'film' alone"):
-        factor_sharing.sharedness(clouds(alone, RUNS, ("A",)))
-    with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 is zero and has no direction"):
+    one_domain = {"film1": updates["film1"], "film2": updates["film2"]}
+    with pytest.raises(ValueError, match=r"domains.*got only 'film'"):
+        factor_sharing.sharedness(clouds(one_domain, RUNS, ("A",)))
+    with pytest.raises(ValueError, match=r"^B of h\.0\.q in run film1 .*got all zeros"):
         factor_sharing.mean_angle(zero, RUNS, "B")
-    with pytest.raises(ValueError, match="domain 'music' has one run"):
+    with pytest.raises(ValueError, match=r"domain.* 2 .*got 1 .*'music'"):
         factor_sharing.identity(clouds({run: updates[run] for run in list(RUNS)[:3]}, RUNS, ("A",)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("view", factor_embeddings.VIEWS)
-def test_factors_that_are_not_finite_are_refused_in_one_line(view, value):
+def test_factors_that_are_not_finite_raise(view, value):
     updates = scattered(0)
     broken = updates["music1"]["h.2.q"]
     broken.A[1, 3] = value
     for factor in ("A", "B") if view == "canonical" else ("A",):
-        with pytest.raises(ValueError, match=rf"^{factor} of h\.2\.q in run music1 holds NaN or infinity") as raised:
+        with pytest.raises(ValueError, match=rf"^{factor} of h\.2\.q in run music1 .*got NaN or infinity") as raised:
             clouds(updates, RUNS, (factor,), view)
         assert "\n" not in str(raised.value)
-    if view != "canonical":  # B alone is whole
+    if view != "canonical":  # these views use only B, which is finite
         assert len(clouds(updates, RUNS, ("B",), view)) == 1
 
 
-def test_modules_that_not_all_runs_hold_are_left_out():
+def test_clouds_and_angles_use_the_common_modules_only():
     updates = scattered(0)
     updates["film1"].pop("h.1.q")
     assert clouds(updates, RUNS, ("A",))[0].modules == ["h.0.q", "h.2.q", "h.3.q"]
@@ -265,8 +265,8 @@ def test_modules_that_not_all_runs_hold_are_left_out():
         assert factor_sharing.mean_angle(updates_of, RUNS, "A") == pytest.approx(angle, rel=1e-12)
 
 
-def test_retrieval_by_hand():
-    """Three modules, four runs; the neighbour is looked for with loops."""
+def test_retrieval_matches_a_search_with_loops():
+    """Three modules and four runs, with a brute-force search for the nearest neighbor."""
     runs = {"film1": "film", "film2": "film", "music1": "music", "news1": "news"}
     updates = {run: found for run, found in planted(3, noise=3.0, modules=3, runs=runs).items()}
     found = factor_sharing.retrieval(clouds(updates, runs, ("A",))[0]).set_index(["module", "run"])
@@ -286,7 +286,7 @@ def test_retrieval_by_hand():
     assert (found["chance"] == 1 / 3).all()
 
 
-def test_a_shared_a_is_found_and_a_b_of_its_domain_is_at_chance():
+def test_planted_factors_are_shared_for_a_and_domain_specific_for_b():
     modules = 24
     found = factor_sharing.numbers(planted(4, modules=modules), RUNS, views=("raw", "space"), draws=99).set_index(
         ["factor", "view"]
@@ -294,9 +294,11 @@ def test_a_shared_a_is_found_and_a_b_of_its_domain_is_at_chance():
     for view in ("raw", "space"):
         assert found.loc[("A", view), "sharedness"] == 1
         assert found.loc[("B", view), "neighbour"] == 1
-        assert found.loc[("B", view), "neighbour_p"] < 0.15  # of 15 ways to pair six runs one is the true one
+        assert (
+            found.loc[("B", view), "neighbour_p"] < 0.15
+        )  # six runs have 15 ways to form pairs, and one is the true one
         assert found.loc[("A", view), "cosine"] > 0.9 > 0.2 > abs(found.loc[("B", view), "cosine"])
-        # Runs of a domain share B, so a hit comes in fours; seven standard errors of as many independent ones.
+        # Runs of a domain share B, so hits come in groups of four; allow seven standard errors of independent groups.
         error = np.sqrt(1 / modules / (modules * 6 / 4))
         assert abs(found.loc[("B", view), "sharedness"] - 1 / modules) < 7 * error
         assert abs(found.loc[("A", view), "neighbour"] - 1 / 5) < 0.15
@@ -305,7 +307,7 @@ def test_a_shared_a_is_found_and_a_b_of_its_domain_is_at_chance():
     assert found.loc[("A", "space"), "angle"] < 15 < 40 < found.loc[("B", "space"), "angle"]
 
 
-def test_angle_between_spaces_is_that_of_a_planted_turn():
+def test_mean_angle_matches_a_planted_rotation():
     turn = np.radians(25)
     rows = np.eye(2, 6)
     turned = np.cos(turn) * rows + np.sin(turn) * np.roll(rows, 2, axis=1)
@@ -319,7 +321,7 @@ def test_angle_between_spaces_is_that_of_a_planted_turn():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_identity_is_what_scikit_learn_finds_in_each_module(seed):
+def test_identity_matches_scikit_learn_in_each_module(seed):
     updates = planted(seed, noise=1.0)
     found = factor_sharing.identity(clouds(updates, RUNS, ("B",)), draws=1)
     labels = np.array(list(RUNS.values()))
@@ -336,9 +338,9 @@ def test_identity_is_what_scikit_learn_finds_in_each_module(seed):
     assert found["neighbour"] == pytest.approx(np.mean(hits))
 
 
-def test_factors_that_are_one_and_the_same_have_no_neighbours_and_no_silhouette():
+def test_identity_of_identical_factors_is_at_chance():
     updates = scattered(0)
-    lengths = dict(zip(RUNS, (1.0, 0.3, 7.0, 1.1, 0.7, 13.0), strict=True))  # which leave rounding behind
+    lengths = dict(zip(RUNS, (1.0, 0.3, 7.0, 1.1, 0.7, 13.0), strict=True))  # scaling by these causes rounding errors
     same = {
         run: {name: LowRank(update.B, length * update.A) for name, update in updates["film1"].items()}
         for run, length in lengths.items()
@@ -352,7 +354,7 @@ def test_factors_that_are_one_and_the_same_have_no_neighbours_and_no_silhouette(
 
 
 def null(seed: int, common: float) -> np.ndarray:
-    """Cosines (slot, run, run) of nine runs whose domains mean nothing, though runs may have something in common."""
+    """Return cosines (slot, run, slot, run) of nine runs without domain structure, optionally similar within a run."""
     draw = np.random.default_rng(seed)
     points = draw.normal(size=(8, 9, 6)) + common * draw.normal(size=(9, 6))
     points /= np.linalg.norm(points, axis=-1, keepdims=True)
@@ -363,25 +365,25 @@ LABELS = np.repeat([0, 1, 2], 3)
 
 
 @pytest.mark.parametrize("common", [0.0, 2.0])
-def test_p_values_are_uniform_where_domains_mean_nothing(common):
+def test_p_values_without_domain_structure_are_uniform(common):
     runs, repetitions = [str(run) for run in range(9)], 200
     found = {"neighbour_p": [], "silhouette_p": []}
     for seed in range(repetitions):
         slots = [str(slot) for slot in range(8)]
         domains = [str(label) for label in LABELS]
         cloud = factor_embeddings.FactorSet((6,), slots, ["A"] * 8, runs, domains, null(seed, common))
-        told = factor_sharing.identity([cloud], draws=99, seed=seed)
+        result = factor_sharing.identity([cloud], draws=99, seed=seed)
         for name, values in found.items():
-            values.append(told[name])
+            values.append(result[name])
     for level in (0.1, 0.25, 0.5, 0.75):
         error = 3.5 * np.sqrt(level * (1 - level) / repetitions)
         reached = {name: np.mean(np.array(values) <= level) for name, values in found.items()}
         assert abs(reached["silhouette_p"] - level) < error
-        assert reached["neighbour_p"] < level + error  # ties make it cautious
+        assert reached["neighbour_p"] < level + error  # ties make this test conservative
 
 
-def test_shuffling_each_module_for_itself_would_take_what_runs_have_in_common_for_evidence():
-    """Why one permutation serves all modules: the other way more than every fourth null is called significant."""
+def test_permuting_each_module_separately_rejects_too_often():
+    """This is the reason to use one permutation for all modules: otherwise over a quarter of null cases is rejected."""
     called = 0
     for seed in range(60):
         cosine = np.einsum("sisj->sij", null(seed, 2.0))
@@ -397,7 +399,7 @@ def test_shuffling_each_module_for_itself_would_take_what_runs_have_in_common_fo
     assert called > 60 / 4
 
 
-def test_over_all_modules_at_once_the_clearest_domains_are_lost():
+def test_silhouette_over_all_modules_at_once_misses_clear_domains():
     updates = planted(5, noise=0.05)
     flat = np.array([updates[run][module].B.ravel() for module in updates["film1"] for run in RUNS])
     labels = list(RUNS.values()) * len(updates["film1"])
@@ -405,7 +407,7 @@ def test_over_all_modules_at_once_the_clearest_domains_are_lost():
     assert factor_sharing.identity(clouds(updates, RUNS, ("B",)), draws=9)["silhouette"] > 0.9
 
 
-def test_pca_from_cosines_is_that_of_the_vectors():
+def test_pca_from_cosines_matches_pca_of_the_vectors():
     updates = scattered(6)
     (cloud,) = clouds(updates, RUNS, ("A",))
     flat = np.array([updates[row.run][row.module].A.ravel() for row in cloud.table().itertuples()])
@@ -416,7 +418,7 @@ def test_pca_from_cosines_is_that_of_the_vectors():
     assert (found.max(axis=0) == np.abs(found).max(axis=0)).all()
 
 
-def test_tsne_keeps_planted_neighbours_together_and_repeats_itself():
+def test_tsne_keeps_planted_neighbors_together_and_is_deterministic():
     (cloud,) = clouds(planted(7), RUNS, ("A",))
     plane = factor_embeddings.tsne(cloud, perplexity=5)
     np.testing.assert_array_equal(plane, factor_embeddings.tsne(cloud, perplexity=5))
@@ -428,11 +430,9 @@ def test_tsne_keeps_planted_neighbours_together_and_repeats_itself():
 
 
 @pytest.mark.parametrize("perplexity", [36, 0, -1.5])
-def test_a_perplexity_without_enough_points_is_told_in_one_line(perplexity):
+def test_tsne_with_an_invalid_perplexity_raises(perplexity):
     (cloud,) = clouds(planted(8), RUNS, ("A",))
-    with pytest.raises(
-        ValueError, match=rf"^perplexity {perplexity:g} must lie between 0 and the number of points, 36$"
-    ):
+    with pytest.raises(ValueError, match=rf"^perplexity.* 36, .*got {perplexity:g}$"):
         factor_embeddings.tsne(cloud, perplexity=perplexity)
     assert factor_embeddings.default_perplexity(36) == 12
     assert factor_embeddings.default_perplexity(512) == 30
@@ -443,7 +443,7 @@ PLACES = [{"module": f"h.{m}.q", "stack": "", "layer": m, "role": ("q", "v")[m %
 
 @pytest.fixture
 def domains(tmp_path):
-    """Runs by domain, with a shared A and a B of the domain, and what they were planted from."""
+    """Return runs by domain, with a shared A and a domain-specific B, and the updates they were made from."""
     updates = planted(9)
     found = {domain: [] for domain in DOMAINS}
     for seed, (run, domain) in enumerate(RUNS.items()):
@@ -453,7 +453,7 @@ def domains(tmp_path):
     return found, updates
 
 
-def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
+def test_figure_shows_each_factor_by_tsne_and_pca(domains):
     runs, updates = domains
     panels = plots.factor_embedding(runs)
     assert [[chart.title for chart in row] for row in panels.rows()] == [
@@ -492,7 +492,7 @@ def test_the_figure_draws_each_factor_by_tsne_and_by_pca(domains):
     assert f"A 100 %, B {100 * shared:.0f} % (by chance 17 %)" in chart.caption
 
 
-def test_the_control_stands_below_and_the_slider_has_every_start(domains):
+def test_figure_with_a_control_and_seeds_has_a_row_and_frames_for_them(domains):
     runs, _ = domains
     panels = plots.factor_embedding(runs, control=runs, perplexity=[3, 8], seeds=[4, 5])
     titles = [row[1].title for row in panels.rows()]
@@ -509,8 +509,8 @@ def test_the_control_stands_below_and_the_slider_has_every_start(domains):
     assert len({chart.caption for row in panels.rows() for chart in row}) == 1
 
 
-def test_factors_of_another_width_have_rows_of_their_own(tmp_path):
-    """Up is 9 x 6 and down 6 x 9: A of one has the width of B of the other, and none is cut or filled up."""
+def test_figure_has_separate_rows_for_different_widths(tmp_path):
+    """Up is 9 x 6 and down 6 x 9: A of one has the width of B of the other. Nothing is truncated or padded."""
     draw = np.random.default_rng(0)
     shapes = {"h.0.up": (9, 6), "h.0.down": (6, 9), "h.1.up": (9, 6), "h.1.down": (6, 9)}
     places = [
@@ -531,8 +531,8 @@ def test_factors_of_another_width_have_rows_of_their_own(tmp_path):
             assert {chart.data["role"].nunique() for chart in row} == {1}
 
 
-def test_chance_is_told_of_each_factor_where_widths_make_it_another(tmp_path):
-    """Every A is 6 wide, so that its module is one of three; of B one is 9 wide and alone, two are one of two."""
+def test_caption_has_a_random_baseline_per_factor_if_widths_differ(tmp_path):
+    """All three A's have width 6, so chance is 1/3. One B has width 9 (chance 1) and two have width 6 (chance 1/2)."""
     draw = np.random.default_rng(0)
     sides = {"h.0.q": 6, "h.0.up": 9, "h.0.v": 6}
     places = [{"module": name, "stack": "", "layer": 0, "role": name[4:].replace("up", "ffn_in")} for name in sides]
@@ -546,7 +546,7 @@ def test_chance_is_told_of_each_factor_where_widths_make_it_another(tmp_path):
     assert re.search(r"same module's: B \d+ % \(by chance 67 %\)\.$", caption)
 
 
-def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):
+def test_figure_together_has_a_and_b_in_one_plane(domains):
     runs, _ = domains
     chart = plots.factor_embedding(runs, together=True, view="space").rows()[0][0]
     assert chart.title == "t-SNE of A and B, 12, perplexity 24"
@@ -557,7 +557,7 @@ def test_a_and_b_of_one_shape_can_lie_in_one_plane(domains):
     assert list(plots.factor_embedding(runs, factors=("A",)).rows()[0][0].data["factor"].unique()) == ["A"]
 
 
-def test_names_beside_the_dots_tell_encoder_from_decoder(tmp_path):
+def test_dot_labels_with_two_stacks_include_the_stack(tmp_path):
     draw = np.random.default_rng(0)
     modules = ["encoder.0.q", "decoder.0.q"]
     places = [{"module": name, "stack": name[:7], "layer": 0, "role": "q"} for name in modules]
@@ -571,8 +571,8 @@ def test_names_beside_the_dots_tell_encoder_from_decoder(tmp_path):
     assert set(names["place"]) == {"encoder 0 q", "decoder 0 q"}
 
 
-def test_a_few_modules_are_drawn_with_their_places_beside_the_dots(domains):
-    """Figure 10: of a shared A all dots lie in one place, which is named once; those of B lie by domain."""
+def test_figure_of_few_modules_labels_the_dots(domains):
+    """As in figure 10: all dots of a shared A coincide and have one label; those of B are grouped by domain."""
     runs, updates = domains
     few = ["h.1.q", "h.4.q"]
     rows = plots.factor_embedding(runs, modules=few, perplexity=3).rows()
@@ -591,14 +591,14 @@ def test_a_few_modules_are_drawn_with_their_places_beside_the_dots(domains):
     assert "(by chance 50 %)" in rows[0][0].caption
     with pytest.raises(
         ValueError, match=r"^factor_embedding: not all runs hold h\.9\.q; they hold h\.0\.q, h\.1\.q, "
-    ) as told:
+    ) as raised:
         plots.factor_embedding(runs, modules=["h.1.q", "h.9.q"])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(raised.value)
 
 
-def test_the_figure_refuses_one_run_and_too_large_a_perplexity_in_one_line(domains):
+def test_figure_of_one_run_or_with_an_invalid_perplexity_raises(domains):
     runs, _ = domains
     with pytest.raises(ValueError, match="factor_embedding compares the factors of runs, and got one"):
         plots.factor_embedding(runs["film"][0])
-    with pytest.raises(ValueError, match="perplexity 40 must lie between 0 and the number of points, 36"):
+    with pytest.raises(ValueError, match=r"perplexity.* 36, .*got 40"):
         plots.factor_embedding(runs, perplexity=40)

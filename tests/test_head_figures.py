@@ -44,7 +44,7 @@ def test_every_sample_chooses_anew_and_both_find_what_was_planted() -> None:
 
 
 def test_no_repetition_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^repetitions 0 draws no sample: it must be 1 or more$"):
+    with pytest.raises(ValueError, match=r"^repetitions.*1.*got 0$"):
         repeated_selection(corpus(2), repetitions=0)
 
 

@@ -731,7 +731,7 @@ def test_ends_of_the_curve_are_no_elbow_and_too_few_numbers_are_refused():
     assert cluster_selection(corpus(3), most=4).query("chosen")["k"].tolist() == [3]
     assert choose_num_experts(corpus(3), most=3) == 2
     for choose in (choose_num_experts, cluster_selection, repeated_selection):
-        with pytest.raises(ValueError, match=r"^most 2 leaves no elbow to find: .* 3 or more$"):
+        with pytest.raises(ValueError, match=r"^most.*3.*got 2$"):
             choose(corpus(2), most=2)
 
 

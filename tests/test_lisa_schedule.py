@@ -1,4 +1,4 @@
-"""The figure of LISA's draws as data, and the tables below it, against draws that were planted."""
+"""Figures of LISA's block schedule and the tables they use, compared with planted draws."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PLACES = [{"module": name, "stack": "", "layer": layer, "role": "block"} for lay
 
 
 def draws(*chosen: int, every: int = 4, last: int = 9) -> dict:
-    """One block of three trains in each interval of four steps."""
+    """Return records in which one of three blocks trains in each interval of four steps."""
     steps = [1 + every * number for number in range(len(chosen))]
     active = {
         ("active", name): {step: float(block == number) for step, block in zip(steps, chosen, strict=True)}
@@ -33,11 +33,11 @@ def draws(*chosen: int, every: int = 4, last: int = 9) -> dict:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """``plant`` in a folder of the test, with three blocks."""
+    """Return ``plant`` for the folder of the test, with three blocks."""
     return partial(plant, tmp_path, modules=PLACES, label=LISA(n_active=1).label())
 
 
-def test_intervals_end_where_the_next_begins_and_the_last_with_the_run(write):
+def test_intervals_end_before_the_next_one_or_with_the_run(write):
     table = write("a", draws(2, 0, 2)).table
     rows = lisa_schedule.intervals(table)
     assert rows.groupby("interval")[["start", "stop"]].first().to_numpy().tolist() == [[1, 4], [5, 8], [9, 9]]
@@ -54,7 +54,7 @@ def test_visits_count_draws_and_steps(write):
     assert rows.loc[BLOCKS, "expected"].tolist() == [0.5, 0.25, 0.25]
 
 
-def test_coverage_stands_beside_what_such_draws_reach(write):
+def test_coverage_includes_its_expectation(write):
     rows = lisa_schedule.coverage(write("a", draws(2, 0, 2), seed=None).table)
     assert rows["step"].tolist() == [1, 5, 9]
     assert rows["value"].tolist() == [1, 2, 2]
@@ -63,8 +63,8 @@ def test_coverage_stands_beside_what_such_draws_reach(write):
     assert once[["step", "value", "expected"]].to_numpy().tolist() == [[1, 1, 1], [9, 1, 1]]
 
 
-def test_ratios_of_norms_stand_beside_the_chances_that_stand_for_them(tmp_path):
-    """Means 6 and 5 of the embedding, 0.6 and 3, 3 and 1.5 of the blocks, over two runs of full fine-tuning."""
+def test_importance_has_norm_ratios_and_sampling_probabilities(tmp_path):
+    """The means (LoRA, two full runs) are 6 and 5 for the embedding, 0.6 and 3, 3 and 1.5 for the blocks."""
     adapted = {("update_norm", name): {0: 9.0, 4: 0.5 * at, 9: 1.5 * at} for name, at in ENDS.items()}
     full = [
         plant(tmp_path, f"f{i}", {("update_norm", name): {9: at + i} for name, at in FULL.items()}, seed=i)
@@ -78,19 +78,19 @@ def test_ratios_of_norms_stand_beside_the_chances_that_stand_for_them(tmp_path):
     assert found["ratio"].tolist() == pytest.approx([1.2, 0.2, 2])
     assert found["clipped"].tolist() == pytest.approx([1, 0.2, 1])
     assert found["practical"].tolist() == [1, 0.5, 0.5]
-    with pytest.raises(ValueError, match="the table has no adapter_norm of any module"):
+    with pytest.raises(ValueError, match="adapter_norm"):
         lisa_schedule.importance(full[0].table, full[1].table, 1, "adapter_norm")
 
 
-def test_blocks_without_an_adapter_are_drawn_too(tmp_path):
-    """LoRA on one block of two: a draw of one takes it in half of the cases."""
+def test_importance_counts_blocks_without_an_adapter(tmp_path):
+    """LoRA adapts one of two blocks, but LISA draws from both: the probability is 1/2."""
     one, all_ = ({("update_norm", name): {9: 1.0} for name in names} for names in (("words", "h.1.q"), ENDS))
     runs = [plant(tmp_path, str(number), values) for number, values in enumerate((one, all_))]
     found = lisa_schedule.importance(runs[0].table, runs[1].table, 1)
     assert dict(zip(found["place"], found["practical"], strict=True)) == {"embed": 1, "1": 0.5}
 
 
-def test_a_cell_is_the_share_of_the_runs_and_blocks_rise(write):
+def test_active_layers_shows_the_fraction_of_runs_and_the_coverage(write):
     runs = [write(f"s{seed}", draws(2, seed, 2), seed=seed) for seed in range(2)]
     (heat, reached), *rest = plots.active_layers(runs).rows()
     assert not rest
@@ -105,7 +105,7 @@ def test_a_cell_is_the_share_of_the_runs_and_blocks_rise(write):
     assert lines["LISA, n_active 1, expected", 5] == pytest.approx(1.625)
 
 
-def test_recipes_stand_below_each_other(write, tmp_path):
+def test_active_layers_with_a_control_has_a_second_row(write, tmp_path):
     panels = plots.active_layers(write("a", draws(2, 0, 2)), control=write("b", draws(1), label="one draw"))
     (top, _), (below, flat) = panels.rows()
     assert (top.title, below.title) == ("LISA, n_active 1", "control: one draw")
@@ -114,12 +114,12 @@ def test_recipes_stand_below_each_other(write, tmp_path):
     assert panels.plotly().data
 
 
-def test_what_drew_nothing_says_what_is_missing(write):
+def test_active_layers_without_draws_raises(write):
     with pytest.raises(ValueError, match="active_layers needs records of active: train LISA"):
         plots.active_layers(write("a", {("loss", ""): {0: 1.0, 1: 1.0}}))
 
 
-def test_frequencies_stand_beside_the_chances(write):
+def test_draw_frequency_includes_the_expected_frequency(write):
     runs = [write(f"s{seed}", draws(2, seed, 2), seed=seed) for seed in range(2)]
     chart = plots.draw_frequency(runs)
     assert lookup(chart, "place") == pytest.approx({"0": 1 / 6, "1": 1 / 6, "2": 2 / 3})
@@ -128,8 +128,8 @@ def test_frequencies_stand_beside_the_chances(write):
     assert [chart.title for row in panels.rows() for chart in row] == ["LISA, n_active 1", "control: one draw"]
 
 
-def test_a_cell_of_the_grid_is_what_so_many_blocks_and_steps_reach(write):
-    """Blocks and steps are those of the draws, not of the settings, some of which are left to defaults."""
+def test_draw_grid_shows_the_metric_by_blocks_and_steps(write):
+    """Blocks and steps come from the draws instead of the settings, because settings can be left at their defaults."""
 
     def reached(metric: float, values: dict) -> dict:
         return values | {("test_metric", ""): {9: metric}}
@@ -146,11 +146,11 @@ def test_a_cell_of_the_grid_is_what_so_many_blocks_and_steps_reach(write):
     assert "Widest interval of a cell: ±0.635" in chart.caption
     with pytest.raises(ValueError, match="draw_grid got once and again, all 1 blocks for 9 steps: give one of them"):
         plots.draw_grid({"once": runs["once"], "again": write("d", reached(0.5, draws(0)))})
-    told = {"steps": 9, "lr": 1e-4, "batch_size": 16}
-    first = write("e", reached(0.6, draws(1)), settings=told)
+    given = {"steps": 9, "lr": 1e-4, "batch_size": 16}
+    first = write("e", reached(0.6, draws(1)), settings=given)
     for key, value in {"steps": 30, "lr": 1e-3, "batch_size": 4}.items():
-        other = write(key, reached(0.7, draws(2, 0, 2)), settings=told | {key: value})
-        line = f"draw_grid compares runs that differ in n_active and interval alone; got {key} {told[key]} "
+        other = write(key, reached(0.7, draws(2, 0, 2)), settings=given | {key: value})
+        line = f"draw_grid compares runs that differ in n_active and interval alone; got {key} {given[key]} "
         with pytest.raises(ValueError, match=rf"^{line}\(run e\) and {value} \(run {key}\)$"):
             plots.draw_grid({"once": first, "other": other})
     recipes = [{"name": "lisa", "n_active": 1, "interval": interval} for interval in (9, 4)]

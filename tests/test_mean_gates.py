@@ -1,4 +1,4 @@
-"""Mean gates on given text against the gates token by token, and runs at other gates than their own."""
+"""Mean gate weights on a text, compared with token-by-token gates, and runs evaluated at fixed gate weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FAST = {"steps": 4, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress
 
 @pytest.fixture(scope="module")
 def run(bert, task, tmp_path_factory) -> Run:
-    """Four steps of HydraLoRA with a router sharp enough for the text to matter."""
+    """Train HydraLoRA for four steps, with a learning rate at which the router depends on the text."""
     model = models.load(bert, task=task)
     return ls.train(
         model, task, HydraLoRA(lr=3e-2), out=tmp_path_factory.mktemp("runs") / "run",
@@ -38,7 +38,7 @@ def restored(run: Run, bert: str, task) -> nn.Module:
 
 
 def token_by_token(model: nn.Module, texts: list[str]) -> dict[str, np.ndarray]:
-    """Softmax of W_g x for every token of every text, one text at a time and so without padding."""
+    """Average the softmax of W_g x over all tokens, one text at a time, so that there is no padding."""
     tokenizer = models.tokenizer(model)
     found: dict[str, list[np.ndarray]] = {name: [] for name in attached_deltas(model)}
 
@@ -61,7 +61,7 @@ TEXTS = ["the film was great", "a very boring plot and music", "lovely", "rather
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
-def test_gates_are_the_mean_over_the_tokens_of_all_texts(run, bert, task, batch_size):
+def test_mean_gates_average_over_the_tokens_of_all_texts(run, bert, task, batch_size):
     model = restored(run, bert, task).train()
     expected = token_by_token(model.eval(), TEXTS)
     model.train()
@@ -77,7 +77,7 @@ def test_gates_are_the_mean_over_the_tokens_of_all_texts(run, bert, task, batch_
         assert dict(deltas(model))[name].dense() == near(at_gates, terms=12 + 2)
 
 
-def test_on_the_text_that_training_looked_at_they_are_the_recorded_ones(run, bert, task):
+def test_mean_gates_on_the_recorded_text_match_the_records(run, bert, task):
     held_out = task.split("validation").head(16)["text"].tolist()
     table = run.table
     last = table[(table["quantity"] == "gate") & (table["step"] == 4)].set_index(["module", "index"])["value"]
@@ -86,7 +86,7 @@ def test_on_the_text_that_training_looked_at_they_are_the_recorded_ones(run, ber
             assert gates == near(last[name].sort_index().to_numpy(), terms=TINY, growth=TEXT)
 
 
-def test_a_decoder_and_a_base_of_ones_own(gpt2, task, tmp_path):
+def test_mean_gates_of_a_decoder_with_a_given_base(gpt2, task, tmp_path):
     found = ls.train(models.load(gpt2, task=task), task, HydraLoRA(lr=3e-2), out=tmp_path / "run", **FAST)
     base = models.load(gpt2, task=task)
     gates = ls.mean_gates(found, TEXTS, base=base)
@@ -98,7 +98,7 @@ def test_a_decoder_and_a_base_of_ones_own(gpt2, task, tmp_path):
     assert all(longer[name] == near(shorter[name], terms=TINY, growth=TEXT) for name in gates)
 
 
-def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
+def test_mean_gates_and_at_gates_with_invalid_arguments_raise(run, bert, task, tmp_path):
     model = restored(run, bert, task)
     plain = models.load(bert, task=task)
     LoRA().attach(plain)
@@ -127,10 +127,11 @@ def test_what_has_no_gates_is_told_in_one_line(run, bert, task, tmp_path):
 
 
 def sharp(run: Run, head: int) -> dict[str, list[float]]:
+    """Return gate weights that select a single expert in every module."""
     return {name: [float(number == head) for number in range(3)] for name in run.ranks()}
 
 
-def test_a_run_at_other_gates_has_the_updates_of_these_and_the_numbers_that_go_with_them(run):
+def test_at_gates_changes_the_updates_and_the_quantities_computed_from_them(run):
     moved = ls.at_gates(run, sharp(run, 1), "gates of head 1")
     assert moved.id != run.id
     assert (moved.label, moved.ranks(), moved.input_dependent_modules()) == (
@@ -159,7 +160,7 @@ def test_a_run_at_other_gates_has_the_updates_of_these_and_the_numbers_that_go_w
     for block in blocks:
         inside = [summary.loc[name, "update_norm"] for name in run.ranks() if name.startswith(block)]
         assert at_end[block] == pytest.approx(np.linalg.norm(inside))
-    # What hangs on the gates has no history, the rest has all of it.
+    # Quantities that depend on the gates only exist at the end; all others keep their history.
     assert set(table.loc[table["quantity"] == "update_norm", "step"]) == {4}
     assert not {"weight_norm", "step_norm"} & set(table["quantity"])
     for quantity in ("adapter_norm", "gate", "rank"):
@@ -167,7 +168,7 @@ def test_a_run_at_other_gates_has_the_updates_of_these_and_the_numbers_that_go_w
         assert pair[0] == pair[1]
 
 
-def test_at_its_own_gates_a_run_has_its_own_numbers(run):
+def test_at_gates_with_the_recorded_gates_changes_nothing(run):
     own = {name: held["gates"] for name, held in run.factors().items()}
     moved = ls.at_gates(run, own)
     kept = ["stable_rank", "effective_rank", "update_norm", "relative_update"]
@@ -178,7 +179,7 @@ def test_at_its_own_gates_a_run_has_its_own_numbers(run):
         assert np.array_equal(partly.updates()[name].dense(), update.dense()) == (name != one)
 
 
-def test_figures_show_the_update_on_one_text_beside_that_on_another(run, bert, task):
+def test_figures_compare_the_updates_on_two_texts(run, bert, task):
     model = restored(run, bert, task)
     found = {"film": ls.mean_gates(model, ["film film film"]), "music": ls.mean_gates(model, ["music music"])}
     views = {f"on {kind}": ls.at_gates(run, gates, f"mean gates on {kind}") for kind, gates in found.items()}
@@ -192,7 +193,7 @@ def test_figures_show_the_update_on_one_text_beside_that_on_another(run, bert, t
         plots.norm_over_steps(views["on film"])
 
 
-def test_restoring_puts_back_the_trained_state(run, bert, task):
+def test_restore_of_a_run_at_gates_loads_the_trained_state(run, bert, task):
     model = models.load(bert, task=task)
     ls.at_gates(run, sharp(run, 2)).restore(model)
     batch = inputs(model)

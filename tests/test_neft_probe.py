@@ -27,8 +27,8 @@ def test_lots_within_modules_share_what_is_expected():
 
     pairs = [(lot(first), lot(second)) for _ in range(400)]
     found = np.mean([selected_neurons.common(*pair, pool=50)["overlap"] for pair in pairs])
-    assert selected_neurons.expected(*pairs[0], sizes) == pytest.approx((5 * 8 / 10 + 5 * 2 / 40) / 10)
-    assert found == pytest.approx(selected_neurons.expected(*pairs[0], sizes), abs=0.02)
+    assert selected_neurons.compute_expected_overlap(*pairs[0], sizes) == pytest.approx((5 * 8 / 10 + 5 * 2 / 40) / 10)
+    assert found == pytest.approx(selected_neurons.compute_expected_overlap(*pairs[0], sizes), abs=0.02)
 
 
 def test_arms_differ_in_their_neurons_alone():
@@ -89,8 +89,8 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     assert effects[probe.OVER_RANDOM] == pytest.approx(0.01)
     assert effects[probe.OVER_REVERSED] == pytest.approx(0.13)
     assert effects[probe.BY_PROBES] == pytest.approx(0.02)
-    own = [selected_neurons.as_set(selected_neurons.chosen(run)) for run in runs[probe.CHANGED]]
-    expected = selected_neurons.common(*own, 192)["overlap"] - selected_neurons.expected(
+    own = [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs[probe.CHANGED]]
+    expected = selected_neurons.common(*own, 192)["overlap"] - selected_neurons.compute_expected_overlap(
         *own, dict.fromkeys(selected_neurons.sizes(run), 48)
     )
     assert effects[probe.STABLE] == pytest.approx(expected)

@@ -100,10 +100,10 @@ def test_the_phase_scores_by_what_the_base_shows_of_its_batches(family, request,
     found = dict(zip(zip(rows["module"].astype(str), rows["index"], strict=True), rows["value"], strict=True))
     assert found == near(expected, terms=TINY, growth=40 * TEXT)  # the condition of the states
     best = set(sorted(found, key=found.get)[-7:])
-    assert selected_neurons.as_set(selected_neurons.chosen(run)) == best
+    assert selected_neurons.as_set(selected_neurons.list_selected(run)) == best
     method = NeFT(num_neurons=7, select_by="probed", reference=probed, lr=1e-2)
     again = ls.train(models.load(folder, task=task), task, method, out=tmp_path / "again", **FAST)
-    assert selected_neurons.as_set(selected_neurons.chosen(again)) == best
+    assert selected_neurons.as_set(selected_neurons.list_selected(again)) == best
     for mode in neurons.MODES:
         with pytest.raises(ValueError, match=rf"select_by '{mode}' cannot choose by {probed.id} .*, a run of probing"):
             NeFT(num_neurons=7, select_by=mode, reference=probed)

@@ -139,7 +139,7 @@ def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family,
     method = NeFT(num_neurons=60, reference=full)
     method.attach(models.load(folder, task=task))
     expected = {(module, number) for module, numbers in method.neurons_.items() for number in numbers}
-    assert selected_neurons.as_set(selected_neurons.chosen(full, 60)) == expected
+    assert selected_neurons.as_set(selected_neurons.list_selected(full, 60)) == expected
     scored = selected_neurons.scores(full, "neuron_cosine")
     assert scored.groupby("role").size().to_dict() == dict.fromkeys(("ffn_gate", "ffn_in", "ffn_out"), 96)
     assert (scored.nlargest(60, "value")["role"] == "ffn_gate").any()

@@ -1,4 +1,4 @@
-"""Tables of ranks against numbers worked out by hand, scipy's tau, and what drawing by lot must give."""
+"""Tables of ranks, compared with hand-computed numbers, SciPy's tau, and the statistics of random draws."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def name(layer: int, role: str) -> str:
 
 
 def table(at: dict[int, list[int]], run: str = "a", modules: pd.DataFrame = MODULES) -> pd.DataFrame:
-    """Records of step -> ranks of q0, ffn_in0, q1 ..."""
+    """Return a records table from step -> ranks of q0, ffn_in0, q1 ..."""
     rows = [
         (step, Record("rank", value, module))
         for step, values in at.items()
@@ -34,7 +34,7 @@ def table(at: dict[int, list[int]], run: str = "a", modules: pd.DataFrame = MODU
 
 
 def several(*values: list[int]) -> pd.DataFrame:
-    """Ranks in force of runs a, b, ..."""
+    """Return the current ranks of runs a, b, ..."""
     runs = [table({9: found}, run) for run, found in zip("abcdefgh", values, strict=False)]
     return rank_allocations.current_ranks(records.concat(runs))
 
@@ -42,7 +42,7 @@ def several(*values: list[int]) -> pd.DataFrame:
 HISTORY = {0: [4] * 6, 3: [4, 3, 2, 4, 1, 0], 9: [5, 0, 1, 2, 0, 4]}
 
 
-def test_ranks_in_force_are_the_last_recorded_by_a_step() -> None:
+def test_current_ranks_are_the_last_recorded_up_to_a_step() -> None:
     found = table(HISTORY)
     assert rank_allocations.current_ranks(found)["value"].tolist() == HISTORY[9]
     assert rank_allocations.current_ranks(found, 8)["value"].tolist() == HISTORY[3]
@@ -50,25 +50,25 @@ def test_ranks_in_force_are_the_last_recorded_by_a_step() -> None:
     assert rank_allocations.current_ranks(found, 0)["value"].tolist() == [4] * 6
     late = found[(found["step"] < 9) | (found["module"] != name(0, "q"))]
     assert rank_allocations.current_ranks(late)["value"].tolist() == [4, *HISTORY[9][1:]]
-    with pytest.raises(ValueError, match="no rank was recorded by step -1"):
+    with pytest.raises(ValueError, match=r"step.*got -1"):
         rank_allocations.current_ranks(found, -1)
 
 
-def test_a_folder_without_steps_has_its_ranks_at_the_end_alone() -> None:
+def test_current_ranks_of_a_folder_exist_at_the_end_only() -> None:
     folder = table({-1: HISTORY[9]})
     assert rank_allocations.current_ranks(folder)["value"].tolist() == HISTORY[9]
-    with pytest.raises(ValueError, match="by step 9"):
+    with pytest.raises(ValueError, match=r"step.*got 9"):
         rank_allocations.current_ranks(folder, 9)
 
 
-def test_ranks_are_summed_by_layer_and_by_role() -> None:
+def test_pool_sums_ranks_by_layer_and_role() -> None:
     found = rank_allocations.current_ranks(table(HISTORY))
     layers, roles = (norms.pool(found, by) for by in (("place",), ("role",)))
     assert dict(zip(layers["place"], layers["value"], strict=True)) == {"0": 5, "1": 3, "2": 4}
     assert dict(zip(roles["role"], roles["value"], strict=True)) == {"q": 6, "ffn_in": 6}
 
 
-def test_parameters_are_ranks_times_inputs_and_outputs() -> None:
+def test_parameters_are_ranks_times_inputs_plus_outputs() -> None:
     found = rank_allocations.current_ranks(table(HISTORY))
     spent = rank_allocations.parameters(found, MODULES)["parameters"]
     assert spent.tolist() == [5 * 20, 0, 1 * 20, 2 * 50, 0, 4 * 50]
@@ -76,7 +76,7 @@ def test_parameters_are_ranks_times_inputs_and_outputs() -> None:
     assert unsized.isna().all()
 
 
-def test_shares_stand_beside_those_of_the_same_rank_everywhere() -> None:
+def test_shares_include_those_of_a_uniform_allocation() -> None:
     modules = MODULES.drop(index=5)  # 3 q, 2 ffn_in
     found = rank_allocations.current_ranks(table({9: [5, 0, 1, 2, 0]}, modules=modules))
     roles = rank_allocations.shares(found).set_index("role")
@@ -87,7 +87,7 @@ def test_shares_stand_beside_those_of_the_same_rank_everywhere() -> None:
 
 
 @pytest.mark.parametrize(("layers", "sizes"), [(12, [4, 4, 4]), (2, [1, 0, 1]), (5, [2, 1, 2]), (1, [0, 1, 0])])
-def test_thirds_of_the_depth_are_of_even_size(layers: int, sizes: list[int]) -> None:
+def test_thirds_have_equal_size(layers: int, sizes: list[int]) -> None:
     modules = pd.DataFrame(blocks(layers, ("q",))).astype({"layer": "Int16"})
     third = rank_allocations.thirds(rank_allocations.current_ranks(table({9: [1] * layers}, modules=modules)))
     assert third.value_counts(sort=False).tolist() == sizes
@@ -95,14 +95,14 @@ def test_thirds_of_the_depth_are_of_even_size(layers: int, sizes: list[int]) -> 
 
 
 @given(st.lists(st.lists(st.integers(0, 4), min_size=6, max_size=6), min_size=2, max_size=4))
-def test_agreement_is_kendall_s_tau_of_scipy(values: list[list[int]]) -> None:
+def test_agreement_matches_kendalls_tau_of_scipy(values: list[list[int]]) -> None:
     found = rank_allocations.agreement(several(*values))
     assert list(zip(found["first"], found["second"], strict=True)) == list(combinations("abcd"[: len(values)], 2))
     expected = [stats.kendalltau(one, two).statistic for one, two in combinations(values, 2)]
     assert found["tau"].to_numpy() == pytest.approx(expected, nan_ok=True)
 
 
-def test_stability_is_the_mean_of_the_pairs_with_a_jackknife_over_runs() -> None:
+def test_stability_is_the_mean_over_pairs_with_a_jackknife_interval() -> None:
     runs = [[5, 0, 1, 2, 0, 4], [4, 1, 1, 2, 0, 3], [0, 5, 2, 1, 4, 0], [3, 0, 2, 2, 1, 4]]
     pairs = {(i, j): stats.kendalltau(runs[i], runs[j]).statistic for i, j in combinations(range(4), 2)}
     mean = np.mean(list(pairs.values()))
@@ -115,7 +115,7 @@ def test_stability_is_the_mean_of_the_pairs_with_a_jackknife_over_runs() -> None
     assert np.isnan(rank_allocations.stability(several(runs[0])).mean)
 
 
-def test_modules_that_a_run_lacks_are_left_out_of_its_agreement() -> None:
+def test_stability_ignores_modules_missing_in_a_run() -> None:
     both = several([5, 0, 1, 2, 0, 4], [4, 1, 1, 2, 0, 3])
     part = both[(both["run"] != "b") | (both["module"] != name(0, "q"))]
     assert rank_allocations.stability(part).mean == pytest.approx(
@@ -123,7 +123,7 @@ def test_modules_that_a_run_lacks_are_left_out_of_its_agreement() -> None:
     )
 
 
-def test_ranks_by_lot_keep_budget_and_cap_and_differ_between_runs() -> None:
+def test_random_ranks_keep_budget_and_cap_and_differ_between_runs() -> None:
     drawn = rank_allocations.random_ranks(several([6, 0, 0, 0, 0, 6], [6, 0, 0, 0, 0, 6]), cap=6)
     values = drawn.groupby("run", observed=True)["value"].agg(list)
     assert [sum(row) for row in values] == [12, 12]
@@ -131,18 +131,18 @@ def test_ranks_by_lot_keep_budget_and_cap_and_differ_between_runs() -> None:
     assert drawn["value"].max() <= 6
 
 
-def test_runs_by_lot_agree_by_chance_alone() -> None:
+def test_random_stability_has_the_null_distribution_of_tau() -> None:
     modules = pd.DataFrame(blocks(12)).astype({"layer": "Int16"})
     learned = [table({9: [8] * 72}, run, modules) for run in "abc"]
     found = rank_allocations.random_stability(rank_allocations.current_ranks(records.concat(learned)), cap=12)
     assert found.shape == (200,)
     n = 72
-    deviation = np.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))  # of tau between two orders without ties
+    deviation = np.sqrt(2 * (2 * n + 5) / (9 * n * (n - 1)))  # standard deviation of tau without ties
     assert abs(found.mean()) < 4 * deviation / np.sqrt(3 * 200)
     assert found.std() == pytest.approx(deviation / np.sqrt(3), rel=0.2)
 
 
-def test_the_cap_is_the_rank_at_the_start_unless_one_grew_beyond_it() -> None:
+def test_cap_is_the_initial_rank_unless_a_module_exceeds_it() -> None:
     assert rank_allocations.cap(table({0: [4] * 6, 9: [4, 0, 1, 2, 0, 4]})) == 4
     assert rank_allocations.cap(table(HISTORY)) is None
     assert rank_allocations.cap(table({-1: [4, 0, 1, 2, 0, 4]})) == 4

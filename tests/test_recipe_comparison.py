@@ -1,4 +1,4 @@
-"""Recipes beside each other: scipy's paired test, Holm by hand, planted orders, and no rank for what overlaps."""
+"""Comparison of recipes: SciPy's paired test, hand-computed Holm adjustment, and planted orders and ties."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def made(values: dict[str, list[float]], metric: str = "accuracy", task: str = "
     return pd.DataFrame(rows)
 
 
-def test_p_is_that_of_scipys_paired_test():
+def test_paired_p_matches_scipy():
     one, other = np.random.default_rng(0).normal(size=(2, 5))
     assert paired_p(one - other) == pytest.approx(ttest_rel(one, other).pvalue)
     assert np.isnan(paired_p(np.array([1.0])))
@@ -29,70 +29,70 @@ def test_p_is_that_of_scipys_paired_test():
     assert paired_p(np.ones(3)) == 0
 
 
-def test_holm_by_hand():
-    # sorted 0.01 0.02 0.04, times 3 2 1: 0.03 0.04 0.04; the order given stays, and what cannot be tested counts not
+def test_holm_matches_a_hand_computed_example():
+    # Sorted 0.01, 0.02, 0.04, times 3, 2, 1: 0.03, 0.04, 0.04. The input order is kept; NaN does not count as a test.
     assert holm(np.array([0.04, np.nan, 0.01, 0.02])).tolist() == pytest.approx([0.04, np.nan, 0.03, 0.04], nan_ok=True)
     assert holm(np.array([0.6, 0.5])).tolist() == [1.0, 1.0]
 
 
-def test_a_planted_order_is_found_and_what_overlaps_gets_no_place():
-    # b and c differ by 0.001 with a deviation of 0.01; a lies 0.1 above both, with hardly any
+def test_comparison_finds_a_planted_order_and_leaves_ties_open():
+    # The means of b and c are equal; a is 0.1 above both.
     table = made({"b": [0.70, 0.71, 0.69, 0.70], "a": [0.80, 0.81, 0.791, 0.80], "c": [0.71, 0.70, 0.70, 0.69]})
     compared = pairs(table)
     assert compared["better"].tolist() == ["a", "", "a"]
     found = standings(table, compared).set_index("recipe")
-    assert found.index.tolist() == ["b", "a", "c"]  # as given, not by the mean
+    assert found.index.tolist() == ["b", "a", "c"]  # the input order, not that of the means
     assert found[["first", "last"]].to_numpy().tolist() == [[2, 3], [1, 1], [2, 3]]
     assert found.loc["a", "value"] == pytest.approx(0.80025)
-    told = describe_comparison(compared)
-    assert told[0].startswith("a is better than b by 0.1003 [0.09945, 0.101] (p ")
-    assert told[-1] == "overlapping, so not ranked: b and c"
+    lines = describe_comparison(compared)
+    assert lines[0].startswith("a is better than b by 0.1003 [0.09945, 0.101] (p ")
+    assert lines[-1] == "no significant difference: b and c"
 
 
-def test_pairing_tells_apart_what_intervals_do_not():
+def test_pairing_finds_a_difference_despite_overlapping_intervals():
     noise = np.array([0.0, 0.1, 0.2, 0.3])
     table = made({"low": list(noise), "high": list(noise + np.array([0.010, 0.011, 0.009, 0.010]))})
     compared = pairs(table)
     assert compared["better"].tolist() == ["high"]
     assert standings(table, compared)["low"].tolist()[1] < 0.15  # the intervals overlap by far
-    by_lot = made({"low": list(noise), "high": list(noise[::-1] + 0.01)})
-    assert pairs(by_lot)["better"].tolist() == [""]
+    unpaired = made({"low": list(noise), "high": list(noise[::-1] + 0.01)})
+    assert pairs(unpaired)["better"].tolist() == [""]
 
 
-def test_a_lower_perplexity_is_better():
+def test_lower_perplexity_is_better():
     table = made({"a": [5.0, 5.1, 5.0], "b": [9.0, 9.1, 9.05]}, "perplexity")
     assert pairs(table)["better"].tolist() == ["a"]
     assert "a is better than b by 4.017 [" in describe_comparison(pairs(table))[0]
 
 
-def test_two_seeds_decide_nothing():
+def test_two_seeds_are_never_significant():
     table = made({"a": [0.9, 0.9], "b": [0.1, 0.1]})
     compared = pairs(table)
     assert compared["better"].tolist() == [""]
     assert standings(table, compared)[["first", "last"]].to_numpy().tolist() == [[1, 2], [1, 2]]
-    assert describe_comparison(compared) == ["overlapping, so not ranked (fewer than 3 seeds decide nothing): a and b"]
+    assert describe_comparison(compared) == ["no significant difference (fewer than 3 seeds): a and b"]
 
 
-def test_only_seeds_that_both_have_are_paired():
+def test_pairs_use_the_common_seeds_only():
     table = made({"a": [0.9, 0.8, 0.85], "b": [0.1, 0.2]})
     assert pairs(table)["n"].tolist() == [2]
     assert pairs(made({"a": [0.5]})).empty
 
 
-def test_tasks_are_judged_apart():
+def test_tasks_are_compared_separately():
     table = pd.concat([made({"a": [0.9, 0.91, 0.9], "b": [0.1, 0.12, 0.1]}, task=task) for task in ("one", "two")])
-    assert pairs(table)["p"].nunique() == 1  # two families of one test each, not one of two
+    assert pairs(table)["p"].nunique() == 1  # each task is a separate family of one test
     assert [line.partition(":")[0] for line in describe_comparison(pairs(table))] == ["m, one", "m, two"]
 
 
-def test_no_order_comes_of_noise():
-    """Of 200 sweeps of four equal recipes, no more than the level says rank anything (binomial bound at 5 %: 18)."""
+def test_noise_is_rarely_significant():
+    """Over 200 sweeps of four equal recipes, the family-wise error rate is at most the level (binomial bound: 18)."""
     draw = np.random.default_rng(0)
     ranked = sum(any(pairs(made({r: list(draw.normal(size=5)) for r in "abcd"}))["better"] != "") for _ in range(200))
     assert ranked <= 18
 
 
-def test_recipes_are_told_by_what_differs_within_a_label():
+def test_recipe_names_include_the_settings_that_differ():
     labels = ["LoRA", "LoRA", "Full"]
     settings = [{"lr": 1e-3, "steps": 3, "clip": 1.0}, {"lr": 1e-4, "steps": 3, "clip": 1.0}, {"lr": 1e-5, "steps": 9}]
     assert recipes(labels, settings) == ["LoRA, lr 0.001", "LoRA, lr 0.0001", "Full"]
@@ -104,8 +104,8 @@ def a_run(**meta) -> Run:
     return Run(None, own | {"test": {"name": "accuracy", "metric": 0.5}} | meta)
 
 
-def test_runs_that_learn_the_same_count_once_and_others_are_told_apart():
-    """Two observers, two tables of ranks, two bases of one name, two texts of one name."""
+def test_duplicate_runs_count_once_and_different_ones_are_distinguished():
+    """The cases are two observers, two tables of ranks, two models with one name, and two tasks with one name."""
     ranks = [{"name": "lora", "rank": {"q": number}} for number in (2, 4)]
     found = scores([a_run(recipe=ranks[0]), a_run(recipe=ranks[0], settings={"steps": 3, "observers": ["x"]})])
     assert found["recipe"].tolist() == ["LoRA, rank by module"] * 2

@@ -1,4 +1,4 @@
-"""Scores of components: each against its definition on one trained state, and their correlation."""
+"""Scores of components, each compared with its definition on one trained state, and their correlation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lorascope.schema.records import Record
 
 SETTINGS = {"steps": 12, "batch_size": 8, "eval_size": 16, "progress": False, "device": "cpu"}
 
-UNDECIDED = np.log(2)  # a loss, and so the scale of the rounding of a rise
+UNDECIDED = np.log(2)  # the loss of a uniform prediction, which sets the scale of rounding errors in a loss increase
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def trained(bert, task, tmp_path_factory):
 
 @pytest.fixture
 def state(trained, task):
-    """The model without adapters, its update as P, lambda, Q, and two batches."""
+    """Return the model without adapters, its update as P, lambda, Q, and two batches."""
     model = models.load(trained.meta["model"], task)
     trained.restore(model)
     state = {name: component_removal.canonical(part.update()) for name, part in delta.attached_deltas(model).items()}
@@ -55,7 +55,7 @@ def state(trained, task):
 
 
 def loss_with(model, updates, batch):
-    """Loss with these matrices added to the weights, by hand."""
+    """Compute the loss with these matrices added directly to the weights."""
     places = {name: model.get_submodule(name) for name in updates}
     before = {name: place.weight.detach().clone() for name, place in places.items()}
     with torch.no_grad():
@@ -70,7 +70,7 @@ def loss_with(model, updates, batch):
 
 
 def matrices(state, without=None, component=None):
-    """Update matrices, one component (or, with None, one module) left out."""
+    """Return the update matrices without one component (or, with None, without one module)."""
     made = {}
     for name, (P, sigma, Q) in state.items():
         sigma = sigma.copy()
@@ -80,7 +80,7 @@ def matrices(state, without=None, component=None):
     return made
 
 
-def test_the_canonical_form_is_the_update(trained, state):
+def test_canonical_form_reproduces_the_update(trained, state):
     _, found, _ = state
     for name, update in trained.updates().items():
         P, sigma, Q = found[name]
@@ -89,7 +89,7 @@ def test_the_canonical_form_is_the_update(trained, state):
         assert gram == pytest.approx(np.eye(len(sigma)), abs=1e-12)
 
 
-def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
+def test_loss_increases_match_direct_removal(state):
     model, found, batches = state
     rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches)
     assert not delta.attached_deltas(model)
@@ -105,7 +105,7 @@ def test_the_truth_is_the_rise_of_the_loss_by_hand(state):
     assert max(np.abs(rise).max() for rise in rises.values()) > 1e-4  # far above rounding
 
 
-def test_slopes_are_central_differences_in_the_size_of_a_component(state):
+def test_first_order_increases_match_central_differences(state):
     model, found, batches = state
     slopes = component_removal.first_order_increases(model, lambda batch: model(**batch).loss, found, batches)
     assert not delta.attached_deltas(model)
@@ -124,8 +124,8 @@ def test_slopes_are_central_differences_in_the_size_of_a_component(state):
             assert slopes[name][-1 if component is None else component] == pytest.approx(by_hand, rel=0.05, abs=bound)
 
 
-def test_rises_are_settled_by_the_slopes_of_all_text(state):
-    """On all batches they are the rises themselves; on one of two, the rise there plus what the slopes differ by."""
+def test_ablation_loss_increases_are_corrected_by_first_order_terms(state):
+    """On all batches they are the loss increases. On one of two, they are corrected by the difference of the slopes."""
     model, found, batches = state
 
     def loss(batch):
@@ -144,8 +144,8 @@ def test_rises_are_settled_by_the_slopes_of_all_text(state):
     assert np.abs(np.concatenate(list(part.values())) - all_).mean() < 0.5 * np.abs(one - all_).mean()
 
 
-def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
-    """Against the definition in loops: I = |w g|, averages of 0.85, and their product."""
+def test_adalora_scores_at_fixed_weights_match_the_definition(state):
+    """The definition uses loops: I = |w g|, moving averages with 0.85, and their product."""
     model, found, batches = state
     rows = component_scores.adalora_scores(model, lambda batch: model(**batch).loss, found, batches)
     name = list(found)[3]
@@ -170,14 +170,14 @@ def test_adalora_scores_are_moving_averages_at_a_state_that_stays(state):
             mean[place] += g / len(batches)
     s = [own * spread for own, spread in averages]
     expected = s[0].mean(0) + s[1] + s[2].mean(1)
-    bound = rounding(terms=TINY, growth=40 * TEXT)  # of gradients that largely cancel
+    bound = rounding(terms=TINY, growth=40 * TEXT)  # the gradients largely cancel
     assert rows["AdaLoRA importance"][name] == pytest.approx(expected.numpy(), rel=2 * bound)
     assert rows["AdaLoRA sensitivity"][name] == pytest.approx(averages[1][0].numpy(), rel=bound)
     norm = (mean[0].square().sum(0) + mean[1].square() + mean[2].square().sum(1)).sqrt()
     assert rows["gradient norm"][name] == pytest.approx(norm.numpy(), rel=bound)
 
 
-def test_alora_scores_are_ablations_of_the_same_components(state):
+def test_alora_scores_match_ablations_of_the_components(state):
     model, found, batches = state
     rows = component_scores.alora_scores(model, lambda batch: model(**batch).loss, found, batches[0])
     rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
@@ -189,18 +189,18 @@ def test_alora_scores_are_ablations_of_the_same_components(state):
     assert rows["ALoRA importance"][name] == near(both, UNDECIDED, terms=TINY, depth=2)
 
 
-def test_alpha_begins_at_the_state_and_falls_where_a_component_harms(state):
+def test_autolora_scores_sum_to_one_and_favor_helpful_components(state):
     model, found, batches = state
     rows = component_scores.autolora_scores(model, lambda batch: model(**batch).loss, found, batches[:1] * 8)
     (alphas,) = rows.values()
     assert all(alpha.sum() == near(1, terms=3, depth=2) for alpha in alphas.values())
     rises = component_removal.loss_increases(model, lambda batch: model(**batch).loss, found, batches[:1])
-    # First order: alpha goes where a larger component lowers the loss, which is where its removal raises it.
+    # To first order, alpha grows if a larger component lowers the loss, which is when its removal raises the loss.
     signs = [np.sign(alpha - 1 / 3) @ (rises[name][:-1] - rises[name][:-1].mean()) for name, alpha in alphas.items()]
     assert np.mean(np.array(signs) > 0) > 0.7
 
 
-def test_measuring_gives_every_score_of_every_component_and_module(trained, monkeypatch):
+def test_measure_returns_every_score_of_every_component_and_module(trained, monkeypatch):
     monkeypatch.setattr(score_agreement, "QUICK_SIZES", (8, 2, 2, 1))
     table = score_agreement.measure(trained)
     whole = table["component"] == -1
@@ -221,7 +221,7 @@ def test_measuring_gives_every_score_of_every_component_and_module(trained, monk
     )
 
 
-def test_spearman_is_pearson_of_ranks_with_ties_and_nan_for_a_constant():
+def test_spearman_is_pearson_of_ranks_and_nan_for_a_constant():
     columns = np.array([[1.0, 10, 5], [2, 20, 5], [2, 15, 5], [9, 90, 5]])
     a, b = np.array([1, 2.5, 2.5, 4]), np.array([1.0, 3, 2, 4])
     expected = np.corrcoef(a, b)[0, 1]
@@ -229,8 +229,8 @@ def test_spearman_is_pearson_of_ranks_with_ties_and_nan_for_a_constant():
     assert np.isnan(spearman(columns)[0, 2])
 
 
-def test_the_interval_draws_modules_not_components():
-    """Copies of one component in a module add nothing: the interval stays that of the modules."""
+def test_correlate_resamples_modules_instead_of_components():
+    """Copies of one component in a module add no information, so the interval does not change."""
     draw = np.random.default_rng(1)
     x = draw.normal(size=30)
     y = x + draw.normal(size=30)
@@ -265,8 +265,8 @@ def test_charts_show_the_correlations(trained):
         chart.plotly()
 
 
-def told_of_neurons(folder, seed, told, rows=9, **more):
-    """A run that recorded, of every neuron of one input and one output projection, the given scores."""
+def write_scores(folder, seed, scores, rows=9, **more):
+    """Write a run with the given scores of every neuron of one input and one output projection."""
     places = {"ffn_in": ("h.0.up", "sensitivity_out", rows, 4), "ffn_out": ("h.0.down", "sensitivity_in", 4, rows)}
     modules = [
         {"module": name, "stack": "", "layer": 0, "role": role, "out_features": outer, "in_features": inner, "tied": ""}
@@ -277,20 +277,20 @@ def told_of_neurons(folder, seed, told, rows=9, **more):
     writer = RunWriter(folder / "run", meta | {"modules": modules, "seed": seed, "states": states} | more)
     for name, own, *_ in places.values():
         other = "sensitivity_in" if own == "sensitivity_out" else "sensitivity_out"
-        values = dict(zip(("neuron_cosine", "neuron_update", own), told[name], strict=True)) | {other: np.ones(4)}
+        values = dict(zip(("neuron_cosine", "neuron_update", own), scores[name], strict=True)) | {other: np.ones(4)}
         writer.add(9, [Record(quantity, value, name) for quantity, value in values.items()])
-        writer.add(4, [Record("neuron_cosine", np.arange(rows), name)])  # an earlier look
+        writer.add(4, [Record("neuron_cosine", np.arange(rows), name)])  # an earlier recording
     writer.finish("done")
     return load(folder / "run")
 
 
-def test_neurons_are_compared_across_recipes_one_by_one(tmp_path):
+def test_neuron_scores_compare_recipes_within_a_seed(tmp_path):
     draw = np.random.default_rng(0)
     drawn = {(label, seed): draw.random((2, 3, 9)) for label in "ab" for seed in (0, 1)}
-    drawn["a", 0][0, 0, 5] = np.nan  # a neuron without direction
+    drawn["a", 0][0, 0, 5] = np.nan  # a zero neuron has no direction
     runs = {
         label: [
-            told_of_neurons(
+            write_scores(
                 tmp_path / f"{label}{seed}", seed, dict(zip(("h.0.up", "h.0.down"), drawn[label, seed], strict=True))
             )
             for seed in (0, 1)
@@ -309,12 +309,12 @@ def test_neurons_are_compared_across_recipes_one_by_one(tmp_path):
     assert len(chart.data) == 36
     assert "neurons" in chart.title
     only = runs["a"][0]
-    with pytest.raises(ValueError, match="share no seed"):
+    with pytest.raises(ValueError, match=r"a, b.*seed in common"):
         neuron_scores({"a": only, "b": runs["b"][1:]})
 
 
-def test_a_score_that_is_the_same_for_every_neuron_is_left_out_with_a_word(tmp_path):
-    """As of LoRA on queries and values, which leaves feed-forward parts alone; in one seed is enough."""
+def test_neuron_scores_omit_a_constant_score_with_a_warning(tmp_path):
+    """LoRA on queries and values has such scores: it does not change feed-forward modules. One seed is enough."""
     draw = np.random.default_rng(0)
     runs = {}
     for label in "ab":
@@ -323,11 +323,11 @@ def test_a_score_that_is_the_same_for_every_neuron_is_left_out_with_a_word(tmp_p
             drawn = draw.random((2, 3, 9))
             if label == "b":
                 drawn[:, 0], drawn[:, 1] = 0, drawn[:, 1] * (seed == 0)
-            told = dict(zip(("h.0.up", "h.0.down"), drawn, strict=True))
-            runs[label].append(told_of_neurons(tmp_path / f"{label}{seed}", seed, told))
-    with pytest.warns(UserWarning, match=r"^b: 1 − cos, b: ‖w − w₀‖: the same for every neuron, so left out") as said:
+            scores = dict(zip(("h.0.up", "h.0.down"), drawn, strict=True))
+            runs[label].append(write_scores(tmp_path / f"{label}{seed}", seed, scores))
+    with pytest.warns(UserWarning, match=r"^b: 1 − cos, b: ‖w − w₀‖ omitted: .*every neuron") as warned:
         table = neuron_scores(runs)
-    assert len(said) == 1
+    assert len(warned) == 1
     assert set(table["score"]) == {"a: 1 − cos", "a: ‖w − w₀‖", "a: sensitivity", "b: sensitivity"}
     assert len(table) == 2 * 18 * 4
     assert correlate(table).notna().all(axis=None)
@@ -335,19 +335,19 @@ def test_a_score_that_is_the_same_for_every_neuron_is_left_out_with_a_word(tmp_p
 
 @pytest.mark.parametrize(("choice", "score", "probes"), [
     ({"mode": "changed"}, "1 − cos after tuning", "probe_cosine"),
-    ({"mode": "probed"}, "likeness to probes", "probe_cosine"),
-    ({"mode": "probed"}, "likeness to probes", "probe_similarity"),  # as earlier versions recorded
+    ({"mode": "probed"}, "similarity to linear probes", "probe_cosine"),
+    ({"mode": "probed"}, "similarity to linear probes", "probe_similarity"),  # the quantity of earlier versions
     ({"mode": "random"}, None, "probe_cosine"),
     ({"mode": "changed", "neurons": {"h.0.up": [1]}}, None, "probe_cosine"),
 ])  # fmt: skip
-def test_neft_is_taken_by_what_it_chose_by(choice, score, probes, tmp_path):
-    """Each quantity has values of its own; of a lot or a hand none of them is what chose."""
+def test_neuron_scores_of_neft_use_its_selection_score(choice, score, probes, tmp_path):
+    """Each quantity has different values. A selection at random or by hand has no selection score."""
     draw = np.random.default_rng(0)
     by = {"selection_cosine": draw.random((2, 9)), probes: draw.random((2, 9))}
     runs = {}
     for label, method in (("a", {"name": "full"}), ("b", {"name": "neft", **choice})):
-        told = dict(zip(("h.0.up", "h.0.down"), draw.random((2, 3, 9)), strict=True))
-        runs[label] = told_of_neurons(tmp_path / label, 0, told, method=method)
+        scores = dict(zip(("h.0.up", "h.0.down"), draw.random((2, 3, 9)), strict=True))
+        runs[label] = write_scores(tmp_path / label, 0, scores, method=method)
     rows = [
         runs["b"]
         .table.query("quantity == 'neuron_cosine' and step == 9")
@@ -355,19 +355,19 @@ def test_neft_is_taken_by_what_it_chose_by(choice, score, probes, tmp_path):
         for name, values in by.items()
     ]
     runs["b"].table = pd.concat([runs["b"].table, *rows], ignore_index=True)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         table = neuron_scores(runs)
     own = {name for name in table["score"] if name.startswith("b: ")}
     assert own == {"b: ‖w − w₀‖", "b: sensitivity", *([f"b: {score}"] if score else [])}
     if score is None:
-        assert [str(each.message).partition(": of neurons")[0] for each in said] == ["b: 1 − cos"]
+        assert [str(each.message).partition(" omitted")[0] for each in warned] == ["b: 1 − cos"]
     else:
-        assert not said
+        assert not warned
         expected = by[probes if choice["mode"] == "probed" else "selection_cosine"].ravel()
         found = table[table["score"] == f"b: {score}"].sort_values(["module", "component"])
         assert sorted(found["value"]) == sorted(expected)
-        assert found["value"].iloc[0] == expected[9]  # of the output projection, whose name comes first
+        assert found["value"].iloc[0] == expected[9]  # the output projection comes first by name
 
 
 RECIPES = {
@@ -378,8 +378,8 @@ RECIPES = {
 }
 
 
-def test_recipes_that_were_trained_are_compared_by_the_scores_of_their_very_weights(bert, task, tmp_path):
-    """Each score from the weights before and after, and from their gradients; NeFT's turn from its full fine-tuning."""
+def test_neuron_scores_of_trained_recipes_match_their_weights(bert, task, tmp_path):
+    """Scores are recomputed from weights and gradients; for NeFT, the rotation is due to its full fine-tuning."""
     runs, by_hand = {}, {}
     for label, method in RECIPES.items():
         model = models.load(bert, task=task)
@@ -421,6 +421,6 @@ def test_recipes_that_were_trained_are_compared_by_the_scores_of_their_very_weig
     assert cells["NeFT: 1 − cos after tuning", "Full: sensitivity"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_runs_that_did_not_look_at_neurons_are_refused(trained):
-    with pytest.raises(ValueError, match=r"recorded no neuron_cosine: train with observe=\[ls.observe.neurons"):
+def test_neuron_scores_of_a_run_without_records_raises(trained):
+    with pytest.raises(ValueError, match=r"neuron_cosine.*observe=\[ls.observe.neurons"):
         neuron_scores({"a": trained})

@@ -1,4 +1,4 @@
-"""Overlap of choices and shifts of ranks on worked numbers."""
+"""Overlap of selections and shifts of utilization ranks on hand-computed examples."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ def named(*numbers):
     return frozenset(("m", number) for number in numbers)
 
 
-def test_overlap_of_the_worked_sets_beside_chance():
+def test_common_matches_a_hand_computed_example():
     found = selected_neurons.common(named(1, 2, 3, 4), named(3, 4, 5, 6), pool=40)
     assert (found["n_common"], found["overlap"], found["jaccard"]) == (2, 0.5, pytest.approx(1 / 3))
     assert found["chance"] == pytest.approx(4 / 40)
     assert selected_neurons.common(named(1, 2), named(1, 2), pool=9)["overlap"] == 1
 
 
-def test_chance_is_what_lots_give():
+def test_common_random_baseline_matches_random_draws():
     draw = np.random.default_rng(0)
-    lots = [set(draw.choice(50, 20, replace=False)) for _ in range(2000)]
-    shared = [len(lot & set(range(10))) / 10 for lot in lots]
+    samples = [set(draw.choice(50, 20, replace=False)) for _ in range(2000)]
+    shared = [len(sample & set(range(10))) / 10 for sample in samples]
     found = selected_neurons.common(named(*range(10)), named(*range(100, 120)), pool=50)
     assert found["chance"] == pytest.approx(np.mean(shared), abs=0.01)
     assert np.mean(np.array(shared) <= found["most"]) >= 0.95
     assert np.mean(np.array(shared) <= found["most"] - 0.1) < 0.95
 
 
-def test_pairs_within_a_label_are_pairs_of_different_runs():
+def test_overlaps_within_a_label_use_different_selections():
     found = selected_neurons.overlaps({"a": [named(1, 2), named(1, 3)], "b": [named(4, 5)]}, pool=10)
     assert found[["first", "second", "n_common"]].to_numpy().tolist() == [["a", "a", 1], ["a", "b", 0], ["a", "b", 0]]
 
 
-def test_the_worked_correlation():
+def test_correlations_match_a_hand_computed_example():
     one = np.array([[1.0, 2, 3, 4], [5, 5, 5, 5]])
     assert neuron_utilization.correlations(one, np.array([[1.0, 3, 2, 4]])).tolist() == [[pytest.approx(0.8)], [0]]
     other = neuron_utilization.correlations(-one, np.array([[1.0, 3, 2, 4], [2, 2, 2, 2]]))
     assert other.tolist() == [[pytest.approx(0.8), 0], [0, 0]]
 
 
-def test_the_layers_that_a_neuron_is_held_against():
+def test_span_starts_or_ends_at_the_layer_of_the_neuron():
     layers = list(range(4))
     assert [layers[neuron_utilization.span(layer)] for layer in (0, 2)] == [[0, 1, 2, 3], [2, 3]]
     assert [layers[neuron_utilization.span(layer, "earlier")] for layer in (0, 2)] == [[0], [0, 1, 2]]
@@ -57,7 +57,7 @@ def scored(values, role="ffn_in"):
     return pd.DataFrame(rows)
 
 
-def test_the_worked_shift_of_ranks(monkeypatch):
+def test_rank_shift_matches_a_hand_computed_example(monkeypatch):
     monkeypatch.setattr(neuron_utilization, "STRONG", 3 / 5)
     trained = pd.DataFrame({"module": ["ffn_in"], "neuron": [0]})
     found = neuron_utilization.rank_shift(scored(FIRST), scored(SECOND), trained)
@@ -69,7 +69,7 @@ def test_the_worked_shift_of_ranks(monkeypatch):
     assert neuron_utilization.counts(found) == {"strong": 3, "suppressed": 2, "indirect": 2, "avg_abs_d_rank": 2.4}
 
 
-def test_ranks_and_thresholds_are_those_of_each_role():
+def test_rank_shift_uses_ranks_and_thresholds_per_role():
     first = pd.concat([scored(FIRST), scored((0.2, 0.1), "ffn_out")])
     second = pd.concat([scored(FIRST), scored((0.1, 0.2), "ffn_out")])
     found = neuron_utilization.rank_shift(first, second, pd.DataFrame({"module": [], "neuron": []}))
@@ -79,7 +79,7 @@ def test_ranks_and_thresholds_are_those_of_each_role():
     assert found.loc[found["suppressed"], "neuron"].tolist() == [1]
 
 
-def test_buckets_hold_every_neuron_once():
+def test_buckets_count_every_neuron_once():
     same = scored(list(np.linspace(1, 0.1, 100)))
     moved = same.assign(value=same["value"].where(same["neuron"] != 99, 2.0))
     shifts = neuron_utilization.rank_shift(moved, same, pd.DataFrame({"module": [], "neuron": []}))

@@ -44,7 +44,7 @@ def test_what_was_not_measured_or_not_for_long_enough_is_told(tmp_path):
         ValueError, match=r"step_seconds needs records of forward_seconds: measure it with ls.step_time.measure"
     ):
         plots.step_seconds(plant(tmp_path, "a", {("loss", ""): {1: 1.0}}))
-    with pytest.raises(ValueError, match="run b was measured for 2 steps or fewer"):
+    with pytest.raises(ValueError, match=r"run b.*more than 2"):
         plots.step_seconds(plant(tmp_path, "b", {(name, ""): {1: 1.0, 2: 1.0} for name in NAMES}))
 
 

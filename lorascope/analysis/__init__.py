@@ -1,1 +1,1 @@
-"""From tables and arrays to tables: pure functions, no torch, no state."""
+"""Analysis of runs and adapters: pure functions from tables and arrays to tables, without torch."""

@@ -1,6 +1,6 @@
-"""Allocations that look at nothing: the controls of a learned one, with the same budget of ranks or parameters.
+"""Baseline rank allocations with the same budget as a learned one: uniform, random, equal parameters.
 
-What they give goes into ``LoRA(rank=...)``.
+Pass the result to ``LoRA(rank=...)``.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ from lorascope.schema import module_table
 
 
 def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
-    """The same rank everywhere, as far as the budget can be shared out.
+    """Allocate the same rank to every module, as far as the budget allows.
 
     Parameters
     ----------
     modules : sequence of str
         Module names in model order.
     budget : int
-        Sum of the ranks. What is left over goes to the first modules, one rank each.
+        Sum of the ranks. The first modules get the remainder, one rank each.
 
     Returns
     -------
     dict
-        Module -> rank; their sum is the budget.
+        Module -> rank; the ranks sum to the budget.
+
+    Raises
+    ------
+    ValueError
+        The budget is below 1, or the module names are empty or not unique.
     """
     _check_budget(modules, budget)
     each, over = divmod(budget, len(modules))
@@ -35,7 +40,9 @@ def uniform(modules: Sequence[str], budget: int) -> dict[str, int]:
 
 
 def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = None) -> dict[str, int]:
-    """Components drawn by lot, all equally likely: what an allocator does that cannot tell them apart.
+    """Allocate ranks at random, with every component equally likely.
+
+    This is the baseline for an allocator that cannot distinguish components.
 
     Parameters
     ----------
@@ -44,22 +51,27 @@ def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = Non
     budget : int
         Sum of the ranks.
     seed : int
-        The same seed, modules, budget and cap give the same ranks.
+        Random seed. The same seed, modules, budget and cap give the same ranks.
     cap : int, optional
-        Components that every module has to draw from, its rank at the start. Without one a module may have any rank.
+        Number of components to draw from in every module, its initial rank. None (the default) sets no limit.
 
     Returns
     -------
     dict
-        Module -> rank, zeros included; their sum is the budget.
+        Module -> rank, zeros included; the ranks sum to the budget.
+
+    Raises
+    ------
+    ValueError
+        The budget is below 1 or above ``cap`` times the number of modules, or the module names are empty or not unique.
     """
     _check_budget(modules, budget)
     draw = np.random.default_rng(seed)
-    if cap is None:
+    if cap is None:  # every unit of the budget goes to any module with the same probability
         ranks = draw.multinomial(budget, np.full(len(modules), 1 / len(modules)))
     elif budget > cap * len(modules):
-        raise ValueError(f"budget {budget} is more than {len(modules)} modules of at most {cap} ranks can hold")
-    else:
+        raise ValueError(f"budget must be <= {cap * len(modules)} ({len(modules)} modules of rank {cap}), got {budget}")
+    else:  # components are drawn without replacement
         ranks = draw.multivariate_hypergeometric([cap] * len(modules), budget)
     return dict(zip(modules, ranks.tolist(), strict=True))
 
@@ -67,17 +79,17 @@ def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = Non
 def equal_parameters(
     modules: pd.DataFrame, groups: Mapping[str, str | Sequence[str]], parameters: int | None = None
 ) -> dict[str, int]:
-    """The rank at which each group of modules spends exactly so many parameters as any other.
+    """Compute the rank that gives each group of modules the same number of adapter parameters.
 
     Parameters
     ----------
     modules : DataFrame
-        As from ``names.describe``, or ``Run.modules``.
+        Module table from ``names.describe`` or ``Run.modules``.
     groups : mapping label -> targets
         Roles, module names or a regular expression, as in ``LoRA(targets=...)``.
     parameters : int, optional
-        Parameters of the adapters of one group; a rank costs a module ``in_features + out_features``. By default the
-        least that every group can spend exactly.
+        Adapter parameters per group. One rank of a module has ``in_features + out_features`` of them. By default the
+        smallest number that every group reaches exactly.
 
     Returns
     -------
@@ -87,28 +99,31 @@ def equal_parameters(
     Raises
     ------
     ValueError
-        No whole rank of a group costs that much.
+        No integer rank of a group has exactly this number of parameters.
     """
     chosen = {label: module_table.match(modules, targets) for label, targets in groups.items()}
-    # A tied weight is known by each of its names.
+    # A tied weight can be targeted by any of its names, so each name gets a row.
     known = modules.assign(name=(modules["module"] + "," + modules["tied"]).str.split(",")).explode("name")
     sizes = known.set_index("name")[["in_features", "out_features"]].sum(axis=1)
     costs = {label: int(sizes[found].sum()) for label, found in chosen.items()}
     if parameters is None:
-        parameters = math.lcm(*costs.values())
+        parameters = math.lcm(*costs.values())  # the smallest number that is a whole rank of every group
     ranks = {}
     for label, cost in costs.items():
         rank, over = divmod(parameters, cost)
         if over or rank < 1:
             least = max(rank, 1)
-            near = " and ".join(f"{cost * n:,} at rank {n}" for n in (least, least + 1))
-            raise ValueError(f"{label}: no whole rank of its {len(chosen[label])} modules costs {parameters:,}; {near}")
+            near = " or ".join(f"{cost * n:,} (rank {n})" for n in (least, least + 1))
+            raise ValueError(
+                f"parameters must be a multiple of {cost:,} for {label} ({len(chosen[label])} modules), "
+                f"got {parameters:,}: use {near}"
+            )
         ranks[label] = rank
     return ranks
 
 
 def _check_budget(modules: Sequence[str], budget: int) -> None:
     if not modules or len(set(modules)) < len(modules):
-        raise ValueError(f"ranks are allotted to modules, each named once; got {', '.join(modules) or 'none'}")
+        raise ValueError(f"modules must be one or more unique names, got {', '.join(modules) or 'none'}")
     if budget < 1:
-        raise ValueError(f"budget {budget} allots nothing: it is a sum of ranks, 1 or more")
+        raise ValueError(f"budget must be >= 1, got {budget}")

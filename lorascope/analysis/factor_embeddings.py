@@ -1,15 +1,18 @@
-"""Factors of many adapters as points: their cosines in three views, and the plane they are drawn on.
+"""Factors of many adapters as points: cosine similarities in three views, and 2-D embeddings (PCA, t-SNE).
 
-(B, A) and (B R^-1, R A) are one update for every invertible R, and training from another A_0 ends at another R. The raw
-view compares the arrays as they are, as the paper's figure does, and so tells of R, too. The other two do not:
+(B, A) and (B R^-1, R A) are the same update for every invertible R. Training from a different A_0 leads to a different
+R. The raw view compares the arrays as they are, as the paper's figure does, so it depends on R. The other two views do
+not:
 
-canonical  A = sqrt(sigma) V^T and B = U sqrt(sigma) of the update's singular value decomposition; a direction with no
-           singular value is a row of zeros, and one of two equal values is arbitrary, which the space is not
-space      the row space of A, the column space of B: all that the factor alone knows whatever R is
+canonical  A = sqrt(sigma) V^T and B = U sqrt(sigma) from the update's singular value decomposition; a component with
+           zero singular value is a row of zeros; components with equal singular values are arbitrary (the space is not)
+space      the row space of A or the column space of B: everything in a factor that does not depend on R
 
-Source: HydraLoRA (arXiv 2404.19245), figure 3, for the raw view and the t-SNE of it.
+Source: HydraLoRA (arXiv 2404.19245), figure 3, for the raw view and its t-SNE.
 
-Departs: every factor has length one before it is compared, since B, grown from zero, is short where little was learned.
+Departs:
+
+- Every factor is normalized before it is compared: B starts at zero, so its norm is small if little was learned.
 """
 
 from __future__ import annotations
@@ -32,23 +35,23 @@ VIEWS: tuple[View, ...] = ("raw", "canonical", "space")
 Updates = Mapping[str, Mapping[str, LowRank]]
 
 _PAPER_PERPLEXITY = 30.0
-_PCA_SIZE = 50  # what t-SNE is usually given; more components only slow it down
+_PCA_SIZE = 50  # the usual number of input components for t-SNE; more components only slow it down
 
 
 @dataclass(frozen=True, eq=False)
 class FactorSet:
-    """Factors that can be compared with each other: one point for every slot (a module's A or B) and run.
+    """Comparable factors: one point for every slot (a module's A or B) and run.
 
     Parameters
     ----------
     shape : tuple of int
-        What they have in common: (rank, width), or (width,) for spaces.
+        Common shape of the factors: (rank, width), or (width,) for spaces.
     modules, factors : sequence of str
-        Of each slot.
+        Module and factor ("A" or "B") of each slot.
     runs, domains : sequence of str
-        Of each run.
+        Name and domain of each run.
     cosine : array (slot, run, slot, run)
-        Cosine between points; between spaces |U_1^T U_2|_F^2 / sqrt(k_1 k_2), the cosine of their projections.
+        Cosine between points. For spaces |U_1^T U_2|_F^2 / sqrt(k_1 k_2), the cosine of their projections.
     """
 
     shape: tuple[int, ...]
@@ -60,12 +63,12 @@ class FactorSet:
 
     @property
     def flat(self) -> Float[np.ndarray, "point point"]:
-        """Cosines of all points, in the order of ``table``."""
+        """Cosines between all points, in the order of ``table``."""
         points = len(self.modules) * len(self.runs)
         return self.cosine.reshape(points, points)
 
     def table(self) -> pd.DataFrame:
-        """``module, factor, run, domain``, one row a point."""
+        """Return ``module, factor, run, domain``, one row per point."""
         slots = zip(self.modules, self.factors, strict=True)
         runs = list(zip(self.runs, self.domains, strict=True))
         rows = [(*slot, *run) for slot in slots for run in runs]
@@ -73,12 +76,12 @@ class FactorSet:
 
 
 def factored_updates(updates: Mapping[str, Any]) -> dict[str, LowRank]:
-    """Of a run's updates those that have an A and a B."""
+    """Return the updates of a run that have the factors A and B."""
     return {module: update for module, update in updates.items() if isinstance(update, LowRank)}
 
 
 def common_modules(updates: Updates) -> list[str]:
-    """Modules that all runs hold, in the order of the first."""
+    """Return the modules that all runs adapt, in the order of the first run."""
     first, *others = updates.values()
     return [module for module in first if all(module in found for found in others)]
 
@@ -86,34 +89,42 @@ def common_modules(updates: Updates) -> list[str]:
 def clouds(
     updates: Updates, domains: Mapping[str, str], factors: Sequence[Factor] = ("A", "B"), view: View = "raw"
 ) -> list[FactorSet]:
-    """Sort the factors of runs by shape; factors of different shapes are never compared, cut or padded.
+    """Group the factors of runs by shape and compute their cosines.
+
+    Factors of different shapes are never compared, truncated or padded.
 
     Parameters
     ----------
     updates : mapping run -> module -> update
-        Modules that not all runs hold are left out.
+        Modules that some run does not adapt are ignored.
     domains : mapping run -> str
-        The text a run was trained on.
+        Domain of the text that a run was trained on.
     factors : sequence of {"A", "B"}
-        Together, so that A and B of a square module lie in one cloud.
+        Factors to include, by default both. A and B of a square module are then in the same set.
     view : {"raw", "canonical", "space"}
+        View to compare, by default "raw"; see the module docstring.
+
+    Returns
+    -------
+    list of FactorSet
+        One set per shape.
 
     Raises
     ------
     ValueError
-        The runs have no module in common, a module's factor has another rank in another run or is of another model's
-        width, or one is zero or not finite.
+        The runs have no adapted module in common. Or a factor differs in rank or width between runs, is zero, or is
+        not finite.
     """
     runs, modules = list(updates), common_modules(updates)
     if not modules:
-        raise ValueError(f"runs {', '.join(runs)} have no adapted module in common")
+        raise ValueError(f"cannot compare runs {', '.join(runs)}: they have no adapted module in common")
     slots = defaultdict(list)
     for factor in factors:
         for module in modules:
             arrays = [view_factor(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
             slots[_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
     found = []
-    for shape, members in slots.items():
+    for shape, members in slots.items():  # a cosine needs arrays of the same shape, so each shape is a separate set
         arrays = [array for _, _, of_runs in members for array in of_runs]
         size = (len(members), len(runs))
         names, kinds = [module for module, _, _ in members], [factor for _, factor, _ in members]
@@ -123,11 +134,11 @@ def clouds(
 
 
 def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
-    """Orthonormal columns that span the row space of A, or the column space of B.
+    """Compute orthonormal columns that span the row space of A or the column space of B.
 
-    A direction that the precision in which the factor is kept cannot tell from rounding is none. To round a factor C
-    moves it by at most eps / 2 |C|_F in norm, and so every singular value; twice that is allowed for, since a factor
-    may have been scaled once more. A float32 array with nothing in its lower 16 bits was kept as bfloat16.
+    A singular value at the rounding level of the saved precision does not count as a direction. Rounding a factor C
+    changes it by at most eps / 2 |C|_F in norm, and so each singular value. The threshold is twice that, because a
+    factor may have been scaled once more. A float32 array whose lower 16 bits are all zero was saved as bfloat16.
     """
     columns = update.A.T if factor == "A" else update.B
     U, sigma, _ = np.linalg.svd(as_float64(columns), full_matrices=False)
@@ -136,18 +147,17 @@ def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
 
 
 def _eps(array: np.ndarray) -> float:
-    """Of the precision in which an array was kept."""
+    """Return the machine epsilon of the precision an array was saved in."""
     if array.dtype == np.float32 and not np.any(np.ascontiguousarray(array).view(np.uint32) & 0xFFFF):
         return 2.0**-7
     return float(np.finfo(array.dtype).eps)
 
 
 def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
-    """The factor of the balanced factorisation by singular vectors, a row a component; B is transposed.
+    """Compute a factor of the balanced factorization by singular vectors, one row per component; B is transposed.
 
-    Of the two signs of a component the one is taken that makes the largest entry of its left vector positive. A
-    component without a singular value, where the update has less than its rank, is a row of zeros: sqrt(0) times a
-    vector that a decomposition may choose as it likes.
+    The sign of a component makes the largest entry of its left singular vector positive. If the update has less than
+    its nominal rank, the missing components are rows of zeros: sqrt(0) times an arbitrary vector.
     """
     U, sigma, V = update.svd()
     largest = np.abs(U).argmax(axis=0)
@@ -157,60 +167,67 @@ def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"
 
 
 def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
-    """What is compared of a factor in a view, a row a component; what has no direction is refused."""
+    """Return the rows of a factor that a view compares, one per component.
+
+    Raises
+    ------
+    ValueError
+        The factor is zero or not finite, so it has no direction.
+    """
     own = update.A if factor == "A" else update.B
     if not all_finite(own, *((update.A, update.B) if view == "canonical" else ())):
-        raise ValueError(f"{factor} of {where} holds NaN or infinity and has no direction: leave that run out")
+        raise ValueError(f"{factor} of {where} must be finite, got NaN or infinity: exclude this run")
     array = _array(update, factor, view)
     if not array.any():
-        raise ValueError(f"{factor} of {where} is zero and has no direction: train it first")
+        raise ValueError(f"{factor} of {where} must be nonzero, got all zeros: train the run first")
     return array
 
 
 def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
-    """The points along their first principal components, from the cosines alone.
+    """Project the points onto their first principal components, computed from the cosines only.
 
-    Of the two signs of a component the one is taken that makes its largest coordinate positive.
+    The sign of a component makes its largest coordinate positive.
     """
-    centred = cloud.flat - cloud.flat.mean(axis=0)
-    centred -= centred.mean(axis=1, keepdims=True)
-    values, vectors = np.linalg.eigh((centred + centred.T) / 2)
-    vectors = vectors[:, ::-1][:, :size]
+    centered = cloud.flat - cloud.flat.mean(axis=0)
+    centered -= centered.mean(axis=1, keepdims=True)
+    # Centering rows and columns turns the cosines into inner products of centered points, as PCA needs them.
+    values, vectors = np.linalg.eigh((centered + centered.T) / 2)
+    vectors = vectors[:, ::-1][:, :size]  # eigh sorts eigenvalues in ascending order
     signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0))
     return vectors * signs * np.sqrt(np.maximum(values[::-1][:size], 0.0))
 
 
 def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = None) -> Float[np.ndarray, "point 2"]:
-    """The points on a plane that keeps neighbours together (t-SNE after PCA).
+    """Embed the points in a plane by t-SNE after PCA, which keeps nearest neighbors together.
 
     Parameters
     ----------
-    cloud : Cloud
+    cloud : FactorSet
     perplexity : float, optional
-        About how many neighbours count; by default the paper's 30, or a third of the points where they are few.
+        Effective number of neighbors. By default the paper's 30, or a third of the points if that is smaller.
     seed : int, optional
-        Starts from a random plane; by default from the first two principal components.
+        Seed of a random initialization; by default t-SNE starts from the first two principal components.
 
     Raises
     ------
     ValueError
-        The perplexity is not below the number of points.
+        The perplexity is not above 0 and below the number of points.
     """
-    from sklearn.manifold import TSNE  # half a second that no other figure needs to wait for
+    from sklearn.manifold import TSNE  # this import takes half a second, and only this figure needs it
 
     points = len(cloud.flat)
     perplexity = default_perplexity(points) if perplexity is None else perplexity
     if not 0 < perplexity < points:
-        raise ValueError(f"perplexity {perplexity:g} must lie between 0 and the number of points, {points}")
+        raise ValueError(f"perplexity must be > 0 and < {points}, the number of points, got {perplexity:g}")
     components = pca(cloud, _PCA_SIZE)
-    # What init="pca" does, but for points that all coincide.
+    # Same as init="pca", except that it also works if all points coincide.
     start = components[:, :2] * (1e-4 / (components[:, 0].std() or 1.0))
     plane = TSNE(2, perplexity=perplexity, init=start if seed is None else "random", random_state=seed or 0)
     return np.asarray(plane.fit_transform(components), dtype=np.float64)
 
 
 def default_perplexity(points: int) -> float:
-    """The paper's, or a third of the points where they are few."""
+    """Return the default perplexity: the paper's 30, or a third of the points if that is smaller."""
     return min(_PAPER_PERPLEXITY, points / 3)
 
 
@@ -224,12 +241,14 @@ def _array(update: LowRank, factor: Factor, view: View) -> Float[np.ndarray, "k 
 
 def _shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[int, ...]:
     if len(widths := sorted({array.shape[1] for array in arrays})) > 1:
-        told = " and ".join(map(str, widths))
-        raise ValueError(f"{name} is {told} wide: these are runs of different models, and those of one are compared")
+        listed = " and ".join(map(str, widths))
+        raise ValueError(f"{name} must have the same width in all runs, got {listed}: compare runs of one model")
     shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
     if len(shapes) > 1:
-        told = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
-        raise ValueError(f"{name} has the shapes {told}: factors of different ranks are compared by view='space'")
+        listed = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+        raise ValueError(
+            f"{name} must have the same rank in all runs, got shapes {listed}: use view='space' for different ranks"
+        )
     return shapes.pop()
 
 
@@ -240,8 +259,9 @@ def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
 
 
 def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
-    """|U_1^T U_2|_F^2 / sqrt(k_1 k_2) of every pair, the bases as rows."""
+    """Compute |U_1^T U_2|_F^2 / sqrt(k_1 k_2) for every pair of bases, given as rows."""
     sizes = np.array([len(rows) for rows in bases])
+    # One product of all bases with each other, then a sum over the block of each pair, is faster than a loop.
     stacked = np.concatenate(bases)
     first = np.cumsum(sizes) - sizes
     squares = (stacked @ stacked.T) ** 2

@@ -1,11 +1,11 @@
-"""Is a factor shared between domains, or does it tell them apart? Numbers for what a picture of factors suggests.
+"""Measures of whether a factor is shared between domains or specific to one: sharedness and identity.
 
-Sharedness: the share of factors whose nearest neighbour among the factors of the *other* domains belongs to the same
-module. Identity: within one module, whether factors of one domain lie nearer to each other than to the rest.
+Sharedness: the fraction of factors whose nearest neighbor among the factors of the *other* domains belongs to the same
+module. Identity: within one module, whether factors of one domain are closer to each other than to the rest.
 
-Identity is taken module by module and then averaged. Over all modules at once it is the wrong question: a module's
-factors differ from another module's far more than domains do, so that silhouettes by domain are near zero or below,
-and neighbours by domain at chance, even where every module parts its domains cleanly.
+Identity is computed per module and then averaged. Over all modules at once it would be misleading, because factors
+differ far more between modules than between domains. Silhouettes by domain are then near zero or below, and nearest
+neighbors by domain at chance level, even if every module separates its domains cleanly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorascope.analysis.factor_embeddings import (
 )
 from lorascope.updates.low_rank import principal_angles
 
-_TIE = 1e-9  # cosines nearer than this are equal but for rounding, as those of one A_0 with itself are
+_TIE = 1e-9  # cosines closer than this are equal up to rounding, such as those of an untrained shared A_0
 
 
 def numbers(
@@ -40,55 +40,65 @@ def numbers(
     draws: int = 999,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Sharedness and identity of each factor in each view.
+    """Compute sharedness and identity of each factor in each view.
 
     Parameters
     ----------
     updates : mapping run -> module -> update
-        Two runs of every domain, or more.
+        At least two runs per domain.
     domains : mapping run -> str
-    factors, views : sequence of str
+        Domain of the text that a run was trained on.
+    factors : sequence of {"A", "B"}
+        Factors to measure, by default both.
+    views : sequence of {"raw", "canonical", "space"}
+        Views to measure, by default all; see ``factor_embeddings``.
     draws : int
-        Permutations for p-values.
+        Number of permutations for the p-values, 999 by default.
     seed : int
-        Of the permutations.
+        Seed of the permutations, 0 by default.
 
     Returns
     -------
     DataFrame
-        ``factor, view``; ``sharedness`` with its ``sharedness_chance``; ``cosine``, the mean over pairs of one module
-        and two domains, and for spaces the mean principal ``angle`` of such pairs in degrees; ``neighbour`` and
-        ``silhouette`` with their means under permuted domains (``_chance``) and p-values (``_p``).
+        ``factor, view``; ``sharedness`` and its random baseline ``sharedness_chance``; ``cosine``, the mean over pairs
+        of one module in two domains; ``angle``, for spaces the mean principal angle of such pairs in degrees, else
+        NaN; ``neighbour`` and ``silhouette`` with their means under permuted domains (``_chance``) and p-values
+        (``_p``).
+
+    Raises
+    ------
+    ValueError
+        There is only one domain, a domain has only one run, or the factors cannot be compared.
     """
     rows = []
     for factor in factors:
         for view in views:
             found = clouds(updates, domains, (factor,), view)
             angle = mean_angle(updates, domains, factor) if view == "space" else np.nan
-            told = {"factor": factor, "view": view, **sharedness(found), "angle": angle}
-            rows.append(told | identity(found, draws, seed))
+            entry = {"factor": factor, "view": view, **sharedness(found), "angle": angle}
+            rows.append(entry | identity(found, draws, seed))
     return pd.DataFrame(rows)
 
 
 def retrieval(cloud: FactorSet) -> pd.DataFrame:
-    """Of every factor: is its nearest neighbour among other domains' factors of its shape that of the same module?
+    """Find for each factor whether its nearest neighbor in other domains belongs to the same module.
 
     Returns
     -------
     DataFrame
-        The rows of ``cloud.table()`` with ``same`` (1 or 0; between equally near ones the share that is),
+        The rows of ``cloud.table()`` with ``same`` (1 or 0; with ties, the fraction of tied neighbors that do),
         ``chance`` (1 / modules) and ``cosine``, the mean cosine with the same module in other domains.
 
     Raises
     ------
     ValueError
-        There is one domain alone.
+        There is only one domain.
     """
     table = cloud.table()
     other = _differing_domains(cloud.domains)
     if not other.any():
-        raise ValueError(f"sharedness compares domains, and there is {cloud.domains[0]!r} alone: give two or more")
-    across = np.where(other[None, :, None, :], cloud.cosine, -np.inf)
+        raise ValueError(f"domains must contain at least 2 different ones, got only {cloud.domains[0]!r}")
+    across = np.where(other[None, :, None, :], cloud.cosine, -np.inf)  # -inf excludes factors of the same domain
     nearest = _nearest_fractions(across.reshape(len(table), -1)).reshape(across.shape)
     own = np.eye(len(cloud.modules), dtype=bool)[:, None, :, None]
     same = (nearest * own).sum(axis=(2, 3))
@@ -97,15 +107,16 @@ def retrieval(cloud: FactorSet) -> pd.DataFrame:
 
 
 def sharedness(found: Sequence[FactorSet]) -> dict[str, float]:
-    """``retrieval`` averaged over all factors."""
+    """Average ``retrieval`` over all factors."""
     means = pd.concat([retrieval(cloud) for cloud in found])[["same", "chance", "cosine"]].mean()
     return {"sharedness": means["same"], "sharedness_chance": means["chance"], "cosine": means["cosine"]}
 
 
 def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> float:
-    """Principal angle in degrees between the spaces of one module in two domains, mean over angles, pairs, modules.
+    """Compute the mean principal angle in degrees between the spaces of one module in two domains.
 
-    Modules and errors as of ``clouds``.
+    The mean is over angles, pairs of runs, and the modules that all runs adapt. A factor that is zero or not finite
+    raises a ValueError.
     """
     means = []
     for module in common_modules(updates):
@@ -119,56 +130,61 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
 
 
 def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dict[str, float]:
-    """Do the factors of one domain lie together, within each module?
+    """Measure whether factors of one domain cluster together within each module.
 
-    A permutation gives the runs each other's domains, alike in all modules: a label moves between factors of one module
-    only, and what the modules of a run have in common (its head, its order of the text) stays in the null, where
-    shuffling every module for itself would take it for evidence.
+    A permutation exchanges the domains of whole runs, in all modules at once. So labels are only exchanged between
+    factors of the same module. Similarity within a run, for example due to its head or data order, stays in the null
+    distribution. Permuting each module separately would count it as evidence.
 
     Parameters
     ----------
-    found : sequence of Cloud
-        Of the same runs.
+    found : sequence of FactorSet
+        Sets of the same runs.
     draws : int
-        Permutations.
+        Number of permutations, 999 by default.
     seed : int
-        Of these.
+        Seed of the permutations, 0 by default.
 
     Returns
     -------
     dict
-        ``neighbour``, the share of factors whose nearest neighbour is of their domain, and ``silhouette``, each with
-        ``_chance`` (mean under permutation) and ``_p``.
+        ``neighbour``, the fraction of factors whose nearest neighbor has their domain, and ``silhouette``, each with
+        ``_chance`` (mean under permutation) and ``_p`` (p-value).
 
     Raises
     ------
     ValueError
-        A domain has one run alone.
+        A domain has only one run.
     """
     runs = Counter(found[0].domains)
-    if alone := [domain for domain, count in runs.items() if count < 2]:
-        raise ValueError(f"domain {alone[0]!r} has one run: whether its factors lie together takes two or more")
+    if single := [domain for domain, count in runs.items() if count < 2]:
+        raise ValueError(f"each domain must have at least 2 runs, got 1 of domain {single[0]!r}")
     _, labels = np.unique(np.array(found[0].domains), return_inverse=True)
     shuffled = np.random.default_rng(seed).permuted(np.tile(labels, (draws, 1)), axis=1)
-    drawn = np.concatenate([labels[None], shuffled])
+    drawn = np.concatenate([labels[None], shuffled])  # the first row is the true labeling
     cosine = np.concatenate([slot_cosines(cloud) for cloud in found])
-    told: dict[str, float] = {}
+    result: dict[str, float] = {}
     for name, values in {"neighbour": neighbours(cosine, drawn), "silhouette": silhouettes(cosine, drawn)}.items():
-        reached = np.count_nonzero(values >= values[0] - _TIE)  # the first, unpermuted one among them
-        told |= {name: float(values[0]), f"{name}_chance": float(values[1:].mean()), f"{name}_p": reached / len(drawn)}
-    return told
+        reached = np.count_nonzero(values >= values[0] - _TIE)  # this counts the unpermuted value as well
+        result |= {
+            name: float(values[0]),
+            f"{name}_chance": float(values[1:].mean()),
+            f"{name}_p": reached / len(drawn),
+        }
+    return result
 
 
 def slot_cosines(cloud: FactorSet) -> Float[np.ndarray, "slot run run"]:
-    """Cosines between the runs' factors of one and the same slot."""
+    """Return the cosines between the factors of different runs in the same slot."""
     return np.einsum("sisj->sij", cloud.cosine)
 
 
 def neighbours(
     cosine: Float[np.ndarray, "slot run run"], labels: Int[np.ndarray, "draw run"]
 ) -> Float[np.ndarray, "draw"]:
-    """Share of the factors whose nearest neighbour has their label, mean over slots and runs, for each labelling."""
+    """Compute for each labeling the fraction of factors whose nearest neighbor has their label, over slots and runs."""
     runs = cosine.shape[1]
+    # The diagonal is excluded because a factor is not its own neighbor.
     nearest = _nearest_fractions(np.where(np.eye(runs, dtype=bool), -np.inf, cosine).reshape(-1, runs)).reshape(
         cosine.shape
     )
@@ -179,20 +195,21 @@ def neighbours(
 def silhouettes(
     cosine: Float[np.ndarray, "slot run run"], labels: Int[np.ndarray, "draw run"]
 ) -> Float[np.ndarray, "draw"]:
-    """Mean silhouette by label in cosine distance, mean over slots and runs, for each labelling (Rousseeuw 1987).
+    """Compute the silhouette by label in cosine distance (Rousseeuw 1987), mean over slots and runs, for each labeling.
 
-    Labels count from 0, and each stands for two runs or more.
+    Labels count from 0, and each labels at least two runs.
     """
+    # Rounding would give identical factors a small distance, and so an arbitrary silhouette.
     distance = np.where(cosine > 1 - _TIE, 0.0, 1 - cosine)
     member = labels[:, :, None] == np.arange(labels.max() + 1)
     counts = member.sum(axis=1)[:, None, None, :]
     sums = np.einsum("sij,djl->dsil", distance, member)
     own = np.broadcast_to(member[:, None], sums.shape)
-    inside = (sums / (counts - 1))[own].reshape(sums.shape[:-1])
+    inside = (sums / (counts - 1))[own].reshape(sums.shape[:-1])  # the mean excludes the factor itself
     outside = np.where(own, np.inf, sums / counts).min(axis=-1)
     larger = np.maximum(inside, outside)
-    parted = np.divide(outside - inside, larger, out=np.zeros_like(larger), where=larger > 0)
-    return parted.mean(axis=(1, 2))
+    separation = np.divide(outside - inside, larger, out=np.zeros_like(larger), where=larger > 0)
+    return separation.mean(axis=(1, 2))
 
 
 def _differing_domains(domains: Sequence[str]) -> Bool[np.ndarray, "run run"]:
@@ -201,6 +218,6 @@ def _differing_domains(domains: Sequence[str]) -> Bool[np.ndarray, "run run"]:
 
 
 def _nearest_fractions(cosine: Float[np.ndarray, "point other"]) -> Float[np.ndarray, "point other"]:
-    """The nearest of others as shares that sum up to one: equally near ones have equal parts."""
+    """Return for each point the weights of its nearest neighbors: they sum to one, and ties split them evenly."""
     tied = cosine >= cosine.max(axis=1, keepdims=True) - _TIE
     return tied / tied.sum(axis=1, keepdims=True)

@@ -1,7 +1,7 @@
-"""Where in the spectrum an update of few frequencies lies.
+"""Spectral entries and coefficients of updates with a sparse Fourier spectrum.
 
-Frequencies are counted from the middle of the spectrum: row j of a weight with d rows stands for j where 2 j < d, else
-for j - d. An entry and its mirror (-j, -k) are the same cosine, so that both have one coefficient, the sum of theirs.
+Frequencies are counted from the middle of the spectrum: row j of a weight with d rows is frequency j if 2 j < d, else
+j - d. An entry and its mirror (-j, -k) are the same cosine, so both have one coefficient, the sum of the two.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from lorascope.runs.run import Run
 from lorascope.updates import fourier
 from lorascope.updates.fourier import Fourier
 
-_FELT = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
-OTHERS = ("random", "orthogonal")  # bases that a run keeps by their seed
+_RECORDED = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
+OTHERS = ("random", "orthogonal")  # on these bases a run saves its coefficients and a seed, but no update
 
 
 def updates(run: Run, step: int | None = None) -> Mapping[str, Any]:
-    """The updates of few frequencies that a run holds, by module; one of them tells for all."""
+    """Return the Fourier updates of a run by module; empty if its first update is of another kind."""
     found = run.updates(step)
     first = next(iter(found.values()), None)
     return found if isinstance(first, Fourier) else {}
 
 
 def basis(run: Run) -> Mapping[str, str]:
-    """The basis on which a run of FourierFT trains its coefficients, as ``{"basis": name}``; empty of other methods."""
+    """Return the basis of a FourierFT run as ``{"basis": name}``; empty for other methods."""
     recipe = run.meta["recipe"]
     return {"basis": recipe.get("basis", "fourier")} if recipe.get("name") == "fourierft" else {}
 
 
 def since_start(run: Run, step: int | None = None) -> dict[str, Fourier]:
-    """What training added to the updates of few frequencies, by module; nothing where the start was not kept."""
+    """Return the learned Fourier updates ΔW - ΔW₀ by module; empty if the initial updates were not saved."""
     last = updates(run, step)
     try:
         first = run.updates(0) if last else {}
@@ -48,12 +48,15 @@ def since_start(run: Run, step: int | None = None) -> dict[str, Fourier]:
 
 
 def corner(shape: tuple[int, int]) -> float:
-    """Distance of the highest frequency from zero."""
+    """Return the distance of the highest frequency from zero."""
     return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
 def on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
-    """What training added on bases that are no Fourier basis; nothing where the start was not kept."""
+    """Return the learned updates on a random or orthogonal basis by module, computed on access.
+
+    The mapping is empty for the Fourier basis, for other methods, and if the initial coefficients were not saved.
+    """
     recipe = run.meta["recipe"]
     if basis(run).get("basis") not in OTHERS:
         return {}
@@ -73,12 +76,12 @@ def on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
 
 
 def spectrum(run: Run, step: int | None = None) -> pd.DataFrame:
-    """All that a run knows of its coefficients, one row each.
+    """Return everything a run recorded about its Fourier coefficients, one row per coefficient.
 
     Parameters
     ----------
     run : Run
-        With updates of few frequencies.
+        A run with Fourier updates.
     step : int, optional
         A step with a snapshot of the factors; the last by default.
 
@@ -86,35 +89,39 @@ def spectrum(run: Run, step: int | None = None) -> pd.DataFrame:
     -------
     DataFrame
         ``module, index``; ``row, column`` (the entry, from 0), ``radius`` (its distance from frequency zero) and
-        ``mirrored`` (its mirror is another entry, so that both are one frequency); ``coefficient`` and its ``start``;
-        ``gradient`` and ``importance`` as ``observe.coefficients`` recorded them at this step. NaN is what the run did
-        not keep.
+        ``mirrored`` (whether its mirror is another entry, so both are one frequency); ``coefficient`` and its initial
+        value ``start``; ``gradient`` and ``importance`` as ``observe.coefficients`` recorded them at this step. Values
+        that were not recorded are NaN.
     """
     found, first = updates(run, step), since_start(run, step)
     table = run.table
     at = table[table["step"] == (table["step"].max() if step is None else step)]
-    felt = at[at["quantity"].isin(_FELT)].pivot(index=["module", "index"], columns="quantity", values="value")
+    recorded = at[at["quantity"].isin(_RECORDED)].pivot(index=["module", "index"], columns="quantity", values="value")
     parts = []
     for module, update in found.items():
+        # "first" has the learned updates, so subtracting them leaves the initial coefficients.
         start = update.coefficients - first[module].coefficients if module in first else np.nan
         row, column = update.entries
-        told = {"module": module, "index": np.arange(len(row)), "row": row, "column": column}
-        told |= {"radius": fourier.radius(update.entries, update.shape), "mirrored": _has_mirror(update)}
-        parts.append(pd.DataFrame(told | {"coefficient": update.coefficients, "start": start}))
+        columns = {"module": module, "index": np.arange(len(row)), "row": row, "column": column}
+        columns |= {"radius": fourier.radius(update.entries, update.shape), "mirrored": _has_mirror(update)}
+        parts.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
     known = pd.concat(parts, ignore_index=True)
     places = pd.MultiIndex.from_frame(known[["module", "index"]])
-    return known.assign(**{name: felt.reindex(index=places, columns=[q])[q].to_numpy() for q, name in _FELT.items()})
+    return known.assign(
+        **{name: recorded.reindex(index=places, columns=[q])[q].to_numpy() for q, name in _RECORDED.items()}
+    )
 
 
 def _has_mirror(update: Fourier) -> Bool[np.ndarray, "n"]:
-    """Of which entries the mirror is another entry."""
+    """Return for each entry whether its mirror is another entry of the update."""
     sides = np.array(update.shape)[:, None]
     numbers, others = (place[0] * sides[1] + place[1] for place in (update.entries, -update.entries % sides))
+    # Frequency zero and the highest frequency of an even side are their own mirrors.
     return np.isin(others, numbers) & (others != numbers)
 
 
 def places(update: Fourier) -> pd.DataFrame:
-    """Every frequency at both of its places.
+    """Return every frequency at both of its positions in the spectrum: the entry and its mirror.
 
     Returns
     -------
@@ -126,60 +133,62 @@ def places(update: Fourier) -> pd.DataFrame:
 
 
 def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
-    """Root mean square of the coefficients in rings of equal width, from frequency zero to the corner.
+    """Compute the root mean square of the coefficients in rings of equal width, from frequency zero to the corner.
 
     Returns
     -------
     DataFrame
-        ``radius`` (the middle of the ring) and ``value``, NaN where a ring holds no entry.
+        ``radius`` (the middle of the ring) and ``value``, NaN for a ring without entries.
     """
     edges = np.linspace(0.0, corner(update.shape), bins + 1)
     once = _add_mirrors(update).drop_duplicates("frequency")
+    # The corner is on the last edge and would otherwise be in a separate ring.
     ring = np.minimum(np.searchsorted(edges, once["radius"], side="right") - 1, bins - 1)
     squares = (once["coefficient"] ** 2).groupby(ring).mean().reindex(range(bins))
     return pd.DataFrame({"radius": (edges[:-1] + edges[1:]) / 2, "value": np.sqrt(squares.to_numpy())})
 
 
 def _add_mirrors(update: Fourier) -> pd.DataFrame:
-    """Entries, then their mirrors, with the number of the frequency and the sum of its coefficients."""
+    """Return the entries, then their mirrors, with an id of the frequency and the sum of its coefficients."""
     sides = np.array(update.shape)[:, None]
     mirrored = -update.entries % sides
+    # An entry and its mirror are one frequency, identified by the smaller of their flat indices.
     numbers = np.minimum(*(place[0] * sides[1] + place[1] for place in (update.entries, mirrored)))
     summed = pd.Series(update.coefficients).groupby(numbers).transform("sum")
     parts = []
     for place in (update.entries, mirrored):
         row, column = np.where(2 * place < sides, place, place - sides)
-        told = {"row": row, "column": column, "radius": fourier.radius(place, update.shape)}
-        parts.append(pd.DataFrame(told | {"frequency": numbers, "coefficient": summed}))
+        columns = {"row": row, "column": column, "radius": fourier.radius(place, update.shape)}
+        parts.append(pd.DataFrame(columns | {"frequency": numbers, "coefficient": summed}))
     return pd.concat(parts, ignore_index=True)
 
 
 def bias(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:
-    """The frequency bias by distance from zero, out to the corner of a spectrum.
+    """Compute the frequency bias by distance from zero, out to the corner of a spectrum.
 
     Returns
     -------
     DataFrame
-        ``distance`` and ``probability``, that of a draw against the most likely place.
+        ``distance`` and ``probability``: the selection probability of an entry relative to one at distance ``center``.
     """
     last = int(corner(shape))
-    # A spectrum of a single row runs through all distances.
+    # The first half of a one-row spectrum contains every distance once.
     values = fourier.band_pass((1, 2 * last), center, width)[0, : last + 1]
     return pd.DataFrame({"distance": np.arange(last + 1), "probability": values})
 
 
 def bias_map(shape: tuple[int, int], center: float, width: float, cells: int = 48) -> pd.DataFrame:
-    """The frequency bias on a grid of about so many rows and columns, zero among them.
+    """Compute the frequency bias on a grid of about ``cells`` rows and columns that contains frequency zero.
 
     Returns
     -------
     DataFrame
-        ``row, column`` (frequencies) and ``probability``.
+        ``row, column`` (frequencies) and ``probability``, relative to an entry at distance ``center``.
     """
     values = fourier.band_pass(shape, center, width)
     grid = []
     for side in shape:
-        step = -(-side // cells)
+        step = -(-side // cells)  # rounded up; multiples of the step include frequency zero
         grid.append(step * np.arange(-(side // 2 // step), side // 2 // step + 1))
     rows, columns = (part.reshape(-1) for part in np.meshgrid(*grid, indexing="ij"))
     return pd.DataFrame({"row": rows, "column": columns, "probability": values[rows % shape[0], columns % shape[1]]})

@@ -1,10 +1,14 @@
-"""How many kinds of text a corpus holds: k-means on TF-IDF vectors, and the elbow of its error.
+"""Number of experts for a corpus: the number of clusters by k-means on TF-IDF vectors, at the elbow of the error.
 
-Source: HydraLoRA (arXiv 2404.19245), appendix B, equations 7 and 8. It leaves open what is decided here: the 5,000
-commonest words that are no English stop words, K from 1 to 10, the best of ten draws, and as elbow the K at which the
-curve of the error lies farthest below its chord. It sets DBSCAN beside it (figure 7) without its two settings: here
-five texts make a cluster, within the radius at the elbow of the sorted distances from each text to the fourth nearest
-other one.
+Source: HydraLoRA (arXiv 2404.19245), appendix B, equations 7 and 8.
+
+The paper leaves these choices open:
+
+- Vocabulary: the 5,000 most frequent words, without English stop words.
+- K from 1 to 10, the best of ten initializations.
+- Elbow: the K at which the error curve is farthest below its chord.
+- DBSCAN (figure 7): five texts form a cluster. The radius is the elbow of the sorted distances from each text to its
+  fourth nearest other text.
 """
 
 from __future__ import annotations
@@ -24,70 +28,93 @@ from sklearn.neighbors import NearestNeighbors
 from lorascope.schema.deprecation import old_names
 
 KMEANS, DENSITY = "k-means", "DBSCAN"
-_DENSE = 5  # texts that make a cluster
+_DENSE = 5  # minimum number of texts in a DBSCAN neighborhood
 
 
 def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
-    """Number of heads for a corpus: ``HydraLoRA(num_experts=choose_num_experts(task.split("train")["text"]))``.
+    """Choose the number of experts for a corpus.
 
-    Parameters and errors as of :func:`cluster_selection`, whose choice it is: always fewer than ``most``.
+    Use it as ``HydraLoRA(num_experts=choose_num_experts(task.split("train")["text"]))``.
+
+    Parameters
+    ----------
+    texts : iterable of str
+        The training texts.
+    most : int
+        Largest number of clusters that is tried, at least 3, 10 by default. The result is always smaller.
+    seed : int
+        Seed of the random cluster centers, 0 by default.
+
+    Returns
+    -------
+    int
+        The choice of :func:`cluster_selection`.
+
+    Raises
+    ------
+    ValueError
+        The texts contain no words, or ``most`` is below 3.
     """
     found = cluster_selection(texts, most, seed)
     return int(found.loc[found["chosen"], "k"].item())
 
 
 def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd.DataFrame:
-    """The number of clusters in a corpus by k-means on TF-IDF vectors and the elbow of the error (appendix B).
+    """Select the number of clusters in a corpus by k-means on TF-IDF vectors, at the elbow of the error (appendix B).
 
     Parameters
     ----------
     texts : iterable of str
+        The corpus.
     most : int
-        Largest K that is tried, 3 or more; of fewer distinct texts their number. It cannot be chosen itself: both ends
-        of the curve lie on the chord.
+        Largest K that is tried, at least 3, 10 by default; at most the number of distinct texts. It cannot be chosen
+        itself, because both ends of the curve are on the chord.
     seed : int
-        Of the random centres; of ten draws the best counts.
+        Seed of the random cluster centers, 0 by default; the best of ten initializations is used.
 
     Returns
     -------
     DataFrame
-        ``k, sse, distance, chosen``: the sum of squared distances to the centres, and how far the curve, both axes
-        brought to [0, 1], lies below its chord; the K where it lies deepest is chosen, and 1 where it nowhere does.
+        ``k, sse, distance, chosen``: the sum of squared distances to the centers, and the distance of the curve below
+        its chord, with both axes scaled to [0, 1]. The K with the largest distance is chosen, or 1 if the curve is
+        never below its chord.
 
     Raises
     ------
     ValueError
-        There are no words, or ``most`` is below 3.
+        The texts contain no words, or ``most`` is below 3.
     """
     return _kmeans_selection(_vectors(texts), most, seed)
 
 
 def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 10, sample: int = 1000) -> pd.DataFrame:
-    """The same choice on random samples of the corpus, by k-means and by DBSCAN: does it depend on the sample?
+    """Repeat the selection on random samples of the corpus, by k-means and DBSCAN, to show how much it varies.
 
     Parameters
     ----------
     texts : iterable of str
+        The corpus.
     repetitions : int
-        Samples, each drawn without replacement and by a seed of its own, as the centres are.
+        Number of samples, 15 by default. Each is drawn without replacement, with a separate seed for the sample and
+        its cluster centers.
     most : int
-        Largest K that k-means tries, 3 or more; it cannot be chosen itself.
+        Largest K that k-means tries, at least 3, 10 by default; it cannot be chosen itself.
     sample : int
-        Texts of a sample; of fewer all.
+        Texts per sample, 1000 by default; all texts if there are fewer.
 
     Returns
     -------
     DataFrame
-        ``seed, texts, algorithm``, then the columns of :func:`cluster_selection`; DBSCAN has one row a sample, its
-        number of clusters as ``k``.
+        ``seed, texts, algorithm``, then the columns of :func:`cluster_selection`. DBSCAN has one row per sample, with
+        its number of clusters as ``k``.
 
     Raises
     ------
     ValueError
-        Fewer than one repetition, ``most`` is below 3, or there are no words.
+        ``repetitions`` is below 1, ``most`` is below 3, or the texts contain no words.
     """
     if repetitions < 1:
-        raise ValueError(f"repetitions {repetitions} draws no sample: it must be 1 or more")
+        raise ValueError(f"repetitions must be >= 1, got {repetitions}")
     corpus, parts = pd.Series(list(texts)), []
     for seed in range(repetitions):
         drawn = corpus.sample(min(sample, len(corpus)), random_state=seed)
@@ -99,13 +126,14 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
 
 
 def density_clusters(vectors: csr_matrix) -> int:
-    """Number of clusters by DBSCAN among the distinct texts that have a word; 0 where no five are near each other."""
+    """Count the DBSCAN clusters of the distinct texts that contain a word; 0 if no five texts are near each other."""
     distinct = vectors[list({key: row for row, key in enumerate(_keys(vectors))}.values())]
     distinct = distinct[distinct.getnnz(1) > 0]
+    # Each text is its own first neighbor, so the fifth one is the fourth nearest other text.
     near = NearestNeighbors(n_neighbors=min(_DENSE, distinct.shape[0])).fit(distinct).kneighbors(distinct)[0][:, -1]
     falling = np.sort(near)[::-1]
     radius = falling[chord_distance(falling).argmax()]
-    if radius == 0:  # a single distinct text
+    if radius == 0:  # DBSCAN needs a radius above 0, which a single distinct text does not have
         return 1
     return int(DBSCAN(eps=radius, min_samples=_DENSE).fit_predict(distinct).max()) + 1
 
@@ -115,15 +143,13 @@ def _vectors(texts: Iterable[str]) -> csr_matrix:
 
 
 def _keys(vectors: csr_matrix) -> list[bytes]:
-    """What is the same for equal rows alone."""
+    """Return a key per row that is the same for equal rows only."""
     return [row.indices.tobytes() + row.data.tobytes() for row in vectors]
 
 
 def _kmeans_selection(vectors: csr_matrix, most: int, seed: int) -> pd.DataFrame:
-    if most < 3:
-        raise ValueError(
-            f"most {most} leaves no elbow to find: both ends of the curve are none, so it must be 3 or more"
-        )
+    if most < 3:  # the elbow is never an end of the curve
+        raise ValueError(f"most must be >= 3, got {most}")
     tried = np.arange(1, min(most, len(set(_keys(vectors)))) + 1)
     sse = np.array([KMeans(int(k), n_init=10, random_state=seed).fit(vectors).inertia_ for k in tried])
     distance = chord_distance(sse)
@@ -131,7 +157,7 @@ def _kmeans_selection(vectors: csr_matrix, most: int, seed: int) -> pd.DataFrame
 
 
 def chord_distance(curve: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
-    """How far a falling curve lies below the line from its first point to its last, both axes brought to [0, 1]."""
+    """Compute how far a falling curve is below the line from its first to last point, both axes scaled to [0, 1]."""
     across = np.linspace(0, 1, len(curve))
     fall = curve[0] - curve[-1]
     height = (curve - curve[-1]) / fall if fall > 0 else 1 - across

@@ -1,15 +1,16 @@
-"""Intruder dimensions: leading directions of a trained weight that resemble none of the base's.
+"""Intruder dimensions: leading singular vectors of a trained weight that are dissimilar to all of the base weight's.
 
 W = W_0 + dW. A left singular vector u of W, one of the k with the largest singular values, is an intruder if its cosine
 with every left singular vector of W_0 is small: max_j |<u, u_j(W_0)>| < threshold.
 
-In the coordinates of the base's singular vectors W_0 is diagonal, a low-rank update stays low-rank, and the cosines
-are the coordinates of u themselves. So, once a base is decomposed, an adapter costs the projection of its factors and a
-few dozen products with a diagonal plus a low-rank matrix, by which a Krylov method finds the k directions.
+In the coordinates of W_0's singular vectors, W_0 is diagonal, a low-rank update stays low-rank, and the cosines are the
+coordinates of u themselves. So once a base weight is decomposed, an adapter is cheap: its factors are projected, and a
+Krylov method finds the k singular vectors from a few dozen products with a diagonal plus low-rank matrix.
 
-Where singular values of W coincide, its singular vectors are not determined, and neither is what resembles them.
+If singular values of W coincide, their singular vectors are not unique, and neither are the similarities.
 
-Source: Shuttleworth et al. (arXiv 2410.21228), section 3. The default threshold and number of directions are ours.
+Source: Shuttleworth et al. (arXiv 2410.21228), section 3. The default threshold and number of singular vectors are
+ours.
 """
 
 from __future__ import annotations
@@ -28,19 +29,21 @@ from lorascope.updates.linalg import all_finite, as_float64
 from lorascope.updates.low_rank import Dense, LowRank
 
 _COLUMNS = {"module": "str", "component": "int64", "sigma": "float64", "similarity": "float64", "intruder": "bool"}
-_KRYLOV_SHARE = 4  # beyond a quarter of all directions a dense decomposition is the cheaper
+_KRYLOV_SHARE = 4  # for a quarter or more of all directions, a dense decomposition is cheaper
 
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Singular value decomposition of a base's weight, U diag(sigma) V^T.
+    """Singular value decomposition U diag(sigma) V^T of a base weight.
 
     Parameters
     ----------
     U : array (out, m)
+        Left singular vectors as columns; m = min(out, in).
     sigma : array (m,)
-        Largest first; m = min(out, in).
+        Singular values, largest first.
     V : array (in, m)
+        Right singular vectors as columns.
     """
 
     U: Float[np.ndarray, "out m"]
@@ -60,12 +63,12 @@ class Basis:
 
 
 def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis]:
-    """The decompositions of a model's weights, each made when it is first asked for and then kept.
+    """Return the decompositions of a model's weights, each computed on first access and then cached.
 
     Parameters
     ----------
     weights : mapping module -> array (out, in)
-        W_0.
+        Base weights W_0.
     """
     return Lazy(list(weights), cache(lambda module: Basis.of(weights[module])))
 
@@ -73,51 +76,52 @@ def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis
 def intruders(
     base: Mapping[str, Basis], updates: Mapping[str, LowRank | Dense], k: int = 10, threshold: float = 0.5
 ) -> pd.DataFrame:
-    """How much each leading direction of every trained weight resembles the base's most similar one.
+    """Compare each leading singular vector of every trained weight with the most similar one of its base weight.
 
     Parameters
     ----------
     base : mapping module -> Basis
-        From ``bases``; kept, it makes the second adapter of a model cheap.
+        Decompositions from ``bases``. Reuse them for further adapters of the same model, which are then cheap.
     updates : mapping module -> update
-        As from ``Run.updates`` or ``deltas``.
+        Updates, for example from ``Run.updates`` or ``deltas``.
     k : int
-        Directions looked at, those with the largest singular values; fewer where a weight has fewer.
+        Number of singular vectors to compare, those with the largest singular values, 10 by default. Fewer if a weight
+        has fewer.
     threshold : float
-        A direction is an intruder if its largest |cosine| lies below.
+        A singular vector is an intruder if its largest |cosine| is below this value, 0.5 by default.
 
     Returns
     -------
     DataFrame
         ``module, component`` (from 1), ``sigma`` (singular value of W), ``similarity`` (largest |cosine|),
-        ``intruder``. An update that is zero, or of rank 0, leaves the base's own directions: no intruder. No update
-        at all gives no rows.
+        ``intruder``. A zero update, or one of rank 0, has no intruders, because it leaves the singular vectors of the
+        base weight unchanged. Without any update there are no rows.
 
     Raises
     ------
     ValueError
-        k is below 1, a base is missing or of another shape, or numbers are not finite.
+        ``k`` is below 1, a base weight is missing or has a different shape, or values are not finite.
     """
     if k < 1:
-        raise ValueError(f"k = {k} directions are none to look at: give 1 or more")
+        raise ValueError(f"k must be >= 1, got {k}")
     tables = []
     for module, update in updates.items():
         if module not in base:
-            raise ValueError(f"no base weight of {module!r}; there are {', '.join(list(base)[:5])}")
+            raise ValueError(f"no base weight for module {module!r}; expected one of {', '.join(list(base)[:5])}")
         similarity, sigma = _intruder_similarity(module, base[module], update, k)
         component = np.arange(1, len(sigma) + 1)
-        told = {"module": module, "component": component, "sigma": sigma, "similarity": similarity}
-        tables.append(pd.DataFrame(told | {"intruder": similarity < threshold}))
+        columns = {"module": module, "component": component, "sigma": sigma, "similarity": similarity}
+        tables.append(pd.DataFrame(columns | {"intruder": similarity < threshold}))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(_COLUMNS)).astype(_COLUMNS)
 
 
 def count(table: pd.DataFrame) -> pd.DataFrame:
-    """Intruders of every module.
+    """Count the intruders of every module.
 
     Returns
     -------
     DataFrame
-        ``module, components`` (looked at), ``intruders``.
+        ``module, components`` (number compared), ``intruders``.
     """
     modules = table.groupby("module", sort=False)["intruder"]
     return modules.agg(components="size", intruders="sum").reset_index()
@@ -125,7 +129,7 @@ def count(table: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class _Core:
-    """W in the coordinates of W_0's singular vectors: diag(sigma), with zeros around it, plus left @ right^T."""
+    """W in the coordinates of W_0's singular vectors: diag(sigma), padded with zeros, plus left @ right^T."""
 
     sigma: Float[np.ndarray, "m"]
     left: Float[np.ndarray, "rows rank"]
@@ -133,11 +137,11 @@ class _Core:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(rows, columns); the smaller is the number of sigma."""
+        """(rows, columns); the smaller one is the number of singular values."""
         return len(self.left), len(self.right)
 
     def operator(self) -> LinearOperator:
-        """The matrix as what it does to a vector."""
+        """Return the matrix as a linear operator, without forming it."""
         m = len(self.sigma)
 
         def times(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -154,7 +158,7 @@ class _Core:
         return LinearOperator(self.shape, matvec=forward, rmatvec=backward, dtype=np.float64)
 
     def dense(self) -> Float[np.ndarray, "rows columns"]:
-        """The matrix itself."""
+        """Return the matrix itself."""
         matrix = self.left @ self.right.T
         diagonal = np.arange(len(self.sigma))
         matrix[diagonal, diagonal] += self.sigma
@@ -162,11 +166,11 @@ class _Core:
 
 
 def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Largest |cosine| of each leading direction with any of the base's, and the singular values."""
+    """Return the largest |cosine| of each leading singular vector with any of the base's, and the singular values."""
     core = _core(module, basis, update)
     factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
     if not all(factor.any() for factor in factors):
-        # Where singular values of the base coincide, a decomposition would find other directions than its own.
+        # If singular values of the base coincide, a new decomposition could return different singular vectors.
         sigma = basis.sigma[:k]
         return np.ones(len(sigma)), sigma
     coordinates, sigma = _leading_vectors(core, k)
@@ -174,23 +178,23 @@ def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: 
 
 
 def _core(module: str, basis: Basis, update: LowRank | Dense) -> _Core | Float[np.ndarray, "rows columns"]:
-    """W in coordinates whose first rows belong to U; for a dense update, the matrix."""
+    """Return W in coordinates whose first rows belong to U; for a dense update, as a matrix."""
     arrays = (update.B, update.A) if isinstance(update, LowRank) else (update.dense(),)
     if update.shape != basis.shape:
-        raise ValueError(f"{module}: the update is {update.shape}, the base's weight {basis.shape}")
+        raise ValueError(f"{module}: update must have the base weight's shape {basis.shape}, got {update.shape}")
     if not all_finite(basis.sigma, *arrays):
-        raise ValueError(f"{module}: weight or update hold NaN or infinity, which have no directions")
+        raise ValueError(f"{module}: weight and update must be finite, got NaN or infinity")
     if isinstance(update, LowRank):
         left = _coordinates(basis.U, update.scale * as_float64(update.B))
         return _Core(basis.sigma, left, _coordinates(basis.V, as_float64(update.A).T))
-    # A rotation of the rows changes no singular value; what lies outside U keeps its length in a triangle.
+    # Rotating the rows changes no singular value; the part outside U becomes a triangular factor of the same norm.
     change = _coordinates(basis.U, as_float64(arrays[0]))
     change[: len(basis.sigma)] += basis.sigma[:, None] * basis.V.T
     return change
 
 
 def _coordinates(basis: Float[np.ndarray, "side m"], X: Float[np.ndarray, "side n"]) -> Float[np.ndarray, "rows n"]:
-    """X in an orthonormal basis that begins with ``basis``; what lies outside needs as few further rows as it can."""
+    """Return X in an orthonormal basis that begins with ``basis``, with as few further rows as X needs."""
     inside = basis.T @ X
     if basis.shape[0] == basis.shape[1]:
         return inside
@@ -198,12 +202,12 @@ def _coordinates(basis: Float[np.ndarray, "side m"], X: Float[np.ndarray, "side 
 
 
 def _leading_vectors(core: _Core | Float[np.ndarray, "rows columns"], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k left singular vectors with the largest singular values, and these, largest first."""
+    """Return the k left singular vectors with the largest singular values, and these values, largest first."""
     m = min(core.shape)
     if _KRYLOV_SHARE * k >= m:
         U, sigma, _ = np.linalg.svd(core.dense() if isinstance(core, _Core) else core, full_matrices=False)
         return U[:, :k], sigma[:k]
-    start = np.random.default_rng(0).standard_normal(m)  # that of scipy would differ from call to call
+    start = np.random.default_rng(0).standard_normal(m)  # SciPy's default start vector differs between calls
     operator = core.operator() if isinstance(core, _Core) else core
     U, sigma, _ = svds(operator, k, v0=start, return_singular_vectors="u")
     order = np.argsort(-sigma)

@@ -1,7 +1,7 @@
-"""Where the updates of different methods agree: their leading directions, and the angles between these.
+"""Leading singular vectors of updates, and the principal angles between them, for any pair of methods.
 
-Every method gives one update a module, whatever it is made of, so that all can be asked alike. An angle stands beside
-the one that independent random directions of the same number have in the same dimension.
+Every method has one update per module, regardless of its parametrization, so all methods can be compared. Angles are
+reported with a random baseline: the angle between as many random directions in the same dimension.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from lorascope.analysis.spectra import Spectra
 from lorascope.updates.low_rank import Dense, LowRank, principal_angles
 
 _DRAWS = 500
-_ROUNDING = 1e-8  # what a Gram matrix tells from zero
+_ROUNDING = 1e-8  # relative to the largest: smaller singular values are rounding error if a Gram matrix gave them
 
 
 class Directions(NamedTuple):
-    """The leading singular vectors of an update, as columns."""
+    """Leading singular vectors of an update, as columns."""
 
     left: Float[np.ndarray, "out k"]
     right: Float[np.ndarray, "in k"]
 
 
 def leading_singular_vectors(update: LowRank | Dense, k: int) -> Directions:
-    """The first k directions of an update's outputs and inputs, or as many as it has."""
+    """Return the first k left and right singular vectors of an update, or all if it has fewer."""
     U, _, V = update.svd()
     return Directions(U[:, :k], V[:, :k])
 
 
 def mean_angle(first: Directions, second: Directions) -> float:
-    """Mean principal angle in degrees of two updates of one module, over outputs and inputs.
+    """Compute the mean principal angle in degrees between two updates of one module, over outputs and inputs.
 
-    Of the first directions of each as many as the other has, so that no angle is small because one side has all.
+    Both sides use the same number of leading directions, so no angle is small only because one side has more.
     """
     k = min(first.left.shape[1], second.left.shape[1])
     sides = zip(first, second, strict=True)
@@ -46,11 +46,11 @@ def mean_angle(first: Directions, second: Directions) -> float:
 
 @cache
 def chance_angle(dim: int, k1: int, k2: int) -> float:
-    """Mean principal angle in degrees of random subspaces with k1 and k2 dimensions; 500 draws of a fixed seed.
+    """Estimate the mean principal angle in degrees of random subspaces with k1 and k2 dimensions.
 
-    Of two random subspaces one may lie along the first axes, for all that the angles tell. Of the other, a normal
-    matrix made orthonormal, the rows outside count by their triangle alone, whose distribution is known (Bartlett): so
-    the dimension costs nothing.
+    The estimate uses 500 draws with a fixed seed. By symmetry, the first subspace can be fixed to the first k1 axes.
+    The second is a normal matrix made orthonormal. Its remaining rows matter only through their triangular factor,
+    whose distribution is known (Bartlett), so the cost does not grow with ``dim``.
     """
     draw = np.random.default_rng(0)
     rows = min(dim, k1 + k2)
@@ -60,16 +60,16 @@ def chance_angle(dim: int, k1: int, k2: int) -> float:
         places = np.arange(k2)
         drawn[:, k1 + places, places] = np.sqrt(draw.chisquare(dim - k1 - places, (_DRAWS, k2)))
     cosines = np.linalg.svd(np.linalg.qr(drawn)[0][:, :k1], compute_uv=False)
-    return float(np.degrees(np.arccos(np.minimum(cosines, 1.0))).mean())
+    return float(np.degrees(np.arccos(np.minimum(cosines, 1.0))).mean())  # rounding can exceed a cosine of 1
 
 
 def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directions]]]) -> tuple[float, float]:
-    """Mean over pairs of runs, and over the modules in which both have a direction, of ``mean_angle`` and of chance.
+    """Average ``mean_angle`` and its random baseline over pairs of runs and the modules where both have a direction.
 
     Returns
     -------
     (float, float)
-        In degrees; NaN where no module can be compared.
+        Mean angle and random baseline in degrees; NaN if no module can be compared.
     """
     found = []
     for first, second in pairs:
@@ -83,9 +83,9 @@ def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directio
 
 
 def pool_spectra(spectra: Spectra, modules: Sequence[str]) -> pd.DataFrame:
-    """Root mean square over modules of their largest singular values, their second largest, and so on.
+    """Compute the root mean square over modules of the largest singular values, of the second largest, and so on.
 
-    A module that has fewer counts as zero, and so does a value that is rounding beside the largest.
+    Modules with fewer singular values count as zero, as do values below 1e-8 of a module's largest (rounding error).
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Which blocks trained when (LISA): the intervals between two draws, and how many blocks they have reached."""
+"""Block schedule of LISA runs: intervals between draws, visits per block, and coverage of the blocks over time."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lorascope.analysis import norms
 
 
 def intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a run, interval and block.
+    """Return the sampling intervals, one row per run, interval and block.
 
     Parameters
     ----------
     table : DataFrame
-        Records of one or several runs.
+        Records of one or more LISA runs.
 
     Returns
     -------
@@ -24,6 +24,7 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
     last = table.groupby("run", observed=True)["step"].max()
     starts = rows[["run", "step"]].drop_duplicates().sort_values(["run", "step"]).rename(columns={"step": "start"})
     each = starts.groupby("run")["start"]
+    # An interval ends before the next one starts; the last one ends with the run.
     stops = (each.shift(-1) - 1).fillna(starts["run"].map({str(run): int(step) for run, step in last.items()}))
     starts = starts.assign(interval=each.cumcount(), stop=stops.astype("int64"))
     found = rows.rename(columns={"step": "start"}).merge(starts, on=["run", "start"])
@@ -32,12 +33,12 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def sizes(table: pd.DataFrame) -> pd.DataFrame:
-    """How many blocks each run trains at a time, and for how many steps: gamma and K.
+    """Return the number of active blocks (gamma) and the interval length in steps (K) of each run.
 
     Returns
     -------
     DataFrame
-        ``run, blocks, steps``.
+        ``run, blocks, steps``, as observed in the first interval.
     """
     first = intervals(table).query("interval == 0")
     found = first.groupby("run").agg(blocks=("active", "sum"), start=("start", "first"), stop=("stop", "first"))
@@ -45,13 +46,14 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def visits(table: pd.DataFrame) -> pd.DataFrame:
-    """How often each block trained.
+    """Count how often each block was trained.
 
     Returns
     -------
     DataFrame
-        ``run, module, place, intervals, steps``; ``first``, the first step it trained in, NA if in none; ``frequency``
-        among the draws, and ``expected``, the chance of it.
+        ``run, module, place``; ``intervals`` and ``steps`` in which the block was active; ``first``, the first such
+        step, NA if there is none; ``frequency``, the fraction of draws that selected it; ``expected``, its selection
+        probability.
     """
     rows = intervals(table)
     on = rows[rows["active"]].assign(steps=lambda rows: rows["stop"] - rows["start"] + 1)
@@ -66,14 +68,16 @@ def visits(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def coverage(table: pd.DataFrame) -> pd.DataFrame:
-    """Number of blocks that have trained by the n-th draw, and how many to expect: sum of 1 - (1 - chance)^n.
+    """Count the blocks trained by the n-th draw, with the expected number: sum of 1 - (1 - probability)^n.
 
     Returns
     -------
     DataFrame
-        ``run, interval, step, value, expected``: one row for the first step after a draw, and one for the last of all.
+        ``run, interval, step, value, expected``: one row for the first step of each interval, and one for the last
+        step of the run.
     """
     rows = intervals(table)
+    # A block counts from its first draw on, so the cumulative maximum marks the blocks reached so far.
     reached = rows.assign(value=rows.groupby(["run", "module"])["active"].cummax())
     by_draw = reached.groupby(["run", "interval", "start", "stop"])["value"].sum().reset_index()
     missed = 1 - _chances(table)
@@ -86,24 +90,24 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity: str = "update_norm") -> pd.DataFrame:
-    """What LISA's chances stand for: the norm of a layer under LoRA over that under full fine-tuning (section 3.2).
+    """Compute the norm of each layer under LoRA over that under full fine-tuning: LISA's importance (section 3.2).
 
-    The ratios of the blocks can be its ``weights``; the paper draws all blocks alike.
+    The ratios of the blocks can be passed to ``LISA(weights=...)``; the paper samples all blocks uniformly.
 
     Parameters
     ----------
     adapted, full : DataFrame
-        Records of runs under LoRA and of full fine-tuning; several are averaged.
+        Records of LoRA runs and of full fine-tuning runs; several runs are averaged.
     active : int
-        Blocks that train at a time.
+        Number of blocks trained at a time.
     quantity : str
-        A norm by module; which one the paper means it does not say.
+        A per-module norm, ``update_norm`` by default; the paper does not say which norm it uses.
 
     Returns
     -------
     DataFrame
-        ``stack, layer, place``; ``adapted`` and ``full``, the mean over the steps; their ``ratio``; ``clipped``, the
-        ratio as a probability; and ``practical``, the one that is used: 1 outside the blocks, else active / blocks.
+        ``stack, layer, place``; ``adapted`` and ``full``, the means over steps; their ``ratio``; ``clipped``, the ratio
+        limited to 1; ``practical``, the sampling probability LISA uses: 1 outside the blocks, else active / blocks.
     """
     key = list(norms.LAYER)
     means = [
@@ -114,7 +118,7 @@ def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity:
         .rename(name)
         for name, table in (("adapted", adapted), ("full", full))
     ]
-    blocks = means[1].reset_index()["layer"].count()  # an adapter may leave some alone, draws do not
+    blocks = means[1].reset_index()["layer"].count()  # LISA draws from all blocks, an adapter may skip some
     found = pd.concat(means, axis="columns", join="inner").reset_index()
     inside = found["layer"].notna()
     ratio = found["adapted"] / found["full"]
@@ -123,6 +127,6 @@ def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity:
 
 
 def _chances(table: pd.DataFrame) -> pd.Series:
-    """The chance of a draw, by run and module."""
+    """Return the selection probability of each block, by run and module."""
     rows = table[table["quantity"] == "draw_probability"].astype({"run": "str", "module": "str"})
     return rows.set_index(["run", "module"])["value"]

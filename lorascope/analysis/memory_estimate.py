@@ -1,24 +1,25 @@
-"""What a step holds by arithmetic alone: bytes of parameters, gradients and optimizer state for every way to train.
+"""Computed memory of a training step: bytes of parameters, gradients and optimizer state for each training method.
 
-A model is its shapes, as ``model_shapes`` has them. With N numbers in all, T of them trained, and over the matrices, m
-x n, that an optimizer factors (v the numbers of the others, kept dense):
+A model is given by its shapes, see ``model_shapes``. N is its number of parameters and T the number of trained ones.
+Sums are over the m x n matrices that an optimizer factors; v is the number of other parameters, stored without factors.
+The optimizer state has this many entries:
 
 ==============  ====================================================================
-AdamW           2 T, and a count of steps for every tensor, as torch keeps it
-LoRA            AdamW of T = sum of rank (m + n)
-LISA            AdamW of T = what lies outside the blocks, and the active blocks
+AdamW           2 T, and a step count per tensor, as in torch
+LoRA            AdamW with T = sum of rank (m + n)
+LISA            AdamW with T = parameters outside the blocks and of the active blocks
 Adapprox        N (first moment) + sum of k (m + n) + v
 Adafactor       N (first moment) + sum of (m + n) + v
 CAME            N + 2 sum of (m + n) + v
 ==============  ====================================================================
 
-Of a tensor of more dimensions Adapprox makes one matrix, its first side against all others; Adafactor and CAME see a
-stack of matrices, of its last two sides.
+Adapprox reshapes a tensor with more dimensions to one matrix: the first side by all others. Adafactor and CAME treat it
+as a stack of matrices over its last two sides.
 
-Activations are not among it: they depend on batch, text and kernels, and are measured or not known.
+Activations are not included: they depend on batch, text and kernels, and have to be measured.
 
-Source: LISA (arXiv 2403.17919), section 3.2; Adapprox (arXiv 2403.14958), whose published savings these formulas give
-to the printed digit with k from 1 to a quarter of the smaller side; Adafactor (arXiv 1804.04235); CAME (arXiv
+Source: LISA (arXiv 2403.17919), section 3.2; Adapprox (arXiv 2403.14958), whose published savings these formulas
+reproduce to the printed digit for k from 1 to a quarter of the smaller side; Adafactor (arXiv 1804.04235); CAME (arXiv
 2307.02047).
 """
 
@@ -27,10 +28,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lorascope.analysis.model_shapes import GPT2, LLAMA2, Shape, Shapes, blocks, count, gpt2, llama, shapes_of, size
+from lorascope.schema.deprecation import old_names
 from lorascope.schema.module_table import match, parse
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "adapprox",
     "blocks",
     "came",
+    "expect_visited_blocks",
     "full",
     "gpt2",
     "lisa",
@@ -53,22 +57,22 @@ __all__ = [
     "shapes_of",
     "size",
     "table",
-    "visited",
 ]
 
 PARTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
-RANK_SHARE = 0.25  # Adapprox: largest rank against the smaller side of a matrix
-_COUNT = 4  # bytes of torch's count of steps
+RANK_SHARE = 0.25  # largest rank of Adapprox, as a fraction of the smaller side of a matrix
+_COUNT = 4  # bytes of torch's step count
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Bytes alive at the optimizer step.
+    """Memory allocated at the optimizer step, in bytes.
 
     Parameters
     ----------
     parameters, gradients, optimizer : int
+        Bytes of the parameters, their gradients and the optimizer state.
     """
 
     parameters: int
@@ -77,15 +81,16 @@ class MemoryUse:
 
 
 def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
-    """AdamW on everything.
+    """Compute the memory of AdamW on all parameters.
 
     Parameters
     ----------
     shapes : mapping parameter name -> shape
+        Shapes of the model, see ``model_shapes``.
     width : int
-        Bytes of a weight, and of its gradient.
+        Bytes per weight and per gradient entry, 4 by default.
     state : int
-        Bytes of a number of the optimizer.
+        Bytes per entry of the optimizer state, 4 by default.
     """
     return _adamw(size(shapes), shapes.values(), width, state)
 
@@ -99,17 +104,18 @@ def lora(
     width: int = 4,
     state: int = 4,
 ) -> MemoryUse:
-    """AdamW on two factors of every target.
+    """Compute the memory of AdamW on the two LoRA factors of every target.
 
     Parameters
     ----------
     shapes, width, state
-        As for ``full``.
+        See ``full``.
     rank : int
+        Rank of every adapter.
     targets : str or sequence of str
-        As for the method; see ``names.match``.
+        Target modules as in ``LoRA(targets=...)``; see ``names.match``. By default queries and values.
     beside : collection of str
-        Parameters that train themselves, such as the head of a classifier.
+        Names of parameters that are trained directly as well, such as those of a classifier head; none by default.
     """
     factors = [pair for out, into in _match_targets(shapes, targets) for pair in ((rank, into), (out, rank))]
     trained = [*factors, *(shapes[name] for name in beside)]
@@ -125,51 +131,61 @@ def lisa(
     width: int = 4,
     state: int = 4,
 ) -> MemoryUse:
-    """AdamW on what lies outside the blocks, and on a few blocks.
+    """Compute the memory of AdamW on the parameters outside the blocks and on a few active blocks.
 
     Parameters
     ----------
     shapes, width, state
-        As for ``full``.
+        See ``full``.
     active : int, optional
-        Blocks that train at a time, two by default or all of a model that has fewer; where blocks differ, the largest,
-        so that no draw holds more.
+        Number of blocks trained at a time; by default two, or all if the model has fewer. If blocks differ in size,
+        the largest ones are counted, so this is an upper bound.
     policy : {"keep", "reset", "reset_all"}
-        Optimizer state when blocks leave: kept, dropped, or dropped of everything. At a step's end the last two hold
-        the same.
+        Optimizer state when blocks become inactive: keep it, drop it, or drop the state of all parameters. The default
+        is "reset". At the end of a step, "reset" and "reset_all" need the same memory.
     visited : int, optional
-        Blocks that were active until now, which count where state is kept; all by default.
+        Number of blocks that were active so far; by default all. Only ``policy="keep"`` uses it.
 
     Raises
     ------
     ValueError
-        The policy is unknown, or there are not so many blocks.
+        The policy is unknown, or ``active`` or ``visited`` does not fit the number of blocks.
     """
     if policy not in POLICIES:
-        raise ValueError(f"policy {policy!r} is unknown: {', '.join(POLICIES)}")
-    parts = sorted(blocks(shapes).values(), key=size, reverse=True)
+        raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+    parts = sorted(blocks(shapes).values(), key=size, reverse=True)  # the largest blocks give the upper bound
     active = _blocks_at_a_time(active, len(parts))
     if not 0 <= active <= len(parts):
-        raise ValueError(f"active: {active} blocks of {len(parts)} cannot train: give 0 to {len(parts)}")
+        raise ValueError(f"active must be from 0 to {len(parts)}, the number of blocks, got {active}")
     with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
     if not active <= with_state <= len(parts):
         raise ValueError(
-            f"visited: {with_state} blocks, {active} of them active, cannot be: give {active} to {len(parts)}"
+            f"visited must be from {active} (active blocks) to {len(parts)} (all blocks), got {with_state}"
         )
     inside = {name for part in parts for name in part}
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
-    held = _adamw(size(shapes), stated, width, state)
-    return MemoryUse(held.parameters, width * count(now), held.optimizer)
+    memory = _adamw(size(shapes), stated, width, state)
+    return MemoryUse(memory.parameters, width * count(now), memory.optimizer)
 
 
 def _blocks_at_a_time(active: int | None, blocks: int) -> int:
-    """LISA's gamma, as given or by default."""
+    """Return the number of active blocks (LISA's gamma), as given or by default."""
     return min(2, blocks) if active is None else active
 
 
-def visited(blocks: int, active: int, intervals: int) -> float:
-    """How many different blocks LISA is expected to have trained after some draws: L (1 - (1 - gamma / L)^n)."""
+def expect_visited_blocks(blocks: int, active: int, intervals: int) -> float:
+    """Compute the expected number of different blocks LISA has trained after n draws: L (1 - (1 - gamma / L)^n).
+
+    Parameters
+    ----------
+    blocks : int
+        Number of blocks of the model, L.
+    active : int
+        Number of blocks trained at a time, gamma.
+    intervals : int
+        Number of draws, n.
+    """
     return blocks * (1 - (1 - active / blocks) ** intervals)
 
 
@@ -182,18 +198,20 @@ def adapprox(
     width: int = 4,
     state: int = 4,
 ) -> MemoryUse:
-    """Second moment in factors of rank k.
+    """Compute the memory of Adapprox, which stores second moments as factors of rank k.
 
     Parameters
     ----------
     shapes, width, state
-        As for ``full``.
+        See ``full``.
     rank : int, mapping parameter name -> int, or None
-        Ranks in force, no more of them than the smaller side; None takes the largest allowed, a quarter of it.
+        Current ranks, at most the smaller side of each matrix; 1 by default. None means the largest allowed rank, a
+        quarter of the smaller side.
     first : bool
-        Is there a first moment (beta_1 > 0)?
+        Whether there is a first moment (beta_1 > 0), True by default.
     min_dim : int or None
-        A matrix whose smaller side is less keeps a dense second moment, with None every matrix.
+        Matrices whose smaller side is below this store their second moment without factors; 64 by default. None stores
+        all matrices without factors.
     """
 
     def second(name: str, shape: Shape) -> int:
@@ -208,34 +226,36 @@ def adapprox(
 
 
 def adafactor(shapes: Shapes, first: bool = True, *, width: int = 4, state: int = 4) -> MemoryUse:
-    """Second moment as row and column means; arguments as for ``adapprox``."""
+    """Compute the memory of Adafactor, which stores second moments as row and column means; see ``adapprox``."""
     return _factored_memory(shapes, lambda _, shape: _count_means(shape), first, width, state)
 
 
 def came(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
-    """Adafactor with a second pair of means, of the instability; arguments as for ``full``."""
+    """Compute the memory of CAME: Adafactor with a second pair of means, of the instability; see ``full``."""
     return _factored_memory(shapes, lambda _, shape: _count_means(shape, 2), True, width, state)
 
 
 def table(
     shapes: Shapes, rank: int = 128, active: int | None = None, *, width: int = 4, state: int = 4
 ) -> pd.DataFrame:
-    """Every way to train one model, as the figure of memory takes it.
+    """Compute the memory of every training method for one model.
 
     Parameters
     ----------
     shapes, width, state
-        As for ``full``.
+        See ``full``.
     rank : int
-        Of LoRA on all linear layers, embedding and head, as LISA's paper has it; one that is the embedding counts once.
+        Rank of LoRA, 128 by default. As in LISA's paper, LoRA adapts all linear layers, embedding and head; a head tied
+        to the embedding counts once.
     active : int, optional
-        LISA's blocks, as for ``lisa``.
+        Number of active blocks of LISA, see ``lisa``.
 
     Returns
     -------
     DataFrame
-        ``method, part, bytes, source``, the source being "computed".
+        ``method, part, bytes, source``, with "computed" as the source.
     """
+    # A model can lack an embedding or a separate head, and an unknown role is an error.
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
     everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
     active = _blocks_at_a_time(active, len(blocks(shapes)))
@@ -251,17 +271,17 @@ def table(
 
 
 def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFrame:
-    """Every optimizer of all weights, and those that can do without a first moment once more, with none.
+    """Compute the memory of every optimizer that trains all weights, with and (where possible) without a first moment.
 
     Parameters
     ----------
     shapes, width, state
-        As for ``full``.
+        See ``full``.
 
     Returns
     -------
     DataFrame
-        As ``table`` gives it.
+        The columns of ``table``.
     """
     return _memory_rows(
         {
@@ -274,22 +294,22 @@ def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFram
 
 
 def _factorings(shapes: Shapes, first: bool, width: int, state: int) -> dict[str, MemoryUse]:
-    """What can do with and without a first moment."""
-    held = {
+    """Return the memory of the optimizers that also work without a first moment."""
+    memory = {
         "Adapprox, rank 1": adapprox(shapes, 1, first, width=width, state=state),
         "Adapprox, largest rank": adapprox(shapes, None, first, width=width, state=state),
         "Adafactor": adafactor(shapes, first, width=width, state=state),
     }
-    return held if first else {f"{name}, β₁ = 0": own for name, own in held.items()}
+    return memory if first else {f"{name}, β₁ = 0": own for name, own in memory.items()}
 
 
 def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
-    rows = [(method, part, getattr(held, part), "computed") for method, held in ways.items() for part in PARTS]
+    rows = [(method, part, getattr(memory, part), "computed") for method, memory in ways.items() for part in PARTS]
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 
 def _match_targets(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
-    """The matrices that targets name."""
+    """Return the shapes of the matrices that the targets select."""
     matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]
     columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
@@ -304,14 +324,18 @@ def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> Me
 
 
 def _count_means(shape: Shape, pairs: int = 1) -> int:
-    """Numbers of so many pairs of means by row and by column of each matrix; a vector is kept as it is, once."""
+    """Count the entries of ``pairs`` pairs of row and column means per matrix; a vector is stored once, as it is."""
     return pairs * math.prod(shape[:-2]) * sum(shape[-2:]) if len(shape) > 1 else math.prod(shape)
 
 
 def _factored_memory(
     shapes: Shapes, second: Callable[[str, Shape], int], first: bool, width: int, state: int
 ) -> MemoryUse:
-    """All parameters train; ``second`` counts what is kept in place of a second moment."""
+    """Return the memory if all parameters train; ``second`` counts the entries stored for a second moment."""
     numbers = size(shapes)
     kept = first * numbers + sum(second(name, shape) for name, shape in shapes.items())
     return MemoryUse(width * numbers, width * numbers, state * kept)
+
+
+if not TYPE_CHECKING:  # type checkers should not see the old names
+    __getattr__ = old_names(__name__, {"visited": "expect_visited_blocks"})

@@ -1,4 +1,4 @@
-"""A model as its shapes, ``{parameter name: shape}``, a tied weight once; of a live one, or of a family."""
+"""Parameter shapes ``{parameter name: shape}`` of a live model or a model family; a tied weight counts once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ Shapes: TypeAlias = Mapping[str, Shape]
 
 
 def shapes_of(model: Any) -> dict[str, Shape]:
-    """The shapes of a live model."""
+    """Return the parameter shapes of a live model."""
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
-    """The shapes of a LLaMA.
+    """Return the parameter shapes of a LLaMA model.
 
     Parameters
     ----------
     layers, hidden, inner : int
-        Blocks, width, width inside the feed-forward part.
+        Number of blocks, hidden size, and inner size of the feed-forward modules.
     keys : int
-        Width of keys and values, all their heads together.
+        Total size of the keys (and of the values) over all attention heads.
     vocabulary : int
+        Vocabulary size, 32,000 by default.
     """
     block = {
         "self_attn.q_proj": (hidden, hidden),
@@ -45,7 +46,7 @@ def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_
 
 
 def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
-    """The shapes of a GPT-2, whose head is its embedding."""
+    """Return the parameter shapes of a GPT-2 model, whose head is tied to its embedding."""
     block: dict[str, Shape] = {}
     for name, outputs, inputs in (
         ("attn.c_attn", 3, 1),
@@ -65,12 +66,12 @@ GPT2 = {"117M": gpt2(12, 768), "345M": gpt2(24, 1024)}
 
 
 def size(shapes: Shapes) -> int:
-    """How many numbers."""
+    """Count the parameters of a model."""
     return count(shapes.values())
 
 
 def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
-    """The tensors of every block, by stack and layer."""
+    """Return the parameter shapes of every block, by stack and layer."""
     found: dict[tuple[str, int], dict[str, Shape]] = {}
     for name, shape in shapes.items():
         place = parse(name)
@@ -80,5 +81,5 @@ def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
 
 
 def count(shapes: Iterable[Shape]) -> int:
-    """How many numbers tensors of these shapes hold."""
+    """Count the entries of tensors with these shapes."""
     return sum(map(math.prod, shapes))

@@ -1,12 +1,14 @@
-"""How much the hidden states look like a neuron's weights, and how far training moves the neurons' ranks by that.
+"""Neuron utilization: the correlation of hidden states with a neuron's weights, and how training shifts its ranking.
 
-    utilisation of neuron n of layer i = max over layers a >= i of |Pearson(w_n, h_a)|,
+    utilization of neuron n of layer i = max over layers a >= i of |Pearson(w_n, h_a)|,
 
-the correlation across the coordinates of the hidden state, h_a the mean output of block a. Neurons are ranked by it,
-the most used first, for each role of a projection separately.
+the correlation across the coordinates of the hidden state, where h_a is the mean output of block a. Neurons are ranked
+by utilization, the most used first, separately for each role of a projection.
 
-Source: NeFT (arXiv 2403.11621), sections 6.1-6.3, figures 2, 4 and 5. Layers from the neuron's own on are those of the
-authors' code; the text says the preceding ones, a <= i here, so that the first layer has one to look at.
+Source: NeFT (arXiv 2403.11621), sections 6.1-6.3, figures 2, 4 and 5.
+
+The authors' code uses the layers a >= i. The paper's text says the preceding layers: ``layers="earlier"`` uses a <= i,
+so that the first layer has a hidden state to compare.
 """
 
 from __future__ import annotations
@@ -18,52 +20,52 @@ import pandas as pd
 from jaxtyping import Float
 
 EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
-# 100,000 of the 352,256 ranks that a projection of LLaMA-2-7B has.
+# The paper's threshold: 100,000 of the 352,256 utilization ranks of a projection of LLaMA-2-7B.
 STRONG = 100_000 / 352_256
 KEY = ["module", "role", "neuron"]
 LAYERS = ("later", "earlier")
 
 
 def span(layer: int, layers: str = "later") -> slice:
-    """The blocks that a neuron of this block is held against, its own among them."""
+    """Return the blocks whose hidden states are compared with a neuron of this block, its own included."""
     return slice(layer, None) if layers == "later" else slice(layer + 1)
 
 
 def correlations(
     vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
 ) -> Float[np.ndarray, "neurons layers"]:
-    """|Pearson correlation| of each weight vector with each of the hidden states; 0 for a vector without spread."""
+    """Compute the |Pearson correlation| of each weight vector with each hidden state; 0 for a constant vector."""
     return np.abs(_standardize_rows(vectors) @ _standardize_rows(hidden).T)
 
 
 def _standardize_rows(rows: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n d"]:
-    centred = np.asarray(rows, np.float64) - np.mean(rows, axis=1, keepdims=True, dtype=np.float64)
-    norms = np.linalg.norm(centred, axis=1, keepdims=True)
-    return np.divide(centred, norms, out=np.zeros_like(centred), where=norms > 0)
+    centered = np.asarray(rows, np.float64) - np.mean(rows, axis=1, keepdims=True, dtype=np.float64)
+    norms = np.linalg.norm(centered, axis=1, keepdims=True)
+    return np.divide(centered, norms, out=np.zeros_like(centered), where=norms > 0)
 
 
 def rank(scores: pd.DataFrame) -> pd.Series:
-    """1-based rank of every neuron within its role, the most used first; equal ones in the order of the rows."""
+    """Return the utilization rank of every neuron within its role, from 1 (most used); ties are in row order."""
     return scores.groupby("role", observed=True)["value"].rank(method="first", ascending=False).astype("int64")
 
 
 def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
-    """How far every neuron's rank by utilisation lies apart in two models, and what kind of neuron that makes it.
+    """Compute the difference of each neuron's utilization rank between two models, and classify large differences.
 
     Parameters
     ----------
     studied, reference : DataFrame
-        ``module, role, neuron, value``: utilisation in the two models.
+        ``module, role, neuron, value``: utilization in the two models.
     trained : DataFrame
-        ``module, neuron``: what the studied model trained.
+        ``module, neuron``: neurons trained in the studied model.
 
     Returns
     -------
     DataFrame
-        ``module, role, neuron, rank_1`` (studied), ``rank_2``, ``d_rank`` (rank_2 - rank_1), ``percentile`` (of rank_2
-        in its role), and the sheet of three: ``strong``, moved by at least ``STRONG`` of the ranks of its role;
-        ``suppressed``, strong and fallen in the studied model; ``indirect``, strong and not trained there. The last
-        two overlap.
+        ``module, role, neuron, rank_1`` (studied), ``rank_2`` (reference), ``d_rank`` (rank_2 - rank_1), ``percentile``
+        (of rank_2 in its role, from 0), and three flags: ``strong``, shifted by at least ``STRONG`` of the ranks of its
+        role; ``suppressed``, strong and less used in the studied model; ``indirect``, strong and not trained there. A
+        neuron can be both suppressed and indirect.
     """
     both = studied.assign(rank_1=rank(studied)).merge(reference.assign(rank_2=rank(reference)), on=KEY)
     size = both.groupby("role", observed=True)["rank_1"].transform("size")
@@ -82,36 +84,37 @@ def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataF
 
 
 def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame | None = None) -> pd.DataFrame:
-    """``rank_shift`` of a run's last recorded state, against its state before training or the last of another run.
+    """Compute ``rank_shift`` of a run's last recorded step relative to step 0 or to the last step of another run.
 
     Parameters
     ----------
     table : DataFrame
-        Records of ``utilisation``, without a reference among them some at step 0.
+        Records of ``utilisation``; without a reference they must include step 0.
     trained : DataFrame
-        ``module, neuron``.
+        ``module, neuron``: neurons that the run trained.
     reference : DataFrame, optional
-        Records of ``utilisation`` of a run on the same model and text.
+        Records of ``utilisation`` of another run on the same model and text.
     """
     before = _recorded_utilization(table, first=True) if reference is None else _recorded_utilization(reference)
     return rank_shift(_recorded_utilization(table), before, trained)
 
 
 def _recorded_utilization(table: pd.DataFrame, first: bool = False) -> pd.DataFrame:
-    """Utilisation at the last step that has it, or before training."""
+    """Return the utilization at the last step that recorded it, or at step 0."""
     rows = table[table["quantity"] == "utilisation"].astype({"module": "str", "role": "str"})
     rows = rows[rows["step"] == (0 if first else rows["step"].max())]
     return rows.rename(columns={"index": "neuron"})[[*KEY, "value"]]
 
 
 def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFrame:
-    """Mean |d_rank| by percentile of the rank in the reference, and over all.
+    """Compute the mean |d_rank| by percentile of the rank in the reference, and over all neurons.
 
     Returns
     -------
     DataFrame
-        ``low, high, value, n``: a row for each bucket that holds a neuron, then one for all of them, from 0 to 1.
+        ``low, high, value, n``: a row for each nonempty bucket, then one for all neurons, from 0 to 1.
     """
+    # Percentiles are below 1, so half-open buckets include every neuron.
     bins = pd.cut(shifts["percentile"], list(edges), right=False, labels=False)
     moved = shifts["d_rank"].abs()
     found = moved.groupby(bins).agg(value="mean", n="size").rename_axis("bucket").reset_index()
@@ -122,6 +125,6 @@ def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFram
 
 
 def counts(shifts: pd.DataFrame) -> dict[str, float]:
-    """How many neurons are of each of the three kinds, and the mean |d_rank|."""
+    """Count the neurons with each of the three flags, and compute the mean |d_rank|."""
     kinds = {kind: int(shifts[kind].sum()) for kind in ("strong", "suppressed", "indirect")}
     return {**kinds, "avg_abs_d_rank": float(shifts["d_rank"].abs().mean())}

@@ -1,7 +1,7 @@
-"""Which neurons training turned: scores of every neuron of the feed-forward parts, and the choice of k of them.
+"""Neurons rotated by training: scores for every neuron of the feed-forward modules, and selection of k neurons.
 
-A neuron is one vector of weights: a row of an input or gate projection, a column of an output projection. Its score is
-the cosine distance 1 - cos between its weights before and after, its place in the ranking that among *all* layers and
+A neuron is one weight vector: a row of an input or gate projection, or a column of an output projection. Its score is
+the cosine distance 1 - cos between its weights before and after training. Neurons are ranked over *all* layers and
 projections together.
 
 Source: NeFT (arXiv 2403.11621), equation 1 and section 4.2.
@@ -9,6 +9,7 @@ Source: NeFT (arXiv 2403.11621), equation 1 and section 4.2.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import index
@@ -39,10 +40,9 @@ MODES = ("changed", "reversed", "random")
 
 @dataclass(frozen=True)
 class Part:
-    """The neurons of one role in the weight (out, in) of one module.
+    """Neurons of one role in the weight (out, in) of one module.
 
-    ``axis`` is the axis a neuron's vector runs along, of ``width`` weights; ``count`` neurons lie across it, from
-    number ``first`` on.
+    A neuron's ``width`` weights are along ``axis``. The part has ``count`` neurons, numbered from ``first``.
     """
 
     module: str
@@ -56,13 +56,13 @@ class Part:
 
     @property
     def where(self) -> tuple[slice, slice]:
-        """Index of the part in the module's weight."""
+        """Slices of the part in the module's weight."""
         neurons, vector = slice(self.first, self.first + self.count), slice(None)
         return (neurons, vector) if self.axis == 1 else (vector, neurons)
 
 
 def neuron_roles(modules: pd.DataFrame) -> list[str]:
-    """The roles of the neurons that a model has; its gates may lie in one matrix with the inputs."""
+    """Return the neuron roles of a model, including gate projections fused into one matrix with the inputs."""
     found = set(modules["role"])
     if len(modules) and gated_input(modules).fillna(False).any():
         found.add("ffn_gate")
@@ -70,23 +70,24 @@ def neuron_roles(modules: pd.DataFrame) -> list[str]:
 
 
 def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
-    """Where the neurons of a model lie.
+    """Find the neurons of a model.
 
     Parameters
     ----------
     modules : DataFrame
-        ``names.describe(model)``.
+        Module table, ``names.describe(model)``.
     roles : sequence of {"ffn_in", "ffn_gate", "ffn_out"}
+        Roles to include, by default input and output projections.
 
     Returns
     -------
     list of Part
-        In model order. Where gate and input are one matrix, the first half of its rows is the gate.
+        Parts in model order. If gate and input are fused in one matrix, the first half of its rows is the gate.
     """
-    match(modules, tuple(roles))  # tells what is missing
+    match(modules, tuple(roles))  # raises an error that names the missing roles
     fused = gated_input(modules).fillna(False)
     found = []
-    for row, both in zip(modules.to_dict("records"), fused, strict=True):
+    for row, both in zip(modules.to_dict("records"), fused, strict=True):  # "both": gate and input in one matrix
         if not (both or row["role"] in roles):
             continue
         place = (row["module"], row["stack"], int(row["layer"]))
@@ -102,26 +103,26 @@ def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
 
 
 def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]) -> pd.DataFrame:
-    """Scores of the neurons of one part.
+    """Compute the scores of the neurons of one part.
 
     Parameters
     ----------
     part : Part
+        The neurons to score.
     original, tuned : arrays (out, in)
-        The weight of its module before and after.
+        The weight of the part's module before and after training.
 
     Returns
     -------
     DataFrame
-        The columns ``COLUMNS``, a row for each neuron: its number in the module from 0 on, 1 - cos (NaN for a neuron
-        that is zero before or after, which has no direction), and the norms of its weights before, after and of their
-        difference.
+        The columns ``COLUMNS``, one row per neuron: its number in the module (from 0), 1 - cos, and the norms of its
+        weights before, after, and of their difference. 1 - cos is NaN for a neuron that is zero before or after.
     """
     return tabulate(part, neuron_change(original[part.where], tuned[part.where], part.axis))
 
 
 def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
-    """The table of what became of the neurons of one part."""
+    """Return the changes of the neurons of one part as a table."""
     return pd.DataFrame(
         {
             "module": part.module,
@@ -135,22 +136,22 @@ def tabulate(part: Part, change: NeuronChange) -> pd.DataFrame:
 
 
 def rank_neurons(scores: pd.DataFrame, by: str = "cosine_distance") -> pd.DataFrame:
-    """All neurons that have a direction, the highest score ``by`` first, with their ``rank`` from 1 on.
+    """Sort the neurons that have a score by the column ``by``, highest first, and add their ``rank`` from 1.
 
-    Equal scores go by place: stack, layer, role (input, gate, output), neuron. So the order is total, and does not
-    depend on the order of the rows.
+    Ties are broken by position: stack, layer, role (input, gate, output), neuron. So the order does not depend on the
+    order of the rows.
     """
     known = scores[scores[by].notna()]
     modules = known[["module", "stack", "layer", "role"]].drop_duplicates()
     places = {module: (position(*place), module) for module, *place in modules.itertuples(index=False)}
     order = {module: number for number, module in enumerate(sorted(places, key=places.__getitem__))}
-    keys = [known["neuron"], known["module"].map(order), -known[by]]
+    keys = [known["neuron"], known["module"].map(order), -known[by]]  # lexsort uses its last key first
     known = known.iloc[np.lexsort([key.to_numpy() for key in keys])].reset_index(drop=True)
     return known.assign(rank=np.arange(1, len(known) + 1, dtype=np.int32))
 
 
 def unscored_neurons(places: Sequence[Part]) -> pd.DataFrame:
-    """A table of all neurons without scores: what a choice by lot is made from."""
+    """Return a table of all neurons with a score of 0, the pool for a random selection."""
     return pd.concat(
         [pd.DataFrame({**asdict(part), "neuron": range(part.first, part.first + part.count)}) for part in places],
         ignore_index=True,
@@ -158,7 +159,7 @@ def unscored_neurons(places: Sequence[Part]) -> pd.DataFrame:
 
 
 def scores_at(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
-    """The scores of the neurons that lie in these places."""
+    """Return the scores of the neurons of these parts."""
     known = [(part.module, part.role) for part in places]
     return scores[pd.MultiIndex.from_frame(scores[["module", "role"]]).isin(known)]
 
@@ -166,60 +167,61 @@ def scores_at(scores: pd.DataFrame, places: Sequence[Part]) -> pd.DataFrame:
 def select(
     scores: pd.DataFrame, k: int, mode: str = "changed", seed: int | Sequence[int] = 0, by: str = "cosine_distance"
 ) -> pd.DataFrame:
-    """Choose exactly k neurons, of all layers and projections together.
+    """Select exactly k neurons over all layers and projections together.
 
     Parameters
     ----------
     scores : DataFrame
         ``module, stack, layer, role, neuron``, the column ``by`` and any others.
     k : int
+        Number of neurons to select.
     mode : {"changed", "reversed", "random"}
-        ``changed``: the k with the largest score; by cosine distance, the paper calls these sensitive. ``reversed``:
-        the k at the other end of the same order, so that the two share none as long as 2k neurons are there.
-        ``random``: k drawn by lot from those that could be chosen.
+        ``changed`` (default): the k largest scores; by cosine distance, the paper calls these neurons sensitive.
+        ``reversed``: the k at the other end of the same order; the two selections are disjoint if there are at least
+        2k neurons. ``random``: k random neurons among those with a score.
     seed : int or sequence of int
-        Of the lot.
+        Random seed of ``random``, 0 by default.
     by : str
-        Column of the score.
+        Column of the score, ``cosine_distance`` by default.
 
     Returns
     -------
     DataFrame
-        The chosen rows in the order of choice, with their ``rank``.
+        The selected rows in the order of selection, with their ``rank``.
 
     Raises
     ------
     ValueError
-        There are fewer than k neurons with a direction, or nothing has turned, or the mode is unknown.
+        The mode is unknown, fewer than k neurons have a score, or no score is above 0.
     """
     if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown: {', '.join(MODES)}")
+        raise ValueError(f"mode must be one of {', '.join(map(repr, MODES))}, got {mode!r}")
     pool = rank_neurons(scores, by)
     if not 0 <= k <= len(pool):
         raise ValueError(
-            f"k {k} is no choice: give 0 to {len(pool)} neurons ({len(pool)} of {len(scores)} have a direction)"
+            f"k must be from 0 to {len(pool)} ({len(pool)} of {len(scores)} neurons have a score), got {k}"
         )
-    if mode == "random":
+    if mode == "random":  # a sorted pool makes the draw independent of the scores
         by_place = pool.sort_values(["module", "neuron"])
         drawn = np.random.default_rng(seed).choice(len(pool), size=k, replace=False)
         return by_place.iloc[drawn].reset_index(drop=True)
     if not (pool[by] > 0).any():
-        raise ValueError("no neuron has turned between the two checkpoints: there is nothing to choose by")
+        raise ValueError(f"cannot select neurons by {by}: no score is above 0")
     return (pool if mode == "changed" else pool.iloc[::-1]).head(k).reset_index(drop=True)
 
 
 def by_module(selected: pd.DataFrame) -> dict[str, list[int]]:
-    """The numbers of chosen neurons, in order, by module."""
+    """Return the sorted numbers of the selected neurons by module."""
     return {str(module): sorted(map(int, rows["neuron"])) for module, rows in selected.groupby("module", sort=False)}
 
 
 def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
-    """Neurons given by hand as plain ints, whichever array or list they came in.
+    """Convert neuron numbers from any array or list to plain ints.
 
     Raises
     ------
     ValueError
-        One is no whole number.
+        A number is not an integer.
     """
     return {module: [_to_whole_number(module, number) for number in numbers] for module, numbers in given.items()}
 
@@ -228,33 +230,33 @@ def _to_whole_number(module: str, number: Any) -> int:
     try:
         return index(number)
     except TypeError:
-        raise ValueError(f"neurons: {module} has no neuron {number!r}: give whole numbers") from None
+        raise ValueError(f"neurons of {module} must be integers, got {number!r}") from None
 
 
 def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[Part]) -> dict[str, list[int]]:
-    """Neurons given by hand, in order.
+    """Check user-given neurons against the parts of a model, and sort them.
 
     Raises
     ------
     ValueError
-        A module has no neurons among the targets, or not that one, or one is given twice.
+        A module is not a target, a neuron does not exist or is given twice, or no neuron is given.
     """
     known: dict[str, set[int]] = {}
     for part in places:
         known.setdefault(part.module, set()).update(range(part.first, part.first + part.count))
     for module, numbers in chosen.items():
         if module not in known:
-            raise ValueError(f"neurons: {module!r} is no module of the targets; these are {', '.join(known)}")
+            raise ValueError(f"neurons: unknown module {module!r}; expected one of {', '.join(known)}")
         if wrong := [number for number in numbers if number not in known[module]]:
             span = f"{min(known[module])} to {max(known[module])}"
-            raise ValueError(f"neurons: {module} has no neuron {wrong[0]}: its numbers are {span}")
-        if len(set(numbers)) < len(numbers):
-            raise ValueError(f"neurons: {module} has a neuron twice: give each once")
+            raise ValueError(f"neurons of {module} must be from {span}, got {wrong[0]}")
+        if repeated := [number for number, times in Counter(numbers).items() if times > 1]:
+            raise ValueError(f"neurons of {module}: duplicate {repeated[0]}")
     if not any(chosen.values()):
-        raise ValueError("neurons names none: give at least one")
+        raise ValueError("neurons must contain at least 1 neuron, got none")
     return {module: sorted(numbers) for module, numbers in chosen.items() if len(numbers)}
 
 
 def count(share: float, parameters: int, width: float) -> int:
-    """How many neurons of ``width`` weights hold this share of all parameters; the x of NeFT_x% is such a share."""
+    """Compute how many neurons of ``width`` weights make up this fraction of all parameters, the x in NeFT_x%."""
     return round(share * parameters / width)

@@ -1,7 +1,7 @@
-"""Where the norm is: modules pooled to layers and roles, over steps, against the start and against the median block.
+"""Aggregation of per-module quantities: by layer and role, over steps, relative to step 0 and to the median block.
 
-The functions chain: ``select`` rows of a records table, ``pool`` them into cells, then look at the cells over steps.
-``place`` is a position on the layer axis: a block by its number, anything else by its role.
+The functions chain: ``select`` rows of a records table, ``pool`` them into cells, then summarize the cells over steps.
+``place`` is a position on the layer axis: the number of a block, or the role of any other module.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KEY = ["run", "step", "quantity"]
 
 
 def select(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Rows of one quantity that belong to a module, with their ``place`` as an ordered category.
+    """Select the rows of one quantity that belong to a module, and add their ``place`` as an ordered category.
 
     Raises
     ------
@@ -29,21 +29,22 @@ def select(table: pd.DataFrame, quantity: str) -> pd.DataFrame:
     """
     rows = table[(table["quantity"] == quantity) & (table["module"] != "")]
     if rows.empty:
-        raise ValueError(f"the table has no {quantity} of any module")
+        raise ValueError(f"cannot select {quantity}: the table has no row of it for any module")
     return rows.assign(place=place(rows))
 
 
 def place(table: pd.DataFrame) -> pd.Series:
-    """Position of every row on the layer axis: embed, (encoder) 0.., (decoder) 0.., head.
+    """Compute the position of every row on the layer axis: embed, (encoder) 0.., (decoder) 0.., head.
 
     Returns
     -------
     Series
-        Ordered categorical over the places that occur; the stack is named only where there are two.
+        Ordered categorical over the places that occur; labels include the stack only if there are two stacks.
     """
     columns = ["stack", "layer", "role"]
     spots = table[columns].astype({"stack": "str", "role": "str"}).drop_duplicates()
     keys = [(stack, _to_layer_number(layer), role) for stack, layer, role in spots.itertuples(index=False)]
+    # With one stack its name would only repeat in every label.
     several = len({stack for stack, layer, _ in keys if layer is not None}) > 1
     labels = {key: _cell_label(*key, several=several) for key in sorted(keys, key=lambda key: position(*key))}
     rows = zip(table["stack"], table["layer"], table["role"], strict=True)
@@ -52,27 +53,28 @@ def place(table: pd.DataFrame) -> pd.Series:
 
 
 def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
-    """Sum up the modules of a cell by the rule of their quantity: root of summed squares, sum or mean.
+    """Aggregate the modules of a cell by the rule of their quantity: root of summed squares, sum, or mean.
 
-    A row of a whole block stands for the block's modules wherever the cell holds the block as a whole, and steps back
-    where ``by`` parts it by role: nothing is counted twice. A cell with an unknown value is unknown.
+    Nothing is counted twice. The row of a whole block replaces the rows of its modules, unless ``by`` splits the block
+    by role; then the row of the block is ignored. A cell with an unknown value is NaN.
 
     Parameters
     ----------
     table : DataFrame
-        From ``select``.
+        Rows from ``select``.
     by : sequence of str
-        Columns that name a cell, besides run, step and quantity.
+        Columns that define a cell, in addition to run, step and quantity; by default the layer.
 
     Returns
     -------
     DataFrame
-        ``run, step, quantity``, ``by`` and ``value``: one row a cell.
+        ``run, step, quantity``, the columns ``by``, and ``value``: one row per cell.
     """
     keys = [*_KEY, *by]
     table = _drop_duplicate_rows(table, by)
     parts = []
     for rule, rows in table.groupby(table["quantity"].map(lambda name: QUANTITIES[name].pool).astype("str")):
+        # The norm of several tensors is the norm of their concatenation, so squares are summed.
         values = rows.assign(value=rows["value"] ** 2) if rule == "norm" else rows
         cells = values.groupby(keys, observed=True, dropna=False, sort=False)["value"]
         pooled = cells.mean(skipna=False) if rule == "mean" else cells.sum(skipna=False)
@@ -81,33 +83,34 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
 
 
 def per_weight(table: pd.DataFrame, modules: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
-    """Norms of cells over the root of the number of their weights, so that layers of different size compare.
+    """Compute the norm of each cell over the square root of its number of weights, to compare layers of any size.
 
     Parameters
     ----------
     table : DataFrame
-        From ``select``, of a norm of the weight or of its update.
+        Rows from ``select`` with a norm of the weight or its update.
     modules : DataFrame
-        ``names.describe`` of the model: its matrices alone have a known size, so cells hold them alone.
+        Module table, ``names.describe`` of the model. Only its matrices have a known size, so cells include only these.
     by : sequence of str
-        As for ``pool``.
+        Columns that define a cell, see ``pool``.
     """
     sizes = modules.astype({"module": "str"}).drop_duplicates("module").set_index("module")
     weights = table["module"].astype("str").map(sizes["out_features"] * sizes["in_features"]).astype("float64")
     sums = table.assign(square=table["value"] ** 2, weights=weights)[weights.notna()]
     cells = sums.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)[["square", "weights"]]
-    pooled = cells.sum(min_count=1)
+    pooled = cells.sum(min_count=1)  # a cell without known values stays NaN instead of 0
     return (pooled["square"] / pooled["weights"]).pow(0.5).rename("value").reset_index()
 
 
 def last(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of the last step at which a run recorded the quantity; without any known step, all its rows."""
+    """Return the rows of the last step at which each run recorded the quantity, or all rows if no step is known."""
+    # Adapter folders have no steps, so all their rows are final.
     final = table.groupby(["run", "quantity"], observed=True)["step"].transform("max")
     return table[(table["step"] == final).fillna(False) | (table["step"].isna() & final.isna())]
 
 
 def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
-    """Mean of every cell over the recorded steps 1..T; the state before training does not count.
+    """Average every cell over the recorded steps 1..T, without step 0.
 
     With ``weight_norm`` by layer this is LISA's w(l) (section 3.1).
     """
@@ -115,41 +118,48 @@ def mean_over_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def course(cells: pd.DataFrame) -> pd.DataFrame:
-    """How every cell went over the recorded steps 1..T: ``mean, std, first, last, steps``; ``std`` about its mean."""
+    """Summarize every cell over the recorded steps 1..T, without step 0.
+
+    Returns
+    -------
+    DataFrame
+        One row per cell with ``mean``, ``std`` (population standard deviation), ``first``, ``last`` and ``steps`` (the
+        number of steps).
+    """
     found = _after_step_zero(cells.sort_values("step"))
     parts = {"mean": found.mean(), "std": found.std(ddof=0), "first": found.first(), "last": found.last()}
     return pd.DataFrame(parts | {"steps": found.size()}).reset_index()
 
 
 def _after_step_zero(cells: pd.DataFrame) -> Any:
-    """The values of every cell after step 0."""
+    """Group the values after step 0 by cell."""
     rows = cells[(cells["step"] > 0).fillna(False)]
     return rows.groupby(_cell_columns(cells), observed=True, dropna=False, sort=False)["value"]
 
 
 def since_start(cells: pd.DataFrame) -> pd.DataFrame:
-    """Value of every cell minus its value at step 0: what training added to what the initialisation put there.
+    """Subtract the value at step 0 from every cell, which leaves the change due to training.
 
     Raises
     ------
     ValueError
-        A cell has no step 0.
+        A cell was not recorded at step 0.
     """
     key = _cell_columns(cells)
     start = cells.loc[(cells["step"] == 0).fillna(False), [*key, "value"]]
     both = cells.merge(start, on=key, how="left", suffixes=("", "_start"), indicator=True)
     if (both["_merge"] == "left_only").any():
-        raise ValueError("a cell was not recorded at step 0, so its growth is unknown: record from the start")
+        raise ValueError("cannot subtract step 0: it was not recorded")
     return cells.assign(value=both["value"].to_numpy() - both["value_start"].to_numpy())
 
 
 def ratio_to_block_median(layers: pd.DataFrame) -> pd.DataFrame:
-    """Every layer's value over the median of the blocks of the same run, step and quantity.
+    """Divide every layer's value by the median over the blocks of the same run, step and quantity.
 
     Parameters
     ----------
     layers : DataFrame
-        From ``pool`` by layer: rows with a ``layer`` are blocks.
+        Cells from ``pool`` by layer; rows with a ``layer`` are blocks.
     """
     key = [column for column in _KEY if column in layers.columns]
     blocks = layers["value"].where(layers["layer"].notna())
@@ -158,25 +168,27 @@ def ratio_to_block_median(layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
-    """Rows at no more than ``most`` steps, evenly taken, first and last among them, of those that all runs recorded.
+    """Return the rows at up to ``most`` evenly spaced steps that all runs recorded, including the first and last.
 
     Raises
     ------
     ValueError
-        The runs have no step in common.
+        The runs have no recorded step in common.
     """
     steps = [set(rows["step"].dropna()) for _, rows in cells.groupby("run", observed=True)]
     common = sorted(set.intersection(*steps))
     if not common:
-        raise ValueError("the runs were recorded at no common step: train them with the same steps and every=")
+        raise ValueError(
+            "cannot compare the runs: they have no recorded step in common. Train them with the same steps and every="
+        )
     chosen = np.unique(np.linspace(0, len(common) - 1, min(most, len(common))).round().astype(int))
     return cells[cells["step"].isin([common[index] for index in chosen])]
 
 
 def _drop_duplicate_rows(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Drop either the row of a whole block or those of its modules."""
+    """Drop either the row of a whole block or the rows of its modules, so that none is counted twice."""
     block = table["role"] == "block"
-    if "module" in by:
+    if "module" in by:  # each row is then a separate cell, so nothing is summed
         return table
     if "role" in by:
         return table[~block]

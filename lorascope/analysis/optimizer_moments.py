@@ -1,4 +1,4 @@
-"""Second moments as matrices: how few directions carry them, and what rows and columns alone say of them."""
+"""Low-rank structure of second moments: errors of rank-k and row-column approximations, ranks, and learning rates."""
 
 from __future__ import annotations
 
@@ -11,66 +11,68 @@ from jaxtyping import Float
 from lorascope.analysis.norms import last, place, select
 from lorascope.analysis.seed_intervals import band
 
-# Rows and columns are scaled in turn until their sums are met to this part, or so often.
-_MET, _ROUNDS = 1e-6, 50
+# Rows and columns are rescaled alternately, up to this relative error of their sums or this many times.
+_TOLERANCE, _MAX_ITERATIONS = 1e-6, 50
 
 
 def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
-    """Adafactor's stand-in: sums of the rows times sums of the columns over the sum of all."""
+    """Compute Adafactor's rank-one approximation: row sums times column sums over the total; zeros if V is zero."""
     total = V.sum()
     return np.outer(V.sum(1), V.sum(0)) / total if total else np.zeros_like(V)
 
 
 def relative_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
-    """|V - stand_in| / |V|, in Frobenius norm."""
+    """Compute |V - stand_in| / |V| in Frobenius norm."""
     return float(np.linalg.norm(V - stand_in) / np.linalg.norm(V))
 
 
 def tail(sigma: Float[np.ndarray, "k"], rank: int) -> float:
-    """The least relative error of a rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
+    """Compute the best relative error for a given rank: sqrt(sum_{i>rank} sigma_i^2 / sum sigma_i^2)."""
     return float(np.sqrt((sigma[rank:] ** 2).sum() / (sigma**2).sum()))
 
 
 def same_marginals(V: Float[np.ndarray, "m n"], seed: int) -> Float[np.ndarray, "m n"]:
-    """A random matrix with the sums by row and by column of V, and about as uneven beside them.
+    """Draw a random matrix with the row and column sums of V and a similar spread around its rank-one approximation.
 
-    What V is times its stand-in of rank one is dealt out among all entries by lot, and rows and columns are scaled to
-    their sums again. It has every direction that V owes to its rows and columns alone, and no other but by chance.
+    The ratios of V to its rank-one approximation are permuted at random over the entries. Then rows and columns are
+    rescaled to their sums. The result keeps the directions that follow from V's row and column sums; all other
+    directions are random.
     """
-    alone = rank_one(V)
-    ratio = np.divide(V, alone, out=np.zeros_like(V), where=alone > 0)
-    dealt = alone.copy()
-    live = alone > 0
-    dealt[live] *= np.random.default_rng(seed).permutation(ratio[live])
-    for _ in range(_ROUNDS):
-        missed = 0.0
+    approximation = rank_one(V)
+    live = approximation > 0
+    ratio = np.divide(V, approximation, out=np.zeros_like(V), where=live)
+    shuffled = approximation.copy()
+    shuffled[live] *= np.random.default_rng(seed).permutation(ratio[live])
+    for _ in range(_MAX_ITERATIONS):  # rescaling the columns changes the row sums again, so both are repeated
+        error = 0.0
         for axis in (1, 0):
-            sums, wanted = dealt.sum(axis, keepdims=True), V.sum(axis, keepdims=True)
-            scale = np.divide(wanted, sums, out=np.ones_like(sums), where=sums > 0)
-            missed = max(missed, float(np.abs(scale - 1).max()))
-            dealt *= scale
-        if missed < _MET:
+            sums, target = shuffled.sum(axis, keepdims=True), V.sum(axis, keepdims=True)
+            scale = np.divide(target, sums, out=np.ones_like(sums), where=sums > 0)
+            error = max(error, float(np.abs(scale - 1).max()))
+            shuffled *= scale
+        if error < _TOLERANCE:
             break
-    return dealt
+    return shuffled
 
 
 def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None = None) -> pd.DataFrame:
-    """The last look at a quantity of modules with an index, averaged over the modules of a layer.
+    """Return the last recorded values of a per-module quantity with an index, averaged over the modules of a layer.
 
     Parameters
     ----------
     table : DataFrame
-        As ``records.COLUMNS``, with ``recipe`` and ``kind``.
+        Records with ``records.COLUMNS``, ``recipe`` and ``kind``.
     quantity : str
+        Name of the quantity.
     most : int
-        Of more layers, so many are taken, evenly.
+        Maximum number of layers, evenly spaced, 6 by default.
     role : str, optional
-        Of these modules alone.
+        Role of the modules to include, by default all.
 
     Returns
     -------
     DataFrame
-        ``run, recipe, kind, place, index, value``, one row a run, place of a layer (see ``norms.place``) and index.
+        ``run, recipe, kind, place, index, value``, one row per run, place of a layer (see ``norms.place``) and index.
     """
     rows = table[(table["quantity"] == quantity) & table["layer"].notna()]
     rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
@@ -85,7 +87,7 @@ def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None
 
 
 def final(table: pd.DataFrame, quantity: str) -> pd.Series:
-    """The last value of a quantity by module, or by module and index where it has one."""
+    """Return the last value of a quantity by module, or by module and index if it has an index."""
     rows = table[table["quantity"] == quantity]
     rows = rows[rows["step"] == rows["step"].max()]
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
@@ -93,17 +95,17 @@ def final(table: pd.DataFrame, quantity: str) -> pd.Series:
 
 
 def ranks(table: pd.DataFrame) -> pd.DataFrame:
-    """Ranks of the factors in the blocks, beside the most that a choice may take.
+    """Return the factor ranks of Adapprox in the blocks, with the largest rank allowed.
 
     Parameters
     ----------
     table : DataFrame
-        As ``records.COLUMNS``, of Adapprox.
+        Records with ``records.COLUMNS`` of Adapprox runs.
 
     Returns
     -------
     DataFrame
-        Rows of ``factor_rank`` with their ``place``, and with ``share`` and ``cap``: k / k_max and k_max.
+        Rows of ``factor_rank`` with their ``place``, ``share`` (k / k_max) and ``cap`` (k_max).
     """
     keys = ["run", "module", "step"]
     found, shares = (select(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
@@ -112,20 +114,20 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
-    """Error and time of ways to factor, at the last look.
+    """Compare error and time of factorization methods at the last recording.
 
     Parameters
     ----------
     table : DataFrame
-        As ``records.COLUMNS``, of ``observe.factorings``.
-    ways : mapping way -> label
-        The exact one, "svd", among them.
+        Records with ``records.COLUMNS`` of ``observe.factorings``.
+    ways : mapping method -> label
+        Factorization methods to compare; "svd", the exact one, must have been recorded.
 
     Returns
     -------
     DataFrame
         ``run, index, measure, excess, seconds``: index is the rank and measure the label; excess is the mean error over
-        the matrices, over that of the exact way; seconds are of all matrices.
+        the matrices divided by that of the SVD; seconds is the total time over the matrices.
     """
     rows = last(table[table["quantity"].str.startswith("factoring_")])
     cells = rows.groupby(["run", "index", "quantity"], observed=True)["value"].agg(["mean", "sum"]).unstack("quantity")
@@ -144,21 +146,22 @@ def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
 
 
 def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
-    """Validation and test loss at the end, by method and rate.
+    """Average the final validation and test losses over seeds, by method and learning rate.
 
     Parameters
     ----------
     table : DataFrame
-        As ``records.COLUMNS``, with ``recipe``; what stands in it before " at " is the method.
+        Records with ``records.COLUMNS`` and ``recipe``; the part of a recipe before the last " at " is the method.
     rate : mapping run id -> learning rate
+        Learning rate of each run.
 
     Returns
     -------
     dict quantity -> DataFrame
-        ``method, lr``, and mean and interval as ``seed_intervals.band`` gives them.
+        For ``eval_loss`` and ``test_loss``: ``method, lr``, and the mean and interval of ``seed_intervals.band``.
     """
     names = table["recipe"].astype("str")
-    methods = names.str.rpartition(" at ")[0]
+    methods = names.str.rpartition(" at ")[0]  # recipes of this study are named "METHOD at LEARNING RATE"
     table = table.assign(method=methods.where(methods != "", names))
     found = {}
     for quantity in ("eval_loss", "test_loss"):
@@ -170,10 +173,10 @@ def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFr
 
 
 def best(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rate of the lowest mean of each method: ``method, lr``."""
+    """Return the learning rate with the lowest mean of each method: ``method, lr``."""
     return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)
 
 
 def _sort_names(column: pd.Series) -> pd.Series:
-    """Names as they come, numbers by size."""
+    """Return sort keys: methods in order of first appearance, learning rates by size."""
     return pd.Series(pd.factorize(column)[0], index=column.index) if column.name == "method" else column

@@ -1,4 +1,4 @@
-"""How well found ranks meet planted ones."""
+"""Comparison of the ranks a method finds with planted ranks."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from lorascope.runs.run import Run
 
 
 def recovered_ranks(run: Run) -> pd.DataFrame:
-    """Planted and found rank of every module with a planted one.
+    """Return the planted and the found rank of every module with a planted rank.
 
     Returns
     -------
     DataFrame
-        ``run, module, planted, found``; a module that carries no adapter at the end has found rank 0.
+        ``run, module, planted, found``; the found rank of a module without an adapter at the end is 0.
     """
     truth = run.table[run.table["quantity"] == "planted_rank"]
     modules = truth["module"].astype("str")
     ranks = run.ranks()
-    found = [ranks.get(module, 0) for module in modules]
+    found = [ranks.get(module, 0) for module in modules]  # a method may remove the adapter of a module
     return pd.DataFrame({"run": run.id, "module": modules, "planted": truth["value"], "found": found})
 
 
 def rank_correlation(run: Run) -> float:
-    """Spearman's correlation of planted and found ranks; 0 where all found ranks are the same, which tells nothing."""
+    """Compute Spearman's correlation of planted and found ranks; 0 if it is undefined because all ranks are equal."""
     rho = float(spearman(recovered_ranks(run)[["planted", "found"]].to_numpy(np.float64))[0, 1])
     return 0.0 if np.isnan(rho) else rho
 
 
 def absolute_error(run: Run) -> float:
-    """Mean over the modules of |found - planted|."""
+    """Compute the mean of |found - planted| over the modules."""
     table = recovered_ranks(run)
     return float((table["found"] - table["planted"]).abs().mean())

@@ -1,6 +1,6 @@
-"""Where the ranks went: in force at a step, what they cost, how they are shared out, and whether seeds agree.
+"""Analysis of rank allocations: current ranks, parameters, distribution over depth and roles, and seed agreement.
 
-``current_ranks`` gives the ranks of modules; ``norms.pool`` sums them up by place, layer or role.
+``current_ranks`` returns the ranks of modules; ``norms.pool`` sums them by place, layer or role.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ PHASES = ("warm-up", "decay", "final")
 
 
 def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
-    """The rank of every module after a step: the last that was recorded by then.
+    """Return the current rank of every module at a step, the last one recorded up to it.
 
     Parameters
     ----------
     table : DataFrame
-        Records of one or several runs.
+        Records of one or more runs.
     step : int, optional
-        By default the end.
+        Training step; by default the end of training.
 
     Returns
     -------
     DataFrame
-        Rows of ``rank``, one a run and module, with their ``place``; zeros are ranks, too.
+        Rows of ``rank`` with their ``place``, one per run and module, including ranks of zero.
 
     Raises
     ------
     ValueError
-        No rank was recorded, or none by this step.
+        No rank was recorded, or none up to this step.
     """
     rows = norms.select(table, "rank")
     if step is not None:
         rows = rows[(rows["step"] <= step).fillna(False)]
         if rows.empty:
-            raise ValueError(f"no rank was recorded by step {step}")
+            raise ValueError(f"step must be at least the first step with a recorded rank, got {step}")
+    # Rows without a step come from adapter folders, so any recorded step replaces them.
     latest = rows.sort_values("step", kind="stable", na_position="first").drop_duplicates(
         ["run", "module"], keep="last"
     )
@@ -51,14 +52,14 @@ def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
 
 
 def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
-    """Add the column ``parameters``: rank times inputs plus outputs of the module, NaN where its size is unknown.
+    """Add the column ``parameters``: the rank times the sum of inputs and outputs, NaN if the size is unknown.
 
     Parameters
     ----------
     ranks : DataFrame
-        From ``current_ranks``.
+        Ranks from ``current_ranks``.
     modules : DataFrame
-        As ``Run.modules``.
+        Module table, see ``Run.modules``.
     """
     sizes = modules.set_index("module").reindex(columns=["in_features", "out_features"]).astype("float64")
     cost = sizes.sum(axis=1, skipna=False)
@@ -66,31 +67,31 @@ def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
 
 
 def thirds(ranks: pd.DataFrame) -> pd.Series:
-    """The third of its stack's adapted layers that a row lies in, as an ordered category; NA outside the blocks."""
+    """Return for each row its third of the stack's adapted layers, as an ordered category; NA outside the blocks."""
     found = pd.Series(pd.NA, ranks.index, dtype="object")
     for _, rows in ranks.dropna(subset="layer").groupby("stack", observed=True):
         layers = np.unique(rows["layer"].to_numpy(np.int64))
         index = np.searchsorted(layers, rows["layer"].to_numpy(np.int64))
-        middle = (6 * index + 3) // (2 * len(layers))  # of a layer's own stretch of the depth
+        middle = (6 * index + 3) // (2 * len(layers))  # a layer belongs to the third that contains its midpoint
         found[rows.index] = np.array(THIRDS, dtype=object)[middle]
     return found.astype(pd.CategoricalDtype(list(THIRDS), ordered=True))
 
 
 def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
-    """How much of all ranks a group of modules has, and what the same rank everywhere would give it.
+    """Compute the fraction of the total rank in each group of modules, and the fraction under a uniform allocation.
 
     Parameters
     ----------
     ranks : DataFrame
-        From ``current_ranks``.
+        Ranks from ``current_ranks``.
     by : str
-        A column that names the group: "role", or "third" for the thirds of the depth.
+        Column that defines the groups: "role" (the default), or "third" for the thirds of the depth.
 
     Returns
     -------
     DataFrame
-        ``run``, ``by``, ``rank`` (sum), ``modules``, ``share`` and ``uniform``, the share of the modules; both shares
-        are of what lies in a group at all.
+        ``run``, ``by``, ``rank`` (sum), ``modules`` (count), ``share`` (fraction of the rank) and ``uniform`` (fraction
+        of the modules). Fractions are relative to the modules that belong to a group.
     """
     rows = ranks.assign(third=thirds(ranks)).dropna(subset=by)
     groups = rows.groupby(["run", by], observed=True)["value"]
@@ -100,8 +101,9 @@ def shares(ranks: pd.DataFrame, by: str = "role") -> pd.DataFrame:
 
 
 def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "run run"]:
-    """Kendall's tau-b between the ranks of every two runs; NaN where all modules of one of them have the same rank."""
+    """Compute Kendall's tau-b between the ranks of every pair of runs; NaN if all ranks of one run are equal."""
     first, second = np.triu_indices(ranks.shape[1], 1)
+    # tau-b is the cosine between the vectors of pairwise orders, in which ties are 0.
     order = np.sign(ranks[:, first] - ranks[:, second])
     agreed = order @ order.T
     length = np.sqrt(np.diag(agreed))
@@ -110,7 +112,7 @@ def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "ru
 
 
 def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
-    """Kendall's tau-b between the module ranks of every pair of runs, over the modules that all of them have.
+    """Compute Kendall's tau-b between the module ranks of every pair of runs, over the modules common to all runs.
 
     Returns
     -------
@@ -125,9 +127,9 @@ def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
 
 
 def stability(ranks: pd.DataFrame) -> Interval:
-    """Mean tau of all pairs of runs, with a 95 % t-interval over runs; its bounds are NaN below three runs.
+    """Compute the mean tau over all pairs of runs, with a 95% t-interval over runs; NaN bounds below three runs.
 
-    Pairs share runs, so they are no sample. The interval is that of the jackknife: of the pseudo-values
+    Pairs share runs, so they are not independent. The interval uses the jackknife pseudo-values
     ``n U - (n - 1) U_i``, where ``U_i`` is the mean without run i (Arvesen 1969, Jackknifing U-statistics).
     """
     wide = _pivot_ranks(ranks)
@@ -139,20 +141,20 @@ def stability(ranks: pd.DataFrame) -> Interval:
 
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
-    """The same rows with ranks drawn by lot, every run with its own budget and draw; see ``allocation.random``."""
-    groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))
+    """Replace the ranks by random ones; each run keeps its budget and gets its own draw (see ``allocation.random``)."""
+    groups = enumerate(rows for _, rows in ranks.groupby("run", observed=True, sort=False))  # the number is the seed
     return pd.concat(rows.assign(value=_draw_ranks(rows["value"].to_numpy(), cap, number)) for number, rows in groups)
 
 
 def random_stability(ranks: pd.DataFrame, cap: int | None = None, draws: int = 200) -> Float[np.ndarray, "draw"]:
-    """Mean tau of as many runs whose ranks are drawn by lot, ``draws`` times: what agreement chance alone gives."""
+    """Draw the random baseline of ``stability``: the mean tau of as many runs with random ranks, ``draws`` times."""
     wide = _pivot_ranks(ranks).to_numpy()
-    lots = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
-    return np.array([_mean_of_run_pairs(kendall_tau(np.array(lot))) for lot in lots])
+    drawn = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
+    return np.array([_mean_of_run_pairs(kendall_tau(np.array(sample))) for sample in drawn])
 
 
 def cap(table: pd.DataFrame) -> int | None:
-    """The rank that modules start with, where no module ever has more; else None: ranks have no bound."""
+    """Return the largest initial rank if no module ever exceeds it, else None, as the ranks are then unbounded."""
     rows = norms.select(table, "rank")
     first = rows["step"].isna() | (rows["step"] == rows["step"].min())
     start, most = rows.loc[first.fillna(True), "value"].max(), rows["value"].max()
@@ -160,7 +162,7 @@ def cap(table: pd.DataFrame) -> int | None:
 
 
 def decisions(table: pd.DataFrame, most: int) -> list[int]:
-    """Steps at which a budget was recorded or, without any, ranks; at most so many, the first and last among them."""
+    """Return up to ``most`` evenly spaced steps with a recorded budget (or rank), including the first and last."""
     rows = table[table["quantity"] == ("budget" if (table["quantity"] == "budget").any() else "rank")]
     steps = np.unique(rows["step"].dropna().to_numpy(np.int64))
     chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
@@ -168,12 +170,17 @@ def decisions(table: pd.DataFrame, most: int) -> list[int]:
 
 
 def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
-    """The stretches before, while and after a budget changes, as (name, first step, last step); none if it never does.
+    """Return the phases before, during and after the changes of a budget; empty if the budget never changes.
 
     Parameters
     ----------
     budget : DataFrame
         ``at`` (steps in order) and ``value``.
+
+    Returns
+    -------
+    list of (str, int, int)
+        Name, first step and last step of each nonempty phase.
     """
     at, value = budget["at"].to_numpy(np.int64), budget["value"].to_numpy()
     changes = at[1:][np.diff(value) != 0]
@@ -185,7 +192,7 @@ def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
 
 
 def staircase(budget: pd.DataFrame) -> pd.DataFrame:
-    """The budget in force as the corners of a line: each value holds until the step of the next.
+    """Return the current budget as the corners of a step line: each value applies until the next step.
 
     Parameters
     ----------
@@ -197,10 +204,10 @@ def staircase(budget: pd.DataFrame) -> pd.DataFrame:
 
 
 def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFrame:
-    """A quantity of every component over the steps, and whether the component is ``kept`` in the end.
+    """Return a quantity of every component over the steps, and whether the component is ``kept`` at the end.
 
-    Kept is what the method recorded as such at its last choice; of others, the components that were last scored and are
-    among their module's most important, as many as its rank.
+    Methods that record ``kept`` determine it at their last selection. For other methods, the components kept are the
+    most important ones at the last scoring, as many per module as its rank.
     """
     parts = []
     for _, own in table.groupby("run", observed=True, sort=False):
@@ -211,9 +218,9 @@ def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFram
 
 
 def _retained_rows(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Rows of the components of one run that are in use in the end."""
+    """Return the rows of the components that one run retains at the end."""
     recorded = set(own["quantity"])
-    judge = next(name for name in ("kept", "importance", quantity) if name in recorded)
+    judge = next(name for name in ("kept", "importance", quantity) if name in recorded)  # in order of preference
     final = norms.last(norms.select(own, judge))
     if judge == "kept":
         return final[final["value"] > 0]
@@ -223,7 +230,7 @@ def _retained_rows(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
 
 
 def _draw_ranks(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
-    """As many ranks as these, for the same modules, drawn by lot."""
+    """Draw random ranks with the same sum for the same modules."""
     drawn = baseline_ranks.random([str(module) for module in range(len(ranks))], int(ranks.sum()), seed, cap)
     return np.array(list(drawn.values()), dtype=np.float64)
 
@@ -234,7 +241,7 @@ def _pivot_ranks(ranks: pd.DataFrame) -> pd.DataFrame:
 
 
 def _mean_of_run_pairs(pairs: Float[np.ndarray, "run run"]) -> float:
-    """Mean over the pairs of different runs."""
+    """Return the mean over the pairs of different runs."""
     return float(pairs[np.triu_indices(len(pairs), 1)].mean()) if len(pairs) > 1 else float("nan")
 
 

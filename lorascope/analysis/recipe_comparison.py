@@ -1,7 +1,8 @@
-"""Recipes beside each other by their test metric: mean, interval, paired tests, and no rank for what overlaps.
+"""Comparison of recipes by test metric: means, intervals and paired t-tests.
 
-Runs of one seed see the same data in the same order, so recipes are compared seed by seed: a t-test of the paired
-differences, whose p-values are adjusted by Holm's rule for all pairs of one model and task.
+Recipes that do not differ significantly are not ordered. Runs with the same seed see the same data in the same order.
+So recipes are compared seed by seed, with a t-test of the paired differences. The p-values are adjusted by Holm's
+method over all pairs of one model and task.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ LEVEL = 0.05
 MINIMUM_SEEDS = 3
 PLACE = ["model", "task", "metric"]
 _LOWER_IS_BETTER = ("perplexity",)
-# Pairs that cannot be told apart and are named.
-_NAMED = 4
-# Characters of a table or list in the name of a recipe, beyond which its size and hash are given.
-_LONG = 60
-# Settings that say nothing about how a recipe differs from another of the same name.
-_ASIDE = ("observers", "search_share")
+# Maximum number of pairs without a significant difference that are listed by name.
+_MAX_LISTED = 4
+# Longer tables and lists appear in the name of a recipe as their size and hash.
+_MAX_CHARACTERS = 60
+# Settings that do not change what a recipe learns, so they do not belong in its name.
+_IGNORED_SETTINGS = ("observers", "search_share")
 
 
 def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Names for runs: the label of the method, and the settings that differ between runs of this label.
+    """Name the recipe of each run: the label of the method, and the settings that differ between runs of this label.
 
     Parameters
     ----------
     labels : sequence of str
-        Such as ``LoRA, rank 8``, one a run.
+        One label per run, such as ``LoRA, rank 8``.
     settings : sequence of mapping
-        Of each run.
+        Settings of each run.
     """
     keys: dict[str, dict[str, set[str]]] = {}
     for label, chosen in zip(labels, settings, strict=True):
@@ -58,26 +59,28 @@ def _setting_text(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:g}"
     text = value if isinstance(value, str) else json.dumps(value, default=to_words)
-    if isinstance(value, str) or len(text) <= _LONG:
+    if isinstance(value, str) or len(text) <= _MAX_CHARACTERS:
         return text
     return f"{len(value)} values ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
 
 
 def scores(runs: Sequence[Run]) -> pd.DataFrame:
-    """What finished runs reached on the test split.
+    """Return the test metrics of finished runs.
 
     Returns
     -------
     DataFrame
         Columns model, task, metric (its name), recipe, seed, value and run (the id), in the order of the runs.
-        Models or tasks of one name that are not the same have the beginning of their hash behind it.
+        Different models or tasks with the same name are distinguished by the first six characters of their hash.
     """
     metas = [run.meta for run in runs]
-    # The label of a method shows neither a table nor the items of a long list.
+    # The label of a method omits tables and the items of long lists, so differences in them must come from the fields.
     fields = [
         {key: value for key, value in meta["recipe"].items() if isinstance(value, Mapping | list)} for meta in metas
     ]
-    settings = [{key: value for key, value in meta["settings"].items() if key not in _ASIDE} for meta in metas]
+    settings = [
+        {key: value for key, value in meta["settings"].items() if key not in _IGNORED_SETTINGS} for meta in metas
+    ]
     table = {
         "model": unique_names([meta["model"] for meta in metas], [meta["w0_hash"] for meta in metas]),
         "task": unique_names([meta["task"] for meta in metas], [meta["data_hash"] for meta in metas]),
@@ -91,32 +94,34 @@ def scores(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
-    held: dict[str, set[str | None]] = {}
+    """Append the first six characters of the hash to names that have more than one hash."""
+    known: dict[str, set[str | None]] = {}
     for name, digest in zip(names, hashes, strict=True):
-        held.setdefault(name, set()).add(digest)
-    told = zip(names, hashes, strict=True)
-    return [f"{name} ({str(digest)[:6]})" if len(held[name]) > 1 else name for name, digest in told]
+        known.setdefault(name, set()).add(digest)
+    pairs = zip(names, hashes, strict=True)
+    return [f"{name} ({str(digest)[:6]})" if len(known[name]) > 1 else name for name, digest in pairs]
 
 
 def _drop_duplicate_runs(table: pd.DataFrame) -> pd.DataFrame:
-    """One of the runs that learn the same, such as two that differ in their observers alone: they are no two seeds."""
+    """Keep one of the runs that learn the same, such as two that differ only in observers: they are not two seeds."""
     return table.drop_duplicates([*PLACE, "recipe", "seed"])
 
 
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Every two recipes of one model and task, seed by seed; a recipe's runs of one seed count once.
+    """Compare every pair of recipes of one model and task, paired by seed; duplicate runs of a seed count once.
 
     Parameters
     ----------
     table : DataFrame
-        As :func:`scores` gives it.
+        The result of :func:`scores`.
 
     Returns
     -------
     DataFrame
-        Columns model, task, metric, recipe, other, difference (recipe minus other, mean over the seeds that both
-        have), low, high (its 95 % t-interval), n, p (two-sided paired t-test, by Holm's rule) and better: the recipe
-        that is the better one, or "" where the two cannot be told apart: p of 0.05 or more, or under three seeds.
+        Columns model, task, metric, recipe, other, difference, low, high, n, p and better. ``difference`` is recipe
+        minus other, averaged over their ``n`` common seeds; ``low`` and ``high`` are its 95% t-interval. ``p`` is from
+        a two-sided paired t-test, adjusted by Holm's method. ``better`` is the better recipe, or "" if p is 0.05 or
+        more or there are fewer than three common seeds.
     """
     found = [
         row
@@ -138,6 +143,7 @@ def _pair_rows(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]
                 place | {"recipe": recipe, "other": other, "difference": mean, "low": low, "high": high, "n": n}
             )
             p_values.append(paired_p(values))
+    # Holm's method adjusts over all pairs of this model and task, so p-values are only final here.
     sign = -1 if place["metric"] in _LOWER_IS_BETTER else 1
     for row, p in zip(rows, holm(np.array(p_values, np.float64)), strict=True):
         apart = row["n"] >= MINIMUM_SEEDS and p < LEVEL
@@ -147,18 +153,18 @@ def _pair_rows(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]
 
 
 def paired_p(differences: Float[np.ndarray, "n"]) -> float:
-    """Two-sided p-value of the t-test that paired differences have mean zero; NaN for a single one."""
+    """Compute the two-sided p-value of the t-test that paired differences have mean zero; NaN below two differences."""
     n = len(differences)
     if n < 2:
         return np.nan
     mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(n)
-    if error == 0:
+    if error == 0:  # equal differences have no t statistic: the p-value is its limit
         return 1.0 if mean == 0 else 0.0
     return float(2 * stdtr(n - 1, -abs(mean) / error))
 
 
 def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
-    """p-values of several tests, so that one of them errs at all no more often than a single test would (Holm 1979)."""
+    """Adjust p-values for multiple tests by Holm's method, which controls the family-wise error rate (Holm 1979)."""
     order = np.argsort(p)  # NaN last
     factors = np.count_nonzero(~np.isnan(p)) - np.arange(len(p))
     adjusted = np.empty_like(p)
@@ -167,19 +173,19 @@ def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
 
 
 def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
-    """Every recipe with its mean, interval, and the places that it may hold; a recipe's runs of one seed count once.
+    """Return every recipe with its mean, interval and possible places; duplicate runs of a seed count once.
 
     Parameters
     ----------
     table, compared : DataFrame
-        As :func:`scores` and :func:`pairs` give them.
+        The results of :func:`scores` and :func:`pairs`.
 
     Returns
     -------
     DataFrame
-        Columns model, task, metric, recipe, value (mean over seeds), low, high (95 % t-interval), n, first and last.
-        ``first`` is one more than the number of recipes that are told to be better, ``last`` leaves out those told to
-        be worse: only where both are the same number has a recipe a place.
+        Columns model, task, metric, recipe, value (mean over seeds), low, high (95% t-interval), n, first and last.
+        ``first`` is one more than the number of significantly better recipes. ``last`` is the number of recipes minus
+        the number of significantly worse ones. A recipe has a definite place only if both are equal.
     """
     rows = band(_drop_duplicate_runs(table), [*PLACE, "recipe"])
     better = compared[compared["better"] != ""]
@@ -195,31 +201,31 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_comparison(compared: pd.DataFrame) -> list[str]:
-    """What may be said of the order of recipes, and of which of them nothing: a few lines for each model and task."""
+    """Describe which recipes are significantly better than others, in a few lines per model and task."""
     lines = []
     for (model, task, _), part in compared.groupby(PLACE, sort=False):
-        told = part[part["better"] != ""]
+        different = part[part["better"] != ""]
         many = compared[["model", "task"]].drop_duplicates()
         where = f"{model}, {task}: " if len(many) > 1 else ""
-        for row in told.to_dict("records"):
+        for row in different.to_dict("records"):
             worse = row["other"] if row["better"] == row["recipe"] else row["recipe"]
             low, high = sorted((abs(row["low"]), abs(row["high"])))
             lines.append(
                 f"{where}{row['better']} is better than {worse} by {abs(row['difference']):.4g} "
                 f"[{low:.4g}, {high:.4g}] (p {row['p']:.2g}, {row['n']} seeds)"
             )
-        overlapping = part[part["better"] == ""]
-        if overlapping.empty:
+        open_pairs = part[part["better"] == ""]
+        if open_pairs.empty:
             continue
-        named = "; ".join(f"{row.recipe} and {row.other}" for row in overlapping.head(_NAMED).itertuples())
-        more = f"; and {len(overlapping) - _NAMED} more pairs" if len(overlapping) > _NAMED else ""
-        few = " (fewer than 3 seeds decide nothing)" if overlapping["n"].max() < MINIMUM_SEEDS else ""
-        lines.append(f"{where}overlapping, so not ranked{few}: {named}{more}")
+        named = "; ".join(f"{row.recipe} and {row.other}" for row in open_pairs.head(_MAX_LISTED).itertuples())
+        more = f"; and {len(open_pairs) - _MAX_LISTED} more pairs" if len(open_pairs) > _MAX_LISTED else ""
+        few = f" (fewer than {MINIMUM_SEEDS} seeds)" if open_pairs["n"].max() < MINIMUM_SEEDS else ""
+        lines.append(f"{where}no significant difference{few}: {named}{more}")
     return lines
 
 
 def __getattr__(name: str) -> Any:
-    """Return ``describe_comparison`` by its deprecated name ``words``."""
+    """Return ``describe_comparison`` under its deprecated name ``words``."""
     if name == "words":
         warnings.warn("words is deprecated: use describe_comparison instead", FutureWarning, stacklevel=2)
         return describe_comparison

@@ -1,4 +1,4 @@
-"""How far scores order the same things alike: Spearman's correlation with bootstrap intervals."""
+"""Agreement of scores: Spearman's rank correlation with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -17,40 +17,41 @@ from lorascope.runs.run import Run
 from lorascope.schema.module_roles import FFN
 
 DRAWS = 500
-_TURN: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
-# Of NeFT: how far what it trained has turned says of most neurons only that they were not chosen.
-_CHOSEN_BY: dict[str, dict[str, tuple[str, ...]]] = {
+_ROTATION: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
+# NeFT trains few neurons, so their rotation mostly shows which ones were selected. The score it selects by says more.
+_SELECTION_SCORE: dict[str, dict[str, tuple[str, ...]]] = {
     "changed": {"1 − cos after tuning": ("selection_cosine",)},
     "reversed": {"1 − cos after tuning": ("selection_cosine",)},
-    # Runs of earlier versions chose by inner products with probes of any norm, ``probe_similarity``.
-    "probed": {"likeness to probes": ("probe_cosine", "probe_similarity")},
+    # Earlier versions selected by inner products with unnormalized linear probes, ``probe_similarity``.
+    "probed": {"similarity to linear probes": ("probe_cosine", "probe_similarity")},
 }
-_BESIDE = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensitivity_out", "sensitivity_in")}
+_OTHER_SCORES = {"‖w − w₀‖": ("neuron_update",), "sensitivity": ("sensitivity_out", "sensitivity_in")}
 
 
 def spearman(columns: Float[np.ndarray, "n scores"]) -> Float[np.ndarray, "scores scores"]:
-    """Rank correlation of every pair of columns, ties at their mean rank; NaN where a column is constant."""
+    """Compute the rank correlation of every pair of columns, with mean ranks for ties; NaN for constant columns."""
     ranks = rankdata(columns, axis=0)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.atleast_2d(np.corrcoef(ranks, rowvar=False))
 
 
 def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Correlation of every pair of scores within every run.
+    """Correlate every pair of scores within every run.
 
     Parameters
     ----------
     scores : DataFrame
-        ``run, module, component, score, value``: several scores of the same components, or with component -1 of the
-        same modules.
+        ``run, module, component, score, value``: several scores of the same components, or of the same modules (then
+        component is -1).
     seed : int
-        Of the bootstrap.
+        Seed of the bootstrap, 0 by default.
 
     Returns
     -------
     DataFrame
-        ``run, first, second, value, low, high``, pairs in both orders. The interval is a bootstrap over modules:
-        components of one module share their layer and their gradient, so they are not drawn one by one.
+        ``run, first, second, value, low, high``, pairs in both orders. ``low`` and ``high`` are a 95% bootstrap
+        interval over modules (500 draws). Modules are resampled instead of components, because the components of a
+        module share their layer and gradient.
     """
     names = list(dict.fromkeys(scores["score"]))
     tables = []
@@ -71,27 +72,29 @@ def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
-    """What several recipes say of the same neurons of the feed-forward parts, for ``correlate``.
+    """Collect the scores that several recipes give the same neurons of the feed-forward modules, for ``correlate``.
 
     Parameters
     ----------
     runs : mapping label -> Run or sequence of Run
-        Trained with ``observe.neurons``; recipes are compared within a seed.
+        Runs trained with ``observe.neurons``; recipes are compared within each seed.
 
     Returns
     -------
     DataFrame
         ``run`` (the seed), ``module``, ``component`` (the neuron), ``score`` (label and quantity), ``value`` at the
-        last step that was looked at: 1 - cos, the norm of the update, and the sensitivity of the neuron's own weights,
-        a row of inputs and gates or a column of outputs. Of NeFT the first is what it chose by, 1 - cos after its full
-        fine-tuning or likeness to probes; with a warning it is left out where neurons were drawn by lot or given by
-        hand. A neuron that lacks a score, such as a zero one, is left out. So is, with a warning, a score that orders
-        nothing, since it is the same for all neurons of a run.
+        last recorded step. The quantities are 1 - cos, the norm of the update, and the sensitivity of the neuron's own
+        weights: a row of an input or gate projection, a column of an output projection.
+
+        For NeFT, the score it selected by replaces the first: 1 - cos after its full fine-tuning, or similarity to
+        linear probes. If it selected neurons at random or by hand, this score is omitted with a warning. A score that
+        is the same for all neurons of a run is omitted with a warning as well. Neurons that lack a score, such as zero
+        neurons, are omitted.
 
     Raises
     ------
     ValueError
-        A run recorded none of a quantity, or the recipes share no seed.
+        A run did not record a quantity, or the recipes have no seed in common.
     """
     tables, seeds = [], []
     for label, group in runs.items():
@@ -102,42 +105,48 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
                 table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _neuron_columns(run)
             ]
         if not all(map(_rotation_scores, members)):
-            told = "1 − cos: of neurons drawn by lot or given by hand it tells the choice, so left out"
-            warnings.warn(f"{printable(label)}: {told}", stacklevel=2)
+            reason = "the neurons were selected at random or by hand, so it only shows which ones were selected"
+            warnings.warn(f"{printable(label)}: 1 − cos omitted: {reason}", stacklevel=2)
     shared = set.intersection(*seeds)
     if not shared:
-        raise ValueError(f"the recipes {', '.join(runs)} share no seed: train them with the same ones")
+        raise ValueError(
+            f"cannot compare recipes {', '.join(runs)}: they have no seed in common. Train them with the same seeds"
+        )
     scores = pd.concat(tables, ignore_index=True).query("run in @shared").dropna(subset="value")
-    alike = scores.groupby(["score", "run"], sort=False)["value"].agg(np.ptp) == 0
-    constant = dict.fromkeys(alike[alike].index.get_level_values("score"))
+    equal = scores.groupby(["score", "run"], sort=False)["value"].agg(np.ptp) == 0
+    constant = dict.fromkeys(equal[equal].index.get_level_values("score"))
     if constant:
-        told = "the same for every neuron, so left out; does the recipe train feed-forward parts?"
-        warnings.warn(f"{printable(', '.join(constant))}: {told}", stacklevel=2)
+        reason = "the same for every neuron. Check that the recipe trains feed-forward modules"
+        warnings.warn(f"{printable(', '.join(constant))} omitted: {reason}", stacklevel=2)
     scores = scores[~scores["score"].isin(list(constant))]
     number = scores["score"].nunique()
+    # Correlations need every score of a neuron, so neurons that lack one are dropped.
     complete = scores.groupby(["run", "module", "component"])["score"].transform("size") == number
     scores["run"] = "seed " + scores["run"].astype(str)
     return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]
 
 
 def _rotation_scores(run: Run) -> dict[str, tuple[str, ...]]:
-    """What says how far a run's neurons turned; of NeFT what it chose by, nothing where that is no score."""
+    """Return the quantity of the neurons' rotation; for NeFT the score it selected by, empty if it used no score."""
     method = run.meta["method"]
     if method["name"] != "neft":
-        return _TURN
-    return {} if method.get("neurons") is not None else _CHOSEN_BY.get(method["mode"], {})
+        return _ROTATION
+    return {} if method.get("neurons") is not None else _SELECTION_SCORE.get(method["mode"], {})
 
 
 def _neuron_columns(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each score of a run's neurons."""
-    for name, quantities in (_rotation_scores(run) | _BESIDE).items():
+    """Yield the name and values of each score of a run's neurons."""
+    for name, quantities in (_rotation_scores(run) | _OTHER_SCORES).items():
         parts = []
         for quantity in quantities:
             found = selected_neurons.scores(run, quantity)
-            # Of the two sides of a matrix, the one whose vectors are the neurons.
+            # Sensitivity is recorded for both sides of a matrix; only one of them has the neurons as its vectors.
             side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
             parts.append(found[found["role"].isin(side)])
         table = pd.concat(parts)
         if table.empty:
-            raise ValueError(f"run {run.id} recorded no {quantities[0]}: train with observe=[ls.observe.neurons()]")
+            raise ValueError(
+                f"cannot compare neurons of run {run.id}: {quantities[0]} was not recorded. "
+                "Train with observe=[ls.observe.neurons()]"
+            )
         yield name, table.rename(columns={"neuron": "component"})[["module", "component", "value"]]

@@ -1,4 +1,4 @@
-"""Intervals over seeds: the only statistics that figures and claims rest on."""
+"""Student's t-intervals of means over seeds, as used by figures and claims."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean with its confidence interval; the bounds are NaN where ``n`` is one."""
+    """A mean with its confidence interval; the bounds are NaN if ``n`` is one."""
 
     mean: float
     low: float
@@ -22,7 +22,7 @@ class Interval(NamedTuple):
     n: int
 
     def format(self, digits: int) -> str:
-        """The mean with half the width of the interval, such as ``84.4 ± 1.1``."""
+        """Return the mean and half the width of the interval, such as ``84.4 ± 1.1``; only the mean if ``n`` is one."""
         half = f" ± {(self.high - self.low) / 2:.{digits}f}" if self.n > 1 else ""
         return f"{self.mean:.{digits}f}{half}"
 
@@ -30,36 +30,36 @@ class Interval(NamedTuple):
 def half_width(
     deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"], confidence: float = CONFIDENCE
 ) -> Float[np.ndarray, "cell"]:
-    """Half the width of the t-interval of a mean.
+    """Compute half the width of the t-interval of a mean.
 
     Parameters
     ----------
     deviation : array (cell,)
         Sample standard deviation (n - 1 in the denominator).
     n : array (cell,)
-        Number of values; below two the width is NaN.
+        Number of values; below two, the width is NaN.
     confidence : float
-        Coverage, 0.95 by default.
+        Confidence level, 0.95 by default.
 
     Returns
     -------
     array (cell,)
-        In the unit of ``deviation``.
+        Half-widths in the unit of ``deviation``.
     """
-    degrees = np.where(n > 1, n - 1, np.nan)
+    degrees = np.where(n > 1, n - 1, np.nan)  # one value has no standard deviation, so no interval
     return stdtrit(degrees, 0.5 + confidence / 2) * deviation / np.sqrt(n)
 
 
 def t_interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> Interval:
-    """Mean of independent values with Student's t-interval.
+    """Compute the mean of independent values with Student's t-interval.
 
     Raises
     ------
     ValueError
-        There is no value at all.
+        There are no values.
     """
     if not len(values):
-        raise ValueError("an interval needs at least one value, got none")
+        raise ValueError("values must contain at least 1 value, got none")
     n, mean = len(values), float(values.mean())
     deviation = values.std(ddof=1) if n > 1 else np.nan
     half = float(half_width(np.array([deviation]), np.array([n]), confidence)[0])
@@ -67,14 +67,16 @@ def t_interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -
 
 
 def band(table: pd.DataFrame, by: Sequence[str], confidence: float = CONFIDENCE) -> pd.DataFrame:
-    """Mean and t-interval over the runs of every cell.
+    """Compute the mean and t-interval over the runs of every cell.
 
     Parameters
     ----------
     table : DataFrame
-        With ``value`` and the columns ``by``; one row a run and cell.
+        Table with ``value`` and the columns ``by``, one row per run and cell.
     by : sequence of str
-        Columns that name a cell.
+        Columns that define a cell.
+    confidence : float
+        Confidence level, 0.95 by default.
 
     Returns
     -------

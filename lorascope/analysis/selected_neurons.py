@@ -1,4 +1,4 @@
-"""Chosen neurons: where they lie, and how many of them two choices share, beside what chance would give.
+"""Selected neurons: their distribution over layers, and the overlap of two selections with its random baseline.
 
 Source: NeFT (arXiv 2403.11621), section 5.4 and table 6 (overlap).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations_with_replacement, product
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from scipy.stats import hypergeom
@@ -15,21 +16,23 @@ from scipy.stats import hypergeom
 from lorascope.analysis import neurons
 from lorascope.analysis.norms import place
 from lorascope.runs.run import Run
+from lorascope.schema.deprecation import old_names
 from lorascope.schema.module_table import gated_input
 
 Neurons = frozenset[tuple[str, int]]
 _PLACE = ["module", "stack", "layer", "role"]
 
 
-def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
-    """The neurons that a run trained, or those k that it turned most.
+def list_selected(run: Run, k: int | None = None) -> pd.DataFrame:
+    """List the neurons a run selected for training, or the k neurons with the largest cosine distance.
 
     Parameters
     ----------
     run : Run
+        A NeFT run, or with ``k`` any run with records of ``neuron_cosine``.
     k : int, optional
-        None takes what was trained: the records of ``selected``. A number chooses anew, by ``neuron_cosine`` at the
-        last step that has it: of a full fine-tuning, what NeFT would choose from it by default.
+        By default the neurons recorded as ``selected``. With a number, the k neurons with the largest
+        ``neuron_cosine`` at its last recorded step. For full fine-tuning, NeFT selects the same ones by default.
 
     Returns
     -------
@@ -43,9 +46,9 @@ def chosen(run: Run, k: int | None = None) -> pd.DataFrame:
 
 
 def scores(run: Run, quantity: str) -> pd.DataFrame:
-    """The neurons' scores that a run recorded, at the last step that has some, for ``neurons.select`` by ``value``.
+    """Return the last neuron scores that a run recorded, for ``neurons.select`` by ``value``.
 
-    Of a matrix that holds gate and input, whose records name the module's role alone, the first half is ``ffn_gate``.
+    Records of a matrix with fused gate and input only have the role of the module; its first half becomes ``ffn_gate``.
     """
     rows = run.table[run.table["quantity"] == quantity]
     rows = rows[rows["step"] == rows["step"].max()].astype({"module": "str", "stack": "str", "role": "str"})
@@ -56,85 +59,95 @@ def scores(run: Run, quantity: str) -> pd.DataFrame:
 
 
 def threshold(run: Run, quantity: str) -> float | None:
-    """The smallest distance by which a neuron was chosen; None where none parts the chosen from the others."""
+    """Return the smallest selection score among the selected neurons, or None if no threshold separates them."""
     method = run.meta["method"]
+    # Neurons chosen by hand or from both ends of the ranking are not separated by one threshold.
     by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
     if quantity != "selection_cosine" or method.get("mode") != "changed" or by_hand_or_both_ends:
         return None
-    both = scores(run, quantity).merge(chosen(run).astype({"module": "str"}), on=["module", "neuron"])
+    both = scores(run, quantity).merge(list_selected(run).astype({"module": "str"}), on=["module", "neuron"])
     return float(both["value"].min())
 
 
 def trained(run: Run) -> pd.DataFrame:
-    """Every neuron that a run trained: those chosen, or all of each module whose weight it moved."""
+    """Return every neuron that a run trained: the selected ones, or all those of each module with a nonzero update."""
     if (run.table["quantity"] == "selected").any():
-        return chosen(run)
+        return list_selected(run)
     moved = set(run.summary().query("update_norm > 0")["module"])
     every = neurons.unscored_neurons(_selectable_parts(run))
     return every[every["module"].isin(moved)]
 
 
 def pool(run: Run) -> int:
-    """Number of neurons that a run could choose from."""
+    """Count the neurons that a run could select from."""
     return sum(sizes(run).values())
 
 
 def _selectable_parts(run: Run) -> list[neurons.Part]:
-    """Where the neurons lie that a run could choose from, or NeFT by default."""
+    """Return the parts with the neurons that a run could select from; for other methods than NeFT, its defaults."""
     method = run.meta["method"]
     roles = tuple(method["targets"]) if method["name"] == "neft" else neurons.DEFAULT
     return neurons.parts(run.modules.astype({"module": "str"}), roles)
 
 
 def by_layer(run: Run) -> pd.DataFrame:
-    """How many neurons of every layer and role a run trained, zeros included.
+    """Count the selected neurons of a run in every layer and role, zeros included.
 
     Returns
     -------
     DataFrame
-        ``run, place, role, value``, and ``chance``: the number if as many were drawn by lot.
+        ``run, place, role, value``, and ``chance``: the expected number for as many random neurons.
     """
-    found = chosen(run)
+    found = list_selected(run)
     counts = found.groupby([found["module"].astype("str"), "role"], observed=True).size()
-    # Of a matrix that holds gate and input the records name the module's role alone.
+    # Records of a matrix with fused gate and input only have the role of the module, so the parts must use it as well.
     role = run.modules.set_index("module")["role"]
     parts = pd.DataFrame(_selectable_parts(run)).assign(role=lambda rows: rows["module"].map(role))
-    held = parts.groupby(_PLACE, sort=False)["count"].sum().reset_index()
-    value = [int(counts.get((row.module, row.role), 0)) for row in held.itertuples()]
-    chance = held["count"] * len(found) / held["count"].sum()
-    return held.assign(run=run.id, place=place(held), value=value, chance=chance)
+    available = parts.groupby(_PLACE, sort=False)["count"].sum().reset_index()
+    value = [int(counts.get((row.module, row.role), 0)) for row in available.itertuples()]
+    chance = available["count"] * len(found) / available["count"].sum()
+    return available.assign(run=run.id, place=place(available), value=value, chance=chance)
 
 
 def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
-    """How many neurons two choices share.
+    """Compute the overlap of two selections and its random baseline.
 
     Parameters
     ----------
     first, second : set of (module, neuron)
+        The two selections.
     pool : int
-        Number of neurons to choose from.
+        Number of neurons to select from.
 
     Returns
     -------
     dict
-        ``n_common``; ``overlap``, of the smaller choice; ``jaccard``; and by the hypergeometric law, were one of them
-        drawn by lot, the mean overlap ``chance`` and ``most``, which 95 of 100 draws do not pass.
+        ``n_common``, the number of common neurons; ``overlap``, their fraction of the smaller selection; ``jaccard``.
+        The random baseline for the overlap is hypergeometric, with one selection at random: its mean ``chance`` and
+        its 95th percentile ``most``.
     """
     shared, smaller = len(first & second), min(len(first), len(second))
-    lot = hypergeom(pool, len(first), len(second))
+    baseline = hypergeom(pool, len(first), len(second))
     return {
         "n_common": shared,
         "overlap": shared / smaller,
         "jaccard": shared / len(first | second),
-        "chance": float(lot.mean()) / smaller,
-        "most": float(lot.ppf(0.95)) / smaller,
+        "chance": float(baseline.mean()) / smaller,
+        "most": float(baseline.ppf(0.95)) / smaller,
     }
 
 
-def expected(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float:
-    """Mean overlap if both drew the neurons within each module by lot, as many as they have there.
+def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float:
+    """Compute the mean overlap of two selections with as many random neurons in each module.
 
-    What this explains is that both prefer the same layers; only what lies above it is about neurons.
+    This baseline accounts for both selections preferring the same modules; only overlap above it is due to neurons.
+
+    Parameters
+    ----------
+    first, second : set of (module, neuron)
+        The two selections.
+    sizes : mapping module -> int
+        Number of neurons to select from in each module, see ``sizes``.
     """
     counts = [Counter(module for module, _ in each) for each in (first, second)]
     shared = sum(number * counts[1][module] / sizes[module] for module, number in counts[0].items())
@@ -142,7 +155,7 @@ def expected(first: Neurons, second: Neurons, sizes: Mapping[str, int]) -> float
 
 
 def sizes(run: Run) -> dict[str, int]:
-    """Number of neurons that a run could choose from in each module."""
+    """Count the neurons that a run could select from in each module."""
     found: Counter[str] = Counter()
     for part in _selectable_parts(run):
         found[part.module] += part.count
@@ -150,12 +163,12 @@ def sizes(run: Run) -> dict[str, int]:
 
 
 def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFrame:
-    """``common`` of every pair of choices, by label; within one label each pair of different choices counts once.
+    """Compute ``common`` for every pair of selections; within a label, each pair of different selections counts once.
 
     Returns
     -------
     DataFrame
-        ``first, second``, and the columns of ``common``: a row a pair.
+        ``first, second`` (labels) and the values of ``common``, one row per pair.
     """
     rows = []
     for one, two in combinations_with_replacement(choices, 2):
@@ -167,5 +180,9 @@ def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFram
 
 
 def as_set(found: pd.DataFrame) -> Neurons:
-    """Chosen neurons as a set."""
+    """Convert a table of neurons to a set of (module, neuron)."""
     return frozenset(zip(found["module"].astype("str"), found["neuron"].astype(int), strict=True))
+
+
+if not TYPE_CHECKING:  # type checkers should not see the old names
+    __getattr__ = old_names(__name__, {"chosen": "list_selected", "expected": "compute_expected_overlap"})

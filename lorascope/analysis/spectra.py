@@ -1,7 +1,7 @@
-"""Singular values of updates, and the several numbers that are called a rank.
+"""Singular values of updates, and the different definitions of their rank.
 
-``effective_rank`` (of sigma / sum sigma) is the one that records hold; ``entropy_rank`` (of sigma^2 / sum sigma^2),
-``participation_rank`` and ``energy_rank`` stand beside it, because publications and tools mean any of them.
+Runs record ``effective_rank`` (of sigma / sum sigma). ``entropy_rank`` (of sigma^2 / sum sigma^2),
+``participation_rank`` and ``energy_rank`` are included because publications and tools use any of them.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ Spectra = Mapping[str, Float[np.ndarray, "_"]]
 
 
 def singular_values(run: Run, step: int | None = None) -> Spectra:
-    """Singular values of every update that a run holds, by module, largest first, read when asked for.
+    """Return the singular values of every saved update of a run, by module, largest first, loaded on access.
 
-    They come from the factors where there are some, else from the spectra that ``observe.norms`` kept.
+    They are computed from the factors if these were saved, else read from the spectra saved by ``observe.norms``.
 
     Parameters
     ----------
     run : Run
+        A run or a loaded adapter.
     step : int, optional
-        By default the end.
+        Training step; by default the end of training.
 
     Raises
     ------
     ValueError
-        The run kept nothing at this step.
+        The run saved no updates at this step.
     """
     updates = run.updates(step)
-    at = run.meta["states"]["last"]["step"] if step is None else step
+    at = run.meta["states"]["last"]["step"] if step is None else step  # snapshots need an explicit step
     kept = [name.removesuffix(_KEPT) for name in run.snapshot_names() if name.endswith(_KEPT)]
     dense = [module for module in kept if module not in updates and at in run.snapshot_steps(module + _KEPT)]
 
@@ -53,20 +54,20 @@ def singular_values(run: Run, step: int | None = None) -> Spectra:
 
 
 def added_values(run: Run, step: int | None = None) -> Spectra:
-    """Singular values of what training added: as ``singular_values``, less a start that was not zero and was kept."""
+    """Return the singular values of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
     whole, made = singular_values(run, step), initial_update.learned_updates(run, step)
     modules = list(dict.fromkeys([*whole, *made]))
     return Lazy(modules, lambda module: made[module].singular_values() if module in made else whole[module])
 
 
 def spectrum(spectra: Spectra) -> pd.DataFrame:
-    """Singular values as a table.
+    """Return singular values as a table.
 
     Returns
     -------
     DataFrame
-        ``module, component`` (from 1), ``sigma``, and ``energy``: the share of |dW|_F^2 in components 1..component,
-        0 for an update that is zero.
+        ``module, component`` (from 1), ``sigma``, and ``energy``: the cumulative fraction of |dW|_F^2 in components
+        1..component, 0 for a zero update.
     """
     tables = []
     for module, sigma in spectra.items():
@@ -80,13 +81,13 @@ def spectrum(spectra: Spectra) -> pd.DataFrame:
 
 
 def ranks(spectra: Spectra) -> pd.DataFrame:
-    """Norm and ranks of every module's update, one row a module; the ranks of a zero update are 0.
+    """Compute the norm and ranks of every module's update, one row per module; the ranks of a zero update are 0.
 
     Returns
     -------
     DataFrame
         ``module, update_norm, components, stable_rank, effective_rank, entropy_rank, participation_rank,
-        energy_rank``; the last is the number of components that hold 90 % of the energy.
+        energy_rank``; the last is the number of components with 90% of the energy.
     """
     rows = [
         {"module": module, "update_norm": float(np.linalg.norm(sigma)), "components": len(sigma)}

@@ -1,25 +1,25 @@
-"""How long a step takes by part, of runs whose steps were measured."""
+"""Time per training step, split into forward pass, backward pass and rest, for runs with measured steps."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 PARTS = {"forward_seconds": "forward", "backward_seconds": "backward", "rest_seconds": "rest"}
-WARM = 2  # steps that make the optimizer's state and fill the caches
+WARM = 2  # warm-up steps, which are slower because they create the optimizer state and fill the caches
 
 
 def medians(table: pd.DataFrame) -> pd.DataFrame:
-    """Median of every run and part over the steps after ``WARM``.
+    """Compute the median time of every run and part over the steps after the first ``WARM``.
 
     Returns
     -------
     DataFrame
-        ``run, part, value``, in seconds.
+        ``run, part, value`` (seconds).
 
     Raises
     ------
     ValueError
-        A run has no such steps.
+        A run has no measured step after the first ``WARM``.
     """
     rows = _warm_steps(table)
     found = rows.groupby(["run", "quantity"], observed=True)["value"].median().reset_index()
@@ -27,7 +27,7 @@ def medians(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def spread(table: pd.DataFrame) -> float:
-    """Half the width of the middle half of the steps, over their median, of the run where that is widest."""
+    """Compute half the interquartile range of the step times over their median, and return the largest of all runs."""
     whole = _warm_steps(table).groupby(["run", "step"])["value"].sum().groupby("run")
     return float(((whole.quantile(0.75) - whole.quantile(0.25)) / 2 / whole.median()).max())
 
@@ -36,5 +36,5 @@ def _warm_steps(table: pd.DataFrame) -> pd.DataFrame:
     rows = table[table["quantity"].isin(PARTS)].astype({"run": "str", "quantity": "str"})
     late = rows[rows["step"] > WARM]
     if short := sorted({*rows["run"]} - {*late["run"]}):
-        raise ValueError(f"run {short[0]} was measured for {WARM} steps or fewer, which are slower: give it more steps")
+        raise ValueError(f"run {short[0]} must have more than {WARM} measured steps: the first {WARM} are warm-up")
     return late

@@ -1,7 +1,7 @@
-"""Do two runs learn the same directions? LoRA's subspace similarity (section 7.2, Eq. 4) and principal angles.
+"""Similarity of the subspaces two runs learn: LoRA's measure (section 7.2, Eq. 4) and principal angles.
 
-Every similarity stands beside the value that independent random subspaces would have, max(i, j) / dimension: in a small
-model that is far from nothing.
+Every similarity is reported with its expectation for independent random subspaces, max(i, j) / dimension, which is far
+from zero in small models.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ Side = Literal["A", "B", "update"]
 
 
 def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, "rank2 dim"]) -> pd.DataFrame:
-    """Overlap of the top i right-singular directions of one matrix with the top j of another.
+    """Compute the overlap of the top i right singular vectors of one matrix with the top j of another.
 
     Returns
     -------
     DataFrame
-        ``i, j`` (from 1), ``phi`` in [0, 1], and ``phi_random``: its expectation for independent random subspaces.
+        ``i, j`` (from 1), ``phi`` in [0, 1], and ``phi_random``, its expectation for independent random subspaces.
     """
     phi = phi_matrix(first, second)
     i, j = (index.reshape(-1) + 1 for index in np.indices(phi.shape))
@@ -35,31 +35,33 @@ def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, 
 def similarity_of_runs(
     first: Mapping[str, LowRank | Dense], second: Mapping[str, LowRank | Dense], module: str, side: Side = "A"
 ) -> pd.DataFrame:
-    """``similarity`` of two runs in one module.
+    """Compute ``similarity`` between two runs in one module.
 
     Parameters
     ----------
     first, second : mapping module -> update
-        As from ``Run.updates``.
+        Updates of the two runs, see ``Run.updates``.
     module : str
-        A module that both adapted.
+        A module that both runs adapt.
     side : {"A", "B", "update"}
-        Directions of the paper's A (inputs), of B (outputs), or the input directions of B A, which unlike the factors'
-        own do not depend on how the update was split into factors.
+        Directions to compare: those of the paper's A (inputs, the default), of B (outputs), or the input directions of
+        B A. Only the last are independent of how the update is split into factors.
 
     Raises
     ------
     ValueError
-        One of the runs did not adapt the module, or its update there has no factors.
+        One of the runs does not adapt the module, or its update has no factors and ``side`` is "A" or "B".
     """
     if module not in first or module not in second:
         common = [name for name in first if name in second]
-        raise ValueError(f"module {module!r} is not adapted in both runs; these are: {', '.join(common) or 'none'}")
+        raise ValueError(
+            f"module {module!r} is not adapted in both runs; expected one of {', '.join(common) or 'none'}"
+        )
     return similarity(_orient_rows(first[module], side), _orient_rows(second[module], side))
 
 
 def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
-    """Principal angles between the output spaces and between the input spaces of two updates of one module.
+    """Compute the principal angles between the output spaces and between the input spaces of two updates of a module.
 
     Returns
     -------
@@ -74,10 +76,11 @@ def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
 
 
 def _orient_rows(change: LowRank | Dense, side: Side) -> Float[np.ndarray, "rank dim"]:
-    """A matrix whose right-singular directions are the wanted ones."""
+    """Return a matrix whose right singular vectors are the directions of this side."""
     if side == "update":
         _, sigma, right = change.svd()
-        return (right * sigma).T
+        return (right * sigma).T  # the scale puts the right singular vectors in the order of the update's
     if isinstance(change, Dense):
-        raise ValueError(f"a {type(change).__name__} update has no factor {side}: compare with side='update'")
+        kind = type(change).__name__
+        raise ValueError(f"cannot compare side {side!r}: a {kind} update has no factor {side}. Use side='update'")
     return change.A if side == "A" else change.B.T

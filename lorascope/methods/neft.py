@@ -286,7 +286,7 @@ def _check_kind(tuned: Run, mode: str) -> None:
         before = [run.path.resolve() for run in tuned.parents if run.path and run.meta["method"]["name"] == needed.name]
         kind = "probing" if needed is Probing else "full fine-tuning"
         told = f"the phase before it, {before[0]}" if before else f"one of {kind}, or none"
-        mend = f"which trained {len(selected_neurons.chosen(tuned)):,} neurons alone: give {told}"
+        mend = f"which trained {len(selected_neurons.list_selected(tuned)):,} neurons alone: give {told}"
     elif name == Probing.name and needed is Full:
         mend = "a run of probing: give one of full fine-tuning"
     elif name != Probing.name and needed is Probing:

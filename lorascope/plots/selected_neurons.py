@@ -110,7 +110,8 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_same("model")
     sets = {
-        g.label: [selected_neurons.as_set(selected_neurons.chosen(run, k)) for run in g.runs] for g in cohort.groups
+        g.label: [selected_neurons.as_set(selected_neurons.list_selected(run, k)) for run in g.runs]
+        for g in cohort.groups
     }
     found = selected_neurons.overlaps(sets, selected_neurons.pool(cohort.runs[0]))
     if found.empty:

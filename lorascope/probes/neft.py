@@ -150,7 +150,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
 
 def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
     sets = {
-        label: [selected_neurons.as_set(selected_neurons.chosen(run)) for run in runs[label]]
+        label: [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs[label]]
         for label in (CHANGED, MOVIES, TWEETS)
     }
     pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
@@ -163,7 +163,7 @@ def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
 
     own = sets[CHANGED]
     lots = {
-        seed: selected_neurons.expected(first, second, sizes)
+        seed: selected_neurons.compute_expected_overlap(first, second, sizes)
         for seed, first, second in zip(seeds, own, [*own[1:], own[0]], strict=True)
     }
     return [

@@ -59,8 +59,9 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
         and ``inner`` (the inner product of the updates). ``angle`` is the mean principal angle in degrees between the
         leading 8 singular vectors, over outputs and inputs; ``chance`` is its mean for random subspaces.
 
-        A value is NaN if an update is zero or not finite, was not saved, or is dense and too large. ``inner`` is 0 for
-        an update that is zero or not finite.
+        ``cosine``, ``angle`` and ``chance`` are NaN if an update is zero, not finite or was not saved; the angles also
+        if it is dense and too large. ``norm_ratio`` is NaN if ``other`` is zero or a norm is not finite. ``inner`` is
+        NaN if an update was not saved, and 0 if it is not finite.
 
     Raises
     ------
@@ -165,7 +166,8 @@ def _check_shapes(module: str, updates: Mapping[str, LowRank | Dense]) -> None:
     for one, other in combinations(shapes, 2):
         if shapes[one] != shapes[other]:
             raise ValueError(
-                f"cannot compare {one} and {other}: {module} is {shapes[one]} in {one} and {shapes[other]} in {other}"
+                f"cannot compare {one} and {other}: {module} is {shapes[one]} in {one} and {shapes[other]} in {other}. "
+                "Compare adapters of one model"
             )
 
 

@@ -31,7 +31,7 @@ _LOWER_IS_BETTER = ("perplexity",)
 _MAX_LISTED = 4
 # Longer tables and lists appear in the name of a recipe as their size and hash.
 _MAX_CHARACTERS = 60
-# Settings that do not change what a recipe learns, so they do not belong in its name.
+# Settings left out of a recipe's name: observers do not affect training, and search_share follows from the method.
 _IGNORED_SETTINGS = ("observers", "search_share")
 
 

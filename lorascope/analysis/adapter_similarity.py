@@ -55,7 +55,7 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``one, other, module, norm_ratio`` (norm of ``one`` over that of ``other``), ``cosine``, ``angle``, ``chance``
+        ``one, other, module, norm_ratio`` (norm of ``one`` over norm of ``other``), ``cosine``, ``angle``, ``chance``
         and ``inner`` (the inner product of the updates). ``angle`` is the mean principal angle in degrees between the
         leading 8 singular vectors, over outputs and inputs; ``chance`` is its mean for random subspaces.
 
@@ -83,7 +83,7 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
 
 
 def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
-    """Compare every run with every run, itself included, over all modules together.
+    """Compare every run with every run, itself included, over all modules at once.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        ``one, other``; ``norm_ratio``, |dW| of one over that of the other; ``cosine`` between the whole updates;
+        ``one, other``; ``norm_ratio``, |dW| of ``one`` over |dW| of ``other``; ``cosine`` between the whole updates;
         ``angle, chance``, means over shared modules in degrees; ``rank_moved``, the fraction of rank in different
         modules (0 for the same allocation, 1 without a common module); ``energy_moved``, the same for |dW|^2;
         ``shared``, the number of modules that both update.
@@ -143,7 +143,7 @@ def _compare_pairs(
     rows = []
     for one, other in combinations(sizes, 2):
         both = one in updates and other in updates
-        # Updates that are not finite add nothing to the sums over modules: the norms exclude them as well.
+        # Updates that are not finite are excluded from the sums over modules, as they are from the norms.
         finite = np.isfinite(sizes[one]) and np.isfinite(sizes[other])
         product = (inner(updates[one], updates[other]) if finite else 0.0) if both else np.nan
         angle, chance = _angle(directions.get(one), directions.get(other))
@@ -154,7 +154,7 @@ def _compare_pairs(
 
 
 def _angle(one: Directions | None, other: Directions | None) -> tuple[float, float]:
-    """Return the mean principal angle and that of random subspaces, in degrees."""
+    """Return the mean principal angle and its random baseline, in degrees."""
     if one is None or other is None:
         return np.nan, np.nan
     k = min(one.left.shape[1], other.left.shape[1])  # the baseline has to use as many directions as mean_angle

@@ -29,7 +29,7 @@ from lorascope.analysis.factor_embeddings import (
 )
 from lorascope.updates.low_rank import principal_angles
 
-_TIE = 1e-9  # cosines closer than this are equal up to rounding, such as those of an untrained shared A_0
+_TIE = 1e-9  # cosines closer than this are equal up to rounding, for example between copies of an untrained A_0
 
 
 def numbers(

@@ -115,7 +115,7 @@ def lora(
     targets : str or sequence of str
         Target modules as in ``LoRA(targets=...)``; see ``names.match``. By default queries and values.
     beside : collection of str
-        Names of parameters that are trained directly as well, such as those of a classifier head; none by default.
+        Names of parameters that are trained directly as well, such as a classifier head; empty by default.
     """
     factors = [pair for out, into in _match_targets(shapes, targets) for pair in ((rank, into), (out, rank))]
     trained = [*factors, *(shapes[name] for name in beside)]

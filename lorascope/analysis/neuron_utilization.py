@@ -7,8 +7,8 @@ by utilization, the most used first, separately for each role of a projection.
 
 Source: NeFT (arXiv 2403.11621), sections 6.1-6.3, figures 2, 4 and 5.
 
-The authors' code uses the layers a >= i. The paper's text says the preceding layers: ``layers="earlier"`` uses a <= i,
-so that the first layer has a hidden state to compare.
+The authors' code uses the layers a >= i. The paper's text states the preceding layers: ``layers="earlier"`` uses
+a <= i, so that the first layer has a hidden state to compare.
 """
 
 from __future__ import annotations

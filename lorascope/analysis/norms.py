@@ -55,8 +55,8 @@ def place(table: pd.DataFrame) -> pd.Series:
 def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     """Aggregate the modules of a cell by the rule of their quantity: root of summed squares, sum, or mean.
 
-    Nothing is counted twice. The row of a whole block replaces the rows of its modules, unless ``by`` splits the block
-    by role; then the row of the block is ignored. A cell with an unknown value is NaN.
+    No module is counted twice. The row of a whole block replaces the rows of its modules, unless ``by`` splits the
+    block by role; then the row of the block is ignored. A cell with an unknown value is NaN.
 
     Parameters
     ----------
@@ -186,7 +186,7 @@ def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
 
 
 def _drop_duplicate_rows(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Drop either the row of a whole block or the rows of its modules, so that none is counted twice."""
+    """Drop either the row of a whole block or the rows of its modules, so that no module is counted twice."""
     block = table["role"] == "block"
     if "module" in by:  # each row is then a separate cell, so nothing is summed
         return table

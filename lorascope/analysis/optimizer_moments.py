@@ -127,7 +127,7 @@ def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
     -------
     DataFrame
         ``run, index, measure, excess, seconds``: index is the rank and measure the label; excess is the mean error over
-        the matrices divided by that of the SVD; seconds is the total time over the matrices.
+        the matrices divided by the error of the SVD; seconds is the total time over the matrices.
     """
     rows = last(table[table["quantity"].str.startswith("factoring_")])
     cells = rows.groupby(["run", "index", "quantity"], observed=True)["value"].agg(["mean", "sum"]).unstack("quantity")

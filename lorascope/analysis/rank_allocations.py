@@ -37,7 +37,7 @@ def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        No rank was recorded, or none up to this step.
+        No rank was recorded, or not up to this step.
     """
     rows = norms.select(table, "rank")
     if step is not None:

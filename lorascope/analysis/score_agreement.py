@@ -18,7 +18,7 @@ from lorascope.schema.module_roles import FFN
 
 DRAWS = 500
 _ROTATION: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
-# NeFT trains few neurons, so their rotation mostly shows which ones were selected. The score it selects by says more.
+# NeFT trains few neurons, so rotation mostly shows which ones were selected. Its selection score covers all neurons.
 _SELECTION_SCORE: dict[str, dict[str, tuple[str, ...]]] = {
     "changed": {"1 − cos after tuning": ("selection_cosine",)},
     "reversed": {"1 − cos after tuning": ("selection_cosine",)},
@@ -88,8 +88,8 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
 
         For NeFT, the score it selected by replaces the first: 1 - cos after its full fine-tuning, or similarity to
         linear probes. If it selected neurons at random or by hand, this score is omitted with a warning. A score that
-        is the same for all neurons of a run is omitted with a warning as well. Neurons that lack a score, such as zero
-        neurons, are omitted.
+        is the same for all neurons of a run is omitted with a warning as well. Neurons without one of the scores, such
+        as zero neurons, are omitted.
 
     Raises
     ------
@@ -120,7 +120,7 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
         warnings.warn(f"{printable(', '.join(constant))} omitted: {reason}", stacklevel=2)
     scores = scores[~scores["score"].isin(list(constant))]
     number = scores["score"].nunique()
-    # Correlations need every score of a neuron, so neurons that lack one are dropped.
+    # Correlations need every score of a neuron, so neurons with a missing score are dropped.
     complete = scores.groupby(["run", "module", "component"])["score"].transform("size") == number
     scores["run"] = "seed " + scores["run"].astype(str)
     return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,10 @@ def index_page() -> str:
 def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     """Return the section of a figure: picture, code, reading, caveat."""
     function = inspect.unwrap(figure.draw)
-    documented = numpydoc.docscrape.FunctionDoc(function)
-    code = "\n".join(example_lines(documented["Examples"]))
+    code = example_of(figure)
     chart = run_example(code, runs)
     pictures = "\n".join(save_pictures(chart, figure.name, images))
-    summary = " ".join(documented["Summary"])
+    summary = " ".join(numpydoc.docscrape.FunctionDoc(function)["Summary"])
     return (
         f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{pictures}\n\n"
         f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
@@ -82,11 +80,10 @@ def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
     )
 
 
-def example_lines(section: list[str]) -> Iterator[str]:
-    """Yield the code of an ``Examples`` section without its prompts."""
-    for line in textwrap.dedent("\n".join(section)).splitlines():
-        if match := re.match(r"(?:>>>|\.\.\.) ?(.*)", line):
-            yield match[1]
+def example_of(figure: Figure) -> str:
+    """Return the code in the ``Examples`` section of a figure's docstring, without prompts."""
+    section = numpydoc.docscrape.FunctionDoc(inspect.unwrap(figure.draw))["Examples"]
+    return "\n".join(re.findall(r"^\s*(?:>>>|\.\.\.) ?(.*)", "\n".join(section), re.MULTILINE))
 
 
 def run_example(code: str, runs: dict[str, Any]) -> Drawable:

@@ -48,7 +48,7 @@ from typing import Literal
 
 from torch import nn
 
-from lorascope.methods.base import LATER, Method, Step, parameter_groups
+from lorascope.methods.base import Method, Step, added_later, parameter_groups
 from lorascope.methods.optimizers import subspace_iteration
 from lorascope.methods.optimizers.adapprox import AdapproxOptimizer
 from lorascope.schema import module_table
@@ -140,7 +140,7 @@ class Adapprox(Method, name="adapprox"):
     clip_threshold: float = 1.0
     iterations: int = 5
     oversampling: int = 5
-    sketch_multiple: int = field(default=1, metadata=LATER)
+    sketch_multiple: int = field(default=1, metadata=added_later())
     init_rank: int = 1
     max_rank: int | None = None
     tolerance: float = 0.01

@@ -53,7 +53,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.ablation import Scores, ablation_scores
 from lorascope.adapters.delta import attach, resize
-from lorascope.methods.base import LATER, Method, Step, parameter_groups, train_adapters
+from lorascope.methods.base import Method, Step, added_later, parameter_groups, train_adapters
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -105,7 +105,7 @@ class ALoRA(Method, name="alora"):
     round_steps: int | None = None
     score_rows: int = 32
     search_share: float = 0.1
-    fresh_moments: bool = field(default=False, metadata=LATER)
+    fresh_moments: bool = field(default=False, metadata=added_later())
     lr: float = 1e-4
     head_lr: float = 1e-4
 

@@ -23,8 +23,14 @@ from lorascope.schema.records import Item
 METHODS: dict[str, type[Method]] = {}
 Batch = dict[str, Tensor]
 
-# Metadata of a field younger than some runs: at its default it is no part of their identity, so they are found again.
-LATER = {"later": True}
+
+def added_later() -> dict[str, Any]:
+    """Return the metadata of a field that older runs do not have.
+
+    A field with this metadata is part of a run's identity only if it differs from its default, so the ids of older runs
+    stay the same.
+    """
+    return {"later": True}
 
 
 @dataclass(kw_only=True)

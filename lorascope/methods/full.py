@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from lorascope.methods.base import LATER, Method, parameter_groups
+from lorascope.methods.base import Method, added_later, parameter_groups
 from lorascope.methods.optimizers.came import CAME
 from lorascope.schema.deprecation import accept_old_fields, formerly
 
@@ -32,7 +32,9 @@ class Full(Method, name="full"):
         The optimizer.
     """
 
-    optimizer_name: Literal["adamw", "adafactor", "came"] = field(default="adamw", metadata=LATER | formerly("rule"))
+    optimizer_name: Literal["adamw", "adafactor", "came"] = field(
+        default="adamw", metadata=added_later() | formerly("rule")
+    )
     lr: float = 1e-4
     head_lr: float = 1e-4
 

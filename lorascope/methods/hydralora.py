@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, host_weight, to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
-from lorascope.methods.base import LATER, Method, Step, train_adapters
+from lorascope.methods.base import Method, Step, added_later, train_adapters
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
@@ -97,7 +97,7 @@ class HydraLoRA(Method, name="hydralora"):
     shared_a: bool = field(default=True, metadata=formerly("heads", {"shared": True, "split": False}))
     router: str = "learned"
     gates_every: int = 50
-    gate_rows: int = field(default=64, metadata=LATER)
+    gate_rows: int = field(default=64, metadata=added_later())
     lr: float = 2e-3
     head_lr: float = 2e-3
 

@@ -31,7 +31,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, host_weight, to_array
-from lorascope.methods.base import LATER, Method, train_adapters
+from lorascope.methods.base import Method, added_later, train_adapters
 from lorascope.schema import module_table
 from lorascope.updates.low_rank import LowRank
 
@@ -62,7 +62,7 @@ class LoRA(Method, name="lora"):
     dropout: float = 0.0
     targets: str | tuple[str, ...] = ("q", "v")
     rslora: bool = False
-    init_seed: int | None = field(default=None, metadata=LATER)
+    init_seed: int | None = field(default=None, metadata=added_later())
     lr: float = 5e-4
     head_lr: float = 5e-4
 

@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import LATER, Method, Phase, Step, task_head
+from lorascope.methods.base import Method, Phase, Step, added_later, task_head
 from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
@@ -118,7 +118,7 @@ class NeFT(Method, name="neft"):
     tune_steps: int | None = None
     tune_lr: float | None = None
     clip_before: float | None = None
-    reversed_share: float = field(default=0.0, metadata=LATER)
+    reversed_share: float = field(default=0.0, metadata=added_later())
     lr: float = 2e-5
     head_lr: float = 1e-4
 

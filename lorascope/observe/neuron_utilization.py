@@ -18,7 +18,7 @@ from lorascope.adapters.delta import effective_weight, to_array
 from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
-from lorascope.methods.base import LATER, Batch, Step
+from lorascope.methods.base import Batch, Step, added_later
 from lorascope.observe.base import Observer
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
@@ -64,8 +64,8 @@ class utilization(Observer):
 
     every: int = 100
     size: int = 128
-    layers: str = field(default="later", metadata=LATER)
-    standardize: bool = field(default=False, metadata=LATER | formerly("standardise"))
+    layers: str = field(default="later", metadata=added_later())
+    standardize: bool = field(default=False, metadata=added_later() | formerly("standardise"))
 
     def __post_init__(self) -> None:
         if self.layers not in LAYERS:

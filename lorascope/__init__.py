@@ -1,4 +1,4 @@
-"""lorascope: train low-rank adapters, record what happens inside them, draw it and judge it."""
+"""lorascope: train, record and inspect LoRA and related methods, and test whether a pattern is learned or random."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ _MODULES = {
     "update": "lorascope.updates.low_rank",
     "worth": "lorascope.experiments.component_importance",
 }
-# Names that are accepted for one more release, and what they are now.
+# Deprecated names and their replacements; accepted for one more release.
 _OLD = {"choose_heads": "choose_num_experts", "pace": "step_time"}
 
 __all__ = sorted([*_PUBLIC, *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use, so that ``import lorascope`` itself costs nothing."""
+    """Import a public name on first use, which keeps ``import lorascope`` fast."""
     if name in _OLD:
         warnings.warn(f"lorascope: {name} is deprecated, use {_OLD[name]}", FutureWarning, stacklevel=2)
         name = _OLD[name]

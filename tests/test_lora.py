@@ -147,7 +147,7 @@ def test_a_rank_for_each_module():
         query: (2, 4.0),
         value: (4, 2.0),
     }
-    with pytest.raises(ValueError, match=r"qury.*near: .*query"):
+    with pytest.raises(ValueError, match=r"qury.*mean .*query"):
         LoRA(rank={query.replace("query", "qury"): 2}).attach(tiny("bert"))
     for rank in (0, -1):
         with pytest.raises(ValueError, match=f"rank {rank} "):

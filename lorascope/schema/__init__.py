@@ -1,1 +1,1 @@
-"""The names that all tables share: modules with layer and role, recorded quantities with unit and meaning."""
+"""Shared schema of all tables: modules with layer and role, recorded quantities with unit and definition."""

@@ -1,7 +1,7 @@
-"""Old names of fields, parameters, attributes and functions: accepted for one release, with a FutureWarning.
+"""Deprecated names of fields, parameters, attributes and functions, accepted for one release with a FutureWarning.
 
-A field that was renamed keeps its old name, and its old values, in the JSON form of a method or an observer: the id of
-a run is computed from them, and a finished run is found again by its id.
+A renamed field keeps its old name and its old values in the JSON form of a method or an observer. Run ids are computed
+from that form, so finished runs keep their ids.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _FORMER = "former"
 
 @dataclass(frozen=True)
 class Former:
-    """The name of a field before it was renamed, and the new value of each old one where values changed as well."""
+    """Old name of a renamed field, and a map from old to new values if the values changed too."""
 
     name: str
     values: Mapping[Any, Any] = dataclasses.field(default_factory=dict)
 
     def to_new(self, value: Any) -> Any:
-        """Return the new form of an old value, or of each in a list of them."""
+        """Return the new form of an old value, or of each value in a list."""
         if isinstance(value, list) and self.values:
             return [self.to_new(item) for item in value]
         if not self.values:
@@ -39,12 +39,12 @@ class Former:
         raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.values))}, got {value!r}")
 
     def to_old(self, value: Any) -> Any:
-        """Return the old form of a new value."""
+        """Return the old form of a new value; other values are returned unchanged."""
         return next((old for old, new in self.values.items() if new == value), value)
 
 
 def formerly(name: str, values: Mapping[Any, Any] | None = None) -> dict[str, Any]:
-    """Return the metadata of a dataclass field that was renamed; ``values`` maps old values to new ones."""
+    """Return the metadata of a renamed dataclass field; ``values`` maps old values to new ones."""
     return {_FORMER: Former(name, values or {})}
 
 
@@ -54,7 +54,7 @@ def former(field: dataclasses.Field[Any]) -> Former:
 
 
 def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
-    """Warn that a name is deprecated, at the caller of the function that calls this one."""
+    """Warn that a name is deprecated; the warning points at the caller of the calling function."""
     message = f"{old} is deprecated, use {new}"
     warnings.warn(f"{owner}: {message}" if owner else message, FutureWarning, stacklevel=stacklevel + 1)
 
@@ -64,13 +64,13 @@ def _both_names_error(owner: str, old: str, new: str) -> ValueError:
 
 
 def old_fields(cls: type) -> dict[str, tuple[str, Former]]:
-    """Return the new name of every renamed field of a dataclass, and what it was, by its old name."""
+    """Return the renamed fields of a dataclass, as a mapping old name -> (new name, ``Former``)."""
     renamed = [field for field in dataclasses.fields(cls) if _FORMER in field.metadata]
     return {former(field).name: (field.name, former(field)) for field in renamed}
 
 
 def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = None) -> dict[str, Any]:
-    """Return fields of a dataclass under their new names; with a ``stacklevel``, warn of each old one.
+    """Return the given fields under their new names; warn about each old name if ``stacklevel`` is given.
 
     Raises
     ------
@@ -91,8 +91,8 @@ def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = 
 
 
 def accept_old_fields(cls: AnyClass) -> AnyClass:
-    """Let a dataclass be built with, and read and written by, the old names of its fields."""
-    # Any, because a type checker should neither see the old names nor reject the assignment to a method.
+    """Let a dataclass accept the old names of its fields, as arguments and as attributes."""
+    # Typed as Any: a type checker should neither see the old names nor reject the assignment to a method.
     target: Any = cls
     build = target.__init__
 
@@ -119,7 +119,7 @@ def _old_field(old: str, new: str, before: Former) -> property:
 
 
 def old_attribute(old: str, new: str) -> Any:
-    """Return a property under the old name of an attribute or a method."""
+    """Return a property that reads a renamed attribute or method under its old name."""
 
     def read(self: Any) -> Any:
         warn_renamed(type(self).__name__, old, new)
@@ -129,7 +129,7 @@ def old_attribute(old: str, new: str) -> Any:
 
 
 def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction]:
-    """Let a function take parameters by their old names as well; ``renamed`` maps old to new."""
+    """Let a function accept the old names of its parameters; ``renamed`` maps old to new."""
 
     def accept(function: AnyFunction) -> AnyFunction:
         @wraps(function)
@@ -148,7 +148,7 @@ def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction
 
 
 def old_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module whose functions or classes were renamed; ``renamed`` maps old to new."""
+    """Return a module's ``__getattr__`` for renamed functions and classes; ``renamed`` maps old to new."""
 
     def find(name: str) -> Any:
         if name not in renamed:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 
-# Characters of a list, beyond which only its length is given.
+# Lists with a longer text are shown by their number of items.
 _LONG = 60
 
 
 def to_words(value: object) -> str:
-    """Describe a value of a configuration in a few words, the same in every process.
+    """Describe a configuration value in a few words that are the same in every process.
 
     Parameters
     ----------
     value : object
-        A callable gives its name, an object without a text of its own its class, a long list its length, a table
-        ``by module`` or the run or array that it stands for.
+        Callables are shown by name, objects with the default ``repr`` by class, and long lists by length. A mapping
+        is shown as the array or run that it refers to, else as ``by module``.
     """
     if isinstance(value, list):
         text = " ".join(map(to_words, value))

@@ -1,4 +1,4 @@
-"""What a dotted module name says: stack, layer and role, and where they stand on an axis."""
+"""Stack, layer and role of a module, parsed from its dotted name, and the order of modules on an axis."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FFN = ("ffn_in", "ffn_gate", "ffn_out")
 ROLES = (*ATTENTION, *CROSS, *FFN, "qkv", "embed", "pos_embed", "head", "norm", "block", "other")
 LINEAR = (*ATTENTION, *CROSS, *FFN, "qkv", "other")
 
-# A number of more digits is no layer: it does not fit the column of a table.
+# At most four digits: a longer number may not fit the Int16 column ``layer``.
 _BLOCK = re.compile(r"(?:^|\.)(?:h|\w*layers?|\w*blocks?)\.(\d{1,4})(?=\.|$)")
 _NORM = re.compile(r"norm|^ln(_|\d|$)")
 _POSITION = re.compile(r"position|pos_embed|^wpe$|^rel_embed|relative_attention_bias")
@@ -43,15 +43,15 @@ class Place(NamedTuple):
 
 
 def parse(name: str) -> Place:
-    """Read stack, layer and role off a dotted module name.
+    """Parse stack, layer and role from a dotted module name.
 
-    The stack is the one the name mentions: BERT's blocks are "encoder", OPT's "decoder", LLaMA's "". A name cannot
-    tell a tied head from a free one, and of an unfamiliar name only the layer is known (role "other").
+    The stack is the one that the name contains: "encoder" for BERT's blocks, "decoder" for OPT's, "" for LLaMA's. A
+    name does not show whether a head is tied. Unfamiliar names have the role "other".
 
     Parameters
     ----------
     name : str
-        Module name; a prefix such as PEFT's ``base_model.model.`` makes no difference.
+        Module name, with or without a prefix such as PEFT's ``base_model.model.``.
     """
     block = _BLOCK.search(name)
     if block is None:
@@ -60,13 +60,13 @@ def parse(name: str) -> Place:
 
 
 def stack_of(name: str) -> str:
-    """Which half of the model the path runs through, "" where it does not say."""
-    # The last segment is the module itself: BERT's masked-word head ends in a linear called "decoder".
+    """Return "encoder" or "decoder" if a parent module has that name, else ""."""
+    # Skip the last part, the module itself: BERT's masked-LM head ends in a linear called "decoder".
     return next((part for part in name.split(".")[:-1] if part in ("encoder", "decoder")), "")
 
 
 def role_inside(tail: str) -> str:
-    """Role by the path below a block, "" for the block itself."""
+    """Return the role of a module from its path below the block, which is "" for the block itself."""
     if not tail:
         return "block"
     above, _, leaf = tail.lower().rpartition(".")
@@ -81,7 +81,7 @@ def role_inside(tail: str) -> str:
 
 
 def _role_of_shared_leaf(leaf: str, above: str) -> str:
-    """Role of the leaf names that families use for attention's output as well as in the feed-forward part."""
+    """Return the role for leaf names used both for attention outputs and in feed-forward modules."""
     if leaf not in ("dense", "out_proj", "c_proj", "wo"):
         return "other"
     if "att" in above:
@@ -92,7 +92,7 @@ def _role_of_shared_leaf(leaf: str, above: str) -> str:
 
 
 def role_outside(name: str) -> str:
-    """Role by the whole name, outside the blocks."""
+    """Return the role of a module outside the blocks from its whole name."""
     name = name.lower()
     leaf = name.rpartition(".")[2]
     if _NORM.search(leaf):
@@ -105,14 +105,14 @@ def role_outside(name: str) -> str:
 
 
 def position(stack: str, layer: Any, role: str) -> tuple[int, int, int, int]:
-    """Sort key of an axis: embed, pos_embed, blocks (encoder, then decoder), what else lies outside, head.
+    """Return the sort key of a module: embed, pos_embed, blocks (encoder, then decoder), others, head.
 
     Parameters
     ----------
     stack, role : str
-        As in ``describe``.
+        Stack and role, as in ``describe``.
     layer : int, None or NA
-        Layer; a position table inside a block stays with its block.
+        Layer, None or NA outside the blocks. A position table inside a block is sorted with its block.
     """
     inside = not pd.isna(layer)
     section = 2 if inside else {"embed": 0, "pos_embed": 1, "head": 4}.get(role, 3)

@@ -1,8 +1,8 @@
-"""Every module of a model with its stack, layer, role and sizes, and the choice of modules by them.
+"""Table of a model's modules with stack, layer, role and sizes, and the selection of modules from it.
 
-``parse`` (from ``module_roles``) needs a dotted name only, as adapter folders have no more. ``describe`` reads a live
-model and lets the structure (sizes, shared weights, repeated blocks) overrule the name. Neither knows any class or
-needs torch.
+``parse`` (from ``module_roles``) needs only a dotted name, because an adapter folder contains no model. ``describe``
+inspects a live model, whose structure (sizes, shared weights, repeated blocks) takes precedence over names. Neither
+depends on model classes or imports torch.
 """
 
 from __future__ import annotations
@@ -58,29 +58,30 @@ class _Row:
 
 
 def describe(model: Any) -> pd.DataFrame:
-    """List every block, and every module that has a weight of its own.
+    """List every block and every module with a ``weight`` parameter.
 
     Parameters
     ----------
     model : torch.nn.Module
-        Any model; adapters inside it (ours or PEFT's) are looked through, names are those of the bare model.
+        Any model. Adapters, from lorascope or PEFT, are skipped: names and sizes are the same as without them.
 
     Returns
     -------
     DataFrame
-        In model order, columns module, stack, layer (Int16), role, out_features, in_features (Int64), tied. Sizes are
-        those of the linear map, also where the host stores its transpose; an embedding maps a one-hot, so its
-        in_features is the vocabulary; a convolution counts its unfolded kernel; norms and blocks have NA. A weight
-        used in several places is one row, under the embedding; ``tied`` has the other names, joined by commas.
+        One row per block or module, in model order, with the columns module, stack, layer (Int16), role, out_features
+        and in_features (Int64), and tied. Sizes refer to the linear map, even if the module stores its transpose. The
+        in_features of an embedding is the vocabulary size, and of a convolution the size of the unfolded kernel; norms
+        and blocks have NA. A weight used in several places has one row, the embedding's if there is one, else the
+        first; ``tied`` lists the other names, separated by commas.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = list(_collect(model, "", None))
-    _settle_ends(model, rows)
+    _assign_end_roles(model, rows)
     return pd.DataFrame(_drop_tied(rows), columns=list(_DTYPES)).astype(_DTYPES)
 
 
 def _drop_tied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
-    """Table rows, one for each weight: the embedding's where it has one, else that of the first use."""
+    """Yield one table row per weight: the embedding's if an embedding uses the weight, else the first use."""
     uses: dict[int, list[_Row]] = {}
     for row in rows:
         uses.setdefault(id(row if row.weight is None else row.weight), []).append(row)
@@ -92,11 +93,11 @@ def _drop_tied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
 
 
 def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[_Row]:
-    """Rows of everything under `module`, `block` being the path and layer of the block around it."""
+    """Yield the rows of everything in ``module``; ``block`` is the path and layer of the enclosing block."""
     host = _unwrap_peft(module)
     weight = dict(host.named_parameters(recurse=False)).get("weight")
     if weight is not None:
-        # What hangs below a weight is an adapter, not the model.
+        # Children of a module with a weight are adapters, not part of the model.
         yield _make_row(path, block, module, host, weight)
         return
     blocks = _find_blocks(host, path) if block is None else set()
@@ -112,7 +113,7 @@ def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[
 
 
 def _unwrap_peft(module: Any) -> Any:
-    """The module inside PEFT's wrappers."""
+    """Return the module inside PEFT's wrappers."""
     for name, child in module.named_children():
         if name in ("base_layer", "original_module"):
             return _unwrap_peft(child)
@@ -120,7 +121,7 @@ def _unwrap_peft(module: Any) -> Any:
 
 
 def _find_blocks(host: Any, path: str) -> set[str]:
-    """The numbered children of a container that are blocks: alike, or called so, and more than one weight each."""
+    """Return the numbered children that are blocks: of one class or with a block's name, and several weights each."""
     children = dict(host.named_children())
     if not children or list(children) != [str(i) for i in range(len(children))]:
         return set()
@@ -131,7 +132,7 @@ def _find_blocks(host: Any, path: str) -> set[str]:
 
 
 def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, weight: Any) -> _Row:
-    """One weight with its sizes and the role that name and shape allow; heads and context are settled later."""
+    """Return the row of one weight, with its sizes and a preliminary role from its name and shape."""
     embedding = hasattr(host, "num_embeddings")
     kind = "norm" if weight.ndim < 2 else "embedding" if embedding else "conv" if weight.ndim > 2 else "linear"
     role = role_outside(path) if block is None else role_inside(path[len(block[0]) + 1 :])
@@ -142,18 +143,19 @@ def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, 
     elif role not in LINEAR:
         role = "other"
     outer, inner = weight.shape[0], math.prod(weight.shape[1:])
-    if embedding or hasattr(host, "nf"):  # tables, and the Conv1D of GPT-2, store the transpose of their map
+    if embedding or hasattr(host, "nf"):  # embeddings and GPT-2's Conv1D store the transpose
         outer, inner = inner, outer
-    # The shape of a quantised weight is that of its packing, so a module's own word comes first.
+    # A quantized weight has the shape of its packed storage, so the module's attributes take precedence.
     sizes = getattr(host, "out_features", outer), getattr(host, "in_features", inner)
     layer = None if block is None else block[1]
     return _Row(path, stack_of(path), layer, role, kind, module, weight, *((0, 0) if kind == "norm" else sizes))
 
 
-def _settle_ends(model: Any, rows: list[_Row]) -> None:
-    """Find the head, and patch embeddings: the convolutions before the first block.
+def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
+    """Assign the roles of the head and of patch embeddings (convolutions before the first block).
 
-    The head is the linear that the model declares as its output, else the last one outside blocks and backbone.
+    The head is the linear that the model declares as its output embeddings. Otherwise it is the last linear outside the
+    blocks and the base model.
     """
     for row in itertools.takewhile(lambda row: row.role != "block", rows):
         if row.kind == "conv":
@@ -162,7 +164,7 @@ def _settle_ends(model: Any, rows: list[_Row]) -> None:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
         linears = [row for row in linears if row.source is output]
-    elif hasattr(model, "base_model"):  # a bare backbone is its own base_model: nothing is left
+    elif hasattr(model, "base_model"):  # a model without a head is its own base_model, so no linear remains
         backbone = {id(module) for module in model.base_model.modules()}
         linears = [row for row in linears if id(row.source) not in backbone]
     if linears:
@@ -170,7 +172,7 @@ def _settle_ends(model: Any, rows: list[_Row]) -> None:
 
 
 def _correct_roles(rows: list[_Row]) -> None:
-    """Settle, within one block, the roles that only the neighbours' sizes tell."""
+    """Correct the roles within one block that depend on the sizes of neighboring linears."""
     linears = [row for row in rows if row.kind == "linear"]
     groups: dict[str, list[_Row]] = {}
     for row in linears:
@@ -185,7 +187,7 @@ def _correct_roles(rows: list[_Row]) -> None:
 
 
 def _find_fused(group: list[_Row]) -> None:
-    """q, k and v in one matrix: as wide as the attention's output reads, plus twice a divisor of it (GQA)."""
+    """Assign ``qkv`` to fused projections: as many outputs as ``o`` has inputs, plus twice a divisor of that (GQA)."""
     output = next(row for row in group if row.role == "o")
     for row in group:
         twice_kv = row.outer - output.inner
@@ -194,7 +196,11 @@ def _find_fused(group: list[_Row]) -> None:
 
 
 def _find_feed_forward(group: list[_Row]) -> None:
-    """A gate needs an input beside it; where no name is known, one narrowing linear closes one or two widening."""
+    """Assign feed-forward roles that names do not show.
+
+    A gate without an input projection becomes the input. If no name is known and one linear narrows, it is the output,
+    and the one or two linears that widen are gate and input.
+    """
     roles = [row.role for row in group]
     if "ffn_gate" in roles and "ffn_in" not in roles:
         group[roles.index("ffn_gate")].role = "ffn_in"
@@ -207,13 +213,13 @@ def _find_feed_forward(group: list[_Row]) -> None:
 
 
 def _find_cross(linears: list[_Row]) -> None:
-    """Of two attentions in one block the second reads the other stack."""
+    """Assign cross-attention roles: the second of two attention modules in a block reads the other stack."""
     queries = [row.module.split(".") for row in linears if row.role == "q"]
     if len(queries) != 2:
         return
     shared = next(i for i, (a, b) in enumerate(zip(*queries, strict=False)) if a != b)
     second = queries[1][: shared + 1]
-    if second[-1].isdigit():  # a numbered one is a repetition, such as the blocks inside a stage
+    if second[-1].isdigit():  # numbered modules are repetitions, such as the blocks within a stage
         return
     for row in linears:
         if row.module.split(".")[: shared + 1] == second and row.role in ATTENTION:
@@ -221,18 +227,18 @@ def _find_cross(linears: list[_Row]) -> None:
 
 
 def match(description: pd.DataFrame, targets: str | Sequence[str], called: str = "targets") -> list[str]:
-    """Choose modules, to be adapted for one.
+    """Select modules by role, name or regular expression.
 
     Parameters
     ----------
     description : DataFrame
         ``describe(model)``.
     targets : str or sequence of str
-        "all-linear" (every linear inside the blocks), a role, or a regular expression that covers a whole module name;
-        or a sequence of roles and exact module names. "q", "k" and "v" also choose a fused qkv, "ffn_gate" a fused
-        gate and input. A tied weight goes by any of its names.
+        "all-linear" (every linear inside the blocks), a role, or a regular expression that matches a whole module name;
+        or a sequence of roles and exact module names. "q", "k" and "v" also select a fused qkv, "ffn_gate" a fused
+        gate and input. A tied weight can be selected by any of its names.
     called : str
-        What messages call ``targets``: the argument that it was given as.
+        Name of the argument in error messages.
 
     Returns
     -------
@@ -242,17 +248,17 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
     Raises
     ------
     ValueError
-        The targets, or one of a sequence, choose nothing.
+        A target matches no module, or the sequence is empty.
     """
     wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
     for target in wanted:
         found = _choose_modules(description, target, isinstance(targets, str), called)
         if not found:
-            raise ValueError(f"{called}: {target!r} matches no module; {_suggest_names(description, target)}")
+            raise ValueError(f"{called}: {target!r} matches no module {_suggest_names(description, target)}")
         chosen.update(found)
     if not chosen:
-        raise ValueError(f"{called} is empty; {_suggest_names(description, '')}")
+        raise ValueError(f"{called} must not be empty {_suggest_names(description, '')}")
     return [name for name in _all_names(description) if name in chosen]
 
 
@@ -270,17 +276,20 @@ def _choose_modules(description: pd.DataFrame, target: str, pattern: bool, calle
             name for name in _all_names(description[description["out_features"].notna()]) if re.fullmatch(target, name)
         ]
     except re.error as error:
-        raise ValueError(f"{called}: {target!r} is neither a role nor a regular expression: {error}") from None
+        raise ValueError(f"{called} must be a role or a regular expression, got {target!r}: {error}") from None
 
 
 def _all_names(description: pd.DataFrame) -> list[str]:
-    """Every module name, tied ones behind the name they are listed under."""
+    """Return all module names; the tied names of a row follow its own."""
     pairs = zip(description["module"], description["tied"], strict=True)
     return [name for module, tied in pairs for name in (module, *filter(None, tied.split(",")))]
 
 
 def gated_input(description: pd.DataFrame) -> pd.Series:
-    """Where gate and input are one matrix, in this order: twice as many outputs as the ffn_out beside it reads."""
+    """Return whether each row is a fused gate and input matrix (in this order).
+
+    Such a matrix has twice as many outputs as the ``ffn_out`` with the same parent has inputs.
+    """
     parent = description["module"].str.rpartition(".")[0]
     closing = description["role"] == "ffn_out"
     width = parent.map(dict(zip(parent[closing], description["in_features"][closing], strict=True)))
@@ -288,12 +297,12 @@ def gated_input(description: pd.DataFrame) -> pd.Series:
 
 
 def _suggest_names(description: pd.DataFrame, target: str) -> str:
-    """What may have been meant, and the roles there are."""
+    """Return the model's roles and the closest names, as the end of an error message."""
     present = [role for role in ROLES if role in set(description["role"])]
     meant = {role: role for role in present}
     for name, role in zip(description["module"], description["role"], strict=True):
         meant.setdefault(name.rpartition(".")[2], f"{name} (role {role})")
         meant.setdefault(name, name)
     close = difflib.get_close_matches(target, meant, n=3)
-    hint = f"near: {', '.join(meant[name] for name in close)}; " if close else ""
-    return f"{hint}roles here: {' '.join(present)}"
+    hint = f"; did you mean {', '.join(meant[name] for name in close)}?" if close else ""
+    return f"(roles in this model: {' '.join(present)}){hint}"

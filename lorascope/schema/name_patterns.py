@@ -1,4 +1,7 @@
-"""Matching of module names: PEFT's patterns, which other people wrote, and names whose first parts are missing."""
+"""Matching of module names: by the patterns of a PEFT configuration, and by suffix.
+
+Patterns come from files of unknown origin, so matching is limited in number and time.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,30 @@ import regex
 from lorascope.files.printable import printable
 
 MAX_MATCHES = 10_000_000
-"""Patterns times modules: half a minute."""
+"""Maximum number of matches, patterns times modules; this many take about half a minute."""
 MAX_SECONDS = 0.5
-"""For the patterns that can backtrack."""
-_MAX_KEY = 1000
-# Only with these an expression can take exponential time.
+"""Maximum total matching time of the patterns that can backtrack."""
+_MAX_KEY = 1000  # characters
+# Only expressions with these characters can take exponential time.
 _BACKTRACKS = re.compile(r"[*+?{|]")
-# The module regex writes counted repetitions out: nested ones take any amount of memory.
+# The ``regex`` package expands counted repetitions, so nested ones can take unlimited memory.
 _EXPANDS = re.compile(r"\)\s*\{|\{[^}]*\d{3}")
 
 
 class Patterns:
-    """Keys of a ``rank_pattern`` or its kind, which PEFT matches as expressions of the end of a module's name.
+    """Keys of a setting such as ``rank_pattern``: regular expressions that PEFT matches with the end of module names.
 
     Parameters
     ----------
     keys : iterable of str
+        Regular expressions.
     name : object
-        Their place, for errors.
+        Setting or file that contains the keys, for error messages.
 
     Raises
     ------
     ValueError
-        A key is not a regular expression, or too long or nested to match.
+        A key is not a regular expression, is longer than 1000 characters, or has a counted group or a count above 99.
     """
 
     def __init__(self, keys: Iterable[str], name: object) -> None:
@@ -46,28 +50,28 @@ class Patterns:
         whole = rf"(.*\.)?({key})$"
         try:
             if len(key) > _MAX_KEY or _EXPANDS.search(key):
-                raise ValueError("a repeated group, or a count above 99")
+                raise ValueError(f"at most {_MAX_KEY} characters, no counted group and no count above 99")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 pattern = re.compile(whole)
                 return regex.compile(whole) if _BACKTRACKS.search(key) else pattern
         except (re.error, regex.error, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"cannot read {printable(self._name)}: {printable(key[:100])!r} must be a regular expression that ends "
-                f"a module's name: {printable(error)}"
+                f"cannot read {printable(self._name)}: {printable(key[:100])!r} must be a regular expression for "
+                f"the end of a module's name: {printable(error)}"
             ) from error
 
     def first(self, module: str) -> str | None:
-        """Return the first key that fits a module, as PEFT takes it."""
+        """Return the first key that matches a module, which is the one that PEFT uses."""
         return next((key for key in self._patterns if self._is_match(key, module)), None)
 
     def unused_keys(self, modules: Iterable[str]) -> list[str]:
-        """Return the keys that fit none of the modules."""
+        """Return the keys that match none of the modules."""
         names = list(modules)
         return [key for key in self._patterns if not any(self._is_match(key, name) for name in names)]
 
     def _is_match(self, key: str, module: str) -> bool:
-        """Return whether a key fits, within the limits that all matches share."""
+        """Return whether a key matches a module; all matches share the limits."""
         self._left -= 1
         pattern = self._patterns[key]
         found = (
@@ -77,8 +81,8 @@ class Patterns:
         )
         if self._left < 0 or self._seconds <= 0:
             raise ValueError(
-                f"cannot read {printable(self._name)}: matching it against the names of the modules takes too long, at "
-                f"{printable(key[:100])!r}"
+                f"cannot read {printable(self._name)}: matching the pattern {printable(key[:100])!r} with the names "
+                "of the modules takes too long"
             )
         return found
 
@@ -94,7 +98,7 @@ class Patterns:
 
 
 class Ends:
-    """Names that are found by their ends.
+    """Index of names by suffix.
 
     Parameters
     ----------
@@ -105,7 +109,7 @@ class Ends:
         self._reversed = sorted(name[::-1] for name in names)
 
     def names_with_end(self, end: str) -> Iterator[str]:
-        """Yield the names with this end, in no particular order."""
+        """Yield the names that end in ``end``, in no particular order."""
         start = end[::-1]
         for place in range(bisect_left(self._reversed, start), len(self._reversed)):
             if not self._reversed[place].startswith(start):

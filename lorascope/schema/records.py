@@ -1,7 +1,7 @@
-"""The one table: what is recorded, under which names, and how it is checked.
+"""Schema of the record table: columns, quantities, records and validation.
 
-A table is long: one row a value, with the columns ``COLUMNS``. The key ``(run, step, module, quantity, index)`` is
-unique. ``step`` counts finished optimizer steps; values of the whole run stand under ``module=""``.
+The table is in long form: one row per value, with the columns ``COLUMNS``. The key ``(run, step, module, quantity,
+index)`` is unique. ``step`` counts finished optimizer steps. Values of the whole run have ``module=""``.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _DTYPES = {"step": "Int64", "layer": "Int16", "index": "Int32", "value": "float6
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """What a recorded number means.
+    """Meaning of a recorded quantity.
 
     Parameters
     ----------
     label : str
         Axis label.
     unit : str
-        Unit, "" for a pure number.
+        Unit, "" if dimensionless.
     index : str
-        What the column ``index`` counts: component, rank_id, neuron, head, coefficient, group or none.
+        Meaning of the column ``index``: component, rank, rank_id, neuron, head, coefficient, group or none.
     pool : {"norm", "sum", "mean"}
-        How one cell sums up several modules: root of summed squares, sum, or mean.
+        Aggregation over several modules: root of the sum of squares, sum, or mean.
     definition : str
-        The formula in words or symbols.
+        Definition, as text or formula.
     source : str
-        Paper or convention it is taken from.
+        Paper or convention that defines it.
     """
 
     label: str
@@ -57,13 +57,13 @@ class Record:
     Parameters
     ----------
     quantity : str
-        A name of ``QUANTITIES``.
+        A key of ``QUANTITIES``.
     value : float or array (n,)
-        The value; a vector becomes n rows.
+        Value; a vector becomes n rows.
     module : str
         Dotted module name, "" for the whole run.
     index : int, array (n,) or None
-        Index of the value; for a vector None means 0..n-1.
+        Index of each value. None means 0..n-1 for a vector and no index for a single value.
     """
 
     quantity: str
@@ -74,18 +74,18 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """An array kept beside the table: factors, and whatever has two or more indices.
+    """An array stored next to the table: singular values, factors, and all arrays with two or more indices.
 
     Parameters
     ----------
     name : str
-        ``"module/factor"``.
+        Such as ``"module/factor"``.
     array : array
-        Any shape; its dtype is kept.
+        Any shape; the dtype is preserved.
     axes : sequence of str
-        A name for each dimension, for the long form.
+        Name of each dimension, for the conversion to long form.
     labels : mapping axis -> list
-        Labels along an axis, where it has some.
+        Labels along an axis, for axes that have labels.
     """
 
     name: str
@@ -96,17 +96,18 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The factors of one adapter, kept beside the table.
+    """The factors of one adapter, stored next to the table.
 
     Parameters
     ----------
     module : str
+        Dotted module name.
     arrays : mapping factor -> array
         Such as ``{"A": (rank, in), "B": (out, rank)}``.
     scale : float or None
-        Where the update is ``scale * B @ A``; None for any other form.
+        Scale of a low-rank or Fourier update; None for any other form.
     exact : bool
-        False where ``scale * B @ A`` stands for an update that depends on the input.
+        False if the update depends on the input, so that the factors represent it at mean gates only.
     """
 
     module: str
@@ -122,53 +123,59 @@ QUANTITIES: dict[str, Quantity] = {
     "loss": Quantity("training loss", "nats", definition="task loss of the step's batch, without penalties"),
     "eval_loss": Quantity("validation loss", "nats", definition="mean task loss on the validation split"),
     "test_loss": Quantity("test loss", "nats", definition="mean task loss on the test split"),
-    "eval_metric": Quantity("validation metric", definition="accuracy, or perplexity of the counted tokens"),
-    "test_metric": Quantity("test metric", definition="accuracy, or perplexity of the counted tokens"),
+    "eval_metric": Quantity("validation metric", definition="accuracy, or perplexity over the scored tokens"),
+    "test_metric": Quantity("test metric", definition="accuracy, or perplexity over the scored tokens"),
     "test_metric_group": Quantity("test metric", index="group", definition="test metric within one group of the task"),
-    "lr": Quantity("learning rate", definition="rate of the first parameter group in this step"),
-    "grad_norm": Quantity("gradient norm", pool="norm", definition="norm of all trained gradients before clipping"),
-    "seconds": Quantity("time", "s", pool="sum", definition="wall-clock time since the run began"),
-    "peak_bytes": Quantity("peak memory", "bytes", pool="sum", definition="high-water mark of one step"),
+    "lr": Quantity("learning rate", definition="learning rate of the first parameter group at this step"),
+    "grad_norm": Quantity("gradient norm", pool="norm", definition="global norm of trained gradients before clipping"),
+    "seconds": Quantity("time", "s", pool="sum", definition="wall-clock time since the start of the run"),
+    "peak_bytes": Quantity("peak memory", "bytes", pool="sum", definition="peak memory of one step"),
     "parameter_bytes": Quantity("parameter memory", "bytes", pool="sum", definition="bytes of live parameters"),
     "gradient_bytes": Quantity("gradient memory", "bytes", pool="sum", definition="bytes of live gradients"),
     "optimizer_bytes": Quantity("optimizer memory", "bytes", pool="sum", definition="bytes of optimizer tensors"),
     "weight_norm": Quantity("‖W‖", pool="norm", definition="Frobenius norm of the effective weight", source=_LISA),
-    "update_norm": Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update since W_0"),
-    "learned_norm": Quantity("‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of what training added"),
-    "relative_update": Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="update_norm over the norm of W_0"),
-    "step_norm": Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of one step's change"),
-    "adapter_norm": Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="norm of all the adapter's factors together"),
+    "update_norm": Quantity("‖W − W₀‖", pool="norm", definition="Frobenius norm of the update W - W_0"),
+    "learned_norm": Quantity("‖ΔW − ΔW₀‖", pool="norm", definition="Frobenius norm of the learned update ΔW - ΔW₀"),
+    "relative_update": Quantity("‖W − W₀‖ / ‖W₀‖", pool="mean", definition="update_norm divided by the norm of W_0"),
+    "step_norm": Quantity("‖Wₜ − Wₜ₋₁‖", pool="norm", definition="Frobenius norm of the change in one step"),
+    "adapter_norm": Quantity("√(‖A‖² + ‖B‖²)", pool="norm", definition="joint Frobenius norm of all trained factors"),
     "stable_rank": Quantity("stable rank", definition="|dW|_F^2 / sigma_1^2"),
     "effective_rank": Quantity("effective rank", definition="exp of the entropy of sigma / sum(sigma)"),
-    "rank": Quantity("rank", pool="sum", definition="number of components of the update that are in use"),
-    "budget": Quantity("rank budget", pool="sum", definition="number of components all modules may have together"),
+    "rank": Quantity("rank", pool="sum", definition="number of components of the update in use"),
+    "budget": Quantity("rank budget", pool="sum", definition="maximum total number of components of all modules"),
     "sensitivity_out": Quantity(
-        "sensitivity of outputs", index="neuron", pool="sum", definition="sum over j of |W_ij dL/dW_ij|, of row i"
+        "sensitivity of outputs", index="neuron", pool="sum", definition="sum over j of |W_ij dL/dW_ij| for row i"
     ),
     "sensitivity_in": Quantity(
-        "sensitivity of inputs", index="neuron", pool="sum", definition="sum over i of |W_ij dL/dW_ij|, of column j"
+        "sensitivity of inputs", index="neuron", pool="sum", definition="sum over i of |W_ij dL/dW_ij| for column j"
     ),
-    "importance": Quantity("importance", index="rank_id", definition="score by which an allocator ranks a component"),
+    "importance": Quantity("importance", index="rank_id", definition="score by which an allocator orders components"),
 }
 
 
-_adopted: set[str] = set()  # known from a run alone, until the code that records them says what they mean
+_adopted: set[str] = set()  # quantities known only from a stored run, until the module that records them registers them
 
 
 def adopt(quantities: Mapping[str, Mapping[str, Any]]) -> None:
-    """Take up what a run says of the quantities in its table, where the catalogue does not know them."""
+    """Add the quantities of a stored run to ``QUANTITIES``, except those that are already there."""
     for name in quantities.keys() - QUANTITIES.keys():
         QUANTITIES[name] = Quantity(**quantities[name])
         _adopted.add(name)
 
 
 def register(name: str, quantity: Quantity) -> None:
-    """Add a method's own quantity to the catalogue; the same name with another meaning is an error."""
+    """Add a quantity to ``QUANTITIES``; this replaces the entry of a stored run.
+
+    Raises
+    ------
+    ValueError
+        The name is already registered with another meaning.
+    """
     if name in _adopted:
         _adopted.remove(name)
         del QUANTITIES[name]
     if QUANTITIES.setdefault(name, quantity) != quantity:
-        raise ValueError(f"quantity {name!r} is already registered with another meaning: {QUANTITIES[name]}")
+        raise ValueError(f"cannot register quantity {name!r}: it is already registered as {QUANTITIES[name]}")
 
 
 def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -> pd.DataFrame:
@@ -181,7 +188,7 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
     rows : sequence of (step, Record)
         ``step`` is the number of finished optimizer steps, -1 for NA.
     modules : DataFrame
-        ``names.describe`` of the model: gives stack, layer and role of each module.
+        ``names.describe(model)``, for stack, layer and role of each module.
 
     Returns
     -------
@@ -201,7 +208,7 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
     step_column = pd.Series(np.concatenate(steps) if steps else [], dtype="Int64")
     index_column = pd.Series(np.concatenate(indices) if indices else [], dtype="Int32")
     places = modules.drop_duplicates("module").set_index("module")[["stack", "layer", "role"]]
-    # A second name of a tied weight has no row of its own.
+    # The other names of a tied weight have no row in ``modules``.
     others = {name: parse(name) for name in set(names) - {""} - set(places.index)}
     place = pd.concat([places, pd.DataFrame.from_dict(others, orient="index", columns=places.columns)]).reindex(names)
     table = pd.DataFrame(
@@ -221,47 +228,47 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
 
 
 def validate(table: pd.DataFrame) -> pd.DataFrame:
-    """Check a table against the schema and give it the schema's dtypes.
+    """Check a table against the schema and convert it to the schema's dtypes.
 
     Raises
     ------
     ValueError
-        A column is missing, a quantity is unknown, or two rows have the same key.
+        A column is missing or has invalid values, a quantity is unknown, or two rows have the same key.
     """
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
-        raise ValueError(f"the table lacks the columns {', '.join(missing)}; it needs {', '.join(COLUMNS)}")
+        raise ValueError(f"missing columns {', '.join(missing)}; expected {', '.join(COLUMNS)}")
     for name in _DTYPES:
         if not (pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().all()):
-            raise ValueError(f"column {name} must hold numbers, got {table[name].dtype}")
+            raise ValueError(f"column {name} must be numeric, got {table[name].dtype}")
     try:
         table = table[list(COLUMNS)].astype(_DTYPES | dict.fromkeys(_CATEGORICAL, "category"))
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(
-            f"a column must hold {', '.join(f'{n} as {t}' for n, t in _DTYPES.items())}: {error}"
+            f"cannot convert columns to {', '.join(f'{n}: {t}' for n, t in _DTYPES.items())}: {error}"
         ) from error
     for name in _CATEGORICAL:
         if not (table[name].notna().all() and all(isinstance(text, str) for text in table[name].cat.categories)):
-            raise ValueError(f"column {name} must hold text in every row")
+            raise ValueError(f"column {name} must contain text in every row")
     for name in ("step", "layer", "index"):
         if (table[name] < 0).any():
             raise ValueError(f"column {name} must be >= 0, got {table[name].min()}")
     odd = set(table["role"].cat.categories) - {"", *ROLES}
     if odd:
-        raise ValueError(f"column role must hold {', '.join(ROLES)}, got {printable(min(odd))!r}")
+        raise ValueError(f"column role must be one of {', '.join(ROLES)}, got {printable(min(odd))!r}")
     unknown = sorted(set(table["quantity"].cat.categories) - QUANTITIES.keys())
     if unknown:
-        raise ValueError(f"unknown quantity {printable(unknown[0])!r}: register it in records.QUANTITIES first")
+        raise ValueError(f"unknown quantity {printable(unknown[0])!r}; register it with records.register first")
     twice = table.duplicated(KEY)
     if twice.any():
         row = table[twice].iloc[0]
         whose = printable(row["module"] or "the run")
-        raise ValueError(f"{row['quantity']} of {whose} is recorded twice at step {row['step']}")
+        raise ValueError(f"duplicate record: {row['quantity']} of {whose} at step {row['step']}")
     return table
 
 
 def concat(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Join tables of several runs into one, categories united."""
+    """Concatenate the tables of several runs and merge their categories."""
     plain = [table.astype(dict.fromkeys(_CATEGORICAL, "str")) for table in tables]
     if not plain:
         return frame("", [], pd.DataFrame(columns=["module", "stack", "layer", "role"]))

@@ -224,22 +224,22 @@ def test_a_band_is_centred_on_frequency_zero_whatever_the_shape(shape):
 @pytest.mark.parametrize(
     ("ask", "message"),
     [
-        (lambda: entries((4, 6), 25, 0), "25 coefficients do not fit a weight of 4 x 6: give 1 to 24"),
-        (lambda: entries((4, 6), 0, 0), "0 coefficients do not fit"),
-        (lambda: entries((4, 6), 2, -1), "entry seed -1 is none"),
-        (lambda: entries((4, 6), 2, 2**32), "entry seed 4294967296 is none"),
+        (lambda: entries((4, 6), 25, 0), "number of coefficients .* 24, .* 4 x 6 .*got 25"),
+        (lambda: entries((4, 6), 0, 0), "number of coefficients .* got 0"),
+        (lambda: entries((4, 6), 2, -1), "entry_seed .*got -1"),
+        (lambda: entries((4, 6), 2, 2**32), "entry_seed .*4294967295, got 4294967296"),
         (
             lambda: entries((4, 6), 24, 0, 2),
-            "24 .* do not fit the band around 2 of width 200: only 23 places",
+            "number of coefficients .*<= 23, .*center 2 and width 200, got 24",
         ),
         (
             lambda: entries((4, 6), 2, 0, 3.7),
-            r"the band around 3.7 lies outside the spectrum of 4 x 6, which ends at 3.606: give a center of 0 to that",
+            r"center .*3\.606, .* 4 x 6 .*got 3\.7",
         ),
-        (lambda: band_pass((4, 6), float("nan")), "center nan and width 200.0 are no band"),
-        (lambda: band_pass((4, 6), 1, float("inf")), "center 1 and width inf are no band"),
-        (lambda: band_pass((4, 6), -1), "center -1 and width 200.0 are no band"),
-        (lambda: band_pass((4, 6), 1, 0), "center 1 and width 0 are no band"),
+        (lambda: band_pass((4, 6), float("nan")), "center .*got center nan and width 200.0"),
+        (lambda: band_pass((4, 6), 1, float("inf")), "center .*got center 1 and width inf"),
+        (lambda: band_pass((4, 6), -1), "center .*got center -1 and width 200.0"),
+        (lambda: band_pass((4, 6), 1, 0), "center .*got center 1 and width 0"),
     ],
 )
 def test_bad_input_gets_one_line(ask, message):

@@ -381,17 +381,17 @@ def test_other_bases(kind):
     ("fields", "message"),
     [
         ({"targets": ("embed", "q")}, "word_embeddings' is an embedding: FourierFT adapts linear maps alone"),
-        ({"coefficients": 0}, "query': 0 coefficients do not fit a weight of 32 x 32: give 1 to 1024"),
-        ({"coefficients": 1025}, "query': 1025 coefficients do not fit a weight of 32 x 32"),
+        ({"coefficients": 0}, "query': number of coefficients must be from 1 to 1024.* got 0"),
+        ({"coefficients": 1025}, "query': number of coefficients.* got 1025"),
         ({"alpha": 0}, "alpha 0 leaves no update to train: give a finite number other than 0"),
         ({"alpha": float("nan")}, "alpha nan leaves no update to train"),
-        ({"center": 30}, "query': the band around 30 lies outside the spectrum of 32 x 32, which ends at 22.63"),
+        ({"center": 30}, "query': center .*22.63.* 32 x 32.* got 30"),
         (
             {"center": 2, "width": 0.01, "coefficients": 30},
-            "30 coefficients do not fit the band around 2 .* wider band",
+            "number of coefficients .*center 2 .* got 30",
         ),
-        ({"entry_seed": -1}, "entry seed -1 is none"),
-        ({"center": 1, "width": 0}, "center 1 and width 0 are no band"),
+        ({"entry_seed": -1}, "entry_seed .*got -1"),
+        ({"center": 1, "width": 0}, "center .*got center 1 and width 0"),
     ],
 )
 def test_bad_input_gets_one_line(fields, message):

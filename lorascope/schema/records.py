@@ -33,7 +33,7 @@ class Quantity:
     unit : str
         Unit, "" if dimensionless.
     index : str
-        Meaning of the column ``index``: component, rank, rank_id, neuron, head, coefficient, group or none.
+        Meaning of the column ``index``, such as component, rank_id, neuron, head or group; "none" without an index.
     pool : {"norm", "sum", "mean"}
         Aggregation over several modules: root of the sum of squares, sum, or mean.
     definition : str

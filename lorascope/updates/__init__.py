@@ -1,1 +1,1 @@
-"""What a weight update is: low rank, dense or Fourier; its norms, spectra and angles, in numpy alone."""
+"""Weight updates (low-rank, dense or Fourier) and their norms, spectra and angles, in numpy only."""

@@ -1,4 +1,4 @@
-"""The forms in which methods keep an update: from the arrays of a snapshot to the update itself."""
+"""Conversion of stored factors, such as the arrays of a snapshot, to an update."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lorascope.updates.fourier import Fourier
 from lorascope.updates.low_rank import LowRank
 
 UNTRAINED = frozenset({"gates", "entries", "shape"})
-"""Factors that stand beside the trained ones, without which these make no update."""
+"""Factors that are not trained, but are needed to build the update."""
 RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
-"""How the names of PEFT's starts begin that take their product off the base, so that B A is not zero at first."""
+"""Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
 
 
 def update_from(factors: Mapping[str, np.ndarray], scale: float, exact: bool = True) -> LowRank | Fourier:
@@ -22,12 +22,15 @@ def update_from(factors: Mapping[str, np.ndarray], scale: float, exact: bool = T
     Parameters
     ----------
     factors : mapping factor -> array
-        ``A`` (rank, in) and ``B`` (out, rank), with ``diagonal`` (rank,) where the update is
-        ``scale * B @ diag(diagonal) @ A``. With ``gates`` (heads,) there are several B (heads, out, rank), and one A
-        for all of them or an A each (heads, rank, in): the update is ``scale * sum(gates[i] * B[i] @ A[i])``.
+        ``A`` (rank, in) and ``B`` (out, rank), optionally with ``diagonal`` (rank,): the update is
+        ``scale * B @ diag(diagonal) @ A``. With ``gates`` (heads,), there is one ``B`` per expert (heads, out, rank)
+        and a shared ``A`` (rank, in) or separate ones (heads, rank, in): the update is
+        ``scale * sum(gates[i] * B[i] @ A[i])``. ``coefficients`` (n,), ``entries`` (2, n) and ``shape`` (2,) make a
+        Fourier update.
     scale : float
+        Factor of the update.
     exact : bool
-        False where the factors stand for an update that depends on the input.
+        False if the update depends on the input and the factors represent it at fixed gates.
     """
     if "coefficients" in factors:
         outer, inner = factors["shape"].tolist()
@@ -42,7 +45,7 @@ def update_from(factors: Mapping[str, np.ndarray], scale: float, exact: bool = T
 def mix_experts(
     B: Float[np.ndarray, "heads out rank"], A: Float[np.ndarray, "*heads rank in"], gates: Float[np.ndarray, "heads"]
 ) -> tuple[Float[np.ndarray, "out ranks"], Float[np.ndarray, "ranks in"]]:
-    """Heads on one A are added up; those with an A each stand beside each other."""
+    """Mix experts into one pair of factors: sum the gated B's if A is shared, else concatenate."""
     if A.ndim == 2:
         return np.tensordot(gates, B, 1), A
     return np.hstack(list(gates[:, None, None] * B)), A.reshape(-1, A.shape[-1])

@@ -1,10 +1,11 @@
-"""Updates made of few frequencies: where these are drawn, and what such an update is, in float64 and without torch.
+"""Fourier updates: random spectral entries and the update they define, in float64 and without torch.
 
     dW[p, q] = alpha / (d1 d2) sum_l c_l cos(2 pi (j_l p / d1 + k_l q / d2))
 
-A cosine of a sum is a product of cosines less a product of sines. So in the orthonormal basis of cosines and sines of
-either side the update is sparse and falls into an even part (cosines by cosines) and an odd one (sines by sines): its
-norm and its rank need no matrix of the size of the weight, and its singular values two of half that size.
+The cosine of a sum is a product of cosines minus a product of sines. In the orthonormal basis of cosines and sines of
+each side, the update is therefore sparse. It splits into an even part (cosines by cosines) and an odd part (sines by
+sines). Its norm and rank do not need a matrix of the size of the weight, and its singular values need only two matrices
+of half its height and width.
 
 Source: FourierFT (arXiv 2405.03003), equations 2 and 3 with the division by d1 d2 of its algorithm 1, and equation 5
 (frequency bias); Parseval's identity.
@@ -27,33 +28,37 @@ SEEDS = 1 << 32
 def entries(
     shape: tuple[int, int], n: int, seed: int, center: float | None = None, width: float = 200.0
 ) -> Int[np.ndarray, "2 n"]:
-    """Draw n different places of a spectrum: rows j and columns k.
+    """Draw n distinct entries of a spectrum: rows j and columns k.
 
-    Without a bias they are the first n of ``torch.randperm(d1 * d2)`` under a generator of this seed, as PEFT draws
-    them, found without the rest: that shuffle is Fisher and Yates's, forwards, over the words of MT19937.
+    Without a frequency bias they equal the first n values of ``torch.randperm(d1 * d2)`` with a generator of this seed,
+    as in PEFT. The other values are not computed: a forward Fisher-Yates shuffle on the output of MT19937 is replayed.
 
     Parameters
     ----------
     shape : (int, int)
-        (out, in) of the weight; another shape has other places under the same seed.
+        Shape (out, in) of the weight; the same seed draws other entries for another shape.
     n : int
+        Number of entries.
     seed : int
-        From 0 to 2^32 - 1.
+        Seed from 0 to 2^32 - 1.
     center : float, optional
-        Draw by ``band_pass`` around this radius, without replacement; None draws from all alike.
+        Radius of the frequency bias: entries are drawn without replacement with the weights ``band_pass``. None draws
+        them uniformly.
     width : float
-        Of the band.
+        Width of the band.
 
     Raises
     ------
     ValueError
-        There are not n such places, the band lies outside the spectrum, or the seed is none.
+        Fewer than n entries are available, the band is outside the spectrum, or the seed is out of range.
     """
     if not 0 <= seed < SEEDS:
-        raise ValueError(f"entry seed {seed} is none: it must lie between 0 and {SEEDS - 1}")
+        raise ValueError(f"entry_seed must be from 0 to {SEEDS - 1}, got {seed}")
     size = shape[0] * shape[1]
     if not 1 <= n <= size:
-        raise ValueError(f"{n} coefficients do not fit a weight of {shape[0]} x {shape[1]}: give 1 to {size}")
+        raise ValueError(
+            f"number of coefficients must be from 1 to {size}, the entries of a {shape[0]} x {shape[1]} weight, got {n}"
+        )
     drawn = _shuffle_places(size, n, seed) if center is None else _draw_in_band(shape, n, seed, center, width)
     return np.stack(np.divmod(drawn, shape[1]))
 
@@ -62,54 +67,54 @@ def _shuffle_places(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
     swaps = min(n, size - 1)
     words = np.random.RandomState(seed).randint(0, SEEDS, size=swaps, dtype=np.uint32).astype(np.int64)
     places = np.arange(swaps)
-    held: dict[int, int] = {}  # what lies at a place that a swap has touched; elsewhere its own number
+    swapped: dict[int, int] = {}  # values at the positions of earlier swaps; any other position contains its index
     drawn = []
     for place, other in zip(places.tolist(), (places + words % (size - places)).tolist(), strict=True):
-        drawn.append(held.get(other, other))
-        held[other] = held.get(place, place)
+        drawn.append(swapped.get(other, other))
+        swapped[other] = swapped.get(place, place)
     if n == size:
-        drawn.append(held.get(size - 1, size - 1))
+        drawn.append(swapped.get(size - 1, size - 1))
     return np.array(drawn, dtype=np.int64)
 
 
 def _draw_in_band(shape: tuple[int, int], n: int, seed: int, center: float, width: float) -> Int[np.ndarray, "n"]:
-    """One draw after the other without replacement, as the order of exponential waiting times at these rates."""
+    """Draw without replacement: sort exponential waiting times whose rates are the band-pass weights."""
     rates = band_pass(shape, center, width).reshape(-1)
     highest = np.hypot(shape[0] // 2, shape[1] // 2)
     if center > highest:
         raise ValueError(
-            f"the band around {center:g} lies outside the spectrum of {shape[0]} x {shape[1]}, which ends at "
-            f"{highest:.4g}: give a center of 0 to that"
+            f"center must be from 0 to {highest:.4g}, the largest radius of a {shape[0]} x {shape[1]} spectrum, "
+            f"got {center:g}"
         )
     possible = np.flatnonzero(rates)
     if n > len(possible):
         raise ValueError(
-            f"{n} coefficients do not fit the band around {center:g} of width {width:g}: only {len(possible)} places "
-            f"of {shape[0]} x {shape[1]} have a chance there; give fewer, or a wider band"
+            f"number of coefficients must be <= {len(possible)}, the entries of a {shape[0]} x {shape[1]} weight in "
+            f"the band with center {center:g} and width {width:g}, got {n}"
         )
     waits = np.log(np.random.default_rng(seed).exponential(size=len(possible))) - np.log(rates[possible])
     return possible[np.argsort(waits, kind="stable")[:n]]
 
 
 def radius(entries: Int[np.ndarray, "2 *places"], shape: tuple[int, int]) -> Float[np.ndarray, "*places"]:
-    """Distance of places from frequency zero, on the torus that a spectrum is."""
+    """Compute the distance of entries from frequency zero, where the spectrum is periodic."""
     folded = [np.minimum(index, side - index) for index, side in zip(entries, shape, strict=True)]
     return np.hypot(folded[0], folded[1])
 
 
 def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Float[np.ndarray, "out in"]:
-    """The frequency bias exp(-((D^2 - center^2) / (D width))^2), 0 to 1: probabilities up to their sum.
+    """Compute the frequency bias exp(-((D^2 - center^2) / (D width))^2), from 0 to 1.
 
-    Place (0, 0) is frequency zero; for a picture with it in the middle use ``numpy.fft.fftshift``. At D = 0 the limit
-    is taken: 1 for center 0, else 0.
+    Sampling probabilities are proportional to it. Entry (0, 0) is frequency zero; ``numpy.fft.fftshift`` moves it to
+    the center. At D = 0 the value is the limit: 1 for center 0, else 0.
 
     Raises
     ------
     ValueError
-        The width is not above zero, the center below it, or one of them is not finite.
+        The width is not positive, the center is negative, or one of them is not finite.
     """
     if not (0 < width < np.inf and 0 <= center < np.inf):
-        raise ValueError(f"center {center} and width {width} are no band: a center of 0 or more, a width above 0")
+        raise ValueError(f"center must be >= 0 and width > 0, both finite, got center {center} and width {width}")
     D = radius(np.indices(shape), shape)
     D[0, 0] = 1.0
     bias = np.exp(-(((D**2 - center**2) / (D * width)) ** 2))
@@ -120,7 +125,7 @@ def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Fl
 def bases(
     shape: tuple[int, int], seed: int, kind: str
 ) -> tuple[Float[np.ndarray, "out out"], Float[np.ndarray, "in in"]]:
-    """Other bases for either side: "random" ones are normal of variance 1 / d, "orthogonal" ones made of such."""
+    """Draw a basis for each side: normal with variance 1 / d ("random") or its QR factor ("orthogonal")."""
     generator = np.random.default_rng(seed)
     left, right = (generator.standard_normal((side, side)) / np.sqrt(side) for side in shape)
     return (left, right) if kind == "random" else (np.linalg.qr(left)[0], np.linalg.qr(right)[0])
@@ -133,13 +138,13 @@ def on_bases(
     right: Float[np.ndarray, "in in"],
     alpha: float,
 ) -> Dense:
-    """The update alpha / sqrt(2 d1 d2) * left F right^T, whose expected norm is that of a Fourier update."""
+    """Compute alpha / sqrt(2 d1 d2) * left F right^T, an update with the expected norm of a Fourier update."""
     (j, k), scale = entries, alpha / np.sqrt(2 * len(left) * len(right))
     return Dense((left[:, j] * (scale * as_float64(coefficients))) @ right[:, k].T)
 
 
 class _Part(NamedTuple):
-    """The even or the odd part in the basis of cosines or sines: values at (row, column), zero elsewhere."""
+    """Even or odd part in the basis of cosines or sines: values at (row, column), zero elsewhere."""
 
     shape: tuple[int, int]
     rows: Int[np.ndarray, "m"]
@@ -153,18 +158,18 @@ class _Part(NamedTuple):
 
 
 class Fourier(Dense):
-    """The update scale * Re(ifft2(F)), where F holds the coefficients at the entries; nothing is formed unasked.
+    """The update scale * Re(ifft2(F)), with the coefficients at the entries of F; its matrix is built on access.
 
     Parameters
     ----------
     coefficients : array (n,)
-        Real.
+        Real coefficients.
     entries : array (2, n)
-        Rows and columns of F. Of a place and its mirror (-j, -k) both may be there: they are one frequency.
+        Rows and columns of F. An entry and its mirror image (-j, -k) are the same frequency; both may occur.
     shape : (int, int)
-        (out, in).
+        Shape (out, in).
     scale : float
-        alpha; the inverse transform itself divides by out * in.
+        alpha; the inverse transform already divides by out * in.
     """
 
     coefficients: Float[np.ndarray, "n"]
@@ -179,18 +184,18 @@ class Fourier(Dense):
         shape: tuple[int, int],
         scale: float = 1.0,
     ) -> None:
-        # The base class is frozen.
+        # Write to the instance dict, because the base class is a frozen dataclass.
         sides = int(shape[0]), int(shape[1])
         vars(self).update(coefficients=coefficients, entries=entries, scale=scale, _shape=sides)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Shape (out, in)."""
         return vars(self)["_shape"]
 
     @cached_property
     def matrix(self) -> Float[np.ndarray, "out in"]:
-        """The update as a matrix, by one real transform of half the spectrum."""
+        """The update as a matrix, from one real inverse transform of half the spectrum."""
         rows, columns = self.shape
         (j, k), half = self.entries, as_float64(self.coefficients) / 2
         spectrum = np.zeros((rows, columns // 2 + 1))
@@ -201,13 +206,13 @@ class Fourier(Dense):
 
     @cached_property
     def parts(self) -> tuple[_Part, _Part]:
-        """The even and the odd part: dW in an orthonormal basis, with each frequency once."""
+        """Even and odd part of dW in the orthonormal basis, with each frequency once."""
         folded, signs, lengths = [], [], []
         for index, side in zip(self.entries, self.shape, strict=True):
-            alone = 2 * index % side == 0  # frequency zero and the highest one have no sine
+            no_sine = 2 * index % side == 0  # frequency zero and the Nyquist frequency
             folded.append(np.minimum(index, side - index))
-            signs.append(np.where(alone, 0.0, np.sign(side - 2 * index)))
-            lengths.append(np.where(alone, side, side / 2) ** 0.5)
+            signs.append(np.where(no_sine, 0.0, np.sign(side - 2 * index)))
+            lengths.append(np.where(no_sine, side, side / 2) ** 0.5)
         outer, inner = self.shape
         values = self.scale / (outer * inner) * as_float64(self.coefficients) * lengths[0] * lengths[1]
         sines = signs[0] * signs[1]
@@ -217,7 +222,7 @@ class Fourier(Dense):
 
     @property
     def rank(self) -> int:
-        """The rank that these entries allow, and have for all coefficients but special ones."""
+        """Structural rank of the entries, which is the rank for almost all coefficients."""
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import structural_rank
 
@@ -228,11 +233,11 @@ class Fourier(Dense):
         )
 
     def norm(self) -> float:
-        """Frobenius norm, by Parseval's identity."""
+        """Compute the Frobenius norm by Parseval's identity."""
         return float(np.sqrt(sum(np.vdot(part.values, part.values) for part in self.parts)))
 
     def inner(self, W: Float[np.ndarray, "out in"]) -> float:
-        """<W, dW>: the coefficients by the transform of W at their entries."""
+        """Compute <W, dW> from the coefficients and the transform of W at their entries."""
         (j, k), (rows, columns) = self.entries, self.shape
         spectrum = np.fft.rfft2(W).real
         left = k < spectrum.shape[1]
@@ -240,23 +245,23 @@ class Fourier(Dense):
         return float(self.scale / W.size * np.vdot(as_float64(self.coefficients), as_float64(found)))
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
-        """The min(out, in) singular values, largest first, of both parts together."""
+        """Compute the min(out, in) singular values of both parts, largest first."""
         if not all_finite(self.coefficients):
             return np.full(min(self.shape), np.nan)
         sigma = [Dense(part.dense()).singular_values() for part in self.parts]
         return np.sort(np.concatenate(sigma))[::-1]
 
     def energy(self, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "bins"]:
-        """|dW|^2 by radius of the frequency: one sum between each two edges, the last edge included."""
+        """Compute |dW|^2 by radius of the frequency: sums between consecutive edges, including the last edge."""
         even, odd = self.parts
         distances = np.concatenate([np.hypot(even.rows, even.columns), np.hypot(odd.rows + 1, odd.columns + 1)])
         squares = np.concatenate([even.values, odd.values]) ** 2
         return np.histogram(distances, edges, weights=squares)[0]
 
     def __sub__(self, other: LowRank | Dense) -> Dense:
-        """The difference; of two updates at the same entries and scale by their coefficients."""
-        alike = isinstance(other, Fourier) and (self.shape, self.scale) == (other.shape, other.scale)
-        if isinstance(other, Fourier) and alike and np.array_equal(self.entries, other.entries):
+        """Return the difference; updates with the same entries and scale are subtracted by coefficient."""
+        same_form = isinstance(other, Fourier) and (self.shape, self.scale) == (other.shape, other.scale)
+        if isinstance(other, Fourier) and same_form and np.array_equal(self.entries, other.entries):
             return Fourier(
                 as_float64(self.coefficients) - as_float64(other.coefficients), self.entries, self.shape, self.scale
             )
@@ -269,7 +274,7 @@ class Fourier(Dense):
 def _sum_places(
     shape: tuple[int, int], rows: Int[np.ndarray, "n"], columns: Int[np.ndarray, "n"], values: Float[np.ndarray, "n"]
 ) -> _Part:
-    """Values of one place added up: (j, k) and (-j, -k) are the same frequency, (j, -k) shares its basis functions."""
+    """Sum the values of each place: (j, k) and (-j, -k) are one frequency, (j, -k) shares its basis functions."""
     places, where = np.unique(rows * max(shape[1], 1) + columns, return_inverse=True)
     found = np.divmod(places, max(shape[1], 1))
     return _Part(shape, *found, np.bincount(where, values, len(places)))

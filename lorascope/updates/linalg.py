@@ -1,4 +1,4 @@
-"""Algebra on plain arrays in float64: ranks of a spectrum, subspaces, triangular factors.
+"""Linear algebra in float64: ranks of a spectrum, subspaces, triangular factors.
 
 Source: LoRA (arXiv 2106.09685), section 7 and equation 4 for the subspaces.
 """
@@ -15,45 +15,46 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
-TILE_BYTES = 1 << 19  # of float64: a few tiles stay in cache, and the loop over them costs nothing beside them
+TILE_BYTES = 1 << 19  # float64: a few tiles fit in the cache, and the loop over them costs little
 _QR_ROWS = 1024
-# A Gram matrix squares the condition number: beyond 1e6 its Cholesky factor loses the digits promised by `spectra`.
+# A Gram matrix squares the condition number. If its own exceeds 1e6, its Cholesky factor loses the digits that
+# ``spectra`` promises.
 GRAM_LIMIT = 1e-6
 
 
 def effective_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """exp of the entropy of sigma / sum(sigma)."""
+    """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
     return _exp_entropy(_power_fractions(sigma, 1))
 
 
 def entropy_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """exp of the entropy of sigma^2 / sum(sigma^2)."""
+    """Compute the entropy rank, exp of the entropy of sigma^2 / sum(sigma^2)."""
     return _exp_entropy(_power_fractions(sigma, 2))
 
 
 def participation_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """(sum sigma^2)^2 / sum sigma^4."""
+    """Compute the participation rank, (sum sigma^2)^2 / sum sigma^4."""
     shares = _power_fractions(sigma, 2)
     return float(1.0 / np.sum(shares**2)) if shares.any() else 0.0
 
 
 def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
-    """The smallest number of components that hold ``share`` of sum sigma^2."""
+    """Return the smallest number of components that sum to the fraction ``share`` of sum sigma^2."""
     shares = np.sort(_power_fractions(sigma, 2))[::-1]
     if not shares.any() or np.isnan(shares).any():
         return float(shares.sum())
-    # Without the allowance, share = 1 would hang on the rounding of the last partial sum.
+    # Without the tolerance, share = 1 would depend on the rounding of the last partial sum.
     return float(np.searchsorted(np.cumsum(shares), share - 1e-12) + 1)
 
 
 def stable_rank(sigma: Float[np.ndarray, "k"]) -> float:
-    """Sum sigma^2 / max sigma^2."""
+    """Compute the stable rank, sum sigma^2 / max sigma^2."""
     shares = _power_fractions(sigma, 2)
     return float(1.0 / np.max(shares)) if shares.any() else 0.0
 
 
 def _power_fractions(sigma: np.ndarray, power: int) -> Float[np.ndarray, "k"]:
-    """sigma^power over its sum; zeros for a zero spectrum, NaN if any value is not finite."""
+    """Return sigma^power / sum(sigma^power): zeros for a zero spectrum, NaN if any value is not finite."""
     sigma = as_float64(sigma)
     largest = np.max(sigma, initial=0.0)
     if not np.isfinite(largest):
@@ -70,7 +71,7 @@ def _exp_entropy(shares: np.ndarray) -> float:
 
 
 def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "m n"]:
-    """phi of all leading subspaces: entry [i-1, j-1] is |U1_i^T U2_j|_F^2 / min(i, j).
+    """Compute phi of all leading subspaces: entry [i-1, j-1] is |U1_i^T U2_j|_F^2 / min(i, j).
 
     Parameters
     ----------
@@ -80,7 +81,7 @@ def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n
     Returns
     -------
     array (m, n)
-        From 0 (orthogonal) to 1 (one contains the other). Independent subspaces have the mean max(i, j) / d.
+        Similarity from 0 (orthogonal) to 1 (one contains the other). Random subspaces have the mean max(i, j) / d.
 
     Source: LoRA, equation 4.
     """
@@ -90,7 +91,7 @@ def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n
 
 
 def phi_matrix(A1: Float[np.ndarray, "m d"], A2: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "i j"]:
-    """``subspace_similarity`` of the right singular vectors of two matrices; for B pass its transpose."""
+    """Compute ``subspace_similarity`` of the right singular vectors of two matrices; for B, pass the transpose."""
     return subspace_similarity(_row_space(A1), _row_space(A2))
 
 
@@ -101,17 +102,24 @@ def _row_space(A: np.ndarray) -> Float[np.ndarray, "d k"]:
 
 
 def phi(A1: Float[np.ndarray, "m d"], A2: Float[np.ndarray, "n d"], i: int, j: int) -> float:
-    """Similarity of the first i right singular directions of A1 with the first j of A2 (LoRA, equation 4)."""
+    """Compute the similarity of the first i right singular vectors of A1 and the first j of A2 (LoRA, equation 4).
+
+    Raises
+    ------
+    ValueError
+        i or j is not from 1 to the rank of its matrix.
+    """
     matrix = phi_matrix(A1, A2)
     if not (1 <= i <= matrix.shape[0] and 1 <= j <= matrix.shape[1]):
-        raise ValueError(f"phi({i}, {j}) is not defined: the matrices have ranks {matrix.shape[0]}, {matrix.shape[1]}")
+        raise ValueError(f"i must be from 1 to {matrix.shape[0]} and j from 1 to {matrix.shape[1]}, got {i} and {j}")
     return float(matrix[i - 1, j - 1])
 
 
 def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "k"]:
-    """The min(m, n) angles in radians between the spans of two sets of orthonormal columns, smallest first.
+    """Compute the min(m, n) angles in radians between the spans of orthonormal columns, smallest first.
 
-    A cosine knows nothing of angles below 1e-8, nor a sine of those near a right angle: each gives its own half.
+    Cosines do not resolve angles below 1e-8, nor do sines resolve angles near 90 degrees. Angles below 45 degrees are
+    computed from their sines, larger ones from their cosines.
     """
     large, small = (as_float64(U1), as_float64(U2)) if U1.shape[1] >= U2.shape[1] else (as_float64(U2), as_float64(U1))
     inner = large.T @ small
@@ -123,15 +131,15 @@ def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"])
 def projected_norm(
     W: Float[np.ndarray, "out in"], U: Float[np.ndarray, "out m"], V: Float[np.ndarray, "in n"]
 ) -> float:
-    """|U^T W V|_F: how much of W lies in the given directions (LoRA, table 7).
+    """Compute |U^T W V|_F, the norm of W projected on the given subspaces (LoRA, table 7).
 
-    With U and V from an update dW, |dW|_F over this is the amplification factor.
+    For U and V from an update dW, |dW|_F divided by this is the amplification factor.
     """
     return float(np.linalg.norm(as_float64(U).T @ as_float64(W) @ as_float64(V)))
 
 
 def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"]:
-    """R of X = Q R for each (side, rank) array, small = min(side, rank): by Cholesky of the Gram matrix, or by QR."""
+    """Compute R of X = Q R for arrays X (side, rank) by Cholesky of the Gram matrix or QR; small = min(side, rank)."""
     rank, small = factors[0].shape[1], min(factors[0].shape)
     result = np.empty((len(factors), small, rank))
     sound = np.zeros(len(factors), dtype=bool)
@@ -147,7 +155,7 @@ def triangles(factors: Sequence[np.ndarray]) -> Float[np.ndarray, "n small rank"
 
 
 def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R of X = Q R. Blocks of rows go first: a tall array is read from memory once for each of its columns."""
+    """Compute R of X = Q R, in blocks of rows first: QR reads a tall array from memory once per column."""
     whole = len(X) // _QR_ROWS * _QR_ROWS
     if whole > _QR_ROWS:
         blocks: Any = np.linalg.qr(X[:whole].reshape(-1, _QR_ROWS, X.shape[1]), mode="r")
@@ -156,30 +164,30 @@ def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def as_float64(array: np.ndarray) -> NDArray[np.float64]:
-    """The array in float64, uncopied if it is already."""
+    """Return the array in float64, without a copy if it already is."""
     return np.asarray(array, dtype=np.float64)
 
 
 def all_finite(*arrays: np.ndarray) -> bool:
-    """Is no value NaN or infinite?"""
+    """Return whether all values are finite."""
     return all(np.isfinite(array).all() for array in arrays)
 
 
 def gram(tall: np.ndarray) -> Float[np.ndarray, "rank rank"]:
-    """X^T X in float64."""
+    """Compute X^T X in float64."""
     X = as_float64(tall)
     return X.T @ X
 
 
 def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarray, "tile columns"]]:
-    """Blocks of rows in float64, small enough for the cache."""
+    """Yield blocks of rows in float64, small enough for the cache."""
     rows = max(1, TILE_BYTES // (8 * max(1, matrix.shape[1])))
     for start in range(0, matrix.shape[0], rows):
         yield as_float64(matrix[start : start + rows])
 
 
 def root_of_squares(values: Float[np.ndarray, "n"]) -> float:
-    """Root of the sum of squares; the sum itself may exceed float64."""
+    """Compute the root of the sum of squares, even if the sum overflows float64."""
     largest = np.max(np.abs(values), initial=0.0)
     if not 2.0**500 < largest < np.inf:
         return float(np.linalg.norm(values))
@@ -187,7 +195,7 @@ def root_of_squares(values: Float[np.ndarray, "n"]) -> float:
 
 
 def numerical_rank(sigma: np.ndarray, shape: tuple[int, ...]) -> int:
-    """Number of singular values above what rounding makes of zero."""
+    """Count the singular values that exceed the rounding error of zero."""
     tolerance = max(shape) * np.finfo(np.float64).eps * np.max(sigma, initial=0.0)
     return int(np.count_nonzero(sigma > tolerance))
 
@@ -198,5 +206,5 @@ def _pool() -> ThreadpoolController:
 
 
 def one_thread() -> AbstractContextManager:
-    """Cap BLAS at one thread: on small factorizations more threads only wait for each other."""
+    """Limit BLAS to one thread, because threads mostly wait for each other in small factorizations."""
     return _pool().limit(limits=1, user_api="blas")

@@ -1,9 +1,9 @@
-"""What a weight update is made of: norms, singular values, subspaces and ranks, in float64 and without torch.
+"""Low-rank and dense updates: norms, singular values, subspaces and ranks, in float64 and without torch.
 
-An update dW has the shape (out, in). ``LowRank`` keeps its factors and never multiplies them out; ``Dense`` is a plain
-matrix. Both answer the same questions. Everything is computed in float64 whatever the dtype of the arrays.
+An update dW has the shape (out, in). ``LowRank`` stores factors and multiplies them only if a matrix is requested;
+``Dense`` is a plain matrix. Both have the same methods. All computations use float64, regardless of the input dtype.
 
-A zero update has rank quantities 0.0. Where an array holds NaN or infinity, the answers are NaN.
+The ranks of a zero update are 0.0. If an array contains NaN or infinity, singular values and ranks are NaN.
 """
 
 from __future__ import annotations
@@ -62,34 +62,34 @@ __all__ = [
 
 
 class _Update:
-    """What ``LowRank`` and ``Dense`` answer alike."""
+    """Common methods of ``LowRank`` and ``Dense``."""
 
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Compute the Frobenius norm."""
         raise NotImplementedError
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
-        """Singular values, largest first."""
+        """Compute the singular values, largest first."""
         raise NotImplementedError
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
-        """U, sigma, V with dW = U diag(sigma) V^T, directions with sigma = 0 up to rounding left out."""
+        """Compute U, sigma and V with dW = U diag(sigma) V^T, without components with sigma = 0 up to rounding."""
         raise NotImplementedError
 
     def left(self, k: int | None = None) -> Float[np.ndarray, "out k"]:
-        """Orthonormal left singular vectors as columns: the first k, or as many as dW has."""
+        """Return the first k left singular vectors as columns, or all of them if k is None."""
         return self.svd()[0][:, :k]
 
     def right(self, k: int | None = None) -> Float[np.ndarray, "in k"]:
-        """Orthonormal right singular vectors as columns: the first k, or as many as dW has."""
+        """Return the first k right singular vectors as columns, or all of them if k is None."""
         return self.svd()[2][:, :k]
 
     def stable_rank(self) -> float:
-        """|dW|_F^2 / sigma_1^2."""
+        """Compute the stable rank, |dW|_F^2 / sigma_1^2."""
         return stable_rank(self.singular_values())
 
     def effective_rank(self) -> float:
-        """exp of the entropy of sigma / sum(sigma)."""
+        """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
         return effective_rank(self.singular_values())
 
 
@@ -103,7 +103,7 @@ class LowRank(_Update):
     A : array (rank, in)
     scale : float
     exact : bool
-        False where the product stands for something that has no single matrix, such as a mixture at its mean gates.
+        False if the update depends on the input and the product represents it at fixed gates.
     """
 
     B: Float[np.ndarray, "out rank"]
@@ -113,26 +113,26 @@ class LowRank(_Update):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Shape (out, in)."""
         return self.B.shape[0], self.A.shape[1]
 
     @property
     def rank(self) -> int:
-        """Number of components, zero ones included."""
+        """Number of components, including zero ones."""
         return self.B.shape[1]
 
     def norm(self) -> float:
-        """Frobenius norm, O(rank^2 (out + in))."""
+        """Compute the Frobenius norm in O(rank^2 (out + in))."""
         return float(norms([self])[0])
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
-        """The min(out, in, rank) singular values, largest first."""
+        """Compute the min(out, in, rank) singular values, largest first."""
         return spectra([self])[0]
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
-        """Singular value decomposition by QR of both factors."""
+        """Compute the singular value decomposition by QR of both factors."""
         if not all_finite(self.B, self.A):
-            raise ValueError("the factors hold NaN or infinity: such an update has no singular vectors")
+            raise ValueError("cannot compute singular vectors: B or A contains NaN or infinity")
         with one_thread():
             Q_left, R_left = np.linalg.qr(as_float64(self.B))
             Q_right, R_right = np.linalg.qr(as_float64(self.A).T)
@@ -141,14 +141,14 @@ class LowRank(_Update):
         return Q_left @ U[:, :k], sigma[:k], Q_right @ V[:k].T
 
     def dense(self) -> Float[np.ndarray, "out in"]:
-        """The matrix itself."""
+        """Compute the update as a matrix."""
         return self.scale * (as_float64(self.B) @ as_float64(self.A))
 
     def __sub__(self, other: LowRank | Dense) -> LowRank | Dense:
-        """The difference; of two low-rank updates again low-rank, with the ranks added.
+        """Return the difference; for two low-rank updates it is low-rank, with the sum of their ranks.
 
-        Two states of one adapter are told apart by what changed, B A - B' A' = (B - B') A + B' (A - A'): the
-        difference of two large products would have lost its digits.
+        If their ranks are equal, it is formed from the changes of the factors, as for two states of one adapter:
+        B A - B' A' = (B - B') A + B' (A - A'). The difference of two large products would lose its digits.
         """
         if isinstance(other, Dense):
             return Dense(self.dense() - other.matrix)
@@ -173,22 +173,23 @@ class Dense(_Update):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+        """Shape (out, in)."""
         return self.matrix.shape[0], self.matrix.shape[1]
 
     @property
     def rank(self) -> int:
-        """min(out, in)."""
+        """Largest possible rank, min(out, in)."""
         return min(self.shape)
 
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Compute the Frobenius norm."""
         return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.matrix))))
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
-        """The min(out, in) singular values, largest first.
+        """Compute the min(out, in) singular values, largest first.
 
-        They are roots of the eigenvalues of the smaller Gram matrix, so values below 1e-8 of the largest are rounding.
+        They are roots of the eigenvalues of the smaller Gram matrix: values below 1e-8 of the largest are rounding
+        errors.
         """
         if not all_finite(self.matrix):
             return np.full(self.rank, np.nan)
@@ -199,34 +200,34 @@ class Dense(_Update):
         return np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
-        """Singular value decomposition of the whole matrix: O(out in min(out, in))."""
+        """Compute the singular value decomposition of the matrix in O(out in min(out, in))."""
         if not all_finite(self.matrix):
-            raise ValueError("the matrix holds NaN or infinity: such an update has no singular vectors")
+            raise ValueError("cannot compute singular vectors: the matrix contains NaN or infinity")
         U, sigma, V = np.linalg.svd(as_float64(self.matrix), full_matrices=False)
         k = numerical_rank(sigma, self.shape)
         return U[:, :k], sigma[:k], V[:k].T
 
     def dense(self) -> Float[np.ndarray, "out in"]:
-        """The matrix in float64."""
+        """Return the matrix in float64."""
         return as_float64(self.matrix)
 
     def __sub__(self, other: LowRank | Dense) -> Dense:
-        """The difference as a matrix."""
+        """Return the difference as a matrix."""
         return Dense(self.dense() - other.dense())
 
 
 def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
-    """Frobenius norms of many updates.
+    """Compute the Frobenius norms of many updates.
 
-    For factors |B A|_F^2 = sum((B^T B) * (A A^T)), elementwise. Where the components cancel (two updates of different
-    ranks subtracted, say) that sum loses digits, and the norm of R_B R_A^T from the triangular factors of B and A^T is
-    taken.
+    For factors, |B A|_F^2 = sum((B^T B) * (A A^T)), elementwise. That sum loses digits if components cancel, as in the
+    difference of two updates of different ranks. In this case the norm of R_B R_A^T is used, with the triangular
+    factors of B and A^T.
     """
     return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
 
 
 def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
-    """The update with factors whose products stay within float64, and the power of two that it is to be scaled by."""
+    """Return the update with factors whose products fit in float64, and the power of two to multiply it by."""
     largest = [max(X.max(initial=0), -X.min(initial=0)) if X.dtype == np.float64 else 1 for X in (update.B, update.A)]
     b, a = (0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1]) for size in largest)
     return (replace(update, B=np.ldexp(update.B, -b), A=np.ldexp(update.A, -a)) if b or a else update), b + a
@@ -238,7 +239,7 @@ def _factored_norm(update: LowRank) -> float:
     update, power = _rescale_factors(update)
     left, right = gram(update.B), gram(update.A.T)
     squared = np.vdot(left, right)
-    # The components' own norms added up: what |B A| would be if none worked against another.
+    # The sum of the components' norms is an upper bound of |B A|, and far above it if components cancel.
     together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
     if squared >= GRAM_LIMIT * together**2:
         product = np.sqrt(squared)
@@ -250,10 +251,10 @@ def _factored_norm(update: LowRank) -> float:
 
 
 def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
-    """Singular values of many updates, largest first; factored ones of the same rank are decomposed in one batch.
+    """Compute the singular values of many updates, largest first; low-rank updates of one rank share a batch.
 
-    sigma(B A) are the singular values of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
-    decomposition to a relative 1e-8 for all values above 1e-6 of the largest.
+    The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
+    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest.
     """
     values: list[np.ndarray] = [np.empty(0)] * len(updates)
     batches = defaultdict(list)
@@ -274,7 +275,7 @@ def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
 
 
 def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
-    """R_B R_A^T of updates of one rank: small matrices with the singular values of B A."""
+    """Compute R_B R_A^T of updates of one rank: small matrices with the singular values of B A."""
     left, right = [update.B for update in updates], [update.A.T for update in updates]
     if min(left[0].shape) == min(right[0].shape):  # both sides in one batch
         R = triangles(left + right)
@@ -283,7 +284,7 @@ def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
 
 
 def weight_norm(W0: Float[np.ndarray, "out in"], update: LowRank | Dense) -> float:
-    """|W_0 + dW|_F; the factors of a low-rank update are not multiplied out."""
+    """Compute |W_0 + dW|_F without multiplying the factors of a low-rank update."""
     if isinstance(update, Dense):
         return Dense(update.dense() + W0).norm()
     inner = float(update.scale * np.vdot(as_float64(update.B).T @ as_float64(W0), as_float64(update.A)))
@@ -304,15 +305,15 @@ class Pair:
 
     @property
     def update(self) -> Dense:
-        """W - W_0."""
+        """The update W - W_0."""
         return Dense(as_float64(self.W) - self.W0)
 
     def weight_norm(self) -> float:
-        """|W|_F."""
+        """Compute |W|_F."""
         return Dense(self.W).norm()
 
     def relative_update(self) -> float:
-        """|W - W_0|_F / |W_0|_F; 0 for no update, infinity for an update of a zero weight."""
+        """Compute |W - W_0|_F / |W_0|_F: 0 for a zero update, infinity for an update of a zero weight."""
         update, weight = self.update.norm(), Dense(self.W0).norm()
         if update == 0.0:
             return 0.0

@@ -1,4 +1,4 @@
-"""How far neurons turn: the angle between each neuron's weights before and after, in float64 or nearly.
+"""Rotation of neurons: 1 - cos of the angle between each neuron's weights before and after training.
 
 Source: NeFT (arXiv 2403.11621), equation 1.
 """
@@ -17,7 +17,7 @@ _SMALL = 1e-25
 
 
 class NeuronChange(NamedTuple):
-    """What became of every neuron's weights: 1 - cos between before and after, and three norms."""
+    """Change of every neuron's weights: 1 - cos of the rotation angle, and the norms of w_0, w and w - w_0."""
 
     cosine_distance: Float[np.ndarray, "neurons"]
     norm_original: Float[np.ndarray, "neurons"]
@@ -26,31 +26,31 @@ class NeuronChange(NamedTuple):
 
 
 def neuron_cosine(W0: Any, W: Any, axis: int) -> Float[np.ndarray, "neurons"]:
-    """1 - cos between each neuron's weights before and after: ``neuron_change``, without the norms."""
+    """Compute 1 - cos between each neuron's weights before and after; see ``neuron_change``."""
     return neuron_change(W0, W, axis).cosine_distance
 
 
 def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> NeuronChange:
-    """How far each neuron's weights turned, their norms, and the norm of their change.
+    """Compute the cosine distance of each neuron's weights before and after, their norms, and the norm of the change.
 
-    Formed from the difference e = w - w_0 as 1 - cos = (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|), which keeps its
-    digits where the cosine itself rounds to 1, with |w| - |w_0| = (2 <w_0, e> + |e|^2) / (|w| + |w_0|); one pass over
-    cache-sized tiles.
+    With e = w - w_0, 1 - cos = (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|), which is accurate even for angles whose
+    cosine rounds to 1. Here |w| - |w_0| = (2 <w_0, e> + |e|^2) / (|w| + |w_0|). One pass over cache-sized tiles is
+    enough for most neurons.
 
     Parameters
     ----------
     W0, W : arrays (rows, columns)
-        Before and after; memory maps and unread tensors of files are read tile by tile.
+        Weights before and after; memory maps and tensors in files are read tile by tile.
     axis : {0, 1}
-        The axis a neuron's vector runs along: 1 if neurons are rows, 0 if they are columns.
+        Axis along the weights of a neuron: 1 if neurons are rows, 0 if they are columns.
     dtype : type
-        Of the tiles. float32 takes half the time, to a relative 1e-5 of float64; neurons that lose more digits there
-        (scaled with hardly a rotation, or close to zero) are then read once more in float64.
+        Dtype of the tiles. float32 takes half the time and agrees with float64 to a relative 1e-5. Neurons that would
+        lose more digits (rescaled with almost no rotation, or close to zero) are read again in float64.
 
     Returns
     -------
     NeuronChange
-        Distances from 0 (same direction) to 2; NaN where one of the two vectors is zero.
+        Cosine distances from 0 (same direction) to 2, NaN if one of the two vectors is zero; and the norms.
 
     Source: NeFT, equation 1.
     """
@@ -62,7 +62,7 @@ def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> Neuro
     if dtype is not np.float64:
         sums[:, unsound] = _change_sums(W0, W, axis, unsound, np.float64)
     change = rotation_from_sums(sums)
-    # Where w_0 and w differ in length, |e|^2 hides the angle; w_0 is scaled to the length of w, which keeps the angle.
+    # If w_0 and w differ in length, |e|^2 hides the angle. Scaling w_0 to the length of w preserves the angle.
     before, after = change.norm_original[unsound], change.norm_tuned[unsound]
     scale = np.divide(after, before, out=np.ones(len(unsound)), where=(before > 0.0) & (after > 0.0))
     change.cosine_distance[unsound] = rotation_from_sums(
@@ -77,15 +77,16 @@ def factored_change(
     A: Float[np.ndarray, "rank columns"],
     axis: int,
 ) -> NeuronChange:
-    """``neuron_change`` from W_0 to W_0 + B A, whose product is not formed: <w_0, e> and |e|^2 from the factors.
+    """Compute ``neuron_change`` from W_0 to W_0 + B A from the factors, without their product.
 
     Parameters
     ----------
     W0 : array (rows, columns)
+        Weights before.
     B, A : arrays (rows, rank), (rank, columns)
-        With the scale in one of them.
+        Factors; one of them includes the scale.
     axis : {0, 1}
-        The axis a neuron's vector runs along.
+        Axis along the weights of a neuron: 1 if neurons are rows, 0 if they are columns.
     """
     if axis == 0:
         return factored_change(W0.T, A.T, B.T, 1)
@@ -101,7 +102,7 @@ def factored_change(
 
 
 def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
-    """From the sums |w_0|^2, |w|^2, <w_0, e>, |e|^2."""
+    """Compute the change of neurons from the sums |w_0|^2, |w|^2, <w_0, e> and |e|^2."""
     before, after, error = np.sqrt(sums[[0, 1, 3]])
     product = before * after
     with np.errstate(invalid="ignore"):
@@ -110,14 +111,14 @@ def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
 
 
 def _rotation_squares(sums: Float[np.ndarray, "4 neurons"]) -> Float[np.ndarray, "neurons"]:
-    """|e|^2 - (|w| - |w_0|)^2."""
+    """Compute |e|^2 - (|w| - |w_0|)^2."""
     before2, after2, inner, error2 = sums
     with np.errstate(invalid="ignore"):
         return error2 - ((2.0 * inner + error2) / (np.sqrt(after2) + np.sqrt(before2))) ** 2
 
 
 def _is_accurate(sums: Float[np.ndarray, "4 neurons"]) -> Bool[np.ndarray, "neurons"]:
-    """Did sums of float32 tiles keep their digits? Not where they cancel, or where squares over- or underflow."""
+    """Return whether the sums of each neuron are accurate: no cancellation, and no over- or underflow in float32."""
     before2, after2, _, error2 = sums
     with np.errstate(invalid="ignore"):
         kept = (error2 == 0.0) | ((error2 > _SMALL) & (_rotation_squares(sums) >= error2 / 16.0))
@@ -132,11 +133,11 @@ def _change_sums(
     dtype: type,
     scale: Float[np.ndarray, "n"] | None = None,
 ) -> Float[np.ndarray, "4 n"]:
-    """|w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons, in ascending order, with w_0 times ``scale``."""
+    """Compute |w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons (ascending), with w_0 multiplied by ``scale``."""
     sums = np.zeros((4, len(neurons)))
     columns = W0.shape[1]
     height = max(1, 2 * TILE_BYTES // (np.dtype(dtype).itemsize * max(1, columns)))
-    # In the same memory each time: to take it anew costs as much as the sums.
+    # Reuse one buffer for all tiles: allocating it again costs as much as the sums.
     scratch = np.empty((4, height, columns), dtype)
     for start in range(0, W0.shape[0], height):
         rows = slice(start, min(start + height, W0.shape[0]))

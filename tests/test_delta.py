@@ -293,7 +293,7 @@ def test_tied_weights(family, head, loader, name, other, tmp_path):
     expected = output(model)
     assert list(attached_deltas(model)) == [name]
     assert error(expected, before) > 1e-3
-    with pytest.raises(ValueError, match=f"'{name}' shares its weight .* untie=True"):
+    with pytest.raises(ValueError, match=f"fold '{name}'.* untie=True"):
         fold(model, untie=False)
     assert torch.equal(output(model), expected)
     with pytest.warns(UserWarning, match=f"untied '{name}'"):
@@ -315,7 +315,7 @@ def test_a_delta_that_depends_on_its_input_is_not_folded():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     attach(model, {"0": Matrix(noise(2, 3)), "1": Gated(noise(2, 2))})
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="'1' cannot be folded: a Gated depends on its input"):
+    with pytest.raises(ValueError, match="fold '1': its Gated "):
         fold(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -323,13 +323,13 @@ def test_a_delta_that_depends_on_its_input_is_not_folded():
 def test_bad_names_change_nothing():
     model = tiny("bert")
     good = "bert.encoder.layer.0.attention.self.query"
-    with pytest.raises(ValueError, match=r"'query' is no module of BertFor.*near: bert\.encoder\.layer\.0.*query"):
+    with pytest.raises(ValueError, match=r"unknown module 'query' of BertFor.*bert\.encoder\.layer\.0.*query"):
         attach(model, {good: Matrix(noise(32, 32)), "query": Matrix(noise(32, 32))})
-    with pytest.raises(ValueError, match=r"near: .*layer\.0\.attention\.self\.query"):
+    with pytest.raises(ValueError, match=r"did you mean .*layer\.0\.attention\.self\.query"):
         attach(model, {"bert.encoder.layer.0.attention.self.qury": Matrix(noise(32, 32))})
     assert not attached_deltas(model)
     attach(model, {good: Matrix(noise(32, 32))})
-    with pytest.raises(ValueError, match=f"'{good}' carries a Matrix already"):
+    with pytest.raises(ValueError, match=f"attach to '{good}'.* has a Matrix"):
         attach(model, {good: Matrix(noise(32, 32))})
 
 
@@ -338,14 +338,14 @@ def test_hosts_of_another_class_are_refused_by_name():
         pass
 
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "table": Scaled(5, 4), "linear": nn.Linear(2, 2)})
-    with pytest.raises(TypeError, match=r"'attention.out_proj' is a .*NonDynamicallyQuantizableLinear"):
+    with pytest.raises(TypeError, match=r"'attention.out_proj' .*got .*NonDynamicallyQuantizableLinear"):
         attach(model, {"attention.out_proj": Matrix(noise(4, 4))})
-    with pytest.raises(TypeError, match=r"'table' is a .*Scaled"):
+    with pytest.raises(TypeError, match=r"'table' .*got .*Scaled"):
         attach(model, {"table": Matrix(noise(4, 5))})
-    with pytest.raises(TypeError, match="'attention' is a"):
+    with pytest.raises(TypeError, match=r"'attention' .*got"):
         attach(model, {"attention": Matrix(noise(4, 4))})
     model["linear"].forward = lambda x: x
-    with pytest.raises(TypeError, match="'linear' has a forward of its own"):
+    with pytest.raises(TypeError, match=r"'linear'.* forward"):
         attach(model, {"linear": Matrix(noise(2, 2))})
 
 
@@ -504,5 +504,5 @@ def test_deltas_of_peft_on_a_transposed_host_and_of_two_adapters():
 
 
 def test_a_delta_without_a_weight_says_so():
-    with pytest.raises(NotImplementedError, match="Delta has no weight"):
+    with pytest.raises(NotImplementedError, match=r"Delta .*weight"):
         Delta().weight()

@@ -400,7 +400,7 @@ def test_a_routed_update_has_no_matrix_of_its_own():
     delta = next(iter(attached_deltas(model).values()))
     with pytest.raises(ValueError, match="depends on its input"):
         delta.weight()
-    with pytest.raises(ValueError, match="cannot be folded: a RoutedDelta depends on its input"):
+    with pytest.raises(ValueError, match=r"cannot fold .* RoutedDelta"):
         fold(model)
 
 

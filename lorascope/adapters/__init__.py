@@ -1,1 +1,1 @@
-"""Updates on a live model: attached, read off, switched off."""
+"""Adapters on a live model: attach, read, disable and detach them."""

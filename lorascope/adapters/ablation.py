@@ -1,4 +1,4 @@
-"""Scores of a model with one component of its adapters off, or alone on (AB-LoRA)."""
+"""Ablation scores of adapter components: one component disabled, or only one enabled (AB-LoRA)."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from lorascope.adapters.delta import attach, attached_deltas, detach
 
 @runtime_checkable
 class Switchable(Protocol):
-    """What is asked of a Delta: the number of its components, and what each of them adds."""
+    """Interface of a Delta whose components can be enabled and disabled individually."""
 
     @property
     def rank(self) -> int: ...
 
     def add_component(self, index: int, sign: int, x: Tensor, y: Tensor) -> Tensor:
-        """The host's output ``y`` at input ``x`` with a component put on (sign 1) or taken off (-1)."""
+        """Return the host's output ``y`` at input ``x`` with a component added (sign 1) or removed (sign -1)."""
 
     def is_idle(self, index: int) -> bool:
-        """Does the component add nothing, whatever the input?"""
+        """Return whether the component adds zero for every input."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores S = -loss of one batch; the larger the better.
+    """Scores S = -loss of one batch; higher is better.
 
     Parameters
     ----------
     full, none : float
-        With all components on, and with all of them off.
+        Scores with all components enabled and with all disabled.
     without, only : mapping module -> array (rank,)
-        With one component off and all others of the model on; with it on and all others of the model off.
+        Scores of each component: disabled while all others are enabled, and enabled while all others are disabled.
     """
 
     full: float
@@ -51,37 +51,39 @@ class Scores:
 
 @torch.no_grad()
 def ablation_scores(model: nn.Module, loss: Loss, batch: Batch) -> Scores:
-    """Score every component of a model's adapters by taking it off, and by leaving it alone on.
+    """Score every adapter component of a model by disabling it, and by enabling only it.
 
     Parameters
     ----------
     model : Module
-        All its Deltas are ``Switchable``. Its modes and adapters are put back.
+        Model whose Deltas are all ``Switchable``. Its training modes and adapters are restored.
     loss : function batch -> Tensor ()
-        Calls the model; a mean over the rows of the batch.
+        Function that calls the model and returns its mean loss over the rows of the batch.
     batch : dict of tensors (rows, ...)
+        Batch to compute the loss on.
     """
-    gates: Any = attached_deltas(model)
+    adapters: Any = attached_deltas(model)
     with _evaluation_mode(model):
-        full, without = _switched_scores(model, loss, batch, gates, -1)
+        full, without = _switched_scores(model, loss, batch, adapters, -1)
         deltas = detach(model)
         try:
-            none, only = _switched_scores(model, loss, batch, gates, 1)
+            none, only = _switched_scores(model, loss, batch, adapters, 1)
         finally:
             attach(model, deltas)
     return Scores(full, none, without, only)
 
 
 def _switched_scores(
-    model: nn.Module, loss: Loss, batch: Batch, gates: Mapping[str, Switchable], sign: int
+    model: nn.Module, loss: Loss, batch: Batch, adapters: Mapping[str, Switchable], sign: int
 ) -> tuple[float, dict[str, Float[np.ndarray, "_"]]]:
-    """Score of the model as it is, and with each component in turn put on or taken off."""
-    active = {name: [i for i in range(gate.rank) if not gate.is_idle(i)] for name, gate in gates.items()}
+    """Return the score of the model as it is, and its scores with each component added or removed."""
+    active = {name: [i for i in range(adapter.rank) if not adapter.is_idle(i)] for name, adapter in adapters.items()}
     moves: dict[str, list[Move]] = {
-        name: [partial(gates[name].add_component, index, sign) for index in indices] for name, indices in active.items()
+        name: [partial(adapters[name].add_component, index, sign) for index in indices]
+        for name, indices in active.items()
     }
     undisturbed, losses = moved_losses(model, loss, batch, moves)
-    scores = {name: np.full(gate.rank, -undisturbed) for name, gate in gates.items()}
+    scores = {name: np.full(adapter.rank, -undisturbed) for name, adapter in adapters.items()}
     for name, indices in active.items():
         scores[name][indices] = [-value for value in losses[name]]
     return -undisturbed, scores
@@ -89,7 +91,7 @@ def _switched_scores(
 
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no cache of keys and values, which nobody reads here."""
+    """Switch to evaluation mode, without the key-value cache, which is not used here."""
     modes = [(module, module.training) for module in model.modules()]
     config: Any = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)

@@ -1,8 +1,8 @@
-"""The losses of a model with the output of one module moved, for many moves, computing only what a move can change.
+"""Losses under many perturbations of one module's output, recomputing only the modules that depend on it.
 
-What was finished before a module began cannot depend on its output: it is played back from an undisturbed pass. The
-moves of one module are made in copies of the batch that pass through the rest of the model as one. No family's code is
-known here; a model is what its modules do when they are called.
+Modules that end before the perturbed one starts cannot depend on its output, so their outputs are replayed from an
+unperturbed pass. The perturbations ("moves") of one module are applied to copies of the batch, which pass through the
+rest of the model together. Nothing here depends on the architecture: only the ``forward`` of modules is replaced.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Loss = Callable[[Batch], Tensor]
 Move = Callable[[Tensor, Tensor], Tensor]
 Forward = Callable[..., Any]
 
-# Elements of the largest tensor of copies that pass as one: a CPU is slower where they leave its cache (1.3 times for 8
-# copies of 32 x 32 tokens of width 128), an accelerator wants to be filled.
+# Maximum number of elements in the largest tensor when copies pass together. A CPU is slower if they exceed its cache
+# (1.3 times for 8 copies of 32 x 32 tokens of width 128), and an accelerator is faster with large batches.
 MOST_ELEMENTS = {"cpu": 2**19}
 MOST_ELEMENTS_ELSEWHERE = 2**26
 
@@ -35,20 +35,23 @@ MOST_ELEMENTS_ELSEWHERE = 2**26
 def moved_losses(
     model: nn.Module, loss: Loss, batch: Batch, moves: Mapping[str, Sequence[Move]]
 ) -> tuple[float, dict[str, list[float]]]:
-    """Loss of the model, and its loss with the output of one module moved, for every move of every module.
+    """Compute the loss of a model, and its loss under each move of each module's output.
 
     Parameters
     ----------
     model : Module
-        In evaluation mode, without gradients.
+        Model in evaluation mode. Call this function without gradients.
     loss : function batch -> Tensor ()
+        Function that calls the model and returns its loss.
     batch : dict of tensors (rows, ...)
+        Batch to compute the losses on.
     moves : mapping module name -> sequence of moves
-        A move takes the module's input and output, and gives its new output.
+        Functions that take the module's input and output and return its new output.
 
     Returns
     -------
     (float, dict module name -> list of float)
+        Loss of the unperturbed model, and one loss per move.
     """
     block_of = {part: block for block in _model_blocks(model) for part in block.modules() if part is not block}
     parts = [part for part in model.modules() if part is not model]
@@ -69,13 +72,13 @@ def _model_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def _resize_batch(batch: Batch) -> Batch:
-    """The batch with another number of rows: where that changes a shape, there the rows lie."""
+    """Return the batch with another number of rows, which shows where the rows are in each output's shape."""
     return {key: value[:1] if len(value) > 1 else torch.cat([value, value]) for key, value in batch.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """One call of a module, from ``start`` to ``end`` on its pass's clock; ``first`` is its first argument."""
+    """One call of a module, from ``start`` to ``end`` on the clock of its pass; ``first`` is its first argument."""
 
     module: nn.Module
     start: int
@@ -89,7 +92,7 @@ class _Call:
 
     @property
     def is_intact(self) -> bool:
-        """Is its output there, and nothing written over it or over its input since?"""
+        """True if the output is stored, and neither it nor the first argument was overwritten since."""
         return self.form is not None and self.versions == _versions([self.first, *self.leaves])
 
 
@@ -99,7 +102,7 @@ def _versions(leaves: Sequence[Any]) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class _Pass:
-    """One forward pass: its loss, and its calls in the order of their ends."""
+    """One forward pass: its loss, and its module calls in the order of their ends."""
 
     loss: float
     calls: list[_Call]
@@ -108,12 +111,12 @@ class _Pass:
         return [call for call in self.calls if call.module is module]
 
     def outermost(self) -> list[_Call]:
-        """What the model itself called."""
+        """Return the calls made by the model itself."""
         return [call for call in self.calls if call.outermost]
 
 
 def _record_calls(loss: Loss, batch: Batch, modules: Iterable[nn.Module], keep: Container[nn.Module] = ()) -> _Pass:
-    """Note every call of these modules in a pass, with the outputs of those to keep."""
+    """Record every call of these modules in one pass, with the outputs of those in ``keep``."""
     calls: list[_Call] = []
     clock = itertools.count()
     depth = 0
@@ -147,7 +150,7 @@ def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Give modules another ``forward`` for a while."""
+    """Replace the ``forward`` of modules in this context."""
     own = {module: vars(module).get("forward") for module in forwards}
     for module, forward in forwards.items():
         vars(module)["forward"] = forward
@@ -162,30 +165,30 @@ def _replace_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
 
 
 class _Replay:
-    """Passes that begin where a module does, everything before it being played back.
+    """Passes that start at a module, with all earlier outputs replayed.
 
     Parameters
     ----------
     loss, batch
-        As for ``moved_losses``.
+        Loss function and batch, as in ``moved_losses``.
     top : _Pass
-        Of the batch, with the outputs of all blocks and of what lies outside of blocks.
+        Pass over the batch, with the outputs of all blocks and of the modules outside blocks.
     resized : _Pass
-        Of a batch of another number of rows.
+        Pass over a batch with another number of rows.
     """
 
     def __init__(self, loss: Loss, batch: Batch, top: _Pass, resized: _Pass) -> None:
         self.loss, self.batch, self.top = loss, batch, top
-        # What is called more than once is not played back: which call it is depends on what else is skipped.
+        # Modules that are called more than once are not replayed: which call is next depends on the skipped modules.
         self.by_row: dict[nn.Module, list[list[bool] | None]] = {}
         for call, other in zip(top.calls, resized.calls, strict=True):
-            self.by_row.setdefault(call.module, []).append(_rows_lie_first(call.shapes, other.shapes))
+            self.by_row.setdefault(call.module, []).append(_is_batched(call.shapes, other.shapes))
         largest = max(math.prod(shape) for call in top.calls for shape in call.shapes if shape is not None)
         device = next(iter(batch.values())).device.type
         self.most = max(1, MOST_ELEMENTS.get(device, MOST_ELEMENTS_ELSEWHERE) // largest)
 
     def look_into(self, block: nn.Module) -> _Pass:
-        """A pass with the outputs of everything in the block, all other blocks played back."""
+        """Return a pass with all outputs inside the block, which replays the other blocks."""
         calls = self.top.calls_of(block)
         if len(calls) != 1:
             return self.top
@@ -195,7 +198,7 @@ class _Replay:
             return _record_calls(self.loss, self.batch, parts, parts)
 
     def losses(self, module: nn.Module, seen: _Pass, moves: Sequence[Move]) -> list[float]:
-        """Loss for each move of a module, of whose surroundings ``seen`` has the outputs."""
+        """Compute the loss for each move of a module; ``seen`` has the outputs of the modules around it."""
         calls = seen.calls_of(module)
         if not calls:
             return [self.top.loss] * len(moves)
@@ -212,11 +215,11 @@ class _Replay:
         return found
 
     def _is_only_call(self, call: _Call) -> bool:
-        """Is this the module's only call in the model, and what it gave known?"""
+        """Return whether this is the module's only call, and its output is intact."""
         return call.is_intact and len(self.by_row[call.module]) == 1
 
     def _replay_forwards(self, calls: Sequence[_Call], copies: int) -> dict[nn.Module, Forward]:
-        """Forwards that give back what these calls gave, for so many copies of the batch."""
+        """Return forwards that replay the outputs of these calls, for a number of copies of the batch."""
         answers: dict[nn.Module, Forward] = {}
         for call in filter(self._is_only_call, calls):
             (by_row,) = self.by_row[call.module]
@@ -225,7 +228,7 @@ class _Replay:
         return answers
 
     def _losses_of_copies(self, copies: int) -> list[float]:
-        """One pass for all copies up to what the model itself calls, then for each copy what it makes of that."""
+        """Call the model's direct children once for all copies, then compute each copy's loss from their outputs."""
         if copies == 1:
             return [float(self.loss(self.batch))]
         own = self.top.outermost()
@@ -242,8 +245,8 @@ class _Replay:
         return losses
 
 
-def _rows_lie_first(shapes: Sequence[Any], other: Sequence[Any]) -> list[bool] | None:
-    """Whether the rows lie along the first dimension of each output; None where they lie along another one."""
+def _is_batched(shapes: Sequence[Any], other: Sequence[Any]) -> list[bool] | None:
+    """Return whether each output has the rows as its first dimension; None if they are along another one."""
     pairs = list(zip(shapes, other, strict=True))
     if any(one is not None and one[1:] != two[1:] for one, two in pairs):
         return None
@@ -255,13 +258,13 @@ def _repeat_rows(tensor: Tensor, copies: int) -> Tensor:
 
 
 def _replay_output(call: _Call, by_row: Sequence[bool], copies: int, *args: Any, **kwargs: Any) -> Any:
-    """What a call gave, for copies of the batch."""
+    """Return the output of a call, for copies of the batch."""
     pairs = zip(call.leaves, by_row, strict=True)
     return tree_unflatten([_repeat_rows(leaf, copies) if rows else leaf for leaf, rows in pairs], call.form)
 
 
 def _select_copy(call: _Call, shapes: Sequence[Any], copy: int) -> Any:
-    """What a call for many copies gave for one, which by itself has these shapes."""
+    """Return one copy's part of the output of a joint call; ``shapes`` are the shapes for a single copy."""
     leaves = [
         leaf if shape is None or leaf.shape == shape else leaf.narrow(0, copy * shape[0], shape[0])
         for leaf, shape in zip(call.leaves, shapes, strict=True)
@@ -275,7 +278,7 @@ def _give_next(outputs: Sequence[Any]) -> Forward:
 
 
 def _patch_forward(module: nn.Module, known: _Call | None, moves: Sequence[Move]) -> Forward:
-    """A forward whose output is moved in each copy of the batch by a move of its own."""
+    """Return a forward that applies one move to the output of each copy of the batch."""
     forward = module.forward
 
     def call(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,8 +1,8 @@
-"""Adapters: what is added to a module's weight, how it is put there, taken away, folded in and resized.
+"""Adapters: updates of a module's weight, and functions to attach, detach, fold (merge) and resize them.
 
-A host keeps its identity: ``attach`` exchanges its class for one that overrides ``forward`` alone, so the base's
-parameter names, ``isinstance``, deepcopy, pickle and torch.compile stay as they were. The adapter's parameters are
-``<module>.delta.<factor>``.
+``attach`` keeps the adapted module (the host) and changes its class to a subclass that overrides only ``forward``.
+Parameter names of the base model, ``isinstance``, deepcopy, pickle and torch.compile work as before. The adapter's
+parameters are called ``<module>.delta.<factor>``.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ __all__ = [
 
 
 class Delta(nn.Module):
-    """The update of one module, always seen as (out, in) whatever the host stores.
+    """Update of one module, with the shape (out, in) regardless of the layout that the host stores.
 
-    An embedding is the linear map of a one-hot: in is the vocabulary, out the width, and ``forward`` takes ids.
-    A subclass gives ``weight``, and ``forward``, ``affine`` or ``update`` where it knows a cheaper way.
+    An embedding is the linear map of a one-hot vector: in is the vocabulary size, out the width, and ``forward`` takes
+    ids. A subclass implements ``weight``; it can override ``forward``, ``affine`` or ``update`` with faster versions.
     """
 
     linear: ClassVar[bool] = True
-    """Does ``forward(x) == F.linear(x, weight())`` hold?"""
+    """True if ``forward(x) == F.linear(x, weight())``, so that the update can be folded into the weight."""
 
     def weight(self) -> Float[Tensor, "out in"]:
-        """The update as a matrix."""
-        raise NotImplementedError(f"{type(self).__name__} has no weight")
+        """Return the update as a matrix."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement weight")
 
     def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
-        """What the update adds to the host's output.
+        """Compute the update's contribution to the host's output.
 
         Parameters
         ----------
@@ -63,14 +63,14 @@ class Delta(nn.Module):
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
-        """The whole map of an adapted linear host: ``F.linear(x, W, b)`` plus the update's part."""
+        """Compute the output of an adapted linear host: ``F.linear(x, W, b)`` plus the update's contribution."""
         return F.linear(x, W, b) + self(x)
 
     def factors(self) -> dict[str, Tensor]:
-        """The tensors worth a snapshot, by name.
+        """Return the tensors to store in snapshots, by name.
 
-        Where the update is ``scale * B @ diag(diagonal) @ A`` they have these names, ``diagonal`` left out where it is
-        all ones, so that the update can be rebuilt from a snapshot.
+        For an update ``scale * B @ diag(diagonal) @ A`` the names are ``B``, ``diagonal`` and ``A``, without
+        ``diagonal`` if it is all ones. The update can be rebuilt from these.
         """
         return dict(self.named_parameters(recurse=False))
 
@@ -80,12 +80,12 @@ class Delta(nn.Module):
         return self.update().rank
 
     def update(self) -> LowRank | Dense:
-        """A copy of the update in numpy."""
+        """Return a copy of the update in numpy."""
         return Dense(to_array(self.weight()))
 
 
 class AdaptedLinear(nn.Linear):
-    """``nn.Linear`` with a Delta; made by ``attach``."""
+    """``nn.Linear`` with a Delta, created by ``attach``."""
 
     delta: Delta
 
@@ -94,7 +94,7 @@ class AdaptedLinear(nn.Linear):
 
 
 class AdaptedConv1D(Conv1D):
-    """GPT-2's ``Conv1D``, which stores (in, out), with a Delta; made by ``attach``."""
+    """GPT-2's ``Conv1D``, which stores (in, out), with a Delta, created by ``attach``."""
 
     delta: Delta
 
@@ -103,7 +103,7 @@ class AdaptedConv1D(Conv1D):
 
 
 class AdaptedEmbedding(nn.Embedding):
-    """``nn.Embedding`` with a Delta; made by ``attach``."""
+    """``nn.Embedding`` with a Delta, created by ``attach``."""
 
     delta: Delta
 
@@ -120,23 +120,25 @@ _PLAIN = {adapted: plain for plain, adapted in _ADAPTED.items()}
 
 
 def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
-    """Put Deltas on modules, by dotted name; all of them or, on an error, none.
+    """Attach Deltas to modules by dotted name; on an error, none is attached.
 
-    Of a weight that several modules share, the named use alone is adapted.
+    If several modules share a weight, only the named module is adapted.
 
     Raises
     ------
     ValueError
-        A name is no module, or its module carries a Delta already.
+        A name is not a module, or the module already has a Delta.
     TypeError
-        The module is of a class whose ``forward`` is not a plain linear map or lookup: quantised layers, subclasses.
+        The class of a module is a quantized layer, a subclass or any other class whose ``forward`` may not be a plain
+        linear map or lookup.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name in deltas:
         if name not in modules:
-            raise ValueError(f"{name!r} is no module of {type(model).__name__}{_suggest_modules(name, modules)}")
+            raise ValueError(f"unknown module {name!r} of {type(model).__name__}{_suggest_modules(name, modules)}")
         if type(modules[name]) in _PLAIN:
-            raise ValueError(f"{name!r} carries a {type(modules[name].delta).__name__} already; detach it first")
+            kind = type(modules[name].delta).__name__
+            raise ValueError(f"cannot attach to {name!r}: it already has a {kind}. Call detach first")
         _check_host(name, modules[name])
     for name, delta in deltas.items():
         host = modules[name]
@@ -145,26 +147,26 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
 
 
 def _check_host(name: str, host: Any) -> None:
-    takes = "a Delta takes nn.Linear, nn.Embedding or GPT-2's Conv1D themselves"
     if type(host) not in _ADAPTED:
-        raise TypeError(f"{name!r} is a {type(host).__module__}.{type(host).__name__}; {takes}")
+        kind = f"{type(host).__module__}.{type(host).__name__}"
+        raise TypeError(f"class of {name!r} must be nn.Linear, nn.Embedding or GPT-2's Conv1D, got {kind}")
     if "forward" in vars(host):
-        raise TypeError(f"{name!r} has a forward of its own, such as a device_map hook puts there; {takes}")
+        raise TypeError(f"cannot attach to {name!r}: its forward was replaced, for example by a device_map hook")
 
 
 def _suggest_modules(name: str, modules: Mapping[str, nn.Module]) -> str:
     hosts = [known for known, module in modules.items() if type(module) in _ADAPTED]
     close = difflib.get_close_matches(name, hosts, n=3, cutoff=0.5) or [host for host in hosts if name in host][:3]
-    return f"; near: {', '.join(close)}" if close else ""
+    return f"; did you mean {', '.join(map(repr, close))}?" if close else ""
 
 
 def attached_deltas(model: nn.Module) -> dict[str, Delta]:
-    """The Delta of every adapted module, in model order."""
+    """Return the Delta of every adapted module by name, in model order."""
     return {name: host.delta for name, host in _hosts(model).items()}
 
 
 def effective_weight(model: nn.Module, module: str) -> Float[Tensor, "out in"]:
-    """The weight of a module with its adapter's update, which is at mean gates where it depends on the input."""
+    """Return a module's weight plus its adapter's update; an input-dependent update is taken at mean gates."""
     weight, delta = host_weight(model.get_submodule(module)).detach(), attached_deltas(model).get(module)
     wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # 16 bits would round small updates away
     return weight if delta is None else wide + torch.from_numpy(delta.update().dense()).to(wide)
@@ -175,7 +177,7 @@ def _hosts(model: nn.Module) -> dict[str, Any]:
 
 
 def detach(model: nn.Module) -> dict[str, Delta]:
-    """Take all Deltas off and return them; the model is then as before ``attach``."""
+    """Remove all Deltas and return them; the model is then as before ``attach``."""
     found = attached_deltas(model)
     for host in _hosts(model).values():
         del host.delta
@@ -184,27 +186,31 @@ def detach(model: nn.Module) -> dict[str, Delta]:
 
 
 def fold(model: nn.Module, untie: bool = True) -> None:
-    """Add every Delta into its host's weight, in place, and take it off.
+    """Merge every Delta into its host's weight in place, and remove the Delta.
 
-    Where other modules use an adapted weight too, every use of a shared weight becomes a copy of its own first and
-    ``config.tie_word_embeddings`` is set to False, with a warning: the other uses keep the old values.
+    Parameters
+    ----------
+    model : Module
+    untie : bool
+        Untie shared weights if an adapted one is among them, so that other modules keep the old values. Each module
+        gets its own copy, ``config.tie_word_embeddings`` becomes False, and a warning is issued.
 
     Raises
     ------
     ValueError
-        A Delta depends on its input and has no single weight; or a weight is shared and ``untie`` is False.
+        A Delta depends on its input, so that it has no single weight, or a weight is shared and ``untie`` is False.
     """
     hosts = _hosts(model)
     for name, host in hosts.items():
         if not host.delta.linear:
-            raise ValueError(f"{name!r} cannot be folded: a {type(host.delta).__name__} depends on its input")
+            raise ValueError(f"cannot fold {name!r}: its {type(host.delta).__name__} depends on the input")
     uses = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     shared = {name: host for name, host in hosts.items() if uses[id(host.weight)] > 1}
     if shared and not untie:
-        raise ValueError(f"{next(iter(shared))!r} shares its weight with another module; folding needs untie=True")
+        raise ValueError(f"cannot fold {next(iter(shared))!r}: another module shares its weight. Pass untie=True")
     if shared:
         _untie(model)
-        warnings.warn(f"untied {', '.join(map(repr, shared))}: each use of a shared weight is now a copy", stacklevel=2)
+        warnings.warn(f"untied {', '.join(map(repr, shared))}: each module now has its own weight", stacklevel=2)
     with torch.no_grad():
         for host in hosts.values():
             host_weight(host).add_(host.delta.weight())
@@ -212,7 +218,7 @@ def fold(model: nn.Module, untie: bool = True) -> None:
 
 
 def _untie(model: nn.Module) -> None:
-    """Copy what is shared; what stays as it was keeps the original, for the sake of optimizers that hold it."""
+    """Copy shared weights; a module without a Delta keeps the original, which an optimizer may refer to."""
     seen: set[int] = set()
     part: Any
     for part in sorted(model.modules(), key=lambda module: type(module) in _PLAIN):
@@ -231,29 +237,30 @@ def resize(
     new: Float[Tensor, "..."] | None,
     dim: int,
 ) -> None:
-    """Change a parameter's size along one dimension, in place, with its gradient and optimizer state.
+    """Resize a parameter along one dimension in place, with its gradient and optimizer state.
 
-    Groups and schedulers live on, as the parameter stays the same object. Call it in ``after_step`` only: a graph that
-    is still alive pins the old shape.
+    The parameter remains the same object, so parameter groups and schedulers stay valid. Call this only in
+    ``after_step``: an autograd graph that still exists requires the old shape.
 
     Parameters
     ----------
     param : Parameter
     optimizer : Optimizer
-        Each of its tensors for ``param`` of the same shape is cut alike, and zeros are appended.
+        Its state tensors with the shape of ``param`` are resized in the same way, with zeros as new values.
     keep : (kept,)
-        Indices along ``dim`` that stay, in their new order.
+        Indices along ``dim`` to retain, in their new order.
     new : Tensor or None
-        Values appended along ``dim``.
+        Values to append along ``dim``; None appends nothing.
     dim : int
+        Dimension to resize.
 
     Raises
     ------
     RuntimeError
-        Under a distributed run, whose buckets are laid out for the old shape.
+        Training is distributed, and the gradient buckets have the old shape.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise RuntimeError("a parameter cannot change its shape in a distributed run: train in one process")
+        raise RuntimeError("cannot resize a parameter in a distributed run: train in one process")
     old = param.shape
     indices = torch.as_tensor(keep, dtype=torch.long, device=param.device)
     if new is None:
@@ -275,20 +282,20 @@ def resize(
 
 
 def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, LowRank | Dense]]:
-    """The update of every module, whatever made it: a Delta, a PEFT layer, or training of the weight itself.
+    """Yield the update of every module: from a Delta, a PEFT layer, or training of the weight itself.
 
     Parameters
     ----------
     model : Module
-        A PEFT model gives the names of its base model.
+        Any model; for a PEFT model, modules have the names of its base model.
     reference : mapping parameter name -> Tensor, optional
-        W_0 of weights that may have been trained; a name that is missing stands for an unchanged weight. A weight under
-        several names is one update, under the first.
+        Base weights W_0 of weights that may have been trained; weights without an entry count as unchanged. A weight
+        with several names is one update, under its first name.
 
     Yields
     ------
     (str, LowRank or Dense)
-        Copies: later training does not reach them.
+        Module name, and a copy of the update that later training does not change.
     """
     root: Any = model
     if hasattr(model, "get_base_model"):
@@ -307,7 +314,7 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
 
 
 def _own_update(module: Any, before: Tensor | None) -> LowRank | Dense | None:
-    """The Delta's update and the weight's own change together."""
+    """Return the sum of the Delta's update and the change of the weight itself, or None if there is neither."""
     delta = module.delta.update() if type(module) in _PLAIN else None
     if (
         before is None

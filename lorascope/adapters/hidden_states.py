@@ -1,4 +1,4 @@
-"""Hidden states of a model on a text: what every block puts out, mean over the tokens of each row."""
+"""Hidden states of a model: the output of every block, averaged over the tokens of each row."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from torch import Tensor, nn
 from lorascope.adapters.host_weights import to_array
 
 _STACKS = {"": "hidden_states", "encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states"}
-_ROWS = 32  # passed through the model at once
+_ROWS = 32  # per forward pass
 
 
 @torch.no_grad()
 def token_means(
     model: nn.Module, batch: Mapping[str, Tensor], of: Callable[[Tensor], Tensor] | None = None
 ) -> dict[str, Float[np.ndarray, "rows layers d"]]:
-    """Mean over the tokens of every row, by stack; the last block's state is taken as the model gives it.
+    """Compute the mean hidden states over the tokens of every row, by stack.
+
+    The last block's state is taken as the model returns it, in most model families after a norm.
 
     Parameters
     ----------
     model : Module
-        Dropout is off meanwhile; its mode is put back.
+        Model; it runs in evaluation mode, and its training mode is restored.
     batch : mapping of tensors
+        Inputs of the model.
     of : callable, optional
-        What of a state the mean is taken of; the state itself by default.
+        Function of the states to average, such as their squares; by default the states themselves.
     """
     training = model.training
     model.eval()
@@ -48,7 +51,7 @@ def token_means(
 def _token_weights(
     states: Float[Tensor, "layers rows tokens d"], mask: Int[Tensor, "rows given"] | None
 ) -> Float[Tensor, "..."]:
-    """What each token counts in the mean of its row; all of an image's and of a decoder's own count alike."""
+    """Return the weight of each token in the mean of its row; equal if there is no mask for these tokens."""
     if mask is None or mask.shape != states.shape[1:3]:
         mask = states.new_ones(states.shape[1:3])
     kept = mask.double()

@@ -1,4 +1,4 @@
-"""The weight of a module as the matrix of its linear map, and as a numpy array."""
+"""Weights of modules, as the matrices of their linear maps and as numpy arrays."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from transformers.pytorch_utils import Conv1D
 
 
 def host_weight(module: Any) -> Float[Tensor, "out in"]:
-    """The weight as (out, in), a view of what the module stores; a convolution's kernel is unfolded into ``in``."""
+    """Return the weight as (out, in), a view of the stored tensor; a convolution's kernel is unfolded into ``in``."""
     return orient_weight(module, module.weight)
 
 
 def host_bias(module: Any) -> Float[Tensor, "out"] | None:
-    """The bias, or None."""
+    """Return the bias, or None."""
     return getattr(module, "bias", None)
 
 
 def orient_weight(module: Any, weight: Shaped[Tensor, "..."]) -> Shaped[Tensor, "out in"]:
-    """A tensor laid out as the module's weight, seen as (out, in)."""
+    """Return a tensor that has the layout of the module's weight as (out, in)."""
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight.flatten(1)
 
 
 def host_kind(module: nn.Module) -> str:
-    """The class of a host without what was attached to it, such as ``"Linear"``; one that only PEFT adapts as it is."""
+    """Return the class name of a host without its adapter, such as ``"Linear"``."""
     own = (kind.__name__ for kind in (nn.Embedding, Conv1D, nn.Linear) if isinstance(module, kind))
     return next(own, type(module).__name__)
 
@@ -40,7 +40,7 @@ _SHARED: ContextVar[dict[Any, Shaped[np.ndarray, "..."]] | None] = ContextVar("s
 
 @contextmanager
 def shared_copies() -> Iterator[None]:
-    """Let ``to_array`` copy each trained parameter once inside: later calls return the same array; do not change it."""
+    """Let ``to_array`` copy each trained parameter only once in this context; do not modify the shared arrays."""
     token = _SHARED.set({})
     try:
         yield
@@ -49,10 +49,11 @@ def shared_copies() -> Iterator[None]:
 
 
 def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
-    """A copy in numpy, which knows no bfloat16: that becomes float32."""
+    """Return a copy as a numpy array; bfloat16, which numpy does not support, becomes float32."""
     shared = _SHARED.get()
     owner = tensor if tensor._base is None else tensor._base
-    # Copies of a frozen base would take its memory again; other tensors may be freed, and their memory reused.
+    # Only trained parameters are shared: copies of the frozen base would double its memory, and the addresses of other
+    # tensors may be reused after they are freed.
     if shared is None or not (isinstance(owner, nn.Parameter) and owner.requires_grad):
         return _copy_to_numpy(tensor)
     key = (tensor.data_ptr(), tensor.shape, tensor.stride())

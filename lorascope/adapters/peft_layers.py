@@ -1,4 +1,4 @@
-"""Updates that PEFT's layers make, read off the layers themselves: PEFT need not be installed."""
+"""Updates of PEFT layers, read from the layers themselves, so that PEFT need not be installed."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lorascope.adapters.host_weights import host_weight, to_array
 from lorascope.updates.fourier import Fourier
 from lorascope.updates.low_rank import Dense, LowRank
 
-# Of every layer, which of its sets of active adapters PEFT can tell or merge: trying takes a copy of the layer.
+# Results of ``_is_mergeable`` by layer and active adapters, because each trial copies the layer.
 _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
 
 
 class PeftDelta:
-    """A PEFT layer under the questions that a Delta answers.
+    """A PEFT layer with the interface of a ``Delta``.
 
     Parameters
     ----------
     layer : Module
-        It has a ``peft_update``.
+        PEFT layer whose ``peft_update`` is not None.
     kept : int, optional
-        Components that AdaLoRA's allocator has decided to keep, if it has decided.
+        Number of components that AdaLoRA's allocator retains; None if it has not decided yet.
     """
 
     def __init__(self, layer: Any, kept: int | None = None) -> None:
@@ -35,17 +35,17 @@ class PeftDelta:
 
     @property
     def rank(self) -> int:
-        """Components of the update: those that PEFT would save."""
+        """Number of components of the update that PEFT would save."""
         return self.update().rank if self.kept is None else self.kept
 
     def update(self) -> LowRank | Dense:
-        """A copy of the update in numpy."""
+        """Return a copy of the update in numpy."""
         update = peft_update(self.layer)
         assert update is not None
         return update
 
     def factors(self) -> dict[str, Tensor]:
-        """What makes the update, as ``factor_formats.update_from`` takes it; nothing where it has no factors."""
+        """Return the factors of the update for ``factor_formats.update_from``; empty for a dense update."""
         match self.update():
             case Fourier() as update:
                 arrays = {"coefficients": update.coefficients, "entries": update.entries}
@@ -58,12 +58,12 @@ class PeftDelta:
 
 
 def unwrap_peft_model(model: Any) -> Any:
-    """The model inside a ``PeftModel``, its layers still wrapped; any other as it is."""
+    """Return the base model of a ``PeftModel``, with its layers still wrapped; other models are returned unchanged."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unwrap_peft_layer(module: Any) -> Any:
-    """The module inside PEFT's wrappers; of one that PEFT trains as a copy, that copy."""
+    """Return the module inside PEFT's wrappers, or its copy if PEFT trains one (``modules_to_save``)."""
     if is_peft_layer(module):
         return unwrap_peft_layer(module.base_layer)
     if hasattr(module, "original_module"):
@@ -74,7 +74,7 @@ def unwrap_peft_layer(module: Any) -> Any:
 
 
 def unwrapped_parameters(model: Any) -> dict[str, nn.Parameter]:
-    """All parameters but PEFT's under the names that they have without it; a shared one once."""
+    """Return all parameters except PEFT's own, by their names without PEFT; shared ones once."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for path, module in _unwrapped_modules(unwrap_peft_model(model), ""):
         for name, parameter in module.named_parameters(recurse=False):
@@ -90,9 +90,10 @@ def _unwrapped_modules(module: Any, path: str) -> Iterator[tuple[str, nn.Module]
 
 
 def retained_components(model: Any) -> dict[str, int]:
-    """How many components PEFT's AdaLoRA keeps, by module; nothing where its allocator has not decided yet.
+    """Return the number of components that PEFT's AdaLoRA retains, by module; empty before its first decision.
 
-    PEFT masks what it takes at some steps, after the optimizer has trained all of it, so the weights do not tell.
+    PEFT masks components only at some steps, and between them the optimizer trains all components. The weights
+    therefore do not show which ones are retained.
     """
     masks = [getattr(config, "rank_pattern", None) or {} for config in getattr(model, "peft_config", {}).values()]
     found = {name.partition(".lora_E")[0]: mask for each in masks for name, mask in each.items() if ".lora_E" in name}
@@ -100,21 +101,22 @@ def retained_components(model: Any) -> dict[str, int]:
 
 
 def is_peft_layer(module: nn.Module) -> bool:
-    """Does PEFT wrap another layer here?"""
+    """Return whether a module is a PEFT layer around another layer."""
     return hasattr(module, "base_layer") and hasattr(module, "adapter_layer_names")
 
 
 def active_adapters(layer: Any) -> list[str]:
-    """Names of the adapters that change what a PEFT layer gives; none where they are switched off."""
+    """Return the names of the adapters that change a PEFT layer's output; empty if they are disabled."""
     tables = [getattr(layer, name) for name in layer.adapter_layer_names]
     active = [adapter for adapter in layer.active_adapters if any(adapter in table for table in tables)]
     return [] if layer.disable_adapters else active
 
 
 def is_readable(layer: Any) -> bool:
-    """Is what the active adapters make an update of one matrix, by their factors or by merging them into it?
+    """Return whether the active adapters make an update of one matrix, from their factors or by merging.
 
-    It is none of the parameters of a norm, of experts in one tensor, and of what is packed, if it has no factors.
+    This is False for norms, for several experts in one tensor, and for packed (quantized) weights of adapters without
+    factors.
     """
     if hasattr(layer, "parameter_name"):
         return False
@@ -127,7 +129,7 @@ def is_readable(layer: Any) -> bool:
 
 
 def _is_mergeable(layer: Any) -> bool:
-    """Does PEFT tell by factors or by merging what the active adapters add? aLoRA, for one, adds by the text."""
+    """Return whether the update can be read from factors or merged; aLoRA's, for one, depends on the text."""
     known, active = _TRIED.setdefault(layer, {}), tuple(active_adapters(layer))
     if active not in known:
         try:
@@ -140,16 +142,17 @@ def _is_mergeable(layer: Any) -> bool:
 
 
 def _is_product(layer: Any, adapter: str) -> bool:
-    """Is it plain LoRA or AdaLoRA?"""
-    held = any(adapter in getattr(layer, table, ()) for table in ("lora_A", "lora_embedding_A"))
-    return held and adapter not in getattr(layer, "lora_variant", ())
+    """Return whether an adapter is plain LoRA or AdaLoRA."""
+    has_factors = any(adapter in getattr(layer, table, ()) for table in ("lora_A", "lora_embedding_A"))
+    return has_factors and adapter not in getattr(layer, "lora_variant", ())
 
 
 def peft_update(layer: Any) -> LowRank | Dense | None:
-    """The update of a PEFT layer's active adapters together; None if it has none or they are switched off.
+    """Return the total update of a PEFT layer's active adapters; None if it has none or they are disabled.
 
-    LoRA and AdaLoRA give their factors, FourierFT its coefficients. Whatever else PEFT has, multiplicative methods and
-    DoRA included, gives the difference that merging a copy of the layer makes in float64.
+    LoRA and AdaLoRA updates are read from their factors, and FourierFT updates from their coefficients. All other
+    adapters, including DoRA and multiplicative ones, are merged into a copy of the layer in float64: the update is the
+    difference of the weights.
     """
     active = active_adapters(layer)
     if not active:
@@ -165,7 +168,7 @@ def peft_update(layer: Any) -> LowRank | Dense | None:
 
 
 def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
-    """B, A and scale of plain LoRA and of AdaLoRA; None for any other adapter."""
+    """Return B, A and scale of plain LoRA or AdaLoRA; None for any other adapter."""
     if not _is_product(layer, adapter):
         return None
     if adapter in getattr(layer, "lora_embedding_A", ()):
@@ -175,7 +178,7 @@ def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
     scale = float(layer.scaling[adapter])
     if isinstance(A, nn.Linear):
         B, A = B.weight, A.weight
-    elif isinstance(A, nn.Conv1d | nn.Conv2d | nn.Conv3d) and B.groups == 1:  # B's kernel is a single point
+    elif isinstance(A, nn.Conv1d | nn.Conv2d | nn.Conv3d) and B.groups == 1:  # B has kernel size 1
         B, A = B.weight.flatten(1), A.weight.flatten(1)
     elif adapter in getattr(layer, "lora_E", ()):
         A = A * layer.lora_E[adapter]
@@ -184,7 +187,7 @@ def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
 
 
 def _fourierft_factors(layer: Any, adapter: str) -> Fourier:
-    """Coefficients, entries and scale of FourierFT."""
+    """Return coefficients, entries and scale of FourierFT."""
     outer, inner = host_weight(layer.get_base_layer()).shape
     coefficients, entries = to_array(layer.fourierft_spectrum[adapter]), to_array(layer.indices[adapter])
     return Fourier(coefficients, entries, (outer, inner), float(layer.fourierft_scaling[adapter]))

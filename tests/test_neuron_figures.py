@@ -236,7 +236,7 @@ def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
 def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
     assert observe.utilization(every=7).config() == {"name": "utilisation", "every": 7, "size": 128}
     assert observe.utilization(layers="earlier").config()["layers"] == "earlier"
-    with pytest.raises(ValueError, match="layers 'own' is unknown: later, earlier"):
+    with pytest.raises(ValueError, match=r"layers .*got 'own'"):
         observe.utilization(layers="own")
 
 

@@ -1,7 +1,7 @@
-"""Observers: what is read from a model at a step, as records.
+"""Observers: quantities of a model that are recorded during training.
 
-An observer is a dataclass whose fields are its settings; it is called at step 0 and after every step, and decides by
-``every`` whether it has something to say. ``norms`` is there by default.
+An observer is a dataclass whose fields are its settings. It is called at step 0 and after every step, and records every
+``every`` steps. ``norms`` is used by default.
 """
 
 from typing import TYPE_CHECKING
@@ -31,7 +31,7 @@ __all__ = [
     "utilization",
 ]
 
-# Observers that were renamed, by their old names.
+# Old names of renamed observers, with their new names.
 OLD_OBSERVERS = {"utilisation": "utilization"}
 
 if not TYPE_CHECKING:  # type checkers should not see the old names

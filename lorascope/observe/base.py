@@ -1,4 +1,4 @@
-"""What an observer is: something that looks at steps, by itself or as one of those in ``observe``."""
+"""Base class of observers."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from lorascope.schema.records import Item
 
 @dataclass(kw_only=True)
 class Observer:
-    """Something that looks at a step.
+    """Object that records quantities of a model during training.
 
     Parameters
     ----------
     every : int
-        Steps between two looks; step 0 and the last step are always looked at.
+        Steps between recordings; step 0 and the last step are always recorded.
     """
 
     every: int = 10
-    # The name in stored runs of an observer that was renamed.
+    # Name of a renamed observer in stored runs.
     stored_name: ClassVar[str] = ""
 
     def due(self, finished: int, total: int) -> bool:
-        """Is the state after ``finished`` steps to be looked at?"""
+        """Return whether the state after ``finished`` steps should be recorded."""
         return finished % self.every == 0 or finished == total
 
     def __call__(self, step: Step) -> Iterable[Item]:
-        """Look at a step."""
+        """Return the records of a step; none if it is not due."""
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """The JSON form, part of a run's identity; what was renamed keeps its old name."""
+        """Return the JSON form, which is part of a run's identity; renamed fields keep their old names."""
         values = [(f, getattr(self, f.name)) for f in dataclasses.fields(self) if f.init]
-        told = [(former(f), value) for f, value in values if not ("later" in f.metadata and value == f.default)]
+        included = [(former(f), value) for f, value in values if not ("later" in f.metadata and value == f.default)]
         name = vars(type(self)).get("stored_name") or type(self).__name__
-        return {"name": name} | {before.name: before.to_old(value) for before, value in told}
+        return {"name": name} | {before.name: before.to_old(value) for before, value in included}
 
     def state(self) -> dict[str, Any]:
-        """What is remembered between steps: each attribute ending in ``_``."""
+        """Return the state between steps: each attribute ending in ``_``."""
         return {key: value for key, value in vars(self).items() if key.endswith("_")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what ``state`` gave."""
+        """Restore a state that ``state`` returned."""
         for key, value in state.items():
             setattr(self, key, value)

@@ -19,7 +19,7 @@ from lorascope.updates.low_rank import LowRank
 
 @dataclass(kw_only=True)
 class factors(Observer):
-    """The adapters' factors themselves, as snapshots."""
+    """Factors of all adapters, as snapshots."""
 
     every: int = 50
 
@@ -28,7 +28,7 @@ class factors(Observer):
 
 
 def factors_of(model: nn.Module) -> list[Factors]:
-    """The factors of every adapter of a model, ours or PEFT's."""
+    """Return the factors of every adapter of a model, from lorascope or PEFT."""
     kept = []
     for module, delta in adapters(model).items():
         with shared_copies():

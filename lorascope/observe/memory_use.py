@@ -1,6 +1,6 @@
-"""Observer of the memory that parameters, gradients and optimizer state hold at a step.
+"""Observer of the memory of parameters, gradients and optimizer state.
 
-Gradients live until the next step begins, so the bytes found are those at the optimizer step.
+Gradients exist until the next step starts, so the bytes are the same as during the optimizer step.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from lorascope.schema.records import Item, Record
 
 @dataclass(kw_only=True)
 class memory(Observer):
-    """Bytes of parameters, gradients and optimizer state, summed over the tensors that are alive.
+    """Bytes of parameters, gradients and optimizer state, summed over all tensors that exist.
 
-    The peak is not among them: it needs a process of its own, see ``ls.memory.measure``.
+    Peak memory is not included, because it must be measured in a separate process; see ``ls.memory.measure``.
     """
 
     def __call__(self, step: Step) -> Iterable[Item]:
@@ -33,13 +33,13 @@ class memory(Observer):
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Memory that tensors hold: whole storages, one that is shared once."""
+    """Return the number of bytes of the tensors' storages; a shared storage counts once."""
     storages = [(tensor.device, tensor.untyped_storage()) for tensor in tensors]
     return sum({(device, storage.data_ptr()): storage.nbytes() for device, storage in storages}.values())
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor of a nested state."""
+    """Yield every tensor in a nested state."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):

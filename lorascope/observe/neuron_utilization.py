@@ -1,4 +1,4 @@
-"""An observer of neurons: how much the hidden states look like each one's weights.
+"""Observer of neuron utilization: correlation of hidden states with the weights of each neuron.
 
 Source: NeFT (arXiv 2403.11621), section 6.1.
 """
@@ -27,37 +27,37 @@ _SOURCE = "NeFT, section 6.1"
 register(
     "utilisation",
     Quantity(
-        "utilisation",
+        "utilization",
         index="neuron",
-        definition="largest |Pearson correlation| of its weights with the mean output of a block",
+        definition="largest |Pearson correlation| of a neuron's weights with the mean output of a block",
         source=_SOURCE,
     ),
 )
 register(
     "utilisation_layer",
-    Quantity("most alike block", index="neuron", definition="the block of that correlation", source=_SOURCE),
+    Quantity("most correlated block", index="neuron", definition="block of the largest |correlation|", source=_SOURCE),
 )
 
 
 @accept_old_fields
 @dataclass(kw_only=True)
 class utilization(Observer):
-    """How much the mean hidden states look like the weights of each neuron of the feed-forward parts.
+    """Utilization of feed-forward neurons: largest |correlation| of their weights with the mean hidden states.
 
-    The states are means over the tokens of held-out texts and then over the texts; the paper generates the answers,
-    here they are given. The last block's state is taken as the model gives it, in most families after a norm. Weights
-    are those with an adapter's update, which counts at mean gates where it depends on its input (HydraLoRA's).
+    Hidden states are averaged over the tokens of each held-out row, then over rows. The paper generates the answers;
+    here they are part of the rows. The last block's state is taken as the model returns it, in most model families
+    after a norm. Weights include the adapter's update; input-dependent updates (HydraLoRA) are taken at mean gates.
 
     Parameters
     ----------
     size : int
-        Rows of the validation split.
+        Number of rows of the validation split.
     layers : {"later", "earlier"}
-        Blocks that a neuron's weights are held against: from its own on, as in the authors' code, or up to its own, as
-        the paper's text has it.
+        Blocks that a neuron's weights are compared with: its own and later ones, as in the authors' code, or its own
+        and earlier ones, as in the text of the paper.
     standardize : bool
-        Divide each coordinate of a block's mean state by its root mean square over the tokens, so that a few huge ones
-        do not decide alone.
+        Divide each coordinate of a block's mean state by its root mean square over the tokens, so that a few huge
+        coordinates do not dominate.
     """
 
     stored_name: ClassVar[str] = "utilisation"
@@ -69,7 +69,7 @@ class utilization(Observer):
 
     def __post_init__(self) -> None:
         if self.layers not in LAYERS:
-            raise ValueError(f"layers {self.layers!r} is unknown: {', '.join(LAYERS)}")
+            raise ValueError(f"layers must be one of {', '.join(map(repr, LAYERS))}, got {self.layers!r}")
 
     def __call__(self, step: Step) -> Iterable[Record]:
         if not self.due(step.finished, step.total):
@@ -79,16 +79,16 @@ class utilization(Observer):
             vectors = to_array(effective_weight(step.model, part.module).float())[part.where]
             blocks = span(part.layer, self.layers)
             hidden = states[part.stack if part.stack in states else ""][blocks]
-            alike = correlations(vectors if part.axis == 1 else vectors.T, hidden)
+            correlation = correlations(vectors if part.axis == 1 else vectors.T, hidden)
             numbers = np.arange(part.first, part.first + part.count)
-            yield Record("utilisation", alike.max(axis=1), part.module, numbers)
-            yield Record("utilisation_layer", alike.argmax(axis=1) + (blocks.start or 0), part.module, numbers)
+            yield Record("utilisation", correlation.max(axis=1), part.module, numbers)
+            yield Record("utilisation_layer", correlation.argmax(axis=1) + (blocks.start or 0), part.module, numbers)
 
 
-def mean_states(model: nn.Module, batch: Batch, standardise: bool = False) -> dict[str, Float[np.ndarray, "layers d"]]:
-    """Output of every block by stack, mean over the tokens of each row and then over the rows."""
+def mean_states(model: nn.Module, batch: Batch, standardize: bool = False) -> dict[str, Float[np.ndarray, "layers d"]]:
+    """Compute the mean output of every block by stack: over the tokens of each row, then over the rows."""
     means = {stack: rows.mean(axis=0) for stack, rows in token_means(model, batch).items()}
-    if not standardise:
+    if not standardize:
         return means
     roots = {stack: np.sqrt(rows.mean(axis=0)) for stack, rows in token_means(model, batch, torch.square).items()}
     return {s: np.divide(mean, roots[s], out=np.zeros_like(mean), where=roots[s] > 0) for s, mean in means.items()}

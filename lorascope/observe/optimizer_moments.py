@@ -1,4 +1,4 @@
-"""Observers of second moments: how few directions carry Adam's, ways to find them, and the drift of factors."""
+"""Observers of second moments: spectra, errors of factorization methods, and the drift of Adapprox's factors."""
 
 from __future__ import annotations
 
@@ -21,51 +21,52 @@ from lorascope.observe.base import Observer
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates.low_rank import Dense, spectra
 
-# Ranks of the curves of errors, and how many singular values are kept.
+# Ranks at which errors are recorded, and the number of singular values recorded.
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 KEPT = 64
 
 Pair: TypeAlias = tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]
 
-_OF_V = "of Adam's average of squared gradients V, as a matrix"
+_OF_V = "of Adam's second moment V, as a matrix"
 register("moment_sigma", Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"))
 register(
     "moment_sigma_dealt",
-    Quantity("σᵢ / σ₁", index="component", definition="the same of a random matrix with V's sums by row and column"),
+    Quantity("σᵢ / σ₁", index="component", definition="same, for a random matrix with the row and column sums of V"),
 )
 _ERROR = "‖V − V̂‖ / ‖V‖"
-register("moment_error", Quantity(_ERROR, index="rank", definition=f"least error of a rank {_OF_V}"))
+register("moment_error", Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_V}"))
 register(
     "moment_error_dealt",
-    Quantity(_ERROR, index="rank", definition="the same of a random matrix with V's sums by row and column"),
+    Quantity(_ERROR, index="rank", definition="same, for a random matrix with the row and column sums of V"),
 )
-register("moment_error_s_rsi", Quantity(_ERROR, index="rank", definition=f"error of S-RSI, l = p = 5, {_OF_V}"))
-register("moment_error_rank_one", Quantity(_ERROR, definition=f"error of Adafactor's rank one {_OF_V}"))
+register("moment_error_s_rsi", Quantity(_ERROR, index="rank", definition=f"error of S-RSI with l = p = 5 {_OF_V}"))
+register("moment_error_rank_one", Quantity(_ERROR, definition=f"error of Adafactor's rank-one factors {_OF_V}"))
 register(
     "factor_drift",
-    Quantity("‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors against the exact average E since the start"),
+    Quantity("‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors of E, the exact average since step 0"),
 )
-register("factor_drift_least", Quantity("‖E − Eₖ‖ / ‖E‖", definition="least error of the rank of these factors"))
-register("factor_drift_rank_one", Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank one of E"))
+register("factor_drift_least", Quantity("‖E − Eₖ‖ / ‖E‖", definition="best error (SVD) at the same rank"))
+register("factor_drift_rank_one", Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank-one factors of E"))
 register(
-    "factor_step_error", Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of this step's V, which is made of the factors before")
+    "factor_step_error",
+    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="error of the factors of this step's V, formed from the previous factors"),
 )
-register("factor_step_error_least", Quantity("‖V − Vₖ‖ / ‖V‖", definition="least error of the rank of these factors"))
+register("factor_step_error_least", Quantity("‖V − Vₖ‖ / ‖V‖", definition="best error (SVD) at the same rank"))
 
 
 def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) -> Pair:
-    """torch's own randomised decomposition, with as many rounds and columns to spare as S-RSI has by default."""
-    with torch.random.fork_rng([V.device] if V.is_cuda else []):  # it draws from the global generator alone
+    """Factorize with torch's randomized SVD, using the default power iterations and oversampling of S-RSI."""
+    with torch.random.fork_rng([V.device] if V.is_cuda else []):  # it only supports the global generator
         torch.manual_seed(generator.initial_seed())
         left, sigma, right = torch.svd_lowrank(V, min(rank + 5, *V.shape), niter=5)
     return (left * sigma)[:, :rank], right[:, :rank]
 
 
-# Ways to find factors of a rank: S-RSI of l rounds and p columns to spare, and torch's.
+# Factorization methods: S-RSI with l power iterations and oversampling p, and torch's randomized SVD.
 WAYS: dict[str, Callable[[Tensor, int, torch.Generator], Pair]] = {
     **{
-        f"l{rounds}_p{spare}": partial(s_rsi, iterations=rounds, oversampling=spare)
-        for rounds, spare in ((1, 5), (2, 5), (5, 0), (5, 5))
+        f"l{iterations}_p{oversampling}": partial(s_rsi, iterations=iterations, oversampling=oversampling)
+        for iterations, oversampling in ((1, 5), (2, 5), (5, 0), (5, 5))
     },
     "svd_lowrank": svd_lowrank,
 }
@@ -73,22 +74,22 @@ for _way in (*WAYS, "svd"):
     register(f"factoring_error_{_way}", Quantity(_ERROR, index="rank", definition=f"error by {_way}, {_OF_V}"))
     register(
         f"factoring_seconds_{_way}",
-        Quantity("time of a factoring", "s", index="rank", pool="sum", definition=f"wall-clock time by {_way}"),
+        Quantity("time per factorization", "s", index="rank", pool="sum", definition=f"wall-clock time of {_way}"),
     )
 
 
 @dataclass(kw_only=True)
 class second_moments(Observer):
-    """Singular values of the second moments that AdamW keeps of the matrices in blocks, and what a rank loses of them.
+    """Singular values of AdamW's second moments of the matrices in blocks, and their errors by rank.
 
-    Beside each stands a random matrix with the same sums by row and by column. A look costs two decompositions and a
-    few factorings a matrix.
+    Both are also recorded for a random matrix with the same row and column sums. Each recording costs two SVDs and a
+    few factorizations per matrix.
     """
 
     every: int = 100
 
     def __call__(self, step: Step) -> Iterator[Item]:
-        """Nothing before the first step, when there is no moment yet."""
+        """Return the records of a step; none at step 0, where no moments exist yet."""
         if step.finished == 0 or not self.due(step.finished, step.total):
             return
         for module, state in _block_matrices(step, "exp_avg_sq"):
@@ -99,16 +100,16 @@ class second_moments(Observer):
 
 def _moment_records(module: str, V: Tensor) -> Iterator[Item]:
     exact = to_array(V)
-    dealt = optimizer_moments.same_marginals(exact, seed=0)
+    shuffled = optimizer_moments.same_marginals(exact, seed=0)
     ranks = [rank for rank in RANKS if rank < min(V.shape)]
-    for matrix, suffix in ((exact, ""), (dealt, "_dealt")):
+    for matrix, suffix in ((exact, ""), (shuffled, "_dealt")):
         sigma = spectra([Dense(matrix)])[0]
         yield Record(f"moment_sigma{suffix}", sigma[:KEPT] / sigma[0], module, np.arange(1, len(sigma[:KEPT]) + 1))
         yield Record(
             f"moment_error{suffix}", np.array([optimizer_moments.tail(sigma, rank) for rank in ranks]), module, ranks
         )
     generator = torch.Generator(V.device).manual_seed(0)
-    wide = V.float()  # as the optimizer factors it
+    wide = V.float()  # the optimizer's dtype
     found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
     yield Record("moment_error_s_rsi", np.array(found), module, ranks)
     yield Record(
@@ -118,17 +119,17 @@ def _moment_records(module: str, V: Tensor) -> Iterator[Item]:
 
 @dataclass(kw_only=True)
 class factorings(Observer):
-    """What each way to factor AdamW's second moments leaves out, and how long it takes.
+    """Error and time of each method to factorize AdamW's second moments.
 
-    S-RSI with few and many rounds, with and without columns to spare, beside ``torch.svd_lowrank`` and the exact
-    decomposition.
+    The methods are S-RSI with few and many power iterations, with and without oversampling, ``torch.svd_lowrank``, and
+    the exact SVD.
 
     Parameters
     ----------
     every : int
-        Steps between two looks, each of which factors every matrix twice for every rank and way.
+        Steps between recordings, each of which factorizes every matrix twice for every rank and method.
     layer : int
-        The matrices of this block alone: time goes by shape, which is the same in all.
+        Layer whose matrices are factorized. Time depends on their shapes, which are the same in all layers.
     """
 
     every: int = 100
@@ -136,7 +137,7 @@ class factorings(Observer):
 
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
-        """Nothing before the first step, when there is no moment yet."""
+        """Return the records of a step; none at step 0, where no moments exist yet."""
         if step.finished == 0 or not self.due(step.finished, step.total):
             return
         inside = set(step.modules.loc[step.modules["layer"] == self.layer, "module"])
@@ -162,22 +163,23 @@ def _factored_records(module: str, V: Tensor) -> Iterator[Item]:
 
 
 def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
-    """What it finds, and the shorter of two times: the first may have a library to load."""
+    """Return the result and the shorter of two times, because the first call may load a library."""
     taken = []
     for _ in range(2):
         start = time.perf_counter()
         found = decompose()
-        float(found[0][0, 0])  # an accelerator has done by here
+        float(found[0][0, 0])  # waits for an accelerator to finish
         taken.append(time.perf_counter() - start)
     return found, min(taken)
 
 
 @dataclass(kw_only=True)
 class factor_drift(Observer):
-    """How far Adapprox's factors are from the average that they stand for, which is kept beside them for this.
+    """Error of Adapprox's factors compared with the exact average of squared gradients.
 
-    It costs the memory that the method saves. The error that the method records is that of one step's factoring, which
-    starts from factors itself; this is what has added up.
+    The exact average is stored for this, which costs the memory that the method saves. The error that Adapprox records
+    comes from one step's factorization, which starts from the previous factors; this observer records the accumulated
+    error.
     """
 
     every: int = 50
@@ -187,7 +189,7 @@ class factor_drift(Observer):
 
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
-        """Take this step's gradients into the average; look at it where one is due."""
+        """Update the average with this step's gradients, and return the errors if they are due."""
         for module, state in _block_matrices(step, "Q"):
             gradient = step.model.get_parameter(f"{module}.weight").grad
             if gradient is None:
@@ -208,9 +210,9 @@ class factor_drift(Observer):
 
 @dataclass(kw_only=True)
 class factor_optimum(Observer):
-    """The error of one step's factoring beside the least that any factors of this rank could have.
+    """Error of one step's factorization, and the best error at its rank.
 
-    For this the thin factors of the step before are kept. A look costs a decomposition a matrix.
+    The factors of the previous step are stored for this. Each recording costs one SVD per matrix.
     """
 
     every: int = 50
@@ -220,7 +222,7 @@ class factor_optimum(Observer):
 
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
-        """Make V of this step again where a look is due; remember its factors for the next."""
+        """Recompute V and return its errors if they are due; store the factors for the next step."""
         for module, state in _block_matrices(step, "Q"):
             gradient = step.model.get_parameter(f"{module}.weight").grad
             if gradient is not None and self.due(step.finished, step.total):
@@ -238,7 +240,7 @@ class factor_optimum(Observer):
 
 
 def _block_matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Module and optimizer state of the weights in the blocks that keep a tensor of this name."""
+    """Yield module and optimizer state of the weights in blocks whose state contains ``key``."""
     inside = set(step.modules.loc[step.modules["layer"].notna(), "module"])
     for name, parameter in step.model.named_parameters():
         module = name.removesuffix(".weight")

@@ -1,7 +1,7 @@
-"""Observers of what the loss feels: of each neuron, with how far it turned and moved, and of each coefficient.
+"""Observers of the sensitivity of the loss to neurons and coefficients, and of the change of neurons.
 
-One definition serves all methods: |W_ij dL/dW_ij| of the effective weight, summed along a row or a column; of a
-coefficient |c dL/dc|. Gradients are means over held-out batches.
+One definition is used for all methods: |W_ij dL/dW_ij| of the effective weight, summed along a row or a column, and
+|c dL/dc| for a coefficient. Gradients are averaged over held-out batches.
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ from lorascope.schema.records import Quantity, Record, register
 
 register(
     "neuron_update",
-    Quantity(
-        "‖w − w₀‖", index="neuron", pool="norm", definition="norm of what a neuron's weights moved from those in W_0"
-    ),
+    Quantity("‖w − w₀‖", index="neuron", pool="norm", definition="displacement of a neuron's weights from W_0 (norm)"),
 )
 register(
     "coefficient_gradient",
-    Quantity("∂L/∂c", "nats", index="coefficient", definition="gradient of the loss by a coefficient"),
+    Quantity("∂L/∂c", "nats", index="coefficient", definition="gradient of the loss with respect to a coefficient"),
 )
 register(
     "coefficient_importance",
@@ -41,30 +39,29 @@ register(
         "nats",
         index="coefficient",
         pool="sum",
-        definition="what the loss feels of a coefficient, |c dL/dc|",
+        definition="sensitivity of the loss to a coefficient, |c dL/dc|",
     ),
 )
 
 
 @dataclass(kw_only=True)
 class neurons(Observer):
-    """Sensitivity of every row and column of the linear layers, and the change of every neuron beside it.
+    """Sensitivity of every row and column of the linear layers, and the change of every feed-forward neuron.
 
-    With W = W_0 + dW the effective weight and G = dL/dW, the mean over batches of the validation split,
-    ``sensitivity_out`` of row i is sum_j |W_ij G_ij| and ``sensitivity_in`` of column j is sum_i |W_ij G_ij|. G comes
-    from inputs and output gradients of the module, so it is the same whether W is frozen, trained or adapted; dropout
-    is off. An update that depends on its input (HydraLoRA's) counts with its mean gates in W. Neurons of the
-    feed-forward parts, rows of inputs and gates and columns of outputs, have ``neuron_cosine`` and ``neuron_update``
-    as well, under the same numbers.
+    W = W_0 + dW is the effective weight, and G = dL/dW its gradient, averaged over batches of the validation split.
+    ``sensitivity_out`` of row i is sum_j |W_ij G_ij|, and ``sensitivity_in`` of column j is sum_i |W_ij G_ij|. G is
+    computed from inputs and output gradients of the module, so it is the same for frozen, trained and adapted weights.
+    Dropout is off. W includes input-dependent updates (HydraLoRA) at mean gates. Feed-forward neurons (rows of inputs
+    and gates, columns of outputs) also have ``neuron_cosine`` and ``neuron_update``, under the same indices.
 
     Parameters
     ----------
     every : int
-        Steps between two looks: each costs about a step for every batch.
+        Steps between recordings, each of which costs about one training step per batch.
     batches, rows : int
-        Batches that G is the mean over, and rows of a batch.
+        Number of batches that G is averaged over, and rows per batch.
     targets : str or sequence of str
-        Linear modules, as methods take them.
+        Linear modules, selected as in the methods; see ``names.match``.
     """
 
     every: int = 100
@@ -78,29 +75,29 @@ class neurons(Observer):
         modules = module_table.match(step.modules, self.targets)
         for name in modules:
             if isinstance(step.model.get_submodule(name), nn.Embedding):
-                raise ValueError(f"targets: {name!r} is an embedding: its input is no vector; give linear layers")
-        pieces = _pieces(step, self.batches, self.rows)
+                raise ValueError(f"targets must be linear layers, got the embedding {name!r}")
+        pieces = _held_out_batches(step, self.batches, self.rows)
         for name, gradient in weight_gradients(step.model, modules, pieces, step.loss).items():
-            felt = (effective_weight(step.model, name).float() * gradient).abs()
-            yield Record("sensitivity_out", felt.sum(1).cpu().numpy(), name)
-            yield Record("sensitivity_in", felt.sum(0).cpu().numpy(), name)
+            sensitivity = (effective_weight(step.model, name).float() * gradient).abs()
+            yield Record("sensitivity_out", sensitivity.sum(1).cpu().numpy(), name)
+            yield Record("sensitivity_in", sensitivity.sum(0).cpu().numpy(), name)
         yield from _changes(step)
 
 
 @dataclass(kw_only=True)
 class coefficients(Observer):
-    """Gradient and importance of every coefficient of FourierFT, on the Fourier basis or another.
+    """Gradient and importance of every FourierFT coefficient, in the Fourier basis or another one.
 
-    The gradient is the mean over batches of the validation split, without dropout; the importance is |c dL/dc|, what
-    the loss would change by to first order if the coefficient were gone. Two rows a coefficient and look:
-    ``analysis.fourier.spectrum`` sets them beside frequency and value.
+    The gradient is averaged over batches of the validation split, without dropout. The importance |c dL/dc| is the size
+    of the first-order change in loss if the coefficient is removed. Each recording has two rows per coefficient, which
+    ``analysis.fourier.spectrum`` joins with frequency and value.
 
     Parameters
     ----------
     every : int
-        Steps between two looks: each costs about a step for every batch.
+        Steps between recordings, each of which costs about one training step per batch.
     batches, rows : int
-        Batches that the gradient is the mean over, and rows of a batch.
+        Number of batches that the gradient is averaged over, and rows per batch.
     """
 
     every: int = 100
@@ -115,21 +112,21 @@ class coefficients(Observer):
         }
         if not (found and self.due(step.finished, step.total)):
             return
-        pieces = _pieces(step, self.batches, self.rows)
+        pieces = _held_out_batches(step, self.batches, self.rows)
         for (module, c), gradient in zip(found.items(), _gradients(step, list(found.values()), pieces), strict=True):
             yield Record("coefficient_gradient", to_array(gradient), module)
             yield Record("coefficient_importance", to_array((c.detach() * gradient).abs()), module)
 
 
-def _pieces(step: Step, batches: int, rows: int) -> list[Batch]:
-    """The first batches of held-out text; the last may be shorter."""
+def _held_out_batches(step: Step, batches: int, rows: int) -> list[Batch]:
+    """Return the first batches of the held-out rows; the last one may be smaller."""
     text = step.held_out(batches * rows).batch
     count = len(next(iter(text.values())))
     return [{key: value[i : i + rows] for key, value in text.items()} for i in range(0, count, rows)]
 
 
 def _gradients(step: Step, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-    """Gradients of parameters, mean over batches, in evaluation mode; their own gradients are left alone."""
+    """Compute gradients averaged over batches, in evaluation mode, without changing any ``grad``."""
     training = step.model.training
     step.model.eval()
     try:
@@ -146,22 +143,23 @@ def _gradients(step: Step, parameters: Sequence[Tensor], batches: Sequence[Batch
 def weight_gradients(
     model: nn.Module, modules: Sequence[str], batches: Sequence[Batch], loss: Callable[[Batch], Tensor]
 ) -> dict[str, Float[Tensor, "out in"]]:
-    """dL/dW of linear modules, mean over batches, in evaluation mode; no parameter's own gradient is touched.
+    """Compute dL/dW of linear modules averaged over batches, in evaluation mode, without changing any ``grad``.
 
     Parameters
     ----------
     model : Module
     modules : sequence of str
-        Those that the model does not call are left out.
+        Module names; modules that the model does not call are omitted.
     batches : sequence of batches
+        Batches to average over.
     loss : callable
-        Passes a batch through the model.
+        Function that passes a batch through the model and returns its loss.
     """
     seen: list[tuple[str, Tensor, Tensor]] = []
 
     def watch(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            # The gradient of the output is that of a zero added to it.
+            # The gradient of the output equals the gradient of a zero added to it.
             zero = torch.zeros_like(output).requires_grad_()
             seen.append((name, inputs[0].detach(), zero))
             return output + zero
@@ -189,7 +187,7 @@ def weight_gradients(
 
 
 def _changes(step: Step) -> Iterable[Record]:
-    """Cosine distance and norm of the change of every neuron of the feed-forward parts."""
+    """Yield the cosine distance and the displacement of every feed-forward neuron."""
     roles = neuron_roles(step.modules)
     places = parts(step.modules, roles) if roles else []
     living = {f"{part.module}.weight": _stored_weight(step.model, part.module) for part in places}
@@ -202,6 +200,6 @@ def _changes(step: Step) -> Iterable[Record]:
 
 
 def _stored_weight(model: nn.Module, module: str) -> Tensor:
-    """The effective weight in the layout that the module stores."""
+    """Return the effective weight in the layout that the module stores."""
     host: Any = model.get_submodule(module)
     return orient_weight(host, effective_weight(model, module))

@@ -1,4 +1,4 @@
-"""What trains in a model, and sums of squares over its tensors."""
+"""Trained tensors of a model, and sums of squares over tensors."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ from lorascope.methods.base import Step
 from lorascope.updates.fourier import Fourier
 from lorascope.updates.low_rank import Dense, LowRank
 
-# Elements of one tile of a pass over a tensor: small enough for the cache.
+# Elements per tile of a tensor, few enough for the cache.
 TILE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
 class TrainedTensors:
-    """What the optimizer changes, under the names of the table. It stays the same during a run.
+    """Tensors that the optimizer changes, by their names in the table; the same throughout a run.
 
     Parameters
     ----------
     dense : dict label -> Parameter
-        Parameters of the base that train themselves. The label of a weight is its module, of any other its own name.
+        Trained parameters of the base model. The label of a weight is its module, any other label is a parameter name.
     deltas : dict module -> Delta
-        Or PEFT's layer, seen as one.
+        Deltas, or PEFT layers with the interface of one.
     hosts : dict module -> Module
         Adapted modules.
     parameter_of : dict label -> str
-        Name in W_0 of what a label, or an adapted module, stands for; "" where the weight is packed, and no parameter.
+        Parameter name in W_0 of each label and each adapted module; "" if the weight is packed and not a parameter.
     changed : frozenset of str
-        Names in W_0 of what ``dense`` holds.
+        Names in W_0 of the parameters in ``dense``.
     modules : frozenset of str
-        Labels that are modules.
+        Labels that are module names.
     blocks : tuple of str
+        Module names of the blocks.
     """
 
     dense: dict[str, nn.Parameter]
@@ -61,7 +62,7 @@ class TrainedTensors:
 
     @classmethod
     def of(cls, step: Step) -> TrainedTensors:
-        """Find it."""
+        """Collect the trained tensors of a step's model and optimizer."""
         rows = step.modules
         uses = {f"{name}.weight": row for name, row in _weight_names(zip(rows["module"], rows["tied"], strict=True))}
         trained = {id(parameter) for group in step.optimizer.param_groups for parameter in group["params"]}
@@ -77,54 +78,54 @@ class TrainedTensors:
         return cls(dense, deltas, hosts, parameter_of, changed, modules, tuple(rows["module"][rows["role"] == "block"]))
 
     def updates(self) -> dict[str, LowRank | Dense]:
-        """The update of every adapted module, without what its weight itself has learned."""
+        """Return the update of every adapted module, without the change of its base weight."""
         return {module: delta.update() for module, delta in self.deltas.items()}
 
     def is_frozen(self, module: str) -> bool:
-        """Is the weight below an adapter left as it is?"""
+        """Return whether the base weight of an adapted module is frozen."""
         return self.parameter_of[module] not in self.changed
 
     def add(self, module: str, weight: Tensor, update: LowRank | Dense) -> Tensor:
-        """An adapted module's weight and an update together, in the layout of the weight."""
+        """Return an adapted module's weight plus an update, in the layout of the weight."""
         matrix = torch.from_numpy(update.dense()).to(weight)
         return weight + orient_weight(self.hosts[module], matrix).reshape(weight.shape)
 
 
 def adapters(model: nn.Module) -> dict[str, Delta | PeftDelta]:
-    """What adapts a module, ours or PEFT's, by its name without PEFT; not ``unreadable_adapters``."""
+    """Return the adapters from lorascope or PEFT, by module name without PEFT; see also ``unreadable_adapters``."""
     kept = retained_components(model)
     active = {name: PeftDelta(layer, kept.get(name)) for name, layer in _active_layers(model) if is_readable(layer)}
     return {**attached_deltas(model), **active}
 
 
 def unreadable_adapters(model: nn.Module) -> dict[str, str]:
-    """Modules whose adapters of PEFT make no update of a matrix, with their classes."""
+    """Return the modules whose PEFT adapters do not make an update of a matrix, with their class names."""
     return {
         name: host_kind(unwrap_peft_layer(layer)) for name, layer in _active_layers(model) if not is_readable(layer)
     }
 
 
 def _active_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """PEFT's layers that do something."""
+    """Yield the PEFT layers with active adapters, by name."""
     for name, module in model.named_modules():
         if is_peft_layer(module) and active_adapters(module):
             yield name, module
 
 
 def _weight_names(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
-    """Every name of a weight, with the module that it has in the table."""
+    """Yield every name of each weight, with its module in the table."""
     for module, tied in pairs:
         yield from ((name, module) for name in (module, *filter(None, tied.split(","))))
 
 
 def squares(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> float:
-    """Sum of squares of a tensor, or of its difference from another."""
-    # sum() adds in a cascade: a norm or dot product would lose digits, and depend on the alignment of the memory.
+    """Compute the sum of squares of a tensor, or of its difference from another one."""
+    # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
     return math.fsum(float(tile.square().sum()) for tile in _tiles(tensor, minus))
 
 
 def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
-    """<W, dW>, without forming a factored dW."""
+    """Compute <W, dW> without multiplying the factors of dW."""
     if isinstance(update, Fourier):
         return update.inner(to_array(weight))
     if isinstance(update, Dense):

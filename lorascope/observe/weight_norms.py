@@ -31,16 +31,16 @@ NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_n
 class norms(Observer):
     """Norms and ranks of every update, by module and by block.
 
-    A module's row is about its weight matrix; a block's row is about all tensors of the block, norms and biases
-    included. Only what trains is recorded. Ranks of factored updates are taken each time, those of dense updates at
-    the end and at multiples of ``spectra_every``, since they cost a decomposition.
+    The values of a module refer to its weight matrix, the values of a block to all its tensors, including norms and
+    biases. Only trained tensors are recorded. Ranks of factored updates are recorded each time. Ranks of dense updates
+    need an SVD, so they are recorded only at the last step and at multiples of ``spectra_every``.
 
     Parameters
     ----------
     every : int
-        Steps between two looks.
+        Steps between recordings.
     spectra_every : int or None
-        Steps between two decompositions of dense updates; None leaves it at the last step.
+        Steps between SVDs of dense updates; None computes them only at the last step.
     """
 
     spectra_every: int | None = None
@@ -53,17 +53,17 @@ class norms(Observer):
         self._memory: dict[str, Tensor] = {}
 
     def due(self, finished: int, total: int) -> bool:
-        """Also where dense updates are decomposed."""
+        """Return whether the state should be recorded, which includes the steps of ``spectra_every``."""
         return super().due(finished, total) or self._is_decomposition_due(finished)
 
     @torch.no_grad()
     @shared_copies()
     def __call__(self, step: Step) -> list[Item]:
-        """Norms and ranks of the state after this step."""
+        """Return norms and ranks of the state after this step, if they are due."""
         self._found = trained = self._found or TrainedTensors.of(step)
         items: list[Item] = []
         if step.finished == 0:
-            # What is quantised says nothing of its norm; the update beside it is known all the same.
+            # The norm of a quantized weight is not known (NaN), but the norm of its update is.
             self.base_squares_ = {
                 name: squares(weight) if weight.is_floating_point() else math.nan for name, weight in step.base.items()
             }
@@ -78,9 +78,9 @@ class norms(Observer):
         return items
 
     def _remember(self, trained: TrainedTensors) -> None:
-        """Keep what the next look compares with, in the same memory each time.
+        """Store the tensors that the next recording is compared with, in the same memory each time.
 
-        Memory that is taken and given back makes the step after it slower, and by more than the look itself.
+        Freeing and allocating this memory would slow down the next step by more than the recording costs.
         """
         updates = trained.updates()
         for label, tensor in _tensors(trained, updates).items():
@@ -107,7 +107,7 @@ class norms(Observer):
     def _dense_squares(
         self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]
     ) -> dict[str, dict[str, float]]:
-        """Squared norms of every tensor of the base that trains."""
+        """Compute squared norms for every trained tensor of the base model."""
         found = {}
         before = self.before_.get("dense", {})
         for label, tensor in _tensors(trained, updates).items():
@@ -127,12 +127,12 @@ class norms(Observer):
     def _adapter_squares(
         self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]
     ) -> dict[str, dict[str, float]]:
-        """The same for every adapted weight that is frozen itself."""
+        """Compute squared norms for every adapted weight that is frozen itself."""
         found = {}
         before = self.before_.get("factored", {})
         for module in filter(trained.is_frozen, updates):
             update = updates[module]
-            # Of what is packed and no parameter nothing is known but its update.
+            # For a packed weight that is not a parameter, only the update is known.
             base, change = self.base_squares_.get(trained.parameter_of[module], math.nan), update.norm() ** 2
             weight = base
             if not math.isnan(base):
@@ -178,7 +178,7 @@ class norms(Observer):
 
 
 def _tensors(trained: TrainedTensors, updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """Every trained tensor of the base by label, as the model uses it: an adapter on it is added."""
+    """Return every trained tensor of the base model by label, including the update of its adapter."""
     found: dict[str, Tensor] = {label: parameter.detach() for label, parameter in trained.dense.items()}
     for module, update in updates.items():
         if not trained.is_frozen(module):
@@ -187,7 +187,7 @@ def _tensors(trained: TrainedTensors, updates: Mapping[str, Update]) -> dict[str
 
 
 def _update_to_tree(update: Update) -> dict[str, Any]:
-    """An update as a checkpoint can keep it; it is a copy already."""
+    """Return an update in a form that checkpoints can store; it is already a copy."""
     if isinstance(update, Fourier):
         shape = np.array(update.shape)
         factors = {"coefficients": update.coefficients, "entries": update.entries, "shape": shape}

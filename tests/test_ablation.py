@@ -1,4 +1,4 @@
-"""Ablation scores against one evaluation of the whole model after the other, on every family."""
+"""Ablation scores compared with separate evaluations of the whole model, for every model family."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lorascope.schema import module_table
 Loss = Callable[[dict[str, Tensor]], Tensor]
 
 
-def gated(family: str, targets: str | tuple[str, ...] = "all-linear", rank: int = 2, **sizes: int) -> nn.Module:
-    """A tiny model of a family whose adapters have an effect, no two components the same."""
+def adapted(family: str, targets: str | tuple[str, ...] = "all-linear", rank: int = 2, **sizes: int) -> nn.Module:
+    """Return a tiny model whose adapters have an effect, with different components."""
     model = tiny(family, **sizes)
     chosen = module_table.match(module_table.describe(model), targets)
     attach(model, {name: ALoRADelta(model.get_submodule(name), rank, 2.0) for name in chosen})
@@ -31,7 +31,7 @@ def gated(family: str, targets: str | tuple[str, ...] = "all-linear", rank: int 
 
 
 def batch_of(model: nn.Module, rows: int = 3) -> dict[str, Tensor]:
-    """Inputs with labels, the last token of the first row being padding."""
+    """Return inputs with labels; the last token of the first row is padding."""
     batch = inputs(model, batch=rows)
     if "attention_mask" in batch:
         batch["attention_mask"][0, -1] = 0
@@ -47,15 +47,15 @@ def loss_of(model: nn.Module) -> Loss:
 
 @torch.no_grad()
 def one_by_one(model: nn.Module, loss: Loss, batch: dict[str, Tensor]) -> Scores:
-    """The definition: a whole forward pass for every set of gates, a closed gate being a column of zeros in B."""
+    """Score by definition: one forward pass per set of enabled components; disabled ones are zero columns of B."""
     model.eval()
     deltas = attached_deltas(model)
     columns = {name: delta.B.clone() for name, delta in deltas.items()}
 
-    def score(gate: Callable[[str, int], bool]) -> float:
+    def score(is_enabled: Callable[[str, int], bool]) -> float:
         for name, delta in deltas.items():
             for index in range(delta.rank):
-                delta.B[:, index] = columns[name][:, index] * gate(name, index)
+                delta.B[:, index] = columns[name][:, index] * is_enabled(name, index)
         return -float(loss(batch))
 
     without, only = {}, {}
@@ -77,14 +77,14 @@ def same(found: Scores, wanted: Scores, bound: float = 1e-5) -> None:
 
 
 def order(scores: Scores) -> list[int]:
-    """All components from the least important to the most; of equals up to rounding the earlier one first."""
+    """Return all components from the least important to the most important; ties are in model order."""
     every = [importance(scores.full, scores.without[name], scores.only[name]) for name in scores.only]
     return np.argsort(np.concatenate(every).round(10), kind="stable").tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equal_to_one_evaluation_after_the_other(family):
-    model = gated(family).double()
+def test_scores_equal_separate_evaluations(family):
+    model = adapted(family).double()
     batch, loss = batch_of(model), loss_of(model)
     if "pixel_values" in batch:
         batch["pixel_values"] = batch["pixel_values"].double()
@@ -93,12 +93,12 @@ def test_equal_to_one_evaluation_after_the_other(family):
     same(found, wanted, 1e-11)
     assert order(found) == order(wanted)
     every = np.concatenate([*wanted.without.values(), *wanted.only.values()])
-    assert len(np.unique(every.round(11))) > 0.8 * len(every)  # else the comparison would say little
+    assert len(np.unique(every.round(11))) > 0.8 * len(every)  # otherwise the comparison would be trivial
 
 
 def toy() -> nn.Module:
-    """A tiny BERT in float64 with one inert component in each adapter of its first block."""
-    model = gated("bert").double()
+    """Return a tiny BERT in float64 with one component of zeros in each adapter of its first block."""
+    model = adapted("bert").double()
     for name, delta in attached_deltas(model).items():
         if ".0." in name:
             nn.init.zeros_(delta.B[:, 1])
@@ -106,7 +106,7 @@ def toy() -> nn.Module:
 
 
 @torch.no_grad()
-def test_an_inert_component_scores_as_the_model_with_and_without_all():
+def test_component_of_zeros_has_the_scores_of_the_full_and_the_bare_model():
     model = toy()
     found = ablation_scores(model, loss_of(model), batch_of(model))
     for name in attached_deltas(model):
@@ -115,8 +115,8 @@ def test_an_inert_component_scores_as_the_model_with_and_without_all():
 
 
 @torch.no_grad()
-def test_where_one_component_alone_is_active_the_scores_are_those_of_the_ends():
-    """IS is then 2 S(M) - S(M without all)."""
+def test_only_active_component_has_the_scores_of_the_bare_and_the_full_model():
+    """The importance is then 2 S(M) - S(M without all components)."""
     model = toy()
     name, chosen = list(attached_deltas(model).items())[7]
     for delta in attached_deltas(model).values():
@@ -127,7 +127,7 @@ def test_where_one_component_alone_is_active_the_scores_are_those_of_the_ends():
     assert abs(found.full - found.none) > 1e-6
 
 
-def test_taking_a_small_component_off_is_the_gate_s_gradient():
+def test_loss_increase_of_a_small_component_equals_its_first_order_change():
     model = toy()
     loss, batch = loss_of(model), batch_of(model)
     errors = []
@@ -145,8 +145,8 @@ def test_taking_a_small_component_off_is_the_gate_s_gradient():
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
-def test_everything_is_put_back(family):
-    model = gated(family)
+def test_ablation_restores_the_model(family):
+    model = adapted(family)
     model.train()
     next(iter(model.children())).eval()
     loss, batch = loss_of(model), batch_of(model)
@@ -166,8 +166,8 @@ def test_everything_is_put_back(family):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_forward_that_fails_leaves_the_model_as_it_was():
-    model = gated("bert")
+def test_ablation_restores_the_model_after_an_error():
+    model = adapted("bert")
     deltas, batch = attached_deltas(model), batch_of(model)
     times = iter(range(100))
 
@@ -184,13 +184,13 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was():
 
 
 CASES = {
-    "copies of unlike number": ("bert", "all-linear", {"rank": 5}, 3),
+    "unequal numbers of copies": ("bert", "all-linear", {"rank": 5}, 3),
     "one row": ("llama", "all-linear", {}, 1),
     "an embedding that two stacks share": ("t5", ("embed", "q"), {}, 3),
-    "an embedding of what all rows share": ("bert", ("embed", "pos_embed", "v"), {}, 3),
+    "an embedding of inputs that all rows share": ("bert", ("embed", "pos_embed", "v"), {}, 3),
     "a head": ("llama", ("head", "ffn_gate"), {}, 3),
-    "one projection for words and places": ("deberta-v2", ("k", "ffn_in"), {"share_att_key": True}, 3),
-    "as many rows as places": ("deberta-v2", "all-linear", {}, 16),
+    "one projection for words and positions": ("deberta-v2", ("k", "ffn_in"), {"share_att_key": True}, 3),
+    "as many rows as positions": ("deberta-v2", "all-linear", {}, 16),
     "as many rows as heads": ("t5", "all-linear", {}, 4),
     "as many rows as tokens": ("llama", "all-linear", {}, 7),
 }
@@ -198,19 +198,19 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("most", [2**19, 1])
-def test_special_cases_are_no_exception(case, most, monkeypatch):
+def test_scores_in_special_cases_equal_separate_evaluations(case, most, monkeypatch):
     family, targets, settings, rows = CASES[case]
     monkeypatch.setitem(
-        activation_patching.MOST_ELEMENTS, "cpu", most if case != "copies of unlike number" else 2 * 3 * 7 * 48
+        activation_patching.MOST_ELEMENTS, "cpu", most if case != "unequal numbers of copies" else 2 * 3 * 7 * 48
     )
-    model = gated(family, targets, **settings).double()
+    model = adapted(family, targets, **settings).double()
     batch, loss = batch_of(model, rows), loss_of(model)
     same(ablation_scores(model, loss, batch), one_by_one(model, loss, batch), 1e-11)
 
 
-def test_what_an_ablation_leaves_alone_is_not_computed_again():
-    """Calls of the linears below: block 0 once for all the rest, the suffix once for each stack of components."""
-    model = gated("bert", ("ffn_in",), num_hidden_layers=4)
+def test_modules_that_a_component_does_not_affect_are_not_recomputed():
+    """Count calls of linears: earlier blocks are replayed, and later ones run once per stack of components."""
+    model = adapted("bert", ("ffn_in",), num_hidden_layers=4)
     counts = {}
     for block in range(4):
         for part in ("attention.self.query", "output.dense"):
@@ -218,7 +218,7 @@ def test_what_an_ablation_leaves_alone_is_not_computed_again():
             counts[block, part] = 0
             module.forward = _counting(module, counts, (block, part))
     ablation_scores(model, loss_of(model), batch_of(model))
-    # Two passes (adapters on, off), each: the whole, one row of it, and the inside of each block; then one stack each.
+    # With adapters and without: the full batch, one row, and a pass per block; then one stack of components per block.
     for block in range(4):
         assert counts[block, "attention.self.query"] == 2 * (2 + 1 + block)
         assert counts[block, "output.dense"] == 2 * (2 + 1 + block + 1)
@@ -235,7 +235,7 @@ def _counting(module: nn.Module, counts: dict, key: tuple[int, str]) -> Callable
 
 
 class Overwriting(nn.Module):
-    """What its first module gives, and what its second one takes, is written over later in the same pass."""
+    """A model that overwrites the output of its first module, the input of its second, later in the same pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ class Overwriting(nn.Module):
         return self.score(torch.tanh(self.third(y) + y)).square().mean()
 
 
-def test_what_was_written_over_is_not_played_back():
+def test_overwritten_outputs_are_not_replayed():
     torch.manual_seed(0)
     model = Overwriting().double()
     attach(model, {name: ALoRADelta(model.get_submodule(name), 2, 2.0) for name in ("first", "second", "third")})
@@ -263,9 +263,9 @@ def test_what_was_written_over_is_not_played_back():
         same(ablation_scores(model, loss, batch), one_by_one(model, loss, batch), 1e-11)
 
 
-def test_an_inert_component_costs_no_pass():
-    """With B zero everywhere: the model and one row of it, with and without adapters."""
-    model, passes = gated("bert"), []
+def test_components_of_zeros_need_no_pass():
+    """All B are zero: only the full batch and one row run, with and without adapters."""
+    model, passes = adapted("bert"), []
     for delta in attached_deltas(model).values():
         nn.init.zeros_(delta.B)
 

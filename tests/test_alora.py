@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from forks import check_that_a_killed_run_goes_on
-from test_ablation import gated
+from test_ablation import adapted
 from tiny import inputs, tiny
 from tolerance import forward
 from torch import nn
@@ -132,7 +132,7 @@ def test_the_order_is_that_of_the_two_terms_that_differ():
 
 
 def test_deleting_is_closing_the_gate_and_growing_changes_nothing():
-    model = gated("bert", rank=3)
+    model = adapted("bert", rank=3)
     optimizer = torch.optim.AdamW(model.parameters())
     batch = inputs(model)
     name, delta = list(attached_deltas(model).items())[3]
@@ -157,7 +157,7 @@ def test_deleting_is_closing_the_gate_and_growing_changes_nothing():
 @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
 def test_a_module_may_have_rank_zero(family):
     targets = ("embed", "q") if family == "bert" else "all-linear"
-    model = gated(family, targets)
+    model = adapted(family, targets)
     bare = tiny(family)
     for delta in attached_deltas(model).values():
         resize(delta.A, torch.optim.SGD([delta.A], 1.0), [], None, 0)

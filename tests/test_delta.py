@@ -1,4 +1,4 @@
-"""Adapters on hosts: exact against the folded weight, invisible to names, removable, resizable."""
+"""Adapters on modules: they equal the folded weight, keep parameter names, and can be detached and resized."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from lorascope.updates.low_rank import Dense, LowRank
 
 
 class Matrix(Delta):
-    """A Delta that is its own weight: nothing but the base class at work."""
+    """A Delta whose parameter is its weight, so that only the base class is tested."""
 
     def __init__(self, matrix: torch.Tensor) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def trained(host: nn.Module, seed: int, rank: int = 3) -> LoRADelta:
-    """A LoRA delta with both factors filled, as after training."""
+    """Return a LoRA delta with both factors nonzero, as after training."""
     delta = LoRADelta(host, rank, scale=0.7)
     for i, factor in enumerate(delta.parameters()):
         factor.data = noise(*factor.shape, seed=2 * seed + i).to(factor)
@@ -65,7 +65,7 @@ def trained(host: nn.Module, seed: int, rank: int = 3) -> LoRADelta:
 
 
 def everywhere(model: nn.Module) -> nn.Module:
-    """Adapt every linear module and every embedding that is a plain one."""
+    """Adapt every module whose class is exactly nn.Linear, nn.Embedding or Conv1D."""
     description = module_table.describe(model)
     rows = description[description["role"].ne("norm") & description["role"].ne("block")]
     hosts = {name: model.get_submodule(name) for name in rows["module"]}
@@ -75,7 +75,7 @@ def everywhere(model: nn.Module) -> nn.Module:
 
 
 def output(model: nn.Module) -> torch.Tensor:
-    torch.manual_seed(3)  # dropout of the base, where it is on
+    torch.manual_seed(3)  # for dropout of the base model
     return model(**inputs(model)).logits.detach()
 
 
@@ -114,8 +114,8 @@ def test_forward_equals_the_folded_weight_under_autocast(host, kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_the_effective_weight_keeps_an_update_that_its_host_would_round_away(dtype):
-    """Beside 1, bfloat16 knows no thousandth."""
+def test_effective_weight_in_16_bits_keeps_small_updates(dtype):
+    """The weight is 1, and bfloat16 would round 1.001 to 1."""
     host = nn.Linear(6, 4, dtype=dtype)
     nn.init.ones_(host.weight)
     attach(host, {"": Matrix(torch.full((4, 6), 1e-3))})
@@ -129,19 +129,19 @@ def test_the_effective_weight_keeps_an_update_that_its_host_would_round_away(dty
 @pytest.mark.parametrize("host", [nn.Linear(6, 4), nn.Linear(6, 4, bias=False), Conv1D(4, 6)], ids=repr)
 @pytest.mark.parametrize("kind", [Matrix, LoRADelta])
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6), (0, 6), (2, 0, 6)])
-def test_one_linear_host(host, kind, shape):
+def test_adapted_linear_equals_the_sum_of_weights(host, kind, shape):
     host = copy.deepcopy(host)
     delta = Matrix(noise(4, 6)) if kind is Matrix else trained(host, 0)
     weight = host_weight(host) + delta.weight()
     expected = torch.nn.functional.linear(noise(*shape, seed=5), weight, host_bias(host))
     attach(host, {"": delta})
     assert host(noise(*shape, seed=5)).detach().numpy() == near(expected, 1, terms=6 + 2)
-    alone = noise(*shape, seed=5) @ delta.weight().T
-    assert host.delta(noise(*shape, seed=5)).detach().numpy() == near(alone, 1, terms=6 + 2)
+    contribution = noise(*shape, seed=5) @ delta.weight().T
+    assert host.delta(noise(*shape, seed=5)).detach().numpy() == near(contribution, 1, terms=6 + 2)
 
 
 @pytest.mark.parametrize("kind", [Matrix, LoRADelta])
-def test_one_embedding_host(kind):
+def test_adapted_embedding_equals_the_sum_of_weights(kind):
     host = nn.Embedding(9, 4, padding_idx=0)
     delta = Matrix(noise(4, 9)) if kind is Matrix else trained(host, 0)
     table = host.weight + delta.weight().T
@@ -152,7 +152,7 @@ def test_one_embedding_host(kind):
     assert host(ids).detach().numpy() == near(table[ids], terms=4)
 
 
-def test_the_base_keeps_its_names_and_detach_undoes_everything():
+def test_attach_keeps_parameter_names_and_detach_restores_the_model():
     model = tiny("gpt2")
     plain, before = copy.deepcopy(model.state_dict()), output(model)
     everywhere(model)
@@ -170,7 +170,7 @@ def test_the_base_keeps_its_names_and_detach_undoes_everything():
     assert not torch.equal(output(model), before)
 
 
-def test_copies_are_whole_and_independent():
+def test_copies_of_an_adapted_model_are_independent():
     model = everywhere(tiny("bert"))
     expected = output(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -205,15 +205,15 @@ for one, other in zip(gradients(torch.compile(model, backend="aot_eager", fullgr
 
 
 @pytest.mark.slow
-def test_torch_compile_takes_it_in_one_graph():
-    """In a process of its own: the run-time checks of annotations in this one are no code to compile."""
+def test_adapted_model_compiles_to_one_graph():
+    """Compile in a separate process, because this one may check annotations at run time."""
     command = [sys.executable, "-W", "ignore", "-c", COMPILE, str(rounding(terms=8, depth=8))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 class NoHostSync(TorchDispatchMode):
-    """Refuse what a GPU would have to wait for: reading a value, or a shape that depends on values."""
+    """Fail on operations that synchronize with the GPU: reading values, and shapes that depend on values."""
 
     FORBIDDEN = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "unique")
 
@@ -232,15 +232,15 @@ METHODS = [
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label())
-def test_a_step_of_an_adapter_does_not_wait_for_the_device(method):
-    """Nor does a forward without gradients, nor one in evaluation mode."""
+def test_step_of_an_adapter_does_not_wait_for_the_device(method):
+    """Includes forward passes without gradients and in evaluation mode."""
     model = tiny("bert")
     method.targets = "q"
     method.attach(model)
     delta = next(iter(attached_deltas(model).values()))
     x = torch.randn(2, 3, 32, requires_grad=True)
     host = next(module for module in model.modules() if getattr(module, "delta", None) is delta)
-    host(x)  # what is kept from call to call
+    host(x)  # fills caches
     with NoHostSync():
         host.train()(x).sum().backward()
         delta(x).sum().backward()
@@ -250,7 +250,7 @@ def test_a_step_of_an_adapter_does_not_wait_for_the_device(method):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(reentrant):
+def test_gradients_with_checkpointing_are_the_same(reentrant):
     def gradients(model: nn.Module) -> list[torch.Tensor]:
         model.requires_grad_(False).train()
         for delta in attached_deltas(model).values():
@@ -280,11 +280,11 @@ TIED = [
 
 
 @pytest.mark.parametrize(("family", "head", "loader", "name", "other"), TIED)
-def test_tied_weights(family, head, loader, name, other, tmp_path):
-    """One use is adapted and the others not; folding gives it a weight of its own, also on disk."""
+def test_fold_of_a_tied_weight_unties_it(family, head, loader, name, other, tmp_path):
+    """Only the named module is adapted; folding gives it its own weight, which also holds after saving."""
     model = tiny(family, head, tie_word_embeddings=True)
     for seed, vector in enumerate(p for p in model.parameters() if p.ndim == 1):
-        vector.data += noise(*vector.shape, seed=seed)  # biases are tied too, and zero at first
+        vector.data += noise(*vector.shape, seed=seed)  # biases are tied too, and are initialized to zero
     host, untouched = model.get_submodule(name), model.get_submodule(other)
     assert host.weight is untouched.weight
     shared, weight, before = untouched.weight, host.weight.detach().clone(), output(model)
@@ -311,7 +311,7 @@ def test_tied_weights(family, head, loader, name, other, tmp_path):
     assert error(output(loader.from_pretrained(tmp_path)), expected) < bound
 
 
-def test_a_delta_that_depends_on_its_input_is_not_folded():
+def test_fold_of_an_input_dependent_delta_raises():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     attach(model, {"0": Matrix(noise(2, 3)), "1": Gated(noise(2, 2))})
     before = copy.deepcopy(model.state_dict())
@@ -320,7 +320,7 @@ def test_a_delta_that_depends_on_its_input_is_not_folded():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_bad_names_change_nothing():
+def test_attach_to_invalid_names_raises_and_changes_nothing():
     model = tiny("bert")
     good = "bert.encoder.layer.0.attention.self.query"
     with pytest.raises(ValueError, match=r"unknown module 'query' of BertFor.*bert\.encoder\.layer\.0.*query"):
@@ -333,7 +333,7 @@ def test_bad_names_change_nothing():
         attach(model, {good: Matrix(noise(32, 32))})
 
 
-def test_hosts_of_another_class_are_refused_by_name():
+def test_attach_to_another_class_raises():
     class Scaled(nn.Embedding):
         pass
 
@@ -350,8 +350,8 @@ def test_hosts_of_another_class_are_refused_by_name():
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_resize_leaves_the_kept_coordinates_on_their_way(dim):
-    """With a loss that is separate in its coordinates, the ones that stay train bit for bit as if none had gone."""
+def test_resize_does_not_change_the_training_of_retained_coordinates(dim):
+    """With a loss that is a sum over coordinates, the retained ones train bitwise as if they had been the only ones."""
 
     def start(indices: list[int]) -> tuple[nn.Parameter, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
         param = nn.Parameter(noise(5, 4).movedim(dim, 0)[indices].movedim(0, dim).clone())
@@ -391,7 +391,7 @@ def test_resize_leaves_the_kept_coordinates_on_their_way(dim):
     assert param.shape[dim] == 0
 
 
-def test_resize_before_any_step():
+def test_resize_before_the_first_step():
     param = nn.Parameter(torch.arange(6.0).reshape(3, 2))
     optimizer = torch.optim.SGD([param], lr=0.1)
     resize(param, optimizer, torch.tensor([2, 0]), None, 0)
@@ -400,7 +400,7 @@ def test_resize_before_any_step():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_resize_is_refused_in_a_distributed_run(tmp_path):
+def test_resize_in_a_distributed_run_raises(tmp_path):
     param = nn.Parameter(torch.zeros(3, 2))
     optimizer = torch.optim.SGD([param], lr=0.1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -411,7 +411,7 @@ def test_resize_is_refused_in_a_distributed_run(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_deltas_of_our_own_adapters_are_copies():
+def test_deltas_are_copies():
     model = everywhere(tiny("gpt2"))
     found = dict(deltas(model))
     assert found.keys() == attached_deltas(model).keys()
@@ -423,8 +423,8 @@ def test_deltas_of_our_own_adapters_are_copies():
     assert found["transformer.wte"].norm() == norm > 0
 
 
-def test_deltas_against_a_reference():
-    """Each weight's own change, with its Delta's part on top; of a tied weight once; unnamed ones unchanged."""
+def test_deltas_with_a_reference_include_trained_weights():
+    """An update is the change of the weight plus the Delta's part; tied weights count once, others are unchanged."""
     model = tiny("gpt2")
     reference = {name: value.detach().clone() for name, value in model.named_parameters()}
     fused, wte = model.transformer.h[0].attn.c_attn, model.transformer.wte
@@ -470,7 +470,7 @@ def with_peft(model: nn.Module, config: peft.PeftConfig) -> peft.PeftModel:
 
 @pytest.mark.parametrize("kind", PEFT)
 @pytest.mark.filterwarnings("ignore")
-def test_deltas_of_peft_layers_are_what_merging_adds(kind):
+def test_deltas_of_peft_layers_equal_the_difference_of_merging(kind):
     config, form = PEFT[kind]
     wrapped = with_peft(tiny("bert"), config)
     found = dict(deltas(wrapped))
@@ -490,7 +490,7 @@ def test_deltas_of_peft_layers_are_what_merging_adds(kind):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_deltas_of_peft_on_a_transposed_host_and_of_two_adapters():
+def test_deltas_of_two_peft_adapters_on_conv1d_are_summed():
     config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     wrapped = with_peft(tiny("gpt2"), config)
     wrapped.add_adapter("second", peft.LoraConfig(r=3, lora_alpha=2, target_modules=["c_attn"], fan_in_fan_out=True))
@@ -503,6 +503,6 @@ def test_deltas_of_peft_on_a_transposed_host_and_of_two_adapters():
     assert update.dense() == near(expected.T, terms=5)
 
 
-def test_a_delta_without_a_weight_says_so():
+def test_weight_of_the_base_class_is_not_implemented():
     with pytest.raises(NotImplementedError, match=r"Delta .*weight"):
         Delta().weight()

@@ -1,4 +1,4 @@
-"""Updates of few frequencies against the plain transform, numbers worked out elsewhere, and torch's own shuffle."""
+"""Fourier updates compared with numpy's transform, worked examples, and torch.randperm."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def places(*pairs: tuple[int, int]) -> np.ndarray:
     return np.array(pairs).T
 
 
-def plain(update: Fourier) -> np.ndarray:
-    """The definition: the real part of the inverse transform of a sparse spectrum, times alpha."""
+def inverse_transform(update: Fourier) -> np.ndarray:
+    """Compute the update by definition: the real part of the inverse transform of the spectrum, times alpha."""
     spectrum = np.zeros(update.shape)
     np.add.at(spectrum, tuple(update.entries), update.coefficients)
     return update.scale * np.fft.ifft2(spectrum).real
@@ -42,7 +42,7 @@ def cosines(update: Fourier) -> np.ndarray:
 
 @st.composite
 def updates(draw) -> Fourier:
-    """Any shape and any places, mirrored ones, frequency zero and the highest one among them."""
+    """Draw any shape and entries, including mirrored entries, frequency zero and the Nyquist frequency."""
     shape = draw(st.integers(1, 9)), draw(st.integers(1, 9))
     n = draw(st.integers(1, shape[0] * shape[1]))
     seed = draw(st.integers(0, 1000))
@@ -52,7 +52,7 @@ def updates(draw) -> Fourier:
 
 @given(updates())
 def test_an_update_is_the_inverse_transform_and_the_sum_of_cosines(update):
-    expected = plain(update)
+    expected = inverse_transform(update)
     bound = 1e-12 * (1 + np.abs(expected).max())
     assert np.abs(update.matrix - expected).max() < bound
     assert np.abs(cosines(update) - expected).max() < bound
@@ -60,10 +60,10 @@ def test_an_update_is_the_inverse_transform_and_the_sum_of_cosines(update):
 
 
 @given(updates())
-def test_norm_spectrum_and_rank_are_those_of_the_matrix_without_it(update):
-    expected = np.linalg.svd(plain(update), compute_uv=False)
+def test_norm_spectrum_and_rank_equal_the_matrix_ones_without_forming_it(update):
+    expected = np.linalg.svd(inverse_transform(update), compute_uv=False)
     assert update.norm() == pytest.approx(np.linalg.norm(expected), rel=1e-10)
-    bound = rounding(torch.float64, terms=9) ** 0.5  # of a square
+    bound = rounding(torch.float64, terms=9) ** 0.5  # singular values are roots of eigenvalues
     assert update.singular_values() == pytest.approx(expected, abs=bound * expected[0] + 1e-15)
     assert update.rank == np.sum(expected > 1e-12 * expected[0])
     assert "matrix" not in vars(update)
@@ -75,7 +75,7 @@ def test_every_update_is_symmetric_about_the_origin(update):
     assert np.abs(update.matrix - mirrored).max() <= 1e-12 * (1 + np.abs(update.matrix).max())
 
 
-def test_the_worked_example():
+def test_update_of_worked_example():
     update = Fourier(np.array([1, -2, 0.5, 3]), places((0, 0), (1, 2), (2, 5), (3, 1)), (4, 6), 12)
     assert update.dense() == pytest.approx(WORKED, abs=5.1e-5)
     assert update.norm() == pytest.approx(6.763875, abs=5e-7)
@@ -96,7 +96,7 @@ def test_the_worked_example():
         ((1, 2), 2, 12),
     ],
 )
-def test_one_frequency(place, rank, square):
+def test_one_frequency_has_the_expected_rank_and_norm(place, rank, square):
     update = Fourier(np.ones(1), places(place), (4, 6), 24)
     assert update.rank == np.linalg.matrix_rank(update.matrix) == rank
     assert update.norm() ** 2 == pytest.approx(square)
@@ -104,7 +104,7 @@ def test_one_frequency(place, rank, square):
 
 
 @pytest.mark.parametrize(("shape", "dimension"), [((4, 4), 10), ((5, 5), 13), ((4, 5), 11), ((8, 8), 34), ((6, 4), 14)])
-def test_half_of_all_matrices_can_be_reached(shape, dimension):
+def test_all_entries_span_half_of_the_matrix_space(shape, dimension):
     everywhere = entries(shape, shape[0] * shape[1], 0)
     basis = [Fourier(np.ones(1), place[:, None], shape).matrix.ravel() for place in everywhere.T]
     assert np.linalg.matrix_rank(np.array(basis)) == dimension
@@ -114,7 +114,7 @@ def test_half_of_all_matrices_can_be_reached(shape, dimension):
 @pytest.mark.parametrize(
     ("n", "rank"), [(1, 2), (4, 6), (8, 14), (16, 20), (31, 32), (32, 33), (64, 48), (128, 60), (512, 64)]
 )
-def test_the_rank_of_drawn_entries(n, rank):
+def test_rank_of_random_entries(n, rank):
     values = torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
     update = Fourier(values, entries((64, 64), n, 777), (64, 64))
     assert update.rank == np.linalg.matrix_rank(update.matrix) == rank
@@ -127,16 +127,16 @@ def test_the_rank_of_drawn_entries(n, rank):
         (2024, [607, 331, 592, 323, 69, 408], [392, 644, 550, 140, 135, 714]),
     ],
 )
-def test_the_first_entries_of_a_seed(seed, rows, columns):
+def test_first_entries_of_a_seed(seed, rows, columns):
     assert entries((768, 768), 1000, seed)[:, :6].tolist() == [rows, columns]
 
 
-def test_the_entries_of_a_small_weight():
+def test_entries_of_a_small_weight():
     assert entries((4, 6), 5, 777).tolist() == [[3, 0, 3, 2, 0], [5, 2, 1, 5, 1]]
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32 - 1), st.data())
-def test_entries_are_drawn_as_torch_shuffles(d1, d2, seed, data):
+def test_entries_equal_the_start_of_torch_randperm(d1, d2, seed, data):
     n = data.draw(st.integers(1, d1 * d2))
     before = np.random.get_state()[1].copy()
     shuffled = torch.randperm(d1 * d2, generator=torch.Generator().manual_seed(seed))[:n]
@@ -145,20 +145,20 @@ def test_entries_are_drawn_as_torch_shuffles(d1, d2, seed, data):
 
 
 @pytest.mark.parametrize(("seed", "mirrored"), [(777, 2), (2024, 1)])
-def test_pairs_of_mirrored_entries(seed, mirrored):
+def test_mirrored_entries_count_as_one_frequency(seed, mirrored):
     update = Fourier(np.ones(1000), entries((768, 768), 1000, seed), (768, 768))
     j, k = update.entries
-    held = set(zip(j.tolist(), k.tolist(), strict=True))
-    pairs = sum((-a % 768, -b % 768) in held and (-a % 768, -b % 768) != (a, b) for a, b in held)
+    found = set(zip(j.tolist(), k.tolist(), strict=True))
+    pairs = sum((-a % 768, -b % 768) in found and (-a % 768, -b % 768) != (a, b) for a, b in found)
     assert pairs == 2 * mirrored
-    # a pair is one frequency of twice the coefficient, which Parseval has to know
-    assert update.norm() == pytest.approx(np.linalg.norm(plain(update)), rel=1e-12)
+    # a pair is one frequency with twice the coefficient, which the norm by Parseval must account for
+    assert update.norm() == pytest.approx(np.linalg.norm(inverse_transform(update)), rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("d", "alpha", "norm", "expected"), [(768, 100, 2.896, 2.912), (1024, 120, 2.606, 2.620), (4096, 300, 1.628, 1.638)]
 )
-def test_the_norm_at_the_start(d, alpha, norm, expected):
+def test_norm_of_a_random_initial_update(d, alpha, norm, expected):
     values = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).numpy()
     assert Fourier(values, entries((d, d), 1000, 777), (d, d), alpha).norm() == pytest.approx(norm, abs=6e-4)
     assert alpha * np.sqrt(1000 / 2) / d == pytest.approx(expected, abs=6e-4)
@@ -173,24 +173,24 @@ BANDS = {
     480: [0, 0, 0, 0, 0.0042, 0.4610, 1, 0.7031],
 }
 MEAN_RADII = {0: 173.6, 100: 190.6, 200: 249.5, 350: 351.4, 480: 429.4}
-# A place of 768 x 768 at each of these radii: (0, D) up to the edge, beyond it on a diagonal.
+# An entry of a 768 x 768 spectrum at each radius: (0, D) up to the edge, farther ones on a diagonal.
 AT_RADIUS = [(0, 0), (0, 50), (0, 100), (0, 200), (0, 300), (240, 320), (288, 384), (384, 384)]
 
 
 @pytest.mark.parametrize("center", BANDS)
-def test_the_band(center):
+def test_band_pass_has_the_expected_values(center):
     bias = band_pass((768, 768), center)
     assert radius(np.array(AT_RADIUS).T, (768, 768)) == pytest.approx(RADII, abs=0.1)
     found = [bias[place] for place in AT_RADIUS]
     assert found[:-1] == pytest.approx(BANDS[center][:-1], abs=6e-5)
-    assert found[-1] == pytest.approx(BANDS[center][-1], abs=6e-4)  # the corner lies at 543.06
+    assert found[-1] == pytest.approx(BANDS[center][-1], abs=6e-4)  # the radius of the corner is 543.06
     assert (bias == bias[-np.arange(768) % 768]).all()
     distances = radius(np.indices((768, 768)), (768, 768))
     assert (bias * distances).sum() / bias.sum() == pytest.approx(MEAN_RADII[center], abs=0.06)
 
 
 @pytest.mark.parametrize("center", BANDS)
-def test_entries_of_a_band(center):
+def test_entries_of_a_band_have_the_expected_mean_radius(center):
     drawn = entries((768, 768), 4000, 2024, center)
     assert radius(drawn, (768, 768)).mean() == pytest.approx(MEAN_RADII[center], rel=0.03)
     assert len(np.unique(drawn, axis=1).T) == 4000
@@ -198,8 +198,8 @@ def test_entries_of_a_band(center):
     assert (drawn != entries((768, 768), 4000, 777, center)).any()
 
 
-def test_a_band_is_drawn_without_replacement_by_its_probabilities():
-    """Two of three places of rates 1 and 2 (twice): exact probabilities of each ordered pair."""
+def test_entries_of_a_band_are_drawn_without_replacement():
+    """Two of three entries with weights 1, 2 and 2: each ordered pair has its exact probability."""
     shape, bias = (1, 4), band_pass((1, 4), 1, 1.5).reshape(-1)
     rates = bias / bias.sum()
     assert rates[0] == 0
@@ -214,7 +214,7 @@ def test_a_band_is_drawn_without_replacement_by_its_probabilities():
 
 
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 5)])
-def test_a_band_is_centred_on_frequency_zero_whatever_the_shape(shape):
+def test_band_pass_for_any_shape_is_centered_on_frequency_zero(shape):
     assert band_pass(shape, 0, 3)[0, 0] == 1
     assert band_pass(shape, 0, 3).argmax() == 0
     assert band_pass(shape, 2, 3)[0, 0] == 0
@@ -242,45 +242,47 @@ def test_a_band_is_centred_on_frequency_zero_whatever_the_shape(shape):
         (lambda: band_pass((4, 6), 1, 0), "center .*got center 1 and width 0"),
     ],
 )
-def test_bad_input_gets_one_line(ask, message):
+def test_invalid_arguments_raise_one_line(ask, message):
     with pytest.raises(ValueError, match=message) as raised:
         ask()
     assert "\n" not in str(raised.value)
 
 
-def test_two_states_of_one_adapter_are_told_apart_by_coefficients():
+def test_difference_of_two_states_of_one_adapter_is_formed_from_coefficients():
     shape, drawn = (12, 10), entries((12, 10), 30, 0)
     values = np.random.default_rng(0).standard_normal(30)
     change = 1e-9 * np.random.default_rng(1).standard_normal(30)
     before, after = Fourier(values, drawn, shape, 50), Fourier(values + change, drawn, shape, 50)
     difference = after - before
     assert isinstance(difference, Fourier)
-    assert difference.norm() == pytest.approx(np.linalg.norm(plain(Fourier(change, drawn, shape, 50))), rel=1e-5)
+    assert difference.norm() == pytest.approx(
+        np.linalg.norm(inverse_transform(Fourier(change, drawn, shape, 50))), rel=1e-5
+    )
     assert vars(before).keys().isdisjoint({"matrix"})
     elsewhere = Fourier(values, entries(shape, 30, 1), shape, 50)
-    assert (after - elsewhere).matrix == pytest.approx(plain(after) - plain(elsewhere))
+    assert (after - elsewhere).matrix == pytest.approx(inverse_transform(after) - inverse_transform(elsewhere))
     assert not isinstance(after - elsewhere, Fourier)
     louder = Fourier(values, drawn, shape, 70)
-    assert (after - louder).dense() == pytest.approx(plain(after) - plain(louder))
+    assert (after - louder).dense() == pytest.approx(inverse_transform(after) - inverse_transform(louder))
     low = LowRank(np.ones((12, 1)), np.ones((1, 10)))
-    assert (after - low).dense() == pytest.approx(plain(after) - 1)
-    assert (low - after).dense() == pytest.approx(1 - plain(after))
+    assert (after - low).dense() == pytest.approx(inverse_transform(after) - 1)
+    assert (low - after).dense() == pytest.approx(1 - inverse_transform(after))
 
 
 def test_energy_by_radius():
     update = Fourier(np.array([3.0, 4.0, 1.0, 1.0]), places((0, 0), (1, 0), (7, 1), (1, 7)), (8, 8), 2)
-    # |dW|^2 = alpha^2 / (d1 d2) (3^2 + 4^2 / 2 + 2^2 / 2): the last two are one frequency
+    # |dW|^2 = alpha^2 / (d1 d2) (3^2 + 4^2 / 2 + 2^2 / 2), because the last two entries are one frequency
     assert update.energy(np.array([0, 0.5, 1.2, 6])) == pytest.approx(np.array([9, 8, 2]) * 4 / 64)
     assert update.energy(np.array([0, 6.0])).sum() == pytest.approx(update.norm() ** 2)
 
 
 @given(updates())
-def test_the_inner_product_with_a_weight(update):
+def test_inner_product_with_a_weight(update):
     W = np.random.default_rng(5).standard_normal(update.shape)
-    assert update.inner(W) == pytest.approx(np.vdot(W, plain(update)), abs=1e-10 * (1 + abs(update.scale)))
+    assert update.inner(W) == pytest.approx(np.vdot(W, inverse_transform(update)), abs=1e-10 * (1 + abs(update.scale)))
 
 
-def test_it_stands_where_a_dense_update_does():
+def test_fourier_update_can_replace_a_dense_update():
     update = Fourier(np.array([1, -2, 0.5, 3], np.float32), places((0, 0), (1, 2), (2, 5), (3, 1)), (4, 6), 12)
     assert isinstance(update, Dense)
     U, sigma, V = update.svd()

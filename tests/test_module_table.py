@@ -1,4 +1,4 @@
-"""Names against the hand-written layout of every family."""
+"""Module tables compared with the hand-written layout of every model family."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _layer(layer: object) -> int | None:
     return None if pd.isna(layer) else int(layer)
 
 
-def test_every_family_has_an_oracle() -> None:
+def test_every_family_has_a_hand_written_layout() -> None:
     assert BLOCKS.keys() == set(FAMILIES) == {family for family, _ in ENDS}
 
 
 @pytest.mark.parametrize(("family", "head"), ENDS)
-def test_a_family_is_described_as_its_architecture_says(family: str, head: str) -> None:
+def test_description_of_a_family_matches_its_layout(family: str, head: str) -> None:
     description = describe(tiny(family, head))
     inside = description[description["layer"].notna()]
     for (stack, layer), rows in inside.groupby(["stack", "layer"]):
@@ -45,7 +45,7 @@ def test_a_family_is_described_as_its_architecture_says(family: str, head: str) 
 
 
 @pytest.mark.parametrize(("family", "head"), ENDS)
-def test_every_weight_stands_in_one_row_with_the_sizes_of_its_map(family: str, head: str) -> None:
+def test_every_weight_has_one_row_with_the_sizes_of_its_linear_map(family: str, head: str) -> None:
     model = tiny(family, head)
     description = describe(model)
     weights = description[description["role"] != "block"]
@@ -66,9 +66,12 @@ def test_every_weight_stands_in_one_row_with_the_sizes_of_its_map(family: str, h
 
 
 @pytest.mark.parametrize(("family", "head"), ENDS)
-def test_name_and_structure_agree(family: str, head: str) -> None:
-    """They agree on every row of every family. They differ on tied names only: to `parse` "lm_head" is a head, while
-    `describe` lists a weight once, so a tied head has no row (OPT, GPT-2, Gemma, T5, BART and the masked LMs)."""
+def test_parsed_names_agree_with_the_description(family: str, head: str) -> None:
+    """They agree on every row of every family, and differ only for tied names.
+
+    ``parse`` returns "head" for "lm_head", while ``describe`` lists a weight once, so a tied head has no row (OPT,
+    GPT-2, Gemma, T5, BART and the masked LMs).
+    """
     description = describe(tiny(family, head))
     for row in description.itertuples():
         assert parse(row.module) == (row.stack, _layer(row.layer), row.role)
@@ -78,7 +81,7 @@ def test_name_and_structure_agree(family: str, head: str) -> None:
         assert name not in set(description["module"])
 
 
-def test_exact_rows_of_gpt2() -> None:
+def test_first_rows_of_gpt2() -> None:
     rows = describe(tiny("gpt2"))[["module", "layer", "role", "out_features", "in_features"]].astype(object)
     assert rows.where(rows.notna(), None).iloc[:9].to_numpy().tolist() == [
         ["transformer.wte", None, "embed", 32, 64],
@@ -131,7 +134,7 @@ def test_dtypes_are_the_same_for_any_model() -> None:
         ("", ("", None, "other")),
     ],
 )
-def test_parse(name: str, place: tuple[str, int | None, str]) -> None:
+def test_parse_returns_stack_layer_and_role(name: str, place: tuple[str, int | None, str]) -> None:
     assert parse(name) == place
 
 
@@ -145,14 +148,14 @@ def test_parse(name: str, place: tuple[str, int | None, str]) -> None:
         ("bert", "embed embed pos_embed encoder0 encoder1 norm other head"),
     ],
 )
-def test_axes_run_from_the_embedding_to_the_head(family: str, order: str) -> None:
+def test_position_orders_modules_from_embedding_to_head(family: str, order: str) -> None:
     rows = describe(tiny(family)).sample(frac=1, random_state=0)
     ends = rows[rows["layer"].isna() | (rows["role"] == "block")]
     places = sorted(((row.stack, row.layer, row.role) for row in ends.itertuples()), key=lambda place: position(*place))
     assert " ".join(role if pd.isna(layer) else f"{stack}{layer}" for stack, layer, role in places) == order
 
 
-def test_position_takes_any_missing_layer_and_orders_roles_within_a_layer() -> None:
+def test_position_accepts_missing_layers_and_orders_roles_within_a_layer() -> None:
     assert position("", None, "head") == position("", pd.NA, "head") == position("", float("nan"), "head")
     keys = [position("", 3, role) for role in ROLES]
     assert keys == sorted(keys)
@@ -160,8 +163,8 @@ def test_position_takes_any_missing_layer_and_orders_roles_within_a_layer() -> N
     assert position("decoder", None, "embed") < position("encoder", None, "pos_embed") < position("encoder", 0, "q")
 
 
-def test_every_head_of_every_family_is_covered() -> None:
-    """The heads left out are those that transformers has not, and causal or masked twins of a tested one."""
+def test_every_head_of_every_family_is_tested() -> None:
+    """Untested heads do not exist in transformers, or are causal or masked variants of a tested one."""
     twins = {("bert", "causal"), ("roberta", "causal"), ("electra", "causal"), ("electra", "masked")}
     twins |= {("deberta-v2", "masked"), ("distilbert", "masked"), ("bart", "masked"), ("bart", "causal")}
     for family in FAMILIES:

@@ -1,4 +1,4 @@
-"""What each family consists of, written by hand from the architectures: the oracle of names and structure."""
+"""Modules of each model family, written by hand from the architectures, to compare descriptions with."""
 
 from __future__ import annotations
 

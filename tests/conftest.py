@@ -1,4 +1,4 @@
-"""Tiny models with tokenizers in a folder, and a tiny task: what training tests need."""
+"""Fixtures for training tests: folders of tiny models with tokenizers, and a tiny task."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ GOOD = ["fine", "great", "lovely", "superb"]
 BAD = ["awful", "boring", "dreadful", "poor"]
 FILLER = ["the", "film", "plot", "was", "a", "very", "rather", "it", "and", "music"]
 
-TOLERANT = {"tolerance", "cells", "trainers"}  # modules whose comparisons are within rounding
+TOLERANT = {"tolerance", "cells", "trainers"}  # modules that compare values up to rounding
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items) -> None:
-    """Mark the tests of every file that imports a tolerance: their result depends on the processor's rounding."""
+    """Mark the tests of every file that imports a tolerance, because they depend on the processor's rounding."""
     for item in items:
         module = getattr(item, "module", None)
         if any(getattr(value, "__module__", None) in TOLERANT for value in vars(module).values()) if module else False:
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Draw the same random numbers in each test, whichever tests ran before it in the same process."""
+    """Draw the same random numbers in each test, regardless of earlier tests in the same process."""
     random.seed(0)
     torch.manual_seed(0)
 
@@ -92,7 +92,7 @@ def llama(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def task() -> tasks.Task:
-    """Short reviews whose label is told by one word, in two domains."""
+    """Short reviews in two domains, whose label depends on a single word."""
     draw = random.Random(0)
     rows = []
     for number in range(300):

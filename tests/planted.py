@@ -1,4 +1,4 @@
-"""Runs with planted numbers, written and read back as real folders."""
+"""Runs with planted values, written to real run folders and read back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACES = [
     ("score", "", None, "head"),
 ]
 MODULES = [dict(zip(("module", "stack", "layer", "role"), place, strict=True)) for place in PLACES]
-# What run.json holds of every run, for runs that are planted.
+# Entries of run.json that all planted runs share.
 COMMON = {
     "schema": 1, "model": "m", "task": "t", "recipe": {"name": "lora"}, "method": {"name": "lora"},
     "settings": {"steps": 9}, "parents": [],
@@ -46,15 +46,15 @@ def plant(
 ) -> Run:
     """Write a run of (quantity, module) -> {step: value} into ``folder / id``.
 
-    ``factors`` are (B, A) by module, of updates that depend on the input where they are not ``exact``, ``starts`` those
-    of step 0; ``sigmas`` the spectra that were kept of dense updates.
+    ``factors`` are (B, A) by module; if ``exact`` is False, the updates depend on the input. ``starts`` are the factors
+    of step 0, and ``sigmas`` the saved spectra of dense updates.
     """
     last = max((step for steps in values.values() for step in steps), default=0)
     ranks = {name: np.shape(B)[1] for name, (B, _) in (factors or {}).items()}
     states = {"last": {"step": max(last, 0), "ranks": ranks}}
     named = {"id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
-    told = COMMON | named | meta
-    writer = RunWriter(folder / id, told | {"method": meta.get("method", told["recipe"])})
+    content = COMMON | named | meta
+    writer = RunWriter(folder / id, content | {"method": meta.get("method", content["recipe"])})
     for (quantity, module), steps in values.items():
         for step, value in steps.items():
             writer.add(step, [Record(quantity, value, module)])
@@ -69,7 +69,7 @@ def plant(
 
 
 def _factors(found: Mapping[str, tuple[Any, Any]], exact: bool) -> list[Factors]:
-    """As they are where they are floats of another kind, else in float64."""
+    """Build factors; floats keep their dtype, other values become float64."""
 
     def floats(values: Any) -> np.ndarray:
         array = np.array(values)
@@ -78,7 +78,7 @@ def _factors(found: Mapping[str, tuple[Any, Any]], exact: bool) -> list[Factors]
     return [Factors(name, {"B": floats(B), "A": floats(A)}, 1.0, exact) for name, (B, A) in found.items()]
 
 
-# The sheet's worked example of a FourierFT update: entries, coefficients, shape.
+# A worked example of a FourierFT update: entries, coefficients, shape.
 ENTRIES = np.array([[0, 1, 2, 3], [0, 2, 5, 1]])
 C = np.array([1.0, -2.0, 0.5, 3.0])
 SHAPE = (4, 6)
@@ -96,9 +96,9 @@ def plant_fourier(
 ) -> Run:
     """Write a FourierFT run of module -> {step: coefficients} at the worked example's entries, with alpha 12.
 
-    Fields of the method go into the recipe; with another basis than "fourier" neither shape nor scale is kept.
+    Fields of the method go into the recipe; for a basis other than "fourier", shape and scale are not saved.
     """
-    told = {"name": "fourierft", "alpha": 12} | recipe
+    fields = {"name": "fourierft", "alpha": 12} | recipe
     states = {"last": {"step": 9, "ranks": dict.fromkeys(found, len(C))}}
     modules = [place | {"out_features": SHAPE[0], "in_features": SHAPE[1]} for place in MODULES]
     named = {
@@ -107,19 +107,19 @@ def plant_fourier(
         "seed": seed,
         "modules": modules,
         "states": states,
-        "recipe": told,
-        "method": told,
+        "recipe": fields,
+        "method": fields,
     }
     writer = RunWriter(folder / id, COMMON | named)
-    waves = recipe.get("basis", "fourier") == "fourier"
+    is_fourier = recipe.get("basis", "fourier") == "fourier"
     for module, steps in found.items():
         for quantity in ("update_norm", "learned_norm"):
             writer.add(9, [Record(quantity, float(np.linalg.norm(steps[9])), module)])
         for step, coefficients in steps.items():
             arrays = {"coefficients": np.array(coefficients), "entries": np.array(entries)}
-            arrays |= {"shape": np.array(SHAPE)} if waves else {}
-            writer.add(step, [Factors(module, arrays, 12.0 if waves else None)])
-        if not waves:  # as the recorder of norms keeps it
+            arrays |= {"shape": np.array(SHAPE)} if is_fourier else {}
+            writer.add(step, [Factors(module, arrays, 12.0 if is_fourier else None)])
+        if not is_fourier:  # the norms observer saves spectra of such updates
             writer.add(9, [Snapshot(f"{module}/singular_values", np.ones(min(SHAPE)), ("component",))])
     if metric is not None:
         writer.add(9, [Record("test_metric", metric)])
@@ -140,12 +140,12 @@ def lookup(chart: Any, *columns: str, value: str = "value") -> dict:
 
 
 def low_rank(*sigma: float) -> tuple[Any, Any]:
-    """Factors (4, rank) and (rank, 5) of an update with these singular values."""
+    """Return factors (4, rank) and (rank, 5) of an update with these singular values."""
     return np.eye(4)[:, : len(sigma)] * sigma, np.eye(len(sigma), 5)
 
 
 def blocks(layers: int, roles: Sequence[str] = tuple(SHAPES), hidden: int = 768) -> list[dict[str, Any]]:
-    """Modules of a Transformer in model order, with sizes, such as ``encoder.layer.3.ffn_in``."""
+    """Return the modules of a Transformer in model order with sizes, such as ``encoder.layer.3.ffn_in``."""
     return [
         {"module": f"encoder.layer.{layer}.{role}", "stack": "encoder", "layer": layer, "role": role}
         | {"out_features": hidden * SHAPES[role][0], "in_features": hidden * SHAPES[role][1]}

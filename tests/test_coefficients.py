@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_sensitivity import FAST, LOOK, Copying, check_that_training_does_not_notice, gradients, measured
+from test_sensitivity import FAST, LOOK, Copying, check_training_is_unchanged, gradients, measured
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
@@ -76,7 +76,7 @@ def test_it_is_what_a_small_move_of_a_coefficient_costs(task, tmp_path, request)
 def test_training_goes_on_bit_for_bit(task, tmp_path, request):
     family, method = METHODS["transform"]
     look = observe.coefficients(every=1, batches=1, rows=4)
-    check_that_training_does_not_notice(look, request.getfixturevalue(family), task, method, tmp_path)
+    check_training_is_unchanged(look, request.getfixturevalue(family), task, method, tmp_path)
 
 
 def test_other_methods_have_no_coefficients(task, tmp_path, bert):

@@ -1,4 +1,4 @@
-"""Deprecated names: they work for one release with a warning, and stored runs keep them."""
+"""Deprecated names: they work for one release with a warning, and stored runs keep them unchanged."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from lorascope.training.loop import train
 from lorascope.training.run_spec import Plan
 from lorascope.training.settings import Settings
 
-# Checks of types at run time wrap every function, and so put frames between a caller and its warning.
+# Run-time type checks wrap every function, which adds frames between a warning and its caller.
 TYPES_CHECKED = hasattr(deprecation.warn_renamed, "__wrapped__")
 
-# The id and the label that the version before the renames gave a run of the same method, with the settings of `plan`.
-# A finished run is found again by its id, and its seeds share a legend entry by its label: neither may ever change.
+# Ids and labels of runs in the version before the renames, with the settings of `plan`. A finished run is found again
+# by its id, and its seeds share a legend entry by its label, so neither may ever change.
 BEFORE = [
     (ls.HydraLoRA, {}, {}, "1be3a8375c0a", "HydraLoRA"),
     (
@@ -104,14 +104,14 @@ def silently(build, **given):
 
 
 @each_method
-def test_id_label_and_stored_form_are_those_of_the_version_before(method, old, new, id, label):
+def test_id_label_and_stored_form_equal_those_before_the_renames(method, old, new, id, label):
     built = method(**new)
     assert (plan(built).id, built.label()) == (id, label)
     assert old.items() <= ({"lora_alpha": 16.0, "gate_rows": 64, "rule": "adamw"} | config(built)).items()
 
 
 @each_method
-def test_old_fields_build_the_method_that_new_ones_do(method, old, new, id, label):
+def test_old_fields_build_the_same_method_as_new_ones(method, old, new, id, label):
     assert silently(method, **old) == method(**new)
 
 
@@ -177,7 +177,7 @@ def test_subclass_of_a_renamed_method_keeps_its_old_attributes():
         assert Mine().moments == "reset"
 
 
-def test_hook_of_the_old_name_is_called_and_warned_of():
+def test_hook_under_its_old_name_is_called_with_a_warning():
     with pytest.warns(FutureWarning, match="Older: held_still is deprecated, use frozen_entry_count"):
 
         class Older(ls.Full):
@@ -196,7 +196,7 @@ def test_hook_of_the_old_name_is_called_and_warned_of():
         assert Newer().held_still() == 7
 
 
-def test_run_stored_under_old_keys_loads_restores_and_is_found_again(bert, task, tmp_path):
+def test_run_with_old_keys_loads_restores_and_is_found_again(bert, task, tmp_path):
     out = tmp_path / "run"
     method = ls.HydraLoRA(rank=2, num_experts=2, shared_a=False)
     run = ls.train(ls.models.load(bert, task=task), task, method, out=out, **FAST)
@@ -249,7 +249,7 @@ def test_sweep_reports_old_fields_in_one_line_each(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize(
-    ("method", "words", "expected", "told"),
+    ("method", "words", "expected", "warned"),
     [
         ("hydralora", ["--number", "5"], ls.HydraLoRA(num_experts=5), ["--number is deprecated, use --num-experts"]),
         ("hydralora", ["--num-experts=5", "--no-shared-a"], ls.HydraLoRA(num_experts=5, shared_a=False), []),
@@ -260,17 +260,17 @@ def test_sweep_reports_old_fields_in_one_line_each(tmp_path, monkeypatch, capsys
         ("full", ["--rule", "came"], ls.Full(optimizer_name="came"), ["--rule is deprecated, use --optimizer-name"]),
     ],
 )
-def test_command_line_takes_old_options_with_a_line(method, words, expected, told, monkeypatch, capsys):
+def test_command_line_accepts_old_options_with_one_warning_line(method, words, expected, warned, monkeypatch, capsys):
     given = []
 
-    @functools.wraps(train)  # the options are read off its signature
+    @functools.wraps(train)  # the options are read from its signature
     def record(*arguments, **_):
         given.append(arguments[2])
 
     monkeypatch.setattr("lorascope.cli.train.train", record)
     assert main(["train", method, "--steps", "3", *words]) == 0
     assert given == [expected]
-    assert capsys.readouterr().err.splitlines() == [f"lorascope: {line}" for line in told]
+    assert capsys.readouterr().err.splitlines() == [f"lorascope: {line}" for line in warned]
 
 
 def test_help_shows_the_new_option_only(capsys):
@@ -281,7 +281,7 @@ def test_help_shows_the_new_option_only(capsys):
     assert "--heads" not in shown
 
 
-def test_parameter_of_a_function_that_was_renamed():
+def test_old_parameter_of_a_function_is_accepted_with_a_warning():
     @deprecation.accept_old_parameters(told="label")
     def name(label=""):
         return label
@@ -302,7 +302,7 @@ FIGURES = {
 
 
 @pytest.mark.parametrize(("old", "new"), FIGURES.items())
-def test_old_name_of_a_figure_is_the_figure(old, new, capsys):
+def test_old_name_of_a_figure_returns_the_figure(old, new, capsys):
     with pytest.warns(FutureWarning, match=f"lorascope.plots: {old} is deprecated, use {new}"):
         assert getattr(plots, old) is getattr(plots, new)
     with pytest.warns(FutureWarning, match=f"FIGURES: {old} is deprecated, use {new}"):
@@ -314,7 +314,7 @@ def test_old_name_of_a_figure_is_the_figure(old, new, capsys):
     assert f"lorascope plot {new} runs/my-run" in second
 
 
-def test_figure_of_no_name_is_still_an_error():
+def test_unknown_figure_is_still_an_error():
     with pytest.raises(AttributeError, match=r"module 'lorascope.plots' has no attribute 'nothing'"):
         plots.nothing  # noqa: B018
     with pytest.raises(KeyError, match="nothing"):
@@ -338,7 +338,7 @@ FUNCTIONS = [
 
 
 @pytest.mark.parametrize(("module", "old", "new"), FUNCTIONS)
-def test_old_name_of_a_function_is_the_function(module, old, new):
+def test_old_name_of_a_function_returns_the_function(module, old, new):
     home = importlib.import_module(module)
     with pytest.warns(FutureWarning, match=f"^{module}: {old} is deprecated, use {new}$") as caught:
         assert getattr(home, old) is getattr(home, new)
@@ -347,7 +347,7 @@ def test_old_name_of_a_function_is_the_function(module, old, new):
         exec(f"from {module} import {old}", {})
 
 
-# As in BEFORE: the ids that the version before gave a run of Full with these observers.
+# Ids of runs of Full with these observers, in the version before the renames.
 OBSERVED = [
     ([observe.utilization()], "457e4b49a7c3"),
     (
@@ -358,12 +358,12 @@ OBSERVED = [
 
 
 @pytest.mark.parametrize(("observers", "id"), OBSERVED)
-def test_observer_that_was_renamed_is_stored_under_its_old_names(observers, id):
+def test_renamed_observer_is_stored_under_its_old_names(observers, id):
     assert plan(ls.Full(), tuple(observers)).id == id
     assert observers[0].config()["name"] == "utilisation"
 
 
-def test_observer_takes_its_old_field_and_old_name():
+def test_observer_accepts_its_old_field_and_old_name():
     with pytest.warns(FutureWarning, match="^utilization: standardise is deprecated, use standardize$"):
         assert observe.utilization(standardise=True) == observe.utilization(standardize=True)
     settings = {"steps": 3, "observe": [{"name": "utilisation", "standardise": True}]}
@@ -383,7 +383,7 @@ def test_subclass_of_a_renamed_observer_is_stored_under_its_own_name():
     assert Mine().config()["name"] == "Mine"
 
 
-def test_finding_is_built_and_read_by_its_old_names():
+def test_finding_accepts_its_old_names():
     found = Finding("dead", "a", {}, "b")
     assert silently(Finding, cause="dead", told="a", evidence={}, mend="b") == found
     for old, new in (("told", "message"), ("mend", "fix")):
@@ -398,11 +398,11 @@ def test_doctor_prints_findings_as_json_under_both_names(tmp_path, monkeypatch, 
     monkeypatch.setattr("lorascope.cli.doctor.skipped_checks", lambda _: {})
     monkeypatch.setattr("lorascope.cli.doctor.findings", lambda _: [Finding("dead", "a", {}, "b")])
     assert main(["doctor", str(tmp_path), "--json"]) == 1
-    (told,) = json.loads(capsys.readouterr().out)["findings"]
-    assert told == {"cause": "dead", "evidence": {}, "message": "a", "told": "a", "fix": "b", "mend": "b"}
+    (printed,) = json.loads(capsys.readouterr().out)["findings"]
+    assert printed == {"cause": "dead", "evidence": {}, "message": "a", "told": "a", "fix": "b", "mend": "b"}
 
 
-def test_run_has_its_old_names(bert, task, tmp_path):
+def test_run_accepts_its_old_names(bert, task, tmp_path):
     model = ls.models.load(bert, task=task)
     run = ls.train(model, task, ls.HydraLoRA(rank=2, num_experts=2), out=tmp_path / "run", **FAST)
     with pytest.warns(FutureWarning, match="^Run: inexact is deprecated, use input_dependent_modules$"):

@@ -1,4 +1,4 @@
-"""Labels of methods and jobs: short, and the same in every process."""
+"""Labels of methods and jobs, which are short and the same in every process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LISTED = [name for name, method in METHODS.items() if "targets" in method.__data
 
 
 def student() -> None:
-    """Stand for a function that makes a model."""
+    """Represent a function that builds a model."""
 
 
 class Schedule:
@@ -29,7 +29,7 @@ class Schedule:
 
 
 class Custom(Method):
-    """A method with any fields."""
+    """A method with arbitrary fields."""
 
     def __init__(self, **fields: Any) -> None:
         self.lr = self.head_lr = 1e-4
@@ -37,12 +37,12 @@ class Custom(Method):
 
 
 @pytest.mark.parametrize("name", LISTED)
-def test_a_long_list_of_modules_is_counted(name: str) -> None:
+def test_long_list_of_modules_is_shown_by_its_length(name: str) -> None:
     assert METHODS[name](targets=NAMES).label().endswith(", targets 36 modules")
     assert METHODS[name](targets=("q", "k", "v")).label().endswith(", targets q k v")
 
 
-def test_other_fields_with_modules_are_short() -> None:
+def test_other_fields_with_many_modules_are_short() -> None:
     assert METHODS["adapprox"](dense=NAMES).label().endswith(", dense 36 modules")
     chosen = {name: list(range(50)) for name in NAMES}
     assert METHODS["neft"](neurons=chosen).label() == "NeFT, neurons by module"
@@ -73,13 +73,13 @@ def test_objects_are_described_without_addresses(value: object, shown: str) -> N
 def test_fields_of_a_method_show_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorascope.methods import base as module
 
-    told = {"builder": student, "schedule": Schedule(), "mask": {"array": "0123456789abcdef"}, "long": list(range(99))}
-    monkeypatch.setattr(module, "config", lambda each: told if each is mine else {})
+    shown = {"builder": student, "schedule": Schedule(), "mask": {"array": "0123456789abcdef"}, "long": list(range(99))}
+    monkeypatch.setattr(module, "config", lambda each: shown if each is mine else {})
     mine = Custom()
     assert mine.label() == "Custom, builder student, schedule Schedule, mask array 01234567, long 99 values"
 
 
-def test_an_array_of_a_method_is_shown_by_its_hash() -> None:
+def test_array_in_a_method_is_shown_by_its_hash() -> None:
     mine = METHODS["lora"](rank=8)
     mine.rank = np.arange(8)  # type: ignore[assignment]
     assert mine.label() == f"LoRA, rank array {config(mine)['rank']['array'][:8]}"

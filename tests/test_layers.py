@@ -1,4 +1,4 @@
-"""The import contract: which package may import which, and which of them may import torch."""
+"""The import contract: the packages that each package may import, and the packages that may import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import lorascope
 PACKAGE = Path(lorascope.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A package may import the packages in its row, all of which stand above it; torch only where its row says so.
+# A package may import the packages in its row, all of which are listed above it, and torch only if its row has it.
 CONTRACT = {
     "": "",
     "files": "",
@@ -45,7 +45,7 @@ MODULES = {module_name(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all that a file imports, at its top and inside functions."""
+    """Return the full names of everything that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
@@ -57,19 +57,19 @@ def imports(path: Path) -> set[str]:
 
 
 def packages(path: Path) -> set[str]:
-    """Packages of lorascope that a file imports, and torch if it imports torch or transformers."""
+    """Return the lorascope packages that a file imports, and torch if it imports torch or transformers."""
     firsts = {name.split(".")[1] if name.startswith("lorascope.") else name.partition(".")[0] for name in imports(path)}
     return {"torch" if name == "transformers" else name for name in firsts} & {*CONTRACT, "torch"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=[path.relative_to(PACKAGE).as_posix() for path in FILES])
-def test_file_imports_what_its_package_may(path):
+def test_file_imports_only_allowed_packages(path):
     here = path.relative_to(PACKAGE).parent.parts[:1]
     here = here[0] if here else ""
     assert packages(path) - {here} <= set(CONTRACT[here].split())
 
 
-def test_contract_points_one_way_and_torch_free_packages_import_torch_free_ones():
+def test_contract_has_no_cycle_and_torch_free_packages_import_no_torch():
     for number, (name, row) in enumerate(CONTRACT.items()):
         allowed = set(row.split()) - {"torch"}
         assert allowed <= set(list(CONTRACT)[:number]), name
@@ -81,7 +81,7 @@ def test_every_package_has_a_row():
     assert found == CONTRACT.keys() - {""}
 
 
-def test_contract_allows_nothing_that_no_file_uses():
+def test_contract_allows_only_imports_that_are_used():
     used: dict[str, set[str]] = {name: set() for name in CONTRACT}
     for path in FILES:
         parts = path.relative_to(PACKAGE).parts
@@ -91,9 +91,9 @@ def test_contract_allows_nothing_that_no_file_uses():
     } == {}
 
 
-def test_modules_import_each_other_without_a_circle():
+def test_modules_have_no_import_cycle():
     def target(name: str) -> str:
-        """The module that an import of ``name`` runs; a name inside a module is the module's."""
+        """Return the module that an import of ``name`` runs."""
         while name not in MODULES:
             name = name.rpartition(".")[0]
         return name
@@ -106,7 +106,7 @@ def test_modules_import_each_other_without_a_circle():
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=lambda file: file.parent.name)
-def test_no_module_is_named_like_a_public_name_of_its_package(file):
+def test_no_module_has_the_name_of_a_public_object_of_its_package(file):
     modules = {path.stem for path in file.parent.iterdir()}
     package = module_name(file)
     found = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
@@ -125,7 +125,7 @@ def test_every_public_name_resolves():
     "module",
     [name for name, path in MODULES.items() if path.name == "__init__.py" or "\n__all__ = " in path.read_text("utf-8")],
 )
-def test_star_import_gives_every_exported_name(module):
+def test_star_import_defines_every_exported_name(module):
     found: dict[str, object] = {}
     exec(f"from {module} import *", found)
     assert set(getattr(importlib.import_module(module), "__all__", ())) <= found.keys()

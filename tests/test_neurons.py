@@ -1,4 +1,4 @@
-"""Which neurons a ranking by cosine distance chooses, on worked numbers."""
+"""Selection of neurons by cosine distance, on worked examples."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ZERO = np.array([[0.0, 0], [1, 2]]), np.array([[1.0, 1], [2, 1]])
 
 
 def worked() -> pd.DataFrame:
-    """The sheet's example of a feed-forward part with two inputs and three hidden units."""
+    """Return the scores of a worked example: two inputs and three hidden units."""
     up = neurons.Part("layers.0.mlp.up_proj", "", 0, "ffn_in", axis=1, first=0, count=3, width=2)
     down = neurons.Part("layers.0.mlp.down_proj", "", 0, "ffn_out", axis=0, first=0, count=3, width=2)
     return pd.concat([neurons.table(up, *UP), neurons.table(down, *DOWN)], ignore_index=True)
 
 
 def made(distances: dict[tuple[int, str], list[float]]) -> pd.DataFrame:
-    """Scores with the distances given by layer and role."""
+    """Return scores with the given distances by layer and role."""
     rows = [
         {"module": f"{layer}.{role}", "stack": "", "layer": layer, "role": role, "neuron": i, "cosine_distance": value}
         for (layer, role), values in distances.items()
@@ -40,7 +40,7 @@ def chosen(scores, *args, **kwargs):
     return list(zip(found["layer"], found["role"], found["neuron"], strict=True))
 
 
-def test_the_scores_of_the_worked_example():
+def test_scores_of_worked_example():
     scores = worked()
     assert list(scores) == list(neurons.COLUMNS)
     expected = 1 - np.array([0.70710678, 1.0, 0.96, 0.70710678, 1.0, 0.89442719])
@@ -50,12 +50,12 @@ def test_the_scores_of_the_worked_example():
     assert scores["delta_norm"].tolist() == pytest.approx([1, 3, 2**0.5, 1, 0, 1])
 
 
-def test_exactly_k_with_ties_broken_by_place():
+def test_select_returns_exactly_k_neurons_and_breaks_ties_by_position():
     """The authors' strict threshold would return two neurons of three, and none of two."""
     up, down = (0, "ffn_in"), (0, "ffn_out")
     order = [(*up, 0), (*down, 0), (*down, 2), (*up, 2), (*up, 1), (*down, 1)]
     scores = worked()
-    # What rounding parts the hand-made example ties: 1 - sqrt(1/2) twice, and 0 twice.
+    # Rounding errors separate distances that are equal in the example: 1 - sqrt(1/2) twice, and 0 twice.
     scores["cosine_distance"] = scores["cosine_distance"].round(12)
     for k in range(7):
         assert chosen(scores, k) == order[:k]
@@ -63,7 +63,7 @@ def test_exactly_k_with_ties_broken_by_place():
     assert neurons.rank_neurons(scores)["rank"].tolist() == [1, 2, 3, 4, 5, 6]
 
 
-def test_ties_go_by_layer_then_role_then_neuron_whatever_the_order_of_the_rows():
+def test_ties_are_ordered_by_layer_role_and_neuron_for_any_row_order():
     scores = made({(1, "ffn_in"): [0.5, 0.5], (0, "ffn_out"): [0.5, 0.5], (0, "ffn_gate"): [0.5], (0, "ffn_in"): [0.5]})
     order = [
         (0, "ffn_in", 0),
@@ -80,7 +80,7 @@ def test_ties_go_by_layer_then_role_then_neuron_whatever_the_order_of_the_rows()
         assert chosen(shuffled, 3, "random", seed=1) == chosen(scores, 3, "random", seed=1)
 
 
-def test_random_neurons_are_drawn_from_the_pool_without_repetition():
+def test_random_neurons_are_drawn_without_repetition():
     scores = made({(0, "ffn_in"): list(np.linspace(0.1, 0.9, 40))})
     drawn = [chosen(scores, 10, "random", seed=seed) for seed in range(100)]
     assert all(len(set(each)) == 10 for each in drawn)
@@ -89,7 +89,7 @@ def test_random_neurons_are_drawn_from_the_pool_without_repetition():
     assert np.abs(counts - 25).max() < 5 * 25**0.5 * 0.75**0.5
 
 
-def test_a_neuron_without_direction_is_never_chosen():
+def test_neuron_with_zero_weights_is_never_selected():
     scores = neurons.table(neurons.Part("layers.0.up", "", 0, "ffn_in", axis=1, first=0, count=2, width=2), *ZERO)
     assert np.isnan(scores["cosine_distance"][0])
     for mode in neurons.MODES:
@@ -98,7 +98,7 @@ def test_a_neuron_without_direction_is_never_chosen():
         neurons.select(scores, 2)
 
 
-def test_wrong_choices_are_refused():
+def test_invalid_selections_raise():
     scores = made({(0, "ffn_in"): [0.1, 0.2]})
     with pytest.raises(ValueError, match=r"k .*got -1"):
         neurons.select(scores, -1)
@@ -110,8 +110,8 @@ def test_wrong_choices_are_refused():
     assert len(neurons.select(still, 1, "random")) == 1
 
 
-def test_k_by_share_of_the_parameters():
-    """LLaMA-2-7B: 9 % of all parameters are 148,061 vectors of 4,096; the sheet's 150,000 are 9.12 %."""
+def test_count_of_neurons_for_a_fraction_of_the_parameters():
+    """LLaMA-2-7B: 9% of all parameters are 148,061 vectors of 4,096; 150,000 vectors are 9.12%."""
     total, width = 6_738_415_616, 4096
     assert neurons.count(0.09, total, width) == 148_061
     assert 150_000 * width / total == pytest.approx(0.0912, abs=1e-4)
@@ -119,7 +119,7 @@ def test_k_by_share_of_the_parameters():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_where_the_neurons_of_every_family_lie(family):
+def test_parts_of_every_family(family):
     model = tiny(family)
     found = neurons.parts(describe(model))
     assert {(part.role, part.axis) for part in found} == {("ffn_in", 1), ("ffn_out", 0)}
@@ -129,8 +129,8 @@ def test_where_the_neurons_of_every_family_lie(family):
     assert len(blocks) == (4 if family in ("t5", "bart") else 2)
 
 
-def test_the_halves_of_a_fused_gate_and_input():
-    """Phi-3 computes down(up * act(gate)) with gate, up = gate_up.chunk(2): a change of one half is found there."""
+def test_fused_gate_and_input_has_one_part_per_half():
+    """Phi-3 computes down(up * act(gate)) with gate, up = gate_up.chunk(2); a change is found in the right half."""
     model = tiny("phi3")
     gate, up = neurons.parts(describe(model), ("ffn_in", "ffn_gate"))[:2]
     assert (gate.role, gate.first, gate.count, up.role, up.first, up.count) == ("ffn_gate", 0, 48, "ffn_in", 48, 48)
@@ -147,10 +147,10 @@ def test_the_halves_of_a_fused_gate_and_input():
     assert scores.loc[scores["cosine_distance"] > 0, "neuron"].tolist() == [55]
 
 
-def test_roles_that_a_model_lacks_are_told():
+def test_parts_of_a_missing_role_raises():
     with pytest.raises(ValueError, match="'ffn_gate' matches no module"):
         neurons.parts(describe(tiny("gpt2")), ("ffn_in", "ffn_gate"))
 
 
-def test_the_worked_axis():
+def test_neuron_cosine_along_the_other_axis():
     assert 1 - neuron_cosine(*DOWN, axis=1) == pytest.approx([0.91287, 0.89443], abs=1e-5)

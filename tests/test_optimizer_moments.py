@@ -1,4 +1,4 @@
-"""Observers of second moments, against averages and decompositions made here by hand."""
+"""Observers of second moments compared with averages and decompositions that are computed here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorascope.observe import optimizer_moments as moving
 FAST = killing.SETTINGS | {"steps": 4}
 
 
-def test_rank_one_has_the_sums_of_rows_and_columns():
+def test_rank_one_factors_have_the_row_and_column_sums():
     A = np.array([[4, 2, 1], [2, 2, 1], [1, 1, 3], [0, 1, 2]], float)
     assert optimizer_moments.rank_one(A).sum(0) == pytest.approx(A.sum(0))
     assert optimizer_moments.rank_one(A).sum(1) == pytest.approx(A.sum(1))
@@ -28,27 +28,27 @@ def test_rank_one_has_the_sums_of_rows_and_columns():
     assert not optimizer_moments.rank_one(np.zeros((2, 3))).any()
 
 
-def test_the_tail_of_the_worked_spectrum():
+def test_tail_of_worked_spectrum():
     sigma = np.array([6.0671, 2.9191, 0.8183])
     assert optimizer_moments.tail(sigma, 1) == pytest.approx(0.44698, abs=1e-4)
     assert optimizer_moments.tail(sigma, 2) == pytest.approx(0.120645, abs=1e-4)
     assert optimizer_moments.tail(sigma, 3) == 0
 
 
-def test_a_random_matrix_keeps_the_sums_and_loses_the_directions():
+def test_same_marginals_keeps_the_sums_but_not_the_singular_vectors():
     draw = np.random.default_rng(0)
-    alone = np.outer(draw.random(60), draw.random(40))
-    hidden = alone * (1 + 0.9 * np.outer(np.sign(draw.standard_normal(60)), np.sign(draw.standard_normal(40))))
+    rank_one = np.outer(draw.random(60), draw.random(40))
+    hidden = rank_one * (1 + 0.9 * np.outer(np.sign(draw.standard_normal(60)), np.sign(draw.standard_normal(40))))
     hidden[5] = 0
-    dealt = optimizer_moments.same_marginals(hidden, seed=1)
-    assert dealt.sum(0) == pytest.approx(hidden.sum(0), rel=1e-6)
-    assert dealt.sum(1) == pytest.approx(hidden.sum(1), rel=1e-6, abs=1e-12)
-    assert (dealt >= 0).all()
-    own, other = (np.linalg.svd(matrix, compute_uv=False) for matrix in (hidden, dealt))
+    shuffled = optimizer_moments.same_marginals(hidden, seed=1)
+    assert shuffled.sum(0) == pytest.approx(hidden.sum(0), rel=1e-6)
+    assert shuffled.sum(1) == pytest.approx(hidden.sum(1), rel=1e-6, abs=1e-12)
+    assert (shuffled >= 0).all()
+    own, other = (np.linalg.svd(matrix, compute_uv=False) for matrix in (hidden, shuffled))
     assert optimizer_moments.tail(own, 3) < 1e-6
     assert optimizer_moments.tail(other, 3) > 0.3
-    # and where there is nothing beyond rows and columns, nothing is lost
-    assert optimizer_moments.same_marginals(alone, seed=1) == pytest.approx(alone)
+    # A matrix of rank one is determined by its sums, so it is unchanged.
+    assert optimizer_moments.same_marginals(rank_one, seed=1) == pytest.approx(rank_one)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def adam(bert, task, tmp_path_factory):
     return run, kept
 
 
-def test_singular_values_and_errors_are_those_of_adams_average(adam):
+def test_singular_values_and_errors_match_adams_second_moment(adam):
     run, kept = adam
     found = run.table[run.table["quantity"].str.startswith("moment")]
     assert set(found["step"]) == {3, 4}
@@ -90,8 +90,8 @@ def test_singular_values_and_errors_are_those_of_adams_average(adam):
         assert rank_one >= values["moment_error", 1] - rounding(terms=TINY)
 
 
-def test_ways_to_factor_are_measured_on_one_block(bert, task, tmp_path):
-    """Errors against the decomposition of an average that is caught; the global generator is left alone."""
+def test_factorization_methods_are_measured_on_one_block(bert, task, tmp_path):
+    """Errors are compared with the SVD of the stored second moment; the global generator is unchanged."""
     kept = {}
 
     class Keeping(observe.Observer):
@@ -124,7 +124,7 @@ def test_ways_to_factor_are_measured_on_one_block(bert, task, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_the_shorter_of_two_times_is_told(monkeypatch):
+def test_time_of_a_decomposition_is_the_shorter_of_two(monkeypatch):
     ticks = iter([0.0, 5.0, 10.0, 12.0])
     monkeypatch.setattr(moving.time, "perf_counter", lambda: next(ticks))
     found, seconds = moving._time_decomposition(lambda: (torch.ones(1, 1),))
@@ -132,7 +132,7 @@ def test_the_shorter_of_two_times_is_told(monkeypatch):
     assert seconds == 2
 
 
-def test_torchs_own_decomposition_draws_nothing_from_the_global_generator():
+def test_svd_lowrank_does_not_change_the_global_generator():
     V = torch.rand(40, 30)
     before = torch.get_rng_state()
     left, right = moving.svd_lowrank(V, 3, torch.Generator().manual_seed(0))
@@ -145,11 +145,11 @@ def test_torchs_own_decomposition_draws_nothing_from_the_global_generator():
 
 
 METHOD = Adapprox(lr=1e-3, min_dim=8, rank_rule="fixed", init_rank=3)
-SQUARES: dict = {"terms": TINY, "growth": 4 * TEXT}  # of gradients, and the least singular values of their average
+SQUARES: dict = {"terms": TINY, "growth": 4 * TEXT}  # gradients, and the smallest singular values of their average
 
 
-def test_drift_is_measured_against_the_exact_average(bert, task, tmp_path):
-    """The gradients of every step are caught and averaged here."""
+def test_drift_is_the_error_compared_with_the_exact_average(bert, task, tmp_path):
+    """The gradients of every step are stored and averaged here."""
     seen, factors = {}, {}
 
     class Catching(observe.Observer):
@@ -180,8 +180,8 @@ def test_drift_is_measured_against_the_exact_average(bert, task, tmp_path):
         )
 
 
-def test_the_error_of_a_step_stands_beside_the_least_of_its_rank(bert, task, tmp_path):
-    """V of a step is made here from the factors before it and its gradients, which are caught."""
+def test_step_error_is_recorded_with_the_best_error_of_its_rank(bert, task, tmp_path):
+    """V of a step is computed here from the previous factors and the stored gradients."""
     seen = {}
 
     class Catching(observe.Observer):
@@ -206,7 +206,7 @@ def test_the_error_of_a_step_stands_beside_the_least_of_its_rank(bert, task, tmp
         least = optimizer_moments.tail(np.linalg.svd(V, compute_uv=False), 3)
         assert values["factor_step_error_least"] == near(least, **SQUARES)
         assert values["factor_step_error"] >= least * (1 - 1e-6)
-    # at the step of a choice it is the error that the method tells
+    # At a step that selects a rank, it equals the error that the method records.
     whole = ls.train(
         models.load(bert, task=task), task, METHOD, out=tmp_path / "once",
         **FAST | {"steps": 1, "observe": [observe.factor_optimum()]},
@@ -217,14 +217,14 @@ def test_the_error_of_a_step_stands_beside_the_least_of_its_rank(bert, task, tmp
     assert both["factor_step_error"].to_numpy() == near(both["factor_error"].to_numpy(), **SQUARES)
 
 
-def test_factors_of_the_step_before_are_kept_for_resuming():
+def test_previous_factors_are_saved_for_resuming():
     first, second = observe.factor_optimum(), observe.factor_optimum()
     first.before_ = {"a": {"Q": torch.ones(2, 1), "U": torch.ones(3, 1)}}
     second.restore(first.state())
     assert torch.equal(second.before_["a"]["U"], torch.ones(3, 1))
 
 
-def test_the_exact_average_is_kept_for_resuming():
+def test_exact_average_is_saved_for_resuming():
     first = observe.factor_drift()
     first.exact_ = {"a": torch.ones(2, 2)}
     second = observe.factor_drift()
@@ -233,7 +233,7 @@ def test_the_exact_average_is_kept_for_resuming():
     assert json.dumps(second.config()) == '{"name": "factor_drift", "every": 50}'
 
 
-def test_nothing_is_looked_at_where_there_is_no_second_moment(bert, task, tmp_path):
+def test_optimizer_without_second_moments_has_no_records(bert, task, tmp_path):
     settings = FAST | {"steps": 1, "observe": [observe.second_moments(), observe.factor_drift()]}
     method = Full(optimizer_name="adafactor")
     run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / "run", **settings)

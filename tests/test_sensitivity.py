@@ -1,4 +1,4 @@
-"""Sensitivities against the gradient of the very weight, of the model or of its folded copy."""
+"""Sensitivities compared with gradients of the weights themselves, of the model or of its folded copy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOOK = {"every": 2, "batches": 2, "rows": 6}
 
 
 class Copying(observe.Observer):
-    """Keeps a copy of the model, and the text that sensitivity is measured on, at the last step."""
+    """Observer that stores a copy of the model and the held-out batches at the last step."""
 
     def config(self):
         return {"name": "Copying"}
@@ -42,7 +42,7 @@ class Copying(observe.Observer):
 
 
 def gradients(model, modules, batches):
-    """Gradients of the weights themselves by autograd, mean over the batches, as (out, in)."""
+    """Compute gradients of the weights by autograd, averaged over the batches, as (out, in)."""
     model.eval().requires_grad_(True)
     model.zero_grad()
     for batch in batches:
@@ -51,13 +51,13 @@ def gradients(model, modules, batches):
     return {name: orient_weight(host, host.weight.grad) for name, host in hosts.items()}
 
 
-def check_that_training_does_not_notice(look, folder, task, method, out):
-    """Weights, records and draws are the same bit for bit with an observer and without."""
+def check_training_is_unchanged(observer, folder, task, method, out):
+    """Weights, records and random numbers are bitwise the same with and without an observer."""
     tables, weights, draws = [], [], []
-    for name, looks in (("with", [look]), ("without", [])):
+    for name, observers in (("with", [observer]), ("without", [])):
         model = models.load(folder, task=task)
         torch.manual_seed(5)
-        run = ls.train(model, task, method, observe=[observe.norms(every=1), *looks], out=out / name, **FAST)
+        run = ls.train(model, task, method, observe=[observe.norms(every=1), *observers], out=out / name, **FAST)
         table = run.table[~run.table["quantity"].str.startswith(("sensitivity", "neuron", "coefficient", "seconds"))]
         tables.append(table.drop(columns="run").astype(str).reset_index(drop=True))
         weights.append(model.state_dict())
@@ -71,8 +71,8 @@ METHODS = {
     "full": ("bert", Full(lr=1e-2)),
     "full, Conv1D": ("gpt2", Full(lr=1e-2)),
     "full, gates": ("llama", Full(lr=1e-2)),
-    "blocks that are frozen": ("bert", LISA(lr=1e-2, n_active=1)),
-    "neurons that are masked": ("llama", NeFT(lr=1e-2, num_neurons=40, select_by="random")),
+    "frozen blocks": ("bert", LISA(lr=1e-2, n_active=1)),
+    "masked neurons": ("llama", NeFT(lr=1e-2, num_neurons=40, select_by="random")),
     "adapprox": ("bert", Adapprox(lr=1e-2, min_dim=8)),
     "lora": ("bert", LoRA(lr=1e-2, dropout=0.3)),
     "lora, Conv1D": ("gpt2", LoRA(lr=1e-2, targets="all-linear")),
@@ -80,7 +80,7 @@ METHODS = {
     "autolora": ("bert", AutoLoRA(lr=1e-2, rank=3, targets="all-linear")),
     "alora": ("bert", ALoRA(lr=1e-2, init_rank=2, prune=3, warm_steps=1, round_steps=1, rounds=2)),
     "fourierft": ("bert", FourierFT(lr=1e-1, coefficients=20)),
-    "heads mixed evenly": ("bert", HydraLoRA(lr=1e-2, router="uniform")),
+    "experts with uniform gates": ("bert", HydraLoRA(lr=1e-2, router="uniform")),
 }
 
 
@@ -92,7 +92,7 @@ def measured(run, quantity, module, step=4):
 
 
 @pytest.mark.parametrize("case", list(METHODS))
-def test_it_is_the_gradient_of_the_very_weight(case, task, tmp_path, request):
+def test_sensitivity_equals_weight_times_its_gradient(case, task, tmp_path, request):
     family, method = METHODS[case]
     model = models.load(request.getfixturevalue(family), task=task)
     run = ls.train(model, task, method, observe=[observe.neurons(**LOOK), Copying()], out=tmp_path / "run", **FAST)
@@ -102,16 +102,16 @@ def test_it_is_the_gradient_of_the_very_weight(case, task, tmp_path, request):
         delta.fold(kept)
     weights = {name: delta.host_weight(kept.get_submodule(name)).detach() for name in modules}
     for name, gradient in gradients(kept, modules, batches).items():
-        felt = (weights[name] * gradient).abs().double().numpy()
-        assert felt.any()
+        sensitivity = (weights[name] * gradient).abs().double().numpy()
+        assert sensitivity.any()
         for quantity, axis in (("sensitivity_out", 1), ("sensitivity_in", 0)):
             found = measured(run, quantity, name)
-            assert found == near(felt.sum(axis), terms=TINY, growth=TEXT)
+            assert found == near(sensitivity.sum(axis), terms=TINY, growth=TEXT)
     check_changes(run, kept, base)
 
 
 def check_changes(run, model, base):
-    """Distance by definition and norm of the change, of rows or columns of the feed-forward parts."""
+    """Compare the changes of feed-forward neurons with cosine distances and norms by definition."""
     for row in run.modules[run.modules["role"].isin(FFN)].itertuples():
         host = model.get_submodule(row.module)
         before, after = (orient_weight(host, w.detach()).double() for w in (base[f"{row.module}.weight"], host.weight))
@@ -126,8 +126,8 @@ def check_changes(run, model, base):
         assert not measured(run, "neuron_update", row.module, step=0).any()
 
 
-def test_heads_under_a_router_count_at_their_mean_gates(task, tmp_path, bert):
-    """The slope is that of the weight below them, which they leave linear whatever their input."""
+def test_sensitivity_with_a_router_uses_mean_gates(task, tmp_path, bert):
+    """The gradient equals the base weight's, because the layer is linear in that weight for every gate."""
     model = models.load(bert, task=task)
     run = ls.train(
         model, task, HydraLoRA(lr=1e-2, gates_every=1), observe=[observe.neurons(**LOOK), Copying()],
@@ -137,25 +137,25 @@ def test_heads_under_a_router_count_at_their_mean_gates(task, tmp_path, bert):
     deltas = delta.attached_deltas(kept)
     for name, gradient in gradients(kept, list(deltas), batches).items():
         weight = delta.host_weight(kept.get_submodule(name)) + deltas[name].weight(deltas[name].mean_gates_)
-        felt = (weight.detach() * gradient).abs().sum(1)
-        assert measured(run, "sensitivity_out", name) == near(felt, terms=TINY, growth=TEXT)
+        sensitivity = (weight.detach() * gradient).abs().sum(1)
+        assert measured(run, "sensitivity_out", name) == near(sensitivity, terms=TINY, growth=TEXT)
 
 
 @pytest.mark.parametrize("case", ["lora", "full, gates"])
-def test_training_goes_on_bit_for_bit(case, task, tmp_path, request):
+def test_observer_does_not_change_training(case, task, tmp_path, request):
     family, method = METHODS[case]
-    look = observe.neurons(every=1, batches=1, rows=4)
-    check_that_training_does_not_notice(look, request.getfixturevalue(family), task, method, tmp_path)
+    observer = observe.neurons(every=1, batches=1, rows=4)
+    check_training_is_unchanged(observer, request.getfixturevalue(family), task, method, tmp_path)
 
 
-def test_an_embedding_is_refused(task, tmp_path, bert):
+def test_embedding_as_target_raises(task, tmp_path, bert):
     model = models.load(bert, task=task)
     with pytest.raises(ValueError, match=r"targets .*word_embeddings'"):
         ls.train(model, task, LoRA(), observe=[observe.neurons(targets="embed")], out=tmp_path / "run", **FAST)
 
 
 def changes(model, base):
-    """What is told of the neurons of a model beside W_0, by quantity and module."""
+    """Return the recorded changes of a model's neurons from W_0, by quantity and module."""
     step = object.__new__(Step)
     step.model, step.modules, step.base = model, module_table.describe(model), base
     return {
@@ -164,8 +164,8 @@ def changes(model, base):
     }
 
 
-def test_small_updates_of_a_model_in_16_bits_are_told_as_they_are():
-    """W is 1 and dW a thousandth at every second weight, which bfloat16 would not hold: |dW| and the angle by hand."""
+def test_changes_in_a_16_bit_model_include_small_updates():
+    """W is 1 and dW is 0.001 at every second weight, too small for bfloat16; norm and angle are worked by hand."""
     model = tiny("bert", head="base").to(torch.bfloat16)
     up, down = "encoder.layer.0.intermediate.dense", "encoder.layer.0.output.dense"
     for module, d in ((up, 48), (down, 32)):
@@ -181,8 +181,8 @@ def test_small_updates_of_a_model_in_16_bits_are_told_as_they_are():
         assert list(found["neuron_cosine", module].values()) == pytest.approx([1 - cosine] * 48, rel=1e-3)
 
 
-def test_gates_in_one_matrix_with_the_inputs_are_told_too():
-    """A gate moved at right angles by its own length, an input stretched; all others stood still."""
+def test_changes_include_gates_fused_with_inputs():
+    """One gate moves at a right angle by its own length, and one input is rescaled; all others are unchanged."""
     model = tiny("phi3")
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     module = "model.layers.0.mlp.gate_up_proj"

@@ -1,4 +1,4 @@
-"""What the structure of a model tells where its names say nothing: invented models, shared weights, adapters."""
+"""Roles from the structure of a model whose names are unknown: invented models, shared weights, adapters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _roles(description: pd.DataFrame) -> dict[str, str]:
 
 
 class _Part(nn.Module):
-    """A module with the children it is given; the class says nothing."""
+    """A module with given children, whose class carries no information."""
 
     def __init__(self, **children: nn.Module) -> None:
         super().__init__()
@@ -38,14 +38,14 @@ def _attention(**children: nn.Module) -> nn.Module:
 
 
 def _invented_roles(*parts: dict[str, nn.Module]) -> dict[str, str]:
-    """Roles inside the first of two equal blocks made of the parts."""
+    """Return the roles inside the first of two equal blocks that consist of the parts."""
     blocks = [_Part(**{name: part for given in parts for name, part in given.items()}) for _ in range(2)]
     description = describe(_model(*blocks, readout=_linear(3, 8)))
     first = description[description["layer"] == 0]
     return {name.removeprefix("stages.0."): role for name, role in _roles(first).items() if role != "block"}
 
 
-def test_blocks_embedding_and_head_of_a_model_with_unknown_names() -> None:
+def test_blocks_embedding_and_head_are_found_without_known_names() -> None:
     block = {"a": _linear(20, 8), "b": _linear(8, 20), "scale": nn.LayerNorm(8)}
     model = _model(_Part(**block), _Part(**block), last=nn.LayerNorm(8), squeeze=_linear(8, 8), readout=_linear(3, 8))
     assert _roles(describe(model)) == {
@@ -61,7 +61,7 @@ def test_blocks_embedding_and_head_of_a_model_with_unknown_names() -> None:
     }
 
 
-def test_blocks_are_neither_leaves_nor_unlike_children() -> None:
+def test_single_linears_and_unequal_children_are_not_blocks() -> None:
     model = _Part(
         layers=nn.ModuleList([_linear(8, 8), _linear(8, 8)]),
         body=nn.Sequential(_attention(), nn.Sequential(_linear(8, 8), _linear(8, 8))),
@@ -70,10 +70,10 @@ def test_blocks_are_neither_leaves_nor_unlike_children() -> None:
     description = describe(model)
     assert description["layer"].isna().all()
     assert "block" not in set(description["role"])
-    assert parse("layers.0").role == "block"  # the name alone is mistaken here
+    assert parse("layers.0").role == "block"  # the name is misleading here
 
 
-def test_blocks_are_the_outermost() -> None:
+def test_only_the_outermost_repetition_is_blocks() -> None:
     experts = nn.ModuleList(_Part(w1=_linear(20, 8), w2=_linear(8, 20)) for _ in range(2))
     assert set(_invented_roles({"attn": _attention(), "experts": experts})) == {
         *(f"attn.{name}" for name in "qkvo"),
@@ -81,7 +81,7 @@ def test_blocks_are_the_outermost() -> None:
     }
 
 
-def test_a_head_lies_outside_the_blocks_and_the_declared_one_comes_first() -> None:
+def test_head_is_the_declared_output_or_the_last_linear_outside_the_blocks() -> None:
     model = _model(_attention(), _attention())
     assert "head" not in set(describe(model)["role"])
     model.add_module("readout", _linear(3, 8))
@@ -91,38 +91,38 @@ def test_a_head_lies_outside_the_blocks_and_the_declared_one_comes_first() -> No
     assert match(describe(model), "head") == ["readout"]
 
 
-def test_a_linear_inside_a_block_is_no_norm_whatever_its_name() -> None:
+def test_linear_in_a_block_named_like_a_norm_has_role_other() -> None:
     odd = {"norm_scale": _linear(8, 8), "position": _linear(8, 8), "gain": nn.LayerNorm(8)}
     assert _invented_roles(odd) == {"norm_scale": "other", "position": "other", "gain": "norm"}
 
 
-def test_a_packed_weight_goes_by_the_sizes_its_host_states() -> None:
+def test_packed_weight_has_the_sizes_of_its_module() -> None:
     packed = _linear(6, 8)
     packed.weight = nn.Parameter(torch.zeros(24, 1))
     row = describe(_Part(score=packed)).iloc[0]
     assert (row["out_features"], row["in_features"]) == (6, 8)
 
 
-def test_a_single_block_is_known_by_its_container() -> None:
+def test_single_block_is_found_by_the_name_of_its_container() -> None:
     description = describe(tiny("llama", num_hidden_layers=1))
     assert description.loc[description["role"] == "block", "module"].tolist() == ["model.layers.0"]
 
 
 @pytest.mark.parametrize(("fused", "role"), [(24, "qkv"), (16, "qkv"), (12, "qkv"), (14, "other"), (32, "other")])
-def test_fused_attention_is_known_by_its_size(fused: int, role: str) -> None:
-    """Width 8 with one, two and four times shared keys; 14 leaves 3 key columns, 32 more keys than queries."""
+def test_fused_attention_is_found_by_its_size(fused: int, role: str) -> None:
+    """Width 8, keys shared by one, two and four heads; 14 would have 3 key columns, 32 more keys than queries."""
     roles = _invented_roles({"attn": _Part(mix=_linear(fused, 8), o_proj=_linear(8, 8))})
     assert roles == {"attn.mix": role, "attn.o_proj": "o"}
-    beside = _invented_roles({"attn": _attention(mix=_linear(fused, 8))})
-    assert [beside[f"attn.{name}"] for name in ("q", "k", "v", "mix")] == ["q", "k", "v", "other"]
+    with_others = _invented_roles({"attn": _attention(mix=_linear(fused, 8))})
+    assert [with_others[f"attn.{name}"] for name in ("q", "k", "v", "mix")] == ["q", "k", "v", "other"]
 
 
-def test_fused_attention_reads_the_blocks_input() -> None:
+def test_projection_of_a_latent_is_not_fused_attention() -> None:
     latent = _Part(squeeze=_linear(4, 8), expand=_linear(24, 4), o_proj=_linear(8, 8))
     assert _invented_roles({"attn": latent}) == {"attn.squeeze": "other", "attn.expand": "other", "attn.o_proj": "o"}
 
 
-def test_gates_are_known_by_their_neighbours() -> None:
+def test_gates_are_found_by_neighboring_linears() -> None:
     pair = _Part(w1=_linear(20, 8), w2=_linear(8, 20))
     trio = _Part(w1=_linear(20, 8), w3=_linear(20, 8), w2=_linear(8, 20))
     unknown = _Part(a=_linear(20, 8), b=_linear(20, 8), c=_linear(8, 20))
@@ -143,7 +143,7 @@ def test_gates_are_known_by_their_neighbours() -> None:
     }
 
 
-def test_the_second_attention_of_a_block_is_cross_attention() -> None:
+def test_second_attention_of_a_block_is_cross_attention() -> None:
     roles = _invented_roles({"first": _attention(), "second": _attention(norm=nn.LayerNorm(8))})
     assert [roles[f"first.{name}"] for name in "qkvo"] == ["q", "k", "v", "o"]
     assert [roles[f"second.{name}"] for name in "qkvo"] == ["cross_q", "cross_k", "cross_v", "cross_o"]
@@ -155,7 +155,7 @@ def test_repeated_attention_is_not_cross_attention() -> None:
     assert {role for name, role in _invented_roles({"depth": stage}).items()} == {"q", "k", "v", "o"}
 
 
-def test_tied_weights_are_known_by_identity_not_by_value() -> None:
+def test_tied_weights_are_found_by_identity_not_by_value() -> None:
     model = _model(readout=_linear(50, 8), twin=_linear(50, 8))
     with torch.no_grad():
         model.twin.weight.copy_(model.table.weight)
@@ -170,14 +170,14 @@ def test_tied_weights_are_known_by_identity_not_by_value() -> None:
     assert describe(late)[["module", "tied"]].to_numpy().tolist() == [["table", "readout"]]
 
 
-def test_an_untied_head_is_listed() -> None:
+def test_untied_head_has_a_row() -> None:
     description = describe(tiny("gpt2", tie_word_embeddings=False))
     assert _roles(description)["lm_head"] == "head"
     assert set(description["tied"]) == {""}
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks for the old name
-def test_adapters_are_looked_through() -> None:
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT reads the old name
+def test_description_of_an_adapted_model_equals_the_bare_one() -> None:
     model = tiny("roberta")
     bare = describe(model)
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", modules_to_save=["classifier"])

@@ -1,4 +1,4 @@
-"""Observers against dense float64 matrices, formed from copies of the model at every step."""
+"""Observers compared with dense float64 matrices, which are formed from copies of the model at every step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAST = {"steps": 7, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress
 
 @dataclass(kw_only=True)
 class Copying(observe.Observer):
-    """Keeps, after every step, the base's tensors and the updates of its adapters, both dense and in float64."""
+    """Observer that stores base tensors and adapter updates after every step, dense and in float64."""
 
     every: int = 1
     kept: list = field(default_factory=list)
@@ -50,7 +50,7 @@ class Copying(observe.Observer):
 
 
 def parts_of(kept, t: int, modules: pd.DataFrame) -> dict[str, tuple]:
-    """(W, W - W_0, what training added, W - W before, W_0) of every tensor, and of every adapted module."""
+    """Return W, W - W_0, learned update, last step and W_0 of every tensor and every adapted module."""
     (first, first_updates, _), (now, updates, _) = kept[0], kept[t]
     before, before_updates, _ = kept[max(0, t - 1)]
     parts = {n: (now[n], now[n] - first[n], now[n] - first[n], now[n] - before[n], first[n]) for n in now}
@@ -63,14 +63,14 @@ def parts_of(kept, t: int, modules: pd.DataFrame) -> dict[str, tuple]:
 
 
 def norms_of(parts: list[tuple]) -> dict[str, float]:
-    """Of several tensors together."""
+    """Compute the norms of several tensors together."""
     total = [math.sqrt(sum(float(part[i].square().sum()) for part in parts)) for i in range(5)]
     found = dict(zip(("weight_norm", "update_norm", "learned_norm", "step_norm"), total, strict=False))
     return found | {"relative_update": total[1] / total[4]}
 
 
 def expected(kept, modules: pd.DataFrame, trained: set[str]) -> pd.DataFrame:
-    """Every norm of every module and block that trains, after every step."""
+    """Return every norm of every trained module and block, after every step."""
     rows = []
     for t, (_, updates, _) in enumerate(kept):
         parts = parts_of(kept, t, modules)
@@ -89,7 +89,7 @@ def expected(kept, modules: pd.DataFrame, trained: set[str]) -> pd.DataFrame:
 
 
 class Shifted(delta.Delta):
-    """A dense update that does not begin at zero."""
+    """A dense update that does not start at zero."""
 
     def __init__(self, host):
         super().__init__()
@@ -101,7 +101,7 @@ class Shifted(delta.Delta):
 
 @dataclass(kw_only=True)
 class Away(Method):
-    """Dense and factored updates that begin away from zero, some of them over a weight that trains as well."""
+    """Dense and factored updates that do not start at zero, some of them on trained weights."""
 
     lr: float = 1e-2
 
@@ -122,7 +122,7 @@ CASES = {
     "full, bert": ("bert", Full(lr=1e-2)),
     "full, gpt2: tied, Conv1D": ("gpt2", Full(lr=1e-2)),
     "lora, bert": ("bert", LoRA(lr=1e-2)),
-    "lora everywhere, bert: a head that trains below its adapter": (
+    "lora everywhere, bert: a trained head with an adapter": (
         "bert",
         LoRA(lr=1e-2, targets=("all-linear", "embed", "head")),
     ),
@@ -131,12 +131,12 @@ CASES = {
         LoRA(lr=1e-2, targets=("all-linear", "embed", "lm_head")),
     ),
     "lora everywhere, llama": ("llama", LoRA(lr=1e-2, targets=("all-linear", "embed", "head"))),
-    "away from zero, bert": ("bert", Away()),
+    "nonzero initial updates, bert": ("bert", Away()),
 }
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_norms_are_those_of_dense_matrices(case, task, tmp_path, request):
+def test_norms_equal_norms_of_dense_matrices(case, task, tmp_path, request):
     family, method = CASES[case]
     model = models.load(request.getfixturevalue(family), task=task)
     copying = Copying()
@@ -145,9 +145,9 @@ def test_norms_are_those_of_dense_matrices(case, task, tmp_path, request):
     trained = {name for name, p in model.named_parameters() if p.requires_grad and ".delta." not in name}
     wanted = expected(kept, run.modules, trained)
     found = run.table[run.table["quantity"].isin(wanted["quantity"].unique())]
-    looked = {0, 3, 6, 7} | {t for t, (*_, best) in enumerate(kept) if best}
-    assert set(found["step"]) == looked
-    wanted = wanted[wanted["step"].isin(looked)]
+    recorded = {0, 3, 6, 7} | {t for t, (*_, best) in enumerate(kept) if best}
+    assert set(found["step"]) == recorded
+    wanted = wanted[wanted["step"].isin(recorded)]
     wanted = wanted[(wanted["quantity"] != "step_norm") | wanted["step"].isin({3, 6, 7})]
     keys = ["step", "module", "quantity"]
     both = found[[*keys, "value"]].astype({"module": str, "quantity": str}).merge(wanted, on=keys, how="outer")
@@ -156,12 +156,12 @@ def test_norms_are_those_of_dense_matrices(case, task, tmp_path, request):
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_ranks_are_those_of_dense_matrices(case, task, tmp_path, request):
+def test_ranks_equal_ranks_of_dense_matrices(case, task, tmp_path, request):
     family, method = CASES[case]
     model = models.load(request.getfixturevalue(family), task=task)
     copying = Copying()
-    looks = [observe.norms(every=3, spectra_every=5), copying]
-    run = ls.train(model, task, method, observe=looks, out=tmp_path / "run", **FAST)
+    observers = [observe.norms(every=3, spectra_every=5), copying]
+    run = ls.train(model, task, method, observe=observers, out=tmp_path / "run", **FAST)
     table = run.table[run.table["quantity"].isin(["stable_rank", "effective_rank"])].astype({"module": str})
     found = table.pivot(index=["step", "module"], columns="quantity", values="value")
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -191,8 +191,8 @@ def test_ranks_are_those_of_dense_matrices(case, task, tmp_path, request):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_adapter_norm_begins_where_initialisation_puts_it(family, task, tmp_path, request):
-    """LISA's sheet: about sqrt(rank / 3) for a linear, sqrt(width rank) for an embedding; the update begins at 0."""
+def test_adapter_norm_at_step_0_equals_the_expected_norm_of_the_initialization(family, task, tmp_path, request):
+    """About sqrt(rank / 3) for a linear and sqrt(width rank) for an embedding; the initial update is zero."""
     model = models.load(request.getfixturevalue(family), task=task)
     method = LoRA(rank=8, targets=("all-linear", "embed"))
     run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
@@ -222,7 +222,7 @@ def step_of(model, finished, total, base, modules, optimizer):
     return Step(finished - 1, total, model, optimizer, base, modules, lambda *_: None, lambda *_: None, lambda *_: None)
 
 
-def test_worked_numbers():
+def test_norms_of_worked_example():
     """B = (1, 2)^T, A = (2, 0, 1), scale 2: |dW| 10, |W_0 + dW| 10.48809, adapter 3.16228; half of B: step 5."""
     model = Pair()
     modules = module_table.describe(model)
@@ -232,12 +232,12 @@ def test_worked_numbers():
         adapter.A.copy_(torch.tensor([[2.0, 0.0, 1.0]]))
     delta.attach(model, {"q": adapter})
     optimizer = torch.optim.SGD(adapter.parameters(), lr=1.0)
-    looking = observe.norms(every=1)
+    observer = observe.norms(every=1)
     values = []
     for finished, B in enumerate([(0.0, 0.0), (1.0, 2.0), (0.5, 1.0)]):
         with torch.no_grad():
             adapter.B.copy_(torch.tensor(B)[:, None])
-        items = looking(step_of(model, finished, 2, base, modules, optimizer))
+        items = observer(step_of(model, finished, 2, base, modules, optimizer))
         values.append({item.quantity: item.value for item in items if isinstance(item, ls.Record)})
     assert values[0]["weight_norm"] == near(math.sqrt(2), terms=6)
     assert values[0]["update_norm"] == values[0]["relative_update"] == values[0]["effective_rank"] == 0
@@ -253,15 +253,15 @@ def test_worked_numbers():
     assert [values[2][name] for name in ("update_norm", "step_norm")] == pytest.approx([5, 5])
 
 
-def test_a_long_tensor_keeps_its_digits():
-    """Ten million equal numbers: a float32 sum over them stands still long before the end."""
+def test_sum_of_squares_of_a_long_tensor_is_accurate():
+    """A float32 sum over ten million equal numbers would stop growing long before the end."""
     tensor = torch.full((10_000_000,), 0.1)
     assert squares(tensor) == pytest.approx(1e7 * float(tensor[0].double()) ** 2, rel=1e-6)
     near = tensor * (1 - 2**-20)
     assert squares(tensor, near) == pytest.approx(1e7 * float(tensor[0].double() - near[0].double()) ** 2, rel=1e-6)
 
 
-def test_norms_do_not_depend_on_where_memory_lies():
+def test_sum_of_squares_does_not_depend_on_memory_alignment():
     shifted = torch.empty(100_000 + 16)
     tensor = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
     values = set()
@@ -272,7 +272,7 @@ def test_norms_do_not_depend_on_where_memory_lies():
     assert values == {squares(tensor)}
 
 
-def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
+def test_factor_snapshots_equal_the_factors_of_the_adapters(fresh_bert, task, tmp_path):
     run = ls.train(fresh_bert, task, LoRA(lr=1e-2), observe=[observe.factors(every=3)], out=tmp_path / "run", **FAST)
     assert {0, 3, 6, 7} <= set(run.snapshot_steps("bert.encoder.layer.0.attention.self.query/A"))
     for module, adapter in delta.attached_deltas(fresh_bert).items():
@@ -285,7 +285,7 @@ def test_factors_are_those_of_the_adapters(fresh_bert, task, tmp_path):
     LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), HydraLoRA(), HydraLoRA(shared_a=False), FourierFT(coefficients=9),
 ], ids=lambda method: method.label())  # fmt: skip
 def test_recording_copies_each_factor_to_the_host_once(method, monkeypatch):
-    """At step 0, where norms save what step 1 is compared with, and in a snapshot of the factors."""
+    """At step 0, where norms store the tensors that step 1 is compared with, and in a snapshot of the factors."""
     model = tiny("bert")
     described = module_table.describe(model)
     base = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
@@ -295,16 +295,16 @@ def test_recording_copies_each_factor_to_the_host_once(method, monkeypatch):
     copied = Counter()
     plain = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.update([tensor.data_ptr()]) or plain(tensor))
-    for look in (observe.norms(every=1), observe.factors()):
+    for observer in (observe.norms(every=1), observe.factors()):
         copied.clear()
-        items = list(look(step))
+        items = list(observer(step))
         assert items
         found = {place: number for place, number in copied.items() if place in trained}
         assert set(found.values()) == {1}
 
 
-def test_copies_are_shared_only_inside_and_only_of_what_trains():
-    """The array of a parameter is the same inside, a new one after it; a changed parameter is seen then."""
+def test_shared_copies_shares_arrays_of_trained_parameters_in_its_context():
+    """In the context the array of a parameter is shared; after it, a new array has the changed values."""
     weight, frozen = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3), requires_grad=False)
     with shared_copies():
         assert to_array(weight) is to_array(weight)

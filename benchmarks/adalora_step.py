@@ -1,6 +1,7 @@
-"""A training step of AdaLoRA against PEFT's AdaLoRA and against our LoRA: python benchmarks/adalora_step.py --pairs 40
+"""Time of a training step of AdaLoRA compared with PEFT's AdaLoRA and with LoRA.
 
-The steps lie in the middle of the run, where the budget falls: all contestants score, and mask at each ``--every``-th.
+Run ``python benchmarks/adalora_step.py --pairs 40``. The steps are in the middle of a run, where the budget decreases:
+both AdaLoRA versions score components at every step and mask them every ``--every`` steps.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from lorascope.inputs import models
 from lorascope.methods import AdaLoRA, LoRA
 from lorascope.methods.base import Method, Step
 
-TARGETS = {"PEFT's AdaLoRA": 0.97, "LoRA of the start rank": 1.06}
+TARGETS = {"PEFT's AdaLoRA": 0.97, "LoRA of initial rank": 1.06}
 TOTAL = 100_000
 
 
 def our_step(model: nn.Module, method: Method, batch: dict[str, Tensor]) -> Callable[[], Any]:
-    """One whole step of a method as the loop does it, records included, from the phase on in which the budget falls."""
+    """Return a full training step of a method, including records, while the budget decreases."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
     unused = (lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None)
@@ -47,9 +48,9 @@ def our_step(model: nn.Module, method: Method, batch: dict[str, Tensor]) -> Call
 
 
 def peft_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
-    """One whole step with PEFT's penalty, which the loss of its model contains, and its allocator."""
+    """Return a full training step with PEFT's allocator and its penalty, which is part of its model's loss."""
     model.train()
-    # The penalty and its weight are there, but the rank that PEFT divides by is no weight to train.
+    # PEFT leaves the rank that it divides by trainable, although it is not a weight.
     for name, parameter in model.named_parameters():
         if "ranknum" in name:
             parameter.requires_grad_(False)
@@ -66,7 +67,7 @@ def peft_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
 
 
 def contestants(every: int) -> tuple[tuple[nn.Module, Method], nn.Module, tuple[nn.Module, Method]]:
-    """The same MiniLM with our AdaLoRA, with PEFT's, and with our LoRA of the same rank on the same modules."""
+    """Return MiniLM with our AdaLoRA, with PEFT's, and with our LoRA of the same rank on the same modules."""
     ours, theirs, plain = (models.load("minilm") for _ in range(3))
     method = AdaLoRA(mask_every=every)
     method.attach(ours)
@@ -85,8 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--every", type=int, default=1, help="steps between two masks; 1 is the dearest")
-    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="such as 64x128: batch x tokens")
+    parser.add_argument("--every", type=int, default=1, help="steps between masks; 1 is the most expensive")
+    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="batch size x tokens, such as 64x128")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ours, theirs, plain = contestants(arguments.every)

@@ -1,6 +1,7 @@
-"""A round's scores of ALoRA against one evaluation of the whole model after another: python benchmarks/alora_scoring.py
+"""Time of ALoRA's ablation scores compared with separate evaluations of the whole model.
 
-The other contestant closes a gate by zeros in B, runs the model, and opens it again: twice for every component.
+Run ``python benchmarks/alora_scoring.py``. The separate evaluations set columns of B to zero, and run the whole model
+twice for every component.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TARGET = 0.6
 
 
 def batch_of(size: int, length: int) -> dict[str, Tensor]:
-    """Random token ids without padding, and labels."""
+    """Return random token ids without padding, and labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 1000, (size, length), generator=generator)
     labels = torch.randint(2, (size,), generator=generator)
@@ -30,7 +31,7 @@ def batch_of(size: int, length: int) -> dict[str, Tensor]:
 
 
 def adapted_bert(blocks: int, width: int, rank: int) -> nn.Module:
-    """A random BERT of MiniLM's proportions, all linears of its blocks adapted, every component with an effect."""
+    """Return a random BERT with MiniLM's proportions and nonzero adapters on all linears of its blocks."""
     torch.manual_seed(0)
     sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32}
     config = transformers.BertConfig(vocab_size=1000, num_hidden_layers=blocks, **sizes)
@@ -43,7 +44,7 @@ def adapted_bert(blocks: int, width: int, rank: int) -> nn.Module:
 
 @torch.no_grad()
 def one_by_one(model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]) -> np.ndarray:
-    """S(M without r) and S(M with r alone) of every component."""
+    """Return the scores of the model without each component, and with only that component."""
     columns = [delta.B[:, index] for delta in attached_deltas(model).values() for index in range(delta.rank)]
     values = [column.clone() for column in columns]
     scores = np.empty((2, len(columns)))
@@ -63,13 +64,13 @@ def one_by_one(model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], ba
 
 
 def ours(model: nn.Module, loss: Callable[[dict[str, Tensor]], Tensor], batch: dict[str, Tensor]) -> np.ndarray:
-    """The same by ablation_scores."""
+    """Return the same scores from ``ablation_scores``."""
     found = ablation_scores(model, loss, batch)
     return np.stack([np.concatenate(list(part.values())) for part in (found.without, found.only)])
 
 
 def _swapped(mine: np.ndarray, theirs: np.ndarray) -> int:
-    """Pairs of components that float32 ranks one way round here and the other way round there."""
+    """Count the pairs of components whose order differs."""
     one, other = (np.sign(np.subtract.outer(importance, importance)) for importance in (mine, theirs))
     return int((one * other < 0).sum() // 2)
 
@@ -103,7 +104,7 @@ def main() -> None:
         what = f"scores / one by one, {blocks} blocks of {arguments.width}, {arguments.shape}, rank {arguments.rank}"
         print(ratio.row(what, TARGET), flush=True)
         mixed = _swapped(mine[1] - mine[0], theirs[1] - theirs[0])
-        print(f"  largest difference {worst:.1e}; pairs in another order, all of them closer than that: {mixed}")
+        print(f"  largest difference of a score {worst:.1e}; pairs of components in a different order: {mixed}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A training step of FourierFT against PEFT's and against full fine-tuning: python benchmarks/fourierft_step.py
+"""Time of a training step of FourierFT compared with PEFT's FourierFT and with full fine-tuning.
 
-And against the frozen rest, which no adapter can do without: the same model, of which only the biases of the adapted
-modules train, so that slopes flow as far as they do with adapters. What a step costs above it is the adapter's own.
+Run ``python benchmarks/fourierft_step.py``. Another baseline trains only the biases of the adapted modules, so that
+gradients flow as far as with adapters. The time above this baseline is the cost of the adapters.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs import models
 from lorascope.methods import FourierFT, Full
 
-REST = "the frozen rest"
+REST = "biases only"
 AGAINST = {"PEFT's": 0.75, "full fine-tuning": 1.1}
 
 
 def contestants(coefficients: int | None, targets: str) -> dict[str, nn.Module]:
-    """The same MiniLM with our FourierFT, with PEFT's on the same modules, trained in full, and by biases alone."""
+    """Return MiniLM with our FourierFT, with PEFT's on the same modules, fully trained, and with trained biases."""
     ours, theirs, full, rest = (models.load("minilm") for _ in range(4))
     method = FourierFT(coefficients=coefficients, targets=TARGETS[targets])
     method.attach(ours)
@@ -46,9 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--coefficients", type=int, help="of each module; by default those of the method")
+    parser.add_argument("--coefficients", type=int, help="coefficients per module (default: the method's)")
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all-linear")
-    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="such as 64x128: batch x tokens")
+    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="batch size x tokens, such as 64x128")
     parser.add_argument("--against", nargs="*", choices=list(AGAINST), default=list(AGAINST))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

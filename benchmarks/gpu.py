@@ -1,8 +1,9 @@
-"""Training on a CUDA device, as one table: python benchmarks/gpu.py
+"""Time and memory of training on a CUDA device, as one table.
 
-The table has the seconds per optimizer step of every method and their ratio to full fine-tuning, the peak memory that
-CUDA counts and that lorascope.memory reports, the overhead of the default recorders, and LoRA on all of SmolLM2 under
-bf16 autocast. ``--device cpu`` runs the same on the CPU, where only lorascope.memory reports a peak.
+Run ``python benchmarks/gpu.py``. The table has the time per optimizer step of every method and its ratio to full
+fine-tuning, the peak memory according to CUDA and to lorascope.memory, the overhead of the default observers, and LoRA
+on all of SmolLM2 under bf16 autocast. With ``--device cpu`` it runs on the CPU, where only lorascope.memory reports a
+peak.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lorascope.methods.base import Method
 from lorascope.observe import norms
 
 FULL = "full"
-# One phase each, the one that is the method's own. LISA draws no blocks amid what is measured.
+# One phase per method. LISA resamples blocks within the timed steps, but not within the steps that measure memory.
 METHODS: dict[str, Method] = {
     FULL: ls.Full(),
     "lora": ls.LoRA(targets="all-linear"),
@@ -52,7 +53,7 @@ Row = dict[str, Any]
 
 
 def with_peak(device: str, work: Callable[[], ls.Run]) -> tuple[ls.Run, float]:
-    """Return a run and the most bytes that CUDA had allocated during it; NaN on other devices."""
+    """Return a run and the peak bytes that CUDA allocated during it; NaN on other devices."""
     on_card = torch.device(device).type == "cuda"
     gc.collect()
     if on_card:
@@ -62,12 +63,12 @@ def with_peak(device: str, work: Callable[[], ls.Run]) -> tuple[ls.Run, float]:
 
 
 def seconds_per_step(run: ls.Run) -> float:
-    """Median over the steps of a run that ``pace`` measured, the first ones left out."""
+    """Return the median time per step of a run from ``step_time``, without its first steps."""
     return float(medians(run.table)["value"].sum())
 
 
 def methods(options: argparse.Namespace, steps: int, processes: int, root: Path) -> Iterator[Row]:
-    """One row per method: time in this process, memory in separate ones and first, to time an idle device."""
+    """Yield one row per method: memory is measured first, in separate processes, then time in this process."""
     where: dict[str, Any] = {"seed": 0, "out": None, "root": root, "overwrite": False, "device": options.device}
 
     def reported(method: Method) -> float:
@@ -86,7 +87,7 @@ def methods(options: argparse.Namespace, steps: int, processes: int, root: Path)
 
 
 def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[Row]:
-    """One row per recorded training, in units of the same one without observers."""
+    """Yield one row per training run with observers, relative to the same run without."""
     shape = (BATCH["batch_size"], 32)
     for name in (FULL, "lora"):
         training = partial(Training, METHODS[name], model=options.model, task=options.task, device=options.device)
@@ -98,7 +99,7 @@ def recorders(options: argparse.Namespace, pairs: int, root: Path) -> Iterator[R
 
 
 def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:
-    """LoRA on the whole decoder under bf16 autocast."""
+    """Return the row of LoRA on the whole decoder under bf16 autocast."""
     settings: dict[str, Any] = {"steps": steps, "batch_size": 16, "eval_every": 0, "eval_size": 64, "test_size": 64}
     method = ls.LoRA(targets="all-linear")
     settings |= {"precision": "bf16", "device": options.device, "root": root, "progress": False}
@@ -111,7 +112,7 @@ def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:
 
 
 def rows(options: argparse.Namespace) -> Iterator[Row]:
-    """All rows, from runs in a temporary folder."""
+    """Yield all rows, from runs in a temporary folder."""
     steps, pairs, decoder_steps, processes = QUICK if options.quick else SIZES
     with tempfile.TemporaryDirectory() as folder:
         yield from methods(options, steps, processes, Path(folder))
@@ -137,7 +138,7 @@ def table(found: Iterable[Row]) -> pd.DataFrame:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--quick", action="store_true", help="few steps: shows that everything works")
+    parser.add_argument("--quick", action="store_true", help="run few steps, to check that everything works")
     parser.add_argument("--model", default="minilm", help="encoder that every method trains")
     parser.add_argument("--decoder", default="smollm2", help="decoder that LoRA trains under bf16 autocast")
     parser.add_argument("--task", default="sentiment")

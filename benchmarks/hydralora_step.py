@@ -1,4 +1,7 @@
-"""A training step of HydraLoRA against LoRA of the rank of one head: python benchmarks/hydralora_step.py --pairs 40"""
+"""Time of a training step of HydraLoRA compared with LoRA of one expert's rank.
+
+Run ``python benchmarks/hydralora_step.py --pairs 40``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ FEED_FORWARD = ("ffn_in", "ffn_out")
 
 
 def contestant(method: Method) -> nn.Module:
-    """MiniLM with a method's adapters."""
+    """Return MiniLM with a method's adapters."""
     model = models.load("minilm")
     method.attach(model)
     return model
@@ -29,7 +32,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--heads", type=int, nargs="+", default=[3, 10])
-    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="such as 64x128: batch x tokens")
+    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="batch size x tokens, such as 64x128")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     lora = contestant(LoRA(rank=4, alpha=16, targets=FEED_FORWARD))
@@ -38,7 +41,7 @@ def main() -> None:
         for shape in arguments.shapes:
             batch = batch_of(*map(int, shape.split("x")))
             ratio = compare(step_of(hydra, batch), step_of(lora, batch), arguments.pairs)
-            print(ratio.row(f"HydraLoRA step, {number} heads / LoRA, {shape}", TARGET), flush=True)
+            print(ratio.row(f"HydraLoRA step, {number} experts / LoRA, {shape}", TARGET), flush=True)
 
 
 if __name__ == "__main__":

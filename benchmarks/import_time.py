@@ -1,6 +1,7 @@
-"""What ``import lorascope`` costs, as CPU seconds of a whole process less those of an interpreter that imports nothing.
+"""Time of ``import lorascope``: CPU seconds of a process minus an interpreter that imports nothing.
 
-Run ``python benchmarks/import_time.py [--pairs 40]``. The torch row says what leaving torch out of the import saves.
+Run ``python benchmarks/import_time.py [--pairs 40]``. The torch row is the time saved because lorascope does not import
+torch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ SECONDS = 0.3
 
 
 def cpu_seconds(code: str) -> float:
-    """User and system time of ``python -c code``."""
+    """Return the user and system time of ``python -c code``."""
     process = subprocess.Popen([sys.executable, "-c", code])
     _, status, usage = os.wait4(process.pid, 0)
     if status:

@@ -1,9 +1,9 @@
-"""``lorascope inspect`` of a large adapter, as a whole process, against reading its bytes.
+"""Time of ``lorascope inspect`` for a large adapter, compared with reading its bytes.
 
 python benchmarks/inspect_adapter.py --shapes 7b 70b
 
-Prints wall-clock and CPU seconds, peak memory, and the ratio to reading the same file once (from the page cache). The
-verdict is about CPU seconds: other jobs on the machine stretch the wall clock.
+Prints wall-clock and CPU seconds of the whole process, peak memory, and the ratio to reading the same file once (from
+the page cache). The target refers to CPU seconds, because other jobs on the machine increase the wall-clock time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Shape:
     target: float
 
     def modules(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of the linears of a block."""
+        """Return the shapes (out, in) of the linears in a block."""
         d, kv, ff = self.width, self.key_width, self.feed_forward
         attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
         inner = {"gate_proj": (ff, d), "up_proj": (ff, d), "down_proj": (d, ff)}
@@ -45,12 +45,12 @@ SHAPES = {
     "7b": Shape(32, 4096, 4096, 11008, 16, target=2.0),
     "70b": Shape(80, 8192, 1024, 28672, 64, target=15.0),
 }
-# Singular values of real adapters fall off; the steep one needs the slower, orthogonal route.
+# Singular values of real adapters decay; a steep decay needs the slower QR route.
 FALL = {"gentle": 3.0, "steep": 9.0}
 
 
 def factors(shape: Shape, fall: float) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and bfloat16 values of all factors, layer by layer."""
+    """Yield names and bfloat16 values of all factors, layer by layer."""
     draw = np.random.default_rng(0)
     noise = draw.standard_normal(1 << 22, dtype=np.float32)
     decay = np.exp(-fall * np.linspace(0, 1, shape.rank, dtype=np.float32))
@@ -70,7 +70,7 @@ def factors(shape: Shape, fall: float) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def write(folder: Path, shape: Shape, fall: float) -> Path:
-    """Write a PEFT folder of this shape; gives the file of weights."""
+    """Write a PEFT folder of this shape and return its weights file."""
     header: dict[str, dict] = {}
     end = 0
     for name, bits in factors(shape, fall):
@@ -88,7 +88,7 @@ def write(folder: Path, shape: Shape, fall: float) -> Path:
 
 
 def read(file: Path) -> float:
-    """Seconds to read all bytes."""
+    """Return the seconds needed to read all bytes."""
     start = time.perf_counter()
     with file.open("rb", buffering=0) as stream:
         while stream.read(1 << 24):
@@ -97,7 +97,7 @@ def read(file: Path) -> float:
 
 
 def inspect(folder: Path) -> tuple[float, float, float]:
-    """Wall-clock seconds, CPU seconds and peak MB of the whole process."""
+    """Return wall-clock seconds, CPU seconds and peak MB of the whole process."""
     start = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-m", "lorascope.cli", "inspect", str(folder)], stdout=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""Intruder dimensions of one more adapter on a base that is decomposed already, against what the definition asks for.
+"""Speedup of intruder dimensions on a base with known SVD, compared with the SVDs of the definition.
 
 python benchmarks/intruders.py
 """
@@ -36,9 +36,9 @@ def main() -> None:
         np.abs(U0.T @ np.linalg.svd(matrix)[0][:, :K]).max(axis=0)
 
     contestants = {
-        "two decompositions / low-rank": (two_decompositions, adapter, SPEEDUP),
-        "one, base kept / low-rank": (one_decomposition, adapter, SPEEDUP),
-        "one, base kept / dense update": (one_decomposition, Dense(adapter.dense()), 1),
+        "two SVDs / low-rank": (two_decompositions, adapter, SPEEDUP),
+        "one SVD, base known / low-rank": (one_decomposition, adapter, SPEEDUP),
+        "one SVD, base known / dense": (one_decomposition, Dense(adapter.dense()), 1),
     }
     with one_thread():
         for label, (definition, update, target) in contestants.items():

@@ -1,4 +1,7 @@
-"""A training step of LoRA against the same step with PEFT's LoRA: python benchmarks/lora_step.py --pairs 40"""
+"""Time of a training step of LoRA compared with PEFT's LoRA.
+
+Run ``python benchmarks/lora_step.py --pairs 40``.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ TARGET = 1.0
 
 
 def batch_of(size: int, length: int) -> dict[str, Tensor]:
-    """Random token ids without padding, and labels."""
+    """Return random token ids without padding, and labels."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, 20000, (size, length), generator=generator)
     labels = torch.randint(2, (size,), generator=generator)
@@ -28,7 +31,7 @@ def batch_of(size: int, length: int) -> dict[str, Tensor]:
 
 
 def step_of(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
-    """One whole optimizer step on a fixed batch."""
+    """Return a full optimizer step on a fixed batch."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
 
@@ -41,7 +44,7 @@ def step_of(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
 
 
 def contestants(targets: str) -> tuple[nn.Module, nn.Module]:
-    """The same MiniLM with our LoRA and with PEFT's, rank 8 without dropout."""
+    """Return MiniLM with our LoRA and with PEFT's, of rank 8 without dropout."""
     ours, theirs = models.load("minilm"), models.load("minilm")
     method = LoRA(targets=TARGETS[targets])
     method.attach(ours)
@@ -55,7 +58,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--targets", choices=sorted(TARGETS), default="all-linear")
-    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="such as 64x128: batch x tokens")
+    parser.add_argument("--shapes", nargs="+", default=["32x32", "8x16"], help="batch size x tokens, such as 64x128")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     ours, theirs = contestants(arguments.targets)

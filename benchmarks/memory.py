@@ -1,7 +1,7 @@
-"""What one step holds, by every way to train, on both models that need no network: python benchmarks/memory.py
+"""Memory of one training step by method, on both models that need no download.
 
-It prints the rows of the README's table and draws its figure. Every step is measured in a process of its own; the runs
-lie in ``--runs``, where a second call finds them.
+Run ``python benchmarks/memory.py``. It prints the rows of the README's table and plots its figure. Every step is
+measured in a separate process. The runs are stored in ``--runs``, where a second call finds them.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main() -> None:
         for way, method in WAYS.items():
             run = ls.memory.measure(MODELS[name], "sentiment", method, root=arguments.runs)
             found[way].append(run)
-            held = norms.last(run.table).set_index("quantity")["value"] / 2**20
-            parameters, gradients, optimizer, peak = (held[part] for part in PARTS)
+            memory = norms.last(run.table).set_index("quantity")["value"] / 2**20
+            parameters, gradients, optimizer, peak = (memory[part] for part in PARTS)
             print(f"| {way} | {parameters:.1f} | {gradients:.1f} | {optimizer:.1f} | {peak:.0f} |", flush=True)
     ls.plots.memory(found).save(arguments.figure, width="column")
 

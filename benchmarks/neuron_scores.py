@@ -1,9 +1,10 @@
-"""Scores of every feed-forward neuron between two checkpoints, against copying all their tensors into memory.
+"""Time of the scores of all feed-forward neurons between two checkpoints, compared with copying all their tensors.
 
 python benchmarks/neuron_scores.py --dtypes F32 BF16
 
-Two layers of the shape of LLaMA 7B, attention included, as two files that lie in the page cache. The copy takes tensor
-after tensor, in its own dtype, and keeps none. Peak memory is that of a fresh process above what its imports took.
+The two files have two layers of LLaMA-7B shape, including attention, and are in the page cache. The copy reads one
+tensor after the other in its dtype and frees it. Peak memory is measured in a fresh process, relative to the memory
+after its imports.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHAPES |= {"mlp.down_proj": (WIDTH, FEED_FORWARD)}
 SIZES = {"F32": 4, "BF16": 2}
 ROLES = {"all three": ("ffn_in", "ffn_gate", "ffn_out"), "input, output": ("ffn_in", "ffn_out")}
 CHANGE, TARGET = 1e-2, 1.5
-# The high-water mark of this program alone: that of getrusage begins with the parent's.
+# Peak memory of this program only: the peak in getrusage starts from the parent's memory.
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -45,7 +46,7 @@ print((peak() - before) / 1024)
 
 
 def weights(change: float) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and values of all tensors, changed by a share of their size."""
+    """Yield names and values of all tensors, changed by a fraction of their size."""
     draw = np.random.default_rng(0)
     noise = draw.standard_normal(1 << 26, dtype=np.float32) * np.float32(0.02)
     for layer in range(LAYERS):
@@ -75,7 +76,7 @@ def write(file: Path, dtype: str, change: float) -> None:
 
 
 def copy(*files: Path) -> None:
-    """Copy every tensor into memory of its own."""
+    """Copy every tensor into new memory."""
     for file in map(TensorFile, files):
         for name in file:
             np.array(file.unread(name).stored)
@@ -85,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--folder", help="where the checkpoints are written")
+    parser.add_argument("--folder", help="folder for the checkpoints (default: a temporary one)")
     arguments = parser.parse_args()
     for dtype in arguments.dtypes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder, one_thread():
@@ -95,10 +96,10 @@ def main() -> None:
             for label, roles in ROLES.items():
                 ratio = compare(partial(neuron_scores, *files, roles), partial(copy, *files), arguments.pairs, warmup=1)
                 print(ratio.row(f"{dtype} {label} / copy", TARGET), flush=True)
-            told = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout
+            peak = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, check=True).stdout
             layer = sum(map(np.prod, SHAPES.values())) * SIZES[dtype] / 2**20
-            verdict = "met" if float(told) <= layer else "MISSED"
-            print(f"{dtype} peak memory {float(told):.0f} MB, one layer {layer:.0f} MB {verdict}", flush=True)
+            verdict = "met" if float(peak) <= layer else "MISSED"
+            print(f"{dtype} peak memory {float(peak):.0f} MB, one layer {layer:.0f} MB {verdict}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fair timing of two contestants: in turns, in one process, by process CPU time, with an interval."""
+"""Fair timing of two functions: alternating in one process, by CPU time, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Ratio:
-    """How long the first contestant takes, in units of the second.
+    """Time of the first function relative to the second.
 
     Parameters
     ----------
     median, low, high : float
-        Median of the paired ratios and its bootstrap 95 % interval.
+        Median of the paired ratios and its 95% bootstrap interval.
     seconds : (float, float)
-        Median CPU seconds of the two.
+        Median CPU seconds of the two functions.
     pairs : int
+        Number of pairs.
     """
 
     median: float
@@ -30,11 +31,11 @@ class Ratio:
     pairs: int
 
     def meets(self, target: float) -> bool:
-        """The median meets the target, and the interval's upper end lies within 3 % of it."""
+        """Return whether the median meets the target and the interval exceeds it by at most 3%."""
         return self.median <= target and self.high <= 1.03 * target
 
     def row(self, label: str, target: float) -> str:
-        """One line of a report."""
+        """Format the ratio as one line of a report."""
         verdict = "met" if self.meets(target) else "MISSED"
         first, second = (1e3 * value for value in self.seconds)
         return (
@@ -51,19 +52,19 @@ def compare(
     seconds: float = math.inf,
     clock: Callable[[], float] = time.process_time,
 ) -> Ratio:
-    """Time two functions in alternation; which of them leads changes from pair to pair.
+    """Time two functions in pairs; the function that runs first alternates from pair to pair.
 
     Parameters
     ----------
     first, second : callables without arguments
     pairs : int
-        Timed pairs.
+        Number of timed pairs.
     warmup : int
-        Untimed pairs before.
+        Number of untimed pairs before them.
     seconds : float
-        CPU time after which no further pair begins, of which there are three at least.
+        CPU time after which no further pair starts; at least three pairs are timed.
     clock : callable
-        Returns seconds; CPU seconds of this process by default.
+        Function that returns seconds; by default the CPU seconds of this process.
     """
     for _ in range(warmup):
         first(), second()

@@ -1,7 +1,7 @@
-"""What the default recorders cost: training with them against training without, in process CPU time.
+"""Overhead of the default observers: CPU time of training with and without them.
 
-Run ``python benchmarks/recorder.py [--pairs 10] [--shapes 32x32 8x16]``. Norms are taken every ten steps, so a
-contestant is ten steps of a live run; both train their own copy of all-MiniLM-L6-v2 and take turns in one process.
+Run ``python benchmarks/recorder.py [--pairs 10] [--shapes 32x32 8x16]``. Norms are recorded every ten steps, so ten
+steps of a live run are timed at once. Both runs train their own copy of all-MiniLM-L6-v2 and alternate in one process.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = 10
 
 
 class Training:
-    """A run whose steps are made ten at a time, on random tokens of one shape."""
+    """A run that trains ten steps per call, on random tokens of one shape."""
 
     def __init__(
         self,

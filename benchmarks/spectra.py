@@ -1,4 +1,4 @@
-"""Singular values of low-rank updates from their factors: a whole adapter, and one module against a dense SVD.
+"""Time of singular values from factors: of a whole adapter, and of one module compared with a dense SVD.
 
 python benchmarks/spectra.py
 """
@@ -16,7 +16,7 @@ SECONDS, SPEEDUP = 1.0, 1000
 
 
 def updates(count: int, side: int, rank: int, grown: bool) -> list[LowRank]:
-    """Random factors in float32; with B as a few steps leave it when grown from zero, its columns nearly parallel."""
+    """Return random float32 factors; ``grown`` makes the columns of B almost parallel, as after a few steps."""
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -40,7 +40,7 @@ def main() -> None:
     dense = factored[0].dense()
     ratio = compare(
         lambda: np.linalg.svd(dense, compute_uv=False),
-        lambda: [spectra(factored) for _ in range(100)],  # one alone is too short for the clock
+        lambda: [spectra(factored) for _ in range(100)],  # a single one is too short to time
         arguments.pairs,
     )
     speedup = [100 * value for value in (ratio.median, ratio.low, ratio.high)]

@@ -1,7 +1,7 @@
-"""What word counts alone reach on the bundled sentences: TF-IDF of one and two words, logistic regression.
+"""Baseline accuracy of word counts on the bundled sentences: logistic regression on TF-IDF of one and two words.
 
 Run ``python benchmarks/yardstick.py``; it prints a table and writes ``data/sentiment_yardstick.csv``. A trained model
-that does not beat this has learned nothing about sentences.
+that does not outperform this baseline has learned nothing about sentences.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ TABLE = Path(__file__).resolve().parents[1] / "data" / "sentiment_yardstick.csv"
 
 
 def yardstick() -> pd.DataFrame:
-    """Test accuracy, of one model for all domains and of one model for each.
+    """Compute the test accuracy of one model for all domains, and of one model per domain.
 
     Returns
     -------
     DataFrame
-        Columns domain, test_rows, majority (share of the more frequent label), joint, own, and standard_error of joint.
+        Columns domain, test_rows, majority (fraction of the more frequent label), joint, own, and standard_error (of
+        joint).
     """
     whole = tasks.load("sentiment")
     test = whole.split("test")

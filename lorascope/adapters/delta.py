@@ -124,13 +124,19 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
 
     If several modules share a weight, only the named module is adapted.
 
+    Parameters
+    ----------
+    model : Module
+    deltas : mapping module name -> Delta
+        Updates with the shapes (out, in) of the modules.
+
     Raises
     ------
     ValueError
         A name is not a module, or the module already has a Delta.
     TypeError
-        The class of a module is a quantized layer, a subclass or any other class whose ``forward`` may not be a plain
-        linear map or lookup.
+        The class of a module is not exactly nn.Linear, nn.Embedding or GPT-2's Conv1D (such as a quantized layer or a
+        subclass), or its ``forward`` was replaced.
     """
     modules: dict[str, Any] = dict(model.named_modules())
     for name in deltas:

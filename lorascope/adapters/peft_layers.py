@@ -115,8 +115,8 @@ def active_adapters(layer: Any) -> list[str]:
 def is_readable(layer: Any) -> bool:
     """Return whether the active adapters make an update of one matrix, from their factors or by merging.
 
-    This is False for norms, for several experts in one tensor, and for packed (quantized) weights of adapters without
-    factors.
+    This is False for norms, grouped convolutions, and several experts in one tensor. For packed (quantized) weights it
+    is True only with plain LoRA or AdaLoRA.
     """
     if hasattr(layer, "parameter_name"):
         return False

@@ -28,22 +28,23 @@ KEPT = 64
 Pair: TypeAlias = tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]
 
 _OF_V = "of Adam's second moment V, as a matrix"
+_OF_RANDOM = "of a random matrix with the row and column sums of V"
 register("moment_sigma", Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"))
 register(
     "moment_sigma_dealt",
-    Quantity("σᵢ / σ₁", index="component", definition="same, for a random matrix with the row and column sums of V"),
+    Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_RANDOM}"),
 )
 _ERROR = "‖V − V̂‖ / ‖V‖"
 register("moment_error", Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_V}"))
 register(
     "moment_error_dealt",
-    Quantity(_ERROR, index="rank", definition="same, for a random matrix with the row and column sums of V"),
+    Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_RANDOM}"),
 )
 register("moment_error_s_rsi", Quantity(_ERROR, index="rank", definition=f"error of S-RSI with l = p = 5 {_OF_V}"))
 register("moment_error_rank_one", Quantity(_ERROR, definition=f"error of Adafactor's rank-one factors {_OF_V}"))
 register(
     "factor_drift",
-    Quantity("‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors of E, the exact average since step 0"),
+    Quantity("‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors of E, the exact average of squared gradients"),
 )
 register("factor_drift_least", Quantity("‖E − Eₖ‖ / ‖E‖", definition="best error (SVD) at the same rank"))
 register("factor_drift_rank_one", Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank-one factors of E"))
@@ -80,7 +81,7 @@ for _way in (*WAYS, "svd"):
 
 @dataclass(kw_only=True)
 class second_moments(Observer):
-    """Singular values of AdamW's second moments of the matrices in blocks, and their errors by rank.
+    """Singular values of AdamW's second moments of the matrices in blocks, and low-rank approximation errors.
 
     Both are also recorded for a random matrix with the same row and column sums. Each recording costs two SVDs and a
     few factorizations per matrix.
@@ -109,7 +110,7 @@ def _moment_records(module: str, V: Tensor) -> Iterator[Item]:
             f"moment_error{suffix}", np.array([optimizer_moments.tail(sigma, rank) for rank in ranks]), module, ranks
         )
     generator = torch.Generator(V.device).manual_seed(0)
-    wide = V.float()  # the optimizer's dtype
+    wide = V.float()  # the optimizer factorizes in float32
     found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
     yield Record("moment_error_s_rsi", np.array(found), module, ranks)
     yield Record(

@@ -33,14 +33,14 @@ class norms(Observer):
 
     The values of a module refer to its weight matrix, the values of a block to all its tensors, including norms and
     biases. Only trained tensors are recorded. Ranks of factored updates are recorded each time. Ranks of dense updates
-    need an SVD, so they are recorded only at the last step and at multiples of ``spectra_every``.
+    need an SVD, so they are recorded only at step 0, at the last step and at multiples of ``spectra_every``.
 
     Parameters
     ----------
     every : int
         Steps between recordings.
     spectra_every : int or None
-        Steps between SVDs of dense updates; None computes them only at the last step.
+        Steps between SVDs of dense updates; None computes them only at step 0 and at the last step.
     """
 
     spectra_every: int | None = None
@@ -59,7 +59,7 @@ class norms(Observer):
     @torch.no_grad()
     @shared_copies()
     def __call__(self, step: Step) -> list[Item]:
-        """Return norms and ranks of the state after this step, if they are due."""
+        """Return norms and ranks after this step, if it is due or the best so far."""
         self._found = trained = self._found or TrainedTensors.of(step)
         items: list[Item] = []
         if step.finished == 0:

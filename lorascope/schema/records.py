@@ -107,7 +107,7 @@ class Factors:
     scale : float or None
         Scale of a low-rank or Fourier update; None for any other form.
     exact : bool
-        False if the update depends on the input, so that the factors represent it at mean gates only.
+        False if the update depends on the input, so that the factors represent it only at fixed gates.
     """
 
     module: str
@@ -153,7 +153,7 @@ QUANTITIES: dict[str, Quantity] = {
 }
 
 
-_adopted: set[str] = set()  # quantities known only from a stored run, until the module that records them registers them
+_adopted: set[str] = set()  # known only from a stored run; replaced when the module that records them is imported
 
 
 def adopt(quantities: Mapping[str, Mapping[str, Any]]) -> None:

@@ -83,6 +83,7 @@ def _switched_scores(
         for name, indices in active.items()
     }
     undisturbed, losses = moved_losses(model, loss, batch, moves)
+    # Idle components change nothing, so they have the score of the undisturbed model.
     scores = {name: np.full(adapter.rank, -undisturbed) for name, adapter in adapters.items()}
     for name, indices in active.items():
         scores[name][indices] = [-value for value in losses[name]]

@@ -190,7 +190,7 @@ class _Replay:
     def look_into(self, block: nn.Module) -> _Pass:
         """Return a pass with all outputs inside the block, which replays the other blocks."""
         calls = self.top.calls_of(block)
-        if len(calls) != 1:
+        if len(calls) != 1:  # a block that is called several times cannot be replayed
             return self.top
         others = [c for c in self.top.calls if c.end < calls[0].start or c.start > calls[0].end]
         parts = set(block.modules())
@@ -200,11 +200,12 @@ class _Replay:
     def losses(self, module: nn.Module, seen: _Pass, moves: Sequence[Move]) -> list[float]:
         """Compute the loss for each move of a module; ``seen`` has the outputs of the modules around it."""
         calls = seen.calls_of(module)
-        if not calls:
+        if not calls:  # a module that is not called does not affect the loss
             return [self.top.loss] * len(moves)
         start = min(call.start for call in self.top.calls_of(module))
         before = [call for call in self.top.calls if call.end < start]
         before += [call for call in seen.calls if call.end < calls[0].start]
+        # Only outputs whose first dimension is the rows can be split into copies.
         most = self.most if all(flags == [True] for flags in self.by_row[module]) else 1
         found = []
         for chunk in (moves[i : i + most] for i in range(0, len(moves), most)):

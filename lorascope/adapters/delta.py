@@ -153,6 +153,7 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
 
 
 def _check_host(name: str, host: Any) -> None:
+    # Only exact classes, because a subclass may compute something else.
     if type(host) not in _ADAPTED:
         kind = f"{type(host).__module__}.{type(host).__name__}"
         raise TypeError(f"class of {name!r} must be nn.Linear, nn.Embedding or GPT-2's Conv1D, got {kind}")
@@ -322,6 +323,7 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
 def _own_update(module: Any, before: Tensor | None) -> LowRank | Dense | None:
     """Return the sum of the Delta's update and the change of the weight itself, or None if there is neither."""
     delta = module.delta.update() if type(module) in _PLAIN else None
+    # If the weight itself has not changed, a low-rank update remains low-rank.
     if (
         before is None
         or before.ndim < 2

@@ -182,7 +182,7 @@ def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
         B, A = B.weight.flatten(1), A.weight.flatten(1)
     elif adapter in getattr(layer, "lora_E", ()):
         A = A * layer.lora_E[adapter]
-        scale /= float(layer.ranknum[adapter]) + 1e-5
+        scale /= float(layer.ranknum[adapter]) + 1e-5  # as in PEFT
     return LowRank(to_array(B), to_array(A), scale) if isinstance(A, Tensor) else None
 
 
@@ -195,7 +195,7 @@ def _fourierft_factors(layer: Any, adapter: str) -> Fourier:
 
 def _merged_difference(layer: Any, active: list[str]) -> Dense:
     twin = copy.deepcopy(layer).double()
-    if twin.merged:
+    if twin.merged:  # the weight already contains the update
         twin.unmerge()
     before = to_array(host_weight(twin.get_base_layer()))
     twin.merge(adapter_names=active)

@@ -78,6 +78,7 @@ class utilization(Observer):
         for part in neurons.parts(step.modules):
             vectors = to_array(effective_weight(step.model, part.module).float())[part.where]
             blocks = span(part.layer, self.layers)
+            # Encoders such as BERT return their hidden states without the name of a stack.
             hidden = states[part.stack if part.stack in states else ""][blocks]
             correlation = correlations(vectors if part.axis == 1 else vectors.T, hidden)
             numbers = np.arange(part.first, part.first + part.count)

@@ -96,6 +96,7 @@ class second_moments(Observer):
         for module, state in _block_matrices(step, "exp_avg_sq"):
             V = state["exp_avg_sq"].double().flatten(1)
             if V.any():
+                # Second moments are tiny; all recorded values are relative, so the scale does not matter.
                 yield from _moment_records(module, V / V.max())
 
 
@@ -231,7 +232,7 @@ class factor_optimum(Observer):
                 V = (1 - beta2) * gradient.double().flatten(1).square()
                 if module in self.before_:
                     Q, U = (self.before_[module][name].double() for name in "QU")
-                    V += beta2 * (Q @ U.T).clamp(min=0)
+                    V += beta2 * (Q @ U.T).clamp(min=0)  # as in Adapprox
                 exact, product = to_array(V), to_array(state["Q"].double() @ state["U"].double().T)
                 if exact.any():
                     yield Record("factor_step_error", optimizer_moments.relative_error(exact, product), module)

@@ -73,6 +73,7 @@ class norms(Observer):
         if self.due(step.finished, step.total) or step.best:
             items.extend(self._record_norms(step, trained))
         self.before_ = {}
+        # The norm of the next step needs the state before it.
         if not step.last and self.due(step.finished + 1, step.total):
             self._remember(trained)
         return items
@@ -136,6 +137,7 @@ class norms(Observer):
             base, change = self.base_squares_.get(trained.parameter_of[module], math.nan), update.norm() ** 2
             weight = base
             if not math.isnan(base):
+                # |W_0 + dW|^2 from its parts, which rounding can make negative.
                 weight = max(0.0, base + 2 * inner(host_weight(trained.hosts[module]), update) + change)
             found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:
@@ -151,6 +153,7 @@ class norms(Observer):
                 continue
             total = {key: math.fsum(parts[key] for parts in inside) for key in inside[0]}
             known = (s for name, s in self.base_squares_.items() if name.startswith(f"{block}."))
+            # Frozen tensors of the block contribute their base norms.
             everything = math.nan if math.isnan(total["base"]) else math.fsum(known)
             total["weight"] += everything - total["base"]
             total["base"] = everything

@@ -33,6 +33,7 @@ class Former:
             return [self.to_new(item) for item in value]
         if not self.values:
             return value
+        # Compare instead of looking up, because a value from a file may not be hashable.
         for old, new in self.values.items():
             if old == value:
                 return new

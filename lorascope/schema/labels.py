@@ -31,4 +31,5 @@ def to_words(value: object) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return value.__qualname__.rpartition("<locals>.")[2]
     text = str(value)
+    # An address differs between processes.
     return type(value).__name__ if " at 0x" in text else text

@@ -83,6 +83,7 @@ def describe(model: Any) -> pd.DataFrame:
 def _drop_tied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
     """Yield one table row per weight: the embedding's if an embedding uses the weight, else the first use."""
     uses: dict[int, list[_Row]] = {}
+    # A block has no weight, so it is its own group.
     for row in rows:
         uses.setdefault(id(row if row.weight is None else row.weight), []).append(row)
     for row in rows:

@@ -199,6 +199,7 @@ def frame(run: str, rows: Sequence[tuple[int, Record]], modules: pd.DataFrame) -
     for step, record in rows:
         value = np.atleast_1d(np.asarray(record.value, dtype=np.float64))
         vector = np.ndim(record.value) > 0
+        # An index of -1 becomes NA below.
         index = record.index if record.index is not None else (np.arange(len(value)) if vector else -1)
         steps.append(np.full(len(value), step))
         names.extend([record.module] * len(value))
@@ -239,6 +240,7 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
     if missing:
         raise ValueError(f"missing columns {', '.join(missing)}; expected {', '.join(COLUMNS)}")
     for name in _DTYPES:
+        # A column without any value may have any dtype.
         if not (pd.api.types.is_numeric_dtype(table[name]) or table[name].isna().all()):
             raise ValueError(f"column {name} must be numeric, got {table[name].dtype}")
     try:
@@ -269,6 +271,7 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
 
 def concat(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
     """Concatenate the tables of several runs and merge their categories."""
+    # pandas concatenates columns with different categories as objects.
     plain = [table.astype(dict.fromkeys(_CATEGORICAL, "str")) for table in tables]
     if not plain:
         return frame("", [], pd.DataFrame(columns=["module", "stack", "layer", "role"]))

@@ -64,6 +64,7 @@ def entries(
 
 
 def _shuffle_places(size: int, n: int, seed: int) -> Int[np.ndarray, "n"]:
+    # As in torch.randperm, each swap is a 32-bit word modulo the number of positions left.
     swaps = min(n, size - 1)
     words = np.random.RandomState(seed).randint(0, SEEDS, size=swaps, dtype=np.uint32).astype(np.int64)
     places = np.arange(swaps)
@@ -92,6 +93,7 @@ def _draw_in_band(shape: tuple[int, int], n: int, seed: int, center: float, widt
             f"number of coefficients must be <= {len(possible)}, the entries of a {shape[0]} x {shape[1]} weight in "
             f"the band with center {center:g} and width {width:g}, got {n}"
         )
+    # Logarithms, because the waiting times of tiny rates overflow.
     waits = np.log(np.random.default_rng(seed).exponential(size=len(possible))) - np.log(rates[possible])
     return possible[np.argsort(waits, kind="stable")[:n]]
 
@@ -196,6 +198,7 @@ class Fourier(Dense):
     @cached_property
     def matrix(self) -> Float[np.ndarray, "out in"]:
         """The update as a matrix, from one real inverse transform of half the spectrum."""
+        # The real part is the transform of F averaged with its mirror image, of which irfft2 reads one half.
         rows, columns = self.shape
         (j, k), half = self.entries, as_float64(self.coefficients) / 2
         spectrum = np.zeros((rows, columns // 2 + 1))
@@ -223,6 +226,7 @@ class Fourier(Dense):
     @property
     def rank(self) -> int:
         """Structural rank of the entries, which is the rank for almost all coefficients."""
+        # Imported here to keep the import of this module fast.
         from scipy.sparse import csr_array
         from scipy.sparse.csgraph import structural_rank
 
@@ -275,6 +279,7 @@ def _sum_places(
     shape: tuple[int, int], rows: Int[np.ndarray, "n"], columns: Int[np.ndarray, "n"], values: Float[np.ndarray, "n"]
 ) -> _Part:
     """Sum the values of each place: (j, k) and (-j, -k) are one frequency, (j, -k) shares its basis functions."""
+    # The odd part has no columns if a side of the weight is 1 or 2.
     places, where = np.unique(rows * max(shape[1], 1) + columns, return_inverse=True)
     found = np.divmod(places, max(shape[1], 1))
     return _Part(shape, *found, np.bincount(where, values, len(places)))

@@ -42,7 +42,7 @@ def energy_rank(sigma: Float[np.ndarray, "k"], share: float = 0.9) -> float:
     """Return the smallest number of components that sum to the fraction ``share`` of sum sigma^2."""
     shares = np.sort(_power_fractions(sigma, 2))[::-1]
     if not shares.any() or np.isnan(shares).any():
-        return float(shares.sum())
+        return float(shares.sum())  # 0 or NaN
     # Without the tolerance, share = 1 would depend on the rounding of the last partial sum.
     return float(np.searchsorted(np.cumsum(shares), share - 1e-12) + 1)
 
@@ -189,6 +189,7 @@ def tiles(matrix: Float[np.ndarray, "rows columns"]) -> Iterator[Float[np.ndarra
 def root_of_squares(values: Float[np.ndarray, "n"]) -> float:
     """Compute the root of the sum of squares, even if the sum overflows float64."""
     largest = np.max(np.abs(values), initial=0.0)
+    # Squares of smaller values do not overflow.
     if not 2.0**500 < largest < np.inf:
         return float(np.linalg.norm(values))
     return float(largest * np.linalg.norm(values / largest))

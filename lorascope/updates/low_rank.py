@@ -228,6 +228,7 @@ def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
 
 def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
     """Return the update with factors whose products fit in float64, and the power of two to multiply it by."""
+    # Products of narrower dtypes always fit in float64.
     largest = [max(X.max(initial=0), -X.min(initial=0)) if X.dtype == np.float64 else 1 for X in (update.B, update.A)]
     b, a = (0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1]) for size in largest)
     return (replace(update, B=np.ldexp(update.B, -b), A=np.ldexp(update.A, -a)) if b or a else update), b + a

@@ -1,4 +1,4 @@
-"""The methods, one file a paper; a new one adds its import line here."""
+"""Fine-tuning methods, one file per paper; a new method adds its import line here."""
 
 from lorascope.methods.adalora import AdaLoRA
 from lorascope.methods.adapprox import Adapprox, AdapproxOptimizer

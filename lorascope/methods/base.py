@@ -1,4 +1,4 @@
-"""Training policies: what a method is, what it is given at each step, and the phases it may ask for."""
+"""Base class of the methods, the step that they receive, and the phases of a training run."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def added_later() -> dict[str, Any]:
 
 @dataclass(kw_only=True)
 class Method:
-    """A training policy. Its fields are the hyper-parameters; attributes ending in ``_`` are learned state.
+    """A training policy. Fields are hyperparameters; attributes ending in ``_`` are learned state.
 
-    A subclass is registered under the ``name`` given in its class statement: ``class LoRA(Method, name="lora")``.
-    The loop calls, in this order at every step: ``before_step``, loss and backward, ``after_backward``, clipping, the
-    optimizer, the scheduler, ``after_step``, ``records``.
+    The class statement registers a subclass under its ``name``: ``class LoRA(Method, name="lora")``. At every step
+    the loop calls, in this order: ``before_step``, loss and backward, ``after_backward``, gradient clipping, the
+    optimizer, the scheduler, ``after_step`` and ``records``.
 
     Parameters
     ----------
     lr, head_lr : float
-        Default rates of adapter and head; ``train(lr=, head_lr=)`` overrides them.
+        Default learning rates of adapter and classifier head; ``train(lr=, head_lr=)`` overrides them.
     search_share : float
-        Share of the train split carved off as the search split.
+        Fraction of the train split reserved as the search split.
     """
 
     lr: float = 1e-4
@@ -63,31 +63,31 @@ class Method:
             warn_renamed(cls.__name__, "held_still", "frozen_entry_count")
 
     def prepare(self) -> None:
-        """Read what the hyper-parameters refer to, such as a run's folder; called before they are stored or used."""
+        """Load what the hyperparameters refer to, such as a run's folder; called before they are stored or used."""
 
     def attach(self, model: nn.Module) -> None:
-        """Inject Deltas and/or set ``requires_grad``; required."""
-        raise NotImplementedError(f"{type(self).__name__} has no attach")
+        """Attach Deltas, set ``requires_grad``, or both. Every method must define it."""
+        raise NotImplementedError(f"{type(self).__name__} must define attach")
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW over what ``attach`` left trainable, in the groups ``adapter`` and ``head``."""
+        """Return AdamW over all trainable parameters, in the groups ``adapter`` and ``head``."""
         return torch.optim.AdamW(parameter_groups(model, lr, head_lr, weight_decay), lr=lr, weight_decay=weight_decay)
 
     def before_step(self, step: Step) -> None:
-        """Choose what trains now, or solve an outer problem on the step's batch."""
+        """Select the parameters that train at this step, or solve an outer problem on its batch."""
 
     def after_backward(self, step: Step) -> None:
-        """Edit gradients; a penalty calls its own ``backward`` here."""
+        """Modify gradients; a penalty calls its own ``backward`` here."""
 
     def after_step(self, step: Step) -> None:
-        """Score, mask, grow or prune; gradients are still there."""
+        """Score, mask, add or remove components; gradients are still available."""
 
     def records(self, step: Step) -> Iterable[Item]:
-        """What the method decided, to be kept in the table."""
+        """Return the method's own values for the table, such as ranks and scores."""
         return ()
 
     def frozen_entry_count(self) -> int:
-        """Entries of the optimizer's parameters that never change, and so count as no trained ones."""
+        """Return the number of optimizer entries that never change and so are not counted as trained."""
         return 0
 
     def held_still(self) -> int:
@@ -96,29 +96,29 @@ class Method:
         return self.frozen_entry_count()
 
     def label(self) -> str:
-        """The method in words, rates left out: its name and the hyper-parameters that are not the default ones."""
+        """Return the method's name and its non-default hyperparameters as text, without learning rates."""
         default = config(type(self)())
         mine = {key: value for key, value in config(self).items() if key not in ("name", "lr", "head_lr")}
-        told = [
+        changed = [
             f"{key} {to_words(value)}" for key, value in mine.items() if key not in default or value != default[key]
         ]
-        return ", ".join([type(self).__name__, *told])
+        return ", ".join([type(self).__name__, *changed])
 
     def state(self) -> dict[str, Any]:
-        """Everything learned: each attribute ending in ``_``."""
+        """Return the learned state: every attribute whose name ends in ``_``."""
         return {key: value for key, value in vars(self).items() if key.endswith("_")}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Put back what ``state`` gave."""
+        """Restore the state that ``state`` returned."""
         for key, value in state.items():
             setattr(self, key, value)
 
     def settled(self, step: Step) -> bool:
-        """May the best state be chosen at this step?"""
+        """Return whether this step may be selected as the best state."""
         return True
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
-        """The phases of the paper, one after the other; each gives back its Run."""
+        """Yield the phases of the method in order; each ``yield`` returns the finished Run of its phase."""
         yield Phase(self)
 
 
@@ -129,13 +129,13 @@ class Phase:
     Parameters
     ----------
     method : Method
-        What trains.
+        Method that trains in this phase.
     name : str
         Folder name of the phase; "" is the run folder itself.
     split : str
         Splits trained on, joined by "+": ``"train"`` or ``"train+search"``.
     steps, lr : number or None
-        Optimizer steps, and a rate that was set for this phase alone; None takes those of ``train``.
+        Optimizer steps, and a learning rate set only for this phase; None uses the values of ``train``.
     """
 
     method: Method
@@ -147,14 +147,14 @@ class Phase:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Rows that nothing is trained on, and the group (domain) of each.
+    """Held-out rows, and the group (domain) of each.
 
     Parameters
     ----------
     batch : dict of tensors
-        As a step's batch.
+        Same form as the batch of a step.
     groups : list of str or None
-        None where the task has no groups.
+        One group per row; None if the task has no groups.
     """
 
     batch: Batch = field(repr=False)
@@ -163,24 +163,24 @@ class HeldOut:
 
 @dataclass
 class Step:
-    """What methods and observers see of one optimizer step.
+    """One optimizer step, as passed to methods and observers.
 
     Parameters
     ----------
     index : int
-        0-based number of the step; -1 before the first.
+        0-based step number; -1 before the first step.
     total : int
-        Optimizer steps of the phase.
+        Number of optimizer steps of the phase.
     model, optimizer
-        The living ones.
+        The objects in training, not copies.
     batch : dict of tensors
-        The whole batch of the step.
+        Full batch of the step.
     base : mapping parameter name -> tensor
-        W_0, read-only.
+        Base weights W_0, read-only.
     modules : DataFrame
-        ``names.describe`` of the model before ``attach``.
+        Table of ``ls.names.describe`` for the model before ``attach``.
     shows_text : bool
-        Is there held-out text? A Trainer has none for us.
+        Whether held-out text is available; a Trainer provides none.
     """
 
     index: int
@@ -198,28 +198,28 @@ class Step:
 
     @property
     def finished(self) -> int:
-        """Finished optimizer steps, the ``step`` of the records made after ``after_step``."""
+        """Number of finished optimizer steps: the ``step`` of the records made after ``after_step``."""
         return self.index + 1
 
     @property
     def last(self) -> bool:
-        """Is this the phase's last step?"""
+        """Whether this is the last step of the phase."""
         return self.finished == self.total
 
     def loss(self, batch: Batch, params: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Task loss of a batch, as in training, leaving RNG, buffers and gradients alone.
+        """Compute the task loss of a batch as in training, without changing RNG state, buffers or gradients.
 
         Parameters
         ----------
         batch : dict of tensors
-            As given by ``batch`` or ``validation``.
+            Same form as ``batch`` or the result of ``validation``.
         params : mapping parameter name -> tensor, optional
-            Replaces the model's own parameters for this call.
+            Values that replace the model's parameters for this call.
 
         Returns
         -------
         Tensor ()
-            Differentiable in ``params``, twice where the model's attention is
+            Differentiable with respect to ``params``; twice if the model's attention is
             (``attn_implementation="eager"`` always is).
         """
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
@@ -227,32 +227,32 @@ class Step:
             return self.compute_loss(self.model, batch, params or {})
 
     def validation(self, size: int | None = None, fixed: bool = False) -> Batch:
-        """A batch of the search split, drawn by a generator of its own.
+        """Return a batch of the search split, drawn with a separate generator.
 
         Parameters
         ----------
         size : int, optional
-            Rows; the training batch size by default.
+            Number of rows; by default the training batch size.
         fixed : bool
-            Always the same rows.
+            Whether every call returns the same rows.
         """
         return self.draw(size, fixed)
 
     def held_out(self, size: int | None = None) -> HeldOut:
-        """The first rows of the validation split, always the same ones: text to look at the model by.
+        """Return the first rows of the validation split, the same at every call, for recordings on held-out text.
 
         Parameters
         ----------
         size : int, optional
-            Rows; all that validation uses by default.
+            Number of rows; by default all rows that validation uses.
         """
         return self.unseen(size)
 
 
 def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in the named groups ``adapter`` and ``head``; biases and norms are not decayed."""
+    """Return the trainable parameters in the groups ``adapter`` and ``head``; biases and norms have no weight decay."""
     head = {id(parameter) for parameter in task_head(model).values()}
-    # As in transformers, biases are found by name: T5's position bias is a matrix.
+    # Biases are recognized by name, as in transformers, because T5's position bias is a matrix.
     decays = {id(p): p.ndim > 1 and "bias" not in name for name, p in model.named_parameters()}
     groups = []
     for name, rate in (("adapter", lr), ("head", head_lr)):
@@ -264,11 +264,11 @@ def parameter_groups(model: nn.Module, lr: float, head_lr: float, weight_decay: 
 
 
 def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that belong to the task: a head that is not over the vocabulary, and what the checkpoint lacked."""
+    """Return the task's parameters: a head that is not over the vocabulary, and those missing in the checkpoint."""
     description = module_table.describe(model)
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     heads = description[(description["role"] == "head") & (description["out_features"] != vocabulary)]["module"]
-    # A head of several layers (dense, then projection) is one child of the model; all of it belongs to the task.
+    # A head of several layers (dense, then projection) is one child of the model: all its layers belong to the task.
     roots = {head.rpartition(".")[0] or head for head in heads}
     adapters = {id(parameter) for delta in attached_deltas(model).values() for parameter in delta.parameters()}
     lacked = missing(model)
@@ -280,7 +280,7 @@ def task_head(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train_adapters(model: nn.Module) -> None:
-    """Freeze everything but the attached Deltas and the task's head."""
+    """Freeze all parameters except those of the attached Deltas and of the task's head."""
     model.requires_grad_(False)
     for delta in attached_deltas(model).values():
         delta.requires_grad_(True)
@@ -289,14 +289,14 @@ def train_adapters(model: nn.Module) -> None:
 
 
 def config(method: Method) -> dict[str, Any]:
-    """The JSON form of a method: its name and its hyper-parameters.
+    """Return the JSON form of a method: its name and its hyperparameters.
 
-    A Run stands as its id, an array as the hash of its bytes. A field that was renamed keeps its old name and values.
+    A Run is written as its id, an array as the hash of its bytes. A renamed field keeps its old name and values.
     """
     method.prepare()
     values = [(f, getattr(method, f.name)) for f in fields(method) if f.init and not f.name.endswith("_")]
-    told = [(former(f), value) for f, value in values if "later" not in f.metadata or value != f.default]
-    return {"name": method.name} | {before.name: _to_json_value(before.to_old(value)) for before, value in told}
+    stored = [(former(f), value) for f, value in values if "later" not in f.metadata or value != f.default]
+    return {"name": method.name} | {before.name: _to_json_value(before.to_old(value)) for before, value in stored}
 
 
 def _to_json_value(value: Any) -> Any:
@@ -311,15 +311,28 @@ def _to_json_value(value: Any) -> Any:
         return {str(key): _to_json_value(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_to_json_value(item) for item in value]
-    # 8 and 8.0 are the same hyper-parameter, and so the same run.
+    # 8 and 8.0 are the same hyperparameter, so they must give the same run id.
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def frozen_entries(method: Method) -> int:
-    """Return ``method.frozen_entry_count()``; of a class that still defines the hook by its old name, that one."""
+    """Return ``method.frozen_entry_count()``, or ``held_still()`` if the class defines the hook by its old name."""
     if type(method).held_still is not Method.held_still:
         return method.held_still()
     return method.frozen_entry_count()
+
+
+def require_choice(method: Method, name: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless the field ``name`` is one of the choices."""
+    if (value := getattr(method, name)) not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def require_at_least(method: Method, least: int, *names: str) -> None:
+    """Raise a ValueError unless each of these fields is None or at least ``least``."""
+    for name in names:
+        if (value := getattr(method, name)) is not None and value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:
@@ -331,6 +344,6 @@ def from_config(stored: Mapping[str, Any]) -> Method:
         The name is not registered.
     """
     if (name := stored["name"]) not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
+        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(sorted(METHODS))}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}
     return METHODS[name](**to_new_fields(METHODS[name], values))

@@ -1,4 +1,4 @@
-"""AdaLoRA against worked numbers, exact identities, its own definition written out in loops, and PEFT's allocator."""
+"""Test AdaLoRA against worked numbers, exact identities, its definition in Python loops, and PEFT's allocator."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ SHORT = {"initial_steps": 2, "final_steps": 4, "mask_every": 2}
 
 
 def step_of(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> Step:
-    """A step outside of a training run."""
+    """Build a step outside of a training run."""
     return Step(
         -1, total, model, optimizer, {}, pd.DataFrame(), lambda *_: torch.zeros(()), lambda *_: {}, lambda *_: None
     )
 
 
 def loss_of(model: nn.Module, seed: int) -> Tensor:
-    """Loss of a batch of its own for every seed."""
+    """Compute the loss of a batch that depends on the seed."""
     labels = torch.randint(2, (3,), generator=torch.Generator().manual_seed(seed))
     return model(**inputs(model, seed=seed), labels=labels).loss
 
 
 def drive(model: nn.Module, method: AdaLoRA, total: int, kind: type = torch.optim.AdamW, clip: float = 1.0) -> Iterator:
-    """Train in the loop's order; gives before and after each ``after_step`` the step and which of the two it is."""
+    """Train in the loop's order; yield each step after clipping, after the optimizer and after ``after_step``."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = kind(trained, lr=0.05)
     step = step_of(model, optimizer, total)
@@ -63,7 +63,7 @@ def drive(model: nn.Module, method: AdaLoRA, total: int, kind: type = torch.opti
 
 
 def started(method: AdaLoRA, **sizes: int) -> nn.Module:
-    """A tiny BERT in float64, adapted, with P and Q of its own draw."""
+    """Build an adapted tiny BERT in float64, with P and Q from a fixed seed."""
     model = tiny("bert", **sizes).double()
     torch.manual_seed(1)
     method.attach(model)
@@ -71,7 +71,7 @@ def started(method: AdaLoRA, **sizes: int) -> nn.Module:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """Lambdas as after training, of both signs."""
+    """Set lambda to values of both signs, as after training."""
     for seed, delta in enumerate(attached_deltas(model).values()):
         nn.init.normal_(delta.diagonal, generator=torch.Generator().manual_seed(seed))
     return model
@@ -81,7 +81,7 @@ def filled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "vit"])
-def test_training_starts_at_the_base_and_moves_lambda_first(family):
+def test_first_gradient_reaches_only_lambda(family):
     model = tiny(family).requires_grad_(False)
     before = model(**inputs(model)).logits
     AdaLoRA().attach(model)
@@ -97,7 +97,7 @@ def test_training_starts_at_the_base_and_moves_lambda_first(family):
         assert delta.diagonal.grad.all()
 
 
-def test_the_factors_start_normal_and_the_scale_is_that_of_the_first_rank():
+def test_initial_factors_are_normal_and_scale_uses_init_rank():
     delta = AdaLoRADelta(nn.Linear(768, 900), 12)
     for factor in (delta.A, delta.B):
         assert factor.std().item() == pytest.approx(0.02, rel=0.03)
@@ -107,7 +107,7 @@ def test_the_factors_start_normal_and_the_scale_is_that_of_the_first_rank():
     assert {delta.scale for delta in attached_deltas(model).values()} == {3 / (6 + 1e-5)}
 
 
-def test_lambda_is_decayed_like_the_matrices():
+def test_lambda_has_weight_decay():
     method = AdaLoRA()
     model = started(method)
     decayed = [p for g in method.optimizer(model, 1.0, 1.0, 0.1).param_groups if g["weight_decay"] for p in g["params"]]
@@ -115,8 +115,8 @@ def test_lambda_is_decayed_like_the_matrices():
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_folded_equals_unfolded_and_sliced_equals_masked(family):
-    """With components masked, one module wholly; c stays that of the first rank."""
+def test_masked_model_equals_folded_and_sliced_models(family):
+    """Some components are masked, in one module all; c still uses the initial rank."""
     model = tiny(family).double()
     AdaLoRA(init_rank=4, target_rank=2, alpha=5, targets=("q", "v", "ffn_in")).attach(model)
     filled(model)
@@ -142,7 +142,7 @@ def test_folded_equals_unfolded_and_sliced_equals_masked(family):
         torch.testing.assert_close(other(**inputs(model)).logits, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_an_embedding_and_dropout():
+def test_update_applies_to_embeddings_and_under_dropout():
     table = nn.Embedding(9, 5, padding_idx=0)
     delta = AdaLoRADelta(table, 3, scale=2)
     nn.init.normal_(delta.diagonal)
@@ -157,7 +157,7 @@ def test_an_embedding_and_dropout():
     assert host.eval()(x).detach().numpy() == near(base + x @ dropping.weight().T, terms=400)
 
 
-def test_the_update_of_a_snapshot_is_the_living_one():
+def test_update_of_a_snapshot_equals_the_weight():
     model = filled(started(AdaLoRA(init_rank=3, target_rank=1)))
     for delta in attached_deltas(model).values():
         update, factors = delta.update(), delta.factors()
@@ -172,7 +172,7 @@ def test_the_update_of_a_snapshot_is_the_living_one():
 # -- penalty --------------------------------------------------------------------------------------------------------
 
 
-def test_the_penalty_of_the_worked_example():
+def test_penalty_matches_the_worked_example():
     eye, skew = torch.eye(2, dtype=torch.float64), torch.tensor([[1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
     assert orthogonality([eye, eye], [skew, eye], "sum-square").item() == 3
     assert orthogonality([eye, eye], [skew, eye], "mean-norm").item() == pytest.approx(math.sqrt(3) / 4, rel=1e-14)
@@ -182,7 +182,7 @@ def test_the_penalty_of_the_worked_example():
     assert factors[2].grad.any()
 
 
-def test_the_penalty_is_that_of_every_matrix_by_itself():
+def test_penalty_equals_the_sum_over_matrices():
     model = started(AdaLoRA(init_rank=5, target_rank=1), intermediate_size=48)
     left, right = zip(*[(delta.B, delta.A) for delta in attached_deltas(model).values()], strict=True)
     norms = [torch.linalg.norm(M - torch.eye(5)) for M in [*(P.T @ P for P in left), *(Q @ Q.T for Q in right)]]
@@ -193,8 +193,8 @@ def test_the_penalty_is_that_of_every_matrix_by_itself():
 
 
 @pytest.mark.parametrize("width", [768, 2500, 3072, 4096])
-def test_the_penalty_at_the_start_is_as_expected(width):
-    """One factor of deviation 0.02: the root of the expected square."""
+def test_penalty_of_initial_factors_matches_its_expectation(width):
+    """One factor with standard deviation 0.02: the root of the expected square."""
     v, r = 0.02**2, 12
     expected = math.sqrt(r * ((width * v - 1) ** 2 + 2 * width * v**2) + r * (r - 1) * width * v**2)
     drawn = [AdaLoRADelta(nn.Linear(width, 1), r).A for _ in range(10)]
@@ -206,7 +206,7 @@ def test_the_penalty_at_the_start_is_as_expected(width):
 
 
 @pytest.mark.parametrize("t", [1, 9, 20, 40])
-def test_a_constant_sensitivity_loses_its_uncertainty(t):
+def test_uncertainty_of_a_constant_sensitivity_decays(t):
     """Closed form for equal betas; after the first step 0.15 I, 0.1275 I and 0.019125 I^2."""
     sensitivity, uncertainty = [torch.zeros(1, 1, dtype=torch.float64)], [torch.zeros(1, 1, dtype=torch.float64)]
     weight, gradient, beta = torch.full((1, 1), -3.0), torch.full((1, 1), 0.5), 0.85
@@ -218,7 +218,7 @@ def test_a_constant_sensitivity_loses_its_uncertainty(t):
     assert sensitivity[0].item() * uncertainty[0].item() == pytest.approx(scores[t] * 1.5**2, abs=1e-6)
 
 
-def test_the_two_betas_are_not_mixed_up():
+def test_beta1_smooths_sensitivity_and_beta2_uncertainty():
     sensitivity, uncertainty = [torch.zeros(1, 1, dtype=torch.float64)], [torch.zeros(1, 1, dtype=torch.float64)]
     smooth(sensitivity, uncertainty, [torch.ones(1, 1)], [torch.ones(1, 1)], (0.9, 0.6))
     assert sensitivity[0].item() == pytest.approx(0.1)
@@ -229,7 +229,7 @@ def matrix(*rows: list[float]) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# P, lambda and Q of two matrices, and the gradients of two steps.
+# P, lambda and Q of two matrices, and their gradients at two steps.
 HAND = [
     *(matrix([1, 0], [0, 1]), matrix([2], [0.5]), matrix([1, 0], [0, 1])),
     *(matrix([0.6, 0.8], [-0.8, 0.6]), matrix([1], [-1]), matrix([0.8, 0.6], [-0.6, 0.8])),
@@ -257,7 +257,7 @@ def close(found: Tensor, expected: list) -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=0)
 
 
-def test_the_worked_example_after_one_step():
+def test_importance_matches_the_worked_example_after_one_step():
     parts = importance(*hand(1))
     close(parts.sum(0), [[0.019603125, 0.008701875], [0.004310775, 0.00444465]])
     close(parts[:, 0], [[9.5625e-5, 0.00153], [0.019125, 0.00478125], [3.825e-4, 0.002390625]])
@@ -266,7 +266,7 @@ def test_the_worked_example_after_one_step():
 S = [[0.019428609375, 0.011311959375], [0.017066059875, 0.02638175175]]
 
 
-def test_the_worked_example_after_two_steps():
+def test_importance_matches_the_worked_example_after_two_steps():
     sensitivity, uncertainty = hand(2)
     for at, expected in ((1, [0.1575, 0.09375]), (4, [0.12825, 0.1605])):
         close(sensitivity[at][:, 0], expected)
@@ -285,8 +285,8 @@ def test_the_worked_example_after_two_steps():
         (0, [[0, 0], [0, 0]]),
     ],
 )
-def test_the_masks_of_the_worked_example(budget, left):
-    """Through the method itself: two linear maps whose P, Q, lambda and gradients are those of the example."""
+def test_masks_match_the_worked_example(budget, left):
+    """The method masks two linear maps that have the P, Q, lambda and gradients of the example."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).double()
     method = AdaLoRA(init_rank=2, target_rank=budget / 2, targets=("0", "1"), initial_steps=0, final_steps=1)
     method.attach(model)
@@ -304,7 +304,7 @@ def test_the_masks_of_the_worked_example(budget, left):
         assert weight.shape == (2, 1) or torch.equal(weight, value)
 
 
-def test_of_equals_the_earlier_stay_and_exactly_as_many_as_there_may():
+def test_most_important_with_ties_retains_exactly_the_earlier_ones():
     tied = torch.full((2, 2), 0.5, dtype=torch.float64)
     kept = [[[0, 0], [0, 0]], [[1, 0], [0, 0]], [[1, 1], [0, 0]], [[1, 1], [1, 0]], [[1, 1], [1, 1]]]
     assert [most_important(tied, budget).int().tolist() for budget in range(5)] == kept
@@ -316,7 +316,7 @@ def test_of_equals_the_earlier_stay_and_exactly_as_many_as_there_may():
     assert chosen[ones].tolist() == [True] * 50 + [False] * 150
 
 
-def test_a_permutation_permutes_the_mask_and_a_scaled_loss_leaves_it():
+def test_mask_follows_permutations_and_ignores_the_scale_of_the_loss():
     sensitivity, uncertainty = hand(2)
     scores = importance(sensitivity, uncertainty).sum(0)
     order = torch.tensor([2, 0, 3, 1])
@@ -334,7 +334,7 @@ def test_a_permutation_permutes_the_mask_and_a_scaled_loss_leaves_it():
 TABLE = {0: 864, 100: 864, 101: 862, 110: 849, 250: 697, 400: 612, 550: 580, 690: 576, 699: 576, 700: 576, 999: 576}
 
 
-def test_the_budget_of_the_paper():
+def test_budget_matches_the_table_of_the_paper():
     schedule = Schedule(1000, 100, 300, 10, 864, 576)
     budgets = [schedule.budget(t) for t in range(1000)]
     assert {t: budgets[t] for t in TABLE} == TABLE
@@ -349,7 +349,7 @@ def test_the_budget_of_the_paper():
 @pytest.mark.parametrize(
     "case", [(60, 5, 20, 7, 24, 8), (37, 0, 1, 1, 30, 0), (500, 123, 7, 9, 432, 431), (9, 2, 3, 2, 6, 6)]
 )
-def test_the_budget_is_that_of_peft(case):
+def test_budget_matches_peft(case):
     total, initial, final, every, start, target = case
     schedule = Schedule(*case)
     theirs = object.__new__(RankAllocator)
@@ -361,13 +361,13 @@ def test_the_budget_is_that_of_peft(case):
         assert schedule.masks(t) == (masked or t == total - final)
 
 
-def test_the_target_holds_in_the_end_without_a_final_phase():
+def test_budget_without_a_final_phase_ends_at_the_target():
     schedule = Schedule(20, 2, 0, 7, 100, 3)
     assert [t for t in range(20) if schedule.masks(t)] == [7, 14, 19]
     assert schedule.budget(19) == 3
 
 
-def test_phases_are_shares_of_the_run_by_default():
+def test_default_phases_are_fractions_of_the_run():
     method = AdaLoRA(init_rank=12, target_rank=8)
     started(method)
     assert method.schedule(1000) == Schedule(1000, 100, 300, 10, 144, 96)
@@ -380,7 +380,7 @@ def test_phases_are_shares_of_the_run_by_default():
 
 
 def by_hand(averages: dict, weights: dict, gradients: dict, b1: float, b2: float) -> dict[tuple[str, int], float]:
-    """Equations 9 to 13, an element at a time."""
+    """Compute equations 9 to 13 element by element."""
     scores = {}
     for key, weight in weights.items():
         for at in np.ndindex(weight.shape):
@@ -405,7 +405,7 @@ def by_hand(averages: dict, weights: dict, gradients: dict, b1: float, b2: float
     ids=["as the code", "as the paper", "by plain descent"],
 )
 def test_training_follows_the_definition_step_by_step(kind, order, form):
-    """Masks, lambdas and untouched P and Q, against scores in Python loops; components come back before the end."""
+    """Masks, lambdas, and unchanged P and Q match scores from Python loops; components return before the end."""
     method = AdaLoRA(
         init_rank=3, target_rank=1, targets=("q", "ffn_out"), beta1=0.7, beta2=0.6, gamma=0.5, scores=order,
         penalty=form, initial_steps=2, final_steps=4, mask_every=2,
@@ -451,8 +451,8 @@ def test_training_follows_the_definition_step_by_step(kind, order, form):
     assert revived > 0 or kind is torch.optim.SGD
 
 
-def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
-    """After the backward of the loss, the gradient of P is c times that of the loss plus gamma times the penalty's."""
+def test_penalty_changes_the_gradient_but_not_the_loss():
+    """``after_backward`` adds gamma times the gradient of the penalty to the gradient of the loss."""
     method = AdaLoRA(init_rank=3, target_rank=1, gamma=0.7, penalty="sum-square")
     model = filled(started(method))
     loss_of(model, 0).backward()
@@ -467,7 +467,7 @@ def test_the_penalty_is_in_the_gradient_and_not_in_the_loss():
         assert torch.equal(own.grad, down)
 
 
-def test_a_module_that_was_not_used_counts_as_unimportant():
+def test_module_without_gradients_loses_its_rank():
     method = AdaLoRA(init_rank=2, target_rank=1, targets=("q",), **SHORT)
     model = started(method)
     unused = next(iter(attached_deltas(model).values()))
@@ -481,7 +481,7 @@ def test_a_module_that_was_not_used_counts_as_unimportant():
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations, and those that wait for the device."""
+    """Counter of operations, and of those that wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -494,8 +494,8 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, blocks: int, rank: int) -> Counting:
-    """What a step that chooses does after the optimizer's, records included."""
+def count_selection(monkeypatch: pytest.MonkeyPatch, blocks: int, rank: int) -> Counting:
+    """Count operations after the optimizer's step in a step that selects components, including its records."""
     method = AdaLoRA(init_rank=rank, target_rank=rank / 2, **SHORT)
     model = started(method, num_hidden_layers=blocks)
     mode = Counting()
@@ -519,8 +519,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, blocks: int, rank: int) -> Counting
     return mode
 
 
-def test_a_choice_waits_for_the_device_twice_whatever_the_depth_and_loops_over_no_rank(monkeypatch):
-    small, deep, wide = (counted(monkeypatch, *sizes) for sizes in ((2, 4), (12, 4), (2, 40)))
+def test_selection_waits_for_the_device_twice_at_any_depth_and_rank(monkeypatch):
+    small, deep, wide = (count_selection(monkeypatch, *sizes) for sizes in ((2, 4), (12, 4), (2, 40)))
     assert small.waits == deep.waits == wide.waits == 2
     assert small.operations == wide.operations
     assert small.operations < deep.operations
@@ -530,7 +530,7 @@ def test_a_choice_waits_for_the_device_twice_whatever_the_depth_and_loops_over_n
 
 
 def with_peft(ours: nn.Module, family: str, method: AdaLoRA, total: int, dtype: torch.dtype) -> tuple[nn.Module, list]:
-    """PEFT's AdaLoRA with the same factors, and the pairs of parameters."""
+    """Build PEFT's AdaLoRA with the same factors; return it with the pairs of parameters."""
     schedule = method.schedule(total)
     theirs = peft.get_peft_model(
         tiny(family).to(dtype),
@@ -554,7 +554,7 @@ def with_peft(ours: nn.Module, family: str, method: AdaLoRA, total: int, dtype: 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.filterwarnings("ignore")
-def test_equal_to_peft_with_the_same_factors(family, autocast):
+def test_loss_and_gradients_match_peft(family, autocast):
     method = AdaLoRA(init_rank=3, target_rank=2, alpha=5)
     dtype = torch.float32 if autocast else torch.float64
     ours = tiny(family).to(dtype)
@@ -567,7 +567,7 @@ def test_equal_to_peft_with_the_same_factors(family, autocast):
         losses[-1].backward()
     bound = rounding(torch.bfloat16, depth=6) if autocast else 1e-10  # in the order of factors and scale
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=bound)
-    # Gradients of queries and keys nearly cancel; bfloat16 keeps digits of what they are sums of.
+    # Gradients of queries and keys nearly cancel; bfloat16 rounds their terms, which are as large as the largest.
     largest = max(other.grad.norm() for _, other in pairs)
     for mine, other in pairs:
         assert mine.grad.any()
@@ -575,13 +575,13 @@ def test_equal_to_peft_with_the_same_factors(family, autocast):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_same_masks_as_peft_step_by_step():
-    """Its own penalty, scores and masks, on the same batches; the patterns it stores are the masks here."""
+def test_masks_match_peft_at_every_step():
+    """PEFT computes its own penalty, scores and masks on the same batches; its stored patterns are the masks here."""
     method = AdaLoRA(init_rank=4, target_rank=2, gamma=0.3, initial_steps=3, final_steps=7, mask_every=3)
     ours = started(method)
     theirs, pairs = with_peft(ours, "bert", method, 30, torch.float64)
     for name, parameter in theirs.named_parameters():
-        # The head trains here, too; and PEFT lets the rank by which it divides train.
+        # The head trains here as well, and PEFT would also train the rank by which it divides.
         parameter.requires_grad_("classifier" in name or ("lora_" in name and "ranknum" not in name))
     adapters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(adapters, lr=0.05)
@@ -590,7 +590,7 @@ def test_the_same_masks_as_peft_step_by_step():
         if moment != "done":
             continue
         optimizer.zero_grad()
-        loss_of(theirs.base_model, step.index).backward()  # the model around it forgets the penalty
+        loss_of(theirs.base_model, step.index).backward()  # the PeftModel around it would leave out the penalty
         torch.nn.utils.clip_grad_norm_(adapters, 0.5)
         optimizer.step()
         theirs.base_model.update_and_allocate(step.index)
@@ -613,12 +613,12 @@ FAST = {
     "lr": 0.05,
 }  # fmt: skip
 METHOD = AdaLoRA(init_rank=3, target_rank=0.75, **SHORT)
-CHOICES = [5, 7, 9]  # finished steps: 4, 6 and 8, of which the last is where the final phase begins
+CHOICES = [5, 7, 9]  # finished steps of the selections at 4, 6 and 8; the final phase starts at 8
 
 
 @pytest.fixture(scope="module")
 def trained(bert, task, tmp_path_factory):
-    """A run, the model it trained, and the living updates at each of its snapshots."""
+    """Train a run; return it with its model and the model's updates at each snapshot."""
     model = models.load(bert, task=task)
     living = {}
 
@@ -636,7 +636,7 @@ def rows(run, quantity: str) -> pd.DataFrame:
     return run.table[run.table["quantity"] == quantity]
 
 
-def test_ranks_are_told_once_and_add_up_to_the_budget(trained):
+def test_recorded_ranks_add_up_to_the_budget(trained):
     run, _, _ = trained
     budgets = rows(run, "budget").set_index("step")["value"].to_dict()
     assert list(budgets) == [0, *CHOICES, 12]
@@ -652,7 +652,7 @@ def test_ranks_are_told_once_and_add_up_to_the_budget(trained):
     assert run.ranks() == ranks[ranks["step"] == 12].set_index("module")["value"].to_dict()
 
 
-def test_every_choice_tells_what_it_rests_on(trained):
+def test_every_selection_records_its_scores(trained):
     run, _, _ = trained
     for quantity in (
         *("importance", "importance_lambda", "importance_left", "importance_right"),
@@ -674,11 +674,11 @@ def test_every_choice_tells_what_it_rests_on(trained):
     for _, at in wide.groupby(level="step"):
         assert at["importance"][at["kept"] == 1].min() > at["importance"][at["kept"] == 0].max()
     assert wide["kept"].groupby(level=["step"]).sum().tolist() == rows(run, "budget")["value"].tolist()[1:]
-    assert (wide.loc[9].to_numpy() == wide.loc[12].to_numpy()).all()  # scores and choice are frozen
+    assert (wide.loc[9].to_numpy() == wide.loc[12].to_numpy()).all()  # scores and selection are fixed
 
 
-def test_the_last_step_is_told_where_the_last_choice_was_made_before_a_resumption():
-    """Then only the averages are there, which the run goes on from."""
+def test_resumption_after_the_last_selection_records_the_same_last_step():
+    """Only the averages are restored, and the run resumes from them."""
     method = AdaLoRA(init_rank=3, target_rank=1, **SHORT)
     whole = started(method)
     for step, _ in drive(whole, method, 12):  # noqa: B007
@@ -698,21 +698,21 @@ def test_the_last_step_is_told_where_the_last_choice_was_made_before_a_resumptio
         np.testing.assert_array_equal(again[key], told[key])
 
 
-def test_the_penalty_told_is_that_of_the_weights_of_the_step(trained):
+def test_recorded_penalty_uses_the_weights_of_the_step(trained):
     run, _, _ = trained
-    factors = [run.factors(step=8)[name] for name in run.ranks()]  # the state in which step 9 began
+    factors = [run.factors(step=8)[name] for name in run.ranks()]  # the state at the start of step 9
     left, right = ([torch.tensor(f[key]) for f in factors] for key in "BA")
     told = rows(run, "penalty").set_index("step")["value"][9]
     assert told == near(orthogonality(left, right, "mean-norm").item(), terms=TINY)
 
 
-def test_masked_lambdas_end_at_zero_and_nothing_else_does(trained):
+def test_exactly_the_masked_lambdas_end_at_zero(trained):
     _, model, _ = trained
     for delta in attached_deltas(model).values():
         assert torch.equal(delta.diagonal[:, 0] != 0, delta.kept)
 
 
-def test_updates_of_the_snapshots_are_the_living_ones(trained):
+def test_updates_of_snapshots_equal_those_of_the_model(trained):
     run, _, living = trained
     assert set(living) == set(range(13))
     for step, updates in living.items():
@@ -722,13 +722,13 @@ def test_updates_of_the_snapshots_are_the_living_ones(trained):
             np.testing.assert_array_equal(stored[name].A, update.A)
             assert stored[name].scale == update.scale
     regrown = [update.B.any(axis=0).sum() for update in living[6].values()]
-    assert sum(regrown) == 36  # between two choices every lambda trains
+    assert sum(regrown) == 36  # every lambda trains between two selections
 
 
 @pytest.mark.parametrize("state", ["last", "best"])
-def test_a_restored_model_gives_the_same_logits(state, trained, bert, task):
+def test_restored_model_gives_the_same_logits(state, trained, bert, task):
     run, model, _ = trained
-    assert run.meta["states"]["best"]["step"] in (9, 12)  # no best state before the choice is fixed
+    assert run.meta["states"]["best"]["step"] in (9, 12)  # no best state before the selection is fixed
     fresh = models.load(bert, task=task)
     run.restore(fresh, state=state)
     assert {name: delta.rank for name, delta in attached_deltas(fresh).items()} == run.ranks(state)
@@ -738,7 +738,7 @@ def test_a_restored_model_gives_the_same_logits(state, trained, bert, task):
         np.testing.assert_array_equal(delta.update().B, run.updates(state=state)[name].B)
 
 
-def test_norms_cope_with_modules_of_rank_zero(trained):
+def test_norms_handle_modules_of_rank_zero(trained):
     run, model, _ = trained
     summary = run.summary().set_index("module")
     for name, delta in attached_deltas(model).items():
@@ -749,8 +749,8 @@ def test_norms_cope_with_modules_of_rank_zero(trained):
         assert summary["stable_rank"][name] == near(expected, terms=TINY)
 
 
-def test_peft_takes_the_final_pattern(trained, bert, task):
-    """A LoRA of the ranks found, with the components that are left in it, is the model that was trained."""
+def test_peft_lora_with_the_final_ranks_equals_the_model(trained, bert, task):
+    """PEFT's LoRA with the final ranks and the retained components equals the trained model."""
     run, model, _ = trained
     keywords = run.lora_config()
     fresh = models.load(bert, task=task)
@@ -767,7 +767,7 @@ def test_peft_takes_the_final_pattern(trained, bert, task):
     assert (one - other).norm() <= forward(model, inputs(model)) * other.norm()
 
 
-def test_the_loss_told_is_without_the_penalty_and_parts_of_a_batch_add_it_once(bert, task, tmp_path):
+def test_recorded_loss_excludes_the_penalty(bert, task, tmp_path):
     told = {}
     for name, gamma, parts in (("without", 0.0, 1), ("with", 5.0, 1), ("parts", 5.0, 2)):
         settings = FAST | {"steps": 1, "eval_every": 0, "accumulate": parts, "lr": 1e-3}
@@ -779,7 +779,7 @@ def test_the_loss_told_is_without_the_penalty_and_parts_of_a_batch_add_it_once(b
     assert told["with"]["grad_norm"] > told["without"]["grad_norm"] + 0.01
 
 
-def test_under_autocast_and_in_a_model_of_bfloat16(bert, task, tmp_path):
+def test_training_works_under_autocast_and_in_bfloat16(bert, task, tmp_path):
     model = models.load(bert, task=task)
     run = ls.train(model, task, METHOD, out=tmp_path / "run", precision="bf16", **FAST)
     assert sum(run.ranks().values()) == 9
@@ -793,7 +793,7 @@ def test_under_autocast_and_in_a_model_of_bfloat16(bert, task, tmp_path):
     assert sum(delta.rank for delta in attached_deltas(model).values()) == 12
 
 
-def test_a_budget_of_all_and_of_nothing(bert, task, tmp_path):
+def test_target_rank_of_all_or_zero_retains_all_or_no_components(bert, task, tmp_path):
     for target, rank in ((2, 2), (0, 0)):
         model = models.load(bert, task=task)
         method = AdaLoRA(init_rank=2, target_rank=target, **SHORT)
@@ -812,39 +812,39 @@ def test_a_budget_of_all_and_of_nothing(bert, task, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"target_rank": 13}, r"target_rank 13 must lie between 0 and init_rank, 12"),
-        ({"target_rank": -1}, r"target_rank -1 must lie between 0 and init_rank, 12"),
-        ({"init_rank": 0, "target_rank": 0}, r"init_rank 0 is no rank: it counts components, 1 or more"),
-        ({"alpha": 0}, r"alpha 0 leaves no update: it must be above 0"),
-        ({"beta1": 1.0}, r"beta1 1.0 is no weight of a moving average: it must lie between 0 and 1"),
-        ({"beta2": 0}, r"beta2 0 is no weight of a moving average: it must lie between 0 and 1"),
-        ({"mask_every": 0}, r"mask_every 0 is too small: it must be 1 or more"),
-        ({"initial_steps": -1}, r"initial_steps -1 is too small: it must be 0 or more"),
-        ({"final_steps": -2}, r"final_steps -2 is too small: it must be 0 or more"),
+        ({"target_rank": 13}, r"target_rank must be .*12.*, got 13"),
+        ({"target_rank": -1}, r"target_rank must be .*12.*, got -1"),
+        ({"init_rank": 0, "target_rank": 0}, r"init_rank must be >= 1, got 0"),
+        ({"alpha": 0}, r"alpha must be > 0, got 0"),
+        ({"beta1": 1.0}, r"beta1 must be .*, got 1.0"),
+        ({"beta2": 0}, r"beta2 must be .*, got 0"),
+        ({"mask_every": 0}, r"mask_every must be >= 1, got 0"),
+        ({"initial_steps": -1}, r"initial_steps must be >= 0, got -1"),
+        ({"final_steps": -2}, r"final_steps must be >= 0, got -2"),
     ],
 )
-def test_wrong_values_are_told_in_one_line(fields, line):
+def test_invalid_fields_raise_one_line(fields, line):
     with pytest.raises(ValueError, match=f"^{line}$"):
         AdaLoRA(**fields)
 
 
 @pytest.mark.parametrize("field", ["penalty", "scores"])
-def test_an_unknown_option_is_refused(field):
-    """As the command line would give it, which checks no types."""
+def test_unknown_option_raises(field):
+    """The value is set as the command line sets it, without type checks."""
     method = AdaLoRA()
     setattr(method, field, "both")
-    with pytest.raises(ValueError, match=f"^{field} 'both' is unknown: it must be '.*' or '.*'$"):
+    with pytest.raises(ValueError, match=f"^{field} must be one of '.*', '.*', got 'both'$"):
         method.__post_init__()
 
 
-def test_phases_longer_than_the_run_are_refused_before_its_first_step(bert, task, tmp_path):
+def test_phases_longer_than_the_run_raise_before_the_first_step(bert, task, tmp_path):
     model = models.load(bert, task=task)
-    with pytest.raises(ValueError, match=r"^initial_steps 8 and final_steps 4 leave no step of 12 .*more steps$"):
+    with pytest.raises(ValueError, match=r"^initial_steps \+ final_steps .* 12.*, got 8 \+ 4$"):
         ls.train(model, task, replace(METHOD, initial_steps=8), out=tmp_path / "run", **FAST)
     assert all(not delta.diagonal.any() for delta in attached_deltas(model).values())
 
 
-def test_it_is_registered_and_survives_json():
+def test_method_is_registered_and_survives_json():
     assert METHODS["adalora"] is ls.AdaLoRA is AdaLoRA
     for method in (AdaLoRA(), METHOD, AdaLoRA(penalty="sum-square", scores="before", targets="all-linear")):
         assert from_config(config(method)) == method

@@ -1,8 +1,10 @@
-"""LoRA: a frozen weight plus a trained product of two thin matrices.
+"""LoRA: a frozen weight plus a trained product of two low-rank factors.
+
+::
 
     W = W_0 + s B A,    s = alpha / rank,    y = W_0 x + b + s B A dropout(x)
 
-B starts at zero, so training starts at the pre-trained model, and its first step moves B alone.
+B starts at zero, so training starts from the pretrained model and the first gradient of A is zero.
 
 =========  ==========================================================
 paper      here
@@ -15,8 +17,11 @@ A, B       the factors ``A`` (rank, in), ``B`` (out, rank)
 Source: LoRA (arXiv 2106.09685), section 4.1; rates of table 9 (RoBERTa-base on GLUE). ``rslora``: Kalajdzievski (arXiv
 2312.03732), s = alpha / sqrt(rank).
 
-Departs: A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code and in PEFT; the paper says Gaussian
-and gives no deviation. On an embedding A is zero and B standard normal, as in both.
+Departs:
+
+- A is Kaiming-uniform, U(-1/sqrt(in), 1/sqrt(in)), as in the authors' code and in PEFT; the paper has a Gaussian of
+  unstated standard deviation.
+- On an embedding A is zero and B standard normal, as in the authors' code and in PEFT.
 """
 
 from __future__ import annotations
@@ -38,23 +43,24 @@ from lorascope.updates.low_rank import LowRank
 
 @dataclass(kw_only=True)
 class LoRA(Method, name="lora"):
-    """Low-rank adaptation with the same rank everywhere, or one chosen for each module.
+    """Low-rank adaptation with one rank for all modules, or a rank per module.
 
     Parameters
     ----------
     rank : int or mapping module name -> int
-        A mapping names the modules itself, ``targets`` is then not asked; rank 0 leaves a module alone.
+        Rank of all targets, or of each module by name. A mapping replaces ``targets``; rank 0 leaves a module
+        unchanged.
     alpha : float
-        The update is scaled by alpha / rank.
+        Scaling: the update is multiplied by alpha / rank.
     dropout : float
-        Share of the input dropped on the way into A.
+        Dropout probability on the input of A.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
     rslora : bool
-        Scale by alpha / sqrt(rank).
+        Whether to scale by alpha / sqrt(rank) instead.
     init_seed : int or None
-        Draws the first factors by a generator of their own, so that runs on other text, or in another order, can share
-        them: those that a run of this ``seed`` would draw. None takes the run's seed.
+        Seed of the initial factors, drawn with a separate generator, so that runs on other data or in another order
+        can share them. They are the factors that a run with this ``seed`` draws. None uses the run's seed.
     """
 
     rank: int | Mapping[str, int] = 8
@@ -81,29 +87,29 @@ class LoRA(Method, name="lora"):
             return dict.fromkeys(module_table.match(description, self.targets), self.rank)
         ranks = {name: self.rank[name] for name in module_table.match(description, tuple(self.rank)) if self.rank[name]}
         if not ranks:
-            raise ValueError("every rank is 0: nothing would be adapted")
+            raise ValueError("rank must be >= 1 for at least one module, got 0 for all")
         return ranks
 
     def _lora_delta(self, host: nn.Module, rank: int, generator: torch.Generator | None) -> LoRADelta:
         if rank < 1:
-            raise ValueError(f"rank {rank} is no rank: it counts components, 1 or more")
+            raise ValueError(f"rank must be >= 1, got {rank}")
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
         return LoRADelta(host, rank, scale, self.dropout, generator)
 
 
 class LoRADelta(Delta):
-    """The update scale * B A of one module.
+    """Update scale * B A of one module.
 
     Parameters
     ----------
     host : Module
-        Gives shape, dtype and device of the factors.
+        Adapted module; sets shape and dtype of the factors.
     rank : int
     scale : float
     dropout : float
-        On the input of A; an embedding has none.
+        Dropout probability on the input of A; not used on an embedding.
     generator : Generator, optional
-        Of the initial values, in place of the global one.
+        Generator of the initial values; by default the global one.
     """
 
     def __init__(
@@ -129,7 +135,7 @@ class LoRADelta(Delta):
 
     @property
     def right(self) -> Float[Tensor, "rank in"]:
-        """The factor that meets the input."""
+        """Factor applied to the input."""
         return self.A
 
     def weight(self) -> Float[Tensor, "out in"]:
@@ -145,7 +151,7 @@ class LoRADelta(Delta):
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
-        """As the base class, but the second product adds onto the host's output: one pass over it less."""
+        """As in the base class, but ``addmm`` adds the second product to the host's output, which saves one pass."""
         output = F.linear(x, W, b)
         hidden = F.linear(F.dropout(x, self.dropout, self.training), self.right)
         flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, self.A.shape[0]), self.B.T, alpha=self.scale)

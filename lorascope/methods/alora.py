@@ -1,14 +1,13 @@
-"""ALoRA: components move from where their ablation does no harm to modules that had none to spare.
+"""ALoRA: the components with the lowest ablation scores are deleted, and modules that lost none receive new ones.
 
-Allocating LoRA, that is; PEFT's aLoRA is Activated LoRA, another method. Every module starts with the same small rank,
-so the budget is met from the first step on. After K_1 steps, and every K_2 steps from then on, up to N_A times: each
-component r is scored on one batch of the search split with all others on, and alone,
+ALoRA is Allocating LoRA; PEFT's aLoRA is Activated LoRA, another method. Every module starts with the same small rank,
+so the budget is met from the first step on. Up to N_A rounds follow, the first after K_1 steps and then one every K_2
+steps. A round scores each component r on one batch of the search split, without r and with r as the only component::
 
-    IS(r) = S(M) - S(M\\r) + S(M_r),    S = -loss,
+    IS(r) = S(M) - S(M\\r) + S(M_r),    S = -loss
 
-the n_A components of lowest IS are deleted, and as many new ones are shared out evenly among the modules that lost
-none, the remainder to those whose components have the higher mean IS. Surviving factors and their moments stay as they
-are.
+It deletes the n_A components with the lowest IS and distributes as many new ones evenly over the modules that lost
+none. The remainder goes to the modules with the highest mean IS. Retained factors and their moments do not change.
 
 =========  ==========================================================
 paper      here
@@ -18,24 +17,33 @@ n_A        ``prune``
 N_A        ``rounds``
 K_1, K_2   ``warm_steps``, ``round_steps``
 B_val      ``score_rows`` rows of the search split
-M          the model with all components on
-M\\r, M_r   with r off alone; with r on alone, all others of the model off
+M          the model with all components
+M\\r, M_r   the model without r; the model with only r
 =========  ==========================================================
 
 Source: ALoRA (arXiv 2403.16187), equation 6 (IS), section 3.4, algorithm 1 and footnotes 2 to 4 (rounds), section 4.3
 (defaults), appendix E (rate).
 
-Departs: gates are always 1 or 0 in the paper's own runs, so there are none: a closed gate is a deleted component, which
-is the same map. Epochs are shares of the run: the warm stage a tenth of it (1 epoch of 10), a round a fortieth (0.25 of
-10), and fewer rounds where 8 would reach beyond 60 % of the run. Where the paper is silent: the scale is alpha /
-``init_rank`` throughout, new components begin as at the start (A Kaiming-uniform, B zero, moments zero), "un-pruned"
-refers to the round, a module of rank 0 gets nothing, ties go by module and position, the batch is the same in all
-rounds, and the last component of the model is never deleted. The paper counts N_mod, and so n_A, once as modules of a
-block and once as if of the network: ``prune`` takes either. Also:
+Departs:
 
-- Components are scored on rows of the train split that training leaves out; the paper uses the development set.
-- New components inherit Adam's step count, so their bias correction is nearly 1 from the first step, of up to 3.2 lr;
-  ``fresh_moments`` counts from the birth of each component.
+- There are no gates. They are always 1 or 0 in the paper's own runs, and a component with gate 0 is the same map as a
+  deleted one.
+- Epochs are fractions of the run: the warm stage is a tenth (1 epoch of 10), a round a fortieth (0.25 of 10). There
+  are fewer than 8 rounds if 8 would extend beyond 60% of the run.
+- N_mod, and so n_A, reads in the paper as the number of modules of a block and also of the network; ``prune`` accepts
+  both.
+- Components are scored on rows of the train split that are not trained on; the paper uses the development set.
+- New components inherit Adam's step count, so their bias correction is nearly 1 and their first step can be 3.2 lr;
+  ``fresh_moments`` counts the steps of each component instead.
+
+The paper leaves these rules open:
+
+- The scale is alpha / ``init_rank`` throughout.
+- New components are initialized as at the start: A Kaiming-uniform, B zero, moments zero.
+- A module is "un-pruned" if it lost no component in the same round. A module of rank 0 receives no component.
+- Ties go to the earlier module, then position.
+- All rounds use the same batch.
+- The last component of the model is never deleted.
 """
 
 from __future__ import annotations
@@ -53,46 +61,46 @@ from torch import Tensor, nn
 
 from lorascope.adapters.ablation import Scores, ablation_scores
 from lorascope.adapters.delta import attach, resize
-from lorascope.methods.base import Method, Step, added_later, parameter_groups, train_adapters
+from lorascope.methods.base import added_later, Method, Step, parameter_groups, require_at_least, train_adapters
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 
 for _name, _label, _index, _definition in (
-    ("score_without", "S(M\\r)", "rank_id", "minus the loss of the scoring batch with this component off"),
-    ("score_only", "S(M_r)", "rank_id", "minus the loss of the scoring batch with this component alone on"),
-    ("score_full", "S(M)", "none", "minus the loss of the scoring batch with all components on"),
-    ("score_none", "S(M₀)", "none", "minus the loss of the scoring batch with all components off"),
+    ("score_without", "S(M\\r)", "rank_id", "negative loss of the scoring batch without this component"),
+    ("score_only", "S(M_r)", "rank_id", "negative loss of the scoring batch with only this component"),
+    ("score_full", "S(M)", "none", "negative loss of the scoring batch with all components"),
+    ("score_none", "S(M₀)", "none", "negative loss of the scoring batch without any component"),
 ):
     register(_name, Quantity(_label, "nats", _index, definition=_definition, source="ALoRA, eq. 6"))
 
 
 @dataclass(kw_only=True)
 class ALoRA(Method, name="alora"):
-    """Low-rank adaptation whose components are moved to other modules by ablation scores.
+    """Low-rank adaptation that moves components between modules by ablation scores.
 
     Parameters
     ----------
     init_rank : int
-        Components of every module at the start.
+        Initial number of components per module.
     alpha : float
-        The update is scaled by alpha / init_rank throughout.
+        Scaling: the update is multiplied by alpha / init_rank throughout.
     dropout : float
-        Share of the input dropped on the way into A.
+        Dropout probability on the input of A.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
     prune : int, "block" or "network"
-        Components deleted in a round: so many, as many as a block has adapted modules, or as the network has.
+        Components deleted per round: a number, or the number of adapted modules of a block or of the network.
     rounds : int, optional
-        Rounds of deletion and growth; by default 8, or as many as end before 60 % of the run.
+        Rounds of deletion and growth; by default 8, or as many as fit in 60% of the run.
     warm_steps : int, optional
-        Steps before the first round; a tenth of the run by default.
+        Steps before the first round; by default a tenth of the run.
     round_steps : int, optional
-        Steps between two rounds; a fortieth of the run by default.
+        Steps between two rounds; by default a fortieth of the run.
     score_rows : int
-        Rows of the search split that components are scored on.
+        Number of rows of the search split on which components are scored.
     fresh_moments : bool
-        Whether Adam's bias correction counts the steps of each component from its birth; False counts those of the run.
+        Whether Adam's bias correction counts the steps of each component; False counts the steps of the run.
     """
 
     init_rank: int = 8
@@ -110,15 +118,11 @@ class ALoRA(Method, name="alora"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        if self.init_rank < 1:
-            raise ValueError(f"init_rank {self.init_rank} is no rank: it counts components, 1 or more")
+        require_at_least(self, 1, "init_rank", "rounds", "warm_steps", "round_steps", "score_rows")
         if self.search_share <= 0:
-            raise ValueError(f"search_share {self.search_share} leaves no search split to score components on: above 0")
+            raise ValueError(f"search_share must be > 0, got {self.search_share}: the search split scores components")
         if self.prune not in ("block", "network") if isinstance(self.prune, str) else self.prune < 1:
-            raise ValueError(f"prune {self.prune!r} is unknown: a number from 1 on, 'block' or 'network'")
-        for name in ("rounds", "warm_steps", "round_steps", "score_rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} {value} is too small: it must be 1 or more")
+            raise ValueError(f"prune must be 'block', 'network' or >= 1, got {self.prune!r}")
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -130,41 +134,46 @@ class ALoRA(Method, name="alora"):
         attach(model, self._deltas)
         train_adapters(model)
         self._round: list[Item] = []
-        # The id of a component is its number among all that its module ever had.
+        # The id of a component counts all components that its module ever had, so it stays unique after deletions.
         self.rank_ids_ = {name: list(range(self.init_rank)) for name in hosts}
         self.born_ = dict.fromkeys(hosts, self.init_rank)
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW, with a step count for each component if ``fresh_moments``."""
+        """Return AdamW, with a step count per component if ``fresh_moments``."""
         if not self.fresh_moments:
             return super().optimizer(model, lr, head_lr, weight_decay)
         return CountingAdamW(parameter_groups(model, lr, head_lr, weight_decay), lr)
 
     def _components_per_round(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
-        """n_A: components deleted in a round."""
+        """Return n_A, the number of components deleted per round."""
         places = description[description["module"].isin(modules) & description["layer"].notna()]
         in_block = max(places.groupby(["stack", "layer"]).size(), default=len(modules))
         number = {"block": in_block, "network": len(modules)}.get(str(self.prune), self.prune)
-        if int(number) >= len(modules) * self.init_rank:
-            total = f"{len(modules)} modules of rank {self.init_rank}"
-            raise ValueError(f"prune {self.prune!r} deletes {number} components, all there are in {total}: take fewer")
+        if int(number) >= (total := len(modules) * self.init_rank):
+            raise ValueError(f"prune must be < {total}, the number of components, got {self.prune!r} ({number})")
         return int(number)
 
     def schedule(self, total: int) -> range:
-        """Finished steps at which a round takes place; a ValueError where the run ends before the last of them."""
+        """Return the numbers of finished steps at which a round takes place.
+
+        Raises
+        ------
+        ValueError
+            The run ends before its last round.
+        """
         warm = max(1, round(total / 10)) if self.warm_steps is None else self.warm_steps
         every = max(1, round(total / 40)) if self.round_steps is None else self.round_steps
         fitting = (6 * total // 10 - warm) // every + 1
         rounds = max(1, min(8, fitting)) if self.rounds is None else self.rounds
         last = warm + (rounds - 1) * every
         if last >= total:
-            told = f"{rounds} rounds, from step {warm} on every {every}, end at step {last}"
-            raise ValueError(f"{told}, but the run has {total}: take fewer rounds or steps between them, or more steps")
+            wanted = f"warm_steps + (rounds - 1) * round_steps must be < {total}, the steps of the run"
+            raise ValueError(f"{wanted}, got {warm} + {rounds - 1} * {every}")
         return range(warm, last + 1, every)
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        """Score, delete and grow where a round is due."""
+        """Score, delete and add components if a round is due."""
         self._round = []
         if step.finished not in self.schedule(step.total):
             return
@@ -179,7 +188,7 @@ class ALoRA(Method, name="alora"):
                 self._reshape(step, name, positions, int(new))
 
     def _reshape(self, step: Step, name: str, lost: Int[np.ndarray, "_"], new: int) -> None:
-        """Delete and append components of one module."""
+        """Delete and append components of one module: factors, moments and ids."""
         delta, ids = self._deltas[name], self.rank_ids_[name]
         kept = [position for position in range(delta.rank) if position not in lost]
         fresh = ALoRADelta(step.model.get_submodule(name), new).factors() if new else {}
@@ -189,7 +198,7 @@ class ALoRA(Method, name="alora"):
         self.born_[name] += new
 
     def _round_records(self, found: Scores, scores: Mapping[str, Float[np.ndarray, "_"]]) -> Iterable[Item]:
-        """What a round rests on, by the ids that components have before it."""
+        """Yield the scores of a round, with the ids that components have before it."""
         yield Record("score_full", found.full)
         yield Record("score_none", found.none)
         for name, ids in self.rank_ids_.items():
@@ -199,7 +208,7 @@ class ALoRA(Method, name="alora"):
             )
 
     def records(self, step: Step) -> Iterable[Item]:
-        """Ranks and budget at the start, at every round and at the end; at rounds also the scores."""
+        """Yield ranks and budget at the start, at every round and at the end; at rounds also the scores."""
         rounds = self.schedule(step.total)
         if step.finished and not step.last and step.finished not in rounds:
             return
@@ -208,12 +217,12 @@ class ALoRA(Method, name="alora"):
         yield from (Record("rank", delta.rank, name) for name, delta in self._deltas.items())
 
     def settled(self, step: Step) -> bool:
-        """From the last round on."""
+        """Return whether the last round has taken place."""
         return step.finished >= self.schedule(step.total)[-1]
 
 
 class ALoRADelta(LoRADelta):
-    """The update scale * B A of one module, whose rank may change, down to 0."""
+    """Update scale * B A of one module, whose rank may change and may become 0."""
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
@@ -221,20 +230,20 @@ class ALoRADelta(LoRADelta):
         return super().affine(x, W, b) if self.rank else F.linear(x, W, b)
 
     def add_component(self, index: int, sign: int, x: Tensor, y: Tensor) -> Tensor:
-        """The host's output ``y`` at input ``x`` with a component put on (sign 1) or taken off (-1)."""
+        """Return the host's output ``y`` at input ``x`` with a component added (sign 1) or removed (-1)."""
         row, column = self.A[index : index + 1], self.B[:, index]
         coordinate = F.linear(x, row) if x.is_floating_point() else F.embedding(x, row.T, self.padding)
         return torch.addcmul(y, coordinate, column, value=sign * self.scale).to(y.dtype)
 
     def is_idle(self, index: int) -> bool:
-        """Does the component add nothing, whatever the input?"""
+        """Return whether the component adds zero for any input."""
         return not (self.A[index].any() and self.B[:, index].any())
 
 
 class CountingAdamW(torch.optim.AdamW):
-    """As AdamW, but with a step count per entry: bias correction of an appended entry starts at its first step.
+    """AdamW with a step count per entry: the bias correction of an appended entry starts at its first step.
 
-    ``resize`` appends zeros to the counts, as to the moments.
+    ``resize`` appends zeros to the counts as it does to the moments.
     """
 
     @torch.no_grad()
@@ -254,7 +263,7 @@ class CountingAdamW(torch.optim.AdamW):
         state, (beta1, beta2) = self.state[parameter], group["betas"]
         if not state:
             state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            # In bfloat16 a count would stay at 256.
+            # A count in bfloat16 would stop at 256.
             state["steps"] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
         m, v, steps = state["exp_avg"], state["exp_avg_sq"], state["steps"]
         steps += 1
@@ -268,14 +277,14 @@ class CountingAdamW(torch.optim.AdamW):
 def importance(
     full: float, without: Float[np.ndarray, "rank"], only: Float[np.ndarray, "rank"]
 ) -> Float[np.ndarray, "rank"]:
-    """IS of a module's components: equation 6."""
+    """Compute IS of the components of a module: equation 6."""
     return full - without + only
 
 
 def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.ndarray, "_"]]:
-    """Positions of the lowest scores of all modules together, by module; of equals the earlier module and position.
+    """Return the positions of the ``number`` lowest scores over all modules, by module.
 
-    The highest score of all is never among them.
+    Ties go to the earlier module, then position. The highest score is never among them.
     """
     sizes = [len(score) for score in scores]
     lowest = np.argsort(np.concatenate(scores), kind="stable")[: min(number, sum(sizes) - 1)]
@@ -286,7 +295,7 @@ def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.
 def allocate(
     scores: Sequence[Float[np.ndarray, "_"]], lost: Sequence[Int[np.ndarray, "_"]]
 ) -> Int[np.ndarray, "modules"]:
-    """New components of each module, as many as were lost: evenly over those that lost none, then by mean score."""
+    """Distribute as many new components as were lost evenly over the modules that lost none, the rest by mean score."""
     number = sum(map(len, lost))
     gained = np.zeros(len(scores), dtype=np.int64)
     untouched = [module for module, score in enumerate(scores) if len(score) and not len(lost[module])]

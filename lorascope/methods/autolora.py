@@ -1,43 +1,53 @@
-"""AutoLoRA: how many components a matrix needs is learned, by weighing them on data that its factors do not train on.
+"""AutoLoRA: the rank of each matrix is learned by weighting its components on data that its factors do not train on.
+
+::
 
     W = W_0 + s B diag(alpha) A,    alpha = softmax(logits),    s = lora_alpha / k
 
-Search. Each step takes a batch of the train split and one of the search split; w is all that the optimizer trains:
+Search. Each step uses a batch of the train split and one of the search split; w is all that the optimizer updates::
 
     w' = w - eta grad_w L_train(w, logits)                                                   the look-ahead
     v  = grad_w' L_search(w', logits)
     g  = grad_logits L_search(w', logits) - [d2 L_train(w, logits) / dlogits dw] eta v       direct + indirect
-    logits <- Adam(logits, g), and then w <- AdamW(w) on the same train batch: w' is given up
+    logits <- Adam(logits, g), and then w <- AdamW(w) on the same train batch: w' is discarded
 
-Then rank = #{j : alpha_j >= 1/k} of the last step, and LoRA of these ranks trains from W_0 on both splits, with s =
-lora_alpha / rank of each matrix. 1/k is the mean of alpha, so no rank is 0; their sum is an outcome, not a budget.
+Retraining. The rank of a matrix is #{j : alpha_j >= 1/k} at the last step. LoRA with these ranks trains from W_0 on
+both splits, with s = lora_alpha / rank of each matrix. No rank is 0, because 1/k is the mean of alpha. The sum of the
+ranks is an outcome, not a budget.
 
 ==========  ==================================================================================
 paper       here
 ==========  ==================================================================================
 U, V        the factors ``B`` (out, k), ``A`` (k, in)
 k           ``rank``
-lora_alpha  the field ``alpha``, from which the scale s follows
-beta        the buffer ``logits`` (k,), zero at first, in float32 or wider
+lora_alpha  the field ``alpha``, which sets the scale s
+beta        the buffer ``logits`` (k,), initially zero, in float32 or wider
 alpha       ``AutoLoRADelta.alpha``
-eta         the optimizer's rate at this step, of each parameter
+eta         the optimizer's learning rate at this step, per parameter
 rho         ``selection_lr``
 ==========  ==================================================================================
 
-Source: AutoLoRA (arXiv 2403.09113), equations 1-5, sections 4.1-4.5. The finite difference, its radius 0.01 / |v| and
-``first_order``: DARTS (arXiv 1806.09055), which the authors' code follows.
+Source: AutoLoRA (arXiv 2403.09113), equations 1-5, sections 4.1-4.5. The finite difference, its radius ``0.01 / |v|``
+and ``first_order``: DARTS (arXiv 1806.09055), which the authors' code follows.
 
-Departs: where the rates of adapter and head differ, eta v is a product parameter by parameter, and the difference goes
-along it. The look-ahead is the plain step of equation 4 though w itself moves by a clipped AdamW. From the authors'
-code come the head's part in w, s, and the logits' Adam, with betas (0.5, 0.999), a constant rate and no weight decay:
-the paper has AdamW and no s. It searches "until convergence", here as many steps as the retraining, those of ``train``.
-Batches of the search split are drawn at random. The threshold is on alpha; the code for GLUE compares logits. Also:
+Departs:
 
-- ``hypergradient`` "betty" is the finite difference of the authors' code around a plain look-ahead step; the code takes
+- If adapter and head have different learning rates, eta v is a product per parameter, and the finite difference is
+  taken along it.
+- The look-ahead is the plain gradient step of equation 4, although w itself is updated by AdamW with clipping.
+- w includes the classifier head, as in the authors' code.
+- The scale s comes from the authors' code; the paper does not scale.
+- The logits are updated by Adam, as in the authors' code, with betas (0.5, 0.999), a constant learning rate and no
+  weight decay. The paper uses AdamW.
+- The search has as many steps as the retraining, those of ``train``; the paper searches "until convergence".
+- Batches of the search split are drawn at random.
+- The threshold applies to alpha; the authors' code for GLUE compares logits.
+- ``hypergradient="betty"`` is the finite difference of the authors' code around a plain look-ahead step; the code takes
   an Adam step there.
 
-Cost: a search step is five passes forward and backward in place of one (``exact``: three, one of them backward twice;
-``first_order``: two), uncut by ``accumulate``; it copies w a few times, and nothing that is frozen.
+Cost: a search step takes five forward and backward passes instead of one (``exact``: three, one of them with two
+backward passes; ``first_order``: two). ``accumulate`` does not split them. The step copies w a few times, but no
+frozen weights.
 """
 
 from __future__ import annotations
@@ -52,7 +62,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attach, to_array
-from lorascope.methods.base import Batch, Method, Phase, Step, train_adapters
+from lorascope.methods.base import Batch, Method, Phase, Step, require_at_least, require_choice, train_adapters
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
@@ -68,14 +78,20 @@ HYPERGRADIENTS = ("finite_difference", "exact", "first_order", "betty")
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
 
-_GRADIENT = "gradient of the search loss in the logits at the step that ends here, "
+_GRADIENT = "gradient of the search loss with respect to the logits at the step that ends here, "
 for _name, _label, _unit, _index, _definition in (
     ("alpha", "α", "", "component", "softmax of the logits of one matrix"),
-    ("logit", "logit", "", "component", "what alpha is the softmax of"),
+    ("logit", "logit", "", "component", "logits whose softmax is alpha"),
     ("alpha_entropy", "entropy of α", "nats", "none", "-sum alpha log alpha"),
-    ("hypergradient_direct", "direct hypergradient", "", "component", _GRADIENT + "w' held fixed"),
-    ("hypergradient_indirect", "indirect hypergradient", "", "component", _GRADIENT + "through what w' owes to them"),
-    ("lookahead_gradient_norm", "‖v‖", "", "none", "norm of the gradient of the search loss in w'"),
+    ("hypergradient_direct", "direct hypergradient", "", "component", _GRADIENT + "with w' held fixed"),
+    (
+        "hypergradient_indirect",
+        "indirect hypergradient",
+        "",
+        "component",
+        _GRADIENT + "through w', which depends on them",
+    ),
+    ("lookahead_gradient_norm", "‖v‖", "", "none", "norm of the gradient of the search loss with respect to w'"),
 ):
     register(_name, Quantity(_label, _unit, _index, definition=_definition, source="AutoLoRA, eq. 3 and 5"))
 
@@ -83,25 +99,25 @@ for _name, _label, _unit, _index, _definition in (
 @accept_old_fields
 @dataclass(kw_only=True)
 class AutoLoRA(Method, name="autolora"):
-    """Ranks found by meta learning, then LoRA of these ranks.
+    """Ranks found by meta-learning, then LoRA with these ranks.
 
     Parameters
     ----------
     rank : int
-        k, the components of each matrix during the search.
+        k, the number of components per matrix during the search.
     alpha : float
-        The update is scaled by alpha / k in the search, by alpha / rank of each matrix afterwards.
+        Scaling: the update is multiplied by alpha / k in the search, then by alpha / rank of each matrix.
     dropout : float
-        Share of the input dropped on the way into A, in both phases.
+        Dropout probability on the input of A, in both phases.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
     selection_lr : float
-        Rate of the logits.
+        Learning rate of the logits.
     hypergradient : str
-        "finite_difference"; "exact", by differentiating twice; "first_order", at w as if eta were 0; or "betty", as the
-        authors' code has it: differences around w' in place of w, and eta taken as 1. Differences lose digits in bf16.
+        "finite_difference"; "exact", which differentiates twice; "first_order", at w as if eta were 0; or "betty", the
+        authors' code: differences around w' instead of w, with eta = 1. Differences lose digits in bfloat16.
     search_share : float
-        Share of the train split on which the logits train.
+        Fraction of the train split on which the logits train.
     """
 
     rank: int = 8
@@ -115,17 +131,15 @@ class AutoLoRA(Method, name="autolora"):
     search_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank {self.rank} is no rank: it counts components, 1 or more")
+        require_at_least(self, 1, "rank")
         if not 0 <= self.selection_lr < math.inf:
-            raise ValueError(f"selection_lr {self.selection_lr} is no rate: it must be a number from 0 on")
-        if self.hypergradient not in HYPERGRADIENTS:
-            raise ValueError(f"hypergradient {self.hypergradient!r} is unknown: {', '.join(HYPERGRADIENTS)}")
+            raise ValueError(f"selection_lr must be finite and >= 0, got {self.selection_lr}")
+        require_choice(self, "hypergradient", HYPERGRADIENTS)
         if not 0 < self.search_share < 1:
-            raise ValueError(f"search_share {self.search_share} leaves train or search empty: give one between 0 and 1")
+            raise ValueError(f"search_share must be in (0, 1), got {self.search_share}")
 
     def attach(self, model: nn.Module) -> None:
-        """Adapt the targets; leave factors and head to the optimizer, the logits to ``before_step``."""
+        """Adapt the targets; the optimizer trains factors and head, ``before_step`` the logits."""
         hosts = {
             name: model.get_submodule(name) for name in module_table.match(module_table.describe(model), self.targets)
         }
@@ -133,15 +147,16 @@ class AutoLoRA(Method, name="autolora"):
         self._deltas = {name: AutoLoRADelta(host, self.rank, scale, self.dropout) for name, host in hosts.items()}
         narrow = {str(delta.A.dtype) for delta in self._deltas.values() if delta.A.dtype != delta.logits.dtype}
         if narrow and self.hypergradient in ("finite_difference", "betty"):
-            wanted = 'load them in float32, or take hypergradient "exact"'
-            raise ValueError(f"weights in {narrow.pop()} would round a finite difference away: {wanted}")
+            problem = f"weights in {narrow.pop()} would round its differences to zero"
+            fix = 'Load them in float32, or set hypergradient="exact"'
+            raise ValueError(f"cannot use hypergradient {self.hypergradient!r}: {problem}. {fix}")
         attach(model, self._deltas)
         train_adapters(model)
         zeros = torch.zeros_like(torch.stack([delta.logits for delta in self._deltas.values()]))
         self.moments_: dict[str, Any] = {"steps": 0, "first": zeros, "second": zeros}
 
     def before_step(self, step: Step) -> None:
-        """The outer problem: it moves the logits and nothing else."""
+        """Take one step of the outer problem, which changes only the logits."""
         rate_of = {parameter: group["lr"] for group in step.optimizer.param_groups for parameter in group["params"]}
         weights = {name: p for name, p in step.model.named_parameters() if p in rate_of}
         rates = {name: rate_of[p] for name, p in weights.items()}
@@ -159,7 +174,7 @@ class AutoLoRA(Method, name="autolora"):
 
     @torch.no_grad()
     def records(self, step: Step) -> Iterable[Record]:
-        """The selection every ten steps and at the end, and the hypergradient of the step."""
+        """Yield the selection weights and the hypergradient every ten steps and at the end."""
         if step.finished % LOOK_EVERY and not step.last:
             return
         for module, delta in self._deltas.items():
@@ -177,7 +192,7 @@ class AutoLoRA(Method, name="autolora"):
             yield Record("lookahead_gradient_norm", self._found.norm)
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
-        """Search, then LoRA of the ranks found, from W_0 and on all of the train split."""
+        """Yield the search, then LoRA with the ranks found, from W_0 on all of the train split."""
         found = yield Phase(self, "search")
         retrained = LoRA(rank=found.ranks(), alpha=self.alpha, dropout=self.dropout)
         retrained = replace(retrained, lr=self.lr, head_lr=self.head_lr, search_share=self.search_share)
@@ -185,7 +200,7 @@ class AutoLoRA(Method, name="autolora"):
 
 
 class AutoLoRADelta(LoRADelta):
-    """The update scale * B diag(alpha) A of one module, alpha the softmax of the buffer ``logits``."""
+    """Update scale * B diag(alpha) A of one module; alpha is the softmax of the buffer ``logits``."""
 
     logits: Tensor
 
@@ -195,17 +210,17 @@ class AutoLoRADelta(LoRADelta):
 
     @property
     def alpha(self) -> Float[Tensor, "k"]:
-        """Weights of the components; they sum to one."""
+        """Selection weights of the components; they sum to 1."""
         return self.logits.softmax(0)
 
     @property
     def right(self) -> Float[Tensor, "k in"]:
-        """The factor that meets the input."""
+        """Factor applied to the input."""
         return self.alpha[:, None].to(self.A.dtype) * self.A
 
     @property
     def rank(self) -> int:
-        """Components that would stay if the search ended here."""
+        """Number of components that are retained if the search ends here."""
         return int(retained_mask(self.alpha).sum())
 
     def factors(self) -> dict[str, Tensor]:
@@ -216,12 +231,12 @@ class AutoLoRADelta(LoRADelta):
 
 
 def retained_mask(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
-    """Which components stay: those of at least the mean weight."""
+    """Return a mask of the retained components: those with at least the mean weight."""
     return alpha >= 1 / len(alpha)
 
 
 class Hypergradient(NamedTuple):
-    """Equation 5 in its two summands, by name of the logits, and |v| where there was a look-ahead."""
+    """The two terms of equation 5 by name of the logits, and the norm of v, None without a look-ahead."""
 
     direct: Tensors
     indirect: Tensors
@@ -231,7 +246,7 @@ class Hypergradient(NamedTuple):
 def hypergradient(
     train: Loss, search: Loss, weights: Tensors, logits: Tensors, rates: Mapping[str, float], form: str
 ) -> Hypergradient:
-    """The gradient in the logits of the search loss after the look-ahead; nothing that is given is changed.
+    """Compute the gradient of the search loss after the look-ahead with respect to the logits, changing no argument.
 
     Parameters
     ----------
@@ -239,14 +254,14 @@ def hypergradient(
         The two losses.
     weights, logits : mapping name -> Tensor
     rates : mapping name of a weight -> float
-        eta.
+        eta, the learning rate of each weight.
     form : str
         One of ``HYPERGRADIENTS``, as in ``AutoLoRA``.
 
     Raises
     ------
     ValueError
-        "exact" asks for second derivatives that the model does not have.
+        "exact" needs second derivatives, which the attention of the model does not support.
     """
     w, b = _leaves(weights), _leaves(logits)
     if form == "first_order":
@@ -264,25 +279,26 @@ def hypergradient(
 
 
 def _mixed_exact(slope: Tensors, direction: Tensors, logits: Tensors) -> Tensors:
-    """[d2 L / dlogits dw] direction, through the graph of the slope dL/dw."""
+    """Compute [d2 L / dlogits dw] direction by differentiating the gradient dL/dw."""
     try:
         return _gradient(torch.stack([(slope[name] * direction[name]).sum() for name in slope]).sum(), logits)
     except RuntimeError as error:
         if "is not implemented" not in str(error):
             raise
-        wanted = 'load the model with attn_implementation="eager", or take "finite_difference"'
-        raise ValueError(f'hypergradient "exact" cannot differentiate this attention twice: {wanted}') from error
+        problem = "this attention has no second derivatives"
+        fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
+        raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
 
 
-def _mixed_difference(loss: Loss, centre: Tensors, direction: Tensors, logits: Tensors) -> Tensors:
-    """The same from dL/dlogits at two points, ``RADIUS`` to either side of the centre."""
+def _mixed_difference(loss: Loss, center: Tensors, direction: Tensors, logits: Tensors) -> Tensors:
+    """Compute the same by a central difference of dL/dlogits, at distance ``RADIUS`` from the center."""
     norm = _norm(direction)
     if norm == 0:
         return {name: torch.zeros_like(logits[name]) for name in logits}
     epsilon = RADIUS / norm
 
     def at(shift: float) -> Tensors:
-        moved = {name: centre[name].detach() + shift * direction[name] for name in centre}
+        moved = {name: center[name].detach() + shift * direction[name] for name in center}
         return _gradient(loss(moved, logits), logits)
 
     up, down = at(epsilon), at(-epsilon)
@@ -290,26 +306,26 @@ def _mixed_difference(loss: Loss, centre: Tensors, direction: Tensors, logits: T
 
 
 def _leaves(tensors: Tensors) -> dict[str, Tensor]:
-    """The same memory as the beginning of a graph."""
+    """Return tensors that share the memory of the given ones and start a new graph."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 def _gradient(loss: Float[Tensor, ""], tensors: Tensors, create_graph: bool = False) -> dict[str, Tensor]:
-    """Gradients by name, zero for what the loss does not depend on."""
+    """Compute gradients by name; they are zero for tensors that the loss does not depend on."""
     chosen = list(tensors.values())
     found = torch.autograd.grad(loss, chosen, create_graph=create_graph, allow_unused=True, materialize_grads=True)
     return dict(zip(tensors, found, strict=True))
 
 
 def _norm(tensors: Tensors) -> float:
-    """Norm of all entries together."""
+    """Compute the norm over all entries of all tensors."""
     return float(torch.nn.utils.get_total_norm(list(tensors.values())))
 
 
 def adam(
     gradient: Float[Tensor, "modules k"], moments: Mapping[str, Any], rate: float
 ) -> tuple[Float[Tensor, "modules k"], dict[str, Any]]:
-    """What Adam takes off the logits, and its new moments."""
+    """Return the step that Adam subtracts from the logits, and its new moments."""
     (beta1, beta2), steps = BETAS, moments["steps"] + 1
     first = torch.lerp(gradient, moments["first"], beta1)
     second = torch.lerp(gradient.square(), moments["second"], beta2)

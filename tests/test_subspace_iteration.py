@@ -1,4 +1,4 @@
-"""S-RSI and the choice of the rank: the sheet's worked numbers, exact recovery, projections, bounds by the SVD."""
+"""Test S-RSI and rank selection: worked numbers, exact recovery, projections, and bounds by the SVD."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def tail(matrix, rank: int) -> float:
     return float(sigma[rank:].norm() / sigma.norm())
 
 
-SKETCH = 10  # condition of the sketches that are orthogonalised here
+SKETCH = 10  # condition number of the sketches that are orthogonalized here
 
 
 def options(**given):
-    """The options of a group, by the optimizer's own defaults."""
+    """Return the options of a parameter group with the optimizer's defaults."""
     return AdapproxOptimizer([torch.nn.Parameter(torch.zeros(2, 2))], **given).param_groups[0]
 
 
@@ -49,7 +49,7 @@ def chosen(matrix, seed=0, state=None, iterations=5, oversampling=5, **given):
         (5, (0.712364, 0.481092, 0.446485, 0.248474), (4.258125, 3.081871, 3.029858), 0.446980282),
     ],
 )
-def test_worked_example(iterations, q, u, xi):
+def test_iterate_matches_the_worked_example(iterations, q, u, xi):
     Q, U = (factor[:, :1] for factor in subspace_iteration.iterate(A, START, iterations))
     sign = torch.sign(Q[0, 0])
     assert (sign * Q[:, 0]).tolist() == pytest.approx(q, abs=1e-6)
@@ -57,7 +57,7 @@ def test_worked_example(iterations, q, u, xi):
     assert subspace_iteration.relative_error(A, Q, U) == pytest.approx(xi, abs=1e-6)
 
 
-def test_worked_example_between_and_beyond():
+def test_errors_match_the_worked_example():
     Q, U = (factor[:, :1] for factor in subspace_iteration.iterate(A, START, 2))
     assert subspace_iteration.relative_error(A, Q, U) == pytest.approx(0.447370, abs=1e-6)
     assert torch.linalg.svdvals(A).tolist() == pytest.approx([6.0671, 2.9191, 0.8183], abs=1e-4)
@@ -70,7 +70,7 @@ def test_worked_example_between_and_beyond():
 @pytest.mark.parametrize(
     ("shape", "rank"), [((64, 48), 1), ((64, 48), 5), ((300, 40), 8), ((40, 300), 8), ((768, 768), 16)]
 )
-def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype):
+def test_matrix_of_the_given_rank_is_recovered(shape, rank, dtype):
     X, Y = (torch.randn(side, rank, generator=seeded(side), dtype=dtype) for side in shape)
     assert error(X @ Y.T, *subspace_iteration.s_rsi(X @ Y.T, rank, seeded())) < rounding(
         dtype, max(shape), growth=SKETCH
@@ -78,7 +78,7 @@ def test_a_matrix_of_the_rank_is_recovered(shape, rank, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_factors_are_a_projection(dtype):
+def test_factors_form_a_projection(dtype):
     bound = rounding(dtype, 80, growth=SKETCH)
     matrix = torch.rand(80, 50, generator=seeded(1), dtype=dtype)
     Q, U = subspace_iteration.s_rsi(matrix, 7, seeded())
@@ -89,14 +89,14 @@ def test_factors_are_a_projection(dtype):
     assert float((Q.T @ (matrix - Q @ U.T)).abs().max()) < bound
     assert torch.linalg.matrix_rank(Q @ U.T) == 7
     xi = subspace_iteration.relative_error(matrix, Q, U)
-    assert xi > 1e-2  # below, the next line holds in float64 alone
+    assert xi > 1e-2  # smaller errors would make the next line fail in float32
     assert xi**2 == pytest.approx(1 - float(U.square().sum() / matrix.square().sum()), abs=bound)
 
 
 @pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 1e-4), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("spectrum", ["harmonic", "geometric"])
 @pytest.mark.parametrize("rank", [1, 8, 32])
-def test_the_error_is_close_to_the_least(spectrum, rank, dtype, slack):
+def test_error_is_close_to_the_best_rank_k_error(spectrum, rank, dtype, slack):
     sigma = torch.tensor([1 / (i + 1) if spectrum == "harmonic" else 0.8**i for i in range(150)], dtype=torch.float64)
     left, right = (torch.linalg.qr(torch.randn(n, 150, generator=seeded(n), dtype=torch.float64)).Q for n in (200, 150))
     exact = (left * sigma) @ right.T
@@ -109,12 +109,12 @@ def test_the_error_is_close_to_the_least(spectrum, rank, dtype, slack):
     assert np.mean(hasty) > np.mean(ratios)
 
 
-def test_a_flat_spectrum_leaves_nothing_to_find():
+def test_error_of_a_flat_spectrum_equals_the_best_rank_k_error():
     flat = torch.linalg.qr(torch.randn(60, 40, generator=seeded(2), dtype=torch.float64)).Q
     assert error(flat, *subspace_iteration.s_rsi(flat, 10, seeded())) == pytest.approx(tail(flat, 10), rel=1e-12)
 
 
-def test_the_same_seed_draws_the_same_and_scale_changes_the_scale_alone():
+def test_factors_depend_on_the_seed_and_follow_the_scale():
     matrix = torch.rand(40, 30, generator=seeded(3))
     Q, U = subspace_iteration.s_rsi(matrix, 4, seeded(5))
     again = subspace_iteration.s_rsi(matrix, 4, seeded(5))
@@ -126,14 +126,14 @@ def test_the_same_seed_draws_the_same_and_scale_changes_the_scale_alone():
     assert torch.equal(8 * U, scaled[1])
 
 
-def test_a_sketch_is_no_wider_than_the_matrix():
+def test_sketch_is_at_most_as_wide_as_the_matrix():
     Q, U = subspace_iteration.s_rsi(torch.rand(4, 9), 3, seeded())
     assert (Q.shape, U.shape) == ((4, 3), (9, 3))
     assert subspace_iteration.sketch(torch.rand(4, 9), 8, seeded()).shape == (9, 4)
 
 
-def test_restart_adds_until_the_error_is_small():
-    """The exact errors are 2^-k. A rare sketch misses one by a quarter, its last column having come out askew."""
+def test_restart_increases_the_rank_until_the_error_is_small():
+    """The exact errors are 2^-k; a rare sketch with an inaccurate last column misses one by a quarter."""
     diagonal = torch.diag(2.0 ** -torch.arange(16, dtype=torch.float64))
     errors = []
     for seed in range(200):
@@ -152,8 +152,8 @@ def test_restart_adds_until_the_error_is_small():
     assert (np.min(errors, axis=0) > [(1 - 1e-6) * tail(diagonal, rank) for rank in (1, 2, 3, 4)]).all()
 
 
-def test_restart_goes_by_f_to_the_cap():
-    """From one component, whose error of a half asks for 176 more, to the cap of four."""
+def test_restart_stops_at_the_cap():
+    """At rank 1 the error is 0.5, for which f adds 176 components; the cap is 4."""
     diagonal = torch.diag(2.0 ** -torch.arange(16, dtype=torch.float64))
     found = [chosen(diagonal, seed, max_rank=4, tolerance=0.1) for seed in range(200)]
     assert {(rank.Q.shape[1], rank.trials) for rank in found} == {(4, 2)}
@@ -188,7 +188,7 @@ def test_colnorm_finds_the_rank_of_the_svd(seed):
     assert chosen(full, rank_rule="colnorm", tolerance=1e-4).Q.shape[1] == 10
 
 
-def test_ema_moves_a_share_by_the_error_of_the_choice_before():
+def test_ema_uses_the_error_of_the_previous_selection():
     matrix, state = torch.rand(100, 80, generator=seeded(4)), {}
     first = chosen(matrix, state=state, rank_rule="ema", max_rank=80)
     assert first.Q.shape[1] == 12
@@ -203,7 +203,7 @@ def test_ema_moves_a_share_by_the_error_of_the_choice_before():
     assert subspace_iteration.next_share(0.0625, 0.0) == pytest.approx(0.0625)
 
 
-def test_fixed_stays():
+def test_fixed_rank_is_limited_only_by_the_matrix():
     assert chosen(torch.rand(30, 20), rank_rule="fixed", init_rank=7).Q.shape[1] == 7
     assert chosen(torch.rand(30, 20), rank_rule="fixed", init_rank=70).Q.shape[1] == 20
 

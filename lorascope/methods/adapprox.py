@@ -1,11 +1,14 @@
-"""Adapprox: Adam whose second moments are kept as thin products, of a rank that is chosen for each matrix.
+"""Adapprox: Adam with low-rank second moments whose rank is selected per matrix.
+
+::
 
     V_t = beta_2 max(Q_{t-1} U_{t-1}^T, 0) + (1 - beta_2) G_t^2,    Q_t, U_t = AS-RSI(V_t)
     D_t = G_t / (sqrt(V_t) + eps),    D_t <- D_t / max(1, RMS(D_t) / d)
     M_t = beta_1 M_{t-1} + (1 - beta_1) D_t,    W_t = W_{t-1} - alpha (M_t + lambda W_{t-1})
 
-An optimizer, no adapter: every weight trains. Vectors and small matrices keep their average as it is; the rest of
-the step is the same for them. There is no bias correction: at first the clipping by RMS stands in for it.
+Adapprox is an optimizer, not an adapter: every weight trains. Second moments of vectors and small matrices are stored
+without factors; the rest of the step is the same for them. There is no bias correction; at first, clipping by RMS
+replaces it.
 
 =============  ============================================================================
 paper          here
@@ -13,30 +16,34 @@ paper          here
 beta_1, 2      ``betas``
 eps, d         ``eps``, ``clip_threshold``
 alpha, lambda  ``lr``, ``weight_decay``
-l, p           ``iterations``, ``oversampling``; k + p is rounded up by ``sketch_multiple``
+l, p           ``iterations``, ``oversampling``; ``sketch_multiple`` rounds k + p up
 k_init, k_max  ``init_rank``, ``max_rank``: None is a quarter of the smaller side
 xi_thresh      ``tolerance``
 Delta s        ``reselect_every``
 f              ``growth``: eta, omega, phi, tau; times ``growth_scale``
-Q, U, M        ``Q``, ``U`` and ``exp_avg`` of a parameter's state; a dense V is ``exp_avg_sq``
+Q, U, M        ``Q``, ``U`` and ``exp_avg`` of a parameter's state; V without factors: ``exp_avg_sq``
 =============  ============================================================================
 
-Source: Adapprox (arXiv 2403.14958), algorithms 1 to 3; first and largest rank are inferred from the savings that its
+Source: Adapprox (arXiv 2403.14958), algorithms 1 to 3; initial and largest rank are inferred from the savings that its
 abstract states.
 
-Departs: the text behind the abstract could not be had. Not checked against it are all constants, the rule of the rank
-(see ``subspace_iteration``), and the guidance M / (1 - cos(D, M)), whose denominator has a floor here, since the two
-are parallel at the first step. Entries that a rank of two or more made negative are set to zero, without which the root
-is no number. V is factored in units of its largest entry; where it is all zero, at the first step of LoRA's A for one,
-the rank is chosen at the first step at which it is not. Factors, averages and the step itself are in float32 or more,
-whatever the weights are. The error is measured at the steps of a choice alone. The method takes ``weight_decay`` from
-``train``.
+Departs:
 
-Cost: factors of rank k are smaller than V where k < m n / (m + n); of a square matrix the largest rank takes half, and
-a quarter at the least of any other. Of 64 x 64, the smallest that ``min_dim`` lets be factored, these are 8 KiB of 16,
-and at rank 1 half a KiB; of 256 x 256, 128 KiB of 256, and 2. A smaller matrix has less than 16 KiB to give, for a step
-that takes several times as long as AdamW's at any size, so memory is worth it from about 256 x 256 on; and between two
-steps alone, since in the middle of one V is there in full.
+- Only the abstract of the paper was available. These are not checked against its text: all constants, the rank rule
+  (see ``subspace_iteration``) and the guidance M / (1 - cos(D, M)).
+- The denominator of the guidance has a floor, because D and M are parallel at the first step.
+- Negative entries of Q U^T, which occur at rank 2 or more, are set to zero; the square root needs this.
+- V is factored in units of its largest entry.
+- While V is all zero, as for LoRA's A at the first step, it is not factored; the first nonzero V selects the rank.
+- Factors, averages and the step itself use float32 or wider, regardless of the dtype of the weights.
+- The error is measured only at steps that select a rank.
+- The method takes ``weight_decay`` from ``train``.
+
+Cost: factors of rank k are smaller than V if k < m n / (m + n). At the largest rank they take half the memory of V for
+a square matrix, and between a quarter and a half for any other. By default 64 x 64 is the smallest factored matrix: its
+factors take 8 KiB of 16 at the largest rank and 0.5 KiB at rank 1. For 256 x 256 they take 128 KiB of 256, and 2 KiB.
+A matrix below the default ``min_dim`` could save less than 16 KiB, and a step takes several times as long as AdamW's at
+any size. The saving pays off from about 256 x 256 on, and only between steps: during a step V exists in full.
 """
 
 from __future__ import annotations
@@ -57,82 +64,87 @@ from lorascope.schema.records import Item, Quantity, Record, register
 SOURCE = "Adapprox, algorithm 2"
 register(
     "factor_rank",
-    Quantity("rank of the second moment", index="none", pool="sum", definition="columns of its factors", source=SOURCE),
+    Quantity(
+        "rank of the second moment", index="none", pool="sum", definition="number of columns of Q and U", source=SOURCE
+    ),
 )
 register(
     "factor_error",
-    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="of this step's V, at a choice of its rank", source=SOURCE),
+    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="relative error of this step's V, at a rank selection", source=SOURCE),
 )
-register("factor_trials", Quantity("factorings", pool="sum", definition="for one choice of the rank", source=SOURCE))
+register(
+    "factor_trials", Quantity("factorizations", pool="sum", definition="number in one rank selection", source=SOURCE)
+)
 register(
     "factor_seconds",
-    Quantity("time of a choice", "s", pool="sum", definition="wall-clock time in AS-RSI, for one choice of the rank"),
+    Quantity("selection time", "s", pool="sum", definition="wall-clock time of AS-RSI in one rank selection"),
 )
 register("factor_norm", Quantity("‖QUᵀ‖", pool="norm", definition="Frobenius norm of the factored second moment"))
 register(
     "factor_share",
-    Quantity("k / k_max", definition="columns of the factors over the most that a choice may take", source=SOURCE),
+    Quantity("k / k_max", definition="number of columns of Q and U divided by the largest rank", source=SOURCE),
 )
-register("factor_bytes", Quantity("factors of V", "bytes", pool="sum", definition="bytes that Q and U hold"))
+register("factor_bytes", Quantity("factors of V", "bytes", pool="sum", definition="bytes of Q and U"))
 register(
     "negative_share",
-    Quantity("negative entries", definition="share of the entries of Q U^T below zero, before they are set to it"),
+    Quantity("negative entries", definition="fraction of negative entries of Q U^T, before they are set to zero"),
 )
 register(
     "negative_mass",
-    Quantity("negative mass", definition="share of these entries in the sum of the magnitudes of all"),
+    Quantity("negative mass", definition="fraction of the sum of |Q U^T| in negative entries"),
 )
 register(
-    "direction_rms", Quantity("RMS of the direction", definition="root mean square of G / (sqrt(V) + eps), not clipped")
+    "direction_rms",
+    Quantity("RMS of the direction", definition="root mean square of G / (sqrt(V) + eps), before clipping"),
 )
 register(
     "direction_cosine",
-    Quantity("cos(D, M)", definition="of the clipped direction and the first moment of this step"),
+    Quantity("cos(D, M)", definition="cosine of the clipped direction and the first moment of this step"),
 )
 
 
 @dataclass(kw_only=True)
 class Adapprox(Method, name="adapprox"):
-    """Full fine-tuning under ``AdapproxOptimizer``.
+    """Full fine-tuning with ``AdapproxOptimizer``.
 
     Parameters
     ----------
     betas : (float, float)
-        Of first and second moment; no first moment is kept where the first is zero.
+        Decay of first and second moment; no first moment is stored if its decay is 0.
     eps : float
-        Added to the root of the second moment.
+        Number added to the square root of the second moment.
     clip_threshold : float
-        Largest RMS of a direction.
+        Maximum RMS of a direction G / (sqrt(V) + eps).
     iterations, oversampling : int
-        Rounds of S-RSI, and columns beyond the rank.
+        Power iterations of S-RSI, and sketch columns beyond the rank.
     sketch_multiple : int
-        Rank and spare columns together are rounded up to a multiple of it: 16 may be faster, and draws other sketches.
+        The number of sketch columns is rounded up to a multiple of it. 16 may be faster, but draws other sketches.
     init_rank : int
-        At the first step, and where every choice begins.
+        Rank at which every selection of "restart" starts; with "fixed", the rank itself.
     max_rank : int or None
-        None is a quarter of the smaller side.
+        Largest rank of a selection; None is a quarter of the smaller side.
     tolerance : float
-        Relative error at which a rank is large enough.
+        Relative error up to which a rank is accepted.
     reselect_every : int
-        Steps between two choices.
+        Steps between two rank selections.
     rank_rule : {"restart", "colnorm", "ema", "fixed"}
-        How a rank is chosen; see ``subspace_iteration``.
+        Rule that selects the rank; see ``subspace_iteration``.
     growth : (float, float, float, float)
-        eta, omega, phi, tau of f, by which "restart" goes up.
+        eta, omega, phi, tau of f, the rank increment of "restart".
     growth_scale : float or None
-        Multiplies f; None goes by the width.
+        Factor of f; None is (k_max - 1) / 191, for matrices narrower than the paper's.
     denominator : {"pre", "post"}
-        Divide by V before factoring, or by what the factors say of it.
+        Whether the step divides by V before factoring, or by the product of its factors.
     cosine : bool
-        Guidance: divide M by 1 - cos(D, M).
+        Whether guidance divides M by 1 - cos(D, M).
     cosine_floor : float
-        Least that guidance divides by.
+        Minimum divisor of guidance.
     min_dim : int or None
-        Matrices with a smaller side keep a dense average; None factors none.
+        Matrices with a side below it store V without factors; None factors no matrix.
     dense : str or tuple of str
-        Roles or modules whose second moment is kept as it is, such as a large embedding; see ``names.match``.
+        Roles or modules that store V without factors, such as a large embedding; see ``ls.names.match``.
     sketch_seed : int
-        Of the sketches alone.
+        Seed of the sketches; nothing else uses it.
     """
 
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -156,11 +168,11 @@ class Adapprox(Method, name="adapprox"):
     sketch_seed: int = 0
 
     def attach(self, model: nn.Module) -> None:
-        """Leave everything trainable."""
+        """Make every parameter trainable."""
         model.requires_grad_(True)
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> AdapproxOptimizer:
-        """``AdapproxOptimizer`` in the groups ``adapter`` and ``head``; what is to stay dense in groups of its own."""
+        """Return ``AdapproxOptimizer`` with groups ``adapter`` and ``head``, each split if it has ``dense`` modules."""
         chosen = module_table.match(module_table.describe(model), self.dense, "dense") if self.dense else []
         dense = {id(parameter) for name in chosen for parameter in model.get_submodule(name).parameters()}
         groups = []
@@ -173,7 +185,7 @@ class Adapprox(Method, name="adapprox"):
         return AdapproxOptimizer(groups, lr, weight_decay=weight_decay, seed=self.sketch_seed, **options)
 
     def records(self, step: Step) -> Iterable[Item]:
-        """What became of every factored matrix where its rank was chosen, and what is held of it at the last step."""
+        """Yield rank and direction of each factored matrix at selections and at the end, its error at selections."""
         for name, parameter in step.model.named_parameters():
             state = step.optimizer.state.get(parameter, {})
             if "Q" not in state or not ("chosen" in state or step.last):
@@ -182,13 +194,13 @@ class Adapprox(Method, name="adapprox"):
             yield Record("factor_rank", Q.shape[1], module)
             yield Record("factor_bytes", Q.nbytes + U.nbytes, module)
             yield Record("direction_rms", float(state["rms"]), module)
-            yield Record("factor_norm", float(U.norm()), module)  # Q has orthonormal columns
+            yield Record("factor_norm", float(U.norm()), module)  # equals |Q U^T|: Q has orthonormal columns
             fixed, most = (
                 self.rank_rule == "fixed",
                 subspace_iteration.largest_rank(Q.shape[0], U.shape[0], self.max_rank),
             )
             yield Record("factor_share", 1.0 if fixed else Q.shape[1] / most, module)
-            if "cosine" in state:  # without a first moment there is none
+            if "cosine" in state:  # absent without a first moment
                 yield Record("direction_cosine", float(state["cosine"]), module)
             if "chosen" in state:
                 yield Record("factor_error", state["error"], module)

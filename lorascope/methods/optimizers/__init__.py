@@ -1,1 +1,1 @@
-"""Optimizers of torch that the methods use."""
+"""Torch optimizers of the methods."""

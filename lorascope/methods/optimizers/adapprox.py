@@ -1,4 +1,4 @@
-"""Algorithm 3 of Adapprox as an optimizer of torch; algorithms 1 and 2 are in ``subspace_iteration``."""
+"""Adapprox as a torch optimizer: algorithm 3. Algorithms 1 and 2 are in ``subspace_iteration``."""
 
 from __future__ import annotations
 
@@ -17,47 +17,47 @@ DENOMINATORS = ("pre", "post")
 
 
 class AdapproxOptimizer(torch.optim.Optimizer):
-    """The optimizer, for use with any model; all settings can differ between parameter groups.
+    """Adapprox optimizer for any model; all settings except the seed can differ between parameter groups.
 
     Parameters
     ----------
     params : iterable
-        Of parameters, or of groups.
+        Parameters, or parameter groups.
     lr : float
     betas : (float, float)
-        No first moment is kept where the first is zero.
+        Decay of first and second moment; no first moment is stored if its decay is 0.
     eps : float
-        Added to the root.
+        Number added to the square root of the second moment.
     weight_decay : float
-        Decoupled.
+        Decoupled weight decay.
     clip_threshold : float
-        Largest RMS of a direction; ``math.inf`` clips nothing.
+        Maximum RMS of a direction G / (sqrt(V) + eps); ``math.inf`` disables clipping.
     iterations, oversampling : int
-        Rounds of S-RSI, and columns beyond the rank.
+        Power iterations of S-RSI, and sketch columns beyond the rank.
     sketch_multiple : int
-        Columns are rounded up to a multiple of it, as far as the matrix has so many.
+        The number of sketch columns is rounded up to a multiple of it, up to the smaller side of the matrix.
     init_rank : int
-        At the first step, and where every choice begins.
+        Rank at which every selection of "restart" starts; with "fixed", the rank itself.
     max_rank : int or None
-        None is a quarter of the smaller side.
+        Largest rank of a selection; None is a quarter of the smaller side.
     tolerance : float
-        Relative error at which a rank is large enough.
+        Relative error up to which a rank is accepted.
     reselect_every : int
-        Steps between two choices.
+        Steps between two rank selections.
     rank_rule : {"restart", "colnorm", "ema", "fixed"}
-        See ``subspace_iteration``; "fixed" is ``init_rank`` whatever ``max_rank`` says.
+        See ``subspace_iteration``; "fixed" uses ``init_rank`` and ignores ``max_rank``.
     growth : (float, float, float, float)
-        eta, omega, phi, tau of f, by which "restart" goes up.
+        eta, omega, phi, tau of f, the rank increment of "restart".
     growth_scale : float or None
-        Multiplies f; None is (k_max - 1) / 191, for matrices narrower than the paper's.
+        Factor of f; None is (k_max - 1) / 191, for matrices narrower than the paper's.
     denominator : {"pre", "post"}
-        Divide by V before factoring, or by what the factors say of it.
+        Whether the step divides by V before factoring, or by the product of its factors.
     cosine, cosine_floor : bool, float
-        Guidance: divide M by 1 - cos(D, M), but by no less than the floor.
+        Whether guidance divides M by 1 - cos(D, M), and the minimum of that divisor.
     min_dim : int or None
-        Matrices with a smaller side keep a dense average; 1 factors all, None factors none.
+        Matrices with a side below it store V without factors; 1 factors all matrices, None no matrix.
     seed : int
-        Of the sketches. The global generators have no part in them.
+        Seed of the sketches; the global generators are not used.
     """
 
     def __init__(
@@ -87,28 +87,29 @@ class AdapproxOptimizer(torch.optim.Optimizer):
     ) -> None:
         options = {key: value for key, value in locals().items() if key not in ("self", "params", "seed", "__class__")}
         super().__init__(params, options)
-        # In a group, where whatever saves an optimizer finds it; one for all of them.
+        # The first group stores the generator of all groups, so that code which saves optimizers finds it.
         device = self.param_groups[0]["params"][0].device
         self.param_groups[0]["generator"] = torch.Generator(device).manual_seed(seed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of any optimizer; options that make no sense are refused."""
+        """Add a parameter group after checking its options."""
         _check_group(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """As of any optimizer; a state may be older than an option."""
+        """Restore a state, which may be older than some options."""
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("sketch_multiple", 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
         Returns
         -------
-        What ``closure`` does, or None without one.
+        Any
+            Result of ``closure``; None without one.
         """
         loss = None
         if closure is not None:
@@ -123,21 +124,21 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         return loss
 
     def _update_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Algorithm 3, for vectors and small matrices all together, or for one factored matrix."""
+        """Apply algorithm 3 to all parameters without factors, or to one factored matrix."""
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         states = [self._moment_state(parameter, group) for parameter in parameters]
         G = [_matrix(_promote_to_float32(parameter.grad)) for parameter in parameters if parameter.grad is not None]
         V = [self._previous_moment(state, g) for state, g in zip(states, G, strict=True)]
         torch._foreach_mul_(V, beta2)
         torch._foreach_addcmul_(V, G, G, 1 - beta2)
-        roots, told = V, group["cosine"] or "exp_avg_sq" not in states[0]
+        roots, needs_cosine = V, group["cosine"] or "exp_avg_sq" not in states[0]
         if "exp_avg_sq" not in states[0]:
             self._factorize(V[0], states[0], group)
             if group["denominator"] == "post" and "Q" in states[0]:
                 roots = [_product(states[0])]
         denominators = torch._foreach_sqrt(roots)
         torch._foreach_add_(denominators, group["eps"])
-        # Whatever is as large as the weights counts here, at the peak of a step: D takes the place of its denominator.
+        # Memory peaks here, so D is written into its denominator.
         D = [torch.div(g, root, out=root) for g, root in zip(G, denominators, strict=True)]
         del V, roots
         lengths = torch._foreach_norm(D)
@@ -149,7 +150,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             M = [state["exp_avg"] for state in states]
             torch._foreach_mul_(M, beta1)
             torch._foreach_add_(M, D, alpha=1 - beta1)
-            if told:
+            if needs_cosine:
                 for m, d, state in zip(M, D, states, strict=True):
                     state["cosine"] = cosine(m, d)
             S = M
@@ -163,7 +164,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             parameter.sub_(lr * (change.add(_promote_to_float32(parameter), alpha=decay) if decay else change))
 
     def _moment_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        """A parameter's state, made at its first step."""
+        """Return the state of a parameter, which is created at its first step."""
         state = self.state[parameter]
         if not state:
             zeros = torch.zeros_like(_matrix(_promote_to_float32(parameter)), memory_format=torch.contiguous_format)
@@ -176,16 +177,16 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         return state
 
     def _previous_moment(self, state: dict[str, Any], G: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """V of the step before: itself where it is dense, else what its factors say of it."""
+        """Return V of the previous step: the stored average, or the product of its factors."""
         if "exp_avg_sq" in state:
             return state["exp_avg_sq"]
         return _product(state) if "Q" in state else torch.zeros_like(G)
 
     def _factorize(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
-        """Keep V as its factors; at the steps of a choice, of a rank that is chosen anew."""
+        """Store V as its factors, with a newly selected rank if a selection is due."""
         first = "Q" not in state
         unit = V.max()
-        # Of a zero V there is no error to choose by: its factors keep their rank, and their scale is none.
+        # A zero V has no relative error to select by: its factors keep their rank and become zero.
         chooses = (first or (state["step"] - 1) % group["reselect_every"] == 0) and bool(unit != 0)
         if first and not chooses:
             return
@@ -199,38 +200,40 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             state["negative"], state["negative_mass"] = (
                 (0.0, 0.0) if first else negative_fractions(state["Q"] @ state["U"].T)
             )
-            float(unit)  # an accelerator has done by here what it was given before, and by the error all of the choice
+            # Wait for earlier work of an accelerator; reading the error waits for all work of the selection.
+            float(unit)
             start = time.perf_counter()
             Q, U, state["error"], state["trials"] = subspace_iteration.choose(A, factor, state, group)
             state["seconds"] = time.perf_counter() - start
-            state["chosen"] = True  # until the next step
+            state["chosen"] = True  # removed at the next step
         else:
             Q, U = factor(state["Q"].shape[1])
         state["Q"], state["U"] = Q, U.mul_(unit)
 
     def state_dict(self) -> dict[str, Any]:
-        """As of any optimizer; the generator is told by the tensor of its state."""
+        """Return the state, in which the generator is a tensor."""
         stored = super().state_dict()
         first, *others = stored["param_groups"]
         return stored | {"param_groups": [first | {"generator": first["generator"].get_state()}, *others]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put ``state_dict`` back: factors and averages keep their own dtype, whatever the weights have.
+        """Load a state; factors and averages keep their own dtype, regardless of the dtype of the weights.
+
+        A state from the CPU can be loaded on an accelerator; its sketches are still drawn on the CPU.
 
         Raises
         ------
         ValueError
-            It is none of this optimizer, or was made on an accelerator, and the weights are on the CPU. The other way
-            round sketches are drawn on the CPU from then on, as they were before.
+            The state is not from this optimizer, or it is from an accelerator and the weights are on the CPU.
         """
         if "generator" not in state_dict["param_groups"][0]:
-            raise ValueError("it is no state of AdapproxOptimizer: it has no generator of sketches; load what it saved")
+            raise ValueError("cannot load this state: it has no sketch generator, so AdapproxOptimizer did not save it")
         generator = torch.Generator(self.param_groups[0]["params"][0].device)
         drawn = state_dict["param_groups"][0]["generator"].cpu()
         if len(drawn) != len(generator.get_state()):
             generator = torch.Generator()
         if len(drawn) != len(generator.get_state()):
-            raise ValueError("the sketches of this state were drawn on an accelerator, on the CPU they cannot go on so")
+            raise ValueError("cannot load this state on the CPU: its sketches are drawn on an accelerator. Use one")
         super().load_state_dict(state_dict)
         generator.set_state(drawn)
         self.param_groups[0]["generator"] = generator
@@ -243,30 +246,30 @@ class AdapproxOptimizer(torch.optim.Optimizer):
 
 
 def cosine(M: Float[Tensor, "..."], D: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """cos(D, M), within its bounds whatever rounding says, and 0 where one of the two is."""
+    """Compute cos(D, M), clamped to [-1, 1]; 0 if D or M is zero."""
     lengths = (D.norm() * M.norm()).clamp(min=torch.finfo(M.dtype).tiny)
     return (torch.dot(D.flatten(), M.flatten()) / lengths).clamp(-1, 1)
 
 
 def guide_direction(M: Float[Tensor, "..."], cosine: Float[Tensor, ""], floor: float) -> Float[Tensor, "..."]:
-    """M / max(1 - cos(D, M), floor)."""
+    """Compute M / max(1 - cos(D, M), floor)."""
     return M / (1 - cosine).clamp(min=floor)
 
 
 def negative_fractions(product: Float[Tensor, "m n"]) -> tuple[float, float]:
-    """Share of the entries below zero, and of what all entries weigh."""
+    """Return the fraction of negative entries, and their fraction of the sum of all magnitudes."""
     below = product.clamp(max=0)
     total = product.abs().sum().clamp(min=torch.finfo(product.dtype).tiny)
     return float(below.count_nonzero() / below.numel()), float(below.abs().sum() / total)
 
 
 def is_factored(parameter: Tensor, min_dim: int | None) -> bool:
-    """Does a parameter keep factors?"""
+    """Return whether the second moment of a parameter is stored as factors."""
     return min_dim is not None and parameter.ndim > 1 and min(_matrix(parameter).shape) >= min_dim
 
 
 def _parameter_batches(group: dict[str, Any]) -> Iterator[list[Tensor]]:
-    """What moves together: all that is dense, and each factored matrix by itself, so that one V is there at a time."""
+    """Yield all parameters without factors, then each factored matrix, so that only one full V exists at a time."""
     live = [parameter for parameter in group["params"] if parameter.grad is not None]
     dense = [parameter for parameter in live if not is_factored(parameter, group["min_dim"])]
     if dense:
@@ -289,30 +292,28 @@ def _promote_to_float32(tensor: Tensor) -> Tensor:
 def _check_gradients(groups: list[dict[str, Any]]) -> None:
     for parameter in (parameter for group in groups for parameter in group["params"]):
         if parameter.grad is not None and parameter.grad.layout != torch.strided:
-            raise ValueError(
-                f"the gradient of a parameter of shape {tuple(parameter.shape)} is sparse, and Adapprox takes dense "
-                "ones alone: leave out the sparse=True of its embedding"
-            )
+            shape = tuple(parameter.shape)
+            raise ValueError(f"cannot use the sparse gradient of a parameter of shape {shape}: set sparse=False")
 
 
 def _check_group(group: dict[str, Any]) -> None:
     for name, known in (("rank_rule", subspace_iteration.RULES), ("denominator", DENOMINATORS)):
         if group[name] not in known:
-            raise ValueError(f"{name} {group[name]!r} is unknown: it must be one of {', '.join(map(repr, known))}")
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {group[name]!r}")
     for name in ("iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every"):
         if group[name] is not None and group[name] < 1:
-            raise ValueError(f"{name}={group[name]} must be at least 1")
+            raise ValueError(f"{name} must be >= 1, got {group[name]}")
     for name in ("lr", "eps", "weight_decay", "oversampling"):
         if not group[name] >= 0:
-            raise ValueError(f"{name}={group[name]} must be 0 or more")
+            raise ValueError(f"{name} must be >= 0, got {group[name]}")
     for name in ("clip_threshold", "cosine_floor"):
         if not group[name] > 0:
-            raise ValueError(f"{name}={group[name]} must be above 0")
+            raise ValueError(f"{name} must be > 0, got {group[name]}")
     if len(group["betas"]) != 2:
-        raise ValueError(f"betas={tuple(group['betas'])} must be two numbers: of the first and of the second moment")
+        raise ValueError(f"betas must be two numbers, got {tuple(group['betas'])}")
     if len(group["growth"]) != 4:
-        raise ValueError(f"growth={tuple(group['growth'])} must be four numbers: eta, omega, phi, tau")
+        raise ValueError(f"growth must be four numbers (eta, omega, phi, tau), got {tuple(group['growth'])}")
     if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas={tuple(group['betas'])} must both be from 0 up to, but not including, 1")
+        raise ValueError(f"betas must be in [0, 1), got {tuple(group['betas'])}")
     if group["cosine"] and not group["betas"][0]:
-        raise ValueError("cosine guidance compares with the first moment: give a first of betas above 0")
+        raise ValueError(f"betas[0] must be > 0 with cosine=True, got {group['betas'][0]}")

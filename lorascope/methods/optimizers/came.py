@@ -1,13 +1,15 @@
-"""CAME: Adafactor with a first moment, divided by how much the direction strays from it.
+"""CAME: Adafactor with a first moment, divided by the instability of the direction.
 
-    R_t = beta_2 R_{t-1} + (1 - beta_2) rowmean(G_t^2 + eps_1),    C_t alike by columns
+::
+
+    R_t = beta_2 R_{t-1} + (1 - beta_2) rowmean(G_t^2 + eps_1),    C_t the same by column
     D_t = G_t / sqrt(R_t C_t / mean(R_t)),    D_t <- D_t / max(1, RMS(D_t) / d)
     M_t = beta_1 M_{t-1} + (1 - beta_1) D_t
-    S_t: as R_t and C_t, of (D_t - M_t)^2 + eps_2 under beta_3
+    S_t = R'_t C'_t / mean(R'_t), with R'_t and C'_t as R_t and C_t, but from (D_t - M_t)^2 + eps_2 with beta_3
     W_t = W_{t-1} - alpha (M_t / sqrt(S_t) + lambda W_{t-1})
 
-Source: CAME (arXiv 2307.02047), algorithm 2. Vectors keep a dense average and are moved by M_t, as in the authors'
-code. Beside it stands only as a baseline: ``Full(optimizer_name="came")``.
+Source: CAME (arXiv 2307.02047), algorithm 2. Vectors have a second moment without factors and are updated by M_t, as in
+the authors' code. CAME is only a baseline here: ``Full(optimizer_name="came")``.
 """
 
 from __future__ import annotations
@@ -21,18 +23,19 @@ from torch import Tensor
 
 
 class CAME(torch.optim.Optimizer):
-    """The optimizer.
+    """CAME optimizer.
 
     Parameters
     ----------
     params : iterable
+        Parameters, or parameter groups.
     lr, weight_decay : float
     betas : (float, float, float)
-        Of first moment, second moment and instability.
+        Decay of first moment, second moment and instability.
     eps : (float, float)
-        Added to the squares that the two averages are of.
+        Numbers added to the squared gradient and to the squared instability.
     clip_threshold : float
-        Largest RMS of a direction.
+        Maximum RMS of a direction D_t.
     """
 
     def __init__(
@@ -49,7 +52,7 @@ class CAME(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -73,7 +76,7 @@ class CAME(torch.optim.Optimizer):
 def _update_average(
     state: dict[str, Any], name: str, squares: Float[Tensor, "..."], beta: float
 ) -> Float[Tensor, "..."]:
-    """Take squares into their average, of a matrix by rows and columns; gives one over its root."""
+    """Update the average of squares, by row and column for a matrix; return its inverse square root."""
     if squares.ndim < 2:
         return state.setdefault(name, torch.zeros_like(squares)).lerp_(squares, 1 - beta).rsqrt()
     for side, dim in (("row", -1), ("col", -2)):

@@ -1,10 +1,12 @@
-"""LISA: full fine-tuning of a few blocks at a time, drawn anew every K steps, and of all outside the blocks throughout.
+"""LISA: full fine-tuning of a few random blocks, resampled every K steps. Parameters outside the blocks always train.
+
+::
 
     S_i = gamma of the L blocks, drawn without replacement,    i = floor(t / K)
-    theta_l <- AdamW(theta_l) for l outside the blocks or in S_i,    all other blocks stay as they are
+    theta_l <- AdamW(theta_l) for l outside the blocks or in S_i,    all other blocks are frozen
     P(l in S_i) = gamma / L,    E[blocks trained after n draws] = sum_l 1 - (1 - P(l in S_i))^n
 
-Nothing is added to the model: what trains is the model itself, one part at a time.
+Nothing is added to the model: its own weights train, a part of them at a time.
 
 ================  =====================================================
 paper             here
@@ -14,17 +16,23 @@ K                 ``interval``
 w~(l) / w(l)      ``weights``, proportional to the paper's p(l)
 ================  =====================================================
 
+With gamma = L every ``moment_policy`` is full fine-tuning, except "reset_all", whose moments restart at every draw.
+
 Source: LISA (arXiv 2403.17919), algorithm 1; section 3.2 for p = {1, gamma / L, ..., gamma / L, 1} and for the ratio of
 norms that it stands for.
 
-Departs: K is the number of steps of an interval, which the paper also uses for that of intervals. Everything outside
-the blocks trains, not embedding and head alone: position embeddings, the final norm and poolers as well, as in the
-authors' code. That code keeps the optimizer's state of every block that ever trained (``moment_policy="keep"``); the
-authors meant it to be dropped ("reset", the default here); the paper's runs, whose intervals were processes of their
-own, dropped all of it ("reset_all"). The draws have a generator of their own, where the code uses NumPy's global one.
-Weights are an option that the paper motivates and never uses; blocks are drawn one after the other by them, so that
-the chance of a block is not gamma times its weight but what ``marginals`` says. The rates are those of full fine-tuning
-here. With gamma = L every policy is full fine-tuning but "reset_all", whose moments begin anew at every draw.
+Departs:
+
+- K is the number of steps of an interval; the paper also uses K for the number of intervals.
+- All parameters outside the blocks train, as in the authors' code: embedding and head, but also position embeddings,
+  the final norm and poolers.
+- By default the optimizer's state of a block is dropped when the block is frozen ("reset"), as the authors intended.
+  Their code keeps the state of every block that ever trained ("keep"). The paper's runs dropped all state, because
+  every interval was a separate process ("reset_all").
+- The draws use a separate generator; the authors' code uses NumPy's global one.
+- ``weights`` is an option that the paper motivates but never uses. Blocks are drawn one after the other, so the
+  probability of a block is not gamma times its weight; ``marginals`` computes it.
+- The default learning rates equal the defaults of ``Full``.
 """
 
 from __future__ import annotations
@@ -40,7 +48,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from lorascope.methods.base import Method, Step
+from lorascope.methods.base import Method, Step, require_at_least, require_choice
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -56,30 +64,30 @@ register(
 )
 register(
     "draw_probability",
-    Quantity("probability of a draw", definition="chance that a draw takes this block", source="LISA, section 3.2"),
+    Quantity("draw probability", definition="probability that a draw includes this block", source="LISA, section 3.2"),
 )
-# Below this many steps, AdamW's moments that start anew never settle.
+# AdamW's moments need about this many steps to settle after a reset.
 _SETTLES = 5
 
 
 @accept_old_fields
 @dataclass(kw_only=True)
 class LISA(Method, name="lisa"):
-    """Full fine-tuning that trains a few blocks at a time, drawn anew at intervals.
+    """Full fine-tuning of a few random blocks at a time, resampled at intervals.
 
     Parameters
     ----------
     n_active : int, optional
-        Blocks that train at a time; two by default, or all of a model that has fewer.
+        Number of blocks that train at a time; by default 2, or all blocks of a model with fewer.
     interval : int, optional
-        Steps between two draws; 20 by default, or a tenth of a run below 200 steps.
+        Steps between two draws; by default 20, or a tenth of a run with fewer than 200 steps.
     moment_policy : {"reset", "keep", "reset_all"}
-        The optimizer's state of a block that is frozen is dropped, or kept until it trains again; or at every draw all
-        state is dropped, also that of what trains throughout.
+        "reset" drops the optimizer's state of a block when it is frozen, "keep" stores it until the block trains
+        again, "reset_all" drops all state at every draw, also that of parameters outside the blocks.
     weights : tuple of float, optional
-        One a block, in model order: how much likelier to be drawn. Any sequence will do. All alike by default.
+        Relative probability of each block in model order, as any sequence; by default all blocks are equally likely.
     draw_seed : int, optional
-        Of the draws alone. None takes the run's seed.
+        Seed of the draws; None uses the run's seed.
     """
 
     n_active: int | None = None
@@ -91,57 +99,60 @@ class LISA(Method, name="lisa"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, least in (("n_active", 0), ("interval", 1), ("draw_seed", 0)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} {value} is too small: it must be {least} or more")
-        if self.moment_policy not in ("reset", "keep", "reset_all"):
-            known = "'reset', 'keep', 'reset_all'"
-            raise ValueError(f"moment_policy {self.moment_policy!r} is unknown: it must be one of {known}")
+        require_at_least(self, 0, "n_active", "draw_seed")
+        require_at_least(self, 1, "interval")
+        require_choice(self, "moment_policy", ("reset", "keep", "reset_all"))
         if self.weights is None:
             return
         self.weights = tuple(map(float, self.weights))
         for weight in self.weights:
             if not 0 <= weight < math.inf:
-                raise ValueError(f"weights: {weight:g} is none: they must be 0 or more, and finite")
+                raise ValueError(f"weights must be finite and >= 0, got {weight:g}")
         if not any(self.weights):
-            raise ValueError("weights: all are 0, so that no block could be drawn: give one above 0")
+            raise ValueError("weights must contain a number > 0, got only zeros")
 
     def attach(self, model: nn.Module) -> None:
-        """Leave everything trainable: what the optimizer is built without could never train."""
+        """Make every parameter trainable: the optimizer, which is built next, must contain all of them."""
         model.requires_grad_(True)
         described = module_table.describe(model)
         self._blocks = described["module"][described["role"] == "block"].tolist()
         self._chances = self._block_weights()
         seed = torch.initial_seed() if self.draw_seed is None else self.draw_seed
-        # Spawned, since the order of the data is drawn by generators of the same seed.
+        # Spawn a generator: the data order uses the same seed.
         self.generator_ = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
         self.active_: list[int] = []
         self.trained_: list[int] = []
 
     def _block_weights(self) -> Float[np.ndarray, "block"]:
-        """The weights of the blocks as parts of one; a ValueError where they, or n_active, do not fit the model."""
+        """Return the weights of the blocks, normalized to sum 1.
+
+        Raises
+        ------
+        ValueError
+            The model has no blocks, or not as many as ``weights`` or ``n_active`` require.
+        """
         blocks = len(self._blocks)
         if not blocks:
-            raise ValueError("the model has no blocks to draw from: train it in full, by Full")
+            raise ValueError("cannot use LISA on this model: it has no transformer blocks. Use Full")
         weights = np.ones(blocks) if self.weights is None else np.array(self.weights, dtype=np.float64)
         if len(weights) != blocks:
-            raise ValueError(f"weights: {len(weights)} do not fit {blocks} blocks: give one for each")
+            raise ValueError(f"weights must have {blocks} entries, one per block, got {len(weights)}")
         if self.size > (drawable := np.count_nonzero(weights)):
-            which = "there are" if self.weights is None else "have a weight above 0"
-            raise ValueError(f"n_active {self.size} is too large: only {drawable} of {blocks} blocks {which}")
+            meaning = "the number of blocks" if self.weights is None else "the number of weights > 0"
+            raise ValueError(f"n_active must be <= {drawable}, {meaning}, got {self.size}")
         return weights / weights.sum()
 
     @property
     def size(self) -> int:
-        """Blocks that train at a time, gamma."""
+        """Number of blocks that train at a time, gamma."""
         return min(2, len(self._blocks)) if self.n_active is None else self.n_active
 
     def period(self, total: int) -> int:
-        """Steps between two draws in a run of so many steps, K."""
+        """Return K, the number of steps between two draws in a run of ``total`` steps."""
         return min(20, math.ceil(total / 10)) if self.interval is None else self.interval
 
     def before_step(self, step: Step) -> None:
-        """Where it is due, draw the blocks that train from now on and freeze the others."""
+        """If a draw is due, draw the blocks that train from now on and freeze the others."""
         if step.index % self.period(step.total):
             return
         if not step.index:
@@ -155,7 +166,7 @@ class LISA(Method, name="lisa"):
             for parameter in step.model.get_submodule(block).parameters():
                 parameter.requires_grad_(trains)
                 if not trains:
-                    parameter.grad = None  # a gradient of zero would still be decayed, and moved by its momentum
+                    parameter.grad = None  # with a gradient of zero, weight decay and momentum would still change it
                     if self.moment_policy == "reset":
                         step.optimizer.state.pop(parameter, None)
 
@@ -163,13 +174,13 @@ class LISA(Method, name="lisa"):
         steps = self.period(total)
         if steps < min(_SETTLES, total) and self.moment_policy != "keep":
             warnings.warn(
-                f"interval {steps} lets AdamW's moments start anew before they settle, so that steps are of "
-                f"full size whatever the gradient: take {_SETTLES} steps or more, or moment_policy='keep'",
+                f"interval {steps} resets AdamW's moments before they settle, so steps have full size for any "
+                f"gradient: use interval >= {_SETTLES} or moment_policy='keep'",
                 stacklevel=2,
             )
 
     def records(self, step: Step) -> Iterable[Item]:
-        """At the start each block's chance; after the first step of an interval what trains in it."""
+        """Yield draw probabilities at the start, and the active blocks after the first step of an interval."""
         if step.finished == 0:
             chances = zip(self._blocks, marginals(self._chances, self.size), strict=True)
             yield from (Record("draw_probability", chance, block) for block, chance in chances)
@@ -180,28 +191,29 @@ class LISA(Method, name="lisa"):
 
 
 def draw(generator: np.random.Generator, chances: Float[np.ndarray, "block"], size: int) -> list[int]:
-    """The numbers of so many blocks, one after the other by these chances, none twice; in order."""
+    """Draw ``size`` distinct blocks, one after the other with these probabilities; return their sorted numbers."""
     uniform = bool((chances == chances[0]).all())
     drawn = generator.choice(len(chances), size, replace=False, p=None if uniform else chances)
     return sorted(map(int, drawn))
 
 
 def marginals(chances: Float[np.ndarray, "block"], size: int) -> Float[np.ndarray, "block"]:
-    """Probability of each block to be among so many that are drawn one after the other, none twice.
+    """Compute the probability of each block to be among ``size`` distinct blocks, drawn one after the other.
 
-    Clocks that ring after exponential times, at rates as the chances, ring in the order of such draws. So a block is
-    taken if fewer than ``size`` others ring before it: a sum over how many do, integrated over x = exp(-rate * time).
+    Clocks that ring after exponential times, with the probabilities as rates, ring in the order of such draws. So a
+    block is drawn if fewer than ``size`` others ring before it. The probability of that is integrated over
+    x = exp(-rate * time).
     """
     if (chances == chances[0]).all():
         return np.full(len(chances), size / len(chances))
     nodes, parts = np.polynomial.legendre.leggauss(200)
-    # In x = y^3 the powers of x below, some of them small, are smooth enough at zero.
+    # The substitution x = y^3 makes small powers of x smooth enough at zero for the quadrature.
     y = (nodes + 1) / 2
     x, parts = y**3, parts / 2 * 3 * y**2
     found = np.zeros(len(chances))
     for block in np.flatnonzero(chances):
         before = np.zeros((size + 1, len(x)))
-        before[0] = 1  # by number of others that have rung; the last row is never asked for
+        before[0] = 1  # rows: number of others that have rung; the last row is not used
         for rate in np.delete(chances, block):
             rung = 1 - x ** (rate / chances[block])
             before[1:] = before[1:] * (1 - rung) + before[:-1] * rung

@@ -1,4 +1,4 @@
-"""HydraLoRA against the paper's arithmetic, LoRA with the same factors, and gates counted one token at a time."""
+"""Test HydraLoRA against the paper's arithmetic, LoRA with the same factors, and gate weights of single tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FFN = ("ffn_in", "ffn_out")
 
 
 def double(kind=RoutedDelta, number=3, split=False, seed=0, dropout=0.0):
-    """A linear 6 -> 4 in float64 with heads of rank 2 whose factors are all random."""
+    """Build a linear 6 -> 4 in float64 with experts of rank 2 and random factors."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         host = nn.Linear(6, 4).double()
@@ -47,7 +47,7 @@ def double(kind=RoutedDelta, number=3, split=False, seed=0, dropout=0.0):
 
 
 def heads(delta: HydraDelta) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """B_i and its A, cut out of the parameters by hand."""
+    """Slice B_i and its A out of the parameters."""
     rank = delta.B.shape[1] // delta.number
     shared = len(delta.A) == rank
     return [
@@ -57,7 +57,7 @@ def heads(delta: HydraDelta) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def by_loop(host: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Equation 3, head by head."""
+    """Compute equation 3 in a loop over the experts."""
     delta = host.delta
     gates = torch.softmax(x @ delta.router.T, -1)
     added = sum(gates[..., i, None] * (x @ A.T @ B.T) for i, (B, A) in enumerate(heads(delta)))
@@ -65,7 +65,7 @@ def by_loop(host: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def filled(model: nn.Module) -> nn.Module:
-    """Give B values as after training."""
+    """Set B to random values, as after training."""
     for seed, delta in enumerate(attached_deltas(model).values()):
         nn.init.normal_(delta.B, std=0.1, generator=torch.Generator().manual_seed(seed))
     return model
@@ -74,7 +74,7 @@ def filled(model: nn.Module) -> nn.Module:
 # -- the map ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_worked_example():
+def test_gates_and_output_match_the_worked_example():
     host = nn.Linear(3, 2, bias=False).double()
     delta = RoutedDelta(host, 1, 2, 2)
     host.weight.data = torch.tensor([[1.0, 0, 0], [0, 1, 0]]).double()
@@ -89,7 +89,7 @@ def test_the_worked_example():
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6)])
-def test_loop_concatenation_and_merging_b_first_are_one_map(split, shape):
+def test_output_equals_a_loop_and_the_merged_weight_per_token(split, shape):
     host = double(split=split)
     x = torch.randn(*shape, dtype=torch.float64)
     y, delta = host(x), host.delta
@@ -102,7 +102,7 @@ def test_loop_concatenation_and_merging_b_first_are_one_map(split, shape):
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_without_router_the_heads_are_mixed_evenly_and_there_is_one_matrix(split):
+def test_update_without_router_is_the_mean_of_the_experts(split):
     host = double(HydraDelta, split=split)
     x = torch.randn(5, 6, dtype=torch.float64)
     mean = sum(B @ A for B, A in heads(host.delta)) / 3
@@ -114,7 +114,7 @@ def test_without_router_the_heads_are_mixed_evenly_and_there_is_one_matrix(split
 
 
 @pytest.mark.parametrize("kind", [HydraDelta, RoutedDelta])
-def test_one_head_is_lora_bit_for_bit_whatever_the_router(kind):
+def test_single_expert_equals_lora_bitwise(kind):
     for autocast in (False, True):
         host, plain = nn.Linear(6, 4), nn.Linear(6, 4)
         delta, lora = kind(host, 2, 1, 1.5), LoRADelta(plain, 2, 1.5)
@@ -142,14 +142,14 @@ def lora_of(host: nn.Module, B: torch.Tensor) -> nn.Module:
     return plain
 
 
-def test_equal_heads_are_lora_whatever_the_router():
+def test_equal_experts_equal_lora():
     host = double()
     host.delta.B.data = host.delta.B.data[:, :2].repeat(1, 3)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     assert torch.allclose(host(x), lora_of(host, host.delta.B[:, :2])(x), rtol=0, atol=1e-12)
 
 
-def test_a_zero_router_is_lora_of_the_mean_head():
+def test_zero_router_equals_lora_with_the_mean_expert():
     host = double()
     nn.init.zeros_(host.delta.router)
     mean = host.delta.B.unflatten(1, (3, 2)).mean(1)
@@ -158,7 +158,7 @@ def test_a_zero_router_is_lora_of_the_mean_head():
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_the_order_of_heads_and_a_shift_of_all_logits_do_not_matter(split):
+def test_output_ignores_expert_order_and_a_shift_of_all_logits(split):
     host = double(split=split)
     x = torch.randn(2, 5, 6, dtype=torch.float64)
     before, delta, order = host(x), host.delta, [2, 0, 1]
@@ -171,8 +171,8 @@ def test_the_order_of_heads_and_a_shift_of_all_logits_do_not_matter(split):
     assert torch.allclose(host(x), before, rtol=0, atol=1e-12)
 
 
-def test_another_factoring_is_the_same_map_and_moves_the_raw_cosines_alone():
-    """(R A, B_i R^-1): spaces and updates stay, the cosine of B does not."""
+def test_other_factorization_changes_only_the_cosines_of_b():
+    """The factors R A and B_i R^-1 have the same updates and row space, but other cosines of B."""
     host = double()
     x, delta = torch.randn(2, 5, 6, dtype=torch.float64), host.delta
     R = torch.tensor([[1.0, 3], [-2, 0.5]]).double()
@@ -192,7 +192,7 @@ def test_another_factoring_is_the_same_map_and_moves_the_raw_cosines_alone():
     assert np.abs(raw - before[3]).max() > 0.05
 
 
-def test_gates_are_shares_and_their_entropy_lies_between_0_and_ln_n():
+def test_gates_sum_to_one_and_entropy_is_between_0_and_ln_n():
     delta = RoutedDelta(nn.Linear(6, 4), 2, 5)
     delta.router.data *= 20
     gates = delta.gates(3 * torch.randn(50, 7, 6))
@@ -204,7 +204,7 @@ def test_gates_are_shares_and_their_entropy_lies_between_0_and_ln_n():
     assert entropy.max() > 10 * entropy.min()
 
 
-def test_the_router_stays_in_float32_under_autocast_and_in_half_precision():
+def test_router_uses_float32_under_autocast_and_in_half_precision():
     x = torch.randn(4, 6)
     delta = RoutedDelta(nn.Linear(6, 4), 2, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -218,7 +218,7 @@ def test_the_router_stays_in_float32_under_autocast_and_in_half_precision():
     assert small.gates(x.bfloat16()).dtype == torch.float32
 
 
-def test_the_router_sees_the_input_before_dropout_and_all_heads_the_same_mask():
+def test_dropout_excludes_the_router_and_is_shared_by_the_experts():
     host = double(dropout=0.5)
     x = torch.randn(50, 6, dtype=torch.float64)
     delta = host.delta.train()
@@ -237,7 +237,7 @@ def test_the_router_sees_the_input_before_dropout_and_all_heads_the_same_mask():
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "vit"])
 @pytest.mark.parametrize("shared_a", [True, False])
-def test_training_starts_at_the_base_and_moves_b_first(family, shared_a):
+def test_first_gradient_reaches_only_b(family, shared_a):
     model = tiny(family).requires_grad_(False)
     before = model(**inputs(model)).logits
     HydraLoRA(targets="all-linear", shared_a=shared_a).attach(model)
@@ -252,14 +252,14 @@ def test_training_starts_at_the_base_and_moves_b_first(family, shared_a):
         assert delta.router.any()
 
 
-def test_a_and_router_are_kaiming_uniform():
+def test_initial_a_and_router_are_kaiming_uniform():
     delta = RoutedDelta(nn.Linear(768, 10), 32, 64, split=True)
     for start in (delta.A.detach(), delta.router.detach()):
         assert 0.99 * 768**-0.5 < start.abs().max() <= 768**-0.5
         assert start.std().item() == pytest.approx((3 * 768) ** -0.5, rel=0.01)
 
 
-def test_a_zero_router_never_breaks_symmetry_and_the_default_one_does():
+def test_default_router_breaks_the_symmetry_that_a_zero_router_preserves():
     torch.manual_seed(0)
     x = torch.randn(256, 6, dtype=torch.float64)
     kinds = torch.arange(256) % 3
@@ -302,8 +302,8 @@ COUNTS = [
 
 
 @pytest.mark.parametrize(("targets", "rank", "number", "count", "share", "with_router"), COUNTS)
-def test_parameter_counts_of_the_paper(targets, rank, number, count, share, with_router):
-    """LLaMA2-7B by one of its 32 equal blocks; the paper's shares leave the router out."""
+def test_parameter_counts_match_the_paper(targets, rank, number, count, share, with_router):
+    """LLaMA2-7B, counted from one of its 32 equal blocks; the paper's fractions exclude the router."""
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **sizes))
@@ -315,7 +315,7 @@ def test_parameter_counts_of_the_paper(targets, rank, number, count, share, with
     assert (round(100 * factors / LLAMA, 3), round(100 * whole / LLAMA, 3)) == (share, with_router)
 
 
-def test_split_heads_of_the_table_cost_what_their_lora_does():
+def test_parameter_count_of_lora_split_matches_the_paper():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("llama", hidden_size=4096, num_hidden_layers=1, num_attention_heads=32)
@@ -325,21 +325,21 @@ def test_split_heads_of_the_table_cost_what_their_lora_does():
 
 
 @pytest.mark.parametrize(("family", "count"), [("bert", 4), ("llama", 6), ("gpt2", 4)])
-def test_the_feed_forward_part_is_adapted_by_default(family, count):
+def test_default_targets_are_the_feed_forward_modules(family, count):
     model = tiny(family)
     HydraLoRA().attach(model)
     assert len(attached_deltas(model)) == count
     assert {type(delta) for delta in attached_deltas(model).values()} == {RoutedDelta}
 
 
-def test_the_scale_is_alpha_over_the_rank_of_a_head():
+def test_scale_is_alpha_over_the_rank_of_an_expert():
     for shared_a in (True, False):
         model = tiny("bert")
         HydraLoRA(rank=4, alpha=6, shared_a=shared_a, dropout=0.25).attach(model)
         assert {(delta.scale, delta.dropout) for delta in attached_deltas(model).values()} == {(1.5, 0.25)}
 
 
-def test_a_single_head_or_even_mixing_has_no_router():
+def test_single_expert_or_uniform_gates_have_no_router():
     for method in (HydraLoRA(num_experts=1), HydraLoRA(router="uniform")):
         model = tiny("bert")
         method.attach(model)
@@ -353,48 +353,48 @@ def test_a_single_head_or_even_mixing_has_no_router():
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"rank": 0}, "^rank 0 is too small: it must be 1 or more$"),
-        ({"num_experts": 0}, "^num_experts 0 is too small"),
-        ({"num_experts": -3}, "^num_experts -3 is too small"),
-        ({"gates_every": 0}, "^gates_every 0 is too small"),
-        ({"gate_rows": 0}, "^gate_rows 0 is too small"),
-        ({"alpha": 0.0}, "^alpha 0.0 gives no scale: it must be a positive number$"),
-        ({"alpha": math.nan}, "^alpha nan gives no scale"),
-        ({"dropout": 1.0}, r"^dropout 1.0 is no share .* it must lie in \[0, 1\)$"),
-        ({"dropout": -0.1}, "^dropout -0.1 is no share"),
+        ({"rank": 0}, "^rank must be >= 1, got 0$"),
+        ({"num_experts": 0}, "^num_experts must be >= 1, got 0"),
+        ({"num_experts": -3}, "^num_experts must be >= 1, got -3"),
+        ({"gates_every": 0}, "^gates_every must be >= 1, got 0"),
+        ({"gate_rows": 0}, "^gate_rows must be >= 1, got 0"),
+        ({"alpha": 0.0}, "^alpha must be .*, got 0.0$"),
+        ({"alpha": math.nan}, "^alpha must be .*, got nan"),
+        ({"dropout": 1.0}, r"^dropout must be in \[0, 1\), got 1.0$"),
+        ({"dropout": -0.1}, "^dropout must be .*, got -0.1"),
         ({"shared_a": "both"}, "shared_a must be True or False, got 'both'"),
-        ({"router": "hard"}, "router 'hard' is unknown: 'learned' or 'uniform'"),
+        ({"router": "hard"}, "router must be one of 'learned', 'uniform', got 'hard'"),
     ],
 )
-def test_wrong_settings_are_told_in_one_line(fields, reason):
+def test_invalid_settings_raise_one_line(fields, reason):
     with pytest.raises(ValueError, match=reason) as raised:
         HydraLoRA(**fields)
     assert "\n" not in str(raised.value)
 
 
-def test_an_embedding_is_refused_and_nothing_is_attached():
+def test_embedding_raises_and_attaches_nothing():
     model = tiny("bert")
-    with pytest.raises(ValueError, match=r"word_embeddings' is an embedding: .* a router needs a vector") as raised:
+    with pytest.raises(ValueError, match=r"embedding .*word_embeddings'.* router") as raised:
         HydraLoRA(targets=("q", "embed")).attach(model)
     assert "\n" not in str(raised.value)
     assert not attached_deltas(model)
 
 
-def test_the_method_is_registered_and_survives_json():
+def test_method_is_registered_and_survives_json():
     assert METHODS["hydralora"] is HydraLoRA
     for method in (HydraLoRA(), HydraLoRA(shared_a=False, router="uniform", num_experts=7, targets=("q",))):
         assert from_config(config(method)) == method
     assert HydraLoRA(shared_a=False).label() == "HydraLoRA, heads split"
 
 
-def test_a_field_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
+def test_default_gate_rows_does_not_change_the_run_id():
     assert "gate_rows" not in config(HydraLoRA())
-    assert identify(config(HydraLoRA())) == "6dc324810f88"  # as computed before the field was there
+    assert identify(config(HydraLoRA())) == "6dc324810f88"  # as computed before the field existed
     assert config(HydraLoRA(gate_rows=128))["gate_rows"] == 128
     assert from_config(config(HydraLoRA(gate_rows=128))) == HydraLoRA(gate_rows=128)
 
 
-def test_a_routed_update_has_no_matrix_of_its_own():
+def test_weight_of_a_routed_update_raises():
     model = tiny("bert")
     HydraLoRA().attach(model)
     delta = next(iter(attached_deltas(model).values()))
@@ -405,7 +405,7 @@ def test_a_routed_update_has_no_matrix_of_its_own():
 
 
 @pytest.mark.parametrize("shared_a", [True, False])
-def test_the_update_is_that_at_the_mean_gates(shared_a):
+def test_update_uses_the_mean_gates(shared_a):
     model = tiny("bert")
     HydraLoRA(shared_a=shared_a, targets="all-linear").attach(model)
     filled(model)
@@ -421,7 +421,7 @@ def test_the_update_is_that_at_the_mean_gates(shared_a):
         assert found[name].dense() == near(even, terms=12 + 2)
 
 
-def test_a_copy_is_a_model_of_its_own():
+def test_copy_is_independent_of_the_model():
     model = tiny("bert")
     HydraLoRA().attach(model)
     before = filled(model)(**inputs(model)).logits
@@ -432,7 +432,7 @@ def test_a_copy_is_a_model_of_its_own():
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_padding_and_the_order_of_rows_make_no_difference(family):
+def test_output_ignores_padding_and_row_order(family):
     model = tiny(family)
     HydraLoRA(targets="all-linear", rank=2).attach(model)
     filled(model)
@@ -454,7 +454,7 @@ def routers(model: nn.Module):
 
 
 def by_hand(model: nn.Module, name: str, batch: dict, counted: torch.Tensor):
-    """The gates of a module, token by token: a list a row."""
+    """Compute the gate weights of a module token by token, as one list per row."""
     inputs_of: list[torch.Tensor] = []
     handle = model.get_submodule(name).register_forward_hook(lambda _, given, __: inputs_of.append(given[0]))
     with torch.no_grad():
@@ -467,7 +467,7 @@ def by_hand(model: nn.Module, name: str, batch: dict, counted: torch.Tensor):
     ]
 
 
-def test_gates_are_those_of_the_tokens_that_are_no_padding():
+def test_gates_exclude_padding():
     model = tiny("bert")
     HydraLoRA(targets="all-linear").attach(filled(model))
     for delta in attached_deltas(model).values():
@@ -489,7 +489,7 @@ def test_gates_are_those_of_the_tokens_that_are_no_padding():
         assert by_group["b"] == near(first, **sharp)
 
 
-def test_in_an_encoder_decoder_either_side_has_its_own_padding():
+def test_encoder_and_decoder_use_separate_padding():
     model = tiny("t5")
     HydraLoRA(targets=("ffn_in", "k", "cross_k")).attach(model)
     filled(model)
@@ -503,7 +503,7 @@ def test_in_an_encoder_decoder_either_side_has_its_own_padding():
         assert gates.tokens.tolist() == ([1.0] * 3 if decoded else [4.0] * 3), name
 
 
-def test_a_module_that_gets_one_vector_a_row_counts_rows():
+def test_module_with_one_vector_per_row_counts_rows():
     model = tiny("bert")
     HydraLoRA(targets=("bert.pooler.dense",)).attach(model)
     batch = inputs(model)
@@ -511,7 +511,7 @@ def test_a_module_that_gets_one_vector_a_row_counts_rows():
     assert seen["bert.pooler.dense"].tokens.tolist() == [1.0] * 3
 
 
-def test_looking_leaves_mode_generator_and_hooks_as_they_were():
+def test_watch_leaves_mode_generator_and_hooks_unchanged():
     model = tiny("bert").train()
     HydraLoRA().attach(model)
     torch.manual_seed(1)
@@ -527,26 +527,26 @@ def test_looking_leaves_mode_generator_and_hooks_as_they_were():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_information_is_that_of_the_joint_table():
-    """Groups tell the head of two apart half of the time: I = sum p ln(p / (p_group p_head)) of the joint table."""
+def test_information_matches_the_joint_table():
+    """The expected value is I = sum p ln(p / (p_group p_expert)) of the joint table."""
     gates = Gates(np.array([[3.0, 1], [1, 3], [3, 1], [1, 3]]), np.zeros(4), np.full(4, 4.0))
     joint = np.array([[3, 1], [1, 3]]) / 8
     expected = (joint * np.log(joint / 0.25)).sum()
     assert gates.information(["a", "b", "a", "b"]) == pytest.approx(expected)
     assert gates.information(["a", "a", "b", "b"]) == pytest.approx(0, abs=1e-12)
-    # By lot the pairs of rows are alike in one of three cases.
+    # A random grouping pairs equal rows in one of three cases.
     assert gates.information_by_chance(["a", "b", "a", "b"]) == pytest.approx(expected / 3, abs=0.03)
     certain = Gates(np.eye(3), np.zeros(3), np.ones(3))
     assert certain.information(["a", "b", "c"]) == pytest.approx(math.log(3))
 
 
-def test_groups_count_alike_however_many_tokens_they_have():
+def test_information_weights_groups_equally_for_any_number_of_tokens():
     gates = Gates(np.array([[9.0, 0], [0, 1.0]]), np.zeros(2), np.array([9.0, 1]))
     assert gates.mean.tolist() == [0.9, 0.1]
     assert gates.information(["a", "b"]) == pytest.approx(math.log(2))
 
 
-def test_similarity_of_heads_is_the_cosine_of_b():
+def test_head_similarity_is_the_cosine_of_b():
     B = np.array([[[1.0], [0]], [[3], [3]], [[0], [0]], [[-2], [0]]])
     found = head_similarity(B)
     assert found[:2, :2] == pytest.approx(np.array([[1, 0.5**0.5], [0.5**0.5, 1]]))
@@ -556,7 +556,7 @@ def test_similarity_of_heads_is_the_cosine_of_b():
 
 @pytest.fixture(scope="module")
 def run(bert, task, tmp_path_factory) -> Run:
-    """Five steps of HydraLoRA on the reviews in two domains, gates looked at every second step."""
+    """Train HydraLoRA for five steps on reviews of two domains, recording gate weights every second step."""
     model = models.load(bert, task=task)
     return ls.train(
         model, task, HydraLoRA(gates_every=2), out=tmp_path_factory.mktemp("runs") / "run",
@@ -570,7 +570,7 @@ def restored(run: Run, bert: str, task) -> nn.Module:
     return model
 
 
-def test_a_run_records_gates_at_their_steps(run, bert, task):
+def test_run_records_gates_at_the_expected_steps(run, bert, task):
     table = run.table
     gate = table[table["quantity"] == "gate"]
     assert sorted(gate["step"].unique()) == [0, 2, 4, 5]
@@ -586,7 +586,7 @@ def test_a_run_records_gates_at_their_steps(run, bert, task):
         assert delta.mean_gates_.numpy() == near(last.to_numpy(), terms=TINY, growth=TEXT)
 
 
-def test_gates_are_looked_at_on_as_many_rows_as_asked_for(bert, task, tmp_path):
+def test_gate_rows_sets_the_number_of_recorded_rows(bert, task, tmp_path):
     model = models.load(bert, task=task)
     found = ls.train(model, task, HydraLoRA(gate_rows=3), out=tmp_path / "run", **FAST)
     last = found.table[(found.table["quantity"] == "gate") & (found.table["step"] == 5)].set_index(["module", "index"])
@@ -594,7 +594,7 @@ def test_gates_are_looked_at_on_as_many_rows_as_asked_for(bert, task, tmp_path):
         assert gates == near(last.loc[name, "value"].sort_index().to_numpy(), terms=TINY, growth=TEXT)
 
 
-def test_gates_of_a_run_are_those_of_the_held_out_text(run, bert, task):
+def test_gates_of_a_run_match_the_held_out_text(run, bert, task):
     model = restored(run, bert, task)
     rows = task.encode(models.tokenizer(model), task.split("validation").head(16))
     batch = rows.batch(range(16))
@@ -612,7 +612,7 @@ def test_gates_of_a_run_are_those_of_the_held_out_text(run, bert, task):
     assert run.snapshot(f"{name}/head_similarity", 0)["value"].isna().all()
 
 
-def test_everything_downstream_goes_by_the_update_at_mean_gates(run, bert, task):
+def test_norms_and_ranks_use_the_update_at_mean_gates(run, bert, task):
     model = restored(run, bert, task)
     stored, summary = run.updates(), run.summary().set_index("module")
     at_end = run.table[run.table["step"] == 5].set_index(["quantity", "module"])["value"]
@@ -628,14 +628,14 @@ def test_everything_downstream_goes_by_the_update_at_mean_gates(run, bert, task)
         assert at_end["adapter_norm", name] == near(squares**0.5, terms=TINY)
 
 
-def test_the_best_state_keeps_the_gates_that_its_records_go_by(run):
+def test_best_state_stores_the_gates_of_its_records(run):
     summary = run.summary(state="best").dropna(subset="rank").set_index("module")
     updates = run.updates(state="best")
     for name, update in updates.items():
         assert summary.loc[name, "update_norm"] == near(update.norm(), terms=TINY)
 
 
-def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):
+def test_restored_run_gives_the_same_logits(bert, task, tmp_path):
     for method in (HydraLoRA(dropout=0.1), HydraLoRA(shared_a=False, router="uniform")):
         model = models.load(bert, task=task)
         found = ls.train(model, task, method, out=tmp_path / str(method.shared_a), **FAST)
@@ -646,7 +646,7 @@ def test_a_run_is_restored_bit_for_bit(bert, task, tmp_path):
             assert torch.equal(attached_deltas(again)[name].mean_gates_, delta.mean_gates_)
 
 
-def test_gpt2_and_bfloat16_train(gpt2, task, tmp_path):
+def test_gpt2_trains_under_bfloat16_autocast(gpt2, task, tmp_path):
     model = models.load(gpt2, task=task)
     found = ls.train(model, task, HydraLoRA(targets="all-linear"), out=tmp_path / "run", precision="bf16", **FAST)
     entropy = found.table[found.table["quantity"] == "gate_entropy"]
@@ -655,7 +655,7 @@ def test_gpt2_and_bfloat16_train(gpt2, task, tmp_path):
     assert all(update.norm() > 0 for update in found.updates().values())
 
 
-def test_a_router_cannot_be_exported_but_even_mixing_can(run, bert, task, tmp_path):
+def test_export_rejects_a_router_and_accepts_uniform_gates(run, bert, task, tmp_path):
     with pytest.raises(ValueError, match=r"depends on its input.* router") as raised:
         export.to_peft(run, tmp_path / "out")
     assert "\n" not in str(raised.value)
@@ -668,12 +668,12 @@ def test_a_router_cannot_be_exported_but_even_mixing_can(run, bert, task, tmp_pa
         assert loaded[name].dense() == near(update.dense(), terms=12 + 2)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
+def test_killed_run_resumes_bitwise(forks, tmp_path):
     method = HydraLoRA(gates_every=1, dropout=0.1, lr=1e-2)
     check_that_a_killed_run_goes_on(forks, method, tmp_path, after=["resume/*"])
 
 
-def test_inspection_counts_heads_and_routers(run, bert, task):
+def test_inspection_counts_experts_and_routers(run, bert, task):
     model = models.load(bert, task=task)
     run.restore(model)
     counted = {name: sum(p.numel() for p in one.parameters()) for name, one in attached_deltas(model).items()}
@@ -682,7 +682,7 @@ def test_inspection_counts_heads_and_routers(run, bert, task):
     assert not modules.loc[list(counted), "exact"].any()
 
 
-def test_figures_of_updates_say_that_they_are_at_mean_gates(run, bert, task, tmp_path):
+def test_captions_of_updates_mention_mean_gates(run, bert, task, tmp_path):
     note = "at mean gates"
     assert note in plots.update_norm(run).caption
     assert note in plots.spectrum(run).caption
@@ -701,7 +701,7 @@ def corpus(kinds: int, seed: int = 0) -> list[str]:
     return [" ".join(draw.choice(TOPICS[number % kinds].split(), 4)) for number in range(40 * kinds)]
 
 
-def test_three_vocabularies_are_three_heads():
+def test_three_vocabularies_give_three_experts():
     found = cluster_selection(corpus(3))
     assert found["k"].tolist() == list(range(1, 11))
     assert choose_num_experts(corpus(3)) == 3
@@ -710,8 +710,8 @@ def test_three_vocabularies_are_three_heads():
     assert found["sse"].is_monotonic_decreasing
 
 
-def test_the_error_is_the_squared_distance_to_the_centres():
-    """One cluster: n - |sum of the unit vectors|^2 / n."""
+def test_error_is_the_squared_distance_to_the_centers():
+    """For one cluster the error is n - |sum of the unit vectors|^2 / n."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     texts = corpus(3)
@@ -719,15 +719,15 @@ def test_the_error_is_the_squared_distance_to_the_centres():
     assert cluster_selection(texts, most=3)["sse"][0] == pytest.approx(120 - np.square(vectors.sum(0)).sum() / 120)
 
 
-def test_distance_to_the_chord():
+def test_chord_distance_matches_worked_numbers():
     assert chord_distance(np.array([4.0, 1, 0.5, 0])) == pytest.approx(
         np.array([0, (1 - 1 / 3 - 1 / 4), (1 - 2 / 3 - 1 / 8), 0]) / 2**0.5
     )
     assert chord_distance(np.array([1.0, 1])).tolist() == [0, 0]
 
 
-def test_ends_of_the_curve_are_no_elbow_and_too_few_numbers_are_refused():
-    """Both ends lie on the chord: of a curve over 1, 2 and 3 that falls below it the middle one alone can be chosen."""
+def test_ends_of_the_curve_are_not_selected_and_most_below_3_raises():
+    """Both ends are on the chord, so only the middle of a curve over 1, 2 and 3 can be selected."""
     assert cluster_selection(corpus(3), most=4).query("chosen")["k"].tolist() == [3]
     assert choose_num_experts(corpus(3), most=3) == 2
     for choose in (choose_num_experts, cluster_selection, repeated_selection):
@@ -740,7 +740,7 @@ def test_few_distinct_texts_give_few_clusters():
     assert choose_num_experts(["the same words"] * 5) == 1
 
 
-def test_heads_have_norms_by_small_matrices_alone():
+def test_norm_from_small_gram_matrices_matches_the_dense_norm():
     """|B A|^2 = tr((B^T B)(A A^T)), as for any product."""
     host = double()
     update = host.delta.update()

@@ -1,4 +1,4 @@
-"""What HydraLoRA's routers and heads do on a text, against counts and norms taken one token at a time."""
+"""Test statistics of HydraLoRA's routers and experts against counts and norms of single tokens."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lorascope.runs.run import Run
 
 FAST = {"steps": 5, "batch_size": 8, "eval_every": 0, "eval_size": 16, "progress": False, "device": "cpu"}
 
-SHARP = 10  # factor of the routers, by which their softmax magnifies an error of the input
+SHARP = 10  # factor of the routers, by which their softmax amplifies an error of the input
 
 
 def sharp(family: str, shared_a: bool = True) -> nn.Module:
-    """A tiny model whose routers decide and whose heads add something."""
+    """Build a tiny model with sharp routers and nonzero experts."""
     model = tiny(family)
     HydraLoRA(targets="all-linear", shared_a=shared_a).attach(model)
     for seed, delta in enumerate(attached_deltas(model).values()):
@@ -36,10 +36,10 @@ def sharp(family: str, shared_a: bool = True) -> nn.Module:
 
 
 def token_by_token(delta: nn.Module, rows: torch.Tensor, real: torch.Tensor) -> dict[str, np.ndarray]:
-    """All statistics of one module by loops over rows, tokens and heads, in double precision."""
+    """Compute all statistics of one module in loops over rows, tokens and experts, in float64."""
     rank, number = delta.B.shape[1] // delta.number, delta.number
     router, A, B = (part.detach().double() for part in (delta.router, delta.A, delta.B))
-    gates, added, tops, neighbours = [], [], [], []
+    gates, added, tops, neighbors = [], [], [], []
     for row, keep in zip(rows.double(), real.tolist(), strict=True):
         before = None
         for x, counted in zip(row, keep, strict=True):
@@ -53,7 +53,7 @@ def token_by_token(delta: nn.Module, rows: torch.Tensor, real: torch.Tensor) -> 
             added.append([w[i].item() * delta.scale * torch.linalg.norm(b @ (a @ x)).item() for i, (b, a) in
                           enumerate(heads)])  # fmt: skip
             top = int(w.argmax())
-            neighbours += [] if before is None else [top != before]
+            neighbors += [] if before is None else [top != before]
             tops.append(top)
             before = top
     importance, used = np.mean(added, 0), np.mean(gates, 0)
@@ -61,7 +61,7 @@ def token_by_token(delta: nn.Module, rows: torch.Tensor, real: torch.Tensor) -> 
         "std": np.std(gates, 0),
         "top1_share": np.bincount(tops, minlength=number) / len(tops),
         "usage_cv2": np.sum((used - 1 / number) ** 2) / (number - 1) * number**2,
-        "switch_rate": np.mean(neighbours),
+        "switch_rate": np.mean(neighbors),
         "importance": importance,
         "importance_share": importance / importance.sum(),
     }
@@ -88,14 +88,14 @@ def inputs_of(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("shared_a", [True, False])
-def test_statistics_are_those_of_the_tokens_one_by_one_padding_left_out(shared_a):
+def test_statistics_match_loops_over_tokens_without_padding(shared_a):
     model = sharp("bert", shared_a)
     batch = inputs(model)
     batch["attention_mask"][0, 3:] = 0
-    batch["attention_mask"][1, :2] = 0  # padded on the left
+    batch["attention_mask"][1, :2] = 0  # padding on the left
     real, seen = batch["attention_mask"].bool(), watched(model, batch)
     for name, rows in inputs_of(model, batch).items():
-        if rows.shape[:2] != real.shape:  # the pooler gets one vector a row, none of which is padding
+        if rows.shape[:2] != real.shape:  # the pooler has one vector per row and no padding
             rows, real_here = rows[:, None], torch.ones(len(rows), 1, dtype=torch.bool)
             assert math.isnan(seen[name].switch_rate)
         else:
@@ -108,7 +108,7 @@ def test_statistics_are_those_of_the_tokens_one_by_one_padding_left_out(shared_a
     assert 0 < seen["bert.encoder.layer.0.output.dense"].switch_rate < 1
 
 
-def test_batches_behind_one_another_are_one_text():
+def test_stacked_batches_equal_one_batch():
     model = sharp("gpt2")
     batch = inputs(model)
     whole = watched(model, batch)
@@ -123,7 +123,7 @@ def test_batches_behind_one_another_are_one_text():
 
 
 def routing(gates: list[list[float]]) -> Routing:
-    """One row of tokens."""
+    """Build the statistics of one row of tokens."""
     w = np.array(gates)
     top = w.argmax(1)
     nothing = np.full_like(w, np.nan)
@@ -134,19 +134,19 @@ def routing(gates: list[list[float]]) -> Routing:
     )
 
 
-def test_usage_reaches_from_0_for_even_gates_to_their_number_for_one_head():
+def test_usage_cv2_is_0_for_uniform_gates_and_n_for_one_expert():
     assert routing([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]).usage_cv2 == pytest.approx(0)
     assert routing([[1.0, 0, 0], [1, 0, 0]]).usage_cv2 == pytest.approx(3)
     sample = np.array([0.5, 0.3, 0.2])
     assert routing([sample.tolist()]).usage_cv2 == pytest.approx(torch.tensor(sample).var().item() * 9)
 
 
-def test_switches_by_hand():
+def test_switch_rate_matches_worked_numbers():
     assert routing([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.7, 0.3]]).switch_rate == pytest.approx(2 / 3)
     assert math.isnan(routing([[0.9, 0.1]]).switch_rate)
 
 
-def test_without_norms_there_is_no_importance_and_with_zero_heads_no_share():
+def test_importance_without_norms_and_share_of_zero_experts_are_nan():
     model = sharp("bert")
     batch = inputs(model)
     seen = watch(
@@ -160,7 +160,7 @@ def test_without_norms_there_is_no_importance_and_with_zero_heads_no_share():
         assert np.isnan(found.importance_share).all()
 
 
-def test_sizes_stay_in_float32_under_autocast():
+def test_head_sizes_use_float32_under_autocast():
     model = sharp("bert")
     delta, x = next(iter(attached_deltas(model).values())), torch.randn(5, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -169,7 +169,7 @@ def test_sizes_stay_in_float32_under_autocast():
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (3, 2, 4)])
-def test_inner_products_are_those_of_the_matrices(shape):
+def test_inner_products_match_the_dense_updates(shape):
     draw = np.random.default_rng(0)
     A, B = draw.standard_normal(shape), draw.standard_normal((3, 5, 2))
     dense = np.array([(b @ a).ravel() for b, a in zip(B, np.broadcast_to(A, (3, 2, 4)), strict=True)])
@@ -199,7 +199,7 @@ def values(run: Run, quantity: str, step: int) -> dict:
     }
 
 
-def test_a_run_records_what_its_restored_model_shows(run, bert, task):
+def test_recorded_statistics_match_the_restored_model(run, bert, task):
     model = models.load(bert, task=task)
     run.restore(model)
     batch = task.encode(models.tokenizer(model), task.split("validation").head(16)).batch(range(16))
@@ -213,14 +213,14 @@ def test_a_run_records_what_its_restored_model_shows(run, bert, task):
         for module, found in values(run, quantity, 5).items():
             assert found == near(np.atleast_1d(getattr(seen[module], attribute)), terms=TINY, growth=SHARP)
     for module, delta in attached_deltas(model).items():
-        for head, alone in enumerate(np.eye(3)):
-            dense = ls.at_gates(run, {module: alone}).updates()[module].dense()
+        for head, one_hot in enumerate(np.eye(3)):
+            dense = ls.at_gates(run, {module: one_hot}).updates()[module].dense()
             assert values(run, "head_norm", 5)[module][head] == near(np.linalg.norm(dense), terms=TINY)
         A, B = (delta.factors()[name].detach().numpy() for name in "AB")
         assert values(run, "head_cosine", 5)[module] == near(mean_of_pairs(update_cosines(A, B)), 1, terms=TINY)
 
 
-def test_heads_are_followed_from_the_start_where_they_are_zero(run):
+def test_statistics_are_recorded_from_step_zero(run):
     for quantity in ("head_norm", "head_cosine", "head_importance", "head_share", "gate_std", "gate_top1"):
         assert sorted(run.table.loc[run.table["quantity"] == quantity, "step"].unique()) == [0, 2, 4, 5]
     for module, norms in values(run, "head_norm", 0).items():
@@ -230,7 +230,7 @@ def test_heads_are_followed_from_the_start_where_they_are_zero(run):
         assert values(run, "head_norm", 5)[module].min() > 0
 
 
-def test_heads_without_a_router_have_sizes_too_and_a_single_one_no_cosine(bert, task, tmp_path):
+def test_experts_without_router_have_norms_and_a_single_one_no_cosine(bert, task, tmp_path):
     even = trained(bert, task, HydraLoRA(router="uniform"), tmp_path / "even")
     assert all(found == near(1, terms=TINY) for found in values(even, "head_cosine", 5).values())
     assert not (even.table["quantity"] == "gate_top1").any()
@@ -242,8 +242,8 @@ def test_heads_without_a_router_have_sizes_too_and_a_single_one_no_cosine(bert, 
     assert not (single.table["quantity"] == "head_cosine").any()
 
 
-def test_looking_changes_no_weight(run, bert, task, tmp_path):
-    """The same training looked at otherwise ends at the same weights."""
+def test_recording_gates_does_not_change_training(run, bert, task, tmp_path):
+    """Training with another interval of recordings ends with the same weights."""
     rare = trained(bert, task, HydraLoRA(gates_every=5), tmp_path / "rare")
     for module, held in run.factors().items():
         for name in ("A", "B", "router"):

@@ -1,9 +1,11 @@
-"""HydraLoRA: one A for all input and several B, mixed anew for every token by a router.
+"""HydraLoRA: one shared A and several B, weighted per token by a router.
+
+::
 
     W_0 x + b + s sum_i w_i(x) B_i A dropout(x),    w(x) = softmax(W_g x),    s = alpha / rank
 
-The heads B_i start at zero and are told apart by the router's weights alone: a router that starts at zero weighs all
-heads alike, gives all the same gradient, and leaves a plain LoRA. So W_g starts at random, as A does.
+The experts B_i start at zero and differ only through their gate weights. A router W_g that starts at zero would give
+all experts equal gate weights and the same gradient, which leaves a plain LoRA. So W_g starts at random, as A does.
 
 =========  ==========================================================
 paper      here
@@ -18,14 +20,19 @@ omega      ``gates``
 =========  ==========================================================
 
 Source: HydraLoRA (arXiv 2404.19245), equations 2 to 4 (the map), section 4.3 and figure 6 (ablations: ``router``
-"uniform" is "w/o gate", ``shared_a=False`` is LoRA-Split), appendix B, equations 7 and 8 (the number of heads).
+"uniform" is "w/o gate", ``shared_a=False`` is LoRA-Split), appendix B, equations 7 and 8 (the number of experts).
 
-Departs: the scale s and one router a module are the authors' code's, the equations have neither; the paper prints W_g
-as rank x N, but applies it to the token, which has ``in`` entries. Dropout has one mask for all heads, so that A is
-applied once; the code draws one a head. The heads of LoRA-Split are mixed by the same router: the paper does not say
-how they are put together. No balance loss, as in the code for language models. An embedding is refused: it looks ids
-up, and a router needs a vector. The default rank and rates are for small models; N is 3, the mean of the paper's runs
-on one domain, and ``analysis.head_count`` finds a number in the texts, as appendix B does.
+Departs:
+
+- The scale s and one router per module come from the authors' code; the equations have neither.
+- W_g is N x in, because it is applied to the token; the paper prints rank x N.
+- All experts share one dropout mask, so that A is applied once; the authors' code draws one mask per expert.
+- The experts of LoRA-Split are weighted by the same router; the paper does not state how they are combined.
+- There is no balance loss, as in the authors' code for language models.
+- Embeddings are rejected: they take ids, and a router needs a vector.
+- The default rank and learning rates are for small models.
+- N is 3 by default, the mean of the paper's runs on one domain. ``ls.choose_num_experts`` selects a number from the
+  texts, as in appendix B.
 """
 
 from __future__ import annotations
@@ -43,7 +50,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, host_weight, to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
-from lorascope.methods.base import Method, Step, added_later, train_adapters
+from lorascope.methods.base import added_later, Method, Step, require_at_least, require_choice, train_adapters
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
@@ -53,40 +60,43 @@ from lorascope.updates.factor_formats import update_from
 from lorascope.updates.low_rank import Dense, LowRank
 
 _PAPER = "HydraLoRA, eq. 3"
-register("head_norm", Quantity("‖s Bᵢ Aᵢ‖", "", "head", "norm", "norm of what one head would add, ungated", _PAPER))
 register(
-    "head_cosine", Quantity("cosine of two heads", definition="between their updates, mean over pairs", source=_PAPER)
+    "head_norm", Quantity("‖s Bᵢ Aᵢ‖", "", "head", "norm", "norm of the update of one expert at gate weight 1", _PAPER)
+)
+register(
+    "head_cosine",
+    Quantity("cosine of two experts", definition="cosine between their updates, mean over pairs", source=_PAPER),
 )
 
 
 @accept_old_fields
 @dataclass(kw_only=True)
 class HydraLoRA(Method, name="hydralora"):
-    """Low-rank adaptation with one A and several B, mixed for every token by a router.
+    """Low-rank adaptation with one shared A and several B, weighted per token by a router.
 
     Parameters
     ----------
     rank : int
-        Components of every head.
+        Rank of every expert.
     num_experts : int
-        Heads of every module; ``ls.choose_num_experts(texts)`` finds a number. A single one needs no router.
+        Number of experts per module; ``ls.choose_num_experts(texts)`` selects one. A single expert has no router.
     alpha : float
-        The update is scaled by alpha / rank.
+        Scaling: the update is multiplied by alpha / rank.
     dropout : float
-        Share of the input dropped on the way into A.
+        Dropout probability on the input of A.
     targets : str or tuple of str, optional
-        Roles, "all-linear", module names or a regular expression; see ``names.match``. By default the feed-forward
-        part: input, output, and the gate where there is one.
+        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``. By default the
+        feed-forward modules: input, output and, if present, gate projection.
     shared_a : bool
-        One A for all heads; False for an A each.
+        Whether all experts share one A; False gives every expert its own.
     router : {"learned", "uniform"}
-        Gates by the token, or 1 / num_experts for each head whatever the input.
+        Gate weights computed from the token, or 1 / num_experts for every expert and input.
     gates_every : int
-        Steps between two looks at the gates on held-out text; step 0 and the last are always looked at. Norms are those
-        of the update at the mean gates of the last look, so that ``step_norm`` at a look holds what gates moved, too.
+        Steps between two recordings of gate weights on held-out text; step 0 and the last step are always recorded.
+        Norms use the mean gate weights of the last recording, so ``step_norm`` at a recording includes their change.
     gate_rows : int
-        Rows of the validation split that gates are looked at on, its first ones. A Trainer shows none: its updates are
-        at even gates, and ``ls.mean_gates`` looks afterwards.
+        Number of rows, the first of the validation split, on which gate weights are recorded. A Trainer provides none:
+        its updates are evaluated at uniform gates, and ``ls.mean_gates`` records gate weights afterwards.
     """
 
     rank: int = 4
@@ -102,17 +112,14 @@ class HydraLoRA(Method, name="hydralora"):
     head_lr: float = 2e-3
 
     def __post_init__(self) -> None:
-        for name in ("rank", "num_experts", "gates_every", "gate_rows"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} {value} is too small: it must be 1 or more")
+        require_at_least(self, 1, "rank", "num_experts", "gates_every", "gate_rows")
         if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha {self.alpha} gives no scale: it must be a positive number")
+            raise ValueError(f"alpha must be finite and > 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is no share of the input to leave out: it must lie in [0, 1)")
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not isinstance(self.shared_a, bool):
             raise ValueError(f"shared_a must be True or False, got {self.shared_a!r}")
-        if self.router not in ("learned", "uniform"):
-            raise ValueError(f"router {self.router!r} is unknown: 'learned' or 'uniform'")
+        require_choice(self, "router", ("learned", "uniform"))
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -121,28 +128,28 @@ class HydraLoRA(Method, name="hydralora"):
         self._deltas = {name: self._hydra_delta(name, model) for name in module_table.match(description, targets)}
         attach(model, self._deltas)
         train_adapters(model)
-        self._looked: list[Item] = []
+        self._recorded: list[Item] = []
 
     def _hydra_delta(self, name: str, model: nn.Module) -> HydraDelta:
         host = model.get_submodule(name)
         if isinstance(host, nn.Embedding):
             raise ValueError(
-                f"{name!r} is an embedding: it takes ids, and a router needs a vector; adapt linear layers"
+                f"cannot adapt embedding {name!r}: a router needs vectors, not ids. Remove it from targets"
             )
         kind = RoutedDelta if self.router == "learned" and self.num_experts > 1 else HydraDelta
         return kind(host, self.rank, self.num_experts, self.alpha / self.rank, self.dropout, not self.shared_a)
 
     def after_step(self, step: Step) -> None:
-        """Look at the gates where it is time, so that whatever is saved or recorded of this step goes by them."""
-        self._looked = []
+        """Record gate weights if due, before the state and the norms of this step are saved with them."""
+        self._recorded = []
         if step.finished % self.gates_every == 0 or step.last:
-            self._looked = list(self._record_gates(step))
+            self._recorded = list(self._record_gates(step))
 
     def records(self, step: Step) -> Iterable[Item]:
-        """Gates on held-out text and the size of every head; at the start and the end also gates by domain."""
+        """Return gate weights on held-out text and the norm of every expert; at start and end also gates by domain."""
         if step.finished == 0:
-            self._looked = list(self._record_gates(step))
-        return self._looked
+            self._recorded = list(self._record_gates(step))
+        return self._recorded
 
     def _record_gates(self, step: Step) -> Iterable[Item]:
         kept = step.finished == 0 or step.last
@@ -170,19 +177,19 @@ def _head_records(name: str, delta: HydraDelta, kept: bool) -> Iterable[Item]:
 
 
 class HydraDelta(Delta):
-    """Heads that are mixed evenly, whatever the input: the update scale * mean of B_i A.
+    """Experts with uniform gate weights: the update scale * mean of B_i A.
 
     Parameters
     ----------
     host : Module
-        A linear layer: gives shape, dtype and device of the factors.
+        Linear layer; sets shape and dtype of the factors.
     rank, number : int
-        Components of a head, and heads.
+        Rank of an expert, and number of experts.
     scale : float
     dropout : float
-        On the input of A.
+        Dropout probability on the input of A.
     split : bool
-        Does every head have an A of its own? They stand below each other then.
+        Whether every expert has its own A; they are then stacked along the rows of ``A``.
     """
 
     mean_gates_: Tensor
@@ -203,31 +210,31 @@ class HydraDelta(Delta):
         self.A = nn.Parameter(torch.empty(rank * (number if split else 1), in_features, dtype=weight.dtype))
         self.B = nn.Parameter(torch.zeros(out_features, number * rank, dtype=weight.dtype))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        # Logits in less than float32 would round the gates.
+        # Logits narrower than float32 would round the gate weights.
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.register_buffer("mean_gates_", torch.full((number,), 1 / number, dtype=wide))
 
     def gates(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
-        """Weights of the heads, which sum to 1."""
+        """Return the gate weights of the experts, which sum to 1."""
         return self.mean_gates_.expand(*x.shape[:-1], -1)
 
     def weight(self, gates: Float[Tensor, "heads"] | None = None) -> Float[Tensor, "out in"]:
-        """The update at these gates, the even ones by default."""
+        """Return the update at these gate weights, by default the uniform ones."""
         gates = self.mean_gates_ if gates is None else gates
         columns = gates.repeat_interleave(self.B.shape[1] // self.number).to(self.B.dtype)
         below = self.A.repeat(self.B.shape[1] // self.rank, 1)
         return self.scale * (self.B * columns) @ below
 
     def gated_components(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
-        """What meets the columns of B: A x under the gate of each head."""
+        """Return the input of B: A x times the gate weight of each expert."""
         hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
-        parts = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))  # one for all heads, or one each
+        parts = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))  # one for all experts, or one per expert
         return (self.gates(x).to(hidden.dtype).unsqueeze(-1) * parts).flatten(-2)
 
     def head_sizes(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
-        """Norm of what each head would add to the output, ungated and without dropout: |s B_i A x|.
+        """Compute the norm that each expert adds to the output at gate weight 1, without dropout: ``|s B_i A x|``.
 
-        By B_i^T B_i, so that no head's output is formed.
+        The computation uses B_i^T B_i, so that the output of no expert is formed.
         """
         wide = self.mean_gates_.dtype
         with torch.autocast(x.device.type, enabled=False):
@@ -244,13 +251,13 @@ class HydraDelta(Delta):
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
-        """As the base class, but all heads are added onto the host's output in one product."""
+        """As in the base class, but one product adds all experts to the host's output."""
         output, mixed = F.linear(x, W, b), self.gated_components(x)
         flat = torch.addmm(output.view(-1, W.shape[0]), mixed.view(-1, mixed.shape[-1]), self.B.T, alpha=self.scale)
         return flat.view(output.shape)
 
     def factors(self) -> dict[str, Tensor]:
-        """B as (heads, out, rank), A as (rank, in) or (heads, rank, in), and the gates at which they make an update."""
+        """Return B as (heads, out, rank), A as (rank, in) or (heads, rank, in), and the gate weights of the update."""
         A = self.A.unflatten(0, (self.number, -1)) if len(self.A) == self.B.shape[1] else self.A
         return {"A": A, "B": self.B.unflatten(1, (self.number, -1)).transpose(0, 1), "gates": self.mean_gates_}
 
@@ -259,7 +266,7 @@ class HydraDelta(Delta):
         return self.A.shape[0]
 
     def update(self) -> LowRank | Dense:
-        """At the mean gates of the last look."""
+        """Return the update at the mean gate weights of the last recording."""
         return update_from({name: to_array(part) for name, part in self.factors().items()}, self.scale, self.linear)
 
     def extra_repr(self) -> str:
@@ -267,7 +274,7 @@ class HydraDelta(Delta):
 
 
 class RoutedDelta(HydraDelta):
-    """Heads that a router mixes by the input: there is no single matrix. Parameters as of ``HydraDelta``."""
+    """Experts weighted by a router, so that there is no single update matrix. Parameters: see ``HydraDelta``."""
 
     linear = False
 
@@ -277,20 +284,20 @@ class RoutedDelta(HydraDelta):
         nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
 
     def gates(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
-        """softmax(W_g x), in float32 under autocast as well."""
+        """Compute softmax(W_g x), in float32 or wider also under autocast."""
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x.to(self.router.dtype), self.router).softmax(-1)
 
     def weight(self, gates: Float[Tensor, "heads"] | None = None) -> Float[Tensor, "out in"]:
-        """The update at these gates.
+        """Return the update at these gate weights.
 
         Raises
         ------
         ValueError
-            No gates are given: without them there is no single matrix.
+            No gate weights are given; without them there is no single matrix.
         """
         if gates is None:
-            raise ValueError("a routed update depends on its input: give weight(gates=...), such as mean_gates_")
+            raise ValueError("cannot form a routed update: it depends on its input. Pass gates, such as mean_gates_")
         return super().weight(gates)
 
     def factors(self) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""How routers weigh their heads on a text: gates summed over the tokens of every row, padding left out."""
+"""Gate weights of HydraLoRA routers on a text: sums over the tokens of every row, without padding."""
 
 from __future__ import annotations
 
@@ -19,53 +19,53 @@ from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
 
 _PAPER = "HydraLoRA, eq. 4"
 for _name, _label, _definition in (
-    ("gate", "mean gate", "mean weight of a head over held-out tokens"),
-    ("gate_std", "deviation of a gate", "standard deviation of the weight of a head over held-out tokens"),
-    ("gate_top1", "share of tokens", "share of held-out tokens whose largest gate is this head's"),
-    ("head_importance", "importance of a head", "mean over held-out tokens of gate times norm of what the head adds"),
-    ("head_share", "share of the importance", "importance of a head over the sum of all heads of its module"),
+    ("gate", "mean gate weight", "mean gate weight of an expert over held-out tokens"),
+    ("gate_std", "std of the gate weight", "standard deviation of the gate weight of an expert over held-out tokens"),
+    ("gate_top1", "fraction of tokens", "fraction of held-out tokens with the largest gate weight on this expert"),
+    ("head_importance", "importance of an expert", "gate weight times norm of its output, mean over held-out tokens"),
+    ("head_share", "relative importance", "importance of an expert divided by the sum over its module"),
 ):
     register(_name, Quantity(_label, "", "head", "mean", _definition, _PAPER))
 for _name, _label, _unit, _definition in (
     (
         "gate_entropy",
-        "entropy of the gates",
+        "entropy of the gate weights",
         "nats",
-        "mean entropy of a token's gates, at most ln of the number of heads",
+        "mean entropy of a token's gate weights, at most ln of the number of experts",
     ),
     (
         "gate_cv2",
-        "CV² of the mean gates",
+        "CV² of the mean gate weights",
         "",
-        "variance of the N mean gates, by N - 1, over their squared mean: 0 to N",
+        "variance (N - 1) of the N mean gate weights divided by their squared mean: 0 to N",
     ),
-    ("gate_switch", "switch rate", "", "share of neighbouring held-out tokens whose largest gates are of two heads"),
+    ("gate_switch", "switch rate", "", "fraction of neighboring held-out tokens with different top experts"),
     (
         "gate_information",
-        "I(domain; head)",
+        "I(domain; expert)",
         "nats",
-        "mutual information of domain and head on held-out text, by mean gates",
+        "mutual information of domain and expert on held-out text, from mean gate weights",
     ),
-    ("gate_chance", "I(domain; head) by lot", "nats", "the same with the rows dealt out to the domains by lot"),
+    ("gate_chance", "I(domain; expert), shuffled", "nats", "the same with rows shuffled among the domains"),
 ):
     register(_name, Quantity(_label, _unit, definition=_definition, source=_PAPER))
 
 DRAWS = 100
-"""Shufflings that a share of information by chance is the mean of."""
+"""Number of shuffles over which the information at chance level is averaged."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gates:
-    """The gates of one module on a text.
+    """Gate weights of one module on a text.
 
     Parameters
     ----------
     weights : array (rows, heads)
-        Sum over the tokens of a row.
+        Gate weights, summed over the tokens of a row.
     entropies : array (rows,)
-        Sum over the tokens of a row, in nats.
+        Entropies of the gate weights in nats, summed over the tokens of a row.
     tokens : array (rows,)
-        Tokens of a row, padding left out.
+        Number of tokens of a row, without padding.
     """
 
     weights: Float[np.ndarray, "rows heads"]
@@ -74,27 +74,27 @@ class Gates:
 
     @property
     def mean(self) -> Float[np.ndarray, "heads"]:
-        """Mean over all tokens."""
+        """Mean gate weights over all tokens."""
         return self.weights.sum(0) / self.tokens.sum()
 
     @property
     def entropy(self) -> float:
-        """Mean entropy of a token's gates, in nats: between 0 and ln of the number of heads."""
+        """Mean entropy of a token's gate weights in nats, between 0 and ln of the number of experts."""
         return float(self.entropies.sum() / self.tokens.sum())
 
     def by_group(self, groups: Sequence[str]) -> dict[str, Float[np.ndarray, "heads"]]:
-        """Mean over the tokens of every group of rows."""
+        """Return the mean gate weights over the tokens of every group of rows."""
         return dict(zip(_group_names(groups), self._group_means(_members(groups)), strict=True))
 
     def information(self, groups: Sequence[str]) -> float:
-        """Mutual information of group and head, in nats: 0 if all groups have the same mean gates.
+        """Compute the mutual information of group and expert in nats; 0 if all groups have the same mean gate weights.
 
-        A group counts as likely as any other, and a head as likely as its mean gate within the group.
+        All groups are equally likely, and the probability of an expert is its mean gate weight within the group.
         """
         return float(_information(self._group_means(_members(groups)[None])).mean())
 
     def information_by_chance(self, groups: Sequence[str], seed: int = 0) -> float:
-        """The same with the rows dealt out to the groups by lot, mean of ``DRAWS`` times."""
+        """Compute the same with the rows shuffled among the groups, as a mean over ``DRAWS`` shuffles."""
         draw, members = np.random.default_rng(seed), _members(groups)
         shuffled = np.stack([members[:, draw.permutation(members.shape[1])] for _ in range(DRAWS)])
         return float(_information(self._group_means(shuffled)).mean())
@@ -107,18 +107,18 @@ class Gates:
 
 @dataclass(frozen=True, eq=False)
 class Routing(Gates):
-    """The gates of one module on a text, and what its tokens do one by one.
+    """Gate weights of one module on a text, with statistics over its tokens.
 
     Parameters
     ----------
     squares : array (rows, heads)
-        Sum of the squared gates over the tokens of a row.
+        Squared gate weights, summed over the tokens of a row.
     firsts : array (rows, heads)
-        Tokens of a row whose largest gate is the head's.
+        Number of tokens of a row whose largest gate weight is the expert's.
     added : array (rows, heads)
-        Sum over the tokens of a row of the norm of what the head adds, gated; NaN where nothing told of norms.
+        Norm of the expert's output times its gate weight, summed over the tokens of a row; NaN without norms.
     switches, pairs : array (rows,)
-        Neighbouring tokens of a row: those whose largest gates are of two heads, and all of them.
+        Number of pairs of neighboring tokens of a row: those with different top experts, and all pairs.
     """
 
     squares: Float[np.ndarray, "rows heads"]
@@ -129,38 +129,38 @@ class Routing(Gates):
 
     @property
     def std(self) -> Float[np.ndarray, "heads"]:
-        """Standard deviation over all tokens."""
+        """Standard deviation of the gate weights over all tokens."""
         return np.sqrt(np.maximum(self.squares.sum(0) / self.tokens.sum() - self.mean**2, 0))
 
     @property
     def top1_share(self) -> Float[np.ndarray, "heads"]:
-        """Share of the tokens whose largest gate is the head's."""
+        """Fraction of the tokens whose largest gate weight is the expert's."""
         return self.firsts.sum(0) / self.tokens.sum()
 
     @property
     def usage_cv2(self) -> float:
-        """Squared coefficient of variation of the mean gates: 0 if even, their number if one head takes all."""
+        """Squared coefficient of variation of the mean gate weights: 0 if uniform, N if only one of N is nonzero."""
         return float(self.mean.var(ddof=1) / self.mean.mean() ** 2)
 
     @property
     def switch_rate(self) -> float:
-        """Share of neighbouring tokens whose largest gates are of two heads; NaN where none has a neighbour."""
+        """Fraction of neighboring tokens with different top experts; NaN if no token has a neighbor."""
         pairs = self.pairs.sum()
         return float(self.switches.sum() / pairs) if pairs else np.nan
 
     @property
     def importance(self) -> Float[np.ndarray, "heads"]:
-        """Mean over all tokens of the norm of what the head adds, gated."""
+        """Norm of the expert's output times its gate weight, averaged over all tokens."""
         return self.added.sum(0) / self.tokens.sum()
 
     @property
     def importance_share(self) -> Float[np.ndarray, "heads"]:
-        """Importance over the sum of all heads; NaN where no head adds anything."""
+        """Importance divided by its sum over all experts; NaN if the sum is 0."""
         return self.importance / (self.importance.sum() or np.nan)
 
 
 def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept: bool) -> Iterable[Item]:
-    """What a look at the gates of a module gives; ``kept`` says whether also the gates by group."""
+    """Yield the records of a module's gate weights; ``kept`` adds a snapshot of the gate weights by group."""
     yield Record("gate", gates.mean, module)
     yield Record("gate_std", gates.std, module)
     yield Record("gate_top1", gates.top1_share, module)
@@ -199,19 +199,19 @@ def watch(
     run: Callable[[], object],
     sizes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> dict[str, Routing]:
-    """The gates of every router on a batch, in evaluation mode and without gradients.
+    """Record the gate weights of every router on a batch, in evaluation mode and without gradients.
 
     Parameters
     ----------
     model : Module
     routers : mapping module name -> callable
-        Gives the gates (*batch, heads) of a module's input (*batch, in).
+        Function from a module's input ``(*batch, in)`` to gate weights ``(*batch, heads)``.
     batch : mapping of tensors
-        Says which tokens are padding.
+        Inputs of the model; its masks or labels mark padding.
     run : callable
-        Passes the batch through the model, once.
+        Function that runs one forward pass of the model on the batch.
     sizes : mapping module name -> callable, optional
-        Gives the norms (*batch, heads) of what each head of a module adds to these, ungated.
+        Function from a module's input to the norm of each expert's output at gate weight 1, ``(*batch, heads)``.
     """
     rows = len(next(iter(batch.values())))
     seen: dict[str, list[Routing]] = {name: [] for name in routers}
@@ -244,7 +244,7 @@ def _sum_gates(
     rows: int,
     real: Bool[Tensor, "rows tokens"] | None,
 ) -> Routing:
-    # A module may get its tokens in a row of rows, all in one row, or one vector for each row of the batch.
+    # The input of a module may be (rows, tokens, in), all tokens in one row, or one vector per row of the batch.
     gates = gates.reshape(rows, -1, gates.shape[-1]).double()
     norms = torch.full_like(gates, torch.nan) if norms is None else norms.reshape(gates.shape)
     counted = torch.ones(gates.shape[:2], dtype=torch.bool, device=gates.device)
@@ -256,18 +256,18 @@ def _sum_gates(
     switches = pairs & (top[:, 1:] != top[:, :-1])
     gates = gates * counted[..., None]
     entropies = -torch.xlogy(gates, gates).sum(-1)
-    # In the order of the fields; the sum over the tokens of a row leaves padding out.
+    # In the order of the fields of Routing; padding is zero, so that sums over the tokens of a row exclude it.
     per_token = (gates, entropies, counted, gates**2, firsts * counted[..., None], gates * norms, switches, pairs)
     return Routing(*(to_array(part.double().sum(1)) for part in per_token))
 
 
 def stack_gates(parts: Sequence[Gates]) -> Gates:
-    """The gates on one batch after the other: all their rows."""
+    """Concatenate the rows of the gate weights on several batches."""
     return type(parts[0])(*map(np.concatenate, _field_columns(parts)))
 
 
 def _join_uses(parts: Sequence[Routing]) -> Routing:
-    """A module that the model uses several times over has the tokens of all its uses."""
+    """Sum the gate weights over all uses of a module that the model calls several times."""
     return Routing(*(np.sum(column, axis=0) for column in _field_columns(parts)))
 
 
@@ -276,7 +276,7 @@ def _field_columns(parts: Sequence[Gates]) -> list[list[np.ndarray]]:
 
 
 def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bool[Tensor, "rows tokens"] | None:
-    """Which tokens a module gets are no padding; None where nothing says."""
+    """Return which tokens of a module's input are not padding; None if the batch does not mark padding."""
     stack, _, role = parse(name)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
     decoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and stack == "decoder"

@@ -1,4 +1,4 @@
-"""How much the loss feels each coefficient of FourierFT, against the weight's gradient and against a small move."""
+"""Test the sensitivity of the loss to FourierFT coefficients against weight gradients and small changes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def trained(case, task, request, out, **settings):
     return ls.train(model, task, method, out=out, **FAST | settings)
 
 
-def by_the_weights_gradient(found, G):
-    """dL/dc from G = dL/dW: its transform at the entries, or the slope along both vectors of another basis."""
+def gradient_from_weights(found, G):
+    """Compute dL/dc from G = dL/dW, by its transform at the entries or by the vectors of another basis."""
     j, k = found.entries
     if isinstance(found, delta.Delta) and hasattr(found, "left"):
         left, right = fourier.bases(tuple(G.shape), SEED, "random")
@@ -44,22 +44,22 @@ def by_the_weights_gradient(found, G):
 
 
 @pytest.mark.parametrize("case", list(METHODS))
-def test_it_is_the_gradient_of_the_weight_in_the_basis_of_the_coefficients(case, task, tmp_path, request):
+def test_coefficient_gradient_is_the_transformed_weight_gradient(case, task, tmp_path, request):
     run = trained(case, task, request, tmp_path / "run", observe=[observe.coefficients(**LOOK), Copying()])
     kept, batches, _ = Copying.kept
     deltas = dict(delta.attached_deltas(kept))
     delta.fold(kept)
     for name, G in gradients(kept, list(deltas), batches).items():
-        expected = by_the_weights_gradient(deltas[name], G.double()).numpy()
+        expected = gradient_from_weights(deltas[name], G.double()).numpy()
         assert expected.any()
         assert measured(run, "coefficient_gradient", name) == near(expected, terms=TINY, growth=TEXT)
         c = deltas[name].coefficients.detach().double().numpy()
-        felt = np.abs(c * expected)
-        assert measured(run, "coefficient_importance", name) == near(felt, terms=TINY, growth=TEXT)
+        importance = np.abs(c * expected)
+        assert measured(run, "coefficient_importance", name) == near(importance, terms=TINY, growth=TEXT)
 
 
-def test_it_is_what_a_small_move_of_a_coefficient_costs(task, tmp_path, request):
-    """In float64, to the square of the move; the mean of both batches."""
+def test_coefficient_gradient_matches_a_finite_difference(task, tmp_path, request):
+    """The gradient matches a central difference in float64, averaged over both batches."""
     run = trained("transform", task, request, tmp_path / "run", observe=[observe.coefficients(**LOOK), Copying()])
     kept, batches, _ = Copying.kept
     kept.double().eval()
@@ -73,7 +73,7 @@ def test_it_is_what_a_small_move_of_a_coefficient_costs(task, tmp_path, request)
     assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(gradient, rel=1e-3)
 
 
-def test_training_goes_on_bit_for_bit(task, tmp_path, request):
+def test_observer_does_not_change_training(task, tmp_path, request):
     family, method = METHODS["transform"]
     look = observe.coefficients(every=1, batches=1, rows=4)
     check_training_is_unchanged(look, request.getfixturevalue(family), task, method, tmp_path)
@@ -85,8 +85,8 @@ def test_other_methods_have_no_coefficients(task, tmp_path, bert):
     assert not run.table["quantity"].str.startswith("coefficient").any()
 
 
-def test_one_table_tells_all_of_every_coefficient(task, tmp_path, request):
-    """Radius and mirrors by counting from the middle of the spectrum."""
+def test_spectrum_table_describes_every_coefficient(task, tmp_path, request):
+    """Radius and mirror entries match a count from the center of the spectrum."""
     looks = [observe.coefficients(**LOOK), observe.factors()]
     run = trained("Conv1D", task, request, tmp_path / "run", observe=looks)
     seen = run.table[run.table["quantity"] == "coefficient_importance"]
@@ -111,7 +111,7 @@ def test_one_table_tells_all_of_every_coefficient(task, tmp_path, request):
         assert rows["radius"].to_numpy() == pytest.approx([math.hypot(*place) for place in signed])
 
 
-def test_what_was_not_recorded_is_not_there(task, tmp_path, request):
+def test_spectrum_table_without_records_has_missing_values(task, tmp_path, request):
     found = analysis.spectrum(trained("transform", task, request, tmp_path / "run"))
     assert len(found) == 160
     assert found[["gradient", "importance"]].isna().all(axis=None)

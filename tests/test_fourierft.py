@@ -1,4 +1,4 @@
-"""FourierFT against the paper's formula in plain steps, numbers worked out elsewhere, and PEFT's own layers."""
+"""Test FourierFT against the paper's formula, worked numbers and PEFT's layers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from lorascope.updates.fourier import Fourier, entries
 
 
 def drawn(shape: tuple[int, int], n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coefficients in float64 and entries."""
+    """Draw coefficients in float64, and entries."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, dtype=torch.float64, generator=generator), torch.from_numpy(entries(shape, n, seed))
 
 
 def by_definition(c: torch.Tensor, places: torch.Tensor, shape: tuple[int, int], alpha: float) -> torch.Tensor:
-    """The paper's algorithm 1."""
+    """Compute the update by the paper's algorithm 1."""
     spectrum = torch.zeros(shape, dtype=c.dtype).index_put(tuple(places), c)
     return torch.fft.ifft2(spectrum).real * alpha
 
@@ -48,7 +48,7 @@ SHAPES = [(4, 6), (6, 4), (5, 7), (7, 5), (8, 8), (1, 6), (6, 1), (1, 1), (2, 2)
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
-def test_the_half_transform_is_the_whole_one(shape, share):
+def test_half_transform_equals_the_full_one(shape, share):
     c, places = drawn(shape, max(1, round(share * shape[0] * shape[1])))
     expected = by_definition(c, places, shape, 7)
     assert (synthesis(c, places, shape, 7) - expected).abs().max() < 1e-12
@@ -58,15 +58,15 @@ def test_the_half_transform_is_the_whole_one(shape, share):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_waves_make_the_same_update(shape):
+def test_fourier_factors_give_the_same_update(shape):
     c, places = drawn(shape, max(1, shape[0] * shape[1] // 2))
     left, right = fourier_factors(places, shape)
     both = 7 / (shape[0] * shape[1]) * torch.cat([c, c])
     assert (left * both @ right.T - by_definition(c, places, shape, 7)).abs().max() < 1e-12
 
 
-def test_waves_keep_their_digits_on_wide_weights():
-    """At phases of 4096 x 4095 turns, against whole-number arithmetic."""
+def test_fourier_factors_of_wide_weights_are_accurate():
+    """Phases of 4096 x 4095 turns match integer arithmetic."""
     left, right = fourier_factors(torch.tensor([[4095, 2049], [4095, 3]]), (4096, 4096))
     turns = np.outer(np.arange(4096, dtype=object), [4095, 3]) % 4096
     assert np.abs(right[:, :2].numpy() - np.cos(turns.astype(float) * 2 * np.pi / 4096)).max() < 1e-12
@@ -74,7 +74,7 @@ def test_waves_keep_their_digits_on_wide_weights():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_gradient_is_the_transform_of_the_weights_gradient(shape):
+def test_gradient_is_the_transform_of_the_weight_gradient(shape):
     c, places = drawn(shape, max(1, shape[0] * shape[1] // 2))
     c.requires_grad_(True)
     G = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -84,15 +84,15 @@ def test_the_gradient_is_the_transform_of_the_weights_gradient(shape):
     assert (analysis(G, places, 7) - expected).abs().max() < 1e-10
 
 
-def test_it_can_be_differentiated_twice():
+def test_synthesize_is_twice_differentiable():
     c, places = drawn((5, 6), 12)
     c.requires_grad_(True)
     assert torch.autograd.gradcheck(lambda c: synthesize(c, places, (5, 6), 30).tanh(), c)
     assert torch.autograd.gradgradcheck(lambda c: synthesize(c, places, (5, 6), 30).tanh(), c)
 
 
-def test_two_threads_make_no_other_update_of_2048():
-    """float32 transforms of exactly this size are scaled twice by several threads in some builds."""
+def test_two_threads_give_the_same_update_of_size_2048():
+    """Some builds scale multithreaded float32 transforms of exactly this size twice."""
     shape, threads = (2048, 2048), torch.get_num_threads()
     c, places = drawn(shape, 100)
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -104,7 +104,7 @@ def test_two_threads_make_no_other_update_of_2048():
         found, back = synthesis(c.float(), places, shape, 7), analysis(G, places, 7)
     finally:
         torch.set_num_threads(threads)
-    bound = rounding(depth=2 * 11 * 4)  # sides, stages, roundings of a butterfly
+    bound = rounding(depth=2 * 11 * 4)  # sides, stages, rounding errors of a butterfly
     assert (found - expected).norm() < bound * expected.norm()
     assert (back - gradient).norm() < bound * gradient.norm()
 
@@ -126,8 +126,8 @@ HOSTS = {
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("n", [3, 200])
-def test_forward_is_that_of_the_folded_weight(host, n):
-    """By waves where there are three coefficients, by the sum of weights where there are 200."""
+def test_forward_equals_the_folded_weight(host, n):
+    """Basis form is used with 3 coefficients, the sum of weights with 200."""
     host = hosted(HOSTS[host]().double(), n)
     assert use_basis_form(n, host.delta.shape) == (n == 3)
     x = torch.randn(2, 5, host_weight(host).shape[1], dtype=torch.float64, requires_grad=True)
@@ -135,13 +135,13 @@ def test_forward_is_that_of_the_folded_weight(host, n):
     before, W = F.linear(x, host_weight(host), bias), host_weight(host).detach().clone()
     y = host(x)
     c = host.delta.coefficients
-    alone = by_definition(c, host.delta.entries, host.delta.shape, 50)
-    assert (y - before - F.linear(x, alone)).abs().max() < 1e-12
-    assert (host.delta(x) - F.linear(x, alone)).abs().max() < 1e-12
+    update = by_definition(c, host.delta.entries, host.delta.shape, 50)
+    assert (y - before - F.linear(x, update)).abs().max() < 1e-12
+    assert (host.delta(x) - F.linear(x, update)).abs().max() < 1e-12
     target = torch.randn_like(y)
     for found, wanted in zip(
         torch.autograd.grad((y * target).sum(), (x, c)),
-        torch.autograd.grad(((before + F.linear(x, alone)) * target).sum(), (x, c)),
+        torch.autograd.grad(((before + F.linear(x, update)) * target).sum(), (x, c)),
         strict=True,
     ):
         assert (found - wanted).abs().max() < 1e-10
@@ -164,7 +164,7 @@ def trained_steps(model: nn.Module, method: FourierFT, steps: int = 3) -> nn.Mod
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_after_training_the_update_is_still_symmetric_and_moved_from_its_start(family):
+def test_trained_update_is_symmetric_and_differs_from_the_initial_one(family):
     method = FourierFT(targets="all-linear")
     torch.manual_seed(0)
     model = trained_steps(tiny(family).double(), method, 0)
@@ -197,7 +197,7 @@ def test_only_coefficients_and_head_train():
     ]  # fmt: skip
 
 
-def test_zeros_start_at_the_base():
+def test_zero_coefficients_start_at_the_base():
     model = tiny("bert").requires_grad_(False)
     before = model(**inputs(model)).logits
     FourierFT(init="zeros").attach(model)
@@ -206,7 +206,7 @@ def test_zeros_start_at_the_base():
     assert all(delta.coefficients.grad.any() for delta in attached_deltas(model).values())
 
 
-def test_sizes_targets_and_entries():
+def test_default_targets_sizes_and_entries():
     model = tiny("llama")
     FourierFT().attach(model)
     found = attached_deltas(model)
@@ -218,7 +218,7 @@ def test_sizes_targets_and_entries():
         assert delta.entries.tolist() == entries(shape, 4 * min(shape), 2024).tolist()
 
 
-def test_entries_have_a_seed_of_their_own_and_coefficients_the_runs():
+def test_entries_use_entry_seed_and_coefficients_the_seed_of_the_run():
     def attached(global_seed, **fields):
         model = tiny("bert")
         torch.manual_seed(global_seed)
@@ -234,8 +234,8 @@ def test_entries_have_a_seed_of_their_own_and_coefficients_the_runs():
     assert biased.entries.tolist() == entries((32, 32), 128, 2024, 4, 2).tolist()
 
 
-def test_entries_put_back_are_those_that_are_used():
-    """Also by the waves, which are kept from call to call."""
+def test_restored_entries_take_effect():
+    """This includes the waves, which are cached between calls."""
     for n in (2, 100):
         host, other = hosted(nn.Linear(32, 32).double(), n), hosted(nn.Linear(32, 32).double(), n)
         x = torch.randn(3, 32, dtype=torch.float64)
@@ -255,7 +255,7 @@ def gradients(model: nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("coefficients", [3, 150])
 @pytest.mark.filterwarnings("ignore")
-def test_equal_to_peft_with_the_same_seed_and_coefficients(family, coefficients):
+def test_update_and_gradients_match_peft(family, coefficients):
     ours, theirs = tiny(family), tiny(family)
     torch.manual_seed(0)
     FourierFT(targets="all-linear", coefficients=coefficients, alpha=60, entry_seed=777).attach(ours)
@@ -284,7 +284,7 @@ def test_equal_to_peft_with_the_same_seed_and_coefficients(family, coefficients)
 
 
 @pytest.mark.parametrize("n", [3, 200])
-def test_a_layer_under_autocast_rounds_as_bfloat16_does(n):
+def test_layer_under_autocast_has_bfloat16_accuracy(n):
     host = hosted(nn.Linear(64, 64), n)
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     target = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
@@ -300,8 +300,8 @@ def test_a_layer_under_autocast_rounds_as_bfloat16_does(n):
 
 
 @pytest.mark.parametrize("coefficients", [5, 150])
-def test_bfloat16(coefficients):
-    """Coefficients of a bfloat16 model stay float32, and what is folded in is what was trained."""
+def test_bfloat16_model_equals_its_folded_model(coefficients):
+    """Coefficients of a bfloat16 model stay float32, and the folded model equals the adapted one."""
     model = tiny("bert").to(torch.bfloat16)
     FourierFT(coefficients=coefficients).attach(model)
     assert {delta.coefficients.dtype for delta in attached_deltas(model).values()} == {torch.float32}
@@ -311,11 +311,11 @@ def test_bfloat16(coefficients):
     fold(folded)
     error = (folded(**inputs(model)).logits - logits).float().norm() / logits.float().norm()
     assert error < 2**-6
-    model.to(torch.bfloat16)  # coefficients too: the transform itself is wide
+    model.to(torch.bfloat16)  # converts the coefficients too; the transform still uses float32
     assert model(**inputs(model)).logits.isfinite().all()
 
 
-def test_equal_to_its_folded_weight_under_autocast():
+def test_model_equals_its_folded_model_under_autocast():
     model = tiny("bert")
     FourierFT(targets="all-linear").attach(model)
     folded = copy.deepcopy(model)
@@ -325,7 +325,7 @@ def test_equal_to_its_folded_weight_under_autocast():
     assert (one - other).norm() / other.norm() < 2**-7
 
 
-def test_it_is_taken_off_copied_and_pickled():
+def test_model_can_be_detached_copied_and_pickled():
     model = tiny("bert")
     keys = set(model.state_dict())
     FourierFT(coefficients=3).attach(model)
@@ -342,8 +342,8 @@ def test_it_is_taken_off_copied_and_pickled():
 
 @pytest.mark.parametrize("kind", ["random", "orthogonal"])
 @pytest.mark.parametrize("shape", [(96, 96), (64, 128)])
-def test_other_bases_have_the_expected_norm_of_the_fourier_basis(kind, shape):
-    """E |dW|^2 = alpha^2 n / (2 d1 d2), as an average over bases and coefficients."""
+def test_norm_of_other_bases_matches_the_fourier_basis(kind, shape):
+    """E |dW|^2 = alpha^2 n / (2 d1 d2), averaged over bases and coefficients."""
     n, alpha = 300, 80
     expected = alpha**2 * n / (2 * shape[0] * shape[1])
     squares = {"fourier": [], kind: []}
@@ -356,7 +356,7 @@ def test_other_bases_have_the_expected_norm_of_the_fourier_basis(kind, shape):
 
 
 @pytest.mark.parametrize("kind", ["random", "orthogonal"])
-def test_other_bases(kind):
+def test_random_and_orthogonal_bases_match_their_definition(kind):
     left, right = bases((24, 32), 5, kind)
     c, places = drawn((24, 32), 50)
     delta = BasisDelta(c, places, left, right, 80)
@@ -380,12 +380,12 @@ def test_other_bases(kind):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"targets": ("embed", "q")}, "word_embeddings' is an embedding: FourierFT adapts linear maps alone"),
-        ({"coefficients": 0}, "query': number of coefficients must be from 1 to 1024.* got 0"),
-        ({"coefficients": 1025}, "query': number of coefficients.* got 1025"),
-        ({"alpha": 0}, "alpha 0 leaves no update to train: give a finite number other than 0"),
-        ({"alpha": float("nan")}, "alpha nan leaves no update to train"),
-        ({"center": 30}, "query': center .*22.63.* 32 x 32.* got 30"),
+        ({"targets": ("embed", "q")}, "embedding .*word_embeddings'.* FourierFT"),
+        ({"coefficients": 0}, "query': 0 coefficients do not fit a weight of 32 x 32: give 1 to 1024"),
+        ({"coefficients": 1025}, "query': 1025 coefficients do not fit a weight of 32 x 32"),
+        ({"alpha": 0}, "alpha must be .*, got 0"),
+        ({"alpha": float("nan")}, "alpha must be .*, got nan"),
+        ({"center": 30}, "query': the band around 30 lies outside the spectrum of 32 x 32, which ends at 22.63"),
         (
             {"center": 2, "width": 0.01, "coefficients": 30},
             "number of coefficients .*center 2 .* got 30",
@@ -394,7 +394,7 @@ def test_other_bases(kind):
         ({"center": 1, "width": 0}, "center .*got center 1 and width 0"),
     ],
 )
-def test_bad_input_gets_one_line(fields, message):
+def test_invalid_input_raises_one_line(fields, message):
     model = tiny("bert")
     with pytest.raises(ValueError, match=message) as raised:
         FourierFT(**fields).attach(model)
@@ -403,15 +403,15 @@ def test_bad_input_gets_one_line(fields, message):
 
 
 @pytest.mark.parametrize("field", ["init", "basis"])
-def test_an_unknown_option_is_refused(field):
-    """As the command line would give it, which checks no types."""
+def test_unknown_option_raises(field):
+    """The value is set as the command line sets it, without type checks."""
     method = FourierFT()
     setattr(method, field, "wavelet")
-    with pytest.raises(ValueError, match=f"^{field} 'wavelet' is unknown: it must be one of '.*', '.*'$"):
+    with pytest.raises(ValueError, match=f"^{field} must be one of '.*', '.*', got 'wavelet'$"):
         method.__post_init__()
 
 
-def test_it_is_registered_and_survives_json():
+def test_method_is_registered_and_survives_json():
     assert METHODS["fourierft"] is FourierFT
     for method in (FourierFT(), FourierFT(coefficients=9, center=3.5, basis="random", init="zeros")):
         assert from_config(config(method)) == method
@@ -428,7 +428,7 @@ def run(bert, task, tmp_path_factory):
     return ls.train(models.load(bert, task=task), task, METHOD, out=out, **FAST)
 
 
-def test_a_run_keeps_coefficients_and_entries_and_gives_its_updates(run, bert, task):
+def test_run_stores_coefficients_and_entries_and_returns_its_updates(run, bert, task):
     model = models.load(bert, task=task)
     run.restore(model)
     stored, first = run.updates(), run.updates(step=0)
@@ -458,14 +458,14 @@ def test_a_run_keeps_coefficients_and_entries_and_gives_its_updates(run, bert, t
     assert summary["exact"].all()
 
 
-def test_the_first_step_of_the_table_is_the_start(run):
+def test_step_zero_of_the_table_is_the_initial_update(run):
     start = run.table[run.table["step"] == 0].set_index(["quantity", "module"])["value"]
     for name, update in run.updates(step=0).items():
         assert start["update_norm", name] == pytest.approx(update.norm())
         assert start["learned_norm", name] == 0
 
 
-def test_energy_by_radius_is_recorded(run):
+def test_radius_energy_matches_the_spectrum(run):
     shares = run.table[run.table["quantity"] == "radius_energy"]
     assert set(shares["step"]) == {0, 5}
     for (step, name), rows in shares.groupby(["step", "module"], observed=True):
@@ -482,8 +482,8 @@ def test_energy_by_radius_is_recorded(run):
 
 
 @pytest.mark.parametrize("basis", ["random", "orthogonal"])
-def test_other_bases_are_told_in_the_same_table_and_what_training_added_is_known(basis, gpt2, task, tmp_path):
-    """On Conv1D as well, of which the run keeps its sides as (out, in)."""
+def test_other_bases_record_norms_and_the_learned_update(basis, gpt2, task, tmp_path):
+    """Conv1D is included; the run stores its shape as (out, in)."""
     method = FourierFT(coefficients=20, basis=basis, targets="all-linear")
     found = ls.train(models.load(gpt2, task=task), task, method, out=tmp_path / "run", **FAST)
     assert not found.updates()
@@ -505,7 +505,7 @@ def test_other_bases_are_told_in_the_same_table_and_what_training_added_is_known
     "method",
     [METHOD, FourierFT(coefficients=3), FourierFT(basis="random", coefficients=30), FourierFT(center=4, width=2)],
 )
-def test_a_run_is_restored_bit_for_bit(method, bert, task, tmp_path):
+def test_restored_run_gives_the_same_logits(method, bert, task, tmp_path):
     model = models.load(bert, task=task)
     found = ls.train(model, task, method, out=tmp_path / "run", **FAST)
     again = models.load(bert, task=task)
@@ -515,11 +515,11 @@ def test_a_run_is_restored_bit_for_bit(method, bert, task, tmp_path):
         assert torch.equal(attached_deltas(again)[name].entries, delta.entries)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(forks, tmp_path):
+def test_killed_run_resumes_bitwise(forks, tmp_path):
     check_that_a_killed_run_goes_on(forks, METHOD, tmp_path, after=["resume/step-00000004*"])
 
 
-def test_no_lora_holds_it(run):
+def test_exports_to_lora_raise_one_line(run):
     updates = run.updates()
     module = next(iter(updates))
     for refused in (
@@ -534,7 +534,7 @@ def test_no_lora_holds_it(run):
     assert alike["phi"].iloc[-1] == pytest.approx(1)
 
 
-def test_it_is_inspected_and_drawn(run):
+def test_run_can_be_inspected_and_plotted(run):
     found = inspect(run)
     adapted_ones = found.modules[found.modules["rank"].notna()]
     assert adapted_ones["parameters"].tolist() == [200] * len(run.updates())
@@ -543,7 +543,7 @@ def test_it_is_inspected_and_drawn(run):
         getattr(plots, figure)(run)
 
 
-def test_bfloat16_runs_on_conv1d(gpt2, task, tmp_path):
+def test_bfloat16_run_on_conv1d_trains(gpt2, task, tmp_path):
     method = FourierFT(targets="all-linear")
     found = ls.train(models.load(gpt2, task=task), task, method, out=tmp_path / "run", precision="bf16", **FAST)
     assert len(found.updates()) == 8

@@ -1,4 +1,4 @@
-"""FourierFT's two paths, by waves and by transform: the same numbers wherever they are moved, and no stale waves."""
+"""Test that FourierFT's basis form and transform agree after any move or copy, without stale waves."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def expected(delta: FourierDelta, x: Tensor) -> Tensor:
     return F.linear(x.double(), by_definition(delta.coefficients.double(), delta.entries, SIDES, 50))
 
 
-# What a dtype can tell: a few of its units, summed up over a row.
+# Relative accuracy of each dtype: a few of its units, summed over a row.
 DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 
 @PATHS
-def test_every_dtype_gives_the_numbers_of_the_definition_in_any_order(n: int) -> None:
-    """Each after each other, so that waves kept for one dtype would be seen in another."""
+def test_every_dtype_matches_the_definition_in_any_order(n: int) -> None:
+    """Dtypes follow each other, so that waves cached for one dtype would be wrong in the next."""
     for order in (list(DTYPES), list(DTYPES)[::-1]):
         delta = adapter(n)
         for dtype in order:
@@ -56,8 +56,8 @@ def test_every_dtype_gives_the_numbers_of_the_definition_in_any_order(n: int) ->
 
 
 @PATHS
-def test_the_adapter_may_be_wider_than_its_host(n: int) -> None:
-    """Coefficients of a bfloat16 model are float32, whatever the activations are."""
+def test_adapter_may_be_wider_than_its_host(n: int) -> None:
+    """Coefficients of a bfloat16 model are float32, regardless of the dtype of the activations."""
     delta = adapter(n, torch.float32)
     for dtype in (torch.bfloat16, torch.float32, torch.bfloat16, torch.float64):
         y = delta(batch(dtype))
@@ -66,8 +66,8 @@ def test_the_adapter_may_be_wider_than_its_host(n: int) -> None:
         assert (y - wanted).norm() <= max(DTYPES[dtype], DTYPES[torch.float32]) * wanted.norm()
 
 
-def test_float16_keeps_its_digits_where_a_coefficient_moves_a_wide_weight_little() -> None:
-    """alpha c / (d1 d2) itself lies below what float16 can tell from zero."""
+def test_float16_is_accurate_for_a_small_update_of_a_wide_weight() -> None:
+    """alpha c / (d1 d2) itself rounds to zero in float16."""
     shape = (2048, 2048)
     places = torch.from_numpy(fourier.entries(shape, 4, 0))
     delta = FourierDelta(torch.tensor([0.02, -0.01, 0.03, 0.005]), places, shape, 300)
@@ -89,7 +89,7 @@ def saved(module: nn.Module) -> nn.Module:
 
 @PATHS
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
-def test_a_copy_gives_the_same_numbers_and_goes_its_own_way(n: int, copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_copy_gives_the_same_output_and_is_independent(n: int, copied: Callable[[nn.Module], nn.Module]) -> None:
     delta = adapter(n)
     before = delta(batch())
     twin = copied(delta)
@@ -101,7 +101,7 @@ def test_a_copy_gives_the_same_numbers_and_goes_its_own_way(n: int, copied: Call
     assert (twin(batch()) - expected(twin, batch())).abs().max() < 1e-12
 
 
-def test_waves_are_no_part_of_what_is_written() -> None:
+def test_pickle_excludes_the_cached_waves() -> None:
     delta = adapter(3)
     fresh = len(pickle.dumps(delta))
     delta(batch())
@@ -109,7 +109,7 @@ def test_waves_are_no_part_of_what_is_written() -> None:
 
 
 @PATHS
-def test_a_look_under_inference_mode_does_not_stand_in_the_way_of_training(n: int) -> None:
+def test_training_works_after_a_call_in_inference_mode(n: int) -> None:
     delta = adapter(n)
     x = batch().requires_grad_()
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def test_a_look_under_inference_mode_does_not_stand_in_the_way_of_training(n: in
 
 
 @PATHS
-def test_entries_made_or_changed_under_inference_mode_are_those_that_are_used(n: int) -> None:
+def test_entries_changed_in_inference_mode_take_effect(n: int) -> None:
     delta = adapter(n)
     delta(batch())
     with torch.inference_mode():
@@ -135,8 +135,8 @@ def test_entries_made_or_changed_under_inference_mode_are_those_that_are_used(n:
 
 
 @PATHS
-def test_it_follows_its_host_to_another_device_and_back(n: int) -> None:
-    """To "meta", the other device there is everywhere: shapes alone live there, but what was left behind shows."""
+def test_adapter_follows_its_host_to_another_device_and_back(n: int) -> None:
+    """The "meta" device exists everywhere; it has only shapes, but a tensor left on the CPU would raise."""
     host = nn.Linear(*SIDES[::-1], dtype=torch.float64)
     attach(host, {"": adapter(n)})
     before = host(batch())
@@ -150,7 +150,7 @@ def test_it_follows_its_host_to_another_device_and_back(n: int) -> None:
 
 
 @pytest.mark.parametrize("coefficients", [3, 200])
-def test_a_model_that_went_to_bfloat16_and_back_is_the_one_of_its_rounded_values(coefficients: int) -> None:
+def test_model_moved_to_bfloat16_and_back_equals_its_rounded_state(coefficients: int) -> None:
     model = tiny("bert")
     FourierFT(coefficients=coefficients).attach(model)
     model(**inputs(model))

@@ -1,33 +1,40 @@
-"""FourierFT: a frozen weight plus an update made of few frequencies, of which the coefficients are trained.
+"""FourierFT: a frozen weight plus an update with a sparse spectrum, whose coefficients are trained.
+
+::
 
     W = W_0 + dW,    dW = alpha Re(ifft2(F)),    F = c at the entries E, zero elsewhere
     dL/dc_l = alpha / (d1 d2) Re(fft2(dL/dW))[E_l]
 
-The entries are drawn once, by seed, and are the same for all weights of one shape. Coefficients are standard normal at
-the start, so that training does not start at the pre-trained model.
+The entries are drawn once by seed and are the same for all weights of one shape. Coefficients are initially standard
+normal, so training does not start from the pretrained model.
 
-============  =========================================================================
-paper         here
-============  =========================================================================
-n             ``coefficients`` of each module
-alpha         ``alpha``, not divided by anything
-E, c          the buffer ``entries`` (2, n) and the parameter ``coefficients`` (n,)
-f_c, W        ``center`` and ``width`` of the frequency bias
-seed 2024     ``entry_seed``
-F-B, R-B, O-B ``basis``: the paper's own, random, orthogonal
-============  =========================================================================
+=============  =========================================================================
+paper          here
+=============  =========================================================================
+n              ``coefficients``, per module
+alpha          ``alpha``, without a divisor
+E, c           the buffer ``entries`` (2, n) and the parameter ``coefficients`` (n,)
+f_c, W         ``center`` and ``width`` of the frequency bias
+seed 2024      ``entry_seed``
+F-B, R-B, O-B  ``basis``: the paper's own, random, orthogonal
+=============  =========================================================================
 
 Source: FourierFT (arXiv 2405.03003), equations 2 to 4 with algorithm 1, which divides by d1 d2; equation 5 (frequency
 bias), table 6 (bases).
 
-Departs: weights need not be square; row and column of an entry are quotient and remainder by d2, as in PEFT, whose
-entries these are under the same seed. Of a bias the map is centred on frequency zero, at which f_c = 0 has its limit 1,
-and entries are drawn from it without replacement. Random bases are normal of variance 1 / d, orthogonal ones those of
-such matrices, and both are scaled to the expected norm that the update has under the Fourier basis,
-alpha sqrt(n / (2 d1 d2)). Transforms are taken in float32 or more, whatever the weight's dtype. Coefficients are not
-decayed, since vectors are not. By default there are four coefficients for each row or column, whichever are fewer;
-that, alpha and the rates are a choice for small models. Embeddings are refused, as in PEFT. Also:
+Departs:
 
+- Weights need not be square. Row and column of an entry are quotient and remainder by d2, as in PEFT; the same seed
+  gives PEFT's entries.
+- The map of a frequency bias is centered on frequency zero, where it takes its limit 1 if f_c = 0. Entries are drawn
+  from it without replacement.
+- Random bases are normal with variance 1 / d; orthogonal bases are the Q factors of such matrices. Both are scaled to
+  the expected norm of the update in the Fourier basis, alpha sqrt(n / (2 d1 d2)).
+- Transforms use float32 or wider, regardless of the dtype of the weight.
+- Coefficients have no weight decay, like all vectors.
+- By default there are four coefficients per row or per column, whichever are fewer. This default, alpha and the
+  learning rates are chosen for small models.
+- Embeddings are rejected, as in PEFT.
 - An input x is mapped to dW x, as in PEFT; the layer of the authors' code applies the transpose of dW.
 """
 
@@ -45,7 +52,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, attached_deltas, host_weight, to_array
-from lorascope.methods.base import Method, Step, train_adapters
+from lorascope.methods.base import Method, Step, require_choice, train_adapters
 from lorascope.methods.fourierft_synthesis import at_least_float32, fourier_factors, synthesize, use_basis_form
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
@@ -56,9 +63,9 @@ RECORD_EVERY = 10
 register(
     "radius_energy",
     Quantity(
-        "share of ‖ΔW‖²",
+        "fraction of ‖ΔW‖²",
         index="bin",
-        definition="part of |dW|^2 in each eighth of the radii, from frequency zero to the corner",
+        definition="fraction of |dW|^2 in each of eight rings of radii, from frequency zero to the corner",
         source="FourierFT, section 4.3",
     ),
 )
@@ -66,24 +73,24 @@ register(
 
 @dataclass(kw_only=True)
 class FourierFT(Method, name="fourierft"):
-    """Fine-tuning by a few coefficients of every weight's Fourier transform.
+    """Fine-tuning of a few Fourier coefficients per weight.
 
     Parameters
     ----------
     coefficients : int, optional
-        Of each module; four times the smaller side of its weight by default.
+        Number of coefficients per module; by default four times the smaller side of its weight.
     alpha : float
-        The inverse transform, which divides by d1 d2, is multiplied by it.
+        Factor of the inverse transform, which itself divides by d1 d2.
     targets : str or tuple of str
-        Roles, "all-linear", module names or a regular expression; see ``names.match``.
+        Roles, "all-linear", module names or a regular expression; see ``ls.names.match``.
     entry_seed : int
-        Of the entries alone: the global generators have no part in them.
+        Seed of the entries; the global generators are not used.
     center, width : float
-        Of the band from which the entries are drawn; no ``center`` draws from all alike.
+        Frequency band from which entries are drawn; without ``center`` all entries are equally likely.
     init : {"normal", "zeros"}
-        Of the coefficients.
+        Initial values of the coefficients.
     basis : {"fourier", "random", "orthogonal"}
-        The others are the controls of the paper's ablation.
+        Basis of the update; "random" and "orthogonal" are the controls of the paper's ablation.
     """
 
     coefficients: int | None = None
@@ -98,11 +105,10 @@ class FourierFT(Method, name="fourierft"):
     head_lr: float = 5e-3
 
     def __post_init__(self) -> None:
-        for name, choices in (("init", ("normal", "zeros")), ("basis", ("fourier", "random", "orthogonal"))):
-            if (choice := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} {choice!r} is unknown: it must be one of {', '.join(map(repr, choices))}")
+        require_choice(self, "init", ("normal", "zeros"))
+        require_choice(self, "basis", ("fourier", "random", "orthogonal"))
         if not (math.isfinite(self.alpha) and self.alpha):
-            raise ValueError(f"alpha {self.alpha} leaves no update to train: give a finite number other than 0")
+            raise ValueError(f"alpha must be finite and nonzero, got {self.alpha}")
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
@@ -112,7 +118,9 @@ class FourierFT(Method, name="fourierft"):
 
     def _fourier_delta(self, name: str, host: nn.Module) -> Delta:
         if isinstance(host, nn.Embedding):
-            raise ValueError(f"{name!r} is an embedding: FourierFT adapts linear maps alone, leave it out of targets")
+            raise ValueError(
+                f"cannot adapt embedding {name!r}: FourierFT supports linear layers. Remove it from targets"
+            )
         weight = host_weight(host)
         d1, d2 = weight.shape
         n = 4 * min(d1, d2) if self.coefficients is None else self.coefficients
@@ -128,7 +136,7 @@ class FourierFT(Method, name="fourierft"):
         return BasisDelta(start, places, *bases((d1, d2), self.entry_seed, self.basis), self.alpha)
 
     def records(self, step: Step) -> Iterable[Item]:
-        """Where in the spectrum the update lies."""
+        """Yield the radial energy of every Fourier update, every ten steps and at the end."""
         if step.finished % RECORD_EVERY and not step.last:
             return
         for module, delta in attached_deltas(step.model).items():
@@ -142,13 +150,14 @@ class FourierFT(Method, name="fourierft"):
 
 
 class FourierDelta(Delta):
-    """The update alpha * Re(ifft2(F)) of one module.
+    """Update alpha * Re(ifft2(F)) of one module.
 
     Parameters
     ----------
     coefficients : (n,)
-        Their values at the start.
+        Initial values.
     entries : (2, n)
+        Rows and columns of the spectrum F.
     shape : (int, int)
         (out, in).
     alpha : float
@@ -171,7 +180,7 @@ class FourierDelta(Delta):
         return synthesize(at_least_float32(self.coefficients), self.entries, self.shape, self.alpha)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        """By the matrix, or where the coefficients are few by their waves."""
+        """Apply the update as a matrix, or in basis form if there are few coefficients."""
         if not use_basis_form(len(self.coefficients), self.shape):
             return F.linear(x, self.weight().to(x.dtype))
         left, right = self._waves_for(x).split(self.shape)
@@ -181,33 +190,32 @@ class FourierDelta(Delta):
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
-        """By the sum of both weights, as if the update were folded in; two products where the coefficients are few."""
+        """Apply the sum of both weights, as if merged, or two products if there are few coefficients."""
         if use_basis_form(len(self.coefficients), self.shape):
             return F.linear(x, W, b) + self(x)
         return F.linear(x, (W + self.weight()).to(W.dtype), b)
 
     def _waves_for(self, x: Tensor) -> Float[Tensor, "sides waves"]:
-        """Waves of length 1, kept from call to call until the entries change, as where a saved state is put back.
+        """Return the cosines and sines of unit-norm waves, cached until the entries change.
 
-        A change is seen by the version of the tensor: to compare values means to wait for a GPU.
-
-        Of length 1, since float16 cannot tell alpha c / (d1 d2) from zero where a weight is wide.
+        The version of the tensor shows a change, such as a restored state; comparing values would wait for a GPU. The
+        norm is 1 because float16 rounds alpha c / (d1 d2) to zero for a wide weight.
         """
         kept, entries = self._waves, self.entries
-        version = -1 if entries.is_inference() else entries._version  # inference tensors have none
+        version = -1 if entries.is_inference() else entries._version  # inference tensors have no version
         if (
             kept is None
             or version < 0
             or (kept[0] is not entries or kept[1] != version)
             or (kept[2].dtype, kept[2].device) != (x.dtype, x.device)
         ):
-            with torch.inference_mode(False):  # what is made under it cannot be trained with later
+            with torch.inference_mode(False):  # tensors created in inference mode cannot be used in training
                 sides = [wave / len(wave) ** 0.5 for wave in fourier_factors(entries, self.shape)]
                 kept = self._waves = entries, version, torch.cat(sides).to(x.dtype)
         return kept[2]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the waves, which are many times what trains and are made again when asked for."""
+        """Return the state without the cached waves, which are large and are rebuilt on use."""
         return super().__getstate__() | {"_waves": None}
 
     def factors(self) -> dict[str, Tensor]:
@@ -221,13 +229,14 @@ class FourierDelta(Delta):
 
 
 class BasisDelta(Delta):
-    """The update alpha / sqrt(2 d1 d2) * left F right^T, whose expected norm is that of a Fourier update.
+    """Update alpha / sqrt(2 d1 d2) * left F right^T, which has the expected norm of a Fourier update.
 
     Parameters
     ----------
     coefficients, entries, alpha
-        As of ``FourierDelta``.
+        See ``FourierDelta``.
     left, right : (out, out), (in, in)
+        Bases of the outputs and of the inputs, in columns.
     """
 
     entries: Tensor
@@ -262,6 +271,6 @@ class BasisDelta(Delta):
 
 
 def bases(shape: tuple[int, int], seed: int, kind: str) -> tuple[Float[Tensor, "out out"], Float[Tensor, "in in"]]:
-    """``fourier.bases`` as tensors."""
+    """Return ``fourier.bases`` as tensors."""
     left, right = fourier.bases(shape, seed, kind)
     return torch.from_numpy(left), torch.from_numpy(right)

@@ -1,6 +1,6 @@
-"""From the coefficients of a few frequencies to a weight's update and back, in torch.
+"""Transforms between a few Fourier coefficients and the update of a weight, in torch.
 
-Source: FourierFT (arXiv 2405.03003), algorithm 1; the real transform of half a spectrum.
+Source: FourierFT (arXiv 2405.03003), algorithm 1, by real transforms of half a spectrum.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ Shape = tuple[int, int]
 def synthesize(
     c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float
 ) -> Float[Tensor, "out in"]:
-    """alpha * Re(ifft2(F)), where F holds c at the entries; differentiable, more than once.
+    """Compute alpha * Re(ifft2(F)), where F is c at the entries and 0 elsewhere; differentiable more than once.
 
     Parameters
     ----------
     c : (n,)
-        In float32 at least.
+        Coefficients, in float32 or wider.
     entries : (2, n)
         Rows and columns of F.
     shape : (int, int)
@@ -34,10 +34,11 @@ def synthesize(
 
 
 def use_basis_form(n: int, shape: Shape) -> bool:
-    """Are products with waves, 8 T n (d1 + d2) for T tokens, fewer than those of the gradient by dW, 2 T d1 d2?
+    """Return whether basis form needs fewer operations than the matrix.
 
-    Forwards the sum of both weights costs no more than the weight alone. The transforms come on top: where this says
-    no, waves may still win with few tokens; at a thousand both are about even where it turns.
+    For T tokens, products with waves take 8 T n (d1 + d2) operations and the gradient by dW takes 2 T d1 d2. Forward,
+    the sum of both weights costs no more than the weight itself. Transforms are not counted, so waves may be faster for
+    few tokens even if this returns False. At a thousand tokens both are about even at the threshold.
     """
     return 4 * n * sum(shape) < math.prod(shape)
 
@@ -45,10 +46,10 @@ def use_basis_form(n: int, shape: Shape) -> bool:
 def fourier_factors(
     entries: Int[Tensor, "2 n"], shape: Shape
 ) -> tuple[Float[Tensor, "out waves"], Float[Tensor, "in waves"]]:
-    """L and R with dW = alpha / (d1 d2) L diag(c, c) R^T: cosines, then sines, those of L negative."""
+    """Return L and R with dW = alpha / (d1 d2) L diag(c, c) R^T: cosines, then sines, which are negative in L."""
     sides = []
     for index, side, sign in zip(entries, shape, (-1, 1), strict=True):
-        # Whole turns are taken off in integers: of a large phase the cosine has lost its digits.
+        # Phases are reduced modulo a full turn in integers, because the cosine of a large phase loses digits.
         turns = torch.outer(torch.arange(side, device=index.device), index) % side
         phases = turns.double() * (2 * math.pi / side)
         sides.append(torch.cat([phases.cos(), sign * phases.sin()], 1))
@@ -56,7 +57,7 @@ def fourier_factors(
 
 
 class _Synthesis(torch.autograd.Function):
-    """Coefficients to alpha * Re(ifft2(F)), without the complex matrices that autograd would keep."""
+    """Map from coefficients to alpha * Re(ifft2(F)), without the complex matrices that autograd would store."""
 
     @staticmethod
     def forward(ctx: Any, c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float) -> Tensor:
@@ -70,7 +71,7 @@ class _Synthesis(torch.autograd.Function):
 
 
 class _Analysis(torch.autograd.Function):
-    """The adjoint of ``_Synthesis``, and the other way round."""
+    """Adjoint of ``_Synthesis``, whose adjoint in turn is ``_Synthesis``."""
 
     @staticmethod
     def forward(ctx: Any, G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: float) -> Tensor:
@@ -86,23 +87,24 @@ class _Analysis(torch.autograd.Function):
 def synthesis(
     c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: Shape, alpha: float
 ) -> Float[Tensor, "out in"]:
-    """alpha * Re(ifft2(F)) by a real transform of the left half of (F(j, k) + F(-j, -k)) / 2.
+    """Compute alpha * Re(ifft2(F)) by a real transform of the left half of (F(j, k) + F(-j, -k)) / 2.
 
-    That is half the work. It is scaled here, as float32 transforms of 2048 x 2048 by several threads may be twice.
+    This is half the work. The scale is applied here, because multithreaded float32 transforms of 2048 x 2048 may apply
+    theirs twice.
     """
     width = shape[1] // 2 + 1
-    place, mirror, alone = _half_spectrum(entries, shape)
+    place, mirror, paired = _half_spectrum(entries, shape)
     half = c * (alpha / (2 * math.prod(shape)))
     spectrum = c.new_zeros(shape[0] * width, 2)
     spectrum[:, 0].index_add_(0, place, half)
-    spectrum[:, 0].index_add_(0, mirror, half * alone)
+    spectrum[:, 0].index_add_(0, mirror, half * paired)
     return torch.fft.irfft2(torch.view_as_complex(spectrum).view(shape[0], width), s=shape, norm="forward")
 
 
 def analysis(G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: float) -> Float[Tensor, "n"]:
-    """alpha / (d1 d2) Re(fft2(G)) at the entries.
+    """Compute alpha / (d1 d2) Re(fft2(G)) at the entries.
 
-    Two calls, since one of ``rfft2`` by several threads waits for them longer than the transform takes.
+    Two transforms are used because a multithreaded ``rfft2`` waits for its threads longer than it computes.
     """
     spectrum = torch.fft.fft(torch.fft.rfft(G), dim=0)
     place, _, _ = _half_spectrum(entries, (G.shape[0], G.shape[1]))
@@ -112,7 +114,7 @@ def analysis(G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], alpha: flo
 def _half_spectrum(
     entries: Int[Tensor, "2 n"], shape: Shape
 ) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"], Bool[Tensor, "n"]]:
-    """Of each entry or its mirror the one in the left half, numbered there; its mirror; are both in that half?"""
+    """Return each entry's index in the left half (or its mirror's), the mirror's index, and whether both are in it."""
     (j, k), (rows, columns) = entries, shape
     width = columns // 2 + 1
     left = k < width
@@ -123,5 +125,5 @@ def _half_spectrum(
 
 
 def at_least_float32(c: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """In float32 at least: there are no transforms of halves."""
+    """Convert to float32 unless the dtype is wider: half precision has no transforms."""
     return c.to(torch.promote_types(c.dtype, torch.float32))

@@ -48,15 +48,15 @@ def test_method_on_family(family, method, bases, tmp_path):
 @pytest.mark.parametrize(
     ("family", "method", "message"),
     [
-        ("vit", LoRA(targets="embed"), "'vit.embeddings.*' must be nn.Linear.* got torch.nn.*Conv2d"),
-        ("t5", FourierFT(targets="embed"), "'shared' is an embedding: FourierFT adapts linear maps alone"),
+        ("vit", LoRA(targets="embed"), "'vit.embeddings.*' is a torch.nn.*Conv2d; a Delta takes nn.Linear"),
+        ("t5", FourierFT(targets="embed"), "embedding 'shared'.* FourierFT"),
         (
             "bart",
             HydraLoRA(targets="embed"),
-            "'model.shared' is an embedding: it takes ids, and a router needs a vector",
+            "embedding 'model.shared'.* router",
         ),
-        ("llama", NeFT(select_by="probed"), "select_by 'probed' needs a class for every row: give a classifier"),
-        ("t5", NeFT(select_by="probed"), "select_by 'probed' needs a class for every row: give a classifier"),
+        ("llama", NeFT(select_by="probed"), "select_by='probed'.* classes"),
+        ("t5", NeFT(select_by="probed"), "select_by='probed'.* classes"),
         ("llama", LoRA(targets="cross_q"), "'cross_q' matches no module"),
     ],
 )

@@ -61,7 +61,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.ablation import Scores, ablation_scores
 from lorascope.adapters.delta import attach, resize
-from lorascope.methods.base import added_later, Method, Step, parameter_groups, require_at_least, train_adapters
+from lorascope.methods.base import Method, Step, added_later, parameter_groups, require_at_least, train_adapters
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attach, host_weight, to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
-from lorascope.methods.base import added_later, Method, Step, require_at_least, require_choice, train_adapters
+from lorascope.methods.base import Method, Step, added_later, require_at_least, require_choice, train_adapters
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly

@@ -1,20 +1,22 @@
-"""Probing, NeFT's first way to choose neurons: whose weights are most like what linear probes read from the states?
+"""Linear probing, NeFT's first selection rule: neurons whose weights are most similar to linear probes.
+
+::
 
     h_a(x) = mean over the tokens of text x of the output of block a, with W_0
-    c_a    = coefficients of a ridge classifier of the labels y(x) from h_a(x), one row a class
+    c_a    = coefficients of a ridge classifier of the labels y(x) from h_a(x), one row per class
     score of neuron n = max over blocks a and classes of |cos(w_n, c_a)|
 
-This is a phase of its own: the texts are those of its batches, and nothing trains but the task's head.
+Probing is a separate phase. It uses the texts of its batches, and only the task's head trains.
 
 Source: NeFT (arXiv 2403.11621), section 3 (a preliminary experiment, for XNLI); the ridge classifier, its strengths and
 the division of each probe by its norm from the authors' code.
 
 Departs:
 
-- The probes are fitted on the rows of the phase's batches, all of them from the train split; the authors hold out 1,000
-  rows to score each probe.
-- The authors score by the coefficients of one class; here the score is the maximum over the classes.
-- They take the top k of each projection; here the choice is over all projections together, as in the other modes.
+- The probes are fitted on all rows of the phase's batches, from the train split. The authors hold out 1,000 rows to
+  score each probe.
+- The score is the maximum over the classes; the authors use the coefficients of one class.
+- Neurons are selected over all projections, as in the other modes; the authors select the top k of each projection.
 """
 
 from __future__ import annotations
@@ -51,21 +53,21 @@ _STRENGTHS = np.logspace(0.8, 4.1, 12)
 
 @dataclass(kw_only=True)
 class Probing(Method):
-    """Keep the hidden states of every batch; after the last one fit the probes and score the neurons.
+    """Phase that collects hidden states, then fits linear probes and scores the neurons after the last batch.
 
     Parameters
     ----------
     targets : tuple of str
-        Roles that neurons are scored of.
+        Roles whose neurons are scored.
     """
 
     targets: tuple[str, ...] = neurons.DEFAULT
 
     def attach(self, model: nn.Module) -> None:
-        """Freeze all but the task's head."""
+        """Freeze all parameters except the task's head."""
         head = task_head(model).values()
         if not head:
-            raise ValueError("select_by 'probed' needs a class for every row: give a classifier and a task with labels")
+            raise ValueError("cannot use select_by='probed' without classes: use a classifier and a task with labels")
         self._parts = neurons.parts(module_table.describe(model), self.targets)
         model.requires_grad_(False)
         for parameter in head:
@@ -75,13 +77,13 @@ class Probing(Method):
         self.found_: list[tuple[str, int, Float[np.ndarray, "neurons"]]] = []
 
     def before_step(self, step: Step) -> None:
-        """Keep what the batch shows."""
+        """Store the labels and the mean hidden states of the batch."""
         self.labels_.append(to_array(step.batch["labels"]))
         for stack, states in token_means(step.model, step.batch).items():
             self.states_.setdefault(stack, []).append(states)
 
     def after_step(self, step: Step) -> None:
-        """After the last batch fit the probes and score the neurons."""
+        """Fit the probes and score the neurons after the last batch."""
         if not step.last:
             return
         labels = np.concatenate(self.labels_)
@@ -93,11 +95,11 @@ class Probing(Method):
         self.labels_, self.states_ = [], {}
 
     def settled(self, step: Step) -> bool:
-        """Nothing trains that could be best earlier."""
+        """Return whether this is the last step; the scores exist only then."""
         return step.last
 
     def records(self, step: Step) -> Iterable[Record]:
-        """At the end the score of every neuron."""
+        """Yield the score of every neuron at the end."""
         for module, first, alike in self.found_:
             yield Record(PROBE_COSINE, alike, module, np.arange(first, first + len(alike)))
 
@@ -105,17 +107,18 @@ class Probing(Method):
 def directions(
     states: Float[np.ndarray, "rows layers d"], labels: Shaped[np.ndarray, "rows"]
 ) -> Float[np.ndarray, "probes d"]:
-    """Coefficients of a ridge classifier of every layer, one row a layer and class (one a layer where two classes are).
+    """Fit a ridge classifier per layer and stack the coefficients.
+
+    There is one row per layer and class, or one row per layer for two classes.
 
     Raises
     ------
     ValueError
-        All texts are of one class.
+        All texts belong to one class.
     """
     if len(np.unique(labels)) < 2:
-        raise ValueError(
-            f"all {len(labels)} probed texts are of one class: give more of them, by tune_steps or batch_size"
-        )
+        reason = f"all {len(labels)} texts belong to one class"
+        raise ValueError(f"cannot fit linear probes: {reason}. Increase tune_steps or batch_size")
     probes = [RidgeClassifierCV(_STRENGTHS).fit(layer, labels) for layer in states.transpose(1, 0, 2)]
     return np.vstack([probe.coef_ for probe in probes])
 
@@ -123,31 +126,32 @@ def directions(
 def likeness(
     vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
 ) -> Float[np.ndarray, "neurons"]:
-    """Largest |cosine| between each vector and a probe; NaN for a vector of zeros. A probe of zeros counts as 0."""
+    """Return the largest absolute cosine of each vector with a probe: NaN for a zero vector, 0 with a zero probe."""
     return np.abs(_unit_rows(vectors, np.nan) @ _unit_rows(probes, 0.0).T).max(axis=1)
 
 
 def _unit_rows(rows: Float[np.ndarray, "n d"], zero: float) -> Float[np.ndarray, "n d"]:
-    """Rows divided by their norms; rows of zeros become ``zero``."""
+    """Divide rows by their norms; zero rows become ``zero``."""
     norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0)
 
 
 def probe_scores(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
-    """Scores that a run of probing gave the neurons in these places, for ``neurons.select`` by ``probe_cosine``.
+    """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select``.
 
     Raises
     ------
     ValueError
-        It probed none of one of them, or its probes were not divided by their norms.
+        The run did not probe one of the places, or is from a version that did not normalize probes.
     """
     scores = selected_neurons.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
-        mend = f"delete {run.path} and probe again"
-        raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {mend}")
+        fix = f"delete {run.path} and probe again"
+        raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {fix}")
     found = neurons.scores_at(scores, places)
     known = set(zip(found["module"], found["role"], strict=True))
     if absent := [part for part in places if (part.module, part.role) not in known]:
         one = absent[0]
-        raise ValueError(f"run {run.id} ({run.label}) did not probe {one.role} ({one.module}): leave it out of targets")
+        reason = f"run {run.id} ({run.label}) did not probe it. Remove it from targets"
+        raise ValueError(f"cannot score the neurons of {one.role} ({one.module}): {reason}")
     return found

@@ -1,7 +1,7 @@
-"""One method on one family: what moved, by how much, where it stands, and that it is read back.
+"""Checks of one method on one family: which parameters changed, by how much, their roles, and reloading.
 
-The oracle knows nothing of how an update is stored: it passes the identity through the trained modules, compares with
-copies of the start, and reads the places of a family off a table written by hand (``families``).
+The oracle does not use the stored form of an update. It passes the identity through the trained modules, compares with
+copies of the initial weights, and takes the roles of a family from a hand-written table (``families``).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ METHODS: dict[str, Method] = {
     "neft": NeFT(lr=1e-2, num_neurons=NEURONS, tune_steps=2),
     "adapprox": Adapprox(lr=1e-2, min_dim=8),
 }
-ADAPTED = {  # by the sheets' defaults; "all-linear" for ALoRA
+ADAPTED = {  # defaults of the papers; "all-linear" for ALoRA
     "lora": ("q", "v"),
     "autolora": ("q", "v"),
     "fourierft": ("q", "v"),
@@ -52,7 +52,7 @@ ADAPTED = {  # by the sheets' defaults; "all-linear" for ALoRA
 
 @dataclass(kw_only=True)
 class Start(observe.Observer):
-    """Keeps the base's tensors as they are before the first step of every phase."""
+    """Observer that copies the base's tensors before the first step of every phase."""
 
     kept: list = field(default_factory=list)
 
@@ -67,7 +67,7 @@ class Start(observe.Observer):
 
 @dataclass
 class Cell:
-    """A run, the model that it left, and what both began with: ``base`` is freshly loaded, ``start`` W_0 by phase."""
+    """A run and its model, with the freshly loaded ``base`` and W_0 of every phase (``start``)."""
 
     family: str
     method: str
@@ -78,28 +78,28 @@ class Cell:
     start: list[dict[str, torch.Tensor]]
 
     def restored(self, run: ls.Run) -> nn.Module:
-        """The base with a run put into it."""
+        """Return a copy of the base with a run restored into it."""
         model = copy.deepcopy(self.base)
         run.restore(model)
         return model.eval()
 
 
 def check(family: str, name: str, base: nn.Module, task: Any, out: Path, method: Method, **settings: Any) -> None:
-    """Train a copy of a freshly loaded model, and hold what comes out against the oracle."""
+    """Train a copy of a freshly loaded model and compare the result with the oracle."""
     model, start = copy.deepcopy(base), Start(every=1)
     observers = [observe.norms(every=STEPS), start]
     quiet = {"steps": STEPS, "eval_every": 0, "progress": False, "device": "cpu"}
     run = ls.train(model, task, method, observe=observers, out=out, **quiet, **settings)
     cell = Cell(family, name, base, task, run, model.eval(), start.kept)
-    every_phase_begins_at_the_checkpoint(cell)
-    only_what_is_planned_moves(cell)
+    check_start_of_phases(cell)
+    check_changed_parameters(cell)
     for phase, before in zip([*run.parents, run], start.kept, strict=True):
-        norms_are_those_of_the_weights(cell, phase, before)
-    what_is_read_back_is_what_was_trained(cell)
-    places_are_in_order(cell)
+        check_norms(cell, phase, before)
+    check_reloaded_run(cell)
+    check_order_and_roles(cell)
 
 
-def every_phase_begins_at_the_checkpoint(cell):
+def check_start_of_phases(cell):
     stored = dict(cell.base.named_parameters())
     for base in cell.start:
         assert base.keys() == stored.keys()
@@ -107,8 +107,8 @@ def every_phase_begins_at_the_checkpoint(cell):
             assert name in models.missing(cell.base) or torch.equal(parameter, base[name]), name
 
 
-def only_what_is_planned_moves(cell):
-    """Bit for bit, in the run itself (the last phase)."""
+def check_changed_parameters(cell):
+    """Check bitwise which parameters the run itself (the last phase) changed."""
     base = cell.start[-1]
     now = {name: parameter for name, parameter in cell.model.named_parameters() if ".delta." not in name}
     moved = {name for name in base if not torch.equal(now[name], base[name])}
@@ -125,7 +125,7 @@ def only_what_is_planned_moves(cell):
         chosen = neurons_of(cell)
         assert moved == head | {f"{module}.weight" for module in chosen}
         assert sum(map(len, chosen.values())) == NEURONS
-        if cell.family == "phi3":  # of a fused gate and input the inputs alone are asked for
+        if cell.family == "phi3":  # gate and input are fused, and only inputs are targets
             fused = [number for module, numbers in chosen.items() if "gate_up" in module for number in numbers]
             assert families.HALF <= min(fused) < max(fused) < 2 * families.HALF
         known = families.modules(cell.family, "ffn_in", "ffn_out")
@@ -139,20 +139,20 @@ def only_what_is_planned_moves(cell):
 
 
 def neurons_of(cell) -> dict[str, list[int]]:
-    """The neurons that the run says it chose, by module."""
+    """Return the neurons that the run recorded as selected, by module."""
     rows = cell.run.table.query("quantity == 'selected' and value == 1")
     return {str(module): part["index"].tolist() for module, part in rows.groupby("module", observed=True)}
 
 
 def changes(cell, run, base) -> dict[str, torch.Tensor]:
-    """W - W_0 in float64 of every tensor by name, and of every adapted module, as a restored model computes with it."""
+    """Compute W - W_0 of every tensor and adapted module of a restored model, in float64."""
     model = cell.restored(run)
     gates = mean_gates(cell, model) if cell.method == "hydralora" else {}
     model = copy.deepcopy(model).double()
     found = {name: model.get_parameter(name).detach() - base[name].double() for name in base}
     for module, adapter in delta.attached_deltas(model).items():
         host: Any = model.get_submodule(module)
-        if module in gates:  # no linear map: by definition s sum_i w_i B_i A, at the mean gates of a look
+        if module in gates:  # not a linear map: s sum_i w_i B_i A at mean gates, by definition
             heads = adapter.B.detach().chunk(adapter.number, dim=1)
             found[module] = adapter.scale * sum(
                 w * B @ adapter.A.detach() for w, B in zip(gates[module], heads, strict=True)
@@ -167,7 +167,7 @@ def changes(cell, run, base) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def mean_gates(cell, model) -> dict[str, torch.Tensor]:
-    """Mean of softmax(W_g x) over all tokens of the first validation rows, each passed alone, so without padding."""
+    """Average softmax(W_g x) over all tokens of the first validation rows, one row per pass and so without padding."""
     task = cell.task.fit(model)
     longest = cell.run.meta["settings"]["max_length"]
     rows = task.encode(models.processor(model), task.split("validation").head(ROWS), longest)
@@ -185,8 +185,8 @@ def mean_gates(cell, model) -> dict[str, torch.Tensor]:
     return {name: torch.cat(kept).double().mean(0) for name, kept in seen.items()}
 
 
-def norms_are_those_of_the_weights(cell, run, base):
-    """The recorded update_norm of every module and block after the last step."""
+def check_norms(cell, run, base):
+    """Check the recorded update_norm of every module and block after the last step."""
     found = changes(cell, run, base)
     adapted = {module for module in found if module not in base}
     phase = run.meta["method"]["name"]
@@ -206,14 +206,14 @@ def norms_are_those_of_the_weights(cell, run, base):
     recorded = dict(zip(rows["module"].astype(str), rows["value"], strict=True))
     assert recorded.keys() == wanted.keys()
     for module, norm in wanted.items():
-        near = pytest.approx(norm, rel=rounding(terms=TINY, growth=4 * TEXT), abs=1e-9)  # of a small difference
+        near = pytest.approx(norm, rel=rounding(terms=TINY, growth=4 * TEXT), abs=1e-9)  # a small difference
         assert recorded[module] == near, module
     moved = [norm for module, norm in wanted.items() if norm > 1e-4]
-    assert len(moved) > len(wanted) / 4  # else the comparison would say little
+    assert len(moved) > len(wanted) / 4  # otherwise the comparison would be weak
 
 
 @torch.no_grad()
-def what_is_read_back_is_what_was_trained(cell):
+def check_reloaded_run(cell):
     loaded = ls.load(cell.run.path)
     pd.testing.assert_frame_equal(loaded.table, cell.run.table)
     pd.testing.assert_frame_equal(loaded.summary(), cell.run.summary())
@@ -222,8 +222,8 @@ def what_is_read_back_is_what_was_trained(cell):
     assert torch.equal(cell.restored(loaded)(**batch).logits, cell.model(**batch).logits)
 
 
-def places_are_in_order(cell):
-    """Encoder before decoder, layers upwards, and each module under the role that it has in its family."""
+def check_order_and_roles(cell):
+    """Check stack, layer and role of each module, and that the encoder and lower layers come first."""
     known = families.modules(cell.family, "q", "k", "v", "o", *CROSS, *FFN)
     summary = cell.run.summary()
     rows = [row for row in summary.itertuples() if row.module in known]

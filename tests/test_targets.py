@@ -1,4 +1,4 @@
-"""The choice of modules to adapt."""
+"""Test the selection of modules to adapt."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_match_by_role_follows_model_order() -> None:
     ("family", "fused"), [("gpt2", "c_attn"), ("gpt-neox", "query_key_value"), ("phi3", "qkv_proj")]
 )
 @pytest.mark.parametrize("role", ["q", "k", "v", "qkv"])
-def test_match_takes_a_fused_module_whole(family: str, fused: str, role: str) -> None:
+def test_match_of_a_fused_role_returns_the_fused_module(family: str, fused: str, role: str) -> None:
     assert [name.rpartition(".")[2] for name in _matches(family, [role, "q"])] == [fused, fused]
 
 
-def test_match_finds_a_gate_fused_with_the_input() -> None:
+def test_match_of_a_fused_gate_returns_the_fused_module() -> None:
     fused = [f"model.layers.{i}.mlp.gate_up_proj" for i in (0, 1)]
     assert _matches("phi3", "ffn_gate") == _matches("phi3", "ffn_in") == fused
     with pytest.raises(ValueError, match="'ffn_gate' matches no module"):
@@ -41,7 +41,7 @@ def test_match_finds_a_gate_fused_with_the_input() -> None:
 
 
 @pytest.mark.parametrize(("family", "head"), ENDS)
-def test_all_linear_is_every_linear_inside_the_blocks(family: str, head: str) -> None:
+def test_all_linear_matches_every_linear_inside_the_blocks(family: str, head: str) -> None:
     model = tiny(family, head)
     expected = [
         name
@@ -51,7 +51,7 @@ def test_all_linear_is_every_linear_inside_the_blocks(family: str, head: str) ->
     assert match(describe(model), "all-linear") == expected
 
 
-def test_match_by_regex_covers_the_whole_name_and_chooses_matrices_only() -> None:
+def test_match_by_regex_uses_the_whole_name_and_only_matrices() -> None:
     assert _matches("bert", r".*\.1\.attention\..*") == [
         f"bert.encoder.layer.1.attention.{name}" for name in ("self.query", "self.key", "self.value", "output.dense")
     ]
@@ -61,24 +61,24 @@ def test_match_by_regex_covers_the_whole_name_and_chooses_matrices_only() -> Non
         _matches("bert", "attention(")
 
 
-def test_match_takes_tied_names() -> None:
+def test_match_accepts_names_of_tied_modules() -> None:
     assert _matches("gpt2", ["lm_head"]) == _matches("gpt2", "lm_head") == ["lm_head"]
     assert _matches("gpt2", ["transformer.wte"]) == ["transformer.wte"]
     assert _matches("t5", r".*embed_tokens") == ["encoder.embed_tokens", "decoder.embed_tokens"]
 
 
 @pytest.mark.parametrize(
-    ("targets", "said"),
+    ("targets", "line"),
     [
-        ("querry", r"'querry' matches no module .*attention\.self\.query \(role q\)\?"),
-        (["q", "cross_q"], r"'cross_q' matches no module \(.*: q k v o ffn_in ffn_out embed"),
-        (["q", "bert.encoder.layer.7"], r"'bert.encoder.layer.7' matches no module .*bert\.encoder\.layer\.[01]"),
-        (["q", "ffn_inn"], r"'ffn_inn' matches no module .*ffn_in\?"),
-        (["q", ".*key"], r"'\.\*key' matches no module"),  # within a sequence a name is exact
-        ([], "targets must not be empty .*: q k"),
+        ("querry", r"'querry' matches no module; near: .*attention\.self\.query \(role q\)"),
+        (["q", "cross_q"], "'cross_q' matches no module; roles here: q k v o ffn_in ffn_out embed"),
+        (["q", "bert.encoder.layer.7"], r"'bert.encoder.layer.7' matches no module; near: bert\.encoder\.layer\.[01]"),
+        (["q", "ffn_inn"], "'ffn_inn' matches no module; near: ffn_in"),
+        (["q", ".*key"], r"'\.\*key' matches no module"),  # in a sequence, names are exact
+        ([], "targets is empty; roles here: q"),
     ],
 )
-def test_match_says_what_was_probably_meant(targets: str | list[str], said: str) -> None:
-    with pytest.raises(ValueError, match=said) as caught:
+def test_unmatched_target_error_suggests_close_names(targets: str | list[str], line: str) -> None:
+    with pytest.raises(ValueError, match=line) as caught:
         _matches("bert", targets)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Tolerances against rounding itself: the same products in other orders stay within, another formula does not."""
+"""Test that reordered sums stay within the tolerances and that another formula does not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 class Reordered(TorchDispatchMode):
-    """Sums of all matrix products in a random order, as another processor might take them."""
+    """Mode that reorders the sums of all matrix products at random, as another processor might."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Reordered(TorchDispatchMode):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_reordered_sums_stay_within_and_another_formula_does_not(family):
+def test_reordered_sums_stay_within_tolerance_and_another_formula_does_not(family):
     model = tiny(family, tie_word_embeddings=False)
     AutoLoRA(targets=("all-linear", "embed"), rank=3).attach(model)
     given, folded = inputs(model), copy.deepcopy(filled(model))
@@ -51,7 +51,7 @@ def test_reordered_sums_stay_within_and_another_formula_does_not(family):
 
 
 @pytest.mark.parametrize(("weights", "growth"), [([1.0, 1.0], 1), ([1.0, -0.999], 1000)])
-def test_amplification_is_the_condition_of_a_sum(weights, growth):
+def test_amplification_matches_the_condition_number_of_a_sum(weights, growth):
     host = nn.Linear(2, 1, bias=False)
     host.weight.data = torch.tensor([weights])
     found = amplification(host, lambda host: host(torch.ones(1, 2, dtype=torch.float64)), draws=16)

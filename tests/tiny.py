@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one for each supported family: ``from tiny import tiny``."""
+"""Tiny models with random weights, one per supported family: ``from tiny import tiny``."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ def tiny(family: str, head: str | None = None, seed: int = 0, **config: Any) -> 
     family : str
         One of ``FAMILIES``.
     head : str, optional
-        One of ``HEADS``; default is the usual one of the family: encoders classify, decoders are causal LMs.
+        One of ``HEADS``; by default that of the family: encoders are classifiers, decoders causal LMs.
     seed : int
-        Seed of the weights; the global generator is left as it was.
+        Seed of the weights; the global generator does not change.
     **config
         Overrides of the family's configuration, such as ``num_labels=3``.
     """
@@ -105,7 +105,7 @@ def tiny(family: str, head: str | None = None, seed: int = 0, **config: Any) -> 
 
 
 def inputs(model: nn.Module, batch: int = 3, length: int = 7, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs that the model's ``forward`` takes: token ids without padding, or pixels."""
+    """Draw random inputs of the model's ``forward``: token ids without padding, or pixels."""
     generator = torch.Generator().manual_seed(seed)
     if model.main_input_name == "pixel_values":
         side = model.config.image_size

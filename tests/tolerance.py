@@ -1,7 +1,7 @@
-"""Tolerances of comparisons in floating point, from the type, the size and the number of operations.
+"""Tolerances of floating-point comparisons, derived from the type, the size and the number of operations.
 
-Two programs that compute the same value round it differently: the order and blocking of sums, fused multiply-add, the
-width of a vector and the library's exp and tanh change with the processor. So a tolerance is never the distance seen on
+Two programs that compute the same value round it differently. The order and blocking of sums, fused multiply-add,
+vector widths and the library's exp and tanh depend on the processor. So a tolerance is never the difference measured on
 one machine. Tests compare two computations in one type, or one computation with its value in float64.
 """
 
@@ -23,7 +23,7 @@ TEXT = 5.0  # ``amplification`` of the text models of ``tiny`` with small update
 
 
 def rounding(dtype: torch.dtype = torch.float32, terms: int = 1, depth: int = 1, growth: float = 1.0) -> float:
-    """Return the largest relative difference of two computations of the same value, on any processor.
+    """Return the largest relative difference of two computations of the same value on any processor.
 
     A sum of n products in any order is off by at most n u of the sum of their absolute values, u = eps / 2 (Higham,
     Accuracy and Stability of Numerical Algorithms, section 3.1), and by more than c sqrt(n) u with a
@@ -37,16 +37,16 @@ def rounding(dtype: torch.dtype = torch.float32, terms: int = 1, depth: int = 1,
     terms : int
         n: number of terms of the longest sum.
     depth : int
-        Number of such operations one after the other; their roundings accumulate like those of a longer sum.
+        Number of successive operations of this kind; their errors accumulate like those of a longer sum.
     growth : float
-        Factor by which what follows magnifies a relative error, such as a condition number or ``amplification``.
+        Factor by which later operations amplify a relative error: a condition number or ``amplification``.
     """
     roundings = terms * depth
     return torch.finfo(dtype).eps * min(roundings, SURE * math.sqrt(roundings)) * growth
 
 
 def near(expected: Any, scale: float | None = None, **model: Any) -> Any:
-    """As pytest.approx with the absolute tolerance ``scale * rounding(**model)``.
+    """Return pytest.approx with the absolute tolerance ``scale * rounding(**model)``.
 
     An entry that is small by cancellation has the error of its terms, so the default scale is the largest entry.
     """
@@ -66,7 +66,7 @@ def amplification(model: nn.Module, compute: Callable[[nn.Module], Tensor], draw
     ----------
     model : Module
     compute : callable (Module) -> Tensor
-        The result, given a copy of the model in float64.
+        Function of a copy of the model in float64.
     draws : int
         Number of random changes.
     """

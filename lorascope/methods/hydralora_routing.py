@@ -46,7 +46,7 @@ for _name, _label, _unit, _definition in (
         "nats",
         "mutual information of domain and expert on held-out text, from mean gate weights",
     ),
-    ("gate_chance", "I(domain; expert), shuffled", "nats", "the same with rows shuffled among the domains"),
+    ("gate_chance", "I(domain; expert), shuffled", "nats", "mutual information with rows shuffled among domains"),
 ):
     register(_name, Quantity(_label, _unit, definition=_definition, source=_PAPER))
 

@@ -18,7 +18,7 @@ __all__ = [
     "ALoRA",
     "AdaLoRA",
     "Adapprox",
-    "AdapproxOptimizer",  # imported on access
+    "AdapproxOptimizer",
     "AutoLoRA",
     "FourierFT",
     "Full",

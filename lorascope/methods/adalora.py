@@ -138,6 +138,7 @@ class AdaLoRA(Method, name="adalora"):
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
         chosen = module_table.match(module_table.describe(model), self.targets)
+        # The authors' code adds 1e-5 to the rank; c does not change when components are masked.
         sizes = (self.init_rank, self.alpha / (self.init_rank + 1e-5), self.dropout)
         self._deltas = {name: AdaLoRADelta(model.get_submodule(name), *sizes) for name in chosen}
         attach(model, self._deltas)
@@ -169,6 +170,7 @@ class AdaLoRA(Method, name="adalora"):
     def after_backward(self, step: Step) -> None:
         """Add the gradient of the penalty."""
         penalty = orthogonality(self._weights[0::3], self._weights[2::3], self.penalty)
+        # A separate backward pass keeps the penalty out of the recorded loss.
         (self.gamma * penalty).backward()
         self._penalty = penalty.detach()
         if self.scores == "before":
@@ -181,6 +183,7 @@ class AdaLoRA(Method, name="adalora"):
         deltas = self._deltas.values()
         if step.index < schedule.fixed:
             weights = self._before if self.scores == "before" else self._weights
+            # A module that the batch did not use has no gradient, which counts as zero.
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
             smooth(self.sensitivity_, self.uncertainty_, weights, gradients, (self.beta1, self.beta2))
         if schedule.chooses(step.index) or step.last:

@@ -147,6 +147,7 @@ class ALoRA(Method, name="alora"):
     def _components_per_round(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
         """Return n_A, the number of components deleted per round."""
         places = description[description["module"].isin(modules) & description["layer"].notna()]
+        # Encoder and decoder number their layers separately, so a block is a stack and a layer.
         in_block = max(places.groupby(["stack", "layer"]).size(), default=len(modules))
         number = {"block": in_block, "network": len(modules)}.get(str(self.prune), self.prune)
         if int(number) >= (total := len(modules) * self.init_rank):
@@ -287,6 +288,7 @@ def prune(scores: Sequence[Float[np.ndarray, "_"]], number: int) -> list[Int[np.
     Ties go to the earlier module, then position. The highest score is never among them.
     """
     sizes = [len(score) for score in scores]
+    # The stable sort breaks ties by module and position.
     lowest = np.argsort(np.concatenate(scores), kind="stable")[: min(number, sum(sizes) - 1)]
     owner, position = np.repeat(np.arange(len(sizes)), sizes), np.concatenate([np.arange(size) for size in sizes])
     return [np.sort(position[lowest][owner[lowest] == module]) for module in range(len(sizes))]

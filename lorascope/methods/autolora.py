@@ -206,6 +206,7 @@ class AutoLoRADelta(LoRADelta):
 
     def __init__(self, host: nn.Module, rank: int, scale: float = 1.0, dropout: float = 0.0) -> None:
         super().__init__(host, rank, scale, dropout)
+        # A buffer, because the optimizer must not train the logits.
         self.register_buffer("logits", torch.zeros(rank, dtype=torch.promote_types(self.A.dtype, torch.float32)))
 
     @property
@@ -268,6 +269,7 @@ def hypergradient(
         return Hypergradient(_gradient(search(w, b), b), {name: torch.zeros_like(b[name]) for name in b}, None)
     slope = _gradient(train(w, b), w, create_graph=form == "exact")
     ahead = _leaves({name: w[name] - rates[name] * slope[name] for name in w})
+    # One backward pass gives both v and the direct term.
     both = _gradient(search(ahead, b), {**ahead, **b})
     v = {name: both[name] for name in w}
     scaled = {name: rates[name] * v[name] for name in w}
@@ -283,6 +285,7 @@ def _mixed_exact(slope: Tensors, direction: Tensors, logits: Tensors) -> Tensors
     try:
         return _gradient(torch.stack([(slope[name] * direction[name]).sum() for name in slope]).sum(), logits)
     except RuntimeError as error:
+        # Fused attention kernels have no second derivative, which torch reports in this way.
         if "is not implemented" not in str(error):
             raise
         problem = "this attention has no second derivatives"
@@ -327,6 +330,7 @@ def adam(
 ) -> tuple[Float[Tensor, "modules k"], dict[str, Any]]:
     """Return the step that Adam subtracts from the logits, and its new moments."""
     (beta1, beta2), steps = BETAS, moments["steps"] + 1
+    # torch.lerp(g, m, beta) is beta m + (1 - beta) g.
     first = torch.lerp(gradient, moments["first"], beta1)
     second = torch.lerp(gradient.square(), moments["second"], beta2)
     move = rate * (first / (1 - beta1**steps)) / ((second / (1 - beta2**steps)).sqrt() + 1e-8)

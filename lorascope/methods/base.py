@@ -222,6 +222,7 @@ class Step:
             Differentiable with respect to ``params``; twice if the model's attention is
             (``attn_implementation="eager"`` always is).
         """
+        # Dropout in this call must not change the random numbers of training.
         cuda = [p.device for p in self.model.parameters() if p.is_cuda][:1]
         with torch.random.fork_rng(devices=cuda):
             return self.compute_loss(self.model, batch, params or {})

@@ -140,7 +140,7 @@ class FourierFT(Method, name="fourierft"):
         if step.finished % RECORD_EVERY and not step.last:
             return
         for module, delta in attached_deltas(step.model).items():
-            if not isinstance(delta, FourierDelta):
+            if not isinstance(delta, FourierDelta):  # other bases have no frequencies
                 continue
             update = delta.update()
             edges = np.linspace(0, math.hypot(*(side // 2 for side in update.shape)), BINS + 1)
@@ -173,6 +173,7 @@ class FourierDelta(Delta):
         self.shape, self.alpha = shape, float(alpha)
         self.coefficients = nn.Parameter(coefficients)
         self.register_buffer("entries", entries)
+        # The shape as a tensor, so that snapshots store it with the factors.
         self.register_buffer("sides", torch.tensor(shape), persistent=False)
         self._waves: tuple[Tensor, int, Tensor] | None = None
 
@@ -184,6 +185,7 @@ class FourierDelta(Delta):
         if not use_basis_form(len(self.coefficients), self.shape):
             return F.linear(x, self.weight().to(x.dtype))
         left, right = self._waves_for(x).split(self.shape)
+        # The waves have norm 1, so their products already divide by sqrt(d1 d2).
         c = self.alpha / math.prod(self.shape) ** 0.5 * self.coefficients
         return F.linear(F.linear(x, right.T) * torch.cat([c, c]).to(x.dtype), left)
 

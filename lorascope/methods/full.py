@@ -52,4 +52,5 @@ class Full(Method, name="full"):
         groups = parameter_groups(model, lr, head_lr, weight_decay)
         if self.optimizer_name == "came":
             return CAME(groups, lr)
+        # Absolute steps: the learning rate has the same meaning as in the other optimizers.
         return Adafactor(groups, lr, beta1=0.9, scale_parameter=False, relative_step=False)

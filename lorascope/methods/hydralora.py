@@ -160,6 +160,7 @@ class HydraLoRA(Method, name="hydralora"):
             sizes = {name: delta.head_sizes for name, delta in routed.items()}
             seen = watch(step.model, gates, held.batch, lambda: step.loss(held.batch), sizes)
             for name, delta in routed.items():
+                # Norms, saved states and updates use these gate weights until the next recording.
                 delta.mean_gates_.copy_(torch.from_numpy(seen[name].mean))
                 yield from gate_records(name, seen[name], held.groups, kept)
         for name, heads in self._deltas.items():
@@ -243,7 +244,7 @@ class HydraDelta(Delta):
             gram = torch.einsum("ohr,ohs->hrs", B, B)
             hidden = hidden.expand(*x.shape[:-1], *gram.shape[:2])
             squares = torch.einsum("...hr,hrs,...hs->...h", hidden, gram, hidden)
-        return self.scale * squares.clamp(min=0).sqrt()
+        return self.scale * squares.clamp(min=0).sqrt()  # rounding can make a small square negative
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         return self.scale * F.linear(self.gated_components(x), self.B)

@@ -188,7 +188,7 @@ def _members(groups: Sequence[str]) -> Float[np.ndarray, "groups rows"]:
 
 def _information(means: Float[np.ndarray, "draws groups heads"]) -> Float[np.ndarray, "draws"]:
     whole = means.mean(-2, keepdims=True)
-    ratio = np.divide(means, whole, out=np.ones_like(means), where=means > 0)
+    ratio = np.divide(means, whole, out=np.ones_like(means), where=means > 0)  # 0 log 0 counts as 0
     return (means * np.log(ratio)).sum(-1).mean(-1)
 
 
@@ -279,6 +279,7 @@ def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bo
     """Return which tokens of a module's input are not padding; None if the batch does not mark padding."""
     stack, _, role = parse(name)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
+    # Ignored labels mark the padding of a decoder; keys and values of cross-attention come from the encoder.
     decoded = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and stack == "decoder"
     if decoded and role not in ("cross_k", "cross_v") and labels is not None and labels.ndim == 2:
         return labels != IGNORED

@@ -172,6 +172,7 @@ class LISA(Method, name="lisa"):
 
     def _warn(self, total: int) -> None:
         steps = self.period(total)
+        # A run with a single interval has no second draw and so no reset.
         if steps < min(_SETTLES, total) and self.moment_policy != "keep":
             warnings.warn(
                 f"interval {steps} resets AdamW's moments before they settle, so steps have full size for any "
@@ -192,6 +193,7 @@ class LISA(Method, name="lisa"):
 
 def draw(generator: np.random.Generator, chances: Float[np.ndarray, "block"], size: int) -> list[int]:
     """Draw ``size`` distinct blocks, one after the other with these probabilities; return their sorted numbers."""
+    # Equal weights draw the same blocks as no weights, for which NumPy uses another algorithm.
     uniform = bool((chances == chances[0]).all())
     drawn = generator.choice(len(chances), size, replace=False, p=None if uniform else chances)
     return sorted(map(int, drawn))

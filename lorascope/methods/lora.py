@@ -131,6 +131,7 @@ class LoRADelta(Delta):
         if isinstance(host, nn.Embedding):
             nn.init.normal_(self.B, generator=generator)
         else:
+            # This slope gives U(-1/sqrt(in), 1/sqrt(in)), as in PEFT.
             nn.init.kaiming_uniform_(self.A, a=math.sqrt(5), generator=generator)
 
     @property

@@ -190,6 +190,7 @@ class NeFT(Method, name="neft"):
             seed = int(torch.randint(2**31, ()))  # depends on the run's seed
         if pool is None:
             return {}
+        # Neurons of different projections may differ in length; fractions use their mean length.
         width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
         total = sum(parameter.numel() for parameter in model.parameters())
         by = PROBE_COSINE if PROBE_COSINE in pool else "cosine_distance"
@@ -319,6 +320,7 @@ def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.D
     if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
         reason = f"run {tuned.id} ({tuned.label}) did not train it"
         raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
+    # Arrays of the tuned run become tensors one at a time, when they are compared.
     wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
     return distances(model, places, dict(model.named_parameters()), wide)
 

@@ -48,7 +48,7 @@ register(
         source="NeFT, section 3",
     ),
 )
-_STRENGTHS = np.logspace(0.8, 4.1, 12)
+_STRENGTHS = np.logspace(0.8, 4.1, 12)  # of the ridge penalty, as in the authors' code
 
 
 @dataclass(kw_only=True)
@@ -92,7 +92,7 @@ class Probing(Method):
             weight = to_array(host_weight(step.model.get_submodule(part.module)).float())[part.where]
             alike = likeness(weight if part.axis == 1 else weight.T, probes[part.stack if part.stack in probes else ""])
             self.found_.append((part.module, part.first, alike))
-        self.labels_, self.states_ = [], {}
+        self.labels_, self.states_ = [], {}  # large, and no longer part of the method's state
 
     def settled(self, step: Step) -> bool:
         """Return whether this is the last step; the scores exist only then."""

@@ -85,6 +85,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         min_dim: int | None = 64,
         seed: int = 0,
     ) -> None:
+        # Every other argument is an option that a parameter group can override.
         options = {key: value for key, value in locals().items() if key not in ("self", "params", "seed", "__class__")}
         super().__init__(params, options)
         # The first group stores the generator of all groups, so that code which saves optimizers finds it.
@@ -230,6 +231,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             raise ValueError("cannot load this state: it has no sketch generator, so AdapproxOptimizer did not save it")
         generator = torch.Generator(self.param_groups[0]["params"][0].device)
         drawn = state_dict["param_groups"][0]["generator"].cpu()
+        # The length of the state shows whether the CPU or an accelerator drew the sketches.
         if len(drawn) != len(generator.get_state()):
             generator = torch.Generator()
         if len(drawn) != len(generator.get_state()):
@@ -237,6 +239,7 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         generator.set_state(drawn)
         self.param_groups[0]["generator"] = generator
+        # The base class casts states to the dtype of the weights: replace them by uncast copies.
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
@@ -304,7 +307,7 @@ def _check_group(group: dict[str, Any]) -> None:
         if group[name] is not None and group[name] < 1:
             raise ValueError(f"{name} must be >= 1, got {group[name]}")
     for name in ("lr", "eps", "weight_decay", "oversampling"):
-        if not group[name] >= 0:
+        if not group[name] >= 0:  # rejects NaN as well
             raise ValueError(f"{name} must be >= 0, got {group[name]}")
     for name in ("clip_threshold", "cosine_floor"):
         if not group[name] > 0:

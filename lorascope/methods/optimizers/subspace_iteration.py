@@ -184,6 +184,7 @@ def restart(
 def colnorm(A: Float[Tensor, "m n"], factor: Factor, cap: int, tolerance: float) -> Factorization:
     """Select the smallest sufficient rank from one factorization: ``xi_k^2 = 1 - sum_{j<=k} |u_j|^2 / |A|^2``."""
     Q, U = factor(cap)
+    # In float32 the difference to 1 would lose its digits.
     kept = U.double().square().sum(0).cumsum(0)
     left = 1 - kept / A.double().square().sum()
     small = (left <= tolerance**2).nonzero()

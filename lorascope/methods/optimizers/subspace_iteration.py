@@ -77,7 +77,7 @@ def s_rsi(
     oversampling: int = 5,
     multiple: int = 1,
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]:
-    """Return Q and U of a rank, at most the smaller side; the sketch has a multiple of ``multiple`` columns."""
+    """Return Q and U of a rank, at most the smaller side; ``multiple`` rounds up the columns of the sketch."""
     columns = math.ceil((rank + oversampling) / multiple) * multiple
     Q, U = iterate(A, sketch(A, columns, generator), iterations)
     return first_columns(Q, rank), first_columns(U, rank)

@@ -48,7 +48,7 @@ def test_method_on_family(family, method, bases, tmp_path):
 @pytest.mark.parametrize(
     ("family", "method", "message"),
     [
-        ("vit", LoRA(targets="embed"), "'vit.embeddings.*' is a torch.nn.*Conv2d; a Delta takes nn.Linear"),
+        ("vit", LoRA(targets="embed"), "'vit.embeddings.*' must be nn.Linear.* got torch.nn.*Conv2d"),
         ("t5", FourierFT(targets="embed"), "embedding 'shared'.* FourierFT"),
         (
             "bart",

@@ -1,8 +1,8 @@
-"""A sentence of a paper turned into something that can fail, and the rule that decides it.
+"""Testable claims and the rule that judges them.
 
-A claim names a statistic, a control that would show the same picture without the claimed cause, and a margin: the
-smallest effect worth the sentence, fixed before the runs. The effect is statistic minus control, paired by seed.
-A sentence that says "lower" enters with the sign of its statistic (and control) turned.
+A claim has a statistic, a control and a margin. The control is a comparison in which the claimed cause is absent. The
+margin is the smallest effect that supports the claim; it is fixed before the runs. The effect is statistic minus
+control, paired by seed. If a paper claims a lower value, statistic and control have their signs flipped.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ Outcome = Literal["supported", "not supported", "inconclusive"]
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What is claimed, and how it is to be judged.
+    """A claim with the comparison that judges it.
 
     Parameters
     ----------
     sentence : str
-        The paper's statement, in one's own words.
+        Paraphrase of the paper's statement.
     statistic : str
-        What is measured, signed so that the claim says "higher".
+        Measured quantity, signed so that the claim predicts a higher value.
     control : str
-        What would show the same without the claimed cause.
+        Same quantity in a comparison without the claimed cause.
     margin : float
-        Smallest effect worth the sentence, in the unit of the statistic; above zero.
+        Smallest effect that supports the claim, > 0, in the unit of the statistic.
     source : str
-        Paper, section or figure.
+        Section, table or figure of the paper. Default "".
 
     Raises
     ------
     ValueError
-        The margin is not a positive number.
+        ``margin`` is not a finite number > 0.
     """
 
     sentence: str
@@ -52,23 +52,30 @@ class Claim:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.margin) and self.margin > 0):
-            raise ValueError(f"margin {self.margin} of {self.sentence!r}: must be a finite number above zero")
+            raise ValueError(f"margin must be a finite number > 0, got {self.margin}: claim {self.sentence!r}")
 
     def judge(self, statistic: Mapping[int, float], control: Mapping[int, float]) -> Verdict:
-        """Decide the claim from one value of statistic and control a seed.
+        """Judge the claim from one statistic and one control value per seed.
 
         Parameters
         ----------
         statistic, control : mapping seed -> value
-            Measured for the same seeds.
+            Values for the same seeds.
+
+        Returns
+        -------
+        Verdict
+            Supported if the 95% t-interval of the effect is above the margin, not supported if it is below, else
+            inconclusive. Fewer than ``MINIMUM_SEEDS`` seeds are always inconclusive.
 
         Raises
         ------
         ValueError
-            The seeds differ, there are none, or a value is not finite.
+            The seeds differ, there are no seeds, or a value is not finite.
         """
         values = _pair(statistic, control)
         mean, low, high, n = t_interval(values["effect"].to_numpy(np.float64))
+        # With two seeds the t-interval has one degree of freedom and is too wide to decide a claim.
         outcome: Outcome = "inconclusive"
         if n >= MINIMUM_SEEDS and low > self.margin:
             outcome = "supported"
@@ -79,20 +86,20 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a claim with its numbers.
+    """Outcome of a claim and the numbers behind it.
 
     Parameters
     ----------
     claim : Claim
-        What was judged.
+        Judged claim.
     outcome : {"supported", "not supported", "inconclusive"}
-        By the lower and upper end of the interval against the margin.
+        Result of comparing the interval with the margin.
     effect, low, high : float
-        Mean of statistic minus control and its 95 % t-interval over seeds; the bounds are NaN for one seed.
+        Mean of statistic minus control and its 95% t-interval over seeds; the bounds are NaN for one seed.
     n : int
         Number of seeds.
     values : DataFrame
-        ``seed, statistic, control, effect``: one row a seed.
+        ``seed, statistic, control, effect``: one row per seed.
     """
 
     claim: Claim
@@ -106,14 +113,20 @@ class Verdict:
     def __str__(self) -> str:
         interval = f"[{self.low:.3g}, {self.high:.3g}]" if self.n > 1 else "no interval"
         seeds = "1 seed" if self.n == 1 else f"{self.n} seeds"
-        return f"{self.outcome}: effect {self.effect:.3g} {interval} against margin {self.claim.margin:.3g}, {seeds}"
+        return f"{self.outcome}: effect {self.effect:.3g} {interval}, margin {self.claim.margin:.3g}, {seeds}"
 
 
 def _pair(statistic: Mapping[int, float], control: Mapping[int, float]) -> pd.DataFrame:
-    """Join statistic and control by seed, checked."""
+    """Join statistic and control by seed, and compute the effect.
+
+    Raises
+    ------
+    ValueError
+        A seed lacks one of the two, or an effect is not finite.
+    """
     unpaired = sorted(statistic.keys() ^ control.keys())
     if unpaired:
-        raise ValueError(f"seeds {unpaired} have a statistic or a control only: both must be measured for every seed")
+        raise ValueError(f"cannot pair statistic and control: seeds {unpaired} have only one of the two")
     seeds = sorted(statistic)
     values = pd.DataFrame(
         {
@@ -125,5 +138,5 @@ def _pair(statistic: Mapping[int, float], control: Mapping[int, float]) -> pd.Da
     values["effect"] = values["statistic"] - values["control"]
     broken = values.loc[~np.isfinite(values["effect"]), "seed"].tolist()
     if broken:
-        raise ValueError(f"seeds {broken} have a statistic or control that is not finite")
+        raise ValueError(f"statistic and control must be finite, got NaN or infinity for seeds {broken}")
     return values

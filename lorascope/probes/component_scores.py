@@ -1,7 +1,7 @@
-"""Scores of the components of one trained state, each by its method's own arithmetic.
+"""Importance scores of the components of a trained LoRA, computed with the code of each method.
 
-A state is as in ``component_removal``. Every function puts it on the model in the form that a method scores, and takes
-it off again.
+``state`` contains the SVD factors of every update, as in ``component_removal``. Each function attaches them to the
+model in the form that the method scores, and detaches them at the end.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from lorascope.experiments.component_removal import Triple, attach_components, f
 from lorascope.methods import adalora, alora, autolora
 
 Rows = dict[str, dict[str, np.ndarray]]
-"""Score -> module -> value of each component."""
+"""Name of a score -> module -> value of each component."""
 
 
-def _fill_weighed(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
-    """With alpha = 1/k, as the logits begin, the update is what it was."""
+def _fill_weighted(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
+    """Fill B and A so that the update is unchanged at the initial alpha = 1/k."""
     fill_plain(delta, P, sigma * len(sigma), Q)
 
 
 def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
-    """Sensitivity, uncertainty and importance at zero learning rate, and the norm of the mean gradient."""
+    """Compute AdaLoRA's importance, its sensitivity and uncertainty of lambda, and the norm of the mean gradient.
+
+    The averages run over the batches at zero learning rate, with AdaLoRA's default betas.
+    """
     deltas = attach_components(model, state, adalora.AdaLoRADelta, fill_svd)
     weights = [weight for delta in deltas.values() for weight in (delta.B, delta.diagonal, delta.A)]
     sensitivity, uncertainty, total = ([torch.zeros_like(weight) for weight in weights] for _ in range(3))
@@ -55,7 +58,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], ba
 
 
 def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batch: Any) -> Rows:
-    """IS and its two parts, higher where the component is needed more."""
+    """Compute ALoRA's importance score and its two terms, signed so that higher means more important."""
     attach_components(model, state, alora.ALoRADelta, fill_plain)
     found = ablation_scores(model, loss, batch)
     detach(model)
@@ -67,8 +70,8 @@ def alora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batc
 
 
 def autolora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]) -> Rows:
-    """alpha after the logits alone have been trained, twice through the batches."""
-    deltas = attach_components(model, state, autolora.AutoLoRADelta, _fill_weighed)
+    """Compute AutoLoRA's alpha after training only the logits for two epochs over the batches."""
+    deltas = attach_components(model, state, autolora.AutoLoRADelta, _fill_weighted)
     logits = [delta.logits.requires_grad_() for delta in deltas.values()]
     optimizer = torch.optim.Adam(logits, lr=1e-2, betas=autolora.BETAS)
     for batch in (*batches, *batches):

@@ -1,8 +1,9 @@
-"""A teacher whose update has a known rank in every layer, and the text that it writes.
+"""Teacher model whose update has a known rank in every module, and text sampled from it.
 
-A small decoder with random weights is the base of all. A teacher is the base plus, in every linear of its blocks, an
-update of a rank drawn from ``RANKS``; its components have the same singular value everywhere, so that no layer is
-more important by the size of its update. Students start from the base and learn the teacher's text.
+The base is a small decoder with random weights. A teacher is the base plus an update of a rank drawn from ``RANKS`` in
+every linear layer of the blocks. All components of the updates have the same singular value relative to the base
+weight. No layer is more important because of the size of its components. Students start from the base and learn the
+teacher's text.
 """
 
 from __future__ import annotations
@@ -32,35 +33,36 @@ from lorascope.schema.records import Item, Quantity, Record, register
 
 VOCABULARY, WIDTH, BLOCKS, LENGTH = 64, 48, 4, 32
 RANKS = (0, 1, 3, 4)
-"""Ranks of the planted updates, each in a quarter of the modules."""
+"""Ranks of the planted updates; each is used in a quarter of the modules."""
 BUDGET = 2
-"""Their mean."""
+"""Mean of ``RANKS``: the mean rank per module of all students with a budget."""
 STRENGTH = 0.75
-"""Singular value of a planted component, in units of the largest singular value of the base's weight."""
+"""Singular value of a planted component, relative to the largest singular value of the base weight."""
 TEXTS = 3000
-
+"""Number of sampled examples."""
 
 register("planted_rank", Quantity("planted rank", pool="sum", definition="rank of the teacher's update"))
 
 
 @dataclass(kw_only=True)
 class planted(Observer):
-    """The truth, kept beside what was found.
+    """Observer that records the planted ranks once, before the first step.
 
     Parameters
     ----------
     ranks : mapping module -> rank
+        Planted rank of each module.
     """
 
     ranks: Mapping[str, int]
 
     def __call__(self, step: Step) -> list[Item]:
-        """Once, before the first step."""
+        """Return the planted ranks at step 0, and no records later."""
         return [Record("planted_rank", rank, module) for module, rank in self.ranks.items() if not step.finished]
 
 
 def base() -> str:
-    """Folder of the base model and its tokenizer; written on the first call."""
+    """Return the folder of the base model and its tokenizer; the first call writes it."""
     return str(package_assets.build_once(package_assets.cache() / "planted-base", _write_base))
 
 
@@ -74,20 +76,20 @@ def _write_base(folder: Path) -> None:
 
 
 def student() -> nn.Module:
-    """A fresh copy of the base."""
+    """Load a fresh copy of the base model."""
     return models.load(base())
 
 
 @cache
 def planted_ranks(seed: int) -> Mapping[str, int]:
-    """Rank of the teacher's update in every linear of the blocks."""
+    """Return the rank of the teacher's update in every linear layer of the blocks."""
     modules = module_table.match(module_table.describe(student()), "all-linear")
     drawn = np.random.default_rng(seed).permutation(np.resize(RANKS, len(modules)))
     return dict(zip(modules, drawn.tolist(), strict=True))
 
 
 def teacher(seed: int) -> nn.Module:
-    """The base with the planted updates in its weights."""
+    """Build the teacher of a seed: the base with the planted updates merged into its weights."""
     model = student()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -100,7 +102,7 @@ def teacher(seed: int) -> nn.Module:
 
 @cache
 def task(seed: int) -> tasks.Task:
-    """Text that the teacher of this seed writes."""
+    """Sample the text of a seed's teacher, as a task."""
     lines = [" ".join(map(_word, row)) for row in _sample_texts(teacher(seed), seed).tolist()]
     return tasks.from_frame(pd.DataFrame({"text": lines}), f"planted ranks, teacher {seed}")
 
@@ -123,7 +125,7 @@ def _random_decoder() -> LlamaForCausalLM:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in _decoder_matrices(model):
-            # Variances that keep every layer's output at unit size, and logits far enough apart to be told.
+            # These variances keep the output of every layer at unit scale and give a peaked distribution of tokens.
             spread = {"embed": 1.0, "lm_head": 2 / WIDTH**0.5}.get(name, weight.shape[1] ** -0.5)
             weight.copy_(spread * torch.randn(weight.shape, generator=generator))
     return model
@@ -138,13 +140,13 @@ def _decoder_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def _random_directions(
     weight: Float[Tensor, "out in"], rank: int, generator: torch.Generator
 ) -> Float[Tensor, "out in"]:
-    """A random matrix with ``rank`` singular values 1."""
+    """Draw a random matrix with ``rank`` singular values of 1."""
     left, right = (torch.linalg.qr(torch.randn(side, rank, generator=generator))[0] for side in weight.shape)
     return left @ right.T
 
 
 def _sample_texts(model: Any, seed: int) -> Int[Tensor, "texts length"]:
-    """Texts drawn token by token from what the model predicts; the first token is uniform."""
+    """Sample examples token by token from the model; the first token is uniform over all except padding."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         first = torch.randint(1, VOCABULARY, (TEXTS, 1))
@@ -152,7 +154,7 @@ def _sample_texts(model: Any, seed: int) -> Int[Tensor, "texts length"]:
             do_sample=True,
             top_k=0,
             max_length=LENGTH,
-            suppress_tokens=[0],  # padding is no word
+            suppress_tokens=[0],  # never sample the padding token
             pad_token_id=0,
         )
         return model.generate(first, attention_mask=torch.ones_like(first), generation_config=sampling)

@@ -1,4 +1,4 @@
-"""What the probes of the allocators measure alike: shares of the ranks, agreement of runs, accuracy."""
+"""Statistics shared by the probes of rank allocators: fractions of the total rank, agreement of runs, accuracy."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from lorascope.schema import records
 
 ATTENTION, FEED_FORWARD = ("q", "k", "v", "o"), ("ffn_in", "ffn_gate", "ffn_out")
 BySeed = dict[int, float]
-# Said where each run is held against that of the next seed.
 NEXT_SEED = (
-    "Each run is compared with that of the next seed, the last with the first, and so enters two values: they are not "
-    "independent, as the t-interval takes them to be. With two seeds each is the other's next: one value counts twice."
+    "Each run is compared with the run of the next seed, and the last with the first. Each run therefore enters two "
+    "values, so they are not independent, although the t-interval assumes it. With two seeds, one value counts twice."
 )
+"""Note for claims that compare consecutive pairs of seeds."""
 
 
 def final_ranks(runs: Sequence[Run]) -> pd.DataFrame:
-    """Ranks of all modules of all runs at the end, as ``rank_allocations.current_ranks`` gives them."""
+    """Return the final ranks of all modules of all runs; see ``rank_allocations.current_ranks``."""
     return rank_allocations.current_ranks(records.concat([run.table for run in runs]))
 
 
 def role_share(runs: Sequence[Run], found: pd.DataFrame, roles: Collection[str]) -> BySeed:
-    """Share of each run's ranks in modules of these roles."""
+    """Compute the fraction of each run's total rank in modules of these roles."""
     return _rank_fraction(runs, rank_allocations.shares(found), "role", roles)
 
 
 def top_share(runs: Sequence[Run], found: pd.DataFrame) -> BySeed:
-    """Share of each run's ranks in the top third of the layers."""
+    """Compute the fraction of each run's total rank in the top third of the layers."""
     return _rank_fraction(runs, rank_allocations.shares(found, "third"), "third", ("top",))
 
 
@@ -41,9 +41,23 @@ def _rank_fraction(runs: Sequence[Run], shares: pd.DataFrame, by: str, groups: C
 
 
 def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequence[Run] | None = None) -> BySeed:
-    """Kendall's tau between the ranks of each run and of the next one in turn; or of the one beside it in ``others``.
+    """Compute Kendall's tau between the ranks of each run and of the next seed's run.
 
-    Where all ranks of a run are the same they order nothing, and tau counts as 0.
+    Tau is 0 if all ranks of a run are equal, because equal ranks have no order.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        Runs of one arm; the last is compared with the first.
+    found : DataFrame
+        Ranks from ``final_ranks``, of ``runs`` and ``others``.
+    others : sequence of Run, optional
+        Compare each run with the run at the same position here instead.
+
+    Returns
+    -------
+    dict
+        Seed of the run in ``runs`` -> tau.
     """
     second = [*runs[1:], runs[0]] if others is None else others
     wide = found.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
@@ -55,5 +69,5 @@ def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequen
 
 
 def accuracy(runs: Sequence[Run]) -> BySeed:
-    """Test metric of each run."""
+    """Return the test metric of each run by seed."""
     return {run.meta["seed"]: run.meta["test"]["metric"] for run in runs}

@@ -67,7 +67,7 @@ def main() -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     for file, (probe, figure, width) in PICTURES.items():
-        charts = [each.chart for each in found[probe].exhibits if each.figure == figure] if probe in found else []
+        charts = [each.chart for each in found[probe].figures if each.figure == figure] if probe in found else []
         if charts:
             print(save(from_one_start(charts[0]), folder / f"{file}.png", width).name)
 

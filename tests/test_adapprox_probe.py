@@ -1,7 +1,8 @@
-"""The probe of Adapprox: rates chosen on validation alone, and what each claim is compared with."""
+"""Tests of the Adapprox probe: learning rates chosen by validation loss only, and the control of each claim."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import killing
@@ -15,7 +16,7 @@ from lorascope.methods import Adapprox
 from lorascope.probes import adapprox as probe
 from lorascope.runs.run import Run
 
-# Validation and test loss by arm; the best on validation is never the best on test.
+# Validation and test loss by arm. The best rate on validation is never the best on test, so a mix-up shows.
 LOSSES = {
     "AdamW at 3e-05": (0.50, 0.30), "AdamW at 0.0001": (0.40, 0.45), "AdamW at 0.0003": (0.60, 0.60),
     "Adafactor at 3e-05": (0.50, 0.20), "Adafactor at 0.0001": (0.60, 0.20), "Adafactor at 0.0003": (0.45, 0.50),
@@ -25,12 +26,12 @@ LOSSES = {
 }  # fmt: skip
 
 
-DENSE = "Adapprox keeps vectors, embed, pos_embed and small matrices dense."
+DENSE = "vectors, embed, pos_embed and small matrices"
 
 
 @pytest.fixture(scope="module")
 def runs(bert, task, tmp_path_factory):
-    """Every arm, on the tiny model, with losses set."""
+    """Train every arm on the tiny model and overwrite its losses with ``LOSSES``."""
     root, found = tmp_path_factory.mktemp("probe"), {}
     for number, arm in enumerate(probe.arms(False)):
         method = replace(arm.method, min_dim=8) if isinstance(arm.method, Adapprox) else arm.method
@@ -42,7 +43,7 @@ def runs(bert, task, tmp_path_factory):
     return found
 
 
-def test_each_optimizer_has_its_best_rate_by_validation(runs):
+def test_best_rate_minimizes_validation_loss(runs):
     assert set(runs) == set(LOSSES)
     best = {name: probe.best_rate(runs, name) for name in probe.RATES}
     assert best == {
@@ -53,7 +54,7 @@ def test_each_optimizer_has_its_best_rate_by_validation(runs):
     }
 
 
-def test_each_claim_is_judged_against_its_control(runs):
+def test_claims_are_judged_with_their_controls(runs):
     findings = probe.judge(runs)
     effects = {verdict.claim: verdict.effect for verdict in findings.verdicts}
     assert effects[probe.PARITY] == pytest.approx(-0.44 + 0.45 + 0.02)
@@ -72,28 +73,29 @@ def test_each_claim_is_judged_against_its_control(runs):
     assert effects[probe.FEW] == pytest.approx(few)
     assert effects[probe.ABOVE_ONE] == pytest.approx(above)
     assert effects[probe.HELD] == pytest.approx(drifted)
-    assert len(findings.exhibits) == 8
-    for shown in findings.exhibits[3:]:
+    assert len(findings.figures) == 8
+    for shown in findings.figures[3:]:
         captions = {chart.caption for row in shown.chart.rows() for chart in row}
         assert all(DENSE in caption for caption in captions)
 
 
-def test_notes_name_every_matrix_that_has_no_factors(runs):
+def test_notes_list_every_matrix_without_factors(runs):
     ours = runs["Adapprox at 0.0001"][0]
     factored = set(ours.table.loc[ours.table["quantity"] == "factor_rank", "module"].astype("str"))
     matrices = ours.modules.dropna(subset=["out_features", "in_features"])
     assert set(matrices.loc[~matrices["module"].isin(factored), "role"]) == {"embed", "pos_embed", "head"}
-    told = " ".join(probe.judge(runs).notes)
-    assert "the embeddings and the head, which has two rows, keep a dense second moment; all other matrices" in told
+    (note,) = [note for note in probe.judge(runs).notes if "dense second moment" in note]
+    assert "embeddings" in note
+    assert "head" in note
 
 
-def test_no_claim_cites_what_of_the_paper_was_not_read(runs):
+def test_claims_cite_only_the_abstract_and_figure_1(runs):
     cited = {verdict.claim.source for verdict in probe.judge(runs).verdicts}
-    assert cited == {"figure 1", "abstract", "this project; what the abstract takes for granted", "this project"}
+    assert cited == {"figure 1", "abstract", "this project; assumed by the abstract", "this project"}
 
 
-def test_guidance_stands_beside_every_rate_without_it_and_takes_part_in_no_choice(runs):
-    shown = probe.judge(runs).exhibits
+def test_guidance_is_drawn_with_every_rate_but_never_chosen(runs):
+    shown = probe.judge(runs).figures
     loss = shown[5].chart.rows()[0][0]
     ours = ["Adapprox at 3e-05", "Adapprox at 0.0001", "Adapprox at 0.0003", "Adapprox, guided at 0.0001"]
     assert list(dict.fromkeys(loss.data["recipe"])) == ours
@@ -101,17 +103,18 @@ def test_guidance_stands_beside_every_rate_without_it_and_takes_part_in_no_choic
     assert set(rates.data["method"]) == set(probe.RATES)
 
 
-def test_a_role_given_as_a_string_is_one_word_and_without_adapprox_nothing_is_said(runs):
+def test_caption_lists_dense_roles_only_for_adapprox(runs):
     adam, ours = runs["AdamW at 0.0001"][0], runs["Adapprox at 0.0001"][0]
     one = Run(ours.path, ours.meta | {"recipe": ours.meta["recipe"] | {"dense": "embed"}})
-    assert "Adapprox keeps vectors, embed and small matrices dense." in plots.factor_error(one).caption
-    for dense, kept in (((), "vectors"), (("embed", "q"), "vectors, embed and q")):  # at 1 no matrix is too small
+    assert "vectors, embed and small matrices" in plots.factor_error(one).caption
+    # With min_dim 1, no matrix is too small to be factored.
+    for dense, kept in (((), "vectors"), (("embed", "q"), "vectors, embed and q")):
         all_factored = Run(ours.path, ours.meta | {"recipe": ours.meta["recipe"] | {"dense": dense, "min_dim": 1}})
-        assert f"Adapprox keeps {kept} dense." in plots.factor_error(all_factored).caption
+        assert re.search(rf"\b{kept}\b(?!,| and)", plots.factor_error(all_factored).caption)
     assert "dense" not in plots.training_curves(adam).rows()[0][0].caption
 
 
-def test_bytes_are_counted_by_role(runs):
+def test_factor_memory_counts_bytes_by_role(runs):
     found = probe.factor_memory(runs["Adapprox at 0.0001"]).set_index("role")
     assert found.loc["q", "dense"] == 4 * 32 * 32
     assert found.loc["q", "factors"] == pytest.approx(4 * found.loc["q", "rank"] * 64)
@@ -120,7 +123,7 @@ def test_bytes_are_counted_by_role(runs):
     )
 
 
-def test_a_quick_run_takes_one_rate_and_few_columns():
+def test_quick_arms_have_the_middle_rate_and_a_low_rank():
     quick = {arm.label: arm for arm in probe.arms(True)}
     middle = {probe.label(name, rates[1]) for name, rates in probe.RATES.items()}
     assert set(quick) == middle | {"Adapprox, guided at 0.0001"}

@@ -1,4 +1,4 @@
-"""Probes of the allocators: their statistics by hand, planted truth, and each from runs to report."""
+"""Tests of the allocator probes: statistics computed by hand, planted ranks, and each probe from runs to report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_with(folder, id, ranks, seed=0, truth=None, **meta):
     return plant(folder, id, values, seed=seed, factors=factors, **meta)
 
 
-def test_shares_by_hand(tmp_path):
+def test_rank_fractions_match_values_by_hand(tmp_path):
     run = run_with(tmp_path, "a", RANKS)
     found = rank_statistics.final_ranks([run])
     assert rank_statistics.role_share([run], found, rank_statistics.FEED_FORWARD) == {0: pytest.approx(7 / 8)}
@@ -39,14 +39,14 @@ def test_shares_by_hand(tmp_path):
     assert rank_statistics.top_share([run], found) == {0: pytest.approx(4 / 8)}
 
 
-def test_runs_are_compared_with_the_next_or_with_the_one_beside_them(tmp_path):
-    """Of six pairs of modules the reverse order disagrees in all; two of four values swapped disagree in one."""
-    turned = dict(zip(RANKS, (3, 1, 4, 0), strict=True))
+def test_agreement_compares_with_next_run_or_with_given_runs(tmp_path):
+    """The reversed order disagrees in all six pairs of modules; swapping two neighboring values disagrees in one."""
+    reversed_ranks = dict(zip(RANKS, (3, 1, 4, 0), strict=True))
     swapped = RANKS | {"h.0.q": 0, "h.1.q": 1}
     flat = dict.fromkeys(RANKS, 2)
     first, second, third, fourth = (
         run_with(tmp_path, name, ranks, seed)
-        for seed, (name, ranks) in enumerate({"a": RANKS, "b": turned, "c": swapped, "d": flat}.items())
+        for seed, (name, ranks) in enumerate({"a": RANKS, "b": reversed_ranks, "c": swapped, "d": flat}.items())
     )
     found = rank_statistics.final_ranks([first, second, third, fourth])
     assert rank_statistics.agreement_with_next([first, second, third], found) == pytest.approx(
@@ -57,9 +57,9 @@ def test_runs_are_compared_with_the_next_or_with_the_one_beside_them(tmp_path):
     )
 
 
-def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
+def test_randomly_moved_ranks_keep_the_total_and_have_no_bias(tmp_path):
     config = {"name": "alora", "init_rank": 4, "prune": "block"}
-    leanings = []
+    biases = []
     for seed in range(60):
         run = run_with(tmp_path, f"r{seed}", dict.fromkeys(RANKS, 4), seed, method=config)
         table = run.table
@@ -67,36 +67,36 @@ def test_moves_by_lot_keep_the_total_and_lean_nowhere(tmp_path):
             row = table.iloc[[0]].assign(step=step, quantity="score_full", module="")
             table = pd.concat([table.astype({"quantity": "str", "module": "str"}), row], ignore_index=True)
         run.__dict__["table"] = table
-        lots = alora.randomly_moved_ranks(
+        drawn = alora.randomly_moved_ranks(
             run, rank_statistics.final_ranks([run_with(tmp_path, f"s{seed}", RANKS, seed)])
         )
-        assert lots["value"].sum() <= 16
-        moved = np.abs(lots["value"] - 4).sum()
+        assert drawn["value"].sum() <= 16
+        moved = np.abs(drawn["value"] - 4).sum()
         assert 0 < moved <= 2 * 3 * 2
-        by_module = lots.set_index(lots["module"].astype("str"))["value"]
-        leanings.append(by_module["h.0.q"] + by_module["h.1.q"] - by_module["h.0.up"] - by_module["h.1.up"])
-    assert abs(np.mean(leanings)) < 3 * np.std(leanings) / 60**0.5
+        by_module = drawn.set_index(drawn["module"].astype("str"))["value"]
+        biases.append(by_module["h.0.q"] + by_module["h.1.q"] - by_module["h.0.up"] - by_module["h.1.up"])
+    assert abs(np.mean(biases)) < 3 * np.std(biases) / 60**0.5
 
 
-def test_random_logits_lead_to_ranks_around_the_middle(tmp_path):
+def test_random_logit_ranks_are_below_half_of_the_initial_rank(tmp_path):
     modules = {f"m{number}": 4 for number in range(400)}
     ranks = autolora.random_logit_ranks(run_with(tmp_path, "a", modules, recipe={"name": "autolora", "rank": 8}))
     assert len(ranks) == 400
     assert ranks.min() >= 1
-    # log-normal weights lie above their mean less often than not: P(z > 1/2) = 0.31 of eight, a bit more at small k
+    # Log-normal weights exceed their mean with probability P(z > 1/2) = 0.31, and a little more often for small k.
     assert 2.3 < ranks.mean() < 3.5
 
 
-def test_recovery_by_hand(tmp_path):
+def test_recovery_statistics_match_values_by_hand(tmp_path):
     found = run_with(tmp_path, "a", {"h.0.q": 1, "h.0.up": 2, "h.1.q": 4}, truth=RANKS)
-    # truth 1 3 0 4 against found 1 2 4 0 (no adapter at all)
+    # The planted ranks are 1, 3, 0, 4 and the found ranks 1, 2, 4, 0; the last module has no adapter.
     assert absolute_error(found) == pytest.approx((0 + 1 + 4 + 4) / 4)
     assert rank_correlation(found) == pytest.approx(np.corrcoef([2, 3, 1, 4], [2, 3, 4, 1])[0, 1])
     assert rank_correlation(run_with(tmp_path, "b", RANKS, truth=RANKS)) == pytest.approx(1)
     assert rank_correlation(run_with(tmp_path, "c", dict.fromkeys(RANKS, 2), truth=RANKS)) == 0
 
 
-def test_the_figure_of_planted_truth_shows_the_mean_found_rank_of_each_planted_one(tmp_path):
+def test_planted_figure_shows_mean_found_rank_per_planted_rank(tmp_path):
     truth = {"h.0.q": 1, "h.0.up": 1, "h.1.q": 4, "h.1.up": 4}
     runs = [
         run_with(tmp_path, f"r{seed}", dict(zip(truth, found, strict=True)), seed, truth)
@@ -118,14 +118,14 @@ def small_teacher(monkeypatch, tmp_path):
         made.cache_clear()
 
 
-def test_the_base_is_written_without_a_word(small_teacher, capfd):
+def test_base_is_written_without_output(small_teacher, capfd):
     assert transformers.utils.logging.is_progress_bar_enabled()
     planted_teacher.base()
     assert capfd.readouterr() == ("", "")
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
-def test_a_teacher_differs_from_its_base_by_the_planted_ranks(small_teacher):
+def test_teacher_update_has_the_planted_ranks_and_singular_values(small_teacher):
     base, model, truth = planted_teacher.student(), planted_teacher.teacher(3), planted_teacher.planted_ranks(3)
     assert sum(truth.values()) == planted_teacher.BUDGET * len(truth)
     assert list(truth) == module_table.match(module_table.describe(base), "all-linear")
@@ -141,13 +141,13 @@ def test_a_teacher_differs_from_its_base_by_the_planted_ranks(small_teacher):
 
 
 def shrunk(probe, bert, files):
-    """The probe with runs of a few steps on a tiny encoder; planted truth keeps its own tiny decoder."""
+    """Shrink a probe to runs of a few steps on a tiny encoder; the planted probe keeps its own tiny decoder."""
 
     def tiny(arm):
         settings = dict(arm.settings) | {"steps": 10, "batch_size": 4, "eval_every": 0, "eval_size": 8, "test_size": 8}
         settings["observe"] = [replace(observer, every=5) for observer in arm.settings["observe"]]
-        place = {} if arm.vary else {"model": bert, "task": files["tweets" in str(arm.task)]}
-        return replace(arm, settings=settings, **place)
+        inputs = {} if arm.vary else {"model": bert, "task": files["tweets" in str(arm.task)]}
+        return replace(arm, settings=settings, **inputs)
 
     arms = [tiny(arm) for arm in probe.arms(True)]
     return replace(probe, arms=lambda quick: arms)
@@ -156,13 +156,13 @@ def shrunk(probe, bert, files):
 @pytest.mark.parametrize(
     "name", ["adalora", "alora", "autolora", "agreement", pytest.param("planted", marks=pytest.mark.slow)]
 )
-def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, small_teacher):
+def test_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, small_teacher):
     files = [str(tmp_path / "toy.csv"), str(tmp_path / "toy-film.csv")]
     rows = task.table[["text", "label", "group"]]
     rows.to_csv(files[0], index=False)
     rows[rows["group"] == "film"].to_csv(files[1], index=False)
     monkeypatch.setitem(probes.PROBES, name, shrunk(probes.PROBES[name], bert, files))
-    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # in this process: no workers to start
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # run in this process, without workers
     found = probes.reproduce([name], True, 2, tmp_path / "out")
     page = html.unescape(found.path.read_text(encoding="utf-8"))
     verdicts = found.verdicts[name]
@@ -178,7 +178,7 @@ def test_a_probe_from_runs_to_report(name, bert, task, tmp_path, monkeypatch, sm
     assert measured == {file: file.stat().st_mtime_ns for file in measured}
 
 
-def test_the_planted_ranks_are_on_record_and_known_to_the_arm_that_is_given_them(small_teacher):
+def test_planted_ranks_are_recorded_and_used_by_the_truth_arm(small_teacher):
     arm = next(arm for arm in planted.arms(True) if arm.label == planted.TRUTH)
     of_two = arm.vary(arm, 2)
     assert of_two.method.rank == planted_teacher.planted_ranks(2)
@@ -187,8 +187,8 @@ def test_the_planted_ranks_are_on_record_and_known_to_the_arm_that_is_given_them
     assert "planted_rank" in QUANTITIES
 
 
-def test_every_place_gets_the_same_parameters():
-    """Each arm's adapters, attached to the model itself and counted there, at the factors 5 and 2 of the paper."""
+def test_placement_arms_have_equal_parameters():
+    """Count the parameters of each arm's adapters on the model; the ranks have the paper's ratios of 5 and 2."""
     counted, ranks = {}, {}
     for arm in adalora_placement.arms(True):
         model = models.load("minilm")
@@ -205,21 +205,21 @@ def test_every_place_gets_the_same_parameters():
     assert list(ranks.values()) == [{15}] * 4 + [{6}] * 2 + [{5}] * 3
 
 
-def test_places_are_compared_by_the_means_of_their_kind(tmp_path):
-    """Feed-forward 0.8 and 0.9 against attention of mean 0.65; the upper layers against the lower."""
+def test_placement_claims_compare_means_of_types_and_layers(tmp_path):
+    """Feed-forward types have a mean of 0.85 and attention types of 0.65; upper layers 0.9 and lower layers 0.7."""
     accuracies = [0.5, 0.6, 0.7, 0.8, 0.8, 0.9, 0.7, 0.1, 0.9]
     runs = {
         label: [
             plant(
                 tmp_path,
-                f"{place}{seed}",
+                f"{number}{seed}",
                 {("test_metric", ""): {9: value}},
                 seed=seed,
                 test={"name": "accuracy", "metric": value, "loss": 0.5},
             )
             for seed in range(3)
         ]
-        for place, (label, value) in enumerate(
+        for number, (label, value) in enumerate(
             zip((*adalora_placement.TYPES, *adalora_placement.GROUPS), accuracies, strict=True)
         )
     }

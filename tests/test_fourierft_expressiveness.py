@@ -1,4 +1,4 @@
-"""The study of what 128 parameters can say: the same networks by hand, planted courses, and the report."""
+"""Tests of the expressiveness study: training compared with a manual version, planted courses, and the report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorascope.updates import fourier
 
 
 @pytest.mark.parametrize("label", study.ADAPTERS)
-def test_every_adapter_has_as_many_parameters(label):
+def test_every_adapter_has_128_parameters(label):
     delta = study.ADAPTERS[label][0](3)
     assert sum(parameter.numel() for parameter in delta.parameters()) == 128
     assert delta.weight().shape == (64, 64)
 
 
-def test_points_are_clusters_on_a_circle_and_belong_to_the_seed():
+def test_points_are_clusters_on_a_circle_and_depend_on_the_seed():
     x, y = study.points(0)
     assert y.tolist() == [label for label in range(8) for _ in range(30)]
     centers = x.reshape(8, 30, 2).mean(dim=1).numpy()
@@ -36,7 +36,7 @@ def test_points_are_clusters_on_a_circle_and_belong_to_the_seed():
     assert not torch.equal(x, study.points(1).x)
 
 
-def test_all_but_the_adapter_is_frozen_and_the_same_for_all():
+def test_training_changes_only_the_adapter():
     state = torch.random.get_rng_state()
     first, second = study.network(4), study.learn(SLOW, 4, epochs=3).network
     assert torch.equal(state, torch.random.get_rng_state())
@@ -47,7 +47,7 @@ def test_all_but_the_adapter_is_frozen_and_the_same_for_all():
 
 
 def _by_hand(seed, epochs):
-    """FourierFT by the plain inverse transform of a complex spectrum."""
+    """Train FourierFT with the inverse FFT of a complex spectrum, and return the accuracy after each epoch."""
     model, (x, y) = study.network(seed), study.points(seed)
     rows, columns = fourier.entries((64, 64), 128, 777)
     c = torch.randn(128, generator=torch.Generator().manual_seed(seed), requires_grad=True)
@@ -68,11 +68,11 @@ def _by_hand(seed, epochs):
     return accuracy
 
 
-def test_fourier_learns_as_it_does_by_hand():
+def test_fourier_training_matches_manual_training():
     np.testing.assert_allclose(study.learn(FOURIER, 2, epochs=20).accuracy, _by_hand(2, 20), atol=2.1 / 240)
 
 
-def test_training_ends_where_every_point_is_told_right():
+def test_training_stops_when_all_points_are_correct():
     course = study.learn(FOURIER, 2)
     assert course.accuracy[-1] == 1.0
     assert max(course.accuracy[:-1]) < 1.0
@@ -82,7 +82,7 @@ def test_training_ends_where_every_point_is_told_right():
 
 
 def _plant(monkeypatch, soon, low):
-    """Courses that are right after ``soon`` epochs, and LoRA's with these best accuracies by seed."""
+    """Plant courses that are correct after ``soon`` epochs, and LoRA courses with these best accuracies by seed."""
     network = study.network(0)
     found = {}
     for seed in study.SEEDS:
@@ -94,7 +94,7 @@ def _plant(monkeypatch, soon, low):
     return found
 
 
-def test_claims_on_planted_courses(monkeypatch):
+def test_claims_on_planted_courses_are_supported(monkeypatch):
     slow, fast = [0.5, 0.6, 0.7, 0.8, 0.9], [0.6, 0.5, 0.6, 0.7, 0.8]
     soon = {FOURIER: [10, 10, 10, 10, 10], RANDOM: [20, 20, 20, 20, 20]}
     _plant(monkeypatch, soon, {SLOW: slow, FAST: fast})
@@ -107,51 +107,51 @@ def test_claims_on_planted_courses(monkeypatch):
     assert frequencies.outcome == "supported"
 
 
-def test_a_basis_that_is_as_quick_does_not_support_the_frequencies(monkeypatch):
+def test_random_basis_of_equal_speed_does_not_support_the_frequencies(monkeypatch):
     best = {SLOW: [1.0, 0.98, 1.0, 0.99, 1.0], FAST: [0.5] * 5}
     _plant(monkeypatch, {FOURIER: [10, 11, 10, 11, 10], RANDOM: [11, 10, 10, 11, 10]}, best)
     assert [verdict.outcome for verdict in study.judge({}).verdicts] == ["not supported"] * 2
 
 
-def test_table_and_curves_of_planted_courses(monkeypatch):
+def test_table_and_curves_match_planted_courses(monkeypatch):
     best = {SLOW: [0.5, 0.6, 0.7, 0.8, 0.9], FAST: [0.5] * 5}
     found = _plant(monkeypatch, {FOURIER: [30, 40, 50, 60, 70], RANDOM: [20] * 5}, best)
     table = study.table(found).set_index("")
     assert table.loc[FOURIER].tolist() == ["1.000 ± 0.000", "5 of 5", "30 to 70"]
-    assert table.loc[SLOW, ["all right", "epochs until then"]].tolist() == ["0 of 5", ""]
+    assert table.loc[SLOW, ["seeds with all points correct", "epochs needed"]].tolist() == ["0 of 5", ""]
     assert table.loc[SLOW, "best accuracy"].startswith("0.700 ± ")
     cells = study.curves(found).data
     values = {(row.recipe, row.epoch): row.value for row in cells.itertuples()}
     assert values[FOURIER, 0] == 0.5
     assert values[FOURIER, 40] == pytest.approx((1 + 1 + 0.5 * 3) / 5)
-    assert values[FOURIER, 60] == pytest.approx((4 + 0.5) / 5)  # the last is at epoch 70 told right
+    assert values[FOURIER, 60] == pytest.approx((4 + 0.5) / 5)  # the last seed is correct only at epoch 70
     assert {epoch for _, epoch in values} == {0, 20, 40, 60}
 
 
 class _Signs(nn.Module):
-    """Class 0 left of the line x = 0, else class 1."""
+    """Network that predicts class 0 left of the line x = 0, else class 1."""
 
     def forward(self, x):
         return torch.stack([-x[:, 0] - 0.01, x[:, 0]], dim=1)
 
 
-def test_regions_are_those_of_the_network(tmp_path):
+def test_regions_equal_the_predictions_of_the_network(tmp_path):
     shown = Points(torch.tensor([[-3.1, 0.0], [2.0, 1.0], [9.0, -9.0]]), torch.tensor([0, 0, 1]))
     drawn = study.regions({"signs": _Signs()}, shown)
     chart = drawn.rows()[0][0]
-    assert chart.title == "signs: 67% right"
+    assert chart.title == "signs: 67% correct"
     assert (chart.data["class"] == (chart.data["x"] >= 0)).all()
     assert len(chart.data) == 57**2
     assert (chart.y.order[0], chart.x.order[0]) == (7.0, -7.0)
     dots = chart.marks[1].data
-    assert dots.values.tolist() == [[-3.0, 0.0, "told right"], [2.0, 1.0, "told wrong"], [7.0, -7.0, "told right"]]
+    assert dots.values.tolist() == [[-3.0, 0.0, "correct"], [2.0, 1.0, "misclassified"], [7.0, -7.0, "correct"]]
     assert drawn.save(tmp_path / "regions.png").exists()
 
 
-def test_the_report_tells_of_it_without_any_run(monkeypatch, tmp_path):
+def test_reproduce_reports_the_study_without_runs(monkeypatch, tmp_path):
     _plant(monkeypatch, {FOURIER: [10] * 5, RANDOM: [20] * 5}, {SLOW: [0.5] * 5, FAST: [0.6] * 5})
     found = probes.reproduce(["expressiveness"], True, None, tmp_path)
     page = html.unescape(found.path.read_text(encoding="utf-8"))
     assert study.EXPRESSIVE.sentence in page
     assert page.count("signs") == 0
-    assert [claim["n"] for claim in found.plain()["claims"]] == [5, 5]
+    assert [claim["n"] for claim in found.to_dict()["claims"]] == [5, 5]

@@ -1,8 +1,9 @@
-"""One initial A for several runs, the toy net that shows what that alone draws, and the probe that asks for it."""
+"""Tests of a shared initial A: ``LoRA.init_seed``, its effect in a toy network, and the asymmetry probe."""
 
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from lorascope.updates.low_rank import LowRank
 
 
 def started(family: str, seed: int, **fields: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The random factors of a freshly adapted model, and what the global generator draws next."""
+    """Return the random factors of a freshly adapted model, and the next draw of the global generator."""
     model = tiny(family)
     torch.manual_seed(seed)
     LoRA(targets=("all-linear", "embed"), **fields).attach(model)
@@ -47,7 +48,7 @@ def started(family: str, seed: int, **fields: object) -> tuple[dict[str, torch.T
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_init_seed_draws_what_a_run_of_that_seed_draws_and_leaves_the_global_generator_alone(family):
+def test_init_seed_gives_factors_of_that_seed_and_keeps_the_global_generator(family):
     torch.manual_seed(5)
     untouched = torch.rand(3)
     fixed, after = started(family, seed=5, init_seed=11)
@@ -61,9 +62,9 @@ def test_init_seed_draws_what_a_run_of_that_seed_draws_and_leaves_the_global_gen
         assert torch.equal(factor, other[name]) != factor.any()
 
 
-def test_a_run_without_init_seed_keeps_the_identity_it_had_before_there_was_one():
+def test_lora_without_init_seed_keeps_its_old_run_id():
     assert "init_seed" not in config(LoRA())
-    assert identify(config(LoRA())) == "e424cea0bc57"  # as computed before the field was there
+    assert identify(config(LoRA())) == "e424cea0bc57"  # computed before the field existed
     assert config(LoRA(init_seed=0))["init_seed"] == 0
     assert LoRA().label() == "LoRA"
     assert LoRA(init_seed=3).label() == "LoRA, init_seed 3"
@@ -85,7 +86,7 @@ class Residual(nn.Module):
 
 
 def toy_updates(same_start: bool) -> dict[str, dict[str, LowRank]]:
-    """Adapters of one net for three tasks, each a change of rank 2 in every block, and for all of them together."""
+    """Train adapters for three tasks, each a rank-2 change of every block, and for the mean of the tasks."""
     torch.manual_seed(0)
     base = Residual()
     x = torch.randn(64, 64)
@@ -112,8 +113,8 @@ def toy_updates(same_start: bool) -> dict[str, dict[str, LowRank]]:
     return found
 
 
-def test_a_toy_net_shares_a_where_it_shares_the_start_and_nowhere_else():
-    """The order of the cosines, same layer and other task: A above B from one start, A at zero from several."""
+def test_toy_network_shares_a_only_with_a_shared_initialization():
+    """With a shared start, A's cosine between tasks exceeds B's; with separate starts, A's cosine is near zero."""
     found = {}
     for same in (True, False):
         updates = toy_updates(same)
@@ -125,7 +126,7 @@ def test_a_toy_net_shares_a_where_it_shares_the_start_and_nowhere_else():
     assert found["A", False]["sharedness"] < 0.5
 
 
-def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set():
+def test_runs_of_a_replicate_share_only_the_initial_a_of_the_shared_set():
     arms = {arm.label: arm for arm in hydralora_asymmetry.arms(quick=False)}
     assert len(arms) == 15
     for seed in (0, 1, 4):
@@ -134,7 +135,7 @@ def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set
         seeds = [arm.settings["seed"] for arm in own]
         assert seeds == [arm.settings["seed"] for arm in common] == list(range(8 * seed, 8 * seed + 8))
         assert [arm.method.init_seed for arm in own] == [None] * 8
-        # That of the first run's own seed, so the first run is one of both sets.
+        # The shared A comes from the first run's seed, so the first run is in both sets.
         assert common[0] is own[0]
         assert [arm.method.init_seed for arm in common[1:]] == [8 * seed] * 7
         domains = [arm.task for arm in own]
@@ -145,7 +146,7 @@ def test_a_replicate_shares_nothing_between_its_runs_but_the_a_of_the_common_set
 
 
 def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: int = 4) -> dict[str, list[Run]]:
-    """Runs whose A goes, if anything is learned, to about its module's, and whose B is its domain's and module's."""
+    """Plant runs whose B depends on domain and module and, if ``learned``, whose A moves to a target of its module."""
     found = {}
     for arm in hydralora_asymmetry.arms(quick=False):
         for seed in range(replicates):
@@ -176,7 +177,7 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_path, learned, monkeypatch):
+def test_probe_separates_planted_similarity_from_a_shared_start(tmp_path, learned, monkeypatch):
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))  # has its own tests
     monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=99))
     runs = planted_runs(tmp_path, learned)
@@ -184,7 +185,7 @@ def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_p
     outcomes = {verdict.claim: verdict.outcome for verdict in findings.verdicts}
     for claim in (hydralora_asymmetry.SHARED, hydralora_asymmetry.SHARED_SPACE, hydralora_asymmetry.MEETING):
         assert outcomes[claim] == "supported" if learned else outcomes[claim] != "supported"
-    # Where every A goes to its module's, runs with an A_0 each draw the picture, too; where none does, A_0 alone does.
+    # If every A moves to its module's target, separate A_0's give the same figure; otherwise only a shared A_0 does.
     assert outcomes[hydralora_asymmetry.PICTURE] == ("not supported" if learned else "supported")
     for claim in (hydralora_asymmetry.APART, hydralora_asymmetry.APART_SPACE):
         assert outcomes[claim] == "supported"
@@ -194,18 +195,18 @@ def test_a_planted_sharing_is_found_and_a_common_start_is_not_taken_for_it(tmp_p
     row = table[
         (table["start"] == COMMON) & (table["when"] == hydralora_asymmetry.BEFORE) & (table["view"] == "raw")
     ].iloc[0]
-    assert (row["same module nearest"], row["by chance"], row["cosine"]) == (
+    assert (row["nearest: same module"], row["chance"], row["cosine"]) == (
         "1.00 ± 0.00",
         "0.08 ± 0.00",
         "1.00 ± 0.00",
     )
-    assert row["p"] == "1.000"
+    assert row["p (nearest)"] == "1.000"
     if not learned:
-        assert "A moved by 0.10 and by 0.10 of its initial norm" in findings.notes[1]
+        assert re.findall(r"0\.\d\d", findings.notes[1]) == ["0.10", "0.10"]
 
 
-def test_a_common_start_that_training_scatters_owes_nothing_to_it(tmp_path, monkeypatch):
-    """Before, every A is the others'; after, it is anyone's, and so it is with an A_0 each."""
+def test_probe_ignores_a_shared_start_that_training_erases(tmp_path, monkeypatch):
+    """Before training all A's of a module are equal; after it they are random, as with separate A_0's."""
     monkeypatch.setattr(plots, "factor_embedding", lambda *args, **kwargs: Panels(()))
     monkeypatch.setattr(hydralora_asymmetry, "numbers", partial(numbers, draws=9))
     verdicts = hydralora_asymmetry.judge(planted_runs(tmp_path, learned=False, spread=100.0, replicates=3)).verdicts
@@ -230,9 +231,9 @@ def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
         ]
 
     monkeypatch.setitem(probes.PROBES, "asymmetry", replace(hydralora_asymmetry.PROBE, arms=tiny_arms))
-    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # in this process: no workers to start
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # run in this process, without workers
     found = probes.reproduce(["asymmetry"], True, 1, tmp_path / "out")
-    assert [claim["outcome"] for claim in found.plain()["claims"]] == ["inconclusive"] * 6
+    assert [claim["outcome"] for claim in found.to_dict()["claims"]] == ["inconclusive"] * 6
     page = found.path.read_text(encoding="utf-8")
     assert page.count("<figure") == 2
     folders = list((tmp_path / "out/runs").iterdir())

@@ -1,4 +1,4 @@
-"""The probe of LISA's training: what each claim is compared with, and arms that differ in one thing alone."""
+"""Tests of the LISA training probe: the control of each claim, and arms that differ in only one setting."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorascope.probes import lisa_training as probe
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_arms_differ_in_the_draws_alone(quick):
+def test_arms_differ_only_in_the_draws(quick):
     arms = {arm.label: arm for arm in probe.arms(quick)}
     steps = arms[probe.DRAWN].settings["steps"]
     drawn, once = (config(arms[label].method) for label in (probe.DRAWN, probe.ONCE))
@@ -32,11 +32,11 @@ def test_arms_differ_in_the_draws_alone(quick):
     assert all(arm.settings == arms[probe.FULL].settings for arm in arms.values())
 
 
-def test_its_sources_are_those_of_its_claims():
-    told = re.sub(r"\s+", " ", probe.__doc__.partition("Source:")[2].partition("Departs:")[0])
+def test_docstring_names_the_sources_of_the_claims():
+    sources = re.sub(r"\s+", " ", probe.__doc__.partition("Source:")[2].partition("Departs:")[0])
     for claim in (probe.PARITY, probe.OVER_LORA, probe.BLOCKS, probe.REDRAWN):
-        assert claim.source.rpartition(", ")[2] in told
-    assert re.findall(r"tables? (\d+)", told) == ["2", "10", "12"]
+        assert claim.source.rpartition(", ")[2] in sources
+    assert re.findall(r"tables? (\d+)", sources) == ["2", "10", "12"]
 
 
 TOY = {
@@ -49,7 +49,7 @@ TOY = {
 }
 
 
-def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
+def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
     reached = {probe.DRAWN: 0.80, probe.ONCE: 0.77, probe.ENDS: 0.70, probe.FULL: 0.81, probe.ADAPTED: 0.795}
     reached |= {probe.ONE: 0.79, probe.FOUR: 0.82, probe.SELDOM: 0.78}
     runs = {}
@@ -67,8 +67,8 @@ def test_each_claim_is_judged_against_its_control(bert, task, tmp_path):
     assert table.loc[probe.ONCE, ["block 0", "block 1"]].sum() == pytest.approx(1)
     assert table["chance"].tolist() == [0.5, 0.5]
     few = (probe.ENDS, probe.ONE, probe.FOUR, probe.SELDOM)
-    quick = probe.judge({label: kept for label, kept in runs.items() if label not in few})
+    quick = probe.judge({label: arm for label, arm in runs.items() if label not in few})
     left = {verdict.claim for verdict in found.verdicts} - {verdict.claim for verdict in quick.verdicts}
     assert left == {probe.BLOCKS, probe.MORE}
-    heat = found.exhibits[0].chart.rows()[0][0]
-    assert len(heat.x.order) == 5  # a draw a step, in so short a run
+    heat = found.figures[0].chart.rows()[0][0]
+    assert len(heat.x.order) == 5  # one draw per step in such a short run

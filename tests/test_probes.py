@@ -1,4 +1,4 @@
-"""Probes: budgets, statistics on planted tables, and one small reproduction from runs to report."""
+"""Tests of probes: budgets, statistics on planted tables, and one small reproduction from runs to report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lorascope.inputs.models import load
 from lorascope.methods import Full, LoRA, NeFT
 from lorascope.methods.lora import LoRADelta
 from lorascope.probes import lisa, lora
-from lorascope.probes.base import Arm, Findings, exhibit
+from lorascope.probes.base import Arm, Findings, make_report_figure
 from lorascope.probes.tfidf_baseline import tfidf_accuracy
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
@@ -39,14 +39,14 @@ MODULES = pd.DataFrame(
 
 
 class Planted(Run):
-    """A run that consists of a table."""
+    """Run that consists of a table."""
 
     def __init__(self, rows, seed=0, **meta):
         super().__init__(None, {"seed": seed} | meta)
         self.table = frame(f"run{seed}", rows, MODULES)
 
 
-def test_quick_budgets_are_what_the_probes_say_and_fit_a_laptop():
+def test_quick_budgets_cover_the_arms_and_fit_a_laptop():
     seen = {}
     measuring = 0
     for probe in probes.PROBES.values():
@@ -57,7 +57,7 @@ def test_quick_budgets_are_what_the_probes_say_and_fit_a_laptop():
     assert probes.QUICK_SEEDS * (sum(seen.values()) + measuring) <= 1100
 
 
-def test_every_probe_shares_its_arms_with_the_others():
+def test_arms_with_the_same_label_are_equal_in_all_probes():
     by_label = {}
     for probe in probes.PROBES.values():
         for quick in (True, False):
@@ -65,8 +65,8 @@ def test_every_probe_shares_its_arms_with_the_others():
                 assert by_label.setdefault((arm.label, quick), arm) == arm
 
 
-def test_skew_is_log_ratio_to_the_median_block_averaged_over_steps():
-    """Mean over steps 1, 2: embed 50, blocks 2, 3, 10, so log10(50 / 3); step 0: log10(5 / 1)."""
+def test_skew_equals_log_ratio_of_mean_norm_to_median_block():
+    """Means over steps 1 and 2 are 50 for embed and 2, 3, 10 for blocks: log10(50 / 3). Step 0 gives log10(5 / 1)."""
     steps = {
         0: (5.0, 1.0, 1.0, 1.0, 1.0),
         1: (40.0, 1.0, 2.0, 9.0, 1.0),
@@ -95,20 +95,20 @@ def _arm(kind, ends):
 
 
 @pytest.mark.parametrize(("factor", "outcome"), [(100.0, "supported"), (1.05, "not supported")])
-def test_a_planted_skew_is_found_and_one_drawn_at_the_start_is_not(factor, outcome):
+def test_lisa_claims_find_planted_skew_but_not_initial_skew(factor, outcome):
     noise = np.random.default_rng(0).normal(1, 0.01, 3)
     adapted = [Planted(_arm("lora", (factor * noise[s], 1.0)), s) for s in range(3)]
     full = [Planted(_arm("full", (1.0, 1.0)), s) for s in range(3)]
     moved, learned = lisa._judge_layer(adapted, full, "embed", lisa.BOTTOM, lisa.BOTTOM_LEARNED)
     assert moved.outcome == outcome
     assert moved.effect == pytest.approx(np.log10(factor), abs=0.02)
-    # the adapters' norm is as large before the first step as after it: nothing was learned
+    # The adapter norms do not change after step 0, so no skew is learned.
     assert learned.outcome == "not supported"
     assert learned.effect == pytest.approx(0, abs=1e-12)
 
 
 def _decoder_arm(kind, update, start=None, grown=None):
-    """Ends of a network whose blocks all have the norm 1; of full fine-tuning's one tensor there is no head."""
+    """Build norms of embedding and head for blocks of norm 1. Full fine-tuning has one tied tensor, so no head."""
     places = {"words": 0, "score": 1} if len(update) > 1 else {"words": 0}
     inside = ("h.0.q", "h.1.q")
     at = {("update_norm", name): {0: 0.0, 9: update[end]} for name, end in places.items()}
@@ -120,8 +120,8 @@ def _decoder_arm(kind, update, start=None, grown=None):
     return at
 
 
-def test_each_end_of_a_decoder_is_judged_against_its_control(tmp_path):
-    """Planted skews, all of them different; of full fine-tuning there is one tensor for both ends."""
+def test_lisa_judges_embedding_and_head_of_a_decoder(tmp_path):
+    """All planted skews differ; full fine-tuning has one tensor for embedding and head."""
     planted = {
         lisa.FULL: _decoder_arm("full", (3.0, 1.0)),
         lisa.ADAPTED: _decoder_arm("lora", (6.0, 1.0), (5.0, 1.0), (10.0, 1.0)),
@@ -141,17 +141,17 @@ def test_each_end_of_a_decoder_is_judged_against_its_control(tmp_path):
             lisa.DECODER_TOP_LEARNED: 8.0,
         }
     )
-    assert lisa.DECODER_TOP.sentence.startswith("LoRA moves the head more")
-    assert [exhibit.figure for exhibit in found.exhibits] == ["mean_norm", "norm_over_steps", "mean_norm"]
+    assert "head" in lisa.DECODER_TOP.sentence
+    assert [shown.figure for shown in found.figures] == ["mean_norm", "norm_over_steps", "mean_norm"]
     assert any("scales with its random B" in note and "factor of 34" in note for note in found.notes)
-    assert any("its embedding" in note and "has no random B" in note for note in found.notes)
+    assert any("SmolLM2" in note and "has no random B" in note for note in found.notes)
     quick = lisa.judge({label: runs[label] for label in (lisa.FULL, lisa.ADAPTED)})
     assert [verdict.claim for verdict in quick.verdicts] == [lisa.BOTTOM, lisa.BOTTOM_LEARNED]
-    assert "SmolLM2's first blocks, with both ends, belong to the full run." in quick.notes
+    assert any("SmolLM2" in note and "only in a full run" in note for note in quick.notes)
 
 
-def test_an_embeddings_adapter_moves_its_weight_further_than_a_linears_for_the_same_change():
-    """In minilm's width: by sqrt(384) and 1 / sqrt(3), a gain of 34 that full fine-tuning does not have."""
+def test_embedding_adapter_has_a_larger_gain_than_a_linear_adapter():
+    """At minilm's width the gains are sqrt(384) and 1 / sqrt(3); full fine-tuning has no such factor of 34."""
     torch.manual_seed(0)
     gains = []
     for host, trained in ((nn.Embedding(3000, 384), "A"), (nn.Linear(384, 384), "B")):
@@ -164,11 +164,11 @@ def test_an_embeddings_adapter_moves_its_weight_further_than_a_linears_for_the_s
     assert np.log10(gains[0] / gains[1]) == pytest.approx(1.53, abs=0.02)
 
 
-def test_pairs_share_no_seed():
+def test_pair_next_seeds_never_pairs_equal_seeds():
     low, high = ([Planted([(0, Record("loss", 1.0))], seed) for seed in range(3)] for _ in range(2))
-    pairs = [(a.meta["seed"], b.meta["seed"]) for a, b in lora.neighbours(low, high)]
+    pairs = [(a.meta["seed"], b.meta["seed"]) for a, b in lora.pair_next_seeds(low, high)]
     assert pairs == [(0, 1), (1, 2), (2, 0)]
-    assert lora.neighbours(low[:1], high[:1]) == []
+    assert lora.pair_next_seeds(low[:1], high[:1]) == []
 
 
 def test_accuracy_table_shows_points_and_half_the_interval():
@@ -181,13 +181,13 @@ def test_accuracy_table_shows_points_and_half_the_interval():
     assert table.iloc[1]["all"] == "82.0 ± 5.0"  # 4.303 * 2 / sqrt(3)
 
 
-def test_yardstick_learns_what_words_tell(task):
+def test_tfidf_baseline_classifies_the_toy_task(task):
     accuracy = tfidf_accuracy(task)
     assert accuracy["all"] > 0.9
     assert set(accuracy) == {"all", "film", "music"}
 
 
-def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
+def test_reproduce_trains_judges_and_writes_report(bert, task, tmp_path, monkeypatch):
     file = tmp_path / "toy.csv"
     task.table[["text", "label", "group"]].to_csv(file, index=False)
 
@@ -200,7 +200,7 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
         probe = probes.PROBES[name]
         arms = [tiny(arm) for arm in probe.arms(True)]
         monkeypatch.setitem(probes.PROBES, name, replace(probe, arms=lambda quick, arms=arms: arms))
-    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # in this process: no workers to start
+    monkeypatch.setattr(sweep, "cpu_count", lambda: 1)  # run in this process, without workers
     found = probes.reproduce(["lora", "lisa"], True, None, tmp_path / "out")
     page = found.path.read_text(encoding="utf-8")
     for claim in (lora.PARITY, lora.USEFUL, lora.SHARED, lisa.BOTTOM, lisa.BOTTOM_LEARNED):
@@ -208,7 +208,9 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
     assert page.count("inconclusive") >= 5
     folders = sorted(found.path.parent.glob("runs/*"))
     assert len(folders) == 8  # four arms, two seeds; full fine-tuning is shared
-    assert [claim["outcome"] for claim in found.plain()["claims"]] == ["inconclusive"] * 5
+    assert [claim["outcome"] for claim in found.to_dict()["claims"]] == ["inconclusive"] * 5
+    with pytest.warns(FutureWarning, match="plain.*to_dict"):
+        assert found.plain() == found.to_dict()
     found.path.unlink()
     assert str(probes.write_report(tmp_path / "out")) == str(found)
     assert found.path.exists()
@@ -216,14 +218,14 @@ def test_reproduce_trains_judges_and_reports(bert, task, tmp_path, monkeypatch):
 
 @pytest.fixture
 def dense_probe(bert, task, monkeypatch):
-    """A probe whose arms train the tiny BERT in full, in two phases, and by adapters."""
+    """Probe whose arms train the tiny BERT by full fine-tuning, in two phases, and by LoRA."""
     settings = {"steps": 3, "batch_size": 4, "eval_every": 1, "eval_size": 16, "test_size": 16}
     settings |= {"observe": [observe.norms(every=1)]}
     methods = {"full": Full(), "neft": NeFT(num_neurons=4, tune_steps=2), "lora": LoRA(rank=1)}
     arms = [Arm(label=label, method=each, settings=settings, model=bert, task=task) for label, each in methods.items()]
 
     def judge(runs):
-        return Findings([], [exhibit("update_norm", plots.update_norm(dict(runs)))])
+        return Findings([], [make_report_figure("update_norm", plots.update_norm(dict(runs)))])
 
     probe = replace(probes.PROBES["lora"], name="dense", arms=lambda quick: arms, judge=judge)
     monkeypatch.setitem(probes.PROBES, "dense", probe)
@@ -231,8 +233,8 @@ def dense_probe(bert, task, monkeypatch):
     return {arm.label: arm for arm in arms}
 
 
-def test_a_reproduction_stores_no_copy_of_the_model(dense_probe, bert, task, tmp_path, monkeypatch):
-    """Dense recipes keep table and verdicts, adapters their states as well."""
+def test_reproduce_stores_no_copy_of_the_model(dense_probe, bert, task, tmp_path, monkeypatch):
+    """Runs without adapters store tables and verdicts; runs with adapters also store their parameters."""
     out = tmp_path / "out"
     probes.reproduce(["dense"], True, 1, out)
     contents = json.loads((out / "probes.json").read_text())["probes"]["dense"]
@@ -266,8 +268,8 @@ def test_a_reproduction_stores_no_copy_of_the_model(dense_probe, bert, task, tmp
 
 
 @pytest.mark.parametrize("label", ["full", "neft"])
-def test_train_on_a_run_without_its_state_says_how_to_get_it(label, dense_probe, bert, task, tmp_path):
-    """The same call cannot set its model to what was removed; with overwrite=True it can again."""
+def test_train_on_a_run_with_removed_state_names_overwrite(label, dense_probe, bert, task, tmp_path):
+    """The same call cannot restore the removed parameters; with overwrite=True it trains again."""
     arm = dense_probe[label]
     settings = {**arm.settings, "progress": False, "root": tmp_path, "device": "cpu"}
     run = loop.train(load(bert, task=task), task, arm.method, **settings)
@@ -282,7 +284,7 @@ def test_train_on_a_run_without_its_state_says_how_to_get_it(label, dense_probe,
     again.restore(load(bert, task=task))
 
 
-def test_what_is_measured_on_the_model_keeps_its_state():
+def test_probes_with_measure_have_only_arms_with_adapters():
     dense = {"full", "lisa", "neft", "adapprox"}
     measured = [
         arm for probe in probes.PROBES.values() if probe.measure for arm in (*probe.arms(True), *probe.arms(False))
@@ -291,12 +293,22 @@ def test_what_is_measured_on_the_model_keeps_its_state():
     assert not [arm.label for arm in measured if arm.method.name in dense]
 
 
-def test_an_unknown_probe_is_told_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="unknown probe 'lore'; there are"):
-        probes.reproduce(["lore"], True, None, tmp_path)
+@pytest.mark.parametrize(("name", "hint"), [("lore", "'lora'"), ("xyzzy", "adalora")])
+def test_reproduce_with_unknown_probe_names_the_known_ones(name, hint, tmp_path):
+    with pytest.raises(ValueError, match=f"unknown probe '{name}'.*{hint}"):
+        probes.reproduce([name], True, None, tmp_path)
 
 
-def test_a_report_of_no_reproduction_is_told_in_one_line(tmp_path):
+def test_findings_and_report_figure_accept_their_old_names():
+    with pytest.warns(FutureWarning, match="Exhibit.*ReportFigure"):
+        assert probes.Exhibit is probes.ReportFigure
+    with pytest.warns(FutureWarning, match="exhibits.*figures"):
+        found = Findings([], exhibits=[])
+    with pytest.warns(FutureWarning, match="exhibits.*figures"):
+        assert found.exhibits is found.figures
+
+
+def test_write_report_without_contents_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no probes\.json"):
         probes.write_report(tmp_path)
 
@@ -309,7 +321,7 @@ def test_a_report_of_no_reproduction_is_told_in_one_line(tmp_path):
         (probes.CONTENTS, '{"quick": "yes", "probes": {}}', ValueError),
     ],
 )
-def test_reproduce_replaces_no_file_of_another_program(name, text, error, tmp_path):
+def test_reproduce_never_replaces_a_file_of_another_program(name, text, error, tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(error, match=name) as caught:
         probes.reproduce(["lora"], True, 1, tmp_path)

@@ -1,4 +1,4 @@
-"""The report, read back as a browser reads it: parsed, not searched for strings."""
+"""Tests of the report: the page is parsed as a browser parses it, not searched for strings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Axis, Chart, Heat, Line, Point, set_side_by_side
 from lorascope.charts.figure_plan import plan
 from lorascope.charts.theme import THEMES, theme
-from lorascope.probes.base import PROBES, Exhibit, Findings, Probe, exhibit
+from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure, make_report_figure
 from lorascope.probes.claims import Claim, Verdict
 from lorascope.probes.report import page as report
 from lorascope.probes.report.figures import changes, embed
@@ -32,13 +32,13 @@ LONE = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Node:
-    """An element with its parts: nodes and text."""
+    """Element with its parts: nodes and text."""
 
     def __init__(self, tag: str, attributes: dict[str, str]) -> None:
         self.tag, self.attributes, self.parts = tag, attributes, []
 
     def all(self, tag: str = "", class_: str = "") -> list[Node]:
-        """Every element below, in the order of the page."""
+        """Return all descendants with this tag and class, in the order of the page."""
         return [
             node
             for node in self.walk()
@@ -57,7 +57,7 @@ class Node:
 
 
 class Tree(HTMLParser):
-    """A page as a tree; refuses tags that do not nest."""
+    """Page as a tree; tags that are not nested correctly fail an assertion."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -80,10 +80,8 @@ class Tree(HTMLParser):
         self.open[-1].parts.append(data)
 
 
-def judge(sentence: str, effects: list[float], margin: float = 0.25, **told: str) -> Verdict:
-    claim = Claim(
-        sentence=sentence, margin=margin, **({"statistic": "gain", "control": "chance", "source": "p. 3"} | told)
-    )
+def judge(sentence: str, effects: list[float], margin: float = 0.25) -> Verdict:
+    claim = Claim(sentence=sentence, margin=margin, statistic="gain", control="chance", source="p. 3")
     base = [0.125 * seed for seed in range(len(effects))]
     statistic = {seed: start + effect for seed, (start, effect) in enumerate(zip(base, effects, strict=True))}
     return claim.judge(statistic, dict(enumerate(base)))
@@ -108,10 +106,10 @@ def runs_of(folder: Path, label: str, seeds: int, size: float) -> list[Run]:
 
 
 def reported(folder: Path, seeds: int, monkeypatch: pytest.MonkeyPatch, quick: bool = False) -> tuple[Any, ...]:
-    """A report on two probes that share an arm; gives its tree and its findings."""
+    """Write a report on two probes that share an arm; return its tree, its findings and its path."""
     for name in ("first", "second"):
-        told = {"title": f"The {name} <probe>", "source": f"{name} et al.", "question": f"Is it {name}?"}
-        probe = Probe(name=name, **told, quick_budget=1, arms=lambda quick: [], judge=lambda runs: None)
+        texts = {"title": f"The {name} <probe>", "source": f"{name} et al.", "question": f"Is it {name}?"}
+        probe = Probe(name=name, **texts, quick_budget=1, arms=lambda quick: [], judge=lambda runs: None)
         monkeypatch.setitem(PROBES, name, probe)
     slow, fast = runs_of(folder / "runs", "slow", seeds, 1.0), runs_of(folder / "runs", "fast", seeds, 5.0)
     arms = {"slow arm": slow, EVIL: fast}
@@ -125,12 +123,15 @@ def reported(folder: Path, seeds: int, monkeypatch: pytest.MonkeyPatch, quick: b
     findings = {
         "first": Findings(
             [judge("It grows & <grows>.", [0.5, 0.625, 0.5625][:seeds]), judge(EVIL, [0.0, 0.125, 0.0625][:seeds])],
-            [exhibit("norm_over_steps", plots.norm_over_steps(arms)), exhibit("spectrum", plots.spectrum(arms))],
+            [
+                make_report_figure("norm_over_steps", plots.norm_over_steps(arms)),
+                make_report_figure("spectrum", plots.spectrum(arms)),
+            ],
             {"Numbers": pd.DataFrame({"name": ["a", EVIL], "value": [1.0, np.nan], "whole": [3, 40000]})},
             ["A note.", EVIL],
         ),
         "second": Findings(
-            [judge("It wavers.", [-1.0, 0.0, 2.0][:seeds], 0.5)], [Exhibit(evil, "Look.", f"Beware of {EVIL}.")]
+            [judge("It wavers.", [-1.0, 0.0, 2.0][:seeds], 0.5)], [ReportFigure(evil, "Look.", f"Beware of {EVIL}.")]
         ),
     }
     path = report.write(
@@ -150,7 +151,7 @@ def cells(row: Node) -> list[str]:
 
 
 def figures(page: Node) -> list[dict[str, Any]]:
-    """The JSON after every chart."""
+    """Return the JSON that follows each chart."""
     found = []
     for figure in page.all("figure"):
         place = next(n for n, part in enumerate(figure.parts) if part.attributes.get("class") == "chart")
@@ -158,7 +159,7 @@ def figures(page: Node) -> list[dict[str, Any]]:
     return found
 
 
-def test_it_is_one_small_file_that_asks_for_nothing(three: Any) -> None:
+def test_report_is_one_small_file_without_requests(three: Any) -> None:
     page, _, path = three
     assert path.stat().st_size < 8 * 2**20
     assert [file.name for file in path.parent.iterdir() if file.is_file()] == ["report.html"]
@@ -174,7 +175,7 @@ def test_it_is_one_small_file_that_asks_for_nothing(three: Any) -> None:
     assert "http" not in policy
 
 
-def test_claims_come_first_with_the_numbers_of_their_verdicts(three: Any) -> None:
+def test_claims_come_first_and_show_the_numbers_of_their_verdicts(three: Any) -> None:
     page, findings, _ = three
     body = page.all("main")[0]
     assert [part.tag for part in body.parts if isinstance(part, Node)][:2] == ["header", "section"]
@@ -198,14 +199,14 @@ def test_claims_come_first_with_the_numbers_of_their_verdicts(three: Any) -> Non
     assert "2 probes, 3 claims: 1 supported, 1 not supported, 1 inconclusive." in body.all("header")[0].text
 
 
-def test_each_section_tells_question_figures_tables_notes_and_settings_in_this_order(three: Any) -> None:
+def test_section_has_question_figures_tables_notes_and_settings_in_this_order(three: Any) -> None:
     page, _, _ = three
     first = next(s for s in page.all("section") if s.attributes["aria-labelledby"] == "probe-first")
     assert [part.attributes.get("class", part.tag) for part in first.parts] == [
         *("h2", "question", "source", "figure", "figure", "table", "table", "h3", "ul", "details"),
     ]
     assert first.parts[0].text == "The first <probe>"
-    assert [n.text for n in first.all("dt")] == ["How to read it", "When it misleads"] * 2
+    assert [n.text for n in first.all("dt")] == ["How to read", "Caveat"] * 2
     assert first.all("dd")[0].text == plots.FIGURES["norm_over_steps"].reads
     by_seed, numbers = first.parts[5], first.parts[6]
     assert cells(by_seed.all("tr")[1]) == ["It grows & <grows>.", "0", "0.5", "0", "0.5"]
@@ -213,7 +214,7 @@ def test_each_section_tells_question_figures_tables_notes_and_settings_in_this_o
     assert [cells(row) for row in numbers.all("tr")[1:]] == [["a", "1", "3"], [EVIL, "–", "40000"]]
 
 
-def test_settings_name_every_arm_and_every_run_with_its_folder(three: Any) -> None:
+def test_settings_list_every_arm_and_every_run_with_its_folder(three: Any) -> None:
     page, _, path = three
     details = page.all("details")[0]
     arms, runs = (node.all("tbody")[0].all("tr") for node in details.all("table"))
@@ -223,15 +224,15 @@ def test_settings_name_every_arm_and_every_run_with_its_folder(three: Any) -> No
     assert (path.parent / "runs/slo1/run.json").exists()
     assert json.loads(details.all("pre")[0].text)["settings"]["warmup"] == 0.06
     facts = dict(zip([n.text for n in page.all("dt")], [n.text for n in page.all("dd")], strict=True))
-    assert facts["Runs"] == "6 runs, 9 min of training"  # those of the shared arm once
+    assert facts["Runs"] == "6 runs, 9 min of training"  # the runs of the shared arm count once
     assert facts["Seeds"] == "0, 1, 2"
     assert facts["Versions"] == "lorascope 0.1.0, torch 2.13.0"
     assert facts["Commit"] == "0123456789ab"
 
 
-def test_every_chart_has_its_data_a_caption_and_words_for_those_who_do_not_see_it(three: Any) -> None:
+def test_every_chart_has_data_caption_and_accessible_label(three: Any) -> None:
     page, findings, _ = three
-    shown = [one.chart for found in findings.values() for one in found.exhibits]
+    shown = [one.chart for found in findings.values() for one in found.figures]
     assert len(page.all(class_="chart")) == len(shown) == 3
     for figure, chart, stored in zip(page.all("figure"), shown, figures(page), strict=True):
         assert figure.all("figcaption")[0].text == chart.caption != ""
@@ -246,7 +247,7 @@ def test_every_chart_has_its_data_a_caption_and_words_for_those_who_do_not_see_i
     assert len(figures(page)[0]["figure"]["frames"]) == 3
 
 
-def test_headings_links_ids_and_tables_are_sound(three: Any) -> None:
+def test_headings_links_ids_and_tables_are_valid(three: Any) -> None:
     page, _, _ = three
     levels = [int(node.tag[1]) for node in page.walk() if node.tag in ("h1", "h2", "h3", "h4")]
     assert levels[0] == 1
@@ -260,22 +261,24 @@ def test_headings_links_ids_and_tables_are_sound(three: Any) -> None:
     assert all(head.attributes["scope"] in ("col", "row", "rowgroup") for head in page.all("th"))
     for table in page.all("table"):
         assert table.parts[0].tag == "caption"
-        assert {len(cells(row)) for row in table.all("tr") if not row.all("th")} <= {4}  # under a claim that spans rows
+        assert {len(cells(row)) for row in table.all("tr") if not row.all("th")} <= {
+            4
+        }  # rows below a claim that spans several rows
     assert any(meta.attributes.get("name") == "viewport" for meta in page.all("meta"))
     assert page.all("html")[0].attributes["lang"] == "en"
 
 
-def test_no_label_becomes_a_tag(three: Any) -> None:
+def test_hostile_labels_never_become_tags(three: Any) -> None:
     page, _, _ = three
     assert page.all("title")[0].text == page.all("h1")[0].text == EVIL
-    assert len(page.all("script")) == 3 + 3  # plotly, its settings, ours, and one a chart
+    assert len(page.all("script")) == 3 + 3  # plotly, its settings, the script of the page, and one per chart
     assert not page.all("b") or all(node.text.replace(".", "").lstrip("-").isdigit() for node in page.all("b"))
     assert page.all("figure")[2].all("h3")[0].text == f"Figure 3: {EVIL}"
     names = [trace.get("name") for trace in figures(page)[2]["figure"]["data"]]
     assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;&lt;b onclick=x&gt;&amp;amp;" in names
 
 
-def test_a_single_seed_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_with_single_seed_explains_inconclusive_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, findings, _ = reported(tmp_path, 1, monkeypatch, quick=True)
     for row, verdict in zip(
         page.all("tbody")[0].all("tr"), [*findings["first"].verdicts, *findings["second"].verdicts], strict=True
@@ -283,41 +286,42 @@ def test_a_single_seed_is_told_with_its_reason(tmp_path: Path, monkeypatch: pyte
         assert cells(row)[1:3] == ["? inconclusive", f"{verdict.effect:.3g}no interval"]
     few = [node.text for node in page.all("p", "few")]
     assert len(few) == 2
-    assert few[0].startswith("Every claim here is inconclusive whatever the numbers say, because 1 seed cannot")
+    assert few[0].startswith("Every claim here is inconclusive")
+    assert "because 1 seed cannot" in few[0]
     assert few[0].count(".") == 1
     assert "quick settings" in page.all("header")[0].text
 
 
-def test_what_lacks_seeds_is_counted() -> None:
+def test_too_few_counts_claims_without_enough_seeds() -> None:
     enough, two, one = judge("a", [1.0, 1.0, 1.5]), judge("b", [1.0, 2.0]), judge("c", [1.0])
     assert too_few([enough]) == ""
     assert too_few([enough, two, one]).startswith("2 of the 3 claims here are inconclusive")
     assert "because 1 seed or 2 seeds cannot" in too_few([enough, two, one])
 
 
-def test_three_seeds_need_no_excuse_and_full_settings_are_called_so(three: Any) -> None:
+def test_report_with_three_seeds_and_full_settings_has_no_warning(three: Any) -> None:
     page, _, _ = three
     assert not page.all("p", "few")
-    assert page.all("header")[0].all("p")[0].text.endswith("Made with full settings.")
+    assert page.all("header")[0].all("p")[0].text.endswith("full settings.")
 
 
-def test_a_probe_without_claims_or_runs_is_told_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_probe_without_claims_or_runs_is_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe(
         name="x", title="X", source="s", question="q", quick_budget=1, arms=lambda q: [], judge=lambda r: None
     )
     monkeypatch.setitem(PROBES, "x", probe)
     path = report.write(tmp_path / "new" / "r.html", {"x": Findings([], [], notes=["No run."])}, {"x": {}}, quick=True)
     page = Tree(path.read_text(encoding="utf-8")).root
-    assert "None was judged." in page.text
+    assert "No claim was judged." in page.text
     assert not page.all("table", "claims")
     assert "1 probe, no claims." in page.all("header")[0].text
 
 
-def test_wrong_names_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="no probe 'nonesuch' to report on; there are"):
+def test_write_with_unknown_probe_or_missing_runs_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown probe 'nonesuch'"):
         report.write(tmp_path / "r.html", {"nonesuch": Findings([], [])}, {}, quick=True)
     known = next(iter(PROBES))
-    with pytest.raises(ValueError, match=f"the runs of probe '{known}' are missing"):
+    with pytest.raises(ValueError, match=f"runs must have an entry for probe '{known}'"):
         report.write(tmp_path / "r.html", {known: Findings([], [])}, {}, quick=True)
     assert not list(tmp_path.iterdir())
 
@@ -327,12 +331,12 @@ def drawing(verdict: Verdict) -> Node:
 
 
 def place(node: Node, class_: str) -> list[float]:
-    """Numbers in the path of a class, in the order x, y, x."""
+    """Return the numbers in the path of a class, in the order x, y, x."""
     (path,) = node.all("path", class_)
     return [float(word) for word in path.attributes["d"].replace("M", "").replace("V", " ").replace("H", " ").split()]
 
 
-def test_the_strip_puts_the_effect_between_no_effect_and_margin() -> None:
+def test_strip_positions_match_effect_and_margin() -> None:
     node = drawing(judge("a", [0.125, 0.125 + 1 / 64, 0.125 - 1 / 64]))
     zero, margin = place(node, "zero")[0], place(node, "margin")[0]
     (dot,) = node.all("circle")
@@ -348,7 +352,7 @@ def test_the_strip_puts_the_effect_between_no_effect_and_margin() -> None:
 
 
 def slider() -> Chart:
-    """Everything a theme recolours: bars of error, rims, missing cells on the other panel, more colours than one."""
+    """Build a chart with everything that a theme recolors: error bars, marker edges and several colors."""
     rows = [
         {"step": step, "x": x, "y": float(step * x), "low": step * x - 0.5, "high": step * x + 0.5, "who": str(x % 8)}
         for step in (0, 5, 9)
@@ -365,12 +369,12 @@ def panels() -> Any:
     )
 
 
-def put(figure: dict[str, Any], told: list[list[Any]]) -> dict[str, Any]:
-    """What the page's script does with the changes."""
+def apply_changes(figure: dict[str, Any], edits: list[list[Any]]) -> dict[str, Any]:
+    """Apply changes to a figure as the script of the page does."""
     figure = copy.deepcopy(figure)
-    for (*way, last), value in told:
+    for (*path, last), value in edits:
         inner: Any = figure
-        for step in way:
+        for step in path:
             inner = inner[step]
         inner[last] = value
     return figure
@@ -384,11 +388,11 @@ def without_nulls(value: Any) -> Any:
 
 @pytest.mark.parametrize("make", [slider, panels])
 @pytest.mark.parametrize("name", ["light", "dark"])
-def test_what_is_embedded_is_what_the_renderer_draws(make: Any, name: str) -> None:
+def test_embedded_figure_equals_rendered_figure(make: Any, name: str) -> None:
     embedded = embed(make())
     settled = plan(make(), theme(name))
     drawn = json.loads(plotly_backend.draw(settled).to_json())
-    figure = put(embedded.figure, embedded.changes.get(name, []))
+    figure = apply_changes(embedded.figure, embedded.changes.get(name, []))
     assert without_nulls(figure["data"]) == without_nulls(drawn["data"])
     assert len(figure["frames"]) == 3
     for slim, whole in zip(figure["frames"], drawn["frames"], strict=True):
@@ -400,28 +404,28 @@ def test_what_is_embedded_is_what_the_renderer_draws(make: Any, name: str) -> No
     assert embedded.caption == "Both."
 
 
-def test_a_trace_that_frames_change_and_change_back_is_written_out_in_each() -> None:
+def test_trace_that_frames_change_and_change_back_is_in_every_frame() -> None:
     rows = pd.DataFrame({"x": [1, 1, 1], "y": [2.0, 3.0, 2.0], "step": [0, 1, 2]})
     frames = embed(Chart(rows, [Point("x", "y")], frame="step")).figure["frames"]
     assert [("y" in frame["data"][0], "x" in frame["data"][0]) for frame in frames] == [(True, False)] * 3
 
 
-def test_panels_stand_one_above_the_other_on_a_narrow_screen() -> None:
+def test_panels_on_narrow_screen_are_stacked() -> None:
     embedded = embed(panels())
-    wide, narrow = embedded.figure, put(embedded.figure, embedded.changes["narrow"])
+    wide, narrow = embedded.figure, apply_changes(embedded.figure, embedded.changes["narrow"])
     assert wide["layout"]["xaxis"]["domain"][1] < wide["layout"]["xaxis2"]["domain"][0]
     assert narrow["layout"]["xaxis"]["domain"][0] == narrow["layout"]["xaxis2"]["domain"][0] == 0
     assert narrow["layout"]["yaxis2"]["domain"][1] < narrow["layout"]["yaxis"]["domain"][0]
     assert embedded.heights["narrow"] == narrow["layout"]["height"] > embedded.heights["wide"]
     assert narrow["data"] == wide["data"]
-    both = put(embedded.figure, embedded.changes["narrow dark"])
+    both = apply_changes(embedded.figure, embedded.changes["narrow dark"])
     assert both["layout"]["height"] == narrow["layout"]["height"]
     assert both["layout"]["paper_bgcolor"] == THEMES["dark"].background
 
 
-def test_changes_lead_from_one_to_the_other() -> None:
+def test_changes_transform_old_json_into_new() -> None:
     old = {"a": [1, {"b": 2}], "c": "x", "gone": 1, "list": [1, 2]}
     new = {"a": [1, {"b": 3}], "c": "x", "new": {"d": 4}, "list": [1]}
-    told = list(changes(old, new))
-    assert without_nulls(put(old, told)) == new
-    assert [path for path, _ in told] == [["a", 1, "b"], ["gone"], ["list"], ["new"]]
+    edits = list(changes(old, new))
+    assert without_nulls(apply_changes(old, edits)) == new
+    assert [path for path, _ in edits] == [["a", 1, "b"], ["gone"], ["list"], ["new"]]

@@ -29,5 +29,5 @@ def main(argv: Sequence[str]) -> int:
     from lorascope import probes  # not for --help, which need not wait for torch
 
     found = probes.write_report(options.folder)
-    print(json.dumps(found.plain()) if options.json else found)
+    print(json.dumps(found.to_dict()) if options.json else found)
     return 0

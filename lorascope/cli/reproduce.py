@@ -42,5 +42,5 @@ def main(argv: Sequence[str]) -> int:
     except sweep.RunsFailed as error:
         print(f"lorascope: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
-    print(json.dumps(found.plain()) if options.json else found)
+    print(json.dumps(found.to_dict()) if options.json else found)
     return 0

@@ -1,4 +1,6 @@
-"""Studies of what the papers observed and claim, each with its runs, its controls and its verdicts."""
+"""Probes: studies of the claims of the papers, each with its runs, controls and verdicts."""
+
+from typing import TYPE_CHECKING
 
 from lorascope.probes import (
     adalora,
@@ -17,8 +19,9 @@ from lorascope.probes import (
     planted,
     score_agreement,
 )
-from lorascope.probes.base import PROBES, Arm, Exhibit, Findings, Probe
+from lorascope.probes.base import PROBES, Arm, Findings, Probe, ReportFigure
 from lorascope.probes.reproduction import CONTENTS, QUICK_SEEDS, REPORT, Outcome, findings, reproduce, write_report
+from lorascope.schema.deprecation import old_names
 
 __all__ = [
     "CONTENTS",
@@ -26,10 +29,10 @@ __all__ = [
     "QUICK_SEEDS",
     "REPORT",
     "Arm",
-    "Exhibit",
     "Findings",
     "Outcome",
     "Probe",
+    "ReportFigure",
     "adalora",
     "adalora_placement",
     "adapprox",
@@ -49,3 +52,6 @@ __all__ = [
     "score_agreement",
     "write_report",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = old_names(__name__, {"Exhibit": "ReportFigure"})

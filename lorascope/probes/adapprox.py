@@ -1,14 +1,19 @@
-"""Adapprox: do few directions carry Adam's second moment, and is a higher rank than one of use?
+"""Probe of Adapprox: rank of Adam's second moments, error of their factors, and loss compared with other optimizers.
+
+Each optimizer has the best of three learning rates by validation loss. All have the same schedule and clipping, and no
+weight decay.
 
 Source: Adapprox (arXiv 2403.14958), figure 1 (singular values of second moments), abstract (few singular values;
-training no worse than under AdamW, and better than under Adafactor and CAME). That more than one direction is of use
-to the approximation, and that it holds over the steps, are claims of this project.
+training no worse than with AdamW, and better than with Adafactor and CAME). Two claims are this project's own: that a
+rank above one improves the approximation, and that the approximation stays accurate over the steps.
 
-Departs: fine-tuning of a small encoder in place of pre-training of GPT-2, and few steps. The embeddings keep a dense
-second moment, since factoring 30,522 rows at every step costs more than the model, and so does the head, which has
-fewer rows than ``min_dim``. Growth of ranks is scaled to the width.
-Each optimizer has the best of three rates, by validation loss; all have the same schedule, clipping and no decay.
-Guidance, of which the paper's text could not be had, is tried at one rate and judged by nothing.
+Departs:
+
+- Fine-tuning of a small encoder instead of pre-training of GPT-2, and few steps.
+- The embeddings keep a dense second moment, because factoring 30,522 rows at every step costs more than the model.
+- The head keeps a dense second moment, because it has fewer rows than ``min_dim``.
+- The growth of ranks is scaled to the width.
+- Guidance is trained at one learning rate and judged by no claim, because the paper's text on it was not available.
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ from lorascope import observe, plots
 from lorascope.analysis import optimizer_moments
 from lorascope.methods import Adapprox, Full
 from lorascope.methods.base import Method
-from lorascope.probes.base import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.base import Arm, Findings, Probe, make_report_figure, register
 from lorascope.probes.claims import Claim
 from lorascope.probes.rank_statistics import BySeed
 from lorascope.runs.run import Run
@@ -40,38 +45,39 @@ RATES = {
 }
 
 FEW = Claim(
-    sentence="Few singular values carry Adam's second moment, more than its rows and columns make them.",
-    statistic=f"1 - squared error of the best rank {RANK}: energy in so many singular values, mean over the matrices",
-    control="the same of a random matrix with the same sums by row and by column",
+    sentence="A few singular values hold more energy of Adam's second moments than row and column sums explain.",
+    statistic=f"fraction of energy in the first {RANK} singular values (1 - squared best rank-{RANK} error), mean over "
+    "matrices",
+    control="the same for a random matrix with the same row and column sums",
     margin=0.02,
     source="figure 1",
 )
 ABOVE_ONE = Claim(
-    sentence=f"Factors of rank {RANK} say more of it than Adafactor's rank one.",
-    statistic=f"minus the relative error of S-RSI at rank {RANK}, on AdamW's second moments",
-    control="minus that of row sums times column sums",
+    sentence=f"Factors of rank {RANK} approximate second moments better than Adafactor's rank one.",
+    statistic=f"minus the relative error of S-RSI at rank {RANK} on AdamW's second moments, mean over matrices",
+    control="minus the relative error of the row-column product",
     margin=0.05,
-    source="this project; what the abstract takes for granted",
+    source="this project; assumed by the abstract",
 )
 HELD = Claim(
-    sentence="What Adapprox holds in the end is nearer to the exact average than row sums times column sums of that.",
-    statistic="minus the relative error of its factors against the exact average since the start",
-    control="minus that of the exact average's own row sums times column sums",
+    sentence="Adapprox's final factors are closer to the exact second moments than a row-column product is.",
+    statistic="minus the relative error of Adapprox's factors, compared with the exact average since step 0",
+    control="minus the relative error of the row-column product of this exact average",
     margin=0.05,
     source="this project",
 )
 PARITY = Claim(
-    sentence="Adapprox does no worse than AdamW, within 0.02 nats.",
-    statistic="minus the test loss under Adapprox, at its best rate",
-    control="minus the test loss under AdamW, at its best rate, less 0.02",
+    sentence="Adapprox is non-inferior to AdamW in test loss (tolerance 0.02 nats).",
+    statistic="minus the test loss (nats) of Adapprox at its best learning rate",
+    control="minus the test loss (nats) of AdamW at its best learning rate, minus 0.02",
     margin=0.001,
     source="abstract",
 )
 OVER_ADAFACTOR, OVER_CAME = (
     Claim(
-        sentence=f"Adapprox does better than {other}.",
-        statistic="minus the test loss under Adapprox, at its best rate",
-        control=f"minus the test loss under {other}, at its best rate",
+        sentence=f"Adapprox outperforms {other} in test loss.",
+        statistic="minus the test loss (nats) of Adapprox at its best learning rate",
+        control=f"minus the test loss (nats) of {other} at its best learning rate",
         margin=0.005,
         source="abstract",
     )
@@ -80,12 +86,15 @@ OVER_ADAFACTOR, OVER_CAME = (
 
 
 def label(optimizer: str, rate: float) -> str:
-    """Of an arm; the figure of rates takes it apart."""
+    """Return the label of an arm. ``plots.learning_rates`` reads the optimizer before " at "."""
     return f"{optimizer} at {rate:g}"
 
 
 def arms(quick: bool) -> list[Arm]:
-    """Four optimizers at three rates each, and guidance at one; quick: at the middle ones, and ours at a low rank."""
+    """Return the arms: four optimizers at three learning rates each, and guidance at one.
+
+    A quick run has only the middle rates, and Adapprox has a low maximum rank.
+    """
     shared: dict[str, Any] = {"steps": 100, "batch_size": 16, "test_size": 2000}
     if quick:
         shared = {"steps": 4, "batch_size": 8, "eval_every": 0, "eval_size": 32, "test_size": 64, "max_length": 32}
@@ -98,7 +107,7 @@ def arms(quick: bool) -> list[Arm]:
         GUIDED: replace(ours, cosine=True),
     }
     seen = {ADAMW: [observe.second_moments(), observe.factorings()], OURS: [observe.factor_drift()]}
-    costs = {ADAMW: 4.0 if quick else 1.2, OURS: 2.2, GUIDED: 2.2}  # of few steps the looks are the larger part
+    costs = {ADAMW: 4.0 if quick else 1.2, OURS: 2.2, GUIDED: 2.2}  # in a quick run, observers dominate
     tried = RATES | {GUIDED: RATES[OURS][1:2]}
     return [
         Arm(
@@ -113,7 +122,7 @@ def arms(quick: bool) -> list[Arm]:
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Spectra against random ones, errors against rank one, losses at the best rates."""
+    """Compare spectra with random matrices, errors with rank one, and losses at the best learning rates."""
     best = {name: best_rate(runs, name) for name in RATES}
     loss = {name: {run.meta["seed"]: -run.meta["test"]["loss"] for run in runs[best[name]]} for name in RATES}
     adam, ours = runs[best[ADAMW]], runs[best[OURS]]
@@ -125,46 +134,52 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         OVER_ADAFACTOR.judge(loss[OURS], loss[ADAFACTOR]),
         OVER_CAME.judge(loss[OURS], loss[CAME]),
     ]
-    exhibits = [
-        exhibit("second_moments", plots.second_moments({best[ADAMW]: adam})),
-        exhibit("moment_error", plots.moment_error({best[ADAMW]: adam})),
-        exhibit("factorization_methods", plots.factorization_methods({best[ADAMW]: adam})),
-        exhibit("factor_rank", plots.factor_rank({best[OURS]: ours})),
-        exhibit("factor_error", plots.factor_error({best[OURS]: ours})),
-        exhibit("guidance", plots.guidance({key: found for key, found in runs.items() if key.startswith(OURS)})),
-        exhibit("learning_rates", plots.learning_rates({key: runs[key] for key in runs if not key.startswith(GUIDED)})),
-        exhibit("training_curves", plots.training_curves({best[name]: runs[best[name]] for name in RATES})),
+    figures = [
+        make_report_figure("second_moments", plots.second_moments({best[ADAMW]: adam})),
+        make_report_figure("moment_error", plots.moment_error({best[ADAMW]: adam})),
+        make_report_figure("factorization_methods", plots.factorization_methods({best[ADAMW]: adam})),
+        make_report_figure("factor_rank", plots.factor_rank({best[OURS]: ours})),
+        make_report_figure("factor_error", plots.factor_error({best[OURS]: ours})),
+        make_report_figure(
+            "guidance", plots.guidance({key: found for key, found in runs.items() if key.startswith(OURS)})
+        ),
+        make_report_figure(
+            "learning_rates", plots.learning_rates({key: runs[key] for key in runs if not key.startswith(GUIDED)})
+        ),
+        make_report_figure("training_curves", plots.training_curves({best[name]: runs[best[name]] for name in RATES})),
     ]
     notes = [
-        "Held fixed: model, text, splits, batch size, steps, schedule, clipping. Seeds vary head, data order, dropout.",
+        "Held fixed: model, data, splits, batch size, steps, schedule, clipping. Seeds vary the classifier head, data "
+        "order and dropout.",
         "Under Adapprox the embeddings and the head, which has two rows, keep a dense second moment; all other "
         "matrices are factored.",
-        "The rate of each optimizer is the one of the lowest mean validation loss over all seeds; the test split has "
-        "no part in it.",
-        "A matrix of positive entries has one large singular value whatever it holds: hence a control of equal sums.",
+        "The learning rate of each optimizer has the lowest mean validation loss over all seeds; the test split is not "
+        "used.",
+        "Any matrix of positive entries has one large singular value. The control therefore has the same row and "
+        "column sums.",
     ]
-    return Findings(verdicts, exhibits, {"Second moments held at the end": factor_memory(ours)}, notes)
+    return Findings(verdicts, figures, {"Final second moments": factor_memory(ours)}, notes)
 
 
 def best_rate(runs: Mapping[str, Sequence[Run]], name: str) -> str:
-    """The arm of an optimizer with the lowest mean validation loss at the end."""
+    """Return the label of the optimizer's arm with the lowest final validation loss, mean over seeds."""
     own = {key: found for key, found in runs.items() if key in {label(name, rate) for rate in RATES[name]}}
-    return min(own, key=lambda key: sum(last(run, "eval_loss") for run in own[key]) / len(own[key]))
+    return min(own, key=lambda key: sum(final_value(run, "eval_loss") for run in own[key]) / len(own[key]))
 
 
-def last(run: Run, quantity: str, index: int | None = None) -> float:
-    """The last value of a quantity, mean over the matrices in the blocks where it is one of modules."""
+def final_value(run: Run, quantity: str, index: int | None = None) -> float:
+    """Return the last value of a quantity; if it is recorded per module, the mean over the matrices of the blocks."""
     rows = optimizer_moments.final(run.table, quantity)
     return float((rows if index is None else rows.xs(index, level="index")).mean())
 
 
 def negated_error(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySeed:
-    """An error, turned, since lower is better."""
-    return {run.meta["seed"]: -last(run, quantity, index) for run in runs}
+    """Return minus the final error by seed, so that higher is better."""
+    return {run.meta["seed"]: -final_value(run, quantity, index) for run in runs}
 
 
 def energy(runs: Sequence[Run], quantity: str) -> BySeed:
-    """Share of the squared norm in the first singular values, mean over the matrices."""
+    """Compute the fraction of energy in the first ``RANK`` singular values by seed, mean over matrices."""
     return {
         run.meta["seed"]: float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
         for run in runs
@@ -172,7 +187,7 @@ def energy(runs: Sequence[Run], quantity: str) -> BySeed:
 
 
 def factor_memory(runs: Sequence[Run]) -> pd.DataFrame:
-    """Rank and bytes of the factors by role at the end, beside what dense second moments of the same would take."""
+    """Return final rank and bytes of the factors by role, compared with the bytes of dense second moments."""
     rows = []
     for run in runs:
         ranks = optimizer_moments.final(run.table, "factor_rank").rename("rank").reset_index()
@@ -187,9 +202,9 @@ def factor_memory(runs: Sequence[Run]) -> pd.DataFrame:
 PROBE = register(
     Probe(
         name="adapprox",
-        title="Adapprox: second moments of low rank",
+        title="Adapprox: low-rank second moments",
         source="Zhao et al., Adapprox, arXiv 2403.14958",
-        question="Do few directions carry Adam's second moment, and does keeping more than one of them pay?",
+        question="Are Adam's second moments of low rank, and is a rank above one worth its cost?",
         quick_budget=44,
         arms=arms,
         judge=judge,

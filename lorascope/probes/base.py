@@ -1,7 +1,8 @@
-"""What a probe is: the runs it needs, and what it finds in them."""
+"""Definition of a probe: the runs it needs and the findings it draws from them."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,33 +17,34 @@ from lorascope.methods.base import Method
 from lorascope.plots import FIGURES
 from lorascope.probes.claims import Verdict
 from lorascope.runs.run import Run
+from lorascope.schema.deprecation import accept_old_fields, formerly
 
 PROBES: dict[str, Probe] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One side of a comparison: a method on a model and a task, to be run for several seeds.
+    """One configuration of a study: a method on a model and a task, run for several seeds.
 
     Parameters
     ----------
     label : str
-        Its name in legends and in the findings.
+        Name of the arm in legends, in findings and in ``probes.json``.
     method : Method
-        With its own rates.
+        Method with its learning rates.
     settings : mapping
-        Keywords of ``train``; ``steps`` among them.
+        Keyword arguments of ``train``, including ``steps`` and ``batch_size``.
     model : str, or callable
-        A name for ``models.load``, or what makes a fresh model.
+        Name for ``models.load``, or a function that returns a fresh model. Default "minilm".
     task : str or Task
-        A name for ``tasks.load``, or the task itself.
+        Name for ``tasks.load``, or the task itself. Default "sentiment".
     blocks : int or None
-        Keep the first blocks of the model only.
+        Number of leading blocks of the model to keep; None keeps all.
     cost : float
-        Of a step on 16 rows, in full fine-tuning steps of minilm on 16 sentences.
+        Cost of a step on 16 examples, in full fine-tuning steps of minilm on 16 examples. Default 1.
     vary : callable, optional
-        ``vary(arm, seed)`` gives the arm of a seed, where more than chance depends on it: the text, the ranks, or what
-        else the run is seeded with (``seed`` among the settings).
+        ``vary(arm, seed)`` returns the arm of one seed. Use it if the task, the ranks or the training seed (``seed`` in
+        ``settings``) depends on the seed.
     """
 
     label: str
@@ -56,12 +58,12 @@ class Arm:
 
     @property
     def budget(self) -> float:
-        """Cost of one seed, in full fine-tuning steps of minilm on 16 sentences."""
+        """Cost of one seed, in full fine-tuning steps of minilm on 16 examples."""
         return self.cost * self.settings["steps"] * self.settings["batch_size"] / 16
 
 
 def encoder_settings(quick: bool) -> dict[str, Any]:
-    """How every arm on minilm trains, so that probes share their runs."""
+    """Return the training settings of the arms on minilm. They are the same for all probes, so that runs are shared."""
     steps = 24 if quick else 300
     shared: dict[str, Any] = {"steps": steps, "observe": [observe.norms(), observe.factors(every=steps)]}
     if quick:
@@ -70,18 +72,19 @@ def encoder_settings(quick: bool) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Exhibit:
-    """A chart with what is to be said of it.
+class ReportFigure:
+    """A chart with its reading and its caveat.
 
     Parameters
     ----------
     chart : Chart or Panels
+        Chart to draw.
     reads : str
-        How to read it.
+        How to read the chart.
     misleads : str
-        When it misleads.
+        Caveat: a confounder and its remedy.
     figure : str
-        Its name in ``plots``, if it has one.
+        Name of the figure in ``plots``; "" if the chart is not one of them.
     """
 
     chart: Drawable
@@ -90,46 +93,51 @@ class Exhibit:
     figure: str = ""
 
 
+@accept_old_fields
 @dataclass(frozen=True)
 class Findings:
-    """What a probe found.
+    """Results of a probe.
 
     Parameters
     ----------
     verdicts : sequence of Verdict
-    exhibits : sequence of Exhibit
+        One verdict per judged claim.
+    figures : sequence of ReportFigure
+        Figures of the report, in order.
     tables : mapping title -> DataFrame
-        Numbers that belong beside the charts.
+        Tables printed after the figures.
     notes : sequence of str
-        What was held fixed, what does not enter the claims, and what is missing.
+        What was held fixed, what no claim uses, and what is missing.
     """
 
     verdicts: Sequence[Verdict]
-    exhibits: Sequence[Exhibit]
+    figures: Sequence[ReportFigure] = field(metadata=formerly("exhibits"))
     tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
     notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """One paper's motivating observation, to be made again and judged.
+    """Study of one paper: it repeats the paper's observation and judges its claims.
 
     Parameters
     ----------
     name, title, source, question : str
-    quick_budget : float
-        Stated cost of a quick run over all its seeds, in full fine-tuning steps of minilm on 16 sentences.
+        Name on the command line; heading, reference and question in the report.
+    quick_budget : int
+        Upper bound on the cost of a quick run with all its seeds, in full fine-tuning steps of minilm on 16 examples.
     arms : callable
-        ``arms(quick)`` gives the runs it needs.
+        ``arms(quick)`` returns the arms to train.
     judge : callable
-        ``judge(runs)``, a mapping label of an arm -> runs by seed, gives the findings; with ``measure``
-        ``judge(runs, measured)``, a mapping run id -> table.
+        ``judge(runs)`` returns the findings; ``runs`` maps the label of an arm to its runs by seed. With ``measure``,
+        ``judge(runs, measured)``; ``measured`` maps a run id to its table.
     measure : callable, optional
-        ``measure(run)`` gives a table that needs the model again: made once a run, and kept beside the runs.
+        ``measure(run)`` returns a table of measurements on the trained model. It is called once per run, and the table
+        is stored next to the runs.
     measure_cost : float
-        Of a quick run's measuring, in full fine-tuning steps of minilm on 16 sentences.
+        Cost of ``measure`` in a quick run, per seed, in full fine-tuning steps of minilm on 16 examples. Default 0.
     seeds : int
-        Seeds of a full run.
+        Number of seeds of a full run. Default 3.
     """
 
     name: str
@@ -144,12 +152,19 @@ class Probe:
     seeds: int = 3
 
 
-def exhibit(figure: str, chart: Drawable) -> Exhibit:
-    """A chart with the reading that the catalogue of figures gives for it."""
-    return Exhibit(chart, FIGURES[figure].reads, FIGURES[figure].misleads, figure)
+def make_report_figure(figure: str, chart: Drawable) -> ReportFigure:
+    """Return a chart with the reading and the caveat that ``FIGURES`` lists for it."""
+    return ReportFigure(chart, FIGURES[figure].reads, FIGURES[figure].misleads, figure)
+
+
+def unknown_probe_message(name: str) -> str:
+    """Return the error message for a name that is not in ``PROBES``."""
+    near = difflib.get_close_matches(name, PROBES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(PROBES)}"
+    return f"unknown probe {name!r}; {hint}"
 
 
 def register(probe: Probe) -> Probe:
-    """Enter a probe into ``PROBES``."""
+    """Add a probe to ``PROBES`` and return it."""
     PROBES[probe.name] = probe
     return probe

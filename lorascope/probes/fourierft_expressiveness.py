@@ -1,16 +1,19 @@
-"""Expressiveness: what can a matrix in the middle of a network learn with 128 parameters?
+"""Expressiveness of LoRA and FourierFT with 128 parameters, on a toy classification task.
 
-Eight clusters of points on a circle go through a small network of which all but one layer is frozen at random. That
-layer, 64 x 64, is adapted: by LoRA of rank 1, or by FourierFT with 128 coefficients, which is as many parameters. If a
-frequency basis says more with the same number, its network tells all points apart where LoRA's does not. Other bases
-with as many coefficients tell whether that is the frequencies' doing, or that of an update whose rank is not 1.
+A small network with random, frozen weights classifies points in the plane, eight clusters on a circle. Only an adapter
+of its middle layer (64 x 64) trains: LoRA of rank 1, or FourierFT with 128 coefficients, which has the same number of
+parameters. If the Fourier basis is more expressive, FourierFT classifies all points correctly and LoRA does not. A
+random basis with 128 coefficients separates the effect of the frequencies from the effect of an update of rank above 1.
 
 Source: FourierFT (arXiv 2405.03003), appendix C.2 with figure 7.
 
-Departs: the paper states neither the points nor what else trains, nor rates. Here centres lie on a circle of radius 5,
-30 points each with deviation 0.5; the first and the last layer are frozen, and the layer in the middle keeps the random
-weight that it begins with, as in fine-tuning. LoRA is given two rates, and the better one of each seed is judged. There
-are half of the figure's 2000 epochs.
+Departs:
+
+- The paper states neither the points nor the other trained layers nor the learning rates.
+- The clusters have centers on a circle of radius 5, with 30 points and a standard deviation of 0.5 each.
+- The first and the last layer are frozen, and the middle layer keeps its random base weight, as in fine-tuning.
+- LoRA has two learning rates; the better one of each seed is judged.
+- 1000 epochs; the figure has 2000.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, set_side_
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
 from lorascope.methods.lora import LoRADelta
 from lorascope.plots.run_groups import INTERVAL, lines
-from lorascope.probes.base import Exhibit, Findings, Probe, register
+from lorascope.probes.base import Findings, Probe, ReportFigure, register
 from lorascope.probes.claims import Claim
 from lorascope.runs.run import Run
 from lorascope.updates import fourier
@@ -41,44 +44,45 @@ CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
 WIDTH, COEFFICIENTS = 64, 128
 EPOCHS, SEEDS = 1000, range(5)
 _ALPHA, _ENTRY_SEED, _MIDDLE = 300.0, 777, "2"
-_CELL, _REACH = 0.25, 28  # of the plane that is drawn: the side of a cell, and how many lie on each side of zero
+_CELL, _REACH = 0.25, 28  # drawn region of the plane: side of a cell, and number of cells on each side of zero
 _EVERY = 20  # epochs between two points of a curve
 
 FOURIER, RANDOM = "FourierFT", "random basis"
-SLOW, FAST = "LoRA, rank 1, rate 0.01", "LoRA, rank 1, rate 0.1"
+SLOW, FAST = "LoRA, rank 1, lr 0.01", "LoRA, rank 1, lr 0.1"
+_RIGHT, _WRONG = "correct", "misclassified"
 
 EXPRESSIVE = Claim(
-    sentence="With 128 parameters, FourierFT tells apart what LoRA of rank 1 does not.",
-    statistic="best accuracy of FourierFT on the points that it trains on",
-    control="the same of LoRA of rank 1, which has as many parameters, at the better of two rates",
+    sentence="With 128 parameters, FourierFT fits points that LoRA of rank 1 cannot fit.",
+    statistic="best training accuracy of FourierFT, 128 coefficients",
+    control="best training accuracy of LoRA of rank 1 (128 parameters) at the better of two learning rates",
     margin=0.05,
     source="appendix C.2, figure 7",
 )
 FREQUENCIES = Claim(
-    sentence="That is the frequencies' doing: coefficients of a random basis take longer.",
-    statistic="log10 of the epochs until every point is told right, its sign turned; all epochs where that is never",
-    control="the same with two random matrices in place of the Fourier basis, as many coefficients at the same places",
+    sentence="FourierFT fits all points in fewer epochs than a random basis with equal parameters.",
+    statistic=f"minus log10 of the epochs until all points are classified correctly, at most {EPOCHS}",
+    control="the same with two random matrices instead of the Fourier basis, and the same entries",
     margin=0.15,
     source="table 6, on these points",
 )
 
 
 class Points(NamedTuple):
-    """Points of the plane and their classes."""
+    """Points in the plane and their classes."""
 
     x: Float[Tensor, "points 2"]
     y: Int[Tensor, "points"]
 
 
 class Course(NamedTuple):
-    """Accuracy after each epoch, from before the first on, and the network in the end."""
+    """Accuracy after each epoch, starting before the first, and the final network."""
 
     accuracy: list[float]
     network: nn.Sequential
 
 
 def points(seed: int) -> Points:
-    """Clusters with centres on a circle."""
+    """Draw the clusters, whose centers are on a circle."""
     angle = 2 * torch.pi * torch.arange(CLASSES) / CLASSES
     centers = CENTER * torch.stack([angle.cos(), angle.sin()], dim=1)
     noise = NOISE * torch.randn(CLASSES, POINTS, 2, generator=torch.Generator().manual_seed(seed))
@@ -86,8 +90,8 @@ def points(seed: int) -> Points:
 
 
 def network(seed: int) -> nn.Sequential:
-    """Three frozen layers at random, the one in the middle without a bias."""
-    with torch.random.fork_rng(devices=[]):
+    """Build a network of three random, frozen layers; the middle one has no bias."""
+    with torch.random.fork_rng(devices=[]):  # keeps the global generator unchanged
         torch.manual_seed(seed)
         middle = nn.Linear(WIDTH, WIDTH, bias=False)
         model = nn.Sequential(nn.Linear(2, WIDTH), nn.ReLU(), middle, nn.ReLU(), nn.Linear(WIDTH, CLASSES))
@@ -119,11 +123,11 @@ ADAPTERS: dict[str, tuple[Callable[[int], Delta], float]] = {
     SLOW: (_new_lora_delta, 1e-2),
     FAST: (_new_lora_delta, 1e-1),
 }
-"""What adapts the layer, with the rate that it trains at."""
+"""Label -> function that builds an adapter for a seed, and its learning rate."""
 
 
 def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
-    """Train one adapter on all points at once, by Adam, until every point is told right or the epochs are over."""
+    """Train one adapter with full-batch Adam until all points are classified correctly or the epochs are used up."""
     make, rate = ADAPTERS[label]
     model, (x, y) = network(seed), points(seed)
     delta = make(seed)
@@ -142,53 +146,54 @@ def learn(label: str, seed: int, epochs: int = EPOCHS) -> Course:
 
 @cache
 def courses() -> dict[tuple[str, int], Course]:
-    """Every adapter for every seed; seeds vary the points, the network, and what an adapter starts from."""
+    """Train every adapter for every seed. Seeds vary the points, the network and the adapter initialization."""
     return {(label, seed): learn(label, seed) for label in ADAPTERS for seed in SEEDS}
 
 
 def epochs_needed(course: Course) -> int:
-    """Epochs until every point was told right, or all there were."""
+    """Return the epochs until all points were classified correctly, or all epochs if that did not happen."""
     return len(course.accuracy) - 1
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """What was learned with equal parameters, and how soon; the networks are trained here, which takes seconds."""
+    """Compare training accuracy and epochs at equal parameters. The networks are trained here, which takes seconds."""
     found = courses()
     best = {label: {seed: max(found[label, seed].accuracy) for seed in SEEDS} for label in ADAPTERS}
     low_rank = {seed: max(best[SLOW][seed], best[FAST][seed]) for seed in SEEDS}
     soon = {label: {seed: -np.log10(epochs_needed(found[label, seed])) for seed in SEEDS} for label in ADAPTERS}
     verdicts = [EXPRESSIVE.judge(best[FOURIER], low_rank), FREQUENCIES.judge(soon[FOURIER], soon[RANDOM])]
-    exhibits = [
-        Exhibit(
+    figures = [
+        ReportFigure(
             curves(found),
-            "A line that ends at 1 told every point right, and stopped there; one that levels off below cannot with "
-            "what it trains, at this rate.",
-            "These are the points that are trained on: this is about what can be said, not about what carries over to "
-            "others. Rates were not tuned but for LoRA's two.",
+            "A curve that reaches 1 classifies all points correctly, and its training stops there. A curve that levels "
+            "off below 1 cannot fit the points with its 128 parameters at this learning rate.",
+            "This is training accuracy: it measures expressiveness, not generalization. Only LoRA has two learning "
+            "rates; the others were not tuned.",
         ),
-        Exhibit(
+        ReportFigure(
             regions({label: found[label, SEEDS[0]].network for label in (FOURIER, RANDOM, SLOW)}, points(SEEDS[0])),
-            "Colours are the classes that the network gives to the plane, dots the points: a dot on another's colour "
-            "is told wrong.",
-            "One seed. Far from the points no region means anything.",
+            "Background colors are the classes that the network predicts, dots are the training points; a dot on the "
+            "color of another class is misclassified.",
+            "This is one seed: see the table for all seeds. Regions far from the points have no meaning.",
         ),
     ]
     notes = [
-        "Held fixed: the circle of centres, entries, rates, α. Seeds vary points, network, and the adapter's start.",
-        f"An update of rank 1 sends all 64 inputs through one number; the others have a rank of {ranks()}, so that "
-        "equal parameters are not equal ranks.",
+        "Held fixed: centers of the clusters, entries, learning rates, α. Seeds vary the points, the network and the "
+        "adapter initialization.",
+        f"LoRA's update has rank 1, so it maps all 64 inputs to one number. The other updates have an initial rank of "
+        f"{ranks()}: equal parameters do not mean equal ranks.",
     ]
-    return Findings(verdicts, exhibits, {"Points told right, and when": table(found)}, notes)
+    return Findings(verdicts, figures, {"Training accuracy and epochs": table(found)}, notes)
 
 
 def ranks() -> str:
-    """Rank of the updates at their start, smallest and largest over the two bases."""
+    """Format the initial ranks of the updates in the two bases at seed 0, such as "60 to 64"."""
     found = {np.linalg.matrix_rank(ADAPTERS[label][0](0).update().dense()) for label in (FOURIER, RANDOM)}
     return " to ".join(map(str, sorted(found)))
 
 
 def table(found: Mapping[tuple[str, int], Course]) -> pd.DataFrame:
-    """Best accuracy, seeds that told every point right, and the epochs until then."""
+    """Tabulate the best accuracy, the seeds with all points correct, and their epochs, per adapter."""
     rows = []
     for label in ADAPTERS:
         own = [course for (name, _), course in found.items() if name == label]
@@ -198,37 +203,37 @@ def table(found: Mapping[tuple[str, int], Course]) -> pd.DataFrame:
             {
                 "": label,
                 "best accuracy": t_interval(best).format(3),
-                "all right": f"{len(done)} of {len(own)}",
-                "epochs until then": f"{min(done)} to {max(done)}" if done else "",
+                "seeds with all points correct": f"{len(done)} of {len(own)}",
+                "epochs needed": f"{min(done)} to {max(done)}" if done else "",
             }
         )
     return pd.DataFrame(rows)
 
 
 def curves(found: Mapping[tuple[str, int], Course]) -> Chart:
-    """Accuracy over epochs, one line an adapter; whoever told all points right is right from then on."""
+    """Plot accuracy by epoch, one line per adapter. Accuracy stays 1 after all points are classified correctly."""
     last = max(len(course.accuracy) for course in found.values())
     parts = []
     for (label, seed), (accuracy, _) in found.items():
-        held = accuracy + [accuracy[-1]] * (last - len(accuracy))
-        told = {"epoch": range(0, last, _EVERY), "value": held[::_EVERY]}
-        parts.append(pd.DataFrame(told | {"run": seed, "recipe": label, "kind": "run"}))
+        extended = accuracy + [accuracy[-1]] * (last - len(accuracy))
+        sampled = {"epoch": range(0, last, _EVERY), "value": extended[::_EVERY]}
+        parts.append(pd.DataFrame(sampled | {"run": seed, "recipe": label, "kind": "run"}))
     cells = band(pd.concat(parts), ["recipe", "kind", "epoch"])
     return Chart(
         cells,
         lines(cells, "epoch", points=False),
-        title=f"Eight classes with {COEFFICIENTS} parameters",
+        title=f"Fitting eight classes with {COEFFICIENTS} parameters",
         x=Axis(label="epoch"),
         y=Axis(label="training accuracy", limits=(0, 1)),
-        caption=f"Every {_EVERY}th epoch, mean of {len({seed for _, seed in found})} seeds; bands: {INTERVAL}. "
-        f"{CLASSES} × {POINTS} points, a frozen network with an adapted layer of {WIDTH} × {WIDTH}, Adam on all points "
-        "at once.",
+        caption=f"Training accuracy, every {_EVERY}th epoch, mean of {len({seed for _, seed in found})} seeds; bands: "
+        f"{INTERVAL}. {CLASSES} × {POINTS} points; frozen network with one adapted {WIDTH} × {WIDTH} layer; full-batch "
+        "Adam.",
         colors=list(ADAPTERS),
     )
 
 
 def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
-    """The class that each network gives to every place of the plane, with the points on top."""
+    """Plot the predicted class at every position of the plane, with the points on top, one panel per network."""
     panels = []
     for label, model in networks.items():
         with torch.no_grad():
@@ -237,17 +242,17 @@ def regions(networks: Mapping[str, nn.Module], shown: Points) -> Drawable:
         across, up = _cell_centers(_plane_grid())
         cells = pd.DataFrame({"x": across, "y": up, "class": classes})
         places = dict(zip("xy", _cell_centers(shown.x), strict=True))
-        dots = pd.DataFrame(places | {"told": np.where(right, "told right", "told wrong")})
+        dots = pd.DataFrame(places | {"point": np.where(right, _RIGHT, _WRONG)})
         heat = Heat("x", "y", "class", "class", limits=(0, CLASSES - 1))
         panels.append(
             Chart(
                 cells,
-                [heat, Point("x", "y", "told", data=dots)],
-                title=f"{label}: {right.mean():.0%} right",
+                [heat, Point("x", "y", "point", data=dots)],
+                title=f"{label}: {right.mean():.0%} correct",
                 x=Axis(label="x", order=np.unique(across)),
                 y=Axis(label="y", order=np.unique(up)[::-1]),
-                caption="The class given to each place of the plane, and the points that were trained on; one seed.",
-                colors=("told right", "told wrong"),
+                caption="Predicted class at each position of the plane, and the training points; one seed.",
+                colors=(_RIGHT, _WRONG),
             )
         )
     return set_side_by_side(*panels)
@@ -259,16 +264,16 @@ def _plane_grid() -> Float[Tensor, "places 2"]:
 
 
 def _cell_centers(x: Float[Tensor, "places 2"]) -> Float[np.ndarray, "2 places"]:
-    """The middle of the cell that a place lies in; what lies outside is put on the edge."""
+    """Return the center of each position's cell; positions outside the drawn region move to its edge."""
     return (x.numpy().T / _CELL).round().clip(-_REACH, _REACH) * _CELL
 
 
 PROBE = register(
     Probe(
         name="expressiveness",
-        title="FourierFT: what 128 parameters can say",
+        title="FourierFT: expressiveness with 128 parameters",
         source="Gao et al., FourierFT, arXiv 2405.03003, appendix C.2",
-        question="Does a sparse spectrum say more than a product of two vectors that has as many parameters?",
+        question="Is a sparse spectrum more expressive than a rank-1 product with the same number of parameters?",
         quick_budget=40,
         arms=lambda quick: [],
         judge=judge,

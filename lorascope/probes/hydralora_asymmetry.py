@@ -1,24 +1,27 @@
-"""HydraLoRA's motivation: do LoRAs trained apart share their A, and does their B tell the domains apart?
+"""Probe of HydraLoRA's motivation: similarity of A and of B between LoRAs trained on different domains.
 
-The paper trains one LoRA a domain, all from one seed, and draws every factor by t-SNE: the A of one module coincide,
-the B part by domain. But A starts at random, B at zero, and A moves little, so that one initial A alone draws that
-picture. So each run is made twice: from an A that all runs of a replicate have in common, and from an A of its own.
+The paper trains one LoRA per domain, all with the same seed, and plots every factor by t-SNE. The A's of one module
+coincide, and the B's separate by domain. But A starts random, B starts at zero, and A changes little, so a shared
+initial A (A_0) already explains the figure. Each run is therefore trained twice: with an A_0 that all runs of a
+replicate share, and with a separate A_0.
 
-Source: HydraLoRA (arXiv 2404.19245), section 2.3 and figure 3; the doubt about one seed: Ban & Ji (arXiv 2509.25414).
+Source: HydraLoRA (arXiv 2404.19245), section 2.3 and figure 3; the objection to a single seed: Ban & Ji (arXiv
+2509.25414).
 
-Departs: the paper reads from the figure that A learns what is common to the texts. That cannot be asked of runs that
-have their A_0 in common: it alone makes every A the nearest of its module's, before the first step, and leaves training
-nothing to add. So ``PICTURE`` asks how much of what one A_0 draws is owed to it, against runs with an A_0 each, and
-``SHARED`` asks the paper's question where no A_0 can answer it. A small encoder on four domains of one task stands in
-place of LLaMA-2-7B on subsets of Dolly, and no run on all of the text. Every run has a head and an order of the text of
-its own, since here, unlike a language model's, the head is new: a common one would have made B alike.
+Departs:
+
+- The paper concludes that A learns what the domains have in common. Runs with a shared A_0 cannot test this: before the
+  first step, the nearest A of every A already belongs to the same module. ``PICTURE`` therefore compares runs with a
+  shared A_0 and runs with separate A_0's, and ``SHARED`` tests the paper's conclusion with separate A_0's.
+- A small encoder on four domains of one task instead of LLaMA-2-7B on subsets of Dolly, and no run on all domains.
+- Every run has a separate classifier head and data order. The head is new here, unlike that of a language model, and a
+  shared one would make the B's similar.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,68 +32,73 @@ from lorascope.analysis.factor_sharing import numbers
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.inputs.sources import DOMAINS
 from lorascope.methods import LoRA
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
-from lorascope.probes.claims import Claim
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
+from lorascope.probes.claims import Claim, Verdict
 from lorascope.runs.run import Run
 
-COMMON, OWN = "one A for all", "an A each"
+COMMON, OWN = "shared initial A", "separate initial A's"
 BEFORE, AFTER = "before training", "after training"
 _PAIRS = [(domain, order) for domain in DOMAINS for order in (1, 2)]
-_QUICK = ("tweets", "products")  # the domains with the least text, since a quick run mostly reads it
-_OWN = {pair: f"LoRA, {pair[0]}, order {pair[1]}, {OWN}" for pair in _PAIRS}
-# What the first run draws is what the others have in common: it is one of both sets.
-_COMMON = {pair: f"LoRA, {pair[0]}, order {pair[1]}, {COMMON}" for pair in _PAIRS} | {_PAIRS[0]: _OWN[_PAIRS[0]]}
+_QUICK = ("tweets", "products")  # the smallest domains, because a quick run spends most of its time reading text
+_OWN = {pair: f"LoRA, {pair[0]}, order {pair[1]}, an A each" for pair in _PAIRS}
+# The first run is in both sets, because the other runs of the shared set start from its initial A.
+_COMMON = {pair: f"LoRA, {pair[0]}, order {pair[1]}, one A for all" for pair in _PAIRS} | {_PAIRS[0]: _OWN[_PAIRS[0]]}
 SETS = {COMMON: _COMMON, OWN: _OWN}
 
-_SHARED = "share of A whose nearest A of another domain is the same module's"
+_SHARED = "fraction of A's whose nearest A from another domain belongs to the same module"
+_IDENTITY = "fraction of B's whose nearest B of the same module is from the same domain"
+_PERMUTED = "mean of this fraction when the domains of the runs are permuted"
 _SECTION = "section 2.3, figure 3"
 
 SHARED = Claim(
-    sentence="A is shared between domains more than B is, whatever A starts from.",
-    statistic=f"{_SHARED}; an A_0 each, arrays as they are",
-    control="the same for B, of the same runs",
+    sentence="A is more similar between domains than B, with separate initial A's.",
+    statistic=f"{_SHARED}; separate A_0's, raw arrays",
+    control="the same for the B's of the same runs",
     margin=0.1,
     source=_SECTION,
 )
 SHARED_SPACE = Claim(
-    sentence="The row space of A is shared between domains more than the column space of B is.",
-    statistic=f"{_SHARED}; an A_0 each, by overlap of row spaces",
-    control="the same for B by column spaces, of the same runs",
+    sentence="The row space of A is more similar between domains than the column space of B.",
+    statistic=f"{_SHARED}; separate A_0's, by overlap of row spaces",
+    control="the same for the B's of the same runs, by overlap of column spaces",
     margin=0.1,
     source=_SECTION,
 )
 PICTURE = Claim(
-    sentence="That the A of one module coincide in the figure is owed to their common A_0.",
-    statistic=f"{_SHARED}; one A_0 for all, arrays as they are",
-    control="the same with an A_0 each, of the same texts in the same orders",
+    sentence="The A's of one module coincide in the paper's figure because of their shared initial A.",
+    statistic=f"{_SHARED}; shared A_0, raw arrays",
+    control="the same with separate A_0's, on the same data in the same orders",
     margin=0.1,
     source=_SECTION,
 )
 MEETING = Claim(
-    sentence="Training brings the A of different domains together.",
-    statistic=f"{_SHARED}; an A_0 each, by overlap of row spaces",
-    control="the same before the first step",
+    sentence="Training makes the A's of different domains more similar.",
+    statistic=f"{_SHARED}; separate A_0's, by overlap of row spaces, after training",
+    control="the same before training",
     margin=0.1,
     source=_SECTION,
 )
 APART = Claim(
-    sentence="B tells the domains apart.",
-    statistic="share of B whose nearest B of its module is of its domain; one A_0 for all, arrays as they are",
-    control="the same with the domains of the runs permuted",
+    sentence="B's of the same domain are more similar than B's of different domains.",
+    statistic=f"{_IDENTITY}; shared A_0, raw arrays",
+    control=_PERMUTED,
     margin=0.1,
     source=_SECTION,
 )
 APART_SPACE = Claim(
-    sentence="The column space of B tells the domains apart, whatever A starts from.",
-    statistic="share of B whose nearest B of its module is of its domain; an A_0 each, by overlap of column spaces",
-    control="the same with the domains of the runs permuted",
+    sentence="Column spaces of B are more similar within a domain than between domains, with separate initial A's.",
+    statistic=f"{_IDENTITY}; separate A_0's, by overlap of column spaces",
+    control=_PERMUTED,
     margin=0.1,
     source=_SECTION,
 )
 
 
 def arms(quick: bool) -> list[Arm]:
-    """A LoRA for each domain and two orders of its text, from a common A and from its own: 15 runs, 7 if quick."""
+    """Return the arms: LoRA for each domain in two data orders, with shared and with separate initial A's.
+
+    There are 15 arms, or 7 in a quick run with two domains.
+    """
     steps = 6 if quick else 200
     settings = encoder_settings(quick) | {"steps": steps, "eval_every": 0, "eval_size": 50, "test_size": 200}
     settings |= {"observe": [observe.factors(every=steps)]}
@@ -112,8 +120,11 @@ def arms(quick: bool) -> list[Arm]:
 
 
 def _replicate_arm(arm: Arm, seed: int) -> Arm:
-    """Seeds that no two runs share, but for an A that is common to a replicate: that of its first run's seed."""
-    first = seed * len(_PAIRS)
+    """Return the arm of a replicate, with a seed that no other run has.
+
+    Runs with a shared A take the initial A of the replicate's first run.
+    """
+    first = seed * len(_PAIRS)  # so that the seeds of two replicates never overlap
     method = arm.method
     if isinstance(method, LoRA) and method.init_seed is not None:
         method = replace(method, init_seed=first)
@@ -121,17 +132,17 @@ def _replicate_arm(arm: Arm, seed: int) -> Arm:
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Sharedness of A against B, against an A_0 each and before training, and of B its domain against permuted ones."""
+    """Judge the similarity of A's and of B's between domains, before and after training, with both kinds of A_0."""
     found = _measure_sharing(runs)
 
     def over_seeds(name: str, start: str, factor: str, view: str, when: str = AFTER) -> dict[int, float]:
         rows = found[(found[["start", "when", "factor", "view"]] == [start, when, factor, view]).all(axis=1)]
         return dict(zip(rows["replicate"], rows[name], strict=True))
 
-    def shared(*place: str) -> dict[int, float]:
-        return over_seeds("sharedness", *place)
+    def shared(*where: str) -> dict[int, float]:
+        return over_seeds("sharedness", *where)
 
-    def apart(claim: Claim, start: str, view: str) -> Any:
+    def judge_identity(claim: Claim, start: str, view: str) -> Verdict:
         return claim.judge(*(over_seeds(name, start, "B", view) for name in ("neighbour", "neighbour_chance")))
 
     verdicts = [
@@ -139,43 +150,44 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         SHARED_SPACE.judge(shared(OWN, "A", "space"), shared(OWN, "B", "space")),
         PICTURE.judge(shared(COMMON, "A", "raw"), shared(OWN, "A", "raw")),
         MEETING.judge(shared(OWN, "A", "space"), shared(OWN, "A", "space", BEFORE)),
-        apart(APART, COMMON, "raw"),
-        apart(APART_SPACE, OWN, "space"),
+        judge_identity(APART, COMMON, "raw"),
+        judge_identity(APART_SPACE, OWN, "space"),
     ]
     common, own = (_updates_by_domain(found[0]) for found in _sets(runs).values())
-    exhibits = [
-        exhibit("factor_embedding", plots.factor_embedding(common, control=own, seeds=(0, 1))),
-        exhibit("factor_embedding", plots.factor_embedding(common, control=own, view="space")),
+    figures = [
+        make_report_figure("factor_embedding", plots.factor_embedding(common, control=own, seeds=(0, 1))),
+        make_report_figure("factor_embedding", plots.factor_embedding(common, control=own, view="space")),
     ]
     notes = [
         f"Held fixed: model, task, batch size, number of steps. A seed is a replicate of {len(runs)} runs. Each run "
-        "has its own head and order of the text; the A of the common set is that of its first run.",
-        f"A moved by {' and by '.join(map(_relative_change, _sets(runs).values()))} of its initial norm, with one A "
-        "for all and an A each.",
-        "The pictures show the first replicate, with the runs of the common A above and those with an A each, the "
-        "control, below. They enter no claim; the numbers depend on no picture.",
+        "has a separate classifier head and data order. The replicate's first run provides the shared initial A.",
+        "Relative change of A, |A - A_0| / |A_0|, mean over modules and runs: "
+        + "; ".join(f"{_relative_change(replicates)} with {start}" for start, replicates in _sets(runs).items())
+        + ".",
+        "The figures show the first replicate: runs with a shared initial A above, and the control with separate "
+        "initial A's below. No claim uses the figures.",
     ]
-    return Findings(verdicts, exhibits, {"Sharedness and identity": table(found)}, notes)
+    return Findings(verdicts, figures, {"Similarity between and within domains": table(found)}, notes)
 
 
 def _sets(runs: Mapping[str, Sequence[Run]]) -> dict[str, list[dict[str, tuple[str, Run]]]]:
-    """Of each set and replicate the runs: id -> (domain, run)."""
+    """Return the runs of each set and replicate: id -> (domain, run)."""
     found = {}
     for start, labels in SETS.items():
-        held = [(domain, runs[label]) for (domain, _), label in labels.items() if label in runs]
-        replicates = range(len(held[0][1]))
-        found[start] = [{of[seed].id: (domain, of[seed]) for domain, of in held} for seed in replicates]
+        arms = [(domain, runs[label]) for (domain, _), label in labels.items() if label in runs]
+        replicates = range(len(arms[0][1]))
+        found[start] = [{of[seed].id: (domain, of[seed]) for domain, of in arms} for seed in replicates]
     return found
 
 
 def _measure_sharing(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """``numbers`` of each set and replicate, before (of A alone: there is no B yet) and after training."""
+    """Compute ``numbers`` for each set and replicate, after training and, only for A, before training (B is zero)."""
     tables = []
     for start, replicates in _sets(runs).items():
-        for seed, held in enumerate(replicates):
-            domains = {id: domain for id, (domain, _) in held.items()}
+        for seed, members in enumerate(replicates):
+            domains = {id: domain for id, (domain, _) in members.items()}
             first, last = (
-                {id: factored_updates(run.updates(step)) for id, (_, run) in held.items()} for step in (0, None)
+                {id: factored_updates(run.updates(step)) for id, (_, run) in members.items()} for step in (0, None)
             )
             parts = {BEFORE: numbers(first, domains, ("A",), ("raw", "space")), AFTER: numbers(last, domains)}
             tables += [part.assign(start=start, when=when, replicate=seed) for when, part in parts.items()]
@@ -183,21 +195,21 @@ def _measure_sharing(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def table(found: pd.DataFrame) -> pd.DataFrame:
-    """All numbers, mean over replicates with half the interval; of p-values the largest."""
-    rows, places = [], ["start", "when", "factor", "view"]
-    for place, part in found.groupby(places, sort=False):
+    """Tabulate all numbers: mean over replicates ± half the 95% t-interval, and the largest p-value."""
+    rows, keys = [], ["start", "when", "factor", "view"]
+    for key, part in found.groupby(keys, sort=False):
 
-        def told(name: str, digits: int = 2, part: pd.DataFrame = part) -> str:
+        def format_mean(name: str, digits: int = 2, part: pd.DataFrame = part) -> str:
             values = part[name].to_numpy(np.float64)
             return "" if np.isnan(values).any() else t_interval(values).format(digits)
 
         rows.append(
-            dict(zip(places, place, strict=True))
-            | {"same module nearest": told("sharedness"), "by chance": told("sharedness_chance")}
-            | {"cosine": told("cosine"), "angle (degrees)": told("angle", 0)}
-            | {"own domain nearest": told("neighbour"), "if permuted": told("neighbour_chance")}
-            | {"p": f"{part['neighbour_p'].max():.3f}", "silhouette": told("silhouette")}
-            | {"p of it": f"{part['silhouette_p'].max():.3f}"}
+            dict(zip(keys, key, strict=True))
+            | {"nearest: same module": format_mean("sharedness"), "chance": format_mean("sharedness_chance")}
+            | {"cosine": format_mean("cosine"), "angle (degrees)": format_mean("angle", 0)}
+            | {"nearest: same domain": format_mean("neighbour"), "permuted": format_mean("neighbour_chance")}
+            | {"p (nearest)": f"{part['neighbour_p'].max():.3f}", "silhouette": format_mean("silhouette")}
+            | {"p (silhouette)": f"{part['silhouette_p'].max():.3f}"}
         )
     return pd.DataFrame(rows)
 
@@ -210,21 +222,21 @@ def _updates_by_domain(runs: Mapping[str, tuple[str, Run]]) -> dict[str, list[Ru
 
 
 def _relative_change(replicates: Sequence[Mapping[str, tuple[str, Run]]]) -> str:
-    """|A - A_0| / |A_0|, mean over modules and runs."""
-    shares = []
-    for held in replicates:
-        for _, run in held.values():
+    """Format |A - A_0| / |A_0|, mean over modules and runs."""
+    changes = []
+    for members in replicates:
+        for _, run in members.values():
             first, last = factored_updates(run.updates(0)), factored_updates(run.updates())
-            shares += [np.linalg.norm(last[name].A - first[name].A) / np.linalg.norm(first[name].A) for name in last]
-    return f"{np.mean(shares):.2f}"
+            changes += [np.linalg.norm(last[name].A - first[name].A) / np.linalg.norm(first[name].A) for name in last]
+    return f"{np.mean(changes):.2f}"
 
 
 PROBE = register(
     Probe(
         name="asymmetry",
-        title="HydraLoRA's motivation: what A and B learn",
+        title="HydraLoRA's motivation: similarity of A and B between domains",
         source="Tian et al., HydraLoRA, arXiv 2404.19245",
-        question="Do LoRAs of different domains share their A, by more than one initial A draws by itself?",
+        question="Are the A's of different domains similar because of training, or because of a shared initial A?",
         quick_budget=40,
         arms=arms,
         judge=judge,

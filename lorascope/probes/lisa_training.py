@@ -1,11 +1,14 @@
-"""LISA: do a few blocks at a time reach full fine-tuning, and does it matter that they are drawn anew?
+"""Probe of LISA: accuracy compared with full fine-tuning, LoRA, blocks drawn once, and other numbers of blocks.
 
-Source: LISA (arXiv 2403.17919), tables 2 and 3 (quality against full fine-tuning and LoRA), table 10 (embedding and
-head alone), table 12 (blocks drawn once), figures 8 and 9 (number of blocks, steps between draws).
+Source: LISA (arXiv 2403.17919), tables 2 and 3 (quality compared with full fine-tuning and LoRA), table 10 (only
+embedding and head), table 12 (blocks drawn once), figures 8 and 9 (number of blocks, steps between draws).
 
-Departs: a small encoder on one task, the dense methods at one rate, where the paper searches for each. By two blocks of
-six at a time a third of the blocks train, in the paper's 7B model a sixteenth. What lies outside the blocks is over
-half of this encoder's parameters, most of it the embedding.
+Departs:
+
+- A small encoder on one task.
+- One learning rate for LISA and full fine-tuning; the paper tunes each.
+- Two of six blocks train at a time, a third; in the paper's 7B model it is a sixteenth.
+- More than half of this encoder's parameters are outside the blocks, most of them in the embedding.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from lorascope import plots
 from lorascope.analysis import lisa_schedule
 from lorascope.methods import LISA
 from lorascope.probes import lora
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
 from lorascope.probes.claims import Claim
 from lorascope.probes.rank_statistics import accuracy
 from lorascope.runs.run import Run
@@ -29,46 +32,46 @@ ONE, FOUR, SELDOM = "LISA, 1 block", "LISA, 4 blocks", "LISA, 2 blocks, 5 draws"
 FULL, ADAPTED = lora.FULL, lora.LOW
 
 PARITY = Claim(
-    sentence="LISA does as well as full fine-tuning, within two points.",
+    sentence="LISA is non-inferior to full fine-tuning (tolerance 2 points).",
     statistic="test accuracy of LISA, 2 of 6 blocks at a time",
-    control="test accuracy of full fine-tuning at the same steps and rate, less two points",
+    control="test accuracy of full fine-tuning at the same steps and learning rate, minus 2 points",
     margin=0.001,
     source="section 4, tables 2 and 3",
 )
 REDRAWN = Claim(
-    sentence="Blocks that are drawn anew do better than blocks drawn once.",
-    statistic="test accuracy of LISA",
-    control="test accuracy of LISA whose first blocks train to the end, a draw of its own for every seed",
+    sentence="LISA with resampled blocks outperforms LISA with blocks drawn once.",
+    statistic="test accuracy of LISA, 2 of 6 blocks at a time",
+    control="the same with blocks drawn once per seed and trained to the end",
     margin=0.002,
     source="table 12",
 )
 BLOCKS = Claim(
-    sentence="The blocks that LISA trains are worth more than embedding and head alone.",
-    statistic="test accuracy of LISA",
-    control="test accuracy of LISA without any block",
+    sentence="LISA outperforms training only the parameters outside the blocks.",
+    statistic="test accuracy of LISA, 2 of 6 blocks at a time",
+    control="test accuracy of LISA without blocks",
     margin=0.002,
     source="table 10",
 )
 MORE = Claim(
-    sentence="More blocks at a time do better.",
+    sentence="LISA with more blocks at a time is more accurate.",
     statistic="test accuracy of LISA, 4 of 6 blocks at a time",
     control="test accuracy of LISA, 2 of 6 blocks at a time",
     margin=0.002,
     source="section 4.5, figure 8",
 )
 OVER_LORA = Claim(
-    sentence="LISA does better than LoRA.",
-    statistic="test accuracy of LISA",
-    control="test accuracy of LoRA, rank 8, on all linear layers at the same steps",
+    sentence="LISA outperforms LoRA of rank 8.",
+    statistic="test accuracy of LISA, 2 of 6 blocks at a time",
+    control="test accuracy of LoRA, rank 8, on all linear layers after the same number of steps",
     margin=0.002,
     source="section 4, tables 2 and 3",
 )
 
 
 def arms(quick: bool) -> list[Arm]:
-    """LISA and the same with one draw, and the two that it is measured against.
+    """Return the arms: LISA, LISA with one draw, full fine-tuning and LoRA.
 
-    In the full form also without any block, with fewer and more of them, and with few draws.
+    A full run also has LISA without blocks, with 1 and 4 blocks, and with 5 draws.
     """
     settings = encoder_settings(quick)
     steps = settings["steps"]
@@ -83,7 +86,7 @@ def arms(quick: bool) -> list[Arm]:
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Accuracy against full fine-tuning, one draw, no block and LoRA."""
+    """Compare the accuracy of LISA with full fine-tuning, LoRA, one draw, and other numbers of blocks."""
     reached = {label: accuracy(found) for label, found in runs.items()}
     verdicts = [
         PARITY.judge(reached[DRAWN], {seed: value - 0.02 for seed, value in reached[FULL].items()}),
@@ -91,32 +94,34 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         OVER_LORA.judge(reached[DRAWN], reached[ADAPTED]),
     ]
     shown = {label: found for label, found in runs.items() if label not in (ONE, FOUR, SELDOM)}
-    exhibits = [
-        exhibit("active_layers", plots.active_layers({label: runs[label] for label in (DRAWN, ONCE)})),
-        exhibit("draw_frequency", plots.draw_frequency({DRAWN: runs[DRAWN]})),
-        exhibit("training_curves", plots.training_curves(shown)),
-        exhibit("update_norm", plots.update_norm(shown)),
-        exhibit("norm_over_steps", plots.norm_over_steps(shown)),
+    figures = [
+        make_report_figure("active_layers", plots.active_layers({label: runs[label] for label in (DRAWN, ONCE)})),
+        make_report_figure("draw_frequency", plots.draw_frequency({DRAWN: runs[DRAWN]})),
+        make_report_figure("training_curves", plots.training_curves(shown)),
+        make_report_figure("update_norm", plots.update_norm(shown)),
+        make_report_figure("norm_over_steps", plots.norm_over_steps(shown)),
     ]
     notes = [
-        "Held fixed: model, text, splits, batch size, number of steps. Seeds vary the draws of blocks, head, adapters, "
-        "data order, dropout.",
-        "Rate 1e-4 for all but LoRA, which has 1e-3.",
-        "Embedding, its norm, pooler and classifier train throughout in all forms of LISA.",
+        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the draws of blocks, the classifier "
+        "head, adapter initialization, data order and dropout.",
+        "The learning rate is 1e-3 for LoRA and 1e-4 for all other arms.",
+        "Embedding, its norm, pooler and classifier head train at all steps in all arms of LISA.",
     ]
     if ENDS in runs:
         verdicts += [BLOCKS.judge(reached[DRAWN], reached[ENDS]), MORE.judge(reached[FOUR], reached[DRAWN])]
         grid = {label: runs[label] for label in (ONE, DRAWN, FOUR, SELDOM, ONCE)}
-        exhibits.append(exhibit("draw_grid", plots.draw_grid(grid)))
+        figures.append(make_report_figure("draw_grid", plots.draw_grid(grid)))
         for varied in ((ONE, DRAWN, FOUR), (DRAWN, SELDOM, ONCE)):
-            exhibits.append(exhibit("training_curves", plots.training_curves({label: runs[label] for label in varied})))
+            figures.append(
+                make_report_figure("training_curves", plots.training_curves({label: runs[label] for label in varied}))
+            )
     else:
-        notes.append("LISA without any block, with fewer or more of them, and with few draws belong to the full form.")
-    return Findings(verdicts, exhibits, {"Draws by block": draws_table(runs)}, notes)
+        notes.append("LISA without blocks, with 1 or 4 blocks, and with 5 draws is trained only in a full run.")
+    return Findings(verdicts, figures, {"Draws by block": draws_table(runs)}, notes)
 
 
 def draws_table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Share of the draws that took each block, by arm with draws, mean over seeds, and the chance of it."""
+    """Tabulate the fraction of draws that include each block, mean over seeds, and its expected value."""
     rows = []
     for label in (DRAWN, ONCE):
         found = lisa_schedule.visits(records.concat(run.table for run in runs[label]))
@@ -129,9 +134,9 @@ def draws_table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 PROBE = register(
     Probe(
         name="lisa_training",
-        title="LISA: a few blocks at a time against all of them",
+        title="LISA: a few blocks at a time compared with full fine-tuning",
         source="Pan et al., LISA, arXiv 2403.17919",
-        question="Do a few blocks at a time reach full fine-tuning, and is it worth drawing them anew?",
+        question="Does training a few blocks at a time match full fine-tuning, and does resampling them help?",
         quick_budget=85,
         arms=arms,
         judge=judge,

@@ -1,12 +1,16 @@
-"""NeFT: do the neurons that full fine-tuning turns most do better than others, and are they those of the task?
+"""Probe of NeFT: accuracy by choice of neurons, overlap of choices between seeds and domains, and utilization shifts.
 
 Source: NeFT (arXiv 2403.11621), section 5.2 and table 2 (quality), section 5.4 and table 6 (overlap), figure 3
-(reversed selection), figure 4 (utilisation), section 3 and table 1 (choice by probing).
+(reversed selection), figure 4 (utilization), section 3 and table 1 (choice by linear probes).
 
-Departs: a small encoder and two domains of one data set in place of LLaMA-2 and translation. The rates are those of
-full fine-tuning here, as the authors take one rate for both. Neurons are chosen after a third of the steps: after a
-quarter the authors find choices as good. Their "reversed" adds the other end to 3 %; here it stands alone. Random
-neurons of the same number, and overlap of lots with the same number in every layer, are controls of ours.
+Departs:
+
+- A small encoder and two domains of one dataset instead of LLaMA-2 and translation.
+- Learning rates equal those of full fine-tuning here; the authors also use one rate for both.
+- Neurons are chosen after a third of the steps; the authors find choices after a quarter equally good.
+- "Reversed" trains only neurons from the other end of the order; the authors add these to their 3%.
+- Two controls are this project's own: random neurons of the same number, and the expected overlap of random choices
+  with the same number of neurons per module.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from lorascope.analysis import neuron_utilization, selected_neurons
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.methods import NeFT
 from lorascope.probes import lora
-from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, exhibit, register
+from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_report_figure, register
 from lorascope.probes.claims import Claim, Verdict
 from lorascope.probes.lora import FULL, LOW
 from lorascope.probes.rank_statistics import NEXT_SEED, BySeed, accuracy
@@ -33,67 +37,67 @@ PROBED = "NeFT, 9 %, probed"
 MOVIES, TWEETS = "NeFT, choice alone, movies", "NeFT, choice alone, tweets"
 
 OVER_FULL = Claim(
-    sentence="NeFT does better than full fine-tuning.",
-    statistic="test accuracy of NeFT, 9 % of the parameters",
-    control="test accuracy of full fine-tuning at the same steps",
+    sentence="NeFT outperforms full fine-tuning.",
+    statistic="test accuracy of NeFT, 9% of the parameters",
+    control="test accuracy of full fine-tuning after the same number of steps",
     margin=0.002,
     source="section 5.2, table 2",
 )
 OVER_LORA = Claim(
-    sentence="NeFT does better than LoRA.",
-    statistic="test accuracy of NeFT, 9 % of the parameters",
-    control="test accuracy of LoRA, rank 8 on all linear layers, at the same steps",
+    sentence="NeFT outperforms LoRA of rank 8.",
+    statistic="test accuracy of NeFT, 9% of the parameters",
+    control="test accuracy of LoRA, rank 8 on all linear layers, after the same number of steps",
     margin=0.002,
     source="section 5.2, table 2",
 )
 OVER_RANDOM = Claim(
-    sentence="The neurons that turn most do better than as many others.",
-    statistic="test accuracy of NeFT",
-    control="the same with neurons drawn by lot",
+    sentence="Training the neurons with the largest cosine distance outperforms training random neurons.",
+    statistic="test accuracy of NeFT, 9% of the parameters",
+    control="the same with random neurons of the same number",
     margin=0.002,
     source="section 4.2",
 )
 OVER_REVERSED = Claim(
-    sentence="The neurons that turn most do better than those that turn least.",
-    statistic="test accuracy of NeFT",
-    control="the same with as many neurons from the other end",
+    sentence="Training the neurons with the largest cosine distance outperforms those with the smallest.",
+    statistic="test accuracy of NeFT, 9% of the parameters",
+    control="the same with the neurons of smallest cosine distance, same number",
     margin=0.002,
     source="figure 3",
 )
 BY_PROBES = Claim(
-    sentence="The neurons that are most like what linear probes read do better than as many others.",
-    statistic="test accuracy of NeFT with neurons chosen by probing",
-    control="the same with neurons drawn by lot",
+    sentence="Training the neurons most similar to linear probes outperforms training random neurons.",
+    statistic="test accuracy of NeFT with neurons chosen by linear probes, 9% of the parameters",
+    control="the same with random neurons of the same number",
     margin=0.002,
     source="section 3, table 1",
 )
 STABLE = Claim(
-    sentence="Another seed chooses the same neurons, beyond the same layers.",
-    statistic="overlap of the choices of two seeds",
-    control="that of lots with as many neurons in every module",
+    sentence="The choices of two seeds overlap more than random choices within the same modules.",
+    statistic="overlap of the choices of one seed and the next (fraction of neurons)",
+    control="expected overlap of random choices with the same number of neurons per module",
     margin=0.05,
     source="section 5.4, table 6",
 )
 TASK = Claim(
-    sentence="The neurons are those of the task.",
-    statistic="overlap of the choices of two seeds on movies",
-    control="overlap of a choice on movies with one on tweets, of another seed as well",
+    sentence="The choices of two seeds overlap more within a domain than between domains.",
+    statistic="overlap of the choices of one seed and the next, both on movies (fraction of neurons)",
+    control="overlap of the choice of one seed on movies and the next on tweets",
     margin=0.05,
     source="section 5.4",
 )
 PERTURBED = Claim(
-    sentence="The neurons that turn least disturb how neurons are used more than those that turn most.",
-    statistic="mean shift of the neurons' ranks by utilisation, as a share of the ranks, reversed",
-    control="the same under NeFT",
+    sentence="Training the neurons with the smallest cosine distance shifts utilization ranks more than NeFT does.",
+    statistic="mean absolute shift of a neuron's utilization rank, as a fraction of all ranks, reversed choice",
+    control="the same for NeFT",
     margin=0.01,
     source="section 6.2, figure 4",
 )
 
 
 def arms(quick: bool) -> list[Arm]:
-    """NeFT and its two controls, in the full form also by probing, and the choice alone on two domains.
+    """Return the arms: NeFT, its controls, full fine-tuning and LoRA, and NeFT's choice of neurons on two domains.
 
-    Full fine-tuning and LoRA are those of another probe.
+    A full run also has NeFT with neurons chosen by linear probes. Full fine-tuning and LoRA are arms of the LoRA probe.
     """
     settings = encoder_settings(quick) | ({"steps": 12, "eval_every": 0, "test_size": 200} if quick else {})
     steps = settings["steps"]
@@ -120,32 +124,34 @@ def arms(quick: bool) -> list[Arm]:
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Accuracy against the baselines and controls, overlaps of choices, and shifts of ranks."""
+    """Compare accuracy with baselines, overlaps with chance, and utilization shifts with the reversed choice."""
     reached = {label: accuracy(runs[label]) for label in (FULL, LOW, *_trained_arms(runs))}
     verdicts = [
         claim.judge(reached[CHANGED], reached[control])
         for claim, control in ((OVER_FULL, FULL), (OVER_LORA, LOW), (OVER_RANDOM, RANDOM), (OVER_REVERSED, REVERSED))
     ]
     verdicts += [BY_PROBES.judge(reached[PROBED], reached[RANDOM])] if PROBED in runs else []
+    # An overlap needs the choices of two seeds.
     verdicts += _choice_overlaps(runs) if len(runs[CHANGED]) > 1 else []
-    verdicts.append(PERTURBED.judge(_shifts(runs[REVERSED]), _shifts(runs[CHANGED])))
+    verdicts.append(PERTURBED.judge(_mean_shifts(runs[REVERSED]), _mean_shifts(runs[CHANGED])))
     neft = {label: runs[label] for label in _trained_arms(runs)}
     choices = {"all": runs[CHANGED], "movies": runs[MOVIES], "tweets": runs[TWEETS]}
-    exhibits = [
-        exhibit("neurons", plots.neurons(neft)),
-        exhibit("neuron_cosine", plots.neuron_cosine({CHANGED: runs[CHANGED]})),
-        exhibit("neuron_overlap", plots.neuron_overlap(choices)),
-        exhibit("rank_shift", plots.rank_shift(neft)),
-        exhibit("training_curves", plots.training_curves({FULL: runs[FULL], LOW: runs[LOW], **neft})),
+    figures = [
+        make_report_figure("neurons", plots.neurons(neft)),
+        make_report_figure("neuron_cosine", plots.neuron_cosine({CHANGED: runs[CHANGED]})),
+        make_report_figure("neuron_overlap", plots.neuron_overlap(choices)),
+        make_report_figure("rank_shift", plots.rank_shift(neft)),
+        make_report_figure("training_curves", plots.training_curves({FULL: runs[FULL], LOW: runs[LOW], **neft})),
     ]
     notes = [
-        "Held fixed: model, text, splits, batch size, number of steps. Seeds vary head, data order, dropout, and lots.",
-        "NeFT's full fine-tuning before the choice is no part of its steps, but of its time. LoRA of rank 8 trains "
+        "Held fixed: model, data, splits, batch size, number of steps. Seeds vary the classifier head, adapter "
+        "initialization, data order, dropout and random neurons.",
+        "NeFT's full fine-tuning before the choice counts in its time, but not in its steps. LoRA of rank 8 trains "
         f"{_trained_fraction(runs[LOW])} of the parameters, NeFT {_trained_fraction(runs[CHANGED])}.",
         NEXT_SEED,
-        "A quick run trains NeFT for fewer steps than its baselines, and leaves out the choice by probing.",
+        "A quick run trains NeFT for fewer steps than its baselines, and has no choice by linear probes.",
     ]
-    return Findings(verdicts, exhibits, {"NeFT": table(runs)}, notes)
+    return Findings(verdicts, figures, {"NeFT": table(runs)}, notes)
 
 
 def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
@@ -156,24 +162,24 @@ def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
     pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
     seeds = [run.meta["seed"] for run in runs[CHANGED]]
 
-    def with_next(one: str, two: str) -> BySeed:
+    def overlap_with_next(one: str, two: str) -> BySeed:
         following = [*sets[two][1:], sets[two][0]]
         pairs = zip(seeds, sets[one], following, strict=True)
         return {seed: selected_neurons.common(first, second, pool)["overlap"] for seed, first, second in pairs}
 
     own = sets[CHANGED]
-    lots = {
+    chance = {
         seed: selected_neurons.compute_expected_overlap(first, second, sizes)
         for seed, first, second in zip(seeds, own, [*own[1:], own[0]], strict=True)
     }
     return [
-        STABLE.judge(with_next(CHANGED, CHANGED), lots),
-        TASK.judge(with_next(MOVIES, MOVIES), with_next(MOVIES, TWEETS)),
+        STABLE.judge(overlap_with_next(CHANGED, CHANGED), chance),
+        TASK.judge(overlap_with_next(MOVIES, MOVIES), overlap_with_next(MOVIES, TWEETS)),
     ]
 
 
-def _shifts(runs: Sequence[Run]) -> BySeed:
-    """Mean shift of a neuron's rank from before to after training, as a share of the ranks of its projection."""
+def _mean_shifts(runs: Sequence[Run]) -> BySeed:
+    """Compute the mean absolute shift of a neuron's utilization rank, as a fraction of the ranks of its projection."""
     found = {}
     for run in runs:
         shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
@@ -183,7 +189,7 @@ def _shifts(runs: Sequence[Run]) -> BySeed:
 
 
 def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Test accuracy in points, trained share of the parameters, and seconds, the tuning's among them."""
+    """Tabulate test accuracy in points, trained fraction of the parameters, and seconds including the tuning phase."""
     rows = []
     for label in (FULL, LOW, *_trained_arms(runs)):
         points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).format(1)
@@ -195,7 +201,7 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def _trained_arms(runs: Mapping[str, Sequence[Run]]) -> list[str]:
-    """The arms of NeFT that train, not only choose."""
+    """Return the labels of NeFT's arms with a full training, not only a choice of neurons."""
     return [label for label in (CHANGED, REVERSED, RANDOM, PROBED) if label in runs]
 
 
@@ -207,9 +213,9 @@ def _trained_fraction(runs: Sequence[Run]) -> str:
 PROBE = register(
     Probe(
         name="neft",
-        title="NeFT: which neurons to train",
+        title="NeFT: choice of the trained neurons",
         source="Xu et al., NeFT, arXiv 2403.11621",
-        question="Do the neurons that full fine-tuning turns most do better than others, and are they the task's?",
+        question="Do the neurons that rotate most in full fine-tuning outperform others, and are they task-specific?",
         quick_budget=105,
         arms=arms,
         judge=judge,

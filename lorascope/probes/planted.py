@@ -1,11 +1,14 @@
-"""Planted truth: do the allocators give rank to the layers that need it?
+"""Probe with planted ranks: recovery of known ranks by the allocators AdaLoRA, AutoLoRA and ALoRA.
 
-Students of a teacher whose update has a known rank in every layer (see ``planted_teacher``), each allocator against the
-same budget spread evenly, and against the same budget spread at random. The ranks that were planted are a recipe too:
-what knowing the truth is worth.
+Students learn from a teacher whose update has a known rank in every module (see ``planted_teacher``). Each allocator is
+compared with uniform and with random ranks of the same budget. LoRA with the planted ranks shows the benefit of knowing
+the truth.
 
-Departs: no paper has this experiment. AutoLoRA has no budget: it ends where its thresholds put it, and its retrained
-phase is judged. Every rate is the same, none was tuned.
+Departs:
+
+- No paper has this experiment.
+- AutoLoRA has no budget: its thresholds determine the total rank. Its retraining phase is judged.
+- All learning rates are equal, and none was tuned.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from lorascope.analysis.planted_ranks import absolute_error, rank_correlation
 from lorascope.analysis.seed_intervals import t_interval
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, LoRA
 from lorascope.probes import planted_teacher
-from lorascope.probes.base import Arm, Findings, Probe, exhibit, register
+from lorascope.probes.base import Arm, Findings, Probe, make_report_figure, register
 from lorascope.probes.claims import Claim, Verdict
 from lorascope.runs.run import Run
 
@@ -34,26 +37,26 @@ _RATES: dict[str, Any] = {"lr": 1e-2, "head_lr": 1e-2}
 
 
 def _allocator_claims(name: str) -> tuple[Claim, Claim, Claim]:
-    source = "this project; what the paper takes for granted"
+    source = "this project; assumed by the paper"
     return (
         Claim(
-            sentence=f"{name} gives more rank to the layers that need more.",
-            statistic="Spearman correlation over modules of found and planted rank",
-            control="that of random ranks of the same budget",
+            sentence=f"{name} gives more rank to modules with a higher planted rank.",
+            statistic="Spearman correlation of found and planted ranks over modules",
+            control="the same for random ranks with the same budget",
             margin=0.2,
             source=source,
         ),
         Claim(
-            sentence=f"{name} comes closer to the ranks needed than the same rank everywhere.",
-            statistic="mean of |found - planted| over modules, its sign turned",
-            control="that of the same rank everywhere",
+            sentence=f"{name}'s ranks are closer to the planted ranks than uniform ranks are.",
+            statistic="minus the mean of |found - planted| over modules",
+            control="the same for uniform ranks",
             margin=0.1,
             source=source,
         ),
         Claim(
-            sentence=f"Students with {name}'s ranks learn the teacher better than with the same rank everywhere.",
-            statistic="test loss in nats, its sign turned",
-            control="that of the same rank everywhere, at the same steps",
+            sentence=f"Students trained by {name} reach a lower test loss than students with uniform ranks.",
+            statistic="minus the test loss (nats)",
+            control="the same for LoRA with uniform ranks, after the same number of steps",
             margin=0.01,
             source=source,
         ),
@@ -64,7 +67,7 @@ CLAIMS = {name: _allocator_claims(name) for name in ALLOCATORS}
 
 
 def arms(quick: bool) -> list[Arm]:
-    """Three allocators, two baselines, and the truth."""
+    """Return the arms: three allocators, uniform and random ranks, and the planted ranks."""
     settings = {"steps": 60 if quick else 400, "batch_size": 16, "eval_every": 0, "eval_size": 300, "test_size": 600}
     shared: dict[str, Any] = {
         "settings": settings | {"observe": [observe.norms(every=100)]},
@@ -73,7 +76,8 @@ def arms(quick: bool) -> list[Arm]:
     rank, start = planted_teacher.BUDGET, max(planted_teacher.RANKS)
     everywhere: dict[str, Any] = {"targets": "all-linear", **_RATES}
     lora = _lora(rank)
-    # What multiplies a component at its start is near the same in all: alpha is 1/k in AutoLoRA, P small in AdaLoRA.
+    # With these alphas, components have about the same initial scale in all methods: AutoLoRA multiplies them by 1/k,
+    # and AdaLoRA's P starts small.
     return [
         Arm(label=UNIFORM, method=lora, cost=0.02, vary=_seeded_arm, **shared),
         Arm(label=RANDOM, method=lora, cost=0.02, vary=_random_arm, **shared),
@@ -107,13 +111,13 @@ def _lora(rank: int | Mapping[str, int]) -> LoRA:
 
 
 def random_ranks(seed: int) -> dict[str, int]:
-    """The budget spread at random over the same modules, no rank above the largest planted one."""
+    """Draw random ranks for the same modules with the same total; no rank exceeds the largest planted one."""
     truth = planted_teacher.planted_ranks(seed)
     return baseline_ranks.random(list(truth), sum(truth.values()), seed, cap=max(planted_teacher.RANKS))
 
 
 def _seeded_arm(arm: Arm, seed: int) -> Arm:
-    """The same recipe on the text of this seed's teacher, with the truth on record."""
+    """Return the arm on the text of the seed's teacher, with an observer that records the planted ranks."""
     truth = planted_teacher.planted(ranks=planted_teacher.planted_ranks(seed))
     return replace(
         arm, task=planted_teacher.task(seed), settings={**arm.settings, "observe": [*arm.settings["observe"], truth]}
@@ -129,7 +133,7 @@ def _true_arm(arm: Arm, seed: int) -> Arm:
 
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
-    """Correlation and error of the ranks against the planted ones, and the loss they lead to."""
+    """Judge correlation and error of the found ranks relative to the planted ranks, and the test loss."""
 
     def by_seed(label: str, measure: Callable[[Run], float]) -> dict[int, float]:
         return {run.meta["seed"]: measure(run) for run in runs[label]}
@@ -145,15 +149,21 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
             verdicts.append(claim.judge(by_seed(label, measure), by_seed(control, measure)))
     shown = {label: runs[label] for label in (*ALLOCATORS.values(), RANDOM)}
     notes = [
-        "Held fixed: the base, the number of texts, rates, batch size, steps. Seeds vary the planted ranks, the "
-        "teacher, its text, adapters, data order.",
-        "Components all have the same singular value, so only their number tells how much a layer needs.",
+        "Held fixed: base model, number of examples, learning rates, batch size, steps. Seeds vary the planted ranks, "
+        "the teacher, its text, adapter initialization and data order.",
+        "All planted components have the same singular value relative to the base weight. Modules differ only in the "
+        "number of components.",
     ]
-    return Findings(verdicts, [exhibit("planted", plots.planted(shown))], {"Recovery": table(runs)}, notes)
+    return Findings(
+        verdicts,
+        [make_report_figure("planted", plots.planted(shown))],
+        {"Recovery of the planted ranks": table(runs)},
+        notes,
+    )
 
 
 def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
-    """Rank correlation, absolute error, total rank and test loss by recipe: mean and half the interval over seeds."""
+    """Tabulate rank correlation, absolute error, total rank and test loss by arm: mean ± half the 95% t-interval."""
     columns: dict[str, Callable[[Run], float]] = {
         "rank correlation": rank_correlation,
         "|found - planted|": absolute_error,
@@ -175,9 +185,9 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 PROBE = register(
     Probe(
         name="planted",
-        title="Planted truth: do allocators find the ranks that are needed?",
+        title="Planted ranks: recovery of known ranks by allocators",
         source="this project",
-        question="Where the rank that each layer needs is known, who finds it, and does finding it help?",
+        question="Do allocators recover the rank of each module if it is known, and does this lower the test loss?",
         quick_budget=40,
         arms=arms,
         judge=judge,

@@ -1,4 +1,4 @@
-"""Run the probes asked for, side by side, and write the report of what they find."""
+"""Reproduction of the papers' observations: train the runs of the probes, judge their claims, write the report."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import is_plain, write_bytes, write_json
 from lorascope.files.typed_json import read_json
 from lorascope.inputs import models
-from lorascope.probes.base import PROBES, Arm, Findings
+from lorascope.probes.base import PROBES, Arm, Findings, unknown_probe_message
 from lorascope.probes.claims import Verdict
 from lorascope.probes.report import page
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
+from lorascope.schema.deprecation import old_attribute
 
 QUICK_SEEDS = 2
-# Which runs in a folder belong to which arm of which probe.
 CONTENTS = "probes.json"
+"""File that maps probes and arms to run folders."""
 REPORT = "report.html"
 
 
 @dataclass(frozen=True)
 class _Contents:
-    """What ``probes.json`` holds: names of run folders by probe and label."""
+    """Contents of ``probes.json``: names of run folders by probe and label of the arm."""
 
     quick: bool
     probes: dict[str, dict[str, list[str]]]
@@ -42,13 +43,13 @@ class _Contents:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What ``reproduce`` found: the verdicts of each probe, and where the report lies."""
+    """Result of ``reproduce``: the path of the report and the verdicts of each probe."""
 
     path: Path
     verdicts: Mapping[str, Sequence[Verdict]]
 
-    def plain(self) -> dict[str, Any]:
-        """For a program."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report path and the verdicts as JSON values; the bounds are None for a single seed."""
         listed: list[dict[str, Any]] = [
             {"probe": name, "claim": verdict.claim.sentence, "outcome": verdict.outcome, "margin": verdict.claim.margin}
             | {
@@ -62,6 +63,8 @@ class Outcome:
         ]
         return {"report": str(self.path), "claims": listed}
 
+    plain = old_attribute("plain", "to_dict")
+
     def __str__(self) -> str:
         lines = [
             f"{name}: {verdict.claim.sentence}\n    {verdict}"
@@ -72,42 +75,43 @@ class Outcome:
 
 
 def _nan_to_none(value: float) -> float | None:
-    """JSON knows no NaN."""
+    """Return None for NaN, which JSON cannot represent."""
     return None if math.isnan(value) else value
 
 
 def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | Path) -> Outcome:
-    """Train what the probes need, judge their claims, and write the report.
+    """Train the runs of the probes, judge their claims, and write the report.
 
     Parameters
     ----------
     names : sequence of str
-        Probes; all of them if empty.
+        Names of the probes; all probes if empty.
     quick : bool
-        Few steps and seeds: shows that everything works, decides nothing.
+        Use few steps and seeds. A quick run tests the pipeline and decides no claim.
     seeds : int or None
-        Seeds of each arm; by default 2 if quick, else what each probe asks for.
+        Number of seeds per arm. None takes 2 if quick, else the number that each probe defines.
     out : path
-        Runs lie in ``out/runs``; runs that are there already are not trained again. The states of runs without
-        adapters are removed: each is a copy of the model.
+        Output folder. Runs are stored in ``out/runs``, and finished runs in it are reused. The saved parameters of runs
+        without adapters are removed, because each is a copy of the model.
 
     Returns
     -------
     Outcome
-        The verdicts, and where the report lies.
+        The path of the report and the verdicts.
 
     Raises
     ------
     FileExistsError
-        A report.html that lorascope did not write is in ``out``.
+        ``out`` has a ``report.html`` that lorascope did not write.
     ValueError
-        An unknown probe, or a probes.json that lorascope did not write.
+        A probe is unknown, or ``out`` has a ``probes.json`` that lorascope did not write.
     """
     unknown = [name for name in names if name not in PROBES]
     if unknown:
-        raise ValueError(f"unknown probe {unknown[0]!r}; there are {', '.join(PROBES)}")
+        raise ValueError(unknown_probe_message(unknown[0]))
     chosen = {name: PROBES[name] for name in names or PROBES}
-    page.require_ours(Path(out) / REPORT)
+    page.require_report(Path(out) / REPORT)
+    # Reading an existing file raises an error here if another program wrote it, before it is replaced.
     if (file := Path(out) / CONTENTS).exists():
         read_json(file, _Contents)
     arms = {name: probe.arms(quick) for name, probe in chosen.items()}
@@ -118,18 +122,33 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
         name: {arm.label: [runs[arm.label, seed] for seed in range(count[name])] for arm in found}
         for name, found in arms.items()
     }
+    # The contents are written first, because the measurements read them.
     write_json(Path(out) / CONTENTS, {"quick": quick, "probes": folders})
     _measure_missing(out)
     return write_report(out)
 
 
 def write_report(out: str | Path) -> Outcome:
-    """Judge the runs of an earlier ``reproduce`` and write their report, training nothing.
+    """Judge the runs of an earlier ``reproduce`` again and write their report, without training.
+
+    Parameters
+    ----------
+    out : path
+        Folder that ``reproduce`` wrote.
+
+    Returns
+    -------
+    Outcome
+        The path of the report and the verdicts.
 
     Raises
     ------
+    FileExistsError
+        ``out`` has a ``report.html`` that lorascope did not write.
     FileNotFoundError
-        The folder is none that ``reproduce`` filled, or lacks a run.
+        The folder has no ``probes.json``, or a run is missing.
+    ValueError
+        ``probes.json`` is invalid, or an arm or a measured value is missing.
     """
     quick, runs = _read_contents(out)
     found = _judge(out, runs)
@@ -138,7 +157,23 @@ def write_report(out: str | Path) -> Outcome:
 
 
 def findings(out: str | Path) -> dict[str, Findings]:
-    """What each probe finds in the runs of an earlier ``reproduce``, charts and all; errors as of ``write_report``."""
+    """Return the findings of each probe, with charts, for the runs of an earlier ``reproduce``.
+
+    Parameters
+    ----------
+    out : path
+        Folder that ``reproduce`` wrote.
+
+    Returns
+    -------
+    dict
+        Name of a probe -> findings.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        See ``write_report``.
+    """
     return _judge(out, _read_contents(out)[1])
 
 
@@ -151,17 +186,19 @@ def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> 
             found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
         except KeyError as error:
             raise ValueError(
-                f"cannot judge {name}: its runs or its tables in {printable(Path(out) / 'measured')} lack "
-                f"{printable(error)}"
+                f"cannot judge probe {name!r}: {printable(error)} is missing in its runs or in its tables in "
+                f"{printable(Path(out) / 'measured')}"
             ) from error
     return found
 
 
 def _read_contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]]]]:
-    """Were these quick settings, and the runs of each probe by arm."""
+    """Return whether the settings were the quick ones, and the runs of each probe by arm."""
     file = Path(out) / CONTENTS
     if not file.exists():
-        raise FileNotFoundError(f"{out} was not filled by reproduce: it has no {CONTENTS}")
+        raise FileNotFoundError(
+            f"cannot report on {printable(out)}: it has no {CONTENTS}. Run reproduce on this folder first"
+        )
     contents = read_json(file, _Contents)
     if unknown := sorted(contents.probes.keys() - PROBES.keys()):
         raise ValueError(f"cannot read {printable(file)}: unknown probe {printable(unknown[0])!r}")
@@ -174,7 +211,7 @@ def _read_contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]
 
 
 def _find_run(root: Path, folder: str, file: Path) -> Run:
-    """A run of the folder, by its name or by those of a recipe and of a phase."""
+    """Read a run by the name of its folder, or by ``recipe/phase`` for the last phase of a recipe."""
     if not all(map(is_plain, folder.split("/"))):
         raise ValueError(
             f"cannot read {printable(file)}: a run must be in {printable(root)}, got {printable(folder)!r}"
@@ -183,31 +220,33 @@ def _find_run(root: Path, folder: str, file: Path) -> Run:
 
 
 def _train_arms(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str, int], str]:
-    """Names of the run folders by label of the arm and seed; an arm that two probes share is trained once.
+    """Train the arms and return the names of their run folders by label and seed.
+
+    An arm that two probes share is trained once.
 
     Raises
     ------
     ValueError
-        Two arms have one label, but are not the same.
+        Two different arms have the same label.
     """
     by_label: dict[str, Arm] = {}
     for arm, _ in wanted:
         if by_label.setdefault(arm.label, arm) != arm:
-            raise ValueError(f"two probes mean different arms by {arm.label!r}: give them different labels")
+            raise ValueError(f"labels must be unique, got two different arms with label {arm.label!r}")
     jobs = {(arm.label, seed): _job(arm, seed, root) for arm, seed in wanted}
     runs = run_jobs(list(jobs.values()), ended=_remove_copies)
-    # A recipe of several phases is told by its last one, which lies in the recipe's folder.
+    # The path is relative to the root because a recipe of several phases returns its last phase, a subfolder.
     return {key: run.path.relative_to(root).as_posix() for key, run in zip(jobs, runs, strict=True) if run.path}
 
 
 def _remove_copies(run: Run) -> None:
-    """Delete the states of a run without adapters: copies of the model, which no verdict, table or figure reads."""
+    """Delete the saved parameters of a run without adapters; no verdict, table or figure reads these copies."""
     if not run.ranks():
         remove_states(run)
 
 
 def _measure_missing(out: str | Path) -> None:
-    """Make the tables that are not there yet, side by side."""
+    """Write the tables of ``Probe.measure`` that do not exist yet, in parallel."""
     _, runs = _read_contents(out)
     left = [
         (PROBES[name].measure, run, file)
@@ -219,7 +258,7 @@ def _measure_missing(out: str | Path) -> None:
 
 
 def _measure_one(measure: Callable[[Run], pd.DataFrame], run: Run, file: Path) -> None:
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # because measurements run in parallel processes
     buffer = io.BytesIO()
     measure(run).to_parquet(buffer, index=False)
     write_bytes(file, buffer.getvalue())
@@ -238,4 +277,5 @@ def _job(arm: Arm, seed: int, root: Path) -> Job:
     model = arm.model
     if isinstance(model, str) and arm.blocks is not None:
         model = partial(models.load, model, blocks=arm.blocks)
+    # The settings come after the seed, because ``vary`` may set a different seed in them.
     return Job(model, arm.task, arm.method, {"seed": seed, **arm.settings, "root": root})

@@ -1,12 +1,15 @@
-"""Do the allocators' scores agree, and do they know what removing a component costs?
+"""Probe of importance scores: their agreement with each other and with the loss increase on removal of a component.
 
-One trained LoRA is brought to the form P Lambda Q by the exact singular value decomposition of its updates, so that all
-scores speak of the same components of the same state. AdaLoRA's score is accumulated at zero learning rate, ALoRA's is
-its ablation on one batch, AutoLoRA's is alpha after training the logits alone. The truth is the rise of the loss with a
-component, or a module, taken out, on text that no score has seen; on other such text once more, it says how well any
-score could do. A random score is the control.
+A singular value decomposition turns the updates of one trained LoRA into P Lambda Q, so that all scores refer to the
+same components. AdaLoRA's score is accumulated at zero learning rate, ALoRA's is its ablation on one batch, and
+AutoLoRA's is alpha after training only the logits. The truth is the loss increase when a component, or a module, is
+removed, on examples that no score used. The same truth on other examples is the best agreement a score can reach, and a
+random score is the control.
 
-Departs: no paper compares these scores. Each was made for the state its own method is in, not for a finished LoRA.
+Departs:
+
+- No paper compares these scores.
+- Each score was designed for adapters trained by the same method, not for a finished LoRA.
 """
 
 from __future__ import annotations
@@ -26,35 +29,46 @@ from lorascope.experiments import component_removal
 from lorascope.inputs import models, tasks
 from lorascope.methods.autolora import retained_mask
 from lorascope.probes import component_scores
-from lorascope.probes.base import Exhibit, Findings, Probe, register
+from lorascope.probes.base import Findings, Probe, ReportFigure, register
 from lorascope.probes.claims import Claim
 from lorascope.probes.lora import LOW
 from lorascope.probes.lora import arms as lora_arms
 from lorascope.runs.run import Run
 
-TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"
-# Rows of a batch, batches that scores see, batches of each of the two truths, and how many of these components are
-# removed on, by far the dearest.
+# The stored tables use these names of scores, so they must not change.
+TRUTH, AGAIN, CHANCE = "loss rise", "loss rise, other text", "random"  # prose: ok
 FULL_SIZES, QUICK_SIZES = (32, 16, 59, 4), (4, 16, 8, 1)
+"""Examples per batch, batches for the scores, batches for each truth, and batches on which components are removed.
+
+Removal is by far the most expensive part.
+"""
 _SCORES = {"AdaLoRA": "AdaLoRA importance", "ALoRA": "ALoRA importance", "AutoLoRA": "AutoLoRA alpha"}
 _SIZE, KEPT = "singular value", "AutoLoRA kept"
-_SOURCE = "this project; what the paper takes for granted"
+LABELS = {
+    TRUTH: "loss increase",
+    AGAIN: "loss increase, other examples",
+    KEPT: "AutoLoRA retained",
+    "ALoRA, without": "ALoRA, component removed",
+    "ALoRA, alone": "ALoRA, only component",  # prose: ok
+}
+"""Name of a score in the stored tables -> name in the figures, where they differ."""
+_SOURCE = "this project; assumed by the paper"
 
 
 def _score_claims(name: str) -> tuple[Claim, Claim]:
-    measured = f"Spearman correlation over components of {_SCORES[name]} with the rise of the loss"
+    measured = f"Spearman correlation of {_SCORES[name]} with the loss increase on removal, over components"
     return (
         Claim(
-            sentence=f"{name}'s score knows which components the model needs.",
+            sentence=f"{name}'s score predicts the loss increase on removal of a component better than chance.",
             statistic=measured,
-            control="that of a random score",
+            control="the same for a random score",
             margin=0.1,
             source=_SOURCE,
         ),
         Claim(
-            sentence=f"{name}'s score knows it better than the size of the component does.",
+            sentence=f"{name}'s score predicts the loss increase better than the singular value does.",
             statistic=measured,
-            control="that of the singular value",
+            control="the same for the singular value of the component",
             margin=0.05,
             source=_SOURCE,
         ),
@@ -65,17 +79,17 @@ CLAIMS = {name: _score_claims(name) for name in _SCORES}
 
 
 def arms(quick: bool) -> list[Any]:
-    """The LoRA of rank 8 that the LoRA probe trains."""
+    """Return the arm of LoRA, rank 8, from the LoRA probe."""
     return [arm for arm in lora_arms(quick) if arm.label == LOW]
 
 
 def measure(run: Run) -> pd.DataFrame:
-    """All scores and truths of a trained LoRA.
+    """Compute all scores and both truths for a trained LoRA.
 
     Returns
     -------
     DataFrame
-        ``run, module, component, score, value``; component -1 is the module as a whole.
+        ``run, module, component, score, value``; component -1 is the whole module.
     """
     task = tasks.load(run.meta["task"])
     model = models.load(run.meta["model"], task)
@@ -88,7 +102,7 @@ def measure(run: Run) -> pd.DataFrame:
     tokens = models.tokenizer(model)
 
     def batches(split: str, number: int) -> list[dict[str, Tensor]]:
-        # From the beginning: a task's rows stand in the order of a hash.
+        # The first examples are a random sample, because a task orders its rows by hash.
         encoded = task.encode(tokens, task.split(split).head(number * rows))
         return [encoded.batch(range(at, at + rows)) for at in range(0, len(encoded) - rows + 1, rows)]
 
@@ -102,7 +116,7 @@ def measure(run: Run) -> pd.DataFrame:
         AGAIN: component_removal.ablation_loss_increases(model, loss, state, unseen[1::2], removed),
     }
     found: component_scores.Rows = {
-        score: {name: rise[:-1] for name, rise in rises.items()} for score, rises in halves.items()
+        score: {name: increase[:-1] for name, increase in increases.items()} for score, increases in halves.items()
     }
     found[_SIZE] = {name: sigma for name, (_, sigma, _) in state.items()}
     found |= component_scores.adalora_scores(model, loss, state, seen)
@@ -111,12 +125,14 @@ def measure(run: Run) -> pd.DataFrame:
     draw = np.random.default_rng(run.meta["seed"])
     found[CHANCE] = {name: draw.random(len(sigma)) for name, (_, sigma, _) in state.items()}
     modules = {score: {name: values.sum() for name, values in each.items()} for score, each in found.items()}
-    modules |= {score: {name: rise[-1] for name, rise in rises.items()} for score, rises in halves.items()}
-    # alpha sums to one in every module: what tells modules apart is how much of it stays.
+    modules |= {
+        score: {name: increase[-1] for name, increase in increases.items()} for score, increases in halves.items()
+    }
+    # Alpha sums to one in every module, so modules are compared by the alpha of the retained components.
     alphas = found[_SCORES["AutoLoRA"]]
-    stay = {name: retained_mask(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
-    modules[_SCORES["AutoLoRA"]] = {name: alpha[stay[name]].sum() for name, alpha in alphas.items()}
-    modules[KEPT] = {name: those.sum() for name, those in stay.items()}
+    retained = {name: retained_mask(torch.from_numpy(alpha)).numpy() for name, alpha in alphas.items()}
+    modules[_SCORES["AutoLoRA"]] = {name: alpha[retained[name]].sum() for name, alpha in alphas.items()}
+    modules[KEPT] = {name: mask.sum() for name, mask in retained.items()}
     return pd.concat(
         [_long_rows(run, found, np.arange), _long_rows(run, modules, lambda n: np.full(n, -1))], ignore_index=True
     )
@@ -132,52 +148,58 @@ def _long_rows(run: Run, rows: Mapping[str, Mapping[str, Any]], number: Callable
 
 
 def judge(runs: Mapping[str, Sequence[Run]], measured: Mapping[str, pd.DataFrame]) -> Findings:
-    """Correlation of every score with the truth, against a random score and against the size of a component."""
+    """Compare the correlation of every score with the truth to that of a random score and of the singular value."""
     table = pd.concat(measured.values(), ignore_index=True)
+    table["score"] = table["score"].replace(LABELS)
     seeds = {run.id: run.meta["seed"] for found in runs.values() for run in found}
     whole = table["component"] == -1
     levels = {"components": correlate(table[~whole]), "modules": correlate(table[whole])}
     found = levels["components"]
-    truth = found[found["second"] == TRUTH].assign(seed=found["run"].map(seeds)).set_index(["first", "seed"])["value"]
+    truth = (
+        found[found["second"] == LABELS[TRUTH]]
+        .assign(seed=found["run"].map(seeds))
+        .set_index(["first", "seed"])["value"]
+    )
     verdicts = []
     for name, score in _SCORES.items():
         for claim, control in zip(CLAIMS[name], (CHANCE, _SIZE), strict=True):
             verdicts.append(claim.judge(truth[score].to_dict(), truth[control].to_dict()))
-    exhibits = []
+    figures = []
     for level, cells in levels.items():
-        exhibits.append(Exhibit(plots.against_truth(cells, TRUTH, level), *_AGAINST, "against_truth"))
-        exhibits.append(Exhibit(plots.agreement(cells, level), *_MATRIX, "agreement"))
+        figures.append(ReportFigure(plots.against_truth(cells, LABELS[TRUTH], level), *_AGAINST, "against_truth"))
+        figures.append(ReportFigure(plots.agreement(cells, level), *_MATRIX, "agreement"))
     notes = [
-        f"Scores were taken on the validation split, truths on two halves of the test split. '{AGAIN}' is the same "
-        "truth on other text: no score can be expected to agree better with the first.",
-        "Components were removed on some batches; their effect to first order, which differs most from text to text, "
-        "is that on the whole half.",
-        "ALoRA's score is itself an ablation, of one batch: its agreement says how far one batch goes.",
-        "Of modules, AutoLoRA's alpha is the mass that its threshold keeps, and sums of the others stand for a module.",
+        f"Scores use the validation split, and the truths use two halves of the test split. '{LABELS[AGAIN]}' is the "
+        "truth on the other half; no score can be expected to agree better with the first half.",
+        "Components were removed on a few batches. The first-order part of their effect, which varies most between "
+        "examples, was computed on the whole half.",
+        "ALoRA's score is itself an ablation on one batch: its agreement shows how informative one batch is.",
+        "For a module, AutoLoRA's alpha is summed over the retained components, the other scores over all components. "
+        "The truths remove the whole module.",
     ]
-    return Findings(verdicts, exhibits, notes=notes)
+    return Findings(verdicts, figures, notes=notes)
 
 
 _AGAINST = (
-    "Each dot is how alike a score and the true loss order components (or modules): 1 alike, 0 not at all. The row of "
-    "the other text is the ceiling, the random score the floor.",
-    "Order alone counts: a score may order all alike and not know that the first costs a hundred times the second. "
-    "Removal one by one does not see components that stand in for each other.",
+    "A dot shows the rank correlation of a score with the loss increase on removal: 1 means the same order, 0 "
+    "no relation. The truth on the other half is the ceiling, the random score the floor.",
+    "Rank correlation ignores size: a correct order can hide that one component matters a hundred times more. Removing "
+    "components one at a time misses redundant ones; remove several to see them.",
 )
 _MATRIX = (
-    "A cell is the rank correlation of the scores of its row and column. A block of bright cells is a group of scores "
-    "that say the same in other words.",
-    "Agreement among scores is no evidence that they are right: look at the row of the loss. The number is a mean over "
-    "seeds, its bootstrap interval is in the data.",
+    "A cell shows the rank correlation of the scores in its row and column. A block of cells near 1 is a group of "
+    "scores with the same information.",
+    "Agreement between scores does not make them right: check the row of the loss increase. Each number is a mean over "
+    "seeds, with its bootstrap interval in the data.",
 )
 
 PROBE = register(
     Probe(
         name="agreement",
-        title="Importance: do the scores agree, and with what?",
+        title="Importance scores: agreement with each other and with ablation",
         source="Zhang et al., AdaLoRA, arXiv 2303.10512; Liu et al., ALoRA, arXiv 2403.16187; Zhang et al., AutoLoRA, "
         "arXiv 2403.09113",
-        question="On one trained adapter, do three importance scores order its components as their removal does?",
+        question="Do three importance scores order the components of a trained adapter by loss increase on removal?",
         quick_budget=220,
         arms=arms,
         judge=judge,

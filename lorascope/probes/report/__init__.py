@@ -1,1 +1,1 @@
-"""The report of the probes, as one HTML page."""
+"""HTML report of the probes: one self-contained page."""

@@ -1,4 +1,4 @@
-"""Charts inside a page: the numbers once, and what changes on a dark screen and on a narrow one."""
+"""Charts of the page: data stored once, with the changes for dark and narrow screens."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Plan, plan
 from lorascope.charts.theme import theme
 
-NARROW = 358.0  # pixels that a telephone leaves for a chart
+NARROW = 358.0  # pixels: width of a chart on a phone
 
 
 @dataclass(frozen=True)
 class EmbeddedChart:
-    """A chart as the page's script draws it, with title and caption left to the page.
+    """Chart in the form that the script of the page draws.
 
     Parameters
     ----------
     title, caption : str
+        Printed by the page, not by the chart.
     figure : dict
-        Plotly's ``data``, ``layout`` and ``frames`` for a wide and light screen.
+        Plotly's ``data``, ``layout`` and ``frames`` for a wide, light screen.
     changes : dict
-        For a ``"dark"``, a ``"narrow"`` and a ``"narrow dark"`` screen: pairs of a path into ``figure`` and the value
-        to set there.
+        For a ``"dark"``, ``"narrow"`` and ``"narrow dark"`` screen: pairs of a path into ``figure`` and the value to
+        set at this path.
     heights : dict
-        Pixels on a ``"wide"`` and on a ``"narrow"`` screen.
+        Height in pixels on a ``"wide"`` and on a ``"narrow"`` screen.
     """
 
     title: str
@@ -41,7 +42,7 @@ class EmbeddedChart:
 
 
 def embed(drawable: Drawable) -> EmbeddedChart:
-    """Draw a chart for every screen; on a narrow one, panels stand one above the other."""
+    """Draw a chart for every kind of screen; panels are stacked vertically on narrow screens."""
     settled = plan(drawable, theme("light"))
     light, dark = _strip_titles(settled), _strip_titles(plan(drawable, theme("dark")))
     figure, recoloured = _slim(_figure_json(plotly_backend.draw(light))), _slim(_figure_json(plotly_backend.draw(dark)))
@@ -63,7 +64,7 @@ def embed(drawable: Drawable) -> EmbeddedChart:
 
 
 def title(drawable: Drawable) -> str:
-    """A chart's own title; panels, and charts without one, go by the name of their figure."""
+    """Return the title of a chart, or the name of its figure if there are several panels or no title."""
     charts = [chart for row in drawable.rows() for chart in row]
     if len(charts) == 1 and charts[0].title:
         return charts[0].title
@@ -71,7 +72,7 @@ def title(drawable: Drawable) -> str:
 
 
 def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:
-    """What to set where in JSON to get from ``old`` to ``new``; None stands for what is not there."""
+    """Yield the path and the new value of each difference between two JSON values; None means that a key is absent."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in {**old, **new}:
             yield from changes(old.get(key), new.get(key), *path, key)
@@ -95,7 +96,7 @@ def _figure_json(figure: go.Figure) -> dict[str, Any]:
 
 
 def _slim(figure: dict[str, Any]) -> dict[str, Any]:
-    """Without what the frames of a slider repeat: plotly keeps of a trace what a frame does not name."""
+    """Remove data that the frames of a slider repeat; plotly keeps the keys of a trace that a frame does not set."""
     frames = figure.get("frames", [])
     for place, number in enumerate(frames[0]["traces"] if frames else ()):
         moving = [frame["data"][place] for frame in frames]
@@ -106,7 +107,7 @@ def _slim(figure: dict[str, Any]) -> dict[str, Any]:
 
 
 def _constant(trace: dict[str, Any], moving: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys, but for the type, whose values no frame changes."""
+    """Return the keys of a trace whose values no frame changes, except for the type."""
     return [
         key for key in trace if key != "type" and all(key in other and other[key] == trace[key] for other in moving)
     ]

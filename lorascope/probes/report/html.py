@@ -1,4 +1,4 @@
-"""HTML by function calls. Text is escaped unless it is :class:`Html`, so that no label of a run becomes a tag."""
+"""Functions that build HTML. Text is escaped unless it is :class:`Html`, so a label of a run cannot become a tag."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from pandas.api.types import is_bool_dtype, is_float, is_numeric_dtype, is_scala
 
 from lorascope.files.printable import printable_lines
 
-LONG = 20  # rows of a table, from which on it scrolls inside its box
+LONG = 20  # rows; a longer table scrolls inside its box
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 def element(name: str, *parts: str, **attributes: str | None) -> Html:
-    """One element around its parts.
+    """Build one element around its parts.
 
     Parameters
     ----------
     name : str
-        Its tag.
+        Name of the tag.
     parts : str or Html
-        Escaped unless they are Html.
+        Content; text is escaped unless it is Html.
     attributes : str or None
-        Underscores become hyphens, one at the end is dropped (``class_``, ``aria_label``); None leaves one out.
+        Attributes of the tag. Underscores become hyphens, and one at the end is dropped (``class_``, ``aria_label``).
+        Attributes that are None are omitted.
     """
-    told = "".join(
+    written = "".join(
         f' {key.removesuffix("_").replace("_", "-")}="{_escape_part(value)}"'
         for key, value in attributes.items()
         if value is not None
     )
-    return Html(f"<{name}{told}>{join(*parts)}</{name}>")
+    return Html(f"<{name}{written}>{join(*parts)}</{name}>")
 
 
 def join(*parts: str) -> Html:
-    """Parts one after the other, escaped unless they are Html."""
+    """Concatenate parts; text is escaped unless it is Html."""
     return Html("".join(part if isinstance(part, Html) else _escape_part(part) for part in parts))
 
 
@@ -49,34 +50,38 @@ def _escape_part(text: str) -> str:
 
 
 def json_data(content: Any) -> Html:
-    """JSON inside a page, for its scripts to read."""
+    """Embed JSON in a page for its scripts.
+
+    "<" is escaped, so that a label with "</script>" cannot end the element.
+    """
     text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     return element("script", Html(text), type="application/json")
 
 
 def pairs(terms: Mapping[str, str], class_: str) -> Html:
-    """Terms and what there is to say of each."""
+    """Build a description list from terms and their descriptions."""
     entries = (element("div", element("dt", term), element("dd", text)) for term, text in terms.items())
     return element("dl", *entries, class_=class_)
 
 
 def bullets(items: Sequence[str]) -> Html:
-    """A list."""
+    """Build a bulleted list."""
     return element("ul", *(element("li", item) for item in items))
 
 
 def table(caption: str, heads: Mapping[str, bool], rows: Sequence[Html], class_: str = "") -> Html:
-    """A table in a box of its own, which scrolls where the screen is narrow, by keyboard too.
+    """Build a table in its own box, which scrolls on narrow screens, with the keyboard as well.
 
     Parameters
     ----------
     caption : str
+        Caption of the table.
     heads : mapping name -> bool
-        The columns, and whether they hold numbers.
+        Columns, and whether they contain numbers.
     rows : sequence of Html
-        Elements ``tr``.
+        ``tr`` elements. Tables of more than ``LONG`` rows scroll vertically.
     class_ : str
-        Class of the box.
+        CSS class of the box. Default "".
     """
     cells = (element("th", name, scope="col", class_="n" if number else None) for name, number in heads.items())
     head = element("thead", element("tr", *cells))
@@ -86,7 +91,7 @@ def table(caption: str, heads: Mapping[str, bool], rows: Sequence[Html], class_:
 
 
 def frame_table(caption: str, frame: pd.DataFrame) -> Html:
-    """A table of data: an index with a meaning becomes columns, and words in the first column head their rows."""
+    """Build a table from a DataFrame; a named index becomes columns, and text in the first column is a row header."""
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index()
     numeric = [is_numeric_dtype(kind) and not is_bool_dtype(kind) for kind in frame.dtypes]
@@ -108,17 +113,17 @@ def _html_row(values: tuple[Any, ...], numeric: Sequence[bool]) -> Html:
 
 
 def format_value(value: Any) -> str:
-    """A value as tables show it: four digits of a number, a dash for what is missing."""
+    """Format a table cell: four significant digits for a float, a dash for a missing value."""
     if is_scalar(value) and pd.isna(value):
         return "–"
     return f"{value:.4g}" if is_float(value) else str(value)
 
 
 def join_distinct(values: Iterable[Any]) -> str:
-    """Different values in the order met."""
+    """Join the distinct, nonempty values in order of appearance."""
     return ", ".join(text for text in dict.fromkeys(map(str, values)) if text)
 
 
 def count(number: int, thing: str) -> str:
-    """A number of things."""
+    """Format a number of things, such as "1 run" or "3 runs"."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

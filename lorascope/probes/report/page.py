@@ -1,4 +1,4 @@
-"""The report: claims first, then what each probe saw, as one HTML file that needs no network."""
+"""Writer of the report: all claims, then the results of each probe, in one HTML file that works offline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.probes.base import PROBES, Findings
+from lorascope.probes.base import PROBES, Findings, unknown_probe_message
 from lorascope.probes.report.html import join, json_data
 from lorascope.probes.report.sections import StudySection, claims, contents, head, section
 from lorascope.runs.run import Run
@@ -27,23 +27,23 @@ def write(
     runs: Mapping[str, Mapping[str, Sequence[Run]]],
     *,
     quick: bool,
-    title: str = "What low-rank adaptation does, and what it was said to do",
+    title: str = "Claims about low-rank adaptation and their verdicts",
 ) -> Path:
-    """Write what the probes found as one HTML file, which appears whole or not at all.
+    """Write the findings of the probes as one HTML file. The file is written atomically.
 
-    It holds the table of claims, then a section a probe: charts (light and dark, for wide and narrow screens), tables,
-    notes and the settings of every run. Nothing in it asks for a network.
+    The page has a table of all claims, then one section per probe with charts, tables, notes and the settings of every
+    run. Charts adapt to light and dark, wide and narrow screens. The page makes no network requests.
 
     Parameters
     ----------
     path : path
-        The file.
+        File to write.
     findings : mapping
-        Name of a probe -> what it found, in the order to tell them.
+        Name of a probe -> findings, in the order of the report.
     runs : mapping
-        Name of a probe -> label of an arm -> its runs, one a seed: what ``Probe.judge`` was given.
+        Name of a probe -> label of an arm -> runs, one per seed, as passed to ``Probe.judge``.
     quick : bool
-        Were these the quick settings?
+        Whether the runs used the quick settings.
     title : str
         Heading of the page.
 
@@ -55,39 +55,40 @@ def write(
     Raises
     ------
     FileExistsError
-        A file that is not a report is there.
+        ``path`` exists and is not a report.
     ValueError
-        A probe is not known, or its runs are not given.
+        A probe is unknown, or ``runs`` has no entry for it.
     """
     path = Path(path)
-    require_ours(path)
+    require_report(path)
     for name in findings:
         if name not in PROBES:
-            raise ValueError(f"no probe {name!r} to report on; there are {', '.join(PROBES)}")
+            raise ValueError(unknown_probe_message(name))
         if name not in runs:
-            raise ValueError(f"the runs of probe {name!r} are missing: give them by the labels of its arms")
-    stories = [StudySection(PROBES[name], found, runs[name]) for name, found in findings.items()]
-    numbers = iter(range(1, 1 + sum(len(found.exhibits) for found in findings.values())))
+            raise ValueError(f"runs must have an entry for probe {name!r}: pass its runs by label of the arm")
+    studies = [StudySection(PROBES[name], found, runs[name]) for name, found in findings.items()]
+    numbers = iter(range(1, 1 + sum(len(found.figures) for found in findings.values())))
     body = join(
-        head(title, stories, quick, datetime.now(UTC)),
-        claims(stories),
-        contents(stories),
-        *(section(story, numbers, path.parent) for story in stories),
+        head(title, studies, quick, datetime.now(UTC)),
+        claims(studies),
+        contents(studies),
+        *(section(study, numbers, path.parent) for study in studies),
     )
     page = Template(files("lorascope.probes.report").joinpath("page.html").read_text(encoding="utf-8"))
     text = page.substitute(title=join(title), body=body, plotly=get_plotlyjs(), config=json_data(CONFIG), **_colors())
+    # A label may contain a lone surrogate, which UTF-8 cannot encode.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
     return path
 
 
-def require_ours(path: Path) -> None:
-    """Raise a FileExistsError where a file is there that is not a report."""
+def require_report(path: Path) -> None:
+    """Raise a FileExistsError if the path exists and is not a report."""
     if path.exists() and not (path.is_file() and _GENERATOR in path.read_bytes()):
-        raise FileExistsError(f"cannot write {path}: lorascope did not write the file that is there")
+        raise FileExistsError(f"cannot write {path}: it exists and was not written by lorascope")
 
 
 def _colors() -> dict[str, str]:
-    """The colours of the charts, for the page around them."""
+    """Return the colors of the chart themes for the style sheet of the page."""
     return {
         f"{name}_{part}": getattr(THEMES[name], part)
         for name in ("light", "dark")

@@ -1,4 +1,4 @@
-"""How the runs were made: what differs between the arms in a table, every setting below it, and where the runs lie."""
+"""Settings of the runs: a table of the arms, a table of the run folders, and every setting of each arm."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import pandas as pd
 from lorascope.probes.report.html import Html, element, frame_table
 from lorascope.runs.run import Run
 
-_COLUMNS = {"steps": "steps", "batch_size": "batch", "lr": "rate", "head_lr": "rate of the head"}
+_COLUMNS = {"steps": "steps", "batch_size": "batch size", "lr": "learning rate", "head_lr": "head learning rate"}
 
 
 def settings(arms: Mapping[str, Sequence[Run]], folder: Path) -> Html:
-    """The settings of a probe's runs, folded away.
+    """Build the collapsible element with the settings of a probe's runs.
 
     Parameters
     ----------
     arms : mapping
         Label -> runs by seed.
     folder : path
-        The report's; paths are told from there.
+        Folder of the report; paths of runs are relative to it.
     """
     return element(
         "details",
         element("summary", "Settings and runs"),
-        frame_table("Arms", pd.DataFrame([_arm(label, runs) for label, runs in arms.items() if runs])),
+        frame_table("Arms", pd.DataFrame([_describe_arm(label, runs) for label, runs in arms.items() if runs])),
         frame_table(
             "Runs",
             pd.DataFrame([_describe_report_run(label, run, folder) for label, runs in arms.items() for run in runs]),
@@ -39,16 +39,16 @@ def settings(arms: Mapping[str, Sequence[Run]], folder: Path) -> Html:
 
 
 def model_name(run: Run) -> str:
-    """The model without the folder that it was loaded from."""
+    """Return the name of a run's model, without the folder that it was loaded from."""
     model = Path(run.meta["model"])
     return model.name if model.is_absolute() else str(run.meta["model"])
 
 
-def _arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
+def _describe_arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
     first = runs[0]
     chosen = {name: first.meta["settings"].get(key) for key, name in _COLUMNS.items()}
-    place = {"arm": label, "method": first.label, "model": model_name(first), "data": first.meta["task"]}
-    return place | chosen | {"seeds": ", ".join(str(run.meta["seed"]) for run in runs)}
+    described = {"arm": label, "method": first.label, "model": model_name(first), "data": first.meta["task"]}
+    return described | chosen | {"seeds": ", ".join(str(run.meta["seed"]) for run in runs)}
 
 
 def _describe_report_run(label: str, run: Run, folder: Path) -> dict[str, Any]:
@@ -65,6 +65,6 @@ def _describe_report_run(label: str, run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _all_settings(label: str, run: Run) -> Html:
-    told = {"method": run.meta["recipe"], "settings": run.meta["settings"]}
-    lines = json.dumps(told, indent=1, ensure_ascii=False, sort_keys=True)
-    return element("details", element("summary", f"Every setting of {label}"), element("pre", lines, tabindex="0"))
+    stored = {"method": run.meta["recipe"], "settings": run.meta["settings"]}
+    lines = json.dumps(stored, indent=1, ensure_ascii=False, sort_keys=True)
+    return element("details", element("summary", f"All settings of {label}"), element("pre", lines, tabindex="0"))

@@ -1,4 +1,4 @@
-"""The table of claims: the sentence, the outcome, and every number that it rests on."""
+"""Table of claims: sentence, outcome, effect with its interval, margin, statistic and control."""
 
 from __future__ import annotations
 
@@ -10,53 +10,60 @@ from lorascope.probes.report.html import Html, count, element, format_value, tab
 
 MARKS = {"supported": "✓", "not supported": "✗", "inconclusive": "?"}
 RULE = (
-    "Effect: statistic minus control, paired by seed; mean and 95 % t-interval over seeds. Supported: the whole "
-    "interval lies above the margin, the smallest effect worth the sentence. Not supported: all of it lies below. "
-    f"Otherwise, and with fewer than {MINIMUM_SEEDS} seeds always, inconclusive. The strip draws effect and interval "
-    "in margins: the dashed line is no effect, the full line the margin; an arrow says that the effect lies beyond."
+    "Effect: statistic minus control, paired by seed; mean and 95% t-interval over seeds. Margin: the smallest effect "
+    "that supports the claim. Supported: the whole interval is above the margin. Not supported: the whole interval is "
+    f"below the margin. Inconclusive: all other cases, and always with fewer than {MINIMUM_SEEDS} seeds. The strip "
+    "shows effect and interval in units of the margin. The dashed line marks no effect, the solid line the margin; an "
+    "arrow marks an effect outside the strip."
 )
 _HEADS = {
     "Claim": False, "Outcome": False, "Effect": True, "Margin": True, "Statistic": False, "Control": False,
     "Seeds": True, "Source": False,
 }  # fmt: skip
-_LEAST, _MOST, _WIDTH = -2.0, 4.0, 120  # ends of the strip in margins, and its width in pixels
+_LEAST, _MOST, _WIDTH = -2.0, 4.0, 120  # ends of the strip in units of the margin, and its width in pixels
 
 
 def claims_table(judged: Sequence[tuple[Verdict, str]]) -> Html:
-    """One row a claim, each with the address of its probe on the page."""
+    """Build the table of claims, one row per claim.
+
+    Parameters
+    ----------
+    judged : sequence of (Verdict, str)
+        Verdicts, each with the anchor of its probe on the page.
+    """
     return table(
         "Claims and their outcomes", _HEADS, [_claim_row(verdict, probe) for verdict, probe in judged], "claims"
     )
 
 
 def tally(verdicts: Sequence[Verdict]) -> str:
-    """How many claims came out how."""
+    """Count the claims by outcome, such as "3 claims: 2 supported, 1 inconclusive"."""
     found = Counter[str](verdict.outcome for verdict in verdicts)
     parts = [f"{found[outcome]} {outcome}" for outcome in MARKS if found[outcome]]
     return f"{count(len(verdicts), 'claim')}: {', '.join(parts)}" if parts else "no claims"
 
 
 def too_few(verdicts: Sequence[Verdict]) -> str:
-    """Why claims are inconclusive whatever their numbers; "" where there are seeds enough."""
+    """Explain that claims are inconclusive because they have too few seeds; "" if all have enough."""
     few = [verdict for verdict in verdicts if verdict.n < MINIMUM_SEEDS]
     if not few:
         return ""
     which = "Every claim here is" if len(few) == len(verdicts) else f"{len(few)} of the {len(verdicts)} claims here are"
     seeds = " or ".join(count(n, "seed") for n in sorted({verdict.n for verdict in few}))
     return (
-        f"{which} inconclusive whatever the numbers say, because {seeds} cannot tell an effect from the luck of a "
-        f"draw: the rule decides from {MINIMUM_SEEDS} seeds on."
+        f"{which} inconclusive regardless of the numbers, because {seeds} cannot separate an effect from chance: the "
+        f"rule needs at least {MINIMUM_SEEDS} seeds."
     )
 
 
 def by_seed(verdicts: Sequence[Verdict]) -> Html:
-    """What was measured for each seed."""
+    """Build the table of statistic, control and effect for each seed."""
     heads = {"Claim": False} | dict.fromkeys(("Seed", "Statistic", "Control", "Effect"), True)
-    return table("The claims by seed", heads, [row for verdict in verdicts for row in _seed_rows(verdict)])
+    return table("Claims by seed", heads, [row for verdict in verdicts for row in _seed_rows(verdict)])
 
 
 def _seed_rows(verdict: Verdict) -> Iterator[Html]:
-    """One row a seed, all under the sentence of the claim."""
+    """Yield one row per seed; the first has the sentence of the claim as the header of all."""
     sentence = element("th", verdict.claim.sentence, scope="rowgroup", rowspan=str(verdict.n))
     values = verdict.values[["seed", "statistic", "control", "effect"]].astype(object)
     for place, row in enumerate(values.itertuples(index=False, name=None)):
@@ -84,13 +91,13 @@ def _claim_row(verdict: Verdict, probe: str) -> Html:
 
 
 def outcome(word: str) -> Html:
-    """An outcome by word, sign and colour."""
+    """Mark up an outcome with its sign and its color."""
     sign = element("span", MARKS[word], aria_hidden="true")
     return element("span", sign, " ", word, class_=f"outcome {word.replace(' ', '-')}")
 
 
 def strip(verdict: Verdict) -> Html:
-    """The effect with its interval against the margin, as a small drawing."""
+    """Draw the effect and its interval relative to the margin, as a small SVG image."""
     place = {name: _strip_position(getattr(verdict, name) / verdict.claim.margin) for name in ("effect", "low", "high")}
     parts = [
         element("path", d=f"M{_strip_position(0.0):.1f} 2V18", class_="zero"),
@@ -109,6 +116,6 @@ def strip(verdict: Verdict) -> Html:
 
 
 def _strip_position(margins: float) -> float:
-    """Where on the strip an effect of so many margins lies."""
+    """Return the x coordinate in pixels of an effect in units of the margin, clipped to the strip."""
     inside = min(max(margins, _LEAST), _MOST)
     return 4 + (_WIDTH - 8) * (inside - _LEAST) / (_MOST - _LEAST)

@@ -267,6 +267,24 @@ def test_reproduce_stores_no_copy_of_the_model(dense_probe, bert, task, tmp_path
     assert {file: file.stat().st_mtime_ns for file in out.rglob("run.json")} == written
 
 
+def test_findings_read_a_folder_with_former_labels(dense_probe, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    probes.reproduce(["dense"], True, 1, out)
+    (out / probes.CONTENTS).write_text((out / probes.CONTENTS).read_text().replace('"lora"', '"low rank"'))
+    monkeypatch.setitem(
+        probes.PROBES, "dense", replace(probes.PROBES["dense"], former_labels={"low rank": "lora", "old": "full"})
+    )
+    recipes = probes.findings(out)["dense"].figures[0].chart.rows()[0][0].data["recipe"]
+    assert set(recipes) == {"full", "neft", "lora"}
+
+
+def test_former_labels_lead_to_labels_of_arms():
+    for probe in probes.PROBES.values():
+        labels = {arm.label for arm in probe.arms(False)}
+        assert set(probe.former_labels.values()) <= labels
+        assert not labels & probe.former_labels.keys()
+
+
 @pytest.mark.parametrize("label", ["full", "neft"])
 def test_train_on_a_run_with_removed_state_names_overwrite(label, dense_probe, bert, task, tmp_path):
     """The same call cannot restore the removed parameters; with overwrite=True it trains again."""

@@ -138,6 +138,8 @@ class Probe:
         Cost of ``measure`` in a quick run, per seed, in full fine-tuning steps of minilm on 16 examples. Default 0.
     seeds : int
         Number of seeds of a full run. Default 3.
+    former_labels : mapping
+        Old label of an arm -> label, so that folders of earlier versions can be read. Default empty.
     """
 
     name: str
@@ -150,6 +152,7 @@ class Probe:
     measure: Callable[[Run], pd.DataFrame] | None = None
     measure_cost: float = 0
     seeds: int = 3
+    former_labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_report_figure(figure: str, chart: Drawable) -> ReportFigure:

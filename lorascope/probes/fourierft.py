@@ -32,7 +32,7 @@ RANDOM, ORTHOGONAL, ZEROS = f"{DEFAULT}, random basis", f"{DEFAULT}, orthogonal 
 BANDS = {f"{DEFAULT}, band around {center}": center for center in (0, 100, 240)}
 BAND_WIDTH = 100
 EQUAL, LARGE = "LoRA, rank 2, q and v", "LoRA, rank 8, q and v"
-HYDRA = "HydraLoRA, 3 heads of rank 2, q and v"  # only for the atlas, in no claim
+HYDRA = "HydraLoRA, 3 experts of rank 2, q and v"  # only for the atlas, in no claim
 # Short names for figures with little room.
 METHODS = {"FourierFT": DEFAULT, "LoRA, rank 2": EQUAL, "LoRA, rank 8": LARGE, "HydraLoRA": HYDRA}
 BASES = {"Fourier": DEFAULT, "random": RANDOM, "orthogonal": ORTHOGONAL}
@@ -184,5 +184,6 @@ PROBE = register(
         quick_budget=60,
         arms=arms,
         judge=judge,
+        former_labels={"HydraLoRA, 3 heads of rank 2, q and v": HYDRA},
     )
 )

@@ -41,11 +41,11 @@ def format_experts(number: int) -> str:
 
 def expert_label(number: int) -> str:
     """Return the label of HydraLoRA with a number of experts."""
-    return f"HydraLoRA, {number} head{'s' if number > 1 else ''}"
+    return f"HydraLoRA, {format_experts(number)}"
 
 
 ROUTED = expert_label(METHOD.num_experts)
-EVEN, SPLIT = f"{ROUTED}, even gates", f"{ROUTED}, an A each"
+EVEN, SPLIT = f"{ROUTED}, uniform gates", f"{ROUTED}, separate A's"
 _BARS = ("HydraLoRA", "separate A's", "uniform gates", "LoRA")  # short names, because they are printed below the bars
 _GUESS = 0.5  # chance level of two classes; the vertical axis starts here
 
@@ -204,5 +204,7 @@ PROBE = register(
         quick_budget=120,
         arms=arms,
         judge=judge,
+        former_labels={f"HydraLoRA, {n} head{'s' if n > 1 else ''}": expert_label(n) for n in (4, *NUMBERS)}
+        | {"HydraLoRA, 4 heads, even gates": EVEN, "HydraLoRA, 4 heads, an A each": SPLIT},  # prose: ok
     )
 )

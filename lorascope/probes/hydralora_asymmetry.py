@@ -40,9 +40,9 @@ COMMON, OWN = "shared initial A", "separate initial A's"
 BEFORE, AFTER = "before training", "after training"
 _PAIRS = [(domain, order) for domain in DOMAINS for order in (1, 2)]
 _QUICK = ("tweets", "products")  # the smallest domains, because a quick run spends most of its time reading text
-_OWN = {pair: f"LoRA, {pair[0]}, order {pair[1]}, an A each" for pair in _PAIRS}
+_OWN = {pair: f"LoRA, {pair[0]}, order {pair[1]}, separate A_0" for pair in _PAIRS}
 # The first run is in both sets, because the other runs of the shared set start from its initial A.
-_COMMON = {pair: f"LoRA, {pair[0]}, order {pair[1]}, one A for all" for pair in _PAIRS} | {_PAIRS[0]: _OWN[_PAIRS[0]]}
+_COMMON = {pair: f"LoRA, {pair[0]}, order {pair[1]}, shared A_0" for pair in _PAIRS} | {_PAIRS[0]: _OWN[_PAIRS[0]]}
 SETS = {COMMON: _COMMON, OWN: _OWN}
 
 _SHARED = "fraction of A's whose nearest A from another domain belongs to the same module"
@@ -241,5 +241,7 @@ PROBE = register(
         arms=arms,
         judge=judge,
         seeds=4,
+        former_labels={f"LoRA, {domain}, order {order}, an A each": _OWN[domain, order] for domain, order in _PAIRS}
+        | {f"LoRA, {domain}, order {order}, one A for all": _COMMON[domain, order] for domain, order in _PAIRS[1:]},
     )
 )

@@ -32,8 +32,8 @@ from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_r
 from lorascope.probes.claims import Claim, Verdict
 from lorascope.runs.run import Run
 
-FULL, ADAPTED = "full fine-tuning", "LoRA, embeddings too"
-FULL_DECODER, ADAPTED_DECODER = "full fine-tuning, SmolLM2", "LoRA, both ends too, SmolLM2"
+FULL, ADAPTED = "full fine-tuning", "LoRA with embedding"
+FULL_DECODER, ADAPTED_DECODER = "full fine-tuning, SmolLM2", "LoRA with embedding and head, SmolLM2"
 
 # The paper claims factors of hundreds. A factor of two is a lenient lower bound for "far larger".
 _MARGIN = float(np.log10(2))
@@ -187,5 +187,6 @@ PROBE = register(
         quick_budget=50,
         arms=arms,
         judge=judge,
+        former_labels={"LoRA, embeddings too": ADAPTED, "LoRA, both ends too, SmolLM2": ADAPTED_DECODER},
     )
 )

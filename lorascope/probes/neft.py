@@ -32,9 +32,9 @@ from lorascope.probes.lora import FULL, LOW
 from lorascope.probes.rank_statistics import NEXT_SEED, BySeed, accuracy
 from lorascope.runs.run import Run
 
-CHANGED, REVERSED, RANDOM = "NeFT, 9 %", "NeFT, 9 %, reversed", "NeFT, 9 %, random"
-PROBED = "NeFT, 9 %, probed"
-MOVIES, TWEETS = "NeFT, choice alone, movies", "NeFT, choice alone, tweets"
+CHANGED, REVERSED, RANDOM = "NeFT, 9%", "NeFT, 9%, reversed", "NeFT, 9%, random"
+PROBED = "NeFT, 9%, linear probes"
+MOVIES, TWEETS = "NeFT, choice only, movies", "NeFT, choice only, tweets"
 
 OVER_FULL = Claim(
     sentence="NeFT outperforms full fine-tuning.",
@@ -219,5 +219,13 @@ PROBE = register(
         quick_budget=105,
         arms=arms,
         judge=judge,
+        former_labels={
+            "NeFT, 9 %": CHANGED,  # prose: ok
+            "NeFT, 9 %, reversed": REVERSED,
+            "NeFT, 9 %, random": RANDOM,
+            "NeFT, 9 %, probed": PROBED,
+            "NeFT, choice alone, movies": MOVIES,  # prose: ok
+            "NeFT, choice alone, tweets": TWEETS,  # prose: ok
+        },
     )
 )

@@ -204,7 +204,10 @@ def _read_contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]
         raise ValueError(f"cannot read {printable(file)}: unknown probe {printable(unknown[0])!r}")
     return contents.quick, {
         name: {
-            label: [_find_run(Path(out) / "runs", folder, file) for folder in found] for label, found in labels.items()
+            PROBES[name].former_labels.get(label, label): [
+                _find_run(Path(out) / "runs", folder, file) for folder in found
+            ]
+            for label, found in labels.items()
         }
         for name, labels in contents.probes.items()
     }

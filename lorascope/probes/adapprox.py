@@ -126,6 +126,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     best = {name: best_rate(runs, name) for name in RATES}
     loss = {name: {run.meta["seed"]: -run.meta["test"]["loss"] for run in runs[best[name]]} for name in RATES}
     adam, ours = runs[best[ADAMW]], runs[best[OURS]]
+    # Lower losses are better, so all losses are negated; the tolerance of 0.02 nats is subtracted from the control.
     verdicts = [
         FEW.judge(energy(adam, "moment_error"), energy(adam, "moment_error_dealt")),
         ABOVE_ONE.judge(negated_error(adam, "moment_error_s_rsi", RANK), negated_error(adam, "moment_error_rank_one")),

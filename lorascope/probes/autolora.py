@@ -59,6 +59,7 @@ BETTER = Claim(
 def arms(quick: bool) -> list[Arm]:
     """Return the arms: AutoLoRA on queries and values for two domains, and LoRA of about the same size."""
     settings = dict(encoder_settings(quick)) | ({"steps": 12, "eval_every": 0} if quick else {"steps": 100})
+    # No claim or figure of this probe needs the snapshots of factors, so only the norms are recorded.
     shared: dict[str, Any] = {"settings": settings | {"observe": encoder_settings(quick)["observe"][:1]}}
     rates: dict[str, Any] = {"lr": 1e-3, "head_lr": 1e-3}
     method = AutoLoRA(rank=8, alpha=16.0, selection_lr=1e-2, **rates)

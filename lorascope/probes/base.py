@@ -65,6 +65,7 @@ class Arm:
 def encoder_settings(quick: bool) -> dict[str, Any]:
     """Return the training settings of the arms on minilm. They are the same for all probes, so that runs are shared."""
     steps = 24 if quick else 300
+    # Snapshots of factors are large, so only those at step 0 and at the end are saved.
     shared: dict[str, Any] = {"steps": steps, "observe": [observe.norms(), observe.factors(every=steps)]}
     if quick:
         return shared | {"batch_size": 8, "eval_every": 12, "eval_size": 100, "test_size": 300}

@@ -47,6 +47,7 @@ def adalora_scores(model: nn.Module, loss: Loss, state: Mapping[str, Triple], ba
         name: {} for name in ("AdaLoRA importance", "AdaLoRA sensitivity", "AdaLoRA uncertainty", "gradient norm")
     }
     for place, name in enumerate(deltas):
+        # Each module has three weights in a row: P (as B), lambda (as diagonal) and Q (as A).
         mine = slice(3 * place, 3 * place + 3)
         own, spread, (dP, dlambda, dQ) = sensitivity[mine], uncertainty[mine], total[mine]
         rows["AdaLoRA importance"][name] = adalora.importance(own, spread).sum(0)[0].numpy()

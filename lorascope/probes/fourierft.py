@@ -113,6 +113,7 @@ def arms(quick: bool) -> list[Arm]:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Compare the accuracy of FourierFT with LoRA, other sizes, bases, initial coefficients and frequency bands."""
     reached = {label: accuracy(found) for label, found in runs.items()}
+    # Tolerances are subtracted from the control, so that non-inferiority is a positive effect.
     verdicts = [
         PARITY.judge(reached[DEFAULT], {seed: value - 0.02 for seed, value in reached[LARGE].items()}),
         BETTER.judge(reached[DEFAULT], reached[EQUAL]),

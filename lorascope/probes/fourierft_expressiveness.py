@@ -43,7 +43,7 @@ from lorascope.updates import fourier
 CLASSES, POINTS, CENTER, NOISE = 8, 30, 5.0, 0.5
 WIDTH, COEFFICIENTS = 64, 128
 EPOCHS, SEEDS = 1000, range(5)
-_ALPHA, _ENTRY_SEED, _MIDDLE = 300.0, 777, "2"
+_ALPHA, _ENTRY_SEED, _MIDDLE = 300.0, 777, "2"  # FourierFT's alpha and entry seed, and the name of the middle layer
 _CELL, _REACH = 0.25, 28  # drawn region of the plane: side of a cell, and number of cells on each side of zero
 _EVERY = 20  # epochs between two points of a curve
 

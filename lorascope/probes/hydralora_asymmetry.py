@@ -107,6 +107,7 @@ def arms(quick: bool) -> list[Arm]:
         for number, ((domain, _), label) in enumerate(labels.items()):
             if quick and domain not in _QUICK:
                 continue
+            # ``_replicate_arm`` replaces the 0 by the seed of the replicate's first run.
             method = LoRA(rank=8, alpha=8.0, lr=1e-3, head_lr=1e-3, init_seed=0 if start == COMMON else None)
             made[label] = Arm(
                 label=label,

@@ -77,6 +77,7 @@ def arms(quick: bool) -> list[Arm]:
     ]
     if quick:
         return found
+    # A step of the decoder costs as much as ten of the encoder, so there are few steps and small evaluation sets.
     decoder = {
         "steps": 30,
         "batch_size": 8,

@@ -88,6 +88,7 @@ def arms(quick: bool) -> list[Arm]:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Compare the accuracy of LISA with full fine-tuning, LoRA, one draw, and other numbers of blocks."""
     reached = {label: accuracy(found) for label, found in runs.items()}
+    # The tolerance is subtracted from the control, so that non-inferiority is a positive effect.
     verdicts = [
         PARITY.judge(reached[DRAWN], {seed: value - 0.02 for seed, value in reached[FULL].items()}),
         REDRAWN.judge(reached[DRAWN], reached[ONCE]),

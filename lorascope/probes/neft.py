@@ -51,16 +51,16 @@ OVER_LORA = Claim(
     source="section 5.2, table 2",
 )
 OVER_RANDOM = Claim(
-    sentence="Training the neurons with the largest cosine distance outperforms training random neurons.",
+    sentence="Training the neurons that rotate most in full fine-tuning outperforms training random neurons.",
     statistic="test accuracy of NeFT, 9% of the parameters",
     control="the same with random neurons of the same number",
     margin=0.002,
     source="section 4.2",
 )
 OVER_REVERSED = Claim(
-    sentence="Training the neurons with the largest cosine distance outperforms those with the smallest.",
+    sentence="Training the neurons that rotate most outperforms training the neurons that rotate least.",
     statistic="test accuracy of NeFT, 9% of the parameters",
-    control="the same with the neurons of smallest cosine distance, same number",
+    control="the same with the neurons of smallest cosine distance (reversed choice), same number",
     margin=0.002,
     source="figure 3",
 )
@@ -86,7 +86,7 @@ TASK = Claim(
     source="section 5.4",
 )
 PERTURBED = Claim(
-    sentence="Training the neurons with the smallest cosine distance shifts utilization ranks more than NeFT does.",
+    sentence="Training the neurons that rotate least shifts utilization ranks more than NeFT does.",
     statistic="mean absolute shift of a neuron's utilization rank, as a fraction of all ranks, reversed choice",
     control="the same for NeFT",
     margin=0.01,
@@ -103,6 +103,7 @@ def arms(quick: bool) -> list[Arm]:
     steps = settings["steps"]
     settings["observe"] = [*settings["observe"][:1], observe.utilization(every=steps)]
     shared: dict[str, Any] = {"parameter_share": 0.09, "lr": 1e-4, "head_lr": 1e-4, "tune_steps": steps // 3}
+    # One step suffices for arms that only choose neurons.
     choice = settings | {"steps": 1, "eval_every": 0, "eval_size": 100, "test_size": 100}
     tuned = 1 + shared["tune_steps"] / steps
     others = [arm for arm in lora.arms(quick) if arm.label in (FULL, LOW)]

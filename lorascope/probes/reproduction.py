@@ -184,7 +184,7 @@ def _judge(out: str | Path, runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> 
         tables = {id: read_table(file, file) for id, file in files.items()}
         try:
             found[name] = PROBES[name].judge(labelled, tables) if tables else PROBES[name].judge(labelled)
-        except KeyError as error:
+        except KeyError as error:  # an arm or a score that an earlier version did not have
             raise ValueError(
                 f"cannot judge probe {name!r}: {printable(error)} is missing in its runs or in its tables in "
                 f"{printable(Path(out) / 'measured')}"
@@ -215,6 +215,7 @@ def _read_contents(out: str | Path) -> tuple[bool, dict[str, dict[str, list[Run]
 
 def _find_run(root: Path, folder: str, file: Path) -> Run:
     """Read a run by the name of its folder, or by ``recipe/phase`` for the last phase of a recipe."""
+    # The names come from a file, and none of them may lead outside the folder of runs.
     if not all(map(is_plain, folder.split("/"))):
         raise ValueError(
             f"cannot read {printable(file)}: a run must be in {printable(root)}, got {printable(folder)!r}"

@@ -125,6 +125,7 @@ def measure(run: Run) -> pd.DataFrame:
     draw = np.random.default_rng(run.meta["seed"])
     found[CHANCE] = {name: draw.random(len(sigma)) for name, (_, sigma, _) in state.items()}
     modules = {score: {name: values.sum() for name, values in each.items()} for score, each in found.items()}
+    # The last entry of an increase belongs to the removal of the whole module.
     modules |= {
         score: {name: increase[-1] for name, increase in increases.items()} for score, increases in halves.items()
     }

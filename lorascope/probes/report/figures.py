@@ -45,14 +45,15 @@ def embed(drawable: Drawable) -> EmbeddedChart:
     """Draw a chart for every kind of screen; panels are stacked vertically on narrow screens."""
     settled = plan(drawable, theme("light"))
     light, dark = _strip_titles(settled), _strip_titles(plan(drawable, theme("dark")))
-    figure, recoloured = _slim(_figure_json(plotly_backend.draw(light))), _slim(_figure_json(plotly_backend.draw(dark)))
+    figure, recolored = _slim(_figure_json(plotly_backend.draw(light))), _slim(_figure_json(plotly_backend.draw(dark)))
+    # Traces do not depend on the width of the screen, so a narrow screen changes only the layout.
     narrow, narrow_dark = (
         _figure_json(plotly_backend.ground(_stack_views(one), NARROW))["layout"] for one in (light, dark)
     )
     variants = {
-        "dark": recoloured,
+        "dark": recolored,
         "narrow": figure | {"layout": narrow},
-        "narrow dark": recoloured | {"layout": narrow_dark},
+        "narrow dark": recolored | {"layout": narrow_dark},
     }
     return EmbeddedChart(
         title=title(drawable),

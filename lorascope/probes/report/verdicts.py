@@ -106,11 +106,12 @@ def strip(verdict: Verdict) -> Html:
     if verdict.n > 1:
         parts.append(element("path", d=f"M{place['low']:.1f} 10H{place['high']:.1f}", class_="reach"))
     x = place["effect"]
-    share = verdict.effect / verdict.claim.margin
-    if _LEAST <= share <= _MOST:
+    margins = verdict.effect / verdict.claim.margin
+    # An effect outside the strip is an arrow at its end, pointing outward.
+    if _LEAST <= margins <= _MOST:
         parts.append(element("circle", cx=f"{x:.1f}", cy="10", r="3.5"))
     else:
-        parts.append(element("path", d=f"M{x:.1f} 10l{-6 if share > 0 else 6} -4v8z", class_="beyond"))
+        parts.append(element("path", d=f"M{x:.1f} 10l{-6 if margins > 0 else 6} -4v8z", class_="beyond"))
     size = {"width": str(_WIDTH), "height": "20", "viewBox": f"0 0 {_WIDTH} 20"}
     return element("svg", *parts, class_="strip", aria_hidden="true", **size)
 

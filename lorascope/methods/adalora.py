@@ -1,11 +1,12 @@
-"""AdaLoRA: adapters in the form of a singular value decomposition; the least important components are masked.
+r"""AdaLoRA: adapters in the form of a singular value decomposition; the least important components are masked.
 
-::
+.. math::
 
-    W = W_0 + c P diag(lambda) Q,    c = alpha / r_0,    L = C + gamma R(P, Q)
-    b(t) = b_T + (b_0 - b_T) (1 - (t - t_i) / (T - t_i - t_f))^3
-    I = |w dL/dw|,    Ibar <- beta1 Ibar + (1 - beta1) I,    Ubar <- beta2 Ubar + (1 - beta2) |I - Ibar|
-    s = Ibar Ubar,    S_i = s(lambda_i) + mean_j s(P_ji) + mean_j s(Q_ij)
+    W &= W_0 + c\, P \operatorname{diag}(\lambda)\, Q, \qquad c = \alpha / r_0, \qquad L = C + \gamma R(P, Q) \\
+    b(t) &= b_T + (b_0 - b_T) \left(1 - \frac{t - t_i}{T - t_i - t_f}\right)^3 \\
+    I &= |w\, \partial L / \partial w|, \qquad \bar I \leftarrow \beta_1 \bar I + (1 - \beta_1) I, \qquad
+        \bar U \leftarrow \beta_2 \bar U + (1 - \beta_2) |I - \bar I| \\
+    s &= \bar I \bar U, \qquad S_i = s(\lambda_i) + \operatorname{mean}_j s(P_{ji}) + \operatorname{mean}_j s(Q_{ij})
 
 Every DeltaT steps after t_i the components of all matrices are ordered by S, and only the b(t) highest retain their
 lambda. P and Q do not change and lambda continues to train, so a masked component can return until the last t_f steps.

@@ -1,10 +1,11 @@
-"""Adapprox: Adam with low-rank second moments whose rank is selected per matrix.
+r"""Adapprox: Adam with low-rank second moments whose rank is selected per matrix.
 
-::
+.. math::
 
-    V_t = beta_2 max(Q_{t-1} U_{t-1}^T, 0) + (1 - beta_2) G_t^2,    Q_t, U_t = AS-RSI(V_t)
-    D_t = G_t / (sqrt(V_t) + eps),    D_t <- D_t / max(1, RMS(D_t) / d)
-    M_t = beta_1 M_{t-1} + (1 - beta_1) D_t,    W_t = W_{t-1} - alpha (M_t + lambda W_{t-1})
+    V_t &= \beta_2 \max(Q_{t-1} U_{t-1}^\top, 0) + (1 - \beta_2) G_t^2, \qquad
+        Q_t, U_t = \operatorname{AS-RSI}(V_t) \\
+    D_t &= \frac{G_t}{\sqrt{V_t} + \epsilon}, \qquad D_t \leftarrow \frac{D_t}{\max(1, \operatorname{RMS}(D_t) / d)} \\
+    M_t &= \beta_1 M_{t-1} + (1 - \beta_1) D_t, \qquad W_t = W_{t-1} - \alpha (M_t + \lambda W_{t-1})
 
 Adapprox is an optimizer, not an adapter: every weight trains. Second moments of vectors and small matrices are stored
 without factors; the rest of the step is the same for them. There is no bias correction; at first, clipping by RMS

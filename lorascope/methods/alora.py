@@ -1,10 +1,12 @@
-"""ALoRA: the components with the lowest ablation scores are deleted, and modules that lost none receive new ones.
+r"""ALoRA: the components with the lowest ablation scores are deleted, and modules that lost none receive new ones.
 
 ALoRA is Allocating LoRA; PEFT's aLoRA is Activated LoRA, another method. Every module starts with the same small rank,
 so the budget is met from the first step on. Up to N_A rounds follow, the first after K_1 steps and then one every K_2
-steps. A round scores each component r on one batch of the search split, without r and with r as the only component::
+steps. A round scores each component r on one batch of the search split, without r and with r as the only component:
 
-    IS(r) = S(M) - S(M\\r) + S(M_r),    S = -loss
+.. math::
+
+    \operatorname{IS}(r) = S(M) - S(M_{\setminus r}) + S(M_r), \qquad S = -\text{loss}
 
 It deletes the n_A components with the lowest IS and distributes as many new ones evenly over the modules that lost
 none. The remainder goes to the modules with the highest mean IS. Retained factors and their moments do not change.

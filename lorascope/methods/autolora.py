@@ -1,15 +1,22 @@
-"""AutoLoRA: the rank of each matrix is learned by weighting its components on data that its factors do not train on.
+r"""AutoLoRA: the rank of each matrix is learned by weighting its components on data that its factors do not train on.
 
-::
+.. math::
 
-    W = W_0 + s B diag(alpha) A,    alpha = softmax(logits),    s = lora_alpha / k
+    W = W_0 + s B \operatorname{diag}(\alpha) A, \qquad \alpha = \operatorname{softmax}(\beta), \qquad
+    s = \text{lora\_alpha} / k
 
-Search. Each step uses a batch of the train split and one of the search split; w is all that the optimizer updates::
+Search. Each step uses a batch of the train split and one of the search split; w is all that the optimizer updates.
+It looks ahead to w', and the gradient g of the logits has a direct and an indirect term:
 
-    w' = w - eta grad_w L_train(w, logits)                                                   the look-ahead
-    v  = grad_w' L_search(w', logits)
-    g  = grad_logits L_search(w', logits) - [d2 L_train(w, logits) / dlogits dw] eta v       direct + indirect
-    logits <- Adam(logits, g), and then w <- AdamW(w) on the same train batch: w' is discarded
+.. math::
+
+    w' &= w - \eta \nabla_w L_\text{train}(w, \beta) \\
+    v &= \nabla_{w'} L_\text{search}(w', \beta) \\
+    g &= \nabla_\beta L_\text{search}(w', \beta)
+        - \frac{\partial^2 L_\text{train}(w, \beta)}{\partial \beta\, \partial w} \eta v \\
+    \beta &\leftarrow \operatorname{Adam}(\beta, g)
+
+Then AdamW updates w on the same train batch; w' is discarded.
 
 Retraining. The rank of a matrix is #{j : alpha_j >= 1/k} at the last step. LoRA with these ranks trains from W_0 on
 both splits, with s = lora_alpha / rank of each matrix. No rank is 0, because 1/k is the mean of alpha. The sum of the

@@ -1,9 +1,11 @@
-"""FourierFT: a frozen weight plus an update with a sparse spectrum, whose coefficients are trained.
+r"""FourierFT: a frozen weight plus an update with a sparse spectrum, whose coefficients are trained.
 
-::
+.. math::
 
-    W = W_0 + dW,    dW = alpha Re(ifft2(F)),    F = c at the entries E, zero elsewhere
-    dL/dc_l = alpha / (d1 d2) Re(fft2(dL/dW))[E_l]
+    W &= W_0 + \Delta W, \qquad \Delta W = \alpha \operatorname{Re} \operatorname{ifft2}(F), \qquad
+        F_{E_l} = c_l \text{ and zero elsewhere} \\
+    \frac{\partial L}{\partial c_l} &= \frac{\alpha}{d_1 d_2}
+        \operatorname{Re} \operatorname{fft2}\left(\frac{\partial L}{\partial W}\right)_{E_l}
 
 The entries are drawn once by seed and are the same for all weights of one shape. Coefficients are initially standard
 normal, so training does not start from the pretrained model.

@@ -1,8 +1,9 @@
-"""HydraLoRA: one shared A and several B, weighted per token by a router.
+r"""HydraLoRA: one shared A and several B, weighted per token by a router.
 
-::
+.. math::
 
-    W_0 x + b + s sum_i w_i(x) B_i A dropout(x),    w(x) = softmax(W_g x),    s = alpha / rank
+    y = W_0 x + b + s \sum_i \omega_i(x) B_i A \operatorname{dropout}(x), \qquad
+    \omega(x) = \operatorname{softmax}(W_g x), \qquad s = \alpha / r
 
 The experts B_i start at zero and differ only through their gate weights. A router W_g that starts at zero would give
 all experts equal gate weights and the same gradient, which leaves a plain LoRA. So W_g starts at random, as A does.

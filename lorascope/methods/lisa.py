@@ -1,10 +1,12 @@
-"""LISA: full fine-tuning of a few random blocks, resampled every K steps. Parameters outside the blocks always train.
+r"""LISA: full fine-tuning of a few random blocks, resampled every K steps. Parameters outside the blocks always train.
 
-::
+.. math::
 
-    S_i = gamma of the L blocks, drawn without replacement,    i = floor(t / K)
-    theta_l <- AdamW(theta_l) for l outside the blocks or in S_i,    all other blocks are frozen
-    P(l in S_i) = gamma / L,    E[blocks trained after n draws] = sum_l 1 - (1 - P(l in S_i))^n
+    S_i &= \gamma \text{ of the } L \text{ blocks, drawn without replacement}, \qquad i = \lfloor t / K \rfloor \\
+    \theta_l &\leftarrow \operatorname{AdamW}(\theta_l) \text{ for } l \in S_i \text{ or outside the blocks;
+        all other blocks are frozen} \\
+    P(l \in S_i) &= \gamma / L, \qquad
+        \mathbb{E}[\text{blocks trained after } n \text{ draws}] = \sum_l 1 - (1 - P(l \in S_i))^n
 
 Nothing is added to the model: its own weights train, a part of them at a time.
 

@@ -1,8 +1,8 @@
-"""LoRA: a frozen weight plus a trained product of two low-rank factors.
+r"""LoRA: a frozen weight plus a trained product of two low-rank factors.
 
-::
+.. math::
 
-    W = W_0 + s B A,    s = alpha / rank,    y = W_0 x + b + s B A dropout(x)
+    W = W_0 + s B A, \qquad s = \alpha / r, \qquad y = W_0 x + b + s B A \operatorname{dropout}(x)
 
 B starts at zero, so training starts from the pretrained model and the first gradient of A is zero.
 

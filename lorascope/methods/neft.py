@@ -1,11 +1,18 @@
-"""NeFT: full fine-tuning finds the neurons that rotate most, and only these train, again from the original model.
+r"""NeFT: full fine-tuning finds the neurons that rotate most, and only these train, again from the original model.
 
-::
+1. Tune: full fine-tuning of :math:`W_\text{org}` gives :math:`W_\text{ft}`.
+2. Select the k neurons with the smallest S, over all layers and both projections. A neuron is a row of the up
+   projection or a column of the down projection:
 
-    tune     W_ft := full fine-tuning of W_org
-    select   S(n) = <w_org, w_ft> / (|w_org| |w_ft|)   of every neuron n: a row of up, a column of down
-             selected: the k neurons with the smallest S, over all layers and both projections
-    masked   W := W_org again, and at each step   grad W := mask * grad W,   mask 1 on the selected neurons, else 0
+   .. math::
+
+       S(n) = \frac{\langle w_\text{org}, w_\text{ft} \rangle}{\|w_\text{org}\| \, \|w_\text{ft}\|}
+
+3. Train from :math:`W_\text{org}` again with masked gradients, where m is 1 on the selected neurons, else 0:
+
+   .. math::
+
+       \nabla W \leftarrow m \odot \nabla W
 
 No module is added: the result is the model itself, in which k weight vectors differ.
 

@@ -1,4 +1,4 @@
-"""Files that no reader may trust: valid folders of every format, written by hand, and what may be done to them."""
+"""Valid folders of every format, written by hand, and random changes that spoil them."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def bare(root: Path) -> Path:
 
 
 def pretrained(folder: Path) -> Path:
-    """A base model of both modules in two shards with an index."""
+    """Write a base model of both modules in two shards with an index."""
     folder.mkdir(parents=True, exist_ok=True)
     shards = {f"model-0000{number + 1}-of-00002.safetensors": name for number, name in enumerate((Q, V))}
     for number, (shard, name) in enumerate(shards.items()):
@@ -182,12 +182,12 @@ WITH_BASE = ("lora", "dora", "adalora", "fourier", "hydra")
 
 
 class TooLong(BaseException):
-    """Beyond what a reader may take."""
+    """A reader exceeded its time limit."""
 
 
 @contextlib.contextmanager
 def limits(seconds: float = 5.0, gigabytes: float = 2.0) -> Iterator[None]:
-    """Limit CPU seconds, the clock to twelve times as many, and the growth of the address space."""
+    """Limit CPU time, wall-clock time (to twelve times as much) and the growth of the address space."""
 
     def stop(*_: Any) -> None:
         raise TooLong(f"more than {seconds} CPU seconds, or {12 * seconds} on the clock")
@@ -211,7 +211,7 @@ def limits(seconds: float = 5.0, gigabytes: float = 2.0) -> Iterator[None]:
 
 
 def read_all(folder: Path, base: Path | None = None) -> None:
-    """All that reads a folder, by the library."""
+    """Read everything in a folder through the library."""
     from lorascope.diagnosis import doctor
     from lorascope.diagnosis.inspection import inspect
     from lorascope.runs.loading import AdapterRun, load
@@ -227,9 +227,9 @@ def read_all(folder: Path, base: Path | None = None) -> None:
 
 
 def outcome(act: Callable[[], Any], **limit: float) -> str:
-    """The one printable line that an act raises, "" if it ends well; anything else fails the test."""
+    """Return the one printable line that ``act`` raises, "" if it succeeds; anything else fails the test."""
     with limits(**limit), warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of values that overflow
+        warnings.simplefilter("ignore", RuntimeWarning)  # about values that overflow
         try:
             act()
         except (ValueError, OSError) as error:
@@ -237,26 +237,26 @@ def outcome(act: Callable[[], Any], **limit: float) -> str:
         else:
             return ""
     assert not isinstance(raised, UnicodeError), raised
-    told = str(raised)
-    assert told.isprintable(), told
-    return told
+    message = str(raised)
+    assert message.isprintable(), message
+    return message
 
 
 def command(*words: str) -> tuple[int, str]:
-    """Exit code and standard error of a command line that prints no untreated character."""
-    said, shown = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(shown):
+    """Return the exit code and stderr of a command line, after checking that its output is printable."""
+    errors, output = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
         code = main(words)
-    for line in (said.getvalue() + shown.getvalue()).split("\n"):
+    for line in (errors.getvalue() + output.getvalue()).split("\n"):
         assert line.isprintable(), line
-    return code, said.getvalue()
+    return code, errors.getvalue()
 
 
 # -- edits ---------------------------------------------------------------------------------------------------------
 
 
 def header(file: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data of a safetensors file."""
+    """Return header and data of a safetensors file."""
     raw = file.read_bytes()
     length = int.from_bytes(raw[:8], "little")
     return json.loads(raw[8 : 8 + length]), raw[8 + length :]
@@ -278,7 +278,7 @@ def edit_json(file: Path, change: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Put the right checksums into every run.json below a folder, so that only the content is wrong."""
+    """Write correct checksums to every run.json below a folder, so that only the content is wrong."""
     for file in folder.rglob("run.json"):
         with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, OSError):
             meta = json.loads(file.read_bytes())
@@ -296,13 +296,13 @@ VALUES: tuple[Any, ...] = (
 
 
 def places(content: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON value."""
+    """Return the path of every value in a JSON value."""
     below = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     return [path, *(place for key, value in below for place in places(value, (*path, key)))]
 
 
 def edited(content: Any, rng: random.Random) -> Any:
-    """A JSON value with one change: a value replaced, dropped, renamed, or taken from elsewhere in it."""
+    """Change one place of a JSON value: replace, delete or rename it, or copy another part of the value."""
     found = places(content)
     *above, last = rng.choice(found[1:]) if len(found) > 1 else (None,)
     if last is None:
@@ -321,14 +321,14 @@ def edited(content: Any, rng: random.Random) -> Any:
                 donor = donor[key]
             spot[last] = copy.deepcopy(donor)
         case _:
-            # Half of them of the same type, which gets further.
-            alike = [value for value in VALUES if type(value) is type(spot[last])] if rng.random() < 0.5 else ()
-            spot[last] = copy.deepcopy(rng.choice(alike or VALUES))
+            # Half of the replacements have the same type, so that more of them pass the type checks.
+            same = [value for value in VALUES if type(value) is type(spot[last])] if rng.random() < 0.5 else ()
+            spot[last] = copy.deepcopy(rng.choice(same or VALUES))
     return content
 
 
 def edited_bytes(raw: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, cut, doubled or filled in."""
+    """Flip bits, cut, duplicate or overwrite bytes."""
     data, place = bytearray(raw), rng.randrange(len(raw) + 1)
     match rng.randrange(4):
         case 0:
@@ -345,7 +345,7 @@ def edited_bytes(raw: bytes, rng: random.Random) -> bytes:
 
 
 def edited_table(raw: bytes, rng: random.Random) -> bytes:
-    """A Parquet table with a column dropped, or of other values or another type."""
+    """Drop a column of a Parquet table, change its rows, or set a column to other values or types."""
     table = pd.read_parquet(io.BytesIO(raw))
     name = rng.choice(list(table.columns))
     size = len(table)
@@ -362,13 +362,13 @@ def edited_table(raw: bytes, rng: random.Random) -> bytes:
             table = pd.concat([table, table])
         case _:
             table[name] = rng.choice(columns)
-    told = io.BytesIO()
-    table.to_parquet(told, index=False)
-    return told.getvalue()
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
 
 
 def spoiled(case: Path, template: Path, base: Path | None, seed: int) -> None:
-    """Copy a valid folder, and its base, below ``case``, and change up to three files by a seed."""
+    """Copy a valid folder and its base below ``case``, and change up to three files at random."""
     rng = random.Random(seed)
     shutil.copytree(template, case / "folder")
     if base is not None:
@@ -380,11 +380,11 @@ def spoiled(case: Path, template: Path, base: Path | None, seed: int) -> None:
 
 
 def spoil(folder: Path, rng: random.Random) -> None:
-    """Change one file of a folder by its kind."""
+    """Change one file of a folder, depending on its type."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     file = rng.choice(files)
     raw = file.read_bytes()
-    # A file that an earlier change broke may stay as it is.
+    # A file that an earlier change broke may stay unchanged.
     with contextlib.suppress(ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError):
         if file.suffix == ".json" and rng.random() < 0.9:
             file.write_text(json.dumps(edited(json.loads(raw), rng)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Folders spoiled at random, and configurations of wrong kinds: each is read, or told in one line that names it."""
+"""Adapter folders spoiled at random, and settings of the wrong type: each is read or raises one line."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def adapter(tmp_path: Path) -> Path:
 
 
 def spoiled(data: bytes, draw: np.random.Generator) -> bytes:
-    """Bytes that are cut off, changed, or have others between them."""
+    """Truncate the bytes, change one, or insert one."""
     place = int(draw.integers(len(data)))
     byte = bytes([int(draw.integers(256))])
     return [data[:place], data[:place] + byte + data[place + 1 :], data[:place] + byte + data[place:]][draw.integers(3)]
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
-def test_any_spoiled_file_is_read_or_told_in_one_line(adapter: Path, name: str) -> None:
+def test_spoiled_file_is_read_or_raises_one_line(adapter: Path, name: str) -> None:
     sound, draw = (adapter / name).read_bytes(), np.random.default_rng(0)
-    told = set()
+    messages = set()
     for _ in range(120):
         (adapter / name).write_bytes(spoiled(sound, draw))
         try:
             inspect(load(adapter))
         except (ValueError, FileNotFoundError) as error:
-            told.add(str(error))
-    assert len(told) > 3
-    assert all(str(adapter) in message for message in told)
+            messages.add(str(error))
+    assert len(messages) > 3
+    assert all(str(adapter) in message for message in messages)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,15 @@ def test_any_spoiled_file_is_read_or_told_in_one_line(adapter: Path, name: str) 
         ({"enable_lora": True}, "$.enable_lora"),
     ],
 )
-def test_a_setting_of_the_wrong_kind_is_named(adapter: Path, change: dict[str, Any], place: str) -> None:
+def test_setting_of_the_wrong_type_is_named(adapter: Path, change: dict[str, Any], place: str) -> None:
     write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text(encoding="utf-8")) | change)
     with pytest.raises(ValueError, match=re.escape(place)) as raised:
         load(adapter)
     assert str(adapter / CONFIG) in str(raised.value)
 
 
-def reworded(adapter: Path, words: Any) -> None:
-    """Give the file of weights another text in its header."""
+def with_metadata(adapter: Path, words: Any) -> None:
+    """Replace the metadata in the header of the weight file."""
     data = (adapter / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + length]) | {"__metadata__": words}).encode()
@@ -79,19 +79,19 @@ def reworded(adapter: Path, words: Any) -> None:
 
 
 @pytest.mark.parametrize("words", [None, {"about": "a fine adapter"}, {"about": "[1]"}, {"format": "pt"}])
-def test_what_others_wrote_into_a_header_is_theirs(adapter: Path, words: Any) -> None:
+def test_foreign_metadata_in_a_header_is_ignored(adapter: Path, words: Any) -> None:
     expected = load(adapter).summary()
-    reworded(adapter, words)
+    with_metadata(adapter, words)
     assert load(adapter).summary().equals(expected)
 
 
-def test_a_header_that_is_none_of_ours_is_told_in_one_line(adapter: Path) -> None:
-    reworded(adapter, ["about"])
+def test_invalid_metadata_in_a_header_raises(adapter: Path) -> None:
+    with_metadata(adapter, ["about"])
     with pytest.raises(ValueError, match="__metadata__") as raised:
         load(adapter)
     assert str(adapter / WEIGHTS) in str(raised.value)
     for words in ({"about": "a fine adapter"}, {"about": 7}):
-        reworded(adapter, words)
+        with_metadata(adapter, words)
         with pytest.raises(ValueError, match="about") as raised:
             _ = TensorFile(adapter / WEIGHTS).about
         assert str(adapter / WEIGHTS) in str(raised.value)

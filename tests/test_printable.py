@@ -1,4 +1,4 @@
-"""Foreign text at a terminal: nothing that it could obey."""
+"""Escaping of untrusted text for terminals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorascope.files.printable import printable
         (None, "None"),
     ],
 )
-def test_printable_escapes_what_a_terminal_obeys(text, shown):
+def test_printable_escapes_control_characters(text, shown):
     assert printable(text) == shown
 
 

@@ -1,4 +1,4 @@
-"""JSON from elsewhere: typed, limited, and one clear line for all that does not fit."""
+"""Typed reading of untrusted JSON: limits, and one-line errors for wrong content."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_read_json_keeps_types_and_ignores_unknown_fields(file):
         (None, "null"),
     ],
 )
-def test_read_json_of_another_type_names_the_place(file, content, place):
+def test_read_json_of_the_wrong_type_names_the_path(file, content, place):
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=place) as caught:
         read_json(file, Config)
@@ -52,14 +52,14 @@ def test_read_json_of_another_type_names_the_place(file, content, place):
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b'{"r": ' * 100_000, b"\xff\xfe{", b"", b"{", b"1" * 5000])
-def test_read_json_of_broken_text_is_one_value_error(file, text):
+def test_read_json_of_broken_text_raises_one_line(file, text):
     file.write_bytes(text)
     with pytest.raises(ValueError, match=r"config\.json") as caught:
         read_json(file, Config)
     assert str(caught.value).isprintable()
 
 
-def test_read_json_refuses_a_pipe_a_folder_and_a_huge_file(file, monkeypatch):
+def test_read_json_of_a_pipe_folder_or_huge_file_raises(file, monkeypatch):
     os.mkfifo(file)
     with pytest.raises(ValueError, match="regular file"):
         read_json(file, Config)
@@ -68,11 +68,11 @@ def test_read_json_refuses_a_pipe_a_folder_and_a_huge_file(file, monkeypatch):
     file.unlink()
     file.write_text("{}", encoding="utf-8")
     monkeypatch.setattr(typed_json, "MAX_BYTES", 1)
-    with pytest.raises(ValueError, match="2 bytes"):
+    with pytest.raises(ValueError, match=r"got 2$"):
         read_json(file, Config)
 
 
-def test_read_json_prints_no_control_character_of_the_file(file):
+def test_read_json_error_has_no_control_characters(file):
     file.write_text(json.dumps({"rank_pattern": {"\x1b[2J": []}}), encoding="utf-8")
     named = file.rename(file.with_name("\x1b]0;\u202e.json"))
     with pytest.raises(ValueError, match="rank_pattern") as caught:

@@ -1,4 +1,4 @@
-"""Files that are written beside a disk, or a server, that fails for a while."""
+"""Writing of files to a disk or server that fails temporarily."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorascope.schema.records import Factors, Record
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Let the next so many writes fail with an error of the system."""
+    """Return a function that makes the next ``times`` writes fail with a system error."""
     monkeypatch.setattr(safetensors_io, "PAUSES", (0.0, 0.0))
 
     def fail(times: int, number: int) -> None:
@@ -39,29 +39,29 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT])
-def test_write_bytes_tries_again_what_a_network_file_system_recovers_from(failing, tmp_path: Path, number: int) -> None:
+def test_write_bytes_retries_transient_errors_of_a_network_file_system(failing, tmp_path: Path, number: int) -> None:
     failing(2, number)
-    with pytest.warns(UserWarning, match=r"file could not be written .*trying again") as told:
+    with pytest.warns(UserWarning, match=r"cannot write .*file: .*retrying") as told:
         write_bytes(tmp_path / "file", b"whole")
     assert len(told) == 2
     assert (tmp_path / "file").read_bytes() == b"whole"
     failing(3, number)
-    with pytest.warns(UserWarning, match="trying again"), pytest.raises(OSError, match="file could not be") as caught:
+    with pytest.warns(UserWarning, match="retrying"), pytest.raises(OSError, match=r"cannot write .*file") as caught:
         write_bytes(tmp_path / "file", b"other")
     assert caught.value.errno == number
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"whole"}
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS])
-def test_write_bytes_does_not_try_again_what_stays(failing, tmp_path: Path, number: int) -> None:
+def test_write_bytes_does_not_retry_permanent_errors(failing, tmp_path: Path, number: int) -> None:
     failing(1, number)
-    with pytest.raises(OSError, match="file could not be written") as caught:
+    with pytest.raises(OSError, match=r"cannot write .*file") as caught:
         write_bytes(tmp_path / "file", b"whole")
     assert caught.value.errno == number
     assert not any(tmp_path.iterdir())
 
 
-def test_write_bytes_follows_a_link(tmp_path: Path) -> None:
+def test_write_bytes_follows_a_symbolic_link(tmp_path: Path) -> None:
     (tmp_path / "scratch").mkdir()
     (tmp_path / "file").symlink_to("scratch/file")
     write_bytes(tmp_path / "file", b"whole")
@@ -69,14 +69,14 @@ def test_write_bytes_follows_a_link(tmp_path: Path) -> None:
     assert (tmp_path / "scratch/file").read_bytes() == b"whole"
 
 
-def test_write_json_keeps_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+def test_write_json_preserves_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     name = os.fsdecode(b"Gr\xf6\xdfe")
     write_json(tmp_path / "x.json", {"model": name, "label": "Größe τ"})
     assert '"Größe τ"'.encode() in (tmp_path / "x.json").read_bytes()
     assert json.loads((tmp_path / "x.json").read_bytes()) == {"model": name, "label": "Größe τ"}
 
 
-def test_arrays_that_could_not_be_written_are_written_with_the_next(failing, tmp_path: Path) -> None:
+def test_run_writer_writes_failed_arrays_with_the_next_ones(failing, tmp_path: Path) -> None:
     writer = RunWriter(tmp_path / "run", META)
     factors = [Factors("h.0.q", {"A": np.eye(2, 3) * step, "B": np.eye(3, 2)}, 1.0) for step in range(3)]
     writer.add(0, [Record("update_norm", 1.0, "h.0.q"), factors[0]])

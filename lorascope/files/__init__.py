@@ -1,1 +1,1 @@
-"""Files that other programs wrote: read within limits, and shown without control characters."""
+"""Readers of untrusted files with size limits, and text output without control characters."""

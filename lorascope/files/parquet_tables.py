@@ -1,7 +1,7 @@
-"""Tables in Parquet files that other people wrote, read within limits.
+"""Reader of untrusted Parquet tables with size limits.
 
-A Parquet file of a few kilobytes may declare any number of rows, and repeat one long text in each. What a file declares
-is compared with limits before it is read.
+A Parquet file of a few kilobytes can declare any number of rows and repeat one long text in each. The declared sizes
+are checked against limits before the data is read.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from lorascope.files.typed_json import require_regular
 
 MAX_FILE = 2**30
 MAX_ROWS = 2**25
-"""The importance of 100,000 components at 300 steps has 30 million rows: 2 GB in memory."""
+"""Enough for the importance of 100,000 components at 300 steps: 30 million rows, 2 GB in memory."""
 MAX_COLUMNS = 200
 MAX_TEXT = 2**32
-"""Bytes of a column of text, each row counted with the longest text."""
+"""Maximum bytes of a text column, if every row were as long as its longest text."""
 
 
 def read_table(file: Path | Any, name: object) -> pd.DataFrame:
-    """Read a table.
+    """Read a Parquet table, after checking its size.
 
     Parameters
     ----------
     file : path or file object
     name : object
-        What it is called in errors.
+        Name of the table in errors.
 
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        The file does not exist.
     ValueError
-        It is not a Parquet file, nested, or larger than the limits.
+        The file is not a Parquet table, has nested columns or exceeds a limit.
     """
     if isinstance(file, Path) and (size := require_regular(file)) > MAX_FILE:
-        raise ValueError(f"cannot read {printable(name)}: {size} bytes, at most {MAX_FILE} are read")
+        raise ValueError(f"cannot read {printable(name)}: file size must be <= {MAX_FILE} bytes, got {size}")
     try:
         if isinstance(file, Path):
-            with file.open("rb") as stream:  # pyarrow cannot open every name
+            with file.open("rb") as stream:  # pyarrow cannot open every valid file name
                 return _decode_table(stream).to_pandas()
         return _decode_table(file).to_pandas()
     except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
@@ -61,23 +61,23 @@ def _decode_table(file: Any) -> Any:
         size = sum(group.total_byte_size for group in groups)
         if rows > MAX_ROWS or len(schema) > MAX_COLUMNS or size > 4 * MAX_FILE:
             raise ValueError(
-                f"{rows} rows, {len(schema)} columns and {size} bytes; at most {MAX_ROWS} rows, {MAX_COLUMNS} columns "
-                f"and {4 * MAX_FILE} bytes are read"
+                f"it must have <= {MAX_ROWS} rows, {MAX_COLUMNS} columns and {4 * MAX_FILE} bytes, "
+                f"got {rows} rows, {len(schema)} columns and {size} bytes"
             )
     nested = next((field for field in schema if pa.types.is_nested(field.type)), None)
     if nested is not None:
-        raise ValueError(f"column {nested.name!r} must hold plain values, got {nested.type}")
+        raise ValueError(f"column {nested.name!r} must not be nested, got {nested.type}")
     texts = {field.name: field.type for field in schema if _is_text(field.type)}
     file.seek(0)
-    # A text that is repeated in every row is read once.
+    # A dictionary stores a text that is repeated in every row only once.
     with pq.ParquetFile(file, read_dictionary=list(texts)) as parquet:
         table = parquet.read(use_threads=False)
     for number, name in enumerate(table.column_names):
         column = table.column(number)
         if not pa.types.is_dictionary(column.type):
             continue
-        if sum(len(part) * _longest(part.dictionary) for part in column.chunks) > MAX_TEXT:
-            raise ValueError(f"column {name!r} must hold at most {MAX_TEXT} bytes of text")
+        if (size := sum(len(part) * _longest(part.dictionary) for part in column.chunks)) > MAX_TEXT:
+            raise ValueError(f"column {name!r} must have <= {MAX_TEXT} bytes of text, got {size}")
         if name in texts:
             table = table.set_column(number, name, column.cast(texts[name]))
     return table.replace_schema_metadata(schema.metadata)

@@ -1,29 +1,29 @@
-"""Foreign text in printable form: names and values from files that other people wrote.
+"""Escaping of names and values from untrusted files.
 
-Names of modules, folders, dtypes, tasks, labels and base models come from files. A control character in one of them is
-an instruction to the terminal that shows it, and a right-to-left override reorders the line around it.
+Names of modules, folders, dtypes, tasks, labels and base models come from files. A control character in a name can
+change the terminal that prints it, and a right-to-left override reorders the line around it.
 """
 
 from __future__ import annotations
 
-# Joiners change the shape of the letters next to them and nothing else; Persian and Indic scripts need them.
+# Joiners only change the shape of adjacent letters, and Persian and Indic scripts require them.
 _JOINERS = "\u200c\u200d"
-# Longer ones leave no room for the data on a page.
+# Longer names leave no space for the data in a figure.
 LONGEST_NAME = 52
 
 
 def printable(text: object) -> str:
-    r"""Escape every character that does not print, such as ESC, a line break or a right-to-left override.
+    r"""Escape every nonprintable character, such as ESC, a line break or a right-to-left override.
 
     Parameters
     ----------
     text : object
-        Shown by its ``str``.
+        Converted by ``str``.
 
     Returns
     -------
     str
-        Printable text is returned unchanged; other characters become Python's escapes, such as ``\x1b``.
+        The text with nonprintable characters as Python escapes, such as ``\x1b``. Joiners stay.
     """
     text = str(text)
     if text.isprintable():
@@ -35,11 +35,11 @@ def printable(text: object) -> str:
 
 
 def short_name(text: object) -> str:
-    """Escape like `printable`, and leave out the middle of a name that has more than 52 characters."""
+    """Escape like `printable`, and elide the middle of a name of more than 52 characters."""
     name = printable(text)
     return name if len(name) <= LONGEST_NAME else f"{name[:25]}…{name[-26:]}"
 
 
 def printable_lines(text: object) -> str:
-    """Escape like `printable`, but retain line breaks."""
+    """Escape like `printable`, but keep line breaks."""
     return "\n".join(map(printable, str(text).split("\n")))

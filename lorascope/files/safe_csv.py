@@ -1,4 +1,4 @@
-"""Tables as CSV that spreadsheets and terminals show as text."""
+"""Conversion of tables to CSV that is safe for spreadsheets and terminals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from lorascope.files.printable import printable
 
-# A spreadsheet runs a cell that begins with one of these as a formula; the wide ones in East Asian locales.
+# Spreadsheets evaluate a cell that starts with one of these as a formula; full-width ones in East Asian locales.
 _FORMULAS = tuple("=+-@＝＋－＠")
 
 
@@ -17,7 +17,7 @@ def csv_text(table: pd.DataFrame) -> str:
     r"""Convert a table to CSV without its index.
 
     In text cells and column names, control characters are escaped as in Python's string literals, such as ``\n``, and
-    text that a spreadsheet would run as a formula gets a leading apostrophe. Numbers are unchanged.
+    text that a spreadsheet would evaluate as a formula gets a leading apostrophe. Numbers are unchanged.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def csv_text(table: pd.DataFrame) -> str:
     Returns
     -------
     str
-        Lines end in a line feed.
+        CSV whose lines end in a line feed.
     """
     shown = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
     for place, kind in enumerate(table.dtypes):

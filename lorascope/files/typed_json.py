@@ -1,7 +1,7 @@
-"""JSON files that other programs wrote, read under a typed schema.
+"""Reader of untrusted JSON files with a typed schema.
 
-A file from elsewhere may be a pipe, nested without end, or hold a list where a number belongs. Every such file is read
-here: it must be a regular file of limited size, and its values must have the types of a dataclass.
+Such a file may be a pipe, be nested without end, or have a list where a number is expected. It must be a regular file
+of limited size, and its values must have the types of a dataclass.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import numpy as np
 from lorascope.files.printable import printable
 
 Finite = Annotated[float, msgspec.Meta(ge=-1e30, le=1e30)]
-"""A float with a finite square."""
+"""Float whose square is finite in float64."""
 Positive = Annotated[int, msgspec.Meta(ge=1, le=2**62)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 T = TypeVar("T")
 
-# A run.json of a model with 100,000 modules takes 20 MB, a header of 200,000 tensors 25 MB; parsed, JSON takes up to 35
-# times its size.
+# A run.json of a model with 100,000 modules has 20 MB, a header of 200,000 tensors 25 MB. Parsed JSON takes up to 35
+# times its size in memory.
 MAX_BYTES = 32 * 2**20
 _DEPTH = 64
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
@@ -34,14 +34,14 @@ _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def require_regular(path: Path) -> int:
-    """Return the size of a regular file in bytes; opening a pipe or a device may wait forever.
+    """Return the size of a regular file in bytes. Opening a pipe or a device could block forever.
 
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        The file does not exist.
     ValueError
-        It is a folder, a pipe, a socket or a device.
+        The path is a folder, a pipe, a socket or a device.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
@@ -50,12 +50,12 @@ def require_regular(path: Path) -> int:
 
 
 def parse_json(text: str | bytes, name: object) -> Any:
-    """Parse JSON nested up to 64 levels; a ValueError names its source ``name``."""
+    """Parse JSON of at most 64 nesting levels; a ValueError names its source ``name``."""
     raw = text.encode() if isinstance(text, str) else text
     try:
         _require_shallow(raw)
         content = json.loads(raw)
-        # Tables cannot hold half of a surrogate pair; Python makes them of bytes in file names that are not UTF-8.
+        # Tables cannot store lone surrogates. Those that stand for bytes of non-UTF-8 file names are accepted.
         if b"\\ud" in raw.lower():
             json.dumps(content, ensure_ascii=False).encode("utf-8", "surrogateescape")
     except ValueError as error:
@@ -64,7 +64,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
 
 
 def _require_shallow(text: bytes) -> None:
-    """Raise a ValueError for deep nesting: it ends in a RecursionError here or wherever the values are walked."""
+    """Raise a ValueError for deep nesting, which causes a RecursionError in this or any later traversal."""
     brackets = np.frombuffer(_STRING.sub(b"", text).translate(None, _OTHERS), np.uint8)
     steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int32(1), np.int32(-1))
     if steps.cumsum(dtype=np.int32).max(initial=0) > _DEPTH:
@@ -76,14 +76,14 @@ def to_typed(content: Any, schema: type[T], name: object) -> T: ...
 @overload
 def to_typed(content: Any, schema: Any, name: object) -> Any: ...
 def to_typed(content: Any, schema: Any, name: object) -> Any:
-    """Convert parsed JSON to a dataclass or another type that `msgspec` knows, without coercion.
+    """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 
     Unknown fields are ignored.
 
     Raises
     ------
     ValueError
-        A value has another type than the schema; the message names its place and ``name``.
+        A value does not have the type of the schema; the message names its path and ``name``.
     """
     try:
         return msgspec.convert(content, schema)
@@ -94,7 +94,7 @@ def to_typed(content: Any, schema: Any, name: object) -> Any:
 
 
 def _value_at(content: Any, message: str) -> str:
-    """Return ``: VALUE`` for the place that a message of `msgspec` names, or nothing where it names none."""
+    """Return ``: VALUE`` for the path in a `msgspec` message, or "" if it has no path to a single value."""
     place = message.rpartition("`$")[2].rstrip("`")
     for key, index in _STEP.findall(place):
         try:
@@ -116,9 +116,9 @@ def read_json(path: Path, schema: Any) -> Any:
     Raises
     ------
     FileNotFoundError
-        There is no such file.
+        The file does not exist.
     ValueError
-        It is not a regular file, larger than 32 MiB, not JSON in UTF-8, or does not fit the schema.
+        The file is not regular, is larger than 32 MiB, is not JSON in UTF-8, or does not fit the schema.
     """
     require_size(require_regular(path), path)
     return to_typed(parse_json(path.read_bytes(), path), schema, path)
@@ -127,4 +127,4 @@ def read_json(path: Path, schema: Any) -> Any:
 def require_size(size: int, name: object) -> None:
     """Raise a ValueError if JSON is too large to parse."""
     if size > MAX_BYTES:
-        raise ValueError(f"cannot read {printable(name)}: {size} bytes of JSON, at most {MAX_BYTES} are read")
+        raise ValueError(f"cannot read {printable(name)}: JSON must have <= {MAX_BYTES} bytes, got {size}")

@@ -1,1 +1,1 @@
-"""Run folders and adapter folders, read and written without torch."""
+"""Readers and writers of run folders and adapter folders, without torch."""

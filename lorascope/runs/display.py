@@ -1,4 +1,4 @@
-"""How a run shows itself: a few lines of facts, as text or as a small table."""
+"""Text and HTML representations of a run."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Lines = list[tuple[str, str]]
 
 
 def as_text(lines: Sequence[tuple[str, str]]) -> str:
-    """Facts under each other."""
+    """Format facts as text, one line per fact."""
     return "\n".join(f"{key:8}{printable(value)}" for key, value in lines)
 
 
 def as_html(lines: Sequence[tuple[str, str]]) -> str:
-    """Facts as a table."""
+    """Format facts as an HTML table."""
     left = " style='text-align:left'"
     rows = (f"<tr><th{left}>{key}</th><td{left}>{html.escape(printable(value))}</td></tr>" for key, value in lines)
     return f"<table>{''.join(rows)}</table>"
 
 
 def training_lines(run: Any) -> Lines:
-    """What a Run that was trained here says of itself."""
+    """Return the facts of a run that lorascope trained or recorded."""
     meta = run.meta
     done = "" if run.finished else f", {meta['status']}"
     lines = [
         ("run", f"{run.id}  {run.label}, seed {meta['seed']}{done}"),
         ("model", f"{meta['model']} on {meta['task']}"),
-        ("steps", f"{meta['settings']['steps']} of {meta['settings']['batch_size']}"),
+        ("steps", f"{meta['settings']['steps']}, batch size {meta['settings']['batch_size']}"),
         ("folder", str(run.path)),
     ]
     if "error" in meta:
@@ -46,7 +46,7 @@ def training_lines(run: Any) -> Lines:
 
 
 def largest_lines(run: Any) -> Lines:
-    """The five largest updates of a Run."""
+    """Return the five largest updates of a run."""
     lines = []
     for number, row in enumerate(run.summary().nlargest(5, "update_norm").to_dict("records")):
         rank = "" if pd.isna(row["rank"]) else f"  rank {row['rank']}"

@@ -1,6 +1,6 @@
-"""Run folders on disk: which files lorascope writes there, the lock of a running training, and removal.
+"""Run folders on disk: files written by lorascope, lock of a running training, and removal.
 
-A file that lorascope did not write is never removed, and a folder that another process trains in stays unchanged.
+A folder is not removed if it contains a file that lorascope did not write, or if another process trains in it.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _Id = Annotated[str, Meta(pattern="^[0-9a-f]{12}$")]
 
 
 class RunLocked(ValueError):
-    """Another process is training this very run."""
+    """Another process is training this run."""
 
 
 @dataclass
 class RunManifest:
-    """Fields that distinguish a ``run.json`` of lorascope from another program's."""
+    """Fields that distinguish lorascope's ``run.json`` from one of another program."""
 
     id: _Id
     status: Literal["running", "done", "broken"]
@@ -51,7 +51,7 @@ class RunManifest:
 
 @dataclass
 class RecipeManifest:
-    """The content of ``recipe.json``."""
+    """Content of ``recipe.json``."""
 
     id: _Id
     status: Literal["running", "done"]
@@ -62,41 +62,41 @@ MANIFESTS: dict[str, type[RunManifest | RecipeManifest]] = {"recipe.json": Recip
 
 
 def read_manifest(folder: Path) -> RunManifest | RecipeManifest:
-    """Return the manifest of a recipe with phases, or else of a run.
+    """Return the manifest of a recipe with phases if there is one, else that of a run.
 
     Raises
     ------
     FileNotFoundError
-        There is neither.
+        The folder has neither manifest.
     ValueError
-        The file was not written by lorascope.
+        The manifest was not written by lorascope.
     """
     name = "recipe.json" if (folder / "recipe.json").exists() else "run.json"
     return read_json(folder / name, MANIFESTS[name])
 
 
 def own_files(folder: Path, *places: str) -> set[Path]:
-    """Return the files below ``folder`` that lorascope writes into a run folder, manifests aside.
+    """Return the files below ``folder`` that lorascope writes into a run folder, except manifests.
 
     Parameters
     ----------
     folder : path
         A run folder.
     places : str
-        Glob patterns relative to it.
+        Glob patterns relative to ``folder``.
     """
     found = {file for place in places for file in folder.glob(place)}
     return {file for file in found if _OWN.fullmatch(file.relative_to(folder).as_posix())}
 
 
 def partial_files(folder: Path) -> Iterator[Path]:
-    """Temporary files of writers that were killed."""
+    """Return the temporary files of killed writers."""
     return (file for file in folder.rglob(".*") if is_partial(file) and file.is_file())
 
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder, where the system can; it lets go when this one dies, however it dies."""
+    """Lock a run folder for this process, where the OS supports it; the lock is released when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield
@@ -112,10 +112,10 @@ def lock_run(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             taken = False
         if taken:
-            raise RunLocked(f"{folder} is being trained by another process: wait for it")
+            raise RunLocked(f"cannot use {folder}: another process is training in it, wait until it ends")
         yield
     finally:
-        with suppress(OSError):  # a worker that was forked meanwhile has a copy of the handle, which keeps the lock
+        with suppress(OSError):  # closing is not enough: a worker forked meanwhile may have a copy of the handle
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
@@ -126,9 +126,9 @@ def remove_run(folder: Path) -> None:
     Raises
     ------
     RunLocked
-        A process trains in it.
+        Another process trains in the folder.
     ValueError
-        It is a symbolic link, not a run folder, or holds files that lorascope did not write.
+        The path is a symbolic link, is not a run folder, or contains files that lorascope did not write.
     """
     refused = f"cannot overwrite {printable(folder)}"
     if folder.is_symlink():
@@ -142,15 +142,15 @@ def remove_run(folder: Path) -> None:
             with suppress(FileNotFoundError):  # a phase without files yet
                 read_manifest(phase)
     except ValueError as error:
-        raise ValueError(f"{refused}: it is not a run of lorascope ({error})") from error
+        raise ValueError(f"{refused}: it is not a lorascope run ({error})") from error
     with ExitStack() as locks:
         for place in (folder, *_phase_folders(folder)):
             locks.enter_context(lock_run(place))
-        # Renamed first, so that a removal that is cut short leaves nothing that looks like a run.
+        # Rename first, so that an interrupted removal leaves no folder that looks like a run.
         removed = folder.with_name(f".{folder.name}.removed")
         for place in (folder, removed):
             if (foreign := _foreign_file(place)) is not None:
-                raise ValueError(f"{refused}: lorascope did not write {printable(foreign)}; move it away first")
+                raise ValueError(f"{refused}: lorascope did not write {printable(foreign)}; move it first")
         shutil.rmtree(removed, ignore_errors=True)
         folder.rename(removed)
         shutil.rmtree(removed)
@@ -161,7 +161,7 @@ def _phase_folders(folder: Path) -> list[Path]:
 
 
 def _foreign_file(folder: Path) -> Path | None:
-    """A file or symbolic link that lorascope did not write; the folder itself if it is a link."""
+    """Return a file or symbolic link that lorascope did not write (the folder itself if it is a link), or None."""
     if folder.is_symlink():
         return folder
     for where, folders, files in os.walk(folder):
@@ -175,28 +175,28 @@ def _foreign_file(folder: Path) -> Path | None:
 
 
 def require_absent(path: Path) -> None:
-    """Raise a FileExistsError where a new folder cannot be made, since something is there."""
+    """Raise a FileExistsError if a path exists."""
     if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists: give a new folder")
+        raise FileExistsError(f"cannot create {path}: it exists, pass a new folder")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Write a folder so that it is whole or absent.
+    """Write a folder atomically: afterwards it is complete or absent.
 
     Yields
     ------
     path
-        Where to write; renamed to ``path`` when the block ends without an error.
+        Temporary folder to write to, renamed to ``path`` when the block ends without an error.
 
     Raises
     ------
     FileExistsError
-        Something is there already.
+        ``path`` exists.
     """
     require_absent(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed and had the same number
+    shutil.rmtree(draft, ignore_errors=True)  # left by a killed process with the same id
     try:
         yield draft
         draft.rename(path)

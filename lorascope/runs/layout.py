@@ -1,4 +1,4 @@
-"""How things are called inside a run folder, and the mapping through which its arrays are read."""
+"""Names inside a run folder, and the lazy mapping of its arrays."""
 
 from __future__ import annotations
 
@@ -7,27 +7,26 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-# In place of the checksum of a file that is whole at any moment, but another one soon.
+# Replaces the checksum of a file that is complete, but still being replaced by newer versions.
 GROWING = "growing"
-# The checksum of a file that was deleted to save disk space.
+# Replaces the checksum of a file that was deleted to save disk space.
 REMOVED = "removed"
 
 
 class Lazy(Mapping[str, Any]):
-    """A mapping whose values are made when they are asked for."""
+    """Mapping whose values are computed on access."""
 
     def __init__(self, keys: list[str], make: Callable[[str], Any]) -> None:
         self._keys, self._make = dict.fromkeys(keys), make
 
     def __getitem__(self, key: str) -> Any:
         if key not in self._keys:
-            raise KeyError(
-                f"no module {key!r}; there are {', '.join(list(self._keys)[:5])} ... ({len(self._keys)} in all)"
-            )
+            first = ", ".join(list(self._keys)[:5])
+            raise KeyError(f"unknown module {key!r}; expected one of {first} ... ({len(self._keys)} in total)")
         return self._make(key)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._keys  # without making the value, as a Mapping would to find out
+        return key in self._keys  # Mapping would compute the value
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -37,11 +36,11 @@ class Lazy(Mapping[str, Any]):
 
 
 def identify(parts: Mapping[str, Any]) -> str:
-    """The run id: the first twelve hex digits of SHA-256 over canonical JSON."""
+    """Compute a run id: the first twelve hex digits of the SHA-256 of canonical JSON."""
     text = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def snapshot_file(step: int) -> str:
-    """Name of a step's snapshot file inside the run folder."""
+    """Return the name of a step's snapshot file inside the run folder."""
     return f"snapshots/step-{step:06d}.safetensors"

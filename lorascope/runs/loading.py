@@ -1,4 +1,4 @@
-"""Folders on the disk as Runs: those that ``train`` wrote, and adapters that were trained elsewhere."""
+"""Loading of run folders, and of adapters that were trained elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import is_plain, refuse_pickles
+from lorascope.files.safetensors_io import is_plain, reject_pickles
 from lorascope.files.typed_json import read_json
 from lorascope.runs.display import largest_lines
 from lorascope.runs.formats.hydralora import has_heads, read_hydra
@@ -35,7 +35,7 @@ from lorascope.schema.records import Record
 from lorascope.updates.linalg import root_of_squares
 from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank, weight_norm
 
-# Values of the factors in memory at once; a layer of a large model has 10 million at rank 64.
+# Maximum number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
 _BATCH = 2**26
 MARKS = ("recipe.json", "run.json", CONFIG)
 
@@ -46,38 +46,38 @@ def load(path: str | Path, base: str | Path | None = None) -> Run:
     Parameters
     ----------
     path : path
-        A run folder, a folder of phases (the last phase is opened, its parents with it), or an adapter: of PEFT
-        (LoRA, DoRA, AdaLoRA, FourierFT), or in the layout of loralib or of HydraLoRA's authors.
+        Run folder, folder of phases (opens the last phase, with its parents), or adapter folder: of PEFT (LoRA, DoRA,
+        AdaLoRA, FourierFT), or in the layout of loralib or of HydraLoRA's authors.
     base : path, optional
-        Folder of an adapter's base model, of which only safetensors files are read: gives the adapter what needs W_0,
-        ``weight_norm`` and ``relative_update``, and DoRA the whole of its update. FourierFT keeps no shapes and needs
-        it, unless the adapter's own configuration names a folder that is there.
+        Folder of an adapter's base model; only its safetensors files are read. It adds the quantities that require W₀,
+        ``weight_norm`` and ``relative_update``, and the full update of DoRA. FourierFT stores no shapes and requires
+        it, unless the adapter's configuration names an existing folder.
 
     Raises
     ------
     FileNotFoundError
-        There is no such folder, or a part of it is missing.
+        The folder or a part of it does not exist.
     ValueError
-        It is none of the three, broken, or written by a newer version.
+        The folder is not a run or an adapter, is broken, or was written by a newer version.
     """
     path = Path(os.path.expanduser(path))
     if not path.exists():
-        raise FileNotFoundError(f"there is no folder {printable(path)}")
+        raise FileNotFoundError(f"cannot load {printable(path)}: the folder does not exist")
     if not path.is_dir():
-        refuse_pickles([path])
-        raise ValueError(f"{printable(path)} is a file: give the folder it lies in, {printable(path.parent)}")
+        reject_pickles([path])
+        raise ValueError(f"cannot load {printable(path)}: it is a file, pass its folder {printable(path.parent)}")
     if is_run(path) and base is not None:
-        raise ValueError(f"{printable(path)} is a run: it knows its own base, so leave the base out")
+        raise ValueError(f"base must be None for a run, got {printable(base)}: {printable(path)} is a run")
     if is_run(path):
         return Run.read(path / _last_phase(path) if (path / "recipe.json").exists() else path)
     if (path / CONFIG).exists() or factor_files(path):
         model = None if base is None else PretrainedWeights(base)
         return AdapterRun(_open_folder(path, model), model)
-    raise ValueError(f"{printable(path)} holds neither a run nor an adapter{_hint(path)}")
+    raise ValueError(f"cannot load {printable(path)}: it is neither a run nor an adapter{_hint(path)}")
 
 
 def is_run(path: str | Path) -> bool:
-    """Was what lies in a folder trained here, or recorded?"""
+    """Return whether a folder is a run that lorascope trained or recorded."""
     return any((Path(os.path.expanduser(path)) / mark).exists() for mark in MARKS[:2])
 
 
@@ -97,21 +97,22 @@ def _open_folder(path: Path, base: PretrainedWeights | None) -> AdapterFiles:
 
 
 class AdapterRun(Run):
-    """An adapter that was not trained here: no history and no base model, only what its factors say.
+    """Adapter that was trained elsewhere: its factors, without a training history.
 
     Parameters
     ----------
     files : AdapterFiles
-        The folder; ``meta["source"]`` is its path. Its factors are read one layer at a time, when asked for.
-    base : Pretrained, optional
-        Weights of the base.
+        The opened folder; ``meta["source"]`` is its path. Factors are loaded on access, one layer at a time.
+    base : PretrainedWeights, optional
+        Weights of the base model.
     """
 
     def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
         self.files, self.base = files, base
         if base is not None and not any(map(base.has_weight, files.parts)):
             raise ValueError(
-                f"{printable(base.folder)} holds no weight of any module of {printable(files.path)}: it is not its base"
+                f"cannot use {printable(base.folder)} as the base of {printable(files.path)}: "
+                "it has no weight of any adapted module"
             )
         ranks = {module: part.rank for module, part in files.parts.items()}
         config = files.config
@@ -136,12 +137,12 @@ class AdapterRun(Run):
 
     @property
     def needs_base(self) -> bool:
-        """Can it be opened only with the folder of its base?"""
+        """Return whether the adapter can be opened only with the folder of its base."""
         return self.files.kind == "FourierFT" and named_base(self.files.config) is None
 
     @cached_property
     def id(self) -> str:
-        """The first twelve hex digits of the hash over configuration and weights."""
+        """First twelve hex digits of the SHA-256 of configuration and weights."""
         digest = hashlib.sha256(json.dumps(self.files.config, sort_keys=True).encode())
         for file in self.files.files:
             with file.path.open("rb") as stream:
@@ -151,15 +152,15 @@ class AdapterRun(Run):
 
     @cached_property
     def spectra(self) -> dict[str, np.ndarray]:
-        """Singular values of every module's update, largest first; NaN where a factor holds NaN.
+        """Singular values of every module's update, largest first; NaN if a factor contains NaN.
 
-        Of FourierFT they are asked for here alone: norms do not need them, and they take long.
+        Those of FourierFT are slow and are computed only here, because its norms do not require them.
         """
         return dict(spectra_by_layer(self))
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """Norm and ranks of every module at no step (NA); NaN is what needs the base's weights, or long spectra."""
+        """Norms and ranks of every module, with step NA; NaN if they require base weights or slow spectra."""
         rows = []
         for module, rank in self.ranks().items():
             values = {"rank": float(rank)} | self._measures[module]
@@ -186,27 +187,27 @@ class AdapterRun(Run):
         return values | {"weight_norm": weight_norm(W0, part.update()), "relative_update": relative}
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """``{"A": (rank, in), "B": (out, rank)}`` of every module, read when asked for; see ``factor_formats``."""
+        """Return ``{"A": (rank, in), "B": (out, rank)}`` per module, loaded on access; see ``factor_formats``."""
         self._require_last_state(step, state)
         parts = self.files.parts
         return Lazy(list(parts), lambda module: parts[module].factors())
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
-        """The update of every module, read when asked for."""
+        """Return the update of every module, loaded on access."""
         self._require_last_state(step, state)
         return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        """Modules whose factors stand for an update that depends on the input, by what the headers say."""
+        """Return the modules whose update depends on the input, from the file headers."""
         self._require_last_state(None, state)
         return {module for module, part in self.files.parts.items() if not part.exact}
 
     def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
-        """Raise a ValueError: only training keeps snapshots."""
-        raise ValueError(f"{self.label} was not trained here and has no snapshots: its factors are in run.factors()")
+        """Raise a ValueError: an adapter has no snapshots."""
+        raise ValueError(f"cannot read snapshots of adapter {self.label!r}: use run.factors() instead")
 
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
-        """One row an adapted module: place, rank, norm of the update and its ranks."""
+        """Return one row per adapted module: position, rank, norms, stable and effective rank."""
         self._require_last_state(None, state)
         frame = self.modules[["module", "stack", "layer", "role"]]
         frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
@@ -217,16 +218,18 @@ class AdapterRun(Run):
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Raise a ValueError: PEFT loads its own adapters."""
-        raise ValueError(f"{self.label} was not trained here: PeftModel.from_pretrained(model, {str(self.path)!r})")
+        raise ValueError(
+            f"cannot restore adapter {self.label!r}: use PeftModel.from_pretrained(model, {str(self.path)!r}) instead"
+        )
 
     def save(self, path: str | Path) -> Run:
-        """Raise a ValueError: the folder itself is all there is."""
-        raise ValueError(f"{self.label} was not trained here: copy its folder, {self.path}")
+        """Raise a ValueError: the adapter folder can be copied."""
+        raise ValueError(f"cannot save adapter {self.label!r} as a run: copy its folder {self.path} instead")
 
     def _require_last_state(self, step: int | None, state: str) -> None:
         if step is not None or state != "last":
-            asked = f"step {step}" if step is not None else f"state {state!r}"
-            raise ValueError(f"{self.label} was not trained here: it holds one state, so there is no {asked}")
+            requested = f"step {step}" if step is not None else f"state {state!r}"
+            raise ValueError(f"cannot read {requested} of adapter {self.label!r}: it has only the state 'last'")
 
     def _state(self, state: str) -> dict[str, Any]:
         self._require_last_state(None, state)
@@ -239,14 +242,14 @@ class AdapterRun(Run):
         return [
             ("adapter", f"{self.label}  {self.files.kind}, {rank}"),
             ("base", str(self.meta["model"])),
-            ("holds", f"{count} modules, {self.meta['parameters']['trained']:,} parameters"),
+            ("size", f"{count} modules, {self.meta['parameters']['trained']:,} parameters"),
             ("folder", str(self.path)),
             *largest_lines(self),
         ]
 
 
 def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
-    """Singular values of all updates, with the factors of one layer in memory."""
+    """Yield the singular values of all updates, with the factors of one layer in memory."""
     layers = defaultdict(list)
     updates = run.updates()
     for module in updates:
@@ -260,7 +263,7 @@ def spectra_by_layer(run: Run) -> Iterator[tuple[str, np.ndarray]]:
 def _update_batches(
     updates: Mapping[str, LowRank | Dense], names: Iterable[str]
 ) -> Iterator[dict[str, LowRank | Dense]]:
-    """Updates read in groups of limited size: a layer may have any number of modules."""
+    """Yield updates in batches of limited size, because a layer may have any number of modules."""
     batch: dict[str, LowRank | Dense] = {}
     size = 0
     for name in names:
@@ -286,21 +289,21 @@ def _last_phase(path: Path) -> str:
     recipe = read_json(file, Recipe)
     last = recipe.phases[-1]
     if not is_plain(last):
-        raise ValueError(f"cannot read {printable(file)}: a phase must be a folder below it, got {printable(last)!r}")
+        raise ValueError(f"cannot read {printable(file)}: a phase must be a folder next to it, got {printable(last)!r}")
     if recipe.status != "done":
         raise ValueError(
-            f"{printable(path)} is {recipe.status}, in its phase {printable(last)}: "
-            "the same call of train goes on with it"
+            f"cannot load {printable(path)}: it is {recipe.status}, in phase {printable(last)}; "
+            "the same call of train resumes it"
         )
     return last
 
 
 def _hint(path: Path) -> str:
-    """What lies there instead."""
+    """Return what the folder contains instead of a run or an adapter, for an error message."""
     inside = sorted(child.name for child in path.iterdir() if any((child / mark).exists() for mark in MARKS))
     if inside:
-        return f" itself, but {len(inside)} below it: give {printable(path / inside[-1])}"
+        return f"; it has {len(inside)} in subfolders, such as {printable(path / inside[-1])}"
     if (path / "config.json").exists():
-        return ": it looks like a whole model, of which `lorascope inspect --base DIR` tells what turned in it"
-    refuse_pickles(path.iterdir())
-    return f": there is none of {', '.join(MARKS)}"
+        return "; it looks like a whole model, which `lorascope inspect PATH --base DIR` compares with its base"
+    reject_pickles(path.iterdir())
+    return f"; expected one of the files {', '.join(MARKS)}"

@@ -1,4 +1,4 @@
-"""Types of the values that readers use from ``run.json``, ``recipe.json`` and the header of a snapshot."""
+"""Schemas of ``run.json``, ``recipe.json`` and snapshot headers, with the values that readers use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _State:
 
 @dataclass(frozen=True)
 class Allocation:
-    """AdaLoRA's budget and schedule, ours and PEFT's, in a method or a configuration."""
+    """Budget and schedule of AdaLoRA, under the names of lorascope and of PEFT."""
 
     kind: str | None = None
     target_rank: Finite = 1
@@ -107,7 +107,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The phases of a recipe: names of folders, and how far it is."""
+    """Status of a recipe and the folder names of its phases."""
 
     status: Literal["running", "done"]
     phases: Annotated[list[str], msgspec.Meta(min_length=1)]
@@ -130,7 +130,7 @@ class About:
 
 
 def require_run(meta: Mapping[str, Any], file: Path) -> None:
-    """Raise a ValueError where a value of ``run.json`` has another type, or a parent is not a sibling folder."""
+    """Raise a ValueError if a value of ``run.json`` has the wrong type or a parent is not a sibling folder."""
     run = to_typed(meta, _Run, file)
     if run.test:
         to_typed(run.test, _Test, f"test of {file}")
@@ -140,39 +140,39 @@ def require_run(meta: Mapping[str, Any], file: Path) -> None:
 
 
 def read_about(file: TensorFile) -> About:
-    """Return what a snapshot says of its arrays, after holding it against the arrays.
+    """Return the description of a snapshot's arrays, after checking it against the arrays.
 
     Raises
     ------
     ValueError
-        A value has another type, or an array is missing or has another shape.
+        A value has the wrong type, or an array is missing or has the wrong shape.
     """
     about = to_typed(file.about, About, f"the header of {file.path}")
     for module, names in about.factors.items():
         lacking = next((name for name in names if f"{module}/{name}" not in file), None)
         if lacking is not None:
-            raise ValueError(f"{printable(file.path)} lacks {printable(lacking)} of {printable(module)}")
+            raise ValueError(f"cannot read {printable(file.path)}: {printable(module)} has no {printable(lacking)}")
         if module in about.scales:
             _require_form(file, module, names)
     if about.scales.keys() != about.exact.keys() or not about.scales.keys() <= about.factors.keys():
-        raise ValueError(f"cannot read the header of {printable(file.path)}: scales and exact must be of its factors")
+        raise ValueError(f"cannot read the header of {printable(file.path)}: scales and exact must match its factors")
     for name, axes in about.axes.items():
         sizes = dict(zip(axes.axes, file.shape(name), strict=False)) if name in file else {}
         fits = name in file and len(axes.axes) in (0, len(file.shape(name)))
         if not (fits and all(len(labels) == sizes.get(axis) for axis, labels in axes.labels.items())):
-            raise ValueError(f"{printable(file.path)}: the axes of {printable(name)} must be those of its array")
+            raise ValueError(f"cannot read {printable(file.path)}: axes of {printable(name)} must match its array")
     return about
 
 
 def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
-    """Raise a ValueError where the factors of a module make no update; see ``factor_formats.update_from``."""
+    """Raise a ValueError if the factors of a module do not form an update; see ``factor_formats.update_from``."""
     shapes = {name: file.shape(f"{module}/{name}") for name in names}
     floats = {name: file.dtype(f"{module}/{name}").startswith(("F", "BF")) for name in names}
     match shapes:
         case {"coefficients": (n,), "entries": (2, m), "shape": (2,)}:
             (outer, inner), entries = file[f"{module}/shape"].tolist(), file[f"{module}/entries"]
             sides = isinstance(outer, int) and isinstance(inner, int) and 0 < min(outer, inner) <= max(outer, inner)
-            # Spectra need the whole matrix.
+            # The size is limited because spectra require the whole matrix.
             whole = entries.dtype.kind in "iu" and sides and max(outer, inner) < 2**24 and outer * inner <= 2**31
             fits = n == m and whole and bool(((entries >= 0) & ((outer, inner) > entries.T).T).all())
             fits = fits and floats["coefficients"]
@@ -183,7 +183,8 @@ def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
         case _:
             fits = False
     if not fits:
-        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(
-            f"{printable(file.path)}: the factors of {printable(module)} must make an update, got {printable(told)}"
+            f"cannot read {printable(file.path)}: factors of {printable(module)} must form an update, "
+            f"got {printable(found)}"
         )

@@ -1,4 +1,4 @@
-"""A finished (or unfinished) training run: its description, its table, its snapshots and its state.
+"""Training run, finished or not: its description, records, snapshots and saved parameters.
 
 A run is a folder: ``run.json``, ``records.parquet``, ``snapshots/step-000500.safetensors``, ``state/last.safetensors``
 and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
@@ -26,7 +26,7 @@ from lorascope.runs.display import as_html, as_text, training_lines
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
 from lorascope.runs.manifest import About, read_about, require_run
-from lorascope.runs.summary import peft_keywords, summarise
+from lorascope.runs.summary import peft_keywords, summarize
 from lorascope.schema import records
 from lorascope.schema.deprecation import old_attribute
 from lorascope.updates.factor_formats import update_from
@@ -38,18 +38,18 @@ TRAIN_AGAIN = "Train the run again with overwrite=True"
 
 
 class Run:
-    """What one training run left behind.
+    """Records, snapshots and saved parameters of one training run.
 
     Parameters
     ----------
     path : path or None
-        Its folder.
+        The run folder.
     meta : dict
-        The content of ``run.json``.
+        Content of ``run.json``.
     """
 
     gates: Mapping[str, np.ndarray] = {}
-    """At which heads are mixed, by module, where that is fixed; see ``at_gates``."""
+    """Fixed gate weights by module, empty by default; see ``at_gates``."""
 
     def __init__(self, path: Path | None, meta: dict[str, Any]) -> None:
         self.path, self.meta = path, meta
@@ -61,60 +61,61 @@ class Run:
         Raises
         ------
         FileNotFoundError
-            There is no ``run.json``.
+            The folder has no ``run.json``.
         ValueError
-            It is broken, or written by a newer version.
+            The file is broken or was written by a newer version.
         """
         path = Path(path)
         file = path / "run.json"
         if not file.exists():
-            raise FileNotFoundError(f"{printable(path)} is no run: it has no run.json")
+            raise FileNotFoundError(f"cannot read {printable(path)} as a run: it has no run.json")
         meta = read_json(file, dict[str, Any])
         schema = to_typed(meta.get("schema"), int, f"schema of {file}")
         if schema > SCHEMA:
             raise ValueError(
-                f"{printable(path)} has schema {schema}, newer than the {SCHEMA} known here: update lorascope"
+                f"cannot read {printable(path)}: schema must be <= {SCHEMA}, got {schema}; update lorascope"
             )
         require_run(meta, file)
         return cls(path, meta)
 
     @property
     def id(self) -> str:
-        """The first twelve hex digits of the hash over everything the run depends on."""
+        """First twelve hex digits of the hash of everything the run depends on."""
         return self.meta["id"]
 
     @property
     def label(self) -> str:
-        """The recipe in words, the same for all seeds: ``LoRA, rank 8``."""
+        """Name of the recipe, equal for all seeds, such as ``LoRA, rank 8``."""
         return self.meta["label"]
 
     @property
     def finished(self) -> bool:
-        """Did the run reach its last step?"""
+        """Return whether the run reached its last step."""
         return self.meta["status"] == "done"
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """All records, with the columns ``records.COLUMNS``."""
-        records.adopt(self.meta.get("quantities") or {})  # a method's own are registered by code that imports torch
+        # The modules that register quantities of methods are not imported here, because they import torch.
+        records.adopt(self.meta.get("quantities") or {})
         file = self._file("records.parquet")
         table = records.validate(read_table(file, file))
         if others := sorted(set(table["run"].cat.categories) - {self.id}):
-            raise ValueError(f"cannot read {printable(file)}: its rows must be of run {self.id}, got {others[0]}")
+            raise ValueError(f"cannot read {printable(file)}: rows must belong to run {self.id}, got {others[0]}")
         return table
 
     @cached_property
     def parents(self) -> list[Run]:
-        """The runs of the phases before this one."""
+        """Runs of the phases before this one."""
         return [Run.read(self._folder / parent) for parent in self.meta["parents"]]
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """The adapters' factors at a recorded step, read when asked for.
+        """Return the adapters' factors at a recorded step, loaded on access.
 
         Parameters
         ----------
         step : int, optional
-            A step with a snapshot; by default the step of ``state``.
+            Step with a snapshot; by default the step of ``state``.
         state : {"last", "best"}
 
         Returns
@@ -125,11 +126,11 @@ class Run:
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
-        kept = self._about(file).factors
-        return Lazy(list(kept), lambda module: {name: file[f"{module}/{name}"] for name in kept[module]})
+        names = self._about(file).factors
+        return Lazy(list(names), lambda module: {name: file[f"{module}/{name}"] for name in names[module]})
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
-        """The factored update of every module that has one, read when asked for."""
+        """Return the factored update of every module that has one, loaded on access."""
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
@@ -144,25 +145,27 @@ class Run:
     inexact = old_attribute("inexact", "input_dependent_modules")
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        """Modules whose factors stand for an update that depends on the input, such as a mixture at its mean gates."""
+        """Return the modules with an input-dependent update, whose factors represent it at fixed gate weights."""
         if not self.ranks(state):
             return set()
         exact = self._about(self._snapshots(self._step(None, state))).exact
         return {module for module, whole in exact.items() if not whole}
 
     def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
-        """One kept array in long form: a column for each of its axes, and ``value``; all steps when ``step`` is None.
+        """Return a saved array in long form: one column per axis, and ``value``; all steps if ``step`` is None.
 
         Raises
         ------
         ValueError
-            There is no such snapshot.
+            The run has no such snapshot.
         """
         steps = self.snapshot_steps(name) if step is None else [step]
         if not steps:
             known = self.snapshot_names()
-            near = difflib.get_close_matches(name, known, 3) or known[:3] or ["none"]
-            raise ValueError(f"run {self.id} has no snapshot {name!r}; of {len(known)}, near: {', '.join(near)}")
+            near = difflib.get_close_matches(name, known, 3)
+            listed = f"expected one of {', '.join(known[:3]) or 'none'} ({len(known)} snapshots)"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else listed
+            raise ValueError(f"unknown snapshot {name!r} in run {self.id}; {hint}")
         parts = []
         for at in steps:
             file = self._snapshots(at)
@@ -177,47 +180,47 @@ class Run:
         return pd.concat(parts, ignore_index=True)
 
     def snapshot_steps(self, name: str) -> list[int]:
-        """Steps at which a snapshot of this name was kept."""
+        """Return the steps that have a snapshot of this name."""
         return [step for step in self._all_steps() if name in self._snapshots(step)]
 
     def snapshot_names(self) -> list[str]:
-        """Names of all snapshots."""
+        """Return the names of all snapshots."""
         return sorted({name for step in self._all_steps() for name in self._snapshots(step)})
 
     def ranks(self, state: str = "last") -> dict[str, int]:
-        """Rank of every adapted module, zeros included."""
+        """Return the rank of every adapted module, including zeros."""
         return dict(self._state(state)["ranks"])
 
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
-        """One row a module: place, rank, and its norms and ranks at the state's step.
+        """Return one row per module: position, rank, norms, stable and effective rank at the state's step.
 
         Parameters
         ----------
         all : bool
-            Also the modules that did not train.
+            Include modules that did not train; False by default.
         state : {"last", "best"}
         """
-        return summarise(self, self._state(state), state, all)
+        return summarize(self, self._state(state), state, all)
 
     def lora_config(self, state: str = "last") -> dict[str, Any]:
-        """PEFT's keywords for a LoRA with this run's ranks: full module names, ``rank_pattern``, ``alpha_pattern``.
+        """Return PEFT's keywords for a LoRA with this run's ranks: module names, ``rank_pattern``, ``alpha_pattern``.
 
-        Modules of rank 0 are no targets, and a pattern's key matches the one module it is about. Of HydraLoRA they are
-        the ranks and scales of what a token sees; such a LoRA has neither its router nor its heads.
+        Modules of rank 0 are not targets, and each pattern key matches exactly one module. For HydraLoRA, the ranks and
+        scales are those that one token sees; such a LoRA has neither its router nor its experts.
 
         Raises
         ------
         ValueError
-            No module has a factored update of a rank above 0.
+            No module has a factored update of rank >= 1, or an update is not a product of two factors.
         """
         return peft_keywords(self, self.ranks(state), self.updates(state=state))
 
     def tensors(self, state: str = "last") -> Mapping[str, np.ndarray]:
-        """What training may have changed, by parameter name, each tensor read when asked for."""
+        """Return the saved parameters by name: all that training may have changed, loaded on access."""
         return TensorFile(self.state_file(state))
 
     def state_file(self, state: str = "last") -> Path:
-        """Verified file of a state; a best state at the last step is the last one."""
+        """Return the verified file of a state; a best state at the last step uses the file of the last one."""
         step = self._state(state)["step"]
         return self._file(f"state/{'last' if step == self._state('last')['step'] else state}.safetensors")
 
@@ -227,30 +230,30 @@ class Run:
         return REMOVED not in self.meta["checksums"].values()
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
-        """Put the trained state into a freshly loaded base, in place: its logits equal the trained model's.
+        """Load the trained state into a fresh base model in place; its logits then equal the trained model's.
 
         Parameters
         ----------
         model : Module
-            Freshly loaded.
+            Base model, freshly loaded.
         state : {"last", "best"}
         method : Method, optional
-            Needed only for one that is not registered by a name.
+            Required only for a method that is not registered by name.
 
         Raises
         ------
         ValueError
-            The model is not the base that was trained, or already carries adapters.
+            The model is not the base that was trained, or already has adapters.
         """
         lorascope.restore(model, self, self.state_file(state), method)
 
     def save(self, path: str | Path) -> Run:
-        """Copy the run into a new folder; one that has phases before it with them, side by side in that folder.
+        """Copy the run to a new folder; a run with earlier phases is copied together with them.
 
         Raises
         ------
         FileExistsError
-            The folder is there already.
+            The folder exists.
         """
         path = Path(path)
         whole = bool(self.meta["parents"])
@@ -260,7 +263,7 @@ class Run:
 
     @property
     def modules(self) -> pd.DataFrame:
-        """``names.describe`` of the model."""
+        """Modules of the model, as returned by ``names.describe``."""
         return pd.DataFrame(self.meta["modules"]).astype({"layer": "Int16"})
 
     @property
@@ -270,25 +273,25 @@ class Run:
         return self.path
 
     def _file(self, name: str) -> Path:
-        """A file of the folder, once its checksum has been found right; what has none is not whole yet."""
+        """Return a file of the folder after checking its checksum; a file without one is incomplete."""
         file = self._folder / name
         expected = self.meta["checksums"].get(name)
         if expected == REMOVED:
             raise ValueError(f"cannot read {name} of run {self.id}: it was removed to save disk space. {TRAIN_AGAIN}")
         if expected is None or not file.exists():
-            hint = "" if self.finished else f" (it is {self.meta['status']}: the same call of train goes on with it)"
+            hint = "" if self.finished else f"; the run is {self.meta['status']}, the same call of train resumes it"
             raise FileNotFoundError(
-                f"run {printable(self.id)} has no {printable(name)} in {printable(self._folder)}{hint}"
+                f"cannot read {printable(name)} of run {printable(self.id)}: not in {printable(self._folder)}{hint}"
             )
         if expected != GROWING and file_hash(file) != expected:
-            raise ValueError(f"{printable(file)} does not match its checksum in run.json: it was changed or cut short")
+            raise ValueError(f"cannot read {printable(file)}: checksum differs from run.json (changed or truncated)")
         return file
 
     def _state(self, state: str) -> dict[str, Any]:
         if state not in STATES:
-            raise ValueError(f"state {state!r} is unknown: 'last' or 'best'")
+            raise ValueError(f"state must be one of 'last', 'best', got {state!r}")
         if state not in self.meta["states"]:
-            raise ValueError(f"run {self.id} is {self.meta['status']} and has no state {state!r} yet")
+            raise ValueError(f"cannot read state {state!r} of run {self.id}: the run is {self.meta['status']}")
         return self.meta["states"][state]
 
     def _step(self, step: int | None, state: str) -> int | None:
@@ -296,7 +299,7 @@ class Run:
 
     def _all_steps(self) -> list[int]:
         files = {f"snapshots/{path.name}": path for path in self._folder.glob("snapshots/step-*.safetensors")}
-        if GROWING in self.meta["checksums"].values():  # there may be one that this reading does not know of yet
+        if GROWING in self.meta["checksums"].values():  # a newer file may not be listed in the run.json that was read
             files = {name: path for name, path in files.items() if name in self.meta["checksums"]}
         steps = (re.fullmatch(r"step-(\d{1,12})", path.stem) for path in files.values())
         return sorted(int(found[1]) for found in steps if found)
@@ -306,7 +309,7 @@ class Run:
         if step not in opened:
             steps = self._all_steps()
             if step not in steps:
-                raise ValueError(f"run {self.id} kept no snapshots at step {step}; it did at {steps}")
+                raise ValueError(f"step must be one of {steps} (snapshots of run {self.id}), got {step}")
             opened[step] = TensorFile(self._file(snapshot_file(step)))
         return opened[step]
 

@@ -1,4 +1,4 @@
-"""A run in one table, a row a module, and as the configuration of the next one."""
+"""Summary table of a run, and its ranks as a PEFT configuration."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, 
 
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
-_NO_PRODUCT = "is no product B A, so it has no ranks of a LoRA"
+_NO_PRODUCT = "is not a product B A"
 _ROUTED = (
-    "depends on its input, no LoRA holds its router, so it cannot be exported; "
-    "ls.at_gates(run, ls.mean_gates(run, texts)) is a LoRA at fixed gates, which can: near it, not equal"
+    "depends on its input, and a LoRA has no router; "
+    "use ls.at_gates(run, ls.mean_gates(run, texts)) instead, an approximation with fixed gate weights"
 )
 
 
-def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.DataFrame:
+def summarize(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.DataFrame:
     """See ``Run.summary``.
 
     Parameters
@@ -31,7 +31,7 @@ def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
         Step and ranks of the state.
     state : {"last", "best"}
     all : bool
-        Also the modules that did not train.
+        Include modules that did not train.
     """
     table = run.table[run.table["step"] == chosen["step"]]
     wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
@@ -40,12 +40,12 @@ def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
     modules = run.modules
     modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
     frame = modules[["stack", "layer", "role"]].copy()
-    for name in chosen["ranks"].keys() - set(frame.index):  # the second name of a tied weight, adapted by itself
+    for name in chosen["ranks"].keys() - set(frame.index):  # the second name of a tied weight, adapted separately
         frame.loc[name] = parse(name)
     frame["rank"] = pd.Series(chosen["ranks"], dtype="Int64").reindex(frame.index)
     frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY)))
     updates = run.updates(state=state)
-    # What an observer recorded stays: it also knows of a weight that trains below its adapter.
+    # Recorded values take precedence, because they include a weight that trains below its adapter.
     unseen = {name: updates[name] for name in frame.index[frame["stable_rank"].isna()] if name in updates}
     for name, sigma in zip(unseen, spectra(list(unseen.values())), strict=True):
         measured = [float(np.linalg.norm(sigma)), stable_rank(sigma), effective_rank(sigma)]
@@ -57,14 +57,14 @@ def summarise(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
 
 
 def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowRank | Dense]) -> dict[str, Any]:
-    """PEFT's keywords for a LoRA with these ranks and the updates' scales; see ``Run.lora_config``.
+    """Return PEFT's keywords for a LoRA with these ranks and the updates' scales; see ``Run.lora_config``.
 
-    PEFT reads the keys of its patterns as regular expressions that the end of a module's name has to match, so each
-    is written to match the whole name and no other. A module of rank 0 is none of its targets.
+    PEFT reads pattern keys as regular expressions that match the end of a module name. Each key is therefore written to
+    match only one full name. Modules of rank 0 are not targets.
     """
     kept = {name: rank for name, rank in ranks.items() if rank > 0 and name in updates}
     if not kept:
-        raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
+        raise no_rank_error(run)
     factors = products(run, {name: updates[name] for name in kept})
     alphas = {name: _alpha(factors[name].scale, rank) for name, rank in kept.items()}
     common_rank, common_alpha = mode(kept.values()), mode(alphas.values())
@@ -77,24 +77,29 @@ def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowR
     }
 
 
+def no_rank_error(run: Any) -> ValueError:
+    """Return the error for a run without a LoRA to configure."""
+    return ValueError(f"cannot configure a LoRA for run {run.id}: it has no factored update of rank >= 1")
+
+
 def products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
-    """The updates, if each is a product of two factors; a ValueError says of one that it is not."""
+    """Return the updates as products of two factors; raise a ValueError if one is not."""
     found = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
     other = next((name for name in updates if name not in found), None)
     if other is not None:
-        raise ValueError(f"run {run.id} ({run.label}): the update of {other} {_NO_PRODUCT}")
+        raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {other} {_NO_PRODUCT}")
     return found
 
 
 def exact_products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
-    """The updates, if each is such a product and no more; a ValueError says of one that it is not.
+    """Return the updates as products of two factors that represent them exactly; raise a ValueError if one does not.
 
-    One that depends on its input is no more where the run is seen at fixed gates.
+    An input-dependent update is exact only in a view of the run with fixed gate weights.
     """
     found = products(run, updates)
     routed = next((name for name, update in found.items() if not (update.exact or name in run.gates)), None)
     if routed is not None:
-        raise ValueError(f"run {run.id} ({run.label}): the update of {routed} {_ROUTED}")
+        raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {routed} {_ROUTED}")
     return found
 
 
@@ -103,9 +108,9 @@ def _exact_pattern(name: str) -> str:
 
 
 def targets(run: Any, kept: Collection[str]) -> list[str] | str:
-    """PEFT's ``target_modules`` for these and no others.
+    """Return PEFT's ``target_modules`` that match exactly these modules.
 
-    The full names; where the end of another module's name is one of them, an expression that leaves that one out.
+    They are full names, or one regular expression if the name of another module ends with one of them.
     """
     ends = tuple(f".{name}" for name in kept)
     if any(name.endswith(ends) for name in _known_names(run) - set(kept)):
@@ -114,18 +119,18 @@ def targets(run: Any, kept: Collection[str]) -> list[str] | str:
 
 
 def _known_names(run: Any) -> set[str]:
-    """All names of the model's modules that the run knows of."""
+    """Return all module names in a run's description of the model, including tied ones."""
     modules = run.modules
     return {*modules["module"], *(name for names in modules.get("tied", ()) for name in names.split(","))}
 
 
 def _alpha(scale: float, rank: int) -> float:
-    """Scale times rank, or the whole number that gives the scale exactly where the product is off by rounding."""
+    """Return scale * rank, or the nearest integer if that gives the scale exactly (the product may be rounded)."""
     whole = round(scale * rank)
     return whole if whole / rank == scale else scale * rank
 
 
 def mode(values: Iterable[Any]) -> Any:
-    """The most frequent value, of equally frequent ones the first."""
+    """Return the most frequent value, the first one in case of a tie."""
     ordered = list(values)
     return max(dict.fromkeys(ordered), key=ordered.count)

@@ -1,7 +1,7 @@
-"""Writing a run folder so that nobody ever finds half of one.
+"""Atomic writer of run folders.
 
-Every file is written under a temporary name and renamed; ``run.json`` says ``running`` from the beginning and ``done``
-only once everything else lies there with its checksum.
+Every file is written under a temporary name and renamed. The status in ``run.json`` is ``running`` from the start, and
+``done`` only after all other files are stored and have checksums.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lorascope.schema.records import QUANTITIES, Factors, Item, Record, Snapshot
 
 
 class RunWriter:
-    """The writing side of one run folder.
+    """Writer of one run folder.
 
     Parameters
     ----------
     path : path
-        The folder.
+        The run folder.
     meta : dict
-        What ``run.json`` will hold; ``status``, ``checksums`` and ``quantities`` are filled in here.
+        Content of ``run.json``; the writer sets ``status``, ``checksums`` and ``quantities``.
     """
 
     def __init__(self, path: Path, meta: dict[str, Any]) -> None:
@@ -41,12 +41,12 @@ class RunWriter:
         self._arrays: dict[int, list[Snapshot | Factors]] = {}
 
     def begin(self, table: pd.DataFrame | None) -> None:
-        """Say that the run is on its way, and remove what an earlier attempt left beyond the rows it goes on after.
+        """Write ``run.json``, and remove the files of an earlier attempt except snapshots at the steps of ``table``.
 
         Parameters
         ----------
         table : DataFrame or None
-            Rows up to a checkpoint; None at the beginning of the run.
+            Rows up to the checkpoint that training resumes from; None for a new run.
         """
         write_json(self.path / "run.json", self.meta)
         if table is not None:
@@ -58,12 +58,12 @@ class RunWriter:
             file.unlink()
 
     def add(self, step: int, items: Iterable[Item]) -> None:
-        """Take in what was recorded after ``step`` finished steps; arrays go to the disk at once."""
+        """Add the records after ``step`` finished steps, and write their arrays to disk immediately."""
         self.collect(step, items)
         self.write_arrays()
 
     def collect(self, step: int, items: Iterable[Item]) -> None:
-        """Take in what was recorded, without writing."""
+        """Add the records after ``step`` finished steps without writing them to disk."""
         for item in items:
             if isinstance(item, Record):
                 self._rows.append((step, item))
@@ -71,13 +71,13 @@ class RunWriter:
                 self._arrays.setdefault(step, []).append(item)
 
     def write_arrays(self) -> None:
-        """Write the arrays that are not on the disk yet; what cannot be written stays until the next call."""
+        """Write pending arrays to disk; an array that cannot be written stays pending for the next call."""
         for step in list(self._arrays):
             self._write_step(self.path / snapshot_file(step), self._arrays[step])
             del self._arrays[step]
 
     def _write_step(self, path: Path, items: Iterable[Snapshot | Factors]) -> None:
-        """Write a step's arrays, beside those of the same step that are there already."""
+        """Write arrays of a step in addition to those already stored for it."""
         arrays: dict[str, np.ndarray] = {}
         about: dict[str, dict[str, Any]] = {"axes": {}, "factors": {}, "scales": {}, "exact": {}}
         if path.exists():
@@ -98,20 +98,20 @@ class RunWriter:
         write_tensors(path, arrays, about)
 
     def table(self) -> pd.DataFrame:
-        """All rows so far."""
+        """Return all rows so far."""
         if self._rows:
             self._table = records.concat([self._table, records.frame(self.meta["id"], self._rows, self._modules)])
             self._rows = []
         return self._table
 
     def flush(self) -> None:
-        """Make the rows so far readable while the run goes on; its files have no checksum yet."""
+        """Write the rows so far, so that a running run can be read; its files have no checksums yet."""
         self.write_arrays()
         self._write_table()
         self._write_meta("running", lambda file: GROWING)
 
     def finish(self, status: str) -> Run:
-        """Write the table, then ``run.json`` with the checksums of all that lies there."""
+        """Write the table, then ``run.json`` with the checksums of all files."""
         self.write_arrays()
         self._write_table()
         self._write_meta(status, file_hash)
@@ -139,7 +139,8 @@ class RunWriter:
 
 def remove_states(run: Run) -> None:
     """Delete the saved parameters of a run and of the phases before it; tables and snapshots stay."""
-    for phase in [run, *run.parents]:  # the run first: where it has lost its state, train asks for no parent's
+    # The run comes first: train requires the state of a parent only if the run still has its own.
+    for phase in [run, *run.parents]:
         folder, checksums = phase._folder, phase.meta["checksums"]
         states = [name for name in checksums if name.startswith("state/")]
         if phase.restorable:

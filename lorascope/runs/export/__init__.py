@@ -1,4 +1,4 @@
-"""A run for others: the ranks of a next LoRA, an adapter that PEFT loads, tables as files."""
+"""Export of runs: ranks for a next LoRA, adapters for PEFT, and tables as files."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A run's adapter as a folder that PEFT loads: LoRA or FourierFT, and what else was trained."""
+"""Export of a run as a PEFT folder: a LoRA or FourierFT adapter, and other trained weights."""
 
 from __future__ import annotations
 
@@ -42,65 +42,67 @@ base = {auto}.from_pretrained({arguments})
 model = PeftModel.from_pretrained(base, {folder!r})
 ```
 """
-_HEAD_NOTE = "\nThe head that was trained is in the adapter; the base needs one of the same size, as above.\n"
+_HEAD_NOTE = "\nThe adapter includes the trained head; the base model must have a head of the same size, as above.\n"
 _GGUF_NOTE = (
-    "\nThe run was trained on a 4-bit copy of this base, so that on the original its outputs differ a little.\n"
+    "\nThe run was trained on a 4-bit copy of this base model, so the outputs with the original differ slightly.\n"
 )
 _GATES_NOTE = (
-    "\nThis is HydraLoRA at {gates}, without its routers: its outputs are near, but not those of the model that was "
-    "trained.\n"
+    "\nThis is HydraLoRA at {gates}, without its routers: its outputs approximate those of the trained model.\n"
 )
 
 
 def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
-    """Write a run's adapter, and what else it trained, as a folder that ``PeftModel.from_pretrained`` loads.
+    """Write a run's adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
 
     Parameters
     ----------
     run : Run
-        By a method whose updates are products of two factors, which become a LoRA, or by FourierFT. HydraLoRA as
-        ``at_gates`` shows it is a LoRA too: exactly that at these gates, and no more than near HydraLoRA itself.
+        Run with updates that are products of two factors, exported as LoRA, or a FourierFT run. A HydraLoRA run from
+        ``at_gates`` is also exported as LoRA: exact at these gate weights, and an approximation of HydraLoRA.
     out : path
-        A new folder.
+        New folder.
     state : {"last", "best"}
+        Saved state to export, "last" by default.
 
     Returns
     -------
     path
-        The folder. Its README.md tells how to load it.
+        The folder; its README.md shows how to load it.
 
     Raises
     ------
     FileExistsError
-        The folder is there already.
+        The folder exists.
     ValueError
-        The update is neither, nothing is left of it, or it has what PEFT's FourierFT cannot express.
+        The update has neither form or no rank, or PEFT's FourierFT cannot express it.
     """
     path = Path(out)
     require_absent(path)
     if "source" in run.meta:
-        what = "holds HydraLoRA, which no folder of PEFT does: export a run that was trained here, at fixed gates"
-        read = what if run.input_dependent_modules() else f"is an adapter of PEFT already: copy its folder, {run.path}"
-        raise ValueError(f"{run.label} {read}")
+        routed = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
+        reason = routed if run.input_dependent_modules() else f"it is an adapter already; copy its folder {run.path}"
+        raise ValueError(f"cannot export {run.label}: {reason}")
     if run.meta["method"]["name"] == "peft":
         refuse_unkept(run, state)
     form = peft_fourierft if peft_fourierft.has_coefficients(run, state) else peft_lora
     updates, weights = form.updates_of(run, state), _other_weights(run, state)
     if "hosts" not in run.meta:
-        raise ValueError(f"run {run.id} does not say which layers it adapted: it is older than export, train it again")
+        raise ValueError(
+            f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"
+        )
     hosts = run.meta["hosts"]
     rolled = next((name for name in updates if hosts[name] in ("Conv1d", "Conv2d", "Conv3d")), None)
     if rolled is not None:
-        told = f"adapted {rolled}, a {hosts[rolled]}, whose update is kept as a matrix, without the shape of its kernel"
-        raise ValueError(f"run {run.id} ({run.label}) {told}: give the folder that PEFT saved")
-    for name in [name for name in updates if f"{name}.weight" in weights]:  # PEFT has one or the other
+        reason = f"the kernel shape of {rolled} ({hosts[rolled]}) was not recorded; use the folder that PEFT saved"
+        raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
+    for name in [name for name in updates if f"{name}.weight" in weights]:  # PEFT saves an adapter or a whole weight
         change = updates.pop(name).dense()
         weight = weights[f"{name}.weight"]
         weights[f"{name}.weight"] = weight + (change if hosts[name] == "Linear" else change.T).astype(weight.dtype)
     biased = next((name for name in updates if f"{name}.bias" in weights), None)
     if biased is not None:
-        told = f"trained the bias of {biased} beside its adapter, and such biases are not exported"
-        raise ValueError(f"run {run.id} ({run.label}) {told}: give the folder that PEFT saved")
+        reason = f"the trained bias of adapted module {biased} is not supported; use the folder that PEFT saved"
+        raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
     config = _adapter_config(run, form.keywords(run, updates), _owners(run, weights), updates)
     tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
     whole = {PREFIX + name: np.ascontiguousarray(array) for name, array in (tensors | weights).items()}
@@ -112,26 +114,29 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
 
 
 def refuse_unkept(run: Run, state: str) -> None:
-    """Raise a ValueError where PEFT trained more than its recording keeps: factors, and what trained of the base."""
+    """Raise a ValueError if PEFT trained more parameters than the recording of its training stored.
+
+    A recording stores the factors and the trained parameters of the base model.
+    """
     factors = list(run.factors(state=state).values())
     kept = sum(array.size for each in factors for name, array in each.items() if name not in UNTRAINED)
-    if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are kept within A
+    if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are stored as part of A
         kept += sum(len(each["A"]) for each in factors if "A" in each)
-    held = TensorFile(run.state_file(state))
-    kept += sum(math.prod(held.shape(name)) for name in held)
-    # Fewer trained than is kept where a factor was frozen.
-    if (beside := run.meta["parameters"]["trained"] - kept) > 0:
+    saved = TensorFile(run.state_file(state))
+    kept += sum(math.prod(saved.shape(name)) for name in saved)
+    # The difference is negative if a factor was frozen.
+    if (missing := run.meta["parameters"]["trained"] - kept) > 0:
         raise ValueError(
-            f"run {run.id} ({run.label}) keeps factors and what trained of the base, and not the {beside:,} other "
-            "parameters that trained, such as biases of the factors: give the folder that PEFT saved"
+            f"cannot restore the adapter of run {run.id} ({run.label}): {missing:,} trained parameters, such as biases "
+            "of the factors, were not recorded; use the folder that PEFT saved"
         )
 
 
 def _other_weights(run: Run, state: str) -> dict[str, np.ndarray]:
-    """What trained besides the adapters, by parameter name."""
+    """Return the weights that trained in addition to the adapters, by parameter name."""
     file = TensorFile(run.state_file(state))
     adapted = run.ranks(state)
-    # A path is the method's own state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
+    # Names with a slash are method state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
     return {
         name: file[name] for name in file if "." in name and "/" not in name and not _is_adapter_weight(name, adapted)
     }
@@ -143,7 +148,7 @@ def _is_adapter_weight(name: str, adapted: Mapping[str, int]) -> bool:
 
 
 def _owners(run: Run, weights: Mapping[str, np.ndarray]) -> list[str]:
-    """The modules that PEFT has to save whole: of a head with several layers their parent, as PEFT itself does."""
+    """Return ``modules_to_save``; for a head of several layers, it is their parent, as in PEFT."""
     roots = _head_roots(run)
     owners = [name.rpartition(".")[0] for name in weights]
     found = (next((root for root in roots if f"{owner}.".startswith(f"{root}.")), owner) for owner in owners)
@@ -151,7 +156,7 @@ def _owners(run: Run, weights: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _head_roots(run: Run) -> list[str]:
-    """The children of the model that hold a classifier's head."""
+    """Return the parent of every layer of the classifier head, or the layer itself if it has no parent."""
     if run.meta["labels"] is None:
         return []
     heads = run.modules.loc[run.modules["role"] == "head", "module"]
@@ -172,37 +177,39 @@ def _adapter_config(run: Run, keywords: Mapping[str, Any], saved: list[str], ada
 
 def _peft_task_type(run: Run, saved: list[str]) -> str | None:
     if _is_image_model(run):
-        return None  # PEFT has no type for images
-    told = run.meta.get("task_type")
-    if told is not None and told not in _AUTO:
-        known = f"{', '.join(_AUTO)}: give the folder that PEFT saved"
-        raise ValueError(f"run {run.id} ({run.label}) trained for {told}, and export knows {known}")
-    if told not in (None, "SEQ_CLS"):
-        return str(told)
-    if run.meta["labels"] is not None:  # PEFT insists on saving a classifier's head, so it must have been trained
+        return None  # PEFT has no task type for images
+    recorded = run.meta.get("task_type")
+    if recorded is not None and recorded not in _AUTO:
+        raise ValueError(
+            f"cannot export run {run.id} ({run.label}): task_type must be one of {', '.join(_AUTO)}, got {recorded}; "
+            "use the folder that PEFT saved"
+        )
+    if recorded not in (None, "SEQ_CLS"):
+        return str(recorded)
+    if run.meta["labels"] is not None:  # PEFT always saves the head with SEQ_CLS, so it must have been trained
         return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
 
 
 def _is_image_model(run: Run) -> bool:
-    """Does the run's model classify images?"""
+    """Return whether the run's model classifies images."""
     return run.meta.get("task_kind") == "image"
 
 
 def base_of(run: Run) -> tuple[str, int | None]:
-    """What a run's base was loaded by, and its number of blocks where it was shortened."""
+    """Return the name that loads a run's base model, and its number of blocks if it was shortened, else None."""
     name, blocks = re.fullmatch(r"(?s)(.*?)(?:, first (\d+) blocks)?", run.meta["model"]).groups()  # type: ignore[union-attr]
     return name, int(blocks) if blocks else None
 
 
 def _base(run: Run) -> tuple[str, int | None]:
-    """The same, by the name outside lorascope."""
+    """Return the same as `base_of`, with the name on the Hugging Face Hub for models that lorascope includes."""
     name, blocks = base_of(run)
     return _HUB.get(name, name), blocks
 
 
 def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
-    """How the adapter is loaded, as the README of its folder."""
+    """Return the README of the folder, which shows how to load the adapter."""
     labels = run.meta["labels"]
     base, blocks = _base(run)
     options = [f"num_hidden_layers={blocks}"] if blocks else []
@@ -218,5 +225,5 @@ def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
         folder=folder,
     )
     head = config["task_type"] == "SEQ_CLS" or (_is_image_model(run) and bool(config["modules_to_save"]))
-    noted = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
-    return text + noted + (_GATES_NOTE.format(gates=run.meta["gates"]) if run.gates else "")
+    notes = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
+    return text + notes + (_GATES_NOTE.format(gates=run.meta["gates"]) if run.gates else "")

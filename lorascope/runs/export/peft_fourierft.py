@@ -1,7 +1,7 @@
-"""Updates of few frequencies in PEFT's form: the configuration of its FourierFT, and every module's coefficients.
+"""FourierFT updates in PEFT's form: configuration, and coefficients of every module.
 
-PEFT keeps the coefficients alone and draws their entries anew, from all of a spectrum alike, by one seed and at one
-scale for all modules. What was drawn otherwise cannot be written.
+PEFT stores only the coefficients. It redraws their entries uniformly from the whole spectrum, with one seed and one
+scale for all modules. Updates with other entries or scales cannot be exported.
 """
 
 from __future__ import annotations
@@ -19,50 +19,47 @@ from lorascope.updates.fourier import Fourier, entries
 
 
 def has_coefficients(run: Run, state: str) -> bool:
-    """Are a run's updates made of coefficients, on whatever basis?"""
+    """Return whether a run's updates consist of coefficients, on any basis."""
     return any("coefficients" in factors for factors in run.factors(state=state).values())
 
 
 def updates_of(run: Run, state: str) -> dict[str, Fourier]:
-    """The update of every module.
+    """Return the update of every module.
 
     Raises
     ------
     ValueError
-        PEFT has no such basis, entries or scales.
+        PEFT cannot express the basis, entries or scales.
     """
     who, (basis, seed, center) = (
-        f"run {run.id} ({run.label}) cannot be written for PEFT:",
+        f"cannot export run {run.id} ({run.label}) to PEFT:",
         _entry_distribution(run.meta["method"]),
     )
     if basis != "fourier":
-        raise ValueError(f"{who} basis {basis!r} is none of PEFT's, whose basis is Fourier's")
+        raise ValueError(f"{who} basis must be 'fourier', got {basis!r}")
     updates: dict[str, Any] = dict(run.updates(state=state))
     for name, update in updates.items():
         if center is not None:
-            told = f"were drawn from a band (center {center:g}), PEFT draws from all places alike"
-            raise ValueError(f"{who} the entries of {name} {told}")
+            raise ValueError(f"{who} center must be None (uniform entries), got {center:g} for {name}")
         if not np.array_equal(update.entries, entries(update.shape, len(update.coefficients), seed)):
-            told = f"are not those of seed {seed}, and PEFT has one seed for all modules"
-            raise ValueError(f"{who} the entries of {name} {told}")
+            raise ValueError(f"{who} entries of {name} must be drawn with seed {seed}, the one of all modules")
     scales = sorted({update.scale for update in updates.values()})
     if len(scales) > 1:
-        told = f"scales of {scales[0]:g} and {scales[1]:g}: PEFT's `scaling` is one for all modules"
-        raise ValueError(f"{who} it has {told}")
+        raise ValueError(f"{who} all modules must have the same scale, got {scales[0]:g} and {scales[1]:g}")
     return updates
 
 
 def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | None]:
-    """Basis, seed and centre of the band; where PEFT trained its own basis, from all places alike."""
+    """Return basis, seed and band center of the entries; the center is None for uniform entries, as in PEFT."""
     if method["name"] == "peft":
         return "fourier", entry_seed(method), None
     return method["basis"], method["entry_seed"], method["center"]
 
 
 def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
-    """Entries of the configuration that are FourierFT's."""
+    """Return the configuration entries specific to FourierFT."""
     if not updates:
-        raise ValueError(f"run {run.id} has no update apart from weights that trained themselves: save these whole")
+        raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
     numbers = {name: len(update.coefficients) for name, update in updates.items()}
     return {
         "peft_type": "FOURIERFT",
@@ -74,25 +71,25 @@ def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
 
 
 def frequency_pattern(numbers: Mapping[str, int]) -> dict[str, Any]:
-    """How many coefficients each module has: PEFT's common number, and where they differ a pattern for every module.
+    """Return PEFT's number of coefficients: a common one and, if modules differ, a pattern for every module.
 
-    PEFT takes a key for an expression that a name matches behind one of its dots, the first that does; what has no dot
-    is looked up as it is, so such names stand last, where they are not taken for the end of another.
+    PEFT matches each key as a regular expression after one of the dots of a name, and uses the first match. A name
+    without a dot is looked up literally. Such names come last, so that they do not match the end of another name.
     """
     if len(set(numbers.values())) == 1:
         return {"n_frequency": next(iter(numbers.values())), "n_frequency_pattern": {}}
     ordered = sorted(numbers, key=lambda name: "." not in name)
     return {
         "n_frequency": mode(numbers.values()),
-        "n_frequency_pattern": {_key(name): numbers[name] for name in ordered},
+        "n_frequency_pattern": {_pattern_key(name): numbers[name] for name in ordered},
     }
 
 
-def _key(name: str) -> str:
+def _pattern_key(name: str) -> str:
     first, dot, rest = name.partition(".")
     return f"(?<=^{re.escape(first)}{re.escape(dot)}){re.escape(rest)}" if dot else name
 
 
 def tensors(module: str, update: Fourier, host: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The coefficients, under PEFT's name."""
+    """Yield the coefficients under PEFT's name."""
     yield f"{module}.fourierft_spectrum", update.coefficients

@@ -1,6 +1,6 @@
-"""Updates of low rank in PEFT's form: the configuration of a LoRA, and both factors of every module.
+"""Low-rank updates in PEFT's form: configuration of a LoRA, and both factors of every module.
 
-Components with an exactly zero diagonal, which is how an allocator masks them, are in neither.
+Components with an exactly zero diagonal, which an allocator has masked, are omitted.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from lorascope.updates.low_rank import LowRank
 
 
 def updates_of(run: Run, state: str) -> dict[str, LowRank]:
-    """The update of every module with a component in use.
+    """Return the update of every module with at least one component in use.
 
     Raises
     ------
     ValueError
-        One is no product of two factors.
+        An update is not a product of two factors.
     """
     ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
     unfit = next((name for name in ranks if name not in updates), None)
     if not ranks or unfit is not None:
-        where = f"that of {unfit} is" if unfit else "it changed the weights themselves, which is"
-        raise ValueError(f"run {run.id} ({run.label}) has no low-rank updates to export: {where} not a product B A")
+        reason = f"the update of {unfit} is not a product B A" if unfit else "it trained the weights themselves"
+        raise ValueError(f"cannot export run {run.id} ({run.label}) as LoRA: {reason}")
     factors = run.factors(state=state)
     found = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
     return {name: update for name, update in found.items() if update.rank}
 
 
 def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:
-    """The update without the components whose diagonal is exactly zero; None is a diagonal of ones."""
+    """Remove the components whose diagonal is exactly zero; None means a diagonal of ones."""
     if diagonal is None:
         return update
     used = diagonal != 0
@@ -43,13 +43,13 @@ def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> 
 
 
 def keywords(run: Run, updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """Entries of the configuration that are LoRA's."""
+    """Return the configuration entries specific to LoRA."""
     ranks = {name: update.rank for name, update in updates.items()}
     return {"peft_type": "LORA", **peft_keywords(run, ranks, updates), "lora_dropout": 0.0}
 
 
 def tensors(module: str, update: LowRank, host: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Both factors, under PEFT's names."""
+    """Yield both factors under PEFT's names."""
     pattern = "lora_embedding_{}" if host == "Embedding" else "lora_{}.weight"
     for key, factor in (("A", update.A), ("B", update.B)):
         yield f"{module}.{pattern.format(key)}", factor

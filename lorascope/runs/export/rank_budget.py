@@ -1,4 +1,4 @@
-"""The ranks of a next LoRA: a run's own, or those of the components that a budget keeps, and what these are worth."""
+"""Ranks for a next LoRA: those of a run, or of the components within a budget, with their energy and error."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import pandas as pd
 from jaxtyping import Bool, Float
 
 from lorascope.runs.run import Run
-from lorascope.runs.summary import exact_products, peft_keywords
+from lorascope.runs.summary import exact_products, no_rank_error, peft_keywords
 from lorascope.updates.low_rank import LowRank, spectra
 
 
 @dataclass(frozen=True, eq=False)
 class RankBudget:
-    """The components of a run's updates, by singular value, and which of them a budget keeps.
+    """Components of a run's updates by singular value, and those that a budget keeps.
 
     Parameters
     ----------
     sigma : mapping module -> array (rank,)
         Singular values, largest first.
     kept : mapping module -> array (rank,)
+        Whether each component is kept.
     sides : mapping module -> int
-        Rows and columns of a module together: the parameters of one component.
+        Rows plus columns of a module, which is the number of parameters of one component.
     """
 
     sigma: Mapping[str, Float[np.ndarray, "_"]]
@@ -34,23 +35,23 @@ class RankBudget:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Components kept of every module."""
+        """Number of kept components per module."""
         return {module: int(kept.sum()) for module, kept in self.kept.items()}
 
     @property
     def energy(self) -> float:
-        """Share of all squared singular values that is kept."""
+        """Kept fraction of the sum of squared singular values."""
         table = self.modules
         return _share(float(table["energy_kept"].sum()), float(table["energy"].sum()))
 
     @property
     def error(self) -> float:
-        """Frobenius norm of what is cut, relative to that of all updates together: sqrt(1 - energy)."""
+        """Frobenius norm of the removed components relative to that of all updates: sqrt(1 - energy)."""
         return _error(self.energy)
 
     @property
     def modules(self) -> pd.DataFrame:
-        """One row a module: rank, kept, parameters, parameters_kept, energy, energy_kept, share and error of these."""
+        """One row per module: rank, kept, parameters, parameters_kept, energy, energy_kept, share, error."""
         rows = []
         for module, sigma in self.sigma.items():
             kept, whole, part = self.kept[module], float(sigma @ sigma), float((sigma**2) @ self.kept[module])
@@ -62,7 +63,7 @@ class RankBudget:
 
 
 def _share(part: float, whole: float) -> float:
-    """Of nothing nothing is lost."""
+    """Return the kept fraction, which is 1 for a zero update."""
     return part / whole if whole else 1.0
 
 
@@ -76,21 +77,21 @@ def select_components(
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> RankBudget:
-    """Choose components of all modules together, those with the largest singular values or scores.
+    """Select the components with the largest singular values or scores across all modules.
 
-    Of equal ones those of the module that stands first are kept, and within a module the larger.
+    Equal ones are selected in the order of modules, and within a module by descending singular value.
 
     Parameters
     ----------
     run : Run
-        Trained here, or an adapter that was read.
+        Run or loaded adapter.
     budget : float or int
-        Up to 1 the share of all ranks that is kept, rounded, at least one component; a whole number from 2 on is the
-        sum of the ranks.
+        Fraction of all ranks to keep, in (0, 1], rounded to at least one component; or total rank, an integer >= 2.
     state : {"last", "best"}
+        Saved state, "last" by default.
     scores : mapping module -> array, optional
-        One for each singular value other than 0, the largest first: the higher, the rather it is kept. Such as
-        ``worth.component_importance`` gives. A component of singular value 0 has the score 0.
+        One score per nonzero singular value, in descending order of the singular values; higher scores are kept first.
+        ``worth.component_importance`` returns such scores. Components with singular value 0 have score 0.
 
     Returns
     -------
@@ -99,13 +100,13 @@ def select_components(
     Raises
     ------
     ValueError
-        No module has a factored update of a rank above 0, one holds NaN, there is no such budget, or a module lacks
-        scores.
+        No module has a factored update of rank >= 1, an update contains NaN or infinity, the budget is out of range, or
+        scores of a module are missing.
     """
     updates = run.updates(state=state)
     ranks = {name: rank for name, rank in run.ranks(state).items() if name in updates and rank > 0}
     if not ranks:
-        raise ValueError(f"run {run.id} has no factored update of a rank above 0: there is nothing to configure")
+        raise no_rank_error(run)
     products = exact_products(run, updates)
     sigma = {name: _padded(_sigma(name, products[name])[:rank], rank) for name, rank in ranks.items()}
     count = _count(budget, sum(ranks.values()))
@@ -119,14 +120,14 @@ def select_components(
 def _sigma(name: str, update: LowRank) -> Float[np.ndarray, "k"]:
     sigma = spectra([update])[0]
     if not np.isfinite(sigma).all():
-        raise ValueError(f"{name} holds NaN or infinity: it has no singular values to go by")
+        raise ValueError(f"update of {name} must be finite, got NaN or infinity")
     return sigma
 
 
 def _scores(name: str, scores: Mapping[str, Float[np.ndarray, "_"]], rank: int) -> Float[np.ndarray, "rank"]:
     values = np.asarray(scores.get(name, []), dtype=np.float64)
     if name not in scores or len(values) > rank or not np.isfinite(values).all():
-        raise ValueError(f"scores of {name} are {values.tolist()}: give it up to {rank} finite numbers")
+        raise ValueError(f"scores of {name} must be 0 to {rank} finite numbers, got {values.tolist()}")
     return _padded(values, rank)
 
 
@@ -140,18 +141,19 @@ def rank_pattern(
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
 ) -> dict[str, Any]:
-    """PEFT's keywords for a LoRA with a run's ranks, or with as many of its components as a budget allows.
+    """Return PEFT's keywords for a LoRA with a run's ranks, or with the ranks that a budget allows.
 
-    A module's rank is the number of its components that ``select_components`` keeps. Every module keeps its scale.
-    HydraLoRA has ranks of its own, but no components before its gates are fixed.
+    With a budget, the rank of a module is the number of components that ``select_components`` keeps. Every module keeps
+    its scale. HydraLoRA accepts a budget only at fixed gate weights, see ``at_gates``.
 
     Parameters
     ----------
     run : Run
-        Trained here, or an adapter that was read.
+        Run or loaded adapter.
     budget : float or int, optional
-        See ``select_components``; by default all is kept.
+        See ``select_components``; None, the default, keeps all components.
     state : {"last", "best"}
+        Saved state, "last" by default.
     scores : mapping module -> array, optional
         See ``select_components``.
 
@@ -173,8 +175,6 @@ def rank_pattern(
 def _count(budget: float, total: int) -> int:
     if 0 < budget <= 1:
         return max(round(budget * total), 1)
-    if budget >= 2 and float(budget).is_integer():
-        if budget > total:
-            raise ValueError(f"budget {budget:g} is more than the {total} components there are: give {total} or less")
+    if 2 <= budget <= total and float(budget).is_integer():
         return int(budget)
-    raise ValueError(f"budget {budget:g} is none: give a share, such as 0.5, or a sum of ranks, at most {total}")
+    raise ValueError(f"budget must be a fraction in (0, 1] or a total rank from 2 to {total}, got {budget:g}")

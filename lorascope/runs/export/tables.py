@@ -1,4 +1,4 @@
-"""A run's tables as files: CSV, Parquet or JSON, by the ending of the name."""
+"""Export of a run's tables as CSV, Parquet or JSON files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lorascope.runs.run import Run
 
 
 def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "last") -> Path:
-    """Write a run's long table of records, or the one with a row a module.
+    """Write a run's table of all records, or its summary with one row per module.
 
-    Parquet keeps all dtypes. CSV and JSON keep every digit; in CSV a missing value and an empty name are both an empty
-    cell, in JSON what is missing is null and infinity the text "Infinity", for which JSON has no number. For
-    text in CSV see `safe_csv.csv_text`.
+    Parquet preserves all dtypes. CSV and JSON preserve every digit. In CSV, missing values and empty names are empty
+    cells; see `safe_csv.csv_text` for its text. In JSON, missing values are null and infinity is the text "Infinity",
+    because JSON has no number for it.
 
     Parameters
     ----------
     run : Run
-        Trained here, or an adapter that was read.
+        Run or loaded adapter.
     out : path
-        A new file that ends in .csv, .parquet or .json.
+        New file; its ending .csv, .parquet or .json selects the format.
     summary : bool
-        ``run.summary`` in place of ``run.table``.
+        Write ``run.summary`` instead of ``run.table``; False by default.
     state : {"last", "best"}
-        Of the summary; the long table holds all steps.
+        Saved state of the summary, "last" by default; the table of all records has every step.
 
     Returns
     -------
@@ -42,15 +42,15 @@ def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "las
     Raises
     ------
     FileExistsError
-        The file is there already.
+        The file exists.
     ValueError
-        Another ending.
+        The ending of the file is not supported.
     """
     path = Path(out)
     if path.suffix not in _WRITERS:
-        raise ValueError(f"{path} has no ending of a table: give a name in {', '.join(_WRITERS)}")
+        raise ValueError(f"ending must be one of {', '.join(_WRITERS)}, got {path}")
     if path.exists():
-        raise FileExistsError(f"{path} exists: give a new file")
+        raise FileExistsError(f"cannot create {path}: it exists, pass a new file")
     write_bytes(path, _WRITERS[path.suffix](run.summary(state=state) if summary else run.table))
     return path
 

@@ -1,1 +1,1 @@
-"""Adapter folders of other libraries, read as files: one module a format."""
+"""Readers of adapter folders from other libraries, one module per format."""

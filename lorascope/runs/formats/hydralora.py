@@ -1,8 +1,8 @@
-"""HydraLoRA folders of the authors' code, read as files.
+"""Reader of HydraLoRA folders in the layout of the authors' code.
 
-They are PEFT's LoRA folders but for the names: below a module lie ``lora_A.weight`` (rank, in), ``lora_route.weight``
-(heads, in) and ``lora_B0.weight`` to ``lora_B<heads - 1>.weight`` (out, rank). No gates are kept, so that the update
-that stands for a module is that at even ones.
+They are PEFT LoRA folders with other tensor names: each module has ``lora_A.weight`` (rank, in), ``lora_route.weight``
+(heads, in) and ``lora_B0.weight`` to ``lora_B<heads - 1>.weight`` (out, rank). Gate weights are not stored, so updates
+are evaluated at uniform gate weights.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight
 
 @dataclass(frozen=True)
 class HydraPart(StoredLoRA):
-    """The heads of one module; ``B`` is the first of them.
+    """Experts of one module; ``B`` is the first of them.
 
     Parameters
     ----------
-    heads : tuple of Factor
-        (out, rank) each.
-    router : Factor
+    heads : tuple of StoredTensor
+        Experts, each (out, rank).
+    router : StoredTensor
         (heads, in).
     """
 
@@ -44,67 +44,71 @@ class HydraPart(StoredLoRA):
 
     @property
     def exact(self) -> bool:
-        """A single head has no choice."""
+        """Return whether the update is independent of the input: only if there is a single expert."""
         return len(self.heads) == 1
 
     @property
     def size(self) -> int:
-        """Number of stored values, the router's among them."""
+        """Number of stored values, including the router."""
         return sum(math.prod(factor.shape) for factor in (self.A, *self.heads, self.router))
 
     def factors(self) -> dict[str, Any]:
-        """A, the heads, the router, and even gates."""
+        """Load A, the experts and the router, and add uniform gate weights."""
         B = np.stack([head.read() for head in self.heads])
-        # As wide as a router's own: in half precision they would not sum to 1, and the heads be added up in it.
+        # At least float32: in half precision the gates do not sum to 1, and the experts would be summed in it.
         gates = np.full(len(B), 1 / len(B), np.promote_types(B.dtype, np.float32))
         return {"A": self.A.read(), "B": B, "router": self.router.read(), "gates": gates}
 
     def update(self) -> LowRank:
-        """At even gates."""
-        held = self.factors()
-        return LowRank(*mix_experts(held["B"], held["A"], held["gates"]), self.scale, self.exact)
+        """Load the factors, and return the update at uniform gate weights."""
+        factors = self.factors()
+        return LowRank(*mix_experts(factors["B"], factors["A"], factors["gates"]), self.scale, self.exact)
 
 
 def has_heads(names: Iterable[str]) -> bool:
-    """Are these names of tensors those of a HydraLoRA folder?"""
+    """Return whether tensor names are from a HydraLoRA folder."""
     return any(".lora_route." in name or ".lora_B0." in name for name in names)
 
 
 def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
-    """The modules of an opened folder.
+    """Read the modules of an opened HydraLoRA folder.
 
     Raises
     ------
     ValueError
-        A part is missing, or configuration and weights do not fit together.
+        A tensor is missing, or configuration and weights disagree.
     """
     found, others = group_factors(files, _FACTOR)
     if not found:
-        raise ValueError(f"{printable(path)} holds heads, but of no module that has a name")
+        raise ValueError(f"cannot read {printable(path)}: its experts have no module name")
     settings = to_typed(config, LoraConfig, path / CONFIG)
     parts = {module: _hydra_part(path, module, factors, settings) for module, factors in found.items()}
     return AdapterFiles(path, dict(config), parts, others, files, "HydraLoRA")
 
 
 def _hydra_part(path: Path, module: str, factors: Mapping[str, StoredTensor], config: LoraConfig) -> HydraPart:
-    # Counted, not read off the names: a number in a name may be of any size.
+    # Count the factors, because a number in a name may be arbitrarily large.
     count = max(sum(name[0] == "B" for name in factors), 1)
     wanted = ["A", "route", *(f"B{number}" for number in range(count))]
     missing = next((name for name in wanted if name not in factors), None)
     if missing is not None:
-        raise ValueError(f"{printable(path)}: {printable(module)} has no lora_{missing}: a part of it is missing")
+        raise ValueError(f"cannot read {printable(path)}: {printable(module)} has no lora_{missing}")
     A, router, *heads = (factors[name] for name in wanted)
     if router.shape[0] != count:
-        raise ValueError(f"{printable(path)}: {printable(module)} has {count} heads, its router has {router.shape[0]}")
-    rank = config.r
-    held = sorted({A.shape[0], *(head.shape[1] for head in heads)})
-    if held != [rank]:
         raise ValueError(
-            f"{printable(path)}: {CONFIG} gives rank {rank}, the factors of {printable(module)} have "
-            f"{' and '.join(map(str, held))}"
+            f"cannot read {printable(path)}: router of {printable(module)} must have {count} rows, one per expert, "
+            f"got {router.shape[0]}"
+        )
+    rank = config.r
+    found = sorted({A.shape[0], *(head.shape[1] for head in heads)})
+    if found != [rank]:
+        raise ValueError(
+            f"cannot read {printable(path)}: factors of {printable(module)} must have rank {rank} ({CONFIG}), "
+            f"got {' and '.join(map(str, found))}"
         )
     if router.shape[1] != A.shape[1] or len({head.shape for head in heads}) > 1:
         raise ValueError(
-            f"{printable(path)}: {printable(module)} must have heads of one shape, and a router as wide as its lora_A"
+            f"cannot read {printable(path)}: {printable(module)} must have experts of one shape, and a router as wide "
+            "as its lora_A"
         )
     return HydraPart(heads[0], A, config.lora_alpha / rank, False, tuple(heads), router)

@@ -1,10 +1,10 @@
-"""Adapters in the layout of loralib, read as files.
+"""Reader of adapters in the layout of loralib.
 
-Below a module lie ``lora_A`` and ``lora_B``, and no configuration belongs to them, so that alpha and rank are
-written nowhere; one may be laid beside them as ``adapter_config.json``. A ``MergedLinear`` serves several outputs of
-one weight, such as query, key and value: A (n * rank, in) and B (n * rows, rank) hold the n that are enabled, a block
-each. Which ones are, ``enable_lora`` of the configuration says, as in early versions of PEFT; without it, the others,
-whose update is zero, are left out of the shape.
+Each module has ``lora_A`` and ``lora_B``. The layout has no configuration, so alpha and rank are not stored; an
+``adapter_config.json`` can be added next to the weights. A ``MergedLinear`` adapts several outputs of one weight, such
+as query, key and value: A (n * rank, in) and B (n * rows, rank) contain one block for each of the n enabled outputs.
+The setting ``enable_lora`` selects the enabled outputs, as in early versions of PEFT. Without it, the shape omits the
+other outputs, whose update is zero.
 
 Source: microsoft/LoRA, ``loralib/layers.py``.
 """
@@ -26,13 +26,13 @@ from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, is_transposed
 from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
 from lorascope.updates.low_rank import LowRank
 
-# Query, key and value are three; each takes memory for its block, empty ones too.
+# Query, key and value are three outputs. Each one takes memory for its block, even if it is disabled.
 MAX_OUTPUTS = 64
 
 
 @dataclass(frozen=True)
 class MergedConfig:
-    """What counts here of a configuration laid beside the factors; without ``r`` the rank is that of lora_B."""
+    """Settings used from an added ``adapter_config.json``; without ``r``, lora_B determines the rank."""
 
     r: Positive | None = None
     lora_alpha: Finite = 1
@@ -42,12 +42,12 @@ class MergedConfig:
 
 @dataclass(frozen=True)
 class MergedPart(StoredLoRA):
-    """The updates of several outputs of one weight: scale * blocks(B) @ A.
+    """Updates of several outputs of one weight: scale * blocks(B) @ A.
 
     Parameters
     ----------
     enabled : tuple of bool
-        Which outputs have one.
+        Whether each output has an update.
     """
 
     enabled: tuple[bool, ...]
@@ -59,7 +59,7 @@ class MergedPart(StoredLoRA):
         return outer // sum(self.enabled) * len(self.enabled), inner
 
     def factors(self) -> dict[str, Any]:
-        """A, and B with the block of every output at its rows and at its components."""
+        """Load A, and B with the block of every output at its rows and components."""
         A, blocks = self.A.read(), np.split(self.B.read(), sum(self.enabled))
         height, rank = blocks[0].shape
         B = np.zeros((self.shape[0], len(A)), blocks[0].dtype)
@@ -68,18 +68,18 @@ class MergedPart(StoredLoRA):
         return {"A": A, "B": B}
 
     def update(self) -> LowRank:
-        """Read the factors."""
-        held = self.factors()
-        return LowRank(held["B"], held["A"], self.scale)
+        """Load the factors, and return the update."""
+        factors = self.factors()
+        return LowRank(factors["B"], factors["A"], self.scale)
 
 
 def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
-    """The modules of an opened folder; without a configuration the scale is 1.
+    """Read the modules of an opened folder; without a configuration, the scale is 1.
 
     Raises
     ------
     ValueError
-        A factor is missing, or configuration and weights do not fit together.
+        A factor is missing, or configuration and weights disagree.
     """
     found, others = lora_factors(path, files, ("A", "B"))
     settings = to_typed(config, MergedConfig, path / CONFIG)
@@ -90,14 +90,16 @@ def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
 def _merged_part(
     path: Path, module: str, factors: Mapping[str, StoredTensor], config: MergedConfig, known: bool
 ) -> MergedPart:
-    """The update of one module; ``known``: is there a configuration?"""
+    """Return the update of one module; ``known`` is True if there is a configuration."""
     A, B = factors["A"], factors["B"]
     rank = config.r or B.shape[1]
     enabled = config.enable_lora or [True] * min(A.shape[0] // max(rank, 1), MAX_OUTPUTS)
     count = sum(enabled)
     if not count or (A.shape[0], B.shape[1]) != (rank * count, rank) or B.shape[0] % count:
-        said = f"{CONFIG} gives rank {rank} and enables" if known else f"lora_B has rank {rank}, for"
-        held = f"lora_A {A.shape} and lora_B {B.shape}"
-        raise ValueError(f"{printable(path)}: {said} {count} outputs of {printable(module)}, which does not fit {held}")
+        source = CONFIG if known else "from lora_B"
+        raise ValueError(
+            f"cannot read {printable(path)}: factors of {printable(module)} must have rank {rank} and {count} outputs "
+            f"({source}), got lora_A {A.shape} and lora_B {B.shape}"
+        )
     scale = config.lora_alpha / rank if known else 1.0
     return MergedPart(B, A, scale, is_transposed(A, config.fan_in_fan_out), tuple(enabled))

@@ -1,8 +1,8 @@
-"""PEFT's AdaLoRA folders, read as files.
+"""Reader of PEFT AdaLoRA folders.
 
-Below a module lie ``lora_A`` (rank, in), ``lora_E`` (rank, 1) and ``lora_B`` (out, rank). Components that the allocator
-took are zero in E and do not count as rank; of modules in ``rank_pattern`` only the others are stored. In a new adapter
-all of E is zero, and all components count. PEFT divides alpha by the initial rank plus 1e-5, whatever the rank is now.
+Each module has ``lora_A`` (rank, in), ``lora_E`` (rank, 1) and ``lora_B`` (out, rank). Components that the allocator
+masked are zero in E and do not count as rank; modules in ``rank_pattern`` store only the others. In a new adapter, E is
+all zero and all components count. PEFT divides alpha by the initial rank plus 1e-5, regardless of the current rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lorascope.updates.low_rank import Dense, LowRank
 
 @dataclass(frozen=True)
 class AdaLoraConfig:
-    """What counts here of ``adapter_config.json``, with PEFT's defaults; ``rank_pattern`` says what is kept."""
+    """Settings used from ``adapter_config.json``, with PEFT's defaults; ``rank_pattern`` masks components."""
 
     init_r: Positive = 12
     lora_alpha: Finite = 8
@@ -35,11 +35,11 @@ class AdaLoraConfig:
 
 @dataclass(frozen=True)
 class AdaPart(StoredLoRA):
-    """The update of one module: scale * B @ diag(E) @ A.
+    """Update of one module: scale * B @ diag(E) @ A.
 
     Parameters
     ----------
-    E : Factor
+    E : StoredTensor
         (rank, 1).
     used : int
         Number of components that are not masked.
@@ -59,24 +59,24 @@ class AdaPart(StoredLoRA):
         return super().size + self.E.shape[0]
 
     def factors(self) -> dict[str, Any]:
-        """Read the factors; E as the diagonal that it is."""
+        """Load the factors, with E as ``diagonal`` (rank,)."""
         return super().factors() | {"diagonal": self.E.read().reshape(-1)}
 
     def update(self) -> LowRank | Dense:
-        """Read the factors."""
-        held = self.factors()
-        with np.errstate(over="ignore", invalid="ignore"):  # an infinite entry shows as an infinite norm
-            B = held["B"] * held["diagonal"]
-        return LowRank(B, held["A"], self.scale)
+        """Load the factors, and return the update."""
+        factors = self.factors()
+        with np.errstate(over="ignore", invalid="ignore"):  # an infinite factor results in an infinite norm
+            B = factors["B"] * factors["diagonal"]
+        return LowRank(B, factors["A"], self.scale)
 
 
 def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
-    """The modules of an opened folder.
+    """Read the modules of an opened AdaLoRA folder.
 
     Raises
     ------
     ValueError
-        A factor is missing, or configuration and weights do not fit together.
+        A factor is missing, or configuration and weights disagree.
     """
     settings = to_typed(config, AdaLoraConfig, path / CONFIG)
     found, others = lora_factors(path, files, ("A", "B", "E"))
@@ -87,8 +87,8 @@ def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile,
         rank, shape = factors["A"].shape[0], factors["E"].shape
         if math.prod(shape) != rank:
             raise ValueError(
-                f"{printable(path)}: lora_E of {printable(module)} must hold {rank} values, its rank, "
-                f"got the shape {shape}"
+                f"cannot read {printable(path)}: lora_E of {printable(module)} must have {rank} values, "
+                f"got shape {shape}"
             )
     used = {module: int(np.count_nonzero(factors["E"].read())) for module, factors in found.items()}
     if not any(used.values()):

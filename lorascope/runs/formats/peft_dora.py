@@ -1,10 +1,10 @@
-"""PEFT's DoRA folders, read as files.
+"""Reader of PEFT DoRA folders.
 
-Beside the factors of LoRA lies ``lora_magnitude_vector`` (out,), the norms of the rows of the whole weight:
-W = m * V / |V| with V = W_0 + scale * B @ A, row by row. So what changed is known with the base alone; without it, the
-update is that of the direction, scale * B @ A.
+In addition to the factors of LoRA, each module has ``lora_magnitude_vector`` (out,), the row norms of the weight:
+W = m * V / |V| with V = W_0 + scale * B @ A, per row. The full update W - W_0 therefore requires the base model.
+Without it, the update is the one of the direction, scale * B @ A.
 
-Source: Liu et al. (arXiv 2402.09353), equation 5, as PEFT has it: norms are those of rows of (out, in).
+Source: Liu et al. (arXiv 2402.09353), equation 5, as in PEFT, which uses the row norms of (out, in).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from lorascope.updates.low_rank import Dense, LowRank
 
 @dataclass(frozen=True)
 class DoraPart(StoredLoRA):
-    """The update of one module.
+    """Update of one module.
 
     Parameters
     ----------
-    magnitude : Factor
+    magnitude : StoredTensor
         (out,).
     module : str
-        Its name, by which the base has it.
-    base : Pretrained or None
-        Without it the update is that of the direction alone.
+        Name of the module in the base model.
+    base : PretrainedWeights or None
+        Base weights; with None, the update includes only the direction.
     """
 
     magnitude: StoredTensor
@@ -45,7 +45,7 @@ class DoraPart(StoredLoRA):
 
     @property
     def has_thin_factors(self) -> bool:
-        """The direction's update has thin factors, the whole one none."""
+        """Return whether the update has low-rank factors: only without a base, as the update of the direction."""
         return self.base is None
 
     @property
@@ -54,17 +54,17 @@ class DoraPart(StoredLoRA):
         return super().size + self.shape[0]
 
     def factors(self) -> dict[str, Any]:
-        """Read the factors and the magnitude."""
+        """Load the factors and the magnitude."""
         return super().factors() | {"magnitude": self.magnitude.read().reshape(-1)}
 
     def update(self) -> LowRank | Dense:
-        """Of the direction; with the base, all that changed."""
+        """Load the factors, and return the full update if there is a base, else the update of the direction."""
         direction = super().update()
         if self.base is None:
             return direction
         W0 = self.base.weight(self.module, self.shape, self.transposed)
         V = direction.dense() + W0
-        # A row without any weight has no direction, and PEFT divides by zero there, too.
+        # A zero row has no direction; PEFT also divides by zero there.
         V *= self.magnitude.read().reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True)
         return Dense(V - W0)
 
@@ -72,12 +72,12 @@ class DoraPart(StoredLoRA):
 def read_dora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """The modules of an opened folder.
+    """Read the modules of an opened DoRA folder.
 
     Raises
     ------
     ValueError
-        A factor is missing, or configuration and weights do not fit together.
+        A factor is missing, or configuration and weights disagree.
     """
     found, others = lora_factors(path, files, ("A", "B", "magnitude_vector"))
     settings, parts = LoraSettings(path, config), {}
@@ -86,9 +86,9 @@ def read_dora(
         magnitude, outer = factors["magnitude_vector"], factors["B"].shape[0]
         if math.prod(magnitude.shape) != outer:
             raise ValueError(
-                f"{printable(path)}: lora_magnitude_vector of {printable(module)} must hold {outer} values, one per "
-                f"output, got the shape {magnitude.shape}"
+                f"cannot read {printable(path)}: lora_magnitude_vector of {printable(module)} must have {outer} values "
+                f"(outputs), got shape {magnitude.shape}"
             )
-        held = base if base is not None and base.has_weight(module) else None
-        parts[module] = DoraPart(*plain, magnitude, module, held)
+        weights = base if base is not None and base.has_weight(module) else None
+        parts[module] = DoraPart(*plain, magnitude, module, weights)
     return AdapterFiles(path, dict(config), parts, others, files, "DoRA")

@@ -1,8 +1,8 @@
-"""PEFT's FourierFT folders, read as files.
+"""Reader of PEFT FourierFT folders.
 
-They keep the coefficients of each module and the seed of the entries, ``<module>.fourierft_spectrum`` (n,) and
-``random_loc_seed``; no shapes, without which neither the entries nor any norm is known. So the headers of the base's
-own files are needed: those of the folder given, else of the one that the configuration names, if it is there.
+They store the coefficients of each module, ``<module>.fourierft_spectrum`` (n,), and the seed of the spectral entries,
+``random_loc_seed``, but no shapes, which determine the entries and norms. Shapes are read from the headers of the base
+model's files: those in the given folder, else in the folder that the configuration names, if it exists.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lorascope.runs.formats.stored_update import StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
 from lorascope.updates.fourier import SEEDS, Fourier, entries
 
-# The adapter's own name may stand behind, where a state dict was saved by hand.
+# The adapter name may follow if a state dict was saved by hand.
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.(?P<factor>fourierft_spectrum)(?:\.[^.]+)?")
 
 
 @dataclass(frozen=True)
 class FourierConfig:
-    """What counts here of ``adapter_config.json``, with PEFT's defaults."""
+    """Settings used from ``adapter_config.json``, with PEFT's defaults."""
 
     n_frequency: Positive = 1000
     n_frequency_pattern: dict[str, Positive] | None = None
@@ -44,18 +44,18 @@ class FourierConfig:
 
 @dataclass(frozen=True)
 class FourierPart(StoredUpdate):
-    """The update of one module, by its coefficients.
+    """Update of one module, given by its coefficients.
 
     Parameters
     ----------
-    coefficients : Factor
+    coefficients : StoredTensor
     sides : (int, int)
         (out, in).
     scale : float
     transposed : bool
-        Does the base store its weight as (in, out)?
+        Whether the base stores its weight as (in, out).
     seed : int
-        Of the entries.
+        Seed of the spectral entries.
     """
 
     coefficients: StoredTensor
@@ -66,7 +66,7 @@ class FourierPart(StoredUpdate):
 
     @property
     def has_thin_factors(self) -> bool:
-        """Norms are found at once, by Parseval's identity; singular values are not."""
+        """Return False: norms follow from Parseval's identity, but singular values require the whole matrix."""
         return False
 
     @property
@@ -76,12 +76,12 @@ class FourierPart(StoredUpdate):
 
     @cached_property
     def entries(self) -> Int[np.ndarray, "2 n"]:
-        """The places that PEFT draws."""
+        """Spectral entries that PEFT draws."""
         return entries(self.shape, self.size, self.seed)
 
     @property
     def rank(self) -> int:
-        """The rank that the entries allow."""
+        """Largest rank of an update with these entries."""
         return Fourier(np.ones(self.size), self.entries, self.shape).rank
 
     @property
@@ -95,36 +95,36 @@ class FourierPart(StoredUpdate):
         return self.coefficients.file.dtype(self.coefficients.name)
 
     def factors(self) -> dict[str, Any]:
-        """Coefficients, entries and shape, as a run keeps them."""
+        """Load the coefficients, and add entries and shape as in a run."""
         values = self.coefficients.read().reshape(-1)
         return {"coefficients": values, "entries": self.entries, "shape": np.array(self.shape)}
 
     def update(self) -> Fourier:
-        """Read the coefficients."""
+        """Load the coefficients, and return the update."""
         return Fourier(self.coefficients.read().reshape(-1), self.entries, self.shape, self.scale)
 
 
 def read_fourier(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:
-    """The modules of an opened folder.
+    """Read the modules of an opened FourierFT folder.
 
     Raises
     ------
     ValueError
-        The shapes of the base are not known, or configuration and weights do not fit together.
+        The shapes of the base are unknown, or configuration and weights disagree.
     """
     found, others = group_factors(files, _FACTOR)
     if not found:
-        held = f"such as {others[0]}" if others else "no tensor at all"
+        first = others[0] if others else "no tensor"
         raise ValueError(
-            f"{printable(path)} says FOURIERFT but its weights hold no fourierft_spectrum: {printable(held)}"
+            f"cannot read {printable(path)}: FOURIERFT weights must include fourierft_spectrum, got {printable(first)}"
         )
     shapes = base or named_base(config)
     if shapes is None:
         name = config.get("base_model_name_or_path") or "unnamed"
         raise ValueError(
-            f"{printable(path)} keeps no shapes, as FourierFT does not: give the folder of its base, {printable(name)}"
+            f"cannot read {printable(path)}: FourierFT stores no shapes, pass the folder of its base {printable(name)}"
         )
     settings = to_typed(config, FourierConfig, path / CONFIG)
     keys = Patterns(settings.n_frequency_pattern or {}, f"n_frequency_pattern of {path / CONFIG}")
@@ -137,14 +137,14 @@ def read_fourier(
 
 
 def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
-    """The base that the configuration names, if it is a folder here."""
+    """Return the base weights that the configuration names, if they are in a local folder."""
     name = config.get("base_model_name_or_path")
     folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
     return PretrainedWeights(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:
-    """The seed of the entries, as torch's generator on the CPU takes it."""
+    """Return the seed of the spectral entries, modulo 2^32 as in torch's CPU generator."""
     return to_typed(config, FourierConfig, CONFIG).random_loc_seed % SEEDS
 
 
@@ -158,15 +158,13 @@ def _fourier_part(
     base: PretrainedWeights,
 ) -> FourierPart:
     n = config.n_frequency if key is None else (config.n_frequency_pattern or {})[key]
-    where = f"{printable(path)}:"
+    where = f"cannot read {printable(path)}:"
     if stored.shape != (n, 1):
-        raise ValueError(
-            f"{where} {CONFIG} gives {printable(module)} {n} coefficients, its spectrum has {stored.shape[0]}"
-        )
+        raise ValueError(f"{where} {printable(module)} must have {n} coefficients ({CONFIG}), got {stored.shape[0]}")
     transposed = bool(config.fan_in_fan_out)
     shape = base.shape(module, transposed)
     if n > shape[0] * shape[1]:
         raise ValueError(
-            f"{where} {printable(module)} has {n} coefficients, more than the {shape[0]} x {shape[1]} of its base"
+            f"{where} {printable(module)} must have <= {shape[0]} x {shape[1]} coefficients (its base), got {n}"
         )
     return FourierPart(stored, shape, config.scaling, transposed, seed)

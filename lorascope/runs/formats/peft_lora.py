@@ -1,8 +1,8 @@
-"""PEFT's LoRA folders, read as files: which modules they adapt, by which factors, at which scale.
+"""Reader of PEFT LoRA folders: adapted modules, factors and scales.
 
-A folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, which may be split into shards. The headers
-alone tell names and shapes; a factor is read when its update is asked for. Other layouts have files of their own beside
-this one, and share its parts.
+A folder contains ``adapter_config.json`` and ``adapter_model.safetensors``, which may be split into shards. Names and
+shapes are read from the headers; a factor is loaded when its update is accessed. The modules for other formats use the
+functions of this one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors, refuse_pickles, weight_files
+from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors, reject_pickles, weight_files
 from lorascope.files.typed_json import Finite, Positive, read_json, to_typed
 from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor, StoredUpdate
 from lorascope.runs.manifest import Allocation
@@ -28,14 +28,14 @@ CONFIG = "adapter_config.json"
 STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
 PREFIX = "base_model.model."
-# The adapter's own name may stand behind the factor's, where a state dict was saved by hand.
+# The adapter name may follow that of the factor if a state dict was saved by hand.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
-    re.DOTALL,  # a name may hold a line break
+    re.DOTALL,  # a name may contain a line break
 )
 _KINDS = ("LORA", "ADALORA", "FOURIERFT")
-# A side of the largest table has 300,000 rows, its factor of rank 256 75 million values: more is no adapter, and would
-# take more memory than there is.
+# The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
+# factors of an adapter and could exhaust the memory.
 MAX_SIDE, MAX_VALUES = 2**24, 2**28
 _VARIANTS = {
     "use_qalora": "QALoRA",
@@ -48,7 +48,7 @@ _VARIANTS = {
 
 @dataclass(frozen=True)
 class _CommonConfig(Allocation):
-    """What counts of the configuration of any kind."""
+    """Settings used from the configuration of any kind of adapter."""
 
     peft_type: str = field(kw_only=True)
     base_model_name_or_path: str | None = None
@@ -60,7 +60,7 @@ class _CommonConfig(Allocation):
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What counts here of ``adapter_config.json`` of LoRA and DoRA, with PEFT's defaults."""
+    """Settings used from ``adapter_config.json`` of LoRA and DoRA, with PEFT's defaults."""
 
     r: Positive = 8
     lora_alpha: Finite = 8
@@ -72,19 +72,19 @@ class LoraConfig:
 
 
 class LoraSettings:
-    """Rank and alpha of each module.
+    """Rank and scale of each module.
 
     Parameters
     ----------
     path : path
         The folder.
     config : dict
-        Its ``adapter_config.json``.
+        Content of ``adapter_config.json``.
 
     Raises
     ------
     ValueError
-        A setting has another type, or a key of a pattern is not a regular expression.
+        A setting has the wrong type, or a pattern key is not a regular expression.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class LoraSettings:
         return self.config.r if key is None else self._ranks[key]
 
     def scale(self, module: str) -> float:
-        """Return alpha / rank, or alpha / sqrt(rank) of a rank-stabilized adapter."""
+        """Return alpha / rank, or alpha / sqrt(rank) for a rank-stabilized adapter."""
         key, rank = self._alpha_keys.first(module), self.rank(module)
         alpha = self.config.lora_alpha if key is None else self._alphas[key]
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
@@ -108,20 +108,21 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A PEFT folder.
+    """Opened adapter folder.
 
     Parameters
     ----------
     path : path
     config : dict
-        ``adapter_config.json``; empty where there is none.
-    parts : mapping module name -> Kept
-        In the order of the axes: by layer, then by role.
+        Content of ``adapter_config.json``; empty if there is none.
+    parts : mapping module name -> StoredUpdate
+        Stored updates, ordered by layer, then by role.
     others : tuple of str
-        Names of the tensors that belong to no factor: heads, biases, whole embeddings.
+        Names of the tensors that are not factors: heads, biases, whole embeddings.
     files : tuple of TensorFile
+        Weight files.
     kind : str
-        Name of the method.
+        Name of the method, "LoRA" by default.
     """
 
     path: Path
@@ -132,28 +133,28 @@ class AdapterFiles:
     kind: str = "LoRA"
 
     def whole(self, module: str) -> np.ndarray:
-        """The weight of a module that is stored as it is, with two dimensions."""
+        """Load the full weight of a module (``modules_to_save``) in two dimensions."""
         wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
         file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
         return StoredTensor(file, name).read()
 
 
 def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
-    """The configuration of an adapter's folder, and its files of weights.
+    """Return the configuration of an adapter folder and its weight files.
 
     Raises
     ------
     FileNotFoundError
-        There are no weights.
+        The folder has no weights.
     ValueError
-        It is another kind of adapter, or a file cannot be read.
+        The type of adapter is not supported, or a file cannot be read.
     """
     config = _read_config(path) if (path / CONFIG).exists() else {}
     return config, tuple(open_tensors(file) for file in _weight_files(path))
 
 
 def factor_files(path: Path) -> list[Path]:
-    """Files of weights in a folder that hold factors, whatever their names."""
+    """Return the safetensors files of a folder that contain LoRA factors, regardless of their names."""
     files = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     return [file for file in files if any(".lora_" in name for name in open_tensors(file))]
 
@@ -161,18 +162,18 @@ def factor_files(path: Path) -> list[Path]:
 def group_factors(
     files: Iterable[TensorFile], pattern: re.Pattern[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """Factors of every module by their names, in the order of the axes, and the names of all other tensors.
+    """Group factors by module, ordered by layer and role, and return the names of all other tensors.
 
     Parameters
     ----------
     files : iterable of TensorFile
     pattern : pattern
-        Of names without PEFT's prefix, with the groups ``module`` and ``factor``.
+        Pattern of factor names without PEFT's prefix, with the groups ``module`` and ``factor``.
 
     Raises
     ------
     ValueError
-        A factor is stored as anything but floats, or is no matrix of an adapter.
+        A factor is not stored as floats or does not have the shape of a factor.
     """
     found: dict[str, dict[str, StoredTensor]] = {}
     others = []
@@ -190,43 +191,43 @@ def group_factors(
 def lora_factors(
     path: Path, files: Iterable[TensorFile], wanted: Sequence[str]
 ) -> tuple[dict[str, dict[str, StoredTensor]], tuple[str, ...]]:
-    """``group_factors`` by the names of LoRA's factors, every module with exactly those wanted.
+    """Group LoRA factors by module; every module must have exactly those in ``wanted``.
 
     Raises
     ------
     ValueError
-        A module lacks one of them or has another, or there are none at all.
+        A module has not exactly these factors, or there are no factors.
     """
     found, others = group_factors(files, _FACTOR)
     foreign = next((name for name in others if re.search(r"\.lora_(?!B\.bias$)", name)), None)
     if foreign is not None:
-        raise ValueError(f"{printable(path)} is a variant of LoRA that is not read yet: it holds {printable(foreign)}")
+        raise ValueError(f"cannot read {printable(path)}: variant of LoRA not supported, with {printable(foreign)}")
     if not found:
-        held = f"such as {others[0]}" if others else "no tensor at all"
-        raise ValueError(f"{printable(path)} says LORA but its weights hold no lora_A and lora_B: {printable(held)}")
+        first = others[0] if others else "no tensor"
+        raise ValueError(
+            f"cannot read {printable(path)}: weights must include lora_A and lora_B, got {printable(first)}"
+        )
     for module, factors in found.items():
         lacking = next((name for name in wanted if name not in factors), None)
         if lacking is not None:
-            held = " and ".join(f"lora_{name}" for name in factors)
-            raise ValueError(
-                f"{printable(path)}: {printable(module)} has {held} but no lora_{lacking}: a part is missing"
-            )
+            present = " and ".join(f"lora_{name}" for name in factors)
+            raise ValueError(f"cannot read {printable(path)}: {printable(module)} has {present} but no lora_{lacking}")
         extra = next((name for name in factors if name not in wanted), None)
         if extra is not None:
-            option = {"magnitude_vector": "use_dora", "E": "ADALORA"}[extra]
+            option = {"magnitude_vector": "use_dora", "E": "peft_type ADALORA"}[extra]
             raise ValueError(
-                f"{printable(path)}: {printable(module)} holds lora_{extra}, but {CONFIG} does not say {option}"
+                f"cannot read {printable(path)}: {printable(module)} has lora_{extra}, but {CONFIG} lacks {option}"
             )
     return found, others
 
 
 def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
-    """The modules of an opened folder of LoRA.
+    """Read the modules of an opened LoRA folder.
 
     Raises
     ------
     ValueError
-        It holds a variant of LoRA, or configuration and weights do not fit together.
+        The variant of LoRA is not supported, or configuration and weights disagree.
     """
     found, others = lora_factors(path, files, ("A", "B"))
     settings = LoraSettings(path, config)
@@ -237,12 +238,12 @@ def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ..
 def lora_part(
     path: Path, module: str, factors: Mapping[str, StoredTensor], settings: LoraSettings
 ) -> tuple[StoredTensor, StoredTensor, float, bool]:
-    """B, A, scale and orientation of one module.
+    """Return B, A, the scale and whether the base is transposed for one module.
 
     Raises
     ------
     ValueError
-        Its factors have another rank than the configuration says.
+        The rank of the factors differs from the configuration.
     """
     A, B, config = factors["A"], factors["B"], settings.config
     check_rank(path, module, factors, settings.rank(module), bool(config.target_parameters))
@@ -250,33 +251,33 @@ def lora_part(
 
 
 def check_rank(path: Path, module: str, factors: Mapping[str, StoredTensor], rank: int, experts: bool = False) -> None:
-    """Raise a ValueError where factors have another rank than the configuration says."""
-    held = factors["A"].shape[0], factors["B"].shape[1]
-    if held != (rank, rank):
-        why = "; experts in one tensor (target_parameters) are not read" if experts else ""
+    """Raise a ValueError if the rank of the factors differs from the configuration."""
+    found = factors["A"].shape[0], factors["B"].shape[1]
+    if found != (rank, rank):
+        reason = "; experts in one tensor (target_parameters) are not supported" if experts else ""
         raise ValueError(
-            f"{printable(path)}: {CONFIG} gives {printable(module)} rank {rank}, "
-            f"its factors have {held[0]} and {held[1]}{why}"
+            f"cannot read {printable(path)}: factors of {printable(module)} must have rank {rank} ({CONFIG}), "
+            f"got {found[0]} and {found[1]}{reason}"
         )
 
 
 def is_transposed(A: StoredTensor, fan_in_fan_out: bool | None) -> bool:
-    """Does the base store the weight as (in, out)? Tables of embeddings are."""
+    """Return whether the base stores the weight as (in, out), as it does for embeddings."""
     return bool(fan_in_fan_out) or ".lora_embedding_" in A.name
 
 
 def _float_factor(file: TensorFile, name: str) -> StoredTensor:
-    """A stored factor; a ValueError where it is stored as anything but floats, or has the shape of none."""
+    """Return a stored factor; raise a ValueError if it is not stored as floats or is too large for a factor."""
     if file.dtype(name) not in FLOATS:
         raise ValueError(
-            f"{printable(file.path)}: {printable(name)} is stored as {printable(file.dtype(name))}; "
-            "only floats are read"
+            f"cannot read {printable(file.path)}: {printable(name)} must be stored as one of {', '.join(FLOATS)}, "
+            f"got {printable(file.dtype(name))}"
         )
     shape = file.shape(name)
     if not shape or max(shape) > MAX_SIDE or math.prod(shape) > MAX_VALUES:
         raise ValueError(
-            f"{printable(file.path)}: {printable(name)} must have 1 or more dimensions of at most {MAX_SIDE} and at "
-            f"most {MAX_VALUES} values, got the shape {shape}"
+            f"cannot read {printable(file.path)}: {printable(name)} must have >= 1 dimensions, each <= {MAX_SIDE}, and "
+            f"<= {MAX_VALUES} values, got shape {shape}"
         )
     return StoredTensor(file, name)
 
@@ -288,8 +289,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
     if kind not in _KINDS:
         raise ValueError(
-            f"{printable(path)} holds an adapter of type {printable(kind)}, which is not read yet: "
-            f"{', '.join(_KINDS)} are"
+            f"cannot read {printable(path)}: type of adapter must be one of {', '.join(_KINDS)}, got {printable(kind)}"
         )
     return config
 
@@ -297,6 +297,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _weight_files(path: Path) -> list[Path]:
     files = weight_files(path, STEM) or factor_files(path)
     if not files:
-        refuse_pickles(path.glob(f"*{STEM}*"))
-        raise FileNotFoundError(f"{printable(path)} has {CONFIG} but no {WEIGHTS}")
+        reject_pickles(path.glob(f"*{STEM}*"))
+        raise FileNotFoundError(f"cannot read {printable(path)}: it has {CONFIG} but no {WEIGHTS}")
     return files

@@ -1,4 +1,4 @@
-"""Weights of a base model's folder, found by the names of modules and read one at a time; no model is built."""
+"""Weights in the folder of a base model, found by module name and loaded one at a time without building the model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import numpy as np
 from jaxtyping import Float
 
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, refuse_pickles, weight_files
+from lorascope.files.safetensors_io import FLOATS, TensorFile, Unread, open_tensors, reject_pickles, weight_files
 from lorascope.schema.module_roles import parse
 from lorascope.schema.name_patterns import Ends
 
 
 class PretrainedWeights:
-    """A folder written by ``save_pretrained``: one safetensors file, or shards.
+    """Base model folder written by ``save_pretrained``: one safetensors file, or shards.
 
     Parameters
     ----------
     folder : path
-        Or the file itself.
+        The folder, or the safetensors file itself.
 
     Raises
     ------
     FileNotFoundError
-        It holds no safetensors file, or a shard is missing.
+        The folder has no safetensors file, or a shard is missing.
     ValueError
-        A file is broken, or is a pickle.
+        A file is broken or is a pickle.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,49 +40,49 @@ class PretrainedWeights:
         self._ends = Ends(self._files)
 
     def has_weight(self, module: str) -> bool:
-        """Is there a weight of this module? A tied one is stored under one of its names alone."""
+        """Return whether a module has a weight; a tied one is stored under only one of its names."""
         return self._find(module) is not None
 
     def shape(self, module: str, transposed: bool = False) -> tuple[int, int]:
-        """(out, in) of a module's weight, from the header; ``transposed`` as in ``weight``.
+        """Return (out, in) of a module's weight from the header; see ``weight`` for ``transposed``.
 
         Raises
         ------
         ValueError
-            There is no such weight.
+            The module has no weight.
         """
         first, *rest = self.stored_shape(module)
         return (math.prod(rest), first) if transposed else (first, math.prod(rest))
 
     def modules(self) -> list[str]:
-        """Names of all modules that have a weight of two dimensions."""
+        """Return the names of all modules whose weight has two dimensions."""
         names = (name for name, file in self._files.items() if len(file.shape(name)) == 2)
         return [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
 
     def stored_shape(self, module: str) -> tuple[int, ...]:
-        """Shape of a module's weight as it is stored, of one dimension or more."""
+        """Return the stored shape of a module's weight, with at least one dimension."""
         name = self._find_name(module)
         return self._files[name].shape(name) or (1,)
 
     def dtype(self, module: str) -> str:
-        """Stored dtype of a module's weight, such as ``"BF16"``."""
+        """Return the stored dtype of a module's weight, such as ``"BF16"``."""
         name = self._find_name(module)
         return self._files[name].dtype(name)
 
     def unread(self, module: str) -> Unread:
-        """The weight of a module as it is stored, still unread.
+        """Return the memory-mapped weight of a module, whose values are not read yet.
 
         Raises
         ------
         ValueError
-            There is no such weight, or it is not stored as floats.
+            The module has no weight, or it is not stored as floats.
         """
         name = self._find_name(module)
         return self._floats(name).unread(name)
 
     @cached_property
     def transposed(self) -> bool:
-        """Does it store its linear layers as (in, out), as GPT-2 does? A bias is as long as the output."""
+        """Return whether linear layers are stored as (in, out), as in GPT-2, judging by the length of a bias."""
         for module in self.modules():
             outer, inner = self.stored_shape(module)
             bias = self._files.get(f"{module}.bias")
@@ -91,21 +91,21 @@ class PretrainedWeights:
         return False
 
     def weight(self, module: str, shape: tuple[int, int], transposed: bool = False) -> Float[np.ndarray, "out in"]:
-        """The weight of a module.
+        """Load the weight of a module.
 
         Parameters
         ----------
         module : str
-            Its name in the model; the checkpoint may lack the first parts of it, or have some before it.
+            Name in the model; in the checkpoint, the name may omit its first parts or have additional ones before it.
         shape : (int, int)
-            (out, in), as the update has it.
+            (out, in) of the update.
         transposed : bool
-            Is it stored as (in, out)? Only asked for square ones: of others the shape tells.
+            Whether a square weight is stored as (in, out), False by default; for others, the shape decides.
 
         Raises
         ------
         ValueError
-            There is no such weight, it has another shape, or is not stored as floats.
+            The module has no weight, it does not have this shape, or it is not stored as floats.
         """
         name = self._find_name(module)
         stored = self._floats(name)[name]
@@ -115,26 +115,25 @@ class PretrainedWeights:
         weight = flat.T if (transposed if square else flat.shape == shape[::-1]) else flat
         if weight.shape != shape:
             raise ValueError(
-                f"{printable(self.folder)}: {printable(name)} has the shape {stored.shape}, the update needs {shape}: "
-                "another model"
+                f"cannot use {printable(self.folder)} as the base: {printable(name)} must have shape {shape}, "
+                f"got {stored.shape}"
             )
         return weight
 
     def _floats(self, name: str) -> TensorFile:
-        """The file of a tensor, if that is stored as floats: what is quantised means nothing without its scales."""
+        """Return the file of a tensor stored as floats; quantized values are meaningless without their scales."""
         file = self._files[name]
         if file.dtype(name) not in FLOATS:
             raise ValueError(
-                f"{printable(file.path)}: {printable(name)} is stored as {printable(file.dtype(name))}; "
-                "only floats are read: "
-                "give the weights that are not quantised"
+                f"cannot read {printable(file.path)}: {printable(name)} must be stored as one of {', '.join(FLOATS)}, "
+                f"got {printable(file.dtype(name))}; use the weights before quantization"
             )
         return file
 
     def _find_name(self, module: str) -> str:
         name = self._find(module)
         if name is None:
-            raise ValueError(f"{printable(self.folder)} holds no weight of {printable(module)}")
+            raise ValueError(f"cannot find the weight of {printable(module)} in {printable(self.folder)}")
         return name
 
     def _find(self, module: str) -> str | None:
@@ -150,12 +149,12 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         return [folder]
     if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {printable(folder)}")
-    # Besides the weights of transformers a folder may hold the same ones in the authors' own layout.
+        raise FileNotFoundError(f"cannot read base model {printable(folder)}: the folder does not exist")
+    # A folder may contain the same weights twice: in the layout of transformers and in that of the model's authors.
     found = weight_files(folder, "model")
     others = (file for file in sorted(folder.glob("*.safetensors")) if file.is_file())
     found = found or [file for file in others if not file.name.startswith("adapter_")]
     if not found:
-        refuse_pickles(folder.glob("*model*"))
-        raise FileNotFoundError(f"{printable(folder)} holds no safetensors file: give the folder of the base model")
+        reject_pickles(folder.glob("*model*"))
+        raise FileNotFoundError(f"cannot read base model {printable(folder)}: it has no safetensors file")
     return found

@@ -1,4 +1,4 @@
-"""What an adapter's files keep of one module, known by their headers; arrays are read when they are asked for."""
+"""Stored update of one module: shapes from the file headers, arrays loaded on access."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lorascope.updates.low_rank import Dense, LowRank
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One stored factor.
+    """Stored factor of an adapter.
 
     Parameters
     ----------
     file : TensorFile
     name : str
-        Its name in the file.
+        Name in the file.
     """
 
     file: TensorFile
@@ -26,25 +26,25 @@ class StoredTensor:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Two dimensions; what a convolution adds is folded into the second."""
+        """Shape in two dimensions; the kernel dimensions of a convolution are part of the second."""
         first, *rest = self.file.shape(self.name)
         return first, math.prod(rest)
 
     def read(self) -> Any:
-        """The array, with the two dimensions of ``shape``."""
+        """Load the array with the two dimensions of ``shape``."""
         return self.file[self.name].reshape(self.shape)
 
 
 class StoredUpdate:
-    """What a folder keeps of one module, whatever the method: known by the headers, the arrays read when asked for."""
+    """Stored update of one module for any method: shapes from the headers, arrays loaded on access."""
 
     scale: float
     transposed: bool
-    """Does the base store its weight as (in, out)?"""
+    """Whether the base stores its weight as (in, out)."""
 
     @property
     def has_thin_factors(self) -> bool:
-        """Are singular values found from thin factors, and so at once?"""
+        """Return whether singular values can be computed fast, from low-rank factors."""
         return True
 
     @property
@@ -69,29 +69,29 @@ class StoredUpdate:
 
     @property
     def exact(self) -> bool:
-        """Does ``update`` say all of it, whatever the input?"""
+        """Return whether ``update`` is the same for every input."""
         return True
 
     def factors(self) -> dict[str, Any]:
-        """Read the factors."""
+        """Load the factors."""
         raise NotImplementedError
 
     def update(self) -> LowRank | Dense:
-        """Read the factors, as an update."""
+        """Load the factors, and return the update."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class StoredLoRA(StoredUpdate):
-    """The update of one module: scale * B @ A.
+    """Update of one module: scale * B @ A.
 
     Parameters
     ----------
-    B, A : Factor
-        (out, rank) and (rank, in), whatever way round the base stores its weight.
+    B, A : StoredTensor
+        (out, rank) and (rank, in), regardless of how the base stores its weight.
     scale : float
     transposed : bool
-        Does the base store its weight as (in, out)?
+        Whether the base stores its weight as (in, out).
     """
 
     B: StoredTensor
@@ -120,9 +120,9 @@ class StoredLoRA(StoredUpdate):
         return self.A.file.dtype(self.A.name)
 
     def factors(self) -> dict[str, Any]:
-        """Read the factors."""
+        """Load the factors."""
         return {"A": self.A.read(), "B": self.B.read()}
 
     def update(self) -> LowRank | Dense:
-        """Read the factors."""
+        """Load the factors, and return the update."""
         return LowRank(self.B.read(), self.A.read(), self.scale)

@@ -1,4 +1,4 @@
-"""The command line: which words lead where, exit codes, one-line errors, and what each command imports."""
+"""Command line: commands, exit codes, one-line errors, and imported modules."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from lorascope.runs.loading import load
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command line."""
+    """Return exit code, stdout and stderr of a command line."""
     try:
         code = main(list(map(str, words)))
-    except SystemExit as stop:  # of --help
+    except SystemExit as stop:  # raised by --help
         code = int(stop.code or 0)
-    told = capsys.readouterr()
-    return code, told.out, told.err
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
 
 
 def complaint(capsys: pytest.CaptureFixture[str], *words: object, code: int = 2) -> str:
-    """The one line on stderr of a command line that fails."""
+    """Return the one line on stderr of a command line that fails."""
     found, out, err = run(capsys, *words)
     assert found == code
     assert out == ""
@@ -52,7 +52,7 @@ def adapter(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reviews(tmp_path: Path, task: Any) -> Path:
-    """The tiny task as a file."""
+    """The tiny task as a CSV file."""
     rows = pd.concat([task.split(name) for name in ("train", "validation", "test")])
     rows[["text", "label"]].to_csv(tmp_path / "reviews.csv", index=False)
     return tmp_path / "reviews.csv"
@@ -91,16 +91,16 @@ def test_every_method_has_help_with_its_own_fields(name: str, capsys: pytest.Cap
     assert ("--rank " in out) == hasattr(METHODS[name](), "rank")
 
 
-def test_wrong_words_get_one_line_with_what_was_meant(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
-    assert complaint(capsys, "inspcet") == "there is no command 'inspcet'; did you mean inspect?"
-    assert complaint(capsys, "zzz") == f"there is no command 'zzz'; there are {', '.join(COMMANDS)}"
-    assert complaint(capsys, "inspect").startswith("inspect what?")
+def test_wrong_arguments_print_one_line_with_a_suggestion(capsys: pytest.CaptureFixture[str], adapter: Path) -> None:
+    assert complaint(capsys, "inspcet") == "unknown command 'inspcet'; did you mean 'inspect'?"
+    assert complaint(capsys, "zzz") == f"unknown command 'zzz'; expected one of {', '.join(COMMANDS)}"
+    assert complaint(capsys, "inspect").startswith("PATH is required: lorascope inspect")
     assert "Unrecognized options: --jsn; did you mean --json?" in complaint(capsys, "inspect", adapter, "--jsn")
-    assert "--json and --csv exclude each other" in complaint(capsys, "inspect", adapter, "--json", "--csv")
-    assert "there is no folder nowhere" in complaint(capsys, "inspect", "nowhere")
-    assert "there is no figure 'spectrm': spectrum" in complaint(capsys, "plot", "spectrm", adapter)
-    assert complaint(capsys, "plot", "spectrum").startswith("plot spectrum of what?")
-    assert "unknown method 'lora2': lora" in complaint(capsys, "train", "lora2")
+    assert "--json and --csv cannot be combined" in complaint(capsys, "inspect", adapter, "--json", "--csv")
+    assert "cannot load nowhere" in complaint(capsys, "inspect", "nowhere")
+    assert "unknown figure 'spectrm'; did you mean 'spectrum'" in complaint(capsys, "plot", "spectrm", adapter)
+    assert complaint(capsys, "plot", "spectrum").startswith("RUN is required: lorascope plot spectrum")
+    assert "unknown method 'lora2'; did you mean 'lora'" in complaint(capsys, "train", "lora2")
     assert "Missing from lorascope train lora: --steps INT" in complaint(capsys, "train", "lora")
     assert "Error parsing --rank" in complaint(capsys, "train", "lora", "--steps", 3, "--rank", "x")
     assert "nowhere.csv" in complaint(capsys, "train", "lora", "--steps", 3, "--task", "nowhere.csv")
@@ -122,14 +122,14 @@ def test_empty_argument_is_named(words: list[str], start: str, capsys: pytest.Ca
     ("error", "code", "line"),
     [
         (ValueError("no\nsuch  thing"), 2, "no such thing"),
-        (FileNotFoundError("there is no folder x"), 2, "there is no folder x"),
+        (FileNotFoundError("cannot load x"), 2, "cannot load x"),
         (PermissionError(errno.EACCES, "Permission denied"), 2, "[Errno 13] Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "[Errno 28] No space left on device"),
         (FloatingPointError("the loss became nan"), 1, "the loss became nan"),
         (MemoryError(), 1, "not enough memory"),
         (MemoryError("Unable to allocate 2 TiB"), 1, "not enough memory: Unable to allocate 2 TiB"),
-        (KeyboardInterrupt("stopped after step 3 of 9; the same call goes on"), 130,
-         "stopped after step 3 of 9; the same command goes on"),
+        (KeyboardInterrupt("stopped after step 3 of 9; the same call resumes"), 130,
+         "stopped after step 3 of 9; the same command resumes"),
         (KeyboardInterrupt(), 130, "stopped"),
     ],
 )  # fmt: skip
@@ -143,13 +143,13 @@ def test_exit_codes(
     assert complaint(capsys, "inspect", "x", code=code) == line
 
 
-def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load_runs, "load", lambda path, base: {}["x"])
     with pytest.raises(KeyError):
         main(["inspect", "x"])
 
 
-def test_runs_that_fail_in_a_reproduction_are_one_line(
+def test_reproduce_with_failed_runs_prints_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> None:
@@ -190,7 +190,7 @@ def test_train_then_inspect_then_plot(
     assert Path("figures/norm.csv").exists()
 
 
-def test_training_that_breaks_exits_1_and_leaves_a_run_that_says_why(
+def test_train_with_diverging_loss_exits_1_and_saves_a_broken_run(
     bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "full", "--model", bert, "--task", reviews, "--steps", 30, "--lr", "1e30", "--no-progress"]
@@ -208,7 +208,7 @@ def test_plot_lists_its_figures(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, out.splitlines())) <= 80
 
 
-def test_plot_passes_the_figures_own_arguments_on(
+def test_plot_passes_arguments_to_the_figure(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -225,7 +225,7 @@ def test_plot_passes_the_figures_own_arguments_on(
     assert "ending must be one of" in complaint(capsys, "plot", "spectrum", adapter, "-o", "s.doc")
 
 
-def test_plot_takes_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_accepts_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [plant(tmp_path / name, llama(2, [size, 0.5])) for size, name in enumerate(("a", "b", "x=y"), start=1)]
     file = tmp_path / "s.csv"
     labelled = [f"small={folders[0]}", folders[1], folders[2]]
@@ -233,7 +233,7 @@ def test_plot_takes_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert set(pd.read_csv(file)["recipe"]) == {"small", "b", "x=y"}
 
 
-def test_a_closed_pipe_is_no_failure(adapter: Path) -> None:
+def test_closed_pipe_exits_0(adapter: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
@@ -247,7 +247,7 @@ def test_a_closed_pipe_is_no_failure(adapter: Path) -> None:
 
 
 def modules_after(code: str, *words: str) -> set[str]:
-    """Top-level modules that a fresh interpreter has after some code."""
+    """Return the top-level modules that a fresh interpreter has imported after running code."""
     report = "import json, sys; print('\\n' + json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
@@ -257,18 +257,18 @@ def modules_after(code: str, *words: str) -> set[str]:
 
 
 @pytest.mark.parametrize("code", ["import lorascope", "from lorascope.cli.main import main; main(['--help'])"])
-def test_the_package_and_its_help_import_nothing_heavy(code: str) -> None:
+def test_package_and_help_import_no_heavy_modules(code: str) -> None:
     assert not modules_after(code) & {"torch", "transformers", "pandas", "numpy", "matplotlib", "tyro"}
 
 
-def test_inspect_imports_no_torch(adapter: Path) -> None:
+def test_inspect_does_not_import_torch(adapter: Path) -> None:
     call = "import sys; from lorascope.cli.main import main; main(['inspect', sys.argv[1]])"
     loaded = modules_after(call, str(adapter))
     assert "pandas" in loaded
     assert not loaded & {"torch", "transformers", "peft", "matplotlib", "plotly", "scipy"}
 
 
-def test_plot_imports_no_torch(adapter: Path, tmp_path: Path) -> None:
+def test_plot_does_not_import_torch(adapter: Path, tmp_path: Path) -> None:
     call = "import sys; from lorascope.cli.main import main; main(['plot', 'spectrum', sys.argv[1], '-o', sys.argv[2]])"
     assert not modules_after(call, str(adapter), str(tmp_path / "x.pdf")) & {"torch", "transformers", "peft"}
 
@@ -286,11 +286,11 @@ def test_plot_imports_no_torch(adapter: Path, tmp_path: Path) -> None:
         (type(None), None),
     ],
 )
-def test_the_part_of_a_type_that_can_be_a_flag(hint: Any, flag: Any) -> None:
+def test_flag_type_returns_the_part_a_command_line_can_express(hint: Any, flag: Any) -> None:
     assert flag_type(hint) == flag
 
 
-def test_options_come_with_the_docstrings_help() -> None:
+def test_fields_of_takes_help_from_the_docstring() -> None:
     def draw(runs: list[int], depth: float = 3, *, names: dict[str, int] | None = None, fast: bool = True) -> None:
         """Draw.
 
@@ -309,11 +309,11 @@ def test_options_come_with_the_docstrings_help() -> None:
     assert (depth, fast) == ("depth", "fast")
     assert field.default == 3.0
     assert isinstance(field.default, float)
-    assert kind.__metadata__[0].help == "How deep, in metres."
-    assert fields_of(draw, skip=("runs",))[1][1].__metadata__[0].help == "Switch off: Be fast."
+    assert kind.__metadata__[0].help == "How deep, in metres"
+    assert fields_of(draw, skip=("runs",))[1][1].__metadata__[0].help == "disable: Be fast"
 
 
-def test_a_methods_rates_are_settings_of_the_command() -> None:
+def test_train_options_of_a_method_exclude_learning_rates() -> None:
     names = [name for name, *_ in train._method_fields(METHODS["lora"])]
     assert "rank" in names
     assert not {"lr", "head_lr"} & set(names)
@@ -330,7 +330,7 @@ backend = {{name = "sequential"}}
 """
 
 
-def test_sweep_ends_with_a_table_and_a_line_for_each_failed_run(
+def test_sweep_prints_a_table_and_a_line_per_failed_run(
     bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, root = tmp_path / "ranks.toml", tmp_path / "runs"
@@ -358,10 +358,10 @@ def test_sweep_ends_with_a_table_and_a_line_for_each_failed_run(
 
 
 @pytest.mark.slow
-def test_runs_of_a_sweep_that_learn_the_same_are_one_row(
+def test_sweep_counts_runs_that_learn_the_same_once(
     bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """They differ in what is observed, in how often they are saved, and in a rate that the settings overrule."""
+    """They differ in observers, checkpoint interval, and a learning rate that the settings override."""
     file = tmp_path / "same.toml"
     twice = 'lr = 1e-3, observe = [["norms"], ["norms", "factors"]], checkpoint_every = [1, 5]'
     text = SWEEP.format(model=bert, task=reviews, root=tmp_path / "runs").replace(
@@ -384,12 +384,12 @@ def test_runs_of_a_sweep_that_learn_the_same_are_one_row(
     values: dict[tuple[str, int], set[float]] = {}
     for row in told["runs"]:
         values.setdefault((row["recipe"], row["seed"]), set()).add(row["value"])
-    assert [len(each) for each in values.values()] == [1] * 4  # so any of them may stand for the others
+    assert [len(each) for each in values.values()] == [1] * 4  # so any of them represents the others
     mean = sum(values["LoRA, rank 2", seed].copy().pop() for seed in (0, 1)) / 2
     assert told["recipes"][0]["value"] == pytest.approx(mean)
 
 
-def test_a_sweep_that_is_wrong_trains_nothing(
+def test_sweep_with_invalid_settings_trains_nothing(
     bert: str, reviews: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, root = tmp_path / "ranks.toml", tmp_path / "runs"
@@ -397,10 +397,10 @@ def test_a_sweep_that_is_wrong_trains_nothing(
     file.write_text(right.replace("rank = [2, 4]", "rank = [2, 0.5]"))
     assert "ranks.toml: method lora: rank = [2, 0.5] must be a whole number" in complaint(capsys, "sweep", file)
     file.write_text(right)
-    assert "sweep what?" in complaint(capsys, "sweep")
+    assert "FILE is required" in complaint(capsys, "sweep")
     assert "Invalid backend: slrm" in complaint(capsys, "sweep", file, "--backend", "slrm")
     assert "takes no address" in complaint(capsys, "sweep", file, "--backend", "loky", "--address", "x")
-    pytest.importorskip("distributed")  # first: what it sets at its import would be undone with the setting below
+    pytest.importorskip("distributed")  # first, because the setting below would reset the settings of a later import
     with pytest.importorskip("dask").config.set({"distributed.comm.timeouts.connect": "100ms"}):
         words = ["--backend", "dask", "--address", "tcp://127.0.0.1:9"]
         assert "no dask cluster answers at tcp://127.0.0.1:9" in complaint(capsys, "sweep", file, *words)

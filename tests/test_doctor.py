@@ -236,7 +236,7 @@ def test_the_command(bench, capsys):
     assert main(["doctor", str(run.path)]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("adapter        1 finding\nuntrained      B is still zero in all 4 modules")
-    assert "not looked for without a history: unused, diverged, leak" in printed
+    assert "skipped without a history: unused, diverged, leak" in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert main(["doctor", str(run.path), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Terminals of a column or two, and those that do not know their size: nothing hangs and nothing is too wide."""
+"""Output on narrow terminals and terminals of unknown size: it neither hangs nor is too wide."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [Row("lora-with-a-long-name", "running", "3/9", "accuracy 0.5"), Row("b",
 
 @pytest.fixture
 def limited() -> Iterator[None]:
-    """End a test that hangs."""
+    """Raise an error in a test that hangs."""
 
     def stop(number: int, frame: object) -> None:
         raise TimeoutError("hung")
@@ -52,14 +52,14 @@ def test_help_on_a_narrow_terminal_is_complete(
 
 
 @pytest.mark.parametrize("columns", range(1, 60))
-def test_a_sweep_table_is_narrower_than_its_terminal(columns: int) -> None:
+def test_sweep_table_is_narrower_than_its_terminal(columns: int) -> None:
     for lines in (1, 2, 24):
         assert all(len(line) < columns for line in table(ROWS, columns, lines))
 
 
 @pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_a_sweep_table_is_drawn_on_any_terminal(columns: int) -> None:
+def test_sweep_table_is_printed_on_any_terminal(columns: int) -> None:
     master, slave = pty.openpty()
     termios.tcsetwinsize(slave, (columns, columns))
     with os.fdopen(slave, "w") as stream:
@@ -74,7 +74,7 @@ def test_a_sweep_table_is_drawn_on_any_terminal(columns: int) -> None:
 
 @pytest.mark.usefixtures("limited")
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_a_bar_is_drawn_on_any_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bar_is_printed_on_any_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     with progress_bar("phase", 3, 0, visible=True) as bar:
         for _ in range(3):
@@ -82,7 +82,7 @@ def test_a_bar_is_drawn_on_any_terminal(columns: int, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("width", range(-1, 12))
-def test_elided_text_is_no_wider_than_asked(width: int) -> None:
+def test_elide_is_at_most_as_wide_as_requested(width: int) -> None:
     for text in ("", "a", "abcdefghijklmnop"):
         shown = elide(text, width)
         assert len(shown) <= max(width, 0)

@@ -1,1 +1,1 @@
-"""The commands of ``lorascope``: one module each, with ``main(argv) -> exit code``."""
+"""Commands of ``lorascope``, one module per command with ``main(argv) -> exit code``."""

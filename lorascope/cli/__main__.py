@@ -1,4 +1,4 @@
-"""``python -m lorascope.cli``."""
+"""Entry point of ``python -m lorascope.cli``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""From words of a command line to a dataclass of options, and from a function's signature to options."""
+"""Command-line parsing into a dataclass of options, and options generated from a function signature."""
 
 from __future__ import annotations
 
@@ -27,44 +27,44 @@ _PLAIN = (bool, int, float, str, Path, type(None))
 
 
 class UsageError(ValueError):
-    """A command line that cannot be understood."""
+    """Invalid command line."""
 
 
 def parse(options: type[Options], argv: Sequence[str], command: str) -> Options:
-    """Read options off the command line; ``--help`` prints and exits.
+    """Parse command-line arguments into a dataclass; ``--help`` prints the help and exits.
 
     Parameters
     ----------
     options : dataclass
-        Its fields are the options, its docstring the help.
+        Type whose fields are the options and whose docstring is the help.
     argv : sequence of str
-        Words after the command.
+        Arguments after the command.
     command : str
-        Such as ``"lorascope inspect"``.
+        Name in the help and in errors, such as ``"lorascope inspect"``.
 
     Raises
     ------
     UsageError
-        In one line.
+        An argument is invalid; the message is one line.
     """
     for number, word in enumerate(argv):
         if not word or re.fullmatch(r"--[^=]+=", word):
             before = f" after {argv[number - 1]}" if number and not word else ""
-            told = f"argument {word or repr(word)}{before}"
-            raise UsageError(f"{told} must not be empty; leave it out, or give a value (see {command} --help)")
-    said = io.StringIO()
+            argument = f"argument {word or repr(word)}{before}"
+            raise UsageError(f"{argument} must not be empty: omit it or set a value (see {command} --help)")
+    errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said), _wide_terminal():
+        with contextlib.redirect_stderr(errors), _wide_terminal():
             return tyro.cli(options, args=list(argv), prog=command, config=(FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(f"{_complaint(said.getvalue())} (see {command} --help)") from None
+        raise UsageError(f"{_parse_error_panel(errors.getvalue())} (see {command} --help)") from None
 
 
 @contextlib.contextmanager
 def _wide_terminal() -> Iterator[None]:
-    """Set ``COLUMNS`` to at least 40: on a narrower terminal tyro wraps its help forever."""
+    """Set ``COLUMNS`` to at least 40, because tyro never finishes wrapping its help on a narrower terminal."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     try:
@@ -77,22 +77,23 @@ def _wide_terminal() -> Iterator[None]:
 
 
 def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[Field]:
-    """Options for the parameters of a function or the fields of a dataclass, with the help of its docstring.
+    """Return options for the parameters of a function or the fields of a dataclass, with help from its docstring.
 
-    Parameters whose values cannot stand on a command line are left out.
+    Parameters whose types a command line cannot express are omitted.
 
     Parameters
     ----------
     function : callable
+        Function or dataclass with a numpydoc docstring.
     skip : collection of str
-        Parameters that are none.
+        Names of parameters to omit.
 
     Returns
     -------
     list of (name, type, field)
         For ``dataclasses.make_dataclass``.
     """
-    hints, told = typing.get_type_hints(function), parse_parameter_docs(function)
+    hints, docs = typing.get_type_hints(function), parse_parameter_docs(function)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
         kind = None if name in skip else flag_type(hints[name])
@@ -101,20 +102,21 @@ def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[
         required = parameter.default is inspect.Parameter.empty
         default = float(parameter.default) if kind is float and not required else parameter.default
         field = dataclasses.field() if required else dataclasses.field(default=default)
-        # A switch that is on can only be switched off.
-        help = ("Switch off: " if parameter.default is True else "") + told.get(name, "")
+        help = docs.get(name, "").rstrip(".")
+        if parameter.default is True:  # the only option is --no-NAME
+            help = f"disable: {help}"
         found.append((name, Annotated[kind, arg(help=help, metavar=_metavar(kind))], field))
     return found
 
 
 def headline(function: Callable[..., Any]) -> str:
-    """The first sentence of a docstring, without its full stop."""
+    """Return the first sentence of a docstring without its final period."""
     paragraph = inspect.cleandoc(function.__doc__ or "").partition("\n\n")[0]
     return re.split(r"\.\s+(?=[A-Z])", paragraph)[0].replace("\n", " ").rstrip(".")
 
 
 def flag_type(hint: Any) -> Any:
-    """Return the part of a type that a command line can hold (sequences of str as tuples), None if there is none."""
+    """Return the part of a type that a command line can express (sequences of str as tuples), or None."""
     union = get_origin(hint) in (Union, types.UnionType)
     kept = [kind for kind in map(_simple, get_args(hint) if union else [hint]) if kind is not None]
     if str in kept and Path in kept:
@@ -123,7 +125,7 @@ def flag_type(hint: Any) -> Any:
 
 
 def _metavar(kind: Any) -> str | None:
-    """How the value is called in the help; None leaves it to tyro."""
+    """Return the placeholder of the value in the help; None selects tyro's default."""
     members = [member for member in get_args(kind) or (kind,) if member is not type(None)]
     named = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
     words = [named.get(member, "TEXT ..." if get_origin(member) is tuple else None) for member in members]
@@ -138,20 +140,20 @@ def _simple(kind: Any) -> Any:
 
 
 def parse_parameter_docs(function: Callable[..., Any]) -> dict[str, str]:
-    """What the numpydoc of a function, or of a class and those it inherits from, says of each parameter."""
+    """Return the description of each parameter in the numpydoc of a function, or of a class and its bases."""
     owners = reversed(function.__mro__) if isinstance(function, type) else [function]
-    told: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for owner in owners:
         text = inspect.cleandoc(owner.__doc__ or "")
         for names, body in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?: {4}.*\n?)*)", text, re.MULTILINE):
-            told |= dict.fromkeys(names.split(", "), " ".join(body.replace("``", "").split()))
-    return told
+            docs |= dict.fromkeys(names.split(", "), " ".join(body.replace("``", "").split()))
+    return docs
 
 
-def _complaint(panel: str) -> str:
-    """The message inside the panel that tyro draws, in lines or in ASCII, without the help of the options it names."""
+def _parse_error_panel(panel: str) -> str:
+    """Return the message in tyro's error panel (box-drawing or ASCII), without the help of the options it names."""
     inside = [line[2:].rstrip(" │") for line in panel.splitlines() if line.startswith(("│ ", "  "))]
-    told = "\n".join(line for line in inside if not line.startswith(" " * 8))
-    message, *rest = re.split(r"^[─-]{3,}$", told, flags=re.MULTILINE)
+    text = "\n".join(line for line in inside if not line.startswith(" " * 8))
+    message, *rest = re.split(r"^[─-]{3,}$", text, flags=re.MULTILINE)
     near = [option for part in rest if "Perhaps you meant" in part for option in re.findall(r"--[\w-]+", part)]
     return " ".join(message.split()) + (f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else "")

@@ -1,4 +1,4 @@
-"""``lorascope doctor``: why an adapter or a run is not what was meant."""
+"""``lorascope doctor``: diagnosis of an adapter or a run."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ _INDENT = " " * 15
 
 @dataclass(frozen=True)
 class Options:
-    """Name the causes why an adapter or a run is not what was meant, each with its evidence and the mend.
+    """Diagnose problems of an adapter or a run, each with its evidence and a fix.
 
-    Reads files alone. Of an adapter its factors and configuration tell, with --base also the weights; a run tells its
-    history besides. Exit code 0 if nothing was found, 1 if something was.
+    Only files are read: factors and configuration of an adapter, the base weights with --base, and the training history
+    of a run. The exit code is 0 without findings and 1 with findings.
 
     Example: lorascope doctor my-adapter
     """
 
-    path: Annotated[Positional[str | None], arg(metavar="PATH", help="folder of an adapter or a run")] = None
-    base: Annotated[str | None, arg(metavar="DIR", help="folder of an adapter's base model")] = None
-    json: Annotated[bool, arg(help="everything, for a program")] = False
+    path: Annotated[Positional[str | None], arg(metavar="PATH", help="folder of an adapter or run")] = None
+    base: Annotated[str | None, arg(metavar="DIR", help="folder of the adapter's base model")] = None
+    json: Annotated[bool, arg(help="print JSON")] = False
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope doctor")
     if options.path is None:
-        raise UsageError("diagnose what? Give a folder: lorascope doctor my-adapter")
+        raise UsageError("PATH is required: lorascope doctor my-adapter")
     run = load(options.path, options.base)
     case = collect_evidence(run)
     found = findings(case)
@@ -55,24 +55,24 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _finding_to_json(finding: Finding) -> dict[str, Any]:
-    """A finding for JSON; for one release ``message`` and ``fix`` are there under their old names, too."""
+    """Convert a finding to JSON values; the old names of ``message`` and ``fix`` stay for one release."""
     return dataclasses.asdict(finding) | {"told": finding.message, "mend": finding.fix}
 
 
 def _format_findings(run: Run, case: Case, found: Sequence[Finding]) -> Iterator[str]:
-    state = "" if run.meta["states"] else f", {run.meta['status']}: its factors are not there yet"
+    state = "" if run.meta["states"] else f", {run.meta['status']}: no factors saved yet"
     yield from _format_paragraph(
         str(run.path.resolve().name if run.path else run.id), f"{_format_finding_count(len(found))}{state}"
     )
     for finding in found:
         yield from _format_paragraph(finding.cause, finding.message)
-        yield from _format_paragraph("", f"mend: {finding.fix}")
+        yield from _format_paragraph("", f"fix: {finding.fix}")
     for missing, names in skipped_checks(case).items():
-        yield from _format_paragraph("not looked for", f"without {missing}: {', '.join(names)}")
+        yield from _format_paragraph("skipped", f"without {missing}: {', '.join(names)}")
 
 
 def _format_finding_count(number: int) -> str:
-    return f"{number} finding{'s' * (number > 1)}" if number else "nothing found"
+    return f"{number} finding{'s' * (number > 1)}" if number else "no findings"
 
 
 def _format_paragraph(label: str, text: str) -> list[str]:

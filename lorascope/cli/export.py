@@ -1,4 +1,4 @@
-"""``lorascope export``: a run for PEFT, as the ranks of a next LoRA or as an adapter folder, and its tables."""
+"""``lorascope export``: export of ranks or an adapter to PEFT, and of tables to files."""
 
 from __future__ import annotations
 
@@ -18,43 +18,42 @@ from lorascope.runs.export import RankBudget, rank_pattern, select_components, t
 from lorascope.runs.run import Run
 from lorascope.runs.summary import peft_keywords
 
-_BUDGET = "with --rank-pattern: keep this share of all ranks (0.5), or this sum of ranks (96)"
-_BY = "with --budget: keep the components of most energy, or those whose ablation raises the loss most"
-_MODEL = "with --budget: the base, on which loss is measured: minilm, smollm2, a folder, a GGUF file or a hub id"
-_TASK = (
-    "with --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a name that datasets knows"
-)
-_BASE = "folder of the base model of an adapter: FourierFT's needs it, since it keeps no shapes"
-_ROUTER = "Ranks and scales of what a token sees: a plain LoRA has neither the router nor the heads of this HydraLoRA."
+_BUDGET = "with --rank-pattern: fraction of all ranks to keep (0.5), or total rank to keep (96)"
+_BY = "with --budget: keep components by energy (squared singular values), or by loss increase when ablated"
+_MODEL = "with --budget: base model for measuring the loss: minilm, smollm2, a folder, a GGUF file or a Hub id"
+_TASK = "with --model: sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset"
+_BASE = "folder of the adapter's base model; required for FourierFT, whose files have no shapes"
+_ROUTER = "Ranks and scales that one token sees: a plain LoRA has neither the router nor the experts of this HydraLoRA."
 _ELSEWHERE = (
-    "From elsewhere, LoRAs trained at a smaller rank from the start: mean of GLUE 88.34 at rank 8, 88.15 at rank 2 "
-    "(DeBERTaV3-base); ROUGE-2 of XSum 20.72, at half the rank 20.20 (BART-large); arXiv 2303.10512, tables 1 and 3.",
-    "Other models, other tasks, and none of them was cut: they are no forecast for this one.",
+    "Published results of LoRAs trained at a smaller rank from the start: GLUE mean 88.34 at rank 8, 88.15 at rank 2 "
+    "(DeBERTaV3-base); XSum ROUGE-2 20.72, 20.20 at half the rank (BART-large); arXiv 2303.10512, tables 1 and 3.",
+    "These are other models and tasks, and none of the adapters was pruned: they do not predict the result here.",
 )
-_TABLE = "write the table of all records into this new file, by its ending as .csv, .parquet or .json"
+_TABLE = "write the table of all records to this new .csv, .parquet or .json file"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Hand a run over: print its ranks as PEFT configures a next LoRA, write its adapter as a folder, or its tables.
+    """Export ranks or an adapter to PEFT, or tables to files.
 
-    The README.md in the folder tells how to load it. Under a budget, what it keeps is told with the ranks.
+    Ranks are printed as a PEFT configuration for a next LoRA; with --budget, also the energy and error of the kept
+    components. An adapter is written as a folder whose README.md shows how to load it.
 
     Example: lorascope export runs/lora --rank-pattern --budget 0.5, or lorascope export runs/lora --peft my-adapter
     """
 
-    run: Annotated[Positional[str | None], arg(metavar="RUN", help="folder of a run, or of an adapter")] = None
+    run: Annotated[Positional[str | None], arg(metavar="RUN", help="folder of a run or adapter")] = None
     base: Annotated[str | None, arg(metavar="DIR", help=_BASE)] = None
-    rank_pattern: Annotated[bool, arg(help="print what peft.LoraConfig takes")] = False
+    rank_pattern: Annotated[bool, arg(help="print the run's ranks as a peft.LoraConfig")] = False
     budget: Annotated[float | None, arg(metavar="F", help=_BUDGET)] = None
     by: Annotated[Literal["energy", "ablation"], arg(help=_BY)] = "energy"
     model: Annotated[str | None, arg(metavar="NAME", help=_MODEL)] = None
     task: Annotated[str | None, arg(metavar="NAME", help=_TASK)] = None
-    peft: Annotated[str | None, arg(metavar="DIR", help="write the adapter into this new folder")] = None
+    peft: Annotated[str | None, arg(metavar="DIR", help="write the adapter to this new folder")] = None
     table: Annotated[str | None, arg(metavar="FILE", help=_TABLE)] = None
-    summary: Annotated[bool, arg(help="with --table: the table with a row a module, in place of all records")] = False
-    state: Annotated[str, arg(metavar="NAME", help="last or best")] = "last"
-    json: Annotated[bool, arg(help="for a program; what is told beside it goes to stderr then")] = False
+    summary: Annotated[bool, arg(help="with --table: write one row per module instead of all records")] = False
+    state: Annotated[str, arg(metavar="NAME", help="saved state: last or best")] = "last"
+    json: Annotated[bool, arg(help="print JSON; remarks go to stderr")] = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
         remarks = [_ROUTER] if run.input_dependent_modules(options.state) else []
     else:
         keywords, remarks = _suggest_ranks(run, options, options.budget)
-    print(json.dumps(keywords, indent=1) if options.json else _snippet(keywords))
+    print(json.dumps(keywords, indent=1) if options.json else _config_code(keywords))
     for remark in remarks:
         print(f"# {printable(remark)}", file=sys.stderr if options.json else sys.stdout)
     return 0
@@ -79,21 +78,22 @@ def main(argv: Sequence[str]) -> int:
 
 def _check_export_options(options: Options) -> None:
     if options.run is None:
-        raise UsageError("export what? Give a run: lorascope export runs/lora --rank-pattern")
-    if [options.rank_pattern, options.peft is not None, options.table is not None].count(True) != 1:
-        raise UsageError("export as what? Give one of --rank-pattern, --peft DIR and --table FILE")
+        raise UsageError("RUN is required: lorascope export runs/lora --rank-pattern")
+    forms = [options.rank_pattern, options.peft is not None, options.table is not None].count(True)
+    if forms != 1:
+        raise UsageError(f"exactly one of --rank-pattern, --peft DIR and --table FILE is required, got {forms}")
     if options.summary and options.table is None:
-        raise UsageError("--summary goes with --table: it says which table")
+        raise UsageError("--summary requires --table")
     if options.table is not None and options.state != "last" and not options.summary:
-        raise UsageError("--state goes with --summary here: the table of all records holds every step")
+        raise UsageError("--state requires --summary with --table: the table of all records has every step")
     if options.budget is not None and not options.rank_pattern:
-        raise UsageError("--budget goes with --rank-pattern: all else is written as it is")
+        raise UsageError("--budget requires --rank-pattern")
     if (options.model is None) != (options.task is None):
-        raise UsageError("--model and --task go together: a loss needs the base and its texts")
+        raise UsageError("--model and --task require each other: the loss is measured with both")
     if options.by == "ablation" and options.model is None:
-        raise UsageError("--by ablation takes components out of a model: give --model NAME and --task NAME")
+        raise UsageError("--by ablation requires --model NAME and --task NAME")
     if options.model is not None and options.budget is None:
-        raise UsageError("--model goes with --budget: without one nothing is cut")
+        raise UsageError("--model requires --budget")
 
 
 def _write_export(run: Run, options: Options) -> Path:
@@ -103,11 +103,11 @@ def _write_export(run: Run, options: Options) -> Path:
 
 
 def _suggest_ranks(run: Run, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:
-    """The configuration that a budget allows, and what it keeps in words."""
+    """Return the PEFT keywords that a budget allows, and remarks on the kept components."""
     state = options.state
     if options.model is None or options.task is None:
         chosen = select_components(run, budget, state)
-        priced = ["What that costs the task no spectrum says: --model NAME --task NAME measures the loss."]
+        loss = ["Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME."]
     else:
         from lorascope.experiments import component_importance  # imports torch
 
@@ -117,30 +117,30 @@ def _suggest_ranks(run: Run, options: Options, budget: float) -> tuple[dict[str,
             scores = component_importance.component_importance(run, options.model, options.task, state=state)
         chosen = select_components(run, budget, state, scores)
         before, after, texts = component_importance.pruned_losses(run, chosen, options.model, options.task, state=state)
-        priced = [
-            f"Its loss on {texts} validation texts that chose nothing: {before:.4f} whole, {after:.4f} cut.",
-            "A LoRA that is trained anew at these ranks ends elsewhere.",
+        loss = [
+            f"Loss on {texts} validation texts not used for selection: {before:.4f} before pruning, {after:.4f} after.",
+            "A LoRA trained from scratch at these ranks ends at a different loss.",
         ]
     keywords = peft_keywords(run, chosen.ranks, run.updates(state=state))
-    return keywords, [*format_budget(chosen, options.by), *priced, *_ELSEWHERE]
+    return keywords, [*format_budget(chosen, options.by), *loss, *_ELSEWHERE]
 
 
 def format_budget(chosen: RankBudget, by: str) -> list[str]:
     table = chosen.modules
     total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
     worst = table.iloc[int(table["share"].argmin())]
-    least = ", the least that these ranks allow" if by == "energy" else ""
+    optimal = ", the minimum for these ranks" if by == "energy" else ""
     return [
         f"Kept: {total['kept']:,} of {total['rank']:,} components, in {(table['kept'] > 0).sum()} of {len(table)} "
         f"modules; {total['parameters_kept']:,} of {total['parameters']:,} parameters.",
         f"Energy kept (squared singular values): {chosen.energy:.1%}; "
-        f"least in {worst['module']}, {worst['share']:.1%}.",
-        f"So the adapter, cut to that, would differ from itself by {chosen.error:.1%} of its norm (Frobenius){least}; "
-        f"that module by {worst['error']:.1%}.",
+        f"lowest in {worst['module']}: {worst['share']:.1%}.",
+        f"Relative error of the pruned adapter (Frobenius): {chosen.error:.1%}{optimal}; "
+        f"{worst['error']:.1%} in that module.",
     ]
 
 
-def _snippet(keywords: Mapping[str, Any]) -> str:
-    """Python that makes the configuration; what JSON writes of such values is Python too."""
+def _config_code(keywords: Mapping[str, Any]) -> str:
+    """Return Python code that creates the configuration; JSON and Python write these values in the same way."""
     lines = [f"    {key}={json.dumps(value, indent=4)}".replace("\n", "\n    ") for key, value in keywords.items()]
     return "\n".join(["from peft import LoraConfig", "", "config = LoraConfig(", *(f"{line}," for line in lines), ")"])

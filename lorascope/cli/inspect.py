@@ -1,4 +1,4 @@
-"""``lorascope inspect``: what is in an adapter or a run."""
+"""``lorascope inspect``: norms, ranks and findings of adapters, runs and whole models."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lorascope.runs.loading import AdapterRun
 
 @dataclass(frozen=True)
 class Options:
-    """Say what is in a PEFT adapter or in a run: where the update lies, which ranks it has and uses, what is odd.
+    """Show the norms, ranks and findings of a PEFT adapter or a run.
 
-    Several are compared, each two of them: norms, cosines, angles, allocation. Nothing is trained, and of adapters
-    only FourierFT's need their base model. Of a whole model, beside its base: which neurons turned.
+    Several adapters or runs are compared in pairs: norms, cosines, angles, rank allocation. Nothing is trained, and
+    only FourierFT adapters require their base model. For a whole model, --base shows which neurons rotated.
 
     Example: lorascope inspect my-adapter
     """
@@ -37,29 +37,29 @@ class Options:
         str | None,
         arg(
             metavar="DIR",
-            help="folder of the base model: of the adapters for |dW|/|W|, intruder dimensions and turned neurons, of a "
-            "whole model to compare with",
+            help="folder of the base model: adds |dW|/|W|, intruder dimensions and neuron rotation of adapters; for a "
+            "whole model, the model it was tuned from",
         ),
     ] = None
     spectra: Annotated[
         bool,
         arg(
-            help="also what takes whole matrices apart, and long: singular values of FourierFT and of DoRA with its "
-            "base, intruder dimensions in matrices wider than 1024"
+            help="also run full SVDs (slow): spectra of FourierFT, and of DoRA with its base; intruder dimensions in "
+            "matrices wider than 1024"
         ),
     ] = False
-    all: Annotated[bool, arg(help="a line for every module")] = False
-    json: Annotated[bool, arg(help="everything, for a program")] = False
-    csv: Annotated[bool, arg(help="a row for every module, every neuron, or every two adapters, for a program")] = False
+    all: Annotated[bool, arg(help="print one line per module")] = False
+    json: Annotated[bool, arg(help="print JSON")] = False
+    csv: Annotated[bool, arg(help="print CSV: one row per module, neuron or pair of adapters")] = False
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope inspect")
     if not options.paths:
-        raise UsageError("inspect what? Give a folder: lorascope inspect my-adapter")
+        raise UsageError("PATH is required: lorascope inspect my-adapter")
     if options.json and options.csv:
-        raise UsageError("--json and --csv exclude each other")
+        raise UsageError("--json and --csv cannot be combined")
     whole = [path for path in options.paths if is_checkpoint(path)]
     if whole:
         print(format_neuron_inspection(whole[0], options), end="")
@@ -76,9 +76,9 @@ def main(argv: Sequence[str]) -> int:
 
 def format_neuron_inspection(path: str, options: Options) -> str:
     if len(options.paths) > 1:
-        raise UsageError(f"{path} is a whole model: inspect it alone; only adapters and runs are compared")
+        raise UsageError(f"cannot compare {path}: it is a whole model, inspect it separately with --base DIR")
     if options.base is None:
-        raise UsageError(f"{path} is a whole model: give the one it was tuned from, --base DIR")
+        raise UsageError(f"cannot inspect {path}: a whole model requires the model it was tuned from, --base DIR")
     item = inspect_neurons(path, options.base)
     if options.csv:
         return csv_text(item.scores.drop(columns="top"))

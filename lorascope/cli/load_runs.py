@@ -1,4 +1,4 @@
-"""From folders on a command line to runs and adapters, with the base where it belongs."""
+"""Loading of the runs and adapters that a command line names."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lorascope.runs.run import Run
 
 
 def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run]:
-    """Open folders; the base is given to the adapters among them, since a run knows its own.
+    """Open folders of runs and adapters; only adapters get the base, because a run has recorded its own norms.
 
     Raises
     ------
     UsageError
-        There is a base, and no adapter.
+        A base is given, but no adapter.
     """
     if base is not None and all(map(is_run, paths)):
-        raise UsageError(f"--base is for adapters, and none of {', '.join(map(str, paths))} is one: leave it out")
+        raise UsageError(f"--base requires an adapter, got only runs: {', '.join(map(str, paths))}")
     return [load(path, None if is_run(path) else base) for path in paths]

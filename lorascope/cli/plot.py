@@ -1,9 +1,8 @@
-"""``lorascope plot``: one figure of one or several runs."""
+"""``lorascope plot``: one figure of one or more runs."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 import textwrap
@@ -15,43 +14,43 @@ from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, fields_of, headline, parse
 from lorascope.cli.load_runs import open_runs
+from lorascope.cli.suggestions import unknown_name
 from lorascope.files.printable import printable
 from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.run import Run
 
-_RUNS = "folders of runs or adapters; label=folder names a curve, the same label again a further seed"
+_RUNS = "folders of runs or adapters; label=folder sets the label of a curve, and runs with one label are its seeds"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CommonPlotOptions:
     runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...", help=_RUNS)] = ()
     out: Annotated[
-        str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf by default")
+        str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf if omitted")
     ] = None
-    control: Annotated[tuple[str, ...], arg(metavar="RUN ...", help="runs drawn beside, as their control")] = ()
+    control: Annotated[tuple[str, ...], arg(metavar="RUN ...", help="runs to plot as the control")] = ()
     base: Annotated[
-        str | None, arg(metavar="DIR", help="folder of the base model of all adapters given; FourierFT's need it")
+        str | None, arg(metavar="DIR", help="folder of the base model of all adapters; required for FourierFT")
     ] = None
-    width: Annotated[str | None, arg(metavar="NAME", help="column or page")] = None
-    theme: Annotated[str | None, arg(metavar="NAME", help="light, dark or paper")] = None
-    json: Annotated[bool, arg(help="say what was drawn, for a program")] = False
+    width: Annotated[str | None, arg(metavar="NAME", help="figure width: column or page")] = None
+    theme: Annotated[str | None, arg(metavar="NAME", help="color theme: light, dark or paper")] = None
+    json: Annotated[bool, arg(help="print the name and path of the figure as JSON")] = False
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     if not argv or argv[0] in ("-h", "--help"):
-        print(_catalogue())
+        print(_list_figures())
         return 0
     name, *rest = argv
     if name in OLD_FIGURES:
         print(f"lorascope: {name} is deprecated, use {OLD_FIGURES[name]}", file=sys.stderr)
         name = OLD_FIGURES[name]
     if name not in FIGURES:
-        near = difflib.get_close_matches(name, FIGURES, n=2) or list(FIGURES)
-        raise UsageError(f"there is no figure {name!r}: {', '.join(near)} (all: lorascope plot)")
+        raise UsageError(unknown_name("figure", name, FIGURES))
     options: Any = parse(_figure_options(name), rest, f"lorascope plot {name}")
     if not options.runs:
-        raise UsageError(f"plot {name} of what? Give a run: lorascope plot {name} runs/my-run -o {name}.pdf")
+        raise UsageError(f"RUN is required: lorascope plot {name} runs/my-run -o {name}.pdf")
     own = {field: getattr(options, field) for field in _own_fields(name)}
     labels, folders = zip(*map(_split_label, (*options.runs, *options.control)), strict=True)
     pairs, drawn = list(zip(labels, open_runs(folders, options.base), strict=True)), len(options.runs)
@@ -63,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _figure_options(name: str) -> type:
-    """The options of a figure: those of all, and the arguments of its own function."""
+    """Return the options of a figure: those of all figures and the parameters of its function."""
     figure = FIGURES[name]
     own = fields_of(figure.draw, skip=("runs", "control"))
     options = dataclasses.make_dataclass("Options", own, bases=(_CommonPlotOptions,), frozen=True, kw_only=True)
@@ -77,13 +76,13 @@ def _own_fields(name: str) -> list[str]:
 
 
 def _group_by_label(pairs: Sequence[tuple[str, Run]]) -> list[Run] | dict[str, list[Run]]:
-    """Runs by label where one is named, else a list."""
+    """Group runs by label if any of them has one, else return a list."""
     if not any(label for label, _ in pairs):
         return [run for _, run in pairs]
-    labelled: dict[str, list[Run]] = {}
+    labeled: dict[str, list[Run]] = {}
     for label, run in pairs:
-        labelled.setdefault(label or run.label, []).append(run)
-    return labelled
+        labeled.setdefault(label or run.label, []).append(run)
+    return labeled
 
 
 def _split_label(word: str) -> tuple[str, str]:
@@ -91,7 +90,7 @@ def _split_label(word: str) -> tuple[str, str]:
     return (label, path) if equals and not Path(word).exists() else ("", word)
 
 
-def _catalogue() -> str:
+def _list_figures() -> str:
     width = max(map(len, FIGURES)) + 2
     lines = ["usage: lorascope plot FIGURE RUN [RUN ...] [-o FILE]", "", "figures:"]
     for name, figure in FIGURES.items():

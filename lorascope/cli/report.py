@@ -1,4 +1,4 @@
-"""``lorascope report``: judge the runs of an earlier ``reproduce`` again, and write their report."""
+"""``lorascope report``: claims of an earlier ``reproduce`` judged again from its runs, and their report."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lorascope.cli.arguments import parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Write the report of a folder that ``lorascope reproduce`` filled, training nothing.
+    """Write the report of the runs of an earlier ``lorascope reproduce``, without training.
 
     Example: lorascope report report
     """
 
-    folder: Annotated[Positional[str], arg(metavar="DIR", help="what reproduce was given as -o")] = "report"
-    json: Annotated[bool, arg(help="verdicts, for a program")] = False
+    folder: Annotated[Positional[str], arg(metavar="DIR", help="output folder of reproduce")] = "report"
+    json: Annotated[bool, arg(help="print verdicts as JSON")] = False
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""``lorascope reproduce``: train, record, draw, judge, report."""
+"""``lorascope reproduce``: training and judging of the papers' observations, with a report."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lorascope.cli.arguments import UsageError, parse
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Re-make what the papers observed, judge their claims against controls, and write one report.
+    """Reproduce the observations of the papers, judge their claims against controls, and write one report.
 
-    Runs that the folder holds already are not trained again; broken ones go on.
+    Finished runs in the folder are not trained again, and interrupted ones resume.
 
     Example: lorascope reproduce --probe lisa --quick -o report
     """
 
-    probe: Annotated[tuple[str, ...], arg(metavar="NAME ...", help="which probes; all by default")] = ()
-    quick: Annotated[bool, arg(help="few steps and two seeds: shows that everything works, decides nothing")] = False
-    seeds: Annotated[int | None, arg(metavar="N", help="seeds of each run; 2 if quick, else 3, by default")] = None
-    out: Annotated[str, arg(aliases=["-o"], metavar="DIR", help="runs and report.html go there")] = "report"
-    json: Annotated[bool, arg(help="verdicts, for a program")] = False
+    probe: Annotated[tuple[str, ...], arg(metavar="NAME ...", help="probes to run; all if omitted")] = ()
+    quick: Annotated[bool, arg(help="few steps and two seeds: checks that everything runs, decides no claim")] = False
+    seeds: Annotated[int | None, arg(metavar="N", help="number of seeds; if omitted, 2 with --quick, else 3")] = None
+    out: Annotated[str, arg(aliases=["-o"], metavar="DIR", help="folder for the runs and report.html")] = "report"
+    json: Annotated[bool, arg(help="print verdicts as JSON")] = False
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope reproduce")
     if options.seeds is not None and options.seeds < 1:
-        raise UsageError(f"--seeds {options.seeds} leaves nothing to run: give 1 or more, 3 to decide anything")
+        raise UsageError(f"--seeds must be >= 1, got {options.seeds}: a verdict requires 3")
     from lorascope import probes
     from lorascope.experiments import sweep  # not for --help, which need not wait for torch
 

@@ -1,4 +1,4 @@
-"""``lorascope sweep``: all runs of a TOML file, and their recipes beside each other."""
+"""``lorascope sweep``: all runs of a TOML file, and the comparison of their recipes."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ _NAME = 36
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Train every combination of methods, tasks, settings and seeds that a TOML file asks for, and compare the recipes.
+    """Train every combination of methods, tasks, settings and seeds in a TOML file, and compare the recipes.
 
-    Finished runs are not trained again, broken ones go on, and one that fails leaves the others alone.
+    Finished runs are not trained again, interrupted ones resume, and a failed run does not stop the others.
 
     Example: lorascope sweep ranks.toml
     """
 
-    file: Annotated[Positional[str], arg(metavar="FILE", help="TOML: task, method, settings, seeds ...")] = ""
-    backend: Annotated[
-        str | None, arg(metavar="NAME", help="loky (this machine), dask or ray, in place of the file's")
-    ] = None
-    address: Annotated[str | None, arg(metavar="ADDRESS", help="of the cluster, such as tcp://host:8786")] = None
-    jobs: Annotated[int | None, arg(metavar="N", help="runs at a time; the number of cores by default")] = None
-    json: Annotated[bool, arg(help="runs, recipes and their comparison, for a program")] = False
-    progress: Annotated[bool, arg(help="Switch off: the table of the runs while they run.")] = True
+    file: Annotated[Positional[str], arg(metavar="FILE", help="TOML file with task, method, settings, seeds, ...")] = ""
+    backend: Annotated[str | None, arg(metavar="NAME", help="loky (this machine), dask or ray; overrides the file")] = (
+        None
+    )
+    address: Annotated[str | None, arg(metavar="ADDRESS", help="cluster address, such as tcp://host:8786")] = None
+    jobs: Annotated[int | None, arg(metavar="N", help="number of parallel runs; the number of cores if omitted")] = None
+    json: Annotated[bool, arg(help="print runs, recipes and their comparison as JSON")] = False
+    progress: Annotated[bool, arg(help="hide the live table of runs")] = True
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope sweep")
     if not options.file:
-        raise UsageError("sweep what? Give a TOML file: lorascope sweep ranks.toml")
+        raise UsageError("FILE is required: lorascope sweep ranks.toml")
     from lorascope.experiments import grid, sweep  # not for --help, which need not wait for torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _choose_backend(stored: Any, options: Options) -> dict[str, Any]:
-    """The file's backend under what the command line says; another backend leaves the file's options behind."""
+    """Override the file's backend by the command line; another backend discards the file's options."""
     kept = stored if options.backend in (None, stored.get("name")) else {}
     given = {"name": options.backend, "address": options.address, "jobs": options.jobs}
     return dict(kept) | {key: value for key, value in given.items() if value is not None}
@@ -73,7 +73,7 @@ def _choose_backend(stored: Any, options: Options) -> dict[str, Any]:
 def format_standings(swept: SweepResult) -> str:
     table = recipe_comparison.scores(swept.runs())
     if table.empty:
-        return "no run was finished"
+        return "no finished runs"
     compared = recipe_comparison.pairs(table)
     rows = recipe_comparison.standings(table, compared)
     several = [column for column in ("model", "task") if rows[column].nunique() > 1]
@@ -85,14 +85,14 @@ def format_standings(swept: SweepResult) -> str:
         cells.append([*names, f"{printable(row['metric'])} {value}", str(row["n"]), place])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
-    note = "± half a 95 % t-interval over seeds; places by paired t-tests, seed by seed (Holm, 5 %)"
+    note = "± half-width of the 95% t-interval over seeds; places by t-tests paired by seed (Holm, 5%)"
     return "\n".join(
         [
             *lines,
             "",
             *(
-                textwrap.fill(printable(told), WIDTH)
-                for told in (note, *recipe_comparison.describe_comparison(compared))
+                textwrap.fill(printable(line), WIDTH)
+                for line in (note, *recipe_comparison.describe_comparison(compared))
             ),
         ]
     )
@@ -112,5 +112,5 @@ def sweep_to_json(swept: SweepResult) -> dict[str, Any]:
 
 
 def table_to_records(table: pd.DataFrame) -> Any:
-    """Rows as JSON knows them, without NaN."""
+    """Convert a table to JSON rows; NaN becomes null."""
     return json.loads(table.to_json(orient="records", double_precision=15))

@@ -1,9 +1,8 @@
-"""``lorascope train``: one run by one method."""
+"""``lorascope train``: one run with one method."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from lorascope.cli.arguments import UsageError, fields_of, headline, parse
+from lorascope.cli.suggestions import unknown_name
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
 from lorascope.runs.run import Run
@@ -22,7 +22,7 @@ _USAGE = """usage: lorascope train METHOD --steps N [--task TASK] [--model MODEL
 
 methods: {methods}
 
-lorascope train METHOD --help tells the options of a method.
+Run lorascope train METHOD --help for the options of a method.
 
 Example: lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora"""
 _GIVEN = ("model", "data", "method", "observe", "out")
@@ -30,18 +30,18 @@ _GIVEN = ("model", "data", "method", "observe", "out")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _CommonTrainOptions:
-    model: Annotated[str, arg(metavar="NAME", help="minilm, smollm2, a folder, a GGUF file or a hub id")] = "minilm"
+    model: Annotated[str, arg(metavar="NAME", help="minilm, smollm2, a folder, a GGUF file or a Hub id")] = "minilm"
     task: Annotated[
         str,
         arg(
             metavar="NAME",
-            help="sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a name that datasets knows",
+            help="sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset",
         ),
     ] = "sentiment"
     out: Annotated[
-        str | None, arg(aliases=["-o"], metavar="DIR", help="the run folder; runs/METHOD-TASK-ID by default")
+        str | None, arg(aliases=["-o"], metavar="DIR", help="run folder; runs/METHOD-TASK-ID if omitted")
     ] = None
-    json: Annotated[bool, arg(help="tell the result for a program")] = False
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,10 +51,9 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     name, *rest = argv
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=2) or list(METHODS)
-        raise UsageError(f"unknown method {name!r}: {', '.join(near)}")
+        raise UsageError(unknown_name("method", name, METHODS))
     method = METHODS[name]
-    options: Any = parse(_method_options(name), _new_flags(method, rest), f"lorascope train {name}")
+    options: Any = parse(_method_options(name), _rename_old_flags(method, rest), f"lorascope train {name}")
     chosen = method(**{field: getattr(options, field) for field in _field_names(_method_fields(method))})
     settings = {field: getattr(options, field) for field in _field_names(_train_fields())}
     run = train(options.model, options.task, chosen, out=options.out, **settings)
@@ -62,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _new_flags(method: type[Method], words: Sequence[str]) -> list[str]:
-    """The words with a method's options under their new names, and a line on each that is deprecated."""
+def _rename_old_flags(method: type[Method], words: Sequence[str]) -> list[str]:
+    """Replace deprecated options of a method by their new names, and print one line for each."""
     renamed, found = old_fields(method), []
     rest = iter(words)
     for word in rest:
@@ -74,7 +73,7 @@ def _new_flags(method: type[Method], words: Sequence[str]) -> list[str]:
             continue
         new, before = renamed[old]
         print(f"lorascope: {flag} is deprecated, use --{new.replace('_', '-')}", file=sys.stderr)
-        if before.values:  # the new option is a switch, which takes no value
+        if before.values:  # the new option is a flag without a value
             chosen = before.to_new(value if equals else next(rest, ""))
             default = next(field.default for field in dataclasses.fields(method) if field.name == new)
             found += [] if chosen == default else [f"--{'' if chosen else 'no-'}{new.replace('_', '-')}"]
@@ -84,7 +83,7 @@ def _new_flags(method: type[Method], words: Sequence[str]) -> list[str]:
 
 
 def _method_options(name: str) -> type:
-    """The options of a method: those of ``train``, and its own fields."""
+    """Return the options of a method: those of ``train`` and its own fields."""
     method = METHODS[name]
     fields = [*_train_fields(), *_method_fields(method)]
     options = dataclasses.make_dataclass("Options", fields, bases=(_CommonTrainOptions,), frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ def _train_fields() -> list[Any]:
 
 
 def _method_fields(method: type[Method]) -> list[Any]:
-    """A method's hyper-parameters; its rates are settings of ``train``."""
+    """Return a method's hyperparameters without its learning rates, which are settings of ``train``."""
     return fields_of(method, skip=_field_names(_train_fields()))
 
 

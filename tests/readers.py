@@ -1,4 +1,4 @@
-"""What a rendered figure shows, read back from its artists or traces in one form for both renderers."""
+"""Readers of rendered figures: artists of matplotlib and traces of plotly, in one common form."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lorascope.charts.chart import Drawable
 
 
 def numbers(values: Any) -> list[float]:
-    """As plain numbers, rounded, NaN kept as None."""
+    """Convert to rounded floats, NaN to None."""
     return [None if np.isnan(value) else round(float(value), 9) for value in np.ravel(np.asarray(values, dtype=float))]
 
 
 class Mpl:
-    """Reads matplotlib figures; the panels in order, colour bars aside."""
+    """Reader of matplotlib figures; panels in order, without color bars."""
 
     def __init__(self, drawable: Drawable) -> None:
         self.figure = drawable.mpl()
@@ -57,14 +57,14 @@ class Mpl:
         return numbers(np.sqrt(drawn[0].get_sizes()))
 
     def errors(self, panel: int = 0) -> list[tuple[float, float]]:
-        """Lower and upper ends, whichever way the bars run."""
+        """Return lower and upper ends, for vertical and horizontal bars."""
         drawn = [item for item in self.axes[panel].collections if isinstance(item, LineCollection)]
         ends = [np.ptp(segment, axis=0).argmax() for item in drawn for segment in item.get_segments()]
         segments = [segment for item in drawn for segment in item.get_segments()]
         return [tuple(numbers(segment[:, axis])) for axis, segment in zip(ends, segments, strict=True)]
 
     def bars(self, panel: int = 0) -> list[tuple[list, list, list, str]]:
-        """(centres, bases, tops, colour) of each group."""
+        """Return (centers, bases, tops, color) of each group."""
         groups = []
         for group in (item for item in self.axes[panel].containers if isinstance(item, BarContainer)):
             boxes = [bar.get_bbox() for bar in group.patches]
@@ -120,7 +120,7 @@ class Mpl:
 
 
 class Plotly:
-    """Reads plotly figures."""
+    """Reader of plotly figures."""
 
     def __init__(self, drawable: Drawable) -> None:
         self.figure = drawable.plotly()

@@ -1,4 +1,4 @@
-"""Adapters of other kinds than plain LoRA, read as files: AdaLoRA, DoRA, loralib's layouts; PEFT is the oracle."""
+"""Loading of AdaLoRA, DoRA and loralib adapters, compared with PEFT and loralib."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QV = ["q_proj", "v_proj"]
 
 
 def adalora(path: Path, masked: dict[str, list[bool]] | None = None, **config: Any) -> Any:
-    """Save an AdaLoRA adapter of random factors; ``masked``: which components of a module its allocator kept."""
+    """Save an AdaLoRA adapter of random factors; ``masked`` marks the components of a module that are kept."""
     settings = {"init_r": 5, "target_r": 2, "lora_alpha": 12, "total_step": 9} | config
     model = peft.get_peft_model(tiny("llama"), peft.AdaLoraConfig(target_modules=QV, **settings))
     generator = torch.Generator().manual_seed(3)
@@ -54,7 +54,7 @@ MASK = {
 
 
 @pytest.mark.parametrize("masked", [None, MASK], ids=["before its allocation ends", "with its mask"])
-def test_adalora_is_that_of_peft(tmp_path: Path, masked: dict[str, list[bool]] | None) -> None:
+def test_adalora_updates_match_peft(tmp_path: Path, masked: dict[str, list[bool]] | None) -> None:
     expected = deltas(adalora(tmp_path, masked))
     run = load(tmp_path)
     assert run.files.kind == "AdaLoRA"
@@ -66,7 +66,7 @@ def test_adalora_is_that_of_peft(tmp_path: Path, masked: dict[str, list[bool]] |
     assert {name: array.shape for name, array in again.items()} == {"A": (5, 32), "B": (32, 5), "diagonal": (5,)}
 
 
-def test_adalora_masked_but_not_yet_cut_does_not_count_masked_components(tmp_path: Path) -> None:
+def test_adalora_rank_excludes_masked_components(tmp_path: Path) -> None:
     adalora(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     for module, kept in MASK.items():
@@ -79,7 +79,7 @@ def test_adalora_masked_but_not_yet_cut_does_not_count_masked_components(tmp_pat
     assert run.meta["parameters"]["trained"] == sum(tensor.numel() for tensor in tensors.values())
 
 
-def test_a_new_adalora_has_all_its_components(tmp_path: Path) -> None:
+def test_adalora_new_adapter_has_all_components(tmp_path: Path) -> None:
     model = peft.get_peft_model(
         tiny("llama"), peft.AdaLoraConfig(target_modules=QV, init_r=5, target_r=2, total_step=9)
     )
@@ -89,8 +89,8 @@ def test_a_new_adalora_has_all_its_components(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stored", ["all", "some", "none"])
-def test_adalora_stopped_before_its_allocation_ends_has_the_ranks_of_its_mask(tmp_path: Path, stored: str) -> None:
-    """PEFT's allocator masks at steps 4 and 8 of 20; its configuration may hold that mask, a part of it or nothing."""
+def test_adalora_stopped_early_has_the_ranks_of_its_mask(tmp_path: Path, stored: str) -> None:
+    """PEFT's allocator masks at steps 4 and 8 of 20; its configuration has the mask, a part of it or none."""
     settings = {"init_r": 5, "target_r": 2, "total_step": 20, "tinit": 2, "tfinal": 5, "deltaT": 4}
     model = peft.get_peft_model(tiny("llama"), peft.AdaLoraConfig(target_modules=QV, **settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -111,11 +111,11 @@ def test_adalora_stopped_before_its_allocation_ends_has_the_ranks_of_its_mask(tm
     assert load(tmp_path).ranks() == dict(inspect(load(tmp_path)).modules.set_index("module")["rank"]) == expected
 
 
-def test_adalora_that_does_not_fit_its_configuration_gets_one_line(tmp_path: Path) -> None:
+def test_adalora_with_another_configuration_raises(tmp_path: Path) -> None:
     adalora(tmp_path, MASK)
     told = json.loads((tmp_path / CONFIG).read_text(encoding="utf-8"))
     write_json(tmp_path / CONFIG, told | {"rank_pattern": None})
-    with pytest.raises(ValueError, match=r"gives .*q_proj rank 5, its factors have 3 and 3"):
+    with pytest.raises(ValueError, match=r"q_proj must have rank 5 .*, got 3 and 3"):
         load(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_E"]
@@ -134,7 +134,7 @@ DORA: dict[str, dict[str, Any]] = {
 
 
 def dora(path: Path, **case: Any) -> Any:
-    """Save a DoRA adapter whose magnitudes are not those of its base any more, and the base beside it."""
+    """Save a DoRA adapter whose magnitudes differ from its base, and the base next to it."""
     family = case.get("family", "llama")
     model = save(path / "adapter", use_dora=True, **case)
     tiny(family).save_pretrained(path / "base")
@@ -142,7 +142,7 @@ def dora(path: Path, **case: Any) -> Any:
 
 
 def whole_update(layer: Any) -> np.ndarray:
-    """(out, in) of what merging a DoRA layer changes; PEFT's own arithmetic."""
+    """Return the change (out, in) of a weight when PEFT merges a DoRA layer."""
     before = layer.get_base_layer().weight.detach().double().clone()
     layer.double().merge()
     change = layer.get_base_layer().weight.detach() - before
@@ -151,7 +151,7 @@ def whole_update(layer: Any) -> np.ndarray:
 
 
 @pytest.mark.parametrize("case", DORA.values(), ids=DORA)
-def test_dora_is_its_direction_alone_and_with_its_base_all_of_it(tmp_path: Path, case: dict[str, Any]) -> None:
+def test_dora_update_is_complete_only_with_its_base(tmp_path: Path, case: dict[str, Any]) -> None:
     model = dora(tmp_path, **case)
     bound = {"dtype": torch.bfloat16, "terms": 2} if "dtype" in case else {"terms": TINY}
     direction = deltas(model)
@@ -169,7 +169,7 @@ def test_dora_is_its_direction_alone_and_with_its_base_all_of_it(tmp_path: Path,
     assert len(both.updates()) == len(direction) >= 1
 
 
-def test_dora_says_which_part_of_it_is_told(tmp_path: Path) -> None:
+def test_dora_inspection_reports_a_missing_base(tmp_path: Path) -> None:
     dora(tmp_path, **DORA["linear"])
     alone, both = (inspect(load(tmp_path / "adapter", base)) for base in (None, tmp_path / "base"))
     assert any("of the direction B A alone" in finding for finding in alone.findings)
@@ -181,12 +181,12 @@ def test_dora_says_which_part_of_it_is_told(tmp_path: Path) -> None:
     assert (whole["effective_rank"] > whole["rank"]).all()
 
 
-def test_dora_and_its_configuration_have_to_agree(tmp_path: Path) -> None:
+def test_dora_with_another_configuration_raises(tmp_path: Path) -> None:
     dora(tmp_path, **DORA["linear"])
     file = tmp_path / "adapter" / CONFIG
     told = json.loads(file.read_text(encoding="utf-8"))
     write_json(file, told | {"use_dora": False})
-    with pytest.raises(ValueError, match=r"holds lora_magnitude_vector, but .* does not say use_dora"):
+    with pytest.raises(ValueError, match=r"has lora_magnitude_vector, but .* lacks use_dora"):
         load(tmp_path / "adapter")
     write_json(file, told)
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -196,7 +196,7 @@ def test_dora_and_its_configuration_have_to_agree(tmp_path: Path) -> None:
 
 
 def merged_linear(A: torch.Tensor, B: torch.Tensor, enabled: list[bool]) -> torch.Tensor:
-    """What loralib's MergedLinear adds to its weight, as its code computes it: a grouped convolution, then zeros."""
+    """Return the update of loralib's MergedLinear as its code computes it: a grouped convolution, then zeros."""
     n = sum(enabled)
     product = torch.nn.functional.conv1d(A[None], B[:, :, None], groups=n)[0]
     rows = torch.tensor(enabled).repeat_interleave(len(B) // n)
@@ -206,7 +206,7 @@ def merged_linear(A: torch.Tensor, B: torch.Tensor, enabled: list[bool]) -> torc
 
 
 @pytest.mark.parametrize("enabled", [[True, False, True], [False, True, False], [True, True, True]])
-def test_the_layout_of_loralib_with_a_configuration(tmp_path: Path, enabled: list[bool]) -> None:
+def test_loralib_updates_with_configuration_match_loralib(tmp_path: Path, enabled: list[bool]) -> None:
     draw, n = torch.Generator().manual_seed(0), sum(enabled)
     tensors = {
         f"transformer.h.{layer}.attn.c_attn.lora_{name}": torch.randn(shape, generator=draw)
@@ -223,7 +223,7 @@ def test_the_layout_of_loralib_with_a_configuration(tmp_path: Path, enabled: lis
     assert run.summary()["effective_rank"].notna().all()
 
 
-def test_the_layout_of_loralib_alone_leaves_alpha_unknown_and_says_so(
+def test_loralib_without_configuration_reports_unknown_alpha(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -242,26 +242,26 @@ def test_the_layout_of_loralib_alone_leaves_alpha_unknown_and_says_so(
 
 
 @pytest.mark.parametrize("name", ["lora.pt", "pytorch_model_lora.bin"])
-def test_a_pickle_of_loralib_is_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
+def test_loralib_pickle_raises_with_a_conversion(tmp_path: Path, name: str) -> None:
     import subprocess
     import sys
 
     torch.save({"h.0.q.lora_A": torch.ones(2, 3), "h.0.q.lora_B": torch.ones(3, 2)}, tmp_path / name)
     for given in (tmp_path, tmp_path / name):
-        with pytest.raises(ValueError, match="is a pickle, which is never loaded; convert it: python") as raised:
+        with pytest.raises(ValueError, match="pickles are never loaded; convert it: python") as raised:
             load(given)
     command = str(raised.value).partition("convert it: ")[2]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
     assert load(tmp_path).ranks() == {"h.0.q": 2}
 
 
-def test_a_file_of_an_adapter_is_no_whole_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_adapter_file_suggests_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path, target_modules=QV)
     assert main(["inspect", str(tmp_path / WEIGHTS)]) == 2
-    assert f"is a file: give the folder it lies in, {tmp_path}" in capsys.readouterr().err
+    assert f"it is a file, pass its folder {tmp_path}" in capsys.readouterr().err
 
 
-def test_what_is_saved_in_full_is_measured_against_a_base(tmp_path: Path) -> None:
+def test_modules_to_save_are_measured_with_a_base(tmp_path: Path) -> None:
     model = save(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
     tiny("llama").save_pretrained(tmp_path / "base")
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
@@ -275,9 +275,7 @@ def test_what_is_saved_in_full_is_measured_against_a_base(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(67, 64), (64, 1)])
-def test_what_is_saved_in_another_size_than_the_base_has_is_not_measured(
-    tmp_path: Path, ours: int, theirs: int
-) -> None:
+def test_modules_to_save_of_another_size_are_not_measured(tmp_path: Path, ours: int, theirs: int) -> None:
     save(tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
     tiny("llama").save_pretrained(tmp_path / "base")
     for file, rows in ((tmp_path / "adapter" / WEIGHTS, ours), (tmp_path / "base/model.safetensors", theirs)):
@@ -292,7 +290,7 @@ def test_what_is_saved_in_another_size_than_the_base_has_is_not_measured(
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_a_quantised_base_is_refused(tmp_path: Path, use_dora: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_with_quantized_base_fails(tmp_path: Path, use_dora: bool, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "adapter", target_modules=QV, use_dora=use_dora)
     tiny("llama").save_pretrained(tmp_path / "base")
     file = tmp_path / "base/model.safetensors"
@@ -304,5 +302,5 @@ def test_a_quantised_base_is_refused(tmp_path: Path, use_dora: bool, capsys: pyt
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 2
     told = capsys.readouterr().err
-    assert f"{weight} is stored as I8; only floats are read: give the weights that are not quantised" in told
+    assert f"{weight} must be stored as one of F64, F32, F16, BF16, got I8; use the weights before quantization" in told
     assert len(told.splitlines()) == 1

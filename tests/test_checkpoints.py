@@ -113,7 +113,7 @@ def test_ctrl_c_finishes_the_step_and_the_same_call_resumes(index, fresh, whole,
         ls.train(model, task, method, out=out, **FAST)
     assert signal.getsignal(signal.SIGINT) is before
     assert [file.stem for file in out.glob("resume/step-*")] == [f"step-{index + 1:08d}"]
-    with pytest.raises(FileNotFoundError, match="the same call of train goes on with it"):
+    with pytest.raises(FileNotFoundError, match=r"not in .*the same call of train"):
         ls.load(out).table  # noqa: B018
     done = []
     at_step(index, lambda: done.append("again"))
@@ -146,7 +146,7 @@ def test_full_disk_raises_one_line_and_the_run_resumes(write, whole, bert, task,
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", fill)
-        with pytest.raises(OSError, match=r"could not be written \(No space left on device") as caught:
+        with pytest.raises(OSError, match=r"cannot write .*No space left on device") as caught:
             ls.train(model, task, method, out=out, **FAST)
     assert "\n" not in str(caught.value)
     assert caught.value.errno == errno.ENOSPC
@@ -243,7 +243,7 @@ def test_best_state_after_the_last_checkpoint_is_dropped_on_resume(bert, task, t
         assert torch.equal(parameter, states[2][name]), name
 
 
-def test_folder_in_use_is_rejected(bert, task, tmp_path):
+def test_a_folder_in_use_is_refused(bert, task, tmp_path):
     with lock_run(tmp_path / "out"), pytest.raises(ValueError, match="is being trained by another process"):
         ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
     ls.train(models.load(bert, task=task), task, LoRA(), out=tmp_path / "out", **FAST)
@@ -253,7 +253,7 @@ def test_error_for_an_unfinished_recipe_names_its_phase(bert, task, tmp_path, at
     at_step(1, press)
     with pytest.raises(KeyboardInterrupt):
         ls.train(models.load(bert, task=task), task, killing.METHODS["two phases"], out=tmp_path / "out", **FAST)
-    with pytest.raises(ValueError, match="out is running, in its phase 2-retrain: the same call of train goes on"):
+    with pytest.raises(ValueError, match="out: it is running, in phase 2-retrain; the same call of train"):
         ls.load(tmp_path / "out")
     assert ls.load(tmp_path / "out/1-search").finished
 

@@ -1,4 +1,4 @@
-"""Export to PEFT, with PEFT itself as the oracle: which modules it adapts, at which rank and scale, and its logits."""
+"""Export to PEFT, compared with PEFT itself: adapted modules, ranks, scales and logits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress
 
 
 def layers(model: Any) -> dict[str, tuple[int, float]]:
-    """Rank and scale of every module that PEFT adapts."""
+    """Return rank and scale of every module that PEFT adapts."""
     found = model.base_model.model.named_modules()
     return {name: (m.r["default"], m.scaling["default"]) for name, m in found if hasattr(m, "get_delta_weight")}
 
@@ -54,15 +54,15 @@ def drawn(rank: int, scale: float = 1.0, seed: int = 0, size: int = 32) -> LowRa
 
 
 def configured(tmp_path: Path, model: nn.Module, ranks: dict[str, int], scales: dict[str, float]) -> dict[str, Any]:
-    """The keywords of a run that adapted a model like that."""
+    """Return PEFT's keywords for a run that adapted a model with these ranks and scales."""
     description = module_table.describe(model).astype(object)
     known = description.where(description.notna(), None).to_dict("records")
     found = plant(tmp_path, "run", {}, modules=known)
     return peft_keywords(found, ranks, {name: drawn(rank, scales[name]) for name, rank in ranks.items()})
 
 
-def test_names_that_end_or_begin_alike_keep_their_own_rank(tmp_path: Path) -> None:
-    """Fourteen layers, a rank and a scale for each module, some of rank 0; PEFT adapts these and no others."""
+def test_peft_keywords_of_similar_names_keep_each_rank(tmp_path: Path) -> None:
+    """Fourteen layers with a rank and scale per module, some of rank 0; PEFT adapts exactly these."""
     model = tiny("llama", num_hidden_layers=14)
     every = [name for name, module in model.named_modules() if name.endswith(("q_proj", "v_proj", "k_proj"))]
     ranks = {name: number % 5 for number, name in enumerate(every)}
@@ -75,7 +75,7 @@ def test_names_that_end_or_begin_alike_keep_their_own_rank(tmp_path: Path) -> No
 
 
 class Nested(nn.Module):
-    """Modules whose names are the ends of others' names, or differ where a dot matches anything."""
+    """Modules whose names end other names, or differ only where a dot matches any character."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Nested(nn.Module):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["outer ones", "all"])
-def test_a_name_that_is_the_end_of_another(whole: bool, tmp_path: Path) -> None:
+def test_peft_keywords_of_a_name_that_ends_another_are_exact(whole: bool, tmp_path: Path) -> None:
     model = Nested()
     every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = every if whole else [name for name in every if not name.startswith("x.")]
@@ -94,12 +94,12 @@ def test_a_name_that_is_the_end_of_another(whole: bool, tmp_path: Path) -> None:
     keywords = configured(tmp_path, model, ranks, scales)
     expected = {name: (rank, scales[name]) for name, rank in ranks.items()}
     assert layers(adapted(model, **keywords)) == expected
-    # Full names, unless PEFT would take "layer.1.q" for the end of "x.layer.1.q".
+    # Full names, unless PEFT would match "layer.1.q" to the end of "x.layer.1.q".
     assert isinstance(keywords["target_modules"], list if whole else str)
 
 
 @pytest.mark.parametrize(("alpha", "rank"), [(1.0, 49), (8.0, 8), (32.0, 7), (0.1, 3), (16.0, 49), (6.5, 11)])
-def test_the_scale_survives_its_way_through_alpha(alpha: float, rank: int, tmp_path: Path) -> None:
+def test_peft_keywords_alpha_preserves_the_scale(alpha: float, rank: int, tmp_path: Path) -> None:
     run = plant(tmp_path, "run", {}, factors={"h.0.q": low_rank(1.0)})
     found = peft_keywords(run, {"h.0.q": rank}, {"h.0.q": drawn(rank, alpha / rank)})["lora_alpha"]
     assert found / rank == alpha / rank
@@ -117,7 +117,7 @@ def spectral(tmp_path: Path) -> ls.Run:
 
 
 def pattern_ranks(keywords: dict[str, Any], targets: list[str]) -> dict[str, int]:
-    """Ranks as PEFT reads them."""
+    """Return the ranks that PEFT reads."""
     config = peft.LoraConfig(**keywords)
     from peft.utils.other import get_pattern_key
 
@@ -125,8 +125,8 @@ def pattern_ranks(keywords: dict[str, Any], targets: list[str]) -> dict[str, int
 
 
 @pytest.mark.parametrize("budget", [*range(2, 11), 0.1, 0.5, 0.75, 1.0])
-def test_a_budget_keeps_the_largest_singular_values(budget: float, spectral: ls.Run) -> None:
-    """Brute force: take them one by one, the first of equal ones; so the spectra kept have the largest energy."""
+def test_rank_pattern_budget_keeps_the_largest_singular_values(budget: float, spectral: ls.Run) -> None:
+    """Brute force: select one component after another, the first of equal ones, so that the energy is largest."""
     count = int(budget) if budget >= 2 else round(budget * 10)
     pool = [(sigma, name) for name, spectrum in SPECTRA.items() for sigma in spectrum]
     expected = dict.fromkeys(SPECTRA, 0)
@@ -140,23 +140,23 @@ def test_a_budget_keeps_the_largest_singular_values(budget: float, spectral: ls.
     assert sum(found.values()) == count
 
 
-def test_without_a_budget_the_ranks_are_the_runs(spectral: ls.Run) -> None:
+def test_rank_pattern_without_budget_has_the_ranks_of_the_run(spectral: ls.Run) -> None:
     assert rank_pattern(spectral) == spectral.lora_config() == rank_pattern(spectral, 1)
     assert pattern_ranks(rank_pattern(spectral), list(SPECTRA)) == spectral.ranks()
 
 
-def test_a_small_share_leaves_one_component(spectral: ls.Run) -> None:
+def test_rank_pattern_small_budget_keeps_one_component(spectral: ls.Run) -> None:
     assert rank_pattern(spectral, 0.01)["target_modules"] == ["h.0.q"]
 
 
-def test_a_rank_beyond_the_matrix_counts_as_components_of_no_energy(tmp_path: Path) -> None:
+def test_rank_pattern_rank_beyond_the_matrix_has_zero_energy(tmp_path: Path) -> None:
     wide = drawn(6, size=4)
     run = plant(tmp_path, "run", {}, factors={"h.0.q": (wide.B, wide.A), "h.1.q": low_rank(1e-3)})
     assert pattern_ranks(rank_pattern(run, 1.0), ["h.0.q", "h.1.q"]) == {"h.0.q": 6, "h.1.q": 1}
     assert pattern_ranks(rank_pattern(run, 5), ["h.0.q", "h.1.q"]) == {"h.0.q": 4, "h.1.q": 1}
 
 
-def test_of_equal_ones_the_first_module_is_kept(tmp_path: Path) -> None:
+def test_rank_pattern_ties_keep_the_first_module(tmp_path: Path) -> None:
     chosen = [f"h.{layer}.q" for layer in range(40)]
     run = plant(tmp_path, "run", {}, factors=dict.fromkeys(chosen, low_rank(2.0, 2.0)))
     keywords = rank_pattern(run, 31)
@@ -165,20 +165,20 @@ def test_of_equal_ones_the_first_module_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, -1, 1.5, 2.5, 11, float("nan"), float("inf")])
-def test_a_budget_that_is_none_is_refused(budget: float, spectral: ls.Run) -> None:
-    with pytest.raises(ValueError, match=r"^budget .* give .*10") as raised:
+def test_rank_pattern_invalid_budget_raises(budget: float, spectral: ls.Run) -> None:
+    with pytest.raises(ValueError, match=rf"^budget must be .* to 10, got {budget:g}$") as raised:
         rank_pattern(spectral, budget)
     assert "\n" not in str(raised.value)
 
 
-def test_nan_has_no_singular_values_to_go_by(tmp_path: Path) -> None:
+def test_rank_pattern_of_nan_raises(tmp_path: Path) -> None:
     run = plant(tmp_path, "run", {}, factors={"h.0.q": low_rank(1.0), "h.1.q": low_rank(float("nan"))})
-    with pytest.raises(ValueError, match=r"^h\.1\.q holds NaN"):
+    with pytest.raises(ValueError, match=r"h\.1\.q must be finite, got NaN"):
         rank_pattern(run, 0.5)
 
 
-def test_a_pattern_of_an_adapter_folder(tmp_path: Path) -> None:
-    """The spectra of PEFT's own matrices decide, and each module keeps its scale."""
+def test_rank_pattern_of_an_adapter_folder(tmp_path: Path) -> None:
+    """The spectra of PEFT's own matrices select the components, and each module keeps its scale."""
     config = {"r": 4, "lora_alpha": 6, "rank_pattern": {"k_proj": 7}}
     model = save(tmp_path, target_modules=["q_proj", "k_proj"], **config)
     scales = {name: scale for name, (_, scale) in layers(model).items()}
@@ -195,7 +195,7 @@ def test_a_pattern_of_an_adapter_folder(tmp_path: Path) -> None:
 
 
 def by_the_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The model that the folder's README says how to load."""
+    """Load the model by the code in the folder's README."""
     snippet = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert snippet
     monkeypatch.chdir(out.parent)
@@ -205,7 +205,7 @@ def by_the_card(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def distance(ours: nn.Module, theirs: nn.Module) -> float:
-    """Largest difference of logits in float64, relative to the largest logit."""
+    """Return the largest difference of logits in float64, relative to the largest logit."""
     batch = inputs(ours)
     with torch.no_grad():
         expected, found = (model.double()(**batch).logits for model in (ours, theirs))
@@ -231,11 +231,11 @@ CASES: dict[str, tuple[str, str, Any]] = {
 }
 
 
-# Of merging, which is not done; and where both Linear and Conv1D are adapted PEFT mends its one flag for the other.
+# PEFT warns about merging, which is not done, and corrects its flag if both Linear and Conv1D are adapted.
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
 @pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
-def test_peft_gives_the_same_logits(
+def test_to_peft_gives_the_same_logits(
     family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_folder(tmp_path / "base", family, head)
@@ -247,10 +247,10 @@ def test_peft_gives_the_same_logits(
     theirs = by_the_card(out, monkeypatch)
     fresh = models.load(folder, task=task)
     assert distance(ours, fresh) > 1e-3
-    # Where a head is adapted and saved whole, its weight is rounded to float32 once more.
+    # The weight of a head that is adapted and saved whole is rounded to float32 once more.
     assert distance(ours, theirs) < (rounding(terms=TINY) if "classifier" in run.updates() else 1e-9)
 
-    # Read back it is the same adapter; a head that is saved whole holds its own update.
+    # The loaded adapter is the same, except for a head saved whole, whose weight includes its update.
     expected = {name: update for name, update in run.updates().items() if name != "classifier"}
     again = load(out).updates()
     assert set(again) == set(expected) == set(layers(theirs))
@@ -260,13 +260,15 @@ def test_peft_gives_the_same_logits(
 
 @dataclass(kw_only=True)
 class Early(LoRA):
-    """Its best state is that after two steps."""
+    """LoRA whose best state is after two steps."""
 
     def settled(self, step: Any) -> bool:
         return step.finished == 2
 
 
-def test_the_best_state_is_its_own(bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_peft_best_state_differs_from_last(
+    bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     last, run = trained(bert, task, Early(lr=0.05, head_lr=0.05), tmp_path / "run")
     best = models.load(bert, task=task)
     run.restore(best, state="best", method=Early())
@@ -277,7 +279,7 @@ def test_the_best_state_is_its_own(bert: str, task: Any, tmp_path: Path, monkeyp
 
 @dataclass(kw_only=True)
 class Beneath(LoRA):
-    """Trains some of the modules that it adapts as well, and no head."""
+    """LoRA that also trains some of the adapted modules, and no head."""
 
     beneath: tuple[str, ...] = ()
 
@@ -296,10 +298,10 @@ class Beneath(LoRA):
     ],
     ids=["nothing", "linear", "conv1d and embedding"],
 )
-def test_a_weight_that_trained_below_its_adapter_takes_it_up(
+def test_to_peft_merges_adapters_of_trained_weights(
     family: str, head: str, beneath: tuple[str, ...], task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """PEFT has either; and where no head trained it must not look for one."""
+    """PEFT saves an adapter or a weight, and must not expect a head that did not train."""
     folder = tiny_folder(tmp_path / "base", family, head)
     method = Beneath(targets=("q", "ffn_in", "pos_embed"), beneath=beneath, lr=0.05)
     ours, run = trained(folder, task, method, tmp_path / "run")
@@ -307,11 +309,11 @@ def test_a_weight_that_trained_below_its_adapter_takes_it_up(
     assert distance(ours, models.load(folder, task=task)) > 1e-3
     assert distance(ours, theirs) < rounding(terms=TINY)
     assert set(layers(theirs)) == set(run.ranks()) - set(beneath)
-    assert "The head that was trained" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "trained head" not in (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
-def test_of_autolora_the_retrained_phase_is_exported(
+def test_to_peft_exports_the_retrained_phase_of_autolora(
     family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     base = request.getfixturevalue(family)
@@ -352,7 +354,7 @@ class Triple(Delta):
 
 @dataclass(kw_only=True)
 class Masking(Method):
-    """Masks ``number % 4`` components of the module with that number, so all of some; has state by module name."""
+    """Method that masks ``number % 4`` components of module ``number``, and has state by module name."""
 
     lr: float = 0.05
     head_lr: float = 0.05
@@ -370,7 +372,7 @@ class Masking(Method):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_masked_components_are_dropped_and_the_scale_stays(
+def test_to_peft_drops_masked_components_and_keeps_the_scale(
     family: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     ours, run = trained(request.getfixturevalue(family), task, Masking(), tmp_path / "run")
@@ -395,7 +397,7 @@ ALLOCATORS = [
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
 @pytest.mark.parametrize("method", ALLOCATORS, ids=lambda method: method.name)
-def test_an_allocator_as_it_ends(
+def test_to_peft_exports_the_final_ranks_of_an_allocator(
     method: Method,
     family: str,
     task: Any,
@@ -415,7 +417,7 @@ def test_an_allocator_as_it_ends(
     assert distance(ours, theirs) < rounding(terms=TINY)
 
 
-def test_an_adapter_of_which_nothing_is_left(bert: str, task: Any, tmp_path: Path) -> None:
+def test_to_peft_with_all_ranks_zero_raises(bert: str, task: Any, tmp_path: Path) -> None:
     _, run = trained(bert, task, AdaLoRA(init_rank=2, target_rank=0), tmp_path / "run")
     assert set(run.ranks().values()) == {0}
     for attempt in (
@@ -423,12 +425,12 @@ def test_an_adapter_of_which_nothing_is_left(bert: str, task: Any, tmp_path: Pat
         lambda: rank_pattern(run),
         lambda: rank_pattern(run, 2),
     ):
-        with pytest.raises(ValueError, match="no factored update of a rank above 0"):
+        with pytest.raises(ValueError, match="no factored update of rank >= 1"):
             attempt()
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
-def test_in_use_keeps_the_product() -> None:
+def test_drop_unused_keeps_the_product() -> None:
     draw = np.random.default_rng(0)
     B, A, diagonal = draw.standard_normal((5, 4)), draw.standard_normal((4, 6)), np.array([0.0, -2.0, 0.0, 1e-30])
     found = drop_unused(LowRank(B * diagonal, A, 2), diagonal)
@@ -436,7 +438,7 @@ def test_in_use_keeps_the_product() -> None:
     np.testing.assert_allclose(found.dense(), 2 * B @ np.diag(diagonal) @ A)
 
 
-# -- what is refused ------------------------------------------------------------------------------------------------
+# -- rejected updates -----------------------------------------------------------------------------------------------
 
 
 class Dense(Delta):
@@ -449,7 +451,7 @@ class Dense(Delta):
 
 
 class Mixed(Triple):
-    """Stands for what depends on its input."""
+    """Adapter whose update depends on its input."""
 
     def update(self) -> LowRank:
         known = super().update()
@@ -470,13 +472,13 @@ class Unfit(Method):
 @pytest.mark.parametrize(
     ("method", "why"),
     [
-        (Full(), "no low-rank updates to export: it changed the weights themselves"),
-        (Unfit(), "no low-rank updates to export: that of bert.encoder.layer.0.attention.self.query is not a product"),
-        (Unfit(inexact=True), "the update of bert.encoder.layer.0.attention.self.query depends on its input, no LoRA"),
+        (Full(), "cannot export .* as LoRA: it trained the weights themselves"),
+        (Unfit(), "the update of bert.encoder.layer.0.attention.self.query is not a product B A"),
+        (Unfit(inexact=True), "the update of bert.encoder.layer.0.attention.self.query depends on its input"),
     ],
     ids=["full", "dense", "inexact"],
 )
-def test_what_is_no_low_rank_update_is_refused(method: Method, why: str, bert: str, task: Any, tmp_path: Path) -> None:
+def test_to_peft_without_low_rank_update_raises(method: Method, why: str, bert: str, task: Any, tmp_path: Path) -> None:
     _, run = trained(bert, task, method, tmp_path / "run", steps=1)
     with pytest.raises(ValueError, match=why) as raised:
         to_peft(run, tmp_path / "adapter")
@@ -484,9 +486,9 @@ def test_what_is_no_low_rank_update_is_refused(method: Method, why: str, bert: s
     assert not (tmp_path / "adapter").exists()
 
 
-def test_an_adapter_that_was_read_is_copied(tmp_path: Path) -> None:
+def test_to_peft_of_a_loaded_adapter_raises(tmp_path: Path) -> None:
     save(tmp_path / "theirs", target_modules=["q_proj"], r=2)
-    with pytest.raises(ValueError, match=r"theirs is an adapter of PEFT already: copy its folder, .*theirs$"):
+    with pytest.raises(ValueError, match=r"cannot export theirs: .* copy its folder .*theirs$"):
         to_peft(load(tmp_path / "theirs"), tmp_path / "adapter")
 
 
@@ -496,14 +498,14 @@ def lora(bert: str, task: Any, tmp_path_factory: pytest.TempPathFactory) -> ls.R
     return trained(bert, task, LoRA(rank=2, lr=0.05, head_lr=0.05), folder)[1]
 
 
-def test_what_lies_there_is_left_alone(lora: ls.Run, tmp_path: Path) -> None:
+def test_to_peft_into_an_existing_folder_raises(lora: ls.Run, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(FileExistsError, match=r"there exists: give a new folder"):
+    with pytest.raises(FileExistsError, match=r"cannot create .*there: it exists"):
         to_peft(lora, tmp_path / "there")
     assert not list((tmp_path / "there").iterdir())
 
 
-def test_a_folder_appears_whole_or_not_at_all(lora: ls.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_peft_folder_is_complete_or_absent(lora: ls.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -519,11 +521,11 @@ def test_a_folder_appears_whole_or_not_at_all(lora: ls.Run, tmp_path: Path, monk
     ]  # fmt: skip
 
 
-def test_a_changed_state_is_refused(lora: ls.Run, tmp_path: Path) -> None:
+def test_to_peft_of_a_changed_state_raises(lora: ls.Run, tmp_path: Path) -> None:
     copy = lora.save(tmp_path / "copy")
     file = tmp_path / "copy/state/last.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="does not match its checksum"):
+    with pytest.raises(ValueError, match="checksum differs"):
         to_peft(copy, tmp_path / "adapter")
 
 
@@ -537,7 +539,7 @@ def test_a_changed_state_is_refused(lora: ls.Run, tmp_path: Path) -> None:
         ("bert-base-uncased", "bert-base-uncased", ()),
     ],
 )
-def test_the_base_has_the_name_that_others_know(
+def test_to_peft_base_has_its_hub_name(
     model: str, base: str, more: tuple[str, ...], lora: ls.Run, tmp_path: Path
 ) -> None:
     out = to_peft(ls.Run(lora.path, lora.meta | {"model": model}), tmp_path / "adapter")
@@ -554,7 +556,7 @@ def test_the_base_has_the_name_that_others_know(
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
-def test_the_snippet_is_python_and_says_what_json_says(
+def test_export_command_prints_equal_python_and_json(
     lora: ls.Run, spectral: ls.Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for found, words in ((lora, []), (spectral, ["--budget", "6"]), (spectral, ["--budget", 0.5])):
@@ -570,28 +572,31 @@ def test_the_snippet_is_python_and_says_what_json_says(
         assert scope["config"] == expected
 
 
-def test_the_command_writes_the_adapter(lora: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_the_adapter(lora: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "adapter"
     assert run(capsys, "export", lora.path, "--peft", out) == (0, f"{out}\n", "")
     assert load(out).ranks() == lora.ranks()
     code, told, _ = run(capsys, "export", lora.path, "--peft", tmp_path / "best", "--state", "best", "--json")
     assert (code, json.loads(told)) == (0, {"id": lora.id, "path": str(tmp_path / "best")})
-    assert "adapter exists: give a new folder" in complaint(capsys, "export", lora.path, "--peft", out)
+    assert "adapter: it exists, pass a new folder" in complaint(capsys, "export", lora.path, "--peft", out)
 
 
-def test_wrong_use_gets_one_line(lora: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "export").startswith("export what? Give a run: lorascope export ")
-    for words in ([], ["--rank-pattern", "--peft", tmp_path / "x"]):
-        assert complaint(capsys, "export", lora.path, *words).startswith("export as what? ")
-    assert "--budget goes with --rank-pattern" in complaint(capsys, "export", lora.path, "--peft", "x", "--budget", 2)
-    assert "budget 99 is more than the 8 components" in complaint(
-        capsys, "export", lora.path, "--rank-pattern", "--budget", 99
+def test_export_command_wrong_use_prints_one_line(
+    lora: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert complaint(capsys, "export").startswith("RUN is required: lorascope export ")
+    for count, words in ((0, []), (2, ["--rank-pattern", "--peft", tmp_path / "x"])):
+        assert complaint(capsys, "export", lora.path, *words).endswith(f"is required, got {count}")
+    assert "--budget requires --rank-pattern" in complaint(capsys, "export", lora.path, "--peft", "x", "--budget", 2)
+    told = complaint(capsys, "export", lora.path, "--rank-pattern", "--budget", 99)
+    assert "total rank from 2 to 8, got 99" in told
+    assert "state must be one of 'last', 'best', got 'first'" in complaint(
+        capsys, "export", lora.path, "--rank-pattern", "--state", "first"
     )
-    assert "state 'first' is unknown" in complaint(capsys, "export", lora.path, "--rank-pattern", "--state", "first")
-    assert "there is no folder nowhere" in complaint(capsys, "export", "nowhere", "--rank-pattern")
+    assert "cannot load nowhere" in complaint(capsys, "export", "nowhere", "--rank-pattern")
 
 
-def test_neither_form_imports_torch(lora: ls.Run, tmp_path: Path) -> None:
+def test_export_command_does_not_import_torch(lora: ls.Run, tmp_path: Path) -> None:
     call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
     for words in (["--rank-pattern", "--budget", "0.5"], ["--peft", str(tmp_path / "adapter")]):
         assert not modules_after(call, str(lora.path), *words) & {"torch", "transformers", "peft", "matplotlib"}

@@ -41,7 +41,7 @@ def sizes(model: Any) -> dict[str, int]:
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True:UserWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True but the target module:UserWarning")
 @pytest.mark.parametrize(("family", "head", "targets"), CASES.values(), ids=CASES)
-def test_peft_gives_the_same_logits(
+def test_to_peft_gives_the_same_logits(
     family: str, head: str, targets: Any, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tiny_folder(tmp_path / "base", family, head)
@@ -51,11 +51,11 @@ def test_peft_gives_the_same_logits(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter", "base", "run"]
     theirs = by_the_card(out, monkeypatch)
     assert distance(ours, models.load(folder, task=task)) > 1e-3
-    assert distance(ours, theirs) < rounding(terms=TINY)  # PEFT transforms in float32 whatever the model's dtype
+    assert distance(ours, theirs) < rounding(terms=TINY)  # PEFT transforms in float32 regardless of the model's dtype
 
     kept = {name: update for name, update in found.updates().items() if name != "classifier"}
     assert sizes(theirs) == {name: len(update.coefficients) for name, update in kept.items()}
-    if "lm_head" in kept:  # the base's own files hold the tied weight under its other name alone
+    if "lm_head" in kept:  # the base's files store the tied weight only under its other name
         return
     again = load(out, base=folder).updates()
     assert set(again) == set(kept)
@@ -67,7 +67,7 @@ def test_peft_gives_the_same_logits(
 
 @dataclass(kw_only=True)
 class Uneven(FourierFT):
-    """Modules that differ in the number of coefficients, and where it is said in seed and scale."""
+    """FourierFT whose modules differ in the number of coefficients and, if given, in seed and scale."""
 
     seeds: tuple[int, ...] = (2024,)
     alphas: tuple[float, ...] = (30.0,)
@@ -83,7 +83,7 @@ class Uneven(FourierFT):
             host.delta = spec._fourier_delta("module", host)
 
 
-def test_modules_of_different_numbers_keep_their_own(
+def test_to_peft_keeps_the_number_of_coefficients_per_module(
     llama: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = Uneven(targets=("q", "v", "head"), head_lr=0.05)
@@ -96,8 +96,8 @@ def test_modules_of_different_numbers_keep_their_own(
     assert {name: len(update.coefficients) for name, update in again.items()} == sizes(theirs)
 
 
-def test_names_that_end_or_begin_alike_keep_their_own_number() -> None:
-    """Names that end as others do, one without a dot among them; whichever number is the common one."""
+def test_frequency_pattern_of_similar_names_keeps_each_number() -> None:
+    """Names that end as others do, including one without a dot, for two choices of the common number."""
     for common in (0, 3):
         model = Nested()
         model.q = nn.Linear(8, 8)
@@ -107,7 +107,7 @@ def test_names_that_end_or_begin_alike_keep_their_own_number() -> None:
         assert sizes(theirs) == numbers
 
 
-def test_a_weight_that_trained_below_its_coefficients_takes_them_up(
+def test_to_peft_merges_coefficients_of_trained_weights(
     gpt2: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @dataclass(kw_only=True)
@@ -129,19 +129,19 @@ def test_a_weight_that_trained_below_its_coefficients_takes_them_up(
     [
         (
             FourierFT(center=4.0, width=6.0),
-            r"entries of .*query were drawn from a band \(center 4\), PEFT draws from all",
+            r"center must be None .*, got 4 for .*query",
         ),
-        (FourierFT(basis="random"), r"basis 'random' is none of PEFT's, whose basis is Fourier's"),
-        (FourierFT(basis="orthogonal"), r"basis 'orthogonal' is none of PEFT's"),
+        (FourierFT(basis="random"), r"basis must be 'fourier', got 'random'"),
+        (FourierFT(basis="orthogonal"), r"basis must be 'fourier', got 'orthogonal'"),
         (
             Uneven(seeds=(2024, 7)),
-            r"entries of .*value are not those of seed 2024, and PEFT has one seed for",
+            r"entries of .*value must be drawn with seed 2024",
         ),
-        (Uneven(alphas=(30.0, 40.0)), r"scales of 30 and 40: PEFT's `scaling` is one for all modules"),
+        (Uneven(alphas=(30.0, 40.0)), r"the same scale, got 30 and 40"),
     ],
     ids=["band", "random", "orthogonal", "two seeds", "two scales"],
 )
-def test_what_peft_cannot_express_is_refused_in_one_line(
+def test_to_peft_of_unsupported_settings_raises_one_line(
     method: FourierFT, why: str, bert: str, task: Any, tmp_path: Path
 ) -> None:
     _, found = trained(bert, task, method, tmp_path / "run", steps=1)
@@ -152,7 +152,9 @@ def test_what_peft_cannot_express_is_refused_in_one_line(
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_card_and_the_command(bert: str, task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_card_and_configuration(
+    bert: str, task: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, found = trained(bert, task, FourierFT(), tmp_path / "run", steps=1)
     out = tmp_path / "adapter"
     assert run(capsys, "export", found.path, "--peft", out) == (0, f"{out}\n", "")
@@ -162,4 +164,4 @@ def test_the_card_and_the_command(bert: str, task: Any, tmp_path: Path, capsys: 
     assert (config["n_frequency"], config["n_frequency_pattern"]) == (128, {})
     assert not {"r", "lora_alpha", "lora_dropout"} & config.keys()
     told = complaint(capsys, "export", found.path, "--rank-pattern")
-    assert "is no product B A, so it has no ranks of a LoRA" in told
+    assert "is not a product B A" in told

@@ -1,4 +1,4 @@
-"""HydraLoRA for PEFT: refused as it is, and exact once its gates are fixed."""
+"""Export of HydraLoRA to PEFT: rejected with a router, exact at fixed gate weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def hydra(request: pytest.FixtureRequest, bert: str, task: Any, tmp_path_factory
 
 
 def fixed(run: Run, gates: Any, bert: str, task: Any) -> Any:
-    """The trained model with a router that gives these gates to every token."""
+    """Return the trained model with a router that gives these gate weights to every token."""
     model = models.load(bert, task=task)
     run.restore(model)
     for name, part in delta.attached_deltas(model).items():
@@ -39,7 +39,7 @@ def fixed(run: Run, gates: Any, bert: str, task: Any) -> Any:
     return model
 
 
-def test_at_fixed_gates_peft_gives_the_logits_of_fixed_routers(
+def test_to_peft_at_fixed_gates_gives_the_logits_of_fixed_routers(
     hydra: Run, bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     means = ls.mean_gates(hydra, TEXTS, base=models.load(bert, task=task))
@@ -49,14 +49,14 @@ def test_at_fixed_gates_peft_gives_the_logits_of_fixed_routers(
         assert {rank for rank, _ in layers(theirs).values()} == {6 if hydra.meta["method"]["heads"] == "split" else 2}
         free = models.load(bert, task=task)
         hydra.restore(free)
-        assert distance(free, theirs) > 1e-4  # what routers do is lost
+        assert distance(free, theirs) > 1e-4  # the export has no router
         assert distance(fixed(hydra, gates, bert, task), theirs) < rounding(terms=TINY)
         card = (out / "README.md").read_text(encoding="utf-8")
         assert "HydraLoRA at given gates, without its routers" in card
-        assert "not those of the model that was trained" in card
+        assert "outputs approximate those of the trained model" in card
 
 
-def test_the_ranks_at_fixed_gates_are_a_pattern(hydra: Run, bert: str, task: Any) -> None:
+def test_rank_pattern_at_fixed_gates_has_ranks(hydra: Run, bert: str, task: Any) -> None:
     means = ls.mean_gates(hydra, TEXTS, base=models.load(bert, task=task))
     whole = rank_pattern(ls.at_gates(hydra, means))
     assert whole["r"] == hydra.ranks()[whole["target_modules"][0]]
@@ -64,20 +64,20 @@ def test_the_ranks_at_fixed_gates_are_a_pattern(hydra: Run, bert: str, task: Any
     assert len(kept["target_modules"]) <= 3
 
 
-def test_as_it_is_one_line_says_what_can_be_done(hydra: Run, tmp_path: Path, capsys: Any) -> None:
+def test_export_command_with_a_router_suggests_at_gates(hydra: Run, tmp_path: Path, capsys: Any) -> None:
     for words in (("--peft", tmp_path / "adapter"), ("--rank-pattern", "--budget", 0.5)):
         told = complaint(capsys, "export", hydra.path, *words)
-        assert "depends on its input, no LoRA holds its router" in told
+        assert "depends on its input, and a LoRA has no router" in told
         assert "ls.at_gates(run, ls.mean_gates(run, texts))" in told
-        assert "near it, not equal" in told
+        assert "an approximation" in told
     assert not list(tmp_path.iterdir())
 
 
-def test_its_ranks_need_no_router(hydra: Run, capsys: Any) -> None:
-    """A LoRA with them has the rank and the scale of what a token sees, whatever its gates."""
+def test_rank_pattern_does_not_require_the_router(hydra: Run, capsys: Any) -> None:
+    """A LoRA with these ranks has the rank and scale that one token sees, regardless of its gate weights."""
     code, out, err = run(capsys, "export", hydra.path, "--rank-pattern", "--json")
     assert code == 0
-    assert "neither the router nor the heads" in err
+    assert "neither the router nor the experts" in err
     keywords = json.loads(out)
     means = {name: [0.2, 0.3, 0.5] for name in hydra.updates()}
     assert keywords == rank_pattern(hydra) == rank_pattern(ls.at_gates(hydra, means))
@@ -85,20 +85,20 @@ def test_its_ranks_need_no_router(hydra: Run, capsys: Any) -> None:
     assert scale == {keywords["lora_alpha"] / keywords["r"]}
 
 
-def test_gates_of_some_modules_do_not_help_the_others(hydra: Run, tmp_path: Path) -> None:
+def test_to_peft_with_gates_of_some_modules_raises(hydra: Run, tmp_path: Path) -> None:
     first, second, *_ = hydra.updates()
     with pytest.raises(ValueError, match=f"the update of {second} depends on its input"):
         to_peft(ls.at_gates(hydra, {first: [0.2, 0.3, 0.5]}), tmp_path / "adapter")
 
 
-def test_a_folder_of_the_authors_is_not_for_peft(tmp_path: Path) -> None:
+def test_to_peft_of_an_authors_folder_raises(tmp_path: Path) -> None:
     write(tmp_path / "theirs")
-    with pytest.raises(ValueError, match="theirs holds HydraLoRA, which no folder of PEFT does"):
+    with pytest.raises(ValueError, match="cannot export theirs: PEFT has no HydraLoRA"):
         to_peft(ls.load(tmp_path / "theirs"), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("method", [HydraLoRA(num_experts=1), HydraLoRA(router="uniform")], ids=["one head", "even"])
-def test_what_has_no_router_is_a_lora_already(
+def test_to_peft_without_router_exports_a_lora(
     method: HydraLoRA, bert: str, task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours, run = trained(bert, task, method, tmp_path / "run")

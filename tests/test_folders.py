@@ -1,4 +1,4 @@
-"""Run folders: what may be removed, and what is left alone however it is asked for."""
+"""Run folders: removal, locks and atomic creation."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OWN = [
 
 
 def make_run(folder: Path, **meta: Any) -> Path:
-    """A run folder with a file of every kind that a training leaves."""
+    """Create a run folder with a file of every kind that training writes."""
     for name in OWN:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
@@ -48,7 +48,7 @@ def make_recipe(folder: Path, status: str = "done") -> Path:
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """All that lies below a folder, links unfollowed."""
+    """Return the content of a folder by path; symbolic links are not followed."""
     return {
         path.relative_to(folder).as_posix(): os.readlink(path)
         if path.is_symlink()
@@ -58,15 +58,15 @@ def tree(folder: Path) -> dict[str, object]:
 
 
 @contextmanager
-def held_elsewhere(folder: Path) -> Iterator[None]:
-    """Lock a folder from another process, as a training in it does."""
-    (ready, tell), (wait, go) = os.pipe(), os.pipe()
+def locked_elsewhere(folder: Path) -> Iterator[None]:
+    """Lock a folder in another process, as training in it does."""
+    (ready, signal), (wait, go) = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(go)
             with lock_run(folder):
-                os.write(tell, b"1")
+                os.write(signal, b"1")
                 os.read(wait, 1)
         finally:
             os._exit(0)
@@ -76,12 +76,12 @@ def held_elsewhere(folder: Path) -> Iterator[None]:
     finally:
         os.close(go)
         assert os.waitpid(child, 0)[1] == 0
-        for handle in (ready, tell, wait):
+        for handle in (ready, signal, wait):
             os.close(handle)
 
 
 @pytest.mark.parametrize("status", ["done", "running", "broken"])
-def test_remove_run_takes_a_run_and_nothing_beside_it(tmp_path: Path, status: str) -> None:
+def test_remove_run_removes_only_the_run(tmp_path: Path, status: str) -> None:
     make_run(tmp_path / "run", status=status)
     make_run(tmp_path / "other")
     before = tree(tmp_path / "other")
@@ -91,7 +91,7 @@ def test_remove_run_takes_a_run_and_nothing_beside_it(tmp_path: Path, status: st
 
 
 @pytest.mark.parametrize("status", ["done", "running"])
-def test_remove_run_takes_a_recipe_with_its_phases(tmp_path: Path, status: str) -> None:
+def test_remove_run_removes_a_recipe_with_its_phases(tmp_path: Path, status: str) -> None:
     make_recipe(tmp_path / "recipe", status)
     (tmp_path / "recipe/3-more").mkdir()  # killed before its first file
     remove_run(tmp_path / "recipe")
@@ -119,9 +119,9 @@ def link_in_its_place(folder: Path) -> None:
 
 REFUSED = {
     "another program's run.json": (write("run.json", '{"id": 7, "scripts": ["a"]}'), "run.json"),
-    "a run.json with an id alone": (write("run.json", json.dumps({"id": ID, "status": "done"})), "run.json"),
-    "an id that is none": (write("run.json", json.dumps(MANIFEST | {"id": "my-favourite"})), "run.json"),
-    "a status that is none": (write("run.json", json.dumps(MANIFEST | {"status": "succeeded"})), "run.json"),
+    "a run.json with only an id": (write("run.json", json.dumps({"id": ID, "status": "done"})), "run.json"),
+    "an invalid id": (write("run.json", json.dumps(MANIFEST | {"id": "my-favourite"})), "run.json"),
+    "an invalid status": (write("run.json", json.dumps(MANIFEST | {"status": "succeeded"})), "run.json"),
     "a list": (write("run.json", "[1, 2]"), "run.json"),
     "a cut run.json": (write("run.json", json.dumps(MANIFEST)[:-20]), "run.json"),
     "deep nesting": (write("run.json", "[" * 100_000), "run.json"),
@@ -130,16 +130,16 @@ REFUSED = {
     "notes": (write("notes.txt"), "notes.txt"),
     "notes of a phase": (write("1-notes/chapter.tex"), "1-notes/chapter.tex"),
     "hidden notes": (write(".notes.part"), ".notes.part"),
-    "notes beside snapshots": (write("snapshots/step-mine.safetensors"), "step-mine.safetensors"),
+    "notes next to snapshots": (write("snapshots/step-mine.safetensors"), "step-mine.safetensors"),
     "a run below the run": (write("copy/run.json"), "copy/run.json"),
     "a link inside": (foreign_link, "state"),
     "a link in its place": (link_in_its_place, "elsewhere"),
-    "a removed folder that is none": (write("../.run.removed/mine.txt"), "mine.txt"),
+    "a removed folder that is not one": (write("../.run.removed/mine.txt"), "mine.txt"),
 }
 
 
 @pytest.mark.parametrize("fault", list(REFUSED))
-def test_remove_run_refuses_what_is_not_ours(tmp_path: Path, fault: str) -> None:
+def test_remove_run_with_foreign_files_raises_and_changes_nothing(tmp_path: Path, fault: str) -> None:
     change, named = REFUSED[fault]
     make_run(tmp_path / "run")
     change(tmp_path / "run")
@@ -152,10 +152,10 @@ def test_remove_run_refuses_what_is_not_ours(tmp_path: Path, fault: str) -> None
 
 
 @pytest.mark.parametrize("place", ["", "1-search", "2-retrain"])
-def test_a_folder_in_which_another_process_trains_is_not_removed(tmp_path: Path, place: str) -> None:
+def test_remove_run_of_a_locked_folder_raises(tmp_path: Path, place: str) -> None:
     make_recipe(tmp_path / "run", "running")
     before = tree(tmp_path)
-    with held_elsewhere(tmp_path / "run" / place):
+    with locked_elsewhere(tmp_path / "run" / place):
         with pytest.raises(RunLocked, match="another process"):
             prepare_folder(tmp_path / "run", ID, overwrite=True)
         assert tree(tmp_path) == before
@@ -163,7 +163,7 @@ def test_a_folder_in_which_another_process_trains_is_not_removed(tmp_path: Path,
     assert not any(tmp_path.iterdir())
 
 
-def test_claim_leaves_the_half_written_files_of_a_running_training(tmp_path: Path) -> None:
+def test_prepare_folder_of_a_running_training_keeps_partial_files(tmp_path: Path) -> None:
     make_run(tmp_path / "run", status="running")
     write(".run.json.4711.part")(tmp_path / "run")
     before = tree(tmp_path)
@@ -171,7 +171,7 @@ def test_claim_leaves_the_half_written_files_of_a_running_training(tmp_path: Pat
     assert tree(tmp_path) == before
 
 
-def test_a_lock_ends_with_its_training_while_a_forked_worker_lives(tmp_path: Path) -> None:
+def test_lock_ends_with_training_while_a_forked_worker_lives(tmp_path: Path) -> None:
     wait, go = os.pipe()
     with lock_run(tmp_path / "run"):
         if (worker := os.fork()) == 0:
@@ -187,7 +187,7 @@ def test_a_lock_ends_with_its_training_while_a_forked_worker_lives(tmp_path: Pat
         os.waitpid(worker, 0)
 
 
-def test_a_lock_on_a_folder_that_was_moved_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_of_a_moved_folder_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 
     def moved(path: Any, *flags: int) -> int:
@@ -201,7 +201,7 @@ def test_a_lock_on_a_folder_that_was_moved_away_is_none(tmp_path: Path, monkeypa
         pass
 
 
-def test_what_a_removal_left_behind_goes_with_the_next(tmp_path: Path) -> None:
+def test_remove_run_cleans_up_an_interrupted_removal(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
     make_run(tmp_path / ".run.removed")
     (tmp_path / ".run.removed/run.json").unlink()
@@ -209,10 +209,10 @@ def test_what_a_removal_left_behind_goes_with_the_next(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_a_recorder_does_not_move_a_folder_away_in_which_another_process_writes(tmp_path: Path) -> None:
+def test_create_folder_of_a_locked_run_raises(tmp_path: Path) -> None:
     make_run(tmp_path / "run", status="running")
     before = tree(tmp_path)
-    with held_elsewhere(tmp_path / "run"):
+    with locked_elsewhere(tmp_path / "run"):
         with pytest.raises(RunLocked, match="another process"):
             create_folder(tmp_path / "run", None)
         assert tree(tmp_path) == before
@@ -220,14 +220,14 @@ def test_a_recorder_does_not_move_a_folder_away_in_which_another_process_writes(
     assert [path.name for path in tmp_path.iterdir()] == [f"run-{ID}"]
 
 
-def test_a_recorder_refuses_a_file_in_place_of_its_folder(tmp_path: Path) -> None:
+def test_create_folder_at_a_file_raises(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     with pytest.raises(ValueError, match=r"out .*file"):
         create_folder(tmp_path / "run", None)
 
 
-def test_new_folder_is_whole_or_absent_and_takes_nobodys_place(tmp_path: Path) -> None:
-    (tmp_path / ".new.part").mkdir()  # somebody else's
+def test_new_folder_is_complete_or_absent_and_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".new.part").mkdir()  # of another program
 
     def fail() -> None:
         with new_folder(tmp_path / "new") as draft:
@@ -243,7 +243,7 @@ def test_new_folder_is_whole_or_absent_and_takes_nobodys_place(tmp_path: Path) -
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["file"]
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("new", "link"):
-        with pytest.raises(FileExistsError, match="exists: give a new folder"), new_folder(tmp_path / name):
+        with pytest.raises(FileExistsError, match=r"cannot create .*: it exists"), new_folder(tmp_path / name):
             pass
     assert os.readlink(tmp_path / "link") == "nowhere"
 
@@ -252,5 +252,5 @@ def test_new_folder_is_whole_or_absent_and_takes_nobodys_place(tmp_path: Path) -
     ("name", "partial"),
     [(".run.json.4711.part", True), (".notes.part", False), ("run.json.4711.part", False), (".4711.part", False)],
 )
-def test_temporary_files_of_ours_are_known_by_their_names(name: str, partial: bool) -> None:
+def test_is_partial_recognizes_only_own_temporary_names(name: str, partial: bool) -> None:
     assert is_partial(Path(name)) is partial

@@ -1,4 +1,4 @@
-"""Names that other people chose, hostile ones, at every output: terminal, errors, CSV, Markdown, HTML and figures."""
+"""Hostile names in every output: terminal, errors, CSV, Markdown, HTML and figures."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ EVIL = "\x1b]0;x\x07\x9b31m\u202e\r\n\0\b=cmd|' /C calc'!A0<script>$\\frac"
 FOLDER = EVIL.replace("\0", "").replace("/", "")
 MODULE = EVIL.replace("\n", "")
 FORMULA = "=cmd|' /C calc'!A0"
-SHOWN = r"\x1b]0;x\x07\x9b31m\u202e"  # how EVIL begins where it was treated
+SHOWN = r"\x1b]0;x\x07\x9b31m\u202e"  # escaped form of the first characters of EVIL
 
 
 def untreated(text: str) -> set[str]:
-    """Characters of a text that a terminal obeys, except for line breaks."""
+    """Return the nonprintable characters of a text, except for line breaks."""
     return {letter for letter in text if not letter.isprintable()} - {"\n"}
 
 
@@ -127,7 +127,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def command_lines(adapter: Path, run: Path, whole: tuple[Path, Path]) -> Iterator[tuple[Any, ...]]:
-    """Command lines that read something hostile and succeed."""
+    """Yield command lines that read a hostile folder and succeed."""
     twin = adapter.with_name("twin")
     if not twin.exists():
         shutil.copytree(adapter, twin)
@@ -149,7 +149,7 @@ def command_lines(adapter: Path, run: Path, whole: tuple[Path, Path]) -> Iterato
     yield "plot", "spectrum", f"{EVIL.replace('=', '')}={adapter}", "-o", f"{FOLDER}.csv"
 
 
-def test_no_command_prints_what_a_terminal_obeys(
+def test_commands_print_no_control_characters(
     adapter: Path, run: Path, whole: tuple[Path, Path], here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown = 0
@@ -171,7 +171,7 @@ def test_no_command_prints_what_a_terminal_obeys(
 
 
 def check_csv(text: str) -> None:
-    """No cell of words begins a formula or holds a line break."""
+    """Assert that no text cell starts a formula or contains a line break."""
     assert untreated(text) == set()
     rows = list(csv.reader(io.StringIO(text)))
     assert len({len(row) for row in rows}) == 1
@@ -224,17 +224,19 @@ def test_errors_are_one_printable_line(line: Any, run: Path, here: Path, capsys:
 
 
 @pytest.mark.parametrize("dtype", ["\x1b[31m", "F32"])
-def test_a_hostile_header_is_quoted_printably(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_on_a_hostile_header_are_printable(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = plant(tmp_path / FOLDER, {"model.layers.0.self_attn.q_proj": [1.0, 1.0]}, r=EVIL)
     file = path / "adapter_model.safetensors"
-    held = file.read_bytes()
-    size = int.from_bytes(held[:8], "little")
-    header = json.loads(held[8 : 8 + size])
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
     for tensor in header.values():
         if "dtype" in tensor:
             tensor["dtype"] = dtype
     text = json.dumps(header).encode()
-    file.write_bytes(len(text).to_bytes(8, "little") + text + held[8 + size :])
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
     for verb in (["inspect"], ["doctor"], ["export", "--rank-pattern"]):
         assert main([*verb, str(path)]) == 2
         err = capsys.readouterr().err
@@ -242,7 +244,7 @@ def test_a_hostile_header_is_quoted_printably(dtype: str, tmp_path: Path, capsys
         assert err.count("\n") == 1
 
 
-def test_a_run_shows_itself_printably(run: Path, adapter: Path) -> None:
+def test_run_representations_are_printable(run: Path, adapter: Path) -> None:
     for found in (Run.read(run), load(adapter)):
         assert untreated(repr(found)) == set()
         assert SHOWN in repr(found)
@@ -251,7 +253,7 @@ def test_a_run_shows_itself_printably(run: Path, adapter: Path) -> None:
         assert "<script" not in page
 
 
-def test_csv_cells_are_words_and_numbers_stay_numbers() -> None:
+def test_csv_text_escapes_formulas_and_keeps_numbers() -> None:
     rows = {
         "=name": ["=1+1", "+a", "-b", "@c", "\tx", "\ry", "plain", "-1.5", "a,\nb", None],
         "kind": pd.Categorical([EVIL, *["-x"] * 9]),
@@ -270,7 +272,7 @@ def test_csv_cells_are_words_and_numbers_stay_numbers() -> None:
 
 
 def chart(frame: bool = False) -> Chart:
-    """Hostile text wherever a chart has any."""
+    """Return a chart with hostile text in all its labels."""
     data = pd.DataFrame({"x": [0, 1, 0, 1], "y": [1.0, 2.0, 3.0, 4.0], "name": [EVIL, EVIL, "$a$", "$a$"]})
     data["at"] = ["a", EVIL, EVIL, "a"]
     data["told"] = [f"{EVIL}<b>", "<a href=javascript:x>", "%{x}", "$$"]
@@ -321,14 +323,14 @@ def test_saved_figures_contain_no_control_character(name: str, kind: str, tmp_pa
         assert untreated(head + own) - {"\xa0"} == set()
         assert "<script>$" not in head + own
     elif kind == "png":
-        with Image.open(path) as picture:
-            assert untreated("".join(picture.text.values())) == set()
+        with Image.open(path) as image:
+            assert untreated("".join(image.text.values())) == set()
     else:
         assert b"\x1b]0;x" not in path.read_bytes()
 
 
 @both_charts
-def test_both_renderers_show_escaped_text(made: Chart) -> None:
+def test_both_renderers_escape_text(made: Chart) -> None:
     drawn = made.mpl()
     drawn.draw_without_rendering()
     texts = [text.get_text() for text in drawn.findobj(lambda artist: hasattr(artist, "get_text"))]
@@ -347,7 +349,7 @@ def test_both_renderers_show_escaped_text(made: Chart) -> None:
 
 
 def strings(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:
-    """The texts of a plotly figure that plotly.js shows, with their places."""
+    """Yield the texts of a plotly figure that plotly.js shows, with their paths."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -359,7 +361,7 @@ def strings(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
             yield from strings(inner, (*path, number))
 
 
-def test_plotly_substitutes_nothing_into_foreign_text() -> None:
+def test_plotly_hover_template_ignores_hostile_placeholders() -> None:
     template = next(trace.hovertemplate for trace in chart().plotly().data if trace.hovertemplate)
     assert set(re.findall(r"%{([^}]*)}", template)) == {"x:.4~g", "y:.4~g"}
 
@@ -382,7 +384,7 @@ class Page(HTMLParser):
             self.text += data
 
 
-def test_the_report_page_escapes_everything(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_page_escapes_all_text(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     probe = Probe(
         name="p", title=EVIL, source=EVIL, question=EVIL, quick_budget=1, arms=lambda quick: [], judge=lambda runs: None
     )
@@ -397,9 +399,7 @@ def test_the_report_page_escapes_everything(run: Path, tmp_path: Path, monkeypat
     assert seen.scripts == Page(report.write(tmp_path / "q.html", {}, {}, quick=True).read_text()).scripts + 1
 
 
-def test_a_readme_of_an_export_contains_no_foreign_markup(
-    run: Path, here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_readme_contains_no_hostile_markup(run: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(run), "--peft", "out"]) == 0, capsys.readouterr().err
     text = Path("out/README.md").read_text(encoding="utf-8")
     assert untreated(text) == set()
@@ -409,7 +409,7 @@ def test_a_readme_of_an_export_contains_no_foreign_markup(
     compile(body.split("```python\n")[1].split("```")[0], "readme", "exec")
 
 
-def test_the_table_of_a_sweep_is_printable() -> None:
+def test_sweep_table_is_printable() -> None:
     stream = io.StringIO()
     board = SweepTable([EVIL, "b"], lambda number: Path("nowhere"), stream)
     board.end(0, "failed", EVIL)
@@ -419,7 +419,7 @@ def test_the_table_of_a_sweep_is_printable() -> None:
     assert untreated("\n".join(table(board.rows(), 80, 24))) == set()
 
 
-def test_a_bar_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(EVIL, 3, 0, visible=True) as bar:
         bar.refresh()
     err = capsys.readouterr().err
@@ -427,7 +427,7 @@ def test_a_bar_is_printable(capsys: pytest.CaptureFixture[str]) -> None:
     assert SHOWN in err
 
 
-def test_the_recipes_of_a_sweep_are_printable(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_standings_are_printable(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = dict.fromkeys(("model", "task", "metric"), EVIL)
     rows = [common | {"recipe": EVIL, "run": EVIL, "seed": seed, "value": float(seed)} for seed in range(3)]
     rows += [row | {"recipe": "b", "run": "b", "value": row["value"] + 1} for row in rows]
@@ -437,7 +437,7 @@ def test_the_recipes_of_a_sweep_are_printable(run: Path, monkeypatch: pytest.Mon
     assert SHOWN in told
 
 
-def test_a_warning_about_a_file_is_printable(tmp_path: Path) -> None:
+def test_warning_about_a_file_is_printable(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / FOLDER)
     checkpoints.folder.mkdir(parents=True)
     (checkpoints.folder / "step-00000001.safetensors").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""Adapters of PEFT read as files, with PEFT itself as the oracle; and folders that are broken in every way."""
+"""Loading of PEFT adapters, compared with PEFT itself, and of broken folders."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ ATTENTION = ["q_proj", "v_proj"]
 
 
 def adapted(model: Any, **config: Any) -> Any:
-    """PEFT's model around another, without what it warns of: embeddings saved too, a Conv1D, old names."""
+    """Wrap a model by PEFT, without its warnings about saved embeddings, Conv1D and old names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(model, peft.LoraConfig(**config))
 
 
 def save(path: Path, family: str = "llama", head: str | None = None, dtype: torch.dtype | None = None, **config: Any):
-    """Save an adapter whose factors are all random; gives the model that holds it."""
+    """Save an adapter with random factors, and return the adapted model."""
     model = adapted(tiny(family, head), **config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def save(path: Path, family: str = "llama", head: str | None = None, dtype: torc
 
 
 def deltas(model: Any) -> dict[str, np.ndarray]:
-    """PEFT's own updates as (out, in)."""
+    """Return PEFT's own updates as (out, in)."""
     found = {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight"):
@@ -88,7 +88,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_updates_are_those_of_peft(tmp_path: Path, case: dict[str, Any]) -> None:
+def test_updates_match_peft(tmp_path: Path, case: dict[str, Any]) -> None:
     expected = deltas(save(tmp_path, **case))
     run = load(tmp_path)
     updates = run.updates()
@@ -103,7 +103,7 @@ def test_updates_are_those_of_peft(tmp_path: Path, case: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_table_and_summary_hold_the_quantities_of_the_dense_update(tmp_path: Path, case: dict[str, Any]) -> None:
+def test_table_and_summary_match_the_dense_update(tmp_path: Path, case: dict[str, Any]) -> None:
     save(tmp_path, **case)
     run = load(tmp_path)
     summary = run.summary().set_index("module")
@@ -125,7 +125,7 @@ def test_table_and_summary_hold_the_quantities_of_the_dense_update(tmp_path: Pat
     assert table["relative_update"].isna().all()
 
 
-def test_modules_stand_in_the_order_of_the_layers(tmp_path: Path) -> None:
+def test_modules_are_ordered_by_layer(tmp_path: Path) -> None:
     model = tiny("llama", num_hidden_layers=12)
     adapted(model, target_modules=["v_proj", "q_proj"]).save_pretrained(tmp_path)
     run = load(tmp_path)
@@ -134,7 +134,7 @@ def test_modules_stand_in_the_order_of_the_layers(tmp_path: Path) -> None:
     assert list(run.summary()["module"]) == list(run.ranks()) == list(run.updates()) == list(run.modules["module"])
 
 
-def test_lora_config_makes_the_same_adapter_again(tmp_path: Path) -> None:
+def test_lora_config_recreates_the_adapter(tmp_path: Path) -> None:
     save(tmp_path, **CASES["patterns"])
     config = load(tmp_path).lora_config()
     again = adapted(tiny("llama"), **config)
@@ -147,7 +147,7 @@ def test_lora_config_makes_the_same_adapter_again(tmp_path: Path) -> None:
     assert found == {name: (update.rank, update.scale) for name, update in run.updates().items()}
 
 
-def test_shards_read_like_one_file(adapter: Path) -> None:
+def test_load_shards_matches_one_file(adapter: Path) -> None:
     whole = load(adapter)
     expected = {name: update.dense() for name, update in whole.updates().items()}
     tensors = load_file(adapter / WEIGHTS)
@@ -164,11 +164,11 @@ def test_shards_read_like_one_file(adapter: Path) -> None:
         name: dense.tolist() for name, dense in expected.items()
     }
     (adapter / "adapter_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 of 2 shards: adapter_model-00002"):
+    with pytest.raises(FileNotFoundError, match="missing 1 of 2 shards, such as adapter_model-00002"):
         load(adapter)
 
 
-def test_the_run_says_that_it_was_not_trained_here(adapter: Path) -> None:
+def test_adapter_run_rejects_steps_snapshots_and_restore(adapter: Path) -> None:
     run = lorascope.load(adapter)
     assert isinstance(run, AdapterRun)
     assert run.meta["source"] == str(adapter)
@@ -179,7 +179,7 @@ def test_the_run_says_that_it_was_not_trained_here(adapter: Path) -> None:
     assert "<table>" in run._repr_html_()
     factors = run.factors()["model.layers.0.self_attn.q_proj"]
     assert {name: array.shape for name, array in factors.items()} == {"A": (4, 32), "B": (32, 4)}
-    for ask in (
+    for call in (
         lambda: run.factors(step=3),
         lambda: run.updates(state="best"),
         lambda: run.summary(state="best"),
@@ -188,12 +188,12 @@ def test_the_run_says_that_it_was_not_trained_here(adapter: Path) -> None:
         lambda: run.restore(None),
         lambda: run.save("x"),
     ):
-        with pytest.raises(ValueError, match="adapter was not trained here") as raised:
-            ask()
+        with pytest.raises(ValueError, match="adapter 'adapter'") as raised:
+            call()
         assert "\n" not in str(raised.value)
 
 
-def test_the_id_is_that_of_the_content(adapter: Path, tmp_path: Path) -> None:
+def test_id_depends_only_on_the_content(adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter, tmp_path / "copy")
     assert load(adapter).id == load(tmp_path / "copy").id
     tensors = load_file(adapter / WEIGHTS)
@@ -202,7 +202,7 @@ def test_the_id_is_that_of_the_content(adapter: Path, tmp_path: Path) -> None:
     assert load(adapter).id != load(tmp_path / "copy").id
 
 
-def test_what_lies_beside_the_factors_is_named_and_left_alone(tmp_path: Path) -> None:
+def test_tensors_that_are_not_factors_are_listed_as_others(tmp_path: Path) -> None:
     save(
         tmp_path,
         family="bert",
@@ -217,7 +217,7 @@ def test_what_lies_beside_the_factors_is_named_and_left_alone(tmp_path: Path) ->
     assert sum(name.endswith(".bias") for name in files.others) == 5
 
 
-def test_names_with_the_adapters_own_name_are_read_too(adapter: Path) -> None:
+def test_load_names_with_the_adapter_name(adapter: Path) -> None:
     expected = load(adapter).summary()
     tensors = {
         name.replace(".weight", ".default.weight"): value for name, value in load_file(adapter / WEIGHTS).items()
@@ -230,7 +230,7 @@ def test_names_with_the_adapters_own_name_are_read_too(adapter: Path) -> None:
     ("family", "targets", "transposed"),
     [("gpt2", ["c_attn", "c_proj", "wte"], True), ("llama", ["q_proj", "down_proj", "embed_tokens"], False)],
 )
-def test_with_a_base_the_update_is_relative_to_its_weight(
+def test_load_with_base_gives_relative_updates(
     tmp_path: Path, family: str, targets: list[str], transposed: bool
 ) -> None:
     model = save(tmp_path / "adapter", family=family, target_modules=targets, r=3, fan_in_fan_out=transposed)
@@ -246,7 +246,7 @@ def test_with_a_base_the_update_is_relative_to_its_weight(
 
 
 @pytest.mark.parametrize("head", ["base", "causal"])
-def test_names_of_base_and_adapter_may_begin_differently(tmp_path: Path, head: str) -> None:
+def test_load_with_base_matches_names_with_other_prefixes(tmp_path: Path, head: str) -> None:
     save(tmp_path / "adapter", head=head, target_modules=["q_proj"], r=2)
     tiny("llama", "base").save_pretrained(tmp_path / "bare")
     tiny("llama").save_pretrained(tmp_path / "whole")
@@ -255,19 +255,19 @@ def test_names_of_base_and_adapter_may_begin_differently(tmp_path: Path, head: s
     assert bare["relative_update"].equals(whole["relative_update"])
 
 
-def test_another_base_is_refused(tmp_path: Path) -> None:
+def test_load_with_another_base_raises(tmp_path: Path) -> None:
     save(tmp_path / "adapter", target_modules=["q_proj"], r=2)
     tiny("llama", hidden_size=16).save_pretrained(tmp_path / "narrow")
-    with pytest.raises(ValueError, match=r"has the shape \(16, 16\), the update needs \(32, 32\)"):
+    with pytest.raises(ValueError, match=r"must have shape \(32, 32\), got \(16, 16\)"):
         load(tmp_path / "adapter", tmp_path / "narrow").summary()
     tiny("bert").save_pretrained(tmp_path / "bert")
-    with pytest.raises(ValueError, match=r"holds no weight of any module of .*: it is not its base"):
+    with pytest.raises(ValueError, match=r"cannot use .*bert as the base of .*adapter"):
         load(tmp_path / "adapter", tmp_path / "bert")
-    with pytest.raises(FileNotFoundError, match="holds no safetensors file"):
+    with pytest.raises(FileNotFoundError, match="it has no safetensors file"):
         load(tmp_path / "adapter", tmp_path)
 
 
-def test_nan_in_one_factor_makes_that_module_nan_alone(adapter: Path) -> None:
+def test_nan_in_one_factor_affects_only_its_module(adapter: Path) -> None:
     tensors = load_file(adapter / WEIGHTS)
     name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     tensors[name][3, 1] = float("nan")
@@ -278,7 +278,7 @@ def test_nan_in_one_factor_makes_that_module_nan_alone(adapter: Path) -> None:
     assert summary.loc[broken, ["stable_rank", "effective_rank"]].isna().all(axis=None)
 
 
-def test_a_header_whose_length_begins_like_a_pickle_is_read(adapter: Path) -> None:
+def test_load_header_length_with_pickle_bytes_succeeds(adapter: Path) -> None:
     expected = load(adapter).summary()
     data = (adapter / WEIGHTS).read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -311,34 +311,34 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 BROKEN: dict[str, tuple[Any, str]] = {
     "dora": (lambda a: configured(a, use_dora=True), "q_proj has lora_A and lora_B but no lora_magnitude_vector"),
     "adalora": (lambda a: configured(a, peft_type="ADALORA"), "q_proj has lora_A and lora_B but no lora_E"),
-    "vera": (lambda a: configured(a, peft_type="VERA"), "of type VERA, which is not read yet"),
-    "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "says FOURIERFT but .* hold no fourierft_spectrum"),
+    "vera": (lambda a: configured(a, peft_type="VERA"), "type of adapter must be one of .*, got VERA"),
+    "fourier": (lambda a: configured(a, peft_type="FOURIERFT"), "FOURIERFT weights must include fourierft_spectrum"),
     "magnitude": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_magnitude_vector": torch.ones(32)}),
-        "q_proj holds lora_magnitude_vector, but adapter_config.json does not say use_dora",
+        "q_proj has lora_magnitude_vector, but adapter_config.json lacks use_dora",
     ),
     "variant": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_diag": torch.ones(4)}),
-        "variant of LoRA that is not read yet: it holds .*lora_diag",
+        "variant of LoRA not supported, with .*lora_diag",
     ),
-    "rank": (lambda a: configured(a, r=8), "gives .* rank 8, its factors have 4 and 4"),
+    "rank": (lambda a: configured(a, r=8), "must have rank 8 .*, got 4 and 4"),
     "experts": (lambda a: configured(a, r=2, target_parameters=["x"]), "experts in one tensor"),
     "half": (
         lambda a: stored(a, lambda t: {k: v for k, v in t.items() if k != f"{Q0}.lora_B.weight"}),
-        "q_proj has lora_A but no lora_B: a part",
+        "q_proj has lora_A but no lora_B",
     ),
     "integers": (
         lambda a: stored(a, lambda t: t | {f"{Q0}.lora_A.weight": torch.ones(4, 32, dtype=torch.int8)}),
-        "stored as I8; only floats are read",
+        "must be stored as .*, got I8",
     ),
-    "foreign": (lambda a: stored(a, lambda t: {"weight": torch.ones(2)}), "hold no lora_A and lora_B: such as weight"),
-    "empty": (lambda a: stored(a, lambda t: {}), "hold no lora_A and lora_B: no tensor at all"),
+    "foreign": (lambda a: stored(a, lambda t: {"weight": torch.ones(2)}), "must .* lora_A and lora_B, got weight"),
+    "empty": (lambda a: stored(a, lambda t: {}), "must .* lora_A and lora_B, got no tensor"),
     "no type": (lambda a: write_json(a / CONFIG, {"r": 4}), "adapter_config.json"),
     "no object": (lambda a: write_json(a / CONFIG, [1]), "adapter_config.json"),
     "config cut": (lambda a: cut(a / CONFIG), "adapter_config.json"),
     "weights cut": (lambda a: cut(a / WEIGHTS), "is truncated"),
-    "header cut": (lambda a: cut(a / WEIGHTS, 0.01), "is not a whole safetensors file"),
-    "nothing": (lambda a: (a / WEIGHTS).write_bytes(b""), "is not a whole safetensors file"),
+    "header cut": (lambda a: cut(a / WEIGHTS, 0.01), "as safetensors: its header"),
+    "nothing": (lambda a: (a / WEIGHTS).write_bytes(b""), "as safetensors: its header"),
     "no header": (
         lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b"{oops! no"),
         "cannot read .*adapter_model.safetensors",
@@ -351,12 +351,12 @@ BROKEN: dict[str, tuple[Any, str]] = {
         lambda a: (a / WEIGHTS).write_bytes((9).to_bytes(8, "little") + b'{"x": {}}'),
         "the header's entry for x: .*`dtype`",
     ),
-    "pickle": (lambda a: rename(a, "adapter_model.bin"), r"is a pickle, which is never loaded; convert it: python -c"),
-    "hidden pickle": (lambda a: (a / WEIGHTS).write_bytes(pickle.dumps({"a": 1})), "is a pickle under a wrong name"),
-    "zipped pickle": (lambda a: torch.save({"a": 1}, a / WEIGHTS), "is a pickle under a wrong name"),
+    "pickle": (lambda a: rename(a, "adapter_model.bin"), r"pickles are never loaded; convert it: python -c"),
+    "hidden pickle": (lambda a: (a / WEIGHTS).write_bytes(pickle.dumps({"a": 1})), "it is a pickle"),
+    "zipped pickle": (lambda a: torch.save({"a": 1}, a / WEIGHTS), "it is a pickle"),
     "pointer": (
         lambda a: (a / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
-        "only a pointer of Git LFS",
+        "Git LFS pointer",
     ),
     "no weights": (lambda a: (a / WEIGHTS).unlink(), "has adapter_config.json but no adapter_model.safetensors"),
     "index": (
@@ -367,7 +367,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_adapter_gets_one_line(adapter: Path, spoil: Any, message: str) -> None:
+def test_load_broken_adapter_raises_one_line(adapter: Path, spoil: Any, message: str) -> None:
     spoil(adapter)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
         load(adapter)
@@ -375,7 +375,7 @@ def test_a_broken_adapter_gets_one_line(adapter: Path, spoil: Any, message: str)
     assert str(adapter) in str(raised.value)
 
 
-def test_the_way_out_of_a_pickle_works(adapter: Path) -> None:
+def test_suggested_pickle_conversion_works(adapter: Path) -> None:
     expected = load(adapter).summary()
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
@@ -386,19 +386,19 @@ def test_the_way_out_of_a_pickle_works(adapter: Path) -> None:
     assert load(adapter).summary().equals(expected)
 
 
-def test_a_folder_that_is_neither_says_what_it_is(adapter: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+def test_load_other_folder_raises_with_a_hint(adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="missing: the folder does not exist"):
         load(tmp_path / "missing")
-    with pytest.raises(ValueError, match=r"is a file: give the folder it lies in, .*adapter$"):
+    with pytest.raises(ValueError, match=r"it is a file, pass its folder .*adapter$"):
         load(adapter / WEIGHTS)
-    with pytest.raises(ValueError, match=r"holds neither a run nor an adapter itself, but 1 below it: give .*adapter$"):
+    with pytest.raises(ValueError, match=r"neither a run nor an adapter; it has 1 in subfolders, such as .*adapter$"):
         load(tmp_path)
     (tmp_path / "model").mkdir()
     write_json(tmp_path / "model" / "config.json", {})
-    with pytest.raises(ValueError, match="it looks like a whole model"):
+    with pytest.raises(ValueError, match="whole model"):
         load(tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"there is none of recipe\.json, run\.json, adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"recipe\.json, run\.json, adapter_config\.json"):
         load(tmp_path / "empty")
 
 
@@ -428,15 +428,15 @@ def write_run(path: Path, status: str = "done", **meta: Any) -> Path:
     return path
 
 
-def test_a_run_folder_is_read(tmp_path: Path) -> None:
+def test_load_run_folder(tmp_path: Path) -> None:
     run = load(write_run(tmp_path / "run"))
     assert run.finished
     assert run.summary()["update_norm"].item() == pytest.approx(math.sqrt(2))
-    with pytest.raises(ValueError, match="is a run: it knows its own base"):
+    with pytest.raises(ValueError, match="base must be None for a run, got"):
         load(tmp_path / "run", base=tmp_path)
 
 
-def test_a_folder_of_phases_is_its_last_phase(tmp_path: Path) -> None:
+def test_load_folder_of_phases_opens_the_last_phase(tmp_path: Path) -> None:
     write_run(tmp_path / "1-search", id="first")
     write_run(tmp_path / "2-retrain", id="second", parents=["../1-search"])
     recipe = {"id": "recipe", "phases": ["1-search", "2-retrain"], "status": "done"}
@@ -445,7 +445,7 @@ def test_a_folder_of_phases_is_its_last_phase(tmp_path: Path) -> None:
     assert run.id == "second"
     assert [parent.id for parent in run.parents] == ["first"]
     write_json(tmp_path / "recipe.json", recipe | {"status": "running"})
-    with pytest.raises(ValueError, match=r"is running, in its phase 2-retrain"):
+    with pytest.raises(ValueError, match=r"is running, in phase 2-retrain"):
         load(tmp_path)
     write_json(tmp_path / "recipe.json", {"id": "recipe", "phases": []})
     with pytest.raises(ValueError, match=r"cannot read .*recipe\.json: .*phases"):
@@ -465,20 +465,23 @@ SPOILED: dict[str, tuple[Any, str]] = {
         "cannot read .*run.json: .*missing required field",
     ),
     "odd schema": (lambda run: edited(run, schema="new"), "cannot read schema of .*run.json"),
-    "newer": (lambda run: edited(run, schema=99), "has schema 99, newer than the 1 known here: update lorascope"),
-    "cut table": (lambda run: cut(run / "records.parquet"), "does not match its checksum in run.json"),
+    "newer": (lambda run: edited(run, schema=99), "schema must be <= 1, got 99; update lorascope"),
+    "cut table": (lambda run: cut(run / "records.parquet"), "checksum differs from run.json"),
     "cut factors": (
         lambda run: cut(run / "snapshots/step-000009.safetensors"),
-        "does not match its checksum in run.json",
+        "checksum differs from run.json",
     ),
-    "no table": (lambda run: (run / "records.parquet").unlink(), "has no records.parquet"),
-    "other checksum": (lambda run: edited(run, checksums={"records.parquet": "0"}), "does not match its checksum"),
-    "unfinished": (lambda run: edited(run, status="running", states={}, checksums={}), "is running and has no state"),
+    "no table": (lambda run: (run / "records.parquet").unlink(), "cannot read records.parquet"),
+    "other checksum": (lambda run: edited(run, checksums={"records.parquet": "0"}), "checksum differs"),
+    "unfinished": (
+        lambda run: edited(run, status="running", states={}, checksums={}),
+        "cannot read state .* is running",
+    ),
 }
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILED.values(), ids=SPOILED)
-def test_a_broken_run_gets_one_line(tmp_path: Path, spoil: Any, message: str) -> None:
+def test_load_broken_run_raises_one_line(tmp_path: Path, spoil: Any, message: str) -> None:
     run = write_run(tmp_path / "run")
     spoil(run)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:

@@ -188,9 +188,9 @@ def test_wrong_use_is_one_line(few: tuple[Path, Path], tmp_path: Path, capsys: p
     base, tuned = few
     assert "give the one it was tuned from, --base DIR" in told(capsys, tuned)
     assert "only adapters and runs are compared" in told(capsys, tuned, tuned, "--base", base)
-    assert "there is no folder" in told(capsys, tuned, "--base", tmp_path / "nowhere")
+    assert "nowhere: the folder does not exist" in told(capsys, tuned, "--base", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "empty holds no safetensors file" in told(capsys, tuned, "--base", tmp_path / "empty")
+    assert "empty: it has no safetensors file" in told(capsys, tuned, "--base", tmp_path / "empty")
     file = tuned / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     assert "is truncated" in told(capsys, tuned, "--base", base)

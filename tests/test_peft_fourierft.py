@@ -1,4 +1,4 @@
-"""FourierFT adapters of PEFT read as files, with PEFT itself as the oracle."""
+"""Loading of PEFT FourierFT adapters, compared with PEFT itself."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lorascope.updates.fourier import Fourier
 
 
 def save(path: Path, family: str = "llama", dtype: torch.dtype | None = None, **config: Any) -> dict[str, np.ndarray]:
-    """Save an adapter and its base under a folder; gives PEFT's own updates as (out, in)."""
+    """Save an adapter and its base in a folder, and return PEFT's own updates as (out, in)."""
     base = tiny(family)
     base.save_pretrained(path / "base")
     with warnings.catch_warnings():
@@ -63,7 +63,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_updates_and_norms_are_those_of_peft(tmp_path, case):
+def test_updates_and_norms_match_peft(tmp_path, case):
     expected = save(tmp_path, **case)
     run = load(tmp_path / "adapter", base=tmp_path / "base")
     assert initial_update.lacks_initial_update(run) != case.get("init_weights", False)
@@ -89,9 +89,9 @@ def adapter(tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
-def test_spectra_are_made_only_when_asked_for(adapter, monkeypatch):
+def test_spectra_are_computed_only_on_access(adapter, monkeypatch):
     def never(self):
-        raise AssertionError("asked for a matrix or a decomposition")
+        raise AssertionError("computed a matrix or a decomposition")
 
     with monkeypatch.context() as patch:
         patch.setattr(Fourier, "singular_values", never)
@@ -106,7 +106,7 @@ def test_spectra_are_made_only_when_asked_for(adapter, monkeypatch):
 
 
 def named(adapter: Path) -> Path:
-    """Let the configuration name the base's folder."""
+    """Set the base model in the configuration to the base's folder."""
     configured(adapter, base_model_name_or_path=str(adapter.parent / "base"))
     return adapter
 
@@ -115,7 +115,7 @@ def configured(adapter: Path, **changes: Any) -> None:
     write_json(adapter / CONFIG, json.loads((adapter / CONFIG).read_text(encoding="utf-8")) | changes)
 
 
-def test_the_base_that_the_configuration_names_gives_the_shapes(adapter):
+def test_base_in_the_configuration_gives_the_shapes(adapter):
     run = load(named(adapter))
     assert run.base is None
     assert run.summary()["weight_norm"].isna().all()
@@ -128,7 +128,7 @@ def test_the_base_that_the_configuration_names_gives_the_shapes(adapter):
         assert row.weight_norm == pytest.approx(expected)
 
 
-def test_it_is_told_as_what_it_is(adapter):
+def test_representations_name_fourierft(adapter):
     run = load(adapter, base=adapter.parent / "base")
     assert "adapter  FourierFT, rank" in repr(run)
     assert "4 modules, 200 parameters" in repr(run)
@@ -136,11 +136,11 @@ def test_it_is_told_as_what_it_is(adapter):
     assert found.facts[0] == ("adapter", "FourierFT, 50 coefficients, scale 150")
     assert found.modules["parameters"].tolist() == [50] * 4
     assert run.factors()["model.layers.0.self_attn.q_proj"].keys() == {"coefficients", "entries", "shape"}
-    with pytest.raises(ValueError, match="is no product B A"):
+    with pytest.raises(ValueError, match="is not a product B A"):
         run.lora_config()
 
 
-def test_no_torch_is_needed(adapter):
+def test_load_does_not_import_torch(adapter):
     code = (
         "import sys, lorascope as ls; "
         f"run = ls.load({str(adapter)!r}, base={str(adapter.parent / 'base')!r}); "
@@ -149,17 +149,17 @@ def test_no_torch_is_needed(adapter):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_shell_shows_it(adapter, capsys):
+def test_inspect_command_requires_the_base(adapter, capsys):
     from lorascope.cli.main import main
 
     assert main(["inspect", str(adapter), "--base", str(adapter.parent / "base")]) == 0
     assert "50 coefficients" in capsys.readouterr().out
     assert main(["inspect", str(adapter)]) == 2
-    assert "keeps no shapes" in capsys.readouterr().err
+    assert "stores no shapes" in capsys.readouterr().err
 
 
 def suggested(capsys, *words: str) -> list[str]:
-    """The command that ``inspect`` says is next, by words."""
+    """Return the arguments of the command that ``inspect`` suggests next."""
     from lorascope.cli.main import main
 
     assert main(["inspect", *words]) == 0
@@ -167,7 +167,7 @@ def suggested(capsys, *words: str) -> list[str]:
     return shlex.split(line.removeprefix("next"))[1:]
 
 
-def test_the_plot_that_inspect_suggests_can_be_drawn(adapter, capsys, monkeypatch):
+def test_plot_suggested_by_inspect_succeeds(adapter, capsys, monkeypatch):
     from lorascope.cli.main import main
 
     monkeypatch.chdir(adapter.parent)
@@ -181,7 +181,7 @@ def test_the_plot_that_inspect_suggests_can_be_drawn(adapter, capsys, monkeypatc
     assert "--base" not in suggested(capsys, "adapter", "--base", "base")
 
 
-def test_folders_with_long_names_do_not_break_the_screen(tmp_path, capsys, monkeypatch):
+def test_inspect_abbreviates_long_folder_names(tmp_path, capsys, monkeypatch):
     save(tmp_path / ("a b" * 20), **CASES["plain"])
     monkeypatch.chdir(tmp_path)
     adapter = next(tmp_path.glob("*/adapter"))
@@ -189,16 +189,16 @@ def test_folders_with_long_names_do_not_break_the_screen(tmp_path, capsys, monke
     assert words == ["plot", "spectrum", "ADAPTER", "--base", "BASE", "-o", "spectrum.pdf"]
 
 
-def test_a_base_without_an_adapter_is_refused(tmp_path, capsys):
+def test_base_without_an_adapter_fails(tmp_path, capsys):
     from lorascope.cli.main import main
 
     run = write_run(tmp_path / "run")
     for words in (["plot", "spectrum", f"one={run}"], ["inspect", str(run)], ["export", str(run), "--rank-pattern"]):
         assert main([*words, "--base", "base"]) == 2
-        assert f"--base is for adapters, and none of {run} is one" in capsys.readouterr().err
+        assert f"--base requires an adapter, got only runs: {run}" in capsys.readouterr().err
 
 
-def test_beside_a_run_the_base_is_the_adapters_alone(adapter, tmp_path, capsys):
+def test_base_applies_only_to_adapters_next_to_a_run(adapter, tmp_path, capsys):
     from lorascope.cli.main import main
 
     run, base = str(write_run(tmp_path / "run")), str(adapter.parent / "base")
@@ -211,18 +211,18 @@ def test_beside_a_run_the_base_is_the_adapters_alone(adapter, tmp_path, capsys):
     assert main(["plot", "update_norm", str(adapter), "--control", run, "--base", base, "-o", f"{tmp_path}/x.csv"]) == 0
 
 
-def test_its_table_is_exported_with_the_base(adapter, tmp_path, capsys):
+def test_export_table_requires_the_base(adapter, tmp_path, capsys):
     from lorascope.cli.main import main
 
     words, base = ["export", str(adapter), "--summary", "--table"], adapter.parent / "base"
     assert main([*words, str(tmp_path / "x.json")]) == 2
-    assert "keeps no shapes" in capsys.readouterr().err
+    assert "stores no shapes" in capsys.readouterr().err
     assert main([*words, str(tmp_path / "x.json"), "--base", str(base)]) == 0
     rows = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert [row["update_norm"] for row in rows] == load(adapter, base=base).summary()["update_norm"].tolist()
 
 
-def test_spectra_are_shown_when_asked_for(adapter, capsys):
+def test_inspect_spectra_shows_ranks(adapter, capsys):
     from lorascope.cli.main import main
 
     words = ["inspect", str(adapter), "--base", str(adapter.parent / "base"), "--json"]
@@ -249,27 +249,27 @@ def stored(adapter: Path, **changes: torch.Tensor) -> None:
 BROKEN: dict[str, tuple[Any, str]] = {
     "no shapes": (
         lambda a: configured(a, base_model_name_or_path="org/model"),
-        "keeps no shapes.* of its base, org/model",
+        "stores no shapes.* its base org/model",
     ),
-    "no base": (lambda a: configured(a, base_model_name_or_path=None), "keeps no shapes.* of its base, unnamed"),
-    "length": (lambda a: stored(a, **{Q0: torch.ones(49)}), "gives .*q_proj 50 coefficients, its spectrum has 49"),
-    "integers": (lambda a: stored(a, **{Q0: torch.ones(50, dtype=torch.int8)}), "stored as I8; only floats are read"),
-    "another base": (lambda a: (tiny("bert").save_pretrained(a.parent / "base"),), "holds no weight of"),
+    "no base": (lambda a: configured(a, base_model_name_or_path=None), "stores no shapes.* its base unnamed"),
+    "length": (lambda a: stored(a, **{Q0: torch.ones(49)}), "q_proj must have 50 coefficients .*, got 49"),
+    "integers": (lambda a: stored(a, **{Q0: torch.ones(50, dtype=torch.int8)}), "must be stored as .*, got I8"),
+    "another base": (lambda a: (tiny("bert").save_pretrained(a.parent / "base"),), "cannot find the weight of"),
     "small base": (
         lambda a: tiny("llama", hidden_size=4, num_attention_heads=2, num_key_value_heads=2).save_pretrained(
             a.parent / "base"
         ),
-        "has 50 coefficients, more than the 4 x 4 of its base",
+        "must have <= 4 x 4 coefficients .*, got 50",
     ),
     "nothing": (
         lambda a: save_file({"weight": torch.ones(2)}, a / WEIGHTS),
-        "hold no fourierft_spectrum: such as weight",
+        "must include fourierft_spectrum, got weight",
     ),
 }
 
 
 @pytest.mark.parametrize(("spoil", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_adapter_gets_one_line(adapter, spoil, message):
+def test_load_broken_adapter_raises_one_line(adapter, spoil, message):
     spoil(named(adapter))
     with pytest.raises(ValueError, match=message) as raised:
         load(adapter)

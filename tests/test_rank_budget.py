@@ -1,4 +1,4 @@
-"""What a budget keeps: shares of energy and errors against matrices, and the words of the command."""
+"""Rank budgets: energy and error compared with matrices, and the output of the command."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def drawn(tmp_path: Path) -> ls.Run:
 
 
 def truncated(run: ls.Run, chosen: RankBudget) -> dict[str, np.ndarray]:
-    """Every update as a matrix, of its singular components those that are kept."""
+    """Return every update as a matrix of its kept singular components."""
     found = {}
     for name, update in run.updates().items():
         U, sigma, Vt = np.linalg.svd(update.dense(), full_matrices=False)
@@ -41,7 +41,7 @@ def truncated(run: ls.Run, chosen: RankBudget) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.34, 0.5, 7, 1.0])
-def test_error_and_energy_are_those_of_the_matrices(budget: float, drawn: ls.Run) -> None:
+def test_error_and_energy_match_the_matrices(budget: float, drawn: ls.Run) -> None:
     chosen = select_components(drawn, budget)
     whole = {name: update.dense() for name, update in drawn.updates().items()}
     lost = {name: np.linalg.norm(whole[name] - part) for name, part in truncated(drawn, chosen).items()}
@@ -58,8 +58,8 @@ def test_error_and_energy_are_those_of_the_matrices(budget: float, drawn: ls.Run
     assert table["parameters_kept"].to_dict() == {name: chosen.ranks[name] * sides[name] for name in whole}
 
 
-def test_no_update_of_these_ranks_comes_nearer(drawn: ls.Run) -> None:
-    """Eckart and Young: the best of the ranks kept, found by alternating least squares from many starts."""
+def test_kept_components_have_the_smallest_error_at_their_ranks(drawn: ls.Run) -> None:
+    """Eckart-Young: compare with the best matrix of the kept rank, by alternating least squares from several starts."""
     chosen, draw = select_components(drawn, 0.5), np.random.default_rng(1)
     for name, update in drawn.updates().items():
         matrix, rank = update.dense(), chosen.ranks[name]
@@ -74,7 +74,7 @@ def test_no_update_of_these_ranks_comes_nearer(drawn: ls.Run) -> None:
         assert error * np.linalg.norm(matrix) == pytest.approx(best if rank else np.linalg.norm(matrix), rel=1e-6)
 
 
-def test_scores_choose_in_place_of_singular_values(spectral: ls.Run) -> None:
+def test_select_components_by_scores_ignores_singular_values(spectral: ls.Run) -> None:
     scores = {
         "h.0.q": np.array([0.1, 0.9, 0.2]),
         "h.0.up": np.array([0.3, -1.0]),
@@ -96,41 +96,41 @@ def test_scores_choose_in_place_of_singular_values(spectral: ls.Run) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{}, {"h.0.q": [1.0, np.nan, 0.0]}, {"h.0.q": [1.0] * 4}])
-def test_scores_that_fit_no_module_are_refused(wrong: dict[str, Any], spectral: ls.Run) -> None:
+def test_select_components_with_invalid_scores_raises(wrong: dict[str, Any], spectral: ls.Run) -> None:
     scores = {name: np.ones(len(sigma)) for name, sigma in SPECTRA.items() if name != "h.0.q"}
-    with pytest.raises(ValueError, match=r"^scores of h\.0\.q are .*give it up to 3 finite numbers"):
+    with pytest.raises(ValueError, match=r"^scores of h\.0\.q must be 0 to 3 finite numbers, got "):
         select_components(spectral, 2, scores=scores | {name: np.array(values) for name, values in wrong.items()})
 
 
-def test_of_nothing_nothing_is_lost(tmp_path: Path) -> None:
+def test_zero_update_has_no_error(tmp_path: Path) -> None:
     idle = plant(tmp_path, "idle", {}, factors={"h.0.q": low_rank(0.0), "h.1.q": low_rank(2.0)})
     table = select_components(idle, 0.5).modules.set_index("module")
     assert table["share"].to_dict() == {"h.0.q": 1.0, "h.1.q": 1.0}
     assert table["error"].to_dict() == {"h.0.q": 0.0, "h.1.q": 0.0}
 
 
-def test_the_command_says_what_is_kept(spectral: ls.Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Worked by hand: 5, 4, 3 and the first 1 stay of 26.25, 17, 0.0125 and 11."""
+def test_export_command_prints_energy_and_error(spectral: ls.Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """By hand: singular values 5, 4, 3 and the first 1 are kept, of energies 26.25, 17, 0.0125 and 11."""
     _, out, _ = run(capsys, "export", spectral.path, "--rank-pattern", "--budget", 4)
     remarks = [line for line in out.splitlines() if line.startswith("# ")]
     assert remarks[:-2] == [
         "# Kept: 4 of 10 components, in 3 of 4 modules; 36 of 90 parameters.",
-        "# Energy kept (squared singular values): 94.0%; least in h.1.q, 0.0%.",
-        "# So the adapter, cut to that, would differ from itself by 24.5% of its norm (Frobenius), the least that "
-        "these ranks allow; that module by 100.0%.",
-        "# What that costs the task no spectrum says: --model NAME --task NAME measures the loss.",
+        "# Energy kept (squared singular values): 94.0%; lowest in h.1.q: 0.0%.",
+        "# Relative error of the pruned adapter (Frobenius): 24.5%, the minimum for these ranks; "
+        "100.0% in that module.",
+        "# Singular values do not show the effect on the task: measure the loss with --model NAME --task NAME.",
     ]
-    assert remarks[-2].startswith("# From elsewhere, LoRAs trained at a smaller rank from the start: ")
-    assert "none of them was cut: they are no forecast" in remarks[-1]
+    assert remarks[-2].startswith("# Published results of LoRAs trained at a smaller rank from the start: ")
+    assert "none of the adapters was pruned" in remarks[-1]
     assert all(word not in out.lower() for word in ("accuracy", "expect"))
     _, out, err = run(capsys, "export", spectral.path, "--rank-pattern", "--budget", 4, "--json")
     assert err.splitlines() == remarks
     assert "#" not in out
 
 
-def test_wrong_use_of_the_suggestion(spectral: ls.Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_wrong_use_of_budget_options_fails(spectral: ls.Run, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("export", spectral.path, "--rank-pattern")
-    assert "give --model NAME and --task NAME" in complaint(capsys, *words, "--budget", 4, "--by", "ablation")
-    assert "--model and --task go together" in complaint(capsys, *words, "--budget", 4, "--model", "m")
-    assert "--model goes with --budget" in complaint(capsys, *words, "--model", "m", "--task", "t")
+    assert "requires --model NAME and --task NAME" in complaint(capsys, *words, "--budget", 4, "--by", "ablation")
+    assert "--model and --task require each other" in complaint(capsys, *words, "--budget", 4, "--model", "m")
+    assert "--model requires --budget" in complaint(capsys, *words, "--model", "m", "--task", "t")
     assert "--by" in complaint(capsys, *words, "--budget", 4, "--by", "size")

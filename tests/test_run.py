@@ -1,4 +1,4 @@
-"""Run folders: reading and refusing them, and what a run says of itself."""
+"""Run folders: reading, checking, copying and displaying them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def trained(bert, task, tmp_path_factory):
     model = models.load(bert, task=task)
     names = [f"bert.encoder.layer.{i}.attention.self.{part}" for i in (0, 1) for part in ("query", "value")]
     method = LoRA(rank=dict(zip(names, (1, 2, 2, 2), strict=True)), lr=1e-2)
-    looks = [observe.norms(every=3), observe.factors(every=3)]
-    return model, ls.train(model, task, method, observe=looks, out=tmp_path_factory.mktemp("runs") / "run", **FAST)
+    observers = [observe.norms(every=3), observe.factors(every=3)]
+    return model, ls.train(model, task, method, observe=observers, out=tmp_path_factory.mktemp("runs") / "run", **FAST)
 
 
 @pytest.fixture
 def copied(trained, tmp_path) -> Path:
-    """A copy of the run's folder, to be damaged."""
+    """A copy of the run's folder that a test may damage."""
     return Path(shutil.copytree(trained[1].path, tmp_path / "run"))
 
 
@@ -55,15 +55,15 @@ def edit(folder: Path, **changes) -> None:
     (folder / "run.json").write_text(json.dumps(meta | changes))
 
 
-def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is no run: it has no run"):
+def test_read_folder_without_run_json_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"it has no run\.json"):
         Run.read(tmp_path)
-    with pytest.raises(FileNotFoundError, match="is no run"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere as a run: it has no run\.json"):
         Run.read(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("kept", [0, 1, 0.5, 0.99], ids=["nothing", "a byte", "half", "all but the end"])
-def test_a_truncated_description_is_refused(kept, copied):
+def test_read_truncated_run_json_raises_one_line(kept, copied):
     data = (copied / "run.json").read_bytes()
     (copied / "run.json").write_bytes(data[: kept if kept in (0, 1) else int(kept * len(data))])
     with pytest.raises(ValueError, match=r"cannot read .*run\.json") as caught:
@@ -72,15 +72,15 @@ def test_a_truncated_description_is_refused(kept, copied):
 
 
 @pytest.mark.parametrize("content", ["[]", "null", '"run"', "{}", '{"schema": null}', "\xff"])
-def test_a_strange_description_is_refused(content, copied):
+def test_read_run_json_of_wrong_content_raises(content, copied):
     (copied / "run.json").write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match=r"cannot read .*run\.json"):
         Run.read(copied)
 
 
-def test_a_newer_schema_is_refused_by_name(copied):
+def test_read_newer_schema_raises(copied):
     edit(copied, schema=SCHEMA + 1)
-    with pytest.raises(ValueError, match=f"has schema {SCHEMA + 1}, newer than the {SCHEMA} known here: update"):
+    with pytest.raises(ValueError, match=f"schema must be <= {SCHEMA}, got {SCHEMA + 1}; update"):
         Run.read(copied)
 
 
@@ -93,7 +93,7 @@ FILES = {
 
 @pytest.mark.parametrize("name", list(FILES))
 @pytest.mark.parametrize("damage", ["a bit", "the end", "missing"])
-def test_a_changed_or_missing_file_is_named(name, damage, copied):
+def test_changed_or_missing_file_is_named_in_the_error(name, damage, copied):
     data = bytearray((copied / name).read_bytes())
     data[len(data) // 2] ^= 1
     if damage == "missing":
@@ -101,25 +101,25 @@ def test_a_changed_or_missing_file_is_named(name, damage, copied):
     else:
         (copied / name).write_bytes(data if damage == "a bit" else data[:-1])
     expected = {"missing": FileNotFoundError}.get(damage, ValueError)
-    message = f"has no {name} in" if damage == "missing" else f"{name} does not match its checksum"
+    message = f"cannot read {name} of run" if damage == "missing" else f"{name}: checksum differs"
     if damage == "missing" and name.startswith("snapshots"):
-        expected, message = ValueError, "kept no snapshots at step 6"
+        expected, message = ValueError, "step must be one of .* got 6"
     with pytest.raises(expected, match=message):
         FILES[name](Run.read(copied))
 
 
-def test_a_file_that_the_run_does_not_vouch_for_is_not_read(copied):
+def test_file_without_checksum_is_not_read(copied):
     shutil.copy(copied / "snapshots/step-000006.safetensors", copied / "snapshots/step-000005.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"has no snapshots/step-000005"):
+    with pytest.raises(FileNotFoundError, match=r"cannot read snapshots/step-000005"):
         Run.read(copied).factors(5)
 
 
-# -- what it holds --------------------------------------------------------------------------------------------------
+# -- contents ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
 class Gated(LoRA):
-    """Keeps an array with two named axes, one of them labelled."""
+    """LoRA that saves an array with two named axes, one of them with labels."""
 
     def records(self, step):
         if step.finished % 3 == 0:
@@ -128,7 +128,7 @@ class Gated(LoRA):
             yield ls.Snapshot("head/plain", np.array([step.finished], dtype=np.int64))
 
 
-def test_snapshots_come_in_long_form(fresh_bert, task, tmp_path):
+def test_snapshot_is_in_long_form(fresh_bert, task, tmp_path):
     run = ls.train(fresh_bert, task, Gated(), out=tmp_path / "run", **FAST)
     long = run.snapshot("head/gates")
     assert list(long.columns) == ["domain", "expert", "step", "value"]
@@ -139,13 +139,13 @@ def test_snapshots_come_in_long_form(fresh_bert, task, tmp_path):
     one = run.snapshot("head/gates", step=6)
     assert one["value"].tolist() == [6, 7, 8, 9, 10, 11]
     assert run.snapshot("head/plain", step=3).to_dict("list") == {"axis0": [0], "step": [3], "value": [3]}
-    with pytest.raises(ValueError, match=f"run {run.id} has no snapshot 'head/gate'; of .* near: head/gates"):
+    with pytest.raises(ValueError, match=f"unknown snapshot 'head/gate' in run {run.id}; did you mean 'head/gates'"):
         run.snapshot("head/gate")
-    with pytest.raises(ValueError, match=r"kept no snapshots at step 5; it did at \[0, .*6\]"):
+    with pytest.raises(ValueError, match=r"step must be one of \[0, .*6\].* got 5"):
         run.snapshot("head/gates", step=5)
 
 
-def test_factors_and_updates_are_those_of_the_step(trained):
+def test_factors_and_updates_match_the_requested_step(trained):
     model, run = trained
     assert set(run.factors()) == set(run.updates()) == set(delta.attached_deltas(model))
     for module, adapter in delta.attached_deltas(model).items():
@@ -155,12 +155,12 @@ def test_factors_and_updates_are_those_of_the_step(trained):
         assert adapter.scale * B @ A == near(weight, terms=8 + 1)
     assert run.factors(0)[QUERY]["B"].any() == np.False_
     assert run.factors(3)[QUERY]["B"].any()
-    with pytest.raises(KeyError, match="no module 'query'; there are bert"):
+    with pytest.raises(KeyError, match="unknown module 'query'; expected one of bert"):
         run.factors()["query"]
     assert run.ranks() == {module: adapter.A.shape[0] for module, adapter in delta.attached_deltas(model).items()}
 
 
-def test_the_state_file_is_keyed_by_parameter_names(trained):
+def test_state_file_has_parameter_names_as_keys(trained):
     from safetensors.torch import load_file
 
     model, run = trained
@@ -175,8 +175,8 @@ def test_the_state_file_is_keyed_by_parameter_names(trained):
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_peft_takes_the_configuration(family, task, tmp_path, request):
-    """The same modules, shapes and scales; ranks, and with them scales, differ by module."""
+def test_lora_config_gives_peft_the_same_adapter(family, task, tmp_path, request):
+    """PEFT creates the same modules, shapes and scales; ranks and scales differ between modules."""
     folder = request.getfixturevalue(family)
     model = models.load(folder, task=task)
     found = ls.names.match(ls.names.describe(model), ("all-linear", "embed"))
@@ -209,17 +209,17 @@ class Shifted(Delta):
 
 @dataclass(kw_only=True)
 class Matrices(Method):
-    """Updates that have no factors."""
+    """Method whose updates have no factors."""
 
     def attach(self, model):
         delta.attach(model, {QUERY: Shifted(model.get_submodule(QUERY))})
         train_adapters(model)
 
 
-def test_what_has_no_factors_has_no_configuration(bert, task, tmp_path):
+def test_lora_config_without_factors_raises(bert, task, tmp_path):
     for number, method in enumerate((Full(), Matrices())):
         run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **FAST)
-        with pytest.raises(ValueError, match="no factored update of a rank above 0"):
+        with pytest.raises(ValueError, match="no factored update of rank >= 1"):
             run.lora_config()
     assert run.ranks() == {QUERY: 32}
     assert list(run.factors()[QUERY]) == ["M"]
@@ -242,21 +242,21 @@ def models_of(run, folder, task, state="last"):
 @pytest.mark.parametrize(
     "method", [LoRA(lr=1e-2, targets=("all-linear", "embed")), Full(lr=1e-2)], ids=["lora", "full"]
 )
-def test_summary_is_that_of_dense_matrices(method, state, watched, bert, task, tmp_path, monkeypatch):
+def test_summary_matches_dense_matrices(method, state, watched, bert, task, tmp_path, monkeypatch):
     from lorascope.training.session import Session
 
     score = Session._score
 
     def best_at_two(self, rows):
-        """The validation gets worse after step 2."""
+        """Let the validation get worse after step 2."""
         found = score(self, rows)
         if rows is self.validation:
             found.correct[:] = self.step.finished == 2
         return found
 
     monkeypatch.setattr(Session, "_score", best_at_two)
-    looks = [observe.norms(every=4)] if watched else []
-    run = ls.train(models.load(bert, task=task), task, method, observe=looks, out=tmp_path / "run", **FAST)
+    observers = [observe.norms(every=4)] if watched else []
+    run = ls.train(models.load(bert, task=task), task, method, observe=observers, out=tmp_path / "run", **FAST)
     assert run.meta["states"]["best"]["step"] == 2
     assert str(run.path) in repr(run)
     summary = run.summary(state=state).set_index("module")
@@ -298,7 +298,7 @@ def test_summary_is_that_of_dense_matrices(method, state, watched, bert, task, t
             assert math.isnan(row["stable_rank"])
 
 
-# -- copying, showing -----------------------------------------------------------------------------------------------
+# -- copying, display -----------------------------------------------------------------------------------------------
 
 
 def test_save_copies_the_run(trained, bert, task, tmp_path):
@@ -310,7 +310,7 @@ def test_save_copies_the_run(trained, bert, task, tmp_path):
     ls.load(tmp_path / "kept").restore(other)
     batch = {"input_ids": torch.tensor([[5, 6, 7]])}
     assert torch.equal(model(**batch).logits, other(**batch).logits)
-    with pytest.raises(FileExistsError, match="kept exists: give a new folder"):
+    with pytest.raises(FileExistsError, match="kept: it exists"):
         run.save(tmp_path / "kept")
 
 
@@ -321,7 +321,7 @@ class TwoPhases(Full):
         yield Phase(LoRA(), "retrain")
 
 
-def test_a_phase_is_copied_with_those_before_it(fresh_bert, task, tmp_path):
+def test_save_copies_a_phase_with_earlier_phases(fresh_bert, task, tmp_path):
     run = ls.train(fresh_bert, task, TwoPhases(), out=tmp_path / "run", **FAST)
     saved = run.save(tmp_path / "kept")
     assert [parent.id for parent in saved.parents] == [parent.id for parent in run.parents]
@@ -330,7 +330,7 @@ def test_a_phase_is_copied_with_those_before_it(fresh_bert, task, tmp_path):
     assert run.parents[0].save(tmp_path / "search").finished
 
 
-def test_unfinished_and_broken_runs_show_themselves(copied):
+def test_unfinished_run_shows_its_status_and_error(copied):
     meta = json.loads((copied / "run.json").read_text(encoding="utf-8"))
     for status, extra in (("running", {}), ("broken", {"error": "the loss became nan at step 5 of 6"})):
         edit(copied, **meta | {"status": status, "states": {}, "checksums": {}, "test": {}} | extra)
@@ -338,17 +338,17 @@ def test_unfinished_and_broken_runs_show_themselves(copied):
         assert f"seed 0, {status}" in repr(run)
         assert extra.get("error", "") in run._repr_html_()
         assert not run.finished
-        with pytest.raises(FileNotFoundError, match=f"has no records.parquet in .*it is {status}: the same call"):
+        with pytest.raises(FileNotFoundError, match=f"cannot read records.parquet .* is {status}, the same call"):
             run.table  # noqa: B018
-        with pytest.raises(ValueError, match=f"is {status} and has no state 'last' yet"):
+        with pytest.raises(ValueError, match=f"cannot read state 'last' .* is {status}"):
             run.summary()
 
 
 # -- identity -------------------------------------------------------------------------------------------------------
 
 
-def test_another_process_makes_the_same_run(bert, forks, tmp_path):
-    """Same id, same bits, though Python hashes strings by another seed."""
+def test_train_in_another_process_gives_the_same_run(bert, forks, tmp_path):
+    """Ids and files are equal although Python hashes strings with another seed."""
     here, there = tmp_path / "here", tmp_path / "there"
     assert forks("lora", there) == 0
     task, method = tasks.load(str(forks.table)), killing.METHODS["lora"]
@@ -357,7 +357,7 @@ def test_another_process_makes_the_same_run(bert, forks, tmp_path):
     assert len(ls.load(here).id) == 12
 
 
-def test_asking_what_a_lazy_mapping_holds_makes_no_value() -> None:
+def test_lazy_contains_computes_no_value() -> None:
     made: list[str] = []
     lazy = Lazy(["a", "b"], lambda name: made.append(name) or name.upper())
     assert "a" in lazy

@@ -1,4 +1,4 @@
-"""Tables as files, read back by pandas and by json alone."""
+"""Export of tables, read back by pandas and json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table_of(found: ls.Run, summary: bool) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize("summary", [False, True], ids=["long", "summary"])
-def test_parquet_loses_nothing(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
+def test_parquet_round_trip_is_exact(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
     out = to_table(planted, tmp_path / "new" / "out.parquet", summary)
     expected = table_of(planted, summary)
     pd.testing.assert_frame_equal(pd.read_parquet(out), expected, check_exact=True)
@@ -44,7 +44,7 @@ def test_parquet_loses_nothing(summary: bool, planted: ls.Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("summary", [False, True], ids=["long", "summary"])
-def test_csv_keeps_every_digit(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
+def test_csv_preserves_every_digit(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
     expected = table_of(planted, summary)
     text = pd.read_csv(to_table(planted, tmp_path / "out.csv", summary), dtype=str, keep_default_na=False)
     assert list(text) == list(expected)
@@ -57,9 +57,9 @@ def test_csv_keeps_every_digit(summary: bool, planted: ls.Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("summary", [False, True], ids=["long", "summary"])
-def test_json_is_records_that_any_reader_takes(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
+def test_json_is_strict_records(summary: bool, planted: ls.Run, tmp_path: Path) -> None:
     def refuse(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     text = to_table(planted, tmp_path / "out.json", summary).read_text(encoding="utf-8")
     rows = json.loads(text, parse_constant=refuse)
@@ -76,7 +76,7 @@ def test_json_is_records_that_any_reader_takes(summary: bool, planted: ls.Run, t
                 assert isinstance(row[name], bool) == isinstance(value, bool | np.bool_)
 
 
-def test_an_adapter_has_a_table_too(tmp_path: Path) -> None:
+def test_to_table_of_an_adapter(tmp_path: Path) -> None:
     save(tmp_path / "adapter", target_modules=["q_proj"], r=2)
     found = ls.load(tmp_path / "adapter")
     for summary in (False, True):
@@ -84,7 +84,7 @@ def test_an_adapter_has_a_table_too(tmp_path: Path) -> None:
         pd.testing.assert_frame_equal(pd.read_parquet(out), table_of(found, summary), check_exact=True)
 
 
-def test_the_command(planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_command_writes_tables(planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.csv"
     assert run(capsys, "export", planted.path, "--table", out) == (0, f"{out}\n", "")
     assert len(out.read_text(encoding="utf-8").splitlines()) == 1 + len(planted.table)
@@ -93,28 +93,28 @@ def test_the_command(planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixt
     assert len(json.loads((tmp_path / "modules.json").read_text(encoding="utf-8"))) == len(planted.summary())
 
 
-def test_wrong_use_gets_one_line_and_leaves_no_file(
+def test_export_command_wrong_use_prints_one_line_and_writes_no_file(
     planted: ls.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there = tmp_path / "there.csv"
     there.write_text("mine")
     words = ("export", planted.path)
-    assert "there.csv exists: give a new file" in complaint(capsys, *words, "--table", there)
+    assert "there.csv: it exists, pass a new file" in complaint(capsys, *words, "--table", there)
     for name in ("out.xlsx", "out", "out.CSV"):
         told = complaint(capsys, *words, "--table", tmp_path / name)
-        assert f"{name} has no ending of a table: give a name in .csv, .parquet, .json" in told
-    assert "Give one of --rank-pattern, --peft DIR and --table FILE" in complaint(
+        assert told == f"ending must be one of .csv, .parquet, .json, got {tmp_path / name}"
+    assert "exactly one of --rank-pattern, --peft DIR and --table FILE is required, got 2" in complaint(
         capsys, *words, "--table", tmp_path / "x.csv", "--rank-pattern"
     )
-    assert "--summary goes with --table" in complaint(capsys, *words, "--rank-pattern", "--summary")
-    assert "--state goes with --summary here" in complaint(
+    assert "--summary requires --table" in complaint(capsys, *words, "--rank-pattern", "--summary")
+    assert "--state requires --summary with --table" in complaint(
         capsys, *words, "--table", tmp_path / "x.csv", "--state", "best"
     )
     assert there.read_text(encoding="utf-8") == "mine"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run", "there.csv"]
 
 
-def test_no_torch_for_a_table(planted: ls.Run, tmp_path: Path) -> None:
+def test_export_table_does_not_import_torch(planted: ls.Run, tmp_path: Path) -> None:
     call = "import sys; from lorascope.cli.main import main; main(['export', *sys.argv[1:]])"
     found = modules_after(call, str(planted.path), "--table", str(tmp_path / "out.parquet"))
     assert not found & {"torch", "transformers", "peft", "matplotlib"}

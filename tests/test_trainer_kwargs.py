@@ -34,7 +34,7 @@ def test_trainer_and_train_give_the_same_weights_and_records(name, accumulate, b
     recorded = ls.load(tmp_path / "recorded")
     # Updates of routers are evaluated at mean gates, which need held-out text: the Trainer has none.
     if name == "hydralora":
-        for one, gates in ((run, "mean gates"), (recorded, "even gates")):
+        for one, gates in ((run, "mean gates"), (recorded, "uniform gates")):
             assert one.label in plots.update_norm(one).caption.rpartition("Updates of ")[2]
             assert plots.update_norm(one).caption.endswith(f" at {gates}.")
             assert f"4 of 5 modules depend on their input: their updates here are at {gates}" in inspect(one).findings

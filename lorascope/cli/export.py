@@ -126,6 +126,7 @@ def _suggest_ranks(run: Run, options: Options, budget: float) -> tuple[dict[str,
 
 
 def format_budget(chosen: RankBudget, by: str) -> list[str]:
+    """Return remarks on the components that a budget keeps: number, energy and error."""
     table = chosen.modules
     total = table[["rank", "kept", "parameters", "parameters_kept"]].sum()
     worst = table.iloc[int(table["share"].argmin())]

@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def format_neuron_inspection(path: str, options: Options) -> str:
+    """Format the neuron rotation of a whole model relative to its base as text, JSON or CSV."""
     if len(options.paths) > 1:
         raise UsageError(f"cannot compare {path}: it is a whole model, inspect it separately with --base DIR")
     if options.base is None:
@@ -89,6 +90,7 @@ def format_neuron_inspection(path: str, options: Options) -> str:
 
 
 def format_inspection(inspections: list[Inspection], options: Options) -> str:
+    """Format one inspection, or the comparison of several, as text, JSON or CSV."""
     if len(inspections) > 1:
         return format_inspections(inspections, options)
     item, style = inspections[0], terminal.Style.of(sys.stdout)
@@ -101,6 +103,7 @@ def format_inspection(inspections: list[Inspection], options: Options) -> str:
 
 
 def format_inspections(inspections: list[Inspection], options: Options) -> str:
+    """Format the comparison of several inspections as text, JSON or CSV."""
     comparison, style = compare(inspections, options.spectra), terminal.Style.of(sys.stdout)
     if options.csv:
         return csv_text(comparison.table())

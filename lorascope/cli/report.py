@@ -1,4 +1,4 @@
-"""``lorascope report``: claims of an earlier ``reproduce`` judged again from its runs, and their report."""
+"""``lorascope report``: new verdicts and report from the runs of an earlier ``reproduce``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Options:
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     options = parse(Options, argv, "lorascope report")
-    from lorascope import probes  # not for --help, which need not wait for torch
+    from lorascope import probes  # imported here, so that --help does not import torch
 
     found = probes.write_report(options.folder)
     print(json.dumps(found.to_dict()) if options.json else found)

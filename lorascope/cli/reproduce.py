@@ -1,4 +1,4 @@
-"""``lorascope reproduce``: training and judging of the papers' observations, with a report."""
+"""``lorascope reproduce``: training of the papers' experiments, verdicts on their claims, and a report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     if options.seeds is not None and options.seeds < 1:
         raise UsageError(f"--seeds must be >= 1, got {options.seeds}: a verdict requires 3")
     from lorascope import probes
-    from lorascope.experiments import sweep  # not for --help, which need not wait for torch
+    from lorascope.experiments import sweep  # imported here, so that --help does not import torch
 
     try:
         found = probes.reproduce(options.probe, options.quick, options.seeds, options.out)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     options = parse(Options, argv, "lorascope sweep")
     if not options.file:
         raise UsageError("FILE is required: lorascope sweep ranks.toml")
-    from lorascope.experiments import grid, sweep  # not for --help, which need not wait for torch
+    from lorascope.experiments import grid, sweep  # imported here, so that --help does not import torch
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", FutureWarning)
@@ -71,6 +71,7 @@ def _choose_backend(stored: Any, options: Options) -> dict[str, Any]:
 
 
 def format_standings(swept: SweepResult) -> str:
+    """Format the comparison of the recipes as a table with notes."""
     table = recipe_comparison.scores(swept.runs())
     if table.empty:
         return "no finished runs"
@@ -99,6 +100,7 @@ def format_standings(swept: SweepResult) -> str:
 
 
 def sweep_to_json(swept: SweepResult) -> dict[str, Any]:
+    """Convert runs, failures, recipes and their comparison to JSON values."""
     table = recipe_comparison.scores(swept.runs())
     compared = recipe_comparison.pairs(table)
     folders = [str(swept.folders[number]) for number in sorted(swept.folders)]

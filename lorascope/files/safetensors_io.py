@@ -316,7 +316,7 @@ def _write_once(path: Path, data: bytes) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Return whether a path has the name of a temporary file, which a killed writer leaves behind."""
+    """Return whether a path has the name of a temporary file of ``write_bytes``, left by a killed process."""
     return _PARTIAL.fullmatch(path.name) is not None
 
 

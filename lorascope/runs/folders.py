@@ -96,7 +96,10 @@ def partial_files(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """Lock a run folder for this process, where the OS supports it; the lock is released when the process ends."""
+    """Lock a run folder, created if missing, within the block, where the OS supports it.
+
+    The lock also ends with the process.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

@@ -18,7 +18,7 @@ from lorascope.updates.low_rank import Dense, LowRank
 
 _SIZES = ("update_norm", "learned_norm", "relative_update")
 _SHAPES = ("stable_rank", "effective_rank")
-_UNKNOWN = ("weight_norm", "step_norm")  # they require W₀ and the gate weights of the previous step
+_UNKNOWN = ("weight_norm", "step_norm")  # weight_norm requires W₀, step_norm the previous gate weights
 
 
 @accept_old_parameters(told="label")
@@ -49,17 +49,17 @@ def at_gates(
     ValueError
         A module has no experts or another number of them, or a gate weight is not finite.
     """
-    held = run.factors()
+    stored = run.factors()
     found = {}
     for module, values in gates.items():
-        if module not in held or "gates" not in held[module]:
-            mixed = [name for name in held if "gates" in held[name]]
+        if module not in stored or "gates" not in stored[module]:
+            mixed = [name for name in stored if "gates" in stored[name]]
             raise ValueError(
                 f"unknown module {module!r} in gates; expected one of the modules with experts of run {run.id}, "
                 f"{', '.join(mixed) or 'none'}"
             )
         found[module] = own = np.asarray(values, dtype=np.float64)
-        if own.shape != (heads := held[module]["gates"].shape):
+        if own.shape != (heads := stored[module]["gates"].shape):
             raise ValueError(f"gates of {module} must have {heads[0]} values, one per expert, got {own.size}")
         if not np.isfinite(own).all():
             raise ValueError(f"gates of {module} must be finite, got {own.tolist()}")
@@ -88,21 +88,21 @@ class GatedRun(Run):
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
         """See `Run.factors`; ``gates`` are the fixed ones."""
-        held = self.run.factors(step, state)
+        stored = self.run.factors(step, state)
         return Lazy(
-            list(held),
-            lambda module: held[module] | ({"gates": self.gates[module]} if module in self.gates else {}),
+            list(stored),
+            lambda module: stored[module] | ({"gates": self.gates[module]} if module in self.gates else {}),
         )
 
     def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
         """See `Run.updates`; evaluated at the fixed gate weights."""
-        whole, held = self.run.updates(step, state), self.factors(step, state)
+        whole, stored = self.run.updates(step, state), self.factors(step, state)
 
         def make(module: str) -> LowRank | Dense:
             update = whole[module]
             if module not in self.gates or not isinstance(update, LowRank):
                 return update
-            return update_from(held[module], update.scale, update.exact)
+            return update_from(stored[module], update.scale, update.exact)
 
         return Lazy(list(whole), make)
 

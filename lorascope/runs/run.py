@@ -145,7 +145,7 @@ class Run:
     inexact = old_attribute("inexact", "input_dependent_modules")
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        """Return the modules with an input-dependent update, whose factors represent it at fixed gate weights."""
+        """Return the modules with an input-dependent update, such as HydraLoRA's, stored at mean gate weights."""
         if not self.ranks(state):
             return set()
         exact = self._about(self._snapshots(self._step(None, state))).exact

@@ -14,7 +14,6 @@ from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, 
 
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
-_NO_PRODUCT = "is not a product B A"
 _ROUTED = (
     "depends on its input, and a LoRA has no router; "
     "use ls.at_gates(run, ls.mean_gates(run, texts)) instead, an approximation with fixed gate weights"
@@ -87,7 +86,9 @@ def products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowR
     found = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
     other = next((name for name in updates if name not in found), None)
     if other is not None:
-        raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {other} {_NO_PRODUCT}")
+        raise ValueError(
+            f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {other} is not a product B A"
+        )
     return found
 
 

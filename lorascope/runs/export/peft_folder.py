@@ -156,7 +156,7 @@ def _owners(run: Run, weights: Mapping[str, np.ndarray]) -> list[str]:
 
 
 def _head_roots(run: Run) -> list[str]:
-    """Return the parent of every layer of the classifier head, or the layer itself if it has no parent."""
+    """Return the parent of every layer of the classifier head, or the layer itself without one."""
     if run.meta["labels"] is None:
         return []
     heads = run.modules.loc[run.modules["role"] == "head", "module"]

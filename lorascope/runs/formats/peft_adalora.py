@@ -1,8 +1,9 @@
 """Reader of PEFT AdaLoRA folders.
 
 Each module has ``lora_A`` (rank, in), ``lora_E`` (rank, 1) and ``lora_B`` (out, rank). Components that the allocator
-masked are zero in E and do not count as rank; modules in ``rank_pattern`` store only the others. In a new adapter, E is
-all zero and all components count. PEFT divides alpha by the initial rank plus 1e-5, regardless of the current rank.
+masked are zero in E and do not count toward the rank; modules in ``rank_pattern`` store only the others. In a new
+adapter, E is all zero and all components count. PEFT divides alpha by the initial rank plus 1e-5, regardless of the
+current rank.
 """
 
 from __future__ import annotations

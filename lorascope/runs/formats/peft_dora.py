@@ -2,7 +2,7 @@
 
 In addition to the factors of LoRA, each module has ``lora_magnitude_vector`` (out,), the row norms of the weight:
 W = m * V / |V| with V = W_0 + scale * B @ A, per row. The full update W - W_0 therefore requires the base model.
-Without it, the update is the one of the direction, scale * B @ A.
+Without it, only the update of the direction is known, scale * B @ A.
 
 Source: Liu et al. (arXiv 2402.09353), equation 5, as in PEFT, which uses the row norms of (out, in).
 """

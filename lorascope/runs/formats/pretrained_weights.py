@@ -1,4 +1,4 @@
-"""Weights in the folder of a base model, found by module name and loaded one at a time without building the model."""
+"""Weights in a model folder, found by module name and loaded one at a time without building the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorascope.schema.name_patterns import Ends
 
 
 class PretrainedWeights:
-    """Base model folder written by ``save_pretrained``: one safetensors file, or shards.
+    """Model folder written by ``save_pretrained``: one safetensors file, or shards.
 
     Parameters
     ----------
@@ -149,12 +149,12 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         return [folder]
     if not folder.exists():
-        raise FileNotFoundError(f"cannot read base model {printable(folder)}: the folder does not exist")
+        raise FileNotFoundError(f"cannot read model {printable(folder)}: the folder does not exist")
     # A folder may contain the same weights twice: in the layout of transformers and in that of the model's authors.
     found = weight_files(folder, "model")
     others = (file for file in sorted(folder.glob("*.safetensors")) if file.is_file())
     found = found or [file for file in others if not file.name.startswith("adapter_")]
     if not found:
         reject_pickles(folder.glob("*model*"))
-        raise FileNotFoundError(f"cannot read base model {printable(folder)}: it has no safetensors file")
+        raise FileNotFoundError(f"cannot read model {printable(folder)}: it has no safetensors file")
     return found

@@ -400,7 +400,7 @@ def test_sweep_with_invalid_settings_trains_nothing(
     assert "FILE is required" in complaint(capsys, "sweep")
     assert "Invalid backend: slrm" in complaint(capsys, "sweep", file, "--backend", "slrm")
     assert "takes no address" in complaint(capsys, "sweep", file, "--backend", "loky", "--address", "x")
-    pytest.importorskip("distributed")  # first, because the setting below would reset the settings of a later import
+    pytest.importorskip("distributed")  # first: what it sets at its import would be undone with the setting below
     with pytest.importorskip("dask").config.set({"distributed.comm.timeouts.connect": "100ms"}):
         words = ["--backend", "dask", "--address", "tcp://127.0.0.1:9"]
         assert "no dask cluster answers at tcp://127.0.0.1:9" in complaint(capsys, "sweep", file, *words)

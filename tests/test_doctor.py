@@ -236,14 +236,14 @@ def test_the_command(bench, capsys):
     assert main(["doctor", str(run.path)]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("adapter        1 finding\nuntrained      B is still zero in all 4 modules")
-    assert "skipped without a history: unused, diverged, leak" in printed
+    assert "not looked for without a history: unused, diverged, leak" in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert main(["doctor", str(run.path), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert [finding["cause"] for finding in told["findings"]] == ["untrained"]
     assert main(["doctor", str(bench.out / "nowhere")]) == 2
     assert main(["doctor"]) == 2
-    assert "give a folder" in capsys.readouterr().err.lower()
+    assert "PATH is required" in capsys.readouterr().err
 
 
 def test_a_run_has_evidence_for_every_cause(tmp_path):

@@ -117,8 +117,8 @@ def test_mean_gates_and_at_gates_with_invalid_arguments_raise(run, bert, task, t
         (partial(ls.mean_gates, eyes, TEXTS), "ViTForImageClassification takes pixel_values, not text"),
         (partial(ls.mean_gates, twin, TEXTS), "T5ForConditionalGeneration .* encoder-decoder"),
         (partial(ls.at_gates, run, {"no.such": [1, 0, 0]}), "unknown module 'no.such' in gates; .* bert"),
-        (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [0.5, 0.5]}), "2 gates .* has 3 heads"),
-        (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [1, np.nan, 0]}), "gates .* NaN"),
+        (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [0.5, 0.5]}), "must have 3 values.* got 2"),
+        (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [1, np.nan, 0]}), "must be finite.* nan"),
     ]
     for call, reason in refused:
         with pytest.raises(ValueError, match=reason) as raised:

@@ -186,7 +186,7 @@ def test_the_command_speaks_text_json_and_csv(few: tuple[Path, Path], capsys: py
 
 def test_wrong_use_is_one_line(few: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = few
-    assert "give the one it was tuned from, --base DIR" in told(capsys, tuned)
+    assert "requires the model it was tuned from, --base DIR" in told(capsys, tuned)
     assert "only adapters and runs are compared" in told(capsys, tuned, tuned, "--base", base)
     assert "nowhere: the folder does not exist" in told(capsys, tuned, "--base", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

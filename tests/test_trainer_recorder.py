@@ -139,7 +139,7 @@ def test_run_of_peft_is_exported_with_its_head(config, bert, task, rows, tmp_pat
 
 def test_export_of_a_trained_bias_of_an_adapted_module_raises(bert, task, rows, tmp_path):
     by_trainer(with_lora(bert, task, bias="lora_only"), rows, tmp_path, recorder=ls.TrainerRecorder(), max_steps=1)
-    with pytest.raises(ValueError, match=r"trained the bias of .*query beside its adapter") as caught:
+    with pytest.raises(ValueError, match=r"trained bias of adapted module .*query") as caught:
         ls.export.to_peft(ls.load(tmp_path / "lorascope"), tmp_path / "adapter")
     assert "\n" not in str(caught.value)
 
@@ -213,7 +213,7 @@ def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
     assert not {packed, *blocks} & set(with_weight_norm)  # the norm of packed weights is unknown
     assert set(run.summary()["module"]) >= {CONVOLUTION, packed}
     assert run.meta["task_kind"] == "image"
-    with pytest.raises(ValueError, match=r"a Conv2d, whose update is kept as a matrix.* folder that PEFT saved"):
+    with pytest.raises(ValueError, match=r"kernel shape of .*Conv2d.* folder that PEFT saved"):
         ls.export.to_peft(run, tmp_path / "export")
 
 

@@ -68,7 +68,7 @@ def _format_findings(run: Run, case: Case, found: Sequence[Finding]) -> Iterator
         yield from _format_paragraph(finding.cause, finding.message)
         yield from _format_paragraph("", f"fix: {finding.fix}")
     for missing, names in skipped_checks(case).items():
-        yield from _format_paragraph("skipped", f"without {missing}: {', '.join(names)}")
+        yield from _format_paragraph("not looked for", f"without {missing}: {', '.join(names)}")
 
 
 def _format_finding_count(number: int) -> str:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
 def format_neuron_inspection(path: str, options: Options) -> str:
     """Format the neuron rotation of a whole model relative to its base as text, JSON or CSV."""
     if len(options.paths) > 1:
-        raise UsageError(f"cannot compare {path}: it is a whole model, inspect it separately with --base DIR")
+        raise UsageError(f"cannot compare {path}: only adapters and runs are compared, not whole models")
     if options.base is None:
         raise UsageError(f"cannot inspect {path}: a whole model requires the model it was tuned from, --base DIR")
     item = inspect_neurons(path, options.base)

@@ -115,7 +115,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             taken = False
         if taken:
-            raise RunLocked(f"cannot use {folder}: another process is training in it, wait until it ends")
+            raise RunLocked(f"cannot use {folder}: it is being trained by another process, wait until it ends")
         yield
     finally:
         with suppress(OSError):  # closing is not enough: a worker forked meanwhile may have a copy of the handle

@@ -189,7 +189,7 @@ def test_spectra_of_dense_updates_stand_beside_those_of_factors(write: Any) -> N
     assert lookup(chart, "recipe", "component") == pytest.approx(
         {("LoRA rank 2", 1): 9, ("LoRA rank 2", 2): 1, ("full", 1): 5, ("full", 2): 4, ("full", 3): 3}
     )
-    with pytest.raises(ValueError, match=r"step must be one of .* got 4"):
+    with pytest.raises(ValueError, match=r"\b4\b"):
         plots.spectrum([lora, full], step=4)
     with pytest.raises(ValueError, match="needs the adapters' factors"):
         plots.subspace_similarity([lora, full])

@@ -1,4 +1,4 @@
-"""Both renderers show the numbers of the chart: read back from artists and traces, never from pixels."""
+"""Numbers of a chart read back from the artists and traces of both renderers, never from pixels."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ def runs() -> pd.DataFrame:
 
 
 @both
-def test_lines_run_in_order_of_x_in_the_colours_of_their_categories(reader, runs) -> None:
+def test_lines_are_sorted_by_x_and_colored_by_category(reader, runs) -> None:
     shown = reader(Chart(runs, [Line("step", "value", "method")]))
     assert shown.lines() == [([0, 10, 20], [1, 2, 3], BLUE), ([0, 10], [5, 6], VERMILLION)]
 
 
 @both
-def test_colors_orders_palette_and_legend(reader, runs) -> None:
+def test_colors_sets_the_order_of_palette_and_legend(reader, runs) -> None:
     shown = reader(Chart(runs, [Line("step", "value", "method")], colors=["Full", "ReFT", "LoRA"]))
     assert [color for *_, color in shown.lines()] == [BLUE, GREEN]
     assert shown.legend() == ["Full", "LoRA"]
 
 
 @both
-def test_gaps_stay_gaps(reader) -> None:
+def test_line_with_missing_values_has_gaps(reader) -> None:
     data = pd.DataFrame({"x": [0, 1, 2, 3], "y": pd.array([1.0, None, np.inf, 2.0], dtype="Float64")})
     assert reader(Chart(data, [Line("x", "y")])).lines() == [([0, 1, 2, 3], [1, None, None, 2], BLUE)]
 
 
 @both
-def test_dashes_tell_a_second_column_apart(reader, runs) -> None:
+def test_dash_column_gives_each_value_its_own_dash(reader, runs) -> None:
     runs["seed"] = [0, 0, 0, 1, 1]
     shown = reader(Chart(runs, [Line("step", "value", "method", dash="seed")]))
     assert len(set(map(str, shown.styles()))) == 2
@@ -82,21 +82,21 @@ def test_bands_fill_between_low_and_high(reader, runs) -> None:
 
 
 @both
-def test_a_gap_parts_a_band(reader) -> None:
+def test_band_with_missing_value_is_split(reader) -> None:
     data = pd.DataFrame({"x": range(5), "low": [0, 0, np.nan, 0, 0], "high": [1, 1, 1, 2, 2]})
     ((corners, _),) = reader(Chart(data, [Band("x", "low", "high")])).bands()
     assert corners == {(0, 0), (1, 0), (1, 1), (0, 1), (3, 0), (4, 0), (4, 2), (3, 2)}
 
 
 @both
-def test_points_with_error_bars(reader, runs) -> None:
+def test_points_have_error_bars(reader, runs) -> None:
     shown = reader(Chart(runs, [Point("step", "value", "method", low="low", high="high")]))
     assert shown.dots() == [([10, 0, 20], [2, 1, 3], [BLUE] * 3), ([0, 10], [5, 6], [VERMILLION] * 2)]
     assert shown.errors() == [(1.5, 2.5), (0.5, 1.5), (2.0, 4.5), (4.0, 6.0), (5.5, 6.5)]
 
 
 @both
-def test_an_interval_need_not_hold_its_value(reader) -> None:
+def test_interval_without_its_value_is_drawn(reader) -> None:
     data = table("x y low high", (0, 5.0, 1.0, 2.0))
     shown = reader(Chart(data, [Point("x", "y", low="low", high="high")]))
     assert shown.errors() == [(1.0, 2.0)]
@@ -104,7 +104,7 @@ def test_an_interval_need_not_hold_its_value(reader) -> None:
 
 
 @both
-def test_error_bars_lie_down_beside_names(reader) -> None:
+def test_error_bars_with_categorical_y_are_horizontal(reader) -> None:
     data = table("effect claim low high", (0.5, "first", 0.1, 0.9), (-1.0, "second", -2.0, 0.0))
     shown = reader(Chart(data, [Point("effect", "claim", low="low", high="high")]))
     assert shown.dots() == [([0.5, -1.0], [0, 1], [BLUE, BLUE])]
@@ -114,7 +114,7 @@ def test_error_bars_lie_down_beside_names(reader) -> None:
 
 
 @both
-def test_the_area_of_dots_grows_with_size(reader) -> None:
+def test_dot_area_is_proportional_to_size(reader) -> None:
     data = table("x y size", (0, 0, 1.0), (1, 1, 4.0), (2, 2, 0.0))
     small, large, none = reader(Chart(data, [Point("x", "y", size="size")])).diameters()
     assert large == pytest.approx(2 * small)
@@ -122,18 +122,18 @@ def test_the_area_of_dots_grows_with_size(reader) -> None:
 
 
 @both
-def test_many_dots_share_the_panel_whatever_their_colours(reader) -> None:
-    """Four times as many as there is room for: half as wide, those of a colour of which there are few as well."""
+def test_many_dots_shrink_regardless_of_color(reader) -> None:
+    """With four times as many dots as fit, each is half as wide, also those of a rare color."""
     data = pd.DataFrame({"x": range(1200), "y": range(1200), "size": 1.0, "kind": ["few"] * 20 + ["many"] * 1180})
     crowded = reader(Chart(data, [Point("x", "y", "kind", size="size")])).diameters()
-    alone = reader(Chart(data[:300], [Point("x", "y", "kind", size="size")])).diameters()
-    assert crowded == pytest.approx([alone[0] / 2] * 20)
+    sparse = reader(Chart(data[:300], [Point("x", "y", "kind", size="size")])).diameters()
+    assert crowded == pytest.approx([sparse[0] / 2] * 20)
     data["frame"] = [0, 1, 2, 3] * 300
-    assert reader(Chart(data, [Point("x", "y", size="size")], frame="frame")).diameters()[0] == pytest.approx(alone[0])
+    assert reader(Chart(data, [Point("x", "y", size="size")], frame="frame")).diameters()[0] == pytest.approx(sparse[0])
 
 
 @both
-def test_many_numbers_make_a_colour_scale(reader) -> None:
+def test_many_numbers_get_a_color_scale(reader) -> None:
     data = pd.DataFrame({"x": range(30), "y": range(30), "layer": range(30)})
     for mark in (Point("x", "y", "layer"), Line("x", "y", "layer")):
         shown = reader(Chart(data, [mark], color_label="layer"))
@@ -145,7 +145,7 @@ def test_many_numbers_make_a_colour_scale(reader) -> None:
 
 
 @both
-def test_bars_stand_side_by_side(reader) -> None:
+def test_grouped_bars_are_side_by_side(reader) -> None:
     data = table(
         "layer rank role low high", ("0", 4, "q", 3, 5), ("1", 2, "q", 1, 3), ("0", 6, "v", 5, 7), ("1", 8, "v", 7, 9)
     )
@@ -170,14 +170,14 @@ def test_bars_stack_upwards_and_downwards(reader) -> None:
 
 
 @both
-def test_error_bars_of_a_stack_stand_on_their_pieces(reader) -> None:
+def test_error_bars_of_a_stack_start_at_their_pieces(reader) -> None:
     data = table("x y part low high", ("a", 1.0, "p", 0.5, 1.5), ("a", 2.0, "r", 1.0, 3.0))
     shown = reader(Chart(data, [Bar("x", "y", "part", mode="stack", low="low", high="high")]))
     assert shown.errors() == [(0.5, 1.5), (2.0, 4.0)]
 
 
 @both
-def test_bars_lie_beside_names_and_have_the_whole_place_when_coloured_by_it(reader) -> None:
+def test_bars_with_categorical_y_are_horizontal_and_full_width_if_colored_by_y(reader) -> None:
     data = table("norm module", (3.0, "k"), (1.0, "v"))
     shown = reader(Chart(data, [Bar("norm", "module", "module")]))
     assert shown.bars() == [([0], [0], [3], BLUE), ([1], [0], [1], VERMILLION)]
@@ -185,7 +185,7 @@ def test_bars_lie_beside_names_and_have_the_whole_place_when_coloured_by_it(read
 
 
 @both
-def test_bars_over_numbers_are_as_wide_as_these_are_near(reader) -> None:
+def test_bars_over_numbers_are_as_wide_as_the_smallest_distance(reader) -> None:
     data = table("x y", (0.0, 1), (0.25, 2), (1.0, 3))
     shown = reader(Chart(data, [Bar("x", "y")]))
     assert shown.bars()[0][:1] == ([0, 0.25, 1.0],)
@@ -202,7 +202,7 @@ def cells() -> pd.DataFrame:
 
 
 @both
-def test_cells_with_blanks(reader, cells) -> None:
+def test_heat_with_missing_cells_is_hatched(reader, cells) -> None:
     shown = reader(Chart(cells, [Heat("layer", "role", "value", "norm")], x=Axis(label="layer")))
     assert shown.heat() == ([1, 2, None, -4, None, 3], (-4, 3))
     assert shown.hatched()
@@ -213,13 +213,13 @@ def test_cells_with_blanks(reader, cells) -> None:
 
 
 @both
-def test_a_full_heat_has_no_hatching(reader) -> None:
+def test_full_heat_has_no_hatching(reader) -> None:
     data = table("x y v", (0, 0, 1.0), (1, 0, 2.0))
     assert not reader(Chart(data, [Heat("x", "y", "v")])).hatched()
 
 
 @both
-def test_order_places_cells_and_keeps_empty_places(reader, cells) -> None:
+def test_axis_order_places_cells_and_keeps_empty_categories(reader, cells) -> None:
     axes = {"x": Axis(order=["embed", 1, 0, 10]), "y": Axis(order=["v", "k"])}
     assert reader(Chart(cells, [Heat("layer", "role", "value")], **axes)).heat()[0] == (
         [None, None, -4, 3] + [None] * 4 + [None, 2, 1, None]
@@ -227,23 +227,23 @@ def test_order_places_cells_and_keeps_empty_places(reader, cells) -> None:
 
 
 @both
-def test_a_diverging_scale_is_centred_at_zero(reader, cells) -> None:
+def test_diverging_scale_is_centered_at_zero(reader, cells) -> None:
     assert reader(Chart(cells, [Heat("layer", "role", "value", scale="diverging")])).heat()[1] == (-4, 4)
 
 
 @both
-def test_limits_of_the_colours_can_be_set(reader, cells) -> None:
+def test_heat_limits_set_the_color_range(reader, cells) -> None:
     assert reader(Chart(cells, [Heat("layer", "role", "value", limits=[0, 1])])).heat()[1] == (0, 1)
 
 
 @both
-def test_a_logarithmic_heat_leaves_out_what_has_no_logarithm(reader) -> None:
+def test_logarithmic_heat_omits_zeros(reader) -> None:
     data = table("x y v", (0, 0, 100.0), (1, 0, 10.0), (2, 0, 0.0))
     values, limits = reader(Chart(data, [Heat("x", "y", "v", log=True)])).heat()
     assert (values, limits) == (([100, 10, None], (10, 100)) if reader is Mpl else ([2, 1, None], (1, 2)))
 
 
-def test_numbers_in_cells(cells) -> None:
+def test_heat_with_text_writes_numbers_in_cells(cells) -> None:
     chart = Chart(cells, [Heat("layer", "role", "value", text=".1f")])
     assert {(x, y): text for x, y, text in Mpl(chart).words()} == {
         (0, 0): "1.0", (1, 0): "2.0", (0, 1): "-4.0", (2, 1): "3.0"
@@ -252,25 +252,25 @@ def test_numbers_in_cells(cells) -> None:
     assert chart.plotly().data[0].texttemplate == "%{text}"
 
 
-def test_numbers_that_fit_no_cell_are_left_out() -> None:
+def test_numbers_too_wide_for_cells_are_omitted() -> None:
     data = pd.DataFrame({"x": range(60), "y": 0, "v": 1.0})
     assert Mpl(Chart(data, [Heat("x", "y", "v", text=".3f")])).words() == []
 
 
-def test_numbers_in_cells_are_legible_on_dark_and_on_light() -> None:
+def test_numbers_in_cells_are_white_on_dark_and_black_on_light() -> None:
     data = table("x y v", (0, 0, 0.0), (1, 0, 1.0))
     dark, light = Mpl(Chart(data, [Heat("x", "y", "v", text=".0f")])).axes[0].texts
     assert (dark.get_color(), light.get_color()) == ("#ffffff", "#000000")
 
 
 @both
-def test_words_stand_at_their_place(reader, runs) -> None:
+def test_texts_are_at_their_positions(reader, runs) -> None:
     notes = table("step value word", (0, 1.0, "start"), (20, 3.0, "end < here"))
     shown = reader(Chart(runs, [Line("step", "value", "method"), Text("step", "value", "word", data=notes)]))
     assert shown.words() == [(0, 1, "start"), (20, 3, "end < here" if reader is Mpl else "end &lt; here")]
 
 
-def test_rules_and_spans(runs) -> None:
+def test_rules_and_spans_are_at_their_positions(runs) -> None:
     marks = [Line("step", "value", "method"), Rule(x=10, label="final"), Rule(y=30, label="top"), Span(5, 15, "search")]
     shown = Mpl(Chart(runs, marks))
     upright, flat = shown.axes[0].lines[-2:]
@@ -287,7 +287,7 @@ def test_rules_and_spans(runs) -> None:
 
 
 @both
-def test_rules_among_categories(reader, cells) -> None:
+def test_rules_on_categorical_axes_are_placed_or_rejected(reader, cells) -> None:
     heat = Heat("layer", "role", "value")
     chart = Chart(cells, [heat, Rule(x=5.5), Rule(y="v")])
     if reader is Mpl:
@@ -297,12 +297,12 @@ def test_rules_among_categories(reader, cells) -> None:
         upright, flat = chart.plotly().layout.shapes
         places = upright.x0, flat.y0
     assert places == (1.5, 1)
-    with pytest.raises(ValueError, match="'k' has no place on the axis 'role', which has q, v"):
+    with pytest.raises(ValueError, match="'role' must be one of q, v, got 'k'"):
         reader(Chart(cells, [heat, Rule(y="k")], y=Axis(label="role")))
 
 
 @both
-def test_logarithmic_axes(reader) -> None:
+def test_logarithmic_axes_leave_gaps_at_zero(reader) -> None:
     data = table("x y", (1, 1.0), (10, 0.0), (100, 1000.0))
     shown = reader(Chart(data, [Line("x", "y")], x=Axis(log=True), y=Axis(log=True)))
     assert shown.is_log("x")
@@ -313,13 +313,13 @@ def test_logarithmic_axes(reader) -> None:
     assert 1000 < high < 2000
 
 
-def test_a_logarithmic_axis_below_a_decade_has_plain_numbers() -> None:
+def test_logarithmic_axis_below_a_decade_has_plain_numbers() -> None:
     data = table("x y", (1, 12.0), (2, 70.0))
     shown = Mpl(Chart(data, [Line("x", "y")], y=Axis(log=True)))
     assert {"20", "50"} <= set(shown.names("y").values())
 
 
-def test_labels_of_a_short_logarithmic_axis_do_not_touch() -> None:
+def test_labels_of_a_short_logarithmic_axis_do_not_overlap() -> None:
     data = table("x y", (3e-6, 1.0), (3e-4, 2.0))
     panel = Chart(data, [Line("x", "y")], x=Axis(label="learning rate", log=True))
     for columns, fewest in ((1, 4), (2, 2)):
@@ -337,7 +337,7 @@ def test_labels_of_a_short_logarithmic_axis_do_not_touch() -> None:
 
 
 @both
-def test_limits_and_ticks_of_an_axis(reader, runs) -> None:
+def test_axis_limits_and_ticks_are_applied(reader, runs) -> None:
     chart = Chart(
         runs, [Line("step", "value", "method")], x=Axis(ticks={0: "start", 20: "end"}), y=Axis(limits=(0, None))
     )
@@ -348,21 +348,21 @@ def test_limits_and_ticks_of_an_axis(reader, runs) -> None:
 
 
 @both
-def test_one_colour_needs_no_legend(reader, runs) -> None:
+def test_single_color_has_no_legend(reader, runs) -> None:
     marks = [Band("step", "low", "high", "method"), Line("step", "value", "method"), Point("step", "value", "method")]
     assert reader(Chart(runs[runs["method"] == "LoRA"], marks)).legend() == []
     assert reader(Chart(runs, marks)).legend() == ["LoRA", "Full"]
     assert reader(Chart(runs, [Line("step", "value", dash="method")])).legend() == ["LoRA", "Full"]
 
 
-def test_a_click_on_the_legend_reaches_everything_of_a_category(runs) -> None:
+def test_traces_of_a_category_share_a_legend_group(runs) -> None:
     marks = [Band("step", "low", "high", "method"), Line("step", "value", "method")]
     data = Chart(runs, marks).plotly().data
     assert [trace.legendgroup for trace in data] == ["method=LoRA", "method=Full"] * 3
 
 
 @both
-def test_panels_share_legend_colours_and_range(reader, runs) -> None:
+def test_panels_share_legend_colors_and_range(reader, runs) -> None:
     left = Chart(runs, [Line("step", "value", "method")], y=Axis(label="norm"), title="all")
     half = runs.assign(value=100 * runs["value"])[runs["method"] == "Full"]
     right = Chart(half, [Line("step", "value", "method")], y=Axis(label="norm"), title="full")
@@ -375,7 +375,7 @@ def test_panels_share_legend_colours_and_range(reader, runs) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["shape", "dash"])
-def test_a_category_has_one_style_in_all_panels(encoding) -> None:
+def test_category_has_one_style_in_all_panels(encoding) -> None:
     data = table("x y role panel", (0, 1, "q", 0), (1, 2, "v", 0), (0, 3, "v", 1), (1, 4, "o", 1))
     draw = Point if encoding == "shape" else Line
     panels = [Chart(data[data["panel"] == number], [draw("x", "y", **{encoding: "role"})]) for number in (0, 1)]
@@ -389,7 +389,7 @@ def test_a_category_has_one_style_in_all_panels(encoding) -> None:
 
 
 @both
-def test_the_same_category_has_one_legend_entry_whatever_draws_it(reader, runs) -> None:
+def test_category_drawn_by_several_marks_has_one_legend_entry(reader, runs) -> None:
     panels = set_side_by_side(
         Chart(runs, [Bar("step", "value", "method")]), Chart(runs, [Line("step", "value", "method", dash="method")])
     )
@@ -402,7 +402,7 @@ def test_the_same_category_has_one_legend_entry_whatever_draws_it(reader, runs) 
 
 
 @both
-def test_heats_of_one_quantity_share_their_colours(reader) -> None:
+def test_heats_of_one_quantity_share_a_color_bar(reader) -> None:
     one, two = table("x y v", (0, 0, 1.0), (1, 0, 2.0)), table("x y v", (0, 0, 5.0), (1, 0, 3.0))
     same = reader(set_side_by_side(*(Chart(data, [Heat("x", "y", "v", "norm")]) for data in (one, two))))
     assert same.color_bars() == ["norm"]
@@ -431,14 +431,14 @@ def test_frames_are_steps_of_a_slider(replay) -> None:
     first, last = figure.frames[0], figure.frames[-1]
     assert first.traces == last.traces == (0, 1)
     assert [list(trace.y) for trace in first.data] == [[0, 1], []]
-    for shown in (last.data, figure.data[:2]):  # it opens at the end
+    for shown in (last.data, figure.data[:2]):  # the slider opens at the last frame
         assert [list(trace.y) for trace in shown] == [[290, 291], [290, 291]]
     assert figure.layout.sliders[0].active == 29
     assert figure.layout.yaxis.range[0] < 0
     assert figure.layout.yaxis.range[1] > 291
 
 
-def test_frames_are_small_multiples_on_paper(replay) -> None:
+def test_frames_are_small_multiples_in_matplotlib(replay) -> None:
     shown = Mpl(replay)
     titles = [ax.get_title(loc="left") for ax in shown.axes]
     assert len(titles) == 8
@@ -451,7 +451,7 @@ def test_frames_are_small_multiples_on_paper(replay) -> None:
     assert len(Mpl(replay.at(290)).axes) == 1
 
 
-def test_panels_share_the_slider_and_still_ones_stay(replay, runs) -> None:
+def test_panels_share_the_slider_and_panels_without_frames_do_not_move(replay, runs) -> None:
     still = Chart(runs, [Line("step", "value", "method")], title="still")
     figure = set_side_by_side(replay, still, replay).plotly()
     assert len(figure.layout.sliders) == 1
@@ -462,15 +462,15 @@ def test_panels_share_the_slider_and_still_ones_stay(replay, runs) -> None:
     assert shown.axes[3].get_title(loc="left") == "replay, step 290"
 
 
-def test_panels_with_different_frames_are_refused(replay) -> None:
+def test_panels_with_different_frames_raise(replay) -> None:
     other = Chart(replay.data.rename(columns={"step": "epoch"}), [Line("x", "value", "group")], frame="epoch")
-    with pytest.raises(ValueError, match="one slider, but their frames are step and epoch"):
+    with pytest.raises(ValueError, match="same frame column, got step, epoch"):
         set_side_by_side(replay, other).plotly()
 
 
 @both
-def test_title_and_caption_are_there(reader, runs) -> None:
-    caption = "Mean over 3 seeds with its 95 % interval; " * 6
+def test_title_and_caption_are_drawn(reader, runs) -> None:
+    caption = "Mean over 3 seeds with its 95% interval; " * 6
     shown = reader(Chart(runs, [Line("step", "value", "method")], title="Norms", caption=caption))
     assert shown.title() == "Norms"
     assert shown.caption().split() == caption.split()
@@ -488,7 +488,7 @@ def test_captions_of_panels_are_joined(reader, runs) -> None:
 
 
 @both
-def test_text_is_taken_as_it_stands(reader, runs) -> None:
+def test_markup_in_text_is_not_interpreted(reader, runs) -> None:
     shown = reader(Chart(runs, [Line("step", "value", "method")], title="<b>$r$</b>"))
     assert shown.title() == (r"<b>\$r\$</b>" if reader is Mpl else "&lt;b&gt;&#36;r&#36;&lt;/b&gt;")
     if reader is Mpl:
@@ -517,7 +517,7 @@ def test_text_is_taken_as_it_stands(reader, runs) -> None:
     ],
     ids=["empty", "unknown", "zero", "nullable", "categorical"],
 )
-def test_odd_tables_are_drawn(reader, marks, data) -> None:
+def test_empty_missing_and_nullable_tables_are_drawn(reader, marks, data) -> None:
     if data.empty:
         marks = [mark for mark in marks if not isinstance(mark, Rule | Span)]
     shown = reader(Chart(data, marks, frame=None))
@@ -526,14 +526,14 @@ def test_odd_tables_are_drawn(reader, marks, data) -> None:
 
 
 @both
-def test_categories_keep_the_order_of_their_type(reader) -> None:
+def test_categorical_dtype_sets_the_order(reader) -> None:
     kind = pd.Categorical(["low", "high", "low"], categories=["high", "low", "none"], ordered=True)
     data = pd.DataFrame({"x": [0, 1, 2], "y": [1.0, 2.0, 3.0], "kind": kind})
     assert reader(Chart(data, [Line("x", "y", "kind")])).legend() == ["high", "low"]
 
 
 @pytest.mark.parametrize("panels", range(2, 9))
-def test_any_number_of_panels_fits_between_the_ends_of_a_page(panels: int) -> None:
+def test_any_number_of_panels_fits_the_page_width(panels: int) -> None:
     table = pd.DataFrame({"x": [0, 1]})
     charts = [Chart(table, [Point("x", "x")], x=Axis(label="x"), y=Axis(label=f"y{n}")) for n in range(panels)]
     domains = [axis.domain for axis in set_side_by_side(*charts).plotly().select_xaxes()]
@@ -543,8 +543,8 @@ def test_any_number_of_panels_fits_between_the_ends_of_a_page(panels: int) -> No
 
 @pytest.mark.parametrize("dpi", [100, 300])
 @pytest.mark.parametrize("width", ["column", "page"])
-def test_a_caption_keeps_its_lines_and_fits_at_every_resolution(runs, width, dpi) -> None:
-    """Its height is measured once: a line more in the file would run into the legend, a line less leave a hole."""
+def test_caption_has_the_same_lines_at_every_resolution(runs, width, dpi) -> None:
+    """The height is measured once: another line in the file would overlap the legend, a missing one leaves a gap."""
     chart = Chart(runs, [Line("step", "value", "method")], caption="Mean over 3 seeds, with an interval; " * 9)
     made = matplotlib_backend.figure(chart, "paper", width)
     text = made.texts[0].get_text()
@@ -559,8 +559,8 @@ def test_a_caption_keeps_its_lines_and_fits_at_every_resolution(runs, width, dpi
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[1e308, -1e308], [1.7e308, 1.79e308], [5e-324, 1e200, 1.0], [1e308, 1.0, 2.0]])
-def test_values_near_the_limit_of_float64_are_drawn_or_left_out(values, log, tmp_path):
-    """Like infinite ones, values that no axis can show have no place."""
+def test_values_near_the_limit_of_float64_are_drawn_or_omitted(values, log, tmp_path):
+    """Values that no axis can show are omitted, like infinite ones."""
     data = pd.DataFrame({"x": range(len(values)), "y": values})
     chart = Chart(data, [Line("x", "y")], y=Axis(log=log))
     for ending in ("svg", "html"):

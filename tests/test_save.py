@@ -1,4 +1,4 @@
-"""Saved figures: complete, the same bytes every time, with their origin inside, and legible in one column of a page."""
+"""Saved figures: complete, byte-identical on every save, with provenance, and legible in one column of a page."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def chart() -> Chart:
         title="Norm of the update, ‖ΔW‖ <b>",
         x=Axis(label="step"),
         y=Axis(label="‖ΔW‖"),
-        caption="Mean over 3 seeds; the band is the 95 % t-interval. " * 3,
+        caption="Mean over 3 seeds; the band is the 95% t-interval. " * 3,
         color_label="role",
         meta=META,
     )
@@ -49,7 +49,7 @@ def chart() -> Chart:
 
 @pytest.fixture
 def heat() -> Chart:
-    """Thirty layers between embedding and head, as in SmolLM2."""
+    """A heat map of thirty layers between embedding and head, as in SmolLM2."""
     places = ["embed", *map(str, range(30)), "head"]
     roles = ["q", "k", "v", "o", "ffn_gate", "ffn_in", "ffn_out"]
     rows = [(place, role, float(len(place) * len(role))) for place in places[1:-1] for role in roles]
@@ -78,7 +78,7 @@ class Page(HTMLParser):
 
 
 def origin(path: Path) -> dict:
-    """The origin that a saved figure carries."""
+    """Return the provenance stored in a saved figure."""
     match path.suffix:
         case ".pdf":
             text = pypdf.PdfReader(path).metadata["/Keywords"]
@@ -98,7 +98,7 @@ KINDS = ["pdf", "png", "svg", "html", "csv"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_figure_says_where_it_comes_from(chart, tmp_path, kind) -> None:
+def test_saved_figure_contains_its_provenance(chart, tmp_path, kind) -> None:
     path = chart.save(tmp_path / "new" / "folder" / f"norms.{kind}")
     assert path.stat().st_size > 0
     digest = hashlib.sha256(chart.data.to_csv(index=False).encode()).hexdigest()
@@ -107,24 +107,24 @@ def test_a_saved_figure_says_where_it_comes_from(chart, tmp_path, kind) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_saves_are_equal_byte_for_byte(chart, tmp_path, kind) -> None:
+def test_save_twice_gives_equal_bytes(chart, tmp_path, kind) -> None:
     first, second = (chart.save(tmp_path / name / f"norms.{kind}").read_bytes() for name in ("one", "two"))
     assert first == second
 
 
-def test_other_data_has_another_hash(chart, tmp_path) -> None:
+def test_different_data_has_a_different_hash(chart, tmp_path) -> None:
     changed = Chart(chart.data.assign(norm=0.0), chart.marks, meta=META)
     marked = Chart(chart.data, [*chart.marks, Point("a", "b", data=pd.DataFrame({"a": [0.0], "b": [1.0]}))], meta=META)
     origins = [origin(one.save(tmp_path / f"{n}.csv")) for n, one in enumerate((chart, changed, marked))]
     assert len({one["data_sha256"] for one in origins}) == 3
 
 
-def test_panels_keep_the_origin_of_each(chart, heat, tmp_path) -> None:
+def test_panels_store_the_provenance_of_each(chart, heat, tmp_path) -> None:
     assert origin(set_side_by_side(chart, chart).save(tmp_path / "same.png"))["runs"] == META["runs"]
     assert origin(set_side_by_side(chart, heat).save(tmp_path / "mixed.png"))["panels"] == [META, {}]
 
 
-def test_pdf_has_the_width_asked_for_and_embedded_truetype(chart, heat, tmp_path) -> None:
+def test_pdf_has_the_requested_width_and_embedded_truetype(chart, heat, tmp_path) -> None:
     for width, inches in (("column", 3.3), ("page", 6.9)):
         page = pypdf.PdfReader(chart.save(tmp_path / f"{width}.pdf", width=width)).pages[0]
         assert float(page.mediabox.width) == pytest.approx(72 * inches, abs=0.5)
@@ -137,29 +137,29 @@ def test_pdf_has_the_width_asked_for_and_embedded_truetype(chart, heat, tmp_path
     assert float(panels.mediabox.width) == pytest.approx(72 * 6.9, abs=0.5)
 
 
-def test_an_html_page_needs_nothing_else(chart, tmp_path) -> None:
+def test_html_page_is_self_contained(chart, tmp_path) -> None:
     text = chart.save(tmp_path / "norms.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.loads == []
     assert page.title == chart.title
     assert "plotly.js v" in text
     assert '"showSendToCloud": false' in text or '"showSendToCloud":false' in text
-    assert ".then(function(){" not in text.split("Plotly.newPlot(")[-1]  # nothing plays by itself
+    assert ".then(function(){" not in text.split("Plotly.newPlot(")[-1]  # no animation starts automatically
 
 
-def test_csv_is_the_data_and_nothing_else(chart, tmp_path) -> None:
+def test_csv_contains_only_the_data(chart, tmp_path) -> None:
     pd.testing.assert_frame_equal(pd.read_csv(chart.save(tmp_path / "norms.csv")), chart.data)
 
 
-def test_an_unknown_ending_is_refused_before_anything_is_written(chart, tmp_path) -> None:
+def test_unknown_extension_raises_before_writing(chart, tmp_path) -> None:
     with pytest.raises(
-        ValueError, match=r"cannot save 'norms.jpeg': the ending must be one of pdf, svg, png, html, csv"
+        ValueError, match=r"cannot save 'norms.jpeg': the extension must be one of pdf, svg, png, html, csv"
     ):
         chart.save(tmp_path / "deep" / "norms.jpeg")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_save_leaves_the_old_file(chart, tmp_path, monkeypatch) -> None:
+def test_failed_save_leaves_the_old_file(chart, tmp_path, monkeypatch) -> None:
     path = chart.save(tmp_path / "norms.png")
     before = path.read_bytes()
 
@@ -174,7 +174,7 @@ def test_a_failed_save_leaves_the_old_file(chart, tmp_path, monkeypatch) -> None
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_themes(chart, tmp_path) -> None:
+def test_themes_and_widths_are_applied_or_rejected(chart, tmp_path) -> None:
     dark = chart.mpl(theme="dark")
     assert mpl.colors.to_hex(dark.get_facecolor()) == mpl.colors.to_hex(dark.axes[0].get_facecolor()) == "#16181d"
     assert mpl.colors.to_hex(dark.axes[0].xaxis.label.get_color()) == "#e6e6e6"
@@ -182,18 +182,18 @@ def test_themes(chart, tmp_path) -> None:
     assert "background: #16181d" in chart.save(tmp_path / "dark.html", theme="dark").read_text(encoding="utf-8")
     assert 7 <= chart.mpl(theme="paper").axes[0].xaxis.label.get_fontsize() <= 8
     for draw in (chart.mpl, chart.plotly):
-        with pytest.raises(ValueError, match="no theme 'neon'; there are light, dark, paper"):
+        with pytest.raises(ValueError, match="theme must be one of 'light', 'dark', 'paper', got 'neon'"):
             draw(theme="neon")
-    with pytest.raises(ValueError, match="width 'wide' is unknown; choose column"):
+    with pytest.raises(ValueError, match=r"width must be .* got 'wide'"):
         chart.mpl(width="wide")
 
 
-def test_paper_is_the_theme_of_paper_alone(chart, tmp_path) -> None:
+def test_svg_uses_the_paper_theme_by_default(chart, tmp_path) -> None:
     assert b"#222222" not in chart.save(tmp_path / "paper.svg").read_bytes()
     assert b"#222222" in chart.save(tmp_path / "light.svg", theme="light").read_bytes()
 
 
-def test_drawing_leaves_the_settings_of_the_caller_alone(chart, tmp_path) -> None:
+def test_drawing_leaves_the_caller_settings_unchanged(chart, tmp_path) -> None:
     mpl.rcParams["lines.linewidth"] = 7.0
     before = dict(mpl.rcParams)
     chart.mpl()
@@ -202,7 +202,7 @@ def test_drawing_leaves_the_settings_of_the_caller_alone(chart, tmp_path) -> Non
     mpl.rcdefaults()
 
 
-def test_what_the_caller_set_does_not_reach_the_file(chart, tmp_path) -> None:
+def test_caller_settings_do_not_change_the_file(chart, tmp_path) -> None:
     plain = chart.save(tmp_path / "plain.png").read_bytes()
     with mpl.rc_context({"lines.linewidth": 9.0, "font.size": 20.0, "axes.grid": True, "savefig.bbox": "tight"}):
         assert chart.save(tmp_path / "set.png").read_bytes() == plain
@@ -219,7 +219,7 @@ def test_pyplot_is_never_imported(tmp_path) -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_drawing_on_axes_of_the_caller(chart, heat) -> None:
+def test_drawing_on_caller_axes(chart, heat) -> None:
     figure = Figure()
     left, right = figure.subplots(1, 2)
     assert chart.mpl(left) is left
@@ -229,7 +229,7 @@ def test_drawing_on_axes_of_the_caller(chart, heat) -> None:
     assert left.xaxis.label.get_fontsize() == mpl.rcParams["font.size"]
     heat.mpl(right)
     assert len(figure.axes) == 3
-    with pytest.raises(ValueError, match="single chart without frames"):
+    with pytest.raises(ValueError, match="cannot draw panels or frames on ax"):
         set_side_by_side(chart, chart).mpl(left)
     with pytest.raises(ValueError, match=r"chart.at\(frame\)"):
         Chart(chart.data, [Bar("step", "norm")], frame="role").mpl(left)
@@ -250,7 +250,7 @@ def test_jupyter_shows_plotly(chart, monkeypatch) -> None:
 
 
 def boxes(figure: Figure) -> dict[str, list[Bbox]]:
-    """Where text stands on a figure, by kind."""
+    """Return the boxes of the text on a figure, by kind."""
     drawer = figure.canvas.get_renderer()
     figure.draw_without_rendering()
     axes = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
@@ -263,7 +263,7 @@ def boxes(figure: Figure) -> dict[str, list[Bbox]]:
 
 
 def shown(axis: matplotlib.axis.Axis) -> list[Text]:
-    """Labels of the ticks between the ends of an axis."""
+    """Return the labels of the ticks between the ends of an axis."""
     low, high = sorted(axis.get_view_interval())
     return [
         tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high and tick.label1.get_visible()
@@ -298,12 +298,12 @@ def test_thirty_layers_are_legible(heat, width) -> None:
 
 
 @pytest.mark.parametrize("width", ["column", "page"])
-def test_nothing_overlaps_and_nothing_is_cut_off(chart, heat, width) -> None:
+def test_no_text_overlaps_or_is_cut_off(chart, heat, width) -> None:
     assert_tidy(chart.mpl(theme="paper", width=width))
     assert_tidy(set_side_by_side(chart, heat).mpl(theme="paper", width=width))
 
 
-def test_long_names_stand_on_end_and_have_room() -> None:
+def test_long_names_are_vertical_and_have_room() -> None:
     names = [f"model.layers.{n}.self_attn.q_proj" for n in range(10)]
     chart = Chart(pd.DataFrame({"module": names, "norm": range(10)}), [Bar("module", "norm"), Span(names[2], names[4])])
     figure = chart.mpl()
@@ -321,11 +321,11 @@ def test_small_multiples_are_tidy(heat) -> None:
     assert_tidy(framed.mpl(theme="paper"))
 
 
-def test_titles_of_panels_stand_below_the_buttons(chart) -> None:
+def test_panel_titles_are_below_the_buttons(chart) -> None:
     assert set_side_by_side(chart, chart).plotly().layout.margin.t >= 22 + 18  # pixels: the buttons, and a line of text
 
 
-def test_the_slider_stands_between_axis_and_caption(chart) -> None:
+def test_slider_is_between_axis_and_caption(chart) -> None:
     framed = Chart(chart.data, [Line("step", "norm")], frame="role", caption="Below.", x=Axis(label="step"))
     layout = framed.plotly().layout
     (slider,), (caption,) = layout.sliders, [note for note in layout.annotations if note.text == "Below."]
@@ -334,7 +334,7 @@ def test_the_slider_stands_between_axis_and_caption(chart) -> None:
     assert -caption.yshift + 15 < layout.margin.b
 
 
-def test_a_long_label_stays_inside_the_figure(tmp_path):
+def test_long_label_stays_inside_the_figure(tmp_path):
     label = "a recipe whose name says every hyper-parameter, one after the other, " * 2
     data = pd.DataFrame({"x": [0, 1] * 2, "y": [0.0, 1, 2, 3], "who": [label] * 2 + ["short"] * 2})
     chart = Chart(data, [Line("x", "y", "who")])
@@ -346,7 +346,7 @@ def test_a_long_label_stays_inside_the_figure(tmp_path):
     chart.save(tmp_path / "long.png", width="column")
 
 
-def test_a_heat_with_names_on_both_axes_shows_them_all():
+def test_heat_with_names_on_both_axes_shows_them_all():
     names = [f"a rather long score {letter}" for letter in "abcdefghijkl"]
     data = pd.DataFrame([(one, two, 0.5) for one in names for two in names], columns=["one", "two", "value"])
     axes = Chart(data, [Heat("two", "one", "value")]).mpl().axes[0]

@@ -1,1 +1,1 @@
-"""A figure as data, and the two backends that draw it."""
+"""Figures as data, and the two backends that draw them."""

@@ -1,4 +1,4 @@
-"""How far the axes reach: far enough for every frame, and equally far where panels are to be compared."""
+"""Axis limits of a figure: every frame fits, and panels with the same axis label share their limits."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lorascope.charts.chart import Bar
 from lorascope.charts.geometry import Area, Bars, Curve, Dots, Panel, Ruler, Shade, Shape, Words
 from lorascope.charts.scales import Scale
 
-PAD = 0.04  # of its range, left free at each end of a numeric axis
+PAD = 0.04  # fraction of the range left free at each end of a numeric axis
 
 Limits = tuple[float, float]
 
 
 def ranges(panels: Sequence[Panel], frames: Sequence[Any]) -> list[tuple[Limits, Limits]]:
-    """The ends of x and y of every panel, left or bottom first.
+    """Return the limits of x and y of every panel, left or bottom end first.
 
-    Ends are values on a numeric axis, positions on a categorical one (whose vertical form runs downwards). Numeric
-    axes with the same label have the same ends.
+    Limits are values on a numeric axis and positions on a categorical one. A categorical y axis runs downwards. Numeric
+    axes with the same label and scale share their limits, unless ``Axis.limits`` sets them.
     """
     reaches = [_reach(panel, frames) for panel in panels]
     sides = [
@@ -32,7 +32,7 @@ def ranges(panels: Sequence[Panel], frames: Sequence[Any]) -> list[tuple[Limits,
 
 
 def _axis_ends(panel: Panel, letter: str, panels: Sequence[Panel], reaches: Sequence[Float[np.ndarray, "_"]]) -> Limits:
-    """The ends of one axis of one panel."""
+    """Return the limits of one axis of one panel."""
     scale: Scale = getattr(panel, letter)
     if scale.categories is not None:
         last = max(len(scale.categories), 1) - 0.5
@@ -47,13 +47,13 @@ def _axis_ends(panel: Panel, letter: str, panels: Sequence[Panel], reaches: Sequ
 
 
 def _is_same_axis(one: Scale, other: Scale) -> bool:
-    """Whether two axes show the same thing."""
+    """Return whether two numeric axes have the same label and scale."""
     labelled = one.axis.label != "" and one.axis.label == other.axis.label
     return labelled and other.categories is None and one.log == other.log
 
 
 def _pad_ends(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
-    """Ends around numbers; where bars stand on it, an end at zero stays there."""
+    """Return limits around numbers; on an axis with bars, a limit at zero is not padded."""
     numbers = reach[reach > 0] if log else reach[np.isfinite(reach)]
     if not numbers.size:
         return (1.0, 10.0) if log else (0.0, 1.0)
@@ -66,7 +66,7 @@ def _pad_ends(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limit
 
 
 def _reach(panel: Panel, frames: Sequence[Any]) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "m"]]:
-    """All positions on x and on y that a panel must show, in any frame."""
+    """Return all x and y positions that a panel must show, in any frame."""
     corners = [_corners(shape) for frame in frames or [None] for shape in panel.shapes(frame)]
     x, y = (
         np.concatenate([np.empty(0), *(np.ravel(part) for pair in corners for part in pair[side])]) for side in (0, 1)
@@ -75,7 +75,7 @@ def _reach(panel: Panel, frames: Sequence[Any]) -> tuple[Float[np.ndarray, "n"],
 
 
 def _corners(shape: Shape) -> tuple[list[Any], list[Any]]:
-    """The outermost positions of a shape on x and on y, as numbers and arrays."""
+    """Return the outermost positions of a shape on x and on y, as numbers and arrays."""
     match shape:
         case Curve() | Words():
             return [shape.x], [shape.y]
@@ -98,7 +98,7 @@ def _corners(shape: Shape) -> tuple[list[Any], list[Any]]:
 
 
 def _swap_if_lying(across: list[Any], along: list[Any], shape: Dots | Bars) -> tuple[list[Any], list[Any]]:
-    """Positions across and along the bars, with their error bars, as positions on x and y."""
+    """Return positions across and along the bars, including error bars, as positions on x and y."""
     along = along + _drop_none(shape.low, shape.high)
     return (along, across) if shape.lying else (across, along)
 

@@ -1,8 +1,8 @@
-"""A figure as data: a tidy table, the marks drawn from it, and what the axes mean.
+"""A figure as data: a tidy table, the marks drawn from it, and the axes.
 
-A :class:`Chart` draws nothing. It says which columns become positions, colours and error bars, checks that they are
-there, and leaves the drawing to the backends beside it, which are imported when a picture is asked for. So a figure can
-be tested, hashed and exported without a renderer, and both renderers show the same numbers.
+A :class:`Chart` does not draw. It maps columns to positions, colors and error bars, and checks that they exist. The
+backends in this package draw it and are imported on demand. So a figure can be tested, hashed and exported without a
+renderer, and both renderers show the same numbers.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ __all__ = [
 
 
 class Drawable:
-    """What a chart and several panels have in common: they can be shown and saved."""
+    """Base class of charts and panels, with the methods that draw and save them."""
 
     def rows(self) -> tuple[tuple[Chart, ...], ...]:
-        """The panels, row by row."""
+        """Return the panels, row by row."""
         raise NotImplementedError
 
     def flat(self) -> pd.DataFrame:
-        """All the data drawn, as one table.
+        """Return all drawn data as one table.
 
-        Where there are several panels, or marks with data of their own, the columns ``panel`` (number and title) and
-        ``mark`` (its kind, "" for the data of the chart) tell the rows apart.
+        With several panels, or marks that have their own data, two columns distinguish the rows: ``panel`` (number and
+        title) and ``mark`` (kind of mark, "" for the data of the chart). A column with only one value is omitted.
         """
         charts = [chart for row in self.rows() for chart in row]
         parts = [
@@ -81,15 +81,15 @@ class Drawable:
         Parameters
         ----------
         ax : matplotlib Axes, optional
-            Axes of your own to draw on, in your own style: a single chart without frames. The caption is left to you.
+            Axes to draw on, in your own style. Requires a single chart without frames; the caption is not drawn.
         theme : {"light", "dark", "paper"}, optional
-            Default light.
+            Default "light".
         width : {"column", "page"}, optional
-            3.3 or 6.9 inches; default column, and page for panels and frames.
+            3.3 or 6.9 inches. Default: column for a single chart, page for panels and frames.
 
         Returns
         -------
-        Figure, or ``ax``.
+        The new figure, or ``ax``.
         """
         mpl = _import_backend("matplotlib_backend")
         return mpl.figure(self, theme, width) if ax is None else mpl.draw_onto(ax, self, theme)
@@ -99,7 +99,7 @@ class Drawable:
         return _import_backend("plotly_backend").figure(self, theme)
 
     def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
-        """Write the figure to a file whose ending says the kind; see :func:`lorascope.charts.save.save`."""
+        """Write the figure to a file; the extension selects the format. See :func:`lorascope.charts.save.save`."""
         return _import_backend("save").save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Drawable:
 
 
 def _import_backend(name: str) -> Any:
-    """Import a module that draws charts; it depends on this one."""
+    """Import a drawing module on demand, because it imports this one."""
     return importlib.import_module(f"lorascope.charts.{name}")
 
 
@@ -118,29 +118,29 @@ class Chart(Drawable):
     Parameters
     ----------
     data : DataFrame
-        One row a thing drawn.
+        One row per drawn item.
     marks : sequence of Mark
-        Drawn in order, later ones on top. A mark's own ``data`` stands in for ``data``.
+        Drawn in order, later ones on top. A mark's own ``data`` replaces ``data``.
     title : str
         Title.
     x, y : Axis
-        The axes.
+        Axes.
     caption : str
-        Printed below: n, seeds, interval, definitions.
+        Text below the figure: n, seeds, interval, definitions.
     frame : str, optional
-        Column whose values are the steps of a slider (plotly) or small multiples (matplotlib). Marks whose own data
-        lack it stay the same in every frame.
+        Column whose values are the steps of a slider (plotly) or small multiples (matplotlib). A mark whose own data
+        does not have this column is the same in every frame.
     color_label : str
         Title of the legend.
     colors : iterable, optional
-        Categories in the order of the palette and the legend; categories it does not name follow.
+        Categories in the order of the palette and the legend; categories that are not listed follow.
     meta : mapping
-        Stored in every saved file: run ids and the like, JSON values.
+        Stored in every saved file: run ids and other JSON values.
 
     Raises
     ------
     ValueError
-        A mark names a column that is not there, or one whose values cannot be drawn as it asks.
+        A mark names a missing column, or one whose values it cannot draw.
     """
 
     data: pd.DataFrame
@@ -155,19 +155,22 @@ class Chart(Drawable):
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "data", self.data.copy(deep=False))  # copy on write: later edits do not reach us
+        object.__setattr__(
+            self, "data", self.data.copy(deep=False)
+        )  # copy on write: later edits do not change the chart
         object.__setattr__(self, "marks", tuple(self.marks))
         object.__setattr__(self, "colors", None if self.colors is None else tuple(self.colors))
         if self.frame is not None:
             if self.frame not in self.data:
                 raise ValueError(missing_column("frame", self.frame, self.data))
             if self.data[self.frame].isna().any():
-                raise ValueError(f"frame: column {self.frame!r} has missing values")
+                raise ValueError(f"frame: column {self.frame!r} must have no missing values")
         for mark in self.marks:
             mark.check()
             check_columns(mark, self.table(mark))
-        if sum(isinstance(mark, Heat) for mark in self.marks) > 1:
-            raise ValueError("a chart holds one heat; set two charts beside each other")
+        heats = sum(isinstance(mark, Heat) for mark in self.marks)
+        if heats > 1:
+            raise ValueError(f"a chart must have at most one Heat, got {heats}: combine charts with set_side_by_side")
         for mark in self.marks:
             if isinstance(mark, Bar | Heat):
                 check_unique(mark, self.table(mark), self._place_columns(mark))
@@ -180,12 +183,15 @@ class Chart(Drawable):
         return ((self,),)
 
     def table(self, mark: Mark) -> pd.DataFrame:
-        """The table that a mark is drawn from."""
+        """Return the table that a mark is drawn from."""
         own = getattr(mark, "data", None)
         return self.data if own is None else own
 
     def is_categorical(self, letter: str) -> bool:
-        """Whether axis "x" or "y" holds categories: it has an order or a heat, or its columns are not all numbers."""
+        """Return whether axis "x" or "y" is categorical.
+
+        It is if it has an order or a heat map, or if not all of its columns are numeric.
+        """
         columns = [self.table(mark)[mark.columns()[letter]] for mark in self.marks if letter in mark.columns()]
         return (
             getattr(self, letter).order is not None
@@ -195,32 +201,35 @@ class Chart(Drawable):
 
     @property
     def is_lying(self) -> bool:
-        """Whether bars and error bars run along x: y holds categories and x numbers."""
+        """Whether bars and error bars run along x: y is categorical and x is numeric."""
         return self.is_categorical("y") and not self.is_categorical("x")
 
     def _place_columns(self, mark: Bar | Heat) -> list[str]:
-        """The columns that say where a bar or a cell is drawn."""
+        """Return the columns that determine the position of a bar or a cell."""
         if isinstance(mark, Heat):
             place = [mark.x, mark.y]
         else:
             along = "x" if self.is_lying else "y"
             if self.is_categorical(along):
-                raise ValueError(f"bar {along}: column {getattr(mark, along)!r} holds no numbers to draw a length from")
+                column = getattr(mark, along)
+                raise ValueError(
+                    f"bar {along}: column {column!r} must be numeric, got {self.table(mark)[column].dtype}"
+                )
             place = [mark.y if self.is_lying else mark.x, *([mark.color] if mark.color is not None else [])]
         return [*place, self.frame] if self.frame is not None and self.frame in self.table(mark) else place
 
     def tables(self) -> list[tuple[str, pd.DataFrame]]:
-        """Everything drawn: ("", the chart's data), then (kind of mark, its own data)."""
+        """Return all drawn tables: ("", the chart's data), then (kind of mark, its own data)."""
         own = [(mark.kind, table) for mark in self.marks if (table := getattr(mark, "data", None)) is not None]
         return [("", self.data), *own]
 
     def at(self, value: Any) -> Chart:
-        """The chart of one frame alone."""
+        """Return the chart of a single frame."""
         if self.frame is None:
-            raise ValueError(f"{self!r} has no frames")
+            raise ValueError(f"cannot select frame {value!r}: {self!r} has no frames")
         if value not in set(self.data[self.frame]):
             shown = ", ".join(map(str, self.data[self.frame].unique()))
-            raise ValueError(f"no frame {value!r} in {self.frame!r}; it has {shown}")
+            raise ValueError(f"{self.frame} must be one of {shown}, got {value!r}")
         marks = [
             replace(mark, data=own[own[self.frame] == value])  # type: ignore[call-arg]
             if (own := getattr(mark, "data", None)) is not None and self.frame in own
@@ -249,20 +258,21 @@ class Panels(Drawable):
 
 
 def set_side_by_side(*parts: Drawable) -> Panels:
-    """Set charts, or panels with the same number of rows, side by side."""
+    """Put charts, or panels with the same number of rows, side by side."""
     grids = [part.rows() for part in parts]
     if len({len(grid) for grid in grids}) != 1:
-        raise ValueError(f"beside needs parts of the same number of rows, got {', '.join(str(len(g)) for g in grids)}")
+        counts = ", ".join(str(len(grid)) for grid in grids)
+        raise ValueError(f"panels side by side must have the same number of rows, got {counts}")
     return Panels(tuple(sum(rows, ()) for rows in zip(*grids, strict=True)))
 
 
 def stack_vertically(*parts: Drawable) -> Panels:
-    """Set charts or panels one above the other, the first on top."""
+    """Stack charts or panels vertically, the first on top."""
     return Panels(sum((part.rows() for part in parts), ()))
 
 
 def wrap(charts: Sequence[Chart], row: int) -> Drawable:
-    """Set charts side by side, so many a row and one at least; one chart alone stays as it is."""
+    """Arrange charts in rows of ``row`` charts, at least one; a single chart is returned unchanged."""
     if len(charts) == 1:
         return charts[0]
     row = max(row, 1)

@@ -1,4 +1,4 @@
-"""All that the panels of a figure share, settled before a renderer draws: frames, legend, colour bars, caption."""
+"""Layout shared by both renderers: frames, legend entries, color bars and captions of a figure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from lorascope.charts.scales import categories, color_columns, scale, style_colu
 from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
 from lorascope.files.printable import short_name
 
-LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # how marks look in the legend; others are patches
+LOOKS = {
+    "line": ("line", "dash"),
+    "point": ("dot", "shape"),
+}  # legend symbol and style encoding; other marks are patches
 
 
 @dataclass(frozen=True)
 class View:
-    """A panel and the ends of its axes."""
+    """A panel and its axis limits."""
 
     panel: Panel
     x: Limits
@@ -30,7 +33,7 @@ class View:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of the legend; ``style`` counts dashes (kind "line") or shapes (kind "dot")."""
+    """A legend entry; ``style`` is the index of a dash pattern (kind "line") or of a shape (kind "dot")."""
 
     label: str
     color: str
@@ -41,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ramp:
-    """A colour bar, and the numbers of the views that it belongs to."""
+    """A color bar, and the indices of the views that use it."""
 
     label: str
     colors: list[str]
@@ -52,7 +55,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Plan:
-    """A figure ready to be drawn; ``heats`` maps the number of a view to its heat's number in ``ramps``."""
+    """A figure ready to be drawn; ``heats`` maps the index of a view to that of its color bar in ``ramps``."""
 
     views: list[View]
     rows: list[list[int]]
@@ -68,7 +71,7 @@ class Plan:
 
 
 def plan(drawable: Drawable, theme: Theme) -> Plan:
-    """Settle everything that does not depend on the renderer."""
+    """Compute everything that does not depend on the renderer."""
     charts = [chart for row in drawable.rows() for chart in row]
     shared = color_columns(charts), style_columns(charts), theme
     panels = [Panel(chart, scale(chart, "x"), scale(chart, "y"), *shared) for chart in charts]
@@ -93,23 +96,23 @@ def plan(drawable: Drawable, theme: Theme) -> Plan:
 
 
 def _frames(charts: Sequence[Chart]) -> tuple[list[Any], str]:
-    """The frames of all panels, and the name of the column they come from."""
+    """Return the frames of all panels, and the name of their column."""
     columns = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
     labels = list(dict.fromkeys(str(column.name) for column in columns))
     if len(labels) > 1:
-        raise ValueError(f"panels share one slider, but their frames are {' and '.join(labels)}")
+        raise ValueError(f"panels must have the same frame column, got {', '.join(labels)}")
     return list(categories(columns)), "".join(labels)
 
 
 def _join_captions(charts: Sequence[Chart]) -> str:
-    """The captions of all panels: once where they agree, named by their titles where they differ."""
+    """Return the captions of all panels: once if they are equal, else prefixed by the panel titles."""
     if len({chart.caption for chart in charts if chart.caption}) < 2:
         return next((chart.caption for chart in charts if chart.caption), "")
     return "\n".join(f"{chart.title}: {chart.caption}".removeprefix(": ") for chart in charts if chart.caption)
 
 
 def _entries(panel: Panel) -> Iterator[Entry]:
-    """The legend of one panel, mark by mark: colours, then styles; nothing for what an axis names already."""
+    """Yield the legend entries of a panel: colors that no axis or color bar shows, then styles."""
     for column, marks in _encoded_columns(panel.chart, "color"):
         colors = panel.colors[column]
         if colors.limits is not None or any(column in (mark.columns()["x"], mark.columns().get("y")) for mark in marks):
@@ -130,7 +133,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
 
 
 def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """One entry for what has the same name, colour and group, in its most telling form: a line, a dot, a patch."""
+    """Merge entries with equal name, color and group; a line replaces a dot, and a dot a patch."""
     forms = [kind for kind, _ in LOOKS.values()]
     merged: dict[tuple[str, str, str], Entry] = {}
     for entry in sorted(entries, key=lambda entry: forms.index(entry.kind) if entry.kind in forms else len(forms)):
@@ -139,7 +142,7 @@ def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _encoded_columns(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]]:
-    """The columns that an encoding uses, with their marks."""
+    """Return the columns that an encoding uses, with their marks."""
     found: dict[str, list[Mark]] = {}
     for mark in chart.marks:
         if encoding in mark.columns():
@@ -148,7 +151,10 @@ def _encoded_columns(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]
 
 
 def _heats(charts: Sequence[Chart]) -> tuple[dict[int, int], list[Ramp]]:
-    """The colour bars of heats; heats with the same label and kind of scale share one, and its ends."""
+    """Return view -> index of its color bar, and the color bars of heat maps.
+
+    Heat maps with the same label, scale and limits share one color bar and its ends.
+    """
     alike: dict[tuple[Any, ...], list[tuple[int, Chart, Heat]]] = {}
     for view, chart in enumerate(charts):
         for mark in chart.marks:
@@ -167,7 +173,7 @@ def _heats(charts: Sequence[Chart]) -> tuple[dict[int, int], list[Ramp]]:
 
 
 def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
-    """The values at both ends of the colours."""
+    """Return the values at both ends of a color scale."""
     if mark.limits is not None:
         return float(mark.limits[0]), float(mark.limits[1])
     numbers = numbers[numbers > 0] if mark.log else numbers[np.isfinite(numbers)]
@@ -181,7 +187,7 @@ def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
 
 
 def _column_ramps(panels: Sequence[Panel]) -> list[Ramp]:
-    """The colour bars of columns of numbers that colour lines, dots or bars."""
+    """Return the color bars of numeric columns that color lines, dots or bars."""
     ramps = []
     for column, colors in panels[0].colors.items():
         if colors.limits is not None:

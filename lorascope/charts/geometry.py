@@ -1,7 +1,7 @@
-"""From marks to shapes: positions, colours and styles, all that is left for a renderer is to put them on its canvas.
+"""Marks converted to shapes: positions, colors and styles that a renderer only has to draw.
 
-In every frame a chart has the same shapes in the same order, empty where the frame has no rows: plotly's slider
-exchanges the contents of traces, and cannot add any.
+A chart has the same shapes in the same order in every frame; a shape without rows in a frame is empty. Plotly's slider
+replaces the contents of traces, but cannot add traces.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from lorascope.charts.scales import Colors, Scale, to_floats
 from lorascope.charts.theme import Theme
 
 Numbers = Float[np.ndarray, "n"]
-CROWD = 300  # of more dots than these in a frame each is smaller, so that together they leave some of the panel free
-CLUSTER = 0.8  # share of the distance between two places that their bars fill
+CROWD = 300  # dots per frame; with more of them each dot shrinks, so that they do not cover the panel
+CLUSTER = 0.8  # fraction of the distance between two positions that their bars fill
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line; ``dash`` counts the styles of a renderer, ``group`` is the legend entry that it belongs to."""
+    """A line; ``dash`` is the index of a dash pattern, ``group`` the legend entry of the line."""
 
     x: Float[np.ndarray, "n"]
     y: Float[np.ndarray, "n"]
@@ -36,7 +36,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Area:
-    """The area between two lines."""
+    """Area between two lines."""
 
     x: Float[np.ndarray, "n"]
     low: Float[np.ndarray, "n"]
@@ -47,7 +47,7 @@ class Area:
 
 @dataclass(frozen=True)
 class Dots:
-    """Dots with a colour each; ``share`` is their area as a share of the largest, ``low`` and ``high`` error bars."""
+    """Dots; ``share`` is their area relative to the largest, ``low`` and ``high`` are the ends of error bars."""
 
     x: Float[np.ndarray, "n"]
     y: Float[np.ndarray, "n"]
@@ -62,7 +62,7 @@ class Dots:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars from ``base`` to ``top``, standing at ``place`` or, where ``lying``, running along x."""
+    """Bars from ``base`` to ``top`` at ``place``, horizontal if ``lying``."""
 
     place: Float[np.ndarray, "n"]
     base: Float[np.ndarray, "n"]
@@ -77,7 +77,7 @@ class Bars:
 
 @dataclass(frozen=True)
 class Cells:
-    """Cells of a heat map, NaN where there is no value; ``words`` of those that have some, by (row, column)."""
+    """Cells of a heat map, NaN if there is no value; ``words`` maps (row, column) to the text of a cell."""
 
     values: Float[np.ndarray, "rows columns"]
     mark: Heat
@@ -86,7 +86,7 @@ class Cells:
 
 @dataclass(frozen=True)
 class Ruler:
-    """A line across the panel at x or at y."""
+    """Line across the panel at x or at y."""
 
     x: float | None
     y: float | None
@@ -95,7 +95,7 @@ class Ruler:
 
 @dataclass(frozen=True)
 class Shade:
-    """A shaded stretch of x."""
+    """Shaded interval of x."""
 
     x0: float
     x1: float
@@ -116,7 +116,7 @@ Shape = Curve | Area | Dots | Bars | Cells | Ruler | Shade | Words
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its scales and colours settled."""
+    """A chart with its scales and colors."""
 
     chart: Chart
     x: Scale
@@ -126,23 +126,23 @@ class Panel:
     theme: Theme
 
     def shapes(self, frame: Any = None) -> list[Shape]:
-        """What to draw in one frame."""
+        """Return the shapes of one frame."""
         return [shape for mark in self.chart.marks for shape in BUILDERS[type(mark)](self, mark, frame)]
 
     def rows(self, mark: Mark, frame: Any) -> pd.DataFrame:
-        """The rows of a mark in one frame."""
+        """Return the rows of a mark in one frame."""
         table, column = self.chart.table(mark), self.chart.frame
         return table if column is None or column not in table else table[table[column] == frame]
 
     def order(self, mark: Mark, column: str) -> tuple[Any, ...]:
-        """The values of a colour or style column, in the order of the legend."""
+        """Return the values of a color or style column in the order of the legend."""
         if column in self.colors:
             return self.colors[column].categories
         here = set(self.chart.table(mark)[column])
         return tuple(value for value in self.styles[column] if value in here)
 
     def split(self, mark: Mark, frame: Any, *encodings: str) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
-        """The rows of a frame for each combination of values that the whole table has: (rows, column -> value)."""
+        """Yield the rows of a frame for each combination of values in the whole table: (rows, column -> value)."""
         rows = self.rows(mark, frame)
         used = mark.columns()
         columns = list(dict.fromkeys(used[encoding] for encoding in encodings if encoding in used))
@@ -157,17 +157,17 @@ class Panel:
             yield rows[picked], key
 
     def color(self, mark: Mark, key: Mapping[str, Any]) -> str:
-        """The colour of one combination."""
+        """Return the color of one combination."""
         column = mark.columns().get("color")
         return self.theme.category(0, 1) if column is None else self.colors[column].of(key[column], self.theme)
 
     def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> int:
-        """The number of its dash or shape."""
+        """Return the index of its dash pattern or shape."""
         column = mark.columns().get(encoding)
         return 0 if column is None else self.styles[column].index(key[column])
 
     def ends(self, mark: Point | Bar, rows: pd.DataFrame) -> tuple[Numbers | None, Numbers | None]:
-        """Ends of the error bars."""
+        """Return the lower and upper ends of the error bars."""
         if mark.low is None or mark.high is None:
             return None, None
         scale = self.x if self.chart.is_lying else self.y
@@ -175,7 +175,7 @@ class Panel:
 
 
 def group(key: Mapping[str, Any]) -> str:
-    """Name of the legend entry of a combination: that of its colour or, without one, of its style."""
+    """Return the legend group of a combination, named after its color or, without one, its style."""
     return next((f"{column}={value}" for column, value in key.items()), "")
 
 
@@ -215,7 +215,7 @@ def _build_dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
 
 
 def _build_bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
-    """Side by side in slots of their own, or on top of one another: positive ones upwards, negative ones downwards."""
+    """Build bars side by side, or stacked: positive values upwards, negative ones downwards."""
     column, value = (mark.y, mark.x) if panel.chart.is_lying else (mark.x, mark.y)
     across, along = (panel.y, panel.x) if panel.chart.is_lying else (panel.x, panel.y)
     whole = panel.chart.table(mark)
@@ -238,7 +238,7 @@ def _build_bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
 
 
 def _pitch(scale: Scale, values: pd.Series) -> float:
-    """The smallest distance between two places."""
+    """Return the smallest distance between two positions."""
     places = np.unique(scale.place(values))
     gaps = np.diff(places[np.isfinite(places)])
     return 1.0 if scale.categories is not None or not gaps.size else float(gaps.min())

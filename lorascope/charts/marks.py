@@ -1,7 +1,7 @@
-"""The words of a chart: axes, and the marks that turn columns of a table into something drawn.
+"""Axes and marks of a chart. A mark maps columns of a table to drawn shapes.
 
-All are frozen and hold settings alone. A mark names columns in its ``encodings``; its own ``data`` stands in for the
-data of the chart.
+All classes are frozen and contain only settings. The fields of a mark listed in its ``encodings`` name columns, and its
+own ``data`` replaces the data of the chart.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 @dataclass(frozen=True, kw_only=True)
 class Axis:
-    """What one axis shows.
+    """Label, scale and ticks of one axis.
 
     Parameters
     ----------
     label : str
-        Quantity and unit, in plain text. Panels whose axes share a label share their range.
+        Quantity and unit, in plain text. Panels whose axes have the same label share their limits.
     order : iterable, optional
-        Categories in the order they are drawn; makes the axis categorical. Categories of y run from top to bottom,
-        as the rows of a table do. Values of the data that it does not name follow after it.
+        Categories in drawing order; makes the axis categorical. Categories of y run from top to bottom, like the rows
+        of a table. Values that are not listed follow.
     log : bool
-        Logarithmic; values of zero and below have no place on it and leave a gap.
+        Logarithmic scale, default False. Values <= 0 are not drawn and leave a gap.
     limits : (low, high), optional
         Ends of a numeric axis; None at either end takes it from the data.
     ticks : mapping, optional
-        Value (or category) -> text of the only ticks.
+        Value (or category) -> label; no other ticks are drawn.
     """
 
     label: str = ""
@@ -46,28 +46,28 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something drawn from the rows of a table; the fields in ``encodings`` name columns of it."""
+    """Base class of shapes drawn from the rows of a table; the fields in ``encodings`` name its columns."""
 
     encodings: ClassVar[tuple[str, ...]] = ()
-    names: ClassVar[tuple[str, ...]] = ("color", "dash", "shape")  # encodings whose values must all be there
-    numbers: ClassVar[tuple[str, ...]] = ("value", "low", "high", "size")  # encodings that numbers alone can fill
+    names: ClassVar[tuple[str, ...]] = ("color", "dash", "shape")  # encodings without missing values
+    numbers: ClassVar[tuple[str, ...]] = ("value", "low", "high", "size")  # encodings that must be numeric
 
     @property
     def kind(self) -> str:
-        """Its name in messages."""
+        """Name of the mark in messages."""
         return type(self).__name__.lower()
 
     def columns(self) -> dict[str, str]:
-        """Encoding -> column, for those in use."""
+        """Return encoding -> column for the encodings in use."""
         return {name: getattr(self, name) for name in self.encodings if getattr(self, name) is not None}
 
     def check(self) -> None:
-        """Refuse settings that contradict one another."""
+        """Raise ValueError if settings contradict each other."""
 
 
 @dataclass(frozen=True)
 class Line(Mark):
-    """A line through the rows in order of x, one for each colour and dash."""
+    """A line through the rows in order of x, one per color and dash pattern."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "dash")
     x: str
@@ -79,7 +79,7 @@ class Line(Mark):
 
 @dataclass(frozen=True)
 class Band(Mark):
-    """The area between low and high, one for each colour."""
+    """The area between ``low`` and ``high``, one per color."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "low", "high", "color")
     x: str
@@ -91,9 +91,9 @@ class Band(Mark):
 
 @dataclass(frozen=True)
 class Point(Mark):
-    """A dot a row; low and high are the ends of its error bar (not their distances), along the numeric axis.
+    """One dot per row; ``low`` and ``high`` are the ends of its error bar along the numeric axis, not distances.
 
-    The area of a dot grows with the column ``size``.
+    The area of a dot is proportional to the column ``size``.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "shape", "size", "low", "high")
@@ -112,9 +112,10 @@ class Point(Mark):
 
 @dataclass(frozen=True)
 class Bar(Mark):
-    """A bar a row, those of one place side by side or stacked; it lies down where y holds categories and x numbers.
+    """One bar per row; bars at the same position are side by side or stacked.
 
-    Low and high are the ends of its error bar, not their distances.
+    Bars are horizontal if y is categorical and x is numeric. ``low`` and ``high`` are the ends of the error bar, not
+    distances.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "low", "high")
@@ -133,11 +134,11 @@ class Bar(Mark):
 
 @dataclass(frozen=True)
 class Heat(Mark):
-    """A coloured cell a row; cells without a row, or with NaN, are hatched: unknown is not zero.
+    """One colored cell per row. Cells without a row or with NaN are hatched, since unknown is not zero.
 
-    Both axes are categorical. ``label`` names the colour bar, ``text`` is a format such as ".2f" for numbers in the
-    cells, ``limits`` the ends of the colours. The diverging scale is centred at zero. Column ``words`` says more of
-    a cell than its number, and takes the number's place: in print where there is room, on a screen at the pointer.
+    Both axes are categorical. ``label`` names the color bar, ``text`` is a format for the numbers in the cells, such as
+    ".2f", and ``limits`` are the ends of the color scale. The diverging scale is centered at zero. The column ``words``
+    replaces the number of a cell: in print if ``text`` is set and the words fit, on a screen when hovering.
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "value", "words")
@@ -156,12 +157,12 @@ class Heat(Mark):
     def check(self) -> None:
         _check_choice("scale", self.scale, ("sequence", "diverging"))
         if self.log and self.scale == "diverging":
-            raise ValueError("a diverging scale is centred at zero and cannot be logarithmic: leave out one of the two")
+            raise ValueError("cannot combine scale='diverging' with log=True: a diverging scale is centered at zero")
 
 
 @dataclass(frozen=True)
 class Rule(Mark):
-    """A straight line across the panel at the value x, or at the value y."""
+    """A straight line across the panel, at one value of x or of y."""
 
     x: Any = None
     y: Any = None
@@ -169,12 +170,12 @@ class Rule(Mark):
 
     def check(self) -> None:
         if (self.x is None) == (self.y is None):
-            raise ValueError(f"a rule stands at one value, x or y; got x={self.x!r}, y={self.y!r}")
+            raise ValueError(f"a Rule must have exactly one of x and y, got x={self.x!r}, y={self.y!r}")
 
 
 @dataclass(frozen=True)
 class Span(Mark):
-    """The stretch of the x axis from the value x0 to the value x1, shaded."""
+    """A shaded interval of the x axis, from x0 to x1."""
 
     x0: Any
     x1: Any
@@ -183,7 +184,7 @@ class Span(Mark):
 
 @dataclass(frozen=True)
 class Text(Mark):
-    """The words of column ``text``, one a row."""
+    """The texts of the column ``text``, one per row."""
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "text")
     x: str
@@ -194,40 +195,40 @@ class Text(Mark):
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(choices)}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def _check_interval(mark: Point | Bar) -> None:
     if (mark.low is None) != (mark.high is None):
-        raise ValueError(f"an error bar has two ends; got low={mark.low!r}, high={mark.high!r}")
+        raise ValueError(f"low and high must both be columns or both be None, got low={mark.low!r}, high={mark.high!r}")
 
 
 def check_columns(mark: Mark, table: pd.DataFrame) -> None:
-    """Refuse a mark whose columns are missing, or hold what it cannot draw."""
+    """Raise ValueError if columns of a mark are missing or contain values that it cannot draw."""
     for encoding, column in mark.columns().items():
         what = f"{mark.kind} {encoding}"
         if column not in table:
             raise ValueError(missing_column(what, column, table))
         if encoding in mark.numbers and not is_numeric_dtype(table[column]):
-            raise ValueError(f"{what}: column {column!r} holds {table[column].dtype}, not numbers")
+            raise ValueError(f"{what}: column {column!r} must be numeric, got {table[column].dtype}")
         if (encoding in mark.names or not is_number(table[column])) and (gaps := int(table[column].isna().sum())):
-            raise ValueError(f"{what}: column {column!r} has {gaps} missing values; give them a name to draw them")
+            raise ValueError(f"{what}: column {column!r} must have no missing values, got {gaps}: fill them in first")
 
 
 def check_unique(mark: Mark, table: pd.DataFrame, place: Sequence[str]) -> None:
-    """Refuse two rows in one place, where one would hide the other."""
+    """Raise ValueError if two rows have the same position, since one would hide the other."""
     columns = list(dict.fromkeys(place))
     doubled = table.duplicated(columns)
     if doubled.any():
         first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, columns].iloc[0].items())
-        raise ValueError(f"{mark.kind}: several rows for {first}; aggregate them first")
+        raise ValueError(f"cannot draw {mark.kind}: several rows for {first}. Aggregate them first")
 
 
 def missing_column(what: str, column: str, table: pd.DataFrame) -> str:
-    """The complaint about a column that is not there."""
-    return f"{what}: no column {column!r}; the data has {', '.join(map(str, table.columns))}"
+    """Return the error message for a missing column."""
+    return f"{what}: unknown column {column!r}; expected one of {', '.join(map(str, table.columns))}"
 
 
 def is_number(values: pd.Series) -> bool:
-    """Whether a column stands on a numeric axis: numbers, but not truth values."""
+    """Return whether a column is numeric, and not boolean."""
     return is_numeric_dtype(values) and not is_bool_dtype(values)

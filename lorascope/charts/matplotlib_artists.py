@@ -1,4 +1,4 @@
-"""Shapes on matplotlib axes: one function a shape, and the axes themselves."""
+"""Shapes drawn on matplotlib axes, one function per shape, and the axes themselves."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from lorascope.files.printable import printable_lines
 DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2))]
 SHAPES = ["o", "s", "^", "D", "v", "P", "X"]
 DOT = 4.0  # diameter of a dot in points
-LARGEST = 11.0  # diameter of the largest dot where the area tells something
-FEW = 200  # ratio of the ends of a logarithmic axis below which its powers of ten alone would be too few ticks
-BETWEEN = ((1, 2, 5), (1, 3), (1,))  # multiples of powers of ten that may be ticks there, from most to fewest
-SMALLEST_TEXT = 4.0  # points; numbers that would have to be smaller are left out of the cells
-SMALLEST_WORDS = 5.0  # points; words that would have to be smaller leave the cells to the numbers
+LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
+FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
+BETWEEN = ((1, 2, 5), (1, 3), (1,))  # multiples of powers of ten for these ticks, from most to fewest
+SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
+SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replaced by the numbers
 
 
 def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
-    """Draw one frame of one view, with its axes; :func:`names` and :func:`numbers` follow when the size is known."""
+    """Draw one frame of one view with its axes; call :func:`names` and :func:`numbers` once the size is known."""
     view = plan.views[number]
     for layer, shape in enumerate(view.panel.shapes(frame)):
         _DRAWERS[type(shape)](ax, shape, plan, number, 2 + layer / 1000)
@@ -52,11 +52,11 @@ def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
 
 
 def names(ax: Axes, panel: Panel) -> float:
-    """Name the categories, as many as the present size of the axes has room for.
+    """Label the categories, as many as fit at the current size of the axes.
 
     Returns
     -------
-    Points below the axes that names standing on end need.
+    Points below the axes that vertical names need.
     """
     width, height = _size_in_points(ax)
     _draw_names(ax.yaxis, panel.y, height)
@@ -64,25 +64,25 @@ def names(ax: Axes, panel: Panel) -> float:
 
 
 def numbers(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
-    """Write numbers into the cells of a heat that asks for them, as large as the present size of the axes allows."""
+    """Write the numbers of a heat map into its cells, as large as the current size of the axes allows."""
     for shape in plan.views[number].panel.shapes(frame):
         if isinstance(shape, Cells) and shape.mark.text is not None and shape.values.size:
             _draw_numbers(ax, shape, plan.ramps[plan.heats[number]], *_size_in_points(ax))
 
 
 def _size_in_points(ax: Axes) -> tuple[float, float]:
-    """Width and height of axes in points."""
+    """Return the width and height of axes in points."""
     box, points = ax.get_window_extent(), 72.0 / ax.figure.dpi
     return box.width * points, box.height * points
 
 
 def _text_size(ax: Axes) -> float:
-    """Font size of words inside axes, a little below that of the labels."""
+    """Return the font size of text inside axes, slightly smaller than that of the axis labels."""
     return 0.9 * float(ax.xaxis.label.get_fontsize())
 
 
 def break_lines(text: str, room: float, size: float) -> list[str]:
-    """Break text into lines that are no wider than ``room`` points at a font size, but for a word that is wider."""
+    """Break text into lines of at most ``room`` points at a font size; a longer word gets its own line."""
     font = FontProperties(size=size)
     lines = []
     for part in printable_lines(text).splitlines():
@@ -98,17 +98,17 @@ def break_lines(text: str, room: float, size: float) -> list[str]:
 
 
 def escape_dollar(text: str) -> str:
-    """Text as it stands: a dollar sign starts no mathematics, a control character breaks no SVG."""
+    """Escape text: a dollar sign does not start math, and a control character does not break an SVG."""
     return printable_lines(text).replace("$", r"\$")
 
 
 def colormap(ramp: Ramp) -> Colormap:
-    """The colours of a bar, transparent where there is no value."""
+    """Return the colors of a color bar, transparent for missing values."""
     return LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
 
 
 def norm(ramp: Ramp) -> Normalize:
-    """From values to the colours of a bar."""
+    """Return the mapping from values to the colors of a color bar."""
     return (LogNorm if ramp.log else Normalize)(*ramp.limits)
 
 
@@ -117,7 +117,7 @@ def _is_short(scale: Scale, ends: tuple[float, float]) -> bool:
 
 
 def _thin_ticks(axis: Any, room: float) -> None:
-    """Ticks of a short logarithmic axis, as many as have room for their labels."""
+    """Set the ticks of a short logarithmic axis, as many as have room for their labels."""
     size = axis.get_major_ticks(1)[0].label1.get_fontsize()
     low, high = np.log(axis.get_view_interval())
     for subs in BETWEEN:
@@ -133,7 +133,7 @@ def _thin_ticks(axis: Any, room: float) -> None:
 
 
 def _draw_names(axis: Any, scale: Scale, room: float) -> float:
-    """Names of categories, as many as fit; returns the depth in points of names that had to be turned."""
+    """Draw the names of categories that fit; return the depth in points of vertical names."""
     if scale.categories is None and scale.axis.ticks is None:
         if _is_short(scale, tuple(axis.get_view_interval())):
             _thin_ticks(axis, room)
@@ -146,7 +146,7 @@ def _draw_names(axis: Any, scale: Scale, room: float) -> float:
 
 
 def _draw_numbers(ax: Axes, shape: Cells, ramp: Ramp, width: float, height: float) -> None:
-    """What is said of the cells, as large as they allow: their words, else their numbers, else nothing."""
+    """Draw the texts of cells as large as they fit: words if these are legible, else numbers, else none."""
     rows, columns = shape.values.shape
 
     def fit(texts: dict[tuple[int, ...], str]) -> float:
@@ -201,7 +201,7 @@ def _draw_bars(ax: Axes, shape: Bars, plan: Plan, number: int, zorder: float) ->
 
 
 def _draw_error_bars(ax: Axes, shape: Dots | Bars, plan: Plan, zorder: float) -> None:
-    """Error bars from low to high, wherever the value itself lies."""
+    """Draw error bars from low to high, which need not contain the value."""
     if shape.low is None or shape.high is None:
         return
     if isinstance(shape, Dots):
@@ -244,7 +244,7 @@ def _draw_shade(ax: Axes, shape: Shade, plan: Plan, number: int, zorder: float) 
 def _draw_note(
     ax: Axes, place: tuple[Any, Any], text: str, transform: Any, across: str, up: str, turn: int = 0
 ) -> None:
-    """Words beside a rule or in a span, two points away from it."""
+    """Draw the label of a rule or a span at a distance of one or two points."""
     shift = ({"left": 2, "right": -2}.get(across, 0), {"bottom": 1, "top": -1}[up])
     style: dict[str, Any] = {"ha": across, "va": up, "size": _text_size(ax), "rotation": turn, "zorder": 4}
     ax.annotate(escape_dollar(text), place, shift, xycoords=transform, textcoords="offset points", **style)

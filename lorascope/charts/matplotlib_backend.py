@@ -1,7 +1,7 @@
-"""Charts as matplotlib figures: small multiples for frames, one legend, the caption below.
+"""Charts as matplotlib figures: small multiples for frames, one legend, and the caption below.
 
-Figures are made without pyplot, in a style of their own that is put back afterwards: the settings and the current
-figure of the caller stay as they were.
+Figures are created without pyplot and in a temporary style: the settings and the current figure of the caller do not
+change.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from lorascope.charts.matplotlib_artists import (
 )
 from lorascope.charts.theme import GLYPH, Theme, fold, inches, theme
 
-FRAMES = 8  # small multiples at most
-ACROSS = {"column": 2, "page": 4}  # small multiples in one row
-SHAPE = 0.68  # height of a panel as a share of its width
-LABELS = 0.7  # inches that title and labels of an axis take
+FRAMES = 8  # maximum number of small multiples
+ACROSS = {"column": 2, "page": 4}  # small multiples per row
+SHAPE = 0.68  # height of a panel as a fraction of its width
+LABELS = 0.7  # inches for the title and labels of an axis
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one frame of one view stands in the grid of a figure."""
+    """Position of one frame of one view in the grid of a figure."""
 
     view: int
     frame: Any
@@ -57,16 +57,16 @@ class Place:
 
 
 def figure(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
-    """Draw on a figure of its own.
+    """Draw a chart or panels on a new figure.
 
     Parameters
     ----------
     drawable : Chart or Panels
-        What to draw.
+        Chart or panels to draw.
     name : str, optional
         Theme, default "light".
     width : {"column", "page"}, optional
-        Default: a column for a single chart, the page for panels and frames.
+        Default: column for a single chart, page for panels and frames.
     """
     settled = plan(drawable, theme(name or "light"))
     width = width or ("column" if len(settled.views) == 1 and not settled.frames else "page")
@@ -76,17 +76,17 @@ def figure(drawable: Drawable, name: str | None = None, width: str | None = None
 
 
 def write(drawable: Drawable, path: Path, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> None:
-    """Draw to a file of a kind ("pdf", "svg" or "png"), with metadata of that kind."""
+    """Draw to a file of format ``kind`` ("pdf", "svg" or "png"), with metadata of that format."""
     made = figure(drawable, name, width)
     with style(theme(name)):
         made.savefig(path, format=kind, metadata=metadata)
 
 
 def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
-    """Draw on axes of the caller, in the caller's style."""
+    """Draw on the caller's axes, in the caller's style."""
     settled = plan(drawable, theme(name or "light"))
     if len(settled.views) > 1 or settled.frames:
-        raise ValueError("ax takes a single chart without frames; choose one with chart.at(frame), or leave ax out")
+        raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
     draw(ax, settled, 0)
     ax.set_title(escape_dollar(settled.title))
     if settled.entries:
@@ -100,7 +100,7 @@ def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
 
 
 def style(look: Theme) -> Any:
-    """A context in which matplotlib has its own defaults and the sizes and colours of a theme."""
+    """Return a context with matplotlib's own defaults and the sizes and colors of a theme."""
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     ground = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
     sizes = (
@@ -134,7 +134,7 @@ def style(look: Theme) -> Any:
 
 
 def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
-    """The grid: as the panels stand or, with frames, every panel's frames in rows of ``across``."""
+    """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
     if not settled.frames:
         columns = math.lcm(*(len(row) for row in settled.rows))
         return [
@@ -155,14 +155,14 @@ def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
 
 
 def _spread_frames(frames: list[Any], most: int) -> list[Any]:
-    """At most so many frames, evenly spread, the first and the last among them."""
+    """Return at most ``most`` evenly spaced frames, including the first and the last."""
     if len(frames) <= most:
         return frames
     return [frames[round(index * (len(frames) - 1) / (most - 1))] for index in range(most)]
 
 
 def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
-    """Axes, legend, colour bars and caption on a figure of this width in inches, as high as it needs to be."""
+    """Draw axes, legend, color bars and caption on a figure ``width`` inches wide and as high as necessary."""
     look = settled.theme
     columns = max(place.stop for place in places)
     cells = {place: width * (place.stop - place.start) / columns for place in places}
@@ -183,13 +183,13 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
         bar.set_label(escape_dollar("\n".join(fold(ramp.label, 72 * 0.8 * sum(heights), look.size))))
         bar.outline.set_linewidth(0.4)
         if not ramp.log:
-            bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # ranks and counts have no quarters
+            bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
     title = "\n".join(fold(settled.title, 72 * width, 1.1 * look.size))
     if title:
         made.suptitle(escape_dollar(title), x=0.01, ha="left")
     foot = [_draw_caption(made, settled), _legend(made, settled, width)]
     head = (title.count("\n") + 1) * 1.6 * look.size / 72 if title else 0.0
-    for _ in range(2):  # names on y take width from x, titles and names that stand on end take height
+    for _ in range(2):  # twice: y labels take width from x, titles and vertical names take height
         _stack_foot(made, sum(heights) + head, foot, renderer)
         for place, ax in axes.items():
             _draw_title(ax, settled, place)
@@ -197,13 +197,13 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
     _stack_foot(made, sum(heights) + head + turned, foot, renderer)
     for place, ax in axes.items():
-        names(ax, settled.views[place.view].panel)  # with the height that names on end have been given, all may fit
+        names(ax, settled.views[place.view].panel)  # all may fit now that vertical names have room
         numbers(ax, settled, place.view, place.frame)
     return made
 
 
 def _panel_inches(settled: Plan, place: Place, width: float, size: float) -> float:
-    """Inches for one panel: room for every name on y, otherwise in proportion to the width."""
+    """Return the height of a panel in inches: room for every name on y, else in proportion to the width."""
     scale = settled.views[place.view].panel.y
     shape = max(1.4, SHAPE * min(width, 4.5))
     if scale.categories is None:
@@ -213,7 +213,7 @@ def _panel_inches(settled: Plan, place: Place, width: float, size: float) -> flo
 
 
 def _draw_axis_labels(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tuple[float, float]) -> None:
-    """Axis labels, broken to the room in points (width, height), where no neighbour shows the same axis."""
+    """Label axes, wrapped to ``room`` (width, height in points), unless a neighbor shows the same axis."""
     view, size = settled.views[place.view], settled.theme.size
     below = [other for other in places if other.view == place.view and other.row > place.row]
     left = [settled.views[other.view] for other in places if other.row == place.row and other.stop == place.start]
@@ -229,7 +229,7 @@ def _draw_axis_labels(ax: Axes, settled: Plan, place: Place, places: list[Place]
 
 
 def _draw_title(ax: Axes, settled: Plan, place: Place) -> None:
-    """The title of a panel among others, with its frame, broken to the present width of the axes."""
+    """Draw the title of one of several panels, with its frame, wrapped to the current width of the axes."""
     titles = [settled.views[place.view].panel.chart.title] if len(settled.views) > 1 else []
     if place.frame is not None:
         titles.append(f"{settled.frame_label} {place.frame}")
@@ -238,13 +238,13 @@ def _draw_title(ax: Axes, settled: Plan, place: Place) -> None:
 
 
 def _draw_caption(made: Figure, settled: Plan) -> Text:
-    """The caption, broken to the width of the figure by hand: matplotlib breaks it anew for every resolution."""
+    """Draw the caption, wrapped here because matplotlib wraps differently at every resolution."""
     lines = "\n".join(break_lines(settled.caption, 0.98 * 72 * made.get_figwidth(), settled.theme.size))
     return made.text(0.01, 0.0, escape_dollar(lines), ha="left", va="bottom", in_layout=False)
 
 
 def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
-    """The legend, as many entries beside one another as fit."""
+    """Draw the legend with as many entries per row as fit."""
     if not settled.entries:
         return None
     size = settled.theme.size
@@ -267,13 +267,13 @@ def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
 
 
 def _has_room(widths: list[float], depth: int, room: float) -> bool:
-    """Whether legend entries in columns of this depth fit beside one another, or one column is all there is."""
+    """Return whether entries in columns of ``depth`` fit side by side; a single column always does."""
     columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
     return len(columns) == 1 or sum(map(max, columns)) <= room
 
 
 def _stack_foot(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
-    """Stack caption and legend at the foot of the figure and lay the panels out in ``height`` inches above them."""
+    """Stack caption and legend at the bottom, and lay out the panels in the ``height`` inches above them."""
     parts = [(part, part.get_window_extent(renderer).height / made.dpi) for part in foot if part is not None]
     gap, used = 0.08, 0.04
     total = height + sum(depth + gap for _, depth in parts) + gap
@@ -287,11 +287,11 @@ def _stack_foot(made: Figure, height: float, foot: list[Any], renderer: Any) -> 
     engine = ConstrainedLayoutEngine(rect=(0, used / total, 1, 1 - used / total))
     made.set_layout_engine(engine)
     engine.execute(made)
-    engine.execute(made)  # the first may have given a colour bar other numbers
+    engine.execute(made)  # again: the first may have changed the tick labels of a color bar
 
 
 def _handle(entry: Entry) -> Line2D | Patch:
-    """What stands for a legend entry."""
+    """Return the legend symbol of an entry."""
     if entry.kind == "patch":
         return Patch(color=entry.color, label=escape_dollar(entry.label), linewidth=0)
     if entry.kind == "line":

@@ -1,4 +1,4 @@
-"""Charts as interactive plotly figures: frames on a slider, one legend, the caption below."""
+"""Charts as interactive plotly figures: frames on a slider, one legend, and the caption below."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
     Parameters
     ----------
     drawable : Chart or Panels
-        What to draw.
+        Chart or panels to draw.
     name : str, optional
         Theme, default "light".
     """
@@ -34,7 +34,7 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
 
 
 def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
-    """Draw a figure that is settled already, for a screen ``width`` pixels wide."""
+    """Draw a planned figure for a screen ``width`` pixels wide."""
     made = ground(settled, width)
     moving: list[int] = []
     for number, view in enumerate(settled.views):
@@ -50,19 +50,19 @@ def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
 
 
 def ground(settled: Plan, width: float = WIDTH) -> go.Figure:
-    """All of a figure but its traces, laid out for a screen ``width`` pixels wide."""
+    """Return a planned figure without traces, for a screen ``width`` pixels wide."""
     return go.Figure(layout=_layout(settled, space(settled, width)))
 
 
 def fragment(drawable: Drawable, div_id: str, name: str | None = None) -> str:
-    """Draw as a piece of HTML that brings plotly.js along (4.6 MiB).
+    """Draw as an HTML fragment that contains plotly.js (4.6 MiB).
 
     Parameters
     ----------
     drawable : Chart or Panels
-        What to draw.
+        Chart or panels to draw.
     div_id : str
-        Its id, unique on the page.
+        Id of the fragment, unique on the page.
     name : str, optional
         Theme, default "light".
     """
@@ -72,24 +72,24 @@ def fragment(drawable: Drawable, div_id: str, name: str | None = None) -> str:
 
 
 def bundle(drawable: Drawable) -> dict[str, Any]:
-    """What Jupyter displays: as plotly's renderer for the present front end has it, else plotly's JSON."""
+    """Return the MIME bundle for Jupyter: plotly's own for the current front end, else plotly's JSON."""
     made = figure(drawable)
     shown: dict[str, Any] = made._repr_mimebundle_(config=CONFIG)
     return shown or {"application/vnd.plotly.v1+json": {**made.to_plotly_json(), "config": CONFIG}}
 
 
 def _frame(settled: Plan, frame: Any, moving: list[int]) -> go.Frame:
-    """The contents of the moving traces in one frame."""
+    """Return the contents of the moving traces in one frame."""
     framed = [number for number, view in enumerate(settled.views) if view.panel.chart.frame is not None]
     data = [trace for number in framed for trace in traces(settled, number, frame)]
     for trace in data:
         if isinstance(trace, go.Heatmap):
-            trace.customdata = None  # names of cells, which stay
+            trace.customdata = None  # the names of cells are the same in all frames
     return go.Frame(name=str(frame), data=data, traces=moving)
 
 
 def _legend_sample(entry: Entry, settled: Plan) -> go.Scatter:
-    """An empty trace that stands for a legend entry; a click on it hides its whole group."""
+    """Return an empty trace for a legend entry; a click on it hides its whole group."""
     looks: dict[str, dict[str, Any]] = {
         "line": {
             "mode": "lines",
@@ -107,13 +107,13 @@ def _legend_sample(entry: Entry, settled: Plan) -> go.Scatter:
 
 
 def _bar_sample(number: int, ramp: Ramp) -> go.Scatter:
-    """An empty trace without which plotly leaves the colour bar out."""
+    """Return an empty trace, without which plotly omits the color bar."""
     marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(number)}", "opacity": 0}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
 
 
 def _layout(settled: Plan, room: Space) -> dict[str, Any]:
-    """Everything but the traces."""
+    """Return the layout of a figure, which is everything except the traces."""
     look = settled.theme
     layout: dict[str, Any] = {
         "template": "none",
@@ -159,7 +159,7 @@ def _layout(settled: Plan, room: Space) -> dict[str, Any]:
 
 
 def _axis_layout(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) -> dict[str, Any]:
-    """One axis of one panel."""
+    """Return the layout of one axis of one panel."""
     upright, look = letter == "y", settled.theme
     axis: dict[str, Any] = {
         "domain": room.y if upright else room.x,
@@ -193,7 +193,7 @@ def _axis_layout(scale: Scale, ends: Limits, room: Room, letter: str, settled: P
 
 
 def _color_axis(settled: Plan, room: Space, number: int) -> dict[str, Any]:
-    """A colour bar, as high as the panels that it belongs to, to the right of the last of them."""
+    """Return a color bar as high as the panels that use it, to the right of the last of them."""
     ramp = settled.ramps[number]
     rooms = [room.rooms[view] for view in ramp.views]
     low, high = min(one.y[0] for one in rooms), max(one.y[1] for one in rooms)
@@ -220,14 +220,14 @@ def _color_axis(settled: Plan, room: Space, number: int) -> dict[str, Any]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """Round values between two exponents of ten: powers of ten, and twos and fives where these are few."""
+    """Return the powers of ten between two exponents; below three decades also twice and five times these."""
     steps = (1, 2, 5) if high - low < 3 else (1,)
     values = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
     return [value for value in values if low <= np.log10(value) <= high]
 
 
 def _titles(room: Space) -> list[dict[str, Any]]:
-    """The titles of panels among others."""
+    """Return the titles of panels in a figure with several panels."""
     return [
         {
             "text": "<br>".join(map(escape_tags, one.title)),
@@ -247,7 +247,7 @@ def _titles(room: Space) -> list[dict[str, Any]]:
 
 
 def _caption_annotation(settled: Plan, room: Space) -> list[dict[str, Any]]:
-    """The caption, below all else."""
+    """Return the caption at the bottom of the figure."""
     if not room.caption:
         return []
     note = {
@@ -268,7 +268,7 @@ def _caption_annotation(settled: Plan, room: Space) -> list[dict[str, Any]]:
 
 
 def _slider(settled: Plan, room: Space) -> dict[str, Any]:
-    """The slider over the frames, with a button that plays them."""
+    """Return the slider over the frames and the button that plays them."""
     steps = [
         {"label": escape_tags(str(frame)), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
         for frame in settled.frames
@@ -281,7 +281,7 @@ def _slider(settled: Plan, room: Space) -> dict[str, Any]:
     pause = {"label": "❚❚", "method": "animate", "args": [[None], {"mode": "immediate", **STILL}]}
     slider = {
         "steps": steps,
-        # It opens at the end: there is the result, and played from there it begins anew.
+        # The slider opens at the last frame, which shows the result; playing from there restarts it.
         "active": len(steps) - 1,
         "currentvalue": {"prefix": f"{escape_tags(settled.frame_label)} ", "xanchor": "left"},
         "x": start,

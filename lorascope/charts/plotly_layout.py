@@ -1,7 +1,7 @@
-"""Room in pixels: where the panels of an interactive figure stand, and what stands around them.
+"""Layout in pixels: positions of the panels of an interactive figure and of everything around them.
 
-Plotly places some things in shares of the plot and others in pixels. So all of it is counted in pixels here, for a
-figure of one width; on a wider screen the panels spread, and the space around them stays sufficient.
+Plotly measures some positions in fractions of the plot and others in pixels. This module computes all of them in pixels
+for a figure of fixed width. On a wider screen the panels widen, and the space around them remains sufficient.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from lorascope.charts.scales import Scale
 from lorascope.charts.theme import GLYPH, fold
 from lorascope.files.printable import short_name
 
-WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # the figure by default, the distance from its edges, and between panels
+WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # default width of a figure, distance from its edges, distance of panels
 FONT, TITLE = 12.0, 15.0  # font sizes
 PANEL, ROW = 290.0, 22.0  # height of a panel, and of a row with a name
-TICKS, LINE = 24.0, 18.0  # depth of tick labels, and of a line of text
+TICKS, LINE = 24.0, 18.0  # height of tick labels, and of a line of text
 NUMBERS = 42.0  # width of the numbers on a vertical axis
-TOOLS = 22.0  # depth of plotly's own buttons at the top, which hide what is written there
-SLIDER, BAR = 90.0, 88.0  # depth of the slider, width of a colour bar with its title
-BUTTONS = 100.0  # width of the buttons before the slider
+TOOLS = 22.0  # height of plotly's own buttons at the top, which cover text
+SLIDER, BAR = 90.0, 88.0  # height of the slider, width of a color bar with its title
+BUTTONS = 100.0  # width of the buttons to the left of the slider
 
 Ticks = tuple[list[float], list[str], bool]
 
 
 @dataclass(frozen=True)
 class Room:
-    """One panel: its shares of the plot, its title by lines, its names, and whether its left neighbour shows its y."""
+    """One panel: its fractions of the plot, title lines and names, and whether its left neighbor shows its y."""
 
     x: Limits
     y: Limits
@@ -41,7 +41,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Space:
-    """Margins around the plot; ``foot`` is the depth of its lowest tick labels and the label of their axis."""
+    """Margins around the plot; ``foot`` is the height of its lowest tick labels and their axis label."""
 
     width: float
     rooms: list[Room]
@@ -56,7 +56,7 @@ class Space:
 
 
 def space(settled: Plan, width: float = WIDTH) -> Space:
-    """Lay a figure out."""
+    """Compute the layout of a figure."""
     views, rows, order = settled.views, settled.rows, range(len(settled.views))
     shared = {
         new for row in rows for old, new in pairwise(row) if views[old].y == views[new].y and
@@ -86,7 +86,7 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
     bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * len(caption) + EDGE
     rooms = [
         Room(
-            (starts[view] / plot, min((starts[view] + widths[view]) / plot, 1.0)),  # rounding may pass the end
+            (starts[view] / plot, min((starts[view] + widths[view]) / plot, 1.0)),  # rounding may exceed 1
             (1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner),
             titles[view],
             (below[view], _ticks(views[view].panel.y, heights[row], True)),
@@ -99,12 +99,12 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
 
 
 def _ticks(scale: Scale, room: float, across: bool) -> Ticks | None:
-    """The names on an axis, None where its numbers are left to plotly."""
+    """Return the names on an axis; None if plotly chooses its numbers."""
     return None if scale.categories is None and scale.axis.ticks is None else scale.ticks(room, FONT, across)
 
 
 def _names_width(scale: Scale) -> float:
-    """Width of what stands to the left of a panel."""
+    """Return the width of the names and the label to the left of a panel."""
     names = map(
         short_name, (scale.axis.ticks or {}).values() if scale.axis.ticks is not None else scale.categories or ()
     )
@@ -112,14 +112,14 @@ def _names_width(scale: Scale) -> float:
 
 
 def _depth(scale: Scale, names: Ticks | None, width: float) -> float:
-    """Depth of what stands below a panel."""
+    """Return the height of the names and the label below a panel."""
     turned = names is not None and names[2]
     ticks = max(GLYPH * FONT * len(name) + 10 for name in names[1]) if names is not None and turned else TICKS
     return ticks + LINE * len(fold(scale.axis.label, width, FONT)) + 6
 
 
 def _panel_height(scale: Scale) -> float:
-    """Height of a panel: room for each name on y, otherwise as others are."""
+    """Return the height of a panel: room for each name on y, otherwise the default."""
     if scale.categories is None:
         return PANEL
     rows = ROW * len(scale.categories)
@@ -127,12 +127,12 @@ def _panel_height(scale: Scale) -> float:
 
 
 def _count_color_bars(settled: Plan, row: list[int], view: int) -> int:
-    """How many colour bars stand to the right of a view: those that no later view of its row belongs to."""
+    """Count the color bars to the right of a view: those that no later view of its row uses."""
     return sum(max((v for v in row if v in ramp.views), default=-1) == view for ramp in settled.ramps)
 
 
 def _legend_height(settled: Plan, plot: float) -> float:
-    """Height of the legend, which plotly sets in columns of the widest entry once one line is not enough."""
+    """Return the height of the legend; plotly uses columns of the widest entry if one line is too short."""
     widths = [GLYPH * FONT * len(entry.label) + 48 for entry in settled.entries]
     if not widths:
         return 0.0

@@ -1,4 +1,4 @@
-"""Shapes as plotly traces: one function a shape, each giving equally many traces in every frame."""
+"""Shapes as plotly traces: one function per shape, with equally many traces in every frame."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lorascope.files.printable import printable_lines
 DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"]
 DOT = 7.0  # diameter of a dot in pixels
-LARGEST = 18.0  # diameter of the largest dot where the area tells something
-NOTE = 11  # font size of words inside a panel, in pixels
+LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
+NOTE = 11  # font size of text inside a panel, in pixels
 
 
 def traces(plan: Plan, number: int, frame: Any = None) -> list[Any]:
-    """The traces of one view in one frame; rules and spans are none (see :func:`overlays`)."""
+    """Return the traces of one view in one frame, without rules and spans (see :func:`overlays`)."""
     made = [
         trace
         for shape in plan.views[number].panel.shapes(frame)
@@ -37,7 +37,7 @@ def traces(plan: Plan, number: int, frame: Any = None) -> list[Any]:
 
 
 def overlays(plan: Plan, number: int) -> list[dict[str, Any]]:
-    """The rules and spans of a view as shapes of the layout: they are the same in every frame."""
+    """Return the rules and spans of a view as shapes of the layout; they are the same in every frame."""
     made = []
     for shape in plan.views[number].panel.shapes(plan.frames[0] if plan.frames else None):
         if isinstance(shape, Ruler):
@@ -52,18 +52,18 @@ def overlays(plan: Plan, number: int) -> list[dict[str, Any]]:
 
 
 def axis_suffix(number: int) -> str:
-    """How plotly numbers axes: x, x2, x3, ..."""
+    """Return the suffix in plotly's axis names: x, x2, x3, ..."""
     return str(number + 1) if number else ""
 
 
 def escape_tags(text: str) -> str:
-    """Text as it stands, without the tags, the mathematics and the placeholders that plotly would obey."""
+    """Escape text: plotly must not interpret tags, math or placeholders in it."""
     inert = escape(printable_lines(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
     return inert.replace("\n", "<br>")
 
 
 def add_opacity(color: str, opacity: float) -> str:
-    """A colour with an opacity."""
+    """Return a color with an opacity."""
     return f"rgba({', '.join(map(str, channels(color)))}, {opacity})"
 
 
@@ -83,13 +83,13 @@ def _trace_ruler(shape: Ruler, plan: Plan, number: int) -> dict[str, Any]:
 def _hover_fields(
     view: View, group: str, x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], spelled: str = ""
 ) -> dict[str, Any]:
-    """What the pointer shows: names for positions on a categorical axis, and as text the axis that is ``spelled``."""
+    """Return the text at the pointer: names on a categorical axis, and the axis ``spelled`` as text."""
     lines: list[str] = []
     texts: list[list[str]] = []
     for letter, scale, values in (("x", view.panel.x, x), ("y", view.panel.y, y)):
         shown = f"%{{customdata[{len(texts)}]}}"
         if scale.categories is not None:
-            texts.append([escape_tags(name) for name in scale.words(values)])
+            texts.append([escape_tags(name) for name in scale.nearest_names(values)])
         elif letter == spelled:
             texts.append([f"{value:.4g}" for value in values])
         else:
@@ -125,7 +125,7 @@ def _trace_area(shape: Area, plan: Plan, number: int) -> Iterator[Any]:
 
 
 def _outline(shape: Area) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]]:
-    """Once around each stretch without gaps, stretches parted by NaN."""
+    """Return the outline of each stretch without gaps, separated by NaN."""
     known = np.isfinite(shape.x + shape.low + shape.high)
     starts = np.flatnonzero(np.diff(known.astype(int), prepend=0) == 1)
     x, y = [], []
@@ -165,12 +165,14 @@ def _trace_bars(shape: Bars, plan: Plan, number: int) -> Iterator[Any]:
         marker={"color": shape.color, "line": {"width": 0}},
         legendgroup=shape.group,
         **_error_distances(shape, shape.top, plan),
-        **_hover_fields(view, shape.group, x, y, spelled="x" if shape.lying else "y"),  # plotly would show the top
+        **_hover_fields(
+            view, shape.group, x, y, spelled="x" if shape.lying else "y"
+        ),  # plotly would show the top, not the length
     )
 
 
 def _error_distances(shape: Dots | Bars, value: Float[np.ndarray, "n"], plan: Plan) -> dict[str, Any]:
-    """Error bars; plotly wants distances from the value."""
+    """Return error bars as distances from the value, as plotly expects."""
     if shape.low is None or shape.high is None:
         return {}
     colors = set(shape.colors) if isinstance(shape, Dots) else set()
@@ -181,10 +183,12 @@ def _error_distances(shape: Dots | Bars, value: Float[np.ndarray, "n"], plan: Pl
 
 
 def _trace_cells(shape: Cells, plan: Plan, number: int) -> Iterator[Any]:
-    """The cells, and hatched ones where there is no value. A logarithmic scale is drawn by exponents."""
+    """Yield the cells, and hatched ones for missing values; a logarithmic scale is drawn by exponents."""
     panel, mark = plan.views[number].panel, shape.mark
     rows, columns = (list(map(float, range(length))) for length in shape.values.shape)
-    y, x = ([escape_tags(name) for name in scale.words(at)] for scale, at in ((panel.y, rows), (panel.x, columns)))
+    y, x = (
+        [escape_tags(name) for name in scale.nearest_names(at)] for scale, at in ((panel.y, rows), (panel.x, columns))
+    )
     written = mark.text is not None or mark.log
     form = mark.text or ".4g"
     told = {place: [escape_tags(text)] for place, text in shape.words.items()}

@@ -1,10 +1,14 @@
-"""Charts as pictures: this file writes them, the two backends draw them.
+"""Saved figures: file formats and the provenance stored in each.
 
-Every saved figure says where it comes from: the chart's ``meta`` (run ids and the like), the version of lorascope and
-the SHA-256 of the data drawn, as one JSON object. It stands in ``Keywords`` of a PDF, in ``Description`` of an SVG, in
-the text chunk ``lorascope`` of a PNG, in ``<meta name="lorascope">`` of an HTML page, and beside a CSV in
-``x.csv-metadata.json``, the name that "CSV on the Web" gives to metadata, since a comment in the table itself would
-break every reader.
+Every saved figure contains its provenance as one JSON object: the chart's ``meta`` (run ids and similar), the version
+of lorascope and the SHA-256 of the drawn data. It is stored in
+
+- ``Keywords`` of a PDF,
+- ``Description`` of an SVG,
+- the text chunk ``lorascope`` of a PNG,
+- ``<meta name="lorascope">`` of an HTML page,
+- ``x.csv-metadata.json`` next to ``x.csv``, the file name that "CSV on the Web" defines for metadata; a comment in the
+  table itself would break every reader.
 """
 
 from __future__ import annotations
@@ -32,14 +36,14 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
     Parameters
     ----------
     drawable : Chart or Panels
-        What to write.
+        Chart or panels to write.
     path : str or Path
-        The ending says the kind: pdf, svg, png (matplotlib), html (plotly, complete in itself) or csv (the data).
-        Folders are made as needed. The file appears whole or not at all, and equal charts give equal bytes.
+        The extension selects the format: pdf, svg, png (matplotlib), html (plotly, self-contained) or csv (the data).
+        Missing folders are created. The file is written completely or not at all, and equal charts give equal bytes.
     width : {"column", "page"}, optional
-        3.3 or 6.9 inches; default column, and page for panels and frames.
+        3.3 or 6.9 inches. Default: column for a single chart, page for panels and frames.
     theme : {"light", "dark", "paper"}, optional
-        Default paper for pdf and svg, else light.
+        Default: paper for pdf and svg, else light.
 
     Returns
     -------
@@ -48,19 +52,19 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
     Raises
     ------
     ValueError
-        The ending is not one of those.
+        The extension is not one of these.
     """
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _WRITERS:
-        raise ValueError(f"cannot save {path.name!r}: the ending must be one of {', '.join(_WRITERS)}")
+        raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_WRITERS)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _WRITERS[kind](drawable, path, width, theme)
     return path
 
 
 def provenance(drawable: Drawable) -> str:
-    """Where a figure comes from, as canonical JSON: the ``meta`` of its charts, version, and hash of all data drawn."""
+    """Return the provenance as canonical JSON: ``meta`` of the charts, version, and hash of all drawn data."""
     charts = [chart for row in drawable.rows() for chart in row]
     digest = hashlib.sha256()
     for chart in charts:
@@ -73,8 +77,8 @@ def provenance(drawable: Drawable) -> str:
 
 
 def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name beside the file and rename, so that no reader meets half a file."""
-    path = Path(os.path.realpath(path))  # a link stays a link
+    """Write a temporary file next to ``path`` and rename it, so that no reader sees a partial file."""
+    path = Path(os.path.realpath(path))  # write through a link instead of replacing it
     draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(draft)
@@ -83,8 +87,8 @@ def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _write_picture(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
-    """PDF, SVG and PNG."""
+def _write_figure(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
+    """Write a PDF, SVG or PNG."""
     from lorascope.charts import matplotlib_backend
 
     kind = path.suffix.lower().removeprefix(".")
@@ -100,7 +104,7 @@ def _write_picture(drawable: Drawable, path: Path, width: str | None, theme: str
 
 
 def _write_page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
-    """An HTML page that needs no network."""
+    """Write an HTML page that needs no network."""
     from lorascope.charts import plotly_backend
 
     source = provenance(drawable)
@@ -111,12 +115,12 @@ def _write_page(drawable: Drawable, path: Path, width: str | None, theme: str | 
 
 
 def _write_chart_csv(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
-    """The tidy data, and its metadata beside it."""
+    """Write the tidy data and its metadata file."""
     notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": _chart_title(drawable)}
     notes["lorascope"] = json.loads(provenance(drawable))
-    beside = path.with_name(f"{path.name}-metadata.json")
+    metadata = path.with_name(f"{path.name}-metadata.json")
     _replace_file(path, lambda draft: draft.write_text(csv_text(drawable.flat()), encoding="utf-8"))
-    _replace_file(beside, lambda draft: draft.write_text(json.dumps(notes, indent=1), encoding="utf-8"))
+    _replace_file(metadata, lambda draft: draft.write_text(json.dumps(notes, indent=1), encoding="utf-8"))
 
 
 def _chart_title(drawable: Drawable) -> str:
@@ -125,9 +129,9 @@ def _chart_title(drawable: Drawable) -> str:
 
 
 _WRITERS: dict[str, Write] = {
-    "pdf": _write_picture,
-    "svg": _write_picture,
-    "png": _write_picture,
+    "pdf": _write_figure,
+    "svg": _write_figure,
+    "png": _write_figure,
     "html": _write_page,
     "csv": _write_chart_csv,
 }

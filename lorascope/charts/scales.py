@@ -1,6 +1,6 @@
-"""From values to positions and colours, before anything is drawn.
+"""Mapping from values to positions and colors, before anything is drawn.
 
-Categories stand at 0, 1, 2, ... in both renderers, so that lines, bars, cells and words meet on one axis.
+Categories have the positions 0, 1, 2, ... in both renderers, so that lines, bars, cells and text share one axis.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LARGEST = 1e200
 class Scale:
     """One axis of one panel.
 
-    ``categories`` is None where it is numeric, ``whole`` says that no tick belongs between two whole numbers.
+    ``categories`` is None for a numeric axis; ``whole`` restricts its ticks to integers.
     """
 
     axis: Axis
@@ -36,17 +36,17 @@ class Scale:
 
     @property
     def log(self) -> bool:
-        """Whether positions are spaced by their logarithm."""
+        """Whether the axis is numeric and logarithmic."""
         return self.axis.log and self.categories is None
 
     @property
     def is_wordy(self) -> bool:
-        """Whether most categories are words, each of which should be readable, and not numbers in a row."""
+        """Whether most categories are words, each of which should be readable, and not consecutive numbers."""
         names = [short_name(category) for category in self.categories or ()]
         return 2 * sum(map(_is_digits, names)) < len(names)
 
     def place(self, values: pd.Series) -> Float[np.ndarray, "n"]:
-        """Positions of values; NaN where a value has none (missing, infinite, or zero and below on a log axis)."""
+        """Return positions of values; NaN for values without one (missing, infinite, or <= 0 on a log axis)."""
         if self.categories is None:
             numbers = to_floats(values)
             return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
@@ -56,20 +56,22 @@ class Scale:
         return np.array([places.get(value, np.nan) for value in values], dtype=float)
 
     def locate(self, value: Any) -> float:
-        """Position of one value, for a rule or a span."""
+        """Return the position of one value, for a rule or a span."""
         place = float(self.place(pd.Series([value]))[0])
         if np.isnan(place):
-            why = "is logarithmic" if self.categories is None else f"has {', '.join(map(str, self.categories))}"
-            raise ValueError(f"{value!r} has no place on the axis {self.axis.label!r}, which {why}")
+            allowed = "a finite number > 0" if self.log else "a finite number"
+            if self.categories is not None:
+                allowed = f"one of {', '.join(map(str, self.categories))}"
+            raise ValueError(f"position on axis {self.axis.label!r} must be {allowed}, got {value!r}")
         return place
 
-    def words(self, positions: Iterable[float]) -> list[str]:
-        """Names of the categories at (or nearest to) these positions, "" where there is none."""
+    def nearest_names(self, positions: Iterable[float]) -> list[str]:
+        """Return the names of the categories nearest to these positions, "" if there is none."""
         names = dict(enumerate(map(short_name, self.categories or ())))
         return [names.get(round(place), "") if np.isfinite(place) else "" for place in positions]
 
     def ticks(self, room: float, size: float, across: bool) -> tuple[list[float], list[str], bool]:
-        """Where to write which names.
+        """Choose the tick positions and names.
 
         Parameters
         ----------
@@ -78,11 +80,11 @@ class Scale:
         size : float
             Font size.
         across : bool
-            Whether names lie across the axis, as they do on a vertical one.
+            Whether names are perpendicular to the axis, as on a vertical one.
 
         Returns
         -------
-        (positions, names, turned) : ``turned`` says that the names must stand on end to fit.
+        (positions, names, turned) : ``turned`` is True if the names only fit vertically.
         """
         if self.axis.ticks is not None:
             return list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
@@ -102,7 +104,7 @@ def _is_digits(name: str) -> bool:
 
 
 def _interpolate_places(values: Float[np.ndarray, "n"], known: Float[np.ndarray, "k"]) -> Float[np.ndarray, "n"]:
-    """Positions of numbers among numeric categories; one that is no category falls between its neighbours."""
+    """Return positions of numbers among numeric categories, interpolated between neighbors."""
     order = np.argsort(known)
     ends = (-0.5, len(known) - 0.5)
     left, right = ends if order[0] <= order[-1] else ends[::-1]
@@ -110,7 +112,7 @@ def _interpolate_places(values: Float[np.ndarray, "n"], known: Float[np.ndarray,
 
 
 def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]:
-    """Indices of the names to write, of these ``lengths`` in cells: words where they fit, numbers at round steps."""
+    """Return indices of names to write, of ``lengths`` in cells: words that fit, numbers at round steps."""
     words = [index for index, number in enumerate(digits) if not number]
     numbers = [index for index, number in enumerate(digits) if number]
     if not numbers:
@@ -126,14 +128,14 @@ def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]
 
 @dataclass(frozen=True)
 class Colors:
-    """What the values of one column look like: categories or, where ``limits`` are set, numbers between them."""
+    """Colors of one column: by category or, if ``limits`` are set, by number between them."""
 
     label: str
     categories: tuple[Any, ...]
     limits: tuple[float, float] | None = None
 
     def of(self, value: Any, theme: Theme) -> str:
-        """The colour of a value."""
+        """Return the color of a value."""
         if self.limits is None:
             return theme.category(self.categories.index(value), len(self.categories))
         low, high = self.limits
@@ -141,9 +143,9 @@ class Colors:
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
-    """Numbers as float64, with NaN for what is missing, infinite or above 1e200, and 0 for what is below 1e-200.
+    """Convert to float64: missing, infinite and magnitudes above 1e200 become NaN, below 1e-200 zero.
 
-    Nearer to the ends of float64, the ticks and margins of both renderers overflow.
+    Closer to the limits of float64, the ticks and margins of both renderers overflow.
     """
     numbers = values.to_numpy(dtype=float, na_value=np.nan)
     size = np.abs(numbers)
@@ -151,7 +153,7 @@ def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
 
 
 def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple[Any, ...]:
-    """The distinct values: those in ``first``, then numbers by size, ordered categories by theirs, others as met."""
+    """Return distinct values: ``first``, then sorted numbers, categoricals in their order, others as found."""
     met: dict[Any, None] = {}
     for values in columns:
         if isinstance(values.dtype, pd.CategoricalDtype):
@@ -162,7 +164,7 @@ def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple
 
 
 def scale(chart: Chart, letter: str) -> Scale:
-    """The "x" or "y" scale of a chart."""
+    """Return the "x" or "y" scale of a chart."""
     axis: Axis = getattr(chart, letter)
     columns = [chart.table(mark)[mark.columns()[letter]] for mark in chart.marks if letter in mark.columns()]
     if chart.is_categorical(letter):
@@ -171,19 +173,19 @@ def scale(chart: Chart, letter: str) -> Scale:
 
 
 def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
-    """The colours of every column that colours a mark; a value has the same colour in all panels."""
+    """Return the colors of every column that colors marks; a value has the same color in all panels."""
     uses = _encoding_uses(charts, "color")
     return {column: _choose_colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
 
 
 def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:
-    """The values of every column that gives dashes or shapes, in order; a value has the same one in all panels."""
+    """Return the ordered values of every dash or shape column; a value has one style in all panels."""
     uses = _encoding_uses(charts, "dash", "shape")
     return {column: categories([values for _, values in found]) for column, found in uses.items()}
 
 
 def _encoding_uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, pd.Series]]]:
-    """The columns of these encodings, each with the charts and values of its marks."""
+    """Return the columns of these encodings, each with the charts and values of its marks."""
     uses: dict[str, list[tuple[Chart, pd.Series]]] = {}
     for chart in charts:
         for mark in chart.marks:
@@ -194,7 +196,7 @@ def _encoding_uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[t
 
 
 def _choose_colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) -> Colors:
-    """Categories from the palette; more numbers than it has colours become a scale."""
+    """Assign palette colors to categories; more numbers than palette colors become a color scale."""
     label = next((chart.color_label for chart in charts if chart.color_label), "")
     first = next((chart.colors for chart in charts if chart.colors is not None), None)
     known = categories(columns, first or ())

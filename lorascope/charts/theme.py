@@ -1,7 +1,8 @@
-"""Colours and sizes, the same for both renderers.
+"""Colors and sizes, the same for both renderers.
 
-Categories take the palette of Okabe and Ito (Color Universal Design, 2008), in an order that puts the weakest on the
-background last. Quantities take viridis; quantities with a sign take ColorBrewer's RdBu, reversed, centred at zero.
+Categories use the palette of Okabe and Ito (Color Universal Design, 2008), ordered so that the color with the least
+contrast to the background comes last. Quantities use viridis. Signed quantities use ColorBrewer's RdBu, reversed and
+centered at zero.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours as ``#rrggbb``; ``size`` of the text in points; ``reach``, the part of viridis seen on the background."""
+    """Colors as ``#rrggbb``, ``size`` of text in points, and ``reach``, the part of viridis that is visible."""
 
     name: str
     background: str
@@ -38,17 +39,17 @@ class Theme:
     reach: tuple[float, float] = (0.0, 0.92)
 
     def category(self, index: int, count: int) -> str:
-        """Colour of one of ``count`` categories: from the palette, or from viridis where the palette is too short."""
+        """Return the color of one of ``count`` categories, from the palette or, if that is too short, viridis."""
         return self.palette[index] if count <= len(self.palette) else self.color_at(index / (count - 1))
 
     def color_at(self, share: float) -> str:
-        """Colour of a line or dot at ``share`` (0..1) of a scale."""
+        """Return the color of a line or dot at fraction ``share`` (0 to 1) of a scale."""
         start, stop = self.reach
         return blend(VIRIDIS, start + share * (stop - start))
 
     @property
     def ramp(self) -> list[str]:
-        """Colours of a scale for lines and dots, evenly spaced from its low end to its high end."""
+        """Colors of a scale for lines and dots, evenly spaced from its low end to its high end."""
         return [self.color_at(step / 9) for step in range(10)]
 
 
@@ -64,22 +65,22 @@ PALETTE_SIZE = len(OKABE_ITO)
 
 
 def theme(name: str) -> Theme:
-    """Look a theme up."""
+    """Return a theme by name."""
     if name not in THEMES:
-        raise ValueError(f"no theme {name!r}; there are {', '.join(THEMES)}")
+        raise ValueError(f"theme must be one of {', '.join(map(repr, THEMES))}, got {name!r}")
     return THEMES[name]
 
 
 def inches(width: str) -> float:
-    """Width of a figure."""
+    """Return the width of a figure in inches."""
     widths = {"column": COLUMN, "page": PAGE}
     if width not in widths:
-        raise ValueError(f"width {width!r} is unknown; choose column ({COLUMN} in) or page ({PAGE} in)")
+        raise ValueError(f"width must be 'column' ({COLUMN} in) or 'page' ({PAGE} in), got {width!r}")
     return widths[width]
 
 
 def blend(colors: Sequence[str], share: float) -> str:
-    """The colour at ``share`` (0..1) of evenly spaced colours, by linear interpolation."""
+    """Return the color at fraction ``share`` (0 to 1) of evenly spaced colors, by linear interpolation."""
     place = min(max(share, 0.0), 1.0) * (len(colors) - 1)
     low = min(int(place), len(colors) - 2)
     mixed = zip(channels(colors[low]), channels(colors[low + 1]), strict=True)
@@ -87,17 +88,17 @@ def blend(colors: Sequence[str], share: float) -> str:
 
 
 def channels(color: str) -> tuple[int, int, int]:
-    """Red, green and blue of ``#rrggbb``, 0..255."""
+    """Return red, green and blue of ``#rrggbb``, 0 to 255."""
     return int(color[1:3], 16), int(color[3:5], 16), int(color[5:7], 16)
 
 
 def is_dark(color: str) -> bool:
-    """Whether white text reads better on it than black text."""
+    """Return whether white text is more readable on a color than black text."""
     red, green, blue = channels(color)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 140
 
 
 def fold(text: str, room: float, size: float) -> list[str]:
-    """Break text into lines that fit ``room`` at font size ``size``, both in the same unit."""
+    """Wrap text into lines that fit ``room`` at font size ``size``, both in the same unit."""
     columns = max(8, int(room / (GLYPH * size)))
     return [line for part in printable_lines(text).splitlines() for line in textwrap.wrap(part, columns) or [""]]

@@ -1,4 +1,4 @@
-"""Rises and losses on a run's own task against brute force: weights changed by hand, logits looked at by hand."""
+"""Loss increases and losses on a run's task, compared with weights and logits computed by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def csv(task: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def bare(run: Run, bert: str, task: Any) -> torch.nn.Module:
-    """The model with the head that was trained, without its adapters."""
+    """Return the model with the trained head and without adapters."""
     model = models.load(bert, task=task)
     run.restore(model)
     delta.detach(model)
@@ -55,13 +55,13 @@ def bare(run: Run, bert: str, task: Any) -> torch.nn.Module:
 
 
 def text(model: torch.nn.Module, task: Any, which: int, rows: int) -> dict[str, torch.Tensor]:
-    """Every other row of the validation split."""
+    """Return every other row of the validation split, encoded."""
     chosen = task.split("validation").iloc[which::2].head(rows)
     return task.encode(models.tokenizer(model), chosen).batch(range(len(chosen)))
 
 
 def matrices(run: Run, kept: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Each update with its singular components times these, in the layout of its weight."""
+    """Return each update with its singular components times ``kept``, in the layout of its weight."""
     found = {}
     for name, update in run.updates().items():
         U, sigma, Vt = np.linalg.svd(update.dense(), full_matrices=False)
@@ -76,7 +76,7 @@ def ones(run: Run) -> dict[str, np.ndarray]:
     return {name: np.ones(rank) for name, rank in run.ranks().items()}
 
 
-def test_a_rise_is_the_loss_with_a_component_set_to_zero_by_hand(lora: Run, bert: str, task: Any) -> None:
+def test_importance_equals_the_loss_with_a_component_set_to_zero(lora: Run, bert: str, task: Any) -> None:
     found = component_importance.component_importance(lora, bert, task, rows=ROWS, exact_rows=ROWS)
     model = bare(lora, bert, task)
     batch = text(model, task, 0, ROWS)
@@ -92,7 +92,7 @@ def test_a_rise_is_the_loss_with_a_component_set_to_zero_by_hand(lora: Run, bert
     assert max(np.abs(rise).max() for rise in found.values()) > 1e-3
 
 
-def test_to_first_order_it_is_the_central_difference(lora: Run, bert: str, task: Any) -> None:
+def test_first_order_importance_equals_the_central_difference(lora: Run, bert: str, task: Any) -> None:
     found = component_importance.component_importance(lora, bert, task, rows=ROWS, exact_rows=0)
     model = bare(lora, bert, task)
     batch = text(model, task, 0, ROWS)
@@ -107,7 +107,7 @@ def test_to_first_order_it_is_the_central_difference(lora: Run, bert: str, task:
 
 
 @pytest.mark.parametrize("budget", [0.3, 1.0])
-def test_losses_are_those_of_the_weights_by_hand_on_other_texts(budget: float, lora: Run, bert: str, task: Any) -> None:
+def test_pruned_losses_equal_losses_by_hand_on_other_rows(budget: float, lora: Run, bert: str, task: Any) -> None:
     chosen = select_components(lora, budget)
     found = component_importance.pruned_losses(lora, chosen, bert, task, rows=ROWS)
     model = bare(lora, bert, task)
@@ -119,7 +119,9 @@ def test_losses_are_those_of_the_weights_by_hand_on_other_texts(budget: float, l
     assert not set(task.split("validation")["text"][0::2]) & set(task.split("validation")["text"][1::2])
 
 
-def test_an_adapter_that_was_read_is_worth_what_the_run_is(lora: Run, bert: str, task: Any, tmp_path: Path) -> None:
+def test_importance_of_an_exported_adapter_equals_that_of_its_run(
+    lora: Run, bert: str, task: Any, tmp_path: Path
+) -> None:
     folder = ls.load(to_peft(lora, tmp_path / "adapter"))
     chosen = select_components(folder, 0.5)
     ours, theirs = (component_importance.pruned_losses(run, chosen, bert, task, rows=ROWS) for run in (lora, folder))
@@ -131,7 +133,7 @@ def test_an_adapter_that_was_read_is_worth_what_the_run_is(lora: Run, bert: str,
         assert rises[1][name] == near(rise, 1, terms=TINY, depth=2)
 
 
-def test_hydralora_is_worth_something_at_fixed_gates_alone(bert: str, task: Any, tmp_path: Path) -> None:
+def test_hydralora_requires_fixed_gates(bert: str, task: Any, tmp_path: Path) -> None:
     _, found = trained(bert, task, HydraLoRA(rank=2), tmp_path / "run")
     with pytest.raises(ValueError, match="depends on its input"):
         component_importance.component_importance(found, bert, task, rows=ROWS)
@@ -139,13 +141,13 @@ def test_hydralora_is_worth_something_at_fixed_gates_alone(bert: str, task: Any,
     assert component_importance.pruned_losses(at, select_components(at, 1.0), bert, task, rows=ROWS).before > 0
 
 
-def test_what_does_not_fit_is_refused(lora: Run, bert: str, task: Any, tmp_path: Path) -> None:
+def test_wrong_base_task_or_method_raises(lora: Run, bert: str, task: Any, tmp_path: Path) -> None:
     other = tiny_folder(tmp_path / "other", "bert", "base")
     weights = models.load(other)
     with torch.no_grad():
         next(weights.parameters()).add_(1)
     weights.base_model.save_pretrained(other)
-    with pytest.raises(ValueError, match=r"other has other weights than .*, the base of run"):
+    with pytest.raises(ValueError, match=r"base of run .*, got .*other with different weights"):
         component_importance.component_importance(lora, other, task)
     _, full = trained(bert, task, Full(), tmp_path / "full", steps=1)
     with pytest.raises(ValueError, match="no factored update of rank >= 1"):
@@ -153,17 +155,17 @@ def test_what_does_not_fit_is_refused(lora: Run, bert: str, task: Any, tmp_path:
 
     folder = to_peft(lora, tmp_path / "adapter")
     three = ls.tasks.from_frame(task.table.assign(label=[f"class {n % 3}" for n in range(300)])[["text", "label"]], "3")
-    with pytest.raises(ValueError, match=r"classifier\.\w+ is .* the task has other labels than the adapter"):
+    with pytest.raises(ValueError, match=r"classifier\.\w+ has shape .* labels of the adapter"):
         component_importance.component_importance(ls.load(folder), bert, three)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     headless = ls.load(folder)
     headless.files = type(headless.files)(folder, config, headless.files.parts, (), headless.files.files)
-    with pytest.raises(ValueError, match=r"neither .* holds classifier\.\w+: with a random head a loss says nothing"):
+    with pytest.raises(ValueError, match=r"neither .* has weights for classifier\.\w+"):
         component_importance.component_importance(headless, bert, task)
 
 
 def loss_of(model: torch.nn.Module, folder: str, task: Any) -> float:
-    """What a model says of the texts that losses are measured on."""
+    """Return the loss of a model on the examples that losses are measured on."""
     base = models.load(folder, task=task)
     with torch.no_grad():
         return float(model.eval()(**text(base, task.fit(base), 1, ROWS)).loss)
@@ -171,14 +173,14 @@ def loss_of(model: torch.nn.Module, folder: str, task: Any) -> float:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, tmp_path: Path) -> None:
-    """PEFT writes the weight below it too; of a resized vocabulary also that of the head, which may be tied."""
+    """PEFT also saves the base weight and, for a resized vocabulary, that of the head, which may be tied."""
     base = tiny("llama", tie_word_embeddings=tied)
     base.save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     with seed_generators(0):
         model = adapted(base, target_modules=["embed_tokens", "q_proj"], r=2, lora_alpha=1, init_lora_weights=False)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT tells that it saves them
+        warnings.simplefilter("ignore")  # PEFT warns that it saves them
         model.save_pretrained(tmp_path / "adapter")
     file = tmp_path / "adapter" / WEIGHTS
     held = load_file(file)
@@ -194,18 +196,20 @@ def test_an_adapted_embedding_is_saved_with_the_adapter(tied: bool, task: Any, t
     if tied:
         save_file(held | {f"{PREFIX}lm_head.weight": below + 1}, file)
         with pytest.raises(
-            ValueError, match=r"lm_head\.weight has weights of its own in adapter, but is tied in .*base"
+            ValueError, match=r"cannot load lm_head\.weight: it is tied in .*base, but is separate in adapter"
         ):
             component_importance.pruned_losses(
                 ls.load(tmp_path / "adapter"), select_components(read, 1.0), tmp_path / "base", task
             )
 
 
-def test_what_no_component_holds_is_said(llama: str, csv: str, tmp_path: Path, capsys: Any) -> None:
+def test_export_by_ablation_of_dora_biases_or_resized_head_raises(
+    llama: str, csv: str, tmp_path: Path, capsys: Any
+) -> None:
     wanted = {
-        "dora": ({"use_dora": True}, "dora is DoRA, whose magnitudes no component holds"),
-        "bias": ({"lora_bias": True}, "bias holds model.layers.0.self_attn.q_proj.lora_B.bias (lora_bias), which no"),
-        "more": ({"modules_to_save": ["lm_head"]}, "lm_head.weight is (67, 32) in more and (64, 32) in "),
+        "dora": ({"use_dora": True}, "cannot measure components of dora: it is DoRA"),
+        "bias": ({"lora_bias": True}, "components of bias: model.layers.0.self_attn.q_proj.lora_B.bias (lora_bias)"),
+        "more": ({"modules_to_save": ["lm_head"]}, "lm_head.weight has shape (67, 32) in more and (64, 32) in "),
     }
     for name, (options, line) in wanted.items():
         save(tmp_path / name, target_modules=["q_proj"], **options)
@@ -220,7 +224,7 @@ def test_what_no_component_holds_is_said(llama: str, csv: str, tmp_path: Path, c
 
 
 def recorded(folder: str, task: Any, out: Path, **options: Any) -> tuple[Any, Run]:
-    """A LoRA of PEFT under a Trainer, and its recording."""
+    """Train a PEFT LoRA with a Trainer, and return it with its recording."""
     model = models.load(folder, task=task)
     fitted = task.fit(model)
     batch = fitted.encode(models.processor(model), fitted.split("train").head(6 * ROWS)).batch(range(6 * ROWS))
@@ -230,24 +234,20 @@ def recorded(folder: str, task: Any, out: Path, **options: Any) -> tuple[Any, Ru
     return model, ls.load(out / "lorascope")
 
 
-def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
+def test_recorded_run_is_measured_unless_other_parameters_trained(
     llama: str, gpt2: str, bert: str, task: Any, tmp_path: Path
 ) -> None:
-    """Nobody noted its base, so no other is told from it but by names and shapes."""
+    """A recording does not store the hash of its base, so only names and shapes are checked."""
     model, run = recorded(llama, task, tmp_path / "llama", target_modules=["q_proj", "v_proj"])
     found = component_importance.pruned_losses(run, select_components(run, 1.0), llama, task, rows=ROWS)
     assert found.before == near(loss_of(model, llama, task), terms=TINY)
     assert found.before != pytest.approx(loss_of(models.load(llama, task=task), llama, task), rel=1e-3)
-    with pytest.raises(
-        ValueError, match=r"gpt2 has no model\.layers\.0\.self_attn\.q_proj, which .* it is another model"
-    ):
+    with pytest.raises(ValueError, match=r"got .*gpt2: it has no model\.layers\.0\.self_attn\.q_proj"):
         component_importance.component_importance(run, gpt2, task)
     wide = tiny("llama", hidden_size=64)
     wide.save_pretrained(tmp_path / "wide")
     tiny_tokenizer().save_pretrained(tmp_path / "wide")
-    with pytest.raises(
-        ValueError, match=r"q_proj is \(32, 32\) in PEFT LORA, r 2 and \(64, 64\) in .*wide: another model"
-    ):
+    with pytest.raises(ValueError, match=r"PEFT LORA, r 2, got .*wide: .*q_proj has shape \(64, 64\), not \(32, 32\)"):
         component_importance.component_importance(run, tmp_path / "wide", task)
     on_query = {"target_modules": ["query"], "task_type": "SEQ_CLS"}
     model, run = recorded(bert, task, tmp_path / "bert", **on_query)
@@ -264,7 +264,7 @@ def test_a_recorded_run_is_measured_where_its_factors_are_all_that_trained(
             refused()
 
 
-def test_the_command_measures(lora: Run, bert: str, task: Any, csv: str, capsys: Any) -> None:
+def test_export_command_prints_losses_and_rank_pattern(lora: Run, bert: str, task: Any, csv: str, capsys: Any) -> None:
     words = ("export", lora.path, "--rank-pattern", "--budget", 0.5, "--model", bert, "--task", csv)
     rises = component_importance.component_importance(lora, bert, csv)
     for by, scores in (("energy", None), ("ablation", rises)):

@@ -1,4 +1,4 @@
-"""Grids: every combination, what a TOML value may be, and one line for what is wrong."""
+"""Grids: all combinations, accepted TOML values, and one-line errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def csv(task, tmp_path) -> str:
     return str(tmp_path / "toy.csv")
 
 
-def test_a_file_is_every_combination_of_its_values(bert, csv, tmp_path):
+def test_file_with_lists_gives_every_combination(bert, csv, tmp_path):
     file = tmp_path / "x.toml"
     file.write_text(TOML.format(bert=bert, csv=csv))
     found = grid.read(file)
@@ -59,7 +59,7 @@ def test_a_file_is_every_combination_of_its_values(bert, csv, tmp_path):
     assert found.backend == {"name": "dask", "address": "tcp://host:8786", "wait_for_workers_timeout": 60}
 
 
-def test_a_mapping_may_hold_objects(bert, task):
+def test_mapping_may_contain_method_and_task_objects(bert, task):
     found = grid.read({"model": bert, "task": task, "method": ["full", LoRA(rank=2)], "settings": {"steps": 2}})
     assert [job.method.name for job in found.jobs()] == ["full"] * 3 + ["lora"] * 3
     assert found.tasks == [task]
@@ -73,40 +73,52 @@ def observing(observers):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"taks": "x"}, "unknown key 'taks'; did you mean task?"),
-        ({"method": "lora2"}, "unknown method 'lora2'; did you mean lora or alora?"),
-        ({"method": {"name": "lora", "rnk": 2}}, "unknown field of method lora 'rnk'; did you mean rank?"),
-        ({"method": {"rank": 2}}, "must be a name, or a table with one"),
-        ({"method": {"name": "lora", "rank": "8"}}, "rank = '8' must be a whole number or a table, or a list of such"),
-        ({"method": {"name": "lora", "rslora": 1}}, "rslora = 1 must be true or false, or a list"),
-        ({"method": {"name": "lora", "rank": [4, True]}}, "rank = [4, True] must be a whole number"),
-        ({"method": {"name": "adalora", "scores": "x"}}, "scores = 'x' must be one of 'after', 'before'"),
-        ({"method": ["full", "full"]}, "stands there twice"),
-        ({"method": []}, "an empty list leaves nothing to train"),
+        ({"taks": "x"}, "unknown key 'taks'; did you mean 'task'?"),
+        ({"method": "lora2"}, "unknown method 'lora2'; did you mean 'lora' or 'alora'?"),
+        ({"method": {"name": "lora", "rnk": 2}}, "unknown field of method lora 'rnk'; did you mean 'rank'?"),
+        ({"method": {"rank": 2}}, "got {'rank': 2}"),
+        (
+            {"method": {"name": "lora", "rank": "8"}},
+            "rank must be an integer or a table, or a list of these (one run per value), got '8'",
+        ),
+        (
+            {"method": {"name": "lora", "rslora": 1}},
+            "rslora must be true or false, or a list of these (one run per value), got 1",
+        ),
+        ({"method": {"name": "lora", "rank": [4, True]}}, "(one run per value), got [4, True]"),
+        ({"method": {"name": "adalora", "scores": "x"}}, "scores must be one of 'after', 'before'"),
+        ({"method": ["full", "full"]}, "duplicate method"),
+        ({"method": []}, "method must have at least one value, got []"),
         ({"task": "sentimnt"}, "did you mean 'sentiment'?"),
         ({"task": "nowhere.csv"}, "nowhere.csv"),
-        ({"task": 3}, "task = 3 must be a text"),
-        ({"model": "minilmm"}, "unknown model 'minilmm'"),
-        ({"seeds": 0}, "seeds = 0 must be a number above 0, or a list of whole numbers"),
-        ({"seeds": [1, 1]}, "the seed 1 stands there twice"),
-        ({"settings": {}}, "settings lack steps"),
-        ({"settings": {"steps": 3, "stps": 3}}, "unknown setting 'stps'; did you mean steps?"),
+        ({"task": 3}, "task must be a string or a list of strings, got 3"),
+        ({"model": "minilmm"}, "there is no model 'minilmm'"),
+        ({"seeds": 0}, "2**32 - 1, got 0"),
+        ({"seeds": [1, 1]}, "duplicate seed 1"),
+        ({"settings": {}}, "missing setting 'steps'"),
+        ({"settings": {"steps": 3, "stps": 3}}, "unknown setting 'stps'; did you mean 'steps'?"),
         ({"settings": {"steps": 3, "seed": 3}}, "unknown setting 'seed'"),
-        ({"settings": {"steps": [3, "4"]}}, "steps = [3, '4'] must be a whole number"),
-        ({"settings": {"steps": 3, "schedule": "liner"}}, "got 'liner'"),
-        ({"settings": {"steps": 3, "lr": [0.1, -0.1]}}, "lr must be > 0 and finite, got -0.1"),
-        (observing("norms"), "observe = 'norms' must be a list of observers, such as [\"norms\"]"),
-        (observing(["nroms"]), "unknown observer 'nroms'; did you mean norms"),
-        (observing([3]), "observer 3 must be a name, or a table with one, such as"),
-        (observing([{"name": "neurons", "evry": 3}]), "unknown field of observer neurons 'evry'; did you mean every?"),
-        (observing([{"name": "neurons", "every": "x"}]), "observer neurons: every = 'x' must be a whole number"),
-        (observing([{"name": "norms", "every": 0}]), "observer norms: every = 0 must be 1 or more"),
-        (observing([{"name": "norms", "spectra_every": True}]), '= True must be a whole number or "none"'),
-        ({"root": 3}, "root = 3 must be a text"),
-        ({"backend": "dask"}, "backend = 'dask' must be a table"),
+        ({"settings": {"steps": [3, "4"]}}, "(one run per value), got [3, '4']"),
+        ({"settings": {"steps": 3, "schedule": "liner"}}, "schedule 'liner' is unknown"),
+        ({"settings": {"steps": 3, "lr": [0.1, -0.1]}}, "lr=-0.1 must be a positive number"),
+        (observing("norms"), "observe must be a list of observers such as [\"norms\"], got 'norms'"),
+        (observing(["nroms"]), "unknown observer 'nroms'; did you mean 'norms'"),
+        (observing([3]), "every = 10}, got 3"),
+        (
+            observing([{"name": "neurons", "evry": 3}]),
+            "unknown field of observer neurons 'evry'; did you mean 'every'?",
+        ),
+        (observing([{"name": "neurons", "every": "x"}]), "observer neurons: every must be an integer, got 'x'"),
+        (
+            observing([{"name": "norms", "every": 0}]),
+            "observer norms: every must be >= 1 (steps between recordings), got 0",
+        ),
+        (observing([{"name": "norms", "spectra_every": True}]), 'must be an integer or "none", got True'),
+        ({"root": 3}, "root must be a string (folder of the runs), got 3"),
+        ({"backend": "dask"}, "got 'dask'"),
     ],
 )
-def test_what_is_wrong_gets_one_line(bert, task, change, line):
+def test_invalid_grid_raises_one_line(bert, task, change, line):
     right = {"model": bert, "task": task, "method": "lora", "settings": {"steps": 3}}
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         grid.read(right | change)
@@ -128,19 +140,19 @@ observe = ["norms", {{name = "norms", every = 3, spectra_every = "none"}}, {{nam
 """
 
 
-def test_observers_and_nothing_in_a_file(bert, csv, tmp_path):
-    """TOML has no null: where a value may be None, the text "none" says so."""
+def test_file_may_contain_observers_and_none(bert, csv, tmp_path):
+    """TOML has no null: the string "none" means None."""
     file = tmp_path / "x.toml"
     file.write_text(OBSERVING.format(bert=bert, csv=csv))
     jobs = grid.read(file).jobs()
     assert [(job.method.max_rank, job.settings["clip"]) for job in jobs] == [(2, None), (2, 1), (None, None), (None, 1)]
     assert all(job.settings["lr"] is None for job in jobs)
     assert jobs[0].settings["observe"] == [norms(), norms(every=3), neurons(targets=("q",))]
-    with pytest.raises(ValueError, match=r"method lora: rank = 'none' must be a whole number or a table, or a list"):
+    with pytest.raises(ValueError, match=r"method lora: rank must be .*, got 'none'"):
         grid.read({"task": csv, "method": {"name": "lora", "rank": "none"}, "settings": {"steps": 1}})
 
 
-def test_a_list_of_lists_of_observers_is_several_choices(bert, task):
+def test_observe_with_a_list_of_lists_gives_several_settings(bert, task):
     own = {"steps": 1, "observe": [["norms"], [norms(every=1), "factors"], [], "none"]}
     found = grid.read({"model": bert, "task": task, "method": "lora", "seeds": 1, "settings": own})
     assert [chosen["observe"] for chosen in found.settings] == [[norms()], [norms(every=1), factors()], [], None]
@@ -149,22 +161,22 @@ def test_a_list_of_lists_of_observers_is_several_choices(bert, task):
     assert len(set(names)) == 4
 
 
-def test_an_observer_without_defaults_has_a_name_too(bert, task):
-    """Of what it was told, only what is short."""
+def test_observer_without_defaults_has_a_name(bert, task):
+    """The name contains only numbers and strings, not the mapping."""
     own = {"steps": 1, "observe": [[], [planted_teacher.planted(ranks={"h.0.q": 3})]]}
     found = grid.read({"model": bert, "task": task, "method": "lora", "seeds": 1, "settings": own})
     assert SweepResult(found.jobs()).names == ["LoRA, observe nothing, seed 0", "LoRA, observe planted, seed 0"]
 
 
-def test_the_line_names_the_file(tmp_path):
+def test_error_names_the_file(tmp_path):
     file = tmp_path / "x.toml"
     file.write_text("task = 'x'\nmethod = ")
     with pytest.raises(ValueError, match=r"x\.toml: Invalid value"):
         grid.read(file)
     file.write_text("task = 'x'")
-    with pytest.raises(ValueError, match=r"x\.toml: method is missing"):
+    with pytest.raises(ValueError, match=r"x\.toml: missing key 'method'"):
         grid.read(str(file))
-    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.toml"):
+    with pytest.raises(FileNotFoundError, match=r"cannot read nowhere\.toml"):
         grid.read("nowhere.toml")
 
 
@@ -174,15 +186,15 @@ def test_the_line_names_the_file(tmp_path):
         ("task = " + "[" * 100_000, "x.toml"),
         ("task = " + "{a = " * 100_000, "x.toml"),
         ("settings = {steps = 1, lr" + ".a" * 5000 + " = 1}", "x.toml"),
-        ("backend = {name = 1}", "name must be a text, got 1"),
-        ("backend = {name = 'dask', address = []}", r"address must be a text, got \[\]"),
-        ("backend = {jobs = 1.5}", "jobs must be a whole number, got 1.5"),
+        ("backend = {name = 1}", "name must be .*, got 1"),
+        ("backend = {name = 'dask', address = []}", r"address must be .*, got \[\]"),
+        ("backend = {jobs = 1.5}", "jobs must be .*, got 1.5"),
         ("seeds = 99999999999", "seeds"),
         ("seeds = [-1]", "seeds"),
         ("seeds = [4294967296]", "seeds"),
     ],
 )
-def test_hostile_files_are_one_short_line(line, named, csv, tmp_path):
+def test_hostile_file_raises_one_short_line(line, named, csv, tmp_path):
     rest = {"task": f"'{csv}'", "method": "'lora'", "settings": "{steps = 1}"}
     rest.pop(line.partition(" ")[0], None)
     (tmp_path / "x.toml").write_text("\n".join([*(f"{k} = {v}" for k, v in rest.items()), line]), encoding="utf-8")
@@ -193,7 +205,7 @@ def test_hostile_files_are_one_short_line(line, named, csv, tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_field_of_every_method_fits_its_own_default(name):
+def test_default_of_every_method_field_has_its_type(name):
     method = METHODS[name]()
     hints = typing.get_type_hints(METHODS[name])
     wrong = [
@@ -205,7 +217,7 @@ def test_every_field_of_every_method_fits_its_own_default(name):
     assert not toml_schema.is_of_type(object(), hints["lr"])
 
 
-def test_types_as_toml_gives_them():
+def test_toml_values_have_the_expected_types():
     assert toml_schema.is_of_type(3, float)
     assert not toml_schema.is_of_type(True, float)
     assert not toml_schema.is_of_type(3, bool)

@@ -108,13 +108,13 @@ def test_mean_gates_and_at_gates_with_invalid_arguments_raise(run, bert, task, t
     HydraLoRA().attach(twin)
     HydraLoRA().attach(eyes)
     refused = [
-        (partial(ls.mean_gates, model, "the film was great"), "texts is one string: give a list of texts"),
-        (partial(ls.mean_gates, model, []), "texts is empty: .* one text or more"),
-        (partial(ls.mean_gates, model, [""]), "texts hold no token"),
-        (partial(ls.mean_gates, model, TEXTS, base=even), "base= goes with a run"),
-        (partial(ls.mean_gates, plain, TEXTS), "has no router: .*HydraLoRA with 2 heads or more"),
+        (partial(ls.mean_gates, model, "the film was great"), "texts must be .* got the string 'the film was great'"),
+        (partial(ls.mean_gates, model, []), r"texts must have at least one text, got \[\]"),
+        (partial(ls.mean_gates, model, [""]), "texts must contain at least one token, got ''"),
+        (partial(ls.mean_gates, model, TEXTS, base=even), "base must be None for a model, got BertFor"),
+        (partial(ls.mean_gates, plain, TEXTS), "has no router.*num_experts >= 2"),
         (partial(ls.mean_gates, even, TEXTS), "has no router"),
-        (partial(ls.mean_gates, eyes, TEXTS), "ViTForImageClassification takes pixel_values, not text"),
+        (partial(ls.mean_gates, eyes, TEXTS), "ViTForImageClassification on text: its input is pixel_values"),
         (partial(ls.mean_gates, twin, TEXTS), "T5ForConditionalGeneration .* encoder-decoder"),
         (partial(ls.at_gates, run, {"no.such": [1, 0, 0]}), "unknown module 'no.such' in gates; .* bert"),
         (partial(ls.at_gates, run, {next(iter(attached_deltas(model))): [0.5, 0.5]}), "must have 3 values.* got 2"),

@@ -1,4 +1,4 @@
-"""What is alive at a step, found among tensors of known size."""
+"""Memory of a step, compared with tensors of known size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def look(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]
     return {record.quantity: record.value for record in observe.memory()(step)}
 
 
-def test_a_known_tensor_is_found_in_each_of_its_places():
+def test_known_tensor_is_counted_as_parameter_gradient_and_state():
     model = nn.utils.skip_init(nn.Linear, BLOCK // 4 // 1024, 1024, bias=False)
     optimizer = torch.optim.AdamW(model.parameters())
     assert look(model, optimizer) == {"parameter_bytes": BLOCK, "gradient_bytes": 0, "optimizer_bytes": 0}
@@ -52,7 +52,7 @@ def test_a_known_tensor_is_found_in_each_of_its_places():
     }
 
 
-def test_shared_storage_counts_once_and_views_count_whole():
+def test_shared_storage_counts_once_and_a_view_counts_its_whole_storage():
     whole = torch.zeros(1000)
     assert observe.storage_bytes([whole, whole[:10], whole.view(10, 100), torch.zeros(5)]) == 4000 + 20
     assert observe.storage_bytes([whole[:10]]) == 4000
@@ -68,7 +68,7 @@ def test_tied_weights_count_once():
     assert found["parameter_bytes"] == memory_estimate.full(memory_estimate.shapes_of(tiny("gpt2"))).parameters
 
 
-def test_state_is_found_however_it_is_nested():
+def test_nested_optimizer_state_is_counted():
     model = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(model.parameters())
     optimizer.state[model.weight] = {
@@ -81,7 +81,7 @@ def test_state_is_found_however_it_is_nested():
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 @pytest.mark.parametrize("method", [Full(), LoRA(rank=3, targets="all-linear")], ids=lambda method: method.name)
-def test_a_run_holds_what_is_computed(family, method, task, tmp_path, request):
+def test_memory_of_a_run_equals_the_estimate(family, method, task, tmp_path, request):
     model = ls.models.load(request.getfixturevalue(family), task=task)
     shapes = memory_estimate.shapes_of(model)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
@@ -96,8 +96,8 @@ def test_a_run_holds_what_is_computed(family, method, task, tmp_path, request):
         assert memory_estimate.MemoryUse(*found.tolist()) == held
 
 
-def test_the_high_water_mark_finds_a_known_tensor_within_the_window():
-    """What was alive before counts, what came and went before does not."""
+def test_peak_counts_a_known_tensor_in_the_window():
+    """Tensors alive before the window count; tensors freed before it do not."""
     allocator = measuring._Processor()
     kept = torch.empty(BLOCK, dtype=torch.uint8)
     del_me = torch.empty(3 * BLOCK, dtype=torch.uint8)
@@ -112,7 +112,7 @@ def test_the_high_water_mark_finds_a_known_tensor_within_the_window():
     assert kept.nbytes == BLOCK
 
 
-def test_where_no_allocator_tells_there_is_no_peak():
+def test_peak_on_a_device_without_allocator_is_nan():
     allocator = measuring._allocator("mps")
     with allocator.window():
         torch.empty(8)
@@ -120,7 +120,7 @@ def test_where_no_allocator_tells_there_is_no_peak():
 
 
 class Card:
-    """A stand-in for the allocator of one card: a mark that rises with what is given out, until it is reset."""
+    """Fake allocator of one card: the peak rises with the allocated bytes until it is reset."""
 
     def __init__(self, monkeypatch, device: str, given: int) -> None:
         self.device, self.alive, self.mark = torch.device(device), given, given
@@ -141,7 +141,7 @@ class Card:
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_on_a_card_the_mark_is_that_of_the_window(device, monkeypatch):
+def test_cuda_peak_covers_only_the_window(device, monkeypatch):
     card = Card(monkeypatch, device, 5)
     allocator = measuring._allocator(device)
     card.give(100)
@@ -152,8 +152,8 @@ def test_on_a_card_the_mark_is_that_of_the_window(device, monkeypatch):
     assert allocator.peak() == 27
 
 
-def test_on_a_card_the_last_step_of_a_run_is_marked_alone(bert, task, tmp_path, monkeypatch):
-    """The run itself stays on the processor; its steps take 70, then 30."""
+def test_cuda_peak_of_a_run_covers_only_the_last_step(bert, task, tmp_path, monkeypatch):
+    """The run stays on the CPU; its steps allocate 70, then 30."""
     card = Card(monkeypatch, "cuda", 1000)
     taken, advance = iter((70, 30)), measuring.advance
 
@@ -180,8 +180,8 @@ def wide_bert(tmp_path_factory) -> str:
     return str(path)
 
 
-def test_the_peak_of_a_step_in_a_process_of_its_own(wide_bert, task, tmp_path):
-    """Frozen, the known tensor is there once and all else is small."""
+def test_measure_reports_the_peak_of_a_step(wide_bert, task, tmp_path):
+    """The known tensor is frozen, so it is allocated once; everything else is small."""
     run = ls.memory.measure(wide_bert, task, LoRA(), batch_size=4, root=tmp_path)
     cells = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
     held = cells[["parameter_bytes", "gradient_bytes", "optimizer_bytes"]].sum()
@@ -193,8 +193,8 @@ def test_the_peak_of_a_step_in_a_process_of_its_own(wide_bert, task, tmp_path):
     assert (run.path / "records.parquet").stat().st_mtime_ns == written
 
 
-def test_what_was_measured_on_one_device_is_not_taken_for_another(bert, task, tmp_path, monkeypatch):
-    """Doctored, since there may be no card: the model stays where it is, and a copy of its run says where it was."""
+def test_measurement_on_another_device_is_not_reused(bert, task, tmp_path, monkeypatch):
+    """Without a card: the model stays on the CPU, and a copy of its run claims another device."""
 
     def measure(device, out=None, overwrite=False):
         return measuring._measure_memory(IsolatedRun(bert, task, LoRA(), FEW, 0, out, tmp_path, overwrite, device))
@@ -208,29 +208,29 @@ def test_what_was_measured_on_one_device_is_not_taken_for_another(bert, task, tm
     assert measure("cuda:1") == there
     assert measure("cpu") == measure("cpu", out=here) == here
     for device, folder, found in (("cuda:1", here, "cpu"), ("cpu", there, "cuda:1")):
-        line = f"{folder} was measured on {found}, not on {device}: give another folder, or overwrite=True"
-        with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        line = f"cannot reuse {folder}: it was measured on {found}, not on {device}."
+        with pytest.raises(ValueError, match=f"^{re.escape(line)}"):
             measure(device, out=folder)
     assert ls.Run.read(measure("cpu", out=there, overwrite=True)).meta["device"] == "cpu"
 
 
-def test_no_step_that_is_measured_is_one_of_a_draw():
-    """By default LISA draws anew at each of two steps, and the state of the blocks that leave is gone by the second."""
+def test_lisa_in_the_benchmark_does_not_resample_in_the_measured_step():
+    """By default LISA resamples at both of two steps, which drops the state of the blocks that leave."""
     assert ls.LISA().period(2) == 1
     ways = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/memory.py"))["WAYS"]
     assert [way.period(2) >= 2 for way in ways.values() if isinstance(way, ls.LISA)] == [True]
 
 
-def test_the_base_is_not_copied():
+def test_live_weights_are_not_copied():
     model = nn.Linear(3, 2)
     base = LiveWeights(model)
     base.capture(torch.optim.SGD(model.parameters()))
     assert base["weight"].data_ptr() == model.weight.data_ptr()
 
 
-def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
-    """At the optimizer step all of them are alive; the toolkit's own copy of W_0 is not among them."""
-    gc.collect()  # what earlier tests left would be freed amid the measurement, and subtracted
+def test_peak_of_full_fine_tuning_includes_all_parts(bert, task, tmp_path):
+    """All parts are alive at the optimizer step; the peak excludes lorascope's own copy of W_0."""
+    gc.collect()  # garbage of earlier tests would be freed, and subtracted, during the measurement
     measuring._measure_memory(IsolatedRun(bert, task, Full(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     cells = table.pivot_table(index="step", columns="quantity", values="value", observed=True).loc[2]
@@ -241,8 +241,8 @@ def test_the_peak_of_full_fine_tuning_holds_all_its_parts(bert, task, tmp_path):
 
 @pytest.mark.parametrize("first", [0.9, 0.0])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_adapprox_holds_what_is_computed_from_its_ranks(first, rank, task, tmp_path, request):
-    """Besides, the RMS of every tensor's direction, and of a factored one the angle to the first moment."""
+def test_memory_of_adapprox_equals_the_estimate_from_its_ranks(first, rank, task, tmp_path, request):
+    """It also stores the RMS of every tensor's direction and, if factored, the angle to the first moment."""
     model = ls.models.load(request.getfixturevalue("bert"), task=task)
     shapes = memory_estimate.shapes_of(model)
     method = ls.Adapprox(betas=(first, 0.999), init_rank=rank, rank_rule="fixed", min_dim=32)
@@ -255,21 +255,21 @@ def test_adapprox_holds_what_is_computed_from_its_ranks(first, rank, task, tmp_p
 
 
 @pytest.mark.parametrize("rule", ["adafactor", "came"])
-def test_rules_with_rows_and_columns_hold_what_is_computed(rule, task, tmp_path, request):
+def test_memory_of_row_column_optimizers_equals_the_estimate(rule, task, tmp_path, request):
     model = ls.models.load(request.getfixturevalue("bert"), task=task)
     shapes = memory_estimate.shapes_of(model)
     method = Full(optimizer_name=rule)
     run = ls.train(model, task, method, observe=[observe.memory(every=1)], out=tmp_path / "run", **FAST)
     last = run.table[run.table["step"] == 3]
     found = last.loc[last["quantity"] == "optimizer_bytes", "value"].item()
-    beside = 4 * len(shapes) if rule == "adafactor" else 0  # transformers' keeps the RMS of every weight
-    assert found == getattr(memory_estimate, rule)(shapes).optimizer + beside
+    extra = 4 * len(shapes) if rule == "adafactor" else 0  # that of transformers stores the RMS of every weight
+    assert found == getattr(memory_estimate, rule)(shapes).optimizer + extra
 
 
 @pytest.mark.parametrize("moments", memory_estimate.POLICIES)
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_lisa_holds_what_is_computed(moments, family, tmp_path, task, request):
-    """Two blocks, one at a time, with five draws: state that is kept is in the end that of both."""
+def test_memory_of_lisa_equals_the_estimate(moments, family, tmp_path, task, request):
+    """Two blocks, one at a time, sampled five times: with "keep", both have state in the end."""
     model = ls.models.load(request.getfixturevalue(family), task=task)
     shapes = memory_estimate.shapes_of(model)
     method = ls.LISA(n_active=1, interval=5, moment_policy=moments)

@@ -1,4 +1,4 @@
-"""The seconds of a step: parts that add up to the whole on a clock of our own, and the figure of planted ones."""
+"""Seconds of a step: parts that sum to the total on a fake clock, and the figure of planted values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAMES = ("forward_seconds", "backward_seconds", "rest_seconds")
 
 
 def timed(*milliseconds: float, slow: float = 9.0) -> dict:
-    """Seven steps, the first two slow, one of the others half as long again."""
+    """Return seven steps: the first two slow, and one of the others 1.5 times as long."""
     steps = {step: 1.5 if step == 5 else 1.0 for step in range(3, 8)} | {1: slow, 2: slow}
     return {
         (name, ""): {step: ms / 1e3 * k for step, k in steps.items()}
@@ -39,7 +39,7 @@ def test_parts_are_medians_of_the_later_steps(tmp_path):
     )
 
 
-def test_what_was_not_measured_or_not_for_long_enough_is_told(tmp_path):
+def test_step_seconds_without_enough_steps_raises(tmp_path):
     with pytest.raises(
         ValueError, match=r"step_seconds needs records of forward_seconds: measure it with ls.step_time.measure"
     ):
@@ -48,8 +48,8 @@ def test_what_was_not_measured_or_not_for_long_enough_is_told(tmp_path):
         plots.step_seconds(plant(tmp_path, "b", {(name, ""): {1: 1.0, 2: 1.0} for name in NAMES}))
 
 
-def test_each_part_is_noted_on_a_clock_that_counts_what_is_done(bert, task, tmp_path, monkeypatch):
-    """A clock goes on by one in each loss, by ten in each backward pass and by a hundred at each optimizer step."""
+def test_each_part_is_timed_on_a_fake_clock(bert, task, tmp_path, monkeypatch):
+    """The clock advances by 1 per loss, by 10 per backward pass and by 100 per optimizer step."""
     now = [0.0]
 
     def later(function, seconds):

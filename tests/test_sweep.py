@@ -1,4 +1,4 @@
-"""Sweeps: order, skipping, failures that lose nothing, and a worker that is killed."""
+"""Sweeps: order of runs, skipping, isolated failures, and killed workers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAST = {"steps": 3, "batch_size": 4, "eval_every": 0, "progress": False}
 
 
 class Dying:
-    """A model that costs its process its life."""
+    """A model that kills its process."""
 
     def __call__(self):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -37,17 +37,17 @@ def csv(task, path: Path) -> str:
     return str(path / "toy.csv")
 
 
-def test_runs_come_method_by_method_in_the_order_of_seeds(bert, task, tmp_path):
+def test_runs_are_ordered_by_method_then_seed(bert, task, tmp_path):
     methods = [Full(), LoRA(rank=2)]
     runs = ls.sweep(bert, task, methods, seeds=[3, 1], jobs=1, root=tmp_path, **FAST)
     assert [(run.meta["method"]["name"], run.meta["seed"]) for run in runs] == [
         ("full", 3), ("full", 1), ("lora", 3), ("lora", 1),
     ]  # fmt: skip
     assert all(run.finished for run in runs)
-    assert ls.plots.update_norm(runs).data["n"].eq(2).any()  # seeds of one recipe make one band
+    assert ls.plots.update_norm(runs).data["n"].eq(2).any()  # seeds of one recipe share one band
 
 
-def test_what_is_finished_is_not_trained_again(bert, task, tmp_path):
+def test_finished_run_is_not_trained_again(bert, task, tmp_path):
     first = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
     stamp = (first[0].path / "run.json").stat().st_mtime_ns
     both = ls.sweep(bert, task, LoRA(), seeds=2, jobs=1, root=tmp_path, **FAST)
@@ -55,7 +55,7 @@ def test_what_is_finished_is_not_trained_again(bert, task, tmp_path):
     assert (first[0].path / "run.json").stat().st_mtime_ns == stamp
 
 
-def test_a_run_that_fails_loses_none_of_the_others(bert, task, tmp_path):
+def test_failed_run_leaves_the_others(bert, task, tmp_path):
     methods = [LoRA(), LoRA(targets="nowhere")]
     with pytest.raises(
         RuntimeError, match=r"1 of 2 runs failed.*targets nowhere, seed 0: .*'nowhere' matches no module"
@@ -67,33 +67,33 @@ def test_a_run_that_fails_loses_none_of_the_others(bert, task, tmp_path):
 
 @dataclass(kw_only=True)
 class Careless(LoRA):
-    """Fails in a way that nobody foresaw."""
+    """A method that fails with an unexpected error."""
 
     def before_step(self, step):
         assert step.index == 0
 
 
-def test_an_error_that_nobody_foresaw_loses_none_of_the_others(bert, task, tmp_path):
+def test_unexpected_error_leaves_the_other_runs(bert, task, tmp_path):
     with pytest.raises(RuntimeError, match=r"1 of 3 runs failed.*Careless.*: AssertionError"):
         ls.sweep(bert, task, [LoRA(), Careless(), Full()], seeds=1, jobs=1, root=tmp_path, **FAST)
     assert sorted(ls.load(path.parent).finished for path in tmp_path.glob("*/run.json")) == [False, True, True]
 
 
-def test_the_configured_width_is_taken():
+def test_width_follows_parallel_config():
     assert width() == cpu_count()
     with parallel_config("loky", n_jobs=3):
         assert width() == 3
 
 
 @pytest.mark.slow
-def test_a_worker_that_always_dies_is_told(bert, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "ATTEMPTS", 2)  # each costs a start of processes
+def test_worker_that_always_dies_is_reported(bert, task, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ATTEMPTS", 2)  # each attempt starts new processes
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed.*LoRA, seed 0: its worker was killed 2 times"):
         ls.sweep(Dying(), csv(task, tmp_path), LoRA(), seeds=1, jobs=2, root=tmp_path, **FAST)
 
 
 class Pool:
-    """As loky: two at a time, and a worker that dies takes the others' work with it."""
+    """Pool like loky: two jobs at a time, and a dying worker aborts the other job, too."""
 
     def __init__(self, **options):
         self.begun = []
@@ -110,7 +110,7 @@ class Pool:
             yield work(calls[number][1][0], job, here, file)
 
 
-def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(bert, task, tmp_path, monkeypatch):
+def test_job_that_always_kills_its_worker_leaves_the_others(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "Parallel", Pool)
     settings = {"steps": 1, "batch_size": 4, "eval_every": 0, "root": tmp_path}
     wanted = [Job(model, task, LoRA(), {**settings, "seed": seed}) for seed, model in enumerate([bert, "mortal", bert])]
@@ -119,7 +119,7 @@ def test_a_run_that_always_kills_its_worker_takes_no_other_with_it(bert, task, t
     assert swept.complaints() == ["LoRA, mortal, seed 1: its worker was killed 3 times, out of memory?"]
 
 
-def test_workers_that_never_begin_are_told(bert, task, tmp_path, monkeypatch):
+def test_workers_that_never_start_are_reported(bert, task, tmp_path, monkeypatch):
     class Stillborn:
         def __init__(self, **options):
             pass
@@ -129,10 +129,10 @@ def test_workers_that_never_begin_are_told(bert, task, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sweep, "Parallel", Stillborn)
     swept = sweep.attempt([Job(bert, task, LoRA(), {"steps": 1, "root": tmp_path})], 2, progress=False)
-    assert swept.complaints() == ["LoRA, seed 0: 3 workers were killed before it began"]
+    assert swept.complaints() == ["LoRA, seed 0: 3 workers were killed before it started"]
 
 
-def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
+def test_locked_run_is_waited_for(bert, task, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "_PAUSE", 0.05)
     (run,) = ls.sweep(bert, task, LoRA(), seeds=1, jobs=1, root=tmp_path, **FAST)
     text = (run.path / "run.json").read_text(encoding="utf-8")
@@ -155,7 +155,7 @@ def test_a_run_in_other_hands_is_waited_for(bert, task, tmp_path, monkeypatch):
 
 @dataclass(kw_only=True)
 class Mortal(LoRA):
-    """Notes every step of every run, and kills its process in the middle of the first run that gets there."""
+    """Method that logs every step, and kills its process at step 2 of the first run to reach it."""
 
     notes: str = ""
 
@@ -172,8 +172,8 @@ class Mortal(LoRA):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def check_that_nothing_is_lost(bert, task, folder, backend):
-    """One of two runs is killed after two of four steps, goes on there, and ends as an unbroken one does."""
+def check_no_step_is_lost(bert, task, folder, backend):
+    """Check that a run killed after two of four steps resumes there and ends like an uninterrupted one."""
     method = Mortal(rank=2, notes=str(folder))
     settings = {"steps": 4, "batch_size": 4, "eval_every": 0, "checkpoint_every": 1}
     grid = {"model": bert, "task": csv(task, folder), "method": method, "seeds": 2, "settings": settings}
@@ -189,29 +189,29 @@ def check_that_nothing_is_lost(bert, task, folder, backend):
 
 
 @pytest.mark.slow
-def test_a_loky_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path):
-    check_that_nothing_is_lost(bert, task, tmp_path, {"name": "loky", "jobs": 2})
+def test_killed_loky_worker_loses_no_step(bert, task, tmp_path):
+    check_no_step_is_lost(bert, task, tmp_path, {"name": "loky", "jobs": 2})
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of distributed's own making
-def test_a_dask_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path):
+@pytest.mark.filterwarnings("ignore")  # raised by distributed itself
+def test_killed_dask_worker_loses_no_step(bert, task, tmp_path):
     distributed = pytest.importorskip("distributed")
     place = {"dashboard_address": None, "local_directory": str(tmp_path / "dask")}
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **place) as cluster:
         backend = {"name": "dask", "address": cluster.scheduler_address}
-        check_that_nothing_is_lost(bert, task, tmp_path, backend)
+        check_no_step_is_lost(bert, task, tmp_path, backend)
 
 
 @pytest.mark.ray
-@pytest.mark.filterwarnings("ignore")  # of ray's own making
-def test_a_ray_worker_killed_in_the_middle_loses_nothing(bert, task, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore")  # raised by ray itself
+def test_killed_ray_worker_loses_no_step(bert, task, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", object_store_memory=10**8)
     try:
-        check_that_nothing_is_lost(bert, task, tmp_path, {"name": "ray", "ray_remote_args": {"num_cpus": 1}})
+        check_no_step_is_lost(bert, task, tmp_path, {"name": "ray", "ray_remote_args": {"num_cpus": 1}})
     finally:
         ray.shutdown()

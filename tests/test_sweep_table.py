@@ -1,4 +1,4 @@
-"""The table of a sweep while it runs: what it tells, on a terminal and elsewhere."""
+"""Table of a running sweep, on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorascope.training.progress import ProgressFile, progress_bar, read_progres
 
 
 class Terminal:
-    """What stands at the other end of a pseudo-terminal, as far as a table needs it."""
+    """The other end of a pseudo-terminal, as far as a table needs it."""
 
     def __init__(self, columns: int, lines: int) -> None:
         self.columns, self.lines, self.screen, self.row, self.column = columns, lines, [""], 0, 0
@@ -36,7 +36,7 @@ class Terminal:
         os.close(self.master)
 
     def read(self) -> str:
-        """Take in what was written, and give it raw."""
+        """Process the output so far, and return it raw."""
         raw = ""
         while select.select([self.master], [], [], 0.05)[0]:
             raw += os.read(self.master, 1 << 16).decode()
@@ -76,7 +76,7 @@ def train_a_little(file: Path, steps: int) -> ProgressFile:
     return note
 
 
-def test_a_note_counts_beginnings_without_an_end(tmp_path):
+def test_progress_file_counts_starts_without_an_end(tmp_path):
     file = tmp_path / "0.json"
     assert read_progress(file) == {}
     ProgressFile(file)
@@ -89,14 +89,14 @@ def test_a_note_counts_beginnings_without_an_end(tmp_path):
     assert read_progress(file) == told
 
 
-def test_rows_tell_status_step_and_metric(tmp_path):
+def test_rows_show_status_step_and_metric(tmp_path):
     board = SweepTable(["a", "b", "c"], lambda number: tmp_path / f"{number}.json", None)
     train_a_little(tmp_path / "1.json", 1)
     board.end(2, "failed", "ValueError: no")
     assert board.rows() == [Row("a", "waiting"), Row("b", "running", "3/9"), Row("c", "failed", "", "ValueError: no")]
 
 
-def test_a_metric_is_named(tmp_path):
+def test_metric_is_shown_with_its_name(tmp_path):
     import numpy as np
 
     score = Score("accuracy", np.zeros(4), np.ones(4, dtype=int), np.array([True, True, True, False]), None)
@@ -108,7 +108,7 @@ def test_a_metric_is_named(tmp_path):
     assert board.rows() == [Row("a", "running", "1/9", "accuracy 0.75")]
 
 
-def test_elsewhere_a_line_whenever_a_run_begins_or_ends(tmp_path):
+def test_without_a_terminal_a_line_is_written_when_a_run_starts_or_ends(tmp_path):
     stream = io.StringIO()
     with SweepTable(["a", "b"], lambda number: tmp_path / f"{number}.json", stream) as board:
         train_a_little(tmp_path / "0.json", 1)
@@ -119,7 +119,7 @@ def test_elsewhere_a_line_whenever_a_run_begins_or_ends(tmp_path):
 
 
 @pytest.mark.parametrize("columns", [60, 80, 120])
-def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
+def test_on_a_terminal_the_table_is_redrawn_in_place(columns, tmp_path):
     names = [f"LoRA, rank {8 + number}, targets query key value dense, lr 0.001, seed 0" for number in range(20)]
     reason = "ValueError: targets 'nowhere' matches no module of this model; did you mean 'dense', or all-linear?"
     with Terminal(columns, 12) as terminal:
@@ -127,7 +127,7 @@ def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
             board._redraw()
             first = terminal.read()
             board._redraw()
-            assert terminal.read() == ""  # nothing is new, so nothing flickers
+            assert terminal.read() == ""  # an unchanged table is not redrawn
             train_a_little(tmp_path / "3.json", 2)
             board.end(19, "failed", reason)
             board._redraw()
@@ -136,7 +136,7 @@ def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
                 board.end(number, "done", "accuracy 0.8125")
         terminal.read()
     assert "\033[J" not in first[:-3]
-    assert "\033[J" not in second[:-3]  # wiped at its end alone
+    assert "\033[J" not in second[:-3]  # clears only what follows the table
     told = [line for line in terminal.screen if line]
     assert len(told) == len(terminal.screen) - 1 <= 11
     assert sum(line.startswith("run ") for line in told) == 1
@@ -148,7 +148,7 @@ def test_on_a_terminal_the_table_is_drawn_over_itself(columns, tmp_path):
 
 
 class Closed(io.StringIO):
-    """A stream whose reader has gone."""
+    """A stream whose reader has closed it."""
 
     def write(self, text):
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
@@ -156,20 +156,20 @@ class Closed(io.StringIO):
     flush = write
 
 
-def test_a_terminal_that_is_closed_ends_no_training(tmp_path, monkeypatch):
+def test_closed_terminal_does_not_end_training(tmp_path, monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stream)
     with progress_bar("open", 3, 0, visible=True) as bar:
         stream.write = stream.flush = Closed().write
         for _ in range(3):
-            bar.last_print_t = 0  # as after a long step
+            bar.last_print_t = 0  # simulates a long step
             bar.show(0.5, None)
     with SweepTable(["a"], lambda number: tmp_path / "none.json", Closed()) as board:
         board.end(0, "done", "accuracy 1")
     assert board.rows() == [Row("a", "done", metric="accuracy 1")]
 
 
-def test_a_low_screen_shows_what_needs_a_look():
+def test_low_screen_shows_failed_and_running_runs_first():
     rows = [Row(f"run {number}", "done") for number in range(50)]
     rows[7] = Row("run 7", "running", "3/9", "accuracy 0.75")
     rows[30] = Row("run 30", "failed", "", "x" * 200)

@@ -1,1 +1,1 @@
-"""Many runs side by side, and measurements of a step or of a trained state."""
+"""Sweeps of many runs, and measurements of a step or of a trained model."""

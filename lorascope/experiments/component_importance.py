@@ -1,4 +1,4 @@
-"""What the components of a run's updates are worth on its task: the loss without each, and with some of them alone."""
+"""Importance of the components of a run's updates: the loss without each of them, and with a selection of them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ BATCH = 32
 
 
 class Losses(NamedTuple):
-    """Mean loss with all components and with those kept, and the number of texts that it was measured on."""
+    """Mean loss with all components and with the retained ones, and the number of examples measured."""
 
     before: float
     after: float
@@ -51,35 +51,37 @@ class Losses(NamedTuple):
 def component_importance(
     run: Run, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256, exact_rows: int = 64
 ) -> dict[str, Float[np.ndarray, "_"]]:
-    """Rise of the loss with each component of each module taken out; scores for ``export.select_components``.
+    """Compute the loss increase on removal of each component, as scores for ``export.select_components``.
 
-    Measured on the first half of the validation split, so that ``pruned_losses`` can be on the other.
+    Uses every other row of the validation split, so that ``pruned_losses`` can use the rows between them.
 
     Parameters
     ----------
     run : Run
-        Its updates are products of two factors.
+        Run whose updates are products of two factors.
     model : str or path
-        Its base: see ``models.load``.
+        Its base model; see ``models.load``.
     task : str, path or Task
         See ``tasks.load``.
     state : {"last", "best"}
+        Saved parameters, default "last".
     rows : int
-        Texts at most.
+        Maximum number of examples, default 256.
     exact_rows : int
-        On so many of them components are really taken out; what that does to first order, by which texts differ most,
-        is taken from all. 0 is first order alone, ``rows`` or more removal alone.
+        Number of examples on which components are really removed, default 64. The first-order part of the loss
+        increase, which varies most between examples, is averaged over all ``rows``. 0 computes only the first-order
+        part; ``rows`` or more removes components on all examples.
 
     Returns
     -------
     dict module -> array (k,)
-        Nats, one for each singular value other than 0, the largest first.
+        Loss increases in nats, one per nonzero singular value, the largest singular value first.
 
     Raises
     ------
     ValueError
-        The model is not the run's base, the run holds an update that is no product, or what trained beside the updates
-        was not kept.
+        The model is not the base of the run, an update is not a product of two factors, or other trained parameters
+        were not saved.
     """
     base, fitted, parts = _open_trained(run, model, task, state)
     encoded = _validation_half(base, fitted, 0, rows)
@@ -96,10 +98,10 @@ def component_importance(
 def pruned_losses(
     run: Run, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
 ) -> Losses:
-    """Loss of the run's model and of the same with the components of ``cut`` alone, on validation text.
+    """Compute the loss of the run's model with all components and with only those in ``cut``.
 
-    On the second half of the validation split, of which ``component_importance`` has seen nothing; ``rows`` of it at
-    most. Parameters as there.
+    Uses at most ``rows`` of the validation rows that ``component_importance`` does not use. See there for the other
+    parameters.
     """
     base, fitted, parts = _open_trained(run, model, task, state)
     encoded = _validation_half(base, fitted, 1, rows)
@@ -119,10 +121,10 @@ def _mean_loss(model: nn.Module, state: Mapping[str, Triple], encoded: EncodedRo
 def _open_trained(
     run: Run, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
-    """The base with all that was trained but the adapters, the task in its form, and the updates."""
+    """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
     if isinstance(run, AdapterRun) and run.files.kind == "DoRA":
         raise ValueError(
-            f"{run.label} is DoRA, whose magnitudes no component holds: a loss of components is not its own"
+            f"cannot measure components of {run.label}: it is DoRA, whose magnitudes are not part of any component"
         )
     parts = {module: canonical(update) for module, update in exact_products(run, run.updates(state=state)).items()}
     task = task if isinstance(task, Task) else tasks.load(task)
@@ -134,7 +136,9 @@ def _open_trained(
     else:
         fit_head(base, run.meta["labels"])
         if weights_hash(base) != run.meta["w0_hash"]:
-            raise ValueError(f"{name} has other weights than {run.meta['model']}, the base of run {run.id}")
+            raise ValueError(
+                f"model must be {run.meta['model']}, the base of run {run.id}, got {name} with different weights"
+            )
         run.restore(base, state)
         detach(base)
     base.requires_grad_(False)
@@ -142,57 +146,62 @@ def _open_trained(
 
 
 def _recorded_weights(run: Run, state: str) -> dict[str, Tensor]:
-    """What a recording of another's training keeps beside the factors."""
+    """Return the parameters that trained outside the adapters, from a recording of another trainer."""
     refuse_unkept(run, state)
     return {name: torch.tensor(array) for name, array in run.tensors(state).items()}
 
 
 def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
-    """Raise a ValueError where a base whose weights nobody noted cannot be the one, by its names and shapes."""
+    """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
     for module, (P, _, Q) in parts.items():
         if module not in modules:
-            raise ValueError(f"{name} has no {module}, which {run.label} adapts: it is another model")
+            raise ValueError(f"model must be the base of {run.label}, got {name}: it has no {module}")
         shapes = (len(P), Q.shape[1]), tuple(host_weight(modules[module]).shape)
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{module} is {shapes[0]} in {run.label} and {shapes[1]} in {name}: another model, or a resized one"
+                f"model must be the base of {run.label}, got {name}: {module} has shape {shapes[1]}, not {shapes[0]}"
             )
 
 
 def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
-    """Put what was trained beside the factors into the base, which is a head as a rule."""
+    """Load the parameters that trained in addition to the factors, usually a classifier head."""
     untrained = sorted(models.missing(base) - stored.keys())
     if untrained:
-        raise ValueError(f"neither {run.label} nor {name} holds {untrained[0]}: with a random head a loss says nothing")
+        raise ValueError(f"cannot measure the loss: neither {run.label} nor {name} has weights for {untrained[0]}")
     places = dict(base.named_parameters(remove_duplicate=False))
     for other, tensor in stored.items():
         if other in places and places[other].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name}"
-            labels = "for this task: the task has other labels than the adapter"
-            resized = "(tokens added?): give the base in this size"
-            raise ValueError(f"{other} is {shapes} {labels if other in task_head(base) else resized}")
+            labels = "use a task with the labels of the adapter"
+            resized = "pass the base model in the size of training (were tokens added?)"
+            raise ValueError(f"{other} has shape {shapes}: {labels if other in task_head(base) else resized}")
     tied = stored.keys() & places.keys() - dict(base.named_parameters()).keys()
     load_tensors(base, {other: tensor for other, tensor in stored.items() if other not in tied})
     if apart := [other for other in sorted(tied) if not torch.equal(places[other], stored[other].to(places[other]))]:
-        raise ValueError(f"{apart[0]} has weights of its own in {run.label}, but is tied in {name}: give it untied")
+        raise ValueError(
+            f"cannot load {apart[0]}: it is tied in {name}, but is separate in {run.label}. Pass an untied base"
+        )
 
 
 def _adapter_weights(run: AdapterRun) -> dict[str, Tensor]:
-    """What an adapter's folder holds beside the factors, under the names of the base."""
+    """Return the parameters in an adapter folder other than the factors, by their names in the base."""
     if biased := [name for name in run.files.others if name.endswith(".lora_B.bias")]:
-        raise ValueError(f"{run.label} holds {biased[0]} (lora_bias), which no component is: its loss is not measured")
+        raise ValueError(
+            f"cannot measure components of {run.label}: {biased[0]} (lora_bias) is not part of any component"
+        )
     held = {name.removeprefix(PREFIX): (file, name) for file in run.files.files for name in file}
     found = {other: held[other] for other in run.files.others}
-    # PEFT saves an embedding that it adapts with the adapter.
+    # PEFT saves an adapted embedding with the adapter, as its base layer.
     return {other.replace(".base_layer.", "."): torch.tensor(file[name]) for other, (file, name) in found.items()}
 
 
 def _validation_half(model: nn.Module, task: Task, which: int, rows: int) -> EncodedRows:
-    """Every other row of the validation split, which stands in the order of a hash."""
-    chosen = task.split("validation").iloc[which::2].head(rows)
+    """Encode every other row of the validation split, which is ordered by a hash."""
+    split = task.split("validation")
+    chosen = split.iloc[which::2].head(rows)
     if chosen.empty:
-        raise ValueError(f"the validation split of {task.name} has one row: components need one, their loss another")
+        raise ValueError(f"the validation split of {task.name} must have at least 2 rows, got {len(split)}")
     return task.encode(models.processor(model), chosen)
 
 

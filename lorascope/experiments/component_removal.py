@@ -1,7 +1,7 @@
-"""What it costs to take components out of a trained state, in loss on given batches.
+"""Loss increase on given batches when components of a trained state are removed.
 
-A state is, for every adapted module, its update as P (out, k), lambda (k,) and Q (k, in): its singular value
-decomposition. Every function puts it on the model and takes it off again.
+A state is, for every adapted module, the singular value decomposition of its update as P (out, k), lambda (k,) and
+Q (k, in). Functions that measure losses attach it to the model, and detach it at the end.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def canonical(update: LowRank | Dense) -> Triple:
-    """P (out, k), lambda (k,) and Q (k, in) of an update."""
+    """Return P (out, k), lambda (k,) and Q (k, in) of an update."""
     U, sigma, V = update.svd()
     return U, sigma, V.T
 
@@ -31,7 +31,7 @@ def canonical(update: LowRank | Dense) -> Triple:
 def attach_components(
     model: nn.Module, state: Mapping[str, Triple], kind: Callable[..., Any], fill: Callable[..., None]
 ) -> Any:
-    """Put the state on the model as Deltas of one kind."""
+    """Attach the state to the model as Deltas of one kind, and return these."""
     deltas = {}
     for name, (P, sigma, Q) in state.items():
         delta = kind(model.get_submodule(name), len(sigma), 1.0)
@@ -43,13 +43,13 @@ def attach_components(
 
 
 def fill_plain(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
-    """As B A."""
+    """Fill a Delta of the form B A."""
     delta.B.copy_(P * sigma)
     delta.A.copy_(Q)
 
 
 def fill_svd(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
-    """As B diag(lambda) A."""
+    """Fill a Delta of the form B diag(lambda) A."""
     delta.B.copy_(P)
     delta.diagonal.copy_(sigma[:, None])
     delta.A.copy_(Q)
@@ -59,7 +59,7 @@ def fill_svd(delta: Any, P: Tensor, sigma: Tensor, Q: Tensor) -> None:
 def loss_increases(
     model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
 ) -> dict[str, np.ndarray]:
-    """Module -> mean rise of the loss with each component taken out, and last with the whole module taken out."""
+    """Return module -> mean loss increase on removal of each component and, last, of the whole module."""
     deltas = attach_components(model, state, alora.ALoRADelta, fill_plain)
     without = {
         name: [*(partial(delta.add_component, i, -1) for i in range(delta.rank)), partial(_subtract_update, delta)]
@@ -81,9 +81,10 @@ def _subtract_update(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
 def first_order_increases(
     model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any]
 ) -> dict[str, np.ndarray]:
-    """Module -> mean of lambda dL/dlambda of each component, and last their sum.
+    """Return module -> mean of lambda dL/dlambda of each component and, last, their sum.
 
-    To first order a rise is the negative of it. One pass back gives all of them, where a rise needs a pass of its own.
+    To first order, the loss increase on removal is the negative of it. One backward pass gives all of them, whereas the
+    exact loss increases need one evaluation per component.
     """
     deltas = attach_components(model, state, adalora.AdaLoRADelta, fill_svd)
     diagonals = [delta.diagonal for delta in deltas.values()]
@@ -101,10 +102,11 @@ def first_order_increases(
 def ablation_loss_increases(
     model: nn.Module, loss: Loss, state: Mapping[str, Triple], batches: Sequence[Any], removed: int
 ) -> dict[str, np.ndarray]:
-    """Rise of the loss on all batches with each component, and last the whole module, taken out: as ``loss_increases``.
+    """Return the loss increase on all batches on removal of each component and, last, of the module.
 
-    Components are removed on the first ``removed`` batches alone. What a removal does to first order differs from text
-    to text by far the most, and is exchanged for what it is on all batches; with none removed there is only that.
+    Same format as ``loss_increases``. Components are removed only on the first ``removed`` batches. The first-order
+    part of the loss increase varies most between texts, so it is replaced by its mean over all batches. If ``removed``
+    is 0, only the first-order part is computed.
     """
     some, rest = batches[:removed], batches[removed:]
     if not some:

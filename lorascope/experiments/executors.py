@@ -1,4 +1,4 @@
-"""Where the runs of a sweep go: processes of this machine, or a dask or ray cluster, by an address, through joblib."""
+"""Backends of joblib for a sweep: processes of this machine, or a dask or ray cluster with an address."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from joblib import parallel_config
 
-# What a backend raises when a worker was taken away; by name, since most of them are not installed.
+# Errors that a backend raises when it loses a worker; matched by name, since most backends are not installed.
 _DEATHS = {"TerminatedWorkerError", "BrokenProcessPool", "KilledWorker", "RayActorError", "WorkerCrashedError"}
 
 
 def is_death(error: BaseException) -> bool:
-    """Does this error say that a worker is gone, rather than that something is wrong with its work?"""
+    """Return whether an error means that a worker is gone, and not that its job failed."""
     return bool(_DEATHS & {kind.__name__ for kind in type(error).__mro__})
 
 
@@ -21,29 +21,29 @@ def is_death(error: BaseException) -> bool:
 def use_backend(
     name: str | None = None, address: str | None = None, jobs: int | None = None, **options: Any
 ) -> Iterator[None]:
-    """Within, joblib works on this backend.
+    """Run joblib on a backend inside the context.
 
     Parameters
     ----------
     name : str, optional
-        Any that joblib knows, and ray; without one, what ``joblib.parallel_config`` says stays.
+        Any backend of joblib, or "ray"; None keeps the setting of ``joblib.parallel_config``.
     address : str, optional
-        Of the scheduler of dask, or of the cluster of ray. Without one, dask takes the client that is there already,
-        and ray the environment's ``RAY_ADDRESS`` or a new cluster on this machine.
+        Address of the dask scheduler or the ray cluster. By default dask uses the existing client, and ray uses the
+        environment's ``RAY_ADDRESS`` or starts a cluster on this machine.
     jobs : int, optional
-        How many runs at a time; as many as there are cores by default.
+        Number of parallel runs, default the number of cores.
     **options
-        To joblib and its backend, as they are.
+        Passed to joblib and its backend.
 
     Raises
     ------
     ValueError
-        The backend is unknown or not installed, does not take these options, or does not answer.
+        The backend is unknown, not installed or unreachable, or does not accept these options.
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
-        raise ValueError(f"jobs = {jobs!r} must be a whole number: how many runs at a time")
+        raise ValueError(f"jobs must be a nonzero integer (number of parallel runs), got {jobs!r}")
     if address is not None and name not in ("dask", "ray"):
-        raise ValueError(f"backend {name} takes no address {address!r}: dask and ray do")
+        raise ValueError(f"address must be None for backend {name}, got {address!r}: only dask and ray have one")
     if jobs is not None or name is not None:
         options["n_jobs"] = jobs or -1
     with ExitStack() as stack:
@@ -52,16 +52,18 @@ def use_backend(
                 stack.enter_context(_ray(address))
             stack.enter_context(parallel_config(**_cluster_config(name, address, options)))
         except ImportError:
-            raise ValueError(f"backend {name} is not installed: pip install 'lorascope[cluster]'") from None
+            raise ValueError(
+                f"cannot use backend {name}: it is not installed. Run pip install 'lorascope[cluster]'"
+            ) from None
         except OSError:
-            raise ValueError(f"no {name} cluster answers at {address}") from None
+            raise ValueError(f"cannot connect to a {name} cluster at {address}") from None
         except TypeError as error:
-            raise ValueError(f"backend {name} does not take these options: {error}") from None
+            raise ValueError(f"cannot pass these options to backend {name}: {error}") from None
         yield
 
 
 def _cluster_config(name: str | None, address: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """What ``joblib.parallel_config`` takes; a cluster's own options go into its backend."""
+    """Return the arguments of ``joblib.parallel_config``; options of a cluster belong to its backend."""
     if name not in ("dask", "ray"):
         return options if name is None else {"backend": name, **options}
     own = {key: value for key, value in options.items() if key != "n_jobs"}
@@ -70,7 +72,7 @@ def _cluster_config(name: str | None, address: str | None, options: dict[str, An
 
 
 class RaiseClusterErrors:
-    """Raises the errors of a cluster itself, such as a killed worker, which joblib takes for results."""
+    """Mixin that raises errors of the cluster, such as a killed worker; joblib treats them as results."""
 
     def retrieve_result_callback(self, out: Any) -> Any:
         if isinstance(out, BaseException):
@@ -79,11 +81,11 @@ class RaiseClusterErrors:
 
 
 def _dask_backend(address: str | None, options: dict[str, Any]) -> Any:
-    """joblib's backend for dask, with dask's own options."""
+    """Return joblib's backend for dask, with dask's own options."""
     from joblib._dask import DaskDistributedBackend
 
     class Dask(RaiseClusterErrors, DaskDistributedBackend):
-        """Tells joblib of errors of dask itself, too: for these it waits in vain."""
+        """dask backend that also reports dask's own errors, for which joblib would wait forever."""
 
         def submit(self, func: Any, callback: Any = None) -> Any:
             future = super().submit(func, callback)
@@ -94,11 +96,11 @@ def _dask_backend(address: str | None, options: dict[str, Any]) -> Any:
 
 
 def _ray_backend(options: dict[str, Any]) -> Any:
-    """ray's backend for joblib, with ray's own options."""
+    """Return ray's backend for joblib, with ray's own options."""
     from ray.util.joblib.ray_backend import RayBackend
 
     class Ray(RaiseClusterErrors, RayBackend):
-        """Hands results over as they come, which joblib lets no pool do, but this one does."""
+        """ray backend that returns results in order of completion; joblib does not support it for pools by default."""
 
         supports_return_generator = True
 

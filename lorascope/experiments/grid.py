@@ -1,6 +1,7 @@
-"""A grid of runs, from a TOML file or a mapping: models x tasks x methods x settings x seeds, checked before training.
+"""Grids of runs: models x tasks x methods x settings x seeds, from a TOML file or a mapping, validated before training.
 
-A list stands for several values, a run each; where a value is a list itself, such as ``targets``, a list of lists does.
+A list means several values, with one run per value. If the value itself is a list, such as ``targets``, use a list of
+lists.
 """
 
 from __future__ import annotations
@@ -39,28 +40,30 @@ Model = str | Callable[[], nn.Module]
 Data = Task | str | Path
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
-# Seeds of one recipe.
+# Maximum number of seeds per recipe.
 _MOST = 10_000
 _OBSERVERS: dict[str, type[Observer]] = {
     name: kind for name, kind in vars(observe).items() if isinstance(kind, type) and issubclass(kind, Observer)
 }
 _OBSERVERS.pop("Observer")
-# What a grid has a place of its own for, and what makes no sense for many runs at once.
+# Parameters of ``train`` that have a separate key in a grid, or that many runs cannot share.
 _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "progress", "return"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``train``, to be made in a process of its own.
+    """One call of ``train`` in a separate process.
 
     Parameters
     ----------
     model : str or callable
-        A name for ``models.load``, or something that makes a fresh model.
+        Name for ``models.load``, or a function that returns a fresh model.
     data : Task, str or path
+        See ``tasks.load``.
     method : Method
+        Method with its fields.
     settings : mapping
-        Keywords of ``train``; ``steps`` among them.
+        Keyword arguments of ``train``, including ``steps``.
     """
 
     model: Model
@@ -71,15 +74,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is to be trained, every combination of it.
+    """Values to combine; every combination is one run.
 
     Parameters
     ----------
     models, tasks, methods, settings : sequence
-        As ``Job`` has one of each.
+        Values of the fields of ``Job``.
     seeds : sequence of int
+        Seeds of every recipe.
     backend : mapping
-        Where: ``name``, ``address``, ``jobs``, and what joblib's backend takes; empty for processes on this machine.
+        ``name``, ``address``, ``jobs`` and options of the joblib backend; empty for processes on this machine.
     """
 
     models: Sequence[Model]
@@ -90,33 +94,33 @@ class Grid:
     backend: Mapping[str, Any] = field(default_factory=dict)
 
     def jobs(self) -> list[Job]:
-        """A job for every combination, the seeds of one recipe side by side."""
+        """Return one job per combination; the seeds of one recipe are consecutive."""
         parts = itertools.product(self.models, self.tasks, self.methods, self.settings, self.seeds)
         return [Job(model, task, method, {**settings, "seed": seed}) for model, task, method, settings, seed in parts]
 
 
 def read(source: str | Path | Mapping[str, Any]) -> Grid:
-    """Read a grid and check all of it that can be checked without a model.
+    """Read a grid, and validate everything that does not require a model.
 
     Parameters
     ----------
     source : path or mapping
-        A TOML file, or what such a file holds; a mapping may hold Methods and Tasks too. Its keys are ``task``,
-        ``method`` and ``settings`` (with ``steps``), and if wanted ``model`` (minilm by default), ``seeds`` (a number
-        or which; 3), ``root`` (the folder of the runs; ``runs``) and ``backend``.
+        A TOML file, or a mapping with the same keys, which may also contain Method and Task objects. Required keys are
+        ``task``, ``method`` and ``settings`` (with ``steps``). Optional keys are ``model`` (default "minilm"),
+        ``seeds`` (a number or a list, default 3), ``root`` (folder of the runs, default "runs") and ``backend``.
 
     Raises
     ------
     ValueError
-        A key, method, field, task or value that is wrong, in one line.
+        A key, method, field, task or value is invalid; the message has one line.
     FileNotFoundError
-        There is no such file, task or model.
+        The file, a task or a model does not exist.
     """
     if isinstance(source, Mapping):
         return _read_grid(source)
     path = Path(source)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give the TOML file of a sweep")
+        raise FileNotFoundError(f"cannot read {path} as a sweep: no such file")
     try:
         return _read_grid(tomllib.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
@@ -131,22 +135,22 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     require_known(table, _KEYS, "key")
     for key in ("task", "method", "settings"):
         if key not in table:
-            raise ValueError(f"{key} is missing: say what is to be trained on, by which methods, for how many steps")
+            raise ValueError(f"missing key {key!r}: a sweep requires task, method and settings")
     root = table.get("root", "runs")
     if not isinstance(root, str | Path):
-        raise ValueError(f"root = {root!r} must be a text, the folder of the runs")
+        raise ValueError(f"root must be a string (folder of the runs), got {root!r}")
     backend = table.get("backend", {})
     if not isinstance(backend, Mapping):
-        raise ValueError(f'backend = {backend!r} must be a table, such as {{name = "dask", address = "tcp://..."}}')
-    for key, kind, allowed in (("name", str, "a text"), ("address", str, "a text"), ("jobs", int, "a whole number")):
+        raise ValueError(f'backend must be a table such as {{name = "dask", address = "tcp://..."}}, got {backend!r}')
+    for key, kind, allowed in (("name", str, "a string"), ("address", str, "a string"), ("jobs", int, "an integer")):
         if key in backend and type(backend[key]) is not kind:
             raise ValueError(f"backend: {key} must be {allowed}, got {backend[key]!r}")
-    places = {key: _to_list(table.get(key, "minilm")) for key in ("model", "task")}
+    places = {key: _to_list(key, table.get(key, "minilm")) for key in ("model", "task")}
     for key, found in places.items():
         for place in found:
             if not (isinstance(place, str | Path | Task) or (key == "model" and callable(place))):
-                raise ValueError(f"{key} = {place!r} must be a text, or a list of texts")
-    methods = [method for entry in _to_list(table["method"]) for method in _methods(entry)]
+                raise ValueError(f"{key} must be a string or a list of strings, got {place!r}")
+    methods = [method for entry in _to_list("method", table["method"]) for method in _methods(entry)]
     grid = Grid(
         models=places["model"],
         tasks=places["task"],
@@ -158,7 +162,7 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     _require_distinct(grid.models, "model")
     _require_distinct(grid.tasks, "task")
     _require_distinct([config(method) for method in methods], "method")
-    _require_distinct(grid.settings, "choice of settings")
+    _require_distinct(grid.settings, "settings")
     for task in grid.tasks:
         if not isinstance(task, Task):
             tasks.load(task)
@@ -168,15 +172,15 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     return grid
 
 
-def _to_list(value: Any) -> list[Any]:
+def _to_list(key: str, value: Any) -> list[Any]:
     found = list(value) if isinstance(value, list | tuple) else [value]
     if not found:
-        raise ValueError("an empty list leaves nothing to train: give one value or more")
+        raise ValueError(f"{key} must have at least one value, got {value!r}")
     return found
 
 
 def _methods(entry: Any) -> list[Method]:
-    """The methods of an entry: one object, one name, or a table of a name with fields."""
+    """Return the methods of an entry, which is an object, a name, or a table with a name and fields."""
     if isinstance(entry, Method):
         return [entry]
     name, given, hints = _read_named(entry, METHODS, "method", '{name = "lora", rank = 8}')
@@ -188,15 +192,15 @@ def _methods(entry: Any) -> list[Method]:
 
 def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]]:
     if not isinstance(table, Mapping):
-        raise ValueError(f"settings = {table!r} must be a table, such as {{steps = 300}}")
+        raise ValueError(f"settings must be a table such as {{steps = 300}}, got {table!r}")
     hints = {name: hint for name, hint in typing.get_type_hints(train).items() if name not in _NO_SETTINGS}
     require_known(table, hints, "setting")
     if "observe" in table:
         if isinstance(table["observe"], str | Mapping) and table["observe"] != NONE:
-            raise ValueError(f'observe = {table["observe"]!r} must be a list of observers, such as ["norms"]')
+            raise ValueError(f'observe must be a list of observers such as ["norms"], got {table["observe"]!r}')
         table = {**table, "observe": _observers(table["observe"])}
     if "steps" not in table:
-        raise ValueError("settings lack steps: say how many, such as {steps = 300}")
+        raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
     found = combinations(table, hints)
     names = {f.name for f in dataclasses.fields(Settings)}
     for chosen, method in itertools.product(found, methods):
@@ -207,7 +211,7 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
 
 
 def _observers(value: Any) -> Any:
-    """What ``observe`` holds, with observers in place of names and tables; lists stay lists."""
+    """Replace names and tables in ``observe`` by observers; lists stay lists."""
     if isinstance(value, list | tuple):
         return [_observers(item) for item in value]
     if isinstance(value, Observer) or value in (None, NONE):
@@ -216,9 +220,9 @@ def _observers(value: Any) -> Any:
     given = {key: toml_to_value(each, hints[key]) for key, each in given.items()}
     for key, each in given.items():
         if not is_of_type(each, hints[key]):
-            raise ValueError(f"observer {name}: {key} = {each!r} must be {describe_type(hints[key])}")
+            raise ValueError(f"observer {name}: {key} must be {describe_type(hints[key])}, got {each!r}")
     if given.get("every", 1) < 1:
-        raise ValueError(f"observer {name}: every = {given['every']} must be 1 or more, steps between two looks")
+        raise ValueError(f"observer {name}: every must be >= 1 (steps between recordings), got {given['every']}")
     fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in given.items()}
     return _OBSERVERS[name](**fields)
 
@@ -226,10 +230,10 @@ def _observers(value: Any) -> Any:
 def _read_named(
     entry: Any, kinds: Mapping[str, type], what: str, example: str
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """A name, or a table of a name with fields: the name, the fields, and the type of every field there is."""
+    """Return name, fields and field types of an entry, which is a name or a table with a name and fields."""
     table = {"name": entry} if isinstance(entry, str) else entry
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise ValueError(f"{what} {entry!r} must be a name, or a table with one, such as {example}")
+        raise ValueError(f"{what} must be a name or a table with a name, such as {example}, got {entry!r}")
     name = table["name"]
     if what == "observer" and name in observe.OLD_OBSERVERS:
         warn_renamed("observe", name, observe.OLD_OBSERVERS[name], stacklevel=3)
@@ -244,22 +248,22 @@ def _read_named(
 
 
 def _seeds(value: Any) -> list[int]:
-    """As many seeds as a number says, or those listed."""
+    """Return the listed seeds, or the first seeds for a number of them."""
     found = range(min(value, _MOST + 1)) if type(value) is int else value
     if not isinstance(found, list | tuple | range) or not found or not all(map(_is_seed, found)):
-        raise ValueError(f"seeds = {value!r} must be a number above 0, or a list of whole numbers from 0 to 2**32 - 1")
+        raise ValueError(f"seeds must be an integer >= 1 or a list of integers from 0 to 2**32 - 1, got {value!r}")
     if len(found) > _MOST:
-        raise ValueError(f"seeds = {reprlib.repr(value)} must be at most {_MOST:,} seeds")
+        raise ValueError(f"seeds must be at most {_MOST:,} seeds, got {reprlib.repr(value)}")
     _require_distinct(found, "seed")
     return list(found)
 
 
 def _is_seed(value: Any) -> bool:
-    """Return whether every generator takes a number as its seed."""
+    """Return whether every random generator accepts a value as its seed."""
     return type(value) is int and 0 <= value < 2**32
 
 
 def _require_distinct(values: Sequence[Any], what: str) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
-            raise ValueError(f"the {what} {value!r} stands there twice: each run is trained once, so leave one out")
+            raise ValueError(f"duplicate {what} {value!r}")

@@ -1,4 +1,4 @@
-"""A run whose steps are measured, alone in a process of its own."""
+"""A measured run in a separate process."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ Data = Task | str | Path
 
 @dataclass(frozen=True)
 class IsolatedRun:
-    """What is measured; the fields are those of ``train``, the model a name or something that makes a fresh one.
+    """Arguments of a measured run.
 
-    Of a method with phases the first one is measured.
+    The fields have the same meaning as in ``train``; the model is a name or a function that returns a fresh one. Only
+    the first phase of a method is measured.
     """
 
     model: Model
@@ -55,7 +56,7 @@ class IsolatedRun:
         settings: Mapping[str, Any],
         **where: Any,
     ) -> IsolatedRun:
-        """With the method's own rates, and as little of evaluation as there can be."""
+        """Create the arguments with the method's own learning rates and a minimal evaluation."""
         method = METHODS[method]() if isinstance(method, str) else method
         asked = {"lr": method.lr, "head_lr": method.head_lr, "eval_size": 1, "test_size": 1} | dict(settings)
         return cls(model, data, method, Settings(**asked), **where)
@@ -67,17 +68,18 @@ class IsolatedRun:
         observers: tuple[Observer, ...] = (),
         session: type[Session] = Session,
     ) -> Path:
-        """Measure in this process; gives the run folder.
+        """Measure in this process, and return the run folder.
 
         Parameters
         ----------
         name : str
-            Of the kind of measuring, part of the run's identity and of its folder.
+            Kind of measurement, part of the run's identity and of its folder name.
         take : callable
-            Goes through the steps of the session that it is given.
+            Function that runs the steps of the session it receives.
         observers : tuple of Observer
+            Observers of the run, default none.
         session : type
-            Kind of session.
+            Session class.
         """
         task = self.data if isinstance(self.data, Task) else tasks.load(str(self.data))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
@@ -97,9 +99,12 @@ class IsolatedRun:
                 take(begun)
                 begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}
                 begun.writer.finish("done")
-        elif (there := found.meta["device"]) != self.device:  # a run is the same wherever it trains, its bytes are not
+        elif (
+            there := found.meta["device"]
+        ) != self.device:  # the run id is the same on every device, the memory is not
             raise ValueError(
-                f"{folder} was measured on {there}, not on {self.device}: give another folder, or overwrite=True"
+                f"cannot reuse {folder}: it was measured on {there}, not on {self.device}. "
+                "Pass another folder or overwrite=True"
             )
         return folder
 
@@ -117,24 +122,26 @@ def run_in_own_process(
     device: str = "cpu",
     **settings: Any,
 ) -> Run:
-    """The run that ``work`` makes in a fresh process.
+    """Run ``work`` in a fresh process, and return its run.
 
     Parameters
     ----------
     work : callable
-        Takes what is to be measured, and gives the run folder.
+        Function that measures an ``IsolatedRun`` and returns the run folder.
     model, data, method
         See ``IsolatedRun``.
     seed : int
+        Seed of the run, default 0.
     out : path, optional
-        The run folder; ``<root>/<name>-<method>-<id>`` by default, with the device unless that is the CPU.
+        The run folder; default ``<root>/<name>-<method>-<id>``, with the device at the end unless it is the CPU.
     root : path
+        Folder of the runs, default "runs".
     overwrite : bool
-        Measure again.
+        Measure again, default False.
     device : str
-        Memory has a peak on "cpu" and "cuda" alone, NA elsewhere.
+        Default "cpu". The peak of memory is measured only on "cpu" and "cuda", and is NA elsewhere.
     **settings
-        Of ``train``, such as ``batch_size`` and ``max_length``.
+        Settings of ``train``, such as ``batch_size`` and ``max_length``.
     """
     job = IsolatedRun.of(
         model, data, method, settings, seed=seed, out=out, root=root, overwrite=overwrite, device=device
@@ -144,14 +151,17 @@ def run_in_own_process(
 
 
 def _own_tensors(model: nn.Module, device: str) -> None:
-    """Have all tensors of a model allocated here: some loaders lay them on a mapped file, which no allocator sees."""
+    """Allocate all tensors of a model again: some loaders map them from a file, which no allocator counts."""
     model.to(device)
     for tensor in [*model.parameters(), *model.buffers()]:
         tensor.data = tensor.data.clone()
 
 
 class LiveWeights(Base):
-    """W_0 without copies, which belong to the toolkit and not to the method: what trains is not what it was."""
+    """Base weights without the copies that lorascope makes, and that no method needs.
+
+    A parameter that trains therefore has its current value, not its initial one.
+    """
 
     def capture(self, optimizer: torch.optim.Optimizer) -> None:
-        """Copy nothing."""
+        """Copy no weights."""

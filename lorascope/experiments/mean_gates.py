@@ -1,4 +1,4 @@
-"""HydraLoRA's mean gates on a text of one's own."""
+"""Mean gate weights of HydraLoRA on your own text."""
 
 from __future__ import annotations
 
@@ -29,52 +29,57 @@ def mean_gates(
     max_length: int = 128,
     batch_size: int = 32,
 ) -> dict[str, Float[np.ndarray, "heads"]]:
-    """Mean gates of every router over the tokens of a text, and the update at these.
+    """Compute the mean gate weights of every router over the tokens of texts.
 
-    They are set on the model (``mean_gates_``), so that ``deltas`` and whatever else asks for its updates gets those on
-    this text. A run stays as it is: ``at_gates(run, gates)`` is the run seen at them.
+    They are set on the model (``mean_gates_``): ``deltas`` and other functions then evaluate updates at these gates. A
+    run does not change: ``at_gates(run, gates)`` is a view of the run at these gates.
 
     Parameters
     ----------
     trained : Module or Run
-        A model that carries HydraLoRA, or a run of it or a folder of its adapter, which is put into ``base``.
+        A model with HydraLoRA, a run of HydraLoRA, or a HydraLoRA adapter folder that was loaded. A run or adapter is
+        put into ``base``.
     texts : sequence of str
-        As the tokenizer encodes them, the ends of long ones left out. Every token counts alike.
+        Texts to tokenize; long ones are truncated. Every token has the same weight.
     base : Module, optional
-        What to put a run into: its base, freshly loaded. By default it is loaded by its name.
+        Freshly loaded base model for a run. By default it is loaded by name.
     tokenizer : optional
-        Of transformers, with a padding token; by default the model's own.
+        Tokenizer of transformers with a padding token; by default the tokenizer of the model.
     max_length : int
-        Tokens of a text.
+        Maximum number of tokens per text, default 128.
     batch_size : int
-        Texts at once.
+        Texts per batch, default 32.
 
     Returns
     -------
     dict module -> array (heads,)
+        Mean gate weight of each expert.
 
     Raises
     ------
     ValueError
-        There is no text or no token in it, the model has no router, or it does not read plain text.
+        There is no text or no token, the model has no router, or it does not read plain text.
     """
     if isinstance(texts, str):
-        raise ValueError(f"texts is one string: give a list of texts, [{texts[:20]!r}]")
+        raise ValueError(f"texts must be a list of strings, got the string {texts[:20]!r}")
     if not len(texts):
-        raise ValueError("texts is empty: gates are looked at on one text or more")
+        raise ValueError(f"texts must have at least one text, got {texts!r}")
     model = _restore_trained(trained, base)
     routed = {name: delta for name, delta in attached_deltas(model).items() if isinstance(delta, RoutedDelta)}
     if not routed:
         raise ValueError(
-            f"{type(model).__name__} has no router: its gates are on no text; "
-            "train HydraLoRA with 2 heads or more and router='learned'"
+            f"cannot compute gates of {type(model).__name__}: it has no router. "
+            "Train HydraLoRA with num_experts >= 2 and router='learned'"
         )
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(
-            f"{type(model).__name__} takes {model.main_input_name}, not text: its run has the gates on images"
+            f"cannot compute gates of {type(model).__name__} on text: its input is {model.main_input_name}. "
+            "Its run contains the gates on images"
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder, which reads pairs: texts alone are not enough")
+        raise ValueError(
+            f"cannot compute gates of {type(model).__name__} on single texts: an encoder-decoder reads pairs"
+        )
     seen = _watch_texts(model, routed, list(texts), tokenizer or models.tokenizer(model), max_length, batch_size)
     for name, delta in routed.items():
         delta.mean_gates_.copy_(torch.from_numpy(seen[name]))
@@ -84,7 +89,7 @@ def mean_gates(
 def _restore_trained(trained: nn.Module | Run, base: nn.Module | None) -> Any:
     if isinstance(trained, nn.Module):
         if base is not None:
-            raise ValueError("base= goes with a run, and this is a model: leave it out")
+            raise ValueError(f"base must be None for a model, got {type(base).__name__}: it is only used with a run")
         return trained
     if base is None:
         name, blocks = base_of(trained)
@@ -97,7 +102,7 @@ def _restore_trained(trained: nn.Module | Run, base: nn.Module | None) -> Any:
 
 
 def _routers(folder: AdapterRun, base: nn.Module) -> dict[str, RoutedDelta]:
-    """The heads of an adapter's folder, with their routers."""
+    """Return the experts of an adapter folder, with their routers."""
     found = {}
     for module, held in folder.factors().items():
         if "router" in held:
@@ -121,7 +126,7 @@ def _watch_texts(
         chosen = texts[start : start + batch_size]
         batch = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(device)
         if not batch["input_ids"].numel():
-            raise ValueError(f"texts hold no token: the tokenizer makes nothing of {chosen[0]!r}")
+            raise ValueError(f"texts must contain at least one token, got {chosen[0]!r}")
         for name, gates in watch(model, routers, batch, partial(model, **batch)).items():
             parts[name].append(gates)
     return {name: stack_gates(found).mean for name, found in parts.items()}

@@ -1,7 +1,8 @@
-"""The memory of one optimizer step, measured where nothing else is alive: in a process of its own.
+"""Memory of one optimizer step, measured in a fresh process.
 
-The peak is the allocator's own high-water mark during the last step: of the CPU's allocations as the profiler counts
-them from before the model is loaded, or CUDA's ``max_memory_allocated``. Elsewhere it is NA; it is never worked out.
+The peak is the largest number of allocated bytes during the last step. On the CPU the profiler counts allocations from
+before the model is loaded; on CUDA it is ``max_memory_allocated``. On other devices the peak is NA; it is never
+estimated.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ _WINDOW = "lorascope: measured step"
 
 
 def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, **options: Any) -> Run:
-    """Measure what training by a method holds, with the peak of one step.
+    """Measure the memory that training with a method uses, with the peak of one step.
 
     Parameters
     ----------
     model : str or callable
-        A name for ``models.load``, or something that makes a fresh model.
+        Name for ``models.load``, or a function that returns a fresh model.
     data : Task, str or path
+        See ``tasks.load``.
     method : Method or str
-        Of a method with phases the first one is measured.
+        Method to measure; only its first phase, if it has several.
     steps : int
-        The last of so many is the one whose peak is taken; the first makes the optimizer's state. Give LISA the
-        interval of a real run, such as 20: by default it would draw anew in the measured step.
+        Number of steps, default 2. The peak belongs to the last step; the first one creates the optimizer's state. For
+        LISA, pass the interval of a real run, such as 20: by default it would resample blocks in the measured step.
     **options
         ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.run_in_own_process``, and settings
         of ``train``, such as ``batch_size``.
@@ -47,19 +49,19 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
     -------
     Run
         With ``parameter_bytes``, ``gradient_bytes`` and ``optimizer_bytes`` after each step, and ``peak_bytes`` of the
-        last. lorascope's own copy of W_0 is left out. The same call finds a finished one.
+        last. lorascope's own copy of the base weights is excluded. A repeated call returns the finished run.
     """
     return run_in_own_process(_measure_memory, model, data, method, steps=steps, **options)
 
 
 def _measure_memory(job: IsolatedRun) -> Path:
-    """Measure in this process; gives the run folder."""
+    """Measure in this process, and return the run folder."""
     allocator = _allocator(job.device)
     return job.run("memory", lambda session: _measure_steps(session, allocator), (memory(every=1),))
 
 
 def _measure_steps(session: Session, allocator: _Allocator) -> None:
-    """Go through the steps, the last under the eyes of the allocator."""
+    """Run all steps, the last one inside the window of the allocator."""
     step = session.step
     for index in range(session.begin(), step.total):
         with allocator.window() if index == step.total - 1 else nullcontext():
@@ -69,19 +71,19 @@ def _measure_steps(session: Session, allocator: _Allocator) -> None:
 
 
 class _Allocator:
-    """One that tells no high-water mark."""
+    """Allocator that does not report a peak."""
 
     def window(self) -> AbstractContextManager[Any]:
-        """Around what is measured."""
+        """Return the context of the measured step."""
         return nullcontext()
 
     def peak(self) -> float:
-        """Most bytes alive at a time within the window, what was there before included."""
+        """Return the peak of allocated bytes in the window, including those allocated before it."""
         return math.nan
 
 
 class _Processor(_Allocator):
-    """The CPU's: the profiler counts every allocation from now on."""
+    """Allocator of the CPU: the profiler counts every allocation after this object is created."""
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -92,12 +94,12 @@ class _Processor(_Allocator):
 
     def peak(self) -> float:
         self._profile.stop()
-        told: Any = self._profile.profiler
-        return float(high_water(told.kineto_results.events()))
+        profiler: Any = self._profile.profiler
+        return float(peak_in_window(profiler.kineto_results.events()))
 
 
 class _Cuda(_Allocator):
-    """CUDA's own count, on the card that is meant: left alone it would speak of the current one."""
+    """Allocator of the run's CUDA device, which need not be the current one."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
@@ -117,8 +119,8 @@ def _allocator(device: str) -> _Allocator:
     return _Cuda(device) if kind == "cuda" else _Allocator()
 
 
-def high_water(events: Iterable[Any]) -> int:
-    """Most bytes alive at a time within the window, from the profiler's list of allocations and releases."""
+def peak_in_window(events: Iterable[Any]) -> int:
+    """Return the peak of allocated bytes in the window, from the profiler's allocations and releases."""
     events = sorted(events, key=lambda event: event.start_ns())
     window = next(event for event in events if event.name() == _WINDOW)
     alive = peak = 0

@@ -1,9 +1,9 @@
-"""The seconds of one optimizer step by part: forward, backward, and the rest.
+"""Seconds of one optimizer step by part: forward, backward, and the rest.
 
-On the CPU these are the seconds that one thread computes, whatever else runs on the machine; on an accelerator those
-that pass until it has done its work.
+On the CPU these are the seconds that one thread computes, regardless of other load on the machine. On an accelerator
+they are the seconds until it has finished its work.
 
-Source: LISA (arXiv 2403.17919), figure 4, which draws forward and backward of one iteration.
+Source: LISA (arXiv 2403.17919), figure 4, which shows forward and backward of one iteration.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lorascope.training.loop import advance
 from lorascope.training.session import Session
 
 for _name, _label, _what in (
-    ("forward_seconds", "forward", "the loss of the step's batch"),
-    ("backward_seconds", "backward", "its gradients"),
-    ("rest_seconds", "rest", "everything else of a step: its batch, draws, masks, clipping, the optimizer"),
+    ("forward_seconds", "forward", "the loss of the batch"),
+    ("backward_seconds", "backward", "the gradients of the loss"),
+    ("rest_seconds", "rest", "everything else in a step: batch, random draws, masks, clipping, optimizer"),
 ):
-    _definition = f"seconds that {_what} took"
+    _definition = f"seconds to compute {_what}"
     register(_name, Quantity(f"time of {_label}", "s", pool="sum", definition=_definition, source="LISA, figure 4"))
 
 
@@ -37,23 +37,17 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
 
     Parameters
     ----------
-    model : str or callable
-        A name for ``models.load``, or something that makes a fresh model.
-    data : Task, str or path
-    method : Method or str
-        Of a method with phases the first one is measured.
+    model, data, method, **options
+        See ``step_memory.measure``.
     steps : int
-        The first two are slower, and left out by the figure. Give LISA the interval of a real run, such as 20: by
-        default it would draw anew in every second of so few.
-    **options
-        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.run_in_own_process``, and settings
-        of ``train``, such as ``batch_size``.
+        Number of steps, default 12. The figure excludes the first two, which are slower. For LISA, pass the interval of
+        a real run, such as 20: by default it would resample blocks every second step.
 
     Returns
     -------
     Run
-        With ``forward_seconds``, ``backward_seconds`` and ``rest_seconds`` of each step. The same call finds a
-        finished one.
+        With ``forward_seconds``, ``backward_seconds`` and ``rest_seconds`` of each step. A repeated call returns the
+        finished run.
     """
     return run_in_own_process(_measure_seconds, model, data, method, steps=steps, **options)
 
@@ -83,12 +77,12 @@ def clock(device: str) -> float:
 
 
 class _TimedSession(Session):
-    """Notes how long the loss of a step takes, and how long loss and gradients together."""
+    """Session that measures the seconds of the loss, and of loss and gradients together."""
 
     forward = both = 0.0
 
     def clock(self) -> float:
-        """``clock`` of the device of the run."""
+        """Return ``clock`` of the run's device."""
         return clock(self.device)
 
     def backward(self) -> float:

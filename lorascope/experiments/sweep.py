@@ -1,7 +1,7 @@
-"""Many runs side by side: one process a run, one thread a process.
+"""Sweeps: many runs in parallel, with one process per run and one thread per process.
 
-Two processes of one thread finish more steps than one of two. Runs that are finished are skipped, broken ones go on
-where they were, and a worker that is killed costs the steps since its run's last checkpoint.
+Two processes with one thread each finish more steps than one process with two threads. Finished runs are skipped and
+interrupted ones resume. A killed worker loses only the steps since the last checkpoint of its run.
 """
 
 from __future__ import annotations
@@ -36,28 +36,30 @@ from lorascope.training.progress import ProgressFile, read_progress, writing_pro
 
 __all__ = ["ATTEMPTS", "Job", "SweepResult", "run_grid", "run_jobs", "sweep", "width"]
 
-# A run whose worker is killed this often is given up.
+# A run fails after its worker was killed this many times.
 ATTEMPTS = 3
-# Generators and the number of threads belong to the process: a worker with several threads trains one run at a time.
+# Random generators and the number of threads are global: a worker with several threads trains one run at a time.
 _ONE_AT_A_TIME = threading.Lock()
-# Seconds between two tries to train what another process is training.
+# Seconds between attempts to train a run that another process is training.
 _PAUSE = 1.0
 
 
 class RunsFailed(RuntimeError):
-    """Some runs of a sweep failed; the message has a line for each."""
+    """Error of a sweep with failed runs; the message names each of them and the reason."""
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What came of the jobs of a sweep.
+    """Results of a sweep: finished runs and failures.
 
     Parameters
     ----------
     wanted : sequence of Job
+        Jobs of the sweep.
     folders : mapping number of the job -> run folder
-        Of the finished runs.
+        Folders of the finished runs.
     failures : mapping number of the job -> reason
+        Reasons of the failed runs.
     """
 
     wanted: Sequence[Job]
@@ -71,15 +73,15 @@ class SweepResult:
 
     @property
     def names(self) -> list[str]:
-        """The jobs in words: the method, and what else tells them apart."""
+        """Names of the jobs: the method, and the settings in which they differ."""
         return _job_names(self.wanted)
 
     def runs(self) -> list[Run]:
-        """The finished runs, in the order of the jobs."""
+        """Return the finished runs, in the order of the jobs."""
         return [Run.read(self.folders[number]) for number in sorted(self.folders)]
 
     def complaints(self) -> list[str]:
-        """A line for each failed run."""
+        """Return one line per failed run."""
         names = self.names
         return [f"{names[number]}: {reason}" for number, reason in sorted(self.failures.items())]
 
@@ -111,41 +113,43 @@ def sweep(
     progress: bool = True,
     **settings: Any,
 ) -> list[Run]:
-    """Train one or several methods, each with several seeds; or every combination of a grid.
+    """Train one or several methods with several seeds each, or every combination of a grid.
 
     Parameters
     ----------
     model : str or callable; or mapping or path
-        A name for ``models.load``, or something that makes a fresh model (``functools.partial(ls.models.load, ...)``).
-        Alone, a grid: what ``lorascope sweep`` takes as a TOML file, or the path of such a file.
+        Name for ``models.load``, or a function that returns a fresh model
+        (``functools.partial(ls.models.load, ...)``). As the only argument, a grid: the TOML file of
+        ``lorascope sweep``, or a mapping with its content.
     data : Task, str or path
-        As for ``train``.
+        See ``train``.
     method : Method or sequence of Method
+        Methods to train.
     seeds : int or sequence of int
-        How many, counted from 0, or which.
+        Number of seeds, counted from 0, or the seeds themselves. Default 3.
     jobs : int, optional
-        Processes at a time; the number of cores by default. A joblib backend set by ``joblib.parallel_config`` is used
-        in place of local processes.
+        Number of parallel processes, default the number of cores. A joblib backend set by
+        ``joblib.parallel_config`` replaces local processes.
     progress : bool
-        Show a table of the runs; a line whenever one begins or ends where there is no terminal.
+        Show a table of the runs, or, without a terminal, a line whenever a run starts or ends. Default True.
     **settings
-        Further keywords of ``train``; ``steps`` is needed, ``root`` says where the run folders lie.
+        Further keyword arguments of ``train``. ``steps`` is required; ``root`` is the folder of the runs.
 
     Returns
     -------
     list of Run
-        Method by method, each with its seeds in order: what figures take.
+        The runs of each method in turn, ordered by seed, as figures expect them.
 
     Raises
     ------
     RunsFailed
-        Some runs failed; the others are kept, and the same call does only what is missing.
+        Some runs failed. The others are saved, and the same call trains only the missing ones.
     ValueError
-        Something in the grid is wrong; nothing was trained.
+        The grid is invalid; nothing was trained.
     """
     if data is None or method is None:
         if data is not None or settings:
-            raise ValueError("a sweep takes a model, data and methods; or a grid alone, which holds all of them")
+            raise ValueError("a sweep requires model, data and method, or only a grid, which contains them")
         found = grid.read(model)
         return _all_runs(run_grid(found, jobs, progress))
     methods = [method] if isinstance(method, Method) else list(method)
@@ -154,7 +158,7 @@ def sweep(
 
 
 def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> SweepResult:
-    """Do all that is in a grid, on its backend."""
+    """Run all jobs of a grid on its backend."""
     with use_backend(**found.backend):
         return attempt(found.jobs(), jobs, progress)
 
@@ -165,9 +169,9 @@ def run_jobs(
     progress: bool = True,
     ended: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
-    """Do all jobs, in any order, and return their runs in the order of the jobs; see ``sweep``.
+    """Run all jobs, and return their runs in the order of the jobs; see ``sweep``.
 
-    ``ended`` is called in this process with each run once it is finished.
+    ``ended`` is called in this process with each run when it finishes.
     """
     return _all_runs(attempt(wanted, jobs, progress, ended))
 
@@ -175,14 +179,14 @@ def run_jobs(
 def _all_runs(swept: SweepResult) -> list[Run]:
     if swept.failures:
         lines = "; ".join(swept.complaints())
-        raise RunsFailed(f"{len(swept.failures)} of {len(swept.wanted)} runs failed, the others are kept. {lines}")
+        raise RunsFailed(f"{len(swept.failures)} of {len(swept.wanted)} runs failed; the others are saved. {lines}")
     return swept.runs()
 
 
 def attempt(
     wanted: Sequence[Job], jobs: int | None, progress: bool, ended: Callable[[Run], None] = lambda run: None
 ) -> SweepResult:
-    """Do all jobs; one that fails, or whose worker is killed again and again, leaves the others alone."""
+    """Run all jobs; one that fails, or whose worker is killed repeatedly, does not affect the others."""
     swept = SweepResult(wanted)
     root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
     root.mkdir(parents=True, exist_ok=True)
@@ -199,10 +203,10 @@ def attempt(
                     for number in spent:
                         _finish_job(swept, board, number, "", _killed_message())
                     continue
-                # Who was there at two deaths may be their cause, and goes on alone.
+                # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
                 calls = [delayed(_do_job)(number, wanted[number], Path.cwd(), note(number)) for number in batch]
-                # All at once: a cluster may grow while it works, and has a queue of its own.
+                # Dispatch all jobs at once: a cluster may grow during the sweep, and it has its own queue.
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
                 workers = Parallel(n_jobs=jobs or width(), **options)
                 try:
@@ -213,12 +217,12 @@ def attempt(
                 except Exception as error:
                     if not is_death(error):
                         raise
-                    # A worker that dies before it begins dies of what is around it.
+                    # If no job started, the environment killed the worker, not a job.
                     still = all(read_progress(note(number)).get("begun", 0) == begun[number] for number in left)
                     unborn = unborn + 1 if still else 0
                     if unborn == ATTEMPTS:
                         for number in left:
-                            _finish_job(swept, board, number, "", f"{ATTEMPTS} workers were killed before it began")
+                            _finish_job(swept, board, number, "", f"{ATTEMPTS} workers were killed before it started")
     return swept
 
 
@@ -237,12 +241,12 @@ def _killed_message() -> str:
 
 
 def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, str]:
-    """Do one job in this process; gives its number, its folder, and what went wrong."""
+    """Run one job in this process; return its number, its folder and its error."""
     with _ONE_AT_A_TIME:
         try:
             if read_progress(file).get("begun", 0) >= ATTEMPTS:
-                return number, "", _killed_message()  # a cluster has begun it again by itself
-            os.chdir(here)  # what is named relatively lies where the sweep was called
+                return number, "", _killed_message()  # a cluster may restart a job on its own
+            os.chdir(here)  # relative paths start where the sweep was called
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -251,7 +255,7 @@ def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, st
                     run = _train_job(job)
             finally:
                 torch.set_num_threads(threads)
-        except Exception as error:  # whatever a method or a model may raise: it must not end the other runs
+        except Exception as error:  # no error of a method or a model may end the other runs
             return number, "", f"{type(error).__name__}: {error}".partition("\n")[0]
         return number, str(run.path), ""
 
@@ -264,11 +268,11 @@ def _train_job(job: Job) -> Run:
         except StateRemoved as found:
             return found.run  # a sweep needs the run, not the model
         except RunLocked:
-            time.sleep(_PAUSE)  # a worker that was given up may still be at it
+            time.sleep(_PAUSE)  # a worker that counts as dead may still be training it
 
 
 def width() -> int:
-    """How many at a time: what ``joblib.parallel_config`` says, else one a core."""
+    """Return the number of parallel jobs: that of ``joblib.parallel_config``, else the number of cores."""
     _, configured = get_active_backend()
     return configured or cpu_count()
 
@@ -285,7 +289,7 @@ def _job_names(wanted: Sequence[Job]) -> list[str]:
 
 
 def _setting_phrase(value: Any) -> Any:
-    """A setting as a name shows it: observers by what they were told."""
+    """Format a setting for a name; observers show the parameters that differ from their defaults."""
     if not isinstance(value, list | tuple):
         return value
     told = []
@@ -297,6 +301,6 @@ def _setting_phrase(value: Any) -> Any:
 
 
 def _place_phrase(places: Sequence[Any]) -> list[str]:
-    """Models or tasks by name, if there are several."""
+    """Return the names of models or tasks; empty if they are all the same."""
     names = [to_words(getattr(place, "name", place)) for place in places]
     return names if len(set(names)) > 1 else [""] * len(names)

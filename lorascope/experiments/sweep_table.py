@@ -1,4 +1,4 @@
-"""The table that a sweep shows while it runs: every run, its status, step and metric, read from the runs' notes."""
+"""Table of a running sweep: status, step and metric of every run, read from the progress files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lorascope.diagnosis.terminal import elide
 from lorascope.files.printable import printable
 from lorascope.training.progress import read_progress
 
-# Seconds between two looks at the notes.
+# Seconds between two reads of the progress files.
 _PAUSE = 1.0
-# Columns that a name leaves to status, step and metric, and those that are its own even so.
+# Columns reserved for status, step and metric, and the minimum width of a name.
 _REST, _NAME = 42, 16
-# What is worth a line on a screen that is too low for all runs.
+# Order of importance on a screen with too few lines for all runs.
 _URGENT = ("failed", "running", "waiting", "done")
 
 
 class Row(NamedTuple):
-    """What is told of one run."""
+    """One run in the table."""
 
     name: str
     status: str
@@ -32,16 +32,16 @@ class Row(NamedTuple):
 
 
 class SweepTable:
-    """A table on a terminal that is drawn anew every second; elsewhere a line whenever a run begins or ends.
+    """Table on a terminal, redrawn every second; elsewhere one line whenever a run starts or ends.
 
     Parameters
     ----------
     names : sequence of str
-        The runs.
+        Names of the runs.
     note : callable
-        The file of a run's note, by its number.
+        Function from the number of a run to its progress file.
     stream : text stream or None
-        None shows nothing.
+        Output; None shows no table.
     """
 
     def __init__(self, names: Sequence[str], note: Callable[[int], Path], stream: Any) -> None:
@@ -64,11 +64,11 @@ class SweepTable:
             self._redraw()
 
     def end(self, number: int, status: str, metric: str) -> None:
-        """A run is done, or has failed."""
+        """Mark a run as done or failed."""
         self._ended[number] = Row(self.names[number], status, metric=printable(metric))
 
     def rows(self) -> list[Row]:
-        """All runs as they are now."""
+        """Return the current rows of all runs."""
         return [self._ended.get(number) or self._read_row(number) for number in range(len(self.names))]
 
     def _read_row(self, number: int) -> Row:
@@ -84,7 +84,7 @@ class SweepTable:
             self._redraw()
 
     def _redraw(self) -> None:
-        with suppress(OSError):  # a terminal that is closed ends no run
+        with suppress(OSError):  # a closed terminal must not end the runs
             self._write()
 
     def _write(self) -> None:
@@ -101,13 +101,13 @@ class SweepTable:
         stream.flush()
 
     def _paint(self, rows: Sequence[Row]) -> None:
-        """Draw over the last table, line by line and in one piece: a screen that is wiped first flickers."""
+        """Draw over the last table line by line in one write, since clearing the screen first flickers."""
         columns, lines = os.get_terminal_size(self.stream.fileno())
-        columns, lines = columns or 80, lines or 24  # a terminal that does not know its size
+        columns, lines = columns or 80, lines or 24  # some terminals report the size 0
         told = table(rows, columns, lines)
         if told == self._shown:
             return
-        # A terminal that was made narrower since has broken the long lines of the last table.
+        # A terminal that became narrower has wrapped the long lines of the last table.
         height = sum(max(1, -(-len(line) // columns)) for line in self._shown)
         back = f"\033[{height}F" if height else ""
         self.stream.write(back + "".join(f"{line}\033[K\n" for line in told) + "\033[J")
@@ -115,7 +115,7 @@ class SweepTable:
 
 
 def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
-    """The table in less than so many columns and lines; runs that need no look are only counted where it is full."""
+    """Format the runs in fewer than ``columns`` and ``lines``; if it is full, the least urgent are only counted."""
     count = Counter(row.status for row in rows)
     counted = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
     room = max(1, lines - 4)
@@ -130,6 +130,6 @@ def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
 
 
 def _format_row(name: str, status: str, step: str, metric: str, width: int) -> str:
-    """One run; the reason of a failure takes the room of the step too."""
+    """Format one run; the reason of a failure also uses the room of the step."""
     rest = metric if status == "failed" else f"{step:<10} {metric}"
     return f"{elide(name, width):<{width}}  {status:<8} {rest}".rstrip()

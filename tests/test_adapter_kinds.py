@@ -172,7 +172,7 @@ def test_dora_update_is_complete_only_with_its_base(tmp_path: Path, case: dict[s
 def test_dora_inspection_reports_a_missing_base(tmp_path: Path) -> None:
     dora(tmp_path, **DORA["linear"])
     alone, both = (inspect(load(tmp_path / "adapter", base)) for base in (None, tmp_path / "base"))
-    assert any("of the direction B A alone" in finding for finding in alone.findings)
+    assert any("the norm of B A only" in finding for finding in alone.findings)
     assert not any("direction" in finding for finding in both.findings)
     assert alone.modules["effective_rank"].notna().all()
     assert both.modules["effective_rank"].isna().all()
@@ -237,8 +237,8 @@ def test_loralib_without_configuration_reports_unknown_alpha(
     assert run.summary()["update_norm"].item() == near((B @ A).norm(), terms=TINY)
     assert main(["inspect", str(tmp_path)]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "rank 4, alpha not kept" in told
-    assert "no adapter_config.json, so alpha is not known: |dW| is that of B A, to be multiplied by alpha / r" in told
+    assert "rank 4, alpha not saved" in told
+    assert "no adapter_config.json, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r" in told
 
 
 @pytest.mark.parametrize("name", ["lora.pt", "pytorch_model_lora.bin"])
@@ -269,9 +269,9 @@ def test_modules_to_save_are_measured_with_a_base(tmp_path: Path) -> None:
     before = model.base_model.model.lm_head.original_module.weight.detach()
     save_file(tensors | {head: before * 1.25}, tmp_path / "adapter" / WEIGHTS)
     alone, both = (inspect(load(tmp_path / "adapter", base)) for base in (None, tmp_path / "base"))
-    assert "saved in full beside the factors, not measured without a base: lm_head" in alone.findings
+    assert "saved as full weights, not measured without a base: lm_head" in alone.findings
     norm = float(before.norm()) / 4
-    assert f"saved in full beside the factors: lm_head, |dW| {norm:.3g} (25 % of |W|)" in both.findings
+    assert f"saved as full weights: lm_head, |dW| {norm:.3g} (25% of |W|)" in both.findings
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(67, 64), (64, 1)])
@@ -284,9 +284,7 @@ def test_modules_to_save_of_another_size_are_not_measured(tmp_path: Path, ours: 
         save_file(tensors | {head: torch.ones(rows, 32)}, file, metadata={"format": "pt"})
     found = inspect(load(tmp_path / "adapter", tmp_path / "base"))
     (line,) = (line for line in found.findings if "lm_head" in line)
-    assert line == (
-        f"saved in full beside the factors, not measured: lm_head is {ours} x 32, in the base {theirs} x 32"
-    )
+    assert line == (f"saved as full weights, not measured: lm_head is {ours} x 32, in the base {theirs} x 32")
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

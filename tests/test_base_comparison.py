@@ -1,4 +1,4 @@
-"""An adapter beside its base: neurons and intruders against the dense matrices, planted ones, and what is said."""
+"""Adapters compared with their base: neurons and intruders of dense matrices and planted ones, and the findings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorascope.updates.low_rank import factored_change, neuron_change
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("size", [1e-6, 1.0])
-def test_a_factored_change_is_that_of_the_matrices(axis: int, size: float) -> None:
+def test_factored_change_equals_the_dense_change(axis: int, size: float) -> None:
     draw = np.random.default_rng(0)
     W0, B, A = draw.standard_normal((700, 90)), size * draw.standard_normal((700, 3)), draw.standard_normal((3, 90))
     W0[5], B[7] = 0.0, 0.0
@@ -35,14 +35,14 @@ def test_a_factored_change_is_that_of_the_matrices(axis: int, size: float) -> No
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """An adapter and its base."""
+    """Save an adapter and its base."""
     folder = tmp_path_factory.mktemp("based")
     save(folder / "adapter", target_modules=["q_proj", "down_proj", "embed_tokens"], r=3)
     tiny("llama").save_pretrained(folder / "base")
     return folder / "adapter", folder / "base"
 
 
-def test_every_module_has_the_numbers_of_its_matrices(pair: tuple[Path, Path]) -> None:
+def test_every_module_equals_its_dense_computation(pair: tuple[Path, Path]) -> None:
     run = load(*pair)
     table = inspect(run).modules.set_index("module")
     weights = {name: run.base.weight(name, part.shape, part.transposed) for name, part in run.files.parts.items()}
@@ -59,7 +59,7 @@ def test_every_module_has_the_numbers_of_its_matrices(pair: tuple[Path, Path]) -
 
 
 def plant(folder: Path, size: float) -> tuple[Path, Path]:
-    """A base with known singular vectors, and an update along a direction that lies evenly between all of them."""
+    """Write a base with known singular vectors, and an update along a direction at equal angles to all of them."""
     d, name = 32, "model.layers.0.self_attn.q_proj"
     even = np.full((d, 1), d**-0.5)
     adapter, base = folder / "adapter", folder / "base"
@@ -71,29 +71,31 @@ def plant(folder: Path, size: float) -> tuple[Path, Path]:
     return adapter, base
 
 
-def test_a_planted_intruder_is_found_and_told(tmp_path: Path) -> None:
+def test_planted_intruder_is_found_and_reported(tmp_path: Path) -> None:
     large, small = (inspect(load(*plant(tmp_path / str(size), size))) for size in (1000.0, 1e-3))
     assert large.modules["intruders"].item() == 1
     assert any("1 intruder dimensions in 1 of 1 modules, most in model.layers.0" in line for line in large.findings)
     assert small.modules["intruders"].item() == 0
-    assert "no intruder dimension among the 10 leading ones of 1 modules" in small.findings
+    assert "no intruder dimensions among the 10 leading singular vectors of 1 modules" in small.findings
 
 
-def test_large_weights_are_decomposed_only_when_asked(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_weights_are_decomposed_only_with_spectra(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base_comparison, "SIDE", 16)
     quick, whole = inspect(load(*pair)), inspect(load(*pair), spectra=True)
     assert quick.modules["intruders"].isna().all()
-    assert any("of 5 large modules not looked for: --spectra" in line for line in quick.findings)
+    assert any("of 5 large modules not computed: add --spectra" in line for line in quick.findings)
     assert whole.modules["intruders"].notna().all()
     assert quick.modules["neuron_median"].notna().all()
 
 
-def test_nan_is_nobodys_neighbour(tmp_path: Path) -> None:
+def test_update_with_nan_has_no_comparison(tmp_path: Path) -> None:
     table = inspect(load(*plant(tmp_path, float("nan")))).modules
     assert table[["intruders", "neuron_median", "neuron_largest"]].isna().all(axis=None)
 
 
-def test_the_command_shows_it(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_with_base_shows_the_comparison(pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     adapter, base = map(str, pair)
     for more in ([], ["--all"]):
         assert main(["inspect", adapter, "--base", base, *more]) == 0
@@ -106,7 +108,7 @@ def test_the_command_shows_it(pair: tuple[Path, Path], capsys: pytest.CaptureFix
     for letter in "ab":
         assert sum(line.startswith(f"{letter} ") and "intruder dimensions in" in line for line in below) == 1
     row: Any = next(line for line in shown if line.startswith("model.layers.0.self_attn.q_proj")).split()
-    assert len(row) == 9  # the share has a sign of its own
+    assert len(row) == 8
     assert main(["inspect", adapter, "--base", base, "--csv"]) == 0
     table = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert table[["scale", "dead", "intruders", "neuron_median"]].notna().all(axis=None)

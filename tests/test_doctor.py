@@ -1,4 +1,4 @@
-"""The doctor: faults as people make them, each named and nothing beside it; healthy runs give no finding."""
+"""The doctor on realistic faults: each yields only its own finding, and healthy runs yield none."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def bench(bert, gpt2, task, tmp_path):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-def test_a_fault_is_named_and_nothing_beside_it(fault, bench):
+def test_fault_yields_only_its_own_finding(fault, bench):
     found = ls.diagnose(fault(bench))
     assert [finding.cause for finding in found] == [FAULTS[fault]], found
     assert found[0].evidence
@@ -160,7 +160,7 @@ def test_a_fault_is_named_and_nothing_beside_it(fault, bench):
     json.dumps(found[0].evidence)
 
 
-def test_every_cause_has_its_fault():
+def test_every_cause_has_a_fault():
     assert {name for cause in causes.CAUSES for name in cause.names} == set(FAULTS.values())
 
 
@@ -171,11 +171,11 @@ HEALTHY = METHODS | {
 
 
 @pytest.mark.parametrize("name", ls.METHODS)
-def test_a_healthy_run_gives_none(name, bench):
+def test_healthy_run_yields_no_finding(name, bench):
     assert ls.diagnose(bench.by_train(HEALTHY[name])) == []
 
 
-def test_healthy_adapters_give_none(bench):
+def test_healthy_adapter_yields_no_finding(bench):
     model = bench.peft()
     rows, bench.rows = bench.rows[32:], bench.rows[:32]
     run = bench.trained(model, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
@@ -184,7 +184,7 @@ def test_healthy_adapters_give_none(bench):
     assert ls.diagnose(bench.saved(model, base=True)) == []
 
 
-def test_rows_are_told_apart_without_reading_them(bench):
+def test_overlap_is_found_without_reading_rows(bench):
     data = torch.utils.data.TensorDataset(torch.arange(6))
     assert overlap(data, data) == 1
     assert overlap(Subset(data, [0, 1, 2]), Subset(data, [2, 3])) == 0.5
@@ -196,8 +196,8 @@ def test_rows_are_told_apart_without_reading_them(bench):
     assert overlap(bench.rows[:4], bench.rows[2:6]) == 0.5
 
 
-def test_numbers_by_hand(tmp_path, capsys):
-    """Planted: (3, 4) against (30, 40) is a tenth, and what is below a threshold is said only there."""
+def test_thresholds_with_planted_numbers(tmp_path, capsys):
+    """Planted (3, 4) of (30, 40) is a tenth; a value is reported only beyond its threshold."""
     norms = {"h.0.q": (3.0, 30.0), "h.1.q": (4.0, 40.0)}
 
     def planted(id, factor, losses):
@@ -223,7 +223,7 @@ def test_numbers_by_hand(tmp_path, capsys):
     assert told["findings"][0]["evidence"] == {"start": 1.0, "end": None, "threshold": 1.0, "lr": 0.5}
 
 
-def test_a_loss_that_was_no_number_broke_the_run_off(bench):
+def test_run_stopped_by_a_nan_loss_is_diverged(bench):
     with pytest.raises(FloatingPointError):
         bench.by_train(ls.Full(), lr=1e30, head_lr=1e30, clip=None)
     (finding,) = ls.diagnose(ls.load(bench.out / "run"))
@@ -231,12 +231,12 @@ def test_a_loss_that_was_no_number_broke_the_run_off(bench):
     assert "became" in finding.message
 
 
-def test_the_command(bench, capsys):
+def test_command_prints_text_and_json(bench, capsys):
     run = saved_too_early(bench)
     assert main(["doctor", str(run.path)]) == 1
     printed = capsys.readouterr().out
     assert printed.startswith("adapter        1 finding\nuntrained      B is still zero in all 4 modules")
-    assert "not looked for without a history: unused, diverged, leak" in printed
+    assert "skipped (no training history): unused, diverged, leak" in printed
     assert max(map(len, printed.splitlines())) <= 80
     assert main(["doctor", str(run.path), "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
@@ -246,7 +246,7 @@ def test_the_command(bench, capsys):
     assert "PATH is required" in capsys.readouterr().err
 
 
-def test_a_run_has_evidence_for_every_cause(tmp_path):
+def test_recorded_run_skips_no_check(tmp_path):
     values = {("update_norm", "h.0.q"): {9: 1.0}, ("weight_norm", "h.0.q"): {9: 1.0}}
     run = plant(tmp_path, "a", values, factors={"h.0.q": low_rank(1.0)}, method={"name": "lora"})
     assert skipped_checks(collect_evidence(run)) == {}

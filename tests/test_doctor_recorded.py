@@ -1,4 +1,4 @@
-"""The doctor before trainings that the recorder saw: PEFT's allocator and scales, healthy and with a fault."""
+"""The doctor on recorded trainings: PEFT's allocator and scales, healthy and with a fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def causes_of(run):
     return [finding.cause for finding in ls.diagnose(run)]
 
 
-# Schedules of six steps, and what is found where the allocator is called and where it is not.
+# Schedules of six steps, with the findings if the allocator is called and if it is not.
 SCHEDULES = {
     "whole": ({"total_step": 6, "tinit": 1, "tfinal": 2}, [], ["allocator-idle"]),
     "peft's own": ({"total_step": 6}, [], ["allocator-idle"]),
@@ -33,8 +33,8 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("first", [True, False], ids=["recorder first", "allocator first"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_peft_s_allocator_is_judged_by_what_it_keeps(schedule, first, bench):
-    """Before PEFT masks, the optimizer has trained every component again: weights at that moment do not tell."""
+def test_peft_allocator_is_judged_by_the_retained_components(schedule, first, bench):
+    """Before PEFT masks, the optimizer has changed every component again, so weights at that point are no evidence."""
     options, called, _ = SCHEDULES[schedule]
     model = bench.peft(adalora(**options))
     run = bench.trained(model, others=[Allocating()], recorder_first=first)
@@ -42,13 +42,13 @@ def test_peft_s_allocator_is_judged_by_what_it_keeps(schedule, first, bench):
     pattern = model.peft_config["default"].rank_pattern or {}
     kept = {name.partition(".lora_E")[0]: sum(mask) for name, mask in pattern.items()}
     assert run.ranks() == (kept or dict.fromkeys(run.ranks(), 6))
-    if kept:  # the last state is the one that is saved
+    if kept:  # the last state is saved
         assert {name: int(update.A.any(axis=1).sum()) for name, update in run.updates().items()} == kept
         assert causes_of(bench.saved(model)) == called
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_peft_s_allocator_that_nobody_called(schedule, bench):
+def test_peft_allocator_that_was_not_called_is_found(schedule, bench):
     options, _, forgotten = SCHEDULES[schedule]
     assert causes_of(bench.trained(bench.peft(adalora(**options)))) == forgotten
 
@@ -62,32 +62,32 @@ def case(method, step=None, **columns):
 
 
 @pytest.mark.parametrize(
-    ("held", "found"),
+    ("ranks", "found"),
     [
-        ([4, 4, 0], []),  # the budget, though the third module has none of it
+        ([4, 4, 0], []),  # the budget is used by two of three modules
         ([12, 12, 0], []),
         ([0, 0, 0], []),
         ([12, 12, 1], ["budget-missed"]),
         ([12, 12, 12], ["allocator-idle"]),
     ],
 )
-def test_a_module_without_components_counts(held, found):
+def test_module_without_components_counts_for_the_budget(ranks, found):
     given = case(
-        {"name": "peft", "kind": "ADALORA"}, 9, rank=pd.array(held, dtype="Int64"), used=[float(n) for n in held]
+        {"name": "peft", "kind": "ADALORA"}, 9, rank=pd.array(ranks, dtype="Int64"), used=[float(n) for n in ranks]
     )
     assert [finding.cause for finding in find_allocator_excess(given)] == found
 
 
-def test_the_tail_of_a_schedule_is_no_miss():
-    """A hundred modules, 12 to 8: 400 components to be taken, of which four may be left by masking every few steps."""
+def test_tail_of_a_schedule_is_not_a_missed_budget():
+    """100 modules from rank 12 to 8: of 400 components to prune, 4 may remain with masking every few steps."""
     for extra, found in ((4, []), (5, ["budget-missed"])):
-        held = pd.array([8] * (100 - extra) + [9] * extra, dtype="Int64")
-        given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=held, used=held.astype("float64"))
+        ranks = pd.array([8] * (100 - extra) + [9] * extra, dtype="Int64")
+        given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=ranks, used=ranks.astype("float64"))
         assert [finding.cause for finding in find_allocator_excess(given)] == found
 
 
-def test_what_an_allocator_took_is_not_called_dead(tmp_path):
-    """Recorded between the optimizer and PEFT's mask, it has moved by one step of a small rate."""
+def test_pruned_module_is_not_dead(tmp_path):
+    """Recorded between the optimizer and PEFT's mask, the module moved by one step at a small rate."""
     norms = {"h.0.q": 1e-6, "h.1.q": 1.0}
     values = {("update_norm", name): {9: norm} for name, norm in norms.items()}
     values |= {("stable_rank", name): {9: 1.0} for name in norms}
@@ -99,8 +99,8 @@ def test_what_an_allocator_took_is_not_called_dead(tmp_path):
         assert causes_of(run) == found
 
 
-def test_where_a_scale_is_blamed():
-    """Both at once: a scale beyond the habit of 16, and an update larger than its weight."""
+def test_overscaled_requires_a_large_scale_and_a_large_update():
+    """Both at once: a scale above 16, and an update larger than its weight."""
     given = case({"name": "peft"}, scale=[16.0, 64.0, 16.5], relative_update=[40.0, 1.0, 1.01])
     (finding,) = find_overscaled_updates(given)
     assert finding.evidence["modules"] == 1
@@ -117,14 +117,14 @@ def test_where_a_scale_is_blamed():
         ({"r": 4, "lora_alpha": 4000, "use_rslora": True}, ["overscaled"]),
     ],
 )
-def test_the_scale_of_a_recorded_lora(options, found, bench):
-    """At a rate at which scale 16 makes an update as large as the weight."""
+def test_scale_of_a_recorded_lora(options, found, bench):
+    """At this learning rate, scale 16 makes an update as large as the weight."""
     run = bench.trained(bench.peft(**options), learning_rate=3e-2)
     assert causes_of(run) == found
 
 
 @pytest.mark.parametrize(("alpha", "found"), [(8, []), (6 * 16, []), (24000, ["overscaled"])])
-def test_the_scale_of_a_recorded_adalora(alpha, found, bench):
+def test_scale_of_a_recorded_adalora(alpha, found, bench):
     """PEFT divides alpha by the initial rank, 6."""
     model = bench.peft(adalora(total_step=6, tinit=1, tfinal=2, lora_alpha=alpha))
     run = bench.trained(model, others=[Allocating()], learning_rate=3e-2)
@@ -132,7 +132,7 @@ def test_the_scale_of_a_recorded_adalora(alpha, found, bench):
 
 
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
-def test_prompts_have_no_adapters_that_could_be_unused(config, bench):
+def test_prompt_methods_have_no_unused_adapters(config, bench):
     run = bench.trained(bench.peft(config(task_type="SEQ_CLS", num_virtual_tokens=4)))
     assert run.meta["method"]["name"] == "peft"
     assert causes_of(run) == []

@@ -82,7 +82,7 @@ def test_representations_name_hydralora_and_uniform_gates(tmp_path):
     assert run.meta["method"]["name"] == "hydralora"
     assert "HydraLoRA, rank 4" in repr(run)
     found = inspection.inspect(run)
-    assert "9 of 9 modules depend on their input: their updates here are at uniform gates" in found.findings
+    assert "9 of 9 modules depend on their input: their updates are evaluated at even gates" in found.findings
     assert found.modules["parameters"].sum() == run.meta["parameters"]["trained"]
     facts = dict(found.facts)
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
@@ -146,6 +146,6 @@ def test_at_gates_of_a_text_matches_the_model(tmp_path, llama):
     row = seen.summary().set_index("module").loc[name]
     assert row["update_norm"] == near(expected.norm(), terms=TINY)
     assert "at mean gates on a text." in plots.update_norm(seen).caption
-    routed = f"{len(modules)} of {len(modules)} modules depend on their input: their updates here are at"
+    routed = f"{len(modules)} of {len(modules)} modules depend on their input: their updates are evaluated at"
     assert f"{routed} mean gates on a text" in inspection.inspect(seen).findings
     assert ls.mean_gates(run, [text])[name] == near(gates[name], 1, terms=TINY, growth=10)

@@ -1,4 +1,4 @@
-"""What ``lorascope inspect`` finds, against adapters whose singular values were planted; and how it looks."""
+"""Results and layout of ``lorascope inspect``, for adapters with planted singular values."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LLAMA = {
 
 
 def plant(folder: Path, spectra: Mapping[str, list[float]], **config: object) -> Path:
-    """Write an adapter of scale 2 whose updates have the given singular values times two."""
+    """Write an adapter of scale 2 whose updates have twice the given singular values."""
     tensors = {}
     for number, (module, sigma) in enumerate(spectra.items()):
         draw = np.random.default_rng(number)
@@ -51,7 +51,7 @@ def plant(folder: Path, spectra: Mapping[str, list[float]], **config: object) ->
 
 
 def llama(layers: int, sigma: list[float]) -> dict[str, list[float]]:
-    """The same spectrum everywhere, times the number of the layer plus one."""
+    """Return the same spectrum for every module, times the layer number plus one."""
     return {
         f"model.layers.{layer}.{name}": [value * (layer + 1) for value in sigma]
         for layer in range(layers)
@@ -63,7 +63,7 @@ def lines(path: Path, **style: bool) -> list[str]:
     return terminal.inspection_screen(inspect(load(path)), Style(**style)).splitlines()
 
 
-def test_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspection_screen_equals_the_expected_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     spectra = llama(3, [3.0, 4.0, 0.0, 0.0])
     spectra["model.layers.1.mlp.up_proj"] = [0.0] * 4
@@ -73,30 +73,31 @@ def test_the_whole_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     expected = """\
 my-adapter     LoRA, rank 4, scale 2 (alpha 8)
 base           org/base (not read)
-holds          11 modules, 1,408 parameters, float32, 1 file
+size           11 modules, 1,408 parameters, float32, 1 file
 
 |dW| by layer  0  1  2                             |dW|  energy   rank effective
-q              333555777                           37.4  28.0 %      4       2.0
-v              333555                              22.4  10.0 %      4       2.0
-ffn_in         333...777                           31.6  20.0 %      4       1.3
-ffn_out        333555999                           45.8  42.0 %      4       2.7
-               9 is 40.0 a layer, . is zero
+q              333555777                           37.4   28.0%      4       2.0
+v              333555                              22.4   10.0%      4       2.0
+ffn_in         333...777                           31.6   20.0%      4       1.3
+ffn_out        333555999                           45.8   42.0%      4       2.7
+               9 is 40.0 per layer, . is zero
 
 largest |dW|   40.0   model.layers.2.mlp.down_proj  rank 4.0 of 4
                30.0   model.layers.2.self_attn.q_proj  rank 2.0 of 4
                30.0   model.layers.2.mlp.up_proj  rank 2.0 of 4
-findings       1 module untouched: model.layers.1.mlp.up_proj (B zero)
-               18 components dead (below 1e-6 of the largest):
+findings       1 module has a zero update: model.layers.1.mlp.up_proj (B is
+                 zero)
+               18 components are unused (below 1e-6 of the largest):
                  model.layers.0.self_attn.q_proj and 8 more
-               none of 10 modules hold 90 % of their energy in rank 1 or less
+               none of 10 modules have 90% of their energy in rank 1 or less
 next           lorascope plot spectrum my-adapter -o spectrum.pdf"""
     assert "\n".join(lines(Path("my-adapter"))) == expected
     blocks = lines(Path("my-adapter"), blocks=True)
     assert [line[15:24] for line in blocks[5:9]] == ["▂▂▂▄▄▄▆▆▆", "▂▂▂▄▄▄   ", "▂▂▂···▆▆▆", "▂▂▂▄▄▄███"]
-    assert blocks[9].strip() == "█ is 40.0 a layer, · is zero"
+    assert blocks[9].strip() == "█ is 40.0 per layer, · is zero"
 
 
-def test_measures_are_the_planted_ones(tmp_path: Path) -> None:
+def test_modules_have_the_planted_norms_and_ranks(tmp_path: Path) -> None:
     spectra = {"model.layers.0.self_attn.q_proj": [8.0, 4.0, 2.0, 1.0], "model.layers.0.self_attn.v_proj": [1.0] * 4}
     modules = inspect(load(plant(tmp_path / "a", spectra))).modules.set_index("role")
     assert modules.loc["q", "update_norm"] == pytest.approx(2 * 85**0.5)
@@ -109,7 +110,7 @@ def test_measures_are_the_planted_ones(tmp_path: Path) -> None:
     assert modules.loc["v", "effective_rank"] == pytest.approx(4)
 
 
-def test_roles_pool_norms_by_squares_and_ranks_by_their_mean(tmp_path: Path) -> None:
+def test_roles_pool_norms_by_squares_and_average_ranks(tmp_path: Path) -> None:
     spectra = {
         "model.layers.0.self_attn.v_proj": [1.0, 0.0],
         "model.layers.1.self_attn.q_proj": [3.0, 0.0],
@@ -126,7 +127,7 @@ def test_roles_pool_norms_by_squares_and_ranks_by_their_mean(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("layers", [1, 2, 6, 11, 17, 24, 30, 32, 33, 80, 126])
-def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> None:
+def test_screen_fits_24_lines_at_any_depth(tmp_path: Path, layers: int) -> None:
     long = "a-rather-long-name-of-an-adapter-that-somebody-gave-it-in-a-hurry"
     spectra = llama(layers, [1.0, 0.5, 0.1, 0.0])
     spectra["model.layers.0.self_attn.some_unusual_projection_with_a_very_long_name_indeed"] = [1.0, float("nan"), 0, 0]
@@ -141,16 +142,16 @@ def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> N
     assert chart[-1] == "9"
 
 
-def test_a_column_of_several_layers_is_their_root_mean_square(tmp_path: Path) -> None:
+def test_column_of_several_layers_shows_their_rms(tmp_path: Path) -> None:
     spectra = {f"model.layers.{layer}.self_attn.q_proj": [1.0] for layer in range(40)}
     spectra["model.layers.0.self_attn.q_proj"] = [7.0]
     shown = lines(plant(tmp_path / "a", spectra))
     assert shown[5][15:47].rstrip() == "9" + "2" * 19  # 10 (RMS of 14 and 2) against 2
-    assert "9 is 10.0 a layer, . is zero, a column is 2 layers" in shown[6]
+    assert "9 is 10.0 per layer, . is zero, 2 layers per column (RMS)" in shown[6]
     assert shown[4][15:47].rstrip() == "0       16      32 39"
 
 
-def test_two_stacks_are_told_apart(tmp_path: Path) -> None:
+def test_two_stacks_have_separate_rows(tmp_path: Path) -> None:
     spectra = {
         "encoder.block.0.layer.0.SelfAttention.q": [1.0],
         "decoder.block.0.layer.0.SelfAttention.q": [1.9],
@@ -164,7 +165,7 @@ def test_two_stacks_are_told_apart(tmp_path: Path) -> None:
     ]
 
 
-def test_findings(tmp_path: Path) -> None:
+def test_findings_of_broken_and_untrained_adapters(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.1, 0.1, 0.1])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 4
     found = inspect(
@@ -173,16 +174,16 @@ def test_findings(tmp_path: Path) -> None:
         )
     ).findings
     assert found == (
-        "1 of 8 modules holds NaN or infinity: model.layers.1.mlp.up_proj",
-        "7 of 7 modules hold 90 % of their energy in rank 1 or less",
-        "initialised by pissa_niter_4: unless converted, it adds to a changed base, and |dW| counts that too",
-        "rank_pattern names no module of this adapter: no.such",
+        "1 of 8 modules contains NaN or infinity: model.layers.1.mlp.up_proj",
+        "7 of 7 modules have 90% of their energy in rank 1 or less",
+        "initialized by pissa_niter_4: unless converted, it requires a modified base, which |dW| includes",
+        "rank_pattern matches no module of this adapter: no.such",
     )
     fresh = inspect(load(plant(tmp_path / "b", llama(2, [0.0] * 4)))).findings
-    assert fresh == ("all 8 modules untouched: saved before it was trained?",)
+    assert fresh == ("all 8 modules have a zero update: saved before training?",)
 
 
-def test_numbers_keep_their_digits_in_seven_characters() -> None:
+def test_norm_has_three_digits_in_seven_characters() -> None:
     shown = {
         0.0: "0.00",
         1.0: "1.00",
@@ -196,7 +197,7 @@ def test_numbers_keep_their_digits_in_seven_characters() -> None:
     assert [terminal.norm(value) for value in shown] == list(shown.values())
 
 
-def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
+def test_nan_module_is_shown_and_excluded_from_totals(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.0])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
     item = inspect(load(plant(tmp_path / "a", spectra)))
@@ -207,7 +208,7 @@ def test_nan_is_shown_and_pollutes_nothing(tmp_path: Path) -> None:
     json.dumps(item.to_json(), allow_nan=False)
 
 
-def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> None:
+def test_dense_run_shows_its_recorded_norms(tmp_path: Path) -> None:
     module = {"module": "h.0.q", "stack": "", "layer": 0, "role": "q", "out_features": 3, "in_features": 4, "tied": ""}
     meta = json.loads((write_run(tmp_path / "donor") / "run.json").read_text(encoding="utf-8"))
     states = {"last": {"step": 9, "ranks": {}}}
@@ -228,19 +229,19 @@ def test_a_run_of_a_dense_method_shows_its_recorded_norms(tmp_path: Path) -> Non
     assert shown[:4] == [
         "full           Full, seed 0",
         "model          m on t",
-        "holds          1 modules, 12 trained parameters",
+        "size           1 modules, 12 trained parameters",
         "test           accuracy 0.75, loss 0.5 after 9 steps",
     ]
-    assert shown[6].split() == ["q", "999", "5.00", "100.0", "%", "-", "1.9"]
+    assert shown[6].split() == ["q", "999", "5.00", "100.0%", "-", "1.9"]
 
 
-def test_a_run_with_factors_is_measured_by_them(tmp_path: Path) -> None:
+def test_run_with_factors_is_measured_from_them(tmp_path: Path) -> None:
     item = inspect(load(write_run(tmp_path / "run")))
     assert item.modules["update_norm"].item() == pytest.approx(2**0.5)
     assert item.modules["energy_rank"].item() == 2
 
 
-def test_the_second_name_of_a_tied_weight_is_measured_too(tmp_path: Path) -> None:
+def test_second_name_of_a_tied_weight_is_measured(tmp_path: Path) -> None:
     module = json.loads((write_run(tmp_path / "donor") / "run.json").read_text(encoding="utf-8"))["modules"][0]
     modules = [module | {"module": "embed", "role": "embed", "layer": None, "tied": "h.0.q"}]
     item = inspect(load(write_run(tmp_path / "run", modules=modules)))
@@ -261,29 +262,29 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_blocks_and_colour_only_where_they_can_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_style_has_blocks_and_color_only_on_capable_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    assert Style.of(Terminal()) == Style(blocks=True, colour=True)
-    assert Style.of(Terminal("ascii")) == Style(blocks=False, colour=True)
-    assert Style.of(io.StringIO()) == Style(blocks=False, colour=False)
+    assert Style.of(Terminal()) == Style(blocks=True, color=True)
+    assert Style.of(Terminal("ascii")) == Style(blocks=False, color=True)
+    assert Style.of(io.StringIO()) == Style(blocks=False, color=False)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert Style.of(Terminal()) == Style(blocks=True, colour=False)
+    assert Style.of(Terminal()) == Style(blocks=True, color=False)
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
-    assert Style.of(Terminal()) == Style(blocks=True, colour=False)
+    assert Style.of(Terminal()) == Style(blocks=True, color=False)
 
 
-def test_colour_adds_nothing_but_colour(tmp_path: Path) -> None:
+def test_color_changes_only_escape_codes(tmp_path: Path) -> None:
     import re
 
     item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
-    plain, coloured = (
+    plain, colored = (
         terminal.inspection_screen(item, Style(blocks=True)),
-        terminal.inspection_screen(item, Style(blocks=True, colour=True)),
+        terminal.inspection_screen(item, Style(blocks=True, color=True)),
     )
-    assert "\033[" in coloured
-    stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", coloured).splitlines())
+    assert "\033[" in colored
+    stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", colored).splitlines())
     assert stripped == plain
 
 
@@ -294,22 +295,22 @@ def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return told.out
 
 
-def test_the_command_tells_every_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_with_all_lists_every_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = plant(tmp_path / "a", llama(40, [1.0, 0.6]))
     shown = run(capsys, folder, "--all").splitlines()
     assert max(map(len, shown)) <= 80
     assert sum(line.startswith("model.layers.") for line in shown) == 160
-    assert shown[5].split() == ["model.layers.0.self_attn.q_proj", "2.33", "0.0", "%", "2", "1.9", "1.4", "2", "0"]
+    assert shown[5].split() == ["model.layers.0.self_attn.q_proj", "2.33", "0.0%", "2", "1.9", "1.4", "2", "0"]
 
 
-def test_long_names_keep_their_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_names_show_their_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = "bert.encoder.layer.{}.attention.output.dense.of_some_length".format
     shown = run(capsys, plant(tmp_path / "a", {long(layer): [1.0] for layer in (3, 11)}), "--all").splitlines()
     assert shown[4].startswith("module of bert.encoder.layer ")
     assert [line.split(".")[0] for line in shown[5:7]] == ["3", "11"]
 
 
-def test_the_command_speaks_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_json_and_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     a = plant(tmp_path / "a", llama(2, [1.0, 0.5]))
     told = json.loads(run(capsys, a, "--json"))
     assert told["name"] == "a"
@@ -321,22 +322,22 @@ def test_the_command_speaks_json_and_csv(tmp_path: Path, capsys: pytest.CaptureF
     assert table["update_norm"].iloc[0] == pytest.approx(2 * 1.25**0.5)
 
 
-def test_a_run_that_broke_is_shown_and_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_on_a_broken_run_shows_the_error_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_run(tmp_path / "run", status="broken", states={}, error="the loss is NaN at step 4")
     assert main(["inspect", str(tmp_path / "run")]) == 1
     assert "the loss is NaN at step 4" in capsys.readouterr().out
 
 
 def strictly(text: str) -> Any:
-    """JSON as its standard has it, without NaN and infinity."""
+    """Parse JSON strictly, without NaN and infinity."""
 
     def fail(word: str) -> None:
-        raise AssertionError(f"{word} is no JSON")
+        raise AssertionError(f"{word} is not JSON")
 
     return json.loads(text, parse_constant=fail)
 
 
-def test_json_knows_no_nan_and_no_infinity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_contains_neither_nan_nor_infinity(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = plant(tmp_path / "broken", llama(1, [float("nan")] * 2))
     sound = plant(tmp_path / "sound", llama(1, [1.0, 0.5]))
     base = tmp_path / "base"
@@ -358,7 +359,7 @@ def test_json_knows_no_nan_and_no_infinity(tmp_path: Path, capsys: pytest.Captur
 def test_entries_near_the_limit_of_float64_are_shown(
     largest: float, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In one module, so that others stay finite; NaN comes first in the order of the layers."""
+    """Only in one module, so that others stay finite; NaN comes first in the order of layers."""
     save(tmp_path, target_modules=["q_proj"])
     tensors = {name: tensor.double() for name, tensor in load_file(tmp_path / WEIGHTS).items()}
     first, second = list(tensors)[:2], list(tensors)[2:4]

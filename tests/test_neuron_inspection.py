@@ -1,4 +1,4 @@
-"""What ``lorascope inspect`` finds between two whole models, against neurons that were turned by known angles."""
+"""Results of ``lorascope inspect`` for two whole models, with neurons rotated by known angles."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROLES = {"gate_proj": "ffn_gate", "up_proj": "ffn_in", "down_proj": "ffn_out"}
 
 
 def turned(vectors: np.ndarray, angle: float) -> np.ndarray:
-    """Every row turned by an angle towards a direction of its own that is orthogonal to it."""
+    """Rotate every row by an angle towards its own orthogonal direction."""
     other = np.random.default_rng(1).standard_normal(vectors.shape)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     other -= (other * vectors).sum(1, keepdims=True) / norms**2 * vectors
@@ -31,7 +31,7 @@ def turned(vectors: np.ndarray, angle: float) -> np.ndarray:
 
 
 def plant(folder: Path, layers: int, angles: dict[tuple[int, str, int], float], dtype: str = "f8") -> tuple[Path, Path]:
-    """Two models of which the named neurons (layer, projection, number) differ by an angle each."""
+    """Write two models that differ by an angle in each of the given neurons (layer, projection, number)."""
     draw = np.random.default_rng(0)
     models: list[dict[str, np.ndarray]] = [{}, {}]
     for layer in range(layers):
@@ -51,16 +51,16 @@ def plant(folder: Path, layers: int, angles: dict[tuple[int, str, int], float], 
     return paths
 
 
-FEW = {(0, "up_proj", 3): 0.1, (1, "down_proj", 7): 0.4, (1, "down_proj", 8): 0.2, (1, "gate_proj", 0): 0.05}
+ROTATED = {(0, "up_proj", 3): 0.1, (1, "down_proj", 7): 0.4, (1, "down_proj", 8): 0.2, (1, "gate_proj", 0): 0.05}
 
 
 @pytest.fixture
-def few(tmp_path: Path) -> tuple[Path, Path]:
-    return plant(tmp_path, 2, FEW)
+def rotated(tmp_path: Path) -> tuple[Path, Path]:
+    return plant(tmp_path, 2, ROTATED)
 
 
-def test_it_finds_the_neurons_that_were_turned(few: tuple[Path, Path]) -> None:
-    base, tuned = few
+def test_inspect_neurons_finds_the_rotated_neurons(rotated: tuple[Path, Path]) -> None:
+    base, tuned = rotated
     item = inspect_neurons(tuned, base)
     found = item.largest(4)
     assert list(found["cosine_distance"]) == pytest.approx([1 - np.cos(angle) for angle in (0.4, 0.2, 0.1, 0.05)])
@@ -68,9 +68,11 @@ def test_it_finds_the_neurons_that_were_turned(few: tuple[Path, Path]) -> None:
     assert list(found["role"].astype(str)) == ["ffn_out", "ffn_out", "ffn_in", "ffn_gate"]
     modules = item.modules.set_index(["layer", "role"])
     assert modules["turned"].to_dict() == {
-        (layer, role): sum((layer, name) == at[:2] for at in FEW) for layer in (0, 1) for name, role in ROLES.items()
+        (layer, role): sum((layer, name) == at[:2] for at in ROTATED)
+        for layer in (0, 1)
+        for name, role in ROLES.items()
     }
-    assert modules["top"].sum() == 4  # the others did not turn, so they are in no tenth
+    assert modules["top"].sum() == 4  # the others did not rotate, so they are not in the top tenth
     assert modules.loc[(1, "ffn_out"), "share"] == 0.5
     roles = item.roles().set_index("role")
     assert list(roles.index) == ["ffn_in", "ffn_gate", "ffn_out"]
@@ -78,7 +80,7 @@ def test_it_finds_the_neurons_that_were_turned(few: tuple[Path, Path]) -> None:
     assert roles.loc["ffn_out", "delta_norm"] == pytest.approx(item.largest(2)["delta_norm"].pow(2).sum() ** 0.5)
 
 
-def test_the_tenth_that_turned_most_is_of_all_together(tmp_path: Path) -> None:
+def test_top_tenth_is_taken_over_all_modules(tmp_path: Path) -> None:
     draw = np.random.default_rng(3)
     angles = {(0, name, n): draw.uniform(0.01, 0.1) for name in ROLES for n in range(FEED_FORWARD)}
     angles |= {(1, "up_proj", n): 0.2 + n / 100 for n in range(FEED_FORWARD)}
@@ -90,32 +92,32 @@ def test_the_tenth_that_turned_most_is_of_all_together(tmp_path: Path) -> None:
     assert item.quantiles()[0.5] == pytest.approx(item.scores["cosine_distance"].median())
 
 
-def test_the_whole_screen(few: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(few[0].parent)
+def test_neurons_screen_equals_the_expected_text(rotated: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(rotated[0].parent)
     expected = """\
 tuned          a whole model, float64, 1 file
 base           base (float64, 1 file)
-holds          60 neurons in 6 projections of 2 layers
+size           60 neurons in 6 projections of 2 layers
 
-in top 10 %    0  1                               share  median largest    |dW|
-ffn_in         555...                            25.0 %    0.00 0.00500   0.240
-ffn_gate       ...555                            25.0 %    0.00 0.00125  0.0708
-ffn_out        ...999                            50.0 %    0.00  0.0789    1.05
-               9 is 20.0 % of a layer's neurons, . is none
+in top 10%     0  1                               share  median largest    |dW|
+ffn_in         555...                             25.0%    0.00 0.00500   0.240
+ffn_gate       ...555                             25.0%    0.00 0.00125  0.0708
+ffn_out        ...999                             50.0%    0.00  0.0789    1.05
+               9 is 20.0% of a layer's neurons, . is zero
 
-1 - cos        1 % 0.00  25 % 0.00  50 % 0.00  75 % 0.00  99 % 0.0441
+1 - cos        1% 0.00  25% 0.00  50% 0.00  75% 0.00  99% 0.0441
 largest        0.0789   model.layers.1.mlp.down_proj  neuron 7
                0.0199   model.layers.1.mlp.down_proj  neuron 8
                0.00500  model.layers.0.mlp.up_proj  neuron 3
-findings       3 of 6 projections untouched: model.layers.0.mlp.gate_proj and 2
-                 more
-               26 neurons elsewhere did not change at all
+findings       3 of 6 projections have a zero update:
+                 model.layers.0.mlp.gate_proj and 2 more
+               26 neurons in changed projections did not change
 next           lorascope inspect tuned --base base --csv > neurons.csv"""
     assert terminal.neurons_screen(inspect_neurons("tuned", "base"), Style()) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2, 17, 33, 80])
-def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> None:
+def test_screen_fits_24_lines_at_any_depth(tmp_path: Path, layers: int) -> None:
     base, tuned = plant(tmp_path / ("a-rather-long-name" * 4), layers, {(layers - 1, "up_proj", 0): 0.1})
     for shown in (terminal.neurons_screen, terminal.projections_screen):
         lines = shown(inspect_neurons(tuned, base), Style(blocks=True)).splitlines()
@@ -123,22 +125,22 @@ def test_it_fits_one_screen_whatever_the_depth(tmp_path: Path, layers: int) -> N
     assert len(terminal.neurons_screen(inspect_neurons(tuned, base), Style()).splitlines()) <= 24
 
 
-def test_findings(tmp_path: Path) -> None:
+def test_findings_of_equal_and_half_changed_models(tmp_path: Path) -> None:
     base, tuned = plant(tmp_path / "same", 2, {})
     assert inspect_neurons(tuned, base).findings == (
-        "no neuron turned: in their feed-forward parts the two models are the same",
+        "no neuron changed: the feed-forward modules of the two models are equal",
     )
     angles = {(0, name, n): 0.1 for name in ROLES for n in range(FEED_FORWARD)}
     del angles[(0, "up_proj", 2)]
     base, tuned = plant(tmp_path / "half", 2, angles, "f2")
     assert inspect_neurons(tuned, base).findings == (
-        "3 of 6 projections untouched: model.layers.1.mlp.up_proj and 2 more",
-        "1 neurons elsewhere did not change at all (16 bits round small changes away)",
+        "3 of 6 projections have a zero update: model.layers.1.mlp.up_proj and 2 more",
+        "1 neurons in changed projections did not change (16-bit weights lose small changes)",
     )
 
 
 def zeroed(folder: Path, layers: int, numbers: slice) -> tuple[Path, Path]:
-    """A model of which only these neurons of the inputs changed, to zeros."""
+    """Write two models, of which the second has zeros in these neurons of the inputs."""
     base, tuned = plant(folder, layers, {})
     tensors = {name: np.array(tensor) for name, tensor in open_tensors(tuned / "model.safetensors").items()}
     for name, tensor in tensors.items():
@@ -148,15 +150,15 @@ def zeroed(folder: Path, layers: int, numbers: slice) -> tuple[Path, Path]:
 
 
 def test_neurons_that_became_zero_have_changed(tmp_path: Path) -> None:
-    """They have no direction, so that none of them turned; a neuron that grew turned as little."""
+    """Zero neurons have no direction, so they did not rotate; neither did neurons that only grew."""
     up, others = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj and 1 more"
     assert inspect_neurons(*zeroed(tmp_path / "one", 1, slice(1))[::-1]).findings == (
-        f"2 of 3 projections untouched: {others}",
-        "9 neurons elsewhere did not change at all",
+        f"2 of 3 projections have a zero update: {others}",
+        "9 neurons in changed projections did not change",
         f"1 neurons are zero before or after and have no direction: {up}",
     )
     assert inspect_neurons(*zeroed(tmp_path / "all", 1, slice(None))[::-1]).findings == (
-        f"2 of 3 projections untouched: {others}",
+        f"2 of 3 projections have a zero update: {others}",
         f"10 neurons are zero before or after and have no direction: {up}",
     )
 
@@ -169,8 +171,8 @@ def told(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return caught.err
 
 
-def test_the_command_speaks_text_json_and_csv(few: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = few
+def test_command_prints_text_json_and_csv(rotated: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = rotated
     words = (tuned, "--base", base)
     assert "60 neurons in 6 projections of 2 layers" in run(capsys, *words)
     everything = run(capsys, *words, "--all").splitlines()
@@ -184,9 +186,11 @@ def test_the_command_speaks_text_json_and_csv(few: tuple[Path, Path], capsys: py
     assert run(capsys, tuned / "model.safetensors", "--base", base / "model.safetensors")
 
 
-def test_wrong_use_is_one_line(few: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = few
-    assert "requires the model it was tuned from, --base DIR" in told(capsys, tuned)
+def test_wrong_arguments_print_one_line(
+    rotated: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, tuned = rotated
+    assert "give the one it was tuned from, --base DIR" in told(capsys, tuned)
     assert "only adapters and runs are compared" in told(capsys, tuned, tuned, "--base", base)
     assert "nowhere: the folder does not exist" in told(capsys, tuned, "--base", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -197,7 +201,7 @@ def test_wrong_use_is_one_line(few: tuple[Path, Path], tmp_path: Path, capsys: p
 
 
 def test_changed_neurons_next_to_zero_are_counted(tmp_path: Path) -> None:
-    """Turned while next to zero, grown from there, shrunk to there; one that kept still, and one long enough."""
+    """Rotated near zero, grown from there, shrunk to there; one that did not change, and one long enough."""
     up = "model.layers.0.mlp.up_proj"
     unit = np.eye(FEED_FORWARD, WIDTH)
     pairs = [(1e-9 * unit[0], 1e-9 * unit[1]), (1e-9 * unit[0], unit[0]), (unit[0], 9e-9 * unit[1])]
@@ -209,6 +213,6 @@ def test_changed_neurons_next_to_zero_are_counted(tmp_path: Path) -> None:
             tensors[f"{up}.weight"][row] = pair[side]
         write_tensors(folder / "model.safetensors", tensors, {})
     item = inspect_neurons(*folders[::-1])
-    line = f"3 changed neurons are shorter than 1e-08 before or after, so that their 1 - cos says little: {up}"
+    line = f"3 changed neurons have a norm below 1e-08 before or after, so their 1 - cos is not meaningful: {up}"
     assert item.findings[-1] == line
     assert line in item.to_json()["findings"]

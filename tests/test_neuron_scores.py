@@ -1,4 +1,4 @@
-"""Scores of two checkpoints on the disk, against the sheet's float64 form on the living weights."""
+"""Scores of two checkpoints on disk, compared with float64 formulas on the loaded weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lorascope.schema.module_table import describe
 
 
 def perturbed(model, size, seed=1):
-    """The model after a small random change of every weight."""
+    """Return the model after a small random change of every weight."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -33,7 +33,7 @@ def perturbed(model, size, seed=1):
 
 
 def save_pair(folder: Path, family: str = "llama", size: float = 1e-2, dtype=torch.float32, shard="5GB", **config):
-    """A model and its perturbed copy on the disk; gives both paths and both models."""
+    """Save a model and its perturbed copy, and return their paths and the models."""
     made = []
     for name, change in (("base", 0.0), ("tuned", size)):
         model = perturbed(tiny(family, **config).to(dtype), change)
@@ -43,7 +43,7 @@ def save_pair(folder: Path, family: str = "llama", size: float = 1e-2, dtype=tor
 
 
 def by_definition(before, after, modules) -> pd.DataFrame:
-    """1 - cos = |u - v|^2 / 2 of unit vectors in float64, and the norms, from living models."""
+    """Return 1 - cos = |u - v|^2 / 2 of unit vectors in float64, and the norms, from loaded models."""
     rows = []
     for row in modules[modules["role"].isin(FFN)].itertuples():
         w0, w = (host_weight(model.get_submodule(row.module)).detach().double().numpy() for model in (before, after))
@@ -73,34 +73,34 @@ def check(found: pd.DataFrame, expected: pd.DataFrame, keys=("module", "stack", 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_neurons_are_those_of_the_linear_maps_in_every_family(tmp_path, family):
+def test_scores_equal_the_definition_in_every_family(tmp_path, family):
     (base, before), (tuned, after) = save_pair(tmp_path, family)
-    # ViT's files keep the names of older versions.
+    # ViT's files have the names of older versions.
     keys = {"keys": ("layer", "role", "neuron")} if family == "vit" else {}
     check(ls.neuron_scores(base, tuned), by_definition(before, after, describe(before)), **keys)
 
 
-def test_a_square_conv1d_is_told_by_its_neighbours(tmp_path):
+def test_square_conv1d_is_recognized_from_other_weights(tmp_path):
     (base, before), (tuned, after) = save_pair(tmp_path, "gpt2", n_inner=32)
     check(ls.neuron_scores(base, tuned), by_definition(before, after, describe(before)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [1e-4, 1e-1])
-def test_every_dtype_keeps_its_digits_in_shards_too(tmp_path, dtype, size):
+def test_scores_are_exact_for_every_dtype_and_in_shards(tmp_path, dtype, size):
     (base, before), (tuned, after) = save_pair(tmp_path, size=size, dtype=dtype, shard="20KB")
     assert len(list(tuned.glob("*.safetensors"))) > 1
     check(ls.neuron_scores(base, tuned), by_definition(before, after, describe(before)))
 
 
-def test_the_files_themselves_and_the_dtypes_may_differ(tmp_path):
+def test_checkpoints_may_be_files_and_differ_in_dtype(tmp_path):
     (base, before), _ = save_pair(tmp_path / "a")
     _, (tuned, after) = save_pair(tmp_path / "b", dtype=torch.bfloat16)
     found = ls.neuron_scores(base / "model.safetensors", tuned)
     check(found, by_definition(before, after, describe(before)))
 
 
-def test_names_may_begin_differently_and_roles_can_be_chosen(tmp_path):
+def test_names_may_have_different_prefixes_and_roles_can_be_chosen(tmp_path):
     (_, before), (tuned, after) = save_pair(tmp_path)
     before.model.save_pretrained(tmp_path / "bare")
     found = ls.neuron_scores(tmp_path / "bare", tuned, roles=("ffn_in", "ffn_out"))
@@ -108,13 +108,13 @@ def test_names_may_begin_differently_and_roles_can_be_chosen(tmp_path):
     check(found, expected[expected["role"] != "ffn_gate"])
 
 
-def test_gate_and_input_in_one_matrix_are_chosen_apart(tmp_path):
+def test_gate_and_input_in_one_matrix_are_scored_separately(tmp_path):
     (base, _), (tuned, _) = save_pair(tmp_path, "phi3")
     scores = ls.neuron_scores(base, tuned)
     assert scores.groupby(["module", "role"], observed=True).size().tolist() == [48] * 6
 
 
-def test_a_layout_of_the_authors_beside_the_weights_is_left_aside(tmp_path):
+def test_consolidated_file_of_the_authors_is_ignored(tmp_path):
     (base, before), (tuned, after) = save_pair(tmp_path)
     save_file({"layers.0.feed_forward.w1.weight": np.ones((3, 2), "f4")}, tuned / "consolidated.safetensors")
     check(ls.neuron_scores(base, tuned), by_definition(before, after, describe(before)))
@@ -176,35 +176,35 @@ def lacks_in_base(base, tuned):
 
 
 BROKEN = {
-    "truncated": (cut, "tuned/model.safetensors: it is truncated"),
-    "shard missing": (shard_lost, "missing 1 of 2 shards.* model-00002-of-00002.safetensors"),
-    "pickle": (pickled, "pytorch_model.bin: pickles are never loaded"),
-    "empty": (emptied, "tuned: it has no safetensors file"),
-    "shape": (rewrite(other_shape), r"up_proj has the shape \(48, 32\) in .*base and \(46, 32\) in .*tuned"),
-    "nan": (rewrite(with_nan), "tuned: 2 of 48 neurons of model.layers.1.mlp.up_proj hold NaN or infinity"),
-    "packed": (rewrite(packed), f"{UP} must be stored as .*, got I8"),
-    "no such weights": (rewrite(unknown), "tuned holds no feed-forward weights by a known name"),
-    "missing or tied": (lacks_in_base, "base holds no weight of model.layers.1.mlp.up_proj, as .*tied"),
+    "truncated": (cut, "tuned/model.safetensors is truncated: "),
+    "shard missing": (shard_lost, "lacks 1 of 2 shards: model-00002-of-00002.safetensors"),
+    "pickle": (pickled, "pytorch_model.bin is a pickle, which is never loaded"),
+    "empty": (emptied, "tuned holds no safetensors file"),
+    "shape": (rewrite(other_shape), r"up_proj: it has shape \(48, 32\) in .*base and \(46, 32\) in .*tuned"),
+    "nan": (rewrite(with_nan), "tuned: 2 of 48 neurons of model.layers.1.mlp.up_proj contain NaN or infinity"),
+    "packed": (rewrite(packed), f"{UP} is stored as I8; only floats are read"),
+    "no such weights": (rewrite(unknown), "tuned: no feed-forward weights"),
+    "missing or tied": (lacks_in_base, "score model.layers.1.mlp.up_proj: .*base has no weight of it, .*tied"),
 }
 
 
 @pytest.mark.parametrize("case", list(BROKEN))
-def test_what_cannot_be_scored_is_told_in_one_line(tmp_path, case):
+def test_broken_or_unrelated_checkpoint_raises_one_line(tmp_path, case):
     (base, _), (tuned, _) = save_pair(tmp_path)
-    damage, told = BROKEN[case]
+    damage, message = BROKEN[case]
     damage(base, tuned)
-    with pytest.raises((ValueError, FileNotFoundError), match=told) as caught:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         ls.neuron_scores(base, tuned)
     assert "\n" not in str(caught.value)
 
 
-def test_a_role_without_neurons_is_refused(tmp_path):
+def test_role_without_neurons_raises(tmp_path):
     (base, _), (tuned, _) = save_pair(tmp_path)
-    with pytest.raises(ValueError, match="'q' has no neurons; ffn_in, ffn_gate, ffn_out have"):
+    with pytest.raises(ValueError, match="roles must be from 'ffn_in', 'ffn_gate', 'ffn_out', got 'q'"):
         ls.neuron_scores(base, tuned, roles=("q",))
 
 
-# The high-water mark of the process alone, above what a first pair has taken.
+# Peak memory of the process, minus the peak of a first, small pair.
 PEAK = """
 import re, sys
 from pathlib import Path
@@ -219,7 +219,7 @@ print(1024 * (peak() - before))
 
 
 def checkpoint(file: Path, layers: int, width: int, change: float) -> Path:
-    """A model of blocks like LLaMA's, all alike, of 13 width^2 weights each."""
+    """Save a model of equal LLaMA-like blocks, with 13 width^2 weights each."""
     draw = np.random.default_rng(0).standard_normal((3 * width, width), dtype=np.float32)
     up = draw + np.float32(change) * np.roll(draw, 1)
     block = dict.fromkeys([f"self_attn.{name}_proj" for name in "qkvo"], up[:width])
@@ -229,17 +229,17 @@ def checkpoint(file: Path, layers: int, width: int, change: float) -> Path:
     return file
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the kernel's count of memory")
-def test_two_large_checkpoints_take_less_memory_than_one_of_their_layers(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="requires the memory counters of Linux")
+def test_large_checkpoints_need_less_memory_than_one_layer(tmp_path):
     pairs = [
         checkpoint(tmp_path / str(width) / f"{i}.safetensors", layers, width, i / 100)
         for layers, width in ((1, 16), (4, 640))
         for i in range(2)
     ]
-    told = subprocess.run([sys.executable, "-c", PEAK, *pairs], capture_output=True, check=True, text=True).stdout
-    assert 0 < int(told) < 4 * 13 * 640**2
+    printed = subprocess.run([sys.executable, "-c", PEAK, *pairs], capture_output=True, check=True, text=True).stdout
+    assert 0 < int(printed) < 4 * 13 * 640**2
 
 
-def test_torch_is_not_needed():
+def test_import_does_not_load_torch():
     code = "import sys, lorascope as ls; ls.neuron_scores; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

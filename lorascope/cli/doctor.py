@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, parse
 from lorascope.diagnosis.causes import Case, Finding
-from lorascope.diagnosis.doctor import collect_evidence, findings, skipped_checks
+from lorascope.diagnosis.doctor import SKIP_REASONS, collect_evidence, findings, skipped_checks
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.printable import printable
@@ -68,7 +68,7 @@ def _format_findings(run: Run, case: Case, found: Sequence[Finding]) -> Iterator
         yield from _format_paragraph(finding.cause, finding.message)
         yield from _format_paragraph("", f"fix: {finding.fix}")
     for missing, names in skipped_checks(case).items():
-        yield from _format_paragraph("not looked for", f"without {missing}: {', '.join(names)}")
+        yield from _format_paragraph(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names))
 
 
 def _format_finding_count(number: int) -> str:

@@ -1,1 +1,1 @@
-"""What is in an adapter or a run, and what went wrong with it."""
+"""Contents of adapters and runs, comparisons between them, and diagnosis of faults."""

@@ -1,7 +1,7 @@
-"""An adapter beside the weights it is added to: intruder dimensions, and how far it turns the neurons.
+"""Comparison of an adapter with its base weights: intruder dimensions and neuron rotation.
 
-Weights are read one at a time. Intruders need all singular vectors of a weight, minutes for each of a large model, so
-that they are looked for in small ones unless asked for.
+Weights are read one at a time. Intruder dimensions require all singular vectors of a weight, which takes minutes per
+weight of a large model. By default they are computed only for small weights.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from lorascope.updates.linalg import as_float64, one_thread
 from lorascope.updates.low_rank import Dense, LowRank, NeuronChange, factored_change, neuron_change
 
 DIRECTIONS = 10
-"""Leading directions of each weight that are looked at for intruders."""
+"""Number of leading singular vectors of each weight that are checked for intruder dimensions."""
 SIDE = 1024
-"""Smaller side up to which weights are decomposed without being asked to: a second each."""
-BESIDE = ("intruders", "neuron_median", "neuron_largest")
-_BY_COLUMN = ("ffn_out", "embed")  # a neuron's output weights, a token's vector
+"""Smaller side up to which weights are decomposed by default, which takes about a second per weight."""
+BASE_COLUMNS = ("intruders", "neuron_median", "neuron_largest")
+_BY_COLUMN = ("ffn_out", "embed")  # a column is the output weights of a neuron, or the vector of a token
 
 
-def against_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
-    """Intruders and turned neurons of every module whose weight the base holds.
+def compare_with_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
+    """Compute intruder dimensions and neuron rotation of every module whose weight is in the base.
 
     Parameters
     ----------
     run : AdapterRun
-        Opened with its base.
+        Adapter that was loaded with its base.
     decompose : bool
-        Look for intruders in weights of any size.
+        Compute intruder dimensions for weights of any size.
 
     Returns
     -------
     DataFrame
-        ``module, intruders`` (of the 10 leading directions, those with a cosine below 0.5 to all of the base's; NaN
-        where they were not looked for), ``neuron_median, neuron_largest`` (of 1 - cos between each neuron's weights
-        without and with the update; a neuron is a row, in ffn_out and tables a column). NaN for an update that holds
-        NaN.
+        ``module, intruders, neuron_median, neuron_largest``. ``intruders`` is the number of singular vectors, among the
+        10 leading ones, with a cosine below 0.5 to all of the base's; NaN if not computed. The others are the median
+        and the maximum of 1 - cos between the weights of each neuron without and with the update. A neuron is a row;
+        in ``ffn_out`` and embedding tables it is a column. All are NaN for an update with NaN.
     """
     rows: list[dict[str, Any]] = []
     with one_thread():
@@ -49,23 +49,23 @@ def against_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
             if run.base is not None and run.base.has_weight(module):
                 W0 = run.base.weight(module, part.shape, part.transposed)
                 rows.append({"module": module} | _compare_module(W0, part.update(), module, decompose))
-    return pd.DataFrame(rows, columns=["module", *BESIDE])
+    return pd.DataFrame(rows, columns=["module", *BASE_COLUMNS])
 
 
 def _compare_module(
     W0: Float[np.ndarray, "out in"], update: LowRank | Dense, module: str, decompose: bool
 ) -> dict[str, float]:
     if not np.isfinite(update.norm()):
-        return dict.fromkeys(BESIDE, np.nan)
-    turned = _rotation_summary(W0, update, 0 if parse(module).role in _BY_COLUMN else 1).cosine_distance
-    known = turned[~np.isnan(turned)]  # a neuron without weights has no direction
-    told = {"neuron_median": np.median(known), "neuron_largest": known.max()} if len(known) else {}
+        return dict.fromkeys(BASE_COLUMNS, np.nan)
+    rotation = _rotation_summary(W0, update, 0 if parse(module).role in _BY_COLUMN else 1).cosine_distance
+    known = rotation[~np.isnan(rotation)]  # a zero neuron has no direction
+    found = {"neuron_median": np.median(known), "neuron_largest": known.max()} if len(known) else {}
     if decompose or min(W0.shape) <= SIDE:
-        # Brings scipy along, a fifth of a second that those without a base need not wait.
+        # Import here: it loads scipy, a fifth of a second that only comparisons with a base need.
         from lorascope.analysis.intruders import Basis, intruders
 
-        told["intruders"] = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)["intruder"].sum()
-    return dict.fromkeys(BESIDE, np.nan) | {name: float(value) for name, value in told.items()}
+        found["intruders"] = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)["intruder"].sum()
+    return dict.fromkeys(BASE_COLUMNS, np.nan) | {name: float(value) for name, value in found.items()}
 
 
 def _rotation_summary(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, axis: int) -> NeuronChange:

@@ -1,6 +1,7 @@
-"""What went wrong with a run or an adapter: the tables that the causes look at, and the findings that stand.
+"""Diagnosis of a run or an adapter: evidence for the checks, and their findings.
 
-An adapter's folder tells of its factors; with its base also of the weights; a run of its history besides.
+The folder of an adapter contains its factors; with its base model, the weights are known as well. A run also has a
+training history.
 """
 
 from __future__ import annotations
@@ -16,34 +17,37 @@ from lorascope.runs.run import Run
 from lorascope.updates.low_rank import LowRank
 
 _COLUMNS = ("rank", "scale", "update_norm", "moved", "weight_norm", "relative_update", "effective_rank", "used")
+# Names of the evidence in ``skipped_checks``, which are also keys of the JSON output.
 _NEEDS = {"weights": "norms of the weights", "base": "norms of the weights", "history": "a history"}
+SKIP_REASONS = {"norms of the weights": "no weight norms", "a history": "no training history"}
+"""Missing evidence -> reason to print."""
 
 
 def diagnose(run: Run) -> list[Finding]:
-    """Name the causes why a run or an adapter is not what was meant.
+    """Diagnose why a run or an adapter is not as intended.
 
     Parameters
     ----------
     run : Run
-        From ``train`` or ``load``; of an adapter that was loaded with its base more can be said.
+        Result of ``train`` or ``load``. More checks are possible for an adapter that was loaded with its base.
 
     Returns
     -------
     list of Finding
-        ``cause, message, evidence, fix`` each; empty where nothing was found.
+        With ``cause, message, evidence, fix`` each; empty if nothing was found.
     """
     return findings(collect_evidence(run))
 
 
 def findings(case: Case) -> list[Finding]:
-    """What the causes find, without what only follows from another finding."""
+    """Return the findings of all checks, without those that only follow from another finding."""
     found = {cause: list(cause.find(case)) for cause in CAUSES}
-    follows = {name for cause, told in found.items() if told for name in cause.suppresses}
-    return [finding for told in found.values() for finding in told if finding.cause not in follows]
+    follows = {name for cause, own in found.items() if own for name in cause.suppresses}
+    return [finding for own in found.values() for finding in own if finding.cause not in follows]
 
 
 def skipped_checks(case: Case) -> dict[str, list[str]]:
-    """Names of the causes that there is no evidence for, by what is missing."""
+    """Return missing evidence -> names of the checks that require it."""
     lacking = {need for need in ("weights", "base", "history") if not getattr(case, need)}
     missing: dict[str, list[str]] = {}
     for cause in CAUSES:
@@ -53,7 +57,7 @@ def skipped_checks(case: Case) -> dict[str, list[str]]:
 
 
 def collect_evidence(run: Run) -> Case:
-    """All that the causes look at, read once."""
+    """Collect the evidence for all checks."""
     history = not isinstance(run, AdapterRun)
     modules = _module_evidence(run) if run.meta["states"] else _no_modules()
     losses = pd.Series(dtype="float64")
@@ -67,12 +71,12 @@ def collect_evidence(run: Run) -> Case:
 
 
 def _module_evidence(run: Run) -> pd.DataFrame:
-    """``Case.modules``."""
+    """Return ``Case.modules``."""
     frame = run.summary(all=True)
     recorded = run.table["module"][run.table["quantity"] == "update_norm"]
     frame = frame[frame["rank"].notna() | frame["module"].isin(recorded)].reset_index(drop=True)
     frame["adapted"] = (frame["rank"] > 0).fillna(False).astype(bool)
-    # What an allocator took has not moved, though it may have been recorded before PEFT's masked it.
+    # A pruned module has not moved, even if it was recorded before PEFT's allocator masked it.
     frame["moved"] = frame["learned_norm"].fillna(frame["update_norm"]).mask(frame["rank"].eq(0).fillna(False), 0.0)
     updates = run.updates()
     parts = [_component_evidence(updates.get(name)) for name in frame["module"]]
@@ -81,9 +85,9 @@ def _module_evidence(run: Run) -> pd.DataFrame:
 
 
 def _component_evidence(update: Any) -> tuple[float, float, bool]:
-    """Scale of an update, how many of its components are not zero, and whether its factors hold nothing at all.
+    """Return the scale of an update, its number of nonzero components, and whether all its factors are zero.
 
-    Only a product B A has them.
+    These are NaN, NaN and False unless the update is a product B A.
     """
     if not isinstance(update, LowRank):
         return np.nan, np.nan, False
@@ -97,7 +101,7 @@ def _tied_modules(run: Run) -> tuple[tuple[str, str], ...]:
     adapted = {name for name, rank in run.ranks().items() if rank}
     modules = run.modules
     if isinstance(run, AdapterRun):
-        # safetensors keep a shared weight once: a head that the base lacks is its embedding.
+        # safetensors stores a shared weight once: a head that is missing in the base is tied to the embedding.
         ends = {role: modules["module"][modules["role"] == role] for role in ("embed", "head")}
         lacking = [name for name in ends["head"] if run.base is not None and not run.base.has_weight(name)]
         return tuple((one, other) for one in ends["embed"] for other in lacking)
@@ -106,7 +110,7 @@ def _tied_modules(run: Run) -> tuple[tuple[str, str], ...]:
 
 
 def _no_modules() -> pd.DataFrame:
-    """No modules."""
+    """Return an empty ``Case.modules``."""
     frame = pd.DataFrame({name: pd.Series(dtype="float64") for name in _COLUMNS})
     words = {name: pd.Series(dtype="str") for name in ("module", "stack", "role")}
     flags = {name: pd.Series(dtype="bool") for name in ("adapted", "empty")}

@@ -1,4 +1,4 @@
-"""What one adapter or run holds, measured module by module, and what about it is worth a sentence."""
+"""Contents of one adapter or run, measured per module, with notable findings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from lorascope.diagnosis.base_comparison import BESIDE, DIRECTIONS, against_base
+from lorascope.diagnosis.base_comparison import BASE_COLUMNS, DIRECTIONS, compare_with_base
 from lorascope.runs.formats.peft_lora import CONFIG
 from lorascope.runs.gated_run import gate_description
 from lorascope.runs.loading import AdapterRun, spectra_by_layer
@@ -22,32 +22,33 @@ from lorascope.updates.linalg import root_of_squares
 from lorascope.updates.low_rank import Pair, effective_rank, energy_rank, stable_rank
 
 _SHARE = 0.9
-_DEAD = 1e-6  # of the largest singular value: below it the two ways to find them differ
+_DEAD = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
 _COLUMNS = (
     *("module", "stack", "layer", "role", "rank", "scale", "parameters", "update_norm", "relative_update", "energy"),
     *("stable_rank", "effective_rank", "energy_rank", "dead", "exact"),
-    *BESIDE,
+    *BASE_COLUMNS,
 )
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``lorascope inspect`` tells.
+    """Result of ``lorascope inspect`` for one adapter or run.
 
     Parameters
     ----------
     run : Run
+        The inspected run or adapter.
     name : str
         Name of the folder.
     facts : tuple of (str, str)
-        The header: what it is, its base, its size.
+        Header: method, base, size.
     modules : DataFrame
         ``module, stack, layer, role, rank, scale, parameters, update_norm, relative_update, energy, stable_rank,
-        effective_rank, energy_rank, dead, exact``, in the order of the axes; ``energy`` is the share of the summed
-        |dW|^2, NaN where factors hold NaN; ``dead`` counts the components that the rank allows and the update does
-        not use, singular values below 1e-6 of its largest. Then what ``against_base`` tells, NaN without a base.
+        effective_rank, energy_rank, dead, exact``, in the order of the axes. ``energy`` is the fraction of the summed
+        |dW|^2, NaN if factors contain NaN. ``dead`` counts unused components: those within the rank whose singular
+        value is below 1e-6 of the largest. The columns of ``compare_with_base`` follow, NaN without a base.
     findings : tuple of str
-        A sentence each.
+        One sentence per finding.
     """
 
     run: Run
@@ -58,17 +59,21 @@ class Inspection:
 
     @property
     def cautions(self) -> tuple[str, ...]:
-        """The findings that change how it is read beside others."""
+        """Findings that affect its comparison with other inspections."""
         own = adapter_cautions(self.run) if isinstance(self.run, AdapterRun) else ()
         return (*_norm_cautions(self.run, self.modules), *_base_findings(self.modules), *own)
 
     @property
     def norm(self) -> float:
-        """|dW| of all modules together, those with NaN left out."""
+        """|dW| of all modules, without those with NaN."""
         return pool_norms(self.modules["update_norm"])
 
     def roles(self) -> pd.DataFrame:
-        """One row a stack and role: ``modules, update_norm, energy, least_rank, most_rank, effective_rank`` (mean)."""
+        """Return one row per stack and role.
+
+        Columns are ``modules, update_norm, relative_update`` (mean), ``energy, least_rank, most_rank, effective_rank``
+        (mean).
+        """
         cells = self.modules.groupby(["stack", "role"], sort=False, observed=True)
         frame = cells.agg(
             layer=("layer", "min"),
@@ -85,11 +90,11 @@ class Inspection:
         return frame.drop(columns="layer").iloc[order].reset_index(drop=True)
 
     def largest(self, count: int) -> pd.DataFrame:
-        """The modules with the largest updates."""
+        """Return the modules with the largest updates."""
         return self.modules.nlargest(count, "update_norm")
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form; what is unknown is None."""
+        """Return the JSON form; unknown values are None."""
         return {
             "name": self.name,
             "path": str(self.run.path),
@@ -108,14 +113,15 @@ def inspect(run: Run, spectra: bool = False) -> Inspection:
     Parameters
     ----------
     run : Run
+        Run or adapter.
     spectra : bool
-        Also what takes whole matrices apart, and so long: singular values of FourierFT, and of DoRA with its base;
-        intruder dimensions in weights of any size.
+        Also run full SVDs (slow): singular values of FourierFT and of DoRA with its base, intruder dimensions in
+        weights of any size. Default False.
 
     Raises
     ------
     ValueError
-        The run holds no update: it is unfinished, or nothing was recorded.
+        The run has no update: it is unfinished, or no update was recorded.
     """
     modules = _measure_modules(run, spectra)
     facts, own = (
@@ -127,7 +133,7 @@ def inspect(run: Run, spectra: bool = False) -> Inspection:
 
 
 def pool_norms(norms: pd.Series) -> float:
-    """Root of summed squares of what is not NaN; NaN if all are."""
+    """Return the root of the summed squares, ignoring NaN; NaN if all are NaN."""
     known = norms.dropna().to_numpy()
     return root_of_squares(known) if len(known) else np.nan
 
@@ -135,20 +141,22 @@ def pool_norms(norms: pd.Series) -> float:
 def _measure_modules(run: Run, spectra: bool) -> pd.DataFrame:
     frame = run.summary()
     if frame.empty:
-        raise ValueError(f"run {run.id} recorded no update of any module: train with observe=[ls.observe.norms()]")
+        raise ValueError(
+            f"cannot inspect run {run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"
+        )
     _measure_spectra(frame, _singular_values(run, frame["module"], spectra))
     squares = frame["update_norm"] ** 2
     frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
     frame["parameters"] = _parameters(run, frame)
     frame["scale"] = _scales(run, frame["module"])
-    beside = against_base(run, spectra).set_index("module") if isinstance(run, AdapterRun) else pd.DataFrame()
-    for name in BESIDE:
-        frame[name] = frame["module"].map(beside[name]) if name in beside else np.nan
+    compared = compare_with_base(run, spectra).set_index("module") if isinstance(run, AdapterRun) else pd.DataFrame()
+    for name in BASE_COLUMNS:
+        frame[name] = frame["module"].map(compared[name]) if name in compared else np.nan
     return frame[list(_COLUMNS)]
 
 
 def _measure_spectra(frame: pd.DataFrame, sigmas: Mapping[str, np.ndarray]) -> None:
-    """What singular values tell, into the table: ranks that are not there yet, the energy's, and what is dead."""
+    """Add columns from singular values to the table: missing ranks, energy ranks, unused components."""
     missing = set(frame["module"][frame["effective_rank"].isna()]) & sigmas.keys()
     for name, rank in {"stable_rank": stable_rank, "effective_rank": effective_rank}.items():
         frame[name] = frame[name].fillna(frame["module"].map({module: rank(sigmas[module]) for module in missing}))
@@ -161,14 +169,14 @@ def _measure_spectra(frame: pd.DataFrame, sigmas: Mapping[str, np.ndarray]) -> N
 
 
 def _dead_components(sigma: np.ndarray, rank: float) -> float:
-    """How many of the components a rank allows are not used; NaN if it is unknown or a value is not finite."""
+    """Count the unused components within a rank; NaN if it is unknown or a value is not finite."""
     if not np.isfinite(sigma).all():
         return np.nan
     return max(rank - np.count_nonzero(sigma > _DEAD * np.max(sigma, initial=0.0)), 0.0)
 
 
 def _scales(run: Run, modules: pd.Series) -> list[float]:
-    """Factor before the product, or before the transform; NaN for a dense update, which has none."""
+    """Return the scale of each product or transform; NaN for a dense update, which has none."""
     if isinstance(run, AdapterRun):
         return [part.scale for part in run.files.parts.values()]
     updates = run.updates()
@@ -176,7 +184,7 @@ def _scales(run: Run, modules: pd.Series) -> list[float]:
 
 
 def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
-    """Values that an adapter stores of a module, or a run trains: by the rank, where nothing else does."""
+    """Count the values per module that an adapter stores or a run trains, from the rank if not stored."""
     if isinstance(run, AdapterRun):
         return frame["module"].map({module: part.size for module, part in run.files.parts.items()})
     outer, inner = _shapes(run, frame["module"]).T
@@ -190,7 +198,7 @@ def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
 
 
 def _singular_values(run: Run, modules: pd.Series, spectra: bool) -> Mapping[str, np.ndarray]:
-    """Spectra of the factored updates, and of the dense ones that were recorded at the last step."""
+    """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
     if isinstance(run, AdapterRun):
         return run.spectra if spectra or all(part.has_thin_factors for part in run.files.parts.values()) else {}
     found = dict(spectra_by_layer(run))
@@ -203,7 +211,7 @@ def _singular_values(run: Run, modules: pd.Series, spectra: bool) -> Mapping[str
 
 
 def _shapes(run: Run, modules: pd.Series) -> Int[np.ndarray, "n 2"]:
-    """(out, in) of every module; a second name of a tied weight has no row of its own, its update tells."""
+    """Return (out, in) per module, from the update if it is the second name of a tied weight, which has no row."""
     described = run.modules.set_index("module")[["out_features", "in_features"]]
     known = set(described.index)
     return np.array(
@@ -226,12 +234,12 @@ def _run_facts(run: Run, count: int) -> tuple[tuple[str, str], ...]:
 
 
 def _update_findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
-    """What holds for any update: NaN, nothing at all, much in few directions."""
+    """Yield findings for any update: NaN, zero, unused components, concentrated energy."""
     yield from _norm_cautions(run, modules)
     untouched = modules["module"][modules["update_norm"] == 0]
     if 0 < len(untouched) < len(modules):
-        plural, cause = "s" * (len(untouched) > 1), _zero_factor_findings(run, untouched)
-        yield f"{len(untouched)} module{plural} untouched: {first_and_count(untouched)}{cause}"
+        have, cause = "modules have" if len(untouched) > 1 else "module has", _zero_factor_findings(run, untouched)
+        yield f"{len(untouched)} {have} a zero update: {first_and_count(untouched)}{cause}"
     yield from _dead_component_findings(modules)
     yield from _base_findings(modules)
     sound = modules[modules["update_norm"] > 0]
@@ -240,73 +248,72 @@ def _update_findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         narrow = int((known["energy_rank"] <= known["rank"] // 4).sum())
         ranks = sorted(set(known["rank"] // 4))
         bound = f"rank {ranks[0]} or less" if len(ranks) == 1 else "a quarter of their rank"
-        yield f"{narrow or 'none'} of {len(known)} modules hold {100 * _SHARE:.0f} % of their energy in {bound}"
+        yield f"{narrow or 'none'} of {len(known)} modules have {100 * _SHARE:.0f}% of their energy in {bound}"
 
 
 def _norm_cautions(run: Run, modules: pd.DataFrame) -> Iterator[str]:
-    """Norms that are those of a stand-in, or none."""
+    """Yield cautions about norms that depend on the input, are NaN, or are all zero."""
     routed = int((~modules["exact"]).sum())
     if routed:
         gates = gate_description(run)
-        yield f"{routed} of {len(modules)} modules depend on their input: their updates here are at {gates}"
+        yield f"{routed} of {len(modules)} modules depend on their input: their updates are evaluated at {gates}"
     broken = modules["module"][modules["update_norm"].isna()]
     if len(broken):
         yield f"{_count_modules(len(broken), modules)} NaN or infinity: {first_and_count(broken)}"
     if (modules["update_norm"] == 0).all():
-        yield f"all {len(modules)} modules untouched: saved before it was trained?"
+        yield f"all {len(modules)} modules have a zero update: saved before training?"
 
 
 def _dead_component_findings(modules: pd.DataFrame) -> Iterator[str]:
-    """Components that are there and do nothing, in modules that are not untouched altogether."""
+    """Yield a finding about unused components in modules with a nonzero update."""
     worn = modules[(modules["dead"] > 0) & (modules["update_norm"] > 0)]
     if len(worn):
         total = int(worn["dead"].sum())
-        yield (
-            f"{total} component{'s' * (total > 1)} dead (below 1e-6 of the largest): {first_and_count(worn['module'])}"
-        )
+        are = "components are" if total > 1 else "component is"
+        yield f"{total} {are} unused (below 1e-6 of the largest): {first_and_count(worn['module'])}"
 
 
 def _base_findings(modules: pd.DataFrame) -> Iterator[str]:
-    """What the base's weights say."""
+    """Yield findings from the comparison with the base weights."""
     known = modules[modules["intruders"].notna()]
     found = known[known["intruders"] > 0]
     if len(found):
         most = found.sort_values("intruders", ascending=False, kind="stable").iloc[0]
-        told = f"{found['intruders'].sum():.0f} intruder dimensions in {len(found)} of {len(known)} modules"
-        yield f"{told}, most in {most['module']} ({most['intruders']:.0f} of {DIRECTIONS})"
+        total = f"{found['intruders'].sum():.0f} intruder dimensions in {len(found)} of {len(known)} modules"
+        yield f"{total}, most in {most['module']} ({most['intruders']:.0f} of {DIRECTIONS})"
     elif len(known):
-        yield f"no intruder dimension among the {DIRECTIONS} leading ones of {len(known)} modules"
-    turned = modules[modules["neuron_largest"].notna()]
-    if len(turned):
-        most = turned.sort_values("neuron_largest", ascending=False, kind="stable").iloc[0]
-        told = f"neurons turned by 1 - cos = {turned['neuron_median'].median():.2g} (median over modules)"
-        yield f"{told}, at most {most['neuron_largest']:.2g}, in {most['module']}"
-        if rest := len(turned) - len(known):
-            yield f"intruder dimensions of {rest} large modules not looked for: --spectra does, and takes long"
+        yield f"no intruder dimensions among the {DIRECTIONS} leading singular vectors of {len(known)} modules"
+    rotated = modules[modules["neuron_largest"].notna()]
+    if len(rotated):
+        most = rotated.sort_values("neuron_largest", ascending=False, kind="stable").iloc[0]
+        median = f"neuron rotation: 1 - cos = {rotated['neuron_median'].median():.2g} (median over modules)"
+        yield f"{median}, at most {most['neuron_largest']:.2g}, in {most['module']}"
+        if rest := len(rotated) - len(known):
+            yield f"intruder dimensions of {rest} large modules not computed: add --spectra (slow)"
 
 
 def _zero_factor_findings(run: Run, modules: pd.Series) -> str:
-    """Which factor is zero, where it is the same one in all modules."""
+    """Return which factors are zero, if they are the same in all modules."""
     factors = run.factors()
     zero = {
         tuple(name for name, array in factors[module].items() if not np.any(array)) if module in factors else ()
         for module in modules
     }
     names = zero.pop() if len(zero) == 1 else ()
-    return f" ({' and '.join(names)} zero)" if names else ""
+    return f" ({' and '.join(names)} {'are' if len(names) > 1 else 'is'} zero)" if names else ""
 
 
 def _count_modules(count: int, modules: pd.DataFrame) -> str:
-    return f"{count} of {len(modules)} modules hold{'s' * (count == 1)}"
+    return f"{count} of {len(modules)} modules contain{'s' * (count == 1)}"
 
 
 def rows(frame: pd.DataFrame) -> list[dict[Hashable, Any]]:
-    """A table as JSON values; what is unknown is None."""
+    """Convert a table to JSON values; unknown values are None."""
     return json_values(frame.astype(object).where(frame.notna(), None).to_dict("records"))
 
 
 def json_values(value: Any) -> Any:
-    """Numbers, words, dicts and lists with None for what is no number, which JSON has no word for."""
+    """Replace NaN and infinity by None in numbers, dicts and lists, since JSON has neither."""
     match value:
         case float():
             return value if np.isfinite(value) else None
@@ -318,15 +325,15 @@ def json_values(value: Any) -> Any:
 
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_NO_ALPHA = "alpha not kept"
+_NO_ALPHA = "alpha not saved"
 
 
 def adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
-    """The header: its method and size, its base, what it holds."""
+    """Return the header: method and rank, base, size."""
     parts = run.files.parts.values()
     scales = _range([part.scale for part in parts])
     config = run.files.config
-    alpha = f"alpha {config.get('lora_alpha', 8):g}" + (", rank-stabilised" if config.get("use_rslora") else "")
+    alpha = f"alpha {config.get('lora_alpha', 8):g}" + (", rank-stabilized" if config.get("use_rslora") else "")
     size = f"rank {_range([part.rank for part in parts])}, " + (f"scale {scales} ({alpha})" if config else _NO_ALPHA)
     if run.files.kind == "FourierFT":
         size = f"{_range([part.size for part in parts])} coefficients, scale {scales}"
@@ -341,42 +348,42 @@ def adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
 
 
 def adapter_cautions(run: AdapterRun) -> Iterator[str]:
-    """Where |dW| is not quite that of the update."""
+    """Yield cautions if |dW| is not exactly the norm of the update."""
     config = run.files.config
     if not config:
-        yield f"no {CONFIG}, so alpha is not known: |dW| is that of B A, to be multiplied by alpha / r"
+        yield f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r"
     if run.files.kind == "DoRA" and any(part.has_thin_factors for part in run.files.parts.values()):
-        yield "DoRA: |dW| is that of the direction B A alone; --base DIR gives that of the whole"
+        yield "DoRA: |dW| is the norm of B A only; add --base DIR for the whole update"
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(RESIDUAL):
-        yield f"initialised by {start}: unless converted, it adds to a changed base, and |dW| counts that too"
+        yield f"initialized by {start}: unless converted, it requires a modified base, which |dW| includes"
 
 
 def adapter_findings(run: AdapterRun) -> Iterator[str]:
-    """What the files say beside their factors."""
+    """Yield findings about the files: cautions, saved modules, biases, unmatched patterns."""
     config, others = run.files.config, run.files.others
     yield from adapter_cautions(run)
     biases = {name.rpartition(".")[0] for name in others if name.endswith(".bias")}
     whole = {name.removesuffix(".weight").removesuffix(".base_layer") for name in others if not name.endswith(".bias")}
     yield from _saved_whole(run, sorted(whole))
     if biases - whole:
-        yield f"{len(biases - whole)} biases beside the factors, not measured"
+        yield f"{len(biases - whole)} biases in addition to the factors, not measured"
     lacking = [module for module in run.files.parts if run.base is not None and not run.base.has_weight(module)]
     if lacking:
-        yield f"not in the base, tied perhaps: {first_and_count(lacking)}"
+        yield f"not in the base, perhaps tied: {first_and_count(lacking)}"
     for pattern in ("rank_pattern", "alpha_pattern"):
-        # AdaLoRA's ranks are masks by parameter.
+        # AdaLoRA's ranks are masks per parameter.
         if pattern == "rank_pattern" and run.files.kind == "AdaLoRA":
             continue
         idle = Patterns(config.get(pattern) or {}, f"{pattern} of {run.files.path / CONFIG}").unused_keys(
             run.files.parts
         )
         if idle:
-            yield f"{pattern} names no module of this adapter: {first_and_count(idle)}"
+            yield f"{pattern} matches no module of this adapter: {first_and_count(idle)}"
 
 
 def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
-    """Of modules that are stored as they are, such as new heads: how far from the base, where it has them."""
+    """Yield findings about modules saved as full weights, such as new heads, with their distance from the base."""
     base = run.base
     rest = list(modules)
     if base is not None:
@@ -387,14 +394,14 @@ def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
             whole, shape = run.files.whole(module), base.shape(module)
             if whole.shape != shape:
                 sizes = f"{_format_shape(whole.shape)}, in the base {_format_shape(shape)}"
-                yield f"saved in full beside the factors, not measured: {module} is {sizes}"
+                yield f"saved as full weights, not measured: {module} is {sizes}"
                 continue
             change = Pair(base.weight(module, shape), whole)
-            share = f"{100 * change.relative_update():.3g} % of |W|"
-            yield f"saved in full beside the factors: {module}, |dW| {change.update.norm():.3g} ({share})"
+            share = f"{100 * change.relative_update():.3g}% of |W|"
+            yield f"saved as full weights: {module}, |dW| {change.update.norm():.3g} ({share})"
     if rest:
-        without = "without a base" if base is None else "as the base has none"
-        yield f"saved in full beside the factors, not measured {without}: {first_and_count(rest)}"
+        without = "without a base" if base is None else "because they are not in the base"
+        yield f"saved as full weights, not measured {without}: {first_and_count(rest)}"
 
 
 def _format_shape(shape: Sequence[int]) -> str:
@@ -402,7 +409,7 @@ def _format_shape(shape: Sequence[int]) -> str:
 
 
 def first_and_count(names: Any) -> str:
-    """One name, and how many others."""
+    """Return the first name, and the number of the others."""
     listed = [str(name) for name in names]
     return listed[0] if len(listed) == 1 else f"{listed[0]} and {len(listed) - 1} more"
 

@@ -1,4 +1,4 @@
-"""Which neurons turned between two checkpoints: where they are, how far they turned, and what is odd about it."""
+"""Rotation of neurons between two checkpoints: where they are, how far they rotated, and notable findings."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ from lorascope.schema.module_roles import position
 
 TOP = 0.1
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
-SHORT = 1e-8  # norm of a neuron's weights below which their direction is next to none
+SHORT = 1e-8  # norm of a neuron's weights below which their direction is not meaningful
 _CELL = ["module", "stack", "layer", "role"]
 
 
 @dataclass(frozen=True)
 class NeuronInspection:
-    """What ``lorascope inspect`` tells of a whole model beside its base.
+    """Result of ``lorascope inspect`` for a whole model and its base.
 
     Parameters
     ----------
     path, base : Path
+        Folders or files of the model and its base.
     facts : tuple of (str, str)
-        The header: what it is, its base, its size.
+        Header: model, base, size.
     scores : DataFrame
-        ``neuron_scores.neuron_scores``, with ``top``: is the neuron among the tenth that turned most, of all together?
+        ``neuron_scores.neuron_scores``, with ``top``: whether the neuron is in the tenth of all neurons with the
+        largest cosine distance.
     modules : DataFrame
-        ``module, stack, layer, role, neurons, top, share, median, largest, turned, delta_norm``: how many neurons there
-        are and how many of them are in that tenth, the module's share of the tenth, median and largest of 1 - cos, how
-        many turned at all, and |dW|.
+        ``module, stack, layer, role, neurons, top, share, median, largest, turned, delta_norm``: number of neurons,
+        number of them in that tenth, fraction of the tenth, median and maximum of 1 - cos, number of neurons with
+        1 - cos > 0, and |dW|.
     findings : tuple of str
-        A sentence each.
+        One sentence per finding.
     """
 
     path: Path
@@ -52,19 +54,19 @@ class NeuronInspection:
         return self.path.resolve().name
 
     def roles(self) -> pd.DataFrame:
-        """The same numbers for every stack and role."""
+        """Return the same columns per stack and role."""
         return _sum_up_scores(self.scores, ["stack", "role"])
 
     def largest(self, count: int) -> pd.DataFrame:
-        """The neurons that turned most."""
+        """Return the neurons with the largest cosine distance."""
         return self.scores.nlargest(count, "cosine_distance")
 
     def quantiles(self) -> pd.Series:
-        """Quantiles of 1 - cos over all neurons."""
+        """Return quantiles of 1 - cos over all neurons."""
         return self.scores["cosine_distance"].quantile(list(QUANTILES))
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form; what is unknown is None."""
+        """Return the JSON form; unknown values are None."""
         return {
             "name": self.name,
             "path": str(self.path),
@@ -79,12 +81,12 @@ class NeuronInspection:
 
 
 def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
-    """Score all neurons of a checkpoint against its base, and sum them up.
+    """Score all neurons of a checkpoint against its base, and summarize the scores.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``neuron_scores.neuron_scores``.
+        See ``neuron_scores.neuron_scores``.
     """
     models = PretrainedWeights(base), PretrainedWeights(tuned)
     scores = pd.concat(score(*models), ignore_index=True)
@@ -121,32 +123,34 @@ def _sum_up_scores(scores: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 def _checkpoint_facts(
     base: PretrainedWeights, tuned: PretrainedWeights, modules: pd.DataFrame
 ) -> tuple[tuple[str, str], ...]:
-    told = []
+    formats = []
     for model in (tuned, base):
         dtypes = " and ".join(sorted({DTYPES[model.dtype(module)] for module in modules["module"]}))
-        told.append(f"{dtypes}, {len(model.files)} file{'s' * (len(model.files) > 1)}")
+        formats.append(f"{dtypes}, {len(model.files)} file{'s' * (len(model.files) > 1)}")
     layers = modules[["stack", "layer"]].drop_duplicates()
     held = f"{modules['neurons'].sum():,} neurons in {len(modules)} projections of {len(layers)} layers"
     return (
-        (tuned.folder.resolve().name, f"a whole model, {told[0]}"),
-        ("base", f"{base.folder} ({told[1]})"),
+        (tuned.folder.resolve().name, f"a whole model, {formats[0]}"),
+        ("base", f"{base.folder} ({formats[1]})"),
         ("holds", held),
     )
 
 
 def _neuron_findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights) -> Iterator[str]:
-    untouched = modules["delta_norm"] == 0  # not: turned none, as of neurons that are zero, or that grew
+    untouched = (
+        modules["delta_norm"] == 0
+    )  # zero or longer neurons change, too, though their cosine distance is NaN or 0
     still = modules["module"][untouched]
     if len(still) == len(modules):
-        yield "no neuron turned: in their feed-forward parts the two models are the same"
+        yield "no neuron changed: the feed-forward modules of the two models are equal"
         return
     if len(still):
-        yield f"{len(still)} of {len(modules)} projections untouched: {first_and_count(still)}"
+        yield f"{len(still)} of {len(modules)} projections have a zero update: {first_and_count(still)}"
     same = int((scores["delta_norm"] == 0).sum()) - int(modules["neurons"][untouched].sum())
     if same:
         narrow = any(tuned.dtype(module) in ("BF16", "F16") for module in modules["module"])
-        why = " (16 bits round small changes away)" if narrow else ""
-        yield f"{same:,} neurons elsewhere did not change at all{why}"
+        why = " (16-bit weights lose small changes)" if narrow else ""
+        yield f"{same:,} neurons in changed projections did not change{why}"
     absent = scores["cosine_distance"].isna()
     if absent.any():
         where = first_and_count(scores["module"][absent].unique())
@@ -154,5 +158,5 @@ def _neuron_findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: Pretrai
     short = ~absent & (scores["delta_norm"] > 0) & (scores[["norm_original", "norm_tuned"]].min(axis=1) < SHORT)
     if short.any():
         where = first_and_count(scores["module"][short].unique())
-        told = f"changed neurons are shorter than {SHORT:g} before or after, so that their 1 - cos says little"
-        yield f"{short.sum():,} {told}: {where}"
+        problem = f"changed neurons have a norm below {SHORT:g} before or after, so their 1 - cos is not meaningful"
+        yield f"{short.sum():,} {problem}: {where}"

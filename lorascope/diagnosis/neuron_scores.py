@@ -1,6 +1,7 @@
-"""Scores of every neuron between two whole checkpoints on the disk, read tile by tile; no model is built.
+"""Scores of every neuron between two whole checkpoints on disk, read tile by tile; no model is built.
 
-Modules are found by the names of their weights; which way round these are stored their neighbours in the block tell.
+Modules are found by the names of their weights. The shapes of neighboring weights in a block show whether a weight is
+stored transposed.
 
 Source: NeFT (arXiv 2403.11621), equation 1.
 """
@@ -22,36 +23,36 @@ from lorascope.updates.low_rank import neuron_change
 
 
 def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] = FFN) -> pd.DataFrame:
-    """Score every neuron of the feed-forward parts between two checkpoints of one model.
+    """Score every feed-forward neuron between two checkpoints of one model.
 
-    Every weight of both is read once, in tiles: memory is never more than one weight of each.
+    Every weight of both is read once, in tiles. Memory never exceeds one weight of each.
 
     Parameters
     ----------
     original, tuned : path
-        Folders written by ``save_pretrained``, or safetensors files: of any float dtype, in one file or in shards.
+        Folders written by ``save_pretrained``, or safetensors files, of any float dtype, in one file or in shards.
     roles : sequence of {"ffn_in", "ffn_gate", "ffn_out"}
-        Those that the model has of them.
+        Roles to score, if the model has them. Default all.
 
     Returns
     -------
     DataFrame
-        ``module, stack, layer, role, neuron, cosine_distance, norm_original, norm_tuned, delta_norm`` as of
-        ``analysis.neurons.table``, to a relative 1e-5, in the order of the axes.
+        ``module, stack, layer, role, neuron, cosine_distance, norm_original, norm_tuned, delta_norm`` as in
+        ``analysis.neurons.table``, to a relative error of 1e-5, in the order of the axes.
 
     Raises
     ------
     FileNotFoundError
-        A checkpoint, or a shard of it, is not there.
+        A checkpoint, or a shard of it, does not exist.
     ValueError
-        A file is broken, the two are not of one model, or a weight holds NaN or infinity.
+        A file is broken, the two are not of one model, or a weight contains NaN or infinity.
     """
     tables = pd.concat(score(PretrainedWeights(original), PretrainedWeights(tuned), roles), ignore_index=True)
     return tables.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
 
 def is_checkpoint(path: str | Path) -> bool:
-    """Does a whole model lie there, in a safetensors file or a folder of them, and neither a run nor an adapter?"""
+    """Return whether a path is a whole model in safetensors files, and neither a run nor an adapter."""
     path = Path(path).expanduser()
     folder = path.parent if path.is_file() else path
     whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
@@ -59,26 +60,26 @@ def is_checkpoint(path: str | Path) -> bool:
 
 
 def score(original: PretrainedWeights, tuned: PretrainedWeights, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:
-    """The same, part by part of a layer.
+    """Yield the scores, part by part of a layer.
 
     Raises
     ------
     ValueError
-        As ``neuron_scores``.
+        See ``neuron_scores``.
     """
     unknown = sorted(set(roles) - set(FFN))
     if unknown:
-        raise ValueError(f"roles: {unknown[0]!r} has no neurons; {', '.join(FFN)} have")
+        raise ValueError(f"roles must be from {', '.join(map(repr, FFN))}, got {unknown[0]!r}")
     modules = describe_checkpoint(tuned)
     present = [role for role in neurons.neuron_roles(modules) if role in roles]
     if not present:
-        raise ValueError(f"{tuned.folder} holds no feed-forward weights by a known name ({', '.join(roles)})")
+        raise ValueError(f"cannot score {tuned.folder}: no feed-forward weights with a known name ({', '.join(roles)})")
     for part in neurons.parts(modules, present):
         yield _score_part(part, original, tuned)
 
 
 def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
-    """What ``names.describe`` tells of the feed-forward modules of a model, from the headers of its checkpoint."""
+    """Describe feed-forward modules like ``module_table.describe``, from the headers of a checkpoint."""
     rows = []
     for module in model.modules():
         stack, layer, role = parse(module)
@@ -86,33 +87,35 @@ def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
             rows.append((module, stack, layer, role, *model.shape(module, model.transposed), ""))
     columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
     frame = pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"})
-    # A gate needs an input beside it.
+    # A gate without an input next to it is itself the input.
     parent = frame["module"].str.replace(r"\.[^.]*$", "", regex=True)
-    alone = (frame["role"] == "ffn_gate") & ~parent.isin(parent[frame["role"] == "ffn_in"])
-    frame["role"] = frame["role"].mask(alone, "ffn_in")
+    single = (frame["role"] == "ffn_gate") & ~parent.isin(parent[frame["role"] == "ffn_in"])
+    frame["role"] = frame["role"].mask(single, "ffn_in")
     places = frame[["stack", "layer", "role"]].itertuples(index=False)
     order = sorted(frame.index, key=[position(*place) for place in places].__getitem__)
     return frame.iloc[order].reset_index(drop=True)
 
 
 def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:
-    """The table of one part, of two weights that were found to belong together."""
+    """Return the scores of one part, after checking that its two weights belong together."""
     module = part.module
     if not original.has_weight(module):
         raise ValueError(
-            f"{original.folder} holds no weight of {module}, as {tuned.folder} does: "
-            "another model, or a weight that is tied in one of them alone"
+            f"cannot score {module}: {original.folder} has no weight of it, unlike {tuned.folder}. "
+            "They are of different models, or it is tied in only one of them"
         )
     before, after = original.unread(module), tuned.unread(module)
     if before.shape != after.shape:
         raise ValueError(
-            f"{module} has the shape {before.shape} in {original.folder} and {after.shape} in {tuned.folder}: "
-            "they are not of one model"
+            f"cannot score {module}: it has shape {before.shape} in {original.folder} and {after.shape} in "
+            f"{tuned.folder}, so they are not of one model"
         )
     where, axis = (part.where[::-1], 1 - part.axis) if tuned.transposed else (part.where, part.axis)
     dtype = np.float64 if np.float64 in (before.dtype, after.dtype) else np.float32
     change = neuron_change(before[where], after[where], axis, dtype)
     for model, norms in ((original, change.norm_original), (tuned, change.norm_tuned)):
         if broken := int((~np.isfinite(norms)).sum()):
-            raise ValueError(f"{model.folder}: {broken} of {part.count} neurons of {module} hold NaN or infinity")
+            raise ValueError(
+                f"cannot score {model.folder}: {broken} of {part.count} neurons of {module} contain NaN or infinity"
+            )
     return neurons.tabulate(part, change)

@@ -1,4 +1,4 @@
-"""Inspections as text: one screen of 80 columns, whatever the size of the model."""
+"""Inspections as text of 80 columns, on one screen for models of any size."""
 
 from __future__ import annotations
 
@@ -25,33 +25,34 @@ WIDTH = 80
 _LABEL = 15
 _CHART = 32
 _STACKS = {"encoder": "enc ", "decoder": "dec "}
+_LABELS = {"holds": "size"}  # JSON output has the older key
 
 
 @dataclass(frozen=True)
 class Style:
-    """How much a terminal can show.
+    """Characters and colors that a terminal can show.
 
     Parameters
     ----------
     blocks : bool
-        Block characters; digits otherwise.
-    colour : bool
-        ANSI colours.
+        Block characters; otherwise digits.
+    color : bool
+        ANSI colors.
     """
 
     blocks: bool = False
-    colour: bool = False
+    color: bool = False
 
     @classmethod
     def of(cls, stream: Any) -> Style:
-        """What a stream can show: all of it on a terminal, plain ASCII in a file or a pipe."""
+        """Return the style of a stream: blocks and colors on a terminal, plain ASCII in a file or a pipe."""
         terminal = stream.isatty()
         blocks = terminal and (stream.encoding or "").lower().startswith("utf")
         return cls(blocks, terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb")
 
     def paint(self, text: str, code: str) -> str:
-        """Text in an ANSI colour or weight."""
-        return f"\033[{code}m{text}\033[0m" if self.colour and text else text
+        """Return text in an ANSI color or weight."""
+        return f"\033[{code}m{text}\033[0m" if self.color and text else text
 
     @property
     def scale(self) -> str:
@@ -60,11 +61,11 @@ class Style:
 
     @property
     def zero(self) -> str:
-        """The character for no update at all."""
+        """Character for a zero update."""
         return "·" if self.blocks else "."
 
     def glyph(self, value: float | None, largest: float) -> str:
-        """One character for a norm: a blank for None, where nothing is adapted, and ! for NaN and infinity."""
+        """Return one character for a norm: blank for None (nothing is adapted), and ! for NaN and infinity."""
         if value is None:
             return " "
         if not math.isfinite(value):
@@ -75,7 +76,7 @@ class Style:
 
 
 def inspection_screen(inspection: Inspection, style: Style) -> str:
-    """The screen for one adapter or run."""
+    """Format one adapter or run."""
     lines = [*_header(inspection, style), "", *_role_chart(inspection, style), "", *_largest(inspection, style)]
     lines += [
         *_finding_lines(inspection, style),
@@ -85,7 +86,7 @@ def inspection_screen(inspection: Inspection, style: Style) -> str:
 
 
 def modules_screen(inspection: Inspection, style: Style) -> str:
-    """The screen of ``inspection_screen`` with a line for every module in place of the chart."""
+    """Format one adapter or run, with one line per module instead of the chart."""
     based = bool(inspection.modules["relative_update"].notna().any())
     columns = _EVERY_BASED if based else _EVERY
     width = WIDTH - len(columns) - 1
@@ -99,19 +100,19 @@ def modules_screen(inspection: Inspection, style: Style) -> str:
 
 
 def _shared_prefix(names: pd.Series, width: int) -> str:
-    """What all names begin with, where they are too long to be shown whole: cut in the middle they lack their layer."""
+    """Return the common prefix of names that are too long; cut in the middle, they would lose their layer."""
     if len(names) == 1 or names.str.len().max() <= width:
         return ""
     columns = zip(*(name.split(".") for name in names), strict=False)
     return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
-_EVERY = "   |dW|  energy rank    eff stable 90 % dead"
+_EVERY = "   |dW|  energy rank    eff stable  90% dead"
 _EVERY_BASED = "   |dW|    dW/W rank    eff dead intr   1-cos"
 
 
 def _module_cells(row: dict[Any, Any], based: bool) -> str:
-    """What stands below ``_EVERY``, or with a base below ``_EVERY_BASED``."""
+    """Format the cells below ``_EVERY``, or with a base below ``_EVERY_BASED``."""
     share = _format_percent(row["relative_update" if based else "energy"])
     start = f"{norm(row['update_norm']):>7} {share:>7} {span(row['rank'], row['rank']):>4}"
     start += f" {_format_number(row['effective_rank']):>6}"
@@ -122,12 +123,12 @@ def _module_cells(row: dict[Any, Any], based: bool) -> str:
 
 
 def neurons_screen(inspection: NeuronInspection, style: Style) -> str:
-    """The screen for a whole model beside its base: which of its neurons turned."""
+    """Format a whole model and its base: the rotation of its neurons."""
     lines = [*_header(inspection, style), "", *_neuron_chart(inspection, style), ""]
-    told = inspection.quantiles()
-    spread = "  ".join(f"{f'{share:.0%}'.replace('%', ' %')} {norm(value)}" for share, value in told.items())
+    quantiles = inspection.quantiles()
+    spread = "  ".join(f"{share:.0%} {norm(value)}" for share, value in quantiles.items())
     lines.append(_fact_line("1 - cos", spread, style))
-    lines += [*_most_turned(inspection, style), *_finding_lines(inspection, style)]
+    lines += [*_most_rotated(inspection, style), *_finding_lines(inspection, style)]
     names = (str(inspection.path), str(inspection.base)), ("MODEL", "DIR")
     commands = [f"lorascope inspect {_quote_word(a)} --base {_quote_word(b)} --csv > neurons.csv" for a, b in names]
     command = next(command for command in commands if len(command) <= WIDTH - _LABEL or command is commands[-1])
@@ -136,7 +137,7 @@ def neurons_screen(inspection: NeuronInspection, style: Style) -> str:
 
 
 def projections_screen(inspection: NeuronInspection, style: Style) -> str:
-    """The same with a line for every projection in place of the chart."""
+    """Format a whole model and its base, with one line per projection instead of the chart."""
     width = WIDTH - len(_NEURON_HEAD) - 10
     lines = [*_header(inspection, style), "", style.paint(f"{'projection':<{width}} {'role':<8} {_NEURON_HEAD}", "1")]
     for row in inspection.modules.to_dict("records"):
@@ -145,7 +146,7 @@ def projections_screen(inspection: NeuronInspection, style: Style) -> str:
 
 
 def elide(text: str, width: int) -> str:
-    """Printable text cut in its middle to a width; the end of a module's name says more than its beginning."""
+    """Cut printable text in its middle to a width, since the end of a module's name is more specific."""
     text = printable(text)
     if len(text) <= width:
         return text
@@ -157,7 +158,9 @@ def elide(text: str, width: int) -> str:
 
 def _header(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for number, (key, text) in enumerate(inspection.facts):
-        yield _fact_line(elide(key, _LABEL - 1), elide(text, WIDTH - _LABEL), style, strong=number == 0)
+        yield _fact_line(
+            elide(_LABELS.get(key, key), _LABEL - 1), elide(text, WIDTH - _LABEL), style, strong=number == 0
+        )
 
 
 def _fact_line(key: str, text: str, style: Style, strong: bool = False) -> str:
@@ -166,7 +169,7 @@ def _fact_line(key: str, text: str, style: Style, strong: bool = False) -> str:
 
 
 def _role_chart(inspection: Inspection, style: Style) -> Iterator[str]:
-    """A row for each role: pooled |dW| along the layers, then its numbers."""
+    """Yield one row per role: |dW| along the layers, then its numbers."""
     modules, roles = inspection.modules, inspection.roles().to_dict("records")
     inside = modules[modules["layer"].notna()]
     depth = int(inside["layer"].max()) + 1 if len(inside) else 0
@@ -184,27 +187,27 @@ def _role_chart(inspection: Inspection, style: Style) -> Iterator[str]:
         label = elide(f"{stacks.get(row['stack'], '')}{row['role']}", _LABEL - 1)
         yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {norm(row['update_norm']):>7} {share:>7} {ranks}"
     if largest:
-        bins = f", a column is {step} layers (their RMS)" if step > 1 else ""
-        yield f"{'':<{_LABEL}}{style.scale[-1]} is {norm(largest)} a layer, {style.zero} is zero{bins}"
+        bins = f", {step} layers per column (RMS)" if step > 1 else ""
+        yield f"{'':<{_LABEL}}{style.scale[-1]} is {norm(largest)} per layer, {style.zero} is zero{bins}"
 
 
 def _neuron_chart(inspection: NeuronInspection, style: Style) -> Iterator[str]:
-    """A row for each role: the part of every layer's neurons that is among those that turned most, then numbers."""
+    """Yield one row per role: the fraction of each layer's neurons in the top tenth, then its numbers."""
     modules, roles = inspection.modules, inspection.roles().to_dict("records")
     depth = int(modules["layer"].max()) + 1
     step, repeat = _layer_columns(depth)
     cells = [_share_profile(modules, row["stack"], row["role"], depth, step) for row in roles]
     largest = _largest_finite(cells)
     stacks = _STACKS if modules["stack"].nunique() > 1 else {}
-    yield style.paint(f"{'in top 10 %':<{_LABEL}}{_layer_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
+    yield style.paint(f"{'in top 10%':<{_LABEL}}{_layer_axis(depth, step, repeat):<{_CHART}} {_NEURON_HEAD}", "1")
     for row, cell in zip(roles, cells, strict=True):
         drawn = "".join(style.glyph(value, largest) * repeat for value in cell)
         label = elide(f"{stacks.get(row['stack'], '')}{row['role']}", _LABEL - 1)
         yield f"{label:<{_LABEL}}{drawn:<{_CHART}} {_neuron_numbers(row)}"
     if largest:
-        bins = f", a column is {step} layers" if step > 1 else ""
+        bins = f", {step} layers per column" if step > 1 else ""
         most = _format_percent(largest)
-        yield f"{'':<{_LABEL}}{style.scale[-1]} is {most} of a layer's neurons, {style.zero} is none{bins}"
+        yield f"{'':<{_LABEL}}{style.scale[-1]} is {most} of a layer's neurons, {style.zero} is zero{bins}"
 
 
 _NEURON_HEAD = f"{'share':>7} {'median':>7} {'largest':>7} {'|dW|':>7}"
@@ -216,14 +219,14 @@ def _neuron_numbers(row: dict[Any, Any]) -> str:
 
 
 def _share_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
-    """Part of the neurons of a layer, or of a bin of layers, that is in the top; None where there are none."""
+    """Return the fraction of neurons in the top tenth per layer or bin of layers; None if there are none."""
     chosen = modules[(modules["stack"] == stack) & (modules["role"] == role)]
     counts = chosen.groupby(chosen["layer"] // step)[["top", "neurons"]].sum()
     parts = (counts["top"] / counts["neurons"]).to_dict()
     return [parts.get(column) for column in range(math.ceil(depth / step))]
 
 
-def _most_turned(inspection: NeuronInspection, style: Style) -> Iterator[str]:
+def _most_rotated(inspection: NeuronInspection, style: Style) -> Iterator[str]:
     for number, row in enumerate(inspection.largest(3).to_dict("records")):
         place = f"  neuron {row['neuron']}"
         distance = f"{norm(row['cosine_distance']):<8} "
@@ -232,18 +235,18 @@ def _most_turned(inspection: NeuronInspection, style: Style) -> Iterator[str]:
 
 
 def _largest_finite(cells: list[list[float | None]]) -> float:
-    """Largest finite value in the cells of a chart; 0 without any."""
+    """Return the largest finite value in the cells of a chart, or 0."""
     return max((value for cell in cells for value in cell if value and math.isfinite(value)), default=0.0)
 
 
 def _layer_columns(depth: int) -> tuple[int, int]:
-    """Layers in one column, and characters of one column."""
+    """Return the layers per column, and the characters per column."""
     step = max(1, math.ceil(depth / _CHART))
     return step, max(1, min(3, _CHART // depth)) if depth else 1
 
 
 def _norm_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step: int) -> list[float | None]:
-    """Pooled |dW| of each layer, or the root mean square over a bin of layers; None where nothing is adapted."""
+    """Return |dW| per layer, or the root mean square over a bin of layers; None if nothing is adapted."""
     chosen = modules[(modules["stack"] == stack) & (modules["role"] == role)]
     squares = (chosen["update_norm"] ** 2).groupby(chosen["layer"]).sum(skipna=False)
     values = squares.groupby(squares.index // step).mean(skipna=False).to_dict()
@@ -252,7 +255,7 @@ def _norm_profile(modules: pd.DataFrame, stack: str, role: str, depth: int, step
 
 
 def _layer_axis(depth: int, step: int, repeat: int) -> str:
-    """Numbers of the layers above their columns, the last one where there is room."""
+    """Return the layer numbers above their columns, with the last one if there is room."""
     bins = math.ceil(depth / step)
     line = ""
     for column in range(0, bins, {1: 8, 2: 2, 3: 1}[repeat]):
@@ -273,14 +276,14 @@ def _largest(inspection: Inspection, style: Style) -> Iterator[str]:
 
 def _finding_lines(inspection: Inspection | NeuronInspection, style: Style) -> Iterator[str]:
     for finding in inspection.findings:
-        colour = colour_of(finding)
+        color = color_of(finding)
         for number, text in enumerate(textwrap.wrap(printable(finding), WIDTH - _LABEL, subsequent_indent="  ")):
             key = "findings" if number == 0 and finding is inspection.findings[0] else ""
-            yield _fact_line(key, style.paint(text, colour), style)
+            yield _fact_line(key, style.paint(text, color), style)
 
 
-def colour_of(finding: str) -> str:
-    """Red for what is broken, yellow for the rest."""
+def color_of(finding: str) -> str:
+    """Return the ANSI color of a finding: red for NaN, yellow for others."""
     return "31" if "NaN" in finding else "33"
 
 
@@ -295,7 +298,7 @@ def _next_command(inspection: Inspection) -> str:
 
 
 def _shorten_folder(folder: Any) -> str:
-    """A folder as the shell takes it, from here or from the root, whichever is shorter."""
+    """Return a folder for the shell, relative or absolute, whichever is shorter."""
     return _quote_word(min(str(folder), os.path.relpath(folder, Path.cwd()), key=len))
 
 
@@ -310,7 +313,7 @@ def span(low: Any, high: Any) -> str:
 
 
 def norm(value: float) -> str:
-    """Three digits in at most seven characters."""
+    """Format a norm with three digits in at most seven characters."""
     if math.isnan(value):
         return "NaN"
     if 1000 <= value < 1e6:
@@ -321,7 +324,7 @@ def norm(value: float) -> str:
 def _format_percent(share: float) -> str:
     if math.isnan(share):
         return "-"
-    return f"{100 * share:.{1 if share < 10 else 0}f} %" if share < 1000 else f"{100 * share:.0e} %"
+    return f"{100 * share:.{1 if share < 10 else 0}f}%" if share < 1000 else f"{100 * share:.0e}%"
 
 
 def _format_number(value: float) -> str:
@@ -338,7 +341,7 @@ _HALF = WIDTH // 2
 
 
 def comparison_screen(comparison: Comparison, style: Style) -> str:
-    """The screen for several adapters or runs, a letter each."""
+    """Format a comparison of several adapters or runs, with one letter each."""
     lines = [*_list_inspections(comparison, style), ""]
     blocks = [list(_block(comparison, *question, style)) for question in _QUESTIONS]
     if 2 + _CELL * len(comparison.inspections) < _HALF:
@@ -347,9 +350,9 @@ def comparison_screen(comparison: Comparison, style: Style) -> str:
     else:
         for block in blocks:
             lines += [*block, ""]
-    told = list(_caution_lines(comparison, style))
+    cautions = list(_caution_lines(comparison, style))
     return "\n".join(
-        line.rstrip() for line in [*lines, *_explain_comparison(comparison), *([""] if told else []), *told]
+        line.rstrip() for line in [*lines, *_explain_comparison(comparison), *([""] if cautions else []), *cautions]
     )
 
 
@@ -367,7 +370,7 @@ def _list_inspections(comparison: Comparison, style: Style) -> Iterator[str]:
 def _block(
     comparison: Comparison, title: str, column: str, format_cell: Callable[[float], str], style: Style
 ) -> Iterator[str]:
-    """A matrix: its title above, a letter for each row and column."""
+    """Yield a matrix: its title, then one letter per row and column."""
     letters = _letters(comparison)
     cells = comparison.matrix.pivot(index="one", columns="other", values=column)
     yield style.paint(title, "1")
@@ -378,36 +381,36 @@ def _block(
 
 
 def _format_ratio(value: float) -> str:
-    """A ratio in five characters."""
+    """Format a ratio in at most five characters."""
     return f"{value:.3g}" if 0.1 <= value < 1000 or value == 0 else f"{value:.0e}"
 
 
 _QUESTIONS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("|dW|, row over column", "norm_ratio", _format_ratio),
     ("cosine of dW", "cosine", lambda value: f"{round(value, 2) + 0.0:.2f}"),
-    ("angle of directions, degrees", "angle", lambda value: f"{value:.0f}"),
-    ("ranks elsewhere, %", "rank_moved", lambda value: f"{100 * value:.0f}"),
+    ("angle of subspaces, degrees", "angle", lambda value: f"{value:.0f}"),
+    ("rank in other modules, %", "rank_moved", lambda value: f"{100 * value:.0f}"),
 )
 
 
 def _explain_comparison(comparison: Comparison) -> Iterator[str]:
     chance = comparison.matrix["chance"].dropna()
-    yield "cosine     of the whole updates as one vector; 0 where modules are not shared"
+    yield "cosine     of all updates as one vector; modules that are not shared count as 0"
     if len(chance):
         low, high = f"{chance.min():.0f}", f"{chance.max():.0f}"
-        by_chance = low if low == high else f"{low} to {high}"
-        yield f"angle      mean over {DIRECTIONS} leading directions of shared modules; by chance {by_chance}"
-    yield "elsewhere  ranks that would have to move to other modules to be allotted alike"
+        level = low if low == high else f"{low} to {high}"
+        yield f"angle      mean over shared modules, {DIRECTIONS} leading dimensions; random: {level}"
+    yield "rank       fraction to move to other modules for the same allocation"
     if len(comparison.inspections) > _MOST:
-        yield f"the first {_MOST} columns; --csv and --json have all"
+        yield f"only the first {_MOST} columns are shown; use --csv or --json for all"
 
 
 def _caution_lines(comparison: Comparison, style: Style) -> Iterator[str]:
-    """What of an adapter or run changes how its numbers are read, by its letter."""
+    """Yield the cautions about each adapter or run, with its letter."""
     for letter, item in zip(_letters(comparison), comparison.inspections, strict=True):
         for caution in item.cautions:
             for line in textwrap.wrap(printable(caution), WIDTH, initial_indent=f"{letter} ", subsequent_indent="    "):
-                yield style.paint(line, colour_of(caution))
+                yield style.paint(line, color_of(caution))
 
 
 def _letters(comparison: Comparison) -> list[str]:
@@ -415,6 +418,6 @@ def _letters(comparison: Comparison) -> list[str]:
 
 
 def _pad_lines(lines: list[str], width: int, style: Style) -> Iterator[str]:
-    """Lines filled up to a width; colour takes none."""
+    """Pad lines to a width; color codes have no width."""
     for line in lines:
         yield line + " " * (width - len(line) + (len(line) - len(line.replace("\033[1m", "").replace("\033[0m", ""))))

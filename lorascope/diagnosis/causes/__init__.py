@@ -1,8 +1,8 @@
-"""Causes why an adapter or a run is not what was meant: one small function each, from tables to findings.
+"""Checks for reasons why an adapter or a run is not as intended: one small function each, from tables to findings.
 
-A cause is told by evidence alone, a number beside the threshold that it crosses; every threshold stands at the head
-of its file, with the reason for it. What was a choice rather than a mistake cannot be read off a folder, so where both
-give the same numbers nothing is said.
+A check relies only on evidence, a number compared with a threshold. The thresholds are at the top of each file, with
+their reasons. A folder does not show whether a choice was intended, so a check reports nothing if a mistake and a
+choice give the same numbers.
 """
 
 from __future__ import annotations

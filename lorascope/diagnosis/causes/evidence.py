@@ -1,4 +1,4 @@
-"""What a cause looks at, and what it says."""
+"""Input and result of a diagnostic check: ``Case`` and ``Finding``."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lorascope.schema.deprecation import accept_old_fields, formerly
 @accept_old_fields
 @dataclass(frozen=True)
 class Finding:
-    """A cause that was found.
+    """A finding of a check.
 
     Parameters
     ----------
     cause : str
-        Its name, one of ``CAUSES``.
+        Name of the cause, one of those in ``CAUSES``.
     message : str
-        What is wrong, with its numbers.
+        The problem, with its numbers.
     evidence : dict
-        The numbers by name, thresholds among them.
+        Numbers by name, including thresholds.
     fix : str
-        What to do.
+        Suggested fix.
     """
 
     cause: str
@@ -36,22 +36,22 @@ class Finding:
 
 @dataclass(frozen=True)
 class Case:
-    """What the causes look at.
+    """Input of the checks.
 
     Parameters
     ----------
     modules : DataFrame
-        A row for every module that trains or carries an adapter: ``module, stack, layer, role, rank, adapted, scale,
-        update_norm, moved, weight_norm, relative_update, effective_rank, used, empty``. ``moved`` is the norm of what
-        training changed, ``used`` counts the components that are not zero, ``empty`` says that all factors are.
+        One row per module that trains or has an adapter: ``module, stack, layer, role, rank, adapted, scale,
+        update_norm, moved, weight_norm, relative_update, effective_rank, used, empty``. ``moved`` is the norm of the
+        learned update, ``used`` the number of nonzero components, and ``empty`` whether all factors are zero.
     losses : Series
         Training loss by step.
     meta : mapping
-        ``run.json``, or what stands for it; ``meta["method"]`` holds an adapter's configuration.
+        ``run.json`` or its equivalent; ``meta["method"]`` is the configuration of an adapter.
     history : bool
-        Was the training itself recorded?
+        Whether the training itself was recorded.
     weights, base : bool
-        Are norms of the weights known, and is it known which weights the base has?
+        Whether norms of the weights are known, and whether it is known which weights the base has.
     tied : tuple of (str, str)
         Pairs of adapted modules that are one weight of the base.
     """
@@ -71,13 +71,13 @@ class Case:
 
     @property
     def unchanged_adapters(self) -> pd.DataFrame:
-        """Adapters that say nothing though their scale and one of their factors would let them."""
+        """Adapters with a zero update, although their scale and one of their factors are not zero."""
         adapted = self.adapted
         return adapted[(adapted["update_norm"] == 0) & (adapted["scale"] != 0) & ~adapted["empty"]]
 
     @property
     def is_adalora(self) -> bool:
-        """Is it AdaLoRA's, ours or PEFT's?"""
+        """Whether the adapter is AdaLoRA, of lorascope or PEFT."""
         return "adalora" in (self.meta["method"].get("name"), str(self.meta["method"].get("kind")).lower())
 
 
@@ -86,17 +86,18 @@ Found = Iterator[Finding]
 
 @dataclass(frozen=True)
 class Cause:
-    """A cause in the register.
+    """A registered check.
 
     Parameters
     ----------
     names : tuple of str
-        What its findings are called.
+        Names of its findings.
     find : callable
+        Function from a ``Case`` to findings.
     needs : {"factors", "weights", "base", "history"}
-        Without which it cannot be looked for.
+        Evidence that the check requires.
     suppresses : tuple of str
-        Findings that only follow from it, and are left out beside it.
+        Findings that only follow from this one, and are omitted.
     """
 
     names: tuple[str, ...]
@@ -106,5 +107,5 @@ class Cause:
 
 
 def count_phrase(some_of: Any, modules: Any) -> str:
-    """So many of so many modules have."""
+    """Return "n of m modules have"."""
     return f"{len(some_of)} of {len(modules)} modules ha{'s' if len(some_of) == 1 else 've'}"

@@ -155,7 +155,7 @@ def test_wrong_base_task_or_method_raises(lora: Run, bert: str, task: Any, tmp_p
 
     folder = to_peft(lora, tmp_path / "adapter")
     three = ls.tasks.from_frame(task.table.assign(label=[f"class {n % 3}" for n in range(300)])[["text", "label"]], "3")
-    with pytest.raises(ValueError, match=r"classifier\.\w+ has shape .* labels of the adapter"):
+    with pytest.raises(ValueError, match=r"cannot load classifier\.\w+: it has shape .* labels of the adapter"):
         component_importance.component_importance(ls.load(folder), bert, three)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     headless = ls.load(folder)
@@ -209,7 +209,10 @@ def test_export_by_ablation_of_dora_biases_or_resized_head_raises(
     wanted = {
         "dora": ({"use_dora": True}, "cannot measure components of dora: it is DoRA"),
         "bias": ({"lora_bias": True}, "components of bias: model.layers.0.self_attn.q_proj.lora_B.bias (lora_bias)"),
-        "more": ({"modules_to_save": ["lm_head"]}, "lm_head.weight has shape (67, 32) in more and (64, 32) in "),
+        "more": (
+            {"modules_to_save": ["lm_head"]},
+            "cannot load lm_head.weight: it has shape (67, 32) in more and (64, 32) in ",
+        ),
     }
     for name, (options, line) in wanted.items():
         save(tmp_path / name, target_modules=["q_proj"], **options)

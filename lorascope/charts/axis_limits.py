@@ -35,6 +35,7 @@ def _axis_ends(panel: Panel, letter: str, panels: Sequence[Panel], reaches: Sequ
     """Return the limits of one axis of one panel."""
     scale: Scale = getattr(panel, letter)
     if scale.categories is not None:
+        # An axis without categories still needs a length.
         last = max(len(scale.categories), 1) - 0.5
         return (-0.5, last) if letter == "x" else (last, -0.5)
     kin = [
@@ -59,6 +60,7 @@ def _pad_ends(reach: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limit
         return (1.0, 10.0) if log else (0.0, 1.0)
     low, high = float(numbers.min()), float(numbers.max())
     if log:
+        # At most a factor of 1000, even if the values are hundreds of decades apart.
         pad = min(high**PAD / low**PAD, 1e3) if high > low else 2.0
         return max(low / pad, np.finfo(float).tiny), high * pad
     pad = PAD * ((high - low) or abs(high) or 1.0)

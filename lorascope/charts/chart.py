@@ -155,9 +155,8 @@ class Chart(Drawable):
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "data", self.data.copy(deep=False)
-        )  # copy on write: later edits do not change the chart
+        # The class is frozen. With copy on write, later edits of the table do not change the chart.
+        object.__setattr__(self, "data", self.data.copy(deep=False))
         object.__setattr__(self, "marks", tuple(self.marks))
         object.__setattr__(self, "colors", None if self.colors is None else tuple(self.colors))
         if self.frame is not None:

@@ -55,7 +55,7 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Plan:
-    """A figure ready to be drawn; ``heats`` maps the index of a view to that of its color bar in ``ramps``."""
+    """A figure ready to be drawn; ``heats`` maps the index of a view to its color bar in ``ramps``."""
 
     views: list[View]
     rows: list[list[int]]
@@ -159,6 +159,7 @@ def _heats(charts: Sequence[Chart]) -> tuple[dict[int, int], list[Ramp]]:
     for view, chart in enumerate(charts):
         for mark in chart.marks:
             if isinstance(mark, Heat):
+                # Heat maps without a label may show different quantities, so each gets its own color bar.
                 same = (mark.label,) if mark.label else (view, "")
                 alike.setdefault((*same, mark.scale, mark.log, tuple(mark.limits or ())), []).append(
                     (view, chart, mark)
@@ -178,6 +179,7 @@ def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
         return float(mark.limits[0]), float(mark.limits[1])
     numbers = numbers[numbers > 0] if mark.log else numbers[np.isfinite(numbers)]
     if mark.scale == "diverging":
+        # Equal distances from zero keep zero at the neutral color.
         far = float(np.abs(numbers).max(initial=0.0)) or 1.0
         return -far, far
     if not numbers.size:

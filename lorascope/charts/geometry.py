@@ -150,6 +150,7 @@ class Panel:
             yield rows, {}
             return
         orders = {column: self.order(mark, column) for column in columns}
+        # The whole table determines the combinations, so that every frame has the same shapes.
         combinations = self.chart.table(mark)[columns].drop_duplicates().itertuples(index=False, name=None)
         keys = [dict(zip(columns, values, strict=True)) for values in combinations]
         for key in sorted(keys, key=lambda key: [orders[column].index(value) for column, value in key.items()]):
@@ -206,6 +207,7 @@ def _build_dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
         share = None
         if mark.size is not None:
             whole = panel.chart.table(mark)
+            # The largest frame determines the sizes, so that dots do not change size between frames.
             most = len(whole) if panel.chart.frame not in whole else whole[panel.chart.frame].value_counts().max()
             largest = np.nanmax(to_floats(whole[mark.size]), initial=0.0) or 1.0
             share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / most)
@@ -221,8 +223,10 @@ def _build_bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
     whole = panel.chart.table(mark)
     room = CLUSTER * _pitch(across, whole[column])
     groups = list(panel.split(mark, frame, "color"))
-    alone = mark.mode == "stack" or mark.color in (None, column)
-    width = room if alone else room / max(len(groups), 1)
+    # Bars that are colored by their own position do not share it with others.
+    whole_slot = mark.mode == "stack" or mark.color in (None, column)
+    width = room if whole_slot else room / max(len(groups), 1)
+    # Positive and negative pieces of a stack start at zero separately.
     reached: dict[tuple[float, bool], float] = {}
     for slot, (rows, key) in enumerate(groups):
         place, length = across.place(rows[column]), along.place(rows[value])
@@ -231,7 +235,7 @@ def _build_bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
             for index, (spot, piece) in enumerate(zip(place, np.nan_to_num(length), strict=True)):
                 base[index] = reached.get((spot, piece < 0), 0.0)
                 reached[spot, piece < 0] = base[index] + piece
-        offset = 0.0 if alone else (slot - (len(groups) - 1) / 2) * width
+        offset = 0.0 if whole_slot else (slot - (len(groups) - 1) / 2) * width
         low, high = (None if end is None else base + end for end in panel.ends(mark, rows))
         color = panel.color(mark, key)
         yield Bars(place + offset, base, base + length, width, color, low, high, panel.chart.is_lying, group(key))

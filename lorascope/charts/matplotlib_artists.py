@@ -33,6 +33,7 @@ def draw(ax: Axes, plan: Plan, number: int, frame: Any = None) -> None:
     """Draw one frame of one view with its axes; call :func:`names` and :func:`numbers` once the size is known."""
     view = plan.views[number]
     for layer, shape in enumerate(view.panel.shapes(frame)):
+        # Above the grid, and in the order of the marks.
         _DRAWERS[type(shape)](ax, shape, plan, number, 2 + layer / 1000)
     for axis, scale, ends, letter in ((ax.xaxis, view.panel.x, view.x, "x"), (ax.yaxis, view.panel.y, view.y, "y")):
         getattr(ax, f"set_{letter}label")(escape_dollar(scale.axis.label))
@@ -123,6 +124,7 @@ def _thin_ticks(axis: Any, room: float) -> None:
     for subs in BETWEEN:
         locator = LogLocator(subs=subs)
         ticks = [tick for tick in locator.tick_values(np.exp(low), np.exp(high)) if low <= np.log(tick) <= high]
+        # Fewer ticks would be no scale: the previous, denser ones stay.
         if len(ticks) < 2:
             return
         axis.set_major_locator(locator)

@@ -126,16 +126,20 @@ def style(look: Theme) -> Any:
         "lines.linewidth": 1.2,
         "hatch.linewidth": 0.5,
         "legend.frameon": False,
+        # Embed TrueType fonts, since many journals reject type 3.
         "pdf.fonttype": 42,
         "savefig.dpi": 300,
+        # With fixed ids, equal figures give equal bytes.
         "svg.hashsalt": "lorascope",
     }
+    # Reset first, so that the caller's settings have no effect.
     return matplotlib.style.context(settings, after_reset=True)
 
 
 def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
     """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
     if not settled.frames:
+        # A common multiple lets rows with different numbers of panels share one grid.
         columns = math.lcm(*(len(row) for row in settled.rows))
         return [
             Place(view, None, number, column * columns // len(row), (column + 1) * columns // len(row))
@@ -171,6 +175,7 @@ def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
         for row in range(places[-1].row + 1)
     ]
     made = Figure(figsize=(width, sum(heights)))
+    # The canvas is necessary to measure text.
     renderer = FigureCanvasAgg(made).get_renderer()
     grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
     axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}

@@ -36,6 +36,7 @@ def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
 def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
     """Draw a planned figure for a screen ``width`` pixels wide."""
     made = ground(settled, width)
+    # Indices of the traces that the slider replaces.
     moving: list[int] = []
     for number, view in enumerate(settled.views):
         start = len(made.data)

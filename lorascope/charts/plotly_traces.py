@@ -160,6 +160,7 @@ def _trace_bars(shape: Bars, plan: Plan, number: int) -> Iterator[Any]:
         x=x,
         y=y,
         orientation="h" if shape.lying else "v",
+        # A logarithmic axis has no zero to start from.
         base=None if along.log else shape.base,
         width=shape.width,
         marker={"color": shape.color, "line": {"width": 0}},

@@ -69,6 +69,7 @@ def provenance(drawable: Drawable) -> str:
     digest = hashlib.sha256()
     for chart in charts:
         for _, table in chart.tables():
+            # Text from file names may contain lone surrogates, which UTF-8 cannot encode.
             digest.update(table.to_csv(index=False).encode(errors="surrogatepass"))
     metas = [dict(chart.meta) for chart in charts]
     meta = metas[0] if all(meta == metas[0] for meta in metas) else {"panels": metas}
@@ -94,6 +95,7 @@ def _write_figure(drawable: Drawable, path: Path, width: str | None, theme: str 
     kind = path.suffix.lower().removeprefix(".")
     source, title = provenance(drawable), _chart_title(drawable)
     program = f"lorascope {__version__}"
+    # No dates, so that equal figures give equal bytes.
     notes: dict[str, dict[str, Any]] = {
         "pdf": {"Title": title, "Creator": program, "Keywords": source, "CreationDate": None},
         "svg": {"Title": title, "Creator": program, "Description": source, "Date": None},

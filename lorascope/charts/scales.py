@@ -50,6 +50,7 @@ class Scale:
         if self.categories is None:
             numbers = to_floats(values)
             return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
+        # A number between numeric categories has a position, for example that of a rule at step 15.
         if is_number(values) and is_number(pd.Series(self.categories)):
             return _interpolate_places(to_floats(values), np.asarray(self.categories, dtype=float))
         places = {category: place for place, category in enumerate(self.categories)}
@@ -120,6 +121,7 @@ def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]
     longest = max(lengths[index] for index in numbers)
     step = next((step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if step >= longest), 1000)
     kept: list[int] = []
+    # Words come first, and numbers fill the gaps.
     for index in words + numbers[::step]:
         if all(abs(index - other) >= (lengths[index] + lengths[other]) / 2 for other in kept):
             kept.append(index)

@@ -42,6 +42,7 @@ def diagnose(run: Run) -> list[Finding]:
 def findings(case: Case) -> list[Finding]:
     """Return the findings of all checks, without those that only follow from another finding."""
     found = {cause: list(cause.find(case)) for cause in CAUSES}
+    # A finding may explain others: NaN weights, for example, also make the loss diverge.
     follows = {name for cause, own in found.items() if own for name in cause.suppresses}
     return [finding for own in found.values() for finding in own if finding.cause not in follows]
 

@@ -85,6 +85,7 @@ class Inspection:
             most_rank=("rank", "max"),
             effective_rank=("effective_rank", "mean"),
         ).reset_index()
+        # All layers count as the first one: only stack and role determine the order.
         places = zip(frame["stack"], frame["layer"].clip(upper=0), frame["role"], strict=True)
         order = sorted(range(len(frame)), key=dict(enumerate(position(*place) for place in places)).__getitem__)
         return frame.drop(columns="layer").iloc[order].reset_index(drop=True)
@@ -146,6 +147,7 @@ def _measure_modules(run: Run, spectra: bool) -> pd.DataFrame:
         )
     _measure_spectra(frame, _singular_values(run, frame["module"], spectra))
     squares = frame["update_norm"] ** 2
+    # Zero updates have no energy to divide by.
     frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
     frame["parameters"] = _parameters(run, frame)
     frame["scale"] = _scales(run, frame["module"])

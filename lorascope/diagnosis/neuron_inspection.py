@@ -1,4 +1,4 @@
-"""Rotation of neurons between two checkpoints: where they are, how far they rotated, and notable findings."""
+"""Rotation of neurons between two checkpoints: locations, angles and notable findings."""
 
 from __future__ import annotations
 
@@ -92,6 +92,7 @@ def inspect_neurons(tuned: str | Path, base: str | Path) -> NeuronInspection:
     scores = pd.concat(score(*models), ignore_index=True)
     scores = scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
     turned = scores["cosine_distance"] > 0
+    # Ties are ordered by position, so that the top tenth has a fixed size.
     place = scores["cosine_distance"].rank(method="first", ascending=False)
     scores["top"] = turned & (place <= TOP * len(scores))
     modules = _sum_up_scores(scores, _CELL)
@@ -137,9 +138,8 @@ def _checkpoint_facts(
 
 
 def _neuron_findings(scores: pd.DataFrame, modules: pd.DataFrame, tuned: PretrainedWeights) -> Iterator[str]:
-    untouched = (
-        modules["delta_norm"] == 0
-    )  # zero or longer neurons change, too, though their cosine distance is NaN or 0
+    # Not the cosine distance, which is 0 or NaN for neurons that only grew or became zero.
+    untouched = modules["delta_norm"] == 0
     still = modules["module"][untouched]
     if len(still) == len(modules):
         yield "no neuron changed: the feed-forward modules of the two models are equal"

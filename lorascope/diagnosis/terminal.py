@@ -46,6 +46,7 @@ class Style:
     @classmethod
     def of(cls, stream: Any) -> Style:
         """Return the style of a stream: blocks and colors on a terminal, plain ASCII in a file or a pipe."""
+        # A file or a pipe may be read by programs that expect ASCII.
         terminal = stream.isatty()
         blocks = terminal and (stream.encoding or "").lower().startswith("utf")
         return cls(blocks, terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb")
@@ -131,6 +132,7 @@ def neurons_screen(inspection: NeuronInspection, style: Style) -> str:
     lines += [*_most_rotated(inspection, style), *_finding_lines(inspection, style)]
     names = (str(inspection.path), str(inspection.base)), ("MODEL", "DIR")
     commands = [f"lorascope inspect {_quote_word(a)} --base {_quote_word(b)} --csv > neurons.csv" for a, b in names]
+    # Long paths are replaced by placeholders.
     command = next(command for command in commands if len(command) <= WIDTH - _LABEL or command is commands[-1])
     lines.append(_fact_line("next", style.paint(command, "36"), style))
     return "\n".join(line.rstrip() for line in lines)

@@ -86,12 +86,15 @@ def component_importance(
     base, fitted, parts = _open_trained(run, model, task, state)
     encoded = _validation_half(base, fitted, 0, rows)
     size = min(BATCH, len(encoded))
+    # Only full batches, so that every row has the same weight in the mean.
     batches = [encoded.batch(range(at, at + size)) for at in range(0, len(encoded) - size + 1, size)]
 
     def loss(batch: Batch) -> Tensor:
         return base(**batch).loss
 
+    # Round up to whole batches.
     removed = min(-(-exact_rows // size), len(batches))
+    # The last entry belongs to the whole module.
     return {name: rise[:-1] for name, rise in ablation_loss_increases(base, loss, parts, batches, removed).items()}
 
 
@@ -173,9 +176,12 @@ def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module,
     for other, tensor in stored.items():
         if other in places and places[other].shape != tensor.shape:
             shapes = f"{tuple(tensor.shape)} in {run.label} and {tuple(places[other].shape)} in {name}"
-            labels = "use a task with the labels of the adapter"
-            resized = "pass the base model in the size of training (were tokens added?)"
-            raise ValueError(f"{other} has shape {shapes}: {labels if other in task_head(base) else resized}")
+            labels = "Pass a task with the labels of the adapter"
+            resized = "Pass the base model in the size of training (were tokens added?)"
+            raise ValueError(
+                f"cannot load {other}: it has shape {shapes}. {labels if other in task_head(base) else resized}"
+            )
+    # A tied weight is loaded under its first name, and the second one must agree with it.
     tied = stored.keys() & places.keys() - dict(base.named_parameters()).keys()
     load_tensors(base, {other: tensor for other, tensor in stored.items() if other not in tied})
     if apart := [other for other in sorted(tied) if not torch.equal(places[other], stored[other].to(places[other]))]:

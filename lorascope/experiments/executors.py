@@ -45,6 +45,7 @@ def use_backend(
     if address is not None and name not in ("dask", "ray"):
         raise ValueError(f"address must be None for backend {name}, got {address!r}: only dask and ray have one")
     if jobs is not None or name is not None:
+        # -1 means all cores.
         options["n_jobs"] = jobs or -1
     with ExitStack() as stack:
         try:

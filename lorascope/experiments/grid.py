@@ -206,6 +206,7 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
     for chosen, method in itertools.product(found, methods):
         rates = {"lr": method.lr, "head_lr": method.head_lr}
         given = {name: value for name, value in chosen.items() if name in names}
+        # Settings checks its values, so that an invalid one is reported before any run starts.
         Settings(**given | {name: rate for name, rate in rates.items() if given.get(name) is None})
     return found
 
@@ -248,7 +249,8 @@ def _read_named(
 
 
 def _seeds(value: Any) -> list[int]:
-    """Return the listed seeds, or the first seeds for a number of them."""
+    """Return the listed seeds, or 0, 1, ... for a number of seeds."""
+    # One seed too many is enough to reject a huge number without listing it.
     found = range(min(value, _MOST + 1)) if type(value) is int else value
     if not isinstance(found, list | tuple | range) or not found or not all(map(_is_seed, found)):
         raise ValueError(f"seeds must be an integer >= 1 or a list of integers from 0 to 2**32 - 1, got {value!r}")

@@ -158,7 +158,7 @@ def _own_tensors(model: nn.Module, device: str) -> None:
 
 
 class LiveWeights(Base):
-    """Base weights without the copies that lorascope makes, and that no method needs.
+    """Base weights without the copies that lorascope makes for its own records.
 
     A parameter that trains therefore has its current value, not its initial one.
     """

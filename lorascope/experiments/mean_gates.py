@@ -109,6 +109,7 @@ def _routers(folder: AdapterRun, base: nn.Module) -> dict[str, RoutedDelta]:
             number, outer, rank = held["B"].shape
             scale = folder.files.parts[module].scale
             found[module] = delta = RoutedDelta(base.get_submodule(module), rank, number, scale)
+            # Adapter folders store one B per expert, RoutedDelta all of them side by side.
             parts = {"A": held["A"], "B": held["B"].transpose(1, 0, 2).reshape(outer, -1), "router": held["router"]}
             with torch.no_grad():
                 for name, part in parts.items():

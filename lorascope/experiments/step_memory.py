@@ -56,6 +56,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
 
 def _measure_memory(job: IsolatedRun) -> Path:
     """Measure in this process, and return the run folder."""
+    # Created first: the profiler must count the allocations of the model.
     allocator = _allocator(job.device)
     return job.run("memory", lambda session: _measure_steps(session, allocator), (memory(every=1),))
 
@@ -114,6 +115,7 @@ class _Cuda(_Allocator):
 
 def _allocator(device: str) -> _Allocator:
     kind = device.partition(":")[0]
+    # Builds without Kineto cannot profile memory.
     if kind == "cpu" and torch.autograd.kineto_available():
         return _Processor()
     return _Cuda(device) if kind == "cuda" else _Allocator()
@@ -127,6 +129,7 @@ def peak_in_window(events: Iterable[Any]) -> int:
     for event in events:
         if event.start_ns() > window.end_ns():
             break
+        # The first event inside the window also includes what was allocated before it.
         if event.start_ns() > window.start_ns():
             peak = max(peak, alive)
         if event.name() == "[memory]":

@@ -54,6 +54,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
 
 def _measure_seconds(job: IsolatedRun) -> Path:
     if job.device == "cpu":
+        # With several threads, CPU seconds would exceed the time that passes.
         torch.set_num_threads(1)
     return job.run("pace", _time_steps, session=_TimedSession)
 

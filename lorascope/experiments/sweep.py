@@ -73,7 +73,7 @@ class SweepResult:
 
     @property
     def names(self) -> list[str]:
-        """Names of the jobs: the method, and the settings in which they differ."""
+        """Names of the jobs: method, seed, and the settings, models and tasks in which they differ."""
         return _job_names(self.wanted)
 
     def runs(self) -> list[Run]:
@@ -264,6 +264,7 @@ def _train_job(job: Job) -> Run:
     while True:
         model = job.model if isinstance(job.model, str) else job.model()
         try:
+            # The table of the sweep replaces the progress bar.
             return train(model, job.data, job.method, **{**job.settings, "progress": False})
         except StateRemoved as found:
             return found.run  # a sweep needs the run, not the model
@@ -272,7 +273,7 @@ def _train_job(job: Job) -> Run:
 
 
 def width() -> int:
-    """Return the number of parallel jobs: that of ``joblib.parallel_config``, else the number of cores."""
+    """Return the number of parallel jobs set by ``joblib.parallel_config``, else the number of cores."""
     _, configured = get_active_backend()
     return configured or cpu_count()
 

@@ -119,6 +119,7 @@ def table(rows: Sequence[Row], columns: int, lines: int) -> list[str]:
     count = Counter(row.status for row in rows)
     counted = ", ".join(f"{count[status]} {status}" for status in ("done", "running", "waiting", "failed"))
     room = max(1, lines - 4)
+    # Select by importance, then show in the order of the runs.
     chosen = sorted(range(len(rows)), key=lambda number: _URGENT.index(rows[number].status))[:room]
     shown = [rows[number] for number in sorted(chosen)]
     width = min(max(len(row.name) for row in shown), max(_NAME, columns - _REST))

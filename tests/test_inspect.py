@@ -85,8 +85,7 @@ ffn_out        333555999                           45.8   42.0%      4       2.7
 largest |dW|   40.0   model.layers.2.mlp.down_proj  rank 4.0 of 4
                30.0   model.layers.2.self_attn.q_proj  rank 2.0 of 4
                30.0   model.layers.2.mlp.up_proj  rank 2.0 of 4
-findings       1 module has a zero update: model.layers.1.mlp.up_proj (B is
-                 zero)
+findings       1 zero update: model.layers.1.mlp.up_proj (B = 0)
                18 components are unused (below 1e-6 of the largest):
                  model.layers.0.self_attn.q_proj and 8 more
                none of 10 modules have 90% of their energy in rank 1 or less

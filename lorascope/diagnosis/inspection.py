@@ -240,8 +240,8 @@ def _update_findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
     yield from _norm_cautions(run, modules)
     untouched = modules["module"][modules["update_norm"] == 0]
     if 0 < len(untouched) < len(modules):
-        have, cause = "modules have" if len(untouched) > 1 else "module has", _zero_factor_findings(run, untouched)
-        yield f"{len(untouched)} {have} a zero update: {first_and_count(untouched)}{cause}"
+        plural, cause = "s" * (len(untouched) > 1), _zero_factor_findings(run, untouched)
+        yield f"{len(untouched)} zero update{plural}: {first_and_count(untouched)}{cause}"
     yield from _dead_component_findings(modules)
     yield from _base_findings(modules)
     sound = modules[modules["update_norm"] > 0]
@@ -302,7 +302,7 @@ def _zero_factor_findings(run: Run, modules: pd.Series) -> str:
         for module in modules
     }
     names = zero.pop() if len(zero) == 1 else ()
-    return f" ({' and '.join(names)} {'are' if len(names) > 1 else 'is'} zero)" if names else ""
+    return f" ({' = '.join(names)} = 0)" if names else ""
 
 
 def _count_modules(count: int, modules: pd.DataFrame) -> str:

@@ -38,7 +38,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 12, 
     Parameters
     ----------
     model, data, method, **options
-        See ``step_memory.measure``.
+        See ``lorascope.memory.measure``.
     steps : int
         Number of steps, default 12. The figure excludes the first two, which are slower. For LISA, pass the interval of
         a real run, such as 20: by default it would resample blocks every second step.

@@ -247,6 +247,6 @@ def test_inspect_lists_notes_on_special_adapters_below_the_matrix(
     assert f"c 1 of 3 modules contains NaN or infinity: {LAYER(0, 'q')}" in below
     assert "d all 3 modules have a zero update" in below
     assert not any(line.startswith("a ") for line in shown[-6:])
-    assert "zero update" not in told(capsys, plain, bare)
+    assert "zero update" not in printed(capsys, plain, bare)
     write_hydra(tmp_path / "hydra")
     assert "depend on their input" in printed(capsys, tmp_path / "hydra", plain)

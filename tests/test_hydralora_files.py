@@ -82,7 +82,7 @@ def test_representations_name_hydralora_and_uniform_gates(tmp_path):
     assert run.meta["method"]["name"] == "hydralora"
     assert "HydraLoRA, rank 4" in repr(run)
     found = inspection.inspect(run)
-    assert "9 of 9 modules depend on their input: their updates are evaluated at even gates" in found.findings
+    assert "9 of 9 modules depend on their input: their updates are evaluated at uniform gates" in found.findings
     assert found.modules["parameters"].sum() == run.meta["parameters"]["trained"]
     facts = dict(found.facts)
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"

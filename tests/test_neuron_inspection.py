@@ -190,7 +190,7 @@ def test_wrong_arguments_print_one_line(
     rotated: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, tuned = rotated
-    assert "give the one it was tuned from, --base DIR" in told(capsys, tuned)
+    assert "requires the model it was tuned from, --base DIR" in told(capsys, tuned)
     assert "only adapters and runs are compared" in told(capsys, tuned, tuned, "--base", base)
     assert "nowhere: the folder does not exist" in told(capsys, tuned, "--base", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -176,13 +176,13 @@ def lacks_in_base(base, tuned):
 
 
 BROKEN = {
-    "truncated": (cut, "tuned/model.safetensors is truncated: "),
-    "shard missing": (shard_lost, "lacks 1 of 2 shards: model-00002-of-00002.safetensors"),
-    "pickle": (pickled, "pytorch_model.bin is a pickle, which is never loaded"),
-    "empty": (emptied, "tuned holds no safetensors file"),
+    "truncated": (cut, "tuned/model.safetensors: it is truncated"),
+    "shard missing": (shard_lost, "missing 1 of 2 shards.* model-00002-of-00002.safetensors"),
+    "pickle": (pickled, "pytorch_model.bin: pickles are never loaded"),
+    "empty": (emptied, "tuned: it has no safetensors file"),
     "shape": (rewrite(other_shape), r"up_proj: it has shape \(48, 32\) in .*base and \(46, 32\) in .*tuned"),
     "nan": (rewrite(with_nan), "tuned: 2 of 48 neurons of model.layers.1.mlp.up_proj contain NaN or infinity"),
-    "packed": (rewrite(packed), f"{UP} is stored as I8; only floats are read"),
+    "packed": (rewrite(packed), f"{UP} must be stored as .*, got I8"),
     "no such weights": (rewrite(unknown), "tuned: no feed-forward weights"),
     "missing or tied": (lacks_in_base, "score model.layers.1.mlp.up_proj: .*base has no weight of it, .*tied"),
 }

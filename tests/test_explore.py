@@ -1,4 +1,4 @@
-"""``explore``: what is picked is what the run's table holds, and what the chart and the page show."""
+"""``explore``: the selected rows match the table of the run, the chart and the page."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def numbers(sent: Any) -> list[Any]:
-    """An array as plotly sends it: as it is, or as bytes in base64."""
+    """Return an array as a list; plotly sends it as a list or as bytes in base64."""
     return np.frombuffer(base64.b64decode(sent["bdata"]), sent["dtype"]).tolist() if "bdata" in sent else list(sent)
 
 
 def sent(explorer: Explorer) -> dict[str, Any]:
-    """The figure that the browser gets."""
+    """Return the figure sent to the browser."""
     return dict(json.loads(explorer.canvas.figure))
 
 
 def drawn(explorer: Explorer) -> dict[str, list[tuple[Any, float]]]:
-    """The dots of this figure: what the pointer calls them -> (position, height), a layer by its name."""
+    """Return the dots of this figure: name when hovering -> (position, height), with layers by name."""
     found: dict[str, list[tuple[Any, float]]] = {}
     for trace in sent(explorer)["data"]:
         if trace["mode"] == "markers" and "hovertemplate" in trace:
@@ -63,7 +63,7 @@ def drawn(explorer: Explorer) -> dict[str, list[tuple[Any, float]]]:
     return found
 
 
-def test_what_is_picked_is_what_pandas_finds(run: Run) -> None:
+def test_explorer_selects_the_rows_that_pandas_selects(run: Run) -> None:
     explorer, table = ls.explore(run), run.table
     assert explorer.quantity.value == "update_norm"
     assert (explorer.step.label, explorer.layers.value, explorer.roles.value) == ("9", (ALL,), (ALL,))
@@ -79,7 +79,7 @@ def test_what_is_picked_is_what_pandas_finds(run: Run) -> None:
     assert list(explorer.rows["value"]) == [0.25]
 
 
-def test_the_chart_draws_these_rows(run: Run) -> None:
+def test_explorer_chart_draws_the_selected_rows(run: Run) -> None:
     explorer = ls.explore(run)
     assert drawn(explorer) == {
         "q": [("0", 1.0), ("1", 0.5)],
@@ -92,7 +92,7 @@ def test_the_chart_draws_these_rows(run: Run) -> None:
     assert sorted(explorer.chart.data["value"]) == sorted(explorer.rows["value"])
 
 
-def test_the_vertical_axis_keeps_still_while_the_step_changes(run: Run) -> None:
+def test_explorer_vertical_axis_is_the_same_at_every_step(run: Run) -> None:
     explorer = ls.explore(run)
     ends = sent(explorer)["layout"]["yaxis"]["range"]
     explorer.step.value = 0
@@ -100,7 +100,7 @@ def test_the_vertical_axis_keeps_still_while_the_step_changes(run: Run) -> None:
     assert ends[0] < 0 < 3 < ends[1]
 
 
-def test_the_whole_run_is_drawn_over_the_steps_with_the_step_marked(run: Run) -> None:
+def test_explorer_draws_quantities_of_the_whole_run_over_the_steps(run: Run) -> None:
     explorer = ls.explore(run)
     explorer.quantity.value = "loss"
     assert drawn(explorer) == {run.label: [(step, 1 / step) for step in range(1, 10)]}
@@ -111,7 +111,7 @@ def test_the_whole_run_is_drawn_over_the_steps_with_the_step_marked(run: Run) ->
     assert explorer.layers.disabled
 
 
-def test_components_of_one_module_stand_side_by_side(run: Run) -> None:
+def test_explorer_draws_components_of_one_module_by_index(run: Run) -> None:
     explorer = ls.explore(run)
     explorer.quantity.value = "importance"
     assert drawn(explorer) == {run.label: [("0", 4.0), ("0", 6.0), ("1", 3.0), ("1", 1.0)]}
@@ -120,7 +120,7 @@ def test_components_of_one_module_stand_side_by_side(run: Run) -> None:
     assert explorer.chart.x.label == "rank id"
 
 
-def test_no_choice_is_without_rows(run: Run) -> None:
+def test_explorer_offers_only_options_with_rows(run: Run) -> None:
     explorer = ls.explore(run)
     assert [name for _, name in explorer.quantity.options] == [
         "loss",
@@ -133,22 +133,22 @@ def test_no_choice_is_without_rows(run: Run) -> None:
     explorer.layers.value = ["embed"]
     assert explorer.roles.options == (ALL, "embed")
     explorer.quantity.value = "step_norm"
-    explorer.layers.value = ["1"]  # where it is unknown
+    explorer.layers.value = ["1"]  # its value is NaN there
     assert explorer.rows["value"].isna().all()
     assert "unknown" in explorer.listing.value
     explorer.layers.value = ["0"]
     explorer.quantity.value = "update_norm"
     explorer.layers.value = ["embed"]
-    explorer.quantity.value = "importance"  # which has no embedding
+    explorer.quantity.value = "importance"  # not recorded for the embedding
     assert explorer.layers.value == (ALL,)
     assert explorer.roles.options == (ALL, "q")
     explorer.step.value = 0
-    explorer.layers.value = ["1"]  # which has no step 0
+    explorer.layers.value = ["1"]  # not recorded at step 0
     assert explorer.step.options == (("9", 9),)
     assert len(explorer.rows) == 2
 
 
-def test_layers_and_roles_outlast_another_quantity_and_the_step_stays_near(run: Run) -> None:
+def test_explorer_keeps_layers_and_nearest_step_for_another_quantity(run: Run) -> None:
     explorer = ls.explore(run)
     explorer.layers.value = ["1"]
     explorer.step.value = 4
@@ -160,7 +160,7 @@ def test_layers_and_roles_outlast_another_quantity_and_the_step_stays_near(run: 
     assert explorer.step.value == 4
 
 
-def test_two_modules_of_one_role_in_one_layer_have_no_line(tmp_path: Path) -> None:
+def test_explorer_draws_no_line_for_two_modules_of_one_role_in_one_layer(tmp_path: Path) -> None:
     values = {("update_norm", module): {9: 1.0} for module in ("h.0", "h.0.q", "h.1.q")}
     double = {"module": "h.0.q2", "stack": "", "layer": 0, "role": "q"}
     up = {("update_norm", module): {9: 2.0} for module in ("h.0.q2", "h.0.up", "h.1.up")}
@@ -169,7 +169,7 @@ def test_two_modules_of_one_role_in_one_layer_have_no_line(tmp_path: Path) -> No
     assert set(chart.table(chart.marks[0])["role"]) == {"ffn_in", "block"}
 
 
-def test_several_seeds_are_drawn_as_mean_and_listed_as_they_are(tmp_path: Path) -> None:
+def test_explorer_draws_the_mean_of_seeds_and_lists_each_seed(tmp_path: Path) -> None:
     runs = [plant(tmp_path, f"seed{seed}", profile(1.0 + seed, 1.0, 2.0), seed=seed) for seed in (0, 1)]
     explorer = ls.explore({"ours": runs})
     explorer.layers.value = ["embed"]
@@ -180,53 +180,53 @@ def test_several_seeds_are_drawn_as_mean_and_listed_as_they_are(tmp_path: Path) 
     assert len(two.chart.data) == len(two.rows) == 10
 
 
-def test_a_mixture_is_told_to_be_one(tmp_path: Path) -> None:
+def test_explorer_caption_names_the_gates_of_input_dependent_updates(tmp_path: Path) -> None:
     factors = {"h.0.q": (np.ones((4, 1)), np.ones((1, 4)))}
     mixed = plant(tmp_path, "mixed", {("update_norm", "h.0.q"): {9: 4.0}}, factors=factors, exact=False)
     assert ls.explore(mixed).chart.caption.endswith("Updates of LoRA rank 2 at mean gates.")
 
 
-def test_an_adapter_without_history_has_one_step(tmp_path: Path) -> None:
+def test_explorer_of_an_adapter_without_history_has_one_step(tmp_path: Path) -> None:
     stored = plant(tmp_path, "stored", {("update_norm", "h.0.q"): {-1: 2.0}})
     explorer = ls.explore(stored)
     assert explorer.step.label == "as stored"
     assert drawn(explorer) == {stored.label: [("0", 2.0)]}
 
 
-def test_too_many_values_are_listed_in_part_and_said_to_be_too_many(tmp_path: Path) -> None:
+def test_explorer_with_too_many_values_lists_some_and_draws_none(tmp_path: Path) -> None:
     number = MOST_DRAWN // 2 + 1
     values = {("sensitivity_out", module): {9: np.arange(number)} for module in ("h.0.q", "h.1.q")}
     explorer = ls.explore(plant(tmp_path, "wide", values))
     assert "4,002 values" in explorer.note.value
     assert explorer.canvas.layout.display == "none"
-    assert "The first 500 of 4,002 rows" in explorer.listing.value
+    assert "First 500 of 4,002 rows" in explorer.listing.value
     explorer.layers.value = ["0"]
     assert explorer.note.value == ""
     assert explorer.canvas.layout.display is None
     assert len(drawn(explorer)["LoRA rank 2"]) == number
 
 
-def test_a_run_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no recorded value"):
+def test_explore_run_without_records_raises(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"recorded values.*run empty"):
         ls.explore(plant(tmp_path, "empty", {}))
 
 
 @pytest.mark.parametrize("code", ["import lorascope.plots.explore", "import lorascope as ls; ls.explore"])
-def test_matplotlib_stays_out(code: str) -> None:
+def test_importing_explore_does_not_import_matplotlib(code: str) -> None:
     loaded = modules_after(code)
     assert {"anywidget", "plotly"} <= loaded
     assert "matplotlib" not in loaded
 
 
-def test_a_dark_page_gets_a_dark_chart(run: Run) -> None:
+def test_explorer_chart_is_dark_on_a_dark_page(run: Run) -> None:
     explorer = ls.explore(run)
-    explorer.canvas.dark = True  # as the page says
+    explorer.canvas.dark = True  # set by the page
     assert sent(explorer)["layout"]["paper_bgcolor"] == "#16181d"
     explorer.quantity.value = "loss"
     assert sent(explorer)["layout"]["paper_bgcolor"] == "#16181d"
 
 
-PATIENCE = 240_000  # milliseconds, for a machine with much else to do
+PATIENCE = 180_000  # milliseconds; long, because other processes may slow down the machine
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 NOTEBOOK = """import lorascope as ls
 ls.explore(ls.load({folder!r}))"""
@@ -234,7 +234,7 @@ ls.explore(ls.load({folder!r}))"""
 
 @pytest.fixture
 def lab(run: Run, tmp_path: Path) -> Iterator[str]:
-    """A real JupyterLab, dark, with a notebook that explores the tiny run; its address."""
+    """Start a JupyterLab with a dark theme and a notebook that explores the tiny run, and yield its address."""
     cell = nbformat.v4.new_code_cell(NOTEBOOK.format(folder=str(run.path)))
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), tmp_path / "tiny.ipynb")
@@ -249,19 +249,19 @@ def lab(run: Run, tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = [f"--ServerApp.port={port}", "--IdentityProvider.token=t", f"--ServerApp.root_dir={tmp_path}"]
-    options.append("--LabApp.expose_app_in_browser=True")  # a page's commands, to change its theme by
+    options.append("--LabApp.expose_app_in_browser=True")  # lets the test change the theme
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", *options]
     with (tmp_path / "lab.log").open("w") as log:
         server = subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in own.items()}, stdout=log, stderr=log)
     try:
         for _ in range(PATIENCE // 100):
-            with socket.socket() as door:
-                if door.connect_ex(("127.0.0.1", port)) == 0:
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}/doc/tree/tiny.ipynb?token=t"
     finally:
-        server.terminate()  # and its kernel with it
+        server.terminate()  # also ends its kernel
         server.wait(30)
 
 
@@ -275,9 +275,9 @@ DOTS = """plot => plot.calcdata.filter(dots => dots[0].trace.hovertemplate && do
 
 @pytest.mark.browser
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on the PATH: apt-get install chromium")
-def test_a_page_shows_what_is_picked(lab: str) -> None:
+def test_page_shows_the_selected_rows(lab: str) -> None:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])  # root has to do without
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])  # required for root
         page = browser.new_page()
         page.set_default_timeout(PATIENCE)
         expect.set_options(timeout=PATIENCE)
@@ -286,17 +286,15 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
         def check(title: str, listed: list[str], drawn: list[list[float]], column: int = 4) -> Locator:
             plot = page.get_by_role("img", name=title, exact=True)
             plot.locator("path.point").first.wait_for()
-            expect(page.locator(f"tbody td:nth-child({column})")).to_have_text(
-                listed
-            )  # the page gets it after the chart
+            # The page receives the table after the chart.
+            expect(page.locator(f"tbody td:nth-child({column})")).to_have_text(listed)
             assert plot.evaluate(DOTS) == drawn
             return plot
 
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
-        # JupyterLab drops a cell that is run before its kernel answers, and anywidget gives a page two seconds to start
-        # a widget: on a busy machine both happen, so wait for the kernel and run the cell again after an error.
-        page.wait_for_function(KERNEL_IS_IDLE)
+        # anywidget gives a page two seconds to start a widget. A busy machine may miss that, with the same error as a
+        # widget that never starts, so run the cell several times and fail only if it never starts.
         for _ in range(ATTEMPTS):
             errors.clear()
             page.locator(".jp-CodeCell .cm-content").first.click()
@@ -311,7 +309,7 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
                 break
         assert not errors
         plot = check("update norm, after step 9", ["3", "1", "2", "0.5", "1"], [[1.0, 0.5], [2.0, 1.0], [3.0]])
-        for ground, other in ((DARK, "JupyterLab Light"), (LIGHT, None)):  # as the page
+        for ground, other in ((DARK, "JupyterLab Light"), (LIGHT, None)):  # the chart follows the theme of the page
             expect(plot.locator(".main-svg").first).to_have_css("background", re.compile(re.escape(ground)))
             if other:
                 page.evaluate("theme => jupyterapp.commands.execute('apputils:change-theme', {theme})", other)
@@ -319,6 +317,6 @@ def test_a_page_shows_what_is_picked(lab: str) -> None:
         check("update norm, after step 4", ["1.5", "0.5", "1", "0.25", "0.5"], [[0.5, 0.25], [1.0, 0.5], [1.5]])
         page.get_by_label("Layers").get_by_role("option", name="1").click()
         check("update norm, after step 4", ["0.25", "0.5"], [[0.25], [0.5]])
-        page.get_by_label("Quantity").press("ArrowUp")  # by keys alone
+        page.get_by_label("Quantity").press("ArrowUp")  # the keyboard works too
         check("loss", ["0.25"], [[1 / step for step in range(1, 10)]], column=2)
         browser.close()

@@ -1,4 +1,4 @@
-"""``explore(run)``: pick quantity, layers, roles and step in Jupyter, and see chart and table together."""
+"""Jupyter widgets to explore a run: select quantity, layers, roles and step, and see the chart and its table."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ try:
     import traitlets
     from anywidget import AnyWidget
 except ModuleNotFoundError:
-    raise ModuleNotFoundError("explore needs Jupyter's widgets: pip install 'lorascope[notebook]'") from None
+    raise ModuleNotFoundError("explore needs Jupyter widgets: pip install 'lorascope[notebook]'") from None
 
 ALL = "all"
-WHOLE = "whole run"  # stands for layer and role of what belongs to no module
-WIDTH = 600.0  # pixels that the chart is laid out for; it spreads where there are more
+WHOLE = "whole run"  # layer and role of quantities that belong to no module
+WIDTH = 600.0  # layout width of the chart in pixels; the chart grows with its container
 _FLOW = {"flex_flow": "row wrap", "align_items": "flex-start"}
 _CHART = {"flex": f"2 1 {WIDTH:.0f}px", "min_width": "0"}
-_BESIDE = {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"}
-_COLUMNS = ("run", "step", "layer", "role", "index", "module")  # listed where they say something
-END = 2**62  # the step wished for at first: the nearest to it is the last
-MOST_DRAWN, MOST_LISTED = 4000, 500  # values that a browser draws, and lists, at once without a pause
+_LISTING = {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"}
+_COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
+END = 2**62  # initial step: the nearest recorded step is the last one
+MOST_DRAWN, MOST_LISTED = 4000, 500  # numbers of values that a browser draws and lists without a noticeable delay
 
-# The chart is drawn anew in its place by one message. Its theme is that of the page: light letters, dark ground.
-# plotly.js comes once a page, when asked for: as part of the script it would make that load longer than the two seconds
-# after which anywidget gives up and drops whatever the kernel says.
+# One message redraws the chart in place. The theme follows the page: light text means a dark background.
+# The page requests plotly.js once. As part of this script it would take longer to load than the two seconds after
+# which anywidget gives up and drops all messages of the kernel.
 _SCRIPT = """
 const isDark = (el) => {
   const [red, green, blue] = (getComputedStyle(el).color.match(/[\\d.]+/g) ?? [0, 0, 0]).map(Number);
@@ -69,7 +69,7 @@ export default {
     theme.observe(document.body, { attributes: true });
     const size = new ResizeObserver(() => {
       const lists = el.closest(".lorascope-explorer")?.querySelectorAll("select") ?? [];
-      for (const list of lists) list.setAttribute("data-lm-suppress-shortcuts", ""); // the arrow keys are theirs
+      for (const list of lists) list.setAttribute("data-lm-suppress-shortcuts", ""); // arrow keys select options
       follow();
       if (plot.layout && plot.offsetWidth) Plotly.Plots.resize(plot);
     });
@@ -88,7 +88,7 @@ export default {
 
 
 class Canvas(AnyWidget):
-    """A plotly figure, as JSON; ``dark`` is told by the page."""
+    """Widget that shows a plotly figure given as JSON; the page sets ``dark``."""
 
     _esm = _SCRIPT
     figure = traitlets.Unicode().tag(sync=True)
@@ -101,22 +101,22 @@ class Canvas(AnyWidget):
 
 
 class Explorer(ipywidgets.VBox):
-    """The controls, chart and table of ``explore``.
+    """Widgets, chart and table of ``explore``.
 
     Parameters
     ----------
     cohort : Cohort
-        The runs.
+        Runs to explore.
 
     Attributes
     ----------
     quantity, layers, roles, step : widget
-        What is picked stands in their ``value`` and what there is to pick in their ``options``. Quantity, layers, roles
-        and step narrow each other in this order, so that no choice is without rows.
+        Input widgets: ``value`` is the selection, ``options`` the available values. Each of them limits the options of
+        the next, so that every selection has rows.
     rows : DataFrame
-        The rows of the runs' tables that are picked.
+        Selected rows of the tables of the runs.
     chart : Chart
-        What is drawn of them, such as for ``explorer.chart.save("x.pdf")``.
+        Chart of these rows; save it with ``explorer.chart.save("x.pdf")``.
     """
 
     def __init__(self, cohort: Cohort) -> None:
@@ -134,26 +134,28 @@ class Explorer(ipywidgets.VBox):
         self.layers = ipywidgets.SelectMultiple(description="Layers", **several)
         self.roles = ipywidgets.SelectMultiple(description="Roles", **several)
         self.step = ipywidgets.SelectionSlider(options=[("", END)], description="Step")
-        self.note, self.listing = ipywidgets.HTML(), ipywidgets.HTML(layout=_BESIDE)
-        self.listing.add_class("jp-RenderedHTMLCommon")  # Jupyter's own look of a table, in either theme
+        self.note, self.listing = ipywidgets.HTML(), ipywidgets.HTML(layout=_LISTING)
+        self.listing.add_class("jp-RenderedHTMLCommon")  # Jupyter's table style, in both themes
         self._settling = False
         self._pick()
-        self.canvas = Canvas(figure=self._chart_json(False), layout=_CHART)  # whole: a page loses what comes soon after
+        self.canvas = Canvas(
+            figure=self._chart_json(False), layout=_CHART
+        )  # complete from the start, because a page can miss a message sent right after
         self._show()
         single = ipywidgets.VBox([self.quantity, self.step])
         controls = ipywidgets.HBox([single, self.layers, self.roles], layout=_FLOW)
         super().__init__([controls, self.note, ipywidgets.HBox([self.canvas, self.listing], layout=_FLOW)])
         self.add_class("lorascope-explorer")
-        for control in (self.quantity, self.layers, self.roles, self.step):
-            control.observe(self._follow_choice, "value")
+        for widget in (self.quantity, self.layers, self.roles, self.step):
+            widget.observe(self._on_change, "value")
         self.canvas.observe(self._show, "dark")
 
     def __repr__(self) -> str:
         picked = f"layers {', '.join(self.layers.value)}; roles {', '.join(self.roles.value)}; step {self.step.label}"
         return f"Explorer({self.quantity.value}; {picked}: {len(self.rows)} rows)"
 
-    def _follow_choice(self, change: Any) -> None:
-        """Follow a choice; those that follow from it are none of their own."""
+    def _on_change(self, change: Any) -> None:
+        """Update after the user changes a widget; ignore the changes that this update makes itself."""
         if self._settling:
             return
         self._settling = True
@@ -164,7 +166,7 @@ class Explorer(ipywidgets.VBox):
         self._show()
 
     def _pick(self) -> None:
-        """Offer what there is below each choice, keep what is still there, and find what is picked."""
+        """Update the options of every widget, keep selections that are still valid, and select the rows."""
         rows = self._table[self._table["quantity"] == self.quantity.value]
         rows = _narrow(self.roles, _narrow(self.layers, rows, "place"), "role")
         _offer_steps(self.step, rows)
@@ -172,46 +174,46 @@ class Explorer(ipywidgets.VBox):
         self.chart = values(self._cohort, self.quantity.value, cells(rows), self.step.value)
 
     def _show(self, change: Any = None) -> None:
-        """Send chart and table to the page, or say why there is no chart."""
+        """Send chart and table to the page, or the reason why there is no chart."""
         self.canvas.figure = self._chart_json(self.canvas.dark)
         self.canvas.layout.display = None if self.canvas.figure else "none"
-        much = f"{len(self.chart.data):,} values are too many to draw: pick fewer layers or roles."
-        self.note.value = "" if self.canvas.figure else much
+        too_many = f"cannot draw {len(self.chart.data):,} values at once: select fewer layers or roles"
+        self.note.value = "" if self.canvas.figure else too_many
         self.listing.value = _as_html(self.rows, self._names)
 
     def _chart_json(self, dark: bool) -> str:
-        """The chart for the page, "" if it holds too much."""
+        """Return the chart as JSON for the page, "" if it has too many values."""
         if len(self.chart.data) > MOST_DRAWN:
             return ""
         return str(plotly_backend.draw(plan(self.chart, theme("dark" if dark else "light")), WIDTH).to_json())
 
 
 def explore(runs: Runs) -> Explorer:
-    """Controls for Jupyter: pick quantity, layers, roles and step, and see chart and table of the rows together.
+    """Explore runs in Jupyter: select quantity, layers, roles and step, and see the chart and its table.
 
     Parameters
     ----------
     runs : Run, sequence of Run, or mapping label -> run or runs
-        As for the figures of ``plots``; several seeds of one recipe are drawn as mean and interval.
+        Runs to explore, as for the figures of ``plots``. The chart shows mean and interval over the seeds of a recipe.
 
     Returns
     -------
     Explorer
-        Shows itself at the end of a cell.
+        Widget; Jupyter displays it as the last line of a cell.
 
     Raises
     ------
     ValueError
-        Nothing was recorded.
+        The runs have no recorded values.
     """
     cohort = gather("explore", runs)
     if not cohort.table["value"].notna().any():
-        raise ValueError(f"explore got no recorded value (run {cohort.runs[0].id}): train with observe=[...]")
+        raise ValueError(f"explore needs recorded values (run {cohort.runs[0].id} has none): train with observe=[...]")
     return Explorer(cohort)
 
 
 def _add_places(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of quantities of which anything is known, with ``place``; the whole run has a place and a role, too."""
+    """Return the rows of quantities with a known value, with ``place``; rows of the whole run get place and role."""
     table = table[table["value"].notna().groupby(table["quantity"], observed=True).transform("any")]
     inside = table["module"] != ""
     spots = place(table[inside])
@@ -222,35 +224,35 @@ def _add_places(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _narrow(control: Any, rows: pd.DataFrame, column: str) -> pd.DataFrame:
-    """Offer the categories that the rows have, keep those that were picked, and give the rows of these."""
+def _narrow(widget: Any, rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Offer the categories of the rows, keep the selected ones that still occur, and return their rows."""
     used = rows[column].cat.remove_unused_categories().cat.categories
-    kept = [name for name in control.value if name in used] if ALL not in control.value else []
-    with control.hold_sync():
-        control.options = [ALL, *used]
-        control.value = kept or [ALL]
-        control.disabled = len(used) < 2
+    kept = [name for name in widget.value if name in used] if ALL not in widget.value else []
+    with widget.hold_sync():
+        widget.options = [ALL, *used]
+        widget.value = kept or [ALL]
+        widget.disabled = len(used) < 2
     return rows[rows[column].isin(kept)] if kept else rows
 
 
-def _offer_steps(control: Any, rows: pd.DataFrame) -> None:
-    """Offer the steps that the rows have, and keep the one that was picked, or the nearest to it."""
+def _offer_steps(widget: Any, rows: pd.DataFrame) -> None:
+    """Offer the steps of the rows, and select the one nearest to the previous selection."""
     steps = sorted(map(int, rows["step"].fillna(UNSTEPPED).unique()))
-    near = min(steps, key=lambda step: abs(step - control.value))
-    # One after the other: in one message, the page cuts the new position off at the end of the old steps.
-    control.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
-    control.value = near
-    control.disabled = len(steps) < 2
+    near = min(steps, key=lambda step: abs(step - widget.value))
+    # Options and value go in two messages: in one, the page limits the new position to the old number of steps.
+    widget.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
+    widget.value = near
+    widget.disabled = len(steps) < 2
 
 
 def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:
-    """The rows as a table of HTML, what is long last, without columns that tell nothing; each run by its name."""
+    """Return the rows as an HTML table without empty columns, the long ones last; several runs appear by name."""
     words = dict.fromkeys(_COLUMNS, "str")
     shown = rows.head(MOST_LISTED).astype(words).fillna(dict.fromkeys(words, ""))
     shown = shown.assign(run=shown["run"].map(names) if len(names) > 1 else "")
-    told = [name for name in _COLUMNS if (shown[name] != "").any()]
-    told.insert(len(told) - ("module" in told), "value")
-    shown = shown[told].assign(**{name: shown[name].map(printable) for name in told if name != "value"})
+    filled = [name for name in _COLUMNS if (shown[name] != "").any()]
+    filled.insert(len(filled) - ("module" in filled), "value")
+    shown = shown[filled].assign(**{name: shown[name].map(printable) for name in filled if name != "value"})
     count = f"{len(rows):,} row{'s' * (len(rows) != 1)}"
-    count = count if len(rows) <= MOST_LISTED else f"The first {MOST_LISTED} of {count}"
+    count = count if len(rows) <= MOST_LISTED else f"First {MOST_LISTED} of {count}"
     return f"<p>{count}</p>{shown.to_html(index=False, na_rep='unknown', float_format='{:.6g}'.format, border=0)}"

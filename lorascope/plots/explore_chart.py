@@ -1,4 +1,4 @@
-"""Recorded values as they are, nothing pooled: what is drawn of one quantity while somebody picks from it."""
+"""Chart of one quantity for ``explore``: recorded values by module, without pooling."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from lorascope.plots.run_groups import Cohort, axis_label
 from lorascope.schema.records import QUANTITIES
 
 _VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
-UNSTEPPED = -1  # the step of what was stored without one, as in an adapter's folder
-_MOST_DOTTED = 60  # values over the steps that still get a dot each
+UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
+_MOST_DOTTED = 60  # largest number of values over the steps at which each has its own dot
 
 
 def cells(rows: pd.DataFrame) -> pd.DataFrame:
-    """Every value of one quantity, as recorded by one run; of several seeds their mean and interval.
+    """Return mean and interval over the seeds of every value of one quantity; for a single run, the recorded values.
 
     Parameters
     ----------
     rows : DataFrame
-        From ``Cohort.label``, with ``place``.
+        Rows from ``Cohort.label``, with ``place``.
     """
     return band(rows, _VALUE)
 
 
 def at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
-    """Rows of one step; ``UNSTEPPED`` stands for what was stored without one."""
+    """Return the rows of one step; ``UNSTEPPED`` selects those stored without a step."""
     return table[table["step"].fillna(UNSTEPPED) == step]
 
 
 def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Chart:
-    """Values by layer and role at one step, of a single module by component, and of the whole run over the steps.
+    """Plot values by layer and role at one step, of a single module by component, or of the whole run over the steps.
 
     Parameters
     ----------
     cohort : Cohort
-        Whose values they are.
+        Runs that recorded the values.
     quantity : str
-        Which quantity.
+        Name of the quantity.
     table : DataFrame
-        From ``cells``, at all steps: they give the vertical axis, which so keeps still while the step changes.
+        Values of all steps from ``cells``. They determine the vertical axis, so that it is the same at every step.
     step : int
-        The step shown, as for ``at_step``.
+        Step to show, as for ``at_step``.
     """
     cohort, entry = replace(cohort, name=quantity), QUANTITIES[quantity]
     x = _horizontal_axis(table)
@@ -58,27 +58,27 @@ def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
         "place": Axis(label="layer", order=list(table["place"].cat.remove_unused_categories().cat.categories)),
     }
     meta = cohort.meta
-    told = cohort.caption(f"{entry.label}: {entry.definition}.")
+    caption = cohort.caption(f"{entry.label}: {entry.definition}.")
     return Chart(
         shown,
         [*_marks(shown, x), *([Rule(x=step)] if x == "step" and step != UNSTEPPED else [])],
         title=quantity.replace("_", " ") if x == "step" else f"{quantity.replace('_', ' ')}, {when}",
         x=axes[x],
         y=Axis(label=axis_label(quantity), limits=None if x == "step" else _vertical_ends(table)),
-        caption=" ".join([told, *mixture_sentences(meta.get(MIXTURES, {}))]),
+        caption=" ".join([caption, *mixture_sentences(meta.get(MIXTURES, {}))]),
         meta=meta,
     )
 
 
 def _horizontal_axis(table: pd.DataFrame) -> str:
-    """What stands along the horizontal axis."""
+    """Return the column of the horizontal axis: component, step or layer."""
     if table["index"].notna().any() and table["module"].nunique() == 1:
         return "index"
     return "step" if (table["module"] == "").all() else "place"
 
 
 def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
-    """Dots in the colour of their role, or of their recipe where there is one role; lines where a place has one dot."""
+    """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
     color = "role" if shown["role"].nunique() > 1 else "recipe"
     other = "recipe" if color == "role" and shown["recipe"].nunique() > 1 else None
     low, high = ("low", "high") if shown["low"].notna().any() else (None, None)
@@ -93,7 +93,7 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
 
 
 def _vertical_ends(table: pd.DataFrame) -> tuple[float, float] | None:
-    """Ends of the vertical axis for all steps; None where they span nothing."""
+    """Return limits of the vertical axis for all steps; None if all values are equal or unknown."""
     bounds = table[["value", "low", "high"]].to_numpy()
     known = bounds[np.isfinite(bounds)]
     if known.size == 0 or known.min() == known.max():

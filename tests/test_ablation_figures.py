@@ -1,4 +1,4 @@
-"""FourierFT's two ablations, of the band and of the basis, as figures: against numbers worked out by hand."""
+"""Figures of ablations, by frequency band and by basis, against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lorascope import plots
 from lorascope.runs.run import Run
 
 FOUND = {"h.0.q": {9: C}}
-T2 = 12.706204736432095 / math.sqrt(2)  # of a standard deviation, for two values
+T2 = 12.706204736432095 / math.sqrt(2)  # half the t-interval of two values, in standard deviations
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    """Writes a FourierFT run that reaches a test metric."""
+    """Return a function that writes a FourierFT run with a test metric."""
 
     def make(metric: float, seed: int = 0, label: str = "FourierFT", **recipe: Any) -> Run:
         folder = f"{label}-{seed}-{'-'.join(map(str, recipe.values()))}"
@@ -38,7 +38,7 @@ def bands(run: Any) -> dict[str, list[Run]]:
     }
 
 
-def test_the_metric_stands_over_the_center_with_the_interval_of_its_seeds(run: Any) -> None:
+def test_bias_curve_plots_metric_by_center_with_seed_interval(run: Any) -> None:
     chart = plots.bias_curve(bands(run))
     own = chart.data[chart.data["series"] == "width 3"]
     assert own["center"].tolist() == [0, 2]
@@ -47,49 +47,47 @@ def test_the_metric_stands_over_the_center_with_the_interval_of_its_seeds(run: A
         assert (row.high - row.low) / 2 == pytest.approx(T2 * deviation / math.sqrt(2))
 
 
-def test_the_even_draw_is_a_rule_from_frequency_zero_to_the_highest(run: Any) -> None:
+def test_bias_curve_draws_the_uniform_draw_from_frequency_zero_to_the_highest(run: Any) -> None:
     chart = plots.bias_curve(bands(run))
-    even = chart.data[chart.data["series"] == "drawn evenly"]
+    uniform = chart.data[chart.data["series"] == "uniform draw"]
     corner = math.hypot(SHAPE[0] // 2, SHAPE[1] // 2)
-    assert even["center"].tolist() == pytest.approx([0, corner])
-    assert even["value"].tolist() == even["low"].tolist() == pytest.approx([0.80, 0.80])
+    assert uniform["center"].tolist() == pytest.approx([0, corner])
+    assert uniform["value"].tolist() == uniform["low"].tolist() == pytest.approx([0.80, 0.80])
     assert chart.x.limits[0] < 0
     assert chart.x.limits[1] == pytest.approx(corner)
     points = next(mark for mark in chart.marks if mark.kind == "point")
     assert set(chart.table(points)["series"]) == {"width 3"}
 
 
-def test_the_caption_pairs_each_band_with_the_even_draw_of_the_same_seed(run: Any) -> None:
+def test_bias_curve_caption_pairs_each_band_with_the_uniform_draw_by_seed(run: Any) -> None:
     caption = plots.bias_curve(bands(run)).caption
     assert f"band 0: -0.080 [{-0.08 - T2 * 0.04 / 2**0.5:.3f}, {-0.08 + T2 * 0.04 / 2**0.5:.3f}]" in caption
     assert "band 2: 0.020 [" in caption
     assert "2 seeds (0, 1)" in caption
 
 
-def test_each_width_has_a_curve_of_its_own_and_the_even_draw_may_be_the_control(run: Any) -> None:
+def test_bias_curve_has_one_curve_per_width_and_accepts_the_uniform_draw_as_control(run: Any) -> None:
     narrow, wide = (run(0.5, label=f"width {width}", center=1, width=width) for width in (1, 4))
     chart = plots.bias_curve([wide, narrow], run(0.6, label="even", center=None, width=9))
     assert lookup(chart, "series", "center")["width 1", 1] == 0.5
-    assert list(dict.fromkeys(chart.data["series"])) == ["width 1", "width 4", "drawn evenly"]
-    alone = plots.bias_curve([wide, narrow])
-    assert "drawn evenly" not in set(alone.data["series"])
-    assert "no interval" in alone.caption
+    assert list(dict.fromkeys(chart.data["series"])) == ["width 1", "width 4", "uniform draw"]
+    only_bands = plots.bias_curve([wide, narrow])
+    assert "uniform draw" not in set(only_bands.data["series"])
+    assert "no interval" in only_bands.caption
 
 
-def test_what_is_no_band_or_differs_in_more_is_refused(run: Any, tmp_path: Path) -> None:
-    even = run(0.5, center=None, width=3)
-    with pytest.raises(
-        ValueError, match=r"^bias_curve got no run whose entries were drawn in a band: .*center="
-    ) as told:
-        plots.bias_curve(even)
-    assert "\n" not in str(told.value)
+def test_bias_curve_without_a_band_or_with_other_differences_raises(run: Any, tmp_path: Path) -> None:
+    uniform = run(0.5, center=None, width=3)
+    with pytest.raises(ValueError, match=r"^bias_curve.*band.*center=") as raised:
+        plots.bias_curve(uniform)
+    assert "\n" not in str(raised.value)
     other = run(0.5, label="other", center=1, width=3, alpha=300)
-    with pytest.raises(ValueError, match=r"differ in center and width alone; got alpha 12 \(run .*\) and 300 \(run"):
-        plots.bias_curve([even, other])
+    with pytest.raises(ValueError, match=r"center and width, got alpha 12 \(run .*\) and 300 \(run"):
+        plots.bias_curve([uniform, other])
     low_rank = plant(tmp_path, "a", {("test_metric", ""): {9: 0.5}})
-    with pytest.raises(ValueError, match="bias_curve needs Fourier coefficients"):
+    with pytest.raises(ValueError, match=r"bias_curve.*Fourier coefficients"):
         plots.bias_curve(low_rank)
-    with pytest.raises(ValueError, match="basis_ablation needs coefficients on a basis: train with FourierFT"):
+    with pytest.raises(ValueError, match=r"basis_ablation.*basis.*FourierFT"):
         plots.basis_ablation(low_rank)
 
 
@@ -102,7 +100,7 @@ def three(run: Any) -> list[Run]:
     ]
 
 
-def test_bases_stand_beside_each_other_with_their_seeds_and_interval(run: Any) -> None:
+def test_basis_ablation_plots_each_basis_with_its_seeds_and_interval(run: Any) -> None:
     chart = plots.basis_ablation(three(run))
     assert chart.x.order == ("Fourier", "random", "orthogonal")
     assert lookup(chart, "basis") == pytest.approx({"Fourier": 0.85, "random": 0.74, "orthogonal": 0.85})
@@ -115,26 +113,26 @@ def test_bases_stand_beside_each_other_with_their_seeds_and_interval(run: Any) -
     assert "paired by seed" in chart.caption
 
 
-def test_bases_at_two_sizes_are_refused(run: Any) -> None:
+def test_basis_ablation_with_different_numbers_of_coefficients_raises(run: Any) -> None:
     pair = [run(0.5, basis="fourier", coefficients=9), run(0.6, label="b", basis="random", coefficients=8)]
-    with pytest.raises(ValueError, match="differ in basis alone; got coefficients 9"):
+    with pytest.raises(ValueError, match="basis, got coefficients 9"):
         plots.basis_ablation(pair)
 
 
-def test_settings_must_agree(run: Any) -> None:
+def test_basis_ablation_with_different_training_settings_raises(run: Any) -> None:
     one, two = run(0.5, basis="fourier"), run(0.6, label="b", basis="random")
     two.meta["settings"] = {"steps": 10}
     with pytest.raises(ValueError, match=r"got steps 9 \(run .*\) and 10 \(run"):
         plots.basis_ablation([one, two])
 
 
-def test_both_renderers_draw_them(run: Any) -> None:
+def test_both_renderers_draw_ablations(run: Any) -> None:
     for figure in (plots.bias_curve(bands(run)), plots.basis_ablation(three(run))):
         assert figure.mpl().axes
         assert figure.plotly().data
 
 
-def test_an_axis_has_the_name_of_the_metric_that_all_runs_share(tmp_path: Path) -> None:
+def test_metric_axis_has_the_name_of_the_metric_if_all_runs_share_it(tmp_path: Path) -> None:
     reached = {("test_metric", ""): {9: 0.5}}
     one, two, other = (
         plant(tmp_path, str(number), reached, test={"name": name, "metric": 0.5, "loss": 0.7})

@@ -1,4 +1,4 @@
-"""How many heads: clusters that were planted in a text, and figures against numbers worked out by hand."""
+"""Choice of the number of experts: planted clusters of texts, and figures against hand-computed numbers."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from lorascope.analysis.head_count import DENSITY, KMEANS, cluster_selection, de
 from lorascope.charts.chart import Rule
 from lorascope.runs.run import Run
 
-T2 = 12.706204736432095 / math.sqrt(2)  # of a standard deviation, for two values
+T2 = 12.706204736432095 / math.sqrt(2)  # half the t-interval of two values, in standard deviations
 
 
 @pytest.mark.parametrize("kinds", [1, 2, 3])
-def test_density_finds_as_many_vocabularies_as_there_are(kinds: int) -> None:
+def test_density_clusters_counts_the_vocabularies(kinds: int) -> None:
     assert density_clusters(TfidfVectorizer().fit_transform([*corpus(kinds), *corpus(kinds), "unknown"])) == kinds
 
 
-def test_few_texts_are_no_cluster_and_one_text_is_one() -> None:
+def test_density_clusters_of_two_texts_is_zero_and_of_one_text_is_one() -> None:
     assert density_clusters(TfidfVectorizer().fit_transform(["one apple", "two pears"] * 5)) == 0
     assert density_clusters(TfidfVectorizer().fit_transform(["the same words"] * 9)) == 1
 
 
-def test_every_sample_chooses_anew_and_both_find_what_was_planted() -> None:
+def test_repeated_selection_finds_the_planted_clusters_in_every_sample() -> None:
     texts = pd.Series([*corpus(3), *corpus(3, seed=1)])
     found = repeated_selection(texts, repetitions=2, most=5, sample=200)
     assert found.loc[found["chosen"], ["seed", "algorithm", "k"]].values.tolist() == [
@@ -43,13 +43,13 @@ def test_every_sample_chooses_anew_and_both_find_what_was_planted() -> None:
     pd.testing.assert_frame_equal(second[expected.columns.tolist()], expected, check_dtype=False)
 
 
-def test_no_repetition_is_refused() -> None:
+def test_repeated_selection_with_zero_repetitions_raises() -> None:
     with pytest.raises(ValueError, match=r"^repetitions.*1.*got 0$"):
         repeated_selection(corpus(2), repetitions=0)
 
 
 def selection(chosen: dict[int, tuple[int, int]], sse: tuple[tuple[float, ...], ...]) -> pd.DataFrame:
-    """A table as ``repeated_selection`` gives it: seed -> (k of k-means, k of DBSCAN), and the errors by seed."""
+    """Return a table as from ``repeated_selection``: seed -> (k of k-means, k of DBSCAN), and errors by seed."""
     rows = []
     for seed, (by_means, dense) in chosen.items():
         rows += [(seed, KMEANS, k, error, k == by_means) for k, error in enumerate(sse[seed], start=1)]
@@ -57,7 +57,7 @@ def selection(chosen: dict[int, tuple[int, int]], sse: tuple[tuple[float, ...], 
     return pd.DataFrame(rows, columns=["seed", "algorithm", "k", "sse", "chosen"]).assign(texts=1000)
 
 
-def test_the_error_is_a_share_with_its_elbows_counted() -> None:
+def test_head_choice_plots_relative_error_and_counts_elbows() -> None:
     found = selection({0: (2, 1), 1: (3, 1)}, ((10.0, 4.0, 2.0), (20.0, 12.0, 5.0)))
     error, number = plots.head_choice(found, static=4).rows()[0]
     assert lookup(error, "k") == pytest.approx({1: 1.0, 2: 0.5, 3: 0.225})
@@ -69,10 +69,10 @@ def test_the_error_is_a_share_with_its_elbows_counted() -> None:
         (KMEANS, 1): 2, (KMEANS, 2): 3, (DENSITY, 1.3): 1, (DENSITY, 2.3): 1,
     }  # fmt: skip
     assert [mark.y for mark in number.marks if isinstance(mark, Rule)] == [4]
-    assert "k-means 2.5 (2–3); DBSCAN 1.0 (1–1). 2 samples, of 1,000 texts each." in error.caption
+    assert "k-means 2.5 (2–3); DBSCAN 1.0 (1–1). 2 samples of 1,000 texts" in error.caption
 
 
-def test_one_sample_has_no_band(tmp_path: Path) -> None:
+def test_head_choice_of_one_sample_has_no_band(tmp_path: Path) -> None:
     drawn = plots.head_choice(selection({0: (2, 0)}, ((9.0, 3.0, 2.0),)))
     error, number = drawn.rows()[0]
     assert {mark.kind for mark in error.marks} == {"line", "point"}
@@ -84,13 +84,13 @@ def test_one_sample_has_no_band(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    """Writes a HydraLoRA run that reaches a test metric."""
+    """Return a function that writes a HydraLoRA run with a test metric."""
 
     def make(metric: float, seed: int = 0, label: str = "Hydra", name: str = "hydralora", **recipe: Any) -> Run:
         folder = f"{label}-{seed}-{'-'.join(map(str, recipe.values()))}"
-        told = {"name": name} | recipe
         values = {("test_metric", ""): {9: metric}}
-        return plant(tmp_path, folder, values, label, seed, recipe=told, parameters={"trained": 1000 + 10 * seed})
+        parameters = {"trained": 1000 + 10 * seed}
+        return plant(tmp_path, folder, values, label, seed, recipe={"name": name} | recipe, parameters=parameters)
 
     return make
 
@@ -98,23 +98,24 @@ def run(tmp_path: Path) -> Any:
 def by_number(run: Any) -> dict[str, list[Run]]:
     reached = {4: (0.81, 0.83), 1: (0.70, 0.74), 8: (0.80, 0.80)}
     return {
-        f"{n} heads": [run(metric, seed, f"{n} heads", number=n) for seed, metric in enumerate(two)]
+        f"{n} experts": [run(metric, seed, f"{n} experts", number=n) for seed, metric in enumerate(two)]
         for n, two in reached.items()
     }
 
 
-def test_the_metric_stands_over_the_number_of_experts(run: Any) -> None:
+def test_number_of_experts_plots_metric_by_number_with_seed_interval(run: Any) -> None:
     chart = plots.number_of_experts(by_number(run))
     assert chart.data["number"].tolist() == [1, 4, 8]
     assert chart.data["value"].tolist() == pytest.approx([0.72, 0.82, 0.80])
     half = (chart.data["high"] - chart.data["low"]) / 2
     assert half.to_numpy() == pytest.approx(T2 * np.array([0.04, 0.02, 0]) / math.sqrt(2), rel=1e-9)
     assert chart.x.ticks == {1: "1", 4: "4", 8: "8"}
-    assert "Less 4 heads, paired by seed: 1 heads: -0.100 [" in chart.caption
-    assert "Trained parameters: 4 heads 1,000; 1 heads 1,000; 8 heads 1,000." in chart.caption
+    assert "Difference from 4 experts" in chart.caption
+    assert "1 experts: -0.100 [" in chart.caption
+    assert "Trained parameters: 4 experts 1,000; 1 experts 1,000; 8 experts 1,000." in chart.caption
 
 
-def test_another_method_is_a_level_line_across_all_numbers(run: Any) -> None:
+def test_number_of_experts_draws_controls_as_horizontal_lines(run: Any) -> None:
     lora = {"LoRA": [run(metric, seed, "LoRA", name="lora", rank=9) for seed, metric in enumerate((0.7, 0.8))]}
     chart = plots.number_of_experts(by_number(run), lora)
     level = chart.data[chart.data["series"] == "LoRA"]
@@ -125,32 +126,39 @@ def test_another_method_is_a_level_line_across_all_numbers(run: Any) -> None:
     assert set(points["series"]) == {"HydraLoRA"}
 
 
-def test_what_has_no_heads_or_differs_in_more_is_refused(run: Any) -> None:
-    with pytest.raises(ValueError, match=r"^number_of_experts needs a number of heads: train HydraLoRA \(run"):
+def test_number_of_experts_without_experts_or_with_other_differences_raises(run: Any) -> None:
+    with pytest.raises(ValueError, match=r"^number_of_experts.*number of experts.*HydraLoRA \(run"):
         plots.number_of_experts(run(0.5, name="lora", rank=2))
     one, two = run(0.5, label="a", number=1, rank=2), run(0.6, label="b", number=2, rank=4)
-    with pytest.raises(ValueError, match=r"differ in number alone; got rank 2 \(run .*\) and 4 \(run"):
+    with pytest.raises(ValueError, match=r"num_experts, got rank 2 \(run .*\) and 4 \(run"):
         plots.number_of_experts([one, two])
 
 
-def test_a_bar_for_the_whole_and_for_what_is_left_without_a_part(run: Any) -> None:
-    reached = {"whole": (0.80, 0.90), "even gates": (0.70, 0.78)}
+def test_errors_print_present_names_and_values_of_renamed_settings(run: Any) -> None:
+    one, two = run(0.5, label="a", number=1, heads="shared"), run(0.6, label="b", number=2, heads="split")
+    with pytest.raises(ValueError, match=r"got shared_a True \(run .*\) and False \(run"):
+        plots.number_of_experts([one, two])
+
+
+def test_ablations_draw_one_bar_per_variant(run: Any) -> None:
+    reached = {"full": (0.80, 0.90), "uniform gates": (0.70, 0.78)}
     runs = {name: [run(m, seed, name, number=seed) for seed, m in enumerate(two)] for name, two in reached.items()}
     chart = plots.ablations(runs, start=0.5)
-    assert lookup(chart, "recipe") == pytest.approx({"whole": 0.85, "even gates": 0.74})
-    assert lookup(chart, "recipe", value="words") == {"whole": "0.850", "even gates": "0.740"}
-    assert (chart.x.order, chart.y.limits) == (("whole", "even gates"), (0.5, None))
-    assert "Less whole, paired by seed: even gates: -0.110 [" in chart.caption
+    assert lookup(chart, "recipe") == pytest.approx({"full": 0.85, "uniform gates": 0.74})
+    assert lookup(chart, "recipe", value="words") == {"full": "0.850", "uniform gates": "0.740"}
+    assert (chart.x.order, chart.y.limits) == (("full", "uniform gates"), (0.5, None))
+    assert "Difference from full" in chart.caption
+    assert "uniform gates: -0.110 [" in chart.caption
 
 
-def test_bars_of_two_tasks_do_not_compare(run: Any) -> None:
+def test_ablations_with_two_tasks_raises(run: Any) -> None:
     one, two = run(0.5, label="a"), run(0.6, label="b")
     two.meta["task"] = "other"
-    with pytest.raises(ValueError, match=r"ablations compares runs of one task; got t \(run .*\) and other \(run"):
+    with pytest.raises(ValueError, match=r"ablations.*task, got t \(run .*\) and other \(run"):
         plots.ablations([one, two])
 
 
-def test_both_renderers_draw_them(run: Any) -> None:
+def test_both_renderers_draw_numbers_of_experts_and_ablations(run: Any) -> None:
     numbers = by_number(run)
     for figure in (plots.number_of_experts(numbers), plots.ablations(numbers)):
         assert figure.mpl().axes

@@ -1,4 +1,4 @@
-"""The catalogue of figures, and what is refused before anything is drawn."""
+"""Registry of figures, and errors that are raised before drawing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import pytest
 from planted import lookup, low_rank, plant, profile
 
 from lorascope import plots
+from lorascope.methods import METHODS
 from lorascope.plots import registry
+from lorascope.plots.setting_names import RENAMED, VALUES, present_label
+from lorascope.schema.deprecation import old_fields
 
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """``plant`` in a folder of the test."""
+    """Return ``plant`` for the folder of the test."""
     return partial(plant, tmp_path)
 
 
@@ -32,20 +35,20 @@ def write(tmp_path: Path) -> Any:
         ("subspace_similarity", "the adapters' factors: train with a method that has factors"),
     ],
 )
-def test_a_figure_names_the_recorder_that_is_missing(write: Any, name: str, reason: str) -> None:
+def test_figure_without_records_names_the_missing_recorder(write: Any, name: str, reason: str) -> None:
     bare = write("a", {("lr", ""): {1: 0.1}})
     with pytest.raises(ValueError, match=re.escape(f"{name} needs {reason}")) as raised:
         getattr(plots, name)(bare)
     assert "\n" not in str(raised.value)
 
 
-def test_a_folder_without_history_or_base_is_told_apart_from_missing_records(write: Any) -> None:
+def test_errors_distinguish_missing_history_and_base_model_from_missing_records(write: Any) -> None:
     values = {("update_norm", "h.0.q"): {-1: 2.0}, ("weight_norm", "h.0.q"): {-1: np.nan}}
     folder = write("a", values, "LoRA rank 16", seed=None)
     assert lookup(plots.update_norm(folder), "place") == {"0": 2.0}
     with pytest.raises(ValueError, match="update_norm at more than one step"):
         plots.norm_over_steps(folder)
-    with pytest.raises(ValueError, match="unknown without the base"):
+    with pytest.raises(ValueError, match=r"weight_norm.*base model"):
         plots.update_norm(folder, quantity="weight_norm")
 
 
@@ -65,12 +68,34 @@ def test_available_agrees_with_what_can_be_drawn(write: Any) -> None:
     assert found.loc["training_curves", "missing"].startswith("records of loss")
 
 
-def test_every_figure_says_how_it_is_read_and_when_it_misleads() -> None:
-    for entry in plots.FIGURES.values():
-        assert getattr(plots, entry.name) is entry.draw
-        for text in (entry.reads, entry.misleads):
-            assert text.endswith(".")
-            assert len(text.split()) > 15
+@pytest.mark.parametrize("entry", plots.FIGURES.values(), ids=list(plots.FIGURES))
+def test_reads_and_misleads_are_one_or_two_sentences_without_markup(entry: plots.Figure) -> None:
+    assert getattr(plots, entry.name) is entry.draw
+    for text in (entry.reads, entry.misleads):
+        assert text.endswith(".")
+        assert len(text.split()) > 15
+        assert len(re.findall(r"\.(?: |$)", text)) <= 2
+        assert not re.search(r"[`|*]|_\W", text)
+
+
+def test_present_setting_names_match_the_renamed_fields_of_the_methods() -> None:
+    found = {name: old_fields(method) for name, method in METHODS.items()}
+    assert {name: {old: new for old, (new, _) in fields.items()} for name, fields in found.items() if fields} == RENAMED
+    values = {(name, old): dict(before.values) for name, fields in found.items() for old, (_, before) in fields.items()}
+    assert {key: renamed for key, renamed in values.items() if renamed} == VALUES
+
+
+@pytest.mark.parametrize(
+    ("method", "stored", "shown"),
+    [
+        ("hydralora", "HydraLoRA, number 4, heads split", "HydraLoRA, num_experts 4, shared_a False"),
+        ("neft", "NeFT, k 6, mode random", "NeFT, num_neurons 6, select_by random"),
+        ("lora", "LoRA, rank 4, targets q v", "LoRA, rank 4, targets q v"),
+        ("", "adapter, number 4", "adapter, number 4"),
+    ],
+)
+def test_present_label_replaces_the_old_names_of_settings(method: str, stored: str, shown: str) -> None:
+    assert present_label(stored, method) == shown
 
 
 @pytest.mark.parametrize(
@@ -82,23 +107,25 @@ def test_every_figure_says_how_it_is_read_and_when_it_misleads() -> None:
         ({"seed": None}, r"seeds \[0, None\]"),
     ],
 )
-def test_runs_that_are_no_seeds_of_one_recipe_are_not_averaged(write: Any, change: dict, reason: str) -> None:
+def test_averaging_runs_that_differ_in_more_than_the_seed_raises(write: Any, change: dict, reason: str) -> None:
     one, two = write("a", profile(1, 3, 4)), write("b", profile(1, 3, 4), **({"seed": 1} | change))
     with pytest.raises(ValueError, match=reason):
         plots.update_norm([one, two])
     assert set(plots.update_norm({"one": one, "two": [two]}).data["recipe"]) == {"one", "two"}
 
 
-def test_the_same_run_twice_or_none_is_refused(write: Any) -> None:
+def test_duplicate_run_duplicate_label_or_no_run_raises(write: Any) -> None:
     run = write("a", profile(1, 3, 4))
-    with pytest.raises(ValueError, match="run a twice"):
+    with pytest.raises(ValueError, match="duplicate run a"):
         plots.update_norm({"one": run, "two": run})
-    with pytest.raises(ValueError, match="no run"):
+    with pytest.raises(ValueError, match="duplicate label 'one'"):
+        plots.update_norm({"one": run}, control={"one": write("b", profile(1, 3, 4))})
+    with pytest.raises(ValueError, match=r"update_norm.*got 0"):
         plots.update_norm([])
 
 
 def mixture(write: Any, id: str, seed: int = 0, label: str = "Hydra", exact: bool = False, **meta: Any) -> Any:
-    """A run with all that figures of updates need, its two modules mixtures unless they are exact."""
+    """Write a run with all records that figures of updates need; its updates depend on the input unless exact."""
     names = {"h.0.q": 3.0, "h.1.q": 2.0}
     values = {
         (quantity, module): {0: 0.0, 4: size / 2, 9: size}
@@ -120,7 +147,7 @@ ABOUT_UPDATES = {
 }  # fmt: skip
 
 
-def test_every_figure_of_an_update_says_once_that_a_mixture_is_at_mean_gates(write: Any) -> None:
+def test_every_figure_of_updates_names_the_gates_of_input_dependent_ones_once(write: Any) -> None:
     runs = [mixture(write, f"m{seed}", seed) for seed in (0, 1)]
     plain = [mixture(write, f"p{seed}", seed, "LoRA", exact=True) for seed in (0, 1)]
     drawable = plots.available(runs[0]).set_index("figure")["drawable"]
@@ -135,7 +162,7 @@ def test_every_figure_of_an_update_says_once_that_a_mixture_is_at_mean_gates(wri
     assert set(drawable[drawable].index) >= about & ABOUT_UPDATES == ABOUT_UPDATES
 
 
-def test_a_saved_figure_keeps_which_of_its_updates_are_mixtures(write: Any) -> None:
+def test_meta_of_figures_of_updates_has_the_gates_of_input_dependent_ones(write: Any) -> None:
     runs = {"mixed": mixture(write, "m"), "plain": mixture(write, "p", exact=True)}
     assert plots.update_norm(runs).meta["mixtures"] == {"mixed": "mean gates"}
     assert "mixtures" not in plots.update_norm({"plain": runs["plain"]}).meta

@@ -1,7 +1,7 @@
-"""Figures: ``plots.f(runs, control=None)`` turns runs into a chart.
+"""Figures of runs: each function takes runs and returns a chart.
 
-``runs`` is a Run, a list of runs (those of one recipe are its seeds) or a dict label -> run or runs. ``FIGURES`` is the
-catalogue, ``available(run)`` says what can be drawn.
+Pass a Run, a list of runs (runs of one recipe count as its seeds) or a dict label -> run or runs. ``FIGURES`` lists all
+figures with how to read them; ``available(run)`` lists those that a run has the records for.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The figure of what parameters buy: test metric against their number."""
+"""Figure of the test metric by number of trained parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Line, Point, Text
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Group, Runs, ends, gather
+from lorascope.plots.setting_names import present_label
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
 _ASIDE = 0.03  # of the range that the points span
@@ -17,15 +18,13 @@ _ASIDE = 0.03  # of the range that the points span
 
 @figure(
     needs=("test_metric",),
-    reads="A point is a recipe, further left the fewer parameters it trains; a line joins the sizes of one method, "
-    "written beside the points. A method is worth its parameters where its line lies above another's at equal x and "
-    "the intervals do not overlap.",
-    misleads="One learning rate for all sizes of a method is a choice that suits some better: a line that falls to the "
-    "right may want a lower rate, not fewer parameters. The head that every method trains is counted, which at few "
-    "coefficients is most of the number.",
+    reads="Each point is one recipe, labeled with its rank or coefficients; lines join the sizes of one method. A "
+    "method is more parameter-efficient where its line is better at the same x and the intervals do not overlap.",
+    misleads="If all sizes share one learning rate, a line that gets worse to the right may need a lower rate: tune it "
+    "per size. The count includes the classifier head, which dominates it at few coefficients.",
 )
 def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
-    """Test metric against trained parameters (FourierFT, Figs. 1 and 4): rank against coefficients.
+    """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4).
 
     Parameters
     ----------
@@ -35,7 +34,7 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     Raises
     ------
     ValueError
-        The runs are of different tasks.
+        The runs were trained on different tasks.
     """
     cohort = gather("accuracy_by_parameters", runs, control)
     cohort.require("test_metric")
@@ -52,11 +51,11 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
             Point("parameters", "value", "family", low=low, high=high),
             Text("right", "above", "size"),
         ],
-        title="What parameters buy",
+        title="Test metric by trained parameters",
         x=Axis(label="trained parameters", log=True),
         y=Axis(label=cohort.metric),
         caption=cohort.caption(
-            "Trained parameters of the last phase, the head's among them; beside a point its rank or coefficients.",
+            "Trained parameters of the last phase, including the head; labels: rank or number of coefficients.",
             interval=f"bars: {INTERVAL}",
         ),
         colors=dict.fromkeys(sizes["family"]),
@@ -65,9 +64,9 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
-    """Where the size of a point is written: a little above it and to its right, the further the longer it is.
+    """Return positions of the size labels: right of and above each point, further right for longer labels.
 
-    Of points with about as many parameters only the highest has it above, the others below.
+    Among points with similar numbers of parameters, only the highest has its label above; the others have it below.
     """
     high, low = (cells[end].fillna(cells["value"]) for end in ("high", "low"))
     wide = cells["parameters"].max() / cells["parameters"].min()
@@ -85,19 +84,19 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
 
 
 def _recipe_size(group: Group) -> dict[str, object]:
-    """Trained parameters of a recipe, its size in words, and what it has in common with its other sizes."""
+    """Return the trained parameters of a recipe, its size as text, and the label shared by all sizes of its method."""
     first = group.runs[0]
     recipe = first.meta["recipe"]
-    # An alpha that follows the rank, so that the scale is always 1, makes no other method.
+    # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
     names = (*_SIZES, "alpha") if recipe.get("alpha") == recipe.get("rank") else _SIZES
-    family = [part for part in first.label.split(", ") if part.partition(" ")[0] not in names]
+    label = ", ".join(part for part in first.label.split(", ") if part.partition(" ")[0] not in names)
     sizes = [recipe.get(name) for name in _SIZES]
-    if not any(isinstance(size, int) for size in sizes):  # a default that goes by the weight
+    if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight
         sizes = sorted({len(update.coefficients) for update in fourier.updates(first).values()})
     counted = np.mean([run.meta["parameters"]["trained"] for run in group.runs])
     return {
         "recipe": group.label,
-        "family": ", ".join(family),
+        "family": present_label(label, recipe.get("name", "")),
         "size": "/".join(str(size) for size in sizes if isinstance(size, int)),
         "parameters": float(counted),
     }

@@ -1,4 +1,4 @@
-"""The figure of several adapters compared, each two of them."""
+"""Figure that compares every pair of adapters."""
 
 from __future__ import annotations
 
@@ -15,39 +15,37 @@ from lorascope.runs.run import Run
 @figure(
     needs=("update_norm",),
     runs=2,
-    reads="Four questions to every two adapters: how large one is beside the other, whether they change the weights in "
-    "one direction, whether they use the same leading directions, and whether their ranks lie in the same modules. An "
-    "angle tells something only where it lies well below the one by chance, in brackets.",
-    misleads="A cosine near zero is the rule even for two seeds of one recipe, which find other weights for the same "
-    "outputs. Angles between runs of one seed are small for the random A they start from. Ratios of norms follow "
-    "learning rates and steps.",
+    reads="The panels compare every pair of adapters: norm ratio, cosine of the updates, angle between leading "
+    "singular vectors, and fraction of rank in different modules. Only angles well below the random baseline in "
+    "brackets show shared directions.",
+    misleads="Cosines near zero are normal even between seeds, and runs of one seed share the initial A, which lowers "
+    "their angles: compare different seeds. Norm ratios mostly reflect learning rates and numbers of steps.",
 )
 def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False) -> Panels:
-    """Ratio of norms, cosine, angles and difference in allocation between every two adapters or runs.
+    """Plot norm ratio, cosine, angle and difference in rank allocation for every pair of adapters or runs.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        On one model, of any methods and ranks.
+        At least two runs on one model, of any methods and ranks.
     spectra : bool
-        Decompose dense updates wider than 1024, too, for their directions.
+        Decompose dense updates of any size; by default only those whose smaller side is at most 1024.
 
     Raises
     ------
     ValueError
-        There are not two runs, or they are not on one model.
+        There are fewer than two runs, or they have different models.
     """
     cohort = gather("adapter_pairs", runs, control)
-    if len(cohort.runs) < 2:
-        raise ValueError(f"adapter_pairs takes two runs or more, got {len(cohort.runs)}")
+    cohort.require_runs(2)
     cohort.require("update_norm")
     labelled = _label_runs(cohort)
     table = pairs.matrix(labelled, pairs.modules(labelled, spectra))
     caption = cohort.caption(
-        "Norms and cosines of all modules together, zero where a module is not adapted. Angles: mean over outputs and "
-        f"inputs and over the modules that both hold of the principal angles between the first {pairs.DIRECTIONS} "
-        "directions, fewer where an update has fewer; in brackets that of as many random directions. Ranks elsewhere: "
-        "the share that would have to move to other modules.",
+        "Norms and cosines cover all modules; a module without an adapter counts as zero. Angles: principal angles "
+        f"between the first {pairs.DIRECTIONS} singular vectors (fewer if an update has fewer), averaged over outputs, "
+        "inputs and shared modules; in brackets, the same for random directions. Rank in different modules: fraction "
+        "of the rank that would have to move to make the allocations equal.",
     )
     charts = [
         Chart(
@@ -65,7 +63,7 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
 
 
 def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Heat]]:
-    """Title, cells and mark of each question."""
+    """Return title, cells and mark of each panel."""
     place = ("other", "one")
     with np.errstate(divide="ignore"):
         ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map("{:.2g}×".format))
@@ -74,15 +72,15 @@ def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Heat]]:
     ratio = Heat(*place, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
     cosine = Heat(*place, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
     return [
-        ("‖ΔW‖, row over column", ratios.replace({"log_ratio": {-np.inf: np.nan}}), ratio),
+        ("‖ΔW‖, row / column", ratios.replace({"log_ratio": {-np.inf: np.nan}}), ratio),
         ("Cosine of ΔW", table, cosine),
-        ("Angle of directions", angles, Heat(*place, "angle", "degrees", ".0f", limits=(0, 90), words="words")),
-        ("Ranks elsewhere", table, Heat(*place, "rank_moved", "share", ".2f", limits=(0, 1))),
+        ("Mean principal angle", angles, Heat(*place, "angle", "degrees", ".0f", limits=(0, 90), words="words")),
+        ("Rank in different modules", table, Heat(*place, "rank_moved", "fraction", ".2f", limits=(0, 1))),
     ]
 
 
 def _label_runs(cohort: Cohort) -> dict[str, Run]:
-    """Every run under a label of its own: seeds of one recipe by their seed."""
+    """Return the runs by unique label; runs of one recipe are labeled with their seed."""
     return {
         group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta['seed']}": run
         for group in cohort.groups

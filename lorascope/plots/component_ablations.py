@@ -1,4 +1,4 @@
-"""Figures of ablations: test metric by one choice of a method, and by what is left out of it."""
+"""Figures of ablations: test metric by one setting of a method, and without one of its components."""
 
 from __future__ import annotations
 
@@ -13,41 +13,40 @@ from lorascope.charts.chart import Axis, Band, Chart, Line, Point, Text
 from lorascope.plots.registry import BASIS, FREQUENCIES, HEADS, figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, ends, gather
 
-_EVEN = "drawn evenly"
+_EVEN = "uniform draw"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
 _HYDRA = "HydraLoRA"
 _MEAN, _SEED = "mean", "one seed"
-_ROOM = 0.04  # left of frequency zero, where a point may lie
+_ROOM = 0.04  # margin left of frequency zero, where a point may be drawn
 
 
 @figure(
     needs=(FREQUENCIES, "test_metric"),
     runs=2,
-    reads="A point is what training reaches when the entries are drawn around this distance from frequency zero; the "
-    "level line is what it reaches when they are drawn from all alike. A band is worth choosing where the difference "
-    "in the caption, which pairs the seeds, keeps clear of zero.",
-    misleads="The best of several bands lies above the line by chance alone: choose it on some seeds and look at it on "
-    "others. What is far from zero is not fine in any sense, since rows and columns of a weight have no order.",
+    reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
+    "horizontal line is the uniform draw. A band helps where its seed-paired difference in the caption excludes zero.",
+    misleads="The best of several bands beats the line by chance: choose the band on some seeds and evaluate it on "
+    "others. A high frequency is not a fine detail, because rows and columns of a weight have no order.",
 )
 def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
-    """Test metric against the favoured frequency of the band that entries are drawn from (FourierFT, Fig. 5).
+    """Plot test metric against the center of the frequency band (FourierFT, Fig. 5).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of FourierFT that differ in their band alone; those without one are the level line.
+        Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.
 
     Raises
     ------
     ValueError
-        No run has a band, or they differ in more.
+        No run has a band, or the runs differ in other settings.
     """
     cohort = gather("bias_curve", runs, control)
     cohort.require(FREQUENCIES, "test_metric")
     cohort.require_differ_only_in("center", "width")
     drawn = pd.DataFrame([_band_label(group) for group in cohort.groups])
     if drawn["center"].isna().all():
-        raise ValueError("bias_curve got no run whose entries were drawn in a band: train FourierFT with center=")
+        raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
     rows = cohort.scores()
     cells = band(rows.merge(drawn, on="recipe"), ["series", "width", "center"]).sort_values(["width", "center"])
     curves = cells.dropna(subset="center")
@@ -61,11 +60,11 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
             Line("center", "value", "series"),
             Point("center", "value", "series", low=low, high=high, data=curves),
         ],
-        title="Bands of frequencies",
-        x=Axis(label="favoured distance from frequency zero", limits=(-_ROOM * highest, highest)),
+        title="Test metric by frequency band",
+        x=Axis(label="band center (distance from zero)", limits=(-_ROOM * highest, highest)),
         y=Axis(label=cohort.metric),
         caption=cohort.caption(
-            "Entries drawn around one distance from frequency zero, as Eq. 5 has it; the axis ends at the highest.",
+            "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
             *_differences(cohort, rows, drawn["recipe"][drawn["center"].isna()].tolist()),
             interval=f"bars and band: {INTERVAL}",
         ),
@@ -77,25 +76,23 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
 @figure(
     needs=(BASIS, "test_metric"),
     runs=2,
-    reads="The dot with a bar is what coefficients on this basis reach, the mean of the seeds that lie around it. The "
-    "frequencies matter if another basis of as many coefficients stays below: the caption has the differences, paired "
-    "by seed.",
-    misleads="Bases compare only at equal size of the update at the start, as they are scaled here; one rate and one "
-    "alpha for all of them may still suit some better. Two bases that are level say that the number of coefficients "
-    "counts, not that any basis would do.",
+    reads="Each dot with a bar is the mean test metric on one basis, surrounded by its seeds; all bases have the same "
+    "number of coefficients. The basis matters where the seed-paired difference in the caption excludes zero.",
+    misleads="All bases share the learning rate and alpha, which may suit some better: tune them per basis. Equal "
+    "results mean that the number of coefficients matters, not that any basis would work.",
 )
 def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
-    """Test metric by the basis on which the coefficients stand (FourierFT, Table 6).
+    """Plot test metric by the basis of the coefficients (FourierFT, Table 6).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of FourierFT that differ in their basis alone; the first is what the others are compared with.
+        Runs of FourierFT that differ only in their basis; the others are compared with the first.
 
     Raises
     ------
     ValueError
-        They differ in more than their basis.
+        The runs differ in more than their basis.
     """
     cohort = gather("basis_ablation", runs, control)
     cohort.require(BASIS, "test_metric")
@@ -113,11 +110,11 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
             Point("basis", "value", "what", low=low, high=high),
             Text("basis", "above", "words"),
         ],
-        title="As many coefficients, other bases",
+        title="Test metric by basis",
         x=Axis(label="basis", order=dict.fromkeys(names.values())),
         y=Axis(label=cohort.metric),
         caption=cohort.caption(
-            "All scaled to the norm that an update is expected to have at its start on the Fourier basis.",
+            "All bases are scaled to the expected norm of the initial update on the Fourier basis.",
             *_differences(cohort, rows, cohort.labels[:1]),
             interval=f"bars: {INTERVAL}",
         ),
@@ -129,26 +126,26 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
 @figure(
     needs=(HEADS, "test_metric"),
     runs=2,
-    reads="A point is what this many heads reach. Numbers that the seeds cannot tell apart have overlapping bars; a "
-    "flat line says that the number need not be chosen with care; the differences in the caption pair the seeds.",
-    misleads="Every further head costs parameters, which the caption counts: a rise may be theirs, and a level line, "
-    "such as a LoRA of as many parameters given as control, says what they buy elsewhere. The best of several numbers "
-    "is the best by chance, too.",
+    reads="Each point is the test metric with that many experts; overlapping bars mean that the seeds do not "
+    "distinguish the numbers. A flat line means that the number matters little; the caption has seed-paired "
+    "differences.",
+    misleads="Each expert adds parameters (see the caption), so a rise may come from size: add a LoRA of equal size as "
+    "control. The best of several numbers also wins by chance.",
 )
 def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
-    """Test metric against the number of heads (HydraLoRA, Fig. 8).
+    """Plot test metric against the number of experts (HydraLoRA, Fig. 8).
 
     Parameters
     ----------
     runs : Run, sequence of Run, or mapping label -> run or runs
-        Runs of HydraLoRA that differ in ``num_experts`` alone; the first is what the others are compared with.
+        Runs of HydraLoRA that differ only in ``num_experts``; the others are compared with the first.
     control : as ``runs``, optional
-        Of any method on the same task: a level line each.
+        Runs of any method on the same task, one horizontal line per label.
 
     Raises
     ------
     ValueError
-        The runs have no heads or differ in more than their number, or the controls are of another task or model.
+        The runs have no experts or differ in more than their number, or the controls have another task or model.
     """
     own, cohort = gather("number_of_experts", runs), gather("number_of_experts", runs, control)
     own.require(HEADS)
@@ -171,8 +168,8 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
             Line("number", "value", "series"),
             Point("number", "value", "series", low=low, high=high, data=curve),
         ],
-        title="What heads buy",
-        x=Axis(label="heads", ticks={number: str(number) for number in sorted(numbers.values())}),
+        title="Test metric by number of experts",
+        x=Axis(label="experts", ticks={number: str(number) for number in sorted(numbers.values())}),
         y=Axis(label=cohort.metric),
         caption=cohort.caption(
             f"Trained parameters: {_parameter_counts(cohort)}.",
@@ -187,26 +184,25 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
 @figure(
     needs=("test_metric",),
     runs=2,
-    reads="A bar is what one form of a method reaches on the test split: the first the whole, the others with a part "
-    "left out. A part is of use where the difference in the caption, which pairs the seeds, lies below zero with its "
-    "whole interval.",
-    misleads="Leaving a part out also changes how many parameters train, which the caption counts, and which learning "
-    "rate would suit. Parts that stand in for each other all look useless one at a time.",
+    reads="Each bar is the test metric of one variant: the full method first, then the method without one component. A "
+    "component helps where removing it lowers the metric: its seed-paired interval in the caption is below zero.",
+    misleads="Removing a component also changes the number of trained parameters (see the caption) and the best "
+    "learning rate. Components that replace each other all look useless one at a time: remove them together.",
 )
 def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
-    """Test metric of a method and of what is left of it without a part, one bar a label (HydraLoRA, Fig. 6).
+    """Plot test metric of a method and its ablations, one bar per label (HydraLoRA, Fig. 6).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs on one task; the first is the whole, which the others are compared with.
+        Runs on one task; the first label is the full method, with which the others are compared.
     start : float
-        Lower end of the axis; bars that do not start at 0 make small differences look large.
+        Lower end of the metric axis; above 0, small differences look large.
 
     Raises
     ------
     ValueError
-        The runs are of different tasks or models.
+        The runs have different tasks or models.
     """
     cohort = gather("ablations", runs, control)
     cohort.require("test_metric")
@@ -216,7 +212,7 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
     return Chart(
         cells,
         marks,
-        title="What is left out",
+        title="Ablations",
         x=Axis(order=cohort.labels),
         y=Axis(label=cohort.metric, limits=(start, None)),
         caption=cohort.caption(
@@ -229,12 +225,12 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
 
 
 def _parameter_counts(cohort: Cohort) -> str:
-    """Trained parameters of every recipe, the head's among them."""
+    """Return the trained parameters of every recipe as text, including the classifier head."""
     return "; ".join(f"{group.label} {group.runs[0].meta['parameters']['trained']:,}" for group in cohort.groups)
 
 
 def _band_label(group: Group) -> dict[str, Any]:
-    """Where the entries of a recipe were drawn."""
+    """Return the band from which the entries of a recipe were drawn, with its label in the legend."""
     recipe = group.runs[0].meta["recipe"]
     if recipe.get("center") is None:
         return {"recipe": group.label, "series": _EVEN, "center": math.nan, "width": math.nan}
@@ -242,19 +238,19 @@ def _band_label(group: Group) -> dict[str, Any]:
 
 
 def _label_heights(cells: pd.DataFrame) -> pd.Series:
-    """Where the number of a cell is written."""
+    """Return the heights at which the numbers are written."""
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     return top + 0.06 * (top.max() - bottom.min())
 
 
 def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[str]:
-    """Every recipe less the first of ``bases``, paired by seed, where it has the same seeds."""
+    """Describe the difference of every recipe from the first of ``bases``, paired by seed, if they have equal seeds."""
     seeds = {run.id: run.meta["seed"] for run in cohort.runs}
     values = rows.assign(seed=rows["run"].astype("str").map(seeds)).set_index("seed")
-    told = []
+    found = []
     for label in cohort.labels if bases else ():
         one, base = (values["value"][values["recipe"] == name].sort_index() for name in (label, bases[0]))
         if label not in bases and len(one) > 1 and one.index.equals(base.index):
             mean, low, high, _ = t_interval((one - base).to_numpy())
-            told.append(f"{label}: {mean:.3f} [{low:.3f}, {high:.3f}]")
-    return [f"Less {bases[0]}, paired by seed: {'; '.join(told)}."] if told else []
+            found.append(f"{label}: {mean:.3f} [{low:.3f}, {high:.3f}]")
+    return [f"Difference from {bases[0]}, paired by seed [95% t-interval]: {'; '.join(found)}."] if found else []

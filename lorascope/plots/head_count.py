@@ -1,4 +1,4 @@
-"""The figure of a number of heads: what clusters leave of the error, and how many a corpus seems to hold."""
+"""Figure for choosing the number of experts: clustering error by K, and the K chosen per sample of the corpus."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Panels, Point, Rule, Text, set_side_by_side
 
 _KMEANS = "k-means"
-_ASIDE = 0.3  # of a sample, so that two dots at one number do not hide each other
+_ASIDE = 0.3  # horizontal offset of the second algorithm, so that its dots do not hide those of the first
 
 
 def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
-    """Error of k-means against K with its elbow, and the number chosen sample by sample (HydraLoRA, App. B, Fig. 7).
+    """Plot the k-means error against K and the number of clusters chosen per sample (HydraLoRA, App. B and Fig. 7).
 
-    Read the left panel first: an elbow counts where the curve falls far before it and little after. One that hardly
-    falls at all has an elbow as well, which then is noise, and the right panel shows it jump from sample to sample. It
-    misleads where it is clear, too: topics of a text need not be what heads are of use for.
+    An elbow on the left is meaningful if the curve falls steeply before it and little after. A curve that hardly falls
+    also has an elbow, but it is noise: the chosen number on the right then varies between samples. Caveat: even a clear
+    elbow counts topics, which experts need not specialize in.
 
     Parameters
     ----------
     found : DataFrame
-        From ``analysis.head_count.repeated_selection``.
+        Table from ``analysis.head_count.repeated_selection``.
     static : int, optional
-        A number chosen by hand, to compare with.
+        Manually chosen number, drawn for comparison.
     """
     curves = found[found["algorithm"] == _KMEANS]
     start = curves.groupby("seed")["sse"].transform("first")
@@ -43,19 +43,19 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
             Point("k", "value", "algorithm", data=elbows),
             *([Text("k", "above", "words", data=elbows)] if several else []),
         ],
-        title="Error left, and elbows",
+        title="Error and elbows",
         x=Axis(label="clusters K"),
-        y=Axis(label="error left (share)", limits=(0, 1.12)),
+        y=Axis(label="error relative to K = 1", limits=(0, 1.12)),
         caption=caption,
         colors=dict.fromkeys(found["algorithm"]),
     )
     number = Chart(
         chosen.assign(sample=1 + chosen["seed"] + _ASIDE * (chosen["algorithm"] != _KMEANS)),
         [
-            *([Rule(y=static, label=f"by hand: {static}")] if static is not None else []),
+            *([Rule(y=static, label=f"manual: {static}")] if static is not None else []),
             Point("sample", "k", "algorithm"),
         ],
-        title="Number chosen",
+        title="Chosen number of clusters",
         x=Axis(label="sample of the corpus"),
         y=Axis(label="clusters", limits=(0, None)),
         caption=caption,
@@ -66,12 +66,14 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
 
 def _head_count_caption(found: pd.DataFrame, chosen: pd.DataFrame) -> str:
     number, texts = found["seed"].nunique(), found["texts"].max()
+    several = number > 1
     spread = chosen.groupby("algorithm", sort=False)["k"].agg(["mean", "min", "max"])
-    told = "; ".join(f"{name} {row['mean']:.1f} ({row['min']:.0f}–{row['max']:.0f})" for name, row in spread.iterrows())
-    samples = f"{number} samples, of {texts:,} texts each" if number > 1 else f"One sample, of {texts:,} texts"
-    band = " Band: 95 % t-interval over samples." if number > 1 else ""
+    chosen_k = [f"{name} {row['mean']:.1f} ({row['min']:.0f}–{row['max']:.0f})" for name, row in spread.iterrows()]
+    counted = ", with the number of samples that choose it" if several else ""
+    samples = f"{number} samples of {texts:,} texts each" if several else f"One sample of {texts:,} texts"
+    band = " Band: 95% t-interval over samples." if several else ""
     return (
-        "TF-IDF vectors. Error: sum of squared distances to the centres, against that of K = 1. Dots: the K where the "
-        "curve lies farthest below its chord, and how often it is chosen. "
-        f"Clusters, mean (smallest–largest): {told}. {samples}.{band}"
+        "TF-IDF vectors. Error: sum of squared distances to the centers, relative to K = 1. Dots: the elbow, the K "
+        f"farthest below the chord of the curve{counted}. "
+        f"Clusters, mean (min–max): {'; '.join(chosen_k)}. {samples}.{band}"
     )

@@ -1,4 +1,4 @@
-"""The catalogue of figures: how each is read, when it misleads, and what it needs from a run."""
+"""Registry of figures: how to read each one, its caveat, and the records that it needs from a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lorascope.schema.deprecation import warn_renamed
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
 OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
-"""What a figure needs that is about updates."""
+"""Needs of figures that show updates."""
 MIXTURES = "mixtures"
-"""Key of a chart's ``meta``: label -> the gates at which updates stand that depend on the input."""
+"""Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 _NORMS = "train with observe=[ls.observe.norms()]"
 _MOMENTS = 'train Full(optimizer_name="adamw") with observe=[ls.observe.second_moments()]'
 _ADAPPROX = "train with Adapprox"
-_ALLOCATOR = "train with a method that allots ranks, such as AdaLoRA"
+_ALLOCATOR = "train with a method that allocates ranks, such as AdaLoRA"
 RECORDERS = {
     UPDATES: "train with a method that has factors, such as LoRA",
     SPECTRA: _NORMS,
@@ -65,24 +65,24 @@ RECORDERS = {
 
 @dataclass(frozen=True)
 class Figure:
-    """An entry of the catalogue.
+    """Registered figure.
 
     Parameters
     ----------
     name : str
         Name of the function in ``lorascope.plots``.
     draw : callable
-        ``draw(runs, control=None, ...)``.
+        The function: ``draw(runs, control=None, ...)``.
     needs : tuple of str
-        Quantities that must be recorded; ``"updates"`` stands for the adapters' factors, ``"spectra"`` for the
-        singular values of updates, ``"frequencies"`` for Fourier coefficients, ``"basis"`` for those on any basis,
-        ``"heads"`` for HydraLoRA's.
+        Quantities that must be recorded. Also possible: ``"updates"`` (adapter factors), ``"spectra"`` (singular
+        values of updates), ``"frequencies"`` (Fourier coefficients), ``"basis"`` (coefficients on any basis) and
+        ``"heads"`` (HydraLoRA's experts).
     history : bool
-        Must they be recorded at more than one step?
+        Whether the quantities must be recorded at more than one step.
     runs : int
-        How many runs it takes at least.
+        Minimum number of runs.
     reads, misleads : str
-        How to read it, and when it misleads.
+        How to read the figure, and its caveat; at most two sentences each, as plain text.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Figure:
     misleads: str
 
 
-# Figures that were renamed, by their old names.
+# Renamed figures: old name -> new name.
 OLD_FIGURES = {
     "factorings": "factorization_methods",
     "left_out": "ablations",
@@ -103,8 +103,8 @@ OLD_FIGURES = {
 }
 
 
-class _Catalogue(dict[str, Figure]):
-    """Figures by name; an old name finds the figure as well, with a warning."""
+class _Figures(dict[str, Figure]):
+    """Figures by name; an old name also works, with a warning."""
 
     def __missing__(self, name: str) -> Figure:
         if name not in OLD_FIGURES:
@@ -113,15 +113,21 @@ class _Catalogue(dict[str, Figure]):
         return self[OLD_FIGURES[name]]
 
 
-FIGURES: dict[str, Figure] = _Catalogue()
+FIGURES: dict[str, Figure] = _Figures()
 
 
 def figure(
     *, needs: tuple[str, ...], reads: str, misleads: str, history: bool = False, runs: int = 1
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Enter a function into the catalogue under its own name, and let it say at which gates it shows mixtures."""
+    """Register a function as a figure under its own name, and add the gates of input-dependent updates to its captions.
 
-    def enter(draw: Callable[..., Any]) -> Callable[..., Any]:
+    Parameters
+    ----------
+    needs, reads, misleads, history, runs
+        See `Figure`.
+    """
+
+    def register(draw: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(draw)
         def drawn(*args: Any, **kwargs: Any) -> Drawable:
             return _name_gates(draw(*args, **kwargs))
@@ -129,36 +135,36 @@ def figure(
         FIGURES[draw.__name__] = Figure(draw.__name__, drawn, needs, history, runs, reads, misleads)
         return drawn
 
-    return enter
+    return register
 
 
 def _name_gates(drawn: Drawable) -> Drawable:
-    """Every caption with the gates at which updates are shown that depend on the input: no figure says it itself."""
+    """Add the gates of input-dependent updates to every caption, so that no figure has to do it itself."""
     mixtures: dict[str, str] = {}
     for row in drawn.rows():
         for chart in row:
             mixtures |= chart.meta.get(MIXTURES, {})
     if not mixtures:
         return drawn
-    told = mixture_sentences(mixtures)
-    rows = [[replace(chart, caption=" ".join([chart.caption, *told])) for chart in row] for row in drawn.rows()]
+    added = mixture_sentences(mixtures)
+    rows = [[replace(chart, caption=" ".join([chart.caption, *added])) for chart in row] for row in drawn.rows()]
     return rows[0][0] if isinstance(drawn, Chart) else Panels(tuple(map(tuple, rows)))
 
 
 def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
-    """Sentences on mixtures, given as label -> the gates at which they are shown."""
+    """Return sentences such as "Updates of HydraLoRA at mean gates." from a mapping label -> gates."""
     labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
     return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
 
 
 def available(run: Run) -> pd.DataFrame:
-    """What can be drawn from a run, and what the rest is waiting for.
+    """List the figures, whether the run has their records, and what is missing.
 
     Returns
     -------
     DataFrame
-        ``figure, runs, drawable, missing``: how many runs the figure takes, whether this can be one of them, and if
-        not, which records it lacks and who makes them.
+        ``figure, runs, drawable, missing``: minimum number of runs, whether this run can be one of them, and if not,
+        the missing records and how to get them.
     """
     rows = []
     for name, entry in FIGURES.items():
@@ -169,37 +175,37 @@ def available(run: Run) -> pd.DataFrame:
 
 
 def missing_reason(run: Run, need: str, history: bool = False) -> str:
-    """What a run lacks for a figure, with its remedy; "" if nothing."""
-    remedy = RECORDERS.get(need, "train with a method that records it")
-    if need in _KEPT:
-        what, find = _KEPT[need]
-        return "" if _has_any(run, find) else f"{what}: {remedy}"
+    """Return what a run lacks for a figure and how to get it; "" if nothing is missing."""
+    fix = RECORDERS.get(need, "train with a method that records it")
+    if need in _STORED:
+        what, find = _STORED[need]
+        return "" if _has_any(run, find) else f"{what}: {fix}"
     rows = run.table[run.table["quantity"] == need]
     if rows.empty:
-        return f"records of {need}: {remedy}"
+        return f"records of {need}: {fix}"
     if rows["value"].isna().all():
         return f"{need}, which is unknown without the base model"
     if history and rows["step"].nunique() < 2:
-        return f"{need} at more than one step: {remedy}"
+        return f"{need} at more than one step: {fix}"
     return ""
 
 
-def _heads(run: Run) -> Mapping[str, int]:
+def _num_experts(run: Run) -> Mapping[str, int]:
     recipe = run.meta.get("recipe") or {}
     return {"number": recipe["number"]} if recipe.get("name") == "hydralora" else {}
 
 
-_KEPT: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
+_STORED: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
     UPDATES: ("the adapters' factors", Run.updates),
     SPECTRA: ("singular values of updates", singular_values),
     FREQUENCIES: ("Fourier coefficients", fourier.updates),
     BASIS: ("coefficients on a basis", fourier.basis),
-    HEADS: ("a number of heads", _heads),
+    HEADS: ("a number of experts", _num_experts),
 }
 
 
 def _has_any(run: Run, find: Callable[[Run], Mapping[str, Any]]) -> bool:
     try:
         return len(find(run)) > 0
-    except ValueError:  # nothing was kept at its last step
+    except ValueError:  # the run has no snapshot of its last step
         return False

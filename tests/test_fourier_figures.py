@@ -1,8 +1,9 @@
-"""Figures of FourierFT and of quality against size, against numbers worked out by hand."""
+"""Figures of FourierFT and of test metric by size, against hand-computed numbers."""
 
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update, leading_directions
 from lorascope.updates.fourier import Fourier
 
-# An entry and its mirror, frequencies counted from the middle of the spectrum.
+# Coefficient of each entry and its mirror, by frequency (row, column) from the center of the spectrum.
 PLACES = {
     (0, 0): 1.0,
     (1, 2): -2.0,
@@ -31,13 +32,13 @@ PLACES = {
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """``plant`` in a folder of the test."""
+    """Return ``plant`` for the folder of the test."""
     return partial(plant, tmp_path)
 
 
 @pytest.fixture
 def fourier(tmp_path: Path) -> Any:
-    """``plant_fourier`` in a folder of the test."""
+    """Return ``plant_fourier`` for the folder of the test."""
     return partial(plant_fourier, tmp_path)
 
 
@@ -45,13 +46,13 @@ def panels(drawn: Any) -> list[Any]:
     return [chart for row in drawn.rows() for chart in row]
 
 
-def test_places_of_the_worked_example() -> None:
+def test_places_of_a_hand_example() -> None:
     found = analysis.places(Fourier(C, ENTRIES, SHAPE, 12.0))
     assert dict(zip(zip(found["row"], found["column"], strict=True), found["coefficient"], strict=True)) == PLACES
     np.testing.assert_allclose(found["radius"], np.hypot(found["row"], found["column"]))
 
 
-def test_an_entry_and_its_mirror_are_one_frequency() -> None:
+def test_places_add_the_coefficients_of_an_entry_and_its_mirror() -> None:
     entries = np.array([[1, 3, 0], [2, 4, 3]])  # (-1, -2) is (3, 4); (0, 3) is its own mirror
     update = Fourier(np.array([2.0, -0.5, 7.0]), entries, SHAPE)
     found = analysis.places(update)
@@ -63,15 +64,15 @@ def test_an_entry_and_its_mirror_are_one_frequency() -> None:
     assert analysis.profile(update, bins=1)["value"].tolist() == pytest.approx([math.sqrt((1.5**2 + 7**2) / 2)])
 
 
-def test_the_profile_is_a_root_mean_square_over_frequencies_by_radius() -> None:
-    """Radii 0, sqrt 5, sqrt 5, sqrt 2 of the corner's sqrt 13; a frequency and its mirror count once."""
+def test_profile_is_the_root_mean_square_over_frequencies_by_radius() -> None:
+    """The radii are 0, sqrt 5, sqrt 5 and sqrt 2, that of the corner is sqrt 13; a frequency counts once."""
     found = analysis.profile(Fourier(C, ENTRIES, SHAPE), bins=2)
     half = math.hypot(2, 3) / 2
     assert found["radius"].tolist() == pytest.approx([half / 2, 1.5 * half])
     assert found["value"].tolist() == pytest.approx([math.sqrt((1 + 9) / 2), math.sqrt((4 + 0.25) / 2)])
 
 
-def test_spectrum_shows_what_was_learned_where_the_start_was_kept(fourier: Any) -> None:
+def test_fourier_spectrum_subtracts_saved_initial_coefficients(fourier: Any) -> None:
     run = fourier("a", {"h.0.q": {0: [0.5, 0.0, 0.5, -1.0], 9: C}, "h.1.q": {0: C, 9: C}})
     chart, profile = panels(plots.fourier_spectrum(run))
     learned = {place: abs(value) for place, value in PLACES.items()}
@@ -82,18 +83,18 @@ def test_spectrum_shows_what_was_learned_where_the_start_was_kept(fourier: Any) 
     faint = fourier("f", {"h.0.q": {9: [1e-6, 0.0, 0.0, 3.0]}})
     assert sorted(panels(plots.fourier_spectrum(faint))[0].data["log"]) == pytest.approx(np.log10([0.03, 3, 3]))
     assert (chart.x.limits, chart.y.limits) == ((-3, 3), (-2, 2))
-    assert "since the start" in chart.caption
+    assert "minus step 0" in chart.caption
     assert "h.0.q" in chart.caption  # the larger update
     assert profile.data["value"].dropna().max() == pytest.approx(4.0)
 
 
-def test_spectrum_shows_the_coefficients_where_no_start_was_kept(fourier: Any) -> None:
+def test_fourier_spectrum_shows_all_coefficients_if_initial_ones_were_not_saved(fourier: Any) -> None:
     chart, _ = panels(plots.fourier_spectrum(fourier("a", {"h.0.q": {9: C}})))
     assert lookup(chart, "row", "column", value="size") == {place: abs(value) for place, value in PLACES.items()}
-    assert "since the start" not in chart.caption
+    assert "minus step 0" not in chart.caption
 
 
-def test_seeds_are_pooled_by_place_and_recipes_have_panels(fourier: Any) -> None:
+def test_fourier_spectrum_pools_seeds_and_has_one_panel_per_recipe(fourier: Any) -> None:
     seeds = [fourier(f"s{seed}", {"h.0.q": {9: C * (1 + seed)}}, seed=seed) for seed in (0, 1)]
     other = fourier("o", {"h.0.q": {9: C}}, "other", entries=(ENTRIES + 1) % [[4], [6]])
     first, second, profile = panels(plots.fourier_spectrum([*seeds, other]))
@@ -102,7 +103,7 @@ def test_seeds_are_pooled_by_place_and_recipes_have_panels(fourier: Any) -> None
     assert set(profile.data["recipe"]) == {"FourierFT", "other"}
 
 
-def test_the_atlas_leaves_out_the_random_start(fourier: Any) -> None:
+def test_atlas_subtracts_the_random_initial_update(fourier: Any) -> None:
     start = [0.0, -1.0, 0.25, 1.0]
     kept = fourier("a", {"h.0.q": {0: start, 9: C}}, "kept")
     lost = fourier("b", {"h.0.q": {9: C}}, "lost")
@@ -115,16 +116,16 @@ def test_the_atlas_leaves_out_the_random_start(fourier: Any) -> None:
         *(leading_directions.leading_singular_vectors(Fourier(c, ENTRIES, SHAPE), 2) for c in (C - start, C))
     )
     assert lookup(heat, "row", "column")["kept", "lost"] == pytest.approx(expected)
-    assert "With its start, which was not kept: lost." in heat.caption
+    assert re.search(r"initial update.*not saved: lost\.", heat.caption)
 
 
-def test_a_run_without_frequencies_is_refused(write: Any) -> None:
+def test_fourier_spectrum_of_a_run_without_frequencies_raises(write: Any) -> None:
     run = write("a", {("update_norm", "h.0.q"): {9: 1.0}}, factors={"h.0.q": low_rank(1)})
-    with pytest.raises(ValueError, match="fourier_spectrum needs Fourier coefficients: train with FourierFT"):
+    with pytest.raises(ValueError, match=r"fourier_spectrum.*Fourier coefficients.*FourierFT"):
         plots.fourier_spectrum(run)
 
 
-def test_images_are_in_units_of_their_own_entries(fourier: Any, write: Any) -> None:
+def test_update_image_is_in_units_of_its_root_mean_square(fourier: Any, write: Any) -> None:
     wave = fourier("a", {"h.0.q": {9: C}})
     B, A = np.arange(1.0, 5).reshape(4, 1), np.ones((1, 6))
     flat = write("b", {("update_norm", "h.0.q"): {9: 1.0}}, "LoRA", factors={"h.0.q": (B, A)})
@@ -145,7 +146,7 @@ def test_images_are_in_units_of_their_own_entries(fourier: Any, write: Any) -> N
 START = [0.5, 0.0, 0.5, -1.0]
 
 
-def test_what_training_added_is_drawn_without_the_start(fourier: Any, write: Any) -> None:
+def test_added_subtracts_the_initial_update(fourier: Any, write: Any) -> None:
     kept, lost = fourier("a", {"h.0.q": {0: START, 9: C}}), fourier("b", {"h.0.q": {9: C}}, "lost")
     B, A = np.arange(1.0, 5).reshape(4, 1), np.ones((1, 6))
     flat = write("c", {("update_norm", "h.0.q"): {9: 1.0}}, "LoRA", factors={"h.0.q": (B, A)})
@@ -157,21 +158,21 @@ def test_what_training_added_is_drawn_without_the_start(fourier: Any, write: Any
     ):
         shown = chart.data.pivot(index="row", columns="column", values="value").to_numpy()
         np.testing.assert_allclose(shown, matrix / np.sqrt(np.mean(matrix**2)))
-    assert "What training added to h.0.q" in one.caption
-    assert "With its start, which was not kept: lost." in one.caption
+    assert "ΔW − ΔW₀ of h.0.q" in one.caption
+    assert re.search(r"initial update.*not saved: lost\.", one.caption)
     spectrum = plots.spectrum(kept, added=True)
     sigma = np.linalg.svd(Fourier(C - START, ENTRIES, SHAPE, 12.0).matrix, compute_uv=False)
     np.testing.assert_allclose(spectrum.data["value"], sigma, atol=1e-12)
-    assert "Singular values of what training added." in spectrum.caption
+    assert "ΔW − ΔW₀" in spectrum.caption
     whole = plots.spectrum(kept)
     np.testing.assert_allclose(
         whole.data["value"], np.linalg.svd(Fourier(C, ENTRIES, SHAPE, 12.0).matrix)[1], atol=1e-12
     )
-    assert "random start" not in whole.caption
+    assert "ΔW₀" not in whole.caption
 
 
 @pytest.mark.parametrize("basis", ["random", "orthogonal"])
-def test_what_training_added_on_another_basis_is_rebuilt_from_its_seed(fourier: Any, basis: str) -> None:
+def test_learned_update_on_another_basis_is_rebuilt_from_its_seed(fourier: Any, basis: str) -> None:
     run = fourier("a", {"h.0.q": {0: START, 9: C}}, basis=basis, entry_seed=5)
     lost = fourier("b", {"h.0.q": {9: C}}, "lost", basis=basis, entry_seed=5)
     generator = np.random.default_rng(5)
@@ -189,21 +190,21 @@ def test_what_training_added_on_another_basis_is_rebuilt_from_its_seed(fourier: 
     assert (initial_update.lacks_initial_update(run), initial_update.lacks_initial_update(lost)) == (False, True)
 
 
-def test_a_start_from_zero_is_none_that_could_be_lost(fourier: Any) -> None:
+def test_zero_initial_update_is_not_reported_as_missing(fourier: Any) -> None:
     for basis in ("fourier", "random"):
         run = fourier(basis, {"h.0.q": {9: C}}, init="zeros", basis=basis, entry_seed=5)
         assert not initial_update.lacks_initial_update(run)
-        assert "start" not in plots.spectrum(run, added=True).caption
+        assert "not saved" not in plots.spectrum(run, added=True).caption
 
 
-def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
+def test_accuracy_by_parameters_joins_the_sizes_of_one_method(write: Any) -> None:
     def run(id: str, label: str, parameters: int, metric: float, seed: int = 0, **sizes: Any) -> Run:
         values = {("test_metric", ""): {9: metric}}
         return write(id, values, label, seed, parameters={"trained": parameters}, recipe={"name": label} | sizes)
 
     runs = [
         run("a", "LoRA, rank 2", 200, 0.7, rank=2),
-        run("b", "LoRA", 400, 0.8, rank=4),  # a default is not told in the label
+        run("b", "LoRA", 400, 0.8, rank=4),  # labels omit default values
         run("c", "LoRA", 400, 0.9, 1, rank=4),
         run("d", "FourierFT, coefficients 64, basis random", 64, 0.6, coefficients=64),
         run("e", "Full", 9000, 0.95),
@@ -229,7 +230,7 @@ def test_quality_joins_the_sizes_of_one_method(write: Any) -> None:
     assert chart.colors == ("LoRA", "FourierFT, basis random", "Full")
 
 
-def test_sizes_of_recipes_with_as_many_parameters_are_written_on_either_side(write: Any) -> None:
+def test_accuracy_by_parameters_writes_labels_of_equal_sizes_above_and_below(write: Any) -> None:
     sizes = [("a", 190, 0.82), ("b", 200, 0.80), ("c", 9000, 0.82), ("d", 40, 0.7)]
     runs = {
         id: write(
@@ -241,7 +242,9 @@ def test_sizes_of_recipes_with_as_many_parameters_are_written_on_either_side(wri
     assert (drawn["above"] > drawn["value"]).tolist() == [True, False, True, True]
 
 
-def test_sizes_that_no_field_names_are_read_off_the_run_and_alpha_may_follow_the_rank(write: Any, fourier: Any) -> None:
+def test_accuracy_by_parameters_counts_default_coefficients_and_ignores_alpha_equal_to_rank(
+    write: Any, fourier: Any
+) -> None:
     default = fourier("f", {"h.0.q": {9: C}})
     default.table = pd.concat([default.table, write("z", {("test_metric", ""): {9: 0.7}}).table.assign(run="f")])
     default.meta["parameters"] = {"trained": 4}
@@ -257,23 +260,27 @@ def test_sizes_that_no_field_names_are_read_off_the_run_and_alpha_may_follow_the
     assert chart.data["family"].tolist() == ["FourierFT", "LoRA", "LoRA", "LoRA, alpha 8"]
 
 
-def test_quality_refuses_runs_of_two_tasks(write: Any) -> None:
+def test_accuracy_by_parameters_with_two_tasks_raises(write: Any) -> None:
     values = {("test_metric", ""): {9: 0.5}}
     runs = [write(id, values, id, task=task, parameters={"trained": 1}) for id, task in (("a", "t"), ("b", "u"))]
-    with pytest.raises(ValueError, match=r"runs of one task; got t \(run a\) and u \(run b\)"):
+    with pytest.raises(ValueError, match=r"task, got t \(run a\) and u \(run b\)"):
         plots.accuracy_by_parameters(runs)
 
 
-def test_the_band_by_distance_is_the_table_of_the_paper() -> None:
-    """p of Eq. 5 at width 200, for centers 0, 100, 200 and distances 0, 50, 100, 200, 300."""
+def test_frequency_bias_by_distance_has_the_values_of_the_paper() -> None:
+    """The values are p of Eq. 5 at width 200, for centers 0, 100, 200 and distances 0, 50, 100, 200, 300."""
     curves, *maps = panels(plots.frequency_bias((768, 768), (0, 100, 200), 200))
-    told = {0: [1, 0.9394, 0.7788, 0.3679, 0.1054], 100: [0, 0.5698, 1, 0.5698, 0.1690], 200: [0, 0, 0.1054, 1, 0.4994]}
-    for center, values in told.items():
+    table = {
+        0: [1, 0.9394, 0.7788, 0.3679, 0.1054],
+        100: [0, 0.5698, 1, 0.5698, 0.1690],
+        200: [0, 0, 0.1054, 1, 0.4994],
+    }
+    for center, values in table.items():
         line = curves.data[curves.data["center"] == f"{center}"]
         found = np.interp([0, 50, 100, 200, 300], line["distance"], line["probability"])
         np.testing.assert_allclose(found, values, atol=6e-5)
     assert len(maps) == 3
-    for chart, center in zip(maps, told, strict=True):
+    for chart, center in zip(maps, table, strict=True):
         cells = lookup(chart, "row", "column", value="probability")
         assert cells[0, 0] == (1.0 if center == 0 else 0.0)
         across, expected = np.array([c for r, c in cells if r == 0]), []
@@ -284,7 +291,7 @@ def test_the_band_by_distance_is_the_table_of_the_paper() -> None:
         assert chart.marks[0].limits == (0, 1)
 
 
-def test_both_renderers_draw_them(fourier: Any, tmp_path: Path) -> None:
+def test_both_renderers_draw_figures_of_fourierft(fourier: Any, tmp_path: Path) -> None:
     run = fourier("a", {"h.0.q": {0: C + 1, 9: C}})
     drawn = [plots.fourier_spectrum(run), plots.update_image(run), plots.frequency_bias((16, 16), (0, 3), 2)]
     for number, figure in enumerate(drawn):

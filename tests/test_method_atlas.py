@@ -1,8 +1,9 @@
-"""The atlas of several methods: spectra, norms and angles between their updates, against numbers worked out by hand."""
+"""Atlas of several methods: spectra, norms and angles between their updates, against hand-computed numbers."""
 
 from __future__ import annotations
 
 import math
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ NORMS = NORMS | {("learned_norm", "h.1.q"): {9: 2.0}}
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """``plant`` in a folder of the test, with learned norms."""
+    """Return ``plant`` for the folder of the test, with learned norms."""
     return partial(plant, tmp_path, values=NORMS)
 
 
 def along(out: int, inner: int, size: float = 1.0) -> tuple[Any, Any]:
-    """Factors (6, 1) and (1, 5) of an update from one unit vector to another."""
+    """Return factors (6, 1) and (1, 5) of an update that maps one unit vector to another."""
     return size * np.eye(6)[:, [out]], np.eye(5)[[inner]]
 
 
@@ -37,8 +38,8 @@ def panels(drawn: Any) -> list[Any]:
     return [chart for row in drawn.rows() for chart in row]
 
 
-def test_angles_are_means_over_sides_and_modules(write: Any) -> None:
-    """h.0.q: outputs at a right angle, inputs the same, so 45; h.1.q: both at a right angle, so 90."""
+def test_atlas_angles_are_means_over_sides_and_modules(write: Any) -> None:
+    """In h.0.q only the outputs are at a right angle (mean 45), in h.1.q outputs and inputs are (mean 90)."""
     first = write("a", label="one", factors={"h.0.q": along(0, 0), "h.1.q": along(0, 0)})
     second = write("b", label="two", factors={"h.0.q": along(1, 0), "h.1.q": along(3, 4), "h.0.up": along(0, 0)})
     heat = panels(plots.atlas([first, second], k=3))[2]
@@ -46,12 +47,11 @@ def test_angles_are_means_over_sides_and_modules(write: Any) -> None:
     by_chance = np.mean([leading_directions.chance_angle(dim, 1, 1) for dim in (6, 5)])
     assert lookup(heat, "row", "column", value="chance")["one", "two"] == pytest.approx(by_chance)
     assert set(heat.data["words"]) == {f"68° ({by_chance:.0f}°)"}
-    assert heat.marks[0].text is not None  # without a format, a print has no words either
-    assert "first 3 directions" in heat.caption
-    assert "over the modules that both runs hold" in heat.caption
+    assert heat.marks[0].text is not None  # without a number format, matplotlib prints no words either
+    assert "first 3 singular vectors" in heat.caption
 
 
-def test_a_recipe_is_compared_with_itself_between_seeds_alone(write: Any) -> None:
+def test_atlas_diagonal_compares_only_seeds_of_a_recipe(write: Any) -> None:
     runs = [write(f"s{seed}", seed=seed, factors={"h.0.q": along(0, seed)}) for seed in (0, 1, 2)]
     other = write("o", label="other", factors={"h.0.q": along(0, 1)})
     heat = panels(plots.atlas([*runs, other]))[2]
@@ -61,19 +61,19 @@ def test_a_recipe_is_compared_with_itself_between_seeds_alone(write: Any) -> Non
     assert ("other", "other") not in angles
 
 
-def test_directions_that_were_not_kept_are_told_and_not_guessed(write: Any) -> None:
+def test_atlas_reports_recipes_without_saved_directions(write: Any) -> None:
     adapter = write("a", label="LoRA", factors={"h.0.q": along(0, 0, 2.0)})
     full = write("b", label="Full", sigmas={"h.0.q": [4.0, 1.0], "score": [9.0]})
     spectrum, _, heat = panels(plots.atlas([adapter, full]))
     assert set(heat.data["row"]) == {"LoRA", "Full"}
     assert heat.data["value"].isna().all()
-    assert set(heat.data["words"]) == {"not kept"}
-    assert "as singular values alone: Full." in heat.caption
+    assert set(heat.data["words"]) == {"not saved"}
+    assert "no directions: Full." in heat.caption
     assert lookup(spectrum, "recipe", "component") == {("LoRA", 1): 2.0, ("Full", 1): 4.0, ("Full", 2): 1.0}
 
 
-def test_spectra_are_pooled_over_the_modules_that_all_hold(write: Any) -> None:
-    """Root mean square over h.0.q and h.1.q; h.0.up is in one run alone. The first update is short of a component."""
+def test_atlas_pools_spectra_over_common_modules(write: Any) -> None:
+    """The pool is the root mean square over h.0.q and h.1.q; only one run has h.0.up, and the first has rank 1."""
     first = write("a", label="one", factors={"h.0.q": along(0, 0, 3.0), "h.1.q": along(0, 0, 4.0)})
     held = {"h.0.q": [6.0, 1.0, 1e-12], "h.1.q": [8.0, 7.0], "h.0.up": [99.0]}
     second = write("b", label="two", sigmas=held)
@@ -81,15 +81,15 @@ def test_spectra_are_pooled_over_the_modules_that_all_hold(write: Any) -> None:
     assert lookup(spectrum, "recipe", "component") == pytest.approx(
         {("one", 1): math.sqrt(12.5), ("two", 1): math.sqrt(50), ("two", 2): 5.0}
     )
-    assert "the 2 modules of the blocks that all runs hold" in spectrum.caption
+    assert "2 modules in blocks" in spectrum.caption
     one = panels(plots.atlas([first, second], module="h.1.q"))[0]
     assert lookup(one, "recipe", "component") == {("one", 1): 4.0, ("two", 1): 8.0, ("two", 2): 7.0}
     assert one.title == "Spectrum of h.1.q"
-    with pytest.raises(ValueError, match=r"not all runs hold h\.0\.up; they hold h\.0\.q, h\.1\.q"):
+    with pytest.raises(ValueError, match=r"got 'h\.0\.up'; expected one of h\.0\.q, h\.1\.q"):
         plots.atlas([first, second], module="h.0.up")
 
 
-def test_norms_are_those_of_what_training_added(write: Any) -> None:
+def test_atlas_plots_learned_norms(write: Any) -> None:
     drawn = plots.atlas(
         [write("a", factors={"h.0.q": along(0, 0)}), write("b", seed=1, factors={"h.0.q": along(0, 0)})]
     )
@@ -99,7 +99,7 @@ def test_norms_are_those_of_what_training_added(write: Any) -> None:
     assert len({chart.caption for chart in panels(drawn)}) == 1
 
 
-def test_a_start_that_was_kept_is_taken_off_whatever_the_method(write: Any) -> None:
+def test_atlas_subtracts_a_saved_initial_update_for_any_method(write: Any) -> None:
     draw = np.random.default_rng(0)
     B0, A0, change = draw.standard_normal((6, 2)), draw.standard_normal((2, 5)), 0.1 * draw.standard_normal((2, 5))
     B = B0 + 0.1 * draw.standard_normal((6, 2))
@@ -117,19 +117,19 @@ def test_a_start_that_was_kept_is_taken_off_whatever_the_method(write: Any) -> N
         *(leading_directions.leading_singular_vectors(Dense(matrix), 2) for matrix in added.values())
     )
     assert lookup(heat, "row", "column")["kept", "zero"] == pytest.approx(expected)
-    assert "start" not in heat.caption
+    assert "initial update" not in heat.caption
 
 
-def test_a_start_that_was_not_kept_is_told(write: Any) -> None:
+def test_atlas_reports_an_initial_update_that_was_not_saved(write: Any) -> None:
     lost, zero = (
         write(label, label=label, factors={"h.0.q": along(0, 0)}, values=NORMS | {("update_norm", "h.0.q"): norms})
         for label, norms in (("lost", {0: 0.8, 9: 1.0}), ("zero", {0: 1e-6, 9: 1.0}))
     )
     caption = panels(plots.atlas([lost, zero]))[0].caption
-    assert "With its start, which was not kept: lost." in caption
+    assert re.search(r"initial update.*not saved: lost\.", caption)
 
 
-def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: Any) -> None:
+def test_atlas_names_the_gates_of_input_dependent_updates(tmp_path: Path, write: Any) -> None:
     B, A = along(0, 0)
     common = COMMON | {"recipe": {"name": "hydralora"}}
     states = {"last": {"step": 9, "ranks": {"h.0.q": 1}}}
@@ -144,17 +144,17 @@ def test_a_mixture_is_said_to_be_shown_at_its_mean_gates(tmp_path: Path, write: 
 
 
 @pytest.mark.parametrize(("key", "one", "two"), [("task", "t", "poems"), ("model", "m", "gpt")])
-def test_runs_of_different_tasks_or_models_are_refused(write: Any, key: str, one: str, two: str) -> None:
+def test_atlas_with_different_tasks_or_models_raises(write: Any, key: str, one: str, two: str) -> None:
     runs = [
         write("a", factors={"h.0.q": along(0, 0)}),
         write("b", label="B", factors={"h.0.q": along(0, 0)}, **{key: two}),
     ]
-    with pytest.raises(ValueError, match=f"runs of one {key}; got {one} .run a. and {two} .run b.$"):
+    with pytest.raises(ValueError, match=f"{key}, got {one} .run a. and {two} .run b.$"):
         plots.atlas(runs)
 
 
-def test_runs_that_adapt_different_modules_are_pooled_each_for_itself(write: Any) -> None:
-    """The head is in both, but the head is not what methods are compared by."""
+def test_atlas_pools_each_runs_own_modules_if_none_is_common(write: Any) -> None:
+    """Two runs have the head, but it is outside the blocks and does not count."""
     first = write("a", label="one", factors={"h.0.q": along(0, 0, 3.0), "score": along(0, 0, 50.0)})
     second = write("b", label="two", factors={"h.1.q": along(0, 0, 4.0), "h.0.up": along(0, 0, 2.0)})
     third = write("c", label="three", sigmas={"h.1.q": [5.0], "score": [70.0]})
@@ -162,30 +162,30 @@ def test_runs_that_adapt_different_modules_are_pooled_each_for_itself(write: Any
     assert lookup(spectrum, "recipe", "component") == pytest.approx(
         {("one", 1): 3.0, ("two", 1): math.sqrt((16 + 4) / 2), ("three", 1): 5.0}
     )
-    assert "each run's own modules of the blocks" in spectrum.caption
+    assert "each run's own modules" in spectrum.caption
     words = lookup(heat, "row", "column", value="words")
-    assert (words["one", "two"], words["one", "three"]) == ("none shared", "not kept")
+    assert (words["one", "two"], words["one", "three"]) == ("none shared", "not saved")
 
 
-def test_one_run_or_a_run_without_modules_is_refused(write: Any) -> None:
+def test_atlas_of_one_run_or_without_modules_in_blocks_raises(write: Any) -> None:
     first = write("a", label="one", factors={"h.0.q": along(0, 0)})
-    with pytest.raises(ValueError, match="takes two runs or more, got 1"):
+    with pytest.raises(ValueError, match=r"atlas.*got 1"):
         plots.atlas(first)
-    with pytest.raises(ValueError, match="run b holds the spectrum of no module in a block"):
+    with pytest.raises(ValueError, match=r"spectrum.*run b"):
         plots.atlas([first, write("b", label="two", factors={"score": along(0, 0)})])
-    with pytest.raises(ValueError, match="k = 0"):
+    with pytest.raises(ValueError, match=r"^k must.*got 0"):
         plots.atlas([first, write("c", label="two", factors={"h.0.q": along(0, 0)})], k=0)
 
 
-def test_an_update_that_stayed_zero_has_no_directions_to_compare(write: Any) -> None:
+def test_atlas_skips_zero_updates_in_angles(write: Any) -> None:
     zero = (np.zeros((6, 2)), np.ones((2, 5)))
     first = write("a", label="one", factors={"h.0.q": zero, "h.1.q": along(0, 0)})
     second = write("b", label="two", factors={"h.0.q": along(0, 0), "h.1.q": along(0, 1)})
     assert lookup(panels(plots.atlas([first, second]))[2], "row", "column")["one", "two"] == pytest.approx(45.0)
 
 
-def test_the_mean_angle_of_one_pair_worked_by_hand() -> None:
-    """Planes sharing one direction, the other turned by 30 degrees: 0 and 30 on the left; equal on the right."""
+def test_mean_angle_of_a_hand_example() -> None:
+    """The output planes share one direction and have 30 degrees between the others; the input planes are equal."""
     turned = np.array([[1, 0], [0, math.cos(math.pi / 6)], [0, math.sin(math.pi / 6)]])
     first = LowRank(np.eye(3)[:, :2] * (2, 1), np.eye(2, 4))
     second = Dense(turned * (2, 1) @ np.eye(2, 4))
@@ -195,13 +195,13 @@ def test_the_mean_angle_of_one_pair_worked_by_hand() -> None:
     assert leading_directions.mean_angle(
         leading_directions.leading_singular_vectors(first, 1), leading_directions.leading_singular_vectors(second, 2)
     ) == pytest.approx(0.0, abs=1e-6)
-    within = LowRank(np.eye(3)[:, 1:2], np.eye(2, 4)[1:])  # not the first direction, but within the first two
+    within = LowRank(np.eye(3)[:, 1:2], np.eye(2, 4)[1:])  # the second direction of the other update
     assert leading_directions.mean_angle(
         leading_directions.leading_singular_vectors(within, 2), leading_directions.leading_singular_vectors(first, 2)
     ) == pytest.approx(90)
 
 
-def test_chance_is_that_of_random_subspaces() -> None:
+def test_chance_angle_matches_random_subspaces() -> None:
     assert leading_directions.chance_angle(4, 4, 4) == pytest.approx(0.0, abs=1e-6)
     assert leading_directions.chance_angle(3, 1, 1) == pytest.approx(
         math.degrees(1), abs=2
@@ -213,7 +213,7 @@ def test_chance_is_that_of_random_subspaces() -> None:
     assert leading_directions.chance_angle(40, 3, 6) == pytest.approx(np.mean(angles), abs=1)
 
 
-def test_both_renderers_draw_it(write: Any, tmp_path: Path) -> None:
+def test_both_renderers_draw_the_atlas(write: Any, tmp_path: Path) -> None:
     runs = [write("a", label="LoRA", factors={"h.0.q": along(0, 0)}), write("b", label="Full", sigmas={"h.0.q": [2.0]})]
     drawn = plots.atlas(runs)
     assert all(drawn.save(tmp_path / f"atlas.{kind}").exists() for kind in ("png", "html"))

@@ -1,4 +1,4 @@
-"""Figures of updates made of few frequencies: where these lie, what the update looks like, and where they are drawn."""
+"""Figures of updates with a sparse spectrum: trained frequencies, images of updates, and the frequency bias."""
 
 from __future__ import annotations
 
@@ -29,40 +29,41 @@ from lorascope.plots.subspaces import common_module
 from lorascope.runs.run import Run
 from lorascope.updates.fourier import Fourier
 
-_FAINT = 0.01  # of the largest coefficient
-_REACH = 4.0  # in units of an image's own root mean square
+_FAINT = 0.01  # lower end of the color scale, as a fraction of the largest coefficient
+_REACH = 4.0  # ends of the color scale of an image, in units of its root mean square
 
 
 @figure(
     needs=(FREQUENCIES,),
-    reads="A dot is a frequency that trains, the larger and brighter the more its coefficient holds; the middle is "
-    "frequency zero. The profile below sums up by distance from there: a flat line says that all frequencies, coarse "
-    "and fine, were put to use alike.",
-    misleads="The entries are drawn by lot and nothing else trains: where there is no dot, nothing could have grown. "
-    "Rows and columns of a weight have no order, so that a low frequency is nothing smooth in the model. Without the "
-    "start, which is random, the coefficients show mostly that.",
+    reads="Each dot is a trained frequency, larger and brighter with its coefficient; frequency zero is in the center. "
+    "The profile below is the root mean square by distance from zero: a flat line means that low and high frequencies "
+    "are used equally.",
+    misleads="Only randomly drawn entries train, and low frequencies are not smooth structure, because rows and "
+    "columns of a weight have no order. Without saved factors at step 0, the figure mostly shows the random initial "
+    "coefficients.",
 )
 def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None = None) -> Panels:
-    """Trained frequencies and how large their coefficients became, one panel a recipe, above their profile by radius.
+    """Plot the trained frequencies and the size of their coefficients, one panel per recipe, and a profile by radius.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of FourierFT. Where all of them kept the factors at step 0, what was learned since is drawn.
+        Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.
     module : str, optional
-        An adapted module; by default the one with the largest update.
+        Adapted module; by default the one with the largest update.
     """
     cohort = gather("fourier_spectrum", runs, control)
     cohort.require(FREQUENCIES)
-    held = [analysis.updates(run) for run in cohort.runs]
-    module = common_module(cohort, held, module)
-    added = [analysis.since_start(run) for run in cohort.runs]
-    since = " since the start" if all(module in updates for updates in added) else ""
-    chosen = added if since else held
+    whole = [analysis.updates(run) for run in cohort.runs]
+    module = common_module(cohort, whole, module)
+    learned = [analysis.since_start(run) for run in cohort.runs]
+    since = " minus step 0" if all(module in updates for updates in learned) else ""
+    chosen = learned if since else whole
     found = {run.id: updates[module] for run, updates in zip(cohort.runs, chosen, strict=True)}
     caption = cohort.caption(
-        f"Coefficients of {module}{since}, root mean square over seeds; colours begin at 1 % of the largest. An entry "
-        "and its mirror (−j, −k) are one cosine: both are drawn. Below, their root mean square in rings around zero.",
+        f"Coefficients of {module}{since}, root mean square over seeds; the color scale starts at 1% of the largest. "
+        "An entry and its mirror (−j, −k) are one cosine, so both are drawn. Below: root mean square in rings around "
+        "frequency zero.",
         interval=f"bands: {INTERVAL}",
     )
     planes = [_frequency_plane(cohort, group, found, caption) for group in cohort.groups]
@@ -71,38 +72,37 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
 
 @figure(
     needs=(UPDATES,),
-    reads="The entries of one module's update as a picture. Stripes along rows or columns are single outputs or inputs "
-    "that one component of a low-rank update serves; FourierFT's waves run through all of it and touch every weight.",
-    misleads="Each image is in units of its own root mean square, so that no colour says which update is larger, and "
-    "it is a corner of the matrix. Rows and columns have no order of their own. FourierFT's update holds its random "
-    "start as well, unless what training added is asked for.",
+    reads="The image shows the entries of one module's update. Stripes along rows or columns are single outputs or "
+    "inputs, typical of low-rank updates; waves over the whole image, typical of FourierFT, change every weight.",
+    misleads="Rows and columns have no order, and each image shows a corner scaled by its own root mean square, so "
+    "colors do not compare sizes. FourierFT updates include their random initial value: set added=True to subtract it.",
 )
 def update_image(
     runs: Runs, control: Runs | None = None, module: str | None = None, cells: int = 64, added: bool = False
 ) -> Drawable:
-    """The update of one module as an image, one panel a recipe, of its first run.
+    """Plot the update of one module as an image, one panel per recipe (its first run).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw; recipes with the same number of parameters compare best.
+        Runs to plot; recipes with equal numbers of parameters are easiest to compare.
     module : str, optional
-        An adapted module; by default the one with the largest update.
+        Adapted module; by default the one with the largest update.
     cells : int
-        The first so many rows and columns are drawn.
+        Number of rows and columns shown, from the first.
     added : bool
-        Draw what training added to an update that does not start at zero, such as FourierFT's.
+        Subtract the initial update where it is nonzero, as in FourierFT.
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)
     updates_of = initial_update.learned_updates if added else Run.updates
-    held = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
-    module = common_module(cohort, list(held.values()), module)
-    told = [
-        f"What training added to {module}" if added else f"ΔW of {module}",
+    shown = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
+    module = common_module(cohort, list(shown.values()), module)
+    notes = [
+        f"ΔW − ΔW₀ of {module}" if added else f"ΔW of {module}",
         *(cohort.missing_initial_updates() if added else []),
     ]
-    panels = [_image(cohort, label, updates[module].dense(), told, cells) for label, updates in held.items()]
+    panels = [_image(cohort, label, updates[module].dense(), notes, cells) for label, updates in shown.items()]
     return wrap(panels, len(panels))
 
 
@@ -111,20 +111,20 @@ def frequency_bias(
     centers: Sequence[float] = (0, 100, 200, 350, 480),
     width: float = 200.0,
 ) -> Panels:
-    """How likely FourierFT draws a frequency, by distance from zero and as maps (FourierFT, Eq. 5 and Fig. 3).
+    """Plot the probability that FourierFT draws a frequency, by distance from zero and as maps (Eq. 5 and Fig. 3).
 
     Parameters
     ----------
     shape : (int, int)
-        Of the weight.
+        Numbers of outputs and inputs of the weight.
     centers : sequence of float
-        Radii around which the bands lie.
+        Centers of the bands, as distances from frequency zero.
     width : float
-        Of all bands.
+        Width of all bands.
     """
     caption = (
-        f"Probability of a draw against that of the likeliest place, for bands around each center, of width {width:g}, "
-        f"in the spectrum of a {shape[0]} × {shape[1]} weight. Worked out, not measured."
+        f"Probability of a draw relative to the most likely frequency, for bands of width {width:g}, in the spectrum "
+        f"of a {shape[0]} × {shape[1]} weight. Computed, not measured."
     )
     curves = pd.concat(analysis.bias(shape, center, width).assign(center=f"{center:g}") for center in centers)
     top = Chart(
@@ -151,25 +151,25 @@ def frequency_bias(
 
 
 def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], notes: list[str], cells: int) -> Chart:
-    """The corner of one update, in units of the root mean square of the whole."""
+    """Plot the first rows and columns of one update, in units of the root mean square of the whole."""
     image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
     row, column = (index.reshape(-1) for index in np.indices(image.shape))
     shown = "all" if image.shape == matrix.shape else f"the first {cells}"
     what, *notes = notes
-    scaled = f"{what}, {shown} rows and columns, in units of the root mean square of all its entries"
+    scaled = f"{what}: {shown} rows and columns, in units of the root mean square of all entries"
     return Chart(
         pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),
         [Heat("column", "row", "value", "ΔW / root mean square", scale="diverging", limits=(-_REACH, _REACH))],
         title=label,
         x=Axis(label="input"),
         y=Axis(label="output"),
-        caption=" ".join([f"{scaled}; one run of each recipe, its first.", *notes]),
+        caption=" ".join([f"{scaled}; first run of each recipe.", *notes]),
         meta=cohort.meta,
     )
 
 
 def _frequency_plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
-    """The frequencies of one recipe."""
+    """Plot the frequencies of one recipe."""
     own = [found[run.id] for run in group.runs]
     squares = pd.concat(analysis.places(update) for update in own).assign(size=lambda rows: rows["coefficient"] ** 2)
     table = np.sqrt(squares.groupby(["row", "column"])["size"].mean()).reset_index()
@@ -189,7 +189,7 @@ def _frequency_plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier],
 
 
 def _radius_profile(cohort: Cohort, found: Mapping[str, Fourier], caption: str) -> Chart:
-    """Coefficients by radius, one line a recipe."""
+    """Plot the coefficients by radius, one line per recipe."""
     rows = pd.concat(analysis.profile(update).assign(run=run) for run, update in found.items())
     cells = band(cohort.label(rows), ["recipe", "kind", "radius"])
     return Chart(

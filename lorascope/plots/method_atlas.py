@@ -1,4 +1,4 @@
-"""The figure of all methods at once: every one has an update, so every one can be asked the same questions of it."""
+"""Figure that compares methods by their updates: singular values, norms by layer and angles."""
 
 from __future__ import annotations
 
@@ -19,68 +19,70 @@ from lorascope.plots.registry import SPECTRA, figure
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, gather, lines
 from lorascope.runs.run import Run
 
-_NOT_KEPT, _APART = "not kept", "none shared"
+_NOT_SAVED, _NONE_SHARED = "not saved", "none shared"
 
 
 @figure(
     needs=("learned_norm", SPECTRA),
     runs=2,
-    reads="Three answers of every method to one question, what its update is: how many directions it uses and how "
-    "evenly, in which layers it lies, and whether two methods move the same directions. An angle tells something only "
-    "where it lies well below the one by chance, in brackets; on the diagonal, seeds of one recipe are compared.",
+    reads="The panels show the singular values of each method's update, its norm by layer, and the angles between "
+    "leading singular vectors of two methods. Only angles well below the random baseline in brackets show shared "
+    "directions; the diagonal compares seeds of one recipe.",
     misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
-    "A small angle between runs of one seed may be a start they share, and FourierFT's frequencies are the same in all "
-    "its runs. A mixture has no single update; it is shown at the gates that the caption names.",
+    "Small angles may come from shared initial factors (runs of one seed) or shared frequencies (all FourierFT runs): "
+    "compare different seeds and methods.",
 )
 def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
-    """Spectra, norms by layer, and angles between the updates of all methods that were run on one task.
+    """Plot spectra, norms by layer and angles between the learned updates of several methods on one task.
+
+    The learned update of a run is ΔW − ΔW₀. If an update depends on the input (HydraLoRA), it is evaluated at the gate
+    weights that the caption names.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of one model on one task.
+        At least two runs of one model on one task.
     module : str, optional
-        Whose spectrum to draw; by default all modules of the blocks are pooled whose spectrum every run holds, or where
-        there are none, those of each run for itself.
+        Module whose spectrum is plotted. By default pool the modules in blocks whose spectrum all runs have; if there
+        are none, pool those of each run.
     k : int
-        Leading directions that are compared.
+        Number of leading singular vectors to compare.
 
     Raises
     ------
     ValueError
-        There are not two runs, or they differ in task or model.
+        There are fewer than two runs, or they differ in task or model.
     """
     cohort = gather("atlas", runs, control)
     cohort.require("learned_norm", SPECTRA)
     _check_cohort(cohort, k)
     spectrum, modules = _spectrum(cohort, module)
-    heat, told = _angles(cohort, k)
+    heat, notes = _angles(cohort, k)
     caption = cohort.caption(
-        f"Singular values of what training added: {modules}. {define('learned_norm')} Angles: mean over outputs and "
-        "inputs, over the modules that both runs hold and over pairs of runs of the principal angles between the first "
-        f"{k} directions, fewer where an update has fewer; in brackets that of as many random directions.",
-        *told,
+        f"Singular values of ΔW − ΔW₀: {modules}. {define('learned_norm')} Angles: principal angles between the first "
+        f"{k} singular vectors (fewer if an update has fewer), averaged over outputs, inputs, the modules that both "
+        "runs have and pairs of runs; in brackets, the same for random directions.",
+        *notes,
         *cohort.missing_initial_updates(),
     )
     norms = update_norm(runs, control, "learned_norm")
-    norms = replace(norms, title="What training added", y=replace(norms.y, log=True), meta=cohort.meta)
+    norms = replace(norms, title="Learned update by layer", y=replace(norms.y, log=True), meta=cohort.meta)
     top = set_side_by_side(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
     return stack_vertically(top, replace(heat, caption=caption))
 
 
 def _check_cohort(cohort: Cohort, k: int) -> None:
     if k < 1:
-        raise ValueError(f"atlas: k = {k} directions are none to compare: give 1 or more")
-    if len(cohort.runs) < 2:
-        raise ValueError(f"atlas takes two runs or more, got {len(cohort.runs)}")
+        raise ValueError(f"k must be >= 1, got {k}")
+    cohort.require_runs(2)
     cohort.require_same("task", "model")
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
-    """Singular values of one module or of several pooled, and which these are in words."""
-    held = {run.id: added_values(run) for run in cohort.runs}
-    chosen, which = _pools(cohort, held, module)
-    values = pd.concat(analysis.pool_spectra(found, chosen[run]).assign(run=run) for run, found in held.items())
+    """Plot the singular values of one module or of several pooled, and describe the modules as text."""
+    spectra = {run.id: added_values(run) for run in cohort.runs}
+    chosen, which = _pools(cohort, spectra, module)
+    values = pd.concat(analysis.pool_spectra(found, chosen[run]).assign(run=run) for run, found in spectra.items())
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
     chart = Chart(
         cells,
@@ -97,33 +99,32 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
 def _pools(
     cohort: Cohort, spectra: Mapping[str, Mapping[str, Any]], module: str | None
 ) -> tuple[Mapping[str, Sequence[str]], str]:
-    """Modules of each run whose spectra are pooled, and which these are in words."""
+    """Return the modules of each run whose spectra are pooled, and their description as text."""
     common = [name for name in spectra[cohort.runs[0].id] if all(name in found for found in spectra.values())]
     if module is not None:
         if module not in common:
-            some = ", ".join(common[:5]) or "none in common"
-            raise ValueError(f"atlas: not all runs hold {module}; they hold {some}")
+            raise cohort.no_common_module(module, common)
         return {run: [module] for run in spectra}, module
     blocks = {run.id: set(run.modules["module"][run.modules["layer"].notna()]) for run in cohort.runs}
     own = {run: [name for name in found if name in blocks[run]] for run, found in spectra.items()}
     if shared := [name for name in common if all(name in names for names in own.values())]:
-        which = f"{len(shared)} modules of the blocks" if len(shared) > 1 else shared[0]
-        return dict.fromkeys(spectra, shared), f"root mean square over the {which} that all runs hold"
+        which = f"root mean square over the {len(shared)} modules in blocks that all runs have"
+        return dict.fromkeys(spectra, shared), which if len(shared) > 1 else shared[0]
     lacking = next((run for run, names in own.items() if not names), None)
     if lacking is not None:
-        raise ValueError(f"atlas: run {lacking} holds the spectrum of no module in a block")
-    return own, "root mean square over each run's own modules of the blocks, as none is in all"
+        raise ValueError(f"atlas needs the spectrum of a module in a block (run {lacking} has none)")
+    return own, "root mean square over each run's own modules in blocks, because no module is in all runs"
 
 
 def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
-    """Angles between every two recipes, and which recipes kept no directions."""
+    """Plot the angles between every pair of recipes, and return a note on recipes without saved directions."""
     found = {run.id: _leading_directions(run, k) for run in cohort.runs}
     rows = []
     for one, other in product(cohort.groups, repeat=2):
         if pairs := _run_pairs(one, other):
             mean, chance = analysis.angles([(found[first.id], found[second.id]) for first, second in pairs])
-            kept = all(found[run.id] for pair in pairs for run in pair)
-            blank = _APART if kept else _NOT_KEPT
+            saved = all(found[run.id] for pair in pairs for run in pair)
+            blank = _NONE_SHARED if saved else _NOT_SAVED
             words = blank if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"
             rows.append({"row": one.label, "column": other.label, "value": mean, "chance": chance, "words": words})
     table = pd.DataFrame(rows)
@@ -139,7 +140,7 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
         meta=cohort.meta,
     )
     lacking = [group.label for group in cohort.groups if not any(found[run.id] for run in group.runs)]
-    return chart, [f"Kept without directions, as singular values alone: {', '.join(lacking)}."] if lacking else []
+    return chart, [f"Only singular values were saved, no directions: {', '.join(lacking)}."] if lacking else []
 
 
 def _leading_directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
@@ -150,5 +151,5 @@ def _leading_directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
 
 
 def _run_pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
-    """Every run of one with every run of the other; within one recipe, its seeds."""
+    """Return all pairs of runs of two recipes; within one recipe, the pairs of its seeds."""
     return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))

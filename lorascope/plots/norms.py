@@ -1,4 +1,4 @@
-"""Figures of norms: by layer, by layer and role, over steps, and averaged over training."""
+"""Figures of norms: by layer, by block and role, over the steps, and averaged over training."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from lorascope.plots.run_groups import Cohort, Runs, axis_label, define, gather,
 from lorascope.schema.module_roles import ROLES
 
 _CELL = ["recipe", "kind", "place"]
-_MOST_LABELLED = 12  # columns of cells, in all panels, that still have room for numbers
-_SINCE_START = "adapter_norm minus its start"
+_MOST_LABELED = 12  # largest number of columns, over all panels, whose cells have room for numbers
+_SINCE_START = "adapter_norm minus step 0"
 
 
 @figure(
     needs=("update_norm",),
-    reads="Each point is the norm of everything a layer's weights have moved away from the base; a high point is "
-    "where training put its change. Where bands of two recipes overlap, the seeds do not tell them apart.",
-    misleads="A layer with more weights has a larger norm for the same change per weight, so embeddings and heads "
-    "tower for their size alone. Recipes at different learning rates differ in height: compare the shapes.",
+    reads="Each point is the norm of the update of one layer; high points are layers that changed most. Where the "
+    "bands of two recipes overlap, the seeds do not distinguish them.",
+    misleads="Layers with more weights have larger norms for the same change per weight, so embeddings and heads are "
+    "high for their size: compare relative_update. Learning rates set the height of a curve: compare shapes.",
 )
 def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Chart:
-    """Norm of the update by layer, one line a recipe.
+    """Plot the norm of the update by layer, one line per recipe.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     quantity : str, optional
-        A recorded quantity of modules. Default: ``update_norm``; where several recipes are compared and all have it,
-        ``learned_norm``, since some methods start away from zero.
+        Recorded quantity of modules. By default ``update_norm``; for several recipes that all recorded it,
+        ``learned_norm``, because the initial update of some methods is nonzero.
     """
     cohort = gather("update_norm", runs, control)
     quantity = quantity or _comparable_quantity(cohort)
@@ -47,13 +47,21 @@ def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = 
 
 @figure(
     needs=("update_norm",),
-    reads="A cell is the update of one role of weight in one block; hatched cells hold no adapted weight. Compare "
-    "along a row for depth, along a column for the division of work inside a block.",
-    misleads="Rows of larger matrices (the feed-forward ones) are brighter for their size alone. The colours show "
-    "means: two cells closer than the interval that the caption states are not to be ranked.",
+    reads="Each cell is the norm of the update of one role in one block; hatched cells: no data. Rows compare the "
+    "depth of blocks, columns the roles within a block.",
+    misleads="Rows of larger matrices, such as the feed-forward ones, are brighter for their size: compare "
+    "relative_update. Colors show means: differences within the caption's interval do not order cells.",
 )
 def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
-    """Norm of the update by block and role, one panel a recipe. Parameters as in :func:`update_norm`."""
+    """Plot the norm of the update by block and role, one panel per recipe.
+
+    Parameters
+    ----------
+    runs, control : Run, sequence of Run, or mapping label -> run or runs
+        Runs to plot, and runs to compare with.
+    quantity : str, optional
+        Recorded quantity of modules; by default as for `update_norm`.
+    """
     cohort = gather("update_norm_heat", runs, control)
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
@@ -71,7 +79,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
             title=label,
             x=Axis(label="block", order=_axis_places(cells)),
             y=Axis(order=[role for role in ROLES if role in set(cells["role"])]),
-            caption=cohort.caption(caption, interval="95 % t-intervals in the data"),
+            caption=cohort.caption(caption, interval="95% t-intervals are in the data"),
             meta=cohort.meta,
         )
         for label in cohort.labels
@@ -82,22 +90,22 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
 @figure(
     needs=("update_norm",),
     history=True,
-    reads="Move the slider to watch the profile grow; all frames share one scale. A layer whose line stops rising "
-    "early has settled, one that rises to the end has not.",
-    misleads="Under a decaying learning rate every layer slows down, so flattening alone says nothing about being "
-    "done. The first frames are small by construction: the update starts at zero.",
+    reads="The frames show the profile at successive steps, all on one scale. A layer that stops rising early has "
+    "converged; a layer that rises to the end has not.",
+    misleads="A decaying learning rate slows down every layer, so a flat end does not prove convergence: train longer "
+    "at a constant rate. Early frames are small because the update of most methods starts at zero.",
 )
 def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "update_norm", frames: int = 30) -> Chart:
-    """Norm of the update by layer with the step on a slider.
+    """Plot the norm of the update by layer, with the step on a slider.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     quantity : str
-        A recorded quantity of modules.
+        Recorded quantity of modules.
     frames : int
-        Number of steps shown, evenly taken from those that all runs recorded.
+        Maximum number of steps shown, evenly spaced among those that all runs recorded.
     """
     cohort = gather("norm_over_steps", runs, control)
     cells = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
@@ -109,24 +117,26 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
 @figure(
     needs=("weight_norm", "update_norm"),
     history=True,
-    reads="LISA's Figure 2 asks whether LoRA works mostly on the first and last layers; each panel is one reading of "
-    "'weight norm', averaged over the steps of training. A skew counts as learned if it shows in the adapter norm "
-    "after its start is taken off. The update starts at zero, but that of an embedding's adapter scales with its "
-    "random B: where the head is the same matrix, its end has no such B and is the comparison.",
-    misleads="The norm of the whole weight hardly changes in training, so the first panel is a picture of the base. "
-    "The raw adapter norm is mostly initialisation: B of an embedding starts random and huge.",
+    reads="Each panel is one reading of LISA's weight norm, averaged over the steps of training. A skew toward the "
+    "first and last layers was learned only if it remains in the adapter norm minus its value at step 0.",
+    misleads="The norm of the whole weight hardly changes in training, so the first panel shows the base model. The "
+    "raw adapter norm is mostly initialization, because B of an embedding starts random and large: use the panel minus "
+    "step 0.",
 )
 def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False) -> Drawable:
-    """Norms by layer averaged over training, in the readings that the word allows (LISA, section 3.1 and Fig. 2).
+    """Plot norms by layer averaged over training, for each reading of "weight norm" (LISA, section 3.1 and Fig. 2).
 
-    Panels: weight, update and, for recipes with adapters, the adapters' norm as it is and minus its value at step 0.
+    LISA's Figure 2 suggests that LoRA mostly changes the first and last layers. The panels show the norms of weight and
+    update and, for recipes with adapters, the adapter norm and the adapter norm minus its value at step 0. The update
+    starts at zero, but the update of an embedding's adapter scales with its random B. If the head is tied to the
+    embedding, compare with the head, whose adapter has no such B.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     per_weight : bool
-        Weight and update over the root of the number of weights, since layers of more weights have larger norms.
+        Divide the norms of weight and update by the root of the number of weights, which makes layers comparable.
     """
     cohort = gather("mean_norm", runs, control)
     cohort.require("weight_norm", "update_norm", history=True)
@@ -146,14 +156,14 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
 def _mean_panel(
     cohort: Cohort, name: str, cells: pd.DataFrame, layers: Mapping[str, pd.DataFrame], per_weight: bool
 ) -> Chart:
-    """One reading: mean over the steps first, then mean and band over seeds."""
+    """Plot one reading: mean over the steps first, then mean and band over seeds."""
     quantity = "adapter_norm" if name == _SINCE_START else name
-    label = f"{axis_label(quantity)} − start" if name == _SINCE_START else axis_label(quantity)
+    label = f"{axis_label(quantity)} − step 0" if name == _SINCE_START else axis_label(quantity)
     table = band(cohort.label(norms.mean_over_steps(cells)), _CELL).assign(metric=name)
-    caption = f"Mean over the recorded steps after 0 of {', '.join(map(_spaced_name, layers))}, by layer."
+    caption = f"By layer, mean over the recorded steps after step 0: {', '.join(map(_spaced_name, layers))}."
     if per_weight:
         label = f"{label} / √n"
-        caption += " Over the root of the number n of weights of a layer, matrices alone."
+        caption += " Norms are divided by √n, where n is the number of weights in the matrices of a layer."
     return _layer_profile(cohort, table, label, _spaced_name(name), caption, log=name != _SINCE_START)
 
 
@@ -162,7 +172,7 @@ def _spaced_name(name: str) -> str:
 
 
 def _comparable_quantity(cohort: Cohort) -> str:
-    """The quantity that is fair to all recipes shown."""
+    """Return the norm that is comparable between the recipes shown."""
     recorded = cohort.table.loc[cohort.table["quantity"] == "learned_norm", "run"].nunique()
     return "learned_norm" if len(cohort.groups) > 1 and recorded == len(cohort.runs) else "update_norm"
 
@@ -182,7 +192,7 @@ def _layer_profile(
     log: bool = False,
     frame: str | None = None,
 ) -> Chart:
-    """Lines over the layers, one a recipe, with a gap where a recipe has no record."""
+    """Plot lines over the layers, one per recipe, with gaps where a recipe has no record."""
     cells = _add_gaps(cells)
     return Chart(
         cells,
@@ -198,7 +208,7 @@ def _layer_profile(
 
 
 def _add_gaps(cells: pd.DataFrame) -> pd.DataFrame:
-    """A row for every recipe (and step) at every place, unknown where nothing was recorded."""
+    """Add rows with unknown values for every recipe (and step) at places where it has no record."""
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
     places = pd.Categorical(_axis_places(cells), cells["place"].cat.categories, ordered=True)
     full = rows.merge(pd.DataFrame({"place": places}), how="cross").merge(cells, how="left")
@@ -211,9 +221,9 @@ def _axis_places(cells: pd.DataFrame) -> list[str]:
 
 
 def _text(cells: pd.DataFrame) -> str | None:
-    """Format of the numbers in cells, three digits for the largest; None where they have no room."""
+    """Return the format of the numbers in cells, three digits for the largest; None if there is no room."""
     largest = cells["value"].max()
-    if cells[["recipe", "place"]].drop_duplicates().shape[0] > _MOST_LABELLED or not largest > 0:
+    if cells[["recipe", "place"]].drop_duplicates().shape[0] > _MOST_LABELED or not largest > 0:
         return None
     return f".{max(0, 2 - math.floor(math.log10(largest)))}f"
 

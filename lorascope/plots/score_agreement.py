@@ -1,4 +1,4 @@
-"""Figures of scores that are compared with each other: tables of ``analysis.score_agreement.correlate`` to charts."""
+"""Figures of the agreement between scores, from tables of ``analysis.score_agreement.correlate``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from lorascope.charts.chart import Axis, Chart, Heat, Point, Rule
 
 
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
-    """Rank correlation of every pair of scores, mean over runs.
+    """Plot the rank correlation of every pair of scores, averaged over runs.
 
     Parameters
     ----------
     cells : DataFrame
-        ``run, first, second, value, low, high``.
+        Table with columns ``run, first, second, value, low, high``.
     level : str
-        What was scored: "components" or "modules".
+        Scored objects, such as "components", "modules" or "neurons".
     """
     order = list(dict.fromkeys(cells["first"]))
     return Chart(
@@ -24,32 +24,32 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
         title=f"Agreement of scores over {level}",
         x=Axis(order=order),
         y=Axis(order=order),
-        caption=f"Spearman's rank correlation over {level}. {_describe_runs(cells)}; intervals in the data.",
+        caption=f"Spearman rank correlation over {level}. {_describe_runs(cells)}; intervals are in the data.",
         meta={"figure": "agreement", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
 
 def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
-    """Rank correlation of every score with the truth, a dot with its interval a run.
+    """Plot the rank correlation of every score with the true one, averaged over runs, with its interval.
 
     Parameters
     ----------
     cells : DataFrame
-        As for :func:`agreement`.
+        Table as for :func:`agreement`.
     truth : str
-        The score that is the truth.
+        Name of the score that is the truth.
     level : str
-        What was scored.
+        Scored objects, as for :func:`agreement`.
     """
     found = cells[(cells["second"] == truth) & (cells["first"] != truth)]
     means = _mean_cells(found).sort_values("value", ascending=False)
     return Chart(
         means,
         [Rule(x=0), Point("value", "first", low="low", high="high")],
-        title=f"Which score knows the {truth}? ({level})",
+        title=f"Agreement with the {truth} ({level})",
         x=Axis(label=f"Spearman correlation with the {truth}", limits=(-1, 1)),
         y=Axis(order=means["first"]),
-        caption=f"Over {level}. {_describe_runs(cells)}; bars: 95 % bootstrap over modules.",
+        caption=f"Rank correlation over {level}. {_describe_runs(cells)}; bars: 95% bootstrap interval over modules.",
         meta={"figure": "against_truth", "runs": list(dict.fromkeys(cells["run"]))},
     )
 

@@ -1,4 +1,4 @@
-"""Figures of what an update is made of: its spectrum, and the directions two runs share."""
+"""Figures of the singular values of an update and of the subspaces that two runs share."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lorascope.plots.registry import SPECTRA, UPDATES, figure
 from lorascope.plots.run_groups import Cohort, Runs, gather, lines
 from lorascope.runs.run import Run
 
-_MOST_DOTS = 64  # components that can still be told apart on a line
-_SIDES = {"A": "A", "B": "B", "update": "the update's inputs"}
+_MOST_DOTS = 64  # largest number of components with a dot each
+_SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 
 
 @figure(
     needs=(SPECTRA,),
-    reads="A steep fall says that few directions carry the update, a flat line that the whole rank is used. The "
-    "effective rank in the caption sums the line up: that many equal singular values have the same entropy.",
-    misleads="Small singular values of a short training may be left-overs of the random start, not directions learned. "
-    "Two runs may share a spectrum and no direction: subspace_similarity tells.",
+    reads="A steep line means that few directions carry the update, a flat line that it uses its whole rank. The "
+    "effective rank in the caption is the number of equal singular values with the same entropy.",
+    misleads="After short training, small singular values may be remnants of the random initialization, not learned "
+    "directions. Runs with equal spectra may still share no direction: check subspace_similarity.",
 )
 def spectrum(
     runs: Runs,
@@ -35,25 +35,30 @@ def spectrum(
     step: int | None = None,
     added: bool = False,
 ) -> Chart:
-    """Singular values of one module's update, one line a recipe.
+    """Plot the singular values of one module's update, one line per recipe.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     module : str, optional
-        A module; by default the one with the largest update, of those whose spectrum all runs hold.
+        Module to plot; by default the one with the largest update among those whose spectrum all runs have.
     step : int, optional
-        A step with a snapshot; by default the end.
+        Step with a snapshot; by default the last step.
     added : bool
-        Of what training added to an update that does not start at zero, such as FourierFT's.
+        Subtract the initial update where it is nonzero, as in FourierFT.
+
+    Raises
+    ------
+    ValueError
+        The runs have no such module, or no snapshot of the step.
     """
     cohort = gather("spectrum", runs, control)
     cohort.require(SPECTRA)
     values_of = spectra.added_values if added else spectra.singular_values
-    held = {run.id: values_of(run, step) for run in cohort.runs}
-    module = common_module(cohort, list(held.values()), module)
-    found = {run: sigmas[module] for run, sigmas in held.items()}
+    by_run = {run.id: values_of(run, step) for run in cohort.runs}
+    module = common_module(cohort, list(by_run.values()), module)
+    found = {run: sigmas[module] for run, sigmas in by_run.items()}
     values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
@@ -65,7 +70,7 @@ def spectrum(
         x=Axis(label="component"),
         y=Axis(label="singular value", log=True),
         caption=cohort.caption(
-            f"Singular values of {'what training added' if added else 'the update'}. Effective rank: {effective}.",
+            f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {effective}.",
             *(cohort.missing_initial_updates() if added else []),
         ),
         colors=cohort.labels,
@@ -76,50 +81,49 @@ def spectrum(
 @figure(
     needs=(UPDATES,),
     runs=2,
-    reads="Cell (i, j) says how much of the first i directions of one run lies within the first j of another: 1 all of "
-    "it, 0 nothing. Only what is brighter than the same cell of the random panel is shared.",
-    misleads="Runs that start from the same random A look alike before they have learned anything: give each its own "
-    "seed. In narrow models, and for large i or j, chance alone comes close to 1.",
+    reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another: 1 if "
+    "contained, 0 if orthogonal. Only what is brighter than the same cell of the random panel is shared.",
+    misleads="Runs with the same random initial A are similar before they learn anything: use different seeds. In "
+    "narrow models, or for large i or j, the random baseline itself is close to 1.",
 )
 def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | None = None, side: Side = "A") -> Panels:
-    """LoRA's phi (section 7.2, Eq. 4; Figs. 3 and 4) between runs, beside what chance gives.
+    """Plot LoRA's subspace similarity φ between runs, next to a random baseline (section 7.2, Figs. 3 and 4).
 
     Parameters
     ----------
     runs : sequence of Run, or mapping label -> run or runs
-        Runs of one label: the mean over all pairs (two seeds, Fig. 4). Two labels: every run of the first, on the
-        vertical axis, with every run of the second (two ranks, Fig. 3).
+        At least two runs. Runs of one label: mean over all pairs (two seeds, Fig. 4). Two labels: every run of the
+        first, on the vertical axis, with every run of the second (two ranks, Fig. 3).
     control : as ``runs``, optional
-        A third panel, such as runs on another task.
+        Runs for another panel, such as runs on another task.
     module : str, optional
-        An adapted module; by default the one with the largest update.
+        Adapted module; by default the one with the largest update.
     side : {"A", "B", "update"}
-        Directions of A (the paper's), of B, or of the update's inputs, which do not depend on how it was factored.
+        Directions of A (as in the paper), of B, or of the inputs of the update, which do not depend on how the update
+        was factored.
 
     Raises
     ------
     ValueError
-        There are not two runs to compare.
+        There are no two runs to compare.
     """
     name = "subspace_similarity"
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
     for cohort in shown.values():
         cohort.require(UPDATES)
-    held = [run.updates() for cohort in shown.values() for run in cohort.runs]
-    module = common_module(shown[""], held, module)
+    updates = [run.updates() for cohort in shown.values() for run in cohort.runs]
+    module = common_module(shown[""], updates, module)
     panels = []
     for prefix, cohort in shown.items():
         title, pairs = _similarity_pairs(cohort)
         cells = _phi_cells(pairs, module, side)
         panels.append(_phi_heat(cells, "phi", prefix + title, _phi_caption(cells, len(pairs), module, side), cohort))
     cells = panels[0].data
-    return set_side_by_side(
-        *panels, _phi_heat(cells, "phi_random", "chance: random subspaces", panels[0].caption, shown[""])
-    )
+    return set_side_by_side(*panels, _phi_heat(cells, "phi_random", "random subspaces", panels[0].caption, shown[""]))
 
 
 def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
-    """The module asked for, or the one with the largest update by the mean over runs, of those that all runs hold."""
+    """Return the given module, or the one with the largest mean update over runs; all runs must have it."""
     common = [name for name in updates[0] if all(name in found for found in updates)]
     if module is None and common:
         cohort.require("update_norm")
@@ -127,50 +131,49 @@ def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: 
         sizes = rows[rows["module"].isin(common)].groupby("module", observed=True)["value"].mean()
         return str(sizes.idxmax())
     if module not in common:
-        some = ", ".join(common[:5]) or "no module at all"
-        raise ValueError(f"{cohort.name}: not all runs hold {module or 'one module'}; they hold {some}")
+        raise cohort.no_common_module(module, common)
     return module
 
 
 def _effective_rank_phrase(row: Mapping[Hashable, Any]) -> str:
-    """One recipe's effective rank with its interval, for a caption."""
+    """Return the effective rank of one recipe with its interval, for a caption."""
     interval = "" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]"
     return f"{row['recipe']} {row['value']:.1f}{interval}"
 
 
 def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
-    """A title, and the pairs of runs to compare."""
+    """Return a title and the pairs of runs to compare."""
     if len(cohort.groups) == 2:
         first, second = cohort.groups
         return f"{first.label} against {second.label}", list(product(first.runs, second.runs))
     pairs = list(combinations(cohort.runs, 2))
     if len(cohort.groups) > 2 or not pairs:
         raise ValueError(
-            f"{cohort.name} compares two runs or more of one label, or two labels; "
-            f"got {len(cohort.runs)} of {', '.join(cohort.labels)}"
+            f"{cohort.name} needs two labels, or at least 2 runs of one label, got {len(cohort.runs)} of "
+            f"{', '.join(cohort.labels)}"
         )
     return f"{cohort.labels[0]}, between seeds", pairs
 
 
 def _phi_cells(pairs: Sequence[tuple[Run, Run]], module: str, side: Side) -> pd.DataFrame:
-    """Mean, smallest and largest phi of the pairs."""
+    """Return mean, smallest and largest φ of the pairs."""
     tables = [subspace.similarity_of_runs(first.updates(), second.updates(), module, side) for first, second in pairs]
     cells = pd.concat(tables).groupby(["i", "j"], as_index=False)
     return cells.agg(phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first"))
 
 
 def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:
-    """The caption: what phi is, and its first and last value against chance."""
-    counted = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs of runs, which share runs: no interval"
+    """Return the caption: definition of φ, and its first and last value with the random baseline."""
+    counted = "One pair of runs" if pairs == 1 else f"Mean of {pairs} pairs that share runs, so no interval"
     values = [
         f"φ({row.i}, {row.j}) = {row.phi:.2f}"
         + (f" ({row.least:.2f} to {row.most:.2f})" if pairs > 1 else "")
-        + f", by chance {row.phi_random:.2f}"
+        + f", random {row.phi_random:.2f}"
         for row in cells.iloc[[0, -1]].itertuples()
     ]
     return (
         f"φ(i, j) = ‖U₁ᵀU₂‖² / min(i, j) of the top i and j directions of {_SIDES[side]} in {module}. {counted}. "
-        f"{'; '.join(values)} (max(i, j) / dimension)."
+        f"{'; '.join(values)}. Random baseline: max(i, j) / dimension."
     )
 
 

@@ -144,13 +144,13 @@ def test_draw_grid_shows_the_metric_by_blocks_and_steps(write):
     assert lookup(chart, "blocks", "steps") == pytest.approx({("1", "4"): 0.75, ("1", "9"): 0.6, ("2", "4"): 0.9})
     assert (chart.x.order, chart.y.order) == (("4", "9"), ("2", "1"))
     assert "Widest interval of a cell: ±0.635" in chart.caption
-    with pytest.raises(ValueError, match="draw_grid got once and again, all 1 blocks for 9 steps: give one of them"):
+    with pytest.raises(ValueError, match=r"draw_grid.*got once and again for n_active 1 and interval 9"):
         plots.draw_grid({"once": runs["once"], "again": write("d", reached(0.5, draws(0)))})
     given = {"steps": 9, "lr": 1e-4, "batch_size": 16}
     first = write("e", reached(0.6, draws(1)), settings=given)
     for key, value in {"steps": 30, "lr": 1e-3, "batch_size": 4}.items():
-        other = write(key, reached(0.7, draws(2, 0, 2)), settings=given | {key: value})
-        line = f"draw_grid compares runs that differ in n_active and interval alone; got {key} {given[key]} "
+        other = write(key, reached(0.7, draws(2, 0, 2)), settings=told | {key: value})
+        line = f"n_active and interval, got {key} {told[key]} "
         with pytest.raises(ValueError, match=rf"^{line}\(run e\) and {value} \(run {key}\)$"):
             plots.draw_grid({"once": first, "other": other})
     recipes = [{"name": "lisa", "n_active": 1, "interval": interval} for interval in (9, 4)]

@@ -1,4 +1,4 @@
-"""Figures of rank allocation as data, against numbers worked out by hand; both renderers draw them."""
+"""Figures of rank allocation as data, against hand-computed numbers, and drawn by both renderers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DECIDED = {0: START, 4: [4, 2, 4, 4], 6: [4, 1, 2, 3], 7: END, 9: END}
 
 
 def allotted(decided: Mapping[int, Sequence[int]] = DECIDED, budget: bool = True) -> Values:
-    """Ranks of q0, ffn_in0, q1, ffn_in1 by step, and the budget that they spend."""
+    """Return the ranks of q0, ffn_in0, q1, ffn_in1 by step, and their sum as the budget."""
     values: dict[tuple[str, str], dict[int, Any]] = {
         ("rank", module["module"]): {step: float(ranks[place]) for step, ranks in decided.items()}
         for place, module in enumerate(MODULES)
@@ -41,36 +41,36 @@ def allotted(decided: Mapping[int, Sequence[int]] = DECIDED, budget: bool = True
 
 @pytest.fixture
 def write(tmp_path: Path) -> Any:
-    """``plant`` in a folder of the test, with sized modules."""
+    """Return ``plant`` for the folder of the test, with modules of known size."""
     return partial(plant, tmp_path, modules=MODULES)
 
 
 @pytest.fixture
 def seeds(write: Any) -> list[Run]:
-    """Three seeds of one recipe with the same budget."""
+    """Write three seeds of one recipe with the same budget."""
     ends = (END, [4, 1, 2, 2], [3, 0, 1, 5])
     return [write(f"s{seed}", allotted(DECIDED | {9: end}), "Ada", seed=seed) for seed, end in enumerate(ends)]
 
 
-def test_a_cell_is_the_rank_of_a_role_in_a_layer(write: Any) -> None:
+def test_rank_allocation_cell_is_the_rank_of_a_role_in_a_layer(write: Any) -> None:
     run = write("a", allotted())
     chart = plots.rank_allocation(run)
     assert lookup(chart, "place", "role") == {("0", "q"): 4, ("0", "ffn_in"): 0, ("1", "q"): 2, ("1", "ffn_in"): 3}
     assert (chart.x.order, chart.y.order) == (("0", "1"), ("q", "ffn_in"))
     assert (chart.marks[0].limits, chart.marks[0].text) == ((0.0, 4.0), ".0f")
-    assert "Ranks in force at the end. Sum of the ranks: 9." in chart.caption
+    assert "at the end. Total rank: 9." in chart.caption
     early = plots.rank_allocation(run, step=5)
     assert lookup(early, "place", "role")["0", "ffn_in"] == 2
-    assert "in force after step 5. Sum of the ranks: 14." in early.caption
+    assert "after step 5. Total rank: 14." in early.caption
 
 
-def test_roles_stand_in_the_order_of_the_papers(write: Any) -> None:
+def test_rank_allocation_orders_roles_as_in_the_papers(write: Any) -> None:
     modules = blocks(1)[::-1]
     run = write("a", {("rank", module["module"]): {0: 1.0} for module in modules}, modules=modules)
     assert plots.rank_allocation(run).y.order == ("q", "k", "v", "o", "ffn_in", "ffn_out")
 
 
-def test_seeds_give_mean_and_spread_and_say_how_far_they_agree(seeds: list[Run]) -> None:
+def test_rank_allocation_of_seeds_shows_mean_spread_and_agreement(seeds: list[Run]) -> None:
     chart = plots.rank_allocation(seeds)
     assert lookup(chart, "place", "role") == pytest.approx(
         {("0", "q"): 11 / 3, ("0", "ffn_in"): 1 / 3, ("1", "q"): 5 / 3, ("1", "ffn_in"): 10 / 3}
@@ -81,11 +81,11 @@ def test_seeds_give_mean_and_spread_and_say_how_far_they_agree(seeds: list[Run])
     ends = [END, [4, 1, 2, 2], [3, 0, 1, 5]]
     taus = [stats.kendalltau(ends[one], ends[two]).statistic for one, two in ((0, 1), (0, 2), (1, 2))]
     assert f"Ada: {np.mean(taus):.2f} [" in chart.caption
-    assert "by lot below" in chart.caption
-    assert "Mean of 3 seeds (0, 1, 2)" in chart.caption
+    assert "random: 95th percentile" in chart.caption
+    assert "3 seeds (0, 1, 2)" in chart.caption
 
 
-def test_recipes_share_their_colours_and_hatch_what_has_no_adapter(write: Any) -> None:
+def test_rank_allocation_shares_the_color_scale_and_hatches_modules_without_adapter(write: Any) -> None:
     half = {key: {0: 8.0} for key in allotted(budget=False) if key[1].endswith(".q")}
     panels = plots.rank_allocation(write("a", allotted(), "Ada"), control=write("b", half, "LoRA"))
     first, second = panels.rows()[0]
@@ -93,17 +93,17 @@ def test_recipes_share_their_colours_and_hatch_what_has_no_adapter(write: Any) -
     assert (first.y.order, first.x.order) == (second.y.order, second.x.order)
     drawn = Mpl(panels)
     assert (drawn.hatched(0), drawn.hatched(1)) == (False, True)
-    assert "Sum of the ranks: Ada: 9; control: LoRA: 16." in first.caption
+    assert "Total rank: Ada: 9; control: LoRA: 16." in first.caption
 
 
-def test_wide_panels_stand_above_one_another(write: Any) -> None:
+def test_rank_allocation_stacks_wide_panels(write: Any) -> None:
     modules = blocks(20, ("q",))
     values = {("rank", module["module"]): {0: 2.0} for module in modules}
     runs = {name: write(name, values, modules=modules) for name in "ab"}
     assert [len(row) for row in plots.rank_allocation(runs).rows()] == [1, 1]
 
 
-def test_the_same_rank_everywhere_still_draws(write: Any, tmp_path: Path) -> None:
+def test_rank_allocation_draws_uniform_and_zero_ranks(write: Any, tmp_path: Path) -> None:
     runs = [write(f"s{seed}", allotted({0: START, 9: START}, budget=False), seed=seed) for seed in (0, 1)]
     chart = plots.rank_allocation(runs)
     assert set(chart.data["value"]) == {4.0}
@@ -114,23 +114,23 @@ def test_the_same_rank_everywhere_still_draws(write: Any, tmp_path: Path) -> Non
         assert all(drawn.save(tmp_path / f"{number}.{kind}").exists() for kind in ("png", "html"))
 
 
-def test_chance_spends_the_same_budget_by_lot(seeds: list[Run]) -> None:
+def test_rank_allocation_with_chance_allocates_the_same_budget_at_random(seeds: list[Run]) -> None:
     panels = plots.rank_allocation(seeds, chance=True)
-    learned, lot = panels.rows()[0]
-    assert lot.title == "Ada, by lot"
-    assert lot.data["value"].sum() == pytest.approx(learned.data["value"].sum()) == pytest.approx(9)
-    assert lookup(lot, "place", "role") != lookup(learned, "place", "role")
-    assert "the same budget, every component equally likely to be of any module" in lot.caption
+    learned, random = panels.rows()[0]
+    assert random.title == "Ada, random"
+    assert random.data["value"].sum() == pytest.approx(learned.data["value"].sum()) == pytest.approx(9)
+    assert lookup(random, "place", "role") != lookup(learned, "place", "role")
+    assert "in any module" in random.caption
 
 
-def test_where_ranks_only_fall_a_lot_gives_no_module_more_than_it_starts_with(write: Any) -> None:
-    lot = plots.rank_allocation(write("a", allotted()), chance=True).rows()[0][1]
-    assert "every component that a module starts with equally likely to stay" in lot.caption
-    assert lot.data["value"].max() <= max(START)
+def test_rank_allocation_with_chance_never_exceeds_initial_ranks_that_only_fall(write: Any) -> None:
+    random = plots.rank_allocation(write("a", allotted()), chance=True).rows()[0][1]
+    assert "initial component" in random.caption
+    assert random.data["value"].max() <= max(START)
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_replayed_ranks_sum_up_to_the_budget_in_force_at_every_decision(seeds: list[Run], count: int) -> None:
+def test_rank_replay_total_equals_the_budget_at_every_decision(seeds: list[Run], count: int) -> None:
     panels = plots.rank_replay(seeds[:count])
     heat, budget = panels.rows()[0]
     assert (heat.frame, budget.frame) == ("step", "step")
@@ -143,7 +143,7 @@ def test_replayed_ranks_sum_up_to_the_budget_in_force_at_every_decision(seeds: l
     assert corners == [(0, 16), (4, 16), (4, 14), (6, 14), (6, 10), (7, 10), (7, 9), (9, 9), (9, 9)]
 
 
-def test_phases_are_where_the_budget_changes(write: Any) -> None:
+def test_rank_replay_phases_follow_changes_of_the_budget(write: Any) -> None:
     _, budget = plots.rank_replay(write("a", allotted())).rows()[0]
     bands = next(mark for mark in budget.marks if mark.kind == "band").data
     assert bands.groupby("series", sort=False)["at"].agg(list).to_dict() == {
@@ -153,7 +153,7 @@ def test_phases_are_where_the_budget_changes(write: Any) -> None:
     assert "band" not in [mark.kind for mark in plots.rank_replay(moving).rows()[0][1].marks]
 
 
-def test_a_replay_shows_the_ranks_of_a_control_at_the_same_steps(write: Any) -> None:
+def test_rank_replay_shows_a_control_at_the_same_steps(write: Any) -> None:
     control = write("c", allotted({0: START, 5: [1, 1, 1, 1], 9: [2, 2, 2, 2]}, budget=False), "LoRA")
     panels = plots.rank_replay(write("a", allotted(), "Ada"), control=control, frames=3)
     assert [len(row) for row in panels.rows()] == [2, 2]
@@ -167,7 +167,7 @@ SCORES = {"encoder.layer.0.q": [[1, 9, 4], [2, 8, 3]], "encoder.layer.1.q": [[7,
 
 
 def scored(ranks: Sequence[float], kept: Sequence[Sequence[float]] | None = None) -> Values:
-    """Scores of three components of two modules after steps 4 and 9, and the ranks in the end."""
+    """Return scores of three components of two modules after steps 4 and 9, and the final ranks."""
     values: dict[tuple[str, str], dict[int, Any]] = {}
     for place, (module, scores) in enumerate(SCORES.items()):
         values["importance", module] = {4: np.array(scores[0], float), 9: np.array(scores[1], float)}
@@ -177,28 +177,29 @@ def scored(ranks: Sequence[float], kept: Sequence[Sequence[float]] | None = None
     return values
 
 
-def test_importance_of_all_components_is_parted_by_what_became_of_them(write: Any) -> None:
+def test_importance_separates_retained_and_dropped_components(write: Any) -> None:
     chart = plots.importance(write("a", scored([2.0, 1.0])))
-    kept = {4: [9, 4, 6], 9: [8, 3, 9]}
+    retained = {4: [9, 4, 6], 9: [8, 3, 9]}
     dropped = {4: [1, 7, 5], 9: [2, 1, 1]}
-    for fate, values in (("kept", kept), ("dropped", dropped)):
+    for fate, values in (("retained", retained), ("dropped", dropped)):
         for step, found in values.items():
             row = chart.data.set_index(["fate", "step"]).loc[(fate, step)]
             assert row[["low", "value", "high"]].tolist() == pytest.approx(list(np.quantile(found, [0.1, 0.5, 0.9])))
             assert row["n"] == 3
-    assert "Of 6 components 3 are in use in the end." in chart.caption
+    assert "3 of 6 components" in chart.caption
     assert not chart.y.log
 
 
-def test_what_a_method_says_it_kept_has_precedence(write: Any) -> None:
+def test_importance_prefers_the_retained_components_that_the_method_recorded(write: Any) -> None:
     chart = plots.importance(write("a", scored([1.0, 1.0], kept=[[1, 0, 0], [0, 1, 0]])), module="encoder.layer.0.q")
     assert lookup(chart, "component", "step", value="fate") == {
-        (0, 4): "kept", (0, 9): "kept", (1, 4): "dropped", (1, 9): "dropped", (2, 4): "dropped", (2, 9): "dropped",
+        (0, 4): "retained", (0, 9): "retained", (1, 4): "dropped", (1, 9): "dropped", (2, 4): "dropped",
+        (2, 9): "dropped",
     }  # fmt: skip
     assert lookup(chart, "component", "step")[1, 9] == 8
 
 
-def test_a_component_that_is_no_longer_scored_was_dropped(write: Any) -> None:
+def test_importance_counts_components_without_a_final_score_as_dropped(write: Any) -> None:
     run = write("a", {("lr", ""): {9: 0.1}})
     writer = RunWriter(run.path.parent / "b", run.meta | {"id": "b"})
     module = MODULES[0]["module"]
@@ -206,19 +207,19 @@ def test_a_component_that_is_no_longer_scored_was_dropped(write: Any) -> None:
         writer.add(step, [Record("importance", np.array(scores), module, np.array(ids)), Record("rank", rank, module)])
     writer.finish("done")
     chart = plots.importance(Run.read(run.path.parent / "b"), module=module)
-    assert lookup(chart, "component", value="fate") == {0: "dropped", 1: "kept", 5: "kept"}
+    assert lookup(chart, "component", value="fate") == {0: "dropped", 1: "retained", 5: "retained"}
 
 
-def test_importance_has_a_panel_a_run_and_names_the_modules_there_are(write: Any) -> None:
+def test_importance_of_a_module_has_one_panel_per_run_and_lists_known_modules(write: Any) -> None:
     runs = [write(f"s{seed}", scored([2.0, 1.0]), seed=seed) for seed in range(3)]
     panels = plots.importance(runs, module="encoder.layer.0.q")
     assert [len(row) for row in panels.rows()] == [2, 1]
     assert panels.rows()[1][0].title.endswith("seed 2")
-    with pytest.raises(ValueError, match=r"run s0 has no importance of 'q'; it has that of encoder\.layer"):
+    with pytest.raises(ValueError, match=r"importance in run s0, got 'q'; expected one of encoder\.layer"):
         plots.importance(runs, module="q")
 
 
-def test_scores_of_many_magnitudes_stand_on_a_logarithmic_axis(write: Any) -> None:
+def test_importance_axis_is_logarithmic_for_positive_scores_of_many_magnitudes(write: Any) -> None:
     values = {
         key: {s: v**4 if key[0] == "importance" else v for s, v in at.items()} for key, at in scored([2, 1]).items()
     }
@@ -247,10 +248,10 @@ def test_adapted_types_compare_test_metrics_at_stated_parameters(write: Any) -> 
     assert "Adapter parameters: W_q: 200; W_f1: 300." in more.caption
 
 
-def test_words_of_a_cell_take_the_number_s_place_where_there_is_room(seeds: list[Run]) -> None:
+def test_rank_allocation_cells_show_the_spread_if_there_is_room(seeds: list[Run]) -> None:
     chart = plots.rank_allocation(seeds)
-    told = {text for *_, text in Mpl(chart).words()}
-    assert "3.3 (2–5)" in told
+    printed = {text for *_, text in Mpl(chart).words()}
+    assert "3.3 (2–5)" in printed
     heat = chart.plotly().data[0]
     assert "3.3 (2–5)" in str(heat.customdata)
     assert "3.3" in str(heat.text)
@@ -260,7 +261,7 @@ def test_words_of_a_cell_take_the_number_s_place_where_there_is_room(seeds: list
 
 
 @pytest.mark.parametrize("name", ["rank_allocation", "rank_replay", "importance", "adapted_types"])
-def test_both_renderers_draw_and_the_catalogue_knows(write: Any, tmp_path: Path, name: str) -> None:
+def test_both_renderers_draw_figures_that_are_available(write: Any, tmp_path: Path, name: str) -> None:
     values = allotted() | scored([2.0, 1.0]) | {("test_metric", ""): {9: 0.5}}
     run = write("a", values, seed=0)
     assert plots.available(run).set_index("figure").loc[name, "drawable"]
@@ -268,12 +269,12 @@ def test_both_renderers_draw_and_the_catalogue_knows(write: Any, tmp_path: Path,
     for kind in ("png", "html"):
         assert chart.save(tmp_path / f"x.{kind}").stat().st_size > 1000
     bare = write("b", {("lr", ""): {1: 0.1}})
-    with pytest.raises(ValueError, match=rf"{name} needs records of \w+: train "):
+    with pytest.raises(ValueError, match=rf"{name}.*records of \w+: train "):
         FIGURES[name].draw(bare)
 
 
-def test_the_command_line_draws_a_run_whose_method_it_never_imports(write: Any, tmp_path: Path) -> None:
-    """``kept`` is registered by AdaLoRA's own code, which needs torch; the run says itself what it means."""
+def test_plot_command_does_not_import_the_method_of_the_run(write: Any, tmp_path: Path) -> None:
+    """AdaLoRA registers ``kept`` and needs torch, but the run stores the definition of the quantity."""
     run = write("a", allotted() | scored([2.0, 1.0], kept=[[1, 1, 0], [1, 0, 0]]))
     script = (
         "import sys; from lorascope.cli.main import main; "
@@ -284,7 +285,7 @@ def test_the_command_line_draws_a_run_whose_method_it_never_imports(write: Any, 
     assert (done.returncode, done.stdout.strip()) == (0, str(tmp_path / "x.png")), done.stderr
 
 
-def test_a_trained_allocator_is_replayed_on_its_budget(bert: Any, task: Any, tmp_path: Path) -> None:
+def test_rank_replay_of_a_trained_allocator_follows_its_budget(bert: Any, task: Any, tmp_path: Path) -> None:
     method = AdaLoRA(init_rank=3, target_rank=1, initial_steps=1, final_steps=2, mask_every=2)
     settings = {"steps": 8, "batch_size": 4, "progress": False, "device": "cpu"}
     run = ls.train(bert, task, method, seed=0, out=tmp_path / "a", **settings)
@@ -294,6 +295,6 @@ def test_a_trained_allocator_is_replayed_on_its_budget(bert: Any, task: Any, tmp
     assert heat.data.groupby("step")["value"].sum().to_dict() == expected == lookup(budget, "at")
     assert plots.rank_allocation(run).data["value"].sum() == sum(run.ranks().values())
     fates = plots.importance(run).data.groupby("fate")["n"].first()
-    assert fates["kept"] == sum(run.ranks().values())
+    assert fates["retained"] == sum(run.ranks().values())
     for name in ("importance_left", "sensitivity"):
         assert not plots.importance(run, quantity=name).data.empty

@@ -1,4 +1,4 @@
-"""Figures of importance: the scores by which an allocator ranks components, over the steps."""
+"""Figure of importance scores, by which an allocator selects components, over the steps."""
 
 from __future__ import annotations
 
@@ -14,36 +14,37 @@ from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
 from lorascope.runs.run import Run
 from lorascope.schema.records import QUANTITIES
 
-_FATES = ("kept", "dropped")
-_WIDE = 100.0  # ratio of the ends from which on a quantity is drawn on a logarithmic axis
+_FATES = ("retained", "dropped")
+_WIDE = 100.0  # ratio of largest to smallest value above which the axis is logarithmic
 
 
 @figure(
     needs=("importance",),
     history=True,
-    reads="Bands that part early and stay apart mean that the choice was clear and could have been made then; bands "
-    "that overlap to the end mean that the cut went through components that the score hardly tells apart.",
-    misleads="The score itself dropped what it calls unimportant: that the dropped lie lower proves nothing. A score "
-    "made of gradients falls as the training converges, so its order within one step counts, not its course.",
+    reads="Bands that separate early and stay separate mean a clear selection that could have been made then. Bands "
+    "that overlap to the end mean that the allocator separated components with nearly equal scores.",
+    misleads="The score itself decides what is dropped, so lower scores of dropped components prove nothing: compare "
+    "with an independent score. Gradient-based scores fall as training converges, so compare them within a step, not "
+    "over the steps.",
 )
 def importance(
     runs: Runs, control: Runs | None = None, module: str | None = None, quantity: str = "importance"
 ) -> Drawable:
-    """Importance over the steps: of all components, kept ones against dropped ones, or of each component of a module.
+    """Plot importance scores of retained and dropped components over the steps.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     module : str, optional
-        Lines for each component of this module, one panel a run. By default all modules together, one panel a recipe.
+        Plot each component of this module, one panel per run. By default pool all modules, one panel per recipe.
     quantity : str
-        Another quantity of components, such as "importance_lambda" or "alpha".
+        Quantity of components, such as "importance" (default), "importance_lambda" or "alpha".
     """
     cohort = gather("importance", runs, control)
     cohort.require(quantity, history=True)
     found = cohort.label(rank_allocations.components(cohort.table, quantity))
-    found = found.assign(fate=found["kept"].map({True: "kept", False: "dropped"}))
+    found = found.assign(fate=found["kept"].map(dict(zip((True, False), _FATES, strict=True))))
     if module is None:
         panels = [_pooled_chart(cohort, found[found["recipe"] == label], label, quantity) for label in cohort.labels]
     else:
@@ -52,23 +53,25 @@ def importance(
 
 
 def _pooled_chart(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) -> Chart:
-    """The middle of all components of one recipe, by what became of them."""
+    """Plot median and middle 80% of the components of one recipe, separately for retained and dropped ones."""
     over = own.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
     cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1)
     cells = cells.assign(n=over.count()).reset_index()
     marks = [Band("step", "low", "high", "fate"), Line("step", "value", "fate")]
-    spread = f"Lines: median over all modules of {cohort.sample}; bands: the middle 80 % of the components."
+    spread = f"Lines: median over the components of {cohort.sample}; bands: 10th to 90th percentile."
     return _importance_chart(
         cohort, cells, own, marks, label, quantity, f"{importance_caption(own, quantity)} {spread}"
     )
 
 
 def _single_module_chart(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity: str) -> Chart:
-    """Every component of one module in one run."""
+    """Plot every component of one module in one run."""
     own = found[(found["run"] == run.id) & (found["module"] == module)]
     if own.empty:
         some = ", ".join(dict.fromkeys(found.loc[found["run"] == run.id, "module"].astype("str").iloc[::-1]))
-        raise ValueError(f"importance: run {run.id} has no {quantity} of {module!r}; it has that of {some}")
+        raise ValueError(
+            f"importance needs a module with {quantity} in run {run.id}, got {module!r}; expected one of {some}"
+        )
     cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
     cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
     title = f"{own['recipe'].iloc[0]}, seed {run.meta['seed']}" if len(cohort.runs) > 1 else f"Components of {module}"
@@ -99,7 +102,7 @@ def _importance_chart(
 
 
 def importance_caption(own: pd.DataFrame, quantity: str) -> str:
-    """What the quantity is, and how many components were kept."""
+    """Return the definition of the quantity and the number of retained components."""
     fates = own.drop_duplicates(["run", "module", "index"])["kept"]
     definition = f"{QUANTITIES[quantity].label}: {QUANTITIES[quantity].definition}."
-    return f"{definition} Of {len(fates):,} components {fates.sum():,} are in use in the end."
+    return f"{definition} Retained at the end: {fates.sum():,} of {len(fates):,} components."

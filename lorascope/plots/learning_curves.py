@@ -1,4 +1,4 @@
-"""Figures of the training itself: loss and metric over the steps, under guidance, and by rate."""
+"""Figures of training: loss and metric over the steps, cosine guidance, and loss by learning rate."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _CURVES = ("loss", "eval_loss", "eval_metric")
 @figure(
     needs=("loss",),
     history=True,
-    reads="Lower is better for losses, higher for accuracy. Where the bands of two recipes overlap, these seeds do not "
-    "rank them. A training loss that falls while the validation loss rises is overfitting.",
-    misleads="The training loss is averaged in windows, so it lags and hides spikes. Validation chose the best state, "
-    "so its best point flatters; the test split alone tells how good a run is.",
+    reads="Lower losses and higher accuracies are better; where the bands of two recipes overlap, these seeds do not "
+    "order them. A falling training loss with a growing validation loss means overfitting.",
+    misleads="The training loss is averaged over windows of steps, so it lags and hides spikes: use more windows. The "
+    "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
 )
 def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) -> Drawable:
-    """Training loss, and validation loss and metric where they were recorded, one line a recipe.
+    """Plot training loss and, if recorded, validation loss and metric over the steps, one line per recipe.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     windows : int
-        The training loss of every run is averaged in at most this many windows of equal length.
+        Maximum number of windows of equal length over which the training loss is averaged.
     """
     cohort = gather("training_curves", runs, control)
     cohort.require("loss", history=True)
@@ -49,23 +49,21 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
 @figure(
     needs=("loss", "direction_cosine"),
     history=True,
-    reads="On the left the training loss with guidance and without. On the right the cosine that guidance goes by: it "
-    "divides the step by one minus this, so that at 0.5 a step is twice as long. Set guidance against a higher rate "
-    "without it: what such a rate does too is no merit of the angle.",
-    misleads="What the paper shows of guidance, and its formula, could not be checked. At the first step direction and "
-    "average are parallel whatever the text, and the floor alone says how long that step is. Averages of independent "
-    "directions have a cosine of 0.44 with the last of them at a first beta of 0.9, so a step is longer even where the "
-    "angle says nothing.",
+    reads="Left: training loss with and without guidance; right: the cosine c, where guidance divides the step by 1 − "
+    "c. Guidance helps only if it also beats a higher learning rate without it.",
+    misleads="The paper's formula and results could not be verified, and the first step depends only on the floor, "
+    "because its cosine is 1. Independent directions already have cosine 0.44 with their average at β₁ = 0.9, so steps "
+    "grow even without a signal.",
 )
 def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Panels:
-    """Training loss with and without cosine guidance, beside the cosine of direction and first moment (Adapprox).
+    """Plot training loss with and without cosine guidance, and the cosine of direction and first moment (Adapprox).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Of Adapprox, some with ``cosine=True``.
+        Runs of Adapprox, some of them with ``cosine=True``.
     windows : int
-        The training loss of every run is averaged in at most this many windows of equal length.
+        Maximum number of windows of equal length over which the training loss is averaged.
     """
     cohort = gather("guidance", runs, control)
     cohort.require("loss", "direction_cosine", history=True)
@@ -74,27 +72,28 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     width = math.ceil(losses["step"].max() / windows)
     angles = table[(table["quantity"] == "direction_cosine") & table["layer"].notna()]
     angles = angles.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].mean().reset_index()
-    told = f"{_windows(width)} Mean cosine of the factored matrices in the blocks."
+    caption = f"{_windows(width)} Cosine: mean over the factored matrices in the blocks."
     return set_side_by_side(
-        _curve_chart(cohort, "loss", _average_windows(losses, width), told),
-        _curve_chart(cohort, "direction_cosine", angles, told),
+        _curve_chart(cohort, "loss", _average_windows(losses, width), caption),
+        _curve_chart(cohort, "direction_cosine", angles, caption),
     )
 
 
 @figure(
     needs=("eval_loss", "test_loss"),
-    reads="On the left each method's validation loss by rate: a minimum inside says that its best rate was tried. On "
-    "the right the test loss at that rate, chosen on validation. Where intervals overlap, the seeds do not rank them.",
-    misleads="A best rate at an end of the range need not be the best there is. Few steps favour what moves fast at "
-    "first, and a rate means something else to each method, so that equal numbers are no fair comparison.",
+    reads="Left: validation loss by learning rate; a minimum inside the range means that the range includes the best "
+    "rate. Right: test loss at the rate with the lowest validation loss; overlapping intervals mean that the seeds do "
+    "not order the methods.",
+    misleads="A best rate at an end of the range may not be the best overall: extend the range. Short training favors "
+    "methods that move fast at first, and equal rates are not comparable between methods.",
 )
 def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
-    """Validation loss by learning rate, beside the test loss of each method at its own best.
+    """Plot validation loss by learning rate, and the test loss of each method at its best rate.
 
     Parameters
     ----------
     runs, control : mapping label -> runs
-        What stands before " at " in a label is the method.
+        Runs labeled "METHOD at RATE"; the method is the part before " at ".
     """
     cohort = gather("learning_rates", runs, control)
     cohort.require("eval_loss", "test_loss")
@@ -106,12 +105,15 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])
     rates = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
-    told = f"Best rates by mean validation loss at the end: {rates}."
-    caption = cohort.caption(told, *cohort.dense_moment_note(), interval=f"bars: {INTERVAL}")
+    caption = cohort.caption(
+        f"Best learning rates by mean final validation loss: {rates}.",
+        *cohort.dense_moment_note(),
+        interval=f"bars: {INTERVAL}",
+    )
     panels = []
     for x, table, title, quantity in (
-        ("lr", cells["eval_loss"], "by rate", "eval_loss"),
-        ("at", tested, "each at its best", "test_loss"),
+        ("lr", cells["eval_loss"], "by learning rate", "eval_loss"),
+        ("at", tested, "at the best rate", "test_loss"),
     ):
         low, high = ends(table)
         line = [Line("lr", "value", "method")] if x == "lr" else []
@@ -144,11 +146,11 @@ def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: st
 
 
 def _windows(width: int) -> str:
-    return f"Training loss averaged in windows of {width} steps." if width > 1 else "Training loss of each step."
+    return f"Training loss averaged over windows of {width} steps." if width > 1 else "Training loss of every step."
 
 
 def _average_windows(rows: pd.DataFrame, width: int) -> pd.DataFrame:
-    """Mean of every run in windows of ``width`` steps, placed at a window's last step."""
+    """Average every run over windows of ``width`` steps; each mean has the last step of its window."""
     last = rows.groupby("run", observed=True)["step"].transform("max")
     end = (-(-rows["step"] // width) * width).clip(upper=last)
     windows = rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)

@@ -1,4 +1,4 @@
-"""The figure of planted truth: what rank an allocator gives to modules that need a known one."""
+"""Figure of planted ranks: the rank that an allocator finds for modules that need a known rank."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from lorascope.charts.chart import Axis, Chart, Line
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Runs, gather, lines
 
-_TRUTH = "what was planted"
+_TRUTH = "planted rank"
 
 
 @figure(
     needs=("planted_rank",),
-    reads="A line that climbs along the diagonal gives rank where the teacher needs it; a flat one, such as the same "
-    "rank everywhere, knows nothing of the need. Where bands overlap, these seeds do not tell two allocators apart.",
-    misleads="Planted components are alike in size, which those of a real task are not. A method whose ranks cannot "
-    "pass those at its start, or cannot reach 0, must bend away from the diagonal at that end.",
+    reads="A line along the diagonal assigns rank where the teacher needs it; a flat line, such as a uniform rank, "
+    "ignores the need. Where bands overlap, these seeds do not distinguish two allocators.",
+    misleads="Planted components have similar sizes, unlike those of a real task: confirm the result there. A method "
+    "whose ranks cannot exceed the initial rank, or cannot reach 0, must leave the diagonal at that end.",
 )
 def planted(runs: Runs, control: Runs | None = None) -> Chart:
-    """Rank found against rank planted, one line a recipe; runs of ``lorascope reproduce --probe planted``.
+    """Plot found rank against planted rank, one line per recipe.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs of ``lorascope reproduce --probe planted``, and runs to compare with.
     """
     cohort = gather("planted", runs, control)
     cohort.require("planted_rank")
@@ -37,10 +37,10 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
     return Chart(
         cells,
         [*lines(cells, "planted"), Line("planted", "planted", "recipe", data=truth)],
-        title="Found rank against needed rank",
+        title="Found rank by planted rank",
         x=Axis(label="rank of the teacher's update"),
-        y=Axis(label="rank found", limits=(0, None)),
-        caption=cohort.caption("Mean rank found over the modules of one planted rank."),
+        y=Axis(label="found rank", limits=(0, None)),
+        caption=cohort.caption("Found rank, mean over the modules with the same planted rank."),
         colors=[*cohort.labels, _TRUTH],
         meta=cohort.meta,
     )

@@ -1,4 +1,4 @@
-"""Figures of rank allocation: where the ranks went, how they got there, and what a type of weight is worth."""
+"""Figures of rank allocation: ranks by layer and role, their course in training, and accuracy by adapted weights."""
 
 from __future__ import annotations
 
@@ -27,72 +27,71 @@ from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, define, gather
 from lorascope.schema.module_roles import ROLES
 
-_MOST_BESIDE = 26  # columns of cells, in all panels, that still have room beside each other
-_SHOWN, _SUM = "the ranks shown", "sum of the ranks"
-_SPREAD = "in the data, and in brackets where there is room, the smallest and largest of the seeds"
-_STAYING = "every component that a module starts with equally likely to stay"
-_FREE = "every component equally likely to be of any module"
+_MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
+_SHOWN, _SUM = "total rank, this step", "total rank"
+_SPREAD = "in brackets, where there is room, the smallest and largest of the seeds (also in the data)"
+_STAYING = "every initial component is equally likely to be retained"
+_FREE = "every component is equally likely to be in any module"
 
 
 @figure(
     needs=("rank",),
-    reads="A cell is the rank that one role of weight has in one layer; hatched cells have no adapter, which is not "
-    "rank 0. Believe of the pattern what the seeds share: Kendall's τ in the caption is 1 where they order the modules "
-    "alike, and as low as by lot where they have nothing in common.",
-    misleads="An allocator that knows nothing draws a pattern, too: set chance, or a control, beside it. One rank of a "
-    "larger matrix costs more parameters, and a high rank says that a module got much, not that it needs it.",
+    reads="Each cell is the rank of one role in one layer; hatched cells have no adapter, which differs from rank 0. "
+    "Trust only what the seeds agree on: Kendall's τ in the caption is 1 for identical orderings and at chance level "
+    "for unrelated ones.",
+    misleads="Random allocation also produces a pattern: compare with chance=True or a control. A rank costs more "
+    "parameters in larger matrices, and a high rank shows what a module received, not what it needs.",
 )
 def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = None, chance: bool = False) -> Drawable:
-    """Rank by layer and role, one panel a recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
+    """Plot rank by layer and role, one panel per recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with.
     step : int, optional
-        Ranks in force after this step; by default at the end.
+        Step after which the ranks are shown; by default the end.
     chance : bool
-        Beside every recipe also its budget drawn by lot, anew for every seed.
+        Add a panel per recipe with its budget allocated at random, resampled for every seed.
     """
     cohort = gather("rank_allocation", runs, control)
     cohort.require("rank")
     found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     when = "at the end" if step is None else f"after step {step}"
-    told = [f"{define('rank')} Ranks in force {when}. {_totals(found)}", *_agreements(cohort, found)]
+    sentences = [f"{define('rank')} Ranks {when}. {_totals(found)}", *_agreements(cohort, found)]
     if chance:
         found = _add_random_ranks(cohort, found)
-        told.append(_random_rank_caption(cohort))
+        sentences.append(_random_rank_caption(cohort))
     cells = _rank_cells(found, ["recipe", "kind"])
-    panels = [
-        _rank_heat(cohort, cells, label, cohort.caption(*told, interval=_SPREAD)) for label in _recipe_labels(found)
-    ]
-    return wrap(panels, _MOST_BESIDE // cells["place"].nunique())
+    caption = cohort.caption(*sentences, interval=_SPREAD)
+    panels = [_rank_heat(cohort, cells, label, caption) for label in _recipe_labels(found)]
+    return wrap(panels, _MOST_COLUMNS // cells["place"].nunique())
 
 
 @figure(
     needs=("rank",),
     history=True,
-    reads="Move the slider through the decisions of the allocator. The ranks on the left sum up to the dot on the "
-    "right, which lies on the budget in force. What changes after the budget has settled is exchange, not cutting.",
-    misleads="Between two decisions the masked components of AdaLoRA go on training, so that a cell that reads 0 can "
-    "come back. Where a budget falls, every module loses: only what falls slower than its neighbours was spared.",
+    reads="The frames show the allocator's decisions: the ranks on the left add up to the dot on the right, which "
+    "follows the budget. Changes after the budget is final are exchanges between modules, not pruning.",
+    misleads="Masked components of AdaLoRA keep training between decisions, so a rank of 0 can recover. While the "
+    "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
 )
 def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Panels:
-    """Ranks by layer and role over the steps of decisions, beside the budget; one row of panels a recipe.
+    """Plot ranks by layer and role at the decisions of the allocator, with the budget; one row per recipe.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw below it.
+        Runs to plot, and runs to compare with in the rows below.
     frames : int
-        Number of steps shown, evenly taken from those at which the runs decided.
+        Maximum number of steps shown, evenly spaced among the decisions of the runs.
     """
     cohort = gather("rank_replay", runs, control)
     cohort.require("rank", history=True)
     steps = rank_allocations.decisions(gather("rank_replay", runs).table, frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(found, ["recipe", "kind", "step"])
-    caption = cohort.caption(f"{define('rank')} Steps at which ranks were decided.", interval=_SPREAD)
+    caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were decided.", interval=_SPREAD)
     rows = [
         set_side_by_side(
             _rank_heat(cohort, cells, label, caption, frame="step"), _rank_course(cohort, found, label, caption)
@@ -104,20 +103,20 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
 
 @figure(
     needs=("test_metric",),
-    reads="A bar is what training this type of weight, or these layers, alone reaches on the test split. They compare "
-    "where they spend the same parameters, as the caption states; where intervals overlap, the seeds do not rank them.",
-    misleads="A type that does well alone need not add anything to the others. One learning rate for all is a choice "
-    "as well: types with larger matrices may want another, and then the bars compare rates.",
+    reads="Each bar is the test metric when only this type of weight, or these layers, are trained. Bars are "
+    "comparable at equal parameters (see the caption); overlapping intervals mean that the seeds do not order them.",
+    misleads="A type that does well on its own may add nothing to the others: also train combinations. Types with "
+    "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
 )
 def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
-    """Test metric by what was adapted, one bar a label (AdaLoRA, Fig. 1).
+    """Plot test metric by adapted weights, one bar per label (AdaLoRA, Fig. 1).
 
     Parameters
     ----------
     runs, control : mapping label -> run or runs
-        Runs labelled by role or by group of layers; ``allocation.equal_parameters`` gives their ranks.
+        Runs labeled by role or by group of layers; ``ls.allocation.equal_parameters`` computes their ranks.
     start : float
-        Lower end of the axis; bars that do not start at 0 make small differences look large.
+        Lower end of the metric axis; above 0, small differences look large.
     """
     cohort = gather("adapted_types", runs, control)
     cohort.require("test_metric")
@@ -126,8 +125,8 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
     return Chart(
         cells,
         marks,
-        title="Test metric by what was adapted",
-        x=Axis(label="adapted", order=cohort.labels),
+        title="Test metric by adapted weights",
+        x=Axis(label="adapted weights", order=cohort.labels),
         y=Axis(label=cohort.metric, limits=(start, None)),
         caption=cohort.caption(_spent_parameters(cohort), interval=f"bars: {INTERVAL}"),
         meta=cohort.meta,
@@ -135,7 +134,7 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
 
 
 def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Mean, smallest and largest rank over the runs of every layer and role, with the words of a cell."""
+    """Return mean, smallest and largest rank over the runs for every layer and role, with the text of its cell."""
     keys = list(dict.fromkeys([*by, "place", "role"]))
     pooled = norms.pool(found, [key for key in keys if key != "step"])
     over = pooled.groupby(keys, observed=True, sort=False)["value"]
@@ -147,7 +146,7 @@ def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
 
 
 def _rank_heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str, frame: str | None = None) -> Chart:
-    """The ranks of one recipe; all panels have the colours of the largest rank in any."""
+    """Plot the ranks of one recipe; the color scale is the same in all panels."""
     own = cells[cells["recipe"] == label]
     whole = bool((own["value"] % 1 == 0).all())
     limits = (0.0, max(float(cells["value"].max()), 1.0))
@@ -165,7 +164,7 @@ def _rank_heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str, fr
 
 
 def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
-    """Budget of one recipe over the steps with its phases, the sums of its ranks on it, and the sum that is shown."""
+    """Plot budget, phases and total rank of one recipe over the steps, with a dot for the step of the frame."""
     own = found[found["recipe"] == label]
     totals = own.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].sum().reset_index()
     shown = band(totals, ["recipe", "step"]).assign(at=lambda rows: rows["step"], series=_SHOWN)
@@ -193,20 +192,20 @@ def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) 
 
 
 def _add_random_ranks(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
-    """Behind the ranks of every recipe that is no control those of its budget by lot."""
+    """Add random ranks with the same budget after the ranks of every recipe that is not a control."""
     parts = []
     for group in cohort.groups:
         own = found[found["recipe"] == group.label]
         parts.append(own)
         if not group.control:
-            lot = rank_allocations.random_ranks(own, _cap(cohort, group))
-            parts.append(lot.assign(recipe=f"{group.label}, by lot", kind="control"))
+            drawn = rank_allocations.random_ranks(own, _cap(cohort, group))
+            parts.append(drawn.assign(recipe=f"{group.label}, random", kind="control"))
     return pd.concat(parts)
 
 
 def _random_rank_caption(cohort: Cohort) -> str:
     drawn = {g.label: _FREE if _cap(cohort, g) is None else _STAYING for g in cohort.groups if not g.control}
-    return f"By lot: the same budget, {_join_by_label(drawn)}."
+    return f"Random: the same budget; {_join_by_label(drawn)}."
 
 
 def _recipe_labels(found: pd.DataFrame) -> list[str]:
@@ -218,47 +217,45 @@ def _cap(cohort: Cohort, group: Group) -> int | None:
 
 
 def _totals(found: pd.DataFrame) -> str:
-    """Sum of the ranks, once where all recipes have the same."""
+    """Return the total rank as text, once if all recipes have the same."""
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()
-    return (
-        f"Sum of the ranks: {_join_by_label({str(label): f'{round(mean, 1):,.6g}' for label, mean in means.items()})}."
-    )
+    return f"Total rank: {_join_by_label({str(label): f'{round(mean, 1):,.6g}' for label, mean in means.items()})}."
 
 
 def _join_by_label(notes: Mapping[str, str]) -> str:
-    """What is told of every label, once where it is the same for all."""
+    """Join the notes of all labels, or return the note once if it is the same for all."""
     if len(set(notes.values())) == 1:
         return next(iter(notes.values()))
     return "; ".join(f"{label}: {text}" for label, text in notes.items())
 
 
 def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
-    """What Kendall's tau says of the seeds of every recipe that has some, beside what lots give."""
-    told = []
+    """Describe the agreement of seeds of every recipe that has several: Kendall's tau and its random baseline."""
+    found_tau = []
     for group in cohort.groups:
         own = found[found["recipe"] == group.label]
         mean, low, high, _ = rank_allocations.stability(own)
         if np.isfinite(mean):
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
             most = np.nanquantile(rank_allocations.random_stability(own, _cap(cohort, group)), 0.95)
-            told.append(f"{group.label}: {mean:.2f}{interval}, by lot below {most:.2f} in 95 of 100 draws")
-    intervals = " [95 % jackknife t-interval over seeds]" if any("[" in line for line in told) else ""
-    what = f"Kendall's τ of the modules' ranks between seeds, mean of the pairs{intervals}"
-    return [f"{what}, {'; '.join(told)}."] if told else []
+            found_tau.append(f"{group.label}: {mean:.2f}{interval} (random: 95th percentile {most:.2f})")
+    intervals = " [95% jackknife t-interval over seeds]" if any("[" in line for line in found_tau) else ""
+    what = f"Kendall's τ of the module ranks between seeds, mean over pairs{intervals}"
+    return [f"{what}, {'; '.join(found_tau)}."] if found_tau else []
 
 
 def _spent_parameters(cohort: Cohort) -> str:
-    """Parameters of the adapters of every label, by the mean over its runs; "" where a run's are not known."""
-    told = {}
+    """Return the adapter parameters of every label, mean over its runs, as text; "" if those of a run are unknown."""
+    means = {}
     for group in cohort.groups:
-        held = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
+        ranked = [run for run in group.runs if (run.table["quantity"] == "rank").any()]
         counted = [
             rank_allocations.parameters(rank_allocations.current_ranks(run.table), run.modules)["parameters"]
-            for run in held
+            for run in ranked
         ]
         sums = [float(column.sum(skipna=False)) for column in counted]
         if len(sums) < len(group.runs) or np.isnan(sums).any():
             return ""
-        told[group.label] = f"{np.mean(sums):,.0f}"
-    return f"Adapter parameters: {_join_by_label(told)}{' each' if len(set(told.values())) == 1 else ''}."
+        means[group.label] = f"{np.mean(sums):,.0f}"
+    return f"Adapter parameters: {_join_by_label(means)}{' each' if len(set(means.values())) == 1 else ''}."

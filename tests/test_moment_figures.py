@@ -1,4 +1,4 @@
-"""Figures of second moments: their data against the table of tiny runs and against planted losses."""
+"""Figures of second moments: data compared with the tables of tiny runs and with planted losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAST = killing.SETTINGS | {"steps": 4}
 
 @pytest.fixture(scope="module")
 def trained(bert, task, tmp_path_factory):
-    """Two seeds under AdamW, and two under Adapprox."""
+    """Train two seeds with AdamW and two with Adapprox."""
     root = tmp_path_factory.mktemp("moments")
     adapprox = Adapprox(lr=1e-3, min_dim=8, reselect_every=2, growth_scale=None)
     arms = {
@@ -32,8 +32,8 @@ def trained(bert, task, tmp_path_factory):
             ls.train(models.load(bert, task=task), task, method, out=root / f"{name}{seed}", seed=seed, **settings)
             for seed in (0, 1)
         ]
-        for name, (method, seen) in arms.items()
-        for settings in [FAST | {"observe": seen}]
+        for name, (method, observers) in arms.items()
+        for settings in [FAST | {"observe": observers}]
     }
 
 
@@ -42,10 +42,10 @@ def last(run, quantity):
     return rows[rows["step"] == rows["step"].max()]
 
 
-def test_lines_are_means_over_the_matrices_of_a_layer_and_the_seeds(trained):
+def test_second_moments_are_means_over_matrices_of_a_layer_and_seeds(trained):
     chart = plots.second_moments(trained["adam"])
-    own, dealt = chart.rows()[0]
-    for panel, quantity in ((own, "moment_sigma"), (dealt, "moment_sigma_dealt")):
+    own, shuffled = chart.rows()[0]
+    for panel, quantity in ((own, "moment_sigma"), (shuffled, "moment_sigma_dealt")):
         found = panel.data.set_index(["layer", "index"])["value"]
         assert set(found.index.get_level_values("layer")) == {"layer 0", "layer 1"}
         for layer in (0, 1):
@@ -56,22 +56,22 @@ def test_lines_are_means_over_the_matrices_of_a_layer_and_the_seeds(trained):
     one = plots.second_moments(trained["adam"][0], role="ffn_in").rows()[0][0].data
     wanted = last(trained["adam"][0], "moment_sigma").query("role == 'ffn_in' and layer == 1")["value"]
     assert one.loc[one["layer"] == "layer 1", "value"].to_numpy() == pytest.approx(wanted.to_numpy())
-    with pytest.raises(ValueError, match="no second moment of role 'gate'"):
+    with pytest.raises(ValueError, match=r"role.*got 'gate'"):
         plots.second_moments(trained["adam"], role="gate")
 
 
-def test_errors_by_rank_are_means_over_matrices(trained):
+def test_moment_error_is_the_mean_over_matrices(trained):
     data = plots.moment_error(trained["adam"]).data.set_index(["measure", "index"])["value"]
-    for measure, quantity in (("least of the rank", "moment_error"), ("S-RSI", "moment_error_s_rsi")):
+    for measure, quantity in (("best rank-k (SVD)", "moment_error"), ("S-RSI", "moment_error_s_rsi")):
         expected = [last(run, quantity).groupby("index")["value"].mean() for run in trained["adam"]]
         assert data[measure].index.tolist() == [1, 2, 4, 8, 16]
         assert data[measure].to_numpy() == pytest.approx(np.mean(expected, axis=0))
-    flat = data["rows times columns (Adafactor)"]
+    flat = data["row-column product (Adafactor)"]
     expected = np.mean([last(run, "moment_error_rank_one")["value"].mean() for run in trained["adam"]])
     assert flat.to_dict() == pytest.approx({1: expected, 16: expected})
 
 
-def test_ranks_are_shown_by_role_layer_and_step(trained):
+def test_factor_rank_by_role_layer_and_step(trained):
     data = plots.factor_rank(trained["adapprox"]).data.set_index(["role", "place", "step"])["value"]
     assert list(dict.fromkeys(data.index.get_level_values("role"))) == ["q", "k", "v", "o", "ffn_in", "ffn_out"]
     for (role, place, step), value in data.items():
@@ -79,12 +79,12 @@ def test_ranks_are_shown_by_role_layer_and_step(trained):
         seeds = [run.table.query(query) for run in trained["adapprox"]]
         assert value == np.mean([found["value"].item() for found in seeds])
     assert sorted(set(data.index.get_level_values("step"))) == [1, 3, 4]
-    with pytest.raises(ValueError, match="no factors of role 'gate' in blocks"):
+    with pytest.raises(ValueError, match=r"role.*got 'gate'"):
         plots.factor_rank(trained["adapprox"], role="gate")
 
 
-def test_ranks_are_coloured_by_their_share_of_the_cap(tmp_path):
-    """48 of 48 is cut off, 48 of 96 is not."""
+def test_factor_rank_colors_ranks_by_fraction_of_the_cap(tmp_path):
+    """Rank 48 of 48 is at the cap, rank 48 of 96 is not."""
     ranks = {"h.0.q": (24, 48, 96), "h.1.q": (24, 24, 96), "h.0.up": (48, 12, 48)}
     planted = {}
     for module, (*found, cap) in ranks.items():
@@ -100,15 +100,15 @@ def test_ranks_are_coloured_by_their_share_of_the_cap(tmp_path):
     }  # fmt: skip
     assert cells.loc[("q", "0", 11), "words"] == "48/96"
     assert cells.loc[("ffn_in", "0", 1), "words"] == "48/48"
-    assert "k_max: 48 (ffn_in), 96 (q). At k_max: 17 % of the cells." in chart.caption
+    assert "k_max: 48 (ffn_in), 96 (q)." in chart.caption
+    assert "17% of the cells" in chart.caption
 
 
-def test_encoder_and_decoder_keep_lines_and_rows_of_their_own(tmp_path):
-    """Layer 0 of one stack is none of the other's."""
+def test_encoder_and_decoder_layers_have_separate_lines_and_rows(tmp_path):
     task, path = families.task_of("t5"), families.folder(tmp_path / "t5", "t5")
     methods = {"adam": Full(lr=1e-3), "adapprox": Adapprox(lr=1e-3, min_dim=8)}
-    seen = FAST | {"observe": [observe.second_moments(every=2)], "eval_size": 6, "test_size": 4}
-    adam = ls.train(models.load(path), task, methods["adam"], out=tmp_path / "adam", **seen)
+    settings = FAST | {"observe": [observe.second_moments(every=2)], "eval_size": 6, "test_size": 4}
+    adam = ls.train(models.load(path), task, methods["adam"], out=tmp_path / "adam", **settings)
     adapprox = ls.train(models.load(path), task, methods["adapprox"], out=tmp_path / "rank", **FAST | {"observe": []})
     places = ["encoder 0", "encoder 1", "decoder 0", "decoder 1"]
     drawn = plots.second_moments(adam, role="v").rows()[0][0].data
@@ -123,25 +123,25 @@ def test_encoder_and_decoder_keep_lines_and_rows_of_their_own(tmp_path):
     assert drawn.to_dict() == {f"{row.stack} {row.layer}": row.value for row in ranks.itertuples()}
 
 
-def test_errors_are_shown_beside_the_drift(trained):
+def test_factor_error_plots_selection_error_and_drift(trained):
     data = plots.factor_error(trained["adapprox"]).data.set_index(["measure", "step"])["value"]
     measures = {
-        "of one step's V, as the rank is chosen": "factor_error",
-        "of the exact average": "factor_drift",
-        "of the exact average, least of the rank": "factor_drift_least",
-        "of the exact average, rows times columns": "factor_drift_rank_one",
+        "selection error (one step's V)": "factor_error",
+        "drift from the exact average": "factor_drift",
+        "best rank-k of the exact average": "factor_drift_least",
+        "row-column product of the exact average": "factor_drift_rank_one",
     }
     assert set(data.index.get_level_values("measure")) == set(measures)
     for measure, quantity in measures.items():
         inside = [last(run, quantity).dropna(subset="layer")["value"].mean() for run in trained["adapprox"]]
         step = data[measure].index.max()
-        assert step == (3 if quantity == "factor_error" else 4)  # at the fourth no rank is chosen
+        assert step == (3 if quantity == "factor_error" else 4)  # step 4 selects no rank
         assert data[measure, step] == pytest.approx(np.mean(inside))
-    assert (data["of the exact average"] > data["of the exact average, least of the rank"]).all()
+    assert (data["drift from the exact average"] > data["best rank-k of the exact average"]).all()
 
 
-def test_ways_to_factor_are_set_against_the_least_error(tmp_path):
-    """Two matrices of planted errors and times: errors are averaged before they are compared, times added."""
+def test_factorization_methods_are_compared_with_the_full_svd(tmp_path):
+    """With two matrices, errors are averaged before they are divided, and times are added."""
     ways = ("l1_p5", "l2_p5", "l5_p0", "l5_p5", "svd_lowrank", "svd")
     planted = {}
     for number, way in enumerate(ways):
@@ -154,14 +154,14 @@ def test_ways_to_factor_are_set_against_the_least_error(tmp_path):
     found = error.data.set_index(["measure", "index"])["value"]
     assert found["S-RSI, l = 1, p = 5"].to_dict() == pytest.approx({1: 6, 8: 1})
     assert found["S-RSI, l = 5, p = 5"].to_dict() == pytest.approx({1: 3, 8: 1})
-    assert found["exact decomposition"].to_dict() == pytest.approx({1: 1, 8: 1})
+    assert found["full SVD"].to_dict() == pytest.approx({1: 1, 8: 1})
     taken = time.data.set_index(["measure", "index"])["value"]
     assert taken["S-RSI, l = 5, p = 0"].to_dict() == pytest.approx({1: 6, 8: 18})
     with pytest.raises(ValueError, match=r"factoring_error_svd: train Full\(optimizer_name=\"adamw\"\) with observe"):
         plots.factorization_methods(plant(tmp_path, "other", {("lr", ""): {1: 0.1}}))
 
 
-def test_guidance_is_drawn_beside_the_angle_it_goes_by(tmp_path):
+def test_guidance_plots_loss_and_cosine(tmp_path):
     def planted(name, losses, angles, seed):
         modules = ("h.0.q", "h.1.q", "score")
         cosines = {
@@ -183,7 +183,7 @@ def test_guidance_is_drawn_beside_the_angle_it_goes_by(tmp_path):
 
 @pytest.fixture
 def searched(tmp_path):
-    """Losses by rate and seed: the first method is best at 0.02 on validation, though not on test."""
+    """Write runs of two methods at two rates; the first method is best at 0.02 on validation, but not on test."""
     write = partial(plant, tmp_path)
     losses = {
         "slow at 0.01": (0.01, [0.6, 0.8], [0.5, 0.5]),
@@ -205,7 +205,7 @@ def searched(tmp_path):
     }
 
 
-def test_rates_are_chosen_on_validation_and_reported_on_test(searched):
+def test_learning_rates_are_chosen_on_validation_and_reported_on_test(searched):
     by_rate, tested = plots.learning_rates(searched).rows()[0]
     found = by_rate.data.set_index(["method", "lr"])["value"]
     assert found.index.tolist() == [("slow", 0.01), ("slow", 0.02), ("fast", 0.05), ("fast", 0.1)]

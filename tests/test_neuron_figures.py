@@ -1,4 +1,4 @@
-"""Figures of neurons as data, against planted choices; and the observer of utilisation against its definition."""
+"""Figures of neurons as data, against planted selections; and the utilization observer against its definition."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DISTANCES = np.logspace(-4, -1, 16)
 def planted(
     folder: Path, id: str, chosen=CHOSEN, seed=0, label="NeFT, k 6", mode="changed", used=None, places=MODULES, **more
 ) -> Run:
-    """A run of NeFT of a model with two blocks, by default of 16 hidden units."""
+    """Write a run of NeFT on a model with two blocks, by default with 16 hidden units."""
     method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode, **more}
     common = COMMON | {"recipe": method, "method": method}
     named = {"id": id, "label": label, "seed": seed, "modules": places}
@@ -50,7 +50,7 @@ def planted(
     return Run.read(folder / id)
 
 
-def test_chosen_neurons_by_layer_and_projection(tmp_path):
+def test_neurons_count_selected_neurons_by_layer_and_projection(tmp_path):
     runs = [planted(tmp_path, "a"), planted(tmp_path, "b", {IN.format(0): [3, 4, 5, 6, 7, 8]}, seed=1)]
     chart = plots.neurons(runs)
     assert lookup(chart, "place", "role") == {
@@ -62,13 +62,13 @@ def test_chosen_neurons_by_layer_and_projection(tmp_path):
     assert chart.colors == ("ffn_in", "ffn_out")
 
 
-def test_projections_of_unequal_size_have_a_line_each(tmp_path):
-    """With gate and input in one matrix, two thirds of a lot fall there: of six in two blocks 2, 1 on the output."""
+def test_neurons_have_one_baseline_per_projection_of_unequal_size(tmp_path):
+    """With gate and input in one matrix, two thirds of random neurons are in it: 2 per block, and 1 in the output."""
     fused = [row | ({"out_features": 32} if row["role"] == "ffn_in" else {}) for row in MODULES]
     targets = {"targets": ["ffn_in", "ffn_gate", "ffn_out"]}
     chart = plots.neurons(planted(tmp_path, "a", places=fused, **targets))
     assert [mark.y for mark in chart.marks if isinstance(mark, Rule)] == [2, 1]
-    assert "the lines are where as many drawn by lot would lie, from the top ffn_in, ffn_out." in chart.caption
+    assert "from the top ffn_in, ffn_out." in chart.caption
     wide = [row | {side: 32 for side in ("out_features", "in_features") if row[side] == 16} for row in MODULES[2:]]
     chart = plots.neurons(planted(tmp_path, "b", places=[*MODULES[:2], *wide]))
     (line,) = (mark for mark in chart.marks if isinstance(mark, Line))
@@ -76,13 +76,14 @@ def test_projections_of_unequal_size_have_a_line_each(tmp_path):
     assert by_layer == {(layer, role): 1 + (layer == "1") for layer in "01" for role in ("ffn_in", "ffn_out")}
 
 
-def test_a_control_stands_in_a_panel_of_its_own(tmp_path):
+def test_neurons_draw_a_control_in_a_separate_panel_with_present_setting_names(tmp_path):
     control = planted(tmp_path, "b", {IN.format(1): [1]}, label="NeFT, k 1, mode random", mode="random")
     found = plots.neurons(planted(tmp_path, "a"), control)
-    assert [chart.title for row in found.rows() for chart in row] == ["NeFT, k 6", "control: NeFT, k 1, mode random"]
+    titles = [chart.title for row in found.rows() for chart in row]
+    assert titles == ["NeFT, num_neurons 6", "control: NeFT, num_neurons 1, select_by random"]
 
 
-def test_distances_by_layer_beside_the_threshold(tmp_path):
+def test_neuron_cosine_by_layer_with_the_threshold(tmp_path):
     chart = plots.neuron_cosine(planted(tmp_path, "a"))
     middle = float(np.median(DISTANCES))
     assert list(lookup(chart, "place", "role")) == [(layer, role) for layer in "01" for role in ("ffn_in", "ffn_out")]
@@ -90,7 +91,7 @@ def test_distances_by_layer_beside_the_threshold(tmp_path):
     assert chart.data["low"].iloc[0] == pytest.approx(np.quantile(DISTANCES, 0.05))
     (rule,) = (mark for mark in chart.marks if isinstance(mark, Rule))
     assert rule.y == pytest.approx(DISTANCES[0])
-    assert "Neurons above the rule were chosen." in chart.caption
+    assert "threshold" in chart.caption
     assert chart.y.log
     own = plots.neuron_cosine(planted(tmp_path, "b"), quantity="neuron_cosine")
     assert set(own.data["value"]) == {middle}
@@ -98,14 +99,14 @@ def test_distances_by_layer_beside_the_threshold(tmp_path):
 
 
 @pytest.mark.parametrize("more", [{"reversed_share": 0.02}, {"neurons": CHOSEN}, {"mode": "random"}])
-def test_no_rule_is_drawn_where_no_distance_parts_the_chosen_from_the_others(more, tmp_path):
-    """With neurons of both ends the least distance of a chosen one is that of the least turned of all."""
+def test_neuron_cosine_has_no_threshold_if_selection_was_not_by_distance(more, tmp_path):
+    """With ``reversed_share`` the least rotated neurons are selected too, so there is no threshold."""
     chart = plots.neuron_cosine(planted(tmp_path, "a", **more))
     assert not any(isinstance(mark, Rule) for mark in chart.marks)
-    assert "rule" not in chart.caption
+    assert "threshold" not in chart.caption
 
 
-def test_overlap_of_domains_beside_that_of_seeds_and_of_lots(tmp_path):
+def test_neuron_overlap_of_domains_and_seeds_with_random_baseline(tmp_path):
     other = {IN.format(0): [0, 1, 2], OUT.format(0): [5], OUT.format(1): [7, 9]}
     runs = {
         "film": [planted(tmp_path, "a"), planted(tmp_path, "b", other, seed=1)],
@@ -115,26 +116,26 @@ def test_overlap_of_domains_beside_that_of_seeds_and_of_lots(tmp_path):
     assert lookup(chart, "first", "second", value="overlap") == pytest.approx(
         {("film", "film"): 5 / 6, ("film", "music"): 1 / 6, ("music", "film"): 1 / 6}
     )
-    assert "By lot 0.09, in 95 of 100 draws at most 0.33" in chart.caption
+    assert "mean 0.09, 95th percentile 0.33" in chart.caption
     assert "6 neurons" in chart.caption
 
 
-def test_overlap_of_what_was_turned_most(tmp_path):
+def test_neuron_overlap_of_the_k_largest_distances(tmp_path):
     runs = [planted(tmp_path, "a"), planted(tmp_path, "b", seed=1)]
     chart = plots.neuron_overlap(runs, k=3)
     assert chart.data["overlap"].tolist() == [1]
-    with pytest.raises(ValueError, match="two runs or more"):
+    with pytest.raises(ValueError, match=r"neuron_overlap.*got 1"):
         plots.neuron_overlap(runs[:1])
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family, task, tmp_path):
-    """Gates turn as far as others, also those in one matrix with the inputs, but by default NeFT takes none."""
+def test_selection_from_full_fine_tuning_matches_neft(family, task, tmp_path):
+    """Gate projections rotate as far as others, but NeFT selects none of them by default."""
     folder = tiny_folder(tmp_path / "model", family)
     own = {"batch_size": 4, "eval_size": 8, "test_size": 8, "device": "cpu", "progress": False}
-    look = [observe.neurons(every=2, batches=1, rows=4)]
+    observers = [observe.neurons(every=2, batches=1, rows=4)]
     full = ls.train(
-        models.load(folder, task=task), task, Full(lr=1e-2), steps=2, observe=look, out=tmp_path / "full", **own
+        models.load(folder, task=task), task, Full(lr=1e-2), steps=2, observe=observers, out=tmp_path / "full", **own
     )
     method = NeFT(num_neurons=60, reference=full)
     method.attach(models.load(folder, task=task))
@@ -145,19 +146,19 @@ def test_what_would_be_chosen_from_full_fine_tuning_is_what_neft_chooses(family,
     assert (scored.nlargest(60, "value")["role"] == "ffn_gate").any()
 
 
-def test_different_models_are_not_compared(tmp_path):
+def test_figures_of_neurons_with_different_models_raise(tmp_path):
     used = {0: list(range(16)), 9: list(range(16))}
     one, other = (planted(tmp_path, id, used=used, seed=seed) for seed, id in enumerate("ab"))
     other.meta["model"] = "deeper"
-    line = "compares runs of one model; got m .run a. and deeper .run b."
-    with pytest.raises(ValueError, match=f"neuron_overlap {line}"):
+    line = ".*model, got m .run a. and deeper .run b."
+    with pytest.raises(ValueError, match=f"neuron_overlap{line}"):
         plots.neuron_overlap({"a": one, "b": other})
-    with pytest.raises(ValueError, match=f"rank_shift {line}"):
+    with pytest.raises(ValueError, match=f"rank_shift{line}"):
         plots.rank_shift(one, reference=other)
 
 
-def test_shifts_of_ranks_and_the_three_kinds(tmp_path):
-    """The two most used of the 32 neurons of each projection become the two least used; one of these four trained."""
+def test_rank_shift_and_its_three_kinds_of_neurons(tmp_path):
+    """In each projection, the two most used of 32 neurons become the two least used; one of the four was trained."""
     before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
     panels = plots.rank_shift(planted(tmp_path, "a", used={0: before, 9: after}))
     buckets, kinds = (chart for row in panels.rows() for chart in row)
@@ -166,11 +167,11 @@ def test_shifts_of_ranks_and_the_three_kinds(tmp_path):
     assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 3}
     assert lookup(buckets, "bucket")["0–1"] == 30
     assert lookup(buckets, "bucket")["all"] == pytest.approx((2 * 30 + 30 * 2) / 32)
-    assert "and held against the model before training" in kinds.caption
+    assert "compared with the model before training" in kinds.caption
 
 
-def test_ranks_beside_those_of_a_reference_of_the_same_seed(tmp_path):
-    """Seed 1 against its own reference did not move; against the model before training it did."""
+def test_rank_shift_compares_each_seed_with_its_reference(tmp_path):
+    """Seed 1 did not move relative to its own reference, but relative to the model before training it did."""
     before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
     runs = [planted(tmp_path, f"s{seed}", used={0: before, 9: after}, seed=seed) for seed in range(2)]
     others = [planted(tmp_path, f"r{seed}", used={9: [before, after][seed]}, seed=seed) for seed in range(2)]
@@ -179,44 +180,44 @@ def test_ranks_beside_those_of_a_reference_of_the_same_seed(tmp_path):
     )
     found = lookup(kinds, "recipe", "category")
     assert (found["a", "strong"], found["b", "strong"]) == (4, 0)
-    assert "held against another run" in kinds.caption
+    assert "compared with another run" in kinds.caption
     assert set(kinds.meta["runs"]) == {"s0", "s1", "r0", "r1"}
-    with pytest.raises(ValueError, match="reference: 0 runs have seed 0, as run s0 has"):
+    with pytest.raises(ValueError, match=r"reference.*seed 0.*run s0.*got 0"):
         plots.rank_shift(runs[0], reference=[others[1], planted(tmp_path, "r2", used={9: after}, seed=2)])
 
 
-def test_two_kinds_of_utilisation_are_not_compared(tmp_path):
+def test_rank_shift_with_two_kinds_of_utilization_raises(tmp_path):
     before = list(range(16))
     runs = [planted(tmp_path, id, used={0: before, 9: before}) for id in "ab"]
     runs[0].meta["settings"]["observers"] = [{"name": "utilisation", "layers": "earlier", "standardise": True}]
     caption = plots.rank_shift(runs[0]).rows()[0][0].caption
-    assert "with the mean standardised hidden state of their own or an earlier layer" in caption
+    assert "with the mean standardized hidden state of the same or an earlier layer" in caption
     runs[1].meta["settings"]["observers"] = [{"name": "norms"}, {"name": "utilisation"}]
-    with pytest.raises(ValueError, match="rank_shift compares one kind of utilisation, got the mean hidden state of"):
+    with pytest.raises(ValueError, match=r"rank_shift.*utilization, got the mean hidden state of"):
         plots.rank_shift({"a": runs[0], "b": runs[1]})
 
 
-def test_where_nothing_of_them_trains_every_strong_neuron_is_indirect(tmp_path):
+def test_rank_shift_counts_every_strong_neuron_as_indirect_if_none_is_trained(tmp_path):
     before, after = list(range(16, 0, -1)), [0, *range(15, 0, -1)]
     run = planted(tmp_path, "a", {}, used={0: before, 9: after})
     _, kinds = (chart for row in plots.rank_shift(run).rows() for chart in row)
     assert lookup(kinds, "category") == {"strong": 4, "suppressed": 4, "indirect": 4}
 
 
-def test_the_recorder_that_is_missing_is_named(tmp_path):
+def test_figures_of_neurons_without_records_name_the_recorder(tmp_path):
     run = planted(tmp_path, "a")
-    with pytest.raises(ValueError, match=r"rank_shift needs records of utilisation: .*ls.observe.utilization"):
+    with pytest.raises(ValueError, match=r"rank_shift.*utilisation.*ls.observe.utilization"):
         plots.rank_shift(run)
     bare = planted(tmp_path, "b", {})
-    with pytest.raises(ValueError, match="neurons needs records of selected: train NeFT"):
+    with pytest.raises(ValueError, match=r"neurons.*selected.*NeFT"):
         plots.neurons(bare)
     bare.table = bare.table[bare.table["quantity"] == "utilisation"]
-    with pytest.raises(ValueError, match=r"neuron_cosine: train with observe=\[ls.observe.neurons\(\)\], or NeFT"):
+    with pytest.raises(ValueError, match=r"neuron_cosine.*observe=\[ls.observe.neurons\(\)\].*NeFT"):
         plots.neuron_cosine(bare)
 
 
-def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
-    """The last norm makes one coordinate of the last block's state a thousand times as large."""
+def test_standardized_mean_states_ignore_a_huge_coordinate():
+    """The last norm multiplies one coordinate of the last hidden state by 1000."""
     model = tiny("bert")
     ids = torch.randint(3, 60, (5, 6))
     batch = {"input_ids": ids, "attention_mask": (torch.arange(6) < torch.tensor([[6], [4], [2], [5], [6]])).long()}
@@ -224,16 +225,17 @@ def test_a_huge_coordinate_does_not_decide_where_states_are_standardised():
     with torch.no_grad():
         norm.weight.uniform_(0.5, 2)
         norm.bias.uniform_(-1, 1)
-        before, plain = (mean_states(model, batch, standardise)[""] for standardise in (True, False))
+        before, plain = (mean_states(model, batch, standardize)[""] for standardize in (True, False))
         norm.weight[7] *= 1000
         norm.bias[7] *= 1000
-    after, moved = (mean_states(model, batch, standardise)[""] for standardise in (True, False))
+    after, moved = (mean_states(model, batch, standardize)[""] for standardize in (True, False))
     assert after == near(before, terms=TINY, growth=TEXT)
     assert np.abs(after).max() <= 1
     assert moved[-1, 7] == near(1000 * plain[-1, 7], terms=TINY, growth=TEXT)
 
 
-def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_runs_made_before():
+def test_observer_config_omits_later_fields_at_their_default():
+    """The id of a run is computed from the config, so runs from before these fields keep their ids."""
     assert observe.utilization(every=7).config() == {"name": "utilisation", "every": 7, "size": 128}
     assert observe.utilization(layers="earlier").config()["layers"] == "earlier"
     with pytest.raises(ValueError, match=r"layers .*got 'own'"):
@@ -244,8 +246,8 @@ def test_a_field_of_an_observer_that_came_later_is_no_part_of_the_identity_of_ru
     LoRA(targets="all-linear", lr=1e-1),
     HydraLoRA(targets="all-linear", lr=1e-1, gates_every=1),
 ], ids=lambda method: method.name)  # fmt: skip
-def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(method, bert, task, tmp_path):
-    """Heads under a router, whose update depends on the input, count at their mean gates."""
+def test_utilization_of_adapted_neurons_uses_effective_weights(method, bert, task, tmp_path):
+    """Experts with a router, whose update depends on the input, are evaluated at mean gates."""
     model = models.load(bert, task=task)
     run = ls.train(
         model, task, method, steps=3, batch_size=4, eval_size=8, test_size=8, out=tmp_path / "run",
@@ -273,7 +275,7 @@ def test_utilisation_of_adapted_neurons_is_that_of_their_effective_weights(metho
 
 @pytest.mark.parametrize("layers", ["later", "earlier"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
-def test_utilisation_is_the_correlation_with_the_mean_states(family, layers, request, task, tmp_path):
+def test_utilization_is_the_correlation_with_the_mean_states(family, layers, request, task, tmp_path):
     folder: Any = request.getfixturevalue(family) if family != "t5" else None
     if folder is None:
         model = tiny("t5")

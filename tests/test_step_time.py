@@ -32,7 +32,7 @@ def test_parts_are_medians_of_the_later_steps(tmp_path):
         ("LISA", "forward"): 10, ("LISA", "backward"): 12, ("LISA", "rest"): 4,
     })  # fmt: skip
     assert chart.colors == ("forward", "backward", "rest")
-    assert "within ±0% of their median" in chart.caption
+    assert "at most 0% of their median" in chart.caption
     assert (
         analysis.spread(plant(tmp_path, "s", {(name, ""): dict(enumerate([1, 1, 1, 2, 3], 1)) for name in NAMES}).table)
         == 0.25

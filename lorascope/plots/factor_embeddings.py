@@ -1,4 +1,4 @@
-"""The figure of what A and B learned: every factor of every run as a point, coloured by its domain."""
+"""Figure of learned factors: every A and B of every run as a point, colored by domain."""
 
 from __future__ import annotations
 
@@ -18,26 +18,25 @@ from lorascope.plots.registry import UPDATES, figure
 from lorascope.plots.run_groups import Cohort, Runs, gather
 
 _VIEWS = {
-    "raw": "factors as they are",
-    "canonical": "factors by the singular vectors of the update",
+    "raw": "raw factors",
+    "canonical": "factors from the SVD of the update",
     "space": "row spaces of A and column spaces of B",
 }
 TINY = float(np.finfo(np.float64).tiny)
-_ONE_PLACE = 0.3  # of the plane's reach, within which dots of one module share their name
-_NAMED = 12  # modules whose names leave a plane legible
-_ABOVE = 0.13  # of the plane's height, between a dot and the name above it
+_ONE_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
+_NAMED = 12  # largest number of modules whose names are legible
+_ABOVE = 0.13  # distance between a dot and its name, as a fraction of the height
 
 
 @figure(
     needs=(UPDATES,),
     runs=2,
-    reads="Each dot is one whole factor of one module. Dots of all colours in one place: the module's factor is alike "
-    "whatever the text. Colours apart: the factor tells the texts apart. Look at the control first, runs that each "
-    "began from an A of their own; only what is left there was learned.",
-    misleads="From one initial A all runs' A stay beside each other because they moved little, whether or not they "
-    "learned anything in common. Distances between groups mean nothing in t-SNE, and another perplexity draws other "
-    "groups; the numbers of analysis.sharing do not depend on either. Raw factors also differ by how an update was "
-    "split into B and A: view='space' does not.",
+    reads="Each dot is the A or B of one module in one run; mixed colors mean factors shared between domains, separate "
+    "colors mean domain-specific factors. Only structure that remains in the control, whose runs have separate initial "
+    "A's, was learned.",
+    misleads="Runs with the same initial A stay together because A moves little, and t-SNE distances between groups "
+    "mean nothing: use the numbers of lorascope.analysis.factor_sharing. Raw factors also depend on how the update was "
+    "split into B and A, which view='space' avoids.",
 )
 def factor_embedding(
     runs: Runs,
@@ -50,49 +49,50 @@ def factor_embedding(
     seeds: Sequence[int] = (),
     modules: Sequence[str] = (),
 ) -> Panels:
-    """t-SNE of factors (HydraLoRA, Fig. 3) at two perplexities, PCA beside it; a row for A and for B of every shape.
+    """Plot t-SNE and PCA of LoRA factors (HydraLoRA, Fig. 3), one row per factor and shape.
 
     Parameters
     ----------
     runs : mapping domain -> run or runs
-        LoRAs trained apart, two or more a domain.
+        LoRA runs of each domain, trained separately; ideally two or more per domain.
     control : as ``runs``, optional
-        Rows below, such as runs that began from different A.
+        Runs for further rows below, such as runs with different initial A's.
     factors : sequence of {"A", "B"}
-        Before the first step there is an A alone.
+        Factors to plot. Before the first step B is zero, so only A can be plotted.
     together : bool
-        A and B in one plane, where they have one shape, as in the paper.
+        Plot A and B in one plane if they have the same shape, as in the paper.
     view : {"raw", "canonical", "space"}
-        Factors as they are (the paper's), of the update's singular value decomposition, or their spaces.
+        Form of the factors: as stored (the paper's), from the SVD of the update, or the spaces they span.
     step : int, optional
-        A step with a snapshot; by default the end.
+        Step with a snapshot; by default the last step.
     perplexity : float or sequence of float, optional
-        A panel each. By default the paper's 30, or a third of the points where they are few, and a third of that.
+        Perplexity of each t-SNE panel. By default 30 as in the paper (a third of the points if these are few), and a
+        third of that.
     seeds : sequence of int
-        Random starts of t-SNE, on a slider; its first position starts from the principal components.
+        Seeds of random t-SNE initializations, on a slider after the initialization by PCA.
     modules : sequence of str
-        Draw these alone, a dozen or fewer with layer and role beside their dots (Fig. 10); by default all.
+        Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
 
     Raises
     ------
     ValueError
-        There are not two runs, they have no factor to compare or not these modules, or a perplexity is not below the
-        number of points.
+        There are fewer than two runs, they have no factors or not these modules, or a perplexity is not smaller than
+        the number of points.
     """
     name = "factor_embedding"
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
     starts = [None, *seeds]
     caption = (
-        f"A dot is a factor of one module in one run: {_VIEWS[view]}, of length one. Dots in one place are rings. "
-        "Components of PCA with their share of the variance."
+        f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
+        "as rings. PCA axes: fraction of variance in parentheses."
     )
     rows: list[list[Chart]] = []
     for prefix, cohort in shown.items():
-        held = _embedded_updates(cohort, step, modules)
-        found = [_clouds(cohort, held, (factor,), view) for factor in factors]
+        updates = _embedded_updates(cohort, step, modules)
+        found = [_clouds(cohort, updates, (factor,), view) for factor in factors]
         caption += factor_caption(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
-        clouds = _clouds(cohort, held, factors, view) if together else apart
+        clouds = _clouds(cohort, updates, factors, view) if together else apart
         for cloud in clouds:
             planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
             drawn = [*planes, _pca(cloud, cohort, prefix)]
@@ -101,15 +101,14 @@ def factor_embedding(
 
 
 def _embedded_updates(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
-    """The updates of all runs that have factors, or of these modules alone."""
+    """Return the factored updates of all runs, limited to ``modules`` if any are given."""
     cohort.require(UPDATES)
-    if len(cohort.runs) < 2:
-        raise ValueError(f"{cohort.name} compares the factors of runs, and got one: give runs of two domains or more")
-    held = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
-    common = factor_embeddings.common_modules(held)
+    cohort.require_runs(2)
+    updates = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
+    common = factor_embeddings.common_modules(updates)
     if unknown := next((name for name in modules if name not in common), None):
-        raise ValueError(f"{cohort.name}: not all runs hold {unknown}; they hold {', '.join(common[:5])}")
-    return {run: {name: found[name] for name in modules or common} for run, found in held.items()}
+        raise cohort.no_common_module(unknown, common)
+    return {run: {name: found[name] for name in modules or common} for run, found in updates.items()}
 
 
 def _clouds(cohort: Cohort, updates: Updates, factors: Sequence[Factor], view: View) -> list[FactorSet]:
@@ -118,31 +117,31 @@ def _clouds(cohort: Cohort, updates: Updates, factors: Sequence[Factor], view: V
 
 
 def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:
-    """The runs, and the number that the picture is to be read with."""
-    told = f"{prefix}{cohort.sample}."
+    """Return the sample of runs and how often the nearest factor of another domain is from the same module."""
+    text = f"{prefix}{cohort.sample}."
     if len(cohort.groups) > 1:
-        shares = {clouds[0].factors[0]: factor_sharing.sharedness(clouds) for clouds in found}
-        hits = [f"{factor} {100 * share['sharedness']:.0f} %" for factor, share in shares.items()]
-        chances = [f" (by chance {100 * share['sharedness_chance']:.0f} %)" for share in shares.values()]
-        if len(set(chances)) == 1:  # told once
+        shared = {clouds[0].factors[0]: factor_sharing.sharedness(clouds) for clouds in found}
+        hits = [f"{factor} {100 * value['sharedness']:.0f}%" for factor, value in shared.items()]
+        chances = [f" (chance level {100 * value['sharedness_chance']:.0f}%)" for value in shared.values()]
+        if len(set(chances)) == 1:  # print a common chance level once
             chances = [""] * (len(hits) - 1) + chances[:1]
         listed = ", ".join(map("".join, zip(hits, chances, strict=True)))
-        told += f" The nearest factor of another domain is the same module's: {listed}."
-    return f" {told[0].upper()}{told[1:]}"
+        text += f" Nearest factor of another domain is from the same module: {listed}."
+    return f" {text[0].upper()}{text[1:]}"
 
 
-def _perplexities(cloud: FactorSet, asked: float | Sequence[float] | None) -> Sequence[float]:
-    if asked is None:
+def _perplexities(cloud: FactorSet, given: float | Sequence[float] | None) -> Sequence[float]:
+    if given is None:
         usual = factor_embeddings.default_perplexity(len(cloud.flat))
         return usual, usual / 3
-    return asked if isinstance(asked, Sequence) else [asked]
+    return given if isinstance(given, Sequence) else [given]
 
 
 def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, starts: Sequence[int | None]) -> Chart:
     parts = []
     for seed in starts:
         plane = factor_embeddings.tsne(cloud, perplexity, seed)
-        # A plane has no unit: its outermost dot stands at one.
+        # The plane has no unit, so its largest coordinate is scaled to 1.
         points = _place_points(cloud, cohort, plane / (np.abs(plane).max() or 1.0))
         parts.append(points.assign(start="from PCA" if seed is None else f"from seed {seed}"))
     axes = [Axis(label=f"t-SNE {number}", ticks={}, limits=(-1.1, 1.1)) for number in (1, 2)]
@@ -152,8 +151,8 @@ def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, star
 
 def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
     whole = factor_embeddings.pca(cloud, len(cloud.flat))
-    shares = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
-    axes = [Axis(label=f"component {number + 1} ({shares[number]:.0f} %)") for number in (0, 1)]
+    percent = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
+    axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
     return _embedding_chart(
         _place_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_factor_set_name(cloud)}", axes, None
     )
@@ -164,7 +163,7 @@ def _embedding_chart(
 ) -> Chart:
     marks: list[Any] = [Point("x", "y", "domain", shape="role", size="size")]
     if points["factor"].nunique() > 1:
-        # In one plane of A and B their names stand above the dots of each.
+        # A and B share this plane, so their names are drawn above the dots of each.
         names = points.groupby(["factor", *([frame] if frame else [])], as_index=False).agg({"x": "mean", "y": "max"})
         marks.append(Text("x", "y", "factor", data=names))
     return Chart(
@@ -180,21 +179,21 @@ def _embedding_chart(
 
 
 def _name_dots(chart: Chart) -> Chart:
-    """With layer and role of every module wherever it has dots, above the topmost of those in one place."""
+    """Add layer and role of every module above its dots, once for dots in one place."""
     reach = _ONE_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
-    kept: list[dict[Hashable, Any]] = []
+    named: list[dict[Hashable, Any]] = []
     for dot in chart.data.sort_values("y", ascending=False).to_dict("records"):
-        alike = (one for one in kept if all(one.get(key) == dot.get(key) for key in ("module", "factor", "start")))
-        if all(math.hypot(one["x"] - dot["x"], one["y"] - dot["y"]) > reach for one in alike):
-            kept.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
-    names = pd.DataFrame(kept)
+        same = (one for one in named if all(one.get(key) == dot.get(key) for key in ("module", "factor", "start")))
+        if all(math.hypot(one["x"] - dot["x"], one["y"] - dot["y"]) > reach for one in same):
+            named.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
+    names = pd.DataFrame(named)
     names["y"] += _ABOVE * chart.data["y"].abs().max()
     y = replace(chart.y, limits=(-1.1, 1.3)) if chart.y.limits else chart.y
     return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
 
 
 def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "point 2"]) -> pd.DataFrame:
-    """Where the points are drawn, with the place of their modules in the model, later domains smaller."""
+    """Return the points with their coordinates, layer and role; dots of later domains are smaller."""
     modules = cohort.runs[0].modules
     places = modules.assign(place=norms.place(modules).astype("str")).set_index("module")[["layer", "role", "place"]]
     sizes = dict(zip(cohort.labels, np.linspace(1.0, 0.2, len(cohort.labels)), strict=True))
@@ -203,5 +202,5 @@ def _place_points(cloud: FactorSet, cohort: Cohort, plane: Float[np.ndarray, "po
 
 
 def _factor_set_name(cloud: FactorSet) -> str:
-    """Such as "A, 8 × 384"."""
+    """Return the factors and their shape as text, such as "A, 8 × 384"."""
     return f"{' and '.join(dict.fromkeys(cloud.factors))}, {' × '.join(map(str, cloud.shape))}"

@@ -1,4 +1,4 @@
-"""Figures of routers: which heads the domains of a text are sent to, and how sure the routers are of it."""
+"""Figures of HydraLoRA's routers: gate weights by domain, and their entropy over the steps."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from lorascope.plots.run_groups import Cohort, Group, Runs, axis_label, define, 
 from lorascope.runs.run import Run
 from lorascope.schema.module_roles import ROLES
 
-_LOT = ", by lot"
-_TEXT = "Looked at on held-out text, padding left out."
-_MOST_NUMBERED = 6  # columns whose cells still have room for a number
+_BASELINE = ", shuffled domains"
+_TEXT = "Recorded on held-out text without padding."
+_MOST_NUMBERED = 6  # largest number of columns whose cells have room for numbers
 
 
 @figure(
     needs=("gate_information",),
-    reads="A cell is how much more, or less, than its even share a domain gives a head, in one layer. Rows that differ "
-    "within a head are routing by domain; rows that agree are a head preferred by all, whatever the text.",
-    misleads="A head has no name: head 0 of one layer, or of one seed, is none of another's, so one run is drawn and "
-    "nothing is averaged. A random router sends domains apart a little, too: look at step 0, and at the line by lot "
-    "in gate_course. Mean gates hide tokens that are routed sharply, but to different heads.",
+    reads="Each cell is the mean gate weight of an expert on one domain minus a uniform weight, in one layer. Rows "
+    "that differ within an expert mean domain-specific routing; equal rows mean that all domains prefer the expert.",
+    misleads="Experts of different layers or seeds do not correspond, so one run is drawn, and random routers also "
+    "separate domains slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
+    "check gate_course.",
 )
 def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> Drawable:
-    """Mean gate of every domain and head less an even share, one layer a frame, one panel a recipe.
+    """Plot the mean gate weight of every expert by domain minus a uniform weight, one layer per frame.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw below it; of several seeds the first.
+        Runs to plot, and runs to compare with below; of several seeds, the first is shown.
     step : int, optional
-        The first or the last step; by default the last.
+        First or last step of the run; by default the last.
     """
     cohort = gather("gates", runs, control)
     cohort.require("gate_information")
@@ -49,49 +49,64 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
 @figure(
     needs=("gate_entropy",),
     history=True,
-    reads="At the dashed line every token uses all heads alike; at 0 it uses one. A fall says that routers make up "
-    "their minds, not that they go by the domain: that is the second panel, as far as it lies above the line by lot.",
-    misleads="A sharp router need not be a useful one, and all tokens may choose the same head: gates shows which. The "
-    "text looked at is short, so even a router that knows nothing of domains stands above 0 in the second panel.",
+    reads="At the dashed line every token uses all experts equally, at 0 it uses one; a falling curve means that "
+    "routing becomes more confident. Routing is domain-specific only as far as the second panel exceeds the shuffled "
+    "baseline.",
+    misleads="Confident routing need not help, and all tokens may use the same expert: check the gates figure. The "
+    "recorded text is short, so even a router that ignores domains exceeds 0 in the second panel: compare with the "
+    "baseline.",
 )
 def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
-    """Entropy of a token's gates over the steps, and what they tell of the domain, mean over modules.
+    """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain.
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        What to draw, and what to draw beside it.
+        Runs to plot, and runs to compare with; curves are means over modules.
     """
     cohort = gather("gate_course", runs, control)
     cohort.require("gate_entropy", history=True)
-    heads = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1
-    even = [Rule(y=math.log(number), label=f"{number} heads alike") for number in sorted(heads.unique())]
-    panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), even)]
-    told = _module_means(cohort, "gate_information")
-    if len(told):
-        lot = _module_means(cohort, "gate_chance")
-        panels.append(
-            _course_chart(cohort, "gate_information", pd.concat([told, lot.assign(recipe=lot["recipe"] + _LOT)]))
-        )
+    experts = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1
+    uniform = [Rule(y=math.log(number), label=f"uniform, {number} experts") for number in sorted(experts.unique())]
+    panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), uniform)]
+    information = _module_means(cohort, "gate_information")
+    if len(information):
+        baseline = _module_means(cohort, "gate_chance")
+        baseline = baseline.assign(recipe=baseline["recipe"] + _BASELINE)
+        panels.append(_course_chart(cohort, "gate_information", pd.concat([information, baseline])))
     return wrap(panels, len(panels))
 
 
 def gates_by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
-    """Gates of one run by domain, at a step or at its end.
+    """Return the gate weights of one run by domain.
+
+    Parameters
+    ----------
+    run : Run
+        Run of HydraLoRA on a task with domains.
+    step : int, optional
+        Step with saved gate weights; by default the last.
 
     Returns
     -------
     DataFrame
-        ``step, layer, role, domain, head, gate`` and ``value``, the gate less an even share; modules of one layer and
-        role count alike. A layer is a place on the axis of layers, such as "3" or "embed".
+        ``step, layer, role, domain, head, gate`` and ``value``, the gate weight minus a uniform one, averaged over the
+        modules of a layer and role. A layer is a position on the layer axis, such as "3" or "embed".
+
+    Raises
+    ------
+    ValueError
+        No gate weights were saved at this step.
     """
     rows = run.table[run.table["quantity"] == "gate_information"].drop_duplicates("module")
     names = [f"{module}/gate_by_domain" for module in rows["module"]]
-    kept = run.snapshot_steps(names[0])
-    if step is not None and step not in kept:
-        raise ValueError(f"gates: run {run.id} kept no gates by domain after step {step}; it did after {kept}")
+    saved = run.snapshot_steps(names[0])
+    if step is not None and step not in saved:
+        raise ValueError(
+            f"step must be one of {', '.join(map(str, saved))}, where run {run.id} saved its gates, got {step}"
+        )
     parts = [
-        run.snapshot(name, kept[-1] if step is None else step).assign(layer=str(place), role=role)
+        run.snapshot(name, saved[-1] if step is None else step).assign(layer=str(place), role=role)
         for name, place, role in zip(names, norms.place(rows), rows["role"], strict=True)
     ]
     keys = ["step", "layer", "role", "domain", "head"]
@@ -100,29 +115,29 @@ def gates_by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
 
 
 def _gate_heat(cohort: Cohort, group: Group, cells: pd.DataFrame, limit: float) -> Chart:
-    """One recipe's first run; all panels have the colours of the largest preference in any."""
-    heads = sorted(cells["head"].unique())
-    columns = [f"{role} {head}" for role in ROLES if role in set(cells["role"]) for head in heads]
+    """Plot the first run of one recipe; the color scale is the same in all panels."""
+    experts = sorted(cells["head"].unique())
+    columns = [f"{role} {expert}" for role in ROLES if role in set(cells["role"]) for expert in experts]
     numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
-    label = f"gate − 1/{len(heads)}"
+    label = f"gate − 1/{len(experts)}"
     run = group.runs[0]
-    told = f"{define('gate')} By domain, less an even share, after step {cells['step'].iloc[0]}."
+    shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
     seed = run.meta.get("seed")
     which = "" if seed is None else f" (seed {seed})"
     return Chart(
         cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
         [Heat("column", "domain", "value", label, numbers, scale="diverging", limits=(-limit, limit))],
         title=group.label,
-        x=Axis(label="role and head", order=columns),
+        x=Axis(label="role and expert", order=columns),
         y=Axis(order=sorted(cells["domain"].unique())),
-        caption=f"{told} One run{which}, so no interval.",
+        caption=f"{shown} One run{which}, so no interval.",
         frame="layer",
         meta=cohort.meta,
     )
 
 
 def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
-    """Mean over modules, then mean and band over seeds, by recipe and step."""
+    """Average a quantity over modules, then return mean and band over seeds by recipe and step."""
     rows = cohort.table[cohort.table["quantity"] == quantity]
     means = rows.groupby(["run", "step"], observed=True)["value"].mean().reset_index()
     return band(cohort.label(means), ["recipe", "kind", "step"])
@@ -135,6 +150,6 @@ def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, rules: Seq
         x=Axis(label="step"),
         y=Axis(label=axis_label(quantity), limits=(0, None)),
         caption=cohort.caption(f"{define(quantity)} {_TEXT}"),
-        colors=[*cohort.labels, *(f"{label}{_LOT}" for label in cohort.labels)],
+        colors=[*cohort.labels, *(f"{label}{_BASELINE}" for label in cohort.labels)],
         meta=cohort.meta,
     )

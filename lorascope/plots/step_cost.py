@@ -1,4 +1,4 @@
-"""Figures of what a step costs: the memory it holds, beside what larger models would, and the seconds it takes."""
+"""Figures of the cost of a step: memory, measured and computed for larger models, and time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pandas as pd
 
-from lorascope.analysis import memory_estimate, norms
-from lorascope.analysis import step_time as pace
+from lorascope.analysis import memory_estimate, norms, step_time
 from lorascope.charts.chart import Axis, Bar, Chart, Drawable, Mark, Rule, wrap
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Runs, gather
@@ -18,40 +17,43 @@ _PARTS = {
     "gradient_bytes": "gradients",
     "optimizer_bytes": "optimizer",
 }
-_REST = "rest up to the peak"
+_REST = "rest (mostly activations)"
 _COLORS = (*memory_estimate.PARTS, _REST)
-_PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in its paper
+_PAPERS = {"7B": (128, 2), "70B": (256, 4)}  # rank of LoRA and active blocks of LISA, as in the LISA paper
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
-_CARD = 24e9 / 2**30
-_COUNTS = "no interval, since seeds differ in the length of their texts alone"
+_CARD = 24e9 / 2**30  # memory of a 24 GB GPU in GiB
+_COUNTS = "no interval, because seeds differ only in the length of their texts"
 
 
 @figure(
     needs=tuple(_PARTS),
-    reads="A bar ends at the peak of one step. Its parts at the optimizer step are counted over living tensors; the "
-    "rest is what the allocator had given out besides at the highest moment, activations above all. Panels of larger "
-    "models are computed from shapes and know no rest.",
-    misleads="A peak belongs to one batch and length of text: with longer ones the rest outgrows all that a method can "
-    "save. On a small model the embedding is half of everything, so LISA, which always trains it, saves little.",
+    reads="Each bar ends at the peak memory of one step; parameters, gradients and optimizer state are counted, the "
+    "rest is everything else at the peak. Panels of larger models are computed from shapes and have no rest.",
+    misleads="Peaks hold for one batch size and text length: with longer texts the rest outgrows all that a method can "
+    "save. In small models the embedding is up to half of all parameters, and LISA always trains it, so LISA saves "
+    "little there.",
 )
 def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
-    """Bytes of a step by part, one bar a label, above those of larger models by arithmetic (LISA, Fig. 3; Adapprox).
+    """Plot the memory of a step by part, measured and computed for larger models (LISA, Fig. 3; Adapprox).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Of ``ls.memory.measure``, or any with ``observe.memory()``, which know no peak. One panel a model.
+        Runs of ``ls.memory.measure``, or runs with ``observe.memory()``, which have no peak. One panel per model.
     computed : sequence of str
-        Sizes of models below: "7B" and "70B" of LLaMA-2 by every method, "117M" and "345M" of GPT-2 by every optimizer
-        of all weights, with a first moment and without.
+        Model sizes to add below: "7B" and "70B" (LLaMA-2 with every method), "117M" and "345M" (GPT-2 with every
+        optimizer of all weights, with and without a first moment).
+
+    Raises
+    ------
+    ValueError
+        A computed size is unknown.
     """
     cohort = gather("memory", runs, control)
     cohort.require(*_PARTS)
-    if unknown := [size for size in computed if size not in (*_PAPERS, *memory_estimate.GPT2)]:
-        raise ValueError(
-            f"computed={unknown[0]!r} is no LLaMA-2 whose shapes are known: {', '.join(_PAPERS)}, and no GPT-2: "
-            f"{', '.join(memory_estimate.GPT2)}"
-        )
+    sizes = (*_PAPERS, *memory_estimate.GPT2)
+    if unknown := [size for size in computed if size not in sizes]:
+        raise ValueError(f"computed must be one of {', '.join(map(repr, sizes))}, got {unknown[0]!r}")
     models = _group_by_model(cohort)
     cells = {model: _measured_memory(own) for model, own in models.items()}
     caption = _memory_caption(models, cells, computed)
@@ -70,7 +72,7 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
 
 
 def _computed_memory(size: str) -> tuple[str, str, pd.DataFrame]:
-    """Name of a model, the unit for its size, and what it holds."""
+    """Return the name of a model, the unit of its panel, and its memory by method and part."""
     if size in memory_estimate.GPT2:
         model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])
     else:
@@ -80,7 +82,7 @@ def _computed_memory(size: str) -> tuple[str, str, pd.DataFrame]:
 
 
 def _group_by_model(cohort: Cohort) -> dict[str, Cohort]:
-    """The runs of every model, by name."""
+    """Return the runs of every model by its name."""
     parts = {}
     for model in dict.fromkeys(run.meta["model"] for run in cohort.runs):
         own = (replace(g, runs=tuple(run for run in g.runs if run.meta["model"] == model)) for g in cohort.groups)
@@ -89,7 +91,7 @@ def _group_by_model(cohort: Cohort) -> dict[str, Cohort]:
 
 
 def _measured_memory(cohort: Cohort) -> pd.DataFrame:
-    """Mean over the runs of every label and part after the last step, in MiB; the rest where all know their peak."""
+    """Return the mean over runs by label and part after the last step, in MiB; "rest" only if all recorded a peak."""
     table = norms.last(cohort.table[cohort.table["quantity"].isin([*_PARTS, "peak_bytes"])])
     wide = table.pivot(index="run", columns="quantity", values="value").astype("float64")
     parts = wide[list(_PARTS)].rename(columns=_PARTS)
@@ -121,65 +123,64 @@ def _cost_bars(
 
 
 def _batch_phrase(cohort: Cohort) -> list[str]:
-    """Models and rows of a batch."""
-    told = (f"{run.meta['model']}, {run.meta['settings'].get('batch_size')} texts" for run in cohort.runs)
-    return list(dict.fromkeys(told))
+    """Return the models with their batch sizes as text."""
+    batches = (f"{run.meta['model']}, batch size {run.meta['settings'].get('batch_size')}" for run in cohort.runs)
+    return list(dict.fromkeys(batches))
 
 
 def _memory_caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], computed: Sequence[str]) -> str:
-    """What was measured where, and what was worked out."""
+    """Return the caption: what was measured with which settings, and what was computed."""
     where = "; ".join(f"{' and '.join(_batch_phrase(own))}, {own.sample}" for own in models.values())
-    told = [f"Measured, after the last step: {where}."]
+    sentences = [f"Measured after the last step: {where}."]
     known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}
     unknown = [label for model, own in models.items() for label in own.labels if label not in known[model]]
     if unknown:
-        told.append(f"No peak was measured of {', '.join(dict.fromkeys(unknown))}.")
+        sentences.append(f"Peak memory not measured: {', '.join(dict.fromkeys(unknown))}.")
     if computed:
-        told.append("Computed from shapes, not measured, without activations.")
+        sentences.append("Larger models are computed from shapes, not measured, and have no activations.")
     if not _PAPERS.keys().isdisjoint(computed):
-        told.append("LLaMA-2: weights and gradients of 2 bytes, optimizer of 4.")
+        sentences.append("LLaMA-2: 2 bytes per weight and per gradient, 4 per optimizer entry.")
     if not memory_estimate.GPT2.keys().isdisjoint(computed):
-        told.append("GPT-2: 4 bytes a number.")
+        sentences.append("GPT-2: 4 bytes per number.")
     if "7B" in computed:
-        told.append("Dashed: a card of 24 GB.")
+        sentences.append("Dashed line: a 24 GB GPU.")
     if any(len(group.runs) > 1 for own in models.values() for group in own.groups):
-        told.append(f"Mean over runs; {_COUNTS}.")
-    return " ".join(told)
+        sentences.append(f"Mean over runs; {_COUNTS}.")
+    return " ".join(sentences)
 
 
 @figure(
-    needs=tuple(pace.PARTS),
-    reads="A bar is the time of one step: the loss, its gradients, and the rest, which is the optimizer above all. A "
-    "method is cheaper where its bar ends further left by more than the spread that the caption states.",
-    misleads="On one machine, model, batch and length of text: where the embedding is most of the model or texts are "
-    "short, the optimizer counts for more than it would. Adapters add to the forward what they save elsewhere.",
+    needs=tuple(step_time.PARTS),
+    reads="Each bar is the time of one step: forward (the loss), backward (its gradients) and the rest, mostly the "
+    "optimizer. A method is faster where its bar is shorter by more than the spread in the caption.",
+    misleads="Times hold for one machine, model, batch size and text length: with large embeddings or short texts the "
+    "optimizer's fraction is larger than usual. Adapters slow down the forward pass, which offsets their savings: "
+    "compare whole bars.",
 )
 def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
-    """Milliseconds of a step by part, one bar a label (LISA, Fig. 4).
+    """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4).
 
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Of ``lorascope.step_time.measure``.
+        Runs of ``ls.step_time.measure``.
     """
     cohort = gather("step_seconds", runs, control)
-    cohort.require(*pace.PARTS)
-    rows = cohort.label(pace.medians(cohort.table))
+    cohort.require(*step_time.PARTS)
+    rows = cohort.label(step_time.medians(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
-    spread = (
-        f"The middle half of the steps lies within ±{pace.spread(cohort.table):.0%} of their median, at the widest."
-    )
+    spread = f"Half the interquartile range of the steps: at most {step_time.spread(cohort.table):.0%} of their median."
     return Chart(
         cells,
         [Bar("value", "recipe", "part", mode="stack")],
-        title="One step",
-        x=Axis(label="time of a step (ms)", limits=(0, None)),
+        title="Time per step",
+        x=Axis(label="time per step (ms)", limits=(0, None)),
         y=Axis(order=cohort.labels),
         caption=cohort.caption(
-            f"Medians over the steps after {pace.WARM}: {'; '.join(_batch_phrase(cohort))}.",
+            f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}.",
             spread,
             interval=_COUNTS,
         ),
-        colors=list(pace.PARTS.values()),
+        colors=list(step_time.PARTS.values()),
         meta=cohort.meta,
     )

@@ -1,8 +1,8 @@
-"""Draw the pictures of the gallery again, from a full reproduction: python figures/draw.py report-full
+"""Redraw the images of the gallery from a full reproduction: python figures/draw.py report-full
 
-A picture is the first exhibit of its name that its probe shows. Where the folder lacks a probe its pictures stay as
-they are, and so do those that no probe shows: adapter-pairs, explore, head-choice, memory, and what figures/smollm2.py
-draws. Colours are cut down to 256, which no eye sees and every clone feels.
+Each image is the first figure of its name in the report of its probe. Images whose probe is missing from the folder
+stay unchanged, and so do those that no probe shows: adapter-pairs, explore, head-choice, memory, and the images of
+figures/smollm2.py. Images are reduced to 256 colors, which is invisible and keeps clones small.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 from lorascope import probes
 from lorascope.charts.chart import Drawable, Panels
 
-# File -> probe, figure, width.
+# File name -> probe, figure, width.
 PICTURES = {
     "active-layers": ("lisa_training", "active_layers", "column"),
     "adapted-types": ("placement", "adapted_types", "column"),
@@ -60,7 +60,7 @@ PICTURES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("reproduction", help="the folder that lorascope reproduce filled")
+    parser.add_argument("reproduction", help="folder written by lorascope reproduce")
     folder = Path(__file__).parent
     try:
         found = probes.findings(parser.parse_args().reproduction)
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def from_one_start(drawn: Drawable) -> Drawable:
-    """With t-SNE from its first start alone, where there are others: a slider has room for them, a page has not."""
+    """Return the figure with only the first initialization of t-SNE, because a page has no slider for the others."""
     rows = drawn.rows()
     if not any(chart.frame == "start" for row in rows for chart in row):
         return drawn
@@ -82,11 +82,11 @@ def from_one_start(drawn: Drawable) -> Drawable:
     )
 
 
-def save(chart: Drawable, picture: Path, width: str) -> Path:
-    """Write a picture of few colours, and say where."""
-    chart.save(picture, width=width)
-    Image.open(picture).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(picture, optimize=True)
-    return picture
+def save(chart: Drawable, path: Path, width: str) -> Path:
+    """Write an image with 256 colors and return its path."""
+    chart.save(path, width=width)
+    Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)
+    return path
 
 
 if __name__ == "__main__":

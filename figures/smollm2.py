@@ -1,6 +1,6 @@
-"""Train LoRA, AdaLoRA and NeFT on all thirty blocks of SmolLM2 and draw them: python figures/smollm2.py runs/smollm2
+"""Train LoRA, AdaLoRA and NeFT on all 30 blocks of SmolLM2 and draw the figures: python figures/smollm2.py runs/smollm2
 
-Runs that the folder holds are not made again, so that a second call only draws. docs/smollm2.md says what came of it.
+Finished runs in the folder are reused, so a second call only draws. docs/smollm2.md describes the results.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lorascope.runs.run import Run
 MODEL: Any = "smollm2"
 SETTINGS = {"batch_size": 8, "max_length": 64, "eval_every": 0, "eval_size": 40, "test_size": 100}
 STEPS = 40
-# Of two domains two runs each, whose seeds are all different: an A_0 each, unless init_seed gives them one in common.
+# Seeds of the runs of each domain. They differ, so the initial A's differ too, unless init_seed sets a shared one.
 DOMAINS = {"movies": [0, 1], "tweets": [2, 3]}
-ONE_A, OWN_A = "one A for all", "an A each"
+ONE_A, OWN_A = "shared A", "separate A's"
 LORA = {"name": "lora", "rank": 8, "alpha": 16, "targets": "all-linear", "lr": 1e-3, "init_seed": [0, "none"]}
 ADALORA = {"name": "adalora", "init_rank": 6, "target_rank": 3, "targets": "all-linear"}
 NEFT = {"name": "neft"}
 
 
 def train(root: str, jobs: int | None) -> dict[str, dict[str, list[Run]]]:
-    """LoRA by start and domain, AdaLoRA on all text, NeFT by domain."""
+    """Train LoRA by initial A and domain, AdaLoRA on all texts, and NeFT by domain."""
 
     def runs(tasks: str | list[str], method: Mapping[str, Any], seeds: list[int], steps: int) -> list[Run]:
         settings = SETTINGS | {"steps": steps, "observe": ["norms", {"name": "factors", "every": steps}]}
@@ -46,7 +46,7 @@ def train(root: str, jobs: int | None) -> dict[str, dict[str, list[Run]]]:
 
 
 def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
-    """A figure a file; factors of queries and attention outputs alone, which are square."""
+    """Draw one figure per file; factors only of queries and attention outputs, whose weights are square."""
     first = found[ONE_A]["movies"][0]
     square = [module for module in first.updates() if module.endswith(("q_proj", "o_proj"))]
     return {
@@ -59,8 +59,8 @@ def draw(found: Mapping[str, Mapping[str, list[Run]]]) -> dict[str, Drawable]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("root", help="the folder of the runs")
-    parser.add_argument("--jobs", type=int, help="runs at a time, of some 4 GB each; one a core by default")
+    parser.add_argument("root", help="folder of the runs")
+    parser.add_argument("--jobs", type=int, help="number of parallel runs, about 4 GB each (default: number of cores)")
     given = parser.parse_args()
     for file, chart in draw(train(given.root, given.jobs)).items():
         print(save(chart, Path(__file__).parent / f"{file}.png", "page"))

@@ -13,7 +13,7 @@ from lorascope.plots.run_groups import INTERVAL, Group, Runs, ends, gather
 from lorascope.plots.setting_names import present_label
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
-_ASIDE = 0.03  # of the range that the points span
+_OFFSET = 0.03  # distance between a point and its label, as a fraction of the range of the points
 
 
 @figure(
@@ -70,16 +70,16 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
     """
     high, low = (cells[end].fillna(cells["value"]) for end in ("high", "low"))
     wide = cells["parameters"].max() / cells["parameters"].min()
-    shift = _ASIDE * (1 + 0.6 * cells["size"].str.len())
+    shift = _OFFSET * (1 + 0.6 * cells["size"].str.len())
     place = np.log(cells["parameters"].to_numpy())
-    near = np.abs(place[:, None] - place) <= 3 * _ASIDE * np.log(wide)
+    near = np.abs(place[:, None] - place) <= 3 * _OFFSET * np.log(wide)
     value = cells["value"].to_numpy()
     higher = value > value[:, None]
     level = (value == value[:, None]) & (np.arange(len(value)) < np.arange(len(value))[:, None])
     side = np.where((near & (higher | level)).any(1), -1, 1)
     return {
         "right": cells["parameters"] * wide**shift,
-        "above": cells["value"] + side * _ASIDE * (high.max() - low.min()),
+        "above": cells["value"] + side * _OFFSET * (high.max() - low.min()),
     }
 
 

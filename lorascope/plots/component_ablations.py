@@ -13,11 +13,11 @@ from lorascope.charts.chart import Axis, Band, Chart, Line, Point, Text
 from lorascope.plots.registry import BASIS, FREQUENCIES, HEADS, figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, ends, gather
 
-_EVEN = "uniform draw"
+_UNIFORM = "uniform draw"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
 _HYDRA = "HydraLoRA"
 _MEAN, _SEED = "mean", "one seed"
-_ROOM = 0.04  # margin left of frequency zero, where a point may be drawn
+_LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
 
 
 @figure(
@@ -61,14 +61,14 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
             Point("center", "value", "series", low=low, high=high, data=curves),
         ],
         title="Test metric by frequency band",
-        x=Axis(label="band center (distance from zero)", limits=(-_ROOM * highest, highest)),
+        x=Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
         y=Axis(label=cohort.metric),
         caption=cohort.caption(
             "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
             *_differences(cohort, rows, drawn["recipe"][drawn["center"].isna()].tolist()),
             interval=f"bars and band: {INTERVAL}",
         ),
-        colors=[*dict.fromkeys(curves["series"]), _EVEN],
+        colors=[*dict.fromkeys(curves["series"]), _UNIFORM],
         meta=cohort.meta,
     )
 
@@ -233,7 +233,7 @@ def _band_label(group: Group) -> dict[str, Any]:
     """Return the band from which the entries of a recipe were drawn, with its label in the legend."""
     recipe = group.runs[0].meta["recipe"]
     if recipe.get("center") is None:
-        return {"recipe": group.label, "series": _EVEN, "center": math.nan, "width": math.nan}
+        return {"recipe": group.label, "series": _UNIFORM, "center": math.nan, "width": math.nan}
     return {"recipe": group.label, "series": f"width {recipe['width']:g}"} | {k: recipe[k] for k in ("center", "width")}
 
 

@@ -23,9 +23,9 @@ _VIEWS = {
     "space": "row spaces of A and column spaces of B",
 }
 TINY = float(np.finfo(np.float64).tiny)
-_ONE_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
-_NAMED = 12  # largest number of modules whose names are legible
-_ABOVE = 0.13  # distance between a dot and its name, as a fraction of the height
+_SAME_PLACE = 0.3  # fraction of the largest coordinate within which dots of one module share a name
+_MOST_NAMED = 12  # largest number of modules whose names are legible
+_NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the height
 
 
 @figure(
@@ -96,7 +96,7 @@ def factor_embedding(
         for cloud in clouds:
             planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
             drawn = [*planes, _pca(cloud, cohort, prefix)]
-            rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _NAMED else drawn)
+            rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _MOST_NAMED else drawn)
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
 
 
@@ -180,14 +180,14 @@ def _embedding_chart(
 
 def _name_dots(chart: Chart) -> Chart:
     """Add layer and role of every module above its dots, once for dots in one place."""
-    reach = _ONE_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
+    reach = _SAME_PLACE * np.abs(chart.data[["x", "y"]].to_numpy()).max()
     named: list[dict[Hashable, Any]] = []
     for dot in chart.data.sort_values("y", ascending=False).to_dict("records"):
         same = (one for one in named if all(one.get(key) == dot.get(key) for key in ("module", "factor", "start")))
         if all(math.hypot(one["x"] - dot["x"], one["y"] - dot["y"]) > reach for one in same):
             named.append(dot | {"place": dot["place"] if pd.isna(dot["layer"]) else f"{dot['place']} {dot['role']}"})
     names = pd.DataFrame(named)
-    names["y"] += _ABOVE * chart.data["y"].abs().max()
+    names["y"] += _NAME_OFFSET * chart.data["y"].abs().max()
     y = replace(chart.y, limits=(-1.1, 1.3)) if chart.y.limits else chart.y
     return replace(chart, marks=[*chart.marks, Text("x", "y", "place", data=names)], y=y)
 

@@ -8,7 +8,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Panels, Point, Rule, Text, set_side_by_side
 
 _KMEANS = "k-means"
-_ASIDE = 0.3  # horizontal offset of the second algorithm, so that its dots do not hide those of the first
+_OFFSET = 0.3  # horizontal offset of the second algorithm, so that its dots do not hide those of the first
 
 
 def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
@@ -50,7 +50,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
         colors=dict.fromkeys(found["algorithm"]),
     )
     number = Chart(
-        chosen.assign(sample=1 + chosen["seed"] + _ASIDE * (chosen["algorithm"] != _KMEANS)),
+        chosen.assign(sample=1 + chosen["seed"] + _OFFSET * (chosen["algorithm"] != _KMEANS)),
         [
             *([Rule(y=static, label=f"manual: {static}")] if static is not None else []),
             Point("sample", "k", "algorithm"),

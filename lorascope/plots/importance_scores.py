@@ -15,7 +15,7 @@ from lorascope.runs.run import Run
 from lorascope.schema.records import QUANTITIES
 
 _FATES = ("retained", "dropped")
-_WIDE = 100.0  # ratio of largest to smallest value above which the axis is logarithmic
+_LOG_FROM = 100.0  # ratio of largest to smallest value above which the axis is logarithmic
 
 
 @figure(
@@ -94,7 +94,7 @@ def _importance_chart(
         marks,
         title=title,
         x=Axis(label="step"),
-        y=Axis(label=axis_label(quantity), log=bool((values > 0).all() and values.max() > _WIDE * values.min())),
+        y=Axis(label=axis_label(quantity), log=bool((values > 0).all() and values.max() > _LOG_FROM * values.min())),
         caption=caption,
         colors=_FATES if "fate" in {mark.columns().get("color") for mark in marks} else None,
         meta=cohort.meta,

@@ -30,8 +30,8 @@ from lorascope.schema.module_roles import ROLES
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
 _SHOWN, _SUM = "total rank, this step", "total rank"
 _SPREAD = "in brackets, where there is room, the smallest and largest of the seeds (also in the data)"
-_STAYING = "every initial component is equally likely to be retained"
-_FREE = "every component is equally likely to be in any module"
+_RETAINED = "every initial component is equally likely to be retained"
+_ANYWHERE = "every component is equally likely to be in any module"
 
 
 @figure(
@@ -204,7 +204,7 @@ def _add_random_ranks(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _random_rank_caption(cohort: Cohort) -> str:
-    drawn = {g.label: _FREE if _cap(cohort, g) is None else _STAYING for g in cohort.groups if not g.control}
+    drawn = {g.label: _ANYWHERE if _cap(cohort, g) is None else _RETAINED for g in cohort.groups if not g.control}
     return f"Random: the same budget; {_join_by_label(drawn)}."
 
 

@@ -34,7 +34,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     Parameters
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with below; of several seeds, the first is shown.
+        Runs to plot, and runs to compare with below; one panel per recipe, its first run.
     step : int, optional
         First or last step of the run; by default the last.
     """

@@ -145,10 +145,11 @@ class Cohort:
 
     def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
         """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval."""
-        several = any(len(group.runs) > 1 for group in self.groups)
         sample = self.sample
-        shown = f"Mean of {sample}; {interval}." if several else f"{sample[0].upper()}{sample[1:]}, so no interval."
-        return " ".join([*sentences, shown])
+        if not any(len(group.runs) > 1 for group in self.groups):
+            return " ".join([*sentences, f"{sample[0].upper()}{sample[1:]}, so no interval."])
+        equal = len(set(map(_count_seeds, self.groups))) == 1
+        return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {sample}; {interval}."])
 
     def dense_moment_note(self) -> list[str]:
         """Return sentences on the second moments that Adapprox stores without factors, if it trained any run."""

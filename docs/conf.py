@@ -61,7 +61,7 @@ nb_merge_streams = True
 nb_render_markdown_format = "myst"
 
 autosummary_generate = True
-autodoc_typehints = "none"  # numpydoc's parameter tables have the types in words
+autodoc_typehints = "none"  # numpydoc's parameter tables state the types
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False
 numpydoc_class_members_toctree = False

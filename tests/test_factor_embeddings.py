@@ -591,7 +591,7 @@ def test_figure_of_few_modules_labels_the_dots(domains):
     assert "(chance level 50%)" in rows[0][0].caption
     with pytest.raises(
         ValueError, match=r"^factor_embedding.*got 'h\.9\.q'; expected one of h\.0\.q, h\.1\.q, "
-    ) as told:
+    ) as raised:
         plots.factor_embedding(runs, modules=["h.1.q", "h.9.q"])
     assert "\n" not in str(raised.value)
 

@@ -1,7 +1,7 @@
-"""Gallery pages: each figure with its picture, the code that draws it, its reading and its caveat.
+"""Gallery pages: each figure with the code that draws it, its reading and its caveat.
 
-The code is the ``Examples`` section of the figure's docstring. It is run on the runs of ``gallery_runs``, so that the
-picture shown is what the code draws.
+The code is the ``Examples`` section of the figure's docstring. It runs at build on the runs of ``gallery_runs``, so the
+image shown is what the code draws.
 """
 
 from __future__ import annotations
@@ -67,14 +67,14 @@ def index_page() -> str:
 
 
 def entry(figure: Figure, runs: dict[str, Any], images: Path) -> str:
-    """Return the section of a figure: picture, code, reading, caveat."""
+    """Return the section of a figure: image, code, reading, caveat."""
     function = inspect.unwrap(figure.draw)
     code = example_of(figure)
     chart = run_example(code, runs)
-    pictures = "\n".join(save_pictures(chart, figure.name, images))
+    shown = "\n".join(save_images(chart, figure.name, images))
     summary = " ".join(numpydoc.docscrape.FunctionDoc(function)["Summary"])
     return (
-        f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{pictures}\n\n"
+        f"(figure-{figure.name})=\n## `{figure.name}`\n\n{summary}\n\n{shown}\n\n"
         f"```python\n{code}\n```\n\n**How to read.** {figure.reads}\n\n**Caveat.** {figure.misleads}\n\n"
         f"{{py:func}}`Parameters of ls.plots.{figure.name} <{function.__module__}.{figure.name}>`\n"
     )
@@ -95,8 +95,9 @@ def run_example(code: str, runs: dict[str, Any]) -> Drawable:
     return chart
 
 
-def save_pictures(chart: Drawable, name: str, images: Path) -> Iterator[str]:
+def save_images(chart: Drawable, name: str, images: Path) -> Iterator[str]:
     """Save a chart for both color schemes, and yield the Markdown that shows each in its own."""
     for theme in ("light", "dark"):
         file = chart.save(images / f"{name}-{theme}.svg", theme=theme)
         alt = chart.title if hasattr(chart, "title") else name
+        yield f"```{{image}} images/{file.name}\n:alt: {alt}\n:class: only-{theme}\n```\n"

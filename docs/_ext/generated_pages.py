@@ -111,7 +111,7 @@ def reference_pages() -> dict[str, str]:
 
 
 def package_reference(path: str, package: ModuleType) -> Iterable[str]:
-    """Yield the members of each module of a package under a heading of its own."""
+    """Yield the members of each module of a package under a separate heading."""
     for file in sorted(Path(package.__path__[0]).glob("*.py")):
         if file.stem.startswith("_"):
             continue

@@ -16,7 +16,7 @@ from lorascope.adapters.delta import attached_deltas
 from lorascope.inputs.models import missing
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
-from lorascope.schema.deprecation import former, to_new_fields, warn_renamed
+from lorascope.schema.deprecation import former, old_attribute, to_new_fields, warn_renamed
 from lorascope.schema.labels import to_words
 from lorascope.schema.records import Item
 
@@ -90,10 +90,7 @@ class Method:
         """Return the number of optimizer entries that never change and so are not counted as trained."""
         return 0
 
-    def held_still(self) -> int:
-        """Deprecated: use ``frozen_entry_count``."""
-        warn_renamed(type(self).__name__, "held_still", "frozen_entry_count")
-        return self.frozen_entry_count()
+    held_still = old_attribute("held_still", "frozen_entry_count")
 
     def label(self) -> str:
         """Return the method's name and its non-default hyperparameters as text, without learning rates."""

@@ -17,6 +17,7 @@ _OFFSET = 0.03  # distance between a point and its label, as a fraction of the r
 
 
 @figure(
+    topic="updates",
     needs=("test_metric",),
     reads="Each point is one recipe, labeled with its rank or coefficients; lines join the sizes of one method. A "
     "method is more parameter-efficient where its line is better at the same x and the intervals do not overlap.",
@@ -35,6 +36,15 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     ------
     ValueError
         The runs were trained on different tasks.
+
+    Examples
+    --------
+    >>> runs = {
+    ...     "LoRA, rank 8": lora,
+    ...     "LoRA, rank 32": lora_rank_32,
+    ...     "FourierFT": fourierft,
+    ... }
+    >>> ls.plots.accuracy_by_parameters(runs)
     """
     cohort = gather("accuracy_by_parameters", runs, control)
     cohort.require("test_metric")

@@ -13,6 +13,7 @@ from lorascope.runs.run import Run
 
 
 @figure(
+    topic="updates",
     needs=("update_norm",),
     runs=2,
     reads="The panels compare every pair of adapters: norm ratio, cosine of the updates, angle between leading "
@@ -35,6 +36,10 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     ------
     ValueError
         There are fewer than two runs, or they have different models.
+
+    Examples
+    --------
+    >>> ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})
     """
     cohort = gather("adapter_pairs", runs, control)
     cohort.require_runs(2)

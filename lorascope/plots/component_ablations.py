@@ -21,6 +21,7 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
 
 
 @figure(
+    topic="updates",
     needs=(FREQUENCIES, "test_metric"),
     runs=2,
     reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
@@ -40,6 +41,10 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     ------
     ValueError
         No run has a band, or the runs differ in other settings.
+
+    Examples
+    --------
+    >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
     """
     cohort = gather("bias_curve", runs, control)
     cohort.require(FREQUENCIES, "test_metric")
@@ -74,6 +79,7 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 @figure(
+    topic="updates",
     needs=(BASIS, "test_metric"),
     runs=2,
     reads="Each dot with a bar is the mean test metric on one basis, surrounded by its seeds; all bases have the same "
@@ -93,6 +99,10 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     ------
     ValueError
         The runs differ in more than their basis.
+
+    Examples
+    --------
+    >>> ls.plots.basis_ablation({"Fourier": fourierft, **bases})
     """
     cohort = gather("basis_ablation", runs, control)
     cohort.require(BASIS, "test_metric")
@@ -124,6 +134,7 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 @figure(
+    topic="routers",
     needs=(HEADS, "test_metric"),
     runs=2,
     reads="Each point is the test metric with that many experts; overlapping bars mean that the seeds do not "
@@ -146,6 +157,10 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     ------
     ValueError
         The runs have no experts or differ in more than their number, or the controls have another task or model.
+
+    Examples
+    --------
+    >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
     """
     own, cohort = gather("number_of_experts", runs), gather("number_of_experts", runs, control)
     own.require(HEADS)
@@ -182,6 +197,7 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
 
 
 @figure(
+    topic="routers",
     needs=("test_metric",),
     runs=2,
     reads="Each bar is the test metric of one variant: the full method first, then the method without one component. A "
@@ -203,6 +219,10 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
     ------
     ValueError
         The runs have different tasks or models.
+
+    Examples
+    --------
+    >>> ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})
     """
     cohort = gather("ablations", runs, control)
     cohort.require("test_metric")

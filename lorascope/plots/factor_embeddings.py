@@ -29,6 +29,7 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
 
 
 @figure(
+    topic="factors",
     needs=(UPDATES,),
     runs=2,
     reads="Each dot is the A or B of one module in one run; mixed colors mean factors shared between domains, separate "
@@ -78,6 +79,10 @@ def factor_embedding(
     ValueError
         There are fewer than two runs, they have no factors or not these modules, or a perplexity is not smaller than
         the number of points.
+
+    Examples
+    --------
+    >>> ls.plots.factor_embedding(domains)
     """
     name = "factor_embedding"
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})

@@ -34,6 +34,7 @@ _REACH = 4.0  # ends of the color scale of an image, in units of its root mean s
 
 
 @figure(
+    topic="updates",
     needs=(FREQUENCIES,),
     reads="Each dot is a trained frequency, larger and brighter with its coefficient; frequency zero is in the center. "
     "The profile below is the root mean square by distance from zero: a flat line means that low and high frequencies "
@@ -51,6 +52,10 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
         Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.
     module : str, optional
         Adapted module; by default the one with the largest update.
+
+    Examples
+    --------
+    >>> ls.plots.fourier_spectrum(fourierft)
     """
     cohort = gather("fourier_spectrum", runs, control)
     cohort.require(FREQUENCIES)
@@ -71,6 +76,7 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
 
 
 @figure(
+    topic="updates",
     needs=(UPDATES,),
     reads="The image shows the entries of one module's update. Stripes along rows or columns are single outputs or "
     "inputs, typical of low-rank updates; waves over the whole image, typical of FourierFT, change every weight.",
@@ -92,6 +98,10 @@ def update_image(
         Number of rows and columns shown, from the first.
     added : bool
         Subtract the initial update where it is nonzero, as in FourierFT.
+
+    Examples
+    --------
+    >>> ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)

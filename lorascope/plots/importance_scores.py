@@ -19,6 +19,7 @@ _LOG_FROM = 100.0  # ratio of largest to smallest value above which the axis is 
 
 
 @figure(
+    topic="ranks",
     needs=("importance",),
     history=True,
     reads="Bands that separate early and stay separate mean a clear selection that could have been made then. Bands "
@@ -40,6 +41,10 @@ def importance(
         Plot each component of this module, one panel per run. By default pool all modules, one panel per recipe.
     quantity : str
         Quantity of components, such as "importance" (default), "importance_lambda" or "alpha".
+
+    Examples
+    --------
+    >>> ls.plots.importance(adalora[0])
     """
     cohort = gather("importance", runs, control)
     cohort.require(quantity, history=True)

@@ -16,6 +16,7 @@ _CURVES = ("loss", "eval_loss", "eval_metric")
 
 
 @figure(
+    topic="schedules",
     needs=("loss",),
     history=True,
     reads="Lower losses and higher accuracies are better; where the bands of two recipes overlap, these seeds do not "
@@ -32,6 +33,10 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
         Runs to plot, and runs to compare with.
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
+
+    Examples
+    --------
+    >>> ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})
     """
     cohort = gather("training_curves", runs, control)
     cohort.require("loss", history=True)
@@ -47,6 +52,7 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
 
 
 @figure(
+    topic="optimizers",
     needs=("loss", "direction_cosine"),
     history=True,
     reads="Left: training loss with and without guidance; right: the cosine c, where guidance divides the step by 1 − "
@@ -64,6 +70,10 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
         Runs of Adapprox, some of them with ``cosine=True``.
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
+
+    Examples
+    --------
+    >>> ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})
     """
     cohort = gather("guidance", runs, control)
     cohort.require("loss", "direction_cosine", history=True)
@@ -80,6 +90,7 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
 
 
 @figure(
+    topic="schedules",
     needs=("eval_loss", "test_loss"),
     reads="Left: validation loss by learning rate; a minimum inside the range means that the range includes the best "
     "rate. Right: test loss at the rate with the lowest validation loss; overlapping intervals mean that the seeds do "
@@ -94,6 +105,10 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     ----------
     runs, control : mapping label -> runs
         Runs labeled "METHOD at RATE"; the method is the part before " at ".
+
+    Examples
+    --------
+    >>> ls.plots.learning_rates(learning_rates)
     """
     cohort = gather("learning_rates", runs, control)
     cohort.require("eval_loss", "test_loss")

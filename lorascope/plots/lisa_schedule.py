@@ -25,6 +25,7 @@ _EXPECTED = ", expected"
 
 
 @figure(
+    topic="schedules",
     needs=("active", "draw_probability"),
     reads="Bright cells are blocks that trained in that interval, brighter if more seeds trained them. The right panel "
     "counts the blocks trained so far: below the expected line, fewer than random draws reach on average.",
@@ -38,6 +39,10 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs to plot, and runs to compare with in the rows below.
+
+    Examples
+    --------
+    >>> ls.plots.active_layers(lisa)
     """
     cohort = gather("active_layers", runs, control)
     cohort.require("active", "draw_probability")
@@ -55,6 +60,7 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
 
 
 @figure(
+    topic="schedules",
     needs=("active", "draw_probability"),
     reads="Bars are the fraction of draws that include a block, the line is its draw probability. Bars scatter around "
     "the line by chance; an interval over many seeds that excludes the line contradicts the probability.",
@@ -68,6 +74,10 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs to plot, and runs to compare with.
+
+    Examples
+    --------
+    >>> ls.plots.draw_frequency(lisa)
     """
     cohort = gather("draw_frequency", runs, control)
     cohort.require("active", "draw_probability")
@@ -80,6 +90,7 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
 
 
 @figure(
+    topic="schedules",
     needs=("active", "draw_probability", "test_metric"),
     runs=2,
     reads="Each cell is the test metric for a number of active blocks and of steps between draws; hatched cells: no "
@@ -100,6 +111,10 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     ------
     ValueError
         The runs differ in other settings, or two labels have the same cell.
+
+    Examples
+    --------
+    >>> ls.plots.draw_grid(lisa_grid)
     """
     cohort = gather("draw_grid", runs, control)
     cohort.require("active", "draw_probability", "test_metric")

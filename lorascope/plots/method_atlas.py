@@ -23,6 +23,7 @@ _NOT_SAVED, _NONE_SHARED = "not saved", "none shared"
 
 
 @figure(
+    topic="updates",
     needs=("learned_norm", SPECTRA),
     runs=2,
     reads="The panels show the singular values of each method's update, its norm by layer, and the angles between "
@@ -52,6 +53,10 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     ------
     ValueError
         There are fewer than two runs, or they differ in task or model.
+
+    Examples
+    --------
+    >>> ls.plots.atlas({"LoRA": lora, "HydraLoRA": hydralora, "full fine-tuning": full})
     """
     cohort = gather("atlas", runs, control)
     cohort.require("learned_norm", SPECTRA)

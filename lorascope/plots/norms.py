@@ -20,6 +20,7 @@ _SINCE_START = "adapter_norm minus step 0"
 
 
 @figure(
+    topic="updates",
     needs=("update_norm",),
     reads="Each point is the norm of the update of one layer; high points are layers that changed most. Where the "
     "bands of two recipes overlap, the seeds do not distinguish them.",
@@ -36,6 +37,10 @@ def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = 
     quantity : str, optional
         Recorded quantity of modules. By default ``update_norm``; for several recipes that all recorded it,
         ``learned_norm``, because the initial update of some methods is nonzero.
+
+    Examples
+    --------
+    >>> ls.plots.update_norm({"full fine-tuning": full, "LoRA": lora})
     """
     cohort = gather("update_norm", runs, control)
     quantity = quantity or _comparable_quantity(cohort)
@@ -46,6 +51,7 @@ def update_norm(runs: Runs, control: Runs | None = None, quantity: str | None = 
 
 
 @figure(
+    topic="updates",
     needs=("update_norm",),
     reads="Each cell is the norm of the update of one role in one block; hatched cells: no data. Rows compare the "
     "depth of blocks, columns the roles within a block.",
@@ -61,6 +67,10 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
         Runs to plot, and runs to compare with.
     quantity : str, optional
         Recorded quantity of modules; by default as for `update_norm`.
+
+    Examples
+    --------
+    >>> ls.plots.update_norm_heat({"full fine-tuning": full, "LoRA": lora})
     """
     cohort = gather("update_norm_heat", runs, control)
     quantity = quantity or _comparable_quantity(cohort)
@@ -88,6 +98,7 @@ def update_norm_heat(runs: Runs, control: Runs | None = None, quantity: str | No
 
 
 @figure(
+    topic="updates",
     needs=("update_norm",),
     history=True,
     reads="The frames show the profile at successive steps, all on one scale. A layer that stops rising early has "
@@ -106,6 +117,10 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
         Recorded quantity of modules.
     frames : int
         Maximum number of steps shown, evenly spaced among those that all runs recorded.
+
+    Examples
+    --------
+    >>> ls.plots.norm_over_steps({"full fine-tuning": full, "LoRA": lora})
     """
     cohort = gather("norm_over_steps", runs, control)
     cells = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
@@ -115,6 +130,7 @@ def norm_over_steps(runs: Runs, control: Runs | None = None, quantity: str = "up
 
 
 @figure(
+    topic="updates",
     needs=("weight_norm", "update_norm"),
     history=True,
     reads="Each panel is one reading of LISA's weight norm, averaged over the steps of training. A skew toward the "
@@ -137,6 +153,10 @@ def mean_norm(runs: Runs, control: Runs | None = None, per_weight: bool = False)
         Runs to plot, and runs to compare with.
     per_weight : bool
         Divide the norms of weight and update by the root of the number of weights, which makes layers comparable.
+
+    Examples
+    --------
+    >>> ls.plots.mean_norm({"full fine-tuning": full, "LoRA": lora})
     """
     cohort = gather("mean_norm", runs, control)
     cohort.require("weight_norm", "update_norm", history=True)

@@ -38,6 +38,7 @@ _MOST_STEPS = 12
 
 
 @figure(
+    topic="optimizers",
     needs=("moment_sigma",),
     reads="A steep line means that few directions carry a layer's second moment. Only what falls faster than in the "
     "shuffled panel, with the same row and column sums, exceeds the row-column product that Adafactor also stores.",
@@ -53,6 +54,10 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
         Runs with ``observe.second_moments()``; one pair of panels per label.
     role : str, optional
         Role of the matrices to plot; by default the mean over all matrices of a layer.
+
+    Examples
+    --------
+    >>> ls.plots.second_moments(full[0])
     """
     cohort = gather("second_moments", runs, control)
     cohort.require("moment_sigma")
@@ -88,6 +93,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
 
 
 @figure(
+    topic="optimizers",
     needs=("moment_error",),
     reads="Lower is better: where S-RSI meets the best rank-k line, power iterations lose nothing against the SVD. "
     "Below the flat line, factors of this rank describe the second moment better than Adafactor's row-column product.",
@@ -101,6 +107,10 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs with ``observe.second_moments()``; one panel per label.
+
+    Examples
+    --------
+    >>> ls.plots.moment_error(full[0])
     """
     cohort = gather("moment_error", runs, control)
     cohort.require("moment_error")
@@ -141,6 +151,7 @@ def _singular_value_curves(cohort: Cohort, table: pd.DataFrame, label: str, capt
 
 
 @figure(
+    topic="optimizers",
     needs=("factoring_error_svd",),
     reads="Left: error relative to the full SVD (1); a line above 1 has too few power iterations l or too little "
     "oversampling p. Right: time; where the full SVD is no slower, no other method is needed.",
@@ -155,6 +166,10 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs with ``observe.factorings()``; one pair of panels per label.
+
+    Examples
+    --------
+    >>> ls.plots.factorization_methods(full[0])
     """
     cohort = gather("factorization_methods", runs, control)
     cohort.require("factoring_error_svd")
@@ -188,6 +203,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
 
 
 @figure(
+    topic="optimizers",
     needs=("factor_rank", "factor_share"),
     reads="Color is the rank divided by its cap (see the caption), by layer and step, one panel per role. Rows that "
     "brighten to the right need more directions during training; the brightest cells are limited by the cap.",
@@ -207,6 +223,10 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         Runs of Adapprox; one panel per label.
     role : str, optional
         Role to plot; by default all roles, as frames.
+
+    Examples
+    --------
+    >>> ls.plots.factor_rank(adapprox)
     """
     cohort = gather("factor_rank", runs, control)
     cohort.require("factor_rank", "factor_share")
@@ -248,6 +268,7 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
 
 
 @figure(
+    topic="optimizers",
     needs=("factor_error",),
     reads="The selection error decides the ranks; drift from the exact average, if recorded, is the error that the "
     "step sees. Drift below the row-column product beats Adafactor, and its gap to the best rank-k was lost over the "
@@ -262,6 +283,10 @@ def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs of Adapprox, ideally with ``observe.factor_drift()``; one panel per label.
+
+    Examples
+    --------
+    >>> ls.plots.factor_error(adapprox)
     """
     cohort = gather("factor_error", runs, control)
     cohort.require("factor_error")

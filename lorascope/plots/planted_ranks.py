@@ -14,6 +14,7 @@ _TRUTH = "planted rank"
 
 
 @figure(
+    topic="ranks",
     needs=("planted_rank",),
     reads="A line along the diagonal assigns rank where the teacher needs it; a flat line, such as a uniform rank, "
     "ignores the need. Where bands overlap, these seeds do not distinguish two allocators.",
@@ -27,6 +28,10 @@ def planted(runs: Runs, control: Runs | None = None) -> Chart:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs of ``lorascope reproduce --probe planted``, and runs to compare with.
+
+    Examples
+    --------
+    >>> ls.plots.planted({"AdaLoRA": planted})
     """
     cohort = gather("planted", runs, control)
     cohort.require("planted_rank")

@@ -35,6 +35,7 @@ _ANYWHERE = "every component is equally likely to be in any module"
 
 
 @figure(
+    topic="ranks",
     needs=("rank",),
     reads="Each cell is the rank of one role in one layer; hatched cells have no adapter, which differs from rank 0. "
     "Trust only what the seeds agree on: Kendall's τ in the caption is 1 for identical orderings and at chance level "
@@ -53,6 +54,10 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
         Step after which the ranks are shown; by default the end.
     chance : bool
         Add a panel per recipe with its budget allocated at random, resampled for every seed.
+
+    Examples
+    --------
+    >>> ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)
     """
     cohort = gather("rank_allocation", runs, control)
     cohort.require("rank")
@@ -69,6 +74,7 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
 
 
 @figure(
+    topic="ranks",
     needs=("rank",),
     history=True,
     reads="The frames show the allocator's decisions: the ranks on the left add up to the dot on the right, which "
@@ -85,6 +91,10 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
         Runs to plot, and runs to compare with in the rows below.
     frames : int
         Maximum number of steps shown, evenly spaced among the decisions of the runs.
+
+    Examples
+    --------
+    >>> ls.plots.rank_replay(adalora[0])
     """
     cohort = gather("rank_replay", runs, control)
     cohort.require("rank", history=True)
@@ -102,6 +112,7 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
 
 
 @figure(
+    topic="ranks",
     needs=("test_metric",),
     reads="Each bar is the test metric when only this type of weight, or these layers, are trained. Bars are "
     "comparable at equal parameters (see the caption); overlapping intervals mean that the seeds do not order them.",
@@ -117,6 +128,10 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
         Runs labeled by role or by group of layers; ``ls.allocation.equal_parameters`` computes their ranks.
     start : float
         Lower end of the metric axis; above 0, small differences look large.
+
+    Examples
+    --------
+    >>> ls.plots.adapted_types(types)
     """
     cohort = gather("adapted_types", runs, control)
     cohort.require("test_metric")

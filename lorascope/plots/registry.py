@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -63,6 +63,9 @@ RECORDERS = {
 }
 
 
+Topic = Literal["updates", "ranks", "factors", "routers", "neurons", "schedules", "optimizers"]
+
+
 @dataclass(frozen=True)
 class Figure:
     """Registered figure.
@@ -73,6 +76,8 @@ class Figure:
         Name of the function in ``lorascope.plots``.
     draw : callable
         The function: ``draw(runs, control=None, ...)``.
+    topic : str
+        Gallery page of the figure: "updates", "ranks", "factors", "routers", "neurons", "schedules" or "optimizers".
     needs : tuple of str
         Quantities that must be recorded. Also possible: ``"updates"`` (adapter factors), ``"spectra"`` (singular
         values of updates), ``"frequencies"`` (Fourier coefficients), ``"basis"`` (coefficients on any basis) and
@@ -87,6 +92,7 @@ class Figure:
 
     name: str
     draw: Callable[..., Any]
+    topic: Topic
     needs: tuple[str, ...]
     history: bool
     runs: int
@@ -117,13 +123,13 @@ FIGURES: dict[str, Figure] = _Figures()
 
 
 def figure(
-    *, needs: tuple[str, ...], reads: str, misleads: str, history: bool = False, runs: int = 1
+    *, topic: Topic, needs: tuple[str, ...], reads: str, misleads: str, history: bool = False, runs: int = 1
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a figure under its own name, and add the gates of input-dependent updates to its captions.
 
     Parameters
     ----------
-    needs, reads, misleads, history, runs
+    topic, needs, reads, misleads, history, runs
         See `Figure`.
     """
 
@@ -132,7 +138,7 @@ def figure(
         def drawn(*args: Any, **kwargs: Any) -> Drawable:
             return _name_gates(draw(*args, **kwargs))
 
-        FIGURES[draw.__name__] = Figure(draw.__name__, drawn, needs, history, runs, reads, misleads)
+        FIGURES[draw.__name__] = Figure(draw.__name__, drawn, topic, needs, history, runs, reads, misleads)
         return drawn
 
     return register

@@ -21,6 +21,7 @@ _MOST_NUMBERED = 6  # largest number of columns whose cells have room for number
 
 
 @figure(
+    topic="routers",
     needs=("gate_information",),
     reads="Each cell is the mean gate weight of an expert on one domain minus a uniform weight, in one layer. Rows "
     "that differ within an expert mean domain-specific routing; equal rows mean that all domains prefer the expert.",
@@ -37,6 +38,10 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
         Runs to plot, and runs to compare with below; one panel per recipe, its first run.
     step : int, optional
         First or last step of the run; by default the last.
+
+    Examples
+    --------
+    >>> ls.plots.gates({"HydraLoRA": hydralora})
     """
     cohort = gather("gates", runs, control)
     cohort.require("gate_information")
@@ -47,6 +52,7 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
 
 
 @figure(
+    topic="routers",
     needs=("gate_entropy",),
     history=True,
     reads="At the dashed line every token uses all experts equally, at 0 it uses one; a falling curve means that "
@@ -63,6 +69,10 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs to plot, and runs to compare with; curves are means over modules.
+
+    Examples
+    --------
+    >>> ls.plots.gate_course({"HydraLoRA": hydralora})
     """
     cohort = gather("gate_course", runs, control)
     cohort.require("gate_entropy", history=True)

@@ -36,6 +36,7 @@ _KINDS = ("strong", "suppressed", "indirect")
 
 
 @figure(
+    topic="neurons",
     needs=("selected",),
     reads="Each bar is the number of trained neurons of one projection in one layer: rows of ffn_in and ffn_gate, "
     "columns of ffn_out. Bars above the line, the expectation for a random selection of the same size, are preferred "
@@ -50,6 +51,10 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs of NeFT, and controls such as runs with ``select_by="reversed"`` or ``"random"``.
+
+    Examples
+    --------
+    >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather("neurons", runs, control)
     cohort.require("selected")
@@ -62,6 +67,7 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
 
 
 @figure(
+    topic="neurons",
     needs=("neuron_cosine",),
     reads="Lines are the median cosine distance of the neurons of a projection by layer, bands contain 90% of them. "
     "Neurons above the threshold, if one is drawn, were selected; a layer whose whole band is above it was selected "
@@ -80,6 +86,10 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     quantity : str, optional
         Recorded cosine distance. By default ``selection_cosine``, by which NeFT selects, if all runs have it, else
         ``neuron_cosine``, that of the run itself.
+
+    Examples
+    --------
+    >>> ls.plots.neuron_cosine({"full fine-tuning": full[0]})
     """
     cohort = gather("neuron_cosine", runs, control)
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
@@ -90,6 +100,7 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
 
 
 @figure(
+    topic="neurons",
     needs=("selected",),
     runs=2,
     reads="Each cell is the fraction of neurons that two selections share, averaged over pairs of runs; the diagonal "
@@ -111,6 +122,10 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     ------
     ValueError
         There are fewer than two runs, or they have different models.
+
+    Examples
+    --------
+    >>> ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather("neuron_overlap", runs, control)
     cohort.require("selected" if k is None else "neuron_cosine")
@@ -139,6 +154,7 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
 
 
 @figure(
+    topic="neurons",
     needs=("utilisation",),
     history=True,
     reads="Left: mean shift of utilization ranks by percentile in the reference (0: most used) and over all; the paper "
@@ -162,6 +178,10 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     ------
     ValueError
         The runs have different models, recorded utilization with different settings, or a seed has no reference.
+
+    Examples
+    --------
+    >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather("rank_shift", runs, control)
     others = [reference] if isinstance(reference, Run) else list(reference or ())

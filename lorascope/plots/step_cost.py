@@ -26,6 +26,7 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
 
 
 @figure(
+    topic="optimizers",
     needs=tuple(_PARTS),
     reads="Each bar ends at the peak memory of one step; parameters, gradients and optimizer state are counted, the "
     "rest is everything else at the peak. Panels of larger models are computed from shapes and have no rest.",
@@ -48,6 +49,10 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     ------
     ValueError
         A computed size is unknown.
+
+    Examples
+    --------
+    >>> ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})
     """
     cohort = gather("memory", runs, control)
     cohort.require(*_PARTS)
@@ -150,6 +155,7 @@ def _memory_caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFra
 
 
 @figure(
+    topic="optimizers",
     needs=tuple(step_time.PARTS),
     reads="Each bar is the time of one step: forward (the loss), backward (its gradients) and the rest, mostly the "
     "optimizer. A method is faster where its bar is shorter by more than the spread in the caption.",
@@ -164,6 +170,10 @@ def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
     ----------
     runs, control : Run, sequence of Run, or mapping label -> run or runs
         Runs of ``ls.step_time.measure``.
+
+    Examples
+    --------
+    >>> ls.plots.step_seconds(timed)
     """
     cohort = gather("step_seconds", runs, control)
     cohort.require(*step_time.PARTS)

@@ -22,6 +22,7 @@ _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
 
 
 @figure(
+    topic="updates",
     needs=(SPECTRA,),
     reads="A steep line means that few directions carry the update, a flat line that it uses its whole rank. The "
     "effective rank in the caption is the number of equal singular values with the same entropy.",
@@ -52,6 +53,10 @@ def spectrum(
     ------
     ValueError
         The runs have no such module, or no snapshot of the step.
+
+    Examples
+    --------
+    >>> ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})
     """
     cohort = gather("spectrum", runs, control)
     cohort.require(SPECTRA)
@@ -79,6 +84,7 @@ def spectrum(
 
 
 @figure(
+    topic="updates",
     needs=(UPDATES,),
     runs=2,
     reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another: 1 if "
@@ -106,6 +112,10 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     ------
     ValueError
         There are no two runs to compare.
+
+    Examples
+    --------
+    >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
     """
     name = "subspace_similarity"
     shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})

@@ -30,8 +30,9 @@ PLAIN_TEXT_COLUMNS = "100"
 
 
 def own_methods() -> dict[str, type[Method]]:
-    """Return the registered methods of this package, by name."""
-    return {name: method for name, method in METHODS.items() if method.__module__.startswith("lorascope.")}
+    """Return the registered methods of this package by name, full fine-tuning first."""
+    own = {name: method for name, method in METHODS.items() if method.__module__.startswith("lorascope.")}
+    return dict(sorted(own.items(), key=lambda item: (item[0] != "full", item[0])))
 
 
 def first_sentence(documented: Any) -> str:
@@ -42,7 +43,8 @@ def first_sentence(documented: Any) -> str:
 
 def paper_of(method: type[Method]) -> str:
     """Return the arXiv number that the module docstring of a method gives as its source, "" if none."""
-    found = re.search(r"arXiv (\d{4}\.\d{5})", inspect.getmodule(method).__doc__ or "")
+    source = (inspect.getmodule(method).__doc__ or "").partition("Source:")[2]
+    found = re.search(r"arXiv (\d{4}\.\d{5})", source)
     return found[1] if found else ""
 
 
@@ -52,14 +54,13 @@ def methods_table() -> str:
     for name, method in own_methods().items():
         paper = paper_of(method)
         link = f"[arXiv {paper}](https://arxiv.org/abs/{paper})" if paper else ""
-        rows.append(f"| `{name}` | `ls.{method.__name__}` | {first_sentence(method)} | {link} |")
+        rows.append(f"| `{name}` | `ls.{method.__name__}` | {first_sentence(method).replace('``', '`')} | {link} |")
     return "\n".join(rows)
 
 
 def method_pages() -> dict[str, str]:
     """Return a page per method from its module and class docstrings, and their index."""
-    names = sorted(own_methods(), key=lambda name: own_methods()[name].__module__ != "lorascope.methods.full")
-    listed = "\n".join(names)
+    listed = "\n".join(own_methods())
     pages = {
         "methods/index.md": f"# Methods\n\nEach method is one file in `lorascope/methods/`, and its page below is the "
         "documentation of that file: update rule, symbols of the paper, and every departure from it.\n\n"

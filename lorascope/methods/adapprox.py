@@ -106,7 +106,7 @@ register(
 
 @dataclass(kw_only=True)
 class Adapprox(Method, name="adapprox"):
-    """Full fine-tuning with ``AdapproxOptimizer``.
+    """Full fine-tuning with low-rank second moments, by ``AdapproxOptimizer``.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 from planted import lookup, low_rank, plant, profile
+from safetensors.numpy import save_file
 
+import lorascope as ls
 from lorascope import plots
 from lorascope.methods import METHODS
 from lorascope.plots import registry
@@ -167,3 +170,19 @@ def test_meta_of_figures_of_updates_has_the_gates_of_input_dependent_ones(write:
     assert plots.update_norm(runs).meta["mixtures"] == {"mixed": "mean gates"}
     assert "mixtures" not in plots.update_norm({"plain": runs["plain"]}).meta
     assert "mixtures" not in plots.training_curves(runs).meta
+
+
+def test_adapter_folder_has_factors_and_its_update_is_drawn(tmp_path: Path) -> None:
+    rng, module = np.random.default_rng(0), "base_model.model.layers.0.self_attn.q_proj"
+    A, B = rng.normal(size=(2, 6)), rng.normal(size=(4, 2))
+    save_file({f"{module}.lora_A.weight": A, f"{module}.lora_B.weight": B}, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapter = ls.load(tmp_path)
+    found = plots.available(adapter).set_index("figure")
+    assert found.loc["update_image", "drawable"]
+    assert found.loc["subspace_similarity", "drawable"]
+    chart = next(iter(next(iter(plots.update_image(adapter).rows()))))
+    update = 3 * B @ A
+    drawn = chart.data.pivot(index="row", columns="column", values="value")
+    np.testing.assert_allclose(drawn, update / np.sqrt(np.mean(update**2)), rtol=1e-12)

@@ -26,7 +26,6 @@ from lorascope.charts.chart import (
 from lorascope.plots.registry import FREQUENCIES, UPDATES, figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, gather, lines
 from lorascope.plots.subspaces import common_module
-from lorascope.runs.run import Run
 from lorascope.updates.fourier import Fourier
 
 _FAINT = 0.01  # lower end of the color scale, as a fraction of the largest coefficient
@@ -105,8 +104,8 @@ def update_image(
     """
     cohort = gather("update_image", runs, control)
     cohort.require(UPDATES)
-    updates_of = initial_update.learned_updates if added else Run.updates
-    shown = {group.label: updates_of(group.runs[0]) for group in cohort.groups}
+    first = {group.label: group.runs[0] for group in cohort.groups}
+    shown = {label: initial_update.learned_updates(run) if added else run.updates() for label, run in first.items()}
     module = common_module(cohort, list(shown.values()), module)
     notes = [
         f"ΔW − ΔW₀ of {module}" if added else f"ΔW of {module}",

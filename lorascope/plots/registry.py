@@ -202,7 +202,7 @@ def _num_experts(run: Run) -> Mapping[str, int]:
 
 
 _STORED: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
-    UPDATES: ("the adapters' factors", Run.updates),
+    UPDATES: ("the adapters' factors", lambda run: run.updates()),
     SPECTRA: ("singular values of updates", singular_values),
     FREQUENCIES: ("Fourier coefficients", fourier.updates),
     BASIS: ("coefficients on a basis", fourier.basis),

@@ -19,7 +19,8 @@ SHORT: dict[str, Any] = {
     "progress": False,
     "observe": [ls.observe.norms()],
 }
-LONG: dict[str, Any] = SHORT | {"steps": 40, "eval_every": 10, "observe": [EVERY_10]}
+LONG: dict[str, Any] = SHORT | {"steps": 30, "observe": [EVERY_10]}
+WITH_CURVES: dict[str, Any] = LONG | {"eval_every": 10}
 
 
 def train_gallery_runs(root: Path) -> dict[str, Any]:
@@ -32,10 +33,10 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
         return [train(name, method, settings, seed) for seed in (0, 1)]
 
     inside_full = [ls.observe.second_moments(), ls.observe.factorings(), ls.observe.neurons(), ls.observe.memory()]
-    utilization = [EVERY_10, ls.observe.utilization(every=20)]
+    utilization = [EVERY_10, ls.observe.utilization(every=15)]
     full = [
-        train("full", ls.Full(lr=1e-4), LONG | {"observe": [EVERY_10, *inside_full]}, seed=0),
-        train("full", ls.Full(lr=1e-4), LONG, seed=1),
+        train("full", ls.Full(lr=1e-4), WITH_CURVES | {"observe": [EVERY_10, *inside_full]}, seed=0),
+        train("full", ls.Full(lr=1e-4), WITH_CURVES, seed=1),
     ]
     lora = ls.LoRA(rank=8, targets=LINEAR, lr=1e-3, head_lr=1e-3)
     fourierft = ls.FourierFT()
@@ -43,7 +44,7 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
     lisa = ls.LISA(interval=4)
     runs: dict[str, Any] = {
         "full": full,
-        "lora": seeds("lora", lora, LONG | {"observe": [EVERY_10, ls.observe.memory()]}),
+        "lora": seeds("lora", lora, WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}),
         "lora_rank_32": train("lora-rank-32", ls.LoRA(rank=32, targets=LINEAR, lr=1e-3, head_lr=1e-3)),
         "adalora": seeds("adalora", ls.AdaLoRA()),
         "hydralora": seeds("hydralora", hydralora),
@@ -53,8 +54,8 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
         "lisa": train("lisa", lisa, LONG),
         "neft": train("neft", ls.NeFT(reference=full[0]), LONG | {"observe": utilization}),
         "random_neurons": train("random-neurons", ls.NeFT(select_by="random"), LONG | {"observe": utilization}),
-        "adapprox": train("adapprox", ls.Adapprox(), LONG | {"observe": [EVERY_10, ls.observe.factor_drift()]}),
-        "guided": train("guided", ls.Adapprox(cosine=True), LONG),
+        "adapprox": train("adapprox", ls.Adapprox(dense="embed"), LONG),
+        "guided": train("guided", ls.Adapprox(dense="embed", cosine=True), LONG),
         "domains": {
             name: train(f"lora-{name}", ls.LoRA(rank=4), task=f"sentiment/{name}")
             for name in ("movies", "news", "products", "tweets")
@@ -73,9 +74,9 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
             for interval in (5, 10)
         ],
         "learning_rates": {
-            f"{name}, {lr:g}": train(f"{name}-{lr:g}", method(lr=lr), SHORT | {"eval_every": 10})
-            for name, method in (("AdamW", ls.Full), ("Adapprox", ls.Adapprox))
-            for lr in (3e-5, 1e-4)
+            f"{name}, {lr:g}": train(f"{name}-{lr:g}", method(lr=lr), SHORT | {"eval_every": 20})
+            for name, method in (("full", ls.Full), ("LoRA", ls.LoRA))
+            for lr in (1e-4, 3e-4)
         },
         "timed": {
             name: ls.step_time.measure("minilm", "sentiment", method, steps=6, out=root / f"timed-{name}", batch_size=8)

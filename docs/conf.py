@@ -54,6 +54,7 @@ myst_heading_anchors = 3
 # Notebooks and guides run at build; an error in a cell fails the build. Outputs are kept by the code of the cells.
 nb_execution_mode = "cache"
 nb_execution_cache_path = str(HERE / "_build" / "notebooks")
+nb_execution_in_temp = True
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True

@@ -56,7 +56,8 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
                 yield token.start[0], token.string
     elif path.suffix == ".ipynb":
         for number, cell in enumerate(json.loads(source)["cells"]):
-            yield number, "".join(cell["source"])
+            if cell["cell_type"] == "markdown":
+                yield number, re.sub(r"`[^`\n]*`", "``", "".join(cell["source"]))
     else:
         yield from enumerate(re.sub(r"`[^`\n]*`", "``", source).splitlines(), start=1)
 

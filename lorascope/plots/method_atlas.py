@@ -56,7 +56,7 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
 
     Examples
     --------
-    >>> ls.plots.atlas({"LoRA": lora, "HydraLoRA": hydralora, "full fine-tuning": full})
+    >>> ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})
     """
     cohort = gather("atlas", runs, control)
     cohort.require("learned_norm", SPECTRA)

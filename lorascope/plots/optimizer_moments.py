@@ -57,7 +57,7 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
 
     Examples
     --------
-    >>> ls.plots.second_moments(full[0])
+    >>> ls.plots.second_moments(moments)
     """
     cohort = gather("second_moments", runs, control)
     cohort.require("moment_sigma")
@@ -110,7 +110,7 @@ def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
 
     Examples
     --------
-    >>> ls.plots.moment_error(full[0])
+    >>> ls.plots.moment_error(moments)
     """
     cohort = gather("moment_error", runs, control)
     cohort.require("moment_error")
@@ -169,7 +169,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
 
     Examples
     --------
-    >>> ls.plots.factorization_methods(full[0])
+    >>> ls.plots.factorization_methods(moments)
     """
     cohort = gather("factorization_methods", runs, control)
     cohort.require("factoring_error_svd")

@@ -89,7 +89,7 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
 
     Examples
     --------
-    >>> ls.plots.neuron_cosine({"full fine-tuning": full[0]})
+    >>> ls.plots.neuron_cosine({"NeFT": neft})
     """
     cohort = gather("neuron_cosine", runs, control)
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()

@@ -242,7 +242,10 @@ PROBE = register(
         arms=arms,
         judge=judge,
         seeds=4,
-        former_labels={f"LoRA, {domain}, order {order}, an A each": _OWN[domain, order] for domain, order in _PAIRS}
+        former_labels={
+            f"LoRA, {domain}, order {order}, an A each": _OWN[domain, order]  # prose: ok
+            for domain, order in _PAIRS
+        }
         | {f"LoRA, {domain}, order {order}, one A for all": _COMMON[domain, order] for domain, order in _PAIRS[1:]},
     )
 )

@@ -1,6 +1,6 @@
 """Baseline accuracy of word counts on the bundled sentences: logistic regression on TF-IDF of one and two words.
 
-Run ``python benchmarks/yardstick.py``; it prints a table and writes ``data/sentiment_yardstick.csv``. A trained model
+Run ``python benchmarks/tfidf_baseline.py``; it prints a table and writes ``data/sentiment_tfidf.csv``. A trained model
 that does not outperform this baseline has learned nothing about sentences.
 """
 
@@ -14,10 +14,10 @@ import pandas as pd
 from lorascope.inputs import tasks
 from lorascope.probes.tfidf_baseline import tfidf_correct
 
-TABLE = Path(__file__).resolve().parents[1] / "data" / "sentiment_yardstick.csv"
+TABLE = Path(__file__).resolve().parents[1] / "data" / "sentiment_tfidf.csv"
 
 
-def yardstick() -> pd.DataFrame:
+def baseline_accuracies() -> pd.DataFrame:
     """Compute the test accuracy of one model for all domains, and of one model per domain.
 
     Returns
@@ -47,6 +47,6 @@ def yardstick() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    table = yardstick()
+    table = baseline_accuracies()
     table.to_csv(TABLE, index=False)
     print(table.to_string(index=False))

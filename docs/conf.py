@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -50,6 +51,10 @@ html_sidebars = {"index": [], "glossary": [], "changelog": []}
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+# Interactive figures: a div and a script per figure, and plotly.js once per page that has one (see generated_pages).
+os.environ["PLOTLY_RENDERER"] = "sphinx_gallery"
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # they would come from a network
 
 # Notebooks and guides run at build; an error in a cell fails the build. Outputs are kept by the code of the cells.
 nb_execution_mode = "cache"

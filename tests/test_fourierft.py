@@ -381,11 +381,11 @@ def test_random_and_orthogonal_bases_match_their_definition(kind):
     ("fields", "message"),
     [
         ({"targets": ("embed", "q")}, "embedding .*word_embeddings'.* FourierFT"),
-        ({"coefficients": 0}, "query': 0 coefficients do not fit a weight of 32 x 32: give 1 to 1024"),
-        ({"coefficients": 1025}, "query': 1025 coefficients do not fit a weight of 32 x 32"),
+        ({"coefficients": 0}, "query': number of coefficients must be from 1 to 1024.* got 0"),
+        ({"coefficients": 1025}, "query': number of coefficients must be .*, got 1025"),
         ({"alpha": 0}, "alpha must be .*, got 0"),
         ({"alpha": float("nan")}, "alpha must be .*, got nan"),
-        ({"center": 30}, "query': the band around 30 lies outside the spectrum of 32 x 32, which ends at 22.63"),
+        ({"center": 30}, "query': center .*22.63.* 32 x 32.* got 30"),
         (
             {"center": 2, "width": 0.01, "coefficients": 30},
             "number of coefficients .*center 2 .* got 30",
@@ -527,7 +527,7 @@ def test_exports_to_lora_raise_one_line(run):
         lambda: export.rank_pattern(run, 0.5),
         lambda: subspace_similarity.similarity_of_runs(updates, updates, module),
     ):
-        with pytest.raises(ValueError, match=r"is no product B A, so it has no ranks|has no factor A") as raised:
+        with pytest.raises(ValueError, match=r"is not a product B A|has no factor A") as raised:
             refused()
         assert "\n" not in str(raised.value)
     alike = subspace_similarity.similarity_of_runs(updates, updates, module, side="update")

@@ -149,9 +149,9 @@ def test_draw_grid_shows_the_metric_by_blocks_and_steps(write):
     given = {"steps": 9, "lr": 1e-4, "batch_size": 16}
     first = write("e", reached(0.6, draws(1)), settings=given)
     for key, value in {"steps": 30, "lr": 1e-3, "batch_size": 4}.items():
-        other = write(key, reached(0.7, draws(2, 0, 2)), settings=told | {key: value})
-        line = f"n_active and interval, got {key} {told[key]} "
-        with pytest.raises(ValueError, match=rf"^{line}\(run e\) and {value} \(run {key}\)$"):
+        other = write(key, reached(0.7, draws(2, 0, 2)), settings=given | {key: value})
+        line = f"n_active and interval, got {key} {given[key]} "
+        with pytest.raises(ValueError, match=rf"{line}\(run e\) and {value} \(run {key}\)$"):
             plots.draw_grid({"once": first, "other": other})
     recipes = [{"name": "lisa", "n_active": 1, "interval": interval} for interval in (9, 4)]
     free = [write(f"g{i}", reached(0.6, draws(*(1, 2)[: i + 1])), recipe=recipe) for i, recipe in enumerate(recipes)]

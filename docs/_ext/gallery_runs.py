@@ -46,7 +46,7 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
     ]
     lora = ls.LoRA(rank=8, targets=LINEAR, lr=1e-3, head_lr=1e-3)
     fourierft = ls.FourierFT()
-    lisa = ls.LISA(interval=4)
+    lisa = ls.LISA(interval=5)
     runs: dict[str, Any] = {
         "full": full,
         "lora": seeds("lora", lora, WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}),

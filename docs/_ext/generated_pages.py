@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import gallery
+import plotly
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -26,6 +27,7 @@ from lorascope.schema.records import QUANTITIES
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = "tutorials"
+PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 PLAIN_TEXT_COLUMNS = "100"
 
 
@@ -184,7 +186,23 @@ def write_pages(app: Sphinx, config: Config) -> None:
             shutil.copyfile(notebook, target)
 
 
+def use_local_plotly(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Let the interactive figures of a page load plotly.js from the site instead of a network."""
+    body = context.get("body", "")
+    if "plotly-graph-div" in body:
+        local = f'<script src="{context["pathto"](f"_static/{PLOTLY_JS.name}", 1)}"></script>'
+        context["body"] = local + re.sub(r'<script[^>]* src="https://[^>]*></script>', "", body)
+
+
+def copy_plotly(app: Sphinx, error: Exception | None) -> None:
+    """Copy plotly.js next to the other static files of the site."""
+    if error is None and app.builder.format == "html":
+        shutil.copyfile(PLOTLY_JS, Path(app.outdir) / "_static" / PLOTLY_JS.name)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the generator with Sphinx."""
     app.connect("config-inited", write_pages)
+    app.connect("html-page-context", use_local_plotly)
+    app.connect("build-finished", copy_plotly)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

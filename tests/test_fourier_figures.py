@@ -16,6 +16,7 @@ from planted import ENTRIES, SHAPE, C, lookup, low_rank, plant, plant_fourier
 from lorascope import plots
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update, leading_directions
+from lorascope.runs.run import Run
 from lorascope.updates.fourier import Fourier
 
 # Coefficient of each entry and its mirror, by frequency (row, column) from the center of the spectrum.

@@ -45,8 +45,6 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
         train("full", ls.Full(lr=1e-4), WITH_CURVES, seed=1),
     ]
     lora = ls.LoRA(rank=8, targets=LINEAR, lr=1e-3, head_lr=1e-3)
-    fourierft = ls.FourierFT()
-    lisa = ls.LISA(interval=5)
     runs: dict[str, Any] = {
         "full": full,
         "lora": seeds("lora", lora, WITH_CURVES | {"observe": [EVERY_10, ls.observe.memory()]}),
@@ -55,8 +53,8 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
         "hydralora": experts("hydralora", ls.HydraLoRA(num_experts=4)),
         "one_expert": experts("one-expert", ls.HydraLoRA(num_experts=1)),
         "uniform_router": experts("uniform", ls.HydraLoRA(num_experts=4, router="uniform")),
-        "fourierft": train("fourierft", fourierft),
-        "lisa": train("lisa", lisa, LONG),
+        "fourierft": train("fourierft", ls.FourierFT()),
+        "lisa": train("lisa", ls.LISA(interval=5), LONG),
         "neft": train("neft", ls.NeFT(reference=full[0]), LONG | {"observe": utilization}),
         "random_neurons": train("random-neurons", ls.NeFT(select_by="random"), LONG | {"observe": utilization}),
         "adapprox": train("adapprox", ls.Adapprox(dense="embed"), LONG),

@@ -86,14 +86,14 @@ def train_gallery_runs(root: Path) -> dict[str, Any]:
             for name, method in (("full", ls.Full()), ("LoRA", lora))
         },
         "moments": ls.train(
-            planted_teacher.student,
+            planted_teacher.student(),
             planted_teacher.task(0),
             ls.Full(lr=1e-3),
             out=root / "moments-0",
             **SHORT | {"observe": [ls.observe.second_moments(), ls.observe.factorings()]},
         ),
         "planted": ls.train(
-            planted_teacher.student,
+            planted_teacher.student(),
             planted_teacher.task(0),
             ls.AdaLoRA(init_rank=max(planted_teacher.RANKS), target_rank=planted_teacher.BUDGET, targets=LINEAR),
             out=root / "planted-0",

@@ -51,7 +51,7 @@ class FactorSet:
     runs, domains : sequence of str
         Name and domain of each run.
     cosine : array (slot, run, slot, run)
-        Cosine between points. For spaces |U_1^T U_2|_F^2 / sqrt(k_1 k_2), the cosine of their projections.
+        Cosine between points. For spaces ``|U_1^T U_2|_F^2 / sqrt(k_1 k_2)``, the cosine of their projections.
     """
 
     shape: tuple[int, ...]
@@ -137,7 +137,7 @@ def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
     """Compute orthonormal columns that span the row space of A or the column space of B.
 
     A singular value at the rounding level of the saved precision does not count as a direction. Rounding a factor C
-    changes it by at most eps / 2 |C|_F in norm, and so each singular value. The threshold is twice that, because a
+    changes it by at most ``eps / 2 |C|_F`` in norm, and so each singular value. The threshold is twice that, because a
     factor may have been scaled once more. A float32 array whose lower 16 bits are all zero was saved as bfloat16.
     """
     columns = update.A.T if factor == "A" else update.B
@@ -259,7 +259,7 @@ def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
 
 
 def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
-    """Compute |U_1^T U_2|_F^2 / sqrt(k_1 k_2) for every pair of bases, given as rows."""
+    """Compute ``|U_1^T U_2|_F^2 / sqrt(k_1 k_2)`` for every pair of bases, given as rows."""
     sizes = np.array([len(rows) for rows in bases])
     # One product of all bases with each other, then a sum over the block of each pair, is faster than a loop.
     stacked = np.concatenate(bases)

@@ -1,7 +1,7 @@
 """Intruder dimensions: leading singular vectors of a trained weight that are dissimilar to all of the base weight's.
 
 W = W_0 + dW. A left singular vector u of W, one of the k with the largest singular values, is an intruder if its cosine
-with every left singular vector of W_0 is small: max_j |<u, u_j(W_0)>| < threshold.
+with every left singular vector of W_0 is small: ``max_j |<u, u_j(W_0)>| < threshold``.
 
 In the coordinates of W_0's singular vectors, W_0 is diagonal, a low-rank update stays low-rank, and the cosines are the
 coordinates of u themselves. So once a base weight is decomposed, an adapter is cheap: its factors are projected, and a
@@ -88,12 +88,12 @@ def intruders(
         Number of singular vectors to compare, those with the largest singular values, 10 by default. Fewer if a weight
         has fewer.
     threshold : float
-        A singular vector is an intruder if its largest |cosine| is below this value, 0.5 by default.
+        A singular vector is an intruder if its largest absolute cosine is below this value, 0.5 by default.
 
     Returns
     -------
     DataFrame
-        ``module, component`` (from 1), ``sigma`` (singular value of W), ``similarity`` (largest |cosine|),
+        ``module, component`` (from 1), ``sigma`` (singular value of W), ``similarity`` (largest absolute cosine),
         ``intruder``. A zero update, or one of rank 0, has no intruders, because it leaves the singular vectors of the
         base weight unchanged. Without any update there are no rows.
 
@@ -166,7 +166,7 @@ class _Core:
 
 
 def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest |cosine| of each leading singular vector with any of the base's, and the singular values."""
+    """Return the singular values, and the largest absolute cosine of each leading vector with any of the base's."""
     core = _core(module, basis, update)
     factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
     if not all(factor.any() for factor in factors):

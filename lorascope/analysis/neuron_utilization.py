@@ -34,7 +34,7 @@ def span(layer: int, layers: str = "later") -> slice:
 def correlations(
     vectors: Float[np.ndarray, "neurons d"], hidden: Float[np.ndarray, "layers d"]
 ) -> Float[np.ndarray, "neurons layers"]:
-    """Compute the |Pearson correlation| of each weight vector with each hidden state; 0 for a constant vector."""
+    """Compute the absolute Pearson correlation of each weight vector and hidden state; 0 for a constant vector."""
     return np.abs(_standardize_rows(vectors) @ _standardize_rows(hidden).T)
 
 
@@ -107,7 +107,7 @@ def _recorded_utilization(table: pd.DataFrame, first: bool = False) -> pd.DataFr
 
 
 def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFrame:
-    """Compute the mean |d_rank| by percentile of the rank in the reference, and over all neurons.
+    """Compute the mean ``|d_rank|`` by percentile of the rank in the reference, and over all neurons.
 
     Returns
     -------
@@ -125,6 +125,6 @@ def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFram
 
 
 def counts(shifts: pd.DataFrame) -> dict[str, float]:
-    """Count the neurons with each of the three flags, and compute the mean |d_rank|."""
+    """Count the neurons with each of the three flags, and compute the mean ``|d_rank|``."""
     kinds = {kind: int(shifts[kind].sum()) for kind in ("strong", "suppressed", "indirect")}
     return {**kinds, "avg_abs_d_rank": float(shifts["d_rank"].abs().mean())}

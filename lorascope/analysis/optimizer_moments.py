@@ -22,7 +22,7 @@ def rank_one(V: Float[np.ndarray, "m n"]) -> Float[np.ndarray, "m n"]:
 
 
 def relative_error(V: Float[np.ndarray, "m n"], stand_in: Float[np.ndarray, "m n"]) -> float:
-    """Compute |V - stand_in| / |V| in Frobenius norm."""
+    """Compute ``|V - stand_in| / |V|`` in Frobenius norm."""
     return float(np.linalg.norm(V - stand_in) / np.linalg.norm(V))
 
 

@@ -31,6 +31,6 @@ def rank_correlation(run: Run) -> float:
 
 
 def absolute_error(run: Run) -> float:
-    """Compute the mean of |found - planted| over the modules."""
+    """Compute the mean of ``|found - planted|`` over the modules."""
     table = recovered_ranks(run)
     return float((table["found"] - table["planted"]).abs().mean())

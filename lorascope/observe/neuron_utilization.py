@@ -42,7 +42,7 @@ register(
 @accept_old_fields
 @dataclass(kw_only=True)
 class utilization(Observer):
-    """Utilization of feed-forward neurons: largest |correlation| of their weights with the mean hidden states.
+    """Utilization of feed-forward neurons: largest absolute correlation of their weights with the mean hidden states.
 
     Hidden states are averaged over the tokens of each held-out row, then over rows. The paper generates the answers;
     here they are part of the rows. The last block's state is taken as the model returns it, in most model families

@@ -223,7 +223,7 @@ def _updates_by_domain(runs: Mapping[str, tuple[str, Run]]) -> dict[str, list[Ru
 
 
 def _relative_change(replicates: Sequence[Mapping[str, tuple[str, Run]]]) -> str:
-    """Format |A - A_0| / |A_0|, mean over modules and runs."""
+    """Format ``|A - A_0| / |A_0|``, mean over modules and runs."""
     changes = []
     for members in replicates:
         for _, run in members.values():

@@ -256,7 +256,7 @@ class Fourier(Dense):
         return np.sort(np.concatenate(sigma))[::-1]
 
     def energy(self, edges: Float[np.ndarray, "edges"]) -> Float[np.ndarray, "bins"]:
-        """Compute |dW|^2 by radius of the frequency: sums between consecutive edges, including the last edge."""
+        """Compute ``|dW|^2`` by radius of the frequency: sums between consecutive edges, including the last edge."""
         even, odd = self.parts
         distances = np.concatenate([np.hypot(even.rows, even.columns), np.hypot(odd.rows + 1, odd.columns + 1)])
         squares = np.concatenate([even.values, odd.values]) ** 2

@@ -71,7 +71,7 @@ def _exp_entropy(shares: np.ndarray) -> float:
 
 
 def subspace_similarity(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"]) -> Float[np.ndarray, "m n"]:
-    """Compute phi of all leading subspaces: entry [i-1, j-1] is |U1_i^T U2_j|_F^2 / min(i, j).
+    """Compute phi of all leading subspaces: entry [i-1, j-1] is ``|U1_i^T U2_j|_F^2 / min(i, j)``.
 
     Parameters
     ----------
@@ -131,9 +131,9 @@ def principal_angles(U1: Float[np.ndarray, "d m"], U2: Float[np.ndarray, "d n"])
 def projected_norm(
     W: Float[np.ndarray, "out in"], U: Float[np.ndarray, "out m"], V: Float[np.ndarray, "in n"]
 ) -> float:
-    """Compute |U^T W V|_F, the norm of W projected on the given subspaces (LoRA, table 7).
+    """Compute ``|U^T W V|_F``, the norm of W projected on the given subspaces (LoRA, table 7).
 
-    For U and V from an update dW, |dW|_F divided by this is the amplification factor.
+    For U and V from an update dW, ``|dW|_F`` divided by this is the amplification factor.
     """
     return float(np.linalg.norm(as_float64(U).T @ as_float64(W) @ as_float64(V)))
 

@@ -85,7 +85,7 @@ class _Update:
         return self.svd()[2][:, :k]
 
     def stable_rank(self) -> float:
-        """Compute the stable rank, |dW|_F^2 / sigma_1^2."""
+        """Compute the stable rank, ``|dW|_F^2 / sigma_1^2``."""
         return stable_rank(self.singular_values())
 
     def effective_rank(self) -> float:
@@ -219,8 +219,8 @@ class Dense(_Update):
 def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
     """Compute the Frobenius norms of many updates.
 
-    For factors, |B A|_F^2 = sum((B^T B) * (A A^T)), elementwise. That sum loses digits if components cancel, as in the
-    difference of two updates of different ranks. In this case the norm of R_B R_A^T is used, with the triangular
+    For factors, ``|B A|_F^2 = sum((B^T B) * (A A^T))``, elementwise. That sum loses digits if components cancel, as in
+    the difference of two updates of different ranks. In this case the norm of R_B R_A^T is used, with the triangular
     factors of B and A^T.
     """
     return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
@@ -285,7 +285,7 @@ def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
 
 
 def weight_norm(W0: Float[np.ndarray, "out in"], update: LowRank | Dense) -> float:
-    """Compute |W_0 + dW|_F without multiplying the factors of a low-rank update."""
+    """Compute ``|W_0 + dW|_F`` without multiplying the factors of a low-rank update."""
     if isinstance(update, Dense):
         return Dense(update.dense() + W0).norm()
     inner = float(update.scale * np.vdot(as_float64(update.B).T @ as_float64(W0), as_float64(update.A)))
@@ -310,11 +310,11 @@ class Pair:
         return Dense(as_float64(self.W) - self.W0)
 
     def weight_norm(self) -> float:
-        """Compute |W|_F."""
+        """Compute ``|W|_F``."""
         return Dense(self.W).norm()
 
     def relative_update(self) -> float:
-        """Compute |W - W_0|_F / |W_0|_F: 0 for a zero update, infinity for an update of a zero weight."""
+        """Compute ``|W - W_0|_F / |W_0|_F``: 0 for a zero update, infinity for an update of a zero weight."""
         update, weight = self.update.norm(), Dense(self.W0).norm()
         if update == 0.0:
             return 0.0

@@ -33,8 +33,8 @@ def neuron_cosine(W0: Any, W: Any, axis: int) -> Float[np.ndarray, "neurons"]:
 def neuron_change(W0: Any, W: Any, axis: int, dtype: type = np.float64) -> NeuronChange:
     """Compute the cosine distance of each neuron's weights before and after, their norms, and the norm of the change.
 
-    With e = w - w_0, 1 - cos = (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|), which is accurate even for angles whose
-    cosine rounds to 1. Here |w| - |w_0| = (2 <w_0, e> + |e|^2) / (|w| + |w_0|). One pass over cache-sized tiles is
+    With e = w - w_0, ``1 - cos = (|e|^2 - (|w| - |w_0|)^2) / (2 |w_0| |w|)``, which is accurate even for angles whose
+    cosine rounds to 1. Here ``|w| - |w_0| = (2 <w_0, e> + |e|^2) / (|w| + |w_0|)``. One pass over cache-sized tiles is
     enough for most neurons.
 
     Parameters
@@ -102,7 +102,7 @@ def factored_change(
 
 
 def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
-    """Compute the change of neurons from the sums |w_0|^2, |w|^2, <w_0, e> and |e|^2."""
+    """Compute the change of neurons from the sums ``|w_0|^2, |w|^2, <w_0, e>, |e|^2``."""
     before, after, error = np.sqrt(sums[[0, 1, 3]])
     product = before * after
     with np.errstate(invalid="ignore"):
@@ -111,7 +111,7 @@ def rotation_from_sums(sums: Float[np.ndarray, "4 neurons"]) -> NeuronChange:
 
 
 def _rotation_squares(sums: Float[np.ndarray, "4 neurons"]) -> Float[np.ndarray, "neurons"]:
-    """Compute |e|^2 - (|w| - |w_0|)^2."""
+    """Compute ``|e|^2 - (|w| - |w_0|)^2``."""
     before2, after2, inner, error2 = sums
     with np.errstate(invalid="ignore"):
         return error2 - ((2.0 * inner + error2) / (np.sqrt(after2) + np.sqrt(before2))) ** 2
@@ -133,7 +133,7 @@ def _change_sums(
     dtype: type,
     scale: Float[np.ndarray, "n"] | None = None,
 ) -> Float[np.ndarray, "4 n"]:
-    """Compute |w_0|^2, |w|^2, <w_0, e> and |e|^2 of some neurons (ascending), with w_0 multiplied by ``scale``."""
+    """Compute ``|w_0|^2, |w|^2, <w_0, e>, |e|^2`` of some neurons (ascending), with w_0 multiplied by ``scale``."""
     sums = np.zeros((4, len(neurons)))
     columns = W0.shape[1]
     height = max(1, 2 * TILE_BYTES // (np.dtype(dtype).itemsize * max(1, columns)))

@@ -96,9 +96,9 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
     -------
     DataFrame
         ``one, other``; ``norm_ratio``, ``|dW|`` of ``one`` over that of ``other``; ``cosine`` between the whole
-        updates; ``angle, chance``, means over shared modules in degrees; ``rank_moved``, the fraction of rank in different
-        modules (0 for the same allocation, 1 without a common module); ``energy_moved``, the same for ``|dW|^2``;
-        ``shared``, the number of modules that both update.
+        updates; ``angle, chance``, means over shared modules in degrees; ``rank_moved``, the fraction of rank in
+        different modules (0 for the same allocation, 1 without a common module); ``energy_moved``, the same for
+        ``|dW|^2``; ``shared``, the number of modules that both update.
     """
     tables = {label: _summary_table(run) for label, run in runs.items()}
     norms = {label: float(np.sqrt((table["update_norm"] ** 2).sum())) for label, table in tables.items()}

@@ -166,7 +166,7 @@ class _Core:
 
 
 def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the singular values, and the largest absolute cosine of each leading vector with any of the base's."""
+    """Return the largest absolute cosine of each leading vector with the base's, and the singular values."""
     core = _core(module, basis, update)
     factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
     if not all(factor.any() for factor in factors):

@@ -49,10 +49,10 @@ class neurons(Observer):
     """Sensitivity of every row and column of the linear layers, and the change of every feed-forward neuron.
 
     W = W_0 + dW is the effective weight, and G = dL/dW its gradient, averaged over batches of the validation split.
-    ``sensitivity_out`` of row i is ``sum_j |W_ij G_ij|``, and ``sensitivity_in`` of column j is ``sum_i |W_ij G_ij|``. G
-    is computed from inputs and output gradients of the module, so it is the same for frozen, trained and adapted weights.
-    Dropout is off. W includes input-dependent updates (HydraLoRA) at mean gates. Feed-forward neurons (rows of inputs
-    and gates, columns of outputs) also have ``neuron_cosine`` and ``neuron_update``, under the same indices.
+    ``sensitivity_out`` of row i is ``sum_j |W_ij G_ij|``, and ``sensitivity_in`` of column j is ``sum_i |W_ij G_ij|``.
+    G is computed from inputs and output gradients of the module, so it is the same for frozen, trained and adapted
+    weights. Dropout is off. W includes input-dependent updates (HydraLoRA) at mean gates. Feed-forward neurons (rows of
+    inputs and gates, columns of outputs) also have ``neuron_cosine`` and ``neuron_update``, under the same indices.
 
     Parameters
     ----------
@@ -89,8 +89,8 @@ class coefficients(Observer):
     """Gradient and importance of every FourierFT coefficient, in the Fourier basis or another one.
 
     The gradient is averaged over batches of the validation split, without dropout. The importance ``|c dL/dc|`` is the
-    size of the first-order change in loss if the coefficient is removed. Each recording has two rows per coefficient, which
-    ``analysis.fourier.spectrum`` joins with frequency and value.
+    size of the first-order change in loss if the coefficient is removed. Each recording has two rows per coefficient,
+    which ``analysis.fourier.spectrum`` joins with frequency and value.
 
     Parameters
     ----------

@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import gallery
+import myst_nb.core.render
 import plotly
+from nbformat import NotebookNode
 from sphinx.application import Sphinx
 from sphinx.config import Config
 
@@ -200,8 +202,26 @@ def copy_plotly(app: Sphinx, error: Exception | None) -> None:
         shutil.copyfile(PLOTLY_JS, Path(app.outdir) / "_static" / PLOTLY_JS.name)
 
 
+def join_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Merge the stream outputs of a cell that have one name.
+
+    It replaces the function of myst-nb, which starts a new line wherever the kernel flushed its output.
+    """
+    joined: list[NotebookNode] = []
+    streams: dict[str, NotebookNode] = {}
+    for output in outputs:
+        if output["output_type"] == "stream" and output["name"] in streams:
+            streams[output["name"]]["text"] += output["text"]
+            continue
+        joined.append(output)
+        if output["output_type"] == "stream":
+            streams[output["name"]] = output
+    return joined
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the generator with Sphinx."""
+    myst_nb.core.render.coalesce_streams = join_streams
     app.connect("config-inited", write_pages)
     app.connect("html-page-context", use_local_plotly)
     app.connect("build-finished", copy_plotly)

@@ -59,8 +59,9 @@ def index_page() -> str:
     listed = "\n".join(TOPICS)
     training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
     return (
-        "# Gallery\n\nEvery figure of `ls.plots`, drawn by the code next to it from small runs, and therefore noisier "
-        f"than [the findings](../findings.md).\n\n::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::\n\n"
+        "# Gallery\n\nEvery figure of `ls.plots`, drawn by the code next to it. The runs are short, so "
+        "differences between accuracies are noise: see [the findings](../findings.md).\n\n"
+        f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::\n\n"
         "```{toctree}\n:hidden:\n\n" + listed + "\n```\n\n## The runs\n\nThe examples use the runs that this code "
         f"trains on the bundled model and text.\n\n```python\n{training}```\n"
     )

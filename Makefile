@@ -59,7 +59,7 @@ gpu: .venv/installed
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lorascope needs Python 3.11 or newer; set PYTHON=/path/to/python"; exit 1; }
-	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 2.6 GB)..."
+	@echo "Creating .venv and installing lorascope with its dependencies (about 2 minutes, 2.8 GB)..."
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@PYTHONWARNINGS="ignore:Editable installation" $(BIN)/python -m pip install --quiet $(PIP_FLAGS) -e '.[dev]'

@@ -27,9 +27,6 @@ extensions = [
     "generated_pages",
 ]
 exclude_patterns = ["_build", "_ext", "_static"]
-root_doc = "index"
-language = "en"
-nitpicky = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = "lorascope"
@@ -67,7 +64,6 @@ nb_merge_streams = True
 nb_output_stderr = "remove"  # progress bars and warnings of other libraries
 nb_render_markdown_format = "myst"
 
-autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's parameter tables state the types
 autodoc_member_order = "bysource"
 numpydoc_show_class_members = False

@@ -22,7 +22,6 @@ from lorascope.plots.registry import FIGURES, Figure
 RUNS = "_build/gallery-runs"
 IMAGES = "gallery/images"
 SOURCE = "gallery_runs.py"
-WIDTHS = {"page": "100%", "column": "50%"}
 
 TOPICS = {
     "updates": ("Updates", "Size, spectrum and shape of the weight updates, by layer and role."),
@@ -59,7 +58,7 @@ def index_page() -> str:
     listed = "\n".join(TOPICS)
     training = (Path(__file__).parent / SOURCE).read_text(encoding="utf-8")
     return (
-        "# Gallery\n\nEvery figure of `ls.plots`, drawn by the code next to it. The runs are short, so "
+        "# Gallery\n\nThe figures in `ls.plots.FIGURES`, each drawn by the code next to it. The runs are short, so "
         "differences between accuracies are noise: see [the findings](../findings.md).\n\n"
         f"::::{{grid}} 1 2 2 3\n:gutter: 3\n\n{cards}\n::::\n\n"
         "```{toctree}\n:hidden:\n\n" + listed + "\n```\n\n## The runs\n\nThe examples use the runs that this code "

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import gallery
 import myst_nb.core.render
@@ -28,9 +29,7 @@ from lorascope.methods.base import Method
 from lorascope.schema.records import QUANTITIES
 
 ROOT = Path(__file__).parents[2]
-TUTORIALS = "tutorials"
 PLOTLY_JS = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
-PLAIN_TEXT_COLUMNS = "100"
 
 
 def own_methods() -> dict[str, type[Method]]:
@@ -155,15 +154,12 @@ def commands_page() -> str:
 
 def help_of(words: list[str]) -> str:
     """Return what ``lorascope WORDS --help`` prints, in plain text."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = PLAIN_TEXT_COLUMNS
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
-            main([*words, "--help"])
-    finally:
-        os.environ.pop("COLUMNS")
-        if before is not None:
-            os.environ["COLUMNS"] = before
+    with (
+        mock.patch.dict(os.environ, COLUMNS="100"),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+        contextlib.suppress(SystemExit),
+    ):
+        main([*words, "--help"])
     return re.sub(r"\x1b\[[0-9;]*m", "", printed.getvalue()).rstrip() + "\n"
 
 
@@ -177,15 +173,12 @@ def write_if_changed(path: Path, text: str) -> None:
 def write_pages(app: Sphinx, config: Config) -> None:
     """Write all generated pages into the source folder, before Sphinx looks for sources."""
     source = Path(app.srcdir)
-    pages = method_pages() | reference_pages() | ({} if os.environ.get("NOGALLERY") else gallery.pages(source))
+    pages = method_pages() | reference_pages() | gallery.pages(source)
     pages |= {"quantities.md": quantities_page(), "cli.md": commands_page()}
+    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+        pages[f"tutorials/{notebook.name}"] = notebook.read_text(encoding="utf-8")
     for name, text in pages.items():
         write_if_changed(source / name, text)
-    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        target = source / TUTORIALS / notebook.name
-        if not target.exists() or target.read_bytes() != notebook.read_bytes():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(notebook, target)
 
 
 def use_local_plotly(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any) -> None:

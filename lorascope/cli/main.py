@@ -14,8 +14,8 @@ from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 from lorascope import __version__
-from lorascope.cli.suggestions import unknown_name
 from lorascope.files.printable import printable
+from lorascope.schema.suggestions import unknown_name
 
 
 class Command(NamedTuple):

@@ -14,10 +14,10 @@ from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, fields_of, headline, parse
 from lorascope.cli.load_runs import open_runs
-from lorascope.cli.suggestions import unknown_name
 from lorascope.files.printable import printable
 from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.run import Run
+from lorascope.schema.suggestions import unknown_name
 
 _RUNS = "folders of runs or adapters; label=folder sets the label of a curve, and runs with one label are its seeds"
 

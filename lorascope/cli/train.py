@@ -11,11 +11,11 @@ from typing import Annotated, Any
 from tyro.conf import arg
 
 from lorascope.cli.arguments import UsageError, fields_of, headline, parse
-from lorascope.cli.suggestions import unknown_name
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
 from lorascope.runs.run import Run
 from lorascope.schema.deprecation import old_fields
+from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
 
 _USAGE = """usage: lorascope train METHOD --steps N [--task TASK] [--model MODEL] [-o RUN] [options]

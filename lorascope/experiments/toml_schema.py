@@ -6,11 +6,12 @@ lists. TOML has no null, so ``"none"`` means None wherever None is allowed.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
+
+from lorascope.schema.suggestions import unknown_name
 
 NONE = "none"
 _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): f'"{NONE}"'}
@@ -70,7 +71,4 @@ def require_known(given: Collection[str], choice: Collection[str], what: str) ->
     """Raise ValueError for the first unknown name."""
     for name in given:
         if name not in choice:
-            near = difflib.get_close_matches(name, choice, n=2)
-            known = f"expected one of {', '.join(sorted(choice))}"
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else known
-            raise ValueError(f"unknown {what} {name!r}; {hint}")
+            raise ValueError(unknown_name(what, name, sorted(choice)))

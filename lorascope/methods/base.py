@@ -19,6 +19,7 @@ from lorascope.schema import module_table
 from lorascope.schema.deprecation import former, old_attribute, to_new_fields, warn_renamed
 from lorascope.schema.labels import to_words
 from lorascope.schema.records import Item
+from lorascope.schema.suggestions import unknown_name
 
 METHODS: dict[str, type[Method]] = {}
 Batch = dict[str, Tensor]
@@ -342,6 +343,6 @@ def from_config(stored: Mapping[str, Any]) -> Method:
         The name is not registered.
     """
     if (name := stored["name"]) not in METHODS:
-        raise ValueError(f"unknown method {name!r}; expected one of {', '.join(sorted(METHODS))}")
+        raise ValueError(unknown_name("method", name, METHODS))
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}
     return METHODS[name](**to_new_fields(METHODS[name], values))

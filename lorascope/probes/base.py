@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,13 +158,6 @@ class Probe:
 def make_report_figure(figure: str, chart: Drawable) -> ReportFigure:
     """Return a chart with the reading and the caveat that ``FIGURES`` lists for it."""
     return ReportFigure(chart, FIGURES[figure].reads, FIGURES[figure].misleads, figure)
-
-
-def unknown_probe_message(name: str) -> str:
-    """Return the error message for a name that is not in ``PROBES``."""
-    near = difflib.get_close_matches(name, PROBES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(PROBES)}"
-    return f"unknown probe {name!r}; {hint}"
 
 
 def register(probe: Probe) -> Probe:

@@ -20,12 +20,13 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import is_plain, write_bytes, write_json
 from lorascope.files.typed_json import read_json
 from lorascope.inputs import models
-from lorascope.probes.base import PROBES, Arm, Findings, unknown_probe_message
+from lorascope.probes.base import PROBES, Arm, Findings
 from lorascope.probes.claims import Verdict
 from lorascope.probes.report import page
 from lorascope.runs.run import Run
 from lorascope.runs.writer import remove_states
 from lorascope.schema.deprecation import old_attribute
+from lorascope.schema.suggestions import unknown_name
 
 QUICK_SEEDS = 2
 CONTENTS = "probes.json"
@@ -108,7 +109,7 @@ def reproduce(names: Sequence[str], quick: bool, seeds: int | None, out: str | P
     """
     unknown = [name for name in names if name not in PROBES]
     if unknown:
-        raise ValueError(unknown_probe_message(unknown[0]))
+        raise ValueError(unknown_name("probe", unknown[0], PROBES))
     chosen = {name: PROBES[name] for name in names or PROBES}
     page.require_report(Path(out) / REPORT)
     # Reading an existing file raises an error here if another program wrote it, before it is replaced.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from lorascope.methods.base import Method, Phase
 from lorascope.observe import Observer, norms
 from lorascope.runs.folders import lock_run, read_manifest
 from lorascope.runs.run import Run
+from lorascope.schema.suggestions import unknown_name
 from lorascope.training.base_weights import Base, prepare_model
 from lorascope.training.output_folder import StateRemoved, finished_run, prepare_folder, write_phases
 from lorascope.training.progress import catch_interrupt, progress_bar
@@ -262,9 +262,7 @@ def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
 
 def _method_of_name(name: str) -> Method:
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(METHODS)}"
-        raise ValueError(f"unknown method {name!r}; {hint}")
+        raise ValueError(unknown_name("method", name, METHODS))
     return METHODS[name]()
 
 

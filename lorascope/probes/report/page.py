@@ -13,10 +13,11 @@ from plotly.offline import get_plotlyjs
 from lorascope.charts.plotly_backend import CONFIG
 from lorascope.charts.theme import THEMES
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.probes.base import PROBES, Findings, unknown_probe_message
+from lorascope.probes.base import PROBES, Findings
 from lorascope.probes.report.html import join, json_data
 from lorascope.probes.report.sections import StudySection, claims, contents, head, section
 from lorascope.runs.run import Run
+from lorascope.schema.suggestions import unknown_name
 
 _GENERATOR = b'<meta name="generator" content="lorascope">'
 
@@ -63,7 +64,7 @@ def write(
     require_report(path)
     for name in findings:
         if name not in PROBES:
-            raise ValueError(unknown_probe_message(name))
+            raise ValueError(unknown_name("probe", name, PROBES))
         if name not in runs:
             raise ValueError(f"runs must have an entry for probe {name!r}: pass its runs by label of the arm")
     studies = [StudySection(PROBES[name], found, runs[name]) for name, found in findings.items()]

@@ -26,7 +26,8 @@ extensions = [
     "myst_nb",
     "generated_pages",
 ]
-exclude_patterns = ["_build", "_ext", "_static"]
+exclude_patterns = ["_build", "_ext", "_static", "_templates"]
+templates_path = ["_templates"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "lorascope"

@@ -102,8 +102,6 @@ def reference_pages() -> dict[str, str]:
     own = [name for name in lorascope._PUBLIC if callable(getattr(lorascope, name))]
     parts = [title("API reference"), "``import lorascope as ls``\n", autosummary("lorascope", own)]
     for name, path in sorted(lorascope._MODULES.items()):
-        if name == "probes":
-            continue
         module = importlib.import_module(path)
         members = public_members(module)
         parts.append(f"ls.{name}\n{'-' * (len(name) + 3)}\n\n{first_sentence(module)}.\n")

@@ -56,7 +56,8 @@ class Delta(nn.Module):
 
         Parameters
         ----------
-        x : Float[Tensor, "*batch in"], or Int[Tensor, "*batch"] on an embedding
+        x : Tensor
+            Shape (..., in), or token ids of shape (...) on an embedding.
         """
         return F.linear(x, self.weight()) if x.is_floating_point() else F.embedding(x, self.weight().T)
 

@@ -106,8 +106,8 @@ def decoder(options: argparse.Namespace, steps: int, root: Path) -> Row:
     run, peak = with_peak(options.device, lambda: ls.train(options.decoder, options.task, method, **settings))
     cells = run.table.pivot_table(index="step", columns="quantity", values="value", observed=True)
     losses = cells["loss"].dropna()
-    note = f"loss {losses.iloc[0]:.3f} to {losses.iloc[-1]:.3f}, {run.meta['seconds']:.1f} s with evaluation"
-    row = f"lora, {run.meta['model']}, bf16"
+    note = f"loss {losses.iloc[0]:.3f} to {losses.iloc[-1]:.3f}, {run.meta.seconds:.1f} s with evaluation"
+    row = f"lora, {run.meta.model}, bf16"
     return {"row": row, "seconds": float(np.median(np.diff(cells["seconds"]))), "allocated": peak, "note": note}
 
 

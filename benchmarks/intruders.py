@@ -11,8 +11,8 @@ import numpy as np
 from paired import compare
 
 from lorascope.analysis.intruders import bases, intruders
+from lorascope.updates import Dense, LowRank
 from lorascope.updates.linalg import one_thread
-from lorascope.updates.low_rank import Dense, LowRank
 
 SIDE, RANK, K, SPEEDUP = 1024, 16, 10, 10
 

@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 from paired import compare
 
-from lorascope.updates.low_rank import LowRank, spectra
+from lorascope.updates import LowRank, spectra
 
 SECONDS, SPEEDUP = 1.0, 1000
 

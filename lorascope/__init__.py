@@ -58,7 +58,7 @@ _MODULES = {
     "probes": "lorascope.probes",
     "step_time": "lorascope.experiments.step_time",
     "tasks": "lorascope.inputs.tasks",
-    "update": "lorascope.updates.low_rank",
+    "update": "lorascope.updates",
     "worth": "lorascope.experiments.component_importance",
 }
 # Deprecated names and their replacements; accepted for one more release.

@@ -169,7 +169,7 @@ def changes(cell, run, base) -> dict[str, torch.Tensor]:
 def mean_gates(cell, model) -> dict[str, torch.Tensor]:
     """Average softmax(W_g x) over all tokens of the first validation rows, one row per pass and so without padding."""
     task = cell.task.fit(model)
-    longest = cell.run.meta["settings"]["max_length"]
+    longest = cell.run.meta.settings["max_length"]
     rows = task.encode(models.processor(model), task.split("validation").head(ROWS), longest)
     seen: dict[str, list] = {name: [] for name in delta.attached_deltas(model)}
     hooks = [
@@ -189,7 +189,7 @@ def check_norms(cell, run, base):
     """Check the recorded update_norm of every module and block after the last step."""
     found = changes(cell, run, base)
     adapted = {module for module in found if module not in base}
-    phase = run.meta["method"]["name"]
+    phase = run.meta.method["name"]
     if phase in ("full", "lisa", "adapprox"):
         trained = set(base)
     else:

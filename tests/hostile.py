@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from planted import manifest
 from safetensors.numpy import save
 
 from lorascope.cli.main import main
@@ -143,7 +144,7 @@ def pretrained(folder: Path) -> Path:
 
 
 def trained(folder: Path, **meta: Any) -> Path:
-    writer = RunWriter(folder, copy.deepcopy(RUN) | meta)
+    writer = RunWriter(folder, manifest(**copy.deepcopy(RUN) | meta))
     for step in (0, 9):
         rows = [Record("loss", 1.0 - step / 20), Record("lr", 0.1)]
         rows += [Record(name, 1.0 + step, f"h.{n}.q") for name in ("update_norm", "weight_norm") for n in (0, 1)]
@@ -214,14 +215,15 @@ def read_all(folder: Path, base: Path | None = None) -> None:
     """Read everything in a folder through the library."""
     from lorascope.diagnosis import doctor
     from lorascope.diagnosis.inspection import inspect
-    from lorascope.runs.loading import AdapterRun, load
+    from lorascope.runs.adapter import Adapter
+    from lorascope.runs.loading import load
 
     found = load(folder, base)
-    _ = found.id, found.modules, found.ranks() if found.meta["states"] else {}, repr(found)
+    _ = found.id, found.modules, found.ranks() if found.meta.states else {}, repr(found)
     doctor.diagnose(found)
     inspect(found).to_json()
     _ = found.table, found.parents
-    if not isinstance(found, AdapterRun):
+    if not isinstance(found, Adapter):
         for name in found.snapshot_names():
             found.snapshot(name)
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors, Record, Snapshot
@@ -28,6 +30,14 @@ COMMON = {
     "settings": {"steps": 9}, "parents": [],
     "parameters": {"trained": 1}, "test": {},
 }  # fmt: skip
+
+
+def manifest(**content: Any) -> Manifest:
+    """Build the description of a run from a part of it; a stored one, such as `Manifest.to_json` returns, fits too."""
+    whole = COMMON | {"id": "a", "label": "LoRA", "seed": 0, "status": "running", "modules": MODULES} | content
+    return msgspec.convert(whole | {"test": whole["test"] or None}, Manifest)
+
+
 Values = Mapping[tuple[str, str], Mapping[int, Any]]
 SHAPES = {"q": (1, 1), "k": (1, 1), "v": (1, 1), "o": (1, 1), "ffn_in": (4, 1), "ffn_out": (1, 4)}  # (out, in) / hidden
 
@@ -54,7 +64,7 @@ def plant(
     states = {"last": {"step": max(last, 0), "ranks": ranks}}
     named = {"id": id, "label": label, "seed": seed, "modules": MODULES, "states": states}
     content = COMMON | named | meta
-    writer = RunWriter(folder / id, content | {"method": meta.get("method", content["recipe"])})
+    writer = RunWriter(folder / id, manifest(**content | {"method": meta.get("method", content["recipe"])}))
     for (quantity, module), steps in values.items():
         for step, value in steps.items():
             writer.add(step, [Record(quantity, value, module)])
@@ -110,7 +120,7 @@ def plant_fourier(
         "recipe": fields,
         "method": fields,
     }
-    writer = RunWriter(folder / id, COMMON | named)
+    writer = RunWriter(folder / id, manifest(**COMMON | named))
     is_fourier = recipe.get("basis", "fourier") == "fourier"
     for module, steps in found.items():
         for quantity in ("update_norm", "learned_norm"):

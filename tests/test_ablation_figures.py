@@ -121,7 +121,7 @@ def test_basis_ablation_with_different_numbers_of_coefficients_raises(run: Any) 
 
 def test_basis_ablation_with_different_training_settings_raises(run: Any) -> None:
     one, two = run(0.5, basis="fourier"), run(0.6, label="b", basis="random")
-    two.meta["settings"] = {"steps": 10}
+    two.meta.settings = {"steps": 10}
     with pytest.raises(ValueError, match=r"got steps 9 \(run .*\) and 10 \(run"):
         plots.basis_ablation([one, two])
 

@@ -728,7 +728,7 @@ def test_updates_of_snapshots_equal_those_of_the_model(trained):
 @pytest.mark.parametrize("state", ["last", "best"])
 def test_restored_model_gives_the_same_logits(state, trained, bert, task):
     run, model, _ = trained
-    assert run.meta["states"]["best"]["step"] in (9, 12)  # no best state before the selection is fixed
+    assert run.meta.states["best"].step in (9, 12)  # no best state before the selection is fixed
     fresh = models.load(bert, task=task)
     run.restore(fresh, state=state)
     assert {name: delta.rank for name, delta in attached_deltas(fresh).items()} == run.ranks(state)

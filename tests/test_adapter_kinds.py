@@ -76,7 +76,7 @@ def test_adalora_rank_excludes_masked_components(tmp_path: Path) -> None:
     modules = inspect(run).modules.set_index("module")
     assert dict(modules["rank"]) == run.ranks() == {name: sum(kept) for name, kept in MASK.items()}
     assert not modules["dead"].any()
-    assert run.meta["parameters"]["trained"] == sum(tensor.numel() for tensor in tensors.values())
+    assert run.meta.parameters.trained == sum(tensor.numel() for tensor in tensors.values())
 
 
 def test_adalora_new_adapter_has_all_components(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ from lorascope.analysis import adapter_similarity
 from lorascope.analysis.leading_directions import chance_angle
 from lorascope.cli.main import main
 from lorascope.files.safetensors_io import write_json, write_tensors
-from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
-from lorascope.runs.loading import AdapterRun, load
-from lorascope.updates.fourier import Fourier
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.loading import load
+from lorascope.updates import Dense, Fourier, LowRank
 
 LAYER = "model.layers.{}.self_attn.{}_proj".format
 SHAPE = (20, 12)
@@ -55,12 +56,12 @@ RANKS = {
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> dict[str, AdapterRun]:
+def three(tmp_path: Path) -> dict[str, Adapter]:
     """Return adapters of different ranks that share some modules."""
     return {name: load(write(tmp_path / name, drawn(ord(name), ranks))) for name, ranks in RANKS.items()}
 
 
-def whole(run: AdapterRun) -> np.ndarray:
+def whole(run: Adapter) -> np.ndarray:
     """Return the update of all modules as one vector."""
     updates = run.updates()
     names = sorted({module for ranks in RANKS.values() for module in ranks})
@@ -74,7 +75,7 @@ def angle(one: np.ndarray, other: np.ndarray, k: int) -> float:
     return float(np.mean([np.degrees(np.arccos(np.linalg.svd(c, compute_uv=False))) for c in cosines]))
 
 
-def test_matrix_matches_dense_vectors(three: dict[str, AdapterRun]) -> None:
+def test_matrix_matches_dense_vectors(three: dict[str, Adapter]) -> None:
     shared = adapter_similarity.modules(three)
     table = adapter_similarity.matrix(three, shared).set_index(["one", "other"])
     for one in three:
@@ -95,7 +96,7 @@ def test_matrix_matches_dense_vectors(three: dict[str, AdapterRun]) -> None:
     assert table.loc[("a", "c"), "cosine"] == 0
 
 
-def test_moved_fractions_match_hand_computed_ones(three: dict[str, AdapterRun]) -> None:
+def test_moved_fractions_match_hand_computed_ones(three: dict[str, Adapter]) -> None:
     table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
     # Adapter a has a third of its rank in each of q0, v0, q1; adapter b has 6, 2 and 4 twelfths in q0, q1, v1.
     assert table.loc[("a", "b"), "rank_moved"] == pytest.approx((1 / 6 + 1 / 3 + 1 / 6 + 1 / 3) / 2)
@@ -107,7 +108,7 @@ def test_moved_fractions_match_hand_computed_ones(three: dict[str, AdapterRun]) 
     assert table.loc[("a", "b"), "energy_moved"] == pytest.approx(moved)
 
 
-def test_comparison_does_not_depend_on_the_factorization(tmp_path: Path, three: dict[str, AdapterRun]) -> None:
+def test_comparison_does_not_depend_on_the_factorization(tmp_path: Path, three: dict[str, Adapter]) -> None:
     factors, draw = drawn(ord("b"), RANKS["b"]), np.random.default_rng(9)
     gauges = {module: draw.standard_normal((len(A), len(A))) for module, (_, A) in factors.items()}
     again = {module: (B @ gauges[module], np.linalg.solve(gauges[module], A)) for module, (B, A) in factors.items()}
@@ -135,7 +136,7 @@ def test_inner_of_all_update_kinds_matches_dense_matrices(monkeypatch: pytest.Mo
     monkeypatch.setattr(LowRank, "dense", never)
     for one, first in zip(updates, matrices, strict=True):
         for other, second in zip(updates, matrices, strict=True):
-            assert adapter_similarity.inner(one, other) == pytest.approx(np.vdot(first, second))
+            assert one.inner(other) == pytest.approx(np.vdot(first, second))
 
 
 def test_zero_and_nan_updates_are_compared_where_defined(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def printed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     return capsys.readouterr().out
 
 
-def test_inspect_prints_the_matrix(three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_matrix(three: dict[str, Adapter], capsys: pytest.CaptureFixture[str]) -> None:
     shown = printed(capsys, *(run.path for run in three.values())).splitlines()
     table = adapter_similarity.matrix(three, adapter_similarity.modules(three)).set_index(["one", "other"])
     assert [line.split()[:3] for line in shown[1:4]] == [["a", "a", "LoRA"], ["b", "b", "LoRA"], ["c", "c", "LoRA"]]
@@ -195,7 +196,7 @@ def test_inspect_of_any_number_of_adapters_fits_80_columns(
 
 
 def test_inspect_as_json_and_csv_has_all_comparisons(
-    three: dict[str, AdapterRun], capsys: pytest.CaptureFixture[str]
+    three: dict[str, Adapter], capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [run.path for run in three.values()]
     items = json.loads(printed(capsys, *paths, "--json"))
@@ -215,7 +216,7 @@ def test_labels_of_folders_with_the_same_name_are_their_paths(
     assert [item["label"] for item in json.loads(printed(capsys, *paths, "--json"))] == list(map(str, paths))
 
 
-def test_figure_shows_the_matrix(three: dict[str, AdapterRun]) -> None:
+def test_figure_shows_the_matrix(three: dict[str, Adapter]) -> None:
     charts = [chart for row in plots.adapter_pairs(three).rows() for chart in row]
     table = adapter_similarity.matrix(three, adapter_similarity.modules(three))
     ratio, cosine, angles, moved = charts

@@ -459,7 +459,7 @@ def test_module_of_rank_zero_appears_in_every_output(run, bert, task):
     batch["input_ids"] %= 20
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, model.eval()(**batch).logits)
-    assert found.meta["states"]["best"]["step"] >= 6
+    assert found.meta.states["best"].step >= 6
 
 
 def test_run_killed_around_a_round_resumes_bitwise(forks, tmp_path):

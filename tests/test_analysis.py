@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lorascope.analysis import norms, spectra, subspace_similarity
 from lorascope.schema import records
 from lorascope.schema.records import Record
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Dense, LowRank
 
 MODULES = pd.DataFrame(
     [

@@ -561,7 +561,7 @@ def test_each_phase_trains_on_its_own_rows(bert, task, tmp_path, monkeypatch):
     assert seen["held out"] <= texts("search")
     assert len(seen["held out"]) > 0.8 * len(texts("search"))
     assert seen["retrain"] == texts("train", 0) == texts("train") | texts("search")
-    assert run.meta["phase"] == ["retrain", "train+search"]
+    assert run.meta.phase == ["retrain", "train+search"]
 
 
 @pytest.fixture(scope="module")
@@ -581,8 +581,8 @@ def test_retraining_uses_the_ranks_of_the_search(trained, task):
         "2-retrain",
     ]
     assert ls.load(run.path.parent).id == run.id
-    assert run.meta["recipe"] == search.meta["recipe"] == search.meta["method"]
-    assert run.meta["method"]["name"] == "lora"
+    assert run.meta.recipe == search.meta.recipe == search.meta.method
+    assert run.meta.method["name"] == "lora"
     assert run.ranks() == search.ranks()
     assert len(set(run.ranks().values())) > 1
     table = search.table[search.table["step"] == 13]
@@ -592,7 +592,7 @@ def test_retraining_uses_the_ranks_of_the_search(trained, task):
         assert (delta.A.shape[0], delta.scale) == (run.ranks()[module], 16 / run.ranks()[module])
     start = run.table.query("step == 0 and quantity == 'update_norm'").set_index("module")["value"]
     assert not start[list(run.ranks())].any()
-    assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == sum(
+    assert run.meta.parameters.trained - run.meta.parameters.head == sum(
         rank * sum(model.get_submodule(module).weight.shape) for module, rank in run.ranks().items()
     )
     config = run.lora_config()

@@ -18,9 +18,10 @@ from lorascope.cli.main import main
 from lorascope.diagnosis import base_comparison, terminal
 from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import write_json, write_tensors
-from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.loading import load
-from lorascope.updates.low_rank import factored_change, neuron_change
+from lorascope.updates import factored_change, neuron_change
 
 
 @pytest.mark.parametrize("axis", [0, 1])

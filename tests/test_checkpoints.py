@@ -230,7 +230,7 @@ def test_best_state_after_the_last_checkpoint_is_dropped_on_resume(bert, task, t
         ls.train(models.load(bert, task=task), task, method, out=out, **FAST | {"checkpoint_every": 3})
     worse.append("now")
     run = ls.train(models.load(bert, task=task), task, method, out=out, **FAST | {"checkpoint_every": 3})
-    assert run.meta["states"]["best"]["step"] == 2
+    assert run.meta.states["best"].step == 2
     assert sorted(path.stem for path in out.glob("snapshots/*")) == [
         "step-000000",
         "step-000002",
@@ -279,5 +279,5 @@ def test_files_of_the_user_survive_overwrite_and_resume(bert, task, tmp_path, at
     run = ls.train(models.load(bert, task=task), task, method, out=out, **FAST)
     assert run.finished
     assert [file.read_text(encoding="utf-8") for file in mine] == ["years of work"] * 4
-    assert not any("mine" in name for name in run.meta["checksums"])
+    assert not any("mine" in name for name in run.meta.checksums)
     assert [path.name for path in (out / "resume").iterdir()] == ["mine.safetensors"]

@@ -169,17 +169,17 @@ def test_train_then_inspect_then_plot(
     assert (code, err) == (0, "")
     trained = load("run")
     assert out.splitlines()[0] == repr(trained).splitlines()[0]
-    stored = trained.meta["method"]
+    stored = trained.meta.method
     assert (stored["rank"], stored["alpha"], stored["targets"]) == (2, 4.0, ["q", "k"])
-    assert trained.meta["settings"]["lr"] == 0.01
-    assert trained.meta["settings"]["batch_size"] == 8
+    assert trained.meta.settings["lr"] == 0.01
+    assert trained.meta.settings["batch_size"] == 8
     assert len(trained.ranks()) == 4
 
     # The same command line finds the run again.
     code, out, _ = run(capsys, "train", "lora", *common, *own, "-o", "run", "--json")
     told = json.loads(out)
     assert (code, told["id"], told["status"], told["path"]) == (0, trained.id, "done", "run")
-    assert told["test"]["metric"] == trained.meta["test"]["metric"]
+    assert told["test"]["metric"] == trained.score.metric
     assert trained.id in complaint(capsys, "train", "lora", *common, "-o", "run")
 
     code, out, _ = run(capsys, "inspect", "run")

@@ -26,7 +26,8 @@ from lorascope.experiments import component_importance
 from lorascope.inputs import models
 from lorascope.methods import Full, HydraLoRA, LoRA
 from lorascope.runs.export import rank_pattern, select_components, to_peft
-from lorascope.runs.formats.peft_lora import PREFIX, WEIGHTS
+from lorascope.runs.formats.peft_lora import WEIGHTS
+from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.run import Run
 from lorascope.training.state import seed_generators
 

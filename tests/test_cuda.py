@@ -146,7 +146,7 @@ def test_a_training_on_a_device_records_what_it_records_on_the_cpu(name, device,
 
     here, (there, model) = train("cpu")[0], train(device)
     assert {parameter.device.type for parameter in model.parameters()} == {device}
-    assert there.meta["device"] == device
+    assert there.meta.device == device
     tables = [run.table.set_index(["step", "quantity", "module", "index"])["value"] for run in (here, there)]
     pd.testing.assert_index_equal(tables[0].index, tables[1].index)
     for quantity in ("loss", "eval_loss", "weight_norm", "update_norm", "step_norm"):

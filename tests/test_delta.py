@@ -33,8 +33,7 @@ from lorascope.adapters.delta import (
 from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, HydraLoRA, LoRA
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
-from lorascope.updates.fourier import Fourier
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Dense, Fourier, LowRank
 
 
 class Matrix(Delta):

@@ -179,7 +179,7 @@ def test_healthy_adapter_yields_no_finding(bench):
     model = bench.peft()
     rows, bench.rows = bench.rows[32:], bench.rows[:32]
     run = bench.trained(model, eval_dataset=rows, eval_strategy="steps", eval_steps=3)
-    assert run.meta["eval_overlap"] == 0
+    assert run.meta.eval_overlap == 0
     assert ls.diagnose(run) == []
     assert ls.diagnose(bench.saved(model, base=True)) == []
 

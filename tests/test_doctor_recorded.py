@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import peft
 import pytest
-from planted import low_rank, plant
+from planted import low_rank, manifest, plant
 from ward import Allocating, Bench, adalora
 
 import lorascope as ls
@@ -57,7 +57,7 @@ def case(method, step=None, **columns):
     frame = pd.DataFrame(columns)
     frame["module"] = [f"h.{number}.q" for number in frame.index]
     frame["adapted"] = frame.get("rank", pd.Series(1, frame.index)) > 0
-    meta = {"method": method, "states": {"last": {"step": step}}}
+    meta = manifest(method=method, states={"last": {"step": step, "ranks": {}}})
     return Case(frame, pd.Series(dtype="float64"), meta, True, True, True, ())
 
 
@@ -134,5 +134,5 @@ def test_scale_of_a_recorded_adalora(alpha, found, bench):
 @pytest.mark.parametrize("config", [peft.PromptTuningConfig, peft.PromptEncoderConfig])
 def test_prompt_methods_have_no_unused_adapters(config, bench):
     run = bench.trained(bench.peft(config(task_type="SEQ_CLS", num_virtual_tokens=4)))
-    assert run.meta["method"]["name"] == "peft"
+    assert run.meta.method["name"] == "peft"
     assert causes_of(run) == []

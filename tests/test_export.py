@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from lorascope.runs.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
 from lorascope.runs.summary import peft_keywords
 from lorascope.schema import module_table
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 FAST = {"steps": 4, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 
@@ -542,7 +542,7 @@ def test_to_peft_of_a_changed_state_raises(lora: ls.Run, tmp_path: Path) -> None
 def test_to_peft_base_has_its_hub_name(
     model: str, base: str, more: tuple[str, ...], lora: ls.Run, tmp_path: Path
 ) -> None:
-    out = to_peft(ls.Run(lora.path, lora.meta | {"model": model}), tmp_path / "adapter")
+    out = to_peft(ls.Run(lora.path, replace(lora.meta, model=model)), tmp_path / "adapter")
     assert peft.PeftConfig.from_pretrained(out).base_model_name_or_path == base
     card = (out / "README.md").read_text(encoding="utf-8")
     assert f"base_model: {base}\n" in card

@@ -15,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from lorascope import plots
 from lorascope.analysis import factor_embeddings, factor_sharing
 from lorascope.analysis.factor_embeddings import clouds
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 DOMAINS = ("film", "music", "news")
 RUNS = {f"{domain}{order}": domain for domain in DOMAINS for order in (1, 2)}

@@ -49,7 +49,7 @@ def test_first_evaluation_is_before_the_first_step(method, fresh_bert, task, tmp
 def test_best_state_is_never_step_zero(fresh_bert, task, tmp_path):
     """The learning rate ruins the model in the first steps."""
     run = ls.train(fresh_bert, task, Full(lr=10.0), eval_every=1, warmup=0, out=tmp_path / "run", **FAST)
-    assert run.meta["states"]["best"]["step"] > 0
+    assert run.meta.states["best"].step > 0
 
 
 def test_eval_every_zero_evaluates_only_after_the_last_step(fresh_bert, task, tmp_path):

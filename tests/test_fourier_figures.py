@@ -17,7 +17,7 @@ from lorascope import plots
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update, leading_directions
 from lorascope.runs.run import Run
-from lorascope.updates.fourier import Fourier
+from lorascope.updates import Fourier
 
 # Coefficient of each entry and its mirror, by frequency (row, column) from the center of the spectrum.
 PLACES = {
@@ -248,7 +248,7 @@ def test_accuracy_by_parameters_counts_default_coefficients_and_ignores_alpha_eq
 ) -> None:
     default = fourier("f", {"h.0.q": {9: C}})
     default.table = pd.concat([default.table, write("z", {("test_metric", ""): {9: 0.7}}).table.assign(run="f")])
-    default.meta["parameters"] = {"trained": 4}
+    default.meta.parameters = {"trained": 4}
     values = {("test_metric", ""): {9: 0.8}}
     runs = [
         write(

@@ -61,7 +61,7 @@ def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
                 method, center=method.center / 12, width=8
             )  # the tiny model's spectrum is a twelfth as wide
         run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **settings)
-        run.meta["test"]["metric"] = reached[arm.label]
+        run.score.metric = reached[arm.label]
         runs[arm.label] = [run]
     found = probe.judge(runs)
     effects = {verdict.claim: verdict.effect for verdict in found.verdicts}

@@ -153,7 +153,7 @@ def test_ablations_draw_one_bar_per_variant(run: Any) -> None:
 
 def test_ablations_with_two_tasks_raises(run: Any) -> None:
     one, two = run(0.5, label="a"), run(0.6, label="b")
-    two.meta["task"] = "other"
+    two.meta.task = "other"
     with pytest.raises(ValueError, match=r"ablations.*task, got t \(run .*\) and other \(run"):
         plots.ablations([one, two])
 

@@ -102,8 +102,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = planted.path / "state/last.safetensors"
     state.parent.mkdir()
     write_tensors(state, {"score.weight": np.ones((2, 6), "f4")}, {})
-    planted.meta["checksums"]["state/last.safetensors"] = file_hash(state)
-    write_json(planted.path / "run.json", planted.meta)
+    planted.meta.checksums["state/last.safetensors"] = file_hash(state)
+    write_json(planted.path / "run.json", planted.meta.to_json())
     return planted.path
 
 

@@ -29,7 +29,7 @@ from lorascope.probes.hydralora import update_cosines
 from lorascope.runs import export
 from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
-from lorascope.updates.low_rank import norms
+from lorascope.updates import norms
 
 FAST = {"steps": 5, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 FFN = ("ffn_in", "ffn_out")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from planted import COMMON as PLANTED
+from planted import manifest
 from tiny import tiny
 from torch import nn
 
@@ -31,7 +32,7 @@ from lorascope.runs.layout import identify
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 
 def started(family: str, seed: int, **fields: object) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -164,10 +165,12 @@ def planted_runs(folder: Path, learned: bool, spread: float = 0.1, replicates: i
             modules = [{"module": name, "stack": "", "layer": m, "role": "q"} for m, name in enumerate(names)]
             run = RunWriter(
                 folder / f"{arm.label}-{seed}",
-                PLANTED
-                | {"id": f"{arm.label}-{seed}", "label": arm.label, "seed": number}
-                | {"task": made.task, "modules": modules}
-                | {"states": {"last": {"step": 9, "ranks": dict.fromkeys(names, 2)}}},
+                manifest(
+                    **PLANTED
+                    | {"id": f"{arm.label}-{seed}", "label": arm.label, "seed": number}
+                    | {"task": made.task, "modules": modules}
+                    | {"states": {"last": {"step": 9, "ranks": dict.fromkeys(names, 2)}}}
+                ),
             )
             run.add(0, [Factors(name, {"B": np.zeros((10, 2)), "A": A[name]}, 1.0) for name in names])
             run.add(9, [Factors(name, {"B": B[name], "A": moved[name]}, 1.0) for name in names])
@@ -241,7 +244,7 @@ def test_quick_from_runs_to_report(bert, task, tmp_path, monkeypatch):
     starts = {}
     for folder in folders:
         run = Run.read(folder)
-        starts.setdefault(run.meta["recipe"].get("init_seed", run.meta["seed"]), []).append(run.factors(0))
+        starts.setdefault(run.meta.recipe.get("init_seed", run.meta.seed), []).append(run.factors(0))
     assert {start: len(same) for start, same in starts.items() if len(same) > 1} == {0: 4}
     for same in starts.values():
         for module in same[0]:

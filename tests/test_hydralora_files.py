@@ -76,14 +76,14 @@ def test_representations_name_hydralora_and_uniform_gates(tmp_path):
     # by layer, not by the alphabet
     assert list(dict.fromkeys(run.modules["layer"])) == [0, 2, 10]
     assert not run.summary()["exact"].any()
-    assert run.meta["parameters"]["trained"] == sum(
+    assert run.meta.parameters.trained == sum(
         4 * inner + 3 * 4 * outer + 3 * inner for outer, inner in MODULES.values()
     )
-    assert run.meta["method"]["name"] == "hydralora"
+    assert run.meta.method["name"] == "hydralora"
     assert "HydraLoRA, rank 4" in repr(run)
     found = inspection.inspect(run)
     assert "9 of 9 modules depend on their input: their updates are evaluated at uniform gates" in found.findings
-    assert found.modules["parameters"].sum() == run.meta["parameters"]["trained"]
+    assert found.modules["parameters"].sum() == run.meta.parameters.trained
     facts = dict(found.facts)
     assert facts["hydra"] == "HydraLoRA, rank 4, scale 8 (alpha 32)"
     assert plots.update_norm(run).caption.endswith("Updates of hydra at uniform gates.")

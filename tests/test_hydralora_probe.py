@@ -80,7 +80,7 @@ def information_at(run: Run, step: int) -> float:
 
 def with_test_metric(run: Run, metric: float) -> Run:
     """Return a copy of the run with this test metric."""
-    return Run(run.path, run.meta | {"test": run.meta["test"] | {"metric": metric}})
+    return Run(run.path, replace(run.meta, test=replace(run.score, metric=metric)))
 
 
 def test_probe_judges_tiny_runs(bert, task, tmp_path):
@@ -114,7 +114,7 @@ def test_probe_judges_tiny_runs(bert, task, tmp_path):
     order = (hydralora.ROUTED, hydralora.SPLIT, hydralora.EVEN, hydralora.lora_label())
     assert bars.x.order == ("HydraLoRA", "separate A's", "uniform gates", "LoRA")
     assert bars.data["value"].tolist() == pytest.approx(
-        [np.mean([run.meta["test"]["metric"] for run in runs[label]]) for label in order]
+        [np.mean([run.score.metric for run in runs[label]]) for label in order]
     )
     angles = atlas.rows()[1][0].data.set_index(["row", "column"])["value"]
     assert angles.between(0, 90).all()
@@ -126,14 +126,14 @@ def test_probe_judges_tiny_runs(bert, task, tmp_path):
         model = models.load(bert, task=task)
         of[0].restore(model)
         of_routers = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".router"))
-        entry = f"{label} {of[0].meta['parameters']['trained']:,}"
+        entry = f"{label} {of[0].meta.parameters.trained:,}"
         assert (f"{entry}, {of_routers:,} of them in routers" if of_routers else entry) in re.split(
             "; |: |[.]$", counted
         )
     # Distinct accuracies show that each claim on accuracy uses its own control.
     reached = {hydralora.ROUTED: 0.80, hydralora.EVEN: 0.77, hydralora.SPLIT: 0.82, hydralora.lora_label(): 0.75}
     marked = [
-        [with_test_metric(run, reached[label] + 0.001 * run.meta["seed"]) for run in of] for label, of in runs.items()
+        [with_test_metric(run, reached[label] + 0.001 * run.meta.seed) for run in of] for label, of in runs.items()
     ]
     again = probes.PROBES["hydralora"].judge(dict(zip(runs, marked, strict=True))).verdicts
     effects = {verdict.claim: verdict.effect for verdict in again}

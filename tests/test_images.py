@@ -151,7 +151,7 @@ def test_vit_trained_by_names_has_the_recorded_accuracy_and_the_logits_of_peft(v
     with torch.no_grad():
         logits = base.eval()(**pixels).logits
     correct = [base.config.id2label[int(number)] for number in logits.argmax(-1)] == part["label"].to_numpy()
-    assert run.meta["test"]["metric"] == correct.mean()
+    assert run.score.metric == correct.mean()
     folder = ls.export.to_peft(run, tmp_path / "peft")
     assert "AutoModelForImageClassification" in (folder / "README.md").read_text(encoding="utf-8")
     plain = AutoModelForImageClassification.from_pretrained(vit)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from planted import manifest
 from safetensors.torch import load_file, save_file
 from test_loading import save, write_run
 
@@ -217,7 +218,7 @@ def test_dense_run_shows_its_recorded_norms(tmp_path: Path) -> None:
         "label": "Full",
         "test": {"name": "accuracy", "metric": 0.75, "loss": 0.5},
     }
-    writer = RunWriter(tmp_path / "full", meta | changes)
+    writer = RunWriter(tmp_path / "full", manifest(**meta | changes))
     writer.add(9, [Record("update_norm", 5.0, "h.0.q"), Record("effective_rank", 1.9, "h.0.q")])
     writer.add(9, [Snapshot("h.0.q/singular_values", np.array([4.0, 3.0, 0.0]), ("component",))])
     writer.finish("done")

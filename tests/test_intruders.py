@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorascope.analysis.intruders import Basis, bases, count, intruders
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Dense, LowRank
 
 
 def by_definition(W0, W, k):

@@ -464,7 +464,7 @@ def test_restored_run_gives_the_same_logits(state, bert, task, tmp_path):
     again = models.load(bert, task=task)
     run.restore(again, state=state)
     equal = torch.equal(again(**inputs(again)).logits, model.eval()(**inputs(again)).logits)
-    assert equal == (state == "last" or run.meta["states"]["best"]["step"] == 7)
+    assert equal == (state == "last" or run.meta.states["best"].step == 7)
 
 
 def test_killed_run_resumes_bitwise(forks, tmp_path):

@@ -57,7 +57,7 @@ def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
     for number, arm in enumerate(probe.arms(False)):
         method = replace(arm.method, **TOY.get(arm.label, {}))
         run = ls.train(models.load(bert, task=task), task, method, out=tmp_path / str(number), **settings)
-        run.meta["test"]["metric"] = reached[arm.label]
+        run.score.metric = reached[arm.label]
         runs[arm.label] = [run]
     found = probe.judge(runs)
     assert {verdict.claim: verdict.effect for verdict in found.verdicts} == pytest.approx(

@@ -194,11 +194,11 @@ def test_method_with_two_phases_trains_both_from_w0_and_finds_them_again(bert, t
         "1-search",
         "2-retrain",
     ]
-    assert [answers[0].meta["settings"]["steps"], run.meta["settings"]["steps"]] == [3, 6]
+    assert [answers[0].meta.settings["steps"], run.meta.settings["steps"]] == [3, 6]
     assert run.parents[0].id == answers[0].id
-    assert run.meta["method"]["name"] == "lora"
-    assert run.meta["recipe"]["name"] == "twophases"
-    assert run.meta["total_seconds"] == pytest.approx(answers[0].meta["seconds"] + run.meta["seconds"])
+    assert run.meta.method["name"] == "lora"
+    assert run.meta.recipe["name"] == "twophases"
+    assert run.meta.total_seconds == pytest.approx(answers[0].meta.seconds + run.meta.seconds)
     assert ls.load(tmp_path / "run").id == run.id
     adapted = set(delta.attached_deltas(model))
     for name, value in parameters(model).items():
@@ -457,8 +457,8 @@ def test_nan_loss_stops_training_and_leaves_a_readable_broken_run(fresh_bert, ta
         ls.train(fresh_bert, task, Exploding(), out=tmp_path / "run", eval_every=0, **FAST)
     assert "\n" not in str(caught.value)
     run = ls.load(tmp_path / "run")
-    assert run.meta["status"] == "broken"
-    assert "step 5" in run.meta["error"]
+    assert run.meta.status == "broken"
+    assert "step 5" in run.meta.error
     assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4]
     assert "broken" in repr(run)
 
@@ -529,14 +529,14 @@ def test_best_state_is_the_one_with_the_best_validation(fresh_bert, task, tmp_pa
         index="step", columns="quantity", values="value"
     )
     best = table.drop(0).sort_values(["eval_metric", "eval_loss"], ascending=[False, True]).index[0]
-    assert run.meta["states"]["best"]["step"] == best
-    assert run.meta["states"]["last"]["step"] == 12
+    assert run.meta.states["best"].step == best
+    assert run.meta.states["last"].step == 12
 
 
 def test_best_at_the_last_step_is_stored_once(fresh_bert, bert, task, tmp_path):
     run = ls.train(fresh_bert, task, Full(), out=tmp_path / "run", **FAST | {"eval_every": 0})
     assert [file.name for file in (run.path / "state").iterdir()] == ["last.safetensors"]
-    assert run.meta["states"]["best"] == run.meta["states"]["last"] == {"step": FAST["steps"], "ranks": {}}
+    assert run.meta.states["best"] == run.meta.states["last"] == {"step": FAST["steps"], "ranks": {}}
     best = models.load(bert, task=task)
     run.restore(best, state="best")
     assert all(torch.equal(tensor, best.state_dict()[name]) for name, tensor in fresh_bert.state_dict().items())

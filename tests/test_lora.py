@@ -17,7 +17,7 @@ from lorascope.adapters.delta import attach, attached_deltas, deltas, fold
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.lora import LoRADelta
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 SIX = ("q", "k", "v", "o", "ffn_in", "ffn_out")
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from lorascope.updates import low_rank as update
-from lorascope.updates.low_rank import Dense, LowRank, Pair
+import lorascope.updates as update
+from lorascope.updates import Dense, LowRank, Pair
 
 RNG = np.random.default_rng(7)
 

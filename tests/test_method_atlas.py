@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import COMMON, MODULES, Values, lookup, plant
+from planted import COMMON, MODULES, Values, lookup, manifest, plant
 
 from lorascope import plots
 from lorascope.analysis import initial_update, leading_directions
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Factors, Record
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Dense, LowRank
 
 NORMS: Values = {("learned_norm", module): {9: size} for module, size in (("h.0.q", 3.0), ("h.0.up", 4.0))}
 NORMS = NORMS | {("learned_norm", "h.1.q"): {9: 2.0}}
@@ -134,7 +134,7 @@ def test_atlas_names_the_gates_of_input_dependent_updates(tmp_path: Path, write:
     common = COMMON | {"recipe": {"name": "hydralora"}}
     states = {"last": {"step": 9, "ranks": {"h.0.q": 1}}}
     named = {"id": "h", "label": "Hydra", "seed": 0, "modules": MODULES, "states": states}
-    writer = RunWriter(tmp_path / "h", common | named)
+    writer = RunWriter(tmp_path / "h", manifest(**common | named))
     writer.add(9, [Record("learned_norm", 1.0, "h.0.q"), Factors("h.0.q", {"B": B, "A": A}, 1.0, exact=False)])
     writer.finish("done")
     plain = write("a", label="LoRA", factors={"h.0.q": (B, A)})

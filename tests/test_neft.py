@@ -131,7 +131,7 @@ def test_unselected_weights_do_not_change(bert, task, tmp_path, settings):
     leak = run.table[run.table["quantity"] == "leak"]
     assert set(leak["module"]) == set(CHOSEN)
     assert not leak["value"].any()
-    assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == 3 * 32
+    assert run.meta.parameters.trained - run.meta.parameters.head == 3 * 32
 
 
 def rows_under_a_mask(weight_decay):
@@ -188,7 +188,7 @@ def test_all_neurons_selected_equals_fine_tuning_of_the_projections(bert, task, 
     theirs, *_ = train(bert, task, Matrices(lr=1e-2, head_lr=1e-2), tmp_path / "theirs", **settings)
     for (name, one), two in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(one, two), name
-    assert run.meta["parameters"]["trained"] - run.meta["parameters"]["head"] == 4 * 48 * 32
+    assert run.meta.parameters.trained - run.meta.parameters.head == 4 * 48 * 32
 
 
 @pytest.mark.parametrize(("clip_before", "left"), [(None, 1.0), (1.0, 0.6)])
@@ -224,8 +224,8 @@ def phased(request, task, tmp_path_factory):
 def test_selected_neurons_rotated_most_and_training_restarts_from_the_base(phased, task):
     folder, model, before, run = phased
     (tune,) = run.parents
-    assert (tune.meta["method"]["name"], tune.meta["settings"]["steps"]) == ("full", 3)
-    assert run.meta["recipe"] == tune.meta["recipe"]
+    assert (tune.meta.method["name"], tune.meta.settings["steps"]) == ("full", 3)
+    assert run.meta.recipe == tune.meta.recipe
     assert json.loads((run.path.parent / "recipe.json").read_text(encoding="utf-8"))["phases"] == ["1-tune", "2-masked"]
     fresh, tuned = models.load(folder, task=task), models.load(folder, task=task)
     tune.restore(tuned)
@@ -309,7 +309,7 @@ def test_tune_lr_overrides_the_learning_rate_of_train(tune_lr, rate, bert, task,
     assert list(found) == list(expected)
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name])
-    assert (tune.meta["settings"]["lr"], run.meta["settings"]["lr"]) == (rate, 1e-2)
+    assert (tune.meta.settings["lr"], run.meta.settings["lr"]) == (rate, 1e-2)
 
 
 def test_restored_run_gives_the_same_logits(phased, task):
@@ -327,7 +327,7 @@ def test_finished_reference_is_used_and_reversed_selects_the_other_end(bert, tas
         method = NeFT(num_neurons=60, select_by=mode, reference=full if mode == "changed" else str(full.path))
         _, _, run = train(bert, task, method, tmp_path / mode)
         assert not run.parents
-        assert run.meta["recipe"]["tuned"] == {"run": full.id}
+        assert run.meta.recipe["tuned"] == {"run": full.id}
         table = run.table[run.table["quantity"] == "selected"]
         chosen[mode] = set(zip(table["module"].astype(str), table["index"], strict=True))
         assert len(chosen[mode]) == 60
@@ -405,7 +405,7 @@ def test_random_selection_depends_on_the_seed_and_needs_no_reference(bert, task,
 def test_parameter_share_counts_parameters_not_neurons(bert, task, tmp_path):
     model, _, run = train(bert, task, NeFT(parameter_share=0.04, select_by="random"), tmp_path / "run")
     total = sum(parameter.numel() for parameter in model.parameters())
-    counted = run.meta["parameters"]
+    counted = run.meta.parameters
     assert counted["trained"] - counted["head"] == 32 * round(0.04 * total / 32)
     assert counted["total"] == total
 

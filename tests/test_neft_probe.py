@@ -79,8 +79,8 @@ def test_claims_are_judged_with_their_controls(bert, task, tmp_path):
             for seed in (range(2) if "NeFT" in arm.label else range(1, 3))
         ]
         for run in found:
-            run.meta["seed"] = found.index(run)
-            run.meta["test"]["metric"] = REACHED.get(arm.label, 0.5)
+            run.meta.seed = found.index(run)
+            run.score.metric = REACHED.get(arm.label, 0.5)
         runs[arm.label] = found
     found = probe.judge(runs)
     effects = {verdict.claim: verdict.effect for verdict in found.verdicts}

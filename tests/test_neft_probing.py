@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from planted import manifest
 from tolerance import TEXT, TINY, near
 
 import lorascope as ls
@@ -75,9 +76,9 @@ def test_scores_match_the_hidden_states_of_the_base(family, request, task, tmp_p
     method = NeFT(num_neurons=7, select_by="probed", tune_steps=5, lr=1e-2)
     run = ls.train(model, task, method, out=tmp_path / "run", **FAST)
     (probed,) = run.parents
-    assert (probed.meta["method"]["name"], probed.meta["settings"]["steps"]) == ("probing", 5)
+    assert (probed.meta.method["name"], probed.meta.settings["steps"]) == ("probing", 5)
     assert probed.path.name == "1-probe"
-    assert probed.meta["parameters"]["trained"] == probed.meta["parameters"]["head"]
+    assert probed.meta.parameters.trained == probed.meta.parameters.head
 
     fresh, fitted = models.load(folder, task=task).eval(), task.fit(model)
     encoded = fitted.encode(models.tokenizer(fresh), fitted.split("train"), 128)
@@ -136,7 +137,7 @@ def test_probing_run_of_an_earlier_version_loads_but_raises_as_reference(bert, t
     meta = json.loads((probed.path / "run.json").read_text())
     with monkeypatch.context() as known:
         known.setitem(records.QUANTITIES, "probe_similarity", Quantity("likeness to probes", index="neuron"))
-        writer = RunWriter(tmp_path / "old", meta)
+        writer = RunWriter(tmp_path / "old", manifest(**meta))
         writer.add(4, [Record("probe_similarity", np.arange(3.0), probed.table["module"].iloc[-1])])
         writer.finish("done")
     old = ls.load(tmp_path / "old")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_folder
-from planted import COMMON, blocks, lookup
+from planted import COMMON, blocks, lookup, manifest
 from tiny import tiny
 from tolerance import TEXT, TINY, near
 
@@ -38,7 +38,7 @@ def planted(
     method = {"name": "neft", "targets": ["ffn_in", "ffn_out"], "mode": mode, **more}
     common = COMMON | {"recipe": method, "method": method}
     named = {"id": id, "label": label, "seed": seed, "modules": places}
-    writer = RunWriter(folder / id, common | named | {"states": {"last": {"step": 9, "ranks": {}}}})
+    writer = RunWriter(folder / id, manifest(**common | named | {"states": {"last": {"step": 9, "ranks": {}}}}))
     for module, numbers in chosen.items():
         writer.add(0, [Record("selected", np.ones(len(numbers)), module, np.array(numbers))])
     for number, row in enumerate(places):
@@ -149,7 +149,7 @@ def test_selection_from_full_fine_tuning_matches_neft(family, task, tmp_path):
 def test_figures_of_neurons_with_different_models_raise(tmp_path):
     used = {0: list(range(16)), 9: list(range(16))}
     one, other = (planted(tmp_path, id, used=used, seed=seed) for seed, id in enumerate("ab"))
-    other.meta["model"] = "deeper"
+    other.meta.model = "deeper"
     line = ".*model, got m .run a. and deeper .run b."
     with pytest.raises(ValueError, match=f"neuron_overlap{line}"):
         plots.neuron_overlap({"a": one, "b": other})
@@ -189,10 +189,10 @@ def test_rank_shift_compares_each_seed_with_its_reference(tmp_path):
 def test_rank_shift_with_two_kinds_of_utilization_raises(tmp_path):
     before = list(range(16))
     runs = [planted(tmp_path, id, used={0: before, 9: before}) for id in "ab"]
-    runs[0].meta["settings"]["observers"] = [{"name": "utilisation", "layers": "earlier", "standardise": True}]
+    runs[0].meta.settings["observers"] = [{"name": "utilisation", "layers": "earlier", "standardise": True}]
     caption = plots.rank_shift(runs[0]).rows()[0][0].caption
     assert "with the mean standardized hidden state of the same or an earlier layer" in caption
-    runs[1].meta["settings"]["observers"] = [{"name": "norms"}, {"name": "utilisation"}]
+    runs[1].meta.settings["observers"] = [{"name": "norms"}, {"name": "utilisation"}]
     with pytest.raises(ValueError, match=r"rank_shift.*utilization, got the mean hidden state of"):
         plots.rank_shift({"a": runs[0], "b": runs[1]})
 

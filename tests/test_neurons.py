@@ -11,7 +11,7 @@ from tolerance import TINY, near
 
 from lorascope.analysis import neurons
 from lorascope.schema.module_table import describe
-from lorascope.updates.low_rank import neuron_cosine
+from lorascope.updates import neuron_cosine
 
 UP = np.array([[1.0, 0], [0, 2], [3, 4]]), np.array([[1.0, 1], [0, 5], [4, 3]])
 DOWN = np.array([[1.0, 2, 0], [1, 0, 2]]), np.array([[1.0, 2, 1], [0, 0, 2]])

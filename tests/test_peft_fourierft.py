@@ -25,7 +25,7 @@ from lorascope.diagnosis.inspection import inspect
 from lorascope.files.safetensors_io import write_json
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.loading import load
-from lorascope.updates.fourier import Fourier
+from lorascope.updates import Fourier
 
 
 def save(path: Path, family: str = "llama", dtype: torch.dtype | None = None, **config: Any) -> dict[str, np.ndarray]:

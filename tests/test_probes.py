@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from planted import plant
+from planted import manifest, plant
 from torch import nn
 
 from lorascope import observe, plots, probes
@@ -42,7 +42,7 @@ class Planted(Run):
     """Run that consists of a table."""
 
     def __init__(self, rows, seed=0, **meta):
-        super().__init__(None, {"seed": seed} | meta)
+        super().__init__(None, manifest(seed=seed, **meta))
         self.table = frame(f"run{seed}", rows, MODULES)
 
 
@@ -166,7 +166,7 @@ def test_embedding_adapter_has_a_larger_gain_than_a_linear_adapter():
 
 def test_pair_next_seeds_never_pairs_equal_seeds():
     low, high = ([Planted([(0, Record("loss", 1.0))], seed) for seed in range(3)] for _ in range(2))
-    pairs = [(a.meta["seed"], b.meta["seed"]) for a, b in lora.pair_next_seeds(low, high)]
+    pairs = [(a.meta.seed, b.meta.seed) for a, b in lora.pair_next_seeds(low, high)]
     assert pairs == [(0, 1), (1, 2), (2, 0)]
     assert lora.pair_next_seeds(low[:1], high[:1]) == []
 

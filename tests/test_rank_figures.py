@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -201,7 +202,7 @@ def test_importance_prefers_the_retained_components_that_the_method_recorded(wri
 
 def test_importance_counts_components_without_a_final_score_as_dropped(write: Any) -> None:
     run = write("a", {("lr", ""): {9: 0.1}})
-    writer = RunWriter(run.path.parent / "b", run.meta | {"id": "b"})
+    writer = RunWriter(run.path.parent / "b", replace(run.meta, id="b"))
     module = MODULES[0]["module"]
     for step, ids, scores, rank in ((4, [0, 1, 5], [1.0, 2.0, 3.0], 2), (9, [1, 5], [5.0, 4.0], 4)):
         writer.add(step, [Record("importance", np.array(scores), module, np.array(ids)), Record("rank", rank, module)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from planted import manifest
 from scipy.stats import ttest_rel
 
 from lorascope.analysis import recipe_comparison
@@ -101,7 +102,7 @@ def test_recipe_names_include_the_settings_that_differ():
 def a_run(**meta) -> Run:
     own = {"id": "x", "model": "m", "task": "t", "label": "LoRA, rank by module", "recipe": {"name": "lora"}, "seed": 0}
     own |= {"settings": {"steps": 3, "observers": []}, "w0_hash": "a" * 64, "data_hash": "d" * 64}
-    return Run(None, own | {"test": {"name": "accuracy", "metric": 0.5}} | meta)
+    return Run(None, manifest(**own | {"test": {"name": "accuracy", "metric": 0.5, "loss": 0.1}} | meta))
 
 
 def test_duplicate_runs_count_once_and_different_ones_are_distinguished():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from planted import COMMON, MODULES, lookup, plant
+from planted import COMMON, MODULES, lookup, manifest, plant
 
 import lorascope as ls
 from lorascope import plots
@@ -34,7 +34,7 @@ def routed(folder: Path, id: str, shift: float = 0.0, seed: int = 0, label: str 
     """Write gates of two modules in two layers at steps 0 and 9; ``shift`` is added to the values of the second."""
     named = {"id": id, "label": label, "seed": seed, "modules": MODULES, "recipe": {"name": "hydralora"}}
     states = {"last": {"step": 9, "ranks": {}}}
-    writer = RunWriter(folder / id, COMMON | named | {"states": states})
+    writer = RunWriter(folder / id, manifest(**COMMON | named | {"states": states}))
     for step, scale in ((0, 0.1), (9, 1.0)):
         for module, moved in (("h.0.up", 0.0), ("h.1.up", shift)):
             by_domain = 1 / 3 + scale * (UPPER - 1 / 3) + moved * np.array([1, -1, 0])

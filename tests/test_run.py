@@ -25,7 +25,8 @@ from lorascope.inputs import models, tasks
 from lorascope.methods import Full, LoRA
 from lorascope.methods.base import Method, Phase, train_adapters
 from lorascope.runs.layout import Lazy
-from lorascope.runs.run import SCHEMA, Run
+from lorascope.runs.manifest import SCHEMA
+from lorascope.runs.run import Run
 
 FAST = {"steps": 6, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -230,7 +231,7 @@ def test_lora_config_without_factors_raises(bert, task, tmp_path):
 
 def models_of(run, folder, task, state="last"):
     model = models.load(folder, task=task)
-    run.restore(model, state=state, method=Matrices() if run.meta["method"]["name"] == "matrices" else None)
+    run.restore(model, state=state, method=Matrices() if run.meta.method["name"] == "matrices" else None)
     return model
 
 
@@ -257,7 +258,7 @@ def test_summary_matches_dense_matrices(method, state, watched, bert, task, tmp_
     monkeypatch.setattr(Session, "_score", best_at_two)
     observers = [observe.norms(every=4)] if watched else []
     run = ls.train(models.load(bert, task=task), task, method, observe=observers, out=tmp_path / "run", **FAST)
-    assert run.meta["states"]["best"]["step"] == 2
+    assert run.meta.states["best"].step == 2
     assert str(run.path) in repr(run)
     summary = run.summary(state=state).set_index("module")
     everything = run.summary(all=True, state=state)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from planted import manifest
 from scipy.stats import spearmanr
 from test_loading import write_run
 from test_sensitivity import FAST, LOOK, Copying, gradients
@@ -44,7 +45,7 @@ def trained(bert, task, tmp_path_factory):
 @pytest.fixture
 def state(trained, task):
     """Return the model without adapters, its update as P, lambda, Q, and two batches."""
-    model = models.load(trained.meta["model"], task)
+    model = models.load(trained.meta.model, task)
     trained.restore(model)
     state = {name: component_removal.canonical(part.update()) for name, part in delta.attached_deltas(model).items()}
     delta.detach(model)
@@ -274,7 +275,7 @@ def write_scores(folder, seed, scores, rows=9, **more):
     ]
     meta = json.loads((write_run(folder / "donor") / "run.json").read_text(encoding="utf-8"))
     states = {"last": {"step": 9, "ranks": {}}}
-    writer = RunWriter(folder / "run", meta | {"modules": modules, "seed": seed, "states": states} | more)
+    writer = RunWriter(folder / "run", manifest(**meta | {"modules": modules, "seed": seed, "states": states} | more))
     for name, own, *_ in places.values():
         other = "sensitivity_in" if own == "sensitivity_out" else "sensitivity_out"
         values = dict(zip(("neuron_cosine", "neuron_update", own), scores[name], strict=True)) | {other: np.ones(4)}

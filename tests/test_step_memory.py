@@ -211,7 +211,7 @@ def test_measurement_on_another_device_is_not_reused(bert, task, tmp_path, monke
         line = f"cannot reuse {folder}: it was measured on {found}, not on {device}."
         with pytest.raises(ValueError, match=f"^{re.escape(line)}"):
             measure(device, out=folder)
-    assert ls.Run.read(measure("cpu", out=there, overwrite=True)).meta["device"] == "cpu"
+    assert ls.Run.read(measure("cpu", out=there, overwrite=True)).meta.device == "cpu"
 
 
 def test_lisa_in_the_benchmark_does_not_resample_in_the_measured_step():

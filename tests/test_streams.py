@@ -21,6 +21,7 @@ ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONWA
 
 IN_A_LOCALE = """
 import io, json, locale, sys, warnings
+from dataclasses import replace
 from pathlib import Path
 warnings.filterwarnings("ignore", category=EncodingWarning)
 warnings.filterwarnings("error", category=EncodingWarning, module=r"lorascope(\\..*)?$")
@@ -30,7 +31,7 @@ from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 folder, *commands = sys.argv[1:]
 run = Run.read(folder)
-RunWriter(Path("again"), run.meta | {"model": folder}).finish("done")
+RunWriter(Path("again"), replace(run.meta, model=folder)).finish("done")
 for command in json.loads(commands[0]):
     sys.argv = ["lorascope", *(folder if word == "RUN" else word for word in command)]
     code = main()
@@ -60,7 +61,7 @@ def test_ascii_locale_reads_writes_and_prints_non_ascii_text(tmp_path: Path) -> 
     assert rb"LoRA, Gr\xf6\xdfe \u03c4" in first
     assert b"LoRA, Gr\xf6\xdfe \\u03c4" in last
     again = Run.read(tmp_path / "again")
-    assert (again.label, Path(os.fsdecode(os.fsencode(again.meta["model"])))) == (LABEL, folder)
+    assert (again.label, Path(os.fsdecode(os.fsencode(again.meta.model)))) == (LABEL, folder)
     assert json.dumps(LABEL)[1:-1] in (tmp_path / "spectrum.html").read_text(encoding="utf-8")
     assert set(pd.read_csv(tmp_path / "spectrum.csv", encoding="utf-8")["recipe"]) == {LABEL}
 

@@ -40,7 +40,7 @@ def csv(task, path: Path) -> str:
 def test_runs_are_ordered_by_method_then_seed(bert, task, tmp_path):
     methods = [Full(), LoRA(rank=2)]
     runs = ls.sweep(bert, task, methods, seeds=[3, 1], jobs=1, root=tmp_path, **FAST)
-    assert [(run.meta["method"]["name"], run.meta["seed"]) for run in runs] == [
+    assert [(run.meta.method["name"], run.meta.seed) for run in runs] == [
         ("full", 3), ("full", 1), ("lora", 3), ("lora", 1),
     ]  # fmt: skip
     assert all(run.finished for run in runs)
@@ -180,7 +180,7 @@ def check_no_step_is_lost(bert, task, folder, backend):
     runs = ls.sweep({**grid, "root": str(folder / "runs"), "backend": backend}, progress=False)
     done = (folder / f"seed-{(folder / 'killed').read_text(encoding='utf-8')}").read_text(encoding="utf-8").split()
     assert done == ["0", "1", "2", "2", "3"]
-    assert [run.meta["seed"] for run in runs] == [0, 1]
+    assert [run.meta.seed for run in runs] == [0, 1]
     whole = ls.sweep({**grid, "root": str(folder / "whole"), "backend": {"name": "sequential"}}, progress=False)
     for run, other in zip(runs, whole, strict=True):
         assert run.finished

@@ -57,7 +57,7 @@ def test_two_processes_train_and_record_the_same_as_one(name, trained):
     assert keys[0] == keys[1]
     chosen = tables[0]["quantity"].isin(["loss", "update_norm", "rank", "active", "lr", "selected"]).to_numpy()
     np.testing.assert_allclose(*(table["value"][chosen] for table in tables), rtol=2 * bound, atol=1e-6)
-    assert [run.meta["settings"]["batch_size"] for run in runs] == [ROWS, ROWS]
+    assert [run.meta.settings["batch_size"] for run in runs] == [ROWS, ROWS]
 
 
 def test_recorder_does_not_change_the_weights_of_two_processes(trained):

@@ -67,7 +67,7 @@ def test_weights_are_bitwise_equal_with_and_without_the_recorder(make, bert, tas
     run = ls.load(tmp_path / "with/lorascope")
     assert run.finished
     assert run.table.query("quantity == 'loss'")["step"].tolist() == [1, 2, 3, 4, 5, 6]
-    assert run.meta["settings"]["batch_size"] == ROWS
+    assert run.meta.settings["batch_size"] == ROWS
 
 
 def test_neft_rejects_a_reference_run_without_the_hash_of_its_base(bert, task, rows, tmp_path):
@@ -94,7 +94,7 @@ def test_records_of_peft_layers_equal_their_deltas(bert, task, rows, tmp_path):
     assert set(run.summary()["module"]) == {*found, "classifier"}
     assert run.label == "PEFT LORA, r 3"
     assert run.lora_config()["r"] == 3
-    assert run.meta["labels"] == list(task.labels)
+    assert run.meta.labels == list(task.labels)
 
 
 def test_nonzero_initial_update_of_peft_is_subtracted_or_reported_as_missing(bert, task, rows, tmp_path):
@@ -193,7 +193,7 @@ def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
     layers = {name: layer for name, layer in model.base_model.model.named_modules() if hasattr(layer, "lora_A")}
     packed = next(name for name in layers if name.endswith("k_proj"))
     assert run.ranks() == dict.fromkeys(layers, 3)
-    assert [run.meta["hosts"][name] for name in (CONVOLUTION, packed)] == ["Conv2d", "Packed"]
+    assert [run.meta.hosts[name] for name in (CONVOLUTION, packed)] == ["Conv2d", "Packed"]
     products = {}
     for name, layer in layers.items():
         B, A = (factors["default"].weight.detach().flatten(1) for factors in (layer.lora_B, layer.lora_A))
@@ -210,7 +210,7 @@ def test_adapters_on_a_convolution_and_on_a_packed_layer_are_recorded(tmp_path):
     assert blocks
     assert not {packed, *blocks} & set(with_weight_norm)  # the norm of packed weights is unknown
     assert set(run.summary()["module"]) >= {CONVOLUTION, packed}
-    assert run.meta["task_kind"] == "image"
+    assert run.meta.task_kind == "image"
     with pytest.raises(ValueError, match=r"kernel shape of .*Conv2d.* folder that PEFT saved"):
         ls.export.to_peft(run, tmp_path / "export")
 
@@ -254,7 +254,7 @@ def test_frozen_parameters_of_the_optimizer_are_not_saved(bert, task, rows, tmp_
     run = ls.load(tmp_path / "lorascope")
     saved = load_file(run.path / "state/last.safetensors")
     assert {name.rpartition(".")[0] for name in saved} == {"classifier"}
-    assert run.meta["parameters"]["trained"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert run.meta.parameters.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     loaded = ls.load(ls.export.to_peft(run, tmp_path / "export"))
     for name, update in run.updates().items():
         assert loaded.updates()[name].dense() == near(update.dense(), terms=3 + 1)
@@ -285,7 +285,7 @@ def test_run_can_be_read_during_training_and_is_broken_after_an_error(bert, task
 
     def read(_):
         run = ls.load(tmp_path / "out/lorascope")
-        seen.append((run.meta["status"], run.table["step"].max(), run.snapshot_steps(NAME)))
+        seen.append((run.meta.status, run.table["step"].max(), run.snapshot_steps(NAME)))
 
     def stop(_):
         raise RuntimeError("out of memory")
@@ -296,7 +296,7 @@ def test_run_can_be_read_during_training_and_is_broken_after_an_error(bert, task
     assert seen == [("running", 3, [])]
     method["recorder"]._recording.mark_interrupted()
     run = ls.load(tmp_path / "out/lorascope")
-    assert run.meta["status"] == "broken"
+    assert run.meta.status == "broken"
     assert run.table["step"].max() == 4
     assert "broken" in repr(run)
     assert run.id == json.loads((tmp_path / "out/lorascope/run.json").read_text(encoding="utf-8"))["id"]
@@ -317,7 +317,7 @@ def test_run_of_a_deleted_recorder_is_broken(bert, task, rows, tmp_path):
 
     train()
     gc.collect()
-    assert ls.load(tmp_path / "lorascope").meta["status"] == "broken"
+    assert ls.load(tmp_path / "lorascope").meta.status == "broken"
 
 
 def test_finished_run_is_moved_aside_and_other_files_raise(bert, task, rows, tmp_path):
@@ -378,11 +378,11 @@ def test_training_interrupted_after_its_checkpoint_resumes_without_duplicates(na
     del caught
     gc.collect()
     broken = ls.load(tmp_path / "broken/lorascope")
-    assert broken.meta["status"] == "broken"
+    assert broken.meta.status == "broken"
     assert broken.table["step"].max() == 5
     train("broken", resume=str(tmp_path / "broken/checkpoint-3"))
     run, whole = (ls.load(tmp_path / out / "lorascope") for out in ("broken", "whole"))
-    assert (run.id, run.meta["status"], "error" in run.meta) == (broken.id, "done", False)
+    assert (run.id, run.meta.status, "error" in run.meta) == (broken.id, "done", False)
     assert not run.table.duplicated(["step", "module", "quantity", "index"]).any()
     same_rows(run.table, whole.table, but=["seconds", "factor_seconds"])
     kept = [sorted(file.name for file in (each.path / "snapshots").iterdir()) for each in (run, whole)]
@@ -429,7 +429,7 @@ def test_training_that_stops_early_saves_its_last_state(bert, task, rows, tmp_pa
     by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(observe=NORMS), others=[Meanwhile(5, stop)])
     run = ls.load(tmp_path / "lorascope")
     assert run.finished
-    assert run.meta["states"]["last"]["step"] == 5
+    assert run.meta.states["last"].step == 5
     change = float((model.classifier.weight - fresh(bert, task).classifier.weight).detach().norm())
     assert last(run, "update_norm", "classifier") == near(change, terms=TINY)
     assert last(run, "stable_rank", "classifier") >= 1 - 1e-9
@@ -531,5 +531,5 @@ def test_final_state_that_cannot_be_written_leaves_a_broken_run_without_stopping
     with pytest.warns(UserWarning, match=r"No space left .*kept in memory"):
         by_trainer(model, rows, tmp_path, recorder=ls.TrainerRecorder(), others=others)
     run = ls.load(tmp_path / "lorascope")
-    assert (run.meta["status"], run.meta["states"]) == ("broken", {})
+    assert (run.meta.status, run.meta.states) == ("broken", {})
     assert run.table["step"].max() == 6

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planted import manifest
 from test_loading import META
 
 from lorascope.files import safetensors_io
@@ -77,7 +78,7 @@ def test_write_json_preserves_a_name_that_is_not_utf8(tmp_path: Path) -> None:
 
 
 def test_run_writer_writes_failed_arrays_with_the_next_ones(failing, tmp_path: Path) -> None:
-    writer = RunWriter(tmp_path / "run", META)
+    writer = RunWriter(tmp_path / "run", manifest(**META))
     factors = [Factors("h.0.q", {"A": np.eye(2, 3) * step, "B": np.eye(3, 2)}, 1.0) for step in range(3)]
     writer.add(0, [Record("update_norm", 1.0, "h.0.q"), factors[0]])
     failing(1, errno.ENOSPC)

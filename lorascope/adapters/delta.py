@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorascope.adapters.host_weights import host_bias, host_weight, orient_weight, to_array
 from lorascope.adapters.peft_layers import is_peft_layer, peft_update
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Dense, Update
 
 __all__ = [
     "Delta",
@@ -80,7 +80,7 @@ class Delta(nn.Module):
         """Number of components in use."""
         return self.update().rank
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Update:
         """Return a copy of the update in numpy."""
         return Dense(to_array(self.weight()))
 
@@ -289,7 +289,7 @@ def resize(
             state[key] = cut(value, zeros)
 
 
-def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, LowRank | Dense]]:
+def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Update]]:
     """Yield the update of every module: from a Delta, a PEFT layer, or training of the weight itself.
 
     Parameters
@@ -321,7 +321,7 @@ def deltas(model: nn.Module, reference: Mapping[str, Tensor] | None = None) -> I
             yield name, update
 
 
-def _own_update(module: Any, before: Tensor | None) -> LowRank | Dense | None:
+def _own_update(module: Any, before: Tensor | None) -> Update | None:
     """Return the sum of the Delta's update and the change of the weight itself, or None if there is neither."""
     delta = module.delta.update() if type(module) in _PLAIN else None
     # If the weight itself has not changed, a low-rank update remains low-rank.

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import host_weight, to_array
-from lorascope.updates.fourier import Fourier
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Dense, Fourier, LowRank, Update
 
 # Results of ``_is_mergeable`` by layer and active adapters, because each trial copies the layer.
 _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
@@ -38,23 +37,16 @@ class PeftDelta:
         """Number of components of the update that PEFT would save."""
         return self.update().rank if self.kept is None else self.kept
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Update:
         """Return a copy of the update in numpy."""
         update = peft_update(self.layer)
         assert update is not None
         return update
 
     def factors(self) -> dict[str, Tensor]:
-        """Return the factors of the update for ``factor_formats.update_from``; empty for a dense update."""
-        match self.update():
-            case Fourier() as update:
-                arrays = {"coefficients": update.coefficients, "entries": update.entries}
-                arrays["shape"] = np.array(update.shape)
-            case LowRank() as update:
-                arrays = {"A": update.A, "B": update.B}
-            case _:
-                arrays = {}
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        """Return the factors of the update; empty for a dense update."""
+        arrays = self.update().to_factors()
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if name != "matrix"}
 
 
 def unwrap_peft_model(model: Any) -> Any:
@@ -147,7 +139,7 @@ def _is_product(layer: Any, adapter: str) -> bool:
     return has_factors and adapter not in getattr(layer, "lora_variant", ())
 
 
-def peft_update(layer: Any) -> LowRank | Dense | None:
+def peft_update(layer: Any) -> Update | None:
     """Return the total update of a PEFT layer's active adapters; None if it has none or they are disabled.
 
     LoRA and AdaLoRA updates are read from their factors, and FourierFT updates from their coefficients. All other

@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.leading_directions import Directions, chance_angle, leading_singular_vectors, mean_angle
-from lorascope.runs.run import Run
-from lorascope.updates.linalg import as_float64, one_thread
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.runs.result import Result
+from lorascope.updates import Update
+from lorascope.updates.linalg import one_thread
 
 DIRECTIONS = 8
 """Number of leading singular vectors of each update that are compared."""
@@ -26,22 +26,7 @@ SIDE = 1024
 _MODULES = ("one", "other", "module", "norm_ratio", "cosine", "angle", "chance", "inner")
 
 
-def inner(one: LowRank | Dense, other: LowRank | Dense) -> float:
-    """Compute <dW_1, dW_2>, the sum of the products of their weights.
-
-    Two low-rank updates need only the small Gram matrices of their factors.
-    """
-    if isinstance(one, LowRank) and isinstance(other, LowRank):
-        left, right = as_float64(one.B).T @ as_float64(other.B), as_float64(one.A) @ as_float64(other.A).T
-        return float(one.scale * other.scale * np.vdot(left, right))
-    if isinstance(other, LowRank):  # the inner product is symmetric, so one mixed case is enough
-        return inner(other, one)
-    if isinstance(one, LowRank):
-        return float(one.scale * np.vdot(as_float64(one.B).T @ other.dense(), as_float64(one.A)))
-    return float(np.vdot(one.dense(), other.dense()))
-
-
-def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
+def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
     """Compare every pair of runs in every module that both update.
 
     Parameters
@@ -82,7 +67,7 @@ def modules(runs: Mapping[str, Run], spectra: bool = False) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(_MODULES))
 
 
-def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
+def matrix(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
     """Compare every run with every run, itself included, over all modules at once.
 
     Parameters
@@ -123,29 +108,27 @@ def matrix(runs: Mapping[str, Run], shared: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["one", "other", *names])
 
 
-def _summary_table(run: Run) -> pd.DataFrame:
+def _summary_table(run: Result) -> pd.DataFrame:
     """Return the summary by module; if the run has updates, without modules saved as full weights, such as a head."""
     table, updates = run.summary().set_index("module"), run.updates()
     return table[table.index.isin(list(updates))] if len(updates) else table
 
 
-def _compare_pairs(
-    updates: Mapping[str, LowRank | Dense], sizes: Mapping[str, float], spectra: bool
-) -> list[dict[str, Any]]:
+def _compare_pairs(updates: Mapping[str, Update], sizes: Mapping[str, float], spectra: bool) -> list[dict[str, Any]]:
     """Return a row for each pair of runs that update the module."""
     sound = {label: update for label, update in updates.items() if np.isfinite(sizes[label]) and sizes[label] > 0}
     # Decomposing a large dense update is slow, so the caller has to request it.
     directions = {
         label: leading_singular_vectors(update, DIRECTIONS)
         for label, update in sound.items()
-        if spectra or isinstance(update, LowRank) or min(update.shape) <= SIDE
+        if spectra or update.thin is not None or min(update.shape) <= SIDE
     }
     rows = []
     for one, other in combinations(sizes, 2):
         both = one in updates and other in updates
         # Updates that are not finite are excluded from the sums over modules, as they are from the norms.
         finite = np.isfinite(sizes[one]) and np.isfinite(sizes[other])
-        product = (inner(updates[one], updates[other]) if finite else 0.0) if both else np.nan
+        product = (updates[one].inner(updates[other]) if finite else 0.0) if both else np.nan
         angle, chance = _angle(directions.get(one), directions.get(other))
         entry = {"one": one, "other": other, "norm_ratio": _ratio(sizes[one], sizes[other])}
         entry |= {"cosine": _ratio(product, sizes[one] * sizes[other]), "angle": angle, "chance": chance}
@@ -161,7 +144,7 @@ def _angle(one: Directions | None, other: Directions | None) -> tuple[float, flo
     return mean_angle(one, other), float(np.mean([chance_angle(len(side), k, k) for side in one]))
 
 
-def _check_shapes(module: str, updates: Mapping[str, LowRank | Dense]) -> None:
+def _check_shapes(module: str, updates: Mapping[str, Update]) -> None:
     shapes = {label: update.shape for label, update in updates.items()}
     for one, other in combinations(shapes, 2):
         if shapes[one] != shapes[other]:

@@ -26,8 +26,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lorascope.updates import LowRank
 from lorascope.updates.linalg import all_finite, as_float64, numerical_rank
-from lorascope.updates.low_rank import LowRank
 
 Factor = Literal["A", "B"]
 View = Literal["raw", "canonical", "space"]
@@ -77,7 +77,7 @@ class FactorSet:
 
 def factored_updates(updates: Mapping[str, Any]) -> dict[str, LowRank]:
     """Return the updates of a run that have the factors A and B."""
-    return {module: update for module, update in updates.items() if isinstance(update, LowRank)}
+    return {module: update.thin for module, update in updates.items() if update.thin is not None}
 
 
 def common_modules(updates: Updates) -> list[str]:

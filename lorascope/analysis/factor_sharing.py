@@ -27,7 +27,7 @@ from lorascope.analysis.factor_embeddings import (
     common_modules,
     view_factor,
 )
-from lorascope.updates.low_rank import principal_angles
+from lorascope.updates import principal_angles
 
 _TIE = 1e-9  # cosines closer than this are equal up to rounding, for example between copies of an untrained A_0
 

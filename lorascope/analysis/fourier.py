@@ -16,28 +16,27 @@ import pandas as pd
 from jaxtyping import Bool
 
 from lorascope.runs.layout import Lazy
-from lorascope.runs.run import Run
-from lorascope.updates import fourier
-from lorascope.updates.fourier import Fourier
+from lorascope.runs.result import Result
+from lorascope.updates import Fourier, fourier
 
 _RECORDED = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
 OTHERS = ("random", "orthogonal")  # on these bases a run saves its coefficients and a seed, but no update
 
 
-def updates(run: Run, step: int | None = None) -> Mapping[str, Any]:
+def updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
     """Return the Fourier updates of a run by module; empty if its first update is of another kind."""
     found = run.updates(step)
     first = next(iter(found.values()), None)
     return found if isinstance(first, Fourier) else {}
 
 
-def basis(run: Run) -> Mapping[str, str]:
+def basis(run: Result) -> Mapping[str, str]:
     """Return the basis of a FourierFT run as ``{"basis": name}``; empty for other methods."""
-    recipe = run.meta["recipe"]
+    recipe = run.meta.recipe
     return {"basis": recipe.get("basis", "fourier")} if recipe.get("name") == "fourierft" else {}
 
 
-def since_start(run: Run, step: int | None = None) -> dict[str, Fourier]:
+def since_start(run: Result, step: int | None = None) -> dict[str, Fourier]:
     """Return the learned Fourier updates ΔW - ΔW₀ by module; empty if the initial updates were not saved."""
     last = updates(run, step)
     try:
@@ -52,12 +51,12 @@ def corner(shape: tuple[int, int]) -> float:
     return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
-def on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
+def on_other_bases(run: Result, step: int | None = None) -> Mapping[str, Any]:
     """Return the learned updates on a random or orthogonal basis by module, computed on access.
 
     The mapping is empty for the Fourier basis, for other methods, and if the initial coefficients were not saved.
     """
-    recipe = run.meta["recipe"]
+    recipe = run.meta.recipe
     if basis(run).get("basis") not in OTHERS:
         return {}
     try:
@@ -75,7 +74,7 @@ def on_other_bases(run: Run, step: int | None = None) -> Mapping[str, Any]:
     return Lazy([module for module in last if module in first], make)
 
 
-def spectrum(run: Run, step: int | None = None) -> pd.DataFrame:
+def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
     """Return everything a run recorded about its Fourier coefficients, one row per coefficient.
 
     Parameters

@@ -25,8 +25,8 @@ from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator, svds
 
 from lorascope.runs.layout import Lazy
+from lorascope.updates import Update
 from lorascope.updates.linalg import all_finite, as_float64
-from lorascope.updates.low_rank import Dense, LowRank
 
 _COLUMNS = {"module": "str", "component": "int64", "sigma": "float64", "similarity": "float64", "intruder": "bool"}
 _KRYLOV_SHARE = 4  # for a quarter or more of all directions, a dense decomposition is cheaper
@@ -74,7 +74,7 @@ def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis
 
 
 def intruders(
-    base: Mapping[str, Basis], updates: Mapping[str, LowRank | Dense], k: int = 10, threshold: float = 0.5
+    base: Mapping[str, Basis], updates: Mapping[str, Update], k: int = 10, threshold: float = 0.5
 ) -> pd.DataFrame:
     """Compare each leading singular vector of every trained weight with the most similar one of its base weight.
 
@@ -165,7 +165,7 @@ class _Core:
         return matrix
 
 
-def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: int) -> tuple[np.ndarray, np.ndarray]:
+def _intruder_similarity(module: str, basis: Basis, update: Update, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the largest absolute cosine of each leading vector with the base's, and the singular values."""
     core = _core(module, basis, update)
     factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
@@ -177,16 +177,17 @@ def _intruder_similarity(module: str, basis: Basis, update: LowRank | Dense, k: 
     return np.abs(coordinates[: len(basis.sigma)]).max(axis=0), sigma
 
 
-def _core(module: str, basis: Basis, update: LowRank | Dense) -> _Core | Float[np.ndarray, "rows columns"]:
+def _core(module: str, basis: Basis, update: Update) -> _Core | Float[np.ndarray, "rows columns"]:
     """Return W in coordinates whose first rows belong to U; for a dense update, as a matrix."""
-    arrays = (update.B, update.A) if isinstance(update, LowRank) else (update.dense(),)
+    product = update.thin
+    arrays = (update.dense(),) if product is None else (product.B, product.A)
     if update.shape != basis.shape:
         raise ValueError(f"{module}: update must have the base weight's shape {basis.shape}, got {update.shape}")
     if not all_finite(basis.sigma, *arrays):
         raise ValueError(f"{module}: weight and update must be finite, got NaN or infinity")
-    if isinstance(update, LowRank):
-        left = _coordinates(basis.U, update.scale * as_float64(update.B))
-        return _Core(basis.sigma, left, _coordinates(basis.V, as_float64(update.A).T))
+    if product is not None:
+        left = _coordinates(basis.U, product.scale * as_float64(product.B))
+        return _Core(basis.sigma, left, _coordinates(basis.V, as_float64(product.A).T))
     # Rotating the rows changes no singular value; the part outside U becomes a triangular factor of the same norm.
     change = _coordinates(basis.U, as_float64(arrays[0]))
     change[: len(basis.sigma)] += basis.sigma[:, None] * basis.V.T

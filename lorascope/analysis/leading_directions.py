@@ -15,7 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis.spectra import Spectra
-from lorascope.updates.low_rank import Dense, LowRank, principal_angles
+from lorascope.updates import Update, principal_angles
 
 _DRAWS = 500
 _ROUNDING = 1e-8  # relative to the largest: smaller singular values are rounding error if a Gram matrix gave them
@@ -28,7 +28,7 @@ class Directions(NamedTuple):
     right: Float[np.ndarray, "in k"]
 
 
-def leading_singular_vectors(update: LowRank | Dense, k: int) -> Directions:
+def leading_singular_vectors(update: Update, k: int) -> Directions:
     """Return the first k left and right singular vectors of an update, or all if it has fewer."""
     U, _, V = update.svd()
     return Directions(U[:, :k], V[:, :k])

@@ -20,7 +20,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.schema.module_table import gated_input, match, position
-from lorascope.updates.low_rank import NeuronChange, neuron_change
+from lorascope.updates import NeuronChange, neuron_change
 
 COLUMNS = (
     "module",

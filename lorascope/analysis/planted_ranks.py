@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis.score_agreement import spearman
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 
-def recovered_ranks(run: Run) -> pd.DataFrame:
+def recovered_ranks(run: Result) -> pd.DataFrame:
     """Return the planted and the found rank of every module with a planted rank.
 
     Returns
@@ -24,13 +24,13 @@ def recovered_ranks(run: Run) -> pd.DataFrame:
     return pd.DataFrame({"run": run.id, "module": modules, "planted": truth["value"], "found": found})
 
 
-def rank_correlation(run: Run) -> float:
+def rank_correlation(run: Result) -> float:
     """Compute Spearman's correlation of planted and found ranks; 0 if it is undefined because all ranks are equal."""
     rho = float(spearman(recovered_ranks(run)[["planted", "found"]].to_numpy(np.float64))[0, 1])
     return 0.0 if np.isnan(rho) else rho
 
 
-def absolute_error(run: Run) -> float:
+def absolute_error(run: Result) -> float:
     """Compute the mean of ``|found - planted|`` over the modules."""
     table = recovered_ranks(run)
     return float((table["found"] - table["planted"]).abs().mean())

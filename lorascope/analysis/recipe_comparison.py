@@ -20,7 +20,7 @@ from jaxtyping import Float
 from scipy.special import stdtr
 
 from lorascope.analysis.seed_intervals import band, t_interval
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.labels import to_words
 
 LEVEL = 0.05
@@ -64,7 +64,7 @@ def _setting_text(value: Any) -> str:
     return f"{len(value)} values ({hashlib.sha256(text.encode()).hexdigest()[:6]})"
 
 
-def scores(runs: Sequence[Run]) -> pd.DataFrame:
+def scores(runs: Sequence[Result]) -> pd.DataFrame:
     """Return the test metrics of finished runs.
 
     Returns
@@ -75,20 +75,16 @@ def scores(runs: Sequence[Run]) -> pd.DataFrame:
     """
     metas = [run.meta for run in runs]
     # The label of a method omits tables and the items of long lists, so differences in them must come from the fields.
-    fields = [
-        {key: value for key, value in meta["recipe"].items() if isinstance(value, Mapping | list)} for meta in metas
-    ]
-    settings = [
-        {key: value for key, value in meta["settings"].items() if key not in _IGNORED_SETTINGS} for meta in metas
-    ]
+    fields = [{key: value for key, value in meta.recipe.items() if isinstance(value, Mapping | list)} for meta in metas]
+    settings = [{key: value for key, value in meta.settings.items() if key not in _IGNORED_SETTINGS} for meta in metas]
     table = {
-        "model": unique_names([meta["model"] for meta in metas], [meta["w0_hash"] for meta in metas]),
-        "task": unique_names([meta["task"] for meta in metas], [meta["data_hash"] for meta in metas]),
-        "metric": [meta["test"]["name"] for meta in metas],
-        "recipe": recipes([meta["label"] for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
-        "seed": [meta["seed"] for meta in metas],
-        "value": [meta["test"]["metric"] for meta in metas],
-        "run": [meta["id"] for meta in metas],
+        "model": unique_names([meta.model for meta in metas], [meta.w0_hash for meta in metas]),
+        "task": unique_names([str(meta.task) for meta in metas], [meta.data_hash for meta in metas]),
+        "metric": [run.score.name for run in runs],
+        "recipe": recipes([meta.label for meta in metas], [a | b for a, b in zip(fields, settings, strict=True)]),
+        "seed": [meta.seed for meta in metas],
+        "value": [run.score.metric for run in runs],
+        "run": [meta.id for meta in metas],
     }
     return pd.DataFrame(table)
 

@@ -13,7 +13,7 @@ from scipy.stats import rankdata
 from lorascope.analysis import selected_neurons
 from lorascope.analysis.seed_intervals import CONFIDENCE
 from lorascope.files.printable import printable
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.module_roles import FFN
 
 DRAWS = 500
@@ -71,7 +71,7 @@ def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)[["run", "first", "second", "value", "low", "high"]]
 
 
-def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
+def neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame:
     """Collect the scores that several recipes give the same neurons of the feed-forward modules, for ``correlate``.
 
     Parameters
@@ -98,11 +98,11 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     """
     tables, seeds = [], []
     for label, group in runs.items():
-        members = [group] if isinstance(group, Run) else list(group)
-        seeds.append({run.meta["seed"] for run in members})
+        members = [group] if isinstance(group, Result) else list(group)
+        seeds.append({run.meta.seed for run in members})
         for run in members:
             tables += [
-                table.assign(run=run.meta["seed"], score=f"{label}: {name}") for name, table in _neuron_columns(run)
+                table.assign(run=run.meta.seed, score=f"{label}: {name}") for name, table in _neuron_columns(run)
             ]
         if not all(map(_rotation_scores, members)):
             reason = "the neurons were selected at random or by hand, so it only shows which ones were selected"
@@ -126,15 +126,15 @@ def neuron_scores(runs: Mapping[str, Run | Sequence[Run]]) -> pd.DataFrame:
     return scores[complete].reset_index(drop=True)[["run", "module", "component", "score", "value"]]
 
 
-def _rotation_scores(run: Run) -> dict[str, tuple[str, ...]]:
+def _rotation_scores(run: Result) -> dict[str, tuple[str, ...]]:
     """Return the quantity of the neurons' rotation; for NeFT the score it selected by, empty if it used no score."""
-    method = run.meta["method"]
+    method = run.meta.method
     if method["name"] != "neft":
         return _ROTATION
     return {} if method.get("neurons") is not None else _SELECTION_SCORE.get(method["mode"], {})
 
 
-def _neuron_columns(run: Run) -> Iterator[tuple[str, pd.DataFrame]]:
+def _neuron_columns(run: Result) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield the name and values of each score of a run's neurons."""
     for name, quantities in (_rotation_scores(run) | _OTHER_SCORES).items():
         parts = []

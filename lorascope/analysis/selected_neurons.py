@@ -15,7 +15,7 @@ from scipy.stats import hypergeom
 
 from lorascope.analysis import neurons
 from lorascope.analysis.norms import place
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.deprecation import old_names
 from lorascope.schema.module_table import gated_input
 
@@ -23,7 +23,7 @@ Neurons = frozenset[tuple[str, int]]
 _PLACE = ["module", "stack", "layer", "role"]
 
 
-def list_selected(run: Run, k: int | None = None) -> pd.DataFrame:
+def list_selected(run: Result, k: int | None = None) -> pd.DataFrame:
     """List the neurons a run selected for training, or the k neurons with the largest cosine distance.
 
     Parameters
@@ -45,7 +45,7 @@ def list_selected(run: Run, k: int | None = None) -> pd.DataFrame:
     return neurons.select(neurons.scores_at(scores(run, "neuron_cosine"), _selectable_parts(run)), k, by="value")
 
 
-def scores(run: Run, quantity: str) -> pd.DataFrame:
+def scores(run: Result, quantity: str) -> pd.DataFrame:
     """Return the last neuron scores that a run recorded, for ``neurons.select`` by ``value``.
 
     Records of a matrix with fused gate and input only have the role of the module; its first half becomes ``ffn_gate``.
@@ -58,9 +58,9 @@ def scores(run: Run, quantity: str) -> pd.DataFrame:
     return rows[[*_PLACE, "index", "value"]].rename(columns={"index": "neuron"})
 
 
-def threshold(run: Run, quantity: str) -> float | None:
+def threshold(run: Result, quantity: str) -> float | None:
     """Return the smallest selection score among the selected neurons, or None if no threshold separates them."""
-    method = run.meta["method"]
+    method = run.meta.method
     # Neurons chosen by hand or from both ends of the ranking are not separated by one threshold.
     by_hand_or_both_ends = method.get("neurons") is not None or method.get("reversed_share")
     if quantity != "selection_cosine" or method.get("mode") != "changed" or by_hand_or_both_ends:
@@ -69,7 +69,7 @@ def threshold(run: Run, quantity: str) -> float | None:
     return float(both["value"].min())
 
 
-def trained(run: Run) -> pd.DataFrame:
+def trained(run: Result) -> pd.DataFrame:
     """Return every neuron that a run trained: the selected ones, or all those of each module with a nonzero update."""
     if (run.table["quantity"] == "selected").any():
         return list_selected(run)
@@ -78,19 +78,19 @@ def trained(run: Run) -> pd.DataFrame:
     return every[every["module"].isin(moved)]
 
 
-def pool(run: Run) -> int:
+def pool(run: Result) -> int:
     """Count the neurons that a run could select from."""
     return sum(sizes(run).values())
 
 
-def _selectable_parts(run: Run) -> list[neurons.Part]:
+def _selectable_parts(run: Result) -> list[neurons.Part]:
     """Return the parts with the neurons that a run could select from; for other methods than NeFT, its defaults."""
-    method = run.meta["method"]
+    method = run.meta.method
     roles = tuple(method["targets"]) if method["name"] == "neft" else neurons.DEFAULT
     return neurons.parts(run.modules.astype({"module": "str"}), roles)
 
 
-def by_layer(run: Run) -> pd.DataFrame:
+def by_layer(run: Result) -> pd.DataFrame:
     """Count the selected neurons of a run in every layer and role, zeros included.
 
     Returns
@@ -154,7 +154,7 @@ def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str
     return shared / min(len(first), len(second))
 
 
-def sizes(run: Run) -> dict[str, int]:
+def sizes(run: Result) -> dict[str, int]:
     """Count the neurons that a run could select from in each module."""
     found: Counter[str] = Counter()
     for part in _selectable_parts(run):

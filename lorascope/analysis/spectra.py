@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lorascope import updates as definitions
 from lorascope.analysis import initial_update
 from lorascope.runs.layout import Lazy
-from lorascope.runs.run import Run
-from lorascope.updates import low_rank
+from lorascope.runs.result import Result
 
 _RANKS = ("stable_rank", "effective_rank", "entropy_rank", "participation_rank", "energy_rank")
 _KEPT = "/singular_values"
@@ -23,7 +23,7 @@ _KEPT = "/singular_values"
 Spectra = Mapping[str, Float[np.ndarray, "_"]]
 
 
-def singular_values(run: Run, step: int | None = None) -> Spectra:
+def singular_values(run: Result, step: int | None = None) -> Spectra:
     """Return the singular values of every saved update of a run, by module, largest first, loaded on access.
 
     They are computed from the factors if these were saved, else read from the spectra saved by ``observe.norms``.
@@ -41,7 +41,7 @@ def singular_values(run: Run, step: int | None = None) -> Spectra:
         The run saved no updates at this step.
     """
     updates = run.updates(step)
-    at = run.meta["states"]["last"]["step"] if step is None else step  # snapshots need an explicit step
+    at = run.meta.states["last"].step if step is None else step  # snapshots need an explicit step
     kept = [name.removesuffix(_KEPT) for name in run.snapshot_names() if name.endswith(_KEPT)]
     dense = [module for module in kept if module not in updates and at in run.snapshot_steps(module + _KEPT)]
 
@@ -53,7 +53,7 @@ def singular_values(run: Run, step: int | None = None) -> Spectra:
     return Lazy([*updates, *dense], make)
 
 
-def added_values(run: Run, step: int | None = None) -> Spectra:
+def added_values(run: Result, step: int | None = None) -> Spectra:
     """Return the singular values of the learned updates ΔW - ΔW₀, or of ΔW if the initial update was not saved."""
     whole, made = singular_values(run, step), initial_update.learned_updates(run, step)
     modules = list(dict.fromkeys([*whole, *made]))
@@ -91,7 +91,7 @@ def ranks(spectra: Spectra) -> pd.DataFrame:
     """
     rows = [
         {"module": module, "update_norm": float(np.linalg.norm(sigma)), "components": len(sigma)}
-        | {name: getattr(low_rank, name)(sigma) for name in _RANKS}
+        | {name: getattr(definitions, name)(sigma) for name in _RANKS}
         for module, sigma in spectra.items()
     ]
     return pd.DataFrame(rows)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.updates.low_rank import Dense, LowRank, phi_matrix, principal_angles
+from lorascope.updates import Update, phi_matrix, principal_angles
 
 Side = Literal["A", "B", "update"]
 
@@ -33,7 +33,7 @@ def similarity(first: Float[np.ndarray, "rank1 dim"], second: Float[np.ndarray, 
 
 
 def similarity_of_runs(
-    first: Mapping[str, LowRank | Dense], second: Mapping[str, LowRank | Dense], module: str, side: Side = "A"
+    first: Mapping[str, Update], second: Mapping[str, Update], module: str, side: Side = "A"
 ) -> pd.DataFrame:
     """Compute ``similarity`` between two runs in one module.
 
@@ -60,7 +60,7 @@ def similarity_of_runs(
     return similarity(_orient_rows(first[module], side), _orient_rows(second[module], side))
 
 
-def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
+def angles(first: Update, second: Update) -> pd.DataFrame:
     """Compute the principal angles between the output spaces and between the input spaces of two updates of a module.
 
     Returns
@@ -75,12 +75,12 @@ def angles(first: LowRank | Dense, second: LowRank | Dense) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _orient_rows(change: LowRank | Dense, side: Side) -> Float[np.ndarray, "rank dim"]:
+def _orient_rows(change: Update, side: Side) -> Float[np.ndarray, "rank dim"]:
     """Return a matrix whose right singular vectors are the directions of this side."""
     if side == "update":
         _, sigma, right = change.svd()
         return (right * sigma).T  # the scale puts the right singular vectors in the order of the update's
-    if isinstance(change, Dense):
+    if change.thin is None:
         kind = type(change).__name__
         raise ValueError(f"cannot compare side {side!r}: a {kind} update has no factor {side}. Use side='update'")
-    return change.A if side == "A" else change.B.T
+    return change.thin.A if side == "A" else change.thin.B.T

@@ -18,7 +18,7 @@ from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.printable import printable
 from lorascope.runs.loading import load
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 _INDENT = " " * 15
 
@@ -59,8 +59,8 @@ def _finding_to_json(finding: Finding) -> dict[str, Any]:
     return dataclasses.asdict(finding) | {"told": finding.message, "mend": finding.fix}
 
 
-def _format_findings(run: Run, case: Case, found: Sequence[Finding]) -> Iterator[str]:
-    state = "" if run.meta["states"] else f", {run.meta['status']}: no factors saved yet"
+def _format_findings(run: Result, case: Case, found: Sequence[Finding]) -> Iterator[str]:
+    state = "" if run.meta.states else f", {run.meta.status}: no factors saved yet"
     yield from _format_paragraph(
         str(run.path.resolve().name if run.path else run.id), f"{_format_finding_count(len(found))}{state}"
     )

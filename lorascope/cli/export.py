@@ -15,7 +15,7 @@ from lorascope.cli.arguments import UsageError, parse
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.runs.export import RankBudget, rank_pattern, select_components, to_peft, to_table
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.runs.summary import peft_keywords
 
 _BUDGET = "with --rank-pattern: fraction of all ranks to keep (0.5), or total rank to keep (96)"
@@ -96,13 +96,13 @@ def _check_export_options(options: Options) -> None:
         raise UsageError("--model requires --budget")
 
 
-def _write_export(run: Run, options: Options) -> Path:
+def _write_export(run: Result, options: Options) -> Path:
     if options.table is not None:
         return to_table(run, options.table, options.summary, options.state)
     return to_peft(run, str(options.peft), options.state)
 
 
-def _suggest_ranks(run: Run, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:
+def _suggest_ranks(run: Result, options: Options, budget: float) -> tuple[dict[str, Any], list[str]]:
     """Return the PEFT keywords that a budget allows, and remarks on the kept components."""
     state = options.state
     if options.model is None or options.task is None:

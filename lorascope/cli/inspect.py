@@ -19,7 +19,7 @@ from lorascope.diagnosis.neuron_inspection import inspect_neurons
 from lorascope.diagnosis.neuron_scores import is_checkpoint
 from lorascope.diagnosis.terminal import comparison_screen
 from lorascope.files.safe_csv import csv_text
-from lorascope.runs.loading import AdapterRun
+from lorascope.runs.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         print(format_neuron_inspection(whole[0], options), end="")
         return 0
     runs = open_runs(options.paths, options.base)
-    unfinished = [run for run in runs if not isinstance(run, AdapterRun) and not run.meta["states"]]
+    unfinished = [run for run in runs if not isinstance(run, Adapter) and not run.meta.states]
     for run in unfinished:
         print(run)
     if unfinished:

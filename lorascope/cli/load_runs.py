@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lorascope.cli.arguments import UsageError
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.loading import is_run, load
 from lorascope.runs.run import Run
 
 
-def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run]:
+def open_runs(paths: Sequence[str | Path], base: str | None) -> list[Run | Adapter]:
     """Open folders of runs and adapters; only adapters get the base, because a run has recorded its own norms.
 
     Raises

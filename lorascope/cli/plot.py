@@ -16,7 +16,7 @@ from lorascope.cli.arguments import UsageError, fields_of, headline, parse
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.plots import FIGURES, OLD_FIGURES
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
 
 _RUNS = "folders of runs or adapters; label=folder sets the label of a curve, and runs with one label are its seeds"
@@ -75,11 +75,11 @@ def _own_fields(name: str) -> list[str]:
     return [field for field, *_ in fields_of(FIGURES[name].draw, skip=("runs", "control"))]
 
 
-def _group_by_label(pairs: Sequence[tuple[str, Run]]) -> list[Run] | dict[str, list[Run]]:
+def _group_by_label(pairs: Sequence[tuple[str, Result]]) -> list[Result] | dict[str, list[Result]]:
     """Group runs by label if any of them has one, else return a list."""
     if not any(label for label, _ in pairs):
         return [run for _, run in pairs]
-    labeled: dict[str, list[Run]] = {}
+    labeled: dict[str, list[Result]] = {}
     for label, run in pairs:
         labeled.setdefault(label or run.label, []).append(run)
     return labeled

@@ -109,4 +109,10 @@ def _field_names(fields: list[Any]) -> list[str]:
 def run_to_json(run: Run) -> dict[str, Any]:
     """Convert the result of a run to JSON values."""
     meta = run.meta
-    return {"id": run.id, "path": str(run.path), "label": run.label, "status": meta["status"], "test": meta["test"]}
+    return {
+        "id": run.id,
+        "path": str(run.path),
+        "label": run.label,
+        "status": meta.status,
+        "test": meta.to_json()["test"],
+    }

@@ -12,10 +12,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.runs.loading import AdapterRun
+from lorascope.runs.adapter import Adapter
 from lorascope.schema.module_roles import parse
-from lorascope.updates.linalg import as_float64, one_thread
-from lorascope.updates.low_rank import Dense, LowRank, NeuronChange, factored_change, neuron_change
+from lorascope.updates import Update
+from lorascope.updates.linalg import one_thread
 
 DIRECTIONS = 10
 """Number of leading singular vectors of each weight that are checked for intruder dimensions."""
@@ -25,12 +25,12 @@ BASE_COLUMNS = ("intruders", "neuron_median", "neuron_largest")
 _BY_COLUMN = ("ffn_out", "embed")  # a column is the output weights of a neuron, or the vector of a token
 
 
-def compare_with_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
+def compare_with_base(run: Adapter, decompose: bool) -> pd.DataFrame:
     """Compute intruder dimensions and neuron rotation of every module whose weight is in the base.
 
     Parameters
     ----------
-    run : AdapterRun
+    run : Adapter
         Adapter that was loaded with its base.
     decompose : bool
         Compute intruder dimensions for weights of any size.
@@ -52,12 +52,10 @@ def compare_with_base(run: AdapterRun, decompose: bool) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["module", *BASE_COLUMNS])
 
 
-def _compare_module(
-    W0: Float[np.ndarray, "out in"], update: LowRank | Dense, module: str, decompose: bool
-) -> dict[str, float]:
+def _compare_module(W0: Float[np.ndarray, "out in"], update: Update, module: str, decompose: bool) -> dict[str, float]:
     if not np.isfinite(update.norm()):
         return dict.fromkeys(BASE_COLUMNS, np.nan)
-    rotation = _rotation_summary(W0, update, 0 if parse(module).role in _BY_COLUMN else 1).cosine_distance
+    rotation = update.neuron_change(W0, 0 if parse(module).role in _BY_COLUMN else 1).cosine_distance
     known = rotation[~np.isnan(rotation)]  # a zero neuron has no direction
     found = {"neuron_median": np.median(known), "neuron_largest": known.max()} if len(known) else {}
     if decompose or min(W0.shape) <= SIDE:
@@ -66,9 +64,3 @@ def _compare_module(
 
         found["intruders"] = intruders({module: Basis.of(W0)}, {module: update}, DIRECTIONS)["intruder"].sum()
     return dict.fromkeys(BASE_COLUMNS, np.nan) | {name: float(value) for name, value in found.items()}
-
-
-def _rotation_summary(W0: Float[np.ndarray, "out in"], update: LowRank | Dense, axis: int) -> NeuronChange:
-    if isinstance(update, LowRank):
-        return factored_change(W0, update.scale * as_float64(update.B), update.A, axis)
-    return neuron_change(W0, update.dense() + W0, axis)

@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 
 from lorascope.diagnosis.causes import CAUSES, Case, Finding
-from lorascope.runs.loading import AdapterRun
-from lorascope.runs.run import Run
-from lorascope.updates.low_rank import LowRank
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.result import Result
 
 _COLUMNS = ("rank", "scale", "update_norm", "moved", "weight_norm", "relative_update", "effective_rank", "used")
 # Names of the evidence in ``skipped_checks``, which are also keys of the JSON output.
@@ -23,7 +22,7 @@ SKIP_REASONS = {"norms of the weights": "no weight norms", "a history": "no trai
 """Missing evidence -> reason to print."""
 
 
-def diagnose(run: Run) -> list[Finding]:
+def diagnose(run: Result) -> list[Finding]:
     """Diagnose why a run or an adapter is not as intended.
 
     Parameters
@@ -57,21 +56,21 @@ def skipped_checks(case: Case) -> dict[str, list[str]]:
     return missing
 
 
-def collect_evidence(run: Run) -> Case:
+def collect_evidence(run: Result) -> Case:
     """Collect the evidence for all checks."""
-    history = not isinstance(run, AdapterRun)
-    modules = _module_evidence(run) if run.meta["states"] else _no_modules()
+    history = not isinstance(run, Adapter)
+    modules = _module_evidence(run) if run.meta.states else _no_modules()
     losses = pd.Series(dtype="float64")
-    if history and "records.parquet" in run.meta["checksums"]:
+    if history and "records.parquet" in run.meta.checksums:
         rows = run.table[run.table["quantity"] == "loss"].sort_values("step")
         losses = pd.Series(rows["value"].to_numpy(), index=rows["step"].to_numpy(dtype="int64"))
-    base = history or (isinstance(run, AdapterRun) and run.base is not None)
+    base = history or (isinstance(run, Adapter) and run.base is not None)
     return Case(
         modules, losses, run.meta, history, bool(modules["weight_norm"].notna().any()), base, _tied_modules(run)
     )
 
 
-def _module_evidence(run: Run) -> pd.DataFrame:
+def _module_evidence(run: Result) -> pd.DataFrame:
     """Return ``Case.modules``."""
     frame = run.summary(all=True)
     recorded = run.table["module"][run.table["quantity"] == "update_norm"]
@@ -90,23 +89,23 @@ def _component_evidence(update: Any) -> tuple[float, float, bool]:
 
     These are NaN, NaN and False unless the update is a product B A.
     """
-    if not isinstance(update, LowRank):
+    if update is None or (product := update.thin) is None:
         return np.nan, np.nan, False
-    used = update.A.any(axis=1) & update.B.any(axis=0)
-    return float(update.scale), float(np.count_nonzero(used)), not (update.A.any() or update.B.any())
+    used = product.A.any(axis=1) & product.B.any(axis=0)
+    return float(product.scale), float(np.count_nonzero(used)), not (product.A.any() or product.B.any())
 
 
-def _tied_modules(run: Run) -> tuple[tuple[str, str], ...]:
-    if not run.meta["states"]:
+def _tied_modules(run: Result) -> tuple[tuple[str, str], ...]:
+    if not run.meta.states:
         return ()
     adapted = {name for name, rank in run.ranks().items() if rank}
     modules = run.modules
-    if isinstance(run, AdapterRun):
+    if isinstance(run, Adapter):
         # safetensors stores a shared weight once: a head that is missing in the base is tied to the embedding.
         ends = {role: modules["module"][modules["role"] == role] for role in ("embed", "head")}
         lacking = [name for name in ends["head"] if run.base is not None and not run.base.has_weight(name)]
         return tuple((one, other) for one in ends["embed"] for other in lacking)
-    pairs = zip(modules["module"], modules.get("tied", pd.Series("", modules.index)).fillna(""), strict=True)
+    pairs = zip(modules["module"], modules["tied"], strict=True)
     return tuple((one, other) for one, tied in pairs for other in tied.split(",") if {one, other} <= adapted)
 
 

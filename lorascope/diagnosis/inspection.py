@@ -11,15 +11,14 @@ import pandas as pd
 from jaxtyping import Int
 
 from lorascope.diagnosis.base_comparison import BASE_COLUMNS, DIRECTIONS, compare_with_base
-from lorascope.runs.formats.peft_lora import CONFIG
+from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.peft_lora import CONFIG, RESIDUAL
 from lorascope.runs.gated_run import gate_description
-from lorascope.runs.loading import AdapterRun, spectra_by_layer
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result, spectra_by_layer
 from lorascope.schema.module_roles import position
 from lorascope.schema.name_patterns import Patterns
-from lorascope.updates.factor_formats import RESIDUAL, UNTRAINED
+from lorascope.updates import Pair, constant_factors, effective_rank, energy_rank, stable_rank
 from lorascope.updates.linalg import root_of_squares
-from lorascope.updates.low_rank import Pair, effective_rank, energy_rank, stable_rank
 
 _SHARE = 0.9
 _DEAD = 1e-6  # fraction of the largest singular value, below which the two ways to compute them differ
@@ -51,7 +50,7 @@ class Inspection:
         One sentence per finding.
     """
 
-    run: Run
+    run: Result
     name: str
     facts: tuple[tuple[str, str], ...]
     modules: pd.DataFrame
@@ -60,7 +59,7 @@ class Inspection:
     @property
     def cautions(self) -> tuple[str, ...]:
         """Findings that affect its comparison with other inspections."""
-        own = adapter_cautions(self.run) if isinstance(self.run, AdapterRun) else ()
+        own = adapter_cautions(self.run) if isinstance(self.run, Adapter) else ()
         return (*_norm_cautions(self.run, self.modules), *_base_findings(self.modules), *own)
 
     @property
@@ -108,7 +107,7 @@ class Inspection:
         }
 
 
-def inspect(run: Run, spectra: bool = False) -> Inspection:
+def inspect(run: Result, spectra: bool = False) -> Inspection:
     """Measure every module of a run or adapter.
 
     Parameters
@@ -126,9 +125,7 @@ def inspect(run: Run, spectra: bool = False) -> Inspection:
     """
     modules = _measure_modules(run, spectra)
     facts, own = (
-        (adapter_facts(run), adapter_findings(run))
-        if isinstance(run, AdapterRun)
-        else (_run_facts(run, len(modules)), ())
+        (adapter_facts(run), adapter_findings(run)) if isinstance(run, Adapter) else (_run_facts(run, len(modules)), ())
     )
     return Inspection(run, facts[0][0], facts, modules, (*_update_findings(run, modules), *own))
 
@@ -139,7 +136,7 @@ def pool_norms(norms: pd.Series) -> float:
     return root_of_squares(known) if len(known) else np.nan
 
 
-def _measure_modules(run: Run, spectra: bool) -> pd.DataFrame:
+def _measure_modules(run: Result, spectra: bool) -> pd.DataFrame:
     frame = run.summary()
     if frame.empty:
         raise ValueError(
@@ -151,7 +148,7 @@ def _measure_modules(run: Run, spectra: bool) -> pd.DataFrame:
     frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
     frame["parameters"] = _parameters(run, frame)
     frame["scale"] = _scales(run, frame["module"])
-    compared = compare_with_base(run, spectra).set_index("module") if isinstance(run, AdapterRun) else pd.DataFrame()
+    compared = compare_with_base(run, spectra).set_index("module") if isinstance(run, Adapter) else pd.DataFrame()
     for name in BASE_COLUMNS:
         frame[name] = frame["module"].map(compared[name]) if name in compared else np.nan
     return frame[list(_COLUMNS)]
@@ -177,34 +174,34 @@ def _dead_components(sigma: np.ndarray, rank: float) -> float:
     return max(rank - np.count_nonzero(sigma > _DEAD * np.max(sigma, initial=0.0)), 0.0)
 
 
-def _scales(run: Run, modules: pd.Series) -> list[float]:
+def _scales(run: Result, modules: pd.Series) -> list[float]:
     """Return the scale of each product or transform; NaN for a dense update, which has none."""
-    if isinstance(run, AdapterRun):
+    if isinstance(run, Adapter):
         return [part.scale for part in run.files.parts.values()]
     updates = run.updates()
     return [float(getattr(updates[name], "scale", np.nan)) if name in updates else np.nan for name in modules]
 
 
-def _parameters(run: Run, frame: pd.DataFrame) -> pd.Series:
+def _parameters(run: Result, frame: pd.DataFrame) -> pd.Series:
     """Count the values per module that an adapter stores or a run trains, from the rank if not stored."""
-    if isinstance(run, AdapterRun):
+    if isinstance(run, Adapter):
         return frame["module"].map({module: part.size for module, part in run.files.parts.items()})
     outer, inner = _shapes(run, frame["module"]).T
     factored = (frame["rank"] * (outer + inner)).fillna(0)
     counted = factored.where(frame["rank"].notna(), outer * inner).astype("int64")
-    held = run.factors()
-    if UNTRAINED.isdisjoint(next(iter(held.values()), ())):
+    held, constants = run.factors(), constant_factors()
+    if constants.isdisjoint(next(iter(held.values()), ())):
         return counted
-    sizes = {module: sum(parts[name].size for name in parts.keys() - UNTRAINED) for module, parts in held.items()}
+    sizes = {module: sum(parts[name].size for name in parts.keys() - constants) for module, parts in held.items()}
     return frame["module"].map(sizes).fillna(counted).astype("int64")
 
 
-def _singular_values(run: Run, modules: pd.Series, spectra: bool) -> Mapping[str, np.ndarray]:
+def _singular_values(run: Result, modules: pd.Series, spectra: bool) -> Mapping[str, np.ndarray]:
     """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
-    if isinstance(run, AdapterRun):
+    if isinstance(run, Adapter):
         return run.spectra if spectra or all(part.has_thin_factors for part in run.files.parts.values()) else {}
-    found = dict(spectra_by_layer(run))
-    last = run.meta["states"]["last"]["step"]
+    found = dict(spectra_by_layer(run.updates()))
+    last = run.meta.states["last"].step
     for module in modules:
         name = f"{module}/singular_values"
         if module not in found and last in run.snapshot_steps(name):
@@ -212,7 +209,7 @@ def _singular_values(run: Run, modules: pd.Series, spectra: bool) -> Mapping[str
     return found
 
 
-def _shapes(run: Run, modules: pd.Series) -> Int[np.ndarray, "n 2"]:
+def _shapes(run: Result, modules: pd.Series) -> Int[np.ndarray, "n 2"]:
     """Return (out, in) per module, from the update if it is the second name of a tied weight, which has no row."""
     described = run.modules.set_index("module")[["out_features", "in_features"]]
     known = set(described.index)
@@ -221,21 +218,21 @@ def _shapes(run: Run, modules: pd.Series) -> Int[np.ndarray, "n 2"]:
     )
 
 
-def _run_facts(run: Run, count: int) -> tuple[tuple[str, str], ...]:
+def _run_facts(run: Result, count: int) -> tuple[tuple[str, str], ...]:
     meta = run.meta
     name = run.path.resolve().name if run.path else run.id
     facts = [
-        (name, f"{run.label}, seed {meta['seed']}" + ("" if run.finished else f", {meta['status']}")),
-        ("model", f"{meta['model']} on {meta['task']}"),
-        ("holds", f"{count} modules, {meta['parameters']['trained']:,} trained parameters"),
+        (name, f"{run.label}, seed {meta.seed}" + ("" if run.finished else f", {meta.status}")),
+        ("model", f"{meta.model} on {meta.task}"),
+        ("holds", f"{count} modules, {meta.parameters.trained:,} trained parameters"),
     ]
-    if meta["test"]:
-        test, steps = meta["test"], meta["settings"]["steps"]
-        facts.append(("test", f"{test['name']} {test['metric']:.4g}, loss {test['loss']:.4g} after {steps} steps"))
+    if meta.test:
+        test, steps = meta.test, meta.settings["steps"]
+        facts.append(("test", f"{test.name} {test.metric:.4g}, loss {test.loss:.4g} after {steps} steps"))
     return tuple(facts)
 
 
-def _update_findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
+def _update_findings(run: Result, modules: pd.DataFrame) -> Iterator[str]:
     """Yield findings for any update: NaN, zero, unused components, concentrated energy."""
     yield from _norm_cautions(run, modules)
     untouched = modules["module"][modules["update_norm"] == 0]
@@ -253,7 +250,7 @@ def _update_findings(run: Run, modules: pd.DataFrame) -> Iterator[str]:
         yield f"{narrow or 'none'} of {len(known)} modules have {100 * _SHARE:.0f}% of their energy in {bound}"
 
 
-def _norm_cautions(run: Run, modules: pd.DataFrame) -> Iterator[str]:
+def _norm_cautions(run: Result, modules: pd.DataFrame) -> Iterator[str]:
     """Yield cautions about norms that depend on the input, are NaN, or are all zero."""
     routed = int((~modules["exact"]).sum())
     if routed:
@@ -294,7 +291,7 @@ def _base_findings(modules: pd.DataFrame) -> Iterator[str]:
             yield f"intruder dimensions of {rest} large modules not computed: add --spectra (slow)"
 
 
-def _zero_factor_findings(run: Run, modules: pd.Series) -> str:
+def _zero_factor_findings(run: Result, modules: pd.Series) -> str:
     """Return which factors are zero, if they are the same in all modules."""
     factors = run.factors()
     zero = {
@@ -330,7 +327,7 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _NO_ALPHA = "alpha not saved"
 
 
-def adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
+def adapter_facts(run: Adapter) -> tuple[tuple[str, str], ...]:
     """Return the header: method and rank, base, size."""
     parts = run.files.parts.values()
     scales = _range([part.scale for part in parts])
@@ -344,12 +341,12 @@ def adapter_facts(run: AdapterRun) -> tuple[tuple[str, str], ...]:
     stored = f"{' and '.join(dtypes)}, {files} file{'s' * (files > 1)}"
     return (
         (run.label, f"{run.files.kind}, {size}"),
-        ("base", f"{run.meta['model']} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
-        ("holds", f"{len(parts)} modules, {run.meta['parameters']['trained']:,} parameters, {stored}"),
+        ("base", f"{run.meta.model} ({'not read' if run.base is None else f'read from {run.base.folder}'})"),
+        ("holds", f"{len(parts)} modules, {run.meta.parameters.trained:,} parameters, {stored}"),
     )
 
 
-def adapter_cautions(run: AdapterRun) -> Iterator[str]:
+def adapter_cautions(run: Adapter) -> Iterator[str]:
     """Yield cautions if |dW| is not exactly the norm of the update."""
     config = run.files.config
     if not config:
@@ -361,7 +358,7 @@ def adapter_cautions(run: AdapterRun) -> Iterator[str]:
         yield f"initialized by {start}: unless converted, it requires a modified base, which |dW| includes"
 
 
-def adapter_findings(run: AdapterRun) -> Iterator[str]:
+def adapter_findings(run: Adapter) -> Iterator[str]:
     """Yield findings about the files: cautions, saved modules, biases, unmatched patterns."""
     config, others = run.files.config, run.files.others
     yield from adapter_cautions(run)
@@ -384,7 +381,7 @@ def adapter_findings(run: AdapterRun) -> Iterator[str]:
             yield f"{pattern} matches no module of this adapter: {first_and_count(idle)}"
 
 
-def _saved_whole(run: AdapterRun, modules: Sequence[str]) -> Iterator[str]:
+def _saved_whole(run: Adapter, modules: Sequence[str]) -> Iterator[str]:
     """Yield findings about modules saved as full weights, such as new heads, with their distance from the base."""
     base = run.base
     rest = list(modules)

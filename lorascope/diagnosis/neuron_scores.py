@@ -19,7 +19,7 @@ from lorascope.runs.formats.peft_lora import factor_files
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import MARKS
 from lorascope.schema.module_roles import FFN, parse, position
-from lorascope.updates.low_rank import neuron_change
+from lorascope.updates import neuron_change
 
 
 def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] = FFN) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from lorascope.diagnosis.comparison import Comparison
 from lorascope.diagnosis.inspection import Inspection
 from lorascope.diagnosis.neuron_inspection import NeuronInspection
 from lorascope.files.printable import printable
-from lorascope.runs.loading import AdapterRun
+from lorascope.runs.adapter import Adapter
 
 WIDTH = 80
 _LABEL = 15
@@ -292,7 +292,7 @@ def color_of(finding: str) -> str:
 def _next_command(inspection: Inspection) -> str:
     run = inspection.run
     folders = [run.path]
-    if isinstance(run, AdapterRun) and run.base is not None and run.needs_base:
+    if isinstance(run, Adapter) and run.base is not None and run.needs_base:
         folders.append(run.base.folder)
     shown = [[_shorten_folder(folder) for folder in folders], ["ADAPTER", "BASE"][: len(folders)]]
     commands = [f"lorascope plot spectrum {' --base '.join(names)} -o spectrum.pdf" for names in shown]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.alora import ALoRADelta
 from lorascope.methods.base import task_head
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget, base_of
 from lorascope.runs.export.peft_folder import refuse_unkept
-from lorascope.runs.formats.peft_lora import PREFIX
-from lorascope.runs.loading import AdapterRun
+from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.runs.summary import exact_products
 from lorascope.schema.deprecation import old_names
@@ -49,7 +50,13 @@ class Losses(NamedTuple):
 
 
 def component_importance(
-    run: Run, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256, exact_rows: int = 64
+    run: Result,
+    model: str | Path,
+    task: str | Path | Task,
+    *,
+    state: str = "last",
+    rows: int = 256,
+    exact_rows: int = 64,
 ) -> dict[str, Float[np.ndarray, "_"]]:
     """Compute the loss increase on removal of each component, as scores for ``export.select_components``.
 
@@ -99,7 +106,7 @@ def component_importance(
 
 
 def pruned_losses(
-    run: Run, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
+    run: Result, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
 ) -> Losses:
     """Compute the loss of the run's model with all components and with only those in ``cut``.
 
@@ -122,39 +129,39 @@ def _mean_loss(model: nn.Module, state: Mapping[str, Triple], encoded: EncodedRo
 
 
 def _open_trained(
-    run: Run, name: str | Path, task: str | Path | Task, state: str
+    run: Result, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
-    if isinstance(run, AdapterRun) and run.files.kind == "DoRA":
+    if isinstance(run, Adapter) and run.files.kind == "DoRA":
         raise ValueError(
             f"cannot measure components of {run.label}: it is DoRA, whose magnitudes are not part of any component"
         )
     parts = {module: canonical(update) for module, update in exact_products(run, run.updates(state=state)).items()}
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
-    if isinstance(run, AdapterRun) or run.meta["w0_hash"] is None:
-        held = _adapter_weights(run) if isinstance(run, AdapterRun) else _recorded_weights(run, state)
+    if isinstance(run, Adapter) or run.meta.w0_hash is None:
+        held = _adapter_weights(run) if isinstance(run, Adapter) else _recorded_weights(run, state)
         _load_other_weights(run, held, base, str(name))
         _check_hosts(run, parts, base, str(name))
     else:
-        fit_head(base, run.meta["labels"])
-        if weights_hash(base) != run.meta["w0_hash"]:
+        fit_head(base, run.meta.labels)
+        if weights_hash(base) != run.meta.w0_hash:
             raise ValueError(
-                f"model must be {run.meta['model']}, the base of run {run.id}, got {name} with different weights"
+                f"model must be {run.meta.model}, the base of run {run.id}, got {name} with different weights"
             )
-        run.restore(base, state)
+        cast(Run, run).restore(base, state)
         detach(base)
     base.requires_grad_(False)
     return base, task.fit(base), parts
 
 
-def _recorded_weights(run: Run, state: str) -> dict[str, Tensor]:
+def _recorded_weights(run: Result, state: str) -> dict[str, Tensor]:
     """Return the parameters that trained outside the adapters, from a recording of another trainer."""
     refuse_unkept(run, state)
-    return {name: torch.tensor(array) for name, array in run.tensors(state).items()}
+    return {name: torch.tensor(array) for name, array in cast(Run, run).tensors(state).items()}
 
 
-def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
+def _check_hosts(run: Result, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
     """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
     for module, (P, _, Q) in parts.items():
@@ -167,7 +174,7 @@ def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: s
             )
 
 
-def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
+def _load_other_weights(run: Result, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
     """Load the parameters that trained in addition to the factors, usually a classifier head."""
     untrained = sorted(models.missing(base) - stored.keys())
     if untrained:
@@ -190,7 +197,7 @@ def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module,
         )
 
 
-def _adapter_weights(run: AdapterRun) -> dict[str, Tensor]:
+def _adapter_weights(run: Adapter) -> dict[str, Tensor]:
     """Return the parameters in an adapter folder other than the factors, by their names in the base."""
     if biased := [name for name in run.files.others if name.endswith(".lora_B.bias")]:
         raise ValueError(

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from lorascope.adapters.activation_patching import Loss, moved_losses
 from lorascope.adapters.delta import Delta, attach, detach
 from lorascope.methods import adalora, alora
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Update
 
 Triple = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def canonical(update: LowRank | Dense) -> Triple:
+def canonical(update: Update) -> Triple:
     """Return P (out, k), lambda (k,) and Q (k, in) of an update."""
     U, sigma, V = update.svd()
     return U, sigma, V.T

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,13 +15,14 @@ from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
 from lorascope.methods.hydralora_routing import Gates, stack_gates, watch
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import base_of
-from lorascope.runs.loading import AdapterRun
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 
 
 def mean_gates(
-    trained: nn.Module | Run,
+    trained: nn.Module | Result,
     texts: Sequence[str],
     *,
     base: nn.Module | None = None,
@@ -86,7 +87,7 @@ def mean_gates(
     return seen
 
 
-def _restore_trained(trained: nn.Module | Run, base: nn.Module | None) -> Any:
+def _restore_trained(trained: nn.Module | Result, base: nn.Module | None) -> Any:
     if isinstance(trained, nn.Module):
         if base is not None:
             raise ValueError(f"base must be None for a model, got {type(base).__name__}: it is only used with a run")
@@ -94,14 +95,14 @@ def _restore_trained(trained: nn.Module | Run, base: nn.Module | None) -> Any:
     if base is None:
         name, blocks = base_of(trained)
         base = models.load(name, blocks=blocks)
-    if isinstance(trained, AdapterRun):
+    if isinstance(trained, Adapter):
         attach(base, _routers(trained, base))
     else:
-        trained.restore(base)
+        cast(Run, trained).restore(base)
     return base
 
 
-def _routers(folder: AdapterRun, base: nn.Module) -> dict[str, RoutedDelta]:
+def _routers(folder: Adapter, base: nn.Module) -> dict[str, RoutedDelta]:
     """Return the experts of an adapter folder, with their routers."""
     found = {}
     for module, held in folder.factors().items():

@@ -232,8 +232,8 @@ def _finish_job(swept: SweepResult, board: SweepTable, number: int, folder: str,
         board.end(number, "failed", error)
         return
     swept.folders[number] = Path(folder)
-    test = Run.read(folder).meta["test"]
-    board.end(number, "done", f"{test['name']} {test['metric']:.4g}")
+    test = Run.read(folder).score
+    board.end(number, "done", f"{test.name} {test.metric:.4g}")
 
 
 def _killed_message() -> str:

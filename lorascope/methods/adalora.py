@@ -56,7 +56,7 @@ from lorascope.methods.base import Method, Step, require_at_least, require_choic
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 # Quantities of each component in the order in which they are computed: label, definition, equation.
 _SCORES = {

@@ -75,7 +75,7 @@ from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 BETAS = (0.5, 0.999)
 RADIUS = 0.01

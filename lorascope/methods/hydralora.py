@@ -57,8 +57,7 @@ from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.module_roles import FFN
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
-from lorascope.updates.factor_formats import update_from
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Mixture
 
 _PAPER = "HydraLoRA, eq. 3"
 register(
@@ -267,9 +266,11 @@ class HydraDelta(Delta):
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Mixture:
         """Return the update at the mean gate weights of the last recording."""
-        return update_from({name: to_array(part) for name, part in self.factors().items()}, self.scale, self.linear)
+        return Mixture.from_factors(
+            {name: to_array(part) for name, part in self.factors().items()}, self.scale, self.linear
+        )
 
     def extra_repr(self) -> str:
         return f"heads={self.number}, rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import Delta, attach, host_weight, to_array
 from lorascope.methods.base import Method, added_later, train_adapters
 from lorascope.schema import module_table
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 
 @dataclass(kw_only=True)

@@ -56,7 +56,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -72,6 +72,7 @@ from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
 from lorascope.runs.layout import Lazy
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
@@ -152,7 +153,7 @@ class NeFT(Method, name="neft"):
             raise ValueError(f"clip_before must be > 0 or None, got {self.clip_before}")
         if self.neurons is not None:
             self.neurons = neurons.to_plain_ints(self.neurons)
-        if isinstance(self.reference, Run):
+        if isinstance(self.reference, Result):
             _check_kind(self.reference, self.select_by)
         self.neurons_: dict[str, list[int]] = {}
 
@@ -161,7 +162,7 @@ class NeFT(Method, name="neft"):
         if isinstance(self.reference, str | Path):
             reference = loading.load(self.reference)
             _check_kind(reference, self.select_by)
-            self.reference = reference
+            self.reference = reference  # type: ignore[assignment]
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield full fine-tuning or linear probing, if the selection needs it, then training of the neurons."""
@@ -179,7 +180,7 @@ class NeFT(Method, name="neft"):
         """Select the neurons; leave their projections and the task's head trainable."""
         self.prepare()
         self._parts = neurons.parts(module_table.describe(model), self.targets)
-        self._scores = scores(model, self._parts, self.reference) if isinstance(self.reference, Run) else None
+        self._scores = scores(model, self._parts, self.reference) if isinstance(self.reference, Result) else None
         self.neurons_ = self._choose(model)
         model.requires_grad_(False)
         axes = {part.module: part.axis for part in self._parts}
@@ -289,14 +290,14 @@ class Mask(NamedTuple):
         return int(self.frozen.sum()) * self.weight.numel() // self.frozen.numel()
 
 
-def _check_kind(tuned: Run, mode: str) -> None:
+def _check_kind(tuned: Result, mode: str) -> None:
     """Raise a ValueError for an adapter, a run of the wrong kind, or a run that trained only a few neurons."""
-    name, needed = tuned.meta["method"]["name"], Probing if mode == "probed" else Full
-    if tuned.meta.get("w0_hash") is None:
-        kind = "a run of a Trainer" if "source" not in tuned.meta else "an external adapter"
+    name, needed = tuned.meta.method["name"], Probing if mode == "probed" else Full
+    if tuned.meta.w0_hash is None:
+        kind = "a run of a Trainer" if tuned.meta.source is None else "an external adapter"
         reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
     elif name == NeFT.name:
-        before = [run.path.resolve() for run in tuned.parents if run.path and run.meta["method"]["name"] == needed.name]
+        before = [run.path.resolve() for run in tuned.parents if run.path and run.meta.method["name"] == needed.name]
         kind = "linear probing" if needed is Probing else "full fine-tuning"
         usable = f"the phase before it, {before[0]}" if before else f"a run of {kind}"
         reason = f"it trained only {len(selected_neurons.list_selected(tuned)):,} neurons. Use {usable}"
@@ -309,7 +310,7 @@ def _check_kind(tuned: Run, mode: str) -> None:
     raise ValueError(f"cannot select neurons by {mode!r} from {tuned.id} ({tuned.label}): {reason}")
 
 
-def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.DataFrame:
+def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Result) -> pd.DataFrame:
     """Score every neuron by equation 1, from W_0 and full fine-tuning; columns as in ``neurons.COLUMNS``.
 
     For a run of linear probing the score is its ``probe_cosine``.
@@ -319,11 +320,11 @@ def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Run) -> pd.D
     ValueError
         The run has other initial weights, or did not train or probe a projection.
     """
-    if weights_hash(model) != tuned.meta["w0_hash"]:
+    if weights_hash(model) != tuned.meta.w0_hash:
         raise ValueError(f"reference must start from the weights of this model, got run {tuned.id} of another one")
-    if tuned.meta["method"]["name"] == Probing.name:
-        return probe_scores(tuned, places)
-    after = tuned.tensors()
+    if tuned.meta.method["name"] == Probing.name:
+        return probe_scores(cast(Run, tuned), places)
+    after = cast(Run, tuned).tensors()
     if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
         reason = f"run {tuned.id} ({tuned.label}) did not train it"
         raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")

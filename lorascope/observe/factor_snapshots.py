@@ -13,8 +13,6 @@ from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.schema.records import Factors, Item
-from lorascope.updates.fourier import Fourier
-from lorascope.updates.low_rank import LowRank
 
 
 @dataclass(kw_only=True)
@@ -34,6 +32,6 @@ def factors_of(model: nn.Module) -> list[Factors]:
         with shared_copies():
             update = delta.update()
             arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
-        scale = float(update.scale) if isinstance(update, LowRank | Fourier) else None
-        kept.append(Factors(module, arrays, scale, getattr(update, "exact", True)))
+        whole = bool(update.required) and update.required <= arrays.keys()
+        kept.append(Factors(module, arrays, float(update.scale) if whole else None, update.exact, update.form))
     return kept

@@ -19,7 +19,7 @@ from lorascope.methods.base import Step
 from lorascope.methods.optimizers.subspace_iteration import relative_error, s_rsi
 from lorascope.observe.base import Observer
 from lorascope.schema.records import Item, Quantity, Record, register
-from lorascope.updates.low_rank import Dense, spectra
+from lorascope.updates import Dense, spectra
 
 # Ranks at which errors are recorded, and the number of singular values recorded.
 RANKS = (1, 2, 4, 8, 16, 32, 64)

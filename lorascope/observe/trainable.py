@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attached_deltas
-from lorascope.adapters.host_weights import host_kind, orient_weight, to_array
+from lorascope.adapters.host_weights import host_kind, orient_weight
 from lorascope.adapters.peft_layers import (
     PeftDelta,
     active_adapters,
@@ -23,8 +23,7 @@ from lorascope.adapters.peft_layers import (
     unwrapped_parameters,
 )
 from lorascope.methods.base import Step
-from lorascope.updates.fourier import Fourier
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Update
 
 # Elements per tile of a tensor, few enough for the cache.
 TILE = 1 << 18
@@ -77,7 +76,7 @@ class TrainedTensors:
         modules = frozenset({*rows["module"], *deltas})
         return cls(dense, deltas, hosts, parameter_of, changed, modules, tuple(rows["module"][rows["role"] == "block"]))
 
-    def updates(self) -> dict[str, LowRank | Dense]:
+    def updates(self) -> dict[str, Update]:
         """Return the update of every adapted module, without the change of its base weight."""
         return {module: delta.update() for module, delta in self.deltas.items()}
 
@@ -85,7 +84,7 @@ class TrainedTensors:
         """Return whether the base weight of an adapted module is frozen."""
         return self.parameter_of[module] not in self.changed
 
-    def add(self, module: str, weight: Tensor, update: LowRank | Dense) -> Tensor:
+    def add(self, module: str, weight: Tensor, update: Update) -> Tensor:
         """Return an adapted module's weight plus an update, in the layout of the weight."""
         matrix = torch.from_numpy(update.dense()).to(weight)
         return weight + orient_weight(self.hosts[module], matrix).reshape(weight.shape)
@@ -122,17 +121,6 @@ def squares(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = N
     """Compute the sum of squares of a tensor, or of its difference from another one."""
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
     return math.fsum(float(tile.square().sum()) for tile in _tiles(tensor, minus))
-
-
-def inner(weight: Float[Tensor, "out in"], update: LowRank | Dense) -> float:
-    """Compute <W, dW> without multiplying the factors of dW."""
-    if isinstance(update, Fourier):
-        return update.inner(to_array(weight))
-    if isinstance(update, Dense):
-        matrix = torch.from_numpy(update.matrix).to(weight.device)
-        return math.fsum(float((w * dw).sum()) for w, dw in zip(_tiles(weight), _tiles(matrix), strict=True))
-    A, B = (torch.from_numpy(factor).to(weight.device) for factor in (update.A, update.B))
-    return float(update.scale * ((_promote_tile(weight) @ A.T).double() * B.double()).sum())
 
 
 def _tiles(tensor: Tensor, minus: Tensor | None = None) -> Iterator[Float[Tensor, "tile"]]:

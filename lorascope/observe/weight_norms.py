@@ -16,13 +16,17 @@ from lorascope.adapters.delta import host_weight
 from lorascope.adapters.host_weights import shared_copies
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import TrainedTensors, inner, squares
+from lorascope.observe.trainable import TrainedTensors, squares
 from lorascope.schema.records import Item, Record, Snapshot
-from lorascope.updates.factor_formats import UNTRAINED, update_from
-from lorascope.updates.fourier import Fourier
-from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank
-
-Update = LowRank | Dense
+from lorascope.updates import (
+    Dense,
+    Update,
+    constant_factors,
+    effective_rank,
+    from_factors,
+    spectra,
+    stable_rank,
+)
 
 NORMS = {"weight": "weight_norm", "update": "update_norm", "learned": "learned_norm", "step": "step_norm"}
 
@@ -99,7 +103,7 @@ class norms(Observer):
                 yield from _norm_records(label, parts)
         yield from self._block_records(trained, found)
         for module, delta in trained.deltas.items():
-            trainable = (factor for name, factor in delta.factors().items() if name not in UNTRAINED)
+            trainable = (factor for name, factor in delta.factors().items() if name not in constant_factors())
             adapter = math.fsum(map(squares, trainable))
             yield Record("adapter_norm", math.sqrt(adapter), module)
             yield Record("rank", delta.rank, module)
@@ -138,7 +142,7 @@ class norms(Observer):
             weight = base
             if not math.isnan(base):
                 # |W_0 + dW|^2 from its parts, which rounding can make negative.
-                weight = max(0.0, base + 2 * inner(host_weight(trained.hosts[module]), update) + change)
+                weight = max(0.0, base + 2 * update.inner_weight(host_weight(trained.hosts[module]).detach()) + change)
             found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:
                 parts["learned"] = (update - _update_from_tree(self.first_[module])).norm() ** 2
@@ -161,7 +165,7 @@ class norms(Observer):
 
     def _rank_records(self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]) -> Iterator[Item]:
         first, kept = step.finished == 0, step.last or self._is_decomposition_due(step.finished)
-        cheap = {name: update for name, update in updates.items() if isinstance(update, LowRank) or first or kept}
+        cheap = {name: update for name, update in updates.items() if update.thin is not None or first or kept}
         chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
         for label, tensor in _tensors(trained, updates).items():
             if label not in trained.modules or tensor.ndim < 2:
@@ -191,17 +195,11 @@ def _tensors(trained: TrainedTensors, updates: Mapping[str, Update]) -> dict[str
 
 def _update_to_tree(update: Update) -> dict[str, Any]:
     """Return an update in a form that checkpoints can store; it is already a copy."""
-    if isinstance(update, Fourier):
-        shape = np.array(update.shape)
-        factors = {"coefficients": update.coefficients, "entries": update.entries, "shape": shape}
-        return factors | {"scale": float(update.scale)}
-    if isinstance(update, Dense):
-        return {"matrix": update.matrix}
-    return {"B": update.B, "A": update.A, "scale": float(update.scale)}
+    return {**update.to_factors(), "scale": float(update.scale), "form": update.form}
 
 
 def _update_from_tree(plain: Mapping[str, Any]) -> Update:
-    return Dense(plain["matrix"]) if "matrix" in plain else update_from(plain, plain["scale"])
+    return from_factors(plain, plain.get("scale", 1.0), form=plain.get("form"))  # checkpoints of 0.1 have no form
 
 
 def _norm_records(module: str, parts: Mapping[str, float]) -> Iterator[Record]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -96,14 +98,14 @@ def _label_offsets(cells: pd.DataFrame) -> dict[str, pd.Series]:
 def _recipe_size(group: Group) -> dict[str, object]:
     """Return the trained parameters of a recipe, its size as text, and the label shared by all sizes of its method."""
     first = group.runs[0]
-    recipe = first.meta["recipe"]
+    recipe = first.meta.recipe
     # If alpha equals the rank, the scale is 1 at every size, so alpha does not distinguish methods.
     names = (*_SIZES, "alpha") if recipe.get("alpha") == recipe.get("rank") else _SIZES
     label = ", ".join(part for part in first.label.split(", ") if part.partition(" ")[0] not in names)
-    sizes = [recipe.get(name) for name in _SIZES]
+    sizes: list[Any] = [recipe.get(name) for name in _SIZES]
     if not any(isinstance(size, int) for size in sizes):  # the default depends on the shape of the weight
         sizes = sorted({len(update.coefficients) for update in fourier.updates(first).values()})
-    counted = np.mean([run.meta["parameters"]["trained"] for run in group.runs])
+    counted = np.mean([run.meta.parameters.trained for run in group.runs])
     return {
         "recipe": group.label,
         "family": present_label(label, recipe.get("name", "")),

@@ -9,7 +9,7 @@ from lorascope.analysis import adapter_similarity as pairs
 from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side, stack_vertically
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Runs, gather
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 
 @figure(
@@ -84,10 +84,10 @@ def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Heat]]:
     ]
 
 
-def _label_runs(cohort: Cohort) -> dict[str, Run]:
+def _label_runs(cohort: Cohort) -> dict[str, Result]:
     """Return the runs by unique label; runs of one recipe are labeled with their seed."""
     return {
-        group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta['seed']}": run
+        group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta.seed}": run
         for group in cohort.groups
         for run in group.runs
     }

@@ -167,7 +167,7 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     cohort.require("test_metric")
     own.require_differ_only_in("number")
     cohort.require_same("model", "task")
-    numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
+    numbers = {group.label: group.runs[0].meta.recipe["number"] for group in own.groups}
     sides = sorted({min(numbers.values()), max(numbers.values())})
     rows = cohort.scores()
     cells = band(rows, ["recipe", "kind"])
@@ -246,12 +246,12 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
 
 def _parameter_counts(cohort: Cohort) -> str:
     """Return the trained parameters of every recipe as text, including the classifier head."""
-    return "; ".join(f"{group.label} {group.runs[0].meta['parameters']['trained']:,}" for group in cohort.groups)
+    return "; ".join(f"{group.label} {group.runs[0].meta.parameters.trained:,}" for group in cohort.groups)
 
 
 def _band_label(group: Group) -> dict[str, Any]:
     """Return the band from which the entries of a recipe were drawn, with its label in the legend."""
-    recipe = group.runs[0].meta["recipe"]
+    recipe = group.runs[0].meta.recipe
     if recipe.get("center") is None:
         return {"recipe": group.label, "series": _UNIFORM, "center": math.nan, "width": math.nan}
     return {"recipe": group.label, "series": f"width {recipe['width']:g}"} | {k: recipe[k] for k in ("center", "width")}
@@ -265,7 +265,7 @@ def _label_heights(cells: pd.DataFrame) -> pd.Series:
 
 def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[str]:
     """Describe the difference of every recipe from the first of ``bases``, paired by seed, if they have equal seeds."""
-    seeds = {run.id: run.meta["seed"] for run in cohort.runs}
+    seeds = {run.id: run.meta.seed for run in cohort.runs}
     values = rows.assign(seed=rows["run"].astype("str").map(seeds)).set_index("seed")
     found = []
     for label in cohort.labels if bases else ():

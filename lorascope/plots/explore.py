@@ -121,7 +121,7 @@ class Explorer(ipywidgets.VBox):
 
     def __init__(self, cohort: Cohort) -> None:
         self._cohort, self._table = cohort, _add_places(cohort.label(cohort.table))
-        self._names = {run.id: f"{one.label}, seed {run.meta['seed']}" for one in cohort.groups for run in one.runs}
+        self._names = {run.id: f"{one.label}, seed {run.meta.seed}" for one in cohort.groups for run in one.runs}
         known = set(self._table["quantity"])
         names = [name for name in QUANTITIES if name in known]
         self.quantity = ipywidgets.Dropdown(

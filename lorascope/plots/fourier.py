@@ -26,7 +26,7 @@ from lorascope.charts.chart import (
 from lorascope.plots.registry import FREQUENCIES, UPDATES, figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, gather, lines
 from lorascope.plots.subspaces import common_module
-from lorascope.updates.fourier import Fourier
+from lorascope.updates import Fourier
 
 _FAINT = 0.01  # lower end of the color scale, as a fraction of the largest coefficient
 _REACH = 4.0  # ends of the color scale of an image, in units of its root mean square

@@ -11,7 +11,7 @@ from lorascope.analysis import rank_allocations
 from lorascope.charts.chart import Axis, Band, Chart, Drawable, Line, Mark, wrap
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
 _FATES = ("retained", "dropped")
@@ -69,7 +69,7 @@ def _pooled_chart(cohort: Cohort, own: pd.DataFrame, label: str, quantity: str) 
     )
 
 
-def _single_module_chart(cohort: Cohort, found: pd.DataFrame, run: Run, module: str, quantity: str) -> Chart:
+def _single_module_chart(cohort: Cohort, found: pd.DataFrame, run: Result, module: str, quantity: str) -> Chart:
     """Plot every component of one module in one run."""
     own = found[(found["run"] == run.id) & (found["module"] == module)]
     if own.empty:
@@ -79,7 +79,7 @@ def _single_module_chart(cohort: Cohort, found: pd.DataFrame, run: Run, module: 
         )
     cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
     cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
-    title = f"{own['recipe'].iloc[0]}, seed {run.meta['seed']}" if len(cohort.runs) > 1 else f"Components of {module}"
+    title = f"{own['recipe'].iloc[0]}, seed {run.meta.seed}" if len(cohort.runs) > 1 else f"Components of {module}"
     caption = f"{importance_caption(own, quantity)} Components of {module}, one line each."
     return _importance_chart(cohort, cells, own, [Line("step", "value", "component", "fate")], title, quantity, caption)
 

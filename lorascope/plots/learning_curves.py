@@ -113,7 +113,7 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
     cohort = gather("learning_rates", runs, control)
     cohort.require("eval_loss", "test_loss")
     cells = optimizer_moments.rates(
-        cohort.label(cohort.table), {run.id: run.meta["settings"]["lr"] for run in cohort.runs}
+        cohort.label(cohort.table), {run.id: run.meta.settings["lr"] for run in cohort.runs}
     )
     chosen = optimizer_moments.best(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))

@@ -17,7 +17,7 @@ from lorascope.charts.chart import Axis, Chart, Heat, Mark, Panels, Text, set_si
 from lorascope.plots.norms import update_norm
 from lorascope.plots.registry import SPECTRA, figure
 from lorascope.plots.run_groups import Cohort, Group, Runs, define, gather, lines
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 _NOT_SAVED, _NONE_SHARED = "not saved", "none shared"
 
@@ -148,13 +148,13 @@ def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     return chart, [f"Only singular values were saved, no directions: {', '.join(lacking)}."] if lacking else []
 
 
-def _leading_directions(run: Run, k: int) -> Mapping[str, analysis.Directions]:
+def _leading_directions(run: Result, k: int) -> Mapping[str, analysis.Directions]:
     return {
         module: analysis.leading_singular_vectors(update, k)
         for module, update in initial_update.learned_updates(run).items()
     }
 
 
-def _run_pairs(one: Group, other: Group) -> Sequence[tuple[Run, Run]]:
+def _run_pairs(one: Group, other: Group) -> Sequence[tuple[Result, Result]]:
     """Return all pairs of runs of two recipes; within one recipe, the pairs of its seeds."""
     return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))

@@ -12,7 +12,7 @@ import pandas as pd
 from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
 from lorascope.charts.chart import Chart, Drawable, Panels
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.deprecation import warn_renamed
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
@@ -163,7 +163,7 @@ def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
     return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
 
 
-def available(run: Run) -> pd.DataFrame:
+def available(run: Result) -> pd.DataFrame:
     """List the figures, whether the run has their records, and what is missing.
 
     Returns
@@ -180,7 +180,7 @@ def available(run: Run) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def missing_reason(run: Run, need: str, history: bool = False) -> str:
+def missing_reason(run: Result, need: str, history: bool = False) -> str:
     """Return what a run lacks for a figure and how to get it; "" if nothing is missing."""
     fix = RECORDERS.get(need, "train with a method that records it")
     if need in _STORED:
@@ -196,12 +196,12 @@ def missing_reason(run: Run, need: str, history: bool = False) -> str:
     return ""
 
 
-def _num_experts(run: Run) -> Mapping[str, int]:
-    recipe = run.meta.get("recipe") or {}
+def _num_experts(run: Result) -> Mapping[str, int]:
+    recipe = run.meta.recipe or {}
     return {"number": recipe["number"]} if recipe.get("name") == "hydralora" else {}
 
 
-_STORED: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
+_STORED: dict[str, tuple[str, Callable[[Result], Mapping[str, Any]]]] = {
     UPDATES: ("the adapters' factors", lambda run: run.updates()),
     SPECTRA: ("singular values of updates", singular_values),
     FREQUENCIES: ("Fourier coefficients", fourier.updates),
@@ -210,7 +210,7 @@ _STORED: dict[str, tuple[str, Callable[[Run], Mapping[str, Any]]]] = {
 }
 
 
-def _has_any(run: Run, find: Callable[[Run], Mapping[str, Any]]) -> bool:
+def _has_any(run: Result, find: Callable[[Result], Mapping[str, Any]]) -> bool:
     try:
         return len(find(run)) > 0
     except ValueError:  # the run has no snapshot of its last step

@@ -12,7 +12,7 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Rule, wrap
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Group, Runs, axis_label, define, gather, lines
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.module_roles import ROLES
 
 _BASELINE = ", shuffled domains"
@@ -87,7 +87,7 @@ def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
     return wrap(panels, len(panels))
 
 
-def gates_by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
+def gates_by_domain(run: Result, step: int | None = None) -> pd.DataFrame:
     """Return the gate weights of one run by domain.
 
     Parameters
@@ -132,7 +132,7 @@ def _gate_heat(cohort: Cohort, group: Group, cells: pd.DataFrame, limit: float) 
     label = f"gate − 1/{len(experts)}"
     run = group.runs[0]
     shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
-    seed = run.meta.get("seed")
+    seed = run.meta.seed
     which = "" if seed is None else f" (seed {seed})"
     return Chart(
         cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),

@@ -14,11 +14,11 @@ from lorascope.charts.chart import Band, Bar, Line, Mark, Point, Text
 from lorascope.plots.registry import FIGURES, MIXTURES, OF_UPDATES, missing_reason
 from lorascope.plots.setting_names import present_label, present_setting
 from lorascope.runs.gated_run import gate_description
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema import records
 from lorascope.schema.records import QUANTITIES
 
-Runs: TypeAlias = Run | Sequence[Run] | Mapping[str, Run | Sequence[Run]]
+Runs: TypeAlias = Result | Sequence[Result] | Mapping[str, Result | Sequence[Result]]
 
 INTERVAL = "95% t-interval over seeds"
 _SAME = ("model", "task", "recipe", "settings")
@@ -30,13 +30,13 @@ class Group:
     """Runs that differ only in their seed, with their label in the legend."""
 
     label: str
-    runs: tuple[Run, ...]
+    runs: tuple[Result, ...]
     control: bool = False
 
     @property
     def seeds(self) -> list[int]:
         """Known seeds in ascending order."""
-        return sorted({run.meta["seed"] for run in self.runs if run.meta.get("seed") is not None})
+        return sorted({run.meta.seed for run in self.runs if run.meta.seed is not None})
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Cohort:
         return records.concat(run.table for run in self.runs)
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[Result]:
         """All runs in order."""
         return [run for group in self.groups for run in group.runs]
 
@@ -87,20 +87,20 @@ class Cohort:
         first = self.runs[0]
         for key in keys:
             for run in self.runs:
-                if run.meta[key] != first.meta[key]:
+                if getattr(run.meta, key) != getattr(first.meta, key):
                     raise ValueError(
-                        f"{self.name} needs runs with the same {key}, got {first.meta[key]} (run {first.id}) "
-                        f"and {run.meta[key]} (run {run.id})"
+                        f"{self.name} needs runs with the same {key}, got {getattr(first.meta, key)} (run {first.id}) "
+                        f"and {getattr(run.meta, key)} (run {run.id})"
                     )
 
     def require_differ_only_in(self, *free: str) -> None:
         """Raise a ValueError if two runs differ in more than the seed and these stored settings of the method."""
         self.require_same("model", "task")
         first = self.runs[0]
-        method = first.meta["recipe"].get("name", "")
+        method = first.meta.recipe.get("name", "")
         for run in self.runs:
             for part in ("recipe", "settings"):
-                one, other = first.meta[part], run.meta[part]
+                one, other = getattr(first.meta, part), getattr(run.meta, part)
                 for key in sorted({*one, *other} - {*free}):
                     if one.get(key) != other.get(key):
                         allowed = " and ".join(present_setting(method, name, None)[0] for name in free)
@@ -132,7 +132,7 @@ class Cohort:
     @property
     def metric(self) -> str:
         """Axis label of test metrics: the name of the metric if all runs share it."""
-        names = {run.meta.get("test", {}).get("name", "metric") for run in self.runs}
+        names = {run.meta.test.name if run.meta.test else "metric" for run in self.runs}
         return f"test {names.pop()}" if len(names) == 1 else QUANTITIES["test_metric"].label
 
     @property
@@ -155,7 +155,7 @@ class Cohort:
         """Return sentences on the second moments that Adapprox stores without factors, if it trained any run."""
         dense: dict[str, dict[str, None]] = {}
         for group in self.groups:
-            for recipe in (run.meta.get("recipe") or {} for run in group.runs):
+            for recipe in (run.meta.recipe or {} for run in group.runs):
                 if recipe.get("name") == "adapprox":
                     dense.setdefault(_dense_moments(recipe), {})[group.label] = None
         one = len(dense) == 1
@@ -238,15 +238,15 @@ def _gates(group: Group) -> str:
     return " and ".join(filter(None, dict.fromkeys(map(_gates_or_empty, group.runs))))
 
 
-def _gates_or_empty(run: Run) -> str:
+def _gates_or_empty(run: Result) -> str:
     try:
         return gate_description(run)
     except ValueError:  # the run has no snapshot of its last step
         return ""
 
 
-def _run_label(run: Run) -> str:
-    return present_label(run.label, (run.meta.get("recipe") or {}).get("name", ""))
+def _run_label(run: Result) -> str:
+    return present_label(run.label, (run.meta.recipe or {}).get("name", ""))
 
 
 def _dense_moments(recipe: Mapping[str, Any]) -> str:
@@ -262,25 +262,25 @@ def _dense_moments(recipe: Mapping[str, Any]) -> str:
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:
     if isinstance(runs, Mapping):
-        lists = {label: (found,) if isinstance(found, Run) else tuple(found) for label, found in runs.items()}
+        lists = {label: (found,) if isinstance(found, Result) else tuple(found) for label, found in runs.items()}
         return tuple(Group(label, found, control) for label, found in lists.items() if found)
-    by_label: dict[str, list[Run]] = {}
-    for run in [runs] if isinstance(runs, Run) else runs:
+    by_label: dict[str, list[Result]] = {}
+    for run in [runs] if isinstance(runs, Result) else runs:
         by_label.setdefault(f"control: {_run_label(run)}" if control else _run_label(run), []).append(run)
     for label, found in by_label.items():
         _check_same(label, found)
     return tuple(Group(label, tuple(found), control) for label, found in by_label.items())
 
 
-def _check_same(label: str, runs: Sequence[Run]) -> None:
+def _check_same(label: str, runs: Sequence[Result]) -> None:
     """Raise a ValueError if runs of one label are not seeds of one recipe."""
     for run in runs[1:]:
-        if differing := [key for key in _SAME if run.meta.get(key) != runs[0].meta.get(key)]:
+        if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(runs[0].meta, key)]:
             raise ValueError(
                 f"cannot average runs {runs[0].id} and {run.id} of label {label!r}: they differ in "
                 f"{', '.join(differing)}. Pass a dict label -> runs"
             )
-    seeds = [run.meta.get("seed") for run in runs]
+    seeds = [run.meta.seed for run in runs]
     if len(runs) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
         raise ValueError(
             f"cannot average {len(runs)} runs of label {label!r}: their seeds are not distinct, got seeds {seeds}. "

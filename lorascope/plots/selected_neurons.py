@@ -26,7 +26,7 @@ from lorascope.charts.chart import (
 )
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
 
@@ -163,7 +163,7 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     misleads="Ranks in the middle are close together, so small changes shift them far, and ranks also rise because "
     "others fall: compare with random selection. If all neurons train, none counts as indirect.",
 )
-def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequence[Run] | None = None) -> Panels:
+def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequence[Result] | None = None) -> Panels:
     """Plot the shift of utilization ranks, and the paper's three kinds of neurons (NeFT, Figs. 2, 4 and 5).
 
     Parameters
@@ -184,7 +184,7 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort = gather("rank_shift", runs, control)
-    others = [reference] if isinstance(reference, Run) else list(reference or ())
+    others = [reference] if isinstance(reference, Result) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
     known.require_same("model")
@@ -219,12 +219,12 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Run | Sequenc
     )
 
 
-def _reference(run: Run, others: Sequence[Run]) -> Run:
+def _reference(run: Result, others: Sequence[Result]) -> Result:
     """Return the reference of a run: the only one, or the one with its seed."""
-    found = [other for other in others if len(others) == 1 or other.meta["seed"] == run.meta["seed"]]
+    found = [other for other in others if len(others) == 1 or other.meta.seed == run.meta.seed]
     if len(found) != 1:
         raise ValueError(
-            f"reference must contain one run with seed {run.meta['seed']}, that of run {run.id}, got {len(found)}"
+            f"reference must contain one run with seed {run.meta.seed}, that of run {run.id}, got {len(found)}"
         )
     return found[0]
 
@@ -233,7 +233,7 @@ def _utilization_states(cohort: Cohort) -> str:
     """Return the hidden states with which utilization was recorded, as text."""
     states = set()
     for run in cohort.runs:
-        for observer in run.meta["settings"].get("observers", ()):
+        for observer in run.meta.settings.get("observers", ()):
             if observer["name"] == "utilisation":
                 which = "a later" if observer.get("layers", "later") == "later" else "an earlier"
                 kind = "standardized " if observer.get("standardise") else ""

@@ -89,8 +89,8 @@ def _computed_memory(size: str) -> tuple[str, str, pd.DataFrame]:
 def _group_by_model(cohort: Cohort) -> dict[str, Cohort]:
     """Return the runs of every model by its name."""
     parts = {}
-    for model in dict.fromkeys(run.meta["model"] for run in cohort.runs):
-        own = (replace(g, runs=tuple(run for run in g.runs if run.meta["model"] == model)) for g in cohort.groups)
+    for model in dict.fromkeys(run.meta.model for run in cohort.runs):
+        own = (replace(g, runs=tuple(run for run in g.runs if run.meta.model == model)) for g in cohort.groups)
         parts[model] = Cohort(cohort.name, tuple(group for group in own if group.runs))
     return parts
 
@@ -129,7 +129,7 @@ def _cost_bars(
 
 def _batch_phrase(cohort: Cohort) -> list[str]:
     """Return the models with their batch sizes as text."""
-    batches = (f"{run.meta['model']}, batch size {run.meta['settings'].get('batch_size')}" for run in cohort.runs)
+    batches = (f"{run.meta.model}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs)
     return list(dict.fromkeys(batches))
 
 

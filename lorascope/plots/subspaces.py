@@ -15,7 +15,7 @@ from lorascope.analysis.subspace_similarity import Side
 from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side
 from lorascope.plots.registry import SPECTRA, UPDATES, figure
 from lorascope.plots.run_groups import Cohort, Runs, gather, lines
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
@@ -151,7 +151,7 @@ def _effective_rank_phrase(row: Mapping[Hashable, Any]) -> str:
     return f"{row['recipe']} {row['value']:.1f}{interval}"
 
 
-def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
+def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]:
     """Return a title and the pairs of runs to compare."""
     if len(cohort.groups) == 2:
         first, second = cohort.groups
@@ -165,7 +165,7 @@ def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
     return f"{cohort.labels[0]}, between seeds", pairs
 
 
-def _phi_cells(pairs: Sequence[tuple[Run, Run]], module: str, side: Side) -> pd.DataFrame:
+def _phi_cells(pairs: Sequence[tuple[Result, Result]], module: str, side: Side) -> pd.DataFrame:
     """Return mean, smallest and largest φ of the pairs."""
     tables = [subspace.similarity_of_runs(first.updates(), second.updates(), module, side) for first, second in pairs]
     cells = pd.concat(tables).groupby(["i", "j"], as_index=False)

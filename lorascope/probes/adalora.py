@@ -69,7 +69,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     adapted, uniform = runs[ADAPTED], runs[LOW]
     found = rank_statistics.final_ranks(adapted)
     # AdaLoRA never exceeds its initial rank, so the random ranks have the same cap.
-    drawn = rank_allocations.random_ranks(found, cap=adapted[0].meta["method"]["init_rank"])
+    drawn = rank_allocations.random_ranks(found, cap=adapted[0].meta.method["init_rank"])
     roles = rank_statistics.FEED_FORWARD
     verdicts = [
         FEED_FORWARD.judge(

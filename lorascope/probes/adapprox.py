@@ -124,7 +124,7 @@ def arms(quick: bool) -> list[Arm]:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Compare spectra with random matrices, errors with rank one, and losses at the best learning rates."""
     best = {name: best_rate(runs, name) for name in RATES}
-    loss = {name: {run.meta["seed"]: -run.meta["test"]["loss"] for run in runs[best[name]]} for name in RATES}
+    loss = {name: {run.seed: -run.score.loss for run in runs[best[name]]} for name in RATES}
     adam, ours = runs[best[ADAMW]], runs[best[OURS]]
     # Lower losses are better, so all losses are negated; the tolerance of 0.02 nats is subtracted from the control.
     verdicts = [
@@ -176,13 +176,13 @@ def final_value(run: Run, quantity: str, index: int | None = None) -> float:
 
 def negated_error(runs: Sequence[Run], quantity: str, index: int | None = None) -> BySeed:
     """Return minus the final error by seed, so that higher is better."""
-    return {run.meta["seed"]: -final_value(run, quantity, index) for run in runs}
+    return {run.seed: -final_value(run, quantity, index) for run in runs}
 
 
 def energy(runs: Sequence[Run], quantity: str) -> BySeed:
     """Compute the fraction of energy in the first ``RANK`` singular values by seed, mean over matrices."""
     return {
-        run.meta["seed"]: float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
+        run.seed: float((1 - optimizer_moments.final(run.table, quantity).xs(RANK, level="index") ** 2).mean())
         for run in runs
     }
 

@@ -110,9 +110,9 @@ def randomly_moved_ranks(run: Run, found: pd.DataFrame) -> pd.DataFrame:
     DataFrame
         ``found`` with the simulated ranks in the column ``value``.
     """
-    draw = np.random.default_rng(run.meta["seed"])
-    sizes = np.full(len(found), run.meta["method"]["init_rank"])
-    per_round = run.meta["method"]["prune"]
+    draw = np.random.default_rng(run.seed)
+    sizes = np.full(len(found), run.meta.method["init_rank"])
+    per_round = run.meta.method["prune"]
     in_block = int(found.groupby(["stack", "layer"], observed=True).size().max())
     number = {"block": in_block, "network": len(found)}.get(per_round, per_round)
     for _ in range(run.table.loc[run.table["quantity"] == "score_full", "step"].nunique()):

@@ -76,8 +76,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     movies, tweets = runs[MOVIES], runs[TWEETS]
     found = rank_statistics.final_ranks(movies)
     both = pd.concat([found, rank_statistics.final_ranks(tweets)])
-    spread = {run.meta["seed"]: _rank_spread(found[found["run"] == run.id]["value"].to_numpy()) for run in movies}
-    chance = {run.meta["seed"]: _rank_spread(random_logit_ranks(run)) for run in movies}
+    spread = {run.seed: _rank_spread(found[found["run"] == run.id]["value"].to_numpy()) for run in movies}
+    chance = {run.seed: _rank_spread(random_logit_ranks(run)) for run in movies}
     between_tasks = rank_statistics.agreement_with_next(movies, both, tweets)
     between_seeds = rank_statistics.agreement_with_next(movies, both)
     verdicts = [
@@ -105,8 +105,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
 
 def random_logit_ranks(run: Run) -> np.ndarray:
     """Compute the ranks that AutoLoRA's threshold selects from normal random logits, one rank per module of the run."""
-    k = run.meta["recipe"]["rank"]
-    logits = np.random.default_rng(run.meta["seed"]).standard_normal((len(run.ranks()), k))
+    k = run.meta.recipe["rank"]
+    logits = np.random.default_rng(run.seed).standard_normal((len(run.ranks()), k))
     return np.array([int(retained_mask(alpha).sum()) for alpha in torch.from_numpy(logits).softmax(1)])
 
 

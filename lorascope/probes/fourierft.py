@@ -139,7 +139,7 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "three on the same seed would win by chance.",
         "Learning rates of adapter and head: FourierFT 5e-2 and 5e-3, LoRA and HydraLoRA 1e-3 for both.",
         "Trained parameters, including the classifier head: "
-        + "; ".join(f"{label} {found[0].meta['parameters']['trained']:,}" for label, found in runs.items())
+        + "; ".join(f"{label} {found[0].meta.parameters.trained:,}" for label, found in runs.items())
         + ".",
     ]
     return Findings(verdicts, figures, notes=notes)

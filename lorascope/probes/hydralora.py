@@ -122,9 +122,7 @@ def lora_label() -> str:
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Judge the routers' information on the domain, the distance between experts, and the accuracy of the ablations."""
     routed = runs[ROUTED]
-    distance = {
-        label: {run.meta["seed"]: mean_expert_distance(run) for run in runs[label]} for label in (ROUTED, SPLIT)
-    }
+    distance = {label: {run.seed: mean_expert_distance(run) for run in runs[label]} for label in (ROUTED, SPLIT)}
     reached = {label: accuracy(found) for label, found in runs.items()}
     verdicts = [
         DOMAINS.judge(_information_by_seed(routed, start=False), _information_by_seed(routed, start=True)),
@@ -161,13 +159,13 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
 
 def _count_trained(label: str, run: Run) -> str:
     """Format the number of trained parameters, and those of the routers, which the paper's counts omit."""
-    counted = f"{label} {run.meta['parameters']['trained']:,}"
+    counted = f"{label} {run.meta.parameters.trained:,}"
     routers = sum(factors["router"].size for factors in run.factors().values() if "router" in factors)
     return f"{counted}, {routers:,} of them in routers" if routers else counted
 
 
 def _information_by_seed(runs: Sequence[Run], start: bool) -> BySeed:
-    return {run.meta["seed"]: domain_information(run, start) for run in runs}
+    return {run.seed: domain_information(run, start) for run in runs}
 
 
 def domain_information(run: Run, start: bool = False) -> float:

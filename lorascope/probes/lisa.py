@@ -131,7 +131,7 @@ def _judge_layer(
     adapted: Sequence[Run], full: Sequence[Run], role: str, update: Claim, learned: Claim, full_role: str | None = None
 ) -> list[Verdict]:
     def over_seeds(found: Sequence[Run], quantity: str, role: str, start: bool = False) -> dict[int, float]:
-        return {run.meta["seed"]: skew(run, quantity, role, start) for run in found}
+        return {run.seed: skew(run, quantity, role, start) for run in found}
 
     return [
         update.judge(over_seeds(adapted, "update_norm", role), over_seeds(full, "update_norm", full_role or role)),

@@ -25,7 +25,7 @@ from lorascope.probes.base import Arm, Findings, Probe, encoder_settings, make_r
 from lorascope.probes.claims import Claim
 from lorascope.probes.tfidf_baseline import tfidf_accuracy
 from lorascope.runs.run import Run
-from lorascope.updates.low_rank import phi
+from lorascope.updates import phi
 
 FULL, LOW, HIGH = "full fine-tuning", "LoRA, rank 8", "LoRA, rank 64"
 
@@ -65,8 +65,8 @@ def arms(quick: bool) -> list[Arm]:
 
 def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Compare the accuracy with full fine-tuning and TF-IDF, and phi with its value before training."""
-    accuracy = {label: {run.meta["seed"]: run.meta["test"]["metric"] for run in found} for label, found in runs.items()}
-    words = tfidf_accuracy(tasks.load(runs[LOW][0].meta["task"]))
+    accuracy = {label: {run.seed: run.score.metric for run in found} for label, found in runs.items()}
+    words = tfidf_accuracy(tasks.load(runs[LOW][0].task))
     # The tolerance is subtracted from the control, so that non-inferiority is a positive effect.
     verdicts = [
         PARITY.judge(accuracy[LOW], {seed: value - 0.02 for seed, value in accuracy[FULL].items()}),
@@ -79,8 +79,8 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
         "The TF-IDF baseline has no seed: its accuracy is the control for every seed.",
     ]
     if pairs:
-        last = {low.meta["seed"]: mean_phi(low, high, None) for low, high in pairs}
-        first = {low.meta["seed"]: mean_phi(low, high, 0) for low, high in pairs}
+        last = {low.seed: mean_phi(low, high, None) for low, high in pairs}
+        first = {low.seed: mean_phi(low, high, 0) for low, high in pairs}
         verdicts.append(SHARED.judge(last, first))
     else:
         notes.append(
@@ -117,9 +117,9 @@ def accuracy_table(runs: Mapping[str, Sequence[Run]], words: Mapping[str, float]
     """Tabulate the test accuracy in points by arm and group: TF-IDF baseline, and mean ± half the 95% t-interval."""
     rows = [{"": "TF-IDF, logistic regression"} | {group: f"{100 * value:.1f}" for group, value in words.items()}]
     for label, found in runs.items():
-        values = {"all": [run.meta["test"]["metric"] for run in found]}
-        for group in found[0].meta["test"]["groups"]:
-            values[group] = [run.meta["test"]["groups"][group] for run in found]
+        values = {"all": [run.score.metric for run in found]}
+        for group in found[0].score.groups:
+            values[group] = [run.score.groups[group] for run in found]
         rows.append({"": label} | {group: _accuracy_points(per_seed) for group, per_seed in values.items()})
     return pd.DataFrame(rows)
 

@@ -161,7 +161,7 @@ def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
         for label in (CHANGED, MOVIES, TWEETS)
     }
     pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
-    seeds = [run.meta["seed"] for run in runs[CHANGED]]
+    seeds = [run.seed for run in runs[CHANGED]]
 
     def overlap_with_next(one: str, two: str) -> BySeed:
         following = [*sets[two][1:], sets[two][0]]
@@ -185,7 +185,7 @@ def _mean_shifts(runs: Sequence[Run]) -> BySeed:
     for run in runs:
         shifts = neuron_utilization.shifts(run.table, selected_neurons.trained(run))
         sizes = shifts.groupby("role")["rank_1"].transform("size")
-        found[run.meta["seed"]] = float((shifts["d_rank"].abs() / sizes).mean())
+        found[run.seed] = float((shifts["d_rank"].abs() / sizes).mean())
     return found
 
 
@@ -194,7 +194,7 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     rows = []
     for label in (FULL, LOW, *_trained_arms(runs)):
         points = t_interval(100 * np.array(list(accuracy(runs[label]).values()))).format(1)
-        seconds = np.mean([run.meta["total_seconds"] for run in runs[label]])
+        seconds = np.mean([run.meta.total_seconds for run in runs[label]])
         rows.append(
             {"": label, "accuracy": points, "trained": _trained_fraction(runs[label]), "seconds": f"{seconds:.0f}"}
         )
@@ -207,8 +207,8 @@ def _trained_arms(runs: Mapping[str, Sequence[Run]]) -> list[str]:
 
 
 def _trained_fraction(runs: Sequence[Run]) -> str:
-    counted = runs[0].meta["parameters"]
-    return f"{counted['trained'] / counted['total']:.1%}"
+    counted = runs[0].meta.parameters
+    return f"{counted.trained / (counted.total or 1):.1%}"
 
 
 PROBE = register(

@@ -136,13 +136,13 @@ def judge(runs: Mapping[str, Sequence[Run]]) -> Findings:
     """Judge correlation and error of the found ranks relative to the planted ranks, and the test loss."""
 
     def by_seed(label: str, measure: Callable[[Run], float]) -> dict[int, float]:
-        return {run.meta["seed"]: measure(run) for run in runs[label]}
+        return {run.seed: measure(run) for run in runs[label]}
 
     verdicts: list[Verdict] = []
     for name, label in ALLOCATORS.items():
         for claim, measure, control in zip(
             CLAIMS[name],
-            (rank_correlation, lambda run: -absolute_error(run), lambda run: -run.meta["test"]["loss"]),
+            (rank_correlation, lambda run: -absolute_error(run), lambda run: -run.score.loss),
             (RANDOM, UNIFORM, UNIFORM),
             strict=True,
         ):
@@ -168,7 +168,7 @@ def table(runs: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
         "rank correlation": rank_correlation,
         "|found - planted|": absolute_error,
         "total rank": lambda run: float(sum(run.ranks().values())),
-        "test loss (nats)": lambda run: run.meta["test"]["loss"],
+        "test loss (nats)": lambda run: run.score.loss,
     }
     return pd.DataFrame(
         [

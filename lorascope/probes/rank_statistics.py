@@ -37,7 +37,7 @@ def top_share(runs: Sequence[Run], found: pd.DataFrame) -> BySeed:
 
 def _rank_fraction(runs: Sequence[Run], shares: pd.DataFrame, by: str, groups: Collection[str]) -> BySeed:
     inside = shares[shares[by].astype("str").isin(groups)].groupby("run", observed=True)["share"].sum()
-    return {run.meta["seed"]: float(inside.get(run.id, 0.0)) for run in runs}
+    return {run.seed: float(inside.get(run.id, 0.0)) for run in runs}
 
 
 def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequence[Run] | None = None) -> BySeed:
@@ -62,7 +62,7 @@ def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequen
     second = [*runs[1:], runs[0]] if others is None else others
     wide = found.astype({"run": "str", "module": "str"}).pivot(index="run", columns="module", values="value")
     taus = (
-        (run.meta["seed"], rank_allocations.kendall_tau(wide.loc[[run.id, other.id]].to_numpy())[0, 1])
+        (run.seed, rank_allocations.kendall_tau(wide.loc[[run.id, other.id]].to_numpy())[0, 1])
         for run, other in zip(runs, second, strict=True)
     )
     return {seed: 0.0 if np.isnan(tau) else float(tau) for seed, tau in taus}
@@ -70,4 +70,4 @@ def agreement_with_next(runs: Sequence[Run], found: pd.DataFrame, others: Sequen
 
 def accuracy(runs: Sequence[Run]) -> BySeed:
     """Return the test metric of each run by seed."""
-    return {run.meta["seed"]: run.meta["test"]["metric"] for run in runs}
+    return {run.seed: run.score.metric for run in runs}

@@ -91,14 +91,14 @@ def measure(run: Run) -> pd.DataFrame:
     DataFrame
         ``run, module, component, score, value``; component -1 is the whole module.
     """
-    task = tasks.load(run.meta["task"])
-    model = models.load(run.meta["model"], task)
+    task = tasks.load(run.task)
+    model = models.load(run.meta.model, task)
     run.restore(model)
     state = {name: component_removal.canonical(delta.update()) for name, delta in attached_deltas(model).items()}
     detach(model)
     model.requires_grad_(False)
     task = task.fit(model)
-    rows, seeing, judging, removed = FULL_SIZES if run.meta["settings"]["steps"] > 100 else QUICK_SIZES
+    rows, seeing, judging, removed = FULL_SIZES if run.meta.settings["steps"] > 100 else QUICK_SIZES
     tokens = models.tokenizer(model)
 
     def batches(split: str, number: int) -> list[dict[str, Tensor]]:
@@ -122,7 +122,7 @@ def measure(run: Run) -> pd.DataFrame:
     found |= component_scores.adalora_scores(model, loss, state, seen)
     found |= component_scores.alora_scores(model, loss, state, seen[0])
     found |= component_scores.autolora_scores(model, loss, state, seen)
-    draw = np.random.default_rng(run.meta["seed"])
+    draw = np.random.default_rng(run.seed)
     found[CHANCE] = {name: draw.random(len(sigma)) for name, (_, sigma, _) in state.items()}
     modules = {score: {name: values.sum() for name, values in each.items()} for score, each in found.items()}
     # The last entry of an increase belongs to the removal of the whole module.
@@ -152,7 +152,7 @@ def judge(runs: Mapping[str, Sequence[Run]], measured: Mapping[str, pd.DataFrame
     """Compare the correlation of every score with the truth to that of a random score and of the singular value."""
     table = pd.concat(measured.values(), ignore_index=True)
     table["score"] = table["score"].replace(LABELS)
-    seeds = {run.id: run.meta["seed"] for found in runs.values() for run in found}
+    seeds = {run.id: run.seed for found in runs.values() for run in found}
     whole = table["component"] == -1
     levels = {"components": correlate(table[~whole]), "modules": correlate(table[whole])}
     found = levels["components"]

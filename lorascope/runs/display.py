@@ -28,20 +28,19 @@ def as_html(lines: Sequence[tuple[str, str]]) -> str:
 def training_lines(run: Any) -> Lines:
     """Return the facts of a run that lorascope trained or recorded."""
     meta = run.meta
-    done = "" if run.finished else f", {meta['status']}"
+    done = "" if run.finished else f", {meta.status}"
     lines = [
-        ("run", f"{run.id}  {run.label}, seed {meta['seed']}{done}"),
-        ("model", f"{meta['model']} on {meta['task']}"),
-        ("steps", f"{meta['settings']['steps']}, batch size {meta['settings']['batch_size']}"),
+        ("run", f"{run.id}  {run.label}, seed {meta.seed}{done}"),
+        ("model", f"{meta.model} on {meta.task}"),
+        ("steps", f"{meta.settings['steps']}, batch size {meta.settings['batch_size']}"),
         ("folder", str(run.path)),
     ]
-    if "error" in meta:
-        lines.append(("error", meta["error"]))
-    if "last" not in meta["states"]:
+    if meta.error is not None:
+        lines.append(("error", meta.error))
+    if "last" not in meta.states:
         return lines
-    if meta["test"]:
-        test = meta["test"]
-        lines.append(("test", f"{test['name']} {test['metric']:.4g}, loss {test['loss']:.4g}"))
+    if meta.test:
+        lines.append(("test", f"{meta.test.name} {meta.test.metric:.4g}, loss {meta.test.loss:.4g}"))
     return lines + largest_lines(run)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from lorascope.runs.layout import Lazy, identify
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
+from lorascope.runs.summary import summarize
 from lorascope.schema.deprecation import accept_old_parameters
 from lorascope.schema.records import validate
-from lorascope.updates.factor_formats import update_from
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Update, from_factors
 
 _SIZES = ("update_norm", "learned_norm", "relative_update")
 _SHAPES = ("stable_rank", "effective_rank")
@@ -23,13 +25,13 @@ _UNKNOWN = ("weight_norm", "step_norm")  # weight_norm requires W₀, step_norm 
 
 @accept_old_parameters(told="label")
 def at_gates(
-    run: Run, gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]], label: str = "given gates"
-) -> Run:
+    run: Result, gates: Mapping[str, Sequence[float] | Float[np.ndarray, "_"]], label: str = "given gates"
+) -> Result:
     """Return a view of a run with updates at fixed gate weights: ``scale * sum(gates[i] * B[i] @ A)``.
 
     Parameters
     ----------
-    run : Run
+    run : Result
         HydraLoRA run, or a loaded HydraLoRA adapter.
     gates : mapping module -> (heads,)
         Gate weights, such as those of ``mean_gates`` on a text, or a one-hot vector for a single expert. Updates of
@@ -39,7 +41,7 @@ def at_gates(
 
     Returns
     -------
-    Run
+    Result
         View with one state. Update norms and ranks of all modules are available only at the last step, and quantities
         that require W₀ or the previous step are omitted. Other records are unchanged. ``restore`` loads the trained
         state.
@@ -66,49 +68,80 @@ def at_gates(
     return GatedRun(run, found, label)
 
 
-def gate_description(run: Run) -> str:
+def gate_description(run: Result) -> str:
     """Return a description of the gate weights of a run's input-dependent updates, "" if it has no such updates.
 
     The gate weights are exactly equal if none were recorded on texts, as in the authors' folders and under a Trainer.
     """
     mixed = run.input_dependent_modules()
-    if not mixed or "gates" in run.meta:
-        return run.meta["gates"] if mixed else ""
+    if not mixed or run.gates_label:
+        return run.gates_label if mixed else ""
     gates = run.factors()[min(mixed)].get("gates")
     return "mean gates" if gates is None or np.ptp(gates) else "uniform gates"
 
 
-class GatedRun(Run):
+class GatedRun(Result):
     """View of a run with fixed gate weights; created by ``at_gates``."""
 
-    def __init__(self, run: Run, gates: Mapping[str, Float[np.ndarray, "heads"]], label: str) -> None:
-        self.run, self.gates = run, gates
+    def __init__(self, run: Result, gates: Mapping[str, Float[np.ndarray, "heads"]], label: str) -> None:
+        self.run, self.gates, self.gates_label = run, gates, label
+        self.kind, self.has_history = run.kind, run.has_history  # type: ignore[misc]
         id = identify({"run": run.id, "gates": {module: values.tolist() for module, values in gates.items()}})
-        super().__init__(run.path, run.meta | {"id": id, "gates": label})
+        super().__init__(run.path, replace(run.meta, id=id))
+
+    def __getattr__(self, name: str) -> Any:
+        """Return everything that does not depend on the gates from the run, such as its saved state."""
+        if name == "run":  # a copy is looked at before it has attributes
+            raise AttributeError(name)
+        return getattr(self.run, name)
+
+    @property
+    def parents(self) -> list[Any]:
+        """Runs of the phases before this one."""
+        return self.run.parents
+
+    def snapshot_steps(self, name: str) -> list[int]:
+        """See `Result.snapshot_steps`."""
+        return self.run.snapshot_steps(name)
+
+    def snapshot_names(self) -> list[str]:
+        """See `Result.snapshot_names`."""
+        return self.run.snapshot_names()
+
+    def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
+        return self.run._long_snapshot(name, step)
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """See `Run.factors`; ``gates`` are the fixed ones."""
+        """See `Result.factors`; ``gates`` are the fixed ones."""
         stored = self.run.factors(step, state)
         return Lazy(
             list(stored),
             lambda module: stored[module] | ({"gates": self.gates[module]} if module in self.gates else {}),
         )
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
-        """See `Run.updates`; evaluated at the fixed gate weights."""
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
+        """See `Result.updates`; evaluated at the fixed gate weights."""
         whole, stored = self.run.updates(step, state), self.factors(step, state)
 
-        def make(module: str) -> LowRank | Dense:
+        def make(module: str) -> Update:
             update = whole[module]
-            if module not in self.gates or not isinstance(update, LowRank):
+            if module not in self.gates:
                 return update
-            return update_from(stored[module], update.scale, update.exact)
+            return from_factors(stored[module], update.scale, update.exact, update.form)
 
         return Lazy(list(whole), make)
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
-        """See `Run.input_dependent_modules`."""
+        """See `Result.input_dependent_modules`."""
         return self.run.input_dependent_modules(state)
+
+    def ranks(self, state: str = "last") -> dict[str, int]:
+        """See `Result.ranks`."""
+        return self.run.ranks(state)
+
+    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
+        """See `Result.summary`."""
+        return summarize(self, self.meta.states[state], state, all)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -116,7 +149,7 @@ class GatedRun(Run):
         table = self.run.table.astype({"run": "str"}).assign(run=self.id)
         blocks = set(table.loc[table["role"] == "block", "module"])
         parents = {block for block in blocks if any(module.startswith(f"{block}.") for module in self.gates)}
-        final = self.meta["states"]["last"]["step"]
+        final = self.meta.states["last"].step
         ends = table["step"].isna() if final is None else (table["step"] == final).fillna(False)
         of_updates, unknown = table["quantity"].isin([*_SIZES, *_SHAPES]), table["quantity"].isin(_UNKNOWN)
         stays = ~unknown & (ends | ~of_updates)

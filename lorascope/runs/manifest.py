@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
+import pandas as pd
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, is_plain
-from lorascope.files.typed_json import Count, Finite, Positive, to_typed
+from lorascope.files.typed_json import Count, Finite, Positive, read_json, to_typed
+from lorascope.runs.layout import Lazy
+from lorascope.schema.deprecation import warn_renamed
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import Quantity
+from lorascope.updates.base import form_named
+
+SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class _Module:
+@dataclass
+class Module:
+    """One module of the model, as in ``names.describe``."""
+
     module: str
     stack: str
     layer: Annotated[int, msgspec.Meta(ge=0, lt=2**15)] | None
@@ -27,10 +34,33 @@ class _Module:
     tied: str | None = ""
 
 
-@dataclass(frozen=True)
-class _State:
-    step: Count
+@dataclass
+class State:
+    """Step of a saved state, None if it is unknown, and the rank of every adapted module."""
+
+    step: Count | None
     ranks: dict[str, Count]
+
+
+@dataclass
+class Parameters:
+    """Numbers of parameters: trained ones (the head included), all, and those of the head."""
+
+    trained: Count
+    total: Count | None = None
+    head: Count | None = None
+
+
+@dataclass
+class Test:
+    """Score on the test split: name of the metric, its value, the loss, and the metric of each group."""
+
+    __test__ = False  # not a test of pytest
+
+    name: str
+    metric: float
+    loss: float
+    groups: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,35 +92,65 @@ class _Settings:
 
 
 @dataclass(frozen=True)
-class _Test:
-    name: str
-    metric: float
-    loss: float
-    groups: dict[str, float] | None = None
+class _Hyperparameters:
+    """Values within the dictionaries of a run that readers compute with."""
 
-
-@dataclass(frozen=True)
-class _Parameters:
-    trained: Count
-
-
-@dataclass(frozen=True)
-class _Run:
-    id: str
-    label: str
-    model: str
-    task: str | None
-    seed: int | None
-    status: Literal["running", "done", "broken"]
     recipe: _Method
     method: _Method
     settings: _Settings
-    parents: list[str]
-    checksums: dict[str, str]
-    states: dict[str, _State]
-    modules: list[_Module]
-    parameters: _Parameters
-    test: dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Manifest:
+    """Description of a run or an adapter: the content of ``run.json``.
+
+    Parameters
+    ----------
+    id, label : str
+        Hash of everything that the run depends on, and the name of the recipe, equal for all seeds.
+    method, recipe : dict
+        Configuration of the method that ran, and of the one that was passed to ``train``.
+    model, task : str
+        Names of the base model and of the data; ``task`` is None for an adapter.
+    seed : int or None
+    status : {"running", "done", "broken", "not trained here"}
+    settings : dict
+        Settings of the training; empty for an adapter.
+    parameters : Parameters
+    modules : list of Module
+    states : dict of State
+        Saved states by name: "last" and, if validation selected one, "best".
+    checksums : dict
+        SHA-256 of every other file of the folder, by name.
+    test : Test or None
+        Score of the final state, None before the end.
+    parents : list of str
+        Folders of earlier phases, relative to this one.
+    source : str or None
+        Folder of an adapter that was trained elsewhere.
+
+    Notes
+    -----
+    A field without a value (None) that has a default is not written.
+    """
+
+    id: str
+    label: str
+    method: dict[str, Any]
+    recipe: dict[str, Any]
+    model: str
+    task: str | None
+    seed: int | None
+    status: Literal["running", "done", "broken", "not trained here"]
+    settings: dict[str, Any]
+    parameters: Parameters
+    modules: list[Module]
+    schema: int = SCHEMA
+    parents: list[str] = field(default_factory=list)
+    checksums: dict[str, str] = field(default_factory=dict)
+    states: dict[str, State] = field(default_factory=dict)
+    test: Test | None = None
+    phase: list[str] | None = None
     labels: list[str] | None = None
     quantities: dict[str, Quantity] | None = None
     hosts: dict[str, str] | None = None
@@ -98,11 +158,35 @@ class _Run:
     data_hash: str | None = None
     error: str | None = None
     commit: str | None = None
+    versions: dict[str, str] | None = None
+    device: str | None = None
     task_kind: str | None = None
     task_type: str | None = None
     eval_overlap: float | None = None
-    seconds: Finite | None = None
-    total_seconds: Finite | None = None
+    left_out: dict[str, str] | None = None
+    started: int | None = None
+    seconds: Finite = 0.0
+    total_seconds: Finite = 0.0
+    source: str | None = None
+
+    def __getitem__(self, key: str) -> Any:
+        """Return a field by its name in ``run.json``; ``meta.seed`` replaces ``meta["seed"]``."""
+        warn_renamed("run.meta", f'["{key}"]', key)
+        return msgspec.to_builtins(getattr(self, key))
+
+    def table(self) -> pd.DataFrame:
+        """Return the modules, as ``names.describe`` does."""
+        columns = [each.name for each in fields(Module)]
+        table = pd.DataFrame([vars(module) for module in self.modules], columns=columns).astype({"layer": "Int16"})
+        return table.assign(tied=[module.tied or "" for module in self.modules])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the content of ``run.json``."""
+        content: dict[str, Any] = msgspec.to_builtins(self)
+        optional = {each.name for each in fields(self) if each.default is None}
+        return {key: value for key, value in content.items() if value is not None or key not in optional} | {
+            "test": content["test"] or {}
+        }
 
 
 @dataclass(frozen=True)
@@ -127,16 +211,36 @@ class About:
     scales: dict[str, Finite]
     exact: dict[str, bool]
     axes: dict[str, _Axes]
+    forms: dict[str, str] = field(default_factory=dict)
 
 
-def require_run(meta: Mapping[str, Any], file: Path) -> None:
-    """Raise a ValueError if a value of ``run.json`` has the wrong type or a parent is not a sibling folder."""
-    run = to_typed(meta, _Run, file)
-    if run.test:
-        to_typed(run.test, _Test, f"test of {file}")
-    for parent in run.parents:
+def describe_modules(table: pd.DataFrame) -> list[Module]:
+    """Return the rows of ``names.describe`` as modules."""
+    rows: Any = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [Module(**row) for row in rows]
+
+
+def read_manifest(file: Path) -> Manifest:
+    """Read ``run.json``; this is the only reader of its schema.
+
+    Raises
+    ------
+    FileNotFoundError
+        The file does not exist.
+    ValueError
+        The file is broken, a value has the wrong type, a parent is not a sibling folder, or a newer version wrote it.
+    """
+    content = read_json(file, dict[str, Any])
+    schema = to_typed(content.get("schema"), int, f"schema of {file}")
+    if schema > SCHEMA:
+        folder = printable(file.parent)
+        raise ValueError(f"cannot read {folder}: schema must be <= {SCHEMA}, got {schema}; update lorascope")
+    to_typed(content, _Hyperparameters, file)
+    manifest = to_typed(content | {"test": content.get("test") or None}, Manifest, file)
+    for parent in manifest.parents:
         if not is_plain(parent.removeprefix("../")) or not parent.startswith("../"):
             raise ValueError(f"cannot read {printable(file)}: a parent must be '../NAME', got {printable(parent)!r}")
+    return manifest
 
 
 def read_about(file: TensorFile) -> About:
@@ -153,7 +257,7 @@ def read_about(file: TensorFile) -> About:
         if lacking is not None:
             raise ValueError(f"cannot read {printable(file.path)}: {printable(module)} has no {printable(lacking)}")
         if module in about.scales:
-            _require_form(file, module, names)
+            _require_form(file, module, names, about.forms.get(module))
     if about.scales.keys() != about.exact.keys() or not about.scales.keys() <= about.factors.keys():
         raise ValueError(f"cannot read the header of {printable(file.path)}: scales and exact must match its factors")
     for name, axes in about.axes.items():
@@ -164,24 +268,15 @@ def read_about(file: TensorFile) -> About:
     return about
 
 
-def _require_form(file: TensorFile, module: str, names: list[str]) -> None:
-    """Raise a ValueError if the factors of a module do not form an update; see ``factor_formats.update_from``."""
+def _require_form(file: TensorFile, module: str, names: list[str], form: str | None) -> None:
+    """Raise a ValueError if the factors of a module do not form an update."""
     shapes = {name: file.shape(f"{module}/{name}") for name in names}
     floats = {name: file.dtype(f"{module}/{name}").startswith(("F", "BF")) for name in names}
-    match shapes:
-        case {"coefficients": (n,), "entries": (2, m), "shape": (2,)}:
-            (outer, inner), entries = file[f"{module}/shape"].tolist(), file[f"{module}/entries"]
-            sides = isinstance(outer, int) and isinstance(inner, int) and 0 < min(outer, inner) <= max(outer, inner)
-            # The size is limited because spectra require the whole matrix.
-            whole = entries.dtype.kind in "iu" and sides and max(outer, inner) < 2**24 and outer * inner <= 2**31
-            fits = n == m and whole and bool(((entries >= 0) & ((outer, inner) > entries.T).T).all())
-            fits = fits and floats["coefficients"]
-        case {"gates": (heads,), "A": (*number, rank, _), "B": (count, _, width)}:
-            fits = heads == count > 0 and rank == width and number in ([], [heads]) and all(floats.values())
-        case {"A": (rank, _), "B": (_, width), **rest} if "gates" not in rest:
-            fits = rank == width and rest.get("diagonal", (rank,)) == (rank,) and floats["A"] and floats["B"]
-        case _:
-            fits = False
+    arrays = Lazy(names, lambda name: file[f"{module}/{name}"])
+    try:
+        fits = form_named(form, names).fits(shapes, floats, arrays)
+    except ValueError as error:
+        raise ValueError(f"cannot read {printable(file.path)}: {printable(module)} has an {printable(error)}") from None
     if not fits:
         found = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         raise ValueError(

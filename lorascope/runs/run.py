@@ -6,7 +6,6 @@ and ``state/best.safetensors``, plus ``resume/`` while it is unfinished.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,38 +20,31 @@ import lorascope
 from lorascope.files.parquet_tables import read_table
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, file_hash
-from lorascope.files.typed_json import read_json, to_typed
-from lorascope.runs.display import as_html, as_text, training_lines
 from lorascope.runs.folders import new_folder
 from lorascope.runs.layout import GROWING, REMOVED, Lazy, snapshot_file
-from lorascope.runs.manifest import About, read_about, require_run
-from lorascope.runs.summary import peft_keywords, summarize
+from lorascope.runs.manifest import About, State, read_about, read_manifest
+from lorascope.runs.result import Result
+from lorascope.runs.summary import summarize
 from lorascope.schema import records
-from lorascope.schema.deprecation import old_attribute
-from lorascope.updates.factor_formats import update_from
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import Update, from_factors
 
-SCHEMA = 1
 STATES = ("last", "best")
 TRAIN_AGAIN = "Train the run again with overwrite=True"
 
 
-class Run:
+class Run(Result):
     """Records, snapshots and saved parameters of one training run.
 
     Parameters
     ----------
     path : path or None
         The run folder.
-    meta : dict
+    meta : Manifest
         Content of ``run.json``.
     """
 
-    gates: Mapping[str, np.ndarray] = {}
-    """Fixed gate weights by module, empty by default; see ``at_gates``."""
-
-    def __init__(self, path: Path | None, meta: dict[str, Any]) -> None:
-        self.path, self.meta = path, meta
+    kind = "run"
+    has_history = True
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
@@ -69,35 +61,13 @@ class Run:
         file = path / "run.json"
         if not file.exists():
             raise FileNotFoundError(f"cannot read {printable(path)} as a run: it has no run.json")
-        meta = read_json(file, dict[str, Any])
-        schema = to_typed(meta.get("schema"), int, f"schema of {file}")
-        if schema > SCHEMA:
-            raise ValueError(
-                f"cannot read {printable(path)}: schema must be <= {SCHEMA}, got {schema}; update lorascope"
-            )
-        require_run(meta, file)
-        return cls(path, meta)
-
-    @property
-    def id(self) -> str:
-        """First twelve hex digits of the hash of everything the run depends on."""
-        return self.meta["id"]
-
-    @property
-    def label(self) -> str:
-        """Name of the recipe, equal for all seeds, such as ``LoRA, rank 8``."""
-        return self.meta["label"]
-
-    @property
-    def finished(self) -> bool:
-        """Return whether the run reached its last step."""
-        return self.meta["status"] == "done"
+        return cls(path, read_manifest(file))
 
     @cached_property
     def table(self) -> pd.DataFrame:
         """All records, with the columns ``records.COLUMNS``."""
         # The modules that register quantities of methods are not imported here, because they import torch.
-        records.adopt(self.meta.get("quantities") or {})
+        records.adopt(self.meta.quantities or {})
         file = self._file("records.parquet")
         table = records.validate(read_table(file, file))
         if others := sorted(set(table["run"].cat.categories) - {self.id}):
@@ -107,42 +77,28 @@ class Run:
     @cached_property
     def parents(self) -> list[Run]:
         """Runs of the phases before this one."""
-        return [Run.read(self._folder / parent) for parent in self.meta["parents"]]
+        return [Run.read(self._folder / parent) for parent in self.meta.parents]
 
     def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
-        """Return the adapters' factors at a recorded step, loaded on access.
-
-        Parameters
-        ----------
-        step : int, optional
-            Step with a snapshot; by default the step of ``state``.
-        state : {"last", "best"}
-
-        Returns
-        -------
-        mapping module -> {factor: array}
-            ``{"A": (rank, in), "B": (out, rank)}`` for LoRA.
-        """
+        """Return the factors of every adapted module; see `Result.factors`."""
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
         names = self._about(file).factors
         return Lazy(list(names), lambda module: {name: file[f"{module}/{name}"] for name in names[module]})
 
-    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, LowRank | Dense]:
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
         """Return the factored update of every module that has one, loaded on access."""
         if step is None and not self.ranks(state):
             return {}
         file = self._snapshots(self._step(step, state))
         about = self._about(file)
 
-        def make(module: str) -> LowRank | Dense:
+        def make(module: str) -> Update:
             arrays = {name: file[f"{module}/{name}"] for name in about.factors[module]}
-            return update_from(arrays, about.scales[module], about.exact[module])
+            return from_factors(arrays, about.scales[module], about.exact[module], about.forms.get(module))
 
         return Lazy(list(about.scales), make)
-
-    inexact = old_attribute("inexact", "input_dependent_modules")
 
     def input_dependent_modules(self, state: str = "last") -> set[str]:
         """Return the modules with an input-dependent update, such as HydraLoRA's, stored at mean gate weights."""
@@ -151,33 +107,16 @@ class Run:
         exact = self._about(self._snapshots(self._step(None, state))).exact
         return {module for module, whole in exact.items() if not whole}
 
-    def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
-        """Return a saved array in long form: one column per axis, and ``value``; all steps if ``step`` is None.
-
-        Raises
-        ------
-        ValueError
-            The run has no such snapshot.
-        """
-        steps = self.snapshot_steps(name) if step is None else [step]
-        if not steps:
-            known = self.snapshot_names()
-            near = difflib.get_close_matches(name, known, 3)
-            listed = f"expected one of {', '.join(known[:3]) or 'none'} ({len(known)} snapshots)"
-            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else listed
-            raise ValueError(f"unknown snapshot {name!r} in run {self.id}; {hint}")
-        parts = []
-        for at in steps:
-            file = self._snapshots(at)
-            axes, array = self._about(file).axes.get(name), file[name]
-            axis_names = (axes and axes.axes) or [f"axis{i}" for i in range(array.ndim)]
-            labels = axes.labels if axes else {}
-            index = pd.MultiIndex.from_product(
-                [labels.get(axis, range(size)) for axis, size in zip(axis_names, array.shape, strict=True)],
-                names=axis_names,
-            )
-            parts.append(pd.DataFrame({"step": at, "value": array.reshape(-1)}, index=index).reset_index())
-        return pd.concat(parts, ignore_index=True)
+    def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
+        file = self._snapshots(step)
+        axes, array = self._about(file).axes.get(name), file[name]
+        axis_names = (axes and axes.axes) or [f"axis{i}" for i in range(array.ndim)]
+        labels = axes.labels if axes else {}
+        index = pd.MultiIndex.from_product(
+            [labels.get(axis, range(size)) for axis, size in zip(axis_names, array.shape, strict=True)],
+            names=axis_names,
+        )
+        return pd.DataFrame({"step": step, "value": array.reshape(-1)}, index=index).reset_index()
 
     def snapshot_steps(self, name: str) -> list[int]:
         """Return the steps that have a snapshot of this name."""
@@ -189,31 +128,11 @@ class Run:
 
     def ranks(self, state: str = "last") -> dict[str, int]:
         """Return the rank of every adapted module, including zeros."""
-        return dict(self._state(state)["ranks"])
+        return dict(self._state(state).ranks)
 
     def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
-        """Return one row per module: position, rank, norms, stable and effective rank at the state's step.
-
-        Parameters
-        ----------
-        all : bool
-            Include modules that did not train; False by default.
-        state : {"last", "best"}
-        """
+        """Return one row per module; see `Result.summary`."""
         return summarize(self, self._state(state), state, all)
-
-    def lora_config(self, state: str = "last") -> dict[str, Any]:
-        """Return PEFT's keywords for a LoRA with this run's ranks: module names, ``rank_pattern``, ``alpha_pattern``.
-
-        Modules of rank 0 are not targets, and each pattern key matches exactly one module. For HydraLoRA, the ranks and
-        scales are those that one token sees; such a LoRA has neither its router nor its experts.
-
-        Raises
-        ------
-        ValueError
-            No module has a factored update of rank >= 1, or an update is not a product of two factors.
-        """
-        return peft_keywords(self, self.ranks(state), self.updates(state=state))
 
     def tensors(self, state: str = "last") -> Mapping[str, np.ndarray]:
         """Return the saved parameters by name: all that training may have changed, loaded on access."""
@@ -221,13 +140,13 @@ class Run:
 
     def state_file(self, state: str = "last") -> Path:
         """Return the verified file of a state; a best state at the last step uses the file of the last one."""
-        step = self._state(state)["step"]
-        return self._file(f"state/{'last' if step == self._state('last')['step'] else state}.safetensors")
+        step = self._state(state).step
+        return self._file(f"state/{'last' if step == self._state('last').step else state}.safetensors")
 
     @property
     def restorable(self) -> bool:
         """Return whether the saved parameters are still stored."""
-        return REMOVED not in self.meta["checksums"].values()
+        return REMOVED not in self.meta.checksums.values()
 
     def restore(self, model: Any, state: str = "last", method: Any = None) -> None:
         """Load the trained state into a fresh base model in place; its logits then equal the trained model's.
@@ -256,15 +175,10 @@ class Run:
             The folder exists.
         """
         path = Path(path)
-        whole = bool(self.meta["parents"])
+        whole = bool(self.meta.parents)
         with new_folder(path) as draft:
             shutil.copytree(self._folder.parent if whole else self._folder, draft)
         return Run.read(path / self._folder.name if whole else path)
-
-    @property
-    def modules(self) -> pd.DataFrame:
-        """Modules of the model, as returned by ``names.describe``."""
-        return pd.DataFrame(self.meta["modules"]).astype({"layer": "Int16"})
 
     @property
     def _folder(self) -> Path:
@@ -275,11 +189,11 @@ class Run:
     def _file(self, name: str) -> Path:
         """Return a file of the folder after checking its checksum; a file without one is incomplete."""
         file = self._folder / name
-        expected = self.meta["checksums"].get(name)
+        expected = self.meta.checksums.get(name)
         if expected == REMOVED:
             raise ValueError(f"cannot read {name} of run {self.id}: it was removed to save disk space. {TRAIN_AGAIN}")
         if expected is None or not file.exists():
-            hint = "" if self.finished else f"; the run is {self.meta['status']}, the same call of train resumes it"
+            hint = "" if self.finished else f"; the run is {self.meta.status}, the same call of train resumes it"
             raise FileNotFoundError(
                 f"cannot read {printable(name)} of run {printable(self.id)}: not in {printable(self._folder)}{hint}"
             )
@@ -287,20 +201,20 @@ class Run:
             raise ValueError(f"cannot read {printable(file)}: checksum differs from run.json (changed or truncated)")
         return file
 
-    def _state(self, state: str) -> dict[str, Any]:
+    def _state(self, state: str) -> State:
         if state not in STATES:
             raise ValueError(f"state must be one of 'last', 'best', got {state!r}")
-        if state not in self.meta["states"]:
-            raise ValueError(f"cannot read state {state!r} of run {self.id}: the run is {self.meta['status']}")
-        return self.meta["states"][state]
+        if state not in self.meta.states:
+            raise ValueError(f"cannot read state {state!r} of run {self.id}: the run is {self.meta.status}")
+        return self.meta.states[state]
 
     def _step(self, step: int | None, state: str) -> int | None:
-        return self._state(state)["step"] if step is None else step
+        return self._state(state).step if step is None else step
 
     def _all_steps(self) -> list[int]:
         files = {f"snapshots/{path.name}": path for path in self._folder.glob("snapshots/step-*.safetensors")}
-        if GROWING in self.meta["checksums"].values():  # a newer file may not be listed in the run.json that was read
-            files = {name: path for name, path in files.items() if name in self.meta["checksums"]}
+        if GROWING in self.meta.checksums.values():  # a newer file may not be listed in the run.json that was read
+            files = {name: path for name, path in files.items() if name in self.meta.checksums}
         steps = (re.fullmatch(r"step-(\d{1,12})", path.stem) for path in files.values())
         return sorted(int(found[1]) for found in steps if found)
 
@@ -318,12 +232,3 @@ class Run:
         if file.path not in known:
             known[file.path] = read_about(file)
         return known[file.path]
-
-    def __repr__(self) -> str:
-        return as_text(self._lines())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._lines())
-
-    def _lines(self) -> list[tuple[str, str]]:
-        return training_lines(self)

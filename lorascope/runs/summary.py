@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from lorascope.runs.manifest import State
 from lorascope.schema.module_table import parse
-from lorascope.updates.low_rank import Dense, LowRank, effective_rank, spectra, stable_rank
+from lorascope.updates import LowRank, Update, effective_rank, spectra, stable_rank
 
 SUMMARY = ("update_norm", "relative_update", "learned_norm", "weight_norm", "stable_rank", "effective_rank")
 
@@ -20,28 +21,28 @@ _ROUTED = (
 )
 
 
-def summarize(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.DataFrame:
+def summarize(run: Any, chosen: State, state: str, all: bool) -> pd.DataFrame:
     """See ``Run.summary``.
 
     Parameters
     ----------
     run : Run
-    chosen : mapping
+    chosen : State
         Step and ranks of the state.
     state : {"last", "best"}
     all : bool
         Include modules that did not train.
     """
-    table = run.table[run.table["step"] == chosen["step"]]
+    table = run.table[run.table["step"] == chosen.step]
     wide = table[table["quantity"].isin(SUMMARY) & table["index"].isna()].pivot(
         index="module", columns="quantity", values="value"
     )
     modules = run.modules
     modules = modules[(modules["role"] != "block") & (modules["role"] != "norm")].set_index("module")
     frame = modules[["stack", "layer", "role"]].copy()
-    for name in chosen["ranks"].keys() - set(frame.index):  # the second name of a tied weight, adapted separately
+    for name in chosen.ranks.keys() - set(frame.index):  # the second name of a tied weight, adapted separately
         frame.loc[name] = parse(name)
-    frame["rank"] = pd.Series(chosen["ranks"], dtype="Int64").reindex(frame.index)
+    frame["rank"] = pd.Series(chosen.ranks, dtype="Int64").reindex(frame.index)
     frame = frame.join(wide.astype("float64").reindex(index=frame.index, columns=list(SUMMARY)))
     updates = run.updates(state=state)
     # Recorded values take precedence, because they include a weight that trains below its adapter.
@@ -55,7 +56,7 @@ def summarize(run: Any, chosen: Mapping[str, Any], state: str, all: bool) -> pd.
     return frame.reset_index()
 
 
-def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, LowRank | Dense]) -> dict[str, Any]:
+def peft_keywords(run: Any, ranks: Mapping[str, int], updates: Mapping[str, Update]) -> dict[str, Any]:
     """Return PEFT's keywords for a LoRA with these ranks and the updates' scales; see ``Run.lora_config``.
 
     PEFT reads pattern keys as regular expressions that match the end of a module name. Each key is therefore written to
@@ -81,9 +82,9 @@ def no_rank_error(run: Any) -> ValueError:
     return ValueError(f"cannot configure a LoRA for run {run.id}: it has no factored update of rank >= 1")
 
 
-def products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
+def products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
     """Return the updates as products of two factors; raise a ValueError if one is not."""
-    found = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
+    found = {name: product for name, update in updates.items() if (product := update.thin) is not None}
     other = next((name for name in updates if name not in found), None)
     if other is not None:
         raise ValueError(
@@ -92,7 +93,7 @@ def products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowR
     return found
 
 
-def exact_products(run: Any, updates: Mapping[str, LowRank | Dense]) -> dict[str, LowRank]:
+def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank]:
     """Return the updates as products of two factors that represent them exactly; raise a ValueError if one does not.
 
     An input-dependent update is exact only in a view of the run with fixed gate weights.

@@ -17,6 +17,7 @@ import pandas as pd
 from lorascope.files.safetensors_io import TensorFile, file_hash, write_bytes, write_json, write_tensors
 from lorascope.runs.folders import own_files, partial_files
 from lorascope.runs.layout import GROWING, REMOVED, snapshot_file
+from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.schema import records
 from lorascope.schema.records import QUANTITIES, Factors, Item, Record, Snapshot
@@ -29,13 +30,13 @@ class RunWriter:
     ----------
     path : path
         The run folder.
-    meta : dict
+    meta : Manifest
         Content of ``run.json``; the writer sets ``status``, ``checksums`` and ``quantities``.
     """
 
-    def __init__(self, path: Path, meta: dict[str, Any]) -> None:
+    def __init__(self, path: Path, meta: Manifest) -> None:
         self.path, self.meta = path, meta
-        self._modules = pd.DataFrame(meta["modules"]).astype({"layer": "Int16"})
+        self._modules = meta.table()
         self._table = records.concat([])
         self._rows: list[tuple[int, Record]] = []
         self._arrays: dict[int, list[Snapshot | Factors]] = {}
@@ -48,7 +49,7 @@ class RunWriter:
         table : DataFrame or None
             Rows up to the checkpoint that training resumes from; None for a new run.
         """
-        write_json(self.path / "run.json", self.meta)
+        write_json(self.path / "run.json", self.meta.to_json())
         if table is not None:
             self._table = table
         known = (
@@ -95,12 +96,14 @@ class RunWriter:
             if item.scale is not None:
                 about["scales"][item.module] = item.scale
                 about["exact"][item.module] = item.exact
+                if item.form is not None:
+                    about.setdefault("forms", {})[item.module] = item.form
         write_tensors(path, arrays, about)
 
     def table(self) -> pd.DataFrame:
         """Return all rows so far."""
         if self._rows:
-            self._table = records.concat([self._table, records.frame(self.meta["id"], self._rows, self._modules)])
+            self._table = records.concat([self._table, records.frame(self.meta.id, self._rows, self._modules)])
             self._rows = []
         return self._table
 
@@ -125,31 +128,24 @@ class RunWriter:
         self.table().to_parquet(buffer, index=False)
         write_bytes(self.path / "records.parquet", buffer.getvalue())
 
-    def _write_meta(self, status: str, checksum: Callable[[Path], str]) -> None:
+    def _write_meta(self, status: Any, checksum: Callable[[Path], str]) -> None:
         used = self.table()["quantity"].cat.categories
-        self.meta |= {
-            "status": status,
-            "checksums": {
-                str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(self._content_files())
-            },
-            "quantities": {name: _describe_quantity(name) for name in used},
+        self.meta.status = status
+        self.meta.checksums = {
+            str(file.relative_to(self.path).as_posix()): checksum(file) for file in sorted(self._content_files())
         }
-        write_json(self.path / "run.json", self.meta)
+        self.meta.quantities = {name: QUANTITIES[name] for name in used}
+        write_json(self.path / "run.json", self.meta.to_json())
 
 
 def remove_states(run: Run) -> None:
     """Delete the saved parameters of a run and of the phases before it; tables and snapshots stay."""
     # The run comes first: train requires the state of a parent only if the run still has its own.
     for phase in [run, *run.parents]:
-        folder, checksums = phase._folder, phase.meta["checksums"]
+        folder, checksums = phase._folder, phase.meta.checksums
         states = [name for name in checksums if name.startswith("state/")]
         if phase.restorable:
             checksums |= dict.fromkeys(states, REMOVED)
-            write_json(folder / "run.json", phase.meta)
+            write_json(folder / "run.json", phase.meta.to_json())
         for name in states:
             (folder / name).unlink(missing_ok=True)
-
-
-def _describe_quantity(name: str) -> dict[str, str]:
-    quantity = QUANTITIES[name]
-    return {field: getattr(quantity, field) for field in quantity.__slots__}

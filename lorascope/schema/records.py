@@ -105,15 +105,18 @@ class Factors:
     arrays : mapping factor -> array
         Such as ``{"A": (rank, in), "B": (out, rank)}``.
     scale : float or None
-        Scale of a low-rank or Fourier update; None for any other form.
+        Scale of the update; None if the factors alone do not form one.
     exact : bool
         False if the update depends on the input, so that the factors represent it only at fixed gates.
+    form : str, optional
+        Name of the update's form; by default it follows from the names of the factors.
     """
 
     module: str
     arrays: Mapping[str, Any]
     scale: float | None = None
     exact: bool = True
+    form: str | None = None
 
 
 Item = Record | Snapshot | Factors
@@ -156,10 +159,10 @@ QUANTITIES: dict[str, Quantity] = {
 _adopted: set[str] = set()  # known only from a stored run; replaced when the module that records them is imported
 
 
-def adopt(quantities: Mapping[str, Mapping[str, Any]]) -> None:
+def adopt(quantities: Mapping[str, Quantity]) -> None:
     """Add the quantities of a stored run to ``QUANTITIES``, except those that are already there."""
     for name in quantities.keys() - QUANTITIES.keys():
-        QUANTITIES[name] = Quantity(**quantities[name])
+        QUANTITIES[name] = quantities[name]
         _adopted.add(name)
 
 

@@ -21,7 +21,8 @@ from lorascope.methods.base import Method, Phase, config, task_head
 from lorascope.observe import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.layout import identify
-from lorascope.runs.run import SCHEMA, Run
+from lorascope.runs.manifest import SCHEMA, Manifest, Parameters, describe_modules
+from lorascope.runs.run import Run
 from lorascope.training.settings import Settings
 
 
@@ -77,19 +78,20 @@ class Plan:
         modules: pd.DataFrame,
         parents: list[Run],
         device: str,
-    ) -> dict[str, Any]:
+    ) -> Manifest:
         """Return ``run.json`` of a running phase; ``frozen`` counts entries of ``trained`` that never change."""
-        own = {
-            "id": self.id,
-            "recipe": config(self.recipe),
-            "label": self.recipe.label(),
-            "task": self.task.name,
-            "task_kind": self.task.kind,
-            "labels": list(self.task.labels) if self.task.classifies else None,
-            "parents": [f"../{run.path.name}" for run in parents if run.path],
-            "total_seconds": sum(run.meta["seconds"] for run in parents),
-        }
-        return self.identity() | circumstances(model, trained, frozen, modules, device) | own
+        return Manifest(
+            id=self.id,
+            recipe=config(self.recipe),
+            label=self.recipe.label(),
+            task=self.task.name,
+            task_kind=self.task.kind,
+            labels=list(self.task.labels) if self.task.classifies else None,
+            parents=[f"../{run.path.name}" for run in parents if run.path],
+            total_seconds=sum(run.meta.seconds for run in parents),
+            **self.identity(),
+            **circumstances(model, trained, frozen, modules, device),
+        )
 
 
 def circumstances(
@@ -99,21 +101,17 @@ def circumstances(
     head = {id(parameter) for parameter in task_head(model).values()}
     return {
         "model": name_of(model),
-        "versions": {"lorascope": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"lorascope": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "commit": _commit(),
         "device": device,
         "status": "running",
-        "parents": [],
-        "checksums": {},
-        "states": {},
-        "test": {},
-        "parameters": {
-            "total": sum(p.numel() for p in model.parameters()),
-            "trained": sum(p.numel() for p in trained) - frozen,
-            "head": sum(p.numel() for p in trained if id(p) in head),
-        },
+        "parameters": Parameters(
+            total=sum(p.numel() for p in model.parameters()),
+            trained=sum(p.numel() for p in trained) - frozen,
+            head=sum(p.numel() for p in trained if id(p) in head),
+        ),
         "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
-        "modules": modules.astype(object).where(modules.notna(), None).to_dict("records"),
+        "modules": describe_modules(modules),
     }
 
 

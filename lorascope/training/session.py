@@ -22,6 +22,7 @@ from lorascope.inputs.models import processor
 from lorascope.methods.base import Batch, HeldOut, Step, frozen_entries
 from lorascope.observe import factors_of
 from lorascope.observe.base import Observer
+from lorascope.runs.manifest import State, Test
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema import module_table
@@ -199,7 +200,7 @@ class Session:
             step.best = True
             if not step.last:  # finish() saves the last state
                 self._save_state(self.checkpoints.best_file(step.finished))
-            self.best = Best(key=key, **self._state_entry())
+            self.best = Best(key=key, **vars(self._state_entry()))
         return score
 
     def _score(self, rows: Any) -> Score:
@@ -279,12 +280,9 @@ class Session:
         save_state(file, self.model, self.optimizer, self.method)
         self.writer.add(self.step.finished, factors_of(self.model))
 
-    def _state_entry(self) -> dict[str, Any]:
+    def _state_entry(self) -> State:
         """Return the entry of the current state for ``run.json``."""
-        return {
-            "step": self.step.finished,
-            "ranks": {name: delta.rank for name, delta in attached_deltas(self.model).items()},
-        }
+        return State(self.step.finished, {name: delta.rank for name, delta in attached_deltas(self.model).items()})
 
     def finish(self) -> Run:
         """Evaluate the final state on the test split, save it and close the run folder."""
@@ -300,19 +298,19 @@ class Session:
         if self.best is not None:
             if self.best.step != self.step.finished:
                 self.checkpoints.keep_best(self.best.step)
-            states["best"] = {"step": self.best.step, "ranks": self.best.ranks}
+            states["best"] = State(self.best.step, self.best.ranks)
         meta = self.writer.meta
-        meta["states"] = states
-        meta["test"] = {"name": score.name, "metric": score.metric, "loss": score.loss, "groups": groups}
-        meta["seconds"] = seconds = self.seconds
-        meta["total_seconds"] += seconds
+        meta.states = states
+        meta.test = Test(score.name, score.metric, score.loss, groups)
+        meta.seconds = seconds = self.seconds
+        meta.total_seconds += seconds
         run = self.writer.finish("done")
         self.checkpoints.remove()
         return run
 
     def fail(self, reason: str) -> None:
         """Close the run folder as broken, with the reason; it stays readable."""
-        self.writer.meta["error"] = reason
+        self.writer.meta.error = reason
         self.writer.finish("broken")
 
 

@@ -232,7 +232,7 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     """Attach the run's method to a fresh base model and load the trained tensors; see ``Run.restore``."""
     if attached_deltas(model):
         raise ValueError("cannot restore into a model that already has adapters; load a fresh base model")
-    config = run.meta["method"]
+    config = run.meta.method
     if config["name"] == "peft":
         raise ValueError(
             f"cannot restore run {run.id}: PEFT trained it; export it with ls.export.to_peft and load it with PEFT"
@@ -240,7 +240,7 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
     stored = load_tree(path)
     if not isinstance(stored, dict) or _LEARNED not in stored:
         raise ValueError(f"cannot restore from {printable(path)}: it has no state of a method")
-    fit_head(model, run.meta["labels"])
+    fit_head(model, run.meta.labels)
     if method is None and config["name"] not in METHODS:
         raise ValueError(f"cannot restore run {run.id}: its method {config['name']!r} is not registered; pass method=")
     try:

@@ -1,1 +1,59 @@
-"""Weight updates (low-rank, dense or Fourier) and their norms, spectra and angles, in numpy only."""
+"""What a weight update is: its forms, ranks, subspaces and the rotation of neurons."""
+
+from lorascope.updates.base import (
+    FORMS,
+    Update,
+    constant_factors,
+    form_named,
+    from_factors,
+    norms,
+    spectra,
+    weight_norm,
+)
+from lorascope.updates.dense import Dense, Pair
+from lorascope.updates.fourier import Fourier
+from lorascope.updates.linalg import (
+    effective_rank,
+    energy_rank,
+    entropy_rank,
+    participation_rank,
+    phi,
+    phi_matrix,
+    principal_angles,
+    projected_norm,
+    stable_rank,
+    subspace_similarity,
+)
+from lorascope.updates.low_rank import LowRank
+from lorascope.updates.mixture import Mixture
+from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
+
+__all__ = [
+    "FORMS",
+    "Dense",
+    "Fourier",
+    "LowRank",
+    "Mixture",
+    "NeuronChange",
+    "Pair",
+    "Update",
+    "constant_factors",
+    "effective_rank",
+    "energy_rank",
+    "entropy_rank",
+    "factored_change",
+    "form_named",
+    "from_factors",
+    "neuron_change",
+    "neuron_cosine",
+    "norms",
+    "participation_rank",
+    "phi",
+    "phi_matrix",
+    "principal_angles",
+    "projected_norm",
+    "spectra",
+    "stable_rank",
+    "subspace_similarity",
+    "weight_norm",
+]

@@ -13,14 +13,16 @@ Source: FourierFT (arXiv 2405.03003), equations 2 and 3 with the division by d1 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from lorascope.updates.base import Update
+from lorascope.updates.dense import Dense
 from lorascope.updates.linalg import all_finite, as_float64
-from lorascope.updates.low_rank import Dense, LowRank
 
 SEEDS = 1 << 32
 
@@ -159,7 +161,7 @@ class _Part(NamedTuple):
         return matrix
 
 
-class Fourier(Dense):
+class Fourier(Update, form="fourier"):
     """The update scale * Re(ifft2(F)), with the coefficients at the entries of F; its matrix is built on access.
 
     Parameters
@@ -174,10 +176,8 @@ class Fourier(Dense):
         alpha; the inverse transform already divides by out * in.
     """
 
-    coefficients: Float[np.ndarray, "n"]
-    entries: Int[np.ndarray, "2 n"]
-    scale: float
-    exact = True
+    required = frozenset({"coefficients", "entries", "shape"})
+    constants = frozenset({"entries", "shape"})
 
     def __init__(
         self,
@@ -186,14 +186,42 @@ class Fourier(Dense):
         shape: tuple[int, int],
         scale: float = 1.0,
     ) -> None:
-        # Write to the instance dict, because the base class is a frozen dataclass.
-        sides = int(shape[0]), int(shape[1])
-        vars(self).update(coefficients=coefficients, entries=entries, scale=scale, _shape=sides)
+        self.coefficients, self.entries, self.scale = coefficients, entries, scale
+        self._shape = int(shape[0]), int(shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
         """Shape (out, in)."""
-        return vars(self)["_shape"]
+        return self._shape
+
+    def to_factors(self) -> dict[str, Any]:
+        """Return the coefficients, their entries and the shape."""
+        return {"coefficients": self.coefficients, "entries": self.entries, "shape": np.array(self.shape)}
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Fourier:
+        """Build an update from ``coefficients`` (n,), ``entries`` (2, n) and ``shape`` (2,)."""
+        outer, inner = factors["shape"].tolist()
+        return cls(factors["coefficients"], factors["entries"], (outer, inner), scale)
+
+    @classmethod
+    def fits(
+        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
+    ) -> bool:
+        """See `Update.fits`."""
+        match shapes:
+            case {"coefficients": (n,), "entries": (2, m), "shape": (2,)} if n == m and floats["coefficients"]:
+                (outer, inner), entries = arrays["shape"].tolist(), arrays["entries"]
+                if not (isinstance(outer, int) and isinstance(inner, int) and entries.dtype.kind in "iu"):
+                    return False
+                # The size is limited because spectra require the whole matrix.
+                sound = 0 < min(outer, inner) <= max(outer, inner) < 2**24 and outer * inner <= 2**31
+                return sound and bool(((entries >= 0) & ((outer, inner) > entries.T).T).all())
+        return False
+
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """Compute the update as a matrix."""
+        return self.matrix
 
     @cached_property
     def matrix(self) -> Float[np.ndarray, "out in"]:
@@ -240,8 +268,10 @@ class Fourier(Dense):
         """Compute the Frobenius norm by Parseval's identity."""
         return float(np.sqrt(sum(np.vdot(part.values, part.values) for part in self.parts)))
 
-    def inner(self, W: Float[np.ndarray, "out in"]) -> float:
+    def inner_weight(self, W: Any) -> float:
         """Compute <W, dW> from the coefficients and the transform of W at their entries."""
+        if not isinstance(W, np.ndarray):
+            W = W.detach().float().cpu().numpy() if W.element_size() < 4 else W.detach().cpu().numpy()
         (j, k), (rows, columns) = self.entries, self.shape
         spectrum = np.fft.rfft2(W).real
         left = k < spectrum.shape[1]
@@ -262,14 +292,14 @@ class Fourier(Dense):
         squares = np.concatenate([even.values, odd.values]) ** 2
         return np.histogram(distances, edges, weights=squares)[0]
 
-    def __sub__(self, other: LowRank | Dense) -> Dense:
+    def minus(self, other: Update) -> Update:
         """Return the difference; updates with the same entries and scale are subtracted by coefficient."""
-        same_form = isinstance(other, Fourier) and (self.shape, self.scale) == (other.shape, other.scale)
-        if isinstance(other, Fourier) and same_form and np.array_equal(self.entries, other.entries):
-            return Fourier(
-                as_float64(self.coefficients) - as_float64(other.coefficients), self.entries, self.shape, self.scale
-            )
-        return Dense(self.dense() - other.dense())
+        if type(other) is type(self) and (self.shape, self.scale) == (other.shape, other.scale):
+            mine, theirs = self.to_factors(), other.to_factors()
+            if np.array_equal(mine["entries"], theirs["entries"]):
+                change = as_float64(mine["coefficients"]) - as_float64(theirs["coefficients"])
+                return Fourier(change, self.entries, self.shape, self.scale)
+        return super().minus(other)
 
     def __repr__(self) -> str:
         return f"Fourier({len(self.coefficients)} coefficients, shape={self.shape}, scale={self.scale:g})"

@@ -5,6 +5,7 @@ Source: LoRA (arXiv 2106.09685), section 7 and equation 4 for the subspaces.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
@@ -163,9 +164,21 @@ def _qr_triangle(X: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.linalg.qr(X, mode="r"))
 
 
-def as_float64(array: np.ndarray) -> NDArray[np.float64]:
-    """Return the array in float64, without a copy if it already is."""
+def as_float64(array: Any) -> NDArray[np.float64]:
+    """Return an array or a tensor as an array in float64, without a copy if it already is one."""
+    if not isinstance(array, np.ndarray) and hasattr(array, "detach"):
+        array = array.detach().double().cpu().numpy()
     return np.asarray(array, dtype=np.float64)
+
+
+def beside(tensor: Any, array: Any) -> Any:
+    """Return an array as a tensor on the device of ``tensor``."""
+    return sys.modules["torch"].as_tensor(array, device=tensor.device)
+
+
+def at_least_float32(tensor: Any) -> Any:
+    """Return a tensor in float32, or in float64 if it already is."""
+    return tensor if tensor.element_size() >= 8 else tensor.float()
 
 
 def all_finite(*arrays: np.ndarray) -> bool:

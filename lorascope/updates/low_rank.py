@@ -1,100 +1,33 @@
-"""Low-rank and dense updates: norms, singular values, subspaces and ranks, in float64 and without torch.
-
-An update dW has the shape (out, in). ``LowRank`` stores factors and multiplies them only if a matrix is requested;
-``Dense`` is a plain matrix. Both have the same methods. All computations use float64, regardless of the input dtype.
-
-The ranks of a zero update are 0.0. If an array contains NaN or infinity, singular values and ranks are NaN.
-"""
+"""Updates given as a product of two thin factors, which are multiplied only if a matrix is requested."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from lorascope.updates.base import Update
 from lorascope.updates.linalg import (
     GRAM_LIMIT,
     all_finite,
     as_float64,
-    effective_rank,
-    energy_rank,
-    entropy_rank,
+    at_least_float32,
+    beside,
     gram,
     numerical_rank,
     one_thread,
-    participation_rank,
-    phi,
-    phi_matrix,
-    principal_angles,
-    projected_norm,
-    stable_rank,
-    subspace_similarity,
     tiles,
     triangles,
 )
-from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
-
-__all__ = [
-    "Dense",
-    "LowRank",
-    "NeuronChange",
-    "Pair",
-    "effective_rank",
-    "energy_rank",
-    "entropy_rank",
-    "factored_change",
-    "neuron_change",
-    "neuron_cosine",
-    "norms",
-    "participation_rank",
-    "phi",
-    "phi_matrix",
-    "principal_angles",
-    "projected_norm",
-    "spectra",
-    "stable_rank",
-    "subspace_similarity",
-    "weight_norm",
-]
-
-
-class _Update:
-    """Common methods of ``LowRank`` and ``Dense``."""
-
-    def norm(self) -> float:
-        """Compute the Frobenius norm."""
-        raise NotImplementedError
-
-    def singular_values(self) -> Float[np.ndarray, "k"]:
-        """Compute the singular values, largest first."""
-        raise NotImplementedError
-
-    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
-        """Compute U, sigma and V with dW = U diag(sigma) V^T, without components with sigma = 0 up to rounding."""
-        raise NotImplementedError
-
-    def left(self, k: int | None = None) -> Float[np.ndarray, "out k"]:
-        """Return the first k left singular vectors as columns, or all of them if k is None."""
-        return self.svd()[0][:, :k]
-
-    def right(self, k: int | None = None) -> Float[np.ndarray, "in k"]:
-        """Return the first k right singular vectors as columns, or all of them if k is None."""
-        return self.svd()[2][:, :k]
-
-    def stable_rank(self) -> float:
-        """Compute the stable rank, ``|dW|_F^2 / sigma_1^2``."""
-        return stable_rank(self.singular_values())
-
-    def effective_rank(self) -> float:
-        """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
-        return effective_rank(self.singular_values())
+from lorascope.updates.neuron_angles import NeuronChange, factored_change
 
 
 @dataclass(frozen=True, eq=False)
-class LowRank(_Update):
+class LowRank(Update, form="low_rank"):
     """The update scale * B @ A.
 
     Parameters
@@ -110,6 +43,7 @@ class LowRank(_Update):
     A: Float[np.ndarray, "rank in"]
     scale: float = 1.0
     exact: bool = True
+    required = frozenset({"A", "B"})
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,13 +55,85 @@ class LowRank(_Update):
         """Number of components, including zero ones."""
         return self.B.shape[1]
 
+    @property
+    def thin(self) -> LowRank:
+        """The update itself."""
+        return self
+
+    def to_factors(self) -> dict[str, Any]:
+        """Return A (rank, in) and B (out, rank)."""
+        return {"A": self.A, "B": self.B}
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> LowRank:
+        """Build an update from A (rank, in), B (out, rank) and optionally ``diagonal`` (rank,).
+
+        The update is ``scale * B @ diag(diagonal) @ A``.
+        """
+        B = factors["B"]
+        if "diagonal" in factors:
+            with np.errstate(over="ignore", invalid="ignore"):  # an infinite factor results in an infinite norm
+                B = B * factors["diagonal"]
+        return LowRank(B, factors["A"], scale, exact)
+
+    @classmethod
+    def fits(
+        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
+    ) -> bool:
+        """See `Update.fits`."""
+        match shapes:
+            case {"A": (rank, _), "B": (_, width), **rest} if "gates" not in rest:
+                return rank == width and rest.get("diagonal", (rank,)) == (rank,) and floats["A"] and floats["B"]
+        return False
+
     def norm(self) -> float:
-        """Compute the Frobenius norm in O(rank^2 (out + in))."""
-        return float(norms([self])[0])
+        """Compute the Frobenius norm in O(rank^2 (out + in)).
+
+        ``|B A|_F^2 = sum((B^T B) * (A A^T))``, elementwise. That sum loses digits if components cancel, as in the
+        difference of two updates of different ranks. In this case the norm of R_B R_A^T is used, with the triangular
+        factors of B and A^T.
+        """
+        if not all_finite(self.B, self.A):
+            return np.nan
+        update, power = _rescale_factors(self)
+        left, right = gram(update.B), gram(update.A.T)
+        squared = np.vdot(left, right)
+        # The sum of the components' norms is an upper bound of |B A|, and far above it if components cancel.
+        together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
+        if squared >= GRAM_LIMIT * together**2:
+            product = np.sqrt(squared)
+        else:
+            with one_thread():
+                product = np.linalg.norm(_cores([update]))
+        with np.errstate(over="ignore"):
+            return float(np.ldexp(abs(update.scale) * product, power))
+
+    def inner(self, other: Update) -> float:
+        """Compute <dW_1, dW_2>; two products need only the small Gram matrices of their factors."""
+        if other.thin is None:
+            return self.inner_weight(other.dense())
+        left, right = as_float64(self.B).T @ as_float64(other.thin.B), as_float64(self.A) @ as_float64(other.thin.A).T
+        return float(self.scale * other.thin.scale * np.vdot(left, right))
+
+    def inner_weight(self, W: Any) -> float:
+        """Compute <W, dW> without multiplying the factors; on the device of W, if it is a tensor."""
+        if isinstance(W, np.ndarray):
+            return float(self.scale * np.vdot(as_float64(self.B).T @ as_float64(W), as_float64(self.A)))
+        A, B = (beside(W, factor) for factor in (self.A, self.B))
+        return float(self.scale * ((at_least_float32(W) @ A.T).double() * B.double()).sum())
+
+    def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
+        """Compute ``|W_0 + dW|_F`` without multiplying the factors."""
+        before2 = sum(np.vdot(tile, tile) for tile in tiles(W0))
+        return max(float(np.sqrt(before2)) ** 2 + 2.0 * self.inner_weight(W0) + self.norm() ** 2, 0.0) ** 0.5
+
+    def neuron_change(self, W0: Float[np.ndarray, "out in"], axis: int) -> NeuronChange:
+        """Compute ``neuron_angles.neuron_change`` without multiplying the factors."""
+        return factored_change(W0, self.scale * as_float64(self.B), self.A, axis)
 
     def singular_values(self) -> Float[np.ndarray, "k"]:
         """Compute the min(out, in, rank) singular values, largest first."""
-        return spectra([self])[0]
+        return self.batch_spectra([self])[0]
 
     def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
         """Compute the singular value decomposition by QR of both factors."""
@@ -140,90 +146,48 @@ class LowRank(_Update):
         k = numerical_rank(sigma, self.shape)
         return Q_left @ U[:, :k], sigma[:k], Q_right @ V[:k].T
 
-    def dense(self) -> Float[np.ndarray, "out in"]:
-        """Compute the update as a matrix."""
-        return self.scale * (as_float64(self.B) @ as_float64(self.A))
+    def dense(self) -> Any:
+        """Compute the update as a matrix: an array in float64, or a tensor in the dtype of the factors."""
+        if isinstance(self.B, np.ndarray):
+            return self.scale * (as_float64(self.B) @ as_float64(self.A))
+        return self.scale * (self.B @ self.A)
 
-    def __sub__(self, other: LowRank | Dense) -> LowRank | Dense:
+    def minus(self, other: Update) -> Update:
         """Return the difference; for two low-rank updates it is low-rank, with the sum of their ranks.
 
         If their ranks are equal, it is formed from the changes of the factors, as for two states of one adapter:
         B A - B' A' = (B - B') A + B' (A - A'). The difference of two large products would lose its digits.
         """
-        if isinstance(other, Dense):
-            return Dense(self.dense() - other.matrix)
-        B, B_other = self.scale * as_float64(self.B), other.scale * as_float64(other.B)
-        A, A_other = as_float64(self.A), as_float64(other.A)
+        if (product := other.thin) is None:
+            return super().minus(other)
+        B, B_other = self.scale * as_float64(self.B), product.scale * as_float64(product.B)
+        A, A_other = as_float64(self.A), as_float64(product.A)
         exact = self.exact and other.exact
-        if self.rank == other.rank:
+        if self.rank == product.rank:
             return LowRank(np.hstack([B - B_other, B_other]), np.vstack([A, A - A_other]), exact=exact)
         return LowRank(np.hstack([B, -B_other]), np.vstack([A, A_other]), exact=exact)
 
+    @classmethod
+    def batch_spectra(cls, updates: Sequence[LowRank]) -> list[Float[np.ndarray, "k"]]:
+        """Compute the singular values of many updates; updates of one rank share a batch.
 
-@dataclass(frozen=True, eq=False)
-class Dense(_Update):
-    """An update given as a matrix.
-
-    Parameters
-    ----------
-    matrix : array (out, in)
-    """
-
-    matrix: Float[np.ndarray, "out in"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape (out, in)."""
-        return self.matrix.shape[0], self.matrix.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Largest possible rank, min(out, in)."""
-        return min(self.shape)
-
-    def norm(self) -> float:
-        """Compute the Frobenius norm."""
-        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.matrix))))
-
-    def singular_values(self) -> Float[np.ndarray, "k"]:
-        """Compute the min(out, in) singular values, largest first.
-
-        They are roots of the eigenvalues of the smaller Gram matrix: values below 1e-8 of the largest are rounding
-        errors.
+        The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
+        decomposition to a relative 1e-8 if they exceed 1e-6 of the largest.
         """
-        if not all_finite(self.matrix):
-            return np.full(self.rank, np.nan)
-        tall = self.matrix if self.shape[0] >= self.shape[1] else self.matrix.T
-        inner = gram(tall)
-        with one_thread():
-            eigenvalues = np.linalg.eigvalsh(inner)
-        return np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
-
-    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
-        """Compute the singular value decomposition of the matrix in O(out in min(out, in))."""
-        if not all_finite(self.matrix):
-            raise ValueError("cannot compute singular vectors: the matrix contains NaN or infinity")
-        U, sigma, V = np.linalg.svd(as_float64(self.matrix), full_matrices=False)
-        k = numerical_rank(sigma, self.shape)
-        return U[:, :k], sigma[:k], V[:k].T
-
-    def dense(self) -> Float[np.ndarray, "out in"]:
-        """Return the matrix in float64."""
-        return as_float64(self.matrix)
-
-    def __sub__(self, other: LowRank | Dense) -> Dense:
-        """Return the difference as a matrix."""
-        return Dense(self.dense() - other.dense())
-
-
-def norms(updates: Sequence[LowRank | Dense]) -> Float[np.ndarray, "n"]:
-    """Compute the Frobenius norms of many updates.
-
-    For factors, ``|B A|_F^2 = sum((B^T B) * (A A^T))``, elementwise. That sum loses digits if components cancel, as in
-    the difference of two updates of different ranks. In this case the norm of R_B R_A^T is used, with the triangular
-    factors of B and A^T.
-    """
-    return np.array([_factored_norm(update) if isinstance(update, LowRank) else update.norm() for update in updates])
+        values: list[np.ndarray] = [np.empty(0)] * len(updates)
+        batches = defaultdict(list)
+        for i, update in enumerate(updates):
+            if not all_finite(update.B, update.A):
+                values[i] = np.full(min(*update.shape, update.rank), np.nan)
+            elif update.rank:
+                sides = (min(side, update.rank) for side in update.shape)
+                batches[(update.rank, *sides)].append((i, *_rescale_factors(update)))
+        with one_thread(), np.errstate(over="ignore"):
+            for batch in batches.values():
+                sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)
+                for (i, update, power), sigma in zip(batch, sigmas, strict=True):
+                    values[i] = np.ldexp(abs(update.scale) * sigma, power)
+        return values
 
 
 def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
@@ -231,48 +195,8 @@ def _rescale_factors(update: LowRank) -> tuple[LowRank, int]:
     # Products of narrower dtypes always fit in float64.
     largest = [max(X.max(initial=0), -X.min(initial=0)) if X.dtype == np.float64 else 1 for X in (update.B, update.A)]
     b, a = (0 if size == 0 or 2.0**-200 < size < 2.0**200 else int(np.frexp(size)[1]) for size in largest)
-    return (replace(update, B=np.ldexp(update.B, -b), A=np.ldexp(update.A, -a)) if b or a else update), b + a
-
-
-def _factored_norm(update: LowRank) -> float:
-    if not all_finite(update.B, update.A):
-        return np.nan
-    update, power = _rescale_factors(update)
-    left, right = gram(update.B), gram(update.A.T)
-    squared = np.vdot(left, right)
-    # The sum of the components' norms is an upper bound of |B A|, and far above it if components cancel.
-    together = np.sum(np.sqrt(np.diagonal(left) * np.diagonal(right)))
-    if squared >= GRAM_LIMIT * together**2:
-        product = np.sqrt(squared)
-    else:
-        with one_thread():
-            product = np.linalg.norm(_cores([update]))
-    with np.errstate(over="ignore"):
-        return float(np.ldexp(abs(update.scale) * product, power))
-
-
-def spectra(updates: Sequence[LowRank | Dense]) -> list[Float[np.ndarray, "k"]]:
-    """Compute the singular values of many updates, largest first; low-rank updates of one rank share a batch.
-
-    The singular values of B A equal those of R_B R_A^T, with B = Q_B R_B and A^T = Q_A R_A. They agree with a QR
-    decomposition to a relative 1e-8 if they exceed 1e-6 of the largest.
-    """
-    values: list[np.ndarray] = [np.empty(0)] * len(updates)
-    batches = defaultdict(list)
-    for i, update in enumerate(updates):
-        if isinstance(update, Dense):
-            values[i] = update.singular_values()
-        elif not all_finite(update.B, update.A):
-            values[i] = np.full(min(*update.shape, update.rank), np.nan)
-        elif update.rank:
-            sides = (min(side, update.rank) for side in update.shape)
-            batches[(update.rank, *sides)].append((i, *_rescale_factors(update)))
-    with one_thread(), np.errstate(over="ignore"):
-        for batch in batches.values():
-            sigmas = np.linalg.svd(_cores([update for _, update, _ in batch]), compute_uv=False)
-            for (i, update, power), sigma in zip(batch, sigmas, strict=True):
-                values[i] = np.ldexp(abs(update.scale) * sigma, power)
-    return values
+    scaled = LowRank(np.ldexp(update.B, -b), np.ldexp(update.A, -a), update.scale) if b or a else update
+    return scaled, b + a
 
 
 def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
@@ -282,40 +206,3 @@ def _cores(updates: Sequence[LowRank]) -> Float[np.ndarray, "n left right"]:
         R = triangles(left + right)
         return R[: len(left)] @ R[len(left) :].swapaxes(1, 2)
     return triangles(left) @ triangles(right).swapaxes(1, 2)
-
-
-def weight_norm(W0: Float[np.ndarray, "out in"], update: LowRank | Dense) -> float:
-    """Compute ``|W_0 + dW|_F`` without multiplying the factors of a low-rank update."""
-    if isinstance(update, Dense):
-        return Dense(update.dense() + W0).norm()
-    inner = float(update.scale * np.vdot(as_float64(update.B).T @ as_float64(W0), as_float64(update.A)))
-    return max(Dense(W0).norm() ** 2 + 2.0 * inner + update.norm() ** 2, 0.0) ** 0.5
-
-
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """A weight before and after training.
-
-    Parameters
-    ----------
-    W0, W : arrays (out, in)
-    """
-
-    W0: Float[np.ndarray, "out in"]
-    W: Float[np.ndarray, "out in"]
-
-    @property
-    def update(self) -> Dense:
-        """The update W - W_0."""
-        return Dense(as_float64(self.W) - self.W0)
-
-    def weight_norm(self) -> float:
-        """Compute ``|W|_F``."""
-        return Dense(self.W).norm()
-
-    def relative_update(self) -> float:
-        """Compute ``|W - W_0|_F / |W_0|_F``: 0 for a zero update, infinity for an update of a zero weight."""
-        update, weight = self.update.norm(), Dense(self.W0).norm()
-        if update == 0.0:
-            return 0.0
-        return update / weight if weight else np.inf

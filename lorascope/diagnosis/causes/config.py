@@ -16,7 +16,7 @@ NEARLY = 0.01  # fraction of the components to prune: masking every few steps ma
 
 def find_unmatched_keys(case: Case) -> Found:
     """Find parts of a configuration that match no module: a typing error that PEFT does not report."""
-    config = case.meta["method"]
+    config = case.meta.method
     if case.history:
         return
     names = list(case.adapted["module"])
@@ -64,7 +64,7 @@ def find_overscaled_updates(case: Case) -> Found:
 
 def find_uneven_scale(case: Case) -> Found:
     """Find modules with another rank that are missing in ``alpha_pattern``."""
-    config, adapted = case.meta["method"], case.adapted
+    config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
     if case.history or case.is_adalora or not ranks or not alphas or adapted["scale"].isna().all():
@@ -86,7 +86,7 @@ def find_uneven_scale(case: Case) -> Found:
 
 def find_allocator_excess(case: Case) -> Found:
     """Find AdaLoRA adapters with more components than their budget."""
-    method = case.meta["method"]
+    method = case.meta.method
     # A module without components counts, because the others received its part of the budget.
     ranked = case.modules[case.modules["rank"].notna()]
     if not case.is_adalora or ranked.empty:
@@ -117,7 +117,7 @@ def find_allocator_excess(case: Case) -> Found:
 
 def _is_allocation_due(case: Case) -> bool:
     """Return whether PEFT's allocator should have pruned by the last step; True if the step is unknown."""
-    method, steps = case.meta["method"], case.meta["states"]["last"]["step"]
+    method, steps = case.meta.method, case.meta.states["last"].step
     if steps is None:
         return True
     warm, every = method.get("tinit", 0), method.get("deltaT", 1)

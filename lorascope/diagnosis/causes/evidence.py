@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
 
+from lorascope.runs.manifest import Manifest
 from lorascope.schema.deprecation import accept_old_fields, formerly
 
 
@@ -46,8 +47,8 @@ class Case:
         learned update, ``used`` the number of nonzero components, and ``empty`` whether all factors are zero.
     losses : Series
         Training loss by step.
-    meta : mapping
-        ``run.json`` or its equivalent; ``meta["method"]`` is the configuration of an adapter.
+    meta : Manifest
+        Description of the run or the adapter.
     history : bool
         Whether the training itself was recorded.
     weights, base : bool
@@ -58,7 +59,7 @@ class Case:
 
     modules: pd.DataFrame
     losses: pd.Series
-    meta: Mapping[str, Any]
+    meta: Manifest
     history: bool
     weights: bool
     base: bool
@@ -78,7 +79,7 @@ class Case:
     @property
     def is_adalora(self) -> bool:
         """Whether the adapter is AdaLoRA, of lorascope or PEFT."""
-        return "adalora" in (self.meta["method"].get("name"), str(self.meta["method"].get("kind")).lower())
+        return "adalora" in (self.meta.method.get("name"), str(self.meta.method.get("kind")).lower())
 
 
 Found = Iterator[Finding]

@@ -12,12 +12,12 @@ WORSE = 1.0  # nats: batches differ by less, and a final loss this far above the
 
 def find_unused(case: Case) -> Found:
     """Find training runs that did not use the adapters."""
-    method, steps = case.meta["method"], int(case.losses.index.max() if len(case.losses) else 0)
+    method, steps = case.meta.method, int(case.losses.index.max() if len(case.losses) else 0)
     # PEFT's prompt and prefix methods adapt no module; the others have target_modules.
     promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
-    if not case.history or not case.meta["states"] or len(case.unchanged_adapters) < len(case.adapted) or not promised:
+    if not case.history or not case.meta.states or len(case.unchanged_adapters) < len(case.adapted) or not promised:
         return
-    if case.meta.get("left_out"):  # parameters that trained there are in no update
+    if case.meta.left_out:  # parameters that trained there are in no update
         return
     state = f"all {len(case.adapted)} adapters are unchanged" if len(case.adapted) else "no adapter was active"
     yield Finding(
@@ -36,7 +36,7 @@ def find_rate_small(case: Case) -> Found:
     share = float(np.sqrt((known["moved"] ** 2).sum())) / norm if norm else np.nan
     if not 0 < share < STILL:
         return
-    rate = case.meta["settings"].get("lr")
+    rate = case.meta.settings.get("lr")
     at_rate = f" at learning rate {rate:.3g}" if rate else ""
     yield Finding(
         "rate-small",
@@ -49,7 +49,7 @@ def find_rate_small(case: Case) -> Found:
 def find_diverged(case: Case) -> Found:
     """Find losses that ended far above the first one, or became NaN."""
     fix = "lower the learning rate (by a factor of 10), warm up longer, or clip gradients"
-    rate, error = case.meta["settings"].get("lr"), str(case.meta.get("error") or "")
+    rate, error = case.meta.settings.get("lr"), str(case.meta.error or "")
     if "became" in error:
         yield Finding("diverged", f"training stopped: {error.partition(':')[0]}", {"error": error, "lr": rate}, fix)
         return
@@ -68,7 +68,7 @@ def find_diverged(case: Case) -> Found:
 
 def find_leaked(case: Case) -> Found:
     """Find evaluation rows that training saw."""
-    share = case.meta.get("eval_overlap") or 0.0
+    share = case.meta.eval_overlap or 0.0
     if share > 0:
         yield Finding(
             "leak",

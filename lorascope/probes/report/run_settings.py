@@ -40,31 +40,31 @@ def settings(arms: Mapping[str, Sequence[Run]], folder: Path) -> Html:
 
 def model_name(run: Run) -> str:
     """Return the name of a run's model, without the folder that it was loaded from."""
-    model = Path(run.meta["model"])
-    return model.name if model.is_absolute() else str(run.meta["model"])
+    model = Path(run.meta.model)
+    return model.name if model.is_absolute() else str(run.meta.model)
 
 
 def _describe_arm(label: str, runs: Sequence[Run]) -> dict[str, Any]:
     first = runs[0]
-    chosen = {name: first.meta["settings"].get(key) for key, name in _COLUMNS.items()}
-    described = {"arm": label, "method": first.label, "model": model_name(first), "data": first.meta["task"]}
-    return described | chosen | {"seeds": ", ".join(str(run.meta["seed"]) for run in runs)}
+    chosen = {name: first.meta.settings.get(key) for key, name in _COLUMNS.items()}
+    described = {"arm": label, "method": first.label, "model": model_name(first), "data": first.meta.task}
+    return described | chosen | {"seeds": ", ".join(str(run.seed) for run in runs)}
 
 
 def _describe_report_run(label: str, run: Run, folder: Path) -> dict[str, Any]:
-    test = run.meta.get("test") or {}
+    test = run.meta.test
     return {
         "arm": label,
-        "seed": str(run.meta["seed"]),
+        "seed": str(run.seed),
         "run": run.id,
-        "status": run.meta["status"],
+        "status": run.meta.status,
         "folder": "" if run.path is None else os.path.relpath(run.path, folder),
-        "test": f"{test['name']} {test['metric']:.4g}" if test else "",
-        "minutes": run.meta.get("total_seconds", float("nan")) / 60,
+        "test": f"{test.name} {test.metric:.4g}" if test else "",
+        "minutes": run.meta.total_seconds / 60,
     }
 
 
 def _all_settings(label: str, run: Run) -> Html:
-    stored = {"method": run.meta["recipe"], "settings": run.meta["settings"]}
+    stored = {"method": run.meta.recipe, "settings": run.meta.settings}
     lines = json.dumps(stored, indent=1, ensure_ascii=False, sort_keys=True)
     return element("details", element("summary", f"All settings of {label}"), element("pre", lines, tabindex="0"))

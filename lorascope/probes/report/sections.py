@@ -108,17 +108,17 @@ def _study_facts(studies: Sequence[StudySection], now: datetime) -> dict[str, st
     """Collect the facts of the header; a run that several probes share counts once."""
     runs = list({run.id: run for study in studies for found in study.arms.values() for run in found}.values())
     metas = [run.meta for run in runs]
-    seeds = sorted({meta["seed"] for meta in metas if meta["seed"] is not None})
-    seconds = sum(meta.get("total_seconds", 0.0) for meta in metas)
-    versions = [", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items()) for meta in metas]
-    commits = [str(meta["commit"])[:12] for meta in metas if meta.get("commit")]
+    seeds = sorted({meta.seed for meta in metas if meta.seed is not None})
+    seconds = sum(meta.total_seconds for meta in metas)
+    versions = [", ".join(f"{name} {version}" for name, version in (meta.versions or {}).items()) for meta in metas]
+    commits = [str(meta.commit)[:12] for meta in metas if meta.commit]
     facts = {
         "Written": f"{now:%Y-%m-%d %H:%M} UTC",
         "Runs": f"{count(len(runs), 'run')}, {seconds / 60:.0f} min of training",
         "Seeds": join_distinct(seeds),
         "Models": join_distinct(map(model_name, runs)),
-        "Data": join_distinct(meta["task"] for meta in metas),
-        "Device": join_distinct(str(meta.get("device", "")) for meta in metas),
+        "Data": join_distinct(meta.task for meta in metas),
+        "Device": join_distinct(str(meta.device) for meta in metas),
         "Versions": join_distinct(versions),
         "Commit": join_distinct(commits),
     }

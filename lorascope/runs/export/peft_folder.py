@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from safetensors.numpy import save
@@ -16,9 +16,11 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
 from lorascope.runs.export import peft_fourierft, peft_lora
 from lorascope.runs.folders import new_folder, require_absent
-from lorascope.runs.formats.peft_lora import CONFIG, PREFIX, WEIGHTS
+from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
+from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
-from lorascope.updates.factor_formats import UNTRAINED
+from lorascope.updates import constant_factors
 
 _HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _AUTO = {
@@ -51,7 +53,7 @@ _GATES_NOTE = (
 )
 
 
-def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
+def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     """Write a run's adapter and other trained weights as a folder for ``PeftModel.from_pretrained``.
 
     Parameters
@@ -78,19 +80,19 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     """
     path = Path(out)
     require_absent(path)
-    if "source" in run.meta:
+    if run.meta.source is not None:
         routed = "PEFT has no HydraLoRA; train a run and export it with ls.at_gates"
         reason = routed if run.input_dependent_modules() else f"it is an adapter already; copy its folder {run.path}"
         raise ValueError(f"cannot export {run.label}: {reason}")
-    if run.meta["method"]["name"] == "peft":
+    if run.meta.method["name"] == "peft":
         refuse_unkept(run, state)
     form = peft_fourierft if peft_fourierft.has_coefficients(run, state) else peft_lora
     updates, weights = form.updates_of(run, state), _other_weights(run, state)
-    if "hosts" not in run.meta:
+    if run.meta.hosts is None:
         raise ValueError(
             f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"
         )
-    hosts = run.meta["hosts"]
+    hosts = run.meta.hosts
     rolled = next((name for name in updates if hosts[name] in ("Conv1d", "Conv2d", "Conv3d")), None)
     if rolled is not None:
         reason = f"the kernel shape of {rolled} ({hosts[rolled]}) was not recorded; use the folder that PEFT saved"
@@ -113,28 +115,28 @@ def to_peft(run: Run, out: str | Path, state: str = "last") -> Path:
     return path
 
 
-def refuse_unkept(run: Run, state: str) -> None:
+def refuse_unkept(run: Result, state: str) -> None:
     """Raise a ValueError if PEFT trained more parameters than the recording of its training stored.
 
     A recording stores the factors and the trained parameters of the base model.
     """
     factors = list(run.factors(state=state).values())
-    kept = sum(array.size for each in factors for name, array in each.items() if name not in UNTRAINED)
-    if run.meta["method"].get("kind") == "ADALORA":  # its diagonals are stored as part of A
+    kept = sum(array.size for each in factors for name, array in each.items() if name not in constant_factors())
+    if run.meta.method.get("kind") == "ADALORA":  # its diagonals are stored as part of A
         kept += sum(len(each["A"]) for each in factors if "A" in each)
-    saved = TensorFile(run.state_file(state))
+    saved = TensorFile(cast(Run, run).state_file(state))
     kept += sum(math.prod(saved.shape(name)) for name in saved)
     # The difference is negative if a factor was frozen.
-    if (missing := run.meta["parameters"]["trained"] - kept) > 0:
+    if (missing := run.meta.parameters.trained - kept) > 0:
         raise ValueError(
             f"cannot restore the adapter of run {run.id} ({run.label}): {missing:,} trained parameters, such as biases "
             "of the factors, were not recorded; use the folder that PEFT saved"
         )
 
 
-def _other_weights(run: Run, state: str) -> dict[str, np.ndarray]:
+def _other_weights(run: Result, state: str) -> dict[str, np.ndarray]:
     """Return the weights that trained in addition to the adapters, by parameter name."""
-    file = TensorFile(run.state_file(state))
+    file = TensorFile(cast(Run, run).state_file(state))
     adapted = run.ranks(state)
     # Names with a slash are method state; a name without a dot is a buffer of the model itself, which PEFT cannot save.
     return {
@@ -147,7 +149,7 @@ def _is_adapter_weight(name: str, adapted: Mapping[str, int]) -> bool:
     return bool(delta) and module in adapted
 
 
-def _owners(run: Run, weights: Mapping[str, np.ndarray]) -> list[str]:
+def _owners(run: Result, weights: Mapping[str, np.ndarray]) -> list[str]:
     """Return ``modules_to_save``; for a head of several layers, it is their parent, as in PEFT."""
     roots = _head_roots(run)
     owners = [name.rpartition(".")[0] for name in weights]
@@ -155,30 +157,32 @@ def _owners(run: Run, weights: Mapping[str, np.ndarray]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _head_roots(run: Run) -> list[str]:
+def _head_roots(run: Result) -> list[str]:
     """Return the parent of every layer of the classifier head, or the layer itself without one."""
-    if run.meta["labels"] is None:
+    if run.meta.labels is None:
         return []
     heads = run.modules.loc[run.modules["role"] == "head", "module"]
     return [head.rpartition(".")[0] or head for head in heads]
 
 
-def _adapter_config(run: Run, keywords: Mapping[str, Any], saved: list[str], adapted: Iterable[str]) -> dict[str, Any]:
+def _adapter_config(
+    run: Result, keywords: Mapping[str, Any], saved: list[str], adapted: Iterable[str]
+) -> dict[str, Any]:
     return {
         "task_type": _peft_task_type(run, saved),
         "base_model_name_or_path": _base(run)[0],
         "inference_mode": True,
         **keywords,
         "modules_to_save": saved or None,
-        "fan_in_fan_out": any(run.meta["hosts"][name] == "Conv1D" for name in adapted),
+        "fan_in_fan_out": any((run.meta.hosts or {})[name] == "Conv1D" for name in adapted),
         "bias": "none",
     }
 
 
-def _peft_task_type(run: Run, saved: list[str]) -> str | None:
+def _peft_task_type(run: Result, saved: list[str]) -> str | None:
     if _is_image_model(run):
         return None  # PEFT has no task type for images
-    recorded = run.meta.get("task_type")
+    recorded = run.meta.task_type
     if recorded is not None and recorded not in _AUTO:
         raise ValueError(
             f"cannot export run {run.id} ({run.label}): task_type must be one of {', '.join(_AUTO)}, got {recorded}; "
@@ -186,31 +190,31 @@ def _peft_task_type(run: Run, saved: list[str]) -> str | None:
         )
     if recorded not in (None, "SEQ_CLS"):
         return str(recorded)
-    if run.meta["labels"] is not None:  # PEFT always saves the head with SEQ_CLS, so it must have been trained
+    if run.meta.labels is not None:  # PEFT always saves the head with SEQ_CLS, so it must have been trained
         return "SEQ_CLS" if set(_head_roots(run)) & set(saved) else None
     return "SEQ_2_SEQ_LM" if {"encoder", "decoder"} <= set(run.modules["stack"]) else "CAUSAL_LM"
 
 
-def _is_image_model(run: Run) -> bool:
+def _is_image_model(run: Result) -> bool:
     """Return whether the run's model classifies images."""
-    return run.meta.get("task_kind") == "image"
+    return run.meta.task_kind == "image"
 
 
-def base_of(run: Run) -> tuple[str, int | None]:
+def base_of(run: Result) -> tuple[str, int | None]:
     """Return the name that loads a run's base model, and its number of blocks if it was shortened, else None."""
-    name, blocks = re.fullmatch(r"(?s)(.*?)(?:, first (\d+) blocks)?", run.meta["model"]).groups()  # type: ignore[union-attr]
+    name, blocks = re.fullmatch(r"(?s)(.*?)(?:, first (\d+) blocks)?", run.meta.model).groups()  # type: ignore[union-attr]
     return name, int(blocks) if blocks else None
 
 
-def _base(run: Run) -> tuple[str, int | None]:
+def _base(run: Result) -> tuple[str, int | None]:
     """Return the same as `base_of`, with the name on the Hugging Face Hub for models that lorascope includes."""
     name, blocks = base_of(run)
     return _HUB.get(name, name), blocks
 
 
-def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
+def _card(run: Result, config: Mapping[str, Any], folder: str) -> str:
     """Return the README of the folder, which shows how to load the adapter."""
-    labels = run.meta["labels"]
+    labels = run.meta.labels
     base, blocks = _base(run)
     options = [f"num_hidden_layers={blocks}"] if blocks else []
     if labels is not None:
@@ -226,4 +230,4 @@ def _card(run: Run, config: Mapping[str, Any], folder: str) -> str:
     )
     head = config["task_type"] == "SEQ_CLS" or (_is_image_model(run) and bool(config["modules_to_save"]))
     notes = head * _HEAD_NOTE + (base == _HUB["smollm2"]) * _GGUF_NOTE
-    return text + notes + (_GATES_NOTE.format(gates=run.meta["gates"]) if run.gates else "")
+    return text + notes + (_GATES_NOTE.format(gates=run.gates_label) if run.gates else "")

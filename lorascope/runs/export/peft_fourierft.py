@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from lorascope.runs.formats.peft_fourierft import entry_seed
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.runs.summary import mode, targets
 from lorascope.updates.fourier import Fourier, entries
 
 
-def has_coefficients(run: Run, state: str) -> bool:
+def has_coefficients(run: Result, state: str) -> bool:
     """Return whether a run's updates consist of coefficients, on any basis."""
     return any("coefficients" in factors for factors in run.factors(state=state).values())
 
 
-def updates_of(run: Run, state: str) -> dict[str, Fourier]:
+def updates_of(run: Result, state: str) -> dict[str, Fourier]:
     """Return the update of every module.
 
     Raises
@@ -33,7 +33,7 @@ def updates_of(run: Run, state: str) -> dict[str, Fourier]:
     """
     who, (basis, seed, center) = (
         f"cannot export run {run.id} ({run.label}) to PEFT:",
-        _entry_distribution(run.meta["method"]),
+        _entry_distribution(run.meta.method),
     )
     if basis != "fourier":
         raise ValueError(f"{who} basis must be 'fourier', got {basis!r}")
@@ -56,7 +56,7 @@ def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | No
     return method["basis"], method["entry_seed"], method["center"]
 
 
-def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
+def keywords(run: Result, updates: Mapping[str, Fourier]) -> dict[str, Any]:
     """Return the configuration entries specific to FourierFT."""
     if not updates:
         raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
@@ -65,7 +65,7 @@ def keywords(run: Run, updates: Mapping[str, Fourier]) -> dict[str, Any]:
         "peft_type": "FOURIERFT",
         "target_modules": targets(run, numbers),
         "scaling": next(iter(updates.values())).scale,
-        "random_loc_seed": _entry_distribution(run.meta["method"])[1],
+        "random_loc_seed": _entry_distribution(run.meta.method)[1],
         **frequency_pattern(numbers),
     }
 

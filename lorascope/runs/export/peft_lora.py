@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.runs.summary import exact_products, peft_keywords
-from lorascope.updates.low_rank import LowRank
+from lorascope.updates import LowRank
 
 
-def updates_of(run: Run, state: str) -> dict[str, LowRank]:
+def updates_of(run: Result, state: str) -> dict[str, LowRank]:
     """Return the update of every module with at least one component in use.
 
     Raises
@@ -42,7 +42,7 @@ def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> 
     return LowRank(update.B[:, used], update.A[used], update.scale)
 
 
-def keywords(run: Run, updates: Mapping[str, LowRank]) -> dict[str, Any]:
+def keywords(run: Result, updates: Mapping[str, LowRank]) -> dict[str, Any]:
     """Return the configuration entries specific to LoRA."""
     ranks = {name: update.rank for name, update in updates.items()}
     return {"peft_type": "LORA", **peft_keywords(run, ranks, updates), "lora_dropout": 0.0}

@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.runs.summary import exact_products, no_rank_error, peft_keywords
-from lorascope.updates.low_rank import LowRank, spectra
+from lorascope.updates import LowRank, spectra
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ def _error(share: float) -> float:
 
 
 def select_components(
-    run: Run,
+    run: Result,
     budget: float,
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,
@@ -136,7 +136,7 @@ def _padded(values: Float[np.ndarray, "k"], rank: int) -> Float[np.ndarray, "ran
 
 
 def rank_pattern(
-    run: Run,
+    run: Result,
     budget: float | None = None,
     state: str = "last",
     scores: Mapping[str, Float[np.ndarray, "_"]] | None = None,

@@ -13,10 +13,10 @@ import pandas as pd
 
 from lorascope.files.safe_csv import csv_text
 from lorascope.files.safetensors_io import write_bytes
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 
-def to_table(run: Run, out: str | Path, summary: bool = False, state: str = "last") -> Path:
+def to_table(run: Result, out: str | Path, summary: bool = False, state: str = "last") -> Path:
     """Write a run's table of all records, or its summary with one row per module.
 
     Parquet preserves all dtypes. CSV and JSON preserve every digit. In CSV, missing values and empty names are empty

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import to_typed
-from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, LoraConfig, group_factors
-from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
-from lorascope.updates.factor_formats import mix_experts
-from lorascope.updates.low_rank import LowRank
+from lorascope.runs.formats.peft_lora import CONFIG, LoraConfig, group_factors, has_heads, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.updates import Mixture
 
 _FACTOR = re.compile(r"(?s)(?P<module>.+)\.lora_(?P<factor>A|B\d+|route)\.weight")
 
@@ -59,18 +60,16 @@ class HydraPart(StoredLoRA):
         gates = np.full(len(B), 1 / len(B), np.promote_types(B.dtype, np.float32))
         return {"A": self.A.read(), "B": B, "router": self.router.read(), "gates": gates}
 
-    def update(self) -> LowRank:
+    def update(self) -> Mixture:
         """Load the factors, and return the update at uniform gate weights."""
         factors = self.factors()
-        return LowRank(*mix_experts(factors["B"], factors["A"], factors["gates"]), self.scale, self.exact)
+        return Mixture.from_factors(factors, self.scale, self.exact)
 
 
-def has_heads(names: Iterable[str]) -> bool:
-    """Return whether tensor names are from a HydraLoRA folder."""
-    return any(".lora_route." in name or ".lora_B0." in name for name in names)
-
-
-def read_hydra(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+@reads(lambda config, names: peft_kind(config) in ("LORA", "") and not config.get("use_dora") and has_heads(names))
+def read_hydra(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
     """Read the modules of an opened HydraLoRA folder.
 
     Raises

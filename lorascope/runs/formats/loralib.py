@@ -11,7 +11,7 @@ Source: microsoft/LoRA, ``loralib/layers.py``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,9 +22,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, is_transposed, lora_factors
-from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
-from lorascope.updates.low_rank import LowRank
+from lorascope.runs.formats.peft_lora import CONFIG, has_heads, is_transposed, lora_factors, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.updates import LowRank
 
 # Query, key and value are three outputs. Each one takes memory for its block, even if it is disabled.
 MAX_OUTPUTS = 64
@@ -73,7 +75,15 @@ class MergedPart(StoredLoRA):
         return LowRank(factors["B"], factors["A"], self.scale)
 
 
-def read_loralib(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+def _is_merged(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    plain = not config and any(".lora_" in name for name in names)
+    return (plain or (peft_kind(config) == "LORA" and "enable_lora" in config)) and not has_heads(names)
+
+
+@reads(_is_merged)
+def read_loralib(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
     """Read the modules of an opened folder; without a configuration, the scale is 1.
 
     Raises

@@ -19,9 +19,11 @@ import numpy as np
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, check_rank, is_transposed, lora_factors
-from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.runs.formats.peft_lora import CONFIG, check_rank, is_transposed, lora_factors, peft_kind
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.updates import LowRank, Update
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,15 @@ class AdaPart(StoredLoRA):
         """Load the factors, with E as ``diagonal`` (rank,)."""
         return super().factors() | {"diagonal": self.E.read().reshape(-1)}
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Update:
         """Load the factors, and return the update."""
-        factors = self.factors()
-        with np.errstate(over="ignore", invalid="ignore"):  # an infinite factor results in an infinite norm
-            B = factors["B"] * factors["diagonal"]
-        return LowRank(B, factors["A"], self.scale)
+        return LowRank.from_factors(self.factors(), self.scale)
 
 
-def read_adalora(path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+@reads(lambda config, names: peft_kind(config) == "ADALORA")
+def read_adalora(
+    path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
     """Read the modules of an opened AdaLoRA folder.
 
     Raises

@@ -19,10 +19,11 @@ import numpy as np
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.runs.formats.peft_lora import AdapterFiles, LoraSettings, lora_factors, lora_part
+from lorascope.runs.formats.peft_lora import LoraSettings, lora_factors, lora_part, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
+from lorascope.updates import Dense, Update
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class DoraPart(StoredLoRA):
         """Load the factors and the magnitude."""
         return super().factors() | {"magnitude": self.magnitude.read().reshape(-1)}
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Update:
         """Load the factors, and return the full update if there is a base, else the update of the direction."""
         direction = super().update()
         if self.base is None:
@@ -69,6 +70,7 @@ class DoraPart(StoredLoRA):
         return Dense(V - W0)
 
 
+@reads(lambda config, names: peft_kind(config) == "LORA" and bool(config.get("use_dora")))
 def read_dora(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

@@ -21,9 +21,10 @@ from jaxtyping import Int
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
-from lorascope.runs.formats.peft_lora import CONFIG, AdapterFiles, group_factors
+from lorascope.runs.formats.peft_lora import CONFIG, group_factors, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import StoredTensor, StoredUpdate
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
 from lorascope.updates.fourier import SEEDS, Fourier, entries
 
@@ -104,6 +105,7 @@ class FourierPart(StoredUpdate):
         return Fourier(self.coefficients.read().reshape(-1), self.entries, self.shape, self.scale)
 
 
+@reads(lambda config, names: peft_kind(config) == "FOURIERFT")
 def read_fourier(
     path: Path, config: Mapping[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None
 ) -> AdapterFiles:

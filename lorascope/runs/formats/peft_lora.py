@@ -9,31 +9,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorascope.files.printable import printable
-from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors, reject_pickles, weight_files
-from lorascope.files.typed_json import Finite, Positive, read_json, to_typed
-from lorascope.runs.formats.stored_update import StoredLoRA, StoredTensor, StoredUpdate
+from lorascope.files.safetensors_io import FLOATS, TensorFile, open_tensors
+from lorascope.files.typed_json import Finite, Positive, to_typed
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.registry import reads
+from lorascope.runs.formats.stored_update import PREFIX, AdapterFiles, StoredLoRA, StoredTensor
 from lorascope.runs.manifest import Allocation
 from lorascope.schema.module_roles import parse, position
 from lorascope.schema.name_patterns import Patterns
 
 CONFIG = "adapter_config.json"
+RESIDUAL = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Prefixes of the PEFT initializations that subtract B A from the base weights, so that B A starts nonzero."""
 STEM = "adapter_model"
 WEIGHTS = f"{STEM}.safetensors"
-PREFIX = "base_model.model."
 # The adapter name may follow that of the factor if a state dict was saved by hand.
 _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
     re.DOTALL,  # a name may contain a line break
 )
-_KINDS = ("LORA", "ADALORA", "FOURIERFT")
+KINDS = ("LORA", "ADALORA", "FOURIERFT")
 # The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
 # factors of an adapter and could exhaust the memory.
 MAX_SIDE, MAX_VALUES = 2**24, 2**28
@@ -47,7 +48,7 @@ _VARIANTS = {
 
 
 @dataclass(frozen=True)
-class _CommonConfig(Allocation):
+class CommonConfig(Allocation):
     """Settings used from the configuration of any kind of adapter."""
 
     peft_type: str = field(kw_only=True)
@@ -106,51 +107,14 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """Opened adapter folder.
-
-    Parameters
-    ----------
-    path : path
-    config : dict
-        Content of ``adapter_config.json``; empty if there is none.
-    parts : mapping module name -> StoredUpdate
-        Stored updates, ordered by layer, then by role.
-    others : tuple of str
-        Names of the tensors that are not factors: heads, biases, whole embeddings.
-    files : tuple of TensorFile
-        Weight files.
-    kind : str
-        Name of the method, "LoRA" by default.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    parts: Mapping[str, StoredUpdate]
-    others: tuple[str, ...]
-    files: tuple[TensorFile, ...]
-    kind: str = "LoRA"
-
-    def whole(self, module: str) -> np.ndarray:
-        """Load the full weight of a module (``modules_to_save``) in two dimensions."""
-        wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
-        file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
-        return StoredTensor(file, name).read()
+def peft_kind(config: Mapping[str, Any]) -> str:
+    """Return the type of a PEFT adapter in capitals, or the name of its variant; "" without a configuration."""
+    return next((name for key, name in _VARIANTS.items() if config.get(key)), str(config.get("peft_type", "")).upper())
 
 
-def open_adapter(path: Path) -> tuple[dict[str, Any], tuple[TensorFile, ...]]:
-    """Return the configuration of an adapter folder and its weight files.
-
-    Raises
-    ------
-    FileNotFoundError
-        The folder has no weights.
-    ValueError
-        The type of adapter is not supported, or a file cannot be read.
-    """
-    config = _read_config(path) if (path / CONFIG).exists() else {}
-    return config, tuple(open_tensors(file) for file in _weight_files(path))
+def has_heads(names: Collection[str]) -> bool:
+    """Return whether tensor names are from a HydraLoRA folder."""
+    return any(".lora_route." in name or ".lora_B0." in name for name in names)
 
 
 def factor_files(path: Path) -> list[Path]:
@@ -221,7 +185,15 @@ def lora_factors(
     return found, others
 
 
-def read_adapter(path: Path, config: dict[str, Any], files: tuple[TensorFile, ...]) -> AdapterFiles:
+def _is_lora(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    other = config.get("use_dora") or "enable_lora" in config or has_heads(names)
+    return peft_kind(config) == "LORA" and not other
+
+
+@reads(_is_lora)
+def read_adapter(
+    path: Path, config: dict[str, Any], files: tuple[TensorFile, ...], base: PretrainedWeights | None = None
+) -> AdapterFiles:
     """Read the modules of an opened LoRA folder.
 
     Raises
@@ -280,23 +252,3 @@ def _float_factor(file: TensorFile, name: str) -> StoredTensor:
             f"<= {MAX_VALUES} values, got shape {shape}"
         )
     return StoredTensor(file, name)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG
-    config = read_json(file, dict[str, Any])
-    kind = to_typed(config, _CommonConfig, file).peft_type.upper()
-    kind = next((name for key, name in _VARIANTS.items() if config.get(key)), kind)
-    if kind not in _KINDS:
-        raise ValueError(
-            f"cannot read {printable(path)}: type of adapter must be one of {', '.join(_KINDS)}, got {printable(kind)}"
-        )
-    return config
-
-
-def _weight_files(path: Path) -> list[Path]:
-    files = weight_files(path, STEM) or factor_files(path)
-    if not files:
-        reject_pickles(path.glob(f"*{STEM}*"))
-        raise FileNotFoundError(f"cannot read {printable(path)}: it has {CONFIG} but no {WEIGHTS}")
-    return files

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lorascope.files.safetensors_io import TensorFile
-from lorascope.updates.low_rank import Dense, LowRank
+from lorascope.updates import LowRank, Update
+
+PREFIX = "base_model.model."
+"""Prefix of module names in PEFT's files."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class StoredUpdate:
         """Load the factors."""
         raise NotImplementedError
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Update:
         """Load the factors, and return the update."""
         raise NotImplementedError
 
@@ -123,6 +130,39 @@ class StoredLoRA(StoredUpdate):
         """Load the factors."""
         return {"A": self.A.read(), "B": self.B.read()}
 
-    def update(self) -> LowRank | Dense:
+    def update(self) -> Update:
         """Load the factors, and return the update."""
         return LowRank(self.B.read(), self.A.read(), self.scale)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """Opened adapter folder.
+
+    Parameters
+    ----------
+    path : path
+    config : dict
+        Content of ``adapter_config.json``; empty if there is none.
+    parts : mapping module name -> StoredUpdate
+        Stored updates, ordered by layer, then by role.
+    others : tuple of str
+        Names of the tensors that are not factors: heads, biases, whole embeddings.
+    files : tuple of TensorFile
+        Weight files.
+    kind : str
+        Name of the method, "LoRA" by default.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    parts: Mapping[str, StoredUpdate]
+    others: tuple[str, ...]
+    files: tuple[TensorFile, ...]
+    kind: str = "LoRA"
+
+    def whole(self, module: str) -> np.ndarray:
+        """Load the full weight of a module (``modules_to_save``) in two dimensions."""
+        wanted = {f"{module}{layer}.weight" for layer in ("", ".base_layer")}
+        file, name = next((file, name) for file in self.files for name in file if name.removeprefix(PREFIX) in wanted)
+        return StoredTensor(file, name).read()

@@ -114,8 +114,8 @@ class TrainerRecorder(TrainerCallback):
         if self._recording is not None:
             self._recording.mark_interrupted()
         _warn_unreadable(step.model)
-        meta = describe_run(args, state, trainer, step, method_callback, self.observers)
-        meta["id"] = before["id"] if before else secrets.token_hex(6)
+        id = before["id"] if before else secrets.token_hex(6)
+        meta = describe_run(args, state, trainer, step, method_callback, self.observers, id)
         path = self.out or Path(str(args.output_dir)) / "lorascope"
         method = None if method_callback is None else method_callback.method
         self._recording = Recording(path, meta, step, base, method, self.observers, before)
@@ -155,7 +155,7 @@ class TrainerRecorder(TrainerCallback):
             return
         trained, evaluated = trainer.get("train_dataloader"), trainer.get("eval_dataloader")
         if trained is not None and evaluated is not None:
-            self._recording.writer.meta["eval_overlap"] = overlap(trained.dataset, evaluated.dataset)
+            self._recording.writer.meta.eval_overlap = overlap(trained.dataset, evaluated.dataset)
         chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
         kept = {"eval_loss": metrics.get("eval_loss")}
         if chosen != "eval_loss":

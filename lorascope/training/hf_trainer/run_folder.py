@@ -20,6 +20,7 @@ from lorascope.observe import factors_of
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.folders import lock_run
+from lorascope.runs.manifest import Manifest, State
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
 from lorascope.schema.records import Item, Record
@@ -40,7 +41,7 @@ class Recording:
     ----------
     path : path
         Run folder. Another run in it is moved aside; a finished run that resumes is copied aside.
-    meta : dict
+    meta : Manifest
         Content of ``run.json``; ``started`` differs at each start.
     step : Step
         Current step, which the trainer updates.
@@ -57,7 +58,7 @@ class Recording:
     def __init__(
         self,
         path: Path,
-        meta: dict[str, Any],
+        meta: Manifest,
         step: Step,
         base: Base,
         method: Method | None,
@@ -72,7 +73,7 @@ class Recording:
         # The traceback of a failed training may still reference its recording, so end that one here.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
-        create_folder(path, meta["id"] if before else None)
+        create_folder(path, meta.id if before else None)
         self.writer = RunWriter(path, meta)
         self._lock = ExitStack()
         self._lock.enter_context(lock_run(path))
@@ -128,7 +129,7 @@ class Recording:
         if self.base.kept and not self._base_file.exists():
             save_tree(self._base_file, self.base.kept)
         return {
-            "id": self.writer.meta["id"],
+            "id": self.writer.meta.id,
             "observers": [observer.state() for observer in self.observers],
             "table": pack_rows(self.writer.table()),
             "seconds": self.seconds,
@@ -166,7 +167,7 @@ class Recording:
             live = unwrapped_parameters(self.step.model)
             save_tree(self._state_file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
         ranks = {name: adapter.rank for name, adapter in found.items()}
-        self.writer.meta["states"] = {"last": {"step": self.step.finished, "ranks": ranks}}
+        self.writer.meta.states = {"last": State(self.step.finished, ranks)}
 
     def mark_interrupted(self) -> None:
         """Close the folder of a training that does not continue, as broken."""
@@ -177,10 +178,10 @@ class Recording:
         if not self._final_state_saved:
             self.save_final_state()
         meta = self.writer.meta
-        if not meta["states"]:  # too late to save it: the Trainer may have loaded another state
-            meta["error"] = "the state after its last step could not be written"
-        meta["seconds"] = meta["total_seconds"] = self.seconds
-        run = self.writer.finish("done" if meta["states"] else "broken")
+        if not meta.states:  # too late to save it: the Trainer may have loaded another state
+            meta.error = "the state after its last step could not be written"
+        meta.seconds = meta.total_seconds = self.seconds
+        run = self.writer.finish("done" if meta.states else "broken")
         self._finalizer.detach()
         self._lock.close()
         return run
@@ -220,6 +221,6 @@ def mark_lost_run(writer: RunWriter, lock: ExitStack) -> None:
     """Mark a run that was not finished as broken, unless another run has replaced it."""
     with lock, suppress(OSError):
         file = writer.path / "run.json"
-        if file.exists() and read_json(file, dict).get("started") == writer.meta["started"]:
-            writer.meta["error"] = "the training ended before its last step"
+        if file.exists() and read_json(file, dict).get("started") == writer.meta.started:
+            writer.meta.error = "the training ended before its last step"
             writer.finish("broken")

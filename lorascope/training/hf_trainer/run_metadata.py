@@ -13,7 +13,7 @@ from transformers import TrainerState, TrainingArguments
 from lorascope.methods.base import Step, config, frozen_entries
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import unreadable_adapters
-from lorascope.runs.run import SCHEMA
+from lorascope.runs.manifest import Manifest
 from lorascope.training.hf_trainer.method_callback import MethodCallback
 from lorascope.training.run_spec import circumstances
 from lorascope.training.session import trained_parameters
@@ -36,8 +36,9 @@ def describe_run(
     step: Step,
     callback: MethodCallback | None,
     observers: Sequence[Observer],
-) -> dict[str, Any]:
-    """Return the content of ``run.json`` except for the id.
+    id: str,
+) -> Manifest:
+    """Return the content of ``run.json``.
 
     Parameters
     ----------
@@ -49,6 +50,8 @@ def describe_run(
         Callback of the method of lorascope, if one trains.
     observers : sequence of Observer
         Observers of the run.
+    id : str
+        Id of the run, which is random, because the data cannot be hashed.
     """
     trained = trained_parameters(step.optimizer)
     if callback is None:  # an optimizer from PEFT may also contain frozen parameters
@@ -56,24 +59,24 @@ def describe_run(
     frozen = 0 if callback is None else frozen_entries(callback.method)
     recipe, label = _trainer_entry(trainer["model"], step) if callback is None else _method_entry(callback)
     data = trainer["train_dataloader"].dataset
-    return circumstances(step.model, trained, frozen, step.modules, str(args.device)) | {
-        "schema": SCHEMA,
-        "started": time.time_ns(),
-        "method": recipe,
-        "recipe": recipe,
-        "label": label,
-        "phase": ["", "train"],
-        "task_type": _task_type(trainer["model"]),
-        "task_kind": "image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
-        "left_out": unreadable_adapters(step.model),
-        "task": _dataset_name(data),
-        "labels": _class_names(step),
-        "data_hash": getattr(data, "_fingerprint", None),
-        "w0_hash": None if callback is None else callback.w0_hash,
-        "settings": _trainer_settings(args, state, step, callback) | {"observers": [o.config() for o in observers]},
-        "seed": args.seed,
-        "total_seconds": 0.0,
-    }
+    return Manifest(
+        id=id,
+        started=time.time_ns(),
+        method=recipe,
+        recipe=recipe,
+        label=label,
+        phase=["", "train"],
+        task_type=_task_type(trainer["model"]),
+        task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
+        left_out=unreadable_adapters(step.model),
+        task=_dataset_name(data),
+        labels=_class_names(step),
+        data_hash=getattr(data, "_fingerprint", None),
+        w0_hash=None if callback is None else callback.w0_hash,
+        settings=_trainer_settings(args, state, step, callback) | {"observers": [o.config() for o in observers]},
+        seed=args.seed,
+        **circumstances(step.model, trained, frozen, step.modules, str(args.device)),
+    )
 
 
 def overlap(trained: Any, evaluated: Any) -> float | None:

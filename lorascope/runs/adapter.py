@@ -1,0 +1,164 @@
+"""Adapter that was trained elsewhere, read from its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from lorascope.files.printable import printable
+from lorascope.runs.display import largest_lines
+from lorascope.runs.formats.peft_fourierft import named_base
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.runs.layout import Lazy
+from lorascope.runs.manifest import Manifest, Module, Parameters, State
+from lorascope.runs.result import Result
+from lorascope.runs.summary import SUMMARY
+from lorascope.schema import records
+from lorascope.schema.module_roles import parse
+from lorascope.schema.records import Record
+from lorascope.updates import Dense, Update, effective_rank, stable_rank
+from lorascope.updates.linalg import root_of_squares
+
+
+class Adapter(Result):
+    """Adapter that was trained elsewhere: its factors, without a training history.
+
+    Other tools load its weights, such as ``PeftModel.from_pretrained(model, path)``.
+
+    Parameters
+    ----------
+    files : AdapterFiles
+        The opened folder; ``meta.source`` is its path. Factors are loaded on access, one layer at a time.
+    base : PretrainedWeights, optional
+        Weights of the base model.
+    """
+
+    kind = "adapter"
+    has_history = False
+
+    def __init__(self, files: AdapterFiles, base: PretrainedWeights | None = None) -> None:
+        self.files, self.base = files, base
+        if base is not None and not any(map(base.has_weight, files.parts)):
+            raise ValueError(
+                f"cannot use {printable(base.folder)} as the base of {printable(files.path)}: "
+                "it has no weight of any adapted module"
+            )
+        ranks = {module: part.rank for module, part in files.parts.items()}
+        config = files.config
+        meta = Manifest(
+            id="",
+            label=files.path.resolve().name,
+            method=config | {"name": files.kind.lower()},
+            recipe={"source": str(files.path.resolve())},
+            model=config.get("base_model_name_or_path") or "unknown",
+            task=None,
+            seed=None,
+            status="not trained here",
+            settings={},
+            parameters=Parameters(sum(part.size for part in files.parts.values())),
+            modules=[_describe_module(module, *part.shape) for module, part in files.parts.items()],
+            states={"last": State(None, ranks)},
+            source=str(files.path),
+        )
+        super().__init__(files.path, meta)
+
+    @property
+    def needs_base(self) -> bool:
+        """Return whether the adapter can be opened only with the folder of its base."""
+        return self.files.kind == "FourierFT" and named_base(self.files.config) is None
+
+    @cached_property
+    def id(self) -> str:
+        """First twelve hex digits of the SHA-256 of configuration and weights."""
+        digest = hashlib.sha256(json.dumps(self.files.config, sort_keys=True).encode())
+        for file in self.files.files:
+            with file.path.open("rb") as stream:
+                while chunk := stream.read(1 << 20):
+                    digest.update(chunk)
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """Norms and ranks of every module, with step NA; NaN if they require base weights or slow spectra."""
+        rows = []
+        for module, rank in self.ranks().items():
+            values = {"rank": float(rank)} | self._measures[module]
+            rows += [(-1, Record(quantity, value, module)) for quantity, value in values.items()]
+        return records.frame(self.id, rows, self.modules)
+
+    @cached_property
+    def _measures(self) -> dict[str, dict[str, float]]:
+        return {module: self._measure_module(module) for module in self.files.parts}
+
+    def _measure_module(self, module: str) -> dict[str, float]:
+        part = self.files.parts[module]
+        if part.has_thin_factors:
+            sigma = self.spectra[module]
+            norm, stable, effective = root_of_squares(sigma), stable_rank(sigma), effective_rank(sigma)
+        else:
+            norm, stable, effective = part.update().norm(), np.nan, np.nan
+        values = {"update_norm": norm, "stable_rank": stable, "effective_rank": effective}
+        if self.base is None or not self.base.has_weight(module):
+            return values | {"weight_norm": np.nan, "relative_update": np.nan}
+        W0 = self.base.weight(module, part.shape, part.transposed)
+        start = Dense(W0).norm()
+        relative = norm / start if start else np.inf
+        return values | {"weight_norm": part.update().weight_norm(W0), "relative_update": relative}
+
+    def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
+        """Return ``{"A": (rank, in), "B": (out, rank)}`` per module, loaded on access; see ``factor_formats``."""
+        self._require_last_state(step, state)
+        parts = self.files.parts
+        return Lazy(list(parts), lambda module: parts[module].factors())
+
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
+        """Return the update of every module, loaded on access."""
+        self._require_last_state(step, state)
+        return Lazy(list(self.files.parts), lambda module: self.files.parts[module].update())
+
+    def input_dependent_modules(self, state: str = "last") -> set[str]:
+        """Return the modules whose update depends on the input, from the file headers."""
+        self._require_last_state(None, state)
+        return {module for module, part in self.files.parts.items() if not part.exact}
+
+    def ranks(self, state: str = "last") -> dict[str, int]:
+        """Return the rank of every adapted module."""
+        self._require_last_state(None, state)
+        return dict(self.meta.states["last"].ranks)
+
+    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
+        """Return one row per adapted module: position, rank, norms, stable and effective rank."""
+        self._require_last_state(None, state)
+        frame = self.modules[["module", "stack", "layer", "role"]]
+        frame = frame.assign(rank=pd.array(list(self.ranks().values()), dtype="Int64"))
+        measured = pd.DataFrame(list(self._measures.values()))
+        return frame.join(measured.reindex(columns=list(SUMMARY)).astype("float64")).assign(
+            exact=[part.exact for part in self.files.parts.values()]
+        )
+
+    def _require_last_state(self, step: int | None, state: str) -> None:
+        if step is not None or state != "last":
+            requested = f"step {step}" if step is not None else f"state {state!r}"
+            raise ValueError(f"cannot read {requested} of adapter {self.label!r}: it has only the state 'last'")
+
+    def _lines(self) -> list[tuple[str, str]]:
+        ranks = sorted(set(self.ranks().values()))
+        rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+        count = len(self.files.parts)
+        return [
+            ("adapter", f"{self.label}  {self.files.kind}, {rank}"),
+            ("base", self.meta.model),
+            ("size", f"{count} modules, {self.meta.parameters.trained:,} parameters"),
+            ("folder", str(self.path)),
+            *largest_lines(self),
+        ]
+
+
+def _describe_module(module: str, outer: int, inner: int) -> Module:
+    return Module(module, *parse(module), outer, inner)

@@ -1,0 +1,64 @@
+"""Registry of the readers of adapter formats.
+
+A reader is a function of an opened adapter that returns its ``AdapterFiles``. ``@reads(matches)`` registers it::
+
+    @reads(lambda config, names: any(name.endswith(".lokr_w1") for name in names))
+    def read_lokr(path, config, files, base): ...
+
+Every module of this package is searched for readers, and so are the modules that other packages list under the entry
+point group ``lorascope.readers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lorascope.schema.plugins import load_plugins
+
+if TYPE_CHECKING:
+    from lorascope.runs.formats.stored_update import AdapterFiles
+
+Matches = Callable[[Mapping[str, Any], Collection[str]], bool]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reader of one format.
+
+    Parameters
+    ----------
+    name : str
+        Name of the function.
+    matches : callable
+        ``matches(config, names)``: whether it reads an adapter with this configuration, empty without a file, and these
+        names of tensors.
+    read : callable
+        ``read(path, config, files, base)`` returns the adapter's ``AdapterFiles``. ``base`` is the base model's
+        ``PretrainedWeights``, or None.
+    """
+
+    name: str
+    matches: Matches
+    read: Callable[..., AdapterFiles]
+
+
+READERS: dict[str, Reader] = {}
+"""Readers by name."""
+
+
+def reads(matches: Matches) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as the reader of the adapters for which ``matches(config, names)`` is true."""
+
+    def register(read: Callable[..., Any]) -> Callable[..., Any]:
+        READERS[read.__name__] = Reader(read.__name__, matches, read)
+        return read
+
+    return register
+
+
+def find_reader(config: Mapping[str, Any], names: Collection[str]) -> Reader | None:
+    """Return the reader of an adapter, or None; of several, the one that was registered last."""
+    load_plugins("lorascope.runs.formats", "lorascope.readers")
+    return next((reader for reader in reversed(READERS.values()) if reader.matches(config, names)), None)

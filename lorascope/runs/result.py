@@ -1,0 +1,238 @@
+"""What training leaves behind: a run that was recorded here (``Run``), or an adapter from elsewhere (``Adapter``)."""
+
+from __future__ import annotations
+
+import difflib
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+
+from lorascope.runs.display import as_html, as_text, training_lines
+from lorascope.runs.manifest import Manifest, Test
+from lorascope.runs.summary import peft_keywords
+from lorascope.schema.deprecation import old_attribute
+from lorascope.schema.module_table import parse
+from lorascope.updates import Update, spectra
+
+# Maximum number of factor values in memory at once; a layer of a large model has 10 million at rank 64.
+_BATCH = 2**26
+
+
+class Result(ABC):
+    """Updates and description of a trained model.
+
+    Parameters
+    ----------
+    path : path or None
+        Its folder.
+    meta : Manifest
+        Its description.
+    """
+
+    kind: ClassVar[str]
+    """Word for it in messages: run or adapter."""
+    has_history: ClassVar[bool]
+    """Whether there are records of the training steps."""
+    gates: Mapping[str, np.ndarray] = {}
+    """Fixed gate weights by module, empty by default; see ``at_gates``."""
+    gates_label = ""
+    """Description of the fixed gate weights."""
+
+    def __init__(self, path: Path | None, meta: Manifest) -> None:
+        self.path, self.meta = path, meta
+
+    @property
+    def id(self) -> str:
+        """First twelve hex digits of a hash of everything that the result depends on."""
+        return self.meta.id
+
+    @property
+    def label(self) -> str:
+        """Name of the recipe, equal for all seeds, such as ``LoRA, rank 8``."""
+        return self.meta.label
+
+    @property
+    def seed(self) -> int:
+        """Seed of the training.
+
+        Raises
+        ------
+        ValueError
+            It is unknown, as for an adapter.
+        """
+        if self.meta.seed is None:
+            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no seed")
+        return self.meta.seed
+
+    @property
+    def task(self) -> str:
+        """Name of the data.
+
+        Raises
+        ------
+        ValueError
+            It is unknown, as for an adapter.
+        """
+        if self.meta.task is None:
+            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no task")
+        return self.meta.task
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the training was recorded here and reached its last step."""
+        return self.meta.status == "done"
+
+    @property
+    def score(self) -> Test:
+        """Score of the final state on the test split.
+
+        Raises
+        ------
+        ValueError
+            There is none: the training has not ended, or had no test split.
+        """
+        if self.meta.test is None:
+            raise ValueError(f"{self.kind} {self.id} ({self.label}) has no test score: it is {self.meta.status}")
+        return self.meta.test
+
+    @property
+    def modules(self) -> pd.DataFrame:
+        """Modules of the model, as returned by ``names.describe``."""
+        return self.meta.table()
+
+    @property
+    def parents(self) -> list[Any]:
+        """Runs of the phases before this one."""
+        return []
+
+    @property
+    @abstractmethod
+    def table(self) -> pd.DataFrame:
+        """All records, with the columns ``records.COLUMNS``."""
+
+    @abstractmethod
+    def factors(self, step: int | None = None, state: str = "last") -> Mapping[str, dict[str, np.ndarray]]:
+        """Return the factors of every adapted module, loaded on access.
+
+        Parameters
+        ----------
+        step : int, optional
+            Step with a snapshot; by default the step of ``state``.
+        state : {"last", "best"}
+
+        Returns
+        -------
+        mapping module -> {factor: array}
+            ``{"A": (rank, in), "B": (out, rank)}`` for LoRA; see the form of its updates for others.
+        """
+
+    @abstractmethod
+    def updates(self, step: int | None = None, state: str = "last") -> Mapping[str, Update]:
+        """Return the update of every module that has a stored one, loaded on access."""
+
+    @abstractmethod
+    def input_dependent_modules(self, state: str = "last") -> set[str]:
+        """Return the modules with an input-dependent update, such as HydraLoRA's, stored at mean gate weights."""
+
+    inexact = old_attribute("inexact", "input_dependent_modules")
+
+    @abstractmethod
+    def ranks(self, state: str = "last") -> dict[str, int]:
+        """Return the rank of every adapted module, including zeros."""
+
+    @abstractmethod
+    def summary(self, all: bool = False, state: str = "last") -> pd.DataFrame:
+        """Return one row per module: position, rank, norms, stable and effective rank at the state's step.
+
+        Parameters
+        ----------
+        all : bool
+            Include modules that did not train; False by default.
+        state : {"last", "best"}
+        """
+
+    @cached_property
+    def spectra(self) -> dict[str, np.ndarray]:
+        """Singular values of every stored update, largest first; NaN if a factor contains NaN."""
+        return dict(spectra_by_layer(self.updates()))
+
+    def lora_config(self, state: str = "last") -> dict[str, Any]:
+        """Return PEFT's keywords for a LoRA with these ranks: module names, ``rank_pattern``, ``alpha_pattern``.
+
+        Modules of rank 0 are not targets, and each pattern key matches exactly one module. For HydraLoRA, the ranks and
+        scales are those that one token sees; such a LoRA has neither its router nor its experts.
+
+        Raises
+        ------
+        ValueError
+            No module has a factored update of rank >= 1, or an update is not a product of two factors.
+        """
+        return peft_keywords(self, self.ranks(state), self.updates(state=state))
+
+    def snapshot(self, name: str, step: int | None = None) -> pd.DataFrame:
+        """Return a saved array in long form: one column per axis, and ``value``; all steps if ``step`` is None.
+
+        Raises
+        ------
+        ValueError
+            There is no such snapshot.
+        """
+        steps = self.snapshot_steps(name) if step is None else [step]
+        if not steps:
+            known = self.snapshot_names()
+            near = difflib.get_close_matches(name, known, 3)
+            listed = f"expected one of {', '.join(known[:3]) or 'none'} ({len(known)} snapshots)"
+            hint = f"did you mean {' or '.join(map(repr, near))}?" if near else listed
+            raise ValueError(f"unknown snapshot {name!r} in {self.kind} {self.id}; {hint}")
+        return pd.concat([self._long_snapshot(name, at) for at in steps], ignore_index=True)
+
+    def _long_snapshot(self, name: str, step: int) -> pd.DataFrame:
+        raise ValueError(f"{self.kind} {self.id} has no snapshots")
+
+    def snapshot_steps(self, name: str) -> list[int]:
+        """Return the steps that have a snapshot of this name."""
+        return []
+
+    def snapshot_names(self) -> list[str]:
+        """Return the names of all snapshots."""
+        return []
+
+    def __repr__(self) -> str:
+        return as_text(self._lines())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._lines())
+
+    def _lines(self) -> list[tuple[str, str]]:
+        return training_lines(self)
+
+
+def spectra_by_layer(updates: Mapping[str, Update]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the singular values of stored updates by module, with the factors of one layer in memory."""
+    layers = defaultdict(list)
+    for module in updates:
+        stack, layer, _ = parse(module)
+        layers[module if layer is None else (stack, layer)].append(module)
+    for names in layers.values():
+        for batch in _batches(updates, names):
+            yield from zip(batch, spectra(list(batch.values())), strict=True)
+
+
+def _batches(updates: Mapping[str, Update], names: Iterable[str]) -> Iterator[dict[str, Update]]:
+    """Yield updates in batches of limited size, because a layer may have any number of modules."""
+    batch: dict[str, Update] = {}
+    size = 0
+    for name in names:
+        batch[name] = update = updates[name]
+        size += 0 if update.thin is None else update.thin.B.size + update.thin.A.size
+        if size > _BATCH:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch

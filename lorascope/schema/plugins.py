@@ -1,0 +1,33 @@
+"""Registries that fill themselves: modules of a package, and entry points of other packages."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from functools import cache
+from importlib.metadata import entry_points
+
+
+@cache
+def load_plugins(package: str, group: str = "") -> None:
+    """Import every module of a package, and then every entry point of a group.
+
+    What they define registers itself on import. An entry point that cannot be imported is skipped with a warning.
+
+    Parameters
+    ----------
+    package : str
+        Name of the package, whose modules are imported in the order of their names.
+    group : str, optional
+        Entry point group, such as ``lorascope.readers``.
+    """
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        importlib.import_module(f"{package}.{module.name}")
+    for point in entry_points(group=group) if group else ():
+        try:
+            point.load()
+        except Exception as error:  # it is code of another package
+            warnings.warn(
+                f"skipped the entry point {point.name!r} of {group}: {point.value} raised {error!r}", stacklevel=2
+            )

@@ -1,0 +1,240 @@
+"""Interface of weight updates, the registry of their forms, and functions of several updates.
+
+An update dW has the shape (out, in). A form is a way to store one, such as two factors or Fourier coefficients. A new
+form is a subclass of ``Update`` with the name that snapshots store, ``class Kronecker(Update, form="kronecker")``; it
+defines ``shape``, ``dense``, ``to_factors`` and ``from_factors``, and inherits everything else.
+
+Arrays may be numpy arrays or torch tensors. Computations use float64 and numpy, regardless of the input; only ``dense``
+of tensors is a tensor of their dtype, which autograd can differentiate.
+
+The ranks of a zero update are 0.0. If an array contains NaN or infinity, singular values and ranks are NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.updates.linalg import (
+    all_finite,
+    as_float64,
+    at_least_float32,
+    beside,
+    effective_rank,
+    gram,
+    numerical_rank,
+    one_thread,
+    stable_rank,
+    tiles,
+)
+from lorascope.updates.neuron_angles import NeuronChange, neuron_change
+
+if TYPE_CHECKING:
+    from lorascope.updates.low_rank import LowRank
+
+FORMS: dict[str, type[Update]] = {}
+"""Forms by the name that snapshots store."""
+_PIECE = 1 << 18  # values of a tensor at once, few enough for the cache
+
+
+class Update(ABC):
+    """Update of one weight."""
+
+    form: ClassVar[str] = ""
+    """Name of the form in snapshots."""
+    required: ClassVar[frozenset[str]] = frozenset()
+    """Names of the factors without which the form cannot be built."""
+    constants: ClassVar[frozenset[str]] = frozenset()
+    """Names of factors that are not trained."""
+    scale: float = 1.0
+    """Factor that snapshots store separately."""
+    exact: bool = True
+    """False if the update depends on the input, and this is its value at fixed gate weights."""
+
+    def __init_subclass__(cls, form: str = "", **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if form:
+            cls.form = form
+            FORMS[form] = cls
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in)."""
+
+    @abstractmethod
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """Compute the update as a matrix."""
+
+    @abstractmethod
+    def to_factors(self) -> dict[str, Any]:
+        """Return the arrays that snapshots store, by name; ``from_factors`` with ``scale`` rebuilds the update."""
+
+    @classmethod
+    @abstractmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> Update:
+        """Build an update from the arrays of ``to_factors``."""
+
+    @classmethod
+    def fits(
+        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
+    ) -> bool:
+        """Return whether stored arrays form an update.
+
+        Parameters
+        ----------
+        shapes : mapping name -> shape
+        floats : mapping name -> bool
+            Whether the array is stored as floats.
+        arrays : mapping name -> array
+            The arrays, loaded on access.
+        """
+        return cls.required <= shapes.keys()
+
+    @property
+    def rank(self) -> int:
+        """Largest possible rank."""
+        return min(self.shape)
+
+    @property
+    def thin(self) -> LowRank | None:
+        """The update as a product of two thin factors, or None if it is not stored as one."""
+        return None
+
+    def norm(self) -> float:
+        """Compute the Frobenius norm."""
+        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.dense()))))
+
+    def inner(self, other: Update) -> float:
+        """Compute <dW_1, dW_2>, the sum of the products of their entries."""
+        return other.inner(self) if other.thin else float(np.vdot(self.dense(), other.dense()))
+
+    def inner_weight(self, W: Any) -> float:
+        """Compute <W, dW> for a weight (out, in); on the device of W, if it is a tensor."""
+        if isinstance(W, np.ndarray):
+            return float(np.vdot(as_float64(W), self.dense()))
+        pieces = zip(*(X.reshape(-1).split(_PIECE) for X in (W, beside(W, self.dense()))), strict=True)
+        return math.fsum(float((at_least_float32(w) * at_least_float32(dw)).sum()) for w, dw in pieces)
+
+    def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
+        """Compute ``|W_0 + dW|_F``."""
+        return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.dense() + W0))))
+
+    def neuron_change(self, W0: Float[np.ndarray, "out in"], axis: int) -> NeuronChange:
+        """Compute ``neuron_angles.neuron_change`` from W_0 to W_0 + dW."""
+        return neuron_change(W0, self.dense() + W0, axis)
+
+    def singular_values(self) -> Float[np.ndarray, "k"]:
+        """Compute the singular values, largest first.
+
+        They are roots of the eigenvalues of the smaller Gram matrix: values below 1e-8 of the largest are rounding
+        errors.
+        """
+        matrix = self.dense()
+        if not all_finite(matrix):
+            return np.full(min(self.shape), np.nan)
+        inner = gram(matrix if self.shape[0] >= self.shape[1] else matrix.T)
+        with one_thread():
+            eigenvalues = np.linalg.eigvalsh(inner)
+        return np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
+
+    def svd(self) -> tuple[Float[np.ndarray, "out k"], Float[np.ndarray, "k"], Float[np.ndarray, "in k"]]:
+        """Compute U, sigma and V with dW = U diag(sigma) V^T, without components with sigma = 0 up to rounding.
+
+        Raises
+        ------
+        ValueError
+            The update contains NaN or infinity.
+        """
+        matrix = as_float64(self.dense())
+        if not all_finite(matrix):
+            raise ValueError("cannot compute singular vectors: the matrix contains NaN or infinity")
+        U, sigma, V = np.linalg.svd(matrix, full_matrices=False)
+        k = numerical_rank(sigma, self.shape)
+        return U[:, :k], sigma[:k], V[:k].T
+
+    def left(self, k: int | None = None) -> Float[np.ndarray, "out k"]:
+        """Return the first k left singular vectors as columns, or all of them if k is None."""
+        return self.svd()[0][:, :k]
+
+    def right(self, k: int | None = None) -> Float[np.ndarray, "in k"]:
+        """Return the first k right singular vectors as columns, or all of them if k is None."""
+        return self.svd()[2][:, :k]
+
+    def stable_rank(self) -> float:
+        """Compute the stable rank, ``|dW|_F^2 / sigma_1^2``."""
+        return stable_rank(self.singular_values())
+
+    def effective_rank(self) -> float:
+        """Compute the effective rank, exp of the entropy of sigma / sum(sigma)."""
+        return effective_rank(self.singular_values())
+
+    def minus(self, other: Update) -> Update:
+        """Return the difference of two updates, in their form if the form allows it."""
+        return FORMS["dense"].from_factors({"matrix": self.dense() - other.dense()})
+
+    def __sub__(self, other: Update) -> Update:
+        return self.minus(other)
+
+    @classmethod
+    def batch_spectra(cls, updates: Sequence[Any]) -> list[Float[np.ndarray, "k"]]:
+        """Compute the singular values of several updates of this form."""
+        return [update.singular_values() for update in updates]
+
+
+def form_named(name: str | None, factors: Iterable[str]) -> type[Update]:
+    """Return the form of a stored name; without a name, the form with the most required factors among these.
+
+    Raises
+    ------
+    ValueError
+        No form has this name, or none fits the factors.
+    """
+    names = set(factors)
+    if name is not None:
+        if name not in FORMS:
+            known = ", ".join(FORMS)
+            raise ValueError(f"unknown form of update {name!r}; expected one of {known}, or import its package")
+        return FORMS[name]
+    fitting = [form for form in FORMS.values() if form.required and form.required <= names]
+    if not fitting:
+        raise ValueError(f"factors of an update must include A and B, got {', '.join(sorted(names)) or 'none'}")
+    return max(fitting, key=lambda form: len(form.required))
+
+
+def constant_factors() -> frozenset[str]:
+    """Return the names of all factors, of any form, that are not trained."""
+    return frozenset[str]().union(*(form.constants for form in FORMS.values()))
+
+
+def from_factors(factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True, form: str | None = None) -> Update:
+    """Build an update from its stored factors; see ``form_named`` for ``form``."""
+    return form_named(form, factors).from_factors(factors, scale, exact)
+
+
+def norms(updates: Sequence[Update]) -> Float[np.ndarray, "n"]:
+    """Compute the Frobenius norms of many updates."""
+    return np.array([update.norm() for update in updates])
+
+
+def spectra(updates: Sequence[Update]) -> list[Float[np.ndarray, "k"]]:
+    """Compute the singular values of many updates, largest first; updates of one form share batches."""
+    values: list[np.ndarray] = [np.empty(0)] * len(updates)
+    forms = defaultdict(list)
+    for i, update in enumerate(updates):
+        forms[type(update)].append(i)
+    for form, places in forms.items():
+        for i, sigma in zip(places, form.batch_spectra([updates[i] for i in places]), strict=True):
+            values[i] = sigma
+    return values
+
+
+def weight_norm(W0: Float[np.ndarray, "out in"], update: Update) -> float:
+    """Compute ``|W_0 + dW|_F``."""
+    return update.weight_norm(W0)

@@ -16,7 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float
@@ -34,9 +34,6 @@ from lorascope.updates.linalg import (
     tiles,
 )
 from lorascope.updates.neuron_angles import NeuronChange, neuron_change
-
-if TYPE_CHECKING:
-    from lorascope.updates.low_rank import LowRank
 
 FORMS: dict[str, type[Update]] = {}
 """Forms by the name that snapshots store."""
@@ -103,8 +100,8 @@ class Update(ABC):
         return min(self.shape)
 
     @property
-    def thin(self) -> LowRank | None:
-        """The update as a product of two thin factors, or None if it is not stored as one."""
+    def thin(self) -> Any:
+        """The update as a product of two thin factors (``LowRank``), or None if it is not stored as one."""
         return None
 
     def norm(self) -> float:

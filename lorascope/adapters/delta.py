@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -46,6 +47,25 @@ class Delta(nn.Module):
 
     linear: ClassVar[bool] = True
     """True if ``forward(x) == F.linear(x, weight())``, so that the update can be folded into the weight."""
+    _host: weakref.ref[Any] | None = None
+
+    @property
+    def host(self) -> Any:
+        """The adapted module, whose weight W_0 an update may depend on.
+
+        Raises
+        ------
+        RuntimeError
+            The Delta is not attached.
+        """
+        host = None if self._host is None else self._host()
+        if host is None:
+            raise RuntimeError(f"{type(self).__name__} needs its host: attach it first")
+        return host
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the host, which a copy gets from its own host."""
+        return {key: value for key, value in super().__getstate__().items() if key != "_host"}
 
     def weight(self) -> Float[Tensor, "out in"]:
         """Return the update as a matrix."""
@@ -85,28 +105,32 @@ class Delta(nn.Module):
         return Dense(to_array(self.weight()))
 
 
-class AdaptedLinear(nn.Linear):
-    """``nn.Linear`` with a Delta, created by ``attach``."""
+class _Adapted(nn.Module):
+    """Module with a Delta, created by ``attach``."""
 
     delta: Delta
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.delta._host = weakref.ref(self)
+
+
+class AdaptedLinear(_Adapted, nn.Linear):
+    """``nn.Linear`` with a Delta."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.delta.affine(x, self.weight, self.bias)
 
 
-class AdaptedConv1D(Conv1D):
-    """GPT-2's ``Conv1D``, which stores (in, out), with a Delta, created by ``attach``."""
-
-    delta: Delta
+class AdaptedConv1D(_Adapted, Conv1D):
+    """GPT-2's ``Conv1D``, which stores (in, out), with a Delta."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.delta.affine(x, self.weight.T, self.bias)
 
 
-class AdaptedEmbedding(nn.Embedding):
-    """``nn.Embedding`` with a Delta, created by ``attach``."""
-
-    delta: Delta
+class AdaptedEmbedding(_Adapted, nn.Embedding):
+    """``nn.Embedding`` with a Delta."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) + self.delta(ids)
@@ -151,6 +175,7 @@ def attach(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
         host = modules[name]
         host.__class__ = _ADAPTED[type(host)]
         host.delta = delta.to(host.weight.device)
+        delta._host = weakref.ref(host)
 
 
 def _check_host(name: str, host: Any) -> None:
@@ -188,6 +213,7 @@ def detach(model: nn.Module) -> dict[str, Delta]:
     """Remove all Deltas and return them; the model is then as before ``attach``."""
     found = attached_deltas(model)
     for host in _hosts(model).values():
+        host.delta._host = None
         del host.delta
         host.__class__ = _PLAIN[type(host)]
     return found

@@ -27,6 +27,8 @@ from lorascope.updates.linalg import (
 from lorascope.updates.low_rank import LowRank
 from lorascope.updates.mixture import Mixture
 from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
+from lorascope.updates.random_projection import RandomProjection
+from lorascope.updates.weight_decomposed import WeightDecomposed
 
 __all__ = [
     "FORMS",
@@ -36,7 +38,9 @@ __all__ = [
     "Mixture",
     "NeuronChange",
     "Pair",
+    "RandomProjection",
     "Update",
+    "WeightDecomposed",
     "constant_factors",
     "effective_rank",
     "energy_rank",

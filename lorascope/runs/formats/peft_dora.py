@@ -15,15 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.runs.formats.peft_lora import LoraSettings, lora_factors, lora_part, peft_kind
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import Dense, Update
+from lorascope.updates import Update
 
 
 @dataclass(frozen=True)
@@ -60,14 +58,8 @@ class DoraPart(StoredLoRA):
 
     def update(self) -> Update:
         """Load the factors, and return the full update if there is a base, else the update of the direction."""
-        direction = super().update()
-        if self.base is None:
-            return direction
-        W0 = self.base.weight(self.module, self.shape, self.transposed)
-        V = direction.dense() + W0
-        # A zero row has no direction; PEFT also divides by zero there.
-        V *= self.magnitude.read().reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True)
-        return Dense(V - W0)
+        W0 = None if self.base is None else self.base.weight(self.module, self.shape, self.transposed)
+        return WeightDecomposed.from_factors(self.factors() | {"W0": W0}, self.scale)
 
 
 @reads(lambda config, names: peft_kind(config) == "LORA" and bool(config.get("use_dora")))

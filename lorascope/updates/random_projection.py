@@ -1,0 +1,97 @@
+"""Updates of VeRA: frozen random factors, shared by all modules, scaled by two trained vectors.
+
+    dW = diag(b) B diag(d) A
+
+A and B are not stored, but drawn again: A (rank, largest in) and then B (largest out, rank) from one stream of 32-bit
+words, uniform with He's bound sqrt(6 / fan_in). A module uses the first columns of A and the first rows of B.
+
+Source: VeRA (arXiv 2310.11454), equation 2; the draw is that of PEFT, whose generator is torch's MT19937.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from lorascope.updates.low_rank import LowRank
+
+
+@lru_cache(maxsize=4)
+def projections(
+    seed: int, rank: int, widest_in: int, widest_out: int
+) -> tuple[Float[np.ndarray, "rank widest_in"], Float[np.ndarray, "widest_out rank"]]:
+    """Draw A and B in float32, as ``torch.empty(shape).uniform_`` does on the CPU with a generator of this seed.
+
+    Parameters
+    ----------
+    seed : int
+        Seed from 0 to 2^32 - 1.
+    rank, widest_in, widest_out : int
+        Shape of A and B: the largest sides of all adapted weights.
+    """
+    words = np.random.RandomState(seed)
+    drawn = []
+    for rows, columns in ((rank, widest_in), (widest_out, rank)):
+        values = words.randint(0, 1 << 32, size=rows * columns, dtype=np.uint32) & np.uint32((1 << 24) - 1)
+        bound = float(np.float32(np.sqrt(6.0 / columns)))
+        # Rounded once, as by a fused multiply-add.
+        drawn.append((values * 2.0**-24 * (2 * bound) - bound).astype(np.float32).reshape(rows, columns))
+    return drawn[0], drawn[1]
+
+
+class RandomProjection(LowRank, form="random_projection"):
+    """The update diag(lambda_b) B diag(lambda_d) A, as one pair of factors.
+
+    Parameters
+    ----------
+    lambda_b : array (out,)
+    lambda_d : array (rank,)
+    projection : array of int (4,)
+        Seed of A and B, largest in and largest out of all modules, and in of this module.
+    """
+
+    lambda_b: Float[np.ndarray, "out"]
+    lambda_d: Float[np.ndarray, "rank"]
+    projection: Int[np.ndarray, "4"]
+    required = frozenset({"lambda_b", "lambda_d", "projection"})
+    constants = frozenset({"projection"})
+
+    def __init__(
+        self,
+        lambda_b: Float[np.ndarray, "out"],
+        lambda_d: Float[np.ndarray, "rank"],
+        projection: Int[np.ndarray, "4"],
+    ) -> None:
+        seed, widest_in, widest_out, inner = (int(value) for value in projection)
+        A, B = projections(seed, len(lambda_d), widest_in, widest_out)
+        super().__init__(lambda_b[:, None] * B[: len(lambda_b)], lambda_d[:, None] * A[:, :inner])
+        # Write to the instance dict, because the base class is a frozen dataclass.
+        vars(self).update(lambda_b=lambda_b, lambda_d=lambda_d, projection=np.asarray(projection))
+
+    def to_factors(self) -> dict[str, Any]:
+        """Return both vectors and what A and B are drawn from."""
+        return {"lambda_b": self.lambda_b, "lambda_d": self.lambda_d, "projection": self.projection}
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> RandomProjection:
+        """Build an update from ``lambda_b``, ``lambda_d`` and ``projection``."""
+        return cls(factors["lambda_b"], factors["lambda_d"], factors["projection"])
+
+    @classmethod
+    def fits(
+        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
+    ) -> bool:
+        """See `Update.fits`."""
+        match shapes:
+            case {"lambda_b": (outer,), "lambda_d": (rank,), "projection": (4,)} if (
+                arrays["projection"].dtype.kind == "i"
+            ):
+                seed, widest_in, widest_out, inner = arrays["projection"].tolist()
+                sound = 0 <= seed < 1 << 32 and 0 < inner <= widest_in and outer <= widest_out
+                # The size is limited because A and B are drawn in memory.
+                return sound and rank * max(widest_in, widest_out) <= 1 << 28
+        return False

@@ -1,0 +1,100 @@
+"""Updates of DoRA: a low-rank direction and a magnitude per output.
+
+    W = m V / |V|, by row, with V = W_0 + scale * B @ A
+
+The update W - W_0 depends on W_0. Without it, only the update of the direction is known, scale * B @ A.
+
+Source: DoRA (arXiv 2402.09353), equation 5, with the row norms of (out, in), as in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from lorascope.updates.base import Update
+from lorascope.updates.linalg import as_float64
+from lorascope.updates.low_rank import LowRank
+
+
+@dataclass(frozen=True, eq=False)
+class WeightDecomposed(Update, form="weight_decomposed"):
+    """The update m V / |V| - W_0 if W_0 is given, else scale * B @ A.
+
+    Parameters
+    ----------
+    B : array (out, rank)
+    A : array (rank, in)
+    magnitude : array (out,)
+        m, the row norms of the weight.
+    scale : float
+    W0 : array (out, in), optional
+    """
+
+    B: Float[np.ndarray, "out rank"]
+    A: Float[np.ndarray, "rank in"]
+    magnitude: Float[np.ndarray, "out"]
+    scale: float = 1.0
+    W0: Float[np.ndarray, "out in"] | None = None
+    required = frozenset({"A", "B", "magnitude"})
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape (out, in)."""
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Number of components of the direction."""
+        return self.B.shape[1]
+
+    @property
+    def direction(self) -> LowRank:
+        """The update of the direction, V - W_0."""
+        return LowRank(self.B, self.A, self.scale)
+
+    @property
+    def thin(self) -> LowRank | None:
+        """The direction if W_0 is unknown; the whole update is not a product of thin factors."""
+        return self.direction if self.W0 is None else None
+
+    def dense(self) -> Float[np.ndarray, "out in"]:
+        """Compute the update as a matrix."""
+        if self.W0 is None:
+            return self.direction.dense()
+        V = self.direction.dense() + self.W0
+        # A zero row has no direction; PEFT also divides by zero there.
+        V *= as_float64(self.magnitude).reshape(-1, 1) / np.linalg.norm(V, axis=1, keepdims=True)
+        return V - self.W0
+
+    def norm(self) -> float:
+        """Compute the Frobenius norm."""
+        return super().norm() if self.thin is None else self.thin.norm()
+
+    def singular_values(self) -> Float[np.ndarray, "k"]:
+        """Compute the singular values, largest first."""
+        return super().singular_values() if self.thin is None else self.thin.singular_values()
+
+    def to_factors(self) -> dict[str, Any]:
+        """Return A, B, the magnitude and, if it is known, W_0."""
+        known = {} if self.W0 is None else {"W0": self.W0}
+        return {"A": self.A, "B": self.B, "magnitude": self.magnitude, **known}
+
+    @classmethod
+    def from_factors(cls, factors: Mapping[str, Any], scale: float = 1.0, exact: bool = True) -> WeightDecomposed:
+        """Build an update from A, B, ``magnitude`` and optionally ``W0``."""
+        return cls(factors["B"], factors["A"], factors["magnitude"], scale, factors.get("W0"))
+
+    @classmethod
+    def fits(
+        cls, shapes: Mapping[str, tuple[int, ...]], floats: Mapping[str, bool], arrays: Mapping[str, np.ndarray]
+    ) -> bool:
+        """See `Update.fits`."""
+        match shapes:
+            case {"A": (rank, _), "B": (outer, width), "magnitude": (rows,)}:
+                return rank == width and outer == rows and all(floats.values())
+        return False

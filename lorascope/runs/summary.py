@@ -99,6 +99,10 @@ def exact_products(run: Any, updates: Mapping[str, Update]) -> dict[str, LowRank
     An input-dependent update is exact only in a view of the run with fixed gate weights.
     """
     found = products(run, updates)
+    part = next((name for name, update in updates.items() if not update.whole), None)
+    if part is not None:
+        reason = f"the factors of {part} are only the direction of its update, without its magnitude"
+        raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: {reason}")
     routed = next((name for name, update in found.items() if not (update.exact or name in run.gates)), None)
     if routed is not None:
         raise ValueError(f"cannot convert run {run.id} ({run.label}) to LoRA: the update of {routed} {_ROUTED}")

@@ -95,6 +95,11 @@ class Update(ABC):
         return cls.required <= shapes.keys()
 
     @property
+    def whole(self) -> bool:
+        """False if the update also depends on a base weight that is not known here."""
+        return True
+
+    @property
     def rank(self) -> int:
         """Largest possible rank."""
         return min(self.shape)

@@ -53,6 +53,11 @@ class WeightDecomposed(Update, form="weight_decomposed"):
         return self.B.shape[1]
 
     @property
+    def whole(self) -> bool:
+        """Whether W_0 is known."""
+        return self.W0 is not None
+
+    @property
     def direction(self) -> LowRank:
         """The update of the direction, V - W_0."""
         return LowRank(self.B, self.A, self.scale)

@@ -1,4 +1,4 @@
-"""Export of a run as a PEFT folder: a LoRA or FourierFT adapter, and other trained weights."""
+"""Export of a run as a PEFT folder: its adapter, and other trained weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile, write_bytes, write_json
-from lorascope.runs.export import peft_fourierft, peft_lora
+from lorascope.runs.export.registry import find_exporter
 from lorascope.runs.folders import new_folder, require_absent
 from lorascope.runs.formats.peft_lora import CONFIG, WEIGHTS
 from lorascope.runs.formats.stored_update import PREFIX
@@ -28,7 +28,6 @@ _AUTO = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
-_KINDS = {"LORA": "LoRA", "FOURIERFT": "FourierFT"}
 _CARD = """---
 base_model: {base}
 library_name: peft
@@ -59,8 +58,9 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     Parameters
     ----------
     run : Run
-        Run with updates that are products of two factors, exported as LoRA, or a FourierFT run. A HydraLoRA run from
-        ``at_gates`` is also exported as LoRA: exact at these gate weights, and an approximation of HydraLoRA.
+        Run with updates that are products of two factors, exported as LoRA, or a run of FourierFT, DoRA or VeRA. A
+        HydraLoRA run from ``at_gates`` is also exported as LoRA: exact at these gate weights, and an approximation of
+        HydraLoRA.
     out : path
         New folder.
     state : {"last", "best"}
@@ -76,7 +76,7 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     FileExistsError
         The folder exists.
     ValueError
-        The update has neither form or no rank, or PEFT's FourierFT cannot express it.
+        PEFT cannot express the updates, or none has a rank.
     """
     path = Path(out)
     require_absent(path)
@@ -86,8 +86,8 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
         raise ValueError(f"cannot export {run.label}: {reason}")
     if run.meta.method["name"] == "peft":
         refuse_unkept(run, state)
-    form = peft_fourierft if peft_fourierft.has_coefficients(run, state) else peft_lora
-    updates, weights = form.updates_of(run, state), _other_weights(run, state)
+    exporter = find_exporter(run, state)
+    updates, weights = exporter.updates(run, state), _other_weights(run, state)
     if run.meta.hosts is None:
         raise ValueError(
             f"cannot export run {run.id}: it did not record its adapted layers (old version); train it again"
@@ -105,13 +105,14 @@ def to_peft(run: Result, out: str | Path, state: str = "last") -> Path:
     if biased is not None:
         reason = f"the trained bias of adapted module {biased} is not supported; use the folder that PEFT saved"
         raise ValueError(f"cannot export run {run.id} ({run.label}): {reason}")
-    config = _adapter_config(run, form.keywords(run, updates), _owners(run, weights), updates)
-    tensors = {name: part for module in updates for name, part in form.tensors(module, updates[module], hosts[module])}
-    whole = {PREFIX + name: np.ascontiguousarray(array) for name, array in (tensors | weights).items()}
+    config = _adapter_config(run, exporter.keywords(run, updates), _owners(run, weights), updates)
+    own = dict(pair for name, update in updates.items() for pair in exporter.tensors(name, update, hosts[name]))
+    whole = {PREFIX + name: array for name, array in (own | weights).items()} | exporter.shared_tensors(updates)
     with new_folder(path) as draft:
-        write_bytes(draft / WEIGHTS, save(whole, metadata={"format": "pt"}))
+        arrays = {name: np.ascontiguousarray(array) for name, array in whole.items()}
+        write_bytes(draft / WEIGHTS, save(arrays, metadata={"format": "pt"}))
         write_json(draft / CONFIG, config)
-        write_bytes(draft / "README.md", _card(run, config, path.name).encode())
+        write_bytes(draft / "README.md", _card(run, config, exporter.kind, path.name).encode())
     return path
 
 
@@ -212,7 +213,7 @@ def _base(run: Result) -> tuple[str, int | None]:
     return _HUB.get(name, name), blocks
 
 
-def _card(run: Result, config: Mapping[str, Any], folder: str) -> str:
+def _card(run: Result, config: Mapping[str, Any], kind: str, folder: str) -> str:
     """Return the README of the folder, which shows how to load the adapter."""
     labels = run.meta.labels
     base, blocks = _base(run)
@@ -221,7 +222,7 @@ def _card(run: Result, config: Mapping[str, Any], folder: str) -> str:
         options += [f"num_labels={len(labels)}", f"id2label={dict(enumerate(labels))}"]
     text = _CARD.format(
         base=base if re.fullmatch(r"[\w./-]+", base) else json.dumps(base),
-        kind=_KINDS[config["peft_type"]],
+        kind=kind,
         run=run.id,
         label=re.sub(r"([\\`*_\[\]<&])", r"\\\1", printable(run.label)),
         auto="AutoModelForImageClassification" if _is_image_model(run) else _AUTO[config["task_type"] or "SEQ_CLS"],

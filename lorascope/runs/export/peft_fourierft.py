@@ -12,41 +12,65 @@ from typing import Any
 
 import numpy as np
 
+from lorascope.runs.export.registry import Exporter
 from lorascope.runs.formats.peft_fourierft import entry_seed
 from lorascope.runs.result import Result
 from lorascope.runs.summary import mode, targets
 from lorascope.updates.fourier import Fourier, entries
 
 
-def has_coefficients(run: Result, state: str) -> bool:
-    """Return whether a run's updates consist of coefficients, on any basis."""
-    return any("coefficients" in factors for factors in run.factors(state=state).values())
+class FourierExporter(Exporter):
+    """Coefficients, as FourierFT."""
 
+    kind = "FourierFT"
 
-def updates_of(run: Result, state: str) -> dict[str, Fourier]:
-    """Return the update of every module.
+    def matches(self, run: Result, state: str) -> bool:
+        """Return whether a run's updates consist of coefficients, on any basis."""
+        return any("coefficients" in factors for factors in run.factors(state=state).values())
 
-    Raises
-    ------
-    ValueError
-        PEFT cannot express the basis, entries or scales.
-    """
-    who, (basis, seed, center) = (
-        f"cannot export run {run.id} ({run.label}) to PEFT:",
-        _entry_distribution(run.meta.method),
-    )
-    if basis != "fourier":
-        raise ValueError(f"{who} basis must be 'fourier', got {basis!r}")
-    updates: dict[str, Any] = dict(run.updates(state=state))
-    for name, update in updates.items():
-        if center is not None:
-            raise ValueError(f"{who} center must be None (uniform entries), got {center:g} for {name}")
-        if not np.array_equal(update.entries, entries(update.shape, len(update.coefficients), seed)):
-            raise ValueError(f"{who} entries of {name} must be drawn with seed {seed}, the one of all modules")
-    scales = sorted({update.scale for update in updates.values()})
-    if len(scales) > 1:
-        raise ValueError(f"{who} all modules must have the same scale, got {scales[0]:g} and {scales[1]:g}")
-    return updates
+    def updates(self, run: Result, state: str) -> dict[str, Any]:
+        """Return the update of every module.
+
+        Raises
+        ------
+        ValueError
+            PEFT cannot express the basis, entries or scales.
+        """
+        who, (basis, seed, center) = (
+            f"cannot export run {run.id} ({run.label}) to PEFT:",
+            _entry_distribution(run.meta.method),
+        )
+        if basis != "fourier":
+            raise ValueError(f"{who} basis must be 'fourier', got {basis!r}")
+        updates: dict[str, Any] = dict(run.updates(state=state))
+        for name, update in updates.items():
+            if center is not None:
+                raise ValueError(f"{who} center must be None (uniform entries), got {center:g} for {name}")
+            if not np.array_equal(update.entries, entries(update.shape, len(update.coefficients), seed)):
+                raise ValueError(f"{who} entries of {name} must be drawn with seed {seed}, the one of all modules")
+        scales = sorted({update.scale for update in updates.values()})
+        if len(scales) > 1:
+            raise ValueError(f"{who} all modules must have the same scale, got {scales[0]:g} and {scales[1]:g}")
+        return updates
+
+    def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration entries specific to FourierFT."""
+        if not updates:
+            raise ValueError(
+                f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained"
+            )
+        numbers = {name: len(update.coefficients) for name, update in updates.items()}
+        return {
+            "peft_type": "FOURIERFT",
+            "target_modules": targets(run, numbers),
+            "scaling": next(iter(updates.values())).scale,
+            "random_loc_seed": _entry_distribution(run.meta.method)[1],
+            **frequency_pattern(numbers),
+        }
+
+    def tensors(self, module: str, update: Fourier, host: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the coefficients under PEFT's name."""
+        yield f"{module}.fourierft_spectrum", update.coefficients
 
 
 def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | None]:
@@ -54,20 +78,6 @@ def _entry_distribution(method: Mapping[str, Any]) -> tuple[str, int, float | No
     if method["name"] == "peft":
         return "fourier", entry_seed(method), None
     return method["basis"], method["entry_seed"], method["center"]
-
-
-def keywords(run: Result, updates: Mapping[str, Fourier]) -> dict[str, Any]:
-    """Return the configuration entries specific to FourierFT."""
-    if not updates:
-        raise ValueError(f"cannot export run {run.id}: no adapter is left, because all adapted weights also trained")
-    numbers = {name: len(update.coefficients) for name, update in updates.items()}
-    return {
-        "peft_type": "FOURIERFT",
-        "target_modules": targets(run, numbers),
-        "scaling": next(iter(updates.values())).scale,
-        "random_loc_seed": _entry_distribution(run.meta.method)[1],
-        **frequency_pattern(numbers),
-    }
 
 
 def frequency_pattern(numbers: Mapping[str, int]) -> dict[str, Any]:
@@ -88,8 +98,3 @@ def frequency_pattern(numbers: Mapping[str, int]) -> dict[str, Any]:
 def _pattern_key(name: str) -> str:
     first, dot, rest = name.partition(".")
     return f"(?<=^{re.escape(first)}{re.escape(dot)}){re.escape(rest)}" if dot else name
-
-
-def tensors(module: str, update: Fourier, host: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the coefficients under PEFT's name."""
-    yield f"{module}.fourierft_spectrum", update.coefficients

@@ -11,27 +11,48 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lorascope.runs.export.registry import Exporter
 from lorascope.runs.result import Result
 from lorascope.runs.summary import exact_products, peft_keywords
 from lorascope.updates import LowRank
 
 
-def updates_of(run: Result, state: str) -> dict[str, LowRank]:
-    """Return the update of every module with at least one component in use.
+class LoraExporter(Exporter):
+    """Products of two factors, as LoRA."""
 
-    Raises
-    ------
-    ValueError
-        An update is not a product of two factors.
-    """
-    ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
-    unfit = next((name for name in ranks if name not in updates), None)
-    if not ranks or unfit is not None:
-        reason = f"the update of {unfit} is not a product B A" if unfit else "it trained the weights themselves"
-        raise ValueError(f"cannot export run {run.id} ({run.label}) as LoRA: {reason}")
-    factors = run.factors(state=state)
-    found = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
-    return {name: update for name, update in found.items() if update.rank}
+    kind = "LoRA"
+
+    def matches(self, run: Result, state: str) -> bool:
+        """Return True: it refuses what is not a product of two factors."""
+        return True
+
+    def updates(self, run: Result, state: str) -> dict[str, LowRank]:
+        """Return the update of every module with at least one component in use.
+
+        Raises
+        ------
+        ValueError
+            An update is not a product of two factors.
+        """
+        ranks, updates = run.ranks(state), exact_products(run, run.updates(state=state))
+        unfit = next((name for name in ranks if name not in updates), None)
+        if not ranks or unfit is not None:
+            reason = f"the update of {unfit} is not a product B A" if unfit else "it trained the weights themselves"
+            raise ValueError(f"cannot export run {run.id} ({run.label}) as LoRA: {reason}")
+        factors = run.factors(state=state)
+        found = {name: drop_unused(update, factors[name].get("diagonal")) for name, update in updates.items()}
+        return {name: update for name, update in found.items() if update.rank}
+
+    def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration entries specific to LoRA."""
+        ranks = {name: update.rank for name, update in updates.items()}
+        return {"peft_type": "LORA", **peft_keywords(run, ranks, updates), "lora_dropout": 0.0}
+
+    def tensors(self, module: str, update: Any, host: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield both factors under PEFT's names."""
+        pattern = "lora_embedding_{}" if host == "Embedding" else "lora_{}.weight"
+        for key, factor in (("A", update.A), ("B", update.B)):
+            yield f"{module}.{pattern.format(key)}", factor
 
 
 def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> LowRank:
@@ -40,16 +61,3 @@ def drop_unused(update: LowRank, diagonal: Float[np.ndarray, "rank"] | None) -> 
         return update
     used = diagonal != 0
     return LowRank(update.B[:, used], update.A[used], update.scale)
-
-
-def keywords(run: Result, updates: Mapping[str, LowRank]) -> dict[str, Any]:
-    """Return the configuration entries specific to LoRA."""
-    ranks = {name: update.rank for name, update in updates.items()}
-    return {"peft_type": "LORA", **peft_keywords(run, ranks, updates), "lora_dropout": 0.0}
-
-
-def tensors(module: str, update: LowRank, host: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield both factors under PEFT's names."""
-    pattern = "lora_embedding_{}" if host == "Embedding" else "lora_{}.weight"
-    for key, factor in (("A", update.A), ("B", update.B)):
-        yield f"{module}.{pattern.format(key)}", factor

@@ -1,0 +1,52 @@
+"""VeRA updates in PEFT's form: both vectors of every module, and the shared random factors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lorascope.runs.export.registry import Exporter
+from lorascope.runs.result import Result
+from lorascope.runs.summary import targets
+from lorascope.updates import RandomProjection
+from lorascope.updates.random_projection import projections
+
+
+class VeraExporter(Exporter):
+    """Scaled random factors, as VeRA."""
+
+    kind = "VeRA"
+
+    def matches(self, run: Result, state: str) -> bool:
+        """Return whether the run has vectors that scale random factors."""
+        return any("lambda_d" in factors for factors in run.factors(state=state).values())
+
+    def updates(self, run: Result, state: str) -> dict[str, Any]:
+        """Return the update of every module."""
+        return dict(run.updates(state=state))
+
+    def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration entries specific to VeRA."""
+        first = next(iter(updates.values()))
+        return {
+            "peft_type": "VERA",
+            "r": len(first.lambda_d),
+            "target_modules": targets(run, list(updates)),
+            "projection_prng_key": int(first.projection[0]),
+            "save_projection": True,
+            "vera_dropout": 0.0,
+        }
+
+    def tensors(self, module: str, update: RandomProjection, host: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield both vectors under PEFT's names."""
+        yield f"{module}.vera_lambda_b", update.lambda_b
+        yield f"{module}.vera_lambda_d", update.lambda_d
+
+    def shared_tensors(self, updates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the random factors, so that PEFT does not have to draw the same ones."""
+        first = next(iter(updates.values()))
+        seed, widest_in, widest_out, _ = (int(value) for value in first.projection)
+        A, B = projections(seed, len(first.lambda_d), widest_in, widest_out)
+        return {"base_model.vera_A": A, "base_model.vera_B": B}

@@ -1,0 +1,54 @@
+"""Registry of the exporters to PEFT, one module per kind of adapter.
+
+A class statement registers an exporter; every module of this package is searched for them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from lorascope.runs.result import Result
+from lorascope.schema.plugins import load_plugins
+
+EXPORTERS: list[Exporter] = []
+"""Exporters; of several that match a run, the last one writes it."""
+
+
+class Exporter(ABC):
+    """Writer of one kind of adapter in PEFT's form."""
+
+    kind: ClassVar[str]
+    """Name of the kind, such as LoRA."""
+
+    def __init_subclass__(cls) -> None:
+        EXPORTERS.append(cls())
+
+    @abstractmethod
+    def matches(self, run: Result, state: str) -> bool:
+        """Return whether it writes the updates of this run."""
+
+    @abstractmethod
+    def updates(self, run: Result, state: str) -> dict[str, Any]:
+        """Return the update of every module to export; raise a ValueError if PEFT cannot express one."""
+
+    @abstractmethod
+    def keywords(self, run: Result, updates: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries of PEFT's configuration for these updates, with ``peft_type``."""
+
+    @abstractmethod
+    def tensors(self, module: str, update: Any, host: str) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield the tensors of one module by their names in PEFT, for a host of this class."""
+
+    def shared_tensors(self, updates: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Return the tensors of the whole adapter by their full names in PEFT's file."""
+        return {}
+
+
+def find_exporter(run: Result, state: str) -> Exporter:
+    """Return the exporter of a run."""
+    load_plugins("lorascope.runs.export")
+    return next(exporter for exporter in reversed(EXPORTERS) if exporter.matches(run, state))

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import attach
 from lorascope.methods import fourierft
-from lorascope.methods.fourierft import FourierDelta
-from lorascope.methods.fourierft_synthesis import use_basis_form
+from lorascope.methods.fourierft import FourierDelta, use_basis_form
 from lorascope.updates.fourier import entries
 
 SHARES = {"d/32": 1 / 32, "d/8 - 1": 1 / 8, "d/4": 1 / 4, "4 d": 4}

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 
+# The classes of the methods are found by their class statements, because importing them would import torch.
+_METHODS = {
+    name: f"lorascope.methods.{file.stem}:{name}"
+    for file in sorted(Path(__file__).parent.glob("methods/*.py"))
+    for name in re.findall(r'^class (\w+)\([^)]*\bname="', file.read_text(encoding="utf-8"), re.MULTILINE)
+}
 _PUBLIC = {
     "train": "lorascope.training.loop:train",
     "load": "lorascope.runs.loading:load",
@@ -17,16 +25,7 @@ _PUBLIC = {
     "diagnose": "lorascope.diagnosis.doctor:diagnose",
     "TrainerRecorder": "lorascope.training.hf_trainer.recorder:TrainerRecorder",
     "trainer_kwargs": "lorascope.training.hf_trainer.recorder:trainer_kwargs",
-    "AdaLoRA": "lorascope.methods:AdaLoRA",
-    "AutoLoRA": "lorascope.methods:AutoLoRA",
-    "ALoRA": "lorascope.methods:ALoRA",
-    "Adapprox": "lorascope.methods:Adapprox",
-    "FourierFT": "lorascope.methods:FourierFT",
-    "Full": "lorascope.methods:Full",
-    "HydraLoRA": "lorascope.methods:HydraLoRA",
-    "LISA": "lorascope.methods:LISA",
-    "LoRA": "lorascope.methods:LoRA",
-    "NeFT": "lorascope.methods:NeFT",
+    **_METHODS,
     "neuron_scores": "lorascope.diagnosis.neuron_scores:neuron_scores",
     "at_gates": "lorascope.runs.gated_run:at_gates",
     "choose_num_experts": "lorascope.analysis.head_count:choose_num_experts",

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.methods import FourierFT
-from lorascope.methods.fourierft import FourierDelta
-from lorascope.methods.fourierft_synthesis import use_basis_form
+from lorascope.methods.fourierft import FourierDelta, use_basis_form
 from lorascope.updates import fourier
 
 SIDES = (24, 40)

@@ -23,7 +23,7 @@ from lorascope.inputs import models
 from lorascope.methods import HydraLoRA, LoRA
 from lorascope.methods.base import METHODS, config, from_config
 from lorascope.methods.hydralora import HydraDelta, RoutedDelta, head_similarity
-from lorascope.methods.hydralora_routing import Gates, watch
+from lorascope.methods.hydralora_routing import Routing, watch
 from lorascope.methods.lora import LoRADelta
 from lorascope.probes.hydralora import update_cosines
 from lorascope.runs import export
@@ -527,21 +527,27 @@ def test_watch_leaves_mode_generator_and_hooks_unchanged():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def routing(weights, tokens) -> Routing:
+    """Return summed gate weights without statistics of single tokens."""
+    rows, heads = np.zeros(len(tokens)), np.zeros((len(tokens), len(weights[0])))
+    return Routing(np.array(weights), rows, np.array(tokens), heads, heads, heads, rows, rows)
+
+
 def test_information_matches_the_joint_table():
     """The expected value is I = sum p ln(p / (p_group p_expert)) of the joint table."""
-    gates = Gates(np.array([[3.0, 1], [1, 3], [3, 1], [1, 3]]), np.zeros(4), np.full(4, 4.0))
+    gates = routing([[3.0, 1], [1, 3], [3, 1], [1, 3]], [4.0] * 4)
     joint = np.array([[3, 1], [1, 3]]) / 8
     expected = (joint * np.log(joint / 0.25)).sum()
     assert gates.information(["a", "b", "a", "b"]) == pytest.approx(expected)
     assert gates.information(["a", "a", "b", "b"]) == pytest.approx(0, abs=1e-12)
     # A random grouping pairs equal rows in one of three cases.
     assert gates.information_by_chance(["a", "b", "a", "b"]) == pytest.approx(expected / 3, abs=0.03)
-    certain = Gates(np.eye(3), np.zeros(3), np.ones(3))
+    certain = routing(np.eye(3), [1.0] * 3)
     assert certain.information(["a", "b", "c"]) == pytest.approx(math.log(3))
 
 
 def test_information_weights_groups_equally_for_any_number_of_tokens():
-    gates = Gates(np.array([[9.0, 0], [0, 1.0]]), np.zeros(2), np.array([9.0, 1]))
+    gates = routing([[9.0, 0], [0, 1]], [9.0, 1])
     assert gates.mean.tolist() == [0.9, 0.1]
     assert gates.information(["a", "b"]) == pytest.approx(math.log(2))
 

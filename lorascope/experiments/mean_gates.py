@@ -14,8 +14,8 @@ from torch import nn
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
-from lorascope.methods.hydralora_routing import Gates, stack_gates, watch
 from lorascope.runs.adapter import Adapter
+from lorascope.methods.hydralora_routing import Routing, stack_gates, watch
 from lorascope.runs.export import base_of
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
@@ -121,7 +121,7 @@ def _routers(folder: Adapter, base: nn.Module) -> dict[str, RoutedDelta]:
 def _watch_texts(
     model: Any, routed: dict[str, RoutedDelta], texts: list[str], tokenizer: Any, max_length: int, batch_size: int
 ) -> dict[str, Float[np.ndarray, "heads"]]:
-    parts: dict[str, list[Gates]] = {name: [] for name in routed}
+    parts: dict[str, list[Routing]] = {name: [] for name in routed}
     routers = {name: delta.gates for name, delta in routed.items()}
     device = next(model.parameters()).device
     for start in range(0, len(texts), batch_size):

@@ -45,16 +45,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import attach, to_array
-from lorascope.methods.base import Method, Step, require_at_least, require_choice, train_adapters
+from lorascope.adapters.delta import to_array
+from lorascope.methods.base import AdapterMethod, Step, require, require_at_least, require_choice
 from lorascope.methods.lora import LoRADelta
-from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import LowRank
 
@@ -75,7 +74,7 @@ Tensors = list[Tensor]
 
 
 @dataclass(kw_only=True)
-class AdaLoRA(Method, name="adalora"):
+class AdaLoRA(AdapterMethod, name="adalora"):
     """Low-rank adaptation that allocates a rank budget by importance during training.
 
     Parameters
@@ -126,30 +125,28 @@ class AdaLoRA(Method, name="adalora"):
     def __post_init__(self) -> None:
         require_at_least(self, 1, "init_rank", "mask_every")
         require_at_least(self, 0, "initial_steps", "final_steps")
-        if not 0 <= self.target_rank <= self.init_rank:
-            raise ValueError(f"target_rank must be in [0, init_rank = {self.init_rank}], got {self.target_rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be > 0, got {self.alpha}")
-        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
-            if not 0 < beta < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {beta}")
+        allowed = f"in [0, init_rank = {self.init_rank}]"
+        require(self, "target_rank", allowed, 0 <= self.target_rank <= self.init_rank)
+        require(self, "alpha", "> 0", self.alpha > 0)
+        require(self, "beta1", "in (0, 1)", 0 < self.beta1 < 1)
+        require(self, "beta2", "in (0, 1)", 0 < self.beta2 < 1)
         require_choice(self, "penalty", ("mean-norm", "sum-square"))
         require_choice(self, "scores", ("after", "before"))
 
     def attach(self, model: nn.Module) -> None:
-        """Adapt the targets; leave adapters and head trainable."""
-        chosen = module_table.match(module_table.describe(model), self.targets)
-        # The authors' code adds 1e-5 to the rank; c does not change when components are masked.
-        sizes = (self.init_rank, self.alpha / (self.init_rank + 1e-5), self.dropout)
-        self._deltas = {name: AdaLoRADelta(model.get_submodule(name), *sizes) for name in chosen}
-        attach(model, self._deltas)
-        train_adapters(model)
+        """Adapt the targets, leave adapters and head trainable, and start the moving averages at zero."""
+        super().attach(model)
         # P, lambda and Q of the first module, then of the second, and so on: `[0::3]` is every P.
         self._weights: Tensors = [weight for d in self._deltas.values() for weight in (d.B, d.diagonal, d.A)]
         self.sensitivity_ = [
             torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in self._weights
         ]
         self.uncertainty_ = [s.clone() for s in self.sensitivity_]
+
+    def delta(self, name: str, host: nn.Module) -> AdaLoRADelta:
+        """Return P diag(lambda) Q of one module."""
+        # The authors' code adds 1e-5 to the rank; c does not change when components are masked.
+        return AdaLoRADelta(host, self.init_rank, self.alpha / (self.init_rank + 1e-5), self.dropout)
 
     def schedule(self, total: int) -> Schedule:
         """Return the budget schedule of a run of ``total`` steps.
@@ -219,6 +216,10 @@ class AdaLoRA(Method, name="adalora"):
     def settled(self, step: Step) -> bool:
         """Return whether the selection is fixed."""
         return step.index >= self.schedule(step.total).fixed
+
+    def describe(self) -> dict[str, Any]:
+        """Return the common facts, and that components are masked and not deleted."""
+        return super().describe() | {"masks_components": True}
 
 
 class AdaLoRADelta(LoRADelta):

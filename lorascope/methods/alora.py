@@ -50,7 +50,7 @@ The paper leaves these rules open:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,11 +61,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope.adapters.ablation import Scores, ablation_scores
-from lorascope.adapters.delta import attach, resize
-from lorascope.methods.base import Method, Step, added_later, parameter_groups, require_at_least, train_adapters
+from lorascope.adapters.ablation import ablation_scores
+from lorascope.adapters.delta import resize
+from lorascope.methods.base import AdapterMethod, Step, added_later, parameter_groups, require, require_at_least
 from lorascope.methods.lora import LoRADelta
-from lorascope.schema import module_table
+from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 from lorascope.schema.records import Item, Quantity, Record, register
 
 for _name, _label, _index, _definition in (
@@ -78,7 +78,7 @@ for _name, _label, _index, _definition in (
 
 
 @dataclass(kw_only=True)
-class ALoRA(Method, name="alora"):
+class ALoRA(AdapterMethod, name="alora"):
     """Low-rank adaptation that moves components between modules by ablation scores.
 
     Parameters
@@ -123,38 +123,38 @@ class ALoRA(Method, name="alora"):
         require_at_least(self, 1, "init_rank", "rounds", "warm_steps", "round_steps", "score_rows")
         if self.search_share <= 0:
             raise ValueError(f"search_share must be > 0, got {self.search_share}: the search split scores components")
-        if self.prune not in ("block", "network") if isinstance(self.prune, str) else self.prune < 1:
-            raise ValueError(f"prune must be 'block', 'network' or >= 1, got {self.prune!r}")
+        valid = self.prune in ("block", "network") if isinstance(self.prune, str) else self.prune >= 1
+        require(self, "prune", "'block', 'network' or >= 1", valid)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        description = module_table.describe(model)
-        hosts = {name: model.get_submodule(name) for name in module_table.match(description, self.targets)}
-        self._pruned = self._components_per_round(description, list(hosts))
-        scale = self.alpha / self.init_rank
-        self._deltas = {name: ALoRADelta(host, self.init_rank, scale, self.dropout) for name, host in hosts.items()}
-        attach(model, self._deltas)
-        train_adapters(model)
+        super().attach(model)
         self._round: list[Item] = []
         # The id of a component counts all components that its module ever had, so it stays unique after deletions.
-        self.rank_ids_ = {name: list(range(self.init_rank)) for name in hosts}
-        self.born_ = dict.fromkeys(hosts, self.init_rank)
+        self.rank_ids_ = {name: list(range(self.init_rank)) for name in self._deltas}
+        self.born_ = dict.fromkeys(self._deltas, self.init_rank)
+
+    def select_targets(self, modules: pd.DataFrame) -> list[str]:
+        """Return the modules to adapt, and compute n_A, the number of components deleted per round."""
+        names = super().select_targets(modules)
+        places = modules[modules["module"].isin(names) & modules["layer"].notna()]
+        # Encoder and decoder number their layers separately, so a block is a stack and a layer.
+        in_block = max(places.groupby(["stack", "layer"]).size(), default=len(names))
+        number = int({"block": in_block, "network": len(names)}.get(str(self.prune), self.prune))
+        if number >= (total := len(names) * self.init_rank):
+            raise ValueError(f"prune must be < {total}, the number of components, got {self.prune!r} ({number})")
+        self._pruned = number
+        return names
+
+    def delta(self, name: str, host: nn.Module) -> ALoRADelta:
+        """Return B A of one module with the initial rank."""
+        return ALoRADelta(host, self.init_rank, self.alpha / self.init_rank, self.dropout)
 
     def optimizer(self, model: nn.Module, lr: float, head_lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Return AdamW, with a step count per component if ``fresh_moments``."""
         if not self.fresh_moments:
             return super().optimizer(model, lr, head_lr, weight_decay)
         return CountingAdamW(parameter_groups(model, lr, head_lr, weight_decay), lr)
-
-    def _components_per_round(self, description: pd.DataFrame, modules: Sequence[str]) -> int:
-        """Return n_A, the number of components deleted per round."""
-        places = description[description["module"].isin(modules) & description["layer"].notna()]
-        # Encoder and decoder number their layers separately, so a block is a stack and a layer.
-        in_block = max(places.groupby(["stack", "layer"]).size(), default=len(modules))
-        number = {"block": in_block, "network": len(modules)}.get(str(self.prune), self.prune)
-        if int(number) >= (total := len(modules) * self.init_rank):
-            raise ValueError(f"prune must be < {total}, the number of components, got {self.prune!r} ({number})")
-        return int(number)
 
     def schedule(self, total: int) -> range:
         """Return the numbers of finished steps at which a round takes place.
@@ -183,12 +183,15 @@ class ALoRA(Method, name="alora"):
         batch = step.validation(self.score_rows, fixed=True)
         found = ablation_scores(step.model, step.loss, batch)
         scores = {name: importance(found.full, found.without[name], found.only[name]) for name in self._deltas}
-        self._round = list(self._round_records(found, scores))
+        self._round = [Record("score_full", found.full), Record("score_none", found.none)]
+        columns = {"importance": scores, "score_without": found.without, "score_only": found.only}
+        for name, ids in self.rank_ids_.items():
+            self._round += [Record(key, values[name], name, np.array(ids)) for key, values in columns.items() if ids]
         lost = prune(list(scores.values()), self._pruned)
         gained = allocate(list(scores.values()), lost)
-        for name, positions, new in zip(self._deltas, lost, gained, strict=True):
+        for name, positions, new in zip(self._deltas, lost, gained.tolist(), strict=True):
             if len(positions) or new:
-                self._reshape(step, name, positions, int(new))
+                self._reshape(step, name, positions, new)
 
     def _reshape(self, step: Step, name: str, lost: Int[np.ndarray, "_"], new: int) -> None:
         """Delete and append components of one module: factors, moments and ids."""
@@ -199,16 +202,6 @@ class ALoRA(Method, name="alora"):
         resize(delta.B, step.optimizer, kept, fresh.get("B"), 1)
         self.rank_ids_[name] = [ids[position] for position in kept] + [self.born_[name] + i for i in range(new)]
         self.born_[name] += new
-
-    def _round_records(self, found: Scores, scores: Mapping[str, Float[np.ndarray, "_"]]) -> Iterable[Item]:
-        """Yield the scores of a round, with the ids that components have before it."""
-        yield Record("score_full", found.full)
-        yield Record("score_none", found.none)
-        for name, ids in self.rank_ids_.items():
-            parts = {"importance": scores, "score_without": found.without, "score_only": found.only}
-            yield from (
-                Record(quantity, values[name], name, np.array(ids)) for quantity, values in parts.items() if ids
-            )
 
     def records(self, step: Step) -> Iterable[Item]:
         """Yield ranks and budget at the start, at every round and at the end; at rounds also the scores."""
@@ -252,29 +245,21 @@ class CountingAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update_counted(parameter, parameter.grad, group)
+        loss = closure_loss(closure)
+        for group, parameter in parameters_with_gradient(self):
+            state, (beta1, beta2) = self.state[parameter], group["betas"]
+            if not state:
+                state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+                # A count in bfloat16 would stop at 256.
+                state["steps"] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            m, v, steps = state["exp_avg"], state["exp_avg_sq"], state["steps"]
+            steps += 1
+            m.lerp_(parameter.grad, 1 - beta1)
+            v.lerp_(parameter.grad.square(), 1 - beta2)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            size = (v / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+            parameter.addcdiv_(m / (1 - beta1**steps), size, value=-group["lr"])
         return loss
-
-    def _update_counted(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
-        if not state:
-            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
-            # A count in bfloat16 would stop at 256.
-            state["steps"] = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        m, v, steps = state["exp_avg"], state["exp_avg_sq"], state["steps"]
-        steps += 1
-        m.lerp_(gradient, 1 - beta1)
-        v.lerp_(gradient.square(), 1 - beta2)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        size = (v / (1 - beta2**steps)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(m / (1 - beta1**steps), size, value=-group["lr"])
 
 
 def importance(

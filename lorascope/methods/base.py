@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import attached_deltas
+from lorascope.adapters.delta import Delta, attach, attached_deltas
 from lorascope.inputs.models import missing
 from lorascope.runs.run import Run
 from lorascope.schema import module_table
@@ -118,6 +118,43 @@ class Method:
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield the phases of the method in order; each ``yield`` returns the finished Run of its phase."""
         yield Phase(self)
+
+    def trainer_problem(self) -> str:
+        """Return why a Trainer cannot train this method although it has one phase and no search split, else ""."""
+        return ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts that readers of a run need about its method, in JSON form.
+
+        ``starts_at_zero`` is whether all initial updates are zero. ``caption_notes`` are predicates for the captions of
+        figures, such as "keeps vectors dense". A method adds facts that only its own figures and checks use.
+        """
+        return {"starts_at_zero": True, "caption_notes": []}
+
+
+class AdapterMethod(Method):
+    """A method that adds an adapter to every target module and trains only adapters and the task's head.
+
+    A subclass is a dataclass with a field ``targets``: roles, "all-linear", module names or a regular expression, see
+    ``ls.names.match``. It implements ``delta``.
+    """
+
+    targets: Any
+
+    def attach(self, model: nn.Module) -> None:
+        """Adapt the targets; leave adapters and head trainable."""
+        names = self.select_targets(module_table.describe(model))
+        self._deltas: dict[str, Any] = {name: self.delta(name, model.get_submodule(name)) for name in names}
+        attach(model, self._deltas)
+        train_adapters(model)
+
+    def select_targets(self, modules: pd.DataFrame) -> list[str]:
+        """Return the names of the modules to adapt, from the module table of the model."""
+        return module_table.match(modules, self.targets)
+
+    def delta(self, name: str, host: nn.Module) -> Delta:
+        """Return the adapter of one module."""
+        raise NotImplementedError(f"{type(self).__name__} must define delta")
 
 
 @dataclass(frozen=True)
@@ -321,17 +358,22 @@ def frozen_entries(method: Method) -> int:
     return method.frozen_entry_count()
 
 
-def require_choice(method: Method, name: str, choices: tuple[str, ...]) -> None:
+def require(method: Method, name: str, allowed: str, valid: bool) -> None:
+    """Raise a ValueError that states the value of a field and what is ``allowed``, unless it is valid."""
+    if not valid:
+        value = getattr(method, name)
+        raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
+
+
+def require_choice(method: Method, name: str, choices: Iterable[str]) -> None:
     """Raise a ValueError unless the field ``name`` is one of the choices."""
-    if (value := getattr(method, name)) not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    require(method, name, f"one of {', '.join(map(repr, choices))}", getattr(method, name) in choices)
 
 
 def require_at_least(method: Method, least: int, *names: str) -> None:
     """Raise a ValueError unless each of these fields is None or at least ``least``."""
     for name in names:
-        if (value := getattr(method, name)) is not None and value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
+        require(method, name, f">= {least}", (value := getattr(method, name)) is None or value >= least)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:

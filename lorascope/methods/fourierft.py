@@ -53,28 +53,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, attach, attached_deltas, host_weight, to_array
-from lorascope.methods.base import Method, Step, require_choice, train_adapters
-from lorascope.methods.fourierft_synthesis import at_least_float32, fourier_factors, synthesize, use_basis_form
-from lorascope.schema import module_table
+from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.methods.base import AdapterMethod, Step, require, require_choice
 from lorascope.schema.records import Item, Quantity, Record, register
 from lorascope.updates import fourier
 
 BINS = 8
 RECORD_EVERY = 10
-register(
-    "radius_energy",
-    Quantity(
-        "fraction of ‖ΔW‖²",
-        index="bin",
-        definition="fraction of |dW|^2 in each of eight rings of radii, from frequency zero to the corner",
-        source="FourierFT, section 4.3",
-    ),
-)
+_RINGS = "fraction of |dW|^2 in each of eight rings of radii, from frequency zero to the corner"
+register("radius_energy", Quantity("fraction of ‖ΔW‖²", "", "bin", "mean", _RINGS, "FourierFT, section 4.3"))
 
 
 @dataclass(kw_only=True)
-class FourierFT(Method, name="fourierft"):
+class FourierFT(AdapterMethod, name="fourierft"):
     """Fine-tuning of a few Fourier coefficients per weight.
 
     Parameters
@@ -109,16 +100,10 @@ class FourierFT(Method, name="fourierft"):
     def __post_init__(self) -> None:
         require_choice(self, "init", ("normal", "zeros"))
         require_choice(self, "basis", ("fourier", "random", "orthogonal"))
-        if not (math.isfinite(self.alpha) and self.alpha):
-            raise ValueError(f"alpha must be finite and nonzero, got {self.alpha}")
+        require(self, "alpha", "finite and nonzero", math.isfinite(self.alpha) and self.alpha != 0)
 
-    def attach(self, model: nn.Module) -> None:
-        """Adapt the targets; leave adapters and head trainable."""
-        chosen = module_table.match(module_table.describe(model), self.targets)
-        attach(model, {name: self._fourier_delta(name, model.get_submodule(name)) for name in chosen})
-        train_adapters(model)
-
-    def _fourier_delta(self, name: str, host: nn.Module) -> Delta:
+    def delta(self, name: str, host: nn.Module) -> Delta:
+        """Return the update of one module, with entries drawn for its shape."""
         if isinstance(host, nn.Embedding):
             raise ValueError(
                 f"cannot adapt embedding {name!r}: FourierFT supports linear layers. Remove it from targets"
@@ -141,14 +126,16 @@ class FourierFT(Method, name="fourierft"):
         """Yield the radial energy of every Fourier update, every ten steps and at the end."""
         if step.finished % RECORD_EVERY and not step.last:
             return
-        for module, delta in attached_deltas(step.model).items():
-            if not isinstance(delta, FourierDelta):  # other bases have no frequencies
-                continue
+        for module, delta in self._deltas.items() if self.basis == "fourier" else ():  # others have no frequencies
             update = delta.update()
             edges = np.linspace(0, math.hypot(*(side // 2 for side in update.shape)), BINS + 1)
             energy = update.energy(edges)
             if energy.any():
                 yield Record("radius_energy", energy / energy.sum(), module)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the common facts: updates start at random unless ``init`` is "zeros"."""
+        return super().describe() | {"starts_at_zero": self.init == "zeros"}
 
 
 class FourierDelta(Delta):
@@ -180,7 +167,9 @@ class FourierDelta(Delta):
         self._waves: tuple[Tensor, int, Tensor] | None = None
 
     def weight(self) -> Float[Tensor, "out in"]:
-        return synthesize(at_least_float32(self.coefficients), self.entries, self.shape, self.alpha)
+        # Half precision has no transforms.
+        c = self.coefficients.to(torch.promote_types(self.coefficients.dtype, torch.float32))
+        return synthesize(c, self.entries, self.shape, self.alpha)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         """Apply the update as a matrix, or in basis form if there are few coefficients."""
@@ -278,3 +267,84 @@ def bases(shape: tuple[int, int], seed: int, kind: str) -> tuple[Float[Tensor, "
     """Return ``fourier.bases`` as tensors."""
     left, right = fourier.bases(shape, seed, kind)
     return torch.from_numpy(left), torch.from_numpy(right)
+
+
+def synthesize(
+    c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
+) -> Float[Tensor, "out in"]:
+    """Compute ``synthesis``, differentiable more than once."""
+    return _Transform.apply(c, entries, shape, alpha, False)
+
+
+class _Transform(torch.autograd.Function):
+    """``synthesis``, or its adjoint ``analysis``, without the complex matrices that autograd would store.
+
+    The backward pass of each of the two is the other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, entries: Tensor, shape: tuple[int, int], alpha: float, back: bool) -> Tensor:
+        ctx.save_for_backward(entries)
+        ctx.shape, ctx.alpha, ctx.back = shape, alpha, back
+        return (analysis if back else synthesis)(values, entries, shape, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return (
+            _Transform.apply(gradient, *ctx.saved_tensors, ctx.shape, ctx.alpha, not ctx.back),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def synthesis(
+    c: Float[Tensor, "n"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
+) -> Float[Tensor, "out in"]:
+    """Compute alpha * Re(ifft2(F)) from coefficients in float32 or wider, by a real transform of half the spectrum.
+
+    The scale is applied here, because multithreaded float32 transforms of 2048 x 2048 may apply theirs twice.
+    """
+    width = shape[1] // 2 + 1
+    row, column, mirrored, paired = fourier.half_spectrum(entries, shape)
+    half = c * (alpha / (2 * math.prod(shape)))
+    spectrum = c.new_zeros(shape[0] * width, 2)
+    spectrum[:, 0].index_add_(0, row * width + column, half)
+    spectrum[:, 0].index_add_(0, mirrored * width + column, half * paired)
+    return torch.fft.irfft2(torch.view_as_complex(spectrum).view(shape[0], width), s=shape, norm="forward")
+
+
+def analysis(
+    G: Float[Tensor, "out in"], entries: Int[Tensor, "2 n"], shape: tuple[int, int], alpha: float
+) -> Float[Tensor, "n"]:
+    """Compute alpha / (d1 d2) Re(fft2(G)) at the entries.
+
+    Two transforms are used because a multithreaded ``rfft2`` waits for its threads longer than it computes.
+    """
+    spectrum = torch.fft.fft(torch.fft.rfft(G), dim=0)
+    row, column, _, _ = fourier.half_spectrum(entries, shape)
+    return alpha / G.numel() * spectrum.real.reshape(-1)[row * spectrum.shape[1] + column]
+
+
+def use_basis_form(n: int, shape: tuple[int, int]) -> bool:
+    """Return whether basis form needs fewer operations than the matrix.
+
+    For T tokens, products with waves take 8 T n (d1 + d2) operations and the gradient by dW takes 2 T d1 d2. Forward,
+    the sum of both weights costs no more than the weight itself. Transforms are not counted, so waves may be faster for
+    few tokens even if this returns False. At a thousand tokens both are about even at the threshold.
+    """
+    return 4 * n * sum(shape) < math.prod(shape)
+
+
+def fourier_factors(
+    entries: Int[Tensor, "2 n"], shape: tuple[int, int]
+) -> tuple[Float[Tensor, "out waves"], Float[Tensor, "in waves"]]:
+    """Return L and R with dW = alpha / (d1 d2) L diag(c, c) R^T: cosines, then sines, which are negative in L."""
+    sides = []
+    for index, side, sign in zip(entries, shape, (-1, 1), strict=True):
+        # Phases are reduced modulo a full turn in integers, because the cosine of a large phase loses digits.
+        turns = torch.outer(torch.arange(side, device=index.device), index) % side
+        phases = turns.double() * (2 * math.pi / side)
+        sides.append(torch.cat([phases.cos(), sign * phases.sin()], 1))
+    return sides[0], sides[1]

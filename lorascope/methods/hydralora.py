@@ -44,14 +44,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, attach, host_weight, to_array
+from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
-from lorascope.methods.base import Method, Step, added_later, require_at_least, require_choice, train_adapters
+from lorascope.methods.base import AdapterMethod, Step, added_later, require, require_at_least, require_choice
 from lorascope.methods.hydralora_routing import gate_records, watch
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
@@ -71,7 +72,7 @@ register(
 
 @accept_old_fields
 @dataclass(kw_only=True)
-class HydraLoRA(Method, name="hydralora"):
+class HydraLoRA(AdapterMethod, name="hydralora"):
     """Low-rank adaptation with one shared A and several B, weighted per token by a router.
 
     Parameters
@@ -113,25 +114,22 @@ class HydraLoRA(Method, name="hydralora"):
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "rank", "num_experts", "gates_every", "gate_rows")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be finite and > 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not isinstance(self.shared_a, bool):
-            raise ValueError(f"shared_a must be True or False, got {self.shared_a!r}")
+        require(self, "alpha", "finite and > 0", 0 < self.alpha < math.inf)
+        require(self, "dropout", "in [0, 1)", 0 <= self.dropout < 1)
+        require(self, "shared_a", "True or False", isinstance(self.shared_a, bool))
         require_choice(self, "router", ("learned", "uniform"))
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; leave adapters and head trainable."""
-        description = module_table.describe(model)
-        targets = self.targets or tuple(role for role in FFN if role in set(description["role"]))
-        self._deltas = {name: self._hydra_delta(name, model) for name in module_table.match(description, targets)}
-        attach(model, self._deltas)
-        train_adapters(model)
+        super().attach(model)
         self._recorded: list[Item] = []
 
-    def _hydra_delta(self, name: str, model: nn.Module) -> HydraDelta:
-        host = model.get_submodule(name)
+    def select_targets(self, modules: pd.DataFrame) -> list[str]:
+        """Return the modules to adapt, by default the feed-forward modules."""
+        return module_table.match(modules, self.targets or tuple(role for role in FFN if role in set(modules["role"])))
+
+    def delta(self, name: str, host: nn.Module) -> HydraDelta:
+        """Return the experts of one module, with a router if it is learned."""
         if isinstance(host, nn.Embedding):
             raise ValueError(
                 f"cannot adapt embedding {name!r}: a router needs vectors, not ids. Remove it from targets"
@@ -163,18 +161,18 @@ class HydraLoRA(Method, name="hydralora"):
                 # Norms, saved states and updates use these gate weights until the next recording.
                 delta.mean_gates_.copy_(torch.from_numpy(seen[name].mean))
                 yield from gate_records(name, seen[name], held.groups, kept)
-        for name, heads in self._deltas.items():
-            yield from _head_records(name, heads, kept)
+        for name, delta in self._deltas.items():
+            A, B = (to_array(delta.factors()[factor]) for factor in "AB")
+            inner = update_inner(A, B)
+            yield Record("head_norm", delta.scale * np.sqrt(np.diagonal(inner)), name)
+            if delta.number > 1:
+                yield Record("head_cosine", mean_of_pairs(cosines(inner)), name)
+            if kept:
+                yield Snapshot(f"{name}/head_similarity", head_similarity(B), ("head", "other_head"))
 
-
-def _head_records(name: str, delta: HydraDelta, kept: bool) -> Iterable[Item]:
-    factors = {factor: to_array(value) for factor, value in delta.factors().items()}
-    inner = update_inner(factors["A"], factors["B"])
-    yield Record("head_norm", delta.scale * np.sqrt(np.diagonal(inner)), name)
-    if delta.number > 1:
-        yield Record("head_cosine", mean_of_pairs(cosines(inner)), name)
-    if kept:
-        yield Snapshot(f"{name}/head_similarity", head_similarity(factors["B"]), ("head", "other_head"))
+    def describe(self) -> dict[str, Any]:
+        """Return the common facts, and the number of experts."""
+        return super().describe() | {"num_experts": self.num_experts}
 
 
 class HydraDelta(Delta):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import to_array
@@ -50,69 +51,33 @@ for _name, _label, _unit, _definition in (
 ):
     register(_name, Quantity(_label, _unit, definition=_definition, source=_PAPER))
 
+# The statistic of ``Routing`` that each quantity records.
+_STATISTICS = {
+    "gate": "mean",
+    "gate_std": "std",
+    "gate_top1": "top1_share",
+    "head_importance": "importance",
+    "head_share": "importance_share",
+    "gate_entropy": "entropy",
+    "gate_cv2": "usage_cv2",
+    "gate_switch": "switch_rate",
+}
 DRAWS = 100
 """Number of shuffles over which the information at chance level is averaged."""
 
 
 @dataclass(frozen=True, eq=False)
-class Gates:
-    """Gate weights of one module on a text.
+class Routing:
+    """Gate weights of one module on a text, with statistics over its tokens. Padding does not count as a token.
 
     Parameters
     ----------
-    weights : array (rows, heads)
-        Gate weights, summed over the tokens of a row.
+    weights, squares : array (rows, heads)
+        Gate weights and their squares, summed over the tokens of a row.
     entropies : array (rows,)
         Entropies of the gate weights in nats, summed over the tokens of a row.
     tokens : array (rows,)
-        Number of tokens of a row, without padding.
-    """
-
-    weights: Float[np.ndarray, "rows heads"]
-    entropies: Float[np.ndarray, "rows"]
-    tokens: Float[np.ndarray, "rows"]
-
-    @property
-    def mean(self) -> Float[np.ndarray, "heads"]:
-        """Mean gate weights over all tokens."""
-        return self.weights.sum(0) / self.tokens.sum()
-
-    @property
-    def entropy(self) -> float:
-        """Mean entropy of a token's gate weights in nats, between 0 and ln of the number of experts."""
-        return float(self.entropies.sum() / self.tokens.sum())
-
-    def by_group(self, groups: Sequence[str]) -> dict[str, Float[np.ndarray, "heads"]]:
-        """Return the mean gate weights over the tokens of every group of rows."""
-        return dict(zip(_group_names(groups), self._group_means(_members(groups)), strict=True))
-
-    def information(self, groups: Sequence[str]) -> float:
-        """Compute the mutual information of group and expert in nats; 0 if all groups have the same mean gate weights.
-
-        All groups are equally likely, and the probability of an expert is its mean gate weight within the group.
-        """
-        return float(_information(self._group_means(_members(groups)[None])).mean())
-
-    def information_by_chance(self, groups: Sequence[str], seed: int = 0) -> float:
-        """Compute the same with the rows shuffled among the groups, as a mean over ``DRAWS`` shuffles."""
-        draw, members = np.random.default_rng(seed), _members(groups)
-        shuffled = np.stack([members[:, draw.permutation(members.shape[1])] for _ in range(DRAWS)])
-        return float(_information(self._group_means(shuffled)).mean())
-
-    def _group_means(
-        self, members: Float[np.ndarray, "*draws groups rows"]
-    ) -> Float[np.ndarray, "*draws groups heads"]:
-        return (members @ self.weights) / (members @ self.tokens)[..., None]
-
-
-@dataclass(frozen=True, eq=False)
-class Routing(Gates):
-    """Gate weights of one module on a text, with statistics over its tokens.
-
-    Parameters
-    ----------
-    squares : array (rows, heads)
-        Squared gate weights, summed over the tokens of a row.
+        Number of tokens of a row.
     firsts : array (rows, heads)
         Number of tokens of a row whose largest gate weight is the expert's.
     added : array (rows, heads)
@@ -121,21 +86,47 @@ class Routing(Gates):
         Number of pairs of neighboring tokens of a row: those with different top experts, and all pairs.
     """
 
+    weights: Float[np.ndarray, "rows heads"]
+    entropies: Float[np.ndarray, "rows"]
+    tokens: Float[np.ndarray, "rows"]
     squares: Float[np.ndarray, "rows heads"]
     firsts: Float[np.ndarray, "rows heads"]
     added: Float[np.ndarray, "rows heads"]
     switches: Float[np.ndarray, "rows"]
     pairs: Float[np.ndarray, "rows"]
 
+    def _token_mean(self, sums: Float[np.ndarray, "rows *heads"]) -> Float[np.ndarray, "*heads"]:
+        return sums.sum(0) / self.tokens.sum()
+
+    @property
+    def mean(self) -> Float[np.ndarray, "heads"]:
+        """Mean gate weights over all tokens."""
+        return self._token_mean(self.weights)
+
     @property
     def std(self) -> Float[np.ndarray, "heads"]:
         """Standard deviation of the gate weights over all tokens."""
-        return np.sqrt(np.maximum(self.squares.sum(0) / self.tokens.sum() - self.mean**2, 0))
+        return np.sqrt(np.maximum(self._token_mean(self.squares) - self.mean**2, 0))
 
     @property
     def top1_share(self) -> Float[np.ndarray, "heads"]:
         """Fraction of the tokens whose largest gate weight is the expert's."""
-        return self.firsts.sum(0) / self.tokens.sum()
+        return self._token_mean(self.firsts)
+
+    @property
+    def importance(self) -> Float[np.ndarray, "heads"]:
+        """Norm of the expert's output times its gate weight, averaged over all tokens."""
+        return self._token_mean(self.added)
+
+    @property
+    def importance_share(self) -> Float[np.ndarray, "heads"]:
+        """Importance divided by its sum over all experts; NaN if the sum is 0."""
+        return self.importance / (self.importance.sum() or np.nan)
+
+    @property
+    def entropy(self) -> float:
+        """Mean entropy of a token's gate weights in nats, between 0 and ln of the number of experts."""
+        return float(self._token_mean(self.entropies))
 
     @property
     def usage_cv2(self) -> float:
@@ -148,27 +139,36 @@ class Routing(Gates):
         pairs = self.pairs.sum()
         return float(self.switches.sum() / pairs) if pairs else np.nan
 
-    @property
-    def importance(self) -> Float[np.ndarray, "heads"]:
-        """Norm of the expert's output times its gate weight, averaged over all tokens."""
-        return self.added.sum(0) / self.tokens.sum()
+    def by_group(self, groups: Sequence[str]) -> dict[str, Float[np.ndarray, "heads"]]:
+        """Return the mean gate weights over the tokens of every group of rows."""
+        return dict(zip(sorted(set(groups)), self._group_means(np.array(groups)), strict=True))
 
-    @property
-    def importance_share(self) -> Float[np.ndarray, "heads"]:
-        """Importance divided by its sum over all experts; NaN if the sum is 0."""
-        return self.importance / (self.importance.sum() or np.nan)
+    def information(self, groups: Sequence[str]) -> float:
+        """Compute the mutual information of group and expert in nats; 0 if all groups have the same mean gate weights.
+
+        All groups are equally likely, and the probability of an expert is its mean gate weight within the group.
+        """
+        return self._mean_information(np.array(groups)[None])
+
+    def information_by_chance(self, groups: Sequence[str], seed: int = 0) -> float:
+        """Compute the same with the rows shuffled among the groups, as a mean over ``DRAWS`` shuffles."""
+        draw, known = np.random.default_rng(seed), np.array(groups)
+        return self._mean_information(np.stack([known[draw.permutation(len(known))] for _ in range(DRAWS)]))
+
+    def _group_means(self, groups: Shaped[np.ndarray, "*draws rows"]) -> Float[np.ndarray, "*draws groups heads"]:
+        members = (np.unique(groups)[:, None] == groups[..., None, :]).astype(np.float64)
+        return (members @ self.weights) / (members @ self.tokens)[..., None]
+
+    def _mean_information(self, groups: Shaped[np.ndarray, "draws rows"]) -> float:
+        means = self._group_means(groups)
+        whole = means.mean(-2, keepdims=True)
+        ratio = np.divide(means, whole, out=np.ones_like(means), where=means > 0)  # 0 log 0 counts as 0
+        return float((means * np.log(ratio)).sum(-1).mean(-1).mean())
 
 
 def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept: bool) -> Iterable[Item]:
     """Yield the records of a module's gate weights; ``kept`` adds a snapshot of the gate weights by group."""
-    yield Record("gate", gates.mean, module)
-    yield Record("gate_std", gates.std, module)
-    yield Record("gate_top1", gates.top1_share, module)
-    yield Record("head_importance", gates.importance, module)
-    yield Record("head_share", gates.importance_share, module)
-    yield Record("gate_entropy", gates.entropy, module)
-    yield Record("gate_cv2", gates.usage_cv2, module)
-    yield Record("gate_switch", gates.switch_rate, module)
+    yield from (Record(quantity, getattr(gates, statistic), module) for quantity, statistic in _STATISTICS.items())
     if groups is not None:
         yield Record("gate_information", gates.information(groups), module)
         yield Record("gate_chance", gates.information_by_chance(groups), module)
@@ -176,20 +176,6 @@ def gate_records(module: str, gates: Routing, groups: Sequence[str] | None, kept
             found = gates.by_group(groups)
             means, labels = np.stack(list(found.values())), {"domain": list(found)}
             yield Snapshot(f"{module}/gate_by_domain", means, ("domain", "head"), labels)
-
-
-def _group_names(groups: Sequence[str]) -> list[str]:
-    return sorted(set(groups))
-
-
-def _members(groups: Sequence[str]) -> Float[np.ndarray, "groups rows"]:
-    return (np.array(_group_names(groups))[:, None] == np.array(groups)).astype(np.float64)
-
-
-def _information(means: Float[np.ndarray, "draws groups heads"]) -> Float[np.ndarray, "draws"]:
-    whole = means.mean(-2, keepdims=True)
-    ratio = np.divide(means, whole, out=np.ones_like(means), where=means > 0)  # 0 log 0 counts as 0
-    return (means * np.log(ratio)).sum(-1).mean(-1)
 
 
 def watch(
@@ -235,7 +221,7 @@ def watch(
         model.train(training)
         for handle in hooks:
             handle.remove()
-    return {name: _join_uses(parts) for name, parts in seen.items()}
+    return {name: _combine(partial(np.sum, axis=0), uses) for name, uses in seen.items()}
 
 
 def _sum_gates(
@@ -261,18 +247,14 @@ def _sum_gates(
     return Routing(*(to_array(part.double().sum(1)) for part in per_token))
 
 
-def stack_gates(parts: Sequence[Gates]) -> Gates:
+def stack_gates(parts: Sequence[Routing]) -> Routing:
     """Concatenate the rows of the gate weights on several batches."""
-    return type(parts[0])(*map(np.concatenate, _field_columns(parts)))
+    return _combine(np.concatenate, parts)
 
 
-def _join_uses(parts: Sequence[Routing]) -> Routing:
-    """Sum the gate weights over all uses of a module that the model calls several times."""
-    return Routing(*(np.sum(column, axis=0) for column in _field_columns(parts)))
-
-
-def _field_columns(parts: Sequence[Gates]) -> list[list[np.ndarray]]:
-    return [[getattr(part, field.name) for part in parts] for field in fields(parts[0])]
+def _combine(join: Callable[[list[np.ndarray]], np.ndarray], parts: Sequence[Routing]) -> Routing:
+    """Join each field of several ``Routing``; the uses of a module that a model calls several times are summed."""
+    return Routing(*(join([getattr(part, field.name) for part in parts]) for field in fields(Routing)))
 
 
 def _real_tokens(model: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Bool[Tensor, "rows tokens"] | None:

@@ -30,19 +30,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, attach, host_weight, to_array
-from lorascope.methods.base import Method, added_later, train_adapters
+from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.methods.base import AdapterMethod, added_later
 from lorascope.schema import module_table
 from lorascope.updates import LowRank
 
 
 @dataclass(kw_only=True)
-class LoRA(Method, name="lora"):
+class LoRA(AdapterMethod, name="lora"):
     """Low-rank adaptation with one rank for all modules, or a rank per module.
 
     Parameters
@@ -73,28 +74,26 @@ class LoRA(Method, name="lora"):
     head_lr: float = 5e-4
 
     def attach(self, model: nn.Module) -> None:
-        """Adapt the targets; leave adapters and head trainable."""
-        generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
-        ranks = self._module_ranks(model)
-        attach(
-            model, {name: self._lora_delta(model.get_submodule(name), rank, generator) for name, rank in ranks.items()}
-        )
-        train_adapters(model)
+        """Adapt the targets, with factors drawn by ``init_seed``; leave adapters and head trainable."""
+        self._generator = None if self.init_seed is None else torch.Generator().manual_seed(self.init_seed)
+        super().attach(model)
 
-    def _module_ranks(self, model: nn.Module) -> dict[str, int]:
-        description = module_table.describe(model)
+    def select_targets(self, modules: pd.DataFrame) -> list[str]:
+        """Return the modules to adapt: the targets, or those with a rank in the mapping."""
         if isinstance(self.rank, int):
-            return dict.fromkeys(module_table.match(description, self.targets), self.rank)
-        ranks = {name: self.rank[name] for name in module_table.match(description, tuple(self.rank)) if self.rank[name]}
-        if not ranks:
+            return super().select_targets(modules)
+        names = [name for name in module_table.match(modules, tuple(self.rank)) if self.rank[name]]
+        if not names:
             raise ValueError("rank must be >= 1 for at least one module, got 0 for all")
-        return ranks
+        return names
 
-    def _lora_delta(self, host: nn.Module, rank: int, generator: torch.Generator | None) -> LoRADelta:
+    def delta(self, name: str, host: nn.Module) -> LoRADelta:
+        """Return B A of one module, scaled by its rank."""
+        rank = self.rank if isinstance(self.rank, int) else self.rank[name]
         if rank < 1:
             raise ValueError(f"rank must be >= 1, got {rank}")
         scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LoRADelta(host, rank, scale, self.dropout, generator)
+        return LoRADelta(host, rank, scale, self.dropout, self._generator)
 
 
 class LoRADelta(Delta):

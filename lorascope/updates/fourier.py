@@ -126,6 +126,35 @@ def band_pass(shape: tuple[int, int], center: float, width: float = 200.0) -> Fl
     return bias
 
 
+def half_spectrum(entries: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any, Any]:
+    """Return where the entries are in the left half of a spectrum; Re(ifft2(F)) is the real transform of that half.
+
+    The real part is the transform of F averaged with its mirror image, F(j, k) / 2 + F(-j, -k) / 2, and a real inverse
+    transform reads the columns up to d2 / 2 of this average.
+
+    Parameters
+    ----------
+    entries : array or Tensor (2, n)
+        Rows and columns of F.
+    shape : (int, int)
+        Shape (out, in) of the update.
+
+    Returns
+    -------
+    row, column : (n,)
+        The entry, or its mirror image if the entry is in the right half.
+    mirrored : (n,)
+        Row of the other one, which is in the same column if ``paired``.
+    paired : (n,)
+        Whether both are in the left half.
+    """
+    (j, k), (rows, columns) = entries, shape
+    opposite = -j % rows
+    change = (k <= columns // 2) * (j - opposite)
+    column = k.clip(max=columns - k)
+    return opposite + change, column, j - change, 2 * column % columns == 0
+
+
 def bases(
     shape: tuple[int, int], seed: int, kind: str
 ) -> tuple[Float[np.ndarray, "out out"], Float[np.ndarray, "in in"]]:
@@ -226,13 +255,11 @@ class Fourier(Update, form="fourier"):
     @cached_property
     def matrix(self) -> Float[np.ndarray, "out in"]:
         """The update as a matrix, from one real inverse transform of half the spectrum."""
-        # The real part is the transform of F averaged with its mirror image, of which irfft2 reads one half.
-        rows, columns = self.shape
-        (j, k), half = self.entries, as_float64(self.coefficients) / 2
-        spectrum = np.zeros((rows, columns // 2 + 1))
-        for row, column in ((j, k), (-j % rows, -k % columns)):
-            kept = column <= columns // 2
-            np.add.at(spectrum, (row[kept], column[kept]), half[kept])
+        row, column, mirrored, paired = half_spectrum(self.entries, self.shape)
+        half = as_float64(self.coefficients) / 2
+        spectrum = np.zeros((self.shape[0], self.shape[1] // 2 + 1))
+        np.add.at(spectrum, (row, column), half)
+        np.add.at(spectrum, (mirrored[paired], column[paired]), half[paired])
         return self.scale * np.fft.irfft2(spectrum, s=self.shape)
 
     @cached_property
@@ -272,10 +299,8 @@ class Fourier(Update, form="fourier"):
         """Compute <W, dW> from the coefficients and the transform of W at their entries."""
         if not isinstance(W, np.ndarray):
             W = W.detach().float().cpu().numpy() if W.element_size() < 4 else W.detach().cpu().numpy()
-        (j, k), (rows, columns) = self.entries, self.shape
-        spectrum = np.fft.rfft2(W).real
-        left = k < spectrum.shape[1]
-        found = spectrum[np.where(left, j, -j % rows), np.where(left, k, columns - k)]
+        row, column, _, _ = half_spectrum(self.entries, self.shape)
+        found = np.fft.rfft2(W).real[row, column]
         return float(self.scale / W.size * np.vdot(as_float64(self.coefficients), as_float64(found)))
 
     def singular_values(self) -> Float[np.ndarray, "k"]:

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
+
 
 class CAME(torch.optim.Optimizer):
     """CAME optimizer.
@@ -53,24 +55,16 @@ class CAME(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update_weight(parameter, group)
+        loss = closure_loss(closure)
+        for group, parameter in parameters_with_gradient(self):
+            (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
+            state, G = self.state[parameter], parameter.grad.float()
+            D = G * _update_average(state, "exp_avg_sq", G.square() + eps1, beta2)
+            D.div_((D.square().mean().sqrt() / group["clip_threshold"]).clamp(min=1))
+            M = state.setdefault("exp_avg", torch.zeros_like(D)).lerp_(D, 1 - beta1)
+            confident = M if M.ndim < 2 else M * _update_average(state, "exp_avg_res", (D - M).square() + eps2, beta3)
+            parameter.sub_(group["lr"] * (confident + group["weight_decay"] * parameter))
         return loss
-
-    def _update_weight(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        (beta1, beta2, beta3), (eps1, eps2) = group["betas"], group["eps"]
-        state, G = self.state[parameter], parameter.grad.float()  # type: ignore[union-attr]
-        D = G * _update_average(state, "exp_avg_sq", G.square() + eps1, beta2)
-        D.div_((D.square().mean().sqrt() / group["clip_threshold"]).clamp(min=1))
-        M = state.setdefault("exp_avg", torch.zeros_like(D)).lerp_(D, 1 - beta1)
-        confident = M if M.ndim < 2 else M * _update_average(state, "exp_avg_res", (D - M).square() + eps2, beta3)
-        parameter.sub_(group["lr"] * (confident + group["weight_decay"] * parameter))
 
 
 def _update_average(

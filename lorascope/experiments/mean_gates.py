@@ -14,8 +14,8 @@ from torch import nn
 from lorascope.adapters.delta import attach, attached_deltas
 from lorascope.inputs import models
 from lorascope.methods.hydralora import RoutedDelta
-from lorascope.runs.adapter import Adapter
 from lorascope.methods.hydralora_routing import Routing, stack_gates, watch
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import base_of
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run

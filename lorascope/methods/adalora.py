@@ -55,7 +55,6 @@ from lorascope.adapters.delta import to_array
 from lorascope.methods.base import AdapterMethod, Step, require, require_at_least, require_choice
 from lorascope.methods.lora import LoRADelta
 from lorascope.schema.records import Item, Quantity, Record, register
-from lorascope.updates import LowRank
 
 # Quantities of each component in the order in which they are computed: label, definition, equation.
 _SCORES = {
@@ -246,9 +245,6 @@ class AdaLoRADelta(LoRADelta):
 
     def factors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B, "diagonal": self.diagonal[:, 0]}
-
-    def update(self) -> LowRank:
-        return LowRank(to_array(self.B) * to_array(self.diagonal[:, 0]), to_array(self.A), self.scale)
 
 
 @dataclass(frozen=True)

@@ -52,56 +52,38 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from lorascope.methods.base import Method, Step, added_later, parameter_groups
-from lorascope.methods.optimizers import subspace_iteration
 from lorascope.methods.optimizers.adapprox import AdapproxOptimizer
+from lorascope.methods.optimizers.subspace_iteration import LOGISTIC, largest_rank
 from lorascope.schema import module_table
 from lorascope.schema.records import Item, Quantity, Record, register
 
-SOURCE = "Adapprox, algorithm 2"
-register(
-    "factor_rank",
-    Quantity(
-        "rank of the second moment", index="none", pool="sum", definition="number of columns of Q and U", source=SOURCE
-    ),
-)
-register(
-    "factor_error",
-    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="relative error of this step's V, at a rank selection", source=SOURCE),
-)
-register(
-    "factor_trials", Quantity("factorizations", pool="sum", definition="number in one rank selection", source=SOURCE)
-)
-register(
-    "factor_seconds",
-    Quantity("selection time", "s", pool="sum", definition="wall-clock time of AS-RSI in one rank selection"),
-)
-register("factor_norm", Quantity("‖QUᵀ‖", pool="norm", definition="Frobenius norm of the factored second moment"))
-register(
-    "factor_share",
-    Quantity("k / k_max", definition="number of columns of Q and U divided by the largest rank", source=SOURCE),
-)
-register("factor_bytes", Quantity("factors of V", "bytes", pool="sum", definition="bytes of Q and U"))
-register(
-    "negative_share",
-    Quantity("negative entries", definition="fraction of negative entries of Q U^T, before they are set to zero"),
-)
-register(
-    "negative_mass",
-    Quantity("negative mass", definition="fraction of the sum of |Q U^T| in negative entries"),
-)
-register(
-    "direction_rms",
-    Quantity("RMS of the direction", definition="root mean square of G / (sqrt(V) + eps), before clipping"),
-)
-register(
-    "direction_cosine",
-    Quantity("cos(D, M)", definition="cosine of the clipped direction and the first moment of this step"),
-)
+_SELECTION = "wall-clock time of AS-RSI in one rank selection"
+_NEGATIVE = "fraction of negative entries of Q U^T, before they are set to zero"
+_RMS = "root mean square of G / (sqrt(V) + eps), before clipping"
+_COSINE = "cosine of the clipped direction and the first moment of this step"
+_SOURCE = "Adapprox, algorithm 2"
+for _name, _label, _unit, _pool, _definition, _source in (
+    ("factor_rank", "rank of the second moment", "", "sum", "number of columns of Q and U", _SOURCE),
+    ("factor_error", "‖V − QUᵀ‖ / ‖V‖", "", "mean", "relative error of this step's V, at a rank selection", _SOURCE),
+    ("factor_trials", "factorizations", "", "sum", "number in one rank selection", _SOURCE),
+    ("factor_seconds", "selection time", "s", "sum", _SELECTION, ""),
+    ("factor_norm", "‖QUᵀ‖", "", "norm", "Frobenius norm of the factored second moment", ""),
+    ("factor_share", "k / k_max", "", "mean", "number of columns of Q and U divided by the largest rank", _SOURCE),
+    ("factor_bytes", "factors of V", "bytes", "sum", "bytes of Q and U", ""),
+    ("negative_share", "negative entries", "", "mean", _NEGATIVE, ""),
+    ("negative_mass", "negative mass", "", "mean", "fraction of the sum of |Q U^T| in negative entries", ""),
+    ("direction_rms", "RMS of the direction", "", "mean", _RMS, ""),
+    ("direction_cosine", "cos(D, M)", "", "mean", _COSINE, ""),
+):
+    register(_name, Quantity(_label, _unit, "none", _pool, _definition, _source))
+
+
+__all__ = ["Adapprox", "AdapproxOptimizer"]
 
 
 @dataclass(kw_only=True)
@@ -159,7 +141,7 @@ class Adapprox(Method, name="adapprox"):
     tolerance: float = 0.01
     reselect_every: int = 10
     rank_rule: Literal["restart", "colnorm", "ema", "fixed"] = "restart"
-    growth: tuple[float, ...] = subspace_iteration.LOGISTIC
+    growth: tuple[float, ...] = LOGISTIC
     growth_scale: float | None = 1.0
     denominator: Literal["pre", "post"] = "pre"
     cosine: bool = False
@@ -192,20 +174,25 @@ class Adapprox(Method, name="adapprox"):
             if "Q" not in state or not ("chosen" in state or step.last):
                 continue
             module, (Q, U) = name.removesuffix(".weight"), (state["Q"], state["U"])
-            yield Record("factor_rank", Q.shape[1], module)
-            yield Record("factor_bytes", Q.nbytes + U.nbytes, module)
-            yield Record("direction_rms", float(state["rms"]), module)
-            yield Record("factor_norm", float(U.norm()), module)  # equals |Q U^T|: Q has orthonormal columns
-            fixed, most = (
-                self.rank_rule == "fixed",
-                subspace_iteration.largest_rank(Q.shape[0], U.shape[0], self.max_rank),
-            )
-            yield Record("factor_share", 1.0 if fixed else Q.shape[1] / most, module)
+            fixed, most = self.rank_rule == "fixed", largest_rank(Q.shape[0], U.shape[0], self.max_rank)
+            values = {
+                "factor_rank": Q.shape[1],
+                "factor_bytes": Q.nbytes + U.nbytes,
+                "direction_rms": float(state["rms"]),
+                "factor_norm": float(U.norm()),  # equals |Q U^T|: Q has orthonormal columns
+                "factor_share": 1.0 if fixed else Q.shape[1] / most,
+            }
             if "cosine" in state:  # absent without a first moment
-                yield Record("direction_cosine", float(state["cosine"]), module)
+                values["direction_cosine"] = float(state["cosine"])
             if "chosen" in state:
-                yield Record("factor_error", state["error"], module)
-                yield Record("factor_trials", state["trials"], module)
-                yield Record("factor_seconds", state["seconds"], module)
-                yield Record("negative_share", state["negative"], module)
-                yield Record("negative_mass", state["negative_mass"], module)
+                values |= {f"factor_{key}": state[key] for key in ("error", "trials", "seconds")}
+                values |= {"negative_share": state["negative"], "negative_mass": state["negative_mass"]}
+            yield from (Record(quantity, value, module) for quantity, value in values.items())
+
+    def describe(self) -> dict[str, Any]:
+        """Return the common facts, with a note on the second moments that are stored without factors."""
+        given = [self.dense] if isinstance(self.dense, str) else list(self.dense)
+        small = ["small matrices"] if self.min_dim is not None and self.min_dim > 1 else []
+        *others, last = ["all parameters"] if self.min_dim is None else ["vectors", *given, *small]
+        dense = " and ".join([", ".join(others), last] if others else [last])
+        return super().describe() | {"caption_notes": [f"keeps {dense} dense"]}

@@ -61,21 +61,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import attach, to_array
-from lorascope.methods.base import Batch, Method, Phase, Step, require_at_least, require_choice, train_adapters
+from lorascope.adapters.delta import to_array
+from lorascope.methods.base import AdapterMethod, Batch, Phase, Step, require, require_at_least, require_choice
 from lorascope.methods.lora import LoRA, LoRADelta
 from lorascope.runs.run import Run
-from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
-from lorascope.updates import LowRank
 
 BETAS = (0.5, 0.999)
 RADIUS = 0.01
@@ -85,19 +83,14 @@ HYPERGRADIENTS = ("finite_difference", "exact", "first_order", "betty")
 Tensors = Mapping[str, Tensor]
 Loss = Callable[[Tensors, Tensors], Tensor]
 
-_GRADIENT = "gradient of the search loss with respect to the logits at the step that ends here, "
+_DIRECT = "gradient of the search loss with respect to the logits at the step that ends here, with w' held fixed"
+_INDIRECT = _DIRECT.replace("with w' held fixed", "through w', which depends on them")
 for _name, _label, _unit, _index, _definition in (
     ("alpha", "α", "", "component", "softmax of the logits of one matrix"),
     ("logit", "logit", "", "component", "logits whose softmax is alpha"),
     ("alpha_entropy", "entropy of α", "nats", "none", "-sum alpha log alpha"),
-    ("hypergradient_direct", "direct hypergradient", "", "component", _GRADIENT + "with w' held fixed"),
-    (
-        "hypergradient_indirect",
-        "indirect hypergradient",
-        "",
-        "component",
-        _GRADIENT + "through w', which depends on them",
-    ),
+    ("hypergradient_direct", "direct hypergradient", "", "component", _DIRECT),
+    ("hypergradient_indirect", "indirect hypergradient", "", "component", _INDIRECT),
     ("lookahead_gradient_norm", "‖v‖", "", "none", "norm of the gradient of the search loss with respect to w'"),
 ):
     register(_name, Quantity(_label, _unit, _index, definition=_definition, source="AutoLoRA, eq. 3 and 5"))
@@ -105,7 +98,7 @@ for _name, _label, _unit, _index, _definition in (
 
 @accept_old_fields
 @dataclass(kw_only=True)
-class AutoLoRA(Method, name="autolora"):
+class AutoLoRA(AdapterMethod, name="autolora"):
     """Ranks found by meta-learning, then LoRA with these ranks.
 
     Parameters
@@ -139,28 +132,24 @@ class AutoLoRA(Method, name="autolora"):
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "rank")
-        if not 0 <= self.selection_lr < math.inf:
-            raise ValueError(f"selection_lr must be finite and >= 0, got {self.selection_lr}")
+        require(self, "selection_lr", "finite and >= 0", 0 <= self.selection_lr < math.inf)
         require_choice(self, "hypergradient", HYPERGRADIENTS)
-        if not 0 < self.search_share < 1:
-            raise ValueError(f"search_share must be in (0, 1), got {self.search_share}")
+        require(self, "search_share", "in (0, 1)", 0 < self.search_share < 1)
 
     def attach(self, model: nn.Module) -> None:
         """Adapt the targets; the optimizer trains factors and head, ``before_step`` the logits."""
-        hosts = {
-            name: model.get_submodule(name) for name in module_table.match(module_table.describe(model), self.targets)
-        }
-        scale = self.alpha / self.rank
-        self._deltas = {name: AutoLoRADelta(host, self.rank, scale, self.dropout) for name, host in hosts.items()}
-        narrow = {str(delta.A.dtype) for delta in self._deltas.values() if delta.A.dtype != delta.logits.dtype}
-        if narrow and self.hypergradient in ("finite_difference", "betty"):
-            problem = f"weights in {narrow.pop()} would round its differences to zero"
-            fix = 'Load them in float32, or set hypergradient="exact"'
-            raise ValueError(f"cannot use hypergradient {self.hypergradient!r}: {problem}. {fix}")
-        attach(model, self._deltas)
-        train_adapters(model)
+        super().attach(model)
         zeros = torch.zeros_like(torch.stack([delta.logits for delta in self._deltas.values()]))
         self.moments_: dict[str, Any] = {"steps": 0, "first": zeros, "second": zeros}
+
+    def delta(self, name: str, host: nn.Module) -> AutoLoRADelta:
+        """Return B diag(alpha) A of one module."""
+        delta = AutoLoRADelta(host, self.rank, self.alpha / self.rank, self.dropout)
+        if delta.A.dtype != delta.logits.dtype and self.hypergradient in ("finite_difference", "betty"):
+            problem = f"weights in {delta.A.dtype} would round its differences to zero"
+            fix = 'Load them in float32, or set hypergradient="exact"'
+            raise ValueError(f"cannot use hypergradient {self.hypergradient!r}: {problem}. {fix}")
+        return delta
 
     def before_step(self, step: Step) -> None:
         """Take one step of the outer problem, which changes only the logits."""
@@ -186,24 +175,22 @@ class AutoLoRA(Method, name="autolora"):
             return
         for module, delta in self._deltas.items():
             alpha = delta.alpha
-            yield Record("alpha", to_array(alpha), module)
-            yield Record("logit", to_array(delta.logits), module)
-            yield Record("alpha_entropy", float(torch.special.entr(alpha).sum()), module)
-            yield Record("rank", delta.rank, module)
+            vectors = {"alpha": alpha, "logit": delta.logits, "alpha_entropy": torch.special.entr(alpha).sum()}
             if step.finished:
-                yield Record("hypergradient_direct", to_array(self._found.direct[module]), module)
-                yield Record("hypergradient_indirect", to_array(self._found.indirect[module]), module)
+                vectors["hypergradient_direct"] = self._found.direct[module]
+                vectors["hypergradient_indirect"] = self._found.indirect[module]
             if step.last:
-                yield Record("importance", to_array(alpha), module)
+                vectors["importance"] = alpha
+            yield Record("rank", delta.rank, module)
+            yield from (Record(quantity, to_array(vector), module) for quantity, vector in vectors.items())
         if step.finished and self._found.norm is not None:
             yield Record("lookahead_gradient_norm", self._found.norm)
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield the search, then LoRA with the ranks found, from W_0 on all of the train split."""
         found = yield Phase(self, "search")
-        retrained = LoRA(rank=found.ranks(), alpha=self.alpha, dropout=self.dropout)
-        retrained = replace(retrained, lr=self.lr, head_lr=self.head_lr, search_share=self.search_share)
-        yield Phase(retrained, "retrain", split="train+search")
+        common = {name: getattr(self, name) for name in ("alpha", "dropout", "lr", "head_lr", "search_share")}
+        yield Phase(LoRA(rank=found.ranks(), **common), "retrain", split="train+search")
 
 
 class AutoLoRADelta(LoRADelta):
@@ -223,7 +210,6 @@ class AutoLoRADelta(LoRADelta):
 
     @property
     def right(self) -> Float[Tensor, "k in"]:
-        """Factor applied to the input."""
         return self.alpha[:, None].to(self.A.dtype) * self.A
 
     @property
@@ -233,9 +219,6 @@ class AutoLoRADelta(LoRADelta):
 
     def factors(self) -> dict[str, Tensor]:
         return {"A": self.A, "B": self.B, "diagonal": self.alpha}
-
-    def update(self) -> LowRank:
-        return LowRank(to_array(self.B) * to_array(self.alpha), to_array(self.A), self.scale)
 
 
 def retained_mask(alpha: Float[Tensor, "k"]) -> Bool[Tensor, "k"]:
@@ -256,68 +239,45 @@ def hypergradient(
 ) -> Hypergradient:
     """Compute the gradient of the search loss after the look-ahead with respect to the logits, changing no argument.
 
-    Parameters
-    ----------
-    train, search : callable (weights, logits) -> Tensor ()
-        The two losses.
-    weights, logits : mapping name -> Tensor
-    rates : mapping name of a weight -> float
-        eta, the learning rate of each weight.
-    form : str
-        One of ``HYPERGRADIENTS``, as in ``AutoLoRA``.
-
-    Raises
-    ------
-    ValueError
-        "exact" needs second derivatives, which the attention of the model does not support.
+    ``rates`` is eta of each weight, and ``form`` one of ``HYPERGRADIENTS``. A ValueError says if the attention of the
+    model does not support the second derivatives of "exact".
     """
-    w, b = _leaves(weights), _leaves(logits)
+    # Leaves share the memory of the given tensors and start a new graph.
+    w, b = ({name: tensor.detach().requires_grad_() for name, tensor in side.items()} for side in (weights, logits))
     if form == "first_order":
         return Hypergradient(_gradient(search(w, b), b), {name: torch.zeros_like(b[name]) for name in b}, None)
     slope = _gradient(train(w, b), w, create_graph=form == "exact")
-    ahead = _leaves({name: w[name] - rates[name] * slope[name] for name in w})
+    ahead = {name: (w[name] - rates[name] * slope[name]).detach().requires_grad_() for name in w}
     # One backward pass gives both v and the direct term.
     both = _gradient(search(ahead, b), {**ahead, **b})
     v = {name: both[name] for name in w}
     scaled = {name: rates[name] * v[name] for name in w}
     if form == "exact":
-        mixed = _mixed_exact(slope, scaled, b)
+        try:
+            mixed = _gradient(torch.stack([(slope[name] * scaled[name]).sum() for name in slope]).sum(), b)
+        except RuntimeError as error:
+            # Fused attention kernels have no second derivative, which torch reports in this way.
+            if "is not implemented" not in str(error):
+                raise
+            problem = "this attention has no second derivatives"
+            fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
+            raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
     else:
         mixed = _mixed_difference(train, *((ahead, v) if form == "betty" else (w, scaled)), b)
     return Hypergradient({name: both[name] for name in b}, {name: -mixed[name] for name in b}, _norm(v))
 
 
-def _mixed_exact(slope: Tensors, direction: Tensors, logits: Tensors) -> Tensors:
-    """Compute [d2 L / dlogits dw] direction by differentiating the gradient dL/dw."""
-    try:
-        return _gradient(torch.stack([(slope[name] * direction[name]).sum() for name in slope]).sum(), logits)
-    except RuntimeError as error:
-        # Fused attention kernels have no second derivative, which torch reports in this way.
-        if "is not implemented" not in str(error):
-            raise
-        problem = "this attention has no second derivatives"
-        fix = 'Load the model with attn_implementation="eager", or set hypergradient="finite_difference"'
-        raise ValueError(f"cannot use hypergradient 'exact': {problem}. {fix}") from error
-
-
 def _mixed_difference(loss: Loss, center: Tensors, direction: Tensors, logits: Tensors) -> Tensors:
-    """Compute the same by a central difference of dL/dlogits, at distance ``RADIUS`` from the center."""
+    """Compute [d2 L / dlogits dw] direction by a central difference of dL/dlogits, ``RADIUS`` away from the center."""
     norm = _norm(direction)
     if norm == 0:
         return {name: torch.zeros_like(logits[name]) for name in logits}
     epsilon = RADIUS / norm
-
-    def at(shift: float) -> Tensors:
-        moved = {name: center[name].detach() + shift * direction[name] for name in center}
-        return _gradient(loss(moved, logits), logits)
-
-    up, down = at(epsilon), at(-epsilon)
+    up, down = (
+        _gradient(loss({name: center[name].detach() + shift * direction[name] for name in center}, logits), logits)
+        for shift in (epsilon, -epsilon)
+    )
     return {name: (up[name] - down[name]) / (2 * epsilon) for name in logits}
-
-
-def _leaves(tensors: Tensors) -> dict[str, Tensor]:
-    """Return tensors that share the memory of the given ones and start a new graph."""
-    return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 def _gradient(loss: Float[Tensor, ""], tensors: Tensors, create_graph: bool = False) -> dict[str, Tensor]:

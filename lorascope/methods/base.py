@@ -182,15 +182,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out rows, and the group (domain) of each.
-
-    Parameters
-    ----------
-    batch : dict of tensors
-        Same form as the batch of a step.
-    groups : list of str or None
-        One group per row; None if the task has no groups.
-    """
+    """Held-out rows in the form of the batch of a step, and the group (domain) of each; None if there are no groups."""
 
     batch: Batch = field(repr=False)
     groups: list[str] | None
@@ -377,13 +369,7 @@ def require_at_least(method: Method, least: int, *names: str) -> None:
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:
-    """Build a method from its JSON form, in which a renamed field may have its old or its new name.
-
-    Raises
-    ------
-    ValueError
-        The name is not registered.
-    """
+    """Build a method from its JSON form, in which a renamed field may have its old or its new name."""
     if (name := stored["name"]) not in METHODS:
         raise ValueError(unknown_name("method", name, METHODS))
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k != "name"}

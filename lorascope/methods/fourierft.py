@@ -139,18 +139,7 @@ class FourierFT(AdapterMethod, name="fourierft"):
 
 
 class FourierDelta(Delta):
-    """Update alpha * Re(ifft2(F)) of one module.
-
-    Parameters
-    ----------
-    coefficients : (n,)
-        Initial values.
-    entries : (2, n)
-        Rows and columns of the spectrum F.
-    shape : (int, int)
-        (out, in).
-    alpha : float
-    """
+    """Update alpha * Re(ifft2(F)) of one module; ``entries`` are rows and columns of F, with the given coefficients."""
 
     entries: Tensor
     sides: Tensor
@@ -224,12 +213,7 @@ class FourierDelta(Delta):
 class BasisDelta(Delta):
     """Update alpha / sqrt(2 d1 d2) * left F right^T, which has the expected norm of a Fourier update.
 
-    Parameters
-    ----------
-    coefficients, entries, alpha
-        See ``FourierDelta``.
-    left, right : (out, out), (in, in)
-        Bases of the outputs and of the inputs, in columns.
+    ``left`` and ``right`` are bases of the outputs and of the inputs, in columns.
     """
 
     entries: Tensor

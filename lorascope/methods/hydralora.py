@@ -50,15 +50,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorascope.adapters.delta import Delta, host_weight, to_array
+from lorascope.adapters.delta import to_array
 from lorascope.analysis.head_similarity import cosines, head_similarity, mean_of_pairs, update_inner
 from lorascope.methods.base import AdapterMethod, Step, added_later, require, require_at_least, require_choice
 from lorascope.methods.hydralora_routing import gate_records, watch
+from lorascope.methods.lora import LoRADelta
 from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.module_roles import FFN
 from lorascope.schema.records import Item, Quantity, Record, Snapshot, register
-from lorascope.updates import Mixture
 
 _PAPER = "HydraLoRA, eq. 3"
 register(
@@ -175,20 +175,10 @@ class HydraLoRA(AdapterMethod, name="hydralora"):
         return super().describe() | {"num_experts": self.num_experts}
 
 
-class HydraDelta(Delta):
+class HydraDelta(LoRADelta):
     """Experts with uniform gate weights: the update scale * mean of B_i A.
 
-    Parameters
-    ----------
-    host : Module
-        Linear layer; sets shape and dtype of the factors.
-    rank, number : int
-        Rank of an expert, and number of experts.
-    scale : float
-    dropout : float
-        Dropout probability on the input of A.
-    split : bool
-        Whether every expert has its own A; they are then stacked along the rows of ``A``.
+    ``split`` gives each of the ``number`` experts of ``rank`` its own A; they are then stacked along the rows of ``A``.
     """
 
     mean_gates_: Tensor
@@ -202,15 +192,10 @@ class HydraDelta(Delta):
         dropout: float = 0.0,
         split: bool = False,
     ) -> None:
-        super().__init__()
-        weight = host_weight(host)
-        out_features, in_features = weight.shape
-        self.number, self.scale, self.dropout = number, float(scale), float(dropout)
-        self.A = nn.Parameter(torch.empty(rank * (number if split else 1), in_features, dtype=weight.dtype))
-        self.B = nn.Parameter(torch.zeros(out_features, number * rank, dtype=weight.dtype))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        super().__init__(host, rank * number if split else rank, scale, dropout, columns=number * rank)
+        self.number = number
         # Logits narrower than float32 would round the gate weights.
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = torch.promote_types(self.A.dtype, torch.float32)
         self.register_buffer("mean_gates_", torch.full((number,), 1 / number, dtype=wide))
 
     def gates(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch heads"]:
@@ -224,9 +209,9 @@ class HydraDelta(Delta):
         below = self.A.repeat(self.B.shape[1] // self.rank, 1)
         return self.scale * (self.B * columns) @ below
 
-    def gated_components(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
+    def hidden(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch columns"]:
         """Return the input of B: A x times the gate weight of each expert."""
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.A)
+        hidden = super().hidden(x)
         parts = hidden.unflatten(-1, (-1, self.B.shape[1] // self.number))  # one for all experts, or one per expert
         return (self.gates(x).to(hidden.dtype).unsqueeze(-1) * parts).flatten(-2)
 
@@ -244,31 +229,10 @@ class HydraDelta(Delta):
             squares = torch.einsum("...hr,hrs,...hs->...h", hidden, gram, hidden)
         return self.scale * squares.clamp(min=0).sqrt()  # rounding can make a small square negative
 
-    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
-        return self.scale * F.linear(self.gated_components(x), self.B)
-
-    def affine(
-        self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
-    ) -> Float[Tensor, "*batch out"]:
-        """As in the base class, but one product adds all experts to the host's output."""
-        output, mixed = F.linear(x, W, b), self.gated_components(x)
-        flat = torch.addmm(output.view(-1, W.shape[0]), mixed.view(-1, mixed.shape[-1]), self.B.T, alpha=self.scale)
-        return flat.view(output.shape)
-
     def factors(self) -> dict[str, Tensor]:
         """Return B as (heads, out, rank), A as (rank, in) or (heads, rank, in), and the gate weights of the update."""
         A = self.A.unflatten(0, (self.number, -1)) if len(self.A) == self.B.shape[1] else self.A
         return {"A": A, "B": self.B.unflatten(1, (self.number, -1)).transpose(0, 1), "gates": self.mean_gates_}
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    def update(self) -> Mixture:
-        """Return the update at the mean gate weights of the last recording."""
-        return Mixture.from_factors(
-            {name: to_array(part) for name, part in self.factors().items()}, self.scale, self.linear
-        )
 
     def extra_repr(self) -> str:
         return f"heads={self.number}, rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"

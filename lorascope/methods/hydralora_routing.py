@@ -187,17 +187,9 @@ def watch(
 ) -> dict[str, Routing]:
     """Record the gate weights of every router on a batch, in evaluation mode and without gradients.
 
-    Parameters
-    ----------
-    model : Module
-    routers : mapping module name -> callable
-        Function from a module's input ``(*batch, in)`` to gate weights ``(*batch, heads)``.
-    batch : mapping of tensors
-        Inputs of the model; its masks or labels mark padding.
-    run : callable
-        Function that runs one forward pass of the model on the batch.
-    sizes : mapping module name -> callable, optional
-        Function from a module's input to the norm of each expert's output at gate weight 1, ``(*batch, heads)``.
+    ``routers`` maps the input ``(*batch, in)`` of a module to gate weights ``(*batch, heads)``, and ``sizes`` to the
+    norm of each expert's output at gate weight 1. ``run`` runs one forward pass of the model on the batch, whose masks
+    or labels mark padding.
     """
     rows = len(next(iter(batch.values())))
     seen: dict[str, list[Routing]] = {name: [] for name in routers}

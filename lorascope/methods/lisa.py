@@ -55,19 +55,18 @@ from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Item, Quantity, Record, register
 
-_ALGORITHM = "LISA, algorithm 1"
-register(
-    "active",
-    Quantity("active", definition="1 for a block that trains until the next draw, else 0", source=_ALGORITHM),
-)
-register(
-    "coverage",
-    Quantity("blocks trained", pool="sum", definition="number of blocks that have trained so far", source=_ALGORITHM),
-)
-register(
-    "draw_probability",
-    Quantity("draw probability", definition="probability that a draw includes this block", source="LISA, section 3.2"),
-)
+for _name, _label, _pool, _definition, _source in (
+    ("active", "active", "mean", "1 for a block that trains until the next draw, else 0", "LISA, algorithm 1"),
+    ("coverage", "blocks trained", "sum", "number of blocks that have trained so far", "LISA, algorithm 1"),
+    (
+        "draw_probability",
+        "draw probability",
+        "mean",
+        "probability that a draw includes this block",
+        "LISA, section 3.2",
+    ),
+):
+    register(_name, Quantity(_label, "", "none", _pool, _definition, _source))
 # AdamW's moments need about this many steps to settle after a reset.
 _SETTLES = 5
 
@@ -118,21 +117,6 @@ class LISA(Method, name="lisa"):
         model.requires_grad_(True)
         described = module_table.describe(model)
         self._blocks = described["module"][described["role"] == "block"].tolist()
-        self._chances = self._block_weights()
-        seed = torch.initial_seed() if self.draw_seed is None else self.draw_seed
-        # Spawn a generator: the data order uses the same seed.
-        self.generator_ = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
-        self.active_: list[int] = []
-        self.trained_: list[int] = []
-
-    def _block_weights(self) -> Float[np.ndarray, "block"]:
-        """Return the weights of the blocks, normalized to sum 1.
-
-        Raises
-        ------
-        ValueError
-            The model has no blocks, or not as many as ``weights`` or ``n_active`` require.
-        """
         blocks = len(self._blocks)
         if not blocks:
             raise ValueError("cannot use LISA on this model: it has no transformer blocks. Use Full")
@@ -142,7 +126,12 @@ class LISA(Method, name="lisa"):
         if self.size > (drawable := np.count_nonzero(weights)):
             meaning = "the number of blocks" if self.weights is None else "the number of weights > 0"
             raise ValueError(f"n_active must be <= {drawable}, {meaning}, got {self.size}")
-        return weights / weights.sum()
+        self._chances = weights / weights.sum()
+        seed = torch.initial_seed() if self.draw_seed is None else self.draw_seed
+        # Spawn a generator: the data order uses the same seed.
+        self.generator_ = np.random.default_rng(np.random.SeedSequence(seed).spawn(1)[0])
+        self.active_: list[int] = []
+        self.trained_: list[int] = []
 
     @property
     def size(self) -> int:
@@ -157,8 +146,14 @@ class LISA(Method, name="lisa"):
         """If a draw is due, draw the blocks that train from now on and freeze the others."""
         if step.index % self.period(step.total):
             return
-        if not step.index:
-            self._warn(step.total)
+        steps = self.period(step.total)
+        # A run with a single interval has no second draw and so no reset.
+        if not step.index and steps < min(_SETTLES, step.total) and self.moment_policy != "keep":
+            warnings.warn(
+                f"interval {steps} resets AdamW's moments before they settle, so steps have full size for any "
+                f"gradient: use interval >= {_SETTLES} or moment_policy='keep'",
+                stacklevel=2,
+            )
         self.active_ = draw(self.generator_, self._chances, self.size)
         self.trained_ = sorted({*self.trained_, *self.active_})
         if self.moment_policy == "reset_all":
@@ -171,16 +166,6 @@ class LISA(Method, name="lisa"):
                     parameter.grad = None  # with a gradient of zero, weight decay and momentum would still change it
                     if self.moment_policy == "reset":
                         step.optimizer.state.pop(parameter, None)
-
-    def _warn(self, total: int) -> None:
-        steps = self.period(total)
-        # A run with a single interval has no second draw and so no reset.
-        if steps < min(_SETTLES, total) and self.moment_policy != "keep":
-            warnings.warn(
-                f"interval {steps} resets AdamW's moments before they settle, so steps have full size for any "
-                f"gradient: use interval >= {_SETTLES} or moment_policy='keep'",
-                stacklevel=2,
-            )
 
     def records(self, step: Step) -> Iterable[Item]:
         """Yield draw probabilities at the start, and the active blocks after the first step of an interval."""

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from lorascope.adapters.delta import Delta, host_weight, to_array
 from lorascope.methods.base import AdapterMethod, added_later
 from lorascope.schema import module_table
-from lorascope.updates import LowRank
+from lorascope.updates import Update, from_factors
 
 
 @dataclass(kw_only=True)
@@ -97,18 +97,10 @@ class LoRA(AdapterMethod, name="lora"):
 
 
 class LoRADelta(Delta):
-    """Update scale * B A of one module.
+    """Update scale * B A of one module, whose host sets shape and dtype of the factors.
 
-    Parameters
-    ----------
-    host : Module
-        Adapted module; sets shape and dtype of the factors.
-    rank : int
-    scale : float
-    dropout : float
-        Dropout probability on the input of A; not used on an embedding.
-    generator : Generator, optional
-        Generator of the initial values; by default the global one.
+    ``dropout`` is the dropout probability on the input of A; it is not used on an embedding. Initial values come from
+    ``generator``, by default the global one. ``columns``, the number of columns of B, is the rank by default.
     """
 
     def __init__(
@@ -118,15 +110,14 @@ class LoRADelta(Delta):
         scale: float = 1.0,
         dropout: float = 0.0,
         generator: torch.Generator | None = None,
+        columns: int | None = None,
     ) -> None:
         super().__init__()
         weight = host_weight(host)
-        out_features, in_features = weight.shape
-        self.scale = float(scale)
-        self.dropout = float(dropout)
+        self.scale, self.dropout = float(scale), float(dropout)
         self.padding: int | None = host.padding_idx if isinstance(host, nn.Embedding) else None
-        self.A = nn.Parameter(torch.zeros(rank, in_features, dtype=weight.dtype))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=weight.dtype))
+        self.A = nn.Parameter(torch.zeros(rank, weight.shape[1], dtype=weight.dtype))
+        self.B = nn.Parameter(torch.zeros(weight.shape[0], columns or rank, dtype=weight.dtype))
         if isinstance(host, nn.Embedding):
             nn.init.normal_(self.B, generator=generator)
         else:
@@ -141,28 +132,31 @@ class LoRADelta(Delta):
     def weight(self) -> Float[Tensor, "out in"]:
         return self.scale * (self.B @ self.right)
 
-    def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
+    def hidden(self, x: Tensor) -> Float[Tensor, "*batch columns"]:
+        """Return the input of B: A x, with dropout."""
         if x.is_floating_point():
-            hidden = F.linear(F.dropout(x, self.dropout, self.training), self.right)
-        else:
-            hidden = F.embedding(x, self.right.T, self.padding)
-        return self.scale * F.linear(hidden, self.B)
+            return F.linear(F.dropout(x, self.dropout, self.training), self.right)
+        return F.embedding(x, self.right.T, self.padding)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
+        return self.scale * F.linear(self.hidden(x), self.B)
 
     def affine(
         self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
     ) -> Float[Tensor, "*batch out"]:
         """As in the base class, but ``addmm`` adds the second product to the host's output, which saves one pass."""
-        output = F.linear(x, W, b)
-        hidden = F.linear(F.dropout(x, self.dropout, self.training), self.right)
-        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, self.A.shape[0]), self.B.T, alpha=self.scale)
+        output, hidden = F.linear(x, W, b), self.hidden(x)
+        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, hidden.shape[-1]), self.B.T, alpha=self.scale)
         return flat.view(output.shape)
 
     @property
     def rank(self) -> int:
         return self.A.shape[0]
 
-    def update(self) -> LowRank:
-        return LowRank(to_array(self.B), to_array(self.A), self.scale)
+    def update(self) -> Update:
+        return from_factors(
+            {name: to_array(factor) for name, factor in self.factors().items()}, self.scale, self.linear
+        )
 
     def extra_repr(self) -> str:
         return f"rank={self.A.shape[0]}, scale={self.scale:g}, dropout={self.dropout:g}"

@@ -67,7 +67,7 @@ from torch import Tensor, nn
 from lorascope.adapters.host_weights import host_weight, orient_weight, to_array
 from lorascope.analysis import neurons, selected_neurons
 from lorascope.inputs.classifier_head import weights_hash
-from lorascope.methods.base import Method, Phase, Step, added_later, require_at_least, require_choice, task_head
+from lorascope.methods.base import Method, Phase, Step, added_later, require, require_at_least, task_head
 from lorascope.methods.full import Full
 from lorascope.methods.neft_probing import PROBE_COSINE, Probing, probe_scores
 from lorascope.runs import loading
@@ -78,22 +78,16 @@ from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
-_SOURCE = "NeFT, eq. 1"
-for _name, _quantity in {
-    "selected": Quantity("selected neurons", "", "neuron", "sum", "1 for each neuron that trains", _SOURCE),
-    "neuron_cosine": Quantity(
-        "1 − cos", "", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0", _SOURCE
-    ),
-    "selection_cosine": Quantity(
-        "1 − cos after tuning", "", "neuron", "mean", "cosine distance by which neurons were selected", _SOURCE
-    ),
-    "leak": Quantity("change of frozen weights", "", "none", "mean", "largest change of a masked weight", _SOURCE),
-    "unmasked_norm": Quantity(
-        "gradient norm before the mask", "", "none", "norm", "norm of all trained gradients before the mask", _SOURCE
-    ),
-}.items():
-    register(_name, _quantity)
-MODES = (*neurons.MODES, "probed")
+_CHANGE = "largest change of a masked weight"
+_NORM = "norm of all trained gradients before the mask"
+for _name, _label, _index, _pool, _definition in (
+    ("selected", "selected neurons", "neuron", "sum", "1 for each neuron that trains"),
+    ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0"),
+    ("selection_cosine", "1 − cos after tuning", "neuron", "mean", "cosine distance by which neurons were selected"),
+    ("leak", "change of frozen weights", "none", "mean", _CHANGE),
+    ("unmasked_norm", "gradient norm before the mask", "none", "norm", _NORM),
+):
+    register(_name, Quantity(_label, "", _index, _pool, _definition, "NeFT, eq. 1"))
 
 
 @accept_old_fields
@@ -139,91 +133,90 @@ class NeFT(Method, name="neft"):
     head_lr: float = 1e-4
 
     def __post_init__(self) -> None:
-        require_choice(self, "select_by", MODES)
+        require(self, "select_by", f"one of {', '.join(map(repr, STRATEGIES))}", self.select_by in STRATEGIES)
         if unknown := [role for role in self.targets if role not in neurons.ROLES]:
             raise ValueError(f"targets must be among {', '.join(map(repr, neurons.ROLES))}, got {unknown[0]!r}")
         require_at_least(self, 1, "num_neurons", "tune_steps")
-        if not 0 < self.parameter_share <= 1:
-            raise ValueError(f"parameter_share must be in (0, 1], got {self.parameter_share}")
-        if not 0 <= self.reversed_share <= 1:
-            raise ValueError(f"reversed_share must be in [0, 1], got {self.reversed_share}")
-        if self.reversed_share and self.select_by != "changed":
-            raise ValueError(f"reversed_share must be 0 with select_by={self.select_by!r}, got {self.reversed_share}")
-        if self.clip_before is not None and not self.clip_before > 0:
-            raise ValueError(f"clip_before must be > 0 or None, got {self.clip_before}")
+        require(self, "parameter_share", "in (0, 1]", 0 < self.parameter_share <= 1)
+        require(self, "reversed_share", "in [0, 1]", 0 <= self.reversed_share <= 1)
+        valid = self.select_by == "changed" or not self.reversed_share
+        require(self, "reversed_share", f"0 with select_by={self.select_by!r}", valid)
+        require(self, "clip_before", "> 0 or None", self.clip_before is None or self.clip_before > 0)
         if self.neurons is not None:
             self.neurons = neurons.to_plain_ints(self.neurons)
         if isinstance(self.reference, Result):
-            _check_kind(self.reference, self.select_by)
+            self.strategy.check(self.reference)
         self.neurons_: dict[str, list[int]] = {}
+
+    @property
+    def strategy(self) -> Changed:
+        """Rule that scores the neurons and, unless they are given, selects them."""
+        return STRATEGIES[self.select_by]()
 
     def prepare(self) -> None:
         """Load ``reference`` if it is a folder."""
         if isinstance(self.reference, str | Path):
             reference = loading.load(self.reference)
-            _check_kind(reference, self.select_by)
+            self.strategy.check(reference)
             self.reference = reference  # type: ignore[assignment]
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield full fine-tuning or linear probing, if the selection needs it, then training of the neurons."""
-        if self.reference is not None or self.neurons is not None or self.select_by == "random":
+        first = None if self.neurons is not None or self.reference is not None else self.strategy.phase(self)
+        if first is None:
             yield Phase(self)
-            return
-        if self.select_by == "probed":
-            reference = yield Phase(Probing(targets=self.targets, head_lr=self.head_lr), "probe", steps=self.tune_steps)
         else:
-            full = Full(lr=self.lr if self.tune_lr is None else self.tune_lr, head_lr=self.head_lr)
-            reference = yield Phase(full, "tune", steps=self.tune_steps, lr=self.tune_lr)
-        yield Phase(replace(self, reference=reference), "masked")
+            reference = yield first
+            yield Phase(replace(self, reference=reference), "masked")
+
+    def trainer_problem(self) -> str:
+        """Return that neurons must be given: selecting them takes another phase, or the run's seed."""
+        return "neurons of NeFT must be set under a Trainer, got None: pass neurons=" if self.neurons is None else ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the common facts, the candidate roles, and the quantity by which neurons were selected."""
+        by = None if self.neurons is not None or self.select_by == "random" else self.strategy.quantity
+        return super().describe() | {"neuron_roles": list(self.targets), "selection_score": by}
 
     def attach(self, model: nn.Module) -> None:
         """Select the neurons; leave their projections and the task's head trainable."""
         self.prepare()
         self._parts = neurons.parts(module_table.describe(model), self.targets)
-        self._scores = scores(model, self._parts, self.reference) if isinstance(self.reference, Result) else None
-        self.neurons_ = self._choose(model)
+        run = self.reference if isinstance(self.reference, Result) else None
+        if run and weights_hash(model) != run.meta.w0_hash:
+            raise ValueError(f"reference must start from the weights of this model, got run {run.id} of another one")
+        self._scores = self.strategy.score(model, self._parts, run)
+        self.neurons_ = self._choose(sum(parameter.numel() for parameter in model.parameters()))
         model.requires_grad_(False)
         axes = {part.module: part.axis for part in self._parts}
         self._masks = {name: Mask.of(model, name, axes[name], chosen) for name, chosen in self.neurons_.items()}
         for trained in (*(mask.weight for mask in self._masks.values()), *task_head(model).values()):
             trained.requires_grad_(True)
 
-    def _choose(self, model: nn.Module) -> dict[str, list[int]]:
+    def _choose(self, total: int) -> dict[str, list[int]]:
         """Select neurons by module; the result is empty for a method from a run folder, whose state contains them."""
         if self.neurons is not None:
             return neurons.check_neurons(self.neurons, self._parts)
-        pool, seed = self._scores, 0
-        if self.select_by == "random":
-            pool = neurons.unscored_neurons(self._parts) if pool is None else pool
-            seed = int(torch.randint(2**31, ()))  # depends on the run's seed
-        if pool is None:
+        if self._scores is None:
             return {}
         # Neurons of different projections may differ in length; fractions use their mean length.
         width = sum(part.count * part.width for part in self._parts) / sum(part.count for part in self._parts)
-        total = sum(parameter.numel() for parameter in model.parameters())
-        by = PROBE_COSINE if PROBE_COSINE in pool else "cosine_distance"
-        free = int(pool[by].notna().sum())
-        k = self.num_neurons or self._neuron_count("parameter_share", total, width, free)
-        first = neurons.select(pool, k, "changed" if self.select_by == "probed" else self.select_by, seed, by)
-        others = self._neuron_count("reversed_share", total, width, free - k) if self.reversed_share else 0
-        return neurons.by_module(pd.concat([first, neurons.select(pool, others, "reversed")]) if others else first)
 
-    def _neuron_count(self, name: str, total: int, width: float, free: int) -> int:
-        """Return the number of neurons in a fraction of the parameters.
+        def number(name: str, free: int) -> int:
+            count = neurons.count(share := getattr(self, name), total, width)
+            require(self, name, f">= {width / total:.2g}, the fraction of one neuron", count >= 1)
+            if count > free:
+                most = f"{free * width / total:.2g}, the fraction of {free:,} available neurons"
+                raise ValueError(f"{name} must be <= {most}, got {share} ({count:,} neurons)")
+            return count
 
-        Raises
-        ------
-        ValueError
-            The number is 0 or larger than ``free``.
-        """
-        share = getattr(self, name)
-        count = neurons.count(share, total, width)
-        if count < 1:
-            raise ValueError(f"{name} must be >= {width / total:.2g}, the fraction of one neuron, got {share}")
-        if count > free:
-            most = f"{free * width / total:.2g}, the fraction of {free:,} available neurons"
-            raise ValueError(f"{name} must be <= {most}, got {share} ({count:,} neurons)")
-        return count
+        free = int(self._scores[self.strategy.column].notna().sum())
+        k = self.num_neurons or number("parameter_share", free)
+        selected = self.strategy.select(self._scores, k)
+        if self.reversed_share:
+            others = Reversed().select(self._scores, number("reversed_share", free - k))
+            selected = pd.concat([selected, others])
+        return neurons.by_module(selected)
 
     def after_backward(self, step: Step) -> None:
         """Mask the gradients, once they include the whole batch."""
@@ -248,22 +241,115 @@ class NeFT(Method, name="neft"):
 
     def records(self, step: Step) -> Iterable[Record]:
         """Yield the selected neurons and their scores at the start; at the end all cosine distances and the leak."""
+        tables = []
         if step.finished == 0:
             for module, chosen in self.neurons_.items():
                 yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
-            if self._scores is not None:
-                if self.select_by == "probed":
-                    yield from _records(PROBE_COSINE, self._scores, PROBE_COSINE)
-                else:
-                    yield from _records("selection_cosine", self._scores)
+            if self._scores is not None and isinstance(self.reference, Result):
+                tables.append((self.strategy.quantity, self._scores, self.strategy.column))
         else:
             yield Record("unmasked_norm", float(self._unmasked))
         if step.last:
-            living = dict(step.model.named_parameters())
-            yield from _records("neuron_cosine", distances(step.model, self._parts, step.base, living))
+            moved = distances(step.model, self._parts, step.base, dict(step.model.named_parameters()))
+            tables.append(("neuron_cosine", moved, "cosine_distance"))
+        for quantity, scored, column in tables:
+            for module, rows in scored.groupby("module", sort=False):
+                yield Record(quantity, rows[column].to_numpy(), str(module), rows["neuron"].to_numpy())
+        if step.last:
             for module, mask in self._masks.items():
                 change = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
                 yield Record("leak", float(change.masked_fill(~mask.frozen, 0.0).max()), module)
+
+
+class Changed:
+    """The neurons that full fine-tuning rotates most. The base of the other strategies."""
+
+    name = "changed"
+    kind: type[Method] = Full  # of the phase before
+    column, quantity = "cosine_distance", "selection_cosine"  # of the scores, and under which they are recorded
+
+    def phase(self, method: NeFT) -> Phase | None:
+        """Return the phase whose run is the reference; None if the selection needs no reference."""
+        full = Full(lr=method.lr if method.tune_lr is None else method.tune_lr, head_lr=method.head_lr)
+        return Phase(full, "tune", steps=method.tune_steps, lr=method.tune_lr)
+
+    def check(self, reference: Result) -> None:
+        """Raise a ValueError for an adapter, a run of the wrong kind, or a run that trained only a few neurons."""
+        name, probes = reference.meta.method["name"], self.kind is Probing
+        if reference.meta.w0_hash is None:
+            kind = "a run of a Trainer" if reference.meta.source is None else "an external adapter"
+            reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
+        elif name == NeFT.name:
+            paths = [run.path for run in reference.parents if run.meta.method["name"] == self.kind.name and run.path]
+            usable = f"a run of {'linear probing' if probes else 'full fine-tuning'}"
+            usable = f"the phase before it, {paths[0].resolve()}" if paths else usable
+            reason = f"it trained only {len(selected_neurons.list_selected(reference)):,} neurons. Use {usable}"
+        elif probes == (name == Probing.name):
+            return
+        elif probes:
+            reason = "it is not a run of linear probing. Use one, or None"
+        else:
+            reason = "it is a run of linear probing. Use a run of full fine-tuning"
+        raise ValueError(f"cannot select neurons by {self.name!r} from {reference.id} ({reference.label}): {reason}")
+
+    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Result | None) -> pd.DataFrame | None:
+        """Score every neuron by equation 1 from W_0, the weights of the model, to the reference; None without one.
+
+        The table has the columns ``neurons.COLUMNS``.
+        """
+        if reference is None:
+            return None
+        after = cast(Run, reference).tensors()
+        if absent := [part.module for part in parts if f"{part.module}.weight" not in after]:
+            reason = f"run {reference.id} ({reference.label}) did not train it"
+            raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
+        # Arrays of the reference become tensors one at a time, when they are compared.
+        wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
+        return distances(model, parts, dict(model.named_parameters()), wide)
+
+    def select(self, scores: pd.DataFrame, k: int) -> pd.DataFrame:
+        """Return the k neurons with the highest scores."""
+        return neurons.select(scores, k, by=self.column)
+
+
+class Reversed(Changed):
+    """The neurons that full fine-tuning rotates least."""
+
+    name = "reversed"
+
+    def select(self, scores: pd.DataFrame, k: int) -> pd.DataFrame:
+        return neurons.select(scores, k, "reversed")
+
+
+class Random(Changed):
+    """Random neurons. A reference is not needed; its scores would be recorded."""
+
+    name = "random"
+
+    def phase(self, method: NeFT) -> None:
+        return None
+
+    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Result | None) -> pd.DataFrame:
+        found = super().score(model, parts, reference)
+        return neurons.unscored_neurons(parts) if found is None else found
+
+    def select(self, scores: pd.DataFrame, k: int) -> pd.DataFrame:
+        return neurons.select(scores, k, "random", int(torch.randint(2**31, ())))  # depends on the run's seed
+
+
+class Probed(Changed):
+    """The neurons whose weights are most similar to the directions of linear probes."""
+
+    name, kind, column, quantity = "probed", Probing, PROBE_COSINE, PROBE_COSINE
+
+    def phase(self, method: NeFT) -> Phase:
+        return Phase(Probing(targets=method.targets, head_lr=method.head_lr), "probe", steps=method.tune_steps)
+
+    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Result | None) -> pd.DataFrame | None:
+        return None if reference is None else probe_scores(cast(Run, reference), parts)
+
+
+STRATEGIES: dict[str, type[Changed]] = {rule.name: rule for rule in (Changed, Reversed, Random, Probed)}
 
 
 class Mask(NamedTuple):
@@ -290,49 +376,6 @@ class Mask(NamedTuple):
         return int(self.frozen.sum()) * self.weight.numel() // self.frozen.numel()
 
 
-def _check_kind(tuned: Result, mode: str) -> None:
-    """Raise a ValueError for an adapter, a run of the wrong kind, or a run that trained only a few neurons."""
-    name, needed = tuned.meta.method["name"], Probing if mode == "probed" else Full
-    if tuned.meta.w0_hash is None:
-        kind = "a run of a Trainer" if tuned.meta.source is None else "an external adapter"
-        reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
-    elif name == NeFT.name:
-        before = [run.path.resolve() for run in tuned.parents if run.path and run.meta.method["name"] == needed.name]
-        kind = "linear probing" if needed is Probing else "full fine-tuning"
-        usable = f"the phase before it, {before[0]}" if before else f"a run of {kind}"
-        reason = f"it trained only {len(selected_neurons.list_selected(tuned)):,} neurons. Use {usable}"
-    elif name == Probing.name and needed is Full:
-        reason = "it is a run of linear probing. Use a run of full fine-tuning"
-    elif name != Probing.name and needed is Probing:
-        reason = "it is not a run of linear probing. Use one, or None"
-    else:
-        return
-    raise ValueError(f"cannot select neurons by {mode!r} from {tuned.id} ({tuned.label}): {reason}")
-
-
-def scores(model: nn.Module, places: Sequence[neurons.Part], tuned: Result) -> pd.DataFrame:
-    """Score every neuron by equation 1, from W_0 and full fine-tuning; columns as in ``neurons.COLUMNS``.
-
-    For a run of linear probing the score is its ``probe_cosine``.
-
-    Raises
-    ------
-    ValueError
-        The run has other initial weights, or did not train or probe a projection.
-    """
-    if weights_hash(model) != tuned.meta.w0_hash:
-        raise ValueError(f"reference must start from the weights of this model, got run {tuned.id} of another one")
-    if tuned.meta.method["name"] == Probing.name:
-        return probe_scores(cast(Run, tuned), places)
-    after = cast(Run, tuned).tensors()
-    if absent := [part.module for part in places if f"{part.module}.weight" not in after]:
-        reason = f"run {tuned.id} ({tuned.label}) did not train it"
-        raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
-    # Arrays of the tuned run become tensors one at a time, when they are compared.
-    wide = Lazy(list(after), lambda name: torch.from_numpy(np.array(after[name])))
-    return distances(model, places, dict(model.named_parameters()), wide)
-
-
 def distances(
     model: nn.Module, places: Sequence[neurons.Part], before: Mapping[str, Tensor], after: Mapping[str, Tensor]
 ) -> pd.DataFrame:
@@ -342,8 +385,3 @@ def distances(
         host, name = model.get_submodule(part.module), f"{part.module}.weight"
         tables.append(neurons.table(part, *(to_array(orient_weight(host, side[name])) for side in (before, after))))
     return pd.concat(tables, ignore_index=True)
-
-
-def _records(quantity: str, scored: pd.DataFrame, column: str = "cosine_distance") -> Iterable[Record]:
-    for module, rows in scored.groupby("module", sort=False):
-        yield Record(quantity, rows[column].to_numpy(), str(module), rows["neuron"].to_numpy())

@@ -39,15 +39,8 @@ from lorascope.schema import module_table
 from lorascope.schema.records import Quantity, Record, register
 
 PROBE_COSINE = "probe_cosine"
-register(
-    PROBE_COSINE,
-    Quantity(
-        "|cos| with probes",
-        index="neuron",
-        definition="largest |cosine| between a neuron's weights and the coefficients of a probe",
-        source="NeFT, section 3",
-    ),
-)
+_LARGEST = "largest |cosine| between a neuron's weights and the coefficients of a probe"
+register(PROBE_COSINE, Quantity("|cos| with probes", "", "neuron", "mean", _LARGEST, "NeFT, section 3"))
 _STRENGTHS = np.logspace(0.8, 4.1, 12)  # of the ridge penalty, as in the authors' code
 
 
@@ -107,15 +100,7 @@ class Probing(Method):
 def directions(
     states: Float[np.ndarray, "rows layers d"], labels: Shaped[np.ndarray, "rows"]
 ) -> Float[np.ndarray, "probes d"]:
-    """Fit a ridge classifier per layer and stack the coefficients.
-
-    There is one row per layer and class, or one row per layer for two classes.
-
-    Raises
-    ------
-    ValueError
-        All texts belong to one class.
-    """
+    """Fit a ridge classifier per layer and stack its coefficients: a row per layer and class, one for two classes."""
     if len(np.unique(labels)) < 2:
         reason = f"all {len(labels)} texts belong to one class"
         raise ValueError(f"cannot fit linear probes: {reason}. Increase tune_steps or batch_size")
@@ -127,31 +112,23 @@ def likeness(
     vectors: Float[np.ndarray, "neurons d"], probes: Float[np.ndarray, "probes d"]
 ) -> Float[np.ndarray, "neurons"]:
     """Return the largest absolute cosine of each vector with a probe: NaN for a zero vector, 0 with a zero probe."""
-    return np.abs(_unit_rows(vectors, np.nan) @ _unit_rows(probes, 0.0).T).max(axis=1)
-
-
-def _unit_rows(rows: Float[np.ndarray, "n d"], zero: float) -> Float[np.ndarray, "n d"]:
-    """Divide rows by their norms; zero rows become ``zero``."""
-    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0)
+    sides = []
+    for rows, zero in ((vectors, np.nan), (probes, 0.0)):
+        norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+        sides.append(np.divide(rows, norms, out=np.full(rows.shape, zero), where=norms > 0))
+    return np.abs(sides[0] @ sides[1].T).max(axis=1)
 
 
 def probe_scores(run: Run, places: Sequence[neurons.Part]) -> pd.DataFrame:
-    """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select``.
-
-    Raises
-    ------
-    ValueError
-        The run did not probe one of the places, or is from a version that did not normalize probes.
-    """
+    """Return the scores of a run of linear probing for these neurons, the input of ``neurons.select``."""
     scores = selected_neurons.scores(run, PROBE_COSINE).rename(columns={"value": PROBE_COSINE})
     if scores.empty:
         fix = f"delete {run.path} and probe again"
         raise ValueError(f"reference must be a run with {PROBE_COSINE}, got {run.id} of an earlier version: {fix}")
     found = neurons.scores_at(scores, places)
     known = set(zip(found["module"], found["role"], strict=True))
-    if absent := [part for part in places if (part.module, part.role) not in known]:
-        one = absent[0]
-        reason = f"run {run.id} ({run.label}) did not probe it. Remove it from targets"
-        raise ValueError(f"cannot score the neurons of {one.role} ({one.module}): {reason}")
+    for part in places:
+        if (part.module, part.role) not in known:
+            reason = f"run {run.id} ({run.label}) did not probe it. Remove it from targets"
+            raise ValueError(f"cannot score the neurons of {part.role} ({part.module}): {reason}")
     return found

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lorascope.methods.optimizers import subspace_iteration
+from lorascope.methods.optimizers import closure_loss, parameters_with_gradient, subspace_iteration
 
 DENOMINATORS = ("pre", "post")
 
@@ -23,41 +23,13 @@ class AdapproxOptimizer(torch.optim.Optimizer):
     ----------
     params : iterable
         Parameters, or parameter groups.
-    lr : float
-    betas : (float, float)
-        Decay of first and second moment; no first moment is stored if its decay is 0.
-    eps : float
-        Number added to the square root of the second moment.
-    weight_decay : float
-        Decoupled weight decay.
-    clip_threshold : float
-        Maximum RMS of a direction G / (sqrt(V) + eps); ``math.inf`` disables clipping.
-    iterations, oversampling : int
-        Power iterations of S-RSI, and sketch columns beyond the rank.
-    sketch_multiple : int
-        The number of sketch columns is rounded up to a multiple of it, up to the smaller side of the matrix.
-    init_rank : int
-        Rank at which every selection of "restart" starts; with "fixed", the rank itself.
-    max_rank : int or None
-        Largest rank of a selection; None is a quarter of the smaller side.
-    tolerance : float
-        Relative error up to which a rank is accepted.
-    reselect_every : int
-        Steps between two rank selections.
-    rank_rule : {"restart", "colnorm", "ema", "fixed"}
-        See ``subspace_iteration``; "fixed" uses ``init_rank`` and ignores ``max_rank``.
-    growth : (float, float, float, float)
-        eta, omega, phi, tau of f, the rank increment of "restart".
-    growth_scale : float or None
-        Factor of f; None is (k_max - 1) / 191, for matrices narrower than the paper's.
-    denominator : {"pre", "post"}
-        Whether the step divides by V before factoring, or by the product of its factors.
-    cosine, cosine_floor : bool, float
-        Whether guidance divides M by 1 - cos(D, M), and the minimum of that divisor.
-    min_dim : int or None
-        Matrices with a side below it store V without factors; 1 factors all matrices, None no matrix.
+    lr, weight_decay : float
+        Learning rate, and decoupled weight decay.
     seed : int
         Seed of the sketches; the global generators are not used.
+    betas, eps, ..., min_dim
+        As the fields of ``lorascope.methods.Adapprox``. ``clip_threshold=math.inf`` disables clipping, ``min_dim=1``
+        factors all matrices, and rank rule "fixed" ignores ``max_rank``.
     """
 
     def __init__(
@@ -112,16 +84,21 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         Any
             Result of ``closure``; None without one.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        _check_gradients(self.param_groups)
+        loss = closure_loss(closure)
+        for _, parameter in parameters_with_gradient(self):
+            if parameter.grad.layout != torch.strided:
+                shape = tuple(parameter.shape)
+                raise ValueError(f"cannot use the sparse gradient of a parameter of shape {shape}: set sparse=False")
         for state in self.state.values():
             state.pop("chosen", None)
         for group in self.param_groups:
-            for together in _parameter_batches(group):
-                self._update_batch(together, group)
+            live = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if dense := [parameter for parameter in live if not is_factored(parameter, group["min_dim"])]:
+                self._update_batch(dense, group)
+            # One factored matrix after the other, so that only one full V exists at a time.
+            for parameter in live:
+                if is_factored(parameter, group["min_dim"]):
+                    self._update_batch([parameter], group)
         return loss
 
     def _update_batch(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
@@ -129,11 +106,15 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
         states = [self._moment_state(parameter, group) for parameter in parameters]
         G = [_matrix(_promote_to_float32(parameter.grad)) for parameter in parameters if parameter.grad is not None]
-        V = [self._previous_moment(state, g) for state, g in zip(states, G, strict=True)]
+        factored = "exp_avg_sq" not in states[0]
+        if factored:
+            V = [_product(states[0]) if "Q" in states[0] else torch.zeros_like(G[0])]
+        else:
+            V = [state["exp_avg_sq"] for state in states]
         torch._foreach_mul_(V, beta2)
         torch._foreach_addcmul_(V, G, G, 1 - beta2)
-        roots, needs_cosine = V, group["cosine"] or "exp_avg_sq" not in states[0]
-        if "exp_avg_sq" not in states[0]:
+        roots = V
+        if factored:
             self._factorize(V[0], states[0], group)
             if group["denominator"] == "post" and "Q" in states[0]:
                 roots = [_product(states[0])]
@@ -151,15 +132,13 @@ class AdapproxOptimizer(torch.optim.Optimizer):
             M = [state["exp_avg"] for state in states]
             torch._foreach_mul_(M, beta1)
             torch._foreach_add_(M, D, alpha=1 - beta1)
-            if needs_cosine:
+            S = M
+            if group["cosine"] or factored:
                 for m, d, state in zip(M, D, states, strict=True):
                     state["cosine"] = cosine(m, d)
-            S = M
             if group["cosine"]:
-                S = [
-                    guide_direction(m, state["cosine"], group["cosine_floor"])
-                    for m, state in zip(M, states, strict=True)
-                ]
+                floor = group["cosine_floor"]
+                S = [guide_direction(m, state["cosine"], floor) for m, state in zip(M, states, strict=True)]
         for parameter, s in zip(parameters, S, strict=True):
             change = s.reshape(parameter.shape)
             parameter.sub_(lr * (change.add(_promote_to_float32(parameter), alpha=decay) if decay else change))
@@ -177,12 +156,6 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         return state
 
-    def _previous_moment(self, state: dict[str, Any], G: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Return V of the previous step: the stored average, or the product of its factors."""
-        if "exp_avg_sq" in state:
-            return state["exp_avg_sq"]
-        return _product(state) if "Q" in state else torch.zeros_like(G)
-
     def _factorize(self, V: Float[Tensor, "m n"], state: dict[str, Any], group: dict[str, Any]) -> None:
         """Store V as its factors, with a newly selected rank if a selection is due."""
         first = "Q" not in state
@@ -192,15 +165,12 @@ class AdapproxOptimizer(torch.optim.Optimizer):
         if first and not chooses:
             return
         unit = unit.clamp(min=torch.finfo(V.dtype).tiny)
-        A = V / unit
-        generator = self.param_groups[0]["generator"]
-        factor = subspace_iteration.factoring(
-            A, generator, group["iterations"], group["oversampling"], group["sketch_multiple"]
-        )
+        A, generator = V / unit, self.param_groups[0]["generator"]
+        sizes = (group["iterations"], group["oversampling"], group["sketch_multiple"])
+        factor = subspace_iteration.factoring(A, generator, *sizes)
         if chooses:
-            state["negative"], state["negative_mass"] = (
-                (0.0, 0.0) if first else negative_fractions(state["Q"] @ state["U"].T)
-            )
+            negative = (0.0, 0.0) if first else negative_fractions(state["Q"] @ state["U"].T)
+            state["negative"], state["negative_mass"] = negative
             # Wait for earlier work of an accelerator; reading the error waits for all work of the selection.
             float(unit)
             start = time.perf_counter()
@@ -271,15 +241,6 @@ def is_factored(parameter: Tensor, min_dim: int | None) -> bool:
     return min_dim is not None and parameter.ndim > 1 and min(_matrix(parameter).shape) >= min_dim
 
 
-def _parameter_batches(group: dict[str, Any]) -> Iterator[list[Tensor]]:
-    """Yield all parameters without factors, then each factored matrix, so that only one full V exists at a time."""
-    live = [parameter for parameter in group["params"] if parameter.grad is not None]
-    dense = [parameter for parameter in live if not is_factored(parameter, group["min_dim"])]
-    if dense:
-        yield dense
-    yield from ([parameter] for parameter in live if is_factored(parameter, group["min_dim"]))
-
-
 def _product(state: dict[str, Any]) -> Float[Tensor, "m n"]:
     return (state["Q"] @ state["U"].T).clamp_(min=0)
 
@@ -292,31 +253,22 @@ def _promote_to_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _check_gradients(groups: list[dict[str, Any]]) -> None:
-    for parameter in (parameter for group in groups for parameter in group["params"]):
-        if parameter.grad is not None and parameter.grad.layout != torch.strided:
-            shape = tuple(parameter.shape)
-            raise ValueError(f"cannot use the sparse gradient of a parameter of shape {shape}: set sparse=False")
-
-
 def _check_group(group: dict[str, Any]) -> None:
+    def require(name: str, allowed: str, valid: bool) -> None:
+        if not valid:
+            value = group[name]
+            raise ValueError(f"{name} must be {allowed}, got {tuple(value) if isinstance(value, list) else value!r}")
+
     for name, known in (("rank_rule", subspace_iteration.RULES), ("denominator", DENOMINATORS)):
-        if group[name] not in known:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {group[name]!r}")
+        require(name, f"one of {', '.join(map(repr, known))}", group[name] in known)
     for name in ("iterations", "sketch_multiple", "init_rank", "max_rank", "reselect_every"):
-        if group[name] is not None and group[name] < 1:
-            raise ValueError(f"{name} must be >= 1, got {group[name]}")
+        require(name, ">= 1", group[name] is None or group[name] >= 1)
     for name in ("lr", "eps", "weight_decay", "oversampling"):
-        if not group[name] >= 0:  # rejects NaN as well
-            raise ValueError(f"{name} must be >= 0, got {group[name]}")
+        require(name, ">= 0", group[name] >= 0)  # rejects NaN as well
     for name in ("clip_threshold", "cosine_floor"):
-        if not group[name] > 0:
-            raise ValueError(f"{name} must be > 0, got {group[name]}")
-    if len(group["betas"]) != 2:
-        raise ValueError(f"betas must be two numbers, got {tuple(group['betas'])}")
-    if len(group["growth"]) != 4:
-        raise ValueError(f"growth must be four numbers (eta, omega, phi, tau), got {tuple(group['growth'])}")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas must be in [0, 1), got {tuple(group['betas'])}")
+        require(name, "> 0", group[name] > 0)
+    require("betas", "two numbers", len(group["betas"]) == 2)
+    require("growth", "four numbers (eta, omega, phi, tau)", len(group["growth"]) == 4)
+    require("betas", "in [0, 1)", all(0 <= beta < 1 for beta in group["betas"]))
     if group["cosine"] and not group["betas"][0]:
         raise ValueError(f"betas[0] must be > 0 with cosine=True, got {group['betas'][0]}")

@@ -27,17 +27,8 @@ from lorascope.methods.optimizers import closure_loss, parameters_with_gradient
 class CAME(torch.optim.Optimizer):
     """CAME optimizer.
 
-    Parameters
-    ----------
-    params : iterable
-        Parameters, or parameter groups.
-    lr, weight_decay : float
-    betas : (float, float, float)
-        Decay of first moment, second moment and instability.
-    eps : (float, float)
-        Numbers added to the squared gradient and to the squared instability.
-    clip_threshold : float
-        Maximum RMS of a direction D_t.
+    ``betas`` are the decays of first moment, second moment and instability, ``eps`` is added to the squared gradient
+    and to the squared instability, and ``clip_threshold`` is the maximum RMS of a direction D_t.
     """
 
     def __init__(

@@ -49,18 +49,9 @@ SHARE, SHARE_ENDS, SHARE_STEP, SHARE_SMOOTHING, SHARE_ERROR = 0.15, (0.0625, 0.6
 
 
 class Factorization(NamedTuple):
-    """Factors Q U^T of a matrix A (m, n), with their error and cost.
+    """Factors Q U^T of a matrix, with their relative error in Frobenius norm and the number of factorizations tried.
 
-    Parameters
-    ----------
-    Q : (m, k)
-        Orthonormal columns.
-    U : (n, k)
-        A^T Q.
-    error : float
-        Relative error in Frobenius norm.
-    trials : int
-        Number of factorizations in the rank selection.
+    The columns of Q are orthonormal, and U = A^T Q.
     """
 
     Q: Float[Tensor, "m k"]
@@ -143,15 +134,8 @@ def largest_rank(rows: int, columns: int, max_rank: int | None) -> int:
 def choose(A: Float[Tensor, "m n"], factor: Factor, state: dict[str, Any], options: Mapping[str, Any]) -> Factorization:
     """Factorize a matrix by AS-RSI, with the rank rule of the options of ``AdapproxOptimizer``.
 
-    Parameters
-    ----------
-    A : (m, n)
-    factor : callable
-        Function from a rank to Q and U.
-    state : dict
-        State of this matrix. The rule "ema" stores its fraction there and reads the error of the previous selection.
-    options : mapping
-        Settings of the parameter group.
+    ``factor`` returns Q and U of a rank. The rule "ema" stores its fraction in ``state``, the state of the matrix, and
+    reads the error of the previous selection there.
     """
     smaller, cap = min(A.shape), largest_rank(A.shape[0], A.shape[1], options["max_rank"])
     match options["rank_rule"]:

@@ -89,11 +89,14 @@ class LoRA(AdapterMethod, name="lora"):
 
     def delta(self, name: str, host: nn.Module) -> LoRADelta:
         """Return B A of one module, scaled by its rank."""
+        return LoRADelta(host, *self.factor_options(name), self._generator)
+
+    def factor_options(self, name: str) -> tuple[int, float, float]:
+        """Return rank, scale and dropout of a module's factors."""
         rank = self.rank if isinstance(self.rank, int) else self.rank[name]
         if rank < 1:
             raise ValueError(f"rank must be >= 1, got {rank}")
-        scale = self.alpha / (math.sqrt(rank) if self.rslora else rank)
-        return LoRADelta(host, rank, scale, self.dropout, self._generator)
+        return rank, self.alpha / (math.sqrt(rank) if self.rslora else rank), self.dropout
 
 
 class LoRADelta(Delta):

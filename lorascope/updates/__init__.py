@@ -28,6 +28,7 @@ from lorascope.updates.low_rank import LowRank
 from lorascope.updates.mixture import Mixture
 from lorascope.updates.neuron_angles import NeuronChange, factored_change, neuron_change, neuron_cosine
 from lorascope.updates.random_projection import RandomProjection
+from lorascope.updates.residual import Residual
 from lorascope.updates.weight_decomposed import WeightDecomposed
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "NeuronChange",
     "Pair",
     "RandomProjection",
+    "Residual",
     "Update",
     "WeightDecomposed",
     "constant_factors",

@@ -1,0 +1,107 @@
+r"""DoRA: the weight is split into a magnitude per output and a direction, which a low-rank product updates.
+
+.. math::
+
+    W = m \frac{V}{\|V\|}, \qquad V = W_0 + s B A, \qquad s = \alpha / r
+
+The norm is taken by row of (out, in). The magnitude m starts at the row norms of W_0 and B at zero, so training starts
+from the pretrained model.
+
+=========  ==========================================================
+paper      here
+=========  ==========================================================
+m          ``magnitude`` (out,)
+V          W_0 + s B A
+A, B       the factors ``A`` (rank, in), ``B`` (out, rank)
+r, alpha   ``rank``, ``alpha``
+=========  ==========================================================
+
+Source: DoRA (arXiv 2402.09353), equation 5; section 4.3, by which the norm of V is a constant in the gradient.
+
+Departs:
+
+- The norm is that of the weights of one output, a row of (out, in), as in PEFT; the paper writes columns of the
+  transposed weight.
+- With dropout, the input of the whole adapted map is dropped, as in PEFT; the bias and W_0 x itself are not.
+- Embeddings are rejected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorascope.adapters.delta import host_weight, to_array
+from lorascope.methods.lora import LoRA, LoRADelta
+from lorascope.updates import WeightDecomposed
+
+
+@dataclass(kw_only=True)
+class DoRA(LoRA, name="dora"):
+    """Low-rank adaptation of the direction of the weight, with a trained magnitude per output.
+
+    Parameters
+    ----------
+    rank, alpha, dropout, targets, rslora, init_seed
+        See ``LoRA``.
+    """
+
+    def delta(self, name: str, host: nn.Module) -> DoRADelta:
+        """Return direction and magnitude of one module."""
+        if isinstance(host, nn.Embedding):
+            raise ValueError(f"cannot adapt embedding {name!r}: DoRA supports linear layers. Remove it from targets")
+        return DoRADelta(host, *self.factor_options(name), self._generator)
+
+
+class DoRADelta(LoRADelta):
+    """Update m V / |V| - W_0 of one module. Parameters: see ``LoRADelta``."""
+
+    def __init__(
+        self,
+        host: nn.Module,
+        rank: int,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(host, rank, scale, dropout, generator)
+        self.magnitude = nn.Parameter(torch.linalg.norm(host_weight(host).detach(), dim=1))
+
+    def _ratio(self, W0: Float[Tensor, "out in"]) -> Float[Tensor, "out"]:
+        """Return m / |V|, with the norm as a constant of the gradient."""
+        norm = torch.linalg.norm(W0 + self.scale * (self.B @ self.A).detach(), dim=1)
+        return self.magnitude / norm.to(W0.dtype)
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        W0 = host_weight(self.host).detach()
+        return self._ratio(W0).unsqueeze(1) * (W0 + self.scale * (self.B @ self.A)) - W0
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        W0 = host_weight(self.host).detach()
+        x = F.dropout(x, self.dropout, self.training)
+        ratio = self._ratio(W0)
+        return (ratio - 1) * F.linear(x, W0) + ratio * F.linear(F.linear(x, self.A), self.B) * self.scale
+
+    def affine(
+        self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        """As in the base class, but without dropout the product W_0 x is computed once."""
+        if self.dropout and self.training:
+            return F.linear(x, W, b) + self(x)
+        ratio = self._ratio(W.detach())
+        output = ratio * (F.linear(x, W) + self.scale * F.linear(F.linear(x, self.A), self.B))
+        return output if b is None else output + b
+
+    def factors(self) -> dict[str, Tensor]:
+        """Return A, B and the magnitude."""
+        return {"A": self.A, "B": self.B, "magnitude": self.magnitude}
+
+    def update(self) -> WeightDecomposed:
+        """Return a copy of the update, with W_0."""
+        arrays = {name: to_array(factor) for name, factor in self.factors().items()}
+        W0 = to_array(host_weight(self.host))
+        return WeightDecomposed.from_factors(arrays | {"W0": W0}, self.scale)

@@ -1,0 +1,125 @@
+r"""PiSSA: the factors start at the principal singular vectors of the weight, which is trained less their product.
+
+.. math::
+
+    W = W^{res} + s B A, \qquad W^{res} = W_0 - s B_0 A_0, \qquad
+        s B_0 A_0 = U_{:r} \Sigma_{:r} V_{:r}^T
+
+Both initial factors have the roots of the singular values, divided by s: B_0 = U_{:r} (\Sigma_{:r} / s)^{1/2} and
+A_0 = (\Sigma_{:r} / s)^{1/2} V_{:r}^T. Training starts from the pretrained model.
+
+=========  ==========================================================
+paper      here
+=========  ==========================================================
+r          ``rank``
+A, B       ``B`` (out, rank) and ``A`` (rank, in)
+W^res      W_0 - s B_0 A_0, with the buffers ``B0`` and ``A0``
+=========  ==========================================================
+
+Source: PiSSA (arXiv 2404.02948), equations 2 to 4.
+
+Departs:
+
+- The host keeps W_0, and the adapter subtracts s B_0 A_0, so that the update is exactly W - W_0.
+- Singular vectors are exact; the paper's fast variant uses a randomized SVD.
+- alpha equals the rank by default, so s = 1, as in the authors' code.
+- Dropout applies to the input of A only, as in PEFT.
+- Embeddings are rejected.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lorascope.adapters.delta import host_weight
+from lorascope.methods.lora import LoRA, LoRADelta
+
+
+@dataclass(kw_only=True)
+class PiSSA(LoRA, name="pissa"):
+    """Low-rank adaptation of the principal singular components of the weight.
+
+    Parameters
+    ----------
+    rank, alpha, dropout, targets, rslora
+        See ``LoRA``.
+    """
+
+    def delta(self, name: str, host: nn.Module) -> ResidualDelta:
+        """Return the factors of one module at its principal singular components."""
+        if isinstance(host, nn.Embedding):
+            raise ValueError(f"cannot adapt embedding {name!r}: PiSSA supports linear layers. Remove it from targets")
+        rank, scale, dropout = self.factor_options(name)
+        return ResidualDelta(host, *principal_factors(host_weight(host).detach(), rank, scale), scale, dropout)
+
+
+class ResidualDelta(LoRADelta):
+    """Update scale * (B A - B0 A0) of factors that start at B0, A0 and train on the residual W_0 - scale * B0 A0.
+
+    The output is that of the residual weight plus scale * B A, but the host keeps W_0, so its hash, its norms and the
+    weights after ``detach`` are exact. The update is zero at step 0. Dropout applies to the input of A only.
+
+    Parameters
+    ----------
+    host : Module
+        Adapted module.
+    B, A : Tensor
+        Initial factors of shapes (out, rank) and (rank, in), which are also B0 and A0.
+    scale, dropout : float
+        As in ``LoRADelta``.
+    """
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(
+        self,
+        host: nn.Module,
+        B: Float[Tensor, "out rank"],
+        A: Float[Tensor, "rank in"],
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(host, len(A), scale, dropout, torch.Generator())  # leaves the global generator unchanged
+        with torch.no_grad():
+            self.A.copy_(A)
+            self.B.copy_(B)
+        self.register_buffer("A0", self.A.detach().clone())
+        self.register_buffer("B0", self.B.detach().clone())
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        return super().weight() - self.scale * (self.B0 @ self.A0)
+
+    def forward(self, x: Tensor) -> Float[Tensor, "*batch out"]:
+        start = F.linear(x, self.A0) if x.is_floating_point() else F.embedding(x, self.A0.T, self.padding)
+        return super().forward(x) - self.scale * F.linear(start, self.B0)
+
+    def affine(
+        self, x: Float[Tensor, "*batch in"], W: Float[Tensor, "out in"], b: Float[Tensor, "out"] | None
+    ) -> Float[Tensor, "*batch out"]:
+        """As in ``LoRADelta``, but with the factors [B, -B0] and [A; A0] in one product each."""
+        output = F.linear(x, W, b)
+        if self.dropout and self.training:
+            hidden = torch.cat([F.linear(F.dropout(x, self.dropout), self.A), F.linear(x, self.A0)], -1)
+        else:
+            hidden = F.linear(x, torch.cat([self.A, self.A0]))
+        B = torch.cat([self.B, -self.B0], 1)
+        flat = torch.addmm(output.view(-1, W.shape[0]), hidden.view(-1, B.shape[1]), B.T, alpha=self.scale)
+        return flat.view(output.shape)
+
+    def factors(self) -> dict[str, Tensor]:
+        return super().factors() | {"B0": self.B0, "A0": self.A0}
+
+
+def principal_factors(
+    W: Float[Tensor, "out in"], rank: int, scale: float
+) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+    """Return B_0 and A_0, in float32 or wider."""
+    U, sigma, Vh = torch.linalg.svd(W.to(torch.promote_types(W.dtype, torch.float32)), full_matrices=False)
+    root = torch.sqrt(sigma[:rank] / scale)
+    return U[:, :rank] * root, root.unsqueeze(1) * Vh[:rank]

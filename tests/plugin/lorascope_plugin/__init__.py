@@ -1,0 +1,1 @@
+"""A package that adds a method, a figure and a reader through entry points."""

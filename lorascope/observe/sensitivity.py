@@ -18,7 +18,6 @@ from lorascope.adapters.delta import attached_deltas, effective_weight
 from lorascope.adapters.host_weights import orient_weight, to_array
 from lorascope.analysis.neurons import neuron_roles, parts
 from lorascope.methods.base import Batch, Step
-from lorascope.methods.fourierft import BasisDelta, FourierDelta
 from lorascope.methods.neft import distances
 from lorascope.observe.base import Observer
 from lorascope.schema import module_table
@@ -106,9 +105,9 @@ class coefficients(Observer):
 
     def __call__(self, step: Step) -> Iterable[Record]:
         found = {
-            module: delta.coefficients
+            module: delta.get_parameter("coefficients")
             for module, delta in attached_deltas(step.model).items()
-            if isinstance(delta, FourierDelta | BasisDelta)
+            if "coefficients" in delta.factors()
         }
         if not (found and self.due(step.finished, step.total)):
             return

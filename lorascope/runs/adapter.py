@@ -12,7 +12,6 @@ import pandas as pd
 
 from lorascope.files.printable import printable
 from lorascope.runs.display import largest_lines
-from lorascope.runs.formats.peft_fourierft import named_base
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.stored_update import AdapterFiles
 from lorascope.runs.layout import Lazy
@@ -71,7 +70,7 @@ class Adapter(Result):
     @property
     def needs_base(self) -> bool:
         """Return whether the adapter can be opened only with the folder of its base."""
-        return self.files.kind == "FourierFT" and named_base(self.files.config) is None
+        return self.files.needs_base
 
     @cached_property
     def id(self) -> str:

@@ -21,7 +21,7 @@ from lorascope.runs.formats.peft_lora import LoraSettings, lora_factors, lora_pa
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredLoRA, StoredTensor
-from lorascope.updates import Update
+from lorascope.updates import Update, WeightDecomposed
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ model's files: those in the given folder, else in the folder that the configurat
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lorascope.files.printable import printable
 from lorascope.files.safetensors_io import TensorFile
 from lorascope.files.typed_json import Finite, Positive, to_typed
 from lorascope.runs.formats.peft_lora import CONFIG, group_factors, peft_kind
-from lorascope.runs.formats.pretrained_weights import PretrainedWeights
+from lorascope.runs.formats.pretrained_weights import PretrainedWeights, named_base
 from lorascope.runs.formats.registry import reads
 from lorascope.runs.formats.stored_update import AdapterFiles, StoredTensor, StoredUpdate
 from lorascope.schema.name_patterns import Patterns
@@ -135,14 +134,7 @@ def read_fourier(
         module: _fourier_part(path, module, factors["fourierft_spectrum"], settings, keys.first(module), seed, shapes)
         for module, factors in found.items()
     }
-    return AdapterFiles(path, dict(config), parts, others, files, "FourierFT")
-
-
-def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
-    """Return the base weights that the configuration names, if they are in a local folder."""
-    name = config.get("base_model_name_or_path")
-    folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
-    return PretrainedWeights(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None
+    return AdapterFiles(path, dict(config), parts, others, files, "FourierFT", named_base(config) is None)
 
 
 def entry_seed(config: Mapping[str, Any]) -> int:

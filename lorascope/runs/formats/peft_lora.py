@@ -34,7 +34,7 @@ _FACTOR = re.compile(
     r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>A|B|E|magnitude_vector)(?:\.(?!bias$|weight$)[^.]+)?(?:\.weight)?",
     re.DOTALL,  # a name may contain a line break
 )
-KINDS = ("LORA", "ADALORA", "FOURIERFT")
+KINDS = ("LORA", "ADALORA", "FOURIERFT", "VERA")
 # The largest embedding tables have 300,000 rows, so a factor of rank 256 has 75 million values. Larger tensors are not
 # factors of an adapter and could exhaust the memory.
 MAX_SIDE, MAX_VALUES = 2**24, 2**28

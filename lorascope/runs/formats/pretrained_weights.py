@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -158,3 +160,10 @@ def _checkpoint_files(folder: Path) -> list[Path]:
         reject_pickles(folder.glob("*model*"))
         raise FileNotFoundError(f"cannot read model {printable(folder)}: it has no safetensors file")
     return found
+
+
+def named_base(config: Mapping[str, Any]) -> PretrainedWeights | None:
+    """Return the base weights that the configuration names, if they are in a local folder."""
+    name = config.get("base_model_name_or_path")
+    folder = Path(os.path.expanduser(name)) if name and "\0" not in name else None
+    return PretrainedWeights(folder) if folder and folder.is_dir() and any(folder.glob("*.safetensors")) else None

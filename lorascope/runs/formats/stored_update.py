@@ -152,6 +152,8 @@ class AdapterFiles:
         Weight files.
     kind : str
         Name of the method, "LoRA" by default.
+    needs_base : bool
+        Whether the adapter can be opened only with the folder of its base.
     """
 
     path: Path
@@ -160,6 +162,7 @@ class AdapterFiles:
     others: tuple[str, ...]
     files: tuple[TensorFile, ...]
     kind: str = "LoRA"
+    needs_base: bool = False
 
     def whole(self, module: str) -> np.ndarray:
         """Load the full weight of a module (``modules_to_save``) in two dimensions."""

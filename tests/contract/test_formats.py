@@ -1,0 +1,92 @@
+"""What every registered reader of adapters promises, checked with one row of ``format_rows`` each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from contract.format_rows import ROWS, FormatRow, Q, V
+
+import lorascope as ls
+from lorascope.cli.main import main
+from lorascope.runs.formats import READERS, find_reader
+from lorascope.updates import from_factors
+
+EVERY = pytest.mark.parametrize("name", ROWS)
+
+
+@pytest.fixture
+def opened(name: str, tmp_path: Path):
+    """Return the row, the loaded adapter and the expected updates."""
+    row = ROWS[name]
+    expected = row.write(tmp_path / "adapter", tmp_path / "base")
+    base = tmp_path / "base" if (tmp_path / "base").exists() else None
+    return row, ls.load(tmp_path / "adapter", base), expected
+
+
+def test_every_reader_has_a_row() -> None:
+    find_reader({}, ())
+    assert ROWS.keys() == {name for name, each in READERS.items() if each.read.__module__.startswith("lorascope.")}
+
+
+@EVERY
+def test_updates_are_those_computed_by_hand(opened) -> None:
+    row, adapter, expected = opened
+    assert adapter.files.kind == row.kind
+    assert list(adapter.updates()) == [Q, V]
+    for module, dense in expected.items():
+        update = adapter.updates()[module]
+        assert update.dense() == pytest.approx(dense, rel=1e-6, abs=1e-6 * np.abs(dense).max())
+        assert update.exact == row.exact
+        again = from_factors(update.to_factors(), update.scale, update.exact, update.form)
+        assert (again.dense() == update.dense()).all()
+        sigma = adapter.spectra[module]
+        assert sigma == pytest.approx(np.linalg.svd(dense, compute_uv=False)[: len(sigma)], abs=1e-5)
+    summary = adapter.summary().set_index("module")
+    assert summary["update_norm"].to_dict() == pytest.approx(
+        {module: np.linalg.norm(dense) for module, dense in expected.items()}, rel=1e-6
+    )
+
+
+@EVERY
+def test_only_its_reader_matches(name: str, tmp_path: Path) -> None:
+    ROWS[name].write(tmp_path / "adapter", tmp_path / "base")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    names = {key for file in ls.load(tmp_path / "adapter", optional(tmp_path / "base")).files.files for key in file}
+    assert [each.name for each in READERS.values() if each.matches(config, names)] == [name]
+
+
+def optional(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+@EVERY
+def test_adapter_passes_every_door(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], opened: tuple[FormatRow, object, object]
+) -> None:
+    folder, base = str(tmp_path / "adapter"), optional(tmp_path / "base")
+    more = [] if base is None else ["--base", str(base)]
+    assert main(["inspect", folder, *more, "--json"]) == 0
+    assert [row["module"] for row in json.loads(capsys.readouterr().out)["modules"]] == [Q, V]
+    assert main(["doctor", folder, *more]) in (0, 1)
+    assert main(["plot", "update_norm_heat", folder, *more, "-o", str(tmp_path / "heat.svg")]) == 0
+
+
+@EVERY
+def test_adapter_without_its_last_factor_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save
+
+    ROWS[name].write(tmp_path / "adapter", tmp_path / "base")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lacking = [key for key in tensors if V in key][-1]
+    del tensors[lacking]
+    file.write_bytes(save(tensors))
+    if not any(V in key for key in tensors):  # a single factor per module: the module is gone
+        assert list(ls.load(tmp_path / "adapter", optional(tmp_path / "base")).updates()) == [Q]
+        return
+    with pytest.raises(ValueError, match="cannot read") as raised:
+        ls.load(tmp_path / "adapter", optional(tmp_path / "base"))
+    assert "\n" not in str(raised.value)

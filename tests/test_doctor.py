@@ -16,8 +16,10 @@ from ward import SETTINGS, Allocating, Bench, adalora
 
 import lorascope as ls
 from lorascope.cli.main import main
-from lorascope.diagnosis import causes
-from lorascope.diagnosis.doctor import collect_evidence, skipped_checks
+from lorascope.diagnosis.causes import RULES, Finding, Rule
+from lorascope.diagnosis.causes.base import found
+from lorascope.diagnosis.doctor import skipped_checks
+from lorascope.diagnosis.evidence import Case
 from lorascope.inputs import models
 from lorascope.training.hf_trainer.run_metadata import overlap
 
@@ -161,7 +163,7 @@ def test_fault_yields_only_its_own_finding(fault, bench):
 
 
 def test_every_cause_has_a_fault():
-    assert {name for cause in causes.CAUSES for name in cause.names} == set(FAULTS.values())
+    assert {rule.name for rule in RULES if rule.fix} == set(FAULTS.values())
 
 
 HEALTHY = METHODS | {
@@ -249,4 +251,21 @@ def test_command_prints_text_and_json(bench, capsys):
 def test_recorded_run_skips_no_check(tmp_path):
     values = {("update_norm", "h.0.q"): {9: 1.0}, ("weight_norm", "h.0.q"): {9: 1.0}}
     run = plant(tmp_path, "a", values, factors={"h.0.q": low_rank(1.0)}, method={"name": "lora"})
-    assert skipped_checks(collect_evidence(run)) == {}
+    assert skipped_checks(Case(run)) == {}
+
+
+def test_rule_is_registered_by_its_definition(tmp_path):
+    values = {("update_norm", "h.0.q"): {9: 1.0}, ("weight_norm", "h.0.q"): {9: 1.0}}
+    run = plant(tmp_path, "a", values, factors={"h.0.q": low_rank(1.0)}, method={"name": "lora"})
+    known = list(RULES)
+    try:
+
+        @Rule("use an even rank", suppresses=("frozen",))
+        def odd_rank(case):
+            yield found("odd rank", case.modules["module"], rank=1)
+
+        assert [*known, odd_rank] == RULES
+        (finding,) = ls.diagnose(run)
+    finally:
+        RULES[:] = known
+    assert finding == Finding("odd-rank", "odd rank: h.0.q", {"rank": 1}, "use an even rank", modules=("h.0.q",))

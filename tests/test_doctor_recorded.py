@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pandas as pd
 import peft
 import pytest
@@ -9,8 +11,8 @@ from planted import low_rank, manifest, plant
 from ward import Allocating, Bench, adalora
 
 import lorascope as ls
-from lorascope.diagnosis.causes import Case
-from lorascope.diagnosis.causes.config import find_allocator_excess, find_overscaled_updates
+from lorascope.diagnosis.causes.config import allocator_idle, budget_missed, overscaled
+from lorascope.diagnosis.evidence import Case
 
 
 @pytest.fixture
@@ -58,7 +60,13 @@ def case(method, step=None, **columns):
     frame["module"] = [f"h.{number}.q" for number in frame.index]
     frame["adapted"] = frame.get("rank", pd.Series(1, frame.index)) > 0
     meta = manifest(method=method, states={"last": {"step": step, "ranks": {}}})
-    return Case(frame, pd.Series(dtype="float64"), meta, True, True, True, ())
+    given = Case(SimpleNamespace(meta=meta))
+    given.modules = frame.assign(weight_norm=1.0)
+    return given
+
+
+def allocator_causes(given):
+    return [finding.cause for rule in (allocator_idle, budget_missed) for finding in rule.findings(given)]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,7 @@ def test_module_without_components_counts_for_the_budget(ranks, found):
     given = case(
         {"name": "peft", "kind": "ADALORA"}, 9, rank=pd.array(ranks, dtype="Int64"), used=[float(n) for n in ranks]
     )
-    assert [finding.cause for finding in find_allocator_excess(given)] == found
+    assert allocator_causes(given) == found
 
 
 def test_tail_of_a_schedule_is_not_a_missed_budget():
@@ -83,7 +91,7 @@ def test_tail_of_a_schedule_is_not_a_missed_budget():
     for extra, found in ((4, []), (5, ["budget-missed"])):
         ranks = pd.array([8] * (100 - extra) + [9] * extra, dtype="Int64")
         given = case({"name": "peft", "kind": "ADALORA"}, 9, rank=ranks, used=ranks.astype("float64"))
-        assert [finding.cause for finding in find_allocator_excess(given)] == found
+        assert allocator_causes(given) == found
 
 
 def test_pruned_module_is_not_dead(tmp_path):
@@ -102,7 +110,7 @@ def test_pruned_module_is_not_dead(tmp_path):
 def test_overscaled_requires_a_large_scale_and_a_large_update():
     """Both at once: a scale above 16, and an update larger than its weight."""
     given = case({"name": "peft"}, scale=[16.0, 64.0, 16.5], relative_update=[40.0, 1.0, 1.01])
-    (finding,) = find_overscaled_updates(given)
+    (finding,) = overscaled.findings(given)
     assert finding.evidence["modules"] == 1
     assert (finding.evidence["scale"], finding.evidence["relative_update"]) == (16.5, 1.01)
 

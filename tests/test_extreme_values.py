@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
-from lorascope.diagnosis.terminal import Style, _format_ratio
+from lorascope.diagnosis.terminal import BLOCKS, DIGITS, glyph
 from lorascope.probes.report.html import format_value
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
@@ -29,10 +27,10 @@ COLUMNS = {
     "cell",
     [
         terminal.norm,
-        terminal._format_percent,
-        terminal._format_number,
-        terminal._format_whole,
-        _format_ratio,
+        terminal.percent,
+        terminal.number,
+        terminal.whole,
+        terminal.ratio,
         format_value,
     ],
 )
@@ -42,12 +40,10 @@ def test_cells_of_extreme_values_are_short(cell, value) -> None:
 
 @pytest.mark.parametrize("largest", [5e-324, 1.0, 1e308])
 def test_glyph_of_a_norm_is_one_character(largest: float) -> None:
-    for blocks in (False, True):
-        style = Style(blocks)
-        assert style.glyph(largest, largest) == style.scale[-1]
-        assert {style.glyph(float(value), largest) for value in (np.inf, np.nan)} == {"!"}
-        assert style.glyph(0.0, largest) == style.zero
-    assert terminal._largest_finite([[None, math.nan, math.inf], [largest, 0.0]]) == largest
+    for scale in (DIGITS, BLOCKS):
+        assert glyph(largest, largest, scale) == scale[-1]
+        assert {glyph(float(value), largest, scale) for value in (np.inf, np.nan)} == {"!"}
+        assert glyph(0.0, largest, scale) == scale[0]
 
 
 def test_to_floats_replaces_values_that_cannot_be_drawn() -> None:

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from planted import manifest
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from test_loading import save, write_run
 
 from lorascope.cli.main import main
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.inspection import inspect
-from lorascope.diagnosis.terminal import Style
 from lorascope.files.safetensors_io import write_json, write_tensors
 from lorascope.runs.formats.peft_lora import WEIGHTS
 from lorascope.runs.loading import load
@@ -60,8 +60,26 @@ def llama(layers: int, sigma: list[float]) -> dict[str, list[float]]:
     }
 
 
-def lines(path: Path, **style: bool) -> list[str]:
-    return terminal.inspection_screen(inspect(load(path)), Style(**style)).splitlines()
+class Terminal(io.StringIO):
+    def __init__(self, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:
+        return self._encoding
+
+    def isatty(self) -> bool:
+        return True
+
+
+def plain() -> Console:
+    """Return a console for a file."""
+    return terminal.console(io.StringIO())
+
+
+def lines(path: Path, target: Console | None = None) -> list[str]:
+    return terminal.inspection_screen(inspect(load(path)), target or plain()).splitlines()
 
 
 def test_inspection_screen_equals_the_expected_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +110,8 @@ findings       1 zero update: model.layers.1.mlp.up_proj (B = 0)
                none of 10 modules have 90% of their energy in rank 1 or less
 next           lorascope plot spectrum my-adapter -o spectrum.pdf"""
     assert "\n".join(lines(Path("my-adapter"))) == expected
-    blocks = lines(Path("my-adapter"), blocks=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    blocks = lines(Path("my-adapter"), terminal.console(Terminal()))
     assert [line[15:24] for line in blocks[5:9]] == ["▂▂▂▄▄▄▆▆▆", "▂▂▂▄▄▄   ", "▂▂▂···▆▆▆", "▂▂▂▄▄▄███"]
     assert blocks[9].strip() == "█ is 40.0 per layer, · is zero"
 
@@ -201,7 +220,7 @@ def test_nan_module_is_shown_and_excluded_from_totals(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.0])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 2
     item = inspect(load(plant(tmp_path / "a", spectra)))
-    shown = terminal.inspection_screen(item, Style()).splitlines()
+    shown = terminal.inspection_screen(item, plain()).splitlines()
     assert next(line for line in shown if line.startswith("ffn_in"))[15:21] == "555!!!"
     assert item.norm == pytest.approx(2 * (4 + 3 * 4) ** 0.5)
     assert item.modules["energy"].sum() == pytest.approx(1)
@@ -225,7 +244,7 @@ def test_dense_run_shows_its_recorded_norms(tmp_path: Path) -> None:
     item = inspect(load(tmp_path / "full"))
     row = item.modules.iloc[0]
     assert (row["update_norm"], row["energy_rank"], row["parameters"]) == (5.0, 2, 12)
-    shown = terminal.inspection_screen(item, Style()).splitlines()
+    shown = terminal.inspection_screen(item, plain()).splitlines()
     assert shown[:4] == [
         "full           Full, seed 0",
         "model          m on t",
@@ -249,43 +268,48 @@ def test_second_name_of_a_tied_weight_is_measured(tmp_path: Path) -> None:
     assert (row["energy_rank"], row["parameters"], row["update_norm"]) == (2, 2 * 6, pytest.approx(2**0.5))
 
 
-class Terminal(io.StringIO):
-    def __init__(self, encoding: str = "utf-8") -> None:
-        super().__init__()
-        self._encoding = encoding
+@pytest.mark.parametrize(
+    ("stream", "variables", "blocks", "color"),
+    [
+        (Terminal(), {"TERM": "xterm"}, True, True),
+        (Terminal("ascii"), {"TERM": "xterm"}, False, True),
+        (io.StringIO(), {"TERM": "xterm"}, False, False),
+        (Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        (Terminal(), {"TERM": "dumb"}, True, False),
+    ],
+    ids=["terminal", "ascii", "file", "NO_COLOR", "dumb"],
+)
+def test_blocks_and_color_are_shown_only_on_capable_terminals(
+    stream: io.StringIO,
+    variables: dict[str, str],
+    blocks: bool,
+    color: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    folder = plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))
+    shown = terminal.inspection_screen(inspect(load(folder)), terminal.console(stream))
+    assert ("█" in shown) == blocks
+    assert ("\033[" in shown) == color
+    assert shown.isascii() == (not blocks)
 
-    @property
-    def encoding(self) -> str:
-        return self._encoding
 
-    def isatty(self) -> bool:
-        return True
-
-
-def test_style_has_blocks_and_color_only_on_capable_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    assert Style.of(Terminal()) == Style(blocks=True, color=True)
-    assert Style.of(Terminal("ascii")) == Style(blocks=False, color=True)
-    assert Style.of(io.StringIO()) == Style(blocks=False, color=False)
-    monkeypatch.setenv("NO_COLOR", "1")
-    assert Style.of(Terminal()) == Style(blocks=True, color=False)
-    monkeypatch.delenv("NO_COLOR")
-    monkeypatch.setenv("TERM", "dumb")
-    assert Style.of(Terminal()) == Style(blocks=True, color=False)
-
-
-def test_color_changes_only_escape_codes(tmp_path: Path) -> None:
+def test_color_changes_only_escape_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import re
 
     item = inspect(load(plant(tmp_path / "a", llama(2, [1.0, 0.1, 0.0, 0.0]))))
-    plain, colored = (
-        terminal.inspection_screen(item, Style(blocks=True)),
-        terminal.inspection_screen(item, Style(blocks=True, color=True)),
-    )
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    colored = terminal.inspection_screen(item, terminal.console(Terminal()))
+    monkeypatch.setenv("NO_COLOR", "1")
+    without = terminal.inspection_screen(item, terminal.console(Terminal()))
     assert "\033[" in colored
     stripped = "\n".join(line.rstrip() for line in re.sub(r"\033\[\d+m", "", colored).splitlines())
-    assert stripped == plain
+    assert stripped == without
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from lorascope.cli.arguments import UsageError, parse
-from lorascope.diagnosis.causes import Case, Finding
-from lorascope.diagnosis.doctor import SKIP_REASONS, collect_evidence, findings, skipped_checks
+from lorascope.diagnosis.causes import Finding
+from lorascope.diagnosis.doctor import SKIP_REASONS, findings, skipped_checks
+from lorascope.diagnosis.evidence import Case
 from lorascope.diagnosis.inspection import json_values
 from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.printable import printable
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if options.path is None:
         raise UsageError("PATH is required: lorascope doctor my-adapter")
     run = load(options.path, options.base)
-    case = collect_evidence(run)
+    case = Case(run)
     found = findings(case)
     if options.json:
         plain = {"path": options.path, "findings": list(map(_finding_to_json, found)), "unseen": skipped_checks(case)}
@@ -56,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _finding_to_json(finding: Finding) -> dict[str, Any]:
     """Convert a finding to JSON values; the old names of ``message`` and ``fix`` stay for one release."""
-    return dataclasses.asdict(finding) | {"told": finding.message, "mend": finding.fix}
+    plain = {"cause": finding.cause, "message": finding.message, "evidence": finding.evidence, "fix": finding.fix}
+    return plain | {"told": finding.message, "mend": finding.fix}
 
 
 def _format_findings(run: Result, case: Case, found: Sequence[Finding]) -> Iterator[str]:

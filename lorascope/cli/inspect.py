@@ -85,29 +85,29 @@ def format_neuron_inspection(path: str, options: Options) -> str:
         return csv_text(item.scores.drop(columns="top"))
     if options.json:
         return json.dumps(item.to_json(), indent=1) + "\n"
-    style = terminal.Style.of(sys.stdout)
-    return (terminal.projections_screen if options.all else terminal.neurons_screen)(item, style) + "\n"
+    target = terminal.console(sys.stdout)
+    return (terminal.projections_screen if options.all else terminal.neurons_screen)(item, target) + "\n"
 
 
 def format_inspection(inspections: list[Inspection], options: Options) -> str:
     """Format one inspection, or the comparison of several, as text, JSON or CSV."""
     if len(inspections) > 1:
         return format_inspections(inspections, options)
-    item, style = inspections[0], terminal.Style.of(sys.stdout)
+    item, target = inspections[0], terminal.console(sys.stdout)
     if options.csv:
         table = item.modules.assign(name=item.name)
         return csv_text(table[["name", *table.columns.drop("name")]])
     if options.json:
         return json.dumps(item.to_json(), indent=1) + "\n"
-    return (terminal.modules_screen if options.all else terminal.inspection_screen)(item, style) + "\n"
+    return (terminal.modules_screen if options.all else terminal.inspection_screen)(item, target) + "\n"
 
 
 def format_inspections(inspections: list[Inspection], options: Options) -> str:
     """Format the comparison of several inspections as text, JSON or CSV."""
-    comparison, style = compare(inspections, options.spectra), terminal.Style.of(sys.stdout)
+    comparison, target = compare(inspections, options.spectra), terminal.console(sys.stdout)
     if options.csv:
         return csv_text(comparison.table())
     if options.json:
         return json.dumps(comparison.to_json(), indent=1) + "\n"
-    screens = [terminal.modules_screen(item, style) for item in inspections] if options.all else []
-    return "\n\n".join([*screens, comparison_screen(comparison, style)]) + "\n"
+    screens = [terminal.modules_screen(item, target) for item in inspections] if options.all else []
+    return "\n\n".join([*screens, comparison_screen(comparison, target)]) + "\n"

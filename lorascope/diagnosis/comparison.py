@@ -44,10 +44,10 @@ class Comparison:
         """Return the JSON form of each inspection, with its comparison with each of the others, also per module."""
         entries = []
         for label, item in zip(self.labels, self.inspections, strict=True):
-            mine = self.matrix[(self.matrix["one"] == label) & (self.matrix["other"] != label)]
-            entries.append(item.to_json() | {"label": label, "compared": rows(mine.drop(columns="one"))})
+            others = self.matrix[(self.matrix["one"] == label) & (self.matrix["other"] != label)].drop(columns="one")
             shared = self.modules[self.modules["one"] == label].drop(columns=["one", "inner"])
-            entries[-1]["compared_modules"] = rows(shared)
+            compared = {"label": label, "compared": rows(others), "compared_modules": rows(shared)}
+            entries.append(item.to_json() | compared)
         return entries
 
 
@@ -60,7 +60,7 @@ def compare(inspections: Sequence[Inspection], spectra: bool = False) -> Compari
         They are not on one model, or one occurs twice.
     """
     names = [item.name for item in inspections]
-    labels = [item.name if names.count(item.name) == 1 else str(item.run.path) for item in inspections]
+    labels = [item.name if names.count(item.name) == 1 else str(item.path) for item in inspections]
     twice = next((label for label in labels if labels.count(label) > 1), None)
     if twice is not None:
         raise ValueError(f"duplicate adapter or run {twice!r}")

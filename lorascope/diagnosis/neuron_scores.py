@@ -8,17 +8,18 @@ Source: NeFT (arXiv 2403.11621), equation 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lorascope.analysis import neurons
+from lorascope.diagnosis.inspection import in_axis_order
 from lorascope.runs.formats.peft_lora import factor_files
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
 from lorascope.runs.loading import MARKS
-from lorascope.schema.module_roles import FFN, parse, position
+from lorascope.schema.module_roles import FFN, parse
 from lorascope.updates import neuron_change
 
 
@@ -47,8 +48,18 @@ def neuron_scores(original: str | Path, tuned: str | Path, roles: Sequence[str] 
     ValueError
         A file is broken, the two are not of one model, or a weight contains NaN or infinity.
     """
-    tables = pd.concat(score(PretrainedWeights(original), PretrainedWeights(tuned), roles), ignore_index=True)
-    return tables.astype(dict.fromkeys(("module", "stack", "role"), "category"))
+    unknown = sorted(set(roles) - set(FFN))
+    if unknown:
+        raise ValueError(f"roles must be from {', '.join(map(repr, FFN))}, got {unknown[0]!r}")
+    before, after = PretrainedWeights(original), PretrainedWeights(tuned)
+    modules = describe_checkpoint(after)
+    present = [role for role in neurons.neuron_roles(modules) if role in roles]
+    if not present:
+        raise ValueError(f"cannot score {after.folder}: no feed-forward weights with a known name ({', '.join(roles)})")
+    scores = pd.concat(
+        (_score_part(part, before, after) for part in neurons.parts(modules, present)), ignore_index=True
+    )
+    return scores.astype(dict.fromkeys(("module", "stack", "role"), "category"))
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -57,25 +68,6 @@ def is_checkpoint(path: str | Path) -> bool:
     folder = path.parent if path.is_file() else path
     whole = path.suffix == ".safetensors" if path.is_file() else any(path.glob("*.safetensors*"))
     return whole and not any((folder / mark).exists() for mark in MARKS) and not factor_files(folder)
-
-
-def score(original: PretrainedWeights, tuned: PretrainedWeights, roles: Sequence[str] = FFN) -> Iterator[pd.DataFrame]:
-    """Yield the scores, part by part of a layer.
-
-    Raises
-    ------
-    ValueError
-        See ``neuron_scores``.
-    """
-    unknown = sorted(set(roles) - set(FFN))
-    if unknown:
-        raise ValueError(f"roles must be from {', '.join(map(repr, FFN))}, got {unknown[0]!r}")
-    modules = describe_checkpoint(tuned)
-    present = [role for role in neurons.neuron_roles(modules) if role in roles]
-    if not present:
-        raise ValueError(f"cannot score {tuned.folder}: no feed-forward weights with a known name ({', '.join(roles)})")
-    for part in neurons.parts(modules, present):
-        yield _score_part(part, original, tuned)
 
 
 def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
@@ -91,9 +83,7 @@ def describe_checkpoint(model: PretrainedWeights) -> pd.DataFrame:
     parent = frame["module"].str.replace(r"\.[^.]*$", "", regex=True)
     single = (frame["role"] == "ffn_gate") & ~parent.isin(parent[frame["role"] == "ffn_in"])
     frame["role"] = frame["role"].mask(single, "ffn_in")
-    places = frame[["stack", "layer", "role"]].itertuples(index=False)
-    order = sorted(frame.index, key=[position(*place) for place in places].__getitem__)
-    return frame.iloc[order].reset_index(drop=True)
+    return in_axis_order(frame, frame["layer"])
 
 
 def _score_part(part: neurons.Part, original: PretrainedWeights, tuned: PretrainedWeights) -> pd.DataFrame:

@@ -1,12 +1,16 @@
-"""Checks of the configuration: patterns, scale, budget, targets."""
+"""Configuration and files of an adapter: rank, alpha, initialization, patterns, scale, budget, saved modules."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from lorascope.diagnosis.causes.evidence import Case, Finding, Found, count_phrase
-from lorascope.diagnosis.inspection import first_and_count
+from lorascope.diagnosis.causes.base import Found, Rule, caution, found
+from lorascope.diagnosis.evidence import SHARE, Case
+from lorascope.runs.formats.peft_lora import CONFIG, RESIDUAL
 from lorascope.schema.name_patterns import Ends, Patterns
+from lorascope.updates import Pair
 
 WHOLE = 1.0  # fraction of |W|: an update as large as the weight replaces the pretrained weight
 HABIT = 16.0  # alpha / r: alpha 16 is common down to rank 1, so only a larger scale is called a cause
@@ -14,60 +18,111 @@ UNEVEN = 2.0  # ratio of scales: alpha is usually r or 2 r, so a larger ratio of
 NEARLY = 0.01  # fraction of the components to prune: masking every few steps may miss the end of the schedule
 
 
-def find_unmatched_keys(case: Case) -> Found:
-    """Find parts of a configuration that match no module: a typing error that PEFT does not report."""
-    config = case.meta.method
-    if case.history:
-        return
-    names = list(case.adapted["module"])
-    known, ends = set(names), Ends(names)
-    for field in ("target_modules", "rank_pattern", "alpha_pattern"):
-        keys = config.get(field) or ()
-        # PEFT rejects a single pattern that matches nothing. AdaLoRA's ranks are masks per parameter.
-        if isinstance(keys, str) or (field == "rank_pattern" and case.is_adalora):
-            continue
-        # A target is the end of a module's name, a key of a pattern a regular expression for it.
-        idle = (
-            [key for key in keys if key not in known and not any(ends.names_with_end(f".{key}"))]
-            if field == "target_modules"
-            else Patterns(keys, field).unused_keys(names)
-        )
-        if idle:
-            yield Finding(
-                "unmatched",
-                f"{field} matches no module of this adapter: {first_and_count(idle)}",
-                {"field": field, "keys": idle, "modules": len(names)},
-                "compare with model.named_modules(): PEFT matches the end of a name, and ignores other keys",
-            )
+@Rule()
+def rank_use(case: Case) -> Found:
+    """Count the modules that would need only a quarter of their rank."""
+    known = case.measured[case.measured["update_norm"] > 0].dropna(subset=["energy_rank", "rank"])
+    if len(known) and known["rank"].min() >= 4:
+        narrow = int((known["energy_rank"] <= known["rank"] // 4).sum())
+        ranks = set(known["rank"] // 4)
+        bound = f"rank {ranks.pop()} or less" if len(ranks) == 1 else "a quarter of their rank"
+        yield found(f"{narrow or 'none'} of {len(known)} modules have {SHARE:.0%} of their energy in {bound}")
 
 
-def find_overscaled_updates(case: Case) -> Found:
+@Rule(needs="config")
+def incomplete_norms(case: Case) -> Found:
+    """Find adapters of which |dW| is not exactly the norm of the update."""
+    if not case.files.config:
+        unknown = f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r"
+        yield caution(unknown)
+    if case.files.kind == "DoRA" and any(part.has_thin_factors for part in case.files.parts.values()):
+        yield caution("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
+    start = str(case.files.config.get("init_lora_weights", True)).lower()
+    if start.startswith(RESIDUAL):
+        modified = "unless converted, it requires a modified base, which |dW| includes"
+        yield caution(f"initialized by {start}: {modified}")
+
+
+@Rule(needs="config")
+def other_weights(case: Case) -> Found:
+    """Find weights saved next to the factors, with their distance from the base, and modules not in the base."""
+    base, names = case.base, case.files.others
+    biases = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
+    whole = {name.removesuffix(".weight").removesuffix(".base_layer") for name in names if not name.endswith(".bias")}
+    absent = [module for module in sorted(whole) if base is None or not base.has_weight(module)]
+    for module in sorted(whole.difference(absent)):
+        assert base is not None
+        weight, shape = case.files.whole(module), base.shape(module)
+        if weight.shape == shape:
+            change = Pair(base.weight(module, shape), weight)
+            share = f"{100 * change.relative_update():.3g}% of |W|"
+            yield found(f"saved as full weights: {module}, |dW| {change.update.norm():.3g} ({share})")
+        else:
+            sizes = ", in the base ".join(" x ".join(map(str, sides)) for sides in (weight.shape, shape))
+            yield found(f"saved as full weights, not measured: {module} is {sizes}")
+    if absent:
+        why = "without a base" if base is None else "because they are not in the base"
+        yield found(f"saved as full weights, not measured {why}", absent)
+    if added := len(biases - whole):
+        yield found(f"{added} biases in addition to the factors, not measured")
+    lacking = [module for module in case.files.parts if base is not None and not base.has_weight(module)]
+    if lacking:
+        yield found("not in the base, perhaps tied", lacking)
+
+
+_UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name, and ignores other keys"
+
+
+@Rule(_UNMATCHED, "config", name="unmatched")
+def unmatched_targets(case: Case) -> Found:
+    """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
+    keys, ends = case.files.config.get("target_modules") or (), Ends(case.files.parts)
+    # PEFT rejects a single pattern that matches nothing.
+    if not isinstance(keys, str):
+        idle = [key for key in keys if key not in case.files.parts and not any(ends.names_with_end(f".{key}"))]
+        yield from _unmatched_keys(case, "target_modules", idle)
+
+
+@Rule(_UNMATCHED, "config", inspected=True, name="unmatched")
+def unmatched_patterns(case: Case) -> Found:
+    """Find keys of a pattern that match no module."""
+    # AdaLoRA's ranks are masks per parameter.
+    for field in ("rank_pattern", "alpha_pattern")[case.is_adalora :]:
+        keys = Patterns(case.files.config.get(field) or {}, f"{field} of {case.files.path / CONFIG}")
+        yield from _unmatched_keys(case, field, keys.unused_keys(case.files.parts))
+
+
+def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
+    if keys:
+        message, count = f"{field} matches no module of this adapter", len(case.files.parts)
+        yield found(message, keys, field=field, keys=keys, modules=count)
+
+
+@Rule(
+    "set lora_alpha to r or 2 r: the scale is alpha / r (alpha / sqrt(r) for rsLoRA), not alpha",
+    "weights",
+    suppresses=("diverged",),
+)
+def overscaled(case: Case) -> Found:
     """Find updates that are larger than the weights, at an unusually large scale."""
     adapted = case.adapted
     huge = adapted[(adapted["relative_update"] > WHOLE) & (adapted["scale"] > HABIT)]
     if len(huge):
-        most = huge.sort_values("relative_update", ascending=False, kind="stable").iloc[0]
-        yield Finding(
-            "overscaled",
-            f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules, up to "
-            f"{most['relative_update']:.3g} |W| in {most['module']}, at scale {most['scale']:.4g}",
-            {
-                "modules": len(huge),
-                "relative_update": float(most["relative_update"]),
-                "threshold": WHOLE,
-                "scale": float(most["scale"]),
-                "habit": HABIT,
-            },
-            "set lora_alpha to r or 2 r: the scale is alpha / r (alpha / sqrt(r) for rsLoRA), not alpha",
-        )
+        most = huge.nlargest(1, "relative_update").iloc[0]
+        update, scale = float(most["relative_update"]), float(most["scale"])
+        message = f"the update is larger than the weight in {len(huge)} of {len(adapted)} modules"
+        message = f"{message}, up to {update:.3g} |W| in {most['module']}, at scale {scale:.4g}"
+        evidence = {"modules": len(huge), "relative_update": update, "threshold": WHOLE, "scale": scale}
+        yield found(message, **evidence, habit=HABIT)
 
 
-def find_uneven_scale(case: Case) -> Found:
+@Rule("add the keys of rank_pattern to alpha_pattern, with alpha = scale x rank", "config")
+def uneven_scale(case: Case) -> Found:
     """Find modules with another rank that are missing in ``alpha_pattern``."""
     config, adapted = case.meta.method, case.adapted
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     # Without an alpha_pattern the scale is alpha / r, which AutoLoRA intends.
-    if case.history or case.is_adalora or not ranks or not alphas or adapted["scale"].isna().all():
+    if case.is_adalora or not ranks or not alphas or adapted["scale"].isna().all():
         return
     usual = float(adapted["scale"].mode().iloc[0])
     own, scaled = Patterns(ranks, "rank_pattern"), Patterns(alphas, "alpha_pattern")
@@ -75,62 +130,49 @@ def find_uneven_scale(case: Case) -> Found:
     ratio = adapted["scale"] / usual
     off = adapted[np.array(left) & ((ratio >= UNEVEN) | (ratio <= 1 / UNEVEN))]
     if len(off):
-        yield Finding(
-            "uneven-scale",
-            f"{count_phrase(off, adapted)} an entry in rank_pattern but none in alpha_pattern, so scale "
-            f"{off['scale'].iloc[0]:.4g} instead of {usual:.4g}: {first_and_count(off['module'])}",
-            {"modules": list(off["module"]), "scale": float(off["scale"].iloc[0]), "usual": usual, "threshold": UNEVEN},
-            "add the keys of rank_pattern to alpha_pattern, with alpha = scale x rank",
-        )
+        scale = float(off["scale"].iloc[0])
+        verb, names = "has" if len(off) == 1 else "have", list(off["module"])
+        lacking = f"{verb} an entry in rank_pattern but none in alpha_pattern"
+        message = f"{len(off)} of {len(adapted)} modules {lacking}, so scale {scale:.4g} instead of {usual:.4g}"
+        yield found(message, names, modules=names, scale=scale, usual=usual, threshold=UNEVEN)
 
 
-def find_allocator_excess(case: Case) -> Found:
-    """Find AdaLoRA adapters with more components than their budget."""
+@Rule("call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()")
+def allocator_idle(case: Case) -> Found:
+    """Find AdaLoRA adapters that were never pruned, although they should have been."""
+    if excess := _allocator_excess(case, idle=True):
+        in_use = f"all {excess['of']} components are still in use, the budget is {excess['budget']}"
+        yield found(f"{in_use}: the allocator never removed one", **excess)
+
+
+@Rule("set total_step to the number of steps in training, and tinit + tfinal well below it")
+def budget_missed(case: Case) -> Found:
+    """Find AdaLoRA adapters that were pruned too little, or not yet."""
+    if excess := _allocator_excess(case, idle=False):
+        in_use = f"{excess['components']} of {excess['of']} components are in use, the budget is {excess['budget']}"
+        yield found(f"{in_use}: the schedule did not finish", **excess)
+
+
+def _allocator_excess(case: Case, idle: bool) -> dict[str, Any]:
+    """Return the components of an AdaLoRA adapter that exceeds its budget, idle or not; else an empty dict.
+
+    The allocator is idle if it removed no component by the last step, although it should have.
+    """
     method = case.meta.method
     # A module without components counts, because the others received its part of the budget.
     ranked = case.modules[case.modules["rank"].notna()]
     if not case.is_adalora or ranked.empty:
-        return
+        return {}
     # A folder is already masked, so only the configuration has the initial rank; 8 and 12 are PEFT's defaults.
     each = method.get("target_rank", method.get("target_r", 8))
     first = method.get("init_rank", method.get("init_r", 12))
     budget, whole = round(each * len(ranked)), first * len(ranked)
     held = int(ranked[["rank", "used"]].min(axis=1).sum())
-    if held - budget <= NEARLY * (whole - budget):
-        return
-    evidence = {"components": held, "budget": budget, "of": whole, "threshold": NEARLY}
-    if held == whole and _is_allocation_due(case):
-        yield Finding(
-            "allocator-idle",
-            f"all {whole} components are still in use, the budget is {budget}: the allocator never removed one",
-            evidence,
-            "call model.base_model.update_and_allocate(step) between optimizer.step() and zero_grad()",
-        )
-    else:
-        yield Finding(
-            "budget-missed",
-            f"{held} of {whole} components are in use, the budget is {budget}: the schedule did not finish",
-            evidence,
-            "set total_step to the number of steps in training, and tinit + tfinal well below it",
-        )
-
-
-def _is_allocation_due(case: Case) -> bool:
-    """Return whether PEFT's allocator should have pruned by the last step; True if the step is unknown."""
-    method, steps = case.meta.method, case.meta.states["last"].step
-    if steps is None:
-        return True
-    warm, every = method.get("tinit", 0), method.get("deltaT", 1)
-    fixed = (method.get("total_step") or steps) - method.get("tfinal", 0)
-    return steps - 1 >= fixed or (steps - 1) // every * every > warm
-
-
-def find_tied_twice(case: Case) -> Found:
-    """Find tied weights with an adapter under each of their two names."""
-    for one, other in case.tied:
-        yield Finding(
-            "tied-twice",
-            f"{one} and {other} are one weight of the base, and each has an adapter: merging one overwrites the other",
-            {"modules": [one, other]},
-            "adapt only one of them, or untie them first (tie_word_embeddings=False) and save the base",
-        )
+    steps, due = case.meta.states["last"].step, True
+    if steps is not None:
+        warm, every = method.get("tinit", 0), method.get("deltaT", 1)
+        fixed = (method.get("total_step") or steps) - method.get("tfinal", 0)
+        due = steps - 1 >= fixed or (steps - 1) // every * every > warm
+    if held - budget <= NEARLY * (whole - budget) or (held == whole and due) != idle:
+        return {}
+    return {"components": held, "budget": budget, "of": whole, "threshold": NEARLY}

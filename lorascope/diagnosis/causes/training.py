@@ -1,78 +1,75 @@
-"""Checks of the training: unused adapters, learning rate, divergence, leaked rows."""
+"""Trainings that changed too little, diverged, or were given the wrong modules or rows."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from lorascope.diagnosis.causes.evidence import Case, Finding, Found
+from lorascope.diagnosis.causes.base import Found, Rule, found
+from lorascope.diagnosis.evidence import Case
 
 STILL = 1e-4  # fraction of |W|: below the resolution of float16 and bfloat16, 5e-4 and 4e-3, so merging loses it
 WORSE = 1.0  # nats: batches differ by less, and a final loss this far above the first one means failure
+SINGLE = 1.01  # effective rank: real training exceeds it, identical components give 1 up to rounding
+ROOM = 4  # components: with fewer, a single direction is not suspicious
 
 
-def find_unused(case: Case) -> Found:
-    """Find training runs that did not use the adapters."""
-    method, steps = case.meta.method, int(case.losses.index.max() if len(case.losses) else 0)
-    # PEFT's prompt and prefix methods adapt no module; the others have target_modules.
-    promised = (method.get("name") == "peft" and method.get("target_modules")) or len(case.adapted)
-    if not case.history or not case.meta.states or len(case.unchanged_adapters) < len(case.adapted) or not promised:
-        return
-    if case.meta.left_out:  # parameters that trained there are in no update
-        return
-    state = f"all {len(case.adapted)} adapters are unchanged" if len(case.adapted) else "no adapter was active"
-    yield Finding(
-        "unused",
-        f"{state} after {steps} steps: they are disabled, frozen, or on modules that the forward pass does not use",
-        {"modules": len(case.adapted), "update_norm": 0.0, "steps": steps},
-        "train with the adapter enabled (set_adapter, no disable_adapter), on modules that the forward pass uses",
-    )
-
-
-def find_rate_small(case: Case) -> Found:
+@Rule(
+    "raise the learning rate by a factor of 10 or more (FourierFT needs far more than LoRA), or train longer", "weights"
+)
+def rate_small(case: Case) -> Found:
     """Find training runs that changed the weights, but hardly."""
     rows = case.adapted if len(case.adapted) else case.modules[case.modules["role"] != "head"]
     known = rows[["moved", "weight_norm"]].dropna()
-    norm = float(np.sqrt((known["weight_norm"] ** 2).sum()))
-    share = float(np.sqrt((known["moved"] ** 2).sum())) / norm if norm else np.nan
-    if not 0 < share < STILL:
-        return
-    rate = case.meta.settings.get("lr")
-    at_rate = f" at learning rate {rate:.3g}" if rate else ""
-    yield Finding(
-        "rate-small",
-        f"training changed the weights by only {share:.1e} of |W|, less than {STILL:g}{at_rate}",
-        {"moved": share, "threshold": STILL, "lr": rate},
-        "raise the learning rate by a factor of 10 or more (FourierFT needs far more than LoRA), or train longer",
-    )
+    moved, norm = (float(np.sqrt((known[name] ** 2).sum())) for name in ("moved", "weight_norm"))
+    share = moved / norm if norm else np.nan
+    if 0 < share < STILL:
+        rate = case.meta.settings.get("lr")
+        at_rate = f" at learning rate {rate:.3g}" if rate else ""
+        message = f"training changed the weights by only {share:.1e} of |W|, less than {STILL:g}{at_rate}"
+        yield found(message, moved=share, threshold=STILL, lr=rate)
 
 
-def find_diverged(case: Case) -> Found:
+@Rule("lower the learning rate (by a factor of 10), warm up longer, or clip gradients", "history")
+def diverged(case: Case) -> Found:
     """Find losses that ended far above the first one, or became NaN."""
-    fix = "lower the learning rate (by a factor of 10), warm up longer, or clip gradients"
     rate, error = case.meta.settings.get("lr"), str(case.meta.error or "")
     if "became" in error:
-        yield Finding("diverged", f"training stopped: {error.partition(':')[0]}", {"error": error, "lr": rate}, fix)
+        yield found(f"training stopped: {error.partition(':')[0]}", error=error, lr=rate)
         return
     losses = case.losses.to_numpy()
     if len(losses) < 2:
         return
     start, end = float(losses[0]), float(losses[-max(1, len(losses) // 5) :].mean())
     if not end - start < WORSE:
-        yield Finding(
-            "diverged",
-            f"the loss went from {start:.3g} to {end:.3g} (mean of the last fifth), at learning rate {rate:.3g}",
-            {"start": start, "end": end, "threshold": WORSE, "lr": rate},
-            fix,
-        )
+        message = f"the loss went from {start:.3g} to {end:.3g} (mean of the last fifth), at learning rate {rate:.3g}"
+        yield found(message, start=start, end=end, threshold=WORSE, lr=rate)
 
 
-def find_leaked(case: Case) -> Found:
+@Rule("initialize A randomly (equal rows get equal gradients and stay equal); otherwise rank 1 is enough")
+def collapsed(case: Case) -> Found:
+    """Find updates that use a single direction of their rank."""
+    adapted = case.adapted
+    known = adapted[(adapted["used"] >= ROOM) & (adapted["update_norm"] > 0) & adapted["effective_rank"].notna()]
+    narrow = known[known["effective_rank"] <= SINGLE]
+    if len(narrow) > len(known) / 2:
+        rank = f"effective rank at most {SINGLE:g} of {int(known['used'].max())}"
+        message = f"{len(narrow)} of {len(known)} updates have one direction ({rank})"
+        evidence = {"modules": len(narrow), "of": len(known), "effective_rank": float(narrow["effective_rank"].max())}
+        yield found(message, narrow["module"], **evidence, threshold=SINGLE)
+
+
+@Rule("adapt only one of them, or untie them first (tie_word_embeddings=False) and save the base", "base")
+def tied_twice(case: Case) -> Found:
+    """Find tied weights with an adapter under each of their two names."""
+    for one, other in case.tied:
+        problem = "are one weight of the base, and each has an adapter: merging one overwrites the other"
+        yield found(f"{one} and {other} {problem}", modules=[one, other])
+
+
+@Rule("use separate rows for eval_dataset, such as the test rows of train_test_split", "history")
+def leak(case: Case) -> Found:
     """Find evaluation rows that training saw."""
     share = case.meta.eval_overlap or 0.0
     if share > 0:
-        yield Finding(
-            "leak",
-            f"{100 * share:.3g}% of the evaluation rows are training rows, so they do not measure generalization",
-            {"share": share, "threshold": 0.0},
-            "use separate rows for eval_dataset, such as the test rows of train_test_split",
-        )
+        message = f"{100 * share:.3g}% of the evaluation rows are training rows, so they do not measure generalization"
+        yield found(message, share=share, threshold=0.0)

@@ -1,0 +1,110 @@
+"""Contract of a cause: a rule reads the evidence of an adapter or a run, and yields findings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import pandas as pd
+
+from lorascope.diagnosis.evidence import Case
+from lorascope.schema.deprecation import accept_old_fields, formerly
+
+Severity = Literal["error", "caution", "note"]
+
+
+@accept_old_fields
+@dataclass(frozen=True)
+class Finding:
+    """A finding about an adapter, a run or a whole model.
+
+    Parameters
+    ----------
+    cause : str
+        Name of the cause, one of those in ``RULES``.
+    message : str
+        The problem, with its numbers.
+    evidence : dict
+        Numbers by name, including thresholds.
+    fix : str
+        Suggested fix, empty for an observation.
+    severity : {"error", "caution", "note"}
+        A caution affects the comparison with other adapters. Default "note".
+    modules : tuple of str
+        The modules concerned, if the message lists them.
+    """
+
+    cause: str
+    message: str = field(metadata=formerly("told"))
+    evidence: dict[str, Any]
+    fix: str = field(metadata=formerly("mend"))
+    severity: Severity = "note"
+    modules: tuple[str, ...] = ()
+
+
+Found = Iterator[Finding]
+RULES: list[Rule] = []
+"""All rules, in the order of the files in ``causes`` and of the functions in them."""
+
+
+@dataclass
+class Rule:
+    """Decorator that registers a function from a ``Case`` to findings, named like the function.
+
+    Parameters
+    ----------
+    fix : str
+        Suggested fix. ``doctor`` shows the rules with a fix, ``inspect`` those without. Default "".
+    needs : {"factors", "config", "weights", "base", "history"}
+        Evidence that the check requires. Default "factors".
+    suppresses : tuple of str
+        Findings that only follow from this one, and are omitted. Default none.
+    inspected : bool
+        Whether ``inspect`` shows it in spite of a fix. Default False.
+    name : str
+        Another name, such as that of another rule.
+    """
+
+    fix: str = ""
+    needs: str = "factors"
+    suppresses: tuple[str, ...] = ()
+    inspected: bool = False
+    name: str = ""
+
+    def __call__(self, find: Callable[[Case], Found]) -> Rule:
+        """Register a function."""
+        self.find, self.name = find, self.name or find.__name__.replace("_", "-")
+        RULES.append(self)
+        return self
+
+    def findings(self, case: Case) -> Found:
+        """Yield the findings in a case; none without the evidence that the check requires."""
+        for seen in self.find(case) if case.has(self.needs) else ():
+            yield replace(seen, cause=self.name, fix=self.fix)
+
+
+def found(message: str, names: Iterable[Any] = (), /, **evidence: Any) -> Finding:
+    """Return a finding of a rule, which adds its name and its fix; the message ends with the first of the names."""
+    modules = tuple(map(str, names))
+    listed = f": {first_and_count(modules)}" if modules else ""
+    return Finding("", f"{message}{listed}", evidence, "", modules=modules)
+
+
+def caution(message: str, names: Iterable[Any] = (), severity: Severity = "caution") -> Finding:
+    """Return a finding that affects the comparison with other adapters."""
+    return replace(found(message, names), severity=severity)
+
+
+def some_have(rows: pd.DataFrame, modules: pd.DataFrame, what: str, /, **evidence: Any) -> Found:
+    """Yield the finding "n of m modules have ...", unless no row has it."""
+    if len(rows):
+        verb = "has" if len(rows) == 1 else "have"
+        counts = {"modules": len(rows), "of": len(modules)}
+        yield found(f"{len(rows)} of {len(modules)} modules {verb} {what}", rows["module"], **counts | evidence)
+
+
+def first_and_count(names: Iterable[Any]) -> str:
+    """Return the first name, and the number of the others."""
+    first, *others = map(str, names)
+    return f"{first} and {len(others)} more" if others else first

@@ -187,12 +187,16 @@ def test_two_stacks_have_separate_rows(tmp_path: Path) -> None:
 def test_findings_of_broken_and_untrained_adapters(tmp_path: Path) -> None:
     spectra = llama(2, [1.0, 0.1, 0.1, 0.1])
     spectra["model.layers.1.mlp.up_proj"] = [float("nan")] * 4
-    found = inspect(
-        load(
-            plant(tmp_path / "a", spectra, init_lora_weights="pissa_niter_4", rank_pattern={"no.such": 3, "q_proj": 4})
-        )
-    ).findings
-    assert found == (
+    config = {"init_lora_weights": "pissa_niter_4", "rank_pattern": {"no.such": 3, "q_proj": 4}}
+    item = inspect(load(plant(tmp_path / "a", spectra, **config)))
+    assert [(finding.severity, finding.modules) for finding in item.found] == [
+        ("error", ("model.layers.1.mlp.up_proj",)),
+        ("note", ()),
+        ("caution", ()),
+        ("note", ("no.such",)),
+    ]
+    assert item.cautions == (item.found[0], item.found[2])
+    assert item.findings == (
         "1 of 8 modules contains NaN or infinity: model.layers.1.mlp.up_proj",
         "7 of 7 modules have 90% of their energy in rank 1 or less",
         "initialized by pissa_niter_4: unless converted, it requires a modified base, which |dW| includes",

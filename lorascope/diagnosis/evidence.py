@@ -17,9 +17,9 @@ import pandas as pd
 from lorascope.diagnosis.base_comparison import BASE_COLUMNS, compare_with_base
 from lorascope.runs.adapter import Adapter
 from lorascope.runs.formats.pretrained_weights import PretrainedWeights
-from lorascope.runs.formats.stored_update import AdapterFiles
+from lorascope.runs.formats.stored_update import AdapterFiles, StoredUpdate
 from lorascope.runs.manifest import Manifest
-from lorascope.runs.result import Result, spectra_by_layer
+from lorascope.runs.result import Result
 from lorascope.updates import constant_factors, effective_rank, energy_rank, stable_rank
 
 SHARE = 0.9  # fraction of the energy that ``energy_rank`` counts
@@ -56,7 +56,7 @@ class Case:
     @property
     def history(self) -> bool:
         """Whether the training itself was recorded."""
-        return not isinstance(self.run, Adapter)
+        return self.run.has_history
 
     @property
     def meta(self) -> Manifest:
@@ -68,6 +68,11 @@ class Case:
         """Opened folder of an adapter."""
         assert isinstance(self.run, Adapter)
         return self.run.files
+
+    @property
+    def parts(self) -> Mapping[str, StoredUpdate]:
+        """Stored updates of an adapter by module, none of a run."""
+        return {} if self.history else self.files.parts
 
     @property
     def base(self) -> PretrainedWeights | None:
@@ -166,17 +171,16 @@ class Case:
         # Zero updates have no energy to divide by.
         frame["energy"] = squares / squares.sum() if squares.sum() > 0 else squares
         frame["parameters"] = self._parameters(frame)
-        parts: Mapping[str, Any] = {} if self.history else self.files.parts
-        updates = parts or self.run.updates()
+        updates: Mapping[str, Any] = self.parts or self.run.updates()
         # A dense update has no scale.
         frame["scale"] = [float(getattr(updates.get(name), "scale", np.nan)) for name in frame["module"]]
-        frame = frame.join(compare_with_base(parts, self.base, self.spectra), on="module")
+        frame = frame.join(compare_with_base(self.parts, self.base, self.spectra), on="module")
         return frame[[*_MEASURED.split(), "energy_rank", "dead", "exact", *BASE_COLUMNS]]
 
     def _parameters(self, frame: pd.DataFrame) -> pd.Series:
         """Count the values per module that an adapter stores or a run trains, from the rank if not stored."""
-        if not self.history:
-            return frame["module"].map({module: part.size for module, part in self.files.parts.items()})
+        if self.parts:
+            return frame["module"].map({module: part.size for module, part in self.parts.items()})
         shapes = self.run.modules.set_index("module")[["out_features", "in_features"]].T.to_dict("list")
         # The second name of a tied weight has no row.
         sides = [shapes[name] if name in shapes else self.run.updates()[name].shape for name in frame["module"]]
@@ -190,10 +194,9 @@ class Case:
 
     def _singular_values(self, modules: pd.Series) -> Mapping[str, np.ndarray]:
         """Return spectra of the factored updates, and of the dense ones recorded at the last step."""
-        if isinstance(self.run, Adapter):
-            thin = all(part.has_thin_factors for part in self.files.parts.values())
-            return self.run.spectra if self.spectra or thin else {}
-        found, last = dict(spectra_by_layer(self.run.updates())), self.meta.states["last"].step
+        thin = all(part.has_thin_factors for part in self.parts.values())
+        found = dict(self.run.spectra) if self.spectra or thin else {}
+        last = self.meta.states["last"].step
         for module in modules:
             name = f"{module}/singular_values"
             if module not in found and last in self.run.snapshot_steps(name):

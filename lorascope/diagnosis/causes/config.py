@@ -35,7 +35,7 @@ def incomplete_norms(case: Case) -> Found:
     if not case.files.config:
         unknown = f"no {CONFIG}, so alpha is unknown: |dW| is the norm of B A, without the factor alpha / r"
         yield caution(unknown)
-    if case.files.kind == "DoRA" and any(part.has_thin_factors for part in case.files.parts.values()):
+    if case.files.kind == "DoRA" and any(part.has_thin_factors for part in case.parts.values()):
         yield caution("DoRA: |dW| is the norm of B A only; add --base DIR for the whole update")
     start = str(case.files.config.get("init_lora_weights", True)).lower()
     if start.startswith(RESIDUAL):
@@ -65,7 +65,7 @@ def other_weights(case: Case) -> Found:
         yield found(f"saved as full weights, not measured {why}", absent)
     if added := len(biases - whole):
         yield found(f"{added} biases in addition to the factors, not measured")
-    lacking = [module for module in case.files.parts if base is not None and not base.has_weight(module)]
+    lacking = [module for module in case.parts if base is not None and not base.has_weight(module)]
     if lacking:
         yield found("not in the base, perhaps tied", lacking)
 
@@ -76,10 +76,10 @@ _UNMATCHED = "compare with model.named_modules(): PEFT matches the end of a name
 @Rule(_UNMATCHED, "config", name="unmatched")
 def unmatched_targets(case: Case) -> Found:
     """Find targets that are the end of no module's name: a typing error that PEFT does not report."""
-    keys, ends = case.files.config.get("target_modules") or (), Ends(case.files.parts)
+    keys, ends = case.files.config.get("target_modules") or (), Ends(case.parts)
     # PEFT rejects a single pattern that matches nothing.
     if not isinstance(keys, str):
-        idle = [key for key in keys if key not in case.files.parts and not any(ends.names_with_end(f".{key}"))]
+        idle = [key for key in keys if key not in case.parts and not any(ends.names_with_end(f".{key}"))]
         yield from _unmatched_keys(case, "target_modules", idle)
 
 
@@ -89,12 +89,12 @@ def unmatched_patterns(case: Case) -> Found:
     # AdaLoRA's ranks are masks per parameter.
     for field in ("rank_pattern", "alpha_pattern")[case.is_adalora :]:
         keys = Patterns(case.files.config.get(field) or {}, f"{field} of {case.files.path / CONFIG}")
-        yield from _unmatched_keys(case, field, keys.unused_keys(case.files.parts))
+        yield from _unmatched_keys(case, field, keys.unused_keys(case.parts))
 
 
 def _unmatched_keys(case: Case, field: str, keys: list[str]) -> Found:
     if keys:
-        message, count = f"{field} matches no module of this adapter", len(case.files.parts)
+        message, count = f"{field} matches no module of this adapter", len(case.parts)
         yield found(message, keys, field=field, keys=keys, modules=count)
 
 

@@ -60,7 +60,7 @@ def case(method, step=None, **columns):
     frame["module"] = [f"h.{number}.q" for number in frame.index]
     frame["adapted"] = frame.get("rank", pd.Series(1, frame.index)) > 0
     meta = manifest(method=method, states={"last": {"step": step, "ranks": {}}})
-    given = Case(SimpleNamespace(meta=meta))
+    given = Case(SimpleNamespace(meta=meta, has_history=True))
     given.modules = frame.assign(weight_norm=1.0)
     return given
 

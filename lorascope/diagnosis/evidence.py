@@ -51,7 +51,7 @@ class Case:
         if need == "weights":
             return bool(self.modules["weight_norm"].notna().any())
         base = self.history or self.base is not None
-        return {"config": not self.history, "base": base, "history": self.history}.get(need, True)
+        return {"config": isinstance(self.run, Adapter), "base": base, "history": self.history}.get(need, True)
 
     @property
     def history(self) -> bool:
@@ -71,8 +71,8 @@ class Case:
 
     @property
     def parts(self) -> Mapping[str, StoredUpdate]:
-        """Stored updates of an adapter by module, none of a run."""
-        return {} if self.history else self.files.parts
+        """Stored updates of an adapter by module, none of a run or of a view with fixed gate weights."""
+        return self.run.files.parts if isinstance(self.run, Adapter) else {}
 
     @property
     def base(self) -> PretrainedWeights | None:
@@ -98,7 +98,7 @@ class Case:
         if not self.meta.states:
             return []
         modules = self.run.modules
-        if not self.history:
+        if self.parts:
             # safetensors stores a shared weight once: a head that is missing in the base is tied to the embedding.
             ends = {role: modules["module"][modules["role"] == role] for role in ("embed", "head")}
             lacking = [name for name in ends["head"] if self.base is not None and not self.base.has_weight(name)]
@@ -154,7 +154,7 @@ class Case:
             The run has no update: it is unfinished, or no update was recorded.
         """
         frame = self._summary
-        frame = frame[frame["update_norm"].notna() | (not self.history)].reset_index(drop=True)
+        frame = frame[frame["update_norm"].notna() | bool(self.parts)].reset_index(drop=True)
         if frame.empty:
             raise ValueError(
                 f"cannot inspect run {self.run.id}: no update was recorded. Train with observe=[ls.observe.norms()]"

@@ -40,7 +40,7 @@ _MOST = (WIDTH - 2) // _CELL
 
 def console(stream: Any) -> Console:
     """Return a console for a stream: colors on a terminal, plain text in a file or a pipe."""
-    options: dict[str, Any] = dict.fromkeys(("markup", "emoji", "highlight", "legacy_windows"), False)
+    options: dict[str, Any] = dict.fromkeys(("markup", "emoji", "highlight", "legacy_windows", "force_jupyter"), False)
     options["color_system"] = None if "NO_COLOR" in os.environ else "auto"
     return Console(file=stream, force_terminal=stream.isatty(), width=WIDTH, **options)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -22,7 +24,6 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 import lorascope
-from lorascope.charts import matplotlib_backend as renderer
 from lorascope.charts.chart import Axis, Band, Bar, Chart, Heat, Line, Point, Rule, Span, set_side_by_side
 
 META = {"runs": ["0123456789ab", "ba9876543210"], "claim": 'norms grow <fast> & "far"'}
@@ -163,11 +164,10 @@ def test_failed_save_leaves_the_old_file(chart, tmp_path, monkeypatch) -> None:
     path = chart.save(tmp_path / "norms.png")
     before = path.read_bytes()
 
-    def fail(drawable, draft, *rest):
-        draft.write_text("half a pic")
-        raise OSError("disk full")
+    def fail(file):
+        raise OSError(errno.ENOSPC, "disk full")
 
-    monkeypatch.setattr(renderer, "write", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         chart.save(path)
     assert path.read_bytes() == before

@@ -15,22 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from lorascope.charts.marks import (
-    Axis,
-    Band,
-    Bar,
-    Heat,
-    Line,
-    Mark,
-    Point,
-    Rule,
-    Span,
-    Text,
-    check_columns,
-    check_unique,
-    is_number,
-    missing_column,
-)
+from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Span, Text, is_number, missing_column
 
 __all__ = [
     "Axis",
@@ -46,9 +31,8 @@ __all__ = [
     "Rule",
     "Span",
     "Text",
-    "set_side_by_side",
-    "stack_vertically",
 ]
+__all__ += ["set_side_by_side", "stack_vertically"]
 
 
 class Drawable:
@@ -58,20 +42,23 @@ class Drawable:
         """Return the panels, row by row."""
         raise NotImplementedError
 
+    def charts(self) -> list[Chart]:
+        """Return the panels in one list, row by row."""
+        return [chart for row in self.rows() for chart in row]
+
     def flat(self) -> pd.DataFrame:
         """Return all drawn data as one table.
 
         With several panels, or marks that have their own data, two columns distinguish the rows: ``panel`` (number and
         title) and ``mark`` (kind of mark, "" for the data of the chart). A column with only one value is omitted.
         """
-        charts = [chart for row in self.rows() for chart in row]
         parts = [
             table.assign(panel=f"{number} {chart.title}".strip(), mark=mark)
-            for number, chart in enumerate(charts, start=1)
+            for number, chart in enumerate(self.charts(), start=1)
             for mark, table in chart.tables()
         ]
         if len(parts) == 1:
-            return charts[0].data
+            return self.charts()[0].data
         joined = pd.concat(parts, ignore_index=True)
         return joined.drop(columns=[column for column in ("panel", "mark") if joined[column].nunique() < 2])
 
@@ -165,14 +152,13 @@ class Chart(Drawable):
             if self.data[self.frame].isna().any():
                 raise ValueError(f"frame: column {self.frame!r} must have no missing values")
         for mark in self.marks:
-            mark.check()
-            check_columns(mark, self.table(mark))
+            mark.check(self.table(mark))
         heats = sum(isinstance(mark, Heat) for mark in self.marks)
         if heats > 1:
             raise ValueError(f"a chart must have at most one Heat, got {heats}: combine charts with set_side_by_side")
         for mark in self.marks:
             if isinstance(mark, Bar | Heat):
-                check_unique(mark, self.table(mark), self._place_columns(mark))
+                self._require_unique_positions(mark)
 
     def __repr__(self) -> str:
         marks = ", ".join(mark.kind for mark in self.marks)
@@ -183,19 +169,22 @@ class Chart(Drawable):
 
     def table(self, mark: Mark) -> pd.DataFrame:
         """Return the table that a mark is drawn from."""
-        own = getattr(mark, "data", None)
+        own: pd.DataFrame | None = getattr(mark, "data", None)
         return self.data if own is None else own
+
+    def values(self, letter: str) -> list[pd.Series]:
+        """Return the columns of axis "x" or "y", one for each mark that has one."""
+        return [self.table(mark)[mark.columns()[letter]] for mark in self.marks if letter in mark.columns()]
 
     def is_categorical(self, letter: str) -> bool:
         """Return whether axis "x" or "y" is categorical.
 
         It is if it has an order or a heat map, or if not all of its columns are numeric.
         """
-        columns = [self.table(mark)[mark.columns()[letter]] for mark in self.marks if letter in mark.columns()]
         return (
             getattr(self, letter).order is not None
             or any(isinstance(mark, Heat) for mark in self.marks)
-            or not all(map(is_number, columns))
+            or not all(map(is_number, self.values(letter)))
         )
 
     @property
@@ -203,23 +192,25 @@ class Chart(Drawable):
         """Whether bars and error bars run along x: y is categorical and x is numeric."""
         return self.is_categorical("y") and not self.is_categorical("x")
 
-    def _place_columns(self, mark: Bar | Heat) -> list[str]:
-        """Return the columns that determine the position of a bar or a cell."""
+    def _require_unique_positions(self, mark: Bar | Heat) -> None:
+        """Raise ValueError if two rows have the same position, since one would hide the other."""
+        table, across, along = self.table(mark), *(("y", "x") if self.is_lying else ("x", "y"))
         if isinstance(mark, Heat):
             place = [mark.x, mark.y]
+        elif self.is_categorical(along):
+            column = getattr(mark, along)
+            raise ValueError(f"bar {along}: column {column!r} must be numeric, got {table[column].dtype}")
         else:
-            along = "x" if self.is_lying else "y"
-            if self.is_categorical(along):
-                column = getattr(mark, along)
-                raise ValueError(
-                    f"bar {along}: column {column!r} must be numeric, got {self.table(mark)[column].dtype}"
-                )
-            place = [mark.y if self.is_lying else mark.x, *([mark.color] if mark.color is not None else [])]
-        return [*place, self.frame] if self.frame is not None and self.frame in self.table(mark) else place
+            place = [getattr(mark, across), *([mark.color] if mark.color is not None else [])]
+        framed = [self.frame] if self.frame is not None and self.frame in table else []
+        columns = list(dict.fromkeys([*place, *framed]))
+        if (doubled := table.duplicated(columns)).any():
+            first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, columns].iloc[0].items())
+            raise ValueError(f"cannot draw {mark.kind}: several rows for {first}. Aggregate them first")
 
     def tables(self) -> list[tuple[str, pd.DataFrame]]:
         """Return all drawn tables: ("", the chart's data), then (kind of mark, its own data)."""
-        own = [(mark.kind, table) for mark in self.marks if (table := getattr(mark, "data", None)) is not None]
+        own = [(mark.kind, table) for mark in self.marks if (table := self.table(mark)) is not self.data]
         return [("", self.data), *own]
 
     def at(self, value: Any) -> Chart:
@@ -231,7 +222,7 @@ class Chart(Drawable):
             raise ValueError(f"{self.frame} must be one of {shown}, got {value!r}")
         marks = [
             replace(mark, data=own[own[self.frame] == value])  # type: ignore[call-arg]
-            if (own := getattr(mark, "data", None)) is not None and self.frame in own
+            if (own := self.table(mark)) is not self.data and self.frame in own
             else mark
             for mark in self.marks
         ]

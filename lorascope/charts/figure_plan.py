@@ -1,70 +1,56 @@
-"""Layout shared by both renderers: frames, legend entries, color bars and captions of a figure."""
+"""Layout shared by both renderers: frames, axis limits, legend entries, color bars and captions of a figure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from lorascope.charts.axis_limits import Limits, ranges
-from lorascope.charts.chart import Chart, Drawable, Heat, Mark
+from lorascope.charts.chart import Bar, Chart, Drawable, Heat
 from lorascope.charts.geometry import Panel, group
-from lorascope.charts.scales import categories, color_columns, scale, style_columns, to_floats
-from lorascope.charts.theme import RED_BLUE, VIRIDIS, Theme
+from lorascope.charts.scales import (
+    Limits,
+    Ramp,
+    Scale,
+    categories,
+    color_columns,
+    encoded,
+    scale,
+    style_columns,
+    to_floats,
+)
+from lorascope.charts.theme import RED_BLUE, STYLES, VIRIDIS, Theme
 from lorascope.files.printable import short_name
 
-LOOKS = {
-    "line": ("line", "dash"),
-    "point": ("dot", "shape"),
-}  # legend symbol and style encoding; other marks are patches
-
-
-@dataclass(frozen=True)
-class View:
-    """A panel and its axis limits."""
-
-    panel: Panel
-    x: Limits
-    y: Limits
+PAD = 0.04  # fraction of the range left free at each end of a numeric axis
+LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # kind of legend symbol, and what it shows besides color
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A legend entry; ``style`` is the index of a dash pattern (kind "line") or of a shape (kind "dot")."""
+    """A legend entry; ``style`` names the dash pattern of a line or the shape of a dot, "" for a patch."""
 
     label: str
     color: str
     kind: str
-    style: int
+    style: str
     group: str
 
 
 @dataclass(frozen=True)
-class Ramp:
-    """A color bar, and the indices of the views that use it."""
-
-    label: str
-    colors: list[str]
-    limits: Limits
-    log: bool
-    views: list[int]
-
-
-@dataclass(frozen=True)
 class Plan:
-    """A figure ready to be drawn; ``heats`` maps the index of a view to its color bar in ``ramps``."""
+    """A figure ready to be drawn; ``rows`` contains the numbers of the panels row by row."""
 
-    views: list[View]
+    panels: list[Panel]
     rows: list[list[int]]
     frames: list[Any]
     frame_label: str
     entries: list[Entry]
     legend_title: str
     ramps: list[Ramp]
-    heats: dict[int, int]
     title: str
     caption: str
     theme: Theme
@@ -72,60 +58,105 @@ class Plan:
 
 def plan(drawable: Drawable, theme: Theme) -> Plan:
     """Compute everything that does not depend on the renderer."""
-    charts = [chart for row in drawable.rows() for chart in row]
-    shared = color_columns(charts), style_columns(charts), theme
-    panels = [Panel(chart, scale(chart, "x"), scale(chart, "y"), *shared) for chart in charts]
-    frames, frame_label = _frames(charts)
+    charts = drawable.charts()
+    framed = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
+    labels = list(dict.fromkeys(str(column.name) for column in framed))
+    if len(labels) > 1:
+        raise ValueError(f"panels must have the same frame column, got {', '.join(labels)}")
+    frames = list(categories(framed))
+    colors, styles, ramps = color_columns(charts), style_columns(charts), _heat_ramps(charts)
+    heats = {number: ramp for ramp in ramps for number in ramp.views}
+    panels = [
+        Panel(number, chart, scale(chart, "x"), scale(chart, "y"), colors, styles, theme, heats.get(number))
+        for number, chart in enumerate(charts)
+    ]
+    for column, found in colors.items():
+        if found.limits is not None:
+            views = [number for number, chart in enumerate(charts) if column in encoded([chart], "color")]
+            ramps.append(Ramp(len(ramps), found.label, theme.ramp, found.limits, False, views))
     numbers = iter(range(len(charts)))
-    heats, ramps = _heats(charts)
-    entries = _merge_entries([entry for panel in panels for entry in _entries(panel)])
     titles = {chart.color_label for chart in charts}
+    captions = list(dict.fromkeys(chart.caption for chart in charts if chart.caption))
+    if len(captions) > 1:
+        captions = [f"{chart.title}: {chart.caption}".removeprefix(": ") for chart in charts if chart.caption]
     return Plan(
-        views=[View(panel, *ends) for panel, ends in zip(panels, ranges(panels, frames), strict=True)],
+        panels=_set_limits(panels, frames),
         rows=[[next(numbers) for _ in row] for row in drawable.rows()],
         frames=frames,
-        frame_label=frame_label,
-        entries=entries if len(entries) > 1 else [],
+        frame_label="".join(labels),
+        entries=_merge_entries([entry for panel in panels for entry in _entries(panel)]),
         legend_title=titles.pop() if len(titles) == 1 else "",
-        ramps=ramps + _column_ramps(panels),
-        heats=heats,
+        ramps=ramps,
         title=charts[0].title if len(charts) == 1 else "",
-        caption=_join_captions(charts),
+        caption="\n".join(captions),
         theme=theme,
     )
 
 
-def _frames(charts: Sequence[Chart]) -> tuple[list[Any], str]:
-    """Return the frames of all panels, and the name of their column."""
-    columns = [chart.data[chart.frame] for chart in charts if chart.frame is not None]
-    labels = list(dict.fromkeys(str(column.name) for column in columns))
-    if len(labels) > 1:
-        raise ValueError(f"panels must have the same frame column, got {', '.join(labels)}")
-    return list(categories(columns)), "".join(labels)
+def _set_limits(panels: Sequence[Panel], frames: Sequence[Any]) -> list[Panel]:
+    """Return panels with limits that fit every frame.
+
+    A categorical y axis runs downwards. Numeric axes with the same label and scale share their limits, unless
+    ``Axis.limits`` sets them.
+    """
+    reaches = [[shape.reach() for frame in frames or [None] for shape in panel.shapes(frame)] for panel in panels]
+
+    def limits(panel: Panel, letter: str) -> Limits:
+        own: Scale = getattr(panel, letter)
+        if own.categories is not None:
+            last = max(len(own.categories), 1) - 0.5  # an axis without categories still needs a length
+            return (-0.5, last) if letter == "x" else (last, -0.5)
+        kin = [other for other in panels if other is panel or _is_same_axis(own, getattr(other, letter))]
+        parts = [part for other in kin for reach in reaches[other.number] for part in reach["xy".index(letter)]]
+        numbers = np.concatenate([np.empty(0), *(np.ravel(part) for part in parts if part is not None)])
+        anchored = any(isinstance(mark, Bar) for other in kin for mark in other.chart.marks)
+        start, stop = own.axis.limits or (None, None)
+        low, high = _pad_ends(numbers, own.log, anchored)
+        return (low if start is None else float(start), high if stop is None else float(stop))
+
+    return [
+        replace(panel, x=replace(panel.x, limits=limits(panel, "x")), y=replace(panel.y, limits=limits(panel, "y")))
+        for panel in panels
+    ]
 
 
-def _join_captions(charts: Sequence[Chart]) -> str:
-    """Return the captions of all panels: once if they are equal, else prefixed by the panel titles."""
-    if len({chart.caption for chart in charts if chart.caption}) < 2:
-        return next((chart.caption for chart in charts if chart.caption), "")
-    return "\n".join(f"{chart.title}: {chart.caption}".removeprefix(": ") for chart in charts if chart.caption)
+def _is_same_axis(one: Scale, other: Scale) -> bool:
+    """Return whether two numeric axes have the same label and scale."""
+    labelled = one.axis.label != "" and one.axis.label == other.axis.label
+    return labelled and other.categories is None and one.log == other.log
+
+
+def _pad_ends(numbers: Float[np.ndarray, "n"], log: bool, anchored: bool) -> Limits:
+    """Return limits around numbers; on an axis with bars, a limit at zero is not padded."""
+    numbers = numbers[numbers > 0] if log else numbers[np.isfinite(numbers)]
+    if not numbers.size:
+        return (1.0, 10.0) if log else (0.0, 1.0)
+    low, high = float(numbers.min()), float(numbers.max())
+    if log:
+        # At most a factor of 1000, even if the values are hundreds of decades apart.
+        pad = min(high**PAD / low**PAD, 1e3) if high > low else 2.0
+        return max(low / pad, np.finfo(float).tiny), high * pad
+    pad = PAD * ((high - low) or abs(high) or 1.0)
+    return low if anchored and low == 0 < high else low - pad, high if anchored and high == 0 > low else high + pad
 
 
 def _entries(panel: Panel) -> Iterator[Entry]:
     """Yield the legend entries of a panel: colors that no axis or color bar shows, then styles."""
-    for column, marks in _encoded_columns(panel.chart, "color"):
+    for column, uses in encoded([panel.chart], "color").items():
         colors = panel.colors[column]
-        if colors.limits is not None or any(column in (mark.columns()["x"], mark.columns().get("y")) for mark in marks):
+        axes = [mark.columns().get(letter) for _, mark in uses for letter in "xy"]
+        if colors.limits is not None or column in axes:
             continue
         for value in colors.categories:
-            for mark in marks:
+            for _, mark in uses:
                 if (panel.chart.table(mark)[column] == value).any():
                     kind, encoding = LOOKS.get(mark.kind, ("patch", ""))
                     styled = mark.columns().get(encoding) == column
-                    style = panel.style(mark, encoding, {column: value}) if styled else 0
+                    first = STYLES.get(encoding, [""])[0]
+                    style = panel.style(mark, encoding, {column: value}) if styled else first
                     yield Entry(short_name(value), colors.of(value, panel.theme), kind, style, group({column: value}))
     for kind, encoding in LOOKS.values():
-        for column, (mark, *_) in _encoded_columns(panel.chart, encoding):
+        for column, ((_, mark), *_) in encoded([panel.chart], encoding).items():
             if column != mark.columns().get("color"):
                 for value in panel.order(mark, column):
                     key = {column: value}
@@ -133,44 +164,32 @@ def _entries(panel: Panel) -> Iterator[Entry]:
 
 
 def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """Merge entries with equal name, color and group; a line replaces a dot, and a dot a patch."""
-    forms = [kind for kind, _ in LOOKS.values()]
-    merged: dict[tuple[str, str, str], Entry] = {}
-    for entry in sorted(entries, key=lambda entry: forms.index(entry.kind) if entry.kind in forms else len(forms)):
-        merged.setdefault((entry.label, entry.color, entry.group), entry)
-    return [merged[key] for key in dict.fromkeys((entry.label, entry.color, entry.group) for entry in entries)]
+    """Merge entries with equal name, color and group: a line replaces a dot, and a dot a patch. One is no legend."""
+    kinds = ("line", "dot", "patch")
+    best: dict[tuple[str, str, str], Entry] = {}
+    for entry in entries:
+        old = best.setdefault((entry.label, entry.color, entry.group), entry)
+        if kinds.index(entry.kind) < kinds.index(old.kind):
+            best[entry.label, entry.color, entry.group] = entry
+    return list(best.values()) if len(best) > 1 else []
 
 
-def _encoded_columns(chart: Chart, encoding: str) -> list[tuple[str, list[Mark]]]:
-    """Return the columns that an encoding uses, with their marks."""
-    found: dict[str, list[Mark]] = {}
-    for mark in chart.marks:
-        if encoding in mark.columns():
-            found.setdefault(mark.columns()[encoding], []).append(mark)
-    return list(found.items())
-
-
-def _heats(charts: Sequence[Chart]) -> tuple[dict[int, int], list[Ramp]]:
-    """Return view -> index of its color bar, and the color bars of heat maps.
-
-    Heat maps with the same label, scale and limits share one color bar and its ends.
-    """
-    alike: dict[tuple[Any, ...], list[tuple[int, Chart, Heat]]] = {}
+def _heat_ramps(charts: Sequence[Chart]) -> list[Ramp]:
+    """Return the color bars of heat maps; those with the same label, scale and limits share one and its ends."""
+    alike: dict[tuple[Any, ...], list[tuple[int, Heat]]] = {}
     for view, chart in enumerate(charts):
         for mark in chart.marks:
             if isinstance(mark, Heat):
                 # Heat maps without a label may show different quantities, so each gets its own color bar.
                 same = (mark.label,) if mark.label else (view, "")
-                alike.setdefault((*same, mark.scale, mark.log, tuple(mark.limits or ())), []).append(
-                    (view, chart, mark)
-                )
+                alike.setdefault((*same, mark.scale, mark.log, tuple(mark.limits or ())), []).append((view, mark))
     ramps = []
-    for uses in alike.values():
-        mark = uses[0][2]
-        numbers = np.concatenate([to_floats(chart.table(heat)[heat.value]) for _, chart, heat in uses])
+    for number, uses in enumerate(alike.values()):
+        views, mark = [view for view, _ in uses], uses[0][1]
+        values = np.concatenate([to_floats(charts[view].table(heat)[heat.value]) for view, heat in uses])
         colors = RED_BLUE if mark.scale == "diverging" else VIRIDIS
-        ramps.append(Ramp(mark.label, colors, _heat_limits(mark, numbers), mark.log, [view for view, _, _ in uses]))
-    return {view: number for number, ramp in enumerate(ramps) for view in ramp.views}, ramps
+        ramps.append(Ramp(number, mark.label, colors, _heat_limits(mark, values), mark.log, views))
+    return ramps
 
 
 def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
@@ -186,15 +205,3 @@ def _heat_limits(mark: Heat, numbers: Float[np.ndarray, "n"]) -> Limits:
         return 1.0, 10.0
     low, high = float(numbers.min()), float(numbers.max())
     return (low, high) if low < high else (low, 10 * low if mark.log else low + 1.0)
-
-
-def _column_ramps(panels: Sequence[Panel]) -> list[Ramp]:
-    """Return the color bars of numeric columns that color lines, dots or bars."""
-    ramps = []
-    for column, colors in panels[0].colors.items():
-        if colors.limits is not None:
-            views = [
-                view for view, panel in enumerate(panels) if column in dict(_encoded_columns(panel.chart, "color"))
-            ]
-            ramps.append(Ramp(colors.label, panels[0].theme.ramp, colors.limits, False, views))
-    return ramps

@@ -1,13 +1,15 @@
 """Marks converted to shapes: positions, colors and styles that a renderer only has to draw.
 
 A chart has the same shapes in the same order in every frame; a shape without rows in a frame is empty. Plotly's slider
-replaces the contents of traces, but cannot add traces.
+replaces the contents of traces, but cannot add traces. A new kind of mark registers its shapes with :func:`build`; a
+new kind of shape is a new case in each renderer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any
 
 import numpy as np
@@ -15,77 +17,112 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.charts.chart import Band, Bar, Chart, Heat, Line, Mark, Point, Rule, Span, Text
-from lorascope.charts.scales import Colors, Scale, to_floats
-from lorascope.charts.theme import Theme
+from lorascope.charts.scales import Colors, Ramp, Scale, to_floats
+from lorascope.charts.theme import STYLES, Theme
 
 Numbers = Float[np.ndarray, "n"]
 CROWD = 300  # dots per frame; with more of them each dot shrinks, so that they do not cover the panel
 CLUSTER = 0.8  # fraction of the distance between two positions that their bars fill
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A line; ``dash`` is the index of a dash pattern, ``group`` the legend entry of the line."""
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """Base class of shapes; ``group`` is the legend entry that a shape belongs to."""
 
-    x: Float[np.ndarray, "n"]
-    y: Float[np.ndarray, "n"]
+    def reach(self) -> tuple[list[Any], list[Any]]:
+        """Return the outermost positions on x and on y, as numbers, arrays and None."""
+        errors: Errors | None = getattr(self, "errors", None)
+        x, y = errors.reach() if errors else ([], [])
+        sides = ("x", "x0", "x1"), ("y", "low", "high")
+        found_x, found_y = ([getattr(self, name, None) for name in names] for names in sides)
+        return found_x + x, found_y + y
+
+
+@dataclass(frozen=True, eq=False)
+class Curve(Shape):
+    """A line; ``dash`` is plotly's name of its dash pattern."""
+
+    x: Numbers
+    y: Numbers
     color: str
-    dash: int
+    dash: str
     group: str
 
 
-@dataclass(frozen=True)
-class Area:
+@dataclass(frozen=True, eq=False)
+class Area(Shape):
     """Area between two lines."""
 
-    x: Float[np.ndarray, "n"]
-    low: Float[np.ndarray, "n"]
-    high: Float[np.ndarray, "n"]
+    x: Numbers
+    low: Numbers
+    high: Numbers
     color: str
     group: str
 
 
-@dataclass(frozen=True)
-class Dots:
-    """Dots; ``share`` is their area relative to the largest, ``low`` and ``high`` are the ends of error bars."""
+@dataclass(frozen=True, eq=False)
+class Errors(Shape):
+    """Error bars of dots or bars from ``low`` to ``high``, horizontal if ``lying``."""
 
-    x: Float[np.ndarray, "n"]
-    y: Float[np.ndarray, "n"]
-    colors: list[str]
-    shape: int
-    share: Float[np.ndarray, "n"] | None
-    low: Float[np.ndarray, "n"] | None
-    high: Float[np.ndarray, "n"] | None
+    place: Numbers
+    low: Numbers
+    high: Numbers
     lying: bool
+    colors: list[str]
+
+    def reach(self) -> tuple[list[Any], list[Any]]:
+        ends = [self.low, self.high]
+        return (ends, []) if self.lying else ([], ends)
+
+
+@dataclass(frozen=True, eq=False)
+class Dots(Shape):
+    """Dots; ``symbol`` is plotly's name of their shape, ``share`` their area relative to the largest."""
+
+    x: Numbers
+    y: Numbers
+    colors: list[str]
+    symbol: str
+    share: Numbers | None
+    errors: Errors | None
     group: str
 
 
-@dataclass(frozen=True)
-class Bars:
+@dataclass(frozen=True, eq=False)
+class Bars(Shape):
     """Bars from ``base`` to ``top`` at ``place``, horizontal if ``lying``."""
 
-    place: Float[np.ndarray, "n"]
-    base: Float[np.ndarray, "n"]
-    top: Float[np.ndarray, "n"]
+    place: Numbers
+    base: Numbers
+    top: Numbers
     width: float
     color: str
-    low: Float[np.ndarray, "n"] | None
-    high: Float[np.ndarray, "n"] | None
+    errors: Errors | None
     lying: bool
     group: str
 
+    def reach(self) -> tuple[list[Any], list[Any]]:
+        x, y = super().reach()
+        across, along = [self.place - self.width / 2, self.place + self.width / 2], [self.base, self.top]
+        return (x + along, y + across) if self.lying else (x + across, y + along)
 
-@dataclass(frozen=True)
-class Cells:
-    """Cells of a heat map, NaN if there is no value; ``words`` maps (row, column) to the text of a cell."""
+
+@dataclass(frozen=True, eq=False)
+class Cells(Shape):
+    """Cells of a heat map, NaN if there is no value.
+
+    ``texts`` maps (row, column) to the number of a cell as text, ``words`` to the text that replaces it.
+    """
 
     values: Float[np.ndarray, "rows columns"]
     mark: Heat
+    ramp: Ramp
+    texts: Mapping[tuple[int, ...], str]
     words: Mapping[tuple[int, ...], str]
 
 
-@dataclass(frozen=True)
-class Ruler:
+@dataclass(frozen=True, eq=False)
+class Ruler(Shape):
     """Line across the panel at x or at y."""
 
     x: float | None
@@ -93,8 +130,8 @@ class Ruler:
     label: str
 
 
-@dataclass(frozen=True)
-class Shade:
+@dataclass(frozen=True, eq=False)
+class Shade(Shape):
     """Shaded interval of x."""
 
     x0: float
@@ -102,32 +139,31 @@ class Shade:
     label: str
 
 
-@dataclass(frozen=True)
-class Words:
+@dataclass(frozen=True, eq=False)
+class Words(Shape):
     """Text at positions."""
 
-    x: Float[np.ndarray, "n"]
-    y: Float[np.ndarray, "n"]
+    x: Numbers
+    y: Numbers
     text: list[str]
-
-
-Shape = Curve | Area | Dots | Bars | Cells | Ruler | Shade | Words
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart with its scales and colors."""
+    """A chart with its scales and colors, its ``number`` in the figure, and the color bar of its heat map."""
 
+    number: int
     chart: Chart
     x: Scale
     y: Scale
     colors: Mapping[str, Colors]
     styles: Mapping[str, tuple[Any, ...]]
     theme: Theme
+    ramp: Ramp | None
 
     def shapes(self, frame: Any = None) -> list[Shape]:
         """Return the shapes of one frame."""
-        return [shape for mark in self.chart.marks for shape in BUILDERS[type(mark)](self, mark, frame)]
+        return [shape for mark in self.chart.marks for shape in build(mark, self, frame)]
 
     def rows(self, mark: Mark, frame: Any) -> pd.DataFrame:
         """Return the rows of a mark in one frame."""
@@ -162,17 +198,25 @@ class Panel:
         column = mark.columns().get("color")
         return self.theme.category(0, 1) if column is None else self.colors[column].of(key[column], self.theme)
 
-    def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> int:
-        """Return the index of its dash pattern or shape."""
+    def style(self, mark: Mark, encoding: str, key: Mapping[str, Any]) -> str:
+        """Return the name of its "dash" pattern or "shape"."""
         column = mark.columns().get(encoding)
-        return 0 if column is None else self.styles[column].index(key[column])
+        index = 0 if column is None else self.styles[column].index(key[column])
+        return STYLES[encoding][index % len(STYLES[encoding])]
 
-    def ends(self, mark: Point | Bar, rows: pd.DataFrame) -> tuple[Numbers | None, Numbers | None]:
-        """Return the lower and upper ends of the error bars."""
+    def positions(self, mark: Any, rows: pd.DataFrame) -> tuple[Numbers, Numbers]:
+        """Return the positions of rows on x and y."""
+        return self.x.place(rows[mark.x]), self.y.place(rows[mark.y])
+
+    def errors(
+        self, mark: Point | Bar, rows: pd.DataFrame, place: Numbers, colors: list[str], base: Any = 0.0
+    ) -> Errors | None:
+        """Return the error bars of rows at ``place``, if the mark has any; their ends are relative to ``base``."""
         if mark.low is None or mark.high is None:
-            return None, None
+            return None
         scale = self.x if self.chart.is_lying else self.y
-        return scale.place(rows[mark.low]), scale.place(rows[mark.high])
+        low, high = base + scale.place(rows[mark.low]), base + scale.place(rows[mark.high])
+        return Errors(place, low, high, self.chart.is_lying, colors)
 
 
 def group(key: Mapping[str, Any]) -> str:
@@ -180,14 +224,22 @@ def group(key: Mapping[str, Any]) -> str:
     return next((f"{column}={value}" for column, value in key.items()), "")
 
 
-def _build_curves(panel: Panel, mark: Line, frame: Any) -> Iterator[Curve]:
+@singledispatch
+def build(mark: Any, panel: Panel, frame: Any) -> Iterator[Shape]:
+    """Yield the shapes of a mark in one frame of a panel."""
+    raise TypeError(f"no shapes are registered for {type(mark).__name__}")
+
+
+@build.register
+def _(mark: Line, panel: Panel, frame: Any) -> Iterator[Curve]:
     for rows, key in panel.split(mark, frame, "color", "dash"):
-        x, y = panel.x.place(rows[mark.x]), panel.y.place(rows[mark.y])
+        x, y = panel.positions(mark, rows)
         order = np.argsort(x, kind="stable")
         yield Curve(x[order], y[order], panel.color(mark, key), panel.style(mark, "dash", key), group(key))
 
 
-def _build_areas(panel: Panel, mark: Band, frame: Any) -> Iterator[Area]:
+@build.register
+def _(mark: Band, panel: Panel, frame: Any) -> Iterator[Area]:
     for rows, key in panel.split(mark, frame, "color"):
         x = panel.x.place(rows[mark.x])
         order = np.argsort(x, kind="stable")
@@ -195,91 +247,80 @@ def _build_areas(panel: Panel, mark: Band, frame: Any) -> Iterator[Area]:
         yield Area(x[order], low[order], high[order], panel.color(mark, key), group(key))
 
 
-def _build_dots(panel: Panel, mark: Point, frame: Any) -> Iterator[Dots]:
-    column = mark.color
-    shaded = column is not None and panel.colors[column].limits is not None
-    for rows, key in panel.split(mark, frame, "shape") if shaded else panel.split(mark, frame, "color", "shape"):
-        colors = (
-            [panel.colors[column].of(value, panel.theme) for value in rows[column]]
-            if shaded and column is not None
-            else [panel.color(mark, key)] * len(rows)
-        )
+@build.register
+def _(mark: Point, panel: Panel, frame: Any) -> Iterator[Dots]:
+    column, whole = mark.color, panel.chart.table(mark)
+    shaded = None if column is None or panel.colors[column].limits is None else panel.colors[column]
+    for rows, key in panel.split(mark, frame, *(["shape"] if shaded else ["color", "shape"])):
+        if shaded:
+            colors = [shaded.of(value, panel.theme) for value in rows[column]]
+        else:
+            colors = [panel.color(mark, key)] * len(rows)
         share = None
         if mark.size is not None:
-            whole = panel.chart.table(mark)
             # The largest frame determines the sizes, so that dots do not change size between frames.
             most = len(whole) if panel.chart.frame not in whole else whole[panel.chart.frame].value_counts().max()
             largest = np.nanmax(to_floats(whole[mark.size]), initial=0.0) or 1.0
             share = np.nan_to_num(to_floats(rows[mark.size])) / largest * min(1.0, CROWD / most)
-        x, y = panel.x.place(rows[mark.x]), panel.y.place(rows[mark.y])
-        low, high = panel.ends(mark, rows)
-        yield Dots(x, y, colors, panel.style(mark, "shape", key), share, low, high, panel.chart.is_lying, group(key))
+        x, y = panel.positions(mark, rows)
+        errors = panel.errors(mark, rows, y if panel.chart.is_lying else x, colors)
+        yield Dots(x, y, colors, panel.style(mark, "shape", key), share, errors, group(key))
 
 
-def _build_bars(panel: Panel, mark: Bar, frame: Any) -> Iterator[Bars]:
+@build.register
+def _(mark: Bar, panel: Panel, frame: Any) -> Iterator[Bars]:
     """Build bars side by side, or stacked: positive values upwards, negative ones downwards."""
-    column, value = (mark.y, mark.x) if panel.chart.is_lying else (mark.x, mark.y)
-    across, along = (panel.y, panel.x) if panel.chart.is_lying else (panel.x, panel.y)
-    whole = panel.chart.table(mark)
-    room = CLUSTER * _pitch(across, whole[column])
-    groups = list(panel.split(mark, frame, "color"))
+    lying, groups = panel.chart.is_lying, list(panel.split(mark, frame, "color"))
+    column, across = (mark.y, panel.y) if lying else (mark.x, panel.x)
+    # The smallest distance between two positions leaves room for the bars at each.
+    places = np.unique(across.place(panel.chart.table(mark)[column]))
+    gaps = np.diff(places[np.isfinite(places)])
+    room = CLUSTER * (1.0 if across.categories is not None or not gaps.size else float(gaps.min()))
     # Bars that are colored by their own position do not share it with others.
     whole_slot = mark.mode == "stack" or mark.color in (None, column)
     width = room if whole_slot else room / max(len(groups), 1)
     # Positive and negative pieces of a stack start at zero separately.
     reached: dict[tuple[float, bool], float] = {}
     for slot, (rows, key) in enumerate(groups):
-        place, length = across.place(rows[column]), along.place(rows[value])
+        x, y = panel.positions(mark, rows)
+        place, length = (y, x) if lying else (x, y)
         base = np.zeros(len(rows))
         if mark.mode == "stack":
             for index, (spot, piece) in enumerate(zip(place, np.nan_to_num(length), strict=True)):
                 base[index] = reached.get((spot, piece < 0), 0.0)
                 reached[spot, piece < 0] = base[index] + piece
-        offset = 0.0 if whole_slot else (slot - (len(groups) - 1) / 2) * width
-        low, high = (None if end is None else base + end for end in panel.ends(mark, rows))
-        color = panel.color(mark, key)
-        yield Bars(place + offset, base, base + length, width, color, low, high, panel.chart.is_lying, group(key))
+        place = place + (0.0 if whole_slot else (slot - (len(groups) - 1) / 2) * width)
+        errors = panel.errors(mark, rows, place, [panel.theme.ink] * len(rows), base)
+        yield Bars(place, base, base + length, width, panel.color(mark, key), errors, lying, group(key))
 
 
-def _pitch(scale: Scale, values: pd.Series) -> float:
-    """Return the smallest distance between two positions."""
-    places = np.unique(scale.place(values))
-    gaps = np.diff(places[np.isfinite(places)])
-    return 1.0 if scale.categories is not None or not gaps.size else float(gaps.min())
-
-
-def _build_cells(panel: Panel, mark: Heat, frame: Any) -> Iterator[Cells]:
+@build.register
+def _(mark: Heat, panel: Panel, frame: Any) -> Iterator[Cells]:
+    assert panel.ramp is not None
     rows = panel.rows(mark, frame)
-    values = np.full((len(panel.y.categories or ()), len(panel.x.categories or ())), np.nan)
-    places = panel.y.place(rows[mark.y]).astype(int), panel.x.place(rows[mark.x]).astype(int)
-    values[places] = to_floats(rows[mark.value])
+    values = np.full((len(panel.y.names), len(panel.x.names)), np.nan)
+    x, y = (place.astype(int) for place in panel.positions(mark, rows))
+    values[y, x] = to_floats(rows[mark.value])
     if mark.log:
         values[values <= 0] = np.nan
-    told = [] if mark.words is None else zip(*(place.tolist() for place in places), rows[mark.words], strict=True)
-    yield Cells(values, mark, {(row, column): str(text) for row, column, text in told})
+    told = [] if mark.words is None else zip(y.tolist(), x.tolist(), rows[mark.words], strict=True)
+    words: dict[tuple[int, ...], str] = {(row, column): str(text) for row, column, text in told}
+    texts = {place: format(value, mark.text or ".4g") for place, value in np.ndenumerate(values) if np.isfinite(value)}
+    yield Cells(values, mark, panel.ramp, texts, words)
 
 
-def _build_ruler(panel: Panel, mark: Rule, frame: Any) -> Iterator[Ruler]:
-    x = None if mark.x is None else panel.x.locate(mark.x)
-    yield Ruler(x, None if mark.y is None else panel.y.locate(mark.y), mark.label)
+@build.register
+def _(mark: Rule, panel: Panel, frame: Any) -> Iterator[Ruler]:
+    x, y = (None if at is None else scale.locate(at) for at, scale in ((mark.x, panel.x), (mark.y, panel.y)))
+    yield Ruler(x, y, mark.label)
 
 
-def _build_shade(panel: Panel, mark: Span, frame: Any) -> Iterator[Shade]:
+@build.register
+def _(mark: Span, panel: Panel, frame: Any) -> Iterator[Shade]:
     yield Shade(panel.x.locate(mark.x0), panel.x.locate(mark.x1), mark.label)
 
 
-def _build_words(panel: Panel, mark: Text, frame: Any) -> Iterator[Words]:
+@build.register
+def _(mark: Text, panel: Panel, frame: Any) -> Iterator[Words]:
     rows = panel.rows(mark, frame)
-    yield Words(panel.x.place(rows[mark.x]), panel.y.place(rows[mark.y]), rows[mark.text].astype(str).tolist())
-
-
-BUILDERS: dict[type[Mark], Callable[[Panel, Any, Any], Iterator[Shape]]] = {
-    Line: _build_curves,
-    Band: _build_areas,
-    Point: _build_dots,
-    Bar: _build_bars,
-    Heat: _build_cells,
-    Rule: _build_ruler,
-    Span: _build_shade,
-    Text: _build_words,
-}
+    yield Words(*panel.positions(mark, rows), rows[mark.text].astype(str).tolist())

@@ -51,6 +51,7 @@ class Mark:
     encodings: ClassVar[tuple[str, ...]] = ()
     names: ClassVar[tuple[str, ...]] = ("color", "dash", "shape")  # encodings without missing values
     numbers: ClassVar[tuple[str, ...]] = ("value", "low", "high", "size")  # encodings that must be numeric
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # allowed values of settings
 
     @property
     def kind(self) -> str:
@@ -61,8 +62,25 @@ class Mark:
         """Return encoding -> column for the encodings in use."""
         return {name: getattr(self, name) for name in self.encodings if getattr(self, name) is not None}
 
-    def check(self) -> None:
-        """Raise ValueError if settings contradict each other."""
+    def check(self, table: pd.DataFrame) -> None:
+        """Raise ValueError if settings contradict each other, or the mark cannot draw its columns of a table."""
+        for name, allowed in self.choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        low, high = getattr(self, "low", None), getattr(self, "high", None)
+        if (low is None) != (high is None):
+            raise ValueError(f"low and high must both be columns or both be None, got low={low!r}, high={high!r}")
+        for encoding, column in self.columns().items():
+            what = f"{self.kind} {encoding}"
+            if column not in table:
+                raise ValueError(missing_column(what, column, table))
+            values = table[column]
+            if encoding in self.numbers and not is_numeric_dtype(values):
+                raise ValueError(f"{what}: column {column!r} must be numeric, got {values.dtype}")
+            if (encoding in self.names or not is_number(values)) and (gaps := int(values.isna().sum())):
+                raise ValueError(
+                    f"{what}: column {column!r} must have no missing values, got {gaps}: fill them in first"
+                )
 
 
 @dataclass(frozen=True)
@@ -106,9 +124,6 @@ class Point(Mark):
     high: str | None = None
     data: pd.DataFrame | None = None
 
-    def check(self) -> None:
-        _check_interval(self)
-
 
 @dataclass(frozen=True)
 class Bar(Mark):
@@ -119,6 +134,7 @@ class Bar(Mark):
     """
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "color", "low", "high")
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"mode": ("group", "stack")}
     x: str
     y: str
     color: str | None = None
@@ -126,10 +142,6 @@ class Bar(Mark):
     low: str | None = None
     high: str | None = None
     data: pd.DataFrame | None = None
-
-    def check(self) -> None:
-        _check_choice("mode", self.mode, ("group", "stack"))
-        _check_interval(self)
 
 
 @dataclass(frozen=True)
@@ -143,6 +155,7 @@ class Heat(Mark):
 
     encodings: ClassVar[tuple[str, ...]] = ("x", "y", "value", "words")
     names: ClassVar[tuple[str, ...]] = ("x", "y")
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {"scale": ("sequence", "diverging")}
     x: str
     y: str
     value: str
@@ -154,8 +167,8 @@ class Heat(Mark):
     words: str | None = None
     data: pd.DataFrame | None = None
 
-    def check(self) -> None:
-        _check_choice("scale", self.scale, ("sequence", "diverging"))
+    def check(self, table: pd.DataFrame) -> None:
+        super().check(table)
         if self.log and self.scale == "diverging":
             raise ValueError("cannot combine scale='diverging' with log=True: a diverging scale is centered at zero")
 
@@ -168,7 +181,7 @@ class Rule(Mark):
     y: Any = None
     label: str = ""
 
-    def check(self) -> None:
+    def check(self, table: pd.DataFrame) -> None:
         if (self.x is None) == (self.y is None):
             raise ValueError(f"a Rule must have exactly one of x and y, got x={self.x!r}, y={self.y!r}")
 
@@ -191,37 +204,6 @@ class Text(Mark):
     y: str
     text: str
     data: pd.DataFrame | None = None
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def _check_interval(mark: Point | Bar) -> None:
-    if (mark.low is None) != (mark.high is None):
-        raise ValueError(f"low and high must both be columns or both be None, got low={mark.low!r}, high={mark.high!r}")
-
-
-def check_columns(mark: Mark, table: pd.DataFrame) -> None:
-    """Raise ValueError if columns of a mark are missing or contain values that it cannot draw."""
-    for encoding, column in mark.columns().items():
-        what = f"{mark.kind} {encoding}"
-        if column not in table:
-            raise ValueError(missing_column(what, column, table))
-        if encoding in mark.numbers and not is_numeric_dtype(table[column]):
-            raise ValueError(f"{what}: column {column!r} must be numeric, got {table[column].dtype}")
-        if (encoding in mark.names or not is_number(table[column])) and (gaps := int(table[column].isna().sum())):
-            raise ValueError(f"{what}: column {column!r} must have no missing values, got {gaps}: fill them in first")
-
-
-def check_unique(mark: Mark, table: pd.DataFrame, place: Sequence[str]) -> None:
-    """Raise ValueError if two rows have the same position, since one would hide the other."""
-    columns = list(dict.fromkeys(place))
-    doubled = table.duplicated(columns)
-    if doubled.any():
-        first = ", ".join(f"{name}={cell}" for name, cell in table.loc[doubled, columns].iloc[0].items())
-        raise ValueError(f"cannot draw {mark.kind}: several rows for {first}. Aggregate them first")
 
 
 def missing_column(what: str, column: str, table: pd.DataFrame) -> str:

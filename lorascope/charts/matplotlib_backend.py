@@ -6,39 +6,43 @@ change.
 
 from __future__ import annotations
 
+import io
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import matplotlib.style
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, to_hex
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.textpath import text_to_path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from lorascope.charts.chart import Drawable
 from lorascope.charts.figure_plan import Entry, Plan, plan
-from lorascope.charts.matplotlib_artists import (
-    DASHES,
-    DOT,
-    SHAPES,
-    break_lines,
-    colormap,
-    draw,
-    escape_dollar,
-    names,
-    norm,
-    numbers,
-)
-from lorascope.charts.theme import GLYPH, Theme, fold, inches, theme
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Panel, Ruler, Shade, Shape, Words
+from lorascope.charts.scales import Ramp, Scale
+from lorascope.charts.theme import FAINT, GLYPH, STYLES, Theme, count_lines, fold, inches, is_dark, theme
+from lorascope.files.printable import printable_lines
 
+_PATTERNS = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (8, 2)), (0, (8, 2, 1, 2, 1, 2)))
+DASHES: dict[str, Any] = dict(zip(STYLES["dash"], _PATTERNS, strict=True))
+MARKERS = dict(zip(STYLES["shape"], "os^DvPX", strict=True))
+DOT = 4.0  # diameter of a dot in points
+LARGEST = 11.0  # diameter in points of the largest dot, if the area shows a column
+FEW = 200  # a logarithmic axis whose ends have a smaller ratio needs ticks between powers of ten
+BETWEEN = ((1, 2, 5), (1, 3), (1,))  # multiples of powers of ten for these ticks, from most to fewest
+SMALLEST_TEXT = 4.0  # points; numbers that only fit at a smaller size are omitted
+SMALLEST_WORDS = 5.0  # points; words that only fit at a smaller size are replaced by the numbers
 FRAMES = 8  # maximum number of small multiples
 ACROSS = {"column": 2, "page": 4}  # small multiples per row
 SHAPE = 0.68  # height of a panel as a fraction of its width
@@ -47,9 +51,9 @@ LABELS = 0.7  # inches for the title and labels of an axis
 
 @dataclass(frozen=True)
 class Place:
-    """Position of one frame of one view in the grid of a figure."""
+    """Row and columns (from ``start`` to before ``stop``) of one frame of a panel in the grid of a figure."""
 
-    view: int
+    panel: int
     frame: Any
     row: int
     start: int
@@ -57,45 +61,35 @@ class Place:
 
 
 def figure(drawable: Drawable, name: str | None = None, width: str | None = None) -> Figure:
-    """Draw a chart or panels on a new figure.
-
-    Parameters
-    ----------
-    drawable : Chart or Panels
-        Chart or panels to draw.
-    name : str, optional
-        Theme, default "light".
-    width : {"column", "page"}, optional
-        Default: column for a single chart, page for panels and frames.
-    """
+    """Draw on a new figure; see :meth:`Drawable.mpl`."""
     settled = plan(drawable, theme(name or "light"))
-    width = width or ("column" if len(settled.views) == 1 and not settled.frames else "page")
+    width = width or ("column" if len(settled.panels) == 1 and not settled.frames else "page")
     with style(settled.theme):
-        places = _lay_out_grid(settled, ACROSS[width] if settled.frames else 1)
-        return _compose(settled, places, inches(width))
+        return _compose(settled, _lay_out_grid(settled, ACROSS[width] if settled.frames else 1), inches(width))
 
 
-def write(drawable: Drawable, path: Path, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> None:
-    """Draw to a file of format ``kind`` ("pdf", "svg" or "png"), with metadata of that format."""
-    made = figure(drawable, name, width)
+def write(drawable: Drawable, kind: str, name: str, width: str | None, metadata: dict[str, Any]) -> bytes:
+    """Return the content of a file of format ``kind`` ("pdf", "svg" or "png"), with metadata of that format."""
+    made, file = figure(drawable, name, width), io.BytesIO()
     with style(theme(name)):
-        made.savefig(path, format=kind, metadata=metadata)
+        made.savefig(file, format=kind, metadata=metadata)
+    return file.getvalue()
 
 
 def draw_onto(ax: Axes, drawable: Drawable, name: str | None = None) -> Axes:
     """Draw on the caller's axes, in the caller's style."""
     settled = plan(drawable, theme(name or "light"))
-    if len(settled.views) > 1 or settled.frames:
+    if len(settled.panels) > 1 or settled.frames:
         raise ValueError("cannot draw panels or frames on ax: pass a single chart, such as chart.at(frame)")
-    draw(ax, settled, 0)
+    (panel,) = settled.panels
+    draw(ax, panel)
     ax.set_title(escape_dollar(settled.title))
     if settled.entries:
-        ax.legend(handles=[_handle(entry) for entry in settled.entries], title=escape_dollar(settled.legend_title))
+        ax.legend(handles=list(map(_handle, settled.entries)), title=escape_dollar(settled.legend_title))
     for ramp in settled.ramps:
-        mappable = ScalarMappable(norm(ramp), colormap(ramp))
-        ax.figure.colorbar(mappable, ax=ax, label=escape_dollar(ramp.label))
-    names(ax, settled.views[0].panel)
-    numbers(ax, settled, 0)
+        ax.figure.colorbar(color_scale(ramp), ax=ax, label=escape_dollar(ramp.label))
+    names(ax, panel)
+    numbers(ax, panel)
     return ax
 
 
@@ -103,32 +97,19 @@ def style(look: Theme) -> Any:
     """Return a context with matplotlib's own defaults and the sizes and colors of a theme."""
     ink = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
     ground = ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor")
-    sizes = (
-        "font.size",
-        "axes.labelsize",
-        "axes.titlesize",
-        "figure.titlesize",
-        "legend.fontsize",
-        "legend.title_fontsize",
-    )
+    texts = ("font.size", "axes.labelsize", "axes.titlesize", "figure.titlesize")
     settings: dict[str, Any] = {
         **dict.fromkeys(ink, look.ink),
         **dict.fromkeys(ground, look.background),
-        **dict.fromkeys(sizes, look.size),
+        **dict.fromkeys((*texts, "legend.fontsize", "legend.title_fontsize"), look.size),
         **dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), 0.93 * look.size),
         **dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width"), 0.6),
         **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 2.5),
         **dict.fromkeys(("xtick.minor.size", "ytick.minor.size"), 1.5),
-        "axes.titlelocation": "left",
-        "figure.titleweight": "bold",
-        "axes.titlepad": 4.0,
-        "axes.labelpad": 2.5,
-        "lines.linewidth": 1.2,
-        "hatch.linewidth": 0.5,
-        "legend.frameon": False,
+        **{"axes.titlelocation": "left", "axes.titlepad": 4.0, "axes.labelpad": 2.5, "figure.titleweight": "bold"},
+        **{"lines.linewidth": 1.2, "hatch.linewidth": 0.5, "legend.frameon": False, "savefig.dpi": 300},
         # Embed TrueType fonts, since many journals reject type 3.
         "pdf.fonttype": 42,
-        "savefig.dpi": 300,
         # With fixed ids, equal figures give equal bytes.
         "svg.hashsalt": "lorascope",
     }
@@ -138,152 +119,112 @@ def style(look: Theme) -> Any:
 
 def _lay_out_grid(settled: Plan, across: int) -> list[Place]:
     """Place the panels as arranged or, with frames, the frames of each panel in rows of ``across``."""
-    if not settled.frames:
-        # A common multiple lets rows with different numbers of panels share one grid.
-        columns = math.lcm(*(len(row) for row in settled.rows))
-        return [
-            Place(view, None, number, column * columns // len(row), (column + 1) * columns // len(row))
-            for number, row in enumerate(settled.rows)
-            for column, view in enumerate(row)
-        ]
-    shown = _spread_frames(settled.frames, FRAMES if len(settled.views) == 1 else across)
-    across = min(across, len(shown))
-    places = []
-    for number, view in enumerate(settled.views):
-        if view.panel.chart.frame is None:
-            places.append(Place(number, None, number, 0, across))
-            continue
-        for index, frame in enumerate(shown):
-            places.append(Place(number, frame, number + index // across, index % across, index % across + 1))
-    return places
-
-
-def _spread_frames(frames: list[Any], most: int) -> list[Any]:
-    """Return at most ``most`` evenly spaced frames, including the first and the last."""
-    if len(frames) <= most:
-        return frames
-    return [frames[round(index * (len(frames) - 1) / (most - 1))] for index in range(most)]
+    rows: list[tuple[int, list[tuple[int, Any]]]] = []  # number of equal parts, and the panels and frames in them
+    if settled.frames:
+        shown, most = settled.frames, FRAMES if len(settled.panels) == 1 else across
+        if len(shown) > most:
+            # Evenly spaced frames, including the first and the last.
+            shown = [shown[round(index * (len(shown) - 1) / (most - 1))] for index in range(most)]
+        across = min(across, len(shown))
+        for panel in settled.panels:
+            frames, parts = ([None], 1) if panel.chart.frame is None else (shown, across)
+            for start in range(0, len(frames), across):
+                rows.append((parts, [(panel.number, frame) for frame in frames[start : start + across]]))
+    else:
+        rows = [(len(row), [(panel, None) for panel in row]) for row in settled.rows]
+    # A common multiple lets rows with different numbers of panels share one grid.
+    columns = math.lcm(*(parts for parts, _ in rows))
+    return [
+        Place(panel, frame, number, column * columns // parts, (column + 1) * columns // parts)
+        for number, (parts, row) in enumerate(rows)
+        for column, (panel, frame) in enumerate(row)
+    ]
 
 
 def _compose(settled: Plan, places: list[Place], width: float) -> Figure:
     """Draw axes, legend, color bars and caption on a figure ``width`` inches wide and as high as necessary."""
-    look = settled.theme
+    size = settled.theme.size
     columns = max(place.stop for place in places)
     cells = {place: width * (place.stop - place.start) / columns for place in places}
-    heights = [
-        max(_panel_inches(settled, place, cells[place], look.size) for place in places if place.row == row)
-        for row in range(places[-1].row + 1)
-    ]
+    heights = [0.0] * (places[-1].row + 1)
+    for place in places:
+        usual, scale = max(1.4, SHAPE * min(cells[place], 4.5)), settled.panels[place.panel].y
+        lines = LABELS + len(scale.names) * 1.45 * size / 72
+        heights[place.row] = max(heights[place.row], scale.height(usual, lines, 0.95 * cells[place], 0.75 * usual))
     made = Figure(figsize=(width, sum(heights)))
     # The canvas is necessary to measure text.
     renderer = FigureCanvasAgg(made).get_renderer()
     grid = made.add_gridspec(len(heights), columns, height_ratios=heights)
     axes = {place: made.add_subplot(grid[place.row, place.start : place.stop]) for place in places}
-    for place, ax in axes.items():
-        draw(ax, settled, place.view, place.frame)
-        _draw_axis_labels(ax, settled, place, places, (72 * cells[place], 72 * 0.8 * heights[place.row]))
+    panels: list[tuple[Place, Axes, Panel]] = [(place, ax, settled.panels[place.panel]) for place, ax in axes.items()]
+    for place, ax, panel in panels:
+        draw(ax, panel, place.frame)
+        ax.set_xlabel(escape_dollar(fold(panel.x.axis.label, 0.8 * 72 * cells[place], size)))
+        ax.set_ylabel(escape_dollar(fold(panel.y.axis.label, 72 * 0.8 * heights[place.row], size)))
+        # A neighbor that shows the same axis has its labels.
+        if any(other.panel == place.panel and other.row > place.row and other.start == place.start for other in places):
+            ax.set_xlabel("")
+            ax.tick_params(labelbottom=False)
+        left = [other for other in places if other.row == place.row and other.stop == place.start]
+        if any(settled.panels[other.panel].y == panel.y for other in left):
+            ax.set_ylabel("")
+            ax.tick_params(labelleft=False)
     for ramp in settled.ramps:
-        painted = [ax for place, ax in axes.items() if place.view in ramp.views]
-        bar = made.colorbar(ScalarMappable(norm(ramp), colormap(ramp)), ax=painted, fraction=0.06, pad=0.02, aspect=22)
-        bar.set_label(escape_dollar("\n".join(fold(ramp.label, 72 * 0.8 * sum(heights), look.size))))
+        painted = [ax for place, ax in axes.items() if place.panel in ramp.views]
+        bar = made.colorbar(color_scale(ramp), ax=painted, fraction=0.06, pad=0.02, aspect=22)
+        bar.set_label(escape_dollar(fold(ramp.label, 72 * 0.8 * sum(heights), size)))
         bar.outline.set_linewidth(0.4)
         if not ramp.log:
             bar.locator = MaxNLocator("auto", steps=[1, 2, 5, 10])  # no steps of 2.5: ranks and counts are integers
-    title = "\n".join(fold(settled.title, 72 * width, 1.1 * look.size))
+    title = fold(settled.title, 72 * width, 1.1 * size)
     if title:
         made.suptitle(escape_dollar(title), x=0.01, ha="left")
-    foot = [_draw_caption(made, settled), _legend(made, settled, width)]
-    head = (title.count("\n") + 1) * 1.6 * look.size / 72 if title else 0.0
+    # Wrapped here, because matplotlib wraps differently at every resolution.
+    caption = escape_dollar(break_lines(settled.caption, 0.98 * 72 * width, size))
+    foot: list[Any] = [made.text(0.01, 0.0, caption, ha="left", va="bottom", in_layout=False)]
+    if settled.entries:
+        foot.append(_draw_legend(made, settled, width))
+    head = count_lines(title) * 1.6 * size / 72
     for _ in range(2):  # twice: y labels take width from x, titles and vertical names take height
         _stack_foot(made, sum(heights) + head, foot, renderer)
-        for place, ax in axes.items():
-            _draw_title(ax, settled, place)
-        depths = [(place.row, names(ax, settled.views[place.view].panel)) for place, ax in axes.items()]
+        for place, ax, panel in panels:
+            titles = [panel.chart.title] if len(settled.panels) > 1 else []
+            titles += [f"{settled.frame_label} {place.frame}"] if place.frame is not None else []
+            room = 1.1 * _size_in_points(ax)[0]
+            ax.set_title(escape_dollar(fold(", ".join(filter(None, titles)), room, size)))
+        depths = [(place.row, names(ax, panel)) for place, ax, panel in panels]
     turned = sum(max(depth for row, depth in depths if row == number) for number in range(len(heights))) / 72
     _stack_foot(made, sum(heights) + head + turned, foot, renderer)
-    for place, ax in axes.items():
-        names(ax, settled.views[place.view].panel)  # all may fit now that vertical names have room
-        numbers(ax, settled, place.view, place.frame)
+    for place, ax, panel in panels:
+        names(ax, panel)  # all may fit now that vertical names have room
+        numbers(ax, panel, place.frame)
     return made
 
 
-def _panel_inches(settled: Plan, place: Place, width: float, size: float) -> float:
-    """Return the height of a panel in inches: room for every name on y, else in proportion to the width."""
-    scale = settled.views[place.view].panel.y
-    shape = max(1.4, SHAPE * min(width, 4.5))
-    if scale.categories is None:
-        return shape
-    lines = LABELS + len(scale.categories) * 1.45 * size / 72
-    return max(lines if scale.is_wordy else min(lines, 0.95 * width), 0.75 * shape)
-
-
-def _draw_axis_labels(ax: Axes, settled: Plan, place: Place, places: list[Place], room: tuple[float, float]) -> None:
-    """Label axes, wrapped to ``room`` (width, height in points), unless a neighbor shows the same axis."""
-    view, size = settled.views[place.view], settled.theme.size
-    below = [other for other in places if other.view == place.view and other.row > place.row]
-    left = [settled.views[other.view] for other in places if other.row == place.row and other.stop == place.start]
-    x, y = view.panel.chart.x.label, view.panel.chart.y.label
-    ax.set_xlabel(escape_dollar("\n".join(fold(x, 0.8 * room[0], size))))
-    ax.set_ylabel(escape_dollar("\n".join(fold(y, room[1], size))))
-    if any(other.start == place.start for other in below):
-        ax.set_xlabel("")
-        ax.tick_params(labelbottom=False)
-    if any(other.y == view.y and other.panel.y == view.panel.y for other in left):
-        ax.set_ylabel("")
-        ax.tick_params(labelleft=False)
-
-
-def _draw_title(ax: Axes, settled: Plan, place: Place) -> None:
-    """Draw the title of one of several panels, with its frame, wrapped to the current width of the axes."""
-    titles = [settled.views[place.view].panel.chart.title] if len(settled.views) > 1 else []
-    if place.frame is not None:
-        titles.append(f"{settled.frame_label} {place.frame}")
-    room = 72 * ax.get_window_extent().width / ax.figure.dpi
-    ax.set_title(escape_dollar("\n".join(fold(", ".join(filter(None, titles)), 1.1 * room, settled.theme.size))))
-
-
-def _draw_caption(made: Figure, settled: Plan) -> Text:
-    """Draw the caption, wrapped here because matplotlib wraps differently at every resolution."""
-    lines = "\n".join(break_lines(settled.caption, 0.98 * 72 * made.get_figwidth(), settled.theme.size))
-    return made.text(0.01, 0.0, escape_dollar(lines), ha="left", va="bottom", in_layout=False)
-
-
-def _legend(made: Figure, settled: Plan, width: float) -> Legend | None:
-    """Draw the legend with as many entries per row as fit."""
-    if not settled.entries:
-        return None
+def _draw_legend(made: Figure, settled: Plan, width: float) -> Legend:
+    """Draw the legend with as many entries per row as fit, at least one."""
     size = settled.theme.size
-    entries = [
-        replace(entry, label="\n".join(fold(entry.label, 72 * width - 4 * size, size))) for entry in settled.entries
-    ]
+    entries = [replace(entry, label=fold(entry.label, 72 * width - 4 * size, size)) for entry in settled.entries]
     widths = [(max(map(len, entry.label.split("\n"))) * GLYPH + 4.0) * size for entry in entries]
-    depth = next(depth for depth in range(1, len(entries) + 1) if _has_room(widths, depth, 72 * width))
-    legend = made.legend(
-        handles=[_handle(entry) for entry in entries],
-        title=escape_dollar(settled.legend_title) or None,
-        ncols=math.ceil(len(entries) / depth),
-        loc="lower center",
-        borderpad=0.2,
-        columnspacing=1.2,
-        handlelength=1.8,
-    )
+    for depth in range(1, len(entries) + 1):
+        columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
+        if sum(map(max, columns)) <= 72 * width:
+            break
+    gaps: dict[str, Any] = {"borderpad": 0.2, "columnspacing": 1.2, "handlelength": 1.8}
+    title = escape_dollar(settled.legend_title) or None
+    handles = list(map(_handle, entries))
+    legend = made.legend(handles=handles, title=title, loc="lower center", ncols=len(columns), **gaps)
     legend.set_in_layout(False)
     return legend
 
 
-def _has_room(widths: list[float], depth: int, room: float) -> bool:
-    """Return whether entries in columns of ``depth`` fit side by side; a single column always does."""
-    columns = [widths[start : start + depth] for start in range(0, len(widths), depth)]
-    return len(columns) == 1 or sum(map(max, columns)) <= room
-
-
 def _stack_foot(made: Figure, height: float, foot: list[Any], renderer: Any) -> None:
     """Stack caption and legend at the bottom, and lay out the panels in the ``height`` inches above them."""
-    parts = [(part, part.get_window_extent(renderer).height / made.dpi) for part in foot if part is not None]
+    depths = [part.get_window_extent(renderer).height / made.dpi for part in foot]
     gap, used = 0.08, 0.04
-    total = height + sum(depth + gap for _, depth in parts) + gap
+    total = height + sum(depth + gap for depth in depths) + gap
     made.set_figheight(total)
-    for part, depth in parts:
+    for part, depth in zip(foot, depths, strict=True):
         if isinstance(part, Text):
             part.set_y(used / total)
         else:
@@ -297,13 +238,186 @@ def _stack_foot(made: Figure, height: float, foot: list[Any], renderer: Any) -> 
 
 def _handle(entry: Entry) -> Line2D | Patch:
     """Return the legend symbol of an entry."""
+    label = escape_dollar(entry.label)
     if entry.kind == "patch":
-        return Patch(color=entry.color, label=escape_dollar(entry.label), linewidth=0)
-    if entry.kind == "line":
-        return Line2D(
-            [], [], color=entry.color, linestyle=DASHES[entry.style % len(DASHES)], label=escape_dollar(entry.label)
-        )
-    marker = SHAPES[entry.style % len(SHAPES)]
-    return Line2D(
-        [], [], color=entry.color, marker=marker, markersize=DOT, linestyle="", label=escape_dollar(entry.label)
-    )
+        return Patch(color=entry.color, label=label, linewidth=0)
+    dot: dict[str, Any] = {"marker": MARKERS.get(entry.style), "markersize": DOT, "linestyle": ""}
+    look = {"linestyle": DASHES[entry.style]} if entry.kind == "line" else dot
+    return Line2D([], [], color=entry.color, label=label, **look)
+
+
+def draw(ax: Axes, panel: Panel, frame: Any = None) -> None:
+    """Draw one frame of a panel with its axes; call :func:`names` and :func:`numbers` once the size is known."""
+    for layer, shape in enumerate(panel.shapes(frame)):
+        # Above the grid, and in the order of the marks.
+        _draw_shape(ax, shape, panel, 2 + layer / 1000)
+    for axis, scale in ((ax.xaxis, panel.x), (ax.yaxis, panel.y)):
+        axis.set_label_text(escape_dollar(scale.axis.label))
+        if scale.log:
+            ax.set(**{f"{axis.axis_name}scale": "log"})
+            if _is_short(scale):
+                axis.set_major_locator(LogLocator(subs=BETWEEN[0]))
+                axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axis.set_minor_formatter(NullFormatter())
+        elif scale.categories is None and scale.whole:
+            axis.set_major_locator(MaxNLocator("auto", integer=True))
+        if scale.categories is None:
+            axis.grid(True, color=panel.theme.grid, linewidth=0.5)
+        ax.set(**{f"{axis.axis_name}lim": scale.limits})
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def names(ax: Axes, panel: Panel) -> float:
+    """Label the categories, as many as fit now; return the points below the axes that vertical names need."""
+    depth = 0.0
+    axes: tuple[Any, Any] = (ax.xaxis, ax.yaxis)
+    for axis, scale, room in zip(axes, (panel.x, panel.y), _size_in_points(ax), strict=True):
+        size = float(axis.get_major_ticks(1)[0].label1.get_fontsize())
+        ticks = scale.ticks(room, size, across=axis.axis_name == "y")
+        if ticks is not None:
+            axis.set_minor_locator(NullLocator())
+            axis.set_ticks(ticks.positions, map(escape_dollar, ticks.names), rotation=90 if ticks.turned else 0)
+            depth = max(map(len, ticks.names)) * GLYPH * size if ticks.turned else depth
+        elif _is_short(scale):
+            _thin_ticks(axis, room, size)
+    return depth
+
+
+def numbers(ax: Axes, panel: Panel, frame: Any = None) -> None:
+    """Write the words of a heat map into its cells or, if these are not legible, the numbers, if they fit."""
+    for cells in panel.shapes(frame):
+        if not isinstance(cells, Cells) or cells.mark.text is None or not cells.texts:
+            continue
+        (rows, columns), (width, height) = cells.values.shape, _size_in_points(ax)
+        colors = color_scale(cells.ramp)
+        words = {place: cells.words.get(place, number) for place, number in cells.texts.items()}
+        for texts, smallest in ((words, SMALLEST_WORDS), (cells.texts, SMALLEST_TEXT)):
+            longest = max(map(len, texts.values()))
+            size = min(_text_size(ax), 0.9 * width / columns / (longest * GLYPH), 0.7 * height / rows)
+            if size >= smallest:
+                for (row, column), text in texts.items():
+                    color: Any = colors.cmap(colors.norm(cells.values[row, column]))
+                    ink = "#ffffff" if is_dark(to_hex(color)) else "#000000"
+                    _write(ax, column, row, text, size=size, color=ink, zorder=3)
+                break
+
+
+def _size_in_points(ax: Axes) -> tuple[float, float]:
+    """Return the width and height of axes in points."""
+    box, points = ax.get_window_extent(), 72.0 / ax.figure.dpi
+    return box.width * points, box.height * points
+
+
+def _text_size(ax: Axes) -> float:
+    """Return the font size of text inside axes, slightly smaller than that of the axis labels."""
+    return 0.9 * float(ax.xaxis.label.get_fontsize())
+
+
+def break_lines(text: str, room: float, size: float) -> str:
+    """Break text into lines of at most ``room`` points at a font size; a longer word gets its own line."""
+    font = FontProperties(size=size)
+    lines = []
+    for part in printable_lines(text).splitlines():
+        line = ""
+        for word in part.split():
+            longer = f"{line} {word}".lstrip()
+            wide = text_to_path.get_text_width_height_descent(longer, font, ismath=False)[0] > room
+            if wide and line:
+                lines.append(line)
+            line = word if wide else longer
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def escape_dollar(text: str) -> str:
+    """Escape text: a dollar sign does not start math, and a control character does not break an SVG."""
+    return printable_lines(text).replace("$", r"\$")
+
+
+def color_scale(ramp: Ramp) -> ScalarMappable:
+    """Return the mapping of values to the colors of a color bar, transparent for missing values."""
+    colors = LinearSegmentedColormap.from_list(ramp.label or "ramp", ramp.colors).with_extremes(bad=(0, 0, 0, 0))
+    return ScalarMappable((LogNorm if ramp.log else Normalize)(*ramp.limits), colors)
+
+
+def _is_short(scale: Scale) -> bool:
+    return scale.log and bool(scale.limits[1] < FEW * scale.limits[0])
+
+
+def _thin_ticks(axis: Any, room: float, size: float) -> None:
+    """Set the ticks of a short logarithmic axis, as many as have room for their labels."""
+    low, high = np.log(axis.get_view_interval())
+    for subs in BETWEEN:
+        locator = LogLocator(subs=subs)
+        ticks = [tick for tick in locator.tick_values(np.exp(low), np.exp(high)) if low <= np.log(tick) <= high]
+        # Fewer ticks would be no scale: the previous, denser ones stay.
+        if len(ticks) < 2:
+            return
+        axis.set_major_locator(locator)
+        across = [GLYPH * len(f"{tick:g} ") if axis.axis_name == "x" else 1.2 for tick in ticks]
+        needed = size * (np.array(across[1:]) + across[:-1]) / 2
+        if (np.diff(np.log(ticks)) / (high - low) * room >= needed).all():
+            return
+
+
+def _write(ax: Axes, x: float, y: float, text: str, **style: Any) -> None:
+    """Write text centered at a position."""
+    ax.text(x, y, escape_dollar(text), ha="center", va="center", **style)
+
+
+def _annotate(ax: Axes, place: tuple[Any, Any], text: str, axis: str, across: str, up: str, turn: int = 0) -> None:
+    """Draw the label of a rule or a span at a distance of one or two points; ``axis`` is the one it is placed on."""
+    shift = ({"left": 2, "right": -2}.get(across, 0), {"bottom": 1, "top": -1}[up])
+    style: dict[str, Any] = {"ha": across, "va": up, "size": _text_size(ax), "rotation": turn, "zorder": 4}
+    transform = ax.get_xaxis_transform() if axis == "x" else ax.get_yaxis_transform()
+    ax.annotate(escape_dollar(text), place, shift, xycoords=transform, textcoords="offset points", **style)
+
+
+def _draw_shape(ax: Axes, shape: Shape, panel: Panel, zorder: float) -> None:
+    ink = panel.theme.ink
+    match shape:
+        case Curve():
+            ax.plot(shape.x, shape.y, color=shape.color, linestyle=DASHES[shape.dash], zorder=zorder)
+        case Area():
+            ax.fill_between(shape.x, shape.low, shape.high, color=shape.color, alpha=FAINT, linewidth=0, zorder=zorder)
+        case Errors():
+            # From low to high, which need not contain the value.
+            lines = ax.hlines if shape.lying else ax.vlines
+            lines(shape.place, shape.low, shape.high, colors=shape.colors, linewidth=0.9, zorder=zorder)
+        case Dots():
+            if shape.errors:
+                _draw_shape(ax, shape.errors, panel, zorder)
+            areas = DOT**2 if shape.share is None else LARGEST**2 * shape.share
+            look: dict[str, Any] = {"c": shape.colors, "edgecolors": panel.theme.background, "linewidths": 0.3}
+            ax.scatter(shape.x, shape.y, areas, marker=MARKERS[shape.symbol], zorder=zorder, **look)
+        case Bars():
+            bars, start = (ax.barh, "left") if shape.lying else (ax.bar, "bottom")
+            look = {start: shape.base, "color": shape.color}
+            bars(shape.place, shape.top - shape.base, shape.width, zorder=zorder, **look)
+            if shape.errors:
+                _draw_shape(ax, shape.errors, panel, zorder)
+        case Cells() if shape.values.size:
+            if np.isnan(shape.values).any():
+                rows, columns = shape.values.shape
+                look = {"facecolor": panel.theme.missing, "edgecolor": panel.theme.hatch, "hatch": "////////"}
+                ax.add_patch(Rectangle((-0.5, -0.5), columns, rows, linewidth=0, zorder=zorder, **look))
+            colors = color_scale(shape.ramp)
+            look = {"cmap": colors.cmap, "norm": colors.norm, "aspect": "auto", "interpolation": "nearest"}
+            ax.imshow(shape.values, zorder=zorder, **look)
+        case Ruler():
+            look = {"color": ink, "linewidth": 0.8, "linestyle": (0, (4, 2))}
+            if shape.y is not None:
+                ax.axhline(shape.y, zorder=zorder, **look)
+                _annotate(ax, (0.99, shape.y), shape.label, "y", "right", "bottom")
+            if shape.x is not None:
+                ax.axvline(shape.x, zorder=zorder, **look)
+                across = "right" if shape.x > np.mean(panel.x.limits) else "left"
+                _annotate(ax, (shape.x, 0.98), shape.label, "x", across, "top", 90)
+        case Shade():
+            ax.axvspan(shape.x0, shape.x1, color=ink, alpha=FAINT / 2, linewidth=0, zorder=zorder)
+            _annotate(ax, ((shape.x0 + shape.x1) / 2, 0.98), shape.label, "x", "center", "top")
+        case Words():
+            for x, y, text in zip(shape.x, shape.y, shape.text, strict=True):
+                if np.isfinite(x) and np.isfinite(y):
+                    _write(ax, x, y, text, size=_text_size(ax), zorder=zorder)

@@ -2,71 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from lorascope.charts.axis_limits import Limits
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Entry, Plan, Ramp, plan
-from lorascope.charts.plotly_layout import BAR, BUTTONS, EDGE, FONT, LINE, TITLE, WIDTH, Room, Space, space
-from lorascope.charts.plotly_traces import DASHES, SHAPES, axis_suffix, escape_tags, overlays, traces
-from lorascope.charts.scales import Scale
-from lorascope.charts.theme import fold, theme
+from lorascope.charts.figure_plan import Entry, Plan, plan
+from lorascope.charts.geometry import Area, Bars, Cells, Curve, Dots, Errors, Numbers, Panel, Shape, Words
+from lorascope.charts.plotly_layout import NOTE, WIDTH, add_opacity, axis_suffix, escape_tags, layout
+from lorascope.charts.theme import FAINT, theme
 
-STILL: dict[str, Any] = {"frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+DOT = 7.0  # diameter of a dot in pixels
+LARGEST = 18.0  # diameter in pixels of the largest dot, if the area shows a column
 CONFIG = {"displaylogo": False, "showSendToCloud": False, "responsive": True}  # no button sends data anywhere
-PLAY: dict[str, Any] = {"frame": {"duration": 400, "redraw": True}, "transition": {"duration": 0}}
 
 
 def figure(drawable: Drawable, name: str | None = None) -> go.Figure:
-    """Draw an interactive figure.
-
-    Parameters
-    ----------
-    drawable : Chart or Panels
-        Chart or panels to draw.
-    name : str, optional
-        Theme, default "light".
-    """
+    """Draw an interactive figure in a theme, "light" by default."""
     return draw(plan(drawable, theme(name or "light")))
 
 
 def draw(settled: Plan, width: float = WIDTH) -> go.Figure:
     """Draw a planned figure for a screen ``width`` pixels wide."""
     made = ground(settled, width)
+    framed = [panel for panel in settled.panels if panel.chart.frame is not None]
     # Indices of the traces that the slider replaces.
     moving: list[int] = []
-    for number, view in enumerate(settled.views):
+    for panel in settled.panels:
         start = len(made.data)
-        made.add_traces(traces(settled, number, settled.frames[-1] if settled.frames else None))
-        if view.panel.chart.frame is not None:
+        made.add_traces(traces(panel, settled.frames[-1] if settled.frames else None))
+        if panel in framed:
             moving += range(start, len(made.data))
-    made.add_traces([_legend_sample(entry, settled) for entry in settled.entries])
-    made.add_traces([_bar_sample(number, ramp) for number, ramp in enumerate(settled.ramps)])
-    if settled.frames:
-        made.frames = [_frame(settled, frame, moving) for frame in settled.frames]
+    made.add_traces([_legend_sample(entry) for entry in settled.entries])
+    for ramp in settled.ramps:
+        # Without a trace, plotly omits the color bar.
+        marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(ramp.number)}", "opacity": 0}
+        made.add_scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
+    frames = []
+    for frame in settled.frames:
+        data = [trace for panel in framed for trace in traces(panel, frame)]
+        for trace in data:
+            if isinstance(trace, go.Heatmap):
+                trace.customdata = None  # the names of cells are the same in all frames
+        frames.append(go.Frame(name=str(frame), data=data, traces=moving))
+    made.frames = frames
     return made
 
 
 def ground(settled: Plan, width: float = WIDTH) -> go.Figure:
     """Return a planned figure without traces, for a screen ``width`` pixels wide."""
-    return go.Figure(layout=_layout(settled, space(settled, width)))
+    return go.Figure(layout=layout(settled, width))
 
 
 def fragment(drawable: Drawable, div_id: str, name: str | None = None) -> str:
-    """Draw as an HTML fragment that contains plotly.js (4.6 MiB).
-
-    Parameters
-    ----------
-    drawable : Chart or Panels
-        Chart or panels to draw.
-    div_id : str
-        Id of the fragment, unique on the page.
-    name : str, optional
-        Theme, default "light".
-    """
+    """Draw as an HTML fragment that contains plotly.js (4.6 MiB); ``div_id`` must be unique on the page."""
     made = figure(drawable, name)
     options = {"full_html": False, "auto_play": False, "config": CONFIG, "default_height": f"{made.layout.height}px"}
     return str(made.to_html(include_plotlyjs=True, div_id=div_id, **options))
@@ -79,219 +70,121 @@ def bundle(drawable: Drawable) -> dict[str, Any]:
     return shown or {"application/vnd.plotly.v1+json": {**made.to_plotly_json(), "config": CONFIG}}
 
 
-def _frame(settled: Plan, frame: Any, moving: list[int]) -> go.Frame:
-    """Return the contents of the moving traces in one frame."""
-    framed = [number for number, view in enumerate(settled.views) if view.panel.chart.frame is not None]
-    data = [trace for number in framed for trace in traces(settled, number, frame)]
-    for trace in data:
-        if isinstance(trace, go.Heatmap):
-            trace.customdata = None  # the names of cells are the same in all frames
-    return go.Frame(name=str(frame), data=data, traces=moving)
-
-
-def _legend_sample(entry: Entry, settled: Plan) -> go.Scatter:
+def _legend_sample(entry: Entry) -> go.Scatter:
     """Return an empty trace for a legend entry; a click on it hides its whole group."""
-    looks: dict[str, dict[str, Any]] = {
-        "line": {
-            "mode": "lines",
-            "line": {"color": entry.color, "dash": DASHES[entry.style % len(DASHES)], "width": 2},
-        },
-        "dot": {
-            "mode": "markers",
-            "marker": {"color": entry.color, "symbol": SHAPES[entry.style % len(SHAPES)], "size": 8},
-        },
-        "patch": {"mode": "markers", "marker": {"color": entry.color, "symbol": "square", "size": 12}},
-    }
-    return go.Scatter(
-        x=[None], y=[None], name=escape_tags(entry.label), legendgroup=entry.group, showlegend=True, **looks[entry.kind]
+    if entry.kind == "line":
+        look: dict[str, Any] = {"mode": "lines", "line": {"color": entry.color, "dash": entry.style, "width": 2}}
+    else:
+        symbol, size = (entry.style, 8) if entry.kind == "dot" else ("square", 12)
+        look = {"mode": "markers", "marker": {"color": entry.color, "symbol": symbol, "size": size}}
+    fields = {"name": escape_tags(entry.label), "legendgroup": entry.group, "showlegend": True}
+    return go.Scatter(x=[None], y=[None], **fields, **look)
+
+
+def traces(panel: Panel, frame: Any = None) -> list[Any]:
+    """Return the traces of a panel in one frame, without rules and spans (see :func:`overlays`)."""
+    suffix = axis_suffix(panel.number)
+    made = [trace for shape in panel.shapes(frame) for trace in _make_traces(shape, panel)]
+    return [trace.update(xaxis=f"x{suffix}", yaxis=f"y{suffix}", showlegend=False) for trace in made]
+
+
+def _group_fields(panel: Panel, group: str, x: Numbers, y: Numbers, spelled: str = "") -> dict[str, Any]:
+    """Return legend group and text at the pointer: names on a categorical axis, and the axis ``spelled`` as text."""
+    lines: list[str] = []
+    texts: list[list[str]] = []
+    for letter, scale, values in (("x", panel.x, x), ("y", panel.y, y)):
+        shown = f"%{{customdata[{len(texts)}]}}"
+        if scale.categories is not None:
+            texts.append([escape_tags(name) for name in scale.nearest_names(values)])
+        elif letter == spelled:
+            texts.append([f"{value:.4g}" for value in values])
+        else:
+            shown = f"%{{{letter}:.4~g}}"
+        lines.append(f"{escape_tags(scale.axis.label) or letter}: {shown}")
+    template = "<br>".join(lines) + f"<extra>{escape_tags(group)}</extra>"
+    custom = [list(row) for row in zip(*texts, strict=True)] or None
+    return {"legendgroup": group, "hovertemplate": template, "customdata": custom}
+
+
+def _error_fields(errors: Errors | None, value: Numbers, panel: Panel) -> dict[str, Any]:
+    """Return error bars as distances from the value and in one color, as plotly expects."""
+    if errors is None:
+        return {}
+    color = errors.colors[0] if len(set(errors.colors)) == 1 else panel.theme.ink
+    reach = {"array": errors.high - value, "arrayminus": value - errors.low}
+    look = {"type": "data", "symmetric": False, "color": color, "thickness": 1.3, "width": 0}
+    return {"error_x" if errors.lying else "error_y": {**reach, **look}}
+
+
+def _make_traces(shape: Shape, panel: Panel) -> Iterator[Any]:
+    look: dict[str, Any]
+    match shape:
+        case Curve():
+            look = {"mode": "lines", "line": {"color": shape.color, "width": 2, "dash": shape.dash}}
+            yield go.Scatter(x=shape.x, y=shape.y, **look, **_group_fields(panel, shape.group, shape.x, shape.y))
+        case Area():
+            # The outline of each stretch without gaps, separated by NaN.
+            known = np.isfinite(shape.x + shape.low + shape.high)
+            xs, ys = [], []
+            for start in np.flatnonzero(np.diff(known.astype(int), prepend=0) == 1):
+                part = slice(start, start + int(np.argmin([*known[start:], False])))
+                xs += [*shape.x[part], *shape.x[part][::-1], np.nan]
+                ys += [*shape.high[part], *shape.low[part][::-1], np.nan]
+            outline = {"x": np.array(xs[:-1], float), "y": np.array(ys[:-1], float), "line": {"width": 0}}
+            look = {"fill": "toself", "fillcolor": add_opacity(shape.color, FAINT), "hoverinfo": "skip"}
+            yield go.Scatter(mode="lines", legendgroup=shape.group, **outline, **look)
+        case Dots():
+            size = DOT if shape.share is None else LARGEST * np.sqrt(shape.share)
+            look = {"color": shape.colors, "size": size, "symbol": shape.symbol, "opacity": 1}
+            look = {"mode": "markers", "marker": {**look, "line": {"color": panel.theme.background, "width": 0.5}}}
+            errors = _error_fields(shape.errors, shape.x if panel.chart.is_lying else shape.y, panel)
+            fields = _group_fields(panel, shape.group, shape.x, shape.y)
+            yield go.Scatter(x=shape.x, y=shape.y, **look, **errors, **fields)
+        case Bars():
+            length = shape.top - shape.base
+            (x, y), spelled = ((length, shape.place), "x") if shape.lying else ((shape.place, length), "y")
+            # A logarithmic axis has no zero to start from.
+            base = None if getattr(panel, spelled).log else shape.base
+            look = {"width": shape.width, "marker": {"color": shape.color, "line": {"width": 0}}}
+            errors = _error_fields(shape.errors, shape.top, panel)
+            fields = _group_fields(panel, shape.group, x, y, spelled)  # plotly would show the top, not the length
+            yield go.Bar(x=x, y=y, base=base, orientation="h" if shape.lying else "v", **look, **errors, **fields)
+        case Cells():
+            yield from _heat_traces(shape, panel)
+        case Words():
+            look = {"mode": "text", "textfont": {"size": NOTE}, "hoverinfo": "skip", "cliponaxis": False}
+            yield go.Scatter(x=shape.x, y=shape.y, text=list(map(escape_tags, shape.text)), **look)
+
+
+def _heat_traces(shape: Cells, panel: Panel) -> Iterator[Any]:
+    """Yield the cells, and hatched ones for missing values; a logarithmic scale is drawn by exponents."""
+    mark, (rows, columns) = shape.mark, shape.values.shape
+    places = [[f"{x}, {y}" for x in map(escape_tags, panel.x.names)] for y in map(escape_tags, panel.y.names)]
+    labels = [list(line) for line in places]
+    for (row, column), words in shape.words.items():
+        labels[row][column] += f": {escape_tags(words)}"
+    written = mark.text is not None or mark.log
+    value = "" if shape.words else ": %{text}" if written else ": %{z:.4~g}"
+    texts = [[shape.texts.get((row, column), "") for column in range(columns)] for row in range(rows)]
+    yield go.Heatmap(
+        x=list(map(float, range(columns))),
+        y=list(map(float, range(rows))),
+        z=np.log10(shape.values) if mark.log else shape.values,
+        coloraxis=f"coloraxis{axis_suffix(shape.ramp.number)}",
+        customdata=labels,
+        text=texts if written else None,
+        texttemplate="%{text}" if mark.text is not None else None,
+        hovertemplate=f"%{{customdata}}{value}<extra>{escape_tags(mark.label)}</extra>",
+        hoverongaps=False,
     )
-
-
-def _bar_sample(number: int, ramp: Ramp) -> go.Scatter:
-    """Return an empty trace, without which plotly omits the color bar."""
-    marker = {"color": [ramp.limits[0]], "coloraxis": f"coloraxis{axis_suffix(number)}", "opacity": 0}
-    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, showlegend=False, hoverinfo="skip")
-
-
-def _layout(settled: Plan, room: Space) -> dict[str, Any]:
-    """Return the layout of a figure, which is everything except the traces."""
-    look = settled.theme
-    layout: dict[str, Any] = {
-        "template": "none",
-        "height": round(room.height),
-        "margin": {"l": room.left, "r": room.right, "t": room.top, "b": room.bottom, "autoexpand": False},
-        "paper_bgcolor": look.background,
-        "plot_bgcolor": look.background,
-        "font": {"color": look.ink, "size": FONT, "family": "Verdana, DejaVu Sans, sans-serif"},
-        "barmode": "overlay",
-        "hovermode": "closest",
-        "title": {
-            "text": "<br>".join(map(escape_tags, room.title)),
-            "font": {"size": TITLE},
-            "x": EDGE / room.width,
-            "xanchor": "left",
-            "y": 1 - EDGE / room.height,
-            "yanchor": "top",
-            "yref": "container",
-        },
-        "legend": {
-            "orientation": "h",
-            "title": {"text": escape_tags(settled.legend_title)},
-            "x": 0,
-            "y": 1 - (EDGE + 1.4 * TITLE * len(room.title)) / room.height,
-            "yanchor": "top",
-            "yref": "container",
-            "bgcolor": "rgba(0, 0, 0, 0)",
-            "tracegroupgap": 0,
-        },
-        "annotations": [*_titles(room), *_caption_annotation(settled, room)],
-        "shapes": [shape for number in range(len(settled.views)) for shape in overlays(settled, number)],
-    }
-    for number, view in enumerate(settled.views):
-        one, suffix = room.rooms[number], axis_suffix(number)
-        for letter, scale, ends, other in (("x", view.panel.x, view.x, "y"), ("y", view.panel.y, view.y, "x")):
-            axis = _axis_layout(scale, ends, one, letter, settled)
-            layout[f"{letter}axis{suffix}"] = {**axis, "anchor": f"{other}{suffix}"}
-    for number in range(len(settled.ramps)):
-        layout[f"coloraxis{axis_suffix(number)}"] = _color_axis(settled, room, number)
-    if settled.frames:
-        layout |= _slider(settled, room)
-    return layout
-
-
-def _axis_layout(scale: Scale, ends: Limits, room: Room, letter: str, settled: Plan) -> dict[str, Any]:
-    """Return the layout of one axis of one panel."""
-    upright, look = letter == "y", settled.theme
-    axis: dict[str, Any] = {
-        "domain": room.y if upright else room.x,
-        "range": list(np.log10(ends)) if scale.log else list(ends),
-        "type": "log" if scale.log else "linear",
-        "title": {
-            "text": "<br>".join(map(escape_tags, fold(scale.axis.label, 260.0, FONT))),
-            "font": {"size": FONT},
-            "standoff": 6,
-        },
-        "showgrid": scale.categories is None,
-        "gridcolor": look.grid,
-        "zeroline": False,
-        "showline": True,
-        "linecolor": look.ink,
-        "ticks": "outside",
-        "ticklen": 4,
-        "exponentformat": "power",
-        "automargin": False,
-    }
-    names = room.names[upright]
-    if names is not None:
-        positions, texts, turned = names
-        axis |= {"tickmode": "array", "tickvals": positions, "ticktext": list(map(escape_tags, texts))}
-        axis |= {"tickangle": -90 if turned else 0}
-    elif scale.whole and not scale.log and abs(ends[1] - ends[0]) < 8:
-        axis |= {"dtick": 1}
-    if upright and room.shared:
-        axis |= {"title": None, "showticklabels": False}
-    return axis
-
-
-def _color_axis(settled: Plan, room: Space, number: int) -> dict[str, Any]:
-    """Return a color bar as high as the panels that use it, to the right of the last of them."""
-    ramp = settled.ramps[number]
-    rooms = [room.rooms[view] for view in ramp.views]
-    low, high = min(one.y[0] for one in rooms), max(one.y[1] for one in rooms)
-    plot = room.width - room.left - room.right
-    beside = [other for other in range(number) if ramp.views[-1] == settled.ramps[other].views[-1]]
-    bar = {
-        "title": {"text": "<br>".join(map(escape_tags, fold(ramp.label, 200.0, FONT))), "side": "right"},
-        "x": max(one.x[1] for one in rooms) + (8 + BAR * len(beside)) / plot,
-        "xanchor": "left",
-        "y": (low + high) / 2,
-        "len": high - low,
-        "thickness": 12,
-        "xpad": 0,
-        "ypad": 0,
-        "outlinewidth": 0,
-    }
-    limits = ramp.limits
-    if ramp.log:
-        limits = float(np.log10(limits[0])), float(np.log10(limits[1]))
-        values = _decades(*limits)
-        bar |= {"tickmode": "array", "tickvals": np.log10(values).tolist(), "ticktext": [f"{v:g}" for v in values]}
-    scale = [[index / (len(ramp.colors) - 1), color] for index, color in enumerate(ramp.colors)]
-    return {"colorscale": scale, "cmin": limits[0], "cmax": limits[1], "colorbar": bar}
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Return the powers of ten between two exponents; below three decades also twice and five times these."""
-    steps = (1, 2, 5) if high - low < 3 else (1,)
-    values = [step * 10.0**power for power in range(int(np.floor(low)), int(np.ceil(high)) + 1) for step in steps]
-    return [value for value in values if low <= np.log10(value) <= high]
-
-
-def _titles(room: Space) -> list[dict[str, Any]]:
-    """Return the titles of panels in a figure with several panels."""
-    return [
-        {
-            "text": "<br>".join(map(escape_tags, one.title)),
-            "showarrow": False,
-            "align": "left",
-            "font": {"size": FONT},
-            "x": one.x[0],
-            "xref": "paper",
-            "xanchor": "left",
-            "y": one.y[1],
-            "yref": "paper",
-            "yanchor": "bottom",
-        }
-        for one in room.rooms
-        if one.title
-    ]
-
-
-def _caption_annotation(settled: Plan, room: Space) -> list[dict[str, Any]]:
-    """Return the caption at the bottom of the figure."""
-    if not room.caption:
-        return []
-    note = {
-        "text": "<br>".join(map(escape_tags, room.caption)),
-        "showarrow": False,
-        "align": "left",
-        "font": {"size": 0.92 * FONT},
-        "x": 0,
-        "xref": "paper",
-        "xanchor": "left",
-        "xshift": EDGE - room.left,
-        "y": 0,
-        "yref": "paper",
-        "yanchor": "top",
-        "yshift": -(room.bottom - EDGE - LINE * len(room.caption)),
-    }
-    return [note]
-
-
-def _slider(settled: Plan, room: Space) -> dict[str, Any]:
-    """Return the slider over the frames and the button that plays them."""
-    steps = [
-        {"label": escape_tags(str(frame)), "method": "animate", "args": [[str(frame)], {"mode": "immediate", **STILL}]}
-        for frame in settled.frames
-    ]
-    place: dict[str, Any] = {"y": 0, "yanchor": "top", "xanchor": "left"}
-    start = BUTTONS / (room.width - room.left - room.right)
-    look = settled.theme
-    colors = {"bgcolor": look.missing, "bordercolor": look.hatch}
-    play = {"label": "▶", "method": "animate", "args": [None, {"mode": "immediate", "fromcurrent": True, **PLAY}]}
-    pause = {"label": "❚❚", "method": "animate", "args": [[None], {"mode": "immediate", **STILL}]}
-    slider = {
-        "steps": steps,
-        # The slider opens at the last frame, which shows the result; playing from there restarts it.
-        "active": len(steps) - 1,
-        "currentvalue": {"prefix": f"{escape_tags(settled.frame_label)} ", "xanchor": "left"},
-        "x": start,
-        "len": 1 - start,
-        "pad": {"t": room.foot + 4},
-        "activebgcolor": look.hatch,
-        "tickcolor": look.ink,
-        **place,
-        **colors,
-    }
-    buttons = {"type": "buttons", "direction": "left", "buttons": [play, pause], "x": 0, "pad": {"t": room.foot + 22}}
-    return {"sliders": [slider], "updatemenus": [{**buttons, **place, **colors, "showactive": False}]}
+    up, across = np.nonzero(np.isnan(shape.values))
+    colors = {"fgcolor": panel.theme.hatch, "bgcolor": panel.theme.missing}
+    yield go.Bar(
+        x=across,
+        y=np.ones(len(up)),
+        base=up - 0.5,
+        width=1,
+        marker={"pattern": {"shape": "/", "size": 6, "fillmode": "replace", **colors}, "line": {"width": 0}},
+        customdata=[places[row][column] for row, column in zip(up, across, strict=True)],
+        hovertemplate="%{customdata}: no value<extra></extra>",
+    )

@@ -8,34 +8,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from html import escape
 from itertools import pairwise
+from typing import Any
 
-from lorascope.charts.axis_limits import Limits
+import numpy as np
+
 from lorascope.charts.figure_plan import Plan
-from lorascope.charts.scales import Scale
-from lorascope.charts.theme import GLYPH, fold
-from lorascope.files.printable import short_name
+from lorascope.charts.geometry import Panel, Ruler, Shade
+from lorascope.charts.scales import Limits, Ramp, Scale, Ticks
+from lorascope.charts.theme import FAINT, GLYPH, channels, count_lines, fold
+from lorascope.files.printable import printable_lines, short_name
 
 WIDTH, EDGE, GAP = 760.0, 14.0, 14.0  # default width of a figure, distance from its edges, distance of panels
-FONT, TITLE = 12.0, 15.0  # font sizes
+FONT, TITLE, SMALL, NOTE = 12.0, 15.0, 0.92 * 12.0, 11  # font sizes; the last of text inside a panel
 PANEL, ROW = 290.0, 22.0  # height of a panel, and of a row with a name
 TICKS, LINE = 24.0, 18.0  # height of tick labels, and of a line of text
 NUMBERS = 42.0  # width of the numbers on a vertical axis
 TOOLS = 22.0  # height of plotly's own buttons at the top, which cover text
 SLIDER, BAR = 90.0, 88.0  # height of the slider, width of a color bar with its title
 BUTTONS = 100.0  # width of the buttons to the left of the slider
-
-Ticks = tuple[list[float], list[str], bool]
+COLOR_BAR: dict[str, Any] = {"xanchor": "left", "thickness": 12, "xpad": 0, "ypad": 0, "outlinewidth": 0}
+PAPER: dict[str, Any] = {"showarrow": False, "align": "left", "xref": "paper", "xanchor": "left", "yref": "paper"}
 
 
 @dataclass(frozen=True)
 class Room:
-    """One panel: its fractions of the plot, title lines and names, and whether its left neighbor shows its y."""
+    """One panel: its fractions of the plot, title and ticks, and whether its left neighbor shows its y."""
 
     x: Limits
     y: Limits
-    title: list[str]
-    names: tuple[Ticks | None, Ticks | None]
+    title: str
+    ticks: dict[str, Ticks | None]
     shared: bool
 
 
@@ -51,19 +55,67 @@ class Space:
     bottom: float
     foot: float
     height: float
-    title: list[str]
-    caption: list[str]
+    title: str
+    caption: str
+
+    @property
+    def plot(self) -> float:
+        """Width of the plot."""
+        return self.width - self.left - self.right
 
 
-def space(settled: Plan, width: float = WIDTH) -> Space:
-    """Compute the layout of a figure."""
-    views, rows, order = settled.views, settled.rows, range(len(settled.views))
-    shared = {
-        new for row in rows for old, new in pairwise(row) if views[old].y == views[new].y and
-        views[old].panel.y == views[new].panel.y
-    }  # fmt: skip
-    before = [GAP if view in shared else _names_width(views[view].panel.y) for view in order]
-    after = [BAR * _count_color_bars(settled, row, view) for row in rows for view in row]
+def layout(settled: Plan, width: float = WIDTH) -> dict[str, Any]:
+    """Return the layout of a figure ``width`` pixels wide, which is everything except the traces."""
+    look, room = settled.theme, _measure(settled, width)
+    top: dict[str, Any] = {"yanchor": "top", "yref": "container"}
+    title = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
+    below = 1 - (EDGE + 1.4 * TITLE * count_lines(room.title)) / room.height
+    legend = {"x": 0, "y": below, "bgcolor": "rgba(0, 0, 0, 0)", "tracegroupgap": 0, **top}
+    first = settled.frames[0] if settled.frames else None
+    made: dict[str, Any] = {
+        "template": "none",
+        "height": round(room.height),
+        "margin": {"l": room.left, "r": room.right, "t": room.top, "b": room.bottom, "autoexpand": False},
+        "paper_bgcolor": look.background,
+        "plot_bgcolor": look.background,
+        "font": {"color": look.ink, "size": FONT, "family": "Verdana, DejaVu Sans, sans-serif"},
+        "barmode": "overlay",
+        "hovermode": "closest",
+        "title": {**_sized_text(room.title, TITLE), **title},
+        "legend": {"title": {"text": escape_tags(settled.legend_title)}, "orientation": "h", **legend},
+        "annotations": [
+            {**PAPER, **_sized_text(one.title, FONT), "x": one.x[0], "y": one.y[1], "yanchor": "bottom"}
+            for one in room.rooms
+            if one.title
+        ],
+        "shapes": [shape for panel in settled.panels for shape in overlays(panel, first)],
+    }
+    if room.caption:
+        below = -(room.bottom - EDGE - LINE * count_lines(room.caption))
+        place = {"x": 0, "xshift": EDGE - room.left, "y": 0, "yanchor": "top", "yshift": below}
+        made["annotations"].append({**PAPER, **_sized_text(room.caption, SMALL), **place})
+    for panel, one in zip(settled.panels, room.rooms, strict=True):
+        suffix = axis_suffix(panel.number)
+        for letter, other in ("xy", "yx"):
+            axis = _axis_layout(getattr(panel, letter), one, letter, panel.theme.grid, panel.theme.ink)
+            made[f"{letter}axis{suffix}"] = {**axis, "anchor": f"{other}{suffix}"}
+    for ramp in settled.ramps:
+        made[f"coloraxis{axis_suffix(ramp.number)}"] = _color_axis(ramp, settled.ramps, room)
+    return made | _slider(settled, room) if settled.frames else made
+
+
+def _sized_text(text: str, size: float) -> dict[str, Any]:
+    return {"text": escape_tags(text), "font": {"size": size}}
+
+
+def _measure(settled: Plan, width: float) -> Space:
+    """Compute margins, and the room of each panel."""
+    panels, rows = settled.panels, settled.rows
+    shared = {new for row in rows for old, new in pairwise(row) if panels[old].y == panels[new].y}
+    before = [GAP if panel.number in shared else _names_width(panel.y) for panel in panels]
+    # A color bar is to the right of the last panel in a row that uses it.
+    last = [max((view for view in row if view in ramp.views), default=-1) for row in rows for ramp in settled.ramps]
+    after = [BAR * last.count(panel.number) for panel in panels]
     left, right = EDGE + max(before[row[0]] for row in rows), EDGE + max(after[row[-1]] for row in rows)
     plot = width - left - right
     lost = [sum(after[view] + GAP for view in row[:-1]) + sum(before[view] for view in row[1:]) for row in rows]
@@ -73,23 +125,23 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
         for row in rows
         for index in range(len(row))
     ]
-    below = [_ticks(views[view].panel.x, widths[view], False) for view in order]
-    depths = [max(_depth(views[view].panel.x, below[view], widths[view]) for view in row) for row in rows]
-    titles = [fold(views[view].panel.chart.title, widths[view], FONT) if len(views) > 1 else [] for view in order]
-    heads = [max(LINE * len(titles[view]) for view in row) for row in rows]
-    heights = [max(_panel_height(views[view].panel.y) for view in row) for row in rows]
+    below = [panel.x.ticks(widths[panel.number], FONT, across=False) for panel in panels]
+    titles = [fold(panel.chart.title, widths[panel.number], FONT) if len(panels) > 1 else "" for panel in panels]
+    depths = [max(_depth(panels[view].x, below[view], widths[view]) for view in row) for row in rows]
+    heads = [max(LINE * count_lines(titles[view]) for view in row) for row in rows]
+    names = [ROW * len(panel.y.names) for panel in panels]
+    heights = [max(panels[view].y.height(PANEL, names[view], 1.3 * PANEL, 0.5 * PANEL) for view in row) for row in rows]
     tops = [sum(heights[:n]) + sum(depths[:n]) + sum(heads[1 : n + 1]) for n in range(len(rows))]
     inner = tops[-1] + heights[-1]
-    title = fold(settled.title, width - 2 * EDGE, TITLE) if settled.title else []
-    caption = fold(settled.caption, width - 2 * EDGE, 0.92 * FONT) if settled.caption else []
-    top = EDGE + max(1.4 * TITLE * len(title) + _legend_height(settled, plot), TOOLS) + heads[0]
-    bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * len(caption) + EDGE
+    title, caption = fold(settled.title, width - 2 * EDGE, TITLE), fold(settled.caption, width - 2 * EDGE, SMALL)
+    top = EDGE + max(1.4 * TITLE * count_lines(title) + _legend_height(settled, plot), TOOLS) + heads[0]
+    bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * count_lines(caption) + EDGE
     rooms = [
         Room(
             (starts[view] / plot, min((starts[view] + widths[view]) / plot, 1.0)),  # rounding may exceed 1
             (1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner),
             titles[view],
-            (below[view], _ticks(views[view].panel.y, heights[row], True)),
+            {"x": below[view], "y": panels[view].y.ticks(heights[row], FONT, across=True)},
             view in shared,
         )
         for row, members in enumerate(rows)
@@ -98,37 +150,17 @@ def space(settled: Plan, width: float = WIDTH) -> Space:
     return Space(width, rooms, left, right, top, bottom, depths[-1], top + inner + bottom, title, caption)
 
 
-def _ticks(scale: Scale, room: float, across: bool) -> Ticks | None:
-    """Return the names on an axis; None if plotly chooses its numbers."""
-    return None if scale.categories is None and scale.axis.ticks is None else scale.ticks(room, FONT, across)
-
-
 def _names_width(scale: Scale) -> float:
     """Return the width of the names and the label to the left of a panel."""
-    names = map(
-        short_name, (scale.axis.ticks or {}).values() if scale.axis.ticks is not None else scale.categories or ()
-    )
+    names = scale.names if scale.axis.ticks is None else map(short_name, scale.axis.ticks.values())
     return max([NUMBERS, *(GLYPH * FONT * len(name) + 10 for name in names)]) + (LINE + 4 if scale.axis.label else 0.0)
 
 
-def _depth(scale: Scale, names: Ticks | None, width: float) -> float:
+def _depth(scale: Scale, ticks: Ticks | None, width: float) -> float:
     """Return the height of the names and the label below a panel."""
-    turned = names is not None and names[2]
-    ticks = max(GLYPH * FONT * len(name) + 10 for name in names[1]) if names is not None and turned else TICKS
-    return ticks + LINE * len(fold(scale.axis.label, width, FONT)) + 6
-
-
-def _panel_height(scale: Scale) -> float:
-    """Return the height of a panel: room for each name on y, otherwise the default."""
-    if scale.categories is None:
-        return PANEL
-    rows = ROW * len(scale.categories)
-    return max(rows if scale.is_wordy else min(rows, 1.3 * PANEL), 0.5 * PANEL)
-
-
-def _count_color_bars(settled: Plan, row: list[int], view: int) -> int:
-    """Count the color bars to the right of a view: those that no later view of its row uses."""
-    return sum(max((v for v in row if v in ramp.views), default=-1) == view for ramp in settled.ramps)
+    turned = ticks is not None and ticks.turned
+    names = max(GLYPH * FONT * len(name) + 10 for name in ticks.names) if ticks is not None and turned else TICKS
+    return names + LINE * count_lines(fold(scale.axis.label, width, FONT)) + 6
 
 
 def _legend_height(settled: Plan, plot: float) -> float:
@@ -139,3 +171,108 @@ def _legend_height(settled: Plan, plot: float) -> float:
     room = plot - GLYPH * FONT * len(settled.legend_title)
     lines = 1 if sum(widths) <= room else math.ceil(len(widths) / max(1, room // max(widths)))
     return LINE * lines + 14
+
+
+def _axis_layout(scale: Scale, room: Room, letter: str, grid: str, ink: str) -> dict[str, Any]:
+    """Return the layout of one axis of one panel."""
+    ends = {"domain": getattr(room, letter), "range": list(np.log10(scale.limits) if scale.log else scale.limits)}
+    title = {**_sized_text(fold(scale.axis.label, 260.0, FONT), FONT), "standoff": 6}
+    line = {"showline": True, "linecolor": ink, "ticks": "outside", "ticklen": 4, "exponentformat": "power"}
+    grid_lines = {"showgrid": scale.categories is None, "gridcolor": grid, "zeroline": False}
+    axis = {"type": "log" if scale.log else "linear", "title": title, "automargin": False, **ends, **line, **grid_lines}
+    ticks = room.ticks[letter]
+    if ticks is not None:
+        names = list(map(escape_tags, ticks.names))
+        axis |= {"tickmode": "array", "tickvals": ticks.positions, "ticktext": names}
+        axis |= {"tickangle": -90 if ticks.turned else 0}
+    elif scale.whole and not scale.log and abs(scale.limits[1] - scale.limits[0]) < 8:
+        axis |= {"dtick": 1}
+    if letter == "y" and room.shared:
+        axis |= {"title": None, "showticklabels": False}
+    return axis
+
+
+def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
+    """Return a color bar as high as the panels that use it, to the right of the last of them."""
+    rooms = [room.rooms[view] for view in ramp.views]
+    low, high = min(one.y[0] for one in rooms), max(one.y[1] for one in rooms)
+    beside = sum(other.views[-1] == ramp.views[-1] for other in ramps[: ramp.number])
+    bar = {
+        "title": {"text": escape_tags(fold(ramp.label, 200.0, FONT)), "side": "right"},
+        "x": max(one.x[1] for one in rooms) + (8 + BAR * beside) / room.plot,
+        "y": (low + high) / 2,
+        "len": high - low,
+        **COLOR_BAR,
+    }
+    start, stop = ramp.limits
+    if ramp.log:
+        # Powers of ten; below three decades also twice and five times these.
+        start, stop = float(np.log10(start)), float(np.log10(stop))
+        steps, powers = (1, 2, 5) if stop - start < 3 else (1,), range(math.floor(start), math.ceil(stop) + 1)
+        values = [step * 10.0**power for power in powers for step in steps]
+        values = [value for value in values if start <= np.log10(value) <= stop]
+        bar |= {"tickmode": "array", "tickvals": np.log10(values).tolist(), "ticktext": [f"{v:g}" for v in values]}
+    colors = [[index / (len(ramp.colors) - 1), color] for index, color in enumerate(ramp.colors)]
+    return {"colorscale": colors, "cmin": start, "cmax": stop, "colorbar": bar}
+
+
+def _slider(settled: Plan, room: Space) -> dict[str, Any]:
+    """Return the slider over the frames and the button that plays them."""
+    still = {"mode": "immediate", "frame": {"duration": 0, "redraw": True}, "transition": {"duration": 0}}
+    play = {**still, "frame": {"duration": 400, "redraw": True}, "fromcurrent": True}
+    steps = [
+        {"label": escape_tags(str(frame)), "method": "animate", "args": [[str(frame)], still]}
+        for frame in settled.frames
+    ]
+    look, start = settled.theme, BUTTONS / room.plot
+    common = {"y": 0, "yanchor": "top", "xanchor": "left", "bgcolor": look.missing, "bordercolor": look.hatch}
+    # The slider opens at the last frame, which shows the result; playing from there restarts it.
+    slider = {"steps": steps, "active": len(steps) - 1, "x": start, "len": 1 - start, "pad": {"t": room.foot + 4}}
+    value = {"prefix": f"{escape_tags(settled.frame_label)} ", "xanchor": "left"}
+    slider |= {"currentvalue": value, "activebgcolor": look.hatch, "tickcolor": look.ink}
+    buttons = [
+        {"label": label, "method": "animate", "args": args}
+        for label, args in (("▶", [None, play]), ("❚❚", [[None], still]))
+    ]
+    place = {"type": "buttons", "direction": "left", "x": 0, "pad": {"t": room.foot + 22}, "showactive": False}
+    return {"sliders": [slider | common], "updatemenus": [{"buttons": buttons, **place, **common}]}
+
+
+def overlays(panel: Panel, frame: Any = None) -> list[dict[str, Any]]:
+    """Return the rules and spans of a panel as shapes of the layout; they are the same in every frame."""
+    made, suffix, ink = [], axis_suffix(panel.number), panel.theme.ink
+    ends: dict[str, Any]
+    for shape in panel.shapes(frame):
+        if isinstance(shape, Ruler):
+            look: dict[str, Any] = {"type": "line", "line": {"color": ink, "width": 1, "dash": "dash"}}
+            ends = {"x": (shape.x, shape.x), "y": (shape.y, shape.y)}
+            label = {"textposition": "end", "xanchor": "right"}
+        elif isinstance(shape, Shade):
+            look = {"type": "rect", "fillcolor": add_opacity(ink, FAINT / 2), "line": {"width": 0}, "layer": "below"}
+            ends, label = {"x": (shape.x0, shape.x1), "y": (None, None)}, {"textposition": "top center"}
+        else:
+            continue
+        for letter, (low, high) in ends.items():
+            # A shape without positions on an axis spans it.
+            axis = f"{letter}{suffix}"
+            look |= {f"{letter}0": 0, f"{letter}1": 1, f"{letter}ref": f"{axis} domain"}
+            if low is not None:
+                look |= {f"{letter}0": low, f"{letter}1": high, f"{letter}ref": axis}
+        made.append({**look, "label": {"text": escape_tags(shape.label), "font": {"size": NOTE}, **label}})
+    return made
+
+
+def axis_suffix(number: int) -> str:
+    """Return the suffix in plotly's axis names: x, x2, x3, ..."""
+    return str(number + 1) if number else ""
+
+
+def escape_tags(text: str) -> str:
+    """Escape text: plotly must not interpret tags, math or placeholders in it."""
+    inert = escape(printable_lines(text), quote=False).replace("$", "&#36;").replace("%{", "&#37;{")
+    return inert.replace("\n", "<br>")
+
+
+def add_opacity(color: str, opacity: float) -> str:
+    """Return a color with an opacity."""
+    return f"rgba({', '.join(map(str, channels(color)))}, {opacity})"

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,9 @@ from lorascope.charts import theme as themes
 from lorascope.charts.chart import Drawable
 from lorascope.files.printable import printable
 from lorascope.files.safe_csv import csv_text
+from lorascope.files.safetensors_io import write_bytes
 
-Write = Callable[[Drawable, Path, str | None, str | None], None]
+Files = Iterator[tuple[Path, bytes]]
 
 
 def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
@@ -58,43 +58,34 @@ def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: 
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _WRITERS:
         raise ValueError(f"cannot save {path.name!r}: the extension must be one of {', '.join(_WRITERS)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _WRITERS[kind](drawable, path, width, theme)
+    for file, data in _WRITERS[kind](drawable, path, width, theme):
+        write_bytes(file, data)
     return path
 
 
 def provenance(drawable: Drawable) -> str:
     """Return the provenance as canonical JSON: ``meta`` of the charts, version, and hash of all drawn data."""
-    charts = [chart for row in drawable.rows() for chart in row]
     digest = hashlib.sha256()
-    for chart in charts:
+    for chart in drawable.charts():
         for _, table in chart.tables():
             # Text from file names may contain lone surrogates, which UTF-8 cannot encode.
             digest.update(table.to_csv(index=False).encode(errors="surrogatepass"))
-    metas = [dict(chart.meta) for chart in charts]
+    metas = [dict(chart.meta) for chart in drawable.charts()]
     meta = metas[0] if all(meta == metas[0] for meta in metas) else {"panels": metas}
     made = {**meta, "lorascope": __version__, "data_sha256": digest.hexdigest()}
     return json.dumps(made, sort_keys=True, default=str)
 
 
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a temporary file next to ``path`` and rename it, so that no reader sees a partial file."""
-    path = Path(os.path.realpath(path))  # write through a link instead of replacing it
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        write(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+def _chart_title(drawable: Drawable) -> str:
+    return " | ".join(dict.fromkeys(printable(chart.title) for chart in drawable.charts() if chart.title))
 
 
-def _write_figure(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
-    """Write a PDF, SVG or PNG."""
+def _print_figure(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> Files:
+    """Yield a PDF, SVG or PNG."""
     from lorascope.charts import matplotlib_backend
 
     kind = path.suffix.lower().removeprefix(".")
-    source, title = provenance(drawable), _chart_title(drawable)
-    program = f"lorascope {__version__}"
+    source, title, program = provenance(drawable), _chart_title(drawable), f"lorascope {__version__}"
     # No dates, so that equal figures give equal bytes.
     notes: dict[str, dict[str, Any]] = {
         "pdf": {"Title": title, "Creator": program, "Keywords": source, "CreationDate": None},
@@ -102,40 +93,32 @@ def _write_figure(drawable: Drawable, path: Path, width: str | None, theme: str 
         "png": {"Title": title, "Software": program, "lorascope": source},
     }
     look = theme or ("light" if kind == "png" else "paper")
-    _replace_file(path, lambda draft: matplotlib_backend.write(drawable, draft, kind, look, width, notes[kind]))
+    yield path, matplotlib_backend.write(drawable, kind, look, width, notes[kind])
 
 
-def _write_page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
-    """Write an HTML page that needs no network."""
+def _print_page(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> Files:
+    """Yield an HTML page that needs no network."""
     from lorascope.charts import plotly_backend
 
     source = provenance(drawable)
     plot = plotly_backend.fragment(drawable, hashlib.sha256(source.encode()).hexdigest()[:12], theme)
     ground = themes.theme(theme or "light").background
     page = _PAGE.format(title=escape(_chart_title(drawable)), source=escape(source), plot=plot, ground=ground)
-    _replace_file(path, lambda draft: draft.write_text(page, encoding="utf-8"))
+    yield path, page.encode()
 
 
-def _write_chart_csv(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> None:
-    """Write the tidy data and its metadata file."""
+def _print_table(drawable: Drawable, path: Path, width: str | None, theme: str | None) -> Files:
+    """Yield the tidy data and its metadata file."""
     notes = {"@context": "http://www.w3.org/ns/csvw", "url": path.name, "dc:title": _chart_title(drawable)}
     notes["lorascope"] = json.loads(provenance(drawable))
-    metadata = path.with_name(f"{path.name}-metadata.json")
-    _replace_file(path, lambda draft: draft.write_text(csv_text(drawable.flat()), encoding="utf-8"))
-    _replace_file(metadata, lambda draft: draft.write_text(json.dumps(notes, indent=1), encoding="utf-8"))
+    yield path, csv_text(drawable.flat()).encode()
+    yield path.with_name(f"{path.name}-metadata.json"), json.dumps(notes, indent=1).encode()
 
 
-def _chart_title(drawable: Drawable) -> str:
-    titles = dict.fromkeys(printable(chart.title) for row in drawable.rows() for chart in row if chart.title)
-    return " | ".join(titles)
-
-
-_WRITERS: dict[str, Write] = {
-    "pdf": _write_figure,
-    "svg": _write_figure,
-    "png": _write_figure,
-    "html": _write_page,
-    "csv": _write_chart_csv,
+_WRITERS: dict[str, Callable[[Drawable, Path, str | None, str | None], Files]] = {
+    **dict.fromkeys(("pdf", "svg", "png"), _print_figure),
+    "html": _print_page,
+    "csv": _print_table,
 }
 
 _PAGE = """<!doctype html>

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,23 +16,35 @@ from jaxtyping import Float
 from pandas.api.types import is_integer_dtype
 
 from lorascope.charts.chart import Axis, Chart
-from lorascope.charts.marks import is_number
+from lorascope.charts.marks import Mark, is_number
 from lorascope.charts.theme import GLYPH, PALETTE_SIZE, Theme
 from lorascope.files.printable import short_name
 
 _LARGEST = 1e200
+
+Limits = tuple[float, float]
+
+
+class Ticks(NamedTuple):
+    """Positions and names of ticks; ``turned`` if the names only fit vertically."""
+
+    positions: list[float]
+    names: list[str]
+    turned: bool
 
 
 @dataclass(frozen=True)
 class Scale:
     """One axis of one panel.
 
-    ``categories`` is None for a numeric axis; ``whole`` restricts its ticks to integers.
+    ``categories`` is None for a numeric axis; ``whole`` restricts its ticks to integers. ``limits`` are values on a
+    numeric axis and positions on a categorical one, left or bottom end first.
     """
 
     axis: Axis
     categories: tuple[Any, ...] | None
     whole: bool = False
+    limits: Limits = (0.0, 1.0)
 
     @property
     def log(self) -> bool:
@@ -40,19 +52,30 @@ class Scale:
         return self.axis.log and self.categories is None
 
     @property
+    def names(self) -> list[str]:
+        """Names of the categories."""
+        return [short_name(category) for category in self.categories or ()]
+
+    @property
     def is_wordy(self) -> bool:
         """Whether most categories are words, each of which should be readable, and not consecutive numbers."""
-        names = [short_name(category) for category in self.categories or ()]
-        return 2 * sum(map(_is_digits, names)) < len(names)
+        return 2 * sum(map(_is_digits, self.names)) < len(self.names)
+
+    def height(self, usual: float, rows: float, most: float, least: float) -> float:
+        """Return the height of a panel with this y axis: ``rows`` for its names if these are words or fit ``most``."""
+        return usual if self.categories is None else max(rows if self.is_wordy else min(rows, most), least)
 
     def place(self, values: pd.Series) -> Float[np.ndarray, "n"]:
         """Return positions of values; NaN for values without one (missing, infinite, or <= 0 on a log axis)."""
         if self.categories is None:
             numbers = to_floats(values)
             return np.where(numbers > 0, numbers, np.nan) if self.log else numbers
-        # A number between numeric categories has a position, for example that of a rule at step 15.
         if is_number(values) and is_number(pd.Series(self.categories)):
-            return _interpolate_places(to_floats(values), np.asarray(self.categories, dtype=float))
+            # A number between numeric categories has a position, for example that of a rule at step 15.
+            known = np.asarray(self.categories, dtype=float)
+            order, ends = np.argsort(known), (-0.5, len(known) - 0.5)
+            left, right = ends if order[0] <= order[-1] else ends[::-1]
+            return np.interp(to_floats(values), known[order], order.astype(float), left=left, right=right)
         places = {category: place for place, category in enumerate(self.categories)}
         return np.array([places.get(value, np.nan) for value in values], dtype=float)
 
@@ -68,48 +91,29 @@ class Scale:
 
     def nearest_names(self, positions: Iterable[float]) -> list[str]:
         """Return the names of the categories nearest to these positions, "" if there is none."""
-        names = dict(enumerate(map(short_name, self.categories or ())))
+        names = dict(enumerate(self.names))
         return [names.get(round(place), "") if np.isfinite(place) else "" for place in positions]
 
-    def ticks(self, room: float, size: float, across: bool) -> tuple[list[float], list[str], bool]:
-        """Choose the tick positions and names.
+    def ticks(self, room: float, size: float, across: bool) -> Ticks | None:
+        """Choose tick positions and names for an axis of length ``room``, None on an axis of numbers.
 
-        Parameters
-        ----------
-        room : float
-            Length of the axis, in the unit of ``size``.
-        size : float
-            Font size.
-        across : bool
-            Whether names are perpendicular to the axis, as on a vertical one.
-
-        Returns
-        -------
-        (positions, names, turned) : ``turned`` is True if the names only fit vertically.
+        ``room`` is in the unit of the font size ``size``. Names are ``across``, if they are perpendicular to the axis.
         """
         if self.axis.ticks is not None:
-            return list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False
-        names = [short_name(category) for category in self.categories or ()]
-        digits = [_is_digits(name) for name in names]
+            return Ticks(list(self.place(pd.Series(list(self.axis.ticks)))), list(self.axis.ticks.values()), False)
+        if self.categories is None:
+            return None
+        names = self.names
         widths = [(len(name) + 1) * GLYPH * size for name in names]
         cell = max(room, size) / max(len(names), 1)  # names on the other axis may leave no room
-        crowded = any(a + b > 2 * cell for a, b in pairwise(widths))
-        turned = not across and crowded and self.is_wordy
+        turned = not across and self.is_wordy and any(a + b > 2 * cell for a, b in pairwise(widths))
         lengths = [1.25 * size / cell] * len(names) if across or turned else [width / cell for width in widths]
-        kept = _spread_names(digits, lengths)
-        return [float(index) for index in kept], [names[index] for index in kept], turned
+        kept = _spread_names([_is_digits(name) for name in names], lengths)
+        return Ticks([float(index) for index in kept], [names[index] for index in kept], turned)
 
 
 def _is_digits(name: str) -> bool:
     return name.lstrip("-").replace(".", "", 1).isdigit()
-
-
-def _interpolate_places(values: Float[np.ndarray, "n"], known: Float[np.ndarray, "k"]) -> Float[np.ndarray, "n"]:
-    """Return positions of numbers among numeric categories, interpolated between neighbors."""
-    order = np.argsort(known)
-    ends = (-0.5, len(known) - 0.5)
-    left, right = ends if order[0] <= order[-1] else ends[::-1]
-    return np.interp(values, known[order], order.astype(float), left=left, right=right)
 
 
 def _spread_names(digits: Sequence[bool], lengths: Sequence[float]) -> list[int]:
@@ -134,7 +138,7 @@ class Colors:
 
     label: str
     categories: tuple[Any, ...]
-    limits: tuple[float, float] | None = None
+    limits: Limits | None = None
 
     def of(self, value: Any, theme: Theme) -> str:
         """Return the color of a value."""
@@ -142,6 +146,18 @@ class Colors:
             return theme.category(self.categories.index(value), len(self.categories))
         low, high = self.limits
         return theme.color_at((float(value) - low) / (high - low))
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A color bar; ``number`` is its place among those of the figure, ``views`` the indices of the panels with it."""
+
+    number: int
+    label: str
+    colors: list[str]
+    limits: Limits
+    log: bool
+    views: list[int]
 
 
 def to_floats(values: pd.Series) -> Float[np.ndarray, "n"]:
@@ -167,44 +183,45 @@ def categories(columns: Sequence[pd.Series], first: Iterable[Any] = ()) -> tuple
 
 def scale(chart: Chart, letter: str) -> Scale:
     """Return the "x" or "y" scale of a chart."""
-    axis: Axis = getattr(chart, letter)
-    columns = [chart.table(mark)[mark.columns()[letter]] for mark in chart.marks if letter in mark.columns()]
+    axis, columns = getattr(chart, letter), chart.values(letter)
     if chart.is_categorical(letter):
         return Scale(axis, categories(columns, axis.order or ()))
     return Scale(axis, None, whole=bool(columns) and all(map(is_integer_dtype, columns)))
 
 
 def color_columns(charts: Sequence[Chart]) -> dict[str, Colors]:
-    """Return the colors of every column that colors marks; a value has the same color in all panels."""
-    uses = _encoding_uses(charts, "color")
-    return {column: _choose_colors(column, *zip(*found, strict=True)) for column, found in uses.items()}
+    """Return the colors of every column that colors marks; a value has the same color in all panels.
+
+    Categories get palette colors; more numbers than palette colors become a color scale.
+    """
+    colors = {}
+    for column, uses in encoded(charts, "color").items():
+        columns = [chart.table(mark)[column] for chart, mark in uses]
+        label = next((chart.color_label for chart, _ in uses if chart.color_label), "")
+        first = next((chart.colors for chart, _ in uses if chart.colors is not None), None)
+        known = categories(columns, first or ())
+        limits = None
+        if first is None and len(known) > PALETTE_SIZE and all(map(is_number, columns)):
+            drawn = to_floats(pd.Series(known))
+            drawn = drawn[np.isfinite(drawn)]
+            low, high = (float(drawn[0]), float(drawn[-1])) if len(drawn) else (0.0, 1.0)
+            label, limits = label or column, (low, high if high > low else low + 1.0)
+        colors[column] = Colors(label, known, limits)
+    return colors
 
 
 def style_columns(charts: Sequence[Chart]) -> dict[str, tuple[Any, ...]]:
     """Return the ordered values of every dash or shape column; a value has one style in all panels."""
-    uses = _encoding_uses(charts, "dash", "shape")
-    return {column: categories([values for _, values in found]) for column, found in uses.items()}
+    uses = encoded(charts, "dash", "shape")
+    return {column: categories([chart.table(mark)[column] for chart, mark in uses[column]]) for column in uses}
 
 
-def _encoding_uses(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, pd.Series]]]:
-    """Return the columns of these encodings, each with the charts and values of its marks."""
-    uses: dict[str, list[tuple[Chart, pd.Series]]] = {}
+def encoded(charts: Sequence[Chart], *encodings: str) -> dict[str, list[tuple[Chart, Mark]]]:
+    """Return the columns of these encodings, each with the charts and marks that use it."""
+    uses: dict[str, list[tuple[Chart, Mark]]] = {}
     for chart in charts:
         for mark in chart.marks:
             used = mark.columns()
             for column in dict.fromkeys(used[encoding] for encoding in encodings if encoding in used):
-                uses.setdefault(column, []).append((chart, chart.table(mark)[column]))
+                uses.setdefault(column, []).append((chart, mark))
     return uses
-
-
-def _choose_colors(column: str, charts: Sequence[Chart], columns: Sequence[pd.Series]) -> Colors:
-    """Assign palette colors to categories; more numbers than palette colors become a color scale."""
-    label = next((chart.color_label for chart in charts if chart.color_label), "")
-    first = next((chart.colors for chart in charts if chart.colors is not None), None)
-    known = categories(columns, first or ())
-    if first is None and len(known) > PALETTE_SIZE and all(map(is_number, columns)):
-        drawn = to_floats(pd.Series(known))
-        drawn = drawn[np.isfinite(drawn)]
-        low, high = (drawn[0], drawn[-1]) if len(drawn) else (0.0, 1.0)
-        return Colors(label or column, known, (float(low), float(high) if high > low else float(low) + 1.0))
-    return Colors(label, known)

@@ -22,6 +22,11 @@ ON_DARK = ["#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#f0e442", "#d55e00", "#f
 FAINT = 0.18  # opacity of bands
 COLUMN, PAGE = 3.3, 6.9  # inches: one column and the full width of a two-column page
 GLYPH = 0.58  # mean width of a character of DejaVu Sans, in font sizes
+# Dash patterns and shapes of dots, by plotly's names.
+STYLES = {
+    "dash": ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"],
+    "shape": ["circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x"],
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,13 @@ def is_dark(color: str) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 140
 
 
-def fold(text: str, room: float, size: float) -> list[str]:
+def fold(text: str, room: float, size: float) -> str:
     """Wrap text into lines that fit ``room`` at font size ``size``, both in the same unit."""
     columns = max(8, int(room / (GLYPH * size)))
-    return [line for part in printable_lines(text).splitlines() for line in textwrap.wrap(part, columns) or [""]]
+    parts = printable_lines(text).splitlines()
+    return "\n".join(line for part in parts for line in textwrap.wrap(part, columns) or [""])
+
+
+def count_lines(text: str) -> int:
+    """Return the number of lines of a text, 0 if it is empty."""
+    return text.count("\n") + 1 if text else 0

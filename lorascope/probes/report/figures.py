@@ -89,7 +89,7 @@ def _strip_titles(settled: Plan) -> Plan:
 
 
 def _stack_views(settled: Plan) -> Plan:
-    return replace(settled, rows=[[view] for view in range(len(settled.views))])
+    return replace(settled, rows=[[view] for view in range(len(settled.panels))])
 
 
 def _figure_json(figure: go.Figure) -> dict[str, Any]:

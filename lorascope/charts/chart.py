@@ -86,7 +86,27 @@ class Drawable:
         return _import_backend("plotly_backend").figure(self, theme)
 
     def save(self, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
-        """Write the figure to a file; the extension selects the format. See :func:`lorascope.charts.save.save`."""
+        """Write the figure and its provenance to a file, completely or not at all; equal charts give equal bytes.
+
+        Parameters
+        ----------
+        path : str or Path
+            The extension selects the format: pdf, svg, png (matplotlib), html (plotly, self-contained) or csv (data).
+            Missing folders are created.
+        width : {"column", "page"}, optional
+            3.3 or 6.9 inches. Default: column for a single chart, page for panels and frames.
+        theme : {"light", "dark", "paper"}, optional
+            Default: paper for pdf and svg, else light.
+
+        Returns
+        -------
+        Path of the file.
+
+        Raises
+        ------
+        ValueError
+            The extension is not one of these.
+        """
         return _import_backend("save").save(self, path, width, theme)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:

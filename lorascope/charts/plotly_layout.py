@@ -33,72 +33,61 @@ PAPER: dict[str, Any] = {"showarrow": False, "align": "left", "xref": "paper", "
 
 
 @dataclass(frozen=True)
-class Room:
-    """One panel: its fractions of the plot, title and ticks, and whether its left neighbor shows its y."""
-
-    x: Limits
-    y: Limits
-    title: str
-    ticks: dict[str, Ticks | None]
-    shared: bool
-
-
-@dataclass(frozen=True)
 class Space:
-    """Margins around the plot; ``foot`` is the height of its lowest tick labels and their axis label."""
+    """Positions of the panels and margins around them.
+
+    For each panel, ``domains`` has its fractions of the plot on "x" and "y", and ``ticks`` the ticks of its axes. The
+    left neighbors of the panels in ``shared`` show their y. ``foot`` is the height of the lowest tick labels and their
+    axis label.
+    """
 
     width: float
-    rooms: list[Room]
-    left: float
-    right: float
-    top: float
-    bottom: float
-    foot: float
+    plot: float
     height: float
+    margin: dict[str, float]
+    foot: float
+    domains: list[dict[str, Limits]]
+    ticks: list[dict[str, Ticks | None]]
+    shared: set[int]
+    titles: list[str]
     title: str
     caption: str
-
-    @property
-    def plot(self) -> float:
-        """Width of the plot."""
-        return self.width - self.left - self.right
 
 
 def layout(settled: Plan, width: float = WIDTH) -> dict[str, Any]:
     """Return the layout of a figure ``width`` pixels wide, which is everything except the traces."""
     look, room = settled.theme, _measure(settled, width)
     top: dict[str, Any] = {"yanchor": "top", "yref": "container"}
-    title = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
+    head = {"x": EDGE / room.width, "xanchor": "left", "y": 1 - EDGE / room.height, **top}
     below = 1 - (EDGE + 1.4 * TITLE * count_lines(room.title)) / room.height
     legend = {"x": 0, "y": below, "bgcolor": "rgba(0, 0, 0, 0)", "tracegroupgap": 0, **top}
     first = settled.frames[0] if settled.frames else None
     made: dict[str, Any] = {
         "template": "none",
         "height": round(room.height),
-        "margin": {"l": room.left, "r": room.right, "t": room.top, "b": room.bottom, "autoexpand": False},
+        "margin": {**room.margin, "autoexpand": False},
         "paper_bgcolor": look.background,
         "plot_bgcolor": look.background,
         "font": {"color": look.ink, "size": FONT, "family": "Verdana, DejaVu Sans, sans-serif"},
         "barmode": "overlay",
         "hovermode": "closest",
-        "title": {**_sized_text(room.title, TITLE), **title},
+        "title": {**_sized_text(room.title, TITLE), **head},
         "legend": {"title": {"text": escape_tags(settled.legend_title)}, "orientation": "h", **legend},
         "annotations": [
-            {**PAPER, **_sized_text(one.title, FONT), "x": one.x[0], "y": one.y[1], "yanchor": "bottom"}
-            for one in room.rooms
-            if one.title
+            {**PAPER, **_sized_text(title, FONT), "x": domain["x"][0], "y": domain["y"][1], "yanchor": "bottom"}
+            for title, domain in zip(room.titles, room.domains, strict=True)
+            if title
         ],
         "shapes": [shape for panel in settled.panels for shape in overlays(panel, first)],
     }
     if room.caption:
-        below = -(room.bottom - EDGE - LINE * count_lines(room.caption))
-        place = {"x": 0, "xshift": EDGE - room.left, "y": 0, "yanchor": "top", "yshift": below}
+        below = -(room.margin["b"] - EDGE - LINE * count_lines(room.caption))
+        place = {"x": 0, "xshift": EDGE - room.margin["l"], "y": 0, "yanchor": "top", "yshift": below}
         made["annotations"].append({**PAPER, **_sized_text(room.caption, SMALL), **place})
-    for panel, one in zip(settled.panels, room.rooms, strict=True):
+    for panel in settled.panels:
         suffix = axis_suffix(panel.number)
         for letter, other in ("xy", "yx"):
-            axis = _axis_layout(getattr(panel, letter), one, letter, panel.theme.grid, panel.theme.ink)
-            made[f"{letter}axis{suffix}"] = {**axis, "anchor": f"{other}{suffix}"}
+            made[f"{letter}axis{suffix}"] = {**_axis_layout(panel, letter, room), "anchor": f"{other}{suffix}"}
     for ramp in settled.ramps:
         made[f"coloraxis{axis_suffix(ramp.number)}"] = _color_axis(ramp, settled.ramps, room)
     return made | _slider(settled, room) if settled.frames else made
@@ -136,18 +125,16 @@ def _measure(settled: Plan, width: float) -> Space:
     title, caption = fold(settled.title, width - 2 * EDGE, TITLE), fold(settled.caption, width - 2 * EDGE, SMALL)
     top = EDGE + max(1.4 * TITLE * count_lines(title) + _legend_height(settled, plot), TOOLS) + heads[0]
     bottom = depths[-1] + (SLIDER if settled.frames else 0.0) + LINE * count_lines(caption) + EDGE
-    rooms = [
-        Room(
-            (starts[view] / plot, min((starts[view] + widths[view]) / plot, 1.0)),  # rounding may exceed 1
-            (1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner),
-            titles[view],
-            {"x": below[view], "y": panels[view].y.ticks(heights[row], FONT, across=True)},
-            view in shared,
-        )
-        for row, members in enumerate(rows)
-        for view in members
-    ]
-    return Space(width, rooms, left, right, top, bottom, depths[-1], top + inner + bottom, title, caption)
+    margin = {"l": left, "r": right, "t": top, "b": bottom}
+    domains, ticks = [], []
+    for row, members in enumerate(rows):
+        for view in members:
+            stop = min((starts[view] + widths[view]) / plot, 1.0)  # rounding may exceed 1
+            low, high = 1 - (tops[row] + heights[row]) / inner, 1 - tops[row] / inner
+            domains.append({"x": (starts[view] / plot, stop), "y": (low, high)})
+            ticks.append({"x": below[view], "y": panels[view].y.ticks(heights[row], FONT, across=True)})
+    height = top + inner + bottom
+    return Space(width, plot, height, margin, depths[-1], domains, ticks, shared, titles, title, caption)
 
 
 def _names_width(scale: Scale) -> float:
@@ -173,33 +160,35 @@ def _legend_height(settled: Plan, plot: float) -> float:
     return LINE * lines + 14
 
 
-def _axis_layout(scale: Scale, room: Room, letter: str, grid: str, ink: str) -> dict[str, Any]:
-    """Return the layout of one axis of one panel."""
-    ends = {"domain": getattr(room, letter), "range": list(np.log10(scale.limits) if scale.log else scale.limits)}
+def _axis_layout(panel: Panel, letter: str, room: Space) -> dict[str, Any]:
+    """Return the layout of the axis "x" or "y" of a panel."""
+    scale: Scale = getattr(panel, letter)
+    ends = list(np.log10(scale.limits) if scale.log else scale.limits)
     title = {**_sized_text(fold(scale.axis.label, 260.0, FONT), FONT), "standoff": 6}
-    line = {"showline": True, "linecolor": ink, "ticks": "outside", "ticklen": 4, "exponentformat": "power"}
-    grid_lines = {"showgrid": scale.categories is None, "gridcolor": grid, "zeroline": False}
-    axis = {"type": "log" if scale.log else "linear", "title": title, "automargin": False, **ends, **line, **grid_lines}
-    ticks = room.ticks[letter]
+    line = {"showline": True, "linecolor": panel.theme.ink, "ticks": "outside", "ticklen": 4, "exponentformat": "power"}
+    grid = {"showgrid": scale.categories is None, "gridcolor": panel.theme.grid, "zeroline": False}
+    kind = {"type": "log" if scale.log else "linear", "domain": room.domains[panel.number][letter], "range": ends}
+    axis = {"title": title, "automargin": False, **kind, **line, **grid}
+    ticks = room.ticks[panel.number][letter]
     if ticks is not None:
         names = list(map(escape_tags, ticks.names))
         axis |= {"tickmode": "array", "tickvals": ticks.positions, "ticktext": names}
         axis |= {"tickangle": -90 if ticks.turned else 0}
     elif scale.whole and not scale.log and abs(scale.limits[1] - scale.limits[0]) < 8:
         axis |= {"dtick": 1}
-    if letter == "y" and room.shared:
+    if letter == "y" and panel.number in room.shared:
         axis |= {"title": None, "showticklabels": False}
     return axis
 
 
 def _color_axis(ramp: Ramp, ramps: list[Ramp], room: Space) -> dict[str, Any]:
     """Return a color bar as high as the panels that use it, to the right of the last of them."""
-    rooms = [room.rooms[view] for view in ramp.views]
-    low, high = min(one.y[0] for one in rooms), max(one.y[1] for one in rooms)
+    domains = [room.domains[view] for view in ramp.views]
+    low, high = min(domain["y"][0] for domain in domains), max(domain["y"][1] for domain in domains)
     beside = sum(other.views[-1] == ramp.views[-1] for other in ramps[: ramp.number])
     bar = {
         "title": {"text": escape_tags(fold(ramp.label, 200.0, FONT)), "side": "right"},
-        "x": max(one.x[1] for one in rooms) + (8 + BAR * beside) / room.plot,
+        "x": max(domain["x"][1] for domain in domains) + (8 + BAR * beside) / room.plot,
         "y": (low + high) / 2,
         "len": high - low,
         **COLOR_BAR,

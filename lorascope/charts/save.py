@@ -31,29 +31,7 @@ Files = Iterator[tuple[Path, bytes]]
 
 
 def save(drawable: Drawable, path: str | Path, width: str | None = None, theme: str | None = None) -> Path:
-    """Write a chart or panels to a file.
-
-    Parameters
-    ----------
-    drawable : Chart or Panels
-        Chart or panels to write.
-    path : str or Path
-        The extension selects the format: pdf, svg, png (matplotlib), html (plotly, self-contained) or csv (the data).
-        Missing folders are created. The file is written completely or not at all, and equal charts give equal bytes.
-    width : {"column", "page"}, optional
-        3.3 or 6.9 inches. Default: column for a single chart, page for panels and frames.
-    theme : {"light", "dark", "paper"}, optional
-        Default: paper for pdf and svg, else light.
-
-    Returns
-    -------
-    Path of the file.
-
-    Raises
-    ------
-    ValueError
-        The extension is not one of these.
-    """
+    """Write a chart or panels to a file; see :meth:`Drawable.save`."""
     path = Path(path)
     kind = path.suffix.lower().removeprefix(".")
     if kind not in _WRITERS:

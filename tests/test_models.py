@@ -16,8 +16,9 @@ import transformers
 from tiny import FAMILIES, inputs, tiny
 from torch import nn
 
+from lorascope.files.safetensors_io import file_hash
 from lorascope.inputs import models, tasks
-from lorascope.inputs.package_assets import SMOLLM2, cache, sha256
+from lorascope.inputs.package_assets import SMOLLM2, cache
 
 HEADS = {"t5": "ForConditionalGeneration", "bart": "ForConditionalGeneration", "vit": "ForImageClassification"}
 IS_HUB_REACHABLE = models._is_hub_reachable
@@ -248,7 +249,7 @@ def test_copies_of_a_gguf_file_are_converted_once(tmp_path, monkeypatch):
     models.load(tmp_path / "one.gguf")
     models.load(tmp_path / "two.gguf", blocks=1)
     assert made == ["one.gguf"]
-    assert models._dense_folder(sha256(tmp_path / "one.gguf")).parent == cache()
+    assert models._dense_folder(file_hash(tmp_path / "one.gguf")).parent == cache()
 
 
 def test_smollm2_without_network_or_pip_raises_one_line(monkeypatch):

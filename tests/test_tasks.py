@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from tiny import tiny
 
+from lorascope.files.safetensors_io import file_hash
 from lorascope.inputs import sources, tasks
-from lorascope.inputs.package_assets import Asset, cache, sha256
+from lorascope.inputs.package_assets import Asset, cache
 
 LABELS = ("negative", "positive")
 
@@ -398,7 +399,7 @@ def archive(tmp_path, monkeypatch) -> Path:
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     monkeypatch.setenv("LORASCOPE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(sources, "SENTIMENT", Asset("texts", "1", path.name, "", "", sha256(path)))
+    monkeypatch.setattr(sources, "SENTIMENT", Asset("texts", "1", path.name, "", "", file_hash(path)))
     monkeypatch.setattr(sources, "fetch", lambda asset: path)
     return path
 

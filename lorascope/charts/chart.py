@@ -17,22 +17,8 @@ import pandas as pd
 
 from lorascope.charts.marks import Axis, Band, Bar, Heat, Line, Mark, Point, Rule, Span, Text, is_number, missing_column
 
-__all__ = [
-    "Axis",
-    "Band",
-    "Bar",
-    "Chart",
-    "Drawable",
-    "Heat",
-    "Line",
-    "Mark",
-    "Panels",
-    "Point",
-    "Rule",
-    "Span",
-    "Text",
-]
-__all__ += ["set_side_by_side", "stack_vertically"]
+__all__ = ["Axis", "Band", "Bar", "Heat", "Line", "Mark", "Point", "Rule", "Span", "Text"]
+__all__ += ["Chart", "Drawable", "Panels", "set_side_by_side", "stack_vertically"]
 
 
 class Drawable:

@@ -148,7 +148,7 @@ class Words(Shape):
     text: list[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panel:
     """A chart with its scales and colors, its ``number`` in the figure, and the color bar of its heat map."""
 

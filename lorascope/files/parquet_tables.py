@@ -6,13 +6,14 @@ are checked against limits before the data is read.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import require_regular
+from lorascope.files.typed_json import require_regular, unreadable
 
 MAX_FILE = 2**30
 MAX_ROWS = 2**25
@@ -23,13 +24,7 @@ MAX_TEXT = 2**32
 
 
 def read_table(file: Path | Any, name: object) -> pd.DataFrame:
-    """Read a Parquet table, after checking its size.
-
-    Parameters
-    ----------
-    file : path or file object
-    name : object
-        Name of the table in errors.
+    """Read a Parquet table from a path or file object, after checking its size; errors call it ``name``.
 
     Raises
     ------
@@ -39,12 +34,11 @@ def read_table(file: Path | Any, name: object) -> pd.DataFrame:
         The file is not a Parquet table, has nested columns or exceeds a limit.
     """
     if isinstance(file, Path) and (size := require_regular(file)) > MAX_FILE:
-        raise ValueError(f"cannot read {printable(name)}: file size must be <= {MAX_FILE} bytes, got {size}")
+        raise unreadable(name, f"file size must be <= {MAX_FILE} bytes, got {size}")
     try:
-        if isinstance(file, Path):
-            with file.open("rb") as stream:  # pyarrow cannot open every valid file name
-                return _decode_table(stream).to_pandas()
-        return _decode_table(file).to_pandas()
+        # pyarrow cannot open every valid file name.
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as stream:
+            return _decode_table(stream).to_pandas()
     except Exception as error:  # broken files raise KeyError, TypeError, ArrowException and others
         reason = " ".join(printable(error).split())[:300]
         raise ValueError(f"cannot read {printable(name)} as a Parquet table: {reason}") from error
@@ -67,7 +61,8 @@ def _decode_table(file: Any) -> Any:
     nested = next((field for field in schema if pa.types.is_nested(field.type)), None)
     if nested is not None:
         raise ValueError(f"column {nested.name!r} must not be nested, got {nested.type}")
-    texts = {field.name: field.type for field in schema if _is_text(field.type)}
+    is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary)
+    texts = {field.name: field.type for field in schema if any(test(field.type) for test in is_text)}
     file.seek(0)
     # A dictionary stores a text that is repeated in every row only once.
     with pq.ParquetFile(file, read_dictionary=list(texts)) as parquet:
@@ -76,18 +71,12 @@ def _decode_table(file: Any) -> Any:
         column = table.column(number)
         if not pa.types.is_dictionary(column.type):
             continue
-        if (size := sum(len(part) * _longest(part.dictionary) for part in column.chunks)) > MAX_TEXT:
+        size = 0
+        for part in column.chunks:
+            lengths = (len(text) for text in part.dictionary.to_pylist() if isinstance(text, str | bytes))
+            size += len(part) * max(lengths, default=0)
+        if size > MAX_TEXT:
             raise ValueError(f"column {name!r} must have <= {MAX_TEXT} bytes of text, got {size}")
         if name in texts:
             table = table.set_column(number, name, column.cast(texts[name]))
     return table.replace_schema_metadata(schema.metadata)
-
-
-def _is_text(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return any(test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary))
-
-
-def _longest(texts: Any) -> int:
-    return max((len(text) for text in texts.to_pylist() if isinstance(text, str | bytes)), default=0)

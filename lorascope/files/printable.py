@@ -13,18 +13,7 @@ LONGEST_NAME = 52
 
 
 def printable(text: object) -> str:
-    r"""Escape every nonprintable character, such as ESC, a line break or a right-to-left override.
-
-    Parameters
-    ----------
-    text : object
-        Converted by ``str``.
-
-    Returns
-    -------
-    str
-        The text with nonprintable characters as Python escapes, such as ``\x1b``. Joiners stay.
-    """
+    r"""Escape every nonprintable character, such as ESC or a line break, as in Python: ``\x1b``. Joiners stay."""
     text = str(text)
     if text.isprintable():
         return text

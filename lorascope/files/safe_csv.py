@@ -17,16 +17,8 @@ def csv_text(table: pd.DataFrame) -> str:
     r"""Convert a table to CSV without its index.
 
     In text cells and column names, control characters are escaped as in Python's string literals, such as ``\n``, and
-    text that a spreadsheet would evaluate as a formula gets a leading apostrophe. Numbers are unchanged.
-
-    Parameters
-    ----------
-    table : DataFrame
-
-    Returns
-    -------
-    str
-        CSV whose lines end in a line feed.
+    text that a spreadsheet would evaluate as a formula gets a leading apostrophe. Numbers are unchanged. Lines end in a
+    line feed.
     """
     shown = table.set_axis([_escape_cell(name) for name in table.columns], axis="columns")
     for place, kind in enumerate(table.dtypes):
@@ -39,10 +31,11 @@ def _escape_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = printable(value)
-    return f"'{text}" if text.startswith(_FORMULAS) and not _is_number(text) else text
+    return f"'{text}" if text.startswith(_FORMULAS) and not is_number(text) else text
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a text is a number."""
     try:
         float(text)
     except ValueError:

@@ -28,7 +28,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from lorascope.files.printable import printable
-from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, to_typed
+from lorascope.files.typed_json import Count, parse_json, read_json, require_regular, require_size, to_typed, unreadable
 
 _DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "|i1",
@@ -71,11 +71,6 @@ class _Entry:
 class TensorFile(Mapping[str, Any]):
     """Safetensors file as a lazy mapping from tensor names to arrays.
 
-    Parameters
-    ----------
-    path : path
-        The file.
-
     Raises
     ------
     ValueError
@@ -84,68 +79,58 @@ class TensorFile(Mapping[str, Any]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        cannot = f"cannot read {printable(self.path)} as safetensors"
         size = require_regular(self.path)
         with self.path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= size - 8:
-                raise ValueError(
-                    f"cannot read {printable(self.path)} as safetensors: its header does not fit into {size} bytes"
-                )
+                raise ValueError(f"{cannot}: its header does not fit into {size} bytes")
             require_size(length, f"the header of {self.path}")
             header = to_typed(parse_json(file.read(length), f"the header of {self.path}"), dict[str, Any], self.path)
         self._start = 8 + length
-        self._words = to_typed(header.pop("__metadata__", None), dict[str, Any] | None, f"__metadata__ of {path}") or {}
+        optional: Any = dict[str, Any] | None
+        self._words = to_typed(header.pop("__metadata__", None), optional, f"__metadata__ of {path}") or {}
         self._entries = {name: self._parse_entry(name, entry, size) for name, entry in header.items()}
         spans = sorted(entry.data_offsets for entry in self._entries.values())
         if any(begin < end for (_, end), (begin, _) in pairwise(spans)):
-            raise ValueError(f"cannot read {printable(self.path)} as safetensors: its tensors overlap")
+            raise ValueError(f"{cannot}: its tensors overlap")
 
     def _parse_entry(self, name: str, content: Any, size: int) -> _Entry:
         """Return the header entry of one tensor, after checking its offsets against its shape and the file size."""
         whose = f"{self.path}, the header's entry for {name[:MAX_NAME]}"
         if len(name) > MAX_NAME:
-            raise ValueError(f"cannot read {printable(whose)}: name must be <= {MAX_NAME} characters, got {len(name)}")
+            raise unreadable(whose, f"name must be <= {MAX_NAME} characters, got {len(name)}")
         entry = to_typed(content, _Entry, whose)
         begin, end = entry.data_offsets
         width = np.dtype(_DTYPES.get(entry.dtype, "|u1")).itemsize
         # numpy also rejects an empty array if the product of its other dimensions overflows.
         fits = math.prod(side or 1 for side in entry.shape) * width < 2**63
         if not (fits and begin <= end and (end - begin == entry.count * width or entry.dtype not in _DTYPES)):
-            raise ValueError(
-                f"cannot read {printable(whose)}: data_offsets must match shape {entry.shape}, got {begin} and {end}"
-            )
+            raise unreadable(whose, f"data_offsets must match shape {entry.shape}, got {begin} and {end}")
         if self._start + end > size:
-            raise ValueError(
-                f"cannot read {printable(self.path)}: it is truncated, {size} of {self._start + end} bytes"
-            )
+            raise unreadable(self.path, f"it is truncated, {size} of {self._start + end} bytes")
         return entry
 
     @cached_property
     def about(self) -> dict[str, Any]:
         """Description that ``write_tensors`` stored with the arrays, {} if there is none; parsed only on access."""
-        text = to_typed(self._words.get(_ABOUT, "{}"), str, f"{_ABOUT} of {self.path}")
-        return to_typed(parse_json(text, f"{_ABOUT} of {self.path}"), dict[str, Any], f"{_ABOUT} of {self.path}")
+        whose = f"{_ABOUT} of {self.path}"
+        return to_typed(parse_json(to_typed(self._words.get(_ABOUT, "{}"), str, whose), whose), dict[str, Any], whose)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
-            raise ValueError(
-                f"cannot read {printable(name)} of {printable(self.path)}: numpy has no dtype {printable(entry.dtype)}"
-            )
-        stored = np.dtype(_DTYPES[entry.dtype])
-        begin, _ = entry.data_offsets
-        if not entry.count:
-            return np.zeros(entry.shape, "<f4" if entry.dtype == "BF16" else stored)
-        array = np.memmap(self.path, stored, "r", self._start + begin, (entry.count,))
-        return (_bfloat16_to_float32(array) if entry.dtype == "BF16" else np.asarray(array)).reshape(entry.shape)
+        found = self.unread(name)
+        return _bfloat16_to_float32(found.stored) if found.brain else found.stored
 
     def unread(self, name: str) -> Unread:
         """Return a memory-mapped tensor whose values are not read yet."""
         entry = self._entries[name]
-        if entry.dtype != "BF16" or not entry.count:
-            return Unread(self[name])
-        bits = np.memmap(self.path, "<u2", "r", self._start + entry.data_offsets[0], (entry.count,))
-        return Unread(np.asarray(bits).reshape(entry.shape), brain=True)
+        if entry.dtype not in _DTYPES:
+            raise unreadable(f"{name} of {self.path}", f"numpy has no dtype {printable(entry.dtype)}")
+        stored = np.dtype(_DTYPES[entry.dtype])
+        if not entry.count:
+            return Unread(np.zeros(entry.shape, stored), entry.dtype == "BF16")
+        values = np.memmap(self.path, stored, "r", self._start + entry.data_offsets[0], (entry.count,))
+        return Unread(np.asarray(values).reshape(entry.shape), entry.dtype == "BF16")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -164,15 +149,7 @@ class TensorFile(Mapping[str, Any]):
 
 @dataclass(frozen=True, eq=False)
 class Unread:
-    """Memory-mapped tensor whose values are not read yet.
-
-    Parameters
-    ----------
-    stored : array
-        Values as stored in the file.
-    brain : bool
-        Whether ``stored`` is bfloat16 in the form of 16-bit integers; False by default.
-    """
+    """Memory-mapped tensor whose values are not read yet; ``brain`` if 16-bit integers stand for bfloat16."""
 
     stored: np.ndarray
     brain: bool = False
@@ -214,12 +191,11 @@ def open_tensors(file: Path) -> TensorFile:
     with file.open("rb") as stream:
         start = stream.read(32)
     if start.startswith(b"version https://git-lfs"):
-        raise ValueError(f"cannot read {printable(file)}: it is a Git LFS pointer; run `git lfs pull`")
+        raise unreadable(file, "it is a Git LFS pointer; run `git lfs pull`")
     # The ninth byte distinguishes them: the length of a header may start with the same byte as a pickle.
     if start.startswith((b"PK\x03\x04", b"\x80")) and start[8:9] != b"{":
-        raise ValueError(
-            f"cannot load {printable(file)}: it is a pickle, and pickles are never loaded; save it as safetensors"
-        )
+        reason = "it is a pickle, and pickles are never loaded; save it as safetensors"
+        raise ValueError(f"cannot load {printable(file)}: {reason}")
     return TensorFile(file)
 
 
@@ -253,12 +229,12 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
     names = sorted(set(read_json(index, _Index).weight_map.values()))
     outside = next((name for name in names if not is_plain(name)), None)
     if outside is not None:
-        raise ValueError(f"cannot read {printable(index)}: shards must be in its folder, got {printable(outside)}")
+        raise unreadable(index, f"shards must be in its folder, got {printable(outside)}")
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
+        count = f"{len(missing)} of {len(names)}"
         raise FileNotFoundError(
-            f"cannot read {printable(folder)}: missing {len(missing)} of {len(names)} shards, "
-            f"such as {printable(missing[0])}"
+            f"cannot read {printable(folder)}: missing {count} shards, such as {printable(missing[0])}"
         )
     return [folder / name for name in names]
 
@@ -289,30 +265,24 @@ def write_bytes(path: Path, data: bytes) -> None:
         systems are raised after two more attempts.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    for pause in PAUSES:
-        try:
-            return _write_once(path, data)
-        except OSError as error:
-            if error.errno not in _TRANSIENT:
-                raise
-            warnings.warn(f"{error}; retrying in {pause} s", stacklevel=2)
-            time.sleep(pause)
-    _write_once(path, data)
-
-
-def _write_once(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    for pause in (*PAUSES, None):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            return
+        except OSError as error:
+            failure = OSError(error.errno, f"cannot write {path}: {error.strerror}")
+            if pause is None or error.errno not in _TRANSIENT:
+                raise failure from error
+            warnings.warn(f"{failure}; retrying in {pause} s", stacklevel=2)
+            time.sleep(pause)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def is_partial(path: Path) -> bool:

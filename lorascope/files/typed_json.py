@@ -10,7 +10,7 @@ import json
 import re
 import stat
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, overload
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -33,6 +33,11 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 _OTHERS = bytes(set(range(256)) - set(b"[]{}"))
 
 
+def unreadable(name: object, reason: str) -> ValueError:
+    """Return the error for a file or a part of it, ``name``, that cannot be read."""
+    return ValueError(f"cannot read {printable(name)}: {reason}")
+
+
 def require_regular(path: Path) -> int:
     """Return the size of a regular file in bytes. Opening a pipe or a device could block forever.
 
@@ -45,7 +50,7 @@ def require_regular(path: Path) -> int:
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"cannot read {printable(path)}: not a regular file")
+        raise unreadable(path, "not a regular file")
     return found.st_size
 
 
@@ -53,7 +58,11 @@ def parse_json(text: str | bytes, name: object) -> Any:
     """Parse JSON of at most 64 nesting levels; a ValueError names its source ``name``."""
     raw = text.encode() if isinstance(text, str) else text
     try:
-        _require_shallow(raw)
+        brackets = np.frombuffer(_STRING.sub(b"", raw).translate(None, _OTHERS), np.uint8)
+        steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int32(1), np.int32(-1))
+        if steps.cumsum(dtype=np.int32).max(initial=0) > _DEPTH:
+            # Deep nesting causes a RecursionError in this or any later traversal.
+            raise ValueError(f"nested deeper than {_DEPTH} levels")
         content = json.loads(raw)
         # Tables cannot store lone surrogates. Those that stand for bytes of non-UTF-8 file names are accepted.
         if b"\\ud" in raw.lower():
@@ -63,19 +72,7 @@ def parse_json(text: str | bytes, name: object) -> Any:
     return content
 
 
-def _require_shallow(text: bytes) -> None:
-    """Raise a ValueError for deep nesting, which causes a RecursionError in this or any later traversal."""
-    brackets = np.frombuffer(_STRING.sub(b"", text).translate(None, _OTHERS), np.uint8)
-    steps = np.where((brackets == ord("[")) | (brackets == ord("{")), np.int32(1), np.int32(-1))
-    if steps.cumsum(dtype=np.int32).max(initial=0) > _DEPTH:
-        raise ValueError(f"nested deeper than {_DEPTH} levels")
-
-
-@overload
-def to_typed(content: Any, schema: type[T], name: object) -> T: ...
-@overload
-def to_typed(content: Any, schema: Any, name: object) -> Any: ...
-def to_typed(content: Any, schema: Any, name: object) -> Any:
+def to_typed(content: Any, schema: type[T], name: object) -> T:
     """Convert parsed JSON to a dataclass or another type that `msgspec` supports, without coercion.
 
     Unknown fields are ignored.
@@ -88,9 +85,7 @@ def to_typed(content: Any, schema: Any, name: object) -> Any:
     try:
         return msgspec.convert(content, schema)
     except msgspec.ValidationError as error:
-        raise ValueError(
-            f"cannot read {printable(name)}: {printable(error)}{_value_at(content, str(error))}"
-        ) from error
+        raise unreadable(name, f"{printable(error)}{_value_at(content, str(error))}") from error
 
 
 def _value_at(content: Any, message: str) -> str:
@@ -106,11 +101,7 @@ def _value_at(content: Any, message: str) -> str:
     return f": {printable(repr(content)[:60])}"
 
 
-@overload
-def read_json(path: Path, schema: type[T]) -> T: ...
-@overload
-def read_json(path: Path, schema: Any) -> Any: ...
-def read_json(path: Path, schema: Any) -> Any:
+def read_json(path: Path, schema: type[T]) -> T:
     """Read a JSON file as an instance of ``schema``.
 
     Raises
@@ -127,4 +118,4 @@ def read_json(path: Path, schema: Any) -> Any:
 def require_size(size: int, name: object) -> None:
     """Raise a ValueError if JSON is too large to parse."""
     if size > MAX_BYTES:
-        raise ValueError(f"cannot read {printable(name)}: JSON must have <= {MAX_BYTES} bytes, got {size}")
+        raise unreadable(name, f"JSON must have <= {MAX_BYTES} bytes, got {size}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorascope.inputs.models import missing, note_missing
+from lorascope.inputs.models import missing, note_missing, set_labels
 from lorascope.schema import module_table
 
 
@@ -36,8 +36,7 @@ def fit_head(model: Any, labels: Sequence[str] | None) -> None:
         note_missing(model, [f"{name}.{parameter}" for parameter, _ in fresh.named_parameters()])
     model.config.num_labels = len(labels)
     model.num_labels = len(labels)
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {label: number for number, label in enumerate(labels)}
+    set_labels(model.config, labels)
 
 
 def draw_new_weights(model: nn.Module, seed: int) -> None:
@@ -49,7 +48,8 @@ def draw_new_weights(model: nn.Module, seed: int) -> None:
     parameters = dict(model.named_parameters())
     for name in sorted(missing(model)):
         parameter = parameters[name]
-        generator = torch.Generator().manual_seed(_seed_of(name, seed))
+        key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
+        generator = torch.Generator().manual_seed(key)
         with torch.no_grad():
             if parameter.ndim > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
@@ -59,20 +59,10 @@ def draw_new_weights(model: nn.Module, seed: int) -> None:
 
 def weights_hash(model: nn.Module) -> str:
     """Return the SHA-256 of all parameters and persistent buffers except new weights, sorted by name."""
-    digest = hashlib.sha256()
-    new = missing(model)
-    for name, tensor in sorted(_named_tensors(model)):
+    digest, new, persistent = hashlib.sha256(), missing(model), model.state_dict(keep_vars=True)
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
+    for name, tensor in sorted((*model.named_parameters(), *buffers)):
         if name not in new:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _named_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    persistent = model.state_dict(keep_vars=True)
-    yield from model.named_parameters()
-    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
-
-
-def _seed_of(name: str, seed: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1

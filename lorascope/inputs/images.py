@@ -23,13 +23,9 @@ from lorascope.inputs.tokenization import EncodedRows, groups_of, numbers
 
 
 def open_image(image: Any) -> Image.Image:
-    """Return an image in RGB.
+    """Return an image in RGB: a file, its content, a PIL image, or a uint8 array (height, width) or (height, width, 3).
 
-    Parameters
-    ----------
-    image : str, path, bytes, array or PIL image
-        File, content of a file, PIL image, or uint8 array of shape (height, width) or (height, width, 3). A dict with
-        ``bytes`` or ``path``, as datasets from the Hugging Face Hub store images, is also accepted.
+    A dict with ``bytes`` or ``path``, as datasets from the Hugging Face Hub store images, is also accepted.
 
     Raises
     ------
@@ -66,18 +62,10 @@ def digest(image: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Images(EncodedRows):
-    """Image rows, read and preprocessed when they are part of a batch.
+    """Image rows, read and preprocessed when they are part of a batch."""
 
-    Parameters
-    ----------
-    images : sequence
-        Images in any form that ``open_image`` reads.
-    processor
-        Image processor of the model, from transformers.
-    """
-
-    images: Sequence[Any]
-    processor: Any
+    images: Sequence[Any]  # in any form that `open_image` reads
+    processor: Any  # image processor of the model, from transformers
 
     def __len__(self) -> int:
         return len(self.images)

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.models.auto import modeling_auto as auto
 
-from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch, first_line, sha256
+from lorascope.files.safetensors_io import file_hash
+from lorascope.inputs.package_assets import SMOLLM2, build_once, cache, fetch, first_line
 from lorascope.inputs.tasks import Task
 
 BUNDLED = ("minilm", "smollm2")
@@ -57,7 +58,11 @@ def load(name: str | os.PathLike[str], task: Task | None = None, blocks: int | N
         if blocks is not None:
             _keep_blocks(config, blocks, name)
         head = _head_class(config, name)
-        relabelled = task is not None and "Classification" in head.__name__ and _relabel(config, task.labels)
+        labels = task.labels if task is not None and "Classification" in head.__name__ else ()
+        # A classifier with the same labels in another order keeps its order.
+        relabelled = bool(labels) and set(config.id2label.values()) != set(labels)
+        if relabelled:
+            set_labels(config, labels)
         # Draw new weights from a fixed seed, without changing the caller's generator.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -105,42 +110,28 @@ def processor(model: nn.Module) -> Any:
     """
     if getattr(model, "main_input_name", "input_ids") != "pixel_values":
         return tokenizer(model)
-    source = _source(model, "image processor")
-    with quiet():
-        try:
-            return transformers.AutoImageProcessor.from_pretrained(locate(source))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"cannot load an image processor from {source}: {first_line(error)}; it needs preprocessor_config.json"
-            ) from None
+    hint = "; it needs preprocessor_config.json"
+    return _load_processor(transformers.AutoImageProcessor, model, "an image processor", hint)
 
 
-def _source(model: nn.Module, wanted: str) -> str:
-    """Return the folder or hub id that a model was loaded from; ``wanted`` is the missing object in the error."""
+def _load_processor(kind: Any, model: nn.Module, wanted: str, hint: str = "") -> Any:
+    """Load the preprocessor of a model from the folder or hub id of the model; ``wanted`` names it in errors."""
     source = getattr(model, "name_or_path", "")
     if not source:
-        name = type(model).__name__
-        raise ValueError(f"cannot find the {wanted} of this {name}: it was not loaded from a folder or hub id")
-    return source
+        what, name = wanted.partition(" ")[2], type(model).__name__
+        raise ValueError(f"cannot find the {what} of this {name}: it was not loaded from a folder or hub id")
+    with quiet():
+        try:
+            return kind.from_pretrained(locate(source))
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"cannot load {wanted} from {source}: {first_line(error)}{hint}") from None
 
 
 def tokenizer(model: nn.Module) -> Any:
-    """Return the tokenizer of a model; without a padding token it pads with the end-of-text token.
-
-    Raises
-    ------
-    ValueError
-        The model was not loaded from a folder or the Hugging Face Hub, or its files include no tokenizer.
-    FileNotFoundError
-        The folder does not exist anymore, or the Hugging Face Hub does not respond.
-    """
-    source = _source(model, "tokenizer")
-    with quiet():
-        try:
-            found = transformers.AutoTokenizer.from_pretrained(locate(source))
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"cannot load a tokenizer from {source}: {first_line(error)}") from None
+    """Return the tokenizer of a model, see `processor`; without a padding token it pads with the end-of-text token."""
+    found = _load_processor(transformers.AutoTokenizer, model, "a tokenizer")
     if len(found) <= len(found.all_special_ids):  # transformers returns this without a vocabulary
+        source = model.name_or_path
         raise ValueError(f"cannot load a tokenizer from {source}: no vocabulary found; save its files with the model")
     if found.pad_token is None:
         found.pad_token = found.eos_token
@@ -170,7 +161,7 @@ def locate(name: str) -> str:
         return str(build_once(_dense_folder(SMOLLM2.sha256), lambda folder: _dequantize(fetch(SMOLLM2), folder)))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
-        return str(build_once(_dense_folder(sha256(path)), lambda folder: _dequantize(path, folder)))
+        return str(build_once(_dense_folder(file_hash(path)), lambda folder: _dequantize(path, folder)))
     if path.is_dir():
         if not (path / "config.json").exists():
             adapter = (path / "adapter_config.json").exists()
@@ -225,13 +216,10 @@ def _head_class(config: Any, name: object) -> Any:
     )
 
 
-def _relabel(config: Any, labels: Sequence[str]) -> bool:
-    """Set the task's labels unless a classifier has the same set of labels; return whether they were set."""
-    if not labels or set(config.id2label.values()) == set(labels):
-        return False
+def set_labels(config: Any, labels: Sequence[str]) -> None:
+    """Set the class names of a classifier, and their numbers."""
     config.id2label = dict(enumerate(labels))  # sets num_labels too
     config.label2id = {label: number for number, label in enumerate(labels)}
-    return True
 
 
 def _keep_blocks(config: Any, blocks: int, name: object) -> None:

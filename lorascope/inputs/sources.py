@@ -30,15 +30,7 @@ _FILES = {".csv": "CSV", ".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
 def read(name: str) -> pd.DataFrame:
-    """Return the rows of a source by name; see ``tasks.load`` for the names.
-
-    Raises
-    ------
-    FileNotFoundError
-        The file or dataset does not exist, or the Hugging Face Hub is unavailable.
-    ValueError
-        The name is unknown or the file unreadable.
-    """
+    """Return the rows of a source by name; see ``tasks.load`` for the names and errors."""
     if name in BUNDLED:
         rows = sentiment()
         domain = name.partition("/")[2]
@@ -47,7 +39,12 @@ def read(name: str) -> pd.DataFrame:
     if (size := len(os.fsencode(path.name))) > _LONGEST:
         raise ValueError(f"task must be a name of at most {_LONGEST} bytes, got {size}")
     if path.suffix in _FILES:
-        return _resolve_images(path, read_file(path))
+        rows = read_file(path)
+        if "image" in rows:
+            # Paths are relative to the folder of the file that lists them.
+            found = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
+            rows = rows.assign(image=pd.Series(found, rows.index, dtype=object))
+        return rows
     if path.is_dir():
         return read_folder(path)
     if path.exists():
@@ -79,15 +76,11 @@ def _write_sentences(folder: Path) -> None:
 
 def _read_ratings(archive: tarfile.TarFile, file: str) -> pd.DataFrame:
     """Read texts and labels of one domain from tab-separated ids, mean ratings in [-4, 4] and sentences."""
-    lines = pd.read_csv(
-        cast(IO[bytes], archive.extractfile(f"hutto_ICWSM_2014/{file}")),
-        sep="\t",
-        names=["id", "rating", "text"],
-        dtype={"id": str, "rating": float, "text": str},
-        quoting=csv.QUOTE_NONE,  # quotation marks are part of the sentences
-        keep_default_na=False,
-        encoding="utf-8",
-    )
+    stream = cast(IO[bytes], archive.extractfile(f"hutto_ICWSM_2014/{file}"))
+    columns: dict[Any, Any] = {"id": str, "rating": float, "text": str}
+    # Quotation marks are part of the sentences.
+    plain: dict[str, Any] = {"quoting": csv.QUOTE_NONE, "keep_default_na": False, "encoding": "utf-8"}
+    lines = pd.read_csv(stream, sep="\t", names=list(columns), dtype=columns, **plain)
     clear = lines[lines["rating"].abs() > 0.5]
     label = clear["rating"].gt(0).map({True: "positive", False: "negative"})
     return pd.DataFrame({"text": clear["text"].str.strip(), "label": label})
@@ -110,22 +103,8 @@ def read_file(path: Path) -> pd.DataFrame:
         raise ValueError(f"cannot read {printable(path)} as {_FILES[path.suffix]}: {complaint}") from None
 
 
-def _resolve_images(path: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Resolve image paths relative to the folder of the file that lists them."""
-    if "image" not in rows:
-        return rows
-    found = [str(path.parent / image) if isinstance(image, str) else image for image in rows["image"]]
-    return rows.assign(image=pd.Series(found, rows.index, dtype=object))
-
-
 def read_folder(path: Path) -> pd.DataFrame:
-    """Return the images of a folder in the columns image (path) and label (name of the subfolder).
-
-    Raises
-    ------
-    ValueError
-        The folder has no subfolders with images.
-    """
+    """Return the images of a folder in the columns image (path) and label (name of the subfolder)."""
     known = Image.registered_extensions()
     files = [file for file in sorted(path.glob("*/*")) if file.suffix.lower() in known]
     if not files:
@@ -136,17 +115,7 @@ def read_folder(path: Path) -> pd.DataFrame:
 def read_hub(name: str) -> pd.DataFrame:
     """Return the rows of all labeled splits of a dataset on the Hugging Face Hub; ``tasks`` splits them again.
 
-    Parameters
-    ----------
-    name : str
-        ``"owner/name"``, ``"owner/name:configuration"``, or a GLUE task such as ``"glue/sst2"``.
-
-    Raises
-    ------
-    FileNotFoundError
-        The dataset does not exist, or the Hugging Face Hub is unavailable.
-    ValueError
-        The package ``datasets`` is not installed.
+    The name is ``"owner/name"``, ``"owner/name:configuration"``, or a GLUE task such as ``"glue/sst2"``.
     """
     try:
         import datasets

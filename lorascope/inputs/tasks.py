@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
+from lorascope.files.safe_csv import is_number
 from lorascope.inputs import images, sources
 from lorascope.inputs.tokenization import EncodedRows, encode_classes, encode_pairs, encode_text
 from lorascope.schema.deprecation import old_attribute
@@ -21,6 +22,14 @@ from lorascope.schema.deprecation import old_attribute
 SPLITS = {"train": 0.7, "validation": 0.8, "test": 1.0}
 """Upper bound of each split on the hash scale, from 0 to 1."""
 
+# Part of the class name of a model -> kind of task that its head can do.
+_HEADS = {
+    "ForImageClassification": "image",
+    "ForSequenceClassification": "classification",
+    "ForCausalLM": "prompt",
+    "LMHead": "prompt",
+    "ForConditionalGeneration": "seq2seq",
+}
 _RULE = "sha256 of the casefolded text; train below 0.7, validation below 0.8, test the rest"
 
 
@@ -199,8 +208,18 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     kind, texts = _kind(rows, name)
     if kind == "lm":
         rows = rows[rows["text"].astype(str).str.strip() != ""]
-    table = rows[texts].reset_index(drop=True) if kind == "image" else _text_columns(rows, texts, name)
-    digests = _image_digests(rows, name) if kind == "image" else [_text_digest(text) for text in table[texts[0]]]
+    if kind == "image":
+        table, digests = rows[texts].reset_index(drop=True), _image_digests(rows, name)
+    else:
+        table = pd.DataFrame({column: rows[column].to_list() for column in texts})
+        for column in texts:
+            for number, text in enumerate(rows[column].to_list(), start=1):
+                if not isinstance(text, str) or not text.strip():
+                    where = f"{column} in row {number} of {name}"
+                    raise ValueError(f"{where} must be a non-empty string, got {reprlib.repr(text)}")
+        # Texts that differ only in case or the amount of white space are in the same split.
+        words = (" ".join(text.split()).casefold() for text in table[texts[0]])
+        digests = [hashlib.sha256(text.encode()).hexdigest() for text in words]
     labels: tuple[str, ...] = ()
     if kind in ("classification", "image"):
         table["label"] = _label_names(rows, name)
@@ -215,9 +234,11 @@ def from_frame(rows: pd.DataFrame, name: str = "table") -> Task:
     shown = table.assign(image=digests)[columns] if kind == "image" else table  # the digest represents an image
     shown = shown.assign(digest=digests).sort_values(["digest", *columns])
     table = table.loc[shown.index].reset_index(drop=True)
-    place = np.array([_digest_to_fraction(digest[:16]) for digest in shown["digest"]])
+    # The first two 64-bit numbers of a digest, on a scale from 0 to 1.
+    scaled = [(int(digest[start : start + 16], 16) >> 11) / 2**53 for digest in shown["digest"] for start in (0, 16)]
+    place, draw = np.array(scaled).reshape(-1, 2).T
     table["split"] = np.array(list(SPLITS))[np.searchsorted([*SPLITS.values()], place, side="right")]
-    table["draw"] = np.array([_digest_to_fraction(digest[16:32]) for digest in shown["digest"]])
+    table["draw"] = draw
     for split in SPLITS:
         if split not in set(table["split"]):
             raise ValueError(f"cannot split {name}: its {split} split has none of the {len(table)} rows")
@@ -236,22 +257,9 @@ def _kind(rows: pd.DataFrame, name: str) -> tuple[str, list[str]]:
         return "image", ["image"]
     if columns - {"group"} == {"text"}:
         return "lm", ["text"]
-    raise ValueError(
-        f"columns of {name} must include text and label, image and label, or prompt and response, or be text only, got "
-        f"{', '.join(map(str, rows.columns))}"
-    )
-
-
-def _text_columns(rows: pd.DataFrame, texts: list[str], name: str) -> pd.DataFrame:
-    return pd.DataFrame({column: _texts(rows, column, name) for column in texts})
-
-
-def _texts(rows: pd.DataFrame, column: str, name: str) -> list[str]:
-    texts = rows[column].to_list()
-    for number, text in enumerate(texts, start=1):
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{column} in row {number} of {name} must be a non-empty string, got {reprlib.repr(text)}")
-    return texts
+    found = ", ".join(map(str, rows.columns))
+    allowed = "include text and label, image and label, or prompt and response, or be text only"
+    raise ValueError(f"columns of {name} must {allowed}, got {found}")
 
 
 def _image_digests(rows: pd.DataFrame, name: str) -> list[str]:
@@ -272,7 +280,7 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
         if isinstance(label, float) and label.is_integer():
             label = int(label)
         text = str(label).strip() if isinstance(label, str | int) else ""
-        if not text or (_is_numeric(text) and not _is_whole_number(text)):
+        if not text or (is_number(text) and not _is_whole_number(text)):
             raise ValueError(
                 f"label in row {number} of {name} must be a class name or whole number, got {reprlib.repr(label)}"
             )
@@ -280,29 +288,8 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
     return names
 
 
-def _is_numeric(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
 def _is_whole_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
-
-
-def _text_digest(text: str) -> str:
-    """Return the SHA-256 of a text, ignoring case and the amount of white space.
-
-    Texts that differ only in these are in the same split.
-    """
-    return hashlib.sha256(" ".join(text.split()).casefold().encode()).hexdigest()
-
-
-def _digest_to_fraction(digits: str) -> float:
-    """Convert 16 hexadecimal digits to a number in [0, 1)."""
-    return (int(digits, 16) >> 11) / 2**53
 
 
 def _prompt_texts(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
@@ -315,17 +302,11 @@ def _prompt_texts(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
 def _head_kind(model: nn.Module) -> str:
     """Return the kind of task that a model's head can do: classification, image, prompt (causal LM) or seq2seq."""
     name = type(model).__name__
-    if "ForImageClassification" in name:
-        return "image"
-    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+    kind = next((kind for part, kind in _HEADS.items() if part in name), None)
+    if kind != "image" and getattr(model, "main_input_name", "input_ids") != "input_ids":
         raise ValueError(f"cannot use {name}: it takes {model.main_input_name} but does not classify images")
-    if "ForSequenceClassification" in name:
-        return "classification"
-    if "ForCausalLM" in name or "LMHead" in name:
-        return "prompt"
-    if "ForConditionalGeneration" in name:
-        return "seq2seq"
-    raise ValueError(
-        f"cannot use {name}: it has no head; load it with AutoModelForSequenceClassification, AutoModelForCausalLM, "
-        "AutoModelForSeq2SeqLM or AutoModelForImageClassification"
-    )
+    if kind is None:
+        classes = "AutoModelForSequenceClassification, AutoModelForCausalLM, AutoModelForSeq2SeqLM"
+        hint = f"load it with {classes} or AutoModelForImageClassification"
+        raise ValueError(f"cannot use {name}: it has no head; {hint}")
+    return kind

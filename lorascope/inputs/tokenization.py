@@ -20,43 +20,21 @@ IGNORED = -100
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """Closed set of responses that the token at one position distinguishes.
+    """Closed set of responses that the token at one position distinguishes."""
 
-    Parameters
-    ----------
-    tokens : array (labels,)
-        Token of each response at the first position where the responses differ.
-    offset : int
-        This position in the response, from 0.
-    answers : array (rows,)
-        Number of the correct response of each row.
-    """
-
-    tokens: Int[np.ndarray, "labels"]
-    offset: int
-    answers: Int[np.ndarray, "rows"]
+    tokens: Int[np.ndarray, "labels"]  # token of each response at the first position where the responses differ
+    offset: int  # this position in the response, from 0
+    answers: Int[np.ndarray, "rows"]  # number of the correct response of each row
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class EncodedRows(ABC):
-    """Rows in the form of model inputs.
+    """Rows in the form of model inputs."""
 
-    Parameters
-    ----------
-    classes : array (rows,) or None
-        Class numbers; None if the labels are tokens.
-    choices : Choices or None
-        Closed set of responses, among which the preferred one is evaluated; None without one.
-    groups : list of str or None
-        Group of each row; None without groups.
-    shifted : bool
-        Whether position t - 1 predicts the label at position t, as in a causal LM.
-    """
-
-    classes: Int[np.ndarray, "rows"] | None = None
-    choices: Choices | None = None
-    groups: list[str] | None = None
-    shifted: bool = False
+    classes: Int[np.ndarray, "rows"] | None = None  # class numbers; None if the labels are tokens
+    choices: Choices | None = None  # closed set of responses, among which the preferred one is evaluated
+    groups: list[str] | None = None  # group of each row
+    shifted: bool = False  # whether position t - 1 predicts the label at position t, as in a causal LM
 
     @abstractmethod
     def __len__(self) -> int:
@@ -74,14 +52,9 @@ class EncodedRows(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Tokens(EncodedRows):
-    """Tokenized rows.
+    """Tokenized rows: for each model input, one list of ids per row and the padding value.
 
-    Parameters
-    ----------
-    tokens : dict of lists
-        One list of ids per row for each model input: input_ids, and optionally token_type_ids and labels.
-    padding : dict
-        Padding value of each model input.
+    The inputs are input_ids, and optionally token_type_ids and labels.
     """
 
     tokens: dict[str, list[list[int]]]
@@ -125,15 +98,10 @@ def encode_classes(tokenizer: Any, rows: pd.DataFrame, labels: Sequence[str], ma
 
 def encode_text(tokenizer: Any, rows: pd.DataFrame, max_length: int) -> Tokens:
     """Encode plain text for a causal LM: all tokens except the first are targets, including end-of-text."""
-    end = _end_ids(tokenizer)
-    start = _start_ids(tokenizer)
+    start, end = _start_ids(tokenizer), _end_ids(tokenizer)
     ids = [[*start, *text, *end][:max_length] for text in _token_ids(tokenizer, rows["text"].to_list())]
-    return Tokens(
-        {"input_ids": ids, "labels": ids},
-        {"input_ids": tokenizer.pad_token_id, "labels": IGNORED},
-        groups=groups_of(rows),
-        shifted=True,
-    )
+    padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
+    return Tokens({"input_ids": ids, "labels": ids}, padding, groups=groups_of(rows), shifted=True)
 
 
 def encode_pairs(
@@ -150,8 +118,7 @@ def encode_pairs(
         targets = tokenizer(text_target=rows["response"].str.strip().to_list(), truncation=True, max_length=max_length)
         responses = targets["input_ids"]
     else:
-        end = [] if labels else _end_ids(tokenizer)
-        start = _start_ids(tokenizer)
+        start, end = _start_ids(tokenizer), [] if labels else _end_ids(tokenizer)
         replies = [[*reply, *end][: max_length - 1] for reply in _token_ids(tokenizer, rows["response"].to_list())]
         prompts = _token_ids(tokenizer, rows["prompt"].to_list())
         inputs, responses = [], []

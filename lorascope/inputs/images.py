@@ -48,9 +48,10 @@ def open_image(image: Any) -> Image.Image:
     except FileNotFoundError:
         raise FileNotFoundError(f"cannot read image {printable(image)}: no such file") from None
     except Exception as error:  # decoders raise many kinds of errors, such as SyntaxError and struct.error
+        short = isinstance(image, str | os.PathLike | int | float | None)
         raise ValueError(
             "image must be a readable file, its bytes, a PIL image, or a uint8 array of shape (height, width) or "
-            f"(height, width, 3), got {describe_value(image)}"
+            f"(height, width, 3), got {repr(image) if short else type(image).__name__}"
         ) from error
 
 
@@ -86,8 +87,3 @@ class Images(EncodedRows):
 def encode_images(processor: Any, rows: pd.DataFrame, labels: Sequence[str]) -> Images:
     """Return encoded rows of images with class numbers."""
     return Images(rows["image"].to_list(), processor, classes=numbers(rows, labels), groups=groups_of(rows))
-
-
-def describe_value(image: Any) -> str:
-    """Return the value itself if it is short, else its type."""
-    return repr(image) if isinstance(image, str | os.PathLike | int | float | None) else type(image).__name__

@@ -189,10 +189,8 @@ def _dequantize(gguf: Path, folder: Path) -> None:
     with quiet():
         dense = transformers.GgufConfig(dequantize=True)
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            **source, quantization_config=dense, dtype=torch.float32
-        )
-        model.save_pretrained(folder)
+        options: dict[str, Any] = {**source, "quantization_config": dense, "dtype": torch.float32}
+        transformers.AutoModelForCausalLM.from_pretrained(**options).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
 
 

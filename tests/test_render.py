@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ from lorascope.charts.chart import (
     Chart,
     Heat,
     Line,
+    Mark,
     Point,
     Rule,
     Span,
@@ -24,6 +26,7 @@ from lorascope.charts.chart import (
     set_side_by_side,
     stack_vertically,
 )
+from lorascope.charts.geometry import Curve, build
 from lorascope.charts.theme import OKABE_ITO
 
 both = pytest.mark.parametrize("reader", [Mpl, Plotly])
@@ -50,6 +53,27 @@ def runs() -> pd.DataFrame:
 def test_lines_are_sorted_by_x_and_colored_by_category(reader, runs) -> None:
     shown = reader(Chart(runs, [Line("step", "value", "method")]))
     assert shown.lines() == [([0, 10, 20], [1, 2, 3], BLUE), ([0, 10], [5, 6], VERMILLION)]
+
+
+@dataclass(frozen=True)
+class Mean(Mark):
+    """A mark that this test adds: the mean of y as a line."""
+
+    encodings = ("x", "y")
+    x: str
+    y: str
+
+
+@build.register
+def _(mark: Mean, panel, frame):
+    x, y = panel.positions(mark, panel.rows(mark, frame))
+    yield Curve(np.unique(x), np.full(len(np.unique(x)), y.mean()), panel.color(mark, {}), "solid", "")
+
+
+@both
+def test_new_kind_of_mark_is_drawn_by_both_renderers(reader, runs) -> None:
+    shown = reader(Chart(runs, [Mean("step", "value")]))
+    assert shown.lines() == [([0, 10, 20], [3.4] * 3, BLUE)]
 
 
 @both

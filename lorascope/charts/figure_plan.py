@@ -26,7 +26,7 @@ from lorascope.charts.theme import RED_BLUE, STYLES, VIRIDIS, Theme
 from lorascope.files.printable import short_name
 
 PAD = 0.04  # fraction of the range left free at each end of a numeric axis
-LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # kind of legend symbol, and what it shows besides color
+LOOKS = {"line": ("line", "dash"), "point": ("dot", "shape")}  # kind of legend symbol, and its style
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _entries(panel: Panel) -> Iterator[Entry]:
 
 
 def _merge_entries(entries: Sequence[Entry]) -> list[Entry]:
-    """Merge entries with equal name, color and group: a line replaces a dot, and a dot a patch. One is no legend."""
+    """Merge entries with equal name, color and group: a line replaces a dot, and a dot a patch. One needs no legend."""
     kinds = ("line", "dot", "patch")
     best: dict[tuple[str, str, str], Entry] = {}
     for entry in entries:

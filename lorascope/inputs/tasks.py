@@ -125,7 +125,11 @@ class Task:
         if head == "classification":
             raise ValueError(f"{cannot}: a classifier needs the column label")
         if self.kind == "classification":
-            return replace(self, kind=head, table=_prompt_texts(self.table, self.labels))
+            question = f"Is this text {', '.join(self.labels[:-1])} or {self.labels[-1]}?\n"
+            table, texts = self.table, self.table["text"]
+            texts = texts + "\n" + table["pair"] if "pair" in table else texts
+            prompts = question + "Text: " + texts + "\nAnswer: This text is"
+            return replace(self, kind=head, table=table.assign(prompt=prompts, response=" " + table["label"]))
         if self.kind == "prompt":
             return replace(self, kind=head)
         if head == "seq2seq":
@@ -290,13 +294,6 @@ def _label_names(rows: pd.DataFrame, name: str) -> list[str]:
 
 def _is_whole_number(text: str) -> bool:
     return text.removeprefix("-").isdecimal()
-
-
-def _prompt_texts(table: pd.DataFrame, labels: tuple[str, ...]) -> pd.DataFrame:
-    """Add the columns prompt, which asks for the label of the text, and response."""
-    question = f"Is this text {', '.join(labels[:-1])} or {labels[-1]}?\n"
-    texts = table["text"] + "\n" + table["pair"] if "pair" in table else table["text"]
-    return table.assign(prompt=question + "Text: " + texts + "\nAnswer: This text is", response=" " + table["label"])
 
 
 def _head_kind(model: nn.Module) -> str:

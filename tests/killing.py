@@ -25,6 +25,7 @@ from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.methods import AdaLoRA, Full, LoRA
 from lorascope.methods.base import Phase, from_config
+from lorascope.methods.pissa import ResidualDelta
 
 SETTINGS = {
     "steps": 5, "batch_size": 4, "eval_every": 2, "eval_size": 8, "test_size": 8, "checkpoint_every": 2,
@@ -85,12 +86,22 @@ class Freezing(Full):
                 parameter.requires_grad_(f"layer.{frozen}." not in name)
 
 
+@dataclass(kw_only=True)
+class RandomStart(LoRA):
+    """Trains B, A from random B0, A0 on the residual W_0 - s B0 A0, as PiSSA does from singular vectors."""
+
+    def delta(self, name, host):
+        (outer, inner), (rank, scale, dropout) = delta.host_weight(host).shape, self.factor_options(name)
+        return ResidualDelta(host, torch.randn(outer, rank) / 4, torch.randn(rank, inner) / 4, scale, dropout)
+
+
 METHODS = {
     "full": Full(lr=1e-2),
     "lora": LoRA(rank=2, targets="all-linear", dropout=0.2, lr=1e-2),
     "two phases": TwoPhases(),
     "growing": Growing(rank=1, lr=1e-2),
     "freezing": Freezing(lr=1e-2),
+    "residual": RandomStart(rank=2, alpha=1, targets="all-linear", dropout=0.1, lr=1e-2),
     "adalora": AdaLoRA(init_rank=3, target_rank=1, initial_steps=0, final_steps=2, mask_every=1, dropout=0.1, lr=1e-2),
 }
 

@@ -55,7 +55,7 @@ def test_run_killed_at_any_change_of_its_folder_resumes_bitwise(method, every, f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["two phases", "growing", "adalora"])
+@pytest.mark.parametrize("method", ["two phases", "growing", "residual", "adalora"])
 def test_run_killed_repeatedly_ends_bitwise_equal(method, forks, tmp_path):
     """SIGKILL in the middle of writes and at random times, until a call completes."""
     whole, out = tmp_path / "whole", tmp_path / "out"

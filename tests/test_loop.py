@@ -17,6 +17,7 @@ from lorascope.adapters import delta
 from lorascope.inputs import models, tasks
 from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, Full, LoRA, NeFT
 from lorascope.methods.base import Method, Phase
+from lorascope.runs.manifest import State
 from lorascope.runs.run import Run
 
 FAST = {"steps": 6, "batch_size": 8, "progress": False, "device": "cpu"}
@@ -536,7 +537,7 @@ def test_best_state_is_the_one_with_the_best_validation(fresh_bert, task, tmp_pa
 def test_best_at_the_last_step_is_stored_once(fresh_bert, bert, task, tmp_path):
     run = ls.train(fresh_bert, task, Full(), out=tmp_path / "run", **FAST | {"eval_every": 0})
     assert [file.name for file in (run.path / "state").iterdir()] == ["last.safetensors"]
-    assert run.meta.states["best"] == run.meta.states["last"] == {"step": FAST["steps"], "ranks": {}}
+    assert run.meta.states["best"] == run.meta.states["last"] == State(FAST["steps"], {})
     best = models.load(bert, task=task)
     run.restore(best, state="best")
     assert all(torch.equal(tensor, best.state_dict()[name]) for name, tensor in fresh_bert.state_dict().items())

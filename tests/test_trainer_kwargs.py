@@ -119,7 +119,7 @@ def test_fp16_is_rejected(fresh_bert, tmp_path):
     args = arguments(tmp_path)
     args.fp16 = True
     with pytest.raises(ValueError, match=r"fp16 .*LoRA, got True"):
-        callback._check_trainer(args, fresh_bert, callback.optimizer)
+        callback.on_train_begin(args, TrainerState(), model=fresh_bert, optimizer=callback.optimizer)
 
 
 def test_sharded_weights_are_rejected():

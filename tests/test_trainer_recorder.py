@@ -382,7 +382,7 @@ def test_training_interrupted_after_its_checkpoint_resumes_without_duplicates(na
     assert broken.table["step"].max() == 5
     train("broken", resume=str(tmp_path / "broken/checkpoint-3"))
     run, whole = (ls.load(tmp_path / out / "lorascope") for out in ("broken", "whole"))
-    assert (run.id, run.meta.status, "error" in run.meta) == (broken.id, "done", False)
+    assert (run.id, run.meta.status, run.meta.error) == (broken.id, "done", None)
     assert not run.table.duplicated(["step", "module", "quantity", "index"]).any()
     same_rows(run.table, whole.table, but=["seconds", "factor_seconds"])
     kept = [sorted(file.name for file in (each.path / "snapshots").iterdir()) for each in (run, whole)]

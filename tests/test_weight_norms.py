@@ -13,16 +13,17 @@ import torch
 from tiny import tiny
 from tolerance import TEXT, TINY, near, rounding
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorascope as ls
 from lorascope import observe
-from lorascope.adapters import delta
+from lorascope.adapters import delta, host_weights
 from lorascope.adapters.host_weights import orient_weight, shared_copies, to_array
 from lorascope.inputs import models
-from lorascope.methods import AdaLoRA, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA
+from lorascope.methods import LISA, AdaLoRA, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA
 from lorascope.methods.base import Method, Step, train_adapters
 from lorascope.methods.lora import LoRADelta
-from lorascope.observe.trainable import squares
+from lorascope.observe.trainable import tile_sums
 from lorascope.schema import module_table
 
 FAST = {"steps": 7, "batch_size": 8, "eval_every": 2, "eval_size": 16, "progress": False, "device": "cpu"}
@@ -256,9 +257,11 @@ def test_norms_of_worked_example():
 def test_sum_of_squares_of_a_long_tensor_is_accurate():
     """A float32 sum over ten million equal numbers would stop growing long before the end."""
     tensor = torch.full((10_000_000,), 0.1)
-    assert squares(tensor) == pytest.approx(1e7 * float(tensor[0].double()) ** 2, rel=1e-6)
+    assert math.fsum(tile_sums(tensor).tolist()) == pytest.approx(1e7 * float(tensor[0].double()) ** 2, rel=1e-6)
     near = tensor * (1 - 2**-20)
-    assert squares(tensor, near) == pytest.approx(1e7 * float(tensor[0].double() - near[0].double()) ** 2, rel=1e-6)
+    assert math.fsum(tile_sums(tensor, near).tolist()) == pytest.approx(
+        1e7 * float(tensor[0].double() - near[0].double()) ** 2, rel=1e-6
+    )
 
 
 def test_sum_of_squares_does_not_depend_on_memory_alignment():
@@ -268,8 +271,8 @@ def test_sum_of_squares_does_not_depend_on_memory_alignment():
     for offset in range(1, 16):
         place = shifted[offset : offset + len(tensor)]
         place.copy_(tensor)
-        values.add(squares(place))
-    assert values == {squares(tensor)}
+        values.add(math.fsum(tile_sums(place).tolist()))
+    assert values == {math.fsum(tile_sums(tensor).tolist())}
 
 
 def test_factor_snapshots_equal_the_factors_of_the_adapters(fresh_bert, task, tmp_path):
@@ -281,26 +284,79 @@ def test_factor_snapshots_equal_the_factors_of_the_adapters(fresh_bert, task, tm
     assert not np.array_equal(run.factors(3)[module]["B"], run.factors(6)[module]["B"])
 
 
-@pytest.mark.parametrize("method", [
-    LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), HydraLoRA(), HydraLoRA(shared_a=False), FourierFT(coefficients=9),
-], ids=lambda method: method.label())  # fmt: skip
-def test_recording_copies_each_factor_to_the_host_once(method, monkeypatch):
-    """At step 0, where norms store the tensors that step 1 is compared with, and in a snapshot of the factors."""
+class Scalars(TorchDispatchMode):
+    """Counts the numbers that are read out of tensors, each of which waits for an accelerator."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def transfers(monkeypatch):
+    """Return the memory addresses of the tensors of each copy to the host."""
+    seen = []
+    plain = host_weights._transfer
+    monkeypatch.setattr(
+        host_weights, "_transfer", lambda tensors: seen.append([t.data_ptr() for t in tensors]) or plain(tensors)
+    )
+    return seen
+
+
+def recorded_step(method):
     model = tiny("bert")
     described = module_table.describe(model)
     base = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     method.attach(model)
-    trained = {p.data_ptr() for each in delta.attached_deltas(model).values() for p in each.parameters()}
-    step = Step(-1, 5, model, method.optimizer(model, 1.0, 1.0, 0.0), base, described, *[lambda *_: None] * 3)
-    copied = Counter()
-    plain = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: copied.update([tensor.data_ptr()]) or plain(tensor))
+    return Step(-1, 5, model, method.optimizer(model, 1.0, 1.0, 0.0), base, described, *[lambda *_: None] * 3)
+
+
+@pytest.mark.parametrize("method", [
+    LoRA(), AdaLoRA(), AutoLoRA(), ALoRA(), HydraLoRA(), HydraLoRA(shared_a=False), FourierFT(coefficients=9),
+], ids=lambda method: method.label())  # fmt: skip
+def test_recording_copies_each_factor_to_the_host_once(method, transfers):
+    """At step 0, where norms store the tensors that step 1 is compared with, and in a snapshot of the factors."""
+    step = recorded_step(method)
+    trained = {p.data_ptr() for each in delta.attached_deltas(step.model).values() for p in each.parameters()}
     for observer in (observe.norms(every=1), observe.factors()):
-        copied.clear()
-        items = list(observer(step))
-        assert items
-        found = {place: number for place, number in copied.items() if place in trained}
-        assert set(found.values()) == {1}
+        transfers.clear()
+        assert list(observer(step))
+        copied = Counter(place for tensors in transfers for place in tensors if place in trained)
+        assert set(copied.values()) == {1}
+
+
+@pytest.mark.parametrize("method", [LoRA(), LoRA(targets="all-linear"), AdaLoRA(), ALoRA(), Full(), LISA(n_active=1)],
+                         ids=lambda method: method.label())  # fmt: skip
+def test_norms_copy_to_the_host_once_per_recording(method, transfers):
+    """Step 0 copies once more, and each SVD of a dense update its matrix. Only a rank of AdaLoRA is read by itself."""
+    step = recorded_step(method)
+    observer = observe.norms(every=2)
+    observer(step)
+    with Scalars() as scalars:
+        for step.index in (0, 1, 2):
+            transfers.clear()
+            assert bool(observer(step)) == (step.finished == 2)
+            assert len([tensors for tensors in transfers if tensors]) <= 1
+    with Scalars() as ranks:
+        assert all(each.rank for each in delta.attached_deltas(step.model).values())
+    assert scalars.count == ranks.count
+
+
+def test_factor_snapshots_copy_to_the_host_once(transfers):
+    assert list(observe.factors()(recorded_step(LoRA(targets="all-linear"))))
+    assert len([tensors for tensors in transfers if tensors]) == 1
+
+
+def test_tensors_copied_through_one_buffer_are_equal():
+    tensors = [torch.randn(3, 5), torch.randn(4, 6).T, torch.tensor(3.0, dtype=torch.float64), torch.arange(5)]
+    tensors += [torch.zeros(0, 3), torch.randn(2, 3).bfloat16(), torch.tensor([True])]
+    for tensor, copy in zip(tensors, host_weights.through_buffer(tensors), strict=True):
+        assert copy.dtype == tensor.dtype
+        assert torch.equal(copy, tensor)
 
 
 def test_shared_copies_shares_arrays_of_trained_parameters_in_its_context():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -35,12 +36,16 @@ def host_kind(module: nn.Module) -> str:
     return next(own, type(module).__name__)
 
 
-_SHARED: ContextVar[dict[Any, Shaped[np.ndarray, "..."]] | None] = ContextVar("shared", default=None)
+# Copies by the memory of their tensors, which are referenced so that no other tensor gets their address.
+_SHARED: ContextVar[dict[Any, tuple[Tensor, Shaped[np.ndarray, "..."]]] | None] = ContextVar("shared", default=None)
 
 
 @contextmanager
 def shared_copies() -> Iterator[None]:
-    """Let ``to_array`` copy each trained parameter only once in this context; do not modify the shared arrays."""
+    """Let ``to_array`` and ``to_host`` copy each trained parameter only once in this context.
+
+    The tensors that ``to_host`` has copied are shared as well. Do not modify the shared arrays.
+    """
     token = _SHARED.set({})
     try:
         yield
@@ -52,16 +57,42 @@ def to_array(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
     """Return a copy as a numpy array; bfloat16, which numpy does not support, becomes float32."""
     shared = _SHARED.get()
     owner = tensor if tensor._base is None else tensor._base
-    # Only trained parameters are shared: copies of the frozen base would double its memory, and the addresses of other
-    # tensors may be reused after they are freed.
-    if shared is None or not (isinstance(owner, nn.Parameter) and owner.requires_grad):
-        return _copy_to_numpy(tensor)
-    key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-    if key not in shared:
-        shared[key] = _copy_to_numpy(tensor)
-    return shared[key]
+    # Other tensors are not shared by themselves: copies of the frozen base would double its memory.
+    if shared is not None and (_memory(tensor) in shared or (isinstance(owner, nn.Parameter) and owner.requires_grad)):
+        return to_host([tensor])[0]
+    return _transfer([tensor])[0]
 
 
-def _copy_to_numpy(tensor: Tensor) -> Shaped[np.ndarray, "..."]:
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy().copy()
+def to_host(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
+    """Return copies as numpy arrays, in one transfer from their device; see ``to_array``."""
+    shared = _SHARED.get()
+    if shared is None:
+        return _transfer(tensors)
+    fresh = {key: tensor for tensor in tensors if (key := _memory(tensor)) not in shared}
+    copies = _transfer(list(fresh.values()))
+    shared.update((key, (tensor, copy)) for (key, tensor), copy in zip(fresh.items(), copies, strict=True))
+    return [shared[_memory(tensor)][1] for tensor in tensors]
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _transfer(tensors: Sequence[Tensor]) -> list[Shaped[np.ndarray, "..."]]:
+    """Copy tensors to numpy arrays, in one transfer per accelerator."""
+    wide = [tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in map(Tensor.detach, tensors)]
+    for device in {tensor.device for tensor in wide if tensor.device.type != "cpu"}:
+        chosen = [i for i, tensor in enumerate(wide) if tensor.device == device]
+        for i, tensor in zip(chosen, through_buffer([wide[i] for i in chosen]), strict=True):
+            wide[i] = tensor
+    return [tensor.numpy().copy() for tensor in wide]
+
+
+def through_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy tensors of one device to the CPU through a single buffer, in which each starts at a multiple of 8 bytes."""
+    parts = [F.pad(part, (0, -len(part) % 8)) for part in (t.reshape(-1).view(torch.uint8) for t in tensors)]
+    pieces = torch.cat(parts).cpu().split([len(part) for part in parts])
+    return [
+        piece[: tensor.nbytes].view(tensor.dtype).reshape(tensor.shape)
+        for piece, tensor in zip(pieces, tensors, strict=True)
+    ]

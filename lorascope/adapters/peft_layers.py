@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lorascope.adapters.host_weights import host_weight, to_array
-from lorascope.updates import Dense, Fourier, LowRank, Update
+from lorascope.updates import Dense, Update, from_factors
 
 # Results of ``_is_mergeable`` by layer and active adapters, because each trial copies the layer.
 _TRIED: WeakKeyDictionary[Any, dict[tuple[str, ...], bool]] = WeakKeyDictionary()
@@ -44,9 +43,9 @@ class PeftDelta:
         return update
 
     def factors(self) -> dict[str, Tensor]:
-        """Return the factors of the update; empty for a dense update."""
-        arrays = self.update().to_factors()
-        return {name: torch.from_numpy(array) for name, array in arrays.items() if name != "matrix"}
+        """Return the factors of the update ; empty for a dense update."""
+        found = _active_factors(self.layer)
+        return {} if found is None else found[0]
 
 
 def unwrap_peft_model(model: Any) -> Any:
@@ -149,17 +148,29 @@ def peft_update(layer: Any) -> Update | None:
     active = active_adapters(layer)
     if not active:
         return None
+    if (found := _active_factors(layer)) is None:
+        return _merged_difference(layer, active)
+    factors, scale = found
+    return from_factors({name: to_array(factor) for name, factor in factors.items()}, scale)
+
+
+def _active_factors(layer: Any) -> tuple[dict[str, Tensor], float] | None:
+    """Return factors and scale of a FourierFT adapter, or of all LoRA and AdaLoRA adapters; None for other adapters."""
+    active = active_adapters(layer)
     if len(active) == 1 and active[0] in getattr(layer, "fourierft_spectrum", ()):
-        return _fourierft_factors(layer, active[0])
+        spectrum, entries = layer.fourierft_spectrum[active[0]], layer.indices[active[0]]
+        shape = torch.tensor(host_weight(layer.get_base_layer()).shape)
+        return {"coefficients": spectrum, "entries": entries, "shape": shape}, float(layer.fourierft_scaling[active[0]])
     parts = [part for part in (_lora_factors(layer, adapter) for adapter in active) if part is not None]
     if len(parts) < len(active):
-        return _merged_difference(layer, active)
+        return None
     if len(parts) == 1:
-        return parts[0]
-    return LowRank(np.hstack([part.scale * part.B for part in parts]), np.vstack([part.A for part in parts]))
+        B, A, scale = parts[0]
+        return {"A": A, "B": B}, scale
+    return {"A": torch.cat([A for _, A, _ in parts]), "B": torch.cat([scale * B for B, _, scale in parts], 1)}, 1.0
 
 
-def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
+def _lora_factors(layer: Any, adapter: str) -> tuple[Tensor, Tensor, float] | None:
     """Return B, A and scale of plain LoRA or AdaLoRA; None for any other adapter."""
     if not _is_product(layer, adapter):
         return None
@@ -175,14 +186,7 @@ def _lora_factors(layer: Any, adapter: str) -> LowRank | None:
     elif adapter in getattr(layer, "lora_E", ()):
         A = A * layer.lora_E[adapter]
         scale /= float(layer.ranknum[adapter]) + 1e-5  # as in PEFT
-    return LowRank(to_array(B), to_array(A), scale) if isinstance(A, Tensor) else None
-
-
-def _fourierft_factors(layer: Any, adapter: str) -> Fourier:
-    """Return coefficients, entries and scale of FourierFT."""
-    outer, inner = host_weight(layer.get_base_layer()).shape
-    coefficients, entries = to_array(layer.fourierft_spectrum[adapter]), to_array(layer.indices[adapter])
-    return Fourier(coefficients, entries, (outer, inner), float(layer.fourierft_scaling[adapter]))
+    return (B, A, scale) if isinstance(A, Tensor) else None
 
 
 def _merged_difference(layer: Any, active: list[str]) -> Dense:

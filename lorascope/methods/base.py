@@ -350,22 +350,22 @@ def frozen_entries(method: Method) -> int:
     return method.frozen_entry_count()
 
 
-def require(method: Method, name: str, allowed: str, valid: bool) -> None:
+def require(settings: object, name: str, allowed: str, valid: bool) -> None:
     """Raise a ValueError that states the value of a field and what is ``allowed``, unless it is valid."""
     if not valid:
-        value = getattr(method, name)
+        value = getattr(settings, name)
         raise ValueError(f"{name} must be {allowed}, got {repr(value) if isinstance(value, str) else value}")
 
 
-def require_choice(method: Method, name: str, choices: Iterable[str]) -> None:
+def require_choice(settings: object, name: str, choices: Iterable[str]) -> None:
     """Raise a ValueError unless the field ``name`` is one of the choices."""
-    require(method, name, f"one of {', '.join(map(repr, choices))}", getattr(method, name) in choices)
+    require(settings, name, f"one of {', '.join(map(repr, choices))}", getattr(settings, name) in choices)
 
 
-def require_at_least(method: Method, least: int, *names: str) -> None:
+def require_at_least(settings: object, least: int, *names: str) -> None:
     """Raise a ValueError unless each of these fields is None or at least ``least``."""
     for name in names:
-        require(method, name, f">= {least}", (value := getattr(method, name)) is None or value >= least)
+        require(settings, name, f">= {least}", (value := getattr(settings, name)) is None or value >= least)
 
 
 def from_config(stored: Mapping[str, Any]) -> Method:

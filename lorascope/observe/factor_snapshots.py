@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lorascope.adapters.delta import to_array
-from lorascope.adapters.host_weights import shared_copies
+from lorascope.adapters.host_weights import shared_copies, to_array, to_host
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import adapters
@@ -27,11 +26,14 @@ class factors(Observer):
 
 def factors_of(model: nn.Module) -> list[Factors]:
     """Return the factors of every adapter of a model, from lorascope or PEFT."""
+    found = adapters(model)
     kept = []
-    for module, delta in adapters(model).items():
-        with shared_copies():
+    with shared_copies():
+        factors = {module: delta.factors() for module, delta in found.items()}
+        to_host([factor for parts in factors.values() for factor in parts.values()])
+        for module, delta in found.items():
             update = delta.update()
-            arrays = {name: to_array(factor) for name, factor in delta.factors().items()}
-        whole = bool(update.required) and update.required <= arrays.keys()
-        kept.append(Factors(module, arrays, float(update.scale) if whole else None, update.exact, update.form))
+            arrays = {name: to_array(factor) for name, factor in factors[module].items()}
+            whole = bool(update.required) and update.required <= arrays.keys()
+            kept.append(Factors(module, arrays, float(update.scale) if whole else None, update.exact, update.form))
     return kept

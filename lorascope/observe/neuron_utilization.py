@@ -18,7 +18,7 @@ from lorascope.adapters.delta import effective_weight, to_array
 from lorascope.adapters.hidden_states import token_means
 from lorascope.analysis import neurons
 from lorascope.analysis.neuron_utilization import LAYERS, correlations, span
-from lorascope.methods.base import Batch, Step, added_later
+from lorascope.methods.base import Batch, Step, added_later, require_choice
 from lorascope.observe.base import Observer
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
@@ -68,8 +68,7 @@ class utilization(Observer):
     standardize: bool = field(default=False, metadata=added_later() | formerly("standardise"))
 
     def __post_init__(self) -> None:
-        if self.layers not in LAYERS:
-            raise ValueError(f"layers must be one of {', '.join(map(repr, LAYERS))}, got {self.layers!r}")
+        require_choice(self, "layers", LAYERS)
 
     def __call__(self, step: Step) -> Iterable[Record]:
         if not self.due(step.finished, step.total):

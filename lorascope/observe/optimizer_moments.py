@@ -29,30 +29,32 @@ Pair: TypeAlias = tuple[Float[Tensor, "m k"], Float[Tensor, "n k"]]
 
 _OF_V = "of Adam's second moment V, as a matrix"
 _OF_RANDOM = "of a random matrix with the row and column sums of V"
-register("moment_sigma", Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_V}"))
-register(
-    "moment_sigma_dealt",
-    Quantity("σᵢ / σ₁", index="component", definition=f"singular values {_OF_RANDOM}"),
-)
 _ERROR = "‖V − V̂‖ / ‖V‖"
-register("moment_error", Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_V}"))
-register(
-    "moment_error_dealt",
-    Quantity(_ERROR, index="rank", definition=f"best rank-k error (SVD) {_OF_RANDOM}"),
-)
-register("moment_error_s_rsi", Quantity(_ERROR, index="rank", definition=f"error of S-RSI with l = p = 5 {_OF_V}"))
-register("moment_error_rank_one", Quantity(_ERROR, definition=f"error of Adafactor's rank-one factors {_OF_V}"))
-register(
-    "factor_drift",
-    Quantity("‖E − QUᵀ‖ / ‖E‖", definition="error of Adapprox's factors of E, the exact average of squared gradients"),
-)
-register("factor_drift_least", Quantity("‖E − Eₖ‖ / ‖E‖", definition="best error (SVD) at the same rank"))
-register("factor_drift_rank_one", Quantity("‖E − E₁‖ / ‖E‖", definition="error of Adafactor's rank-one factors of E"))
-register(
-    "factor_step_error",
-    Quantity("‖V − QUᵀ‖ / ‖V‖", definition="error of the factors of this step's V, formed from the previous factors"),
-)
-register("factor_step_error_least", Quantity("‖V − Vₖ‖ / ‖V‖", definition="best error (SVD) at the same rank"))
+_LEAST = "best error (SVD) at the same rank"
+for _name, _label, _index, _definition in (
+    ("moment_sigma", "σᵢ / σ₁", "component", f"singular values {_OF_V}"),
+    ("moment_sigma_dealt", "σᵢ / σ₁", "component", f"singular values {_OF_RANDOM}"),
+    ("moment_error", _ERROR, "rank", f"best rank-k error (SVD) {_OF_V}"),
+    ("moment_error_dealt", _ERROR, "rank", f"best rank-k error (SVD) {_OF_RANDOM}"),
+    ("moment_error_s_rsi", _ERROR, "rank", f"error of S-RSI with l = p = 5 {_OF_V}"),
+    ("moment_error_rank_one", _ERROR, "none", f"error of Adafactor's rank-one factors {_OF_V}"),
+    (
+        "factor_drift",
+        "‖E − QUᵀ‖ / ‖E‖",
+        "none",
+        "error of Adapprox's factors of E, the exact average of squared gradients",
+    ),
+    ("factor_drift_least", "‖E − Eₖ‖ / ‖E‖", "none", _LEAST),
+    ("factor_drift_rank_one", "‖E − E₁‖ / ‖E‖", "none", "error of Adafactor's rank-one factors of E"),
+    (
+        "factor_step_error",
+        "‖V − QUᵀ‖ / ‖V‖",
+        "none",
+        "error of the factors of this step's V, formed from the previous factors",
+    ),
+    ("factor_step_error_least", "‖V − Vₖ‖ / ‖V‖", "none", _LEAST),
+):
+    register(_name, Quantity(_label, index=_index, definition=_definition))
 
 
 def svd_lowrank(V: Float[Tensor, "m n"], rank: int, generator: torch.Generator) -> Pair:
@@ -95,28 +97,22 @@ class second_moments(Observer):
             return
         for module, state in _block_matrices(step, "exp_avg_sq"):
             V = state["exp_avg_sq"].double().flatten(1)
-            if V.any():
-                # Second moments are tiny; all recorded values are relative, so the scale does not matter.
-                yield from _moment_records(module, V / V.max())
-
-
-def _moment_records(module: str, V: Tensor) -> Iterator[Item]:
-    exact = to_array(V)
-    shuffled = optimizer_moments.same_marginals(exact, seed=0)
-    ranks = [rank for rank in RANKS if rank < min(V.shape)]
-    for matrix, suffix in ((exact, ""), (shuffled, "_dealt")):
-        sigma = spectra([Dense(matrix)])[0]
-        yield Record(f"moment_sigma{suffix}", sigma[:KEPT] / sigma[0], module, np.arange(1, len(sigma[:KEPT]) + 1))
-        yield Record(
-            f"moment_error{suffix}", np.array([optimizer_moments.tail(sigma, rank) for rank in ranks]), module, ranks
-        )
-    generator = torch.Generator(V.device).manual_seed(0)
-    wide = V.float()  # the optimizer factorizes in float32
-    found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
-    yield Record("moment_error_s_rsi", np.array(found), module, ranks)
-    yield Record(
-        "moment_error_rank_one", optimizer_moments.relative_error(exact, optimizer_moments.rank_one(exact)), module
-    )
+            if not V.any():
+                continue
+            V = V / V.max()  # second moments are tiny; all recorded values are relative
+            exact, ranks = to_array(V), [rank for rank in RANKS if rank < min(V.shape)]
+            for matrix, suffix in ((exact, ""), (optimizer_moments.same_marginals(exact, seed=0), "_dealt")):
+                sigma = spectra([Dense(matrix)])[0]
+                first = sigma[:KEPT] / sigma[0]
+                errors = np.array([optimizer_moments.tail(sigma, rank) for rank in ranks])
+                yield Record(f"moment_sigma{suffix}", first, module, np.arange(1, len(first) + 1))
+                yield Record(f"moment_error{suffix}", errors, module, ranks)
+            generator = torch.Generator(V.device).manual_seed(0)
+            wide = V.float()  # the optimizer factorizes in float32
+            found = [relative_error(wide, *s_rsi(wide, rank, generator)) for rank in ranks]
+            yield Record("moment_error_s_rsi", np.array(found), module, ranks)
+            one = optimizer_moments.relative_error(exact, optimizer_moments.rank_one(exact))
+            yield Record("moment_error_rank_one", one, module)
 
 
 @dataclass(kw_only=True)
@@ -144,24 +140,22 @@ class factorings(Observer):
             return
         inside = set(step.modules.loc[step.modules["layer"] == self.layer, "module"])
         for module, state in _block_matrices(step, "exp_avg_sq"):
-            if module in inside and state["exp_avg_sq"].any():
-                yield from _factored_records(module, state["exp_avg_sq"].float().flatten(1))
-
-
-def _factored_records(module: str, V: Tensor) -> Iterator[Item]:
-    A, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
-    (_, sigma, _), seconds = _time_decomposition(lambda: torch.linalg.svd(A, full_matrices=False))
-    least = [optimizer_moments.tail(to_array(sigma.double()), rank) for rank in ranks]
-    yield Record("factoring_error_svd", np.array(least), module, ranks)
-    yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
-    for way, factor in WAYS.items():
-        tried = [
-            _time_decomposition(lambda: factor(A, rank, torch.Generator(A.device).manual_seed(0)))  # noqa: B023
-            for rank in ranks
-        ]
-        errors = [relative_error(A, *pair) for pair, _ in tried]
-        yield Record(f"factoring_error_{way}", np.array(errors), module, ranks)
-        yield Record(f"factoring_seconds_{way}", np.array([seconds for _, seconds in tried]), module, ranks)
+            if module not in inside or not state["exp_avg_sq"].any():
+                continue
+            V = state["exp_avg_sq"].float().flatten(1)
+            V, ranks = V / V.max(), [rank for rank in RANKS if rank < min(V.shape)]
+            (_, sigma, _), seconds = _time_decomposition(lambda: torch.linalg.svd(V, full_matrices=False))  # noqa: B023
+            least = [optimizer_moments.tail(to_array(sigma.double()), rank) for rank in ranks]
+            yield Record("factoring_error_svd", np.array(least), module, ranks)
+            yield Record("factoring_seconds_svd", np.full(len(ranks), seconds), module, ranks)
+            for way, factor in WAYS.items():
+                tried = [
+                    _time_decomposition(lambda: factor(V, rank, torch.Generator(V.device).manual_seed(0)))  # noqa: B023
+                    for rank in ranks
+                ]
+                errors = [relative_error(V, *pair) for pair, _ in tried]
+                yield Record(f"factoring_error_{way}", np.array(errors), module, ranks)
+                yield Record(f"factoring_seconds_{way}", np.array([taken for _, taken in tried]), module, ranks)
 
 
 def _time_decomposition(decompose: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], float]:
@@ -192,22 +186,15 @@ class factor_drift(Observer):
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
         """Update the average with this step's gradients, and return the errors if they are due."""
-        for module, state in _block_matrices(step, "Q"):
-            gradient = step.model.get_parameter(f"{module}.weight").grad
-            if gradient is None:
-                continue
+        for module, state, gradient in _factored_matrices(step):
             beta2 = step.optimizer.param_groups[0]["betas"][1]
             squares = gradient.to(state["Q"].dtype).flatten(1).square()
             exact = self.exact_.setdefault(module, torch.zeros_like(squares)).lerp_(squares, 1 - beta2)
             if self.due(step.finished, step.total) and exact.any():
-                E, product = to_array(exact.double()), to_array(state["Q"].double() @ state["U"].double().T)
-                yield Record("factor_drift", optimizer_moments.relative_error(E, product), module)
-                yield Record(
-                    "factor_drift_least", optimizer_moments.tail(spectra([Dense(E)])[0], state["Q"].shape[1]), module
-                )
-                yield Record(
-                    "factor_drift_rank_one", optimizer_moments.relative_error(E, optimizer_moments.rank_one(E)), module
-                )
+                E = to_array(exact.double())
+                yield from _factor_errors("factor_drift", module, E, state)
+                one = optimizer_moments.relative_error(E, optimizer_moments.rank_one(E))
+                yield Record("factor_drift_rank_one", one, module)
 
 
 @dataclass(kw_only=True)
@@ -225,20 +212,30 @@ class factor_optimum(Observer):
     @torch.no_grad()
     def __call__(self, step: Step) -> Iterator[Item]:
         """Recompute V and return its errors if they are due; store the factors for the next step."""
-        for module, state in _block_matrices(step, "Q"):
-            gradient = step.model.get_parameter(f"{module}.weight").grad
-            if gradient is not None and self.due(step.finished, step.total):
+        for module, state, gradient in _factored_matrices(step):
+            if self.due(step.finished, step.total):
                 beta2 = step.optimizer.param_groups[0]["betas"][1]
                 V = (1 - beta2) * gradient.double().flatten(1).square()
                 if module in self.before_:
                     Q, U = (self.before_[module][name].double() for name in "QU")
                     V += beta2 * (Q @ U.T).clamp(min=0)  # as in Adapprox
-                exact, product = to_array(V), to_array(state["Q"].double() @ state["U"].double().T)
-                if exact.any():
-                    yield Record("factor_step_error", optimizer_moments.relative_error(exact, product), module)
-                    least = optimizer_moments.tail(spectra([Dense(exact)])[0], state["Q"].shape[1])
-                    yield Record("factor_step_error_least", least, module)
-            self.before_[module] = {name: state[name] for name in "QU"}
+                if V.any():
+                    yield from _factor_errors("factor_step_error", module, to_array(V), state)
+        self.before_ |= {module: {name: state[name] for name in "QU"} for module, state in _block_matrices(step, "Q")}
+
+
+def _factored_matrices(step: Step) -> Iterator[tuple[str, dict[str, Any], Tensor]]:
+    """Yield module, Adapprox's state and gradient of the factored weights that have a gradient."""
+    for module, state in _block_matrices(step, "Q"):
+        if (gradient := step.model.get_parameter(f"{module}.weight").grad) is not None:
+            yield module, state, gradient
+
+
+def _factor_errors(name: str, module: str, V: Float[np.ndarray, "m n"], state: dict[str, Any]) -> Iterator[Record]:
+    """Yield the error of Adapprox's factors of V, and the best one at their rank."""
+    product = to_array(state["Q"].double() @ state["U"].double().T)
+    yield Record(name, optimizer_moments.relative_error(V, product), module)
+    yield Record(f"{name}_least", optimizer_moments.tail(spectra([Dense(V)])[0], state["Q"].shape[1]), module)
 
 
 def _block_matrices(step: Step, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,7 +6,8 @@ One definition is used for all methods: ``|W_ij dL/dW_ij|`` of the effective wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import attached_deltas, effective_weight
-from lorascope.adapters.host_weights import orient_weight, to_array
+from lorascope.adapters.host_weights import orient_weight, to_host
 from lorascope.analysis.neurons import neuron_roles, parts
 from lorascope.methods.base import Batch, Step
 from lorascope.methods.neft import distances
@@ -29,17 +30,11 @@ register(
 )
 register(
     "coefficient_gradient",
-    Quantity("∂L/∂c", "nats", index="coefficient", definition="gradient of the loss with respect to a coefficient"),
+    Quantity("∂L/∂c", "nats", "coefficient", definition="gradient of the loss with respect to a coefficient"),
 )
 register(
     "coefficient_importance",
-    Quantity(
-        "|c ∂L/∂c|",
-        "nats",
-        index="coefficient",
-        pool="sum",
-        definition="sensitivity of the loss to a coefficient, |c dL/dc|",
-    ),
+    Quantity("|c ∂L/∂c|", "nats", "coefficient", "sum", "sensitivity of the loss to a coefficient, |c dL/dc|"),
 )
 
 
@@ -76,10 +71,12 @@ class neurons(Observer):
             if isinstance(step.model.get_submodule(name), nn.Embedding):
                 raise ValueError(f"targets must be linear layers, got the embedding {name!r}")
         pieces = _held_out_batches(step, self.batches, self.rows)
+        sums: dict[tuple[str, str], Tensor] = {}
         for name, gradient in weight_gradients(step.model, modules, pieces, step.loss).items():
             sensitivity = (effective_weight(step.model, name).float() * gradient).abs()
-            yield Record("sensitivity_out", sensitivity.sum(1).cpu().numpy(), name)
-            yield Record("sensitivity_in", sensitivity.sum(0).cpu().numpy(), name)
+            sums["sensitivity_out", name], sums["sensitivity_in", name] = sensitivity.sum(1), sensitivity.sum(0)
+        for (quantity, name), values in zip(sums, to_host(list(sums.values())), strict=True):
+            yield Record(quantity, values, name)
         yield from _changes(step)
 
 
@@ -112,9 +109,15 @@ class coefficients(Observer):
         if not (found and self.due(step.finished, step.total)):
             return
         pieces = _held_out_batches(step, self.batches, self.rows)
-        for (module, c), gradient in zip(found.items(), _gradients(step, list(found.values()), pieces), strict=True):
-            yield Record("coefficient_gradient", to_array(gradient), module)
-            yield Record("coefficient_importance", to_array((c.detach() * gradient).abs()), module)
+        with _evaluating(step.model):
+            losses = map(step.loss, pieces)
+            parts = [torch.autograd.grad(loss, list(found.values()), materialize_grads=True) for loss in losses]
+        gradients = [torch.stack(part).mean(0) for part in zip(*parts, strict=True)]
+        products = [(c.detach() * gradient).abs() for c, gradient in zip(found.values(), gradients, strict=True)]
+        values = to_host([*gradients, *products])
+        for module, gradient, product in zip(found, values, values[len(found) :], strict=False):
+            yield Record("coefficient_gradient", gradient, module)
+            yield Record("coefficient_importance", product, module)
 
 
 def _held_out_batches(step: Step, batches: int, rows: int) -> list[Batch]:
@@ -124,19 +127,16 @@ def _held_out_batches(step: Step, batches: int, rows: int) -> list[Batch]:
     return [{key: value[i : i + rows] for key, value in text.items()} for i in range(0, count, rows)]
 
 
-def _gradients(step: Step, parameters: Sequence[Tensor], batches: Sequence[Batch]) -> list[Tensor]:
-    """Compute gradients averaged over batches, in evaluation mode, without changing any ``grad``."""
-    training = step.model.training
-    step.model.eval()
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Compute gradients in evaluation mode within the context."""
+    training = model.training
+    model.eval()
     try:
         with torch.enable_grad():
-            parts = [
-                torch.autograd.grad(step.loss(batch), parameters, allow_unused=True, materialize_grads=True)
-                for batch in batches
-            ]
+            yield
     finally:
-        step.model.train(training)
-    return [torch.stack(part).mean(0) for part in zip(*parts, strict=True)]
+        model.train(training)
 
 
 def weight_gradients(
@@ -167,19 +167,15 @@ def weight_gradients(
 
     hooks = [model.get_submodule(name).register_forward_hook(watch(name)) for name in modules]
     found: dict[str, Tensor] = {}
-    training = model.training
     try:
-        model.eval()
-        for batch in batches:
-            with torch.enable_grad():
-                value = loss(batch)
-                slopes = torch.autograd.grad(value, [zero for *_, zero in seen], materialize_grads=True)
-            for (name, given, _), slope in zip(seen, slopes, strict=True):
-                part = slope.flatten(0, -2).float().T @ given.flatten(0, -2).float() / len(batches)
-                found[name] = found[name] + part if name in found else part
-            seen.clear()
+        with _evaluating(model):
+            for batch in batches:
+                slopes = torch.autograd.grad(loss(batch), [zero for *_, zero in seen], materialize_grads=True)
+                for (name, given, _), slope in zip(seen, slopes, strict=True):
+                    part = slope.flatten(0, -2).float().T @ given.flatten(0, -2).float() / len(batches)
+                    found[name] = found[name] + part if name in found else part
+                seen.clear()
     finally:
-        model.train(training)
         for handle in hooks:
             handle.remove()
     return found
@@ -189,16 +185,13 @@ def _changes(step: Step) -> Iterable[Record]:
     """Yield the cosine distance and the displacement of every feed-forward neuron."""
     roles = neuron_roles(step.modules)
     places = parts(step.modules, roles) if roles else []
-    living = {f"{part.module}.weight": _stored_weight(step.model, part.module) for part in places}
-    if places:
-        change = distances(step.model, places, step.base, living)
-        for module, rows in change.groupby("module", sort=False):
-            index = rows["neuron"].to_numpy()
-            yield Record("neuron_cosine", rows["cosine_distance"].to_numpy(), str(module), index)
-            yield Record("neuron_update", rows["delta_norm"].to_numpy(), str(module), index)
-
-
-def _stored_weight(model: nn.Module, module: str) -> Tensor:
-    """Return the effective weight in the layout that the module stores."""
-    host: Any = model.get_submodule(module)
-    return orient_weight(host, effective_weight(model, module))
+    living = {}
+    for part in places:  # in the layout that the module stores
+        host: Any = step.model.get_submodule(part.module)
+        living[f"{part.module}.weight"] = orient_weight(host, effective_weight(step.model, part.module))
+    if not places:
+        return
+    for module, rows in distances(step.model, places, step.base, living).groupby("module", sort=False):
+        index = rows["neuron"].to_numpy()
+        yield Record("neuron_cosine", rows["cosine_distance"].to_numpy(), str(module), index)
+        yield Record("neuron_update", rows["delta_norm"].to_numpy(), str(module), index)

@@ -1,18 +1,18 @@
-"""Trained tensors of a model, and sums of squares over tensors."""
+"""Trained tensors of a model, and sums over tensors that are computed on their device."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from lorascope.adapters.delta import Delta, attached_deltas
-from lorascope.adapters.host_weights import host_kind, orient_weight
+from lorascope.adapters.host_weights import host_kind, orient_weight, to_host
 from lorascope.adapters.peft_layers import (
     PeftDelta,
     active_adapters,
@@ -76,9 +76,22 @@ class TrainedTensors:
         modules = frozenset({*rows["module"], *deltas})
         return cls(dense, deltas, hosts, parameter_of, changed, modules, tuple(rows["module"][rows["role"] == "block"]))
 
+    def copy_updates(self, others: Sequence[Tensor] = ()) -> list[Float[np.ndarray, "..."]]:
+        """Copy the factors of all adapters to the host, so that ``updates`` need not, and other tensors with them."""
+        factors = [factor for delta in self.deltas.values() for factor in delta.factors().values()]
+        return to_host([*factors, *others])[len(factors) :]
+
     def updates(self) -> dict[str, Update]:
         """Return the update of every adapted module, without the change of its base weight."""
         return {module: delta.update() for module, delta in self.deltas.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every trained tensor of the base model by label, including the update of its adapter."""
+        found: dict[str, Tensor] = {label: parameter.detach() for label, parameter in self.dense.items()}
+        for module, delta in self.deltas.items():
+            if not self.is_frozen(module):
+                found[module] = self.add(module, self.hosts[module].weight.detach(), delta.update())
+        return found
 
     def is_frozen(self, module: str) -> bool:
         """Return whether the base weight of an adapted module is frozen."""
@@ -117,20 +130,35 @@ def _weight_names(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]
         yield from ((name, module) for name in (module, *filter(None, tied.split(","))))
 
 
-def squares(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> float:
-    """Compute the sum of squares of a tensor, or of its difference from another one."""
+def tile_sums(tensor: Float[Tensor, "..."], minus: Float[Tensor, "..."] | None = None) -> Float[Tensor, "tiles"]:
+    """Compute the sums of squares of the tiles of a tensor, or of its difference from another one, on its device."""
     # sum() adds pairwise. A norm or dot product would lose digits and depend on the alignment of the memory.
-    return math.fsum(float(tile.square().sum()) for tile in _tiles(tensor, minus))
-
-
-def _tiles(tensor: Tensor, minus: Tensor | None = None) -> Iterator[Float[Tensor, "tile"]]:
+    tiles = tensor.reshape(-1).split(TILE)
     if minus is None:
-        for tile in tensor.reshape(-1).split(TILE):
-            yield _promote_tile(tile)
-    else:
-        for tile, other in zip(tensor.reshape(-1).split(TILE), minus.reshape(-1).split(TILE), strict=True):
-            yield _promote_tile(tile) - _promote_tile(other)
+        return torch.stack([_promote(tile).square().sum() for tile in tiles])
+    others = minus.reshape(-1).split(TILE)
+    return torch.stack([(_promote(a) - _promote(b)).square().sum() for a, b in zip(tiles, others, strict=True)])
 
 
-def _promote_tile(tensor: Tensor) -> Tensor:
+def factor_inner(weight: Float[Tensor, "out in"], factors: Mapping[str, Tensor]) -> Float[Tensor, "1"] | None:
+    """Compute <W, dW> / scale from the factors of dW on their device; None if they do not form one product."""
+    match {name: _promote(factor.detach()) for name, factor in factors.items()}:
+        case {"gates": _} | {"coefficients": _}:
+            return None
+        case {"A": A, "B": B, "A0": A0, "B0": B0}:
+            A, B, A0, B0 = A.double(), B.double(), A0.double(), B0.double()
+            return _product_inner(weight, torch.cat([B - B0, B0], 1), torch.cat([A, A - A0]))
+        case {"A": A, "B": B, "diagonal": diagonal}:
+            return _product_inner(weight, B * diagonal, A)
+        case {"A": A, "B": B}:
+            return _product_inner(weight, B, A)
+    return None
+
+
+def _product_inner(weight: Tensor, B: Tensor, A: Tensor) -> Float[Tensor, "1"]:
+    wide = torch.promote_types(_promote(weight).dtype, A.dtype)
+    return ((weight.to(wide) @ A.to(wide).T).double() * B.double()).sum().reshape(1)
+
+
+def _promote(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()

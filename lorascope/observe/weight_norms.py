@@ -13,10 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorascope.adapters.delta import host_weight
-from lorascope.adapters.host_weights import shared_copies
+from lorascope.adapters.host_weights import shared_copies, to_array
 from lorascope.methods.base import Step
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import TrainedTensors, squares
+from lorascope.observe.trainable import TrainedTensors, factor_inner, tile_sums
 from lorascope.schema.records import Item, Record, Snapshot
 from lorascope.updates import (
     Dense,
@@ -67,13 +67,7 @@ class norms(Observer):
         self._found = trained = self._found or TrainedTensors.of(step)
         items: list[Item] = []
         if step.finished == 0:
-            # The norm of a quantized weight is not known (NaN), but the norm of its update is.
-            self.base_squares_ = {
-                name: squares(weight) if weight.is_floating_point() else math.nan for name, weight in step.base.items()
-            }
-            self.first_ = {
-                module: _update_to_tree(update) for module, update in trained.updates().items() if update.norm() > 0
-            }
+            self._record_start(step, trained)
         if self.due(step.finished, step.total) or step.best:
             items.extend(self._record_norms(step, trained))
         self.before_ = {}
@@ -82,72 +76,95 @@ class norms(Observer):
             self._remember(trained)
         return items
 
+    def _record_start(self, step: Step, trained: TrainedTensors) -> None:
+        # The norm of a quantized weight is not known (NaN), but the norm of its update is.
+        known = {name: tile_sums(weight) for name, weight in step.base.items() if weight.is_floating_point()}
+        sums = zip(known, trained.copy_updates(list(known.values())), strict=True)
+        self.base_squares_ = dict.fromkeys(step.base, math.nan) | {name: math.fsum(parts) for name, parts in sums}
+        self.first_ = {module: _to_tree(update) for module, update in trained.updates().items() if update.norm() > 0}
+
     def _remember(self, trained: TrainedTensors) -> None:
         """Store the tensors that the next recording is compared with, in the same memory each time.
 
         Freeing and allocating this memory would slow down the next step by more than the recording costs.
         """
-        updates = trained.updates()
-        for label, tensor in _tensors(trained, updates).items():
+        trained.copy_updates()
+        for label, tensor in trained.tensors().items():
             if label not in self._memory:
                 self._memory[label] = torch.empty_like(tensor)
             self._memory[label].copy_(tensor)
-        factored = {module: _update_to_tree(update) for module, update in updates.items() if trained.is_frozen(module)}
+        updates = trained.updates().items()
+        factored = {module: _to_tree(update) for module, update in updates if trained.is_frozen(module)}
         self.before_ = {"dense": self._memory, "factored": factored}
 
     def _record_norms(self, step: Step, trained: TrainedTensors) -> Iterator[Item]:
+        """Yield the records; sums are computed on the device of the model, and copied with the factors."""
+        tensors = trained.tensors()
+        sums = dict(self._dense_sums(step, trained, tensors))
+        for module in self._known_hosts(trained):
+            found = factor_inner(host_weight(trained.hosts[module]), trained.deltas[module].factors())
+            sums |= {} if found is None else {(module, "inner"): found}
+        totals = dict(zip(sums, map(math.fsum, trained.copy_updates(list(sums.values()))), strict=True))
         updates = trained.updates()
-        found = self._dense_squares(step, trained, updates) | self._adapter_squares(step, trained, updates)
-        for label, parts in found.items():
+        squares = {label: {"base": self.base_squares_[trained.parameter_of[label]]} for label in tensors}
+        for (label, key), total in totals.items():
+            if label in squares:
+                squares[label] |= {"update": total, "learned": total} if key == "update" else {key: total}
+        squares |= self._adapter_squares(trained, updates, totals)
+        for label, parts in squares.items():
             if label in trained.modules:
                 yield from _norm_records(label, parts)
-        yield from self._block_records(trained, found)
+        yield from self._block_records(trained, squares)
         for module, delta in trained.deltas.items():
-            trainable = (factor for name, factor in delta.factors().items() if name not in constant_factors())
-            adapter = math.fsum(map(squares, trainable))
+            trainable = (to_array(factor) for name, factor in delta.factors().items() if name not in constant_factors())
+            adapter = math.fsum(math.fsum(tile_sums(torch.from_numpy(factor)).tolist()) for factor in trainable)
             yield Record("adapter_norm", math.sqrt(adapter), module)
             yield Record("rank", delta.rank, module)
-        yield from self._rank_records(step, trained, updates)
+        yield from self._rank_records(step, trained, tensors, updates)
 
-    def _dense_squares(
-        self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]
-    ) -> dict[str, dict[str, float]]:
-        """Compute squared norms for every trained tensor of the base model."""
-        found = {}
+    def _base(self, trained: TrainedTensors, module: str) -> float:
+        """Return |W_0|^2 of an adapted weight, NaN if it is packed and not a parameter."""
+        return self.base_squares_.get(trained.parameter_of[module], math.nan)
+
+    def _known_hosts(self, trained: TrainedTensors) -> list[str]:
+        return [m for m in trained.deltas if trained.is_frozen(m) and not math.isnan(self._base(trained, m))]
+
+    def _dense_sums(
+        self, step: Step, trained: TrainedTensors, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        """Yield sums of squares of every trained tensor of the base model and of its changes."""
         before = self.before_.get("dense", {})
-        for label, tensor in _tensors(trained, updates).items():
-            name = trained.parameter_of[label]
-            base = step.base[name]
-            found[label] = parts = {
-                "base": self.base_squares_[name],
-                "weight": squares(tensor),
-                "update": squares(tensor, base),
-            }
-            start = trained.add(label, base, _update_from_tree(self.first_[label])) if label in self.first_ else base
-            parts["learned"] = parts["update"] if start is base else squares(tensor, start)
+        for label, tensor in tensors.items():
+            base = step.base[trained.parameter_of[label]]
+            yield (label, "weight"), tile_sums(tensor)
+            yield (label, "update"), tile_sums(tensor, base)
+            if label in self.first_:
+                yield (label, "learned"), tile_sums(tensor, trained.add(label, base, _from_tree(self.first_[label])))
             if label in before:
-                parts["step"] = squares(tensor, before[label])
-        return found
+                yield (label, "step"), tile_sums(tensor, before[label])
 
     def _adapter_squares(
-        self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]
+        self, trained: TrainedTensors, updates: Mapping[str, Update], totals: Mapping[tuple[str, str], float]
     ) -> dict[str, dict[str, float]]:
         """Compute squared norms for every adapted weight that is frozen itself."""
         found = {}
         before = self.before_.get("factored", {})
         for module in filter(trained.is_frozen, updates):
             update = updates[module]
-            # For a packed weight that is not a parameter, only the update is known.
-            base, change = self.base_squares_.get(trained.parameter_of[module], math.nan), update.norm() ** 2
-            weight = base
+            base, change = self._base(trained, module), update.norm() ** 2
+            weight = base  # for a packed weight that is not a parameter, only the update is known
             if not math.isnan(base):
                 # |W_0 + dW|^2 from its parts, which rounding can make negative.
-                weight = max(0.0, base + 2 * update.inner_weight(host_weight(trained.hosts[module]).detach()) + change)
+                if (module, "inner") in totals:
+                    inner = update.scale * totals[module, "inner"]
+                else:
+                    inner = update.inner_weight(host_weight(trained.hosts[module]).detach())
+                weight = max(0.0, base + 2 * inner + change)
             found[module] = parts = {"base": base, "weight": weight, "update": change, "learned": change}
             if module in self.first_:
-                parts["learned"] = (update - _update_from_tree(self.first_[module])).norm() ** 2
+                parts["learned"] = (update - _from_tree(self.first_[module])).norm() ** 2
             if module in before:
-                parts["step"] = (update - _update_from_tree(before[module])).norm() ** 2
+                parts["step"] = (update - _from_tree(before[module])).norm() ** 2
         return found
 
     def _block_records(self, trained: TrainedTensors, found: Mapping[str, dict[str, float]]) -> Iterator[Record]:
@@ -163,18 +180,20 @@ class norms(Observer):
             total["base"] = everything
             yield from _norm_records(block, total)
 
-    def _rank_records(self, step: Step, trained: TrainedTensors, updates: Mapping[str, Update]) -> Iterator[Item]:
+    def _rank_records(
+        self, step: Step, trained: TrainedTensors, tensors: Mapping[str, Tensor], updates: Mapping[str, Update]
+    ) -> Iterator[Item]:
         first, kept = step.finished == 0, step.last or self._is_decomposition_due(step.finished)
         cheap = {name: update for name, update in updates.items() if update.thin is not None or first or kept}
         chosen = {module: update for module, update in cheap.items() if trained.is_frozen(module)}
-        for label, tensor in _tensors(trained, updates).items():
+        for label, tensor in tensors.items():
             if label not in trained.modules or tensor.ndim < 2:
                 continue
             if first and label not in self.first_:
                 yield from _rank_pair(label, np.zeros(1))
-            elif kept:
+            elif kept:  # one matrix at a time, because all of them in float64 may not fit on the device
                 change = tensor.double() - step.base[trained.parameter_of[label]].double()
-                chosen[label] = Dense(change.flatten(1).cpu().numpy())
+                chosen[label] = Dense(to_array(change.flatten(1)))
         for module, sigma in zip(chosen, spectra(list(chosen.values())), strict=True):
             yield from _rank_pair(module, sigma)
             if kept:
@@ -184,22 +203,13 @@ class norms(Observer):
         return bool(self.spectra_every and finished % self.spectra_every == 0)
 
 
-def _tensors(trained: TrainedTensors, updates: Mapping[str, Update]) -> dict[str, Tensor]:
-    """Return every trained tensor of the base model by label, including the update of its adapter."""
-    found: dict[str, Tensor] = {label: parameter.detach() for label, parameter in trained.dense.items()}
-    for module, update in updates.items():
-        if not trained.is_frozen(module):
-            found[module] = trained.add(module, trained.hosts[module].weight.detach(), update)
-    return found
-
-
-def _update_to_tree(update: Update) -> dict[str, Any]:
+def _to_tree(update: Update) -> dict[str, Any]:
     """Return an update in a form that checkpoints can store; it is already a copy."""
     return {**update.to_factors(), "scale": float(update.scale), "form": update.form}
 
 
-def _update_from_tree(plain: Mapping[str, Any]) -> Update:
-    return from_factors(plain, plain.get("scale", 1.0), form=plain.get("form"))  # checkpoints of 0.1 have no form
+def _from_tree(tree: Mapping[str, Any]) -> Update:
+    return from_factors(tree, tree.get("scale", 1.0), form=tree.get("form"))  # checkpoints of 0.1 have no form
 
 
 def _norm_records(module: str, parts: Mapping[str, float]) -> Iterator[Record]:

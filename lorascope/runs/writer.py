@@ -118,7 +118,9 @@ class RunWriter:
         self.write_arrays()
         self._write_table()
         self._write_meta(status, file_hash)
-        return Run(self.path, self.meta)
+        run = Run(self.path, self.meta)
+        vars(run)["table"] = self.table()  # its rows are valid, so they need not be read
+        return run
 
     def _content_files(self) -> set[Path]:
         return own_files(self.path, "records.parquet", "snapshots/*", "state/*")

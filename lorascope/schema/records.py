@@ -264,6 +264,10 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
     unknown = sorted(set(table["quantity"].cat.categories) - QUANTITIES.keys())
     if unknown:
         raise ValueError(f"unknown quantity {printable(unknown[0])!r}; register it with records.register first")
+    return _require_unique(table)
+
+
+def _require_unique(table: pd.DataFrame) -> pd.DataFrame:
     twice = table.duplicated(KEY)
     if twice.any():
         row = table[twice].iloc[0]
@@ -273,9 +277,9 @@ def validate(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def concat(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """Concatenate the tables of several runs and merge their categories."""
+    """Concatenate valid tables, such as those of several runs, and merge their categories."""
     # pandas concatenates columns with different categories as objects.
     plain = [table.astype(dict.fromkeys(_CATEGORICAL, "str")) for table in tables]
     if not plain:
         return frame("", [], pd.DataFrame(columns=["module", "stack", "layer", "role"]))
-    return validate(pd.concat(plain, ignore_index=True))
+    return _require_unique(pd.concat(plain, ignore_index=True).astype(dict.fromkeys(_CATEGORICAL, "category")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +13,10 @@ from lorascope.adapters.delta import attached_deltas
 from lorascope.adapters.peft_layers import unwrap_peft_model, unwrapped_parameters
 from lorascope.inputs.classifier_head import draw_new_weights, fit_head, weights_hash
 from lorascope.inputs.tasks import Task
+from lorascope.methods.base import Method
 from lorascope.observe.trainable import adapters, unreadable_adapters
+from lorascope.schema import module_table
+from lorascope.training.settings import Settings
 
 _MARKER = "_lorascope_trained"
 
@@ -72,6 +76,29 @@ def prepare_model(model: nn.Module, task: Task, seed: int) -> TrainingMarker:
     fit_head(model, task.labels if task.classifies else None)
     draw_new_weights(model, seed)
     return TrainingMarker("", weights_hash(model), Base(model))
+
+
+def begin_training(
+    method: Method, model: nn.Module, base: Base, settings: Settings
+) -> tuple[torch.optim.Optimizer, pd.DataFrame]:
+    """Attach a method, copy the base weights that it trains, and return its optimizer and the modules before."""
+    modules = module_table.describe(model)
+    attach_method(method, model)
+    optimizer = method.optimizer(model, settings.lr, settings.head_lr, settings.weight_decay)
+    base.capture(optimizer)
+    return optimizer, modules
+
+
+def attach_method(method: Method, model: nn.Module) -> None:
+    """Attach a method, and raise a ValueError if it changed a base weight: the model must keep W_0 until it trains."""
+    before = [(name, parameter, parameter._version) for name, parameter in model.named_parameters()]
+    method.attach(model)
+    for name, parameter, version in before:
+        if parameter._version != version:
+            raise ValueError(
+                f"attach of {type(method).__name__} must not change base weights, but changed {name}; keep the change "
+                "in the Delta, as PiSSA does"
+            )
 
 
 def reject_adapted(model: nn.Module) -> None:

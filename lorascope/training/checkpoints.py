@@ -48,13 +48,7 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """Folder ``resume/`` of a run.
-
-    Parameters
-    ----------
-    path : path
-        Run folder.
-    """
+    """Folder ``resume/`` of a run folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

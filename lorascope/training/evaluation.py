@@ -103,20 +103,16 @@ def evaluate(
             rows = order[start : start + batch_size]
             batch = {key: value.to(device) for key, value in encoded.batch(rows).items()}
             if encoded.classes is not None:
-                nll[rows], correct[rows] = _score_classes(model, batch)
+                labels = batch.pop("labels")
+                logits = model(**batch).logits.float()
+                nll[rows] = F.cross_entropy(logits, labels, reduction="none").cpu().numpy()
+                correct[rows] = (logits.argmax(-1) == labels).cpu().numpy()
             else:
                 nll[rows], counts[rows], correct[rows] = _score_tokens(model, batch, encoded, rows)
     model.train(training)
     closed = encoded.classes is not None or encoded.choices is not None
     groups = None if encoded.groups is None else encoded.groups[:total]
     return Score("accuracy" if closed else "perplexity", nll, counts, correct if closed else None, groups)
-
-
-def _score_classes(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Any, Any]:
-    labels = batch.pop("labels")
-    logits = model(**batch).logits.float()
-    nll = F.cross_entropy(logits, labels, reduction="none")
-    return nll.cpu().numpy(), (logits.argmax(-1) == labels).cpu().numpy()
 
 
 def _score_tokens(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,35 +126,31 @@ def train(
     FloatingPointError
         The loss or the gradient norm is not finite.
     """
-    method = _method_of_name(method) if isinstance(method, str) else method
+    given = locals()
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise ValueError(unknown_name("method", method, METHODS))
+        method = METHODS[method]()
     method.prepare()  # before anything is changed
     task = data if isinstance(data, Task) else tasks.load(str(data))
     model = models.load(model, task=task) if isinstance(model, str) else model
-    settings = Settings(
-        steps=steps,
-        lr=method.lr if lr is None else lr,
-        head_lr=method.head_lr if head_lr is None else head_lr,
-        batch_size=batch_size,
-        schedule=schedule,
-        warmup=warmup,
-        clip=clip,
-        weight_decay=weight_decay,
-        accumulate=accumulate,
-        precision=precision,
-        eval_every=eval_every,
-        eval_size=eval_size,
-        test_size=test_size,
-        max_length=max_length,
-    )
+    rates: dict[str, Any] = {
+        "lr": method.lr if lr is None else lr,
+        "head_lr": method.head_lr if head_lr is None else head_lr,
+    }
+    settings = Settings(**{field.name: given[field.name] for field in fields(Settings)} | rates)
     task = task.fit(model)
-    device = device or _best_device()
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = "cpu" if accelerator is None else accelerator.type
     model.to(device)
     marker = prepare_model(model, task, seed)
     observers = (norms(),) if observe is None else tuple(observe)
     plan = Plan(method, Phase(method), task, settings, seed, marker.w0_hash, observers)
     if marker.recipe not in ("", plan.id):
         raise ValueError(f"cannot train a model twice: it was trained as recipe {marker.recipe}; load a fresh model")
-    folder = Path(out or Path(root) / f"{method.name}-{_slug(task.name)}-{plan.id}")
+    data_name = re.sub(r"[^\w.]+", "-", Path(task.name).stem if Path(task.name).suffix else task.name).strip("-")
+    folder = Path(out or Path(root) / f"{method.name}-{data_name}-{plan.id}")
     prepare_folder(folder, plan.id, overwrite)
     marker.attach(model, plan.id)
     runs: list[Run] = []
@@ -172,7 +168,7 @@ def train(
             path = folder / f"{len(runs) + 1}-{phase.name}" if phase.name else folder
             started.append(path.name)
             own = lr if phase.lr is None else phase.lr
-            rates: dict[str, Any] = {
+            rates = {
                 "lr": phase.method.lr if own is None else own,
                 "head_lr": phase.method.head_lr if head_lr is None else head_lr,
             }
@@ -208,10 +204,10 @@ def fit(session: Session, checkpoint_every: int, progress: bool) -> Run:
     start = session.begin()
     with catch_interrupt() as interrupted, progress_bar(session.name, step.total, start, progress) as bar:
         for index in range(start, step.total):
-            loss, norm, rate = advance(session, index)
+            values = advance(session, index)
             score = session.evaluate()
-            session.record(loss, norm, rate)
-            bar.show(loss, score)
+            session.record(*values)
+            bar.show(values[0], score)
             if interrupted.is_set():
                 session.checkpoint()
                 raise KeyboardInterrupt(
@@ -235,7 +231,9 @@ def advance(session: Session, index: int) -> tuple[float, float | None, float]:
     loss = session.backward()
     method.after_backward(step)
     norm = session.clip()
-    _stop_unless_finite(session, loss, norm, rate)
+    if reason := nonfinite_reason(step, loss, norm, rate):
+        session.fail(reason)
+        raise FloatingPointError(f"{reason}; the records up to this step are in {session.path}")
     optimizer.step()
     session.scheduler.step()
     method.after_step(step)
@@ -258,24 +256,3 @@ def _run_phases(method: Method, base: Base, runs: list[Run]) -> Iterator[Phase]:
             yield generator.send(runs[-1])
     except StopIteration:
         return
-
-
-def _method_of_name(name: str) -> Method:
-    if name not in METHODS:
-        raise ValueError(unknown_name("method", name, METHODS))
-    return METHODS[name]()
-
-
-def _best_device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return "cpu" if accelerator is None else accelerator.type
-
-
-def _stop_unless_finite(session: Session, loss: float, norm: float | None, rate: float) -> None:
-    if reason := nonfinite_reason(session.step, loss, norm, rate):
-        session.fail(reason)
-        raise FloatingPointError(f"{reason}; the records up to this step are in {session.path}")
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^\w.]+", "-", Path(name).stem if Path(name).suffix else name).strip("-")

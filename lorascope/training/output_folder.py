@@ -13,13 +13,7 @@ from lorascope.training.run_spec import Plan
 
 
 class StateRemoved(ValueError):
-    """Error for a finished run whose saved parameters were removed, so that the model cannot be restored.
-
-    Parameters
-    ----------
-    run : Run
-        The finished run.
-    """
+    """Error for a finished run whose saved parameters were removed, so that the model cannot be restored."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(f"cannot restore run {run.id}: its state was removed to save disk space. {TRAIN_AGAIN}")

@@ -54,11 +54,6 @@ class ProgressFile:
     """Small JSON file with the progress of a run, which other processes read; rewritten at most once per second.
 
     Its key ``begun`` counts the starts of the run without an end, which identifies runs that kill their process.
-
-    Parameters
-    ----------
-    file : path
-        Path of the file.
     """
 
     def __init__(self, file: Path) -> None:

@@ -8,7 +8,6 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -17,30 +16,21 @@ from lorascope.adapters.host_weights import host_kind
 from lorascope.adapters.peft_layers import unwrap_peft_layer
 from lorascope.inputs.models import name_of
 from lorascope.inputs.tasks import Task
-from lorascope.methods.base import Method, Phase, config, task_head
+from lorascope.methods.base import Method, Phase, Step, config, frozen_entries, task_head
 from lorascope.observe import Observer
 from lorascope.observe.trainable import adapters
 from lorascope.runs.layout import identify
 from lorascope.runs.manifest import SCHEMA, Manifest, Parameters, describe_modules
 from lorascope.runs.run import Run
 from lorascope.training.settings import Settings
+from lorascope.training.state import trained_parameters
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Specification of one phase: everything that its run id is computed from.
 
-    Parameters
-    ----------
-    recipe, phase : Method, Phase
-        Method that was passed to ``train``, and the phase that runs.
-    task : Task
-    settings : Settings
-        Settings with the learning rates and the steps of this phase.
-    seed : int
-    w0_hash : str
-        SHA-256 of the base weights.
-    observers : tuple of Observer
+    ``recipe`` is the method that was passed to ``train``; ``settings`` have the learning rates and steps of the phase.
     """
 
     recipe: Method
@@ -70,16 +60,8 @@ class Plan:
         """Run id."""
         return identify(self.identity())
 
-    def meta(
-        self,
-        model: nn.Module,
-        trained: Sequence[nn.Parameter],
-        frozen: int,
-        modules: pd.DataFrame,
-        parents: list[Run],
-        device: str,
-    ) -> Manifest:
-        """Return ``run.json`` of a running phase; ``frozen`` counts entries of ``trained`` that never change."""
+    def meta(self, step: Step, method: Method, parents: list[Run], device: str) -> Manifest:
+        """Return ``run.json`` of a running phase, whose own copy of its method is ``method``."""
         return Manifest(
             id=self.id,
             recipe=config(self.recipe),
@@ -90,35 +72,29 @@ class Plan:
             parents=[f"../{run.path.name}" for run in parents if run.path],
             total_seconds=sum(run.meta.seconds for run in parents),
             **self.identity(),
-            **circumstances(model, trained, frozen, modules, device),
+            **circumstances(step, method, trained_parameters(step.optimizer), device),
         )
 
 
-def circumstances(
-    model: nn.Module, trained: Sequence[nn.Parameter], frozen: int, modules: pd.DataFrame, device: str
-) -> dict[str, Any]:
-    """Return the part of ``run.json`` that runs of ``train`` and of a Trainer share; ``frozen`` is as in ``meta``."""
+def circumstances(step: Step, method: Method | None, trained: Sequence[nn.Parameter], device: str) -> dict[str, Any]:
+    """Return the part of ``run.json`` that runs of ``train`` and of a Trainer share."""
+    model = step.model
     head = {id(parameter) for parameter in task_head(model).values()}
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False).stdout.decode("ascii")
+    except FileNotFoundError:
+        commit = ""
     return {
         "model": name_of(model),
         "versions": {"lorascope": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit.strip() or None,
         "device": device,
         "status": "running",
         "parameters": Parameters(
             total=sum(p.numel() for p in model.parameters()),
-            trained=sum(p.numel() for p in trained) - frozen,
+            trained=sum(p.numel() for p in trained) - (frozen_entries(method) if method else 0),
             head=sum(p.numel() for p in trained if id(p) in head),
         ),
         "hosts": {name: host_kind(unwrap_peft_layer(model.get_submodule(name))) for name in adapters(model)},
-        "modules": describe_modules(modules),
+        "modules": describe_modules(step.modules),
     }
-
-
-def _commit() -> str | None:
-    """Return the Git commit of the working directory, or None outside a repository."""
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, check=False)
-    except FileNotFoundError:
-        return None
-    return found.stdout.decode("ascii").strip() or None

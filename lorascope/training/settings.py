@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lorascope.methods.base import require_at_least, require_choice
+
 SCHEDULES = ("linear", "cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
@@ -38,24 +40,19 @@ class Settings:
     max_length: int = 128
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "eval_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        require_at_least(self, 1, "steps", "batch_size", "accumulate", "eval_size", "max_length")
         if self.test_size is not None and self.test_size < 1:
             raise ValueError(f"test_size must be >= 1 or None (the whole split), got {self.test_size}")
         for name in ("lr", "head_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")
-        for name in ("warmup", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        require_at_least(self, 0, "warmup", "weight_decay")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}")
         if self.clip is not None and self.clip <= 0:
             raise ValueError(f"clip must be > 0 or None (no clipping), got {self.clip}")
-        for name, choices in (("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            if (chosen := getattr(self, name)) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {chosen!r}")
+        require_choice(self, "schedule", SCHEDULES)
+        require_choice(self, "precision", PRECISIONS)
         if self.eval_every is not None and self.eval_every < 0:
             raise ValueError(f"eval_every must be >= 0 or None (a fifth of the run), got {self.eval_every}")
 

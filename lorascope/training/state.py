@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from lorascope.inputs.models import missing
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, from_config
 from lorascope.runs.run import Run
+from lorascope.training.base_weights import attach_method
 
 # Key of the method's state in a state file; the other keys are parameter names.
 _LEARNED = "method"
@@ -134,9 +135,26 @@ def _unpack(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     return tensors[tree["__tensor__"]].to(device)
 
 
+def trained_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer may change and that clipping covers."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def frozen_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters that do not require gradients."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def freeze(model: nn.Module, names: Collection[str]) -> None:
+    """Let all parameters require gradients, except for these names."""
+    frozen = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+
+
 def trained_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what training may have changed, by name: the optimizer's parameters, new weights and buffers."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = set(map(id, trained_parameters(optimizer)))
     new = missing(model)
     kept = {name: p for name, p in model.named_parameters() if id(p) in trained or name in new}
     kept |= {
@@ -170,9 +188,8 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def fingerprint(optimizer: torch.optim.Optimizer) -> str:
     """Return a hash of the first 8 entries of every trained parameter, which links a state to its weights."""
     digest = hashlib.sha256()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            digest.update(parameter.detach().reshape(-1)[:8].double().cpu().numpy().data)
+    for parameter in trained_parameters(optimizer):
+        digest.update(parameter.detach().reshape(-1)[:8].double().cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -249,7 +266,7 @@ def restore(model: nn.Module, run: Run, path: Path, method: Method | None = None
         raise ValueError(
             f"cannot restore run {printable(run.id)}: its fields do not fit its method: {printable(error)}"
         ) from error
-    method.attach(model)
+    attach_method(method, model)
     method.restore(stored.pop(_LEARNED))
     load_tensors(model, stored)
     model.eval()

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from lorascope.updates.linalg import as_float64
 from lorascope.updates.low_rank import LowRank
 
 
@@ -33,7 +34,9 @@ class Residual(LowRank, form="residual"):
         A0: Float[np.ndarray, "rank in"],
         scale: float = 1.0,
     ) -> None:
-        super().__init__(np.hstack([B, -B0]), np.vstack([A, A0]), scale)
+        # (B - B_0) A + B_0 (A - A_0) is exactly zero at the start; the difference of two products is a rounding error.
+        b, a, b0, a0 = map(as_float64, (B, A, B0, A0))
+        super().__init__(np.hstack([b - b0, b0]), np.vstack([a, a - a0]), scale)
         # Write to the instance dict, because the base class is a frozen dataclass.
         vars(self)["parts"] = {"A": A, "B": B, "A0": A0, "B0": B0}
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorascope.adapters.peft_layers import unwrap_peft_model
 from lorascope.files.printable import printable
-from lorascope.methods.base import Method, Step, task_head
+from lorascope.methods.base import Method, task_head
 from lorascope.observe import Observer, norms
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.schema import module_table
@@ -96,60 +96,60 @@ class TrainerRecorder(TrainerCallback):
         self.observers = (norms(),) if observe is None else tuple(observe)
         self._recording: Recording | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Open the run folder, and record the state before the first step."""
-        method_callback = self._method_callback = attached_callback(trainer["model"])
+        callback = self._method_callback = attached_callback(trainer["model"])
         optimizer = self._optimizer = unwrap_optimizer(trainer["optimizer"])
-        if method_callback is None:
+        if callback is None:
             reject_sharded(trainer["model"], trainer["optimizer"])
-            step, base = _observed_step(unwrap_peft_model(trainer["model"]), optimizer, state)
+            model = unwrap_peft_model(trainer["model"])
+            base = Base(model)
+            base.capture(optimizer)
+            step = step_of(model, optimizer, base, module_table.describe(model))
+            step.index, step.total = state.global_step - 1, state.max_steps
         else:
-            method_callback.on_train_begin(args, state, control, **trainer)
-            step, base = method_callback.step, method_callback.base
+            callback.on_train_begin(args, state, *_, **trainer)
+            step = callback.step
         before = read_checkpoint_file(args, state, FILE, optimizer) if state.global_step else None
         if not state.is_world_process_zero:
             return
         if self._recording is not None:
             self._recording.mark_interrupted()
-        _warn_unreadable(step.model)
+        if found := list(unreadable_adapters(step.model).items()):
+            module, kind = found[0]
+            more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+            warnings.warn(
+                f"cannot record the adapter of {printable(module)}, a {kind}{more}: the update is not a matrix",
+                stacklevel=2,
+            )
         id = before["id"] if before else secrets.token_hex(6)
-        meta = describe_run(args, state, trainer, step, method_callback, self.observers, id)
+        meta = describe_run(args, state, trainer, step, callback, self.observers, id)
         path = self.out or Path(str(args.output_dir)) / "lorascope"
-        method = None if method_callback is None else method_callback.method
-        self._recording = Recording(path, meta, step, base, method, self.observers, before)
+        method = None if callback is None else callback.method
+        self._recording = Recording(path, meta, step, method, self.observers, before)
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Record a step while its gradients still exist."""
         if self._method_callback is not None:
-            self._method_callback.on_optimizer_step(args, state, control, **trainer)
+            self._method_callback.on_optimizer_step(args, state, *_, **trainer)
         if (recording := self._recording) is None:
             return
         recording.step.index = state.global_step
         norm = None if self._method_callback is None else self._method_callback.norm
-        recording.record({"lr": self._optimizer.param_groups[0]["lr"], "grad_norm": norm})
+        recording.record(grad_norm=norm, lr=self._optimizer.param_groups[0]["lr"])
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Save the state of the last step, after callbacks that change it, such as one that calls PEFT's allocator."""
         if self._recording is not None and self._recording.step.last:
             self._recording.attempt(self._recording.save_final_state)
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **trainer: Any
-    ) -> None:
+    def on_log(self, args: TrainingArguments, *_: Any, logs: Any = None, **trainer: Any) -> None:
         """Record the loss, a mean since the last log, and the gradient norm unless the method has recorded one."""
         if self._recording is not None and "loss" in logs:
             own = [Record(name, float(logs[name])) for name in ("loss", "grad_norm") if name in logs]
             self._recording.add(own)
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **trainer: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, *_: Any, metrics: Any = None, **trainer: Any) -> None:
         """Record the loss, the metric of ``metric_for_best_model``, and the fraction of rows that are training rows."""
         if self._recording is None:
             return
@@ -157,12 +157,12 @@ class TrainerRecorder(TrainerCallback):
         if trained is not None and evaluated is not None:
             self._recording.writer.meta.eval_overlap = overlap(trained.dataset, evaluated.dataset)
         chosen = f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}"
-        kept = {"eval_loss": metrics.get("eval_loss")}
-        if chosen != "eval_loss":
-            kept["eval_metric"] = metrics.get(chosen)
-        self._recording.add(Record(name, float(value)) for name, value in kept.items() if value is not None)
+        kept = {"eval_loss": "eval_loss"} | ({} if chosen == "eval_loss" else {"eval_metric": chosen})
+        self._recording.add(
+            Record(name, float(metrics[key])) for name, key in kept.items() if metrics.get(key) is not None
+        )
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Write the recorder's state into the Trainer's checkpoint."""
         if (recording := self._recording) is not None:
             recording.attempt(lambda: write_checkpoint_file(args, state, FILE, self._optimizer, recording.state()))
@@ -174,31 +174,8 @@ class TrainerRecorder(TrainerCallback):
         if self._recording is not None and control.should_training_stop and not self._recording.step.last:
             self._recording.attempt(self._recording.save_final_state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **trainer: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **trainer: Any) -> None:
         """Close the run folder."""
         if self._recording is not None:
             self._recording.attempt(self._recording.finish)
             self._recording = None
-
-
-def _warn_unreadable(model: nn.Module) -> None:
-    """Warn of adapters that cannot be recorded; they must not stop training."""
-    found = list(unreadable_adapters(model).items())
-    if found:
-        module, kind = found[0]
-        more = f", and {len(found) - 1} more" if len(found) > 1 else ""
-        warnings.warn(
-            f"cannot record the adapter of {printable(module)}, a {kind}{more}: the update is not a matrix",
-            stacklevel=2,
-        )
-
-
-def _observed_step(model: nn.Module, optimizer: Any, state: TrainerState) -> tuple[Step, Base]:
-    """Return step and base weights for training without a method of lorascope; W_0 are the current weights."""
-    base = Base(model)
-    base.capture(optimizer)
-    step = step_of(model, optimizer, base, module_table.describe(model))
-    step.index, step.total = state.global_step - 1, state.max_steps
-    return step, base

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from lorascope.adapters.peft_layers import unwrapped_parameters
 from lorascope.files.typed_json import read_json
 from lorascope.methods.base import Method, Step
-from lorascope.observe import factors_of
 from lorascope.observe.base import Observer
-from lorascope.observe.trainable import adapters
 from lorascope.runs.folders import lock_run
-from lorascope.runs.manifest import Manifest, State
+from lorascope.runs.manifest import Manifest
 from lorascope.runs.run import Run
 from lorascope.runs.writer import RunWriter
-from lorascope.schema.records import Item, Record
-from lorascope.training.base_weights import Base
 from lorascope.training.checkpoints import pack_rows, unpack_rows
-from lorascope.training.session import merge_records
-from lorascope.training.state import load_tree, save_state, save_tree
+from lorascope.training.recorder import Recorder
+from lorascope.training.state import load_tree, save_tree
 
 FLUSH_SECONDS = 30.0
 # Folders into which this process records, with the finalizer of each recording.
 _OPEN: dict[Path, weakref.finalize] = {}
 
 
-class Recording:
-    """Record of one training in a run folder.
+class Recording(Recorder):
+    """Recorder of a Trainer, which writes during the training and never stops it.
 
-    Parameters
-    ----------
-    path : path
-        Run folder. Another run in it is moved aside; a finished run that resumes is copied aside.
-    meta : Manifest
-        Content of ``run.json``; ``started`` differs at each start.
-    step : Step
-        Current step, which the trainer updates.
-    base : Base
-        Base weights W_0.
-    method : Method or None
-        Method of lorascope, if one trains.
-    observers : sequence of Observer
-        Observers that record each step.
-    before : dict or None
-        Result of ``state()`` at the step from which training resumes; None at the start of a run.
+    Another run in the folder is moved aside; a finished run that resumes is copied aside. ``before`` is the result of
+    ``state`` at the step from which training resumes.
     """
 
     def __init__(
@@ -60,59 +40,48 @@ class Recording:
         path: Path,
         meta: Manifest,
         step: Step,
-        base: Base,
         method: Method | None,
         observers: Sequence[Observer],
         before: dict[str, Any] | None,
     ) -> None:
-        self.path, self.step, self.base, self.method = path, step, base, method
-        self.observers = [dataclasses.replace(observer) for observer in observers]
-        self._failing = self._final_state_saved = False
-        self._recorded: tuple[int, set[tuple[str, str]]] = (-1, set())
-        self._clock, self._seconds_before, self._flushed = time.monotonic(), 0.0, math.inf
         # The traceback of a failed training may still reference its recording, so end that one here.
         if (abandoned := _OPEN.pop(path.resolve(), None)) is not None:
             abandoned()
         create_folder(path, meta.id if before else None)
-        self.writer = RunWriter(path, meta)
+        super().__init__(path, meta, step, method, observers)
+        self._failing = self._final_state_saved = False
+        self._flushed = math.inf
+        self._base_file = path / "resume/base.safetensors"
         self._lock = ExitStack()
         self._lock.enter_context(lock_run(path))
         # Mark the run as broken when the recording is deleted or the process ends, without a reference to the model.
-        self._finalizer = weakref.finalize(self, mark_lost_run, self.writer, self._lock)
-        _OPEN[path.resolve()] = self._finalizer
+        self.mark_interrupted = _OPEN[path.resolve()] = weakref.finalize(self, mark_lost_run, self.writer, self._lock)
         if before is None:
             self.writer.begin(None)
-            self.record({})
+            self.record()
         else:
-            self._resume_recording(before)
+            self.resume(before["observers"], before["seconds"])
+            self.writer.begin(unpack_rows(before["table"]))
+            if self.base.kept:
+                if not self._base_file.exists():
+                    raise ValueError(
+                        f"cannot resume: W_0 is missing, {self._base_file}; pass the folder of the run as out"
+                    )
+                self.base.kept.update(load_tree(self._base_file))
         self._write_rows()
 
-    @property
-    def seconds(self) -> float:
-        """Wall-clock seconds of training, including before it was resumed."""
-        return self._seconds_before + time.monotonic() - self._clock
-
-    def record(self, own: dict[str, float | None]) -> None:
-        """Record the values of the trainer, the method and the observers in this step."""
-        items: list[Item] = [Record(name, value) for name, value in own.items() if value is not None]
-        items += [Record("seconds", self.seconds), *(self.method.records(self.step) if self.method else ())]
-        self.add(merge_records(self.step, items, self.observers))
+    def record(self, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None) -> None:
+        super().record(loss, grad_norm, lr)
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.attempt(self._write_rows)
-
-    def add(self, items: Iterable[Item]) -> None:
-        """Add the records of this step that it does not have yet."""
-        finished = self.step.finished
-        known = self._recorded[1] if self._recorded[0] == finished else set()
-        fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
-        self._recorded = (finished, known | {(i.quantity, i.module) for i in fresh if isinstance(i, Record)})
-        self.writer.collect(finished, fresh)
-        if not self._failing:  # after a failure wait for the next flush: each attempt can block for seconds
-            self.attempt(self.writer.write_arrays)
 
     def _write_rows(self) -> None:
         self._flushed = time.monotonic()
         self.writer.flush()
+
+    def _write_arrays(self) -> None:
+        if not self._failing:  # after a failure wait for the next flush: each attempt can block for seconds
+            self.attempt(self.writer.write_arrays)
 
     def attempt(self, write: Callable[[], object]) -> None:
         """Write, or warn once per outage: a recorder must not stop training."""
@@ -128,50 +97,15 @@ class Recording:
         """Return the state from which a checkpoint resumes the recording; save W_0 in the run folder first."""
         if self.base.kept and not self._base_file.exists():
             save_tree(self._base_file, self.base.kept)
-        return {
-            "id": self.writer.meta.id,
-            "observers": [observer.state() for observer in self.observers],
-            "table": pack_rows(self.writer.table()),
-            "seconds": self.seconds,
-        }
-
-    @property
-    def _base_file(self) -> Path:
-        return self.path / "resume/base.safetensors"
-
-    @property
-    def _state_file(self) -> Path:
-        return self.path / "state/last.safetensors"
-
-    def _resume_recording(self, before: dict[str, Any]) -> None:
-        for observer, state in zip(self.observers, before["observers"], strict=True):
-            observer.restore(state)
-        self._seconds_before = before["seconds"]
-        self.writer.begin(unpack_rows(before["table"]))
-        if self.base.kept:
-            if not self._base_file.exists():
-                raise ValueError(f"cannot resume: W_0 is missing, {self._base_file}; pass the folder of the run as out")
-            self.base.kept.update(load_tree(self._base_file))
+        return super().state() | {"id": self.writer.meta.id, "table": pack_rows(self.writer.table())}
 
     def save_final_state(self) -> None:
         """Save the current state as the final state of the training."""
         self._final_state_saved = True
         if not self.step.last:  # training stopped early, so this step was not recorded as the last
             self.step.total = self.step.finished
-            self.add(merge_records(self.step, (), self.observers))
-        self.add(factors_of(self.step.model))
-        if self.method is not None:
-            save_state(self._state_file, self.step.model, self.step.optimizer, self.method)
-        found = adapters(self.step.model)
-        if self.method is None and found:  # an export includes other parameters that PEFT trains, such as a head
-            live = unwrapped_parameters(self.step.model)
-            save_tree(self._state_file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
-        ranks = {name: adapter.rank for name, adapter in found.items()}
-        self.writer.meta.states = {"last": State(self.step.finished, ranks)}
-
-    def mark_interrupted(self) -> None:
-        """Close the folder of a training that does not continue, as broken."""
-        self._finalizer()
+            self.observe()
+        self.writer.meta.states = {"last": self.save_state(self.path / "state/last.safetensors")}
 
     def finish(self) -> Run:
         """Close the folder and return its run."""
@@ -180,9 +114,8 @@ class Recording:
         meta = self.writer.meta
         if not meta.states:  # too late to save it: the Trainer may have loaded another state
             meta.error = "the state after its last step could not be written"
-        meta.seconds = meta.total_seconds = self.seconds
-        run = self.writer.finish("done" if meta.states else "broken")
-        self._finalizer.detach()
+        run = self.close("done" if meta.states else "broken")
+        self.mark_interrupted.detach()
         self._lock.close()
         return run
 

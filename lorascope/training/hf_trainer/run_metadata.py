@@ -10,13 +10,13 @@ from typing import Any
 from torch.utils.data import Subset
 from transformers import TrainerState, TrainingArguments
 
-from lorascope.methods.base import Step, config, frozen_entries
+from lorascope.methods.base import Step, config
 from lorascope.observe.base import Observer
 from lorascope.observe.trainable import unreadable_adapters
 from lorascope.runs.manifest import Manifest
 from lorascope.training.hf_trainer.method_callback import MethodCallback
 from lorascope.training.run_spec import circumstances
-from lorascope.training.session import trained_parameters
+from lorascope.training.state import trained_parameters
 
 # Fields of a PEFT configuration that are not hyper-parameters.
 _NOT_HYPERPARAMETERS = {
@@ -38,27 +38,15 @@ def describe_run(
     observers: Sequence[Observer],
     id: str,
 ) -> Manifest:
-    """Return the content of ``run.json``.
-
-    Parameters
-    ----------
-    args, state, trainer
-        Arguments of a Trainer callback.
-    step : Step
-        Current step.
-    callback : MethodCallback or None
-        Callback of the method of lorascope, if one trains.
-    observers : sequence of Observer
-        Observers of the run.
-    id : str
-        Id of the run, which is random, because the data cannot be hashed.
-    """
+    """Return the content of ``run.json``; ``args``, ``state`` and ``trainer`` are those of a callback."""
+    method = None if callback is None else callback.method
     trained = trained_parameters(step.optimizer)
-    if callback is None:  # an optimizer from PEFT may also contain frozen parameters
+    if method is None:  # an optimizer from PEFT may also contain frozen parameters
         trained = [parameter for parameter in trained if parameter.requires_grad]
-    frozen = 0 if callback is None else frozen_entries(callback.method)
-    recipe, label = _trainer_entry(trainer["model"], step) if callback is None else _method_entry(callback)
+    recipe, label = (config(method), method.label()) if method else _trainer_entry(trainer["model"], step)
     data = trainer["train_dataloader"].dataset
+    kind = next((each.task_type for each in getattr(trainer["model"], "peft_config", {}).values()), None)
+    group = step.optimizer.param_groups[0]
     return Manifest(
         id=id,
         started=time.time_ns(),
@@ -66,16 +54,27 @@ def describe_run(
         recipe=recipe,
         label=label,
         phase=["", "train"],
-        task_type=_task_type(trainer["model"]),
+        task_type=None if kind is None else str(getattr(kind, "value", kind)),
         task_kind="image" if getattr(step.model, "main_input_name", None) == "pixel_values" else None,
         left_out=unreadable_adapters(step.model),
-        task=_dataset_name(data),
+        task=getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__,
         labels=_class_names(step),
         data_hash=getattr(data, "_fingerprint", None),
         w0_hash=None if callback is None else callback.w0_hash,
-        settings=_trainer_settings(args, state, step, callback) | {"observers": [o.config() for o in observers]},
+        settings={
+            "steps": state.max_steps,
+            "lr": float(group.get("initial_lr", group["lr"])),
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+            "warmup": float(args.get_warmup_steps(state.max_steps)),
+            "clip": (args.max_grad_norm or None) if callback is None else callback.settings.clip,
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+            "accumulate": args.gradient_accumulation_steps,
+            "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
+            "observers": [observer.config() for observer in observers],
+        },
         seed=args.seed,
-        **circumstances(step.model, trained, frozen, step.modules, str(args.device)),
+        **circumstances(step, method, trained, str(args.device)),
     )
 
 
@@ -101,27 +100,6 @@ def _dataset_rows(data: Any) -> tuple[Any, Sequence[int]]:
     return getattr(data, "_fingerprint", None) or id(data), range(len(data)) if hasattr(data, "__len__") else ()
 
 
-def _trainer_settings(
-    args: TrainingArguments, state: TrainerState, step: Step, callback: MethodCallback | None
-) -> dict[str, Any]:
-    group = step.optimizer.param_groups[0]
-    return {
-        "steps": state.max_steps,
-        "lr": float(group.get("initial_lr", group["lr"])),
-        "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        "warmup": float(args.get_warmup_steps(state.max_steps)),
-        "clip": (args.max_grad_norm or None) if callback is None else callback.settings.clip,
-        "weight_decay": float(group.get("weight_decay", 0.0)),
-        "accumulate": args.gradient_accumulation_steps,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32",
-    }
-
-
-def _method_entry(callback: MethodCallback) -> tuple[dict[str, Any], str]:
-    return config(callback.method), callback.method.label()
-
-
 def _trainer_entry(model: Any, step: Step) -> tuple[dict[str, Any], str]:
     """Return the configuration of a training without a method of lorascope, and its label."""
     rule = type(step.optimizer).__name__
@@ -141,12 +119,6 @@ def _trainer_entry(model: Any, step: Step) -> tuple[dict[str, Any], str]:
     return {"name": "peft", "kind": kind, "rule": rule} | changed, ", ".join([f"PEFT {kind}", *numbers])
 
 
-def _task_type(model: Any) -> str | None:
-    """Return the task type in the model's PEFT configuration, or None without one."""
-    found = next((each.task_type for each in getattr(model, "peft_config", {}).values()), None)
-    return None if found is None else str(getattr(found, "value", found))
-
-
 def _class_names(step: Step) -> list[str] | None:
     """Return the class names, or None if the head does not predict classes."""
     settings = getattr(step.model, "config", None)
@@ -155,8 +127,3 @@ def _class_names(step: Step) -> list[str] | None:
     if not heads or heads[-1] != len(classes) or heads[-1] == getattr(settings, "vocab_size", None):
         return None
     return [str(classes[number]) for number in sorted(classes)]
-
-
-def _dataset_name(data: Any) -> str:
-    """Return the name of a dataset, or the name of its class if it has none."""
-    return getattr(getattr(data, "info", None), "dataset_name", None) or type(data).__name__

@@ -1,0 +1,103 @@
+"""Recorder of one training: rows, arrays and states of its run folder, and the time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorascope.adapters.peft_layers import unwrapped_parameters
+from lorascope.methods.base import Method, Step
+from lorascope.observe import factors_of
+from lorascope.observe.base import Observer
+from lorascope.observe.trainable import adapters
+from lorascope.runs.manifest import Manifest, State
+from lorascope.runs.run import Run
+from lorascope.runs.writer import RunWriter
+from lorascope.schema.records import Item, Record
+from lorascope.training.base_weights import Base
+from lorascope.training.state import save_state, save_tree
+
+
+class Recorder:
+    """Recorder of one training in a run folder, by ``train`` or by a Trainer.
+
+    The training updates ``step``; ``meta`` is the content of ``run.json``. The observers are copied, because they have
+    a state.
+    """
+
+    def __init__(
+        self, path: Path, meta: Manifest, step: Step, method: Method | None, observers: Sequence[Observer]
+    ) -> None:
+        assert isinstance(step.base, Base)
+        self.path, self.step, self.base, self.method = path, step, step.base, method
+        self.observers = [dataclasses.replace(observer) for observer in observers]
+        self.writer = RunWriter(path, meta)
+        self._recorded: tuple[int, set[tuple[str, str]]] = (-1, set())
+        self._clock, self._seconds_before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of training, including before it was resumed."""
+        return self._seconds_before + time.monotonic() - self._clock
+
+    def record(self, loss: float | None = None, grad_norm: float | None = None, lr: float | None = None) -> None:
+        """Record the values of the training, the method and the observers in this step."""
+        own = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "seconds": self.seconds}
+        records = [Record(name, value) for name, value in own.items() if value is not None]
+        self._collect([*records, *(self.method.records(self.step) if self.method else ())])
+        self.observe()
+
+    def observe(self) -> None:
+        """Record the values of the observers in this step."""
+        self.add([item for observer in self.observers for item in observer(self.step)])
+
+    def add(self, items: Iterable[Item]) -> None:
+        """Record further items in this step."""
+        self._collect(items)
+        self._write_arrays()
+
+    def _collect(self, items: Iterable[Item]) -> None:
+        """Take all items but the values that an earlier call has, such as a rank of the method and of an observer."""
+        finished = self.step.finished
+        known = self._recorded[1] if self._recorded[0] == finished else set()
+        fresh = [i for i in items if not isinstance(i, Record) or (i.quantity, i.module) not in known]
+        self._recorded = (finished, known | {(i.quantity, i.module) for i in fresh if isinstance(i, Record)})
+        self.writer.collect(finished, fresh)
+
+    def _write_arrays(self) -> None:
+        self.writer.write_arrays()
+
+    def state(self) -> dict[str, Any]:
+        """Return the state from which a checkpoint resumes the recording, except for the rows."""
+        return {"observers": [observer.state() for observer in self.observers], "seconds": self.seconds}
+
+    def resume(self, observers: Sequence[dict[str, Any]], seconds: float) -> None:
+        """Restore the result of ``state``."""
+        for observer, state in zip(self.observers, observers, strict=True):
+            observer.restore(state)
+        self._seconds_before = seconds
+
+    def save_state(self, file: Path) -> State:
+        """Write what training changed, record the factors, and return the entry of the state for ``run.json``."""
+        model = self.step.model
+        self.add(factors_of(model))
+        if self.method is not None:
+            save_state(file, model, self.step.optimizer, self.method)
+        elif adapters(model):  # an export includes other parameters that PEFT trains, such as a head
+            live = unwrapped_parameters(model)
+            save_tree(file, {name: live[name] for name in self.base.kept if live[name].requires_grad})
+        return self.state_entry()
+
+    def state_entry(self) -> State:
+        """Return the entry of the current state for ``run.json``."""
+        return State(self.step.finished, {name: each.rank for name, each in adapters(self.step.model).items()})
+
+    def close(self, status: str) -> Run:
+        """Write the rows, and ``run.json`` with the time, and return the run."""
+        meta = self.writer.meta
+        meta.seconds = self.seconds
+        meta.total_seconds += meta.seconds
+        return self.writer.finish(status)

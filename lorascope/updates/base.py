@@ -124,6 +124,9 @@ class Update(ABC):
         pieces = zip(*(X.reshape(-1).split(_PIECE) for X in (W, beside(W, self.dense()))), strict=True)
         return math.fsum(float((at_least_float32(w) * at_least_float32(dw)).sum()) for w, dw in pieces)
 
+    def _stored_matrix(self) -> Any:
+        return self.dense()
+
     def weight_norm(self, W0: Float[np.ndarray, "out in"]) -> float:
         """Compute ``|W_0 + dW|_F``."""
         return float(np.sqrt(sum(np.vdot(tile, tile) for tile in tiles(self.dense() + W0))))

@@ -38,6 +38,9 @@ class Dense(Update, form="dense"):
         """Return the matrix in float64."""
         return as_float64(self.matrix)
 
+    def _stored_matrix(self) -> Float[np.ndarray, "out in"]:
+        return self.matrix
+
     def to_factors(self) -> dict[str, Any]:
         """Return the matrix."""
         return {"matrix": self.matrix}

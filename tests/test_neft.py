@@ -406,8 +406,8 @@ def test_parameter_share_counts_parameters_not_neurons(bert, task, tmp_path):
     model, _, run = train(bert, task, NeFT(parameter_share=0.04, select_by="random"), tmp_path / "run")
     total = sum(parameter.numel() for parameter in model.parameters())
     counted = run.meta.parameters
-    assert counted["trained"] - counted["head"] == 32 * round(0.04 * total / 32)
-    assert counted["total"] == total
+    assert counted.trained - counted.head == 32 * round(0.04 * total / 32)
+    assert counted.total == total
 
 
 @pytest.mark.parametrize(("share", "line"), [

@@ -67,7 +67,7 @@ _NEGATIVE = "fraction of negative entries of Q U^T, before they are set to zero"
 _RMS = "root mean square of G / (sqrt(V) + eps), before clipping"
 _COSINE = "cosine of the clipped direction and the first moment of this step"
 _SOURCE = "Adapprox, algorithm 2"
-for _name, _label, _unit, _pool, _definition, _source in (
+_QUANTITIES: Any = (
     ("factor_rank", "rank of the second moment", "", "sum", "number of columns of Q and U", _SOURCE),
     ("factor_error", "‖V − QUᵀ‖ / ‖V‖", "", "mean", "relative error of this step's V, at a rank selection", _SOURCE),
     ("factor_trials", "factorizations", "", "sum", "number in one rank selection", _SOURCE),
@@ -79,8 +79,9 @@ for _name, _label, _unit, _pool, _definition, _source in (
     ("negative_mass", "negative mass", "", "mean", "fraction of the sum of |Q U^T| in negative entries", ""),
     ("direction_rms", "RMS of the direction", "", "mean", _RMS, ""),
     ("direction_cosine", "cos(D, M)", "", "mean", _COSINE, ""),
-):
-    register(_name, Quantity(_label, _unit, "none", _pool, _definition, _source))
+)
+for _name, _label, _unit, *_row in _QUANTITIES:
+    register(_name, Quantity(_label, _unit, "none", *_row))
 
 
 __all__ = ["Adapprox", "AdapproxOptimizer"]

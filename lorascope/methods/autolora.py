@@ -267,7 +267,7 @@ def hypergradient(
     return Hypergradient({name: both[name] for name in b}, {name: -mixed[name] for name in b}, _norm(v))
 
 
-def _mixed_difference(loss: Loss, center: Tensors, direction: Tensors, logits: Tensors) -> Tensors:
+def _mixed_difference(loss: Loss, center: Tensors, direction: Tensors, logits: Tensors) -> dict[str, Tensor]:
     """Compute [d2 L / dlogits dw] direction by a central difference of dL/dlogits, ``RADIUS`` away from the center."""
     norm = _norm(direction)
     if norm == 0:

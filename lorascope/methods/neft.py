@@ -56,7 +56,7 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -78,16 +78,18 @@ from lorascope.schema import module_table
 from lorascope.schema.deprecation import accept_old_fields, formerly
 from lorascope.schema.records import Quantity, Record, register
 
-_CHANGE = "largest change of a masked weight"
+_SOURCE = "NeFT, eq. 1"
 _NORM = "norm of all trained gradients before the mask"
-for _name, _label, _index, _pool, _definition in (
-    ("selected", "selected neurons", "neuron", "sum", "1 for each neuron that trains"),
-    ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0"),
-    ("selection_cosine", "1 − cos after tuning", "neuron", "mean", "cosine distance by which neurons were selected"),
-    ("leak", "change of frozen weights", "none", "mean", _CHANGE),
-    ("unmasked_norm", "gradient norm before the mask", "none", "norm", _NORM),
-):
-    register(_name, Quantity(_label, "", _index, _pool, _definition, "NeFT, eq. 1"))
+_AFTER = "cosine distance by which neurons were selected"
+_QUANTITIES: Any = (
+    ("selected", "selected neurons", "neuron", "sum", "1 for each neuron that trains", _SOURCE),
+    ("neuron_cosine", "1 − cos", "neuron", "mean", "cosine distance of a neuron's weights from those in W_0", _SOURCE),
+    ("selection_cosine", "1 − cos after tuning", "neuron", "mean", _AFTER, _SOURCE),
+    ("leak", "change of frozen weights", "none", "mean", "largest change of a masked weight", _SOURCE),
+    ("unmasked_norm", "gradient norm before the mask", "none", "norm", _NORM, _SOURCE),
+)
+for _name, _label, *_row in _QUANTITIES:
+    register(_name, Quantity(_label, "", *_row))
 
 
 @accept_old_fields
@@ -156,9 +158,7 @@ class NeFT(Method, name="neft"):
     def prepare(self) -> None:
         """Load ``reference`` if it is a folder."""
         if isinstance(self.reference, str | Path):
-            reference = loading.load(self.reference)
-            self.strategy.check(reference)
-            self.reference = reference  # type: ignore[assignment]
+            self.reference = self.strategy.check(loading.load(self.reference))
 
     def phases(self, base: Mapping[str, Tensor]) -> Generator[Phase, Run, None]:
         """Yield full fine-tuning or linear probing, if the selection needs it, then training of the neurons."""
@@ -182,7 +182,7 @@ class NeFT(Method, name="neft"):
         """Select the neurons; leave their projections and the task's head trainable."""
         self.prepare()
         self._parts = neurons.parts(module_table.describe(model), self.targets)
-        run = self.reference if isinstance(self.reference, Result) else None
+        run = self.reference if isinstance(self.reference, Run) else None
         if run and weights_hash(model) != run.meta.w0_hash:
             raise ValueError(f"reference must start from the weights of this model, got run {run.id} of another one")
         self._scores = self.strategy.score(model, self._parts, run)
@@ -245,7 +245,7 @@ class NeFT(Method, name="neft"):
         if step.finished == 0:
             for module, chosen in self.neurons_.items():
                 yield Record("selected", np.ones(len(chosen)), module, np.array(chosen))
-            if self._scores is not None and isinstance(self.reference, Result):
+            if self._scores is not None and isinstance(self.reference, Run):
                 tables.append((self.strategy.quantity, self._scores, self.strategy.column))
         else:
             yield Record("unmasked_norm", float(self._unmasked))
@@ -253,8 +253,8 @@ class NeFT(Method, name="neft"):
             moved = distances(step.model, self._parts, step.base, dict(step.model.named_parameters()))
             tables.append(("neuron_cosine", moved, "cosine_distance"))
         for quantity, scored, column in tables:
-            for module, rows in scored.groupby("module", sort=False):
-                yield Record(quantity, rows[column].to_numpy(), str(module), rows["neuron"].to_numpy())
+            for name, rows in scored.groupby("module", sort=False):
+                yield Record(quantity, rows[column].to_numpy(), str(name), rows["neuron"].to_numpy())
         if step.last:
             for module, mask in self._masks.items():
                 change = (mask.weight.detach() - step.base[f"{module}.weight"]).abs()
@@ -273,11 +273,11 @@ class Changed:
         full = Full(lr=method.lr if method.tune_lr is None else method.tune_lr, head_lr=method.head_lr)
         return Phase(full, "tune", steps=method.tune_steps, lr=method.tune_lr)
 
-    def check(self, reference: Result) -> None:
-        """Raise a ValueError for an adapter, a run of the wrong kind, or a run that trained only a few neurons."""
+    def check(self, reference: Result) -> Run:
+        """Return the reference; raise a ValueError if it is an adapter, of the wrong kind, or trained a few neurons."""
         name, probes = reference.meta.method["name"], self.kind is Probing
-        if reference.meta.w0_hash is None:
-            kind = "a run of a Trainer" if reference.meta.source is None else "an external adapter"
+        if not isinstance(reference, Run) or reference.meta.w0_hash is None:
+            kind = "a run of a Trainer" if isinstance(reference, Run) else "an external adapter"
             reason = f"it is {kind}, whose initial weights are unknown. Use a run of ls.train"
         elif name == NeFT.name:
             paths = [run.path for run in reference.parents if run.meta.method["name"] == self.kind.name and run.path]
@@ -285,21 +285,21 @@ class Changed:
             usable = f"the phase before it, {paths[0].resolve()}" if paths else usable
             reason = f"it trained only {len(selected_neurons.list_selected(reference)):,} neurons. Use {usable}"
         elif probes == (name == Probing.name):
-            return
+            return reference
         elif probes:
             reason = "it is not a run of linear probing. Use one, or None"
         else:
             reason = "it is a run of linear probing. Use a run of full fine-tuning"
         raise ValueError(f"cannot select neurons by {self.name!r} from {reference.id} ({reference.label}): {reason}")
 
-    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Result | None) -> pd.DataFrame | None:
+    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Run | None) -> pd.DataFrame | None:
         """Score every neuron by equation 1 from W_0, the weights of the model, to the reference; None without one.
 
         The table has the columns ``neurons.COLUMNS``.
         """
         if reference is None:
             return None
-        after = cast(Run, reference).tensors()
+        after = reference.tensors()
         if absent := [part.module for part in parts if f"{part.module}.weight" not in after]:
             reason = f"run {reference.id} ({reference.label}) did not train it"
             raise ValueError(f"cannot score the neurons of {absent[0]}: {reason}. Use a run of full fine-tuning")
@@ -329,7 +329,7 @@ class Random(Changed):
     def phase(self, method: NeFT) -> None:
         return None
 
-    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Result | None) -> pd.DataFrame:
+    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Run | None) -> pd.DataFrame:
         found = super().score(model, parts, reference)
         return neurons.unscored_neurons(parts) if found is None else found
 
@@ -345,8 +345,8 @@ class Probed(Changed):
     def phase(self, method: NeFT) -> Phase:
         return Phase(Probing(targets=method.targets, head_lr=method.head_lr), "probe", steps=method.tune_steps)
 
-    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Result | None) -> pd.DataFrame | None:
-        return None if reference is None else probe_scores(cast(Run, reference), parts)
+    def score(self, model: nn.Module, parts: Sequence[neurons.Part], reference: Run | None) -> pd.DataFrame | None:
+        return None if reference is None else probe_scores(reference, parts)
 
 
 STRATEGIES: dict[str, type[Changed]] = {rule.name: rule for rule in (Changed, Reversed, Random, Probed)}

@@ -513,7 +513,7 @@ def test_table_contains_ranks_errors_and_bytes(run):
     ranks = table[table["quantity"] == "factor_rank"]["value"]
     held, shares = (table[table["quantity"] == f"factor_{name}"]["value"] for name in ("bytes", "share"))
     assert sorted(set(ranks.index.get_level_values("step"))) == [1, 3, 5]
-    shapes = {row["module"]: (row["out_features"], row["in_features"]) for row in run.meta.modules}
+    shapes = {row.module: (row.out_features, row.in_features) for row in run.meta.modules}
     modules = set(ranks.index.get_level_values("module"))
     assert "encoder.layer.0.attention.self.query" in {name.removeprefix("bert.") for name in modules}
     for key, rank in ranks.items():

@@ -120,7 +120,7 @@ class Method:
         yield Phase(self)
 
     def trainer_problem(self) -> str:
-        """Return why a Trainer cannot train this method although it has one phase and no search split, else ""."""
+        """Return why a Trainer cannot train this method, with a fix, apart from several phases and a search split."""
         return ""
 
     def describe(self) -> dict[str, Any]:

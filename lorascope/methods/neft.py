@@ -171,7 +171,8 @@ class NeFT(Method, name="neft"):
 
     def trainer_problem(self) -> str:
         """Return that neurons must be given: selecting them takes another phase, or the run's seed."""
-        return "neurons of NeFT must be set under a Trainer, got None: pass neurons=" if self.neurons is None else ""
+        name = type(self).__name__
+        return f"neurons of {name} must be set under a Trainer, got None: pass neurons=" if self.neurons is None else ""
 
     def describe(self) -> dict[str, Any]:
         """Return the common facts, the candidate roles, and the quantity by which neurons were selected."""

@@ -121,7 +121,7 @@ class Update(ABC):
         """Compute <W, dW> for a weight (out, in); on the device of W, if it is a tensor."""
         if isinstance(W, np.ndarray):
             return float(np.vdot(as_float64(W), self.dense()))
-        pieces = zip(*(X.reshape(-1).split(_PIECE) for X in (W, beside(W, self.dense()))), strict=True)
+        pieces = zip(*(X.reshape(-1).split(_PIECE) for X in (W, beside(W, self._stored_matrix()))), strict=True)
         return math.fsum(float((at_least_float32(w) * at_least_float32(dw)).sum()) for w, dw in pieces)
 
     def _stored_matrix(self) -> Any:

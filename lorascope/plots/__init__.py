@@ -4,85 +4,50 @@ Pass a Run, a list of runs (runs of one recipe count as its seeds) or a dict lab
 figures with how to read them; ``available(run)`` lists those that a run has the records for.
 """
 
-from typing import TYPE_CHECKING
+# ruff: noqa: F403, F405
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Any
 
-from lorascope.plots.accuracy_and_size import accuracy_by_parameters
-from lorascope.plots.adapter_similarity import adapter_pairs
-from lorascope.plots.component_ablations import ablations, basis_ablation, bias_curve, number_of_experts
-from lorascope.plots.factor_embeddings import factor_embedding
-from lorascope.plots.fourier import fourier_spectrum, frequency_bias, update_image
-from lorascope.plots.head_count import head_choice
-from lorascope.plots.importance_scores import importance
-from lorascope.plots.learning_curves import guidance, learning_rates, training_curves
-from lorascope.plots.lisa_schedule import active_layers, draw_frequency, draw_grid
-from lorascope.plots.method_atlas import atlas
-from lorascope.plots.norms import mean_norm, norm_over_steps, update_norm, update_norm_heat
-from lorascope.plots.optimizer_moments import (
-    factor_error,
-    factor_rank,
-    factorization_methods,
-    moment_error,
-    second_moments,
-)
-from lorascope.plots.planted_ranks import planted
-from lorascope.plots.rank_allocations import adapted_types, rank_allocation, rank_replay
-from lorascope.plots.registry import FIGURES, OLD_FIGURES, Figure, available
-from lorascope.plots.routing import gate_course, gates
-from lorascope.plots.score_agreement import against_truth, agreement
-from lorascope.plots.selected_neurons import neuron_cosine, neuron_overlap, neurons, rank_shift
-from lorascope.plots.step_cost import memory, step_seconds
-from lorascope.plots.subspaces import spectrum, subspace_similarity
+from lorascope.plots.registry import DRAWN, load_plugins
+from lorascope.plots.registry import FIGURES as FIGURES
+from lorascope.plots.registry import OLD_FIGURES as OLD_FIGURES
+from lorascope.plots.registry import Figure as Figure
+from lorascope.plots.registry import available as available
 from lorascope.schema.deprecation import old_names
 
-__all__ = [
-    "FIGURES",
-    "Figure",
-    "ablations",
-    "accuracy_by_parameters",
-    "active_layers",
-    "adapted_types",
-    "adapter_pairs",
-    "against_truth",
-    "agreement",
-    "atlas",
-    "available",
-    "basis_ablation",
-    "bias_curve",
-    "draw_frequency",
-    "draw_grid",
-    "factor_embedding",
-    "factor_error",
-    "factor_rank",
-    "factorization_methods",
-    "fourier_spectrum",
-    "frequency_bias",
-    "gate_course",
-    "gates",
-    "guidance",
-    "head_choice",
-    "importance",
-    "learning_rates",
-    "mean_norm",
-    "memory",
-    "moment_error",
-    "neuron_cosine",
-    "neuron_overlap",
-    "neurons",
-    "norm_over_steps",
-    "number_of_experts",
-    "planted",
-    "rank_allocation",
-    "rank_replay",
-    "rank_shift",
-    "second_moments",
-    "spectrum",
-    "step_seconds",
-    "subspace_similarity",
-    "training_curves",
-    "update_image",
-    "update_norm",
-    "update_norm_heat",
-]
+if TYPE_CHECKING:  # for type checkers and editors, which do not run the search below
+    from lorascope.plots.accuracy_and_size import *
+    from lorascope.plots.adapter_similarity import *
+    from lorascope.plots.component_ablations import *
+    from lorascope.plots.factor_embeddings import *
+    from lorascope.plots.fourier import *
+    from lorascope.plots.head_count import *
+    from lorascope.plots.importance_scores import *
+    from lorascope.plots.learning_curves import *
+    from lorascope.plots.lisa_schedule import *
+    from lorascope.plots.method_atlas import *
+    from lorascope.plots.norms import *
+    from lorascope.plots.optimizer_moments import *
+    from lorascope.plots.planted_ranks import *
+    from lorascope.plots.rank_allocations import *
+    from lorascope.plots.routing import *
+    from lorascope.plots.score_agreement import *
+    from lorascope.plots.selected_neurons import *
+    from lorascope.plots.step_cost import *
+    from lorascope.plots.subspaces import *
+else:
+    for _module in pkgutil.iter_modules(__path__):
+        if _module.name != "explore":  # the widget draws no figure, and imports Jupyter
+            importlib.import_module(f"{__name__}.{_module.name}")
+    load_plugins()
+    __all__ = sorted(["FIGURES", "Figure", "available", *DRAWN])
+    globals().update(DRAWN)
+    _find_old = old_names(__name__, OLD_FIGURES)
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, OLD_FIGURES)
+    def __getattr__(name: str) -> Any:
+        """Find figures that were registered after this import, and renamed ones."""
+        return DRAWN[name] if name in DRAWN else _find_old(name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *DRAWN})

@@ -10,8 +10,9 @@ import pandas as pd
 from lorascope.analysis import fourier
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Line, Point, Text
+from lorascope.plots.builders import ends
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Group, Runs, ends, gather
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group
 from lorascope.plots.setting_names import present_label
 
 _SIZES = ("rank", "init_rank", "target_rank", "coefficients")
@@ -21,18 +22,15 @@ _OFFSET = 0.03  # distance between a point and its label, as a fraction of the r
 @figure(
     topic="updates",
     needs=("test_metric",),
+    same=("task",),
+    takes="Runs on one task, of any methods and sizes.",
     reads="Each point is one recipe, labeled with its rank or coefficients; lines join the sizes of one method. A "
     "method is more parameter-efficient where its line is better at the same x and the intervals do not overlap.",
     misleads="If all sizes share one learning rate, a line that gets worse to the right may need a lower rate: tune it "
     "per size. The count includes the classifier head, which dominates it at few coefficients.",
 )
-def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
+def accuracy_by_parameters(cohort: Cohort) -> Chart:
     """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs on one task, of any methods and sizes.
 
     Raises
     ------
@@ -48,12 +46,8 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
     ... }
     >>> ls.plots.accuracy_by_parameters(runs)
     """
-    cohort = gather("accuracy_by_parameters", runs, control)
-    cohort.require("test_metric")
-    cohort.require_same("task")
-    rows = cohort.scores()
     sizes = pd.DataFrame([_recipe_size(group) for group in cohort.groups])
-    cells = band(rows, ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
+    cells = band(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_label_offsets(cells))
     low, high = ends(cells)
     return Chart(
@@ -71,7 +65,6 @@ def accuracy_by_parameters(runs: Runs, control: Runs | None = None) -> Chart:
             interval=f"bars: {INTERVAL}",
         ),
         colors=dict.fromkeys(sizes["family"]),
-        meta=cohort.meta,
     )
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 
 from lorascope.analysis import adapter_similarity as pairs
-from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side, stack_vertically
+from lorascope.charts.chart import Heat, Panels, set_side_by_side, stack_vertically
+from lorascope.plots.builders import pair_heat
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, Runs, gather
-from lorascope.runs.result import Result
+from lorascope.plots.run_groups import Cohort
 
 
 @figure(
@@ -21,14 +20,14 @@ from lorascope.runs.result import Result
     "brackets show shared directions.",
     misleads="Cosines near zero are normal even between seeds, and runs of one seed share the initial A, which lowers "
     "their angles: compare different seeds. Norm ratios mostly reflect learning rates and numbers of steps.",
+    takes="At least two runs on one model, of any methods and ranks.",
+    check=False,
 )
-def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False) -> Panels:
+def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
     """Plot norm ratio, cosine, angle and difference in rank allocation for every pair of adapters or runs.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        At least two runs on one model, of any methods and ranks.
     spectra : bool
         Decompose dense updates of any size; by default only those whose smaller side is at most 1024.
 
@@ -41,10 +40,13 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
     --------
     >>> ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})
     """
-    cohort = gather("adapter_pairs", runs, control)
     cohort.require_runs(2)
     cohort.require("update_norm")
-    labelled = _label_runs(cohort)
+    labelled = {
+        group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta['seed']}": run
+        for group in cohort.groups
+        for run in group.runs
+    }
     table = pairs.matrix(labelled, pairs.modules(labelled, spectra))
     caption = cohort.caption(
         "Norms and cosines cover all modules; a module without an adapter counts as zero. Angles: principal angles "
@@ -52,42 +54,23 @@ def adapter_pairs(runs: Runs, control: Runs | None = None, spectra: bool = False
         "inputs and shared modules; in brackets, the same for random directions. Rank in different modules: fraction "
         "of the rank that would have to move to make the allocations equal.",
     )
-    charts = [
-        Chart(
-            cells,
-            [mark],
-            title=title,
-            x=Axis(order=list(labelled)),
-            y=Axis(order=list(labelled)),
-            caption=caption,
-            meta=cohort.meta,
-        )
-        for title, cells, mark in _panels(table)
-    ]
-    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))
-
-
-def _panels(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame, Heat]]:
-    """Return title, cells and mark of each panel."""
-    place = ("other", "one")
     with np.errstate(divide="ignore"):
         ratios = table.assign(log_ratio=np.log2(table["norm_ratio"]), words=table["norm_ratio"].map("{:.2g}×".format))
+    ratios = ratios.replace({"log_ratio": {-np.inf: np.nan}})
     chance = table["chance"].map(" ({:.0f}°)".format).where(table["chance"].notna(), "")
     angles = table.assign(words=table["angle"].map("{:.0f}°".format) + chance)
-    ratio = Heat(*place, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
-    cosine = Heat(*place, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
-    return [
-        ("‖ΔW‖, row / column", ratios.replace({"log_ratio": {-np.inf: np.nan}}), ratio),
-        ("Cosine of ΔW", table, cosine),
-        ("Mean principal angle", angles, Heat(*place, "angle", "degrees", ".0f", limits=(0, 90), words="words")),
-        ("Rank in different modules", table, Heat(*place, "rank_moved", "fraction", ".2f", limits=(0, 1))),
+    at = ("other", "one")
+    ratio = Heat(*at, "log_ratio", "log₂ ratio", ".1f", scale="diverging", words="words")
+    cosine = Heat(*at, "cosine", "cosine", ".2f", scale="diverging", limits=(-1, 1))
+    angle = Heat(*at, "angle", "degrees", ".0f", limits=(0, 90), words="words")
+    moved = Heat(*at, "rank_moved", "fraction", ".2f", limits=(0, 1))
+    charts = [
+        pair_heat(cells, mark, list(labelled), title=title, caption=caption)
+        for title, cells, mark in (
+            ("‖ΔW‖, row / column", ratios, ratio),
+            ("Cosine of ΔW", table, cosine),
+            ("Mean principal angle", angles, angle),
+            ("Rank in different modules", table, moved),
+        )
     ]
-
-
-def _label_runs(cohort: Cohort) -> dict[str, Result]:
-    """Return the runs by unique label; runs of one recipe are labeled with their seed."""
-    return {
-        group.label if len(group.runs) == 1 else f"{group.label}, seed {run.meta.seed}": run
-        for group in cohort.groups
-        for run in group.runs
-    }
+    return stack_vertically(set_side_by_side(*charts[:2]), set_side_by_side(*charts[2:]))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
 
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.charts.chart import Axis, Band, Chart, Line, Point, Text
-from lorascope.plots.registry import BASIS, FREQUENCIES, HEADS, figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, ends, gather
+from lorascope.plots.builders import ends, metric_bars
+from lorascope.plots.registry import figure
+from lorascope.plots.requirements import BASIS, FREQUENCIES, HEADS
+from lorascope.plots.run_groups import INTERVAL, Cohort
 
 _UNIFORM = "uniform draw"
 _BASES = {"fourier": "Fourier", "random": "random", "orthogonal": "orthogonal"}
@@ -24,18 +26,15 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
     topic="updates",
     needs=(FREQUENCIES, "test_metric"),
     runs=2,
+    vary=("center", "width"),
+    takes="Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.",
     reads="Each point is the test metric when entries are drawn around that distance from frequency zero; the "
     "horizontal line is the uniform draw. A band helps where its seed-paired difference in the caption excludes zero.",
     misleads="The best of several bands beats the line by chance: choose the band on some seeds and evaluate it on "
     "others. A high frequency is not a fine detail, because rows and columns of a weight have no order.",
 )
-def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
+def bias_curve(cohort: Cohort) -> Chart:
     """Plot test metric against the center of the frequency band (FourierFT, Fig. 5).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of FourierFT that differ only in their band; runs without a band form the horizontal line.
 
     Raises
     ------
@@ -46,35 +45,28 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     --------
     >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
     """
-    cohort = gather("bias_curve", runs, control)
-    cohort.require(FREQUENCIES, "test_metric")
-    cohort.require_differ_only_in("center", "width")
-    drawn = pd.DataFrame([_band_label(group) for group in cohort.groups])
-    if drawn["center"].isna().all():
+    recipes = {group.label: group.runs[0].meta["recipe"] for group in cohort.groups}
+    centers = {label: recipe.get("center") for label, recipe in recipes.items()}
+    uniform = [label for label, center in centers.items() if center is None]
+    if len(uniform) == len(centers):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
+    widths = {label: math.nan if label in uniform else recipe["width"] for label, recipe in recipes.items()}
+    series = {label: _UNIFORM if label in uniform else f"width {width:g}" for label, width in widths.items()}
     rows = cohort.scores()
-    cells = band(rows.merge(drawn, on="recipe"), ["series", "width", "center"]).sort_values(["width", "center"])
+    found = {"series": series, "width": widths, "center": centers}
+    rows = rows.assign(**{name: rows["recipe"].map(column) for name, column in found.items()})
+    cells = band(rows.astype({"center": float}), [*found]).sort_values(["width", "center"])
     curves = cells.dropna(subset="center")
     highest = max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
-    level = pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest))
-    low, high = ends(cells)
-    return Chart(
-        pd.concat([curves, level]),
-        [
-            *([Band("center", "low", "high", "series", data=level)] if low and len(level) else []),
-            Line("center", "value", "series"),
-            Point("center", "value", "series", low=low, high=high, data=curves),
-        ],
-        title="Test metric by frequency band",
-        x=Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
-        y=Axis(label=cohort.metric),
-        caption=cohort.caption(
-            "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
-            *_differences(cohort, rows, drawn["recipe"][drawn["center"].isna()].tolist()),
-            interval=f"bars and band: {INTERVAL}",
-        ),
+    return _curve_and_level(
+        cohort,
+        curves,
+        pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest)),
+        Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
+        "Test metric by frequency band",
+        "Entries are drawn around one distance from frequency zero (Eq. 5); the axis ends at the highest.",
+        *_differences(cohort, rows, uniform),
         colors=[*dict.fromkeys(curves["series"]), _UNIFORM],
-        meta=cohort.meta,
     )
 
 
@@ -82,18 +74,15 @@ def bias_curve(runs: Runs, control: Runs | None = None) -> Chart:
     topic="updates",
     needs=(BASIS, "test_metric"),
     runs=2,
+    vary=("basis",),
+    takes="Runs of FourierFT that differ only in their basis; the others are compared with the first.",
     reads="Each dot with a bar is the mean test metric on one basis, surrounded by its seeds; all bases have the same "
     "number of coefficients. The basis matters where the seed-paired difference in the caption excludes zero.",
     misleads="All bases share the learning rate and alpha, which may suit some better: tune them per basis. Equal "
     "results mean that the number of coefficients matters, not that any basis would work.",
 )
-def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
+def basis_ablation(cohort: Cohort) -> Chart:
     """Plot test metric by the basis of the coefficients (FourierFT, Table 6).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of FourierFT that differ only in their basis; the others are compared with the first.
 
     Raises
     ------
@@ -104,14 +93,13 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     --------
     >>> ls.plots.basis_ablation({"Fourier": fourierft, **bases})
     """
-    cohort = gather("basis_ablation", runs, control)
-    cohort.require(BASIS, "test_metric")
-    cohort.require_differ_only_in("basis")
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
     cells = band(rows, ["basis"]).assign(what=_MEAN)
-    cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=_label_heights(cells))
+    top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
+    above = top + 0.06 * (top.max() - bottom.min())
+    cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=above)
     low, high = ends(cells)
     return Chart(
         cells,
@@ -129,7 +117,6 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
             interval=f"bars: {INTERVAL}",
         ),
         colors=(_MEAN, _SEED),
-        meta=cohort.meta,
     )
 
 
@@ -137,13 +124,14 @@ def basis_ablation(runs: Runs, control: Runs | None = None) -> Chart:
     topic="routers",
     needs=(HEADS, "test_metric"),
     runs=2,
+    check=False,
     reads="Each point is the test metric with that many experts; overlapping bars mean that the seeds do not "
     "distinguish the numbers. A flat line means that the number matters little; the caption has seed-paired "
     "differences.",
     misleads="Each expert adds parameters (see the caption), so a rise may come from size: add a LoRA of equal size as "
     "control. The best of several numbers also wins by chance.",
 )
-def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
+def number_of_experts(cohort: Cohort) -> Chart:
     """Plot test metric against the number of experts (HydraLoRA, Fig. 8).
 
     Parameters
@@ -162,37 +150,27 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     --------
     >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
     """
-    own, cohort = gather("number_of_experts", runs), gather("number_of_experts", runs, control)
+    own = Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control))
     own.require(HEADS)
     cohort.require("test_metric")
     own.require_differ_only_in("number")
     cohort.require_same("model", "task")
-    numbers = {group.label: group.runs[0].meta.recipe["number"] for group in own.groups}
-    sides = sorted({min(numbers.values()), max(numbers.values())})
+    numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
     rows = cohort.scores()
     cells = band(rows, ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]
     curve = curve.assign(number=curve["recipe"].map(numbers), series=_HYDRA).sort_values("number")
-    levels = [cells[cells["kind"] == "control"].assign(number=end, series=lambda part: part["recipe"]) for end in sides]
-    level = pd.concat(levels)
-    low, high = ends(cells)
-    return Chart(
-        pd.concat([curve, level]),
-        [
-            *([Band("number", "low", "high", "series", data=level)] if low and len(level) else []),
-            Line("number", "value", "series"),
-            Point("number", "value", "series", low=low, high=high, data=curve),
-        ],
-        title="Test metric by number of experts",
-        x=Axis(label="experts", ticks={number: str(number) for number in sorted(numbers.values())}),
-        y=Axis(label=cohort.metric),
-        caption=cohort.caption(
-            f"Trained parameters: {_parameter_counts(cohort)}.",
-            *_differences(own, rows, own.labels[:1]),
-            interval=f"bars and band: {INTERVAL}",
-        ),
-        colors=[_HYDRA, *dict.fromkeys(level["series"])],
-        meta=cohort.meta,
+    sides = sorted({min(numbers.values()), max(numbers.values())})
+    controls = cells[cells["kind"] == "control"]
+    return _curve_and_level(
+        cohort,
+        curve,
+        pd.concat(controls.assign(number=end, series=controls["recipe"]) for end in sides),
+        Axis(label="experts", ticks={number: str(number) for number in sorted(numbers.values())}),
+        "Test metric by number of experts",
+        _parameter_counts(cohort),
+        *_differences(own, rows, own.labels[:1]),
+        colors=[_HYDRA, *dict.fromkeys(controls["recipe"])],
     )
 
 
@@ -200,18 +178,18 @@ def number_of_experts(runs: Runs, control: Runs | None = None) -> Chart:
     topic="routers",
     needs=("test_metric",),
     runs=2,
+    same=("model", "task"),
+    takes="Runs on one task; the first label is the full method, with which the others are compared.",
     reads="Each bar is the test metric of one variant: the full method first, then the method without one component. A "
     "component helps where removing it lowers the metric: its seed-paired interval in the caption is below zero.",
     misleads="Removing a component also changes the number of trained parameters (see the caption) and the best "
     "learning rate. Components that replace each other all look useless one at a time: remove them together.",
 )
-def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
+def ablations(cohort: Cohort, start: float = 0.0) -> Chart:
     """Plot test metric of a method and its ablations, one bar per label (HydraLoRA, Fig. 6).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs on one task; the first label is the full method, with which the others are compared.
     start : float
         Lower end of the metric axis; above 0, small differences look large.
 
@@ -224,43 +202,42 @@ def ablations(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Ch
     --------
     >>> ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})
     """
-    cohort = gather("ablations", runs, control)
-    cohort.require("test_metric")
-    cohort.require_same("model", "task")
-    rows = cohort.scores()
-    cells, marks = bars(band(rows, ["recipe", "kind"]), start)
+    sentences = [_parameter_counts(cohort), *_differences(cohort, cohort.scores(), cohort.labels[:1])]
+    return metric_bars(cohort, start, "", sentences, "Ablations")
+
+
+def _curve_and_level(
+    cohort: Cohort,
+    curve: pd.DataFrame,
+    level: pd.DataFrame,
+    x: Axis,
+    title: str,
+    *sentences: str,
+    colors: Sequence[str],
+) -> Chart:
+    """Plot the test metric over a setting, and as horizontal lines the recipes without it."""
+    along = "number" if "number" in curve else "center"
+    cells = pd.concat([curve, level])
+    low, high = ends(cells)
     return Chart(
         cells,
-        marks,
-        title="Ablations",
-        x=Axis(order=cohort.labels),
-        y=Axis(label=cohort.metric, limits=(start, None)),
-        caption=cohort.caption(
-            f"Trained parameters: {_parameter_counts(cohort)}.",
-            *_differences(cohort, rows, cohort.labels[:1]),
-            interval=f"bars: {INTERVAL}",
-        ),
-        meta=cohort.meta,
+        [
+            *([Band(along, "low", "high", "series", data=level)] if low and len(level) else []),
+            Line(along, "value", "series"),
+            Point(along, "value", "series", low=low, high=high, data=curve),
+        ],
+        title=title,
+        x=x,
+        y=Axis(label=cohort.metric),
+        caption=cohort.caption(*sentences, interval=f"bars and band: {INTERVAL}"),
+        colors=colors,
     )
 
 
 def _parameter_counts(cohort: Cohort) -> str:
-    """Return the trained parameters of every recipe as text, including the classifier head."""
-    return "; ".join(f"{group.label} {group.runs[0].meta.parameters.trained:,}" for group in cohort.groups)
-
-
-def _band_label(group: Group) -> dict[str, Any]:
-    """Return the band from which the entries of a recipe were drawn, with its label in the legend."""
-    recipe = group.runs[0].meta.recipe
-    if recipe.get("center") is None:
-        return {"recipe": group.label, "series": _UNIFORM, "center": math.nan, "width": math.nan}
-    return {"recipe": group.label, "series": f"width {recipe['width']:g}"} | {k: recipe[k] for k in ("center", "width")}
-
-
-def _label_heights(cells: pd.DataFrame) -> pd.Series:
-    """Return the heights at which the numbers are written."""
-    top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
-    return top + 0.06 * (top.max() - bottom.min())
+    """Return the trained parameters of every recipe, including the classifier head, as a sentence."""
+    counts = (f"{group.label} {group.runs[0].meta['parameters']['trained']:,}" for group in cohort.groups)
+    return f"Trained parameters: {'; '.join(counts)}."
 
 
 def _differences(cohort: Cohort, rows: pd.DataFrame, bases: list[str]) -> list[str]:

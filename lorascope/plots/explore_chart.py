@@ -9,8 +9,8 @@ import pandas as pd
 
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Point, Rule
-from lorascope.plots.registry import MIXTURES, mixture_sentences
-from lorascope.plots.run_groups import Cohort, axis_label
+from lorascope.plots.builders import ends
+from lorascope.plots.run_groups import MIXTURES, Cohort, axis_label, mixture_sentences
 from lorascope.schema.records import QUANTITIES
 
 _VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
@@ -48,7 +48,7 @@ def values(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Cha
     step : int
         Step to show, as for ``at_step``.
     """
-    cohort, entry = replace(cohort, name=quantity), QUANTITIES[quantity]
+    cohort, entry = replace(cohort, name=quantity, needs=(quantity,)), QUANTITIES[quantity]
     x = _horizontal_axis(table)
     shown = table if x == "step" else at_step(table, step)
     when = "as stored" if step == UNSTEPPED else f"after step {step}"
@@ -81,7 +81,7 @@ def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
     """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
     color = "role" if shown["role"].nunique() > 1 else "recipe"
     other = "recipe" if color == "role" and shown["recipe"].nunique() > 1 else None
-    low, high = ("low", "high") if shown["low"].notna().any() else (None, None)
+    low, high = ends(shown)
     dots = [Point(x, "value", color, other, low=low, high=high)]
     doubled = shown.loc[shown.duplicated([x, "role", "recipe"]), "role"]
     single = shown[~shown["role"].isin(doubled)] if len(doubled) else None

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from lorascope.analysis import factor_embeddings, factor_sharing, norms
 from lorascope.analysis.factor_embeddings import Factor, FactorSet, Updates, View
 from lorascope.charts.chart import Axis, Chart, Panels, Point, Text
-from lorascope.plots.registry import UPDATES, figure
+from lorascope.plots.registry import figure
+from lorascope.plots.requirements import UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, gather
 
 _VIEWS = {
@@ -84,9 +85,10 @@ def factor_embedding(
     --------
     >>> ls.plots.factor_embedding(domains)
     """
-    name = "factor_embedding"
-    shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
-    starts = [None, *seeds]
+    name, needs = "factor_embedding", (UPDATES,)
+    shown = {"": gather(name, runs, None, needs)}
+    if control is not None:
+        shown["control: "] = gather(name, control, None, needs)
     caption = (
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
         "as rings. PCA axes: fraction of variance in parentheses."
@@ -94,13 +96,18 @@ def factor_embedding(
     rows: list[list[Chart]] = []
     for prefix, cohort in shown.items():
         updates = _embedded_updates(cohort, step, modules)
-        found = [_clouds(cohort, updates, (factor,), view) for factor in factors]
+        domains = {run.id: group.label for group in cohort.groups for run in group.runs}
+        found = [factor_embeddings.clouds(updates, domains, (factor,), view) for factor in factors]
         caption += factor_caption(prefix, cohort, found)
         apart = [cloud for clouds in found for cloud in clouds]
-        clouds = _clouds(cohort, updates, factors, view) if together else apart
-        for cloud in clouds:
-            planes = [_tsne(cloud, cohort, prefix, size, starts) for size in _perplexities(cloud, perplexity)]
-            drawn = [*planes, _pca(cloud, cohort, prefix)]
+        for cloud in factor_embeddings.clouds(updates, domains, factors, view) if together else apart:
+            usual = factor_embeddings.default_perplexity(len(cloud.flat))
+            sizes = perplexity if perplexity is not None else (usual, usual / 3)
+            drawn = [
+                _tsne(cloud, cohort, prefix, size, [None, *seeds])
+                for size in (sizes if isinstance(sizes, Sequence) else [sizes])
+            ]
+            drawn.append(_pca(cloud, cohort, prefix))
             rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _MOST_NAMED else drawn)
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
 
@@ -116,11 +123,6 @@ def _embedded_updates(cohort: Cohort, step: int | None, modules: Sequence[str]) 
     return {run: {name: found[name] for name in modules or common} for run, found in updates.items()}
 
 
-def _clouds(cohort: Cohort, updates: Updates, factors: Sequence[Factor], view: View) -> list[FactorSet]:
-    domains = {run.id: group.label for group in cohort.groups for run in group.runs}
-    return factor_embeddings.clouds(updates, domains, factors, view)
-
-
 def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:
     """Return the sample of runs and how often the nearest factor of another domain is from the same module."""
     text = f"{prefix}{cohort.sample}."
@@ -133,13 +135,6 @@ def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorS
         listed = ", ".join(map("".join, zip(hits, chances, strict=True)))
         text += f" Nearest factor of another domain is from the same module: {listed}."
     return f" {text[0].upper()}{text[1:]}"
-
-
-def _perplexities(cloud: FactorSet, given: float | Sequence[float] | None) -> Sequence[float]:
-    if given is None:
-        usual = factor_embeddings.default_perplexity(len(cloud.flat))
-        return usual, usual / 3
-    return given if isinstance(given, Sequence) else [given]
 
 
 def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, starts: Sequence[int | None]) -> Chart:

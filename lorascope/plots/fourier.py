@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
 
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update
@@ -23,8 +22,10 @@ from lorascope.charts.chart import (
     stack_vertically,
     wrap,
 )
-from lorascope.plots.registry import FREQUENCIES, UPDATES, figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, gather, lines
+from lorascope.plots.builders import curves
+from lorascope.plots.registry import figure, table_figure
+from lorascope.plots.requirements import FREQUENCIES, UPDATES
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group
 from lorascope.plots.subspaces import common_module
 from lorascope.updates import Fourier
 
@@ -41,14 +42,13 @@ _REACH = 4.0  # ends of the color scale of an image, in units of its root mean s
     misleads="Only randomly drawn entries train, and low frequencies are not smooth structure, because rows and "
     "columns of a weight have no order. Without saved factors at step 0, the figure mostly shows the random initial "
     "coefficients.",
+    takes="Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.",
 )
-def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None = None) -> Panels:
+def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
     """Plot the trained frequencies and the size of their coefficients, one panel per recipe, and a profile by radius.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.
     module : str, optional
         Adapted module; by default the one with the largest update.
 
@@ -56,8 +56,6 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     --------
     >>> ls.plots.fourier_spectrum(fourierft)
     """
-    cohort = gather("fourier_spectrum", runs, control)
-    cohort.require(FREQUENCIES)
     whole = [analysis.updates(run) for run in cohort.runs]
     module = common_module(cohort, whole, module)
     learned = [analysis.since_start(run) for run in cohort.runs]
@@ -70,8 +68,21 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
         "frequency zero.",
         interval=f"bands: {INTERVAL}",
     )
-    planes = [_frequency_plane(cohort, group, found, caption) for group in cohort.groups]
-    return stack_vertically(set_side_by_side(*planes), _radius_profile(cohort, found, caption))
+    planes = [_frequency_plane(group, found, caption) for group in cohort.groups]
+    rows = pd.concat(analysis.profile(update).assign(run=run) for run, update in found.items())
+    by_radius = curves(
+        band(cohort.label(rows), ["recipe", "kind", "radius"]),
+        "radius",
+        (
+            Axis(label="radius of the frequency", limits=(0, None)),
+            Axis(label="root mean square", limits=(0, None)),
+        ),
+        points=False,
+        title="by radius",
+        caption=caption,
+        colors=cohort.labels,
+    )
+    return stack_vertically(set_side_by_side(*planes), by_radius)
 
 
 @figure(
@@ -81,16 +92,13 @@ def fourier_spectrum(runs: Runs, control: Runs | None = None, module: str | None
     "inputs, typical of low-rank updates; waves over the whole image, typical of FourierFT, change every weight.",
     misleads="Rows and columns have no order, and each image shows a corner scaled by its own root mean square, so "
     "colors do not compare sizes. FourierFT updates include their random initial value: set added=True to subtract it.",
+    takes="Runs to plot; recipes with equal numbers of parameters are easiest to compare.",
 )
-def update_image(
-    runs: Runs, control: Runs | None = None, module: str | None = None, cells: int = 64, added: bool = False
-) -> Drawable:
+def update_image(cohort: Cohort, module: str | None = None, cells: int = 64, added: bool = False) -> Drawable:
     """Plot the update of one module as an image, one panel per recipe (its first run).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot; recipes with equal numbers of parameters are easiest to compare.
     module : str, optional
         Adapted module; by default the one with the largest update.
     cells : int
@@ -102,19 +110,31 @@ def update_image(
     --------
     >>> ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})
     """
-    cohort = gather("update_image", runs, control)
-    cohort.require(UPDATES)
     first = {group.label: group.runs[0] for group in cohort.groups}
     shown = {label: initial_update.learned_updates(run) if added else run.updates() for label, run in first.items()}
     module = common_module(cohort, list(shown.values()), module)
-    notes = [
-        f"ΔW − ΔW₀ of {module}" if added else f"ΔW of {module}",
-        *(cohort.missing_initial_updates() if added else []),
-    ]
-    panels = [_image(cohort, label, updates[module].dense(), notes, cells) for label, updates in shown.items()]
+    notes = cohort.missing_initial_updates() if added else []
+    panels = []
+    for label, updates in shown.items():
+        matrix = updates[module].dense()
+        image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
+        row, column = (index.reshape(-1) for index in np.indices(image.shape))
+        part = "all" if image.shape == matrix.shape else f"the first {cells}"
+        scaled = f"{part} rows and columns, in units of the root mean square of all entries; first run of each recipe."
+        panels.append(
+            Chart(
+                pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),
+                [Heat("column", "row", "value", "ΔW / root mean square", scale="diverging", limits=(-_REACH, _REACH))],
+                title=label,
+                x=Axis(label="input"),
+                y=Axis(label="output"),
+                caption=" ".join([f"{'ΔW − ΔW₀' if added else 'ΔW'} of {module}: {scaled}", *notes]),
+            )
+        )
     return wrap(panels, len(panels))
 
 
+@table_figure
 def frequency_bias(
     shape: tuple[int, int] = (768, 768),
     centers: Sequence[float] = (0, 100, 200, 350, 480),
@@ -159,25 +179,7 @@ def frequency_bias(
     return stack_vertically(top, set_side_by_side(*maps))
 
 
-def _image(cohort: Cohort, label: str, matrix: Float[np.ndarray, "out in"], notes: list[str], cells: int) -> Chart:
-    """Plot the first rows and columns of one update, in units of the root mean square of the whole."""
-    image = matrix[:cells, :cells] / (np.sqrt(np.mean(matrix**2)) or 1.0)
-    row, column = (index.reshape(-1) for index in np.indices(image.shape))
-    shown = "all" if image.shape == matrix.shape else f"the first {cells}"
-    what, *notes = notes
-    scaled = f"{what}: {shown} rows and columns, in units of the root mean square of all entries"
-    return Chart(
-        pd.DataFrame({"row": row, "column": column, "value": image.reshape(-1)}),
-        [Heat("column", "row", "value", "ΔW / root mean square", scale="diverging", limits=(-_REACH, _REACH))],
-        title=label,
-        x=Axis(label="input"),
-        y=Axis(label="output"),
-        caption=" ".join([f"{scaled}; first run of each recipe.", *notes]),
-        meta=cohort.meta,
-    )
-
-
-def _frequency_plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
+def _frequency_plane(group: Group, found: Mapping[str, Fourier], caption: str) -> Chart:
     """Plot the frequencies of one recipe."""
     own = [found[run.id] for run in group.runs]
     squares = pd.concat(analysis.places(update) for update in own).assign(size=lambda rows: rows["coefficient"] ** 2)
@@ -193,21 +195,4 @@ def _frequency_plane(cohort: Cohort, group: Group, found: Mapping[str, Fourier],
         y=Axis(label="output frequency", limits=(-(height // 2), height // 2)),
         caption=caption,
         color_label="log₁₀ |coefficient|",
-        meta=cohort.meta,
-    )
-
-
-def _radius_profile(cohort: Cohort, found: Mapping[str, Fourier], caption: str) -> Chart:
-    """Plot the coefficients by radius, one line per recipe."""
-    rows = pd.concat(analysis.profile(update).assign(run=run) for run, update in found.items())
-    cells = band(cohort.label(rows), ["recipe", "kind", "radius"])
-    return Chart(
-        cells,
-        lines(cells, "radius", points=False),
-        title="by radius",
-        x=Axis(label="radius of the frequency", limits=(0, None)),
-        y=Axis(label="root mean square", limits=(0, None)),
-        caption=caption,
-        colors=cohort.labels,
-        meta=cohort.meta,
     )

@@ -9,10 +9,9 @@ import pandas as pd
 from lorascope.analysis import optimizer_moments
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Drawable, Line, Panels, Point, set_side_by_side, wrap
+from lorascope.plots.builders import course, ends, mean_over_modules
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
-
-_CURVES = ("loss", "eval_loss", "eval_metric")
+from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
 
 
 @figure(
@@ -24,13 +23,11 @@ _CURVES = ("loss", "eval_loss", "eval_metric")
     misleads="The training loss is averaged over windows of steps, so it lags and hides spikes: use more windows. The "
     "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
 )
-def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) -> Drawable:
+def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
     """Plot training loss and, if recorded, validation loss and metric over the steps, one line per recipe.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with.
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
 
@@ -38,16 +35,12 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     --------
     >>> ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})
     """
-    cohort = gather("training_curves", runs, control)
-    cohort.require("loss", history=True)
+    losses, averaged = _average_windows(cohort, windows)
     table = cohort.label(cohort.table)
-    rows = {quantity: table[table["quantity"] == quantity] for quantity in _CURVES}
-    width = math.ceil(rows["loss"]["step"].max() / windows)
-    panels = [
-        _curve_chart(cohort, quantity, _average_windows(found, width) if quantity == "loss" else found, _windows(width))
-        for quantity, found in rows.items()
-        if len(found)
-    ]
+    panels = [_curve_chart(cohort, "loss", losses, averaged)]
+    for quantity in ("eval_loss", "eval_metric"):
+        if len(rows := table[table["quantity"] == quantity]):
+            panels.append(_curve_chart(cohort, quantity, rows, averaged))
     return wrap(panels, len(panels))
 
 
@@ -60,14 +53,13 @@ def training_curves(runs: Runs, control: Runs | None = None, windows: int = 25) 
     misleads="The paper's formula and results could not be verified, and the first step depends only on the floor, "
     "because its cosine is 1. Independent directions already have cosine 0.44 with their average at β₁ = 0.9, so steps "
     "grow even without a signal.",
+    takes="Runs of Adapprox, some of them with ``cosine=True``.",
 )
-def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Panels:
+def guidance(cohort: Cohort, windows: int = 25) -> Panels:
     """Plot training loss with and without cosine guidance, and the cosine of direction and first moment (Adapprox).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of Adapprox, some of them with ``cosine=True``.
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
 
@@ -75,18 +67,12 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     --------
     >>> ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})
     """
-    cohort = gather("guidance", runs, control)
-    cohort.require("loss", "direction_cosine", history=True)
+    losses, averaged = _average_windows(cohort, windows)
     table = cohort.label(cohort.table)
-    losses = table[table["quantity"] == "loss"]
-    width = math.ceil(losses["step"].max() / windows)
-    angles = table[(table["quantity"] == "direction_cosine") & table["layer"].notna()]
-    angles = angles.groupby(["run", "recipe", "kind", "step"], observed=True)["value"].mean().reset_index()
-    caption = f"{_windows(width)} Cosine: mean over the factored matrices in the blocks."
-    return set_side_by_side(
-        _curve_chart(cohort, "loss", _average_windows(losses, width), caption),
-        _curve_chart(cohort, "direction_cosine", angles, caption),
-    )
+    cosines = mean_over_modules(table[(table["quantity"] == "direction_cosine") & table["layer"].notna()])
+    caption = f"{averaged} Cosine: mean over the factored matrices in the blocks."
+    rows = {"loss": losses, "direction_cosine": cosines}
+    return set_side_by_side(*(_curve_chart(cohort, quantity, found, caption) for quantity, found in rows.items()))
 
 
 @figure(
@@ -97,31 +83,24 @@ def guidance(runs: Runs, control: Runs | None = None, windows: int = 25) -> Pane
     "not order the methods.",
     misleads="A best rate at an end of the range may not be the best overall: extend the range. Short training favors "
     "methods that move fast at first, and equal rates are not comparable between methods.",
+    takes='Runs labeled "METHOD at RATE"; the method is the part before " at ".',
 )
-def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
+def learning_rates(cohort: Cohort) -> Panels:
     """Plot validation loss by learning rate, and the test loss of each method at its best rate.
-
-    Parameters
-    ----------
-    runs, control : mapping label -> runs
-        Runs labeled "METHOD at RATE"; the method is the part before " at ".
 
     Examples
     --------
     >>> ls.plots.learning_rates(learning_rates)
     """
-    cohort = gather("learning_rates", runs, control)
-    cohort.require("eval_loss", "test_loss")
-    cells = optimizer_moments.rates(
-        cohort.label(cohort.table), {run.id: run.meta.settings["lr"] for run in cohort.runs}
-    )
+    rates = {run.id: run.meta["settings"]["lr"] for run in cohort.runs}
+    cells = optimizer_moments.rates(cohort.label(cohort.table), rates)
     chosen = optimizer_moments.best(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))
     tested = cells["test_loss"].merge(chosen, on=["method", "lr"])
     tested = tested.assign(at=tested["method"])
-    rates = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
+    best = "; ".join(f"{row.method} {row.lr:.3g}" for row in chosen.itertuples())
     caption = cohort.caption(
-        f"Best learning rates by mean final validation loss: {rates}.",
+        f"Best learning rates by mean final validation loss: {best}.",
         *cohort.dense_moment_note(),
         interval=f"bars: {INTERVAL}",
     )
@@ -141,32 +120,28 @@ def learning_rates(runs: Runs, control: Runs | None = None) -> Panels:
                 y=Axis(label=axis_label(quantity)),
                 caption=caption,
                 colors=methods,
-                meta=cohort.meta,
             )
         )
     return set_side_by_side(*panels)
 
 
 def _curve_chart(cohort: Cohort, quantity: str, rows: pd.DataFrame, averaged: str) -> Chart:
-    cells = band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity)
-    return Chart(
-        cells,
-        lines(cells, "step", points=quantity != "loss"),
-        x=Axis(label="step"),
-        y=Axis(label=axis_label(quantity)),
+    return course(
+        band(rows, ["recipe", "kind", "step"]).assign(quantity=quantity),
+        axis_label(quantity),
+        points=quantity != "loss",
         caption=cohort.caption(averaged, *cohort.dense_moment_note()),
         colors=cohort.labels,
-        meta=cohort.meta,
     )
 
 
-def _windows(width: int) -> str:
-    return f"Training loss averaged over windows of {width} steps." if width > 1 else "Training loss of every step."
-
-
-def _average_windows(rows: pd.DataFrame, width: int) -> pd.DataFrame:
-    """Average every run over windows of ``width`` steps; each mean has the last step of its window."""
+def _average_windows(cohort: Cohort, windows: int) -> tuple[pd.DataFrame, str]:
+    """Average the training loss of every run over windows of steps, each with its last step, and describe them."""
+    table = cohort.label(cohort.table)
+    rows = table[table["quantity"] == "loss"]
+    width = math.ceil(rows["step"].max() / windows)
     last = rows.groupby("run", observed=True)["step"].transform("max")
     end = (-(-rows["step"] // width) * width).clip(upper=last)
-    windows = rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)
-    return windows["value"].mean().reset_index()
+    parts = rows.assign(step=end).groupby(["run", "recipe", "kind", "step"], observed=True, sort=False)
+    averaged = f"Training loss averaged over windows of {width} steps." if width > 1 else "Training loss of every step."
+    return parts["value"].mean().reset_index(), averaged

@@ -18,10 +18,9 @@ from lorascope.charts.chart import (
     stack_vertically,
     wrap,
 )
+from lorascope.plots.builders import course, ends
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Runs, axis_label, ends, gather, lines
-
-_EXPECTED = ", expected"
+from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
 
 
 @figure(
@@ -31,31 +30,44 @@ _EXPECTED = ", expected"
     "counts the blocks trained so far: below the expected line, fewer than random draws reach on average.",
     misleads="Parameters outside the blocks (embedding, norm, head) always train and are not shown, though they may be "
     "most of the model. With a decaying learning rate, blocks drawn late move little: check update_norm.",
+    takes="Runs to plot, and runs to compare with in the rows below.",
 )
-def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
+def active_layers(cohort: Cohort) -> Panels:
     """Plot the blocks that trained in each interval and the number trained so far (LISA), one row per recipe.
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with in the rows below.
 
     Examples
     --------
     >>> ls.plots.active_layers(lisa)
     """
-    cohort = gather("active_layers", runs, control)
-    cohort.require("active", "draw_probability")
     cells = cohort.label(lisa_schedule.intervals(cohort.table))
     reached = cohort.label(lisa_schedule.coverage(cohort.table))
     caption = cohort.caption(
         "Left: fraction of runs in which a block trained, by interval. Right: number of blocks trained so far, and its "
         "expectation after n draws, the sum over the blocks of 1 − (1 − p)ⁿ, where p is the draw probability."
     )
-    rows = [
-        set_side_by_side(_activity_heat(cohort, cells, label, caption), _coverage(cohort, reached, label, caption))
-        for label in cohort.labels
-    ]
+    rows = []
+    for label in cohort.labels:
+        own = cells[cells["recipe"] == label].astype({"active": "float64"})
+        fractions = own.groupby(["start", "place"], observed=True)["active"].mean().rename("value").reset_index()
+        places = [str(place) for place in fractions["place"].cat.categories]
+        activity = Chart(
+            fractions.astype({"start": "str", "place": "str"}),
+            [Heat("start", "place", "value", "fraction of runs", limits=(0.0, 1.0))],
+            title=label,
+            x=Axis(label="first step of interval", order=[str(start) for start in sorted(set(own["start"]))]),
+            y=Axis(label="block", order=places[::-1]),
+            caption=caption,
+        )
+        counts, expected = reached[reached["recipe"] == label], f"{label}, expected"
+        both = pd.concat([counts, counts.assign(value=counts["expected"], recipe=expected)])
+        coverage = course(
+            band(both, ["recipe", "kind", "step"]),
+            Axis(label=axis_label("coverage"), limits=(0, None)),
+            points=False,
+            caption=caption,
+            colors=[label, expected],
+        )
+        rows.append(set_side_by_side(activity, coverage))
     return stack_vertically(*rows)
 
 
@@ -67,25 +79,37 @@ def active_layers(runs: Runs, control: Runs | None = None) -> Panels:
     misleads="Few draws scatter widely, and blocks of one draw exclude others, so one high bar lowers the rest: add "
     "seeds. The frequency does not show how far a block moved: check update_norm.",
 )
-def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
+def draw_frequency(cohort: Cohort) -> Drawable:
     """Plot how often each block was drawn, and its draw probability, one panel per recipe (LISA, section 3.2).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with.
 
     Examples
     --------
     >>> ls.plots.draw_frequency(lisa)
     """
-    cohort = gather("draw_frequency", runs, control)
-    cohort.require("active", "draw_probability")
     found = cohort.label(lisa_schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
         "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
     )
-    panels = [_frequency_chart(cohort, found, label, caption) for label in cohort.labels]
+    panels = []
+    for label in cohort.labels:
+        own = found[found["recipe"] == label]
+        cells = band(own, ["place"]).assign(what="drawn")
+        cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
+        low, high = ends(cells)
+        probability = cells.assign(what="probability")
+        panels.append(
+            Chart(
+                cells,
+                [
+                    Bar("place", "value", "what", low=low, high=high),
+                    Line("place", "expected", "what", data=probability),
+                ],
+                title=label,
+                x=Axis(label="block", order=cells["place"].cat.categories),
+                y=Axis(label="fraction of draws", limits=(0, None)),
+                caption=caption,
+            )
+        )
     return wrap(panels, len(panels))
 
 
@@ -93,19 +117,16 @@ def draw_frequency(runs: Runs, control: Runs | None = None) -> Drawable:
     topic="schedules",
     needs=("active", "draw_probability", "test_metric"),
     runs=2,
+    vary=("n_active", "interval"),
+    takes="Runs of LISA on one task that differ only in these two settings.",
     reads="Each cell is the test metric for a number of active blocks and of steps between draws; hatched cells: no "
     "data. Higher rows train more blocks at once, columns further right draw less often, down to a single draw.",
     misleads="More blocks also need more memory, so the brightest cell need not be the best choice. All cells share "
     "one learning rate, which the paper lowers for more blocks, and differences within the caption's interval do not "
     "order cells.",
 )
-def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
+def draw_grid(cohort: Cohort) -> Chart:
     """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of LISA on one task that differ only in these two settings.
 
     Raises
     ------
@@ -116,9 +137,6 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
     --------
     >>> ls.plots.draw_grid(lisa_grid)
     """
-    cohort = gather("draw_grid", runs, control)
-    cohort.require("active", "draw_probability", "test_metric")
-    cohort.require_differ_only_in("n_active", "interval")
     reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
     rows = cohort.label(reached.merge(lisa_schedule.sizes(cohort.table), on="run"))
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):
@@ -141,55 +159,4 @@ def draw_grid(runs: Runs, control: Runs | None = None) -> Chart:
             f"Test metric after the last step; a run that is no longer than the interval draws once.{widest}",
             interval="95% t-intervals are in the data",
         ),
-        meta=cohort.meta,
-    )
-
-
-def _activity_heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str) -> Chart:
-    """Plot the fraction of runs of one recipe in which a block trained, by interval."""
-    own = cells[cells["recipe"] == label].astype({"active": "float64"})
-    fractions = own.groupby(["start", "place"], observed=True)["active"].mean().rename("value").reset_index()
-    places = [str(place) for place in fractions["place"].cat.categories]
-    return Chart(
-        fractions.astype({"start": "str", "place": "str"}),
-        [Heat("start", "place", "value", "fraction of runs", limits=(0.0, 1.0))],
-        title=label,
-        x=Axis(label="first step of interval", order=[str(start) for start in sorted(set(own["start"]))]),
-        y=Axis(label="block", order=places[::-1]),
-        caption=caption,
-        meta=cohort.meta,
-    )
-
-
-def _coverage(cohort: Cohort, reached: pd.DataFrame, label: str, caption: str) -> Chart:
-    """Plot the number of blocks of one recipe trained so far, and its expectation."""
-    own = reached[reached["recipe"] == label]
-    expected = own.assign(value=own["expected"], recipe=f"{label}{_EXPECTED}")
-    cells = band(pd.concat([own, expected]), ["recipe", "kind", "step"])
-    return Chart(
-        cells,
-        lines(cells, "step", points=False),
-        x=Axis(label="step"),
-        y=Axis(label=axis_label("coverage"), limits=(0, None)),
-        caption=caption,
-        colors=[label, f"{label}{_EXPECTED}"],
-        meta=cohort.meta,
-    )
-
-
-def _frequency_chart(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
-    """Plot the fraction of draws of one recipe that include each block, with the draw probability as a line."""
-    own = found[found["recipe"] == label]
-    cells = band(own, ["place"]).assign(what="drawn")
-    cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
-    low, high = ends(cells)
-    probability = cells.assign(what="probability")
-    return Chart(
-        cells,
-        [Bar("place", "value", "what", low=low, high=high), Line("place", "expected", "what", data=probability)],
-        title=label,
-        x=Axis(label="block", order=cells["place"].cat.categories),
-        y=Axis(label="fraction of draws", limits=(0, None)),
-        caption=caption,
-        meta=cohort.meta,
     )

@@ -13,13 +13,12 @@ from lorascope.analysis import initial_update
 from lorascope.analysis import leading_directions as analysis
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.spectra import added_values
-from lorascope.charts.chart import Axis, Chart, Heat, Mark, Panels, Text, set_side_by_side, stack_vertically
-from lorascope.plots.norms import update_norm
-from lorascope.plots.registry import SPECTRA, figure
-from lorascope.plots.run_groups import Cohort, Group, Runs, define, gather, lines
-from lorascope.runs.result import Result
-
-_NOT_SAVED, _NONE_SHARED = "not saved", "none shared"
+from lorascope.charts.chart import Axis, Chart, Heat, Panels, Text, set_side_by_side, stack_vertically
+from lorascope.plots.builders import curves, pair_heat
+from lorascope.plots.norms import update_profile
+from lorascope.plots.registry import figure
+from lorascope.plots.requirements import SPECTRA
+from lorascope.plots.run_groups import Cohort, define
 
 
 @figure(
@@ -32,8 +31,9 @@ _NOT_SAVED, _NONE_SHARED = "not saved", "none shared"
     misleads="Heights of spectra and norms follow the learning rates, which differ between methods: compare shapes. "
     "Small angles may come from shared initial factors (runs of one seed) or shared frequencies (all FourierFT runs): "
     "compare different seeds and methods.",
+    takes="At least two runs of one model on one task.",
 )
-def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k: int = 8) -> Panels:
+def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
     """Plot spectra, norms by layer and angles between the learned updates of several methods on one task.
 
     The learned update of a run is ΔW − ΔW₀. If an update depends on the input (HydraLoRA), it is evaluated at the gate
@@ -41,8 +41,6 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        At least two runs of one model on one task.
     module : str, optional
         Module whose spectrum is plotted. By default pool the modules in blocks whose spectrum all runs have; if there
         are none, pool those of each run.
@@ -58,9 +56,10 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
     --------
     >>> ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})
     """
-    cohort = gather("atlas", runs, control)
-    cohort.require("learned_norm", SPECTRA)
-    _check_cohort(cohort, k)
+    if k < 1:
+        raise ValueError(f"k must be >= 1, got {k}")
+    cohort.require_runs(2)
+    cohort.require_same("task", "model")
     spectrum, modules = _spectrum(cohort, module)
     heat, notes = _angles(cohort, k)
     caption = cohort.caption(
@@ -70,17 +69,9 @@ def atlas(runs: Runs, control: Runs | None = None, module: str | None = None, k:
         *notes,
         *cohort.missing_initial_updates(),
     )
-    norms = update_norm(runs, control, "learned_norm")
-    norms = replace(norms, title="Learned update by layer", y=replace(norms.y, log=True), meta=cohort.meta)
+    norms = update_profile(cohort, "learned_norm", "Learned update by layer", log=True)
     top = set_side_by_side(*(replace(chart, caption=caption) for chart in (spectrum, norms)))
     return stack_vertically(top, replace(heat, caption=caption))
-
-
-def _check_cohort(cohort: Cohort, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"k must be >= 1, got {k}")
-    cohort.require_runs(2)
-    cohort.require_same("task", "model")
 
 
 def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
@@ -88,15 +79,13 @@ def _spectrum(cohort: Cohort, module: str | None) -> tuple[Chart, str]:
     spectra = {run.id: added_values(run) for run in cohort.runs}
     chosen, which = _pools(cohort, spectra, module)
     values = pd.concat(analysis.pool_spectra(found, chosen[run]).assign(run=run) for run, found in spectra.items())
-    cells = band(cohort.label(values), ["recipe", "kind", "component"])
-    chart = Chart(
-        cells,
-        lines(cells, "component", points=False),
+    chart = curves(
+        band(cohort.label(values), ["recipe", "kind", "component"]),
+        "component",
+        (Axis(label="component", log=True), Axis(label="singular value", log=True)),
+        points=False,
         title=f"Spectrum of {module}" if module else "Spectrum",
-        x=Axis(label="component", log=True),
-        y=Axis(label="singular value", log=True),
         colors=cohort.labels,
-        meta=cohort.meta,
     )
     return chart, which
 
@@ -123,38 +112,26 @@ def _pools(
 
 def _angles(cohort: Cohort, k: int) -> tuple[Chart, list[str]]:
     """Plot the angles between every pair of recipes, and return a note on recipes without saved directions."""
-    found = {run.id: _leading_directions(run, k) for run in cohort.runs}
+    found = {
+        run.id: {
+            module: analysis.leading_singular_vectors(update, k)
+            for module, update in initial_update.learned_updates(run).items()
+        }
+        for run in cohort.runs
+    }
     rows = []
     for one, other in product(cohort.groups, repeat=2):
-        if pairs := _run_pairs(one, other):
+        # Within one recipe, the pairs are those of its seeds.
+        if pairs := list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs)):
             mean, chance = analysis.angles([(found[first.id], found[second.id]) for first, second in pairs])
             saved = all(found[run.id] for pair in pairs for run in pair)
-            blank = _NONE_SHARED if saved else _NOT_SAVED
+            blank = "none shared" if saved else "not saved"
             words = blank if pd.isna(mean) else f"{mean:.0f}° ({chance:.0f}°)"
             rows.append({"row": one.label, "column": other.label, "value": mean, "chance": chance, "words": words})
     table = pd.DataFrame(rows)
     empty = table[table["value"].isna()]
-    marks: list[Mark] = [Heat("column", "row", "value", "mean angle (°)", ".0f", limits=(0, 90), words="words")]
-    marks += [Text("column", "row", "words", data=empty)] if len(empty) else []
-    chart = Chart(
-        table,
-        marks,
-        title="Angles between updates",
-        x=Axis(order=cohort.labels),
-        y=Axis(order=cohort.labels),
-        meta=cohort.meta,
-    )
+    heat = Heat("column", "row", "value", "mean angle (°)", ".0f", limits=(0, 90), words="words")
+    marks = [Text("column", "row", "words", data=empty)] if len(empty) else []
+    chart = pair_heat(table, heat, cohort.labels, *marks, title="Angles between updates")
     lacking = [group.label for group in cohort.groups if not any(found[run.id] for run in group.runs)]
     return chart, [f"Only singular values were saved, no directions: {', '.join(lacking)}."] if lacking else []
-
-
-def _leading_directions(run: Result, k: int) -> Mapping[str, analysis.Directions]:
-    return {
-        module: analysis.leading_singular_vectors(update, k)
-        for module, update in initial_update.learned_updates(run).items()
-    }
-
-
-def _run_pairs(one: Group, other: Group) -> Sequence[tuple[Result, Result]]:
-    """Return all pairs of runs of two recipes; within one recipe, the pairs of its seeds."""
-    return list(combinations(one.runs, 2) if one is other else product(one.runs, other.runs))

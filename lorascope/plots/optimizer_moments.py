@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms, optimizer_moments
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Band, Chart, Drawable, Heat, Line, Panels, Point, set_side_by_side, wrap
+from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Line, Panels, set_side_by_side, wrap
+from lorascope.plots.builders import course, curves, mean_over_modules, used_places
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
+from lorascope.plots.run_groups import Cohort, axis_label
 from lorascope.schema.module_roles import ROLES
 
 _SHUFFLED = "shuffled"
-_BEST, _SKETCH, _ROW_COLUMN = "best rank-k (SVD)", "S-RSI", "row-column product (Adafactor)"
+_BEST = "best rank-k (SVD)"
 _ERRORS = {
     "moment_error": _BEST,
-    "moment_error_s_rsi": _SKETCH,
-    "moment_error_rank_one": _ROW_COLUMN,
+    "moment_error_s_rsi": "S-RSI",
+    "moment_error_rank_one": "row-column product (Adafactor)",
     "moment_error_dealt": f"{_BEST}, {_SHUFFLED}",
 }
 _WAYS = {
@@ -44,14 +47,13 @@ _MOST_STEPS = 12
     "shuffled panel, with the same row and column sums, exceeds the row-column product that Adafactor also stores.",
     misleads="A matrix of positive entries always has one large singular value, so a drop after the first proves "
     "nothing. Early recordings show only a few batches, and spectra flatten during training: compare late steps.",
+    takes="Runs with ``observe.second_moments()``; one pair of panels per label.",
 )
-def second_moments(runs: Runs, control: Runs | None = None, role: str | None = None) -> Panels:
+def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
     """Plot singular values of Adam's second moments by layer, next to a shuffled baseline (Adapprox, Fig. 1).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs with ``observe.second_moments()``; one pair of panels per label.
     role : str, optional
         Role of the matrices to plot; by default the mean over all matrices of a layer.
 
@@ -59,8 +61,6 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     --------
     >>> ls.plots.second_moments(moments)
     """
-    cohort = gather("second_moments", runs, control)
-    cohort.require("moment_sigma")
     table = cohort.label(cohort.table)
     what = "all matrices of a layer" if role is None else f"role {role}"
     caption = cohort.caption(
@@ -76,17 +76,15 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
                 raise ValueError(f"second_moments needs a role with second moments, got {role!r} (label {label!r})")
             named_layers = [f"layer {place}" if place.isdigit() else place for place in rows["place"]]
             cells = band(rows.assign(layer=named_layers), ["recipe", "kind", "layer", "index"])
-            named = f"{label}, {title}" if len(cohort.labels) > 1 else title
             panels.append(
                 Chart(
                     cells,
                     [Line("index", "value", "layer")],
-                    title=named,
+                    title=f"{label}, {title}" if len(cohort.labels) > 1 else title,
                     x=Axis(label="component i", log=True),
                     y=Axis(label=axis_label("moment_sigma"), log=True),
                     caption=caption,
-                    colors=list(dict.fromkeys(cells["layer"])),
-                    meta=cohort.meta,
+                    colors=dict.fromkeys(cells["layer"]),
                 )
             )
     return set_side_by_side(*panels)
@@ -99,55 +97,35 @@ def second_moments(runs: Runs, control: Runs | None = None, role: str | None = N
     "Below the flat line, factors of this rank describe the second moment better than Adafactor's row-column product.",
     misleads="The largest entries dominate the Frobenius norm, but the optimizer divides by the root of every entry, "
     "so small ones matter as much. Compare with the shuffled matrix: only the gap to it exceeds row and column sums.",
+    takes="Runs with ``observe.second_moments()``; one panel per label.",
 )
-def moment_error(runs: Runs, control: Runs | None = None) -> Drawable:
+def moment_error(cohort: Cohort) -> Drawable:
     """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs with ``observe.second_moments()``; one panel per label.
 
     Examples
     --------
     >>> ls.plots.moment_error(moments)
     """
-    cohort = gather("moment_error", runs, control)
-    cohort.require("moment_error")
     table = cohort.label(cohort.table)
     caption = cohort.caption(
         "Relative error in Frobenius norm, mean over all matrices in blocks, at the last recorded step; S-RSI with "
         "l = p = 5."
     )
-    panels = [
-        _singular_value_curves(cohort, table[table["recipe"] == label], label, caption) for label in cohort.labels
-    ]
+    panels = []
+    for label in cohort.labels:
+        own, parts = table[table["recipe"] == label], []
+        for quantity, measure in _ERRORS.items():
+            rows = norms.last(own[own["quantity"] == quantity])
+            means = rows.groupby(["run", "index"], observed=True, dropna=False)["value"].mean().reset_index()
+            parts.append(means.assign(measure=measure))
+        found = pd.concat(parts)
+        flat = found["index"].isna()  # an error without a rank is drawn at both ends
+        sides = pd.DataFrame({"index": [found["index"].min(), found["index"].max()]})
+        everywhere = found[flat].drop(columns="index").merge(sides, how="cross")
+        cells = band(pd.concat([found[~flat], everywhere]).astype({"index": int}), ["measure", "index"])
+        y = Axis(label=axis_label("moment_error"), limits=(0, None))
+        panels.append(_by_rank(cells, y, cohort.title(label), caption, _ERRORS.values()))
     return wrap(panels, len(panels))
-
-
-def _singular_value_curves(cohort: Cohort, table: pd.DataFrame, label: str, caption: str) -> Chart:
-    parts = []
-    for quantity, measure in _ERRORS.items():
-        rows = norms.last(table[table["quantity"] == quantity])
-        means = rows.groupby(["run", "index"], observed=True, dropna=False)["value"].mean().reset_index()
-        parts.append(means.assign(measure=measure))
-    found = pd.concat(parts)
-    ranks = found["index"].dropna().unique()
-    flat = found["index"].isna()
-    everywhere = (
-        found[flat].drop(columns="index").merge(pd.DataFrame({"index": [ranks.min(), ranks.max()]}), how="cross")
-    )
-    cells = band(pd.concat([found[~flat], everywhere]).astype({"index": int}), ["measure", "index"])
-    return Chart(
-        cells,
-        [*_seed_band(cells, "index", "measure"), Line("index", "value", "measure"), Point("index", "value", "measure")],
-        title=label if len(cohort.labels) > 1 else "",
-        x=_rank_axis(cells),
-        y=Axis(label=axis_label("moment_error"), limits=(0, None)),
-        caption=caption,
-        colors=list(_ERRORS.values()),
-        meta=cohort.meta,
-    )
 
 
 @figure(
@@ -158,21 +136,15 @@ def _singular_value_curves(cohort: Cohort, table: pd.DataFrame, label: str, capt
     misleads="Times are from one machine and the shapes of one block, the shorter of two runs, and other processes "
     "distort them: measure on your machine. They do not grow evenly, because some libraries multiply by few columns "
     "more slowly than by sixteen.",
+    takes="Runs with ``observe.factorings()``; one pair of panels per label.",
 )
-def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
+def factorization_methods(cohort: Cohort) -> Panels:
     """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs with ``observe.factorings()``; one pair of panels per label.
 
     Examples
     --------
     >>> ls.plots.factorization_methods(moments)
     """
-    cohort = gather("factorization_methods", runs, control)
-    cohort.require("factoring_error_svd")
     table = cohort.label(cohort.table)
     caption = cohort.caption(
         "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices, "
@@ -183,22 +155,7 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
         found = optimizer_moments.factorings(table[table["recipe"] == label], _WAYS)
         for what, name, log in (("excess", "error / SVD error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
-            panels.append(
-                Chart(
-                    cells,
-                    [
-                        *_seed_band(cells, "index", "measure"),
-                        Line("index", "value", "measure"),
-                        Point("index", "value", "measure"),
-                    ],
-                    title=label if len(cohort.labels) > 1 else "",
-                    x=_rank_axis(cells),
-                    y=Axis(label=name, log=log),
-                    caption=caption,
-                    colors=list(_WAYS.values()),
-                    meta=cohort.meta,
-                )
-            )
+            panels.append(_by_rank(cells, Axis(label=name, log=log), cohort.title(label), caption, _WAYS.values()))
     return set_side_by_side(*panels)
 
 
@@ -210,8 +167,9 @@ def factorization_methods(runs: Runs, control: Runs | None = None) -> Panels:
     misleads="The selection error starts from factors, so with a loose tolerance a sufficient rank persists despite "
     "drift: check factor_error. Plateaus also come from the cap (a quarter of the smaller side by default) and from "
     "coarse growth.",
+    takes="Runs of Adapprox; one panel per label.",
 )
-def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None) -> Drawable:
+def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     """Plot the rank of Adapprox's second moments by layer, role and step.
 
     Columns are steps at which ranks were selected and the last step; at most 12 columns. Cells print rank and cap if
@@ -219,8 +177,6 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of Adapprox; one panel per label.
     role : str, optional
         Role to plot; by default all roles, as frames.
 
@@ -228,8 +184,6 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     --------
     >>> ls.plots.factor_rank(adapprox)
     """
-    cohort = gather("factor_rank", runs, control)
-    cohort.require("factor_rank", "factor_share")
     rows = optimizer_moments.ranks(cohort.label(cohort.table))
     rows = rows[rows["role"] == role] if role is not None else rows
     if rows.empty:
@@ -237,16 +191,19 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     steps = sorted(rows["step"].unique())
     shown = [steps[round(place)] for place in np.linspace(0, len(steps) - 1, min(_MOST_STEPS, len(steps)))]
     rows = rows[rows["step"].isin(shown)].astype({"role": "str"})
-    places = [place for place in rows["place"].cat.categories if (rows["place"] == place).any()]
+    places = used_places(rows)
     keys = ["recipe", "kind", "role", "place", "step"]
     rows = rows.astype({"place": "str"})
     caps = rows.groupby(keys, observed=True)[["share", "cap"]].mean().reset_index()
     cells = band(rows, keys).merge(caps, on=keys)
     cells["words"] = [f"{rank:.4g}/{cap:.4g}" for rank, cap in zip(cells["value"], cells["cap"], strict=True)]
     cells = cells.sort_values("role", key=lambda names: names.map(list(ROLES).index), kind="stable")
+    by_cap = ", ".join(
+        f"{cap:.4g} ({', '.join(found)})" for cap, found in cells.groupby("cap")["role"].unique().items()
+    )
     caption = cohort.caption(
         "Rank k of the factors of V, divided by its cap k_max, by layer and step.",
-        _caps(cells),
+        f"k_max: {by_cap}. At k_max: {100 * (cells['share'] == 1).mean():.0f}% of the cells.",
         *cohort.dense_moment_note(),
         interval="intervals of k are in the data",
     )
@@ -255,12 +212,11 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
         Chart(
             cells[cells["recipe"] == label],
             [heat],
-            title=label if len(cohort.labels) > 1 else "",
+            title=cohort.title(label),
             x=Axis(label="step", order=shown),
             y=Axis(label="layer", order=places),
             caption=caption,
             frame="role" if cells["role"].nunique() > 1 else None,
-            meta=cohort.meta,
         )
         for label in cohort.labels
     ]
@@ -275,54 +231,39 @@ def factor_rank(runs: Runs, control: Runs | None = None, role: str | None = None
     "steps.",
     misleads="The selection error compares factors with a matrix made from factors, so it falls below the tolerance by "
     "itself. It does not measure the error of the second moment: record observe.factor_drift() for that.",
+    takes="Runs of Adapprox, ideally with ``observe.factor_drift()``; one panel per label.",
 )
-def factor_error(runs: Runs, control: Runs | None = None) -> Drawable:
+def factor_error(cohort: Cohort) -> Drawable:
     """Plot the errors of Adapprox's second moments over the steps, averaged over all factored matrices in blocks.
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of Adapprox, ideally with ``observe.factor_drift()``; one panel per label.
 
     Examples
     --------
     >>> ls.plots.factor_error(adapprox)
     """
-    cohort = gather("factor_error", runs, control)
-    cohort.require("factor_error")
     table = cohort.label(cohort.table)
     rows = table[table["quantity"].isin(list(_COURSES)) & table["layer"].notna()].astype({"quantity": "str"})
-    means = rows.groupby(["run", "recipe", "quantity", "step"], observed=True)["value"].mean().reset_index()
+    means = mean_over_modules(rows, "quantity")
     cells = band(means.assign(measure=means["quantity"].map(_COURSES)), ["recipe", "measure", "step"])
+    caption = cohort.caption(
+        "Relative errors in Frobenius norm, mean over the factored matrices in blocks.", *cohort.dense_moment_note()
+    )
     panels = [
-        Chart(
-            own := cells[cells["recipe"] == label],
-            [*_seed_band(own, "step", "measure"), Line("step", "value", "measure"), Point("step", "value", "measure")],
-            title=label if len(cohort.labels) > 1 else "",
-            x=Axis(label="step"),
-            y=Axis(label="relative error", log=True),
-            caption=cohort.caption(
-                "Relative errors in Frobenius norm, mean over the factored matrices in blocks.",
-                *cohort.dense_moment_note(),
-            ),
+        course(
+            cells[cells["recipe"] == label],
+            Axis(label="relative error", log=True),
+            color="measure",
+            whiskers=False,
+            title=cohort.title(label),
+            caption=caption,
             colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
-            meta=cohort.meta,
         )
         for label in cohort.labels
     ]
     return wrap(panels, len(panels))
 
 
-def _caps(cells: pd.DataFrame) -> str:
-    """Return the largest rank by role, and the percentage of cells that reach it, as text."""
-    roles = cells.groupby("cap")["role"].unique()
-    caps = ", ".join(f"{cap:.4g} ({', '.join(found)})" for cap, found in roles.items())
-    return f"k_max: {caps}. At k_max: {100 * (cells['share'] == 1).mean():.0f}% of the cells."
-
-
-def _rank_axis(cells: pd.DataFrame) -> Axis:
-    return Axis(label="rank k", log=True, ticks={int(rank): str(int(rank)) for rank in sorted(cells["index"].unique())})
-
-
-def _seed_band(cells: pd.DataFrame, x: str, color: str) -> list[Band]:
-    return [Band(x, "low", "high", color)] if cells["low"].notna().any() else []
+def _by_rank(cells: pd.DataFrame, y: Axis, title: str, caption: str, colors: Iterable[str]) -> Chart:
+    """Plot one line per measure over the rank."""
+    ticks = {int(rank): str(int(rank)) for rank in sorted(cells["index"].unique())}
+    axes = (Axis(label="rank k", log=True, ticks=ticks), y)
+    return curves(cells, "index", axes, color="measure", whiskers=False, title=title, caption=caption, colors=colors)

@@ -7,8 +7,9 @@ import pandas as pd
 from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Line
+from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Runs, gather, lines
+from lorascope.plots.run_groups import Cohort
 
 _TRUTH = "planted rank"
 
@@ -20,32 +21,25 @@ _TRUTH = "planted rank"
     "ignores the need. Where bands overlap, these seeds do not distinguish two allocators.",
     misleads="Planted components have similar sizes, unlike those of a real task: confirm the result there. A method "
     "whose ranks cannot exceed the initial rank, or cannot reach 0, must leave the diagonal at that end.",
+    takes="Runs of ``lorascope reproduce --probe planted``, and runs to compare with.",
 )
-def planted(runs: Runs, control: Runs | None = None) -> Chart:
+def planted(cohort: Cohort) -> Chart:
     """Plot found rank against planted rank, one line per recipe.
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of ``lorascope reproduce --probe planted``, and runs to compare with.
 
     Examples
     --------
     >>> ls.plots.planted({"AdaLoRA": planted})
     """
-    cohort = gather("planted", runs, control)
-    cohort.require("planted_rank")
     found = pd.concat([recovered_ranks(run) for run in cohort.runs])
     means = found.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
     cells = band(cohort.label(means), ["recipe", "kind", "planted"])
     truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)
-    return Chart(
+    return curves(
         cells,
-        [*lines(cells, "planted"), Line("planted", "planted", "recipe", data=truth)],
+        "planted",
+        ("rank of the teacher's update", Axis(label="found rank", limits=(0, None))),
+        Line("planted", "planted", "recipe", data=truth),
         title="Found rank by planted rank",
-        x=Axis(label="rank of the teacher's update"),
-        y=Axis(label="found rank", limits=(0, None)),
         caption=cohort.caption("Found rank, mean over the modules with the same planted rank."),
         colors=[*cohort.labels, _TRUTH],
-        meta=cohort.meta,
     )

@@ -23,9 +23,10 @@ from lorascope.charts.chart import (
     stack_vertically,
     wrap,
 )
+from lorascope.plots.builders import heat_by_role, metric_bars
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, bars, define, gather
-from lorascope.schema.module_roles import ROLES
+from lorascope.plots.run_groups import Cohort, Group, define
+from lorascope.schema import records
 
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
 _SHOWN, _SUM = "total rank, this step", "total rank"
@@ -43,13 +44,11 @@ _ANYWHERE = "every component is equally likely to be in any module"
     misleads="Random allocation also produces a pattern: compare with chance=True or a control. A rank costs more "
     "parameters in larger matrices, and a high rank shows what a module received, not what it needs.",
 )
-def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = None, chance: bool = False) -> Drawable:
+def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = False) -> Drawable:
     """Plot rank by layer and role, one panel per recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with.
     step : int, optional
         Step after which the ranks are shown; by default the end.
     chance : bool
@@ -59,17 +58,27 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     --------
     >>> ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)
     """
-    cohort = gather("rank_allocation", runs, control)
-    cohort.require("rank")
     found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
+    sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
+    means = sums.groupby("recipe", sort=False).mean()
+    totals = _join_by_label({str(label): f"{round(mean, 1):,.6g}" for label, mean in means.items()})
     when = "at the end" if step is None else f"after step {step}"
-    sentences = [f"{define('rank')} Ranks {when}. {_totals(found)}", *_agreements(cohort, found)]
+    sentences = [f"{define('rank')} Ranks {when}. Total rank: {totals}.", *_agreements(cohort, found)]
     if chance:
-        found = _add_random_ranks(cohort, found)
-        sentences.append(_random_rank_caption(cohort))
+        parts, drawn = [], {}
+        for group in cohort.groups:
+            own = found[found["recipe"] == group.label]
+            parts.append(own)
+            if not group.control:
+                cap = _cap(cohort, group)
+                drawn[group.label] = _ANYWHERE if cap is None else _RETAINED
+                random = rank_allocations.random_ranks(own, cap)
+                parts.append(random.assign(recipe=f"{group.label}, random", kind="control"))
+        found = pd.concat(parts)
+        sentences.append(f"Random: the same budget; {_join_by_label(drawn)}.")
     cells = _rank_cells(found, ["recipe", "kind"])
     caption = cohort.caption(*sentences, interval=_SPREAD)
-    panels = [_rank_heat(cohort, cells, label, caption) for label in _recipe_labels(found)]
+    panels = _rank_heats(cells, list(dict.fromkeys(found["recipe"])), caption)
     return wrap(panels, _MOST_COLUMNS // cells["place"].nunique())
 
 
@@ -81,14 +90,13 @@ def rank_allocation(runs: Runs, control: Runs | None = None, step: int | None = 
     "follows the budget. Changes after the budget is final are exchanges between modules, not pruning.",
     misleads="Masked components of AdaLoRA keep training between decisions, so a rank of 0 can recover. While the "
     "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
+    takes="Runs to plot, and runs to compare with in the rows below.",
 )
-def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Panels:
+def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     """Plot ranks by layer and role at the decisions of the allocator, with the budget; one row per recipe.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with in the rows below.
     frames : int
         Maximum number of steps shown, evenly spaced among the decisions of the runs.
 
@@ -96,19 +104,14 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     --------
     >>> ls.plots.rank_replay(adalora[0])
     """
-    cohort = gather("rank_replay", runs, control)
-    cohort.require("rank", history=True)
-    steps = rank_allocations.decisions(gather("rank_replay", runs).table, frames)
+    own = [run for group in cohort.groups if not group.control for run in group.runs]
+    steps = rank_allocations.decisions(records.concat(run.table for run in own), frames)
     found = cohort.label(pd.concat([rank_allocations.current_ranks(cohort.table, step) for step in steps]))
     cells = _rank_cells(found, ["recipe", "kind", "step"])
     caption = cohort.caption(f"{define('rank')} Steps are those at which ranks were decided.", interval=_SPREAD)
-    rows = [
-        set_side_by_side(
-            _rank_heat(cohort, cells, label, caption, frame="step"), _rank_course(cohort, found, label, caption)
-        )
-        for label in cohort.labels
-    ]
-    return stack_vertically(*rows)
+    heats = _rank_heats(cells, cohort.labels, caption, frame="step")
+    courses = [_rank_course(cohort, found, label, caption) for label in cohort.labels]
+    return stack_vertically(*(set_side_by_side(*row) for row in zip(heats, courses, strict=True)))
 
 
 @figure(
@@ -118,14 +121,13 @@ def rank_replay(runs: Runs, control: Runs | None = None, frames: int = 30) -> Pa
     "comparable at equal parameters (see the caption); overlapping intervals mean that the seeds do not order them.",
     misleads="A type that does well on its own may add nothing to the others: also train combinations. Types with "
     "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
+    takes="Runs labeled by role or by group of layers; ``ls.allocation.equal_parameters`` computes their ranks.",
 )
-def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -> Chart:
+def adapted_types(cohort: Cohort, start: float = 0.0) -> Chart:
     """Plot test metric by adapted weights, one bar per label (AdaLoRA, Fig. 1).
 
     Parameters
     ----------
-    runs, control : mapping label -> run or runs
-        Runs labeled by role or by group of layers; ``ls.allocation.equal_parameters`` computes their ranks.
     start : float
         Lower end of the metric axis; above 0, small differences look large.
 
@@ -133,19 +135,8 @@ def adapted_types(runs: Runs, control: Runs | None = None, start: float = 0.0) -
     --------
     >>> ls.plots.adapted_types(types)
     """
-    cohort = gather("adapted_types", runs, control)
-    cohort.require("test_metric")
-    rows = cohort.scores()
-    cells, marks = bars(band(rows, ["recipe", "kind"]), start)
-    return Chart(
-        cells,
-        marks,
-        title="Test metric by adapted weights",
-        x=Axis(label="adapted weights", order=cohort.labels),
-        y=Axis(label=cohort.metric, limits=(start, None)),
-        caption=cohort.caption(_spent_parameters(cohort), interval=f"bars: {INTERVAL}"),
-        meta=cohort.meta,
-    )
+    title = "Test metric by adapted weights"
+    return metric_bars(cohort, start, "adapted weights", [_spent_parameters(cohort)], title)
 
 
 def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
@@ -160,22 +151,15 @@ def _rank_cells(found: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     )
 
 
-def _rank_heat(cohort: Cohort, cells: pd.DataFrame, label: str, caption: str, frame: str | None = None) -> Chart:
-    """Plot the ranks of one recipe; the color scale is the same in all panels."""
-    own = cells[cells["recipe"] == label]
-    whole = bool((own["value"] % 1 == 0).all())
+def _rank_heats(cells: pd.DataFrame, labels: Sequence[str], caption: str, frame: str | None = None) -> list[Chart]:
+    """Plot the ranks of every recipe; the color scale is the same in all panels."""
     limits = (0.0, max(float(cells["value"].max()), 1.0))
-    heat = Heat("place", "role", "value", "rank", ".0f" if whole else ".1f", limits=limits, words="words")
-    return Chart(
-        own,
-        [heat],
-        title=label,
-        x=Axis(label="layer", order=[place for place in cells["place"].cat.categories if place in set(cells["place"])]),
-        y=Axis(order=[role for role in ROLES if role in set(cells["role"])]),
-        caption=caption,
-        frame=frame,
-        meta=cohort.meta,
-    )
+
+    def heat(own: pd.DataFrame) -> Heat:
+        whole = bool((own["value"] % 1 == 0).all())
+        return Heat("place", "role", "value", "rank", ".0f" if whole else ".1f", limits=limits, words="words")
+
+    return heat_by_role(cells, labels, heat, "layer", caption, frame)
 
 
 def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) -> Chart:
@@ -202,40 +186,11 @@ def _rank_course(cohort: Cohort, found: pd.DataFrame, label: str, caption: str) 
         caption=caption,
         frame="step",
         colors=("budget", _SUM, _SHOWN, *rank_allocations.PHASES),
-        meta=cohort.meta,
     )
-
-
-def _add_random_ranks(cohort: Cohort, found: pd.DataFrame) -> pd.DataFrame:
-    """Add random ranks with the same budget after the ranks of every recipe that is not a control."""
-    parts = []
-    for group in cohort.groups:
-        own = found[found["recipe"] == group.label]
-        parts.append(own)
-        if not group.control:
-            drawn = rank_allocations.random_ranks(own, _cap(cohort, group))
-            parts.append(drawn.assign(recipe=f"{group.label}, random", kind="control"))
-    return pd.concat(parts)
-
-
-def _random_rank_caption(cohort: Cohort) -> str:
-    drawn = {g.label: _ANYWHERE if _cap(cohort, g) is None else _RETAINED for g in cohort.groups if not g.control}
-    return f"Random: the same budget; {_join_by_label(drawn)}."
-
-
-def _recipe_labels(found: pd.DataFrame) -> list[str]:
-    return list(dict.fromkeys(found["recipe"]))
 
 
 def _cap(cohort: Cohort, group: Group) -> int | None:
     return rank_allocations.cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
-
-
-def _totals(found: pd.DataFrame) -> str:
-    """Return the total rank as text, once if all recipes have the same."""
-    sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
-    means = sums.groupby("recipe", sort=False).mean()
-    return f"Total rank: {_join_by_label({str(label): f'{round(mean, 1):,.6g}' for label, mean in means.items()})}."
 
 
 def _join_by_label(notes: Mapping[str, str]) -> str:

@@ -1,69 +1,28 @@
-"""Registry of figures: how to read each one, its caveat, and the records that it needs from a run."""
+"""Registry of figures: the decorator that adds one, how to read each, and the records that it requires of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib.metadata
+import inspect
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 
-from lorascope.analysis import fourier
-from lorascope.analysis.spectra import singular_values
 from lorascope.charts.chart import Chart, Drawable, Panels
-from lorascope.runs.result import Result
+from lorascope.plots.requirements import missing_reason
+from lorascope.plots.run_groups import MIXTURES, Runs, gather, mixture_sentences
+from lorascope.runs.run import Run
 from lorascope.schema.deprecation import warn_renamed
 
-UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
-OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
-"""Needs of figures that show updates."""
-MIXTURES = "mixtures"
-"""Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
-_NORMS = "train with observe=[ls.observe.norms()]"
-_MOMENTS = 'train Full(optimizer_name="adamw") with observe=[ls.observe.second_moments()]'
-_ADAPPROX = "train with Adapprox"
-_ALLOCATOR = "train with a method that allocates ranks, such as AdaLoRA"
-RECORDERS = {
-    UPDATES: "train with a method that has factors, such as LoRA",
-    SPECTRA: _NORMS,
-    FREQUENCIES: "train with FourierFT",
-    BASIS: "train with FourierFT",
-    HEADS: "train HydraLoRA",
-    "update_norm": _NORMS,
-    "learned_norm": _NORMS,
-    "weight_norm": _NORMS,
-    "relative_update": _NORMS,
-    "step_norm": _NORMS,
-    "adapter_norm": _NORMS,
-    "rank": "train adapters with observe=[ls.observe.norms()]",
-    **dict.fromkeys(
-        ("parameter_bytes", "gradient_bytes", "optimizer_bytes"), "train with observe=[ls.observe.memory()]"
-    ),
-    **dict.fromkeys(("forward_seconds", "backward_seconds", "rest_seconds"), "measure it with ls.step_time.measure()"),
-    "budget": _ALLOCATOR,
-    "importance": _ALLOCATOR,
-    "moment_sigma": _MOMENTS,
-    "moment_error": _MOMENTS,
-    "factoring_error_svd": 'train Full(optimizer_name="adamw") with observe=[ls.observe.factorings()]',
-    "factor_rank": _ADAPPROX,
-    "factor_share": _ADAPPROX,
-    "factor_error": _ADAPPROX,
-    "direction_cosine": _ADAPPROX,
-    "active": "train LISA",
-    "draw_probability": "train LISA",
-    "gate_entropy": "train HydraLoRA",
-    "gate_information": "train HydraLoRA on a task with groups",
-    "selected": "train NeFT",
-    "neuron_cosine": "train with observe=[ls.observe.neurons()], or NeFT",
-    "utilisation": "train with observe=[ls.observe.utilization()]",
-    "test_metric": "train on a task with a test split",
-    "eval_loss": "train with eval_every=",
-    "eval_metric": "train with eval_every=",
-}
-
-
 Topic = Literal["updates", "ranks", "factors", "routers", "neurons", "schedules", "optimizers"]
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Drawable])
+PLUGINS = "lorascope.figures"
+"""Entry point group of third-party modules with figures."""
+_RUNS = "runs, control : Run, sequence of Run, or mapping label -> run or runs"
 
 
 @dataclass(frozen=True)
@@ -120,47 +79,122 @@ class _Figures(dict[str, Figure]):
 
 
 FIGURES: dict[str, Figure] = _Figures()
+DRAWN: dict[str, Callable[..., Any]] = {}
+"""All functions of ``lorascope.plots`` that draw: the figures, and those that take tables in place of runs."""
 
 
 def figure(
-    *, topic: Topic, needs: tuple[str, ...], reads: str, misleads: str, history: bool = False, runs: int = 1
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function as a figure under its own name, and add the gates of input-dependent updates to its captions.
+    *,
+    topic: Topic,
+    needs: tuple[str, ...],
+    reads: str,
+    misleads: str,
+    history: bool = False,
+    runs: int = 1,
+    same: tuple[str, ...] = (),
+    vary: tuple[str, ...] = (),
+    check: bool = True,
+    takes: str = "Runs to plot, and runs to compare with.",
+) -> Callable[[Callable[..., Drawable]], Callable[..., Any]]:
+    """Register a function ``draw(cohort, ...)`` as a figure ``draw(runs, control=None, ...)`` under its own name.
+
+    The figure groups the runs, checks that they have what it requires, documents the parameters ``runs`` and
+    ``control``, and adds to every chart its origin and, in the caption, the gates of input-dependent updates. A
+    function whose first parameter is ``runs`` groups and checks them itself.
 
     Parameters
     ----------
     topic, needs, reads, misleads, history, runs
         See `Figure`.
+    same : tuple of str
+        Keys of ``Run.meta`` in which all runs must agree.
+    vary : tuple of str
+        Stored settings of the method in which alone the runs may differ, apart from their seed.
+    check : bool
+        Whether to check ``needs`` before drawing; False for a function whose parameters choose what it needs.
+    takes : str
+        Description of the parameters ``runs`` and ``control``.
+
+    Raises
+    ------
+    ValueError
+        There is already a figure of this name.
     """
 
-    def register(draw: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(draw)
-        def drawn(*args: Any, **kwargs: Any) -> Drawable:
-            return _name_gates(draw(*args, **kwargs))
+    def register(draw: Callable[..., Drawable]) -> Callable[..., Any]:
+        name = draw.__name__
+        own = list(inspect.signature(draw).parameters.values())
+        gathers = own[0].name == "cohort"
 
-        FIGURES[draw.__name__] = Figure(draw.__name__, drawn, topic, needs, history, runs, reads, misleads)
+        @wraps(draw)
+        def drawn(runs: Runs, control: Runs | None = None, *args: Any, **kwargs: Any) -> Drawable:
+            if not gathers:
+                return _complete(draw(runs, control, *args, **kwargs), {})
+            cohort = gather(name, runs, control, needs)
+            if check:
+                cohort.require(*needs, history=history)
+            cohort.require_same(*same)
+            if vary:
+                cohort.require_differ_only_in(*vary)
+            return _complete(draw(cohort, *args, **kwargs), cohort.meta)
+
+        if gathers:
+            given = [
+                inspect.Parameter("runs", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Runs),
+                inspect.Parameter("control", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Runs),
+            ]
+            types = {key: value for key, value in draw.__annotations__.items() if key != "cohort"}
+            drawn.__signature__ = inspect.Signature([*given, *own[1:]])  # type: ignore[attr-defined]
+            drawn.__annotations__ = {"runs": Runs, "control": Runs | None} | types
+            drawn.__doc__ = draw.__doc__ = _document_runs(inspect.getdoc(draw) or "", takes)
+        if name in FIGURES and FIGURES[name].draw.__module__ != draw.__module__:
+            raise ValueError(f"there is already a figure {name!r}, of {FIGURES[name].draw.__module__}")
+        FIGURES[name] = Figure(name, drawn, topic, needs, history, runs, reads, misleads)
+        DRAWN[name] = drawn
         return drawn
 
     return register
 
 
-def _name_gates(drawn: Drawable) -> Drawable:
-    """Add the gates of input-dependent updates to every caption, so that no figure has to do it itself."""
+def table_figure(draw: AnyFunction) -> AnyFunction:
+    """Add a function that draws a table in place of runs to ``lorascope.plots``."""
+    DRAWN[draw.__name__] = draw
+    return draw
+
+
+def _document_runs(doc: str, takes: str) -> str:
+    """Add the parameters ``runs`` and ``control`` to a docstring."""
+    if "\nruns : " in doc:
+        return doc
+    head = "Parameters\n----------\n"
+    entry = f"{_RUNS}\n    {takes}\n"
+    if head in doc:
+        return doc.replace(head, head + entry, 1)
+    places = [place for name in ("Raises", "Examples") if (place := doc.find(f"{name}\n{'-' * len(name)}\n")) >= 0]
+    at = min(places, default=len(doc))
+    return f"{doc[:at].rstrip()}\n\n{head}{entry}\n{doc[at:]}"
+
+
+def _complete(drawn: Drawable, meta: dict[str, Any]) -> Drawable:
+    """Add the origin of a figure to its charts, and the gates of input-dependent updates to every caption."""
+    rows = [[replace(chart, meta=meta | dict(chart.meta)) for chart in row] for row in drawn.rows()]
     mixtures: dict[str, str] = {}
-    for row in drawn.rows():
+    for row in rows:
         for chart in row:
             mixtures |= chart.meta.get(MIXTURES, {})
-    if not mixtures:
-        return drawn
     added = mixture_sentences(mixtures)
-    rows = [[replace(chart, caption=" ".join([chart.caption, *added])) for chart in row] for row in drawn.rows()]
+    rows = [[replace(chart, caption=" ".join([chart.caption, *added])) for chart in row] for row in rows]
     return rows[0][0] if isinstance(drawn, Chart) else Panels(tuple(map(tuple, rows)))
 
 
-def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
-    """Return sentences such as "Updates of HydraLoRA at mean gates." from a mapping label -> gates."""
-    labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
-    return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
+def load_plugins() -> None:
+    """Import the figures of third parties; one that fails is reported and left out."""
+    for entry in importlib.metadata.entry_points(group=PLUGINS):
+        try:
+            entry.load()
+        except Exception as error:  # any failure of foreign code must not break the other figures
+            message = f"cannot load the figures of entry point {entry.name} = {entry.value}"
+            warnings.warn(f"{message}: {type(error).__name__}: {error}", stacklevel=2)
 
 
 def available(run: Result) -> pd.DataFrame:
@@ -178,40 +212,3 @@ def available(run: Result) -> pd.DataFrame:
         missing = "; ".join(filter(None, lacking))
         rows.append({"figure": name, "runs": entry.runs, "drawable": not missing, "missing": missing})
     return pd.DataFrame(rows)
-
-
-def missing_reason(run: Result, need: str, history: bool = False) -> str:
-    """Return what a run lacks for a figure and how to get it; "" if nothing is missing."""
-    fix = RECORDERS.get(need, "train with a method that records it")
-    if need in _STORED:
-        what, find = _STORED[need]
-        return "" if _has_any(run, find) else f"{what}: {fix}"
-    rows = run.table[run.table["quantity"] == need]
-    if rows.empty:
-        return f"records of {need}: {fix}"
-    if rows["value"].isna().all():
-        return f"{need}, which is unknown without the base model"
-    if history and rows["step"].nunique() < 2:
-        return f"{need} at more than one step: {fix}"
-    return ""
-
-
-def _num_experts(run: Result) -> Mapping[str, int]:
-    recipe = run.meta.recipe or {}
-    return {"number": recipe["number"]} if recipe.get("name") == "hydralora" else {}
-
-
-_STORED: dict[str, tuple[str, Callable[[Result], Mapping[str, Any]]]] = {
-    UPDATES: ("the adapters' factors", lambda run: run.updates()),
-    SPECTRA: ("singular values of updates", singular_values),
-    FREQUENCIES: ("Fourier coefficients", fourier.updates),
-    BASIS: ("coefficients on a basis", fourier.basis),
-    HEADS: ("a number of experts", _num_experts),
-}
-
-
-def _has_any(run: Result, find: Callable[[Result], Mapping[str, Any]]) -> bool:
-    try:
-        return len(find(run)) > 0
-    except ValueError:  # the run has no snapshot of its last step
-        return False

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Rule, wrap
+from lorascope.plots.builders import course, mean_over_modules, used_roles
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, Group, Runs, axis_label, define, gather, lines
-from lorascope.runs.result import Result
-from lorascope.schema.module_roles import ROLES
+from lorascope.plots.run_groups import Cohort, axis_label, define
+from lorascope.runs.run import Run
 
 _BASELINE = ", shuffled domains"
 _TEXT = "Recorded on held-out text without padding."
@@ -28,14 +28,13 @@ _MOST_NUMBERED = 6  # largest number of columns whose cells have room for number
     misleads="Experts of different layers or seeds do not correspond, so one run is drawn, and random routers also "
     "separate domains slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
     "check gate_course.",
+    takes="Runs to plot, and runs to compare with below; one panel per recipe, its first run.",
 )
-def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> Drawable:
+def gates(cohort: Cohort, step: int | None = None) -> Drawable:
     """Plot the mean gate weight of every expert by domain minus a uniform weight, one layer per frame.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with below; one panel per recipe, its first run.
     step : int, optional
         First or last step of the run; by default the last.
 
@@ -43,11 +42,36 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     --------
     >>> ls.plots.gates({"HydraLoRA": hydralora})
     """
-    cohort = gather("gates", runs, control)
-    cohort.require("gate_information")
     found = [(group, gates_by_domain(group.runs[0], step)) for group in cohort.groups]
     limit = max(float(cells["value"].abs().max()) for _, cells in found)
-    panels = [_gate_heat(cohort, group, cells, limit) for group, cells in found]
+    panels = []
+    for group, cells in found:
+        experts = sorted(cells["head"].unique())
+        columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
+        numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
+        shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
+        seed = group.runs[0].meta.get("seed")
+        which = "" if seed is None else f" (seed {seed})"
+        value = Heat(
+            "column",
+            "domain",
+            "value",
+            f"gate − 1/{len(experts)}",
+            numbers,
+            scale="diverging",
+            limits=(-limit, limit),  # the same in all panels
+        )
+        panels.append(
+            Chart(
+                cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
+                [value],
+                title=group.label,
+                x=Axis(label="role and expert", order=columns),
+                y=Axis(order=sorted(cells["domain"].unique())),
+                caption=f"{shown} One run{which}, so no interval.",
+                frame="layer",
+            )
+        )
     return wrap(panels, 1)
 
 
@@ -61,24 +85,18 @@ def gates(runs: Runs, control: Runs | None = None, step: int | None = None) -> D
     misleads="Confident routing need not help, and all tokens may use the same expert: check the gates figure. The "
     "recorded text is short, so even a router that ignores domains exceeds 0 in the second panel: compare with the "
     "baseline.",
+    takes="Runs to plot, and runs to compare with; curves are means over modules.",
 )
-def gate_course(runs: Runs, control: Runs | None = None) -> Drawable:
+def gate_course(cohort: Cohort) -> Drawable:
     """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain.
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with; curves are means over modules.
 
     Examples
     --------
     >>> ls.plots.gate_course({"HydraLoRA": hydralora})
     """
-    cohort = gather("gate_course", runs, control)
-    cohort.require("gate_entropy", history=True)
     experts = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1
     uniform = [Rule(y=math.log(number), label=f"uniform, {number} experts") for number in sorted(experts.unique())]
-    panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), uniform)]
+    panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), *uniform)]
     information = _module_means(cohort, "gate_information")
     if len(information):
         baseline = _module_means(cohort, "gate_chance")
@@ -124,42 +142,17 @@ def gates_by_domain(run: Result, step: int | None = None) -> pd.DataFrame:
     return cells.assign(value=cells["gate"] - 1 / cells["head"].nunique())
 
 
-def _gate_heat(cohort: Cohort, group: Group, cells: pd.DataFrame, limit: float) -> Chart:
-    """Plot the first run of one recipe; the color scale is the same in all panels."""
-    experts = sorted(cells["head"].unique())
-    columns = [f"{role} {expert}" for role in ROLES if role in set(cells["role"]) for expert in experts]
-    numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
-    label = f"gate − 1/{len(experts)}"
-    run = group.runs[0]
-    shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
-    seed = run.meta.seed
-    which = "" if seed is None else f" (seed {seed})"
-    return Chart(
-        cells.assign(column=cells["role"].astype("str") + " " + cells["head"].astype("str")),
-        [Heat("column", "domain", "value", label, numbers, scale="diverging", limits=(-limit, limit))],
-        title=group.label,
-        x=Axis(label="role and expert", order=columns),
-        y=Axis(order=sorted(cells["domain"].unique())),
-        caption=f"{shown} One run{which}, so no interval.",
-        frame="layer",
-        meta=cohort.meta,
-    )
-
-
 def _module_means(cohort: Cohort, quantity: str) -> pd.DataFrame:
     """Average a quantity over modules, then return mean and band over seeds by recipe and step."""
     rows = cohort.table[cohort.table["quantity"] == quantity]
-    means = rows.groupby(["run", "step"], observed=True)["value"].mean().reset_index()
-    return band(cohort.label(means), ["recipe", "kind", "step"])
+    return band(mean_over_modules(cohort.label(rows)), ["recipe", "kind", "step"])
 
 
-def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, rules: Sequence[Rule] = ()) -> Chart:
-    return Chart(
+def _course_chart(cohort: Cohort, quantity: str, cells: pd.DataFrame, *rules: Rule) -> Chart:
+    drawn = course(
         cells.assign(quantity=quantity),
-        [*rules, *lines(cells, "step")],
-        x=Axis(label="step"),
-        y=Axis(label=axis_label(quantity), limits=(0, None)),
+        Axis(label=axis_label(quantity), limits=(0, None)),
         caption=cohort.caption(f"{define(quantity)} {_TEXT}"),
         colors=[*cohort.labels, *(f"{label}{_BASELINE}" for label in cohort.labels)],
-        meta=cohort.meta,
     )
+    return replace(drawn, marks=[*rules, *drawn.marks])

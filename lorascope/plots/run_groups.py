@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -10,8 +11,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 
 from lorascope.analysis import initial_update, norms
-from lorascope.charts.chart import Band, Bar, Line, Mark, Point, Text
-from lorascope.plots.registry import FIGURES, MIXTURES, OF_UPDATES, missing_reason
+from lorascope.plots.requirements import OF_UPDATES, missing_reason
 from lorascope.plots.setting_names import present_label, present_setting
 from lorascope.runs.gated_run import gate_description
 from lorascope.runs.result import Result
@@ -21,6 +21,8 @@ from lorascope.schema.records import QUANTITIES
 Runs: TypeAlias = Result | Sequence[Result] | Mapping[str, Result | Sequence[Result]]
 
 INTERVAL = "95% t-interval over seeds"
+MIXTURES = "mixtures"
+"""Key of a chart's ``meta``: label -> gate weights at which its input-dependent updates are evaluated."""
 _SAME = ("model", "task", "recipe", "settings")
 _POOLS = {"norm": "root sum of squares", "sum": "sum", "mean": "mean"}
 
@@ -34,17 +36,27 @@ class Group:
     control: bool = False
 
     @property
-    def seeds(self) -> list[int]:
-        """Known seeds in ascending order."""
-        return sorted({run.meta.seed for run in self.runs if run.meta.seed is not None})
+    def sample(self) -> str:
+        """Number of runs and their seeds as text."""
+        n, seeds = len(self.runs), sorted({run.meta["seed"] for run in self.runs if run.meta.get("seed") is not None})
+        listed = ", ".join(map(str, seeds))
+        if not seeds:
+            return "1 run" if n == 1 else f"{n} runs"
+        if n == 1:
+            return f"1 run (seed {listed})"
+        return f"{n} seeds ({listed})" if len(seeds) == n else f"{n} runs (seeds {listed})"
 
 
 @dataclass(frozen=True)
 class Cohort:
-    """All runs of a figure by label; ``name`` is the name of the figure or of the quantity that it shows."""
+    """All runs of a figure by label.
+
+    ``name`` is the name of the figure or of the quantity that it shows, ``needs`` are the records that it requires.
+    """
 
     name: str
     groups: tuple[Group, ...]
+    needs: tuple[str, ...] = ()
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -64,10 +76,13 @@ class Cohort:
     @cached_property
     def meta(self) -> dict[str, Any]:
         """Origin of the figure for saved files: its name and runs, and the gates of input-dependent updates."""
-        needs = FIGURES[self.name].needs if self.name in FIGURES else (self.name,)
-        about_updates = not OF_UPDATES.isdisjoint(needs)
-        gates = {group.label: _gates(group) for group in self.groups} if about_updates else {}
-        mixtures = {label: text for label, text in gates.items() if text}
+        gates: dict[str, dict[str, None]] = {}
+        for group in self.groups if not OF_UPDATES.isdisjoint(self.needs) else ():
+            for run in group.runs:
+                # Without a snapshot of its last step, a run has no gates to describe.
+                with suppress(ValueError):
+                    gates.setdefault(group.label, {})[gate_description(run)] = None
+        mixtures = {label: text for label, found in gates.items() if (text := " and ".join(filter(None, found)))}
         return {"figure": self.name, "runs": [run.id for run in self.runs]} | ({MIXTURES: mixtures} if mixtures else {})
 
     def require(self, *needs: str, history: bool = False) -> None:
@@ -75,7 +90,7 @@ class Cohort:
         for run in self.runs:
             for need in needs:
                 if lacking := missing_reason(run, need, history):
-                    raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {_run_label(run)})")
+                    raise ValueError(f"{self.name} needs {lacking} (run {run.id}, {present_run_label(run)})")
 
     def require_runs(self, least: int) -> None:
         """Raise a ValueError if there are fewer runs than this."""
@@ -138,17 +153,21 @@ class Cohort:
     @property
     def sample(self) -> str:
         """Number of runs and their seeds as text, by label if the labels differ."""
-        counts = {group.label: _count_seeds(group) for group in self.groups}
+        counts = {group.label: group.sample for group in self.groups}
         if len(set(counts.values())) == 1:
             return next(iter(counts.values()))
         return "; ".join(f"{label}: {count}" for label, count in counts.items())
+
+    def title(self, label: str) -> str:
+        """Return the title of the panel of one label: none if it is the only one."""
+        return label if len(self.groups) > 1 else ""
 
     def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
         """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval."""
         sample = self.sample
         if not any(len(group.runs) > 1 for group in self.groups):
             return " ".join([*sentences, f"{sample[0].upper()}{sample[1:]}, so no interval."])
-        equal = len(set(map(_count_seeds, self.groups))) == 1
+        equal = len({group.sample for group in self.groups}) == 1
         return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {sample}; {interval}."])
 
     def dense_moment_note(self) -> list[str]:
@@ -157,7 +176,14 @@ class Cohort:
         for group in self.groups:
             for recipe in (run.meta.recipe or {} for run in group.runs):
                 if recipe.get("name") == "adapprox":
-                    dense.setdefault(_dense_moments(recipe), {})[group.label] = None
+                    given = recipe.get("dense", ())
+                    named = ["vectors", *([given] if isinstance(given, str) else given)]
+                    if recipe.get("min_dim", 64) is None:
+                        named = ["all parameters"]
+                    elif recipe.get("min_dim", 64) > 1:
+                        named.append("small matrices")
+                    what = " and ".join(filter(None, [", ".join(named[:-1]), named[-1]]))
+                    dense.setdefault(what, {})[group.label] = None
         one = len(dense) == 1
         return [f"{'Adapprox' if one else ', '.join(labels)} keeps {what} dense." for what, labels in dense.items()]
 
@@ -167,7 +193,7 @@ class Cohort:
         return [f"Includes the initial update, which was not saved: {', '.join(lacking)}."] if lacking else []
 
 
-def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
+def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str, ...] = ()) -> Cohort:
     """Group runs by label.
 
     Parameters
@@ -178,6 +204,8 @@ def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
         Runs to plot. Without labels, runs of one recipe have the label of the recipe and count as its seeds.
     control : as ``runs``, optional
         Runs to compare with.
+    needs : tuple of str
+        Records that the figure requires, as in `Figure`.
 
     Raises
     ------
@@ -185,7 +213,7 @@ def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
         There is no run, a run or label occurs twice, or unlabeled runs of one recipe differ in more than their seed.
     """
     groups = _groups(runs) + (_groups(control, control=True) if control is not None else ())
-    cohort = Cohort(name, groups)
+    cohort = Cohort(name, groups, needs)
     ids = [run.id for run in cohort.runs]
     if not ids:
         raise ValueError(f"{name} needs at least 1 run, got 0")
@@ -196,29 +224,10 @@ def gather(name: str, runs: Runs, control: Runs | None = None) -> Cohort:
     return cohort
 
 
-def ends(cells: pd.DataFrame) -> tuple[str | None, str | None]:
-    """Return the columns of ``band`` with the ends of the interval; None if no recipe has several seeds."""
-    return ("low", "high") if cells["low"].notna().any() else (None, None)
-
-
-def lines(cells: pd.DataFrame, x: str, points: bool = True) -> list[Mark]:
-    """Return marks for a table from ``band``: one line per recipe, with bands and error bars for several seeds."""
-    low, high = ends(cells)
-    dash = "kind" if cells["kind"].nunique() > 1 else None
-    band = [Band(x, low, high, "recipe")] if low and high else []
-    dots = [Point(x, "value", "recipe", low=low, high=high)] if points else []
-    return [*band, Line(x, "value", "recipe", dash), *dots]
-
-
-def bars(cells: pd.DataFrame, start: float) -> tuple[pd.DataFrame, list[Mark]]:
-    """Return a table from ``band`` by ``recipe`` with label positions, and its marks: bars with intervals and numbers.
-
-    ``start`` is the lower end of the axis.
-    """
-    top = cells["high"].fillna(cells["value"])
-    cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
-    low, high = ends(cells)
-    return cells, [Bar("recipe", "value", low=low, high=high), Text("recipe", "above", "words")]
+def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:
+    """Return sentences such as "Updates of HydraLoRA at mean gates." from a mapping label -> gates."""
+    labels = {gates: [label for label in mixtures if mixtures[label] == gates] for gates in mixtures.values()}
+    return [f"Updates of {', '.join(names)} at {gates}." for gates, names in labels.items()]
 
 
 def define(quantity: str) -> str:
@@ -233,66 +242,29 @@ def axis_label(quantity: str) -> str:
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
 
 
-def _gates(group: Group) -> str:
-    """Return the gates at which the updates of the runs are evaluated; "" if they do not depend on the input."""
-    return " and ".join(filter(None, dict.fromkeys(map(_gates_or_empty, group.runs))))
-
-
-def _gates_or_empty(run: Result) -> str:
-    try:
-        return gate_description(run)
-    except ValueError:  # the run has no snapshot of its last step
-        return ""
-
-
-def _run_label(run: Result) -> str:
-    return present_label(run.label, (run.meta.recipe or {}).get("name", ""))
-
-
-def _dense_moments(recipe: Mapping[str, Any]) -> str:
-    """Return the parameters whose second moments this Adapprox stores without factors, as text."""
-    if recipe.get("min_dim", 0) is None:
-        return "all parameters"
-    given = recipe.get("dense", ())
-    named: list[str] = [given] if isinstance(given, str) else list(given)
-    small = ["small matrices"] if recipe.get("min_dim", 64) > 1 else []
-    *others, last = ["vectors", *named, *small]
-    return " and ".join([", ".join(others), last] if others else [last])
+def present_run_label(run: Run) -> str:
+    """Return the label of a run with the present names of its settings."""
+    return present_label(run.label, (run.meta.get("recipe") or {}).get("name", ""))
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:
     if isinstance(runs, Mapping):
         lists = {label: (found,) if isinstance(found, Result) else tuple(found) for label, found in runs.items()}
         return tuple(Group(label, found, control) for label, found in lists.items() if found)
-    by_label: dict[str, list[Result]] = {}
-    for run in [runs] if isinstance(runs, Result) else runs:
-        by_label.setdefault(f"control: {_run_label(run)}" if control else _run_label(run), []).append(run)
+    by_label: dict[str, list[Run]] = {}
+    for run in [runs] if isinstance(runs, Run) else runs:
+        by_label.setdefault(f"control: {present_run_label(run)}" if control else present_run_label(run), []).append(run)
     for label, found in by_label.items():
-        _check_same(label, found)
-    return tuple(Group(label, tuple(found), control) for label, found in by_label.items())
-
-
-def _check_same(label: str, runs: Sequence[Result]) -> None:
-    """Raise a ValueError if runs of one label are not seeds of one recipe."""
-    for run in runs[1:]:
-        if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(runs[0].meta, key)]:
+        for run in found[1:]:
+            if differing := [key for key in _SAME if run.meta.get(key) != found[0].meta.get(key)]:
+                raise ValueError(
+                    f"cannot average runs {found[0].id} and {run.id} of label {label!r}: they differ in "
+                    f"{', '.join(differing)}. Pass a dict label -> runs"
+                )
+        seeds = [run.meta.get("seed") for run in found]
+        if len(found) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
             raise ValueError(
-                f"cannot average runs {runs[0].id} and {run.id} of label {label!r}: they differ in "
-                f"{', '.join(differing)}. Pass a dict label -> runs"
+                f"cannot average {len(found)} runs of label {label!r}: their seeds are not distinct, got seeds "
+                f"{seeds}. Pass a dict label -> run"
             )
-    seeds = [run.meta.seed for run in runs]
-    if len(runs) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
-        raise ValueError(
-            f"cannot average {len(runs)} runs of label {label!r}: their seeds are not distinct, got seeds {seeds}. "
-            "Pass a dict label -> run"
-        )
-
-
-def _count_seeds(group: Group) -> str:
-    n, seeds = len(group.runs), group.seeds
-    listed = ", ".join(map(str, seeds))
-    if not seeds:
-        return "1 run" if n == 1 else f"{n} runs"
-    if n == 1:
-        return f"1 run (seed {listed})"
-    return f"{n} seeds ({listed})" if len(seeds) == n else f"{n} runs (seeds {listed})"
+    return tuple(Group(label, tuple(found), control) for label, found in by_label.items())

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from lorascope.charts.chart import Axis, Chart, Heat, Point, Rule
+from lorascope.plots.builders import pair_heat
+from lorascope.plots.registry import table_figure
 
 
+@table_figure
 def agreement(cells: pd.DataFrame, level: str) -> Chart:
     """Plot the rank correlation of every pair of scores, averaged over runs.
 
@@ -17,18 +20,17 @@ def agreement(cells: pd.DataFrame, level: str) -> Chart:
     level : str
         Scored objects, such as "components", "modules" or "neurons".
     """
-    order = list(dict.fromkeys(cells["first"]))
-    return Chart(
+    return pair_heat(
         _mean_cells(cells),
-        [Heat("second", "first", "value", "Spearman correlation", ".2f", scale="diverging", limits=(-1, 1))],
+        Heat("second", "first", "value", "Spearman correlation", ".2f", scale="diverging", limits=(-1, 1)),
+        list(dict.fromkeys(cells["first"])),
         title=f"Agreement of scores over {level}",
-        x=Axis(order=order),
-        y=Axis(order=order),
         caption=f"Spearman rank correlation over {level}. {_describe_runs(cells)}; intervals are in the data.",
         meta={"figure": "agreement", "runs": list(dict.fromkeys(cells["run"]))},
     )
 
 
+@table_figure
 def against_truth(cells: pd.DataFrame, truth: str, level: str) -> Chart:
     """Plot the rank correlation of every score with the true one, averaged over runs, with its interval.
 

@@ -24,10 +24,10 @@ from lorascope.charts.chart import (
     set_side_by_side,
     wrap,
 )
+from lorascope.plots.builders import ends, pair_heat, used_roles
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import INTERVAL, Cohort, Group, Runs, axis_label, ends, gather
-from lorascope.runs.result import Result
-from lorascope.schema.module_roles import ROLES
+from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label
+from lorascope.runs.run import Run
 from lorascope.schema.records import QUANTITIES
 
 _MOST_LAYERS = 14  # largest number of layers whose bars have room in one row of panels
@@ -43,32 +43,43 @@ _KINDS = ("strong", "suppressed", "indirect")
     "layers.",
     misleads="One threshold for all layers prefers small weights and large gradients, regardless of function: compare "
     "with select_by='random'. A pattern that repeats over seeds may reflect depth, not the task: compare tasks.",
+    takes='Runs of NeFT, and controls such as runs with ``select_by="reversed"`` or ``"random"``.',
 )
-def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
+def neurons(cohort: Cohort) -> Drawable:
     """Plot the number of selected neurons by layer and projection, one panel per recipe.
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of NeFT, and controls such as runs with ``select_by="reversed"`` or ``"random"``.
 
     Examples
     --------
     >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
     """
-    cohort = gather("neurons", runs, control)
-    cohort.require("selected")
     found = cohort.label(pd.concat([selected_neurons.by_layer(run) for run in cohort.runs], ignore_index=True))
     found["place"] = place(found)
     cells = band(found, ["recipe", "place", "role"])
     chance = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
-    panels = [_neuron_bars(cohort, cells, group, chance[chance["recipe"] == group.label]) for group in cohort.groups]
+    panels = []
+    for label in cohort.labels:
+        own = cells[cells["recipe"] == label]
+        low, high = ends(own)
+        marks, meaning = _random_marks(chance[chance["recipe"] == label])
+        sentence = f"Number of trained neurons by layer and projection; {meaning}."
+        panels.append(
+            Chart(
+                own,
+                [Bar("place", "value", "role", low=low, high=high), *marks],
+                title=label,
+                x=Axis(label="layer", order=own["place"].cat.categories),
+                y=Axis(label="selected neurons", limits=(0, None)),
+                caption=cohort.caption(sentence, interval=f"bars: {INTERVAL}"),
+                colors=used_roles(cells),
+            )
+        )
     return wrap(panels, _MOST_LAYERS // cells["place"].nunique())
 
 
 @figure(
     topic="neurons",
     needs=("neuron_cosine",),
+    check=False,
     reads="Lines are the median cosine distance of the neurons of a projection by layer, bands contain 90% of them. "
     "Neurons above the threshold, if one is drawn, were selected; a layer whose whole band is above it was selected "
     "almost entirely.",
@@ -76,13 +87,11 @@ def neurons(runs: Runs, control: Runs | None = None) -> Drawable:
     "norm, so small weights rotate easily: compare update norms. Neurons that did not rotate are missing from the "
     "logarithmic axis.",
 )
-def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None = None) -> Drawable:
+def neuron_cosine(cohort: Cohort, quantity: str | None = None) -> Drawable:
     """Plot the cosine distance of neurons from their base weights by layer and projection, one panel per recipe.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with.
     quantity : str, optional
         Recorded cosine distance. By default ``selection_cosine``, by which NeFT selects, if all runs have it, else
         ``neuron_cosine``, that of the run itself.
@@ -91,7 +100,6 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     --------
     >>> ls.plots.neuron_cosine({"NeFT": neft})
     """
-    cohort = gather("neuron_cosine", runs, control)
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
     quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
     cohort.require(quantity)
@@ -103,18 +111,18 @@ def neuron_cosine(runs: Runs, control: Runs | None = None, quantity: str | None 
     topic="neurons",
     needs=("selected",),
     runs=2,
+    check=False,
     reads="Each cell is the fraction of neurons that two selections share, averaged over pairs of runs; the diagonal "
     "compares seeds of one label. Neurons are task-specific only as far as cells off the diagonal are lower.",
     misleads="All overlaps exceed the random baseline in the caption, because some layers rotate more on any task: "
     "compare with the diagonal. Larger selections overlap more at random: compare selections of equal size.",
+    takes="At least two runs, labeled by domain for example, ideally with several seeds of each label.",
 )
-def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None) -> Chart:
+def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     """Plot the overlap of selected neurons between labels, and between the seeds of each label (NeFT, Table 6).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        At least two runs, labeled by domain for example, ideally with several seeds of each label.
     k : int, optional
         Number of neurons selected from each run by cosine distance; by default the neurons that it trained.
 
@@ -127,7 +135,6 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     --------
     >>> ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})
     """
-    cohort = gather("neuron_overlap", runs, control)
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_runs(2)
     cohort.require_same("model")
@@ -141,35 +148,33 @@ def neuron_overlap(runs: Runs, control: Runs | None = None, k: int | None = None
     baseline = f"Random baseline: mean {found['chance'].mean():.2f}, 95th percentile {found['most'].max():.2f}"
     sizes = sorted({len(each) for group in sets.values() for each in group})
     shared = f"Fraction of {' or '.join(f'{size:,}' for size in sizes)} neurons that two selections share"
-    return Chart(
+    return pair_heat(
         cells,
-        [Heat("second", "first", "overlap", "overlap", ".2f", limits=(0, 1))],
+        Heat("second", "first", "overlap", "overlap", ".2f", limits=(0, 1)),
+        cohort.labels,
         title="Overlap of selected neurons",
-        x=Axis(order=cohort.labels),
-        y=Axis(order=cohort.labels),
         caption=f"{shared}, mean over pairs; on the diagonal, between seeds. {baseline} (hypergeometric). "
         f"{_sample_sentence(cohort)}",
-        meta=cohort.meta,
     )
 
 
 @figure(
     topic="neurons",
     needs=("utilisation",),
+    check=False,
     history=True,
     reads="Left: mean shift of utilization ranks by percentile in the reference (0: most used) and over all; the paper "
     "finds both ends stable. Right: neurons that moved by at least 28% of the ranks (strong), and how many of them "
     "fell (suppressed) or were not trained (indirect).",
     misleads="Ranks in the middle are close together, so small changes shift them far, and ranks also rise because "
     "others fall: compare with random selection. If all neurons train, none counts as indirect.",
+    takes="Runs with ``observe.utilization()``.",
 )
-def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequence[Result] | None = None) -> Panels:
+def rank_shift(cohort: Cohort, reference: Run | Sequence[Run] | None = None) -> Panels:
     """Plot the shift of utilization ranks, and the paper's three kinds of neurons (NeFT, Figs. 2, 4 and 5).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs with ``observe.utilization()``.
     reference : Run or sequence of Run, optional
         Runs to compare with, such as NeFT with fewer neurons: one for all, or one per seed. By default the model
         before training.
@@ -183,16 +188,21 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     --------
     >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
-    cohort = gather("rank_shift", runs, control)
-    others = [reference] if isinstance(reference, Result) else list(reference or ())
+    others = [reference] if isinstance(reference, Run) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
     known.require_same("model")
     states = _utilization_states(known)
     shifts = {}
     for run in cohort.runs:
-        against = _reference(run, others).table if others else None
-        shifts[run.id] = neuron_utilization.shifts(run.table, selected_neurons.trained(run), against)
+        against = [other for other in others if len(others) == 1 or other.meta["seed"] == run.meta["seed"]]
+        if others and len(against) != 1:
+            seed = run.meta["seed"]
+            raise ValueError(
+                f"reference must contain one run with seed {seed}, that of run {run.id}, got {len(against)}"
+            )
+        trained = selected_neurons.trained(run)
+        shifts[run.id] = neuron_utilization.shifts(run.table, trained, against[0].table if against else None)
     moved = pd.concat(neuron_utilization.buckets(found).assign(run=run) for run, found in shifts.items())
     moved["bucket"] = [
         "all" if (low, high) == (0, 1) else f"{100 * low:g}–{100 * high:g}"
@@ -213,20 +223,25 @@ def rank_shift(runs: Runs, control: Runs | None = None, reference: Result | Sequ
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
     order = [*(bucket for bucket in order if bucket != "all"), "all"]
     percentile = f"percentile {'in the reference' if others else 'before'} (%)"
-    return set_side_by_side(
-        _shift_panel(known, cohort, moved, "bucket", order, percentile, "mean shift (ranks)", caption),
-        _shift_panel(known, cohort, pd.DataFrame(kinds), "category", _KINDS, "", "neurons", caption),
-    )
-
-
-def _reference(run: Result, others: Sequence[Result]) -> Result:
-    """Return the reference of a run: the only one, or the one with its seed."""
-    found = [other for other in others if len(others) == 1 or other.meta.seed == run.meta.seed]
-    if len(found) != 1:
-        raise ValueError(
-            f"reference must contain one run with seed {run.meta.seed}, that of run {run.id}, got {len(found)}"
+    panels = []
+    for found, x, axis, ylabel in (
+        (moved, "bucket", Axis(label=percentile, order=order), "mean shift (ranks)"),
+        (pd.DataFrame(kinds), "category", Axis(order=_KINDS), "neurons"),
+    ):
+        cells = band(cohort.label(found), ["recipe", x])
+        low, high = ends(cells)
+        panels.append(
+            Chart(
+                cells,
+                [Bar(x, "value", "recipe", low=low, high=high)],
+                x=axis,
+                y=Axis(label=ylabel, limits=(0, None)),
+                caption=cohort.caption(caption, interval=f"bars: {INTERVAL}"),
+                colors=cohort.labels,
+                meta=known.meta,
+            )
         )
-    return found[0]
+    return set_side_by_side(*panels)
 
 
 def _utilization_states(cohort: Cohort) -> str:
@@ -243,48 +258,6 @@ def _utilization_states(cohort: Cohort) -> str:
             f"{cohort.name} needs runs with the same kind of utilization, got {' and '.join(sorted(states))}"
         )
     return states.pop() if states else "a mean hidden state"
-
-
-def _shift_panel(
-    known: Cohort,
-    cohort: Cohort,
-    found: pd.DataFrame,
-    x: str,
-    order: Sequence[str],
-    xlabel: str,
-    ylabel: str,
-    caption: str,
-) -> Chart:
-    cells = band(cohort.label(found), ["recipe", x])
-    low, high = ends(cells)
-    return Chart(
-        cells,
-        [Bar(x, "value", "recipe", low=low, high=high)],
-        x=Axis(label=xlabel, order=order),
-        y=Axis(label=ylabel, limits=(0, None)),
-        caption=cohort.caption(caption, interval=f"bars: {INTERVAL}"),
-        colors=cohort.labels,
-        meta=known.meta,
-    )
-
-
-def _neuron_bars(cohort: Cohort, cells: pd.DataFrame, group: Group, chance: pd.DataFrame) -> Chart:
-    own = cells[cells["recipe"] == group.label]
-    low, high = ends(own)
-    marks, meaning = _random_marks(chance)
-    return Chart(
-        own,
-        [Bar("place", "value", "role", low=low, high=high), *marks],
-        title=group.label,
-        x=Axis(label="layer", order=own["place"].cat.categories),
-        y=Axis(label="selected neurons", limits=(0, None)),
-        caption=cohort.caption(
-            f"Number of trained neurons by layer and projection; {meaning}.",
-            interval=f"bars: {INTERVAL}",
-        ),
-        colors=_roles(cells),
-        meta=cohort.meta,
-    )
 
 
 def _random_marks(chance: pd.DataFrame) -> tuple[list[Mark], str]:
@@ -325,13 +298,8 @@ def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
         y=Axis(label=axis_label(quantity), log=True),
         caption=f"{axis_label(quantity)}: {QUANTITIES[quantity].definition}. Lines: median over the neurons of a "
         f"layer; bands: 5% to 95% quantiles; both are means over runs.{selected} {_sample_sentence(cohort)}",
-        colors=_roles(cells),
-        meta=cohort.meta,
+        colors=used_roles(cells),
     )
-
-
-def _roles(cells: pd.DataFrame) -> list[str]:
-    return [role for role in ROLES if role in set(cells["role"])]
 
 
 def _sample_sentence(cohort: Cohort) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pandas as pd
 
 from lorascope.analysis import memory_estimate, norms, step_time
-from lorascope.charts.chart import Axis, Bar, Chart, Drawable, Mark, Rule, wrap
+from lorascope.charts.chart import Chart, Drawable, Rule, wrap
+from lorascope.plots.builders import stacked_bars
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, Runs, gather
+from lorascope.plots.run_groups import Cohort
 
 _PARTS = {
     "parameter_bytes": "parameters",
@@ -28,19 +29,18 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
 @figure(
     topic="optimizers",
     needs=tuple(_PARTS),
+    takes="Runs of ``ls.memory.measure``, or runs with ``observe.memory()``, which have no peak. One panel per model.",
     reads="Each bar ends at the peak memory of one step; parameters, gradients and optimizer state are counted, the "
     "rest is everything else at the peak. Panels of larger models are computed from shapes and have no rest.",
     misleads="Peaks hold for one batch size and text length: with longer texts the rest outgrows all that a method can "
     "save. In small models the embedding is up to half of all parameters, and LISA always trains it, so LISA saves "
     "little there.",
 )
-def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
+def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
     """Plot the memory of a step by part, measured and computed for larger models (LISA, Fig. 3; Adapprox).
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of ``ls.memory.measure``, or runs with ``observe.memory()``, which have no peak. One panel per model.
     computed : sequence of str
         Model sizes to add below: "7B" and "70B" (LLaMA-2 with every method), "117M" and "345M" (GPT-2 with every
         optimizer of all weights, with and without a first moment).
@@ -54,45 +54,42 @@ def memory(runs: Runs, control: Runs | None = None, computed: Sequence[str] = ("
     --------
     >>> ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})
     """
-    cohort = gather("memory", runs, control)
-    cohort.require(*_PARTS)
     sizes = (*_PAPERS, *memory_estimate.GPT2)
     if unknown := [size for size in computed if size not in sizes]:
         raise ValueError(f"computed must be one of {', '.join(map(repr, sizes))}, got {unknown[0]!r}")
-    models = _group_by_model(cohort)
+    models = {}
+    for model in dict.fromkeys(run.meta["model"] for run in cohort.runs):
+        own = (replace(g, runs=tuple(run for run in g.runs if run.meta["model"] == model)) for g in cohort.groups)
+        models[model] = Cohort(cohort.name, tuple(group for group in own if group.runs))
     cells = {model: _measured_memory(own) for model, own in models.items()}
-    caption = _memory_caption(models, cells, computed)
-    panels = [
-        _cost_bars(cells[model], own.labels, f"{model}, measured", "memory (MiB)", [], caption, cohort)
-        for model, own in models.items()
-    ]
+    known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}
+    unknown = [label for model, part in models.items() for label in part.labels if label not in known[model]]
+    where = "; ".join(f"{' and '.join(_batch_phrase(part))}, {part.sample}" for part in models.values())
+    notes = {
+        f"Measured after the last step: {where}.": True,
+        f"Peak memory not measured: {', '.join(dict.fromkeys(unknown))}.": unknown,
+        "Larger models are computed from shapes, not measured, and have no activations.": computed,
+        "LLaMA-2: 2 bytes per weight and per gradient, 4 per optimizer entry.": {*_PAPERS} & {*computed},
+        "GPT-2: 4 bytes per number.": {*memory_estimate.GPT2} & {*computed},
+        "Dashed line: a 24 GB GPU.": "7B" in computed,
+        f"Mean over runs; {_COUNTS}.": any(len(g.runs) > 1 for part in models.values() for g in part.groups),
+    }
+    caption = " ".join(sentence for sentence, applies in notes.items() if applies)
+    panels = []
+    for model, part in models.items():
+        title = f"{model}, measured"
+        panels.append(stacked_bars(cells[model], part.labels, "memory (MiB)", _COLORS, title=title, caption=caption))
     for size in computed:
-        model, unit, rows = _computed_memory(size)
-        card: list[Mark] = [Rule(x=_CARD)] if size == "7B" else []
-        label = f"memory of {model} ({unit})"
-        panels.append(
-            _cost_bars(rows, list(rows["recipe"].unique()), f"{model}, computed", label, card, caption, cohort)
-        )
+        if size in memory_estimate.GPT2:
+            model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])
+        else:
+            model, unit, (rank, active) = f"LLaMA-2 {size}", "GiB", _PAPERS[size]
+            table = memory_estimate.table(memory_estimate.LLAMA2[size], rank, active, width=2)
+        rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
+        card = [Rule(x=_CARD)] if size == "7B" else []
+        label, title = f"memory of {model} ({unit})", f"{model}, computed"
+        panels.append(stacked_bars(rows, rows["recipe"].unique(), label, _COLORS, *card, title=title, caption=caption))
     return wrap(panels, 1)
-
-
-def _computed_memory(size: str) -> tuple[str, str, pd.DataFrame]:
-    """Return the name of a model, the unit of its panel, and its memory by method and part."""
-    if size in memory_estimate.GPT2:
-        model, unit, table = f"GPT-2 {size}", "MiB", memory_estimate.optimizers(memory_estimate.GPT2[size])
-    else:
-        model, unit, (rank, active) = f"LLaMA-2 {size}", "GiB", _PAPERS[size]
-        table = memory_estimate.table(memory_estimate.LLAMA2[size], rank, active, width=2)
-    return model, unit, table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
-
-
-def _group_by_model(cohort: Cohort) -> dict[str, Cohort]:
-    """Return the runs of every model by its name."""
-    parts = {}
-    for model in dict.fromkeys(run.meta.model for run in cohort.runs):
-        own = (replace(g, runs=tuple(run for run in g.runs if run.meta.model == model)) for g in cohort.groups)
-        parts[model] = Cohort(cohort.name, tuple(group for group in own if group.runs))
-    return parts
 
 
 def _measured_memory(cohort: Cohort) -> pd.DataFrame:
@@ -112,85 +109,35 @@ def _measured_memory(cohort: Cohort) -> pd.DataFrame:
     return cells.assign(value=cells["bytes"] / 2**20, source="measured")
 
 
-def _cost_bars(
-    rows: pd.DataFrame, order: list[str], title: str, label: str, marks: list[Mark], caption: str, cohort: Cohort
-) -> Chart:
-    return Chart(
-        rows,
-        [Bar("value", "recipe", "part", mode="stack"), *marks],
-        title=title,
-        x=Axis(label=label, limits=(0, None)),
-        y=Axis(order=order),
-        caption=caption,
-        colors=_COLORS,
-        meta=cohort.meta,
-    )
-
-
 def _batch_phrase(cohort: Cohort) -> list[str]:
     """Return the models with their batch sizes as text."""
     batches = (f"{run.meta.model}, batch size {run.meta.settings.get('batch_size')}" for run in cohort.runs)
     return list(dict.fromkeys(batches))
 
 
-def _memory_caption(models: Mapping[str, Cohort], cells: Mapping[str, pd.DataFrame], computed: Sequence[str]) -> str:
-    """Return the caption: what was measured with which settings, and what was computed."""
-    where = "; ".join(f"{' and '.join(_batch_phrase(own))}, {own.sample}" for own in models.values())
-    sentences = [f"Measured after the last step: {where}."]
-    known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}
-    unknown = [label for model, own in models.items() for label in own.labels if label not in known[model]]
-    if unknown:
-        sentences.append(f"Peak memory not measured: {', '.join(dict.fromkeys(unknown))}.")
-    if computed:
-        sentences.append("Larger models are computed from shapes, not measured, and have no activations.")
-    if not _PAPERS.keys().isdisjoint(computed):
-        sentences.append("LLaMA-2: 2 bytes per weight and per gradient, 4 per optimizer entry.")
-    if not memory_estimate.GPT2.keys().isdisjoint(computed):
-        sentences.append("GPT-2: 4 bytes per number.")
-    if "7B" in computed:
-        sentences.append("Dashed line: a 24 GB GPU.")
-    if any(len(group.runs) > 1 for own in models.values() for group in own.groups):
-        sentences.append(f"Mean over runs; {_COUNTS}.")
-    return " ".join(sentences)
-
-
 @figure(
     topic="optimizers",
     needs=tuple(step_time.PARTS),
+    takes="Runs of ``ls.step_time.measure``.",
     reads="Each bar is the time of one step: forward (the loss), backward (its gradients) and the rest, mostly the "
     "optimizer. A method is faster where its bar is shorter by more than the spread in the caption.",
     misleads="Times hold for one machine, model, batch size and text length: with large embeddings or short texts the "
     "optimizer's fraction is larger than usual. Adapters slow down the forward pass, which offsets their savings: "
     "compare whole bars.",
 )
-def step_seconds(runs: Runs, control: Runs | None = None) -> Chart:
+def step_seconds(cohort: Cohort) -> Chart:
     """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4).
-
-    Parameters
-    ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs of ``ls.step_time.measure``.
 
     Examples
     --------
     >>> ls.plots.step_seconds(timed)
     """
-    cohort = gather("step_seconds", runs, control)
-    cohort.require(*step_time.PARTS)
     rows = cohort.label(step_time.medians(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
-    spread = f"Half the interquartile range of the steps: at most {step_time.spread(cohort.table):.0%} of their median."
-    return Chart(
-        cells,
-        [Bar("value", "recipe", "part", mode="stack")],
-        title="Time per step",
-        x=Axis(label="time per step (ms)", limits=(0, None)),
-        y=Axis(order=cohort.labels),
-        caption=cohort.caption(
-            f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}.",
-            spread,
-            interval=_COUNTS,
-        ),
-        colors=list(step_time.PARTS.values()),
-        meta=cohort.meta,
+    caption = cohort.caption(
+        f"Medians over the steps after step {step_time.WARM}: {'; '.join(_batch_phrase(cohort))}.",
+        f"Half the interquartile range of the steps: at most {step_time.spread(cohort.table):.0%} of their median.",
+        interval=_COUNTS,
     )
+    parts, label = list(step_time.PARTS.values()), "time per step (ms)"
+    return stacked_bars(cells, cohort.labels, label, parts, title="Time per step", caption=caption)

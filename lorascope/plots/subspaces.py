@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 from typing import Any
 
@@ -13,9 +13,11 @@ from lorascope.analysis import subspace_similarity as subspace
 from lorascope.analysis.seed_intervals import band
 from lorascope.analysis.subspace_similarity import Side
 from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side
-from lorascope.plots.registry import SPECTRA, UPDATES, figure
-from lorascope.plots.run_groups import Cohort, Runs, gather, lines
-from lorascope.runs.result import Result
+from lorascope.plots.builders import curves
+from lorascope.plots.registry import figure
+from lorascope.plots.requirements import SPECTRA, UPDATES
+from lorascope.plots.run_groups import Cohort, Runs, gather
+from lorascope.runs.run import Run
 
 _MOST_DOTS = 64  # largest number of components with a dot each
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
@@ -29,19 +31,11 @@ _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
     misleads="After short training, small singular values may be remnants of the random initialization, not learned "
     "directions. Runs with equal spectra may still share no direction: check subspace_similarity.",
 )
-def spectrum(
-    runs: Runs,
-    control: Runs | None = None,
-    module: str | None = None,
-    step: int | None = None,
-    added: bool = False,
-) -> Chart:
+def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None, added: bool = False) -> Chart:
     """Plot the singular values of one module's update, one line per recipe.
 
     Parameters
     ----------
-    runs, control : Run, sequence of Run, or mapping label -> run or runs
-        Runs to plot, and runs to compare with.
     module : str, optional
         Module to plot; by default the one with the largest update among those whose spectrum all runs have.
     step : int, optional
@@ -58,8 +52,6 @@ def spectrum(
     --------
     >>> ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})
     """
-    cohort = gather("spectrum", runs, control)
-    cohort.require(SPECTRA)
     values_of = spectra.added_values if added else spectra.singular_values
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
     module = common_module(cohort, list(by_run.values()), module)
@@ -67,19 +59,23 @@ def spectrum(
     values = spectra.spectrum(found).rename(columns={"module": "run", "sigma": "value"})
     ranks = spectra.ranks(found).rename(columns={"module": "run", "effective_rank": "value"})
     cells = band(cohort.label(values), ["recipe", "kind", "component"])
-    effective = "; ".join(map(_effective_rank_phrase, band(cohort.label(ranks), ["recipe"]).to_dict("records")))
-    return Chart(
+    effective = "; ".join(
+        f"{row['recipe']} {row['value']:.1f}"
+        + ("" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]")
+        for row in band(cohort.label(ranks), ["recipe"]).to_dict("records")
+    )
+    return curves(
         cells,
-        lines(cells, "component", points=bool(cells["component"].max() <= _MOST_DOTS)),
+        "component",
+        ("component", Axis(label="singular value", log=True)),
+        points=bool(cells["component"].max() <= _MOST_DOTS),
         title=f"Spectrum of {module}",
-        x=Axis(label="component"),
-        y=Axis(label="singular value", log=True),
         caption=cohort.caption(
             f"Singular values of {'ΔW − ΔW₀' if added else 'ΔW'}. Effective rank: {effective}.",
             *(cohort.missing_initial_updates() if added else []),
         ),
         colors=cohort.labels,
-        meta=cohort.meta | {"module": module},
+        meta={"module": module},
     )
 
 
@@ -117,19 +113,27 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     --------
     >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
     """
-    name = "subspace_similarity"
-    shown = {"": gather(name, runs)} | ({"control: ": gather(name, control)} if control is not None else {})
+    name, needs = "subspace_similarity", (UPDATES,)
+    shown = {"": gather(name, runs, None, needs)}
+    if control is not None:
+        shown["control: "] = gather(name, control, None, needs)
     for cohort in shown.values():
         cohort.require(UPDATES)
     updates = [run.updates() for cohort in shown.values() for run in cohort.runs]
     module = common_module(shown[""], updates, module)
-    panels = []
+    panels: list[Chart] = []
     for prefix, cohort in shown.items():
         title, pairs = _similarity_pairs(cohort)
-        cells = _phi_cells(pairs, module, side)
-        panels.append(_phi_heat(cells, "phi", prefix + title, _phi_caption(cells, len(pairs), module, side), cohort))
-    cells = panels[0].data
-    return set_side_by_side(*panels, _phi_heat(cells, "phi_random", "random subspaces", panels[0].caption, shown[""]))
+        tables = [subspace.similarity_of_runs(one.updates(), other.updates(), module, side) for one, other in pairs]
+        cells = (
+            pd.concat(tables)
+            .groupby(["i", "j"], as_index=False)
+            .agg(phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first"))
+        )
+        caption = _phi_caption(cells, len(pairs), module, side)
+        panels.append(_phi_heat(cells, "phi", prefix + title, caption, cohort))
+    random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, shown[""])
+    return set_side_by_side(*panels, random)
 
 
 def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: str | None) -> str:
@@ -145,13 +149,7 @@ def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: 
     return module
 
 
-def _effective_rank_phrase(row: Mapping[Hashable, Any]) -> str:
-    """Return the effective rank of one recipe with its interval, for a caption."""
-    interval = "" if pd.isna(row["low"]) else f" [{row['low']:.1f}, {row['high']:.1f}]"
-    return f"{row['recipe']} {row['value']:.1f}{interval}"
-
-
-def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]:
+def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
     """Return a title and the pairs of runs to compare."""
     if len(cohort.groups) == 2:
         first, second = cohort.groups
@@ -163,13 +161,6 @@ def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]
             f"{', '.join(cohort.labels)}"
         )
     return f"{cohort.labels[0]}, between seeds", pairs
-
-
-def _phi_cells(pairs: Sequence[tuple[Result, Result]], module: str, side: Side) -> pd.DataFrame:
-    """Return mean, smallest and largest φ of the pairs."""
-    tables = [subspace.similarity_of_runs(first.updates(), second.updates(), module, side) for first, second in pairs]
-    cells = pd.concat(tables).groupby(["i", "j"], as_index=False)
-    return cells.agg(phi=("phi", "mean"), least=("phi", "min"), most=("phi", "max"), phi_random=("phi_random", "first"))
 
 
 def _phi_caption(cells: pd.DataFrame, pairs: int, module: str, side: Side) -> str:

@@ -34,7 +34,8 @@ from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Point, set_side_by_side
 from lorascope.methods.fourierft import BasisDelta, FourierDelta, bases
 from lorascope.methods.lora import LoRADelta
-from lorascope.plots.run_groups import INTERVAL, lines
+from lorascope.plots.builders import lines
+from lorascope.plots.run_groups import INTERVAL
 from lorascope.probes.base import Findings, Probe, ReportFigure, register
 from lorascope.probes.claims import Claim
 from lorascope.runs.run import Run

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
+from collections.abc import Iterator
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import figure_stubs
 import numpy as np
 import pytest
 from planted import lookup, low_rank, plant, profile
@@ -16,7 +21,7 @@ from safetensors.numpy import save_file
 import lorascope as ls
 from lorascope import plots
 from lorascope.methods import METHODS
-from lorascope.plots import registry
+from lorascope.plots import registry, requirements
 from lorascope.plots.setting_names import RENAMED, VALUES, present_label
 from lorascope.schema.deprecation import old_fields
 
@@ -79,6 +84,69 @@ def test_reads_and_misleads_are_one_or_two_sentences_without_markup(entry: plots
         assert len(text.split()) > 15
         assert len(re.findall(r"\.(?: |$)", text)) <= 2
         assert not re.search(r"[`|*]|_\W", text)
+
+
+def test_stub_has_the_signature_of_every_figure() -> None:
+    written = figure_stubs.FILE.read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(written)) == ast.dump(ast.parse(figure_stubs.stub())), "run tests/figure_stubs.py"
+
+
+def test_figures_list_in_the_order_of_their_modules_and_all_can_be_found_by_name() -> None:
+    names = [name for name, entry in plots.FIGURES.items() if entry.draw.__module__.startswith("lorascope.")]
+    assert (names[0], names[-1]) == ("accuracy_by_parameters", "step_seconds")
+    assert {*names, "agreement", "head_choice", "frequency_bias"} <= set(plots.__all__) <= set(dir(plots))
+
+
+@pytest.fixture
+def plugin(monkeypatch: Any) -> Iterator[Any]:
+    """Return a function that offers modules as entry points and loads them; their figures go at the end."""
+    before = set(registry.FIGURES)
+
+    def load(**modules: str) -> None:
+        entries = [metadata.EntryPoint(name, value, registry.PLUGINS) for name, value in modules.items()]
+        monkeypatch.setattr(metadata, "entry_points", lambda group: [e for e in entries if e.group == group])
+        registry.load_plugins()
+
+    yield load
+    for name in set(registry.FIGURES) - before:
+        del registry.FIGURES[name], registry.DRAWN[name]
+
+
+PLUGIN = """
+from lorascope.charts.chart import Chart, Line
+from lorascope.plots.registry import figure
+
+@figure(topic="updates", needs=("update_norm",), reads="Reads.", misleads="Misleads.", takes="Any runs.")
+def {name}(cohort, scale: float = 1.0) -> Chart:
+    '''Plot scaled values.'''
+    table = cohort.label(cohort.table)
+    return Chart(table.assign(value=scale * table["value"]), [Line("step", "value", "recipe")])
+"""
+
+
+def test_figures_of_entry_points_register_and_a_broken_one_is_named(
+    plugin: Any, write: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    (tmp_path / "third_party.py").write_text(PLUGIN.format(name="scaled_values"), encoding="utf-8")
+    (tmp_path / "imitation.py").write_text(PLUGIN.format(name="spectrum"), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = plots.spectrum
+    with pytest.warns(UserWarning) as warned:  # noqa: PT030
+        plugin(broken="no_such_module_anywhere", twice="imitation", ours="third_party")
+    first, second = (str(each.message) for each in warned)
+    assert first.startswith("cannot load the figures of entry point broken = no_such_module_anywhere: ")
+    assert "entry point twice = imitation: ValueError: there is already a figure 'spectrum'" in second
+    assert plots.spectrum is plots.FIGURES["spectrum"].draw is before
+    run = write("a", profile(1, 3, 4))
+    drawn = plots.scaled_values(run, scale=2.0)
+    assert drawn.data["value"].max() == 2 * run.table["value"].max()
+    assert drawn.meta == {"figure": "scaled_values", "runs": ["a"]}
+    assert list(plots.FIGURES)[-1] == "scaled_values"
+    assert "scaled_values" in dir(plots)
+    assert "runs, control : Run" in plots.scaled_values.__doc__
+    assert str(inspect.signature(plots.scaled_values)).endswith("scale: float = 1.0) -> lorascope.charts.chart.Chart")
+    with pytest.raises(ValueError, match="scaled_values needs records of update_norm"):
+        plots.scaled_values(write("b", {("lr", ""): {1: 0.1}}))
 
 
 def test_present_setting_names_match_the_renamed_fields_of_the_methods() -> None:
@@ -154,7 +222,7 @@ def test_every_figure_of_updates_names_the_gates_of_input_dependent_ones_once(wr
     runs = [mixture(write, f"m{seed}", seed) for seed in (0, 1)]
     plain = [mixture(write, f"p{seed}", seed, "LoRA", exact=True) for seed in (0, 1)]
     drawable = plots.available(runs[0]).set_index("figure")["drawable"]
-    about = {name for name, entry in plots.FIGURES.items() if not registry.OF_UPDATES.isdisjoint(entry.needs)}
+    about = {name for name, entry in plots.FIGURES.items() if not requirements.OF_UPDATES.isdisjoint(entry.needs)}
     for name in drawable[drawable].index:
         draw = plots.FIGURES[name].draw
         for drawn in (draw({"mixed": runs, "plain": plain}), draw({"plain": plain}, control={"mixed": runs})):

@@ -46,16 +46,19 @@ def bias_curve(cohort: Cohort) -> Chart:
     >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
     """
     recipes = {group.label: group.runs[0].meta["recipe"] for group in cohort.groups}
-    centers = {label: recipe.get("center") for label, recipe in recipes.items()}
-    uniform = [label for label, center in centers.items() if center is None]
-    if len(uniform) == len(centers):
+    uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
+    if len(uniform) == len(recipes):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
-    widths = {label: math.nan if label in uniform else recipe["width"] for label, recipe in recipes.items()}
-    series = {label: _UNIFORM if label in uniform else f"width {width:g}" for label, width in widths.items()}
+    drawn = [
+        {"recipe": label, "series": _UNIFORM, "center": math.nan, "width": math.nan}
+        if label in uniform
+        else {"recipe": label, "series": f"width {recipe['width']:g}"}
+        | {key: recipe[key] for key in ("center", "width")}
+        for label, recipe in recipes.items()
+    ]
     rows = cohort.scores()
-    found = {"series": series, "width": widths, "center": centers}
-    rows = rows.assign(**{name: rows["recipe"].map(column) for name, column in found.items()})
-    cells = band(rows.astype({"center": float}), [*found]).sort_values(["width", "center"])
+    cells = band(rows.merge(pd.DataFrame(drawn), on="recipe"), ["series", "width", "center"])
+    cells = cells.sort_values(["width", "center"])
     curves = cells.dropna(subset="center")
     highest = max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
     return _curve_and_level(

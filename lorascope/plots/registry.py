@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
+from importlib import metadata
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -122,9 +122,9 @@ def figure(
     """
 
     def register(draw: Callable[..., Drawable]) -> Callable[..., Any]:
-        name = draw.__name__
-        own = list(inspect.signature(draw).parameters.values())
-        gathers = own[0].name == "cohort"
+        name, signature = draw.__name__, inspect.signature(draw)
+        first, *own = signature.parameters.values()
+        gathers = first.name == "cohort"
 
         @wraps(draw)
         def drawn(runs: Runs, control: Runs | None = None, *args: Any, **kwargs: Any) -> Drawable:
@@ -139,13 +139,11 @@ def figure(
             return _complete(draw(cohort, *args, **kwargs), cohort.meta)
 
         if gathers:
-            given = [
-                inspect.Parameter("runs", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Runs),
-                inspect.Parameter("control", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Runs),
-            ]
-            types = {key: value for key, value in draw.__annotations__.items() if key != "cohort"}
-            drawn.__signature__ = inspect.Signature([*given, *own[1:]])  # type: ignore[attr-defined]
-            drawn.__annotations__ = {"runs": Runs, "control": Runs | None} | types
+            types = {"runs": Runs, "control": Runs | None}
+            added = [first.replace(name="runs", annotation=Runs)]
+            added.append(first.replace(name="control", annotation=types["control"], default=None))
+            drawn.__signature__ = signature.replace(parameters=[*added, *own])  # type: ignore[attr-defined]
+            drawn.__annotations__ = types | {key: kind for key, kind in draw.__annotations__.items() if key != "cohort"}
             drawn.__doc__ = draw.__doc__ = _document_runs(inspect.getdoc(draw) or "", takes)
         if name in FIGURES and FIGURES[name].draw.__module__ != draw.__module__:
             raise ValueError(f"there is already a figure {name!r}, of {FIGURES[name].draw.__module__}")
@@ -189,7 +187,7 @@ def _complete(drawn: Drawable, meta: dict[str, Any]) -> Drawable:
 
 def load_plugins() -> None:
     """Import the figures of third parties; one that fails is reported and left out."""
-    for entry in importlib.metadata.entry_points(group=PLUGINS):
+    for entry in metadata.entry_points(group=PLUGINS):
         try:
             entry.load()
         except Exception as error:  # any failure of foreign code must not break the other figures

@@ -88,7 +88,9 @@ def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
         rows = table.assign(recipe=table["method"], value=table["bytes"] / _UNITS[unit])
         card = [Rule(x=_CARD)] if size == "7B" else []
         label, title = f"memory of {model} ({unit})", f"{model}, computed"
-        panels.append(stacked_bars(rows, rows["recipe"].unique(), label, _COLORS, *card, title=title, caption=caption))
+        panels.append(
+            stacked_bars(rows, list(rows["recipe"].unique()), label, _COLORS, *card, title=title, caption=caption)
+        )
     return wrap(panels, 1)
 
 

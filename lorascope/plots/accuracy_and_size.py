@@ -28,33 +28,24 @@ _OFFSET = 0.03  # distance between a point and its label, as a fraction of the r
     "method is more parameter-efficient where its line is better at the same x and the intervals do not overlap.",
     misleads="If all sizes share one learning rate, a line that gets worse to the right may need a lower rate: tune it "
     "per size. The count includes the classifier head, which dominates it at few coefficients.",
+    raises="The runs were trained on different tasks.",
+    example="""runs = {
+    "LoRA, rank 8": lora,
+    "LoRA, rank 32": lora_rank_32,
+    "FourierFT": fourierft,
+}
+ls.plots.accuracy_by_parameters(runs)""",
 )
 def accuracy_by_parameters(cohort: Cohort) -> Chart:
-    """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4).
-
-    Raises
-    ------
-    ValueError
-        The runs were trained on different tasks.
-
-    Examples
-    --------
-    >>> runs = {
-    ...     "LoRA, rank 8": lora,
-    ...     "LoRA, rank 32": lora_rank_32,
-    ...     "FourierFT": fourierft,
-    ... }
-    >>> ls.plots.accuracy_by_parameters(runs)
-    """
+    """Plot test metric against trained parameters (FourierFT, Figs. 1 and 4)."""
     sizes = pd.DataFrame([_recipe_size(group) for group in cohort.groups])
     cells = band(cohort.scores(), ["recipe", "kind"]).merge(sizes, on="recipe", sort=False)
     cells = cells.assign(**_label_offsets(cells))
-    low, high = ends(cells)
     return Chart(
         cells,
         [
             Line("parameters", "value", "family"),
-            Point("parameters", "value", "family", low=low, high=high),
+            Point("parameters", "value", "family", **ends(cells)),
             Text("right", "above", "size"),
         ],
         title="Test metric by trained parameters",

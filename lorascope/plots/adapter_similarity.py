@@ -22,6 +22,8 @@ from lorascope.plots.run_groups import Cohort
     "their angles: compare different seeds. Norm ratios mostly reflect learning rates and numbers of steps.",
     takes="At least two runs on one model, of any methods and ranks.",
     check=False,
+    raises="There are fewer than two runs, or they have different models.",
+    example='ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})',
 )
 def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
     """Plot norm ratio, cosine, angle and difference in rank allocation for every pair of adapters or runs.
@@ -30,15 +32,6 @@ def adapter_pairs(cohort: Cohort, spectra: bool = False) -> Panels:
     ----------
     spectra : bool
         Decompose dense updates of any size; by default only those whose smaller side is at most 1024.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two runs, or they have different models.
-
-    Examples
-    --------
-    >>> ls.plots.adapter_pairs({"LoRA": lora, "AdaLoRA": adalora})
     """
     cohort.require_runs(2)
     cohort.require("update_norm")

@@ -16,9 +16,9 @@ from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
 
 
-def ends(cells: pd.DataFrame) -> tuple[str | None, str | None]:
-    """Return the columns of ``band`` with the ends of the interval; None if no recipe has several seeds."""
-    return ("low", "high") if cells["low"].notna().any() else (None, None)
+def ends(cells: pd.DataFrame) -> dict[str, str]:
+    """Return the columns of ``band`` that an error bar shows; none if no recipe has several seeds."""
+    return {"low": "low", "high": "high"} if cells["low"].notna().any() else {}
 
 
 def used_places(cells: pd.DataFrame) -> list[str]:
@@ -43,11 +43,10 @@ def lines(
     cells: pd.DataFrame, x: str, color: str = "recipe", *, points: bool = True, whiskers: bool = True
 ) -> list[Mark]:
     """Return the marks of one line per recipe, with a band, and error bars at the points, for several seeds."""
-    low, high = ends(cells)
     dash = "kind" if "kind" in cells and cells["kind"].nunique() > 1 else None
-    bands = [Band(x, low, high, color)] if low and high else []
-    dots = Point(x, "value", color, low=low, high=high) if whiskers else Point(x, "value", color)
-    return [*bands, Line(x, "value", color, dash), *([dots] if points else [])]
+    bands = [Band(x, "low", "high", color)] if ends(cells) else []
+    dots = [Point(x, "value", color, **(ends(cells) if whiskers else {}))] if points else []
+    return [*bands, Line(x, "value", color, dash), *dots]
 
 
 def curves(
@@ -90,19 +89,7 @@ def course(cells: pd.DataFrame, y: Axis | str, *marks: Mark, **settings: Any) ->
 
 
 def profile(cohort: Cohort, cells: pd.DataFrame, y: Axis | str, **settings: Any) -> Chart:
-    """Plot one line per recipe over the layers, with gaps where a recipe has no record.
-
-    Parameters
-    ----------
-    cohort : Cohort
-        Runs of the figure.
-    cells : DataFrame
-        Table from ``band`` by ``recipe``, ``kind`` and ``place``, and by ``step`` if it is the frame.
-    y : Axis or str
-        Vertical axis, or its label.
-    **settings
-        Further arguments of `Chart`.
-    """
+    """Plot one line per recipe over the layers (and per ``step``, if it is a column), with gaps for missing records."""
     order = used_places(cells)
     rows = cells[[column for column in ("step", "recipe", "kind") if column in cells]].drop_duplicates()
     places = pd.Categorical(order, cells["place"].cat.categories, ordered=True)
@@ -119,23 +106,7 @@ def heat_by_role(
     caption: str,
     frame: str | None = None,
 ) -> list[Chart]:
-    """Plot cells by layer and role, one panel per recipe, all with the same axes.
-
-    Parameters
-    ----------
-    cells : DataFrame
-        Table with ``recipe``, ``place`` and ``role``.
-    labels : iterable of str
-        Recipes in the order of the panels.
-    mark : callable
-        Returns the mark for the rows of one recipe.
-    along : str
-        Label of the horizontal axis.
-    caption : str
-        Caption of every panel.
-    frame : str, optional
-        Column of the slider.
-    """
+    """Plot cells by layer and role, one panel per recipe with the mark of its rows, all with the same axes."""
     x, y = Axis(label=along, order=used_places(cells)), Axis(order=used_roles(cells))
     parts = [(label, cells[cells["recipe"] == label]) for label in labels]
     return [Chart(own, [mark(own)], title=label, x=x, y=y, caption=caption, frame=frame) for label, own in parts]
@@ -146,30 +117,30 @@ def pair_heat(cells: pd.DataFrame, mark: Heat, order: Sequence[str], *marks: Mar
     return Chart(cells, [mark, *marks], x=Axis(order=order), y=Axis(order=order), **settings)
 
 
-def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], title: str) -> Chart:
-    """Plot the final test metric, one bar per recipe, with its interval and its number above.
+def bars(
+    cells: pd.DataFrame,
+    x: str,
+    axes: tuple[Axis, Axis | str],
+    *marks: Mark,
+    color: str | None = None,
+    **settings: Any,
+) -> Chart:
+    """Plot bars from zero with their intervals."""
+    up = Axis(label=axes[1], limits=(0, None)) if isinstance(axes[1], str) else axes[1]
+    return Chart(cells, [Bar(x, "value", color, **ends(cells)), *marks], x=axes[0], y=up, **settings)
 
-    Parameters
-    ----------
-    cohort : Cohort
-        Runs of the figure.
-    start : float
-        Lower end of the metric axis.
-    x, title : str
-        Label of the horizontal axis, and title.
-    sentences : sequence of str
-        Sentences of the caption.
-    """
+
+def metric_bars(cohort: Cohort, start: float, x: str, sentences: Sequence[str], title: str) -> Chart:
+    """Plot the final test metric, one bar per recipe with its interval and its number, on an axis from ``start``."""
     cells = band(cohort.scores(), ["recipe", "kind"])
     top = cells["high"].fillna(cells["value"])
     cells = cells.assign(words=cells["value"].map("{:#.3g}".format), above=top + 0.04 * (top.max() - start))
-    low, high = ends(cells)
-    return Chart(
+    return bars(
         cells,
-        [Bar("recipe", "value", low=low, high=high), Text("recipe", "above", "words")],
+        "recipe",
+        (Axis(label=x, order=cohort.labels), Axis(label=cohort.metric, limits=(start, None))),
+        Text("recipe", "above", "words"),
         title=title,
-        x=Axis(label=x, order=cohort.labels),
-        y=Axis(label=cohort.metric, limits=(start, None)),
         caption=cohort.caption(*sentences, interval=f"bars: {INTERVAL}"),
     )
 

@@ -32,19 +32,11 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
     "horizontal line is the uniform draw. A band helps where its seed-paired difference in the caption excludes zero.",
     misleads="The best of several bands beats the line by chance: choose the band on some seeds and evaluate it on "
     "others. A high frequency is not a fine detail, because rows and columns of a weight have no order.",
+    raises="No run has a band, or the runs differ in other settings.",
+    example='ls.plots.bias_curve({"uniform": fourierft, **bands})',
 )
 def bias_curve(cohort: Cohort) -> Chart:
-    """Plot test metric against the center of the frequency band (FourierFT, Fig. 5).
-
-    Raises
-    ------
-    ValueError
-        No run has a band, or the runs differ in other settings.
-
-    Examples
-    --------
-    >>> ls.plots.bias_curve({"uniform": fourierft, **bands})
-    """
+    """Plot test metric against the center of the frequency band (FourierFT, Fig. 5)."""
     recipes = {group.label: group.runs[0].meta["recipe"] for group in cohort.groups}
     uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
     if len(uniform) == len(recipes):
@@ -63,6 +55,7 @@ def bias_curve(cohort: Cohort) -> Chart:
     highest = max(analysis.corner(update.shape) for update in analysis.updates(cohort.runs[0]).values())
     return _curve_and_level(
         cohort,
+        "center",
         curves,
         pd.concat(cells[cells["center"].isna()].assign(center=end) for end in (0.0, highest)),
         Axis(label="band center (distance from zero)", limits=(-_LEFT_MARGIN * highest, highest)),
@@ -83,19 +76,11 @@ def bias_curve(cohort: Cohort) -> Chart:
     "number of coefficients. The basis matters where the seed-paired difference in the caption excludes zero.",
     misleads="All bases share the learning rate and alpha, which may suit some better: tune them per basis. Equal "
     "results mean that the number of coefficients matters, not that any basis would work.",
+    raises="The runs differ in more than their basis.",
+    example='ls.plots.basis_ablation({"Fourier": fourierft, **bases})',
 )
 def basis_ablation(cohort: Cohort) -> Chart:
-    """Plot test metric by the basis of the coefficients (FourierFT, Table 6).
-
-    Raises
-    ------
-    ValueError
-        The runs differ in more than their basis.
-
-    Examples
-    --------
-    >>> ls.plots.basis_ablation({"Fourier": fourierft, **bases})
-    """
+    """Plot test metric by the basis of the coefficients (FourierFT, Table 6)."""
     names = {group.label: _BASES[analysis.basis(group.runs[0])["basis"]] for group in cohort.groups}
     rows = cohort.scores()
     rows = rows.assign(basis=rows["recipe"].map(names), what=_SEED)
@@ -103,12 +88,11 @@ def basis_ablation(cohort: Cohort) -> Chart:
     top, bottom = cells["high"].fillna(cells["value"]), cells["low"].fillna(cells["value"])
     above = top + 0.06 * (top.max() - bottom.min())
     cells = cells.assign(words=cells["value"].map("{:.3f}".format), above=above)
-    low, high = ends(cells)
     return Chart(
         cells,
         [
-            *([Point("basis", "value", "what", data=rows)] if low else []),
-            Point("basis", "value", "what", low=low, high=high),
+            *([Point("basis", "value", "what", data=rows)] if ends(cells) else []),
+            Point("basis", "value", "what", **ends(cells)),
             Text("basis", "above", "words"),
         ],
         title="Test metric by basis",
@@ -133,6 +117,8 @@ def basis_ablation(cohort: Cohort) -> Chart:
     "differences.",
     misleads="Each expert adds parameters (see the caption), so a rise may come from size: add a LoRA of equal size as "
     "control. The best of several numbers also wins by chance.",
+    raises="The runs have no experts or differ in more than their number, or the controls have another task or model.",
+    example='ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})',
 )
 def number_of_experts(cohort: Cohort) -> Chart:
     """Plot test metric against the number of experts (HydraLoRA, Fig. 8).
@@ -143,15 +129,6 @@ def number_of_experts(cohort: Cohort) -> Chart:
         Runs of HydraLoRA that differ only in ``num_experts``; the others are compared with the first.
     control : as ``runs``, optional
         Runs of any method on the same task, one horizontal line per label.
-
-    Raises
-    ------
-    ValueError
-        The runs have no experts or differ in more than their number, or the controls have another task or model.
-
-    Examples
-    --------
-    >>> ls.plots.number_of_experts({"one expert": one_expert, "four experts": hydralora})
     """
     own = Cohort(cohort.name, tuple(group for group in cohort.groups if not group.control))
     own.require(HEADS)
@@ -167,6 +144,7 @@ def number_of_experts(cohort: Cohort) -> Chart:
     controls = cells[cells["kind"] == "control"]
     return _curve_and_level(
         cohort,
+        "number",
         curve,
         pd.concat(controls.assign(number=end, series=controls["recipe"]) for end in sides),
         Axis(label="experts", ticks={number: str(number) for number in sorted(numbers.values())}),
@@ -187,6 +165,8 @@ def number_of_experts(cohort: Cohort) -> Chart:
     "component helps where removing it lowers the metric: its seed-paired interval in the caption is below zero.",
     misleads="Removing a component also changes the number of trained parameters (see the caption) and the best "
     "learning rate. Components that replace each other all look useless one at a time: remove them together.",
+    raises="The runs have different tasks or models.",
+    example='ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})',
 )
 def ablations(cohort: Cohort, start: float = 0.0) -> Chart:
     """Plot test metric of a method and its ablations, one bar per label (HydraLoRA, Fig. 6).
@@ -195,15 +175,6 @@ def ablations(cohort: Cohort, start: float = 0.0) -> Chart:
     ----------
     start : float
         Lower end of the metric axis; above 0, small differences look large.
-
-    Raises
-    ------
-    ValueError
-        The runs have different tasks or models.
-
-    Examples
-    --------
-    >>> ls.plots.ablations({"HydraLoRA": hydralora, "uniform router": uniform_router})
     """
     sentences = [_parameter_counts(cohort), *_differences(cohort, cohort.scores(), cohort.labels[:1])]
     return metric_bars(cohort, start, "", sentences, "Ablations")
@@ -211,6 +182,7 @@ def ablations(cohort: Cohort, start: float = 0.0) -> Chart:
 
 def _curve_and_level(
     cohort: Cohort,
+    along: str,
     curve: pd.DataFrame,
     level: pd.DataFrame,
     x: Axis,
@@ -219,15 +191,13 @@ def _curve_and_level(
     colors: Sequence[str],
 ) -> Chart:
     """Plot the test metric over a setting, and as horizontal lines the recipes without it."""
-    along = "number" if "number" in curve else "center"
     cells = pd.concat([curve, level])
-    low, high = ends(cells)
     return Chart(
         cells,
         [
-            *([Band(along, "low", "high", "series", data=level)] if low and len(level) else []),
+            *([Band(along, "low", "high", "series", data=level)] if ends(cells) and len(level) else []),
             Line(along, "value", "series"),
-            Point(along, "value", "series", low=low, high=high, data=curve),
+            Point(along, "value", "series", **ends(cells), data=curve),
         ],
         title=title,
         x=x,

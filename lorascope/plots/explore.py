@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from plotly.offline import get_plotlyjs
 
 from lorascope.analysis.norms import place
+from lorascope.analysis.seed_intervals import band
 from lorascope.charts import plotly_backend
+from lorascope.charts.chart import Axis, Band, Chart, Line, Mark, Point, Rule
 from lorascope.charts.figure_plan import plan
 from lorascope.charts.theme import theme
 from lorascope.files.printable import printable
-from lorascope.plots.explore_chart import UNSTEPPED, at_step, cells, values
-from lorascope.plots.run_groups import Cohort, Runs, axis_label, gather
+from lorascope.plots.builders import ends
+from lorascope.plots.run_groups import MIXTURES, Cohort, Runs, axis_label, gather, mixture_sentences
 from lorascope.schema.module_roles import ROLES
 from lorascope.schema.records import QUANTITIES
 
@@ -33,64 +38,16 @@ _CHART = {"flex": f"2 1 {WIDTH:.0f}px", "min_width": "0"}
 _LISTING = {"flex": "1 1 340px", "max_height": "420px", "overflow": "auto"}
 _COLUMNS = ("run", "step", "layer", "role", "index", "module")  # shown only if not empty
 END = 2**62  # initial step: the nearest recorded step is the last one
+UNSTEPPED = -1  # step of values stored without one, as in an adapter folder
+_VALUE = ["recipe", "kind", "step", "module", "place", "role", "index"]
+_MOST_DOTTED = 60  # largest number of values over the steps at which each has its own dot
 MOST_DRAWN, MOST_LISTED = 4000, 500  # numbers of values that a browser draws and lists without a noticeable delay
-
-# One message redraws the chart in place. The theme follows the page: light text means a dark background.
-# The page requests plotly.js once. As part of this script it would take longer to load than the two seconds after
-# which anywidget gives up and drops all messages of the kernel.
-_SCRIPT = """
-const isDark = (el) => {
-  const [red, green, blue] = (getComputedStyle(el).color.match(/[\\d.]+/g) ?? [0, 0, 0]).map(Number);
-  return 0.3 * red + 0.6 * green + 0.1 * blue > 128;
-};
-const load = (model) =>
-  new Promise((resolve) => {
-    model.on("msg:custom", (_, [source]) =>
-      resolve(import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })))),
-    );
-    model.send("plotly.js");
-  });
-export default {
-  async render({ model, el }) {
-    const plot = el.appendChild(document.createElement("div"));
-    plot.setAttribute("role", "img");
-    const follow = () => {
-      if (!el.isConnected || isDark(el) === model.get("dark")) return;
-      model.set("dark", isDark(el));
-      model.save_changes();
-    };
-    const draw = () => {
-      if (!model.get("figure")) return;
-      const { data, layout } = JSON.parse(model.get("figure"));
-      plot.setAttribute("aria-label", layout.title.text);
-      Plotly.react(plot, data, layout, model.get("config"));
-    };
-    const theme = new MutationObserver(follow);
-    theme.observe(document.body, { attributes: true });
-    const size = new ResizeObserver(() => {
-      const lists = el.closest(".lorascope-explorer")?.querySelectorAll("select") ?? [];
-      for (const list of lists) list.setAttribute("data-lm-suppress-shortcuts", ""); // arrow keys select options
-      follow();
-      if (plot.layout && plot.offsetWidth) Plotly.Plots.resize(plot);
-    });
-    size.observe(el);
-    await (window.lorascopePlotly ??= load(model));
-    model.on("change:figure", draw);
-    draw();
-    return () => {
-      size.disconnect();
-      theme.disconnect();
-      Plotly.purge(plot);
-    };
-  },
-};
-"""
 
 
 class Canvas(AnyWidget):
     """Widget that shows a plotly figure given as JSON; the page sets ``dark``."""
 
-    _esm = _SCRIPT
+    _esm = Path(__file__).with_name("explore.js").read_text(encoding="utf-8")
     figure = traitlets.Unicode().tag(sync=True)
     config = traitlets.Dict(plotly_backend.CONFIG).tag(sync=True)
     dark = traitlets.Bool(False).tag(sync=True)
@@ -170,8 +127,8 @@ class Explorer(ipywidgets.VBox):
         rows = self._table[self._table["quantity"] == self.quantity.value]
         rows = _narrow(self.roles, _narrow(self.layers, rows, "place"), "role")
         _offer_steps(self.step, rows)
-        self.rows = self._cohort.table.loc[at_step(rows, self.step.value).index]
-        self.chart = values(self._cohort, self.quantity.value, cells(rows), self.step.value)
+        self.rows = self._cohort.table.loc[_at_step(rows, self.step.value).index]
+        self.chart = _chart(self._cohort, self.quantity.value, band(rows, _VALUE), self.step.value)
 
     def _show(self, change: Any = None) -> None:
         """Send chart and table to the page, or the reason why there is no chart."""
@@ -243,6 +200,53 @@ def _offer_steps(widget: Any, rows: pd.DataFrame) -> None:
     widget.options = [("as stored" if step == UNSTEPPED else str(step), step) for step in steps]
     widget.value = near
     widget.disabled = len(steps) < 2
+
+
+def _at_step(table: pd.DataFrame, step: int) -> pd.DataFrame:
+    return table[table["step"].fillna(UNSTEPPED) == step]
+
+
+def _chart(cohort: Cohort, quantity: str, table: pd.DataFrame, step: int) -> Chart:
+    """Plot values by layer and role at one step, of a single module by component, or of the whole run over the steps.
+
+    ``table`` has the values of all steps. They determine the vertical axis, so that it is the same at every step.
+    """
+    cohort, entry = replace(cohort, name=quantity, needs=(quantity,)), QUANTITIES[quantity]
+    y = Axis(label=axis_label(quantity))
+    bounds = table[["value", "low", "high"]].to_numpy()
+    known = bounds[np.isfinite(bounds)]
+    if known.size and known.min() < known.max():
+        low, high = float(known.min()), float(known.max())
+        y = replace(y, limits=(low - 0.05 * (high - low), high + 0.05 * (high - low)))
+    shown, title = _at_step(table, step), quantity.replace("_", " ")
+    rules: list[Mark] = []
+    if table["index"].notna().any() and table["module"].nunique() == 1:
+        along, x = "index", Axis(label=entry.index.replace("_", " "))
+    elif (table["module"] == "").all():
+        along, x, y, shown = "step", Axis(label="step"), replace(y, limits=None), table
+        rules = [Rule(x=step)] if step != UNSTEPPED else []
+    else:
+        places = table["place"].cat.remove_unused_categories().cat.categories
+        along, x = "place", Axis(label="layer", order=list(places))
+    if along != "step":
+        title = f"{title}, {'as stored' if step == UNSTEPPED else f'after step {step}'}"
+    caption = [cohort.caption(f"{entry.label}: {entry.definition}."), *mixture_sentences(cohort.meta.get(MIXTURES, {}))]
+    marks = [*_marks(shown, along), *rules]
+    return Chart(shown, marks, title=title, x=x, y=y, caption=" ".join(caption), meta=cohort.meta)
+
+
+def _marks(shown: pd.DataFrame, x: str) -> list[Mark]:
+    """Return dots colored by role (by recipe if there is one role), joined by lines where every place has one dot."""
+    color = "role" if shown["role"].nunique() > 1 else "recipe"
+    other = "recipe" if color == "role" and shown["recipe"].nunique() > 1 else None
+    dots = [Point(x, "value", color, other, **ends(shown))]
+    doubled = shown.loc[shown.duplicated([x, "role", "recipe"]), "role"]
+    single = shown[~shown["role"].isin(doubled)] if len(doubled) else None
+    if x == "index" or (single is not None and single.empty):
+        return [*dots]
+    bands = [Band(x, "low", "high", color, single)] if ends(shown) and other is None else []
+    line = Line(x, "value", color, other, single)
+    return [*bands, line, *(dots if x == "place" or len(shown) <= _MOST_DOTTED else [])]
 
 
 def _as_html(rows: pd.DataFrame, names: Mapping[str, str]) -> str:

@@ -39,6 +39,9 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
     misleads="Runs with the same initial A stay together because A moves little, and t-SNE distances between groups "
     "mean nothing: use the numbers of lorascope.analysis.factor_sharing. Raw factors also depend on how the update was "
     "split into B and A, which view='space' avoids.",
+    raises="There are fewer than two runs, they have no factors or not these modules, or a perplexity is not "
+    "smaller than the number of points.",
+    example="ls.plots.factor_embedding(domains)",
 )
 def factor_embedding(
     runs: Runs,
@@ -74,16 +77,6 @@ def factor_embedding(
         Seeds of random t-SNE initializations, on a slider after the initialization by PCA.
     modules : sequence of str
         Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two runs, they have no factors or not these modules, or a perplexity is not smaller than
-        the number of points.
-
-    Examples
-    --------
-    >>> ls.plots.factor_embedding(domains)
     """
     name, needs = "factor_embedding", (UPDATES,)
     shown = {"": gather(name, runs, None, needs)}

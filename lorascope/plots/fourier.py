@@ -43,6 +43,7 @@ _REACH = 4.0  # ends of the color scale of an image, in units of its root mean s
     "columns of a weight have no order. Without saved factors at step 0, the figure mostly shows the random initial "
     "coefficients.",
     takes="Runs of FourierFT. If all of them saved their factors at step 0, the change since then is plotted.",
+    example="ls.plots.fourier_spectrum(fourierft)",
 )
 def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
     """Plot the trained frequencies and the size of their coefficients, one panel per recipe, and a profile by radius.
@@ -51,10 +52,6 @@ def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
     ----------
     module : str, optional
         Adapted module; by default the one with the largest update.
-
-    Examples
-    --------
-    >>> ls.plots.fourier_spectrum(fourierft)
     """
     whole = [analysis.updates(run) for run in cohort.runs]
     module = common_module(cohort, whole, module)
@@ -93,6 +90,7 @@ def fourier_spectrum(cohort: Cohort, module: str | None = None) -> Panels:
     misleads="Rows and columns have no order, and each image shows a corner scaled by its own root mean square, so "
     "colors do not compare sizes. FourierFT updates include their random initial value: set added=True to subtract it.",
     takes="Runs to plot; recipes with equal numbers of parameters are easiest to compare.",
+    example='ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})',
 )
 def update_image(cohort: Cohort, module: str | None = None, cells: int = 64, added: bool = False) -> Drawable:
     """Plot the update of one module as an image, one panel per recipe (its first run).
@@ -105,10 +103,6 @@ def update_image(cohort: Cohort, module: str | None = None, cells: int = 64, add
         Number of rows and columns shown, from the first.
     added : bool
         Subtract the initial update where it is nonzero, as in FourierFT.
-
-    Examples
-    --------
-    >>> ls.plots.update_image({"FourierFT": fourierft, "LoRA": lora[0]})
     """
     first = {group.label: group.runs[0] for group in cohort.groups}
     shown = {label: initial_update.learned_updates(run) if added else run.updates() for label, run in first.items()}

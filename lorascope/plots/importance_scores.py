@@ -27,6 +27,7 @@ _LOG_FROM = 100.0  # ratio of largest to smallest value above which the axis is 
     misleads="The score itself decides what is dropped, so lower scores of dropped components prove nothing: compare "
     "with an independent score. Gradient-based scores fall as training converges, so compare them within a step, not "
     "over the steps.",
+    example="ls.plots.importance(adalora[0])",
 )
 def importance(cohort: Cohort, module: str | None = None, quantity: str = "importance") -> Drawable:
     """Plot importance scores of retained and dropped components over the steps.
@@ -37,10 +38,6 @@ def importance(cohort: Cohort, module: str | None = None, quantity: str = "impor
         Plot each component of this module, one panel per run. By default pool all modules, one panel per recipe.
     quantity : str
         Quantity of components, such as "importance" (default), "importance_lambda" or "alpha".
-
-    Examples
-    --------
-    >>> ls.plots.importance(adalora[0])
     """
     cohort.require(quantity, history=True)
     found = cohort.label(rank_allocations.components(cohort.table, quantity))

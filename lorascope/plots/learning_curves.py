@@ -22,6 +22,7 @@ from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
     "order them. A falling training loss with a growing validation loss means overfitting.",
     misleads="The training loss is averaged over windows of steps, so it lags and hides spikes: use more windows. The "
     "best state is chosen on validation, so its validation score is optimistic: judge runs on the test split.",
+    example='ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})',
 )
 def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
     """Plot training loss and, if recorded, validation loss and metric over the steps, one line per recipe.
@@ -30,10 +31,6 @@ def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
     ----------
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
-
-    Examples
-    --------
-    >>> ls.plots.training_curves({"full fine-tuning": full, "LoRA": lora})
     """
     losses, averaged = _average_windows(cohort, windows)
     table = cohort.label(cohort.table)
@@ -54,6 +51,7 @@ def training_curves(cohort: Cohort, windows: int = 25) -> Drawable:
     "because its cosine is 1. Independent directions already have cosine 0.44 with their average at β₁ = 0.9, so steps "
     "grow even without a signal.",
     takes="Runs of Adapprox, some of them with ``cosine=True``.",
+    example='ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})',
 )
 def guidance(cohort: Cohort, windows: int = 25) -> Panels:
     """Plot training loss with and without cosine guidance, and the cosine of direction and first moment (Adapprox).
@@ -62,10 +60,6 @@ def guidance(cohort: Cohort, windows: int = 25) -> Panels:
     ----------
     windows : int
         Maximum number of windows of equal length over which the training loss is averaged.
-
-    Examples
-    --------
-    >>> ls.plots.guidance({"Adapprox": adapprox, "with guidance": guided})
     """
     losses, averaged = _average_windows(cohort, windows)
     table = cohort.label(cohort.table)
@@ -84,14 +78,10 @@ def guidance(cohort: Cohort, windows: int = 25) -> Panels:
     misleads="A best rate at an end of the range may not be the best overall: extend the range. Short training favors "
     "methods that move fast at first, and equal rates are not comparable between methods.",
     takes='Runs labeled "METHOD at RATE"; the method is the part before " at ".',
+    example="ls.plots.learning_rates(learning_rates)",
 )
 def learning_rates(cohort: Cohort) -> Panels:
-    """Plot validation loss by learning rate, and the test loss of each method at its best rate.
-
-    Examples
-    --------
-    >>> ls.plots.learning_rates(learning_rates)
-    """
+    """Plot validation loss by learning rate, and the test loss of each method at its best rate."""
     rates = {run.id: run.meta["settings"]["lr"] for run in cohort.runs}
     cells = optimizer_moments.rates(cohort.label(cohort.table), rates)
     chosen = optimizer_moments.best(cells["eval_loss"])
@@ -109,12 +99,11 @@ def learning_rates(cohort: Cohort) -> Panels:
         ("lr", cells["eval_loss"], "by learning rate", "eval_loss"),
         ("at", tested, "at the best rate", "test_loss"),
     ):
-        low, high = ends(table)
         line = [Line("lr", "value", "method")] if x == "lr" else []
         panels.append(
             Chart(
                 table,
-                [*line, Point(x, "value", "method", low=low, high=high)],
+                [*line, Point(x, "value", "method", **ends(table))],
                 title=title,
                 x=Axis(label="learning rate", log=True) if x == "lr" else Axis(order=methods),
                 y=Axis(label=axis_label(quantity)),

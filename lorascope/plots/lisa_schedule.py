@@ -8,7 +8,6 @@ from lorascope.analysis import lisa_schedule, norms
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import (
     Axis,
-    Bar,
     Chart,
     Drawable,
     Heat,
@@ -18,7 +17,7 @@ from lorascope.charts.chart import (
     stack_vertically,
     wrap,
 )
-from lorascope.plots.builders import course, ends
+from lorascope.plots.builders import bars, course
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
 
@@ -31,14 +30,10 @@ from lorascope.plots.run_groups import INTERVAL, Cohort, axis_label
     misleads="Parameters outside the blocks (embedding, norm, head) always train and are not shown, though they may be "
     "most of the model. With a decaying learning rate, blocks drawn late move little: check update_norm.",
     takes="Runs to plot, and runs to compare with in the rows below.",
+    example="ls.plots.active_layers(lisa)",
 )
 def active_layers(cohort: Cohort) -> Panels:
-    """Plot the blocks that trained in each interval and the number trained so far (LISA), one row per recipe.
-
-    Examples
-    --------
-    >>> ls.plots.active_layers(lisa)
-    """
+    """Plot the blocks that trained in each interval and the number trained so far (LISA), one row per recipe."""
     cells = cohort.label(lisa_schedule.intervals(cohort.table))
     reached = cohort.label(lisa_schedule.coverage(cohort.table))
     caption = cohort.caption(
@@ -78,14 +73,10 @@ def active_layers(cohort: Cohort) -> Panels:
     "the line by chance; an interval over many seeds that excludes the line contradicts the probability.",
     misleads="Few draws scatter widely, and blocks of one draw exclude others, so one high bar lowers the rest: add "
     "seeds. The frequency does not show how far a block moved: check update_norm.",
+    example="ls.plots.draw_frequency(lisa)",
 )
 def draw_frequency(cohort: Cohort) -> Drawable:
-    """Plot how often each block was drawn, and its draw probability, one panel per recipe (LISA, section 3.2).
-
-    Examples
-    --------
-    >>> ls.plots.draw_frequency(lisa)
-    """
+    """Plot how often each block was drawn, and its draw probability, one panel per recipe (LISA, section 3.2)."""
     found = cohort.label(lisa_schedule.visits(cohort.table).rename(columns={"frequency": "value"}))
     caption = cohort.caption(
         "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
@@ -95,18 +86,14 @@ def draw_frequency(cohort: Cohort) -> Drawable:
         own = found[found["recipe"] == label]
         cells = band(own, ["place"]).assign(what="drawn")
         cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
-        low, high = ends(cells)
-        probability = cells.assign(what="probability")
         panels.append(
-            Chart(
+            bars(
                 cells,
-                [
-                    Bar("place", "value", "what", low=low, high=high),
-                    Line("place", "expected", "what", data=probability),
-                ],
+                "place",
+                (Axis(label="block", order=cells["place"].cat.categories), "fraction of draws"),
+                Line("place", "expected", "what", data=cells.assign(what="probability")),
+                color="what",
                 title=label,
-                x=Axis(label="block", order=cells["place"].cat.categories),
-                y=Axis(label="fraction of draws", limits=(0, None)),
                 caption=caption,
             )
         )
@@ -124,19 +111,11 @@ def draw_frequency(cohort: Cohort) -> Drawable:
     misleads="More blocks also need more memory, so the brightest cell need not be the best choice. All cells share "
     "one learning rate, which the paper lowers for more blocks, and differences within the caption's interval do not "
     "order cells.",
+    raises="The runs differ in other settings, or two labels have the same cell.",
+    example="ls.plots.draw_grid(lisa_grid)",
 )
 def draw_grid(cohort: Cohort) -> Chart:
-    """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9).
-
-    Raises
-    ------
-    ValueError
-        The runs differ in other settings, or two labels have the same cell.
-
-    Examples
-    --------
-    >>> ls.plots.draw_grid(lisa_grid)
-    """
+    """Plot test metric by active blocks and steps between draws (LISA, Table 6 and Figs. 7 to 9)."""
     reached = norms.last(cohort.table[cohort.table["quantity"] == "test_metric"]).astype({"run": "str"})
     rows = cohort.label(reached.merge(lisa_schedule.sizes(cohort.table), on="run"))
     for (blocks, steps), own in rows.groupby(["blocks", "steps"]):

@@ -32,6 +32,8 @@ from lorascope.plots.run_groups import Cohort, define
     "Small angles may come from shared initial factors (runs of one seed) or shared frequencies (all FourierFT runs): "
     "compare different seeds and methods.",
     takes="At least two runs of one model on one task.",
+    raises="There are fewer than two runs, or they differ in task or model.",
+    example='ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})',
 )
 def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
     """Plot spectra, norms by layer and angles between the learned updates of several methods on one task.
@@ -46,15 +48,6 @@ def atlas(cohort: Cohort, module: str | None = None, k: int = 8) -> Panels:
         are none, pool those of each run.
     k : int
         Number of leading singular vectors to compare.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two runs, or they differ in task or model.
-
-    Examples
-    --------
-    >>> ls.plots.atlas({"LoRA": lora, "AdaLoRA": adalora, "full fine-tuning": full})
     """
     if k < 1:
         raise ValueError(f"k must be >= 1, got {k}")

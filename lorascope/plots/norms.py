@@ -26,6 +26,7 @@ _SINCE_START = "adapter_norm minus step 0"
     "bands of two recipes overlap, the seeds do not distinguish them.",
     misleads="Layers with more weights have larger norms for the same change per weight, so embeddings and heads are "
     "high for their size: compare relative_update. Learning rates set the height of a curve: compare shapes.",
+    example='ls.plots.update_norm({"full fine-tuning": full, "LoRA": lora})',
 )
 def update_norm(cohort: Cohort, quantity: str | None = None) -> Chart:
     """Plot the norm of the update by layer, one line per recipe.
@@ -35,10 +36,6 @@ def update_norm(cohort: Cohort, quantity: str | None = None) -> Chart:
     quantity : str, optional
         Recorded quantity of modules. By default ``update_norm``; for several recipes that all recorded it,
         ``learned_norm``, because the initial update of some methods is nonzero.
-
-    Examples
-    --------
-    >>> ls.plots.update_norm({"full fine-tuning": full, "LoRA": lora})
     """
     return update_profile(cohort, quantity or _comparable_quantity(cohort))
 
@@ -58,6 +55,7 @@ def update_profile(cohort: Cohort, quantity: str, title: str = "Update by layer"
     "depth of blocks, columns the roles within a block.",
     misleads="Rows of larger matrices, such as the feed-forward ones, are brighter for their size: compare "
     "relative_update. Colors show means: differences within the caption's interval do not order cells.",
+    example='ls.plots.update_norm_heat({"full fine-tuning": full, "LoRA": lora})',
 )
 def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
     """Plot the norm of the update by block and role, one panel per recipe.
@@ -66,10 +64,6 @@ def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
     ----------
     quantity : str, optional
         Recorded quantity of modules; by default as for `update_norm`.
-
-    Examples
-    --------
-    >>> ls.plots.update_norm_heat({"full fine-tuning": full, "LoRA": lora})
     """
     quantity = quantity or _comparable_quantity(cohort)
     cohort.require(quantity)
@@ -98,6 +92,7 @@ def update_norm_heat(cohort: Cohort, quantity: str | None = None) -> Drawable:
     "converged; a layer that rises to the end has not.",
     misleads="A decaying learning rate slows down every layer, so a flat end does not prove convergence: train longer "
     "at a constant rate. Early frames are small because the update of most methods starts at zero.",
+    example='ls.plots.norm_over_steps({"full fine-tuning": full, "LoRA": lora})',
 )
 def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int = 30) -> Chart:
     """Plot the norm of the update by layer, with the step on a slider.
@@ -108,10 +103,6 @@ def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int =
         Recorded quantity of modules.
     frames : int
         Maximum number of steps shown, evenly spaced among those that all runs recorded.
-
-    Examples
-    --------
-    >>> ls.plots.norm_over_steps({"full fine-tuning": full, "LoRA": lora})
     """
     rows = cohort.label(norms.frames(_layers(cohort, quantity, history=True), frames))
     cells, caption = band(rows, ["step", *_CELL]), cohort.caption(define(quantity))
@@ -127,6 +118,7 @@ def norm_over_steps(cohort: Cohort, quantity: str = "update_norm", frames: int =
     misleads="The norm of the whole weight hardly changes in training, so the first panel shows the base model. The "
     "raw adapter norm is mostly initialization, because B of an embedding starts random and large: use the panel minus "
     "step 0.",
+    example='ls.plots.mean_norm({"full fine-tuning": full, "LoRA": lora})',
 )
 def mean_norm(cohort: Cohort, per_weight: bool = False) -> Drawable:
     """Plot norms by layer averaged over training, for each reading of "weight norm" (LISA, section 3.1 and Fig. 2).
@@ -140,10 +132,6 @@ def mean_norm(cohort: Cohort, per_weight: bool = False) -> Drawable:
     ----------
     per_weight : bool
         Divide the norms of weight and update by the root of the number of weights, which makes layers comparable.
-
-    Examples
-    --------
-    >>> ls.plots.mean_norm({"full fine-tuning": full, "LoRA": lora})
     """
     quantities = ("weight_norm", "update_norm")
     if per_weight:

@@ -48,6 +48,7 @@ _MOST_STEPS = 12
     misleads="A matrix of positive entries always has one large singular value, so a drop after the first proves "
     "nothing. Early recordings show only a few batches, and spectra flatten during training: compare late steps.",
     takes="Runs with ``observe.second_moments()``; one pair of panels per label.",
+    example="ls.plots.second_moments(moments)",
 )
 def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
     """Plot singular values of Adam's second moments by layer, next to a shuffled baseline (Adapprox, Fig. 1).
@@ -56,10 +57,6 @@ def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
     ----------
     role : str, optional
         Role of the matrices to plot; by default the mean over all matrices of a layer.
-
-    Examples
-    --------
-    >>> ls.plots.second_moments(moments)
     """
     table = cohort.label(cohort.table)
     what = "all matrices of a layer" if role is None else f"role {role}"
@@ -98,14 +95,10 @@ def second_moments(cohort: Cohort, role: str | None = None) -> Panels:
     misleads="The largest entries dominate the Frobenius norm, but the optimizer divides by the root of every entry, "
     "so small ones matter as much. Compare with the shuffled matrix: only the gap to it exceeds row and column sums.",
     takes="Runs with ``observe.second_moments()``; one panel per label.",
+    example="ls.plots.moment_error(moments)",
 )
 def moment_error(cohort: Cohort) -> Drawable:
-    """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox).
-
-    Examples
-    --------
-    >>> ls.plots.moment_error(moments)
-    """
+    """Plot the relative error of factored second moments by rank, and of Adafactor's rank one (Adapprox)."""
     table = cohort.label(cohort.table)
     caption = cohort.caption(
         "Relative error in Frobenius norm, mean over all matrices in blocks, at the last recorded step; S-RSI with "
@@ -137,14 +130,10 @@ def moment_error(cohort: Cohort) -> Drawable:
     "distort them: measure on your machine. They do not grow evenly, because some libraries multiply by few columns "
     "more slowly than by sixteen.",
     takes="Runs with ``observe.factorings()``; one pair of panels per label.",
+    example="ls.plots.factorization_methods(moments)",
 )
 def factorization_methods(cohort: Cohort) -> Panels:
-    """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox).
-
-    Examples
-    --------
-    >>> ls.plots.factorization_methods(moments)
-    """
+    """Plot error and time of S-RSI by rank, power iterations and oversampling, and of torch's SVDs (Adapprox)."""
     table = cohort.label(cohort.table)
     caption = cohort.caption(
         "Second moments of one block at the last recorded step. Errors: mean Frobenius error over the matrices, "
@@ -168,6 +157,7 @@ def factorization_methods(cohort: Cohort) -> Panels:
     "drift: check factor_error. Plateaus also come from the cap (a quarter of the smaller side by default) and from "
     "coarse growth.",
     takes="Runs of Adapprox; one panel per label.",
+    example="ls.plots.factor_rank(adapprox)",
 )
 def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     """Plot the rank of Adapprox's second moments by layer, role and step.
@@ -179,10 +169,6 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     ----------
     role : str, optional
         Role to plot; by default all roles, as frames.
-
-    Examples
-    --------
-    >>> ls.plots.factor_rank(adapprox)
     """
     rows = optimizer_moments.ranks(cohort.label(cohort.table))
     rows = rows[rows["role"] == role] if role is not None else rows
@@ -232,14 +218,10 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     misleads="The selection error compares factors with a matrix made from factors, so it falls below the tolerance by "
     "itself. It does not measure the error of the second moment: record observe.factor_drift() for that.",
     takes="Runs of Adapprox, ideally with ``observe.factor_drift()``; one panel per label.",
+    example="ls.plots.factor_error(adapprox)",
 )
 def factor_error(cohort: Cohort) -> Drawable:
-    """Plot the errors of Adapprox's second moments over the steps, averaged over all factored matrices in blocks.
-
-    Examples
-    --------
-    >>> ls.plots.factor_error(adapprox)
-    """
+    """Plot the errors of Adapprox's second moments over the steps, averaged over all factored matrices in blocks."""
     table = cohort.label(cohort.table)
     rows = table[table["quantity"].isin(list(_COURSES)) & table["layer"].notna()].astype({"quantity": "str"})
     means = mean_over_modules(rows, "quantity")

@@ -1,4 +1,4 @@
-"""Figures of rank allocation: ranks by layer and role, their course in training, and accuracy by adapted weights."""
+"""Figures of ranks: planted and found, by layer and role, their course in training, and accuracy by adapted weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from lorascope.analysis import norms, rank_allocations
+from lorascope.analysis.planted_ranks import recovered_ranks
 from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import (
     Axis,
@@ -23,7 +24,7 @@ from lorascope.charts.chart import (
     stack_vertically,
     wrap,
 )
-from lorascope.plots.builders import heat_by_role, metric_bars
+from lorascope.plots.builders import curves, heat_by_role, metric_bars
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import Cohort, Group, define
 from lorascope.schema import records
@@ -33,6 +34,34 @@ _SHOWN, _SUM = "total rank, this step", "total rank"
 _SPREAD = "in brackets, where there is room, the smallest and largest of the seeds (also in the data)"
 _RETAINED = "every initial component is equally likely to be retained"
 _ANYWHERE = "every component is equally likely to be in any module"
+_TRUTH = "planted rank"
+
+
+@figure(
+    topic="ranks",
+    needs=("planted_rank",),
+    reads="A line along the diagonal assigns rank where the teacher needs it; a flat line, such as a uniform rank, "
+    "ignores the need. Where bands overlap, these seeds do not distinguish two allocators.",
+    misleads="Planted components have similar sizes, unlike those of a real task: confirm the result there. A method "
+    "whose ranks cannot exceed the initial rank, or cannot reach 0, must leave the diagonal at that end.",
+    takes="Runs of ``lorascope reproduce --probe planted``, and runs to compare with.",
+    example='ls.plots.planted({"AdaLoRA": planted})',
+)
+def planted(cohort: Cohort) -> Chart:
+    """Plot found rank against planted rank, one line per recipe."""
+    found = pd.concat([recovered_ranks(run) for run in cohort.runs])
+    means = found.groupby(["run", "planted"], sort=True)["found"].mean().rename("value").reset_index()
+    cells = band(cohort.label(means), ["recipe", "kind", "planted"])
+    truth = pd.DataFrame({"planted": sorted(set(means["planted"]))}).assign(recipe=_TRUTH)
+    return curves(
+        cells,
+        "planted",
+        ("rank of the teacher's update", Axis(label="found rank", limits=(0, None))),
+        Line("planted", "planted", "recipe", data=truth),
+        title="Found rank by planted rank",
+        caption=cohort.caption("Found rank, mean over the modules with the same planted rank."),
+        colors=[*cohort.labels, _TRUTH],
+    )
 
 
 @figure(
@@ -43,6 +72,7 @@ _ANYWHERE = "every component is equally likely to be in any module"
     "for unrelated ones.",
     misleads="Random allocation also produces a pattern: compare with chance=True or a control. A rank costs more "
     "parameters in larger matrices, and a high rank shows what a module received, not what it needs.",
+    example='ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)',
 )
 def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = False) -> Drawable:
     """Plot rank by layer and role, one panel per recipe (AdaLoRA, AutoLoRA and ALoRA, each in its Fig. 3).
@@ -53,10 +83,6 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
         Step after which the ranks are shown; by default the end.
     chance : bool
         Add a panel per recipe with its budget allocated at random, resampled for every seed.
-
-    Examples
-    --------
-    >>> ls.plots.rank_allocation({"AdaLoRA": adalora}, chance=True)
     """
     found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
@@ -91,6 +117,7 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
     misleads="Masked components of AdaLoRA keep training between decisions, so a rank of 0 can recover. While the "
     "budget falls, all modules lose rank: only those that lose it more slowly were spared.",
     takes="Runs to plot, and runs to compare with in the rows below.",
+    example="ls.plots.rank_replay(adalora[0])",
 )
 def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     """Plot ranks by layer and role at the decisions of the allocator, with the budget; one row per recipe.
@@ -99,10 +126,6 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     ----------
     frames : int
         Maximum number of steps shown, evenly spaced among the decisions of the runs.
-
-    Examples
-    --------
-    >>> ls.plots.rank_replay(adalora[0])
     """
     own = [run for group in cohort.groups if not group.control for run in group.runs]
     steps = rank_allocations.decisions(records.concat(run.table for run in own), frames)
@@ -122,6 +145,7 @@ def rank_replay(cohort: Cohort, frames: int = 30) -> Panels:
     misleads="A type that does well on its own may add nothing to the others: also train combinations. Types with "
     "larger matrices may need another learning rate, or else the bars compare rates: tune it per type.",
     takes="Runs labeled by role or by group of layers; ``ls.allocation.equal_parameters`` computes their ranks.",
+    example="ls.plots.adapted_types(types)",
 )
 def adapted_types(cohort: Cohort, start: float = 0.0) -> Chart:
     """Plot test metric by adapted weights, one bar per label (AdaLoRA, Fig. 1).
@@ -130,10 +154,6 @@ def adapted_types(cohort: Cohort, start: float = 0.0) -> Chart:
     ----------
     start : float
         Lower end of the metric axis; above 0, small differences look large.
-
-    Examples
-    --------
-    >>> ls.plots.adapted_types(types)
     """
     title = "Test metric by adapted weights"
     return metric_bars(cohort, start, "adapted weights", [_spent_parameters(cohort)], title)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import warnings
 from collections.abc import Callable
@@ -47,6 +48,8 @@ class Figure:
         Minimum number of runs.
     reads, misleads : str
         How to read the figure, and its caveat; at most two sentences each, as plain text.
+    example : str
+        Code that draws the figure from the runs of the gallery.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Figure:
     runs: int
     reads: str
     misleads: str
+    example: str = ""
 
 
 # Renamed figures: old name -> new name.
@@ -95,16 +99,18 @@ def figure(
     vary: tuple[str, ...] = (),
     check: bool = True,
     takes: str = "Runs to plot, and runs to compare with.",
+    raises: str = "",
+    example: str = "",
 ) -> Callable[[Callable[..., Drawable]], Callable[..., Any]]:
     """Register a function ``draw(cohort, ...)`` as a figure ``draw(runs, control=None, ...)`` under its own name.
 
-    The figure groups the runs, checks that they have what it requires, documents the parameters ``runs`` and
-    ``control``, and adds to every chart its origin and, in the caption, the gates of input-dependent updates. A
-    function whose first parameter is ``runs`` groups and checks them itself.
+    The figure groups the runs, checks that they have what it requires, and adds to every chart its origin and, in the
+    caption, the gates of input-dependent updates. A function whose first parameter is ``runs`` groups and checks them
+    itself.
 
     Parameters
     ----------
-    topic, needs, reads, misleads, history, runs
+    topic, needs, reads, misleads, history, runs, example
         See `Figure`.
     same : tuple of str
         Keys of ``Run.meta`` in which all runs must agree.
@@ -112,8 +118,8 @@ def figure(
         Stored settings of the method in which alone the runs may differ, apart from their seed.
     check : bool
         Whether to check ``needs`` before drawing; False for a function whose parameters choose what it needs.
-    takes : str
-        Description of the parameters ``runs`` and ``control``.
+    takes, raises : str
+        For the docstring: the parameters ``runs`` and ``control``, and when the figure raises ValueError.
 
     Raises
     ------
@@ -144,10 +150,10 @@ def figure(
             added.append(first.replace(name="control", annotation=types["control"], default=None))
             drawn.__signature__ = signature.replace(parameters=[*added, *own])  # type: ignore[attr-defined]
             drawn.__annotations__ = types | {key: kind for key, kind in draw.__annotations__.items() if key != "cohort"}
-            drawn.__doc__ = draw.__doc__ = _document_runs(inspect.getdoc(draw) or "", takes)
+        drawn.__doc__ = draw.__doc__ = _document(inspect.getdoc(draw) or "", takes, raises, example)
         if name in FIGURES and FIGURES[name].draw.__module__ != draw.__module__:
             raise ValueError(f"there is already a figure {name!r}, of {FIGURES[name].draw.__module__}")
-        FIGURES[name] = Figure(name, drawn, topic, needs, history, runs, reads, misleads)
+        FIGURES[name] = Figure(name, drawn, topic, needs, history, runs, reads, misleads, example)
         DRAWN[name] = drawn
         return drawn
 
@@ -160,17 +166,20 @@ def table_figure(draw: AnyFunction) -> AnyFunction:
     return draw
 
 
-def _document_runs(doc: str, takes: str) -> str:
-    """Add the parameters ``runs`` and ``control`` to a docstring."""
-    if "\nruns : " in doc:
-        return doc
-    head = "Parameters\n----------\n"
-    entry = f"{_RUNS}\n    {takes}\n"
-    if head in doc:
-        return doc.replace(head, head + entry, 1)
-    places = [place for name in ("Raises", "Examples") if (place := doc.find(f"{name}\n{'-' * len(name)}\n")) >= 0]
-    at = min(places, default=len(doc))
-    return f"{doc[:at].rstrip()}\n\n{head}{entry}\n{doc[at:]}"
+def _document(doc: str, takes: str, raises: str, example: str) -> str:
+    """Add the parameters ``runs`` and ``control``, the errors and the example to a docstring."""
+    head = "\nParameters\n----------\n"
+    text, _, own = doc.partition(head)
+    runs = "" if own.startswith("runs") else f"{_RUNS}\n    {takes}\n"
+    sections = [text.rstrip(), f"{head}{runs}{own}".rstrip()]
+    if raises:
+        sections.append(f"\nRaises\n------\nValueError\n    {raises}")
+    if example:
+        starts = {statement.lineno for statement in ast.parse(example).body}
+        lines = enumerate(example.splitlines(), start=1)
+        code = "\n".join(f"{'>>>' if number in starts else '...'} {line}" for number, line in lines)
+        sections.append(f"\nExamples\n--------\n{code}")
+    return "\n".join(sections) + "\n"
 
 
 def _complete(drawn: Drawable, meta: dict[str, Any]) -> Drawable:

@@ -1,4 +1,4 @@
-"""Figures of HydraLoRA's routers: gate weights by domain, and their entropy over the steps."""
+"""Figures of HydraLoRA's routers: gates by domain, their entropy over the steps, and the choice of experts."""
 
 from __future__ import annotations
 
@@ -9,14 +9,30 @@ import pandas as pd
 
 from lorascope.analysis import norms
 from lorascope.analysis.seed_intervals import band
-from lorascope.charts.chart import Axis, Chart, Drawable, Heat, Rule, wrap
+from lorascope.charts.chart import (
+    Axis,
+    Band,
+    Chart,
+    Drawable,
+    Heat,
+    Line,
+    Mark,
+    Panels,
+    Point,
+    Rule,
+    Text,
+    set_side_by_side,
+    wrap,
+)
 from lorascope.plots.builders import course, mean_over_modules, used_roles
-from lorascope.plots.registry import figure
+from lorascope.plots.registry import figure, table_figure
 from lorascope.plots.run_groups import Cohort, axis_label, define
 from lorascope.runs.run import Run
 
 _BASELINE = ", shuffled domains"
 _TEXT = "Recorded on held-out text without padding."
+_KMEANS = "k-means"
+_OFFSET = 0.3  # horizontal offset of the second algorithm, so that its dots do not hide those of the first
 _MOST_NUMBERED = 6  # largest number of columns whose cells have room for numbers
 
 
@@ -29,6 +45,7 @@ _MOST_NUMBERED = 6  # largest number of columns whose cells have room for number
     "separate domains slightly: compare with step 0. Means hide tokens that are routed sharply to different experts: "
     "check gate_course.",
     takes="Runs to plot, and runs to compare with below; one panel per recipe, its first run.",
+    example='ls.plots.gates({"HydraLoRA": hydralora})',
 )
 def gates(cohort: Cohort, step: int | None = None) -> Drawable:
     """Plot the mean gate weight of every expert by domain minus a uniform weight, one layer per frame.
@@ -37,10 +54,6 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
     ----------
     step : int, optional
         First or last step of the run; by default the last.
-
-    Examples
-    --------
-    >>> ls.plots.gates({"HydraLoRA": hydralora})
     """
     found = [(group, gates_by_domain(group.runs[0], step)) for group in cohort.groups]
     limit = max(float(cells["value"].abs().max()) for _, cells in found)
@@ -86,14 +99,10 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
     "recorded text is short, so even a router that ignores domains exceeds 0 in the second panel: compare with the "
     "baseline.",
     takes="Runs to plot, and runs to compare with; curves are means over modules.",
+    example='ls.plots.gate_course({"HydraLoRA": hydralora})',
 )
 def gate_course(cohort: Cohort) -> Drawable:
-    """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain.
-
-    Examples
-    --------
-    >>> ls.plots.gate_course({"HydraLoRA": hydralora})
-    """
+    """Plot the entropy of a token's gate weights over the steps, and their mutual information with the domain."""
     experts = cohort.table[cohort.table["quantity"] == "gate"].groupby("run", observed=True)["index"].max() + 1
     uniform = [Rule(y=math.log(number), label=f"uniform, {number} experts") for number in sorted(experts.unique())]
     panels = [_course_chart(cohort, "gate_entropy", _module_means(cohort, "gate_entropy"), *uniform)]
@@ -105,7 +114,70 @@ def gate_course(cohort: Cohort) -> Drawable:
     return wrap(panels, len(panels))
 
 
-def gates_by_domain(run: Result, step: int | None = None) -> pd.DataFrame:
+@table_figure
+def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
+    """Plot the k-means error against K and the number of clusters chosen per sample (HydraLoRA, App. B and Fig. 7).
+
+    An elbow on the left is meaningful if the curve falls steeply before it and little after. A curve that hardly falls
+    also has an elbow, but it is noise: the chosen number on the right then varies between samples. Caveat: even a clear
+    elbow counts topics, which experts need not specialize in.
+
+    Parameters
+    ----------
+    found : DataFrame
+        Table from ``analysis.head_count.repeated_selection``.
+    static : int, optional
+        Manually chosen number, drawn for comparison.
+    """
+    curves = found[found["algorithm"] == _KMEANS]
+    start = curves.groupby("seed")["sse"].transform("first")
+    cells = band(curves.assign(value=curves["sse"] / start), ["algorithm", "k"])
+    chosen = found[found["chosen"]]
+    number, texts = found["seed"].nunique(), found["texts"].max()
+    several = number > 1
+    spread = chosen.groupby("algorithm", sort=False)["k"].agg(["mean", "min", "max"])
+    chosen_k = [f"{name} {row['mean']:.1f} ({row['min']:.0f}–{row['max']:.0f})" for name, row in spread.iterrows()]
+    samples = f"{number} samples of {texts:,} texts each" if several else f"One sample of {texts:,} texts"
+    caption = (
+        "TF-IDF vectors. Error: sum of squared distances to the centers, relative to K = 1. Dots: the elbow, the K "
+        f"farthest below the chord of the curve{', with the number of samples that choose it' if several else ''}. "
+        f"Clusters, mean (min–max): {'; '.join(chosen_k)}. {samples}."
+        f"{' Band: 95% t-interval over samples.' if several else ''}"
+    )
+    votes = chosen[chosen["algorithm"] == _KMEANS].groupby("k").size()
+    elbows = cells.assign(votes=cells["k"].map(votes)).dropna(subset="votes")
+    elbows = elbows.assign(words=elbows["votes"].map("{:.0f}×".format), above=elbows["value"] + 0.06)
+    bands: list[Mark] = [Band("k", "low", "high", "algorithm")] if several else []
+    error = Chart(
+        cells,
+        [
+            *bands,
+            Line("k", "value", "algorithm"),
+            Point("k", "value", "algorithm", data=elbows),
+            *([Text("k", "above", "words", data=elbows)] if several else []),
+        ],
+        title="Error and elbows",
+        x=Axis(label="clusters K"),
+        y=Axis(label="error relative to K = 1", limits=(0, 1.12)),
+        caption=caption,
+        colors=dict.fromkeys(found["algorithm"]),
+    )
+    chosen_number = Chart(
+        chosen.assign(sample=1 + chosen["seed"] + _OFFSET * (chosen["algorithm"] != _KMEANS)),
+        [
+            *([Rule(y=static, label=f"manual: {static}")] if static is not None else []),
+            Point("sample", "k", "algorithm"),
+        ],
+        title="Chosen number of clusters",
+        x=Axis(label="sample of the corpus"),
+        y=Axis(label="clusters", limits=(0, None)),
+        caption=caption,
+        colors=dict.fromkeys(found["algorithm"]),
+    )
+    return set_side_by_side(error, chosen_number)
+
+
+def gates_by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
     """Return the gate weights of one run by domain.
 
     Parameters

@@ -13,7 +13,6 @@ from lorascope.analysis.seed_intervals import band
 from lorascope.charts.chart import (
     Axis,
     Band,
-    Bar,
     Chart,
     Drawable,
     Heat,
@@ -24,7 +23,7 @@ from lorascope.charts.chart import (
     set_side_by_side,
     wrap,
 )
-from lorascope.plots.builders import ends, pair_heat, used_roles
+from lorascope.plots.builders import bars, pair_heat, used_roles
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label
 from lorascope.runs.run import Run
@@ -44,14 +43,10 @@ _KINDS = ("strong", "suppressed", "indirect")
     misleads="One threshold for all layers prefers small weights and large gradients, regardless of function: compare "
     "with select_by='random'. A pattern that repeats over seeds may reflect depth, not the task: compare tasks.",
     takes='Runs of NeFT, and controls such as runs with ``select_by="reversed"`` or ``"random"``.',
+    example='ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})',
 )
 def neurons(cohort: Cohort) -> Drawable:
-    """Plot the number of selected neurons by layer and projection, one panel per recipe.
-
-    Examples
-    --------
-    >>> ls.plots.neurons({"NeFT": neft, "random neurons": random_neurons})
-    """
+    """Plot the number of selected neurons by layer and projection, one panel per recipe."""
     found = cohort.label(pd.concat([selected_neurons.by_layer(run) for run in cohort.runs], ignore_index=True))
     found["place"] = place(found)
     cells = band(found, ["recipe", "place", "role"])
@@ -59,16 +54,16 @@ def neurons(cohort: Cohort) -> Drawable:
     panels = []
     for label in cohort.labels:
         own = cells[cells["recipe"] == label]
-        low, high = ends(own)
         marks, meaning = _random_marks(chance[chance["recipe"] == label])
         sentence = f"Number of trained neurons by layer and projection; {meaning}."
         panels.append(
-            Chart(
+            bars(
                 own,
-                [Bar("place", "value", "role", low=low, high=high), *marks],
+                "place",
+                (Axis(label="layer", order=own["place"].cat.categories), "selected neurons"),
+                *marks,
+                color="role",
                 title=label,
-                x=Axis(label="layer", order=own["place"].cat.categories),
-                y=Axis(label="selected neurons", limits=(0, None)),
                 caption=cohort.caption(sentence, interval=f"bars: {INTERVAL}"),
                 colors=used_roles(cells),
             )
@@ -86,6 +81,7 @@ def neurons(cohort: Cohort) -> Drawable:
     misleads="Cosine distance ignores growth and, for small changes, scales with the squared change over the squared "
     "norm, so small weights rotate easily: compare update norms. Neurons that did not rotate are missing from the "
     "logarithmic axis.",
+    example='ls.plots.neuron_cosine({"NeFT": neft})',
 )
 def neuron_cosine(cohort: Cohort, quantity: str | None = None) -> Drawable:
     """Plot the cosine distance of neurons from their base weights by layer and projection, one panel per recipe.
@@ -95,10 +91,6 @@ def neuron_cosine(cohort: Cohort, quantity: str | None = None) -> Drawable:
     quantity : str, optional
         Recorded cosine distance. By default ``selection_cosine``, by which NeFT selects, if all runs have it, else
         ``neuron_cosine``, that of the run itself.
-
-    Examples
-    --------
-    >>> ls.plots.neuron_cosine({"NeFT": neft})
     """
     recorded = cohort.table.loc[cohort.table["quantity"] == "selection_cosine", "run"].nunique()
     quantity = quantity or ("selection_cosine" if recorded == len(cohort.runs) else "neuron_cosine")
@@ -117,6 +109,8 @@ def neuron_cosine(cohort: Cohort, quantity: str | None = None) -> Drawable:
     misleads="All overlaps exceed the random baseline in the caption, because some layers rotate more on any task: "
     "compare with the diagonal. Larger selections overlap more at random: compare selections of equal size.",
     takes="At least two runs, labeled by domain for example, ideally with several seeds of each label.",
+    raises="There are fewer than two runs, or they have different models.",
+    example='ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})',
 )
 def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     """Plot the overlap of selected neurons between labels, and between the seeds of each label (NeFT, Table 6).
@@ -125,15 +119,6 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     ----------
     k : int, optional
         Number of neurons selected from each run by cosine distance; by default the neurons that it trained.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two runs, or they have different models.
-
-    Examples
-    --------
-    >>> ls.plots.neuron_overlap({"NeFT": neft, "random neurons": random_neurons})
     """
     cohort.require("selected" if k is None else "neuron_cosine")
     cohort.require_runs(2)
@@ -169,6 +154,8 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     misleads="Ranks in the middle are close together, so small changes shift them far, and ranks also rise because "
     "others fall: compare with random selection. If all neurons train, none counts as indirect.",
     takes="Runs with ``observe.utilization()``.",
+    raises="The runs have different models, recorded utilization with different settings, or a seed has no reference.",
+    example='ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})',
 )
 def rank_shift(cohort: Cohort, reference: Run | Sequence[Run] | None = None) -> Panels:
     """Plot the shift of utilization ranks, and the paper's three kinds of neurons (NeFT, Figs. 2, 4 and 5).
@@ -178,15 +165,6 @@ def rank_shift(cohort: Cohort, reference: Run | Sequence[Run] | None = None) -> 
     reference : Run or sequence of Run, optional
         Runs to compare with, such as NeFT with fewer neurons: one for all, or one per seed. By default the model
         before training.
-
-    Raises
-    ------
-    ValueError
-        The runs have different models, recorded utilization with different settings, or a seed has no reference.
-
-    Examples
-    --------
-    >>> ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})
     """
     others = [reference] if isinstance(reference, Run) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
@@ -223,24 +201,22 @@ def rank_shift(cohort: Cohort, reference: Run | Sequence[Run] | None = None) -> 
     order = list(dict.fromkeys(moved.sort_values(["low", "high"])["bucket"]))
     order = [*(bucket for bucket in order if bucket != "all"), "all"]
     percentile = f"percentile {'in the reference' if others else 'before'} (%)"
-    panels = []
-    for found, x, axis, ylabel in (
-        (moved, "bucket", Axis(label=percentile, order=order), "mean shift (ranks)"),
-        (pd.DataFrame(kinds), "category", Axis(order=_KINDS), "neurons"),
-    ):
-        cells = band(cohort.label(found), ["recipe", x])
-        low, high = ends(cells)
-        panels.append(
-            Chart(
-                cells,
-                [Bar(x, "value", "recipe", low=low, high=high)],
-                x=axis,
-                y=Axis(label=ylabel, limits=(0, None)),
-                caption=cohort.caption(caption, interval=f"bars: {INTERVAL}"),
-                colors=cohort.labels,
-                meta=known.meta,
-            )
+    caption = cohort.caption(caption, interval=f"bars: {INTERVAL}")
+    panels = [
+        bars(
+            band(cohort.label(found), ["recipe", x]),
+            x,
+            axes,
+            color="recipe",
+            caption=caption,
+            colors=cohort.labels,
+            meta=known.meta,
         )
+        for found, x, axes in (
+            (moved, "bucket", (Axis(label=percentile, order=order), "mean shift (ranks)")),
+            (pd.DataFrame(kinds), "category", (Axis(order=_KINDS), "neurons")),
+        )
+    ]
     return set_side_by_side(*panels)
 
 

@@ -35,6 +35,8 @@ _COUNTS = "no interval, because seeds differ only in the length of their texts"
     misleads="Peaks hold for one batch size and text length: with longer texts the rest outgrows all that a method can "
     "save. In small models the embedding is up to half of all parameters, and LISA always trains it, so LISA saves "
     "little there.",
+    raises="A computed size is unknown.",
+    example='ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})',
 )
 def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
     """Plot the memory of a step by part, measured and computed for larger models (LISA, Fig. 3; Adapprox).
@@ -44,15 +46,6 @@ def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
     computed : sequence of str
         Model sizes to add below: "7B" and "70B" (LLaMA-2 with every method), "117M" and "345M" (GPT-2 with every
         optimizer of all weights, with and without a first moment).
-
-    Raises
-    ------
-    ValueError
-        A computed size is unknown.
-
-    Examples
-    --------
-    >>> ls.plots.memory({"full fine-tuning": full[0], "LoRA": lora})
     """
     sizes = (*_PAPERS, *memory_estimate.GPT2)
     if unknown := [size for size in computed if size not in sizes]:
@@ -126,14 +119,10 @@ def _batch_phrase(cohort: Cohort) -> list[str]:
     misleads="Times hold for one machine, model, batch size and text length: with large embeddings or short texts the "
     "optimizer's fraction is larger than usual. Adapters slow down the forward pass, which offsets their savings: "
     "compare whole bars.",
+    example="ls.plots.step_seconds(timed)",
 )
 def step_seconds(cohort: Cohort) -> Chart:
-    """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4).
-
-    Examples
-    --------
-    >>> ls.plots.step_seconds(timed)
-    """
+    """Plot the time of a step by part in milliseconds, one bar per label (LISA, Fig. 4)."""
     rows = cohort.label(step_time.medians(cohort.table))
     cells = rows.groupby(["recipe", "part"], sort=False)["value"].mean().mul(1e3).reset_index()
     caption = cohort.caption(

@@ -30,6 +30,8 @@ _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
     "effective rank in the caption is the number of equal singular values with the same entropy.",
     misleads="After short training, small singular values may be remnants of the random initialization, not learned "
     "directions. Runs with equal spectra may still share no direction: check subspace_similarity.",
+    raises="The runs have no such module, or no snapshot of the step.",
+    example='ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})',
 )
 def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None, added: bool = False) -> Chart:
     """Plot the singular values of one module's update, one line per recipe.
@@ -42,15 +44,6 @@ def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None,
         Step with a snapshot; by default the last step.
     added : bool
         Subtract the initial update where it is nonzero, as in FourierFT.
-
-    Raises
-    ------
-    ValueError
-        The runs have no such module, or no snapshot of the step.
-
-    Examples
-    --------
-    >>> ls.plots.spectrum({"LoRA, rank 8": lora, "LoRA, rank 32": lora_rank_32})
     """
     values_of = spectra.added_values if added else spectra.singular_values
     by_run = {run.id: values_of(run, step) for run in cohort.runs}
@@ -87,6 +80,8 @@ def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None,
     "contained, 0 if orthogonal. Only what is brighter than the same cell of the random panel is shared.",
     misleads="Runs with the same random initial A are similar before they learn anything: use different seeds. In "
     "narrow models, or for large i or j, the random baseline itself is close to 1.",
+    raises="There are no two runs to compare.",
+    example='ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})',
 )
 def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | None = None, side: Side = "A") -> Panels:
     """Plot LoRA's subspace similarity φ between runs, next to a random baseline (section 7.2, Figs. 3 and 4).
@@ -103,15 +98,6 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
     side : {"A", "B", "update"}
         Directions of A (as in the paper), of B, or of the inputs of the update, which do not depend on how the update
         was factored.
-
-    Raises
-    ------
-    ValueError
-        There are no two runs to compare.
-
-    Examples
-    --------
-    >>> ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})
     """
     name, needs = "subspace_similarity", (UPDATES,)
     shown = {"": gather(name, runs, None, needs)}

@@ -26,7 +26,7 @@ from lorascope.plots.registry import OLD_FIGURES as OLD_FIGURES
 from lorascope.plots.registry import Figure as Figure
 from lorascope.plots.registry import available as available
 from lorascope.plots.run_groups import Runs
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 '''
 

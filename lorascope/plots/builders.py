@@ -16,7 +16,7 @@ from lorascope.plots.run_groups import INTERVAL, Cohort
 from lorascope.schema.module_roles import ROLES
 
 
-def ends(cells: pd.DataFrame) -> dict[str, str]:
+def ends(cells: pd.DataFrame) -> dict[str, Any]:
     """Return the columns of ``band`` that an error bar shows; none if no recipe has several seeds."""
     return {"low": "low", "high": "high"} if cells["low"].notna().any() else {}
 

@@ -37,7 +37,7 @@ _LEFT_MARGIN = 0.04  # margin left of frequency zero, where a point may be drawn
 )
 def bias_curve(cohort: Cohort) -> Chart:
     """Plot test metric against the center of the frequency band (FourierFT, Fig. 5)."""
-    recipes = {group.label: group.runs[0].meta["recipe"] for group in cohort.groups}
+    recipes = {group.label: group.runs[0].meta.recipe for group in cohort.groups}
     uniform = [label for label, recipe in recipes.items() if recipe.get("center") is None]
     if len(uniform) == len(recipes):
         raise ValueError("bias_curve needs a run with a frequency band, got none: train FourierFT with center=")
@@ -135,7 +135,7 @@ def number_of_experts(cohort: Cohort) -> Chart:
     cohort.require("test_metric")
     own.require_differ_only_in("number")
     cohort.require_same("model", "task")
-    numbers = {group.label: group.runs[0].meta["recipe"]["number"] for group in own.groups}
+    numbers = {group.label: group.runs[0].meta.recipe["number"] for group in own.groups}
     rows = cohort.scores()
     cells = band(rows, ["recipe", "kind"])
     curve = cells[cells["kind"] == "run"]
@@ -209,7 +209,7 @@ def _curve_and_level(
 
 def _parameter_counts(cohort: Cohort) -> str:
     """Return the trained parameters of every recipe, including the classifier head, as a sentence."""
-    counts = (f"{group.label} {group.runs[0].meta['parameters']['trained']:,}" for group in cohort.groups)
+    counts = (f"{group.label} {group.runs[0].meta.parameters.trained:,}" for group in cohort.groups)
     return f"Trained parameters: {'; '.join(counts)}."
 
 

@@ -63,7 +63,7 @@ def importance(cohort: Cohort, module: str | None = None, quantity: str = "impor
         cells = own[["run", "recipe", "kind", "step", "module", "index", "fate", "value"]]
         cells = cells.rename(columns={"index": "component"}).astype({"component": "int64"})
         several = len(cohort.runs) > 1
-        title = f"{own['recipe'].iloc[0]}, seed {run.meta['seed']}" if several else f"Components of {module}"
+        title = f"{own['recipe'].iloc[0]}, seed {run.meta.seed}" if several else f"Components of {module}"
         line = Line("step", "value", "component", "fate")
         sentence = f"Components of {module}, one line each."
         panels.append(_importance_chart(cells, own, [line], title, quantity, sentence))

@@ -82,7 +82,7 @@ def guidance(cohort: Cohort, windows: int = 25) -> Panels:
 )
 def learning_rates(cohort: Cohort) -> Panels:
     """Plot validation loss by learning rate, and the test loss of each method at its best rate."""
-    rates = {run.id: run.meta["settings"]["lr"] for run in cohort.runs}
+    rates = {run.id: run.meta.settings["lr"] for run in cohort.runs}
     cells = optimizer_moments.rates(cohort.label(cohort.table), rates)
     chosen = optimizer_moments.best(cells["eval_loss"])
     methods = list(dict.fromkeys(cells["eval_loss"]["method"]))

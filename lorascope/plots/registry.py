@@ -16,7 +16,7 @@ import pandas as pd
 from lorascope.charts.chart import Chart, Drawable, Panels
 from lorascope.plots.requirements import missing_reason
 from lorascope.plots.run_groups import MIXTURES, Runs, gather, mixture_sentences
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.deprecation import warn_renamed
 
 Topic = Literal["updates", "ranks", "factors", "routers", "neurons", "schedules", "optimizers"]

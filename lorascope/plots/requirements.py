@@ -6,7 +6,7 @@ from collections.abc import Callable, Sized
 
 from lorascope.analysis import fourier
 from lorascope.analysis.spectra import singular_values
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 UPDATES, SPECTRA, FREQUENCIES, BASIS, HEADS = "updates", "spectra", "frequencies", "basis", "heads"
 OF_UPDATES = frozenset({UPDATES, SPECTRA, "update_norm", "learned_norm", "relative_update", "weight_norm", "step_norm"})
@@ -35,16 +35,16 @@ _WAYS = {
 _FIXES = {need: way for way, needs in _WAYS.items() for need in needs}
 
 
-_STORED: dict[str, tuple[str, Callable[[Run], Sized]]] = {
+_STORED: dict[str, tuple[str, Callable[[Result], Sized]]] = {
     UPDATES: ("the adapters' factors", lambda run: run.updates()),
     SPECTRA: ("singular values of updates", singular_values),
     FREQUENCIES: ("Fourier coefficients", fourier.updates),
     BASIS: ("coefficients on a basis", fourier.basis),
-    HEADS: ("a number of experts", lambda run: {"number"} & {*(run.meta.get("recipe") or {})}),
+    HEADS: ("a number of experts", lambda run: {"number"} & {*(run.meta.recipe or {})}),
 }
 
 
-def missing_reason(run: Run, need: str, history: bool = False) -> str:
+def missing_reason(run: Result, need: str, history: bool = False) -> str:
     """Return what a run lacks for a figure and how to get it; "" if nothing is missing."""
     fix = _FIXES.get(need, "train with a method that records it")
     if need in _STORED:

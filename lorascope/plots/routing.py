@@ -27,7 +27,7 @@ from lorascope.charts.chart import (
 from lorascope.plots.builders import course, mean_over_modules, used_roles
 from lorascope.plots.registry import figure, table_figure
 from lorascope.plots.run_groups import Cohort, axis_label, define
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 _BASELINE = ", shuffled domains"
 _TEXT = "Recorded on held-out text without padding."
@@ -63,7 +63,7 @@ def gates(cohort: Cohort, step: int | None = None) -> Drawable:
         columns = [f"{role} {expert}" for role in used_roles(cells) for expert in experts]
         numbers = ".2f" if len(columns) <= _MOST_NUMBERED else None
         shown = f"{define('gate')} By domain, minus 1/{len(experts)}, after step {cells['step'].iloc[0]}."
-        seed = group.runs[0].meta.get("seed")
+        seed = group.runs[0].meta.seed
         which = "" if seed is None else f" (seed {seed})"
         value = Heat(
             "column",
@@ -177,7 +177,7 @@ def head_choice(found: pd.DataFrame, static: int | None = None) -> Panels:
     return set_side_by_side(error, chosen_number)
 
 
-def gates_by_domain(run: Run, step: int | None = None) -> pd.DataFrame:
+def gates_by_domain(run: Result, step: int | None = None) -> pd.DataFrame:
     """Return the gate weights of one run by domain.
 
     Parameters

@@ -38,7 +38,7 @@ class Group:
     @property
     def sample(self) -> str:
         """Number of runs and their seeds as text."""
-        n, seeds = len(self.runs), sorted({run.meta["seed"] for run in self.runs if run.meta.get("seed") is not None})
+        n, seeds = len(self.runs), sorted({run.meta.seed for run in self.runs if run.meta.seed is not None})
         listed = ", ".join(map(str, seeds))
         if not seeds:
             return "1 run" if n == 1 else f"{n} runs"
@@ -242,26 +242,26 @@ def axis_label(quantity: str) -> str:
     return f"{entry.label} ({entry.unit})" if entry.unit else entry.label
 
 
-def present_run_label(run: Run) -> str:
+def present_run_label(run: Result) -> str:
     """Return the label of a run with the present names of its settings."""
-    return present_label(run.label, (run.meta.get("recipe") or {}).get("name", ""))
+    return present_label(run.label, (run.meta.recipe or {}).get("name", ""))
 
 
 def _groups(runs: Runs, control: bool = False) -> tuple[Group, ...]:
     if isinstance(runs, Mapping):
         lists = {label: (found,) if isinstance(found, Result) else tuple(found) for label, found in runs.items()}
         return tuple(Group(label, found, control) for label, found in lists.items() if found)
-    by_label: dict[str, list[Run]] = {}
-    for run in [runs] if isinstance(runs, Run) else runs:
+    by_label: dict[str, list[Result]] = {}
+    for run in [runs] if isinstance(runs, Result) else runs:
         by_label.setdefault(f"control: {present_run_label(run)}" if control else present_run_label(run), []).append(run)
     for label, found in by_label.items():
         for run in found[1:]:
-            if differing := [key for key in _SAME if run.meta.get(key) != found[0].meta.get(key)]:
+            if differing := [key for key in _SAME if getattr(run.meta, key) != getattr(found[0].meta, key)]:
                 raise ValueError(
                     f"cannot average runs {found[0].id} and {run.id} of label {label!r}: they differ in "
                     f"{', '.join(differing)}. Pass a dict label -> runs"
                 )
-        seeds = [run.meta.get("seed") for run in found]
+        seeds = [run.meta.seed for run in found]
         if len(found) > 1 and (None in seeds or len(set(seeds)) < len(seeds)):
             raise ValueError(
                 f"cannot average {len(found)} runs of label {label!r}: their seeds are not distinct, got seeds "

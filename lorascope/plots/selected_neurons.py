@@ -26,7 +26,7 @@ from lorascope.charts.chart import (
 from lorascope.plots.builders import bars, pair_heat, used_roles
 from lorascope.plots.registry import figure
 from lorascope.plots.run_groups import INTERVAL, Cohort, Group, axis_label
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 from lorascope.schema.records import QUANTITIES
 
 _MOST_LAYERS = 14  # largest number of layers whose bars have room in one row of panels
@@ -157,7 +157,7 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
     raises="The runs have different models, recorded utilization with different settings, or a seed has no reference.",
     example='ls.plots.rank_shift({"NeFT": neft, "random neurons": random_neurons})',
 )
-def rank_shift(cohort: Cohort, reference: Run | Sequence[Run] | None = None) -> Panels:
+def rank_shift(cohort: Cohort, reference: Result | Sequence[Result] | None = None) -> Panels:
     """Plot the shift of utilization ranks, and the paper's three kinds of neurons (NeFT, Figs. 2, 4 and 5).
 
     Parameters
@@ -166,16 +166,16 @@ def rank_shift(cohort: Cohort, reference: Run | Sequence[Run] | None = None) -> 
         Runs to compare with, such as NeFT with fewer neurons: one for all, or one per seed. By default the model
         before training.
     """
-    others = [reference] if isinstance(reference, Run) else list(reference or ())
+    others = [reference] if isinstance(reference, Result) else list(reference or ())
     known = Cohort(cohort.name, (*cohort.groups, *((Group("reference", tuple(others)),) if others else ())))
     known.require("utilisation", history=not others)
     known.require_same("model")
     states = _utilization_states(known)
     shifts = {}
     for run in cohort.runs:
-        against = [other for other in others if len(others) == 1 or other.meta["seed"] == run.meta["seed"]]
+        against = [other for other in others if len(others) == 1 or other.meta.seed == run.meta.seed]
         if others and len(against) != 1:
-            seed = run.meta["seed"]
+            seed = run.meta.seed
             raise ValueError(
                 f"reference must contain one run with seed {seed}, that of run {run.id}, got {len(against)}"
             )

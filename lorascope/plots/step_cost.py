@@ -51,8 +51,8 @@ def memory(cohort: Cohort, computed: Sequence[str] = ("7B", "70B")) -> Drawable:
     if unknown := [size for size in computed if size not in sizes]:
         raise ValueError(f"computed must be one of {', '.join(map(repr, sizes))}, got {unknown[0]!r}")
     models = {}
-    for model in dict.fromkeys(run.meta["model"] for run in cohort.runs):
-        own = (replace(g, runs=tuple(run for run in g.runs if run.meta["model"] == model)) for g in cohort.groups)
+    for model in dict.fromkeys(run.meta.model for run in cohort.runs):
+        own = (replace(g, runs=tuple(run for run in g.runs if run.meta.model == model)) for g in cohort.groups)
         models[model] = Cohort(cohort.name, tuple(group for group in own if group.runs))
     cells = {model: _measured_memory(own) for model, own in models.items()}
     known = {model: set(rows["recipe"][rows["part"] == _REST]) for model, rows in cells.items()}

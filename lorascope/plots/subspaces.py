@@ -17,7 +17,7 @@ from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES
 from lorascope.plots.run_groups import Cohort, Runs, gather
-from lorascope.runs.run import Run
+from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
 _SIDES = {"A": "A", "B": "B", "update": "the inputs of the update"}
@@ -135,7 +135,7 @@ def common_module(cohort: Cohort, updates: Sequence[Mapping[str, Any]], module: 
     return module
 
 
-def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Run, Run]]]:
+def _similarity_pairs(cohort: Cohort) -> tuple[str, list[tuple[Result, Result]]]:
     """Return a title and the pairs of runs to compare."""
     if len(cohort.groups) == 2:
         first, second = cohort.groups

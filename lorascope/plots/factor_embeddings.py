@@ -12,11 +12,11 @@ import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis import factor_embeddings, factor_sharing, norms
-from lorascope.analysis.factor_embeddings import Factor, FactorSet, Updates, View
+from lorascope.analysis.factor_embeddings import Factor, FactorSet, View
 from lorascope.charts.chart import Axis, Chart, Panels, Point, Text
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import UPDATES
-from lorascope.plots.run_groups import Cohort, Runs, gather
+from lorascope.plots.run_groups import Cohort
 
 _VIEWS = {
     "raw": "raw factors",
@@ -32,6 +32,7 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
 @figure(
     topic="factors",
     needs=(UPDATES,),
+    apart=True,
     runs=2,
     reads="Each dot is the A or B of one module in one run; mixed colors mean factors shared between domains, separate "
     "colors mean domain-specific factors. Only structure that remains in the control, whose runs have separate initial "
@@ -44,8 +45,7 @@ _NAME_OFFSET = 0.13  # distance between a dot and its name, as a fraction of the
     example="ls.plots.factor_embedding(domains)",
 )
 def factor_embedding(
-    runs: Runs,
-    control: Runs | None = None,
+    cohorts: Sequence[Cohort],
     factors: Sequence[Factor] = ("A", "B"),
     together: bool = False,
     view: View = "raw",
@@ -78,17 +78,18 @@ def factor_embedding(
     modules : sequence of str
         Modules to plot, all by default; up to 12 have their layer and role next to their dots (Fig. 10).
     """
-    name, needs = "factor_embedding", (UPDATES,)
-    shown = {"": gather(name, runs, None, needs)}
-    if control is not None:
-        shown["control: "] = gather(name, control, None, needs)
     caption = (
         f"Each dot is a factor of one module in one run ({_VIEWS[view]}), scaled to norm 1; dots in one place appear "
         "as rings. PCA axes: fraction of variance in parentheses."
     )
     rows: list[list[Chart]] = []
-    for prefix, cohort in shown.items():
-        updates = _embedded_updates(cohort, step, modules)
+    for prefix, cohort in zip(("", "control: "), cohorts, strict=False):
+        cohort.require_runs(2)
+        factored = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
+        common = factor_embeddings.common_modules(factored)
+        if unknown := next((name for name in modules if name not in common), None):
+            raise cohort.no_common_module(unknown, common)
+        updates = {run: {name: own[name] for name in modules or common} for run, own in factored.items()}
         domains = {run.id: group.label for group in cohort.groups for run in group.runs}
         found = [factor_embeddings.clouds(updates, domains, (factor,), view) for factor in factors]
         caption += factor_caption(prefix, cohort, found)
@@ -100,20 +101,13 @@ def factor_embedding(
                 _tsne(cloud, cohort, prefix, size, [None, *seeds])
                 for size in (sizes if isinstance(sizes, Sequence) else [sizes])
             ]
-            drawn.append(_pca(cloud, cohort, prefix))
+            whole = factor_embeddings.pca(cloud, len(cloud.flat))
+            percent = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
+            axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
+            title = f"{prefix}PCA of {_factor_set_name(cloud)}"
+            drawn.append(_embedding_chart(_place_points(cloud, cohort, whole[:, :2]), cohort, title, axes, None))
             rows.append([_name_dots(chart) for chart in drawn] if 0 < len(modules) <= _MOST_NAMED else drawn)
     return Panels(tuple(tuple(replace(chart, caption=caption) for chart in row) for row in rows))
-
-
-def _embedded_updates(cohort: Cohort, step: int | None, modules: Sequence[str]) -> Updates:
-    """Return the factored updates of all runs, limited to ``modules`` if any are given."""
-    cohort.require(UPDATES)
-    cohort.require_runs(2)
-    updates = {run.id: factor_embeddings.factored_updates(run.updates(step)) for run in cohort.runs}
-    common = factor_embeddings.common_modules(updates)
-    if unknown := next((name for name in modules if name not in common), None):
-        raise cohort.no_common_module(unknown, common)
-    return {run: {name: found[name] for name in modules or common} for run, found in updates.items()}
 
 
 def factor_caption(prefix: str, cohort: Cohort, found: Sequence[Sequence[FactorSet]]) -> str:
@@ -142,15 +136,6 @@ def _tsne(cloud: FactorSet, cohort: Cohort, prefix: str, perplexity: float, star
     return _embedding_chart(pd.concat(parts), cohort, title, axes, "start" if len(starts) > 1 else None)
 
 
-def _pca(cloud: FactorSet, cohort: Cohort, prefix: str) -> Chart:
-    whole = factor_embeddings.pca(cloud, len(cloud.flat))
-    percent = 100 * (whole**2).sum(axis=0) / max((whole**2).sum(), TINY)
-    axes = [Axis(label=f"component {number + 1} ({percent[number]:.0f}%)") for number in (0, 1)]
-    return _embedding_chart(
-        _place_points(cloud, cohort, whole[:, :2]), cohort, f"{prefix}PCA of {_factor_set_name(cloud)}", axes, None
-    )
-
-
 def _embedding_chart(
     points: pd.DataFrame, cohort: Cohort, title: str, axes: Sequence[Axis], frame: str | None
 ) -> Chart:
@@ -159,16 +144,8 @@ def _embedding_chart(
         # A and B share this plane, so their names are drawn above the dots of each.
         names = points.groupby(["factor", *([frame] if frame else [])], as_index=False).agg({"x": "mean", "y": "max"})
         marks.append(Text("x", "y", "factor", data=names))
-    return Chart(
-        points,
-        marks,
-        title=title,
-        x=axes[0],
-        y=axes[1],
-        frame=frame,
-        colors=cohort.labels,
-        meta=cohort.meta,
-    )
+    x, y = axes
+    return Chart(points, marks, title=title, x=x, y=y, frame=frame, colors=cohort.labels, meta=cohort.meta)
 
 
 def _name_dots(chart: Chart) -> Chart:

@@ -98,6 +98,7 @@ def figure(
     same: tuple[str, ...] = (),
     vary: tuple[str, ...] = (),
     check: bool = True,
+    apart: bool = False,
     takes: str = "Runs to plot, and runs to compare with.",
     raises: str = "",
     example: str = "",
@@ -105,8 +106,7 @@ def figure(
     """Register a function ``draw(cohort, ...)`` as a figure ``draw(runs, control=None, ...)`` under its own name.
 
     The figure groups the runs, checks that they have what it requires, and adds to every chart its origin and, in the
-    caption, the gates of input-dependent updates. A function whose first parameter is ``runs`` groups and checks them
-    itself.
+    caption, the gates of input-dependent updates.
 
     Parameters
     ----------
@@ -118,6 +118,8 @@ def figure(
         Stored settings of the method in which alone the runs may differ, apart from their seed.
     check : bool
         Whether to check ``needs`` before drawing; False for a function whose parameters choose what it needs.
+    apart : bool
+        Whether the function takes a list of cohorts, the runs and the control, in place of one that has both.
     takes, raises : str
         For the docstring: the parameters ``runs`` and ``control``, and when the figure raises ValueError.
 
@@ -130,26 +132,25 @@ def figure(
     def register(draw: Callable[..., Drawable]) -> Callable[..., Any]:
         name, signature = draw.__name__, inspect.signature(draw)
         first, *own = signature.parameters.values()
-        gathers = first.name == "cohort"
 
         @wraps(draw)
         def drawn(runs: Runs, control: Runs | None = None, *args: Any, **kwargs: Any) -> Drawable:
-            if not gathers:
-                return _complete(draw(runs, control, *args, **kwargs), {})
-            cohort = gather(name, runs, control, needs)
-            if check:
-                cohort.require(*needs, history=history)
-            cohort.require_same(*same)
-            if vary:
-                cohort.require_differ_only_in(*vary)
-            return _complete(draw(cohort, *args, **kwargs), cohort.meta)
+            cohorts = [gather(name, runs, None if apart else control, needs)]
+            if apart and control is not None:
+                cohorts.append(gather(name, control, None, needs))
+            for cohort in cohorts:
+                if check:
+                    cohort.require(*needs, history=history)
+                cohort.require_same(*same)
+                if vary:
+                    cohort.require_differ_only_in(*vary)
+            return _complete(draw(cohorts if apart else cohorts[0], *args, **kwargs), cohorts[0].meta)
 
-        if gathers:
-            types = {"runs": Runs, "control": Runs | None}
-            added = [first.replace(name="runs", annotation=Runs)]
-            added.append(first.replace(name="control", annotation=types["control"], default=None))
-            drawn.__signature__ = signature.replace(parameters=[*added, *own])  # type: ignore[attr-defined]
-            drawn.__annotations__ = types | {key: kind for key, kind in draw.__annotations__.items() if key != "cohort"}
+        types = {"runs": Runs, "control": Runs | None}
+        added = [first.replace(name="runs", annotation=Runs)]
+        added.append(first.replace(name="control", annotation=types["control"], default=None))
+        drawn.__signature__ = signature.replace(parameters=[*added, *own])  # type: ignore[attr-defined]
+        drawn.__annotations__ = types | {key: kind for key, kind in draw.__annotations__.items() if key != first.name}
         drawn.__doc__ = draw.__doc__ = _document(inspect.getdoc(draw) or "", takes, raises, example)
         if name in FIGURES and FIGURES[name].draw.__module__ != draw.__module__:
             raise ValueError(f"there is already a figure {name!r}, of {FIGURES[name].draw.__module__}")

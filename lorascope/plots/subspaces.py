@@ -16,7 +16,7 @@ from lorascope.charts.chart import Axis, Chart, Heat, Panels, set_side_by_side
 from lorascope.plots.builders import curves
 from lorascope.plots.registry import figure
 from lorascope.plots.requirements import SPECTRA, UPDATES
-from lorascope.plots.run_groups import Cohort, Runs, gather
+from lorascope.plots.run_groups import Cohort
 from lorascope.runs.result import Result
 
 _MOST_DOTS = 64  # largest number of components with a dot each
@@ -75,6 +75,7 @@ def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None,
 @figure(
     topic="updates",
     needs=(UPDATES,),
+    apart=True,
     runs=2,
     reads="Cell (i, j) is the overlap of the first i directions of one run with the first j of another: 1 if "
     "contained, 0 if orthogonal. Only what is brighter than the same cell of the random panel is shared.",
@@ -83,7 +84,7 @@ def spectrum(cohort: Cohort, module: str | None = None, step: int | None = None,
     raises="There are no two runs to compare.",
     example='ls.plots.subspace_similarity({"rank 8": lora[0], "rank 32": lora_rank_32})',
 )
-def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | None = None, side: Side = "A") -> Panels:
+def subspace_similarity(cohorts: Sequence[Cohort], module: str | None = None, side: Side = "A") -> Panels:
     """Plot LoRA's subspace similarity φ between runs, next to a random baseline (section 7.2, Figs. 3 and 4).
 
     Parameters
@@ -99,16 +100,10 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
         Directions of A (as in the paper), of B, or of the inputs of the update, which do not depend on how the update
         was factored.
     """
-    name, needs = "subspace_similarity", (UPDATES,)
-    shown = {"": gather(name, runs, None, needs)}
-    if control is not None:
-        shown["control: "] = gather(name, control, None, needs)
-    for cohort in shown.values():
-        cohort.require(UPDATES)
-    updates = [run.updates() for cohort in shown.values() for run in cohort.runs]
-    module = common_module(shown[""], updates, module)
+    updates = [run.updates() for cohort in cohorts for run in cohort.runs]
+    module = common_module(cohorts[0], updates, module)
     panels: list[Chart] = []
-    for prefix, cohort in shown.items():
+    for prefix, cohort in zip(("", "control: "), cohorts, strict=False):
         title, pairs = _similarity_pairs(cohort)
         tables = [subspace.similarity_of_runs(one.updates(), other.updates(), module, side) for one, other in pairs]
         cells = (
@@ -118,7 +113,7 @@ def subspace_similarity(runs: Runs, control: Runs | None = None, module: str | N
         )
         caption = _phi_caption(cells, len(pairs), module, side)
         panels.append(_phi_heat(cells, "phi", prefix + title, caption, cohort))
-    random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, shown[""])
+    random = _phi_heat(panels[0].data, "phi_random", "random subspaces", panels[0].caption, cohorts[0])
     return set_side_by_side(*panels, random)
 
 

@@ -44,8 +44,7 @@ def importance(cohort: Cohort, module: str | None = None, quantity: str = "impor
     found = found.assign(fate=found["kept"].map(dict(zip((True, False), _FATES, strict=True))))
     panels = []
     if module is None:
-        for label in cohort.labels:
-            own = found[found["recipe"] == label]
+        for label, own in cohort.split(found):
             over = own.groupby(["recipe", "kind", "fate", "step"], observed=True, sort=False)["value"]
             cells = over.quantile(np.array([0.1, 0.5, 0.9])).unstack().set_axis(["low", "value", "high"], axis=1)
             cells = cells.assign(n=over.count()).reset_index()

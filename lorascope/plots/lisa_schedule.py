@@ -41,8 +41,8 @@ def active_layers(cohort: Cohort) -> Panels:
         "expectation after n draws, the sum over the blocks of 1 − (1 − p)ⁿ, where p is the draw probability."
     )
     rows = []
-    for label in cohort.labels:
-        own = cells[cells["recipe"] == label].astype({"active": "float64"})
+    for (label, own), (_, counts) in zip(cohort.split(cells), cohort.split(reached), strict=True):
+        own = own.astype({"active": "float64"})
         fractions = own.groupby(["start", "place"], observed=True)["active"].mean().rename("value").reset_index()
         places = [str(place) for place in fractions["place"].cat.categories]
         activity = Chart(
@@ -53,7 +53,7 @@ def active_layers(cohort: Cohort) -> Panels:
             y=Axis(label="block", order=places[::-1]),
             caption=caption,
         )
-        counts, expected = reached[reached["recipe"] == label], f"{label}, expected"
+        expected = f"{label}, expected"
         both = pd.concat([counts, counts.assign(value=counts["expected"], recipe=expected)])
         coverage = course(
             band(both, ["recipe", "kind", "step"]),
@@ -82,8 +82,7 @@ def draw_frequency(cohort: Cohort) -> Drawable:
         "Fraction of draws that include a block; the line is its draw probability.", interval=f"bars: {INTERVAL}"
     )
     panels = []
-    for label in cohort.labels:
-        own = found[found["recipe"] == label]
+    for label, own in cohort.split(found):
         cells = band(own, ["place"]).assign(what="drawn")
         cells["expected"] = own.groupby("place", observed=True)["expected"].mean().reindex(cells["place"]).to_numpy()
         panels.append(

@@ -105,8 +105,8 @@ def moment_error(cohort: Cohort) -> Drawable:
         "l = p = 5."
     )
     panels = []
-    for label in cohort.labels:
-        own, parts = table[table["recipe"] == label], []
+    for label, own in cohort.split(table):
+        parts = []
         for quantity, measure in _ERRORS.items():
             rows = norms.last(own[own["quantity"] == quantity])
             means = rows.groupby(["run", "index"], observed=True, dropna=False)["value"].mean().reset_index()
@@ -140,8 +140,8 @@ def factorization_methods(cohort: Cohort) -> Panels:
         "relative to that of the full SVD. Times: sum over the matrices."
     )
     panels = []
-    for label in cohort.labels:
-        found = optimizer_moments.factorings(table[table["recipe"] == label], _WAYS)
+    for label, own in cohort.split(table):
+        found = optimizer_moments.factorings(own, _WAYS)
         for what, name, log in (("excess", "error / SVD error", False), ("seconds", "time (s)", True)):
             cells = band(found.assign(value=found[what]), ["measure", "index"])
             panels.append(_by_rank(cells, Axis(label=name, log=log), cohort.title(label), caption, _WAYS.values()))
@@ -196,7 +196,7 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
     heat = Heat("step", "place", "share", "k / k_max", ".2f", limits=(0.0, 1.0), words="words")
     panels = [
         Chart(
-            cells[cells["recipe"] == label],
+            own,
             [heat],
             title=cohort.title(label),
             x=Axis(label="step", order=shown),
@@ -204,7 +204,7 @@ def factor_rank(cohort: Cohort, role: str | None = None) -> Drawable:
             caption=caption,
             frame="role" if cells["role"].nunique() > 1 else None,
         )
-        for label in cohort.labels
+        for label, own in cohort.split(cells)
     ]
     return wrap(panels, len(panels))
 
@@ -231,7 +231,7 @@ def factor_error(cohort: Cohort) -> Drawable:
     )
     panels = [
         course(
-            cells[cells["recipe"] == label],
+            own,
             Axis(label="relative error", log=True),
             color="measure",
             whiskers=False,
@@ -239,7 +239,7 @@ def factor_error(cohort: Cohort) -> Drawable:
             caption=caption,
             colors=[measure for measure in _COURSES.values() if measure in set(cells["measure"])],
         )
-        for label in cohort.labels
+        for label, own in cohort.split(cells)
     ]
     return wrap(panels, len(panels))
 

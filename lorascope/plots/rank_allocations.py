@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from lorascope.charts.chart import (
 )
 from lorascope.plots.builders import curves, heat_by_role, metric_bars
 from lorascope.plots.registry import figure
-from lorascope.plots.run_groups import Cohort, Group, define
+from lorascope.plots.run_groups import Cohort, Group, define, join_by_label
 from lorascope.schema import records
 
 _MOST_COLUMNS = 26  # largest number of columns of cells in one row of panels
@@ -87,13 +87,12 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
     found = cohort.label(rank_allocations.current_ranks(cohort.table, step))
     sums = found.groupby(["recipe", "run"], observed=True, sort=False)["value"].sum()
     means = sums.groupby("recipe", sort=False).mean()
-    totals = _join_by_label({str(label): f"{round(mean, 1):,.6g}" for label, mean in means.items()})
+    totals = join_by_label({str(label): f"{round(mean, 1):,.6g}" for label, mean in means.items()})
     when = "at the end" if step is None else f"after step {step}"
     sentences = [f"{define('rank')} Ranks {when}. Total rank: {totals}.", *_agreements(cohort, found)]
     if chance:
         parts, drawn = [], {}
-        for group in cohort.groups:
-            own = found[found["recipe"] == group.label]
+        for group, (_, own) in zip(cohort.groups, cohort.split(found), strict=True):
             parts.append(own)
             if not group.control:
                 cap = _cap(cohort, group)
@@ -101,7 +100,7 @@ def rank_allocation(cohort: Cohort, step: int | None = None, chance: bool = Fals
                 random = rank_allocations.random_ranks(own, cap)
                 parts.append(random.assign(recipe=f"{group.label}, random", kind="control"))
         found = pd.concat(parts)
-        sentences.append(f"Random: the same budget; {_join_by_label(drawn)}.")
+        sentences.append(f"Random: the same budget; {join_by_label(drawn)}.")
     cells = _rank_cells(found, ["recipe", "kind"])
     caption = cohort.caption(*sentences, interval=_SPREAD)
     panels = _rank_heats(cells, list(dict.fromkeys(found["recipe"])), caption)
@@ -213,18 +212,10 @@ def _cap(cohort: Cohort, group: Group) -> int | None:
     return rank_allocations.cap(cohort.table[cohort.table["run"].isin([run.id for run in group.runs])])
 
 
-def _join_by_label(notes: Mapping[str, str]) -> str:
-    """Join the notes of all labels, or return the note once if it is the same for all."""
-    if len(set(notes.values())) == 1:
-        return next(iter(notes.values()))
-    return "; ".join(f"{label}: {text}" for label, text in notes.items())
-
-
 def _agreements(cohort: Cohort, found: pd.DataFrame) -> list[str]:
     """Describe the agreement of seeds of every recipe that has several: Kendall's tau and its random baseline."""
     found_tau = []
-    for group in cohort.groups:
-        own = found[found["recipe"] == group.label]
+    for group, (_, own) in zip(cohort.groups, cohort.split(found), strict=True):
         mean, low, high, _ = rank_allocations.stability(own)
         if np.isfinite(mean):
             interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
@@ -248,4 +239,4 @@ def _spent_parameters(cohort: Cohort) -> str:
         if len(sums) < len(group.runs) or np.isnan(sums).any():
             return ""
         means[group.label] = f"{np.mean(sums):,.0f}"
-    return f"Adapter parameters: {_join_by_label(means)}{' each' if len(set(means.values())) == 1 else ''}."
+    return f"Adapter parameters: {join_by_label(means)}{' each' if len(set(means.values())) == 1 else ''}."

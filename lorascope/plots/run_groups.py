@@ -153,10 +153,16 @@ class Cohort:
     @property
     def sample(self) -> str:
         """Number of runs and their seeds as text, by label if the labels differ."""
-        counts = {group.label: group.sample for group in self.groups}
-        if len(set(counts.values())) == 1:
-            return next(iter(counts.values()))
-        return "; ".join(f"{label}: {count}" for label, count in counts.items())
+        return join_by_label({group.label: group.sample for group in self.groups})
+
+    @property
+    def sample_sentence(self) -> str:
+        """Number of runs and their seeds as a sentence."""
+        return f"{self.sample[0].upper()}{self.sample[1:]}."
+
+    def split(self, table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+        """Return the rows of every label, in the order of the legend."""
+        return [(label, table[table["recipe"] == label]) for label in self.labels]
 
     def title(self, label: str) -> str:
         """Return the title of the panel of one label: none if it is the only one."""
@@ -164,11 +170,10 @@ class Cohort:
 
     def caption(self, *sentences: str, interval: str = f"bands and bars: {INTERVAL}") -> str:
         """Return the sentences of a caption, followed by the number of runs, their seeds and the kind of interval."""
-        sample = self.sample
         if not any(len(group.runs) > 1 for group in self.groups):
-            return " ".join([*sentences, f"{sample[0].upper()}{sample[1:]}, so no interval."])
+            return " ".join([*sentences, f"{self.sample_sentence[:-1]}, so no interval."])
         equal = len({group.sample for group in self.groups}) == 1
-        return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {sample}; {interval}."])
+        return " ".join([*sentences, f"{'Mean of' if equal else 'Mean over seeds:'} {self.sample}; {interval}."])
 
     def dense_moment_note(self) -> list[str]:
         """Return sentences on the second moments that Adapprox stores without factors, if it trained any run."""
@@ -222,6 +227,13 @@ def gather(name: str, runs: Runs, control: Runs | None = None, needs: tuple[str,
     if twice := sorted({label for label in cohort.labels if cohort.labels.count(label) > 1}):
         raise ValueError(f"{name}: duplicate label {twice[0]!r} in runs and control")
     return cohort
+
+
+def join_by_label(notes: Mapping[str, str]) -> str:
+    """Join the notes of all labels, or return the note once if it is the same for all."""
+    if len(set(notes.values())) == 1:
+        return next(iter(notes.values()))
+    return "; ".join(f"{label}: {text}" for label, text in notes.items())
 
 
 def mixture_sentences(mixtures: Mapping[str, str]) -> list[str]:

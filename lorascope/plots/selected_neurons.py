@@ -52,8 +52,7 @@ def neurons(cohort: Cohort) -> Drawable:
     cells = band(found, ["recipe", "place", "role"])
     chance = found.groupby(["recipe", "place", "role"], observed=True, sort=False)["chance"].mean().reset_index()
     panels = []
-    for label in cohort.labels:
-        own = cells[cells["recipe"] == label]
+    for label, own in cohort.split(cells):
         marks, meaning = _random_marks(chance[chance["recipe"] == label])
         sentence = f"Number of trained neurons by layer and projection; {meaning}."
         panels.append(
@@ -139,7 +138,7 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
         cohort.labels,
         title="Overlap of selected neurons",
         caption=f"{shared}, mean over pairs; on the diagonal, between seeds. {baseline} (hypergeometric). "
-        f"{_sample_sentence(cohort)}",
+        f"{cohort.sample_sentence}",
     )
 
 
@@ -273,10 +272,6 @@ def _rotation_quantiles(cohort: Cohort, group: Group, quantity: str) -> Chart:
         x=Axis(label="layer", order=cells["place"].cat.categories),
         y=Axis(label=axis_label(quantity), log=True),
         caption=f"{axis_label(quantity)}: {QUANTITIES[quantity].definition}. Lines: median over the neurons of a "
-        f"layer; bands: 5% to 95% quantiles; both are means over runs.{selected} {_sample_sentence(cohort)}",
+        f"layer; bands: 5% to 95% quantiles; both are means over runs.{selected} {cohort.sample_sentence}",
         colors=used_roles(cells),
     )
-
-
-def _sample_sentence(cohort: Cohort) -> str:
-    return f"{cohort.sample[0].upper()}{cohort.sample[1:]}."

@@ -18,36 +18,13 @@ VALUES: dict[tuple[str, str], dict[str, Any]] = {("hydralora", "heads"): {"share
 
 
 def present_setting(method: str, name: str, value: Any) -> tuple[str, Any]:
-    """Return the present name and value of a stored setting.
-
-    Parameters
-    ----------
-    method : str
-        Registry name of the method, "" if unknown.
-    name : str
-        Stored name of the setting.
-    value : object
-        Stored value.
-
-    Returns
-    -------
-    (str, object)
-        Name and value as users pass them today.
-    """
+    """Return the present name and value of a stored setting of a method ("" if unknown)."""
     values = VALUES.get((method, name), {})
     return RENAMED.get(method, {}).get(name, name), values.get(value, value) if values else value
 
 
 def present_label(label: str, method: str) -> str:
-    """Return the label of a run, such as "HydraLoRA, number 4", with the present names of its settings.
-
-    Parameters
-    ----------
-    label : str
-        Name of the method, then its settings that are not the default.
-    method : str
-        Registry name of the method, "" if unknown.
-    """
+    """Return the label of a run, such as "HydraLoRA, number 4", with the present names of its method's settings."""
     name, *settings = label.split(", ")
     pairs = [setting.partition(" ") for setting in settings]
     shown = [" ".join(map(str, present_setting(method, key, value))) if space else key for key, space, value in pairs]

@@ -16,6 +16,7 @@ from planted import ENTRIES, SHAPE, C, lookup, low_rank, plant, plant_fourier
 from lorascope import plots
 from lorascope.analysis import fourier as analysis
 from lorascope.analysis import initial_update, leading_directions
+from lorascope.runs.manifest import Parameters
 from lorascope.runs.run import Run
 from lorascope.updates import Fourier
 
@@ -248,7 +249,7 @@ def test_accuracy_by_parameters_counts_default_coefficients_and_ignores_alpha_eq
 ) -> None:
     default = fourier("f", {"h.0.q": {9: C}})
     default.table = pd.concat([default.table, write("z", {("test_metric", ""): {9: 0.7}}).table.assign(run="f")])
-    default.meta.parameters = {"trained": 4}
+    default.meta.parameters = Parameters(trained=4)
     values = {("test_metric", ""): {9: 0.8}}
     runs = [
         write(

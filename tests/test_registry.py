@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import partial
-from importlib import metadata
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from lorascope import plots
 from lorascope.methods import METHODS
 from lorascope.plots import registry, requirements
 from lorascope.plots.setting_names import RENAMED, VALUES, present_label
+from lorascope.schema import plugins
 from lorascope.schema.deprecation import old_fields
 
 
@@ -103,9 +104,9 @@ def plugin(monkeypatch: Any) -> Iterator[Any]:
     before = set(registry.FIGURES)
 
     def load(**modules: str) -> None:
-        entries = [metadata.EntryPoint(name, value, registry.PLUGINS) for name, value in modules.items()]
-        monkeypatch.setattr(metadata, "entry_points", lambda group: [e for e in entries if e.group == group])
-        registry.load_plugins()
+        points = [EntryPoint(name, value, "lorascope.figures") for name, value in modules.items()]
+        monkeypatch.setattr(plugins, "entry_points", lambda group: [each for each in points if each.group == group])
+        plugins.load_plugins.__wrapped__("lorascope.plots", "lorascope.figures", ("explore",))
 
     yield load
     for name in set(registry.FIGURES) - before:
@@ -134,8 +135,8 @@ def test_figures_of_entry_points_register_and_a_broken_one_is_named(
     with pytest.warns(UserWarning) as warned:  # noqa: PT030
         plugin(broken="no_such_module_anywhere", twice="imitation", ours="third_party")
     first, second = (str(each.message) for each in warned)
-    assert first.startswith("cannot load the figures of entry point broken = no_such_module_anywhere: ")
-    assert "entry point twice = imitation: ValueError: there is already a figure 'spectrum'" in second
+    assert first.startswith("skipped the entry point 'broken' of lorascope.figures: no_such_module_anywhere raised ")
+    assert "'twice' of lorascope.figures: imitation raised ValueError(\"there is already a figure 'spectrum'" in second
     assert plots.spectrum is plots.FIGURES["spectrum"].draw is before
     run = write("a", profile(1, 3, 4))
     drawn = plots.scaled_values(run, scale=2.0)

@@ -4,17 +4,13 @@ Pass a Run, a list of runs (runs of one recipe count as its seeds) or a dict lab
 figures with how to read them; ``available(run)`` lists those that a run has the records for.
 """
 
-import importlib
-import pkgutil
 from typing import Any
 
-from lorascope.plots.registry import DRAWN, FIGURES, OLD_FIGURES, Figure, available, load_plugins
+from lorascope.plots.registry import DRAWN, FIGURES, OLD_FIGURES, Figure, available
 from lorascope.schema.deprecation import old_names
+from lorascope.schema.plugins import load_plugins
 
-for _module in pkgutil.iter_modules(__path__):
-    if _module.name != "explore":  # the widget draws no figure, and imports Jupyter
-        importlib.import_module(f"{__name__}.{_module.name}")
-load_plugins()
+load_plugins(__name__, "lorascope.figures", skip=("explore",))  # the widget draws no figure, and imports Jupyter
 globals().update(DRAWN)
 _find_old = old_names(__name__, OLD_FIGURES)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
-from importlib import metadata
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -21,8 +19,6 @@ from lorascope.schema.deprecation import warn_renamed
 
 Topic = Literal["updates", "ranks", "factors", "routers", "neurons", "schedules", "optimizers"]
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Drawable])
-PLUGINS = "lorascope.figures"
-"""Entry point group of third-party modules with figures."""
 _RUNS = "runs, control : Run, sequence of Run, or mapping label -> run or runs"
 
 
@@ -193,16 +189,6 @@ def _complete(drawn: Drawable, meta: dict[str, Any]) -> Drawable:
     added = mixture_sentences(mixtures)
     rows = [[replace(chart, caption=" ".join([chart.caption, *added])) for chart in row] for row in rows]
     return rows[0][0] if isinstance(drawn, Chart) else Panels(tuple(map(tuple, rows)))
-
-
-def load_plugins() -> None:
-    """Import the figures of third parties; one that fails is reported and left out."""
-    for entry in metadata.entry_points(group=PLUGINS):
-        try:
-            entry.load()
-        except Exception as error:  # any failure of foreign code must not break the other figures
-            message = f"cannot load the figures of entry point {entry.name} = {entry.value}"
-            warnings.warn(f"{message}: {type(error).__name__}: {error}", stacklevel=2)
 
 
 def available(run: Result) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 
 
 @cache
-def load_plugins(package: str, group: str = "") -> None:
+def load_plugins(package: str, group: str = "", skip: tuple[str, ...] = ()) -> None:
     """Import every module of a package, and then every entry point of a group.
 
     What they define registers itself on import. An entry point that cannot be imported is skipped with a warning.
@@ -21,9 +21,12 @@ def load_plugins(package: str, group: str = "") -> None:
         Name of the package, whose modules are imported in the order of their names.
     group : str, optional
         Entry point group, such as ``lorascope.readers``.
+    skip : tuple of str, optional
+        Modules of the package that are not imported, because they define nothing and have optional dependencies.
     """
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+        if module.name not in skip:
+            importlib.import_module(f"{package}.{module.name}")
     for point in entry_points(group=group) if group else ():
         try:
             point.load()

@@ -80,7 +80,7 @@ class _Figures(dict[str, Figure]):
 
 FIGURES: dict[str, Figure] = _Figures()
 DRAWN: dict[str, Callable[..., Any]] = {}
-"""All functions of ``lorascope.plots`` that draw: the figures, and those that take tables in place of runs."""
+"""All functions of ``lorascope.plots`` that draw: the figures, and those that take tables instead of runs."""
 
 
 def figure(
@@ -115,7 +115,7 @@ def figure(
     check : bool
         Whether to check ``needs`` before drawing; False for a function whose parameters choose what it needs.
     apart : bool
-        Whether the function takes a list of cohorts, the runs and the control, in place of one that has both.
+        Whether the function takes a list of cohorts, the runs and the control, instead of one that has both.
     takes, raises : str
         For the docstring: the parameters ``runs`` and ``control``, and when the figure raises ValueError.
 
@@ -158,7 +158,7 @@ def figure(
 
 
 def table_figure(draw: AnyFunction) -> AnyFunction:
-    """Add a function that draws a table in place of runs to ``lorascope.plots``."""
+    """Add a function that draws a table instead of runs to ``lorascope.plots``."""
     DRAWN[draw.__name__] = draw
     return draw
 

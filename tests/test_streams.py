@@ -136,8 +136,8 @@ if when == "at the end":
 if when == "as the line is printed":
     failed = cli._report_failure
     cli._report_failure = lambda *failure: (failed(*failure), press())
-sys.modules["lorascope.cli.waiting"] = types.SimpleNamespace(main=work)
-cli.COMMANDS["wait"] = cli.Command("waiting", "")
+sys.modules["lorascope.cli.wait"] = types.SimpleNamespace(main=work)
+cli.COMMANDS["wait"] = ""
 sys.argv = ["lorascope", "wait"]
 sys.exit(cli.main())
 """

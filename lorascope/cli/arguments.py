@@ -1,9 +1,8 @@
-"""Command-line parsing into a dataclass of options, and options generated from a function signature."""
+"""Command lines of functions: the signature gives the flags, and the numpydoc docstring gives the help."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
 import io
 import os
@@ -11,101 +10,107 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import reduce
+from collections.abc import Callable, Collection, Sequence
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import docstring_parser
 import tyro
 from tyro.conf import FlagCreatePairsOff, arg
 
-Options = TypeVar("Options")
-Field = tuple[str, Any, Any]
+Folder = Annotated[str | None, arg(metavar="DIR")]
+Name = Annotated[str | None, arg(metavar="NAME")]
 
+_NUMPYDOC = partial(docstring_parser.parse, style=docstring_parser.DocstringStyle.NUMPYDOC)
 _PLAIN = (bool, int, float, str, Path, type(None))
 
 
-class UsageError(ValueError):
-    """Invalid command line."""
+def command(function: Callable[..., int]) -> Callable[[Sequence[str]], int]:
+    """Turn a function of options into the ``main(argv)`` of its module, which is called like the command."""
+    return partial(call, function, f"lorascope {function.__module__.rpartition('.')[2]}")
 
 
-def parse(options: type[Options], argv: Sequence[str], command: str) -> Options:
-    """Parse command-line arguments into a dataclass; ``--help`` prints the help and exits.
+def call(
+    function: Callable[..., int],
+    name: str,
+    argv: Sequence[str],
+    extra: Sequence[inspect.Parameter] = (),
+    description: str | None = None,
+) -> int:
+    """Call a function with the arguments of a command line; ``--help`` prints the help and exits.
 
     Parameters
     ----------
-    options : dataclass
-        Type whose fields are the options and whose docstring is the help.
+    function : callable
+        Function whose parameters are the options; positional-only ones are arguments without a flag.
+    name : str
+        Command in the help and in errors, such as ``"lorascope inspect"``.
     argv : sequence of str
         Arguments after the command.
-    command : str
-        Name in the help and in errors, such as ``"lorascope inspect"``.
+    extra : sequence of Parameter
+        Further options, which the function receives by ``**``.
+    description : str, optional
+        Help of the command; by default the docstring of the function.
 
     Raises
     ------
-    UsageError
+    ValueError
         An argument is invalid; the message is one line.
     """
     for number, word in enumerate(argv):
         if not word or re.fullmatch(r"--[^=]+=", word):
             before = f" after {argv[number - 1]}" if number and not word else ""
             argument = f"argument {word or repr(word)}{before}"
-            raise UsageError(f"{argument} must not be empty: omit it or set a value (see {command} --help)")
-    errors = io.StringIO()
+            raise ValueError(f"{argument} must not be empty: omit it or set a value (see {name} --help)")
+
+    def bind(*given: Any, **options: Any) -> Callable[[], int]:
+        return partial(function, *given, **options)
+
+    parameters = [*options_of(function), *(each.replace(kind=each.KEYWORD_ONLY) for each in extra)]
+    bind.__dict__["__signature__"] = inspect.Signature(parameters)
+    bind.__annotations__ = {each.name: each.annotation for each in parameters}
+    bind.__doc__ = description or function.__doc__
+    errors, columns = io.StringIO(), os.environ.get("COLUMNS")
+    # tyro never finishes wrapping its help on a terminal narrower than this.
+    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
     try:
-        with contextlib.redirect_stderr(errors), _wide_terminal():
-            return tyro.cli(options, args=list(argv), prog=command, config=(FlagCreatePairsOff,))
+        with contextlib.redirect_stderr(errors):
+            bound = tyro.cli(bind, args=list(argv), prog=name, config=(FlagCreatePairsOff,))
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise UsageError(f"{_parse_error_panel(errors.getvalue())} (see {command} --help)") from None
-
-
-@contextlib.contextmanager
-def _wide_terminal() -> Iterator[None]:
-    """Set ``COLUMNS`` to at least 40, because tyro never finishes wrapping its help on a narrower terminal."""
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = str(max(40, shutil.get_terminal_size().columns))
-    try:
-        yield
+        raise ValueError(f"{_parse_error_panel(errors.getvalue())} (see {name} --help)") from None
     finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
+        del os.environ["COLUMNS"]
+        os.environ |= {} if columns is None else {"COLUMNS": columns}
+    return bound()
 
 
-def fields_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[Field]:
-    """Return options for the parameters of a function or the fields of a dataclass, with help from its docstring.
+def options_of(function: Callable[..., Any], skip: Collection[str] = ()) -> list[inspect.Parameter]:
+    """Return the parameters of a function or a dataclass as options for tyro, with help from the docstring.
 
-    Parameters whose types a command line cannot express are omitted.
-
-    Parameters
-    ----------
-    function : callable
-        Function or dataclass with a numpydoc docstring.
-    skip : collection of str
-        Names of parameters to omit.
-
-    Returns
-    -------
-    list of (name, type, field)
-        For ``dataclasses.make_dataclass``.
+    Parameters in ``skip``, and those whose types a command line cannot express, are omitted.
     """
-    hints, docs = typing.get_type_hints(function), parse_parameter_docs(function)
+    # tyro breaks the help where the docstring breaks its lines, and finds neither "lr, head_lr : float" nor the
+    # parameters of a base class.
+    owners = reversed(function.__mro__) if isinstance(function, type) else [function]
+    documented = [each for owner in owners for each in _NUMPYDOC(owner.__doc__ or "").params]
+    docs = {name: each.description or "" for each in documented for name in each.arg_name.split(", ")}
+    hints = typing.get_type_hints(function, include_extras=True)
     found = []
     for name, parameter in inspect.signature(function).parameters.items():
-        kind = None if name in skip else flag_type(hints[name])
+        kind = None if name in skip or parameter.kind is parameter.VAR_KEYWORD else flag_type(hints[name])
         if kind is None:
             continue
-        required = parameter.default is inspect.Parameter.empty
-        default = float(parameter.default) if kind is float and not required else parameter.default
-        field = dataclasses.field() if required else dataclasses.field(default=default)
-        help = docs.get(name, "").rstrip(".")
-        if parameter.default is True:  # the only option is --no-NAME
+        default = (
+            float(parameter.default) if kind is float and parameter.default != parameter.empty else parameter.default
+        )
+        help = " ".join(docs.get(name, "").replace("``", "").split()).rstrip(".")
+        if default is True:  # the only option is --no-NAME
             help = f"disable: {help}"
-        found.append((name, Annotated[kind, arg(help=help, metavar=_metavar(kind))], field))
+        found.append(parameter.replace(annotation=Annotated[kind, arg(help=help)], default=default))
     return found
 
 
@@ -117,37 +122,18 @@ def headline(function: Callable[..., Any]) -> str:
 
 def flag_type(hint: Any) -> Any:
     """Return the part of a type that a command line can express (sequences of str as tuples), or None."""
+    if get_origin(hint) is Annotated:
+        return hint
     union = get_origin(hint) in (Union, types.UnionType)
-    kept = [kind for kind in map(_simple, get_args(hint) if union else [hint]) if kind is not None]
+    kept: list[Any] = []
+    for kind in get_args(hint) if union else [hint]:
+        if kind in _PLAIN or get_origin(kind) is Literal:
+            kept.append(kind)
+        elif get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] is str:
+            kept.append(tuple[str, ...])
     if str in kept and Path in kept:
         kept.remove(Path)
     return reduce(or_, kept) if set(kept) - {type(None)} else None
-
-
-def _metavar(kind: Any) -> str | None:
-    """Return the placeholder of the value in the help; None selects tyro's default."""
-    members = [member for member in get_args(kind) or (kind,) if member is not type(None)]
-    named = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-    words = [named.get(member, "TEXT ..." if get_origin(member) is tuple else None) for member in members]
-    return None if None in words else "|".join(map(str, words))
-
-
-def _simple(kind: Any) -> Any:
-    if kind in _PLAIN or get_origin(kind) is Literal:
-        return kind
-    words = get_origin(kind) in (tuple, Sequence) and get_args(kind)[0] is str
-    return tuple[str, ...] if words else None
-
-
-def parse_parameter_docs(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the description of each parameter in the numpydoc of a function, or of a class and its bases."""
-    owners = reversed(function.__mro__) if isinstance(function, type) else [function]
-    docs: dict[str, str] = {}
-    for owner in owners:
-        text = inspect.cleandoc(owner.__doc__ or "")
-        for names, body in re.findall(r"^(\w+(?:, \w+)*) : .*\n((?: {4}.*\n?)*)", text, re.MULTILINE):
-            docs |= dict.fromkeys(names.split(", "), " ".join(body.replace("``", "").split()))
-    return docs
 
 
 def _parse_error_panel(panel: str) -> str:

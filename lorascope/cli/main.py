@@ -11,35 +11,36 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from lorascope import __version__
 from lorascope.files.printable import printable
 from lorascope.schema.suggestions import unknown_name
 
-
-class Command(NamedTuple):
-    """Module with the command's ``main(argv)``, and one line of help."""
-
-    module: str
-    summary: str
-
-
+# One line of help for each module of this package that defines a command as ``main(argv)``.
 COMMANDS = {
-    "reproduce": Command("reproduce", "reproduce the observations of the papers, and report how their claims hold"),
-    "train": Command("train", "train a model with one method, and record its internals"),
-    "sweep": Command("sweep", "train all runs of a TOML file in parallel, and compare their recipes"),
-    "inspect": Command("inspect", "show norms, ranks and findings of an adapter or run, or compare several"),
-    "doctor": Command("doctor", "diagnose problems of an adapter or run"),
-    "plot": Command("plot", "plot one or more runs as a figure"),
-    "export": Command("export", "export ranks or an adapter to PEFT, or tables to files"),
-    "report": Command("report", "write the report of existing runs"),
+    "reproduce": "reproduce the observations of the papers, and report how their claims hold",
+    "train": "train a model with one method, and record its internals",
+    "sweep": "train all runs of a TOML file in parallel, and compare their recipes",
+    "inspect": "show norms, ranks and findings of an adapter or run, or compare several",
+    "doctor": "diagnose problems of an adapter or run",
+    "plot": "plot one or more runs as a figure",
+    "export": "export ranks or an adapter to PEFT, or tables to files",
+    "report": "write the report of existing runs",
 }
-_EXAMPLES = """examples:
+_USAGE = """usage: lorascope COMMAND ...
+
+Look inside low-rank adaptation: train, record, inspect and plot it.
+
+commands:"""
+_EXAMPLES = """
+examples:
   lorascope reproduce --quick -o report
   lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora
   lorascope inspect runs/lora
-  lorascope plot update_norm_heat runs/lora -o figures/lora.pdf"""
+  lorascope plot update_norm_heat runs/lora -o figures/lora.pdf
+
+Run lorascope COMMAND --help for its options, lorascope --version for the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,13 +99,9 @@ def _run_command(words: list[str]) -> int:
         except BrokenPipeError:  # the reader of the output, such as `head`, has ended
             return 0
         return _report_failure(error, 1)
-    except FloatingPointError as error:
-        return _report_failure(error, 1)
-    except OSError as error:
+    except (FloatingPointError, OSError, ValueError) as error:
         # A wrong file name raises a subclass of OSError; a full or broken disk raises OSError itself.
-        return _report_failure(error, 1 if type(error) is OSError else 2)
-    except ValueError as error:
-        return _report_failure(error, 2)
+        return _report_failure(error, 1 if type(error) in (FloatingPointError, OSError) else 2)
     except MemoryError as error:
         return _report_failure(f"not enough memory: {error}" if str(error) else "not enough memory", 1)
     except SystemExit as stop:  # raised by --help
@@ -130,21 +127,14 @@ def _discard_output(stream: TextIO) -> None:
 def _dispatch(words: list[str]) -> int:
     match words:
         case [] | ["-h" | "--help" | "help"]:
-            print(_help_text())
+            print("\n".join([_USAGE, *(f"  {name:<11}{summary}" for name, summary in COMMANDS.items()), _EXAMPLES]))
             return 0 if words else 2
         case ["--version"]:
             print(f"lorascope {__version__}")
             return 0
         case [name, *rest] if name in COMMANDS:
-            return importlib.import_module(f"lorascope.cli.{COMMANDS[name].module}").main(rest)
+            return importlib.import_module(f"lorascope.cli.{name}").main(rest)
     raise ValueError(unknown_name("command", words[0], COMMANDS))
-
-
-def _help_text() -> str:
-    lines = [f"  {name:<11}{command.summary}" for name, command in COMMANDS.items()]
-    head = "usage: lorascope COMMAND ...\n\nLook inside low-rank adaptation: train, record, inspect and plot it."
-    tail = "Run lorascope COMMAND --help for its options, lorascope --version for the version."
-    return "\n".join([head, "", "commands:", *lines, "", _EXAMPLES, "", tail])
 
 
 def _report_failure(reason: object, code: int) -> int:

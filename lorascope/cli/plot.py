@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
-from lorascope.cli.arguments import UsageError, fields_of, headline, parse
+from lorascope.cli.arguments import Folder, Name, call, headline, options_of
 from lorascope.cli.load_runs import open_runs
 from lorascope.files.printable import printable
 from lorascope.plots import FIGURES, OLD_FIGURES
 from lorascope.runs.result import Result
 from lorascope.schema.suggestions import unknown_name
 
-_RUNS = "folders of runs or adapters; label=folder sets the label of a curve, and runs with one label are its seeds"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _CommonPlotOptions:
-    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...", help=_RUNS)] = ()
-    out: Annotated[
-        str | None, arg(aliases=["-o"], metavar="FILE", help="pdf, png, svg, html or csv; figures/NAME.pdf if omitted")
-    ] = None
-    control: Annotated[tuple[str, ...], arg(metavar="RUN ...", help="runs to plot as the control")] = ()
-    base: Annotated[
-        str | None, arg(metavar="DIR", help="folder of the base model of all adapters; required for FourierFT")
-    ] = None
-    width: Annotated[str | None, arg(metavar="NAME", help="figure width: column or page")] = None
-    theme: Annotated[str | None, arg(metavar="NAME", help="color theme: light, dark or paper")] = None
-    json: Annotated[bool, arg(help="print the name and path of the figure as JSON")] = False
+Folders = Annotated[tuple[str, ...], arg(metavar="RUN ...")]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Plot the figure that the first argument names."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_list_figures())
         return 0
@@ -47,32 +31,53 @@ def main(argv: Sequence[str]) -> int:
         print(f"lorascope: {name} is deprecated, use {OLD_FIGURES[name]}", file=sys.stderr)
         name = OLD_FIGURES[name]
     if name not in FIGURES:
-        raise UsageError(unknown_name("figure", name, FIGURES))
-    options: Any = parse(_figure_options(name), rest, f"lorascope plot {name}")
-    if not options.runs:
-        raise UsageError(f"RUN is required: lorascope plot {name} runs/my-run -o {name}.pdf")
-    own = {field: getattr(options, field) for field in _own_fields(name)}
-    labels, folders = zip(*map(_split_label, (*options.runs, *options.control)), strict=True)
-    pairs, drawn = list(zip(labels, open_runs(folders, options.base), strict=True)), len(options.runs)
-    control = _group_by_label(pairs[drawn:]) if options.control else None
-    chart = FIGURES[name].draw(_group_by_label(pairs[:drawn]), control, **own)
-    path = chart.save(options.out or f"figures/{name}.pdf", width=options.width, theme=options.theme)
-    print(json.dumps({"figure": name, "path": str(path)}) if options.json else printable(path))
-    return 0
-
-
-def _figure_options(name: str) -> type:
-    """Return the options of a figure: those of all figures and the parameters of its function."""
+        raise ValueError(unknown_name("figure", name, FIGURES))
     figure = FIGURES[name]
-    own = fields_of(figure.draw, skip=("runs", "control"))
-    options = dataclasses.make_dataclass("Options", own, bases=(_CommonPlotOptions,), frozen=True, kw_only=True)
+
+    def draw(
+        runs: Folders = (),
+        /,
+        *,
+        out: Annotated[str | None, arg(aliases=["-o"], metavar="FILE")] = None,
+        control: Folders = (),
+        base: Folder = None,
+        width: Name = None,
+        theme: Name = None,
+        json: bool = False,
+        **given: Any,
+    ) -> int:
+        """Plot a figure.
+
+        Parameters
+        ----------
+        runs
+            Folders of runs or adapters; label=folder sets the label of a curve, and runs with one label are its seeds.
+        out
+            pdf, png, svg, html or csv; figures/NAME.pdf if omitted.
+        control
+            Runs to plot as the control.
+        base
+            Folder of the base model of all adapters; required for FourierFT.
+        width
+            Figure width: column or page.
+        theme
+            Color theme: light, dark or paper.
+        json
+            Print the name and path of the figure as JSON.
+        """
+        if not runs:
+            raise ValueError(f"RUN is required: lorascope plot {name} runs/my-run -o {name}.pdf")
+        labels, folders = zip(*map(_split_label, (*runs, *control)), strict=True)
+        pairs = list(zip(labels, open_runs(folders, base), strict=True))
+        compared = _group_by_label(pairs[len(runs) :]) if control else None
+        chart = figure.draw(_group_by_label(pairs[: len(runs)]), compared, **given)
+        path = chart.save(out or f"figures/{name}.pdf", width=width, theme=theme)
+        print(dumps({"figure": name, "path": str(path)}) if json else printable(path))
+        return 0
+
     example = f"Example: lorascope plot {name} runs/my-run -o {name}.pdf"
-    options.__doc__ = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
-    return options
-
-
-def _own_fields(name: str) -> list[str]:
-    return [field for field, *_ in fields_of(FIGURES[name].draw, skip=("runs", "control"))]
+    description = f"{headline(figure.draw)}\n\n{figure.reads}\n\n{example}"
+    return call(draw, f"lorascope plot {name}", rest, options_of(figure.draw, skip=("runs", "control")), description)
 
 
 def _group_by_label(pairs: Sequence[tuple[str, Result]]) -> list[Result] | dict[str, list[Result]]:

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from json import dumps
 
-from tyro.conf import Positional, arg
-
-from lorascope.cli.arguments import parse
+from lorascope.cli.arguments import Folder, command
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
+@command
+def main(folder: Folder = "report", /, *, json: bool = False) -> int:
     """Write the report of the runs of an earlier ``lorascope reproduce``, without training.
 
     Example: lorascope report report
+
+    Parameters
+    ----------
+    folder
+        Output folder of reproduce.
+    json
+        Print verdicts as JSON.
     """
-
-    folder: Annotated[Positional[str], arg(metavar="DIR", help="output folder of reproduce")] = "report"
-    json: Annotated[bool, arg(help="print verdicts as JSON")] = False
-
-
-def main(argv: Sequence[str]) -> int:
-    """Run the command."""
-    options = parse(Options, argv, "lorascope report")
     from lorascope import probes  # imported here, so that --help does not import torch
 
-    found = probes.write_report(options.folder)
-    print(json.dumps(found.to_dict()) if options.json else found)
+    found = probes.write_report(str(folder))
+    print(dumps(found.to_dict()) if json else found)
     return 0

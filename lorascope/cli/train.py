@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
+from json import dumps
 from typing import Annotated, Any
 
 from tyro.conf import arg
 
-from lorascope.cli.arguments import UsageError, fields_of, headline, parse
+from lorascope.cli.arguments import call, headline, options_of
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method
-from lorascope.runs.run import Run
 from lorascope.schema.deprecation import old_fields
 from lorascope.schema.suggestions import unknown_name
 from lorascope.training.loop import train
@@ -25,40 +24,52 @@ methods: {methods}
 Run lorascope train METHOD --help for the options of a method.
 
 Example: lorascope train lora --task sentiment --model minilm --steps 300 -o runs/lora"""
-_GIVEN = ("model", "data", "method", "observe", "out")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _CommonTrainOptions:
-    model: Annotated[str, arg(metavar="NAME", help="minilm, smollm2, a folder, a GGUF file or a Hub id")] = "minilm"
-    task: Annotated[
-        str,
-        arg(
-            metavar="NAME",
-            help="sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset",
-        ),
-    ] = "sentiment"
-    out: Annotated[
-        str | None, arg(aliases=["-o"], metavar="DIR", help="run folder; runs/METHOD-TASK-ID if omitted")
-    ] = None
-    json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Train with the method that the first argument names."""
     if not argv or argv[0] in ("-h", "--help"):
         print(_USAGE.format(methods=" ".join(METHODS)))
         return 0 if argv else 2
     name, *rest = argv
     if name not in METHODS:
-        raise UsageError(unknown_name("method", name, METHODS))
+        raise ValueError(unknown_name("method", name, METHODS))
     method = METHODS[name]
-    options: Any = parse(_method_options(name), _rename_old_flags(method, rest), f"lorascope train {name}")
-    chosen = method(**{field: getattr(options, field) for field in _field_names(_method_fields(method))})
-    settings = {field: getattr(options, field) for field in _field_names(_train_fields())}
-    run = train(options.model, options.task, chosen, out=options.out, **settings)
-    print(json.dumps(run_to_json(run)) if options.json else run)
-    return 0
+    settings = options_of(train, skip=("model", "data", "method", "observe", "out"))
+    # The learning rates of a method are settings of ``train``.
+    fields = options_of(method, skip=[each.name for each in settings])
+
+    def run(
+        *,
+        model: Annotated[str, arg(metavar="NAME")] = "minilm",
+        task: Annotated[str, arg(metavar="NAME")] = "sentiment",
+        out: Annotated[str | None, arg(aliases=["-o"], metavar="DIR")] = None,
+        json: bool = False,
+        **given: Any,
+    ) -> int:
+        """Train a model with a method.
+
+        Parameters
+        ----------
+        model
+            Name: minilm, smollm2, a folder, a GGUF file or a Hub id.
+        task
+            sentiment, a CSV, JSONL or Parquet file, a folder of images by label, or a Hugging Face dataset.
+        out
+            Run folder; runs/METHOD-TASK-ID if omitted.
+        json
+            Print the result as JSON.
+        """
+        chosen = method(**{each.name: given.pop(each.name) for each in fields})
+        found = train(model, task, chosen, out=out, **given)
+        told = {"id": found.id, "path": str(found.path), "label": found.label}
+        told |= {"status": found.meta.status, "test": found.meta.to_json()["test"]}
+        print(dumps(told) if json else found)
+        return 0
+
+    example = f"Example: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
+    command = f"lorascope train {name}"
+    return call(run, command, _rename_old_flags(method, rest), [*settings, *fields], f"{headline(method)}\n\n{example}")
 
 
 def _rename_old_flags(method: type[Method], words: Sequence[str]) -> list[str]:
@@ -72,47 +83,12 @@ def _rename_old_flags(method: type[Method], words: Sequence[str]) -> list[str]:
             found.append(word)
             continue
         new, before = renamed[old]
-        print(f"lorascope: {flag} is deprecated, use --{new.replace('_', '-')}", file=sys.stderr)
+        option = new.replace("_", "-")
+        print(f"lorascope: {flag} is deprecated, use --{option}", file=sys.stderr)
         if before.values:  # the new option is a flag without a value
             chosen = before.to_new(value if equals else next(rest, ""))
             default = next(field.default for field in dataclasses.fields(method) if field.name == new)
-            found += [] if chosen == default else [f"--{'' if chosen else 'no-'}{new.replace('_', '-')}"]
+            found += [] if chosen == default else [f"--{'' if chosen else 'no-'}{option}"]
         else:
-            found.append(f"--{new.replace('_', '-')}{equals}{value}")
+            found.append(f"--{option}{equals}{value}")
     return found
-
-
-def _method_options(name: str) -> type:
-    """Return the options of a method: those of ``train`` and its own fields."""
-    method = METHODS[name]
-    fields = [*_train_fields(), *_method_fields(method)]
-    options = dataclasses.make_dataclass("Options", fields, bases=(_CommonTrainOptions,), frozen=True, kw_only=True)
-    options.__doc__ = (
-        f"{headline(method)}\n\nExample: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"
-    )
-    return options
-
-
-def _train_fields() -> list[Any]:
-    return fields_of(train, skip=_GIVEN)
-
-
-def _method_fields(method: type[Method]) -> list[Any]:
-    """Return a method's hyperparameters without its learning rates, which are settings of ``train``."""
-    return fields_of(method, skip=_field_names(_train_fields()))
-
-
-def _field_names(fields: list[Any]) -> list[str]:
-    return [name for name, *_ in fields]
-
-
-def run_to_json(run: Run) -> dict[str, Any]:
-    """Convert the result of a run to JSON values."""
-    meta = run.meta
-    return {
-        "id": run.id,
-        "path": str(run.path),
-        "label": run.label,
-        "status": meta.status,
-        "test": meta.to_json()["test"],
-    }

@@ -62,9 +62,11 @@ def main(argv: Sequence[str]) -> int:
         """
         chosen = method(**{each.name: given.pop(each.name) for each in fields})
         found = train(model, task, chosen, out=out, **given)
-        told = {"id": found.id, "path": str(found.path), "label": found.label}
-        told |= {"status": found.meta.status, "test": found.meta.to_json()["test"]}
-        print(dumps(told) if json else found)
+        if json:
+            result = {"status": found.meta.status, "test": found.meta.test}
+            print(dumps({"id": found.id, "path": str(found.path), "label": found.label, **result}))
+        else:
+            print(found)
         return 0
 
     example = f"Example: lorascope train {name} --task sentiment --steps 300 -o runs/{name}"

@@ -19,14 +19,7 @@ from typing import Any
 from torch import nn
 
 from lorascope import observe
-from lorascope.experiments.toml_schema import (
-    NONE,
-    combinations,
-    describe_type,
-    is_of_type,
-    require_known,
-    toml_to_value,
-)
+from lorascope.experiments.toml_schema import NONE, combinations, require_known, require_type, toml_to_value
 from lorascope.inputs import models, tasks
 from lorascope.inputs.tasks import Task
 from lorascope.methods import METHODS
@@ -40,31 +33,21 @@ Model = str | Callable[[], nn.Module]
 Data = Task | str | Path
 
 _KEYS = ("model", "task", "method", "seeds", "settings", "root", "backend")
+_BACKEND = {"name": str, "address": str, "jobs": int}
 # Maximum number of seeds per recipe.
 _MOST = 10_000
-_OBSERVERS: dict[str, type[Observer]] = {
-    name: kind for name, kind in vars(observe).items() if isinstance(kind, type) and issubclass(kind, Observer)
+_OBSERVERS = {
+    name: kind
+    for name, kind in vars(observe).items()
+    if isinstance(kind, type) and issubclass(kind, Observer) and kind is not Observer
 }
-_OBSERVERS.pop("Observer")
 # Parameters of ``train`` that have a separate key in a grid, or that many runs cannot share.
 _NO_SETTINGS = {"model", "data", "method", "seed", "out", "root", "overwrite", "progress", "return"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call of ``train`` in a separate process.
-
-    Parameters
-    ----------
-    model : str or callable
-        Name for ``models.load``, or a function that returns a fresh model.
-    data : Task, str or path
-        See ``tasks.load``.
-    method : Method
-        Method with its fields.
-    settings : mapping
-        Keyword arguments of ``train``, including ``steps``.
-    """
+    """One call of ``train`` in a separate process, with the same arguments; ``settings`` are its keyword arguments."""
 
     model: Model
     data: Data
@@ -76,14 +59,8 @@ class Job:
 class Grid:
     """Values to combine; every combination is one run.
 
-    Parameters
-    ----------
-    models, tasks, methods, settings : sequence
-        Values of the fields of ``Job``.
-    seeds : sequence of int
-        Seeds of every recipe.
-    backend : mapping
-        ``name``, ``address``, ``jobs`` and options of the joblib backend; empty for processes on this machine.
+    ``backend`` has ``name``, ``address``, ``jobs`` and options of the joblib backend; empty for processes on this
+    machine.
     """
 
     models: Sequence[Model]
@@ -136,33 +113,32 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
     for key in ("task", "method", "settings"):
         if key not in table:
             raise ValueError(f"missing key {key!r}: a sweep requires task, method and settings")
-    root = table.get("root", "runs")
-    if not isinstance(root, str | Path):
+    if not isinstance(root := table.get("root", "runs"), str | Path):
         raise ValueError(f"root must be a string (folder of the runs), got {root!r}")
-    backend = table.get("backend", {})
-    if not isinstance(backend, Mapping):
+    if not isinstance(backend := table.get("backend", {}), Mapping):
         raise ValueError(f'backend must be a table such as {{name = "dask", address = "tcp://..."}}, got {backend!r}')
-    for key, kind, allowed in (("name", str, "a string"), ("address", str, "a string"), ("jobs", int, "an integer")):
-        if key in backend and type(backend[key]) is not kind:
-            raise ValueError(f"backend: {key} must be {allowed}, got {backend[key]!r}")
-    places = {key: _to_list(key, table.get(key, "minilm")) for key in ("model", "task")}
-    for key, found in places.items():
+    for key, kind in _BACKEND.items():
+        if key in backend:
+            require_type(f"backend: {key}", backend[key], kind)
+    given = {key: table.get(key, "minilm") for key in ("model", "task", "method")}
+    lists = {key: list(value) if isinstance(value, list | tuple) else [value] for key, value in given.items()}
+    for key, found in lists.items():
+        if not found:
+            raise ValueError(f"{key} must have at least one value, got {given[key]!r}")
         for place in found:
-            if not (isinstance(place, str | Path | Task) or (key == "model" and callable(place))):
+            if (
+                key != "method"
+                and not isinstance(place, str | Path | Task)
+                and not (key == "model" and callable(place))
+            ):
                 raise ValueError(f"{key} must be a string or a list of strings, got {place!r}")
-    methods = [method for entry in _to_list("method", table["method"]) for method in _methods(entry)]
-    grid = Grid(
-        models=places["model"],
-        tasks=places["task"],
-        methods=methods,
-        settings=[{**settings, "root": str(root)} for settings in _read_settings(table["settings"], methods)],
-        seeds=_seeds(table.get("seeds", 3)),
-        backend=backend,
-    )
+    methods = [method for entry in lists["method"] for method in _methods(entry)]
+    settings = [{**chosen, "root": str(root)} for chosen in _read_settings(table["settings"], methods)]
+    grid = Grid(lists["model"], lists["task"], methods, settings, _seeds(table.get("seeds", 3)), backend)
     _require_distinct(grid.models, "model")
     _require_distinct(grid.tasks, "task")
     _require_distinct([config(method) for method in methods], "method")
-    _require_distinct(grid.settings, "settings")
+    _require_distinct(settings, "settings")
     for task in grid.tasks:
         if not isinstance(task, Task):
             tasks.load(task)
@@ -170,13 +146,6 @@ def _read_grid(table: Mapping[str, Any]) -> Grid:
         if isinstance(model, str):
             models.locate(model)
     return grid
-
-
-def _to_list(key: str, value: Any) -> list[Any]:
-    found = list(value) if isinstance(value, list | tuple) else [value]
-    if not found:
-        raise ValueError(f"{key} must have at least one value, got {value!r}")
-    return found
 
 
 def _methods(entry: Any) -> list[Method]:
@@ -202,12 +171,12 @@ def _read_settings(table: Any, methods: Sequence[Method]) -> list[dict[str, Any]
     if "steps" not in table:
         raise ValueError("missing setting 'steps': add it, as in {steps = 300}")
     found = combinations(table, hints)
-    names = {f.name for f in dataclasses.fields(Settings)}
+    names = {field.name for field in dataclasses.fields(Settings)}
     for chosen, method in itertools.product(found, methods):
-        rates = {"lr": method.lr, "head_lr": method.head_lr}
-        given = {name: value for name, value in chosen.items() if name in names}
         # Settings checks its values, so that an invalid one is reported before any run starts.
-        Settings(**given | {name: rate for name, rate in rates.items() if given.get(name) is None})
+        own = {name: value for name, value in chosen.items() if name in names}
+        rates = {name: getattr(method, name) for name in ("lr", "head_lr") if own.get(name) is None}
+        Settings(**own | rates)
     return found
 
 
@@ -218,14 +187,13 @@ def _observers(value: Any) -> Any:
     if isinstance(value, Observer) or value in (None, NONE):
         return value
     name, given, hints = _read_named(value, _OBSERVERS, "observer", '{name = "neurons", every = 10}')
-    given = {key: toml_to_value(each, hints[key]) for key, each in given.items()}
     for key, each in given.items():
-        if not is_of_type(each, hints[key]):
-            raise ValueError(f"observer {name}: {key} must be {describe_type(hints[key])}, got {each!r}")
+        given[key] = each = toml_to_value(each, hints[key])
+        require_type(f"observer {name}: {key}", each, hints[key])
+        given[key] = tuple(each) if isinstance(each, list) else each
     if given.get("every", 1) < 1:
         raise ValueError(f"observer {name}: every must be >= 1 (steps between recordings), got {given['every']}")
-    fields: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in given.items()}
-    return _OBSERVERS[name](**fields)
+    return _OBSERVERS[name](**given)
 
 
 def _read_named(
@@ -233,17 +201,15 @@ def _read_named(
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """Return name, fields and field types of an entry, which is a name or a table with a name and fields."""
     table = {"name": entry} if isinstance(entry, str) else entry
-    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+    if not isinstance(table, Mapping) or not isinstance(name := table.get("name"), str):
         raise ValueError(f"{what} must be a name or a table with a name, such as {example}, got {entry!r}")
-    name = table["name"]
     if what == "observer" and name in observe.OLD_OBSERVERS:
         warn_renamed("observe", name, observe.OLD_OBSERVERS[name], stacklevel=3)
         name = observe.OLD_OBSERVERS[name]
     require_known([name], kinds, what)
-    table = to_new_fields(kinds[name], table, stacklevel=4)
+    given = to_new_fields(kinds[name], {key: value for key, value in table.items() if key != "name"}, stacklevel=4)
     types = typing.get_type_hints(kinds[name])
     own = {f.name: types[f.name] for f in dataclasses.fields(kinds[name]) if f.init and not f.name.endswith("_")}
-    given = {key: value for key, value in table.items() if key != "name"}
     require_known(given, own, f"field of {what} {name}")
     return name, given, own
 
@@ -252,17 +218,13 @@ def _seeds(value: Any) -> list[int]:
     """Return the listed seeds, or 0, 1, ... for a number of seeds."""
     # One seed too many is enough to reject a huge number without listing it.
     found = range(min(value, _MOST + 1)) if type(value) is int else value
-    if not isinstance(found, list | tuple | range) or not found or not all(map(_is_seed, found)):
+    accepted = isinstance(found, list | tuple | range) and found
+    if not accepted or not all(type(each) is int and 0 <= each < 2**32 for each in found):
         raise ValueError(f"seeds must be an integer >= 1 or a list of integers from 0 to 2**32 - 1, got {value!r}")
     if len(found) > _MOST:
         raise ValueError(f"seeds must be at most {_MOST:,} seeds, got {reprlib.repr(value)}")
     _require_distinct(found, "seed")
     return list(found)
-
-
-def _is_seed(value: Any) -> bool:
-    """Return whether every random generator accepts a value as its seed."""
-    return type(value) is int and 0 <= value < 2**32
 
 
 def _require_distinct(values: Sequence[Any], what: str) -> None:

@@ -19,18 +19,17 @@ _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 
 def combinations(table: Mapping[str, Any], hints: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return all combinations of one value per key."""
-    choices = [_key_choices(key, value, hints[key]) for key, value in table.items()]
+    choices = []
+    for key, value in table.items():
+        hint, one = hints[key], toml_to_value(value, hints[key])
+        several = [toml_to_value(item, hint) for item in value] if isinstance(value, list) else []
+        if is_of_type(one, hint):
+            several = [one]
+        elif not several or not all(is_of_type(item, hint) for item in several):
+            allowed = f"{describe_type(hint)}, or a list of these (one run per value)"
+            raise ValueError(f"{key} must be {allowed}, got {value!r}")
+        choices.append(several)
     return [dict(zip(table, chosen, strict=True)) for chosen in itertools.product(*choices)]
-
-
-def _key_choices(key: str, value: Any, hint: Any) -> list[Any]:
-    one = toml_to_value(value, hint)
-    if is_of_type(one, hint):
-        return [one]
-    several = [toml_to_value(item, hint) for item in value] if isinstance(value, list) else []
-    if several and all(is_of_type(item, hint) for item in several):
-        return several
-    raise ValueError(f"{key} must be {describe_type(hint)}, or a list of these (one run per value), got {value!r}")
 
 
 def toml_to_value(value: Any, hint: Any) -> Any:
@@ -65,6 +64,12 @@ def describe_type(hint: Any) -> str:
     if origin is Mapping:
         return "a table"
     return _WORDS.get(hint, "")
+
+
+def require_type(key: str, value: Any, hint: Any) -> None:
+    """Raise ValueError if the value of a key does not have this type."""
+    if not is_of_type(value, hint):
+        raise ValueError(f"{key} must be {describe_type(hint)}, got {value!r}")
 
 
 def require_known(given: Collection[str], choice: Collection[str], what: str) -> None:

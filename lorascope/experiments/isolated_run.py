@@ -31,30 +31,39 @@ Data = Task | str | Path
 
 @dataclass(frozen=True)
 class IsolatedRun:
-    """Arguments of a measured run.
+    """Arguments of a measured run, with the meaning they have in ``train``.
 
-    The fields have the same meaning as in ``train``; the model is a name or a function that returns a fresh one. Only
-    the first phase of a method is measured.
+    Only the first phase of a method is measured.
+
+    Parameters
+    ----------
+    model : str or callable
+        Name for ``models.load``, or a function that returns a fresh model.
+    data, method, settings, seed
+        See ``train``.
+    out : path, optional
+        The run folder; default ``<root>/<name>-<method>-<id>``, with the device at the end unless it is the CPU.
+    root : path
+        Folder of the runs, default "runs".
+    overwrite : bool
+        Measure again, default False.
+    device : str
+        Default "cpu". The peak of memory is measured only on "cpu" and "cuda", and is NA elsewhere.
     """
 
     model: Model
     data: Data
     method: Method
     settings: Settings
-    seed: int
-    out: str | Path | None
-    root: str | Path
-    overwrite: bool
-    device: str
+    seed: int = 0
+    out: str | Path | None = None
+    root: str | Path = "runs"
+    overwrite: bool = False
+    device: str = "cpu"
 
     @classmethod
     def of(
-        cls,
-        model: Model,
-        data: Data,
-        method: Method | str,
-        settings: Mapping[str, Any],
-        **where: Any,
+        cls, model: Model, data: Data, method: Method | str, settings: Mapping[str, Any], **where: Any
     ) -> IsolatedRun:
         """Create the arguments with the method's own learning rates and a minimal evaluation."""
         method = METHODS[method]() if isinstance(method, str) else method
@@ -70,16 +79,8 @@ class IsolatedRun:
     ) -> Path:
         """Measure in this process, and return the run folder.
 
-        Parameters
-        ----------
-        name : str
-            Kind of measurement, part of the run's identity and of its folder name.
-        take : callable
-            Function that runs the steps of the session it receives.
-        observers : tuple of Observer
-            Observers of the run, default none.
-        session : type
-            Session class.
+        ``take`` runs the steps of the session it receives; ``name`` is the kind of measurement, part of the run's
+        identity and of its folder name.
         """
         task = self.data if isinstance(self.data, Task) else tasks.load(str(self.data))
         living = models.load(self.model, task=task) if isinstance(self.model, str) else self.model()
@@ -97,9 +98,9 @@ class IsolatedRun:
             with lock_run(folder), seed_generators(self.seed):
                 begun = session(living, plan, base, folder, [], self.device)
                 take(begun)
-                begun.writer.meta.seconds = begun.writer.meta.total_seconds = begun.seconds
+                begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}
                 begun.writer.finish("done")
-        elif (there := found.meta.device) != self.device:  # the run id is the same on every device, the memory is not
+        elif (there := found.meta.device) != self.device:  # the id is the same on every device, the memory is not
             raise ValueError(
                 f"cannot reuse {folder}: it was measured on {there}, not on {self.device}. "
                 "Pass another folder or overwrite=True"
@@ -108,44 +109,15 @@ class IsolatedRun:
 
 
 def run_in_own_process(
-    work: Callable[[IsolatedRun], Path],
-    model: Model,
-    data: Data,
-    method: Method | str,
-    *,
-    seed: int = 0,
-    out: str | Path | None = None,
-    root: str | Path = "runs",
-    overwrite: bool = False,
-    device: str = "cpu",
-    **settings: Any,
+    work: Callable[[IsolatedRun], Path], model: Model, data: Data, method: Method | str, **options: Any
 ) -> Run:
-    """Run ``work`` in a fresh process, and return its run.
+    """Run ``work`` on an ``IsolatedRun`` in a fresh process, and return the run that it writes.
 
-    Parameters
-    ----------
-    work : callable
-        Function that measures an ``IsolatedRun`` and returns the run folder.
-    model, data, method
-        See ``IsolatedRun``.
-    seed : int
-        Seed of the run, default 0.
-    out : path, optional
-        The run folder; default ``<root>/<name>-<method>-<id>``, with the device at the end unless it is the CPU.
-    root : path
-        Folder of the runs, default "runs".
-    overwrite : bool
-        Measure again, default False.
-    device : str
-        Default "cpu". The peak of memory is measured only on "cpu" and "cuda", and is NA elsewhere.
-    **settings
-        Settings of ``train``, such as ``batch_size`` and ``max_length``.
+    The options are fields of ``IsolatedRun`` and settings of ``train``, such as ``batch_size``.
     """
-    job = IsolatedRun.of(
-        model, data, method, settings, seed=seed, out=out, root=root, overwrite=overwrite, device=device
-    )
+    where = {key: options.pop(key) for key in ("seed", "out", "root", "overwrite", "device") if key in options}
     with ProcessPoolExecutor(max_workers=1) as fresh:
-        return Run.read(fresh.submit(work, job).result())
+        return Run.read(fresh.submit(work, IsolatedRun.of(model, data, method, options, **where)).result())
 
 
 def _own_tensors(model: nn.Module, device: str) -> None:

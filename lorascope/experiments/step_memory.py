@@ -42,7 +42,7 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
         Number of steps, default 2. The peak belongs to the last step; the first one creates the optimizer's state. For
         LISA, pass the interval of a real run, such as 20: by default it would resample blocks in the measured step.
     **options
-        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.run_in_own_process``, and settings
+        ``seed``, ``out``, ``root``, ``overwrite`` and ``device``, see ``isolated_run.IsolatedRun``, and settings
         of ``train``, such as ``batch_size``.
 
     Returns
@@ -55,20 +55,18 @@ def measure(model: Model, data: Data, method: Method | str, *, steps: int = 2, *
 
 
 def _measure_memory(job: IsolatedRun) -> Path:
-    """Measure in this process, and return the run folder."""
     # Created first: the profiler must count the allocations of the model.
     allocator = _allocator(job.device)
-    return job.run("memory", lambda session: _measure_steps(session, allocator), (memory(every=1),))
 
+    def take(session: Session) -> None:
+        step = session.step
+        for index in range(session.begin(), step.total):
+            with allocator.window() if index == step.total - 1 else nullcontext():
+                loss, norm, rate = advance(session, index)
+            session.record(loss, norm, rate)
+        session.writer.add(step.finished, [Record("peak_bytes", allocator.peak())])
 
-def _measure_steps(session: Session, allocator: _Allocator) -> None:
-    """Run all steps, the last one inside the window of the allocator."""
-    step = session.step
-    for index in range(session.begin(), step.total):
-        with allocator.window() if index == step.total - 1 else nullcontext():
-            loss, norm, rate = advance(session, index)
-        session.record(loss, norm, rate)
-    session.writer.add(step.finished, [Record("peak_bytes", allocator.peak())])
+    return job.run("memory", take, (memory(every=1),))
 
 
 class _Allocator:

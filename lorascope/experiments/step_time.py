@@ -61,9 +61,9 @@ def _measure_seconds(job: IsolatedRun) -> Path:
 
 def _time_steps(session: _TimedSession) -> None:
     for index in range(session.begin(), session.step.total):
-        start = session.clock()
+        start = clock(session.device)
         loss, norm, rate = advance(session, index)
-        whole = session.clock() - start
+        whole = clock(session.device) - start
         parts = {"forward": session.forward, "backward": session.both - session.forward, "rest": whole - session.both}
         session.writer.add(index + 1, [Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
         session.record(loss, norm, rate)
@@ -82,18 +82,14 @@ class _TimedSession(Session):
 
     forward = both = 0.0
 
-    def clock(self) -> float:
-        """Return ``clock`` of the run's device."""
-        return clock(self.device)
-
     def backward(self) -> float:
-        self.forward, start = 0.0, self.clock()
+        self.forward, start = 0.0, clock(self.device)
         loss = super().backward()
-        self.both = self.clock() - start
+        self.both = clock(self.device) - start
         return loss
 
     def _batch_loss(self, model: nn.Module, batch: Batch, params: Mapping[str, Tensor] | None) -> Tensor:
-        start = self.clock()
+        start = clock(self.device)
         loss = super()._batch_loss(model, batch, params)
-        self.forward += self.clock() - start
+        self.forward += clock(self.device) - start
         return loss

@@ -42,16 +42,18 @@ def use_backend(
     """
     if jobs is not None and (type(jobs) is not int or jobs == 0):
         raise ValueError(f"jobs must be a nonzero integer (number of parallel runs), got {jobs!r}")
-    if address is not None and name not in ("dask", "ray"):
-        raise ValueError(f"address must be None for backend {name}, got {address!r}: only dask and ray have one")
-    if jobs is not None or name is not None:
-        # -1 means all cores.
-        options["n_jobs"] = jobs or -1
+    if address is not None and name not in _CLUSTERS:
+        only = " and ".join(_CLUSTERS)
+        raise ValueError(f"address must be None for backend {name}, got {address!r}: only {only} have one")
     with ExitStack() as stack:
         try:
-            if name == "ray":
-                stack.enter_context(_ray(address))
-            stack.enter_context(parallel_config(**_cluster_config(name, address, options)))
+            if cluster := _CLUSTERS.get(name or ""):
+                options = {"backend": stack.enter_context(cluster(address, options))}
+            elif name is not None:
+                options["backend"] = name
+            if jobs is not None or name is not None:
+                options["n_jobs"] = jobs or -1  # -1 means all cores
+            stack.enter_context(parallel_config(**options))
         except ImportError:
             raise ValueError(
                 f"cannot use backend {name}: it is not installed. Run pip install 'lorascope[cluster]'"
@@ -63,15 +65,6 @@ def use_backend(
         yield
 
 
-def _cluster_config(name: str | None, address: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``joblib.parallel_config``; options of a cluster belong to its backend."""
-    if name not in ("dask", "ray"):
-        return options if name is None else {"backend": name, **options}
-    own = {key: value for key, value in options.items() if key != "n_jobs"}
-    backend = _dask_backend(address, own) if name == "dask" else _ray_backend(own)
-    return {"backend": backend, "n_jobs": options["n_jobs"]}
-
-
 class RaiseClusterErrors:
     """Mixin that raises errors of the cluster, such as a killed worker; joblib treats them as results."""
 
@@ -81,8 +74,8 @@ class RaiseClusterErrors:
         return super().retrieve_result_callback(out)  # type: ignore[misc]
 
 
-def _dask_backend(address: str | None, options: dict[str, Any]) -> Any:
-    """Return joblib's backend for dask, with dask's own options."""
+@contextmanager
+def _dask(address: str | None, options: dict[str, Any]) -> Iterator[Any]:
     from joblib._dask import DaskDistributedBackend
 
     class Dask(RaiseClusterErrors, DaskDistributedBackend):
@@ -93,11 +86,12 @@ def _dask_backend(address: str | None, options: dict[str, Any]) -> Any:
             future.add_done_callback(lambda done: done.exception() is not None and callback(done.exception()))
             return future
 
-    return Dask(scheduler_host=address, **options)
+    yield Dask(scheduler_host=address, **options)
 
 
-def _ray_backend(options: dict[str, Any]) -> Any:
-    """Return ray's backend for joblib, with ray's own options."""
+@contextmanager
+def _ray(address: str | None, options: dict[str, Any]) -> Iterator[Any]:
+    import ray
     from ray.util.joblib.ray_backend import RayBackend
 
     class Ray(RaiseClusterErrors, RayBackend):
@@ -105,18 +99,15 @@ def _ray_backend(options: dict[str, Any]) -> Any:
 
         supports_return_generator = True
 
-    return Ray(**options)
-
-
-@contextmanager
-def _ray(address: str | None) -> Iterator[None]:
-    import ray
-
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address)
     try:
-        yield
+        yield Ray(**options)
     finally:
         if ours:
             ray.shutdown()
+
+
+# Context managers of the cluster backends: they receive an address and options, and yield a backend of joblib.
+_CLUSTERS: dict[str, Any] = {"dask": _dask, "ray": _ray}

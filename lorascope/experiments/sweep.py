@@ -12,10 +12,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from joblib import Parallel, cpu_count, delayed
@@ -24,7 +24,7 @@ from joblib.parallel import get_active_backend
 from lorascope.analysis.recipe_comparison import recipes
 from lorascope.experiments import grid
 from lorascope.experiments.executors import is_death, use_backend
-from lorascope.experiments.grid import Data, Grid, Job, Model
+from lorascope.experiments.grid import Data, Grid, Job
 from lorascope.experiments.sweep_table import SweepTable
 from lorascope.methods.base import Method
 from lorascope.runs.folders import RunLocked
@@ -50,17 +50,7 @@ class RunsFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Results of a sweep: finished runs and failures.
-
-    Parameters
-    ----------
-    wanted : sequence of Job
-        Jobs of the sweep.
-    folders : mapping number of the job -> run folder
-        Folders of the finished runs.
-    failures : mapping number of the job -> reason
-        Reasons of the failed runs.
-    """
+    """Results of a sweep: for the number of each job, the folder of its finished run or the reason of its failure."""
 
     wanted: Sequence[Job]
     folders: dict[int, Path] = field(default_factory=dict)
@@ -80,27 +70,17 @@ class SweepResult:
         """Return the finished runs, in the order of the jobs."""
         return [Run.read(self.folders[number]) for number in sorted(self.folders)]
 
+    def all_runs(self) -> list[Run]:
+        """Return the runs of all jobs; raise RunsFailed if one failed."""
+        if self.failures:
+            lines = "; ".join(self.complaints())
+            raise RunsFailed(f"{len(self.failures)} of {len(self.wanted)} runs failed; the others are saved. {lines}")
+        return self.runs()
+
     def complaints(self) -> list[str]:
         """Return one line per failed run."""
         names = self.names
         return [f"{names[number]}: {reason}" for number, reason in sorted(self.failures.items())]
-
-
-@overload
-def sweep(
-    model: Model,
-    data: Data,
-    method: Method | Sequence[Method],
-    *,
-    seeds: int | Sequence[int] = 3,
-    jobs: int | None = None,
-    progress: bool = True,
-    **settings: Any,
-) -> list[Run]: ...
-
-
-@overload
-def sweep(model: Mapping[str, Any] | str | Path, *, jobs: int | None = None, progress: bool = True) -> list[Run]: ...
 
 
 def sweep(
@@ -150,8 +130,7 @@ def sweep(
     if data is None or method is None:
         if data is not None or settings:
             raise ValueError("a sweep requires model, data and method, or only a grid, which contains them")
-        found = grid.read(model)
-        return _all_runs(run_grid(found, jobs, progress))
+        return run_grid(grid.read(model), jobs, progress).all_runs()
     methods = [method] if isinstance(method, Method) else list(method)
     numbers = range(seeds) if isinstance(seeds, int) else seeds
     return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress)
@@ -173,14 +152,7 @@ def run_jobs(
 
     ``ended`` is called in this process with each run when it finishes.
     """
-    return _all_runs(attempt(wanted, jobs, progress, ended))
-
-
-def _all_runs(swept: SweepResult) -> list[Run]:
-    if swept.failures:
-        lines = "; ".join(swept.complaints())
-        raise RunsFailed(f"{len(swept.failures)} of {len(swept.wanted)} runs failed; the others are saved. {lines}")
-    return swept.runs()
+    return attempt(wanted, jobs, progress, ended).all_runs()
 
 
 def attempt(
@@ -191,49 +163,50 @@ def attempt(
     root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=root, ignore_cleanup_errors=True) as notes:
+        files = [Path(notes).resolve() / f"{number}.json" for number in range(len(wanted))]
+        with SweepTable(swept.names, files.__getitem__, sys.stderr if progress else None) as board:
 
-        def note(number: int) -> Path:
-            return Path(notes).resolve() / f"{number}.json"
+            def fail(number: int, reason: str) -> None:
+                swept.failures[number] = reason
+                board.end(number, "failed", reason)
 
-        with SweepTable(swept.names, note, sys.stderr if progress else None) as board:
             unborn = 0
             while left := swept.remaining_jobs:
-                begun = {number: read_progress(note(number)).get("begun", 0) for number in left}
+                begun = {number: _begun(files[number]) for number in left}
                 if spent := [number for number in left if begun[number] >= ATTEMPTS]:
                     for number in spent:
-                        _finish_job(swept, board, number, "", _killed_message())
+                        fail(number, _killed_message())
                     continue
                 # A job that ran during two worker deaths may be their cause: such jobs run last, one at a time.
                 batch = [number for number in left if begun[number] < ATTEMPTS - 1] or left[:1]
-                calls = [delayed(_do_job)(number, wanted[number], Path.cwd(), note(number)) for number in batch]
+                calls = [delayed(_do_job)(number, wanted[number], Path.cwd(), files[number]) for number in batch]
                 # Dispatch all jobs at once: a cluster may grow during the sweep, and it has its own queue.
                 options = {"return_as": "generator_unordered", "batch_size": 1, "pre_dispatch": "all"}
                 workers = Parallel(n_jobs=jobs or width(), **options)
                 try:
                     for number, folder, error in workers(calls):
-                        _finish_job(swept, board, number, folder, error)
-                        if not error:
-                            ended(Run.read(folder))
+                        if error:
+                            fail(number, error)
+                            continue
+                        swept.folders[number] = Path(folder)
+                        run = Run.read(folder)
+                        board.end(number, "done", f"{run.meta.test['name']} {run.meta.test['metric']:.4g}")
+                        ended(run)
                 except Exception as error:
                     if not is_death(error):
                         raise
                     # If no job started, the environment killed the worker, not a job.
-                    still = all(read_progress(note(number)).get("begun", 0) == begun[number] for number in left)
+                    still = all(_begun(files[number]) == begun[number] for number in left)
                     unborn = unborn + 1 if still else 0
                     if unborn == ATTEMPTS:
                         for number in left:
-                            _finish_job(swept, board, number, "", f"{ATTEMPTS} workers were killed before it started")
+                            fail(number, f"{ATTEMPTS} workers were killed before it started")
     return swept
 
 
-def _finish_job(swept: SweepResult, board: SweepTable, number: int, folder: str, error: str) -> None:
-    if error:
-        swept.failures[number] = error
-        board.end(number, "failed", error)
-        return
-    swept.folders[number] = Path(folder)
-    test = Run.read(folder).score
-    board.end(number, "done", f"{test.name} {test.metric:.4g}")
+def _begun(file: Path) -> int:
+    """Return how often a job was started without an end, from its progress file."""
+    return read_progress(file).get("begun", 0)
 
 
 def _killed_message() -> str:
@@ -244,7 +217,7 @@ def _do_job(number: int, job: Job, here: Path, file: Path) -> tuple[int, str, st
     """Run one job in this process; return its number, its folder and its error."""
     with _ONE_AT_A_TIME:
         try:
-            if read_progress(file).get("begun", 0) >= ATTEMPTS:
+            if _begun(file) >= ATTEMPTS:
                 return number, "", _killed_message()  # a cluster may restart a job on its own
             os.chdir(here)  # relative paths start where the sweep was called
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -274,17 +247,20 @@ def _train_job(job: Job) -> Run:
 
 def width() -> int:
     """Return the number of parallel jobs set by ``joblib.parallel_config``, else the number of cores."""
-    _, configured = get_active_backend()
-    return configured or cpu_count()
+    return get_active_backend()[1] or cpu_count()
 
 
 def _job_names(wanted: Sequence[Job]) -> list[str]:
-    labels = [job.method.label() for job in wanted]
-    settings = [{"lr": job.method.lr, "head_lr": job.method.head_lr} | dict(job.settings) for job in wanted]
-    told = recipes(
-        labels, [{key: _setting_phrase(v) for key, v in s.items() if key not in ("seed", "root")} for s in settings]
-    )
-    parts = [told, *(_place_phrase(places) for places in ([j.model for j in wanted], [j.data for j in wanted]))]
+    settings = [
+        {"lr": job.method.lr, "head_lr": job.method.head_lr}
+        | {key: _setting_phrase(value) for key, value in job.settings.items() if key not in ("seed", "root")}
+        for job in wanted
+    ]
+    parts = [recipes([job.method.label() for job in wanted], settings)]
+    for places in ([job.model for job in wanted], [job.data for job in wanted]):
+        names = [to_words(getattr(place, "name", place)) for place in places]
+        if len(set(names)) > 1:
+            parts.append(names)
     seeds = [f"seed {job.settings.get('seed', 0)}" for job in wanted]
     return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
 
@@ -299,9 +275,3 @@ def _setting_phrase(value: Any) -> Any:
         own = [f"{f.name} {each}" for f, each in given if isinstance(each, int | float | str) and each != f.default]
         told.append(" ".join([type(observer).__name__, *own]))
     return " + ".join(told) or "nothing"
-
-
-def _place_phrase(places: Sequence[Any]) -> list[str]:
-    """Return the names of models or tasks; empty if they are all the same."""
-    names = [to_words(getattr(place, "name", place)) for place in places]
-    return names if len(set(names)) > 1 else [""] * len(names)

@@ -98,7 +98,7 @@ def test_memory_of_a_run_equals_the_estimate(family, method, task, tmp_path, req
 
 def test_peak_counts_a_known_tensor_in_the_window():
     """Tensors alive before the window count; tensors freed before it do not."""
-    allocator = measuring._Processor()
+    allocator = measuring._processor()
     kept = torch.empty(BLOCK, dtype=torch.uint8)
     del_me = torch.empty(3 * BLOCK, dtype=torch.uint8)
     del del_me
@@ -164,7 +164,7 @@ def test_cuda_peak_of_a_run_covers_only_the_last_step(bert, task, tmp_path, monk
         return advance(session, index)
 
     monkeypatch.setattr(measuring, "advance", taking)
-    monkeypatch.setattr(measuring, "_allocator", lambda device: measuring._Cuda("cuda"))
+    monkeypatch.setattr(measuring, "_allocator", lambda device: measuring._cuda(torch.device("cuda")))
     measuring._measure_memory(IsolatedRun(bert, task, LoRA(), FEW, 0, tmp_path / "run", "", False, "cpu"))
     table = ls.Run.read(tmp_path / "run").table
     marks = table[table["quantity"] == "peak_bytes"]

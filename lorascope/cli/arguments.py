@@ -41,23 +41,9 @@ def call(
 ) -> int:
     """Call a function with the arguments of a command line; ``--help`` prints the help and exits.
 
-    Parameters
-    ----------
-    function : callable
-        Function whose parameters are the options; positional-only ones are arguments without a flag.
-    name : str
-        Command in the help and in errors, such as ``"lorascope inspect"``.
-    argv : sequence of str
-        Arguments after the command.
-    extra : sequence of Parameter
-        Further options, which the function receives by ``**``.
-    description : str, optional
-        Help of the command; by default the docstring of the function.
-
-    Raises
-    ------
-    ValueError
-        An argument is invalid; the message is one line.
+    The parameters of the function are the options; positional-only ones have no flag. ``name`` is the command in the
+    help and in errors, such as ``"lorascope inspect"``. The function receives ``extra`` options by ``**``, and a
+    ``description`` replaces its docstring in the help. A ValueError for an invalid argument has one line.
     """
     for number, word in enumerate(argv):
         if not word or re.fullmatch(r"--[^=]+=", word):

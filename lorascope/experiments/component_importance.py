@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -27,11 +27,10 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.alora import ALoRADelta
 from lorascope.methods.base import task_head
-from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget, base_of
 from lorascope.runs.export.peft_folder import refuse_unkept
-from lorascope.runs.formats.stored_update import PREFIX
-from lorascope.runs.result import Result
+from lorascope.runs.formats.peft_lora import PREFIX
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.run import Run
 from lorascope.runs.summary import exact_products
 from lorascope.schema.deprecation import old_names
@@ -50,13 +49,7 @@ class Losses(NamedTuple):
 
 
 def component_importance(
-    run: Result,
-    model: str | Path,
-    task: str | Path | Task,
-    *,
-    state: str = "last",
-    rows: int = 256,
-    exact_rows: int = 64,
+    run: Run, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256, exact_rows: int = 64
 ) -> dict[str, Float[np.ndarray, "_"]]:
     """Compute the loss increase on removal of each component, as scores for ``export.select_components``.
 
@@ -106,7 +99,7 @@ def component_importance(
 
 
 def pruned_losses(
-    run: Result, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
+    run: Run, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
 ) -> Losses:
     """Compute the loss of the run's model with all components and with only those in ``cut``.
 
@@ -117,19 +110,16 @@ def pruned_losses(
     encoded = _validation_half(base, fitted, 1, rows)
     masks = {name: cut.kept[name][: len(sigma)] for name, (_, sigma, _) in parts.items()}
     chosen = {name: (P[:, masks[name]], sigma[masks[name]], Q[masks[name]]) for name, (P, sigma, Q) in parts.items()}
-    before, after = (_mean_loss(base, some, encoded) for some in (parts, chosen))
-    return Losses(before, after, len(encoded))
-
-
-def _mean_loss(model: nn.Module, state: Mapping[str, Triple], encoded: EncodedRows) -> float:
-    attach_components(model, {name: triple for name, triple in state.items() if len(triple[1])}, ALoRADelta, fill_plain)
-    found = evaluate(model, encoded).loss
-    detach(model)
-    return found
+    losses = []
+    for triples in (parts, chosen):
+        attach_components(base, {name: t for name, t in triples.items() if len(t[1])}, ALoRADelta, fill_plain)
+        losses.append(evaluate(base, encoded).loss)
+        detach(base)
+    return Losses(losses[0], losses[1], len(encoded))
 
 
 def _open_trained(
-    run: Result, name: str | Path, task: str | Path | Task, state: str
+    run: Run, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
     if isinstance(run, Adapter) and run.files.kind == "DoRA":
@@ -140,7 +130,11 @@ def _open_trained(
     task = task if isinstance(task, Task) else tasks.load(task)
     base = models.load(name, task, base_of(run)[1])
     if isinstance(run, Adapter) or run.meta.w0_hash is None:
-        held = _adapter_weights(run) if isinstance(run, Adapter) else _recorded_weights(run, state)
+        if isinstance(run, Adapter):
+            held = _adapter_weights(run)
+        else:  # a recording of another trainer
+            refuse_unkept(run, state)
+            held = {other: torch.tensor(array) for other, array in run.tensors(state).items()}
         _load_other_weights(run, held, base, str(name))
         _check_hosts(run, parts, base, str(name))
     else:
@@ -149,19 +143,13 @@ def _open_trained(
             raise ValueError(
                 f"model must be {run.meta.model}, the base of run {run.id}, got {name} with different weights"
             )
-        cast(Run, run).restore(base, state)
+        run.restore(base, state)
         detach(base)
     base.requires_grad_(False)
     return base, task.fit(base), parts
 
 
-def _recorded_weights(run: Result, state: str) -> dict[str, Tensor]:
-    """Return the parameters that trained outside the adapters, from a recording of another trainer."""
-    refuse_unkept(run, state)
-    return {name: torch.tensor(array) for name, array in cast(Run, run).tensors(state).items()}
-
-
-def _check_hosts(run: Result, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
+def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
     """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
     for module, (P, _, Q) in parts.items():
@@ -174,7 +162,7 @@ def _check_hosts(run: Result, parts: Mapping[str, Triple], base: nn.Module, name
             )
 
 
-def _load_other_weights(run: Result, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
+def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
     """Load the parameters that trained in addition to the factors, usually a classifier head."""
     untrained = sorted(models.missing(base) - stored.keys())
     if untrained:

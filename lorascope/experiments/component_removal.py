@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lorascope.adapters.activation_patching import Loss, moved_losses
-from lorascope.adapters.delta import Delta, attach, detach
+from lorascope.adapters.delta import attach, detach
 from lorascope.methods import adalora, alora
 from lorascope.updates import Update
 
@@ -61,10 +61,10 @@ def loss_increases(
 ) -> dict[str, np.ndarray]:
     """Return module -> mean loss increase on removal of each component and, last, of the whole module."""
     deltas = attach_components(model, state, alora.ALoRADelta, fill_plain)
-    without = {
-        name: [*(partial(delta.add_component, i, -1) for i in range(delta.rank)), partial(_subtract_update, delta)]
-        for name, delta in deltas.items()
-    }
+    without = {}
+    for name, delta in deltas.items():
+        without[name] = [partial(delta.add_component, i, -1) for i in range(delta.rank)]
+        without[name].append(partial(lambda delta, x, y: y - delta(x), delta))
     found: dict[str, list[np.ndarray]] = {name: [] for name in deltas}
     for batch in batches:
         undisturbed, moved = moved_losses(model, loss, batch, without)
@@ -72,10 +72,6 @@ def loss_increases(
             found[name].append(np.array(values) - undisturbed)
     detach(model)
     return {name: np.mean(values, axis=0) for name, values in found.items()}
-
-
-def _subtract_update(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
-    return y - delta(x)
 
 
 def first_order_increases(

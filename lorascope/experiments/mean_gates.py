@@ -81,7 +81,18 @@ def mean_gates(
         raise ValueError(
             f"cannot compute gates of {type(model).__name__} on single texts: an encoder-decoder reads pairs"
         )
-    seen = _watch_texts(model, routed, list(texts), tokenizer or models.tokenizer(model), max_length, batch_size)
+    tokenizer = tokenizer or models.tokenizer(model)
+    device = next(model.parameters()).device
+    routers = {name: delta.gates for name, delta in routed.items()}
+    parts: dict[str, list[Routing]] = {name: [] for name in routed}
+    for start in range(0, len(texts), batch_size):
+        chosen = list(texts[start : start + batch_size])
+        batch = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(device)
+        if not batch["input_ids"].numel():
+            raise ValueError(f"texts must contain at least one token, got {chosen[0]!r}")
+        for name, gates in watch(model, routers, batch, partial(model, **batch)).items():
+            parts[name].append(gates)
+    seen = {name: stack_gates(found).mean for name, found in parts.items()}
     for name, delta in routed.items():
         delta.mean_gates_.copy_(torch.from_numpy(seen[name]))
     return seen
@@ -116,19 +127,3 @@ def _routers(folder: Adapter, base: nn.Module) -> dict[str, RoutedDelta]:
                 for name, part in parts.items():
                     delta.get_parameter(name).copy_(torch.tensor(part))
     return found
-
-
-def _watch_texts(
-    model: Any, routed: dict[str, RoutedDelta], texts: list[str], tokenizer: Any, max_length: int, batch_size: int
-) -> dict[str, Float[np.ndarray, "heads"]]:
-    parts: dict[str, list[Routing]] = {name: [] for name in routed}
-    routers = {name: delta.gates for name, delta in routed.items()}
-    device = next(model.parameters()).device
-    for start in range(0, len(texts), batch_size):
-        chosen = texts[start : start + batch_size]
-        batch = tokenizer(chosen, truncation=True, max_length=max_length, padding=True, return_tensors="pt").to(device)
-        if not batch["input_ids"].numel():
-            raise ValueError(f"texts must contain at least one token, got {chosen[0]!r}")
-        for name, gates in watch(model, routers, batch, partial(model, **batch)).items():
-            parts[name].append(gates)
-    return {name: stack_gates(found).mean for name, found in parts.items()}

@@ -8,10 +8,10 @@ estimated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -69,54 +69,42 @@ def _measure_memory(job: IsolatedRun) -> Path:
     return job.run("memory", take, (memory(every=1),))
 
 
-class _Allocator:
-    """Allocator that does not report a peak."""
+class _Allocator(NamedTuple):
+    """What measures one step: its context, and then the peak of allocated bytes in it, or NaN if it is unknown."""
 
-    def window(self) -> AbstractContextManager[Any]:
-        """Return the context of the measured step."""
-        return nullcontext()
-
-    def peak(self) -> float:
-        """Return the peak of allocated bytes in the window, including those allocated before it."""
-        return math.nan
-
-
-class _Processor(_Allocator):
-    """Allocator of the CPU: the profiler counts every allocation after this object is created."""
-
-    def __init__(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        self._profile.start()
-
-    def window(self) -> AbstractContextManager[Any]:
-        return record_function(_WINDOW)
-
-    def peak(self) -> float:
-        self._profile.stop()
-        profiler: Any = self._profile.profiler
-        return float(peak_in_window(profiler.kineto_results.events()))
-
-
-class _Cuda(_Allocator):
-    """Allocator of the run's CUDA device, which need not be the current one."""
-
-    def __init__(self, device: str) -> None:
-        self._device = torch.device(device)
-
-    def window(self) -> AbstractContextManager[Any]:
-        torch.cuda.reset_peak_memory_stats(self._device)
-        return nullcontext()
-
-    def peak(self) -> float:
-        return float(torch.cuda.max_memory_allocated(self._device))
+    window: Callable[[], AbstractContextManager[Any]] = nullcontext
+    peak: Callable[[], float] = lambda: math.nan
 
 
 def _allocator(device: str) -> _Allocator:
     kind = device.partition(":")[0]
+    if kind == "cuda":
+        return _cuda(torch.device(device))
     # Builds without Kineto cannot profile memory.
-    if kind == "cpu" and torch.autograd.kineto_available():
-        return _Processor()
-    return _Cuda(device) if kind == "cuda" else _Allocator()
+    return _processor() if kind == "cpu" and torch.autograd.kineto_available() else _Allocator()
+
+
+def _processor() -> _Allocator:
+    """Return the allocator of the CPU: the profiler counts every allocation from now on."""
+    profiling = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    profiling.start()
+
+    def peak() -> float:
+        profiling.stop()
+        profiler: Any = profiling.profiler
+        return float(peak_in_window(profiler.kineto_results.events()))
+
+    return _Allocator(lambda: record_function(_WINDOW), peak)
+
+
+def _cuda(device: torch.device) -> _Allocator:
+    """Return the allocator of a CUDA device, which need not be the current one."""
+
+    def window() -> AbstractContextManager[None]:
+        torch.cuda.reset_peak_memory_stats(device)
+        return nullcontext()
+
+    return _Allocator(window, lambda: float(torch.cuda.max_memory_allocated(device)))
 
 
 def peak_in_window(events: Iterable[Any]) -> int:

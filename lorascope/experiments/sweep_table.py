@@ -34,14 +34,7 @@ class Row(NamedTuple):
 class SweepTable:
     """Table on a terminal, redrawn every second; elsewhere one line whenever a run starts or ends.
 
-    Parameters
-    ----------
-    names : sequence of str
-        Names of the runs.
-    note : callable
-        Function from the number of a run to its progress file.
-    stream : text stream or None
-        Output; None shows no table.
+    ``note`` returns the progress file of the run with a number; the stream None shows no table.
     """
 
     def __init__(self, names: Sequence[str], note: Callable[[int], Path], stream: Any) -> None:
@@ -69,36 +62,32 @@ class SweepTable:
 
     def rows(self) -> list[Row]:
         """Return the current rows of all runs."""
-        return [self._ended.get(number) or self._read_row(number) for number in range(len(self.names))]
-
-    def _read_row(self, number: int) -> Row:
-        note = read_progress(self.note(number))
-        if not note:
-            return Row(self.names[number], "waiting")
-        step = f"{note['step']}/{note['total']}" if "step" in note else ""
-        metric = f"{note['metric_name']} {note['metric']:.4g}" if "metric" in note else ""
-        return Row(self.names[number], "running", step, metric)
+        found = []
+        for number, name in enumerate(self.names):
+            note = {} if number in self._ended else read_progress(self.note(number))
+            step = f"{note['step']}/{note['total']}" if "step" in note else ""
+            metric = f"{note['metric_name']} {note['metric']:.4g}" if "metric" in note else ""
+            row = Row(name, "running", step, metric) if note else Row(name, "waiting")
+            found.append(self._ended.get(number, row))
+        return found
 
     def _redraw_until_over(self) -> None:
         while not self._over.wait(_PAUSE):
             self._redraw()
 
     def _redraw(self) -> None:
+        rows = self.rows()
         with suppress(OSError):  # a closed terminal must not end the runs
-            self._write()
-
-    def _write(self) -> None:
-        stream, rows = self.stream, self.rows()
-        if stream.isatty():
-            self._paint(rows)
-        else:
-            count = Counter(row.status for row in rows)
-            for number, row in enumerate(rows):
-                if row.status != self._told[number]:
-                    told = f"[{count['done']}/{len(rows)}] {row.status:<8}{row.name}  {row.step}  {row.metric}"
-                    stream.write(told.rstrip() + "\n")
-            self._told = [row.status for row in rows]
-        stream.flush()
+            if self.stream.isatty():
+                self._paint(rows)
+            else:
+                done = sum(row.status == "done" for row in rows)
+                for row, told in zip(rows, self._told, strict=True):
+                    if row.status != told:
+                        line = f"[{done}/{len(rows)}] {row.status:<8}{row.name}  {row.step}  {row.metric}"
+                        self.stream.write(line.rstrip() + "\n")
+                self._told = [row.status for row in rows]
+            self.stream.flush()
 
     def _paint(self, rows: Sequence[Row]) -> None:
         """Draw over the last table line by line in one write, since clearing the screen first flickers."""

@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         chosen = method(**{each.name: given.pop(each.name) for each in fields})
         found = train(model, task, chosen, out=out, **given)
         if json:
-            result = {"status": found.meta.status, "test": found.meta.test}
+            result = {"status": found.meta.status, "test": found.meta.to_json()["test"]}
             print(dumps({"id": found.id, "path": str(found.path), "label": found.label, **result}))
         else:
             print(found)

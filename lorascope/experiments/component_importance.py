@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,10 +27,11 @@ from lorascope.inputs.tasks import Task
 from lorascope.inputs.tokenization import EncodedRows
 from lorascope.methods.alora import ALoRADelta
 from lorascope.methods.base import task_head
+from lorascope.runs.adapter import Adapter
 from lorascope.runs.export import RankBudget, base_of
 from lorascope.runs.export.peft_folder import refuse_unkept
-from lorascope.runs.formats.peft_lora import PREFIX
-from lorascope.runs.adapter import Adapter
+from lorascope.runs.formats.stored_update import PREFIX
+from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.runs.summary import exact_products
 from lorascope.schema.deprecation import old_names
@@ -49,7 +50,13 @@ class Losses(NamedTuple):
 
 
 def component_importance(
-    run: Run, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256, exact_rows: int = 64
+    run: Result,
+    model: str | Path,
+    task: str | Path | Task,
+    *,
+    state: str = "last",
+    rows: int = 256,
+    exact_rows: int = 64,
 ) -> dict[str, Float[np.ndarray, "_"]]:
     """Compute the loss increase on removal of each component, as scores for ``export.select_components``.
 
@@ -99,7 +106,7 @@ def component_importance(
 
 
 def pruned_losses(
-    run: Run, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
+    run: Result, cut: RankBudget, model: str | Path, task: str | Path | Task, *, state: str = "last", rows: int = 256
 ) -> Losses:
     """Compute the loss of the run's model with all components and with only those in ``cut``.
 
@@ -119,7 +126,7 @@ def pruned_losses(
 
 
 def _open_trained(
-    run: Run, name: str | Path, task: str | Path | Task, state: str
+    run: Result, name: str | Path, task: str | Path | Task, state: str
 ) -> tuple[nn.Module, Task, dict[str, Triple]]:
     """Return the base with all trained parameters except adapters, the fitted task, and the updates."""
     if isinstance(run, Adapter) and run.files.kind == "DoRA":
@@ -134,7 +141,7 @@ def _open_trained(
             held = _adapter_weights(run)
         else:  # a recording of another trainer
             refuse_unkept(run, state)
-            held = {other: torch.tensor(array) for other, array in run.tensors(state).items()}
+            held = {other: torch.tensor(array) for other, array in cast(Run, run).tensors(state).items()}
         _load_other_weights(run, held, base, str(name))
         _check_hosts(run, parts, base, str(name))
     else:
@@ -143,13 +150,13 @@ def _open_trained(
             raise ValueError(
                 f"model must be {run.meta.model}, the base of run {run.id}, got {name} with different weights"
             )
-        run.restore(base, state)
+        cast(Run, run).restore(base, state)
         detach(base)
     base.requires_grad_(False)
     return base, task.fit(base), parts
 
 
-def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
+def _check_hosts(run: Result, parts: Mapping[str, Triple], base: nn.Module, name: str) -> None:
     """Raise ValueError if names or shapes show that a model is not the base; its weights were not recorded."""
     modules = dict(base.named_modules())
     for module, (P, _, Q) in parts.items():
@@ -162,7 +169,7 @@ def _check_hosts(run: Run, parts: Mapping[str, Triple], base: nn.Module, name: s
             )
 
 
-def _load_other_weights(run: Run, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
+def _load_other_weights(run: Result, stored: Mapping[str, Tensor], base: nn.Module, name: str) -> None:
     """Load the parameters that trained in addition to the factors, usually a classifier head."""
     untrained = sorted(models.missing(base) - stored.keys())
     if untrained:

@@ -98,7 +98,7 @@ class IsolatedRun:
             with lock_run(folder), seed_generators(self.seed):
                 begun = session(living, plan, base, folder, [], self.device)
                 take(begun)
-                begun.writer.meta |= {"seconds": begun.seconds, "total_seconds": begun.seconds}
+                begun.writer.meta.seconds = begun.writer.meta.total_seconds = begun.seconds
                 begun.writer.finish("done")
         elif (there := found.meta.device) != self.device:  # the id is the same on every device, the memory is not
             raise ValueError(

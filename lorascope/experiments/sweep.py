@@ -190,7 +190,7 @@ def attempt(
                             continue
                         swept.folders[number] = Path(folder)
                         run = Run.read(folder)
-                        board.end(number, "done", f"{run.meta.test['name']} {run.meta.test['metric']:.4g}")
+                        board.end(number, "done", f"{run.score.name} {run.score.metric:.4g}")
                         ended(run)
                 except Exception as error:
                     if not is_death(error):

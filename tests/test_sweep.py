@@ -114,7 +114,7 @@ def test_job_that_always_kills_its_worker_leaves_the_others(bert, task, tmp_path
     monkeypatch.setattr(sweep, "Parallel", Pool)
     settings = {"steps": 1, "batch_size": 4, "eval_every": 0, "root": tmp_path}
     wanted = [Job(model, task, LoRA(), {**settings, "seed": seed}) for seed, model in enumerate([bert, "mortal", bert])]
-    swept = sweep.attempt(wanted, 2, progress=False)
+    swept = sweep.run_jobs(wanted, 2, progress=False)
     assert sorted(swept.folders) == [0, 2]
     assert swept.complaints() == ["LoRA, mortal, seed 1: its worker was killed 3 times, out of memory?"]
 
@@ -128,7 +128,7 @@ def test_workers_that_never_start_are_reported(bert, task, tmp_path, monkeypatch
             raise TerminatedWorkerError("killed")
 
     monkeypatch.setattr(sweep, "Parallel", Stillborn)
-    swept = sweep.attempt([Job(bert, task, LoRA(), {"steps": 1, "root": tmp_path})], 2, progress=False)
+    swept = sweep.run_jobs([Job(bert, task, LoRA(), {"steps": 1, "root": tmp_path})], 2, progress=False)
     assert swept.complaints() == ["LoRA, seed 0: 3 workers were killed before it started"]
 
 

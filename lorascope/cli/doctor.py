@@ -16,7 +16,7 @@ from lorascope.diagnosis.terminal import WIDTH
 from lorascope.files.printable import printable
 from lorascope.runs.loading import load
 
-_INDENT = " " * 15
+_INDENT = 15
 
 
 @command
@@ -56,11 +56,9 @@ def main(path: Annotated[str | None, arg(metavar="PATH")] = None, /, *, base: Fo
     for finding in found:
         paragraphs += [(finding.cause, finding.message), ("", f"fix: {finding.fix}")]
     paragraphs += [(f"skipped ({SKIP_REASONS[missing]}):", ", ".join(names)) for missing, names in skipped.items()]
+    layout = textwrap.TextWrapper(WIDTH, subsequent_indent=" " * _INDENT, break_long_words=False)
     for label, text in paragraphs:
-        print("\n".join(_format_paragraph(printable(label), printable(text))))
+        shown = printable(label)
+        layout.initial_indent = shown.ljust(_INDENT) if len(shown) < _INDENT else f"{shown} "
+        print(layout.fill(printable(text)))
     return 1 if found else 0
-
-
-def _format_paragraph(label: str, text: str) -> list[str]:
-    head = f"{label:<15}" if len(label) < len(_INDENT) else f"{label} "
-    return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=_INDENT, break_long_words=False)

@@ -88,7 +88,16 @@ def _exit_now(number: int, frame: FrameType | None) -> None:
 def _run_command(words: list[str]) -> int:
     """Run a command and return its exit code; an error is printed in one line."""
     try:
-        return _dispatch(words)
+        match words:
+            case [] | ["-h" | "--help" | "help"]:
+                print("\n".join([_USAGE, *(f"  {name:<11}{summary}" for name, summary in COMMANDS.items()), _EXAMPLES]))
+                return 0 if words else 2
+            case ["--version"]:
+                print(f"lorascope {__version__}")
+                return 0
+            case [name, *rest] if name in COMMANDS:
+                return importlib.import_module(f"lorascope.cli.{name}").main(rest)
+        raise ValueError(unknown_name("command", words[0], COMMANDS))
     except KeyboardInterrupt as stop:
         if signal.getsignal(signal.SIGINT) in (_interrupt, _exit_now):
             signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the message is printed below
@@ -122,19 +131,6 @@ def _flush_output(code: int) -> int:
 def _discard_output(stream: TextIO) -> None:
     """Redirect a stream to the null device, because the interpreter would flush it again at exit and fail."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _dispatch(words: list[str]) -> int:
-    match words:
-        case [] | ["-h" | "--help" | "help"]:
-            print("\n".join([_USAGE, *(f"  {name:<11}{summary}" for name, summary in COMMANDS.items()), _EXAMPLES]))
-            return 0 if words else 2
-        case ["--version"]:
-            print(f"lorascope {__version__}")
-            return 0
-        case [name, *rest] if name in COMMANDS:
-            return importlib.import_module(f"lorascope.cli.{name}").main(rest)
-    raise ValueError(unknown_name("command", words[0], COMMANDS))
 
 
 def _report_failure(reason: object, code: int) -> int:

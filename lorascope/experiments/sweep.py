@@ -133,13 +133,13 @@ def sweep(
         return run_grid(grid.read(model), jobs, progress).all_runs()
     methods = [method] if isinstance(method, Method) else list(method)
     numbers = range(seeds) if isinstance(seeds, int) else seeds
-    return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress)
+    return run_jobs(Grid([model], [data], methods, [settings], numbers).jobs(), jobs, progress).all_runs()
 
 
 def run_grid(found: Grid, jobs: int | None = None, progress: bool = True) -> SweepResult:
     """Run all jobs of a grid on its backend."""
     with use_backend(**found.backend):
-        return attempt(found.jobs(), jobs, progress)
+        return run_jobs(found.jobs(), jobs, progress)
 
 
 def run_jobs(
@@ -147,18 +147,11 @@ def run_jobs(
     jobs: int | None = None,
     progress: bool = True,
     ended: Callable[[Run], None] = lambda run: None,
-) -> list[Run]:
-    """Run all jobs, and return their runs in the order of the jobs; see ``sweep``.
+) -> SweepResult:
+    """Run all jobs; one that fails, or whose worker is killed repeatedly, does not affect the others.
 
     ``ended`` is called in this process with each run when it finishes.
     """
-    return attempt(wanted, jobs, progress, ended).all_runs()
-
-
-def attempt(
-    wanted: Sequence[Job], jobs: int | None, progress: bool, ended: Callable[[Run], None] = lambda run: None
-) -> SweepResult:
-    """Run all jobs; one that fails, or whose worker is killed repeatedly, does not affect the others."""
     swept = SweepResult(wanted)
     root = Path(wanted[0].settings.get("root", "runs")) if wanted else Path()
     root.mkdir(parents=True, exist_ok=True)

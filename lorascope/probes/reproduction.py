@@ -239,7 +239,7 @@ def _train_arms(wanted: Sequence[tuple[Arm, int]], root: Path) -> dict[tuple[str
         if by_label.setdefault(arm.label, arm) != arm:
             raise ValueError(f"labels must be unique, got two different arms with label {arm.label!r}")
     jobs = {(arm.label, seed): _job(arm, seed, root) for arm, seed in wanted}
-    runs = run_jobs(list(jobs.values()), ended=_remove_copies)
+    runs = run_jobs(list(jobs.values()), ended=_remove_copies).all_runs()
     # The path is relative to the root because a recipe of several phases returns its last phase, a subfolder.
     return {key: run.path.relative_to(root).as_posix() for key, run in zip(jobs, runs, strict=True) if run.path}
 

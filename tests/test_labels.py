@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lorascope.analysis.recipe_comparison import recipes
-from lorascope.experiments.sweep import Job, _job_names
+from lorascope.experiments.sweep import Job, SweepResult
 from lorascope.inputs import models
 from lorascope.methods import METHODS
 from lorascope.methods.base import Method, config
@@ -88,7 +88,7 @@ def test_array_in_a_method_is_shown_by_its_hash() -> None:
 def test_jobs_on_several_models_are_named_by_their_builders() -> None:
     lora = METHODS["lora"]()
     jobs = [Job(model, "sentiment", lora, {}) for model in (student, partial(models.load, "minilm", blocks=2))]
-    assert _job_names(jobs) == ["LoRA, student, seed 0", "LoRA, load(minilm, blocks=2), seed 0"]
+    assert SweepResult(jobs).names == ["LoRA, student, seed 0", "LoRA, load(minilm, blocks=2), seed 0"]
 
 
 def test_recipes_with_long_fields_are_short_and_distinct() -> None:

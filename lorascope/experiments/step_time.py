@@ -56,17 +56,17 @@ def _measure_seconds(job: IsolatedRun) -> Path:
     if job.device == "cpu":
         # With several threads, CPU seconds would exceed the time that passes.
         torch.set_num_threads(1)
-    return job.run("pace", _time_steps, session=_TimedSession)
 
+    def take(session: _TimedSession) -> None:
+        for index in range(session.begin(), session.step.total):
+            start = clock(session.device)
+            loss, norm, rate = advance(session, index)
+            rest = clock(session.device) - start - session.both
+            parts = {"forward": session.forward, "backward": session.both - session.forward, "rest": rest}
+            session.writer.add(index + 1, [Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
+            session.record(loss, norm, rate)
 
-def _time_steps(session: _TimedSession) -> None:
-    for index in range(session.begin(), session.step.total):
-        start = clock(session.device)
-        loss, norm, rate = advance(session, index)
-        whole = clock(session.device) - start
-        parts = {"forward": session.forward, "backward": session.both - session.forward, "rest": whole - session.both}
-        session.writer.add(index + 1, [Record(f"{name}_seconds", seconds) for name, seconds in parts.items()])
-        session.record(loss, norm, rate)
+    return job.run("pace", take, session=_TimedSession)
 
 
 def clock(device: str) -> float:

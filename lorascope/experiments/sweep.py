@@ -64,7 +64,18 @@ class SweepResult:
     @property
     def names(self) -> list[str]:
         """Names of the jobs: method, seed, and the settings, models and tasks in which they differ."""
-        return _job_names(self.wanted)
+        settings = [
+            {"lr": job.method.lr, "head_lr": job.method.head_lr}
+            | {key: _setting_phrase(value) for key, value in job.settings.items() if key not in ("seed", "root")}
+            for job in self.wanted
+        ]
+        parts = [recipes([job.method.label() for job in self.wanted], settings)]
+        for places in ([job.model for job in self.wanted], [job.data for job in self.wanted]):
+            names = [to_words(getattr(place, "name", place)) for place in places]
+            if len(set(names)) > 1:
+                parts.append(names)
+        seeds = [f"seed {job.settings.get('seed', 0)}" for job in self.wanted]
+        return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
 
     def runs(self) -> list[Run]:
         """Return the finished runs, in the order of the jobs."""
@@ -241,21 +252,6 @@ def _train_job(job: Job) -> Run:
 def width() -> int:
     """Return the number of parallel jobs set by ``joblib.parallel_config``, else the number of cores."""
     return get_active_backend()[1] or cpu_count()
-
-
-def _job_names(wanted: Sequence[Job]) -> list[str]:
-    settings = [
-        {"lr": job.method.lr, "head_lr": job.method.head_lr}
-        | {key: _setting_phrase(value) for key, value in job.settings.items() if key not in ("seed", "root")}
-        for job in wanted
-    ]
-    parts = [recipes([job.method.label() for job in wanted], settings)]
-    for places in ([job.model for job in wanted], [job.data for job in wanted]):
-        names = [to_words(getattr(place, "name", place)) for place in places]
-        if len(set(names)) > 1:
-            parts.append(names)
-    seeds = [f"seed {job.settings.get('seed', 0)}" for job in wanted]
-    return [", ".join(filter(None, each)) for each in zip(*parts, seeds, strict=True)]
 
 
 def _setting_phrase(value: Any) -> Any:

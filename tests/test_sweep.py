@@ -142,7 +142,9 @@ def test_locked_run_is_waited_for(bert, task, tmp_path, monkeypatch):
         with lock_run(run.path):
             taken.set()
             time.sleep(0.5)
-            (run.path / "run.json").write_text(text)
+            # Replaced as a whole: the sweep must not read a half-written file.
+            (tmp_path / "done.json").write_text(text, encoding="utf-8")
+            (tmp_path / "done.json").replace(run.path / "run.json")
 
     taken = threading.Event()
     holder = threading.Thread(target=hold)

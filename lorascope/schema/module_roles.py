@@ -74,21 +74,17 @@ def role_inside(tail: str) -> str:
         return "norm"
     if _POSITION.search(leaf):
         return "pos_embed"
-    role = _ROLE_OF_LEAF.get(leaf) or _role_of_shared_leaf(leaf, above)
+    role = _ROLE_OF_LEAF.get(leaf, "other")
+    if leaf in ("dense", "out_proj", "c_proj", "wo"):  # names of both attention and feed-forward outputs
+        if "att" in above:
+            role = "o"
+        elif leaf == "dense":
+            role = {"intermediate": "ffn_in", "output": "ffn_out"}.get(above, "other")
+        else:
+            role = "other" if leaf == "out_proj" else "ffn_out"
     if _CROSS_ATTENTION.search(above):
         return f"cross_{role}" if role in ATTENTION else "other"
     return role
-
-
-def _role_of_shared_leaf(leaf: str, above: str) -> str:
-    """Return the role for leaf names used both for attention outputs and in feed-forward modules."""
-    if leaf not in ("dense", "out_proj", "c_proj", "wo"):
-        return "other"
-    if "att" in above:
-        return "o"
-    if leaf == "dense":
-        return {"intermediate": "ffn_in", "output": "ffn_out"}.get(above, "other")
-    return "other" if leaf == "out_proj" else "ffn_out"
 
 
 def role_outside(name: str) -> str:

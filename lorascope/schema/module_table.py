@@ -11,6 +11,7 @@ import difflib
 import itertools
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,15 +34,8 @@ from lorascope.schema.module_roles import (
 
 __all__ = ["ROLES", "Place", "describe", "gated_input", "match", "parse", "position"]
 
-_DTYPES = {
-    "module": "str",
-    "stack": "str",
-    "layer": "Int16",
-    "role": "str",
-    "out_features": "Int64",
-    "in_features": "Int64",
-    "tied": "str",
-}
+_SIZES = {"out_features": "Int64", "in_features": "Int64"}
+_DTYPES = {"module": "str", "stack": "str", "layer": "Int16", "role": "str", **_SIZES, "tied": "str"}
 
 
 @dataclass
@@ -52,7 +46,7 @@ class _Row:
     role: str
     kind: str
     source: Any
-    weight: Any = None
+    weight: Any  # a block has none, so it is its own
     outer: int = 0
     inner: int = 0
 
@@ -77,20 +71,16 @@ def describe(model: Any) -> pd.DataFrame:
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     rows = list(_collect(model, "", None))
     _assign_end_roles(model, rows)
-    return pd.DataFrame(_drop_tied(rows), columns=list(_DTYPES)).astype(_DTYPES)
-
-
-def _drop_tied(rows: list[_Row]) -> Iterator[tuple[Any, ...]]:
-    """Yield one table row per weight: the embedding's if an embedding uses the weight, else the first use."""
-    uses: dict[int, list[_Row]] = {}
-    # A block has no weight, so it is its own group.
+    uses: dict[int, list[_Row]] = defaultdict(list)
     for row in rows:
-        uses.setdefault(id(row if row.weight is None else row.weight), []).append(row)
+        uses[id(row.weight)].append(row)
+    table = []
     for row in rows:
-        group = uses[id(row if row.weight is None else row.weight)]
+        group = uses[id(row.weight)]
         if row is next((use for use in group if use.kind == "embedding"), group[0]):
-            others = ",".join(use.module for use in group if use is not row)
-            yield row.module, row.stack, row.layer, row.role, row.outer or None, row.inner or None, others
+            tied = ",".join(use.module for use in group if use is not row)
+            table.append((row.module, row.stack, row.layer, row.role, row.outer or None, row.inner or None, tied))
+    return pd.DataFrame(table, columns=list(_DTYPES)).astype(_DTYPES)
 
 
 def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[_Row]:
@@ -105,7 +95,7 @@ def _collect(module: Any, path: str, block: tuple[str, int] | None) -> Iterator[
     for name, child in host.named_children():
         below = f"{path}.{name}".lstrip(".")
         if name in blocks:
-            start = _Row(below, stack_of(below), int(name), "block", "block", child)
+            start = _Row(below, stack_of(below), int(name), "block", "block", child, weight=child)
             rows = list(_collect(child, below, (below, int(name))))
             _correct_roles(rows)
             yield from (start, *rows)
@@ -124,10 +114,9 @@ def _unwrap_peft(module: Any) -> Any:
 def _find_blocks(host: Any, path: str) -> set[str]:
     """Return the numbered children that are blocks: of one class or with a block's name, and several weights each."""
     children = dict(host.named_children())
-    if not children or list(children) != [str(i) for i in range(len(children))]:
-        return set()
     alike = len(children) > 1 and len({type(child) for child in children.values()}) == 1
-    if not alike and parse(f"{path}.0").role != "block":
+    numbered = list(children) == [str(i) for i in range(len(children))]
+    if not numbered or not (alike or parse(f"{path}.0").role == "block"):
         return set()
     return {name for name, child in children.items() if sum(1 for _ in _collect(child, name, (name, 0))) > 1}
 
@@ -153,14 +142,11 @@ def _make_row(path: str, block: tuple[str, int] | None, module: Any, host: Any, 
 
 
 def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
-    """Assign the roles of the head and of patch embeddings (convolutions before the first block).
-
-    The head is the linear that the model declares as its output embeddings. Otherwise it is the last linear outside the
-    blocks and the base model.
-    """
+    """Assign the roles of the head and of patch embeddings (convolutions before the first block)."""
     for row in itertools.takewhile(lambda row: row.role != "block", rows):
         if row.kind == "conv":
             row.role = "embed"
+    # The head is the declared output embedding, otherwise the last linear outside the blocks and the base model.
     linears = [row for row in rows if row.kind == "linear" and row.layer is None]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if output is not None:
@@ -175,25 +161,21 @@ def _assign_end_roles(model: Any, rows: list[_Row]) -> None:
 def _correct_roles(rows: list[_Row]) -> None:
     """Correct the roles within one block that depend on the sizes of neighboring linears."""
     linears = [row for row in rows if row.kind == "linear"]
-    groups: dict[str, list[_Row]] = {}
+    groups: dict[str, list[_Row]] = defaultdict(list)
     for row in linears:
-        groups.setdefault(row.module.rpartition(".")[0], []).append(row)
+        groups[row.module.rpartition(".")[0]].append(row)
     for group in groups.values():
         roles = {row.role for row in group}
         if not roles & {"q", "k", "v", "qkv"} and "o" in roles:
-            _find_fused(group)
+            # A fused projection has as many outputs as "o" has inputs, plus twice a divisor of that (GQA).
+            o = next(row for row in group if row.role == "o")
+            for row in group:
+                twice_kv = row.outer - o.inner
+                if row.role == "other" and row.inner == o.outer and twice_kv > 0 and 2 * o.inner % twice_kv == 0:
+                    row.role = "qkv"
         elif not roles & {*ATTENTION, *CROSS, "qkv"}:
             _find_feed_forward(group)
     _find_cross(linears)
-
-
-def _find_fused(group: list[_Row]) -> None:
-    """Assign ``qkv`` to fused projections: as many outputs as ``o`` has inputs, plus twice a divisor of that (GQA)."""
-    output = next(row for row in group if row.role == "o")
-    for row in group:
-        twice_kv = row.outer - output.inner
-        if row.role == "other" and row.inner == output.outer and twice_kv > 0 and 2 * output.inner % twice_kv == 0:
-            row.role = "qkv"
 
 
 def _find_feed_forward(group: list[_Row]) -> None:
@@ -251,9 +233,8 @@ def match(description: pd.DataFrame, targets: str | Sequence[str], called: str =
     ValueError
         A target matches no module, or the sequence is empty.
     """
-    wanted = [targets] if isinstance(targets, str) else list(targets)
     chosen: set[str] = set()
-    for target in wanted:
+    for target in [targets] if isinstance(targets, str) else targets:
         found = _choose_modules(description, target, isinstance(targets, str), called)
         if not found:
             raise ValueError(f"{called}: {target!r} matches no module {_suggest_names(description, target)}")
@@ -272,10 +253,9 @@ def _choose_modules(description: pd.DataFrame, target: str, pattern: bool, calle
         return description["module"][(role == target) | fused].tolist()
     if not pattern:
         return [target] if target in _all_names(description) else []
+    matrices = description[description["out_features"].notna()]
     try:
-        return [
-            name for name in _all_names(description[description["out_features"].notna()]) if re.fullmatch(target, name)
-        ]
+        return [name for name in _all_names(matrices) if re.fullmatch(target, name)]
     except re.error as error:
         raise ValueError(f"{called} must be a role or a regular expression, got {target!r}: {error}") from None
 

@@ -15,10 +15,8 @@ import regex
 
 from lorascope.files.printable import printable
 
-MAX_MATCHES = 10_000_000
-"""Maximum number of matches, patterns times modules; this many take about half a minute."""
-MAX_SECONDS = 0.5
-"""Maximum total matching time of the patterns that can backtrack."""
+MAX_MATCHES = 10_000_000  # patterns times modules; this many take about half a minute
+MAX_SECONDS = 0.5  # total matching time of the patterns that can backtrack
 _MAX_KEY = 1000  # characters
 # Only expressions with these characters can take exponential time.
 _BACKTRACKS = re.compile(r"[*+?{|]")
@@ -74,36 +72,25 @@ class Patterns:
         """Return whether a key matches a module; all matches share the limits."""
         self._left -= 1
         pattern = self._patterns[key]
-        found = (
-            pattern.match(module) is not None
-            if isinstance(pattern, re.Pattern)
-            else self._is_timed_match(pattern, module)
-        )
+        if isinstance(pattern, re.Pattern):
+            found: object = pattern.match(module)
+        else:
+            start = time.monotonic()
+            try:
+                found = pattern.match(module, timeout=max(self._seconds, 1e-3))
+            except TimeoutError:
+                found, self._seconds = None, 0.0
+            self._seconds -= time.monotonic() - start
         if self._left < 0 or self._seconds <= 0:
             raise ValueError(
                 f"cannot read {printable(self._name)}: matching the pattern {printable(key[:100])!r} with the names "
                 "of the modules takes too long"
             )
-        return found
-
-    def _is_timed_match(self, pattern: regex.Pattern[str], module: str) -> bool:
-        start = time.monotonic()
-        try:
-            return pattern.match(module, timeout=max(self._seconds, 1e-3)) is not None
-        except TimeoutError:
-            self._seconds = 0.0
-            return False
-        finally:
-            self._seconds -= time.monotonic() - start
+        return found is not None
 
 
 class Ends:
-    """Index of names by suffix.
-
-    Parameters
-    ----------
-    names : iterable of str
-    """
+    """Index of names by suffix."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._reversed = sorted(name[::-1] for name in names)

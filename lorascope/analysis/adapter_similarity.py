@@ -8,22 +8,19 @@ classifier head, are excluded.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import combinations
-from typing import Any
+from itertools import combinations, product
 
 import numpy as np
 import pandas as pd
 
-from lorascope.analysis.leading_directions import Directions, chance_angle, leading_singular_vectors, mean_angle
+from lorascope.analysis.leading_directions import angle_and_chance, leading_singular_vectors
 from lorascope.runs.result import Result
-from lorascope.updates import Update
 from lorascope.updates.linalg import one_thread
 
 DIRECTIONS = 8
 """Number of leading singular vectors of each update that are compared."""
 SIDE = 1024
 """Largest smaller side of a dense update that is decomposed by default."""
-_MODULES = ("one", "other", "module", "norm_ratio", "cosine", "angle", "chance", "inner")
 
 
 def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
@@ -54,17 +51,37 @@ def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
         A module has different shapes in two runs, so they are not of the same model.
     """
     updates = {label: run.updates() for label, run in runs.items()}
-    tables = {label: _summary_table(run) for label, run in runs.items()}
+    tables = {label: _summary_table(run)["update_norm"] for label, run in runs.items()}
     rows = []
     with one_thread():
         for module in dict.fromkeys(name for table in tables.values() for name in table.index):
-            holding = [label for label, table in tables.items() if module in table.index]
-            if len(holding) > 1:
-                found = {label: updates[label][module] for label in holding if module in updates[label]}
-                _check_shapes(module, found)
-                sizes = {label: float(tables[label].loc[module, "update_norm"]) for label in holding}
-                rows += [{"module": module} | row for row in _compare_pairs(found, sizes, spectra)]
-    return pd.DataFrame(rows, columns=list(_MODULES))
+            sizes = {label: float(table[module]) for label, table in tables.items() if module in table.index}
+            if len(sizes) < 2:
+                continue
+            found = {label: updates[label][module] for label in sizes if module in updates[label]}
+            # Decomposing a large dense update is slow, so the caller has to request it.
+            directions = {
+                label: leading_singular_vectors(update, DIRECTIONS)
+                for label, update in found.items()
+                if 0 < sizes[label] < np.inf and (spectra or update.thin is not None or min(update.shape) <= SIDE)
+            }
+            for one, other in combinations(sizes, 2):
+                dot, angle, chance = np.nan, np.nan, np.nan
+                if one in found and other in found:
+                    shapes = found[one].shape, found[other].shape
+                    if shapes[0] != shapes[1]:
+                        raise ValueError(
+                            f"cannot compare {one} and {other}: {module} is {shapes[0]} in {one} and {shapes[1]} in "
+                            f"{other}. Compare adapters of one model"
+                        )
+                    # Updates that are not finite are excluded from the sums over modules, as they are from the norms.
+                    finite = np.isfinite(sizes[one]) and np.isfinite(sizes[other])
+                    dot = found[one].inner(found[other]) if finite else 0.0
+                if one in directions and other in directions:
+                    angle, chance = angle_and_chance(directions[one], directions[other])
+                cosine = _ratio(dot, sizes[one] * sizes[other])
+                rows.append((one, other, module, _ratio(sizes[one], sizes[other]), cosine, angle, chance, dot))
+    return pd.DataFrame(rows, columns=["one", "other", "module", "norm_ratio", "cosine", "angle", "chance", "inner"])
 
 
 def matrix(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
@@ -73,7 +90,7 @@ def matrix(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     runs : mapping label -> Run
-        Runs or adapters of the same model.
+        See ``modules``.
     shared : DataFrame
         The result of ``modules(runs)``.
 
@@ -87,23 +104,26 @@ def matrix(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
     """
     tables = {label: _summary_table(run) for label, run in runs.items()}
     norms = {label: float(np.sqrt((table["update_norm"] ** 2).sum())) for label, table in tables.items()}
+    by_pair = {frozenset(pair): rows for pair, rows in shared.groupby(["one", "other"])}
     rows = []
-    for one in runs:
-        for other in runs:
-            same = shared[((shared["one"] == one) & (shared["other"] == other)) | _is_reversed(shared, one, other)]
-            entry = {"one": one, "other": other, "norm_ratio": _ratio(norms[one], norms[other])}
-            entry |= {"rank_moved": _moved_fraction(tables[one]["rank"], tables[other]["rank"])}
-            entry |= {
-                "energy_moved": _moved_fraction(tables[one]["update_norm"] ** 2, tables[other]["update_norm"] ** 2)
-            }
-            if one == other:
-                entry |= {"cosine": 1.0 if norms[one] else np.nan, "angle": 0.0, "shared": len(tables[one])}
-            else:
-                # Without a common module the inner product is 0; if one update was not saved it is unknown.
-                total = same["inner"].sum(skipna=False) if len(same) else 0.0
-                entry |= {"cosine": _ratio(total, norms[one] * norms[other]), "shared": len(same)}
-                entry |= {"angle": same["angle"].mean(), "chance": same["chance"].mean()}
-            rows.append(entry)
+    for one, other in product(runs, repeat=2):
+        first, second = tables[one], tables[other]
+        entry = {
+            "one": one,
+            "other": other,
+            "norm_ratio": _ratio(norms[one], norms[other]),
+            "rank_moved": _moved_fraction(first["rank"], second["rank"]),
+            "energy_moved": _moved_fraction(first["update_norm"] ** 2, second["update_norm"] ** 2),
+        }
+        if one == other:
+            entry |= {"cosine": 1.0 if norms[one] else np.nan, "angle": 0.0, "shared": len(first)}
+        else:
+            same = by_pair.get(frozenset((one, other)), shared[:0])
+            # Without a common module the inner product is 0; if one update was not saved it is unknown.
+            total = same["inner"].sum(skipna=False) if len(same) else 0.0
+            entry |= {"cosine": _ratio(total, norms[one] * norms[other]), "shared": len(same)}
+            entry |= {"angle": same["angle"].mean(), "chance": same["chance"].mean()}
+        rows.append(entry)
     names = ("norm_ratio", "cosine", "angle", "chance", "rank_moved", "energy_moved", "shared")
     return pd.DataFrame(rows, columns=["one", "other", *names])
 
@@ -112,46 +132,6 @@ def _summary_table(run: Result) -> pd.DataFrame:
     """Return the summary by module; if the run has updates, without modules saved as full weights, such as a head."""
     table, updates = run.summary().set_index("module"), run.updates()
     return table[table.index.isin(list(updates))] if len(updates) else table
-
-
-def _compare_pairs(updates: Mapping[str, Update], sizes: Mapping[str, float], spectra: bool) -> list[dict[str, Any]]:
-    """Return a row for each pair of runs that update the module."""
-    sound = {label: update for label, update in updates.items() if np.isfinite(sizes[label]) and sizes[label] > 0}
-    # Decomposing a large dense update is slow, so the caller has to request it.
-    directions = {
-        label: leading_singular_vectors(update, DIRECTIONS)
-        for label, update in sound.items()
-        if spectra or update.thin is not None or min(update.shape) <= SIDE
-    }
-    rows = []
-    for one, other in combinations(sizes, 2):
-        both = one in updates and other in updates
-        # Updates that are not finite are excluded from the sums over modules, as they are from the norms.
-        finite = np.isfinite(sizes[one]) and np.isfinite(sizes[other])
-        product = (updates[one].inner(updates[other]) if finite else 0.0) if both else np.nan
-        angle, chance = _angle(directions.get(one), directions.get(other))
-        entry = {"one": one, "other": other, "norm_ratio": _ratio(sizes[one], sizes[other])}
-        entry |= {"cosine": _ratio(product, sizes[one] * sizes[other]), "angle": angle, "chance": chance}
-        rows.append(entry | {"inner": product})
-    return rows
-
-
-def _angle(one: Directions | None, other: Directions | None) -> tuple[float, float]:
-    """Return the mean principal angle and its random baseline, in degrees."""
-    if one is None or other is None:
-        return np.nan, np.nan
-    k = min(one.left.shape[1], other.left.shape[1])  # the baseline has to use as many directions as mean_angle
-    return mean_angle(one, other), float(np.mean([chance_angle(len(side), k, k) for side in one]))
-
-
-def _check_shapes(module: str, updates: Mapping[str, Update]) -> None:
-    shapes = {label: update.shape for label, update in updates.items()}
-    for one, other in combinations(shapes, 2):
-        if shapes[one] != shapes[other]:
-            raise ValueError(
-                f"cannot compare {one} and {other}: {module} is {shapes[one]} in {one} and {shapes[other]} in {other}. "
-                "Compare adapters of one model"
-            )
 
 
 def _ratio(value: float, other: float) -> float:
@@ -165,7 +145,3 @@ def _moved_fraction(one: pd.Series, other: pd.Series) -> float:
     first, second = (values.astype("float64") / float(values.sum()) for values in (one, other))
     # A module that only one run adapts has fraction 0 in the other.
     return float(first.sub(second, fill_value=0.0).abs().sum() / 2)
-
-
-def _is_reversed(shared: pd.DataFrame, one: str, other: str) -> pd.Series:
-    return (shared["one"] == other) & (shared["other"] == one)

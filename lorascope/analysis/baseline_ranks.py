@@ -46,10 +46,8 @@ def random(modules: Sequence[str], budget: int, seed: int, cap: int | None = Non
 
     Parameters
     ----------
-    modules : sequence of str
-        Module names in model order.
-    budget : int
-        Sum of the ranks.
+    modules, budget
+        See ``uniform``.
     seed : int
         Random seed. The same seed, modules, budget and cap give the same ranks.
     cap : int, optional

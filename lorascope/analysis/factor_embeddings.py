@@ -46,10 +46,8 @@ class FactorSet:
     ----------
     shape : tuple of int
         Common shape of the factors: (rank, width), or (width,) for spaces.
-    modules, factors : sequence of str
-        Module and factor ("A" or "B") of each slot.
-    runs, domains : sequence of str
-        Name and domain of each run.
+    modules, factors, runs, domains : sequence of str
+        Module and factor ("A" or "B") of each slot, and name and domain of each run.
     cosine : array (slot, run, slot, run)
         Cosine between points. For spaces ``|U_1^T U_2|_F^2 / sqrt(k_1 k_2)``, the cosine of their projections.
     """
@@ -118,19 +116,49 @@ def clouds(
     runs, modules = list(updates), common_modules(updates)
     if not modules:
         raise ValueError(f"cannot compare runs {', '.join(runs)}: they have no adapted module in common")
-    slots = defaultdict(list)
+    slots = defaultdict(list)  # by shape, because a cosine needs arrays of the same shape
     for factor in factors:
         for module in modules:
             arrays = [view_factor(updates[run][module], factor, view, f"{module} in run {run}") for run in runs]
-            slots[_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
+            slots[_common_shape(arrays, view, f"{factor} of {module}")].append((module, factor, arrays))
     found = []
-    for shape, members in slots.items():  # a cosine needs arrays of the same shape, so each shape is a separate set
-        arrays = [array for _, _, of_runs in members for array in of_runs]
+    for shape, members in slots.items():
+        names, kinds, by_slot = map(list, zip(*members, strict=True))
+        points = [array for arrays in by_slot for array in arrays]
         size = (len(members), len(runs))
-        names, kinds = [module for module, _, _ in members], [factor for _, factor, _ in members]
-        cosine = (_subspace_overlaps(arrays) if view == "space" else _cosines(arrays)).reshape(*size, *size)
+        cosine = (_subspace_overlaps(points) if view == "space" else _cosines(points)).reshape(*size, *size)
         found.append(FactorSet(shape, names, kinds, runs, [domains[run] for run in runs], cosine))
     return found
+
+
+def _common_shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[int, ...]:
+    if len(widths := sorted({array.shape[1] for array in arrays})) > 1:
+        listed = " and ".join(map(str, widths))
+        raise ValueError(f"{name} must have the same width in all runs, got {listed}: compare runs of one model")
+    shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
+    if len(shapes) > 1:
+        listed = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+        raise ValueError(
+            f"{name} must have the same rank in all runs, got shapes {listed}: use view='space' for different ranks"
+        )
+    return shapes.pop()
+
+
+def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
+    flat = np.array([array.ravel() for array in arrays], dtype=np.float64)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    return flat @ flat.T
+
+
+def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
+    """Compute ``|U_1^T U_2|_F^2 / sqrt(k_1 k_2)`` for every pair of bases, given as rows."""
+    sizes = np.array([len(rows) for rows in bases])
+    # One product of all bases with each other, then a sum over the block of each pair, is faster than a loop.
+    stacked = np.concatenate(bases)
+    first = np.cumsum(sizes) - sizes
+    squares = (stacked @ stacked.T) ** 2
+    sums = np.add.reduceat(np.add.reduceat(squares, first, axis=0), first, axis=1)
+    return sums / np.sqrt(np.outer(sizes, sizes))
 
 
 def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
@@ -141,16 +169,12 @@ def basis(update: LowRank, factor: Factor) -> Float[np.ndarray, "width k"]:
     factor may have been scaled once more. A float32 array whose lower 16 bits are all zero was saved as bfloat16.
     """
     columns = update.A.T if factor == "A" else update.B
+    eps = float(np.finfo(columns.dtype).eps)
+    if columns.dtype == np.float32 and not np.any(np.ascontiguousarray(columns).view(np.uint32) & 0xFFFF):
+        eps = 2.0**-7  # bfloat16
     U, sigma, _ = np.linalg.svd(as_float64(columns), full_matrices=False)
-    kept = np.count_nonzero(sigma > _eps(columns) * np.linalg.norm(sigma))
+    kept = np.count_nonzero(sigma > eps * np.linalg.norm(sigma))
     return U[:, : min(int(kept), numerical_rank(sigma, columns.shape))]
-
-
-def _eps(array: np.ndarray) -> float:
-    """Return the machine epsilon of the precision an array was saved in."""
-    if array.dtype == np.float32 and not np.any(np.ascontiguousarray(array).view(np.uint32) & 0xFFFF):
-        return 2.0**-7
-    return float(np.finfo(array.dtype).eps)
 
 
 def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"]:
@@ -160,10 +184,13 @@ def canonical(update: LowRank, factor: Factor) -> Float[np.ndarray, "rank width"
     its nominal rank, the missing components are rows of zeros: sqrt(0) times an arbitrary vector.
     """
     U, sigma, V = update.svd()
-    largest = np.abs(U).argmax(axis=0)
-    signs = np.sign(np.take_along_axis(U, largest[None], axis=0))
-    rows = (np.sqrt(sigma) * signs * (V if factor == "A" else U)).T
+    rows = (np.sqrt(sigma) * _signs(U) * (V if factor == "A" else U)).T
     return np.vstack([rows, np.zeros((update.rank - len(rows), rows.shape[1]))])
+
+
+def _signs(columns: Float[np.ndarray, "n k"]) -> Float[np.ndarray, "1 k"]:
+    """Return the sign of the largest entry of each column."""
+    return np.sign(np.take_along_axis(columns, np.abs(columns).argmax(axis=0)[None], axis=0))
 
 
 def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Float[np.ndarray, "k width"]:
@@ -174,10 +201,11 @@ def view_factor(update: LowRank, factor: Factor, view: View, where: str) -> Floa
     ValueError
         The factor is zero or not finite, so it has no direction.
     """
-    own = update.A if factor == "A" else update.B
-    if not all_finite(own, *((update.A, update.B) if view == "canonical" else ())):
+    array = update.A if factor == "A" else update.B.T
+    if not all_finite(array, *((update.A, update.B) if view == "canonical" else ())):
         raise ValueError(f"{factor} of {where} must be finite, got NaN or infinity: exclude this run")
-    array = _array(update, factor, view)
+    if view != "raw":
+        array = basis(update, factor).T if view == "space" else canonical(update, factor)
     if not array.any():
         raise ValueError(f"{factor} of {where} must be nonzero, got all zeros: train the run first")
     return array
@@ -193,8 +221,7 @@ def pca(cloud: FactorSet, size: int = 2) -> Float[np.ndarray, "point size"]:
     # Centering rows and columns turns the cosines into inner products of centered points, as PCA needs them.
     values, vectors = np.linalg.eigh((centered + centered.T) / 2)
     vectors = vectors[:, ::-1][:, :size]  # eigh sorts eigenvalues in ascending order
-    signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0))
-    return vectors * signs * np.sqrt(np.maximum(values[::-1][:size], 0.0))
+    return vectors * _signs(vectors) * np.sqrt(np.maximum(values[::-1][:size], 0.0))
 
 
 def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = None) -> Float[np.ndarray, "point 2"]:
@@ -229,41 +256,3 @@ def tsne(cloud: FactorSet, perplexity: float | None = None, seed: int | None = N
 def default_perplexity(points: int) -> float:
     """Return the default perplexity: the paper's 30, or a third of the points if that is smaller."""
     return min(_PAPER_PERPLEXITY, points / 3)
-
-
-def _array(update: LowRank, factor: Factor, view: View) -> Float[np.ndarray, "k width"]:
-    if view == "space":
-        return basis(update, factor).T
-    if view == "canonical":
-        return canonical(update, factor)
-    return update.A if factor == "A" else update.B.T
-
-
-def _shape(arrays: Sequence[np.ndarray], view: View, name: str) -> tuple[int, ...]:
-    if len(widths := sorted({array.shape[1] for array in arrays})) > 1:
-        listed = " and ".join(map(str, widths))
-        raise ValueError(f"{name} must have the same width in all runs, got {listed}: compare runs of one model")
-    shapes = {array.shape[1:] if view == "space" else array.shape for array in arrays}
-    if len(shapes) > 1:
-        listed = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
-        raise ValueError(
-            f"{name} must have the same rank in all runs, got shapes {listed}: use view='space' for different ranks"
-        )
-    return shapes.pop()
-
-
-def _cosines(arrays: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
-    flat = np.array([array.ravel() for array in arrays], dtype=np.float64)
-    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
-    return flat @ flat.T
-
-
-def _subspace_overlaps(bases: Sequence[np.ndarray]) -> Float[np.ndarray, "point point"]:
-    """Compute ``|U_1^T U_2|_F^2 / sqrt(k_1 k_2)`` for every pair of bases, given as rows."""
-    sizes = np.array([len(rows) for rows in bases])
-    # One product of all bases with each other, then a sum over the block of each pair, is faster than a loop.
-    stacked = np.concatenate(bases)
-    first = np.cumsum(sizes) - sizes
-    squares = (stacked @ stacked.T) ** 2
-    sums = np.add.reduceat(np.add.reduceat(squares, first, axis=0), first, axis=1)
-    return sums / np.sqrt(np.outer(sizes, sizes))

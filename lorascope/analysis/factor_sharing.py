@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from lorascope.analysis.factor_embeddings import (
     VIEWS,
@@ -44,18 +44,12 @@ def numbers(
 
     Parameters
     ----------
-    updates : mapping run -> module -> update
-        At least two runs per domain.
-    domains : mapping run -> str
-        Domain of the text that a run was trained on.
-    factors : sequence of {"A", "B"}
-        Factors to measure, by default both.
+    updates, domains, factors
+        See ``clouds``; at least two runs per domain.
     views : sequence of {"raw", "canonical", "space"}
         Views to measure, by default all; see ``factor_embeddings``.
-    draws : int
-        Number of permutations for the p-values, 999 by default.
-    seed : int
-        Seed of the permutations, 0 by default.
+    draws, seed : int
+        Number (999 by default) and seed of the permutations for the p-values.
 
     Returns
     -------
@@ -94,15 +88,15 @@ def retrieval(cloud: FactorSet) -> pd.DataFrame:
     ValueError
         There is only one domain.
     """
-    table = cloud.table()
-    other = _differing_domains(cloud.domains)
+    table, names = cloud.table(), np.array(cloud.domains)
+    other = names[:, None] != names[None, :]
     if not other.any():
         raise ValueError(f"domains must contain at least 2 different ones, got only {cloud.domains[0]!r}")
     across = np.where(other[None, :, None, :], cloud.cosine, -np.inf)  # -inf excludes factors of the same domain
     nearest = _nearest_fractions(across.reshape(len(table), -1)).reshape(across.shape)
     own = np.eye(len(cloud.modules), dtype=bool)[:, None, :, None]
     same = (nearest * own).sum(axis=(2, 3))
-    cosine = (slot_cosines(cloud) * other).sum(axis=2) / other.sum(axis=1)
+    cosine = (_slot_cosines(cloud) * other).sum(axis=2) / other.sum(axis=1)
     return table.assign(same=same.ravel(), chance=1 / len(cloud.modules), cosine=cosine.ravel())
 
 
@@ -118,14 +112,14 @@ def mean_angle(updates: Updates, domains: Mapping[str, str], factor: Factor) -> 
     The mean is over angles, pairs of runs, and the modules that all runs adapt. A factor that is zero or not finite
     raises a ValueError.
     """
+    runs = [(one, two) for one in updates for two in updates if one < two and domains[one] != domains[two]]
     means = []
     for module in common_modules(updates):
         bases = {
             run: view_factor(found[module], factor, "space", f"{module} in run {run}").T
             for run, found in updates.items()
         }
-        pairs = [(one, two) for one in bases for two in bases if one < two and domains[one] != domains[two]]
-        means += [np.degrees(principal_angles(bases[one], bases[two])).mean() for one, two in pairs]
+        means += [np.degrees(principal_angles(bases[one], bases[two])).mean() for one, two in runs]
     return float(np.mean(means))
 
 
@@ -140,10 +134,8 @@ def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dic
     ----------
     found : sequence of FactorSet
         Sets of the same runs.
-    draws : int
-        Number of permutations, 999 by default.
-    seed : int
-        Seed of the permutations, 0 by default.
+    draws, seed : int
+        Number (999 by default) and seed of the permutations.
 
     Returns
     -------
@@ -162,34 +154,21 @@ def identity(found: Sequence[FactorSet], draws: int = 999, seed: int = 0) -> dic
     _, labels = np.unique(np.array(found[0].domains), return_inverse=True)
     shuffled = np.random.default_rng(seed).permuted(np.tile(labels, (draws, 1)), axis=1)
     drawn = np.concatenate([labels[None], shuffled])  # the first row is the true labeling
-    cosine = np.concatenate([slot_cosines(cloud) for cloud in found])
+    cosine = np.concatenate([_slot_cosines(cloud) for cloud in found])
+    others = np.where(np.eye(cosine.shape[1], dtype=bool), -np.inf, cosine)  # a factor is not its own neighbor
+    same = drawn[:, :, None] == drawn[:, None, :]
+    nearest = np.einsum("sij,dij->d", _nearest_fractions(others), same) / others[..., 0].size
     result: dict[str, float] = {}
-    for name, values in {"neighbour": neighbours(cosine, drawn), "silhouette": silhouettes(cosine, drawn)}.items():
+    for name, values in {"neighbour": nearest, "silhouette": silhouettes(cosine, drawn)}.items():
         reached = np.count_nonzero(values >= values[0] - _TIE)  # this counts the unpermuted value as well
-        result |= {
-            name: float(values[0]),
-            f"{name}_chance": float(values[1:].mean()),
-            f"{name}_p": reached / len(drawn),
-        }
+        result |= {name: float(values[0]), f"{name}_chance": float(values[1:].mean())}
+        result[f"{name}_p"] = reached / len(drawn)
     return result
 
 
-def slot_cosines(cloud: FactorSet) -> Float[np.ndarray, "slot run run"]:
+def _slot_cosines(cloud: FactorSet) -> Float[np.ndarray, "slot run run"]:
     """Return the cosines between the factors of different runs in the same slot."""
     return np.einsum("sisj->sij", cloud.cosine)
-
-
-def neighbours(
-    cosine: Float[np.ndarray, "slot run run"], labels: Int[np.ndarray, "draw run"]
-) -> Float[np.ndarray, "draw"]:
-    """Compute for each labeling the fraction of factors whose nearest neighbor has their label, over slots and runs."""
-    runs = cosine.shape[1]
-    # The diagonal is excluded because a factor is not its own neighbor.
-    nearest = _nearest_fractions(np.where(np.eye(runs, dtype=bool), -np.inf, cosine).reshape(-1, runs)).reshape(
-        cosine.shape
-    )
-    same = labels[:, :, None] == labels[:, None, :]
-    return np.einsum("sij,dij->d", nearest, same) / (len(cosine) * runs)
 
 
 def silhouettes(
@@ -212,12 +191,7 @@ def silhouettes(
     return separation.mean(axis=(1, 2))
 
 
-def _differing_domains(domains: Sequence[str]) -> Bool[np.ndarray, "run run"]:
-    names = np.array(domains)
-    return names[:, None] != names[None, :]
-
-
-def _nearest_fractions(cosine: Float[np.ndarray, "point other"]) -> Float[np.ndarray, "point other"]:
+def _nearest_fractions(cosine: Float[np.ndarray, "*point other"]) -> Float[np.ndarray, "*point other"]:
     """Return for each point the weights of its nearest neighbors: they sum to one, and ties split them evenly."""
-    tied = cosine >= cosine.max(axis=1, keepdims=True) - _TIE
-    return tied / tied.sum(axis=1, keepdims=True)
+    tied = cosine >= cosine.max(axis=-1, keepdims=True) - _TIE
+    return tied / tied.sum(axis=-1, keepdims=True)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
 
-from lorascope.runs.layout import Lazy
+from lorascope.analysis.initial_update import at_start
 from lorascope.runs.result import Result
 from lorascope.updates import Fourier, fourier
+from lorascope.updates.linalg import as_float64
 
 _RECORDED = {"coefficient_gradient": "gradient", "coefficient_importance": "importance"}
-OTHERS = ("random", "orthogonal")  # on these bases a run saves its coefficients and a seed, but no update
 
 
 def updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
@@ -39,10 +37,7 @@ def basis(run: Result) -> Mapping[str, str]:
 def since_start(run: Result, step: int | None = None) -> dict[str, Fourier]:
     """Return the learned Fourier updates ΔW - ΔW₀ by module; empty if the initial updates were not saved."""
     last = updates(run, step)
-    try:
-        first = run.updates(0) if last else {}
-    except ValueError:  # no snapshot of step 0
-        return {}
+    first = at_start(run.updates) if last else {}
     return {module: update - first[module] for module, update in last.items() if module in first}
 
 
@@ -51,72 +46,37 @@ def corner(shape: tuple[int, int]) -> float:
     return math.hypot(shape[0] // 2, shape[1] // 2)
 
 
-def on_other_bases(run: Result, step: int | None = None) -> Mapping[str, Any]:
-    """Return the learned updates on a random or orthogonal basis by module, computed on access.
-
-    The mapping is empty for the Fourier basis, for other methods, and if the initial coefficients were not saved.
-    """
-    recipe = run.meta.recipe
-    if basis(run).get("basis") not in OTHERS:
-        return {}
-    try:
-        first, last = run.factors(0), run.factors(step)
-    except ValueError:  # no snapshot of step 0
-        return {}
-    sides = run.modules.set_index("module")[["out_features", "in_features"]]
-    drawn = cache(partial(fourier.bases, seed=recipe["entry_seed"], kind=recipe["basis"]))
-
-    def make(module: str) -> Any:
-        outer, inner = map(int, sides.loc[module])
-        change = last[module]["coefficients"] - first[module]["coefficients"]
-        return fourier.on_bases(change, last[module]["entries"], *drawn((outer, inner)), recipe["alpha"])
-
-    return Lazy([module for module in last if module in first], make)
-
-
 def spectrum(run: Result, step: int | None = None) -> pd.DataFrame:
-    """Return everything a run recorded about its Fourier coefficients, one row per coefficient.
-
-    Parameters
-    ----------
-    run : Run
-        A run with Fourier updates.
-    step : int, optional
-        A step with a snapshot of the factors; the last by default.
+    """Return everything a run recorded about its Fourier coefficients at a step with a snapshot, by default the last.
 
     Returns
     -------
     DataFrame
-        ``module, index``; ``row, column`` (the entry, from 0), ``radius`` (its distance from frequency zero) and
-        ``mirrored`` (whether its mirror is another entry, so both are one frequency); ``coefficient`` and its initial
-        value ``start``; ``gradient`` and ``importance`` as ``observe.coefficients`` recorded them at this step. Values
-        that were not recorded are NaN.
+        One row per coefficient: ``module, index``; ``row, column`` (the entry, from 0), ``radius`` (its distance from
+        frequency zero) and ``mirrored`` (whether its mirror is another entry, so both are one frequency);
+        ``coefficient`` and its initial value ``start``; ``gradient`` and ``importance`` as ``observe.coefficients``
+        recorded them at this step. Values that were not recorded are NaN.
     """
-    found, first = updates(run, step), since_start(run, step)
+    found = updates(run, step)
+    first = at_start(run.updates) if found else {}
     table = run.table
     at = table[table["step"] == (table["step"].max() if step is None else step)]
     recorded = at[at["quantity"].isin(_RECORDED)].pivot(index=["module", "index"], columns="quantity", values="value")
     parts = []
     for module, update in found.items():
-        # "first" has the learned updates, so subtracting them leaves the initial coefficients.
-        start = update.coefficients - first[module].coefficients if module in first else np.nan
+        start = as_float64(first[module].coefficients) if module in first else np.nan
         row, column = update.entries
+        entry, mirror = _add_mirrors(update)["entry"].to_numpy().reshape(2, -1)
         columns = {"module": module, "index": np.arange(len(row)), "row": row, "column": column}
-        columns |= {"radius": fourier.radius(update.entries, update.shape), "mirrored": _has_mirror(update)}
+        columns |= {"radius": fourier.radius(update.entries, update.shape)}
+        # Frequency zero and the highest frequency of an even side are their own mirrors.
+        columns |= {"mirrored": np.isin(mirror, entry) & (mirror != entry)}
         parts.append(pd.DataFrame(columns | {"coefficient": update.coefficients, "start": start}))
     known = pd.concat(parts, ignore_index=True)
     places = pd.MultiIndex.from_frame(known[["module", "index"]])
     return known.assign(
         **{name: recorded.reindex(index=places, columns=[q])[q].to_numpy() for q, name in _RECORDED.items()}
     )
-
-
-def _has_mirror(update: Fourier) -> Bool[np.ndarray, "n"]:
-    """Return for each entry whether its mirror is another entry of the update."""
-    sides = np.array(update.shape)[:, None]
-    numbers, others = (place[0] * sides[1] + place[1] for place in (update.entries, -update.entries % sides))
-    # Frequency zero and the highest frequency of an even side are their own mirrors.
-    return np.isin(others, numbers) & (others != numbers)
 
 
 def places(update: Fourier) -> pd.DataFrame:
@@ -128,7 +88,7 @@ def places(update: Fourier) -> pd.DataFrame:
         ``row, column`` (frequencies, from -d/2), ``radius`` (their distance from zero), ``coefficient``.
     """
     both = _add_mirrors(update).drop_duplicates(["row", "column"])
-    return both.drop(columns="frequency").sort_values(["row", "column"], ignore_index=True)
+    return both.drop(columns=["entry", "frequency"]).sort_values(["row", "column"], ignore_index=True)
 
 
 def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
@@ -148,18 +108,16 @@ def profile(update: Fourier, bins: int = 16) -> pd.DataFrame:
 
 
 def _add_mirrors(update: Fourier) -> pd.DataFrame:
-    """Return the entries, then their mirrors, with an id of the frequency and the sum of its coefficients."""
+    """Return the entries, then their mirrors: flat index, frequencies, and the sum of the coefficients of both."""
     sides = np.array(update.shape)[:, None]
-    mirrored = -update.entries % sides
+    places = np.hstack([update.entries, -update.entries % sides])
+    entry = np.ravel_multi_index(tuple(places), update.shape)
     # An entry and its mirror are one frequency, identified by the smaller of their flat indices.
-    numbers = np.minimum(*(place[0] * sides[1] + place[1] for place in (update.entries, mirrored)))
-    summed = pd.Series(update.coefficients).groupby(numbers).transform("sum")
-    parts = []
-    for place in (update.entries, mirrored):
-        row, column = np.where(2 * place < sides, place, place - sides)
-        columns = {"row": row, "column": column, "radius": fourier.radius(place, update.shape)}
-        parts.append(pd.DataFrame(columns | {"frequency": numbers, "coefficient": summed}))
-    return pd.concat(parts, ignore_index=True)
+    frequency = entry.reshape(2, -1).min(axis=0)
+    summed = pd.Series(update.coefficients).groupby(frequency).transform("sum")
+    row, column = np.where(2 * places < sides, places, places - sides)
+    columns = {"row": row, "column": column, "radius": fourier.radius(places, update.shape), "entry": entry}
+    return pd.DataFrame(columns | {"frequency": np.tile(frequency, 2), "coefficient": np.tile(summed, 2)})
 
 
 def bias(shape: tuple[int, int], center: float, width: float) -> pd.DataFrame:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -25,14 +24,14 @@ from sklearn.cluster import DBSCAN, KMeans
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.neighbors import NearestNeighbors
 
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 
 KMEANS, DENSITY = "k-means", "DBSCAN"
 _DENSE = 5  # minimum number of texts in a DBSCAN neighborhood
 
 
 def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> int:
-    """Choose the number of experts for a corpus.
+    """Choose the number of experts for a corpus by :func:`cluster_selection`.
 
     Use it as ``HydraLoRA(num_experts=choose_num_experts(task.split("train")["text"]))``.
 
@@ -44,11 +43,6 @@ def choose_num_experts(texts: Iterable[str], most: int = 10, seed: int = 0) -> i
         Largest number of clusters that is tried, at least 3, 10 by default. The result is always smaller.
     seed : int
         Seed of the random cluster centers, 0 by default.
-
-    Returns
-    -------
-    int
-        The choice of :func:`cluster_selection`.
 
     Raises
     ------
@@ -64,13 +58,9 @@ def cluster_selection(texts: Iterable[str], most: int = 10, seed: int = 0) -> pd
 
     Parameters
     ----------
-    texts : iterable of str
-        The corpus.
-    most : int
-        Largest K that is tried, at least 3, 10 by default; at most the number of distinct texts. It cannot be chosen
-        itself, because both ends of the curve are on the chord.
-    seed : int
-        Seed of the random cluster centers, 0 by default; the best of ten initializations is used.
+    texts, most, seed
+        See :func:`choose_num_experts`. At most as many clusters as distinct texts are tried. The largest K cannot be
+        chosen itself, because both ends of the curve are on the chord.
 
     Returns
     -------
@@ -92,13 +82,11 @@ def repeated_selection(texts: Iterable[str], repetitions: int = 15, most: int = 
 
     Parameters
     ----------
-    texts : iterable of str
-        The corpus.
+    texts, most
+        See :func:`cluster_selection`.
     repetitions : int
         Number of samples, 15 by default. Each is drawn without replacement, with a separate seed for the sample and
         its cluster centers.
-    most : int
-        Largest K that k-means tries, at least 3, 10 by default; it cannot be chosen itself.
     sample : int
         Texts per sample, 1000 by default; all texts if there are fewer.
 
@@ -164,5 +152,4 @@ def chord_distance(curve: Float[np.ndarray, "k"]) -> Float[np.ndarray, "k"]:
     return (1 - across - height) / math.sqrt(2)
 
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, {"choose_heads": "choose_num_experts"})
+accept_old_names(__name__, choose_heads="choose_num_experts")

@@ -11,19 +11,8 @@ def update_inner(
 ) -> Float[np.ndarray, "heads heads"]:
     """Compute the inner products <B_i A_i, B_j A_j> of all pairs of experts as tr(B_i^T B_j A_j A_i^T).
 
-    No matrix of shape (out, in) is formed.
-
-    Parameters
-    ----------
-    A : array (rank, in) or (heads, rank, in)
-        Shared A of all experts, or separate A's.
-    B : array (heads, out, rank)
-        One B per expert.
-
-    Returns
-    -------
-    array (heads, heads)
-        The diagonal contains the squared Frobenius norms.
+    No matrix of shape (out, in) is formed. A is shared (rank, in), or separate (heads, rank, in). The diagonal of the
+    result contains the squared Frobenius norms.
     """
     heads, out, rank = B.shape
     columns = B.transpose(0, 2, 1).reshape(-1, out).astype(np.float64)
@@ -35,16 +24,15 @@ def update_inner(
 
 
 def cosines(inner: Float[np.ndarray, "heads heads"]) -> Float[np.ndarray, "heads heads"]:
-    """Compute cosines from inner products; NaN for pairs with a zero expert."""
-    norms = np.sqrt(np.diagonal(inner))
-    norms = np.where(norms > 0, norms, np.nan)
+    """Compute cosines from inner products; NaN for pairs with a zero vector."""
+    norms = np.sqrt(np.where(np.diagonal(inner) > 0, np.diagonal(inner), np.nan))
     return inner / np.outer(norms, norms)
 
 
 def update_cosines(
     A: Float[np.ndarray, "*heads rank in"], B: Float[np.ndarray, "heads out rank"]
 ) -> Float[np.ndarray, "heads heads"]:
-    """Compute the cosine between B_i A_i and B_j A_j for all pairs, with the parameters of ``update_inner``.
+    """Compute the cosine between B_i A_i and B_j A_j for all pairs of experts; see ``update_inner``.
 
     Unlike the cosine of B, it does not depend on the factorization, so it is also defined for separate A's.
     """
@@ -58,5 +46,5 @@ def head_similarity(B: Float[np.ndarray, "heads out rank"]) -> Float[np.ndarray,
 
 
 def mean_of_pairs(table: Float[np.ndarray, "heads heads"]) -> float:
-    """Return the mean over the pairs of different experts."""
-    return float(table[np.triu_indices(len(table), 1)].mean())
+    """Return the mean over the pairs of different rows, NaN for a single one."""
+    return float(table[np.triu_indices(len(table), 1)].mean()) if len(table) > 1 else np.nan

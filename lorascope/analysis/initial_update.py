@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from typing import Any
 
-from lorascope.analysis import fourier
 from lorascope.runs.formats.peft_lora import RESIDUAL
 from lorascope.runs.layout import Lazy
 from lorascope.runs.result import Result
+from lorascope.updates import fourier
 
 _ROUNDING = 1e-3  # relative to the largest norm; a smaller initial update is rounding error, such as DoRA's W - W_0
+
+
+def at_start(read: Callable[[int], Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return what ``Run.updates`` or ``Run.factors`` reads at step 0; empty if the step was not saved."""
+    try:
+        return read(0)
+    except ValueError:  # no snapshot of step 0
+        return {}
 
 
 def learned_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
@@ -19,32 +28,42 @@ def learned_updates(run: Result, step: int | None = None) -> Mapping[str, Any]:
     If the initial update was not saved, the result is ΔW. FourierFT's coefficients on a random or orthogonal basis are
     included, although the run does not store these updates.
     """
-    updates, first, made = run.updates(step), _saved_initial_updates(run), fourier.on_other_bases(run, step)
+    updates, first, made = run.updates(step), at_start(run.updates), _updates_on_other_bases(run, step)
 
     def make(module: str) -> Any:
-        if (found := made.get(module)) is not None:
-            return found
+        if module in made:
+            return made[module]
         update, start = updates[module], first.get(module)
         return update if start is None or start.norm() == 0 else update - start
 
     return Lazy(list(dict.fromkeys([*updates, *made])), make)
 
 
+def _updates_on_other_bases(run: Result, step: int | None = None) -> Mapping[str, Any]:
+    """Return FourierFT's learned updates on a random or orthogonal basis by module, computed on access.
+
+    On these bases a run saves coefficients and a seed, but no updates. The mapping is empty for all other runs, and if
+    the initial coefficients were not saved.
+    """
+    recipe = run.meta.recipe
+    if recipe.get("name") != "fourierft" or recipe.get("basis") not in ("random", "orthogonal"):
+        return {}
+    first, last = at_start(run.factors), run.factors(step)
+    sides = run.modules.set_index("module")[["out_features", "in_features"]]
+    drawn = cache(partial(fourier.bases, seed=recipe["entry_seed"], kind=recipe["basis"]))
+
+    def make(module: str) -> Any:
+        outer, inner = map(int, sides.loc[module])
+        change = last[module]["coefficients"] - first[module]["coefficients"]
+        return fourier.on_bases(change, last[module]["entries"], *drawn((outer, inner)), recipe["alpha"])
+
+    return Lazy([module for module in last if module in first], make)
+
+
 def lacks_initial_update(run: Result) -> bool:
     """Return whether the initial update is nonzero, as far as the run records it, and was not saved."""
-    return not (_saved_initial_updates(run) or fourier.on_other_bases(run)) and _is_start_nonzero(run)
-
-
-def _saved_initial_updates(run: Result) -> Mapping[str, Any]:
-    """Return the updates at step 0; empty if they were not saved."""
-    try:
-        return run.updates(0)
-    except ValueError:  # no snapshot of step 0
-        return {}
-
-
-def _is_start_nonzero(run: Result) -> bool:
-    """Return whether the initial update is nonzero, by the norms at step 0 or else by the settings of the method."""
+    if at_start(run.updates) or _updates_on_other_bases(run):
+        return False
     if run.meta.states["last"].step is not None:  # an adapter folder has no steps, and its table is slow to build
         norms = run.table[run.table["quantity"] == "update_norm"]
         first = norms.loc[norms["step"].eq(0).fillna(False), "value"]

@@ -18,10 +18,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy.sparse import dia_array, diags_array
 from scipy.sparse.linalg import LinearOperator, svds
 
 from lorascope.runs.layout import Lazy
@@ -34,16 +36,9 @@ _KRYLOV_SHARE = 4  # for a quarter or more of all directions, a dense decomposit
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """Singular value decomposition U diag(sigma) V^T of a base weight.
+    """Singular value decomposition U diag(sigma) V^T of a base weight: sigma (m,), U (out, m) and V (in, m).
 
-    Parameters
-    ----------
-    U : array (out, m)
-        Left singular vectors as columns; m = min(out, in).
-    sigma : array (m,)
-        Singular values, largest first.
-    V : array (in, m)
-        Right singular vectors as columns.
+    There are m = min(out, in) singular values, largest first.
     """
 
     U: Float[np.ndarray, "out m"]
@@ -63,13 +58,7 @@ class Basis:
 
 
 def bases(weights: Mapping[str, Float[np.ndarray, "_ _"]]) -> Mapping[str, Basis]:
-    """Return the decompositions of a model's weights, each computed on first access and then cached.
-
-    Parameters
-    ----------
-    weights : mapping module -> array (out, in)
-        Base weights W_0.
-    """
+    """Return the decompositions of a model's base weights, each computed on first access and then cached."""
     return Lazy(list(weights), cache(lambda module: Basis.of(weights[module])))
 
 
@@ -127,71 +116,48 @@ def count(table: pd.DataFrame) -> pd.DataFrame:
     return modules.agg(components="size", intruders="sum").reset_index()
 
 
-@dataclass(frozen=True, eq=False)
-class _Core:
-    """W in the coordinates of W_0's singular vectors: diag(sigma), padded with zeros, plus left @ right^T."""
-
-    sigma: Float[np.ndarray, "m"]
-    left: Float[np.ndarray, "rows rank"]
-    right: Float[np.ndarray, "columns rank"]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns); the smaller one is the number of singular values."""
-        return len(self.left), len(self.right)
-
-    def operator(self) -> LinearOperator:
-        """Return the matrix as a linear operator, without forming it."""
-        m = len(self.sigma)
-
-        def times(x: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
-            product = left @ (right.T @ x.ravel())
-            product[:m] += self.sigma * x.ravel()[:m]
-            return product
-
-        def forward(x: np.ndarray) -> np.ndarray:
-            return times(x, self.left, self.right)
-
-        def backward(y: np.ndarray) -> np.ndarray:
-            return times(y, self.right, self.left)
-
-        return LinearOperator(self.shape, matvec=forward, rmatvec=backward, dtype=np.float64)
-
-    def dense(self) -> Float[np.ndarray, "rows columns"]:
-        """Return the matrix itself."""
-        matrix = self.left @ self.right.T
-        diagonal = np.arange(len(self.sigma))
-        matrix[diagonal, diagonal] += self.sigma
-        return matrix
-
-
 def _intruder_similarity(module: str, basis: Basis, update: Update, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest absolute cosine of each leading vector with the base's, and the singular values."""
-    core = _core(module, basis, update)
-    factors = (core.left, core.right) if isinstance(core, _Core) else (update.dense(),)
-    if not all(factor.any() for factor in factors):
-        # If singular values of the base coincide, a new decomposition could return different singular vectors.
-        sigma = basis.sigma[:k]
-        return np.ones(len(sigma)), sigma
-    coordinates, sigma = _leading_vectors(core, k)
-    return np.abs(coordinates[: len(basis.sigma)]).max(axis=0), sigma
-
-
-def _core(module: str, basis: Basis, update: Update) -> _Core | Float[np.ndarray, "rows columns"]:
-    """Return W in coordinates whose first rows belong to U; for a dense update, as a matrix."""
-    product = update.thin
-    arrays = (update.dense(),) if product is None else (product.B, product.A)
+    """Return the largest absolute cosine of each leading vector of W with the base's, and the singular values of W."""
+    m, thin = len(basis.sigma), update.thin
+    factors = [as_float64(update.dense())] if thin is None else [thin.scale * as_float64(thin.B), as_float64(thin.A)]
     if update.shape != basis.shape:
         raise ValueError(f"{module}: update must have the base weight's shape {basis.shape}, got {update.shape}")
-    if not all_finite(basis.sigma, *arrays):
+    if not all_finite(basis.sigma, *factors):
         raise ValueError(f"{module}: weight and update must be finite, got NaN or infinity")
-    if product is not None:
-        left = _coordinates(basis.U, product.scale * as_float64(product.B))
-        return _Core(basis.sigma, left, _coordinates(basis.V, as_float64(product.A).T))
-    # Rotating the rows changes no singular value; the part outside U becomes a triangular factor of the same norm.
-    change = _coordinates(basis.U, as_float64(arrays[0]))
-    change[: len(basis.sigma)] += basis.sigma[:, None] * basis.V.T
-    return change
+    if not all(factor.any() for factor in factors):
+        # If singular values of the base coincide, a new decomposition could return different singular vectors.
+        return np.ones(min(k, m)), basis.sigma[:k]
+    few = _KRYLOV_SHARE * k < m
+    W: Any  # in coordinates whose first rows belong to U
+    if thin is not None:
+        left, right = _coordinates(basis.U, factors[0]), _coordinates(basis.V, factors[1].T)
+        diagonal = diags_array(basis.sigma, shape=(len(left), len(right)))
+        W = _sum_operator(diagonal, left, right) if few else left @ right.T + diagonal.toarray()
+    else:
+        # Rotating the rows changes no singular value; the part outside U becomes a triangular factor of the same norm.
+        W = _coordinates(basis.U, factors[0])
+        W[:m] += basis.sigma[:, None] * basis.V.T
+    if few:
+        start = np.random.default_rng(0).standard_normal(m)  # SciPy's default start vector differs between calls
+        U, sigma, _ = svds(W, k, v0=start, return_singular_vectors="u")
+    else:
+        U, sigma, _ = np.linalg.svd(W, full_matrices=False)
+    order = np.argsort(-sigma, kind="stable")[:k]
+    return np.abs(U[:m, order]).max(axis=0), sigma[order]
+
+
+def _sum_operator(
+    diagonal: dia_array, left: Float[np.ndarray, "rows rank"], right: Float[np.ndarray, "columns rank"]
+) -> LinearOperator:
+    """Return diagonal + left @ right^T as a linear operator, without forming it."""
+
+    def forward(x: np.ndarray) -> np.ndarray:
+        return left @ (right.T @ x.ravel()) + diagonal @ x.ravel()
+
+    def backward(y: np.ndarray) -> np.ndarray:
+        return right @ (left.T @ y.ravel()) + diagonal.T @ y.ravel()
+
+    return LinearOperator(diagonal.shape, matvec=forward, rmatvec=backward, dtype=np.float64)
 
 
 def _coordinates(basis: Float[np.ndarray, "side m"], X: Float[np.ndarray, "side n"]) -> Float[np.ndarray, "rows n"]:
@@ -200,16 +166,3 @@ def _coordinates(basis: Float[np.ndarray, "side m"], X: Float[np.ndarray, "side 
     if basis.shape[0] == basis.shape[1]:
         return inside
     return np.vstack([inside, np.linalg.qr(X - basis @ inside, mode="r")])
-
-
-def _leading_vectors(core: _Core | Float[np.ndarray, "rows columns"], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k left singular vectors with the largest singular values, and these values, largest first."""
-    m = min(core.shape)
-    if _KRYLOV_SHARE * k >= m:
-        U, sigma, _ = np.linalg.svd(core.dense() if isinstance(core, _Core) else core, full_matrices=False)
-        return U[:, :k], sigma[:k]
-    start = np.random.default_rng(0).standard_normal(m)  # SciPy's default start vector differs between calls
-    operator = core.operator() if isinstance(core, _Core) else core
-    U, sigma, _ = svds(operator, k, v0=start, return_singular_vectors="u")
-    order = np.argsort(-sigma)
-    return U[:, order], sigma[order]

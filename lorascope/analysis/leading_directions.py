@@ -27,6 +27,11 @@ class Directions(NamedTuple):
     left: Float[np.ndarray, "out k"]
     right: Float[np.ndarray, "in k"]
 
+    @property
+    def size(self) -> int:
+        """Number of singular vectors per side, k."""
+        return self.left.shape[1]
+
 
 def leading_singular_vectors(update: Update, k: int) -> Directions:
     """Return the first k left and right singular vectors of an update, or all if it has fewer."""
@@ -39,7 +44,7 @@ def mean_angle(first: Directions, second: Directions) -> float:
 
     Both sides use the same number of leading directions, so no angle is small only because one side has more.
     """
-    k = min(first.left.shape[1], second.left.shape[1])
+    k = min(first.size, second.size)
     sides = zip(first, second, strict=True)
     return float(np.degrees([principal_angles(one[:, :k], other[:, :k]) for one, other in sides]).mean())
 
@@ -63,21 +68,22 @@ def chance_angle(dim: int, k1: int, k2: int) -> float:
     return float(np.degrees(np.arccos(np.minimum(cosines, 1.0))).mean())  # rounding can exceed a cosine of 1
 
 
+def angle_and_chance(first: Directions, second: Directions) -> tuple[float, float]:
+    """Compute ``mean_angle`` and its random baseline, with as many directions."""
+    k = min(first.size, second.size)
+    return mean_angle(first, second), float(np.mean([chance_angle(len(side), k, k) for side in first]))
+
+
 def angles(pairs: Sequence[tuple[Mapping[str, Directions], Mapping[str, Directions]]]) -> tuple[float, float]:
-    """Average ``mean_angle`` and its random baseline over pairs of runs and the modules where both have a direction.
+    """Average ``angle_and_chance`` over pairs of runs and the modules where both have a direction.
 
     Returns
     -------
     (float, float)
         Mean angle and random baseline in degrees; NaN if no module can be compared.
     """
-    found = []
-    for first, second in pairs:
-        for module in (name for name in first if name in second):
-            one, other = first[module], second[module]
-            if k := min(one.left.shape[1], other.left.shape[1]):
-                chance = float(np.mean([chance_angle(len(side), k, k) for side in one]))
-                found.append((mean_angle(one, other), chance))
+    shared = ((first[name], second[name]) for first, second in pairs for name in first if name in second)
+    found = [angle_and_chance(one, other) for one, other in shared if one.size and other.size]
     mean, chance = np.mean(found, axis=0) if found else (np.nan, np.nan)
     return float(mean), float(chance)
 

@@ -21,13 +21,14 @@ def intervals(table: pd.DataFrame) -> pd.DataFrame:
         ``run, interval`` (from 0), ``start, stop`` (first and last step, counted from 1), ``module, place, active``.
     """
     rows = norms.select(table, "active").astype({"run": "str", "module": "str", "step": "int64"})
-    last = table.groupby("run", observed=True)["step"].max()
-    starts = rows[["run", "step"]].drop_duplicates().sort_values(["run", "step"]).rename(columns={"step": "start"})
+    rows = rows.rename(columns={"step": "start"})
+    last = table.groupby(table["run"].astype("str"))["step"].max()
+    starts = rows[["run", "start"]].drop_duplicates().sort_values(["run", "start"])
     each = starts.groupby("run")["start"]
     # An interval ends before the next one starts; the last one ends with the run.
-    stops = (each.shift(-1) - 1).fillna(starts["run"].map({str(run): int(step) for run, step in last.items()}))
+    stops = (each.shift(-1) - 1).fillna(starts["run"].map(last).astype("float64"))
     starts = starts.assign(interval=each.cumcount(), stop=stops.astype("int64"))
-    found = rows.rename(columns={"step": "start"}).merge(starts, on=["run", "start"])
+    found = rows.merge(starts, on=["run", "start"])
     found = found.assign(active=found["value"] > 0).sort_values(["run", "start", "place"], ignore_index=True)
     return found[["run", "interval", "start", "stop", "module", "place", "active"]]
 
@@ -62,9 +63,8 @@ def visits(table: pd.DataFrame) -> pd.DataFrame:
     found = rows[[*per_block, "place"]].drop_duplicates().merge(sums.astype("Int64"), on=per_block, how="left")
     found = found.fillna({"intervals": 0, "steps": 0})
     draws = found["run"].map(rows.groupby("run")["interval"].nunique())
-    expected = _chances(table).rename("expected").reset_index()
     found = found.assign(frequency=found["intervals"].astype("float64") / draws)
-    return found.merge(expected, on=per_block)
+    return found.merge(_chances(table).rename("expected").reset_index(), on=per_block)
 
 
 def coverage(table: pd.DataFrame) -> pd.DataFrame:
@@ -82,7 +82,7 @@ def coverage(table: pd.DataFrame) -> pd.DataFrame:
     by_draw = reached.groupby(["run", "interval", "start", "stop"])["value"].sum().reset_index()
     missed = 1 - _chances(table)
     draws = zip(by_draw["run"], by_draw["interval"], strict=True)
-    by_draw["expected"] = [float((1 - missed[run] ** (interval + 1)).sum()) for run, interval in draws]
+    by_draw["expected"] = [(1 - missed[run] ** (interval + 1)).sum() for run, interval in draws]
     ends = by_draw.drop_duplicates("run", keep="last")
     ends = ends[ends["start"] < ends["stop"]].assign(start=lambda rows: rows["stop"])
     found = pd.concat([by_draw, ends]).sort_values(["run", "start"], ignore_index=True)
@@ -109,16 +109,11 @@ def importance(adapted: pd.DataFrame, full: pd.DataFrame, active: int, quantity:
         ``stack, layer, place``; ``adapted`` and ``full``, the means over steps; their ``ratio``; ``clipped``, the ratio
         limited to 1; ``practical``, the sampling probability LISA uses: 1 outside the blocks, else active / blocks.
     """
-    key = list(norms.LAYER)
-    means = [
-        norms.mean_over_steps(norms.pool(norms.select(table, quantity)))
-        .astype({"place": "str"})
-        .groupby(key, dropna=False, sort=False, observed=True)["value"]
-        .mean()
-        .rename(name)
-        for name, table in (("adapted", adapted), ("full", full))
-    ]
-    blocks = means[1].reset_index()["layer"].count()  # LISA draws from all blocks, an adapter may skip some
+    means = {}
+    for name, table in (("adapted", adapted), ("full", full)):
+        cells = norms.mean_over_steps(norms.pool(norms.select(table, quantity))).astype({"place": "str"})
+        means[name] = cells.groupby(list(norms.LAYER), dropna=False, sort=False, observed=True)["value"].mean()
+    blocks = means["full"].reset_index()["layer"].count()  # LISA draws from all blocks, an adapter may skip some
     found = pd.concat(means, axis="columns", join="inner").reset_index()
     inside = found["layer"].notna()
     ratio = found["adapted"] / found["full"]

@@ -1,8 +1,8 @@
 """Computed memory of a training step: bytes of parameters, gradients and optimizer state for each training method.
 
-A model is given by its shapes, see ``model_shapes``. N is its number of parameters and T the number of trained ones.
-Sums are over the m x n matrices that an optimizer factors; v is the number of other parameters, stored without factors.
-The optimizer state has this many entries:
+A model is given by its shapes ``{parameter name: shape}``, in which a tied weight counts once. N is its number of
+parameters and T the number of trained ones. Sums are over the m x n matrices that an optimizer factors; v is the number
+of other parameters, stored without factors. The optimizer state has this many entries:
 
 ==============  ====================================================================
 AdamW           2 T, and a step count per tensor, as in torch
@@ -27,37 +27,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import pandas as pd
 
-from lorascope.analysis.model_shapes import GPT2, LLAMA2, Shape, Shapes, blocks, count, gpt2, llama, shapes_of, size
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.module_table import match, parse
 
-__all__ = [
-    "GPT2",
-    "LLAMA2",
-    "PARTS",
-    "POLICIES",
-    "RANK_SHARE",
-    "MemoryUse",
-    "adafactor",
-    "adapprox",
-    "blocks",
-    "came",
-    "expect_visited_blocks",
-    "full",
-    "gpt2",
-    "lisa",
-    "llama",
-    "lora",
-    "optimizers",
-    "shapes_of",
-    "size",
-    "table",
-]
+Shape: TypeAlias = tuple[int, ...]
+Shapes: TypeAlias = Mapping[str, Shape]
 
 PARTS = ("parameters", "gradients", "optimizer")
 POLICIES = ("keep", "reset", "reset_all")
@@ -65,15 +44,72 @@ RANK_SHARE = 0.25  # largest rank of Adapprox, as a fraction of the smaller side
 _COUNT = 4  # bytes of torch's step count
 
 
+def shapes_of(model: Any) -> dict[str, Shape]:
+    """Return the parameter shapes of a live model."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int = 32_000) -> dict[str, Shape]:
+    """Return the parameter shapes of a LLaMA model.
+
+    ``inner`` is the inner size of the feed-forward modules, and ``keys`` the total size of the keys (and of the values)
+    over all attention heads.
+    """
+    block = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
+    blocks = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in block.items()}
+    ends: dict[str, Shape] = {"model.norm.weight": (hidden,), "lm_head.weight": (vocabulary, hidden)}
+    return {"model.embed_tokens.weight": (vocabulary, hidden), **blocks, **ends}
+
+
+def gpt2(layers: int, hidden: int, vocabulary: int = 50_257, positions: int = 1024) -> dict[str, Shape]:
+    """Return the parameter shapes of a GPT-2 model, whose head is tied to its embedding."""
+    linears = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
+    block: dict[str, Shape] = {}
+    for name, (outputs, inputs) in linears.items():
+        block |= {f"{name}.weight": (inputs * hidden, outputs * hidden), f"{name}.bias": (outputs * hidden,)}
+    norms = {f"{norm}.{part}": (hidden,) for norm in ("ln_1", "ln_2") for part in ("weight", "bias")}
+    blocks = {f"transformer.h.{i}.{name}": shape for i in range(layers) for name, shape in (block | norms).items()}
+    ends = {"transformer.wte.weight": (vocabulary, hidden), "transformer.wpe.weight": (positions, hidden)}
+    return ends | blocks | {"transformer.ln_f.weight": (hidden,), "transformer.ln_f.bias": (hidden,)}
+
+
+LLAMA2 = {"7B": llama(32, 4096, 11_008, 4096), "70B": llama(80, 8192, 28_672, 1024)}
+GPT2 = {"117M": gpt2(12, 768), "345M": gpt2(24, 1024)}
+
+
+def size(shapes: Shapes) -> int:
+    """Count the parameters of a model."""
+    return _count(shapes.values())
+
+
+def blocks(shapes: Shapes) -> dict[tuple[str, int], dict[str, Shape]]:
+    """Return the parameter shapes of every block, by stack and layer."""
+    found: dict[tuple[str, int], dict[str, Shape]] = {}
+    for name, shape in shapes.items():
+        stack, layer, _ = parse(name)
+        if layer is not None:
+            found.setdefault((stack, layer), {})[name] = shape
+    return found
+
+
+def _count(shapes: Iterable[Shape]) -> int:
+    """Count the entries of tensors with these shapes."""
+    return sum(map(math.prod, shapes))
+
+
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory allocated at the optimizer step, in bytes.
-
-    Parameters
-    ----------
-    parameters, gradients, optimizer : int
-        Bytes of the parameters, their gradients and the optimizer state.
-    """
+    """Bytes of the parameters, their gradients and the optimizer state, allocated at the optimizer step."""
 
     parameters: int
     gradients: int
@@ -86,7 +122,7 @@ def full(shapes: Shapes, *, width: int = 4, state: int = 4) -> MemoryUse:
     Parameters
     ----------
     shapes : mapping parameter name -> shape
-        Shapes of the model, see ``model_shapes``.
+        Shapes of the model, see ``shapes_of``, ``llama`` and ``gpt2``.
     width : int
         Bytes per weight and per gradient entry, 4 by default.
     state : int
@@ -117,9 +153,13 @@ def lora(
     beside : collection of str
         Names of parameters that are trained directly as well, such as a classifier head; empty by default.
     """
-    factors = [pair for out, into in _match_targets(shapes, targets) for pair in ((rank, into), (out, rank))]
+    matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]
+    columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
+    adapted = match(pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"}), targets)
+    factors = [(rank, side) for module in adapted for side in matrices[module]]
     trained = [*factors, *(shapes[name] for name in beside)]
-    return _adamw(size(shapes) + count(factors), trained, width, state)
+    return _adamw(size(shapes) + _count(factors), trained, width, state)
 
 
 def lisa(
@@ -154,7 +194,7 @@ def lisa(
     if policy not in POLICIES:
         raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
     parts = sorted(blocks(shapes).values(), key=size, reverse=True)  # the largest blocks give the upper bound
-    active = _blocks_at_a_time(active, len(parts))
+    active = _blocks_at_a_time(active, parts)
     if not 0 <= active <= len(parts):
         raise ValueError(f"active must be from 0 to {len(parts)}, the number of blocks, got {active}")
     with_state = (len(parts) if visited is None else visited) if policy == "keep" else active
@@ -166,25 +206,18 @@ def lisa(
     outside = [shape for name, shape in shapes.items() if name not in inside]
     now, stated = ([*outside, *(s for part in parts[:n] for s in part.values())] for n in (active, with_state))
     memory = _adamw(size(shapes), stated, width, state)
-    return MemoryUse(memory.parameters, width * count(now), memory.optimizer)
+    return replace(memory, gradients=width * _count(now))
 
 
-def _blocks_at_a_time(active: int | None, blocks: int) -> int:
+def _blocks_at_a_time(active: int | None, parts: Collection[Any]) -> int:
     """Return the number of active blocks (LISA's gamma), as given or by default."""
-    return min(2, blocks) if active is None else active
+    return min(2, len(parts)) if active is None else active
 
 
 def expect_visited_blocks(blocks: int, active: int, intervals: int) -> float:
     """Compute the expected number of different blocks LISA has trained after n draws: L (1 - (1 - gamma / L)^n).
 
-    Parameters
-    ----------
-    blocks : int
-        Number of blocks of the model, L.
-    active : int
-        Number of blocks trained at a time, gamma.
-    intervals : int
-        Number of draws, n.
+    L is the number of ``blocks`` of the model, gamma that of ``active`` blocks at a time, and n that of ``intervals``.
     """
     return blocks * (1 - (1 - active / blocks) ** intervals)
 
@@ -215,12 +248,12 @@ def adapprox(
     """
 
     def second(name: str, shape: Shape) -> int:
-        matrix: Shape = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else ()
-        if not matrix or min_dim is None or min(matrix) < min_dim:
+        sides = math.prod(shape[:1]), math.prod(shape[1:])
+        if len(shape) < 2 or min_dim is None or min(sides) < min_dim:
             return math.prod(shape)
         if rank is None:
-            return max(1, int(RANK_SHARE * min(matrix))) * sum(matrix)
-        return min(rank if isinstance(rank, int) else rank[name], *matrix) * sum(matrix)
+            return max(1, int(RANK_SHARE * min(sides))) * sum(sides)
+        return min(rank if isinstance(rank, int) else rank[name], *sides) * sum(sides)
 
     return _factored_memory(shapes, second, first, width, state)
 
@@ -258,14 +291,15 @@ def table(
     # A model can lack an embedding or a separate head, and an unknown role is an error.
     roles = {parse(name.removesuffix(".weight")).role for name in shapes}
     everything = ["all-linear", *(role for role in ("embed", "head") if role in roles)]
-    active = _blocks_at_a_time(active, len(blocks(shapes)))
+    active = _blocks_at_a_time(active, blocks(shapes))
+    given: dict[str, Any] = {"width": width, "state": state}
     return _memory_rows(
         {
-            "AdamW": full(shapes, width=width, state=state),
-            f"LoRA, rank {rank}": lora(shapes, rank, everything, width=width, state=state),
-            f"LISA, {active} block{'s' * (active != 1)}": lisa(shapes, active, width=width, state=state),
-            **_factorings(shapes, True, width, state),
-            "CAME": came(shapes, width=width, state=state),
+            "AdamW": full(shapes, **given),
+            f"LoRA, rank {rank}": lora(shapes, rank, everything, **given),
+            f"LISA, {active} block{'s' * (active != 1)}": lisa(shapes, active, **given),
+            **_factorings(shapes, True, given),
+            "CAME": came(shapes, **given),
         }
     )
 
@@ -273,34 +307,21 @@ def table(
 def optimizers(shapes: Shapes, *, width: int = 4, state: int = 4) -> pd.DataFrame:
     """Compute the memory of every optimizer that trains all weights, with and (where possible) without a first moment.
 
-    Parameters
-    ----------
-    shapes, width, state
-        See ``full``.
-
-    Returns
-    -------
-    DataFrame
-        The columns of ``table``.
+    Parameters and columns are those of ``table``.
     """
-    return _memory_rows(
-        {
-            "AdamW": full(shapes, width=width, state=state),
-            **_factorings(shapes, True, width, state),
-            "CAME": came(shapes, width=width, state=state),
-            **_factorings(shapes, False, width, state),
-        }
-    )
+    given: dict[str, Any] = {"width": width, "state": state}
+    with_moment, without = (_factorings(shapes, first, given) for first in (True, False))
+    without = {f"{name}, β₁ = 0": memory for name, memory in without.items()}
+    return _memory_rows({"AdamW": full(shapes, **given), **with_moment, "CAME": came(shapes, **given), **without})
 
 
-def _factorings(shapes: Shapes, first: bool, width: int, state: int) -> dict[str, MemoryUse]:
+def _factorings(shapes: Shapes, first: bool, given: Mapping[str, int]) -> dict[str, MemoryUse]:
     """Return the memory of the optimizers that also work without a first moment."""
-    memory = {
-        "Adapprox, rank 1": adapprox(shapes, 1, first, width=width, state=state),
-        "Adapprox, largest rank": adapprox(shapes, None, first, width=width, state=state),
-        "Adafactor": adafactor(shapes, first, width=width, state=state),
+    return {
+        "Adapprox, rank 1": adapprox(shapes, 1, first, **given),
+        "Adapprox, largest rank": adapprox(shapes, None, first, **given),
+        "Adafactor": adafactor(shapes, first, **given),
     }
-    return memory if first else {f"{name}, β₁ = 0": own for name, own in memory.items()}
 
 
 def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
@@ -308,18 +329,9 @@ def _memory_rows(ways: Mapping[str, MemoryUse]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["method", "part", "bytes", "source"])
 
 
-def _match_targets(shapes: Shapes, targets: str | Sequence[str]) -> list[Shape]:
-    """Return the shapes of the matrices that the targets select."""
-    matrices = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
-    rows = [(module, *parse(module), *shape, "") for module, shape in matrices.items()]
-    columns = ["module", "stack", "layer", "role", "out_features", "in_features", "tied"]
-    description = pd.DataFrame(rows, columns=columns).astype({"layer": "Int16"})
-    return [matrices[module] for module in match(description, targets)]
-
-
 def _adamw(numbers: int, trained: Iterable[Shape], width: int, state: int) -> MemoryUse:
     trained = list(trained)
-    each = count(trained)
+    each = _count(trained)
     return MemoryUse(width * numbers, width * each, 2 * state * each + _COUNT * len(trained))
 
 
@@ -337,5 +349,4 @@ def _factored_memory(
     return MemoryUse(width * numbers, width * numbers, state * kept)
 
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, {"visited": "expect_visited_blocks"})
+accept_old_names(__name__, visited="expect_visited_blocks")

@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lorascope.analysis.norms import last
+
 EDGES = (0, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 0.99, 1)
 # The paper's threshold: 100,000 of the 352,256 utilization ranks of a projection of LLaMA-2-7B.
 STRONG = 100_000 / 352_256
@@ -71,15 +73,16 @@ def rank_shift(studied: pd.DataFrame, reference: pd.DataFrame, trained: pd.DataF
     size = both.groupby("role", observed=True)["rank_1"].transform("size")
     shift = both["rank_2"] - both["rank_1"]
     strong = shift.abs() >= STRONG * size
-    own = set(zip(trained["module"].astype("str"), trained["neuron"].astype(int), strict=True))
-    named = zip(both["module"].astype("str"), both["neuron"].astype(int), strict=True)
-    mine = np.array([name in own for name in named], dtype=bool)
+    named, own = (
+        pd.MultiIndex.from_frame(rows[["module", "neuron"]].astype({"module": "str", "neuron": "int64"}))
+        for rows in (both, trained)
+    )
     return both[[*KEY, "rank_1", "rank_2"]].assign(
         d_rank=shift,
         percentile=(both["rank_2"] - 1) / size,
         strong=strong,
         suppressed=strong & (shift < 0),
-        indirect=strong & ~mine,
+        indirect=strong & ~named.isin(own),
     )
 
 
@@ -95,15 +98,13 @@ def shifts(table: pd.DataFrame, trained: pd.DataFrame, reference: pd.DataFrame |
     reference : DataFrame, optional
         Records of ``utilisation`` of another run on the same model and text.
     """
-    before = _recorded_utilization(table, first=True) if reference is None else _recorded_utilization(reference)
-    return rank_shift(_recorded_utilization(table), before, trained)
-
-
-def _recorded_utilization(table: pd.DataFrame, first: bool = False) -> pd.DataFrame:
-    """Return the utilization at the last step that recorded it, or at step 0."""
-    rows = table[table["quantity"] == "utilisation"].astype({"module": "str", "role": "str"})
-    rows = rows[rows["step"] == (0 if first else rows["step"].max())]
-    return rows.rename(columns={"index": "neuron"})[[*KEY, "value"]]
+    after = table[table["quantity"] == "utilisation"]
+    before = after[after["step"] == 0] if reference is None else last(reference[reference["quantity"] == "utilisation"])
+    studied, compared = (
+        rows.rename(columns={"index": "neuron"})[[*KEY, "value"]].astype({"module": "str", "role": "str"})
+        for rows in (last(after), before)
+    )
+    return rank_shift(studied, compared, trained)
 
 
 def buckets(shifts: pd.DataFrame, edges: Sequence[float] = EDGES) -> pd.DataFrame:

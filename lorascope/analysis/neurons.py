@@ -19,21 +19,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from lorascope.schema.module_roles import FFN
 from lorascope.schema.module_table import gated_input, match, position
 from lorascope.updates import NeuronChange, neuron_change
 
-COLUMNS = (
-    "module",
-    "stack",
-    "layer",
-    "role",
-    "neuron",
-    "cosine_distance",
-    "norm_original",
-    "norm_tuned",
-    "delta_norm",
-)
-ROLES = ("ffn_in", "ffn_gate", "ffn_out")
+COLUMNS = ("module", "stack", "layer", "role", "neuron", *NeuronChange._fields)
+ROLES = FFN
 DEFAULT = ("ffn_in", "ffn_out")
 MODES = ("changed", "reversed", "random")
 
@@ -96,21 +87,15 @@ def parts(modules: pd.DataFrame, roles: Sequence[str] = DEFAULT) -> list[Part]:
             half = outer // 2
             halves = {"ffn_gate": 0, "ffn_in": half}
             found += [Part(*place, role, 1, at, half, inner) for role, at in halves.items() if role in roles]
+        elif row["role"] == "ffn_out":
+            found.append(Part(*place, "ffn_out", 0, 0, inner, outer))
         else:
-            axis = 0 if row["role"] == "ffn_out" else 1
-            found.append(Part(*place, row["role"], axis, 0, *((outer, inner) if axis == 1 else (inner, outer))))
+            found.append(Part(*place, row["role"], 1, 0, outer, inner))
     return found
 
 
 def table(part: Part, original: Float[np.ndarray, "out in"], tuned: Float[np.ndarray, "out in"]) -> pd.DataFrame:
-    """Compute the scores of the neurons of one part.
-
-    Parameters
-    ----------
-    part : Part
-        The neurons to score.
-    original, tuned : arrays (out, in)
-        The weight of the part's module before and after training.
+    """Compute the scores of the neurons of one part from the weight of its module before and after training.
 
     Returns
     -------
@@ -223,14 +208,15 @@ def to_plain_ints(given: Mapping[str, Collection[Any]]) -> dict[str, list[int]]:
     ValueError
         A number is not an integer.
     """
-    return {module: [_to_whole_number(module, number) for number in numbers] for module, numbers in given.items()}
-
-
-def _to_whole_number(module: str, number: Any) -> int:
-    try:
-        return index(number)
-    except TypeError:
-        raise ValueError(f"neurons of {module} must be integers, got {number!r}") from None
+    plain: dict[str, list[int]] = {}
+    for module, numbers in given.items():
+        plain[module] = []
+        for number in numbers:
+            try:
+                plain[module].append(index(number))
+            except TypeError:
+                raise ValueError(f"neurons of {module} must be integers, got {number!r}") from None
+    return plain
 
 
 def check_neurons(chosen: Mapping[str, Collection[int]], places: Sequence[Part]) -> dict[str, list[int]]:

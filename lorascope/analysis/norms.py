@@ -41,15 +41,15 @@ def place(table: pd.DataFrame) -> pd.Series:
     Series
         Ordered categorical over the places that occur; labels include the stack only if there are two stacks.
     """
-    columns = ["stack", "layer", "role"]
-    spots = table[columns].astype({"stack": "str", "role": "str"}).drop_duplicates()
-    keys = [(stack, _to_layer_number(layer), role) for stack, layer, role in spots.itertuples(index=False)]
-    # With one stack its name would only repeat in every label.
-    several = len({stack for stack, layer, _ in keys if layer is not None}) > 1
-    labels = {key: _cell_label(*key, several=several) for key in sorted(keys, key=lambda key: position(*key))}
     rows = zip(table["stack"], table["layer"], table["role"], strict=True)
-    names = [labels[stack, _to_layer_number(layer), role] for stack, layer, role in rows]
-    return pd.Series(pd.Categorical(names, list(dict.fromkeys(labels.values())), ordered=True), table.index)
+    keys = [(stack, None if pd.isna(layer) else int(layer), role) for stack, layer, role in rows]
+    spots = sorted(dict.fromkeys(keys), key=lambda key: position(*key))
+    # With one stack its name would only repeat in every label.
+    several = len({stack for stack, layer, _ in spots if layer is not None}) > 1
+    names = {key: key[2] if key[1] is None else str(key[1]) for key in spots}
+    labels = {key: f"{key[0]} {name}" if several and key[0] else name for key, name in names.items()}
+    categories = list(dict.fromkeys(labels.values()))
+    return pd.Series(pd.Categorical([labels[key] for key in keys], categories, ordered=True), table.index)
 
 
 def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
@@ -70,13 +70,16 @@ def pool(table: pd.DataFrame, by: Sequence[str] = LAYER) -> pd.DataFrame:
     DataFrame
         ``run, step, quantity``, the columns ``by``, and ``value``: one row per cell.
     """
-    keys = [*_KEY, *by]
-    table = _drop_duplicate_rows(table, by)
+    if "module" not in by:  # with one module per cell nothing is summed
+        block = table["role"] == "block"
+        same = [table[column] for column in [*_KEY, "stack", "layer"]]
+        covered = block.groupby(same, observed=True, dropna=False).transform("any")
+        table = table[~block if "role" in by else block | ~covered]
     parts = []
     for rule, rows in table.groupby(table["quantity"].map(lambda name: QUANTITIES[name].pool).astype("str")):
         # The norm of several tensors is the norm of their concatenation, so squares are summed.
         values = rows.assign(value=rows["value"] ** 2) if rule == "norm" else rows
-        cells = values.groupby(keys, observed=True, dropna=False, sort=False)["value"]
+        cells = values.groupby([*_KEY, *by], observed=True, dropna=False, sort=False)["value"]
         pooled = cells.mean(skipna=False) if rule == "mean" else cells.sum(skipna=False)
         parts.append(np.sqrt(pooled) if rule == "norm" else pooled)
     return pd.concat(parts).reset_index()
@@ -87,12 +90,10 @@ def per_weight(table: pd.DataFrame, modules: pd.DataFrame, by: Sequence[str] = L
 
     Parameters
     ----------
-    table : DataFrame
-        Rows from ``select`` with a norm of the weight or its update.
+    table, by
+        See ``pool``; rows with a norm of the weight or its update.
     modules : DataFrame
         Module table, ``names.describe`` of the model. Only its matrices have a known size, so cells include only these.
-    by : sequence of str
-        Columns that define a cell, see ``pool``.
     """
     sizes = modules.astype({"module": "str"}).drop_duplicates("module").set_index("module")
     weights = table["module"].astype("str").map(sizes["out_features"] * sizes["in_features"]).astype("float64")
@@ -137,6 +138,10 @@ def _after_step_zero(cells: pd.DataFrame) -> Any:
     return rows.groupby(_cell_columns(cells), observed=True, dropna=False, sort=False)["value"]
 
 
+def _cell_columns(cells: pd.DataFrame) -> list[str]:
+    return [column for column in cells.columns if column not in ("step", "value")]
+
+
 def since_start(cells: pd.DataFrame) -> pd.DataFrame:
     """Subtract the value at step 0 from every cell, which leaves the change due to training.
 
@@ -154,17 +159,10 @@ def since_start(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def ratio_to_block_median(layers: pd.DataFrame) -> pd.DataFrame:
-    """Divide every layer's value by the median over the blocks of the same run, step and quantity.
-
-    Parameters
-    ----------
-    layers : DataFrame
-        Cells from ``pool`` by layer; rows with a ``layer`` are blocks.
-    """
-    key = [column for column in _KEY if column in layers.columns]
+    """Divide the value of every layer from ``pool`` by the median over the blocks of its run, step and quantity."""
+    same = [layers[column] for column in _KEY if column in layers.columns]
     blocks = layers["value"].where(layers["layer"].notna())
-    median = blocks.groupby([layers[column] for column in key], observed=True, dropna=False).transform("median")
-    return layers.assign(value=layers["value"] / median)
+    return layers.assign(value=layers["value"] / blocks.groupby(same, observed=True, dropna=False).transform("median"))
 
 
 def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
@@ -181,30 +179,10 @@ def frames(cells: pd.DataFrame, most: int) -> pd.DataFrame:
         raise ValueError(
             "cannot compare the runs: they have no recorded step in common. Train them with the same steps and every="
         )
-    chosen = np.unique(np.linspace(0, len(common) - 1, min(most, len(common))).round().astype(int))
-    return cells[cells["step"].isin([common[index] for index in chosen])]
+    return cells[cells["step"].isin(evenly_spaced(common, most))]
 
 
-def _drop_duplicate_rows(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """Drop either the row of a whole block or the rows of its modules, so that no module is counted twice."""
-    block = table["role"] == "block"
-    if "module" in by:  # each row is then a separate cell, so nothing is summed
-        return table
-    if "role" in by:
-        return table[~block]
-    same = [table[column] for column in [*_KEY, "stack", "layer"]]
-    covered = block.groupby(same, observed=True, dropna=False).transform("any")
-    return table[block | ~covered]
-
-
-def _to_layer_number(layer: Any) -> int | None:
-    return None if pd.isna(layer) else int(layer)
-
-
-def _cell_label(stack: str, layer: int | None, role: str, *, several: bool) -> str:
-    name = role if layer is None else str(layer)
-    return f"{stack} {name}" if several and stack else name
-
-
-def _cell_columns(cells: pd.DataFrame) -> list[str]:
-    return [column for column in cells.columns if column not in ("step", "value")]
+def evenly_spaced(items: Sequence[Any], most: int) -> list[Any]:
+    """Return up to ``most`` evenly spaced items in order, including the first and last."""
+    chosen = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[index] for index in np.unique(chosen)]

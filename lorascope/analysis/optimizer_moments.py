@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from lorascope.analysis.norms import last, place, select
+from lorascope.analysis.norms import evenly_spaced, last, place, select
 from lorascope.analysis.seed_intervals import band
 
 # Rows and columns are rescaled alternately, up to this relative error of their sums or this many times.
@@ -74,22 +74,18 @@ def by_layer(table: pd.DataFrame, quantity: str, most: int = 6, role: str | None
     DataFrame
         ``run, recipe, kind, place, index, value``, one row per run, place of a layer (see ``norms.place``) and index.
     """
-    rows = table[(table["quantity"] == quantity) & table["layer"].notna()]
-    rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
+    rows = last(table[(table["quantity"] == quantity) & table["layer"].notna()])
     if role is not None:
         rows = rows[rows["role"] == role]
     rows = rows.assign(place=place(rows))
-    layers = rows["place"].cat.categories
-    kept = {layers[round(at)] for at in np.linspace(0, len(layers) - 1, min(most, len(layers)))}
-    rows = rows[rows["place"].isin(list(kept))]
+    rows = rows[rows["place"].isin(evenly_spaced(list(rows["place"].cat.categories), most))]
     keys = ["run", "recipe", "kind", "place", "index"]
     return rows.groupby(keys, observed=True)["value"].mean().reset_index()
 
 
 def final(table: pd.DataFrame, quantity: str) -> pd.Series:
     """Return the last value of a quantity by module, or by module and index if it has an index."""
-    rows = table[table["quantity"] == quantity]
-    rows = rows[rows["step"] == rows["step"].max()]
+    rows = last(table[table["quantity"] == quantity])
     keys = ["module"] if rows["index"].isna().all() else ["module", "index"]
     return rows.set_index(keys)["value"]
 
@@ -97,15 +93,10 @@ def final(table: pd.DataFrame, quantity: str) -> pd.Series:
 def ranks(table: pd.DataFrame) -> pd.DataFrame:
     """Return the factor ranks of Adapprox in the blocks, with the largest rank allowed.
 
-    Parameters
-    ----------
-    table : DataFrame
-        Records with ``records.COLUMNS`` of Adapprox runs.
-
     Returns
     -------
     DataFrame
-        Rows of ``factor_rank`` with their ``place``, ``share`` (k / k_max) and ``cap`` (k_max).
+        Records of ``factor_rank`` with their ``place``, ``share`` (k / k_max) and ``cap`` (k_max).
     """
     keys = ["run", "module", "step"]
     found, shares = (select(table, name).dropna(subset="layer") for name in ("factor_rank", "factor_share"))
@@ -114,12 +105,12 @@ def ranks(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
-    """Compare error and time of factorization methods at the last recording.
+    """Compare error and time of factorization methods at the last recording of ``observe.factorings``.
 
     Parameters
     ----------
     table : DataFrame
-        Records with ``records.COLUMNS`` of ``observe.factorings``.
+        Records of the runs.
     ways : mapping method -> label
         Factorization methods to compare; "svd", the exact one, must have been recorded.
 
@@ -132,17 +123,12 @@ def factorings(table: pd.DataFrame, ways: Mapping[str, str]) -> pd.DataFrame:
     rows = last(table[table["quantity"].str.startswith("factoring_")])
     cells = rows.groupby(["run", "index", "quantity"], observed=True)["value"].agg(["mean", "sum"]).unstack("quantity")
     errors, seconds = cells["mean"], cells["sum"]
-    found = [
-        pd.DataFrame(
-            {
-                "measure": label,
-                "excess": errors[f"factoring_error_{way}"] / errors["factoring_error_svd"],
-                "seconds": seconds[f"factoring_seconds_{way}"],
-            }
-        )
-        for way, label in ways.items()
-    ]
-    return pd.concat(found).reset_index()
+    parts = []
+    for way, label in ways.items():
+        excess = errors[f"factoring_error_{way}"] / errors["factoring_error_svd"]
+        columns = {"measure": label, "excess": excess, "seconds": seconds[f"factoring_seconds_{way}"]}
+        parts.append(pd.DataFrame(columns))
+    return pd.concat(parts).reset_index()
 
 
 def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFrame]:
@@ -165,18 +151,13 @@ def rates(table: pd.DataFrame, rate: Mapping[str, float]) -> dict[str, pd.DataFr
     table = table.assign(method=methods.where(methods != "", names))
     found = {}
     for quantity in ("eval_loss", "test_loss"):
-        rows = table[table["quantity"] == quantity]
-        rows = rows[rows["step"] == rows.groupby("run", observed=True)["step"].transform("max")]
+        rows = last(table[table["quantity"] == quantity])
         cells = band(rows.assign(lr=rows["run"].astype("str").map(rate)), ["method", "lr"])
-        found[quantity] = cells.sort_values(["method", "lr"], kind="stable", key=_sort_names).reset_index(drop=True)
+        by_rate = [own.sort_values("lr", kind="stable") for _, own in cells.groupby("method", sort=False)]
+        found[quantity] = pd.concat(by_rate, ignore_index=True)
     return found
 
 
 def best(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the learning rate with the lowest mean of each method: ``method, lr``."""
     return cells.loc[cells.groupby("method", sort=False)["value"].idxmin(), ["method", "lr"]].reset_index(drop=True)
-
-
-def _sort_names(column: pd.Series) -> pd.Series:
-    """Return sort keys: methods in order of first appearance, learning rates by size."""
-    return pd.Series(pd.factorize(column)[0], index=column.index) if column.name == "method" else column

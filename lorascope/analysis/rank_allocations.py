@@ -5,15 +5,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
 from lorascope.analysis import baseline_ranks, norms
+from lorascope.analysis.head_similarity import cosines, mean_of_pairs
 from lorascope.analysis.seed_intervals import Interval, t_interval
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 
 THIRDS = ("bottom", "middle", "top")
 PHASES = ("warm-up", "decay", "final")
@@ -45,21 +44,15 @@ def current_ranks(table: pd.DataFrame, step: int | None = None) -> pd.DataFrame:
         if rows.empty:
             raise ValueError(f"step must be at least the first step with a recorded rank, got {step}")
     # Rows without a step come from adapter folders, so any recorded step replaces them.
-    latest = rows.sort_values("step", kind="stable", na_position="first").drop_duplicates(
-        ["run", "module"], keep="last"
-    )
-    return latest.sort_index() if step is None else latest.sort_index().assign(step=step)
+    ordered = rows.sort_values("step", kind="stable", na_position="first")
+    latest = ordered.drop_duplicates(["run", "module"], keep="last").sort_index()
+    return latest if step is None else latest.assign(step=step)
 
 
 def parameters(ranks: pd.DataFrame, modules: pd.DataFrame) -> pd.DataFrame:
     """Add the column ``parameters``: the rank times the sum of inputs and outputs, NaN if the size is unknown.
 
-    Parameters
-    ----------
-    ranks : DataFrame
-        Ranks from ``current_ranks``.
-    modules : DataFrame
-        Module table, see ``Run.modules``.
+    ``ranks`` are from ``current_ranks``; ``modules`` is the module table, see ``Run.modules``.
     """
     sizes = modules.set_index("module").reindex(columns=["in_features", "out_features"]).astype("float64")
     cost = sizes.sum(axis=1, skipna=False)
@@ -105,10 +98,7 @@ def kendall_tau(ranks: Float[np.ndarray, "run module"]) -> Float[np.ndarray, "ru
     first, second = np.triu_indices(ranks.shape[1], 1)
     # tau-b is the cosine between the vectors of pairwise orders, in which ties are 0.
     order = np.sign(ranks[:, first] - ranks[:, second])
-    agreed = order @ order.T
-    length = np.sqrt(np.diag(agreed))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return agreed / np.outer(length, length)
+    return cosines(order @ order.T)
 
 
 def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
@@ -120,10 +110,9 @@ def agreement(ranks: pd.DataFrame) -> pd.DataFrame:
         ``first, second`` (run ids), ``tau``.
     """
     wide = _pivot_ranks(ranks)
-    first, second = np.triu_indices(len(wide), 1)
-    return pd.DataFrame(
-        {"first": wide.index[first], "second": wide.index[second], "tau": kendall_tau(wide.to_numpy())[first, second]}
-    )
+    pairs = np.triu_indices(len(wide), 1)
+    first, second = (wide.index[runs] for runs in pairs)
+    return pd.DataFrame({"first": first, "second": second, "tau": kendall_tau(wide.to_numpy())[pairs]})
 
 
 def stability(ranks: pd.DataFrame) -> Interval:
@@ -134,10 +123,11 @@ def stability(ranks: pd.DataFrame) -> Interval:
     """
     wide = _pivot_ranks(ranks)
     n, all_pairs = len(wide), kendall_tau(wide.to_numpy())
+    mean = mean_of_pairs(all_pairs)
     if n < 3:
-        return Interval(_mean_of_run_pairs(all_pairs), np.nan, np.nan, n)
-    without = np.array([_mean_of_run_pairs(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
-    return t_interval(n * _mean_of_run_pairs(all_pairs) - (n - 1) * without)
+        return Interval(mean, np.nan, np.nan, n)
+    without = np.array([mean_of_pairs(np.delete(np.delete(all_pairs, run, 0), run, 1)) for run in range(n)])
+    return t_interval(n * mean - (n - 1) * without)
 
 
 def random_ranks(ranks: pd.DataFrame, cap: int | None = None) -> pd.DataFrame:
@@ -150,7 +140,7 @@ def random_stability(ranks: pd.DataFrame, cap: int | None = None, draws: int = 2
     """Draw the random baseline of ``stability``: the mean tau of as many runs with random ranks, ``draws`` times."""
     wide = _pivot_ranks(ranks).to_numpy()
     drawn = ([_draw_ranks(row, cap, draw * len(wide) + run) for run, row in enumerate(wide)] for draw in range(draws))
-    return np.array([_mean_of_run_pairs(kendall_tau(np.array(sample))) for sample in drawn])
+    return np.array([mean_of_pairs(kendall_tau(np.array(sample))) for sample in drawn])
 
 
 def cap(table: pd.DataFrame) -> int | None:
@@ -164,9 +154,7 @@ def cap(table: pd.DataFrame) -> int | None:
 def decisions(table: pd.DataFrame, most: int) -> list[int]:
     """Return up to ``most`` evenly spaced steps with a recorded budget (or rank), including the first and last."""
     rows = table[table["quantity"] == ("budget" if (table["quantity"] == "budget").any() else "rank")]
-    steps = np.unique(rows["step"].dropna().to_numpy(np.int64))
-    chosen = np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int)
-    return [int(steps[index]) for index in np.unique(chosen)]
+    return norms.evenly_spaced(np.unique(rows["step"].dropna().to_numpy(np.int64)).tolist(), most)
 
 
 def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
@@ -187,18 +175,11 @@ def phases(budget: pd.DataFrame) -> list[tuple[str, int, int]]:
     if not len(changes):
         return []
     ends = [int(end) for end in (at[0], changes[0], changes[-1], at[-1])]
-    spans = zip(PHASES, ends, ends[1:], strict=False)
-    return [(name, start, stop) for name, start, stop in spans if start < stop]
+    return [phase for phase in zip(PHASES, ends, ends[1:], strict=False) if phase[1] < phase[2]]
 
 
 def staircase(budget: pd.DataFrame) -> pd.DataFrame:
-    """Return the current budget as the corners of a step line: each value applies until the next step.
-
-    Parameters
-    ----------
-    budget : DataFrame
-        ``at`` (steps in order) and ``value``.
-    """
+    """Return a budget, see ``phases``, as the corners of a step line: each value applies until the next step."""
     before = budget.assign(value=budget["value"].shift()).dropna(subset="value")
     return pd.concat([before, budget]).sort_values("at", kind="stable", ignore_index=True)
 
@@ -211,22 +192,19 @@ def components(table: pd.DataFrame, quantity: str = "importance") -> pd.DataFram
     """
     parts = []
     for _, own in table.groupby("run", observed=True, sort=False):
-        rows = norms.select(own, quantity)
-        kept = _retained_rows(own, quantity)[["module", "index"]].assign(kept=True)
-        parts.append(rows.merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool}))
+        recorded = set(own["quantity"])
+        judge = next(name for name in ("kept", "importance", quantity) if name in recorded)  # in order of preference
+        final = norms.last(norms.select(own, judge))
+        if judge == "kept":
+            retained = final["value"] > 0
+        else:
+            latest = current_ranks(own)
+            number = final["module"].astype("str").map(dict(zip(latest["module"], latest["value"], strict=True)))
+            place = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
+            retained = place <= number
+        kept = final.loc[retained, ["module", "index"]].assign(kept=True)
+        parts.append(norms.select(own, quantity).merge(kept, how="left").fillna({"kept": False}).astype({"kept": bool}))
     return pd.concat(parts, ignore_index=True)
-
-
-def _retained_rows(own: pd.DataFrame, quantity: str) -> pd.DataFrame:
-    """Return the rows of the components that one run retains at the end."""
-    recorded = set(own["quantity"])
-    judge = next(name for name in ("kept", "importance", quantity) if name in recorded)  # in order of preference
-    final = norms.last(norms.select(own, judge))
-    if judge == "kept":
-        return final[final["value"] > 0]
-    place = final.groupby("module", observed=True)["value"].rank(method="first", ascending=False)
-    latest = current_ranks(own)
-    return final[place <= final["module"].astype("str").map(dict(zip(latest["module"], latest["value"], strict=True)))]
 
 
 def _draw_ranks(ranks: Float[np.ndarray, "module"], cap: int | None, seed: int) -> Float[np.ndarray, "module"]:
@@ -240,18 +218,6 @@ def _pivot_ranks(ranks: pd.DataFrame) -> pd.DataFrame:
     return wide.dropna(axis="columns")
 
 
-def _mean_of_run_pairs(pairs: Float[np.ndarray, "run run"]) -> float:
-    """Return the mean over the pairs of different runs."""
-    return float(pairs[np.triu_indices(len(pairs), 1)].mean()) if len(pairs) > 1 else float("nan")
-
-
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(
-        __name__,
-        {
-            "by_lot": "random_ranks",
-            "in_force": "current_ranks",
-            "stability_by_lot": "random_stability",
-            "tau": "kendall_tau",
-        },
-    )
+accept_old_names(
+    __name__, by_lot="random_ranks", in_force="current_ranks", stability_by_lot="random_stability", tau="kendall_tau"
+)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import warnings
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,16 +21,15 @@ from scipy.special import stdtr
 
 from lorascope.analysis.seed_intervals import band, t_interval
 from lorascope.runs.result import Result
+from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.labels import to_words
 
 LEVEL = 0.05
 MINIMUM_SEEDS = 3
 PLACE = ["model", "task", "metric"]
 _LOWER_IS_BETTER = ("perplexity",)
-# Maximum number of pairs without a significant difference that are listed by name.
-_MAX_LISTED = 4
-# Longer tables and lists appear in the name of a recipe as their size and hash.
-_MAX_CHARACTERS = 60
+_MAX_LISTED = 4  # pairs without a significant difference that are listed by name
+_MAX_CHARACTERS = 60  # longer tables and lists appear in the name of a recipe as their size and hash
 # Settings left out of a recipe's name: observers do not affect training, and search_share follows from the method.
 _IGNORED_SETTINGS = ("observers", "search_share")
 
@@ -38,20 +37,16 @@ _IGNORED_SETTINGS = ("observers", "search_share")
 def recipes(labels: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Name the recipe of each run: the label of the method, and the settings that differ between runs of this label.
 
-    Parameters
-    ----------
-    labels : sequence of str
-        One label per run, such as ``LoRA, rank 8``.
-    settings : sequence of mapping
-        Settings of each run.
+    There is one label, such as ``LoRA, rank 8``, and one mapping of settings per run.
     """
-    keys: dict[str, dict[str, set[str]]] = {}
-    for label, chosen in zip(labels, settings, strict=True):
-        for key, value in chosen.items():
-            keys.setdefault(label, {}).setdefault(key, set()).add(_setting_text(value))
+    texts = [{key: _setting_text(value) for key, value in chosen.items()} for chosen in settings]
+    known: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for label, chosen in zip(labels, texts, strict=True):
+        for key, text in chosen.items():
+            known[label, key].add(text)
     return [
-        ", ".join([label, *(f"{key} {_setting_text(chosen[key])}" for key in chosen if len(keys[label][key]) > 1)])
-        for label, chosen in zip(labels, settings, strict=True)
+        ", ".join([label, *(f"{key} {text}" for key, text in chosen.items() if len(known[label, key]) > 1)])
+        for label, chosen in zip(labels, texts, strict=True)
     ]
 
 
@@ -91,11 +86,9 @@ def scores(runs: Sequence[Result]) -> pd.DataFrame:
 
 def unique_names(names: Sequence[str], hashes: Sequence[str | None]) -> list[str]:
     """Append the first six characters of the hash to names that have more than one hash."""
-    known: dict[str, set[str | None]] = {}
-    for name, digest in zip(names, hashes, strict=True):
-        known.setdefault(name, set()).add(digest)
-    pairs = zip(names, hashes, strict=True)
-    return [f"{name} ({str(digest)[:6]})" if len(known[name]) > 1 else name for name, digest in pairs]
+    pairs = list(zip(names, hashes, strict=True))
+    number = Counter(name for name, _ in set(pairs))
+    return [f"{name} ({str(digest)[:6]})" if number[name] > 1 else name for name, digest in pairs]
 
 
 def _drop_duplicate_runs(table: pd.DataFrame) -> pd.DataFrame:
@@ -104,12 +97,7 @@ def _drop_duplicate_runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pairs(table: pd.DataFrame) -> pd.DataFrame:
-    """Compare every pair of recipes of one model and task, paired by seed; duplicate runs of a seed count once.
-
-    Parameters
-    ----------
-    table : DataFrame
-        The result of :func:`scores`.
+    """Compare every pair of :func:`scores` of one model and task, paired by seed; duplicate runs of a seed count once.
 
     Returns
     -------
@@ -119,33 +107,22 @@ def pairs(table: pd.DataFrame) -> pd.DataFrame:
         a two-sided paired t-test, adjusted by Holm's method. ``better`` is the better recipe, or "" if p is 0.05 or
         more or there are fewer than three common seeds.
     """
-    found = [
-        row
-        for place, part in _drop_duplicate_runs(table).groupby(PLACE, sort=False)
-        for row in _pair_rows(dict(zip(PLACE, map(str, place), strict=True)), part)
-    ]
+    found = []
+    for place, part in _drop_duplicate_runs(table).groupby(PLACE, sort=False):
+        by_seed = part.pivot(index="seed", columns="recipe", values="value")
+        rows = []
+        for recipe, other in itertools.combinations(part["recipe"].unique(), 2):
+            values = (by_seed[recipe] - by_seed[other]).dropna().to_numpy(np.float64)
+            if len(values):
+                rows.append((recipe, other, t_interval(values), paired_p(values)))
+        # Holm's method adjusts over all pairs of this model and task, so p-values are only final here.
+        adjusted = holm(np.array([p for *_, p in rows], np.float64))
+        sign = -1 if place[-1] in _LOWER_IS_BETTER else 1
+        for (recipe, other, interval, _), p in zip(rows, adjusted.tolist(), strict=True):
+            winner = recipe if sign * interval.mean > 0 else other
+            better = winner if interval.n >= MINIMUM_SEEDS and p < LEVEL else ""
+            found.append((*place, recipe, other, *interval, p, better))
     return pd.DataFrame(found, columns=[*PLACE, "recipe", "other", "difference", "low", "high", "n", "p", "better"])
-
-
-def _pair_rows(place: dict[str, str], part: pd.DataFrame) -> list[dict[str, Any]]:
-    by_seed = part.pivot(index="seed", columns="recipe", values="value")
-    rows: list[dict[str, Any]] = []
-    p_values: list[float] = []
-    for recipe, other in itertools.combinations(part["recipe"].unique(), 2):
-        values = (by_seed[recipe] - by_seed[other]).dropna().to_numpy(np.float64)
-        if len(values):
-            mean, low, high, n = t_interval(values)
-            rows.append(
-                place | {"recipe": recipe, "other": other, "difference": mean, "low": low, "high": high, "n": n}
-            )
-            p_values.append(paired_p(values))
-    # Holm's method adjusts over all pairs of this model and task, so p-values are only final here.
-    sign = -1 if place["metric"] in _LOWER_IS_BETTER else 1
-    for row, p in zip(rows, holm(np.array(p_values, np.float64)), strict=True):
-        apart = row["n"] >= MINIMUM_SEEDS and p < LEVEL
-        winner = row["recipe"] if sign * row["difference"] > 0 else row["other"]
-        row |= {"p": float(p), "better": winner if apart else ""}
-    return rows
 
 
 def paired_p(differences: Float[np.ndarray, "n"]) -> float:
@@ -169,7 +146,7 @@ def holm(p: Float[np.ndarray, "tests"]) -> Float[np.ndarray, "tests"]:
 
 
 def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
-    """Return every recipe with its mean, interval and possible places; duplicate runs of a seed count once.
+    """Return the mean, interval and possible places of every recipe; duplicate runs of a seed count once.
 
     Parameters
     ----------
@@ -183,27 +160,25 @@ def standings(table: pd.DataFrame, compared: pd.DataFrame) -> pd.DataFrame:
         ``first`` is one more than the number of significantly better recipes. ``last`` is the number of recipes minus
         the number of significantly worse ones. A recipe has a definite place only if both are equal.
     """
-    rows = band(_drop_duplicate_runs(table), [*PLACE, "recipe"])
+    key = [*PLACE, "recipe"]
+    rows = band(_drop_duplicate_runs(table), key)
     better = compared[compared["better"] != ""]
     worse = better["recipe"].where(better["better"] != better["recipe"], better["other"])
-    ahead = better.assign(loser=worse)
-    first, last = [], []
-    for row in rows.itertuples():
-        here = ahead[(ahead["model"] == row.model) & (ahead["task"] == row.task) & (ahead["metric"] == row.metric)]
-        peers = rows[(rows["model"] == row.model) & (rows["task"] == row.task) & (rows["metric"] == row.metric)]
-        first.append(1 + int((here["loser"] == row.recipe).sum()))
-        last.append(len(peers) - int((here["better"] == row.recipe).sum()))
-    return rows.assign(first=first, last=last)
+    wins, losses = (
+        better.assign(recipe=recipes).groupby(key).size().reindex(pd.MultiIndex.from_frame(rows[key]), fill_value=0)
+        for recipes in (better["better"], worse)
+    )
+    peers = rows.groupby(PLACE)["recipe"].transform("size")
+    return rows.assign(first=1 + losses.to_numpy(), last=peers - wins.to_numpy())
 
 
 def describe_comparison(compared: pd.DataFrame) -> list[str]:
     """Describe which recipes are significantly better than others, in a few lines per model and task."""
     lines = []
+    several = len(compared[["model", "task"]].drop_duplicates()) > 1
     for (model, task, _), part in compared.groupby(PLACE, sort=False):
-        different = part[part["better"] != ""]
-        many = compared[["model", "task"]].drop_duplicates()
-        where = f"{model}, {task}: " if len(many) > 1 else ""
-        for row in different.to_dict("records"):
+        where = f"{model}, {task}: " if several else ""
+        for row in part[part["better"] != ""].to_dict("records"):
             worse = row["other"] if row["better"] == row["recipe"] else row["recipe"]
             low, high = sorted((abs(row["low"]), abs(row["high"])))
             lines.append(
@@ -220,9 +195,4 @@ def describe_comparison(compared: pd.DataFrame) -> list[str]:
     return lines
 
 
-def __getattr__(name: str) -> Any:
-    """Return ``describe_comparison`` under its deprecated name ``words``."""
-    if name == "words":
-        warnings.warn("words is deprecated: use describe_comparison instead", FutureWarning, stacklevel=2)
-        return describe_comparison
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+accept_old_names(__name__, words="describe_comparison")

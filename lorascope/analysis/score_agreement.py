@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -20,8 +21,7 @@ DRAWS = 500
 _ROTATION: dict[str, tuple[str, ...]] = {"1 − cos": ("neuron_cosine",)}
 # NeFT trains few neurons, so rotation mostly shows which ones were selected. Its selection score covers all neurons.
 _SELECTION_SCORE: dict[str, dict[str, tuple[str, ...]]] = {
-    "changed": {"1 − cos after tuning": ("selection_cosine",)},
-    "reversed": {"1 − cos after tuning": ("selection_cosine",)},
+    **{mode: {"1 − cos after tuning": ("selection_cosine",)} for mode in ("changed", "reversed")},
     # Earlier versions selected by inner products with unnormalized linear probes, ``probe_similarity``.
     "probed": {"similarity to linear probes": ("probe_cosine", "probe_similarity")},
 }
@@ -64,11 +64,11 @@ def correlate(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             chosen = draw.integers(len(modules), size=len(modules))
             sample[:] = spearman(np.concatenate([modules[place] for place in chosen]))
         low, high = np.nanquantile(again, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-        first, second = (part.ravel() for part in np.meshgrid(names, names, indexing="ij"))
+        pairs = pd.DataFrame(product(names, names), columns=["first", "second"])
+        pairs.insert(0, "run", run)
         value = spearman(np.concatenate(modules))
-        columns = {"first": first, "second": second, "value": value.ravel(), "low": low.ravel(), "high": high.ravel()}
-        tables.append(pd.DataFrame(columns).assign(run=run))
-    return pd.concat(tables, ignore_index=True)[["run", "first", "second", "value", "low", "high"]]
+        tables.append(pairs.assign(value=value.ravel(), low=low.ravel(), high=high.ravel()))
+    return pd.concat(tables, ignore_index=True)
 
 
 def neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame:
@@ -101,9 +101,9 @@ def neuron_scores(runs: Mapping[str, Result | Sequence[Result]]) -> pd.DataFrame
         members = [group] if isinstance(group, Result) else list(group)
         seeds.append({run.meta.seed for run in members})
         for run in members:
-            tables += [
-                table.assign(run=run.meta.seed, score=f"{label}: {name}") for name, table in _neuron_columns(run)
-            ]
+            for name, quantities in (_rotation_scores(run) | _OTHER_SCORES).items():
+                values = _last_values(run, quantities)
+                tables.append(values.assign(run=run.meta.seed, score=f"{label}: {name}"))
         if not all(map(_rotation_scores, members)):
             reason = "the neurons were selected at random or by hand, so it only shows which ones were selected"
             warnings.warn(f"{printable(label)}: 1 − cos omitted: {reason}", stacklevel=2)
@@ -134,19 +134,18 @@ def _rotation_scores(run: Result) -> dict[str, tuple[str, ...]]:
     return {} if method.get("neurons") is not None else _SELECTION_SCORE.get(method["mode"], {})
 
 
-def _neuron_columns(run: Result) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Yield the name and values of each score of a run's neurons."""
-    for name, quantities in (_rotation_scores(run) | _OTHER_SCORES).items():
-        parts = []
-        for quantity in quantities:
-            found = selected_neurons.scores(run, quantity)
-            # Sensitivity is recorded for both sides of a matrix; only one of them has the neurons as its vectors.
-            side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
-            parts.append(found[found["role"].isin(side)])
-        table = pd.concat(parts)
-        if table.empty:
-            raise ValueError(
-                f"cannot compare neurons of run {run.id}: {quantities[0]} was not recorded. "
-                "Train with observe=[ls.observe.neurons()]"
-            )
-        yield name, table.rename(columns={"neuron": "component"})[["module", "component", "value"]]
+def _last_values(run: Result, quantities: Sequence[str]) -> pd.DataFrame:
+    """Return the last values of the quantities that together cover the neurons of all roles."""
+    parts = []
+    for quantity in quantities:
+        found = selected_neurons.scores(run, quantity)
+        # Sensitivity is recorded for both sides of a matrix; only one of them has the neurons as its vectors.
+        side = {"sensitivity_out": FFN[:2], "sensitivity_in": FFN[2:]}.get(quantity, FFN)
+        parts.append(found[found["role"].isin(side)])
+    table = pd.concat(parts)
+    if table.empty:
+        raise ValueError(
+            f"cannot compare neurons of run {run.id}: {quantities[0]} was not recorded. "
+            "Train with observe=[ls.observe.neurons()]"
+        )
+    return table.rename(columns={"neuron": "component"})[["module", "component", "value"]]

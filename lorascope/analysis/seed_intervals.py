@@ -27,25 +27,10 @@ class Interval(NamedTuple):
         return f"{self.mean:.{digits}f}{half}"
 
 
-def half_width(
-    deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"], confidence: float = CONFIDENCE
+def _half_width(
+    deviation: Float[np.ndarray, "cell"], n: Int[np.ndarray, "cell"], confidence: float
 ) -> Float[np.ndarray, "cell"]:
-    """Compute half the width of the t-interval of a mean.
-
-    Parameters
-    ----------
-    deviation : array (cell,)
-        Sample standard deviation (n - 1 in the denominator).
-    n : array (cell,)
-        Number of values; below two, the width is NaN.
-    confidence : float
-        Confidence level, 0.95 by default.
-
-    Returns
-    -------
-    array (cell,)
-        Half-widths in the unit of ``deviation``.
-    """
+    """Compute half the t-interval of the means of n values from their sample standard deviations."""
     degrees = np.where(n > 1, n - 1, np.nan)  # one value has no standard deviation, so no interval
     return stdtrit(degrees, 0.5 + confidence / 2) * deviation / np.sqrt(n)
 
@@ -62,7 +47,7 @@ def t_interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -
         raise ValueError("values must contain at least 1 value, got none")
     n, mean = len(values), float(values.mean())
     deviation = values.std(ddof=1) if n > 1 else np.nan
-    half = float(half_width(np.array([deviation]), np.array([n]), confidence)[0])
+    half = float(_half_width(np.array([deviation]), np.array([n]), confidence)[0])
     return Interval(mean, mean - half, mean + half, n)
 
 
@@ -85,6 +70,6 @@ def band(table: pd.DataFrame, by: Sequence[str], confidence: float = CONFIDENCE)
     """
     cells = table.groupby(list(by), observed=True, dropna=False, sort=False)["value"]
     found = cells.agg(value="mean", deviation="std", n="count").reset_index()
-    half = half_width(found["deviation"].to_numpy(np.float64), found["n"].to_numpy(), confidence)
+    half = _half_width(found["deviation"].to_numpy(np.float64), found["n"].to_numpy(), confidence)
     bounds = found.assign(low=found["value"] - half, high=found["value"] + half)
     return bounds[[*by, "value", "low", "high", "n"]]

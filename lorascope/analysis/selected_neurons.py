@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import combinations_with_replacement, product
-from typing import TYPE_CHECKING
+from itertools import combinations, combinations_with_replacement, product
 
 import pandas as pd
 from scipy.stats import hypergeom
 
 from lorascope.analysis import neurons
-from lorascope.analysis.norms import place
+from lorascope.analysis.norms import last, place
 from lorascope.runs.result import Result
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.module_table import gated_input
 
 Neurons = frozenset[tuple[str, int]]
@@ -50,8 +49,7 @@ def scores(run: Result, quantity: str) -> pd.DataFrame:
 
     Records of a matrix with fused gate and input only have the role of the module; its first half becomes ``ffn_gate``.
     """
-    rows = run.table[run.table["quantity"] == quantity]
-    rows = rows[rows["step"] == rows["step"].max()].astype({"module": "str", "stack": "str", "role": "str"})
+    rows = last(run.table[run.table["quantity"] == quantity]).astype({"module": "str", "stack": "str", "role": "str"})
     both = run.modules.astype({"module": "str"})[lambda modules: gated_input(modules).fillna(False)]
     half = rows["module"].map(dict(zip(both["module"], both["out_features"] // 2, strict=True)))
     rows["role"] = rows["role"].mask((rows["index"] < half).fillna(False), "ffn_gate")
@@ -78,16 +76,19 @@ def trained(run: Result) -> pd.DataFrame:
     return every[every["module"].isin(moved)]
 
 
-def pool(run: Result) -> int:
-    """Count the neurons that a run could select from."""
-    return sum(sizes(run).values())
-
-
 def _selectable_parts(run: Result) -> list[neurons.Part]:
     """Return the parts with the neurons that a run could select from; for other methods than NeFT, its defaults."""
     method = run.meta.method
     roles = tuple(method["targets"]) if method["name"] == "neft" else neurons.DEFAULT
     return neurons.parts(run.modules.astype({"module": "str"}), roles)
+
+
+def sizes(run: Result) -> Counter[str]:
+    """Count the neurons that a run could select from in each module."""
+    found: Counter[str] = Counter()
+    for part in _selectable_parts(run):
+        found[part.module] += part.count
+    return found
 
 
 def by_layer(run: Result) -> pd.DataFrame:
@@ -110,14 +111,7 @@ def by_layer(run: Result) -> pd.DataFrame:
 
 
 def common(first: Neurons, second: Neurons, pool: int) -> dict[str, float]:
-    """Compute the overlap of two selections and its random baseline.
-
-    Parameters
-    ----------
-    first, second : set of (module, neuron)
-        The two selections.
-    pool : int
-        Number of neurons to select from.
+    """Compute the overlap of two selections from ``pool`` neurons, and its random baseline.
 
     Returns
     -------
@@ -141,25 +135,11 @@ def compute_expected_overlap(first: Neurons, second: Neurons, sizes: Mapping[str
     """Compute the mean overlap of two selections with as many random neurons in each module.
 
     This baseline accounts for both selections preferring the same modules; only overlap above it is due to neurons.
-
-    Parameters
-    ----------
-    first, second : set of (module, neuron)
-        The two selections.
-    sizes : mapping module -> int
-        Number of neurons to select from in each module, see ``sizes``.
+    ``sizes`` contains the number of neurons to select from in each module.
     """
-    counts = [Counter(module for module, _ in each) for each in (first, second)]
-    shared = sum(number * counts[1][module] / sizes[module] for module, number in counts[0].items())
+    one, other = (Counter(module for module, _ in each) for each in (first, second))
+    shared = sum(number * other[module] / sizes[module] for module, number in one.items())
     return shared / min(len(first), len(second))
-
-
-def sizes(run: Result) -> dict[str, int]:
-    """Count the neurons that a run could select from in each module."""
-    found: Counter[str] = Counter()
-    for part in _selectable_parts(run):
-        found[part.module] += part.count
-    return dict(found)
 
 
 def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFrame:
@@ -170,12 +150,11 @@ def overlaps(choices: Mapping[str, Sequence[Neurons]], pool: int) -> pd.DataFram
     DataFrame
         ``first, second`` (labels) and the values of ``common``, one row per pair.
     """
-    rows = []
-    for one, two in combinations_with_replacement(choices, 2):
-        same = one == two
-        for (i, a), (j, b) in product(enumerate(choices[one]), enumerate(choices[two])):
-            if not same or i < j:
-                rows.append({"first": one, "second": two, **common(a, b, pool)})
+    rows = [
+        {"first": one, "second": two, **common(first, second, pool)}
+        for one, two in combinations_with_replacement(choices, 2)
+        for first, second in (combinations(choices[one], 2) if one == two else product(choices[one], choices[two]))
+    ]
     return pd.DataFrame(rows)
 
 
@@ -184,5 +163,4 @@ def as_set(found: pd.DataFrame) -> Neurons:
     return frozenset(zip(found["module"].astype("str"), found["neuron"].astype(int), strict=True))
 
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, {"chosen": "list_selected", "expected": "compute_expected_overlap"})
+accept_old_names(__name__, chosen="list_selected", expected="compute_expected_overlap")

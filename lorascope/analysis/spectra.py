@@ -73,10 +73,13 @@ def spectrum(spectra: Spectra) -> pd.DataFrame:
     for module, sigma in spectra.items():
         energy = np.cumsum(sigma**2)
         total = energy[-1] if len(energy) and energy[-1] > 0 else 1.0
-        component = np.arange(1, len(sigma) + 1)
-        tables.append(
-            pd.DataFrame({"module": module, "component": component, "sigma": sigma, "energy": energy / total})
-        )
+        columns = {
+            "module": module,
+            "component": np.arange(1, len(sigma) + 1),
+            "sigma": sigma,
+            "energy": energy / total,
+        }
+        tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -52,11 +52,10 @@ def similarity_of_runs(
     ValueError
         One of the runs does not adapt the module, or its update has no factors and ``side`` is "A" or "B".
     """
-    if module not in first or module not in second:
-        common = [name for name in first if name in second]
-        raise ValueError(
-            f"module {module!r} is not adapted in both runs; expected one of {', '.join(common) or 'none'}"
-        )
+    common = [name for name in first if name in second]
+    if module not in common:
+        listed = ", ".join(common) or "none"
+        raise ValueError(f"module {module!r} is not adapted in both runs; expected one of {listed}")
     return similarity(_orient_rows(first[module], side), _orient_rows(second[module], side))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from lorascope.runs.formats.stored_update import PREFIX
 from lorascope.runs.result import Result
 from lorascope.runs.run import Run
 from lorascope.runs.summary import exact_products
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 from lorascope.training.evaluation import evaluate
 from lorascope.training.state import load_tensors
 
@@ -213,5 +213,4 @@ def _validation_half(model: nn.Module, task: Task, which: int, rows: int) -> Enc
     return task.encode(models.processor(model), chosen)
 
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, {"losses": "pruned_losses", "rises": "component_importance"})
+accept_old_names(__name__, losses="pruned_losses", rises="component_importance")

@@ -4,8 +4,6 @@ An observer is a dataclass whose fields are its settings. It is called at step 0
 ``every`` steps. ``norms`` is used by default.
 """
 
-from typing import TYPE_CHECKING
-
 from lorascope.observe.base import Observer
 from lorascope.observe.factor_snapshots import factors, factors_of
 from lorascope.observe.memory_use import memory, storage_bytes
@@ -13,7 +11,7 @@ from lorascope.observe.neuron_utilization import utilization
 from lorascope.observe.optimizer_moments import factor_drift, factor_optimum, factorings, second_moments
 from lorascope.observe.sensitivity import coefficients, neurons
 from lorascope.observe.weight_norms import norms
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 
 __all__ = [
     "Observer",
@@ -34,5 +32,4 @@ __all__ = [
 # Old names of renamed observers, with their new names.
 OLD_OBSERVERS = {"utilisation": "utilization"}
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, OLD_OBSERVERS)
+accept_old_names(__name__, **OLD_OBSERVERS)

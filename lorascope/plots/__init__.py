@@ -7,12 +7,13 @@ figures with how to read them; ``available(run)`` lists those that a run has the
 from typing import Any
 
 from lorascope.plots.registry import DRAWN, FIGURES, OLD_FIGURES, Figure, available
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 from lorascope.schema.plugins import load_plugins
 
 load_plugins(__name__, "lorascope.figures", skip=("explore",))  # the widget draws no figure, and imports Jupyter
 globals().update(DRAWN)
-_find_old = old_names(__name__, OLD_FIGURES)
+accept_old_names(__name__, **OLD_FIGURES)
+_find_old = globals()["__getattr__"]
 
 __all__ = ["FIGURES", "Figure", "available"]
 __all__ += sorted(DRAWN)

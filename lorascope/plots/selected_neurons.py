@@ -126,7 +126,7 @@ def neuron_overlap(cohort: Cohort, k: int | None = None) -> Chart:
         g.label: [selected_neurons.as_set(selected_neurons.list_selected(run, k)) for run in g.runs]
         for g in cohort.groups
     }
-    found = selected_neurons.overlaps(sets, selected_neurons.pool(cohort.runs[0]))
+    found = selected_neurons.overlaps(sets, selected_neurons.sizes(cohort.runs[0]).total())
     mirrored = found.rename(columns={"first": "second", "second": "first"})
     cells = pd.concat([found, mirrored]).groupby(["first", "second"], sort=False)["overlap"].mean().reset_index()
     baseline = f"Random baseline: mean {found['chance'].mean():.2f}, 95th percentile {found['most'].max():.2f}"

@@ -1,7 +1,5 @@
 """Probes: studies of the claims of the papers, each with its runs, controls and verdicts."""
 
-from typing import TYPE_CHECKING
-
 from lorascope.probes import (
     adalora,
     adalora_placement,
@@ -21,7 +19,7 @@ from lorascope.probes import (
 )
 from lorascope.probes.base import PROBES, Arm, Findings, Probe, ReportFigure
 from lorascope.probes.reproduction import CONTENTS, QUICK_SEEDS, REPORT, Outcome, findings, reproduce, write_report
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 
 __all__ = [
     "CONTENTS",
@@ -53,5 +51,4 @@ __all__ = [
     "write_report",
 ]
 
-if not TYPE_CHECKING:
-    __getattr__ = old_names(__name__, {"Exhibit": "ReportFigure"})
+accept_old_names(__name__, Exhibit="ReportFigure")

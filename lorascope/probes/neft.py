@@ -160,7 +160,8 @@ def _choice_overlaps(runs: Mapping[str, Sequence[Run]]) -> list[Verdict]:
         label: [selected_neurons.as_set(selected_neurons.list_selected(run)) for run in runs[label]]
         for label in (CHANGED, MOVIES, TWEETS)
     }
-    pool, sizes = selected_neurons.pool(runs[CHANGED][0]), selected_neurons.sizes(runs[CHANGED][0])
+    sizes = selected_neurons.sizes(runs[CHANGED][0])
+    pool = sizes.total()
     seeds = [run.seed for run in runs[CHANGED]]
 
     def overlap_with_next(one: str, two: str) -> BySeed:

@@ -29,10 +29,10 @@ class Former:
 
     def to_new(self, value: Any) -> Any:
         """Return the new form of an old value, or of each value in a list."""
-        if isinstance(value, list) and self.values:
-            return [self.to_new(item) for item in value]
         if not self.values:
             return value
+        if isinstance(value, list):
+            return [self.to_new(item) for item in value]
         # Compare instead of looking up, because a value from a file may not be hashable.
         for old, new in self.values.items():
             if old == value:
@@ -60,10 +60,6 @@ def warn_renamed(owner: str, old: str, new: str, stacklevel: int = 2) -> None:
     warnings.warn(f"{owner}: {message}" if owner else message, FutureWarning, stacklevel=stacklevel + 1)
 
 
-def _both_names_error(owner: str, old: str, new: str) -> ValueError:
-    return ValueError(f"{owner}: cannot use both {new} and its deprecated name {old}")
-
-
 def old_fields(cls: type) -> dict[str, tuple[str, Former]]:
     """Return the renamed fields of a dataclass, as a mapping old name -> (new name, ``Former``)."""
     renamed = [field for field in dataclasses.fields(cls) if _FORMER in field.metadata]
@@ -78,14 +74,20 @@ def to_new_fields(cls: type, given: Mapping[str, Any], stacklevel: int | None = 
     ValueError
         A field is given under both names, or an old value is unknown.
     """
-    renamed, found = old_fields(cls), {}
+    return _rename(cls.__name__, old_fields(cls), given, None if stacklevel is None else stacklevel + 1)
+
+
+def _rename(
+    owner: str, renamed: Mapping[str, tuple[str, Former]], given: Mapping[str, Any], stacklevel: int | None
+) -> dict[str, Any]:
+    found = {}
     for key, value in given.items():
         if key in renamed:
             new, before = renamed[key]
             if new in given:
-                raise _both_names_error(cls.__name__, key, new)
+                raise ValueError(f"{owner}: cannot use both {new} and its deprecated name {key}")
             if stacklevel is not None:
-                warn_renamed(cls.__name__, key, new, stacklevel + 1)
+                warn_renamed(owner, key, new, stacklevel + 1)
             key, value = new, before.to_new(value)
         found[key] = value
     return found
@@ -103,53 +105,42 @@ def accept_old_fields(cls: AnyClass) -> AnyClass:
 
     target.__init__ = init
     for old, (new, before) in old_fields(cls).items():
-        setattr(cls, old, _old_field(old, new, before))
+        setattr(cls, old, old_attribute(old, new, before))
     return cls
 
 
-def _old_field(old: str, new: str, before: Former) -> property:
+def old_attribute(old: str, new: str, before: Former | None = None) -> Any:
+    """Return a property for a renamed attribute or method under its old name; it can be set if ``before`` is given."""
+    values = before or Former(old)
+
     def read(self: Any) -> Any:
         warn_renamed(type(self).__name__, old, new)
-        return before.to_old(getattr(self, new))
+        return values.to_old(getattr(self, new))
 
     def write(self: Any, value: Any) -> None:
         warn_renamed(type(self).__name__, old, new)
-        setattr(self, new, before.to_new(value))
+        setattr(self, new, values.to_new(value))
 
-    return property(read, write, doc=f"Deprecated: use ``{new}``.")
-
-
-def old_attribute(old: str, new: str) -> Any:
-    """Return a property that reads a renamed attribute or method under its old name."""
-
-    def read(self: Any) -> Any:
-        warn_renamed(type(self).__name__, old, new)
-        return getattr(self, new)
-
-    return property(read, doc=f"Deprecated: use ``{new}``.")
+    return property(read, write if before else None, doc=f"Deprecated: use ``{new}``.")
 
 
 def accept_old_parameters(**renamed: str) -> Callable[[AnyFunction], AnyFunction]:
     """Let a function accept the old names of its parameters; ``renamed`` maps old to new."""
 
+    fields = {old: (new, Former(old)) for old, new in renamed.items()}
+
     def accept(function: AnyFunction) -> AnyFunction:
         @wraps(function)
         def accepting(*args: Any, **kwargs: Any) -> Any:
-            for old in renamed.keys() & kwargs.keys():
-                new = renamed[old]
-                if new in kwargs:
-                    raise _both_names_error(function.__name__, old, new)
-                warn_renamed(function.__name__, old, new)
-                kwargs[new] = kwargs.pop(old)
-            return function(*args, **kwargs)
+            return function(*args, **_rename(function.__name__, fields, kwargs, stacklevel=2))
 
         return accepting  # type: ignore[return-value]
 
     return accept
 
 
-def old_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's ``__getattr__`` for renamed functions and classes; ``renamed`` maps old to new."""
+def accept_old_names(module: str, /, **renamed: str) -> None:
+    """Let a module offer its functions and classes under their old names; ``renamed`` maps old to new."""
 
     def find(name: str) -> Any:
         if name not in renamed:
@@ -157,4 +148,5 @@ def old_names(module: str, renamed: Mapping[str, str]) -> Callable[[str], Any]:
         warn_renamed(module, name, renamed[name])
         return getattr(sys.modules[module], renamed[name])
 
-    return find
+    # Set here and not in the module, so that type checkers do not see the old names.
+    vars(sys.modules[module])["__getattr__"] = find

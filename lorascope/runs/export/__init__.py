@@ -1,13 +1,10 @@
 """Export of runs: ranks for a next LoRA, adapters for PEFT, and tables as files."""
 
-from typing import TYPE_CHECKING
-
 from lorascope.runs.export.peft_folder import base_of, to_peft
 from lorascope.runs.export.rank_budget import RankBudget, rank_pattern, select_components
 from lorascope.runs.export.tables import to_table
-from lorascope.schema.deprecation import old_names
+from lorascope.schema.deprecation import accept_old_names
 
 __all__ = ["RankBudget", "base_of", "rank_pattern", "select_components", "to_peft", "to_table"]
 
-if not TYPE_CHECKING:  # type checkers should not see the old names
-    __getattr__ = old_names(__name__, {"Cut": "RankBudget", "cut": "select_components"})
+accept_old_names(__name__, Cut="RankBudget", cut="select_components")

@@ -17,10 +17,8 @@ from lorascope.analysis.leading_directions import angle_and_chance, leading_sing
 from lorascope.runs.result import Result
 from lorascope.updates.linalg import one_thread
 
-DIRECTIONS = 8
-"""Number of leading singular vectors of each update that are compared."""
-SIDE = 1024
-"""Largest smaller side of a dense update that is decomposed by default."""
+DIRECTIONS = 8  # leading singular vectors of each update that are compared
+SIDE = 1024  # largest smaller side of a dense update that is decomposed by default
 
 
 def modules(runs: Mapping[str, Result], spectra: bool = False) -> pd.DataFrame:
@@ -124,8 +122,8 @@ def matrix(runs: Mapping[str, Result], shared: pd.DataFrame) -> pd.DataFrame:
             entry |= {"cosine": _ratio(total, norms[one] * norms[other]), "shared": len(same)}
             entry |= {"angle": same["angle"].mean(), "chance": same["chance"].mean()}
         rows.append(entry)
-    names = ("norm_ratio", "cosine", "angle", "chance", "rank_moved", "energy_moved", "shared")
-    return pd.DataFrame(rows, columns=["one", "other", *names])
+    measures = ["norm_ratio", "cosine", "angle", "chance", "rank_moved", "energy_moved", "shared"]
+    return pd.DataFrame(rows, columns=["one", "other", *measures])
 
 
 def _summary_table(run: Result) -> pd.DataFrame:

@@ -8,17 +8,13 @@ from lorascope.analysis import norms
 
 
 def intervals(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the sampling intervals, one row per run, interval and block.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Records of one or more LISA runs.
+    """Return the sampling intervals in the records of one or more LISA runs.
 
     Returns
     -------
     DataFrame
-        ``run, interval`` (from 0), ``start, stop`` (first and last step, counted from 1), ``module, place, active``.
+        One row per run, interval and block: ``run, interval`` (from 0), ``start, stop`` (first and last step, counted
+        from 1), ``module, place, active``.
     """
     rows = norms.select(table, "active").astype({"run": "str", "module": "str", "step": "int64"})
     rows = rows.rename(columns={"step": "start"})

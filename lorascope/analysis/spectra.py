@@ -26,14 +26,8 @@ Spectra = Mapping[str, Float[np.ndarray, "_"]]
 def singular_values(run: Result, step: int | None = None) -> Spectra:
     """Return the singular values of every saved update of a run, by module, largest first, loaded on access.
 
-    They are computed from the factors if these were saved, else read from the spectra saved by ``observe.norms``.
-
-    Parameters
-    ----------
-    run : Run
-        A run or a loaded adapter.
-    step : int, optional
-        Training step; by default the end of training.
+    They are computed from the factors if these were saved, else read from the spectra saved by ``observe.norms``. By
+    default the step is the end of training.
 
     Raises
     ------
@@ -73,12 +67,8 @@ def spectrum(spectra: Spectra) -> pd.DataFrame:
     for module, sigma in spectra.items():
         energy = np.cumsum(sigma**2)
         total = energy[-1] if len(energy) and energy[-1] > 0 else 1.0
-        columns = {
-            "module": module,
-            "component": np.arange(1, len(sigma) + 1),
-            "sigma": sigma,
-            "energy": energy / total,
-        }
+        component = np.arange(1, len(sigma) + 1)
+        columns = {"module": module, "component": component, "sigma": sigma, "energy": energy / total}
         tables.append(pd.DataFrame(columns))
     return pd.concat(tables, ignore_index=True)
 

@@ -23,7 +23,21 @@ from lorascope import observe
 from lorascope.adapters import delta
 from lorascope.adapters.host_weights import orient_weight
 from lorascope.inputs import models
-from lorascope.methods import LISA, AdaLoRA, Adapprox, ALoRA, AutoLoRA, FourierFT, Full, HydraLoRA, LoRA, NeFT
+from lorascope.methods import (
+    LISA,
+    AdaLoRA,
+    Adapprox,
+    ALoRA,
+    AutoLoRA,
+    DoRA,
+    FourierFT,
+    Full,
+    HydraLoRA,
+    LoRA,
+    NeFT,
+    PiSSA,
+    VeRA,
+)
 from lorascope.methods.base import Method
 from lorascope.schema.module_roles import CROSS, FFN
 
@@ -31,6 +45,9 @@ STEPS, ROWS, NEURONS = 4, 6, 24
 METHODS: dict[str, Method] = {
     "full": Full(lr=1e-2),
     "lora": LoRA(lr=1e-2, rank=2),
+    "dora": DoRA(lr=1e-2, rank=2),
+    "pissa": PiSSA(lr=1e-2, rank=2),
+    "vera": VeRA(lr=1e-1, rank=8),
     "adalora": AdaLoRA(lr=1e-2, init_rank=3, target_rank=2),
     "autolora": AutoLoRA(lr=1e-2),
     "alora": ALoRA(lr=1e-2, init_rank=2, score_rows=4, rounds=1, warm_steps=2),
@@ -41,7 +58,7 @@ METHODS: dict[str, Method] = {
     "adapprox": Adapprox(lr=1e-2, min_dim=8),
 }
 ADAPTED = {  # defaults of the papers; "all-linear" for ALoRA
-    "lora": ("q", "v"),
+    **dict.fromkeys(("lora", "dora", "pissa", "vera"), ("q", "v")),
     "autolora": ("q", "v"),
     "fourierft": ("q", "v"),
     "adalora": ("q", "k", "v", "o", "ffn_in", "ffn_out"),

@@ -169,6 +169,9 @@ def test_every_cause_has_a_fault():
 HEALTHY = METHODS | {
     "autolora": ls.AutoLoRA(rank=4, lr=1e-2),
     "alora": ls.ALoRA(init_rank=2, prune=5, warm_steps=1, round_steps=1, rounds=3, lr=1e-2),
+    "dora": ls.DoRA(rank=4, lr=1e-2, head_lr=1e-2),
+    "pissa": ls.PiSSA(rank=4, lr=1e-2, head_lr=1e-2),
+    "vera": ls.VeRA(rank=16, lr=1e-1, head_lr=1e-2),
 }
 
 

@@ -42,7 +42,7 @@ def test_readme_has_at_most_150_lines():
 
 
 def test_table_of_methods_is_generated_from_the_registry(generated: ModuleType):
-    assert generated.methods_table() in README
+    assert generated.methods_table() in README, "run python docs/_ext/update_readme.py"
 
 
 def test_findings_of_the_readme_are_rows_of_the_findings_page():

@@ -10,7 +10,7 @@ from lorascope.charts.chart import Axis, Bar, Chart, Heat, Line
 from lorascope.charts.scales import to_floats
 from lorascope.diagnosis import terminal
 from lorascope.diagnosis.terminal import BLOCKS, DIGITS, glyph
-from lorascope.probes.report.html import format_value
+from lorascope.probes.report.tables import format_value
 
 VALUES = (1e308, np.inf, -0.0, 5e-324, np.nan, 1.7e308)
 COLUMNS = {

@@ -24,7 +24,7 @@ from lorascope.probes.base import PROBES, Findings, Probe, ReportFigure, make_re
 from lorascope.probes.claims import Claim, Verdict
 from lorascope.probes.report import page as report
 from lorascope.probes.report.figures import changes, embed
-from lorascope.probes.report.verdicts import strip, too_few
+from lorascope.probes.report.verdicts import too_few
 from lorascope.runs.run import Run
 
 EVIL = "</script><script>alert(1)</script><b onclick=x>&amp;"
@@ -77,7 +77,8 @@ class Tree(HTMLParser):
         assert self.open.pop().tag == tag, f"</{tag}> closes another element"
 
     def handle_data(self, data: str) -> None:
-        self.open[-1].parts.append(data)
+        if data.strip():  # white space between elements is not content
+            self.open[-1].parts.append(data)
 
 
 def judge(sentence: str, effects: list[float], margin: float = 0.25) -> Verdict:
@@ -327,7 +328,7 @@ def test_write_with_unknown_probe_or_missing_runs_raises(tmp_path: Path, monkeyp
 
 
 def drawing(verdict: Verdict) -> Node:
-    return Tree(strip(verdict)).root
+    return Tree(report.TEMPLATES.get_template("parts.html").module.strip(verdict)).root
 
 
 def place(node: Node, class_: str) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lorascope.charts import plotly_backend
 from lorascope.charts.chart import Drawable
-from lorascope.charts.figure_plan import Plan, plan
+from lorascope.charts.figure_plan import plan
 from lorascope.charts.theme import theme
 
 NARROW = 358.0  # pixels: width of a chart on a phone
@@ -44,12 +44,12 @@ class EmbeddedChart:
 def embed(drawable: Drawable) -> EmbeddedChart:
     """Draw a chart for every kind of screen; panels are stacked vertically on narrow screens."""
     settled = plan(drawable, theme("light"))
-    light, dark = _strip_titles(settled), _strip_titles(plan(drawable, theme("dark")))
+    # The page prints title and caption.
+    light, dark = (replace(one, title="", caption="") for one in (settled, plan(drawable, theme("dark"))))
     figure, recolored = _slim(_figure_json(plotly_backend.draw(light))), _slim(_figure_json(plotly_backend.draw(dark)))
     # Traces do not depend on the width of the screen, so a narrow screen changes only the layout.
-    narrow, narrow_dark = (
-        _figure_json(plotly_backend.ground(_stack_views(one), NARROW))["layout"] for one in (light, dark)
-    )
+    stacked = (replace(one, rows=[[view] for view in range(len(one.panels))]) for one in (light, dark))
+    narrow, narrow_dark = (_figure_json(plotly_backend.ground(one, NARROW))["layout"] for one in stacked)
     variants = {
         "dark": recolored,
         "narrow": figure | {"layout": narrow},
@@ -84,14 +84,6 @@ def changes(old: Any, new: Any, *path: str | int) -> Iterator[list[Any]]:
         yield [list(path), new]
 
 
-def _strip_titles(settled: Plan) -> Plan:
-    return replace(settled, title="", caption="")
-
-
-def _stack_views(settled: Plan) -> Plan:
-    return replace(settled, rows=[[view] for view in range(len(settled.panels))])
-
-
 def _figure_json(figure: go.Figure) -> dict[str, Any]:
     return dict(json.loads(figure.to_json()))
 
@@ -100,15 +92,9 @@ def _slim(figure: dict[str, Any]) -> dict[str, Any]:
     """Remove data that the frames of a slider repeat; plotly keeps the keys of a trace that a frame does not set."""
     frames = figure.get("frames", [])
     for place, number in enumerate(frames[0]["traces"] if frames else ()):
-        moving = [frame["data"][place] for frame in frames]
-        for key in _constant(figure["data"][number], moving):
-            for trace in moving:
-                del trace[key]
+        trace, moving = figure["data"][number], [frame["data"][place] for frame in frames]
+        for key in trace.keys() - {"type"}:
+            if all(key in other and other[key] == trace[key] for other in moving):
+                for other in moving:
+                    del other[key]
     return figure
-
-
-def _constant(trace: dict[str, Any], moving: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys of a trace whose values no frame changes, except for the type."""
-    return [
-        key for key in trace if key != "type" and all(key in other and other[key] == trace[key] for other in moving)
-    ]
